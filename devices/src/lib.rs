@@ -1,0 +1,27 @@
+//! Device models for Koya microVMs.
+//!
+//! A device here knows guest memory, an [`Interrupt`](virtio::Interrupt) to raise, and the
+//! host resource that it serves. It does not know KVM, configuration files or containers:
+//! `koya-vmm` connects it to a virtual machine, tests connect it to a mock driver.
+//!
+//! | module | what | specification |
+//! |---|---|---|
+//! | [`virtio`] | queues, descriptor chains, the device trait, the MMIO transport | virtio 1.2, sections 2 to 4 |
+//! | [`rng`] | entropy | virtio 1.2, section 5.4 |
+//! | [`vsock`] | sockets between guest and host | virtio 1.2, section 5.10 |
+//! | [`fs`] | a host directory in the guest | virtio 1.2, section 5.11, and FUSE 7.x |
+//! | [`legacy`] | serial port and the i8042's reset line | 16550A, PC/AT |
+//!
+//! Invariants: every number that a guest gives is bounded before it is used; a guest's fault
+//! marks the device as needing reset, a host's fault is an error with its cause, and only a
+//! bug of our own may panic. `unsafe` stands in [`sys`] alone.
+
+pub mod fs;
+pub mod legacy;
+pub mod rng;
+#[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
+pub mod sys;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod test_utils;
+pub mod virtio;
+pub mod vsock;

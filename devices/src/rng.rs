@@ -1,0 +1,118 @@
+//! Entropy: virtio 1.2, section 5.4. One queue; the device fills what the driver offers with
+//! random bytes of the host's.
+//!
+//! Runs on the event loop. A request is answered with at most [`MAX_REQUEST`] bytes, so that
+//! no guest holds the loop for long; the driver asks again for more.
+
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
+};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+/// The most random bytes for one request. Linux asks for 64 at a time, or a page.
+pub const MAX_REQUEST: u32 = 4096;
+
+const QUEUE_SIZES: &[u16] = &[64];
+
+/// The entropy device.
+#[derive(Default)]
+pub struct Rng;
+
+impl VirtioDevice for Rng {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Entropy
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
+        let queue = activation.take_queue(0)?;
+        Ok(Worker::EventLoop(Box::new(RngWorker { queue })))
+    }
+
+    fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {}
+}
+
+struct RngWorker {
+    queue: ActiveQueue,
+}
+
+impl RngWorker {
+    fn serve(&mut self) -> Result<(), QueueError> {
+        loop {
+            while let Some(chain) = self.queue.pop()? {
+                let mut bytes = [0; MAX_REQUEST as usize];
+                let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
+                let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+                let written = match chain.write(self.queue.memory(), 0, &bytes[..got]) {
+                    Ok(()) => got as u32,
+                    Err(_) => 0,
+                };
+                self.queue.complete(chain.head(), written)?;
+            }
+            self.queue.notify()?;
+            if !self.queue.arm()? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for RngWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
+            log::error!("entropy: cannot watch the queue: {error}");
+        }
+        self.process(Events::empty(self.queue.kick()), ops);
+    }
+
+    fn process(&mut self, _events: Events, ops: &mut EventOps) {
+        self.queue.kick().read().ok();
+        if let Err(error) = self.serve() {
+            self.queue.fail(&error);
+            ops.remove(Events::empty(self.queue.kick())).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::{Buffer, Driver};
+
+    #[test]
+    fn random_bytes_fill_what_is_offered_up_to_the_limit() {
+        let mut driver = Driver::new(64);
+        let small = driver.offer(&[Buffer::Writable(16)]);
+        let large = driver.offer(&[Buffer::Writable(8192)]);
+        let mut worker = RngWorker {
+            queue: driver.queue(),
+        };
+
+        worker.serve().unwrap();
+
+        assert_eq!(driver.used(), [(small, 16), (large, MAX_REQUEST)]);
+        assert_ne!(driver.written(large, 4096), vec![0; 4096]);
+        assert!(driver.interrupted());
+    }
+
+    #[test]
+    fn a_chain_without_room_is_given_back_empty() {
+        let mut driver = Driver::new(64);
+        let head = driver.offer(&[Buffer::Readable(b"x".to_vec())]);
+        let mut worker = RngWorker {
+            queue: driver.queue(),
+        };
+
+        worker.serve().unwrap();
+
+        assert_eq!(driver.used(), [(head, 0)]);
+    }
+}

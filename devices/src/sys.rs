@@ -1,0 +1,245 @@
+//! System calls that no safe crate wraps: vectored I/O on guest memory, file handles, and
+//! per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+/// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
+/// caller's next call, as with any short read or write.
+const MAX_PIECES: usize = 1024;
+
+fn checked(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn pieces<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
+    slices
+        .iter()
+        .take(MAX_PIECES)
+        .map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+        .collect()
+}
+
+/// Reads from `fd` at `offset` straight into guest memory.
+///
+/// # Errors
+/// What preadv(2) says.
+pub fn read_at<B: BitmapSlice>(
+    fd: impl AsFd,
+    slices: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let pieces = pieces(slices);
+    // SAFETY: each piece comes from a VolatileSlice, which borrows its mapping for longer than
+    // this call; the kernel writes only inside them, and nobody holds references into them.
+    checked(unsafe {
+        libc::preadv(
+            fd.as_fd().as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len() as libc::c_int,
+            offset as libc::off_t,
+        )
+    })
+}
+
+/// Writes guest memory straight to `fd` at `offset`.
+///
+/// # Errors
+/// What pwritev(2) says.
+pub fn write_at<B: BitmapSlice>(
+    fd: impl AsFd,
+    slices: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let pieces = pieces(slices);
+    // SAFETY: each piece comes from a VolatileSlice, which borrows its mapping for longer than
+    // this call; the kernel only reads them.
+    checked(unsafe {
+        libc::pwritev(
+            fd.as_fd().as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len() as libc::c_int,
+            offset as libc::off_t,
+        )
+    })
+}
+
+/// Receives from a socket straight into guest memory.
+///
+/// # Errors
+/// What readv(2) says.
+pub fn receive<B: BitmapSlice>(
+    fd: impl AsFd,
+    slices: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let pieces = pieces(slices);
+    // SAFETY: as in `read_at`.
+    checked(unsafe {
+        libc::readv(
+            fd.as_fd().as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len() as libc::c_int,
+        )
+    })
+}
+
+/// Sends guest memory straight to a socket, without SIGPIPE.
+///
+/// # Errors
+/// What sendmsg(2) says.
+pub fn send<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
+    let mut pieces = pieces(slices);
+    // SAFETY: msghdr is plain data for which all zeroes is a valid value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_mut_ptr();
+    message.msg_iovlen = pieces.len() as _;
+    // SAFETY: the message points to `pieces`, which outlives the call; the pieces are as in
+    // `write_at`.
+    checked(unsafe {
+        libc::sendmsg(
+            fd.as_fd().as_raw_fd(),
+            &message,
+            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+        )
+    })
+}
+
+/// A file's identity beyond its lifetime, as name_to_handle_at(2) gives it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FileHandle {
+    kind: i32,
+    bytes: Vec<u8>,
+}
+
+/// `struct file_handle` with room for the largest handle.
+#[repr(C)]
+struct RawHandle {
+    bytes: u32,
+    kind: i32,
+    data: [u8; libc::MAX_HANDLE_SZ as usize],
+}
+
+impl FileHandle {
+    /// The handle of the file that `fd` (O_PATH will do) refers to.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP where the file system has no handles.
+    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+        let mut raw = RawHandle {
+            bytes: libc::MAX_HANDLE_SZ as u32,
+            kind: 0,
+            data: [0; libc::MAX_HANDLE_SZ as usize],
+        };
+        let mut mount_id = 0;
+        // SAFETY: RawHandle begins as struct file_handle does and says how much room follows;
+        // the kernel writes at most that much. The path is a static empty string.
+        let result = unsafe {
+            libc::name_to_handle_at(
+                fd.as_fd().as_raw_fd(),
+                c"".as_ptr(),
+                (&raw mut raw).cast(),
+                &mut mount_id,
+                libc::AT_EMPTY_PATH,
+            )
+        };
+        checked(result as isize)?;
+        let len = (raw.bytes as usize).min(raw.data.len());
+        Ok(Self {
+            kind: raw.kind,
+            bytes: raw.data[..len].to_vec(),
+        })
+    }
+
+    /// Opens the file again; needs CAP_DAC_READ_SEARCH. `mount` is any descriptor on the mount.
+    ///
+    /// # Errors
+    /// ESTALE if the file is gone, EPERM without the capability.
+    pub fn open(&self, mount: impl AsFd, flags: i32) -> io::Result<OwnedFd> {
+        let mut raw = RawHandle {
+            bytes: self.bytes.len() as u32,
+            kind: self.kind,
+            data: [0; libc::MAX_HANDLE_SZ as usize],
+        };
+        raw.data[..self.bytes.len()].copy_from_slice(&self.bytes);
+        // SAFETY: RawHandle is laid out as struct file_handle with its data following; the
+        // kernel only reads it.
+        let fd = unsafe {
+            libc::open_by_handle_at(
+                mount.as_fd().as_raw_fd(),
+                (&raw mut raw).cast(),
+                flags | libc::O_CLOEXEC,
+            )
+        };
+        checked(fd as isize)?;
+        // SAFETY: the call returned a new descriptor that nobody else owns.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}
+
+/// Sets attributes of a (detached) mount and everything under it.
+fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
+    // SAFETY: mount_attr is plain data for which all zeroes is a valid value.
+    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
+    attributes.attr_set = set;
+    // SAFETY: the path is a static empty string, the attributes live on this stack and their
+    // size is given; the kernel only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    checked(result as isize).map(drop)
+}
+
+/// Makes a detached mount read-only, with everything under it.
+///
+/// # Errors
+/// What mount_setattr(2) says.
+pub fn make_mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
+    set_mount_attributes(mount, libc::MOUNT_ATTR_RDONLY)
+}
+
+/// Changes a file's mode through an O_PATH descriptor, never through a link.
+///
+/// # Errors
+/// What fchmodat2(2) says; ENOSYS before Linux 6.6.
+pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
+    // SAFETY: the path is a static empty string; the other arguments are plain numbers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_fchmodat2,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            mode,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    checked(result as isize).map(drop)
+}
+
+/// Gives this thread a file-mode mask (and a working directory) of its own, so that it can set
+/// the mask for one request without touching the process's.
+///
+/// # Errors
+/// What unshare(2) says.
+pub fn unshare_fs_state() -> io::Result<()> {
+    // SAFETY: CLONE_FS only unshares the thread's umask, working directory and root from the
+    // other threads'; no memory or descriptor is affected.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?;
+    Ok(())
+}
+
+/// The path by which this process can reach an O_PATH descriptor's file.
+pub fn proc_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}

@@ -1,0 +1,416 @@
+//! The MMIO transport: virtio 1.2, section 4.2, version 2 of the register layout.
+//!
+//! One window of [`WINDOW_SIZE`] bytes a device. [`MmioTransport`] is the register file and the
+//! status state machine; it is called from vCPU threads, one at a time.
+//!
+//! ```text
+//!            ACKNOWLEDGE      DRIVER        FEATURES_OK       DRIVER_OK
+//!   reset ──────────────▶ ack ──────▶ driver ──────────▶ features ─────────▶ running
+//!     ▲                                        (if the           (queues valid:
+//!     │                                     features fit)          activate)
+//!     └───────────────────────── status = 0 ──────────────────────────┘
+//!   a fault while running sets DEVICE_NEEDS_RESET; only a reset leaves that state
+//! ```
+
+use super::{
+    Activation, ActivateError, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, VirtioDevice,
+    Worker,
+};
+use event_manager::MutEventSubscriber;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use virtio_bindings::virtio_mmio::*;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Size of a device's window in guest physical memory, in bytes.
+pub const WINDOW_SIZE: u64 = 0x1000;
+
+/// Where the driver writes a queue's number to kick it (QueueNotify), from the window's start.
+pub const QUEUE_NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// "virt", little-endian.
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "KOYA", little-endian: section 4.2.2 leaves the number to the vendor.
+const VENDOR: u32 = 0x4159_4f4b;
+/// First queue register that the bindings do not name (QueueReset, section 4.2.2).
+const QUEUE_RESET: u32 = 0x0c0;
+
+/// Runs the workers of active devices: the monitor's event loop, or a test's.
+pub trait EventLoop: Send + Sync {
+    /// Starts to run a worker.
+    ///
+    /// # Errors
+    /// If the loop has ended.
+    fn add(&self, worker: Box<dyn MutEventSubscriber + Send>) -> io::Result<u64>;
+    /// Stops a worker and gives it back; no call to it is under way when this returns.
+    fn remove(&self, id: u64) -> Option<Box<dyn MutEventSubscriber + Send>>;
+}
+
+/// A device's interrupt line, its reasons, and the parts of its status that other threads set.
+struct Line {
+    event: EventFd,
+    reasons: AtomicU32,
+    status: AtomicU32,
+    generation: AtomicU32,
+}
+
+impl Line {
+    fn raise(&self, reason: u32) {
+        self.reasons.fetch_or(reason, Ordering::SeqCst);
+        if let Err(error) = self.event.write(1) {
+            // The counter is full only if the guest never took 2^64 - 1 interrupts.
+            log::error!("cannot raise a virtio interrupt: {error}");
+        }
+    }
+}
+
+impl Interrupt for Line {
+    fn queue(&self, _index: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn config(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn needs_reset(&self) {
+        self.status
+            .fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
+        if self.status.load(Ordering::SeqCst) & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.raise(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+}
+
+/// One device behind its MMIO window.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    memory: Arc<Memory>,
+    event_loop: Arc<dyn EventLoop>,
+    line: Arc<Line>,
+    kicks: Vec<EventFd>,
+    queues: Vec<Queue>,
+    queue_select: u32,
+    features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    worker: Option<u64>,
+    active: bool,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind a window.
+    ///
+    /// # Errors
+    /// If the host gives no event descriptors, or the device asks for a queue size that is not a
+    /// power of two up to 32768.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<Memory>,
+        event_loop: Arc<dyn EventLoop>,
+    ) -> io::Result<Self> {
+        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+        let mut queues = Vec::new();
+        let mut kicks = Vec::new();
+        for size in device.queue_sizes() {
+            let queue = Queue::new(*size);
+            queues.push(queue.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?);
+            kicks.push(event()?);
+        }
+        Ok(Self {
+            device,
+            memory,
+            event_loop,
+            line: Arc::new(Line {
+                event: event()?,
+                reasons: AtomicU32::new(0),
+                status: AtomicU32::new(0),
+                generation: AtomicU32::new(0),
+            }),
+            kicks,
+            queues,
+            queue_select: 0,
+            features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            worker: None,
+            active: false,
+        })
+    }
+
+    /// What raises the device's interrupt: an irqfd.
+    pub fn interrupt_event(&self) -> &EventFd {
+        &self.line.event
+    }
+
+    /// What each queue's kick writes to: ioeventfds at [`QUEUE_NOTIFY_OFFSET`], matched by the
+    /// queue's number.
+    pub fn kick_events(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    /// A read of the window by the driver.
+    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
+            self.device
+                .read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
+            return;
+        }
+        data.fill(0);
+        // Section 4.2.2.2: registers are read by aligned 32-bit accesses, anything else is a
+        // driver's fault and reads as zero.
+        let Ok(word) = <&mut [u8; 4]>::try_from(data) else {
+            return;
+        };
+        *word = self.read_register(offset as u32).to_le_bytes();
+    }
+
+    /// A write to the window by the driver.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
+            // No device of ours has a configuration field that drivers write.
+            return;
+        }
+        let Ok(word) = <[u8; 4]>::try_from(data) else {
+            return;
+        };
+        self.write_register(offset as u32, u32::from_le_bytes(word));
+    }
+
+    /// Stops the device as a reset by its driver would: when the virtual machine ends.
+    pub fn shutdown(&mut self) {
+        self.reset();
+    }
+
+    fn status(&self) -> u32 {
+        self.line.status.load(Ordering::SeqCst)
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(self.queue_select as usize)
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        let features = self.device.features() | COMMON_FEATURES;
+        match offset {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => match self.features_select {
+                0 => features as u32,
+                1 => (features >> 32) as u32,
+                _ => 0,
+            },
+            VIRTIO_MMIO_QUEUE_NUM_MAX => self.selected().map_or(0, |q| q.max_size().into()),
+            VIRTIO_MMIO_QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.reasons.load(Ordering::SeqCst),
+            VIRTIO_MMIO_STATUS => self.status(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.line.generation.load(Ordering::SeqCst),
+            // No shared memory regions: section 4.2.2 says a length of -1.
+            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
+            VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        match offset {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
+            VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => {
+                // Reached only where no ioeventfd caught the write.
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    kick.write(1).ok();
+                }
+            }
+            VIRTIO_MMIO_INTERRUPT_ACK => {
+                self.line.reasons.fetch_and(!value, Ordering::SeqCst);
+            }
+            VIRTIO_MMIO_STATUS => self.set_status(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    /// Section 3.1.1, step 4: features are taken between DRIVER and FEATURES_OK.
+    fn accept_features(&mut self, value: u32) {
+        let status = self.status();
+        let negotiating = status & VIRTIO_CONFIG_S_DRIVER != 0
+            && status & VIRTIO_CONFIG_S_FEATURES_OK == 0;
+        if !negotiating {
+            return;
+        }
+        let value = u64::from(value);
+        match self.driver_features_select {
+            0 => self.driver_features = self.driver_features & !0xffff_ffff | value,
+            1 => self.driver_features = self.driver_features & 0xffff_ffff | value << 32,
+            _ => {}
+        }
+    }
+
+    /// Queues are set up between FEATURES_OK and DRIVER_OK, each until it is ready.
+    fn write_queue_register(&mut self, offset: u32, value: u32) {
+        let status = self.status();
+        let setting_up = status & VIRTIO_CONFIG_S_FEATURES_OK != 0
+            && status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_FAILED) == 0;
+        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else {
+            return;
+        };
+        if !setting_up || (queue.ready() && offset != VIRTIO_MMIO_QUEUE_READY) {
+            return;
+        }
+        match offset {
+            VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+            // VIRTIO_F_RING_RESET is not offered.
+            QUEUE_RESET => {}
+            _ => log::debug!("a driver wrote {value:#x} to register {offset:#x}"),
+        }
+    }
+
+    /// The status state machine (section 2.1): each transition that a driver can ask for.
+    fn set_status(&mut self, value: u32) {
+        const ACK: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+        const DRIVER: u32 = ACK | VIRTIO_CONFIG_S_DRIVER;
+        const FEATURES: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+        const RUNNING: u32 = FEATURES | VIRTIO_CONFIG_S_DRIVER_OK;
+        let old = self.status();
+        let known = old & !VIRTIO_CONFIG_S_NEEDS_RESET;
+        match (known, value & !VIRTIO_CONFIG_S_NEEDS_RESET) {
+            (_, 0) => self.reset(),
+            (_, new) if new & VIRTIO_CONFIG_S_FAILED != 0 => {
+                self.line.status.fetch_or(VIRTIO_CONFIG_S_FAILED, Ordering::SeqCst);
+            }
+            (0, ACK) | (ACK, DRIVER) | (0, DRIVER) => {
+                self.line.status.store(value, Ordering::SeqCst);
+            }
+            (DRIVER, FEATURES) if self.features_fit() => {
+                self.line.status.store(value, Ordering::SeqCst);
+            }
+            // The driver reads the status back and sees that FEATURES_OK is missing.
+            (DRIVER, FEATURES) => log::warn!(
+                "a driver accepted features {:#x}, which were not offered",
+                self.driver_features
+            ),
+            (FEATURES, RUNNING) => {
+                self.line.status.store(value, Ordering::SeqCst);
+                self.activate();
+            }
+            (old, new) if old == new => {}
+            (old, new) => log::warn!("a driver tried to go from status {old:#x} to {new:#x}"),
+        }
+    }
+
+    fn features_fit(&self) -> bool {
+        let offered = self.device.features() | COMMON_FEATURES;
+        self.driver_features & !offered == 0 && self.driver_features & super::F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        if let Err(error) = self.try_activate() {
+            log::error!("cannot start virtio {:?}: {error:?}", self.device.kind());
+            self.line.needs_reset();
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), ActivateError> {
+        let interrupt: Arc<dyn Interrupt> = self.line.clone();
+        let mut queues = Vec::new();
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            let index = index as u16;
+            if !queue.ready() {
+                queues.push(None);
+                continue;
+            }
+            queue.set_event_idx(self.driver_features & super::F_EVENT_IDX != 0);
+            if !rings_in_memory(queue, &self.memory) {
+                return Err(ActivateError::MissingQueue(index));
+            }
+            let state = queue.state();
+            let owned = Queue::try_from(state).map_err(|_| ActivateError::MissingQueue(index))?;
+            let kick = self.kicks[usize::from(index)].try_clone();
+            let kick = kick.map_err(|source| ActivateError::Host {
+                operation: "duplicate an event descriptor",
+                source,
+            })?;
+            queues.push(Some(ActiveQueue::new(
+                index,
+                owned,
+                self.memory.clone(),
+                kick,
+                interrupt.clone(),
+            )));
+        }
+        let worker = self.device.activate(Activation {
+            memory: self.memory.clone(),
+            interrupt,
+            queues,
+            features: self.driver_features,
+        })?;
+        self.active = true;
+        if let Worker::EventLoop(worker) = worker {
+            let id = self
+                .event_loop
+                .add(worker)
+                .map_err(|source| ActivateError::Host {
+                    operation: "reach the event loop",
+                    source,
+                })?;
+            self.worker = Some(id);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
+        if std::mem::take(&mut self.active) {
+            self.device.reset(worker);
+        }
+        for queue in &mut self.queues {
+            queue.reset();
+        }
+        for kick in &self.kicks {
+            // A stale kick must not wake the next driver's worker for nothing.
+            kick.read().ok();
+        }
+        self.queue_select = 0;
+        self.features_select = 0;
+        self.driver_features_select = 0;
+        self.driver_features = 0;
+        self.line.reasons.store(0, Ordering::SeqCst);
+        self.line.status.store(0, Ordering::SeqCst);
+    }
+}
+
+/// Whether all three parts of a queue lie in guest memory, at their alignment.
+fn rings_in_memory(queue: &Queue, memory: &Memory) -> bool {
+    use vm_memory::GuestMemoryBackend;
+    let size = u64::from(queue.size());
+    // Section 2.7: 16 bytes a descriptor; flags, index, and an event index round each ring.
+    let parts = [
+        (queue.desc_table(), 16 * size, 16),
+        (queue.avail_ring(), 6 + 2 * size, 2),
+        (queue.used_ring(), 6 + 8 * size, 4),
+    ];
+    size > 0
+        && parts.iter().all(|(address, len, align)| {
+            address % align == 0 && memory.check_range(GuestAddress(*address), *len as usize)
+        })
+}

@@ -1,0 +1,112 @@
+//! What it takes to run a container: the koya command, the agent in its initramfs, the
+//! guest kernel. They are put together in `target/koya` as they would be installed:
+//! `bin/koya`, `share/koya/vmlinux`, `share/koya/initramfs`.
+
+use crate::rig::Archive;
+use crate::{kernel, proc, setup};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The guest's Rust target: static, with glibc, because the seccomp library is C.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Where the products are.
+pub(crate) struct Products {
+    pub(crate) bin: PathBuf,
+    pub(crate) share: PathBuf,
+}
+
+impl Products {
+    /// The environment in which the products are found.
+    pub(crate) fn env(&self) -> Vec<(String, String)> {
+        let path = std::env::var("PATH").unwrap_or_default();
+        vec![
+            ("PATH".into(), format!("{}:{path}", self.bin.display())),
+            ("KOYA_SHARE".into(), self.share.display().to_string()),
+        ]
+    }
+}
+
+/// `cargo xtask build`
+pub(crate) fn run() -> Result<()> {
+    let products = ensure()?;
+    let size = |path: PathBuf| -> Result<String> {
+        let mib = fs::metadata(&path)?.len() as f64 / (1024.0 * 1024.0);
+        Ok(format!("{} ({mib:.1} MiB)", path.display()))
+    };
+    println!("{}", size(products.bin.join("koya"))?);
+    println!("{}", size(products.share.join("vmlinux"))?);
+    println!("{}", size(products.share.join("initramfs"))?);
+    Ok(())
+}
+
+/// Builds what is out of date and returns where it is.
+pub(crate) fn ensure() -> Result<Products> {
+    setup::ensure()?;
+    let root = proc::checkout();
+    let kernel = kernel::ensure()?;
+    let out = root.join("target/koya");
+    let products = Products {
+        bin: out.join("bin"),
+        share: out.join("share/koya"),
+    };
+    fs::create_dir_all(&products.bin)?;
+    fs::create_dir_all(&products.share)?;
+    install(&kernel.vmlinux, &products.share.join("vmlinux"))?;
+    install(&kernel.bzimage, &products.share.join("bzImage"))?;
+
+    eprintln!("building koya");
+    proc::run(cargo(&root).args(["build", "--release", "--package", "koya"]))?;
+    install(
+        &root.join("target/release/koya"),
+        &products.bin.join("koya"),
+    )?;
+
+    eprintln!("building the agent");
+    proc::run(
+        cargo(&root)
+            .args(["build", "--package", "koya-agent", "--profile", "agent"])
+            // Always with a target named: else the flag would reach procedural macros.
+            .args(["--target", GUEST_TARGET, "--target-dir"])
+            .arg(root.join("target/guest"))
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env("LIBSECCOMP_LINK_TYPE", "static")
+            .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
+    )?;
+    let agent = root.join(format!("target/guest/{GUEST_TARGET}/agent/koya-agent"));
+    let mut archive = Archive::default();
+    archive.file(
+        "init",
+        0o755,
+        &fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?,
+    )?;
+    replace(&products.share.join("initramfs"), &archive.finish()?)?;
+    Ok(products)
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root);
+    cargo
+}
+
+fn install(from: &Path, to: &Path) -> Result<()> {
+    let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    replace(to, &bytes)?;
+    fs::set_permissions(to, fs::metadata(from)?.permissions())?;
+    Ok(())
+}
+
+/// Writes a file beside its place and moves it there: never half a file, and never
+/// "text file busy". Equal content is left alone.
+fn replace(to: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(to).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    let new = to.with_extension("new");
+    fs::write(&new, bytes).with_context(|| format!("cannot write {}", new.display()))?;
+    fs::rename(&new, to)?;
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! `cargo xtask`: the one front door for Koya's builds and tests.
+//!
+//! Each command sets up what it needs, tells what it waits for, and keeps what is
+//! costly in a cache outside the checkout, named by the hash of its inputs.
+
+mod build;
+mod cache;
+mod demo;
+mod kernel;
+mod lint;
+mod proc;
+mod rig;
+mod setup;
+mod suite;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Builds, runs and tests Koya.
+///
+/// A newcomer needs two commands: `cargo xtask demo` and `cargo xtask test`.
+/// What is costly to make (kernels, the rig) is kept under $KOYA_CACHE, by default
+/// ~/.cache/koya.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the Debian packages that builds and tests need (as root; else print the command)
+    Setup,
+    /// Build the guest kernel: an ELF vmlinux and a bzImage (KERNEL_SRC=DIR for another tree)
+    Kernel,
+    /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
+    Build,
+    /// Run a command (or a shell) where there is a real KVM: an emulated host, or this machine
+    Rig(rig::RigArgs),
+    /// Run a busybox container in a virtual machine and show its `uname -a`
+    Demo,
+    /// Run every test: lints, unit tests, tiny guests, Linux guests in the rig
+    Test(suite::TestArgs),
+    /// Formatting, clippy, and a check of the aarch64 build
+    Lint,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Setup => setup::run().map(|()| 0),
+        Command::Kernel => kernel::run().map(|()| 0),
+        Command::Build => build::run().map(|()| 0),
+        Command::Rig(args) => rig::run(args),
+        Command::Demo => demo::run(),
+        Command::Test(args) => suite::run(&args).map(|()| 0),
+        Command::Lint => lint::run().map(|()| 0),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,56 @@
+#!/bin/busybox sh
+# PID 1 of the rig: an emulated host with a real KVM, over the machine's own files.
+# The files are read-only below and a tmpfs above, so nothing outside is changed.
+B=/bin/busybox
+$B mkdir -p /proc /sys /dev /host /upper /new
+$B mount -t proc proc /proc
+$B mount -t sysfs sys /sys
+$B mount -t devtmpfs dev /dev
+port() {
+    for p in /sys/class/virtio-ports/*; do
+        if [ "$($B cat "$p/name" 2>/dev/null)" = "$1" ]; then echo "dev/${p##*/}"; return; fi
+    done
+}
+# Relative names: /dev moves below, and the working directory with it.
+cd /
+STATUS=$(port status) STDIN=$(port stdin) STDOUT=$(port stdout) STDERR=$(port stderr)
+finish() {
+    echo "$1" > "$STATUS"
+    $B sync
+    $B poweroff -f
+}
+for m in $($B cat /modules/order); do
+    $B insmod "/modules/$m" || finish "failed: module $m"
+done
+$B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /host \
+    || finish "failed: no 9p root"
+$B mount -t tmpfs -o size=75% upper /upper
+$B mkdir /upper/up /upper/work
+$B mount -t overlay -o lowerdir=/host,upperdir=/upper/up,workdir=/upper/work new /new \
+    || finish "failed: no overlay"
+cd /new || finish "failed: no root"
+for d in proc sys dev; do $B mkdir -p $d; $B mount --move /$d $d; done
+$B mkdir -p dev/pts dev/shm
+$B mount -t devpts -o ptmxmode=0666,mode=0620,gid=5 devpts dev/pts
+$B rm -f dev/ptmx; $B ln -s pts/ptmx dev/ptmx
+$B ln -sf /proc/self/fd dev/fd
+$B ln -sf /proc/self/fd/0 dev/stdin
+$B ln -sf /proc/self/fd/1 dev/stdout
+$B ln -sf /proc/self/fd/2 dev/stderr
+$B mount -t tmpfs shm dev/shm
+$B mount -t tmpfs run run
+$B mount -t tmpfs tmp tmp
+$B mount -t cgroup2 cgroup2 sys/fs/cgroup
+$B mkdir -p run/koya-rig run/scratch
+$B mount -t ext4 dev/vda run/scratch || finish "failed: no scratch disk"
+$B cp /job/run run/koya-rig/run
+$B ip link set lo up
+$B hostname rig
+echo ready > "$STATUS"
+if [ -e /job/interactive ]; then
+    export TERM="$($B cat /job/interactive)"
+    $B setsid -c $B chroot /new /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1
+else
+    $B chroot /new /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR"
+fi
+finish "exit $?"

@@ -1,0 +1,86 @@
+//! The Debian packages that builds and tests need.
+
+use crate::proc;
+use anyhow::{Result, bail};
+use std::process::{Command, Stdio};
+
+/// Package, and why it is needed.
+const PACKAGES: &[(&str, &str)] = &[
+    ("gcc", "the guest kernel, linking"),
+    ("make", "the guest kernel"),
+    ("flex", "the guest kernel's configuration"),
+    ("bison", "the guest kernel's configuration"),
+    ("bc", "the guest kernel"),
+    ("libelf-dev", "the guest kernel's objtool"),
+    ("xz-utils", "unpacking sources and modules"),
+    ("zstd", "the bzImage"),
+    ("kmod", "the rig's module dependencies"),
+    ("linux-source-6.12", "the guest kernel's source"),
+    ("libseccomp-dev", "the agent's seccomp filters"),
+    ("qemu-system-x86", "the rig"),
+    ("busybox-static", "the rig's init and the demo's container"),
+    ("e2fsprogs", "the rig's scratch disk"),
+];
+
+/// Installs what is missing when root; otherwise says what to type.
+pub(crate) fn run() -> Result<()> {
+    let missing = missing()?;
+    if missing.is_empty() {
+        eprintln!("setup: every package is there");
+        return Ok(());
+    }
+    install(&missing)
+}
+
+/// As [`run`], but silent when nothing is missing: the first step of other commands.
+pub(crate) fn ensure() -> Result<()> {
+    let missing = missing()?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    install(&missing)
+}
+
+fn missing() -> Result<Vec<&'static str>> {
+    let mut missing = Vec::new();
+    for (package, _) in PACKAGES {
+        let out = Command::new("dpkg-query")
+            .args(["-W", "-f=${db:Status-Status}", package])
+            .stderr(Stdio::null())
+            .output();
+        match out {
+            Ok(out) if out.stdout == b"installed" => {}
+            Ok(_) => missing.push(*package),
+            Err(error) => bail!("cannot run dpkg-query (Koya's builds expect Debian 12): {error}"),
+        }
+    }
+    Ok(missing)
+}
+
+fn install(missing: &[&str]) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!(
+            "packages are missing; as root: apt-get update && apt-get install --no-install-recommends {}",
+            missing.join(" ")
+        );
+    }
+    for (package, why) in PACKAGES.iter().filter(|(p, _)| missing.contains(p)) {
+        eprintln!("setup: {package} is missing ({why})");
+    }
+    let log = std::env::temp_dir().join(format!("koya-setup-{}.log", std::process::id()));
+    proc::long(
+        "apt-get update",
+        Command::new("apt-get").args(["-q", "update"]),
+        &log,
+    )?;
+    proc::long(
+        "apt-get install",
+        Command::new("apt-get")
+            .args(["-q", "-y", "install", "--no-install-recommends"])
+            .args(missing)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+        &log,
+    )?;
+    std::fs::remove_file(&log).ok();
+    Ok(())
+}
