@@ -228,7 +228,10 @@ impl Driver {
     /// # Panics
     /// Never with test memory.
     pub fn used(&mut self) -> Vec<(u16, u32)> {
-        let index: u16 = self.memory.read_obj(GuestAddress(USED + 2)).expect("memory");
+        let index: u16 = self
+            .memory
+            .read_obj(GuestAddress(USED + 2))
+            .expect("memory");
         let mut out = Vec::new();
         while self.seen_used != index {
             let slot = u64::from(self.seen_used % self.size);

@@ -1,1 +1,50 @@
-//! placeholder
+//! A KVM virtual machine monitor as a library.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use koya_vmm::{Vm, VmConfig};
+//!
+//! let config = VmConfig::new("vmlinux");
+//! let vm = Vm::builder(config.check()?).console(std::io::stdout()).start()?;
+//! println!("the guest ended: {}", vm.wait());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The way through
+//! [`VmConfig`] (plain data) → [`VmConfig::check`] → [`Spec`] (cannot be wrong) → [`VmBuilder`]
+//! (a recipe of steps) → [`Vm`] (owns everything) → one thread a vCPU and one event loop → the
+//! first [`ExitReason`] ends it → threads joined, descriptors closed, memory unmapped.
+//!
+//! # What the library never does
+//! It touches nothing process-wide: no signal handler, working directory, umask, resource limit
+//! or dumpable flag. vCPU threads are kicked by a signal that is blocked in them and open only
+//! inside KVM_RUN, so that no handler is needed (see [`kvm::Vcpu`]).
+//!
+//! # Threads and locks
+//! - vCPU threads: KVM_RUN, and on an exit the [`bus`] to one device, under that device's lock.
+//! - the event loop: workers of active devices. It takes no device's bus lock, so that a vCPU
+//!   may wait for the loop while it holds one.
+//! - the owner's threads: [`Vm`] and [`VmHandle`].
+
+pub mod arch;
+mod builder;
+pub mod bus;
+mod config;
+mod event_loop;
+mod exit;
+#[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
+pub mod kvm;
+mod memory;
+mod panic_log;
+mod vcpu;
+mod vm;
+
+pub use builder::{StartError, VmBuilder};
+pub use config::{
+    Boot, ConfigError, KernelFormat, MAX_CPUS, MAX_MEMORY_MIB, MIN_MEMORY_MIB, Spec, VmConfig,
+};
+pub use exit::ExitReason;
+pub use koya_devices as devices;
+pub use memory::MemoryError;
+pub use vm::{Vm, VmHandle};

@@ -27,7 +27,10 @@ pub(crate) fn run() -> Result<u8> {
     println!("guest:");
     let running = Instant::now();
     let code = if rig::hardware_kvm() {
-        let status = Command::new(&command[0]).args(&command[1..]).envs(env).status()?;
+        let status = Command::new(&command[0])
+            .args(&command[1..])
+            .envs(env)
+            .status()?;
         status.code().map_or(128, |c| c as u8)
     } else {
         let limits = rig::Limits {

@@ -43,7 +43,12 @@ pub(crate) fn ensure() -> Result<Kernel> {
                 p.file_name()
                     .is_some_and(|n| n.to_string_lossy().starts_with(prefix))
             })
-            .with_context(|| format!("{} has no {prefix}*; remove it to build anew", dir.display()))
+            .with_context(|| {
+                format!(
+                    "{} has no {prefix}*; remove it to build anew",
+                    dir.display()
+                )
+            })
     };
     Ok(Kernel {
         vmlinux: file("vmlinux-")?,
@@ -164,9 +169,7 @@ fn build(source: &Source, wanted: &BTreeMap<String, String>, key: &str, out: &Pa
     };
     proc::long(
         "configuring the guest kernel",
-        make()
-            .arg("allnoconfig")
-            .env("KCONFIG_ALLCONFIG", &all),
+        make().arg("allnoconfig").env("KCONFIG_ALLCONFIG", &all),
         &log,
     )?;
     verify(wanted, &fs::read_to_string(objects.join(".config"))?)?;

@@ -15,7 +15,14 @@ pub(crate) fn run() -> Result<()> {
     eprintln!("lint: formatting");
     proc::run(cargo().args(["fmt", "--all", "--check"]))?;
     eprintln!("lint: clippy");
-    proc::run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    proc::run(cargo().args([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
     Ok(())
 }
 
@@ -25,7 +32,5 @@ pub(crate) fn has_target(target: &str) -> bool {
         .args(["--print", "target-libdir", "--target", target])
         .stderr(Stdio::null())
         .output()
-        .is_ok_and(|out| {
-            std::path::Path::new(String::from_utf8_lossy(&out.stdout).trim()).is_dir()
-        })
+        .is_ok_and(|out| std::path::Path::new(String::from_utf8_lossy(&out.stdout).trim()).is_dir())
 }

@@ -39,7 +39,6 @@ $B ln -sf /proc/self/fd/1 dev/stdout
 $B ln -sf /proc/self/fd/2 dev/stderr
 $B mount -t tmpfs shm dev/shm
 $B mount -t tmpfs run run
-$B mount -t tmpfs tmp tmp
 $B mount -t cgroup2 cgroup2 sys/fs/cgroup
 $B mkdir -p run/koya-rig run/scratch
 $B mount -t ext4 dev/vda run/scratch || finish "failed: no scratch disk"

@@ -8,8 +8,8 @@
 use crate::{build, cache, kernel, proc, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use rustix::pipe::{PipeFlags, pipe_with};
 use cpio::{NewcBuilder, newc};
+use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,7 +22,16 @@ const INIT: &str = include_str!("rig-init.sh");
 
 /// What the rig's kernel loads, in dependency order found by depmod: KVM, the root file
 /// system, the scratch disk, and tap devices.
-const MODULES: &[&str] = &["kvm-amd", "9p", "9pnet_virtio", "overlay", "virtio_blk", "crc32c_generic", "ext4", "tun"];
+const MODULES: &[&str] = &[
+    "kvm-amd",
+    "9p",
+    "9pnet_virtio",
+    "overlay",
+    "virtio_blk",
+    "crc32c_generic",
+    "ext4",
+    "tun",
+];
 
 /// Size of the scratch disk: sparse, for file-system tests.
 const SCRATCH_BYTES: u64 = 10 << 30;
@@ -104,7 +113,11 @@ pub(crate) fn hardware_kvm() -> bool {
         .find(|l| l.starts_with("flags"))
         .unwrap_or_default();
     let cpu = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
-    cpu && File::options().read(true).write(true).open("/dev/kvm").is_ok()
+    cpu && File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
 }
 
 fn run_here(command: &[String], env: &[(String, String)]) -> Result<u8> {
@@ -193,7 +206,12 @@ fn build_host(package: &str, out: &Path) -> Result<()> {
         .context("the kernel package has no modules")??
         .file_name();
     let release = release.to_string_lossy().into_owned();
-    proc::run(Command::new("/sbin/depmod").arg("-b").arg(&tree).arg(&release))?;
+    proc::run(
+        Command::new("/sbin/depmod")
+            .arg("-b")
+            .arg(&tree)
+            .arg(&release),
+    )?;
     fs::copy(
         tree.join(format!("boot/vmlinuz-{release}")),
         out.join("vmlinuz"),
@@ -454,7 +472,10 @@ impl Qemu {
                     None => bail!("the rig did not come up: {line}"),
                 },
                 Err(mpsc::RecvTimeoutError::Timeout) if ready => {
-                    bail!("the rig was stopped after {} s (--timeout)", limit.as_secs())
+                    bail!(
+                        "the rig was stopped after {} s (--timeout)",
+                        limit.as_secs()
+                    )
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => bail!(
                     "the rig was not ready after {} s",

@@ -208,4 +208,3 @@ fn slices<'m>(
     }
     Ok(out)
 }
-

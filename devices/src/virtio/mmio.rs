@@ -13,7 +13,7 @@
 //! ```
 
 use super::{
-    Activation, ActivateError, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, VirtioDevice,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, VirtioDevice,
     Worker,
 };
 use event_manager::MutEventSubscriber;
@@ -246,8 +246,8 @@ impl MmioTransport {
     /// Section 3.1.1, step 4: features are taken between DRIVER and FEATURES_OK.
     fn accept_features(&mut self, value: u32) {
         let status = self.status();
-        let negotiating = status & VIRTIO_CONFIG_S_DRIVER != 0
-            && status & VIRTIO_CONFIG_S_FEATURES_OK == 0;
+        let negotiating =
+            status & VIRTIO_CONFIG_S_DRIVER != 0 && status & VIRTIO_CONFIG_S_FEATURES_OK == 0;
         if !negotiating {
             return;
         }
@@ -296,7 +296,9 @@ impl MmioTransport {
         match (known, value & !VIRTIO_CONFIG_S_NEEDS_RESET) {
             (_, 0) => self.reset(),
             (_, new) if new & VIRTIO_CONFIG_S_FAILED != 0 => {
-                self.line.status.fetch_or(VIRTIO_CONFIG_S_FAILED, Ordering::SeqCst);
+                self.line
+                    .status
+                    .fetch_or(VIRTIO_CONFIG_S_FAILED, Ordering::SeqCst);
             }
             (0, ACK) | (ACK, DRIVER) | (0, DRIVER) => {
                 self.line.status.store(value, Ordering::SeqCst);

@@ -139,7 +139,10 @@ impl ActiveQueue {
 
     /// Tells the driver that its device stopped because of what the driver did.
     pub fn fail(&self, error: &QueueError) {
-        log::error!("virtio queue {}: {error:?}; the device needs a reset", self.index);
+        log::error!(
+            "virtio queue {}: {error:?}; the device needs a reset",
+            self.index
+        );
         self.interrupt.needs_reset();
     }
 

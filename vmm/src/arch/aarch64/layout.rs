@@ -1,0 +1,30 @@
+//! The guest's physical memory on aarch64: memory from 2 GiB on, devices below it.
+
+use super::super::MmioSlot;
+
+const MEMORY_START: u64 = 0x8000_0000;
+const MMIO_WINDOWS: u64 = 0x4000_0000;
+/// First shared peripheral interrupt for a virtio device.
+const FIRST_IRQ: u32 = 32;
+
+/// Where the kernel leaves its last words.
+pub const PANIC_LOG: u64 = MEMORY_START;
+/// Size of the panic log, in bytes.
+pub const PANIC_LOG_SIZE: u64 = 0x1_0000;
+/// The serial port's interrupt.
+pub const SERIAL_IRQ: u32 = FIRST_IRQ - 1;
+/// How many virtio devices a guest can have.
+pub const MAX_DEVICES: usize = 64;
+
+/// The window and interrupt of device `index`; none beyond [`MAX_DEVICES`].
+pub fn device_slot(index: usize) -> Option<MmioSlot> {
+    (index < MAX_DEVICES).then(|| MmioSlot {
+        address: MMIO_WINDOWS + 0x1000 * index as u64,
+        irq: FIRST_IRQ + index as u32,
+    })
+}
+
+/// Where `bytes` of memory lie.
+pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
+    vec![(MEMORY_START, bytes)]
+}

@@ -1,0 +1,132 @@
+//! What a vCPU says of itself: KVM's supported set, with the topology of this guest.
+//!
+//! Leaves: Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
+
+use super::super::ArchError;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+const VMX: u32 = 1 << 5;
+const TSC_DEADLINE: u32 = 1 << 24;
+const HYPERVISOR: u32 = 1 << 31;
+const SVM: u32 = 1 << 2;
+const HTT: u32 = 1 << 28;
+
+/// The leaves of vCPU `index` of `cpus`: one package, one thread a core.
+pub(super) fn for_vcpu(kvm: &Kvm, index: u32, cpus: u32) -> Result<CpuId, ArchError> {
+    let mut cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(ArchError::kvm("list the features it supports"))?;
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    for entry in cpuid.as_mut_slice() {
+        set_entry(entry, index, cpus, deadline);
+    }
+    Ok(cpuid)
+}
+
+fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool) {
+    // Bits that number a core inside the package.
+    let core_bits = cpus.next_power_of_two().trailing_zeros();
+    match entry.function {
+        1 => {
+            // APIC number, number of APIC numbers in the package, CLFLUSH size as it is.
+            entry.ebx = entry.ebx & 0xff00 | index << 24 | (1 << core_bits) << 16;
+            // No guest inside the guest yet: nested virtualization is refused, not half there.
+            entry.ecx &= !VMX;
+            entry.ecx |= HYPERVISOR;
+            if deadline {
+                entry.ecx |= TSC_DEADLINE;
+            }
+            if cpus > 1 {
+                entry.edx |= HTT;
+            } else {
+                entry.edx &= !HTT;
+            }
+        }
+        // Deterministic cache parameters: caches up to L2 are a core's, L3 is the package's.
+        4 => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 {
+                (1u32 << core_bits) - 1
+            } else {
+                0
+            };
+            entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << core_bits) - 1) << 26;
+        }
+        // Extended topology: level 0 threads, level 1 cores.
+        0xb | 0x1f => {
+            entry.edx = index;
+            (entry.eax, entry.ebx, entry.ecx) = match entry.index {
+                0 => (0, 1, 1 << 8),
+                1 => (core_bits, cpus, 2 << 8 | 1),
+                n => (0, 0, n),
+            };
+        }
+        0x8000_0001 => entry.ecx &= !SVM,
+        // Number of threads, and bits of the APIC number that number them.
+        0x8000_0008 => entry.ecx = core_bits << 12 | (cpus - 1),
+        // AMD cache topology.
+        0x8000_001d => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 { cpus - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharing << 14;
+        }
+        // AMD extended APIC number, core number, node.
+        0x8000_001e => {
+            entry.eax = index;
+            entry.ebx = entry.ebx & !0xffff | index & 0xff;
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            ecx: VMX | SVM,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_apic_number_everywhere() {
+        for index in [0, 1, 31] {
+            let mut leaf = entry(1, 0);
+            set_entry(&mut leaf, index, 32, true);
+            assert_eq!(leaf.ebx >> 24, index);
+            assert_eq!(leaf.ebx >> 16 & 0xff, 32);
+            for function in [0xb, 0x1f] {
+                let mut leaf = entry(function, 1);
+                set_entry(&mut leaf, index, 32, true);
+                assert_eq!((leaf.edx, leaf.eax, leaf.ebx), (index, 5, 32));
+            }
+            let mut leaf = entry(0x8000_001e, 0);
+            set_entry(&mut leaf, index, 32, true);
+            assert_eq!(leaf.eax, index);
+        }
+    }
+
+    #[test]
+    fn nested_virtualization_is_not_offered() {
+        let mut leaf = entry(1, 0);
+        set_entry(&mut leaf, 0, 1, false);
+        assert_eq!(leaf.ecx & VMX, 0);
+        assert_eq!(leaf.ecx & TSC_DEADLINE, 0);
+        let mut leaf = entry(0x8000_0001, 0);
+        set_entry(&mut leaf, 0, 1, false);
+        assert_eq!(leaf.ecx & SVM, 0);
+    }
+
+    #[test]
+    fn three_cpus_take_two_bits() {
+        let mut leaf = entry(0xb, 1);
+        set_entry(&mut leaf, 2, 3, true);
+        assert_eq!((leaf.eax, leaf.ebx), (2, 3));
+    }
+}

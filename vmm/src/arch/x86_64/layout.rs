@@ -1,0 +1,109 @@
+//! The guest's physical memory on x86_64.
+//!
+//! ```text
+//! 0x0000_0500  GDT, then IDT: only until the kernel loads its own
+//! 0x0000_7000  boot parameters ("zero page")
+//! 0x0000_8ff0  boot stack, growing down
+//! 0x0000_9000  page tables of the first GiB, three pages
+//! 0x0002_0000  kernel command line
+//! 0x0009_fc00  MP table; where kernels look for it (end of base memory)
+//! 0x000a_0000  hole of the PC's video memory and ROMs
+//! 0x0010_0000  panic log, reserved: the kernel's last words (ramoops)
+//! 0x0020_0000  memory; the kernel is linked at 0x100_0000
+//! ............  the initramfs as high as it fits below the hole
+//! 0xc000_0000  hole for devices, up to 4 GiB
+//! 0xd000_0000  virtio-mmio windows, 4 KiB each
+//! 0xfec0_0000  IOAPIC
+//! 0xfee0_0000  local APICs
+//! 0xfffb_c000  KVM's identity map and task state segment
+//! 0x1_0000_0000  the rest of memory
+//! ```
+
+use super::super::MmioSlot;
+
+pub(super) const BOOT_GDT: u64 = 0x500;
+pub(super) const BOOT_IDT: u64 = 0x520;
+pub(super) const ZERO_PAGE: u64 = 0x7000;
+pub(super) const BOOT_STACK: u64 = 0x8ff0;
+pub(super) const PML4: u64 = 0x9000;
+pub(super) const PDPTE: u64 = 0xa000;
+pub(super) const PDE: u64 = 0xb000;
+pub(super) const CMDLINE: u64 = 0x2_0000;
+/// Room for the command line, its terminator included.
+pub(super) const CMDLINE_SIZE: usize = 0x1_0000;
+pub(super) const MPTABLE: u64 = 0x9_fc00;
+pub(super) const EBDA_END: u64 = 0xa_0000;
+pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Where the kernel leaves its last words.
+pub const PANIC_LOG: u64 = HIGH_MEMORY;
+/// Size of the panic log, in bytes: two records of half of it.
+pub const PANIC_LOG_SIZE: u64 = 0x1_0000;
+/// Where a bzImage is loaded.
+pub(super) const BZIMAGE: u64 = 0x100_0000;
+
+/// First address that is not memory below 4 GiB.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// Where memory goes on.
+pub const HOLE_END: u64 = 0x1_0000_0000;
+
+const MMIO_WINDOWS: u64 = 0xd000_0000;
+pub(super) const IOAPIC: u32 = 0xfec0_0000;
+pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
+pub(super) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+pub(super) const KVM_TSS: u64 = 0xfffb_d000;
+
+/// First interrupt for a virtio device: 0 to 4 belong to the PC (timer, keyboard, cascade,
+/// serial ports).
+const FIRST_IRQ: u32 = 5;
+/// The IOAPIC's last pin.
+pub(super) const LAST_IRQ: u32 = 23;
+/// The serial port's interrupt.
+pub const SERIAL_IRQ: u32 = 4;
+
+/// How many virtio devices a guest can have: one interrupt each.
+pub const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ + 1) as usize;
+
+/// The window and interrupt of device `index`; none beyond [`MAX_DEVICES`].
+pub fn device_slot(index: usize) -> Option<MmioSlot> {
+    (index < MAX_DEVICES).then(|| MmioSlot {
+        address: MMIO_WINDOWS + 0x1000 * index as u64,
+        irq: FIRST_IRQ + index as u32,
+    })
+}
+
+/// Where `bytes` of memory lie: below the hole, and above it what does not fit.
+pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
+    if bytes <= HOLE_START {
+        return vec![(0, bytes)];
+    }
+    vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_round_the_hole_and_none_is_lost() {
+        for gib in [1, 3, 4, 64] {
+            let bytes = gib << 30;
+            let ranges = memory_ranges(bytes);
+            assert_eq!(ranges.iter().map(|r| r.1).sum::<u64>(), bytes);
+            for (start, len) in ranges {
+                assert!(start + len <= HOLE_START || start >= HOLE_END);
+            }
+        }
+    }
+
+    #[test]
+    fn devices_have_windows_in_the_hole_and_interrupts_of_their_own() {
+        let slots: Vec<_> = (0..MAX_DEVICES).map(|i| device_slot(i).unwrap()).collect();
+        for (n, slot) in slots.iter().enumerate() {
+            assert!((HOLE_START..u64::from(IOAPIC)).contains(&slot.address));
+            assert!(slot.irq <= LAST_IRQ && slot.irq != SERIAL_IRQ);
+            assert!(slots[..n].iter().all(|s| s.irq != slot.irq));
+        }
+        assert_eq!(device_slot(MAX_DEVICES), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! x86_64: a PC without firmware, PCI or ACPI. The kernel is entered in long mode by the 64-bit
+//! Linux boot protocol (Documentation/arch/x86/boot.rst), and finds its CPUs and interrupts in
+//! an MP table, its devices on the command line.
+
+mod boot;
+mod cpuid;
+pub mod layout;
+mod mptable;
+mod regs;
+
+use super::ArchError;
+use crate::config::KernelFormat;
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+
+pub use boot::load;
+
+/// What the guest's kernel is told in any case: how it ends, and what not to look for.
+pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
+     random.trust_cpu=on rcupdate.rcu_expedited=1";
+
+/// Which kind of kernel begins with `head`; else what the file is.
+///
+/// # Errors
+/// A sentence for the user.
+pub fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
+    const ELF: &[u8] = b"\x7fELF";
+    const MACHINE_X86_64: u16 = 62;
+    if head.starts_with(ELF) {
+        let machine = head.get(18..20).map(|m| u16::from_le_bytes([m[0], m[1]]));
+        return match machine {
+            Some(MACHINE_X86_64) => Ok(KernelFormat::Elf),
+            Some(183) => Err("is an aarch64 kernel, this machine is x86_64".into()),
+            other => Err(format!("is an ELF file of machine {other:?}, not x86_64")),
+        };
+    }
+    if head.get(0x202..0x206) == Some(b"HdrS") {
+        return Ok(KernelFormat::BzImage);
+    }
+    if head.get(56..60) == Some(b"ARM\x64") {
+        return Err("is an aarch64 kernel, this machine is x86_64".into());
+    }
+    Err("is neither an ELF vmlinux nor a bzImage".into())
+}
+
+/// The interrupt controllers, and a PIT where the host's KVM has no TSC deadline timer.
+///
+/// # Errors
+/// What KVM refused.
+pub fn prepare_vm(kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
+    vm.set_tss_address(layout::KVM_TSS as usize)
+        .map_err(ArchError::kvm("place its task state segment"))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(ArchError::kvm("place its identity map"))?;
+    vm.create_irq_chip()
+        .map_err(ArchError::kvm("make the interrupt controllers"))?;
+    if !kvm.check_extension(Cap::TscDeadlineTimer) {
+        let config = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(config)
+            .map_err(ArchError::kvm("make the interval timer"))?;
+    }
+    Ok(())
+}
+
+/// A vCPU's features, model-specific registers and local APIC: what it has at power-on.
+///
+/// # Errors
+/// What KVM refused.
+pub fn prepare_vcpu(kvm: &Kvm, vcpu: &VcpuFd, index: u32, cpus: u32) -> Result<(), ArchError> {
+    let cpuid = cpuid::for_vcpu(kvm, index, cpus)?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(ArchError::kvm("set a vCPU's features"))?;
+    regs::set_msrs(vcpu)?;
+    regs::set_fpu(vcpu)?;
+    regs::set_lapic(vcpu)
+}
+
+/// Where the first vCPU starts; the others wait for the kernel to wake them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Long mode, by the 64-bit boot protocol.
+    Linux64 {
+        /// Guest physical address of the first instruction.
+        rip: u64,
+    },
+    /// Real mode at address 0, for flat code.
+    Real,
+}
+
+/// Sets the first vCPU's registers.
+///
+/// # Errors
+/// What KVM refused.
+pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
+    match entry {
+        Entry::Linux64 { rip } => regs::enter_long_mode(vcpu, rip),
+        Entry::Real => regs::enter_real_mode(vcpu),
+    }
+}
+
+/// Tells a guest that goes on after a pause that time passed without it (KVM_KVMCLOCK_CTRL), so
+/// that its watchdogs stay calm. A guest without a kvmclock has nobody to tell.
+pub fn after_pause(vcpu: &VcpuFd) {
+    if let Err(error) = vcpu.kvmclock_ctrl() {
+        log::debug!("KVM_KVMCLOCK_CTRL: {error}");
+    }
+}
+
+/// The registers that matter in a report of a failed vCPU.
+pub fn describe_vcpu(vcpu: &VcpuFd) -> String {
+    match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => format!(
+            "rip={:#x} rsp={:#x} rflags={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} cr0={:#x} \
+             cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x} cs={:#x}",
+            regs.rip,
+            regs.rsp,
+            regs.rflags,
+            regs.rax,
+            regs.rbx,
+            regs.rcx,
+            regs.rdx,
+            sregs.cr0,
+            sregs.cr2,
+            sregs.cr3,
+            sregs.cr4,
+            sregs.efer,
+            sregs.cs.selector
+        ),
+        _ => "registers can't be read".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_apart() {
+        let mut bz = vec![0; 0x210];
+        bz[0x202..0x206].copy_from_slice(b"HdrS");
+        assert_eq!(kernel_format(&bz), Ok(KernelFormat::BzImage));
+        assert!(kernel_format(b"#!/bin/sh").unwrap_err().contains("neither"));
+        assert!(kernel_format(b"").is_err());
+    }
+}

@@ -1,0 +1,248 @@
+//! From a checked [`Spec`] to a running [`Vm`]: a recipe of named steps. Every virtio device is
+//! attached by the one path in [`attach`].
+
+use crate::arch::{self, ArchError};
+use crate::bus::Bus;
+use crate::config::Spec;
+use crate::event_loop::LoopThread;
+use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
+use crate::memory::{self, MemoryError};
+use crate::panic_log;
+use crate::vcpu::{self, Gate};
+use crate::vm::Vm;
+use koya_devices::legacy::{ResetLine, SerialPort};
+use koya_devices::rng::Rng;
+use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
+use koya_devices::virtio::{Memory, VirtioDevice};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd};
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use thiserror::Error;
+
+/// Why a virtual machine did not start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// No KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM refused, or the kernel does not load.
+    #[error(transparent)]
+    Arch(#[from] ArchError),
+    /// More devices than there are interrupts.
+    #[error("a guest can have {max} virtio devices, {asked} were asked for")]
+    TooManyDevices {
+        /// How many there are.
+        asked: usize,
+        /// How many there can be.
+        max: usize,
+    },
+    /// The host refused a thread or a descriptor.
+    #[error("cannot {operation}")]
+    Host {
+        /// What was tried.
+        operation: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn host(operation: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Host { operation, source }
+}
+
+/// What a virtual machine is built of.
+pub struct VmBuilder {
+    spec: Spec,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    console: Box<dyn Write + Send>,
+}
+
+impl VmBuilder {
+    pub(crate) fn new(spec: Spec) -> Self {
+        Self {
+            spec,
+            devices: Vec::new(),
+            console: Box::new(io::sink()),
+        }
+    }
+
+    /// Adds a virtio device; devices appear in the guest in the order in which they are added.
+    #[must_use]
+    pub fn device(mut self, device: impl VirtioDevice + 'static) -> Self {
+        self.devices.push(Box::new(device));
+        self
+    }
+
+    /// Where the serial console's output goes. Default: nowhere.
+    #[must_use]
+    pub fn console(mut self, output: impl Write + Send + 'static) -> Self {
+        self.console = Box::new(output);
+        self
+    }
+
+    /// Builds the virtual machine and lets it run.
+    ///
+    /// # Errors
+    /// What was missing or refused; nothing is left behind.
+    pub fn start(self) -> Result<Vm, StartError> {
+        let vm = self.start_paused()?;
+        vm.handle().resume();
+        Ok(vm)
+    }
+
+    /// Builds the virtual machine; its vCPUs wait for [`VmHandle::resume`](crate::VmHandle::resume).
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_paused(mut self) -> Result<Vm, StartError> {
+        let kvm = kvm::open()?;
+        let memory = Arc::new(memory::reserve(self.spec.memory_bytes)?);
+        let machine = Machine::new(&kvm, memory.clone())
+            .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
+        // Interrupt controllers come before vCPUs and before anything that raises interrupts.
+        arch::prepare_vm(&kvm, machine.fd())?;
+        let event_loop = LoopThread::start().map_err(host("start the event loop"))?;
+
+        let mut bus = Bus::default();
+        bus.set_reset(ResetLine::new().map_err(host("make the reset line"))?);
+        let serial = self.attach_serial(&machine, &mut bus)?;
+        let words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
+
+        let base = self.base_cmdline();
+        let cpus = self.spec.cpus;
+        let entry = arch::load(&memory, &mut self.spec.boot, cpus, &base, &words)?;
+        let vcpus = make_vcpus(&kvm, &machine, cpus)?;
+        arch::set_entry(&vcpus[0], entry)?;
+
+        let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
+        let gate = Arc::new(Gate::new(kickers.clone()));
+        let bus = Arc::new(bus);
+        let mut vm = Vm::new(
+            machine,
+            memory,
+            event_loop,
+            bus.clone(),
+            gate.clone(),
+            serial,
+        );
+        for (index, (fd, kicker)) in vcpus.into_iter().zip(kickers).enumerate() {
+            // From here on dropping `vm` ends and joins the threads that exist.
+            vm.add_thread(spawn_vcpu(index, fd, kicker, &gate, &bus)?);
+        }
+        Ok(vm)
+    }
+
+    fn attach_serial(
+        &mut self,
+        machine: &Machine,
+        bus: &mut Bus,
+    ) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
+        if !self.spec.serial {
+            return Ok(None);
+        }
+        let output = std::mem::replace(&mut self.console, Box::new(io::sink()));
+        let port = SerialPort::new(output).map_err(host("make the serial port"))?;
+        machine
+            .fd()
+            .register_irqfd(port.interrupt_event(), arch::layout::SERIAL_IRQ)
+            .map_err(ArchError::kvm("connect the serial port's interrupt"))?;
+        let port = Arc::new(Mutex::new(port));
+        bus.set_serial(port.clone());
+        Ok(Some(port))
+    }
+
+    fn attach_devices(
+        &mut self,
+        machine: &Machine,
+        memory: &Arc<Memory>,
+        event_loop: &LoopThread,
+        bus: &mut Bus,
+    ) -> Result<Vec<String>, StartError> {
+        let mut devices = std::mem::take(&mut self.devices);
+        if self.spec.entropy {
+            devices.push(Box::new(Rng));
+        }
+        let asked = devices.len();
+        let mut words = Vec::new();
+        for (index, device) in devices.into_iter().enumerate() {
+            let Some(slot) = arch::layout::device_slot(index) else {
+                let max = arch::layout::MAX_DEVICES;
+                return Err(StartError::TooManyDevices { asked, max });
+            };
+            let transport = MmioTransport::new(device, memory.clone(), event_loop.handle.clone())
+                .map_err(host("make a virtio device"))?;
+            attach(machine, &transport, slot)?;
+            words.push(format!(
+                "virtio_mmio.device=4K@{:#x}:{}",
+                slot.address, slot.irq
+            ));
+            bus.add_window(slot.address, Arc::new(Mutex::new(transport)));
+        }
+        Ok(words)
+    }
+
+    fn base_cmdline(&self) -> String {
+        let console = if self.spec.serial {
+            "console=ttyS0"
+        } else {
+            // The driver would probe for ports that are not there.
+            "8250.nr_uarts=0"
+        };
+        format!("{} {console} {}", arch::BASE_CMDLINE, panic_log::cmdline())
+    }
+}
+
+/// Connects one device: its interrupt, and a kick for each queue that never leaves the kernel's
+/// side of KVM_RUN for longer than an eventfd write.
+fn attach(
+    machine: &Machine,
+    transport: &MmioTransport,
+    slot: arch::MmioSlot,
+) -> Result<(), ArchError> {
+    machine
+        .fd()
+        .register_irqfd(transport.interrupt_event(), slot.irq)
+        .map_err(ArchError::kvm("connect a device's interrupt"))?;
+    let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
+    for (queue, kick) in transport.kick_events().iter().enumerate() {
+        machine
+            .fd()
+            .register_ioevent(kick, &notify, queue as u32)
+            .map_err(ArchError::kvm("connect a queue's kick"))?;
+    }
+    Ok(())
+}
+
+fn make_vcpus(kvm: &Kvm, machine: &Machine, cpus: u32) -> Result<Vec<VcpuFd>, ArchError> {
+    (0..cpus)
+        .map(|index| {
+            let vcpu = machine
+                .fd()
+                .create_vcpu(index.into())
+                .map_err(ArchError::kvm("make a vCPU"))?;
+            arch::prepare_vcpu(kvm, &vcpu, index, cpus)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn spawn_vcpu(
+    index: usize,
+    fd: VcpuFd,
+    kicker: Kicker,
+    gate: &Arc<Gate>,
+    bus: &Arc<Bus>,
+) -> Result<JoinHandle<()>, StartError> {
+    let vcpu = Vcpu::new(fd, kicker).map_err(host("set a vCPU's signal mask"))?;
+    let (gate, bus) = (gate.clone(), bus.clone());
+    std::thread::Builder::new()
+        .name(format!("koya-vcpu{index}"))
+        .spawn(move || vcpu::run(vcpu, &gate, &bus))
+        .map_err(host("start a vCPU's thread"))
+}

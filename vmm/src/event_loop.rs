@@ -1,0 +1,104 @@
+//! The event loop: one thread, one epoll, the workers of active devices.
+
+use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use koya_devices::virtio::mmio::EventLoop;
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use crate::bus::lock;
+
+type Subscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// How vCPU threads and the owner reach the loop.
+pub(crate) struct LoopHandle {
+    endpoint: RemoteEndpoint<Subscriber>,
+    known: Mutex<(u64, HashMap<u64, SubscriberId>)>,
+    ended: Arc<AtomicBool>,
+}
+
+/// The loop's thread; [`stop`](Self::stop) joins it.
+pub(crate) struct LoopThread {
+    pub(crate) handle: Arc<LoopHandle>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// event-manager's error, which is no `std::io::Error`.
+struct Refused(event_manager::Error);
+
+impl From<event_manager::Error> for Refused {
+    fn from(error: event_manager::Error) -> Self {
+        Self(error)
+    }
+}
+
+impl From<Refused> for io::Error {
+    fn from(error: Refused) -> Self {
+        Self::other(error.0)
+    }
+}
+
+impl LoopThread {
+    pub(crate) fn start() -> io::Result<Self> {
+        let mut manager = EventManager::<Subscriber>::new().map_err(io::Error::other)?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let handle = Arc::new(LoopHandle {
+            endpoint: manager.remote_endpoint(),
+            known: Mutex::default(),
+            ended: ended.clone(),
+        });
+        let thread = std::thread::Builder::new()
+            .name("koya-loop".into())
+            .spawn(move || {
+                while !ended.load(Ordering::SeqCst) {
+                    if let Err(error) = manager.run() {
+                        log::error!("event loop: {error}");
+                        return;
+                    }
+                }
+            })?;
+        Ok(Self {
+            handle,
+            thread: Some(thread),
+        })
+    }
+
+    /// Ends the loop. Devices were shut down before, so it holds no worker.
+    pub(crate) fn stop(&mut self) {
+        self.handle.ended.store(true, Ordering::SeqCst);
+        self.handle.endpoint.kick().ok();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the event loop panicked");
+        }
+    }
+}
+
+impl Drop for LoopThread {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl EventLoop for LoopHandle {
+    fn add(&self, worker: Subscriber) -> io::Result<u64> {
+        let id = self
+            .endpoint
+            .call_blocking(move |manager| Ok::<_, Refused>(manager.add_subscriber(worker)))?;
+        let mut known = lock(&self.known);
+        known.0 += 1;
+        let number = known.0;
+        known.1.insert(number, id);
+        Ok(number)
+    }
+
+    fn remove(&self, number: u64) -> Option<Subscriber> {
+        let id = lock(&self.known).1.remove(&number)?;
+        self.endpoint
+            .call_blocking(move |manager| Ok::<_, Refused>(manager.remove_subscriber(id)?))
+            .ok()
+    }
+}

@@ -1,0 +1,231 @@
+//! One vCPU: KVM_RUN, its exits, and how another thread makes it stop.
+//!
+//! A library must not install signal handlers. So the kick is a signal that stays blocked in the
+//! vCPU's thread and is open only while the CPU is inside KVM_RUN (KVM_SET_SIGNAL_MASK): KVM_RUN
+//! returns EINTR, nothing is delivered, and the thread takes the pending signal away itself. A
+//! kick that comes just before KVM_RUN is pending and ends it at once: none is lost.
+
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVMIO, kvm_signal_mask};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use vmm_sys_util::ioctl::ioctl_with_ptr;
+use vmm_sys_util::ioctl_iow_nr;
+
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
+
+/// The kernel's signal set, in bytes.
+const KERNEL_SIGSET: usize = 8;
+
+/// `kvm_signal_mask` with its flexible part.
+#[repr(C)]
+struct SignalMask {
+    len: u32,
+    set: [u8; KERNEL_SIGSET],
+}
+
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+/// A vCPU, owned by the thread that runs it.
+pub struct Vcpu {
+    fd: VcpuFd,
+    kicker: Kicker,
+}
+
+/// What made KVM_RUN return.
+#[derive(Debug)]
+pub enum Exit<'a> {
+    /// A read of one or more bytes from a port.
+    PortRead(u16, &'a mut [u8]),
+    /// A write of one or more bytes to a port.
+    PortWrite(u16, &'a [u8]),
+    /// A read of device memory.
+    MmioRead(u64, &'a mut [u8]),
+    /// A write to device memory.
+    MmioWrite(u64, &'a [u8]),
+    /// HLT, where KVM has no interrupt controller to wake it.
+    Halt,
+    /// Triple fault.
+    Shutdown,
+    /// The guest asked the hypervisor for a system event (PSCI, Hyper-V).
+    SystemEvent(u32),
+    /// KVM met something that it can't handle.
+    InternalError(String),
+    /// The CPU refused to enter the guest.
+    FailEntry(u64),
+    /// Somebody kicked, or a signal came: look at what is wanted.
+    Kicked,
+    /// Anything else.
+    Other(String),
+}
+
+impl Vcpu {
+    /// Takes a vCPU and a kicker for it.
+    ///
+    /// # Errors
+    /// If KVM refuses the signal mask.
+    pub fn new(fd: VcpuFd, kicker: Kicker) -> io::Result<Self> {
+        let mut set = [0xff; KERNEL_SIGSET];
+        let bit = kick_signal() as usize - 1;
+        set[bit / 8] &= !(1 << (bit % 8));
+        let mask = SignalMask {
+            len: KERNEL_SIGSET as u32,
+            set,
+        };
+        // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
+        let result = unsafe { ioctl_with_ptr(&fd, KVM_SET_SIGNAL_MASK(), &raw const mask) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { fd, kicker })
+    }
+
+    /// The descriptor, for registers.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Makes the calling thread this vCPU's: from now on kicks reach it. To be called first in
+    /// the thread that calls [`run`](Self::run).
+    pub fn enter_thread(&self) {
+        // SAFETY: both calls get a valid set on this stack; only the calling thread's mask
+        // changes.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+        }
+        self.kicker.enter();
+    }
+
+    /// Runs the guest until it exits.
+    ///
+    /// # Errors
+    /// What KVM_RUN says, if it is not an exit.
+    pub fn run(&mut self) -> Result<Exit<'_>, kvm_ioctls::Error> {
+        // The internal-error details are read after the match, when no exit borrows the vCPU.
+        let exit = match self.fd.run() {
+            Ok(VcpuExit::InternalError) => None,
+            Ok(VcpuExit::IoIn(port, data)) => {
+                // SAFETY: the slice points into this vCPU's kvm_run mapping, which lives as
+                // long as `self` is borrowed; the borrow checker can't see that this arm ends
+                // the match.
+                Some(Exit::PortRead(port, unsafe { extend_mut(data) }))
+            }
+            // SAFETY: as above.
+            Ok(VcpuExit::IoOut(port, data)) => Some(Exit::PortWrite(port, unsafe { extend(data) })),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                // SAFETY: as above.
+                Some(Exit::MmioRead(address, unsafe { extend_mut(data) }))
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                // SAFETY: as above.
+                Some(Exit::MmioWrite(address, unsafe { extend(data) }))
+            }
+            Ok(VcpuExit::Hlt) => Some(Exit::Halt),
+            Ok(VcpuExit::Shutdown) => Some(Exit::Shutdown),
+            Ok(VcpuExit::SystemEvent(kind, _)) => Some(Exit::SystemEvent(kind)),
+            Ok(VcpuExit::FailEntry(reason, _)) => Some(Exit::FailEntry(reason)),
+            Ok(VcpuExit::Intr) => Some(Exit::Kicked),
+            Ok(other) => Some(Exit::Other(format!("{other:?}"))),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                take_kicks();
+                Some(Exit::Kicked)
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(exit.unwrap_or_else(|| Exit::InternalError(self.internal_error())))
+    }
+
+    fn internal_error(&mut self) -> String {
+        let run = self.fd.get_kvm_run();
+        if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+            return "unknown".into();
+        }
+        // SAFETY: the exit reason says which member of the union KVM filled; all its fields are
+        // plain numbers.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        let count = (internal.ndata as usize).min(internal.data.len());
+        format!(
+            "suberror {} data {:x?}",
+            internal.suberror,
+            &internal.data[..count]
+        )
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.kicker.leave();
+    }
+}
+
+/// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+unsafe fn extend<'a>(data: &[u8]) -> &'a [u8] {
+    // SAFETY: the caller keeps the vCPU borrowed for 'a.
+    unsafe { std::slice::from_raw_parts(data.as_ptr(), data.len()) }
+}
+
+/// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+unsafe fn extend_mut<'a>(data: &mut [u8]) -> &'a mut [u8] {
+    // SAFETY: the caller keeps the vCPU borrowed for 'a, and nobody else uses the slice.
+    unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) }
+}
+
+/// Takes away pending kicks of this thread; they have had their effect.
+fn take_kicks() {
+    let now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the sets and the time live on this stack; a null pointer asks for no details.
+    unsafe {
+        let mut kicks: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut kicks);
+        libc::sigaddset(&mut kicks, kick_signal());
+        while libc::sigtimedwait(&kicks, std::ptr::null_mut(), &now) > 0 {}
+    }
+}
+
+/// Makes a vCPU leave the guest, from any thread.
+#[derive(Clone, Default)]
+pub struct Kicker(Arc<Mutex<Option<libc::pid_t>>>);
+
+impl Kicker {
+    fn enter(&self) {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        *lock(&self.0) = Some(thread);
+    }
+
+    fn leave(&self) {
+        *lock(&self.0) = None;
+    }
+
+    /// Ends the vCPU's current or next KVM_RUN. Nothing happens if its thread is gone.
+    pub fn kick(&self) {
+        // The lock is held over the call: the thread can't end, and its number can't become
+        // another thread's, before the signal is sent.
+        let thread = lock(&self.0);
+        if let Some(thread) = *thread {
+            // SAFETY: plain numbers. The thread is ours, alive, and has the signal blocked.
+            unsafe {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal());
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl std::fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vCPU on descriptor {}", self.fd.as_raw_fd())
+    }
+}

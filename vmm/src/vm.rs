@@ -1,0 +1,144 @@
+//! A running virtual machine: who owns what, and in which order it goes.
+
+use crate::builder::VmBuilder;
+use crate::bus::{Bus, lock};
+use crate::config::Spec;
+use crate::event_loop::LoopThread;
+use crate::exit::ExitReason;
+use crate::kvm::Machine;
+use crate::panic_log;
+use crate::vcpu::Gate;
+use koya_devices::legacy::SerialPort;
+use koya_devices::virtio::Memory;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+/// A virtual machine. Dropping it stops it; nothing of it is left then: no thread, no
+/// descriptor, no mapping.
+pub struct Vm {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+    bus: Arc<Bus>,
+    event_loop: LoopThread,
+    serial: Option<Arc<Mutex<SerialPort>>>,
+    // Last: vCPUs and devices use them.
+    _machine: Machine,
+    memory: Arc<Memory>,
+}
+
+/// Controls a virtual machine from any thread; useless, but harmless, after its end.
+#[derive(Clone)]
+pub struct VmHandle {
+    gate: Arc<Gate>,
+    serial: Option<Arc<Mutex<SerialPort>>>,
+}
+
+impl Vm {
+    /// Starts to build one.
+    pub fn builder(spec: Spec) -> VmBuilder {
+        VmBuilder::new(spec)
+    }
+
+    pub(crate) fn new(
+        machine: Machine,
+        memory: Arc<Memory>,
+        event_loop: LoopThread,
+        bus: Arc<Bus>,
+        gate: Arc<Gate>,
+        serial: Option<Arc<Mutex<SerialPort>>>,
+    ) -> Self {
+        Self {
+            gate,
+            threads: Vec::new(),
+            bus,
+            event_loop,
+            serial,
+            _machine: machine,
+            memory,
+        }
+    }
+
+    pub(crate) fn add_thread(&mut self, thread: JoinHandle<()>) {
+        self.threads.push(thread);
+    }
+
+    /// A handle for other threads.
+    pub fn handle(&self) -> VmHandle {
+        VmHandle {
+            gate: self.gate.clone(),
+            serial: self.serial.clone(),
+        }
+    }
+
+    /// Waits until the virtual machine ends, takes it down, and says why it ended.
+    pub fn wait(mut self) -> ExitReason {
+        let reason = self.gate.wait();
+        self.take_down();
+        match reason {
+            // A panicking kernel resets the machine; its last words tell the two apart.
+            ExitReason::Reset | ExitReason::TripleFault => {
+                panic_log::read(&self.memory).unwrap_or(reason)
+            }
+            other => other,
+        }
+    }
+
+    /// Stops the virtual machine at once, as pulling the plug would, and takes it down.
+    pub fn stop(self) -> ExitReason {
+        self.handle().stop();
+        self.wait()
+    }
+
+    /// vCPUs first, since they call devices; then devices, whose workers the loop runs; then
+    /// the loop.
+    fn take_down(&mut self) {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+        self.bus.shut_down();
+        self.event_loop.stop();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.gate.end(ExitReason::Stopped);
+        self.take_down();
+    }
+}
+
+impl VmHandle {
+    /// Stops every vCPU outside the guest; returns when all have stopped. False if the virtual
+    /// machine has ended.
+    pub fn pause(&self) -> bool {
+        self.gate.pause()
+    }
+
+    /// Lets a paused virtual machine go on. False if it has ended.
+    pub fn resume(&self) -> bool {
+        self.gate.resume()
+    }
+
+    /// Ends the virtual machine; [`Vm::wait`] returns.
+    pub fn stop(&self) {
+        self.gate.end(ExitReason::Stopped);
+    }
+
+    /// Why it ended, if it has. A kernel's panic shows here as the reset that it ends with; only
+    /// [`Vm::wait`] reads its last words.
+    pub fn ended(&self) -> Option<ExitReason> {
+        self.gate.ended()
+    }
+
+    /// Waits until it ends, without taking it down.
+    pub fn wait_ended(&self) -> ExitReason {
+        self.gate.wait()
+    }
+
+    /// Offers bytes to the serial console; how many the guest's FIFO had room for.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.serial.as_ref().map_or(0, |s| lock(s).input(bytes))
+    }
+}
