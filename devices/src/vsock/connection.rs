@@ -1,0 +1,390 @@
+//! One stream between guest and host: the state machine and the credit arithmetic, on plain
+//! data. It owns the host's end and is polled by the [`muxer`](super::muxer).
+//!
+//! ```text
+//!            REQUEST from guest, host accepted          REQUEST to guest
+//!                       │                                      │
+//!                       ▼            RESPONSE from guest       ▼
+//!                  Established ◀────────────────────────── Connecting
+//!                       │
+//!      guest SHUTDOWN(both) and our buffer is flushed, or RST, or host error
+//!                       ▼
+//!                     Dead: a RST is owed unless the guest sent one
+//! ```
+//! Half closes are flags inside Established: each direction ends by itself.
+
+use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+/// What the host buffers for one stream, in bytes: the credit that the guest gets.
+pub const BUFFER_SIZE: u32 = 256 << 10;
+
+/// Tell the guest of new credit when this much has been passed on since it last heard.
+const CREDIT_STEP: u32 = BUFFER_SIZE / 2;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The host asked; the guest has not answered.
+    Connecting,
+    /// Data flows.
+    Established,
+    /// Nothing flows any more.
+    Dead,
+}
+
+/// A stream.
+pub struct Connection {
+    state: State,
+    stream: UnixStream,
+    /// What the guest sent and the host's end has not taken yet.
+    buffer: VecDeque<u8>,
+    /// Bytes passed on to the host's end, wrapping; what the guest was told last.
+    forwarded: u32,
+    forwarded_told: u32,
+    /// The guest's buffer and what it has passed on; what we sent to it.
+    peer_buffer: u32,
+    peer_forwarded: u32,
+    sent: u32,
+    /// Control packets that are owed.
+    owed: VecDeque<(Op, u32)>,
+    /// The host's end may have something to read.
+    readable: bool,
+    /// The host's end has said that nothing more comes.
+    host_ended: bool,
+    /// The guest will send no more, receive no more.
+    guest_ended: bool,
+    guest_deaf: bool,
+    reset_received: bool,
+}
+
+impl Connection {
+    /// The guest asked for it with `request`, and the host accepted.
+    pub fn accepted(stream: UnixStream, request: &Header) -> Self {
+        let mut connection = Self::new(stream, State::Established);
+        connection.take_credit(request);
+        connection.owed.push_back((Op::Response, 0));
+        connection
+    }
+
+    /// The host asks for it.
+    pub fn requested(stream: UnixStream) -> Self {
+        let mut connection = Self::new(stream, State::Connecting);
+        connection.owed.push_back((Op::Request, 0));
+        connection
+    }
+
+    fn new(stream: UnixStream, state: State) -> Self {
+        Self {
+            state,
+            stream,
+            buffer: VecDeque::new(),
+            forwarded: 0,
+            forwarded_told: 0,
+            peer_buffer: 0,
+            peer_forwarded: 0,
+            sent: 0,
+            owed: VecDeque::new(),
+            readable: true,
+            host_ended: false,
+            guest_ended: false,
+            guest_deaf: false,
+            reset_received: false,
+        }
+    }
+
+    /// The host's end.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Whether nothing more will happen and nothing is owed: it can be forgotten.
+    pub fn is_over(&self) -> bool {
+        self.state == State::Dead && self.owed.is_empty()
+    }
+
+    /// Whether there is a packet for the guest: something owed, or data that may be there and
+    /// that the guest has room for.
+    pub fn has_packet(&self) -> bool {
+        !self.owed.is_empty() || self.can_send()
+    }
+
+    fn can_send(&self) -> bool {
+        self.state == State::Established
+            && self.readable
+            && !self.host_ended
+            && !self.guest_deaf
+            && self.peer_room() > 0
+    }
+
+    /// Bytes that the guest has room for.
+    pub fn peer_room(&self) -> u32 {
+        let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
+        self.peer_buffer.saturating_sub(in_flight)
+    }
+
+    /// Bytes that the host still buffers for its end.
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// The next control packet that is owed, with its flags.
+    pub fn take_owed(&mut self) -> Option<(Op, u32)> {
+        let owed = self.owed.pop_front();
+        if matches!(owed, Some((op, _)) if op != Op::Reset) {
+            self.forwarded_told = self.forwarded;
+        }
+        owed
+    }
+
+    /// Puts this side's credit into a header that goes to the guest.
+    pub fn put_credit(&mut self, header: &mut Header) {
+        header.buf_alloc = BUFFER_SIZE.into();
+        header.fwd_cnt = self.forwarded.into();
+        self.forwarded_told = self.forwarded;
+    }
+
+    /// The guest's credit, from any of its packets.
+    pub fn take_credit(&mut self, header: &Header) {
+        self.peer_buffer = header.buf_alloc.get();
+        self.peer_forwarded = header.fwd_cnt.get();
+    }
+
+    /// A packet of the guest's other than data or a request.
+    pub fn receive_control(&mut self, op: Op, flags: u32) {
+        match (self.state, op) {
+            (State::Connecting, Op::Response) => self.state = State::Established,
+            (_, Op::Reset) => {
+                self.reset_received = true;
+                self.kill();
+            }
+            (State::Established, Op::Shutdown) => self.receive_shutdown(flags),
+            (State::Established, Op::CreditRequest) => self.owe(Op::CreditUpdate, 0),
+            (State::Established, Op::CreditUpdate) => {}
+            (State::Dead, _) => {}
+            // Anything else is out of turn.
+            _ => self.kill(),
+        }
+    }
+
+    fn receive_shutdown(&mut self, flags: u32) {
+        self.guest_ended |= flags & SHUTDOWN_SEND != 0;
+        self.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
+        if self.guest_deaf {
+            // The host's end learns it from its next write.
+            self.stream.shutdown(Shutdown::Read).ok();
+        }
+        self.after_flush();
+    }
+
+    /// Data from the guest that the device could not pass on at once. False, and dead, if the
+    /// guest sent more than its credit or after it said that it would not.
+    pub fn receive(&mut self, data: &[u8]) -> bool {
+        let allowed = self.state == State::Established
+            && !self.guest_ended
+            && self.buffer.len() + data.len() <= BUFFER_SIZE as usize;
+        if !allowed {
+            self.kill();
+            return false;
+        }
+        self.buffer.extend(data);
+        true
+    }
+
+    /// Whether data may go straight to the host's end: nothing is buffered before it.
+    pub fn may_bypass(&self, len: u32) -> bool {
+        self.state == State::Established
+            && !self.guest_ended
+            && self.buffer.is_empty()
+            && len <= BUFFER_SIZE
+    }
+
+    /// The device wrote `count` bytes straight to the host's end.
+    pub fn passed_on(&mut self, count: u32) {
+        self.forwarded = self.forwarded.wrapping_add(count);
+        if self.forwarded.wrapping_sub(self.forwarded_told) >= CREDIT_STEP {
+            self.owe(Op::CreditUpdate, 0);
+        }
+    }
+
+    /// Writes what is buffered to the host's end, as much as it takes.
+    pub fn flush(&mut self) {
+        while !self.buffer.is_empty() {
+            let (front, _) = self.buffer.as_slices();
+            match self.stream.write(front) {
+                Ok(0) => return self.kill(),
+                Ok(count) => {
+                    self.buffer.drain(..count);
+                    self.passed_on(count as u32);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return self.host_gone(),
+            }
+        }
+        self.after_flush();
+    }
+
+    /// Ends directions that were only waiting for the buffer.
+    fn after_flush(&mut self) {
+        if self.state != State::Established || !self.buffer.is_empty() {
+            return;
+        }
+        if self.guest_ended {
+            self.stream.shutdown(Shutdown::Write).ok();
+            if self.guest_deaf {
+                self.kill();
+            }
+        }
+    }
+
+    /// The host's end takes no more data from the guest.
+    pub fn host_gone(&mut self) {
+        self.kill();
+    }
+
+    /// The device sent `count` bytes of the host's to the guest.
+    pub fn sent(&mut self, count: u32) {
+        self.sent = self.sent.wrapping_add(count);
+    }
+
+    /// The host's end has nothing to read now.
+    pub fn drained(&mut self) {
+        self.readable = false;
+    }
+
+    /// The host's end may have something to read.
+    pub fn set_readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// The host's end will send no more.
+    pub fn host_ended(&mut self) {
+        if !std::mem::replace(&mut self.host_ended, true) && self.state == State::Established {
+            self.owe(Op::Shutdown, SHUTDOWN_SEND);
+        }
+    }
+
+    /// Ends it at once, and owes the guest a reset unless it sent one.
+    pub fn kill(&mut self) {
+        if self.state == State::Dead {
+            return;
+        }
+        self.state = State::Dead;
+        self.buffer.clear();
+        self.owed.clear();
+        self.stream.shutdown(Shutdown::Both).ok();
+        if !self.reset_received {
+            self.owed.push_back((Op::Reset, 0));
+        }
+    }
+
+    fn owe(&mut self, op: Op, flags: u32) {
+        if !self.owed.iter().any(|(owed, _)| *owed == op) {
+            self.owed.push_back((op, flags));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn established() -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let request = Header {
+            buf_alloc: 1000.into(),
+            ..Header::default()
+        };
+        let mut connection = Connection::accepted(ours, &request);
+        assert_eq!(connection.take_owed(), Some((Op::Response, 0)));
+        (connection, theirs)
+    }
+
+    #[test]
+    fn the_guest_is_never_sent_more_than_its_credit() {
+        let (mut connection, _host) = established();
+        connection.sent(900);
+        assert_eq!(connection.peer_room(), 100);
+        connection.sent(100);
+        assert!(!connection.has_packet());
+        let update = Header {
+            buf_alloc: 1000.into(),
+            fwd_cnt: 600.into(),
+            ..Header::default()
+        };
+        connection.take_credit(&update);
+        assert_eq!(connection.peer_room(), 600);
+    }
+
+    #[test]
+    fn a_guest_that_shrinks_its_buffer_below_what_is_under_way_gets_nothing() {
+        let (mut connection, _host) = established();
+        connection.sent(900);
+        connection.take_credit(&Header {
+            buf_alloc: 10.into(),
+            ..Header::default()
+        });
+        assert_eq!(connection.peer_room(), 0);
+    }
+
+    #[test]
+    fn a_guest_that_sends_beyond_its_credit_is_reset() {
+        let (mut connection, _host) = established();
+        assert!(connection.receive(&vec![0; BUFFER_SIZE as usize]));
+        assert!(!connection.receive(&[0]));
+        assert_eq!(connection.take_owed(), Some((Op::Reset, 0)));
+        assert!(connection.is_over());
+    }
+
+    #[test]
+    fn a_half_close_of_the_guest_reaches_the_host_after_the_data() {
+        let (mut connection, mut host) = established();
+        assert!(connection.receive(b"last words"));
+        connection.receive_control(Op::Shutdown, SHUTDOWN_SEND);
+        connection.flush();
+        let mut got = String::new();
+        host.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "last words");
+        // The other direction still works.
+        assert!(connection.has_packet());
+        assert!(!connection.is_over());
+    }
+
+    #[test]
+    fn a_full_close_of_the_guest_is_answered_by_a_reset() {
+        let (mut connection, _host) = established();
+        connection.receive_control(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        assert_eq!(connection.take_owed(), Some((Op::Reset, 0)));
+    }
+
+    #[test]
+    fn a_half_close_of_the_host_is_told_once() {
+        let (mut connection, _host) = established();
+        connection.host_ended();
+        connection.host_ended();
+        assert_eq!(connection.take_owed(), Some((Op::Shutdown, SHUTDOWN_SEND)));
+        assert_eq!(connection.take_owed(), None);
+        assert!(connection.receive(b"still fine"));
+    }
+
+    #[test]
+    fn credit_is_told_when_half_the_buffer_was_passed_on() {
+        let (mut connection, _host) = established();
+        connection.passed_on(CREDIT_STEP - 1);
+        assert_eq!(connection.take_owed(), None);
+        connection.passed_on(1);
+        assert_eq!(connection.take_owed(), Some((Op::CreditUpdate, 0)));
+    }
+
+    #[test]
+    fn a_reset_of_the_guest_owes_nothing() {
+        let (mut connection, _host) = established();
+        connection.receive_control(Op::Reset, 0);
+        assert!(connection.is_over());
+    }
+}

@@ -1,0 +1,381 @@
+//! The device around the muxer: three queues, and a descriptor for each stream, on the event
+//! loop.
+
+use super::muxer::{Key, Muxer, Watch};
+use super::{FIRST_GUEST_CID, Ports};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
+    read_config_space,
+};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
+
+/// Receive, transmit, event (section 5.10.2).
+const QUEUE_SIZES: &[u16] = &[256, 256, 16];
+const RX: u16 = 0;
+const TX: u16 = 1;
+const EVENT: u16 = 2;
+
+/// The vsock device.
+pub struct Vsock {
+    cid: u64,
+    ports: Ports,
+}
+
+impl Vsock {
+    /// A device for the guest at address `cid`, at least [`FIRST_GUEST_CID`].
+    pub fn new(cid: u64, ports: Ports) -> Self {
+        Self {
+            cid: cid.max(FIRST_GUEST_CID),
+            ports,
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Vsock
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.cid.to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
+        Ok(Worker::EventLoop(Box::new(VsockWorker {
+            rx: activation.take_queue(RX)?,
+            tx: activation.take_queue(TX)?,
+            _event: activation.take_queue(EVENT)?,
+            muxer: Muxer::new(self.cid, self.ports.clone()),
+            watched: HashMap::new(),
+            wake: self.ports.wake().as_raw_fd(),
+            broken: false,
+        })))
+    }
+
+    // Streams end with their descriptors when the worker is dropped.
+    fn reset(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        drop(worker);
+    }
+}
+
+struct VsockWorker {
+    rx: ActiveQueue,
+    tx: ActiveQueue,
+    /// Transport events (section 5.10.6.7) come with live migration, which is not there.
+    _event: ActiveQueue,
+    muxer: Muxer,
+    watched: HashMap<RawFd, Key>,
+    wake: RawFd,
+    broken: bool,
+}
+
+impl VsockWorker {
+    /// Moves packets both ways until neither queue has anything to do.
+    fn serve(&mut self) -> Result<(), QueueError> {
+        loop {
+            let more_tx = self.serve_tx()?;
+            let more_rx = self.serve_rx()?;
+            if !more_tx && !more_rx {
+                return Ok(());
+            }
+        }
+    }
+
+    /// True if the driver added something meanwhile.
+    fn serve_tx(&mut self) -> Result<bool, QueueError> {
+        let mut any = false;
+        while self.muxer.may_receive()
+            && let Some(chain) = self.tx.pop()?
+        {
+            if let Err(error) = self.muxer.receive(&chain, self.tx.memory()) {
+                // One bad packet is dropped; its stream finds out by its credit.
+                log::warn!("vsock: a packet of the guest's is broken: {error}");
+            }
+            self.tx.complete(chain.head(), 0)?;
+            any = true;
+        }
+        if any {
+            self.tx.notify()?;
+        }
+        // At rest because of refusals: room in the receive queue wakes it.
+        Ok(self.muxer.may_receive() && self.tx.arm()?)
+    }
+
+    /// True if the driver gave room meanwhile and there is a packet for it.
+    fn serve_rx(&mut self) -> Result<bool, QueueError> {
+        let mut any = false;
+        while self.muxer.has_packet()
+            && let Some(chain) = self.rx.pop()?
+        {
+            match self.muxer.send(&chain, self.rx.memory()) {
+                Ok(Some(written)) => self.rx.complete(chain.head(), written)?,
+                Ok(None) => {
+                    self.rx.unpop();
+                    break;
+                }
+                Err(error) => {
+                    log::warn!("vsock: a buffer of the guest's is no use: {error}");
+                    self.rx.complete(chain.head(), 0)?;
+                }
+            }
+            any = true;
+        }
+        if any {
+            self.rx.notify()?;
+        }
+        Ok(self.rx.arm()? && self.muxer.has_packet())
+    }
+
+    fn update_watches(&mut self, ops: &mut EventOps) {
+        for watch in self.muxer.take_watches() {
+            match watch {
+                Watch::Add(fd, key) => {
+                    let set = EventSet::IN
+                        | EventSet::OUT
+                        | EventSet::READ_HANG_UP
+                        | EventSet::EDGE_TRIGGERED;
+                    if let Err(error) = ops.add(Events::new_raw(fd, set)) {
+                        log::error!("vsock: cannot watch a stream: {error}");
+                    }
+                    self.watched.insert(fd, key);
+                }
+                Watch::Remove(fd) => {
+                    self.watched.remove(&fd);
+                    ops.remove(Events::empty_raw(fd)).ok();
+                }
+            }
+        }
+        self.muxer.close_ended();
+    }
+
+    fn stop(&mut self, ops: &mut EventOps, error: &QueueError) {
+        self.tx.fail(error);
+        self.broken = true;
+        let ours = [
+            self.rx.kick().as_raw_fd(),
+            self.tx.kick().as_raw_fd(),
+            self.wake,
+        ];
+        for fd in ours.into_iter().chain(self.watched.drain().map(|w| w.0)) {
+            ops.remove(Events::empty_raw(fd)).ok();
+        }
+    }
+}
+
+impl MutEventSubscriber for VsockWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let kicks = [
+            self.rx.kick().as_raw_fd(),
+            self.tx.kick().as_raw_fd(),
+            self.wake,
+        ];
+        for fd in kicks {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                log::error!("vsock: cannot watch a queue: {error}");
+            }
+        }
+        // What was put into the queues before they were watched.
+        self.process(Events::empty(self.tx.kick()), ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if self.broken {
+            return;
+        }
+        let fd = events.fd();
+        if fd == self.rx.kick().as_raw_fd() {
+            self.rx.kick().read().ok();
+        } else if fd == self.tx.kick().as_raw_fd() {
+            self.tx.kick().read().ok();
+        } else if fd == self.wake {
+            self.muxer.connect_wanted();
+        } else if let Some(key) = self.watched.get(&fd) {
+            let set = events.event_set();
+            let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR;
+            self.muxer.host_ready(
+                *key,
+                set.intersects(EventSet::IN | ended),
+                set.intersects(EventSet::OUT | ended),
+            );
+        }
+        let served = self.serve();
+        self.update_watches(ops);
+        if let Err(error) = served {
+            self.stop(ops, &error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
+    use crate::virtio::Memory;
+    use crate::vsock::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
+    use std::io::{Read, Write};
+    use std::sync::Arc;
+    use vm_memory::GuestAddress;
+    use zerocopy::{FromBytes, IntoBytes};
+
+    /// Both queues of a guest at CID 3; each driver has memory of its own.
+    struct Guest {
+        rx: Driver,
+        tx: Driver,
+        worker: VsockWorker,
+        ports: Ports,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let memory = || {
+                let ranges = [(GuestAddress(0), MEMORY_SIZE)];
+                Arc::new(Memory::from_ranges(&ranges).unwrap())
+            };
+            let rx = Driver::with_memory(memory(), 256);
+            let tx = Driver::with_memory(memory(), 256);
+            let ports = Ports::new().unwrap();
+            let worker = VsockWorker {
+                rx: rx.queue(),
+                tx: tx.queue(),
+                _event: Driver::new(16).queue(),
+                muxer: Muxer::new(3, ports.clone()),
+                watched: HashMap::new(),
+                wake: ports.wake().as_raw_fd(),
+                broken: false,
+            };
+            Self {
+                rx,
+                tx,
+                worker,
+                ports,
+            }
+        }
+
+        fn send(&mut self, op: Op, port: u32, data: &[u8]) {
+            let header = Header {
+                src_cid: 3.into(),
+                dst_cid: 2.into(),
+                src_port: 77.into(),
+                dst_port: port.into(),
+                len: (data.len() as u32).into(),
+                kind: TYPE_STREAM.into(),
+                op: (op as u16).into(),
+                buf_alloc: 65536.into(),
+                ..Header::default()
+            };
+            let mut bytes = header.as_bytes().to_vec();
+            bytes.extend(data);
+            self.tx.offer(&[Buffer::Readable(bytes)]);
+            self.worker.serve().unwrap();
+        }
+
+        /// Offers a buffer; what the device put into it, if anything.
+        fn receive(&mut self) -> Option<(Header, Vec<u8>)> {
+            self.rx.offer(&[Buffer::Writable(4096)]);
+            self.worker.serve().unwrap();
+            let (head, len) = *self.rx.used().first()?;
+            let bytes = self.rx.written(head, len as usize);
+            let (header, data) = Header::read_from_prefix(&bytes).unwrap();
+            Some((header, data.to_vec()))
+        }
+    }
+
+    fn op(packet: &(Header, Vec<u8>)) -> Option<Op> {
+        Op::from_number(packet.0.op.get())
+    }
+
+    #[test]
+    fn a_request_to_a_port_without_listener_is_reset() {
+        let mut guest = Guest::new();
+        guest.send(Op::Request, 1000, &[]);
+        let answer = guest.receive().unwrap();
+        assert_eq!(op(&answer), Some(Op::Reset));
+        assert_eq!(answer.0.dst_port.get(), 77);
+    }
+
+    #[test]
+    fn data_flows_both_ways_and_the_end_is_told() {
+        let mut guest = Guest::new();
+        let listener = guest.ports.listen(1000).unwrap();
+        guest.send(Op::Request, 1000, &[]);
+        assert_eq!(op(&guest.receive().unwrap()), Some(Op::Response));
+        let mut host = listener.accept().unwrap();
+
+        guest.send(Op::ReadWrite, 1000, b"hello host");
+        let mut got = [0; 10];
+        host.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello host");
+
+        host.write_all(b"hello guest").unwrap();
+        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        guest.worker.muxer.host_ready(key, true, false);
+        let answer = guest.receive().unwrap();
+        assert_eq!((op(&answer), answer.1.as_slice()), (Some(Op::ReadWrite), &b"hello guest"[..]));
+
+        drop(host);
+        guest.worker.muxer.host_ready(key, true, true);
+        assert_eq!(op(&guest.receive().unwrap()), Some(Op::Shutdown));
+        guest.send(Op::Reset, 1000, &[]);
+        // The stream is forgotten once its turn comes.
+        guest.receive();
+        assert!(guest.worker.muxer.connections_for_test().is_empty());
+    }
+
+    #[test]
+    fn a_packet_with_a_false_sender_is_refused() {
+        let mut guest = Guest::new();
+        let listener = guest.ports.listen(1).unwrap();
+        let header = Header {
+            src_cid: 9.into(),
+            dst_cid: 2.into(),
+            dst_port: 1.into(),
+            kind: TYPE_STREAM.into(),
+            op: (Op::Request as u16).into(),
+            ..Header::default()
+        };
+        guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest.worker.serve().unwrap();
+        assert_eq!(op(&guest.receive().unwrap()), Some(Op::Reset));
+        assert!(listener.accept_timeout(std::time::Duration::ZERO).is_err());
+    }
+
+    #[test]
+    fn a_header_that_lies_about_its_length_is_dropped() {
+        let mut guest = Guest::new();
+        let header = Header {
+            len: u32::MAX.into(),
+            ..Header::default()
+        };
+        guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest.tx.offer(&[Buffer::Readable(vec![0; 3])]);
+        guest.worker.serve().unwrap();
+        assert_eq!(guest.tx.used().len(), 2);
+    }
+
+    #[test]
+    fn a_guest_that_gives_no_room_cannot_make_the_host_remember_without_end() {
+        let mut guest = Guest::new();
+        for _ in 0..5 {
+            for _ in 0..200 {
+                let header = Header {
+                    src_cid: 3.into(),
+                    dst_cid: 2.into(),
+                    dst_port: 5.into(),
+                    kind: TYPE_STREAM.into(),
+                    op: (Op::Request as u16).into(),
+                    ..Header::default()
+                };
+                guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+            }
+            guest.worker.serve().unwrap();
+        }
+        assert!(guest.tx.used().len() <= 256 + HEADER_SIZE as usize);
+        assert!(!guest.worker.muxer.may_receive());
+    }
+}

@@ -1,0 +1,343 @@
+//! All streams of one guest, and what is owed to it, in turn.
+
+use super::connection::{BUFFER_SIZE, Connection};
+use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
+use super::{HOST_CID, Ports};
+use crate::sys;
+use crate::virtio::{Chain, ChainError, Memory};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::AsRawFd;
+use zerocopy::IntoBytes;
+
+/// The most streams of one guest: each is a descriptor of this process.
+pub const MAX_CONNECTIONS: usize = 4096;
+
+/// The most refusals that wait for room in the receive queue. A guest that makes more without
+/// giving room finds its transmit queue at rest until it does.
+const MAX_REFUSALS: usize = 256;
+
+/// The most data in one packet to the guest.
+const MAX_PACKET: u32 = 64 << 10;
+
+/// First port that the host's own connections come from.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// A stream: the host's port, the guest's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The host's port.
+    pub host: u32,
+    /// The guest's port.
+    pub guest: u32,
+}
+
+/// A change of what epoll should watch, for the device to carry out.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// A new stream's descriptor.
+    Add(i32, Key),
+    /// A descriptor that is about to be closed.
+    Remove(i32),
+}
+
+/// All streams of a guest.
+pub struct Muxer {
+    cid: u64,
+    ports: Ports,
+    connections: HashMap<Key, Connection>,
+    /// Streams that have a packet for the guest, each once.
+    turns: VecDeque<Key>,
+    queued: HashSet<Key>,
+    refusals: VecDeque<Header>,
+    watches: Vec<Watch>,
+    /// Streams that are over; their descriptors stay open until epoll has let go of them.
+    closing: Vec<Connection>,
+    next_port: u32,
+}
+
+impl Muxer {
+    /// For the guest at `cid`.
+    pub fn new(cid: u64, ports: Ports) -> Self {
+        Self {
+            cid,
+            ports,
+            connections: HashMap::new(),
+            turns: VecDeque::new(),
+            queued: HashSet::new(),
+            refusals: VecDeque::new(),
+            watches: Vec::new(),
+            closing: Vec::new(),
+            next_port: FIRST_HOST_PORT,
+        }
+    }
+
+    /// What epoll should watch differently since the last call, to be carried out before
+    /// [`close_ended`](Self::close_ended).
+    pub fn take_watches(&mut self) -> Vec<Watch> {
+        std::mem::take(&mut self.watches)
+    }
+
+    /// Closes the descriptors of streams that are over, once epoll has let go of them.
+    pub fn close_ended(&mut self) {
+        self.closing.clear();
+    }
+
+    /// Whether the guest may send: there is room to remember what it would be refused.
+    pub fn may_receive(&self) -> bool {
+        self.refusals.len() < MAX_REFUSALS
+    }
+
+    /// Takes one packet of the guest's.
+    ///
+    /// # Errors
+    /// A chain that is shorter than its header says.
+    pub fn receive(&mut self, chain: &Chain, memory: &Memory) -> Result<(), ChainError> {
+        let mut header = Header::default();
+        chain.read(memory, 0, header.as_mut_bytes())?;
+        let len = header.len.get();
+        if len > chain.readable_len() - HEADER_SIZE {
+            return Err(ChainError::TooShort);
+        }
+        let key = Key {
+            host: header.dst_port.get(),
+            guest: header.src_port.get(),
+        };
+        let op = Op::from_number(header.op.get());
+        let proper = header.src_cid.get() == self.cid
+            && header.dst_cid.get() == HOST_CID
+            && header.kind.get() == TYPE_STREAM;
+        let Some(op) = op.filter(|_| proper) else {
+            self.refuse(&header);
+            return Ok(());
+        };
+        if op == Op::Request {
+            self.request(key, &header);
+            return Ok(());
+        }
+        let Some(connection) = self.connections.get_mut(&key) else {
+            if op != Op::Reset {
+                self.refuse(&header);
+            }
+            return Ok(());
+        };
+        connection.take_credit(&header);
+        if op == Op::ReadWrite {
+            pass_on(connection, chain, memory, len)?;
+        } else {
+            connection.receive_control(op, header.flags.get());
+        }
+        self.enqueue(key);
+        Ok(())
+    }
+
+    fn request(&mut self, key: Key, header: &Header) {
+        if self.connections.contains_key(&key) || self.connections.len() >= MAX_CONNECTIONS {
+            self.refuse(header);
+            return;
+        }
+        let Some(stream) = self.ports.accept(key.host) else {
+            self.refuse(header);
+            return;
+        };
+        if let Err(error) = stream.set_nonblocking(true) {
+            log::warn!("vsock: {error}");
+            self.refuse(header);
+            return;
+        }
+        self.insert(key, Connection::accepted(stream, header));
+    }
+
+    /// Starts the streams that the host asked for.
+    pub fn connect_wanted(&mut self) {
+        for (guest, stream) in self.ports.take_wanted() {
+            if self.connections.len() >= MAX_CONNECTIONS || stream.set_nonblocking(true).is_err() {
+                continue; // Dropped: the host's end sees the end of its stream.
+            }
+            let mut key = Key {
+                host: self.next_port,
+                guest,
+            };
+            while self.connections.contains_key(&key) {
+                key.host = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
+            }
+            self.next_port = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
+            self.insert(key, Connection::requested(stream));
+        }
+    }
+
+    fn insert(&mut self, key: Key, connection: Connection) {
+        let fd = connection.stream().as_raw_fd();
+        self.watches.push(Watch::Add(fd, key));
+        self.connections.insert(key, connection);
+        self.enqueue(key);
+    }
+
+    /// The host's end of a stream can be read or written again.
+    pub fn host_ready(&mut self, key: Key, readable: bool, writable: bool) {
+        let Some(connection) = self.connections.get_mut(&key) else {
+            return;
+        };
+        if readable {
+            connection.set_readable();
+        }
+        if writable {
+            connection.flush();
+        }
+        self.enqueue(key);
+    }
+
+    fn enqueue(&mut self, key: Key) {
+        let Some(connection) = self.connections.get(&key) else {
+            return;
+        };
+        if (connection.has_packet() || connection.is_over()) && self.queued.insert(key) {
+            self.turns.push_back(key);
+        }
+    }
+
+    /// Whether there may be a packet for the guest.
+    pub fn has_packet(&self) -> bool {
+        !self.refusals.is_empty() || !self.turns.is_empty()
+    }
+
+    /// Writes the next packet into `chain`; how many bytes, or none if there was no packet after
+    /// all.
+    ///
+    /// # Errors
+    /// A chain that has no room for a header.
+    pub fn send(&mut self, chain: &Chain, memory: &Memory) -> Result<Option<u32>, ChainError> {
+        if chain.writable_len() < HEADER_SIZE {
+            return Err(ChainError::TooShort);
+        }
+        if let Some(refusal) = self.refusals.pop_front() {
+            chain.write(memory, 0, refusal.as_bytes())?;
+            return Ok(Some(HEADER_SIZE));
+        }
+        while let Some(key) = self.turns.pop_front() {
+            self.queued.remove(&key);
+            let sent = self.send_from(key, chain, memory)?;
+            self.enqueue(key);
+            self.sweep(key);
+            if sent.is_some() {
+                return Ok(sent);
+            }
+        }
+        Ok(None)
+    }
+
+    fn send_from(
+        &mut self,
+        key: Key,
+        chain: &Chain,
+        memory: &Memory,
+    ) -> Result<Option<u32>, ChainError> {
+        let Some(connection) = self.connections.get_mut(&key) else {
+            return Ok(None);
+        };
+        let mut header = Header {
+            src_cid: HOST_CID.into(),
+            dst_cid: self.cid.into(),
+            src_port: key.host.into(),
+            dst_port: key.guest.into(),
+            kind: TYPE_STREAM.into(),
+            ..Header::default()
+        };
+        if let Some((op, flags)) = connection.take_owed() {
+            header.op = (op as u16).into();
+            header.flags = flags.into();
+            connection.put_credit(&mut header);
+            chain.write(memory, 0, header.as_bytes())?;
+            return Ok(Some(HEADER_SIZE));
+        }
+        if !connection.has_packet() {
+            return Ok(None);
+        }
+        let room = chain.writable_len() - HEADER_SIZE;
+        let count = room.min(connection.peer_room()).min(MAX_PACKET);
+        if count == 0 {
+            return Ok(None);
+        }
+        let slices = chain.writable_slices(memory, HEADER_SIZE, count as usize)?;
+        match sys::receive(connection.stream(), &slices) {
+            Ok(0) => {
+                connection.host_ended();
+                return self.send_from(key, chain, memory);
+            }
+            Ok(got) => {
+                connection.sent(got as u32);
+                header.op = (Op::ReadWrite as u16).into();
+                header.len = (got as u32).into();
+                connection.put_credit(&mut header);
+                chain.write(memory, 0, header.as_bytes())?;
+                return Ok(Some(HEADER_SIZE + got as u32));
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => connection.drained(),
+            Err(_) => {
+                connection.host_gone();
+                return self.send_from(key, chain, memory);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Forgets a stream that is over.
+    fn sweep(&mut self, key: Key) {
+        if self.connections.get(&key).is_some_and(Connection::is_over)
+            && let Some(connection) = self.connections.remove(&key)
+        {
+            self.watches
+                .push(Watch::Remove(connection.stream().as_raw_fd()));
+            self.closing.push(connection);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn connections_for_test(&self) -> Vec<Key> {
+        self.connections.keys().copied().collect()
+    }
+
+    fn refuse(&mut self, header: &Header) {
+        self.refusals.push_back(Header {
+            src_cid: header.dst_cid,
+            dst_cid: header.src_cid,
+            src_port: header.dst_port,
+            dst_port: header.src_port,
+            kind: header.kind,
+            op: (Op::Reset as u16).into(),
+            ..Header::default()
+        });
+    }
+}
+
+/// Data of the guest's to the host's end: straight there, and into the buffer what it does not
+/// take.
+fn pass_on(
+    connection: &mut Connection,
+    chain: &Chain,
+    memory: &Memory,
+    len: u32,
+) -> Result<(), ChainError> {
+    let mut passed = 0;
+    if connection.may_bypass(len) && len > 0 {
+        let slices = chain.readable_slices(memory, HEADER_SIZE, len as usize)?;
+        match sys::send(connection.stream(), &slices) {
+            Ok(count) => {
+                passed = count as u32;
+                connection.passed_on(passed);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => {
+                connection.host_gone();
+                return Ok(());
+            }
+        }
+    }
+    if passed < len {
+        let mut rest = vec![0; (len - passed).min(BUFFER_SIZE + 1) as usize];
+        chain.read(memory, HEADER_SIZE + passed, &mut rest)?;
+        connection.receive(&rest);
+    }
+    Ok(())
+}
+

@@ -1,0 +1,160 @@
+//! Who listens on the host's ports, and how host code reaches ports of the guest. Shared between
+//! the device and any thread of the process.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// What a port of the host leads to.
+enum Target {
+    /// Code in this process; each connection is the far end of a socket pair.
+    Process(Sender<UnixStream>),
+    /// A Unix socket that somebody listens on.
+    Socket(PathBuf),
+}
+
+struct Inner {
+    targets: Mutex<HashMap<u32, Target>>,
+    /// Connections that the host asked for and the device has not taken up: guest port and the
+    /// device's end.
+    wanted: Mutex<Vec<(u32, UnixStream)>>,
+    wake: EventFd,
+}
+
+/// The host's side of a guest's vsock. Cheap to clone.
+#[derive(Clone)]
+pub struct Ports(Arc<Inner>);
+
+/// Connections to one port, in the order in which the guest made them. Dropping it closes the
+/// port.
+pub struct Listener {
+    port: u32,
+    ports: Ports,
+    streams: Receiver<UnixStream>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Ports {
+    /// No port leads anywhere yet.
+    ///
+    /// # Errors
+    /// If the host gives no event descriptor.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Inner {
+            targets: Mutex::default(),
+            wanted: Mutex::default(),
+            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })))
+    }
+
+    /// Listens on a port of the host, for connections from the guest.
+    ///
+    /// # Errors
+    /// If somebody listens there already.
+    pub fn listen(&self, port: u32) -> io::Result<Listener> {
+        let (sender, streams) = channel();
+        self.add(port, Target::Process(sender))?;
+        Ok(Listener {
+            port,
+            ports: self.clone(),
+            streams,
+        })
+    }
+
+    /// Leads a port of the host to a Unix socket; it is connected to when the guest connects.
+    ///
+    /// # Errors
+    /// If somebody listens there already.
+    pub fn forward(&self, port: u32, socket: impl Into<PathBuf>) -> io::Result<()> {
+        self.add(port, Target::Socket(socket.into()))
+    }
+
+    /// Connects to a port of the guest. The stream is there at once; if nobody listens in the
+    /// guest, it ends at once.
+    ///
+    /// # Errors
+    /// If the host gives no sockets.
+    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        lock(&self.0.wanted).push((port, theirs));
+        self.0.wake.write(1)?;
+        Ok(ours)
+    }
+
+    fn add(&self, port: u32, target: Target) -> io::Result<()> {
+        let mut targets = lock(&self.0.targets);
+        if targets.contains_key(&port) {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("vsock port {port} of the host has a listener"),
+            ));
+        }
+        targets.insert(port, target);
+        Ok(())
+    }
+
+    /// The device's end of a stream to whoever listens on `port`.
+    pub(super) fn accept(&self, port: u32) -> Option<UnixStream> {
+        let mut targets = lock(&self.0.targets);
+        let stream = match targets.get(&port)? {
+            Target::Process(sender) => {
+                let (ours, theirs) = UnixStream::pair().ok()?;
+                if sender.send(theirs).is_err() {
+                    targets.remove(&port);
+                    return None;
+                }
+                ours
+            }
+            Target::Socket(path) => UnixStream::connect(path).ok()?,
+        };
+        Some(stream)
+    }
+
+    /// Connections that the host asked for since the last call.
+    pub(super) fn take_wanted(&self) -> Vec<(u32, UnixStream)> {
+        self.0.wake.read().ok();
+        std::mem::take(&mut *lock(&self.0.wanted))
+    }
+
+    /// Becomes readable when [`take_wanted`](Self::take_wanted) has something to give.
+    pub(super) fn wake(&self) -> &EventFd {
+        &self.0.wake
+    }
+}
+
+impl Listener {
+    /// The next connection, waiting for it.
+    ///
+    /// # Errors
+    /// None while the listener lives; the form is the one of other listeners.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        self.streams
+            .recv()
+            .map_err(|_| io::ErrorKind::NotConnected.into())
+    }
+
+    /// The next connection, waiting no longer than `limit`.
+    ///
+    /// # Errors
+    /// `TimedOut`
+    pub fn accept_timeout(&self, limit: Duration) -> io::Result<UnixStream> {
+        self.streams.recv_timeout(limit).map_err(|e| match e {
+            RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
+            RecvTimeoutError::Disconnected => io::ErrorKind::NotConnected.into(),
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        lock(&self.ports.0.targets).remove(&self.port);
+    }
+}
