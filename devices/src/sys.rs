@@ -2,9 +2,10 @@
 //! per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+use vmm_sys_util::eventfd::EventFd;
 
 /// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
 /// caller's next call, as with any short read or write.
@@ -47,26 +48,57 @@ pub fn read_at<B: BitmapSlice>(
     })
 }
 
-/// Writes guest memory straight to `fd` at `offset`.
+/// Writes guest memory straight to `fd`, at `offset` or with `append` at the file's end.
 ///
 /// # Errors
-/// What pwritev(2) says.
+/// What pwritev2(2) says.
 pub fn write_at<B: BitmapSlice>(
     fd: impl AsFd,
     slices: &[VolatileSlice<'_, B>],
     offset: u64,
+    append: bool,
 ) -> io::Result<usize> {
     let pieces = pieces(slices);
     // SAFETY: each piece comes from a VolatileSlice, which borrows its mapping for longer than
     // this call; the kernel only reads them.
     checked(unsafe {
-        libc::pwritev(
+        libc::pwritev2(
             fd.as_fd().as_raw_fd(),
             pieces.as_ptr(),
             pieces.len() as libc::c_int,
             offset as libc::off_t,
+            if append { libc::RWF_APPEND } else { 0 },
         )
     })
+}
+
+/// Closes a descriptor and says what the file system says of it.
+///
+/// # Errors
+/// What close(2) says; the descriptor is closed all the same.
+pub fn close(fd: OwnedFd) -> io::Result<()> {
+    // SAFETY: the descriptor was owned and is given up.
+    checked(unsafe { libc::close(fd.into_raw_fd()) } as isize).map(drop)
+}
+
+/// Waits until one of two events is readable. False if it is the second.
+pub fn wait_either(first: &EventFd, second: &EventFd) -> bool {
+    let watch = |event: &EventFd| libc::pollfd {
+        fd: event.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut watched = [watch(first), watch(second)];
+    loop {
+        // SAFETY: the array lives on this stack and its length is given.
+        let ready = unsafe { libc::poll(watched.as_mut_ptr(), 2, -1) };
+        if watched[1].revents != 0 {
+            return false;
+        }
+        if ready > 0 && watched[0].revents != 0 {
+            return true;
+        }
+    }
 }
 
 /// Receives from a socket straight into guest memory.

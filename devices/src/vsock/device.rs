@@ -316,7 +316,10 @@ mod tests {
         let key = *guest.worker.muxer.connections_for_test().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let answer = guest.receive().unwrap();
-        assert_eq!((op(&answer), answer.1.as_slice()), (Some(Op::ReadWrite), &b"hello guest"[..]));
+        assert_eq!(
+            (op(&answer), answer.1.as_slice()),
+            (Some(Op::ReadWrite), &b"hello guest"[..])
+        );
 
         drop(host);
         guest.worker.muxer.host_ready(key, true, true);
@@ -339,7 +342,9 @@ mod tests {
             op: (Op::Request as u16).into(),
             ..Header::default()
         };
-        guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest
+            .tx
+            .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
         guest.worker.serve().unwrap();
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Reset));
         assert!(listener.accept_timeout(std::time::Duration::ZERO).is_err());
@@ -352,7 +357,9 @@ mod tests {
             len: u32::MAX.into(),
             ..Header::default()
         };
-        guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest
+            .tx
+            .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
         guest.tx.offer(&[Buffer::Readable(vec![0; 3])]);
         guest.worker.serve().unwrap();
         assert_eq!(guest.tx.used().len(), 2);
@@ -371,7 +378,9 @@ mod tests {
                     op: (Op::Request as u16).into(),
                     ..Header::default()
                 };
-                guest.tx.offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+                guest
+                    .tx
+                    .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
             }
             guest.worker.serve().unwrap();
         }

@@ -1,0 +1,77 @@
+//! Open files and directories, by the number that the guest got for each.
+
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// An open file or directory.
+pub(super) struct Handle {
+    /// The node that it was opened from.
+    pub(super) nodeid: u64,
+    pub(super) file: File,
+    /// Serializes reading of a directory: its position is the descriptor's.
+    pub(super) position: Mutex<()>,
+}
+
+/// All handles of one guest.
+pub(super) struct Handles {
+    limit: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    next: u64,
+    open: HashMap<u64, Arc<Handle>>,
+}
+
+impl Handles {
+    /// No more than `limit` at once.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            state: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps an open file; ENFILE when the guest has as many as it may.
+    pub(super) fn insert(&self, nodeid: u64, file: File) -> Result<u64, Errno> {
+        let mut state = self.lock();
+        if state.open.len() >= self.limit {
+            return Err(Errno::NFILE);
+        }
+        state.next += 1;
+        let number = state.next;
+        let handle = Handle {
+            nodeid,
+            file,
+            position: Mutex::default(),
+        };
+        state.open.insert(number, Arc::new(handle));
+        Ok(number)
+    }
+
+    /// The handle of this number, if it was opened from `nodeid`.
+    pub(super) fn get(&self, number: u64, nodeid: u64) -> Result<Arc<Handle>, Errno> {
+        let handle = self.lock().open.get(&number).cloned();
+        handle.filter(|h| h.nodeid == nodeid).ok_or(Errno::BADF)
+    }
+
+    /// Forgets a handle.
+    pub(super) fn remove(&self, number: u64) {
+        let handle = self.lock().open.remove(&number);
+        // Closing may take its time on some file systems: not under the lock.
+        drop(handle);
+    }
+
+    /// Forgets all.
+    pub(super) fn clear(&self) {
+        let open = std::mem::take(&mut self.lock().open);
+        drop(open);
+    }
+}

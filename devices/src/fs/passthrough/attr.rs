@@ -1,0 +1,245 @@
+//! Attributes: getattr, setattr, statx, statfs.
+
+use super::{Passthrough, kind_of};
+use crate::fs::inodes::{self, STATX_MASK};
+use crate::fs::wire::{
+    self, Attr, AttrOut, FuseStatx, GETATTR_FH, GetattrIn, ROOT_ID, SetattrIn, StatfsOut, StatxIn,
+    StatxOut, SxTime, encode_device, setattr,
+};
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
+};
+use rustix::io::Errno;
+use std::os::fd::AsFd;
+
+/// The most links that the synthetic root shows.
+const ROOT_LINKS: u32 = 2;
+
+pub(super) fn from_statx(stat: &Statx) -> Attr {
+    Attr {
+        ino: stat.stx_ino,
+        size: stat.stx_size,
+        blocks: stat.stx_blocks,
+        // The protocol's seconds are unsigned; the kernel reads them back as signed.
+        atime: stat.stx_atime.tv_sec as u64,
+        mtime: stat.stx_mtime.tv_sec as u64,
+        ctime: stat.stx_ctime.tv_sec as u64,
+        atimensec: stat.stx_atime.tv_nsec,
+        mtimensec: stat.stx_mtime.tv_nsec,
+        ctimensec: stat.stx_ctime.tv_nsec,
+        mode: stat.stx_mode.into(),
+        nlink: stat.stx_nlink,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
+        blksize: stat.stx_blksize,
+        flags: 0,
+    }
+}
+
+impl Passthrough {
+    /// FUSE_GETATTR
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn getattr(&self, nodeid: u64, arg: &GetattrIn) -> Result<AttrOut, Errno> {
+        if nodeid == ROOT_ID {
+            return Ok(self.attr_out(self.root_attr()));
+        }
+        let inode = self.inodes.get(nodeid)?;
+        let fh = (arg.getattr_flags & GETATTR_FH != 0).then_some(arg.fh);
+        Ok(self.attr_out(self.boundary_attr(&inode, &self.stat(&inode, fh)?)))
+    }
+
+    /// FUSE_STATX: what statx(2) knows beyond getattr, the time of birth above all.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn statx(&self, nodeid: u64, arg: &StatxIn) -> Result<StatxOut, Errno> {
+        if nodeid == ROOT_ID {
+            return Err(Errno::NOSYS);
+        }
+        let inode = self.inodes.get(nodeid)?;
+        let fh = (arg.getattr_flags & GETATTR_FH != 0).then_some(arg.fh);
+        let stat = self.stat(&inode, fh)?;
+        let attr = self.boundary_attr(&inode, &stat);
+        let time = |t: rustix::fs::StatxTimestamp| SxTime {
+            tv_sec: t.tv_sec,
+            tv_nsec: t.tv_nsec,
+            reserved: 0,
+        };
+        let timeout = self.options.cache.timeout();
+        Ok(StatxOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            stat: FuseStatx {
+                mask: stat.stx_mask & (STATX_MASK.bits() & 0xfff),
+                blksize: stat.stx_blksize,
+                nlink: stat.stx_nlink,
+                uid: stat.stx_uid,
+                gid: stat.stx_gid,
+                mode: stat.stx_mode,
+                ino: attr.ino,
+                size: stat.stx_size,
+                blocks: stat.stx_blocks,
+                atime: time(stat.stx_atime),
+                btime: time(stat.stx_btime),
+                ctime: time(stat.stx_ctime),
+                mtime: time(stat.stx_mtime),
+                rdev_major: stat.stx_rdev_major,
+                rdev_minor: stat.stx_rdev_minor,
+                ..FuseStatx::default()
+            },
+            ..StatxOut::default()
+        })
+    }
+
+    fn stat(&self, inode: &inodes::Inode, fh: Option<u64>) -> Result<Statx, Errno> {
+        match fh {
+            Some(fh) => inodes::stat(self.handles.get(fh, inode.id)?.file.as_fd()),
+            None => inodes::stat(self.inodes.fd(inode)?),
+        }
+    }
+
+    /// Attributes with the number that the look-up gave, where that differs from the host's.
+    fn boundary_attr(&self, inode: &inodes::Inode, stat: &Statx) -> Attr {
+        let mut attr = from_statx(stat);
+        let foreign = inode.identity.mount_differs(&inode.share);
+        if foreign && kind_of(stat) != FileType::Directory {
+            attr.ino = inode.identity.foreign_number();
+        }
+        attr
+    }
+
+    fn root_attr(&self) -> Attr {
+        let changes = self.shares.changes();
+        Attr {
+            ino: ROOT_ID,
+            mode: (FileType::Directory.as_raw_mode()) | 0o755,
+            nlink: ROOT_LINKS,
+            // A time that moves with every change, so that caches see it.
+            mtime: changes,
+            ctime: changes,
+            blksize: 4096,
+            ..Attr::default()
+        }
+    }
+
+    /// FUSE_SETATTR
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn setattr(&self, nodeid: u64, arg: &SetattrIn) -> Result<AttrOut, Errno> {
+        let inode = self.writable(nodeid)?;
+        let fd = self.inodes.fd(&inode)?;
+        let fh = (arg.valid & setattr::FH != 0).then_some(arg.fh);
+        // The owner first: changing it drops set-user-ID bits, which a mode in the same request
+        // may set again.
+        if arg.valid & (setattr::UID | setattr::GID) != 0 {
+            let given = |bit, number: u32| {
+                let wanted = arg.valid & bit != 0;
+                match number {
+                    u32::MAX if wanted => Err(Errno::INVAL),
+                    _ => Ok(wanted.then_some(number)),
+                }
+            };
+            let uid = given(setattr::UID, arg.uid)?.map(Uid::from_raw);
+            let gid = given(setattr::GID, arg.gid)?.map(Gid::from_raw);
+            rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+        }
+        if arg.valid & setattr::MODE != 0 {
+            self.chmod(&fd, arg.mode)?;
+        }
+        if arg.valid & setattr::SIZE != 0 {
+            match fh {
+                Some(fh) => rustix::fs::ftruncate(&self.handles.get(fh, nodeid)?.file, arg.size)?,
+                None => {
+                    let file = self.open_inode(&inode, OFlags::WRONLY | OFlags::NONBLOCK)?;
+                    rustix::fs::ftruncate(&file, arg.size)?;
+                }
+            }
+        }
+        if arg.valid & (setattr::ATIME | setattr::MTIME) != 0 {
+            let times = Timestamps {
+                last_access: time(
+                    arg.valid,
+                    setattr::ATIME,
+                    setattr::ATIME_NOW,
+                    arg.atime,
+                    arg.atimensec,
+                ),
+                last_modification: time(
+                    arg.valid,
+                    setattr::MTIME,
+                    setattr::MTIME_NOW,
+                    arg.mtime,
+                    arg.mtimensec,
+                ),
+            };
+            rustix::fs::utimensat(&fd, c"", &times, AtFlags::EMPTY_PATH)?;
+        }
+        Ok(self.attr_out(self.boundary_attr(&inode, &self.stat(&inode, fh)?)))
+    }
+
+    /// Changes a mode through an O_PATH descriptor.
+    pub(super) fn chmod(&self, fd: impl AsFd, mode: u32) -> Result<(), Errno> {
+        let mode = mode & 0o7777;
+        match crate::sys::change_mode(fd.as_fd(), mode) {
+            // Before Linux 6.6 the descriptor's link in /proc has to do. It is never a symbolic
+            // link's: Linux refuses to change those before it asks us.
+            Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {
+                let name = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()).to_string();
+                rustix::fs::chmodat(
+                    &self.proc,
+                    name,
+                    Mode::from_raw_mode(mode),
+                    AtFlags::empty(),
+                )
+            }
+            other => other.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO)),
+        }
+    }
+
+    /// FUSE_STATFS
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn statfs(&self, nodeid: u64) -> Result<StatfsOut, Errno> {
+        if nodeid == ROOT_ID {
+            return Ok(StatfsOut {
+                bsize: 4096,
+                frsize: 4096,
+                namelen: wire::NAME_MAX as u32,
+                ..StatfsOut::default()
+            });
+        }
+        let inode = self.inodes.get(nodeid)?;
+        let stat = rustix::fs::fstatvfs(self.inodes.fd(&inode)?)?;
+        Ok(StatfsOut {
+            blocks: stat.f_blocks,
+            bfree: stat.f_bfree,
+            bavail: stat.f_bavail,
+            files: stat.f_files,
+            ffree: stat.f_ffree,
+            bsize: stat.f_bsize as u32,
+            namelen: stat.f_namemax as u32,
+            frsize: stat.f_frsize as u32,
+            ..StatfsOut::default()
+        })
+    }
+}
+
+fn time(valid: u32, set: u32, now: u32, seconds: u64, nanoseconds: u32) -> Timespec {
+    let tv_nsec = if valid & set == 0 {
+        UTIME_OMIT
+    } else if valid & now != 0 {
+        UTIME_NOW
+    } else {
+        // Larger values would mean UTIME_NOW or UTIME_OMIT.
+        nanoseconds.min(999_999_999).into()
+    };
+    Timespec {
+        tv_sec: seconds as i64,
+        tv_nsec,
+    }
+}

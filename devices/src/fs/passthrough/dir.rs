@@ -1,0 +1,186 @@
+//! Directories: opendir, readdir, readdirplus.
+
+use super::Passthrough;
+use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
+use crate::fs::{Cache, handles::Handle};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
+use rustix::io::Errno;
+use std::ffi::{CStr, CString};
+use std::mem::MaybeUninit;
+use std::sync::PoisonError;
+use zerocopy::IntoBytes;
+
+/// The handle of the synthetic root, which is not a directory of the host's.
+const ROOT_HANDLE: u64 = 0;
+
+/// One getdents64's buffer, in bytes.
+const BUFFER: usize = 32 << 10;
+
+/// A directory listing as it goes to the guest: entries until the guest's buffer is full.
+pub struct Listing {
+    bytes: Vec<u8>,
+    room: usize,
+    plus: bool,
+}
+
+impl Listing {
+    fn new(room: u32, plus: bool) -> Self {
+        let room = room.min(crate::fs::wire::MAX_DATA) as usize;
+        Self {
+            bytes: Vec::with_capacity(room.min(BUFFER)),
+            room,
+            plus,
+        }
+    }
+
+    fn size(&self, name: &CStr) -> usize {
+        let entry = size_of::<Dirent>() + name.to_bytes().len();
+        let plus = if self.plus { size_of::<EntryOut>() } else { 0 };
+        plus + entry.next_multiple_of(8)
+    }
+
+    fn has_room(&self, name: &CStr) -> bool {
+        self.bytes.len() + self.size(name) <= self.room
+    }
+
+    fn push(&mut self, entry: &EntryOut, dirent: &Dirent, name: &CStr) {
+        if self.plus {
+            self.bytes.extend_from_slice(entry.as_bytes());
+        }
+        self.bytes.extend_from_slice(dirent.as_bytes());
+        self.bytes.extend_from_slice(name.to_bytes());
+        let padded = self.bytes.len().next_multiple_of(8);
+        self.bytes.resize(padded, 0);
+    }
+
+    /// The reply.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
+}
+
+impl Passthrough {
+    /// FUSE_OPENDIR
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn opendir(&self, nodeid: u64) -> Result<OpenOut, Errno> {
+        if nodeid == ROOT_ID {
+            return Ok(OpenOut {
+                fh: ROOT_HANDLE,
+                ..OpenOut::default()
+            });
+        }
+        let inode = self.inodes.get(nodeid)?;
+        if inode.kind != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        let file = self.open_inode(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let open_flags = match self.options.cache {
+            Cache::Never | Cache::Auto => 0,
+            Cache::Always | Cache::Writeback => fopen::CACHE_DIR | fopen::KEEP_CACHE,
+        };
+        Ok(OpenOut {
+            fh: self.handles.insert(nodeid, file)?,
+            open_flags,
+            backing_id: 0,
+        })
+    }
+
+    /// FUSE_READDIR, or FUSE_READDIRPLUS with a look-up of each entry
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn readdir(
+        &self,
+        nodeid: u64,
+        fh: u64,
+        offset: u64,
+        room: u32,
+        plus: bool,
+    ) -> Result<Listing, Errno> {
+        let mut listing = Listing::new(room, plus);
+        if nodeid == ROOT_ID {
+            self.list_root(offset, &mut listing);
+            return Ok(listing);
+        }
+        let handle = self.handles.get(fh, nodeid)?;
+        self.list(&handle, offset, &mut listing)?;
+        Ok(listing)
+    }
+
+    fn list(&self, handle: &Handle, offset: u64, listing: &mut Listing) -> Result<(), Errno> {
+        let _position = handle
+            .position
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        seek(&handle.file, SeekFrom::Start(offset))?;
+        let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
+        let mut directory = RawDir::new(&handle.file, &mut buffer);
+        while let Some(entry) = directory.next() {
+            let entry = entry?;
+            let name = entry.file_name();
+            if !listing.has_room(name) {
+                break;
+            }
+            let dirent = Dirent {
+                ino: entry.ino(),
+                off: entry.next_entry_cookie(),
+                namelen: name.to_bytes().len() as u32,
+                kind: kind_number(entry.file_type()),
+            };
+            // Dots need no look-up; nor does what vanished meanwhile, or what may not be looked
+            // at: node 0 tells the guest to look for itself.
+            let found = if listing.plus && name != c"." && name != c".." {
+                self.lookup(handle.nodeid, name).unwrap_or_default()
+            } else {
+                EntryOut::default()
+            };
+            listing.push(&found, &dirent, name);
+        }
+        Ok(())
+    }
+
+    fn list_root(&self, offset: u64, listing: &mut Listing) {
+        let names = self.shares.names();
+        let dots = [".".to_owned(), "..".to_owned()];
+        let all = dots.iter().chain(&names).enumerate();
+        for (n, name) in all.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+            let Ok(c_name) = CString::new(name.as_str()) else {
+                continue;
+            };
+            if !listing.has_room(&c_name) {
+                return;
+            }
+            let found = if listing.plus && n >= dots.len() {
+                self.lookup(ROOT_ID, &c_name).unwrap_or_default()
+            } else {
+                EntryOut::default()
+            };
+            let dirent = Dirent {
+                ino: if found.attr.ino == 0 {
+                    ROOT_ID
+                } else {
+                    found.attr.ino
+                },
+                off: n as u64 + 1,
+                namelen: name.len() as u32,
+                kind: kind_number(FileType::Directory),
+            };
+            listing.push(&found, &dirent, &c_name);
+        }
+    }
+
+    /// FUSE_RELEASEDIR and FUSE_RELEASE
+    pub fn release(&self, fh: u64) {
+        self.handles.remove(fh);
+    }
+}
+
+/// The number of `d_type` (dirent.h).
+fn kind_number(kind: FileType) -> u32 {
+    match kind {
+        FileType::Unknown => 0,
+        known => known.as_raw_mode() >> 12,
+    }
+}

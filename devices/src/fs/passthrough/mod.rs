@@ -1,0 +1,206 @@
+//! Each FUSE operation on the host's file system.
+//!
+//! Called from worker threads, many at once. Nothing here knows queues or wire offsets; what the
+//! guest sent was decoded by the [`server`](super::server), and everything in it is bounded here
+//! or by the kernel that serves the host's files.
+
+mod attr;
+mod dir;
+mod file;
+mod names;
+mod xattr;
+
+use super::Cache;
+use super::handles::Handles;
+use super::inodes::{self, Identity, Inode, Inodes};
+use super::shares::{Share, Shares};
+use super::wire::{self, AttrOut, EntryOut, ROOT_ID};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Statx, openat};
+use rustix::io::Errno;
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+/// Who asks: the user and group of the guest's process.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// User number.
+    pub uid: u32,
+    /// Group number.
+    pub gid: u32,
+}
+
+/// How a file system is offered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// What the guest may remember.
+    pub cache: Cache,
+    /// The most descriptors for nodes and for open files; 0 takes a share of the process's limit.
+    pub max_descriptors: usize,
+}
+
+/// The server's state for one guest.
+pub struct Passthrough {
+    options: Options,
+    shares: Shares,
+    inodes: Inodes,
+    handles: Handles,
+    /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
+    proc: OwnedFd,
+    root_user: bool,
+}
+
+impl Passthrough {
+    /// Serves `shares`.
+    ///
+    /// # Errors
+    /// If `/proc` is not mounted.
+    pub fn new(shares: Shares, options: Options) -> Result<Self, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc = openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
+        let limit = match options.max_descriptors {
+            0 => descriptor_share(),
+            given => given,
+        };
+        Ok(Self {
+            options,
+            shares,
+            inodes: Inodes::new(limit),
+            handles: Handles::new(limit),
+            proc,
+            root_user: rustix::process::geteuid().is_root(),
+        })
+    }
+
+    /// How the file system is offered.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The guest is gone: nothing is open, nothing is known.
+    pub fn clear(&self) {
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    /// FUSE_LOOKUP
+    ///
+    /// # Errors
+    /// The host's, and ENOENT for names that are none.
+    pub fn lookup(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
+        // Only a guest that means harm asks for these: its kernel resolves them itself.
+        if name.is_empty() || name == c"." || name == c".." || name.to_bytes().contains(&b'/') {
+            return Err(Errno::NOENT);
+        }
+        if parent == ROOT_ID {
+            let share = self.shares.get(name.to_bytes()).ok_or(Errno::NOENT)?;
+            let fd = rustix::io::fcntl_dupfd_cloexec(share.root(), 0)?;
+            return self.entry(fd, &share, (parent, name), None);
+        }
+        let directory = self.inodes.get(parent)?;
+        let fd = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
+        self.entry(fd, &directory.share, (parent, name), Some(&directory))
+    }
+
+    /// Counts a look-up and describes the file to the guest.
+    fn entry(
+        &self,
+        fd: OwnedFd,
+        share: &Arc<Share>,
+        place: (u64, &CStr),
+        directory: Option<&Inode>,
+    ) -> Result<EntryOut, Errno> {
+        let stat = inodes::stat(&fd)?;
+        let inode = self.inodes.look_up(fd, &stat, share, place);
+        let mut attr = attr::from_statx(&stat);
+        match directory {
+            Some(directory) if directory.identity.is_across(&inode.identity) => {
+                mark_boundary(&mut attr, &inode.identity);
+            }
+            None => mark_boundary(&mut attr, &inode.identity),
+            Some(_) => {}
+        }
+        let mut timeout = self.options.cache.timeout();
+        let attr_timeout = timeout;
+        if place.0 == ROOT_ID {
+            // Entries of the synthetic root come and go by the owner's hand.
+            timeout = std::time::Duration::ZERO;
+        }
+        Ok(EntryOut {
+            nodeid: inode.id,
+            generation: 0,
+            entry_valid: timeout.as_secs(),
+            entry_valid_nsec: timeout.subsec_nanos(),
+            attr_valid: attr_timeout.as_secs(),
+            attr_valid_nsec: attr_timeout.subsec_nanos(),
+            attr,
+        })
+    }
+
+    /// FUSE_FORGET, and one item of FUSE_BATCH_FORGET
+    pub fn forget(&self, nodeid: u64, count: u64) {
+        self.inodes.forget(nodeid, count);
+    }
+
+    fn attr_out(&self, attr: wire::Attr) -> AttrOut {
+        let timeout = self.options.cache.timeout();
+        AttrOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            dummy: 0,
+            attr,
+        }
+    }
+
+    /// A node that the guest wants to change.
+    fn writable(&self, nodeid: u64) -> Result<Arc<Inode>, Errno> {
+        if nodeid == ROOT_ID {
+            return Err(Errno::ROFS);
+        }
+        let inode = self.inodes.get(nodeid)?;
+        if inode.share.read_only {
+            return Err(Errno::ROFS);
+        }
+        Ok(inode)
+    }
+
+    /// Opens a node's file itself: only what is a regular file or a directory, since opening
+    /// anything else on the host would act on the host.
+    fn open_inode(&self, inode: &Inode, flags: OFlags) -> Result<File, Errno> {
+        match inode.kind {
+            FileType::RegularFile | FileType::Directory => {}
+            FileType::Symlink => return Err(Errno::LOOP),
+            _ => return Err(Errno::NXIO),
+        }
+        let fd = self.inodes.fd(inode)?;
+        // The link in /proc is to be followed: it is ours, and leads to the descriptor's file.
+        let flags = flags - (OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL) | OFlags::CLOEXEC;
+        let name = fd.as_raw_fd().to_string();
+        Ok(openat(&self.proc, name, flags, Mode::empty())?.into())
+    }
+}
+
+/// Tells the guest that another file system begins at a directory, so that it gets a device
+/// number of its own there; a file that was mounted by itself gets a number that can't be
+/// another's.
+fn mark_boundary(attr: &mut wire::Attr, identity: &Identity) {
+    if FileType::from_raw_mode(attr.mode) == FileType::Directory {
+        attr.flags |= wire::ATTR_SUBMOUNT;
+    } else {
+        attr.ino = identity.foreign_number();
+    }
+}
+
+/// A third of the process's descriptors for nodes, as many for open files, the rest for the
+/// monitor.
+fn descriptor_share() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.unwrap_or(1 << 20).min(1 << 20) as usize;
+    (limit.saturating_sub(128) / 3).max(64)
+}
+
+/// A file's node, kind and attributes as one look sees them.
+fn kind_of(stat: &Statx) -> FileType {
+    FileType::from_raw_mode(stat.stx_mode.into())
+}

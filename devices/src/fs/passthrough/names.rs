@@ -1,0 +1,173 @@
+//! Names: what makes, moves and removes directory entries.
+
+use super::{Caller, Passthrough};
+use crate::fs::inodes::{self, Identity};
+use crate::fs::wire::{EntryOut, LinkIn, MkdirIn, MknodIn, ROOT_ID, decode_device};
+use rustix::fs::{AtFlags, FileType, Mode, RenameFlags};
+use rustix::io::Errno;
+use std::ffi::{CStr, CString};
+use std::os::fd::AsRawFd;
+
+/// One component of a path, and nothing that leads elsewhere.
+pub(super) fn check(name: &CStr) -> Result<(), Errno> {
+    let bytes = name.to_bytes();
+    if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
+        return Err(Errno::INVAL);
+    }
+    if bytes.len() > crate::fs::wire::NAME_MAX {
+        return Err(Errno::NAMETOOLONG);
+    }
+    Ok(())
+}
+
+impl Passthrough {
+    /// FUSE_MKDIR
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn mkdir(
+        &self,
+        parent: u64,
+        name: &CStr,
+        arg: &MkdirIn,
+        caller: Caller,
+    ) -> Result<EntryOut, Errno> {
+        let directory = self.writable(parent)?;
+        check(name)?;
+        let fd = self.inodes.fd(&directory)?;
+        let mode = Mode::from_raw_mode(arg.mode & 0o7777);
+        self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
+        // A directory keeps its bits when its owner changes.
+        self.give_to(inodes::open_entry(&fd, name)?, caller, 0, &directory)?;
+        self.lookup(parent, name)
+    }
+
+    /// FUSE_MKNOD: files, sockets, FIFOs, and as root device nodes
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn mknod(
+        &self,
+        parent: u64,
+        name: &CStr,
+        arg: &MknodIn,
+        caller: Caller,
+    ) -> Result<EntryOut, Errno> {
+        let directory = self.writable(parent)?;
+        check(name)?;
+        let fd = self.inodes.fd(&directory)?;
+        let kind = FileType::from_raw_mode(arg.mode);
+        let mode = Mode::from_raw_mode(arg.mode & 0o7777);
+        let (major, minor) = decode_device(arg.rdev);
+        let device = rustix::fs::makedev(major, minor);
+        self.with_umask(arg.umask, || {
+            rustix::fs::mknodat(&fd, name, kind, mode, device)
+        })?;
+        self.give_to(inodes::open_entry(&fd, name)?, caller, arg.mode, &directory)?;
+        self.lookup(parent, name)
+    }
+
+    /// FUSE_SYMLINK
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn symlink(
+        &self,
+        parent: u64,
+        name: &CStr,
+        target: &CStr,
+        caller: Caller,
+    ) -> Result<EntryOut, Errno> {
+        let directory = self.writable(parent)?;
+        check(name)?;
+        let fd = self.inodes.fd(&directory)?;
+        rustix::fs::symlinkat(target, &fd, name)?;
+        self.give_to(inodes::open_entry(&fd, name)?, caller, 0, &directory)?;
+        self.lookup(parent, name)
+    }
+
+    /// FUSE_READLINK
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn readlink(&self, nodeid: u64) -> Result<CString, Errno> {
+        if nodeid == ROOT_ID {
+            return Err(Errno::INVAL);
+        }
+        let inode = self.inodes.get(nodeid)?;
+        rustix::fs::readlinkat(self.inodes.fd(&inode)?, c"", Vec::new())
+    }
+
+    /// FUSE_LINK
+    ///
+    /// # Errors
+    /// The host's; EXDEV between shares.
+    pub fn link(&self, parent: u64, name: &CStr, arg: &LinkIn) -> Result<EntryOut, Errno> {
+        let directory = self.writable(parent)?;
+        let inode = self.writable(arg.oldnodeid)?;
+        check(name)?;
+        let from = self.inodes.fd(&inode)?;
+        let to = self.inodes.fd(&directory)?;
+        let made = rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH);
+        match made {
+            // Without CAP_DAC_READ_SEARCH the descriptor's link in /proc has to do.
+            Err(Errno::NOENT | Errno::PERM) => {
+                let link = from.as_raw_fd().to_string();
+                rustix::fs::linkat(&self.proc, link, &to, name, AtFlags::SYMLINK_FOLLOW)?;
+            }
+            other => other?,
+        }
+        self.lookup(parent, name)
+    }
+
+    /// FUSE_UNLINK, and FUSE_RMDIR with `directory`
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn unlink(&self, parent: u64, name: &CStr, is_directory: bool) -> Result<(), Errno> {
+        let directory = self.writable(parent)?;
+        check(name)?;
+        let flags = if is_directory {
+            AtFlags::REMOVEDIR
+        } else {
+            AtFlags::empty()
+        };
+        rustix::fs::unlinkat(self.inodes.fd(&directory)?, name, flags)
+    }
+
+    /// FUSE_RENAME and FUSE_RENAME2
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn rename(
+        &self,
+        parent: u64,
+        name: &CStr,
+        new_parent: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> Result<(), Errno> {
+        let from = self.writable(parent)?;
+        let to = self.writable(new_parent)?;
+        check(name)?;
+        check(new_name)?;
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let (from, to) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
+        rustix::fs::renameat_with(&from, name, &to, new_name, flags)?;
+        self.note_place(&to, new_parent, new_name);
+        if flags.contains(RenameFlags::EXCHANGE) {
+            self.note_place(&from, parent, name);
+        }
+        Ok(())
+    }
+
+    /// Remembers where a moved file is found again.
+    fn note_place(&self, directory: impl std::os::fd::AsFd, parent: u64, name: &CStr) {
+        let identity = inodes::open_entry(directory, name)
+            .and_then(inodes::stat)
+            .map(|stat| Identity::of(&stat));
+        if let Ok(identity) = identity {
+            self.inodes.moved(identity, parent, name);
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! Requests in, replies out: what lies between a descriptor chain and an operation.
+//!
+//! A request is a header, an argument, names or data; a reply is a header and a result. Data of
+//! READ and WRITE never passes through a buffer here.
+
+use super::Cache;
+use super::passthrough::{Caller, Passthrough};
+use super::wire::{self, InHeader, InitIn, InitOut, OutHeader, init, op};
+use crate::virtio::{Chain, ChainError, Memory};
+use rustix::io::Errno;
+use std::ffi::CStr;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+const IN_HEADER: u32 = size_of::<InHeader>() as u32;
+const OUT_HEADER: u32 = size_of::<OutHeader>() as u32;
+
+/// The longest request other than WRITE: a header, an argument, a name and the largest value of
+/// an extended attribute; or a page of nodes to forget.
+const MAX_REQUEST: u32 = 128 << 10;
+
+/// How often the guest may ask at once, and when it thinks the host is busy.
+const MAX_BACKGROUND: u16 = 128;
+
+/// What goes into the reply's body.
+enum Reply {
+    Empty,
+    Bytes(Vec<u8>),
+    /// This much was written into the chain already.
+    Written(u32),
+    /// The protocol wants none.
+    None,
+}
+
+fn reply<T: IntoBytes + Immutable>(value: &T) -> Reply {
+    Reply::Bytes(value.as_bytes().to_vec())
+}
+
+/// The argument of a request, read piece by piece.
+struct Args<'a>(&'a [u8]);
+
+impl<'a> Args<'a> {
+    fn take<T: FromBytes + KnownLayout + Immutable>(&mut self) -> Result<T, Errno> {
+        let (value, rest) = T::read_from_prefix(self.0).map_err(|_| Errno::INVAL)?;
+        self.0 = rest;
+        Ok(value)
+    }
+
+    fn name(&mut self) -> Result<&'a CStr, Errno> {
+        let name = CStr::from_bytes_until_nul(self.0).map_err(|_| Errno::INVAL)?;
+        self.0 = &self.0[name.to_bytes_with_nul().len()..];
+        Ok(name)
+    }
+
+    fn bytes(&mut self, len: u32) -> Result<&'a [u8], Errno> {
+        let (bytes, rest) = self.0.split_at_checked(len as usize).ok_or(Errno::INVAL)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+}
+
+/// The file system behind one virtio device.
+pub struct Server {
+    files: Passthrough,
+}
+
+impl Server {
+    /// Serves these files.
+    pub fn new(files: Passthrough) -> Self {
+        Self { files }
+    }
+
+    /// The guest is gone.
+    pub fn clear(&self) {
+        self.files.clear();
+    }
+
+    /// Answers one request; how many bytes of the chain were written.
+    ///
+    /// # Errors
+    /// A chain that holds no request, or has no room for a reply.
+    pub fn serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
+        let mut header = InHeader::default();
+        chain.read(memory, 0, header.as_mut_bytes())?;
+        let result = self.dispatch(&header, chain, memory);
+        let (error, body) = match result {
+            Ok(Reply::None) => return Ok(0),
+            Ok(Reply::Empty) => (0, 0),
+            Ok(Reply::Written(len)) => (0, len),
+            Ok(Reply::Bytes(bytes)) => match chain.write(memory, OUT_HEADER, &bytes) {
+                Ok(()) => (0, bytes.len() as u32),
+                Err(_) => (Errno::INVAL.raw_os_error(), 0),
+            },
+            Err(errno) => (errno.raw_os_error(), 0),
+        };
+        let out = OutHeader {
+            len: OUT_HEADER + body,
+            error: -error,
+            unique: header.unique,
+        };
+        chain.write(memory, 0, out.as_bytes())?;
+        Ok(out.len)
+    }
+
+    fn dispatch(&self, header: &InHeader, chain: &Chain, memory: &Memory) -> Result<Reply, Errno> {
+        match header.opcode {
+            op::READ => return self.read(header, chain, memory),
+            op::WRITE => return self.write(header, chain, memory),
+            _ => {}
+        }
+        let len = chain.readable_len() - IN_HEADER;
+        if len > MAX_REQUEST {
+            return Err(Errno::TOOBIG);
+        }
+        let mut bytes = vec![0; len as usize];
+        chain
+            .read(memory, IN_HEADER, &mut bytes)
+            .map_err(|_| Errno::INVAL)?;
+        let mut args = Args(&bytes);
+        let node = header.nodeid;
+        match header.opcode {
+            op::INIT => self.init(&mut args),
+            op::DESTROY => {
+                self.files.clear();
+                Ok(Reply::Empty)
+            }
+            op::FORGET => {
+                let arg: wire::ForgetIn = args.take()?;
+                self.files.forget(node, arg.nlookup);
+                Ok(Reply::None)
+            }
+            op::BATCH_FORGET => self.batch_forget(&mut args),
+            op::INTERRUPT => Ok(Reply::None),
+            op::LOOKUP => Ok(reply(&self.files.lookup(node, args.name()?)?)),
+            op::GETATTR => Ok(reply(&self.files.getattr(node, &args.take()?)?)),
+            op::SETATTR => Ok(reply(&self.files.setattr(node, &args.take()?)?)),
+            op::STATX => Ok(reply(&self.files.statx(node, &args.take()?)?)),
+            op::STATFS => Ok(reply(&self.files.statfs(node)?)),
+            op::READLINK => Ok(Reply::Bytes(self.files.readlink(node)?.into_bytes())),
+            _ => self.dispatch_names(header, &mut args),
+        }
+    }
+
+    /// Operations on names.
+    fn dispatch_names(&self, header: &InHeader, args: &mut Args<'_>) -> Result<Reply, Errno> {
+        let node = header.nodeid;
+        let caller = Caller {
+            uid: header.uid,
+            gid: header.gid,
+        };
+        match header.opcode {
+            op::SYMLINK => {
+                let name = args.name()?;
+                let target = args.name()?;
+                Ok(reply(&self.files.symlink(node, name, target, caller)?))
+            }
+            op::MKNOD => {
+                let arg = args.take()?;
+                Ok(reply(&self.files.mknod(
+                    node,
+                    args.name()?,
+                    &arg,
+                    caller,
+                )?))
+            }
+            op::MKDIR => {
+                let arg = args.take()?;
+                Ok(reply(&self.files.mkdir(
+                    node,
+                    args.name()?,
+                    &arg,
+                    caller,
+                )?))
+            }
+            op::UNLINK | op::RMDIR => {
+                let directory = header.opcode == op::RMDIR;
+                self.files.unlink(node, args.name()?, directory)?;
+                Ok(Reply::Empty)
+            }
+            op::RENAME => {
+                let arg: wire::RenameIn = args.take()?;
+                let (old, new) = (args.name()?, args.name()?);
+                self.files.rename(node, old, arg.newdir, new, 0)?;
+                Ok(Reply::Empty)
+            }
+            op::RENAME2 => {
+                let arg: wire::Rename2In = args.take()?;
+                let (old, new) = (args.name()?, args.name()?);
+                self.files.rename(node, old, arg.newdir, new, arg.flags)?;
+                Ok(Reply::Empty)
+            }
+            op::LINK => {
+                let arg = args.take()?;
+                Ok(reply(&self.files.link(node, args.name()?, &arg)?))
+            }
+            op::CREATE => {
+                let arg = args.take()?;
+                let name = args.name()?;
+                let (entry, open) = self.files.create(node, name, &arg, caller)?;
+                Ok(Reply::Bytes([entry.as_bytes(), open.as_bytes()].concat()))
+            }
+            op::TMPFILE => {
+                let arg = args.take()?;
+                let (entry, open) = self.files.tmpfile(node, &arg, caller)?;
+                Ok(Reply::Bytes([entry.as_bytes(), open.as_bytes()].concat()))
+            }
+            _ => self.dispatch_files(header, args),
+        }
+    }
+
+    /// Operations on open files, and extended attributes.
+    fn dispatch_files(&self, header: &InHeader, args: &mut Args<'_>) -> Result<Reply, Errno> {
+        let node = header.nodeid;
+        match header.opcode {
+            op::OPEN => {
+                let arg: wire::OpenIn = args.take()?;
+                Ok(reply(&self.files.open(node, arg.flags)?))
+            }
+            op::OPENDIR => Ok(reply(&self.files.opendir(node)?)),
+            op::RELEASE | op::RELEASEDIR => {
+                let arg: wire::ReleaseIn = args.take()?;
+                self.files.release(arg.fh);
+                Ok(Reply::Empty)
+            }
+            op::READDIR | op::READDIRPLUS => {
+                let arg: wire::ReadIn = args.take()?;
+                let plus = header.opcode == op::READDIRPLUS;
+                let listing = self
+                    .files
+                    .readdir(node, arg.fh, arg.offset, arg.size, plus)?;
+                Ok(Reply::Bytes(listing.into_bytes()))
+            }
+            op::FLUSH => {
+                let arg: wire::FlushIn = args.take()?;
+                self.files.flush(node, arg.fh)?;
+                Ok(Reply::Empty)
+            }
+            op::FSYNC | op::FSYNCDIR => {
+                self.files.fsync(node, &args.take()?)?;
+                Ok(Reply::Empty)
+            }
+            op::SYNCFS => {
+                self.files.syncfs()?;
+                Ok(Reply::Empty)
+            }
+            op::FALLOCATE => {
+                self.files.fallocate(node, &args.take()?)?;
+                Ok(Reply::Empty)
+            }
+            op::LSEEK => {
+                let offset = self.files.lseek(node, &args.take()?)?;
+                Ok(reply(&wire::LseekOut { offset }))
+            }
+            op::COPY_FILE_RANGE => {
+                let size = self.files.copy_file_range(node, &args.take()?)?;
+                Ok(reply(&wire::WriteOut { size, padding: 0 }))
+            }
+            _ => self.dispatch_attributes(header, args),
+        }
+    }
+
+    fn dispatch_attributes(&self, header: &InHeader, args: &mut Args<'_>) -> Result<Reply, Errno> {
+        let node = header.nodeid;
+        match header.opcode {
+            op::SETXATTR => {
+                let arg: wire::SetxattrIn = args.take()?;
+                let name = args.name()?;
+                let value = args.bytes(arg.size)?;
+                self.files.setxattr(node, name, value, arg.flags)?;
+                Ok(Reply::Empty)
+            }
+            op::GETXATTR => {
+                let arg: wire::GetxattrIn = args.take()?;
+                let value = self.files.getxattr(node, args.name()?, arg.size)?;
+                Ok(sized(value, arg.size))
+            }
+            op::LISTXATTR => {
+                let arg: wire::GetxattrIn = args.take()?;
+                let list = self.files.listxattr(node, arg.size)?;
+                Ok(sized(list, arg.size))
+            }
+            op::REMOVEXATTR => {
+                self.files.removexattr(node, args.name()?)?;
+                Ok(Reply::Empty)
+            }
+            // Locks are the guest's own, checks of permission too; there is nothing to poll or to
+            // map to blocks. The guest's kernel does without.
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    fn read(&self, header: &InHeader, chain: &Chain, memory: &Memory) -> Result<Reply, Errno> {
+        let mut arg = wire::ReadIn::default();
+        let invalid = |_: ChainError| Errno::INVAL;
+        chain
+            .read(memory, IN_HEADER, arg.as_mut_bytes())
+            .map_err(invalid)?;
+        let room = chain.writable_len().saturating_sub(OUT_HEADER);
+        let size = arg.size.min(room).min(wire::MAX_DATA);
+        let into = chain
+            .writable_slices(memory, OUT_HEADER, size as usize)
+            .map_err(invalid)?;
+        let read = self.files.read(header.nodeid, &arg, &into)?;
+        Ok(Reply::Written(read as u32))
+    }
+
+    fn write(&self, header: &InHeader, chain: &Chain, memory: &Memory) -> Result<Reply, Errno> {
+        let mut arg = wire::WriteIn::default();
+        let invalid = |_: ChainError| Errno::INVAL;
+        chain
+            .read(memory, IN_HEADER, arg.as_mut_bytes())
+            .map_err(invalid)?;
+        if arg.size > wire::MAX_DATA {
+            return Err(Errno::INVAL);
+        }
+        let data = IN_HEADER + size_of::<wire::WriteIn>() as u32;
+        let from = chain
+            .readable_slices(memory, data, arg.size as usize)
+            .map_err(invalid)?;
+        let written = self.files.write(header.nodeid, &arg, &from)?;
+        Ok(reply(&wire::WriteOut {
+            size: written as u32,
+            padding: 0,
+        }))
+    }
+
+    fn batch_forget(&self, args: &mut Args<'_>) -> Result<Reply, Errno> {
+        let arg: wire::BatchForgetIn = args.take()?;
+        for _ in 0..arg.count {
+            // A count beyond what was sent ends with what was sent.
+            let Ok(one) = args.take::<wire::ForgetOne>() else {
+                break;
+            };
+            self.files.forget(one.nodeid, one.nlookup);
+        }
+        Ok(Reply::None)
+    }
+
+    fn init(&self, args: &mut Args<'_>) -> Result<Reply, Errno> {
+        let arg: InitIn = args.take()?;
+        if arg.major != wire::MAJOR {
+            return Err(Errno::PROTO);
+        }
+        let offered = u64::from(arg.flags) | u64::from(arg.flags2) << 32;
+        let mut wanted = init::ASYNC_READ
+            | init::ATOMIC_O_TRUNC
+            | init::BIG_WRITES
+            | init::DONT_MASK
+            | init::DO_READDIRPLUS
+            | init::READDIRPLUS_AUTO
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::POSIX_ACL
+            | init::MAX_PAGES
+            | init::SUBMOUNTS
+            | init::INIT_EXT
+            | init::DIRECT_IO_ALLOW_MMAP;
+        match self.files.options().cache {
+            Cache::Never => {}
+            Cache::Auto => wanted |= init::AUTO_INVAL_DATA,
+            Cache::Always => wanted |= init::CACHE_SYMLINKS,
+            Cache::Writeback => wanted |= init::CACHE_SYMLINKS | init::WRITEBACK_CACHE,
+        }
+        let flags = wanted & offered;
+        Ok(reply(&InitOut {
+            major: wire::MAJOR,
+            minor: wire::MINOR,
+            max_readahead: arg.max_readahead,
+            flags: flags as u32,
+            flags2: (flags >> 32) as u32,
+            max_background: MAX_BACKGROUND,
+            congestion_threshold: MAX_BACKGROUND / 4 * 3,
+            max_write: wire::MAX_DATA,
+            time_gran: 1,
+            max_pages: wire::MAX_PAGES,
+            ..InitOut::default()
+        }))
+    }
+}
+
+/// With no room in the request, the reply is only the size.
+fn sized(bytes: Vec<u8>, room: u32) -> Reply {
+    if room == 0 {
+        return reply(&wire::GetxattrOut {
+            size: bytes.len() as u32,
+            padding: 0,
+        });
+    }
+    Reply::Bytes(bytes)
+}

@@ -1,0 +1,199 @@
+//! The synthetic root: a directory that exists only here, whose entries are host directories (or
+//! single files). They are added and removed while the guest runs, from any thread.
+
+use crate::sys;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One host directory or file under the synthetic root.
+pub struct Share {
+    root: OwnedFd,
+    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
+    /// syncfs); none if the share is a single file.
+    anchor: Option<File>,
+    pub(super) read_only: bool,
+    pub(super) mount_id: u64,
+    detached: bool,
+    removed: AtomicBool,
+}
+
+impl Share {
+    fn open(path: &Path, read_only: bool) -> io::Result<Self> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_RECURSIVE;
+        let (root, detached) = match open_tree(CWD, path, flags) {
+            Ok(tree) => {
+                if read_only {
+                    sys::make_mount_read_only(tree.as_fd())?;
+                }
+                (tree, true)
+            }
+            // Without the privilege (or the call) the directory itself has to do.
+            Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => {
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                (openat(CWD, path, flags, Mode::empty())?, false)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let anchor = openat(&root, ".", flags, Mode::empty())
+            .ok()
+            .map(File::from);
+        let mount_id = mount_id(root.as_fd())?;
+        Ok(Self {
+            root,
+            anchor,
+            read_only,
+            mount_id,
+            detached,
+            removed: AtomicBool::new(false),
+        })
+    }
+
+    /// The share's root, an O_PATH descriptor.
+    pub(super) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// A descriptor on the share's mount, if it is a directory.
+    pub(super) fn anchor(&self) -> Option<BorrowedFd<'_>> {
+        self.anchor.as_ref().map(File::as_fd)
+    }
+
+    /// Whether the owner has taken it away.
+    pub(super) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is a mount of its own, which nothing can leave.
+    pub fn is_detached(&self) -> bool {
+        self.detached
+    }
+}
+
+fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+    Ok(statx(fd, c"", AtFlags::EMPTY_PATH, mask)?.stx_mnt_id)
+}
+
+struct Inner {
+    entries: Mutex<BTreeMap<String, Arc<Share>>>,
+    changes: AtomicU64,
+}
+
+/// The entries of the synthetic root. Cheap to clone; all clones are the same root.
+#[derive(Clone)]
+pub struct Shares(Arc<Inner>);
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self(Arc::new(Inner {
+            entries: Mutex::default(),
+            changes: AtomicU64::new(0),
+        }))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shares {
+    /// Puts the host's `path` under the root as `name`. The guest sees it at once.
+    ///
+    /// # Errors
+    /// If the name is no single path component or is taken, or the host refuses the path.
+    pub fn add(&self, name: &str, path: impl AsRef<Path>, read_only: bool) -> io::Result<()> {
+        let proper = !name.is_empty()
+            && name.len() <= super::wire::NAME_MAX
+            && name != "."
+            && name != ".."
+            && !name.contains(['/', '\0']);
+        if !proper {
+            let text = format!("{name:?} can't name a share");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let share = Arc::new(Share::open(path.as_ref(), read_only)?);
+        let mut entries = lock(&self.0.entries);
+        if entries.contains_key(name) {
+            let text = format!("a share {name:?} exists");
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        entries.insert(name.to_owned(), share);
+        self.0.changes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Takes an entry away. What the guest has open under it answers ESTALE from now on. False
+    /// if there was none.
+    pub fn remove(&self, name: &str) -> bool {
+        let share = lock(&self.0.entries).remove(name);
+        if let Some(share) = &share {
+            share.removed.store(true, Ordering::Relaxed);
+            self.0.changes.fetch_add(1, Ordering::SeqCst);
+        }
+        share.is_some()
+    }
+
+    /// The share of this name.
+    pub(super) fn get(&self, name: &[u8]) -> Option<Arc<Share>> {
+        let name = std::str::from_utf8(name).ok()?;
+        lock(&self.0.entries).get(name).cloned()
+    }
+
+    /// All names, in order.
+    pub(super) fn names(&self) -> Vec<String> {
+        lock(&self.0.entries).keys().cloned().collect()
+    }
+
+    /// All shares.
+    pub(super) fn all(&self) -> Vec<Arc<Share>> {
+        lock(&self.0.entries).values().cloned().collect()
+    }
+
+    /// How often entries changed: the root's modification time, in a way.
+    pub(super) fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::SeqCst)
+    }
+}
+
+impl std::fmt::Debug for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "share on descriptor {}", self.root.as_raw_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_are_paths_are_refused() {
+        let shares = Shares::default();
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["", ".", "..", "a/b", "/", "x\0y"] {
+            assert!(shares.add(name, dir.path(), false).is_err(), "{name:?}");
+        }
+        shares.add("ok", dir.path(), false).unwrap();
+        assert!(shares.add("ok", dir.path(), false).is_err());
+        assert!(shares.remove("ok"));
+        assert!(!shares.remove("ok"));
+    }
+
+    #[test]
+    fn a_directory_that_does_not_exist_is_the_hosts_error() {
+        let error = Shares::default()
+            .add("x", "/nonexistent", false)
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+}
