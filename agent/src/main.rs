@@ -1,2 +1,47 @@
-//! placeholder
-fn main() {}
+//! PID 1 of a Koya guest: runs containers for the host.
+//!
+//! The same binary has two lives. As `/init` it sets the guest up ([`boot`]), connects to the
+//! host, and serves the [`service`] with one thread. For each container or process it makes, it
+//! starts itself again as a [`helper`]: libcontainer forks and changes process-wide state, which
+//! only a single-threaded process may do. What the helper leaves behind becomes PID 1's child,
+//! and the [`reaper`] collects it.
+//!
+//! PID 1 must not end: if it does, the kernel panics and the monitor reports the panic's text as
+//! the reason. That is the intended way for a fatal error here.
+
+mod boot;
+mod console;
+mod device_rules;
+mod executor;
+mod helper;
+mod reaper;
+mod service;
+mod streams;
+#[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
+mod sys;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if args.get(1).map(String::as_str) == Some(helper::ARGUMENT) {
+        return helper::main(&args[2..]);
+    }
+    if std::process::id() != 1 {
+        eprintln!("koya-agent is the init of a Koya guest and does nothing elsewhere");
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = run() {
+        // The kernel's log is what the monitor shows of a guest that ended.
+        sys::kernel_log(&format!("koya-agent: {error:#}"));
+    }
+    ExitCode::FAILURE
+}
+
+fn run() -> anyhow::Result<()> {
+    boot::set_up()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(service::serve())
+}

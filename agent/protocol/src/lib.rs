@@ -1,1 +1,33 @@
-//! placeholder
+//! What the runtime and the agent in the guest agree on: the messages (see
+//! `agent/protocol/proto/agent.proto`), the ports, and where things are in the guest.
+//!
+//! # Who may pose as whom
+//! vsock knows no namespaces: a process in a container can connect to the host's ports as the
+//! agent can. So the control port takes one connection, which the agent makes before there is
+//! any container, and a stream is only taken if it begins with the token that was sent over that
+//! connection for it.
+
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::agent as messages;
+pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+
+/// The host's port for the control connection.
+pub const CONTROL_PORT: u32 = 1024;
+/// The host's port for standard streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Bytes of a stream's token, as hexadecimal digits.
+pub const TOKEN_LEN: usize = 32;
+
+/// The virtio-fs tag of the shared directories.
+pub const SHARED_TAG: &str = "koya";
+/// Where the shared directories are mounted in the guest.
+pub const SHARED_DIR: &str = "/run/koya/shared";
+
+/// What an error of the agent begins with when a container's program can't be found or run; the
+/// shell's exit status for it follows, then the reason.
+pub const NOT_EXECUTABLE: &str = "cannot execute";

@@ -1,0 +1,97 @@
+//! The guest's start, as an ordered list.
+
+use anyhow::{Context, Result};
+use koya_protocol::{SHARED_DIR, SHARED_TAG};
+use rustix::fs::{CWD, FileType, Mode, mknodat, symlink};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use std::fs;
+use std::path::Path;
+
+/// Everything before the host is called.
+pub(crate) fn set_up() -> Result<()> {
+    leave_rootfs().context("cannot leave the initial root file system")?;
+    mount_kernel_file_systems()?;
+    enable_cgroup_controllers()?;
+    crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
+    mount_shares()
+}
+
+/// The kernel's first root can't be pivoted away from, which is what containers do. A bind mount
+/// of it, moved over it, can.
+fn leave_rootfs() -> Result<()> {
+    fs::create_dir_all("/root")?;
+    mount_bind("/", "/root")?;
+    std::env::set_current_dir("/root")?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    std::env::set_current_dir("/")?;
+    Ok(())
+}
+
+fn mount_kernel_file_systems() -> Result<()> {
+    let plain = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let noexec = MountFlags::NOSUID | MountFlags::NOEXEC;
+    mount_at("proc", "/proc", "proc", plain, "")?;
+    mount_at("sysfs", "/sys", "sysfs", plain, "")?;
+    mount_at("devtmpfs", "/dev", "devtmpfs", noexec, "mode=0755")?;
+    mount_at(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        noexec,
+        "mode=0620,gid=5,ptmxmode=0666",
+    )?;
+    mount_at("shm", "/dev/shm", "tmpfs", plain, "mode=1777")?;
+    mount_at(
+        "run",
+        "/run",
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        "mode=0755",
+    )?;
+    mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", plain, "")?;
+    fs::create_dir_all("/tmp")?;
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        symlink(target, link).ok();
+    }
+    if !Path::new("/dev/null").exists() {
+        let mode = Mode::from_raw_mode(0o666);
+        mknodat(
+            CWD,
+            "/dev/null",
+            FileType::CharacterDevice,
+            mode,
+            rustix::fs::makedev(1, 3),
+        )?;
+    }
+    Ok(())
+}
+
+fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, data: &str) -> Result<()> {
+    fs::create_dir_all(target)?;
+    let data = std::ffi::CString::new(data)?;
+    mount(source, target, kind, flags, data.as_c_str())
+        .with_context(|| format!("cannot mount {kind} at {target}"))
+}
+
+/// Containers get limits only for controllers that the root hands down.
+fn enable_cgroup_controllers() -> Result<()> {
+    let available = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+    for controller in available.split_whitespace() {
+        fs::write(
+            "/sys/fs/cgroup/cgroup.subtree_control",
+            format!("+{controller}"),
+        )
+        .with_context(|| format!("cannot enable the cgroup controller {controller}"))?;
+    }
+    Ok(())
+}
+
+fn mount_shares() -> Result<()> {
+    mount_at(SHARED_TAG, SHARED_DIR, "virtiofs", MountFlags::empty(), "")
+}

@@ -1,0 +1,75 @@
+//! A container's terminal: the socket by which libcontainer hands over the master.
+
+use anyhow::{Context, Result};
+use rustix::cmsg_space;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::termios::{Winsize, tcsetwinsize};
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+/// Waits for one terminal.
+pub(crate) struct ConsoleSocket {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+impl ConsoleSocket {
+    pub(crate) fn bind(path: PathBuf) -> Result<Self> {
+        std::fs::remove_file(&path).ok();
+        let listener = UnixListener::bind(&path).context("cannot bind the console socket")?;
+        Ok(Self { path, listener })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The master. libcontainer has connected before it returned, so this does not wait.
+    pub(crate) fn receive(self) -> Result<OwnedFd> {
+        self.listener.set_nonblocking(true)?;
+        let (socket, _) = self
+            .listener
+            .accept()
+            .context("the container sent no terminal")?;
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0; 64];
+        recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut byte)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
+        control
+            .drain()
+            .find_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                _ => None,
+            })
+            .context("the container sent no terminal")
+    }
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.path).ok();
+    }
+}
+
+/// Sets a terminal's size; a size of zero leaves it.
+pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
+    if rows == 0 || columns == 0 {
+        return Ok(());
+    }
+    let size = Winsize {
+        ws_row: u16::try_from(rows)?,
+        ws_col: u16::try_from(columns)?,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(master, size)?;
+    Ok(())
+}

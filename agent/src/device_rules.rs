@@ -1,0 +1,267 @@
+//! Device rules of a container: `linux.resources.devices` of the OCI configuration, as a program
+//! that the kernel asks on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
+//!
+//! The rules are a list in which the last match wins, so the program looks from the last to the
+//! first. Before all of them stands "deny"; after all of them stand the devices that every
+//! container has.
+
+use crate::sys::Instruction;
+use anyhow::{Context, Result};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+/// Bits of the request's access, upper half of the first word.
+const MKNOD: u32 = 1;
+const READ: u32 = 2;
+const WRITE: u32 = 4;
+const ALL: u32 = MKNOD | READ | WRITE;
+
+/// Bits of the request's kind, lower half of the first word.
+const BLOCK: u32 = 1;
+const CHARACTER: u32 = 2;
+
+/// A rule, decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    /// None matches both.
+    kind: Option<u32>,
+    major: Option<u32>,
+    minor: Option<u32>,
+    access: u32,
+}
+
+/// What every container may use: null, zero, full, random, urandom, tty, ptmx and ptys; and it
+/// may make any node, which is of no use without one of the others.
+const ALWAYS: &[(u32, Option<u32>, Option<u32>, u32)] = &[
+    (CHARACTER, None, None, MKNOD),
+    (BLOCK, None, None, MKNOD),
+    (CHARACTER, Some(1), Some(3), ALL),
+    (CHARACTER, Some(1), Some(5), ALL),
+    (CHARACTER, Some(1), Some(7), ALL),
+    (CHARACTER, Some(1), Some(8), ALL),
+    (CHARACTER, Some(1), Some(9), ALL),
+    (CHARACTER, Some(5), Some(0), ALL),
+    (CHARACTER, Some(5), Some(2), ALL),
+    (CHARACTER, Some(136), None, ALL),
+];
+
+/// Puts a container's device rules in force.
+pub(crate) fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
+    let program = compile(&decode(rules));
+    let directory =
+        File::open(cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
+    crate::sys::attach_device_program(directory.as_fd(), &program)
+        .context("cannot put the device rules in force")
+}
+
+fn decode(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
+    let mut decoded: Vec<Rule> = rules.iter().map(decode_one).collect();
+    // A privileged container says "allow all" and means it.
+    let allows_all = decoded.last().is_some_and(|r| {
+        r.allow && r.kind.is_none() && r.major.is_none() && r.minor.is_none() && r.access == ALL
+    });
+    if !allows_all {
+        decoded.extend(ALWAYS.iter().map(|(kind, major, minor, access)| Rule {
+            allow: true,
+            kind: Some(*kind),
+            major: *major,
+            minor: *minor,
+            access: *access,
+        }));
+    }
+    decoded
+}
+
+fn decode_one(rule: &LinuxDeviceCgroup) -> Rule {
+    let number = |n: Option<i64>| n.and_then(|n| u32::try_from(n).ok());
+    let access = rule.access().as_deref().unwrap_or("rwm");
+    let bit = |letter, bit| if access.contains(letter) { bit } else { 0 };
+    Rule {
+        allow: rule.allow(),
+        kind: match rule.typ() {
+            Some(LinuxDeviceType::B) => Some(BLOCK),
+            Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(CHARACTER),
+            _ => None,
+        },
+        major: number(rule.major()),
+        minor: number(rule.minor()),
+        access: bit('r', READ) | bit('w', WRITE) | bit('m', MKNOD),
+    }
+}
+
+// Instruction codes: class | size or operation | mode or source.
+const LOAD_WORD: u8 = 0x61;
+const MOVE_REGISTER: u8 = 0xbf;
+const MOVE_VALUE: u8 = 0xb7;
+const AND_VALUE: u8 = 0x57;
+const SHIFT_RIGHT: u8 = 0x77;
+const JUMP_UNEQUAL: u8 = 0x55;
+const EXIT: u8 = 0x95;
+
+/// Registers: the context, then access, kind, major and minor of the request, then scratch.
+const RESULT: u8 = 0;
+const CONTEXT: u8 = 1;
+const ACCESS: u8 = 2;
+const KIND: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+const SCRATCH: u8 = 6;
+
+fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+    Instruction {
+        code,
+        registers: from << 4 | to,
+        offset,
+        immediate,
+    }
+}
+
+fn compile(rules: &[Rule]) -> Vec<Instruction> {
+    // struct bpf_cgroup_dev_ctx { access_type, major, minor }
+    let mut program = vec![
+        instruction(LOAD_WORD, ACCESS, CONTEXT, 0, 0),
+        instruction(MOVE_REGISTER, KIND, ACCESS, 0, 0),
+        instruction(AND_VALUE, KIND, 0, 0, 0xffff),
+        instruction(SHIFT_RIGHT, ACCESS, 0, 0, 16),
+        instruction(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
+        instruction(LOAD_WORD, MINOR, CONTEXT, 8, 0),
+    ];
+    for rule in rules.iter().rev() {
+        program.extend(compile_rule(rule));
+    }
+    program.push(instruction(MOVE_VALUE, RESULT, 0, 0, 0));
+    program.push(instruction(EXIT, 0, 0, 0, 0));
+    program
+}
+
+/// Tests that jump over the rule's answer when they fail.
+fn compile_rule(rule: &Rule) -> Vec<Instruction> {
+    let mut tests = Vec::new();
+    let mut equal = |register, value: Option<u32>| {
+        if let Some(value) = value {
+            tests.push(vec![(register, value)]);
+        }
+    };
+    equal(KIND, rule.kind);
+    equal(MAJOR, rule.major);
+    equal(MINOR, rule.minor);
+    let mut body: Vec<Instruction> = Vec::new();
+    // Allowing needs every bit of the request to be in the rule; denying needs one.
+    let needs_access = rule.access != ALL;
+    let answer = [
+        instruction(MOVE_VALUE, RESULT, 0, 0, rule.allow.into()),
+        instruction(EXIT, 0, 0, 0, 0),
+    ];
+    let access_test = |after: usize| -> Vec<Instruction> {
+        if !needs_access {
+            return Vec::new();
+        }
+        if rule.allow {
+            // Bits beyond the rule's must be none.
+            return vec![
+                instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
+                instruction(AND_VALUE, SCRATCH, 0, 0, (ALL & !rule.access) as i32),
+                instruction(JUMP_UNEQUAL, SCRATCH, 0, after as i16, 0),
+            ];
+        }
+        const JUMP_EQUAL: u8 = 0x15;
+        vec![
+            instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
+            instruction(AND_VALUE, SCRATCH, 0, 0, rule.access as i32),
+            instruction(JUMP_EQUAL, SCRATCH, 0, after as i16, 0),
+        ]
+    };
+    body.extend(access_test(answer.len()));
+    body.extend(answer);
+    let mut out = Vec::new();
+    let tests: Vec<(u8, u32)> = tests.concat();
+    for (n, (register, value)) in tests.iter().enumerate() {
+        let over = tests.len() - n - 1 + body.len();
+        out.push(instruction(
+            JUMP_UNEQUAL,
+            *register,
+            0,
+            over as i16,
+            *value as i32,
+        ));
+    }
+    out.extend(body);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a program as the kernel would.
+    fn ask(program: &[Instruction], access: u32, kind: u32, major: u32, minor: u32) -> bool {
+        let context = [access << 16 | kind, major, minor];
+        let mut registers = [0u64; 11];
+        let mut at = 0;
+        loop {
+            let i = program[at];
+            let (to, from) = (usize::from(i.registers & 15), usize::from(i.registers >> 4));
+            let immediate = i.immediate as i64 as u64;
+            at += 1;
+            match i.code {
+                LOAD_WORD => registers[to] = context[i.offset as usize / 4].into(),
+                MOVE_REGISTER => registers[to] = registers[from],
+                MOVE_VALUE => registers[to] = immediate,
+                AND_VALUE => registers[to] &= immediate,
+                SHIFT_RIGHT => registers[to] >>= immediate,
+                JUMP_UNEQUAL if registers[to] != immediate => at += i.offset as usize,
+                0x15 if registers[to] == immediate => at += i.offset as usize,
+                JUMP_UNEQUAL | 0x15 => {}
+                EXIT => return registers[0] != 0,
+                code => panic!("{code:#x}"),
+            }
+        }
+    }
+
+    fn rules(json: &str) -> Vec<Instruction> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
+        compile(&decode(&rules))
+    }
+
+    #[test]
+    fn by_default_a_disk_is_refused_and_null_is_not() {
+        let program = rules(r#"[{"allow":false,"access":"rwm"}]"#);
+        assert!(!ask(&program, READ, BLOCK, 8, 0));
+        assert!(!ask(&program, READ | WRITE, CHARACTER, 10, 232));
+        assert!(ask(&program, READ | WRITE, CHARACTER, 1, 3));
+        assert!(ask(&program, READ, CHARACTER, 136, 7));
+        assert!(ask(&program, MKNOD, BLOCK, 8, 0));
+    }
+
+    #[test]
+    fn a_rule_allows_only_its_access() {
+        let program = rules(
+            r#"[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"b","major":8,"minor":1,"access":"r"}]"#,
+        );
+        assert!(ask(&program, READ, BLOCK, 8, 1));
+        assert!(!ask(&program, READ | WRITE, BLOCK, 8, 1));
+        assert!(!ask(&program, READ, BLOCK, 8, 2));
+        assert!(!ask(&program, READ, CHARACTER, 8, 1));
+    }
+
+    #[test]
+    fn a_privileged_container_may_use_everything() {
+        let program = rules(r#"[{"allow":true,"access":"rwm"}]"#);
+        assert!(ask(&program, ALL, BLOCK, 8, 0));
+        assert!(ask(&program, READ, CHARACTER, 10, 232));
+    }
+
+    #[test]
+    fn a_later_denial_wins() {
+        let program = rules(
+            r#"[{"allow":true,"access":"rwm"},
+                {"allow":false,"type":"c","major":10,"minor":232,"access":"w"}]"#,
+        );
+        assert!(!ask(&program, READ | WRITE, CHARACTER, 10, 232));
+        assert!(ask(&program, READ, CHARACTER, 10, 232));
+    }
+}

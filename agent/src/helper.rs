@@ -1,0 +1,131 @@
+//! The single-threaded process that calls libcontainer: `koya-agent helper OPERATION ...`.
+//!
+//! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
+//! when the helper has ended: `pid N` or `error TEXT`.
+
+use crate::device_rules;
+use crate::executor::{Confinement, Program};
+use anyhow::{Context, Result, bail};
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::{Process, Spec};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// The first argument of a helper.
+pub(crate) const ARGUMENT: &str = "helper";
+
+/// Where libcontainer keeps what it knows of containers.
+const STATE: &str = "/run/koya/state";
+/// Where containers' bundles are.
+const BUNDLES: &str = "/run/koya/bundles";
+/// The cgroup under which containers' cgroups are.
+const CGROUPS: &str = "/koya";
+
+/// A container's bundle.
+pub(crate) fn bundle(id: &str) -> PathBuf {
+    Path::new(BUNDLES).join(id)
+}
+
+/// A container's cgroup, as the configuration names it.
+pub(crate) fn cgroup(id: &str) -> String {
+    format!("{CGROUPS}/{id}")
+}
+
+/// Runs one operation: `create ID OUTCOME CONSOLE`, `start ID OUTCOME`,
+/// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`. CONSOLE is a socket's path, or `-`.
+pub(crate) fn main(args: &[String]) -> ExitCode {
+    crate::sys::reset_signals();
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (outcome, result) = match args.as_slice() {
+        ["create", id, outcome, console] => (outcome, create(id, console)),
+        ["start", id, outcome] => (outcome, start(id)),
+        ["exec", id, outcome, console, process] => (outcome, exec(id, console, process)),
+        ["delete", id, outcome] => (outcome, delete(id)),
+        _ => return ExitCode::FAILURE,
+    };
+    let text = match result {
+        Ok(pid) => format!("pid {pid}"),
+        Err(error) => format!("error {error:#}"),
+    };
+    match std::fs::write(outcome, text) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn console_path(console: &str) -> Option<PathBuf> {
+    (console != "-").then(|| PathBuf::from(console))
+}
+
+fn create(id: &str, console: &str) -> Result<i32> {
+    std::fs::create_dir_all(STATE)?;
+    let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(STATE)?
+        .with_console_socket(console_path(console))
+        .with_executor(Program::default())
+        .validate_id()?
+        .as_init(bundle(id))
+        .with_systemd(false)
+        .with_detach(true)
+        .build()?;
+    let spec = Spec::load(bundle(id).join("config.json"))?;
+    let rules = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.resources().as_ref())
+        .and_then(|r| r.devices().clone())
+        .unwrap_or_default();
+    // libcontainer takes device rules and, without its own BPF feature, ignores them.
+    let path = format!("/sys/fs/cgroup{}", cgroup(id));
+    device_rules::apply(Path::new(&path), &rules)?;
+    Ok(container
+        .pid()
+        .context("the container has no process")?
+        .as_raw())
+}
+
+fn load(id: &str) -> Result<Container> {
+    Ok(Container::load(Path::new(STATE).join(id))?)
+}
+
+fn start(id: &str) -> Result<i32> {
+    let mut container = load(id)?;
+    container.start()?;
+    Ok(container.pid().map_or(0, |p| p.as_raw()))
+}
+
+fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
+    let spec = Spec::load(bundle(id).join("config.json"))?;
+    let text = std::fs::read(process).context("cannot read the process")?;
+    let mut wanted: Process = serde_json::from_slice(&text)?;
+    // The program drops them itself, after its filter: see `executor`.
+    let capabilities = wanted.capabilities().clone();
+    wanted.set_capabilities(None);
+    std::fs::write(process, serde_json::to_vec(&wanted)?)?;
+    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().clone());
+    let pid = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(STATE)?
+        .with_console_socket(console_path(console))
+        .with_executor(Program {
+            confinement: Some(Confinement {
+                seccomp,
+                capabilities,
+            }),
+        })
+        .as_tenant()
+        .with_detach(true)
+        .with_process(Some(process))
+        .build()?;
+    Ok(pid.as_raw())
+}
+
+fn delete(id: &str) -> Result<i32> {
+    if !Path::new(STATE).join(id).exists() {
+        bail!("no container {id}");
+    }
+    load(id)?.delete(true)?;
+    Ok(0)
+}

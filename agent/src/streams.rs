@@ -1,0 +1,97 @@
+//! Standard streams: vsock streams to the host, pipes or a terminal to the process, a thread for
+//! each direction.
+//!
+//! A process gets pipes rather than sockets, since `/dev/stdout` can't be opened when it is a
+//! socket.
+
+use koya_protocol::STREAM_PORT;
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+use vsock::{VMADDR_CID_HOST, VsockStream};
+
+const BUFFER: usize = 64 << 10;
+
+/// A stream to the host that begins with its token.
+pub(crate) fn connect(token: &str) -> std::io::Result<VsockStream> {
+    let mut stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, STREAM_PORT)?;
+    stream.write_all(token.as_bytes())?;
+    Ok(stream)
+}
+
+/// The process's end of its standard input.
+pub(crate) fn input(token: &str) -> std::io::Result<Stdio> {
+    if token.is_empty() {
+        return Ok(Stdio::null());
+    }
+    let stream = connect(token)?;
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+    spawn("stdin", move || {
+        copy(&stream, &mut File::from(write));
+        stream.shutdown(Shutdown::Both).ok();
+    });
+    Ok(Stdio::from(read))
+}
+
+/// The process's end of its standard output or error.
+pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
+    if token.is_empty() {
+        return Ok(Stdio::null());
+    }
+    let mut stream = connect(token)?;
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+    spawn("stdout", move || {
+        copy(&File::from(read), &mut stream);
+        stream.shutdown(Shutdown::Both).ok();
+    });
+    Ok(Stdio::from(write))
+}
+
+/// Connects a terminal's master to the host, both ways.
+pub(crate) fn terminal(master: OwnedFd, token: &str) -> std::io::Result<()> {
+    let stream = connect(token)?;
+    let master = File::from(master);
+    let mut keyboard = master.try_clone()?;
+    let from_host = stream.try_clone()?;
+    spawn("tty-in", move || copy(&from_host, &mut keyboard));
+    spawn("tty-out", move || {
+        let mut stream = stream;
+        // Ends with EIO when the last process has closed the terminal.
+        copy(&master, &mut stream);
+        stream.shutdown(Shutdown::Both).ok();
+    });
+    Ok(())
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(128 << 10)
+        .spawn(work);
+    if let Err(error) = thread {
+        crate::sys::kernel_log(&format!("koya-agent: no thread for a stream: {error}"));
+    }
+}
+
+fn copy<R>(from: &R, to: &mut impl Write)
+where
+    for<'a> &'a R: Read,
+{
+    let mut from = from;
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                if to.write_all(&buffer[..count]).is_err() {
+                    return;
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! System calls that no safe crate wraps. Every function is safe to call; each `unsafe` block
+//! states why.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+/// Writes a line to the kernel's log.
+pub(crate) fn kernel_log(text: &str) {
+    if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
+        // Level 2, critical: shown on the console even when the kernel is quiet.
+        writeln!(log, "<2>{text}").ok();
+    } else {
+        eprintln!("{text}");
+    }
+}
+
+/// Gives signals their default meaning again, as a program expects to find them: Rust's runtime
+/// ignores SIGPIPE, and what is ignored stays so across exec.
+pub(crate) fn reset_signals() {
+    // SAFETY: SIGPIPE's disposition is set to the default and an empty mask is installed; no
+    // handler is involved, and the process has one thread.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+    }
+}
+
+/// Replaces this program. Returns only if that fails.
+pub(crate) fn exec(path: &std::ffi::CStr, args: &[std::ffi::CString]) -> io::Error {
+    let mut pointers: Vec<*const libc::c_char> = args.iter().map(|a| a.as_ptr()).collect();
+    pointers.push(std::ptr::null());
+    // SAFETY: the path and every argument are terminated strings that outlive the call, the array
+    // ends with a null pointer; the environment is the process's own.
+    unsafe {
+        libc::execv(path.as_ptr(), pointers.as_ptr());
+    }
+    io::Error::last_os_error()
+}
+
+/// `struct ifreq` as SIOCSIFFLAGS takes it.
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; 16],
+    flags: libc::c_short,
+    padding: [u8; 22],
+}
+
+/// `ip link set lo up`
+pub(crate) fn bring_up_loopback() -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let mut request = InterfaceFlags {
+        name: [0; 16],
+        flags: (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short,
+        padding: [0; 22],
+    };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: the request is laid out as struct ifreq (40 bytes) and only read.
+    checked(
+        unsafe {
+            libc::ioctl(
+                socket.as_raw_fd(),
+                libc::SIOCSIFFLAGS as _,
+                &raw const request,
+            )
+        }
+        .into(),
+    )?;
+    Ok(())
+}
+
+/// One eBPF instruction: include/uapi/linux/bpf.h, `struct bpf_insn`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Instruction {
+    pub(crate) code: u8,
+    /// Destination register in the low half, source register in the high half.
+    pub(crate) registers: u8,
+    pub(crate) offset: i16,
+    pub(crate) immediate: i32,
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+
+/// The head of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes a shorter one for zeroes.
+#[repr(C)]
+struct LoadAttributes {
+    program_type: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+}
+
+/// The head of `union bpf_attr` for BPF_PROG_ATTACH.
+#[repr(C)]
+struct AttachAttributes {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// Loads a cgroup-device program and attaches it to a cgroup.
+pub(crate) fn attach_device_program(
+    cgroup: BorrowedFd<'_>,
+    program: &[Instruction],
+) -> io::Result<()> {
+    let license = c"Apache-2.0";
+    let load = LoadAttributes {
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: program.len() as u32,
+        instructions: program.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+    };
+    // SAFETY: the attributes point to the instructions and the license, which outlive the call;
+    // the kernel only reads them.
+    let fd = checked(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const load,
+            size_of::<LoadAttributes>(),
+        )
+    })?;
+    // SAFETY: the call returned a new descriptor that nobody else owns.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let attach = AttachAttributes {
+        target: cgroup.as_raw_fd() as u32,
+        program: fd.as_raw_fd() as u32,
+        kind: BPF_CGROUP_DEVICE,
+        flags: 0,
+    };
+    // SAFETY: the attributes live on this stack and are only read. The cgroup holds the program
+    // from then on.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attach,
+            size_of::<AttachAttributes>(),
+        )
+    })?;
+    Ok(())
+}
