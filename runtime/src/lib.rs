@@ -1,1 +1,38 @@
-//! placeholder
+//! Containers, each in a virtual machine of its own.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), koya::Error> {
+//! let sandbox = koya::Sandbox::start(&koya::SandboxConfig::default())?;
+//! let config = koya::ContainerConfig::new("rootfs", ["uname", "-a"]);
+//! let container = sandbox.run("hello", &config)?;
+//! let output = container.output()?;
+//! print!("{}", String::from_utf8_lossy(&output.stdout));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A [`Sandbox`] is a virtual machine inside this process, with Koya's agent as its init. A
+//! [`Container`] in it is what an OCI runtime would make: namespaces, cgroups, capabilities,
+//! seccomp. Its files come from host directories by virtio-fs; nothing is mounted on the host.
+//!
+//! # Where the kernel and the agent are found
+//! See [`files::Files::find`]: by `KOYA_KERNEL` and `KOYA_INITRAMFS`, in `KOYA_SHARE`, in
+//! `../share/koya` beside the program, or in `/usr/local/share/koya` and `/usr/share/koya`.
+//!
+//! The library touches nothing process-wide; `koya`, its command line, does.
+
+mod agent;
+mod console;
+mod container;
+mod error;
+pub mod files;
+mod sandbox;
+mod spec;
+mod streams;
+
+pub use container::{Container, Output, Process};
+pub use error::Error;
+pub use koya_vmm as vmm;
+pub use koya_vmm::devices::fs::Cache;
+pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
+pub use spec::{ContainerConfig, ProcessConfig, Stdio, User, Volume};

@@ -1,0 +1,221 @@
+//! The agent's end of the control connection, as the host sees it.
+
+use crate::Error;
+use koya_protocol::messages::{
+    CreateContainerRequest, DestroySandboxRequest, ExecProcessRequest, GetGuestDetailsRequest,
+    GuestDetails, RemoveContainerRequest, SetGuestDateTimeRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, TtyWinResizeRequest, WaitProcessRequest,
+};
+use koya_protocol::{AgentClient, NOT_EXECUTABLE};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, SystemTime};
+use ttrpc::context::{Context, with_duration};
+
+/// How long the agent may take for what does not wait for a container.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Calls to the agent, from any thread. Each call blocks its own.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    client: AgentClient,
+}
+
+/// Ends the connection when the sandbox ends.
+pub(crate) struct Connection(UnixStream);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.shutdown(Shutdown::Both).ok();
+    }
+}
+
+fn limited() -> Context {
+    with_duration(LIMIT)
+}
+
+/// What the agent answered, in the caller's terms.
+fn failed(operation: &'static str) -> impl FnOnce(ttrpc::Error) -> Error {
+    move |error| {
+        let reason = match error {
+            ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
+            ttrpc::Error::Socket(_) => "the virtual machine has ended".into(),
+            other => other.to_string(),
+        };
+        not_executable(&reason).unwrap_or(Error::Agent { operation, reason })
+    }
+}
+
+/// `... cannot execute 127: sh: not found;...`
+fn not_executable(reason: &str) -> Option<Error> {
+    let (_, rest) = reason.split_once(NOT_EXECUTABLE)?;
+    let (status, why) = rest.trim_start().split_once(':')?;
+    let why = why.split(';').next().unwrap_or(why);
+    Some(Error::NotExecutable {
+        status: status.trim().parse().ok()?,
+        reason: why.trim().to_owned(),
+    })
+}
+
+impl Agent {
+    pub(crate) fn connect(stream: UnixStream) -> io::Result<(Self, Connection)> {
+        // The client polls by itself and wants a socket that blocks.
+        stream.set_nonblocking(false)?;
+        let connection = Connection(stream.try_clone()?);
+        let client = ttrpc::Client::new(OwnedFd::from(stream).into_raw_fd())
+            .map_err(|e| io::Error::other(e.to_string()))?;
+        let client = AgentClient::new(client);
+        Ok((Self { client }, connection))
+    }
+
+    pub(crate) fn details(&self) -> Result<GuestDetails, Error> {
+        self.client
+            .get_guest_details(limited(), &GetGuestDetailsRequest::new())
+            .map_err(failed("ask the agent for details"))
+    }
+
+    pub(crate) fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<i32, Error> {
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            spec_json: spec,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.client
+            .create_container(limited(), &request)
+            .map(|process| process.pid)
+            .map_err(failed("create the container"))
+    }
+
+    pub(crate) fn start(&self, id: &str) -> Result<(), Error> {
+        let request = StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client
+            .start_container(limited(), &request)
+            .map(drop)
+            .map_err(failed("start the container"))
+    }
+
+    pub(crate) fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<i32, Error> {
+        let request = ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            process_json: process,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        self.client
+            .exec_process(limited(), &request)
+            .map(|process| process.pid)
+            .map_err(failed("run a process in the container"))
+    }
+
+    pub(crate) fn signal(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), Error> {
+        let request = SignalProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            signal: signal as u32,
+            ..Default::default()
+        };
+        self.client
+            .signal_process(limited(), &request)
+            .map(drop)
+            .map_err(failed("signal the process"))
+    }
+
+    /// Waits as long as it takes.
+    pub(crate) fn wait(&self, id: &str, exec_id: &str) -> Result<i32, Error> {
+        let request = WaitProcessRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.client
+            .wait_process(Context::default(), &request)
+            .map(|response| response.status)
+            .map_err(failed("wait for the process"))
+    }
+
+    pub(crate) fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), Error> {
+        let request = TtyWinResizeRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            rows,
+            columns,
+            ..Default::default()
+        };
+        self.client
+            .tty_win_resize(limited(), &request)
+            .map(drop)
+            .map_err(failed("resize the terminal"))
+    }
+
+    pub(crate) fn remove(&self, id: &str) -> Result<(), Error> {
+        let request = RemoveContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.client
+            .remove_container(limited(), &request)
+            .map(drop)
+            .map_err(failed("remove the container"))
+    }
+
+    /// The guest has no clock of its own that survives; the host's is right.
+    pub(crate) fn set_time(&self) -> Result<(), Error> {
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let request = SetGuestDateTimeRequest {
+            seconds: now.as_secs() as i64,
+            nanoseconds: now.subsec_nanos().into(),
+            ..Default::default()
+        };
+        self.client
+            .set_guest_date_time(limited(), &request)
+            .map(drop)
+            .map_err(failed("set the guest's clock"))
+    }
+
+    pub(crate) fn destroy(&self) -> Result<(), Error> {
+        self.client
+            .destroy_sandbox(limited(), &DestroySandboxRequest::new())
+            .map(drop)
+            .map_err(failed("end the guest"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_is_not_there_has_a_shells_status() {
+        let text = "failed to create container: error in executing process : cannot execute 127: \
+                    nope: not found in PATH (/bin);";
+        let Some(Error::NotExecutable { status, reason }) = not_executable(text) else {
+            panic!()
+        };
+        assert_eq!(
+            (status, reason.as_str()),
+            (127, "nope: not found in PATH (/bin)")
+        );
+        assert!(not_executable("something else").is_none());
+    }
+}

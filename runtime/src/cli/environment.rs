@@ -1,0 +1,62 @@
+//! `koya env`: versions and paths.
+
+use super::Outcome;
+use clap::Args;
+use koya::files::Files;
+use serde_json::{Value, json};
+
+#[derive(Args)]
+pub(super) struct EnvArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn main(args: &EnvArgs) -> Outcome {
+    let uname = rustix::system::uname();
+    let files = Files::find(None, None);
+    let file = |path: Option<&std::path::PathBuf>| -> Value {
+        let Some(path) = path else { return Value::Null };
+        let size = std::fs::metadata(path).map(|m| m.len()).ok();
+        json!({"path": path, "bytes": size})
+    };
+    let kvm = koya::vmm::kvm::open();
+    let all = json!({
+        "koya": {
+            "version": env!("CARGO_PKG_VERSION"),
+            "program": std::env::current_exe().ok(),
+        },
+        "kernel": file(files.as_ref().ok().map(|f| &f.kernel)),
+        "initramfs": file(files.as_ref().ok().map(|f| &f.initramfs)),
+        "missing": files.as_ref().err().map(ToString::to_string),
+        "host": {
+            "kernel": uname.release().to_string_lossy(),
+            "machine": uname.machine().to_string_lossy(),
+            "kvm": match &kvm {
+                Ok(_) => "usable".to_owned(),
+                Err(error) => error.to_string(),
+            },
+        },
+    });
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(0);
+    }
+    print(&all, 0);
+    Ok(0)
+}
+
+fn print(value: &Value, indent: usize) {
+    let Value::Object(fields) = value else { return };
+    for (name, value) in fields {
+        match value {
+            Value::Object(_) => {
+                println!("{:indent$}{name}:", "");
+                print(value, indent + 2);
+            }
+            Value::Null => {}
+            Value::String(text) => println!("{:indent$}{name}: {text}", ""),
+            other => println!("{:indent$}{name}: {other}", ""),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Commands that only look at what is written down.
+
+use super::state::Folder;
+use super::{FAILED, Outcome};
+use anyhow::{Result, bail};
+use clap::Args;
+use serde_json::json;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::time::{Duration, SystemTime};
+
+#[derive(Args)]
+pub(super) struct PsArgs {
+    /// Also containers that have ended
+    #[arg(long, short)]
+    all: bool,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct LogsArgs {
+    /// Go on until the container ends
+    #[arg(long, short)]
+    follow: bool,
+    /// The container
+    name: String,
+}
+
+#[derive(Args)]
+pub(super) struct RmArgs {
+    /// Kill those that run
+    #[arg(long, short)]
+    force: bool,
+    /// The containers
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+pub(super) fn ps(args: &PsArgs) -> Outcome {
+    let mut rows = Vec::new();
+    for folder in Folder::all() {
+        let Ok(record) = folder.read() else { continue };
+        let running = folder.is_running();
+        if !running && !args.all {
+            continue;
+        }
+        let status = match (running, record.status) {
+            (true, _) => "running".to_owned(),
+            (false, Some(status)) => format!("exited ({status})"),
+            (false, None) => "killed".to_owned(),
+        };
+        let age = SystemTime::now()
+            .duration_since(record.created)
+            .unwrap_or_default();
+        rows.push((record, status, age));
+    }
+    if args.json {
+        let all: Vec<_> = rows
+            .iter()
+            .map(|(record, status, age)| {
+                json!({
+                    "name": record.name, "pid": record.pid, "status": status,
+                    "age_seconds": age.as_secs(), "command": record.command,
+                    "rootfs": record.rootfs,
+                })
+            })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&all)?);
+        return Ok(0);
+    }
+    println!(
+        "{:<20} {:>8} {:<14} {:>10}  COMMAND",
+        "NAME", "PID", "STATUS", "AGE"
+    );
+    for (record, status, age) in rows {
+        println!(
+            "{:<20} {:>8} {:<14} {:>10}  {}",
+            record.name,
+            record.pid,
+            status,
+            format_age(age),
+            record.command.join(" ")
+        );
+    }
+    Ok(0)
+}
+
+fn format_age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+pub(super) fn logs(args: &LogsArgs) -> Outcome {
+    let folder = Folder::find(&args.name)?;
+    let mut log = match File::open(folder.log()) {
+        Ok(log) => log,
+        Err(_) => bail!(
+            "container {} writes to its terminal and has no log",
+            args.name
+        ),
+    };
+    let mut at = 0;
+    loop {
+        // Looked at before the last read, so that nothing written before the end is missed.
+        let running = folder.is_running();
+        log.seek(SeekFrom::Start(at))?;
+        at += copy_all(&mut log)?;
+        if !args.follow || !running {
+            return Ok(0);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn copy_all(log: &mut impl Read) -> Result<u64> {
+    Ok(std::io::copy(log, &mut std::io::stdout())?)
+}
+
+pub(super) fn rm(args: &RmArgs) -> Outcome {
+    let mut worst = 0;
+    for name in &args.names {
+        match rm_one(name, args.force) {
+            Ok(()) => println!("{name}"),
+            Err(error) => {
+                eprintln!("koya: {error:#}");
+                worst = FAILED;
+            }
+        }
+    }
+    Ok(worst)
+}
+
+fn rm_one(name: &str, force: bool) -> Result<()> {
+    let folder = Folder::find(name)?;
+    if folder.is_running() {
+        if !force {
+            bail!("container {name} is running; stop it, or use --force");
+        }
+        let pid = i32::try_from(folder.read()?.pid)?;
+        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        }
+        let mut tries = 500;
+        while folder.is_running() && tries > 0 {
+            tries -= 1;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    folder.remove();
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! Arguments in, exit status out.
+
+mod attach;
+mod check;
+mod client;
+mod control;
+mod environment;
+mod list;
+mod run;
+mod state;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// The status of a command that Koya itself could not carry out.
+const FAILED: u8 = 125;
+
+/// Containers that each run in a virtual machine of their own.
+#[derive(Parser)]
+#[command(name = "koya", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a command in a new container
+    Run(Box<run::RunArgs>),
+    /// Run a command in a running container
+    Exec(client::ExecArgs),
+    /// List containers
+    Ps(list::PsArgs),
+    /// Print what a detached container wrote
+    Logs(list::LogsArgs),
+    /// Stop containers: SIGTERM, and SIGKILL after a while
+    Stop(client::StopArgs),
+    /// Send a signal to containers
+    Kill(client::KillArgs),
+    /// Remove containers that have ended
+    Rm(list::RmArgs),
+    /// Show the guest kernel's console, and type on it
+    Console(client::ConsoleArgs),
+    /// Say whether this machine can run Koya, by running a tiny guest
+    Check(check::CheckArgs),
+    /// Print versions, paths and what the host offers
+    Env(environment::EnvArgs),
+}
+
+/// What a command ends with.
+type Outcome = anyhow::Result<u8>;
+
+/// Parses the command line and carries it out.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    state::sweep();
+    let outcome = match cli.command {
+        Command::Run(args) => run::main(&args),
+        Command::Exec(args) => client::exec(&args),
+        Command::Ps(args) => list::ps(&args),
+        Command::Logs(args) => list::logs(&args),
+        Command::Stop(args) => client::stop(&args),
+        Command::Kill(args) => client::kill(&args),
+        Command::Rm(args) => list::rm(&args),
+        Command::Console(args) => client::console(&args),
+        Command::Check(args) => check::main(&args),
+        Command::Env(args) => environment::main(&args),
+    };
+    match outcome {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("koya: {error:#}");
+            ExitCode::from(failure_status(&error))
+        }
+    }
+}
+
+/// A program that can't be found is the user's slip, everything else is ours.
+fn failure_status(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<koya::Error>() {
+        Some(koya::Error::NotExecutable { status, .. }) => *status as u8,
+        _ => FAILED,
+    }
+}
+
+/// A size with a unit: `512m`, `2g`, `1024` (MiB when there is no unit).
+fn parse_mib(text: &str) -> Result<u64, String> {
+    let lower = text.trim().to_lowercase();
+    let digits: String = lower.chars().take_while(char::is_ascii_digit).collect();
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
+    let mib = match lower[digits.len()..]
+        .trim_end_matches("ib")
+        .trim_end_matches('b')
+    {
+        "" | "m" => Some(number),
+        "g" => number.checked_mul(1024),
+        "k" => Some(number / 1024),
+        unit => return Err(format!("{unit:?} is no unit of size; use k, m or g")),
+    };
+    mib.ok_or_else(|| format!("{text:?} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_mib("512"), Ok(512));
+        assert_eq!(parse_mib("512M"), Ok(512));
+        assert_eq!(parse_mib("2GiB"), Ok(2048));
+        assert_eq!(parse_mib("2gb"), Ok(2048));
+        assert!(parse_mib("2x").is_err());
+        assert!(parse_mib("m").is_err());
+        assert!(parse_mib("99999999999999999999").is_err());
+    }
+}

@@ -1,0 +1,354 @@
+//! `koya run`
+
+use super::attach::{Pumps, RawTerminal, UserStreams, terminal_size};
+use super::control::Server;
+use super::state::{self, Owned, Record};
+use super::{Outcome, parse_mib};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use koya::{
+    Cache, Container, ContainerConfig, ProcessConfig, Sandbox, SandboxConfig, Stdio, User, Volume,
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::iterator::Signals;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+/// How often a user must ask before the sandbox is stopped without asking the container.
+const INSIST: u32 = 3;
+
+/// Set for the process that a detached container lives in.
+const DETACHED: &str = "KOYA_DETACHED";
+
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// The directory that is the container's root
+    #[arg(long, value_name = "DIR")]
+    rootfs: PathBuf,
+    /// Virtual CPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// Memory, in MiB or with a unit (512m, 2g)
+    #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
+    memory: u64,
+    /// A host directory or file in the container
+    #[arg(long, short, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
+    volume: Vec<Volume>,
+    /// An empty directory in memory
+    #[arg(long, value_name = "DST")]
+    tmpfs: Vec<PathBuf>,
+    /// An environment variable; without a value, the one of this environment
+    #[arg(long, short, value_name = "K[=V]")]
+    env: Vec<String>,
+    /// The working directory
+    #[arg(long, short, value_name = "DIR")]
+    workdir: Option<PathBuf>,
+    /// The user, by name or number, and the group
+    #[arg(long, short, value_name = "USER[:GROUP]", default_value = "")]
+    user: String,
+    /// The container's host name (default: its name)
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// The program; COMMAND is then its arguments
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Give every capability and device of the guest
+    #[arg(long)]
+    privileged: bool,
+    /// Give a capability beyond the default ones
+    #[arg(long, value_name = "CAP")]
+    cap_add: Vec<String>,
+    /// What the guest may remember of files: never, auto, always, writeback
+    #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = parse_cache)]
+    cache: Cache,
+    /// Run in the background and print the container's name
+    #[arg(long, short)]
+    detach: bool,
+    /// Give the container a terminal
+    #[arg(long, short)]
+    tty: bool,
+    /// Connect standard input
+    #[arg(long, short)]
+    interactive: bool,
+    /// The container's name
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Remove a detached container when it ends (others always are)
+    #[arg(long)]
+    rm: bool,
+    /// Another guest kernel
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Words for the guest kernel's command line
+    #[arg(long, value_name = "WORDS", default_value = "quiet")]
+    kernel_args: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+fn parse_volume(text: &str) -> Result<Volume, String> {
+    let parts: Vec<&str> = text.split(':').collect();
+    let (source, destination, read_only) = match parts.as_slice() {
+        [source, destination] => (source, destination, false),
+        [source, destination, "ro"] => (source, destination, true),
+        [source, destination, "rw"] => (source, destination, false),
+        _ => return Err(format!("{text:?} is not SRC:DST[:ro]")),
+    };
+    if source.is_empty() || !destination.starts_with('/') {
+        return Err(format!("{text:?}: DST must be an absolute path"));
+    }
+    Ok(Volume {
+        source: source.into(),
+        destination: destination.into(),
+        read_only,
+    })
+}
+
+fn parse_cache(text: &str) -> Result<Cache, String> {
+    match text {
+        "never" => Ok(Cache::Never),
+        "auto" => Ok(Cache::Auto),
+        "always" => Ok(Cache::Always),
+        "writeback" => Ok(Cache::Writeback),
+        _ => Err(format!(
+            "{text:?} is none of never, auto, always, writeback"
+        )),
+    }
+}
+
+/// `K=V` as it is, `K` with this environment's value.
+pub(super) fn expand_env(env: &[String]) -> Vec<String> {
+    env.iter()
+        .filter_map(|entry| match entry.contains('=') {
+            true => Some(entry.clone()),
+            false => Some(format!("{entry}={}", std::env::var(entry).ok()?)),
+        })
+        .collect()
+}
+
+impl RunArgs {
+    fn stdio(&self) -> Stdio {
+        match (self.tty, self.interactive) {
+            (true, _) => {
+                let (rows, columns) = terminal_size().unwrap_or((0, 0));
+                Stdio::Terminal { rows, columns }
+            }
+            (false, true) => Stdio::Pipes,
+            (false, false) => Stdio::Output,
+        }
+    }
+
+    fn sandbox(&self) -> SandboxConfig {
+        SandboxConfig {
+            cpus: self.cpus,
+            memory_mib: self.memory,
+            cache: self.cache,
+            kernel: self.kernel.clone(),
+            cmdline: self.kernel_args.clone(),
+            ..SandboxConfig::default()
+        }
+    }
+
+    fn container(&self) -> Result<ContainerConfig> {
+        let args: Vec<String> = self
+            .entrypoint
+            .iter()
+            .chain(&self.command)
+            .cloned()
+            .collect();
+        if args.is_empty() {
+            bail!("no command was given; try `koya run --rootfs DIR -- sh`");
+        }
+        let absolute = |path: &PathBuf| {
+            std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
+        };
+        let mut volumes = self.volume.clone();
+        for volume in &mut volumes {
+            volume.source = absolute(&volume.source)?;
+        }
+        Ok(ContainerConfig {
+            rootfs: absolute(&self.rootfs)?,
+            process: ProcessConfig {
+                args,
+                env: expand_env(&self.env),
+                cwd: self.workdir.clone(),
+                user: User {
+                    text: self.user.clone(),
+                },
+                stdio: self.stdio(),
+            },
+            hostname: self.hostname.clone(),
+            volumes,
+            tmpfs: self.tmpfs.clone(),
+            read_only: self.read_only,
+            privileged: self.privileged,
+            capabilities: self.cap_add.clone(),
+        })
+    }
+}
+
+pub(super) fn main(args: &RunArgs) -> Outcome {
+    let config = args.container()?;
+    if args.detach && std::env::var_os(DETACHED).is_none() {
+        return detach();
+    }
+    raise_descriptor_limit();
+    let (name, owned) = state::create(args.name.as_deref())?;
+    let detached = args.detach;
+    let outcome = run(args, &config, &name, &owned);
+    if !detached || args.rm || outcome.is_err() {
+        owned.folder.remove();
+    }
+    outcome
+}
+
+fn run(args: &RunArgs, config: &ContainerConfig, name: &str, owned: &Owned) -> Outcome {
+    let mut record = Record {
+        name: name.to_owned(),
+        pid: std::process::id(),
+        created: SystemTime::now(),
+        command: config.process.args.clone(),
+        rootfs: config.rootfs.clone(),
+        keep: args.detach && !args.rm,
+        status: None,
+    };
+    owned.folder.write(&record)?;
+    // Before any thread exists, so that none misses it.
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
+    let streams = if args.detach {
+        detached_streams(owned)?
+    } else {
+        UserStreams::own()?
+    };
+    let sandbox = Arc::new(Sandbox::start(&args.sandbox())?);
+    let mut container = sandbox.create(name, config)?;
+    let raw = match args.tty && !args.detach {
+        true => RawTerminal::enter().ok(),
+        false => None,
+    };
+    let pumps = Pumps::start(container.process_mut(), streams);
+    let container = Arc::new(container);
+    forward_signals(signals, container.clone(), sandbox.clone());
+    let server = Server::start(&owned.folder, container.clone(), sandbox.clone())?;
+    container.start()?;
+    if args.detach {
+        announce(name)?;
+    }
+    let status = container.wait()?;
+    pumps.finish();
+    drop(raw);
+    drop(server);
+    sandbox.stop();
+    record.status = Some(status);
+    if record.keep {
+        owned.folder.write(&record)?;
+    }
+    Ok(status as u8)
+}
+
+/// A guest's files take descriptors of this process; the library leaves limits alone.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).ok();
+}
+
+fn forward_signals(mut signals: Signals, container: Arc<Container>, sandbox: Arc<Sandbox>) {
+    std::thread::spawn(move || {
+        let mut asked = 0;
+        for signal in signals.forever() {
+            if signal == SIGWINCH {
+                if let Some((rows, columns)) = terminal_size() {
+                    container.process().resize(rows, columns).ok();
+                }
+                continue;
+            }
+            // A program that is PID 1 ignores what it has no handler for.
+            asked += u32::from(matches!(signal, SIGINT | SIGTERM | SIGHUP));
+            if asked >= INSIST || container.process().signal(signal).is_err() {
+                container.process().signal(libc::SIGKILL).ok();
+            }
+            if asked > INSIST {
+                sandbox.stop();
+            }
+        }
+    });
+}
+
+/// Starts this command again in the background and waits for its word.
+fn detach() -> Outcome {
+    let (read, write) = std::io::pipe()?;
+    // A session of its own: the terminal's end is not the container's.
+    let mut child = Command::new("setsid")
+        .arg("--fork")
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(DETACHED, "1")
+        .stdin(std::process::Stdio::null())
+        .stdout(write.try_clone()?)
+        .stderr(write)
+        .spawn()
+        .context("cannot start setsid")?;
+    let mut said = Vec::new();
+    for line in BufReader::new(read).lines() {
+        let line = line?;
+        if let Some(name) = line.strip_prefix("running ") {
+            println!("{name}");
+            child.wait()?;
+            return Ok(0);
+        }
+        said.push(line);
+    }
+    child.wait()?;
+    eprintln!("{}", said.join("\n"));
+    Ok(super::FAILED)
+}
+
+/// Tells the waiting command, and lets go of its streams.
+fn announce(name: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "running {name}")?;
+    out.flush()?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
+
+fn detached_streams(owned: &Owned) -> Result<UserStreams> {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(owned.folder.log())?;
+    Ok(UserStreams {
+        stdin: File::open("/dev/null")?,
+        stdout: log.try_clone()?,
+        stderr: log,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_parsed() {
+        assert!(parse_volume("/a:/b:ro").unwrap().read_only);
+        assert!(!parse_volume("a:/b").unwrap().read_only);
+        for bad in ["/a", "/a:b", ":/b", "/a:/b:rx", "/a:/b:ro:x"] {
+            assert!(parse_volume(bad).is_err(), "{bad}");
+        }
+    }
+}

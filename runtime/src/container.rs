@@ -1,0 +1,281 @@
+//! Containers and their processes.
+
+use crate::Error;
+use crate::sandbox::Inner;
+use crate::spec::{self, ContainerConfig, ProcessConfig, Stdio};
+use crate::streams::Expected;
+use koya_protocol::messages;
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
+pub struct Container {
+    process: Process,
+    config: ContainerConfig,
+    shares: Vec<String>,
+    next_exec: AtomicU64,
+}
+
+/// A process of a container: its streams, and what can be done to it.
+pub struct Process {
+    inner: Arc<Inner>,
+    container: String,
+    exec: String,
+    /// Writes to its standard input; both ways for a terminal. Dropping it is end of file.
+    pub stdin: Option<UnixStream>,
+    /// Reads its standard output.
+    pub stdout: Option<UnixStream>,
+    /// Reads its standard error.
+    pub stderr: Option<UnixStream>,
+}
+
+/// What a finished process left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// The exit code, or 128 and the signal.
+    pub status: i32,
+    /// All of its standard output.
+    pub stdout: Vec<u8>,
+    /// All of its standard error.
+    pub stderr: Vec<u8>,
+}
+
+/// The streams of a process that is about to be made.
+struct Plan {
+    message: messages::Stdio,
+    stdin: Option<Expected>,
+    stdout: Option<Expected>,
+    stderr: Option<Expected>,
+}
+
+impl Plan {
+    fn new(inner: &Inner, stdio: Stdio) -> Result<Self, Error> {
+        let expect = || {
+            inner
+                .streams
+                .expect()
+                .map(Some)
+                .map_err(Error::host("make a token"))
+        };
+        let (stdin, stdout, stderr) = match stdio {
+            Stdio::Null => (None, None, None),
+            Stdio::Output => (None, expect()?, expect()?),
+            Stdio::Pipes => (expect()?, expect()?, expect()?),
+            Stdio::Terminal { .. } => (expect()?, None, None),
+        };
+        let token = |e: &Option<Expected>| e.as_ref().map(|e| e.token.clone()).unwrap_or_default();
+        let (terminal, rows, columns) = match stdio {
+            Stdio::Terminal { rows, columns } => (true, rows.into(), columns.into()),
+            _ => (false, 0, 0),
+        };
+        Ok(Self {
+            message: messages::Stdio {
+                stdin: token(&stdin),
+                stdout: token(&stdout),
+                stderr: token(&stderr),
+                terminal,
+                rows,
+                columns,
+                ..Default::default()
+            },
+            stdin,
+            stdout,
+            stderr,
+        })
+    }
+
+    fn finish(self, inner: Arc<Inner>, container: &str, exec: &str) -> Result<Process, Error> {
+        let take = |expected: Option<Expected>| {
+            expected
+                .map(Expected::take)
+                .transpose()
+                .map_err(Error::host("connect a standard stream"))
+        };
+        Ok(Process {
+            inner,
+            container: container.into(),
+            exec: exec.into(),
+            stdin: take(self.stdin)?,
+            stdout: take(self.stdout)?,
+            stderr: take(self.stderr)?,
+        })
+    }
+}
+
+impl Container {
+    pub(crate) fn create(
+        inner: Arc<Inner>,
+        id: &str,
+        config: &ContainerConfig,
+    ) -> Result<Self, Error> {
+        let mut shares = Vec::new();
+        let made = Self::try_create(&inner, id, config, &mut shares);
+        match made {
+            Ok(process) => Ok(Self {
+                process,
+                config: config.clone(),
+                shares,
+                next_exec: AtomicU64::new(1),
+            }),
+            Err(error) => {
+                for share in shares {
+                    inner.shares.remove(&share);
+                }
+                Err(inner.explain(error))
+            }
+        }
+    }
+
+    fn try_create(
+        inner: &Arc<Inner>,
+        id: &str,
+        config: &ContainerConfig,
+        shares: &mut Vec<String>,
+    ) -> Result<Process, Error> {
+        let spec = spec::build(id, config)?;
+        for (name, path, read_only) in spec::shares(id, config) {
+            inner
+                .shares
+                .add(&name, &path, read_only)
+                .map_err(Error::host(format!("share {}", path.display())))?;
+            shares.push(name);
+        }
+        let plan = Plan::new(inner, config.process.stdio)?;
+        let spec = serde_json::to_vec(&spec)
+            .map_err(|e| Error::container("configuration", e.to_string()))?;
+        inner.agent.create(id, spec, plan.message.clone())?;
+        plan.finish(inner.clone(), id, "")
+    }
+
+    /// Lets the first process run.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn start(&self) -> Result<(), Error> {
+        let inner = &self.process.inner;
+        let started = inner.agent.start(&self.process.container);
+        started.map_err(|e| inner.explain(e))
+    }
+
+    /// The first process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// The first process, to take its streams.
+    pub fn process_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Waits for the first process: the exit code, or 128 and the signal.
+    ///
+    /// # Errors
+    /// Why the virtual machine ended, if it did.
+    pub fn wait(&self) -> Result<i32, Error> {
+        self.process.wait()
+    }
+
+    /// Waits for the first process and collects its output.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn output(mut self) -> Result<Output, Error> {
+        self.process.take_output()
+    }
+
+    /// Runs another process in the container.
+    ///
+    /// # Errors
+    /// If the container has ended, or the program can't be found.
+    pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
+        let inner = &self.process.inner;
+        let process = spec::exec_process(&self.config, config)?;
+        let process =
+            serde_json::to_vec(&process).map_err(|e| Error::container("process", e.to_string()))?;
+        let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
+        let exec = format!("exec-{number}");
+        let plan = Plan::new(inner, config.stdio)?;
+        let id = &self.process.container;
+        inner
+            .agent
+            .exec(id, &exec, process, plan.message.clone())
+            .map_err(|e| inner.explain(e))?;
+        plan.finish(inner.clone(), id, &exec)
+    }
+
+    /// Removes the container, killing what still runs in it.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn remove(self) -> Result<(), Error> {
+        let inner = &self.process.inner;
+        let removed = inner.agent.remove(&self.process.container);
+        for share in &self.shares {
+            inner.shares.remove(share);
+        }
+        removed.map_err(|e| inner.explain(e))
+    }
+}
+
+impl Process {
+    /// Waits for its end: the exit code, or 128 and the signal.
+    ///
+    /// # Errors
+    /// Why the virtual machine ended, if it did.
+    pub fn wait(&self) -> Result<i32, Error> {
+        let status = self.inner.agent.wait(&self.container, &self.exec);
+        status.map_err(|e| self.inner.explain(e))
+    }
+
+    /// Sends it a signal, by number.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn signal(&self, number: i32) -> Result<(), Error> {
+        self.inner.agent.signal(&self.container, &self.exec, number)
+    }
+
+    /// Tells its terminal a new size.
+    ///
+    /// # Errors
+    /// If it has no terminal.
+    pub fn resize(&self, rows: u16, columns: u16) -> Result<(), Error> {
+        let (rows, columns) = (rows.into(), columns.into());
+        self.inner
+            .agent
+            .resize(&self.container, &self.exec, rows, columns)
+    }
+
+    /// Closes its input, collects its output, and waits for it.
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait).
+    pub fn take_output(&mut self) -> Result<Output, Error> {
+        drop(self.stdin.take());
+        let collect = |stream: Option<UnixStream>| {
+            std::thread::spawn(move || -> io::Result<Vec<u8>> {
+                let mut bytes = Vec::new();
+                if let Some(mut stream) = stream {
+                    stream.read_to_end(&mut bytes)?;
+                }
+                Ok(bytes)
+            })
+        };
+        let stdout = collect(self.stdout.take());
+        let stderr = collect(self.stderr.take());
+        let status = self.wait()?;
+        let join = |thread: std::thread::JoinHandle<io::Result<Vec<u8>>>| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a reader panicked")))
+                .map_err(Error::host("read the process's output"))
+        };
+        Ok(Output {
+            status,
+            stdout: join(stdout)?,
+            stderr: join(stderr)?,
+        })
+    }
+}

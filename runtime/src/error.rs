@@ -1,0 +1,96 @@
+//! What can go wrong, in terms of what was tried.
+
+use koya_vmm::{ConfigError, ExitReason, StartError};
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Why a sandbox or container could not do what it was asked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Kernel or agent are not where they are looked for.
+    #[error("no {what} found; looked in: {}. Build it with `cargo xtask build`, or set {variable}",
+        looked.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
+    Missing {
+        /// Guest kernel or agent.
+        what: &'static str,
+        /// The environment variable that names it.
+        variable: &'static str,
+        /// Every place.
+        looked: Vec<PathBuf>,
+    },
+    /// The virtual machine's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The virtual machine.
+    #[error("cannot start the virtual machine")]
+    Start(#[from] StartError),
+    /// The agent did not call.
+    #[error(
+        "the guest's agent did not connect within {waited:.1?}; the end of the guest's console:\n\
+         {console}"
+    )]
+    AgentSilent {
+        /// How long it was waited for.
+        waited: Duration,
+        /// What the guest printed last.
+        console: String,
+    },
+    /// The virtual machine ended by itself.
+    #[error("the virtual machine ended: {reason}; the end of the guest's console:\n{console}")]
+    Ended {
+        /// Why.
+        reason: ExitReason,
+        /// What the guest printed last.
+        console: String,
+    },
+    /// The container's program can't be found or run.
+    #[error("{reason}")]
+    NotExecutable {
+        /// What a shell would exit with: 127 not found, 126 can't be run.
+        status: i32,
+        /// Which program, and why.
+        reason: String,
+    },
+    /// The agent refused.
+    #[error("cannot {operation}: {reason}")]
+    Agent {
+        /// What was asked.
+        operation: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// A container's configuration.
+    #[error("{field}: {reason}")]
+    Container {
+        /// Which field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The host refused.
+    #[error("cannot {operation}")]
+    Host {
+        /// What was tried.
+        operation: String,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn host(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let operation = operation.into();
+        move |source| Self::Host { operation, source }
+    }
+
+    pub(crate) fn container(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Container {
+            field,
+            reason: reason.into(),
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! A sandbox: a virtual machine with the agent in it.
+
+use crate::agent::{Agent, Connection};
+use crate::console::Console;
+use crate::container::Container;
+use crate::files::Files;
+use crate::spec::ContainerConfig;
+use crate::streams::Streams;
+use crate::{Cache, Error};
+use koya_protocol::{CONTROL_PORT, SHARED_TAG};
+use koya_vmm::devices::fs::passthrough::Options;
+use koya_vmm::devices::fs::{Fs, Shares};
+use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
+use koya_vmm::{ExitReason, Vm, VmConfig, VmHandle};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long the guest may take from its first instruction to the agent's call.
+const AGENT_LIMIT: Duration = Duration::from_secs(60);
+/// How long a guest may take to end in order before it is stopped.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How often a wait looks whether the virtual machine is still there.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What a sandbox's virtual machine has.
+#[derive(Clone, Debug)]
+pub struct SandboxConfig {
+    /// Virtual CPUs, 1 to 32. Default: 1.
+    pub cpus: u32,
+    /// Memory in MiB. Default: 256.
+    pub memory_mib: u64,
+    /// What the guest may remember of shared files.
+    pub cache: Cache,
+    /// The guest kernel; looked for if none is given.
+    pub kernel: Option<PathBuf>,
+    /// The agent's initramfs; looked for if none is given.
+    pub initramfs: Option<PathBuf>,
+    /// Words for the guest kernel's command line. Default: "quiet".
+    pub cmdline: String,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            memory_mib: 256,
+            cache: Cache::default(),
+            kernel: None,
+            initramfs: None,
+            cmdline: "quiet".into(),
+        }
+    }
+}
+
+/// What guest and agent use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxStats {
+    /// The guest kernel's release.
+    pub kernel_release: String,
+    /// From the guest kernel's start to now.
+    pub uptime: Duration,
+    /// The guest's memory, and what of it is available, in bytes.
+    pub memory_total: u64,
+    /// See `memory_total`.
+    pub memory_available: u64,
+    /// CPUs that are online.
+    pub cpus_online: u32,
+    /// Processes in the guest.
+    pub processes: u32,
+    /// Descriptors that the agent has open.
+    pub agent_descriptors: u32,
+    /// Threads of the agent.
+    pub agent_threads: u32,
+}
+
+/// What a sandbox's containers share with it.
+pub(crate) struct Inner {
+    pub(crate) agent: Agent,
+    pub(crate) shares: Shares,
+    pub(crate) streams: Streams,
+    pub(crate) console: Console,
+    pub(crate) handle: VmHandle,
+    // Ends the agent's connection before the machine goes.
+    connection: Mutex<Option<Connection>>,
+    vm: Mutex<Option<Vm>>,
+}
+
+/// A virtual machine in this process, with the agent as its init. Dropping it stops it.
+pub struct Sandbox {
+    inner: Arc<Inner>,
+    ready_after: Duration,
+}
+
+impl Sandbox {
+    /// Starts a virtual machine and waits for its agent.
+    ///
+    /// # Errors
+    /// What is missing, what the host refused, or what the guest's console said last.
+    pub fn start(config: &SandboxConfig) -> Result<Self, Error> {
+        let started = Instant::now();
+        let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
+        let spec = VmConfig {
+            initramfs: Some(files.initramfs),
+            cmdline: config.cmdline.clone(),
+            cpus: config.cpus,
+            memory_mib: config.memory_mib,
+            ..VmConfig::new(files.kernel)
+        }
+        .check()?;
+        let ports = Ports::new().map_err(Error::host("make the vsock device"))?;
+        let control = ports
+            .listen(CONTROL_PORT)
+            .map_err(Error::host("listen for the agent"))?;
+        let streams = Streams::listen(&ports).map_err(Error::host("listen for streams"))?;
+        let shares = Shares::default();
+        let options = Options {
+            cache: config.cache,
+            ..Options::default()
+        };
+        let fs = Fs::new(SHARED_TAG, shares.clone(), options, 1)
+            .map_err(Error::host("make the virtio-fs device"))?;
+        let console = Console::default();
+        let vm = Vm::builder(spec)
+            .device(Vsock::new(FIRST_GUEST_CID, ports))
+            .device(fs)
+            .console(console.clone())
+            .start()?;
+        let stream = wait_for_agent(&vm.handle(), &control, &console)?;
+        // Nobody but the agent can have connected: there is no container yet. The port closes.
+        drop(control);
+        let (agent, connection) =
+            Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
+        let sandbox = Self {
+            inner: Arc::new(Inner {
+                agent,
+                shares,
+                streams,
+                console,
+                handle: vm.handle(),
+                connection: Mutex::new(Some(connection)),
+                vm: Mutex::new(Some(vm)),
+            }),
+            ready_after: started.elapsed(),
+        };
+        sandbox.inner.agent.set_time()?;
+        Ok(sandbox)
+    }
+
+    /// From the call of [`start`](Self::start) to the agent's.
+    pub fn ready_after(&self) -> Duration {
+        self.ready_after
+    }
+
+    /// Makes and starts a container.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create) and [`Container::start`].
+    pub fn run(&self, id: &str, config: &ContainerConfig) -> Result<Container, Error> {
+        let container = self.create(id, config)?;
+        container.start()?;
+        Ok(container)
+    }
+
+    /// Makes a container that waits to be started. Its streams are as the configuration says;
+    /// pipes are there at once.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration, or why the guest could not make it.
+    pub fn create(&self, id: &str, config: &ContainerConfig) -> Result<Container, Error> {
+        Container::create(self.inner.clone(), id, config)
+    }
+
+    /// What guest and agent use.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn stats(&self) -> Result<SandboxStats, Error> {
+        let details = self.inner.agent.details()?;
+        Ok(SandboxStats {
+            kernel_release: details.kernel_release,
+            uptime: Duration::from_nanos(details.uptime_ns),
+            memory_total: details.mem_total_bytes,
+            memory_available: details.mem_available_bytes,
+            cpus_online: details.cpus_online,
+            processes: details.processes,
+            agent_descriptors: details.agent_fds,
+            agent_threads: details.agent_threads,
+        })
+    }
+
+    /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes.
+    pub fn follow_console(&self, writer: impl Write + Send + 'static) {
+        self.inner.console.follow(writer);
+    }
+
+    /// Types on the guest's console; how many bytes were taken.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.inner.handle.console_input(bytes)
+    }
+
+    /// Ends the guest: its file systems are synced, then the machine is taken down. Returns why
+    /// the machine ended.
+    pub fn stop(&self) -> ExitReason {
+        self.inner.stop()
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Containers may still hold the inner part; the machine goes all the same.
+        self.inner.handle.stop();
+        self.inner.take_down();
+    }
+}
+
+impl Inner {
+    fn stop(&self) -> ExitReason {
+        if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
+            let deadline = Instant::now() + STOP_LIMIT;
+            while self.handle.ended().is_none() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        self.handle.stop();
+        self.take_down().unwrap_or(ExitReason::Stopped)
+    }
+
+    fn take_down(&self) -> Option<ExitReason> {
+        let lock = |m: &Mutex<Option<Vm>>| m.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let vm = lock(&self.vm);
+        let reason = vm.map(Vm::wait);
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        reason
+    }
+
+    /// If the machine has ended, why: what to say instead of "the agent does not answer".
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        if self.handle.ended().is_none() || matches!(error, Error::NotExecutable { .. }) {
+            return error;
+        }
+        let reason = self.take_down();
+        Error::Ended {
+            reason: reason.unwrap_or(ExitReason::Stopped),
+            console: self.console.tail(20),
+        }
+    }
+}
+
+fn wait_for_agent(
+    vm: &VmHandle,
+    control: &Listener,
+    console: &Console,
+) -> Result<std::os::unix::net::UnixStream, Error> {
+    let started = Instant::now();
+    loop {
+        match control.accept_timeout(LOOK) {
+            Ok(stream) => return Ok(stream),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+            Err(source) => return Err(Error::host("listen for the agent")(source)),
+        }
+        if let Some(reason) = vm.ended() {
+            let console = console.tail(20);
+            return Err(Error::Ended { reason, console });
+        }
+        if started.elapsed() > AGENT_LIMIT {
+            return Err(Error::AgentSilent {
+                waited: started.elapsed(),
+                console: console.tail(20),
+            });
+        }
+    }
+}

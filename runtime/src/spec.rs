@@ -1,0 +1,570 @@
+//! What a user wants of a container, and the OCI configuration that says so to the guest.
+
+use crate::Error;
+use koya_protocol::SHARED_DIR;
+use oci_spec::runtime::{self as oci, Spec};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// The capabilities that containers have by default: Docker's.
+const DEFAULT_CAPABILITIES: &[&str] = &[
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The largest `/etc/passwd` or `/etc/group` that is read, in bytes.
+const MAX_DATABASE: u64 = 16 << 20;
+
+/// Where a process's standard streams go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stdio {
+    /// Nowhere: /dev/null.
+    Null,
+    /// Output and error to the host, no input.
+    #[default]
+    Output,
+    /// All three to the host.
+    Pipes,
+    /// A terminal of this size; zeroes leave it to the guest.
+    Terminal {
+        /// Lines.
+        rows: u16,
+        /// Columns.
+        columns: u16,
+    },
+}
+
+/// A user, as numbers or as names of the container's own databases.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct User {
+    /// `USER[:GROUP]`, each a name or a number. Empty: root.
+    pub text: String,
+}
+
+/// A host directory (or file) in the container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// The host's path.
+    pub source: PathBuf,
+    /// Where it is in the container.
+    pub destination: PathBuf,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+}
+
+/// A process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessConfig {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// `NAME=VALUE`; PATH and HOME have defaults.
+    pub env: Vec<String>,
+    /// The working directory. Default: `/`.
+    pub cwd: Option<PathBuf>,
+    /// The user. Default: root.
+    pub user: User,
+    /// Its streams.
+    pub stdio: Stdio,
+}
+
+/// A container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContainerConfig {
+    /// The host directory that is its root.
+    pub rootfs: PathBuf,
+    /// Its first process.
+    pub process: ProcessConfig,
+    /// Its host name. Default: its name.
+    pub hostname: Option<String>,
+    /// Host directories in it.
+    pub volumes: Vec<Volume>,
+    /// Empty directories in memory.
+    pub tmpfs: Vec<PathBuf>,
+    /// Whether its root is read-only.
+    pub read_only: bool,
+    /// Every capability, every device, no masked paths: root of its guest.
+    pub privileged: bool,
+    /// Capabilities beyond the default ones, with or without `CAP_`.
+    pub capabilities: Vec<String>,
+}
+
+impl ContainerConfig {
+    /// A container of this root file system and program, with every default.
+    pub fn new<S: Into<String>>(
+        rootfs: impl Into<PathBuf>,
+        args: impl IntoIterator<Item = S>,
+    ) -> Self {
+        Self {
+            rootfs: rootfs.into(),
+            process: ProcessConfig {
+                args: args.into_iter().map(Into::into).collect(),
+                ..ProcessConfig::default()
+            },
+            ..Self::default()
+        }
+    }
+
+    fn all_capabilities(&self) -> Result<Vec<String>, Error> {
+        if self.privileged {
+            return Ok(oci::Capability::iter_all());
+        }
+        let mut all: Vec<String> = DEFAULT_CAPABILITIES.iter().map(|c| c.to_string()).collect();
+        for name in &self.capabilities {
+            let name = name.to_uppercase();
+            if name == "ALL" {
+                return Ok(oci::Capability::iter_all());
+            }
+            let full = format!("CAP_{}", name.trim_start_matches("CAP_"));
+            if !oci::Capability::iter_all().contains(&full) {
+                return Err(Error::container(
+                    "capability",
+                    format!("there is no {full}"),
+                ));
+            }
+            all.push(full);
+        }
+        Ok(all)
+    }
+}
+
+/// All names of capabilities, in the OCI's spelling.
+trait AllCapabilities {
+    fn iter_all() -> Vec<String>;
+}
+
+impl AllCapabilities for oci::Capability {
+    fn iter_all() -> Vec<String> {
+        // Linux 6.12: CAP_CHOWN (0) to CAP_CHECKPOINT_RESTORE (40).
+        [
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "DAC_READ_SEARCH",
+            "FOWNER",
+            "FSETID",
+            "KILL",
+            "SETGID",
+            "SETUID",
+            "SETPCAP",
+            "LINUX_IMMUTABLE",
+            "NET_BIND_SERVICE",
+            "NET_BROADCAST",
+            "NET_ADMIN",
+            "NET_RAW",
+            "IPC_LOCK",
+            "IPC_OWNER",
+            "SYS_MODULE",
+            "SYS_RAWIO",
+            "SYS_CHROOT",
+            "SYS_PTRACE",
+            "SYS_PACCT",
+            "SYS_ADMIN",
+            "SYS_BOOT",
+            "SYS_NICE",
+            "SYS_RESOURCE",
+            "SYS_TIME",
+            "SYS_TTY_CONFIG",
+            "MKNOD",
+            "LEASE",
+            "AUDIT_WRITE",
+            "AUDIT_CONTROL",
+            "SETFCAP",
+            "MAC_OVERRIDE",
+            "MAC_ADMIN",
+            "SYSLOG",
+            "WAKE_ALARM",
+            "BLOCK_SUSPEND",
+            "AUDIT_READ",
+            "PERFMON",
+            "BPF",
+            "CHECKPOINT_RESTORE",
+        ]
+        .iter()
+        .map(|c| format!("CAP_{c}"))
+        .collect()
+    }
+}
+
+fn root_share(id: &str) -> String {
+    format!("{id}.root")
+}
+
+fn volume_share(id: &str, index: usize) -> String {
+    format!("{id}.volume{index}")
+}
+
+/// What must be shared with the guest: name, host path, read-only.
+pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<(String, PathBuf, bool)> {
+    let mut all = vec![(root_share(id), config.rootfs.clone(), config.read_only)];
+    for (index, volume) in config.volumes.iter().enumerate() {
+        let name = volume_share(id, index);
+        all.push((name, volume.source.clone(), volume.read_only));
+    }
+    all
+}
+
+/// The OCI configuration, with paths as the guest has them.
+pub(crate) fn build(id: &str, config: &ContainerConfig) -> Result<Spec, Error> {
+    if !config.rootfs.is_dir() {
+        let reason = format!("{} is not a directory", config.rootfs.display());
+        return Err(Error::container("rootfs", reason));
+    }
+    let process = process(config, &config.process)?;
+    let privileged = config.privileged;
+    let mut devices = vec![json!({"allow": false, "access": "rwm"})];
+    let (mut masked, mut read_only) = (MASKED.to_vec(), READ_ONLY.to_vec());
+    if privileged {
+        devices = vec![json!({"allow": true, "access": "rwm"})];
+        masked.clear();
+        read_only.clear();
+    }
+    let spec = json!({
+        "ociVersion": "1.2.0",
+        "process": process,
+        "root": {
+            "path": format!("{SHARED_DIR}/{}", root_share(id)),
+            "readonly": config.read_only,
+        },
+        "hostname": config.hostname.as_deref().unwrap_or(id),
+        "mounts": mounts(id, config)?,
+        "linux": {
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"},
+                {"type": "cgroup"},
+            ],
+            "resources": {"devices": devices},
+            "maskedPaths": masked,
+            "readonlyPaths": read_only,
+        },
+    });
+    serde_json::from_value(spec).map_err(|e| Error::container("configuration", e.to_string()))
+}
+
+/// What a container must not see or change of its guest's kernel: the OCI's usual lists.
+const MASKED: &[&str] = &[
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+const READ_ONLY: &[&str] = &[
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+fn mounts(id: &str, config: &ContainerConfig) -> Result<Vec<Value>, Error> {
+    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
+        json!({
+            "destination": destination, "type": kind, "source": source, "options": options,
+        })
+    };
+    let strict = ["nosuid", "noexec", "nodev"];
+    let access = if config.privileged { "rw" } else { "ro" };
+    let system = ["nosuid", "noexec", "nodev", access];
+    let mut all = vec![
+        mount("/proc", "proc", "proc", &strict),
+        mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &["nosuid", "noexec", "nodev", "mode=1777"],
+        ),
+        mount("/dev/mqueue", "mqueue", "mqueue", &strict),
+        mount("/sys", "sysfs", "sysfs", &system),
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &system),
+    ];
+    for path in &config.tmpfs {
+        let destination = absolute("tmpfs", path)?;
+        all.push(mount(
+            destination,
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "nodev", "mode=1777"],
+        ));
+    }
+    for (index, volume) in config.volumes.iter().enumerate() {
+        if !volume.source.exists() {
+            let reason = format!("{} does not exist", volume.source.display());
+            return Err(Error::container("volume", reason));
+        }
+        let destination = absolute("volume", &volume.destination)?;
+        let source = format!("{SHARED_DIR}/{}", volume_share(id, index));
+        let access = if volume.read_only { "ro" } else { "rw" };
+        all.push(mount(
+            destination,
+            "bind",
+            &source,
+            &["rbind", "rprivate", access],
+        ));
+    }
+    Ok(all)
+}
+
+fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
+    let text = path.to_str().filter(|_| path.is_absolute());
+    text.ok_or_else(|| {
+        Error::container(field, format!("{} is not an absolute path", path.display()))
+    })
+}
+
+/// The OCI process of an exec.
+pub(crate) fn exec_process(
+    container: &ContainerConfig,
+    config: &ProcessConfig,
+) -> Result<oci::Process, Error> {
+    let value = process(container, config)?;
+    serde_json::from_value(value).map_err(|e| Error::container("process", e.to_string()))
+}
+
+fn process(container: &ContainerConfig, config: &ProcessConfig) -> Result<Value, Error> {
+    if config.args.first().is_none_or(String::is_empty) {
+        return Err(Error::container("command", "no command was given"));
+    }
+    let account = Account::find(&container.rootfs, &config.user.text)?;
+    let mut env = config.env.clone();
+    let has = |env: &[String], name: &str| env.iter().any(|v| v.starts_with(name));
+    if !has(&env, "PATH=") {
+        env.push(DEFAULT_PATH.into());
+    }
+    // Without HOME libcontainer would ask the C library, which would load code of the container's.
+    if !has(&env, "HOME=") {
+        env.push(format!("HOME={}", account.home));
+    }
+    let terminal = matches!(config.stdio, Stdio::Terminal { .. });
+    if terminal && !has(&env, "TERM=") {
+        env.push("TERM=xterm".into());
+    }
+    let cwd = match &config.cwd {
+        Some(path) => absolute("workdir", path)?,
+        None => "/",
+    };
+    let all = container.all_capabilities()?;
+    // A user other than root has what programs give it, not what the container may have.
+    let effective: &[String] = if account.uid == 0 { &all } else { &[] };
+    Ok(json!({
+        "terminal": terminal,
+        "user": {"uid": account.uid, "gid": account.gid, "additionalGids": account.groups},
+        "args": config.args,
+        "env": env,
+        "cwd": cwd,
+        "capabilities": {
+            "bounding": all,
+            "effective": effective,
+            "permitted": effective,
+        },
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1_048_576, "soft": 1_048_576}],
+        "noNewPrivileges": false,
+    }))
+}
+
+/// A user as numbers.
+#[derive(Debug, PartialEq, Eq)]
+struct Account {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    home: String,
+}
+
+impl Account {
+    /// `USER[:GROUP]` by the container's own databases.
+    fn find(rootfs: &Path, text: &str) -> Result<Self, Error> {
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (text, None),
+        };
+        let user = if user.is_empty() { "0" } else { user };
+        let passwd = database(rootfs, "etc/passwd");
+        let groups = database(rootfs, "etc/group");
+        // name:password:uid:gid:comment:home:shell
+        let entry = passwd
+            .lines()
+            .map(|l| l.split(':').collect::<Vec<_>>())
+            .find(|f| f.len() >= 6 && (f[0] == user || f[2] == user));
+        let unknown = |what| Error::container("user", format!("the container has no {what}"));
+        let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
+        let (uid, mut gid, home, name) = match &entry {
+            Some(f) => (
+                number(f[2]).ok_or_else(|| unknown(format!("proper user {user}")))?,
+                number(f[3]).unwrap_or(0),
+                f[5].to_owned(),
+                Some(f[0]),
+            ),
+            None => {
+                let uid = number(user).ok_or_else(|| unknown(format!("user {user}")))?;
+                let home = if uid == 0 { "/root" } else { "/" };
+                (uid, 0, home.to_owned(), None)
+            }
+        };
+        let mut additional = Vec::new();
+        // name:password:gid:member,member
+        for fields in groups.lines().map(|l| l.split(':').collect::<Vec<_>>()) {
+            let Some(number) = fields.get(2).and_then(|g| number(g)) else {
+                continue;
+            };
+            let member = fields
+                .get(3)
+                .is_some_and(|m| m.split(',').any(|m| Some(m) == name));
+            if group.is_none() && member && number != gid {
+                additional.push(number);
+            }
+            if group == Some(fields[0]) {
+                gid = number;
+            }
+        }
+        if let Some(group) = group {
+            let by_name = groups.lines().any(|l| l.split(':').next() == Some(group));
+            if !by_name {
+                gid = number(group).ok_or_else(|| unknown(format!("group {group}")))?;
+            }
+        }
+        Ok(Self {
+            uid,
+            gid,
+            groups: additional,
+            home,
+        })
+    }
+}
+
+/// A file of the container's, read without leaving its root by a link.
+fn database(rootfs: &Path, name: &str) -> String {
+    let read = || -> std::io::Result<String> {
+        let root = openat(CWD, rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        let mut text = Vec::new();
+        File::from(file).take(MAX_DATABASE).read_to_end(&mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    };
+    read().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rootfs() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("etc")).unwrap();
+        std::fs::write(
+            dir.path().join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/var/www:/bin/false\n",
+        )
+        .unwrap();
+        std::fs::write(
+            dir.path().join("etc/group"),
+            "root:x:0:\nweb:x:33:\nlog:x:40:web,x\n",
+        )
+        .unwrap();
+        dir
+    }
+
+    #[test]
+    fn users_are_found_by_name_and_number() {
+        let dir = rootfs();
+        let web = Account::find(dir.path(), "web").unwrap();
+        assert_eq!(
+            (web.uid, web.gid, web.groups.as_slice()),
+            (33, 33, &[40][..])
+        );
+        assert_eq!(web.home, "/var/www");
+        assert_eq!(Account::find(dir.path(), "33").unwrap(), web);
+        let mixed = Account::find(dir.path(), "web:log").unwrap();
+        assert_eq!((mixed.uid, mixed.gid, mixed.groups.len()), (33, 40, 0));
+        assert_eq!(Account::find(dir.path(), "1000:50").unwrap().gid, 50);
+        assert_eq!(Account::find(dir.path(), "").unwrap().home, "/root");
+        assert!(Account::find(dir.path(), "nobody").is_err());
+        assert!(Account::find(dir.path(), "4294967295").is_err());
+    }
+
+    #[test]
+    fn a_password_file_that_is_a_link_out_of_the_root_is_not_read() {
+        let dir = rootfs();
+        let secret = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(secret.path(), "web:x:1:1::/:\n").unwrap();
+        let passwd = dir.path().join("etc/passwd");
+        std::fs::remove_file(&passwd).unwrap();
+        std::os::unix::fs::symlink(secret.path(), &passwd).unwrap();
+        assert!(Account::find(dir.path(), "web").is_err());
+    }
+
+    #[test]
+    fn the_configuration_names_guest_paths_only() {
+        let dir = rootfs();
+        let mut config = ContainerConfig::new(dir.path(), ["true"]);
+        config.volumes.push(Volume {
+            source: dir.path().into(),
+            destination: "/data".into(),
+            read_only: true,
+        });
+        let spec = build("c1", &config).unwrap();
+        let text = serde_json::to_string(&spec).unwrap();
+        assert!(!text.contains(dir.path().to_str().unwrap()));
+        assert!(text.contains("/run/koya/shared/c1.volume0"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let dir = rootfs();
+        let error = |config: &ContainerConfig| build("c", config).unwrap_err().to_string();
+        let good = ContainerConfig::new(dir.path(), ["true"]);
+        assert!(
+            error(&ContainerConfig {
+                rootfs: "/nonexistent".into(),
+                ..good.clone()
+            })
+            .starts_with("rootfs: /nonexistent")
+        );
+        let bad = ContainerConfig {
+            capabilities: vec!["fly".into()],
+            ..good.clone()
+        };
+        assert!(error(&bad).contains("CAP_FLY"));
+        assert!(error(&ContainerConfig::new(dir.path(), Vec::<String>::new())).contains("command"));
+    }
+}
