@@ -33,6 +33,12 @@ struct Rule {
     access: u32,
 }
 
+impl Rule {
+    fn matches_all(&self) -> bool {
+        self.kind.is_none() && self.major.is_none() && self.minor.is_none() && self.access == ALL
+    }
+}
+
 /// What every container may use: null, zero, full, random, urandom, tty, ptmx and ptys; and it
 /// may make any node, which is of no use without one of the others.
 const ALWAYS: &[(u32, Option<u32>, Option<u32>, u32)] = &[
@@ -60,9 +66,7 @@ pub(crate) fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
 fn decode(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
     let mut decoded: Vec<Rule> = rules.iter().map(decode_one).collect();
     // A privileged container says "allow all" and means it.
-    let allows_all = decoded.last().is_some_and(|r| {
-        r.allow && r.kind.is_none() && r.major.is_none() && r.minor.is_none() && r.access == ALL
-    });
+    let allows_all = decoded.last().is_some_and(|r| r.allow && r.matches_all());
     if !allows_all {
         decoded.extend(ALWAYS.iter().map(|(kind, major, minor, access)| Rule {
             allow: true,
@@ -131,6 +135,10 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     ];
     for rule in rules.iter().rev() {
         program.extend(compile_rule(rule));
+        if rule.matches_all() {
+            // The kernel refuses a program with instructions that can't be reached.
+            return program;
+        }
     }
     program.push(instruction(MOVE_VALUE, RESULT, 0, 0, 0));
     program.push(instruction(EXIT, 0, 0, 0, 0));
@@ -253,6 +261,29 @@ mod tests {
         let program = rules(r#"[{"allow":true,"access":"rwm"}]"#);
         assert!(ask(&program, ALL, BLOCK, 8, 0));
         assert!(ask(&program, READ, CHARACTER, 10, 232));
+    }
+
+    /// The kernel's verifier refuses what can't be reached.
+    #[test]
+    fn nothing_follows_a_rule_that_matches_everything() {
+        for json in [
+            r#"[{"allow":true,"access":"rwm"}]"#,
+            r#"[{"allow":true,"type":"b","access":"r"},{"allow":false,"access":"rwm"}]"#,
+        ] {
+            let program = rules(json);
+            let mut reached = vec![false; program.len()];
+            let mut from = vec![0];
+            while let Some(at) = from.pop() {
+                if std::mem::replace(&mut reached[at], true) || program[at].code == EXIT {
+                    continue;
+                }
+                from.push(at + 1);
+                if matches!(program[at].code, JUMP_UNEQUAL | 0x15) {
+                    from.push(at + 1 + program[at].offset as usize);
+                }
+            }
+            assert!(reached.iter().all(|r| *r), "{json}");
+        }
     }
 
     #[test]
