@@ -65,16 +65,14 @@ pub(crate) fn bring_up_loopback() -> io::Result<()> {
     };
     request.name[..2].copy_from_slice(b"lo");
     // SAFETY: the request is laid out as struct ifreq (40 bytes) and only read.
-    checked(
-        unsafe {
-            libc::ioctl(
-                socket.as_raw_fd(),
-                libc::SIOCSIFFLAGS as _,
-                &raw const request,
-            )
-        }
-        .into(),
-    )?;
+    let result = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
+    };
+    checked(result.into())?;
     Ok(())
 }
 

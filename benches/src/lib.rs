@@ -1,1 +1,1 @@
-//! placeholder
+//! Benches of Koya; see `benches/benches` for what is measured.

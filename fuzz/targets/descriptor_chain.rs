@@ -1,2 +1,4 @@
-//! placeholder
-fn main() {}
+//! Descriptor chains of a hostile driver, for libFuzzer.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::descriptor_chain(data));

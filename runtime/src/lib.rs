@@ -36,3 +36,8 @@ pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
 pub use spec::{ContainerConfig, ProcessConfig, Stdio, User, Volume};
+
+/// README's snippet, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -14,7 +14,7 @@ use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
 use koya_vmm::{ExitReason, Vm, VmConfig, VmHandle};
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long the guest may take from its first instruction to the agent's call.
@@ -82,9 +82,50 @@ pub(crate) struct Inner {
     pub(crate) streams: Streams,
     pub(crate) console: Console,
     pub(crate) handle: VmHandle,
-    // Ends the agent's connection before the machine goes.
-    connection: Mutex<Option<Connection>>,
-    vm: Mutex<Option<Vm>>,
+    // Ends the agent's connection when the sandbox goes.
+    _connection: Connection,
+    end: Arc<End>,
+}
+
+/// The virtual machine's end: known once it is taken down.
+#[derive(Default)]
+struct End {
+    reason: Mutex<Option<ExitReason>>,
+    known: Condvar,
+}
+
+impl End {
+    /// Takes the machine down as soon as it ends, by whatever reason: streams end then, and
+    /// whoever waits for the agent's answer learns that none will come.
+    fn watch(vm: Vm) -> io::Result<Arc<Self>> {
+        let end = Arc::new(Self::default());
+        let shared = end.clone();
+        std::thread::Builder::new()
+            .name("koya-watch".into())
+            .spawn(move || {
+                let reason = vm.wait();
+                *shared.lock() = Some(reason);
+                shared.known.notify_all();
+            })?;
+        Ok(end)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<ExitReason>> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self) -> ExitReason {
+        let mut reason = self.lock();
+        loop {
+            if let Some(reason) = &*reason {
+                return reason.clone();
+            }
+            reason = self
+                .known
+                .wait(reason)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// A virtual machine in this process, with the agent as its init. Dropping it stops it.
@@ -139,8 +180,8 @@ impl Sandbox {
                 streams,
                 console,
                 handle: vm.handle(),
-                connection: Mutex::new(Some(connection)),
-                vm: Mutex::new(Some(vm)),
+                _connection: connection,
+                end: End::watch(vm).map_err(Error::host("start a thread"))?,
             }),
             ready_after: started.elapsed(),
         };
@@ -211,7 +252,7 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         // Containers may still hold the inner part; the machine goes all the same.
         self.inner.handle.stop();
-        self.inner.take_down();
+        self.inner.end.wait();
     }
 }
 
@@ -224,18 +265,7 @@ impl Inner {
             }
         }
         self.handle.stop();
-        self.take_down().unwrap_or(ExitReason::Stopped)
-    }
-
-    fn take_down(&self) -> Option<ExitReason> {
-        let lock = |m: &Mutex<Option<Vm>>| m.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let vm = lock(&self.vm);
-        let reason = vm.map(Vm::wait);
-        self.connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        reason
+        self.end.wait()
     }
 
     /// If the machine has ended, why: what to say instead of "the agent does not answer".
@@ -243,9 +273,8 @@ impl Inner {
         if self.handle.ended().is_none() || matches!(error, Error::NotExecutable { .. }) {
             return error;
         }
-        let reason = self.take_down();
         Error::Ended {
-            reason: reason.unwrap_or(ExitReason::Stopped),
+            reason: self.end.wait(),
             console: self.console.tail(20),
         }
     }

@@ -23,7 +23,28 @@ pub(crate) fn run() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
-    Ok(())
+    // Without the target's standard library nothing can be checked: said, not hidden.
+    let target = "aarch64-unknown-linux-gnu";
+    if !has_target(target) {
+        eprintln!("lint: getting {target} for a check of its build");
+        let got = Command::new("timeout")
+            .args(["120", "rustup", "target", "add", target])
+            .status();
+        if !got.is_ok_and(|status| status.success()) {
+            eprintln!("lint: NOT CHECKED: {target} can't be had (rustup target add {target})");
+            return Ok(());
+        }
+    }
+    eprintln!("lint: checking the {target} build");
+    proc::run(cargo().args([
+        "check",
+        "--target",
+        target,
+        "--package",
+        "koya-vmm",
+        "--package",
+        "koya",
+    ]))
 }
 
 /// Whether the Rust standard library for `target` is installed.

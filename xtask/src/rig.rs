@@ -284,7 +284,7 @@ fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Resul
         };
         script.push_str(&format!("export {name}={}\n", quoted(&value)));
     }
-    for name in ["RUST_BACKTRACE", "RUST_LOG", "CI"] {
+    for name in ["RUST_BACKTRACE", "RUST_LOG", "CI", "KOYA_TEST_EXECS"] {
         if let Ok(value) = std::env::var(name) {
             script.push_str(&format!("export {name}={}\n", quoted(&value)));
         }

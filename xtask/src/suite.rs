@@ -38,6 +38,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
+    proc::run(cargo().args([
+        "build",
+        "--package",
+        "koya-vmm",
+        "--package",
+        "koya",
+        "--examples",
+    ]))?;
     let mut system = cargo();
     system.args(["test", "--package", "koya-tests"]);
     if let Some(filter) = &args.filter {

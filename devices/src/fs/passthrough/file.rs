@@ -73,7 +73,7 @@ impl Passthrough {
         let mut flags = OFlags::from_bits_retain(flags) & PASSED_FLAGS;
         // A guest that writes back whole pages reads what is round a small write.
         if self.options.cache == Cache::Writeback && flags & OFlags::ACCMODE == OFlags::WRONLY {
-            flags = flags - OFlags::ACCMODE | OFlags::RDWR;
+            flags = (flags - OFlags::ACCMODE) | OFlags::RDWR;
         }
         flags | OFlags::NONBLOCK
     }

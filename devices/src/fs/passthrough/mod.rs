@@ -8,6 +8,8 @@ mod attr;
 mod dir;
 mod file;
 mod names;
+#[cfg(test)]
+mod tests;
 mod xattr;
 
 use super::Cache;
@@ -175,7 +177,8 @@ impl Passthrough {
         }
         let fd = self.inodes.fd(inode)?;
         // The link in /proc is to be followed: it is ours, and leads to the descriptor's file.
-        let flags = flags - (OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL) | OFlags::CLOEXEC;
+        let closed = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL;
+        let flags = (flags - closed) | OFlags::CLOEXEC;
         let name = fd.as_raw_fd().to_string();
         Ok(openat(&self.proc, name, flags, Mode::empty())?.into())
     }

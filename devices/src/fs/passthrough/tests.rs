@@ -1,0 +1,169 @@
+//! The file system without a guest: what only a hostile one would ask, and what tables hold.
+
+use super::*;
+use crate::fs::wire::{CreateIn, GetattrIn, LinkIn, MkdirIn, ReadIn};
+use std::ffi::CString;
+
+const CALLER: Caller = Caller { uid: 0, gid: 0 };
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    shares: Shares,
+    files: Passthrough,
+    root: u64,
+}
+
+fn fixture(limit: usize, read_only: bool) -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let shares = Shares::default();
+    shares.add("s", dir.path(), read_only).unwrap();
+    let options = Options {
+        max_descriptors: limit,
+        ..Options::default()
+    };
+    let files = Passthrough::new(shares.clone(), options).unwrap();
+    let root = files.lookup(ROOT_ID, c"s").unwrap().nodeid;
+    Fixture {
+        dir,
+        shares,
+        files,
+        root,
+    }
+}
+
+#[test]
+fn names_that_lead_elsewhere_are_refused() {
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    std::os::unix::fs::symlink("/etc", f.dir.path().join("out")).unwrap();
+    for name in [c"..", c".", c"", c"a/b", c"../x", c"/etc/passwd"] {
+        assert!(f.files.lookup(f.root, name).is_err(), "{name:?}");
+        assert!(f.files.lookup(ROOT_ID, name).is_err(), "{name:?}");
+        let mkdir = f.files.mkdir(f.root, name, &MkdirIn::default(), CALLER);
+        assert!(mkdir.is_err(), "{name:?}");
+        assert!(f.files.rename(f.root, c"x", f.root, name, 0).is_err());
+        assert!(f.files.unlink(f.root, name, false).is_err());
+        assert!(
+            f.files
+                .create(f.root, name, &CreateIn::default(), CALLER)
+                .is_err()
+        );
+    }
+    // A link is itself, never what it points to.
+    let link = f.files.lookup(f.root, c"out").unwrap();
+    assert!(f.files.lookup(link.nodeid, c"passwd").is_err());
+    assert_eq!(f.files.open(link.nodeid, 0).unwrap_err(), Errno::NXIO);
+    assert!(f.files.opendir(link.nodeid).is_err());
+}
+
+#[test]
+fn only_files_are_opened() {
+    let f = fixture(0, false);
+    let fifo = f.dir.path().join("fifo");
+    rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    let node = f.files.lookup(f.root, c"fifo").unwrap().nodeid;
+    assert_eq!(f.files.open(node, 0).unwrap_err(), Errno::NXIO);
+}
+
+#[test]
+fn a_read_only_share_refuses_every_change() {
+    let f = fixture(0, true);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let write = OFlags::WRONLY.bits();
+    assert_eq!(f.files.open(node, write).unwrap_err(), Errno::ROFS);
+    assert!(f.files.open(node, 0).is_ok());
+    assert_eq!(
+        f.files
+            .mkdir(f.root, c"d", &MkdirIn::default(), CALLER)
+            .unwrap_err(),
+        Errno::ROFS
+    );
+    assert_eq!(f.files.unlink(f.root, c"x", false), Err(Errno::ROFS));
+    assert_eq!(f.files.setxattr(node, c"user.a", b"1", 0), Err(Errno::ROFS));
+    let link = LinkIn { oldnodeid: node };
+    assert_eq!(f.files.link(f.root, c"y", &link).unwrap_err(), Errno::ROFS);
+}
+
+#[test]
+fn tables_hold_what_the_guest_remembers_and_no_more_descriptors_than_they_may() {
+    const LIMIT: usize = 16;
+    let f = fixture(LIMIT, false);
+    let mut nodes = Vec::new();
+    for n in 0..200 {
+        std::fs::write(f.dir.path().join(format!("{n}")), n.to_string()).unwrap();
+        let name = CString::new(n.to_string()).unwrap();
+        nodes.push(f.files.lookup(f.root, &name).unwrap().nodeid);
+    }
+    let (known, open) = f.files.inodes.counts();
+    assert_eq!(known, 201);
+    assert!(open <= LIMIT + 1, "{open} descriptors");
+    // Every one of them is still the file that it was.
+    for (n, node) in nodes.iter().enumerate() {
+        let attr = f.files.getattr(*node, &GetattrIn::default()).unwrap().attr;
+        assert_eq!(attr.size, n.to_string().len() as u64);
+    }
+    // One that was removed meanwhile is stale, not another's.
+    std::fs::remove_file(f.dir.path().join("3")).unwrap();
+    std::fs::write(f.dir.path().join("new"), "new").unwrap();
+    let third = f.files.getattr(nodes[3], &GetattrIn::default());
+    assert!(third.is_err() || third.unwrap().attr.nlink == 0);
+    for node in nodes {
+        f.files.forget(node, 1);
+    }
+    assert_eq!(f.files.inodes.counts().0, 1);
+}
+
+#[test]
+fn a_renamed_file_is_found_again() {
+    let f = fixture(4, false);
+    std::fs::write(f.dir.path().join("a"), "hello").unwrap();
+    let node = f.files.lookup(f.root, c"a").unwrap().nodeid;
+    f.files.rename(f.root, c"a", f.root, c"b", 0).unwrap();
+    for n in 0..20 {
+        std::fs::write(f.dir.path().join(format!("{n}")), "").unwrap();
+        f.files
+            .lookup(f.root, &CString::new(n.to_string()).unwrap())
+            .unwrap();
+    }
+    let attr = f.files.getattr(node, &GetattrIn::default()).unwrap().attr;
+    assert_eq!(attr.size, 5);
+}
+
+#[test]
+fn open_files_have_a_limit_too() {
+    let f = fixture(8, false);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let open: Vec<_> = (0..8).map(|_| f.files.open(node, 0).unwrap().fh).collect();
+    assert_eq!(f.files.open(node, 0).unwrap_err(), Errno::NFILE);
+    f.files.release(open[0]);
+    assert!(f.files.open(node, 0).is_ok());
+}
+
+#[test]
+fn a_handle_belongs_to_its_node() {
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    std::fs::write(f.dir.path().join("y"), "y").unwrap();
+    let x = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let y = f.files.lookup(f.root, c"y").unwrap().nodeid;
+    let fh = f.files.open(x, 0).unwrap().fh;
+    let arg = ReadIn {
+        fh,
+        ..ReadIn::default()
+    };
+    let none: [vm_memory::VolatileSlice<'_>; 0] = [];
+    assert_eq!(f.files.read(y, &arg, &none), Err(Errno::BADF));
+}
+
+#[test]
+fn a_share_that_is_taken_away_is_stale() {
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    f.shares.remove("s");
+    let gone = f.files.getattr(node, &GetattrIn::default());
+    assert_eq!(gone.unwrap_err(), Errno::STALE);
+    assert_eq!(f.files.lookup(ROOT_ID, c"s").unwrap_err(), Errno::NOENT);
+}

@@ -1,0 +1,105 @@
+//! More than one process in a container.
+
+use crate::tool::{Background, feed, koya, stdout};
+use anyhow::{Context, Result, ensure};
+
+crate::trials![
+    a_process_joins_the_container,
+    quick_execs_leave_nothing,
+    an_exec_has_the_containers_confinement,
+];
+
+fn a_process_joins_the_container() -> Result<()> {
+    let container = Background::start("exec-joins", &["--hostname", "inside"], &["sleep", "1000"])?;
+    let said = stdout(container.exec(
+        &["-u", "web", "-e", "X=y"],
+        &[
+            "sh",
+            "-c",
+            "hostname; id -u; echo $X; ps | grep -c 'sleep 1000'",
+        ],
+    )?)?;
+    ensure!(said.starts_with("inside\n33\ny\n"), "{said}");
+    let output = container.exec(&[], &["sh", "-c", "echo e >&2; exit 9"])?;
+    ensure!(
+        output.status.code() == Some(9) && output.stderr == b"e\n",
+        "{output:?}"
+    );
+    let output = container.exec(&[], &["nope"])?;
+    ensure!(output.status.code() == Some(127), "{output:?}");
+    let mut command = koya(["exec", "-i", "exec-joins", "cat"]);
+    command.stdin(std::process::Stdio::piped());
+    let output = feed(command, b"through")?;
+    ensure!(output.stdout == b"through", "{output:?}");
+    Ok(())
+}
+
+/// What a process and its threads hold on the host.
+fn held(pid: u32) -> Result<(usize, usize, u64)> {
+    let count = |dir: &str| -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{pid}/{dir}"))?.count())
+    };
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let anonymous = rollup
+        .lines()
+        .find_map(|l| l.strip_prefix("RssAnon:"))
+        .and_then(|l| l.split_whitespace().next()?.parse().ok())
+        .context("RssAnon")?;
+    Ok((count("fd")?, count("task")?, anonymous))
+}
+
+fn quick_execs_leave_nothing() -> Result<()> {
+    let rounds: usize = std::env::var("KOYA_TEST_EXECS").map_or(Ok(100), |n| n.parse())?;
+    let container = Background::start("exec-many", &[], &["sleep", "100000"])?;
+    let inside = || -> Result<(usize, usize)> {
+        let text = stdout(container.exec(
+            &[],
+            &[
+                "sh",
+                "-c",
+                "ls /proc | grep -c '^[0-9]'; awk '/MemAvailable/ {print $2}' /proc/meminfo",
+            ],
+        )?)?;
+        let (processes, memory) = text.split_once('\n').context("two lines")?;
+        Ok((processes.parse()?, memory.parse()?))
+    };
+    // The first rounds fill caches on both sides.
+    for _ in 0..20 {
+        stdout(container.exec(&[], &["true"])?)?;
+    }
+    let pid = container.pid()?;
+    let (fds, threads, memory) = held(pid)?;
+    let (processes, available) = inside()?;
+    for _ in 0..rounds {
+        stdout(container.exec(&[], &["true"])?)?;
+    }
+    let after = crate::tool::until("threads and descriptors go back", || {
+        let now = held(pid)?;
+        Ok((now.0 <= fds && now.1 <= threads).then_some(now))
+    })?;
+    let (processes_after, available_after) = inside()?;
+    ensure!(
+        processes_after == processes,
+        "{processes} processes, then {processes_after}"
+    );
+    // Guest memory is in the process's too: what it touches first stays touched.
+    let grown = after.2.saturating_sub(memory);
+    ensure!(
+        grown < 24 << 10,
+        "the host's memory grew by {grown} KiB over {rounds} execs"
+    );
+    let lost = available.saturating_sub(available_after);
+    ensure!(
+        lost < 12 << 10,
+        "the guest lost {lost} KiB over {rounds} execs"
+    );
+    Ok(())
+}
+
+fn an_exec_has_the_containers_confinement() -> Result<()> {
+    let container = Background::start("exec-confined", &[], &["sleep", "1000"])?;
+    let script = "awk '/CapEff|^Seccomp:/ {print $2}' /proc/self/status";
+    let said = stdout(container.exec(&[], &["sh", "-c", script])?)?;
+    ensure!(said == "00000000a80425fb\n2", "{said}");
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! A container's life on the host: what is there while it runs, and what is left.
+
+use crate::tool::{Background, koya, run, scratch, shared_rootfs, stdout, until};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+crate::trials![
+    one_process_a_sandbox,
+    nothing_is_left_after_the_end,
+    nothing_is_left_after_a_kill,
+    a_detached_container_is_listed_logged_stopped_removed,
+    check_says_that_this_kvm_will_do,
+    an_embedders_example_boots,
+    the_readmes_five_lines_run,
+];
+
+/// Everything that a sandbox could leave: mounts, files of its state, processes.
+fn traces() -> Result<(String, BTreeSet<String>, usize)> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let files = std::fs::read_dir("/run/koya")
+        .map(|d| {
+            d.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()))
+                .collect()
+        })
+        .unwrap_or_default();
+    Ok((mounts, files, processes("koya")?.len()))
+}
+
+/// Numbers of processes with this name.
+fn processes(name: &str) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")?.filter_map(|e| e.ok()) {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if comm.trim() == name {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+fn children(pid: u32) -> Result<String> {
+    let mut all = String::new();
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))?.filter_map(|e| e.ok()) {
+        all.push_str(&std::fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    }
+    Ok(all)
+}
+
+fn one_process_a_sandbox() -> Result<()> {
+    let container = Background::start("life-one", &["--cpus", "2"], &["sleep", "1000"])?;
+    let pid = container.pid()?;
+    ensure!(children(pid)?.trim().is_empty(), "{}", children(pid)?);
+    Ok(())
+}
+
+fn nothing_is_left_after_the_end() -> Result<()> {
+    let mounts = traces()?.0;
+    let name = "life-end";
+    stdout(run(&["--name", name], &["true"])?)?;
+    let (after, files, _) = traces()?;
+    ensure!(mounts == after, "mounts: {after}");
+    ensure!(!files.contains(name), "{files:?}");
+    Ok(())
+}
+
+fn nothing_is_left_after_a_kill() -> Result<()> {
+    let mounts = traces()?.0;
+    let volume = scratch("killed")?;
+    let option = format!("{}:/data", volume.display());
+    let mut child = koya(["run", "--name", "life-kill", "-v", &option, "--rootfs"])
+        .arg(shared_rootfs())
+        .args(["--", "sh", "-c", "echo up > /data/up; sleep 1000"])
+        .spawn()?;
+    until("the container runs", || {
+        Ok(volume.join("up").exists().then_some(()))
+    })?;
+    child.kill()?;
+    child.wait()?;
+    // Whatever command comes next clears the rest away.
+    stdout(koya(["ps"]).output()?)?;
+    let (after, files, _) = traces()?;
+    ensure!(mounts == after, "mounts: {after}");
+    ensure!(!files.contains("life-kill"), "{files:?}");
+    Ok(())
+}
+
+fn a_detached_container_is_listed_logged_stopped_removed() -> Result<()> {
+    let name = "life-detached";
+    let script = "trap 'echo bye; exit 4' TERM; echo hello; while :; do sleep 0.1; done";
+    let container = Background::start(name, &[], &["sh", "-c", script])?;
+    let listed = stdout(koya(["ps"]).output()?)?;
+    ensure!(
+        listed.contains(name) && listed.contains("running"),
+        "{listed}"
+    );
+    until("the log", || {
+        let log = stdout(koya(["logs", name]).output()?)?;
+        Ok((log == "hello").then_some(()))
+    })?;
+    let busy = koya(["rm", name]).output()?;
+    ensure!(busy.status.code() == Some(125), "{busy:?}");
+    stdout(koya(["stop", name]).output()?)?;
+    until("it ends", || {
+        let listed = stdout(koya(["ps", "--all"]).output()?)?;
+        let line = listed
+            .lines()
+            .find(|l| l.starts_with(name))
+            .context("listed")?;
+        Ok(line.contains("exited (4)").then_some(()))
+    })?;
+    ensure!(stdout(koya(["logs", name]).output()?)? == "hello\nbye");
+    stdout(koya(["rm", name]).output()?)?;
+    ensure!(!stdout(koya(["ps", "--all"]).output()?)?.contains(name));
+    drop(container);
+    Ok(())
+}
+
+fn check_says_that_this_kvm_will_do() -> Result<()> {
+    let output = koya(["check"]).output()?;
+    ensure!(output.status.code() == Some(0), "{output:?}");
+    let json: serde_json::Value =
+        serde_json::from_str(&stdout(koya(["check", "--json"]).output()?)?)?;
+    ensure!(json["ok"] == true, "{json}");
+    let env: serde_json::Value = serde_json::from_str(&stdout(koya(["env", "--json"]).output()?)?)?;
+    ensure!(env["kernel"]["bytes"].as_u64().unwrap_or(0) > 0, "{env}");
+    Ok(())
+}
+
+fn an_embedders_example_boots() -> Result<()> {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/examples/console");
+    let share = std::env::var("KOYA_SHARE")?;
+    let output = std::process::Command::new(example)
+        .arg(format!("{share}/bzImage"))
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // Without an initramfs there is no root: the kernel says so, and the monitor why it ended.
+    ensure!(
+        said.contains("Linux version 6.") && said.contains("the guest ended: guest kernel panic"),
+        "{said} {output:?}"
+    );
+    Ok(())
+}
+
+/// The example holds README's lines, and runs.
+fn the_readmes_five_lines_run() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let example = std::fs::read_to_string(root.join("runtime/examples/hello.rs"))?;
+    let readme = std::fs::read_to_string(root.join("README.md"))?;
+    let snippet = readme
+        .split("```rust,no_run\n")
+        .nth(1)
+        .and_then(|rest| rest.split("\n```").next())
+        .context("README has a snippet")?;
+    for line in snippet.lines().filter(|l| !l.starts_with('#')) {
+        ensure!(example.contains(line), "not in the example: {line}");
+    }
+    let dir = scratch("hello")?;
+    std::os::unix::fs::symlink(shared_rootfs(), dir.join("rootfs"))?;
+    let output = std::process::Command::new(root.join("target/debug/examples/hello"))
+        .current_dir(&dir)
+        .output()?;
+    let said = stdout(output)?;
+    ensure!(said.contains("-koya"), "{said}");
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! What the tests use: a root file system, the `koya` command, waiting by progress.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long anything may take that a test waits for.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+/// A folder of its own for each caller: on the rig's ext4 scratch disk where there is one.
+pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let base = match Path::new("/run/scratch").is_dir() {
+        true => PathBuf::from("/run/scratch"),
+        false => std::env::temp_dir(),
+    };
+    let number = NEXT.fetch_add(1, Ordering::SeqCst);
+    let dir = base.join(format!("{name}-{}-{number}", std::process::id()));
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+/// A root file system of one static busybox; tests that write have one of their own.
+pub(crate) fn busybox(at: &Path) -> Result<()> {
+    for dir in [
+        "bin", "etc", "proc", "sys", "dev", "tmp", "root", "data", "mnt",
+    ] {
+        fs::create_dir_all(at.join(dir))?;
+    }
+    fs::copy("/bin/busybox", at.join("bin/busybox")).context("busybox-static is not installed")?;
+    fs::write(
+        at.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/tmp:/bin/sh\n",
+    )?;
+    fs::write(at.join("etc/group"), "root:x:0:\nweb:x:33:\nlog:x:40:web\n")?;
+    let list = Command::new("/bin/busybox").arg("--list").output()?;
+    for name in String::from_utf8(list.stdout)?.lines() {
+        let link = at.join("bin").join(name);
+        if !link.exists() {
+            symlink("busybox", link)?;
+        }
+    }
+    Ok(())
+}
+
+/// One that all tests share, which must not write to it.
+pub(crate) fn shared_rootfs() -> &'static Path {
+    static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
+    ROOTFS.get_or_init(|| {
+        let dir = scratch("rootfs").expect("a scratch folder");
+        busybox(&dir).expect("a root file system");
+        dir
+    })
+}
+
+/// A `koya` command with these arguments.
+pub(crate) fn koya<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new("koya");
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+/// `koya run OPTIONS --rootfs SHARED -- COMMAND`
+pub(crate) fn run(options: &[&str], command: &[&str]) -> Result<Output> {
+    run_in(shared_rootfs(), options, command)
+}
+
+/// As [`run`], on another root file system.
+pub(crate) fn run_in(rootfs: &Path, options: &[&str], command: &[&str]) -> Result<Output> {
+    let output = koya(["run", "--rootfs"])
+        .arg(rootfs)
+        .args(options)
+        .arg("--")
+        .args(command)
+        .output()
+        .context("cannot start koya")?;
+    Ok(output)
+}
+
+/// The output of a command that must succeed, without the last line end.
+pub(crate) fn stdout(output: Output) -> Result<String> {
+    ensure!(
+        output.status.success(),
+        "{}: {}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
+}
+
+/// Runs a shell script in a container and returns what it printed.
+pub(crate) fn sh(options: &[&str], script: &str) -> Result<String> {
+    stdout(run(options, &["sh", "-c", script])?)
+}
+
+/// Feeds `input` to a command and returns its output.
+pub(crate) fn feed(mut command: Command, input: &[u8]) -> Result<Output> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut stdin = child.stdin.take().context("a pipe")?;
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output()?;
+    writer
+        .join()
+        .map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+    Ok(output)
+}
+
+/// Waits until `look` finds something.
+pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let started = Instant::now();
+    while started.elapsed() < LIMIT {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bail!("{what}: not after {LIMIT:?}")
+}
+
+/// A container in the background, killed and removed when the test is over.
+pub(crate) struct Background {
+    pub(crate) name: String,
+}
+
+impl Background {
+    pub(crate) fn start(name: &str, options: &[&str], command: &[&str]) -> Result<Self> {
+        let mut all = vec!["-d", "--name", name];
+        all.extend(options);
+        let printed = stdout(run(&all, command)?)?;
+        ensure!(printed == name, "printed {printed:?}");
+        Ok(Self { name: name.into() })
+    }
+
+    pub(crate) fn exec(&self, options: &[&str], command: &[&str]) -> Result<Output> {
+        Ok(koya(["exec"])
+            .args(options)
+            .arg(&self.name)
+            .args(command)
+            .output()?)
+    }
+
+    /// The process of its sandbox on the host.
+    pub(crate) fn pid(&self) -> Result<u32> {
+        let list: serde_json::Value =
+            serde_json::from_str(&stdout(koya(["ps", "--json"]).output()?)?)?;
+        let row = list
+            .as_array()
+            .and_then(|rows| rows.iter().find(|r| r["name"] == self.name.as_str()))
+            .context("not in `koya ps`")?;
+        Ok(row["pid"].as_u64().context("no pid")? as u32)
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        koya(["rm", "--force", &self.name]).output().ok();
+    }
+}

@@ -1,0 +1,136 @@
+//! Tiny guests on the machine's own `/dev/kvm`, whatever it is: a few real-mode instructions
+//! each, so that a KVM that emulates guests in software runs them as well.
+#![cfg(target_arch = "x86_64")]
+
+use koya_vmm::{ExitReason, Spec, Vm};
+use std::time::{Duration, Instant};
+
+/// mov al, 0xfe; out 0x64, al; hlt: asks the keyboard controller for a reset.
+const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+/// jmp $
+const SPIN: &[u8] = &[0xeb, 0xfe];
+/// lidt with a limit of zero, then a fault: lidt [0x20]; ud2
+const TRIPLE_FAULT: &[u8] = &[0x0f, 0x01, 0x1e, 0x20, 0x00, 0x0f, 0x0b];
+
+fn start(code: &[u8]) -> Vm {
+    Vm::builder(Spec::flat(code)).start().expect("a tiny guest")
+}
+
+#[test]
+fn a_guest_that_resets_ends_in_order() {
+    let reason = start(RESET).wait();
+    assert_eq!(reason, ExitReason::Reset);
+    assert!(reason.is_orderly());
+}
+
+#[test]
+fn a_triple_fault_is_told_apart() {
+    let reason = start(TRIPLE_FAULT).wait();
+    assert!(
+        matches!(
+            reason,
+            ExitReason::TripleFault | ExitReason::InternalError { .. }
+        ),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_guest_that_never_exits_is_stopped() {
+    let vm = start(SPIN);
+    assert_eq!(vm.stop(), ExitReason::Stopped);
+}
+
+#[test]
+fn a_halted_guest_is_stopped() {
+    // cli; hlt: sleeps inside KVM for ever.
+    assert_eq!(start(&[0xfa, 0xf4]).stop(), ExitReason::Stopped);
+}
+
+/// in al, 0x60 adds up nothing, but each is an exit: the guest counts in a port that nobody has.
+#[test]
+fn a_paused_guest_does_not_run() {
+    // l: inc word [0x100]; jmp l
+    let vm = start(&[0xff, 0x06, 0x00, 0x01, 0xeb, 0xfa]);
+    let handle = vm.handle();
+    for _ in 0..20 {
+        assert!(handle.pause());
+        assert!(handle.resume());
+    }
+    assert!(handle.pause());
+    assert_eq!(handle.ended(), None);
+    handle.stop();
+    assert!(!handle.pause());
+    assert!(!handle.resume());
+    assert_eq!(vm.wait(), ExitReason::Stopped);
+}
+
+#[test]
+fn a_guest_that_was_never_resumed_can_be_dropped() {
+    drop(
+        Vm::builder(Spec::flat(SPIN))
+            .start_paused()
+            .expect("a tiny guest"),
+    );
+}
+
+/// Ports that nobody has read as ones; the guest resets only if it sees them.
+#[test]
+fn an_empty_port_floats_high() {
+    // in al, 0x99; inc al; jnz $ ; then reset
+    let mut code = vec![0xe4, 0x99, 0xfe, 0xc0, 0x75, 0xfe];
+    code.extend(RESET);
+    assert_eq!(start(&code).wait(), ExitReason::Reset);
+}
+
+fn entries(dir: &str) -> usize {
+    std::fs::read_dir(dir).expect("proc").count()
+}
+
+fn mappings() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("proc");
+    // What the allocator and thread stacks keep for the next time is not the guest's: guest
+    // memory and kvm_run are told by what they map.
+    maps.lines()
+        .filter(|l| l.contains("kvm") || l.contains("anon_inode"))
+        .count()
+}
+
+/// In a process of its own (see below): other tests' threads would be counted.
+fn start_and_stop_two_hundred() {
+    let mut before = None;
+    for round in 0..200 {
+        let vm = start(if round % 2 == 0 { RESET } else { SPIN });
+        let reason = if round % 2 == 0 { vm.wait() } else { vm.stop() };
+        assert!(reason.is_orderly(), "{reason}");
+        // The first round fills what the process keeps for ever.
+        let now = (
+            entries("/proc/self/fd"),
+            entries("/proc/self/task"),
+            mappings(),
+        );
+        assert_eq!(*before.get_or_insert(now), now, "after round {round}");
+    }
+}
+
+#[test]
+fn two_hundred_machines_leave_no_thread_descriptor_or_mapping() {
+    const CHILD: &str = "KOYA_TINY_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        start_and_stop_two_hundred();
+        return;
+    }
+    let started = Instant::now();
+    let status = std::process::Command::new(std::env::current_exe().expect("this test"))
+        .args([
+            "--exact",
+            "two_hundred_machines_leave_no_thread_descriptor_or_mapping",
+            "--test-threads=1",
+            "--nocapture",
+        ])
+        .env(CHILD, "1")
+        .status()
+        .expect("this test again");
+    assert!(status.success());
+    assert!(started.elapsed() < Duration::from_secs(300), "hung");
+}
