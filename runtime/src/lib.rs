@@ -26,6 +26,7 @@ mod console;
 mod container;
 mod error;
 pub mod files;
+pub mod image;
 mod sandbox;
 mod spec;
 mod streams;

@@ -49,6 +49,8 @@ $B hostname rig
 # local APICs are switched on or off (static keys). QEMU's emulation of several CPUs can run a stale
 # copy of patched code, which the kernel takes for a stray breakpoint. One machine that is never
 # run keeps these keys where they are.
+# (A shell opens /dev/null for what it starts in the background, and /dev has moved.)
+$B mknod /dev/null c 1 3
 $B chroot /new /usr/bin/perl -e '
     open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
     open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;

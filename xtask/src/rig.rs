@@ -159,7 +159,7 @@ pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits
         Ok(code) => Ok(code),
         Err(error) => Err(error.context(format!(
             "the end of the rig's console:\n{}",
-            proc::tail(&run.path("console"), 25)
+            proc::tail(&run.path("console"), 70)
         ))),
     }
 }

@@ -6,6 +6,7 @@ use super::state::{self, Owned, Record};
 use super::{Outcome, parse_mib};
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use koya::image::{Defaults, Image};
 use koya::{
     Cache, Container, ContainerConfig, ProcessConfig, Sandbox, SandboxConfig, Stdio, User, Volume,
 };
@@ -14,7 +15,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SI
 use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -28,8 +29,11 @@ const DETACHED: &str = "KOYA_DETACHED";
 #[derive(Args)]
 pub(super) struct RunArgs {
     /// The directory that is the container's root
-    #[arg(long, value_name = "DIR")]
-    rootfs: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "image")]
+    rootfs: Option<PathBuf>,
+    /// An image: an OCI layout directory, a tar of one, or what `docker save` wrote
+    #[arg(long, value_name = "PATH", conflicts_with = "rootfs")]
+    image: Option<PathBuf>,
     /// Virtual CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
@@ -49,8 +53,8 @@ pub(super) struct RunArgs {
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
     /// The user, by name or number, and the group
-    #[arg(long, short, value_name = "USER[:GROUP]", default_value = "")]
-    user: String,
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    user: Option<String>,
     /// The container's host name (default: its name)
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -158,31 +162,39 @@ impl RunArgs {
         }
     }
 
-    fn container(&self) -> Result<ContainerConfig> {
-        let args: Vec<String> = self
-            .entrypoint
-            .iter()
-            .chain(&self.command)
-            .cloned()
-            .collect();
+    /// What the container is, from the image's defaults and the user's words.
+    fn container(&self, rootfs: &Path, image: Defaults) -> Result<ContainerConfig> {
+        // A program of the user's replaces the image's, arguments included.
+        let args: Vec<String> = match (&self.entrypoint, self.command.is_empty()) {
+            (Some(program), _) => [vec![program.clone()], self.command.clone()].concat(),
+            (None, false) => [image.entrypoint, self.command.clone()].concat(),
+            (None, true) => [image.entrypoint, image.command].concat(),
+        };
         if args.is_empty() {
             bail!("no command was given; try `koya run --rootfs DIR -- sh`");
         }
-        let absolute = |path: &PathBuf| {
+        let absolute = |path: &Path| {
             std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
         };
         let mut volumes = self.volume.clone();
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
         }
+        let mut env = expand_env(&self.env);
+        for entry in image.env {
+            let name = entry.split('=').next().unwrap_or_default();
+            if !env.iter().any(|e| e.split('=').next() == Some(name)) {
+                env.push(entry);
+            }
+        }
         Ok(ContainerConfig {
-            rootfs: absolute(&self.rootfs)?,
+            rootfs: absolute(rootfs)?,
             process: ProcessConfig {
                 args,
-                env: expand_env(&self.env),
-                cwd: self.workdir.clone(),
+                env,
+                cwd: self.workdir.clone().or(image.workdir),
                 user: User {
-                    text: self.user.clone(),
+                    text: self.user.clone().unwrap_or(image.user),
                 },
                 stdio: self.stdio(),
             },
@@ -196,32 +208,68 @@ impl RunArgs {
     }
 }
 
+/// Unpacks an image into a root file system for this container alone.
+fn unpack(image: &Path, root: &Path) -> Result<Defaults> {
+    let scratch = root.with_extension("image");
+    std::fs::create_dir_all(&scratch)
+        .and_then(|()| std::fs::create_dir_all(root))
+        .with_context(|| format!("cannot create {}", root.display()))?;
+    let unpacked = Image::open(image, &scratch).and_then(|image| {
+        image.unpack(root)?;
+        Ok(image.defaults())
+    });
+    std::fs::remove_dir_all(&scratch).ok();
+    Ok(unpacked?)
+}
+
 pub(super) fn main(args: &RunArgs) -> Outcome {
-    let config = args.container()?;
     if args.detach && std::env::var_os(DETACHED).is_none() {
         return detach();
     }
     raise_descriptor_limit();
     let (name, owned) = state::create(args.name.as_deref())?;
     let detached = args.detach;
-    let outcome = run(args, &config, &name, &owned);
+    let outcome = prepare_and_run(args, &name, &owned);
     if !detached || args.rm || outcome.is_err() {
         owned.folder.remove();
     }
     outcome
 }
 
-fn run(args: &RunArgs, config: &ContainerConfig, name: &str, owned: &Owned) -> Outcome {
+fn prepare_and_run(args: &RunArgs, name: &str, owned: &Owned) -> Outcome {
+    let unpacked = args
+        .image
+        .is_some()
+        .then(|| state::storage().join("rootfs").join(name));
+    let rootfs = unpacked.as_ref().or(args.rootfs.as_ref());
+    let rootfs = rootfs
+        .context("a container needs --rootfs or --image")?
+        .clone();
     let mut record = Record {
         name: name.to_owned(),
         pid: std::process::id(),
         created: SystemTime::now(),
-        command: config.process.args.clone(),
-        rootfs: config.rootfs.clone(),
+        command: args.command.clone(),
+        rootfs: rootfs.clone(),
+        unpacked,
         keep: args.detach && !args.rm,
         status: None,
     };
+    // Written down before anything is unpacked, so that a kill leaves nothing unknown.
     owned.folder.write(&record)?;
+    let defaults = match &args.image {
+        Some(image) => unpack(image, &rootfs)?,
+        None => Defaults::default(),
+    };
+    let config = args.container(&rootfs, defaults)?;
+    record.command = config.process.args.clone();
+    owned.folder.write(&record)?;
+    run(args, &config, record, owned)
+}
+
+fn run(args: &RunArgs, config: &ContainerConfig, mut record: Record, owned: &Owned) -> Outcome {
+    let name = record.name.clone();
+    let name = name.as_str();
     // Before any thread exists, so that none misses it.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
     let streams = if args.detach {

@@ -21,6 +21,8 @@ pub(super) struct Record {
     pub(super) created: SystemTime,
     pub(super) command: Vec<String>,
     pub(super) rootfs: PathBuf,
+    /// A root file system that was unpacked for it and goes with it.
+    pub(super) unpacked: Option<PathBuf>,
     /// Kept after its end until it is removed.
     pub(super) keep: bool,
     /// The exit status, once it has ended in order.
@@ -45,6 +47,17 @@ fn root() -> PathBuf {
         return PathBuf::from(dir).join("koya");
     }
     std::env::temp_dir().join(format!("koya-{}", rustix::process::geteuid().as_raw()))
+}
+
+/// Where images are unpacked: `/var/lib/koya` as root, else under the user's data.
+pub(super) fn storage() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return "/var/lib/koya".into();
+    }
+    let home = std::env::var_os("HOME").unwrap_or_default();
+    std::env::var_os("XDG_DATA_HOME")
+        .map_or_else(|| PathBuf::from(home).join(".local/share"), PathBuf::from)
+        .join("koya")
 }
 
 /// A name that is one component of a path.
@@ -114,7 +127,15 @@ impl Folder {
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
+    /// Removes what is known of the container, and what was unpacked for it.
     pub(super) fn remove(&self) {
+        if let Ok(Record {
+            unpacked: Some(root),
+            ..
+        }) = self.read()
+        {
+            fs::remove_dir_all(root).ok();
+        }
         fs::remove_dir_all(&self.0).ok();
     }
 }

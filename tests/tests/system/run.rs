@@ -32,6 +32,7 @@ crate::trials![
     a_panic_is_reported_with_its_text,
     an_agent_that_dies_ends_the_machine,
     a_missing_rootfs_is_named,
+    an_image_says_how_it_runs,
 ];
 
 fn the_kernel_is_koyas() -> Result<()> {
@@ -375,5 +376,45 @@ fn a_missing_rootfs_is_named() -> Result<()> {
         output.status.code() == Some(125) && said.contains("/nonexistent/root"),
         "{said}"
     );
+    Ok(())
+}
+
+/// What `docker save` writes, made by hand.
+fn an_image_says_how_it_runs() -> Result<()> {
+    let dir = scratch("image")?;
+    std::fs::create_dir_all(dir.join("l"))?;
+    let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
+        "config":{"Entrypoint":["sh","-c"],"Cmd":["echo $GREETING; id -u; pwd"],
+        "Env":["GREETING=hello","PATH=/bin"],"User":"web","WorkingDir":"/tmp"}}"#;
+    std::fs::write(dir.join("c.json"), config)?;
+    std::fs::write(
+        dir.join("manifest.json"),
+        r#"[{"Config":"c.json","RepoTags":null,"Layers":["l/layer.tar"]}]"#,
+    )?;
+    let script = format!(
+        "tar -C {} -cf {1}/l/layer.tar . && tar -C {1} -cf {1}/image.tar c.json manifest.json l/layer.tar",
+        shared_rootfs().display(),
+        dir.display()
+    );
+    let made = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .status()?;
+    ensure!(made.success());
+    let image = dir.join("image.tar");
+    let run = |options: &[&str], command: &[&str]| -> Result<String> {
+        let mut all = koya(["run", "--image"]);
+        all.arg(&image).args(options).arg("--").args(command);
+        stdout(all.output()?)
+    };
+    ensure!(run(&[], &[])? == "hello\n33\n/tmp");
+    ensure!(
+        run(
+            &["-e", "GREETING=bye", "-u", "0"],
+            &["echo $GREETING; id -u"]
+        )? == "bye\n0"
+    );
+    ensure!(run(&["--entrypoint", "uname"], &["-r"])?.ends_with("-koya"));
+    let left = std::fs::read_dir("/var/lib/koya/rootfs").map_or(0, Iterator::count);
+    ensure!(left == 0, "{left} root file systems are left");
     Ok(())
 }
