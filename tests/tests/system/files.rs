@@ -28,7 +28,9 @@ fn perl(dir: &Path, options: &[&str], script: &str) -> Result<String> {
     let volume = format!("{}:/mnt", dir.display());
     let mut all = vec!["--read-only", "-v", &volume, "--workdir", "/mnt"];
     all.extend(options);
-    stdout(run_in(Path::new("/"), &all, &["perl", "-e", script])?)
+    // Perl passes numbers by value and strings by address, which it wants to be a variable's.
+    let script = format!("sub sc {{ my ($n, @a) = @_; syscall($n, @a) }}\n{script}");
+    stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)
 }
 
 fn names_links_and_modes() -> Result<()> {
@@ -52,9 +54,9 @@ fn names_links_and_modes() -> Result<()> {
         utime(1000, 2000, 'c') or die $!; (stat 'c')[8] == 1000 && (stat 'c')[9] == 2000 or die 'times';
         truncate('c', 100) or die $!; -s 'c' == 100 or die 'size';
         # renameat2 with RENAME_EXCHANGE and RENAME_NOREPLACE
-        syscall(316, -100, 'c', -100, 'u', 2) == 0 or die "exchange $!";
+        sc(316, -100, 'c', -100, 'u', 2) == 0 or die "exchange $!";
         -s 'u' == 100 or die 'exchanged';
-        syscall(316, -100, 'c', -100, 'u', 1) == -1 or die 'noreplace';
+        sc(316, -100, 'c', -100, 'u', 1) == -1 or die 'noreplace';
         for my $n (1..3000) { open(F, '>', "d/$n") or die $!; close F }
         opendir(D, 'd') or die $!; my @e = grep { !/^\./ } readdir D; @e == 3001 or die scalar @e;
         my %s; $s{$_}++ for @e; keys %s == 3001 or die 'twice';
@@ -83,9 +85,9 @@ fn open_but_unlinked_files_work() -> Result<()> {
         my @s = stat F; @s or die "fstat $!"; $s[3] == 0 or die 'links'; $s[7] == 5 or die 'size';
         truncate(F, 3) or die $!; sysseek(F, 0, 0); sysread(F, my $b, 9) == 3 or die $!; $b eq 'ali' or die $b;
         # O_TMPFILE | O_RDWR, then a name by linkat through /proc
-        my $fd = syscall(257, -100, '.', 020200000 | 2, 0600); $fd >= 0 or die "tmpfile $!";
+        my $fd = sc(257, -100, '.', 020200000 | 2, 0600); $fd >= 0 or die "tmpfile $!";
         open(T, '+<&=', $fd) or die $!; syswrite(T, 'named') or die $!;
-        syscall(265, -100, "/proc/self/fd/$fd", -100, 'named', 0x400) == 0 or die "linkat $!";
+        sc(265, -100, "/proc/self/fd/$fd", -100, 'named', 0x400) == 0 or die "linkat $!";
         "#,
     )?;
     ensure!(fs::read_to_string(dir.join("named"))? == "named");
@@ -101,8 +103,8 @@ fn owners_and_device_nodes() -> Result<()> {
         &["--cap-add", "MKNOD"],
         r#"
         open(F, '>', 'mine') or die $!; close F; chown(33, 40, 'mine') or die $!;
-        syscall(133, 'fifo', 010644, 0) == 0 or die "fifo $!";
-        syscall(133, 'null', 020666, (1 << 8) | 3) == 0 or die "node $!";
+        sc(133, 'fifo', 010644, 0) == 0 or die "fifo $!";
+        sc(133, 'null', 020666, (1 << 8) | 3) == 0 or die "node $!";
         mkdir 'sgid' or die $!; chown(0, 50, 'sgid') or die $!; chmod 02777, 'sgid' or die $!;
         $) = '40 40'; $> = 33;
         open(F, '>', 'theirs') or die $!; close F;
@@ -131,14 +133,14 @@ fn extended_attributes_are_mapped() -> Result<()> {
         &["--privileged"],
         r#"
         open(F, '>', 'f') or die $!; close F;
-        sub set { syscall(188, 'f', $_[0], $_[1], length $_[1], $_[2] // 0) }
-        sub get { my $b = "\0" x 100; my $n = syscall(191, 'f', $_[0], $b, 100); $n < 0 ? undef : substr($b, 0, $n) }
+        sub set { sc(188, 'f', $_[0], $_[1], length $_[1], $_[2] // 0) }
+        sub get { my ($f, $k, $b) = ('f', $_[0], "\0" x 100); my $n = syscall(191, $f, $k, $b, 100); $n < 0 ? undef : substr($b, 0, $n) }
         set('user.a', 'one') == 0 or die "user $!"; get('user.a') eq 'one' or die 'get';
         set('trusted.b', 'two') == 0 or die "trusted $!"; get('trusted.b') eq 'two' or die 'trusted';
         set('user.a', 'x', 1) == -1 or die 'create'; set('user.none', 'x', 2) == -1 or die 'replace';
         set('user.koya.trusted.b', 'evil') == -1 or die 'the map is open';
-        my $b = "\0" x 200; my $n = syscall(194, 'f', $b, 200); join(' ', sort split /\0/, substr($b, 0, $n)) eq 'trusted.b user.a' or die substr($b, 0, $n);
-        syscall(197, 'f', 'trusted.b') == 0 or die "remove $!"; defined get('trusted.b') and die 'removed';
+        my ($f, $b) = ('f', "\0" x 200); my $n = syscall(194, $f, $b, 200); join(' ', sort split /\0/, substr($b, 0, $n)) eq 'trusted.b user.a' or die substr($b, 0, $n);
+        sc(197, 'f', 'trusted.b') == 0 or die "remove $!"; defined get('trusted.b') and die 'removed';
         set('trusted.b', 'kept') == 0 or die $!;
         "#,
     )?;
@@ -160,15 +162,15 @@ fn sparse_files_and_holes() -> Result<()> {
         &[],
         r#"
         open(F, '+>', 's') or die $!; sysseek(F, 100 << 20, 0); syswrite(F, 'end') or die $!;
-        syscall(8, fileno F, 0, 3) == 100 << 20 or die "data $!";
-        syscall(8, fileno F, 0, 4) == 0 or die "hole $!";
-        syscall(285, fileno F, 0, 0, 1 << 20) == 0 or die "fallocate $!";
+        sc(8, fileno F, 0, 3) == 100 << 20 or die "data $!";
+        sc(8, fileno F, 0, 4) == 0 or die "hole $!";
+        sc(285, fileno F, 0, 0, 1 << 20) == 0 or die "fallocate $!";
         (stat F)[12] >= 2048 or die 'blocks';
-        syscall(285, fileno F, 3, 0, 1 << 20) == 0 or die "punch $!";
+        sc(285, fileno F, 3, 0, 1 << 20) == 0 or die "punch $!";
         (stat F)[12] < 2048 or die 'punched';
         my ($in, $out) = (pack('q', 100 << 20), pack('q', 0));
         open(G, '+>', 'copy') or die $!;
-        syscall(326, fileno F, $in, fileno G, $out, 3, 0) == 3 or die "copy $!";
+        sc(326, fileno F, $in, fileno G, $out, 3, 0) == 3 or die "copy $!";
         sysseek(G, 0, 0); sysread(G, my $b, 9); $b eq 'end' or die $b;
         "#,
     )?;
@@ -184,13 +186,13 @@ fn shared_maps_work_under_every_policy() -> Result<()> {
             &["--cache", cache],
             r#"
             open(F, '+>', 'm') or die $!; syswrite(F, "\0" x 8192) or die $!;
-            my $p = syscall(9, 0, 8192, 3, 1, fileno F, 0); $p > 0 or die "mmap $!";
+            my $p = sc(9, 0, 8192, 3, 1, fileno F, 0); $p > 0 or die "mmap $!";
             my $data = 'mapped'; my $to = pack('q', $p + 5000);
             # process_vm_writev to ourselves stands in for a store through a pointer
             my $from = unpack('q', pack('p', $data));
             my $l = pack('qq', $from, 6); my $r = pack('qq', $p + 5000, 6);
-            syscall(311, $$, $l, 1, $r, 1, 0) == 6 or die "store $!";
-            syscall(26, $p, 8192, 4) == 0 or die "msync $!";
+            sc(311, $$ + 0, $l, 1, $r, 1, 0) == 6 or die "store $!";
+            sc(26, $p, 8192, 4) == 0 or die "msync $!";
             "#,
         )?;
         let bytes = fs::read(dir.join("m"))?;
@@ -241,14 +243,14 @@ fn changes_on_the_host_are_seen() -> Result<()> {
 /// A guest that looks at more files than the process may have open.
 fn more_nodes_than_descriptors() -> Result<()> {
     let dir = scratch("nodes")?;
-    for n in 0..3000 {
+    for n in 0..1000 {
         fs::write(dir.join(format!("{n}")), n.to_string())?;
     }
     let rootfs = crate::tool::shared_rootfs();
     let script = format!(
-        "ulimit -n 600; exec koya run --rootfs {} -v {}:/data -- sh -c \
-         'cd /data; ls -l | wc -l; for r in 1 2; do cat $(seq 0 2999) | md5sum; done; \
-         rm $(seq 0 99); cat $(seq 100 2999) | wc -c'",
+        "ulimit -n 350; exec koya run --rootfs {} -v {}:/data -- sh -c \
+         'cd /data; ls -l | wc -l; for r in 1 2; do cat $(seq 0 999) | md5sum; done; \
+         rm $(seq 0 99); cat $(seq 100 999) | wc -c'",
         rootfs.display(),
         dir.display()
     );
@@ -258,12 +260,12 @@ fn more_nodes_than_descriptors() -> Result<()> {
     let said = stdout(output)?;
     let lines: Vec<&str> = said.lines().collect();
     ensure!(
-        lines.len() == 4 && lines[0] == "3001" && lines[1] == lines[2],
+        lines.len() == 4 && lines[0] == "1001" && lines[1] == lines[2],
         "{said}"
     );
-    let expected: usize = (100..3000).map(|n: u32| n.to_string().len()).sum();
+    let expected: usize = (100..1000).map(|n: u32| n.to_string().len()).sum();
     ensure!(lines[3] == expected.to_string(), "{said}");
-    ensure!(fs::read_dir(&dir)?.count() == 2900);
+    ensure!(fs::read_dir(&dir)?.count() == 900);
     Ok(())
 }
 
@@ -312,7 +314,7 @@ fn a_tree_survives_tar() -> Result<()> {
         &["sh", "-c", "cd /data && tar -xf t.tar"],
     )?)?;
     let listing = |root: &Path| -> Result<String> {
-        let script = "find a | sort | while read f; do stat -c '%n %f %u %g %s %Y %h' \"$f\"; [ -f \"$f\" ] && sha256sum \"$f\"; done | grep -v '^a/* 41'; true";
+        let script = "find a | sort | while read f; do [ -L \"$f\" ] && stat -c '%n %f %u %g %s' \"$f\" || stat -c '%n %f %u %g %s %Y %h' \"$f\"; [ -f \"$f\" ] && sha256sum \"$f\"; done | grep -v '^a/* 41'; true";
         let output = std::process::Command::new("sh")
             .args(["-c", script])
             .current_dir(root)

@@ -6,7 +6,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 
 crate::trials![
@@ -108,18 +108,22 @@ fn signals_are_forwarded() -> Result<()> {
     Ok(())
 }
 
-/// Bytes that no run-length or repetition would forgive.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut bytes = Vec::with_capacity(len);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
+/// Bytes that no run-length or repetition would forgive: a random block, over and over, each time
+/// with its number in it.
+fn noise(len: usize) -> Result<Vec<u8>> {
+    const BLOCK: usize = 1 << 20;
+    let mut block = vec![0; BLOCK];
+    File::open("/dev/urandom")?.read_exact(&mut block)?;
+    let mut bytes = Vec::with_capacity(len + BLOCK);
+    for number in 0u64.. {
+        if bytes.len() >= len {
+            break;
+        }
+        block[..8].copy_from_slice(&number.to_le_bytes());
+        bytes.extend_from_slice(&block);
     }
     bytes.truncate(len);
-    bytes
+    Ok(bytes)
 }
 
 fn hash(bytes: &[u8]) -> String {
@@ -130,7 +134,7 @@ fn hash(bytes: &[u8]) -> String {
 }
 
 fn two_hundred_mib_survive_both_ways() -> Result<()> {
-    let bytes = noise(200 << 20);
+    let bytes = noise(200 << 20)?;
     let expected = hash(&bytes);
     let mut command = koya(["run", "-i", "--rootfs"]);
     command.arg(shared_rootfs()).args(["--", "sha256sum"]);
