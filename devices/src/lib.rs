@@ -19,6 +19,7 @@
 pub mod fs;
 pub mod legacy;
 pub mod rng;
+mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 pub mod sys;
 #[cfg(any(test, feature = "test-utils"))]

@@ -241,6 +241,9 @@ pub fn make_mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
     set_mount_attributes(mount, libc::MOUNT_ATTR_RDONLY)
 }
 
+/// fchmodat2(2): one number on every architecture, which libc does not name on all.
+const FCHMODAT2: libc::c_long = 452;
+
 /// Changes a file's mode through an O_PATH descriptor, never through a link.
 ///
 /// # Errors
@@ -249,7 +252,7 @@ pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     // SAFETY: the path is a static empty string; the other arguments are plain numbers.
     let result = unsafe {
         libc::syscall(
-            libc::SYS_fchmodat2,
+            FCHMODAT2,
             fd.as_raw_fd(),
             c"".as_ptr(),
             mode,

@@ -1,9 +1,10 @@
 //! Which device an address belongs to. Fixed once the virtual machine is built; vCPU threads
 //! look devices up without a lock and call each under its own.
 
+use crate::sync::lock;
 use koya_devices::legacy::{ResetLine, SerialPort};
 use koya_devices::virtio::mmio::{MmioTransport, WINDOW_SIZE};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// What a guest's access asks of the virtual machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,11 +106,6 @@ impl Bus {
         let offset = address - start;
         (offset < WINDOW_SIZE).then_some((offset, device))
     }
-}
-
-/// A poisoned lock means that a device panicked, which is a bug of ours; the others go on.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

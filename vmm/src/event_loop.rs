@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::bus::lock;
+use crate::sync::lock;
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 

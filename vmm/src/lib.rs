@@ -37,6 +37,7 @@ mod exit;
 pub mod kvm;
 mod memory;
 mod panic_log;
+mod sync;
 mod vcpu;
 mod vm;
 

@@ -9,10 +9,11 @@
 //! ```
 
 use crate::arch;
-use crate::bus::{Bus, Effect, lock};
+use crate::bus::{Bus, Effect};
 use crate::exit::ExitReason;
 use crate::kvm::{Exit, Kicker, Vcpu};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use crate::sync::{lock, wait};
+use std::sync::{Arc, Condvar, Mutex};
 
 /// What the vCPUs are to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,10 +70,7 @@ impl Gate {
         self.tell();
         let mut state = lock(&self.state);
         while state.parked < state.alive && state.wanted == Wanted::Pause {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.changed, state);
         }
         state.wanted == Wanted::Pause
     }
@@ -96,10 +94,7 @@ impl Gate {
             if let Wanted::End(reason) = &state.wanted {
                 return reason.clone();
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.changed, state);
         }
     }
 
@@ -129,10 +124,7 @@ impl Gate {
                 state.parked += 1;
                 self.changed.notify_all();
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.changed, state);
         }
         if paused {
             state.parked -= 1;

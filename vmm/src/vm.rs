@@ -1,12 +1,13 @@
 //! A running virtual machine: who owns what, and in which order it goes.
 
 use crate::builder::VmBuilder;
-use crate::bus::{Bus, lock};
+use crate::bus::Bus;
 use crate::config::Spec;
 use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::kvm::Machine;
 use crate::panic_log;
+use crate::sync::lock;
 use crate::vcpu::Gate;
 use koya_devices::legacy::SerialPort;
 use koya_devices::virtio::Memory;

@@ -8,6 +8,7 @@
 use super::Shares;
 use super::passthrough::{Options, Passthrough};
 use super::server::Server;
+use crate::sync::lock;
 use crate::sys;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
@@ -15,7 +16,7 @@ use crate::virtio::{
 };
 use event_manager::MutEventSubscriber;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -144,10 +145,6 @@ struct Turns {
     turn: Mutex<()>,
     server: Arc<Server>,
     stop: Arc<EventFd>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Turns {

@@ -1,9 +1,10 @@
 //! Open files and directories, by the number that the guest got for each.
 
+use crate::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// An open file or directory.
 pub(super) struct Handle {
@@ -35,13 +36,9 @@ impl Handles {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Keeps an open file; ENFILE when the guest has as many as it may.
     pub(super) fn insert(&self, nodeid: u64, file: File) -> Result<u64, Errno> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if state.open.len() >= self.limit {
             return Err(Errno::NFILE);
         }
@@ -58,20 +55,20 @@ impl Handles {
 
     /// The handle of this number, if it was opened from `nodeid`.
     pub(super) fn get(&self, number: u64, nodeid: u64) -> Result<Arc<Handle>, Errno> {
-        let handle = self.lock().open.get(&number).cloned();
+        let handle = lock(&self.state).open.get(&number).cloned();
         handle.filter(|h| h.nodeid == nodeid).ok_or(Errno::BADF)
     }
 
     /// Forgets a handle.
     pub(super) fn remove(&self, number: u64) {
-        let handle = self.lock().open.remove(&number);
+        let handle = lock(&self.state).open.remove(&number);
         // Closing may take its time on some file systems: not under the lock.
         drop(handle);
     }
 
     /// Forgets all.
     pub(super) fn clear(&self) {
-        let open = std::mem::take(&mut self.lock().open);
+        let open = std::mem::take(&mut lock(&self.state).open);
         drop(open);
     }
 }

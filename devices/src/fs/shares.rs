@@ -1,6 +1,7 @@
 //! The synthetic root: a directory that exists only here, whose entries are host directories (or
 //! single files). They are added and removed while the guest runs, from any thread.
 
+use crate::sync::lock;
 use crate::sys;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// One host directory or file under the synthetic root.
 pub struct Share {
@@ -101,10 +102,6 @@ impl Default for Shares {
             changes: AtomicU64::new(0),
         }))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shares {

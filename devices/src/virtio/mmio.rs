@@ -416,3 +416,6 @@ fn rings_in_memory(queue: &Queue, memory: &Memory) -> bool {
             address % align == 0 && memory.check_range(GuestAddress(*address), *len as usize)
         })
 }
+
+#[cfg(test)]
+mod tests;

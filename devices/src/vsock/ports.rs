@@ -1,12 +1,13 @@
 //! Who listens on the host's ports, and how host code reaches ports of the guest. Shared between
 //! the device and any thread of the process.
 
+use crate::sync::lock;
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -36,10 +37,6 @@ pub struct Listener {
     port: u32,
     ports: Ports,
     streams: Receiver<UnixStream>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ports {

@@ -2,7 +2,7 @@
 
 use super::attach::{Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::Server;
-use super::state::{self, Owned, Record};
+use super::state::{self, Folder, Owned, Record};
 use super::{Outcome, parse_mib};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 /// How often a user must ask before the sandbox is stopped without asking the container.
@@ -272,6 +272,8 @@ fn run(args: &RunArgs, config: &ContainerConfig, mut record: Record, owned: &Own
     let name = name.as_str();
     // Before any thread exists, so that none misses it.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
+    let running = Running::default();
+    forward_signals(signals, running.clone(), owned.folder.clone());
     let streams = if args.detach {
         detached_streams(owned)?
     } else {
@@ -285,7 +287,8 @@ fn run(args: &RunArgs, config: &ContainerConfig, mut record: Record, owned: &Own
     };
     let pumps = Pumps::start(container.process_mut(), streams);
     let container = Arc::new(container);
-    forward_signals(signals, container.clone(), sandbox.clone());
+    *running.lock().unwrap_or_else(PoisonError::into_inner) =
+        Some((container.clone(), sandbox.clone()));
     let server = Server::start(&owned.folder, container.clone(), sandbox.clone())?;
     container.start()?;
     if args.detach {
@@ -313,10 +316,25 @@ fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, raised).ok();
 }
 
-fn forward_signals(mut signals: Signals, container: Arc<Container>, sandbox: Arc<Sandbox>) {
+/// What signals go to; nothing while the sandbox is still starting.
+type Running = Arc<Mutex<Option<(Arc<Container>, Arc<Sandbox>)>>>;
+
+fn forward_signals(mut signals: Signals, running: Running, folder: Folder) {
     std::thread::spawn(move || {
         let mut asked = 0;
         for signal in signals.forever() {
+            let target = running
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone();
+            let Some((container, sandbox)) = target else {
+                if matches!(signal, SIGINT | SIGTERM | SIGHUP | SIGQUIT) {
+                    // The machine goes with the process; the rest is in the folder.
+                    folder.remove();
+                    std::process::exit(128 + signal);
+                }
+                continue;
+            };
             if signal == SIGWINCH {
                 if let Some((rows, columns)) = terminal_size() {
                     container.process().resize(rows, columns).ok();

@@ -59,6 +59,7 @@ impl ArchError {
         move |source| Self::Kvm { operation, source }
     }
 
+    #[cfg(target_arch = "x86_64")] // aarch64 loads nothing yet.
     pub(crate) fn load<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::Load {
             what,

@@ -5,6 +5,7 @@
 //! returns EINTR, nothing is delivered, and the thread takes the pending signal away itself. A
 //! kick that comes just before KVM_RUN is pending and ends it at once: none is lost.
 
+use crate::sync::lock;
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVMIO, kvm_signal_mask};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
@@ -216,12 +217,6 @@ impl Kicker {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl std::fmt::Debug for Vcpu {

@@ -7,7 +7,6 @@ use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
-use std::sync::PoisonError;
 use zerocopy::IntoBytes;
 
 /// The handle of the synthetic root, which is not a directory of the host's.
@@ -110,10 +109,7 @@ impl Passthrough {
     }
 
     fn list(&self, handle: &Handle, offset: u64, listing: &mut Listing) -> Result<(), Errno> {
-        let _position = handle
-            .position
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _position = crate::sync::lock(&handle.position);
         seek(&handle.file, SeekFrom::Start(offset))?;
         let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
         let mut directory = RawDir::new(&handle.file, &mut buffer);
