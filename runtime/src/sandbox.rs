@@ -275,7 +275,7 @@ impl Inner {
         }
         Error::Ended {
             reason: self.end.wait(),
-            console: self.console.tail(20),
+            console: self.console.tail(80),
         }
     }
 }

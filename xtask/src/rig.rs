@@ -284,7 +284,13 @@ fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Resul
         };
         script.push_str(&format!("export {name}={}\n", quoted(&value)));
     }
-    for name in ["RUST_BACKTRACE", "RUST_LOG", "CI", "KOYA_TEST_EXECS"] {
+    for name in [
+        "RUST_BACKTRACE",
+        "RUST_LOG",
+        "CI",
+        "KOYA_TEST_EXECS",
+        "KOYA_TEST_DEBIAN",
+    ] {
         if let Ok(value) = std::env::var(name) {
             script.push_str(&format!("export {name}={}\n", quoted(&value)));
         }

@@ -20,6 +20,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "the rig"),
     ("busybox-static", "the rig's init and the demo's container"),
     ("e2fsprogs", "the rig's scratch disk"),
+    ("debootstrap", "the tests' Debian root file system"),
 ];
 
 /// Installs what is missing when root; otherwise says what to type.

@@ -1,8 +1,9 @@
 //! `cargo xtask test`: every test there is, cheapest first.
 
-use crate::{build, lint, proc};
+use crate::{build, cache, lint, proc};
 use anyhow::Result;
 use clap::Args;
+use std::path::PathBuf;
 use std::process::Command;
 
 #[derive(Args)]
@@ -38,6 +39,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
+    let debian = debian()?;
     proc::run(cargo().args([
         "build",
         "--package",
@@ -47,9 +49,36 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         "--examples",
     ]))?;
     let mut system = cargo();
-    system.args(["test", "--package", "koya-tests"]);
+    system
+        .args(["test", "--package", "koya-tests"])
+        .env("KOYA_TEST_DEBIAN", &debian);
     if let Some(filter) = &args.filter {
         system.args(["--", filter]);
     }
     proc::run(&mut system)
+}
+
+/// A tar of Debian's minimal root file system, made once.
+fn debian() -> Result<PathBuf> {
+    const SUITE: &str = "bookworm";
+    let key = cache::key([SUITE, "minbase"]);
+    let dir = cache::ensure("debian", &key, |dir| {
+        let root = dir.join("root");
+        proc::long(
+            "making a Debian root file system (once)",
+            Command::new("/usr/sbin/debootstrap")
+                .args(["--variant=minbase", SUITE])
+                .arg(&root),
+            &dir.with_extension("log"),
+        )?;
+        proc::run(
+            Command::new("tar")
+                .args(["--exclude=./var/cache/apt/archives/*.deb", "-cf"])
+                .arg(dir.join("root.tar"))
+                .arg(".")
+                .current_dir(&root),
+        )?;
+        Ok(std::fs::remove_dir_all(&root)?)
+    })?;
+    Ok(dir.join("root.tar"))
 }

@@ -17,6 +17,10 @@ use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+/// How many evicted directories may lie between a file and one that is open, when it is looked for
+/// by name: a guest decides how deep they are nested, and each is a step of recursion.
+const MAX_ASCENT: u32 = 64;
+
 /// A file's identity on the host while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
@@ -129,22 +133,38 @@ impl Inodes {
 
     /// The node's descriptor, opened again if it was evicted.
     pub(super) fn fd(&self, inode: &Inode) -> Result<Arc<OwnedFd>, Errno> {
+        self.fd_within(inode, MAX_ASCENT)
+    }
+
+    fn fd_within(&self, inode: &Inode, ascent: u32) -> Result<Arc<OwnedFd>, Errno> {
         let handle = match &*lock(&inode.slot) {
             Slot::Open(fd) => return Ok(fd.clone()),
             Slot::Evicted(handle) => handle.clone(),
         };
-        let found = self.find_again(inode, handle.as_ref())?;
+        let found = self.find_again(inode, handle.as_ref(), ascent)?;
         let stat = stat(&found)?;
         if Identity::of(&stat) != inode.identity {
             return Err(Errno::STALE);
         }
         let fd = Arc::new(found);
-        *lock(&inode.slot) = Slot::Open(fd.clone());
+        let mut slot = lock(&inode.slot);
+        if let Slot::Open(other) = &*slot {
+            // Another thread was quicker; one descriptor is enough, and is counted once.
+            return Ok(other.clone());
+        }
+        *slot = Slot::Open(fd.clone());
+        drop(slot);
         self.opened(inode.id);
         Ok(fd)
     }
 
-    fn find_again(&self, inode: &Inode, handle: Option<&FileHandle>) -> Result<OwnedFd, Errno> {
+    fn find_again(
+        &self,
+        inode: &Inode,
+        handle: Option<&FileHandle>,
+        ascent: u32,
+    ) -> Result<OwnedFd, Errno> {
+        let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
         if let (Some(handle), Some(anchor)) = (handle, inode.share.anchor()) {
             let flags = OFlags::PATH | OFlags::NOFOLLOW;
             if let Ok(fd) = handle.open(anchor, flags.bits() as i32) {
@@ -153,7 +173,14 @@ impl Inodes {
         }
         let (parent, name) = lock(&inode.place).clone();
         let parent = self.get(parent)?;
-        open_entry(self.fd(&parent)?, &name)
+        let found = open_entry(self.fd_within(&parent, ascent)?, &name)?;
+        // The number may be another file's by now; its handle never is.
+        match handle {
+            Some(handle) if !FileHandle::of(&found).is_ok_and(|h| h == *handle) => {
+                Err(Errno::STALE)
+            }
+            _ => Ok(found),
+        }
     }
 
     /// Counts one look-up of the file that `fd` refers to and returns its node, a new one if the
@@ -225,7 +252,7 @@ impl Inodes {
             tables.by_identity.remove(&inode.identity);
         }
         if matches!(*lock(&inode.slot), Slot::Open(_)) {
-            tables.open -= 1;
+            tables.open = tables.open.saturating_sub(1);
         }
         // `recent` is cleaned when it is walked; bound what lies in it meanwhile.
         if tables.recent.len() > 2 * tables.open + 64 {
@@ -260,7 +287,7 @@ impl Inodes {
                 continue;
             };
             if oldest != id && evict(inode) {
-                tables.open -= 1;
+                tables.open = tables.open.saturating_sub(1);
             } else {
                 tables.recent.push_back(oldest);
             }

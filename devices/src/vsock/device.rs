@@ -80,8 +80,11 @@ impl VsockWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         loop {
             let more_tx = self.serve_tx()?;
+            let at_rest = !self.muxer.may_receive();
             let more_rx = self.serve_rx()?;
-            if !more_tx && !more_rx {
+            // What the receive queue took may have ended the transmit queue's rest.
+            let woken = at_rest && self.muxer.may_receive();
+            if !more_tx && !more_rx && !woken {
                 return Ok(());
             }
         }

@@ -6,15 +6,18 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+/// How many connections wait for a listener; each is a descriptor.
+const BACKLOG: usize = 128;
+
 /// What a port of the host leads to.
 enum Target {
     /// Code in this process; each connection is the far end of a socket pair.
-    Process(Sender<UnixStream>),
+    Process(SyncSender<UnixStream>),
     /// A Unix socket that somebody listens on.
     Socket(PathBuf),
 }
@@ -57,7 +60,7 @@ impl Ports {
     /// # Errors
     /// If somebody listens there already.
     pub fn listen(&self, port: u32) -> io::Result<Listener> {
-        let (sender, streams) = channel();
+        let (sender, streams) = sync_channel(BACKLOG);
         self.add(port, Target::Process(sender))?;
         Ok(Listener {
             port,
@@ -104,11 +107,15 @@ impl Ports {
         let stream = match targets.get(&port)? {
             Target::Process(sender) => {
                 let (ours, theirs) = UnixStream::pair().ok()?;
-                if sender.send(theirs).is_err() {
-                    targets.remove(&port);
-                    return None;
+                match sender.try_send(theirs) {
+                    Ok(()) => ours,
+                    // Slower than its guest: refused, as a full backlog of a socket is.
+                    Err(TrySendError::Full(_)) => return None,
+                    Err(TrySendError::Disconnected(_)) => {
+                        targets.remove(&port);
+                        return None;
+                    }
                 }
-                ours
             }
             Target::Socket(path) => UnixStream::connect(path).ok()?,
         };

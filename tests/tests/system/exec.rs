@@ -49,7 +49,7 @@ fn held(pid: u32) -> Result<(usize, usize, u64)> {
 }
 
 fn quick_execs_leave_nothing() -> Result<()> {
-    let rounds: usize = std::env::var("KOYA_TEST_EXECS").map_or(Ok(100), |n| n.parse())?;
+    let rounds: usize = std::env::var("KOYA_TEST_EXECS").map_or(Ok(50), |n| n.parse())?;
     let container = Background::start("exec-many", &[], &["sleep", "100000"])?;
     let inside = || -> Result<(usize, usize)> {
         let text = stdout(container.exec(

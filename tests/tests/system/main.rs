@@ -4,6 +4,7 @@
 //! itself once more in the rig (`cargo xtask rig`) and all tests share that one boot. It says
 //! which KVM it ran on; nothing is skipped.
 
+mod debian;
 mod exec;
 mod files;
 mod life;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         exec::trials(),
         files::trials(),
         life::trials(),
+        debian::trials(),
     ]
     .into_iter()
     .flatten()

@@ -96,7 +96,7 @@ impl Passthrough {
 
     fn stat(&self, inode: &inodes::Inode, fh: Option<u64>) -> Result<Statx, Errno> {
         match fh {
-            Some(fh) => inodes::stat(self.handles.get(fh, inode.id)?.file.as_fd()),
+            Some(fh) => inodes::stat(self.handle(fh, inode.id)?.file.as_fd()),
             None => inodes::stat(self.inodes.fd(inode)?),
         }
     }
@@ -152,7 +152,7 @@ impl Passthrough {
         }
         if arg.valid & setattr::SIZE != 0 {
             match fh {
-                Some(fh) => rustix::fs::ftruncate(&self.handles.get(fh, nodeid)?.file, arg.size)?,
+                Some(fh) => rustix::fs::ftruncate(&self.handle(fh, nodeid)?.file, arg.size)?,
                 None => {
                     let file = self.open_inode(&inode, OFlags::WRONLY | OFlags::NONBLOCK)?;
                     rustix::fs::ftruncate(&file, arg.size)?;

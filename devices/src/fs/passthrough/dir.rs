@@ -103,7 +103,7 @@ impl Passthrough {
             self.list_root(offset, &mut listing);
             return Ok(listing);
         }
-        let handle = self.handles.get(fh, nodeid)?;
+        let handle = self.handle(fh, nodeid)?;
         self.list(&handle, offset, &mut listing)?;
         Ok(listing)
     }

@@ -152,7 +152,7 @@ impl Passthrough {
         arg: &ReadIn,
         into: &[VolatileSlice<'_, B>],
     ) -> Result<usize, Errno> {
-        let handle = self.handles.get(arg.fh, nodeid)?;
+        let handle = self.handle(arg.fh, nodeid)?;
         sys::read_at(&handle.file, into, arg.offset).map_err(errno)
     }
 
@@ -170,7 +170,7 @@ impl Passthrough {
         arg: &WriteIn,
         from: &[VolatileSlice<'_, B>],
     ) -> Result<usize, Errno> {
-        let handle = self.handles.get(arg.fh, nodeid)?;
+        let handle = self.handle(arg.fh, nodeid)?;
         let append = arg.flags & OFlags::APPEND.bits() != 0
             && arg.write_flags & WRITE_CACHE == 0
             && self.options.cache != Cache::Writeback;
@@ -183,7 +183,7 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn flush(&self, nodeid: u64, fh: u64) -> Result<(), Errno> {
-        let handle = self.handles.get(fh, nodeid)?;
+        let handle = self.handle(fh, nodeid)?;
         let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 0)?;
         sys::close(copy).map_err(errno)
     }
@@ -196,7 +196,7 @@ impl Passthrough {
         if nodeid == ROOT_ID {
             return Ok(());
         }
-        let handle = self.handles.get(arg.fh, nodeid)?;
+        let handle = self.handle(arg.fh, nodeid)?;
         if arg.fsync_flags & FSYNC_FDATASYNC != 0 {
             rustix::fs::fdatasync(&handle.file)
         } else {
@@ -224,7 +224,7 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn fallocate(&self, nodeid: u64, arg: &FallocateIn) -> Result<(), Errno> {
-        let handle = self.handles.get(arg.fh, nodeid)?;
+        let handle = self.handle(arg.fh, nodeid)?;
         let mode = FallocateFlags::from_bits(arg.mode).ok_or(Errno::OPNOTSUPP)?;
         rustix::fs::fallocate(&handle.file, mode, arg.offset, arg.length)
     }
@@ -234,7 +234,7 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn lseek(&self, nodeid: u64, arg: &LseekIn) -> Result<u64, Errno> {
-        let handle = self.handles.get(arg.fh, nodeid)?;
+        let handle = self.handle(arg.fh, nodeid)?;
         const SEEK_DATA: u32 = 3;
         const SEEK_HOLE: u32 = 4;
         let to = match arg.whence {
@@ -250,8 +250,8 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn copy_file_range(&self, nodeid: u64, arg: &CopyFileRangeIn) -> Result<u32, Errno> {
-        let from = self.handles.get(arg.fh_in, nodeid)?;
-        let to = self.handles.get(arg.fh_out, arg.nodeid_out)?;
+        let from = self.handle(arg.fh_in, nodeid)?;
+        let to = self.handle(arg.fh_out, arg.nodeid_out)?;
         let (mut from_at, mut to_at) = (arg.off_in, arg.off_out);
         // The reply has 32 bits for the count.
         let len = arg.len.min(1 << 30) as usize;

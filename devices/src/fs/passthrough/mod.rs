@@ -13,7 +13,7 @@ mod tests;
 mod xattr;
 
 use super::Cache;
-use super::handles::Handles;
+use super::handles::{Handle, Handles};
 use super::inodes::{self, Identity, Inode, Inodes};
 use super::shares::{Share, Shares};
 use super::wire::{self, AttrOut, EntryOut, ROOT_ID};
@@ -153,6 +153,12 @@ impl Passthrough {
             dummy: 0,
             attr,
         }
+    }
+
+    /// An open file of a node whose share is still there.
+    fn handle(&self, fh: u64, nodeid: u64) -> Result<Arc<Handle>, Errno> {
+        self.inodes.get(nodeid)?;
+        self.handles.get(fh, nodeid)
     }
 
     /// A node that the guest wants to change.

@@ -162,7 +162,14 @@ fn a_share_that_is_taken_away_is_stale() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let fh = f.files.open(node, 0).unwrap().fh;
     f.shares.remove("s");
+    let none: [vm_memory::VolatileSlice<'_>; 0] = [];
+    let arg = ReadIn {
+        fh,
+        ..ReadIn::default()
+    };
+    assert_eq!(f.files.read(node, &arg, &none), Err(Errno::STALE));
     let gone = f.files.getattr(node, &GetattrIn::default());
     assert_eq!(gone.unwrap_err(), Errno::STALE);
     assert_eq!(f.files.lookup(ROOT_ID, c"s").unwrap_err(), Errno::NOENT);

@@ -22,7 +22,7 @@
 use super::super::MmioSlot;
 
 pub(super) const BOOT_GDT: u64 = 0x500;
-pub(super) const BOOT_IDT: u64 = 0x520;
+pub(super) const BOOT_IDT: u64 = 0x540;
 pub(super) const ZERO_PAGE: u64 = 0x7000;
 pub(super) const BOOT_STACK: u64 = 0x8ff0;
 pub(super) const PML4: u64 = 0x9000;

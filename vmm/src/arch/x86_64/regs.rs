@@ -267,6 +267,10 @@ mod tests {
         let sregs = long_mode_sregs(kvm_sregs::default());
         assert_eq!(sregs.gdt.base >> 47, 0);
         assert_eq!(usize::from(sregs.gdt.limit), 8 * gdt().len() - 1);
+        assert!(
+            sregs.gdt.base + 8 * gdt().len() as u64 <= sregs.idt.base,
+            "apart"
+        );
         assert!(usize::from(sregs.tr.selector) + 15 <= usize::from(sregs.gdt.limit));
         let regs = long_mode_regs(0x100_0000);
         // Bit 1 is one; bits 3, 5, 15, 22 and up are zero; VM is zero in IA-32e mode.
