@@ -2,6 +2,7 @@
 //! the device and any thread of the process.
 
 use crate::sync::lock;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -117,7 +118,7 @@ impl Ports {
                     }
                 }
             }
-            Target::Socket(path) => UnixStream::connect(path).ok()?,
+            Target::Socket(path) => connect_at_once(path).ok()?,
         };
         Some(stream)
     }
@@ -132,6 +133,19 @@ impl Ports {
     pub(super) fn wake(&self) -> &EventFd {
         &self.0.wake
     }
+}
+
+/// Connects without waiting: this is the event loop's thread. A listener whose backlog is full
+/// refuses.
+fn connect_at_once(path: &std::path::Path) -> io::Result<UnixStream> {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 impl Listener {
@@ -160,5 +174,36 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         lock(&self.ports.0.targets).remove(&self.port);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_socket_whose_backlog_is_full_refuses_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let ports = Ports::new().unwrap();
+        ports.forward(1, &path).unwrap();
+        let taken: Vec<_> = std::iter::from_fn(|| ports.accept(1))
+            .take(100_000)
+            .collect();
+        assert!(!taken.is_empty() && taken.len() < 100_000);
+    }
+
+    #[test]
+    fn a_listener_that_is_slower_than_its_guest_refuses() {
+        let ports = Ports::new().unwrap();
+        let listener = ports.listen(1).unwrap();
+        let taken: Vec<_> = std::iter::from_fn(|| ports.accept(1)).collect();
+        assert_eq!(taken.len(), BACKLOG);
+        listener.accept().unwrap();
+        assert!(ports.accept(1).is_some());
+        drop(listener);
+        assert!(ports.accept(1).is_none());
     }
 }
