@@ -67,11 +67,11 @@ fn linux() -> Result<(), Box<dyn Error>> {
         sandbox.stop();
     }
     println!(
-        "sandbox: call to agent ready                  {:.0?}",
+        "sandbox: call to agent ready                  {:.2?}",
         median(ready)
     );
     println!(
-        "sandbox: guest kernel's clock after that      {:.0?}",
+        "sandbox: guest kernel's clock after that      {:.2?}",
         median(kernel)
     );
     println!("sandbox: private memory beyond the guest's    {beyond} KiB");

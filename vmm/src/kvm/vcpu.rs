@@ -165,12 +165,16 @@ impl Drop for Vcpu {
 }
 
 /// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+///
+/// # SAFETY: the caller keeps the vCPU borrowed for 'a.
 unsafe fn extend<'a>(data: &[u8]) -> &'a [u8] {
     // SAFETY: the caller keeps the vCPU borrowed for 'a.
     unsafe { std::slice::from_raw_parts(data.as_ptr(), data.len()) }
 }
 
 /// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+///
+/// # SAFETY: the caller keeps the vCPU borrowed for 'a and uses the slice nowhere else.
 unsafe fn extend_mut<'a>(data: &mut [u8]) -> &'a mut [u8] {
     // SAFETY: the caller keeps the vCPU borrowed for 'a, and nobody else uses the slice.
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) }
