@@ -27,12 +27,7 @@ impl Console {
         let state = self.lock();
         let bytes: Vec<u8> = state.last.iter().copied().collect();
         drop(state);
-        let text = String::from_utf8_lossy(&bytes);
-        let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-        if all.is_empty() {
-            return "(nothing was printed)".into();
-        }
-        all[all.len().saturating_sub(lines)..].join("\n")
+        last_lines(&String::from_utf8_lossy(&bytes), lines)
     }
 
     /// Sends what was kept, and all that comes, to a writer until it fails.
@@ -43,6 +38,15 @@ impl Console {
             state.followers.push(Box::new(writer));
         }
     }
+}
+
+/// The last `lines` lines of a text that are not blank.
+pub(crate) fn last_lines(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    if all.is_empty() {
+        return "(nothing was printed)".into();
+    }
+    all[all.len().saturating_sub(lines)..].join("\n")
 }
 
 impl Write for Console {

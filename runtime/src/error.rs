@@ -1,10 +1,14 @@
 //! What can go wrong, in terms of what was tried.
 
+use crate::console::{Console, last_lines};
 use koya_vmm::{ConfigError, ExitReason, StartError};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
+
+/// How many lines of a guest that died are shown.
+pub(crate) const LAST_WORDS: usize = 80;
 
 /// Why a sandbox or container could not do what it was asked.
 #[derive(Debug, Error)]
@@ -39,12 +43,12 @@ pub enum Error {
         console: String,
     },
     /// The virtual machine ended by itself.
-    #[error("the virtual machine ended: {reason}; the end of the guest's console:\n{console}")]
+    #[error("the virtual machine ended: {reason}; the guest's last words:\n{last_words}")]
     Ended {
         /// Why.
         reason: ExitReason,
-        /// What the guest printed last.
-        console: String,
+        /// Its kernel's panic log if there is one, else the end of its console.
+        last_words: String,
     },
     /// The container's program can't be found or run.
     #[error("{reason}")]
@@ -82,6 +86,14 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn ended(reason: ExitReason, console: &Console) -> Self {
+        let last_words = match reason.log() {
+            Some(log) => last_lines(log, LAST_WORDS),
+            None => console.tail(LAST_WORDS),
+        };
+        Self::Ended { reason, last_words }
+    }
+
     pub(crate) fn host(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let operation = operation.into();
         move |source| Self::Host { operation, source }

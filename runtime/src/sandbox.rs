@@ -3,6 +3,7 @@
 use crate::agent::{Agent, Connection};
 use crate::console::Console;
 use crate::container::Container;
+use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::spec::ContainerConfig;
 use crate::streams::Streams;
@@ -13,6 +14,7 @@ use koya_vmm::devices::fs::{Fs, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
 use koya_vmm::{ExitReason, Vm, VmConfig, VmHandle};
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -168,7 +170,7 @@ impl Sandbox {
             .device(fs)
             .console(console.clone())
             .start()?;
-        let stream = wait_for_agent(&vm.handle(), &control, &console)?;
+        let (vm, stream) = wait_for_agent(vm, &control, &console)?;
         // Nobody but the agent can have connected: there is no container yet. The port closes.
         drop(control);
         let (agent, connection) =
@@ -273,33 +275,30 @@ impl Inner {
         if self.handle.ended().is_none() || matches!(error, Error::NotExecutable { .. }) {
             return error;
         }
-        Error::Ended {
-            reason: self.end.wait(),
-            console: self.console.tail(80),
-        }
+        Error::ended(self.end.wait(), &self.console)
     }
 }
 
+/// Gives the machine back with the agent's connection.
 fn wait_for_agent(
-    vm: &VmHandle,
+    vm: Vm,
     control: &Listener,
     console: &Console,
-) -> Result<std::os::unix::net::UnixStream, Error> {
+) -> Result<(Vm, UnixStream), Error> {
     let started = Instant::now();
     loop {
         match control.accept_timeout(LOOK) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok((vm, stream)),
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
             Err(source) => return Err(Error::host("listen for the agent")(source)),
         }
-        if let Some(reason) = vm.ended() {
-            let console = console.tail(20);
-            return Err(Error::Ended { reason, console });
+        if vm.handle().ended().is_some() {
+            return Err(Error::ended(vm.wait(), console));
         }
         if started.elapsed() > AGENT_LIMIT {
             return Err(Error::AgentSilent {
                 waited: started.elapsed(),
-                console: console.tail(20),
+                console: console.tail(LAST_WORDS),
             });
         }
     }

@@ -16,7 +16,12 @@ pub enum ExitReason {
         log: String,
     },
     /// A CPU of the guest faulted while it handled a fault in handling a fault.
-    TripleFault,
+    TripleFault {
+        /// The vCPU's registers.
+        details: String,
+        /// What the kernel had kept in its panic log by then; mostly nothing.
+        log: String,
+    },
     /// KVM met something it can't handle.
     InternalError {
         /// KVM's details and the vCPU's registers.
@@ -36,6 +41,16 @@ impl ExitReason {
     pub fn is_orderly(&self) -> bool {
         matches!(self, Self::Reset | Self::Stopped)
     }
+
+    /// The guest kernel's last words, oldest first, if it left any.
+    pub fn log(&self) -> Option<&str> {
+        match self {
+            Self::Panic { log, .. } | Self::TripleFault { log, .. } => {
+                (!log.is_empty()).then_some(log)
+            }
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for ExitReason {
@@ -43,7 +58,9 @@ impl fmt::Display for ExitReason {
         match self {
             Self::Reset => write!(f, "reset by the guest"),
             Self::Panic { message, .. } => write!(f, "guest kernel panic: {message}"),
-            Self::TripleFault => write!(f, "triple fault of a guest CPU"),
+            Self::TripleFault { details, .. } => {
+                write!(f, "triple fault of a guest CPU: {details}")
+            }
             Self::InternalError { details } => write!(f, "KVM internal error: {details}"),
             Self::RunError { details } => write!(f, "a vCPU could not run: {details}"),
             Self::Stopped => write!(f, "stopped by its owner"),

@@ -23,18 +23,24 @@ pub(crate) fn cmdline() -> String {
     )
 }
 
-/// The panic that the guest left behind, if it did.
-pub(crate) fn read(memory: &Memory) -> Option<ExitReason> {
+/// Adds what the guest left behind to the reason why it ended: a panicking kernel resets the
+/// machine, and only its last words tell that from an orderly end.
+pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
+    if !matches!(reason, ExitReason::Reset | ExitReason::TripleFault { .. }) {
+        return reason;
+    }
     let size = (PANIC_LOG_SIZE / RECORDS) as usize;
-    (0..RECORDS).find_map(|record| {
+    let logs = (0..RECORDS).filter_map(|record| {
         let mut bytes = vec![0; size];
         let at = GuestAddress(PANIC_LOG + record * size as u64);
         memory.read_slice(&mut bytes, at).ok()?;
         parse(&bytes)
-    })
+    });
+    join(reason, &logs.collect::<Vec<_>>())
 }
 
-fn parse(record: &[u8]) -> Option<ExitReason> {
+/// The text of a record, if it is one.
+fn parse(record: &[u8]) -> Option<String> {
     let word = |at: usize| {
         record
             .get(at..at + 4)?
@@ -47,13 +53,28 @@ fn parse(record: &[u8]) -> Option<ExitReason> {
     }
     let data = &record[HEADER..];
     let len = (word(8)? as usize).min(data.len());
-    let log = String::from_utf8_lossy(&data[..len]).into_owned();
+    let text = String::from_utf8_lossy(&data[..len]).into_owned();
+    (!text.trim().is_empty()).then_some(text)
+}
+
+fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
     const MARK: &str = "Kernel panic - not syncing: ";
-    let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
-    Some(ExitReason::Panic {
-        message: message.trim().to_owned(),
-        log,
-    })
+    let panic = logs.iter().find_map(|log| {
+        let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
+        Some(ExitReason::Panic {
+            message: message.trim().to_owned(),
+            log: log.clone(),
+        })
+    });
+    match (panic, reason) {
+        (Some(panic), _) => panic,
+        // An oops that was not survived: its text says more than the registers.
+        (None, ExitReason::TripleFault { details, .. }) => ExitReason::TripleFault {
+            details,
+            log: logs.last().cloned().unwrap_or_default(),
+        },
+        (None, reason) => reason,
+    }
 }
 
 #[cfg(test)]
@@ -70,8 +91,10 @@ mod tests {
 
     #[test]
     fn the_panic_line_is_found() {
+        let oops = "====1.1-D\n<1>[ 1.0] BUG: unable to handle page fault";
         let text = "====1.2-D\n<0>[ 1.0] Kernel panic - not syncing: Attempted to kill init!\nmore";
-        let found = parse(&record(text, text.len() as u32)).unwrap();
+        let logs = [oops, text].map(|t| parse(&record(t, t.len() as u32)).unwrap());
+        let found = join(ExitReason::Reset, &logs);
         let ExitReason::Panic { message, log } = found else {
             panic!()
         };
@@ -80,8 +103,23 @@ mod tests {
     }
 
     #[test]
+    fn an_oops_before_a_triple_fault_is_kept() {
+        let details = String::from("rip=0");
+        let log = String::new();
+        let found = join(
+            ExitReason::TripleFault { details, log },
+            &["<1>BUG: bad".into()],
+        );
+        assert_eq!(found.log(), Some("<1>BUG: bad"));
+        // An oops that the guest survived is no reason for its end.
+        let survived = join(ExitReason::Reset, &["<1>BUG: bad".into()]);
+        assert_eq!(survived, ExitReason::Reset);
+    }
+
+    #[test]
     fn a_guest_that_lies_about_sizes_gets_no_more_than_the_region() {
-        assert!(parse(&record("Kernel panic - not syncing: x", u32::MAX)).is_some());
+        let bytes = record("Kernel panic - not syncing: x", u32::MAX);
+        assert_eq!(parse(&bytes).unwrap().len(), bytes.len() - HEADER);
         assert_eq!(parse(&record("", u32::MAX)), None);
         assert_eq!(parse(&[]), None);
         assert_eq!(parse(&[0; 64]), None);

@@ -178,7 +178,11 @@ fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {
                 }
             }
             Exit::Kicked => return None,
-            Exit::Shutdown => return Some(ExitReason::TripleFault),
+            Exit::Shutdown => {
+                let details = arch::describe_vcpu(vcpu.fd());
+                let log = String::new();
+                return Some(ExitReason::TripleFault { details, log });
+            }
             Exit::SystemEvent(_) => return Some(ExitReason::Reset),
             Exit::InternalError(details) => {
                 let details = format!("{details}; {}", arch::describe_vcpu(vcpu.fd()));

@@ -75,13 +75,7 @@ impl Vm {
     pub fn wait(mut self) -> ExitReason {
         let reason = self.gate.wait();
         self.take_down();
-        match reason {
-            // A panicking kernel resets the machine; its last words tell the two apart.
-            ExitReason::Reset | ExitReason::TripleFault => {
-                panic_log::read(&self.memory).unwrap_or(reason)
-            }
-            other => other,
-        }
+        panic_log::explain(reason, &self.memory)
     }
 
     /// Stops the virtual machine at once, as pulling the plug would, and takes it down.

@@ -29,7 +29,7 @@ fn a_triple_fault_is_told_apart() {
     assert!(
         matches!(
             reason,
-            ExitReason::TripleFault | ExitReason::InternalError { .. }
+            ExitReason::TripleFault { .. } | ExitReason::InternalError { .. }
         ),
         "{reason}"
     );

@@ -4,6 +4,7 @@ use crate::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 /// An open file or directory.
@@ -11,6 +12,9 @@ pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
     pub(super) file: File,
+    /// Keeps the node's own descriptor: an open file may have lost its name by the time that the
+    /// node is asked for again.
+    _node: Arc<OwnedFd>,
     /// Serializes reading of a directory: its position is the descriptor's.
     pub(super) position: Mutex<()>,
 }
@@ -37,7 +41,7 @@ impl Handles {
     }
 
     /// Keeps an open file; ENFILE when the guest has as many as it may.
-    pub(super) fn insert(&self, nodeid: u64, file: File) -> Result<u64, Errno> {
+    pub(super) fn insert(&self, nodeid: u64, node: Arc<OwnedFd>, file: File) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
         if state.open.len() >= self.limit {
             return Err(Errno::NFILE);
@@ -47,6 +51,7 @@ impl Handles {
         let handle = Handle {
             nodeid,
             file,
+            _node: node,
             position: Mutex::default(),
         };
         state.open.insert(number, Arc::new(handle));

@@ -7,7 +7,7 @@
 //! the same file when it is found. Nodes whose file has no name any more are never evicted.
 
 use super::shares::Share;
-use super::wire::ROOT_ID;
+use super::wire::{Attr, ROOT_ID};
 use crate::sync::lock;
 use crate::sys::FileHandle;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
@@ -24,6 +24,8 @@ const MAX_ASCENT: u32 = 64;
 /// A file's identity on the host while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
+    /// Two shares of one directory are two: one may be read-only, one may be taken away.
+    share: u64,
     mount: u64,
     major: u32,
     minor: u32,
@@ -31,8 +33,9 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    pub(super) fn of(stat: &Statx) -> Self {
+    pub(super) fn of(stat: &Statx, share: &Share) -> Self {
         Self {
+            share: share.number,
             mount: stat.stx_mnt_id,
             major: stat.stx_dev_major,
             minor: stat.stx_dev_minor,
@@ -41,17 +44,12 @@ impl Identity {
     }
 
     /// Whether another file system (or another mount of one) begins between two files.
-    pub(super) fn is_across(&self, other: &Self) -> bool {
+    fn is_across(&self, other: &Self) -> bool {
         (self.mount, self.major, self.minor) != (other.mount, other.major, other.minor)
     }
 
-    /// Whether the file is not on the mount of its share's root.
-    pub(super) fn mount_differs(&self, share: &Share) -> bool {
-        self.mount != share.mount_id
-    }
-
     /// A number for the file that differs from those of the file system it is mounted into.
-    pub(super) fn foreign_number(&self) -> u64 {
+    fn foreign_number(&self) -> u64 {
         self.inode ^ (u64::from(self.major) << 20 | u64::from(self.minor)) << 32 ^ self.mount << 48
     }
 }
@@ -59,7 +57,30 @@ impl Identity {
 /// Where a node's descriptor is, or how to get it back.
 enum Slot {
     Open(Arc<OwnedFd>),
-    Evicted(Option<FileHandle>),
+    Evicted(Traces),
+}
+
+/// What an evicted node's file is known by: inode numbers are used again.
+#[derive(Clone)]
+struct Traces {
+    handle: Option<FileHandle>,
+    /// Seconds and nanoseconds, where the file system keeps it.
+    birth: Option<(i64, u32)>,
+}
+
+impl Traces {
+    /// Whether this is the file, or may be as far as its file system can tell.
+    fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
+        match &self.handle {
+            Some(handle) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
+            None => self.birth == birth(stat),
+        }
+    }
+}
+
+fn birth(stat: &Statx) -> Option<(i64, u32)> {
+    let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+    known.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec))
 }
 
 /// A node.
@@ -70,9 +91,28 @@ pub(super) struct Inode {
     pub(super) share: Arc<Share>,
     /// A share's own root, which has no parent to be found from.
     is_root: bool,
+    /// Whether another file system begins here.
+    is_boundary: bool,
     slot: Mutex<Slot>,
     /// The directory and name that it was seen under last.
     place: Mutex<(u64, CString)>,
+}
+
+impl Inode {
+    /// Attributes as the guest gets them. Where another file system begins, a directory is marked
+    /// (the guest gives it a device number of its own), and a file that is mounted by itself gets
+    /// an inode number that can't be another's.
+    pub(super) fn attr(&self, stat: &Statx) -> Attr {
+        let mut attr = Attr::from(stat);
+        if self.is_boundary {
+            if self.kind == FileType::Directory {
+                attr.flags |= super::wire::ATTR_SUBMOUNT;
+            } else {
+                attr.ino = self.identity.foreign_number();
+            }
+        }
+        attr
+    }
 }
 
 struct Tables {
@@ -82,6 +122,37 @@ struct Tables {
     recent: VecDeque<u64>,
     open: usize,
     next: u64,
+}
+
+impl Tables {
+    /// Another node is to get a descriptor: older ones give up theirs. What can't be given up
+    /// (open or nameless files) may exceed the limit by half.
+    fn make_room(&mut self, limit: usize) -> Result<(), Errno> {
+        let mut tries = 16;
+        while self.open >= limit && tries > 0 {
+            tries -= 1;
+            let Some(oldest) = self.recent.pop_front() else {
+                break;
+            };
+            let Some((inode, _)) = self.by_id.get(&oldest) else {
+                continue;
+            };
+            if evict(inode) {
+                self.open = self.open.saturating_sub(1);
+            } else {
+                self.recent.push_back(oldest);
+            }
+        }
+        if self.open >= limit + limit / 2 {
+            return Err(Errno::NFILE);
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self, id: u64) {
+        self.open += 1;
+        self.recent.push_back(id);
+    }
 }
 
 /// All nodes of one guest, but for the root of all, which is synthetic.
@@ -137,16 +208,22 @@ impl Inodes {
     }
 
     fn fd_within(&self, inode: &Inode, ascent: u32) -> Result<Arc<OwnedFd>, Errno> {
-        let handle = match &*lock(&inode.slot) {
+        let traces = match &*lock(&inode.slot) {
             Slot::Open(fd) => return Ok(fd.clone()),
-            Slot::Evicted(handle) => handle.clone(),
+            Slot::Evicted(traces) => traces.clone(),
         };
-        let found = self.find_again(inode, handle.as_ref(), ascent)?;
+        let found = self.find_again(inode, &traces, ascent)?;
         let stat = stat(&found)?;
-        if Identity::of(&stat) != inode.identity {
+        if Identity::of(&stat, &inode.share) != inode.identity || !traces.fit(&found, &stat) {
             return Err(Errno::STALE);
         }
         let fd = Arc::new(found);
+        let mut tables = lock(&self.tables);
+        if !tables.by_id.contains_key(&inode.id) {
+            // Forgotten meanwhile: good for this one use, and not counted.
+            return Ok(fd);
+        }
+        tables.make_room(self.limit)?;
         let mut slot = lock(&inode.slot);
         if let Slot::Open(other) = &*slot {
             // Another thread was quicker; one descriptor is enough, and is counted once.
@@ -154,18 +231,13 @@ impl Inodes {
         }
         *slot = Slot::Open(fd.clone());
         drop(slot);
-        self.opened(inode.id);
+        tables.opened(inode.id);
         Ok(fd)
     }
 
-    fn find_again(
-        &self,
-        inode: &Inode,
-        handle: Option<&FileHandle>,
-        ascent: u32,
-    ) -> Result<OwnedFd, Errno> {
+    fn find_again(&self, inode: &Inode, traces: &Traces, ascent: u32) -> Result<OwnedFd, Errno> {
         let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
-        if let (Some(handle), Some(anchor)) = (handle, inode.share.anchor()) {
+        if let (Some(handle), Some(anchor)) = (&traces.handle, inode.share.anchor()) {
             let flags = OFlags::PATH | OFlags::NOFOLLOW;
             if let Ok(fd) = handle.open(anchor, flags.bits() as i32) {
                 return Ok(fd);
@@ -173,39 +245,38 @@ impl Inodes {
         }
         let (parent, name) = lock(&inode.place).clone();
         let parent = self.get(parent)?;
-        let found = open_entry(self.fd_within(&parent, ascent)?, &name)?;
-        // The number may be another file's by now; its handle never is.
-        match handle {
-            Some(handle) if !FileHandle::of(&found).is_ok_and(|h| h == *handle) => {
-                Err(Errno::STALE)
-            }
-            _ => Ok(found),
-        }
+        open_entry(self.fd_within(&parent, ascent)?, &name)
     }
 
     /// Counts one look-up of the file that `fd` refers to and returns its node, a new one if the
-    /// guest did not know the file.
+    /// guest did not know the file. `directory` is where it was found; a share's root has none.
+    ///
+    /// # Errors
+    /// ENFILE when the guest holds more files without a name than there are descriptors for.
     pub(super) fn look_up(
         &self,
         fd: OwnedFd,
         stat: &Statx,
         share: &Arc<Share>,
-        place: (u64, &CStr),
-    ) -> Arc<Inode> {
-        let identity = Identity::of(stat);
+        directory: Option<&Inode>,
+        name: &CStr,
+    ) -> Result<Arc<Inode>, Errno> {
+        let identity = Identity::of(stat, share);
+        let parent = directory.map_or(ROOT_ID, |d| d.id);
         let mut tables = lock(&self.tables);
         if let Some(id) = tables.by_identity.get(&identity).copied()
             && let Some((inode, lookups)) = tables.by_id.get_mut(&id)
-            && still_same(inode, &fd)
+            && still_same(inode, &fd, stat)
         {
             *lookups += 1;
             let inode = inode.clone();
             drop(tables);
             if !inode.is_root {
-                *lock(&inode.place) = (place.0, place.1.to_owned());
+                *lock(&inode.place) = (parent, name.to_owned());
             }
-            return inode;
+            return Ok(inode);
         }
+        tables.make_room(self.limit)?;
         tables.next += 1;
         let id = tables.next;
         let inode = Arc::new(Inode {
@@ -213,15 +284,15 @@ impl Inodes {
             identity,
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             share: share.clone(),
-            is_root: place.0 == ROOT_ID,
+            is_root: directory.is_none(),
+            is_boundary: directory.is_none_or(|d| d.identity.is_across(&identity)),
             slot: Mutex::new(Slot::Open(Arc::new(fd))),
-            place: Mutex::new((place.0, place.1.to_owned())),
+            place: Mutex::new((parent, name.to_owned())),
         });
         tables.by_id.insert(id, (inode.clone(), 1));
         tables.by_identity.insert(identity, id);
-        drop(tables);
-        self.opened(id);
-        inode
+        tables.opened(id);
+        Ok(inode)
     }
 
     /// A file moved: where it will be found again.
@@ -272,28 +343,6 @@ impl Inodes {
         tables.open = 0;
     }
 
-    /// A node got a descriptor: another may have to give one up.
-    fn opened(&self, id: u64) {
-        let mut tables = lock(&self.tables);
-        tables.open += 1;
-        tables.recent.push_back(id);
-        let mut tries = 16;
-        while tables.open > self.limit && tries > 0 {
-            tries -= 1;
-            let Some(oldest) = tables.recent.pop_front() else {
-                return;
-            };
-            let Some((inode, _)) = tables.by_id.get(&oldest) else {
-                continue;
-            };
-            if oldest != id && evict(inode) {
-                tables.open = tables.open.saturating_sub(1);
-            } else {
-                tables.recent.push_back(oldest);
-            }
-        }
-    }
-
     #[cfg(test)]
     pub(super) fn counts(&self) -> (usize, usize) {
         let tables = lock(&self.tables);
@@ -310,26 +359,28 @@ fn evict(inode: &Inode) -> bool {
     let Slot::Open(fd) = &*slot else {
         return false;
     };
-    // In use, or without a name: nothing but the descriptor leads to it.
-    if Arc::strong_count(fd) > 1 || stat(fd).map_or(true, |s| s.stx_nlink == 0) {
+    // In use (open files are: see `Handle`), or without a name: only the descriptor leads to it.
+    if Arc::strong_count(fd) > 1 {
+        return false;
+    }
+    let Ok(stat) = stat(fd) else {
+        return false;
+    };
+    if stat.stx_nlink == 0 {
         return false;
     }
     let same_mount = inode.identity.mount == inode.share.mount_id;
-    let handle = if same_mount {
-        FileHandle::of(fd).ok()
-    } else {
-        None
-    };
-    *slot = Slot::Evicted(handle);
+    let handle = same_mount.then(|| FileHandle::of(fd).ok()).flatten();
+    let birth = birth(&stat);
+    *slot = Slot::Evicted(Traces { handle, birth });
     true
 }
 
 /// Whether a file with a node's identity is the node's file: an evicted node's file may be gone,
 /// and its inode number another's.
-fn still_same(inode: &Inode, fd: &OwnedFd) -> bool {
+fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
     match &*lock(&inode.slot) {
         Slot::Open(_) => true,
-        Slot::Evicted(Some(handle)) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
-        Slot::Evicted(None) => true,
+        Slot::Evicted(traces) => traces.fit(fd, stat),
     }
 }

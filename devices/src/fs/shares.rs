@@ -3,7 +3,7 @@
 
 use crate::sync::lock;
 use crate::sys;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::BTreeMap;
@@ -16,6 +16,10 @@ use std::sync::{Arc, Mutex};
 
 /// One host directory or file under the synthetic root.
 pub struct Share {
+    /// Tells it from every other share there was.
+    pub(super) number: u64,
+    /// A directory's, or a single file's.
+    pub(super) kind: FileType,
     root: OwnedFd,
     /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
     /// syncfs); none if the share is a single file.
@@ -49,12 +53,16 @@ impl Share {
         let anchor = openat(&root, ".", flags, Mode::empty())
             .ok()
             .map(File::from);
-        let mount_id = mount_id(root.as_fd())?;
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        let stat = statx(&root, c"", AtFlags::EMPTY_PATH, mask)?;
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            kind: FileType::from_raw_mode(stat.stx_mode.into()),
             root,
             anchor,
             read_only,
-            mount_id,
+            mount_id: stat.stx_mnt_id,
             detached,
             removed: AtomicBool::new(false),
         })
@@ -79,11 +87,6 @@ impl Share {
     pub fn is_detached(&self) -> bool {
         self.detached
     }
-}
-
-fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-    Ok(statx(fd, c"", AtFlags::EMPTY_PATH, mask)?.stx_mnt_id)
 }
 
 struct Inner {
@@ -147,9 +150,11 @@ impl Shares {
         lock(&self.0.entries).get(name).cloned()
     }
 
-    /// All names, in order.
-    pub(super) fn names(&self) -> Vec<String> {
-        lock(&self.0.entries).keys().cloned().collect()
+    /// All names, in order, and whether each is a directory or a file.
+    pub(super) fn names(&self) -> Vec<(String, FileType)> {
+        let entries = lock(&self.0.entries);
+        let row = |(name, share): (&String, &Arc<Share>)| (name.clone(), share.kind);
+        entries.iter().map(row).collect()
     }
 
     /// All shares.

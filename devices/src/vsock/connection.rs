@@ -7,10 +7,15 @@
 //!                       ▼            RESPONSE from guest       ▼
 //!                  Established ◀────────────────────────── Connecting
 //!                       │
-//!      guest SHUTDOWN(both) and our buffer is flushed, or RST, or host error
-//!                       ▼
-//!                     Dead: a RST is owed unless the guest sent one
+//!        │   guest SHUTDOWN(both) and our buffer is flushed, or RST, or host error
+//!        │                                │
+//!        │ RST after SHUTDOWN,            ▼
+//!        │ with a buffer left    Dead: a RST is owed unless the guest sent one
+//!        ▼                                ▲
+//!     Draining ───────────────────────────┘ our buffer is flushed, or host error
 //! ```
+//! A Linux guest that closes a stream waits 8 s for our reset and then sends one: Draining is for a
+//! host's end that is slower than that.
 //! Half closes are flags inside Established: each direction ends by itself.
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
@@ -31,6 +36,8 @@ enum State {
     Connecting,
     /// Data flows.
     Established,
+    /// The guest is done and gone; the host's end has not taken everything yet.
+    Draining,
     /// Nothing flows any more.
     Dead,
 }
@@ -156,6 +163,12 @@ impl Connection {
     pub fn receive_control(&mut self, op: Op, flags: u32) {
         match (self.state, op) {
             (State::Connecting, Op::Response) => self.state = State::Established,
+            (State::Draining | State::Dead, _) => {}
+            (State::Established, Op::Reset) if self.guest_ended && !self.buffer.is_empty() => {
+                self.reset_received = true;
+                self.state = State::Draining;
+                self.owed.clear();
+            }
             (_, Op::Reset) => {
                 self.reset_received = true;
                 self.kill();
@@ -163,7 +176,6 @@ impl Connection {
             (State::Established, Op::Shutdown) => self.receive_shutdown(flags),
             (State::Established, Op::CreditRequest) => self.owe(Op::CreditUpdate, 0),
             (State::Established, Op::CreditUpdate) => {}
-            (State::Dead, _) => {}
             // Anything else is out of turn.
             _ => self.kill(),
         }
@@ -204,7 +216,9 @@ impl Connection {
     /// The device wrote `count` bytes straight to the host's end.
     pub fn passed_on(&mut self, count: u32) {
         self.forwarded = self.forwarded.wrapping_add(count);
-        if self.forwarded.wrapping_sub(self.forwarded_told) >= CREDIT_STEP {
+        if self.state == State::Established
+            && self.forwarded.wrapping_sub(self.forwarded_told) >= CREDIT_STEP
+        {
             self.owe(Op::CreditUpdate, 0);
         }
     }
@@ -229,10 +243,12 @@ impl Connection {
 
     /// Ends directions that were only waiting for the buffer.
     fn after_flush(&mut self) {
-        if self.state != State::Established || !self.buffer.is_empty() {
+        if !self.buffer.is_empty() {
             return;
         }
-        if self.guest_ended {
+        if self.state == State::Draining {
+            self.kill();
+        } else if self.state == State::Established && self.guest_ended {
             self.stream.shutdown(Shutdown::Write).ok();
             if self.guest_deaf {
                 self.kill();
@@ -353,6 +369,27 @@ mod tests {
         // The other direction still works.
         assert!(connection.has_packet());
         assert!(!connection.is_over());
+    }
+
+    #[test]
+    fn what_a_guest_sent_before_it_closed_reaches_a_slow_host() {
+        let (mut connection, mut host) = established();
+        let sent: Vec<u8> = (0..BUFFER_SIZE).map(|n| n as u8).collect();
+        assert!(connection.receive(&sent));
+        connection.receive_control(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+        // The guest has waited long enough.
+        connection.receive_control(Op::Reset, 0);
+        assert!(!connection.has_packet() && !connection.is_over());
+        let reader = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            host.read_to_end(&mut got).map(|_| got)
+        });
+        while !connection.is_over() {
+            connection.flush();
+            assert!(!connection.has_packet(), "nobody is there to hear");
+            std::thread::yield_now();
+        }
+        assert!(reader.join().unwrap().unwrap() == sent);
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Attributes: getattr, setattr, statx, statfs.
 
-use super::{Passthrough, kind_of};
+use super::Passthrough;
 use crate::fs::inodes::{self, STATX_MASK};
 use crate::fs::wire::{
     self, Attr, AttrOut, FuseStatx, GETATTR_FH, GetattrIn, ROOT_ID, SetattrIn, StatfsOut, StatxIn,
     StatxOut, SxTime, encode_device, setattr,
 };
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
+    AtFlags, FileType, Gid, Mode, OFlags, Statx, StatxFlags, Timespec, Timestamps, UTIME_NOW,
+    UTIME_OMIT, Uid,
 };
 use rustix::io::Errno;
 use std::os::fd::AsFd;
@@ -15,25 +16,30 @@ use std::os::fd::AsFd;
 /// The most links that the synthetic root shows.
 const ROOT_LINKS: u32 = 2;
 
-pub(super) fn from_statx(stat: &Statx) -> Attr {
-    Attr {
-        ino: stat.stx_ino,
-        size: stat.stx_size,
-        blocks: stat.stx_blocks,
-        // The protocol's seconds are unsigned; the kernel reads them back as signed.
-        atime: stat.stx_atime.tv_sec as u64,
-        mtime: stat.stx_mtime.tv_sec as u64,
-        ctime: stat.stx_ctime.tv_sec as u64,
-        atimensec: stat.stx_atime.tv_nsec,
-        mtimensec: stat.stx_mtime.tv_nsec,
-        ctimensec: stat.stx_ctime.tv_nsec,
-        mode: stat.stx_mode.into(),
-        nlink: stat.stx_nlink,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
-        blksize: stat.stx_blksize,
-        flags: 0,
+/// The fields of statx(2) that the protocol carries: the basic ones and the time of birth.
+const STATX_FIELDS: u32 = STATX_MASK.bits() & 0xfff;
+
+impl From<&Statx> for Attr {
+    fn from(stat: &Statx) -> Self {
+        Self {
+            ino: stat.stx_ino,
+            size: stat.stx_size,
+            blocks: stat.stx_blocks,
+            // The protocol's seconds are unsigned; the kernel reads them back as signed.
+            atime: stat.stx_atime.tv_sec as u64,
+            mtime: stat.stx_mtime.tv_sec as u64,
+            ctime: stat.stx_ctime.tv_sec as u64,
+            atimensec: stat.stx_atime.tv_nsec,
+            mtimensec: stat.stx_mtime.tv_nsec,
+            ctimensec: stat.stx_ctime.tv_nsec,
+            mode: stat.stx_mode.into(),
+            nlink: stat.stx_nlink,
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
+            blksize: stat.stx_blksize,
+            flags: 0,
+        }
     }
 }
 
@@ -48,7 +54,7 @@ impl Passthrough {
         }
         let inode = self.inodes.get(nodeid)?;
         let fh = (arg.getattr_flags & GETATTR_FH != 0).then_some(arg.fh);
-        Ok(self.attr_out(self.boundary_attr(&inode, &self.stat(&inode, fh)?)))
+        Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
     /// FUSE_STATX: what statx(2) knows beyond getattr, the time of birth above all.
@@ -56,42 +62,43 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn statx(&self, nodeid: u64, arg: &StatxIn) -> Result<StatxOut, Errno> {
+        let timeout = self.options.cache.timeout();
+        let out = |stat| StatxOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            stat,
+            ..StatxOut::default()
+        };
         if nodeid == ROOT_ID {
-            return Err(Errno::NOSYS);
+            return Ok(out(root_statx(&self.root_attr())));
         }
         let inode = self.inodes.get(nodeid)?;
         let fh = (arg.getattr_flags & GETATTR_FH != 0).then_some(arg.fh);
         let stat = self.stat(&inode, fh)?;
-        let attr = self.boundary_attr(&inode, &stat);
+        let attr = inode.attr(&stat);
         let time = |t: rustix::fs::StatxTimestamp| SxTime {
             tv_sec: t.tv_sec,
             tv_nsec: t.tv_nsec,
             reserved: 0,
         };
-        let timeout = self.options.cache.timeout();
-        Ok(StatxOut {
-            attr_valid: timeout.as_secs(),
-            attr_valid_nsec: timeout.subsec_nanos(),
-            stat: FuseStatx {
-                mask: stat.stx_mask & (STATX_MASK.bits() & 0xfff),
-                blksize: stat.stx_blksize,
-                nlink: stat.stx_nlink,
-                uid: stat.stx_uid,
-                gid: stat.stx_gid,
-                mode: stat.stx_mode,
-                ino: attr.ino,
-                size: stat.stx_size,
-                blocks: stat.stx_blocks,
-                atime: time(stat.stx_atime),
-                btime: time(stat.stx_btime),
-                ctime: time(stat.stx_ctime),
-                mtime: time(stat.stx_mtime),
-                rdev_major: stat.stx_rdev_major,
-                rdev_minor: stat.stx_rdev_minor,
-                ..FuseStatx::default()
-            },
-            ..StatxOut::default()
-        })
+        Ok(out(FuseStatx {
+            mask: stat.stx_mask & STATX_FIELDS,
+            blksize: stat.stx_blksize,
+            nlink: stat.stx_nlink,
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            mode: stat.stx_mode,
+            ino: attr.ino,
+            size: stat.stx_size,
+            blocks: stat.stx_blocks,
+            atime: time(stat.stx_atime),
+            btime: time(stat.stx_btime),
+            ctime: time(stat.stx_ctime),
+            mtime: time(stat.stx_mtime),
+            rdev_major: stat.stx_rdev_major,
+            rdev_minor: stat.stx_rdev_minor,
+            ..FuseStatx::default()
+        }))
     }
 
     fn stat(&self, inode: &inodes::Inode, fh: Option<u64>) -> Result<Statx, Errno> {
@@ -99,16 +106,6 @@ impl Passthrough {
             Some(fh) => inodes::stat(self.handle(fh, inode.id)?.file.as_fd()),
             None => inodes::stat(self.inodes.fd(inode)?),
         }
-    }
-
-    /// Attributes with the number that the look-up gave, where that differs from the host's.
-    fn boundary_attr(&self, inode: &inodes::Inode, stat: &Statx) -> Attr {
-        let mut attr = from_statx(stat);
-        let foreign = inode.identity.mount_differs(&inode.share);
-        if foreign && kind_of(stat) != FileType::Directory {
-            attr.ino = inode.identity.foreign_number();
-        }
-        attr
     }
 
     fn root_attr(&self) -> Attr {
@@ -178,7 +175,7 @@ impl Passthrough {
             };
             rustix::fs::utimensat(&fd, c"", &times, AtFlags::EMPTY_PATH)?;
         }
-        Ok(self.attr_out(self.boundary_attr(&inode, &self.stat(&inode, fh)?)))
+        Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
     /// Changes a mode through an O_PATH descriptor.
@@ -226,6 +223,24 @@ impl Passthrough {
             frsize: stat.f_frsize as u32,
             ..StatfsOut::default()
         })
+    }
+}
+
+/// The synthetic root, which was never born.
+fn root_statx(attr: &Attr) -> FuseStatx {
+    let time = |seconds: u64| SxTime {
+        tv_sec: seconds as i64,
+        ..SxTime::default()
+    };
+    FuseStatx {
+        mask: STATX_FIELDS & !StatxFlags::BTIME.bits(),
+        blksize: attr.blksize,
+        nlink: attr.nlink,
+        mode: attr.mode as u16,
+        ino: attr.ino,
+        ctime: time(attr.ctime),
+        mtime: time(attr.mtime),
+        ..FuseStatx::default()
     }
 }
 

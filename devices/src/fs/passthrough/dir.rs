@@ -80,7 +80,7 @@ impl Passthrough {
             Cache::Always | Cache::Writeback => fopen::CACHE_DIR | fopen::KEEP_CACHE,
         };
         Ok(OpenOut {
-            fh: self.handles.insert(nodeid, file)?,
+            fh: self.handles.insert(nodeid, self.inodes.fd(&inode)?, file)?,
             open_flags,
             backing_id: 0,
         })
@@ -139,9 +139,9 @@ impl Passthrough {
 
     fn list_root(&self, offset: u64, listing: &mut Listing) {
         let names = self.shares.names();
-        let dots = [".".to_owned(), "..".to_owned()];
+        let dots = [".", ".."].map(|dot| (dot.to_owned(), FileType::Directory));
         let all = dots.iter().chain(&names).enumerate();
-        for (n, name) in all.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+        for (n, (name, kind)) in all.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
             let Ok(c_name) = CString::new(name.as_str()) else {
                 continue;
             };
@@ -161,7 +161,7 @@ impl Passthrough {
                 },
                 off: n as u64 + 1,
                 namelen: name.len() as u32,
-                kind: kind_number(FileType::Directory),
+                kind: kind_number(*kind),
             };
             listing.push(&found, &dirent, &c_name);
         }

@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -53,17 +53,19 @@ impl Passthrough {
             }
             other => other?,
         };
-        self.opened(nodeid, file)
+        self.opened(&inode, file)
     }
 
-    fn opened(&self, nodeid: u64, file: File) -> Result<OpenOut, Errno> {
+    fn opened(&self, inode: &Inode, file: File) -> Result<OpenOut, Errno> {
         let open_flags = match self.options.cache {
             Cache::Never => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
             Cache::Auto => 0,
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
         };
         Ok(OpenOut {
-            fh: self.handles.insert(nodeid, file)?,
+            fh: self
+                .handles
+                .insert(inode.id, self.inodes.fd(inode)?, file)?,
             open_flags,
             backing_id: 0,
         })
@@ -102,8 +104,7 @@ impl Passthrough {
         match made {
             Ok(file) => {
                 self.give_to(&file, caller, arg.mode, &directory)?;
-                let entry = self.lookup(parent, name)?;
-                Ok((entry, self.opened(entry.nodeid, file.into())?))
+                self.made(file.into(), &directory, name)
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
                 let entry = self.lookup(parent, name)?;
@@ -136,10 +137,34 @@ impl Passthrough {
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         let file = self.with_umask(arg.umask, || openat(&fd, c".", flags, mode))?;
         self.give_to(&file, caller, arg.mode, &directory)?;
-        // The node needs a descriptor of its own; nothing else leads to the file.
-        let node = rustix::io::fcntl_dupfd_cloexec(&file, 0)?;
-        let entry = self.entry(node, &directory.share, (parent, c"?"), Some(&directory))?;
-        Ok((entry, self.opened(entry.nodeid, file.into())?))
+        // It has no name, and no other could have this one.
+        self.made(file.into(), &directory, c"?")
+    }
+
+    /// The node and the handle of a file that was just made and opened. The node gets a descriptor
+    /// of its own, and by the file, not by the name, which may be another's by now.
+    fn made(
+        &self,
+        file: File,
+        directory: &Inode,
+        name: &CStr,
+    ) -> Result<(EntryOut, OpenOut), Errno> {
+        let link = file.as_raw_fd().to_string();
+        let node = openat(
+            &self.proc,
+            link,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let entry = self.entry_in(node, directory, name)?;
+        let opened = self
+            .inodes
+            .get(entry.nodeid)
+            .and_then(|inode| self.opened(&inode, file));
+        if opened.is_err() {
+            self.forget(entry.nodeid, 1);
+        }
+        Ok((entry, opened?))
     }
 
     /// FUSE_READ, straight into the guest's memory

@@ -14,15 +14,16 @@ mod xattr;
 
 use super::Cache;
 use super::handles::{Handle, Handles};
-use super::inodes::{self, Identity, Inode, Inodes};
+use super::inodes::{self, Inode, Inodes};
 use super::shares::{Share, Shares};
 use super::wire::{self, AttrOut, EntryOut, ROOT_ID};
-use rustix::fs::{CWD, FileType, Mode, OFlags, Statx, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Who asks: the user and group of the guest's process.
 #[derive(Clone, Copy, Debug)]
@@ -98,37 +99,30 @@ impl Passthrough {
         if parent == ROOT_ID {
             let share = self.shares.get(name.to_bytes()).ok_or(Errno::NOENT)?;
             let fd = rustix::io::fcntl_dupfd_cloexec(share.root(), 0)?;
-            return self.entry(fd, &share, (parent, name), None);
+            return self.entry(fd, &share, None, name);
         }
         let directory = self.inodes.get(parent)?;
         let fd = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
-        self.entry(fd, &directory.share, (parent, name), Some(&directory))
+        self.entry_in(fd, &directory, name)
     }
 
-    /// Counts a look-up and describes the file to the guest.
+    /// Counts a look-up of a file in a directory and describes it to the guest.
+    fn entry_in(&self, fd: OwnedFd, directory: &Inode, name: &CStr) -> Result<EntryOut, Errno> {
+        self.entry(fd, &directory.share, Some(directory), name)
+    }
+
     fn entry(
         &self,
         fd: OwnedFd,
         share: &Arc<Share>,
-        place: (u64, &CStr),
         directory: Option<&Inode>,
+        name: &CStr,
     ) -> Result<EntryOut, Errno> {
         let stat = inodes::stat(&fd)?;
-        let inode = self.inodes.look_up(fd, &stat, share, place);
-        let mut attr = attr::from_statx(&stat);
-        match directory {
-            Some(directory) if directory.identity.is_across(&inode.identity) => {
-                mark_boundary(&mut attr, &inode.identity);
-            }
-            None => mark_boundary(&mut attr, &inode.identity),
-            Some(_) => {}
-        }
-        let mut timeout = self.options.cache.timeout();
-        let attr_timeout = timeout;
-        if place.0 == ROOT_ID {
-            // Entries of the synthetic root come and go by the owner's hand.
-            timeout = std::time::Duration::ZERO;
-        }
+        let inode = self.inodes.look_up(fd, &stat, share, directory, name)?;
+        let attr_timeout = self.options.cache.timeout();
+        // Entries of the synthetic root come and go by the owner's hand.
+        let timeout = directory.map_or(Duration::ZERO, |_| attr_timeout);
         Ok(EntryOut {
             nodeid: inode.id,
             generation: 0,
@@ -136,7 +130,7 @@ impl Passthrough {
             entry_valid_nsec: timeout.subsec_nanos(),
             attr_valid: attr_timeout.as_secs(),
             attr_valid_nsec: attr_timeout.subsec_nanos(),
-            attr,
+            attr: inode.attr(&stat),
         })
     }
 
@@ -190,26 +184,10 @@ impl Passthrough {
     }
 }
 
-/// Tells the guest that another file system begins at a directory, so that it gets a device
-/// number of its own there; a file that was mounted by itself gets a number that can't be
-/// another's.
-fn mark_boundary(attr: &mut wire::Attr, identity: &Identity) {
-    if FileType::from_raw_mode(attr.mode) == FileType::Directory {
-        attr.flags |= wire::ATTR_SUBMOUNT;
-    } else {
-        attr.ino = identity.foreign_number();
-    }
-}
-
 /// A third of the process's descriptors for nodes, as many for open files, the rest for the
 /// monitor.
 fn descriptor_share() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.unwrap_or(1 << 20).min(1 << 20) as usize;
     (limit.saturating_sub(128) / 3).max(64)
-}
-
-/// A file's node, kind and attributes as one look sees them.
-fn kind_of(stat: &Statx) -> FileType {
-    FileType::from_raw_mode(stat.stx_mode.into())
 }

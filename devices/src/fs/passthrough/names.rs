@@ -1,12 +1,12 @@
 //! Names: what makes, moves and removes directory entries.
 
 use super::{Caller, Passthrough};
-use crate::fs::inodes::{self, Identity};
+use crate::fs::inodes::{self, Identity, Inode};
 use crate::fs::wire::{EntryOut, LinkIn, MkdirIn, MknodIn, ROOT_ID, decode_device};
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// One component of a path, and nothing that leads elsewhere.
 pub(super) fn check(name: &CStr) -> Result<(), Errno> {
@@ -38,8 +38,9 @@ impl Passthrough {
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
         // A directory keeps its bits when its owner changes.
-        self.give_to(inodes::open_entry(&fd, name)?, caller, 0, &directory)?;
-        self.lookup(parent, name)
+        let made = inodes::open_entry(&fd, name)?;
+        self.give_to(&made, caller, 0, &directory)?;
+        self.entry_in(made, &directory, name)
     }
 
     /// FUSE_MKNOD: files, sockets, FIFOs, and as root device nodes
@@ -63,8 +64,9 @@ impl Passthrough {
         self.with_umask(arg.umask, || {
             rustix::fs::mknodat(&fd, name, kind, mode, device)
         })?;
-        self.give_to(inodes::open_entry(&fd, name)?, caller, arg.mode, &directory)?;
-        self.lookup(parent, name)
+        let made = inodes::open_entry(&fd, name)?;
+        self.give_to(&made, caller, arg.mode, &directory)?;
+        self.entry_in(made, &directory, name)
     }
 
     /// FUSE_SYMLINK
@@ -82,8 +84,9 @@ impl Passthrough {
         check(name)?;
         let fd = self.inodes.fd(&directory)?;
         rustix::fs::symlinkat(target, &fd, name)?;
-        self.give_to(inodes::open_entry(&fd, name)?, caller, 0, &directory)?;
-        self.lookup(parent, name)
+        let made = inodes::open_entry(&fd, name)?;
+        self.give_to(&made, caller, 0, &directory)?;
+        self.entry_in(made, &directory, name)
     }
 
     /// FUSE_READLINK
@@ -152,22 +155,20 @@ impl Passthrough {
         check(name)?;
         check(new_name)?;
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        let (from, to) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
-        rustix::fs::renameat_with(&from, name, &to, new_name, flags)?;
-        self.note_place(&to, new_parent, new_name);
+        let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
+        rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)?;
+        self.note_place(&to, &*to_fd, new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
-            self.note_place(&from, parent, name);
+            self.note_place(&from, &*from_fd, name);
         }
         Ok(())
     }
 
     /// Remembers where a moved file is found again.
-    fn note_place(&self, directory: impl std::os::fd::AsFd, parent: u64, name: &CStr) {
-        let identity = inodes::open_entry(directory, name)
-            .and_then(inodes::stat)
-            .map(|stat| Identity::of(&stat));
-        if let Ok(identity) = identity {
-            self.inodes.moved(identity, parent, name);
+    fn note_place(&self, directory: &Inode, fd: impl AsFd, name: &CStr) {
+        if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat) {
+            let identity = Identity::of(&stat, &directory.share);
+            self.inodes.moved(identity, directory.id, name);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The file system without a guest: what only a hostile one would ask, and what tables hold.
 
 use super::*;
-use crate::fs::wire::{CreateIn, GetattrIn, LinkIn, MkdirIn, ReadIn};
+use crate::fs::wire::{CreateIn, GetattrIn, LinkIn, MkdirIn, ReadIn, StatxIn};
 use std::ffi::CString;
 
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
@@ -173,4 +173,63 @@ fn a_share_that_is_taken_away_is_stale() {
     let gone = f.files.getattr(node, &GetattrIn::default());
     assert_eq!(gone.unwrap_err(), Errno::STALE);
     assert_eq!(f.files.lookup(ROOT_ID, c"s").unwrap_err(), Errno::NOENT);
+}
+
+#[test]
+fn files_without_a_name_are_bounded() {
+    const LIMIT: usize = 16;
+    let f = fixture(LIMIT, false);
+    let mut nodes = Vec::new();
+    let refused = loop {
+        std::fs::write(f.dir.path().join("x"), "x").unwrap();
+        match f.files.lookup(f.root, c"x") {
+            Ok(entry) => nodes.push(entry.nodeid),
+            Err(error) => break error,
+        }
+        std::fs::remove_file(f.dir.path().join("x")).unwrap();
+        assert!(nodes.len() < 100, "no limit");
+    };
+    assert_eq!(refused, Errno::NFILE);
+    // Those that are known stay what they are, and giving one back makes room.
+    let attr = f
+        .files
+        .getattr(nodes[0], &GetattrIn::default())
+        .unwrap()
+        .attr;
+    assert_eq!((attr.size, attr.nlink), (1, 0));
+    f.files.forget(nodes[0], 1);
+    assert!(f.files.lookup(f.root, c"x").is_ok());
+}
+
+#[test]
+fn a_single_file_has_one_number() {
+    let f = fixture(0, false);
+    let file = f.dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    f.shares.add("file", &file, true).unwrap();
+    let entry = f.files.lookup(ROOT_ID, c"file").unwrap();
+    let attr = f.files.getattr(entry.nodeid, &GetattrIn::default());
+    assert_eq!(attr.unwrap().attr.ino, entry.attr.ino);
+    let statx = f.files.statx(entry.nodeid, &StatxIn::default());
+    assert_eq!(statx.unwrap().stat.ino, entry.attr.ino);
+    // Inside its directory it is another node: this one may be written.
+    let inside = f.files.lookup(f.root, c"file").unwrap();
+    assert_ne!(inside.nodeid, entry.nodeid);
+    assert!(f.files.open(inside.nodeid, OFlags::WRONLY.bits()).is_ok());
+    let refused = f.files.open(entry.nodeid, OFlags::WRONLY.bits());
+    assert_eq!(refused.unwrap_err(), Errno::ROFS);
+}
+
+#[test]
+fn the_root_answers_statx() {
+    let f = fixture(0, false);
+    let arg = StatxIn::default();
+    let stat = f.files.statx(ROOT_ID, &arg).unwrap().stat;
+    let attr = f
+        .files
+        .getattr(ROOT_ID, &GetattrIn::default())
+        .unwrap()
+        .attr;
+    assert_eq!((stat.ino, u32::from(stat.mode)), (attr.ino, attr.mode));
+    assert_eq!(stat.mask & rustix::fs::StatxFlags::BTIME.bits(), 0);
 }
