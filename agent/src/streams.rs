@@ -7,7 +7,7 @@
 use koya_protocol::STREAM_PORT;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
@@ -44,7 +44,7 @@ pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
     let mut stream = connect(token)?;
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     spawn("stdout", move || {
-        copy(&File::from(read), &mut stream);
+        copy(File::from(read), &mut stream);
         stream.shutdown(Shutdown::Both).ok();
     });
     Ok(Stdio::from(write))
@@ -76,22 +76,8 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
     }
 }
 
-fn copy<R>(from: &R, to: &mut impl Write)
-where
-    for<'a> &'a R: Read,
-{
-    let mut from = from;
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(count) => {
-                if to.write_all(&buffer[..count]).is_err() {
-                    return;
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
-    }
+/// Until the end of either; why it ended is the other side's business.
+fn copy(from: impl Read, to: &mut impl Write) {
+    let mut from = BufReader::with_capacity(BUFFER, from);
+    std::io::copy(&mut from, to).ok();
 }

@@ -1,12 +1,14 @@
 //! Containers and their processes.
 
 use crate::Error;
+use crate::mount_points;
 use crate::sandbox::Inner;
 use crate::spec::{self, ContainerConfig, ProcessConfig, Stdio};
 use crate::streams::Expected;
 use koya_protocol::messages;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -135,6 +137,17 @@ impl Container {
         shares: &mut Vec<String>,
     ) -> Result<Process, Error> {
         let spec = spec::build(id, config)?;
+        if config.read_only {
+            let is_file = |destination: &Path| {
+                let volume = config.volumes.iter().find(|v| v.destination == destination);
+                volume.is_some_and(|v| v.source.is_file())
+            };
+            let mounts = spec.mounts().iter().flatten();
+            let points: Vec<_> = mounts
+                .map(|m| (m.destination().as_path(), is_file(m.destination())))
+                .collect();
+            mount_points::make(&config.rootfs, &points)?;
+        }
         for (name, path, read_only) in spec::shares(id, config) {
             inner
                 .shares

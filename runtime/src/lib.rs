@@ -27,7 +27,9 @@ mod container;
 mod error;
 pub mod files;
 pub mod image;
+mod mount_points;
 mod sandbox;
+mod seccomp;
 mod spec;
 mod streams;
 
@@ -36,6 +38,7 @@ pub use error::Error;
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
+pub use seccomp::{Profile, Seccomp};
 pub use spec::{ContainerConfig, ProcessConfig, Stdio, User, Volume};
 
 /// README's snippet, compiled.

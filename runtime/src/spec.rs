@@ -1,6 +1,7 @@
 //! What a user wants of a container, and the OCI configuration that says so to the guest.
 
 use crate::Error;
+use crate::seccomp::Seccomp;
 use koya_protocol::SHARED_DIR;
 use oci_spec::runtime::{self as oci, Spec};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
@@ -103,6 +104,10 @@ pub struct ContainerConfig {
     pub privileged: bool,
     /// Capabilities beyond the default ones, with or without `CAP_`.
     pub capabilities: Vec<String>,
+    /// The system calls that it may make.
+    pub seccomp: Seccomp,
+    /// Whether its programs can't gain privileges by set-user-ID files and the like.
+    pub no_new_privileges: bool,
 }
 
 impl ContainerConfig {
@@ -249,7 +254,7 @@ pub(crate) fn build(id: &str, config: &ContainerConfig) -> Result<Spec, Error> {
                 {"type": "cgroup"},
             ],
             "resources": {"devices": devices},
-            "seccomp": if privileged { Value::Null } else { seccomp() },
+            "seccomp": config.seccomp.oci(privileged, &config.all_capabilities()?),
             "maskedPaths": masked,
             "readonlyPaths": read_only,
         },
@@ -277,38 +282,6 @@ const READ_ONLY: &[&str] = &[
     "/proc/sys",
     "/proc/sysrq-trigger",
 ];
-
-/// System calls that no program in a container has a use for, and that reach deep into its
-/// guest's kernel. What capabilities already refuse is not repeated.
-const REFUSED_CALLS: &[&str] = &[
-    "acct",
-    "add_key",
-    "bpf",
-    "delete_module",
-    "finit_module",
-    "init_module",
-    "ioperm",
-    "iopl",
-    "kexec_file_load",
-    "kexec_load",
-    "keyctl",
-    "open_by_handle_at",
-    "perf_event_open",
-    "quotactl",
-    "reboot",
-    "request_key",
-    "swapoff",
-    "swapon",
-    "userfaultfd",
-];
-
-fn seccomp() -> Value {
-    json!({
-        "defaultAction": "SCMP_ACT_ALLOW",
-        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
-        "syscalls": [{"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
-    })
-}
 
 fn mounts(id: &str, config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
@@ -430,7 +403,7 @@ fn process(container: &ContainerConfig, config: &ProcessConfig) -> Result<Value,
             "permitted": effective,
         },
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1_048_576, "soft": 1_048_576}],
-        "noNewPrivileges": false,
+        "noNewPrivileges": container.no_new_privileges,
     }))
 }
 

@@ -19,6 +19,15 @@ pub(crate) struct Products {
 }
 
 impl Products {
+    /// Where they are once they are built.
+    pub(crate) fn places() -> Self {
+        let out = proc::checkout().join("target/koya");
+        Self {
+            bin: out.join("bin"),
+            share: out.join("share/koya"),
+        }
+    }
+
     /// The environment in which the products are found.
     pub(crate) fn env(&self) -> Vec<(String, String)> {
         let path = std::env::var("PATH").unwrap_or_default();
@@ -47,11 +56,7 @@ pub(crate) fn ensure() -> Result<Products> {
     setup::ensure()?;
     let root = proc::checkout();
     let kernel = kernel::ensure()?;
-    let out = root.join("target/koya");
-    let products = Products {
-        bin: out.join("bin"),
-        share: out.join("share/koya"),
-    };
+    let products = Products::places();
     fs::create_dir_all(&products.bin)?;
     fs::create_dir_all(&products.share)?;
     install(&kernel.vmlinux, &products.share.join("vmlinux"))?;

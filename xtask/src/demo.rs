@@ -17,7 +17,7 @@ pub(crate) fn run() -> Result<u8> {
     make_busybox_rootfs(&rootfs)?;
 
     let script = format!(
-        "start=$(date +%s%N); koya run --rootfs {} -- uname -a; code=$?; end=$(date +%s%N); \
+        "export KOYA_LOG=koya=info; start=$(date +%s%N); koya run --rootfs {} -- uname -a; code=$?; end=$(date +%s%N); \
          echo \"koya run took $(( (end - start) / 1000000 )) ms\" >&2; exit $code",
         rootfs.display()
     );

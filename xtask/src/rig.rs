@@ -74,12 +74,11 @@ enum Kvm {
 /// `cargo xtask rig`
 pub(crate) fn run(args: RigArgs) -> Result<u8> {
     setup::ensure()?;
-    let products = if args.no_build {
-        None
-    } else {
-        Some(build::ensure()?)
+    let products = match args.no_build {
+        true => build::Products::places(),
+        false => build::ensure()?,
     };
-    let env = products.map(|p| p.env()).unwrap_or_default();
+    let env = products.env();
     let host = match args.kvm {
         Kvm::Auto => hardware_kvm(),
         Kvm::Host => true,
@@ -284,14 +283,9 @@ fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Resul
         };
         script.push_str(&format!("export {name}={}\n", quoted(&value)));
     }
-    for name in [
-        "RUST_BACKTRACE",
-        "RUST_LOG",
-        "CI",
-        "KOYA_TEST_EXECS",
-        "KOYA_TEST_DEBIAN",
-    ] {
-        if let Ok(value) = std::env::var(name) {
+    for (name, value) in std::env::vars() {
+        let wanted = ["RUST_BACKTRACE", "RUST_LOG", "CI"].contains(&name.as_str());
+        if wanted || name.starts_with("KOYA_TEST_") {
             script.push_str(&format!("export {name}={}\n", quoted(&value)));
         }
     }

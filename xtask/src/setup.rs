@@ -21,6 +21,12 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox-static", "the rig's init and the demo's container"),
     ("e2fsprogs", "the rig's scratch disk"),
     ("debootstrap", "the tests' Debian root file system"),
+    ("git", "the tests' clone and build in a container"),
+    ("stress-ng", "the tests' file-system load"),
+    (
+        "golang-github-containers-common",
+        "the tests' seccomp profile",
+    ),
 ];
 
 /// Installs what is missing when root; otherwise says what to type.

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
-    let debian = debian()?;
+    let (debian, fsx) = (debian()?, fsx()?);
     proc::run(cargo().args([
         "build",
         "--package",
@@ -51,7 +51,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let mut system = cargo();
     system
         .args(["test", "--package", "koya-tests"])
-        .env("KOYA_TEST_DEBIAN", &debian);
+        .env("KOYA_TEST_DEBIAN", &debian)
+        .env("KOYA_TEST_FSX", &fsx);
     if let Some(filter) = &args.filter {
         system.args(["--", filter]);
     }
@@ -81,4 +82,21 @@ fn debian() -> Result<PathBuf> {
         Ok(std::fs::remove_dir_all(&root)?)
     })?;
     Ok(dir.join("root.tar"))
+}
+
+/// The folder of the file-system exerciser, built once.
+fn fsx() -> Result<PathBuf> {
+    const VERSION: &str = "0.3.2";
+    let key = cache::key(["fsx", VERSION]);
+    let dir = cache::ensure("fsx", &key, |dir| {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        proc::long(
+            "building fsx, which exercises file systems (once)",
+            Command::new(cargo)
+                .args(["install", "fsx", "--locked", "--version", VERSION, "--root"])
+                .arg(dir),
+            &dir.with_extension("log"),
+        )
+    })?;
+    Ok(dir.join("bin"))
 }

@@ -48,7 +48,8 @@ pub enum Cache {
     Auto,
     /// Everything, for as long as the guest likes. For directories that only this guest writes.
     Always,
-    /// As `Always`, and writes reach the host when the guest's kernel likes, or on fsync.
+    /// As `Always`, and writes reach the host when the guest's kernel likes, or on fsync and close.
+    /// Holes in files are not told from data.
     Writeback,
 }
 

@@ -3,7 +3,7 @@
 use koya::Process;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -52,28 +52,28 @@ impl Pumps {
     pub(super) fn start(process: &mut Process, user: UserStreams) -> Self {
         let mut pumps = Vec::new();
         let UserStreams {
-            mut stdin,
+            stdin,
             mut stdout,
             mut stderr,
         } = user;
         let terminal = process.stdout.is_none() && process.stderr.is_none();
         if let Some(stream) = process.stdin.take() {
-            if terminal && let Ok(mut from) = stream.try_clone() {
+            if terminal && let Ok(from) = stream.try_clone() {
                 pumps.push(std::thread::spawn(move || {
-                    copy(&mut from, &mut stdout);
+                    copy(from, &mut stdout);
                 }));
-                std::thread::spawn(move || copy(&mut stdin, &mut &stream));
+                std::thread::spawn(move || copy(stdin, &mut &stream));
                 return Self(pumps);
             }
             std::thread::spawn(move || {
-                copy(&mut stdin, &mut &stream);
+                copy(stdin, &mut &stream);
                 stream.shutdown(Shutdown::Write).ok();
             });
         }
         let mut output = |stream: Option<UnixStream>, mut to: File| {
-            if let Some(mut stream) = stream {
+            if let Some(stream) = stream {
                 pumps.push(std::thread::spawn(move || {
-                    copy(&mut stream, &mut to);
+                    copy(&stream, &mut to);
                     // If the user's end broke, the process is told so by its own.
                     stream.shutdown(Shutdown::Both).ok();
                 }));
@@ -98,20 +98,10 @@ impl Pumps {
     }
 }
 
-fn copy(from: &mut impl Read, to: &mut impl Write) {
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(count) => {
-                if to.write_all(&buffer[..count]).is_err() {
-                    return;
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return,
-        }
-    }
+/// Until the end of either; why it ended is the other side's business.
+fn copy(from: impl Read, to: &mut impl Write) {
+    let mut from = BufReader::with_capacity(BUFFER, from);
+    std::io::copy(&mut from, to).ok();
 }
 
 /// The user's terminal in raw mode; as it was when this is dropped.

@@ -10,14 +10,24 @@ mod run;
 mod state;
 
 use clap::{Parser, Subcommand};
+use std::io::Write;
 use std::process::ExitCode;
 
 /// The status of a command that Koya itself could not carry out.
 const FAILED: u8 = 125;
 
+/// What is logged, in env_logger's words: `koya=info`, `koya_devices=debug`, ...
+const LOG_VARIABLE: &str = "KOYA_LOG";
+
 /// Containers that each run in a virtual machine of their own.
 #[derive(Parser)]
-#[command(name = "koya", version, arg_required_else_help = true)]
+#[command(
+    name = "koya",
+    version,
+    arg_required_else_help = true,
+    after_help = "KOYA_LOG=koya=info says more of what koya does; KOYA_SHARE, KOYA_KERNEL and \
+                  KOYA_INITRAMFS say where the guest kernel and the agent are."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -53,6 +63,7 @@ type Outcome = anyhow::Result<u8>;
 /// Parses the command line and carries it out.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
+    log_to_stderr();
     state::sweep();
     let outcome = match cli.command {
         Command::Run(args) => run::main(&args),
@@ -73,6 +84,17 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::from(failure_status(&error))
         }
     }
+}
+
+/// Warnings of Koya's own crates, or what `KOYA_LOG` asks for.
+fn log_to_stderr() {
+    let filter = env_logger::Env::new().filter_or(LOG_VARIABLE, "koya=warn");
+    env_logger::Builder::from_env(filter)
+        .format(|out, record| {
+            let level = record.level().as_str().to_lowercase();
+            writeln!(out, "koya: {level}: {}", record.args())
+        })
+        .init();
 }
 
 /// A program that can't be found is the user's slip, everything else is ours.

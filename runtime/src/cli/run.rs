@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
 use koya::{
-    Cache, Container, ContainerConfig, ProcessConfig, Sandbox, SandboxConfig, Stdio, User, Volume,
+    Cache, Container, ContainerConfig, ProcessConfig, Profile, Sandbox, SandboxConfig, Seccomp,
+    Stdio, User, Volume,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -70,6 +71,9 @@ pub(super) struct RunArgs {
     /// Give a capability beyond the default ones
     #[arg(long, value_name = "CAP")]
     cap_add: Vec<String>,
+    /// seccomp=FILE (a profile in Docker's format), seccomp=unconfined, or no-new-privileges
+    #[arg(long, value_name = "OPTION", value_parser = parse_security)]
+    security_opt: Vec<Security>,
     /// What the guest may remember of files: never, auto, always, writeback
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = parse_cache)]
     cache: Cache,
@@ -115,6 +119,34 @@ fn parse_volume(text: &str) -> Result<Volume, String> {
         destination: destination.into(),
         read_only,
     })
+}
+
+/// One `--security-opt`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Security {
+    /// A profile, or none at all.
+    Seccomp(Option<PathBuf>),
+    NoNewPrivileges,
+}
+
+impl Security {
+    fn seccomp(&self) -> Option<Option<&Path>> {
+        match self {
+            Self::Seccomp(profile) => Some(profile.as_deref()),
+            Self::NoNewPrivileges => None,
+        }
+    }
+}
+
+fn parse_security(text: &str) -> Result<Security, String> {
+    match text.strip_prefix("seccomp=") {
+        Some("unconfined") => Ok(Security::Seccomp(None)),
+        Some(path) if !path.is_empty() => Ok(Security::Seccomp(Some(path.into()))),
+        None if text == "no-new-privileges" => Ok(Security::NoNewPrivileges),
+        _ => Err(format!(
+            "{text:?} is none of seccomp=FILE, seccomp=unconfined, no-new-privileges"
+        )),
+    }
 }
 
 fn parse_cache(text: &str) -> Result<Cache, String> {
@@ -204,6 +236,12 @@ impl RunArgs {
             read_only: self.read_only,
             privileged: self.privileged,
             capabilities: self.cap_add.clone(),
+            seccomp: match self.security_opt.iter().rev().find_map(Security::seccomp) {
+                Some(Some(path)) => Seccomp::Profile(Profile::read(path)?),
+                Some(None) => Seccomp::Unconfined,
+                None => Seccomp::Default,
+            },
+            no_new_privileges: self.security_opt.contains(&Security::NoNewPrivileges),
         })
     }
 }

@@ -55,32 +55,81 @@ fn apt_and_dpkg_work() -> Result<()> {
     Ok(())
 }
 
-/// The same commands inside and outside: names, modes, owners, sizes and content agree.
+/// `git clone` and a build of a C project, inside on virtio-fs and outside: names, modes, owners,
+/// links, sizes and content agree. The compiler is the machine's own.
 fn a_build_gives_the_same_files() -> Result<()> {
-    let script = "cd /; rm -rf /w; mkdir /w; cd /w; umask 022
-        perl -e 'for my $d (1..20) { mkdir \"d$d\"; for my $f (1..30) { open(F, \">\", \"d$d/f$f.c\"); print F \"int f_${d}_$f(void) { return $d * $f; }\\n\" x 5; close F; } }'
-        tar -czf all.tgz d*; mkdir copy; tar -xzf all.tgz -C copy
-        find copy -name '*.c' | sort | xargs cat | sha256sum > sum
-        cp -a d1 d1copy; mv d2 d2moved; ln -s d1 link; ln d3/f1.c hard; chmod 4711 d3/f2.c; chown 33:33 d3/f3.c
-        sed -i s/return/RETURN/ d4/*.c; sort -o d5/f1.c d5/f1.c; gzip -n d6/*
-        rm all.tgz; find . ! -type l -printf '%P %m %U:%G %y %n %s\\n' | grep -v ' d ' | sort; find . -type f | sort | xargs sha256sum";
-    let inside = debian()?;
-    let outside = debian()?;
-    let in_said = sh(&inside, script)?;
-    let output = Command::new("chroot")
-        .arg(&outside)
-        .args(["sh", "-ec", script])
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .output()?;
-    let out_said = stdout(output)?;
-    ensure!(in_said.lines().count() > 1000, "{in_said}");
-    ensure!(in_said == out_said, "the lists differ");
+    let origin = scratch("origin")?;
+    let make = r#"
+        mkdir -p src include; umask 022
+        for n in 1 2 3 4 5 6; do echo "int f$n(int x) { return x * $n; }" > src/f$n.c; done
+        { for n in 1 2 3 4 5 6; do echo "int f$n(int);"; done; } > include/f.h
+        printf '%s\n' '#include <stdio.h>' '#include "f.h"' \
+            'int main(void) { printf("%d\n", f1(f2(f3(f4(f5(f6(1))))))); return 0; }' > src/main.c
+        printf '%s\n' 'all: hello install' \
+            'OBJECTS := $(patsubst src/%.c,build/%.o,$(wildcard src/*.c))' \
+            'build/%.o: src/%.c include/f.h; @mkdir -p build; $(CC) -O1 -Iinclude -c -o $@ $<' \
+            'libf.a: $(filter-out build/main.o,$(OBJECTS)); $(AR) rcD $@ $^' \
+            'hello: build/main.o libf.a; $(CC) -o $@ $^' \
+            'install: hello; install -D -m 4755 -o 33 -g 33 hello out/bin/hello; ln -sf hello out/bin/hi; ln -f hello out/bin/hard; ./hello > out/said' > Makefile
+        chmod 755 src/f1.c; ln -s src/main.c main.c
+        export HOME=$PWD GIT_AUTHOR_DATE=2020-01-01T00:00:00Z GIT_COMMITTER_DATE=2020-01-01T00:00:00Z
+        git init -q -b main . && git add . && git -c user.name=k -c user.email=k@k commit -qm all"#;
+    let status = Command::new("sh")
+        .args(["-ec", make])
+        .current_dir(&origin)
+        .status()?;
+    ensure!(status.success(), "no project to build");
+    // git's index and logs hold times and inode numbers.
+    let build = "umask 022; export HOME=/tmp GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=*
+        git clone -q --no-hardlinks $ORIGIN project >&2; cd project; make -j2 >&2
+        test -z \"$(git status --porcelain --untracked-files=no)\"; git fsck --strict >&2";
+    let list = "cd project; find . ! -path ./.git/index ! -path './.git/logs*' -printf '%P %m %U:%G %y %l ' \\( -type f -printf '%n %s' \\) -printf '\\n' | sort
+        find . -type f ! -path ./.git/index ! -path './.git/logs*' | sort | xargs sha256sum";
+    let both = format!("(\n{build}\n)\n{list}");
+    let (inside, outside) = (scratch("inside")?, scratch("outside")?);
+    let volumes = [
+        format!("{}:/mnt", inside.display()),
+        format!("{}:/media:ro", origin.display()),
+    ];
+    let [at, from] = &volumes;
+    let options = [
+        "--read-only",
+        "--memory",
+        "1g",
+        "--tmpfs",
+        "/tmp",
+        "--workdir",
+        "/mnt",
+        "-v",
+        at,
+        "-v",
+        from,
+        "--env",
+        "ORIGIN=/media",
+    ];
+    let in_said = stdout(run_in(Path::new("/"), &options, &["sh", "-ec", &both])?)?;
+    let run = |script: &str, dir: &Path| -> Result<String> {
+        let mut command = Command::new("sh");
+        command.args(["-ec", script]).current_dir(dir);
+        stdout(command.env("ORIGIN", &origin).output()?)
+    };
+    // The clone's configuration names where it came from.
+    let plain = |text: String| {
+        let keep = |line: &&str| !line.contains(".git/config");
+        text.lines().filter(keep).collect::<Vec<_>>().join("\n")
+    };
+    let in_said = plain(in_said);
+    let out_said = plain(run(&both, &outside)?);
+    ensure!(in_said.lines().count() > 60, "{in_said}");
+    ensure!(
+        in_said == out_said,
+        "inside:\n{in_said}\n---\noutside:\n{out_said}"
+    );
     // And what the guest says is what the host has.
-    let list = "find . ! -type l -printf '%P %m %U:%G %y %n %s\\n' | grep -v ' d ' | sort; find . -type f | sort | xargs sha256sum";
-    let host = Command::new("sh")
-        .args(["-c", list])
-        .current_dir(inside.join("w"))
-        .output()?;
-    ensure!(stdout(host)? == in_said, "the host sees other files");
+    let host = plain(run(list, &inside)?);
+    ensure!(
+        host == in_said,
+        "the host sees other files:\n{host}\n---\n{in_said}"
+    );
     Ok(())
 }

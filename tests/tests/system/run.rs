@@ -7,6 +7,7 @@ use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
 use std::process::Stdio;
 
 crate::trials![
@@ -29,6 +30,8 @@ crate::trials![
     a_disk_is_refused,
     host_modules_are_out_of_reach,
     dangerous_system_calls_are_refused,
+    a_profile_in_dockers_format_applies,
+    a_read_only_root_gets_its_mount_points,
     a_panic_is_reported_with_its_text,
     an_agent_that_dies_ends_the_machine,
     a_missing_rootfs_is_named,
@@ -420,5 +423,55 @@ fn an_image_says_how_it_runs() -> Result<()> {
     ensure!(run(&["--entrypoint", "uname"], &["-r"])?.ends_with("-koya"));
     let left = std::fs::read_dir("/var/lib/koya/rootfs").map_or(0, Iterator::count);
     ensure!(left == 0, "{left} root file systems are left");
+    Ok(())
+}
+
+/// podman's default profile, which is Docker's with another default answer.
+fn a_profile_in_dockers_format_applies() -> Result<()> {
+    let script = r#"
+        open(S, '<', '/proc/self/status'); print grep { /^(Seccomp|NoNewPrivs):/ } <S>;
+        sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
+        # personality: PER_LINUX is allowed, PER_BSD gets the default answer,
+        # ENOSYS; userfaultfd, which the guest's kernel lacks, has an answer of its own, EPERM.
+        print join(' ', map { try_call(@$_) } [135, 0], [135, 6], [323, 1]), "\n";"#;
+    let run = |options: &[&str]| -> Result<String> {
+        let all = [&["--read-only"], options].concat();
+        stdout(run_in(Path::new("/"), &all, &["perl", "-e", script])?)
+    };
+    let profile = "seccomp=/usr/share/containers/seccomp.json";
+    let said = run(&[
+        "--security-opt",
+        profile,
+        "--security-opt",
+        "no-new-privileges",
+    ])?;
+    let lines: Vec<&str> = said.lines().collect();
+    ensure!(lines[..2] == ["NoNewPrivs:\t1", "Seccomp:\t2"], "{said}");
+    ensure!(lines[2] == "0 38 1", "{said}");
+    let said = run(&["--security-opt", "seccomp=unconfined"])?;
+    ensure!(
+        said.contains("Seccomp:\t0") && said.ends_with("0 0 38"),
+        "{said}"
+    );
+    Ok(())
+}
+
+fn a_read_only_root_gets_its_mount_points() -> Result<()> {
+    let root = scratch("read-only")?;
+    crate::tool::busybox(&root)?;
+    std::fs::remove_dir(root.join("tmp"))?;
+    let options = [
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "-v",
+        "/etc/hostname:/opt/name:ro",
+    ];
+    let script = "echo x > /tmp/x && cat /opt/name; touch /new 2>/dev/null || echo refused";
+    let said = stdout(run_in(&root, &options, &["sh", "-c", script])?)?;
+    ensure!(
+        said.ends_with("refused") && root.join("opt/name").is_file(),
+        "{said}"
+    );
     Ok(())
 }

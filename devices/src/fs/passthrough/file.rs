@@ -254,11 +254,15 @@ impl Passthrough {
         rustix::fs::fallocate(&handle.file, mode, arg.offset, arg.length)
     }
 
-    /// FUSE_LSEEK: only holes and data; positions are the guest's own.
+    /// FUSE_LSEEK: SEEK_DATA and SEEK_HOLE
     ///
     /// # Errors
-    /// The host's.
+    /// The host's; ENOSYS under writeback, where the host does not know what the guest has written
+    /// and a copy by holes would lose it: the guest's kernel then takes files for data throughout.
     pub fn lseek(&self, nodeid: u64, arg: &LseekIn) -> Result<u64, Errno> {
+        if self.options.cache == Cache::Writeback {
+            return Err(Errno::NOSYS);
+        }
         let handle = self.handle(arg.fh, nodeid)?;
         const SEEK_DATA: u32 = 3;
         const SEEK_HOLE: u32 = 4;

@@ -1,0 +1,109 @@
+//! The places at which a read-only container's mounts go.
+//!
+//! The guest makes mount points in a root file system that it may write. A read-only one is
+//! read-only for the whole guest, so the host makes what is missing before it shares the tree, as
+//! runc does. The tree is not trusted: no link in it leads out of it.
+
+use crate::Error;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::io::Errno;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path};
+
+const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+
+/// Makes the mount points that `rootfs` lacks. `mounts` are destinations in the container in the
+/// order in which they are mounted, each with whether a file goes there, not a directory.
+///
+/// # Errors
+/// Which is missing and why it can't be made.
+pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error> {
+    let root = openat(CWD, rootfs, PATH_ONLY | OFlags::DIRECTORY, Mode::empty());
+    let root = root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))?;
+    for (index, (destination, is_file)) in mounts.iter().enumerate() {
+        // What lies in an earlier mount is not in this tree.
+        if mounts[..index]
+            .iter()
+            .any(|(earlier, _)| destination.starts_with(earlier))
+        {
+            continue;
+        }
+        make_one(&root, destination, *is_file).map_err(|error| {
+            let reason = format!(
+                "{} is not in the root file system, and the host refuses to make it: {}",
+                destination.display(),
+                std::io::Error::from(error)
+            );
+            Error::container("read-only container", reason)
+        })?;
+    }
+    Ok(())
+}
+
+fn make_one(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Errno> {
+    let open = |path: &Path| openat2(root, path, PATH_ONLY, Mode::empty(), ResolveFlags::IN_ROOT);
+    match open(destination) {
+        Err(Errno::NOENT) => {}
+        other => return other.map(drop),
+    }
+    let mut names = Vec::new();
+    for component in destination.components() {
+        match component {
+            Component::Normal(name) => names.push(name),
+            Component::ParentDir => drop(names.pop()),
+            _ => {}
+        }
+    }
+    let mut path = std::path::PathBuf::from("/");
+    let mut parent = open(&path)?;
+    for (index, name) in names.iter().enumerate() {
+        path.push(name);
+        let found = open(&path);
+        parent = match found {
+            Err(Errno::NOENT) => {
+                let name = Path::new(name);
+                if is_file && index + 1 == names.len() {
+                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
+                    openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
+                    return Ok(());
+                }
+                mkdirat(&parent, name, Mode::from_raw_mode(0o755))?;
+                let flags = PATH_ONLY | OFlags::NOFOLLOW | OFlags::DIRECTORY;
+                openat(&parent, name, flags, Mode::empty())?
+            }
+            other => other?,
+        };
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_made_inside_the_tree_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        std::os::unix::fs::symlink(outside.path(), root.join("out")).unwrap();
+        std::fs::create_dir(root.join("there")).unwrap();
+        std::os::unix::fs::symlink("/there", root.join("link")).unwrap();
+        let mounts = [
+            (Path::new("/proc"), false),
+            (Path::new("/proc/sub"), false),
+            (Path::new("/a/b/../c"), false),
+            (Path::new("/link/in"), false),
+            (Path::new("/etc/resolv.conf"), true),
+        ];
+        make(root, &mounts).unwrap();
+        make(root, &mounts).unwrap();
+        assert!(root.join("proc").is_dir() && !root.join("proc/sub").exists());
+        assert!(root.join("a/c").is_dir() && !root.join("a/b").exists());
+        assert!(root.join("there/in").is_dir());
+        assert!(root.join("etc/resolv.conf").is_file());
+        // The link's target is looked for inside the tree, where it is not.
+        make(root, &[(Path::new("/out/x"), false)]).unwrap_err();
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+}

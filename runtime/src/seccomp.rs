@@ -1,0 +1,268 @@
+//! Which system calls a container may make: Koya's default, or a profile in the format that Docker
+//! and podman use (`seccomp/default.json`), turned into the OCI's for one container.
+
+use crate::Error;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// The largest profile that is read, in bytes; Docker's has some 15 KiB.
+const MAX_PROFILE: u64 = 1 << 20;
+
+/// A container's system calls.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Seccomp {
+    /// All but those that no program in a container has a use for and that reach deep into its
+    /// guest's kernel. A privileged container has all.
+    #[default]
+    Default,
+    /// All.
+    Unconfined,
+    /// As a profile says.
+    Profile(Profile),
+}
+
+/// A profile in Docker's format, read and checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Profile {
+    top: Map<String, Value>,
+    architectures: Vec<String>,
+    rules: Vec<Rule>,
+}
+
+/// One entry of a profile's `syscalls`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Rule {
+    #[serde(default)]
+    names: Vec<String>,
+    action: String,
+    errno_ret: Option<u32>,
+    args: Option<Vec<Argument>>,
+    #[serde(default)]
+    includes: Condition,
+    #[serde(default)]
+    excludes: Condition,
+    // For readers; podman writes the name of `errnoRet` too.
+    #[serde(default, rename = "comment")]
+    _comment: String,
+    #[serde(default, rename = "errno")]
+    _errno: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Argument {
+    index: u32,
+    value: u64,
+    #[serde(default)]
+    value_two: u64,
+    op: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Condition {
+    #[serde(default)]
+    caps: Vec<String>,
+    #[serde(default)]
+    arches: Vec<String>,
+    /// Met by every guest kernel that Koya has: profiles ask for 4.8 at most.
+    min_kernel: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Mapped {
+    architecture: String,
+    #[serde(default)]
+    sub_architectures: Vec<String>,
+}
+
+/// This machine's architecture in the words of profiles: Go's, and libseccomp's.
+fn native() -> (&'static str, &'static str) {
+    match std::env::consts::ARCH {
+        "aarch64" => ("arm64", "SCMP_ARCH_AARCH64"),
+        _ => ("amd64", "SCMP_ARCH_X86_64"),
+    }
+}
+
+impl Profile {
+    /// Reads a profile.
+    ///
+    /// # Errors
+    /// If the file can't be read, or has what is not understood: a filter that is followed in part
+    /// is none.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let wrong =
+            |why: String| Error::container("seccomp profile", format!("{}: {why}", path.display()));
+        let size = path.metadata().map_err(|e| wrong(e.to_string()))?.len();
+        if size > MAX_PROFILE {
+            return Err(wrong(format!("{size} bytes, at most {MAX_PROFILE}")));
+        }
+        let text = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+        Self::parse(&text).map_err(wrong)
+    }
+
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let mut top: Map<String, Value> =
+            serde_json::from_slice(text).map_err(|e| e.to_string())?;
+        let mut take = |name: &str| top.remove(name).unwrap_or(Value::Null);
+        let rules: Option<Vec<Rule>> =
+            serde_json::from_value(take("syscalls")).map_err(|e| format!("syscalls: {e}"))?;
+        let map: Option<Vec<Mapped>> =
+            serde_json::from_value(take("archMap")).map_err(|e| format!("archMap: {e}"))?;
+        let plain: Option<Vec<String>> = serde_json::from_value(take("architectures"))
+            .map_err(|e| format!("architectures: {e}"))?;
+        take("defaultErrno");
+        for name in top.keys() {
+            if !["defaultAction", "defaultErrnoRet", "flags"].contains(&name.as_str()) {
+                return Err(format!("{name} is not supported"));
+            }
+        }
+        if !top.contains_key("defaultAction") {
+            return Err("defaultAction is missing".into());
+        }
+        let mapped = map.unwrap_or_default().into_iter();
+        let mapped = mapped
+            .filter(|m| m.architecture == native().1)
+            .flat_map(|m| [vec![m.architecture], m.sub_architectures].concat());
+        Ok(Self {
+            top,
+            architectures: plain
+                .unwrap_or_default()
+                .into_iter()
+                .chain(mapped)
+                .collect(),
+            rules: rules.unwrap_or_default(),
+        })
+    }
+
+    fn for_capabilities(&self, capabilities: &[String]) -> Value {
+        let applies = |rule: &&Rule| {
+            let has = |cap: &String| capabilities.contains(cap);
+            let here = |arch: &String| arch == native().0;
+            let (includes, excludes) = (&rule.includes, &rule.excludes);
+            includes.caps.iter().all(has)
+                && (includes.arches.is_empty() || includes.arches.iter().any(here))
+                && !excludes.caps.iter().any(has)
+                && !excludes.arches.iter().any(here)
+                && excludes.min_kernel.is_none()
+        };
+        let call = |rule: &Rule| {
+            let mut call = json!({"names": rule.names, "action": rule.action});
+            if let Some(number) = rule.errno_ret {
+                call["errnoRet"] = number.into();
+            }
+            let argument = |a: &Argument| json!({"index": a.index, "value": a.value, "valueTwo": a.value_two, "op": a.op});
+            let arguments = rule.args.iter().flatten().map(argument);
+            call["args"] = arguments.collect();
+            call
+        };
+        let mut profile = self.top.clone();
+        profile.insert("architectures".into(), json!(self.architectures));
+        let calls = self.rules.iter().filter(applies).map(call);
+        profile.insert("syscalls".into(), calls.collect());
+        profile.into()
+    }
+}
+
+/// What capabilities already refuse is not repeated.
+const REFUSED_CALLS: &[&str] = &[
+    "acct",
+    "add_key",
+    "bpf",
+    "delete_module",
+    "finit_module",
+    "init_module",
+    "ioperm",
+    "iopl",
+    "kexec_file_load",
+    "kexec_load",
+    "keyctl",
+    "open_by_handle_at",
+    "perf_event_open",
+    "quotactl",
+    "reboot",
+    "request_key",
+    "swapoff",
+    "swapon",
+    "userfaultfd",
+];
+
+impl Seccomp {
+    /// The OCI's `linux.seccomp` for a container with these capabilities; null for none.
+    pub(crate) fn oci(&self, privileged: bool, capabilities: &[String]) -> Value {
+        let architectures: &[&str] = match native().1 {
+            arm @ "SCMP_ARCH_AARCH64" => &[arm, "SCMP_ARCH_ARM"],
+            x86 => &[x86, "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        };
+        match self {
+            Self::Default if !privileged => json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "architectures": architectures,
+                "syscalls": [{"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
+            }),
+            Self::Default | Self::Unconfined => Value::Null,
+            Self::Profile(profile) => profile.for_capabilities(capabilities),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROFILE: &str = r#"{
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 38, "defaultErrno": "ENOSYS",
+        "archMap": [
+            {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86"]},
+            {"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": ["SCMP_ARCH_ARM"]},
+            {"architecture": "SCMP_ARCH_S390X"}
+        ],
+        "syscalls": [
+            {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": null, "comment": "all"},
+            {"names": ["mount"], "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_ADMIN"]}},
+            {"names": ["setns"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "excludes": {"caps": ["CAP_SYS_ADMIN"]}},
+            {"names": ["s390_runtime_instr"], "action": "SCMP_ACT_ALLOW", "includes": {"arches": ["s390x"]}},
+            {"names": ["ptrace"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "4.8"}},
+            {"names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]}
+        ]
+    }"#;
+
+    fn names(value: &Value) -> Vec<&str> {
+        let calls = value["syscalls"].as_array().unwrap();
+        calls
+            .iter()
+            .map(|c| c["names"][0].as_str().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_profile_follows_capabilities_and_architecture() {
+        let profile = Seccomp::Profile(Profile::parse(PROFILE.as_bytes()).unwrap());
+        let plain = profile.oci(false, &[]);
+        assert_eq!(names(&plain), ["read", "setns", "ptrace", "personality"]);
+        assert_eq!(plain["defaultErrnoRet"], 38);
+        assert_eq!(plain["architectures"][0], native().1);
+        assert_eq!(plain["architectures"].as_array().unwrap().len(), 2);
+        let admin = profile.oci(false, &["CAP_SYS_ADMIN".into()]);
+        assert_eq!(names(&admin), ["read", "mount", "ptrace", "personality"]);
+        // What it says is what the OCI's own types understand.
+        serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(plain).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_by_name() {
+        for (from, to, name) in [
+            ("\"args\": null", "\"until\": 3", "until"),
+            ("\"minKernel\"", "\"maxKernel\"", "maxKernel"),
+            ("\"defaultErrno\"", "\"listenerPath\"", "listenerPath"),
+            ("\"defaultAction\"", "\"flags\"", "defaultAction"),
+        ] {
+            let text = PROFILE.replace(from, to);
+            let error = Profile::parse(text.as_bytes()).unwrap_err();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! virtio-fs under load, under every cache policy: fsx, which checks each byte that it reads
+//! against its own copy, and stress-ng's file-system stressors, which check what they can.
+//!
+//! `KOYA_TEST_TORTURE` is how many seconds in all (default 20). stress-ng takes half a minute of
+//! its own in an emulated machine, so it takes part from 120 seconds on.
+
+use crate::tool::{run_in, scratch, stdout};
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
+
+crate::trials![files_hold_under_torture];
+
+const POLICIES: [&str; 4] = ["auto", "never", "always", "writeback"];
+
+/// Small and large files; every operation of fsx. Each has its own seed, so a failure is found
+/// again by the command that it prints.
+const SMALL: &str = "flen = 1048576\n[weights]\nclose_open = 1\ninvalidate = 1\nfsync = 0.5\n\
+    fdatasync = 0.5\npunch_hole = 3\nposix_fallocate = 3\nsendfile = 5\nposix_fadvise = 2\n\
+    copy_file_range = 5\n";
+const LARGE: &str = "flen = 10000000\n[opsize]\nmax = 1300000\n[weights]\nclose_open = 1\n\
+    mapread = 3\nmapwrite = 3\ncopy_file_range = 3\npunch_hole = 1\n";
+
+const SCRIPT: &str = r#"
+bad=0 running=
+for seed in 1 2 3; do
+    config=small; [ $seed = 2 ] && config=large
+    mkdir p$seed
+    timeout $SECONDS_EACH /media/fsx -f $config.toml -S $seed$SEED -P p$seed p$seed/file > p$seed/log 2>&1 &
+    running="$running $!:p$seed:124"
+done
+mkdir stress
+[ $SECONDS_EACH -ge 30 ] && stress-ng --temp-path stress --timeout $SECONDS_EACH --verify \
+    --access 1 --chmod 1 --chown 1 --dentry 1 --dir 1 --fallocate 1 --flock 1 --getdent 1 --hdd 1 \
+    --iomix 1 --link 1 --lockf 1 --mknod 1 --open 1 --rename 1 --symlink 1 --utime 1 --xattr 1 \
+    --fstat 1 --seek 1 --hdd-bytes 8M --iomix-bytes 8M --seek-size 8M --fallocate-bytes 16M \
+    > stress/log 2>&1 &
+[ $SECONDS_EACH -ge 30 ] && running="$running $!:stress:0"
+for one in $running; do
+    IFS=: read -r pid name expected <<X
+$one
+X
+    wait $pid; status=$?
+    if [ $status != $expected ]; then
+        bad=1; echo "$name ended with $status:" >&2; tail -n 40 $name/log >&2
+    fi
+done
+sha256sum p?/file
+exit $bad
+"#;
+
+fn files_hold_under_torture() -> Result<()> {
+    let seconds: u64 = match std::env::var("KOYA_TEST_TORTURE") {
+        Ok(text) => text.parse().context("KOYA_TEST_TORTURE is no number")?,
+        Err(_) => 20,
+    };
+    let fsx = std::env::var("KOYA_TEST_FSX")
+        .context("KOYA_TEST_FSX names no folder; `cargo xtask test` makes one")?;
+    for (seed, policy) in POLICIES.into_iter().enumerate() {
+        let dir = scratch(&format!("torture-{policy}"))?;
+        std::fs::write(dir.join("small.toml"), SMALL)?;
+        std::fs::write(dir.join("large.toml"), LARGE)?;
+        let files = format!("{}:/mnt", dir.display());
+        let tools = format!("{fsx}:/media:ro");
+        let each = format!("SECONDS_EACH={}", (seconds / POLICIES.len() as u64).max(1));
+        let options = [
+            "--read-only",
+            "--cache",
+            policy,
+            "--memory",
+            "512m",
+            "--tmpfs",
+            "/tmp",
+            "--workdir",
+            "/mnt",
+            "-v",
+            &files,
+            "-v",
+            &tools,
+            "--env",
+            &each,
+            "--env",
+            &format!("SEED={seed}"),
+        ];
+        let guest = stdout(run_in(Path::new("/"), &options, &["sh", "-c", SCRIPT])?)
+            .with_context(|| format!("under --cache {policy}"))?;
+        let host = std::process::Command::new("sh")
+            .args(["-c", "sha256sum p?/file"])
+            .current_dir(&dir)
+            .output()?;
+        ensure!(stdout(host)? == guest, "the host has other bytes: {guest}");
+        std::fs::remove_dir_all(&dir)?;
+    }
+    Ok(())
+}
