@@ -40,9 +40,51 @@ pub struct Defaults {
     pub workdir: Option<PathBuf>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Compression {
+    None,
+    Gzip,
+    Zstd,
+}
+
+impl Compression {
+    /// By the layer's media type: the OCI's image-spec, layer.md, and Docker's older names.
+    fn of_type(kind: &MediaType) -> Result<Self, Error> {
+        match kind {
+            MediaType::ImageLayer => Ok(Self::None),
+            MediaType::ImageLayerGzip => Ok(Self::Gzip),
+            MediaType::ImageLayerZstd => Ok(Self::Zstd),
+            other => match other.to_string().as_str() {
+                "application/vnd.docker.image.rootfs.diff.tar" => Ok(Self::None),
+                "application/vnd.docker.image.rootfs.diff.tar.gzip" => Ok(Self::Gzip),
+                "application/vnd.docker.image.rootfs.diff.tar.zstd" => Ok(Self::Zstd),
+                name => Err(broken(format!("layers of type {name} are not supported"))),
+            },
+        }
+    }
+
+    /// By a layer's first bytes: RFC 1952 and RFC 8878.
+    fn of_bytes(start: [u8; 4]) -> Self {
+        match start {
+            [0x1f, 0x8b, ..] => Self::Gzip,
+            [0x28, 0xb5, 0x2f, 0xfd] => Self::Zstd,
+            _ => Self::None,
+        }
+    }
+
+    fn reader(self, file: File) -> io::Result<Box<dyn Read>> {
+        let file = BufReader::new(file);
+        Ok(match self {
+            Self::None => Box::new(file),
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
+            Self::Zstd => Box::new(zstd::Decoder::with_buffer(file)?),
+        })
+    }
+}
+
 struct Blob {
     path: PathBuf,
-    gzip: bool,
+    compression: Compression,
     /// `sha256:` digest to hold it against, where the image names one.
     digest: Option<String>,
 }
@@ -103,7 +145,7 @@ impl Image {
                     let (path, digest) = blob(dir, layer)?;
                     Ok(Blob {
                         path,
-                        gzip: is_gzip(layer.media_type())?,
+                        compression: Compression::of_type(layer.media_type())?,
                         digest: Some(digest),
                     })
                 })
@@ -126,13 +168,13 @@ impl Image {
             .iter()
             .map(|name| {
                 let path = dir.join(inside(Path::new(name))?);
-                let mut magic = [0; 2];
+                let mut start = [0; 4];
                 File::open(&path)
-                    .and_then(|mut f| f.read_exact(&mut magic))
+                    .and_then(|mut f| f.read_exact(&mut start))
                     .map_err(Error::host(format!("read {}", path.display())))?;
                 Ok(Blob {
                     path,
-                    gzip: magic == [0x1f, 0x8b],
+                    compression: Compression::of_bytes(start),
                     digest: None,
                 })
             })
@@ -175,11 +217,9 @@ impl Image {
             }
             let file = File::open(&blob.path)
                 .map_err(Error::host(format!("open {}", blob.path.display())))?;
-            let reader: Box<dyn Read> = match blob.gzip {
-                true => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::new(file))),
-                false => Box::new(BufReader::new(file)),
-            };
-            layer::unpack(reader, root)
+            let unpacked = blob.compression.reader(file);
+            unpacked
+                .and_then(|reader| layer::unpack(reader, root))
                 .map_err(|e| broken(format!("layer {}: {e}", number + 1)))?;
         }
         Ok(())
@@ -206,18 +246,6 @@ fn choose(index: &ImageIndex) -> Result<&Descriptor, Error> {
             .iter()
             .find(fits)
             .ok_or_else(|| broken(format!("holds nothing for linux/{machine}"))),
-    }
-}
-
-fn is_gzip(kind: &MediaType) -> Result<bool, Error> {
-    match kind {
-        MediaType::ImageLayer => Ok(false),
-        MediaType::ImageLayerGzip => Ok(true),
-        other => match other.to_string().as_str() {
-            "application/vnd.docker.image.rootfs.diff.tar.gzip" => Ok(true),
-            "application/vnd.docker.image.rootfs.diff.tar" => Ok(false),
-            name => Err(broken(format!("layers of type {name} are not supported"))),
-        },
     }
 }
 

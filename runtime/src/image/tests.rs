@@ -227,3 +227,28 @@ fn what_docker_saves_is_read_from_a_tar() {
         "docker"
     );
 }
+
+#[test]
+fn compressed_layers_are_recognised_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = b"what was packed".repeat(1000);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&text).unwrap();
+    // Two frames: seekable images have many.
+    let (first, second) = text.split_at(5000);
+    let zstd = [first, second].map(|part| zstd::encode_all(part, 1).unwrap());
+    for (bytes, kind) in [
+        (text.clone(), Compression::None),
+        (gzip.finish().unwrap(), Compression::Gzip),
+        (zstd.concat(), Compression::Zstd),
+    ] {
+        assert_eq!(Compression::of_bytes(bytes[..4].try_into().unwrap()), kind);
+        let path = dir.path().join("layer");
+        fs::write(&path, bytes).unwrap();
+        let mut read = Vec::new();
+        let mut reader = kind.reader(File::open(&path).unwrap()).unwrap();
+        reader.read_to_end(&mut read).unwrap();
+        assert!(read == text, "{kind:?}");
+    }
+    assert!(Compression::of_type(&MediaType::ImageManifest).is_err());
+}
