@@ -45,6 +45,8 @@ $B mount -t ext4 dev/vda run/scratch || finish "failed: no scratch disk"
 $B cp /job/run run/koya-rig/run
 $B ip link set lo up
 $B hostname rig
+# As udev has it.
+$B chmod 0666 dev/kvm
 # KVM patches its own code when the first virtual machine comes, when the last goes, and when
 # local APICs are switched on or off (static keys). QEMU's emulation of several CPUs can run a stale
 # copy of patched code, which the kernel takes for a stray breakpoint. One machine that is never

@@ -7,6 +7,7 @@ use std::path::Path;
 
 crate::trials![
     one_process_a_sandbox,
+    no_root_is_needed,
     nothing_is_left_after_the_end,
     nothing_is_left_after_a_kill,
     a_detached_container_is_listed_logged_stopped_removed,
@@ -54,6 +55,39 @@ fn one_process_a_sandbox() -> Result<()> {
     let container = Background::start("life-one", &["--cpus", "2"], &["sleep", "1000"])?;
     let pid = container.pid()?;
     ensure!(children(pid)?.trim().is_empty(), "{}", children(pid)?);
+    Ok(())
+}
+
+/// A user to whom /dev/kvm is open: root in the container, itself on the host.
+fn no_root_is_needed() -> Result<()> {
+    const USER: u32 = 65534;
+    let home = scratch("user")?;
+    std::os::unix::fs::chown(&home, Some(USER), Some(USER))?;
+    let as_user = |arguments: &[&str]| -> Result<String> {
+        let user = USER.to_string();
+        let output = std::process::Command::new("setpriv")
+            .args(["--reuid", &user, "--regid", &user, "--clear-groups", "koya"])
+            .args(arguments)
+            .env("HOME", &home)
+            .env("XDG_RUNTIME_DIR", &home)
+            .output()?;
+        stdout(output)
+    };
+    let rootfs = shared_rootfs().to_string_lossy();
+    let volume = format!("{}:/data", home.display());
+    let script = "id -u; echo text > /data/file; mkdir /data/dir; ln -s file /data/link; \
+                  chmod 4750 /data/file; cat /data/link; touch /etc/new 2>/dev/null || echo refused";
+    let said = as_user(&[
+        "run", "--rootfs", &rootfs, "-v", &volume, "--", "sh", "-c", script,
+    ])?;
+    ensure!(said == "0\ntext\nrefused", "{said}");
+    use std::os::unix::fs::MetadataExt;
+    let file = home.join("file").metadata()?;
+    ensure!(
+        (file.uid(), file.mode() & 0o7777) == (USER, 0o4750),
+        "{file:?}"
+    );
+    ensure!(as_user(&["ps", "--json"])? == "[]", "nothing runs any more");
     Ok(())
 }
 
