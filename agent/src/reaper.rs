@@ -70,6 +70,14 @@ impl Reaper {
         }
     }
 
+    /// Forgets the ends that nobody has asked for: called when no number is awaited, since numbers
+    /// are used again.
+    pub(crate) fn forget(&self) {
+        let mut state = self.0.borrow_mut();
+        state.ended.clear();
+        state.order.clear();
+    }
+
     /// Follows a process to its end.
     pub(crate) fn follow(&self, pid: i32) -> End {
         let mut state = self.0.borrow_mut();

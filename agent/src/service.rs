@@ -16,7 +16,7 @@ use koya_protocol::messages::{
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
 use oci_spec::runtime::Spec;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
@@ -46,6 +46,29 @@ struct Tracked {
 struct State {
     reaper: Reaper,
     processes: Rc<RefCell<HashMap<Key, Tracked>>>,
+    /// Helpers that run, and how many there were: outcomes' names.
+    helping: Rc<Cell<u32>>,
+    helpers: Rc<Cell<u64>>,
+}
+
+/// A helper is at work; what it makes may end before its number is known.
+struct Helping(State);
+
+impl Helping {
+    fn new(state: &State) -> Self {
+        state.helping.set(state.helping.get() + 1);
+        Self(state.clone())
+    }
+}
+
+impl Drop for Helping {
+    fn drop(&mut self) {
+        let left = self.0.helping.get() - 1;
+        self.0.helping.set(left);
+        if left == 0 {
+            self.0.reaper.forget();
+        }
+    }
 }
 
 /// An answer in the making, on the agent's thread.
@@ -134,7 +157,8 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
             let id = &request.container_id;
-            state.help(&["start", id], id, Streams::none()).await?;
+            let _helping = Helping::new(&state);
+            state.help(&["start", id], Streams::none()).await?;
             Ok(Empty::new())
         })
         .await
@@ -206,7 +230,8 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
             let id = &request.container_id;
-            state.help(&["delete", id], id, Streams::none()).await?;
+            let _helping = Helping::new(&state);
+            state.help(&["delete", id], Streams::none()).await?;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             fs::remove_dir_all(bundle(id)).ok();
             Ok(Empty::new())
@@ -302,6 +327,9 @@ impl State {
             .launch(&["create", id], id, "", &request.stdio, None)
             .await;
         if made.is_err() {
+            // As far as it was made.
+            let _helping = Helping::new(self);
+            self.help(&["delete", id], Streams::none()).await.ok();
             fs::remove_dir_all(&dir).ok();
         }
         made
@@ -313,6 +341,12 @@ impl State {
         let key = (id.to_owned(), exec_id.to_owned());
         if self.processes.borrow().contains_key(&key) {
             bail!("container {id} has a process {exec_id}");
+        }
+        // Its number may be another's by now.
+        if self.with(&(id.to_owned(), String::new()), |p| {
+            p.end.borrow().is_some()
+        })? {
+            bail!("container {id} has ended");
         }
         let path = bundle(id).join(format!("process-{exec_id}.json"));
         fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
@@ -350,19 +384,17 @@ impl State {
         args.push(&socket);
         let process = process.map(|p| p.to_string_lossy());
         args.extend(process.as_deref());
-        let name = if exec_id.is_empty() { id } else { exec_id };
-        let pid = self.help(&args, name, streams).await?;
+        let helping = Helping::new(self);
+        let pid = self.help(&args, streams).await?;
         let end = self.reaper.follow(pid);
+        drop(helping);
         drop(socket);
-        let terminal = match console {
-            Some(console) => {
-                let master = console.receive()?;
-                console::resize(&master, stdio.rows, stdio.columns)?;
-                let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
-                streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
-                Some(master)
+        let terminal = match console.map(|c| connect_terminal(c, stdio)).transpose() {
+            Ok(terminal) => terminal,
+            Err(error) => {
+                kill(pid, rustix::process::Signal::KILL).ok();
+                return Err(error);
             }
-            None => None,
         };
         let key = (id.to_owned(), exec_id.to_owned());
         self.processes
@@ -375,9 +407,10 @@ impl State {
     }
 
     /// Runs a helper to its end and returns what it made.
-    async fn help(&self, args: &[&str], name: &str, streams: Streams) -> Result<i32> {
+    async fn help(&self, args: &[&str], streams: Streams) -> Result<i32> {
         fs::create_dir_all("/run/koya/outcomes")?;
-        let outcome = PathBuf::from(format!("/run/koya/outcomes/{}-{name}", args[0]));
+        let number = self.helpers.replace(self.helpers.get() + 1);
+        let outcome = PathBuf::from(format!("/run/koya/outcomes/{number}"));
         let outcome_text = outcome.to_string_lossy();
         let mut all = vec![helper::ARGUMENT, args[0], args[1], &outcome_text];
         all.extend(&args[2..]);
@@ -405,13 +438,25 @@ impl State {
         if ended {
             bail!("process not found: it has ended");
         }
-        let pid = rustix::process::Pid::from_raw(pid).context("no process number")?;
         let number = i32::try_from(request.signal)?;
         let signal = rustix::process::Signal::from_named_raw(number)
             .with_context(|| format!("signal {number} is not supported"))?;
-        rustix::process::kill_process(pid, signal)?;
-        Ok(())
+        kill(pid, signal)
     }
+}
+
+fn kill(pid: i32, signal: rustix::process::Signal) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("no process number")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
+}
+
+/// Takes the terminal that a helper made, and connects it to the host.
+fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
+    let master = console.receive()?;
+    console::resize(&master, stdio.rows, stdio.columns)?;
+    let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
+    streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
+    Ok(master)
 }
 
 /// A name that is one component of a path.

@@ -17,6 +17,9 @@ use ttrpc::context::{Context, with_duration};
 /// How long the agent may take for what does not wait for a container.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// How long it may take for what people do to a guest that may hang.
+const SHORT_LIMIT: Duration = Duration::from_secs(5);
+
 /// Calls to the agent, from any thread. Each call blocks its own.
 #[derive(Clone)]
 pub(crate) struct Agent {
@@ -128,7 +131,7 @@ impl Agent {
             ..Default::default()
         };
         self.client
-            .signal_process(limited(), &request)
+            .signal_process(with_duration(SHORT_LIMIT), &request)
             .map(drop)
             .map_err(failed("signal the process"))
     }
@@ -195,7 +198,7 @@ impl Agent {
 
     pub(crate) fn destroy(&self) -> Result<(), Error> {
         self.client
-            .destroy_sandbox(limited(), &DestroySandboxRequest::new())
+            .destroy_sandbox(with_duration(SHORT_LIMIT), &DestroySandboxRequest::new())
             .map(drop)
             .map_err(failed("end the guest"))
     }

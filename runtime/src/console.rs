@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// How much is kept, in bytes.
 const KEPT: usize = 64 << 10;
@@ -10,7 +10,66 @@ const KEPT: usize = 64 << 10;
 #[derive(Default)]
 struct State {
     last: VecDeque<u8>,
-    followers: Vec<Box<dyn Write + Send>>,
+    followers: Vec<Follower>,
+}
+
+/// A writer with a thread of its own: a slow one must not make the guest wait, whose vCPU it is
+/// that writes to the console.
+struct Follower(Arc<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    pending: Mutex<Pending>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Pending {
+    bytes: VecDeque<u8>,
+    /// The console or the writer is gone.
+    closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has come; nothing when no more will.
+    fn next(&self) -> Option<Vec<u8>> {
+        let mut pending = self.lock();
+        while pending.bytes.is_empty() {
+            if pending.closed {
+                return None;
+            }
+            let woken = self.changed.wait(pending);
+            pending = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        Some(pending.bytes.drain(..).collect())
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Follower {
+    /// False if the writer is gone.
+    fn push(&self, bytes: &[u8]) -> bool {
+        let mut pending = self.0.lock();
+        if pending.bytes.len() + bytes.len() <= KEPT {
+            pending.bytes.extend(bytes);
+            self.0.changed.notify_all();
+        }
+        !pending.closed
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// Cheap to clone; all clones are one console.
@@ -32,11 +91,29 @@ impl Console {
 
     /// Sends what was kept, and all that comes, to a writer until it fails.
     pub(crate) fn follow(&self, mut writer: impl Write + Send + 'static) {
-        let mut state = self.lock();
-        let bytes: Vec<u8> = state.last.iter().copied().collect();
-        if writer.write_all(&bytes).is_ok() {
-            state.followers.push(Box::new(writer));
+        let queue = Arc::new(Queue::default());
+        let shared = queue.clone();
+        let thread = std::thread::Builder::new().name("koya-console".into());
+        let spawned = thread.spawn(move || {
+            while let Some(bytes) = shared.next() {
+                if writer
+                    .write_all(&bytes)
+                    .and_then(|()| writer.flush())
+                    .is_err()
+                {
+                    break;
+                }
+            }
+            shared.close();
+        });
+        if let Err(error) = spawned {
+            log::warn!("nobody follows the console: {error}");
+            return;
         }
+        let mut state = self.lock();
+        queue.lock().bytes.extend(&state.last);
+        queue.changed.notify_all();
+        state.followers.push(Follower(queue));
     }
 }
 
@@ -55,9 +132,7 @@ impl Write for Console {
         state.last.extend(bytes);
         let excess = state.last.len().saturating_sub(KEPT);
         state.last.drain(..excess);
-        state
-            .followers
-            .retain_mut(|follower| follower.write_all(bytes).is_ok());
+        state.followers.retain(|follower| follower.push(bytes));
         Ok(bytes.len())
     }
 
@@ -69,6 +144,26 @@ impl Write for Console {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_follower_that_hangs_does_not_hang_the_console() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut console = Console::default();
+        console.write_all(b"before\n").unwrap();
+        console.follow(writer);
+        // Far more than a pipe and a queue hold, and nobody reads yet.
+        for _ in 0..1000 {
+            console.write_all(&[b'x'; 1000]).unwrap();
+        }
+        let mut start = [0; 9];
+        std::io::Read::read_exact(&mut reader, &mut start).unwrap();
+        assert_eq!(&start, b"before\nxx");
+        drop(reader);
+        while !console.lock().followers.is_empty() {
+            console.write_all(b"more").unwrap();
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn the_last_lines_are_kept_and_the_rest_is_not() {

@@ -172,6 +172,11 @@ impl Container {
         started.map_err(|e| inner.explain(e))
     }
 
+    /// What it was made of.
+    pub fn config(&self) -> &ContainerConfig {
+        &self.config
+    }
+
     /// The first process.
     pub fn process(&self) -> &Process {
         &self.process
@@ -190,12 +195,14 @@ impl Container {
         self.process.wait()
     }
 
-    /// Waits for the first process and collects its output.
+    /// Waits for the first process, collects its output, and removes the container.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
     pub fn output(mut self) -> Result<Output, Error> {
-        self.process.take_output()
+        let output = self.process.take_output()?;
+        self.remove()?;
+        Ok(output)
     }
 
     /// Runs another process in the container.

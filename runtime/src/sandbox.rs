@@ -234,7 +234,8 @@ impl Sandbox {
         })
     }
 
-    /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes.
+    /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes. A
+    /// writer that is slow misses what does not fit into 64 KiB; one that fails is dropped.
     pub fn follow_console(&self, writer: impl Write + Send + 'static) {
         self.inner.console.follow(writer);
     }
@@ -248,6 +249,13 @@ impl Sandbox {
     /// the machine ended.
     pub fn stop(&self) -> ExitReason {
         self.inner.stop()
+    }
+}
+
+impl Sandbox {
+    /// Takes the machine down at once, as pulling the plug would.
+    pub fn kill(&self) {
+        self.inner.handle.stop();
     }
 }
 

@@ -4,10 +4,11 @@ use crate::Error;
 use crate::seccomp::Seccomp;
 use koya_protocol::SHARED_DIR;
 use oci_spec::runtime::{self as oci, Spec};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 /// The capabilities that containers have by default: Docker's.
@@ -481,10 +482,17 @@ impl Account {
 fn database(rootfs: &Path, name: &str) -> String {
     let read = || -> std::io::Result<String> {
         let root = openat(CWD, rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        // Looked at before it is opened: opening a device node acts on the host's device, and
+        // containers can make some.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
+        if kind != FileType::RegularFile {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         let mut text = Vec::new();
-        File::from(file).take(MAX_DATABASE).read_to_end(&mut text)?;
+        file.take(MAX_DATABASE).read_to_end(&mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     };
     read().unwrap_or_default()
@@ -536,6 +544,11 @@ mod tests {
         let passwd = dir.path().join("etc/passwd");
         std::fs::remove_file(&passwd).unwrap();
         std::os::unix::fs::symlink(secret.path(), &passwd).unwrap();
+        assert!(Account::find(dir.path(), "web").is_err());
+        // Nor is anything that is no file: this would wait for ever.
+        std::fs::remove_file(&passwd).unwrap();
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(CWD, &passwd, FileType::Fifo, mode, 0).unwrap();
         assert!(Account::find(dir.path(), "web").is_err());
     }
 

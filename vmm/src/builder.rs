@@ -79,7 +79,8 @@ impl VmBuilder {
         self
     }
 
-    /// Where the serial console's output goes. Default: nowhere.
+    /// Where the serial console's output goes. Default: nowhere. The writer is called by a vCPU's
+    /// thread: while it waits, that CPU stands still, and the machine can't be paused or stopped.
     #[must_use]
     pub fn console(mut self, output: impl Write + Send + 'static) -> Self {
         self.console = Box::new(output);

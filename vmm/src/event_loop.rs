@@ -52,6 +52,7 @@ impl LoopThread {
         let thread = std::thread::Builder::new()
             .name("koya-loop".into())
             .spawn(move || {
+                koya_devices::sys::block_signals();
                 while !ended.load(Ordering::SeqCst) {
                     if let Err(error) = manager.run() {
                         log::error!("event loop: {error}");

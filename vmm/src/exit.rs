@@ -17,7 +17,8 @@ pub enum ExitReason {
     },
     /// A CPU of the guest faulted while it handled a fault in handling a fault.
     TripleFault {
-        /// The vCPU's registers.
+        /// The vCPU's registers. On AMD processors these are those of a CPU after reset: KVM
+        /// clears the others before it tells.
         details: String,
         /// What the kernel had kept in its panic log by then; mostly nothing.
         log: String,

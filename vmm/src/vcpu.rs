@@ -140,6 +140,7 @@ impl Gate {
 
 /// A vCPU thread's whole life.
 pub(crate) fn run(mut vcpu: Vcpu, gate: &Arc<Gate>, bus: &Bus) {
+    let _left = Left(gate);
     vcpu.enter_thread();
     let mut first = true;
     loop {
@@ -156,7 +157,20 @@ pub(crate) fn run(mut vcpu: Vcpu, gate: &Arc<Gate>, bus: &Bus) {
             gate.end(reason);
         }
     }
-    gate.leave();
+}
+
+/// Says that a vCPU's thread is over; if it panicked (a console that an embedder wrote may), that
+/// is the machine's end too, since nobody would wait for it otherwise.
+struct Left<'g>(&'g Gate);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let details = "its thread panicked".to_owned();
+            self.0.end(ExitReason::RunError { details });
+        }
+        self.0.leave();
+    }
 }
 
 fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {

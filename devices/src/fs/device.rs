@@ -8,7 +8,7 @@
 use super::Shares;
 use super::passthrough::{Options, Passthrough};
 use super::server::Server;
-use crate::sync::lock;
+use crate::sync::{guest_fault, lock};
 use crate::sys;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
@@ -16,6 +16,7 @@ use crate::virtio::{
 };
 use event_manager::MutEventSubscriber;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -35,7 +36,13 @@ pub struct Fs {
     queue_sizes: Vec<u16>,
     server: Arc<Server>,
     threads: Vec<JoinHandle<()>>,
-    stop: Arc<EventFd>,
+    stop: Arc<Stop>,
+}
+
+/// What ends a device's threads: a flag for those at work, an event for those that wait.
+struct Stop {
+    wanted: AtomicBool,
+    event: EventFd,
 }
 
 impl Fs {
@@ -54,6 +61,7 @@ impl Fs {
             let text = format!("the tag {tag:?} is not 1 to {TAG_SIZE} bytes long");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
+        check_host()?;
         let request_queues = request_queues.clamp(1, MAX_REQUEST_QUEUES);
         let mut config = [0; TAG_SIZE + 4];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
@@ -63,13 +71,18 @@ impl Fs {
             queue_sizes: vec![QUEUE_SIZE; 1 + request_queues as usize],
             server: Arc::new(Server::new(Passthrough::new(shares, options)?)),
             threads: Vec::new(),
-            stop: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
+            stop: Arc::new(Stop {
+                wanted: AtomicBool::new(false),
+                event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            }),
         })
     }
 
     fn spawn(&mut self, queue: ActiveQueue, threads: usize) -> io::Result<()> {
+        let kick = queue.kick().try_clone()?;
         let turns = Arc::new(Turns {
             queue: Mutex::new(queue),
+            kick,
             turn: Mutex::new(()),
             server: self.server.clone(),
             stop: self.stop.clone(),
@@ -85,14 +98,16 @@ impl Fs {
     }
 
     fn stop_threads(&mut self) {
+        self.stop.wanted.store(true, Ordering::SeqCst);
         // Never read while threads live: it stays readable for all of them.
-        self.stop.write(1).ok();
+        self.stop.event.write(1).ok();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("virtio-fs: a worker panicked");
             }
         }
-        self.stop.read().ok();
+        self.stop.event.read().ok();
+        self.stop.wanted.store(false, Ordering::SeqCst);
         self.server.clear();
     }
 }
@@ -139,19 +154,38 @@ impl Drop for Fs {
     }
 }
 
+/// Whether threads here can have a file-mode mask of their own, as each of the device's needs.
+fn check_host() -> io::Result<()> {
+    let tried = std::thread::Builder::new()
+        .spawn(sys::unshare_fs_state)?
+        .join();
+    match tried {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(io::Error::new(
+            error.kind(),
+            format!("virtio-fs needs unshare(CLONE_FS), which the host refuses: {error}"),
+        )),
+        Err(_) => Err(io::Error::other("a thread panicked")),
+    }
+}
+
 /// One queue and the turn of its threads. Lock order: `turn`, then `queue`.
 struct Turns {
+    kick: EventFd,
     queue: Mutex<ActiveQueue>,
     turn: Mutex<()>,
     server: Arc<Server>,
-    stop: Arc<EventFd>,
+    stop: Arc<Stop>,
 }
 
 impl Turns {
     fn run(&self) {
+        sys::block_signals();
         if let Err(error) = sys::unshare_fs_state() {
             // Then no request that makes files may run here: their masks would be the process's.
+            // It was possible when the device was made.
             log::error!("virtio-fs: a thread can't have a file-mode mask of its own: {error}");
+            lock(&self.queue).ask_for_reset();
             return;
         }
         rustix::process::umask(rustix::fs::Mode::empty());
@@ -162,13 +196,13 @@ impl Turns {
 
     fn serve(&self) -> Result<(), QueueError> {
         let memory = lock(&self.queue).memory().clone();
-        let Ok(kick) = lock(&self.queue).kick().try_clone() else {
-            log::error!("virtio-fs: no event descriptor for a thread");
-            return Ok(());
-        };
         loop {
             let turn = lock(&self.turn);
             let chain = loop {
+                // What the guest still has in the queue is not waited for.
+                if self.stop.wanted.load(Ordering::SeqCst) {
+                    return Ok(());
+                }
                 let mut queue = lock(&self.queue);
                 if let Some(chain) = queue.pop()? {
                     break chain;
@@ -177,16 +211,16 @@ impl Turns {
                     continue;
                 }
                 drop(queue);
-                if !sys::wait_either(&kick, &self.stop) {
+                if !sys::wait_either(&self.kick, &self.stop.event) {
                     return Ok(());
                 }
-                kick.read().ok();
+                self.kick.read().ok();
             };
             drop(turn);
             let written = match self.server.serve(&chain, &memory) {
                 Ok(written) => written,
                 Err(error) => {
-                    log::warn!("virtio-fs: a request can't be answered: {error}");
+                    guest_fault!("virtio-fs: a request can't be answered: {error}");
                     0
                 }
             };

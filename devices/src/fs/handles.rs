@@ -1,5 +1,7 @@
 //! Open files and directories, by the number that the guest got for each.
 
+use super::inodes::Inode;
+use super::shares::Share;
 use crate::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -11,6 +13,7 @@ use std::sync::{Arc, Mutex};
 pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
+    share: u64,
     pub(super) file: File,
     /// Keeps the node's own descriptor: an open file may have lost its name by the time that the
     /// node is asked for again.
@@ -41,15 +44,24 @@ impl Handles {
     }
 
     /// Keeps an open file; ENFILE when the guest has as many as it may.
-    pub(super) fn insert(&self, nodeid: u64, node: Arc<OwnedFd>, file: File) -> Result<u64, Errno> {
+    pub(super) fn insert(
+        &self,
+        inode: &Inode,
+        node: Arc<OwnedFd>,
+        file: File,
+    ) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
+        if inode.share.is_removed() {
+            return Err(Errno::STALE);
+        }
         if state.open.len() >= self.limit {
             return Err(Errno::NFILE);
         }
         state.next += 1;
         let number = state.next;
         let handle = Handle {
-            nodeid,
+            nodeid: inode.id,
+            share: inode.share.number,
             file,
             _node: node,
             position: Mutex::default(),
@@ -69,6 +81,18 @@ impl Handles {
         let handle = lock(&self.state).open.remove(&number);
         // Closing may take its time on some file systems: not under the lock.
         drop(handle);
+    }
+
+    /// Closes what is open under a share that was taken away.
+    pub(super) fn let_go(&self, share: &Share) {
+        let mut state = lock(&self.state);
+        let gone: Vec<_> = state
+            .open
+            .extract_if(|_, handle| handle.share == share.number)
+            .collect();
+        drop(state);
+        // Closing may take its time.
+        drop(gone);
     }
 
     /// Forgets all.

@@ -15,11 +15,16 @@ use rustix::io::Errno;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 /// How many evicted directories may lie between a file and one that is open, when it is looked for
 /// by name: a guest decides how deep they are nested, and each is a step of recursion.
 const MAX_ASCENT: u32 = 64;
+
+/// The most nodes that a guest may remember, some hundred bytes each. A guest's own kernel takes
+/// more for each, so only one that never forgets gets there.
+const MAX_NODES: usize = 4 << 20;
 
 /// A file's identity on the host while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +61,8 @@ impl Identity {
 
 /// Where a node's descriptor is, or how to get it back.
 enum Slot {
+    /// Its share was taken away.
+    Gone,
     Open(Arc<OwnedFd>),
     Evicted(Traces),
 }
@@ -93,6 +100,8 @@ pub(super) struct Inode {
     is_root: bool,
     /// Whether another file system begins here.
     is_boundary: bool,
+    /// Known to have no capabilities of the guest's (see `Passthrough::drop_privileges`).
+    pub(super) bare: AtomicBool,
     slot: Mutex<Slot>,
     /// The directory and name that it was seen under last.
     place: Mutex<(u64, CString)>,
@@ -211,6 +220,7 @@ impl Inodes {
         let traces = match &*lock(&inode.slot) {
             Slot::Open(fd) => return Ok(fd.clone()),
             Slot::Evicted(traces) => traces.clone(),
+            Slot::Gone => return Err(Errno::STALE),
         };
         let found = self.find_again(inode, &traces, ascent)?;
         let stat = stat(&found)?;
@@ -225,9 +235,11 @@ impl Inodes {
         }
         tables.make_room(self.limit)?;
         let mut slot = lock(&inode.slot);
-        if let Slot::Open(other) = &*slot {
+        match &*slot {
             // Another thread was quicker; one descriptor is enough, and is counted once.
-            return Ok(other.clone());
+            Slot::Open(other) => return Ok(other.clone()),
+            Slot::Gone => return Err(Errno::STALE),
+            Slot::Evicted(_) => {}
         }
         *slot = Slot::Open(fd.clone());
         drop(slot);
@@ -276,6 +288,12 @@ impl Inodes {
             }
             return Ok(inode);
         }
+        if share.is_removed() {
+            return Err(Errno::STALE);
+        }
+        if tables.by_id.len() >= MAX_NODES {
+            return Err(Errno::NFILE);
+        }
         tables.make_room(self.limit)?;
         tables.next += 1;
         let id = tables.next;
@@ -286,6 +304,7 @@ impl Inodes {
             share: share.clone(),
             is_root: directory.is_none(),
             is_boundary: directory.is_none_or(|d| d.identity.is_across(&identity)),
+            bare: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(Arc::new(fd))),
             place: Mutex::new((parent, name.to_owned())),
         });
@@ -332,6 +351,25 @@ impl Inodes {
         }
         drop(tables);
         drop(inode);
+    }
+
+    /// Closes what is known under a share that was taken away.
+    pub(super) fn let_go(&self, share: &Share) {
+        let mut tables = lock(&self.tables);
+        let gone = |inode: &&Arc<Inode>| inode.share.number == share.number;
+        let inodes: Vec<_> = tables
+            .by_id
+            .values()
+            .map(|e| &e.0)
+            .filter(gone)
+            .cloned()
+            .collect();
+        for inode in inodes {
+            let slot = std::mem::replace(&mut *lock(&inode.slot), Slot::Gone);
+            if matches!(slot, Slot::Open(_)) {
+                tables.open = tables.open.saturating_sub(1);
+            }
+        }
     }
 
     /// Forgets all.
@@ -382,5 +420,6 @@ fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
     match &*lock(&inode.slot) {
         Slot::Open(_) => true,
         Slot::Evicted(traces) => traces.fit(fd, stat),
+        Slot::Gone => false,
     }
 }

@@ -213,7 +213,7 @@ impl Server {
         match header.opcode {
             op::OPEN => {
                 let arg: wire::OpenIn = args.take()?;
-                Ok(reply(&self.files.open(node, arg.flags)?))
+                Ok(reply(&self.files.open(node, &arg)?))
             }
             op::OPENDIR => Ok(reply(&self.files.opendir(node)?)),
             op::RELEASE | op::RELEASEDIR => {
@@ -239,7 +239,7 @@ impl Server {
                 Ok(Reply::Empty)
             }
             op::SYNCFS => {
-                self.files.syncfs()?;
+                self.files.syncfs(node)?;
                 Ok(Reply::Empty)
             }
             op::FALLOCATE => {
@@ -352,6 +352,7 @@ impl Server {
             | init::POSIX_ACL
             | init::MAX_PAGES
             | init::SUBMOUNTS
+            | init::HANDLE_KILLPRIV_V2
             | init::INIT_EXT
             | init::DIRECT_IO_ALLOW_MMAP;
         match self.files.options().cache {

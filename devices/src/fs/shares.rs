@@ -89,9 +89,13 @@ impl Share {
     }
 }
 
+/// Called with each share that is taken away; nothing when the file system behind it is gone.
+type Listener = Box<dyn Fn(&Share) -> Option<()> + Send + Sync>;
+
 struct Inner {
     entries: Mutex<BTreeMap<String, Arc<Share>>>,
     changes: AtomicU64,
+    listeners: Mutex<Vec<Listener>>,
 }
 
 /// The entries of the synthetic root. Cheap to clone; all clones are the same root.
@@ -103,6 +107,7 @@ impl Default for Shares {
         Self(Arc::new(Inner {
             entries: Mutex::default(),
             changes: AtomicU64::new(0),
+            listeners: Mutex::default(),
         }))
     }
 }
@@ -133,15 +138,23 @@ impl Shares {
         Ok(())
     }
 
-    /// Takes an entry away. What the guest has open under it answers ESTALE from now on. False
-    /// if there was none.
+    /// Takes an entry away. What the guest has open under it is closed and answers ESTALE from now
+    /// on, whatever the guest does. False if there was none.
     pub fn remove(&self, name: &str) -> bool {
         let share = lock(&self.0.entries).remove(name);
         if let Some(share) = &share {
             share.removed.store(true, Ordering::Relaxed);
             self.0.changes.fetch_add(1, Ordering::SeqCst);
+            lock(&self.0.listeners).retain(|listener| listener(share).is_some());
         }
         share.is_some()
+    }
+
+    pub(super) fn when_removed(
+        &self,
+        listener: impl Fn(&Share) -> Option<()> + Send + Sync + 'static,
+    ) {
+        lock(&self.0.listeners).push(Box::new(listener));
     }
 
     /// The share of this name.
@@ -150,11 +163,14 @@ impl Shares {
         lock(&self.0.entries).get(name).cloned()
     }
 
-    /// All names, in order, and whether each is a directory or a file.
-    pub(super) fn names(&self) -> Vec<(String, FileType)> {
+    /// Every share's number, name, and whether it is a directory or a file, in the order in which
+    /// they came.
+    pub(super) fn names(&self) -> Vec<(u64, String, FileType)> {
         let entries = lock(&self.0.entries);
-        let row = |(name, share): (&String, &Arc<Share>)| (name.clone(), share.kind);
-        entries.iter().map(row).collect()
+        let row = |(name, share): (&String, &Arc<Share>)| (share.number, name.clone(), share.kind);
+        let mut all: Vec<_> = entries.iter().map(row).collect();
+        all.sort_by_key(|row| row.0);
+        all
     }
 
     /// All shares.

@@ -173,6 +173,7 @@ pub mod init {
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const SUBMOUNTS: u64 = 1 << 27;
+    pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 }
@@ -196,6 +197,7 @@ pub mod setattr {
     pub const FH: u32 = 1 << 6;
     pub const ATIME_NOW: u32 = 1 << 7;
     pub const MTIME_NOW: u32 = 1 << 8;
+    pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
 /// `Attr::flags`: another file system begins here.
@@ -204,6 +206,10 @@ pub const ATTR_SUBMOUNT: u32 = 1;
 pub const GETATTR_FH: u32 = 1;
 /// `WriteIn::write_flags`: from the guest's page cache, not from a process.
 pub const WRITE_CACHE: u32 = 1;
+/// `WriteIn::write_flags`: take set-user-ID and set-group-ID bits away.
+pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// `OpenIn::open_flags` and `CreateIn::open_flags`: the same, when the file is truncated.
+pub const OPEN_KILL_SUIDGID: u32 = 1;
 /// `FsyncIn::fsync_flags`: data only.
 pub const FSYNC_FDATASYNC: u32 = 1;
 

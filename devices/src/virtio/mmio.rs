@@ -16,6 +16,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, VirtioDevice,
     Worker,
 };
+use crate::sync::guest_fault;
 use event_manager::MutEventSubscriber;
 use std::io;
 use std::sync::Arc;
@@ -307,7 +308,7 @@ impl MmioTransport {
                 self.line.status.store(value, Ordering::SeqCst);
             }
             // The driver reads the status back and sees that FEATURES_OK is missing.
-            (DRIVER, FEATURES) => log::warn!(
+            (DRIVER, FEATURES) => guest_fault!(
                 "a driver accepted features {:#x}, which were not offered",
                 self.driver_features
             ),
@@ -316,7 +317,7 @@ impl MmioTransport {
                 self.activate();
             }
             (old, new) if old == new => {}
-            (old, new) => log::warn!("a driver tried to go from status {old:#x} to {new:#x}"),
+            (old, new) => guest_fault!("a driver tried to go from status {old:#x} to {new:#x}"),
         }
     }
 
@@ -327,7 +328,7 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
-            log::error!("cannot start virtio {:?}: {error:?}", self.device.kind());
+            guest_fault!("cannot start virtio {:?}: {error:?}", self.device.kind());
             self.line.needs_reset();
         }
     }

@@ -1,6 +1,7 @@
 //! A queue in use: what a device does with it, and nothing else.
 
 use super::{Chain, ChainError, Interrupt, Memory};
+use crate::sync::guest_fault;
 use std::sync::Arc;
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -139,10 +140,15 @@ impl ActiveQueue {
 
     /// Tells the driver that its device stopped because of what the driver did.
     pub fn fail(&self, error: &QueueError) {
-        log::error!(
+        guest_fault!(
             "virtio queue {}: {error:?}; the device needs a reset",
             self.index
         );
+        self.ask_for_reset();
+    }
+
+    /// Tells the driver that its device stopped.
+    pub fn ask_for_reset(&self) {
         self.interrupt.needs_reset();
     }
 

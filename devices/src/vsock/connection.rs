@@ -27,8 +27,8 @@ use std::os::unix::net::UnixStream;
 /// What the host buffers for one stream, in bytes: the credit that the guest gets.
 pub const BUFFER_SIZE: u32 = 256 << 10;
 
-/// Tell the guest of new credit when this much has been passed on since it last heard.
-const CREDIT_STEP: u32 = BUFFER_SIZE / 2;
+/// The same for a stream that is made when there are many.
+pub const SMALL_BUFFER_SIZE: u32 = 16 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -46,6 +46,8 @@ enum State {
 pub struct Connection {
     state: State,
     stream: UnixStream,
+    /// The guest's credit, in bytes.
+    window: u32,
     /// What the guest sent and the host's end has not taken yet.
     buffer: VecDeque<u8>,
     /// Bytes passed on to the host's end, wrapping; what the guest was told last.
@@ -69,24 +71,25 @@ pub struct Connection {
 
 impl Connection {
     /// The guest asked for it with `request`, and the host accepted.
-    pub fn accepted(stream: UnixStream, request: &Header) -> Self {
-        let mut connection = Self::new(stream, State::Established);
+    pub fn accepted(stream: UnixStream, request: &Header, window: u32) -> Self {
+        let mut connection = Self::new(stream, State::Established, window);
         connection.take_credit(request);
         connection.owed.push_back((Op::Response, 0));
         connection
     }
 
     /// The host asks for it.
-    pub fn requested(stream: UnixStream) -> Self {
-        let mut connection = Self::new(stream, State::Connecting);
+    pub fn requested(stream: UnixStream, window: u32) -> Self {
+        let mut connection = Self::new(stream, State::Connecting, window);
         connection.owed.push_back((Op::Request, 0));
         connection
     }
 
-    fn new(stream: UnixStream, state: State) -> Self {
+    fn new(stream: UnixStream, state: State, window: u32) -> Self {
         Self {
             state,
             stream,
+            window,
             buffer: VecDeque::new(),
             forwarded: 0,
             forwarded_told: 0,
@@ -148,7 +151,7 @@ impl Connection {
 
     /// Puts this side's credit into a header that goes to the guest.
     pub fn put_credit(&mut self, header: &mut Header) {
-        header.buf_alloc = BUFFER_SIZE.into();
+        header.buf_alloc = self.window.into();
         header.fwd_cnt = self.forwarded.into();
         self.forwarded_told = self.forwarded;
     }
@@ -196,7 +199,7 @@ impl Connection {
     pub fn receive(&mut self, data: &[u8]) -> bool {
         let allowed = self.state == State::Established
             && !self.guest_ended
-            && self.buffer.len() + data.len() <= BUFFER_SIZE as usize;
+            && self.buffer.len() + data.len() <= self.window as usize;
         if !allowed {
             self.kill();
             return false;
@@ -210,14 +213,14 @@ impl Connection {
         self.state == State::Established
             && !self.guest_ended
             && self.buffer.is_empty()
-            && len <= BUFFER_SIZE
+            && len <= self.window
     }
 
     /// The device wrote `count` bytes straight to the host's end.
     pub fn passed_on(&mut self, count: u32) {
         self.forwarded = self.forwarded.wrapping_add(count);
         if self.state == State::Established
-            && self.forwarded.wrapping_sub(self.forwarded_told) >= CREDIT_STEP
+            && self.forwarded.wrapping_sub(self.forwarded_told) > self.window / 2
         {
             self.owe(Op::CreditUpdate, 0);
         }
@@ -238,6 +241,8 @@ impl Connection {
                 Err(_) => return self.host_gone(),
             }
         }
+        // A burst's room is given back.
+        self.buffer = VecDeque::new();
         self.after_flush();
     }
 
@@ -316,7 +321,7 @@ mod tests {
             buf_alloc: 1000.into(),
             ..Header::default()
         };
-        let mut connection = Connection::accepted(ours, &request);
+        let mut connection = Connection::accepted(ours, &request, BUFFER_SIZE);
         assert_eq!(connection.take_owed(), Some((Op::Response, 0)));
         (connection, theirs)
     }
@@ -412,7 +417,7 @@ mod tests {
     #[test]
     fn credit_is_told_when_half_the_buffer_was_passed_on() {
         let (mut connection, _host) = established();
-        connection.passed_on(CREDIT_STEP - 1);
+        connection.passed_on(BUFFER_SIZE / 2);
         assert_eq!(connection.take_owed(), None);
         connection.passed_on(1);
         assert_eq!(connection.take_owed(), Some((Op::CreditUpdate, 0)));

@@ -3,6 +3,7 @@
 
 use super::muxer::{Key, Muxer, Watch};
 use super::{FIRST_GUEST_CID, Ports};
+use crate::sync::guest_fault;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
     read_config_space,
@@ -98,7 +99,7 @@ impl VsockWorker {
         {
             if let Err(error) = self.muxer.receive(&chain, self.tx.memory()) {
                 // One bad packet is dropped; its stream finds out by its credit.
-                log::warn!("vsock: a packet of the guest's is broken: {error}");
+                guest_fault!("vsock: a packet of the guest's is broken: {error}");
             }
             self.tx.complete(chain.head(), 0)?;
             any = true;
@@ -123,7 +124,7 @@ impl VsockWorker {
                     break;
                 }
                 Err(error) => {
-                    log::warn!("vsock: a buffer of the guest's is no use: {error}");
+                    guest_fault!("vsock: a buffer of the guest's is no use: {error}");
                     self.rx.complete(chain.head(), 0)?;
                 }
             }

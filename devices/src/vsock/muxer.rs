@@ -1,6 +1,6 @@
 //! All streams of one guest, and what is owed to it, in turn.
 
-use super::connection::{BUFFER_SIZE, Connection};
+use super::connection::{BUFFER_SIZE, Connection, SMALL_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
 use super::{HOST_CID, Ports};
 use crate::sys;
@@ -10,8 +10,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use zerocopy::IntoBytes;
 
-/// The most streams of one guest: each is a descriptor of this process.
+/// The most streams of one guest: each is a descriptor of this process, so it is less where the
+/// process may have few.
 pub const MAX_CONNECTIONS: usize = 4096;
+
+/// How many streams get a large buffer. The host's memory for all is at most
+/// 256 * 256 KiB + 3840 * 16 KiB = 124 MiB.
+const LARGE_BUFFERS: usize = 256;
 
 /// The most refusals that wait for room in the receive queue. A guest that makes more without
 /// giving room finds its transmit queue at rest until it does.
@@ -54,6 +59,14 @@ pub struct Muxer {
     /// Streams that are over; their descriptors stay open until epoll has let go of them.
     closing: Vec<Connection>,
     next_port: u32,
+    limit: usize,
+}
+
+/// An eighth of the process's descriptors, up to [`MAX_CONNECTIONS`].
+fn connection_limit() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let share = limit.map_or(MAX_CONNECTIONS as u64, |limit| limit / 8);
+    share.clamp(16, MAX_CONNECTIONS as u64) as usize
 }
 
 impl Muxer {
@@ -69,6 +82,15 @@ impl Muxer {
             watches: Vec::new(),
             closing: Vec::new(),
             next_port: FIRST_HOST_PORT,
+            limit: connection_limit(),
+        }
+    }
+
+    /// The buffer of the next stream.
+    fn window(&self) -> u32 {
+        match self.connections.len() {
+            0..LARGE_BUFFERS => BUFFER_SIZE,
+            _ => SMALL_BUFFER_SIZE,
         }
     }
 
@@ -132,7 +154,7 @@ impl Muxer {
     }
 
     fn request(&mut self, key: Key, header: &Header) {
-        if self.connections.contains_key(&key) || self.connections.len() >= MAX_CONNECTIONS {
+        if self.connections.contains_key(&key) || self.connections.len() >= self.limit {
             self.refuse(header);
             return;
         }
@@ -145,13 +167,13 @@ impl Muxer {
             self.refuse(header);
             return;
         }
-        self.insert(key, Connection::accepted(stream, header));
+        self.insert(key, Connection::accepted(stream, header, self.window()));
     }
 
     /// Starts the streams that the host asked for.
     pub fn connect_wanted(&mut self) {
         for (guest, stream) in self.ports.take_wanted() {
-            if self.connections.len() >= MAX_CONNECTIONS || stream.set_nonblocking(true).is_err() {
+            if self.connections.len() >= self.limit || stream.set_nonblocking(true).is_err() {
                 continue; // Dropped: the host's end sees the end of its stream.
             }
             let mut key = Key {
@@ -162,7 +184,7 @@ impl Muxer {
                 key.host = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
             }
             self.next_port = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
-            self.insert(key, Connection::requested(stream));
+            self.insert(key, Connection::requested(stream, self.window()));
         }
     }
 

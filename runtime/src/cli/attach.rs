@@ -1,107 +1,208 @@
 //! The user's streams and terminal, and a process's.
 
 use koya::Process;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 const BUFFER: usize = 64 << 10;
 
+/// How long a stream may be silent once its process has ended, in seconds, before nobody waits for
+/// its end any more: what the process left running may hold it open for ever.
+const SILENCE: i64 = 2;
+
 /// The user's three streams.
 pub(super) struct UserStreams {
-    pub(super) stdin: File,
-    pub(super) stdout: File,
-    pub(super) stderr: File,
+    /// Nothing if the process is to get no input.
+    pub(super) stdin: Option<File>,
+    pub(super) stdout: Box<dyn Write + Send>,
+    pub(super) stderr: Box<dyn Write + Send>,
 }
 
 impl UserStreams {
-    /// This process's own.
-    pub(super) fn own() -> std::io::Result<Self> {
-        let copy = |fd: std::os::fd::BorrowedFd<'_>| -> std::io::Result<File> {
+    /// This process's own, input only if the process is to get it.
+    pub(super) fn own(interactive: bool) -> std::io::Result<Self> {
+        let copy = |fd: BorrowedFd<'_>| -> std::io::Result<File> {
             Ok(File::from(fd.try_clone_to_owned()?))
         };
+        let stdin = interactive.then(|| copy(std::io::stdin().as_fd()));
         Ok(Self {
-            stdin: copy(std::io::stdin().as_fd())?,
-            stdout: copy(std::io::stdout().as_fd())?,
-            stderr: copy(std::io::stderr().as_fd())?,
-        })
-    }
-
-    /// Three that somebody sent.
-    pub(super) fn from_fds(fds: Vec<OwnedFd>) -> Option<Self> {
-        let [stdin, stdout, stderr]: [OwnedFd; 3] = fds.try_into().ok()?;
-        Some(Self {
-            stdin: stdin.into(),
-            stdout: stdout.into(),
-            stderr: stderr.into(),
+            stdin: stdin.transpose()?,
+            stdout: Box::new(copy(std::io::stdout().as_fd())?),
+            stderr: Box::new(copy(std::io::stderr().as_fd())?),
         })
     }
 }
 
-/// Threads that carry a process's output; [`finish`](Self::finish) waits for the last byte.
-pub(super) struct Pumps(Vec<JoinHandle<()>>);
+/// The host's ends of a process's streams.
+pub(super) enum ProcessStreams {
+    /// One, both ways.
+    Terminal(UnixStream),
+    /// Up to three.
+    Pipes {
+        stdin: Option<UnixStream>,
+        stdout: UnixStream,
+        stderr: UnixStream,
+    },
+}
+
+impl ProcessStreams {
+    /// Takes them from a process; nothing if it has none.
+    pub(super) fn take(process: &mut Process) -> Option<Self> {
+        let stdin = process.stdin.take();
+        match (process.stdout.take(), process.stderr.take()) {
+            (Some(stdout), Some(stderr)) => Some(Self::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            }),
+            _ => stdin.map(Self::Terminal),
+        }
+    }
+
+    /// In the order in which [`from_fds`](Self::from_fds) takes them.
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::Terminal(stream) => vec![stream.as_fd()],
+            Self::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            } => {
+                let both = [stdout.as_fd(), stderr.as_fd()];
+                both.into_iter()
+                    .chain(stdin.as_ref().map(AsFd::as_fd))
+                    .collect()
+            }
+        }
+    }
+
+    /// From descriptors that the sandbox's process sent: one, or two and perhaps a third.
+    pub(super) fn from_fds(fds: Vec<OwnedFd>) -> Option<Self> {
+        let mut fds = fds.into_iter().map(UnixStream::from);
+        let first = fds.next()?;
+        let Some(stderr) = fds.next() else {
+            return Some(Self::Terminal(first));
+        };
+        Some(Self::Pipes {
+            stdin: fds.next(),
+            stdout: first,
+            stderr,
+        })
+    }
+}
+
+/// Threads that carry a process's output.
+pub(super) struct Pumps {
+    threads: Vec<JoinHandle<()>>,
+    /// Closed when the process has ended.
+    alive: std::io::PipeWriter,
+}
 
 impl Pumps {
     /// Connects a process to the user. Input is carried by a thread that nobody waits for: it may
     /// hang in a read for ever.
-    pub(super) fn start(process: &mut Process, user: UserStreams) -> Self {
-        let mut pumps = Vec::new();
-        let UserStreams {
-            stdin,
-            mut stdout,
-            mut stderr,
-        } = user;
-        let terminal = process.stdout.is_none() && process.stderr.is_none();
-        if let Some(stream) = process.stdin.take() {
-            if terminal && let Ok(from) = stream.try_clone() {
-                pumps.push(std::thread::spawn(move || {
-                    copy(from, &mut stdout);
-                }));
-                std::thread::spawn(move || copy(stdin, &mut &stream));
-                return Self(pumps);
+    ///
+    /// # Errors
+    /// If the host has no more threads or descriptors.
+    pub(super) fn start(streams: ProcessStreams, user: UserStreams) -> std::io::Result<Self> {
+        let (ended, alive) = std::io::pipe()?;
+        let ended = Arc::new(ended);
+        let mut threads = Vec::new();
+        let mut output = |from: UnixStream, mut to: Box<dyn Write + Send>| {
+            let ended = ended.clone();
+            threads.push(spawn("koya-output", move || {
+                pump(&from, &mut to, ended.as_fd());
+                // If the user's end broke, the process is told so by its own.
+                from.shutdown(Shutdown::Both).ok();
+            })?);
+            std::io::Result::Ok(())
+        };
+        let input = match streams {
+            ProcessStreams::Terminal(stream) => {
+                output(stream.try_clone()?, user.stdout)?;
+                user.stdin.map(|stdin| (stdin, stream, false))
             }
-            std::thread::spawn(move || {
-                copy(stdin, &mut &stream);
-                stream.shutdown(Shutdown::Write).ok();
-            });
-        }
-        let mut output = |stream: Option<UnixStream>, mut to: File| {
-            if let Some(stream) = stream {
-                pumps.push(std::thread::spawn(move || {
-                    copy(&stream, &mut to);
-                    // If the user's end broke, the process is told so by its own.
-                    stream.shutdown(Shutdown::Both).ok();
-                }));
+            ProcessStreams::Pipes {
+                stdin,
+                stdout,
+                stderr,
+            } => {
+                output(stdout, user.stdout)?;
+                output(stderr, user.stderr)?;
+                // Without input of the user's the stream is closed here: end of file.
+                stdin.and_then(|stream| Some((user.stdin?, stream, true)))
             }
         };
-        if let Ok(stdout) = stdout.try_clone() {
-            output(process.stdout.take(), stdout);
+        if let Some((mut from, to, ends)) = input {
+            spawn("koya-input", move || {
+                std::io::copy(&mut from, &mut &to).ok();
+                if ends {
+                    to.shutdown(Shutdown::Write).ok();
+                }
+            })?;
         }
-        if let Ok(stderr) = stderr.try_clone() {
-            output(process.stderr.take(), stderr);
-        }
-        stdout.flush().ok();
-        stderr.flush().ok();
-        Self(pumps)
+        Ok(Self { threads, alive })
     }
 
-    /// Waits until all output has arrived.
+    /// The process has ended: waits until all of its output has arrived.
     pub(super) fn finish(self) {
-        for pump in self.0 {
-            pump.join().ok();
+        drop(self.alive);
+        for thread in self.threads {
+            thread.join().ok();
         }
     }
 }
 
-/// Until the end of either; why it ended is the other side's business.
-fn copy(from: impl Read, to: &mut impl Write) {
-    let mut from = BufReader::with_capacity(BUFFER, from);
-    std::io::copy(&mut from, to).ok();
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).spawn(work)
+}
+
+/// Copies until the end of either side, or until `ended` is closed and nothing comes for a while.
+fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) {
+    let mut buffer = vec![0; BUFFER];
+    let mut over = false;
+    loop {
+        let timeout = Timespec {
+            tv_sec: SILENCE,
+            tv_nsec: 0,
+        };
+        let mut fds = [
+            PollFd::new(from, PollFlags::IN),
+            PollFd::from_borrowed_fd(ended, PollFlags::empty()),
+        ];
+        let watched = if over { &mut fds[..1] } else { &mut fds[..] };
+        match poll(watched, over.then_some(&timeout)) {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return,
+        }
+        over |= !fds[1].revents().is_empty();
+        if fds[0].revents().is_empty() {
+            continue;
+        }
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                if to
+                    .write_all(&buffer[..count])
+                    .and_then(|()| to.flush())
+                    .is_err()
+                {
+                    return;
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// The user's terminal in raw mode; as it was when this is dropped.
@@ -136,7 +237,8 @@ impl Drop for RawTerminal {
     }
 }
 
-fn restore() {
+/// Gives the terminal back as it was.
+pub(super) fn restore() {
     let saved = SAVED.try_lock().ok().and_then(|mut s| s.take());
     if let Some(saved) = saved {
         tcsetattr(std::io::stdin(), OptionalActions::Now, &saved).ok();
@@ -147,4 +249,32 @@ fn restore() {
 pub(super) fn terminal_size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(std::io::stdin()).ok()?;
     Some((size.ws_row, size.ws_col))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_that_nobody_ends_is_not_waited_for() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (mut read, write) = std::io::pipe().unwrap();
+        let streams = ProcessStreams::Pipes {
+            stdin: None,
+            stdout: ours,
+            stderr: UnixStream::pair().unwrap().0,
+        };
+        let user = UserStreams {
+            stdin: None,
+            stdout: Box::new(write),
+            stderr: Box::new(std::io::sink()),
+        };
+        let pumps = Pumps::start(streams, user).unwrap();
+        theirs.write_all(b"last words").unwrap();
+        // What the process left running still has the other end.
+        pumps.finish();
+        let mut got = String::new();
+        read.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "last words");
+    }
 }

@@ -1,18 +1,21 @@
 //! Commands that ask a running container's process for something.
 
-use super::attach::{RawTerminal, terminal_size};
-use super::control::{Answer, Request, send};
-use super::run::expand_env;
+use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
+use super::control::{Answer, Request};
+use super::run::{check_terminal, expand_env};
 use super::state::Folder;
+use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
-use std::io::{BufRead, BufReader};
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 #[derive(Args)]
 pub(super) struct ExecArgs {
@@ -22,15 +25,15 @@ pub(super) struct ExecArgs {
     /// Connect standard input
     #[arg(long, short)]
     interactive: bool,
-    /// An environment variable; without a value, the one of this environment
+    /// An environment variable beside the container's; without a value, the one of this environment
     #[arg(long, short, value_name = "K[=V]")]
     env: Vec<String>,
-    /// The working directory
+    /// The working directory (default: the container's)
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
-    /// The user, by name or number, and the group
-    #[arg(long, short, value_name = "USER[:GROUP]", default_value = "")]
-    user: String,
+    /// The user, by name or number, and the group (default: the container's)
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    user: Option<String>,
     /// The container
     name: String,
     /// The command and its arguments
@@ -80,32 +83,49 @@ fn parse_signal(text: &str) -> Result<i32, String> {
         .ok_or_else(|| format!("there is no signal {text}"))
 }
 
-fn connect(name: &str) -> Result<UnixStream> {
+/// How long a sandbox may take to go once its container has ended.
+const GONE_LIMIT: Duration = Duration::from_secs(30);
+
+fn connect(name: &str) -> Result<(Folder, UnixStream)> {
     let folder = Folder::find(name)?;
     if !folder.is_running() {
         bail!("container {name} is not running");
     }
-    UnixStream::connect(folder.control())
-        .with_context(|| format!("container {name} does not answer"))
+    let stream = folder
+        .connect()
+        .with_context(|| format!("container {name} does not answer"))?;
+    Ok((folder, stream))
 }
 
-fn answer(name: &str, stream: UnixStream) -> Outcome {
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    if line.is_empty() {
-        bail!("container {name} ended");
-    }
-    match serde_json::from_str(&line)? {
-        Answer::Done(status) => Ok(status as u8),
-        Answer::Failed { status, reason } => {
+/// What a container's process answers.
+enum Heard {
+    Started(Vec<OwnedFd>),
+    Over(u8),
+}
+
+fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
+    match wire.receive()? {
+        None => bail!("container {name} ended"),
+        Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
+        Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
+        Some((Answer::Failed { status, reason }, _)) => {
             eprintln!("koya: {reason}");
-            Ok(u8::try_from(status).unwrap_or(FAILED))
+            Ok(Heard::Over(u8::try_from(status).unwrap_or(FAILED)))
+        }
+    }
+}
+
+fn hear_end(name: &str, wire: &mut Wire) -> Outcome {
+    loop {
+        if let Heard::Over(status) = hear(name, wire)? {
+            return Ok(status);
         }
     }
 }
 
 pub(super) fn exec(args: &ExecArgs) -> Outcome {
-    let stream = connect(&args.name)?;
+    check_terminal(args.tty, args.interactive)?;
+    let (_, stream) = connect(&args.name)?;
     let request = Request::Exec {
         args: args.command.clone(),
         env: expand_env(&args.env),
@@ -114,42 +134,60 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         terminal: args.tty.then(|| terminal_size().unwrap_or((0, 0))),
         interactive: args.interactive,
     };
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])?;
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    send(
-        &stream,
-        &request,
-        &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
-    )?;
-    let raw = match args.tty {
+    // Before any thread exists, so that none misses it.
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])?;
+    send(&stream, &request, &[])?;
+    let mut wire = Wire::new(stream.try_clone()?);
+    let over = Arc::new(AtomicBool::new(false));
+    forward_signals(signals, stream, over.clone());
+    let fds = match hear(&args.name, &mut wire)? {
+        Heard::Over(status) => return Ok(status),
+        Heard::Started(fds) => fds,
+    };
+    let streams = ProcessStreams::from_fds(fds).context("the process has no streams")?;
+    let raw = match args.tty && args.interactive {
         true => RawTerminal::enter().ok(),
         false => None,
     };
-    let forward = stream.try_clone()?;
+    let pumps = Pumps::start(streams, UserStreams::own(args.interactive)?)?;
+    let status = hear_end(&args.name, &mut wire);
+    over.store(true, Ordering::SeqCst);
+    pumps.finish();
+    drop(raw);
+    status
+}
+
+/// Passes signals on; once the process is over, they are this command's own.
+fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBool>) {
     std::thread::spawn(move || {
         for signal in signals.forever() {
+            if over.load(Ordering::SeqCst) && signal != SIGWINCH {
+                super::attach::restore();
+                std::process::exit(128 + signal);
+            }
             let request = match (signal, terminal_size()) {
                 (SIGWINCH, Some((rows, columns))) => Request::Resize(rows, columns),
                 (SIGWINCH, None) => continue,
                 (signal, _) => Request::Signal(signal),
             };
-            if send(&forward, &request, &[]).is_err() {
+            if send(&stream, &request, &[]).is_err() {
                 return;
             }
         }
     });
-    let status = answer(&args.name, stream);
-    drop(raw);
-    status
 }
 
 /// Asks each container, and goes on when one can't.
-fn for_each(names: &[String], request: impl Fn() -> Request) -> Outcome {
+fn for_each(names: &[String], until_gone: bool, request: impl Fn() -> Request) -> Outcome {
     let mut worst = 0;
     for name in names {
-        let asked = connect(name).and_then(|stream| {
+        let asked = connect(name).and_then(|(folder, stream)| {
             send(&stream, &request(), &[])?;
-            answer(name, stream)
+            let status = hear_end(name, &mut Wire::new(stream))?;
+            if until_gone && status == 0 && !folder.wait_ended(GONE_LIMIT) {
+                bail!("container {name} ended, but its sandbox is still there");
+            }
+            Ok(status)
         });
         match asked {
             Ok(0) => println!("{name}"),
@@ -164,22 +202,35 @@ fn for_each(names: &[String], request: impl Fn() -> Request) -> Outcome {
 }
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
-    for_each(&args.names, || Request::Stop(args.time))
+    for_each(&args.names, true, || Request::Stop(args.time))
 }
 
 pub(super) fn kill(args: &KillArgs) -> Outcome {
-    for_each(&args.names, || Request::Signal(args.signal))
+    for_each(&args.names, false, || Request::Signal(args.signal))
 }
 
 pub(super) fn console(args: &ConsoleArgs) -> Outcome {
-    let stream = connect(&args.name)?;
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    send(
-        &stream,
-        &Request::Console,
-        &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
-    )?;
-    answer(&args.name, stream)
+    let (_, stream) = connect(&args.name)?;
+    send(&stream, &Request::Console, &[])?;
+    let mut wire = Wire::new(stream);
+    let Heard::Started(fds) = hear(&args.name, &mut wire)? else {
+        bail!("container {} has no console", args.name);
+    };
+    let console = fds
+        .into_iter()
+        .next()
+        .context("the console has no stream")?;
+    let console = UnixStream::from(console);
+    // The end of what is typed is told by closing that direction.
+    let streams = ProcessStreams::Pipes {
+        stdin: Some(console.try_clone()?),
+        stdout: console,
+        stderr: UnixStream::pair()?.0,
+    };
+    let pumps = Pumps::start(streams, UserStreams::own(true)?)?;
+    let status = hear_end(&args.name, &mut wire);
+    pumps.finish();
+    status
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! Commands that only look at what is written down.
 
+use super::container_log::LogReader;
 use super::state::Folder;
 use super::{FAILED, Outcome};
 use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::json;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::time::{Duration, SystemTime};
+
+/// How long a sandbox may take to go after SIGKILL: its memory is given back.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Args)]
 pub(super) struct PsArgs {
@@ -40,7 +42,7 @@ pub(super) struct RmArgs {
 
 pub(super) fn ps(args: &PsArgs) -> Outcome {
     let mut rows = Vec::new();
-    for folder in Folder::all() {
+    for folder in Folder::all()? {
         let Ok(record) = folder.read() else { continue };
         let running = folder.is_running();
         if !running && !args.all {
@@ -99,28 +101,22 @@ fn format_age(age: Duration) -> String {
 
 pub(super) fn logs(args: &LogsArgs) -> Outcome {
     let folder = Folder::find(&args.name)?;
-    let mut log = match File::open(folder.log()) {
-        Ok(log) => log,
-        Err(_) => bail!(
-            "container {} writes to its terminal and has no log",
+    if !folder.log().exists() {
+        bail!(
+            "container {} writes to its own terminal and has no log",
             args.name
-        ),
-    };
-    let mut at = 0;
+        );
+    }
+    let mut log = LogReader::new(&folder.log());
     loop {
         // Looked at before the last read, so that nothing written before the end is missed.
         let running = folder.is_running();
-        log.seek(SeekFrom::Start(at))?;
-        at += copy_all(&mut log)?;
+        log.copy_new(&mut std::io::stdout())?;
         if !args.follow || !running {
             return Ok(0);
         }
         std::thread::sleep(Duration::from_millis(100));
     }
-}
-
-fn copy_all(log: &mut impl Read) -> Result<u64> {
-    Ok(std::io::copy(log, &mut std::io::stdout())?)
 }
 
 pub(super) fn rm(args: &RmArgs) -> Outcome {
@@ -147,10 +143,8 @@ fn rm_one(name: &str, force: bool) -> Result<()> {
         if let Some(pid) = rustix::process::Pid::from_raw(pid) {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
         }
-        let mut tries = 500;
-        while folder.is_running() && tries > 0 {
-            tries -= 1;
-            std::thread::sleep(Duration::from_millis(10));
+        if !folder.wait_ended(KILL_LIMIT) {
+            bail!("container {name} is still there after SIGKILL");
         }
     }
     folder.remove();

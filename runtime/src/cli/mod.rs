@@ -3,11 +3,13 @@
 mod attach;
 mod check;
 mod client;
+mod container_log;
 mod control;
 mod environment;
 mod list;
 mod run;
 mod state;
+mod wire;
 
 use clap::{Parser, Subcommand};
 use std::io::Write;
@@ -64,7 +66,10 @@ type Outcome = anyhow::Result<u8>;
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     log_to_stderr();
-    state::sweep();
+    if let Err(error) = state::sweep() {
+        // A command that needs the folders says so itself.
+        log::debug!("cannot clear away what killed containers left: {error:#}");
+    }
     let outcome = match cli.command {
         Command::Run(args) => run::main(&args),
         Command::Exec(args) => client::exec(&args),

@@ -1,9 +1,9 @@
 //! `koya run`
 
-use super::attach::{Pumps, RawTerminal, UserStreams, terminal_size};
-use super::control::Server;
+use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
+use super::container_log::LogWriter;
 use super::state::{self, Folder, Owned, Record};
-use super::{Outcome, parse_mib};
+use super::{FAILED, Outcome, parse_mib};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
@@ -15,7 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -171,6 +171,17 @@ pub(super) fn expand_env(env: &[String]) -> Vec<String> {
         .collect()
 }
 
+/// `env`, and what `base` has beside it.
+pub(super) fn merge_env(mut env: Vec<String>, base: &[String]) -> Vec<String> {
+    for entry in base {
+        let name = entry.split('=').next();
+        if !env.iter().any(|e| e.split('=').next() == name) {
+            env.push(entry.clone());
+        }
+    }
+    env
+}
+
 impl RunArgs {
     fn stdio(&self) -> Stdio {
         match (self.tty, self.interactive) {
@@ -212,13 +223,7 @@ impl RunArgs {
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
         }
-        let mut env = expand_env(&self.env);
-        for entry in image.env {
-            let name = entry.split('=').next().unwrap_or_default();
-            if !env.iter().any(|e| e.split('=').next() == Some(name)) {
-                env.push(entry);
-            }
-        }
+        let env = merge_env(expand_env(&self.env), &image.env);
         Ok(ContainerConfig {
             rootfs: absolute(rootfs)?,
             process: ProcessConfig {
@@ -247,101 +252,124 @@ impl RunArgs {
 }
 
 /// Unpacks an image into a root file system for this container alone.
-fn unpack(image: &Path, root: &Path) -> Result<Defaults> {
-    let scratch = root.with_extension("image");
-    std::fs::create_dir_all(&scratch)
-        .and_then(|()| std::fs::create_dir_all(root))
-        .with_context(|| format!("cannot create {}", root.display()))?;
+fn unpack(image: &Path, folder: &Folder) -> Result<Defaults> {
+    let (root, scratch) = (folder.unpacked(), folder.scratch());
+    for dir in [&root, &scratch] {
+        std::fs::create_dir(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
     let unpacked = Image::open(image, &scratch).and_then(|image| {
-        image.unpack(root)?;
+        image.unpack(&root)?;
         Ok(image.defaults())
     });
     std::fs::remove_dir_all(&scratch).ok();
     Ok(unpacked?)
 }
 
+/// A terminal with input needs one here.
+pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
+    if tty && interactive && !std::io::stdin().is_terminal() {
+        bail!("-t with -i needs a terminal as standard input; leave one of them out");
+    }
+    Ok(())
+}
+
 pub(super) fn main(args: &RunArgs) -> Outcome {
-    if args.detach && std::env::var_os(DETACHED).is_none() {
+    if !args.detach {
+        check_terminal(args.tty, args.interactive)?;
+    } else if std::env::var_os(DETACHED).is_none() {
         return detach();
     }
     raise_descriptor_limit();
-    let (name, owned) = state::create(args.name.as_deref())?;
-    let detached = args.detach;
-    let outcome = prepare_and_run(args, &name, &owned);
-    if !detached || args.rm || outcome.is_err() {
-        owned.folder.remove();
-    }
-    outcome
-}
-
-fn prepare_and_run(args: &RunArgs, name: &str, owned: &Owned) -> Outcome {
-    let unpacked = args
-        .image
-        .is_some()
-        .then(|| state::storage().join("rootfs").join(name));
-    let rootfs = unpacked.as_ref().or(args.rootfs.as_ref());
-    let rootfs = rootfs
-        .context("a container needs --rootfs or --image")?
-        .clone();
-    let mut record = Record {
+    let (mut record, owned) = state::create(args.name.as_deref(), |name, folder| Record {
         name: name.to_owned(),
         pid: std::process::id(),
         created: SystemTime::now(),
         command: args.command.clone(),
-        rootfs: rootfs.clone(),
-        unpacked,
+        rootfs: match &args.rootfs {
+            Some(rootfs) => std::path::absolute(rootfs).unwrap_or_else(|_| rootfs.clone()),
+            None => folder.unpacked(),
+        },
         keep: args.detach && !args.rm,
         status: None,
+    })?;
+    let outcome = match start(args, &mut record, &owned) {
+        Ok(live) => live.finish(),
+        Err(error) => {
+            owned.folder.remove();
+            return Err(error);
+        }
     };
-    // Written down before anything is unpacked, so that a kill leaves nothing unknown.
+    if !record.keep {
+        owned.folder.remove();
+        return outcome;
+    }
+    if let Err(error) = &outcome {
+        // Nobody else is there to be told.
+        let mut log = LogWriter::create(&owned.folder.log())?;
+        writeln!(log, "koya: {error:#}")?;
+    }
+    record.status = Some(outcome.as_ref().map_or(FAILED, |status| *status).into());
     owned.folder.write(&record)?;
-    let defaults = match &args.image {
-        Some(image) => unpack(image, &rootfs)?,
-        None => Defaults::default(),
-    };
-    let config = args.container(&rootfs, defaults)?;
-    record.command = config.process.args.clone();
-    owned.folder.write(&record)?;
-    run(args, &config, record, owned)
+    outcome
 }
 
-fn run(args: &RunArgs, config: &ContainerConfig, mut record: Record, owned: &Owned) -> Outcome {
-    let name = record.name.clone();
-    let name = name.as_str();
+/// A container that runs.
+struct Live {
+    sandbox: Arc<Sandbox>,
+    container: Arc<Container>,
+    pumps: Pumps,
+    raw: Option<RawTerminal>,
+}
+
+impl Live {
+    /// Waits for its end, and for the last of its output.
+    fn finish(self) -> Outcome {
+        let status = self.container.wait();
+        self.pumps.finish();
+        drop(self.raw);
+        self.sandbox.stop();
+        Ok(status? as u8)
+    }
+}
+
+fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
     // Before any thread exists, so that none misses it.
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.folder.clone());
-    let streams = if args.detach {
-        detached_streams(owned)?
-    } else {
-        UserStreams::own()?
+    let defaults = match &args.image {
+        Some(image) => unpack(image, &owned.folder)?,
+        None => Defaults::default(),
+    };
+    let config = args.container(&record.rootfs, defaults)?;
+    record.command = config.process.args.clone();
+    owned.folder.write(record)?;
+    let user = match args.detach {
+        true => detached_streams(owned)?,
+        false => UserStreams::own(args.interactive)?,
     };
     let sandbox = Arc::new(Sandbox::start(&args.sandbox())?);
-    let mut container = sandbox.create(name, config)?;
-    let raw = match args.tty && !args.detach {
+    let mut container = sandbox.create(&record.name, &config)?;
+    let streams = ProcessStreams::take(container.process_mut()).context("it has no streams")?;
+    let raw = match args.tty && args.interactive && !args.detach {
         true => RawTerminal::enter().ok(),
         false => None,
     };
-    let pumps = Pumps::start(container.process_mut(), streams);
+    let pumps = Pumps::start(streams, user)?;
     let container = Arc::new(container);
     *running.lock().unwrap_or_else(PoisonError::into_inner) =
         Some((container.clone(), sandbox.clone()));
-    let server = Server::start(&owned.folder, container.clone(), sandbox.clone())?;
+    super::control::serve(owned, container.clone(), sandbox.clone())?;
     container.start()?;
     if args.detach {
-        announce(name)?;
+        announce(&record.name)?;
     }
-    let status = container.wait()?;
-    pumps.finish();
-    drop(raw);
-    drop(server);
-    sandbox.stop();
-    record.status = Some(status);
-    if record.keep {
-        owned.folder.write(&record)?;
-    }
-    Ok(status as u8)
+    Ok(Live {
+        sandbox,
+        container,
+        pumps,
+        raw,
+    })
 }
 
 /// A guest's files take descriptors of this process; the library leaves limits alone.
@@ -379,14 +407,15 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) {
                 }
                 continue;
             }
-            // A program that is PID 1 ignores what it has no handler for.
-            asked += u32::from(matches!(signal, SIGINT | SIGTERM | SIGHUP));
-            if asked >= INSIST || container.process().signal(signal).is_err() {
-                container.process().signal(libc::SIGKILL).ok();
-            }
+            asked += u32::from(matches!(signal, SIGINT | SIGTERM));
             if asked > INSIST {
-                sandbox.stop();
+                sandbox.kill();
+                continue;
             }
+            // A program that is PID 1 ignores what it has no handler for.
+            let insists = asked == INSIST && signal != SIGHUP;
+            let sent = if insists { libc::SIGKILL } else { signal };
+            container.process().signal(sent).ok();
         }
     });
 }
@@ -394,9 +423,9 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) {
 /// Starts this command again in the background and waits for its word.
 fn detach() -> Outcome {
     let (read, write) = std::io::pipe()?;
-    // A session of its own: the terminal's end is not the container's.
+    // A session of its own: the terminal's end is not the container's. A child leads no group, so
+    // setsid becomes the command itself, and its exit status is what is waited for.
     let mut child = Command::new("setsid")
-        .arg("--fork")
         .arg(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(DETACHED, "1")
@@ -410,14 +439,14 @@ fn detach() -> Outcome {
         let line = line?;
         if let Some(name) = line.strip_prefix("running ") {
             println!("{name}");
-            child.wait()?;
             return Ok(0);
         }
         said.push(line);
     }
-    child.wait()?;
     eprintln!("{}", said.join("\n"));
-    Ok(super::FAILED)
+    let status = child.wait()?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.filter(|code| *code != 0).unwrap_or(FAILED))
 }
 
 /// Tells the waiting command, and lets go of its streams.
@@ -432,14 +461,11 @@ fn announce(name: &str) -> Result<()> {
 }
 
 fn detached_streams(owned: &Owned) -> Result<UserStreams> {
-    let log = File::options()
-        .create(true)
-        .append(true)
-        .open(owned.folder.log())?;
+    let log = LogWriter::create(&owned.folder.log())?;
     Ok(UserStreams {
-        stdin: File::open("/dev/null")?,
-        stdout: log.try_clone()?,
-        stderr: log,
+        stdin: None,
+        stdout: Box::new(log.clone()),
+        stderr: Box::new(log),
     })
 }
 

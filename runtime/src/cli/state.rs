@@ -1,17 +1,26 @@
-//! What is known of containers between commands: a folder each, under `/run/koya` (as root) or
-//! `$XDG_RUNTIME_DIR/koya`.
+//! What is known of containers between commands: a folder each, `containers/NAME` under
+//! `/var/lib/koya` (as root) or the user's data, with all that the host keeps of it: record, log,
+//! control socket, and the root file system of an image.
 //!
 //! The sandbox's process holds a lock on its folder's `lock` file as long as it lives. A folder
 //! whose lock is free belongs to a container that has ended: in order, if it says with which
 //! status; else it was killed, and whatever command comes next clears it away.
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::fs::{self, DirBuilder, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Folders that are being made have names that no container can have.
+const UNFINISHED: &str = ".new-";
+/// How long a folder may be in that state before it counts as left behind.
+const UNFINISHED_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is written down of a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,8 +30,6 @@ pub(super) struct Record {
     pub(super) created: SystemTime,
     pub(super) command: Vec<String>,
     pub(super) rootfs: PathBuf,
-    /// A root file system that was unpacked for it and goes with it.
-    pub(super) unpacked: Option<PathBuf>,
     /// Kept after its end until it is removed.
     pub(super) keep: bool,
     /// The exit status, once it has ended in order.
@@ -39,25 +46,36 @@ pub(super) struct Owned {
     _lock: File,
 }
 
-fn root() -> PathBuf {
-    if rustix::process::geteuid().is_root() {
-        return "/run/koya".into();
+/// The folder of all folders.
+fn root() -> Result<PathBuf> {
+    let base = if rustix::process::geteuid().is_root() {
+        PathBuf::from("/var/lib")
+    } else if let Some(data) = std::env::var_os("XDG_DATA_HOME") {
+        data.into()
+    } else {
+        let home = std::env::var_os("HOME").context("neither XDG_DATA_HOME nor HOME is set")?;
+        PathBuf::from(home).join(".local/share")
+    };
+    if !base.is_absolute() {
+        bail!("{} is not an absolute path", base.display());
     }
-    if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR") {
-        return PathBuf::from(dir).join("koya");
-    }
-    std::env::temp_dir().join(format!("koya-{}", rustix::process::geteuid().as_raw()))
+    Ok(base.join("koya/containers"))
 }
 
-/// Where images are unpacked: `/var/lib/koya` as root, else under the user's data.
-pub(super) fn storage() -> PathBuf {
-    if rustix::process::geteuid().is_root() {
-        return "/var/lib/koya".into();
+/// Nobody else may have made it, or look into it: control sockets and set-user-ID files lie there.
+fn check_private(path: &Path) -> Result<()> {
+    let data =
+        fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let own = data.uid() == rustix::process::geteuid().as_raw();
+    if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
+        bail!(
+            "{} must be a folder of this user's with mode 0700; it has owner {} and mode {:04o}",
+            path.display(),
+            data.uid(),
+            data.mode() & 0o7777
+        );
     }
-    let home = std::env::var_os("HOME").unwrap_or_default();
-    std::env::var_os("XDG_DATA_HOME")
-        .map_or_else(|| PathBuf::from(home).join(".local/share"), PathBuf::from)
-        .join("koya")
+    Ok(())
 }
 
 /// A name that is one component of a path.
@@ -78,32 +96,61 @@ impl Folder {
     /// The folder of a container that exists.
     pub(super) fn find(name: &str) -> Result<Self> {
         check_name(name)?;
-        let path = root().join(name);
+        let root = root()?;
+        let path = root.join(name);
         if !path.join("record.json").exists() {
             bail!("container {name} does not exist");
         }
+        check_private(&root)?;
         Ok(Self(path))
     }
 
     /// Every container's folder.
-    pub(super) fn all() -> Vec<Self> {
-        let mut all: Vec<PathBuf> = fs::read_dir(root())
-            .map(|entries| entries.filter_map(|e| Some(e.ok()?.path())).collect())
-            .unwrap_or_default();
-        all.sort();
-        all.into_iter().filter(|p| p.is_dir()).map(Self).collect()
+    pub(super) fn all() -> Result<Vec<Self>> {
+        Ok(entries()?
+            .into_iter()
+            .filter(|path| !is_unfinished(path))
+            .map(Self)
+            .collect())
     }
 
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
-    pub(super) fn control(&self) -> PathBuf {
-        self.path("control.sock")
+    /// Where an image's root file system is unpacked.
+    pub(super) fn unpacked(&self) -> PathBuf {
+        self.path("root")
     }
 
+    /// Where an image's archive is unpacked meanwhile.
+    pub(super) fn scratch(&self) -> PathBuf {
+        self.path("image")
+    }
+
+    /// Where a detached container's output goes.
     pub(super) fn log(&self) -> PathBuf {
         self.path("log")
+    }
+
+    /// Listens on the control socket.
+    pub(super) fn listen(&self) -> Result<UnixListener> {
+        self.socket(|path| UnixListener::bind(path))
+            .with_context(|| format!("cannot listen in {}", self.0.display()))
+    }
+
+    /// Connects to the control socket.
+    pub(super) fn connect(&self) -> std::io::Result<UnixStream> {
+        self.socket(|path| UnixStream::connect(path))
+    }
+
+    /// The folder's path may be longer than a socket's address can be.
+    fn socket<T>(&self, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
+        let folder = File::open(&self.0)?;
+        act(Path::new(&format!(
+            "/proc/self/fd/{}/control.sock",
+            folder.as_raw_fd()
+        )))
     }
 
     pub(super) fn read(&self) -> Result<Record> {
@@ -114,9 +161,9 @@ impl Folder {
 
     pub(super) fn write(&self, record: &Record) -> Result<()> {
         let new = self.path("record.new");
-        fs::write(&new, serde_json::to_vec(record)?)?;
-        fs::rename(&new, self.path("record.json"))?;
-        Ok(())
+        fs::write(&new, serde_json::to_vec(record)?)
+            .and_then(|()| fs::rename(&new, self.path("record.json")))
+            .with_context(|| format!("cannot write {}", new.display()))
     }
 
     /// Whether its process lives.
@@ -127,67 +174,99 @@ impl Folder {
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
-    /// Removes what is known of the container, and what was unpacked for it.
-    pub(super) fn remove(&self) {
-        if let Ok(Record {
-            unpacked: Some(root),
-            ..
-        }) = self.read()
-        {
-            fs::remove_dir_all(root).ok();
+    /// Waits until its process is gone; false if it is not after `limit`.
+    pub(super) fn wait_ended(&self, limit: Duration) -> bool {
+        let started = Instant::now();
+        while self.is_running() {
+            if started.elapsed() > limit {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
-        fs::remove_dir_all(&self.0).ok();
+        true
+    }
+
+    /// Removes all that is there of the container.
+    pub(super) fn remove(&self) {
+        if let Err(error) = fs::remove_dir_all(&self.0)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            log::warn!("cannot remove {}: {error}", self.0.display());
+        }
     }
 }
 
-/// Takes a name, or makes one, and its folder.
-pub(super) fn create(name: Option<&str>) -> Result<(String, Owned)> {
-    let root = root();
-    make_private(&root)?;
+fn entries() -> Result<Vec<PathBuf>> {
+    let root = root()?;
+    let entries = match fs::read_dir(&root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", root.display())),
+    };
+    check_private(&root)?;
+    let mut all: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    all.sort();
+    Ok(all)
+}
+
+fn is_unfinished(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+}
+
+/// Takes a name, or makes one, and its folder, with what `record` says of it by its name.
+pub(super) fn create(
+    name: Option<&str>,
+    record: impl Fn(&str, &Folder) -> Record,
+) -> Result<(Record, Owned)> {
+    let root = root()?;
+    let cannot = |path: &Path| format!("cannot create {}", path.display());
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700);
+    builder
+        .recursive(true)
+        .create(&root)
+        .with_context(|| cannot(&root))?;
+    check_private(&root)?;
+    builder.recursive(false);
     loop {
-        let name = match name {
+        let chosen = match name {
             Some(name) => {
                 check_name(name)?;
                 name.to_owned()
             }
             None => random_name()?,
         };
-        let path = root.join(&name);
-        match fs::create_dir(&path) {
+        // It gets its name when it is locked and says what it is, so no other command sees half
+        // of it.
+        let unfinished = Folder(root.join(format!("{UNFINISHED}{}", random_name()?)));
+        builder
+            .create(&unfinished.0)
+            .with_context(|| cannot(&unfinished.0))?;
+        let lock = File::create(unfinished.path("lock"))?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        let folder = Folder(root.join(&chosen));
+        let record = record(&chosen, &folder);
+        unfinished.write(&record)?;
+        match renameat_with(CWD, &unfinished.0, CWD, &folder.0, RenameFlags::NOREPLACE) {
             Ok(()) => {
-                let lock = File::create(path.join("lock"))?;
-                flock(&lock, FlockOperation::LockExclusive)?;
                 let owned = Owned {
-                    folder: Folder(path),
+                    folder,
                     _lock: lock,
                 };
-                return Ok((name, owned));
+                return Ok((record, owned));
             }
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                if !name.starts_with("koya-") || path.join("record.json").exists() {
-                    bail!("a container named {name} exists; remove it with `koya rm {name}`");
+            Err(error) => {
+                unfinished.remove();
+                if error != Errno::EXIST {
+                    return Err(error).with_context(|| cannot(&folder.0));
                 }
-            }
-            Err(e) => {
-                return Err(e).with_context(|| format!("cannot create {}", path.display()));
+                if name.is_some() {
+                    bail!("a container named {chosen} exists; remove it with `koya rm {chosen}`");
+                }
             }
         }
     }
-}
-
-/// Others may not look into it: control sockets lie there.
-fn make_private(root: &Path) -> Result<()> {
-    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(root)
-        .with_context(|| format!("cannot create {}", root.display()))?;
-    let owner = fs::symlink_metadata(root)?.uid();
-    if owner != rustix::process::geteuid().as_raw() {
-        bail!("{} belongs to user {owner}", root.display());
-    }
-    Ok(())
 }
 
 fn random_name() -> Result<String> {
@@ -197,15 +276,54 @@ fn random_name() -> Result<String> {
 }
 
 /// Clears away what killed containers left.
-pub(super) fn sweep() {
-    for folder in Folder::all() {
-        let killed = match folder.read() {
-            Ok(record) => record.status.is_none(),
-            // Made, and killed before anything was written down; or about to be written down.
-            Err(_) => folder.path("lock").exists(),
-        };
-        if killed && !folder.is_running() {
+pub(super) fn sweep() -> Result<()> {
+    for path in entries()? {
+        let folder = Folder(path);
+        if is_unfinished(&folder.0) {
+            let age = fs::symlink_metadata(&folder.0)
+                .and_then(|data| data.modified())
+                .ok()
+                .and_then(|made| made.elapsed().ok());
+            if age.is_some_and(|age| age > UNFINISHED_LIMIT) && !folder.is_running() {
+                folder.remove();
+            }
+            continue;
+        }
+        // The lock first: its owner writes the status down before it lets go.
+        if !folder.is_running() && folder.read().is_ok_and(|record| record.status.is_none()) {
             folder.remove();
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn folders_of_others_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        assert!(check_private(&path).is_err());
+        fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(check_private(&path).is_err());
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        check_private(&path).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(check_private(&link).is_err());
+    }
+
+    #[test]
+    fn names_are_single_components() {
+        for good in ["a", "web-1", "x.y_z", &"n".repeat(64)] {
+            check_name(good).unwrap();
+        }
+        for bad in ["", ".", "..", "a/b", "-a", ".new-a", "a b", &"n".repeat(65)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 
 crate::trials![
     a_process_joins_the_container,
+    an_exec_is_as_its_container_and_ends_with_its_process,
     quick_execs_leave_nothing,
     an_exec_has_the_containers_confinement,
 ];
@@ -31,6 +32,40 @@ fn a_process_joins_the_container() -> Result<()> {
     command.stdin(std::process::Stdio::piped());
     let output = feed(command, b"through")?;
     ensure!(output.stdout == b"through", "{output:?}");
+    Ok(())
+}
+
+fn an_exec_is_as_its_container_and_ends_with_its_process() -> Result<()> {
+    let options = [
+        "--user",
+        "web",
+        "--env",
+        "A=1",
+        "--env",
+        "B=1",
+        "--workdir",
+        "/tmp",
+    ];
+    let container = Background::start("exec-as", &options, &["sleep", "1000"])?;
+    let said = stdout(container.exec(&["-e", "B=2"], &["sh", "-c", "id -u; pwd; echo $A$B"])?)?;
+    ensure!(said == "33\n/tmp\n12", "{said}");
+    // What it leaves running holds its output open, and nobody waits for that.
+    let said = stdout(container.exec(&[], &["sh", "-c", "sleep 500 & echo done"])?)?;
+    ensure!(said == "done", "{said}");
+    // Input that nobody asked to connect is not touched; a terminal needs one.
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", "koya exec exec-as true; cat"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    std::io::Write::write_all(&mut child.stdin.take().context("a pipe")?, b"untouched")?;
+    ensure!(child.wait_with_output()?.stdout == b"untouched");
+    let refused = container.exec(&["-it"], &["true"])?;
+    let why = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        refused.status.code() == Some(125) && why.contains("terminal"),
+        "{why}"
+    );
     Ok(())
 }
 

@@ -13,6 +13,7 @@ crate::trials![
     names_links_and_modes,
     open_but_unlinked_files_work,
     owners_and_device_nodes,
+    a_file_that_changes_loses_its_privileges,
     extended_attributes_are_mapped,
     sparse_files_and_holes,
     shared_maps_work_under_every_policy,
@@ -123,6 +124,34 @@ fn owners_and_device_nodes() -> Result<()> {
     ensure!(fs::metadata(dir.join("fifo"))?.file_type().is_fifo());
     let null = fs::metadata(dir.join("null"))?;
     ensure!(null.file_type().is_char_device() && null.rdev() == rustix::fs::makedev(1, 3));
+    Ok(())
+}
+
+fn a_file_that_changes_loses_its_privileges() -> Result<()> {
+    for cache in ["never", "auto", "writeback"] {
+        let dir = scratch("privileges")?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;
+        perl(
+            &dir,
+            &["--privileged", "--cache", cache],
+            r#"
+            sub mode { sprintf '%o', (stat $_[0])[2] & 07777 }
+            sub capable { my ($f, $k, $b) = ($_[0], 'security.capability', "\0" x 100); syscall(191, $f, $k, $b, 100) > 0 }
+            # VFS_CAP_REVISION_2 with CAP_NET_RAW
+            my $cap = pack('V5', 0x02000000, 1 << 13, 0, 0, 0); my $key = 'security.capability';
+            for my $f ('written', 'cut', 'given') {
+                open(F, '>', $f) or die $!; print F 'text'; close F; chmod 06777, $f or die $!;
+                sc(188, $f, $key, $cap, length $cap, 0) == 0 or die "set $!"; capable($f) or die 'not set';
+            }
+            chown(33, 33, 'given') or die $!; capable('given') and die 'given';
+            mode('given') eq '777' or die mode('given');
+            $) = '40 40'; $> = 33;
+            open(F, '+<', 'written') or die $!; syswrite(F, 'new') or die $!; close F;
+            truncate('cut', 1) or die $!;
+            for my $f ('written', 'cut') { mode($f) eq '777' or die "$f ", mode($f); capable($f) and die "$f is capable"; }
+            "#,
+        )?;
+    }
     Ok(())
 }
 

@@ -11,6 +11,8 @@ crate::trials![
     nothing_is_left_after_the_end,
     nothing_is_left_after_a_kill,
     a_detached_container_is_listed_logged_stopped_removed,
+    a_detached_container_whose_machine_dies_says_so,
+    a_detached_container_that_cannot_start_has_its_status,
     check_says_that_this_kvm_will_do,
     an_embedders_example_boots,
     the_readmes_five_lines_run,
@@ -19,7 +21,7 @@ crate::trials![
 /// Everything that a sandbox could leave: mounts, files of its state, processes.
 fn traces() -> Result<(String, BTreeSet<String>, usize)> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let files = std::fs::read_dir("/run/koya")
+    let files = std::fs::read_dir("/var/lib/koya/containers")
         .map(|d| {
             d.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()))
                 .collect()
@@ -69,7 +71,7 @@ fn no_root_is_needed() -> Result<()> {
             .args(["--reuid", &user, "--regid", &user, "--clear-groups", "koya"])
             .args(arguments)
             .env("HOME", &home)
-            .env("XDG_RUNTIME_DIR", &home)
+            .env_remove("XDG_DATA_HOME")
             .output()?;
         stdout(output)
     };
@@ -137,19 +139,41 @@ fn a_detached_container_is_listed_logged_stopped_removed() -> Result<()> {
     })?;
     let busy = koya(["rm", name]).output()?;
     ensure!(busy.status.code() == Some(125), "{busy:?}");
+    // It is over when the command returns.
     stdout(koya(["stop", name]).output()?)?;
-    until("it ends", || {
-        let listed = stdout(koya(["ps", "--all"]).output()?)?;
-        let line = listed
-            .lines()
-            .find(|l| l.starts_with(name))
-            .context("listed")?;
-        Ok(line.contains("exited (4)").then_some(()))
-    })?;
+    let listed = stdout(koya(["ps", "--all"]).output()?)?;
+    let line = listed.lines().find(|l| l.starts_with(name));
+    ensure!(line.context("listed")?.contains("exited (4)"), "{listed}");
     ensure!(stdout(koya(["logs", name]).output()?)? == "hello\nbye");
     stdout(koya(["rm", name]).output()?)?;
     ensure!(!stdout(koya(["ps", "--all"]).output()?)?.contains(name));
     drop(container);
+    Ok(())
+}
+
+fn a_detached_container_whose_machine_dies_says_so() -> Result<()> {
+    let name = "life-dies";
+    let script = "echo up; read -t 1 < /dev/zero; sleep 1; echo c > /proc/sysrq-trigger";
+    let container = Background::start(name, &["--privileged"], &["sh", "-c", script])?;
+    until("the machine dies", || {
+        let listed = stdout(koya(["ps", "--all"]).output()?)?;
+        Ok(listed.contains("exited (125)").then_some(()))
+    })?;
+    let log = stdout(koya(["logs", name]).output()?)?;
+    ensure!(
+        log.starts_with("up\n") && log.contains("kernel panic"),
+        "{log}"
+    );
+    drop(container);
+    Ok(())
+}
+
+fn a_detached_container_that_cannot_start_has_its_status() -> Result<()> {
+    let output = run(&["-d", "--name", "life-none"], &["/no/such/program"])?;
+    ensure!(output.status.code() == Some(127), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(said.contains("/no/such/program"), "{said}");
+    ensure!(!traces()?.1.contains("life-none"), "its folder is left");
     Ok(())
 }
 

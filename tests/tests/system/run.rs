@@ -421,8 +421,9 @@ fn an_image_says_how_it_runs() -> Result<()> {
         )? == "bye\n0"
     );
     ensure!(run(&["--entrypoint", "uname"], &["-r"])?.ends_with("-koya"));
-    let left = std::fs::read_dir("/var/lib/koya/rootfs").map_or(0, Iterator::count);
-    ensure!(left == 0, "{left} root file systems are left");
+    let containers = std::fs::read_dir("/var/lib/koya/containers")?;
+    let left = containers.filter(|c| c.as_ref().is_ok_and(|c| c.path().join("root").exists()));
+    ensure!(left.count() == 0, "root file systems are left");
     Ok(())
 }
 

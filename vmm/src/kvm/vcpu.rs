@@ -16,6 +16,9 @@ use vmm_sys_util::ioctl_iow_nr;
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 
+/// The kernel's first real-time signal.
+const FIRST_REALTIME: usize = 32;
+
 /// The kernel's signal set, in bytes.
 const KERNEL_SIGSET: usize = 8;
 
@@ -70,8 +73,12 @@ impl Vcpu {
     /// If KVM refuses the signal mask.
     pub fn new(fd: VcpuFd, kicker: Kicker) -> io::Result<Self> {
         let mut set = [0xff; KERNEL_SIGSET];
-        let bit = kick_signal() as usize - 1;
-        set[bit / 8] &= !(1 << (bit % 8));
+        // Open for the kick and for those below it, which are the C library's own: it waits for
+        // every thread to handle them (setuid is one reason).
+        for signal in FIRST_REALTIME..=kick_signal() as usize {
+            let bit = signal - 1;
+            set[bit / 8] &= !(1 << (bit % 8));
+        }
         let mask = SignalMask {
             len: KERNEL_SIGSET as u32,
             set,
@@ -92,13 +99,7 @@ impl Vcpu {
     /// Makes the calling thread this vCPU's: from now on kicks reach it. To be called first in
     /// the thread that calls [`run`](Self::run).
     pub fn enter_thread(&self) {
-        // SAFETY: both calls get a valid set on this stack; only the calling thread's mask
-        // changes.
-        unsafe {
-            let mut all: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&mut all);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
-        }
+        koya_devices::sys::block_signals();
         self.kicker.enter();
     }
 

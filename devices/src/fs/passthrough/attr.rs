@@ -11,6 +11,7 @@ use rustix::fs::{
     UTIME_OMIT, Uid,
 };
 use rustix::io::Errno;
+use std::fs::File;
 use std::os::fd::AsFd;
 
 /// The most links that the synthetic root shows.
@@ -143,17 +144,21 @@ impl Passthrough {
             let uid = given(setattr::UID, arg.uid)?.map(Uid::from_raw);
             let gid = given(setattr::GID, arg.gid)?.map(Gid::from_raw);
             rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            // Bits are the host's to drop; the guest's capabilities lie where it can't see them.
+            self.drop_privileges(&inode, false)?;
         }
         if arg.valid & setattr::MODE != 0 {
             self.chmod(&fd, arg.mode)?;
         }
         if arg.valid & setattr::SIZE != 0 {
+            let bits = arg.valid & setattr::KILL_SUIDGID != 0;
+            let truncate = |file: &File| -> Result<(), Errno> {
+                self.drop_privileges(&inode, bits)?;
+                rustix::fs::ftruncate(file, arg.size)
+            };
             match fh {
-                Some(fh) => rustix::fs::ftruncate(&self.handle(fh, nodeid)?.file, arg.size)?,
-                None => {
-                    let file = self.open_inode(&inode, OFlags::WRONLY | OFlags::NONBLOCK)?;
-                    rustix::fs::ftruncate(&file, arg.size)?;
-                }
+                Some(fh) => truncate(&self.handle(fh, nodeid)?.file)?,
+                None => truncate(&self.open_inode(&inode, OFlags::WRONLY | OFlags::NONBLOCK)?)?,
             }
         }
         if arg.valid & (setattr::ATIME | setattr::MTIME) != 0 {

@@ -80,7 +80,7 @@ impl Passthrough {
             Cache::Always | Cache::Writeback => fopen::CACHE_DIR | fopen::KEEP_CACHE,
         };
         Ok(OpenOut {
-            fh: self.handles.insert(nodeid, self.inodes.fd(&inode)?, file)?,
+            fh: self.handles.insert(&inode, self.inodes.fd(&inode)?, file)?,
             open_flags,
             backing_id: 0,
         })
@@ -114,7 +114,12 @@ impl Passthrough {
         let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
         let mut directory = RawDir::new(&handle.file, &mut buffer);
         while let Some(entry) = directory.next() {
-            let entry = entry?;
+            let entry = match entry {
+                Ok(entry) => entry,
+                // What was listed is told, and the error by the next call.
+                Err(_) if !listing.bytes.is_empty() => break,
+                Err(error) => return Err(error),
+            };
             let name = entry.file_name();
             if !listing.has_room(name) {
                 break;
@@ -137,18 +142,22 @@ impl Passthrough {
         Ok(())
     }
 
+    /// Shares come and go between two calls, so an entry's place is its share's number.
     fn list_root(&self, offset: u64, listing: &mut Listing) {
-        let names = self.shares.names();
-        let dots = [".", ".."].map(|dot| (dot.to_owned(), FileType::Directory));
-        let all = dots.iter().chain(&names).enumerate();
-        for (n, (name, kind)) in all.skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
-            let Ok(c_name) = CString::new(name.as_str()) else {
+        let dots = [(0, "."), (1, "..")].map(|(n, dot)| (n, dot.to_owned(), FileType::Directory));
+        let shares = self.shares.names().into_iter();
+        let shares = shares.map(|(number, name, kind)| (number + dots.len() as u64, name, kind));
+        for (place, name, kind) in dots.iter().cloned().chain(shares) {
+            if place < offset {
+                continue;
+            }
+            let Ok(c_name) = CString::new(name) else {
                 continue;
             };
             if !listing.has_room(&c_name) {
                 return;
             }
-            let found = if listing.plus && n >= dots.len() {
+            let found = if listing.plus && place >= dots.len() as u64 {
                 self.lookup(ROOT_ID, &c_name).unwrap_or_default()
             } else {
                 EntryOut::default()
@@ -159,9 +168,9 @@ impl Passthrough {
                 } else {
                     found.attr.ino
                 },
-                off: n as u64 + 1,
-                namelen: name.len() as u32,
-                kind: kind_number(*kind),
+                off: place + 1,
+                namelen: c_name.to_bytes().len() as u32,
+                kind: kind_number(kind),
             };
             listing.push(&found, &dirent, &c_name);
         }

@@ -4,8 +4,9 @@ use super::{Caller, Passthrough};
 use crate::fs::Cache;
 use crate::fs::inodes::{self, Inode};
 use crate::fs::wire::{
-    CopyFileRangeIn, CreateIn, EntryOut, FSYNC_FDATASYNC, FallocateIn, FsyncIn, LseekIn, OpenOut,
-    ROOT_ID, ReadIn, WRITE_CACHE, WriteIn, fopen,
+    CopyFileRangeIn, CreateIn, EntryOut, FSYNC_FDATASYNC, FallocateIn, FsyncIn, LseekIn,
+    OPEN_KILL_SUIDGID, OpenIn, OpenOut, ROOT_ID, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
+    fopen,
 };
 use crate::sys;
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
@@ -34,7 +35,7 @@ impl Passthrough {
     ///
     /// # Errors
     /// The host's; EROFS for a write to a read-only share.
-    pub fn open(&self, nodeid: u64, flags: u32) -> Result<OpenOut, Errno> {
+    pub fn open(&self, nodeid: u64, arg: &OpenIn) -> Result<OpenOut, Errno> {
         if nodeid == ROOT_ID {
             return Err(Errno::ISDIR);
         }
@@ -42,7 +43,7 @@ impl Passthrough {
         if inode.kind != FileType::RegularFile {
             return Err(Errno::NXIO);
         }
-        let flags = self.host_flags(flags);
+        let flags = self.host_flags(arg.flags);
         if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
             self.writable(nodeid)?;
         }
@@ -53,6 +54,10 @@ impl Passthrough {
             }
             other => other?,
         };
+        if flags.contains(OFlags::TRUNC) {
+            let bits = arg.open_flags & OPEN_KILL_SUIDGID != 0;
+            self.drop_privileges(&inode, bits)?;
+        }
         self.opened(&inode, file)
     }
 
@@ -63,9 +68,7 @@ impl Passthrough {
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
         };
         Ok(OpenOut {
-            fh: self
-                .handles
-                .insert(inode.id, self.inodes.fd(inode)?, file)?,
+            fh: self.handles.insert(inode, self.inodes.fd(inode)?, file)?,
             open_flags,
             backing_id: 0,
         })
@@ -108,7 +111,11 @@ impl Passthrough {
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
                 let entry = self.lookup(parent, name)?;
-                match self.open(entry.nodeid, arg.flags) {
+                let again = OpenIn {
+                    flags: arg.flags,
+                    open_flags: arg.open_flags,
+                };
+                match self.open(entry.nodeid, &again) {
                     Ok(open) => Ok((entry, open)),
                     Err(error) => {
                         self.forget(entry.nodeid, 1);
@@ -195,7 +202,10 @@ impl Passthrough {
         arg: &WriteIn,
         from: &[VolatileSlice<'_, B>],
     ) -> Result<usize, Errno> {
-        let handle = self.handle(arg.fh, nodeid)?;
+        let inode = self.inodes.get(nodeid)?;
+        let handle = self.handles.get(arg.fh, nodeid)?;
+        let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
+        self.drop_privileges(&inode, bits)?;
         let append = arg.flags & OFlags::APPEND.bits() != 0
             && arg.write_flags & WRITE_CACHE == 0
             && self.options.cache != Cache::Writeback;
@@ -229,17 +239,28 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_SYNCFS: every share's file system.
+    /// FUSE_SYNCFS: the file system of a node; of the root, every share's. The guest asks for each
+    /// file system that was announced to it as one of its own.
     ///
     /// # Errors
     /// The host's, of the first that fails.
-    pub fn syncfs(&self) -> Result<(), Errno> {
+    pub fn syncfs(&self, nodeid: u64) -> Result<(), Errno> {
+        if nodeid != ROOT_ID {
+            let inode = self.inodes.get(nodeid)?;
+            return rustix::fs::syncfs(self.open_inode(&inode, OFlags::RDONLY)?);
+        }
         let mut first = Ok(());
         for share in self.shares.all() {
-            if let Some(anchor) = share.anchor() {
-                let synced = rustix::fs::syncfs(anchor);
-                first = first.and(synced);
-            }
+            let synced = match (share.anchor(), share.kind) {
+                (Some(anchor), _) => rustix::fs::syncfs(anchor),
+                (None, FileType::RegularFile) => {
+                    let name = share.root().as_raw_fd().to_string();
+                    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                    openat(&self.proc, name, flags, Mode::empty()).and_then(rustix::fs::syncfs)
+                }
+                (None, _) => Ok(()),
+            };
+            first = first.and(synced);
         }
         first
     }

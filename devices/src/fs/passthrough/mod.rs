@@ -39,7 +39,8 @@ pub struct Caller {
 pub struct Options {
     /// What the guest may remember.
     pub cache: Cache,
-    /// The most descriptors for nodes and for open files; 0 takes a share of the process's limit.
+    /// How many nodes, and how many open files, may hold descriptors; 0 takes a share of the
+    /// process's limit. Several devices in one process divide it themselves.
     pub max_descriptors: usize,
 }
 
@@ -47,8 +48,8 @@ pub struct Options {
 pub struct Passthrough {
     options: Options,
     shares: Shares,
-    inodes: Inodes,
-    handles: Handles,
+    inodes: Arc<Inodes>,
+    handles: Arc<Handles>,
     /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
     proc: OwnedFd,
     root_user: bool,
@@ -66,11 +67,20 @@ impl Passthrough {
             0 => descriptor_share(),
             given => given,
         };
+        let inodes = Arc::new(Inodes::new(limit));
+        let handles = Arc::new(Handles::new(limit));
+        let (weak_inodes, weak_handles) = (Arc::downgrade(&inodes), Arc::downgrade(&handles));
+        shares.when_removed(move |share| {
+            let (inodes, handles) = (weak_inodes.upgrade()?, weak_handles.upgrade()?);
+            handles.let_go(share);
+            inodes.let_go(share);
+            Some(())
+        });
         Ok(Self {
             options,
             shares,
-            inodes: Inodes::new(limit),
-            handles: Handles::new(limit),
+            inodes,
+            handles,
             proc,
             root_user: rustix::process::geteuid().is_root(),
         })
@@ -184,10 +194,11 @@ impl Passthrough {
     }
 }
 
-/// A third of the process's descriptors for nodes, as many for open files, the rest for the
-/// monitor.
+/// How many nodes, and as many open files, may hold descriptors: a sixth of the process's each.
+/// Nodes that can't give theirs up may be half as many again, and an open file has two, so a guest
+/// reaches 7 twelfths at most; vsock takes an eighth, and the rest is the monitor's.
 fn descriptor_share() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.unwrap_or(1 << 20).min(1 << 20) as usize;
-    (limit.saturating_sub(128) / 3).max(64)
+    (limit / 6).max(32)
 }

@@ -1,10 +1,19 @@
 //! The file system without a guest: what only a hostile one would ask, and what tables hold.
 
 use super::*;
-use crate::fs::wire::{CreateIn, GetattrIn, LinkIn, MkdirIn, ReadIn, StatxIn};
+use crate::fs::wire::{
+    CreateIn, GetattrIn, LinkIn, MkdirIn, OpenIn, ReadIn, StatxIn, WRITE_KILL_SUIDGID, WriteIn,
+};
 use std::ffi::CString;
 
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
+
+fn writing() -> OpenIn {
+    OpenIn {
+        flags: OFlags::WRONLY.bits(),
+        open_flags: 0,
+    }
+}
 
 struct Fixture {
     dir: tempfile::TempDir,
@@ -52,7 +61,10 @@ fn names_that_lead_elsewhere_are_refused() {
     // A link is itself, never what it points to.
     let link = f.files.lookup(f.root, c"out").unwrap();
     assert!(f.files.lookup(link.nodeid, c"passwd").is_err());
-    assert_eq!(f.files.open(link.nodeid, 0).unwrap_err(), Errno::NXIO);
+    assert_eq!(
+        f.files.open(link.nodeid, &OpenIn::default()).unwrap_err(),
+        Errno::NXIO
+    );
     assert!(f.files.opendir(link.nodeid).is_err());
 }
 
@@ -62,7 +74,10 @@ fn only_files_are_opened() {
     let fifo = f.dir.path().join("fifo");
     rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
     let node = f.files.lookup(f.root, c"fifo").unwrap().nodeid;
-    assert_eq!(f.files.open(node, 0).unwrap_err(), Errno::NXIO);
+    assert_eq!(
+        f.files.open(node, &OpenIn::default()).unwrap_err(),
+        Errno::NXIO
+    );
 }
 
 #[test]
@@ -70,9 +85,8 @@ fn a_read_only_share_refuses_every_change() {
     let f = fixture(0, true);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
-    let write = OFlags::WRONLY.bits();
-    assert_eq!(f.files.open(node, write).unwrap_err(), Errno::ROFS);
-    assert!(f.files.open(node, 0).is_ok());
+    assert_eq!(f.files.open(node, &writing()).unwrap_err(), Errno::ROFS);
+    assert!(f.files.open(node, &OpenIn::default()).is_ok());
     assert_eq!(
         f.files
             .mkdir(f.root, c"d", &MkdirIn::default(), CALLER)
@@ -135,10 +149,15 @@ fn open_files_have_a_limit_too() {
     let f = fixture(8, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
-    let open: Vec<_> = (0..8).map(|_| f.files.open(node, 0).unwrap().fh).collect();
-    assert_eq!(f.files.open(node, 0).unwrap_err(), Errno::NFILE);
+    let open: Vec<_> = (0..8)
+        .map(|_| f.files.open(node, &OpenIn::default()).unwrap().fh)
+        .collect();
+    assert_eq!(
+        f.files.open(node, &OpenIn::default()).unwrap_err(),
+        Errno::NFILE
+    );
     f.files.release(open[0]);
-    assert!(f.files.open(node, 0).is_ok());
+    assert!(f.files.open(node, &OpenIn::default()).is_ok());
 }
 
 #[test]
@@ -148,7 +167,7 @@ fn a_handle_belongs_to_its_node() {
     std::fs::write(f.dir.path().join("y"), "y").unwrap();
     let x = f.files.lookup(f.root, c"x").unwrap().nodeid;
     let y = f.files.lookup(f.root, c"y").unwrap().nodeid;
-    let fh = f.files.open(x, 0).unwrap().fh;
+    let fh = f.files.open(x, &OpenIn::default()).unwrap().fh;
     let arg = ReadIn {
         fh,
         ..ReadIn::default()
@@ -162,7 +181,7 @@ fn a_share_that_is_taken_away_is_stale() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
-    let fh = f.files.open(node, 0).unwrap().fh;
+    let fh = f.files.open(node, &OpenIn::default()).unwrap().fh;
     f.shares.remove("s");
     let none: [vm_memory::VolatileSlice<'_>; 0] = [];
     let arg = ReadIn {
@@ -215,8 +234,8 @@ fn a_single_file_has_one_number() {
     // Inside its directory it is another node: this one may be written.
     let inside = f.files.lookup(f.root, c"file").unwrap();
     assert_ne!(inside.nodeid, entry.nodeid);
-    assert!(f.files.open(inside.nodeid, OFlags::WRONLY.bits()).is_ok());
-    let refused = f.files.open(entry.nodeid, OFlags::WRONLY.bits());
+    assert!(f.files.open(inside.nodeid, &writing()).is_ok());
+    let refused = f.files.open(entry.nodeid, &writing());
     assert_eq!(refused.unwrap_err(), Errno::ROFS);
 }
 
@@ -232,4 +251,91 @@ fn the_root_answers_statx() {
         .attr;
     assert_eq!((stat.ino, u32::from(stat.mode)), (attr.ino, attr.mode));
     assert_eq!(stat.mask & rustix::fs::StatxFlags::BTIME.bits(), 0);
+}
+
+#[test]
+fn a_file_that_changes_loses_what_its_programs_would_get() {
+    use std::os::unix::fs::PermissionsExt;
+    let f = fixture(0, false);
+    let path = f.dir.path().join("x");
+    std::fs::write(&path, "x").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o6755)).unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let capability = c"security.capability";
+    let set = || f.files.setxattr(node, capability, b"all", 0);
+    // Some file systems of temporary directories have no such attributes.
+    let has_attributes = set().is_ok();
+    let fh = f.files.open(node, &writing()).unwrap().fh;
+    let none: [vm_memory::VolatileSlice<'_>; 0] = [];
+    let mut arg = WriteIn {
+        fh,
+        ..WriteIn::default()
+    };
+    let mode = || path.metadata().unwrap().permissions().mode() & 0o7777;
+    for round in 0..2 {
+        f.files.write(node, &arg, &none).unwrap();
+        assert!(
+            f.files.getxattr(node, capability, 100).is_err(),
+            "round {round}"
+        );
+        assert_eq!(mode(), 0o6755, "who may keep the bits keeps them");
+        if has_attributes {
+            set().unwrap();
+        }
+    }
+    arg.write_flags = WRITE_KILL_SUIDGID;
+    f.files.write(node, &arg, &none).unwrap();
+    assert_eq!(mode(), 0o755);
+}
+
+#[test]
+fn a_share_that_is_taken_away_holds_nothing_open() {
+    let f = fixture(0, false);
+    for name in ["a", "b"] {
+        std::fs::write(f.dir.path().join(name), name).unwrap();
+        let name = CString::new(name).unwrap();
+        let node = f.files.lookup(f.root, &name).unwrap().nodeid;
+        f.files.open(node, &OpenIn::default()).unwrap();
+    }
+    let fixture = std::fs::canonicalize(f.dir.path()).unwrap();
+    let held = || {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+        let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+        let inside = |target: &std::path::PathBuf| {
+            // A detached mount's paths begin at its own root.
+            target.starts_with(&fixture) || ["/a", "/b"].map(Into::into).contains(target)
+        };
+        targets.filter(inside).count()
+    };
+    assert!(held() >= 4);
+    f.shares.remove("s");
+    assert_eq!(held(), 0, "the guest has forgotten and released nothing");
+}
+
+#[test]
+fn the_roots_listing_does_not_shift() {
+    let f = fixture(0, false);
+    for name in ["b", "c"] {
+        f.shares.add(name, f.dir.path(), false).unwrap();
+    }
+    let whole = f
+        .files
+        .readdir(ROOT_ID, 0, 0, 4096, false)
+        .unwrap()
+        .into_bytes();
+    // Room for the dots and the first share.
+    let part = f
+        .files
+        .readdir(ROOT_ID, 0, 0, 100, false)
+        .unwrap()
+        .into_bytes();
+    let last = part.len() - size_of::<crate::fs::wire::Dirent>() - 8;
+    let offset = u64::from_ne_bytes(part[last + 8..last + 16].try_into().unwrap());
+    f.shares.remove("s");
+    let rest = f
+        .files
+        .readdir(ROOT_ID, 0, offset, 4096, false)
+        .unwrap()
+        .into_bytes();
+    assert_eq!(part.len() + rest.len(), whole.len(), "none is left out");
 }

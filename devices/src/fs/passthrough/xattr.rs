@@ -6,16 +6,26 @@
 //! the host's files already have under those names shows through, but can't be changed.
 
 use super::Passthrough;
-use crate::fs::inodes::Inode;
+use crate::fs::inodes::{self, Inode};
 use crate::fs::wire::ROOT_ID;
 use crate::sys::proc_path;
-use rustix::fs::XattrFlags;
+use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 
 /// Where the guest's privileged attributes are kept.
 const PREFIX: &[u8] = b"user.koya.";
+
+/// The capabilities that a program gets from its file (capabilities(7)).
+const CAPABILITY: &CStr = c"security.capability";
+
+/// Bits of a file's mode (inode(7)).
+const SET_USER_ID: u32 = 0o4000;
+const SET_GROUP_ID: u32 = 0o2000;
+/// Without it set-group-ID means something else: mandatory locks.
+const GROUP_MAY_RUN: u32 = 0o010;
 
 /// The largest value (XATTR_SIZE_MAX) and list (XATTR_LIST_MAX), in bytes.
 const SIZE_MAX: usize = 65536;
@@ -46,6 +56,38 @@ impl Passthrough {
         Ok((proc_path(fd.as_fd()), fd))
     }
 
+    /// A file changes, so it loses the capabilities that its programs would get, and with `bits`
+    /// also set-user-ID and set-group-ID: the guest leaves that to us (FUSE_HANDLE_KILLPRIV_V2).
+    /// What the host's files have of their own the host takes away.
+    ///
+    /// # Errors
+    /// The host's; then the file must not be changed.
+    pub(super) fn drop_privileges(&self, inode: &Inode, bits: bool) -> Result<(), Errno> {
+        if !inode.bare.swap(true, Ordering::SeqCst) {
+            let (path, _fd) = self.xattr_path(inode)?;
+            let removed = rustix::fs::removexattr(path, mapped(CAPABILITY)?.as_c_str());
+            if let Err(error) = removed
+                && !matches!(error, Errno::NODATA | Errno::OPNOTSUPP)
+            {
+                inode.bare.store(false, Ordering::SeqCst);
+                return Err(error);
+            }
+        }
+        if !bits || inode.kind != FileType::RegularFile {
+            return Ok(());
+        }
+        let fd = self.inodes.fd(inode)?;
+        let mode = u32::from(inodes::stat(&fd)?.stx_mode);
+        let kill = match mode & GROUP_MAY_RUN {
+            0 => mode & SET_USER_ID,
+            _ => mode & (SET_USER_ID | SET_GROUP_ID),
+        };
+        if kill == 0 {
+            return Ok(());
+        }
+        self.chmod(&fd, mode & !kill)
+    }
+
     /// FUSE_SETXATTR
     ///
     /// # Errors
@@ -62,7 +104,9 @@ impl Passthrough {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
-            return rustix::fs::setxattr(path, &*mapped(name)?, value, flags);
+            let set = rustix::fs::setxattr(path, &*mapped(name)?, value, flags);
+            inode.bare.store(false, Ordering::SeqCst);
+            return set;
         }
         rustix::fs::setxattr(path, name, value, flags)
     }
@@ -117,7 +161,15 @@ impl Passthrough {
         check(name)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
-            return rustix::fs::removexattr(path, &*mapped(name)?);
+            let removed = rustix::fs::removexattr(&*path, &*mapped(name)?);
+            // The host's own attribute is not the guest's to remove. The host takes capabilities
+            // away by itself when the file changes; to the guest's kernel, which would do the same
+            // before each change, they must look as if there were none to take.
+            let host_has = || rustix::fs::getxattr(&*path, name, &mut [0u8; 0][..]).is_ok();
+            return match removed {
+                Err(Errno::NODATA) if host_has() => Err(Errno::OPNOTSUPP),
+                other => other,
+            };
         }
         rustix::fs::removexattr(path, name)
     }

@@ -3,7 +3,9 @@
 //! Leaves: Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 
 use super::super::ArchError;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Cap, Kvm};
 
 const VMX: u32 = 1 << 5;
@@ -17,11 +19,39 @@ pub(super) fn for_vcpu(kvm: &Kvm, index: u32, cpus: u32) -> Result<CpuId, ArchEr
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(ArchError::kvm("list the features it supports"))?;
+    add_topology_levels(&mut cpuid).map_err(|_| {
+        ArchError::kvm("take more CPUID leaves")(kvm_ioctls::Error::new(libc::E2BIG))
+    })?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in cpuid.as_mut_slice() {
         set_entry(entry, index, cpus, deadline);
     }
     Ok(cpuid)
+}
+
+/// KVM's set has only the first level of each extended topology leaf, empty (since Linux 6.0); the
+/// guest reads on until a level has the type 0.
+fn add_topology_levels(cpuid: &mut CpuId) -> Result<(), vmm_sys_util::fam::Error> {
+    for function in [0xb, 0x1f] {
+        let has = |cpuid: &CpuId, level| {
+            let is = |e: &kvm_cpuid_entry2| e.function == function && e.index == level;
+            cpuid.as_slice().iter().any(is)
+        };
+        if !has(cpuid, 0) {
+            continue;
+        }
+        for level in 1..3 {
+            if !has(cpuid, level) {
+                cpuid.push(kvm_cpuid_entry2 {
+                    function,
+                    index: level,
+                    flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                    ..Default::default()
+                })?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool) {
@@ -121,6 +151,21 @@ mod tests {
         let mut leaf = entry(0x8000_0001, 0);
         set_entry(&mut leaf, 0, 1, false);
         assert_eq!(leaf.ecx & SVM, 0);
+    }
+
+    #[test]
+    fn the_topology_has_all_its_levels_whatever_kvm_lists() {
+        // As Linux 6.12 gives them: one empty entry each, and leaf 0x1f only on some hosts.
+        let mut cpuid = CpuId::from_entries(&[entry(1, 0), entry(0xb, 0)]).unwrap();
+        add_topology_levels(&mut cpuid).unwrap();
+        for entry in cpuid.as_mut_slice() {
+            set_entry(entry, 3, 4, true);
+        }
+        let levels = cpuid.as_slice().iter().filter(|e| e.function == 0xb);
+        let levels: Vec<_> = levels.map(|e| (e.eax, e.ebx, e.ecx, e.edx)).collect();
+        let (threads, cores) = (1 << 8, 2 << 8 | 1);
+        assert_eq!(levels, [(0, 1, threads, 3), (2, 4, cores, 3), (0, 0, 2, 3)]);
+        assert!(cpuid.as_slice().iter().all(|e| e.function != 0x1f));
     }
 
     #[test]

@@ -1,0 +1,144 @@
+//! A detached container's log: its standard output and error, up to a bound.
+//!
+//! When `log` is full it becomes `log.old`, and what was `log.old` is gone.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How large each of the two files may be, in bytes.
+const MAX_FILE: u64 = 16 << 20;
+
+struct State {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    limit: u64,
+}
+
+/// Writes the log. Clones write to the same one. A full disk loses lines, but does not disturb the
+/// container.
+#[derive(Clone)]
+pub(super) struct LogWriter(Arc<Mutex<State>>);
+
+fn old(path: &Path) -> PathBuf {
+    path.with_extension("old")
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().create(true).append(true).open(path)
+}
+
+impl LogWriter {
+    /// A log at `path`.
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        Self::with_limit(path, MAX_FILE)
+    }
+
+    fn with_limit(path: &Path, limit: u64) -> io::Result<Self> {
+        let file = open(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self(Arc::new(Mutex::new(State {
+            path: path.to_owned(),
+            file,
+            size,
+            limit,
+        }))))
+    }
+}
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.size > 0 && state.size + bytes.len() as u64 > state.limit {
+            let moved = std::fs::rename(&state.path, old(&state.path));
+            if let Ok(file) = moved.and_then(|()| open(&state.path)) {
+                state.file = file;
+                state.size = 0;
+            }
+        }
+        if state.size + bytes.len() as u64 <= state.limit && state.file.write_all(bytes).is_ok() {
+            state.size += bytes.len() as u64;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads a log from its beginning, also while it grows and changes files.
+pub(super) struct LogReader {
+    path: PathBuf,
+    current: Option<File>,
+}
+
+impl LogReader {
+    /// Of the log at `path`, whether or not it is there yet.
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            current: None,
+        }
+    }
+
+    /// Copies all that has come since the last call.
+    pub(super) fn copy_new(&mut self, to: &mut impl Write) -> io::Result<()> {
+        if self.current.is_none() {
+            self.current = File::open(old(&self.path)).ok();
+        }
+        // Opened before the former file is read: once it is another, nothing more comes to that.
+        let newest = match File::open(&self.path) {
+            Ok(file) => Some(file),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        if let Some(current) = &mut self.current {
+            io::copy(current, to)?;
+        }
+        let identity = |file: &File| file.metadata().map(|m| (m.dev(), m.ino())).ok();
+        if let Some(mut newest) = newest
+            && self.current.as_ref().and_then(identity) != identity(&newest)
+        {
+            io::copy(&mut newest, to)?;
+            self.current = Some(newest);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_is_bounded_and_followed_across_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut writer = LogWriter::with_limit(&path, 100).unwrap();
+        let mut reader = LogReader::new(&path);
+        let (mut read, mut all) = (Vec::new(), Vec::new());
+        for n in 0..50 {
+            let line = format!("line {n:03}\n");
+            writer.write_all(line.as_bytes()).unwrap();
+            all.extend(line.into_bytes());
+            if n % 7 == 0 {
+                reader.copy_new(&mut read).unwrap();
+            }
+        }
+        reader.copy_new(&mut read).unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&read),
+            String::from_utf8_lossy(&all)
+        );
+        let sizes = [path.clone(), old(&path)].map(|p| p.metadata().unwrap().len());
+        assert!(sizes.iter().all(|size| *size <= 100), "{sizes:?}");
+        // Who comes late gets the newest part, from the beginning of a line.
+        let mut late = Vec::new();
+        LogReader::new(&path).copy_new(&mut late).unwrap();
+        assert!(late.len() > 100 && all.ends_with(&late));
+    }
+}
