@@ -261,21 +261,18 @@ mod tests {
             }
         }
 
+        /// Puts a packet into the transmit queue.
+        fn offer(&mut self, header: &Header, data: &[u8]) {
+            let bytes = [header.as_bytes(), data].concat();
+            self.tx.offer(&[Buffer::Readable(bytes)]);
+        }
+
         fn send(&mut self, op: Op, port: u32, data: &[u8]) {
             let header = Header {
-                src_cid: 3.into(),
-                dst_cid: 2.into(),
-                src_port: 77.into(),
-                dst_port: port.into(),
                 len: (data.len() as u32).into(),
-                kind: TYPE_STREAM.into(),
-                op: (op as u16).into(),
-                buf_alloc: 65536.into(),
-                ..Header::default()
+                ..packet(op, port)
             };
-            let mut bytes = header.as_bytes().to_vec();
-            bytes.extend(data);
-            self.tx.offer(&[Buffer::Readable(bytes)]);
+            self.offer(&header, data);
             self.worker.serve().unwrap();
         }
 
@@ -287,6 +284,20 @@ mod tests {
             let bytes = self.rx.written(head, len as usize);
             let (header, data) = Header::read_from_prefix(&bytes).unwrap();
             Some((header, data.to_vec()))
+        }
+    }
+
+    /// A packet without data from the guest's port 77.
+    fn packet(op: Op, port: u32) -> Header {
+        Header {
+            src_cid: 3.into(),
+            dst_cid: 2.into(),
+            src_port: 77.into(),
+            dst_port: port.into(),
+            kind: TYPE_STREAM.into(),
+            op: (op as u16).into(),
+            buf_alloc: 65536.into(),
+            ..Header::default()
         }
     }
 
@@ -340,15 +351,9 @@ mod tests {
         let listener = guest.ports.listen(1).unwrap();
         let header = Header {
             src_cid: 9.into(),
-            dst_cid: 2.into(),
-            dst_port: 1.into(),
-            kind: TYPE_STREAM.into(),
-            op: (Op::Request as u16).into(),
-            ..Header::default()
+            ..packet(Op::Request, 1)
         };
-        guest
-            .tx
-            .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest.offer(&header, &[]);
         guest.worker.serve().unwrap();
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Reset));
         assert!(listener.accept_timeout(std::time::Duration::ZERO).is_err());
@@ -361,9 +366,7 @@ mod tests {
             len: u32::MAX.into(),
             ..Header::default()
         };
-        guest
-            .tx
-            .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        guest.offer(&header, &[]);
         guest.tx.offer(&[Buffer::Readable(vec![0; 3])]);
         guest.worker.serve().unwrap();
         assert_eq!(guest.tx.used().len(), 2);
@@ -374,17 +377,7 @@ mod tests {
         let mut guest = Guest::new();
         for _ in 0..5 {
             for _ in 0..200 {
-                let header = Header {
-                    src_cid: 3.into(),
-                    dst_cid: 2.into(),
-                    dst_port: 5.into(),
-                    kind: TYPE_STREAM.into(),
-                    op: (Op::Request as u16).into(),
-                    ..Header::default()
-                };
-                guest
-                    .tx
-                    .offer(&[Buffer::Readable(header.as_bytes().to_vec())]);
+                guest.offer(&packet(Op::Request, 5), &[]);
             }
             guest.worker.serve().unwrap();
         }

@@ -62,6 +62,14 @@ pub struct Muxer {
     limit: usize,
 }
 
+/// The buffer of a stream that is made when there are so many already.
+fn window(streams: usize) -> u32 {
+    match streams {
+        0..LARGE_BUFFERS => BUFFER_SIZE,
+        _ => SMALL_BUFFER_SIZE,
+    }
+}
+
 /// An eighth of the process's descriptors, up to [`MAX_CONNECTIONS`].
 fn connection_limit() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
@@ -86,12 +94,8 @@ impl Muxer {
         }
     }
 
-    /// The buffer of the next stream.
     fn window(&self) -> u32 {
-        match self.connections.len() {
-            0..LARGE_BUFFERS => BUFFER_SIZE,
-            _ => SMALL_BUFFER_SIZE,
-        }
+        window(self.connections.len())
     }
 
     /// What epoll should watch differently since the last call, to be carried out before
@@ -361,4 +365,16 @@ fn pass_on(
         connection.receive(&rest);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_streams_together_have_a_bound() {
+        let total: u64 = (0..MAX_CONNECTIONS).map(|n| u64::from(window(n))).sum();
+        assert_eq!(total, 124 << 20);
+        assert!((16..=MAX_CONNECTIONS).contains(&connection_limit()));
+    }
 }
