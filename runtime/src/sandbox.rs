@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 const AGENT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take to end in order before it is stopped.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// The most request queues for files: the guest's kernel divides them among its CPUs, and each has
+/// threads of its own here.
+const FS_QUEUES: u32 = 4;
 /// How often a wait looks whether the virtual machine is still there.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -162,7 +165,8 @@ impl Sandbox {
             cache: config.cache,
             ..Options::default()
         };
-        let fs = Fs::new(SHARED_TAG, shares.clone(), options, 1)
+        let queues = config.cpus.min(FS_QUEUES);
+        let fs = Fs::new(SHARED_TAG, shares.clone(), options, queues)
             .map_err(Error::host("make the virtio-fs device"))?;
         let console = Console::default();
         let vm = Vm::builder(spec)
