@@ -292,6 +292,11 @@ fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Resul
     let cwd = std::env::current_dir()?;
     script.push_str(&format!("cd {}\n", quoted(&cwd.to_string_lossy())));
     if command.is_empty() {
+        // The emulated console does not know how large this terminal is.
+        if let Ok(size) = rustix::termios::tcgetwinsize(std::io::stdin()) {
+            let (rows, columns) = (size.ws_row, size.ws_col);
+            script.push_str(&format!("stty rows {rows} cols {columns}\n"));
+        }
         script.push_str("exec /bin/sh -i\n");
     } else {
         let words: Vec<String> = command.iter().map(|w| quoted(w)).collect();
