@@ -28,6 +28,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
         },
         "kernel": file(files.as_ref().ok().map(|f| &f.kernel)),
         "initramfs": file(files.as_ref().ok().map(|f| &f.initramfs)),
+        "containers": super::state::root().ok(),
         "missing": files.as_ref().err().map(ToString::to_string),
         "host": {
             "kernel": uname.release().to_string_lossy(),

@@ -47,7 +47,7 @@ pub(super) struct Owned {
 }
 
 /// The folder of all folders.
-fn root() -> Result<PathBuf> {
+pub(super) fn root() -> Result<PathBuf> {
     let base = if rustix::process::geteuid().is_root() {
         PathBuf::from("/var/lib")
     } else if let Some(data) = std::env::var_os("XDG_DATA_HOME") {
