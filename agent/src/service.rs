@@ -56,6 +56,10 @@ struct Helping(State);
 
 impl Helping {
     fn new(state: &State) -> Self {
+        if state.helping.get() == 0 {
+            // Orphans that ended since.
+            state.reaper.forget();
+        }
         state.helping.set(state.helping.get() + 1);
         Self(state.clone())
     }

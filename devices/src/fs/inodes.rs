@@ -251,7 +251,7 @@ impl Inodes {
         let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
         if let (Some(handle), Some(anchor)) = (&traces.handle, inode.share.anchor()) {
             let flags = OFlags::PATH | OFlags::NOFOLLOW;
-            if let Ok(fd) = handle.open(anchor, flags.bits() as i32) {
+            if let Ok(fd) = handle.open(&*anchor, flags.bits() as i32) {
                 return Ok(fd);
             }
         }
@@ -370,6 +370,9 @@ impl Inodes {
                 tables.open = tables.open.saturating_sub(1);
             }
         }
+        // Nothing of these can be evicted any more.
+        let Tables { recent, by_id, .. } = &mut *tables;
+        recent.retain(|id| by_id.get(id).is_some_and(|(inode, _)| !gone(&inode)));
     }
 
     /// Forgets all.

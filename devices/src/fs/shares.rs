@@ -7,12 +7,21 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, openat, statx
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+/// What a share holds open.
+#[derive(Clone)]
+struct Held {
+    /// Its root, an O_PATH descriptor.
+    root: Arc<OwnedFd>,
+    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
+    /// syncfs); none if the share is a single file.
+    anchor: Option<Arc<OwnedFd>>,
+}
 
 /// One host directory or file under the synthetic root.
 pub struct Share {
@@ -20,10 +29,8 @@ pub struct Share {
     pub(super) number: u64,
     /// A directory's, or a single file's.
     pub(super) kind: FileType,
-    root: OwnedFd,
-    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
-    /// syncfs); none if the share is a single file.
-    anchor: Option<File>,
+    /// Nothing once it is taken away: the guest may remember its nodes for ever.
+    held: Mutex<Option<Held>>,
     pub(super) read_only: bool,
     pub(super) mount_id: u64,
     detached: bool,
@@ -50,17 +57,17 @@ impl Share {
             Err(error) => return Err(error.into()),
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let anchor = openat(&root, ".", flags, Mode::empty())
-            .ok()
-            .map(File::from);
+        let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
         let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
         let stat = statx(&root, c"", AtFlags::EMPTY_PATH, mask)?;
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
-            root,
-            anchor,
+            held: Mutex::new(Some(Held {
+                root: Arc::new(root),
+                anchor,
+            })),
             read_only,
             mount_id: stat.stx_mnt_id,
             detached,
@@ -68,14 +75,16 @@ impl Share {
         })
     }
 
-    /// The share's root, an O_PATH descriptor.
-    pub(super) fn root(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
+    /// The share's root, an O_PATH descriptor, while it is there.
+    pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.held).as_ref().map(|held| held.root.clone())
     }
 
     /// A descriptor on the share's mount, if it is a directory.
-    pub(super) fn anchor(&self) -> Option<BorrowedFd<'_>> {
-        self.anchor.as_ref().map(File::as_fd)
+    pub(super) fn anchor(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.held)
+            .as_ref()
+            .and_then(|held| held.anchor.clone())
     }
 
     /// Whether the owner has taken it away.
@@ -144,6 +153,7 @@ impl Shares {
         let share = lock(&self.0.entries).remove(name);
         if let Some(share) = &share {
             share.removed.store(true, Ordering::Relaxed);
+            lock(&share.held).take();
             self.0.changes.fetch_add(1, Ordering::SeqCst);
             lock(&self.0.listeners).retain(|listener| listener(share).is_some());
         }
@@ -186,7 +196,7 @@ impl Shares {
 
 impl std::fmt::Debug for Share {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "share on descriptor {}", self.root.as_raw_fd())
+        write!(f, "share {}", self.number)
     }
 }
 

@@ -19,6 +19,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How long the console is still shown once nothing more is typed.
+const CONSOLE_GRACE: Duration = Duration::from_millis(500);
+
 /// How long a process may take to go after SIGKILL.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -149,6 +152,9 @@ fn console(stream: &UnixStream, sandbox: &Sandbox) -> Result<()> {
     loop {
         let count = ours.read(&mut bytes)?;
         if count == 0 {
+            // What was kept goes out first; then nobody follows any more.
+            std::thread::sleep(CONSOLE_GRACE);
+            ours.shutdown(std::net::Shutdown::Both).ok();
             return Ok(());
         }
         sandbox.console_input(&bytes[..count]);

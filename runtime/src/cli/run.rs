@@ -372,14 +372,20 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
     })
 }
 
-/// A guest's files take descriptors of this process; the library leaves limits alone.
+/// A guest's files take descriptors of this process; the library leaves limits alone. As many as
+/// the host's kernel allows if we may, else as many as this user may have.
 fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    setrlimit(Resource::Nofile, raised).ok();
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let most = most.ok().and_then(|text| text.trim().parse().ok());
+    for wanted in [most, getrlimit(Resource::Nofile).maximum] {
+        let raised = Rlimit {
+            current: wanted,
+            maximum: wanted,
+        };
+        if wanted.is_some() && setrlimit(Resource::Nofile, raised).is_ok() {
+            return;
+        }
+    }
 }
 
 /// What signals go to; nothing while the sandbox is still starting.

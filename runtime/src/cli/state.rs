@@ -17,7 +17,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Folders that are being made have names that no container can have.
+/// Folders that are being made or removed have names that no container can have.
 const UNFINISHED: &str = ".new-";
 /// How long a folder may be in that state before it counts as left behind.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(60);
@@ -187,11 +187,23 @@ impl Folder {
     }
 
     /// Removes all that is there of the container.
+    ///
+    /// It loses its name first: a removal that is cut short leaves nothing that looks like a
+    /// container, and the next command goes on with it.
     pub(super) fn remove(&self) {
-        if let Err(error) = fs::remove_dir_all(&self.0)
+        let mut going = self.0.clone();
+        if !is_unfinished(&going)
+            && let Ok(random) = random_name()
+        {
+            going.set_file_name(format!("{UNFINISHED}{random}"));
+            if fs::rename(&self.0, &going).is_err() {
+                going = self.0.clone();
+            }
+        }
+        if let Err(error) = fs::remove_dir_all(&going)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            log::warn!("cannot remove {}: {error}", self.0.display());
+            log::warn!("cannot remove {}: {error}", going.display());
         }
     }
 }

@@ -104,6 +104,7 @@ fn owners_and_device_nodes() -> Result<()> {
         &["--cap-add", "MKNOD"],
         r#"
         open(F, '>', 'mine') or die $!; close F; chown(33, 40, 'mine') or die $!;
+        symlink('x', 'link') or die $!; sc(94, 'link', 33, 40) == 0 or die "lchown $!";
         sc(133, 'fifo', 010644, 0) == 0 or die "fifo $!";
         sc(133, 'null', 020666, (1 << 8) | 3) == 0 or die "node $!";
         mkdir 'sgid' or die $!; chown(0, 50, 'sgid') or die $!; chmod 02777, 'sgid' or die $!;
@@ -117,7 +118,7 @@ fn owners_and_device_nodes() -> Result<()> {
         let data = fs::symlink_metadata(dir.join(name))?;
         Ok((data.uid(), data.gid()))
     };
-    for name in ["mine", "theirs", "theirdir", "theirlink"] {
+    for name in ["mine", "link", "theirs", "theirdir", "theirlink"] {
         ensure!(owner(name)? == (33, 40), "{name} {:?}", owner(name)?);
     }
     ensure!(owner("sgid/in")? == (33, 50), "{:?}", owner("sgid/in")?);

@@ -78,6 +78,7 @@ fn no_root_is_needed() -> Result<()> {
     let rootfs = shared_rootfs().to_string_lossy();
     let volume = format!("{}:/data", home.display());
     let script = "id -u; echo text > /data/file; mkdir /data/dir; ln -s file /data/link; \
+                  (umask 333; echo once > /data/once); \
                   chmod 4750 /data/file; cat /data/link; touch /etc/new 2>/dev/null || echo refused";
     let said = as_user(&[
         "run", "--rootfs", &rootfs, "-v", &volume, "--", "sh", "-c", script,
@@ -89,6 +90,7 @@ fn no_root_is_needed() -> Result<()> {
         (file.uid(), file.mode() & 0o7777) == (USER, 0o4750),
         "{file:?}"
     );
+    ensure!(std::fs::read_to_string(home.join("once"))? == "once\n");
     ensure!(as_user(&["ps", "--json"])? == "[]", "nothing runs any more");
     Ok(())
 }

@@ -29,6 +29,8 @@ for seed in 1 2 3; do
     running="$running $!:p$seed:124"
 done
 mkdir stress
+# Its open-stressor takes all that there are, and others would find none.
+ulimit -n 2048
 [ $SECONDS_EACH -ge 30 ] && stress-ng --temp-path stress --timeout $SECONDS_EACH --verify \
     --access 1 --chmod 1 --chown 1 --dentry 1 --dir 1 --fallocate 1 --flock 1 --getdent 1 --hdd 1 \
     --iomix 1 --link 1 --lockf 1 --mknod 1 --open 1 --rename 1 --symlink 1 --utime 1 --xattr 1 \

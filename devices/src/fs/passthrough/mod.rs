@@ -108,7 +108,7 @@ impl Passthrough {
         }
         if parent == ROOT_ID {
             let share = self.shares.get(name.to_bytes()).ok_or(Errno::NOENT)?;
-            let fd = rustix::io::fcntl_dupfd_cloexec(share.root(), 0)?;
+            let fd = rustix::io::fcntl_dupfd_cloexec(share.root().ok_or(Errno::NOENT)?, 0)?;
             return self.entry(fd, &share, None, name);
         }
         let directory = self.inodes.get(parent)?;

@@ -63,17 +63,25 @@ impl Passthrough {
     /// # Errors
     /// The host's; then the file must not be changed.
     pub(super) fn drop_privileges(&self, inode: &Inode, bits: bool) -> Result<(), Errno> {
+        // Nothing else has either; `user.` attributes of links and device nodes are refused.
+        if inode.kind != FileType::RegularFile {
+            return Ok(());
+        }
         if !inode.bare.swap(true, Ordering::SeqCst) {
             let (path, _fd) = self.xattr_path(inode)?;
-            let removed = rustix::fs::removexattr(path, mapped(CAPABILITY)?.as_c_str());
-            if let Err(error) = removed
+            let name = mapped(CAPABILITY)?;
+            // The host checks who may write before it looks whether there is anything: a file that
+            // is open for writing may have a mode that forbids it.
+            let there = || rustix::fs::getxattr(&*path, name.as_c_str(), &mut [0u8; 0][..]).is_ok();
+            if let Err(error) = rustix::fs::removexattr(&*path, name.as_c_str())
                 && !matches!(error, Errno::NODATA | Errno::OPNOTSUPP)
+                && there()
             {
                 inode.bare.store(false, Ordering::SeqCst);
                 return Err(error);
             }
         }
-        if !bits || inode.kind != FileType::RegularFile {
+        if !bits {
             return Ok(());
         }
         let fd = self.inodes.fd(inode)?;
