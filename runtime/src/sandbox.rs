@@ -191,7 +191,7 @@ impl Sandbox {
             }),
             ready_after: started.elapsed(),
         };
-        log::info!("the agent was ready after {:.0?}", sandbox.ready_after);
+        log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         sandbox.inner.agent.set_time()?;
         Ok(sandbox)
     }
