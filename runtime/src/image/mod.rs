@@ -5,6 +5,7 @@
 //! are checked, and layers are unpacked by [`layer`], which never leaves the root it unpacks to.
 
 mod layer;
+mod zstd;
 
 use crate::Error;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
@@ -72,13 +73,13 @@ impl Compression {
         }
     }
 
-    fn reader(self, file: File) -> io::Result<Box<dyn Read>> {
+    fn reader(self, file: File) -> Box<dyn Read> {
         let file = BufReader::new(file);
-        Ok(match self {
+        match self {
             Self::None => Box::new(file),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
-            Self::Zstd => Box::new(zstd::Decoder::with_buffer(file)?),
-        })
+            Self::Zstd => Box::new(zstd::Decoder::new(file)),
+        }
     }
 }
 
@@ -217,9 +218,7 @@ impl Image {
             }
             let file = File::open(&blob.path)
                 .map_err(Error::host(format!("open {}", blob.path.display())))?;
-            let unpacked = blob.compression.reader(file);
-            unpacked
-                .and_then(|reader| layer::unpack(reader, root))
+            layer::unpack(blob.compression.reader(file), root)
                 .map_err(|e| broken(format!("layer {}: {e}", number + 1)))?;
         }
         Ok(())
