@@ -51,13 +51,14 @@ struct State {
     helpers: Rc<Cell<u64>>,
 }
 
-/// A helper is at work; what it makes may end before its number is known.
+/// A helper is at work; what it makes may end before its number is known, so ends are remembered
+/// while there is one of these.
 struct Helping(State);
 
 impl Helping {
     fn new(state: &State) -> Self {
         if state.helping.get() == 0 {
-            // Orphans that ended since.
+            // Orphans that ended since: nobody asks for them, and their numbers are used again.
             state.reaper.forget();
         }
         state.helping.set(state.helping.get() + 1);
@@ -67,12 +68,14 @@ impl Helping {
 
 impl Drop for Helping {
     fn drop(&mut self) {
-        let left = self.0.helping.get() - 1;
-        self.0.helping.set(left);
-        if left == 0 {
-            self.0.reaper.forget();
-        }
+        self.0.helping.set(self.0.helping.get() - 1);
     }
+}
+
+/// The process that a helper made.
+struct Made {
+    pid: i32,
+    _helping: Helping,
 }
 
 /// An answer in the making, on the agent's thread.
@@ -161,7 +164,6 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
             let id = &request.container_id;
-            let _helping = Helping::new(&state);
             state.help(&["start", id], Streams::none()).await?;
             Ok(Empty::new())
         })
@@ -234,7 +236,6 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
             let id = &request.container_id;
-            let _helping = Helping::new(&state);
             state.help(&["delete", id], Streams::none()).await?;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             fs::remove_dir_all(bundle(id)).ok();
@@ -332,7 +333,6 @@ impl State {
             .await;
         if made.is_err() {
             // As far as it was made.
-            let _helping = Helping::new(self);
             self.help(&["delete", id], Streams::none()).await.ok();
             fs::remove_dir_all(&dir).ok();
         }
@@ -388,10 +388,10 @@ impl State {
         args.push(&socket);
         let process = process.map(|p| p.to_string_lossy());
         args.extend(process.as_deref());
-        let helping = Helping::new(self);
-        let pid = self.help(&args, streams).await?;
+        let made = self.help(&args, streams).await?;
+        let pid = made.pid;
         let end = self.reaper.follow(pid);
-        drop(helping);
+        drop(made);
         drop(socket);
         let terminal = match console.map(|c| connect_terminal(c, stdio)).transpose() {
             Ok(terminal) => terminal,
@@ -411,7 +411,8 @@ impl State {
     }
 
     /// Runs a helper to its end and returns what it made.
-    async fn help(&self, args: &[&str], streams: Streams) -> Result<i32> {
+    async fn help(&self, args: &[&str], streams: Streams) -> Result<Made> {
+        let _helping = Helping::new(self);
         fs::create_dir_all("/run/koya/outcomes")?;
         let number = self.helpers.replace(self.helpers.get() + 1);
         let outcome = PathBuf::from(format!("/run/koya/outcomes/{number}"));
@@ -430,7 +431,10 @@ impl State {
             .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
         fs::remove_file(&outcome).ok();
         match text.split_once(' ') {
-            Some(("pid", pid)) => Ok(pid.parse()?),
+            Some(("pid", pid)) => Ok(Made {
+                pid: pid.parse()?,
+                _helping,
+            }),
             Some(("error", why)) => bail!("{why}"),
             _ => bail!("the helper for {} said {text:?}", args[0]),
         }

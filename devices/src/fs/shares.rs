@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What a share holds open.
-#[derive(Clone)]
 struct Held {
     /// Its root, an O_PATH descriptor.
     root: Arc<OwnedFd>,

@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -156,13 +156,7 @@ impl Passthrough {
         directory: &Inode,
         name: &CStr,
     ) -> Result<(EntryOut, OpenOut), Errno> {
-        let link = file.as_raw_fd().to_string();
-        let node = openat(
-            &self.proc,
-            link,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let node = self.reopen(&file, OFlags::PATH)?;
         let entry = self.entry_in(node, directory, name)?;
         let opened = self
             .inodes
@@ -253,11 +247,9 @@ impl Passthrough {
         for share in self.shares.all() {
             let synced = match (share.anchor(), share.root(), share.kind) {
                 (Some(anchor), _, _) => rustix::fs::syncfs(anchor),
-                (None, Some(root), FileType::RegularFile) => {
-                    let name = root.as_raw_fd().to_string();
-                    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                    openat(&self.proc, name, flags, Mode::empty()).and_then(rustix::fs::syncfs)
-                }
+                (None, Some(root), FileType::RegularFile) => self
+                    .reopen(&*root, OFlags::RDONLY)
+                    .and_then(rustix::fs::syncfs),
                 _ => Ok(()),
             };
             first = first.and(synced);

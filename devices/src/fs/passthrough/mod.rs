@@ -21,7 +21,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -185,12 +185,16 @@ impl Passthrough {
             FileType::Symlink => return Err(Errno::LOOP),
             _ => return Err(Errno::NXIO),
         }
-        let fd = self.inodes.fd(inode)?;
+        Ok(self.reopen(&*self.inodes.fd(inode)?, flags)?.into())
+    }
+
+    /// Opens the file of a descriptor (O_PATH will do) once more, with other flags.
+    fn reopen(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         // The link in /proc is to be followed: it is ours, and leads to the descriptor's file.
         let closed = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL;
         let flags = (flags - closed) | OFlags::CLOEXEC;
-        let name = fd.as_raw_fd().to_string();
-        Ok(openat(&self.proc, name, flags, Mode::empty())?.into())
+        let name = fd.as_fd().as_raw_fd().to_string();
+        openat(&self.proc, name, flags, Mode::empty())
     }
 }
 
