@@ -3,6 +3,7 @@
 //! Each command sets up what it needs, tells what it waits for, and keeps what is
 //! costly in a cache outside the checkout, named by the hash of its inputs.
 
+mod apt;
 mod build;
 mod cache;
 mod demo;

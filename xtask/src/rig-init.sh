@@ -13,9 +13,10 @@ port() {
 }
 # Relative names: /dev moves below, and the working directory with it.
 cd /
-STATUS=$(port status) STDIN=$(port stdin) STDOUT=$(port stdout) STDERR=$(port stderr)
+exec 3> "$(port status)"
+STDIN=$(port stdin) STDOUT=$(port stdout) STDERR=$(port stderr)
 finish() {
-    echo "$1" > "$STATUS"
+    echo "$1" >&3
     $B sync
     $B poweroff -f
 }
@@ -56,12 +57,13 @@ $B mknod /dev/null c 1 3
 $B chroot /new /usr/bin/perl -e '
     open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
     open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;
-    sleep' < dev/null > dev/null 2>&1 &
-echo ready > "$STATUS"
+    sleep' < dev/null > dev/null 2>&1 3>&- &
+echo ready >&3
+while $B sleep 5; do echo alive >&3; done < dev/null &
 if [ -e /job/interactive ]; then
     export TERM="$($B cat /job/interactive)"
-    $B setsid -c $B chroot /new /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1
+    $B setsid -c $B chroot /new /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1 3>&-
 else
-    $B chroot /new /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR"
+    $B chroot /new /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR" 3>&-
 fi
 finish "exit $?"

@@ -5,7 +5,7 @@
 //! layer on top. A command runs there as root, its output streams here, its exit status is
 //! ours.
 
-use crate::{build, cache, kernel, proc, setup};
+use crate::{apt, build, cache, kernel, proc, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use cpio::{NewcBuilder, newc};
@@ -36,8 +36,17 @@ const MODULES: &[&str] = &[
 /// Size of the scratch disk: sparse, for file-system tests.
 const SCRATCH_BYTES: u64 = 10 << 30;
 
+/// Where QEMU comes from: Debian 12's own, 7.2, can lose an interrupt of a host that runs virtual
+/// machines, and hangs. It stays installed for the libraries that both need.
+const QEMU_SUITE: &str = "bookworm-backports";
+const QEMU_PACKAGES: &[&str] = &["qemu-system-x86", "qemu-system-data", "seabios"];
+
 /// How long the rig may take to be ready before it counts as hung.
 const READY_LIMIT: Duration = Duration::from_secs(180);
+
+/// The emulated host says each few seconds that it is alive; after a silence as long as this it
+/// hangs. Its CPUs share ours with other rigs and with builds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(240);
 
 #[derive(Args)]
 pub(crate) struct RigArgs {
@@ -163,8 +172,9 @@ pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits
     }
 }
 
-/// The kernel and initramfs of the emulated host.
+/// The emulated host: what emulates it, its kernel and its initramfs.
 struct Host {
+    qemu: PathBuf,
     dir: PathBuf,
 }
 
@@ -179,13 +189,18 @@ impl Host {
         let package = format!("linux-image-{upstream}+deb12-amd64-unsigned");
         let key = cache::key([&package, &version, INIT, &MODULES.join(" ")]);
         let dir = cache::ensure("rig", &key, |dir| build_host(&package, dir))?;
-        Ok(Self { dir })
+        let key = cache::key([&[QEMU_SUITE], QEMU_PACKAGES].concat());
+        let qemu = cache::ensure("qemu", &key, |dir| {
+            apt::unpack(QEMU_SUITE, QEMU_PACKAGES, dir)
+        })?;
+        Ok(Self { qemu, dir })
     }
 }
 
 fn build_host(package: &str, out: &Path) -> Result<()> {
     let tree = out.join("package");
     fs::create_dir_all(&tree)?;
+    setup::package_lists()?;
     let log = out.with_extension("log");
     proc::long(
         &format!("downloading {package} (110 MB, once)"),
@@ -366,7 +381,13 @@ impl Qemu {
         // setpriv: should we be killed, so is QEMU.
         let mut command = Command::new("setpriv");
         command
-            .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
+            .args(["--pdeathsig", "KILL"])
+            .arg(host.qemu.join("usr/bin/qemu-system-x86_64"))
+            .arg("-L")
+            .arg(host.qemu.join("usr/share/qemu"))
+            .arg("-L")
+            .arg(host.qemu.join("usr/share/seabios"))
+            .args(["-L", "/usr/share/qemu"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35"])
             .args(["-smp", &limits.cpus.to_string()])
             .args(["-m", &limits.memory_mib.to_string()])
@@ -465,9 +486,10 @@ impl Qemu {
     fn watch(&mut self, started: Instant, limit: Duration) -> Result<u8> {
         let mut ready = false;
         loop {
-            let left = if ready { limit } else { READY_LIMIT.min(limit) };
-            let left = left.saturating_sub(started.elapsed());
-            match self.status.recv_timeout(left) {
+            let silence = if ready { SILENCE_LIMIT } else { READY_LIMIT };
+            let left = limit.saturating_sub(started.elapsed());
+            match self.status.recv_timeout(left.min(silence)) {
+                Ok(line) if line == "alive" => {}
                 Ok(line) if line == "ready" => {
                     ready = true;
                     eprintln!("rig: ready after {:.1?}", started.elapsed());
@@ -476,11 +498,12 @@ impl Qemu {
                     Some(code) => return Ok(code.trim().parse().unwrap_or(255)),
                     None => bail!("the rig did not come up: {line}"),
                 },
+                Err(mpsc::RecvTimeoutError::Timeout) if left <= silence => bail!(
+                    "the rig was stopped after {} s (--timeout)",
+                    limit.as_secs()
+                ),
                 Err(mpsc::RecvTimeoutError::Timeout) if ready => {
-                    bail!(
-                        "the rig was stopped after {} s (--timeout)",
-                        limit.as_secs()
-                    )
+                    bail!("the rig hangs: no sign of life for {} s", silence.as_secs())
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => bail!(
                     "the rig was not ready after {} s",

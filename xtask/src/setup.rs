@@ -2,6 +2,7 @@
 
 use crate::proc;
 use anyhow::{Result, bail};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Package, and why it is needed.
@@ -17,11 +18,13 @@ const PACKAGES: &[(&str, &str)] = &[
     ("kmod", "the rig's module dependencies"),
     ("linux-source-6.12", "the guest kernel's source"),
     ("libseccomp-dev", "the agent's seccomp filters"),
-    ("qemu-system-x86", "the rig"),
+    (
+        "qemu-system-x86",
+        "the libraries and firmware of the rig's QEMU",
+    ),
     ("busybox-static", "the rig's init and the demo's container"),
     ("e2fsprogs", "the rig's scratch disk"),
     ("debootstrap", "the tests' Debian root file system"),
-    ("git", "the tests' clone and build in a container"),
     ("stress-ng", "the tests' file-system load"),
     (
         "golang-github-containers-common",
@@ -46,6 +49,34 @@ pub(crate) fn ensure() -> Result<()> {
         return Ok(());
     }
     install(&missing)
+}
+
+/// Has apt fetch its lists of packages where there are none, as on an image whose makers removed
+/// them.
+pub(crate) fn package_lists() -> Result<()> {
+    let there = std::fs::read_dir("/var/lib/apt/lists").is_ok_and(|lists| {
+        lists
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .any(|name| name.contains("_Packages"))
+    });
+    if there {
+        return Ok(());
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!("apt has no lists of packages; as root: apt-get update");
+    }
+    let log = log();
+    update(&log)?;
+    Ok(std::fs::remove_file(&log)?)
+}
+
+fn log() -> PathBuf {
+    std::env::temp_dir().join(format!("koya-setup-{}.log", std::process::id()))
+}
+
+fn update(log: &Path) -> Result<()> {
+    let mut apt = Command::new("apt-get");
+    proc::long("apt-get update", apt.args(["-q", "update"]), log)
 }
 
 fn missing() -> Result<Vec<&'static str>> {
@@ -74,12 +105,8 @@ fn install(missing: &[&str]) -> Result<()> {
     for (package, why) in PACKAGES.iter().filter(|(p, _)| missing.contains(p)) {
         eprintln!("setup: {package} is missing ({why})");
     }
-    let log = std::env::temp_dir().join(format!("koya-setup-{}.log", std::process::id()));
-    proc::long(
-        "apt-get update",
-        Command::new("apt-get").args(["-q", "update"]),
-        &log,
-    )?;
+    let log = log();
+    update(&log)?;
     proc::long(
         "apt-get install",
         Command::new("apt-get")

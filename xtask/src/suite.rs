@@ -59,16 +59,17 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     proc::run(&mut system)
 }
 
-/// A tar of Debian's minimal root file system, made once.
+/// A tar of Debian's minimal root file system with a C compiler and git, made once.
 fn debian() -> Result<PathBuf> {
     const SUITE: &str = "bookworm";
-    let key = cache::key([SUITE, "minbase"]);
+    const INCLUDE: &str = "--include=gcc,libc6-dev,make,git";
+    let key = cache::key([SUITE, "minbase", INCLUDE]);
     let dir = cache::ensure("debian", &key, |dir| {
         let root = dir.join("root");
         proc::long(
             "making a Debian root file system (once)",
             Command::new("/usr/sbin/debootstrap")
-                .args(["--variant=minbase", SUITE])
+                .args(["--variant=minbase", INCLUDE, SUITE])
                 .arg(&root),
             &dir.with_extension("log"),
         )?;

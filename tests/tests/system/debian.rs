@@ -55,11 +55,12 @@ fn apt_and_dpkg_work() -> Result<()> {
     Ok(())
 }
 
-/// `git clone` and a build of a C project, inside on virtio-fs and outside: names, modes, owners,
-/// links, sizes and content agree. The compiler is the machine's own.
+/// `git clone` and a build of a C project in the tree as root file system, by Koya over virtio-fs
+/// and by chroot: names, modes, owners, links, sizes and content agree.
 fn a_build_gives_the_same_files() -> Result<()> {
-    let origin = scratch("origin")?;
+    let root = debian()?;
     let make = r#"
+        mkdir -p /srv/origin /srv/inside /srv/outside; cd /srv/origin
         mkdir -p src include; umask 022
         for n in 1 2 3 4 5 6; do echo "int f$n(int x) { return x * $n; }" > src/f$n.c; done
         { for n in 1 2 3 4 5 6; do echo "int f$n(int);"; done; } > include/f.h
@@ -72,64 +73,34 @@ fn a_build_gives_the_same_files() -> Result<()> {
             'hello: build/main.o libf.a; $(CC) -o $@ $^' \
             'install: hello; install -D -m 4755 -o 33 -g 33 hello out/bin/hello; ln -sf hello out/bin/hi; ln -f hello out/bin/hard; ./hello > out/said' > Makefile
         chmod 755 src/f1.c; ln -s src/main.c main.c
-        export HOME=$PWD GIT_AUTHOR_DATE=2020-01-01T00:00:00Z GIT_COMMITTER_DATE=2020-01-01T00:00:00Z
+        export HOME=/root GIT_AUTHOR_DATE=2020-01-01T00:00:00Z GIT_COMMITTER_DATE=2020-01-01T00:00:00Z
         git init -q -b main . && git add . && git -c user.name=k -c user.email=k@k commit -qm all"#;
-    let status = Command::new("sh")
-        .args(["-ec", make])
-        .current_dir(&origin)
-        .status()?;
-    ensure!(status.success(), "no project to build");
     // git's index and logs hold times and inode numbers.
-    let build = "umask 022; export HOME=/tmp GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=*
-        git clone -q --no-hardlinks $ORIGIN project >&2; cd project; make -j2 >&2
-        test -z \"$(git status --porcelain --untracked-files=no)\"; git fsck --strict >&2";
     let list = "cd project; find . ! -path ./.git/index ! -path './.git/logs*' -printf '%P %m %U:%G %y %l ' \\( -type f -printf '%n %s' \\) -printf '\\n' | sort
         find . -type f ! -path ./.git/index ! -path './.git/logs*' | sort | xargs sha256sum";
-    let both = format!("(\n{build}\n)\n{list}");
-    let (inside, outside) = (scratch("inside")?, scratch("outside")?);
-    let volumes = [
-        format!("{}:/mnt", inside.display()),
-        format!("{}:/media:ro", origin.display()),
-    ];
-    let [at, from] = &volumes;
-    let options = [
-        "--read-only",
-        "--memory",
-        "1g",
-        "--tmpfs",
-        "/tmp",
-        "--workdir",
-        "/mnt",
-        "-v",
-        at,
-        "-v",
-        from,
-        "--env",
-        "ORIGIN=/media",
-    ];
-    let in_said = stdout(run_in(Path::new("/"), &options, &["sh", "-ec", &both])?)?;
-    let run = |script: &str, dir: &Path| -> Result<String> {
-        let mut command = Command::new("sh");
-        command.args(["-ec", script]).current_dir(dir);
-        stdout(command.env("ORIGIN", &origin).output()?)
+    let both = format!(
+        "(\numask 022; export HOME=/root
+        git clone -q --no-hardlinks /srv/origin project >&2; cd project; make -j2 >&2
+        test -z \"$(git status --porcelain --untracked-files=no)\"; git fsck --strict >&2\n)\n{list}"
+    );
+    let chroot = |script: &str| -> Result<String> {
+        let mut command = Command::new("chroot");
+        command.arg(&root).args(["/bin/sh", "-ec", script]);
+        stdout(command.output()?)
     };
-    // The clone's configuration names where it came from.
-    let plain = |text: String| {
-        let keep = |line: &&str| !line.contains(".git/config");
-        text.lines().filter(keep).collect::<Vec<_>>().join("\n")
-    };
-    let in_said = plain(in_said);
-    let out_said = plain(run(&both, &outside)?);
-    ensure!(in_said.lines().count() > 60, "{in_said}");
+    chroot(make)?;
+    let inside = sh(&root, &format!("cd /srv/inside; {both}"))?;
+    let outside = chroot(&format!("cd /srv/outside; {both}"))?;
+    ensure!(inside.lines().count() > 60, "{inside}");
     ensure!(
-        in_said == out_said,
-        "inside:\n{in_said}\n---\noutside:\n{out_said}"
+        inside == outside,
+        "inside:\n{inside}\n---\noutside:\n{outside}"
     );
     // And what the guest says is what the host has.
-    let host = plain(run(list, &inside)?);
+    let host = chroot(&format!("cd /srv/inside; {list}"))?;
     ensure!(
-        host == in_said,
-        "the host sees other files:\n{host}\n---\n{in_said}"
+        host == inside,
+        "the host sees other files:\n{host}\n---\n{inside}"
     );
     Ok(())
 }
