@@ -7,6 +7,8 @@
 //! | module | what | specification |
 //! |---|---|---|
 //! | [`virtio`] | queues, descriptor chains, the device trait, the MMIO transport | virtio 1.2, sections 2 to 4 |
+//! | [`blk`] | disks | virtio 1.2, section 5.2 |
+//! | [`rate_limit`] | how much a device may do in a time | |
 //! | [`rng`] | entropy | virtio 1.2, section 5.4 |
 //! | [`vsock`] | sockets between guest and host | virtio 1.2, section 5.10 |
 //! | [`fs`] | a host directory in the guest | virtio 1.2, section 5.11, and FUSE 7.x |
@@ -16,8 +18,10 @@
 //! marks the device as needing reset, a host's fault is an error with its cause, and only a
 //! bug of our own may panic. `unsafe` stands in [`sys`] alone.
 
+pub mod blk;
 pub mod fs;
 pub mod legacy;
+pub mod rate_limit;
 pub mod rng;
 mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.

@@ -80,7 +80,7 @@ fn crates_depend_only_on_those_below_them() {
 
 #[test]
 fn unsafe_stands_only_where_it_is_named() {
-    let allowed = ["devices/src/sys.rs", "vmm/src/kvm/", "agent/src/sys.rs"];
+    let allowed = ["devices/src/sys/", "vmm/src/kvm/", "agent/src/sys.rs"];
     // Put together here, so that this file does not match itself.
     let word = ["un", "safe"].concat();
     for file in files("rs") {

@@ -211,7 +211,12 @@ impl Turns {
                     continue;
                 }
                 drop(queue);
-                if !sys::wait_either(&self.kick, &self.stop.event) {
+                let [_, stopped] = sys::wait_events([&self.kick, &self.stop.event], None)
+                    .unwrap_or_else(|error| {
+                        log::error!("virtio-fs: a worker can't wait: {error}");
+                        [false, true]
+                    });
+                if stopped {
                     return Ok(());
                 }
                 self.kick.read().ok();

@@ -69,6 +69,11 @@ impl ActiveQueue {
         &self.kick
     }
 
+    /// How many descriptors it has.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Which queue of its device this is.
     pub fn index(&self) -> u16 {
         self.index

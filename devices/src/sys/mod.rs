@@ -1,8 +1,13 @@
-//! System calls that no safe crate wraps: vectored I/O on guest memory, file handles, and
-//! per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
+//! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles,
+//! and per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
+
+mod ring;
+
+pub use ring::{Completion, Ring, Transfer};
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 use vmm_sys_util::eventfd::EventFd;
@@ -81,23 +86,29 @@ pub fn close(fd: OwnedFd) -> io::Result<()> {
     checked(unsafe { libc::close(fd.into_raw_fd()) } as isize).map(drop)
 }
 
-/// Waits until one of two events is readable. False if it is the second.
-pub fn wait_either(first: &EventFd, second: &EventFd) -> bool {
-    let watch = |event: &EventFd| libc::pollfd {
+/// Waits until one of these events is readable, at most for `limit`. Which ones are; none after the
+/// limit or a signal.
+///
+/// # Errors
+/// What poll(2) says.
+pub fn wait_events<const N: usize>(
+    events: [&EventFd; N],
+    limit: Option<Duration>,
+) -> io::Result<[bool; N]> {
+    let mut watched = events.map(|event| libc::pollfd {
         fd: event.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
-    };
-    let mut watched = [watch(first), watch(second)];
-    loop {
-        // SAFETY: the array lives on this stack and its length is given.
-        let ready = unsafe { libc::poll(watched.as_mut_ptr(), 2, -1) };
-        if watched[1].revents != 0 {
-            return false;
-        }
-        if ready > 0 && watched[0].revents != 0 {
-            return true;
-        }
+    });
+    // Up to a whole millisecond: less would be a busy loop.
+    let limit = limit.map_or(-1, |limit| {
+        limit.as_micros().div_ceil(1000).min(i32::MAX as u128) as libc::c_int
+    });
+    // SAFETY: the array lives on this stack and its length is given.
+    let ready = unsafe { libc::poll(watched.as_mut_ptr(), N as libc::nfds_t, limit) };
+    match checked(ready as isize) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(watched.map(|one| one.revents != 0)),
     }
 }
 

@@ -1,0 +1,220 @@
+//! What is behind a block device: a raw image or a block device of the host.
+
+use super::{ID_SIZE, SECTOR_SIZE};
+use crate::sys;
+use rustix::fs::{FlockOperation, OFlags, flock};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What direct I/O asks of offsets and lengths where the host does not say.
+const DIRECT_ALIGNMENT: u32 = 4096;
+
+/// How a disk is opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Past the host's page cache (O_DIRECT).
+    pub direct: bool,
+    /// What the guest sees as the disk's serial number: up to 20 bytes. Default: empty.
+    pub serial: String,
+}
+
+/// An open disk.
+#[derive(Debug)]
+pub struct Disk {
+    file: Arc<File>,
+    read_only: bool,
+    direct: bool,
+    id: [u8; ID_SIZE],
+    block_size: u32,
+    sectors: AtomicU64,
+}
+
+impl Disk {
+    /// Opens a raw image or a block device. Nobody else may have it open for writing, nor, if this
+    /// is for writing, open through Koya at all: two writers would destroy what is on it.
+    ///
+    /// # Errors
+    /// The host's, and a file that is no disk, with what to do.
+    pub fn open(path: &Path, options: DiskOptions) -> io::Result<Self> {
+        let direct = if options.direct {
+            OFlags::DIRECT
+        } else {
+            OFlags::empty()
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags((direct | OFlags::CLOEXEC).bits() as i32)
+            .open(path)
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidInput if options.direct => io::Error::new(
+                    ErrorKind::Unsupported,
+                    "its file system has no direct I/O (O_DIRECT)",
+                ),
+                _ => error,
+            })?;
+        Self::of(file, options)
+    }
+
+    /// As [`open`](Self::open), of a file that is open already, with O_DIRECT if `options` say so.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn of(file: File, options: DiskOptions) -> io::Result<Self> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let text = "it is neither a file nor a block device";
+            return Err(io::Error::new(ErrorKind::InvalidInput, text));
+        }
+        let mut id = [0; ID_SIZE];
+        match id.get_mut(..options.serial.len()) {
+            Some(place) => place.copy_from_slice(options.serial.as_bytes()),
+            None => {
+                let text = format!("the serial number is longer than {ID_SIZE} bytes");
+                return Err(io::Error::new(ErrorKind::InvalidInput, text));
+            }
+        }
+        let lock = match options.read_only {
+            true => FlockOperation::NonBlockingLockShared,
+            false => FlockOperation::NonBlockingLockExclusive,
+        };
+        flock(&file, lock).map_err(|error| match error {
+            rustix::io::Errno::WOULDBLOCK => io::Error::new(
+                ErrorKind::ResourceBusy,
+                "somebody else has it in use (flock)",
+            ),
+            other => other.into(),
+        })?;
+        let block_size = if kind.is_block_device() {
+            rustix::fs::ioctl_blksszget(&file)?
+        } else if options.direct {
+            DIRECT_ALIGNMENT
+        } else {
+            SECTOR_SIZE as u32
+        };
+        let disk = Self {
+            file: Arc::new(file),
+            read_only: options.read_only,
+            direct: options.direct,
+            id,
+            block_size,
+            sectors: AtomicU64::new(0),
+        };
+        disk.refresh()?;
+        Ok(disk)
+    }
+
+    /// Looks how large the disk is now; true if that changed.
+    ///
+    /// # Errors
+    /// The host's, and a size that is not a whole number of blocks.
+    pub fn refresh(&self) -> io::Result<bool> {
+        // Block devices have no length in their metadata.
+        let bytes = (&*self.file).seek(SeekFrom::End(0))?;
+        let block = u64::from(self.block_size);
+        if !bytes.is_multiple_of(block) {
+            let rounded = bytes.next_multiple_of(block);
+            return Err(io::Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "its size of {bytes} bytes is not a multiple of {block}; `truncate -s {rounded}` would make it one"
+                ),
+            ));
+        }
+        let sectors = bytes / SECTOR_SIZE;
+        Ok(self.sectors.swap(sectors, Ordering::SeqCst) != sectors)
+    }
+
+    /// Size in sectors of [`SECTOR_SIZE`] bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::SeqCst)
+    }
+
+    /// The smallest piece that can be read or written, in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub(super) fn id(&self) -> &[u8; ID_SIZE] {
+        &self.id
+    }
+
+    /// The same file through the page cache, if this one is not.
+    pub(super) fn reopen_buffered(&self) -> io::Result<Option<File>> {
+        if !self.direct {
+            return Ok(None);
+        }
+        let path = sys::proc_path(self.file.as_fd());
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(!self.read_only)
+            .open(path)
+            .map(Some)
+    }
+
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_only() -> DiskOptions {
+        DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        }
+    }
+
+    fn image(bytes: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_disk_has_one_writer_or_many_readers() {
+        let file = image(4096);
+        let first = Disk::open(file.path(), read_only()).unwrap();
+        let second = Disk::open(file.path(), read_only()).unwrap();
+        let writer = Disk::open(file.path(), DiskOptions::default()).unwrap_err();
+        assert!(writer.to_string().contains("in use"), "{writer}");
+        drop((first, second));
+        let _writer = Disk::open(file.path(), DiskOptions::default()).unwrap();
+        assert!(Disk::open(file.path(), read_only()).is_err());
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_with_the_reason() {
+        let odd = Disk::open(image(1000).path(), read_only()).unwrap_err();
+        assert!(odd.to_string().contains("truncate -s 1024"), "{odd}");
+        let none = Disk::open(Path::new("/dev/null"), read_only()).unwrap_err();
+        assert!(none.to_string().contains("neither"), "{none}");
+    }
+
+    #[test]
+    fn a_disk_that_grew_is_noticed() {
+        let file = image(4096);
+        let disk = Disk::open(file.path(), read_only()).unwrap();
+        assert_eq!(disk.sectors(), 8);
+        file.as_file().set_len(8192).unwrap();
+        assert!(disk.refresh().unwrap());
+        assert!(!disk.refresh().unwrap());
+        assert_eq!(disk.sectors(), 16);
+    }
+}

@@ -1,0 +1,191 @@
+//! How a queue's steps reach the host: by io_uring, or by plain calls where there is none.
+
+use super::disk::Disk;
+use super::request::Step;
+use crate::sys::{self, Completion, Ring, Transfer};
+use crate::virtio::{Chain, ChainError, Memory};
+use rustix::fs::fallocate;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Which way a disk's requests take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring where the host allows it, else plain calls.
+    #[default]
+    Auto,
+    /// Plain calls: one request of a queue at a time.
+    Calls,
+}
+
+/// What a worker hands its steps to and waits for.
+pub(super) struct Engine {
+    memory: Arc<Memory>,
+    disk: Arc<Disk>,
+    /// Writes are stable before they are answered.
+    durable: bool,
+    /// Beside a direct file: for memory that is not aligned as direct I/O asks.
+    buffered: Option<File>,
+    ring: Option<Ring>,
+    events: [EventFd; 2],
+    /// What was done by calls.
+    done: VecDeque<Completion>,
+}
+
+impl Engine {
+    /// An engine for `room` requests at once that also reports writes to two `events`. It may read
+    /// the first, never the second.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub(super) fn new(
+        choice: IoEngine,
+        memory: Arc<Memory>,
+        disk: Arc<Disk>,
+        room: u16,
+        durable: bool,
+        events: [EventFd; 2],
+    ) -> io::Result<Self> {
+        let mut ring = match choice {
+            IoEngine::Auto => Ring::new(memory.clone(), disk.file().clone(), room).ok(),
+            IoEngine::Calls => None,
+        };
+        if let Some(ring) = &mut ring {
+            for event in &events {
+                ring.watch(event)?;
+            }
+        }
+        Ok(Self {
+            memory,
+            durable,
+            buffered: disk.reopen_buffered()?,
+            disk,
+            ring,
+            events,
+            done: VecDeque::new(),
+        })
+    }
+
+    /// Whether another request may start.
+    pub(super) fn has_room(&self) -> bool {
+        match &self.ring {
+            Some(ring) => ring.has_room(),
+            // Who was served is told before the next one is.
+            None => self.done.is_empty(),
+        }
+    }
+
+    /// Starts a step; its completion carries `token`.
+    ///
+    /// # Errors
+    /// The chain is shorter than the step.
+    pub(super) fn start(
+        &mut self,
+        token: u64,
+        chain: &Chain,
+        step: Step,
+    ) -> Result<(), ChainError> {
+        if self.ring.is_none() || self.is_misaligned(chain, step)? {
+            let result = match self.call(chain, step)? {
+                Ok(bytes) => bytes as i32,
+                Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+            };
+            self.done.push_back(Completion::Request(token, result));
+            return Ok(());
+        }
+        let Some(ring) = &mut self.ring else {
+            return Ok(());
+        };
+        let transfer = |skip, len, at| Transfer {
+            chain,
+            skip,
+            len,
+            at,
+        };
+        match step {
+            Step::Read { skip, len, at } => ring.read(token, transfer(skip, len, at))?,
+            Step::Write { skip, len, at } => {
+                ring.write(token, transfer(skip, len, at), self.durable)?;
+            }
+            Step::Sync => ring.sync(token),
+            Step::Allocate { mode, at, len } => {
+                ring.allocate(token, mode.bits() as i32, at, len);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_misaligned(&self, chain: &Chain, step: Step) -> Result<bool, ChainError> {
+        if self.buffered.is_none() {
+            return Ok(false);
+        }
+        let slices = match step {
+            Step::Read { skip, len, .. } => {
+                chain.writable_slices(&self.memory, skip, len as usize)?
+            }
+            Step::Write { skip, len, .. } => {
+                chain.readable_slices(&self.memory, skip, len as usize)?
+            }
+            Step::Sync | Step::Allocate { .. } => return Ok(false),
+        };
+        let block = self.disk.block_size() as usize;
+        Ok(slices.iter().any(|slice| {
+            let address = slice.ptr_guard().as_ptr() as usize;
+            !address.is_multiple_of(block) || !slice.len().is_multiple_of(block)
+        }))
+    }
+
+    /// Does a step here and now.
+    fn call(&self, chain: &Chain, step: Step) -> Result<io::Result<usize>, ChainError> {
+        let file = self.buffered.as_ref().unwrap_or(self.disk.file());
+        Ok(match step {
+            Step::Read { skip, len, at } => {
+                let slices = chain.writable_slices(&self.memory, skip, len as usize)?;
+                sys::read_at(file, &slices, at)
+            }
+            Step::Write { skip, len, at } => {
+                let slices = chain.readable_slices(&self.memory, skip, len as usize)?;
+                let written = sys::write_at(file, &slices, at, false);
+                match self.durable {
+                    true => written.and_then(|n| file.sync_data().map(|()| n)),
+                    false => written,
+                }
+            }
+            Step::Sync => file.sync_data().map(|()| 0),
+            Step::Allocate { mode, at, len } => fallocate(file, mode, at, len)
+                .map(|()| 0)
+                .map_err(Into::into),
+        })
+    }
+
+    /// Waits until something is reported, at most for `limit`.
+    ///
+    /// # Errors
+    /// What the host's calls for waiting say.
+    pub(super) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        let limit = if self.done.is_empty() {
+            limit
+        } else {
+            Some(Duration::ZERO)
+        };
+        if let Some(ring) = &mut self.ring {
+            return ring.wait(limit);
+        }
+        let ready = sys::wait_events([&self.events[0], &self.events[1]], limit)?;
+        for (index, _) in ready.iter().enumerate().filter(|(_, ready)| **ready) {
+            self.done.push_back(Completion::Event(index));
+        }
+        self.events[0].read().ok();
+        Ok(())
+    }
+
+    /// What ended or happened.
+    pub(super) fn completed(&mut self) -> Option<Completion> {
+        let called = self.done.pop_front();
+        called.or_else(|| self.ring.as_mut()?.completed())
+    }
+}

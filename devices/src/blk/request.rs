@@ -1,0 +1,286 @@
+//! What a driver asks of a disk: parsing, checks, and the steps that serve it (section 5.2.6).
+
+use super::disk::Disk;
+use super::{ID_SIZE, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR_SIZE};
+use crate::virtio::{Chain, ChainError, Memory};
+use rustix::fs::FallocateFlags;
+use std::io;
+use virtio_bindings::virtio_blk::*;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of the answer: one status.
+const STATUS_SIZE: u32 = 1;
+
+/// What a request begins with (`struct virtio_blk_req`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    reserved: U32,
+    sector: U64,
+}
+
+/// One range of a discard or write-zeroes request (`struct virtio_blk_discard_write_zeroes`).
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Segment {
+    sector: U64,
+    sectors: U32,
+    flags: U32,
+}
+
+const HEADER_SIZE: u32 = size_of::<Header>() as u32;
+const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
+
+/// How a request ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Status {
+    Ok = VIRTIO_BLK_S_OK as u8,
+    IoError = VIRTIO_BLK_S_IOERR as u8,
+    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+/// The next thing to do for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Bytes of the file to the chain's writable part, from its start.
+    Read { skip: u32, len: u32, at: u64 },
+    /// Bytes of the chain's readable part to the file.
+    Write { skip: u32, len: u32, at: u64 },
+    /// Make stable what was written.
+    Sync,
+    /// fallocate(2).
+    Allocate {
+        mode: FallocateFlags,
+        at: u64,
+        len: u64,
+    },
+}
+
+/// A request that was checked, and how far it is.
+#[derive(Debug)]
+pub(super) struct Request {
+    pub(super) chain: Chain,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Read { at: u64, len: u32, done: u32 },
+    Write { at: u64, len: u32, done: u32 },
+    Flush,
+    Ranges { todo: Vec<Range> },
+}
+
+#[derive(Debug)]
+struct Range {
+    mode: FallocateFlags,
+    at: u64,
+    len: u64,
+}
+
+/// What became of a chain from the queue.
+#[derive(Debug)]
+pub(super) enum Parsed {
+    /// There is something to do.
+    Request(Request),
+    /// It is answered already: the chain, the status, the bytes of data that were written.
+    Answered(Chain, Status, u32),
+}
+
+impl Request {
+    /// Checks a chain.
+    ///
+    /// # Errors
+    /// It has no header or no room for a status: it can't even be refused.
+    pub(super) fn parse(chain: Chain, memory: &Memory, disk: &Disk) -> Result<Parsed, ChainError> {
+        let mut header = Header::new_zeroed();
+        chain.read(memory, 0, header.as_mut_bytes())?;
+        let room = chain
+            .writable_len()
+            .checked_sub(STATUS_SIZE)
+            .ok_or(ChainError::TooShort)?;
+        let given = chain.readable_len() - HEADER_SIZE;
+        let sector = header.sector.get();
+        let kind = match header.kind.get() {
+            VIRTIO_BLK_T_IN => byte_range(disk, sector, room).map(|at| Kind::Read {
+                at,
+                len: room,
+                done: 0,
+            }),
+            VIRTIO_BLK_T_GET_ID => {
+                let len = room.min(ID_SIZE as u32);
+                chain.write(memory, 0, &disk.id()[..len as usize])?;
+                return Ok(Parsed::Answered(chain, Status::Ok, len));
+            }
+            VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
+            _ if disk.is_read_only() => Err(Status::IoError),
+            VIRTIO_BLK_T_OUT => byte_range(disk, sector, given).map(|at| Kind::Write {
+                at,
+                len: given,
+                done: 0,
+            }),
+            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
+                let discard = kind == VIRTIO_BLK_T_DISCARD;
+                ranges(&chain, memory, disk, given, discard)?.map(|todo| Kind::Ranges { todo })
+            }
+            _ => Err(Status::Unsupported),
+        };
+        Ok(match kind {
+            Ok(kind) => Parsed::Request(Self { chain, kind }),
+            Err(status) => Parsed::Answered(chain, status, 0),
+        })
+    }
+
+    /// Which counter it belongs to.
+    pub(super) fn is_read(&self) -> bool {
+        matches!(self.kind, Kind::Read { .. })
+    }
+
+    /// See [`is_read`](Self::is_read).
+    pub(super) fn is_write(&self) -> bool {
+        matches!(self.kind, Kind::Write { .. })
+    }
+
+    /// See [`is_read`](Self::is_read).
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.kind, Kind::Flush)
+    }
+
+    /// Bytes that it moves, for rate limits and counters.
+    pub(super) fn bytes(&self) -> u64 {
+        match self.kind {
+            Kind::Read { len, .. } | Kind::Write { len, .. } => len.into(),
+            Kind::Flush | Kind::Ranges { .. } => 0,
+        }
+    }
+
+    /// What to do now; nothing if all was done.
+    pub(super) fn step(&self) -> Option<Step> {
+        match &self.kind {
+            Kind::Read { at, len, done } => (done < len).then(|| Step::Read {
+                skip: *done,
+                len: len - done,
+                at: at + u64::from(*done),
+            }),
+            Kind::Write { at, len, done } => (done < len).then(|| Step::Write {
+                skip: HEADER_SIZE + done,
+                len: len - done,
+                at: at + u64::from(*done),
+            }),
+            Kind::Flush => Some(Step::Sync),
+            Kind::Ranges { todo } => todo.last().map(|range| Step::Allocate {
+                mode: range.mode,
+                at: range.at,
+                len: range.len,
+            }),
+        }
+    }
+
+    /// Takes the result of a step: bytes, or the host's error. Nothing if there is another step.
+    pub(super) fn advance(&mut self, result: io::Result<u32>) -> Option<Status> {
+        let got = match result {
+            Ok(got) => got,
+            // A host's file system that can't: the driver then writes zeroes, or leaves it.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Some(Status::Unsupported);
+            }
+            Err(error) => {
+                log::warn!("a disk's request failed: {error}");
+                return Some(Status::IoError);
+            }
+        };
+        match &mut self.kind {
+            // The file ends before the disk does: somebody truncated it.
+            Kind::Read { .. } | Kind::Write { .. } if got == 0 => return Some(Status::IoError),
+            Kind::Read { done, .. } | Kind::Write { done, .. } => *done += got,
+            Kind::Flush => return Some(Status::Ok),
+            Kind::Ranges { todo } => {
+                todo.pop();
+            }
+        }
+        self.step().is_none().then_some(Status::Ok)
+    }
+
+    /// Bytes of data that are in the chain's writable part.
+    pub(super) fn written(&self) -> u32 {
+        match self.kind {
+            Kind::Read { done, .. } => done,
+            _ => 0,
+        }
+    }
+}
+
+/// Writes the status that ends a chain; the number for the used ring.
+pub(super) fn answer(
+    chain: &Chain,
+    memory: &Memory,
+    status: Status,
+    written: u32,
+) -> Result<u32, ChainError> {
+    let last = chain.writable_len() - STATUS_SIZE;
+    chain.write(memory, last, &[status as u8])?;
+    // Section 2.7.8: what a driver may rely on is the length from the start; after an error in
+    // the middle only the status behind it was written.
+    Ok(if written == last {
+        written + STATUS_SIZE
+    } else {
+        written
+    })
+}
+
+/// Where `len` bytes from `sector` begin, if the disk has them and they are whole blocks.
+fn byte_range(disk: &Disk, sector: u64, len: u32) -> Result<u64, Status> {
+    let block = u64::from(disk.block_size());
+    let len = u64::from(len);
+    let at = sector.checked_mul(SECTOR_SIZE).ok_or(Status::IoError)?;
+    let end = at.checked_add(len).ok_or(Status::IoError)?;
+    let size = disk.sectors() * SECTOR_SIZE;
+    if len == 0 || end > size || !at.is_multiple_of(block) || !len.is_multiple_of(block) {
+        return Err(Status::IoError);
+    }
+    Ok(at)
+}
+
+/// The ranges of a discard or write-zeroes request, last first.
+fn ranges(
+    chain: &Chain,
+    memory: &Memory,
+    disk: &Disk,
+    given: u32,
+    discard: bool,
+) -> Result<Result<Vec<Range>, Status>, ChainError> {
+    if given == 0 || !given.is_multiple_of(SEGMENT_SIZE) || given / SEGMENT_SIZE > MAX_SEGMENTS {
+        return Ok(Err(Status::IoError));
+    }
+    let mut todo = Vec::new();
+    for index in (0..given / SEGMENT_SIZE).rev() {
+        let mut segment = Segment::new_zeroed();
+        let offset = HEADER_SIZE + index * SEGMENT_SIZE;
+        chain.read(memory, offset, segment.as_mut_bytes())?;
+        let unmap = segment.flags.get() & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        let unknown = segment.flags.get() & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        if unknown || (discard && unmap) {
+            return Ok(Err(Status::Unsupported));
+        }
+        let (sector, sectors) = (segment.sector.get(), u64::from(segment.sectors.get()));
+        let inside = sector
+            .checked_add(sectors)
+            .is_some_and(|end| end <= disk.sectors());
+        if !inside || sectors == 0 || sectors > u64::from(MAX_SEGMENT_SECTORS) {
+            return Ok(Err(Status::IoError));
+        }
+        let mode = match discard || unmap {
+            true => FallocateFlags::PUNCH_HOLE,
+            false => FallocateFlags::ZERO_RANGE,
+        };
+        todo.push(Range {
+            mode: mode | FallocateFlags::KEEP_SIZE,
+            at: sector * SECTOR_SIZE,
+            len: sectors * SECTOR_SIZE,
+        });
+    }
+    Ok(Ok(todo))
+}

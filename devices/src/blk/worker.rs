@@ -1,0 +1,191 @@
+//! The thread that serves one queue of a disk.
+
+use super::engine::{Engine, IoEngine};
+use super::request::{self, Parsed, Request, Status, Step};
+use super::{BlockMetrics, Disk};
+use crate::rate_limit::RateLimiter;
+use crate::sync::{guest_fault, lock};
+use crate::sys::{self, Completion};
+use crate::virtio::{ActiveQueue, Chain, ChainError, QueueError};
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Of the two events that a worker waits for the second; the first is the driver's kick.
+const STOP: usize = 1;
+
+/// Why a worker ended before it was told to.
+#[derive(Debug, Error)]
+enum WorkerError {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error("the host does not let a disk's thread wait")]
+    Host(#[from] io::Error),
+}
+
+/// What all queues of a disk share.
+pub(super) struct Shared {
+    pub(super) disk: Arc<Disk>,
+    pub(super) metrics: Arc<BlockMetrics>,
+    pub(super) limiter: Mutex<RateLimiter>,
+    pub(super) engine: IoEngine,
+    /// The driver does not flush: every write is stable before it is answered.
+    pub(super) durable: bool,
+}
+
+pub(super) struct Worker {
+    pub(super) queue: ActiveQueue,
+    pub(super) stop: EventFd,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Worker {
+    pub(super) fn run(self) {
+        sys::block_signals();
+        let Self {
+            queue,
+            stop,
+            shared,
+        } = self;
+        let engine = queue.kick().try_clone().and_then(|kick| {
+            Engine::new(
+                shared.engine,
+                queue.memory().clone(),
+                shared.disk.clone(),
+                queue.size(),
+                shared.durable,
+                [kick, stop],
+            )
+        });
+        let mut serving = match engine {
+            Ok(engine) => Serving {
+                requests: (0..queue.size()).map(|_| None).collect(),
+                free: (0..queue.size()).rev().collect(),
+                queue,
+                engine,
+                shared,
+            },
+            Err(error) => {
+                log::error!("a disk's queue can't be served: {error}");
+                return queue.ask_for_reset();
+            }
+        };
+        if let Err(error) = serving.serve() {
+            guest_fault!("a disk's queue: {error:?}; the device needs a reset");
+            serving.queue.ask_for_reset();
+        }
+    }
+}
+
+struct Serving {
+    queue: ActiveQueue,
+    engine: Engine,
+    shared: Arc<Shared>,
+    /// Requests under way, by their token.
+    requests: Vec<Option<Request>>,
+    free: Vec<u16>,
+}
+
+impl Serving {
+    fn serve(&mut self) -> Result<(), WorkerError> {
+        loop {
+            let limit = self.take()?;
+            self.queue.notify()?;
+            self.engine.wait(limit)?;
+            while let Some(completion) = self.engine.completed() {
+                match completion {
+                    Completion::Event(STOP) => return Ok(()),
+                    Completion::Event(_) => {}
+                    Completion::Request(token, result) => self.advance(token, result)?,
+                }
+            }
+        }
+    }
+
+    /// Starts what the driver has in the queue; how long to wait before more may start.
+    fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
+        while !self.free.is_empty() && self.engine.has_room() {
+            let wait = lock(&self.shared.limiter).wait(Instant::now());
+            if wait.is_some() {
+                return Ok(wait);
+            }
+            let Some(chain) = self.queue.pop()? else {
+                if self.queue.arm()? {
+                    continue;
+                }
+                break;
+            };
+            self.begin(chain)?;
+        }
+        Ok(None)
+    }
+
+    fn begin(&mut self, chain: Chain) -> Result<(), WorkerError> {
+        let head = chain.head();
+        let memory = self.queue.memory().clone();
+        match Request::parse(chain, &memory, &self.shared.disk) {
+            Ok(Parsed::Request(request)) => {
+                lock(&self.shared.limiter).charge(request.bytes());
+                let Some(token) = self.free.pop() else {
+                    return Ok(());
+                };
+                let step = request.step();
+                self.requests[usize::from(token)] = Some(request);
+                match step {
+                    Some(step) => self.step(token, step)?,
+                    None => self.end(token, Status::Ok)?,
+                }
+            }
+            Ok(Parsed::Answered(chain, status, written)) => {
+                self.shared.metrics.count_answer(status);
+                let used = request::answer(&chain, &memory, status, written)?;
+                self.queue.complete(head, used)?;
+            }
+            Err(error) => {
+                guest_fault!("a disk's request can't be answered: {error}");
+                self.shared.metrics.faults.fetch_add(1, Ordering::Relaxed);
+                self.queue.complete(head, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, token: u16, step: Step) -> Result<(), WorkerError> {
+        if let Some(request) = &self.requests[usize::from(token)] {
+            self.engine.start(token.into(), &request.chain, step)?;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, token: u64, result: i32) -> Result<(), WorkerError> {
+        let token = token as u16;
+        let Some(request) = &mut self.requests[usize::from(token)] else {
+            return Ok(());
+        };
+        let result = u32::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+        match request.advance(result) {
+            Some(status) => self.end(token, status),
+            None => match request.step() {
+                Some(step) => self.step(token, step),
+                None => self.end(token, Status::Ok),
+            },
+        }
+    }
+
+    fn end(&mut self, token: u16, status: Status) -> Result<(), WorkerError> {
+        let Some(request) = self.requests[usize::from(token)].take() else {
+            return Ok(());
+        };
+        self.free.push(token);
+        self.shared.metrics.count(&request, status);
+        let memory = self.queue.memory();
+        let used = request::answer(&request.chain, memory, status, request.written())?;
+        self.queue.complete(request.chain.head(), used)?;
+        Ok(())
+    }
+}

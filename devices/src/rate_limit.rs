@@ -1,0 +1,176 @@
+//! Token buckets: how much a device may do in a time, in bytes and in operations.
+//!
+//! A bucket fills at a steady rate up to its size. A request may start while the bucket is not
+//! empty and takes what it costs, if need be on credit: so a request larger than the bucket passes,
+//! and those after it wait the longer.
+
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// The most that one wait lasts; then the bucket is looked at again.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// One bucket as a user describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// Tokens (bytes or operations) that come back each second; 1 or more.
+    pub per_second: u64,
+    /// Tokens that a rested device may use at once; 1 or more. Default: as many as come in 0.1 s.
+    #[serde(default)]
+    pub burst: Option<u64>,
+}
+
+/// The limits of one device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimits {
+    /// Bytes. Default: no limit.
+    #[serde(default)]
+    pub bytes: Option<Rate>,
+    /// Operations: requests to a disk, frames of a network. Default: no limit.
+    #[serde(default)]
+    pub operations: Option<Rate>,
+}
+
+/// What is left of a device's limits.
+#[derive(Debug)]
+pub struct RateLimiter {
+    bytes: Option<Bucket>,
+    operations: Option<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    size: f64,
+    per_second: f64,
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(rate: Rate, now: Instant) -> Self {
+        let per_second = rate.per_second.max(1);
+        let size = rate.burst.unwrap_or(per_second / 10).max(1) as f64;
+        Self {
+            size,
+            per_second: per_second as f64,
+            tokens: size,
+            filled: now,
+        }
+    }
+
+    /// How long until a request may start.
+    fn wait(&mut self, now: Instant) -> Option<Duration> {
+        let passed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.tokens = (self.tokens + passed * self.per_second).min(self.size);
+        self.filled = now;
+        // A whole token, or rounding would wake the device too early for ever.
+        let missing = 1.0_f64.min(self.size) - self.tokens;
+        if missing <= 0.0 {
+            return None;
+        }
+        let wait = Duration::try_from_secs_f64(missing / self.per_second);
+        Some(
+            wait.unwrap_or(LONGEST_WAIT)
+                .clamp(Duration::from_micros(50), LONGEST_WAIT),
+        )
+    }
+}
+
+impl RateLimiter {
+    /// Full buckets.
+    pub fn new(limits: RateLimits) -> Self {
+        let now = Instant::now();
+        Self {
+            bytes: limits.bytes.map(|rate| Bucket::new(rate, now)),
+            operations: limits.operations.map(|rate| Bucket::new(rate, now)),
+        }
+    }
+
+    /// Nothing if a request may start at `now`; else how long to wait.
+    pub fn wait(&mut self, now: Instant) -> Option<Duration> {
+        let buckets = [&mut self.bytes, &mut self.operations];
+        let waits = buckets.into_iter().flatten();
+        waits.filter_map(|bucket| bucket.wait(now)).max()
+    }
+
+    /// One request of `bytes` has started.
+    pub fn charge(&mut self, bytes: u64) {
+        if let Some(bucket) = &mut self.bytes {
+            bucket.tokens -= bytes as f64;
+        }
+        if let Some(bucket) = &mut self.operations {
+            bucket.tokens -= 1.0;
+        }
+    }
+
+    /// Whether there is any limit.
+    pub fn limits(&self) -> bool {
+        self.bytes.is_some() || self.operations.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that pass in `seconds` when requests of `size` are offered without end.
+    fn passed(limits: RateLimits, size: u64, seconds: u64) -> u64 {
+        let mut limiter = RateLimiter::new(limits);
+        let start = Instant::now();
+        let (mut now, mut bytes) = (start, 0);
+        while now < start + Duration::from_secs(seconds) {
+            match limiter.wait(now) {
+                Some(wait) => now += wait,
+                None => {
+                    limiter.charge(size);
+                    bytes += size;
+                }
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_rate_holds_whatever_the_size_of_requests() {
+        let bytes = Some(Rate {
+            per_second: 1_000_000,
+            burst: None,
+        });
+        for size in [1, 512, 4096, 1 << 20] {
+            let limits = RateLimits {
+                bytes,
+                operations: None,
+            };
+            let got = passed(limits, size, 20);
+            // Twenty seconds, the burst, and one request on credit.
+            let most = 20_100_000 + size;
+            assert!((19_000_000..=most).contains(&got), "{size}: {got}");
+        }
+    }
+
+    #[test]
+    fn the_slower_of_two_limits_counts() {
+        let limits = RateLimits {
+            bytes: Some(Rate {
+                per_second: 1 << 30,
+                burst: None,
+            }),
+            operations: Some(Rate {
+                per_second: 10,
+                burst: Some(1),
+            }),
+        };
+        let got = passed(limits, 4096, 10) / 4096;
+        assert!((99..=102).contains(&got), "{got}");
+    }
+
+    #[test]
+    fn no_limit_never_waits() {
+        let mut limiter = RateLimiter::new(RateLimits::default());
+        limiter.charge(u64::MAX);
+        assert_eq!(limiter.wait(Instant::now()), None);
+        assert!(!limiter.limits());
+    }
+}

@@ -1,0 +1,300 @@
+//! An io_uring whose requests read and write guest memory.
+//!
+//! The ring owns what its requests point to (guest memory, the file, the lists of pieces), and its
+//! end waits for every request that is under way: so no call here needs care from its caller.
+
+use super::pieces;
+use crate::virtio::{Chain, ChainError, Memory};
+use io_uring::squeue::Entry;
+use io_uring::{IoUring, cqueue, opcode, types};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Completions of watched events carry this and their place; requests their slot.
+const WATCH: u64 = 1 << 63;
+
+/// What a ring reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The request with this token ended: bytes, or a negative error number.
+    Request(u64, i32),
+    /// Something was written to the watched event with this number.
+    Event(usize),
+}
+
+/// A transfer between a chain's memory and the ring's file.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer<'c> {
+    /// Whose memory.
+    pub chain: &'c Chain,
+    /// The first byte of the chain's readable or writable part.
+    pub skip: u32,
+    /// How many bytes.
+    pub len: u32,
+    /// Where in the file, in bytes.
+    pub at: u64,
+}
+
+/// A request that the kernel works on, and what it points to.
+struct Flight {
+    token: u64,
+    /// Read by the kernel when the request is submitted, or later by old kernels.
+    pieces: Vec<libc::iovec>,
+}
+
+/// See the module's text.
+pub struct Ring {
+    uring: IoUring,
+    memory: Arc<Memory>,
+    file: Arc<File>,
+    flights: Vec<Option<Flight>>,
+    free: Vec<usize>,
+    watched: Vec<EventFd>,
+}
+
+// SAFETY: the raw pointers in `flights` point into guest memory, which `memory` keeps mapped and
+// which any thread may use; nothing else in a ring belongs to one thread.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// A ring for up to `entries` requests at once on `file`.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, or does not let this process use it.
+    pub fn new(memory: Arc<Memory>, file: Arc<File>, entries: u16) -> io::Result<Self> {
+        let size = u32::from(entries).next_power_of_two() + 8;
+        // From Linux 6.1 on the kernel does its part when we wait, not by interrupting us.
+        let tuned = IoUring::builder()
+            .setup_coop_taskrun()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .build(size);
+        let uring = tuned.or_else(|_| IoUring::new(size))?;
+        Ok(Self {
+            uring,
+            memory,
+            file,
+            flights: (0..entries).map(|_| None).collect(),
+            free: (0..usize::from(entries)).rev().collect(),
+            watched: Vec::new(),
+        })
+    }
+
+    /// Whether another request fits.
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Whether no request is under way.
+    pub fn is_idle(&self) -> bool {
+        self.free.len() == self.flights.len()
+    }
+
+    /// Reports every write to `event` from now on, as [`Completion::Event`] with the number of
+    /// calls before this one.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn watch(&mut self, event: &EventFd) -> io::Result<()> {
+        self.watched.push(event.try_clone()?);
+        self.arm(self.watched.len() - 1);
+        Ok(())
+    }
+
+    fn arm(&mut self, index: usize) {
+        let fd = types::Fd(self.watched[index].as_raw_fd());
+        // Multi-shot: each write wakes us, whether or not anyone reads the event.
+        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32)
+            .multi(true)
+            .build();
+        self.push(entry.user_data(WATCH | index as u64));
+    }
+
+    /// Reads from the file into a chain's writable part.
+    ///
+    /// # Errors
+    /// The chain is shorter than that.
+    ///
+    /// # Panics
+    /// Without room.
+    pub fn read(&mut self, token: u64, transfer: Transfer<'_>) -> Result<(), ChainError> {
+        let Transfer { skip, len, at, .. } = transfer;
+        let slices = transfer
+            .chain
+            .writable_slices(&self.memory, skip, len as usize)?;
+        let flight = Flight {
+            token,
+            pieces: pieces(&slices),
+        };
+        let fd = types::Fd(self.file.as_raw_fd());
+        self.fly(flight, |flight| match flight.pieces.as_slice() {
+            [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
+                .offset(at)
+                .build(),
+            many => opcode::Readv::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(at)
+                .build(),
+        });
+        Ok(())
+    }
+
+    /// Writes a chain's readable part to the file; with `durable` it ends when the data is stable.
+    ///
+    /// # Errors
+    /// The chain is shorter than that.
+    ///
+    /// # Panics
+    /// Without room.
+    pub fn write(
+        &mut self,
+        token: u64,
+        transfer: Transfer<'_>,
+        durable: bool,
+    ) -> Result<(), ChainError> {
+        let Transfer { skip, len, at, .. } = transfer;
+        let slices = transfer
+            .chain
+            .readable_slices(&self.memory, skip, len as usize)?;
+        let flight = Flight {
+            token,
+            pieces: pieces(&slices),
+        };
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        let fd = types::Fd(self.file.as_raw_fd());
+        self.fly(flight, |flight| match flight.pieces.as_slice() {
+            [one] => opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                .offset(at)
+                .rw_flags(flags)
+                .build(),
+            many => opcode::Writev::new(fd, many.as_ptr(), many.len() as u32)
+                .offset(at)
+                .rw_flags(flags)
+                .build(),
+        });
+        Ok(())
+    }
+
+    /// Makes what was written before stable (fdatasync).
+    ///
+    /// # Panics
+    /// Without room.
+    pub fn sync(&mut self, token: u64) {
+        let fd = types::Fd(self.file.as_raw_fd());
+        self.fly(Flight::plain(token), |_| {
+            opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build()
+        });
+    }
+
+    /// fallocate(2) with `mode`.
+    ///
+    /// # Panics
+    /// Without room.
+    pub fn allocate(&mut self, token: u64, mode: i32, at: u64, len: u64) {
+        let fd = types::Fd(self.file.as_raw_fd());
+        self.fly(Flight::plain(token), |_| {
+            opcode::Fallocate::new(fd, len)
+                .offset(at)
+                .mode(mode)
+                .build()
+        });
+    }
+
+    fn fly(&mut self, flight: Flight, entry: impl FnOnce(&Flight) -> Entry) {
+        let slot = self.free.pop().expect("the caller asked for room");
+        let flight = self.flights[slot].insert(flight);
+        let entry = entry(flight).user_data(slot as u64);
+        self.push(entry);
+    }
+
+    fn push(&mut self, entry: Entry) {
+        loop {
+            // SAFETY: an entry points to pieces in `flights` and, through them, into `memory`; both
+            // stay until its completion was seen, for `drop` waits for that. The pieces' bytes are
+            // only ever used through volatile slices and by the kernel.
+            match unsafe { self.uring.submission().push(&entry) } {
+                Ok(()) => return,
+                // The kernel takes what is there, which makes room.
+                Err(_) => {
+                    self.uring.submit().ok();
+                }
+            }
+        }
+    }
+
+    /// Hands new requests to the kernel and waits until something is reported, or for `limit`.
+    ///
+    /// # Errors
+    /// What io_uring_enter(2) says; signals and time-outs are no errors.
+    pub fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        let ready = !self.uring.completion().is_empty();
+        let want = usize::from(!ready);
+        let result = match limit {
+            Some(limit) => {
+                let time = types::Timespec::from(limit);
+                let args = types::SubmitArgs::new().timespec(&time);
+                self.uring.submitter().submit_with_args(want, &args)
+            }
+            None => self.uring.submit_and_wait(want),
+        };
+        match result {
+            Err(error)
+                if ![libc::EINTR, libc::ETIME, libc::EBUSY, libc::EAGAIN]
+                    .contains(&error.raw_os_error().unwrap_or(0)) =>
+            {
+                Err(error)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What ended or happened, oldest first.
+    pub fn completed(&mut self) -> Option<Completion> {
+        loop {
+            let entry = self.uring.completion().next()?;
+            if entry.user_data() & WATCH == 0 {
+                let slot = entry.user_data() as usize;
+                let flight = self.flights[slot].take()?;
+                self.free.push(slot);
+                return Some(Completion::Request(flight.token, entry.result()));
+            }
+            let index = (entry.user_data() & !WATCH) as usize;
+            if !cqueue::more(entry.flags()) {
+                // Old kernels and full rings end a multi-shot watch.
+                self.arm(index);
+            }
+            if entry.result() >= 0 {
+                return Some(Completion::Event(index));
+            }
+        }
+    }
+}
+
+impl Flight {
+    fn plain(token: u64) -> Self {
+        Self {
+            token,
+            pieces: Vec::new(),
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        while !self.is_idle() {
+            if let Err(error) = self.wait(None) {
+                // The kernel may still write to guest memory: it is never given back.
+                log::error!("io_uring: {error}; guest memory is left mapped");
+                std::mem::forget(self.memory.clone());
+                std::mem::forget(std::mem::take(&mut self.flights));
+                return;
+            }
+            while self.completed().is_some() {}
+        }
+    }
+}
