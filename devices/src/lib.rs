@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`virtio`] | queues, descriptor chains, the device trait, the MMIO transport | virtio 1.2, sections 2 to 4 |
 //! | [`blk`] | disks | virtio 1.2, section 5.2 |
+//! | [`net`] | networks | virtio 1.2, section 5.1 |
 //! | [`rate_limit`] | how much a device may do in a time | |
 //! | [`rng`] | entropy | virtio 1.2, section 5.4 |
 //! | [`vsock`] | sockets between guest and host | virtio 1.2, section 5.10 |
@@ -21,6 +22,7 @@
 pub mod blk;
 pub mod fs;
 pub mod legacy;
+pub mod net;
 pub mod rate_limit;
 pub mod rng;
 mod sync;

@@ -175,7 +175,7 @@ impl Engine {
         if let Some(ring) = &mut self.ring {
             return ring.wait(limit);
         }
-        let ready = sys::wait_events([&self.events[0], &self.events[1]], limit)?;
+        let ready = sys::wait_readable([Some(&self.events[0]), Some(&self.events[1])], limit)?;
         for (index, _) in ready.iter().enumerate().filter(|(_, ready)| **ready) {
             self.done.push_back(Completion::Event(index));
         }

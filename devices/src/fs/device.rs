@@ -211,11 +211,12 @@ impl Turns {
                     continue;
                 }
                 drop(queue);
-                let [_, stopped] = sys::wait_events([&self.kick, &self.stop.event], None)
-                    .unwrap_or_else(|error| {
-                        log::error!("virtio-fs: a worker can't wait: {error}");
-                        [false, true]
-                    });
+                let [_, stopped] =
+                    sys::wait_readable([Some(&self.kick), Some(&self.stop.event)], None)
+                        .unwrap_or_else(|error| {
+                            log::error!("virtio-fs: a worker can't wait: {error}");
+                            [false, true]
+                        });
                 if stopped {
                     return Ok(());
                 }

@@ -1,16 +1,19 @@
 //! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles,
 //! and per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
 
+mod pieces;
 mod ring;
+mod tap;
 
+pub use pieces::Pieces;
 pub use ring::{Completion, Ring, Transfer};
+pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
-use vmm_sys_util::eventfd::EventFd;
 
 /// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
 /// caller's next call, as with any short read or write.
@@ -86,17 +89,17 @@ pub fn close(fd: OwnedFd) -> io::Result<()> {
     checked(unsafe { libc::close(fd.into_raw_fd()) } as isize).map(drop)
 }
 
-/// Waits until one of these events is readable, at most for `limit`. Which ones are; none after the
-/// limit or a signal.
+/// Waits until one of these descriptors is readable, at most for `limit`; those that are none are not
+/// waited for. Which ones are (or have failed); none after the limit or a signal.
 ///
 /// # Errors
 /// What poll(2) says.
-pub fn wait_events<const N: usize>(
-    events: [&EventFd; N],
+pub fn wait_readable<const N: usize>(
+    fds: [Option<&dyn AsRawFd>; N],
     limit: Option<Duration>,
 ) -> io::Result<[bool; N]> {
-    let mut watched = events.map(|event| libc::pollfd {
-        fd: event.as_raw_fd(),
+    let mut watched = fds.map(|fd| libc::pollfd {
+        fd: fd.map_or(-1, AsRawFd::as_raw_fd),
         events: libc::POLLIN,
         revents: 0,
     });
@@ -124,6 +127,22 @@ pub fn receive<B: BitmapSlice>(
     // SAFETY: as in `read_at`.
     checked(unsafe {
         libc::readv(
+            fd.as_fd().as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len() as libc::c_int,
+        )
+    })
+}
+
+/// Writes guest memory straight to a descriptor that has no place in it, as one frame.
+///
+/// # Errors
+/// What writev(2) says.
+pub fn write<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
+    let pieces = pieces(slices);
+    // SAFETY: as in `write_at`.
+    checked(unsafe {
+        libc::writev(
             fd.as_fd().as_raw_fd(),
             pieces.as_ptr(),
             pieces.len() as libc::c_int,

@@ -3,8 +3,10 @@
 use super::{Chain, ChainError, Interrupt, Memory};
 use crate::sync::guest_fault;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How a driver broke a queue. The device marks itself as needing reset and stops.
@@ -39,7 +41,12 @@ pub struct ActiveQueue {
     memory: Arc<Memory>,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
+    /// The used index when the driver was last told, or last did not want to know.
+    announced: u16,
 }
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT` (section 2.7.6).
+const NO_INTERRUPT: u16 = 1;
 
 impl ActiveQueue {
     /// Puts a queue to use; the transport checked that it is valid.
@@ -52,6 +59,7 @@ impl ActiveQueue {
     ) -> Self {
         Self {
             index,
+            announced: queue.next_used(),
             queue,
             memory,
             kick,
@@ -118,19 +126,60 @@ impl ActiveQueue {
             .map_err(|source| self.rings(source))
     }
 
-    /// Interrupts the driver if it wants to know of what was completed.
+    /// Hands several chains back at once: the driver sees all of them or none, as section 5.1.6.4
+    /// asks for the buffers of one frame.
+    ///
+    /// # Errors
+    /// As [`complete`](Self::complete).
+    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((head, written), before)) = used.split_last() else {
+            return Ok(());
+        };
+        // Entries behind the index are the device's to write; the index covers them at the end.
+        for (head, written) in before {
+            let slot = u64::from(self.queue.next_used() % self.queue.size());
+            let entry = GuestAddress(self.queue.used_ring() + 4 + 8 * slot);
+            let word = u64::from(*written) << 32 | u64::from(*head);
+            self.memory
+                .write_obj(word.to_le(), entry)
+                .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))?;
+            let next = self.queue.next_used().wrapping_add(1);
+            self.queue.set_next_used(next);
+        }
+        self.complete(*head, *written)
+    }
+
+    /// Interrupts the driver if it wants to know of what was completed: section 2.7.7.
     ///
     /// # Errors
     /// Only if the rings are outside memory, which the transport checked.
     pub fn notify(&mut self) -> Result<(), QueueError> {
-        let wanted = self
-            .queue
-            .needs_notification(self.memory.as_ref())
-            .map_err(|source| self.rings(source))?;
+        let (old, new) = (self.announced, self.queue.next_used());
+        if old == new {
+            return Ok(());
+        }
+        self.announced = new;
+        // What was completed must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let wanted = if self.queue.event_idx_enabled() {
+            // Behind the ring the driver says at which index it wants to know.
+            let place = available + 4 + 2 * u64::from(self.queue.size());
+            let event = self.read_ring(place)?;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.read_ring(available)? & NO_INTERRUPT == 0
+        };
         if wanted {
             self.interrupt.queue(self.index);
         }
         Ok(())
+    }
+
+    fn read_ring(&self, place: u64) -> Result<u16, QueueError> {
+        let word = self.memory.load(GuestAddress(place), Ordering::Relaxed);
+        word.map(u16::from_le)
+            .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))
     }
 
     /// Asks the driver to kick when it adds something. True if it did already: then pop again.

@@ -1,0 +1,86 @@
+//! The control queue: virtio 1.2, section 5.1.6.5. Of its commands this device knows the one that
+//! says how many pairs of queues are in use.
+
+use super::Shared;
+use crate::virtio::{ActiveQueue, Chain, QueueError};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use std::sync::Arc;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+};
+
+pub(super) struct Control {
+    queue: ActiveQueue,
+    shared: Arc<Shared>,
+    pairs: u16,
+}
+
+impl Control {
+    pub(super) fn new(queue: ActiveQueue, shared: Arc<Shared>, pairs: u16) -> Self {
+        Self {
+            queue,
+            shared,
+            pairs,
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), QueueError> {
+        loop {
+            while let Some(chain) = self.queue.pop()? {
+                let ack = match self.obey(&chain) {
+                    true => VIRTIO_NET_OK,
+                    false => VIRTIO_NET_ERR,
+                };
+                let answered = chain.write(self.queue.memory(), 0, &[ack as u8]);
+                let written = u32::from(answered.is_ok());
+                self.queue.complete(chain.head(), written)?;
+            }
+            self.queue.notify()?;
+            if !self.queue.arm()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Class, command, and for the command that is known a number of pairs.
+    fn obey(&self, chain: &Chain) -> bool {
+        let mut command = [0; 4];
+        if chain.read(self.queue.memory(), 0, &mut command).is_err() {
+            return false;
+        }
+        let [class, command, low, high] = command;
+        let pairs = u16::from_le_bytes([low, high]);
+        let known = u32::from(class) == VIRTIO_NET_CTRL_MQ
+            && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
+        if !known || pairs == 0 || pairs > self.pairs {
+            return false;
+        }
+        match self.shared.tap.use_queues(pairs.into()) {
+            Ok(()) => true,
+            Err(error) => {
+                log::warn!(
+                    "cannot use {pairs} queues of {}: {error}",
+                    self.shared.tap.name()
+                );
+                false
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Control {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
+            log::error!("a network's control queue can't be watched: {error}");
+        }
+        self.process(Events::empty(self.queue.kick()), ops);
+    }
+
+    fn process(&mut self, _events: Events, ops: &mut EventOps) {
+        self.queue.kick().read().ok();
+        if let Err(error) = self.serve() {
+            self.queue.fail(&error);
+            ops.remove(Events::empty(self.queue.kick())).ok();
+        }
+    }
+}

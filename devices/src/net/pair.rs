@@ -1,0 +1,315 @@
+//! One pair of queues and its thread: frames between guest memory and the tap.
+
+use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, count};
+use crate::rate_limit::RateLimiter;
+use crate::sync::guest_fault;
+use crate::sys::{self, Pieces};
+use crate::virtio::{ActiveQueue, Chain, QueueError};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Frames one way before the other way has its turn.
+const BATCH: usize = 64;
+/// The largest frame: 64 KiB of IP, Ethernet and a VLAN tag before it, and the header.
+const LARGEST_FRAME: usize = 65_536 + 18 + HEADER_SIZE;
+
+#[derive(Debug, Error)]
+enum PairError {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error("the host does not let a network's thread wait")]
+    Host(#[from] io::Error),
+}
+
+/// Why a direction stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pause {
+    /// There is nothing to move.
+    Idle,
+    /// It has had its turn.
+    Turn,
+    /// The guest has given no buffers.
+    Starved,
+    /// Its limit.
+    Limited(Duration),
+    /// The tap is gone.
+    Gone,
+}
+
+pub(super) struct Pair {
+    /// Which of the tap's queues is its.
+    index: usize,
+    receiver: Receiver,
+    sender: Sender,
+    stop: EventFd,
+    shared: Arc<Shared>,
+}
+
+struct Receiver {
+    queue: ActiveQueue,
+    limiter: RateLimiter,
+    mergeable: bool,
+    /// Buffers in hand, with the number of their pieces.
+    chains: VecDeque<(Chain, usize)>,
+    pieces: Pieces,
+    /// Bytes of the buffers in hand.
+    room: usize,
+}
+
+struct Sender {
+    queue: ActiveQueue,
+    limiter: RateLimiter,
+}
+
+impl Pair {
+    pub(super) fn new(
+        index: usize,
+        receive: ActiveQueue,
+        send: ActiveQueue,
+        mergeable: bool,
+        stop: EventFd,
+        shared: Arc<Shared>,
+        [receive_limiter, send_limiter]: [RateLimiter; 2],
+    ) -> Self {
+        Self {
+            index,
+            receiver: Receiver {
+                pieces: Pieces::new(receive.memory().clone()),
+                queue: receive,
+                limiter: receive_limiter,
+                mergeable,
+                chains: VecDeque::new(),
+                room: 0,
+            },
+            sender: Sender {
+                queue: send,
+                limiter: send_limiter,
+            },
+            stop,
+            shared,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        sys::block_signals();
+        if let Err(error) = self.serve() {
+            guest_fault!("a network's queues: {error:?}; the device needs a reset");
+            self.sender.queue.ask_for_reset();
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), PairError> {
+        let shared = self.shared.clone();
+        let Some(tap) = shared.tap.queues().get(self.index) else {
+            return Ok(());
+        };
+        loop {
+            let received = self.receiver.run(tap, &shared)?;
+            let sent = self.sender.run(tap, &shared)?;
+            let mut limit = None;
+            for pause in [received, sent] {
+                let wait = match pause {
+                    Pause::Turn => Duration::ZERO,
+                    Pause::Limited(wait) => wait,
+                    _ => continue,
+                };
+                limit = Some(limit.map_or(wait, |limit: Duration| limit.min(wait)));
+            }
+            let send_kick = self.sender.queue.kick();
+            let receive_kick = self.receiver.queue.kick();
+            let starved = received == Pause::Starved;
+            let waits_for_frames = received == Pause::Idle;
+            let limited = matches!(sent, Pause::Limited(_));
+            let [stop, send, receive, _] = sys::wait_readable(
+                [
+                    Some(&self.stop as &dyn AsRawFd),
+                    (!limited).then_some(send_kick as &dyn AsRawFd),
+                    starved.then_some(receive_kick as &dyn AsRawFd),
+                    waits_for_frames.then_some(tap as &dyn AsRawFd),
+                ],
+                limit,
+            )?;
+            if stop {
+                return Ok(());
+            }
+            if send {
+                send_kick.read().ok();
+            }
+            if receive {
+                receive_kick.read().ok();
+            }
+        }
+    }
+}
+
+impl Receiver {
+    /// Moves frames from the tap to the guest.
+    fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
+        let mut pause = Pause::Turn;
+        for _ in 0..BATCH {
+            if let Some(stop) = self.one(tap, shared)? {
+                pause = stop;
+                break;
+            }
+        }
+        self.queue.notify()?;
+        Ok(pause)
+    }
+
+    fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
+        if self.limiter.limits()
+            && let Some(wait) = self.limiter.wait(Instant::now())
+        {
+            return Ok(Some(Pause::Limited(wait)));
+        }
+        if !self.refill(shared)? {
+            return Ok(Some(Pause::Starved));
+        }
+        let first = self.chains.front().map_or(0, |(_, pieces)| *pieces);
+        let most = if self.mergeable { usize::MAX } else { first };
+        let bytes = match self.pieces.read(tap, most) {
+            Ok(bytes) => bytes,
+            Err(error) => return Ok(Some(refused(&error, shared))),
+        };
+        if bytes < HEADER_SIZE || !shared.link() {
+            // What was read is overwritten by the next frame.
+            count(&shared.metrics.received_drops, 1);
+            return Ok(None);
+        }
+        self.limiter.charge((bytes - HEADER_SIZE) as u64);
+        count(&shared.metrics.received_frames, 1);
+        count(&shared.metrics.received_bytes, (bytes - HEADER_SIZE) as u64);
+        self.deliver(bytes)?;
+        Ok(None)
+    }
+
+    /// Takes buffers into hand until any frame fits; false if the guest has too few.
+    fn refill(&mut self, shared: &Shared) -> Result<bool, QueueError> {
+        loop {
+            let enough = match self.mergeable {
+                true => self.room >= LARGEST_FRAME,
+                false => !self.chains.is_empty(),
+            };
+            if enough {
+                return Ok(true);
+            }
+            let Some(chain) = self.queue.pop()? else {
+                if self.queue.arm()? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            let len = chain.writable_len() as usize;
+            let pieces = match len >= HEADER_SIZE {
+                true => self.pieces.push(&chain).unwrap_or(0),
+                false => 0,
+            };
+            if pieces == 0 {
+                guest_fault!("a network's buffer has {len} bytes, less than a header");
+                count(&shared.metrics.faults, 1);
+                self.queue.complete(chain.head(), 0)?;
+                continue;
+            }
+            self.room += len;
+            self.chains.push_back((chain, pieces));
+        }
+    }
+
+    /// Gives the buffers back that hold a frame of `bytes`.
+    fn deliver(&mut self, bytes: usize) -> Result<(), QueueError> {
+        let mut left = bytes;
+        let mut filled = Vec::new();
+        while left > 0 {
+            let Some((chain, pieces)) = self.chains.pop_front() else {
+                break;
+            };
+            let len = chain.writable_len() as usize;
+            self.pieces.drop_front(pieces);
+            self.room -= len;
+            let used = left.min(len);
+            left -= used;
+            filled.push((chain, used as u32));
+        }
+        let buffers = (filled.len() as u16).to_le_bytes();
+        if let Some((first, _)) = filled.first() {
+            // It has room for a header.
+            first
+                .write(self.queue.memory(), NUM_BUFFERS_OFFSET, &buffers)
+                .ok();
+        }
+        let used: Vec<(u16, u32)> = filled.iter().map(|(c, n)| (c.head(), *n)).collect();
+        self.queue.complete_together(&used)
+    }
+}
+
+impl Sender {
+    /// Moves frames from the guest to the tap.
+    fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
+        let mut pause = Pause::Turn;
+        for _ in 0..BATCH {
+            if let Some(stop) = self.one(tap, shared)? {
+                pause = stop;
+                break;
+            }
+        }
+        self.queue.notify()?;
+        Ok(pause)
+    }
+
+    fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
+        if self.limiter.limits()
+            && let Some(wait) = self.limiter.wait(Instant::now())
+        {
+            return Ok(Some(Pause::Limited(wait)));
+        }
+        let Some(chain) = self.queue.pop()? else {
+            let more = self.queue.arm()?;
+            return Ok((!more).then_some(Pause::Idle));
+        };
+        let len = chain.readable_len() as usize;
+        if len <= HEADER_SIZE {
+            guest_fault!("a network's frame has {len} bytes, no more than a header");
+            count(&shared.metrics.faults, 1);
+            self.queue.complete(chain.head(), 0)?;
+            return Ok(None);
+        }
+        self.limiter.charge((len - HEADER_SIZE) as u64);
+        let slices = chain.readable_slices(self.queue.memory(), 0, len);
+        let sent = match slices {
+            Ok(slices) if shared.link() => sys::write(tap, &slices),
+            _ => Err(ErrorKind::NetworkDown.into()),
+        };
+        match sent {
+            Ok(_) => {
+                count(&shared.metrics.sent_frames, 1);
+                count(&shared.metrics.sent_bytes, (len - HEADER_SIZE) as u64);
+            }
+            Err(error) => {
+                count(&shared.metrics.sent_drops, 1);
+                refused(&error, shared);
+            }
+        }
+        self.queue.complete(chain.head(), 0)?;
+        Ok(None)
+    }
+}
+
+/// What the tap's refusal of a frame means.
+fn refused(error: &io::Error, shared: &Shared) -> Pause {
+    match error.raw_os_error() {
+        Some(libc::EBADFD | libc::ENODEV | libc::ENXIO) => {
+            if shared.link() {
+                log::warn!("the tap {} is gone", shared.tap.name());
+            }
+            shared.set_link(false);
+            Pause::Gone
+        }
+        _ => Pause::Idle,
+    }
+}

@@ -1,0 +1,259 @@
+//! The device behind a mock driver, with a socket pair for a tap.
+
+use super::*;
+use crate::test_utils::{Buffer, Driver};
+use crate::virtio::Activation;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, send};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+struct Setup {
+    device: Net,
+    receive: Driver,
+    send: Driver,
+    host: OwnedFd,
+}
+
+const MAC: MacAddr = MacAddr([2, 0, 0, 1, 2, 3]);
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+fn options() -> NetOptions {
+    NetOptions {
+        mac: MAC,
+        mtu: Some(1400),
+        send_limits: RateLimits::default(),
+        receive_limits: RateLimits::default(),
+    }
+}
+
+fn device(options: NetOptions) -> (Net, OwnedFd) {
+    let (ours, host) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let tap = Tap::from_queues("test", vec![ours]).unwrap();
+    (Net::new(tap, options).unwrap(), host)
+}
+
+impl Setup {
+    fn new(features: u64, options: NetOptions) -> Self {
+        let (device, host) = device(options);
+        let mut setup = Self {
+            device,
+            receive: Driver::new(256),
+            send: Driver::new(256),
+            host,
+        };
+        setup
+            .device
+            .activate(Activation {
+                memory: setup.send.memory().clone(),
+                interrupt: setup.send.recorder().clone(),
+                queues: vec![Some(setup.receive.queue()), Some(setup.send.queue())],
+                features,
+            })
+            .unwrap();
+        setup
+    }
+
+    fn host_sends(&self, frame: &[u8]) {
+        let message = [vec![0; HEADER_SIZE], frame.to_vec()].concat();
+        send(&self.host, &message, rustix::net::SendFlags::empty()).unwrap();
+    }
+
+    fn host_receives(&self) -> Vec<u8> {
+        let mut message = vec![0; 80_000];
+        let (len, _) = recv(
+            &self.host,
+            message.as_mut_slice(),
+            rustix::net::RecvFlags::empty(),
+        )
+        .unwrap();
+        message.truncate(len);
+        message
+    }
+}
+
+fn used(driver: &mut Driver, count: usize) -> Vec<(u16, u32)> {
+    let limit = Instant::now() + Duration::from_secs(20);
+    let mut all = Vec::new();
+    while all.len() < count {
+        all.extend(driver.used());
+        assert!(Instant::now() < limit, "{all:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    all
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|n| (n % 251) as u8).collect()
+}
+
+#[test]
+fn a_frame_of_the_guests_reaches_the_host_as_it_is() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    for len in [60, 1514, 65_549] {
+        let message = [vec![0; HEADER_SIZE], pattern(len)].concat();
+        let (first, second) = message.split_at(len / 2);
+        let head = setup.send.offer(&[
+            Buffer::Readable(first.to_vec()),
+            Buffer::Readable(second.to_vec()),
+        ]);
+        setup.send.kick();
+        assert_eq!(setup.host_receives(), message);
+        assert_eq!(used(&mut setup.send, 1), [(head, 0)]);
+    }
+    let metrics = setup.device.handle();
+    assert_eq!(metrics.metrics().sent_frames.load(Ordering::Relaxed), 3);
+    assert!(setup.send.interrupted());
+}
+
+#[test]
+fn a_large_frame_fills_as_many_buffers_as_it_needs() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let heads: Vec<u16> = (0..60)
+        .map(|_| setup.receive.offer(&[Buffer::Writable(1536)]))
+        .collect();
+    setup.receive.kick();
+    let frame = pattern(20_000);
+    setup.host_sends(&frame);
+    // 20,012 bytes with the header: thirteen of them whole, and 44 bytes.
+    let got = used(&mut setup.receive, 14);
+    assert_eq!(got.len(), 14);
+    let mut message = Vec::new();
+    for ((head, len), wanted) in got.iter().zip(&heads) {
+        assert_eq!(head, wanted);
+        message.extend(setup.receive.written(*head, *len as usize));
+    }
+    assert_eq!(message[NUM_BUFFERS_OFFSET as usize..][..2], [14, 0]);
+    assert_eq!(message[HEADER_SIZE..], frame);
+    // The next frame goes to the next buffer, and the same ones are not used twice.
+    setup.receive.offer(&[Buffer::Writable(30_000)]);
+    setup.receive.kick();
+    setup.host_sends(&pattern(60));
+    assert_eq!(used(&mut setup.receive, 1), [(heads[14], 72)]);
+}
+
+#[test]
+fn without_mergeable_buffers_each_frame_has_one() {
+    let mut setup = Setup::new(0, options());
+    let first = setup
+        .receive
+        .offer(&[Buffer::Writable(12), Buffer::Writable(1514)]);
+    let second = setup.receive.offer(&[Buffer::Writable(1526)]);
+    setup.receive.kick();
+    setup.host_sends(&pattern(1000));
+    setup.host_sends(&pattern(60));
+    assert_eq!(used(&mut setup.receive, 2), [(first, 1012), (second, 72)]);
+    let header = setup.receive.written(first, 12);
+    assert_eq!(header[NUM_BUFFERS_OFFSET as usize..], [1, 0]);
+}
+
+#[test]
+fn frames_wait_until_the_guest_has_buffers() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    setup.host_sends(&pattern(100));
+    std::thread::sleep(Duration::from_millis(20));
+    let heads: Vec<u16> = (0..2)
+        .map(|_| setup.receive.offer(&[Buffer::Writable(40_000)]))
+        .collect();
+    setup.receive.kick();
+    assert_eq!(used(&mut setup.receive, 1), [(heads[0], 112)]);
+}
+
+#[test]
+fn buffers_without_room_for_a_header_come_back_empty() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let short = setup.receive.offer(&[Buffer::Writable(11)]);
+    setup.receive.kick();
+    assert_eq!(used(&mut setup.receive, 1), [(short, 0)]);
+    let short = setup.send.offer(&[Buffer::Readable(vec![0; HEADER_SIZE])]);
+    setup.send.kick();
+    assert_eq!(used(&mut setup.send, 1), [(short, 0)]);
+    let handle = setup.device.handle();
+    assert_eq!(handle.metrics().faults.load(Ordering::Relaxed), 2);
+    assert!(!setup.send.recorder().needs_reset());
+}
+
+#[test]
+fn a_link_that_is_down_drops_frames_and_is_announced() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let handle = setup.device.handle();
+    handle.set_link(false);
+    assert!(setup.send.recorder().config_changed());
+    let mut status = [1; 2];
+    setup.device.read_config(6, &mut status);
+    assert_eq!(status, [0, 0]);
+    let message = vec![1; 100];
+    let head = setup.send.offer(&[Buffer::Readable(message.clone())]);
+    setup.send.kick();
+    assert_eq!(used(&mut setup.send, 1), [(head, 0)]);
+    assert_eq!(handle.metrics().sent_drops.load(Ordering::Relaxed), 1);
+    handle.set_link(true);
+    setup.send.offer(&[Buffer::Readable(message.clone())]);
+    setup.send.kick();
+    assert_eq!(setup.host_receives(), message);
+}
+
+#[test]
+fn the_configuration_has_address_status_and_mtu() {
+    let (device, _host) = device(options());
+    let mut bytes = [0xff; 14];
+    device.read_config(0, &mut bytes);
+    assert_eq!(bytes, [2, 0, 0, 1, 2, 3, 1, 0, 1, 0, 0x78, 5, 0, 0]);
+    assert_ne!(device.features() & 1 << VIRTIO_NET_F_MTU, 0);
+    assert_eq!(device.features() & 1 << VIRTIO_NET_F_MQ, 0);
+}
+
+#[test]
+fn a_limit_slows_what_is_sent() {
+    let rate = crate::rate_limit::Rate {
+        per_second: 50,
+        burst: Some(1),
+    };
+    let mut setup = Setup::new(
+        MERGEABLE,
+        NetOptions {
+            send_limits: RateLimits {
+                operations: Some(rate),
+                bytes: None,
+            },
+            ..options()
+        },
+    );
+    let started = Instant::now();
+    for _ in 0..6 {
+        setup.send.offer(&[Buffer::Readable(vec![0; 100])]);
+    }
+    setup.send.kick();
+    used(&mut setup.send, 6);
+    assert!(started.elapsed() >= Duration::from_millis(80));
+}
+
+#[test]
+fn a_reset_ends_the_threads() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    setup.device.reset(None);
+    assert!(setup.device.threads.is_empty());
+    setup.host_sends(&pattern(60));
+    assert_eq!(setup.receive.used(), []);
+}
+
+#[test]
+fn addresses_are_parsed() {
+    assert_eq!("02:00:00:01:02:03".parse(), Ok(MAC));
+    assert_eq!(MAC.to_string(), "02:00:00:01:02:03");
+    for bad in [
+        "",
+        "02:00:00:01:02",
+        "02:00:00:01:02:03:04",
+        "03:00:00:00:00:00",
+        "2:0:0:0:0:0",
+    ] {
+        assert!(bad.parse::<MacAddr>().is_err(), "{bad}");
+    }
+    assert_eq!(MacAddr::random().unwrap().0[0] & 3, 2);
+}

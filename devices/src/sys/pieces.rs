@@ -1,0 +1,60 @@
+//! Guest memory in a row, for a reader that does not know how much will come.
+
+use super::checked;
+use crate::virtio::{Chain, ChainError, Memory};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+/// The writable parts of several chains, one after the other.
+pub struct Pieces {
+    memory: Arc<Memory>,
+    all: Vec<libc::iovec>,
+    /// Those before it are used up.
+    first: usize,
+}
+
+// SAFETY: the pointers point into guest memory, which `memory` keeps mapped and any thread may use.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// None yet, of this memory.
+    pub fn new(memory: Arc<Memory>) -> Self {
+        Self {
+            memory,
+            all: Vec::new(),
+            first: 0,
+        }
+    }
+
+    /// Adds a chain's whole writable part; how many pieces that are.
+    ///
+    /// # Errors
+    /// Never for a chain that was checked against the same memory.
+    pub fn push(&mut self, chain: &Chain) -> Result<usize, ChainError> {
+        let slices = chain.writable_slices(&self.memory, 0, chain.writable_len() as usize)?;
+        if self.first > 256 {
+            self.all.drain(..self.first);
+            self.first = 0;
+        }
+        self.all.extend(super::pieces(&slices));
+        Ok(slices.len().min(super::MAX_PIECES))
+    }
+
+    /// Reads once from `fd` into the first `most` pieces.
+    ///
+    /// # Errors
+    /// What readv(2) says.
+    pub fn read(&self, fd: impl AsFd, most: usize) -> io::Result<usize> {
+        let left = &self.all[self.first..];
+        let count = left.len().min(most).min(super::MAX_PIECES);
+        // SAFETY: each piece lies in `memory`, which lives as long as this; nobody holds references
+        // into guest memory, and the kernel writes inside the pieces only.
+        checked(unsafe { libc::readv(fd.as_fd().as_raw_fd(), left.as_ptr(), count as libc::c_int) })
+    }
+
+    /// The first `count` pieces are used up.
+    pub fn drop_front(&mut self, count: usize) {
+        self.first = (self.first + count).min(self.all.len());
+    }
+}

@@ -1,0 +1,96 @@
+//! Tap interfaces: `/dev/net/tun` (Linux's Documentation/networking/tuntap.rst).
+
+use super::checked;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+// Linux's include/uapi/linux/if_tun.h, which libc does not have as a whole.
+const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
+
+/// What a tap's other side leaves for this one to do (`TUN_F_*`).
+pub mod offload {
+    /// Checksums.
+    pub const CSUM: u32 = 0x01;
+    /// Segments of TCP over IPv4.
+    pub const TSO4: u32 = 0x02;
+    /// Segments of TCP over IPv6.
+    pub const TSO6: u32 = 0x04;
+    /// Segments of TCP with congestion notification.
+    pub const TSO_ECN: u32 = 0x08;
+    /// Segments of UDP over IPv4.
+    pub const USO4: u32 = 0x20;
+    /// Segments of UDP over IPv6.
+    pub const USO6: u32 = 0x40;
+}
+
+fn request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
+    // SAFETY: zeroes are a valid `ifreq`: arrays and a union of integers and addresses.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte stays zero.
+    if name.len() >= request.ifr_name.len() || name.contains('\0') {
+        let text = format!("{name:?} is no name for an interface");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    Ok(request)
+}
+
+/// Attaches an open `/dev/net/tun` to a tap, which is made if there is none of that name; one of
+/// several queues if `multi_queue`. Frames begin with a virtio-net header of `header` bytes. Returns
+/// the name, which the kernel chooses where `name` is empty or has a `%d`.
+///
+/// # Errors
+/// What the kernel says: no privilege (CAP_NET_ADMIN), in use, not a tap of this form.
+pub fn attach_tap(
+    tun: &File,
+    name: &str,
+    multi_queue: bool,
+    header: libc::c_int,
+) -> io::Result<String> {
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let queues = if multi_queue {
+        libc::IFF_MULTI_QUEUE
+    } else {
+        0
+    };
+    let mut request = request(name, flags | queues)?;
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which lives on this stack.
+    checked(unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &mut request) } as isize)?;
+    // SAFETY: TUNSETVNETHDRSZ reads one int.
+    checked(unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETVNETHDRSZ, &header) } as isize)?;
+    let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
+    Ok(name.map(|byte| char::from(*byte as u8)).collect())
+}
+
+/// Says what the kernel may leave to this side ([`offload`]).
+///
+/// # Errors
+/// What the kernel says: a bit that it does not know.
+pub fn set_tap_offload(tap: BorrowedFd<'_>, bits: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes a number, no pointer.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(bits)) };
+    checked(result as isize).map(drop)
+}
+
+/// Lets the kernel use one queue of a tap of several, or not.
+///
+/// # Errors
+/// What the kernel says: not a tap of several queues.
+pub fn use_tap_queue(queue: impl AsFd, on: bool) -> io::Result<()> {
+    let flags = if on {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    let request = request("", flags)?;
+    let fd = queue.as_fd().as_raw_fd();
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which lives on this stack.
+    checked(unsafe { libc::ioctl(fd, TUNSETQUEUE, &request) } as isize).map(drop)
+}
