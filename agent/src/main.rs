@@ -14,6 +14,7 @@ mod console;
 mod device_rules;
 mod executor;
 mod helper;
+mod network;
 mod reaper;
 mod service;
 mod streams;

@@ -3,19 +3,21 @@
 
 use crate::console::{self, ConsoleSocket};
 use crate::helper::{self, bundle};
+use crate::network;
 use crate::reaper::{self, End, Reaper};
 use crate::streams;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    CreateContainerRequest, DestroySandboxRequest, Empty, ExecProcessRequest,
-    GetGuestDetailsRequest, GuestDetails, Process, RemoveContainerRequest, SetGuestDateTimeRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest, WaitProcessRequest,
+    BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest, Empty,
+    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Process, RemoveContainerRequest,
+    SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+    TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, Spec};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs;
@@ -260,6 +262,44 @@ impl Agent for Service {
         .await
     }
 
+    async fn connect_port(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectPortRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            let port = u16::try_from(request.port)?;
+            network::connect_port(port, &request.token).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateInterfaceRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            let interface = request.interface.into_option().context("no interface")?;
+            network::update_interface(&interface).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn update_routes(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateRoutesRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            network::update_routes(&request.routes).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
     async fn destroy_sandbox(
         &self,
         _: &TtrpcContext,
@@ -327,6 +367,9 @@ impl State {
         }
         fs::create_dir_all(&dir)?;
         adapt(&mut spec, id);
+        for device in &request.block_devices {
+            add_block_device(&mut spec, device)?;
+        }
         spec.save(dir.join("config.json"))?;
         let made = self
             .launch(&["create", id], id, "", &request.stdio, None)
@@ -496,6 +539,46 @@ fn adapt(spec: &mut Spec, id: &str) {
             process.set_no_new_privileges(None);
         }
     }
+}
+
+/// Gives a container one of the guest's disks, whose number only the guest knows.
+fn add_block_device(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
+    let name = check_id(&device.guest_name)?;
+    let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
+        .with_context(|| format!("the guest has no disk {name}"))?;
+    let (major, minor) = number.trim().split_once(':').context("no device number")?;
+    let (major, minor): (i64, i64) = (major.parse()?, minor.parse()?);
+    let linux = spec
+        .linux_mut()
+        .as_mut()
+        .context("no Linux configuration")?;
+    let node = LinuxDeviceBuilder::default()
+        .typ(LinuxDeviceType::B)
+        .path(&device.path)
+        .major(major)
+        .minor(minor)
+        .file_mode(0o660u32)
+        .uid(0u32)
+        .gid(0u32)
+        .build()?;
+    let mut nodes = linux.devices().clone().unwrap_or_default();
+    nodes.push(node);
+    linux.set_devices(Some(nodes));
+    let rule = LinuxDeviceCgroupBuilder::default()
+        .allow(true)
+        .typ(LinuxDeviceType::B)
+        .major(major)
+        .minor(minor)
+        .access(if device.read_only { "rm" } else { "rwm" })
+        .build()?;
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    let mut rules = resources.devices().clone().unwrap_or_default();
+    // The last match wins, and one that allows everything must stay the last.
+    let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
+    rules.insert(at, rule);
+    resources.set_devices(Some(rules));
+    linux.set_resources(Some(resources));
+    Ok(())
 }
 
 fn guest_details() -> Result<GuestDetails> {

@@ -7,6 +7,7 @@
 //! | module | what | specification |
 //! |---|---|---|
 //! | [`virtio`] | queues, descriptor chains, the device trait, the MMIO transport | virtio 1.2, sections 2 to 4 |
+//! | [`balloon`] | memory that goes back to the host | virtio 1.2, section 5.5 |
 //! | [`blk`] | disks | virtio 1.2, section 5.2 |
 //! | [`net`] | networks | virtio 1.2, section 5.1 |
 //! | [`rate_limit`] | how much a device may do in a time | |
@@ -19,6 +20,7 @@
 //! marks the device as needing reset, a host's fault is an error with its cause, and only a
 //! bug of our own may panic. `unsafe` stands in [`sys`] alone.
 
+pub mod balloon;
 pub mod blk;
 pub mod fs;
 pub mod legacy;

@@ -1,10 +1,12 @@
 //! The agent's end of the control connection, as the host sees it.
 
 use crate::Error;
+use crate::spec::Device;
 use koya_protocol::messages::{
-    CreateContainerRequest, DestroySandboxRequest, ExecProcessRequest, GetGuestDetailsRequest,
-    GuestDetails, RemoveContainerRequest, SetGuestDateTimeRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, TtyWinResizeRequest, WaitProcessRequest,
+    BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest,
+    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, RemoveContainerRequest,
+    Route, SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+    TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use std::io;
@@ -79,10 +81,23 @@ impl Agent {
             .map_err(failed("ask the agent for details"))
     }
 
-    pub(crate) fn create(&self, id: &str, spec: Vec<u8>, stdio: Stdio) -> Result<i32, Error> {
+    pub(crate) fn create(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        devices: &[Device],
+        stdio: Stdio,
+    ) -> Result<i32, Error> {
+        let devices = devices.iter().map(|device| BlockDevice {
+            guest_name: device.guest_name(),
+            path: device.path.to_string_lossy().into(),
+            read_only: device.read_only,
+            ..Default::default()
+        });
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec,
+            block_devices: devices.collect(),
             stdio: Some(stdio).into(),
             ..Default::default()
         };
@@ -194,6 +209,43 @@ impl Agent {
             .set_guest_date_time(limited(), &request)
             .map(drop)
             .map_err(failed("set the guest's clock"))
+    }
+
+    /// Joins a TCP port of the guest's loopback to the stream with this token.
+    pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
+        let request = ConnectPortRequest {
+            port: port.into(),
+            token: token.into(),
+            ..Default::default()
+        };
+        self.client
+            .connect_port(limited(), &request)
+            .map(drop)
+            .map_err(failed("connect to a port of the guest's"))
+    }
+
+    /// Sets up an interface of the guest's.
+    pub(crate) fn update_interface(&self, interface: Interface) -> Result<(), Error> {
+        let request = UpdateInterfaceRequest {
+            interface: Some(interface).into(),
+            ..Default::default()
+        };
+        self.client
+            .update_interface(limited(), &request)
+            .map(drop)
+            .map_err(failed("set up the guest's network"))
+    }
+
+    /// Adds routes to the guest's.
+    pub(crate) fn update_routes(&self, routes: Vec<Route>) -> Result<(), Error> {
+        let request = UpdateRoutesRequest {
+            routes,
+            ..Default::default()
+        };
+        self.client
+            .update_routes(limited(), &request)
+            .map(drop)
+            .map_err(failed("set up the guest's routes"))
     }
 
     pub(crate) fn destroy(&self) -> Result<(), Error> {

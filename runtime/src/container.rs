@@ -158,7 +158,10 @@ impl Container {
         let plan = Plan::new(inner, config.process.stdio)?;
         let spec = serde_json::to_vec(&spec)
             .map_err(|e| Error::container("configuration", e.to_string()))?;
-        inner.agent.create(id, spec, plan.message.clone())?;
+        let devices = &config.devices;
+        inner
+            .agent
+            .create(id, spec, devices, plan.message.clone())?;
         plan.finish(inner.clone(), id, "")
     }
 

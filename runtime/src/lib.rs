@@ -28,6 +28,7 @@ mod error;
 pub mod files;
 pub mod image;
 mod mount_points;
+mod network;
 mod sandbox;
 mod seccomp;
 mod spec;
@@ -36,10 +37,13 @@ mod streams;
 pub use container::{Container, Output, Process};
 pub use error::Error;
 pub use koya_vmm as vmm;
+pub use koya_vmm::DiskConfig;
+pub use koya_vmm::NetConfig;
 pub use koya_vmm::devices::fs::Cache;
+pub use network::{HostEnd, NetworkConfig, Route};
 pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
-pub use spec::{ContainerConfig, ProcessConfig, Stdio, User, Volume};
+pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};
 
 /// README's snippet, compiled.
 #[cfg(doctest)]

@@ -5,6 +5,7 @@ use crate::console::Console;
 use crate::container::Container;
 use crate::error::LAST_WORDS;
 use crate::files::Files;
+use crate::network::NetworkConfig;
 use crate::spec::ContainerConfig;
 use crate::streams::Streams;
 use crate::{Cache, Error};
@@ -12,7 +13,7 @@ use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
-use koya_vmm::{ExitReason, Vm, VmConfig, VmHandle};
+use koya_vmm::{DiskConfig, ExitReason, Vm, VmConfig, VmHandle};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -36,6 +37,11 @@ pub struct SandboxConfig {
     pub cpus: u32,
     /// Memory in MiB. Default: 256.
     pub memory_mib: u64,
+    /// The guest's disks; a container has those that its own configuration names.
+    pub disks: Vec<DiskConfig>,
+    /// The guest's networks, set up in the network namespace of the thread that starts the sandbox.
+    /// Default: none but the guest's own loopback.
+    pub networks: Vec<NetworkConfig>,
     /// What the guest may remember of shared files.
     pub cache: Cache,
     /// The guest kernel; looked for if none is given.
@@ -51,6 +57,8 @@ impl Default for SandboxConfig {
         Self {
             cpus: 1,
             memory_mib: 256,
+            disks: Vec::new(),
+            networks: Vec::new(),
             cache: Cache::default(),
             kernel: None,
             initramfs: None,
@@ -147,11 +155,15 @@ impl Sandbox {
     pub fn start(config: &SandboxConfig) -> Result<Self, Error> {
         let started = Instant::now();
         let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
+        let networks = config.networks.iter().map(NetworkConfig::resolve);
+        let networks = networks.collect::<Result<Vec<_>, _>>()?;
         let spec = VmConfig {
             initramfs: Some(files.initramfs),
             cmdline: config.cmdline.clone(),
             cpus: config.cpus,
             memory_mib: config.memory_mib,
+            disks: config.disks.clone(),
+            networks: networks.iter().map(|n| n.device.clone()).collect(),
             ..VmConfig::new(files.kernel)
         }
         .check()?;
@@ -174,6 +186,9 @@ impl Sandbox {
             .device(fs)
             .console(console.clone())
             .start()?;
+        for (network, device) in networks.iter().zip(vm.handle().networks()) {
+            network.connect(device.tap_name())?;
+        }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
         // Nobody but the agent can have connected: there is no container yet. The port closes.
         drop(control);
@@ -193,7 +208,19 @@ impl Sandbox {
         };
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         sandbox.inner.agent.set_time()?;
+        sandbox.set_up_networks(&networks)?;
         Ok(sandbox)
+    }
+
+    fn set_up_networks(&self, networks: &[NetworkConfig]) -> Result<(), Error> {
+        for network in networks {
+            self.inner.agent.update_interface(network.interface())?;
+        }
+        let routes: Vec<_> = networks.iter().flat_map(NetworkConfig::routes).collect();
+        if routes.is_empty() {
+            return Ok(());
+        }
+        self.inner.agent.update_routes(routes)
     }
 
     /// From the call of [`start`](Self::start) to the agent's.
@@ -236,6 +263,19 @@ impl Sandbox {
             agent_descriptors: details.agent_fds,
             agent_threads: details.agent_threads,
         })
+    }
+
+    /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.
+    ///
+    /// # Errors
+    /// If nobody listens there.
+    pub fn connect(&self, port: u16) -> Result<UnixStream, Error> {
+        let expected = self.inner.streams.expect();
+        let expected = expected.map_err(Error::host("make a token"))?;
+        let asked = self.inner.agent.connect_port(port, &expected.token);
+        asked.map_err(|error| self.inner.explain(error))?;
+        let stream = expected.take();
+        stream.map_err(Error::host("connect to a port of the guest's"))
     }
 
     /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes. A

@@ -71,6 +71,39 @@ pub struct Volume {
     pub read_only: bool,
 }
 
+/// A disk of the sandbox in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Its place among [`SandboxConfig::disks`](crate::SandboxConfig::disks), from 0.
+    pub disk: usize,
+    /// Where it is in the container.
+    pub path: PathBuf,
+    /// Whether the container may only read it.
+    pub read_only: bool,
+}
+
+impl Device {
+    /// Disk number `disk` where the guest itself has it: `/dev/vda` for 0.
+    pub fn new(disk: usize, read_only: bool) -> Self {
+        let mut device = Self {
+            disk,
+            path: PathBuf::new(),
+            read_only,
+        };
+        device.path = Path::new("/dev").join(device.guest_name());
+        device
+    }
+
+    /// What the guest's kernel calls it: vda to vdz, then vdaa.
+    pub(crate) fn guest_name(&self) -> String {
+        let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
+        match self.disk / 26 {
+            0 => format!("vd{}", letter(self.disk)),
+            more => format!("vd{}{}", letter(more - 1), letter(self.disk)),
+        }
+    }
+}
+
 /// A process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessConfig {
@@ -97,6 +130,8 @@ pub struct ContainerConfig {
     pub hostname: Option<String>,
     /// Host directories in it.
     pub volumes: Vec<Volume>,
+    /// Disks of the sandbox in it.
+    pub devices: Vec<Device>,
     /// Empty directories in memory.
     pub tmpfs: Vec<PathBuf>,
     /// Whether its root is read-only.

@@ -10,7 +10,10 @@ use crate::memory::{self, MemoryError};
 use crate::panic_log;
 use crate::vcpu::{self, Gate};
 use crate::vm::Vm;
+use koya_devices::balloon::{Balloon, BalloonHandle};
+use koya_devices::blk::{Block, BlockHandle};
 use koya_devices::legacy::{ResetLine, SerialPort};
+use koya_devices::net::NetHandle;
 use koya_devices::rng::Rng;
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::{Memory, VirtioDevice};
@@ -61,6 +64,15 @@ pub struct VmBuilder {
     spec: Spec,
     devices: Vec<Box<dyn VirtioDevice>>,
     console: Box<dyn Write + Send>,
+    handles: Handles,
+}
+
+/// What the owner of a running machine keeps of its devices.
+#[derive(Default)]
+pub(crate) struct Handles {
+    pub(crate) disks: Vec<BlockHandle>,
+    pub(crate) networks: Vec<NetHandle>,
+    pub(crate) balloon: Option<BalloonHandle>,
 }
 
 impl VmBuilder {
@@ -69,10 +81,12 @@ impl VmBuilder {
             spec,
             devices: Vec::new(),
             console: Box::new(io::sink()),
+            handles: Handles::default(),
         }
     }
 
-    /// Adds a virtio device; devices appear in the guest in the order in which they are added.
+    /// Adds a virtio device; devices appear in the guest in the order in which they are added, before
+    /// those of the configuration.
     #[must_use]
     pub fn device(mut self, device: impl VirtioDevice + 'static) -> Self {
         self.devices.push(Box::new(device));
@@ -131,6 +145,7 @@ impl VmBuilder {
             bus.clone(),
             gate.clone(),
             serial,
+            self.handles,
         );
         for (index, (fd, kicker)) in vcpus.into_iter().zip(kickers).enumerate() {
             // From here on dropping `vm` ends and joins the threads that exist.
@@ -166,6 +181,21 @@ impl VmBuilder {
         bus: &mut Bus,
     ) -> Result<Vec<String>, StartError> {
         let mut devices = std::mem::take(&mut self.devices);
+        for spec in std::mem::take(&mut self.spec.disks) {
+            let disk = Block::new(spec.disk, spec.queues).map_err(host("make a disk"))?;
+            let disk = disk.with_engine(spec.engine).with_limits(spec.limits);
+            self.handles.disks.push(disk.handle());
+            devices.push(Box::new(disk));
+        }
+        for network in std::mem::take(&mut self.spec.networks) {
+            self.handles.networks.push(network.handle());
+            devices.push(Box::new(network));
+        }
+        if self.spec.balloon {
+            let balloon = Balloon::new().map_err(host("make the balloon"))?;
+            self.handles.balloon = Some(balloon.handle());
+            devices.push(Box::new(balloon));
+        }
         if self.spec.entropy {
             devices.push(Box::new(Rng));
         }

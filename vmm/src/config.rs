@@ -1,6 +1,9 @@
 //! What a user asks for ([`VmConfig`]) and what the rest of the crate works with ([`Spec`]).
 
 use crate::arch;
+use koya_devices::blk::{Disk, DiskOptions, IoEngine, MAX_QUEUES};
+use koya_devices::net::{MAX_PAIRS, MIN_MTU, MacAddr, Net, NetOptions, Tap};
+use koya_devices::rate_limit::RateLimits;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -45,6 +48,146 @@ pub struct VmConfig {
     /// Whether the guest has an entropy device. Default: true.
     #[serde(default = "yes")]
     pub entropy: bool,
+    /// Whether the guest has a balloon: what it has not used for a while goes back to the host (free
+    /// page reporting), and the owner can ask for more. Default: true.
+    #[serde(default = "yes")]
+    pub balloon: bool,
+    /// Disks, which the guest sees in this order (`/dev/vda`, `/dev/vdb`, ...). Default: none.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
+    #[serde(default)]
+    pub networks: Vec<NetConfig>,
+}
+
+/// A network interface of a virtual machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap interface on the host, of the network namespace in which the configuration is checked.
+    /// One that does not exist is made, and goes with the virtual machine. Default: a new one, whose
+    /// name the kernel chooses.
+    #[serde(default)]
+    pub tap: String,
+    /// The guest's Ethernet address. Default: random, of local administration.
+    #[serde(default)]
+    pub mac: Option<MacAddr>,
+    /// The largest packet in bytes, 68 or more. Default: the guest's own choice (1500).
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// Pairs of queues, 1 to [`MAX_NET_QUEUES`], each with a thread of its own. A tap that exists must
+    /// have been made for several if this is more than one. Default: 1.
+    #[serde(default)]
+    pub queues: Option<u16>,
+    /// How much the guest may send in a time. Default: no limit.
+    #[serde(default)]
+    pub send_limits: RateLimits,
+    /// How much the guest may receive in a time. Default: no limit.
+    #[serde(default)]
+    pub receive_limits: RateLimits,
+}
+
+/// The most pairs of queues of a network interface.
+pub const MAX_NET_QUEUES: u16 = MAX_PAIRS;
+
+impl NetConfig {
+    fn check(&self) -> Result<Net, ConfigError> {
+        let failed = |source| ConfigError::Network {
+            tap: self.tap.clone(),
+            source,
+        };
+        let queues = self.queues.unwrap_or(1);
+        in_range("networks.queues", queues.into(), 1, MAX_PAIRS.into())?;
+        if let Some(mtu) = self.mtu {
+            in_range("networks.mtu", mtu.into(), MIN_MTU.into(), u16::MAX.into())?;
+        }
+        let mac = match self.mac {
+            Some(mac) => mac,
+            None => MacAddr::random().map_err(failed)?,
+        };
+        let options = NetOptions {
+            mac,
+            mtu: self.mtu,
+            send_limits: self.send_limits,
+            receive_limits: self.receive_limits,
+        };
+        let tap = Tap::open(&self.tap, queues).map_err(failed)?;
+        Net::new(tap, options).map_err(failed)
+    }
+}
+
+/// A disk of a virtual machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A raw image or a block device. No default.
+    pub path: PathBuf,
+    /// Refuse writes. Default: false.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Past the host's page cache (O_DIRECT). Default: false.
+    #[serde(default)]
+    pub direct: bool,
+    /// The serial number that the guest sees, up to 20 bytes. Default: empty.
+    #[serde(default)]
+    pub serial: String,
+    /// Queues, 1 to [`MAX_DISK_QUEUES`], each with a thread of its own. Default: one a vCPU, up to
+    /// four.
+    #[serde(default)]
+    pub queues: Option<u16>,
+    /// Use io_uring where the host allows it. Default: true.
+    #[serde(default = "yes")]
+    pub io_uring: bool,
+    /// How much the guest may do with it in a time. Default: no limit.
+    #[serde(default)]
+    pub limits: RateLimits,
+}
+
+/// The most queues of a disk.
+pub const MAX_DISK_QUEUES: u16 = MAX_QUEUES;
+/// Queues of a disk whose configuration says nothing.
+const DISK_QUEUES: u32 = 4;
+
+impl DiskConfig {
+    /// Every default, and this image or device.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            io_uring: true,
+            ..Self::default()
+        }
+    }
+
+    fn check(&self, cpus: u32) -> Result<DiskSpec, ConfigError> {
+        let queues = self.queues.unwrap_or(cpus.min(DISK_QUEUES) as u16);
+        in_range("disks.queues", queues.into(), 1, MAX_DISK_QUEUES.into())?;
+        let options = DiskOptions {
+            read_only: self.read_only,
+            direct: self.direct,
+            serial: self.serial.clone(),
+        };
+        let disk = Disk::open(&self.path, options).map_err(|source| ConfigError::Disk {
+            path: self.path.clone(),
+            source,
+        })?;
+        Ok(DiskSpec {
+            disk,
+            queues,
+            engine: match self.io_uring {
+                true => IoEngine::Auto,
+                false => IoEngine::Calls,
+            },
+            limits: self.limits,
+        })
+    }
+}
+
+/// An open disk and how it is served.
+pub(crate) struct DiskSpec {
+    pub(crate) disk: Disk,
+    pub(crate) queues: u16,
+    pub(crate) engine: IoEngine,
+    pub(crate) limits: RateLimits,
 }
 
 fn default_cpus() -> u32 {
@@ -86,6 +229,24 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
         /// The host's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A disk that can't be opened or is none.
+    #[error("disks: cannot use {} as a disk", path.display())]
+    Disk {
+        /// The image or device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A network without a tap.
+    #[error("networks: cannot use the tap {tap:?}")]
+    Network {
+        /// Its name.
+        tap: String,
+        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -138,6 +299,9 @@ pub struct Spec {
     pub(crate) memory_bytes: u64,
     pub(crate) serial: bool,
     pub(crate) entropy: bool,
+    pub(crate) balloon: bool,
+    pub(crate) disks: Vec<DiskSpec>,
+    pub(crate) networks: Vec<Net>,
 }
 
 impl VmConfig {
@@ -151,6 +315,9 @@ impl VmConfig {
             memory_mib: default_memory(),
             serial: true,
             entropy: true,
+            balloon: true,
+            disks: Vec::new(),
+            networks: Vec::new(),
         }
     }
 
@@ -185,6 +352,10 @@ impl VmConfig {
             Some(path) => Some(open("initramfs", path)?),
             None => None,
         };
+        let disks = self.disks.iter().map(|disk| disk.check(self.cpus));
+        let disks = disks.collect::<Result<_, _>>()?;
+        let networks = self.networks.iter().map(NetConfig::check);
+        let networks = networks.collect::<Result<_, _>>()?;
         Ok(Spec {
             boot: Boot::Linux {
                 kernel,
@@ -196,6 +367,9 @@ impl VmConfig {
             memory_bytes: self.memory_mib << 20,
             serial: self.serial,
             entropy: self.entropy,
+            balloon: self.balloon,
+            disks,
+            networks,
         })
     }
 
@@ -225,6 +399,9 @@ impl Spec {
             memory_bytes: 2 << 20,
             serial: false,
             entropy: false,
+            balloon: false,
+            disks: Vec::new(),
+            networks: Vec::new(),
         }
     }
 }
@@ -296,6 +473,21 @@ mod tests {
         };
         let text = toml::to_string(&config).unwrap();
         assert_eq!(VmConfig::from_toml(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn a_disk_is_named_when_it_is_wrong() {
+        let file = elf_file();
+        let mut config = VmConfig::from_toml(&format!(
+            "kernel = '{}'\n[[disks]]\npath = '/nonexistent/disk'\n[disks.limits.bytes]\nper_second = 1000",
+            file.path().display()
+        ))
+        .unwrap();
+        let error = config.check().err().unwrap();
+        assert!(error.to_string().contains("/nonexistent/disk"), "{error}");
+        config.disks[0].queues = Some(17);
+        let error = config.check().err().unwrap().to_string();
+        assert!(error.starts_with("disks.queues"), "{error}");
     }
 
     #[test]

@@ -43,7 +43,8 @@ mod vm;
 
 pub use builder::{StartError, VmBuilder};
 pub use config::{
-    Boot, ConfigError, KernelFormat, MAX_CPUS, MAX_MEMORY_MIB, MIN_MEMORY_MIB, Spec, VmConfig,
+    Boot, ConfigError, DiskConfig, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES, MAX_MEMORY_MIB,
+    MAX_NET_QUEUES, MIN_MEMORY_MIB, NetConfig, Spec, VmConfig,
 };
 pub use exit::ExitReason;
 pub use koya_devices as devices;

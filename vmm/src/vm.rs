@@ -1,6 +1,6 @@
 //! A running virtual machine: who owns what, and in which order it goes.
 
-use crate::builder::VmBuilder;
+use crate::builder::{Handles, VmBuilder};
 use crate::bus::Bus;
 use crate::config::Spec;
 use crate::event_loop::LoopThread;
@@ -9,7 +9,10 @@ use crate::kvm::Machine;
 use crate::panic_log;
 use crate::sync::lock;
 use crate::vcpu::Gate;
+use koya_devices::balloon::BalloonHandle;
+use koya_devices::blk::BlockHandle;
 use koya_devices::legacy::SerialPort;
+use koya_devices::net::NetHandle;
 use koya_devices::virtio::Memory;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -22,6 +25,7 @@ pub struct Vm {
     bus: Arc<Bus>,
     event_loop: LoopThread,
     serial: Option<Arc<Mutex<SerialPort>>>,
+    handles: Arc<Handles>,
     // Last: vCPUs and devices use them.
     _machine: Machine,
     memory: Arc<Memory>,
@@ -32,6 +36,7 @@ pub struct Vm {
 pub struct VmHandle {
     gate: Arc<Gate>,
     serial: Option<Arc<Mutex<SerialPort>>>,
+    handles: Arc<Handles>,
 }
 
 impl Vm {
@@ -47,6 +52,7 @@ impl Vm {
         bus: Arc<Bus>,
         gate: Arc<Gate>,
         serial: Option<Arc<Mutex<SerialPort>>>,
+        handles: Handles,
     ) -> Self {
         Self {
             gate,
@@ -54,6 +60,7 @@ impl Vm {
             bus,
             event_loop,
             serial,
+            handles: Arc::new(handles),
             _machine: machine,
             memory,
         }
@@ -68,6 +75,7 @@ impl Vm {
         VmHandle {
             gate: self.gate.clone(),
             serial: self.serial.clone(),
+            handles: self.handles.clone(),
         }
     }
 
@@ -130,6 +138,21 @@ impl VmHandle {
     /// Waits until it ends, without taking it down.
     pub fn wait_ended(&self) -> ExitReason {
         self.gate.wait()
+    }
+
+    /// The disks of the configuration, in its order.
+    pub fn disks(&self) -> &[BlockHandle] {
+        &self.handles.disks
+    }
+
+    /// The networks of the configuration, in its order.
+    pub fn networks(&self) -> &[NetHandle] {
+        &self.handles.networks
+    }
+
+    /// The balloon, if the configuration has one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.handles.balloon.as_ref()
     }
 
     /// Offers bytes to the serial console; how many the guest's FIFO had room for.

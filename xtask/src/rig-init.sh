@@ -44,17 +44,19 @@ $B mount -t cgroup2 cgroup2 sys/fs/cgroup
 $B mkdir -p run/koya-rig run/scratch
 $B mount -t ext4 dev/vda run/scratch || finish "failed: no scratch disk"
 $B cp /job/run run/koya-rig/run
+# The namespace's root itself: in another directory (chroot) nobody may make user namespaces.
+$B mount --move . / || finish "failed: no root"
 $B ip link set lo up
 $B hostname rig
 # As udev has it.
-$B chmod 0666 dev/kvm
+$B chmod 0666 dev/kvm dev/net/tun
 # KVM patches its own code when the first virtual machine comes, when the last goes, and when
 # local APICs are switched on or off (static keys). QEMU's emulation of several CPUs can run a stale
 # copy of patched code, which the kernel takes for a stray breakpoint. One machine that is never
 # run keeps these keys where they are.
 # (A shell opens /dev/null for what it starts in the background, and /dev has moved.)
 $B mknod /dev/null c 1 3
-$B chroot /new /usr/bin/perl -e '
+$B chroot . /usr/bin/perl -e '
     open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
     open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;
     sleep' < dev/null > dev/null 2>&1 3>&- &
@@ -62,8 +64,8 @@ echo ready >&3
 while $B sleep 5; do echo alive >&3; done < dev/null &
 if [ -e /job/interactive ]; then
     export TERM="$($B cat /job/interactive)"
-    $B setsid -c $B chroot /new /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1 3>&-
+    $B setsid -c $B chroot . /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1 3>&-
 else
-    $B chroot /new /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR" 3>&-
+    $B chroot . /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR" 3>&-
 fi
 finish "exit $?"

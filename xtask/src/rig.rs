@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 const INIT: &str = include_str!("rig-init.sh");
 
 /// What the rig's kernel loads, in dependency order found by depmod: KVM, the root file
-/// system, the scratch disk, and tap devices.
+/// system, the scratch disk, taps, and what redirects the traffic of one interface to another.
 const MODULES: &[&str] = &[
     "kvm-amd",
     "9p",
@@ -31,6 +31,10 @@ const MODULES: &[&str] = &[
     "crc32c_generic",
     "ext4",
     "tun",
+    "veth",
+    "sch_ingress",
+    "cls_u32",
+    "act_mirred",
 ];
 
 /// Size of the scratch disk: sparse, for file-system tests.

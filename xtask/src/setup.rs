@@ -25,6 +25,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox-static", "the rig's init and the demo's container"),
     ("e2fsprogs", "the rig's scratch disk"),
     ("debootstrap", "the tests' Debian root file system"),
+    ("iproute2", "the tests' networks"),
+    ("passt", "networks without root (`koya run --net user`)"),
     ("stress-ng", "the tests' file-system load"),
     (
         "golang-github-containers-common",

@@ -115,6 +115,26 @@ pub fn wait_readable<const N: usize>(
     }
 }
 
+/// Gives the whole pages of guest memory in `slice` back to the host; they read as zero from then on.
+///
+/// # Errors
+/// What madvise(2) says.
+pub fn give_back<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> io::Result<()> {
+    let page = rustix::param::page_size();
+    let guard = slice.ptr_guard_mut();
+    let start = guard.as_ptr() as usize;
+    let first = start.next_multiple_of(page);
+    let end = (start + slice.len()) / page * page;
+    if first >= end {
+        return Ok(());
+    }
+    // SAFETY: the range lies inside the slice, so inside a mapping of guest memory, which is private
+    // and anonymous: its pages become zeroes, as if the guest had written them.
+    let result =
+        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_DONTNEED) };
+    checked(result as isize).map(drop)
+}
+
 /// Receives from a socket straight into guest memory.
 ///
 /// # Errors

@@ -11,9 +11,10 @@ use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BS;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-/// The most bytes that one chain may hold: more than any driver of ours sends (1 MiB of data
-/// and its headers), little enough that sums cannot overflow.
-pub const MAX_CHAIN_BYTES: u64 = 64 << 20;
+/// The most bytes that one chain may hold: more than any driver sends (Linux reports free memory in
+/// chains of up to 128 MiB), little enough that sums cannot overflow. No device may set memory aside by
+/// a chain's length without a bound of its own.
+pub const MAX_CHAIN_BYTES: u64 = 1 << 30;
 
 /// The most parts of one chain. A queue bounds its own; this bounds indirect tables as well.
 pub const MAX_CHAIN_PARTS: usize = 1024;

@@ -178,7 +178,8 @@ impl MmioTransport {
     /// A write to the window by the driver.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            // No device of ours has a configuration field that drivers write.
+            self.device
+                .write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         let Ok(word) = <[u8; 4]>::try_from(data) else {

@@ -123,6 +123,8 @@ pub trait VirtioDevice: Send {
     }
     /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The driver writes to the configuration space. Few devices have a field for that.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Starts to serve the queues.
     ///
     /// # Errors

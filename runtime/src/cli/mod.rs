@@ -7,6 +7,7 @@ mod container_log;
 mod control;
 mod environment;
 mod list;
+mod net;
 mod run;
 mod state;
 mod wire;

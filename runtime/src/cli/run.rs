@@ -2,14 +2,15 @@
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::container_log::LogWriter;
+use super::net::NetArgs;
 use super::state::{self, Folder, Owned, Record};
 use super::{FAILED, Outcome, parse_mib};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
 use koya::{
-    Cache, Container, ContainerConfig, ProcessConfig, Profile, Sandbox, SandboxConfig, Seccomp,
-    Stdio, User, Volume,
+    Cache, Container, ContainerConfig, Device, DiskConfig, ProcessConfig, Profile, Sandbox,
+    SandboxConfig, Seccomp, Stdio, User, Volume,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -44,6 +45,11 @@ pub(super) struct RunArgs {
     /// A host directory or file in the container
     #[arg(long, short, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
     volume: Vec<Volume>,
+    /// A raw disk image or block device of the host, in the container as /dev/vda, /dev/vdb, ...
+    #[arg(long, value_name = "PATH[:ro]", value_parser = parse_disk)]
+    disk: Vec<DiskConfig>,
+    #[command(flatten)]
+    net: NetArgs,
     /// An empty directory in memory
     #[arg(long, value_name = "DST")]
     tmpfs: Vec<PathBuf>,
@@ -101,6 +107,21 @@ pub(super) struct RunArgs {
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let (path, read_only) = match text.rsplit_once(':') {
+        Some((path, "ro")) => (path, true),
+        Some((path, "rw")) => (path, false),
+        _ => (text, false),
+    };
+    if path.is_empty() {
+        return Err("the disk has no path".into());
+    }
+    Ok(DiskConfig {
+        read_only,
+        ..DiskConfig::new(path)
+    })
 }
 
 fn parse_volume(text: &str) -> Result<Volume, String> {
@@ -198,6 +219,8 @@ impl RunArgs {
         SandboxConfig {
             cpus: self.cpus,
             memory_mib: self.memory,
+            disks: self.disk.clone(),
+            networks: self.net.networks(),
             cache: self.cache,
             kernel: self.kernel.clone(),
             cmdline: self.kernel_args.clone(),
@@ -206,7 +229,12 @@ impl RunArgs {
     }
 
     /// What the container is, from the image's defaults and the user's words.
-    fn container(&self, rootfs: &Path, image: Defaults) -> Result<ContainerConfig> {
+    fn container(
+        &self,
+        rootfs: &Path,
+        image: Defaults,
+        folder: &Folder,
+    ) -> Result<ContainerConfig> {
         // A program of the user's replaces the image's, arguments included.
         let args: Vec<String> = match (&self.entrypoint, self.command.is_empty()) {
             (Some(program), _) => [vec![program.clone()], self.command.clone()].concat(),
@@ -223,6 +251,10 @@ impl RunArgs {
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
         }
+        volumes.extend(self.net.resolver(rootfs, folder)?);
+        let disks = self.disk.iter().enumerate();
+        let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
+        let devices = devices.collect();
         let env = merge_env(expand_env(&self.env), &image.env);
         Ok(ContainerConfig {
             rootfs: absolute(rootfs)?,
@@ -237,6 +269,7 @@ impl RunArgs {
             },
             hostname: self.hostname.clone(),
             volumes,
+            devices,
             tmpfs: self.tmpfs.clone(),
             read_only: self.read_only,
             privileged: self.privileged,
@@ -333,7 +366,8 @@ impl Live {
 }
 
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
-    // Before any thread exists, so that none misses it.
+    // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
+    args.net.enter(&owned.folder)?;
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.folder.clone());
@@ -341,7 +375,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
         Some(image) => unpack(image, &owned.folder)?,
         None => Defaults::default(),
     };
-    let config = args.container(&record.rootfs, defaults)?;
+    let config = args.container(&record.rootfs, defaults, &owned.folder)?;
     record.command = config.process.args.clone();
     owned.folder.write(record)?;
     let user = match args.detach {
@@ -349,6 +383,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
         false => UserStreams::own(args.interactive)?,
     };
     let sandbox = Arc::new(Sandbox::start(&args.sandbox())?);
+    args.net.serve_ports(&sandbox)?;
     let mut container = sandbox.create(&record.name, &config)?;
     let streams = ProcessStreams::take(container.process_mut()).context("it has no streams")?;
     let raw = match args.tty && args.interactive && !args.detach {
@@ -478,6 +513,17 @@ fn detached_streams(owned: &Owned) -> Result<UserStreams> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks_are_parsed() {
+        assert!(parse_disk("/a:ro").unwrap().read_only);
+        let disk = parse_disk("/by-path/pci:0:1").unwrap();
+        assert_eq!(
+            (disk.path, disk.read_only),
+            ("/by-path/pci:0:1".into(), false)
+        );
+        assert!(parse_disk(":ro").is_err());
+    }
 
     #[test]
     fn volumes_are_parsed() {

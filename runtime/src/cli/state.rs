@@ -123,6 +123,16 @@ impl Folder {
         self.path("root")
     }
 
+    /// The container's /etc/resolv.conf, if its network has a resolver of its own.
+    pub(super) fn resolver(&self) -> PathBuf {
+        self.path("resolv.conf")
+    }
+
+    /// Where pasta says that the container's network is there.
+    pub(super) fn pasta(&self) -> PathBuf {
+        self.path("pasta.pid")
+    }
+
     /// Where an image's archive is unpacked meanwhile.
     pub(super) fn scratch(&self) -> PathBuf {
         self.path("image")

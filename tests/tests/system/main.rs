@@ -6,9 +6,11 @@
 //! KVM it ran on; nothing is skipped.
 
 mod debian;
+mod disks;
 mod exec;
 mod files;
 mod life;
+mod network;
 mod run;
 mod tool;
 mod torture;
@@ -30,9 +32,11 @@ fn main() -> ExitCode {
         run::trials(),
         torture::trials(),
         debian::trials(),
+        disks::trials(),
         exec::trials(),
         files::trials(),
         life::trials(),
+        network::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
     let Ok(rig) = std::env::var("KOYA_RIG") else {

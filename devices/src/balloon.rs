@@ -1,0 +1,589 @@
+//! The balloon: virtio 1.2, section 5.5. Memory that the guest does not need goes back to the host.
+//!
+//! Two ways. **Free page reporting** (section 5.5.6.7) needs nobody's word: the guest's kernel tells
+//! of larger pieces of memory that have been free for a while, and the host takes them back; when the
+//! guest uses them again they are new pages of zeroes. **Inflation** is for an owner who wants memory
+//! back that the guest does use: [`BalloonHandle::set_target`] asks for so many pages, the guest gives
+//! up what it can, and takes it back itself rather than run out (`DEFLATE_ON_OOM`).
+//!
+//! Queues, in this order (those that the driver does not accept are left out): inflate, deflate,
+//! statistics, reporting. They are served on the event loop: giving pages back is one madvise(2) a
+//! range.
+//!
+//! The driver's numbers are page frames and ranges; what is not guest memory is left alone. A page
+//! that a guest gives back and goes on using reads as zero for it and harms nobody else.
+
+use crate::sync::{guest_fault, lock};
+use crate::sys;
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, Memory, QueueError,
+    VirtioDevice, Worker, read_config_space,
+};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use serde::Serialize;
+use std::io;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Size of a page in the device's numbers, in bytes, whatever the guest's own.
+pub const PAGE_SIZE: u64 = 4096;
+
+// Feature bits (section 5.5.3).
+const F_STATS_VQ: u32 = 1;
+const F_DEFLATE_ON_OOM: u32 = 2;
+const F_PAGE_REPORTING: u32 = 5;
+
+// Tags of statistics (section 5.5.6.4).
+const S_SWAP_IN: u16 = 0;
+const S_SWAP_OUT: u16 = 1;
+const S_MAJFLT: u16 = 2;
+const S_MINFLT: u16 = 3;
+const S_MEMFREE: u16 = 4;
+const S_MEMTOT: u16 = 5;
+const S_AVAIL: u16 = 6;
+const S_CACHES: u16 = 7;
+
+const QUEUE_SIZES: &[u16] = &[128; 4];
+/// The most page frame numbers of one chain. Linux sends 256.
+const MAX_FRAMES: u32 = 16_384;
+/// The most statistics of one chain. Linux has 16.
+const MAX_STATISTICS: u32 = 64;
+/// `struct virtio_balloon_stat`: a tag and a value.
+const STATISTIC_SIZE: u32 = 10;
+/// Where the driver writes how many pages it has given up (section 5.5.4).
+const ACTUAL_OFFSET: u64 = 4;
+
+/// What the guest says of its memory, in bytes or counts, as far as it said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct MemoryStatistics {
+    /// Bytes swapped in.
+    pub swap_in: Option<u64>,
+    /// Bytes swapped out.
+    pub swap_out: Option<u64>,
+    /// Major faults.
+    pub major_faults: Option<u64>,
+    /// Minor faults.
+    pub minor_faults: Option<u64>,
+    /// Bytes that are free.
+    pub free: Option<u64>,
+    /// Bytes in all.
+    pub total: Option<u64>,
+    /// Bytes that programs could get without swapping.
+    pub available: Option<u64>,
+    /// Bytes of the page cache.
+    pub caches: Option<u64>,
+}
+
+/// What the balloon did so far.
+#[derive(Debug, Default, Serialize)]
+pub struct BalloonMetrics {
+    /// Bytes that the guest gave up when asked.
+    pub inflated_bytes: AtomicU64,
+    /// Bytes that it took back.
+    pub deflated_bytes: AtomicU64,
+    /// Bytes that it reported free.
+    pub reported_bytes: AtomicU64,
+    /// Requests that named what is not its memory, or too much.
+    pub faults: AtomicU64,
+}
+
+struct Shared {
+    target: AtomicU32,
+    actual: AtomicU32,
+    statistics: Mutex<MemoryStatistics>,
+    /// Wakes the worker: new statistics are wanted.
+    ask: EventFd,
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    metrics: BalloonMetrics,
+}
+
+/// The balloon device.
+pub struct Balloon {
+    shared: Arc<Shared>,
+}
+
+/// How a balloon's owner reaches it while the guest uses it.
+#[derive(Clone)]
+pub struct BalloonHandle {
+    shared: Arc<Shared>,
+}
+
+impl BalloonHandle {
+    /// Asks the guest to give up this many bytes in all, rounded down to pages.
+    pub fn set_target(&self, bytes: u64) {
+        let pages = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
+        self.shared.target.store(pages, Ordering::SeqCst);
+        if let Some(interrupt) = &*lock(&self.shared.interrupt) {
+            interrupt.config();
+        }
+    }
+
+    /// What the guest is asked to give up, in bytes.
+    pub fn target(&self) -> u64 {
+        u64::from(self.shared.target.load(Ordering::SeqCst)) * PAGE_SIZE
+    }
+
+    /// What it says it has given up, in bytes.
+    pub fn actual(&self) -> u64 {
+        u64::from(self.shared.actual.load(Ordering::SeqCst)) * PAGE_SIZE
+    }
+
+    /// The guest's last word on its memory.
+    pub fn statistics(&self) -> MemoryStatistics {
+        *lock(&self.shared.statistics)
+    }
+
+    /// Asks the guest for new statistics.
+    pub fn ask_for_statistics(&self) {
+        self.shared.ask.write(1).ok();
+    }
+
+    /// What the balloon did so far.
+    pub fn metrics(&self) -> &BalloonMetrics {
+        &self.shared.metrics
+    }
+}
+
+impl Balloon {
+    /// An empty balloon.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            shared: Arc::new(Shared {
+                target: AtomicU32::new(0),
+                actual: AtomicU32::new(0),
+                statistics: Mutex::default(),
+                ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+                interrupt: Mutex::new(None),
+                metrics: BalloonMetrics::default(),
+            }),
+        })
+    }
+
+    /// What its owner keeps.
+    pub fn handle(&self) -> BalloonHandle {
+        BalloonHandle {
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Balloon
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        let bits = [F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING];
+        bits.iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let target = self.shared.target.load(Ordering::SeqCst).to_le_bytes();
+        let actual = self.shared.actual.load(Ordering::SeqCst).to_le_bytes();
+        read_config_space(&[target, actual].concat(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if offset == ACTUAL_OFFSET
+            && let Ok(bytes) = data.try_into()
+        {
+            let actual = u32::from_le_bytes(bytes);
+            self.shared.actual.store(actual, Ordering::SeqCst);
+        }
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
+        let has = |bit: u32| activation.features & (1 << bit) != 0;
+        let (statistics, reporting) = (has(F_STATS_VQ), has(F_PAGE_REPORTING));
+        let inflate = activation.take_queue(0)?;
+        let deflate = activation.take_queue(1)?;
+        let mut next = 2;
+        let mut optional = |wanted: bool| {
+            if !wanted {
+                return Ok(None);
+            }
+            next += 1;
+            activation.take_queue(next - 1).map(Some)
+        };
+        let statistics = optional(statistics)?;
+        let reporting = optional(reporting)?;
+        *lock(&self.shared.interrupt) = Some(activation.interrupt);
+        Ok(Worker::EventLoop(Box::new(BalloonWorker {
+            shared: self.shared.clone(),
+            inflate,
+            deflate,
+            statistics,
+            reporting,
+            held: None,
+        })))
+    }
+
+    fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        lock(&self.shared.interrupt).take();
+        self.shared.actual.store(0, Ordering::SeqCst);
+    }
+}
+
+struct BalloonWorker {
+    shared: Arc<Shared>,
+    inflate: ActiveQueue,
+    deflate: ActiveQueue,
+    statistics: Option<ActiveQueue>,
+    reporting: Option<ActiveQueue>,
+    /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3).
+    held: Option<u16>,
+}
+
+/// Takes what is in a queue, and gives it back when `serve` has seen it.
+fn drain(
+    queue: &mut ActiveQueue,
+    mut serve: impl FnMut(&Chain, &Memory),
+) -> Result<(), QueueError> {
+    let memory = queue.memory().clone();
+    loop {
+        while let Some(chain) = queue.pop()? {
+            serve(&chain, &memory);
+            queue.complete(chain.head(), 0)?;
+        }
+        queue.notify()?;
+        if !queue.arm()? {
+            return Ok(());
+        }
+    }
+}
+
+/// The page frames of a chain, as ranges in bytes; none if there are too many.
+fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
+    let count = chain.readable_len() / 4;
+    if count > MAX_FRAMES {
+        return None;
+    }
+    let mut bytes = vec![0; 4 * count as usize];
+    chain.read(memory, 0, &mut bytes).ok()?;
+    let mut frames: Vec<u32> = bytes
+        .chunks_exact(4)
+        .filter_map(|word| Some(u32::from_le_bytes(word.try_into().ok()?)))
+        .collect();
+    // Linux takes pages from the top down: in order they are few ranges.
+    frames.sort_unstable();
+    frames.dedup();
+    let mut all: Vec<(u64, u64)> = Vec::new();
+    for frame in frames {
+        let start = u64::from(frame) * PAGE_SIZE;
+        match all.last_mut() {
+            Some((first, len)) if *first + *len == start => *len += PAGE_SIZE,
+            _ => all.push((start, PAGE_SIZE)),
+        }
+    }
+    Some(all)
+}
+
+fn give_back(chain: &Chain, memory: &Memory, shared: &Shared) {
+    let metrics = &shared.metrics;
+    let fault = || {
+        guest_fault!("a balloon's request names what is not the guest's memory, or too much");
+        metrics.faults.fetch_add(1, Ordering::Relaxed);
+    };
+    let Some(ranges) = ranges(chain, memory) else {
+        return fault();
+    };
+    for (start, len) in ranges {
+        let mut given = 0;
+        for slice in memory.get_slices(GuestAddress(start), len as usize) {
+            let Ok(slice) = slice else {
+                fault();
+                break;
+            };
+            match sys::give_back(&slice) {
+                Ok(()) => given += slice.len() as u64,
+                Err(error) => log::warn!("cannot give memory back: {error}"),
+            }
+        }
+        metrics.inflated_bytes.fetch_add(given, Ordering::Relaxed);
+    }
+}
+
+fn give_back_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
+    let len = chain.writable_len() as usize;
+    let Ok(slices) = chain.writable_slices(memory, 0, len) else {
+        return;
+    };
+    for slice in slices {
+        match sys::give_back(&slice) {
+            Ok(()) => {
+                let reported = &shared.metrics.reported_bytes;
+                reported.fetch_add(slice.len() as u64, Ordering::Relaxed);
+            }
+            Err(error) => log::warn!("cannot give memory back: {error}"),
+        }
+    }
+}
+
+/// Reads `struct virtio_balloon_stat`s (section 5.5.6.4).
+fn read_statistics(chain: &Chain, memory: &Memory) -> MemoryStatistics {
+    let mut all = MemoryStatistics::default();
+    let count = (chain.readable_len() / STATISTIC_SIZE).min(MAX_STATISTICS);
+    for index in 0..count {
+        let mut bytes = [0; STATISTIC_SIZE as usize];
+        if chain
+            .read(memory, index * STATISTIC_SIZE, &mut bytes)
+            .is_err()
+        {
+            break;
+        }
+        let [t0, t1, value @ ..] = bytes;
+        let place = match u16::from_le_bytes([t0, t1]) {
+            S_SWAP_IN => &mut all.swap_in,
+            S_SWAP_OUT => &mut all.swap_out,
+            S_MAJFLT => &mut all.major_faults,
+            S_MINFLT => &mut all.minor_faults,
+            S_MEMFREE => &mut all.free,
+            S_MEMTOT => &mut all.total,
+            S_AVAIL => &mut all.available,
+            S_CACHES => &mut all.caches,
+            _ => continue,
+        };
+        *place = Some(u64::from_le_bytes(value));
+    }
+    all
+}
+
+impl BalloonWorker {
+    fn serve(&mut self) -> Result<(), QueueError> {
+        let shared = &self.shared;
+        drain(&mut self.inflate, |chain, memory| {
+            give_back(chain, memory, shared);
+        })?;
+        drain(&mut self.deflate, |chain, _| {
+            let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
+            let deflated = &shared.metrics.deflated_bytes;
+            deflated.fetch_add(bytes, Ordering::Relaxed);
+        })?;
+        if let Some(queue) = &mut self.reporting {
+            drain(queue, |chain, memory| {
+                give_back_reported(chain, memory, shared);
+            })?;
+        }
+        if let Some(queue) = &mut self.statistics {
+            loop {
+                while let Some(chain) = queue.pop()? {
+                    *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
+                    // One at a time: what was held, if the driver is that odd, goes back.
+                    if let Some(before) = self.held.replace(chain.head()) {
+                        queue.complete(before, 0)?;
+                    }
+                }
+                if !queue.arm()? {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the statistics' buffer back, so that the guest fills it.
+    fn ask(&mut self) -> Result<(), QueueError> {
+        if let (Some(queue), Some(head)) = (&mut self.statistics, self.held.take()) {
+            queue.complete(head, 0)?;
+            queue.notify()?;
+        }
+        Ok(())
+    }
+
+    fn queues(&self) -> impl Iterator<Item = &ActiveQueue> {
+        let optional = self.statistics.iter().chain(&self.reporting);
+        [&self.inflate, &self.deflate].into_iter().chain(optional)
+    }
+}
+
+impl MutEventSubscriber for BalloonWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let kicks = self.queues().map(ActiveQueue::kick);
+        for event in kicks.chain([&self.shared.ask]) {
+            if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
+                log::error!("a balloon's queue can't be watched: {error}");
+            }
+        }
+        self.process(Events::empty(self.inflate.kick()), ops);
+    }
+
+    fn process(&mut self, _events: Events, ops: &mut EventOps) {
+        for queue in self.queues() {
+            queue.kick().read().ok();
+        }
+        let asked = self.shared.ask.read().is_ok();
+        let served = match asked {
+            true => self.ask().and_then(|()| self.serve()),
+            false => self.serve(),
+        };
+        if let Err(error) = served {
+            self.inflate.fail(&error);
+            for event in self
+                .queues()
+                .map(ActiveQueue::kick)
+                .chain([&self.shared.ask])
+            {
+                ops.remove(Events::empty(event)).ok();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::{Buffer, Driver};
+    use vm_memory::Bytes;
+
+    /// Where no other test data is.
+    const PLACE: u64 = 8 << 20;
+
+    struct Setup {
+        balloon: Balloon,
+        drivers: [Driver; 4],
+        worker: BalloonWorker,
+    }
+
+    fn setup() -> Setup {
+        // The queues of one device share its memory; each driver lays out its own, so only one of
+        // them is used in a test.
+        let drivers = [0; 4].map(|_| Driver::new(16));
+        let balloon = Balloon::new().unwrap();
+        let worker = BalloonWorker {
+            shared: balloon.shared.clone(),
+            inflate: drivers[0].queue(),
+            deflate: drivers[1].queue(),
+            statistics: Some(drivers[2].queue()),
+            reporting: Some(drivers[3].queue()),
+            held: None,
+        };
+        Setup {
+            balloon,
+            drivers,
+            worker,
+        }
+    }
+
+    fn frames(frames: &[u32]) -> Buffer {
+        Buffer::Readable(
+            frames
+                .iter()
+                .flat_map(|frame| frame.to_le_bytes())
+                .collect(),
+        )
+    }
+
+    fn filled(driver: &Driver, page: u64) -> bool {
+        let byte: u8 = driver
+            .memory()
+            .read_obj(GuestAddress(PLACE + page * PAGE_SIZE + 77))
+            .unwrap();
+        byte == 0xaa
+    }
+
+    fn fill(driver: &Driver) {
+        let bytes = vec![0xaa; 8 * PAGE_SIZE as usize];
+        driver
+            .memory()
+            .write_slice(&bytes, GuestAddress(PLACE))
+            .unwrap();
+    }
+
+    #[test]
+    fn pages_that_are_given_up_are_gone_and_others_stay() {
+        let mut setup = setup();
+        fill(&setup.drivers[0]);
+        let first = (PLACE / PAGE_SIZE) as u32;
+        let head = setup.drivers[0].offer(&[frames(&[first + 3, first + 2, first + 5])]);
+        setup.worker.serve().unwrap();
+        assert_eq!(setup.drivers[0].used(), [(head, 0)]);
+        let left: Vec<u64> = (0..8)
+            .filter(|page| filled(&setup.drivers[0], *page))
+            .collect();
+        assert_eq!(left, [0, 1, 4, 6, 7]);
+        let metrics = setup.balloon.handle();
+        assert_eq!(
+            metrics.metrics().inflated_bytes.load(Ordering::Relaxed),
+            3 * PAGE_SIZE
+        );
+    }
+
+    #[test]
+    fn what_is_no_memory_is_left_alone() {
+        let mut setup = setup();
+        for list in [
+            vec![u32::MAX, 1 << 20],
+            vec![0x1000; MAX_FRAMES as usize + 1],
+        ] {
+            let head = setup.drivers[0].offer(&[frames(&list)]);
+            setup.worker.serve().unwrap();
+            assert_eq!(setup.drivers[0].used(), [(head, 0)]);
+        }
+        assert_eq!(
+            setup.balloon.shared.metrics.faults.load(Ordering::Relaxed),
+            3
+        );
+    }
+
+    #[test]
+    fn reported_memory_goes_back_in_whole_pages() {
+        let mut setup = setup();
+        let driver = &mut setup.drivers[3];
+        fill(driver);
+        // Two pages and, which no honest driver does, parts of those beside them.
+        driver.set_descriptor(0, PLACE + PAGE_SIZE - 100, 2 * PAGE_SIZE as u32 + 200, 2, 0);
+        driver.make_available(0);
+        setup.worker.serve().unwrap();
+        let left: Vec<u64> = (0..8)
+            .filter(|page| filled(&setup.drivers[3], *page))
+            .collect();
+        assert_eq!(left, [0, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn statistics_are_read_and_asked_for_again() {
+        let mut setup = setup();
+        let entry = |tag: u16, value: u64| {
+            let mut bytes = tag.to_le_bytes().to_vec();
+            bytes.extend(value.to_le_bytes());
+            bytes
+        };
+        let known = [entry(S_MEMFREE, 1 << 20), entry(999, 7)].concat();
+        let head = setup.drivers[2].offer(&[Buffer::Readable(known)]);
+        setup.worker.serve().unwrap();
+        let handle = setup.balloon.handle();
+        assert_eq!(handle.statistics().free, Some(1 << 20));
+        assert_eq!(handle.statistics().total, None);
+        assert_eq!(setup.drivers[2].used(), [], "it is held");
+        setup.worker.ask().unwrap();
+        assert_eq!(setup.drivers[2].used(), [(head, 0)]);
+    }
+
+    #[test]
+    fn the_target_is_announced_and_the_guests_word_is_kept() {
+        let mut setup = setup();
+        let handle = setup.balloon.handle();
+        *lock(&setup.balloon.shared.interrupt) = Some(setup.drivers[0].recorder().clone());
+        handle.set_target(10 * PAGE_SIZE + 1);
+        assert!(setup.drivers[0].recorder().config_changed());
+        let mut word = [0; 4];
+        setup.balloon.read_config(0, &mut word);
+        assert_eq!(word, [10, 0, 0, 0]);
+        setup.balloon.write_config(4, &[7, 0, 0, 0]);
+        setup.balloon.write_config(0, &[9, 0, 0, 0]);
+        setup.balloon.write_config(4, &[9]);
+        assert_eq!(
+            (handle.actual(), handle.target()),
+            (7 * PAGE_SIZE, 10 * PAGE_SIZE)
+        );
+    }
+}

@@ -1,0 +1,415 @@
+//! `koya run --net`: which network the guest has.
+//!
+//! `user` needs no privilege. The process moves into a network namespace of its own (and, without
+//! root, a user namespace), and pasta gives that namespace an interface whose traffic it speaks for
+//! with ordinary sockets on the host. The guest takes the place of that interface.
+
+use super::state::Folder;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use ipnet::IpNet;
+use koya::vmm::devices::net::MacAddr;
+use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume};
+use nix::sched::{CloneFlags, unshare};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What pasta calls its interface in the namespace.
+const PASTA_INTERFACE: &str = "eth0";
+/// Where guests with `--net user` ask for names; pasta passes it on to the host's resolver. A
+/// link-local address, so that it is nobody's.
+const RESOLVER: &str = "169.254.1.1";
+
+#[derive(Args)]
+pub(super) struct NetArgs {
+    /// The guest's network: none, user (through pasta, no privilege needed), tap or tap:NAME
+    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = parse_kind)]
+    net: Kind,
+    /// Pass connections to a port of the host's on to the guest's (--net user)
+    #[arg(long, short, value_name = "HOST:GUEST[/udp]", value_parser = parse_port)]
+    publish: Vec<Port>,
+    /// The guest's address (--net tap; default: a pair with the host from 169.254.0.0/16)
+    #[arg(long, value_name = "ADDRESS/PREFIX")]
+    ip: Option<IpNet>,
+    /// The guest's gateway (--net tap; default: the host's end of the tap)
+    #[arg(long, value_name = "ADDRESS")]
+    gateway: Option<IpAddr>,
+    /// The guest's Ethernet address (--net tap; default: random)
+    #[arg(long, value_name = "ADDRESS")]
+    mac: Option<MacAddr>,
+    /// The largest packet, in bytes (--net tap and user)
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
+    mtu: Option<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    None,
+    User,
+    Tap(String),
+}
+
+fn parse_kind(text: &str) -> Result<Kind, String> {
+    match text.split_once(':') {
+        None if text == "none" => Ok(Kind::None),
+        None if text == "user" => Ok(Kind::User),
+        None if text == "tap" => Ok(Kind::Tap(String::new())),
+        Some(("tap", name)) if !name.is_empty() => Ok(Kind::Tap(name.to_owned())),
+        _ => Err(format!("{text:?} is none of none, user, tap, tap:NAME")),
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Port {
+    host: u16,
+    guest: u16,
+    udp: bool,
+}
+
+fn parse_port(text: &str) -> Result<Port, String> {
+    let wrong = || format!("{text:?} is not HOST:GUEST[/tcp|/udp]");
+    let (ports, udp) = match text.split_once('/') {
+        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), false),
+        Some((ports, "udp")) => (ports, true),
+        Some(_) => return Err(wrong()),
+    };
+    let (host, guest) = ports.split_once(':').ok_or_else(wrong)?;
+    let number = |text: &str| text.parse().ok().filter(|port| *port != 0);
+    match (number(host), number(guest)) {
+        (Some(host), Some(guest)) => Ok(Port { host, guest, udp }),
+        _ => Err(wrong()),
+    }
+}
+
+impl NetArgs {
+    /// Makes what the network needs of this process, which must have one thread.
+    pub(super) fn enter(&self, folder: &Folder) -> Result<()> {
+        if self.net != Kind::User && !self.publish.is_empty() {
+            bail!("--publish needs --net user");
+        }
+        if !matches!(self.net, Kind::Tap(_)) {
+            let given = [
+                ("--ip", self.ip.is_some()),
+                ("--gateway", self.gateway.is_some()),
+                ("--mac", self.mac.is_some()),
+            ];
+            if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+                bail!("{option} needs --net tap");
+            }
+        }
+        match self.net {
+            Kind::User => enter_user(&self.publish, folder),
+            Kind::None | Kind::Tap(_) => Ok(()),
+        }
+    }
+
+    /// What the sandbox is to have.
+    pub(super) fn networks(&self) -> Vec<NetworkConfig> {
+        let network = match &self.net {
+            Kind::None => return Vec::new(),
+            Kind::User => NetworkConfig::new(HostEnd::Join {
+                interface: PASTA_INTERFACE.into(),
+            }),
+            Kind::Tap(name) => self.tap(name.clone()),
+        };
+        let device = NetConfig {
+            mac: self.mac,
+            mtu: self.mtu,
+            ..network.device
+        };
+        vec![NetworkConfig { device, ..network }]
+    }
+
+    fn tap(&self, name: String) -> NetworkConfig {
+        let [host, guest] = pair(std::process::id());
+        let address = match self.ip {
+            // Who gives the guest's address knows the network; the host's end is theirs.
+            Some(_) => None,
+            None => Some(host),
+        };
+        let gateway = match (self.gateway, self.ip) {
+            (Some(gateway), _) => Some(gateway),
+            (None, Some(_)) => None,
+            (None, None) => Some(host.addr()),
+        };
+        let mut network = NetworkConfig::new(HostEnd::Tap { name, address });
+        network.addresses = vec![self.ip.unwrap_or(guest)];
+        network.routes = gateway.into_iter().map(default_route).collect();
+        network
+    }
+
+    /// Serves published ports for those who call from the host itself: pasta brings what comes from
+    /// outside straight to the guest, but what is addressed to the host's loopback to the loopback of
+    /// our namespace, where we listen.
+    pub(super) fn serve_ports(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
+        for port in self.publish.iter().filter(|port| !port.udp) {
+            let guest = port.guest;
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, guest))
+                .with_context(|| format!("cannot listen at port {guest}"))?;
+            let sandbox = sandbox.clone();
+            std::thread::Builder::new()
+                .name("koya-port".into())
+                .spawn(move || accept(&listener, guest, &sandbox))?;
+        }
+        Ok(())
+    }
+
+    /// The guest's /etc/resolv.conf, where its network has a resolver of its own.
+    pub(super) fn resolver(&self, rootfs: &Path, folder: &Folder) -> Result<Option<Volume>> {
+        if self.net != Kind::User {
+            return Ok(None);
+        }
+        let etc = rootfs.join("etc");
+        let there = etc.join("resolv.conf").symlink_metadata().is_ok();
+        if !there && rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_err() {
+            log::warn!(
+                "names will not be resolved: {} has no resolv.conf, and this user can't make one",
+                etc.display()
+            );
+            return Ok(None);
+        }
+        let path = folder.resolver();
+        std::fs::write(&path, format!("nameserver {RESOLVER}\n"))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Some(Volume {
+            source: path,
+            destination: PathBuf::from("/etc/resolv.conf"),
+            read_only: false,
+        }))
+    }
+}
+
+/// The most connections through one published port at a time from the host itself.
+const MAX_CONNECTIONS: usize = 256;
+
+fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>) {
+    // Each connection holds one while it lives.
+    let room = Arc::new(());
+    for socket in listener.incoming() {
+        let Ok(socket) = socket else { continue };
+        if Arc::strong_count(&room) > MAX_CONNECTIONS {
+            continue;
+        }
+        let (held, sandbox) = (room.clone(), sandbox.clone());
+        let spawned = std::thread::Builder::new().spawn(move || {
+            let _held = held;
+            match sandbox.connect(port) {
+                Ok(stream) => join(&socket, &stream),
+                Err(error) => log::debug!("port {port}: {error}"),
+            }
+        });
+        if let Err(error) = spawned {
+            log::warn!("no thread for a connection to port {port}: {error}");
+        }
+    }
+}
+
+/// Copies both ways until both have ended.
+fn join(socket: &TcpStream, stream: &UnixStream) {
+    socket.set_nodelay(true).ok();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::io::copy(&mut &*socket, &mut &*stream).ok();
+            stream.shutdown(Shutdown::Write).ok();
+        });
+        std::io::copy(&mut &*stream, &mut &*socket).ok();
+        socket.shutdown(Shutdown::Write).ok();
+    });
+}
+
+fn default_route(gateway: IpAddr) -> Route {
+    let everywhere = match gateway {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+    };
+    Route {
+        destination: IpNet::new_assert(everywhere, 0),
+        gateway: Some(gateway),
+    }
+}
+
+/// Two link-local addresses of a network of their own, for the host and for a guest: from the
+/// process's number, so that sandboxes of one host differ.
+fn pair(process: u32) -> [IpNet; 2] {
+    // 169.254.0.0/24 and 169.254.255.0/24 are reserved (RFC 3927).
+    let block = 64 + process % (254 * 64);
+    let first = u32::from(Ipv4Addr::new(169, 254, 0, 0)) + 4 * block;
+    [1, 2].map(|n| IpNet::new_assert(Ipv4Addr::from(first + n).into(), 30))
+}
+
+/// Moves this process into a network namespace with pasta's interface in it.
+fn enter_user(publish: &[Port], folder: &Folder) -> Result<()> {
+    let mut pasta = Pasta::prepare(publish, folder.pasta())?;
+    let root = rustix::process::geteuid().is_root();
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    let flags = match root {
+        true => CloneFlags::CLONE_NEWNET,
+        false => CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET,
+    };
+    unshare(flags)
+        .context("cannot make a network namespace (are user namespaces switched off?)")?;
+    if !root {
+        // We stay who we are; one user and one group is all that is allowed without privilege.
+        for (file, text) in [
+            ("setgroups", "deny".to_owned()),
+            ("uid_map", format!("{0} {0} 1", uid.as_raw())),
+            ("gid_map", format!("{0} {0} 1", gid.as_raw())),
+        ] {
+            std::fs::write(format!("/proc/self/{file}"), text)
+                .with_context(|| format!("cannot set up the user namespace ({file})"))?;
+        }
+    }
+    pasta.join()
+}
+
+/// Waits for our namespace outside of it, runs pasta there, and ends it when our end of its input is
+/// closed, however we ended: pasta itself would stay.
+const KEEPER: &str = r#"
+    exec 3<&0
+    read -r target || exit 0
+    if [ "$(id -u)" = 0 ]; then
+        # As root pasta gives up the privilege to look for it.
+        exec 9< "/proc/$target/ns/net"
+        pasta "$@" --runas 0:0 --netns-only --netns /proc/self/fd/9 &
+    else
+        pasta "$@" "$target" &
+    fi
+    pasta=$!
+    (read -r _ <&3; kill $pasta) 2> /dev/null &
+    wait $pasta"#;
+
+/// How long pasta may take to set up its interface.
+const PASTA_LIMIT: Duration = Duration::from_secs(20);
+
+/// pasta and what keeps it.
+struct Pasta {
+    keeper: Child,
+    /// It writes its number there once the interface is there.
+    ready: PathBuf,
+}
+
+impl Pasta {
+    fn prepare(publish: &[Port], ready: PathBuf) -> Result<Self> {
+        let found = std::env::var_os("PATH").is_some_and(|path| {
+            std::env::split_paths(&path).any(|dir| dir.join("pasta").is_file())
+        });
+        if !found {
+            bail!("--net user needs pasta, which is not on PATH; `apt-get install passt` has it");
+        }
+        let ports = |udp| {
+            let ports = publish.iter().filter(|port| port.udp == udp);
+            let words: Vec<String> = ports.map(|p| format!("{}:{}", p.host, p.guest)).collect();
+            match words.is_empty() {
+                true => "none".to_owned(),
+                false => words.join(","),
+            }
+        };
+        let keeper = Command::new("sh")
+            .args([
+                "-c",
+                KEEPER,
+                "koya-pasta",
+                "--foreground",
+                "--stderr",
+                "--quiet",
+            ])
+            .args([
+                "--config-net",
+                "--no-map-gw",
+                "--ns-ifname",
+                PASTA_INTERFACE,
+            ])
+            .args(["--dns-forward", RESOLVER])
+            .args(["--tcp-ports", &ports(false), "--udp-ports", &ports(true)])
+            .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
+            .arg(&ready)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            // The terminal's signals are for the container.
+            .process_group(0)
+            .spawn()
+            .context("cannot start pasta")?;
+        Ok(Self { keeper, ready })
+    }
+
+    /// Lets it join our namespace, and waits for its interface.
+    fn join(&mut self) -> Result<()> {
+        let mut input = self.keeper.stdin.take().context("pasta has no input")?;
+        writeln!(input, "{}", std::process::id())?;
+        let deadline = Instant::now() + PASTA_LIMIT;
+        while std::fs::read(&self.ready).is_ok_and(|number| number.is_empty())
+            || !self.ready.exists()
+        {
+            if let Some(status) = self.keeper.try_wait()? {
+                let mut said = String::new();
+                if let Some(mut stderr) = self.keeper.stderr.take() {
+                    stderr.read_to_string(&mut said).ok();
+                }
+                bail!(
+                    "pasta failed ({status}): {}",
+                    said.trim().replace('\n', "; ")
+                );
+            }
+            if Instant::now() > deadline {
+                bail!("pasta made no interface in {} s", PASTA_LIMIT.as_secs());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // It stays open as long as this process lives; its end is pasta's.
+        std::mem::forget(input);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_are_parsed() {
+        assert_eq!(parse_kind("tap:koya0"), Ok(Kind::Tap("koya0".into())));
+        assert_eq!(parse_kind("user"), Ok(Kind::User));
+        for bad in ["", "tap:", "bridge", "none:x"] {
+            assert!(parse_kind(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports_are_parsed() {
+        let port = |host, guest, udp| Ok(Port { host, guest, udp });
+        assert_eq!(parse_port("8080:80"), port(8080, 80, false));
+        assert_eq!(parse_port("8080:80/tcp"), port(8080, 80, false));
+        assert_eq!(parse_port("53:5353/udp"), port(53, 5353, true));
+        for bad in ["80", "80:", "0:80", "80:70000", "80:80/sctp", "x:80"] {
+            assert!(parse_port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_pair_is_one_network_outside_what_is_reserved() {
+        for process in [1, 2, 16_255, 16_256, 4_194_304] {
+            let [host, guest] = pair(process);
+            assert!(host.contains(&guest.addr()) && host != guest);
+            let IpAddr::V4(ip) = host.addr() else {
+                panic!()
+            };
+            assert!(
+                ip.is_link_local() && !matches!(ip.octets()[2], 0 | 255),
+                "{ip}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_default_route_is_everywhere() {
+        let route = default_route(Ipv4Addr::new(192, 0, 2, 1).into());
+        assert_eq!(route.destination.to_string(), "0.0.0.0/0");
+    }
+}

@@ -1,0 +1,320 @@
+//! A sandbox's networks: the host's end of each, and what the guest is told.
+//!
+//! Every network of a guest is a tap interface of the host. [`HostEnd`] says what is on its other
+//! side: the host itself, or an interface that is there already (a container network's veth, pasta's
+//! tap) and whose traffic then goes to the guest and back by two redirections (tc's `mirred`). All
+//! of it happens in the network namespace of the thread that starts the sandbox.
+
+use crate::Error;
+use futures::{Future, TryStreamExt as _};
+use ipnet::IpNet;
+use koya_protocol::messages;
+use koya_vmm::NetConfig;
+use koya_vmm::devices::net::MacAddr;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
+};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::pin::Pin;
+
+/// `ETH_P_ALL`, in the order of bytes that the kernel wants.
+const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
+/// The parent of what happens to frames that arrive (`TC_H_INGRESS`).
+const INGRESS: u32 = 0xffff_0000;
+
+/// What is behind a network's tap on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostEnd {
+    /// The host.
+    Tap {
+        /// The tap's name: one that exists, or a new one; empty lets the kernel choose.
+        name: String,
+        /// The host's address on it.
+        address: Option<IpNet>,
+    },
+    /// An interface of the namespace: the guest takes its place, with its Ethernet address, MTU,
+    /// addresses and routes.
+    Join {
+        /// Its name.
+        interface: String,
+    },
+}
+
+/// A network of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// What is on the other side.
+    pub host: HostEnd,
+    /// The interface's name in the guest. Default: `eth0`.
+    pub name: String,
+    /// The tap and its device: Ethernet address, MTU, queues, limits. The tap's name is `host`'s.
+    pub device: NetConfig,
+    /// The guest's addresses.
+    pub addresses: Vec<IpNet>,
+    /// The guest's routes.
+    pub routes: Vec<Route>,
+}
+
+/// A route of a guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Where it leads to.
+    pub destination: IpNet,
+    /// By whom; none if that is on the link itself.
+    pub gateway: Option<IpAddr>,
+}
+
+impl NetworkConfig {
+    /// A network with this end on the host, and every default.
+    pub fn new(host: HostEnd) -> Self {
+        Self {
+            host,
+            name: "eth0".into(),
+            device: NetConfig::default(),
+            addresses: Vec::new(),
+            routes: Vec::new(),
+        }
+    }
+
+    /// Fills in what is asked of the host, before there is a device.
+    pub(crate) fn resolve(&self) -> Result<Self, Error> {
+        let mut network = self.clone();
+        if network.device.mac.is_none() {
+            let mac = MacAddr::random().map_err(Error::host("make an Ethernet address"))?;
+            network.device.mac = Some(mac);
+        }
+        match &self.host {
+            HostEnd::Tap { name, .. } => network.device.tap.clone_from(name),
+            HostEnd::Join { interface } => {
+                let found = with_kernel(|handle| Box::pin(look_at(handle, interface.clone())))
+                    .map_err(Error::host(format!("take over the interface {interface}")))?;
+                network.device.mac = found.mac.or(network.device.mac);
+                network.device.mtu = network.device.mtu.or(found.mtu);
+                network.addresses.extend(found.addresses);
+                network.routes.extend(found.routes);
+            }
+        }
+        Ok(network)
+    }
+
+    /// Connects the tap to what is behind it.
+    pub(crate) fn connect(&self, tap: &str) -> Result<(), Error> {
+        let (network, tap_name) = (self.clone(), tap.to_owned());
+        with_kernel(|handle| Box::pin(connect(handle, network, tap_name)))
+            .map_err(Error::host(format!("set up the tap {tap}")))
+    }
+
+    /// What the agent is told of the interface.
+    pub(crate) fn interface(&self) -> messages::Interface {
+        messages::Interface {
+            hw_addr: self
+                .device
+                .mac
+                .map(|mac| mac.to_string())
+                .unwrap_or_default(),
+            name: self.name.clone(),
+            mtu: self.device.mtu.unwrap_or(0).into(),
+            ip_addresses: self.addresses.iter().map(IpNet::to_string).collect(),
+            ..Default::default()
+        }
+    }
+
+    /// What the agent is told of its routes.
+    pub(crate) fn routes(&self) -> impl Iterator<Item = messages::Route> {
+        self.routes.iter().map(|route| messages::Route {
+            dest: route.destination.to_string(),
+            gateway: route.gateway.map(|ip| ip.to_string()).unwrap_or_default(),
+            device: self.name.clone(),
+            ..Default::default()
+        })
+    }
+}
+
+/// What is read from an interface.
+#[derive(Default)]
+struct Found {
+    mac: Option<MacAddr>,
+    mtu: Option<u16>,
+    addresses: Vec<IpNet>,
+    routes: Vec<Route>,
+}
+
+/// Runs `work` with a connection to the kernel (rtnetlink(7)), on a thread of its own: the caller may
+/// be in an asynchronous runtime. The thread is in the caller's network namespace.
+fn with_kernel<T: Send>(
+    work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
+) -> io::Result<T> {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            let task = tokio::spawn(connection);
+            let result = work(handle).await;
+            task.abort();
+            result
+        })
+    };
+    let thread = std::thread::scope(|scope| scope.spawn(run).join());
+    thread.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+}
+
+fn other(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        error => io::Error::other(error),
+    }
+}
+
+async fn link(
+    handle: &Handle,
+    name: &str,
+) -> io::Result<rtnetlink::packet_route::link::LinkMessage> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    let found = links.try_next().await.map_err(other)?;
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}")))
+}
+
+async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
+    let mut found = Found::default();
+    let link = link(&handle, &name).await?;
+    let index = link.header.index;
+    for attribute in link.attributes {
+        match attribute {
+            LinkAttribute::Address(bytes) => found.mac = bytes.try_into().ok().map(MacAddr),
+            LinkAttribute::Mtu(mtu) => found.mtu = u16::try_from(mtu).ok(),
+            _ => {}
+        }
+    }
+    let mut addresses = handle
+        .address()
+        .get()
+        .set_link_index_filter(index)
+        .execute();
+    while let Some(message) = addresses.try_next().await.map_err(other)? {
+        let prefix = message.header.prefix_len;
+        let ip = message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Local(ip) => Some(*ip),
+                AddressAttribute::Address(ip) if ip.is_ipv6() => Some(*ip),
+                _ => None,
+            });
+        // A link-local address is the guest's own affair.
+        let own = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        if let Some(ip) = ip.filter(|ip| !own(ip))
+            && let Ok(net) = IpNet::new(ip, prefix)
+        {
+            found.addresses.push(net);
+        }
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let question = match family {
+            AddressFamily::Inet => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            _ => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        };
+        let mut routes = handle.route().get(question).execute();
+        while let Some(message) = routes.try_next().await.map_err(other)? {
+            let header = &message.header;
+            let wanted = header.table == RouteHeader::RT_TABLE_MAIN
+                && header.kind == RouteType::Unicast
+                // Those the guest's kernel makes itself.
+                && header.protocol != RouteProtocol::Kernel;
+            let here = message
+                .attributes
+                .iter()
+                .any(|a| matches!(a, RouteAttribute::Oif(oif) if *oif == index));
+            if wanted && here {
+                found.routes.extend(route(&message, family));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn route(
+    message: &rtnetlink::packet_route::route::RouteMessage,
+    family: AddressFamily,
+) -> Option<Route> {
+    let ip = |address: &RouteAddress| match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    };
+    let mut destination = match family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let mut gateway = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => destination = ip(address)?,
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            _ => {}
+        }
+    }
+    let destination = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
+    Some(Route {
+        destination,
+        gateway,
+    })
+}
+
+async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Result<()> {
+    let index = link(&handle, &tap).await?.header.index;
+    let mut change = LinkUnspec::new_with_index(index).up();
+    if let Some(mtu) = network.device.mtu {
+        change = change.mtu(mtu.into());
+    }
+    handle
+        .link()
+        .set(change.build())
+        .execute()
+        .await
+        .map_err(other)?;
+    match &network.host {
+        HostEnd::Tap { address, .. } => {
+            if let Some(address) = address {
+                let add = handle
+                    .address()
+                    .add(index, address.addr(), address.prefix_len());
+                add.replace().execute().await.map_err(other)?;
+            }
+        }
+        HostEnd::Join { interface } => {
+            let there = link(&handle, interface).await?.header.index;
+            let up = LinkUnspec::new_with_index(there).up().build();
+            handle.link().set(up).execute().await.map_err(other)?;
+            redirect(&handle, there, index).await?;
+            redirect(&handle, index, there).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Sends what arrives at one interface out by another.
+async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
+    let from = from as i32;
+    let ingress = handle.qdisc().add(from).ingress().execute().await;
+    match ingress.map_err(other) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        result => result?,
+    }
+    handle
+        .traffic_filter(from)
+        .add()
+        .parent(INGRESS)
+        .protocol(ALL_PROTOCOLS)
+        .redirect(to)
+        .map_err(other)?
+        .execute()
+        .await
+        .map_err(other)
+}

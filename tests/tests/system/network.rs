@@ -1,0 +1,134 @@
+//! virtio-net: guests that reach their host, the world outside, and are reached.
+//!
+//! Each test has network namespaces of its own, so the machine's network stays as it is.
+
+use crate::tool::{scratch, shared_rootfs, stdout};
+use anyhow::{Result, ensure};
+use std::fs::File;
+use std::io::Read;
+use std::process::Command;
+
+crate::trials![
+    a_tap_carries_data_both_ways,
+    a_tap_is_as_it_was_asked_for,
+    user_networks_need_no_root,
+    what_does_not_fit_is_refused,
+];
+
+/// A script in a network namespace of its own; `$R` is a root file system, `$D` a folder with 20 MB
+/// of random bytes in `blob`.
+fn in_namespace(name: &str, script: &str) -> Result<String> {
+    let dir = scratch(name)?;
+    let blob = File::create(dir.join("blob"))?;
+    std::io::copy(
+        &mut File::open("/dev/urandom")?.take(20_000_000),
+        &mut &blob,
+    )?;
+    let prelude = "set -e; ip link set lo up\n";
+    let output = Command::new("timeout")
+        .args(["120", "unshare", "--net", "sh", "-c"])
+        .arg(format!("{prelude}{script}"))
+        .env("R", shared_rootfs())
+        .env("D", &dir)
+        .output()?;
+    stdout(output)
+}
+
+fn a_tap_carries_data_both_ways() -> Result<()> {
+    let said = in_namespace(
+        "net-tap",
+        r#"
+        /bin/busybox httpd -p 7000 -h $D
+        koya run --net tap --rootfs $R -v $D:/data --cpus 2 -- sh -ec '
+            host=$(ip route | sed -n "s/^default via \([0-9.]*\).*/\1/p")
+            ping -c 1 -W 10 $host > /dev/null; echo pong
+            wget -q -O - http://$host:7000/blob | sha256sum
+            httpd -p 80 -h /data
+            ip -o -4 addr show eth0 | sed "s/.*inet \([^/]*\).*/\1/" > /data/new; mv /data/new /data/ready
+            until [ -e /data/done ]; do sleep 0.2; done' & guest=$!
+        until [ -e $D/ready ]; do kill -0 $guest; sleep 0.2; done
+        /bin/busybox wget -q -O - http://$(cat $D/ready)/blob | sha256sum; touch $D/done
+        wait $guest; sha256sum < $D/blob
+        ip -o link | grep -vc LOOPBACK || true"#,
+    )?;
+    let lines: Vec<&str> = said.lines().collect();
+    ensure!(lines.len() == 5 && lines[0] == "pong", "{said}");
+    ensure!(lines[1..4].iter().all(|sum| *sum == lines[1]), "{said}");
+    ensure!(lines[4] == "0", "an interface is left: {said}");
+    Ok(())
+}
+
+fn a_tap_is_as_it_was_asked_for() -> Result<()> {
+    let said = in_namespace(
+        "net-own",
+        r#"
+        ip tuntap add koya-test mode tap
+        ip addr add 192.0.2.1/24 dev koya-test; ip addr add 2001:db8::1/64 dev koya-test nodad
+        koya run --net tap:koya-test --ip 192.0.2.77/24 --gateway 192.0.2.1 --mac 02:00:00:00:00:77 --mtu 9000 \
+            --rootfs $R -- sh -ec '
+            cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu
+            ip -o -4 addr show eth0 | sed "s/.*inet \([^ ]*\).*/\1/"
+            ip route | sed -n "s/^default via \([^ ]*\).*/\1/p"
+            ping -c 1 -W 10 -s 8900 192.0.2.1 > /dev/null; echo large'
+        ip -o link show koya-test | grep -c koya-test"#,
+    )?;
+    let wanted = "02:00:00:00:00:77\n9000\n192.0.2.77/24\n192.0.2.1\nlarge\n1";
+    ensure!(said.trim_end() == wanted, "{said}");
+    Ok(())
+}
+
+fn user_networks_need_no_root() -> Result<()> {
+    let said = in_namespace(
+        "net-user",
+        r#"
+        unshare --net sleep 1000 & outside=$!
+        trap "kill $outside" EXIT
+        while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+        out() { nsenter --target $outside --net "$@"; }
+        ip link add up0 type veth peer name out0 netns $outside
+        ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
+        out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
+        ip route add default via 198.51.100.1
+        out /bin/busybox httpd -p 7000 -h $D
+        chown 65534:65534 $D
+        as_user() { env HOME=$D setpriv --reuid 65534 --regid 65534 --clear-groups "$@"; }
+        as_user koya run --net user --publish 8080:80 --rootfs $R --tmpfs /tmp -v $D:/data -- sh -ec '
+            cat /etc/resolv.conf
+            wget -q -O - http://198.51.100.1:7000/blob | sha256sum
+            mkdir /tmp/www; echo from the guest > /tmp/www/index.html; httpd -p 80 -h /tmp/www
+            until [ -e /data/done ]; do sleep 0.2; done' > $D/said 2>&1 & guest=$!
+        until /bin/busybox wget -q -O $D/answer http://127.0.0.1:8080/ 2> /dev/null; do
+            kill -0 $guest 2> /dev/null || break; sleep 0.3
+        done
+        out /bin/busybox wget -q -O $D/outside http://198.51.100.2:8080/
+        touch $D/done; wait $guest; cat $D/said $D/answer $D/outside; sha256sum < $D/blob
+        # What spoke for the guest goes with it.
+        while pgrep -x "pasta.*" > /dev/null; do sleep 0.2; done"#,
+    )?;
+    let lines: Vec<&str> = said.lines().collect();
+    let [resolver, guest, answer, outside, blob] = lines.as_slice() else {
+        anyhow::bail!("{said}");
+    };
+    ensure!(*resolver == "nameserver 169.254.1.1", "{said}");
+    ensure!(
+        guest == blob && answer == outside && *answer == "from the guest",
+        "{said}"
+    );
+    Ok(())
+}
+
+fn what_does_not_fit_is_refused() -> Result<()> {
+    for (options, wanted) in [
+        (vec!["--publish", "80:80"], "--publish needs --net user"),
+        (
+            vec!["--net", "user", "--ip", "192.0.2.1/24"],
+            "--ip needs --net tap",
+        ),
+        (vec!["--net", "bridge"], "none of none, user, tap"),
+    ] {
+        let output = crate::tool::run(&options, &["true"])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && said.contains(wanted), "{said}");
+    }
+    Ok(())
+}
