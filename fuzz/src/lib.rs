@@ -1,8 +1,12 @@
 //! What is fuzzed, as plain functions over bytes.
 //!
-//! `cargo +nightly fuzz run --features libfuzzer descriptor_chain` (from cargo-fuzz, in this
-//! folder) drives them with an engine; the tests below replay inputs that once mattered, and a
+//! `cargo +nightly fuzz run --features libfuzzer TARGET` (from cargo-fuzz, in this folder; a target is
+//! a file in `targets`) drives them with an engine; the tests below replay inputs that once mattered, and a
 //! few thousand random ones, on any machine.
+
+mod devices;
+
+pub use devices::{balloon_requests, block_requests, net_buffers};
 
 use koya_devices::test_utils::{Driver, MEMORY_SIZE};
 use koya_devices::virtio::Chain;
@@ -95,10 +99,10 @@ mod tests {
         }
     }
 
-    #[test]
-    fn random_inputs() {
+    /// Feeds `target` with `rounds` inputs, the same ones each time.
+    fn random(rounds: u64, target: fn(&[u8])) {
         let mut state = 0x2545_f491_4f6c_dd1du64;
-        for round in 0..3000 {
+        for round in 0..rounds {
             let mut input = Vec::new();
             for _ in 0..(round % 48) * 2 {
                 state ^= state << 13;
@@ -106,7 +110,27 @@ mod tests {
                 state ^= state << 17;
                 input.extend(state.to_le_bytes());
             }
-            descriptor_chain(&input);
+            target(&input);
         }
+    }
+
+    #[test]
+    fn random_chains() {
+        random(3000, descriptor_chain);
+    }
+
+    #[test]
+    fn random_block_requests() {
+        random(400, block_requests);
+    }
+
+    #[test]
+    fn random_net_buffers() {
+        random(400, net_buffers);
+    }
+
+    #[test]
+    fn random_balloon_requests() {
+        random(400, balloon_requests);
     }
 }

@@ -265,6 +265,11 @@ impl Sandbox {
         })
     }
 
+    /// The virtual machine: its disks, networks, balloon, and what it holds of the host's memory.
+    pub fn machine(&self) -> &VmHandle {
+        &self.inner.handle
+    }
+
     /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.
     ///
     /// # Errors

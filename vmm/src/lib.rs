@@ -48,5 +48,5 @@ pub use config::{
 };
 pub use exit::ExitReason;
 pub use koya_devices as devices;
-pub use memory::MemoryError;
+pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};

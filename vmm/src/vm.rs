@@ -6,6 +6,7 @@ use crate::config::Spec;
 use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::kvm::Machine;
+use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::sync::lock;
 use crate::vcpu::Gate;
@@ -14,7 +15,8 @@ use koya_devices::blk::BlockHandle;
 use koya_devices::legacy::SerialPort;
 use koya_devices::net::NetHandle;
 use koya_devices::virtio::Memory;
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
 /// A virtual machine. Dropping it stops it; nothing of it is left then: no thread, no
@@ -37,6 +39,8 @@ pub struct VmHandle {
     gate: Arc<Gate>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
+    /// The guest's memory goes with its machine, whoever has a handle.
+    memory: Weak<Memory>,
 }
 
 impl Vm {
@@ -76,6 +80,7 @@ impl Vm {
             gate: self.gate.clone(),
             serial: self.serial.clone(),
             handles: self.handles.clone(),
+            memory: Arc::downgrade(&self.memory),
         }
     }
 
@@ -138,6 +143,17 @@ impl VmHandle {
     /// Waits until it ends, without taking it down.
     pub fn wait_ended(&self) -> ExitReason {
         self.gate.wait()
+    }
+
+    /// What the machine and this process hold of the host's memory; nothing after its end.
+    ///
+    /// # Errors
+    /// If `/proc` is not there.
+    pub fn memory_usage(&self) -> io::Result<MemoryUsage> {
+        match self.memory.upgrade() {
+            Some(memory) => memory::usage(&memory),
+            None => Ok(MemoryUsage::default()),
+        }
     }
 
     /// The disks of the configuration, in its order.

@@ -4,6 +4,7 @@
 //! costly in a cache outside the checkout, named by the hash of its inputs.
 
 mod apt;
+mod bench;
 mod build;
 mod cache;
 mod demo;
@@ -43,6 +44,8 @@ enum Command {
     Demo,
     /// Run every test: lints, unit tests, tiny guests, Linux guests in the rig
     Test(suite::TestArgs),
+    /// Measure Koya beside others
+    Bench(bench::BenchArgs),
     /// Formatting, clippy, and a check of the aarch64 build
     Lint,
 }
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Rig(args) => rig::run(args),
         Command::Demo => demo::run(),
         Command::Test(args) => suite::run(&args).map(|()| 0),
+        Command::Bench(args) => bench::run(&args).map(|()| 0),
         Command::Lint => lint::run().map(|()| 0),
     };
     match outcome {

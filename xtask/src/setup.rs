@@ -36,21 +36,26 @@ const PACKAGES: &[(&str, &str)] = &[
 
 /// Installs what is missing when root; otherwise says what to type.
 pub(crate) fn run() -> Result<()> {
-    let missing = missing()?;
+    let missing = missing(PACKAGES)?;
     if missing.is_empty() {
         eprintln!("setup: every package is there");
         return Ok(());
     }
-    install(&missing)
+    install(PACKAGES, &missing)
 }
 
 /// As [`run`], but silent when nothing is missing: the first step of other commands.
 pub(crate) fn ensure() -> Result<()> {
-    let missing = missing()?;
+    ensure_these(PACKAGES)
+}
+
+/// As [`ensure`], for packages that one command needs: each with why.
+pub(crate) fn ensure_these(packages: &[(&'static str, &str)]) -> Result<()> {
+    let missing = missing(packages)?;
     if missing.is_empty() {
         return Ok(());
     }
-    install(&missing)
+    install(packages, &missing)
 }
 
 /// Has apt fetch its lists of packages where there are none, as on an image whose makers removed
@@ -81,9 +86,9 @@ fn update(log: &Path) -> Result<()> {
     proc::long("apt-get update", apt.args(["-q", "update"]), log)
 }
 
-fn missing() -> Result<Vec<&'static str>> {
+fn missing(packages: &[(&'static str, &str)]) -> Result<Vec<&'static str>> {
     let mut missing = Vec::new();
-    for (package, _) in PACKAGES {
+    for (package, _) in packages {
         let out = Command::new("dpkg-query")
             .args(["-W", "-f=${db:Status-Status}", package])
             .stderr(Stdio::null())
@@ -97,14 +102,14 @@ fn missing() -> Result<Vec<&'static str>> {
     Ok(missing)
 }
 
-fn install(missing: &[&str]) -> Result<()> {
+fn install(packages: &[(&str, &str)], missing: &[&str]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!(
             "packages are missing; as root: apt-get update && apt-get install --no-install-recommends {}",
             missing.join(" ")
         );
     }
-    for (package, why) in PACKAGES.iter().filter(|(p, _)| missing.contains(p)) {
+    for (package, why) in packages.iter().filter(|(p, _)| missing.contains(p)) {
         eprintln!("setup: {package} is missing ({why})");
     }
     let log = log();

@@ -86,7 +86,7 @@ fn parse_signal(text: &str) -> Result<i32, String> {
 /// How long a sandbox may take to go once its container has ended.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
 
-fn connect(name: &str) -> Result<(Folder, UnixStream)> {
+pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
     let folder = Folder::find(name)?;
     if !folder.is_running() {
         bail!("container {name} is not running");
@@ -106,6 +106,7 @@ enum Heard {
 fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
     match wire.receive()? {
         None => bail!("container {name} ended"),
+        Some((Answer::Stats(_), _)) => bail!("container {name} answers something else"),
         Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
         Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
         Some((Answer::Failed { status, reason }, _)) => {

@@ -8,6 +8,7 @@
 use super::attach::ProcessStreams;
 use super::run::merge_env;
 use super::state::{Folder, Owned};
+use super::stats::Stats;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
 use koya::{Container, Process, ProcessConfig, Sandbox, Stdio, User};
@@ -46,6 +47,8 @@ pub(super) enum Request {
     Stop(u64),
     /// Connect a stream to the guest's console.
     Console,
+    /// What guest and host use.
+    Stats,
 }
 
 /// The answer.
@@ -54,6 +57,8 @@ pub(super) enum Request {
 pub(super) enum Answer {
     /// It runs; its streams' descriptors are beside this, and another answer follows.
     Started,
+    /// What was asked for; another answer follows.
+    Stats(Box<Stats>),
     /// It was done; for a process, its exit status.
     Done(i32),
     /// It was not.
@@ -109,6 +114,10 @@ fn carry_out(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox)
         Request::Resize(rows, columns) => container.process().resize(rows, columns)?,
         Request::Stop(seconds) => stop(container, seconds)?,
         Request::Console => console(stream, sandbox)?,
+        Request::Stats => {
+            let stats = Box::new(Stats::of(sandbox)?);
+            send(stream, &Answer::Stats(stats), &[])?;
+        }
         Request::Exec {
             args,
             env,

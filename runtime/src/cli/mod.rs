@@ -10,6 +10,7 @@ mod list;
 mod net;
 mod run;
 mod state;
+mod stats;
 mod wire;
 
 use clap::{Parser, Subcommand};
@@ -52,6 +53,8 @@ enum Command {
     Kill(client::KillArgs),
     /// Remove containers that have ended
     Rm(list::RmArgs),
+    /// Show what containers use, of the guest and of the host
+    Stats(stats::StatsArgs),
     /// Show the guest kernel's console, and type on it
     Console(client::ConsoleArgs),
     /// Say whether this machine can run Koya, by running a tiny guest
@@ -79,6 +82,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Stop(args) => client::stop(&args),
         Command::Kill(args) => client::kill(&args),
         Command::Rm(args) => list::rm(&args),
+        Command::Stats(args) => stats::main(&args),
         Command::Console(args) => client::console(&args),
         Command::Check(args) => check::main(&args),
         Command::Env(args) => environment::main(&args),

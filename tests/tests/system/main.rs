@@ -10,6 +10,7 @@ mod disks;
 mod exec;
 mod files;
 mod life;
+mod memory;
 mod network;
 mod run;
 mod tool;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         exec::trials(),
         files::trials(),
         life::trials(),
+        memory::trials(),
         network::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();

@@ -1,0 +1,190 @@
+//! `koya stats`: what containers use, of the guest and of the host.
+
+use super::client::connect;
+use super::control::{Answer, Request};
+use super::state::Folder;
+use super::wire::{Wire, send};
+use super::{FAILED, Outcome};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use koya::Sandbox;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+#[derive(Args)]
+pub(super) struct StatsArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// The containers (default: all that run)
+    names: Vec<String>,
+}
+
+/// What one sandbox uses. Sizes in bytes.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Stats {
+    /// CPU time of the sandbox's process, guest included, in milliseconds.
+    cpu_ms: u64,
+    /// The guest's memory, as its kernel sees it.
+    guest_total: u64,
+    /// What of it programs and kernel use.
+    guest_used: u64,
+    /// What of it exists on the host.
+    host_guest: u64,
+    /// What the sandbox's process holds beyond that.
+    host_overhead: u64,
+    /// Processes in the guest.
+    processes: u32,
+    /// Bytes that went to the guest by its networks.
+    net_received: u64,
+    /// Bytes that came from it.
+    net_sent: u64,
+    /// Bytes that it read from its disks.
+    disk_read: u64,
+    /// Bytes that it wrote.
+    disk_written: u64,
+}
+
+impl Stats {
+    pub(super) fn of(sandbox: &Sandbox) -> Result<Self> {
+        let guest = sandbox.stats()?;
+        let machine = sandbox.machine();
+        let memory = machine.memory_usage()?;
+        let used = getrusage(UsageWho::RUSAGE_SELF)?;
+        let cpu = used.user_time() + used.system_time();
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut stats = Self {
+            cpu_ms: cpu.num_milliseconds() as u64,
+            guest_total: guest.memory_total,
+            guest_used: guest.memory_total.saturating_sub(guest.memory_available),
+            host_guest: memory.guest,
+            host_overhead: memory.overhead,
+            processes: guest.processes,
+            net_received: 0,
+            net_sent: 0,
+            disk_read: 0,
+            disk_written: 0,
+        };
+        for network in machine.networks() {
+            stats.net_received += load(&network.metrics().received_bytes);
+            stats.net_sent += load(&network.metrics().sent_bytes);
+        }
+        for disk in machine.disks() {
+            stats.disk_read += load(&disk.metrics().read_bytes);
+            stats.disk_written += load(&disk.metrics().written_bytes);
+        }
+        Ok(stats)
+    }
+}
+
+pub(super) fn main(args: &StatsArgs) -> Outcome {
+    let named = !args.names.is_empty();
+    let names = match named {
+        true => args.names.clone(),
+        false => running()?,
+    };
+    let mut rows = Vec::new();
+    let mut worst = 0;
+    for name in names {
+        match ask(&name) {
+            Ok(stats) => rows.push((name, stats)),
+            // One that ended just now is no failure where none was named.
+            Err(error) if named => {
+                eprintln!("koya: {error:#}");
+                worst = FAILED;
+            }
+            Err(error) => log::debug!("{error:#}"),
+        }
+    }
+    if args.json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, stats)| Row { name, stats })
+            .collect();
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        print(&rows);
+    }
+    Ok(worst)
+}
+
+#[derive(Serialize)]
+struct Row<'a> {
+    name: &'a str,
+    #[serde(flatten)]
+    stats: &'a Stats,
+}
+
+fn running() -> Result<Vec<String>> {
+    let folders = Folder::all()?.into_iter().filter(Folder::is_running);
+    Ok(folders
+        .filter_map(|folder| Some(folder.read().ok()?.name))
+        .collect())
+}
+
+fn ask(name: &str) -> Result<Stats> {
+    let (_, stream) = connect(name)?;
+    send(&stream, &Request::Stats, &[])?;
+    let answer = Wire::new(stream).receive()?;
+    match answer.with_context(|| format!("container {name} ended"))?.0 {
+        Answer::Stats(stats) => Ok(*stats),
+        Answer::Failed { reason, .. } => bail!("{reason}"),
+        other => bail!("container {name} answers {other:?}"),
+    }
+}
+
+fn print(rows: &[(String, Stats)]) {
+    println!(
+        "{:<20} {:>9} {:>19} {:>9} {:>9} {:>5} {:>19} {:>19}",
+        "NAME",
+        "CPU",
+        "GUEST USED/ALL",
+        "ON HOST",
+        "OVERHEAD",
+        "PIDS",
+        "NET IN/OUT",
+        "DISK READ/WRITTEN"
+    );
+    for (name, stats) in rows {
+        let pair = |a, b| format!("{} / {}", size(a), size(b));
+        println!(
+            "{name:<20} {:>7.1} s {:>19} {:>9} {:>9} {:>5} {:>19} {:>19}",
+            stats.cpu_ms as f64 / 1000.0,
+            pair(stats.guest_used, stats.guest_total),
+            size(stats.host_guest),
+            size(stats.host_overhead),
+            stats.processes,
+            pair(stats.net_received, stats.net_sent),
+            pair(stats.disk_read, stats.disk_written),
+        );
+    }
+}
+
+/// A size with three digits and its unit.
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1000.0 {
+            let digits = usize::from(value < 10.0 && unit != "B");
+            return format!("{value:.digits$} {unit}");
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(999), "999 B");
+        assert_eq!(size(1 << 20), "1.0 MiB");
+        assert_eq!(size(256 << 20), "256 MiB");
+        assert_eq!(size(3 << 40), "3.0 TiB");
+    }
+}

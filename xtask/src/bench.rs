@@ -1,0 +1,157 @@
+//! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
+
+use crate::rig::Archive;
+use crate::{build, cache, proc, setup};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// What benches need beyond builds and tests.
+const PACKAGES: &[(&str, &str)] = &[
+    ("fio", "the benches' disk load"),
+    ("iperf3", "the benches' network load"),
+];
+
+const INIT: &str = include_str!("../../benches/guest/init.sh");
+const MEASURE: &str = include_str!("../../benches/guest/measure.sh");
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Disks and networks, beside QEMU's microvm machine with the same kernel and guest
+    Devices {
+        /// Guests of each kind; each figure is a median
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+        /// Also write the rows to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}
+
+/// `cargo xtask bench`
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    match &args.what {
+        What::Devices { rounds, json } => devices(*rounds, json.as_deref()),
+    }
+}
+
+fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
+    setup::ensure()?;
+    setup::ensure_these(PACKAGES)?;
+    let products = build::ensure()?;
+    let root = proc::checkout();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let words = [
+        "build",
+        "--release",
+        "--package",
+        "koya-benches",
+        "--bin",
+        "devices",
+    ];
+    proc::run(Command::new(cargo).args(words).current_dir(&root))?;
+    let tools = tools()?;
+    // The rows come on standard output, all else on standard error.
+    let mut rig = Command::new(std::env::current_exe()?);
+    rig.args([
+        "rig",
+        "--no-build",
+        "--cpus",
+        "2",
+        "--timeout",
+        "7200",
+        "--",
+    ])
+    .arg(root.join("target/release/devices"))
+    .arg(rounds.to_string())
+    .arg(&tools)
+    .envs(products.env());
+    let out = rig
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the rig")?
+        .wait_with_output()?;
+    if !out.status.success() {
+        bail!("the measurement failed ({})", out.status);
+    }
+    match json {
+        Some(file) => {
+            fs::write(file, &out.stdout)
+                .with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        None => eprintln!("(--json FILE keeps the rows)"),
+    }
+    Ok(())
+}
+
+/// The folder with a guest's initramfs and the image of its tools, made once.
+fn tools() -> Result<PathBuf> {
+    let mut inputs = vec![INIT.to_owned(), MEASURE.to_owned()];
+    for (package, _) in PACKAGES {
+        inputs.push(proc::output(Command::new("dpkg-query").args([
+            "-W",
+            "-f=${Version}",
+            package,
+        ]))?);
+    }
+    let key = cache::key(&inputs);
+    cache::ensure("bench", &key, |dir| {
+        let mut archive = Archive::default();
+        for name in ["bin", "dev", "proc", "sys", "tools"] {
+            archive.dir(name)?;
+        }
+        archive.file("init", 0o755, INIT.as_bytes())?;
+        archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox")?)?;
+        fs::write(dir.join("initrd"), archive.finish()?)?;
+
+        let root = dir.join("root");
+        for name in ["bin", "lib", "lib64", "dev", "proc", "sys", "tmp"] {
+            fs::create_dir_all(root.join(name))?;
+        }
+        fs::write(root.join("measure"), MEASURE)?;
+        fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+        let names = proc::output(Command::new("/bin/busybox").arg("--list"))?;
+        for name in names.lines().filter(|name| *name != "busybox") {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(name))?;
+        }
+        for program in ["fio", "iperf3"] {
+            let path = Path::new("/usr/bin").join(program);
+            fs::copy(&path, root.join("bin").join(program))?;
+            copy_libraries(&path, &root)?;
+        }
+        proc::long(
+            "making an image of the benches' tools (once)",
+            Command::new("/sbin/mkfs.ext4")
+                .args(["-q", "-F", "-m", "0", "-d"])
+                .arg(&root)
+                .arg(dir.join("tools.img"))
+                .arg("192m"),
+            &dir.with_extension("log"),
+        )?;
+        Ok(fs::remove_dir_all(&root)?)
+    })
+}
+
+/// Copies what a program is linked with, its loader where it looks for it.
+fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
+    for line in proc::output(Command::new("ldd").arg(program))?.lines() {
+        let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {
+            continue;
+        };
+        let name = path.rsplit('/').next().unwrap_or(path);
+        let to = match path.starts_with("/lib64/") {
+            true => root.join("lib64").join(name),
+            false => root.join("lib").join(name),
+        };
+        fs::copy(path, to)?;
+    }
+    Ok(())
+}
