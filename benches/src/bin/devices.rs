@@ -247,34 +247,37 @@ fn qemu(direct: bool, tools: &Path) -> Command {
         true => "cache=none,aio=io_uring",
         false => "cache=writeback,aio=io_uring",
     };
-    qemu.args(["-M", "microvm,x-option-roms=off,rtc=off,isa-serial=on"])
-        .args(["-accel", "kvm", "-cpu", "host", "-m", "512", "-smp", "1"])
-        .args(["-global", "virtio-mmio.force-legacy=false"])
-        .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
-        .args(["-serial", "stdio", "-object", "iothread,id=io"])
-        .arg("-kernel")
-        .arg(kernel())
-        .arg("-initrd")
-        .arg(tools.join("initrd"))
-        .args([
-            "-append",
-            &format!("console=ttyS0 reboot=t panic=-1 i8042.noaux {CMDLINE}"),
-        ])
-        .args([
-            "-drive",
-            &drive("tools", &tools.join("tools.img"), "readonly=on"),
-        ])
-        .args(["-device", "virtio-blk-device,drive=tools,serial=tools"])
-        .args(["-drive", &drive("data", Path::new(DATA), cache)])
-        .args([
-            "-device",
-            "virtio-blk-device,drive=data,serial=data,iothread=io",
-        ])
-        .args([
-            "-netdev",
-            &format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off"),
-        ])
-        .args(["-device", "virtio-net-device,netdev=net"]);
+    qemu.args([
+        "-M",
+        "microvm,acpi=off,x-option-roms=off,rtc=off,isa-serial=on",
+    ])
+    .args(["-accel", "kvm", "-cpu", "host", "-m", "512", "-smp", "1"])
+    .args(["-global", "virtio-mmio.force-legacy=false"])
+    .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+    .args(["-serial", "stdio", "-object", "iothread,id=io"])
+    .arg("-kernel")
+    .arg(kernel())
+    .arg("-initrd")
+    .arg(tools.join("initrd"))
+    .args([
+        "-append",
+        &format!("console=ttyS0 reboot=t panic=-1 i8042.noaux {CMDLINE}"),
+    ])
+    .args([
+        "-drive",
+        &drive("tools", &tools.join("tools.img"), "readonly=on"),
+    ])
+    .args(["-device", "virtio-blk-device,drive=tools,serial=tools"])
+    .args(["-drive", &drive("data", Path::new(DATA), cache)])
+    .args([
+        "-device",
+        "virtio-blk-device,drive=data,serial=data,iothread=io",
+    ])
+    .args([
+        "-netdev",
+        &format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off"),
+    ])
+    .args(["-device", "virtio-net-device,netdev=net"]);
     qemu
 }
 

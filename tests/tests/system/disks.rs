@@ -41,7 +41,7 @@ fn a_disk_holds_a_file_system() -> Result<()> {
          sha256sum file* direct; cd /; umount /mnt/d; e2fsck -fn /dev/vda > /dev/null 2>&1; echo clean",
     )?;
     ensure!(
-        said.lines().count() == 6 && said.ends_with("clean\n"),
+        said.lines().count() == 6 && said.ends_with("clean"),
         "{said}"
     );
     // The host sees the same files.
