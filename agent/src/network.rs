@@ -137,7 +137,8 @@ async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
         .output_interface(index);
     message = match route.gateway.as_str() {
         "" => message.scope(rtnetlink::packet_route::route::RouteScope::Link),
-        gateway => message.gateway(gateway.parse()?)?,
+        // The gateway may be outside of every prefix of ours.
+        gateway => message.gateway(gateway.parse()?)?.onlink(),
     };
     Ok(handle
         .route()

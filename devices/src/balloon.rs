@@ -305,7 +305,7 @@ fn give_back(chain: &Chain, memory: &Memory, shared: &Shared) {
             };
             match sys::give_back(&slice) {
                 Ok(()) => given += slice.len() as u64,
-                Err(error) => log::warn!("cannot give memory back: {error}"),
+                Err(error) => guest_fault!("cannot give memory back: {error}"),
             }
         }
         metrics.inflated_bytes.fetch_add(given, Ordering::Relaxed);
@@ -323,7 +323,7 @@ fn give_back_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
                 let reported = &shared.metrics.reported_bytes;
                 reported.fetch_add(slice.len() as u64, Ordering::Relaxed);
             }
-            Err(error) => log::warn!("cannot give memory back: {error}"),
+            Err(error) => guest_fault!("cannot give memory back: {error}"),
         }
     }
 }

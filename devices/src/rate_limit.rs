@@ -90,6 +90,9 @@ impl RateLimiter {
 
     /// Nothing if a request may start at `now`; else how long to wait.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
+        if !self.limits() {
+            return None;
+        }
         let buckets = [&mut self.bytes, &mut self.operations];
         let waits = buckets.into_iter().flatten();
         waits.filter_map(|bucket| bucket.wait(now)).max()

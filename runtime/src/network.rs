@@ -11,11 +11,16 @@ use ipnet::IpNet;
 use koya_protocol::messages;
 use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
+use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
+};
+use rtnetlink::packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionOption, TcFilterU32Option, TcU32Key, TcU32Selector,
+    TcU32SelectorFlags,
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::io;
@@ -26,6 +31,9 @@ use std::pin::Pin;
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
 /// The parent of what happens to frames that arrive (`TC_H_INGRESS`).
 const INGRESS: u32 = 0xffff_0000;
+/// IPv4 and IPv6 in an Ethernet header (linux/if_ether.h).
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
 
 /// What is behind a network's tap on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,10 +180,7 @@ fn other(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-async fn link(
-    handle: &Handle,
-    name: &str,
-) -> io::Result<rtnetlink::packet_route::link::LinkMessage> {
+async fn link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
     let found = links.try_next().await.map_err(other)?;
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}")))
@@ -268,17 +273,17 @@ fn route(
 }
 
 async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Result<()> {
-    let index = link(&handle, &tap).await?.header.index;
+    let tap_link = link(&handle, &tap).await?;
+    let index = tap_link.header.index;
     let mut change = LinkUnspec::new_with_index(index).up();
     if let Some(mtu) = network.device.mtu {
         change = change.mtu(mtu.into());
     }
-    handle
-        .link()
-        .set(change.build())
-        .execute()
-        .await
-        .map_err(other)?;
+    if !is_ready(&tap_link, network.device.mtu) {
+        // Who owns a tap may use it, but not change it.
+        let set = handle.link().set(change.build()).execute().await;
+        set.map_err(other)?;
+    }
     match &network.host {
         HostEnd::Tap { address, .. } => {
             if let Some(address) = address {
@@ -292,6 +297,7 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             let there = link(&handle, interface).await?.header.index;
             let up = LinkUnspec::new_with_index(there).up().build();
             handle.link().set(up).execute().await.map_err(other)?;
+            refuse_local(&handle, index, &network.addresses).await?;
             redirect(&handle, there, index).await?;
             redirect(&handle, index, there).await?;
         }
@@ -299,22 +305,152 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
     Ok(())
 }
 
+/// Whether an interface is up and has this MTU.
+fn is_ready(link: &LinkMessage, mtu: Option<u16>) -> bool {
+    let same = |attribute: &LinkAttribute| match (attribute, mtu) {
+        (LinkAttribute::Mtu(own), Some(mtu)) => *own == u32::from(mtu),
+        _ => false,
+    };
+    let fits = mtu.is_none() || link.attributes.iter().any(same);
+    fits && link.header.flags.contains(LinkFlags::Up)
+}
+
+/// Destinations that a guest must not reach by who speaks for it on the host: pasta connects to
+/// whatever a frame names, and these are the host itself.
+fn local_destinations(own: &[IpNet]) -> Vec<IpNet> {
+    let fixed = [
+        "0.0.0.0/8",
+        "127.0.0.0/8",
+        "::/128",
+        "::1/128",
+        "::ffff:0:0/96",
+    ];
+    let fixed = fixed.iter().filter_map(|text| text.parse().ok());
+    fixed
+        .chain(own.iter().map(|net| net.addr().into()))
+        .collect()
+}
+
+/// Drops what a guest sends to such destinations, before it is passed on.
+async fn refuse_local(handle: &Handle, tap: u32, own: &[IpNet]) -> io::Result<()> {
+    ingress(handle, tap).await?;
+    let gact = {
+        // `struct tc_gact` (linux/tc_act/tc_gact.h): index, capabilities, action, two counts.
+        const TCA_GACT_PARMS: u16 = 2;
+        const TC_ACT_SHOT: i32 = 2;
+        let words = [0, 0, TC_ACT_SHOT, 0, 0];
+        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut action = TcAction::default();
+        action.attributes = vec![
+            TcActionAttribute::Kind("gact".into()),
+            TcActionAttribute::Options(vec![TcActionOption::Other(DefaultNla::new(
+                TCA_GACT_PARMS,
+                bytes,
+            ))]),
+        ];
+        action
+    };
+    for destination in local_destinations(own) {
+        let (protocol, priority) = match destination {
+            IpNet::V4(_) => (ETH_P_IP, 1),
+            IpNet::V6(_) => (ETH_P_IPV6, 2),
+        };
+        let mut selector = TcU32Selector::default();
+        selector.flags = TcU32SelectorFlags::Terminal;
+        selector.keys = u32_keys(destination);
+        selector.nkeys = selector.keys.len() as u8;
+        let options = [
+            TcFilterU32Option::Selector(selector),
+            TcFilterU32Option::Action(vec![gact.clone()]),
+        ];
+        handle
+            .traffic_filter(tap as i32)
+            .add()
+            .parent(INGRESS)
+            .priority(priority)
+            .protocol(protocol.to_be())
+            .u32(&options)
+            .map_err(other)?
+            .execute()
+            .await
+            .map_err(other)?;
+    }
+    Ok(())
+}
+
+/// What of an IP header must be as in `destination`: words, with their place in the header.
+fn u32_keys(destination: IpNet) -> Vec<TcU32Key> {
+    let (bytes, first) = match destination {
+        IpNet::V4(net) => (net.network().octets().to_vec(), 16),
+        IpNet::V6(net) => (net.network().octets().to_vec(), 24),
+    };
+    let mut left = u32::from(destination.prefix_len());
+    let mut keys = Vec::new();
+    for (index, word) in bytes.chunks_exact(4).enumerate() {
+        let bits = left.min(32);
+        left -= bits;
+        if bits == 0 {
+            break;
+        }
+        let mut key = TcU32Key::default();
+        key.mask = u32::MAX << (32 - bits);
+        key.val = word
+            .iter()
+            .fold(0, |value, byte| value << 8 | u32::from(*byte));
+        key.off = first + 4 * index as i32;
+        keys.push(key);
+    }
+    keys
+}
+
+/// Gives an interface the place where what arrives is looked at.
+async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
+    let added = handle.qdisc().add(index as i32).ingress().execute().await;
+    match added.map_err(other) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
 /// Sends what arrives at one interface out by another.
 async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
-    let from = from as i32;
-    let ingress = handle.qdisc().add(from).ingress().execute().await;
-    match ingress.map_err(other) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        result => result?,
-    }
+    ingress(handle, from).await?;
     handle
-        .traffic_filter(from)
+        .traffic_filter(from as i32)
         .add()
         .parent(INGRESS)
+        .priority(9)
         .protocol(ALL_PROTOCOLS)
         .redirect(to)
         .map_err(other)?
         .execute()
         .await
         .map_err(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations_are_words_of_their_header() {
+        let keys = |text: &str| -> Vec<(u32, u32, i32)> {
+            let keys = u32_keys(text.parse().unwrap()).into_iter();
+            keys.map(|key| (key.mask, key.val, key.off)).collect()
+        };
+        assert_eq!(keys("127.0.0.0/8"), [(0xff00_0000, 0x7f00_0000, 16)]);
+        assert_eq!(keys("192.0.2.1/32"), [(u32::MAX, 0xc000_0201, 16)]);
+        let mapped = keys("::ffff:0:0/96");
+        assert_eq!(mapped[2], (u32::MAX, 0xffff, 32));
+        assert_eq!(mapped.len(), 3);
+        assert_eq!(keys("::1/128")[3], (u32::MAX, 1, 36));
+    }
+
+    #[test]
+    fn the_host_itself_is_out_of_reach() {
+        let own = ["198.51.100.2/24".parse().unwrap()];
+        let all = local_destinations(&own);
+        assert_eq!(all.len(), 6);
+        assert_eq!(all[5].to_string(), "198.51.100.2/32");
+    }
 }

@@ -70,6 +70,8 @@ fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
         "7200",
         "--",
     ])
+    // Whoever's host it is, its network stays as it is.
+    .args(["unshare", "--net"])
     .arg(root.join("target/release/devices"))
     .arg(rounds.to_string())
     .arg(&tools)

@@ -1,25 +1,21 @@
 //! What is behind a block device: a raw image or a block device of the host.
 
 use super::{ID_SIZE, SECTOR_SIZE};
-use crate::sys;
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, statx};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// What direct I/O asks of offsets and lengths where the host does not say.
-const DIRECT_ALIGNMENT: u32 = 4096;
 
 /// How a disk is opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskOptions {
     /// Refuse writes.
     pub read_only: bool,
-    /// Past the host's page cache (O_DIRECT).
+    /// Past the host's page cache (O_DIRECT). The guest's logical blocks are then as large as the
+    /// host's direct I/O asks: 512 bytes on most disks, 4096 on some.
     pub direct: bool,
     /// What the guest sees as the disk's serial number: up to 20 bytes. Default: empty.
     pub serial: String,
@@ -32,6 +28,7 @@ pub struct Disk {
     read_only: bool,
     direct: bool,
     id: [u8; ID_SIZE],
+    memory_alignment: u32,
     block_size: u32,
     sectors: AtomicU64,
 }
@@ -92,10 +89,11 @@ impl Disk {
             ),
             other => other.into(),
         })?;
+        let [memory_alignment, direct] = direct_alignment(&file);
         let block_size = if kind.is_block_device() {
             rustix::fs::ioctl_blksszget(&file)?
         } else if options.direct {
-            DIRECT_ALIGNMENT
+            direct
         } else {
             SECTOR_SIZE as u32
         };
@@ -104,6 +102,7 @@ impl Disk {
             read_only: options.read_only,
             direct: options.direct,
             id,
+            memory_alignment,
             block_size,
             sectors: AtomicU64::new(0),
         };
@@ -151,22 +150,31 @@ impl Disk {
         &self.id
     }
 
-    /// The same file through the page cache, if this one is not.
-    pub(super) fn reopen_buffered(&self) -> io::Result<Option<File>> {
-        if !self.direct {
-            return Ok(None);
-        }
-        let path = sys::proc_path(self.file.as_fd());
-        let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(!self.read_only)
-            .open(path)
-            .map(Some)
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// What direct I/O asks of memory, in bytes.
+    pub(super) fn memory_alignment(&self) -> usize {
+        self.memory_alignment as usize
     }
 
     pub(super) fn file(&self) -> &Arc<File> {
         &self.file
+    }
+}
+
+/// What direct I/O asks of memory, and of offsets and lengths, where the host does not say.
+const DIRECT_ALIGNMENT: u32 = 4096;
+
+/// What direct I/O asks: of memory, and of offsets and lengths (statx(2), since Linux 6.1).
+fn direct_alignment(file: &File) -> [u32; 2] {
+    let asked = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    let said = asked.map(|stat| [stat.stx_dio_mem_align, stat.stx_dio_offset_align]);
+    let proper = |align: &u32| align.is_power_of_two() && *align <= DIRECT_ALIGNMENT;
+    match said {
+        Ok(said) if said.iter().all(proper) => [said[0], said[1].max(SECTOR_SIZE as u32)],
+        _ => [DIRECT_ALIGNMENT; 2],
     }
 }
 

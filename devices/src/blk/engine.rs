@@ -8,9 +8,13 @@ use rustix::fs::fallocate;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
+
+/// The most bytes that go through aligned memory at once.
+const MAX_BOUNCE: usize = 256 << 10;
 
 /// Which way a disk's requests take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,8 +32,6 @@ pub(super) struct Engine {
     disk: Arc<Disk>,
     /// Writes are stable before they are answered.
     durable: bool,
-    /// Beside a direct file: for memory that is not aligned as direct I/O asks.
-    buffered: Option<File>,
     ring: Option<Ring>,
     events: [EventFd; 2],
     /// What was done by calls.
@@ -62,7 +64,6 @@ impl Engine {
         Ok(Self {
             memory,
             durable,
-            buffered: disk.reopen_buffered()?,
             disk,
             ring,
             events,
@@ -89,8 +90,13 @@ impl Engine {
         chain: &Chain,
         step: Step,
     ) -> Result<(), ChainError> {
-        if self.ring.is_none() || self.is_misaligned(chain, step)? {
-            let result = match self.call(chain, step)? {
+        let misaligned = self.is_misaligned(chain, step)?;
+        if self.ring.is_none() || misaligned {
+            let called = match misaligned {
+                true => self.bounce(chain, step)?,
+                false => self.call(chain, step)?,
+            };
+            let result = match called {
                 Ok(bytes) => bytes as i32,
                 Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
             };
@@ -120,7 +126,7 @@ impl Engine {
     }
 
     fn is_misaligned(&self, chain: &Chain, step: Step) -> Result<bool, ChainError> {
-        if self.buffered.is_none() {
+        if !self.disk.is_direct() {
             return Ok(false);
         }
         let slices = match step {
@@ -132,16 +138,48 @@ impl Engine {
             }
             Step::Sync | Step::Allocate { .. } => return Ok(false),
         };
-        let block = self.disk.block_size() as usize;
+        let block = self.disk.memory_alignment();
         Ok(slices.iter().any(|slice| {
             let address = slice.ptr_guard().as_ptr() as usize;
             !address.is_multiple_of(block) || !slice.len().is_multiple_of(block)
         }))
     }
 
+    /// Moves data between a direct file and memory that is not aligned as direct I/O asks, by memory
+    /// that is: the page cache must not come between. As much as fits; the rest is another step.
+    fn bounce(&self, chain: &Chain, step: Step) -> Result<io::Result<usize>, ChainError> {
+        let align = self.disk.memory_alignment();
+        let mut room = vec![0; MAX_BOUNCE + align];
+        let start = room.as_ptr().align_offset(align);
+        let aligned = &mut room[start..start + MAX_BOUNCE];
+        let file: &File = self.disk.file();
+        match step {
+            Step::Read { skip, len, at } => {
+                let part = &mut aligned[..MAX_BOUNCE.min(len as usize)];
+                match file.read_at(part, at) {
+                    Ok(got) => {
+                        chain.write(&self.memory, skip, &part[..got])?;
+                        Ok(Ok(got))
+                    }
+                    failed => Ok(failed),
+                }
+            }
+            Step::Write { skip, len, at } => {
+                let part = &mut aligned[..MAX_BOUNCE.min(len as usize)];
+                chain.read(&self.memory, skip, part)?;
+                let written = file.write_at(part, at);
+                Ok(match self.durable {
+                    true => written.and_then(|n| file.sync_data().map(|()| n)),
+                    false => written,
+                })
+            }
+            Step::Sync | Step::Allocate { .. } => self.call(chain, step),
+        }
+    }
+
     /// Does a step here and now.
     fn call(&self, chain: &Chain, step: Step) -> Result<io::Result<usize>, ChainError> {
-        let file = self.buffered.as_ref().unwrap_or(self.disk.file());
+        let file = self.disk.file();
         Ok(match step {
             Step::Read { skip, len, at } => {
                 let slices = chain.writable_slices(&self.memory, skip, len as usize)?;

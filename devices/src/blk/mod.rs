@@ -23,8 +23,8 @@
 //! **Growing**: [`BlockHandle::refresh`] looks how large the image is now and tells the driver
 //! (section 5.2.5, change of configuration).
 //!
-//! **Limits** on what a guest asks: a request of at most 64 MiB, ranges of at most 1 GiB, sixteen of
-//! them a request; a [rate limit](crate::rate_limit) if wanted. What lies outside the disk or is not
+//! **Limits** on what a guest asks: a request of at most 64 MiB, ranges of at most 64 MiB, sixteen
+//! of them a request, 16 MiB under way a queue; a [rate limit](crate::rate_limit) if wanted. What lies outside the disk or is not
 //! whole blocks is refused with an error, a request without room for its answer comes back unanswered.
 
 mod disk;
@@ -45,7 +45,7 @@ use request::{Request, Status};
 use serde::Serialize;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -71,8 +71,12 @@ const QUEUE_SIZE: u16 = 256;
 const MAX_PARTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Ranges of one discard or write-zeroes request.
 const MAX_SEGMENTS: u32 = 16;
-/// Sectors of one such range: 1 GiB.
-const MAX_SEGMENT_SECTORS: u32 = 1 << 21;
+/// Sectors of one such range: 64 MiB.
+const MAX_SEGMENT_SECTORS: u32 = 1 << 17;
+/// Bytes that one request may move.
+const MAX_REQUEST: u64 = 64 << 20;
+/// Bytes that the requests of one queue may move at once, beyond the first: so a stop waits for little.
+const MAX_UNDER_WAY: u64 = 16 << 20;
 
 /// What a disk did so far.
 #[derive(Debug, Default, Serialize)]
@@ -145,18 +149,22 @@ struct Config {
 pub struct Block {
     disk: Arc<Disk>,
     engine: IoEngine,
-    limits: RateLimits,
+    /// A driver that starts anew does not get full buckets.
+    limiter: Arc<Mutex<RateLimiter>>,
     queue_sizes: Vec<u16>,
     metrics: Arc<BlockMetrics>,
     interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
+    /// The size that the driver last read, in sectors.
+    told: AtomicU64,
     stop: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// How a disk's owner reaches it while the guest uses it.
+/// How a disk's owner reaches it while the guest uses it. The image is closed with the device, whoever
+/// has a handle.
 #[derive(Clone)]
 pub struct BlockHandle {
-    disk: Arc<Disk>,
+    disk: Weak<Disk>,
     metrics: Arc<BlockMetrics>,
     interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
 }
@@ -167,7 +175,8 @@ impl BlockHandle {
     /// # Errors
     /// As [`Disk::refresh`].
     pub fn refresh(&self) -> io::Result<()> {
-        if self.disk.refresh()?
+        if let Some(disk) = self.disk.upgrade()
+            && disk.refresh()?
             && let Some(interrupt) = &*lock(&self.interrupt)
         {
             interrupt.config();
@@ -175,9 +184,9 @@ impl BlockHandle {
         Ok(())
     }
 
-    /// Size in sectors of [`SECTOR_SIZE`] bytes.
+    /// Size in sectors of [`SECTOR_SIZE`] bytes; none after the device's end.
     pub fn sectors(&self) -> u64 {
-        self.disk.sectors()
+        self.disk.upgrade().map_or(0, |disk| disk.sectors())
     }
 
     /// What the disk did so far.
@@ -196,7 +205,8 @@ impl Block {
         Ok(Self {
             disk: Arc::new(disk),
             engine: IoEngine::default(),
-            limits: RateLimits::default(),
+            limiter: Arc::new(Mutex::new(RateLimiter::new(RateLimits::default()))),
+            told: AtomicU64::new(0),
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             metrics: Arc::default(),
             interrupt: Arc::default(),
@@ -208,7 +218,7 @@ impl Block {
     /// Limits what the guest may do with it.
     #[must_use]
     pub fn with_limits(mut self, limits: RateLimits) -> Self {
-        self.limits = limits;
+        self.limiter = Arc::new(Mutex::new(RateLimiter::new(limits)));
         self
     }
 
@@ -222,7 +232,7 @@ impl Block {
     /// What its owner keeps.
     pub fn handle(&self) -> BlockHandle {
         BlockHandle {
-            disk: self.disk.clone(),
+            disk: Arc::downgrade(&self.disk),
             metrics: self.metrics.clone(),
             interrupt: self.interrupt.clone(),
         }
@@ -248,7 +258,7 @@ impl Block {
         let shared = Arc::new(Shared {
             disk: self.disk.clone(),
             metrics: self.metrics.clone(),
-            limiter: Mutex::new(RateLimiter::new(self.limits)),
+            limiter: self.limiter.clone(),
             engine: self.engine,
             durable: activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
         });
@@ -271,7 +281,12 @@ impl Block {
                 .map_err(host)?;
             self.threads.push(thread);
         }
-        *lock(&self.interrupt) = Some(activation.interrupt);
+        let interrupt = activation.interrupt;
+        *lock(&self.interrupt) = Some(interrupt.clone());
+        if self.disk.sectors() != self.told.load(Ordering::SeqCst) {
+            // It grew after the driver had read its size, when nobody could be told.
+            interrupt.config();
+        }
         Ok(())
     }
 
@@ -313,7 +328,11 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(self.config().as_bytes(), offset, data);
+        let config = self.config();
+        if offset < size_of::<U64>() as u64 {
+            self.told.store(config.capacity.get(), Ordering::SeqCst);
+        }
+        read_config_space(config.as_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError> {

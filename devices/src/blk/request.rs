@@ -1,7 +1,8 @@
 //! What a driver asks of a disk: parsing, checks, and the steps that serve it (section 5.2.6).
 
 use super::disk::Disk;
-use super::{ID_SIZE, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR_SIZE};
+use super::{ID_SIZE, MAX_REQUEST, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR_SIZE};
+use crate::sync::guest_fault;
 use crate::virtio::{Chain, ChainError, Memory};
 use rustix::fs::FallocateFlags;
 use std::io;
@@ -68,17 +69,22 @@ pub(super) struct Request {
 
 #[derive(Debug)]
 enum Kind {
-    Read { at: u64, len: u32, done: u32 },
-    Write { at: u64, len: u32, done: u32 },
+    Read {
+        at: u64,
+        len: u32,
+        done: u32,
+    },
+    Write {
+        at: u64,
+        len: u32,
+        done: u32,
+    },
     Flush,
-    Ranges { todo: Vec<Range> },
-}
-
-#[derive(Debug)]
-struct Range {
-    mode: FallocateFlags,
-    at: u64,
-    len: u64,
+    /// What is left to do, last first.
+    Ranges {
+        todo: Vec<Step>,
+        zeroed: u64,
+    },
 }
 
 /// What became of a chain from the queue.
@@ -91,11 +97,16 @@ pub(super) enum Parsed {
 }
 
 impl Request {
-    /// Checks a chain.
+    /// Checks a chain. With `durable` what it does is stable when it is answered.
     ///
     /// # Errors
     /// It has no header or no room for a status: it can't even be refused.
-    pub(super) fn parse(chain: Chain, memory: &Memory, disk: &Disk) -> Result<Parsed, ChainError> {
+    pub(super) fn parse(
+        chain: Chain,
+        memory: &Memory,
+        disk: &Disk,
+        durable: bool,
+    ) -> Result<Parsed, ChainError> {
         let mut header = Header::new_zeroed();
         chain.read(memory, 0, header.as_mut_bytes())?;
         let room = chain
@@ -124,7 +135,14 @@ impl Request {
             }),
             kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) => {
                 let discard = kind == VIRTIO_BLK_T_DISCARD;
-                ranges(&chain, memory, disk, given, discard)?.map(|todo| Kind::Ranges { todo })
+                let steps = ranges(&chain, memory, disk, given, discard)?;
+                steps.map(|mut todo| {
+                    let zeroed = todo.iter().map(Step::written).sum();
+                    if durable {
+                        todo.insert(0, Step::Sync);
+                    }
+                    Kind::Ranges { todo, zeroed }
+                })
             }
             _ => Err(Status::Unsupported),
         };
@@ -149,11 +167,13 @@ impl Request {
         matches!(self.kind, Kind::Flush)
     }
 
-    /// Bytes that it moves, for rate limits and counters.
+    /// Bytes that it moves, for rate limits and counters; zeroes that must be written count, holes do
+    /// not.
     pub(super) fn bytes(&self) -> u64 {
         match self.kind {
             Kind::Read { len, .. } | Kind::Write { len, .. } => len.into(),
-            Kind::Flush | Kind::Ranges { .. } => 0,
+            Kind::Ranges { zeroed, .. } => zeroed,
+            Kind::Flush => 0,
         }
     }
 
@@ -171,11 +191,7 @@ impl Request {
                 at: at + u64::from(*done),
             }),
             Kind::Flush => Some(Step::Sync),
-            Kind::Ranges { todo } => todo.last().map(|range| Step::Allocate {
-                mode: range.mode,
-                at: range.at,
-                len: range.len,
-            }),
+            Kind::Ranges { todo, .. } => todo.last().copied(),
         }
     }
 
@@ -188,7 +204,7 @@ impl Request {
                 return Some(Status::Unsupported);
             }
             Err(error) => {
-                log::warn!("a disk's request failed: {error}");
+                guest_fault!("a disk's request failed: {error}");
                 return Some(Status::IoError);
             }
         };
@@ -197,7 +213,7 @@ impl Request {
             Kind::Read { .. } | Kind::Write { .. } if got == 0 => return Some(Status::IoError),
             Kind::Read { done, .. } | Kind::Write { done, .. } => *done += got,
             Kind::Flush => return Some(Status::Ok),
-            Kind::Ranges { todo } => {
+            Kind::Ranges { todo, .. } => {
                 todo.pop();
             }
         }
@@ -238,20 +254,35 @@ fn byte_range(disk: &Disk, sector: u64, len: u32) -> Result<u64, Status> {
     let at = sector.checked_mul(SECTOR_SIZE).ok_or(Status::IoError)?;
     let end = at.checked_add(len).ok_or(Status::IoError)?;
     let size = disk.sectors() * SECTOR_SIZE;
-    if len == 0 || end > size || !at.is_multiple_of(block) || !len.is_multiple_of(block) {
+    if len == 0
+        || len > MAX_REQUEST
+        || end > size
+        || !at.is_multiple_of(block)
+        || !len.is_multiple_of(block)
+    {
         return Err(Status::IoError);
     }
     Ok(at)
 }
 
-/// The ranges of a discard or write-zeroes request, last first.
+impl Step {
+    /// Zeroes that the host must write for it.
+    fn written(&self) -> u64 {
+        match self {
+            Self::Allocate { mode, len, .. } if mode.contains(FallocateFlags::ZERO_RANGE) => *len,
+            _ => 0,
+        }
+    }
+}
+
+/// The steps of a discard or write-zeroes request, last first.
 fn ranges(
     chain: &Chain,
     memory: &Memory,
     disk: &Disk,
     given: u32,
     discard: bool,
-) -> Result<Result<Vec<Range>, Status>, ChainError> {
+) -> Result<Result<Vec<Step>, Status>, ChainError> {
     if given == 0 || !given.is_multiple_of(SEGMENT_SIZE) || given / SEGMENT_SIZE > MAX_SEGMENTS {
         return Ok(Err(Status::IoError));
     }
@@ -276,10 +307,15 @@ fn ranges(
             true => FallocateFlags::PUNCH_HOLE,
             false => FallocateFlags::ZERO_RANGE,
         };
-        todo.push(Range {
+        let (at, len) = (sector * SECTOR_SIZE, sectors * SECTOR_SIZE);
+        let block = u64::from(disk.block_size());
+        if !at.is_multiple_of(block) || !len.is_multiple_of(block) {
+            return Ok(Err(Status::IoError));
+        }
+        todo.push(Step::Allocate {
             mode: mode | FallocateFlags::KEEP_SIZE,
-            at: sector * SECTOR_SIZE,
-            len: sectors * SECTOR_SIZE,
+            at,
+            len,
         });
     }
     Ok(Ok(todo))

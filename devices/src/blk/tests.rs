@@ -50,6 +50,8 @@ impl Setup {
     }
 
     fn activate(&mut self, features: u64) {
+        // As drivers do.
+        self.device.read_config(0, &mut [0; 8]);
         self.device
             .activate(Activation {
                 memory: self.driver.memory().clone(),
@@ -262,7 +264,8 @@ fn discard_gives_space_back_and_zeroes_are_zero() {
 #[test]
 fn wrong_ranges_are_refused() {
     let mut setup = Setup::active(IoEngine::Auto, 64);
-    let cases: [(u32, Vec<u8>, u8); 7] = [
+    let cases: [(u32, Vec<u8>, u8); 8] = [
+        (VIRTIO_BLK_T_DISCARD, range(0, (1 << 17) + 1, 0), 1),
         (VIRTIO_BLK_T_DISCARD, range(60, 8, 0), 1),
         (VIRTIO_BLK_T_DISCARD, range(u64::MAX, 8, 0), 1),
         (VIRTIO_BLK_T_DISCARD, range(0, 0, 0), 1),
@@ -293,6 +296,31 @@ fn a_grown_disk_is_announced() {
 }
 
 #[test]
+fn a_disk_that_grew_before_its_driver_was_ready_is_announced() {
+    let mut setup = Setup::new(IoEngine::Auto, 8, DiskOptions::default());
+    setup.device.read_config(0, &mut [0; 8]);
+    setup.file.as_file().set_len(16 * 512).unwrap();
+    let handle = setup.device.handle();
+    handle.refresh().unwrap();
+    let features = setup.device.features();
+    setup
+        .device
+        .activate(Activation {
+            memory: setup.driver.memory().clone(),
+            interrupt: setup.driver.recorder().clone(),
+            queues: vec![Some(setup.driver.queue())],
+            features,
+        })
+        .unwrap();
+    assert!(setup.driver.recorder().config_changed());
+    // Whoever keeps a handle does not keep the image.
+    let path = setup.file.path().to_owned();
+    drop(setup.device);
+    assert_eq!(handle.sectors(), 0);
+    assert!(Disk::open(&path, DiskOptions::default()).is_ok());
+}
+
+#[test]
 fn the_configuration_has_the_layout_of_the_specification() {
     let setup = Setup::new(IoEngine::Auto, 8, DiskOptions::default());
     assert_eq!(size_of::<Config>(), 60);
@@ -305,7 +333,7 @@ fn the_configuration_has_the_layout_of_the_specification() {
     assert_eq!(field(12), 254);
     assert_eq!(field(20), 512);
     assert_eq!(field(32) >> 16, 1);
-    assert_eq!(field(36), 1 << 21);
+    assert_eq!(field(36), 1 << 17);
     assert_eq!(field(40), 16);
     assert_eq!(field(52), 16);
     assert_eq!(field(56), 1);
@@ -328,9 +356,12 @@ fn a_reset_ends_the_threads_and_the_device_starts_again() {
 fn a_limited_disk_is_slow_and_can_still_be_stopped() {
     for engine in BOTH {
         let mut setup = Setup::new(engine, 8, DiskOptions::default());
-        setup.device.limits.operations = Some(crate::rate_limit::Rate {
-            per_second: 1,
-            burst: Some(1),
+        setup.device = setup.device.with_limits(RateLimits {
+            operations: Some(crate::rate_limit::Rate {
+                per_second: 1,
+                burst: Some(1),
+            }),
+            bytes: None,
         });
         setup.activate(setup.device.features());
         assert_eq!(setup.ask(&header(VIRTIO_BLK_T_IN, 0), 512).0, 0);
@@ -365,7 +396,7 @@ fn direct_io_takes_any_memory() {
                 break;
             }
         };
-        assert_eq!(disk.block_size(), 4096);
+        assert!(disk.block_size().is_power_of_two() && disk.block_size() <= 4096);
         let mut setup = Setup::new(engine, 8, DiskOptions::default());
         setup.device = Block::new(disk, 1).unwrap().with_engine(engine);
         setup.activate(setup.device.features());

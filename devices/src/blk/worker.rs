@@ -2,7 +2,7 @@
 
 use super::engine::{Engine, IoEngine};
 use super::request::{self, Parsed, Request, Status, Step};
-use super::{BlockMetrics, Disk};
+use super::{BlockMetrics, Disk, MAX_UNDER_WAY};
 use crate::rate_limit::RateLimiter;
 use crate::sync::{guest_fault, lock};
 use crate::sys::{self, Completion};
@@ -32,7 +32,7 @@ enum WorkerError {
 pub(super) struct Shared {
     pub(super) disk: Arc<Disk>,
     pub(super) metrics: Arc<BlockMetrics>,
-    pub(super) limiter: Mutex<RateLimiter>,
+    pub(super) limiter: Arc<Mutex<RateLimiter>>,
     pub(super) engine: IoEngine,
     /// The driver does not flush: every write is stable before it is answered.
     pub(super) durable: bool,
@@ -66,6 +66,7 @@ impl Worker {
             Ok(engine) => Serving {
                 requests: (0..queue.size()).map(|_| None).collect(),
                 free: (0..queue.size()).rev().collect(),
+                under_way: 0,
                 queue,
                 engine,
                 shared,
@@ -89,6 +90,8 @@ struct Serving {
     /// Requests under way, by their token.
     requests: Vec<Option<Request>>,
     free: Vec<u16>,
+    /// Bytes that they move.
+    under_way: u64,
 }
 
 impl Serving {
@@ -109,7 +112,7 @@ impl Serving {
 
     /// Starts what the driver has in the queue; how long to wait before more may start.
     fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
-        while !self.free.is_empty() && self.engine.has_room() {
+        while !self.free.is_empty() && self.under_way < MAX_UNDER_WAY && self.engine.has_room() {
             let wait = lock(&self.shared.limiter).wait(Instant::now());
             if wait.is_some() {
                 return Ok(wait);
@@ -128,13 +131,14 @@ impl Serving {
     fn begin(&mut self, chain: Chain) -> Result<(), WorkerError> {
         let head = chain.head();
         let memory = self.queue.memory().clone();
-        match Request::parse(chain, &memory, &self.shared.disk) {
+        match Request::parse(chain, &memory, &self.shared.disk, self.shared.durable) {
             Ok(Parsed::Request(request)) => {
                 lock(&self.shared.limiter).charge(request.bytes());
                 let Some(token) = self.free.pop() else {
                     return Ok(());
                 };
                 let step = request.step();
+                self.under_way += request.bytes();
                 self.requests[usize::from(token)] = Some(request);
                 match step {
                     Some(step) => self.step(token, step)?,
@@ -182,6 +186,7 @@ impl Serving {
             return Ok(());
         };
         self.free.push(token);
+        self.under_way -= request.bytes();
         self.shared.metrics.count(&request, status);
         let memory = self.queue.memory();
         let used = request::answer(&request.chain, memory, status, request.written())?;

@@ -1,7 +1,8 @@
 //! The control queue: virtio 1.2, section 5.1.6.5. Of its commands this device knows the one that
 //! says how many pairs of queues are in use.
 
-use super::Shared;
+use super::Tap;
+use crate::sync::guest_fault;
 use crate::virtio::{ActiveQueue, Chain, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::sync::Arc;
@@ -11,17 +12,13 @@ use virtio_bindings::virtio_net::{
 
 pub(super) struct Control {
     queue: ActiveQueue,
-    shared: Arc<Shared>,
+    tap: Arc<Tap>,
     pairs: u16,
 }
 
 impl Control {
-    pub(super) fn new(queue: ActiveQueue, shared: Arc<Shared>, pairs: u16) -> Self {
-        Self {
-            queue,
-            shared,
-            pairs,
-        }
+    pub(super) fn new(queue: ActiveQueue, tap: Arc<Tap>, pairs: u16) -> Self {
+        Self { queue, tap, pairs }
     }
 
     fn serve(&mut self) -> Result<(), QueueError> {
@@ -55,13 +52,10 @@ impl Control {
         if !known || pairs == 0 || pairs > self.pairs {
             return false;
         }
-        match self.shared.tap.use_queues(pairs.into()) {
+        match self.tap.use_queues(pairs.into()) {
             Ok(()) => true,
             Err(error) => {
-                log::warn!(
-                    "cannot use {pairs} queues of {}: {error}",
-                    self.shared.tap.name()
-                );
+                guest_fault!("cannot use {pairs} queues of {}: {error}", self.tap.name());
                 false
             }
         }

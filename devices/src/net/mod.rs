@@ -140,9 +140,10 @@ pub struct NetMetrics {
     pub faults: AtomicU64,
 }
 
-/// What all threads of a device share.
+/// What a device, its threads and its owner's handles share. Not the tap: that goes with the device,
+/// whoever has a handle.
 struct Shared {
-    tap: Tap,
+    tap_name: String,
     link: AtomicBool,
     metrics: NetMetrics,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -192,7 +193,10 @@ pub struct NetOptions {
 /// The network device.
 pub struct Net {
     options: NetOptions,
+    tap: Arc<Tap>,
     shared: Arc<Shared>,
+    /// What the guest receives and sends; a driver that starts anew does not get full buckets.
+    limiters: [Arc<Mutex<RateLimiter>>; 2],
     queue_sizes: Vec<u16>,
     stop: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
@@ -217,7 +221,7 @@ impl NetHandle {
 
     /// The host's interface.
     pub fn tap_name(&self) -> &str {
-        self.shared.tap.name()
+        &self.shared.tap_name
     }
 
     /// What the device did so far.
@@ -237,14 +241,18 @@ impl Net {
         if pairs > 1 {
             queue_sizes.push(CONTROL_QUEUE_SIZE);
         }
+        let limiters = [options.receive_limits, options.send_limits]
+            .map(|limits| Arc::new(Mutex::new(RateLimiter::new(limits))));
         Ok(Self {
             options,
+            limiters,
             shared: Arc::new(Shared {
-                tap,
+                tap_name: tap.name().to_owned(),
                 link: AtomicBool::new(true),
                 metrics: NetMetrics::default(),
                 interrupt: Mutex::new(None),
             }),
+            tap: Arc::new(tap),
             queue_sizes,
             stop: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
             threads: Vec::new(),
@@ -265,20 +273,13 @@ impl Net {
         };
         let features = activation.features;
         let has = |bit: u32| features & (1 << bit) != 0;
-        let mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
+        let room = pair::Room::of(features, self.options.mtu);
         let several = has(VIRTIO_NET_F_MQ);
-        self.shared
-            .tap
-            .set_offload(offloads(features))
-            .map_err(host)?;
-        self.shared.tap.use_queues(1).map_err(host)?;
+        self.tap.set_offload(offloads(features)).map_err(host)?;
+        self.tap.use_queues(1).map_err(host)?;
         *lock(&self.shared.interrupt) = Some(activation.interrupt.clone());
         // Without VIRTIO_NET_F_MQ there is one pair, and the control queue follows it.
-        let pairs = if several {
-            self.shared.tap.queues().len()
-        } else {
-            1
-        };
+        let pairs = if several { self.tap.queues().len() } else { 1 };
         for index in 0..pairs {
             // A driver may leave pairs out that it never uses.
             let number = 2 * index as u16;
@@ -291,16 +292,16 @@ impl Net {
                 _ => continue,
             };
             let pair = Pair::new(
-                index,
+                pair::Place {
+                    index,
+                    tap: self.tap.clone(),
+                    shared: self.shared.clone(),
+                    stop: self.stop.try_clone().map_err(host)?,
+                },
                 receive,
                 send,
-                mergeable,
-                self.stop.try_clone().map_err(host)?,
-                self.shared.clone(),
-                [
-                    RateLimiter::new(self.options.receive_limits),
-                    RateLimiter::new(self.options.send_limits),
-                ],
+                room,
+                self.limiters.clone(),
             );
             let thread = std::thread::Builder::new()
                 .name("koya-net".into())
@@ -310,7 +311,7 @@ impl Net {
         }
         match activation.take_queue(2 * pairs as u16) {
             Ok(queue) if has(VIRTIO_NET_F_CTRL_VQ) => {
-                let control = Control::new(queue, self.shared.clone(), pairs as u16);
+                let control = Control::new(queue, self.tap.clone(), pairs as u16);
                 Ok(Worker::EventLoop(Box::new(control)))
             }
             _ => Ok(Worker::OwnThreads),
@@ -337,11 +338,15 @@ fn offloads(features: u64) -> u32 {
         (VIRTIO_NET_F_GUEST_TSO4, offload::TSO4),
         (VIRTIO_NET_F_GUEST_TSO6, offload::TSO6),
         (VIRTIO_NET_F_GUEST_ECN, offload::TSO_ECN),
-        (VIRTIO_NET_F_GUEST_USO4, offload::USO4),
-        (VIRTIO_NET_F_GUEST_USO6, offload::USO6),
     ];
     let wanted = pairs.iter().filter(|(bit, _)| features & (1 << bit) != 0);
-    wanted.fold(0, |all, (_, offload)| all | offload)
+    let all = wanted.fold(0, |all, (_, offload)| all | offload);
+    // The kernel takes both or none.
+    let both = 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
+    match features & both == both {
+        true => all | offload::USO4 | offload::USO6,
+        false => all,
+    }
 }
 
 impl VirtioDevice for Net {
@@ -360,20 +365,24 @@ impl VirtioDevice for Net {
             VIRTIO_NET_F_GUEST_TSO4,
             VIRTIO_NET_F_GUEST_TSO6,
             VIRTIO_NET_F_GUEST_ECN,
-            VIRTIO_NET_F_GUEST_USO4,
-            VIRTIO_NET_F_GUEST_USO6,
             VIRTIO_NET_F_HOST_TSO4,
             VIRTIO_NET_F_HOST_TSO6,
             VIRTIO_NET_F_HOST_ECN,
-            VIRTIO_NET_F_HOST_USO,
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_NET_F_MAC,
             VIRTIO_NET_F_STATUS,
         ];
+        if self.tap.has_udp_segments() {
+            bits.extend([
+                VIRTIO_NET_F_GUEST_USO4,
+                VIRTIO_NET_F_GUEST_USO6,
+                VIRTIO_NET_F_HOST_USO,
+            ]);
+        }
         if self.options.mtu.is_some() {
             bits.push(VIRTIO_NET_F_MTU);
         }
-        if self.shared.tap.queues().len() > 1 {
+        if self.tap.queues().len() > 1 {
             bits.extend([VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ]);
         }
         bits.iter().fold(0, |features, bit| features | 1 << bit)
@@ -388,7 +397,7 @@ impl VirtioDevice for Net {
         let config = Config {
             mac: self.options.mac.0,
             status: U16::new(up as u16),
-            max_virtqueue_pairs: U16::new(self.shared.tap.queues().len() as u16),
+            max_virtqueue_pairs: U16::new(self.tap.queues().len() as u16),
             mtu: U16::new(self.options.mtu.unwrap_or(0)),
         };
         read_config_space(config.as_bytes(), offset, data);

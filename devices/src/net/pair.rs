@@ -1,23 +1,26 @@
 //! One pair of queues and its thread: frames between guest memory and the tap.
 
-use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, count};
+use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, Tap, count};
 use crate::rate_limit::RateLimiter;
-use crate::sync::guest_fault;
+use crate::sync::{guest_fault, lock};
 use crate::sys::{self, Pieces};
 use crate::virtio::{ActiveQueue, Chain, QueueError};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use thiserror::Error;
+use virtio_bindings::virtio_net::*;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Frames one way before the other way has its turn.
 const BATCH: usize = 64;
-/// The largest frame: 64 KiB of IP, Ethernet and a VLAN tag before it, and the header.
-const LARGEST_FRAME: usize = 65_536 + 18 + HEADER_SIZE;
+/// The largest packet, whole before it is segmented, in bytes.
+const LARGEST_PACKET: usize = 65_536;
+/// Ethernet's header and a VLAN tag.
+const LINK_HEADER: usize = 18;
 
 #[derive(Debug, Error)]
 enum PairError {
@@ -42,19 +45,55 @@ enum Pause {
     Gone,
 }
 
-pub(super) struct Pair {
+/// Where a pair belongs.
+pub(super) struct Place {
     /// Which of the tap's queues is its.
-    index: usize,
+    pub(super) index: usize,
+    pub(super) tap: Arc<Tap>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) stop: EventFd,
+}
+
+/// What buffers a frame may take.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    /// Several buffers.
+    mergeable: bool,
+    /// So many bytes at most.
+    frame: usize,
+}
+
+impl Room {
+    /// As the driver's features have it.
+    pub(super) fn of(features: u64, mtu: Option<u16>) -> Self {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        let segments = [
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
+        ];
+        let packet = match segments.into_iter().any(has) {
+            true => LARGEST_PACKET,
+            false => usize::from(mtu.unwrap_or(0)).max(1500),
+        };
+        Self {
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            frame: packet + LINK_HEADER + HEADER_SIZE,
+        }
+    }
+}
+
+pub(super) struct Pair {
+    place: Place,
     receiver: Receiver,
     sender: Sender,
-    stop: EventFd,
-    shared: Arc<Shared>,
 }
 
 struct Receiver {
     queue: ActiveQueue,
-    limiter: RateLimiter,
-    mergeable: bool,
+    limiter: Arc<Mutex<RateLimiter>>,
+    wanted: Room,
     /// Buffers in hand, with the number of their pieces.
     chains: VecDeque<(Chain, usize)>,
     pieces: Pieces,
@@ -64,26 +103,24 @@ struct Receiver {
 
 struct Sender {
     queue: ActiveQueue,
-    limiter: RateLimiter,
+    limiter: Arc<Mutex<RateLimiter>>,
 }
 
 impl Pair {
     pub(super) fn new(
-        index: usize,
+        place: Place,
         receive: ActiveQueue,
         send: ActiveQueue,
-        mergeable: bool,
-        stop: EventFd,
-        shared: Arc<Shared>,
-        [receive_limiter, send_limiter]: [RateLimiter; 2],
+        wanted: Room,
+        [receive_limiter, send_limiter]: [Arc<Mutex<RateLimiter>>; 2],
     ) -> Self {
         Self {
-            index,
+            place,
             receiver: Receiver {
                 pieces: Pieces::new(receive.memory().clone()),
                 queue: receive,
                 limiter: receive_limiter,
-                mergeable,
+                wanted,
                 chains: VecDeque::new(),
                 room: 0,
             },
@@ -91,8 +128,6 @@ impl Pair {
                 queue: send,
                 limiter: send_limiter,
             },
-            stop,
-            shared,
         }
     }
 
@@ -105,8 +140,8 @@ impl Pair {
     }
 
     fn serve(&mut self) -> Result<(), PairError> {
-        let shared = self.shared.clone();
-        let Some(tap) = shared.tap.queues().get(self.index) else {
+        let (shared, all) = (self.place.shared.clone(), self.place.tap.clone());
+        let Some(tap) = all.queues().get(self.place.index) else {
             return Ok(());
         };
         loop {
@@ -128,7 +163,7 @@ impl Pair {
             let limited = matches!(sent, Pause::Limited(_));
             let [stop, send, receive, _] = sys::wait_readable(
                 [
-                    Some(&self.stop as &dyn AsRawFd),
+                    Some(&self.place.stop as &dyn AsRawFd),
                     (!limited).then_some(send_kick as &dyn AsRawFd),
                     starved.then_some(receive_kick as &dyn AsRawFd),
                     waits_for_frames.then_some(tap as &dyn AsRawFd),
@@ -163,26 +198,33 @@ impl Receiver {
     }
 
     fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
-        if self.limiter.limits()
-            && let Some(wait) = self.limiter.wait(Instant::now())
-        {
+        if let Some(wait) = lock(&self.limiter).wait(Instant::now()) {
             return Ok(Some(Pause::Limited(wait)));
         }
         if !self.refill(shared)? {
             return Ok(Some(Pause::Starved));
         }
         let first = self.chains.front().map_or(0, |(_, pieces)| *pieces);
-        let most = if self.mergeable { usize::MAX } else { first };
+        let most = if self.wanted.mergeable {
+            usize::MAX
+        } else {
+            first
+        };
         let bytes = match self.pieces.read(tap, most) {
             Ok(bytes) => bytes,
             Err(error) => return Ok(Some(refused(&error, shared))),
         };
+        if bytes == 0 {
+            // A socket whose other end was closed.
+            shared.set_link(false);
+            return Ok(Some(Pause::Gone));
+        }
         if bytes < HEADER_SIZE || !shared.link() {
             // What was read is overwritten by the next frame.
             count(&shared.metrics.received_drops, 1);
             return Ok(None);
         }
-        self.limiter.charge((bytes - HEADER_SIZE) as u64);
+        lock(&self.limiter).charge((bytes - HEADER_SIZE) as u64);
         count(&shared.metrics.received_frames, 1);
         count(&shared.metrics.received_bytes, (bytes - HEADER_SIZE) as u64);
         self.deliver(bytes)?;
@@ -192,8 +234,8 @@ impl Receiver {
     /// Takes buffers into hand until any frame fits; false if the guest has too few.
     fn refill(&mut self, shared: &Shared) -> Result<bool, QueueError> {
         loop {
-            let enough = match self.mergeable {
-                true => self.room >= LARGEST_FRAME,
+            let enough = match self.wanted.mergeable {
+                true => self.room >= self.wanted.frame,
                 false => !self.chains.is_empty(),
             };
             if enough {
@@ -263,9 +305,7 @@ impl Sender {
     }
 
     fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
-        if self.limiter.limits()
-            && let Some(wait) = self.limiter.wait(Instant::now())
-        {
+        if let Some(wait) = lock(&self.limiter).wait(Instant::now()) {
             return Ok(Some(Pause::Limited(wait)));
         }
         let Some(chain) = self.queue.pop()? else {
@@ -279,7 +319,7 @@ impl Sender {
             self.queue.complete(chain.head(), 0)?;
             return Ok(None);
         }
-        self.limiter.charge((len - HEADER_SIZE) as u64);
+        lock(&self.limiter).charge((len - HEADER_SIZE) as u64);
         let slices = chain.readable_slices(self.queue.memory(), 0, len);
         let sent = match slices {
             Ok(slices) if shared.link() => sys::write(tap, &slices),
@@ -305,7 +345,7 @@ fn refused(error: &io::Error, shared: &Shared) -> Pause {
     match error.raw_os_error() {
         Some(libc::EBADFD | libc::ENODEV | libc::ENXIO) => {
             if shared.link() {
-                log::warn!("the tap {} is gone", shared.tap.name());
+                log::warn!("the tap {} is gone", shared.tap_name);
             }
             shared.set_link(false);
             Pause::Gone

@@ -14,6 +14,7 @@ pub use crate::sys::offload;
 pub struct Tap {
     name: String,
     queues: Vec<File>,
+    udp_segments: bool,
 }
 
 impl Tap {
@@ -28,6 +29,7 @@ impl Tap {
         let mut tap = Self {
             name: name.to_owned(),
             queues: Vec::new(),
+            udp_segments: false,
         };
         for _ in 0..queues {
             let mut options = File::options();
@@ -51,11 +53,17 @@ impl Tap {
         let tap = Self {
             name: name.to_owned(),
             queues: queues.into_iter().map(File::from).collect(),
+            udp_segments: false,
         };
         tap.prepare()
     }
 
-    fn prepare(self) -> io::Result<Self> {
+    fn prepare(mut self) -> io::Result<Self> {
+        if let Some(queue) = self.queues.first() {
+            // Linux has it from 6.2 on. What is asked for here lasts until there is a driver.
+            let bits = offload::CSUM | offload::USO4 | offload::USO6;
+            self.udp_segments = sys::set_tap_offload(queue.as_fd(), bits).is_ok();
+        }
         for queue in &self.queues {
             fcntl_setfl(queue, fcntl_getfl(queue)? | OFlags::NONBLOCK)?;
         }
@@ -65,6 +73,11 @@ impl Tap {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the host's kernel can leave UDP segments to others.
+    pub(super) fn has_udp_segments(&self) -> bool {
+        self.udp_segments
     }
 
     pub(super) fn queues(&self) -> &[File] {

@@ -16,6 +16,7 @@ struct Setup {
 
 const MAC: MacAddr = MacAddr([2, 0, 0, 1, 2, 3]);
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const LARGE: u64 = MERGEABLE | 1 << VIRTIO_NET_F_GUEST_TSO4;
 
 fn options() -> NetOptions {
     NetOptions {
@@ -113,7 +114,7 @@ fn a_frame_of_the_guests_reaches_the_host_as_it_is() {
 
 #[test]
 fn a_large_frame_fills_as_many_buffers_as_it_needs() {
-    let mut setup = Setup::new(MERGEABLE, options());
+    let mut setup = Setup::new(LARGE, options());
     let heads: Vec<u16> = (0..60)
         .map(|_| setup.receive.offer(&[Buffer::Writable(1536)]))
         .collect();
@@ -154,7 +155,7 @@ fn without_mergeable_buffers_each_frame_has_one() {
 
 #[test]
 fn frames_wait_until_the_guest_has_buffers() {
-    let mut setup = Setup::new(MERGEABLE, options());
+    let mut setup = Setup::new(LARGE, options());
     setup.host_sends(&pattern(100));
     std::thread::sleep(Duration::from_millis(20));
     let heads: Vec<u16> = (0..2)
@@ -231,6 +232,48 @@ fn a_limit_slows_what_is_sent() {
     setup.send.kick();
     used(&mut setup.send, 6);
     assert!(started.elapsed() >= Duration::from_millis(80));
+}
+
+#[test]
+fn a_host_that_hangs_up_takes_the_link_down() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let handle = setup.device.handle();
+    setup.receive.offer(&[Buffer::Writable(4000)]);
+    setup.receive.kick();
+    let (_, gone) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    setup.host = gone;
+    let limit = Instant::now() + Duration::from_secs(20);
+    while handle.link() {
+        assert!(Instant::now() < limit);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(setup);
+    assert_eq!(handle.tap_name(), "test");
+}
+
+#[test]
+fn without_segments_small_buffers_are_enough() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let head = setup.receive.offer(&[Buffer::Writable(1600)]);
+    setup.receive.kick();
+    setup.host_sends(&pattern(1000));
+    assert_eq!(used(&mut setup.receive, 1), [(head, 1012)]);
+}
+
+#[test]
+fn udp_segments_are_asked_for_in_pairs() {
+    let one = 1 << VIRTIO_NET_F_GUEST_USO4;
+    assert_eq!(offloads(one), 0);
+    let both = one | 1 << VIRTIO_NET_F_GUEST_USO6;
+    assert_eq!(offloads(both), offload::USO4 | offload::USO6);
+    let (device, _host) = device(options());
+    assert_eq!(device.features() & both, 0, "a socket has none");
 }
 
 #[test]

@@ -16,6 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Completions of watched events carry this and their place; requests their slot.
 const WATCH: u64 = 1 << 63;
+/// The completion of the cancellation at the end.
+const CANCEL: u64 = u64::MAX;
 
 /// What a ring reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,8 @@ pub struct Ring {
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     watched: Vec<EventFd>,
+    /// Why an event can't be watched.
+    broken: Option<io::Error>,
 }
 
 // SAFETY: the raw pointers in `flights` point into guest memory, which `memory` keeps mapped and
@@ -81,6 +85,7 @@ impl Ring {
             flights: (0..entries).map(|_| None).collect(),
             free: (0..usize::from(entries)).rev().collect(),
             watched: Vec::new(),
+            broken: None,
         })
     }
 
@@ -230,8 +235,12 @@ impl Ring {
     /// Hands new requests to the kernel and waits until something is reported, or for `limit`.
     ///
     /// # Errors
-    /// What io_uring_enter(2) says; signals and time-outs are no errors.
+    /// What io_uring_enter(2) says, but signals and time-outs are no errors; why an event can't be
+    /// watched.
     pub fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
         let ready = !self.uring.completion().is_empty();
         let want = usize::from(!ready);
         let result = match limit {
@@ -263,14 +272,19 @@ impl Ring {
                 self.free.push(slot);
                 return Some(Completion::Request(flight.token, entry.result()));
             }
+            if entry.user_data() == CANCEL {
+                continue;
+            }
             let index = (entry.user_data() & !WATCH) as usize;
+            if entry.result() < 0 {
+                self.broken = Some(io::Error::from_raw_os_error(-entry.result()));
+                continue;
+            }
             if !cqueue::more(entry.flags()) {
-                // Old kernels and full rings end a multi-shot watch.
+                // A full ring ends a multi-shot watch.
                 self.arm(index);
             }
-            if entry.result() >= 0 {
-                return Some(Completion::Event(index));
-            }
+            return Some(Completion::Event(index));
         }
     }
 }
@@ -286,6 +300,11 @@ impl Flight {
 
 impl Drop for Ring {
     fn drop(&mut self) {
+        if !self.is_idle() {
+            // What has not begun need not; what has is waited for.
+            let all = types::CancelBuilder::any();
+            self.push(opcode::AsyncCancel2::new(all).build().user_data(CANCEL));
+        }
         while !self.is_idle() {
             if let Err(error) = self.wait(None) {
                 // The kernel may still write to guest memory: it is never given back.
@@ -295,6 +314,8 @@ impl Drop for Ring {
                 return;
             }
             while self.completed().is_some() {}
+            // Watches end by the cancellation too.
+            self.broken = None;
         }
     }
 }

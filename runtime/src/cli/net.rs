@@ -11,14 +11,16 @@ use ipnet::IpNet;
 use koya::vmm::devices::net::MacAddr;
 use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume};
 use nix::sched::{CloneFlags, unshare};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// What pasta calls its interface in the namespace.
 const PASTA_INTERFACE: &str = "eth0";
@@ -26,9 +28,11 @@ const PASTA_INTERFACE: &str = "eth0";
 /// link-local address, so that it is nobody's.
 const RESOLVER: &str = "169.254.1.1";
 
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 #[derive(Args)]
 pub(super) struct NetArgs {
-    /// The guest's network: none, user (through pasta, no privilege needed), tap or tap:NAME
+    /// The guest's network: none, user (through pasta, no privilege needed), tap, or tap:NAME with --ip
     #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = parse_kind)]
     net: Kind,
     /// Pass connections to a port of the host's on to the guest's (--net user)
@@ -89,7 +93,7 @@ fn parse_port(text: &str) -> Result<Port, String> {
 
 impl NetArgs {
     /// Makes what the network needs of this process, which must have one thread.
-    pub(super) fn enter(&self, folder: &Folder) -> Result<()> {
+    pub(super) fn enter(&self) -> Result<()> {
         if self.net != Kind::User && !self.publish.is_empty() {
             bail!("--publish needs --net user");
         }
@@ -103,8 +107,16 @@ impl NetArgs {
                 bail!("{option} needs --net tap");
             }
         }
+        if self.net == Kind::None && self.mtu.is_some() {
+            bail!("--mtu needs --net tap or user");
+        }
+        if matches!(&self.net, Kind::Tap(name) if !name.is_empty()) && self.ip.is_none() {
+            bail!(
+                "--net tap:NAME needs --ip: the network behind a tap of your own is yours to know"
+            );
+        }
         match self.net {
-            Kind::User => enter_user(&self.publish, folder),
+            Kind::User => enter_user(&self.publish),
             Kind::None | Kind::Tap(_) => Ok(()),
         }
     }
@@ -148,9 +160,13 @@ impl NetArgs {
     /// outside straight to the guest, but what is addressed to the host's loopback to the loopback of
     /// our namespace, where we listen.
     pub(super) fn serve_ports(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
-        for port in self.publish.iter().filter(|port| !port.udp) {
-            let guest = port.guest;
-            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, guest))
+        let tcp = self.publish.iter().filter(|port| !port.udp);
+        let ports: BTreeSet<u16> = tcp.map(|port| port.guest).collect();
+        for guest in ports {
+            // Which of the namespace's addresses pasta calls differs between its versions; what comes
+            // from the network never arrives here, since it is redirected before.
+            let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, guest))
+                .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, guest)))
                 .with_context(|| format!("cannot listen at port {guest}"))?;
             let sandbox = sandbox.clone();
             std::thread::Builder::new()
@@ -161,15 +177,27 @@ impl NetArgs {
     }
 
     /// The guest's /etc/resolv.conf, where its network has a resolver of its own.
-    pub(super) fn resolver(&self, rootfs: &Path, folder: &Folder) -> Result<Option<Volume>> {
-        if self.net != Kind::User {
+    pub(super) fn resolver(
+        &self,
+        rootfs: &Path,
+        volumes: &[Volume],
+        folder: &Folder,
+    ) -> Result<Option<Volume>> {
+        let own = volumes
+            .iter()
+            .any(|v| v.destination == Path::new(RESOLV_CONF));
+        if self.net != Kind::User || own {
             return Ok(None);
         }
         let etc = rootfs.join("etc");
-        let there = etc.join("resolv.conf").symlink_metadata().is_ok();
-        if !there && rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_err() {
+        let there = match etc.join("resolv.conf").symlink_metadata() {
+            // Only a file can be mounted over; where a link leads is the container's own affair.
+            Ok(data) => data.is_file(),
+            Err(_) => rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_ok(),
+        };
+        if !there {
             log::warn!(
-                "names will not be resolved: {} has no resolv.conf, and this user can't make one",
+                "names may not be resolved: {} has no file resolv.conf, and none can be made; use -v",
                 etc.display()
             );
             return Ok(None);
@@ -179,7 +207,7 @@ impl NetArgs {
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Some(Volume {
             source: path,
-            destination: PathBuf::from("/etc/resolv.conf"),
+            destination: PathBuf::from(RESOLV_CONF),
             read_only: false,
         }))
     }
@@ -192,7 +220,11 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>) {
     // Each connection holds one while it lives.
     let room = Arc::new(());
     for socket in listener.incoming() {
-        let Ok(socket) = socket else { continue };
+        let Ok(socket) = socket else {
+            // No descriptors, say: others may go.
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        };
         if Arc::strong_count(&room) > MAX_CONNECTIONS {
             continue;
         }
@@ -226,7 +258,7 @@ fn join(socket: &TcpStream, stream: &UnixStream) {
 fn default_route(gateway: IpAddr) -> Route {
     let everywhere = match gateway {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
     Route {
         destination: IpNet::new_assert(everywhere, 0),
@@ -243,17 +275,32 @@ fn pair(process: u32) -> [IpNet; 2] {
     [1, 2].map(|n| IpNet::new_assert(Ipv4Addr::from(first + n).into(), 30))
 }
 
+/// Whether published ports are free: pasta says so only if none of them is.
+fn check_ports(publish: &[Port]) -> Result<()> {
+    for Port { host, udp, .. } in publish {
+        let free = match udp {
+            true => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, *host)).map(drop),
+            false => TcpListener::bind((Ipv4Addr::UNSPECIFIED, *host)).map(drop),
+        };
+        free.with_context(|| format!("cannot publish port {host} of the host"))?;
+    }
+    Ok(())
+}
+
 /// Moves this process into a network namespace with pasta's interface in it.
-fn enter_user(publish: &[Port], folder: &Folder) -> Result<()> {
-    let mut pasta = Pasta::prepare(publish, folder.pasta())?;
+fn enter_user(publish: &[Port]) -> Result<()> {
+    check_ports(publish)?;
+    let mut pasta = Pasta::prepare(publish)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let flags = match root {
         true => CloneFlags::CLONE_NEWNET,
         false => CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET,
     };
-    unshare(flags)
-        .context("cannot make a network namespace (are user namespaces switched off?)")?;
+    unshare(flags).context(match root {
+        true => "cannot make a network namespace (CAP_SYS_ADMIN is missing)",
+        false => "cannot make a network namespace (are user namespaces switched off?)",
+    })?;
     if !root {
         // We stay who we are; one user and one group is all that is allowed without privilege.
         for (file, text) in [
@@ -275,27 +322,33 @@ const KEEPER: &str = r#"
     read -r target || exit 0
     if [ "$(id -u)" = 0 ]; then
         # As root pasta gives up the privilege to look for it.
-        exec 9< "/proc/$target/ns/net"
-        pasta "$@" --runas 0:0 --netns-only --netns /proc/self/fd/9 &
+        pasta "$@" --runas 0:0 --netns-only --netns /proc/self/fd/0 < "/proc/$target/ns/net" &
     else
         pasta "$@" "$target" &
     fi
     pasta=$!
     (read -r _ <&3; kill $pasta) 2> /dev/null &
-    wait $pasta"#;
+    watch=$!
+    wait $pasta
+    status=$?
+    kill $watch
+    exit $status"#;
 
 /// How long pasta may take to set up its interface.
 const PASTA_LIMIT: Duration = Duration::from_secs(20);
 
+const PID_FILE: &str = "pasta.pid";
+
 /// pasta and what keeps it.
 struct Pasta {
     keeper: Child,
-    /// It writes its number there once the interface is there.
-    ready: PathBuf,
+    /// It writes its number there once the interface is there. In /tmp: Debian's AppArmor profile lets
+    /// pasta write there and to the user's home.
+    ready: TempDir,
 }
 
 impl Pasta {
-    fn prepare(publish: &[Port], ready: PathBuf) -> Result<Self> {
+    fn prepare(publish: &[Port]) -> Result<Self> {
         let found = std::env::var_os("PATH").is_some_and(|path| {
             std::env::split_paths(&path).any(|dir| dir.join("pasta").is_file())
         });
@@ -310,6 +363,7 @@ impl Pasta {
                 false => words.join(","),
             }
         };
+        let ready = TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no folder in /tmp")?;
         let keeper = Command::new("sh")
             .args([
                 "-c",
@@ -328,7 +382,7 @@ impl Pasta {
             .args(["--dns-forward", RESOLVER])
             .args(["--tcp-ports", &ports(false), "--udp-ports", &ports(true)])
             .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
-            .arg(&ready)
+            .arg(ready.path().join(PID_FILE))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -344,9 +398,8 @@ impl Pasta {
         let mut input = self.keeper.stdin.take().context("pasta has no input")?;
         writeln!(input, "{}", std::process::id())?;
         let deadline = Instant::now() + PASTA_LIMIT;
-        while std::fs::read(&self.ready).is_ok_and(|number| number.is_empty())
-            || !self.ready.exists()
-        {
+        let number = self.ready.path().join(PID_FILE);
+        while std::fs::read(&number).map_or(true, |number| number.is_empty()) {
             if let Some(status) = self.keeper.try_wait()? {
                 let mut said = String::new();
                 if let Some(mut stderr) = self.keeper.stderr.take() {

@@ -251,7 +251,7 @@ impl RunArgs {
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
         }
-        volumes.extend(self.net.resolver(rootfs, folder)?);
+        volumes.extend(self.net.resolver(rootfs, &volumes, folder)?);
         let disks = self.disk.iter().enumerate();
         let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
         let devices = devices.collect();
@@ -367,7 +367,7 @@ impl Live {
 
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
     // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
-    args.net.enter(&owned.folder)?;
+    args.net.enter()?;
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.folder.clone());

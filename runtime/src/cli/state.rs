@@ -128,11 +128,6 @@ impl Folder {
         self.path("resolv.conf")
     }
 
-    /// Where pasta says that the container's network is there.
-    pub(super) fn pasta(&self) -> PathBuf {
-        self.path("pasta.pid")
-    }
-
     /// Where an image's archive is unpacked meanwhile.
     pub(super) fn scratch(&self) -> PathBuf {
         self.path("image")

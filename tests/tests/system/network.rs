@@ -12,6 +12,7 @@ crate::trials![
     a_tap_carries_data_both_ways,
     a_tap_is_as_it_was_asked_for,
     user_networks_need_no_root,
+    the_host_itself_is_out_of_reach,
     what_does_not_fit_is_refused,
 ];
 
@@ -117,6 +118,31 @@ fn user_networks_need_no_root() -> Result<()> {
     Ok(())
 }
 
+/// A guest that sends frames to the host's loopback out of its interface, which pasta would connect.
+fn the_host_itself_is_out_of_reach() -> Result<()> {
+    let said = in_namespace(
+        "net-local",
+        r#"
+        ip link add up0 type veth peer name up1; ip link set up1 up; ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
+        ip route add default via 198.51.100.1
+        for at in 127.0.0.1:7777 127.0.0.2:7777 198.51.100.2:7778; do /bin/busybox httpd -p $at -h $D; done
+        /bin/busybox wget -q -O - http://127.0.0.2:7777/blob | wc -c
+        koya run --net user --privileged --rootfs $R -- sh -c '
+            echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet
+            ip route del local 127.0.0.0/8 dev lo table local
+            ip addr del 198.51.100.2/24 dev eth0; ip addr add 198.51.100.3/24 dev eth0
+            ip route add default via 198.51.100.1
+            ip route add 127.0.0.2/32 via 198.51.100.1 dev eth0
+            sent=$(cat /sys/class/net/eth0/statistics/tx_packets)
+            for at in 127.0.0.2:7777 198.51.100.2:7778; do
+                timeout 4 wget -q -O - http://$at/blob > /dev/null 2>&1 && echo reached $at
+            done
+            [ $(cat /sys/class/net/eth0/statistics/tx_packets) -gt $sent ] && echo sent'"#,
+    )?;
+    ensure!(said.trim_end() == "20000000\nsent", "{said}");
+    Ok(())
+}
+
 fn what_does_not_fit_is_refused() -> Result<()> {
     for (options, wanted) in [
         (vec!["--publish", "80:80"], "--publish needs --net user"),
@@ -124,6 +150,8 @@ fn what_does_not_fit_is_refused() -> Result<()> {
             vec!["--net", "user", "--ip", "192.0.2.1/24"],
             "--ip needs --net tap",
         ),
+        (vec!["--net", "tap:mine"], "needs --ip"),
+        (vec!["--mtu", "1400"], "--mtu needs"),
         (vec!["--net", "bridge"], "none of none, user, tap"),
     ] {
         let output = crate::tool::run(&options, &["true"])?;
