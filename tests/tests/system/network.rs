@@ -104,7 +104,7 @@ fn user_networks_need_no_root() -> Result<()> {
         out /bin/busybox wget -q -O $D/outside http://198.51.100.2:8080/
         touch $D/done; wait $guest; cat $D/said $D/answer $D/outside; sha256sum < $D/blob
         # What spoke for the guest goes with it.
-        while pgrep -x "pasta.*" > /dev/null; do sleep 0.2; done"#,
+        while /bin/busybox pgrep -x "pasta.*" > /dev/null; do sleep 0.2; done"#,
     )?;
     let lines: Vec<&str> = said.lines().collect();
     let [resolver, guest, answer, outside, blob] = lines.as_slice() else {
