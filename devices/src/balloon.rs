@@ -243,24 +243,6 @@ struct BalloonWorker {
     held: Option<u16>,
 }
 
-/// Takes what is in a queue, and gives it back when `serve` has seen it.
-fn drain(
-    queue: &mut ActiveQueue,
-    mut serve: impl FnMut(&Chain, &Memory),
-) -> Result<(), QueueError> {
-    let memory = queue.memory().clone();
-    loop {
-        while let Some(chain) = queue.pop()? {
-            serve(&chain, &memory);
-            queue.complete(chain.head(), 0)?;
-        }
-        queue.notify()?;
-        if !queue.arm()? {
-            return Ok(());
-        }
-    }
-}
-
 /// The page frames of a chain, as ranges in bytes; none if there are too many.
 fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
     let count = chain.readable_len() / 4;
@@ -360,17 +342,20 @@ fn read_statistics(chain: &Chain, memory: &Memory) -> MemoryStatistics {
 impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
-        drain(&mut self.inflate, |chain, memory| {
+        self.inflate.drain(|chain, memory| {
             give_back(chain, memory, shared);
+            0
         })?;
-        drain(&mut self.deflate, |chain, _| {
+        self.deflate.drain(|chain, _| {
             let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
             let deflated = &shared.metrics.deflated_bytes;
             deflated.fetch_add(bytes, Ordering::Relaxed);
+            0
         })?;
         if let Some(queue) = &mut self.reporting {
-            drain(queue, |chain, memory| {
+            queue.drain(|chain, memory| {
                 give_back_reported(chain, memory, shared);
+                0
             })?;
         }
         if let Some(queue) = &mut self.statistics {

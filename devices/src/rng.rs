@@ -46,22 +46,15 @@ struct RngWorker {
 
 impl RngWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
-        loop {
-            while let Some(chain) = self.queue.pop()? {
-                let mut bytes = [0; MAX_REQUEST as usize];
-                let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
-                let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
-                let written = match chain.write(self.queue.memory(), 0, &bytes[..got]) {
-                    Ok(()) => got as u32,
-                    Err(_) => 0,
-                };
-                self.queue.complete(chain.head(), written)?;
+        self.queue.drain(|chain, memory| {
+            let mut bytes = [0; MAX_REQUEST as usize];
+            let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
+            let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+            match chain.write(memory, 0, &bytes[..got]) {
+                Ok(()) => got as u32,
+                Err(_) => 0,
             }
-            self.queue.notify()?;
-            if !self.queue.arm()? {
-                return Ok(());
-            }
-        }
+        })
     }
 }
 

@@ -8,7 +8,6 @@ use koya_vmm::{Spec, Vm};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use std::error::Error;
-use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -92,7 +91,7 @@ fn linux() -> Result<(), Box<dyn Error>> {
         let sandbox = koya::Sandbox::start(&config)?;
         ready.push(sandbox.ready_after());
         kernel.push(sandbox.stats()?.uptime);
-        beyond = private_kib_beyond_guest()?;
+        beyond = sandbox.machine().memory_usage()?.overhead / 1024;
         sandbox.stop();
     }
     println!(
@@ -105,23 +104,4 @@ fn linux() -> Result<(), Box<dyn Error>> {
     );
     println!("sandbox: private memory beyond the guest's    {beyond} KiB");
     Ok(())
-}
-
-/// Private pages of this process, without the mapping that is the guest's memory.
-fn private_kib_beyond_guest() -> Result<u64, Box<dyn Error>> {
-    let smaps = fs::read_to_string("/proc/self/smaps")?;
-    let (mut total, mut size) = (0, 0);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (Some(name), value) = (words.next(), words.next()) else {
-            continue;
-        };
-        let value = || value.and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
-        match name {
-            "Size:" => size = value(),
-            "Private_Clean:" | "Private_Dirty:" if size < MEMORY_MIB << 10 => total += value(),
-            _ => {}
-        }
-    }
-    Ok(total)
 }

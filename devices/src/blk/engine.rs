@@ -167,13 +167,17 @@ impl Engine {
             Step::Write { skip, len, at } => {
                 let part = &mut aligned[..MAX_BOUNCE.min(len as usize)];
                 chain.read(&self.memory, skip, part)?;
-                let written = file.write_at(part, at);
-                Ok(match self.durable {
-                    true => written.and_then(|n| file.sync_data().map(|()| n)),
-                    false => written,
-                })
+                Ok(self.settle(file.write_at(part, at)))
             }
             Step::Sync | Step::Allocate { .. } => self.call(chain, step),
+        }
+    }
+
+    /// Makes stable what was written by a call, if it must be.
+    fn settle(&self, written: io::Result<usize>) -> io::Result<usize> {
+        match self.durable {
+            true => written.and_then(|n| self.disk.file().sync_data().map(|()| n)),
+            false => written,
         }
     }
 
@@ -187,11 +191,7 @@ impl Engine {
             }
             Step::Write { skip, len, at } => {
                 let slices = chain.readable_slices(&self.memory, skip, len as usize)?;
-                let written = sys::write_at(file, &slices, at, false);
-                match self.durable {
-                    true => written.and_then(|n| file.sync_data().map(|()| n)),
-                    false => written,
-                }
+                self.settle(sys::write_at(file, &slices, at, false))
             }
             Step::Sync => file.sync_data().map(|()| 0),
             Step::Allocate { mode, at, len } => fallocate(file, mode, at, len)

@@ -37,6 +37,7 @@ mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
+use crate::threads::Threads;
 use crate::virtio::{
     ActivateError, Activation, DeviceKind, Interrupt, VirtioDevice, Worker, read_config_space,
 };
@@ -46,12 +47,10 @@ use serde::Serialize;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::thread::JoinHandle;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use worker::{Shared, Worker as QueueWorker};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
@@ -156,8 +155,7 @@ pub struct Block {
     interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
     /// The size that the driver last read, in sectors.
     told: AtomicU64,
-    stop: Arc<EventFd>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
 }
 
 /// How a disk's owner reaches it while the guest uses it. The image is closed with the device, whoever
@@ -210,8 +208,7 @@ impl Block {
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             metrics: Arc::default(),
             interrupt: Arc::default(),
-            stop: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
-            threads: Vec::new(),
+            threads: Threads::new("koya-blk")?,
         })
     }
 
@@ -272,14 +269,10 @@ impl Block {
         for queue in std::iter::once(first).chain(others) {
             let worker = QueueWorker {
                 queue,
-                stop: self.stop.try_clone().map_err(host)?,
+                stop: self.threads.stop_event().try_clone().map_err(host)?,
                 shared: shared.clone(),
             };
-            let thread = std::thread::Builder::new()
-                .name("koya-blk".into())
-                .spawn(move || worker.run())
-                .map_err(host)?;
-            self.threads.push(thread);
+            self.threads.spawn(move || worker.run()).map_err(host)?;
         }
         let interrupt = activation.interrupt;
         *lock(&self.interrupt) = Some(interrupt.clone());
@@ -292,14 +285,7 @@ impl Block {
 
     fn stop_threads(&mut self) {
         lock(&self.interrupt).take();
-        // Never read while threads live: it stays readable for all of them.
-        self.stop.write(1).ok();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                log::error!("a disk's thread panicked");
-            }
-        }
-        self.stop.read().ok();
+        self.threads.stop();
     }
 }
 

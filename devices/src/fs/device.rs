@@ -10,6 +10,7 @@ use super::passthrough::{Options, Passthrough};
 use super::server::Server;
 use crate::sync::{guest_fault, lock};
 use crate::sys;
+use crate::threads::Threads;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
     read_config_space,
@@ -18,8 +19,7 @@ use event_manager::MutEventSubscriber;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// A request of 1 MiB takes 260 descriptors, or one that points to a table of them.
 const QUEUE_SIZE: u16 = 512;
@@ -35,14 +35,9 @@ pub struct Fs {
     config: [u8; TAG_SIZE + 4],
     queue_sizes: Vec<u16>,
     server: Arc<Server>,
-    threads: Vec<JoinHandle<()>>,
-    stop: Arc<Stop>,
-}
-
-/// What ends a device's threads: a flag for those at work, an event for those that wait.
-struct Stop {
-    wanted: AtomicBool,
-    event: EventFd,
+    threads: Threads,
+    /// For threads at work, which do not look at the event.
+    stopping: Arc<AtomicBool>,
 }
 
 impl Fs {
@@ -70,11 +65,8 @@ impl Fs {
             config,
             queue_sizes: vec![QUEUE_SIZE; 1 + request_queues as usize],
             server: Arc::new(Server::new(Passthrough::new(shares, options)?)),
-            threads: Vec::new(),
-            stop: Arc::new(Stop {
-                wanted: AtomicBool::new(false),
-                event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
-            }),
+            threads: Threads::new("koya-fs")?,
+            stopping: Arc::default(),
         })
     }
 
@@ -85,29 +77,20 @@ impl Fs {
             kick,
             turn: Mutex::new(()),
             server: self.server.clone(),
-            stop: self.stop.clone(),
+            stop: self.threads.stop_event().clone(),
+            stopping: self.stopping.clone(),
         });
         for _ in 0..threads {
             let turns = turns.clone();
-            let thread = std::thread::Builder::new()
-                .name("koya-fs".into())
-                .spawn(move || turns.run())?;
-            self.threads.push(thread);
+            self.threads.spawn(move || turns.run())?;
         }
         Ok(())
     }
 
     fn stop_threads(&mut self) {
-        self.stop.wanted.store(true, Ordering::SeqCst);
-        // Never read while threads live: it stays readable for all of them.
-        self.stop.event.write(1).ok();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                log::error!("virtio-fs: a worker panicked");
-            }
-        }
-        self.stop.event.read().ok();
-        self.stop.wanted.store(false, Ordering::SeqCst);
+        self.stopping.store(true, Ordering::SeqCst);
+        self.threads.stop();
+        self.stopping.store(false, Ordering::SeqCst);
         self.server.clear();
     }
 }
@@ -175,7 +158,8 @@ struct Turns {
     queue: Mutex<ActiveQueue>,
     turn: Mutex<()>,
     server: Arc<Server>,
-    stop: Arc<Stop>,
+    stop: Arc<EventFd>,
+    stopping: Arc<AtomicBool>,
 }
 
 impl Turns {
@@ -200,7 +184,7 @@ impl Turns {
             let turn = lock(&self.turn);
             let chain = loop {
                 // What the guest still has in the queue is not waited for.
-                if self.stop.wanted.load(Ordering::SeqCst) {
+                if self.stopping.load(Ordering::SeqCst) {
                     return Ok(());
                 }
                 let mut queue = lock(&self.queue);
@@ -211,12 +195,11 @@ impl Turns {
                     continue;
                 }
                 drop(queue);
-                let [_, stopped] =
-                    sys::wait_readable([Some(&self.kick), Some(&self.stop.event)], None)
-                        .unwrap_or_else(|error| {
-                            log::error!("virtio-fs: a worker can't wait: {error}");
-                            [false, true]
-                        });
+                let [_, stopped] = sys::wait_readable([Some(&self.kick), Some(&*self.stop)], None)
+                    .unwrap_or_else(|error| {
+                        log::error!("virtio-fs: a worker can't wait: {error}");
+                        [false, true]
+                    });
                 if stopped {
                     return Ok(());
                 }

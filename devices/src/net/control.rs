@@ -3,7 +3,7 @@
 
 use super::Tap;
 use crate::sync::guest_fault;
-use crate::virtio::{ActiveQueue, Chain, QueueError};
+use crate::virtio::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::sync::Arc;
 use virtio_bindings::virtio_net::{
@@ -22,42 +22,35 @@ impl Control {
     }
 
     fn serve(&mut self) -> Result<(), QueueError> {
-        loop {
-            while let Some(chain) = self.queue.pop()? {
-                let ack = match self.obey(&chain) {
-                    true => VIRTIO_NET_OK,
-                    false => VIRTIO_NET_ERR,
-                };
-                let answered = chain.write(self.queue.memory(), 0, &[ack as u8]);
-                let written = u32::from(answered.is_ok());
-                self.queue.complete(chain.head(), written)?;
-            }
-            self.queue.notify()?;
-            if !self.queue.arm()? {
-                return Ok(());
-            }
-        }
+        let Self { queue, tap, pairs } = self;
+        queue.drain(|chain, memory| {
+            let ack = match obey(chain, memory, tap, *pairs) {
+                true => VIRTIO_NET_OK,
+                false => VIRTIO_NET_ERR,
+            };
+            u32::from(chain.write(memory, 0, &[ack as u8]).is_ok())
+        })
     }
+}
 
-    /// Class, command, and for the command that is known a number of pairs.
-    fn obey(&self, chain: &Chain) -> bool {
-        let mut command = [0; 4];
-        if chain.read(self.queue.memory(), 0, &mut command).is_err() {
-            return false;
-        }
-        let [class, command, low, high] = command;
-        let pairs = u16::from_le_bytes([low, high]);
-        let known = u32::from(class) == VIRTIO_NET_CTRL_MQ
-            && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
-        if !known || pairs == 0 || pairs > self.pairs {
-            return false;
-        }
-        match self.tap.use_queues(pairs.into()) {
-            Ok(()) => true,
-            Err(error) => {
-                guest_fault!("cannot use {pairs} queues of {}: {error}", self.tap.name());
-                false
-            }
+/// Class, command, and for the command that is known a number of pairs.
+fn obey(chain: &Chain, memory: &Memory, tap: &Tap, most: u16) -> bool {
+    let mut command = [0; 4];
+    if chain.read(memory, 0, &mut command).is_err() {
+        return false;
+    }
+    let [class, command, low, high] = command;
+    let pairs = u16::from_le_bytes([low, high]);
+    let known = u32::from(class) == VIRTIO_NET_CTRL_MQ
+        && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
+    if !known || pairs == 0 || pairs > most {
+        return false;
+    }
+    match tap.use_queues(pairs.into()) {
+        Ok(()) => true,
+        Err(error) => {
+            guest_fault!("cannot use {pairs} queues of {}: {error}", tap.name());
+            false
         }
     }
 }

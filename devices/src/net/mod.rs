@@ -32,6 +32,7 @@ mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
+use crate::threads::Threads;
 use crate::virtio::{
     ActivateError, Activation, DeviceKind, Interrupt, VirtioDevice, Worker, read_config_space,
 };
@@ -43,9 +44,7 @@ use std::io;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use virtio_bindings::virtio_net::*;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -198,8 +197,7 @@ pub struct Net {
     /// What the guest receives and sends; a driver that starts anew does not get full buckets.
     limiters: [Arc<Mutex<RateLimiter>>; 2],
     queue_sizes: Vec<u16>,
-    stop: Arc<EventFd>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
 }
 
 /// How a network device's owner reaches it while the guest uses it.
@@ -254,8 +252,7 @@ impl Net {
             }),
             tap: Arc::new(tap),
             queue_sizes,
-            stop: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
-            threads: Vec::new(),
+            threads: Threads::new("koya-net")?,
         })
     }
 
@@ -296,18 +293,14 @@ impl Net {
                     index,
                     tap: self.tap.clone(),
                     shared: self.shared.clone(),
-                    stop: self.stop.try_clone().map_err(host)?,
+                    stop: self.threads.stop_event().try_clone().map_err(host)?,
                 },
                 receive,
                 send,
                 room,
                 self.limiters.clone(),
             );
-            let thread = std::thread::Builder::new()
-                .name("koya-net".into())
-                .spawn(move || pair.run())
-                .map_err(host)?;
-            self.threads.push(thread);
+            self.threads.spawn(move || pair.run()).map_err(host)?;
         }
         match activation.take_queue(2 * pairs as u16) {
             Ok(queue) if has(VIRTIO_NET_F_CTRL_VQ) => {
@@ -320,14 +313,7 @@ impl Net {
 
     fn stop_threads(&mut self) {
         lock(&self.shared.interrupt).take();
-        // Never read while threads live: it stays readable for all of them.
-        self.stop.write(1).ok();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                log::error!("a network's thread panicked");
-            }
-        }
-        self.stop.read().ok();
+        self.threads.stop();
     }
 }
 

@@ -183,16 +183,20 @@ impl Pair {
     }
 }
 
+/// Moves frames one way until `one` says why not, or the other way has its turn.
+fn turn(mut one: impl FnMut() -> Result<Option<Pause>, QueueError>) -> Result<Pause, QueueError> {
+    for _ in 0..BATCH {
+        if let Some(pause) = one()? {
+            return Ok(pause);
+        }
+    }
+    Ok(Pause::Turn)
+}
+
 impl Receiver {
     /// Moves frames from the tap to the guest.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        let mut pause = Pause::Turn;
-        for _ in 0..BATCH {
-            if let Some(stop) = self.one(tap, shared)? {
-                pause = stop;
-                break;
-            }
-        }
+        let pause = turn(|| self.one(tap, shared))?;
         self.queue.notify()?;
         Ok(pause)
     }
@@ -293,13 +297,7 @@ impl Receiver {
 impl Sender {
     /// Moves frames from the guest to the tap.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        let mut pause = Pause::Turn;
-        for _ in 0..BATCH {
-            if let Some(stop) = self.one(tap, shared)? {
-                pause = stop;
-                break;
-            }
-        }
+        let pause = turn(|| self.one(tap, shared))?;
         self.queue.notify()?;
         Ok(pause)
     }

@@ -182,6 +182,28 @@ impl ActiveQueue {
             .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))
     }
 
+    /// Serves what the driver has in the queue, until it is empty and the driver will kick: each chain
+    /// is given back with the number of bytes that `serve` says it wrote.
+    ///
+    /// # Errors
+    /// The driver's faults; the queue can't be used any more.
+    pub fn drain(
+        &mut self,
+        mut serve: impl FnMut(&Chain, &Memory) -> u32,
+    ) -> Result<(), QueueError> {
+        let memory = self.memory.clone();
+        loop {
+            while let Some(chain) = self.pop()? {
+                let written = serve(&chain, &memory);
+                self.complete(chain.head(), written)?;
+            }
+            self.notify()?;
+            if !self.arm()? {
+                return Ok(());
+            }
+        }
+    }
+
     /// Asks the driver to kick when it adds something. True if it did already: then pop again.
     ///
     /// # Errors

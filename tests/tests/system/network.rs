@@ -96,7 +96,7 @@ fn user_networks_need_no_root() -> Result<()> {
         as_user koya run --net user --publish 8080:80 --rootfs $R --tmpfs /tmp -v $D:/data -- sh -ec '
             cat /etc/resolv.conf
             wget -q -O - http://198.51.100.1:7000/blob | sha256sum
-            mkdir /tmp/www; echo from the guest > /tmp/www/index.html; httpd -p 80 -h /tmp/www
+            cd /tmp; echo from the guest > index.html; httpd -p 80 -h .
             until [ -e /data/done ]; do sleep 0.2; done' > $D/said 2>&1 & guest=$!
         until /bin/busybox wget -q -O $D/answer http://127.0.0.1:8080/ 2> /dev/null; do
             kill -0 $guest 2> /dev/null || break; sleep 0.3
