@@ -48,16 +48,16 @@ impl Identity {
         }
     }
 
-    /// Whether another file system (or another mount of one) begins between two files.
-    fn is_across(&self, other: &Self) -> bool {
-        (self.mount, self.major, self.minor) != (other.mount, other.major, other.minor)
-    }
-
-    /// A number for the file that differs from those of the file system it is mounted into.
-    fn foreign_number(&self) -> u64 {
-        self.inode ^ (u64::from(self.major) << 20 | u64::from(self.minor)) << 32 ^ self.mount << 48
+    fn file_system(&self) -> FileSystem {
+        (self.major, self.minor)
     }
 }
+
+/// A file system of the host's, by its device number.
+pub(super) type FileSystem = (u32, u32);
+
+/// Where the number of a file system stands in an inode number of the guest's.
+const FILE_SYSTEM_SHIFT: u32 = 48;
 
 /// Where a node's descriptor is, or how to get it back.
 enum Slot {
@@ -98,8 +98,8 @@ pub(super) struct Inode {
     pub(super) share: Arc<Share>,
     /// A share's own root, which has no parent to be found from.
     is_root: bool,
-    /// Whether another file system begins here.
-    is_boundary: bool,
+    /// Which file system of those that the guest sees.
+    file_system: u16,
     /// Known to have no capabilities of the guest's (see `Passthrough::drop_privileges`).
     pub(super) bare: AtomicBool,
     slot: Mutex<Slot>,
@@ -108,19 +108,22 @@ pub(super) struct Inode {
 }
 
 impl Inode {
-    /// Attributes as the guest gets them. Where another file system begins, a directory is marked
-    /// (the guest gives it a device number of its own), and a file that is mounted by itself gets
-    /// an inode number that can't be another's.
+    /// Attributes as the guest gets them.
     pub(super) fn attr(&self, stat: &Statx) -> Attr {
-        let mut attr = Attr::from(stat);
-        if self.is_boundary {
-            if self.kind == FileType::Directory {
-                attr.flags |= super::wire::ATTR_SUBMOUNT;
-            } else {
-                attr.ino = self.identity.foreign_number();
-            }
+        Attr {
+            ino: self.number(stat.stx_ino),
+            ..Attr::from(stat)
         }
-        attr
+    }
+
+    /// The guest's number for an inode of this node's file system. All that the guest sees is one
+    /// file system to it, so that a number alone must tell files apart.
+    ///
+    /// FUSE can announce other file systems as submounts instead. Linux (6.12) then takes such a
+    /// submount down without waiting for requests that are under way, and crashes when one of them
+    /// is answered.
+    pub(super) fn number(&self, inode: u64) -> u64 {
+        inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
     }
 }
 
@@ -131,6 +134,8 @@ struct Tables {
     recent: VecDeque<u64>,
     open: usize,
     next: u64,
+    /// The host's file systems, in the order in which the guest came to them.
+    file_systems: Vec<FileSystem>,
 }
 
 impl Tables {
@@ -156,6 +161,19 @@ impl Tables {
             return Err(Errno::NFILE);
         }
         Ok(())
+    }
+
+    /// The number of a file system, a new one if it was not seen before. Those beyond 65,535 share
+    /// the last.
+    fn file_system(&mut self, wanted: FileSystem) -> u16 {
+        let known = self.file_systems.iter().position(|known| *known == wanted);
+        let index = known.unwrap_or_else(|| {
+            if self.file_systems.len() < usize::from(u16::MAX) {
+                self.file_systems.push(wanted);
+            }
+            self.file_systems.len() - 1
+        });
+        index as u16
     }
 
     fn opened(&mut self, id: u64) {
@@ -197,6 +215,7 @@ impl Inodes {
                 recent: VecDeque::new(),
                 open: 0,
                 next: ROOT_ID,
+                file_systems: Vec::new(),
             }),
         }
     }
@@ -297,17 +316,28 @@ impl Inodes {
         tables.make_room(self.limit)?;
         tables.next += 1;
         let id = tables.next;
+        let file_system = match directory {
+            Some(parent) if parent.identity.file_system() == identity.file_system() => {
+                parent.file_system
+            }
+            _ => tables.file_system(identity.file_system()),
+        };
         let inode = Arc::new(Inode {
             id,
             identity,
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             share: share.clone(),
             is_root: directory.is_none(),
-            is_boundary: directory.is_none_or(|d| d.identity.is_across(&identity)),
+            file_system,
             bare: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(Arc::new(fd))),
             place: Mutex::new((parent, name.to_owned())),
         });
+        if directory.is_some_and(|d| d.file_system != file_system)
+            && let Slot::Open(fd) = &*lock(&inode.slot)
+        {
+            share.add_nested(identity.file_system(), inode.kind, fd);
+        }
         tables.by_id.insert(id, (inode.clone(), 1));
         tables.by_identity.insert(identity, id);
         tables.opened(id);

@@ -351,7 +351,6 @@ impl Server {
             | init::PARALLEL_DIROPS
             | init::POSIX_ACL
             | init::MAX_PAGES
-            | init::SUBMOUNTS
             | init::HANDLE_KILLPRIV_V2
             | init::INIT_EXT
             | init::DIRECT_IO_ALLOW_MMAP;
@@ -387,4 +386,41 @@ fn sized(bytes: Vec<u8>, room: u32) -> Reply {
         });
     }
     Reply::Bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fs::passthrough::Options;
+    use crate::fs::shares::Shares;
+    use crate::test_utils::{Buffer, Driver};
+
+    /// FUSE_SUBMOUNTS: see `Inode::number`.
+    #[test]
+    fn submounts_are_never_announced() {
+        const SUBMOUNTS: u64 = 1 << 27;
+        let files = Passthrough::new(Shares::default(), Options::default()).unwrap();
+        let server = Server::new(files);
+        let header = InHeader {
+            opcode: op::INIT,
+            ..InHeader::default()
+        };
+        let init = InitIn {
+            major: wire::MAJOR,
+            flags: u32::MAX,
+            flags2: u32::MAX,
+            ..InitIn::default()
+        };
+        let mut driver = Driver::new(8);
+        let request = [header.as_bytes(), init.as_bytes()].concat();
+        let head = driver.offer(&[Buffer::Readable(request), Buffer::Writable(256)]);
+        let chain = driver.queue().pop().unwrap().unwrap();
+        let len = server.serve(&chain, driver.memory()).unwrap();
+        assert_eq!(len, OUT_HEADER + size_of::<InitOut>() as u32);
+        let reply = driver.written(head, len as usize);
+        let (out, _) = InitOut::read_from_prefix(&reply[OUT_HEADER as usize..]).unwrap();
+        let flags = u64::from(out.flags) | u64::from(out.flags2) << 32;
+        assert_eq!(flags & SUBMOUNTS, 0);
+        assert_ne!(flags & init::ASYNC_READ, 0);
+    }
 }

@@ -1,12 +1,13 @@
 //! The synthetic root: a directory that exists only here, whose entries are host directories (or
 //! single files). They are added and removed while the guest runs, from any thread.
 
+use super::inodes::FileSystem;
 use crate::sync::lock;
 use crate::sys;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -20,6 +21,8 @@ struct Held {
     /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
     /// syncfs); none if the share is a single file.
     anchor: Option<Arc<OwnedFd>>,
+    /// Other file systems that the guest came to below it: an O_PATH descriptor on each.
+    nested: HashMap<FileSystem, Arc<OwnedFd>>,
 }
 
 /// One host directory or file under the synthetic root.
@@ -66,6 +69,7 @@ impl Share {
             held: Mutex::new(Some(Held {
                 root: Arc::new(root),
                 anchor,
+                nested: HashMap::new(),
             })),
             read_only,
             mount_id: stat.stx_mnt_id,
@@ -84,6 +88,23 @@ impl Share {
         lock(&self.held)
             .as_ref()
             .and_then(|held| held.anchor.clone())
+    }
+
+    /// Remembers another file system below it, for [`nested`](Self::nested).
+    pub(super) fn add_nested(&self, which: FileSystem, kind: FileType, fd: &Arc<OwnedFd>) {
+        // To open anything else could have effects, or wait.
+        if matches!(kind, FileType::Directory | FileType::RegularFile)
+            && let Some(held) = &mut *lock(&self.held)
+        {
+            held.nested.entry(which).or_insert_with(|| fd.clone());
+        }
+    }
+
+    /// A file or directory of each other file system that the guest came to below it.
+    pub(super) fn nested(&self) -> Vec<Arc<OwnedFd>> {
+        let held = lock(&self.held);
+        let nested = held.iter().flat_map(|held| held.nested.values());
+        nested.cloned().collect()
     }
 
     /// Whether the owner has taken it away.

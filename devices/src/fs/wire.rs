@@ -172,7 +172,6 @@ pub mod init {
     pub const POSIX_ACL: u64 = 1 << 20;
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
-    pub const SUBMOUNTS: u64 = 1 << 27;
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
@@ -200,8 +199,6 @@ pub mod setattr {
     pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// `Attr::flags`: another file system begins here.
-pub const ATTR_SUBMOUNT: u32 = 1;
 /// `GetattrIn::getattr_flags`: `fh` counts.
 pub const GETATTR_FH: u32 = 1;
 /// `WriteIn::write_flags`: from the guest's page cache, not from a process.

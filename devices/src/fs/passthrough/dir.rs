@@ -2,7 +2,7 @@
 
 use super::Passthrough;
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
-use crate::fs::{Cache, handles::Handle};
+use crate::fs::{Cache, handles::Handle, inodes::Inode};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
@@ -104,11 +104,18 @@ impl Passthrough {
             return Ok(listing);
         }
         let handle = self.handle(fh, nodeid)?;
-        self.list(&handle, offset, &mut listing)?;
+        let inode = self.inodes.get(nodeid)?;
+        self.list(&inode, &handle, offset, &mut listing)?;
         Ok(listing)
     }
 
-    fn list(&self, handle: &Handle, offset: u64, listing: &mut Listing) -> Result<(), Errno> {
+    fn list(
+        &self,
+        inode: &Inode,
+        handle: &Handle,
+        offset: u64,
+        listing: &mut Listing,
+    ) -> Result<(), Errno> {
         let _position = crate::sync::lock(&handle.position);
         seek(&handle.file, SeekFrom::Start(offset))?;
         let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
@@ -125,7 +132,7 @@ impl Passthrough {
                 break;
             }
             let dirent = Dirent {
-                ino: entry.ino(),
+                ino: inode.number(entry.ino()),
                 off: entry.next_entry_cookie(),
                 namelen: name.to_bytes().len() as u32,
                 kind: kind_number(entry.file_type()),

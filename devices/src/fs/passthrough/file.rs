@@ -253,6 +253,10 @@ impl Passthrough {
                 _ => Ok(()),
             };
             first = first.and(synced);
+            for fd in share.nested() {
+                let opened = self.reopen(&*fd, OFlags::RDONLY);
+                first = first.and(opened.and_then(rustix::fs::syncfs));
+            }
         }
         first
     }

@@ -2,9 +2,11 @@
 
 use super::*;
 use crate::fs::wire::{
-    CreateIn, GetattrIn, LinkIn, MkdirIn, OpenIn, ReadIn, StatxIn, WRITE_KILL_SUIDGID, WriteIn,
+    CreateIn, Dirent, GetattrIn, LinkIn, MkdirIn, OpenIn, ReadIn, StatxIn, WRITE_KILL_SUIDGID,
+    WriteIn,
 };
 use std::ffi::CString;
+use zerocopy::FromBytes;
 
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
 
@@ -237,6 +239,41 @@ fn a_single_file_has_one_number() {
     assert!(f.files.open(inside.nodeid, &writing()).is_ok());
     let refused = f.files.open(entry.nodeid, &writing());
     assert_eq!(refused.unwrap_err(), Errno::ROFS);
+}
+
+/// Of one file system, numbers are the host's; those of others are told apart from them.
+#[test]
+fn numbers_of_several_file_systems_differ() {
+    use std::os::unix::fs::MetadataExt;
+    let f = fixture(0, false);
+    f.shares.add("proc", "/proc", true).unwrap();
+    f.shares.add("again", f.dir.path(), true).unwrap();
+    let own = f.dir.path().metadata().unwrap().ino();
+    let proc = std::fs::metadata("/proc").unwrap().ino();
+    let number = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr.ino;
+    assert_eq!(number(c"again"), own);
+    assert_eq!(number(c"proc"), proc | 1 << 48);
+    // A listing says the same as a look at the file.
+    let node = f.files.lookup(ROOT_ID, c"proc").unwrap().nodeid;
+    let version = f.files.lookup(node, c"version").unwrap().attr.ino;
+    let fh = f.files.opendir(node).unwrap().fh;
+    let mut offset = 0;
+    loop {
+        let listing = f.files.readdir(node, fh, offset, 4096, false).unwrap();
+        let bytes = listing.into_bytes();
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let (dirent, names) = Dirent::read_from_prefix(rest).unwrap();
+            let len = dirent.namelen as usize;
+            if &names[..len] == b"version" {
+                assert_eq!(dirent.ino, version);
+                return;
+            }
+            offset = dirent.off;
+            rest = &rest[(size_of::<Dirent>() + len).next_multiple_of(8)..];
+        }
+        assert!(!bytes.is_empty(), "/proc/version is listed");
+    }
 }
 
 #[test]
