@@ -11,6 +11,7 @@
 
 mod boot;
 mod console;
+mod cpus;
 mod device_rules;
 mod executor;
 mod helper;

@@ -2,6 +2,7 @@
 //! the agent makes before any container exists.
 
 use crate::console::{self, ConsoleSocket};
+use crate::cpus;
 use crate::helper::{self, bundle};
 use crate::network;
 use crate::reaper::{self, End, Reaper};
@@ -12,8 +13,8 @@ use futures::StreamExt as _;
 use koya_protocol::messages::{
     BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest, Empty,
     ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Process, RemoveContainerRequest,
-    SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, Stdio,
-    TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
+    Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
@@ -295,6 +296,18 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
             network::update_routes(&request.routes).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn set_online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetOnlineCpusRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            cpus::set_online(request.count)?;
             Ok(Empty::new())
         })
         .await
@@ -603,7 +616,7 @@ fn guest_details() -> Result<GuestDetails> {
         uptime_ns: uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64,
         mem_total_bytes: kib("MemTotal:") * 1024,
         mem_available_bytes: kib("MemAvailable:") * 1024,
-        cpus_online: std::thread::available_parallelism()?.get() as u32,
+        cpus_online: cpus::online()?,
         processes: numeric("/proc"),
         agent_fds: numeric("/proc/self/fd"),
         agent_threads: numeric("/proc/self/task"),

@@ -13,8 +13,8 @@
 //! The driver's numbers are page frames and ranges; what is not guest memory is left alone. A page
 //! that a guest gives back and goes on using reads as zero for it and harms nobody else.
 
+use crate::give_back;
 use crate::sync::{guest_fault, lock};
-use crate::sys;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, Memory, QueueError,
     VirtioDevice, Worker, read_config_space,
@@ -24,7 +24,7 @@ use serde::Serialize;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Size of a page in the device's numbers, in bytes, whatever the guest's own.
@@ -269,7 +269,7 @@ fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
     Some(all)
 }
 
-fn give_back(chain: &Chain, memory: &Memory, shared: &Shared) {
+fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
     let metrics = &shared.metrics;
     let fault = || {
         guest_fault!("a balloon's request names what is not the guest's memory, or too much");
@@ -279,31 +279,22 @@ fn give_back(chain: &Chain, memory: &Memory, shared: &Shared) {
         return fault();
     };
     for (start, len) in ranges {
-        let mut given = 0;
-        for slice in memory.get_slices(GuestAddress(start), len as usize) {
-            let Ok(slice) = slice else {
-                fault();
-                break;
-            };
-            match sys::give_back(&slice) {
-                Ok(()) => given += slice.len() as u64,
-                Err(error) => guest_fault!("cannot give memory back: {error}"),
+        match give_back::give_back(memory, GuestAddress(start), len) {
+            Ok(()) => {
+                metrics.inflated_bytes.fetch_add(len, Ordering::Relaxed);
             }
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => fault(),
+            Err(error) => guest_fault!("cannot give memory back: {error}"),
         }
-        metrics.inflated_bytes.fetch_add(given, Ordering::Relaxed);
     }
 }
 
 fn give_back_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
-    let len = chain.writable_len() as usize;
-    let Ok(slices) = chain.writable_slices(memory, 0, len) else {
-        return;
-    };
-    for slice in slices {
-        match sys::give_back(&slice) {
+    for (start, len) in chain.writable_ranges() {
+        match give_back::give_back(memory, start, len) {
             Ok(()) => {
                 let reported = &shared.metrics.reported_bytes;
-                reported.fetch_add(slice.len() as u64, Ordering::Relaxed);
+                reported.fetch_add(len, Ordering::Relaxed);
             }
             Err(error) => guest_fault!("cannot give memory back: {error}"),
         }
@@ -343,7 +334,7 @@ impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
         self.inflate.drain(|chain, memory| {
-            give_back(chain, memory, shared);
+            give_back_asked(chain, memory, shared);
             0
         })?;
         self.deflate.drain(|chain, _| {

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`virtio`] | queues, descriptor chains, the device trait, the MMIO transport | virtio 1.2, sections 2 to 4 |
 //! | [`balloon`] | memory that goes back to the host | virtio 1.2, section 5.5 |
+//! | [`mem`] | memory that comes and goes | virtio 1.2, section 5.15 |
 //! | [`blk`] | disks | virtio 1.2, section 5.2 |
 //! | [`net`] | networks | virtio 1.2, section 5.1 |
 //! | [`rate_limit`] | how much a device may do in a time | |
@@ -23,7 +24,9 @@
 pub mod balloon;
 pub mod blk;
 pub mod fs;
+mod give_back;
 pub mod legacy;
+pub mod mem;
 pub mod net;
 pub mod rate_limit;
 pub mod rng;

@@ -5,8 +5,9 @@ use crate::spec::Device;
 use koya_protocol::messages::{
     BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest,
     ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, RemoveContainerRequest,
-    Route, SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, Stdio,
-    TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    Route, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use std::io;
@@ -246,6 +247,18 @@ impl Agent {
             .update_routes(limited(), &request)
             .map(drop)
             .map_err(failed("set up the guest's routes"))
+    }
+
+    /// Turns CPUs on or off until so many are on.
+    pub(crate) fn set_online_cpus(&self, count: u32) -> Result<(), Error> {
+        let request = SetOnlineCpusRequest {
+            count,
+            ..Default::default()
+        };
+        self.client
+            .set_online_cpus(limited(), &request)
+            .map(drop)
+            .map_err(failed("turn CPUs on or off"))
     }
 
     pub(crate) fn destroy(&self) -> Result<(), Error> {

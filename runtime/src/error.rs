@@ -28,6 +28,18 @@ pub enum Error {
     /// The virtual machine's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A size that a running sandbox can't have.
+    #[error("{asked} {what} are outside what this sandbox can have: {min} to {max}")]
+    Size {
+        /// CPUs or MiB of memory.
+        what: &'static str,
+        /// What was asked for.
+        asked: u64,
+        /// The least.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
     /// The virtual machine.
     #[error("cannot start the virtual machine")]
     Start(#[from] StartError),

@@ -31,18 +31,19 @@ mod mount_points;
 mod network;
 mod sandbox;
 mod seccomp;
+mod size;
 mod spec;
 mod streams;
 
 pub use container::{Container, Output, Process};
 pub use error::Error;
 pub use koya_vmm as vmm;
-pub use koya_vmm::DiskConfig;
-pub use koya_vmm::NetConfig;
 pub use koya_vmm::devices::fs::Cache;
+pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use network::{HostEnd, NetworkConfig, Route};
 pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
+pub use size::Size;
 pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};
 
 /// README's snippet, compiled.

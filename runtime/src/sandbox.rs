@@ -6,6 +6,7 @@ use crate::container::Container;
 use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::NetworkConfig;
+use crate::size::Limits;
 use crate::spec::ContainerConfig;
 use crate::streams::Streams;
 use crate::{Cache, Error};
@@ -13,7 +14,7 @@ use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
-use koya_vmm::{DiskConfig, ExitReason, Vm, VmConfig, VmHandle};
+use koya_vmm::{DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -33,10 +34,21 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What a sandbox's virtual machine has.
 #[derive(Clone, Debug)]
 pub struct SandboxConfig {
-    /// Virtual CPUs, 1 to 32. Default: 1.
+    /// Virtual CPUs at the start, 1 to 32. Default: 1.
     pub cpus: u32,
-    /// Memory in MiB. Default: 256.
+    /// Virtual CPUs that it may have while it runs. Default: as `cpus`.
+    pub cpus_max: Option<u32>,
+    /// The host's CPU for each virtual CPU; see [`VmConfig::cpu_pins`]. Default: none.
+    pub cpu_pins: Vec<u32>,
+    /// Memory at the start in MiB, as the guest's programs see it (`MemTotal`): what the guest's
+    /// kernel keeps for itself comes on top. Default: 256.
     pub memory_mib: u64,
+    /// What it may grow to while it runs. Default: as `memory_mib`.
+    pub memory_max_mib: Option<u64>,
+    /// Whose memory it is on the host.
+    pub memory_backing: MemoryBacking,
+    /// The pages that it is made of on the host.
+    pub huge_pages: HugePages,
     /// The guest's disks; a container has those that its own configuration names.
     pub disks: Vec<DiskConfig>,
     /// The guest's networks, set up in the network namespace of the thread that starts the sandbox.
@@ -56,7 +68,12 @@ impl Default for SandboxConfig {
     fn default() -> Self {
         Self {
             cpus: 1,
+            cpus_max: None,
+            cpu_pins: Vec::new(),
             memory_mib: 256,
+            memory_max_mib: None,
+            memory_backing: MemoryBacking::default(),
+            huge_pages: HugePages::default(),
             disks: Vec::new(),
             networks: Vec::new(),
             cache: Cache::default(),
@@ -145,6 +162,7 @@ impl End {
 pub struct Sandbox {
     inner: Arc<Inner>,
     ready_after: Duration,
+    limits: Limits,
 }
 
 impl Sandbox {
@@ -157,16 +175,15 @@ impl Sandbox {
         let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
         let networks = config.networks.iter().map(NetworkConfig::resolve);
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
-        let spec = VmConfig {
+        let mut machine = VmConfig {
             initramfs: Some(files.initramfs),
             cmdline: config.cmdline.clone(),
-            cpus: config.cpus,
-            memory_mib: config.memory_mib,
             disks: config.disks.clone(),
             networks: networks.iter().map(|n| n.device.clone()).collect(),
             ..VmConfig::new(files.kernel)
-        }
-        .check()?;
+        };
+        config.size(&mut machine);
+        let spec = machine.check()?;
         let ports = Ports::new().map_err(Error::host("make the vsock device"))?;
         let control = ports
             .listen(CONTROL_PORT)
@@ -205,6 +222,7 @@ impl Sandbox {
                 end: End::watch(vm).map_err(Error::host("start a thread"))?,
             }),
             ready_after: started.elapsed(),
+            limits: Limits::of(config),
         };
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         sandbox.inner.agent.set_time()?;
@@ -263,6 +281,14 @@ impl Sandbox {
             agent_descriptors: details.agent_fds,
             agent_threads: details.agent_threads,
         })
+    }
+
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.inner.agent
     }
 
     /// The virtual machine: its disks, networks, balloon, and what it holds of the host's memory.

@@ -13,11 +13,13 @@ use crate::vm::Vm;
 use koya_devices::balloon::{Balloon, BalloonHandle};
 use koya_devices::blk::{Block, BlockHandle};
 use koya_devices::legacy::{ResetLine, SerialPort};
+use koya_devices::mem::{Mem, MemHandle};
 use koya_devices::net::NetHandle;
 use koya_devices::rng::Rng;
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::{Memory, VirtioDevice};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -55,6 +57,11 @@ pub enum StartError {
     },
 }
 
+/// Memory that is plugged is used at once, and as far as the kernel can do without it in a form that
+/// it can give up again (Documentation/admin-guide/mm/memory-hotplug.rst).
+const HOTPLUG_CMDLINE: &str =
+    " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
 fn host(operation: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Host { operation, source }
 }
@@ -73,6 +80,7 @@ pub(crate) struct Handles {
     pub(crate) disks: Vec<BlockHandle>,
     pub(crate) networks: Vec<NetHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
+    pub(crate) mem: Option<MemHandle>,
 }
 
 impl VmBuilder {
@@ -117,7 +125,7 @@ impl VmBuilder {
     /// As [`start`](Self::start).
     pub fn start_paused(mut self) -> Result<Vm, StartError> {
         let kvm = kvm::open()?;
-        let memory = Arc::new(memory::reserve(self.spec.memory_bytes)?);
+        let memory = Arc::new(memory::reserve(&self.spec.memory)?);
         let machine = Machine::new(&kvm, memory.clone())
             .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
         // Interrupt controllers come before vCPUs and before anything that raises interrupts.
@@ -130,8 +138,9 @@ impl VmBuilder {
         let words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
 
         let base = self.base_cmdline();
-        let cpus = self.spec.cpus;
-        let entry = arch::load(&memory, &mut self.spec.boot, cpus, &base, &words)?;
+        let cpus = self.spec.cpus.count;
+        let bytes = self.spec.memory.bytes;
+        let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &base, &words)?;
         let vcpus = make_vcpus(&kvm, &machine, cpus)?;
         arch::set_entry(&vcpus[0], entry)?;
 
@@ -149,7 +158,8 @@ impl VmBuilder {
         );
         for (index, (fd, kicker)) in vcpus.into_iter().zip(kickers).enumerate() {
             // From here on dropping `vm` ends and joins the threads that exist.
-            vm.add_thread(spawn_vcpu(index, fd, kicker, &gate, &bus)?);
+            let pin = self.spec.cpus.pins.get(index).copied();
+            vm.add_thread(spawn_vcpu(index, fd, kicker, pin, &gate, &bus)?);
         }
         Ok(vm)
     }
@@ -196,6 +206,13 @@ impl VmBuilder {
             self.handles.balloon = Some(balloon.handle());
             devices.push(Box::new(balloon));
         }
+        let room = self.spec.memory.hotplug_bytes;
+        if room > 0 {
+            let start = arch::layout::hotplug_start(self.spec.memory.bytes);
+            let mem = Mem::new(start, room).map_err(host("make the memory device"))?;
+            self.handles.mem = Some(mem.handle());
+            devices.push(Box::new(mem));
+        }
         if self.spec.entropy {
             devices.push(Box::new(Rng));
         }
@@ -225,7 +242,16 @@ impl VmBuilder {
             // The driver would probe for ports that are not there.
             "8250.nr_uarts=0"
         };
-        format!("{} {console} {}", arch::BASE_CMDLINE, panic_log::cmdline())
+        let base = arch::BASE_CMDLINE;
+        let mut line = format!("{base} {console} {}", panic_log::cmdline());
+        let cpus = &self.spec.cpus;
+        if cpus.online < cpus.count {
+            line += &format!(" maxcpus={}", cpus.online);
+        }
+        if self.spec.memory.hotplug_bytes > 0 {
+            line += HOTPLUG_CMDLINE;
+        }
+        line
     }
 }
 
@@ -267,6 +293,7 @@ fn spawn_vcpu(
     index: usize,
     fd: VcpuFd,
     kicker: Kicker,
+    pin: Option<u32>,
     gate: &Arc<Gate>,
     bus: &Arc<Bus>,
 ) -> Result<JoinHandle<()>, StartError> {
@@ -274,6 +301,21 @@ fn spawn_vcpu(
     let (gate, bus) = (gate.clone(), bus.clone());
     std::thread::Builder::new()
         .name(format!("koya-vcpu{index}"))
-        .spawn(move || vcpu::run(vcpu, &gate, &bus))
+        .spawn(move || {
+            if let Some(cpu) = pin {
+                stay_on(cpu);
+            }
+            vcpu::run(vcpu, &gate, &bus);
+        })
         .map_err(host("start a vCPU's thread"))
+}
+
+/// Keeps this thread on one CPU of the host's.
+fn stay_on(cpu: u32) {
+    let mut set = CpuSet::new();
+    set.set(cpu as usize);
+    if let Err(error) = sched_setaffinity(None, &set) {
+        // It was there when the configuration was checked.
+        log::warn!("cannot keep a vCPU on CPU {cpu}: {error}");
+    }
 }

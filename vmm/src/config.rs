@@ -4,6 +4,7 @@ use crate::arch;
 use koya_devices::blk::{Disk, DiskOptions, IoEngine, MAX_QUEUES};
 use koya_devices::net::{MAX_PAIRS, MIN_MTU, MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
+use rustix::thread::{CpuSet, sched_getaffinity};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -36,12 +37,29 @@ pub struct VmConfig {
     /// Words added to the kernel's command line after the monitor's own. Default: empty.
     #[serde(default)]
     pub cmdline: String,
-    /// Virtual CPUs, 1 to [`MAX_CPUS`]. Default: 1.
+    /// Virtual CPUs that the guest starts with, 1 to [`MAX_CPUS`]. Default: 1.
     #[serde(default = "default_cpus")]
     pub cpus: u32,
+    /// Virtual CPUs that the guest may turn on while it runs, `cpus` to [`MAX_CPUS`]. Each costs a
+    /// thread here, and memory in the guest. Default: as `cpus`.
+    #[serde(default)]
+    pub cpus_max: Option<u32>,
+    /// The CPU of the host that each virtual CPU stays on, in their order: none, or one for each.
+    /// Default: none.
+    #[serde(default)]
+    pub cpu_pins: Vec<u32>,
     /// Memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`]. Default: 256.
     #[serde(default = "default_memory")]
     pub memory_mib: u64,
+    /// What memory may grow to while the guest runs (virtio-mem), in MiB. Default: as `memory_mib`.
+    #[serde(default)]
+    pub memory_max_mib: Option<u64>,
+    /// Whose memory it is. Default: anonymous.
+    #[serde(default)]
+    pub memory_backing: MemoryBacking,
+    /// The pages that it is made of. Default: as the host has it for every process.
+    #[serde(default)]
+    pub huge_pages: HugePages,
     /// Whether the guest has a serial port that serves as its console. Default: true.
     #[serde(default = "yes")]
     pub serial: bool,
@@ -58,6 +76,31 @@ pub struct VmConfig {
     /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
+}
+
+/// Whose memory a guest's is on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryBacking {
+    /// This process's alone.
+    #[default]
+    Anonymous,
+    /// A memory file's (memfd_create(2)), which other processes can be given.
+    Memfd,
+}
+
+/// The pages that a guest's memory is made of on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HugePages {
+    /// As the host does it for every process.
+    #[default]
+    Host,
+    /// Ask the host for transparent huge pages.
+    Transparent,
+    /// Pages of 2 MiB that the host has set aside (`vm.nr_hugepages`). They are claimed at the start,
+    /// up to the most that memory may grow to; sizes must be whole pages.
+    Reserved,
 }
 
 /// A network interface of a virtual machine.
@@ -221,6 +264,15 @@ pub enum ConfigError {
         /// The most that is allowed.
         max: u64,
     },
+    /// A CPU that this process may not use.
+    #[error("cpu_pins: CPU {0} is not there, or not for this process")]
+    Pin(u32),
+    /// The host does not say which CPUs there are.
+    #[error("cpu_pins: cannot ask which CPUs this process may use")]
+    Affinity(#[source] std::io::Error),
+    /// Memory that is no whole number of huge pages.
+    #[error("memory_mib = {0} is not a whole number of huge pages of 2 MiB")]
+    HalfAPage(u64),
     /// A file that can't be opened or read.
     #[error("{field} = {}: cannot read the file", path.display())]
     File {
@@ -292,11 +344,45 @@ pub enum Boot {
     Flat(Vec<u8>),
 }
 
+/// The virtual CPUs.
+#[derive(Clone, Debug)]
+pub(crate) struct CpuSpec {
+    /// How many there are.
+    pub(crate) count: u32,
+    /// How many of them the guest's kernel starts.
+    pub(crate) online: u32,
+    /// None, or one for each.
+    pub(crate) pins: Vec<u32>,
+}
+
+/// The guest's memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MemorySpec {
+    /// What it starts with, in bytes.
+    pub(crate) bytes: u64,
+    /// Room for more, in bytes.
+    pub(crate) hotplug_bytes: u64,
+    pub(crate) backing: MemoryBacking,
+    pub(crate) huge_pages: HugePages,
+}
+
+impl MemorySpec {
+    /// As it is if nobody says more.
+    pub(crate) fn new(bytes: u64) -> Self {
+        Self {
+            bytes,
+            hotplug_bytes: 0,
+            backing: MemoryBacking::default(),
+            huge_pages: HugePages::default(),
+        }
+    }
+}
+
 /// A checked configuration: files are open, numbers are in range.
 pub struct Spec {
     pub(crate) boot: Boot,
-    pub(crate) cpus: u32,
-    pub(crate) memory_bytes: u64,
+    pub(crate) cpus: CpuSpec,
+    pub(crate) memory: MemorySpec,
     pub(crate) serial: bool,
     pub(crate) entropy: bool,
     pub(crate) balloon: bool,
@@ -312,7 +398,12 @@ impl VmConfig {
             initramfs: None,
             cmdline: String::new(),
             cpus: default_cpus(),
+            cpus_max: None,
+            cpu_pins: Vec::new(),
             memory_mib: default_memory(),
+            memory_max_mib: None,
+            memory_backing: MemoryBacking::default(),
+            huge_pages: HugePages::default(),
             serial: true,
             entropy: true,
             balloon: true,
@@ -334,13 +425,8 @@ impl VmConfig {
     /// # Errors
     /// The first field that is wrong.
     pub fn check(&self) -> Result<Spec, ConfigError> {
-        in_range("cpus", self.cpus.into(), 1, MAX_CPUS.into())?;
-        in_range(
-            "memory_mib",
-            self.memory_mib,
-            MIN_MEMORY_MIB,
-            MAX_MEMORY_MIB,
-        )?;
+        let cpus = self.check_cpus()?;
+        let memory = self.check_memory()?;
         if let Some(bad) = self.cmdline.chars().find(|c| !(' '..='~').contains(c)) {
             return Err(ConfigError::Cmdline {
                 reason: format!("{bad:?} is not printable ASCII"),
@@ -352,7 +438,7 @@ impl VmConfig {
             Some(path) => Some(open("initramfs", path)?),
             None => None,
         };
-        let disks = self.disks.iter().map(|disk| disk.check(self.cpus));
+        let disks = self.disks.iter().map(|disk| disk.check(cpus.count));
         let disks = disks.collect::<Result<_, _>>()?;
         let networks = self.networks.iter().map(NetConfig::check);
         let networks = networks.collect::<Result<_, _>>()?;
@@ -363,13 +449,53 @@ impl VmConfig {
                 initramfs,
                 cmdline: self.cmdline.clone(),
             },
-            cpus: self.cpus,
-            memory_bytes: self.memory_mib << 20,
+            cpus,
+            memory,
             serial: self.serial,
             entropy: self.entropy,
             balloon: self.balloon,
             disks,
             networks,
+        })
+    }
+
+    fn check_cpus(&self) -> Result<CpuSpec, ConfigError> {
+        in_range("cpus", self.cpus.into(), 1, MAX_CPUS.into())?;
+        let count = self.cpus_max.unwrap_or(self.cpus);
+        in_range("cpus_max", count.into(), self.cpus.into(), MAX_CPUS.into())?;
+        if !self.cpu_pins.is_empty() {
+            let (pins, wanted) = (self.cpu_pins.len() as u64, count.into());
+            in_range("the number of cpu_pins", pins, wanted, wanted)?;
+            let allowed =
+                sched_getaffinity(None).map_err(|source| ConfigError::Affinity(source.into()))?;
+            let is_allowed = |cpu: u32| {
+                let cpu = cpu as usize;
+                cpu < CpuSet::MAX_CPU && allowed.is_set(cpu)
+            };
+            if let Some(cpu) = self.cpu_pins.iter().find(|cpu| !is_allowed(**cpu)) {
+                return Err(ConfigError::Pin(*cpu));
+            }
+        }
+        Ok(CpuSpec {
+            count,
+            online: self.cpus,
+            pins: self.cpu_pins.clone(),
+        })
+    }
+
+    fn check_memory(&self) -> Result<MemorySpec, ConfigError> {
+        let mib = self.memory_mib;
+        in_range("memory_mib", mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        let max = self.memory_max_mib.unwrap_or(mib);
+        in_range("memory_max_mib", max, mib, MAX_MEMORY_MIB)?;
+        if self.huge_pages == HugePages::Reserved && !mib.is_multiple_of(2) {
+            return Err(ConfigError::HalfAPage(mib));
+        }
+        Ok(MemorySpec {
+            bytes: mib << 20,
+            hotplug_bytes: ((max - mib) << 20).next_multiple_of(arch::layout::HOTPLUG_ALIGN),
+            backing: self.memory_backing,
+            huge_pages: self.huge_pages,
         })
     }
 
@@ -395,8 +521,12 @@ impl Spec {
     pub fn flat(code: impl Into<Vec<u8>>) -> Self {
         Self {
             boot: Boot::Flat(code.into()),
-            cpus: 1,
-            memory_bytes: 2 << 20,
+            cpus: CpuSpec {
+                count: 1,
+                online: 1,
+                pins: Vec::new(),
+            },
+            memory: MemorySpec::new(2 << 20),
             serial: false,
             entropy: false,
             balloon: false,
@@ -462,6 +592,27 @@ mod tests {
             let error = config.check().err().unwrap().to_string();
             assert!(error.starts_with(field), "{error}");
         }
+    }
+
+    #[test]
+    fn room_to_grow_is_checked() {
+        let file = elf_file();
+        let check = |change: &dyn Fn(&mut VmConfig)| {
+            let mut config = VmConfig::new(file.path());
+            change(&mut config);
+            config.check().map_err(|error| error.to_string())
+        };
+        let error = |change: &dyn Fn(&mut VmConfig)| check(change).err().unwrap();
+        assert!(error(&|c| c.memory_max_mib = Some(255)).starts_with("memory_max_mib"));
+        assert!(error(&|c| c.cpus_max = Some(0)).starts_with("cpus_max"));
+        assert!(error(&|c| c.cpu_pins = vec![0, 0]).contains("cpu_pins = 2"));
+        assert!(error(&|c| c.cpu_pins = vec![u32::MAX]).contains("CPU 4294967295"));
+        let odd = error(&|c| (c.huge_pages, c.memory_mib) = (HugePages::Reserved, 301));
+        assert!(odd.contains("301"), "{odd}");
+        let grown = |c: &mut VmConfig| (c.memory_max_mib, c.cpus_max) = (Some(257), Some(2));
+        let spec = check(&grown).ok().unwrap();
+        assert_eq!(spec.memory.hotplug_bytes, arch::layout::HOTPLUG_ALIGN);
+        assert_eq!((spec.cpus.count, spec.cpus.online), (2, 1));
     }
 
     #[test]

@@ -43,8 +43,8 @@ mod vm;
 
 pub use builder::{StartError, VmBuilder};
 pub use config::{
-    Boot, ConfigError, DiskConfig, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES, MAX_MEMORY_MIB,
-    MAX_NET_QUEUES, MIN_MEMORY_MIB, NetConfig, Spec, VmConfig,
+    Boot, ConfigError, DiskConfig, HugePages, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES,
+    MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Spec, VmConfig,
 };
 pub use exit::ExitReason;
 pub use koya_devices as devices;

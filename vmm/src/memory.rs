@@ -1,10 +1,19 @@
 //! Guest memory: private, not touched until the guest does, and never counted before.
 
 use crate::arch;
+use crate::config::{HugePages, MemoryBacking, MemorySpec};
+use koya_devices::sys::Advice;
 use koya_devices::virtio::Memory;
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::mmap::{MmapRegion, MmapRegionError};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 /// What a virtual machine holds of the host's memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -59,23 +68,87 @@ fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
 
 /// Why the guest could not have its memory.
 #[derive(Debug, Error)]
-#[error("cannot reserve {mib} MiB of guest memory")]
+#[error("cannot reserve {mib} MiB of guest memory{hint}")]
 pub struct MemoryError {
     mib: u64,
+    hint: &'static str,
     #[source]
-    source: vm_memory::mmap::FromRangesError,
+    source: io::Error,
 }
 
-/// Reserves `bytes` of guest memory at the architecture's addresses. vm-memory maps it
-/// MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE: a page costs nothing until it is touched.
-pub(crate) fn reserve(bytes: u64) -> Result<Memory, MemoryError> {
-    let ranges: Vec<_> = arch::layout::memory_ranges(bytes)
-        .iter()
-        .map(|(start, len)| (GuestAddress(*start), *len as usize))
-        .collect();
-    Memory::from_ranges(&ranges).map_err(|source| MemoryError {
-        mib: bytes >> 20,
+/// The host's huge page, in bytes, as [`HugePages::Reserved`] asks for it.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Reserves guest memory at the architecture's addresses: what the guest starts with, and after it
+/// the room to grow, which is no memory for the guest until it is plugged. A page costs nothing until
+/// it is touched, but for huge pages, which the host sets aside.
+pub(crate) fn reserve(spec: &MemorySpec) -> Result<Memory, MemoryError> {
+    let mib = (spec.bytes + spec.hotplug_bytes) >> 20;
+    try_reserve(spec).map_err(|source| MemoryError {
+        mib,
+        hint: match spec.huge_pages {
+            HugePages::Reserved => " in huge pages; see HugePages_Free in /proc/meminfo",
+            _ => "",
+        },
         source,
+    })
+}
+
+fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
+    let mut ranges = arch::layout::memory_ranges(spec.bytes);
+    if spec.hotplug_bytes > 0 {
+        ranges.push((arch::layout::hotplug_start(spec.bytes), spec.hotplug_bytes));
+    }
+    let file = match spec.backing {
+        MemoryBacking::Anonymous => None,
+        MemoryBacking::Memfd => Some(Arc::new(memory_file(spec)?)),
+    };
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, len) in ranges {
+        let place = file.clone().map(|file| FileOffset::from_arc(file, offset));
+        let mapping = map(len, place, spec.huge_pages)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+        regions.push(region.ok_or(io::ErrorKind::InvalidInput)?);
+        offset += len;
+    }
+    let memory = Memory::from_regions(regions).map_err(io::Error::other)?;
+    if spec.huge_pages == HugePages::Transparent {
+        for region in memory.iter() {
+            let slice = region.as_volatile_slice().map_err(io::Error::other)?;
+            koya_devices::sys::advise(&slice, Advice::HugePages)?;
+        }
+    }
+    Ok(memory)
+}
+
+fn memory_file(spec: &MemorySpec) -> io::Result<File> {
+    let mut flags = MemfdFlags::CLOEXEC;
+    if spec.huge_pages == HugePages::Reserved {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let file = File::from(memfd_create("koya-guest", flags)?);
+    file.set_len(spec.bytes + spec.hotplug_bytes)?;
+    Ok(file)
+}
+
+fn map(len: u64, place: Option<FileOffset>, huge_pages: HugePages) -> io::Result<MmapRegion> {
+    let shared = match place {
+        Some(_) => libc::MAP_SHARED,
+        None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    };
+    let kind = match huge_pages {
+        // Claimed now: a page that is missing later would be a signal in the middle of the guest.
+        HugePages::Reserved if place.is_some() => 0,
+        HugePages::Reserved => {
+            libc::MAP_HUGETLB | (HUGE_PAGE.ilog2() as i32) << libc::MAP_HUGE_SHIFT
+        }
+        _ => libc::MAP_NORESERVE,
+    };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    MmapRegion::build(place, len as usize, protection, shared | kind).map_err(|error| match error {
+        MmapRegionError::Mmap(source) => source,
+        other => io::Error::other(other),
     })
 }
 
@@ -95,7 +168,7 @@ mod tests {
     #[test]
     fn touched_memory_is_seen() {
         use vm_memory::Bytes;
-        let memory = reserve(64 << 20).unwrap();
+        let memory = reserve(&MemorySpec::new(64 << 20)).unwrap();
         let before = usage(&memory).unwrap();
         memory
             .write_slice(&vec![1; 8 << 20], GuestAddress(16 << 20))
@@ -105,5 +178,40 @@ mod tests {
             after.guest - before.guest >= 8 << 20,
             "{before:?} {after:?}"
         );
+    }
+
+    #[test]
+    fn every_kind_of_memory_is_memory() {
+        use vm_memory::Bytes;
+        for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
+            for huge_pages in [HugePages::Host, HugePages::Transparent] {
+                let spec = MemorySpec {
+                    hotplug_bytes: arch::layout::HOTPLUG_ALIGN,
+                    backing,
+                    huge_pages,
+                    ..MemorySpec::new(64 << 20)
+                };
+                let memory = reserve(&spec).unwrap();
+                let more = arch::layout::hotplug_start(spec.bytes);
+                for (address, word) in [(16 << 20, 1u64), (more, 2)] {
+                    memory.write_obj(word, GuestAddress(address)).unwrap();
+                }
+                let word: u64 = memory.read_obj(GuestAddress(16 << 20)).unwrap();
+                assert_eq!(word, 1, "{spec:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_does_not_have_are_refused_at_once() {
+        let spec = MemorySpec {
+            huge_pages: HugePages::Reserved,
+            // More than any host has.
+            ..MemorySpec::new(1 << 46)
+        };
+        for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
+            let error = reserve(&MemorySpec { backing, ..spec }).unwrap_err();
+            assert!(error.to_string().contains("HugePages_Free"), "{error}");
+        }
     }
 }

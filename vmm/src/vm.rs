@@ -13,6 +13,7 @@ use crate::vcpu::Gate;
 use koya_devices::balloon::BalloonHandle;
 use koya_devices::blk::BlockHandle;
 use koya_devices::legacy::SerialPort;
+use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::virtio::Memory;
 use std::io;
@@ -169,6 +170,11 @@ impl VmHandle {
     /// The balloon, if the configuration has one.
     pub fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.balloon.as_ref()
+    }
+
+    /// The device by which memory grows and shrinks, if the configuration has room for it.
+    pub fn mem(&self) -> Option<&MemHandle> {
+        self.handles.mem.as_ref()
     }
 
     /// Offers bytes to the serial console; how many the guest's FIFO had room for.

@@ -115,11 +115,22 @@ pub fn wait_readable<const N: usize>(
     }
 }
 
-/// Gives the whole pages of guest memory in `slice` back to the host; they read as zero from then on.
+/// Advice on guest memory that the host may take (madvise(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Private memory: its pages go back to the host and read as zero from then on.
+    GiveBackPrivate,
+    /// Memory of a file: a hole is made in the file.
+    GiveBackShared,
+    /// Use huge pages where the host has them (transparent huge pages).
+    HugePages,
+}
+
+/// Advises the host on the whole pages of guest memory in `slice`.
 ///
 /// # Errors
 /// What madvise(2) says.
-pub fn give_back<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> io::Result<()> {
+pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> io::Result<()> {
     let page = rustix::param::page_size();
     let guard = slice.ptr_guard_mut();
     let start = guard.as_ptr() as usize;
@@ -128,10 +139,14 @@ pub fn give_back<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> io::Result<()>
     if first >= end {
         return Ok(());
     }
-    // SAFETY: the range lies inside the slice, so inside a mapping of guest memory, which is private
-    // and anonymous: its pages become zeroes, as if the guest had written them.
-    let result =
-        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_DONTNEED) };
+    let advice = match advice {
+        Advice::GiveBackPrivate => libc::MADV_DONTNEED,
+        Advice::GiveBackShared => libc::MADV_REMOVE,
+        Advice::HugePages => libc::MADV_HUGEPAGE,
+    };
+    // SAFETY: the range lies inside the slice, so inside a mapping of guest memory, which is the
+    // guest's alone: at most its pages become zeroes, as if the guest had written them.
+    let result = unsafe { libc::madvise(first as *mut libc::c_void, end - first, advice) };
     checked(result as isize).map(drop)
 }
 

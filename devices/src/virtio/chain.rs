@@ -150,6 +150,13 @@ impl Chain {
         Ok(())
     }
 
+    /// The writable parts, for devices to which a chain is a list of places and not of contents:
+    /// first address and length in bytes.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (GuestAddress, u64)> {
+        let parts = self.writable.iter();
+        parts.map(|part| (part.address, u64::from(part.len)))
+    }
+
     /// The readable memory `[offset, offset + len)`, for I/O without a copy.
     ///
     /// # Errors

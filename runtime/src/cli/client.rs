@@ -97,6 +97,14 @@ pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
     Ok((folder, stream))
 }
 
+/// One request and its one answer.
+pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
+    let (_, stream) = connect(name)?;
+    send(&stream, request, &[])?;
+    let answer = Wire::new(stream).receive()?;
+    Ok(answer.with_context(|| format!("container {name} ended"))?.0)
+}
+
 /// What a container's process answers.
 enum Heard {
     Started(Vec<OwnedFd>),
@@ -106,7 +114,9 @@ enum Heard {
 fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
     match wire.receive()? {
         None => bail!("container {name} ended"),
-        Some((Answer::Stats(_), _)) => bail!("container {name} answers something else"),
+        Some((Answer::Stats(_) | Answer::Size { .. }, _)) => {
+            bail!("container {name} answers something else")
+        }
         Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
         Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
         Some((Answer::Failed { status, reason }, _)) => {

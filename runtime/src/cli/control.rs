@@ -11,7 +11,7 @@ use super::state::{Folder, Owned};
 use super::stats::Stats;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
-use koya::{Container, Process, ProcessConfig, Sandbox, Stdio, User};
+use koya::{Container, Process, ProcessConfig, Sandbox, Size, Stdio, User};
 use serde::{Deserialize, Serialize};
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -49,6 +49,11 @@ pub(super) enum Request {
     Console,
     /// What guest and host use.
     Stats,
+    /// Make the guest larger or smaller.
+    Update {
+        cpus: Option<u32>,
+        memory_mib: Option<u64>,
+    },
 }
 
 /// The answer.
@@ -59,6 +64,8 @@ pub(super) enum Answer {
     Started,
     /// What was asked for; another answer follows.
     Stats(Box<Stats>),
+    /// How large the guest is now; another answer follows.
+    Size { cpus: u32, memory_mib: u64 },
     /// It was done; for a process, its exit status.
     Done(i32),
     /// It was not.
@@ -117,6 +124,14 @@ fn carry_out(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox)
         Request::Stats => {
             let stats = Box::new(Stats::of(sandbox)?);
             send(stream, &Answer::Stats(stats), &[])?;
+        }
+        Request::Update { cpus, memory_mib } => {
+            let size = sandbox.update(Size { cpus, memory_mib })?;
+            let answer = Answer::Size {
+                cpus: size.cpus.unwrap_or_default(),
+                memory_mib: size.memory_mib.unwrap_or_default(),
+            };
+            send(stream, &answer, &[])?;
         }
         Request::Exec {
             args,

@@ -9,6 +9,7 @@ mod environment;
 mod list;
 mod net;
 mod run;
+mod size;
 mod state;
 mod stats;
 mod wire;
@@ -55,6 +56,8 @@ enum Command {
     Rm(list::RmArgs),
     /// Show what containers use, of the guest and of the host
     Stats(stats::StatsArgs),
+    /// Make a running container's guest larger or smaller
+    Update(size::UpdateArgs),
     /// Show the guest kernel's console, and type on it
     Console(client::ConsoleArgs),
     /// Say whether this machine can run Koya, by running a tiny guest
@@ -83,6 +86,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Kill(args) => client::kill(&args),
         Command::Rm(args) => list::rm(&args),
         Command::Stats(args) => stats::main(&args),
+        Command::Update(args) => size::update(&args),
         Command::Console(args) => client::console(&args),
         Command::Check(args) => check::main(&args),
         Command::Env(args) => environment::main(&args),

@@ -3,8 +3,9 @@
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::container_log::LogWriter;
 use super::net::NetArgs;
+use super::size::SizeArgs;
 use super::state::{self, Folder, Owned, Record};
-use super::{FAILED, Outcome, parse_mib};
+use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
@@ -36,12 +37,8 @@ pub(super) struct RunArgs {
     /// An image: an OCI layout directory, a tar of one, or what `docker save` wrote
     #[arg(long, value_name = "PATH", conflicts_with = "rootfs")]
     image: Option<PathBuf>,
-    /// Virtual CPUs, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
-    /// Memory, in MiB or with a unit (512m, 2g)
-    #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
-    memory: u64,
+    #[command(flatten)]
+    size: SizeArgs,
     /// A host directory or file in the container
     #[arg(long, short, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
     volume: Vec<Volume>,
@@ -216,16 +213,16 @@ impl RunArgs {
     }
 
     fn sandbox(&self) -> SandboxConfig {
-        SandboxConfig {
-            cpus: self.cpus,
-            memory_mib: self.memory,
+        let mut config = SandboxConfig {
             disks: self.disk.clone(),
             networks: self.net.networks(),
             cache: self.cache,
             kernel: self.kernel.clone(),
             cmdline: self.kernel_args.clone(),
             ..SandboxConfig::default()
-        }
+        };
+        self.size.set(&mut config);
+        config
     }
 
     /// What the container is, from the image's defaults and the user's words.

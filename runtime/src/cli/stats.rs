@@ -1,11 +1,10 @@
 //! `koya stats`: what containers use, of the guest and of the host.
 
-use super::client::connect;
+use super::client;
 use super::control::{Answer, Request};
 use super::state::Folder;
-use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use koya::Sandbox;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -125,10 +124,7 @@ fn running() -> Result<Vec<String>> {
 }
 
 fn ask(name: &str) -> Result<Stats> {
-    let (_, stream) = connect(name)?;
-    send(&stream, &Request::Stats, &[])?;
-    let answer = Wire::new(stream).receive()?;
-    match answer.with_context(|| format!("container {name} ended"))?.0 {
+    match client::ask(name, &Request::Stats)? {
         Answer::Stats(stats) => Ok(*stats),
         Answer::Failed { reason, .. } => bail!("{reason}"),
         other => bail!("container {name} answers {other:?}"),

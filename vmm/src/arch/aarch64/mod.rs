@@ -55,6 +55,7 @@ pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
 /// Always, for now.
 pub fn load(
     _memory: &Memory,
+    _memory_bytes: u64,
     _boot: &mut Boot,
     _cpus: u32,
     _base_cmdline: &str,

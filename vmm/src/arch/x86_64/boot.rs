@@ -11,7 +11,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, load_cmdline};
 use std::fs::File;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -23,13 +23,14 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// Offset of the 64-bit entry in a bzImage's protected-mode part.
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 
-/// Loads what the guest starts with and returns where its first vCPU enters. `devices` are
-/// words for the command line, one a device.
+/// Loads what the guest starts with and returns where its first vCPU enters. It starts with
+/// `memory_bytes` of memory; `devices` are words for the command line, one a device.
 ///
 /// # Errors
 /// What does not fit or is broken.
 pub fn load(
     memory: &Memory,
+    memory_bytes: u64,
     boot: &mut Boot,
     cpus: u32,
     base_cmdline: &str,
@@ -51,7 +52,7 @@ pub fn load(
     };
     let (mut params, entry, kernel_end) = load_kernel(memory, kernel, format)?;
     if let Some(file) = initramfs {
-        let (address, len) = load_initramfs(memory, file, kernel_end)?;
+        let (address, len) = load_initramfs(memory, memory_bytes, file, kernel_end)?;
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = len as u32;
     }
@@ -61,7 +62,7 @@ pub fn load(
     let len = write_cmdline(memory, &words.join(" "))?;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = len;
-    set_memory_map(memory, &mut params);
+    set_memory_map(memory_bytes, &mut params);
     LinuxBootConfigurator::write_bootparams(
         &BootParams::new(&params, GuestAddress(layout::ZERO_PAGE)),
         memory,
@@ -108,12 +109,13 @@ fn load_kernel(
 /// The initramfs as high as it fits below the hole, on a page of its own.
 fn load_initramfs(
     memory: &Memory,
+    memory_bytes: u64,
     file: &mut File,
     kernel_end: u64,
 ) -> Result<(u64, u64), ArchError> {
     const WHAT: &str = "the initramfs";
     let len = file.metadata().map_err(ArchError::load(WHAT))?.len();
-    let low = layout::memory_ranges(memory_size(memory))[0].1;
+    let low = layout::memory_ranges(memory_bytes)[0].1;
     let address = low
         .checked_sub(len)
         .map(|a| a & !0xfff)
@@ -142,12 +144,8 @@ fn write_cmdline(memory: &Memory, text: &str) -> Result<u32, ArchError> {
     Ok(text.trim().len() as u32)
 }
 
-fn memory_size(memory: &Memory) -> u64 {
-    memory.iter().map(GuestMemoryRegion::len).sum()
-}
-
 /// The e820 map: memory, without what the guest must leave alone.
-fn set_memory_map(memory: &Memory, params: &mut boot_params) {
+fn set_memory_map(memory_bytes: u64, params: &mut boot_params) {
     let mut map = vec![
         (0, layout::MPTABLE, E820_RAM),
         (
@@ -158,7 +156,7 @@ fn set_memory_map(memory: &Memory, params: &mut boot_params) {
         (layout::PANIC_LOG, layout::PANIC_LOG_SIZE, E820_RESERVED),
     ];
     let after_log = layout::PANIC_LOG + layout::PANIC_LOG_SIZE;
-    for (start, len) in layout::memory_ranges(memory_size(memory)) {
+    for (start, len) in layout::memory_ranges(memory_bytes) {
         let from = start.max(after_log);
         map.push((from, start + len - from, E820_RAM));
     }
@@ -209,7 +207,7 @@ mod tests {
     fn the_memory_map_covers_memory_and_never_overlaps() {
         for mib in [32, 3072, 5120] {
             let mut params = boot_params::default();
-            set_memory_map(&memory(mib), &mut params);
+            set_memory_map(mib << 20, &mut params);
             let mut map: Vec<_> = params.e820_table[..params.e820_entries as usize]
                 .iter()
                 .map(|e| (e.addr, e.size))
@@ -229,7 +227,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(40 << 20).unwrap();
         let mut file = file;
-        let error = load_initramfs(&memory(32), &mut file, 0x100_0000).unwrap_err();
+        let error = load_initramfs(&memory(32), 32 << 20, &mut file, 0x100_0000).unwrap_err();
         assert!(error.to_string().contains("do not fit"), "{error}");
     }
 

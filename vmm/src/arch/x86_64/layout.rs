@@ -17,6 +17,7 @@
 //! 0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and task state segment
 //! 0x1_0000_0000  the rest of memory
+//! ............  at the next GiB: room for memory that is plugged while the guest runs
 //! ```
 
 use super::super::MmioSlot;
@@ -80,6 +81,15 @@ pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
 }
 
+/// What the room for more memory is a multiple of, in bytes: Linux's memory block.
+pub const HOTPLUG_ALIGN: u64 = 128 << 20;
+
+/// Where the room for more memory begins, if there are `bytes` at the start.
+pub fn hotplug_start(bytes: u64) -> u64 {
+    let last = memory_ranges(bytes).last().map_or(0, |r| r.0 + r.1);
+    last.max(HOLE_END).next_multiple_of(1 << 30)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +103,16 @@ mod tests {
             for (start, len) in ranges {
                 assert!(start + len <= HOLE_START || start >= HOLE_END);
             }
+        }
+    }
+
+    #[test]
+    fn room_for_more_lies_behind_all_memory() {
+        for mib in [128, 3072, 3073, 70_001] {
+            let bytes = mib << 20;
+            let end = memory_ranges(bytes).last().map(|r| r.0 + r.1).unwrap();
+            let start = hotplug_start(bytes);
+            assert!(start >= end.max(HOLE_END) && start.is_multiple_of(HOTPLUG_ALIGN));
         }
     }
 

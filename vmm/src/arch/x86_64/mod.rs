@@ -15,9 +15,10 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::load;
 
-/// What the guest's kernel is told in any case: how it ends, and what not to look for.
+/// What the guest's kernel is told in any case: how it ends, what not to look for, and to set no
+/// memory aside for devices that can't reach beyond 4 GiB (64 MiB; there are none).
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
-     random.trust_cpu=on rcupdate.rcu_expedited=1";
+     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce";
 
 /// Which kind of kernel begins with `head`; else what the file is.
 ///

@@ -1,0 +1,553 @@
+//! Memory that comes and goes: virtio 1.2, section 5.15 (virtio-mem). How a running guest gets more
+//! memory than it started with, and gives it up again.
+//!
+//! The device manages one region of the guest's addresses, in blocks of [`BLOCK_SIZE`]. At the start
+//! none of it is plugged. The owner asks for so much ([`MemHandle::set_requested`]); the guest's driver
+//! sees the new number in the configuration space, asks to plug or unplug block after block, and adds
+//! them to or takes them from its kernel. What can't be moved away stays plugged: a guest shrinks as
+//! far as it can, and [`MemHandle::plugged`] says how far that was.
+//!
+//! ```text
+//! addr                       addr + usable_region_size      addr + region_size
+//!  │ plugged │ free │ plugged │ ...          │  not to be used yet  │
+//!  └──────── plugged_size → requested_size ──┘
+//! ```
+//!
+//! One queue with one request at a time, served on the event loop. Unplugged blocks go back to the
+//! host at once. A guest that uses blocks that it never plugged harms nobody else: it can hold up to
+//! the region's size, which is what its owner allowed it at most. A reset of the driver leaves plugged
+//! what is plugged (section 5.15.6): the memory may be in use by the guest's next driver.
+
+use crate::give_back::give_back;
+use crate::sync::{guest_fault, lock};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, Memory, QueueError,
+    VirtioDevice, Worker, read_config_space,
+};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use serde::Serialize;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_memory::GuestAddress;
+
+/// What is plugged and unplugged at once, in bytes: a huge page of the host's.
+pub const BLOCK_SIZE: u64 = 2 << 20;
+
+/// Feature bit: memory that is not plugged is not to be read either (section 5.15.3).
+const F_UNPLUGGED_INACCESSIBLE: u32 = 1;
+
+// Requests (section 5.15.6): type, padding to 8 bytes, address, number of blocks.
+const REQUEST_SIZE: usize = 24;
+const REQUEST_PLUG: u16 = 0;
+const REQUEST_UNPLUG: u16 = 1;
+const REQUEST_UNPLUG_ALL: u16 = 2;
+const REQUEST_STATE: u16 = 3;
+
+// Responses: type, padding to 8 bytes, state.
+const RESPONSE_SIZE: u32 = 10;
+const RESPONSE_ACK: u16 = 0;
+const RESPONSE_NACK: u16 = 1;
+const RESPONSE_BUSY: u16 = 2;
+const RESPONSE_ERROR: u16 = 3;
+
+const STATE_PLUGGED: u16 = 0;
+const STATE_UNPLUGGED: u16 = 1;
+const STATE_MIXED: u16 = 2;
+
+/// How far beyond what is requested the driver may look for blocks: two of Linux's memory blocks, so
+/// that what it can't use of one has room in the next.
+const SLACK: u64 = 256 << 20;
+
+const QUEUE_SIZES: &[u16] = &[64];
+
+/// What the device did so far.
+#[derive(Debug, Default, Serialize)]
+pub struct MemMetrics {
+    /// Requests of the driver.
+    pub requests: AtomicU64,
+    /// Bytes that were plugged.
+    pub plugged_bytes: AtomicU64,
+    /// Bytes that were unplugged.
+    pub unplugged_bytes: AtomicU64,
+    /// Requests that the device refused as impossible.
+    pub faults: AtomicU64,
+}
+
+/// The region's state.
+struct Region {
+    start: u64,
+    size: u64,
+    usable: u64,
+    requested: u64,
+    plugged: u64,
+    /// One a block: whether it is plugged.
+    blocks: Vec<bool>,
+}
+
+impl Region {
+    /// The blocks that a request names, if it is one that a driver may make.
+    fn range(&self, address: u64, count: u16) -> Option<std::ops::Range<usize>> {
+        let offset = address.checked_sub(self.start)?;
+        let len = u64::from(count) * BLOCK_SIZE;
+        let fits = offset % BLOCK_SIZE == 0 && offset.checked_add(len)? <= self.usable;
+        let first = (offset / BLOCK_SIZE) as usize;
+        (fits && count > 0).then(|| first..first + usize::from(count))
+    }
+
+    fn set(&mut self, range: std::ops::Range<usize>, plugged: bool) {
+        let len = range.len() as u64 * BLOCK_SIZE;
+        self.blocks[range].fill(plugged);
+        match plugged {
+            true => self.plugged += len,
+            false => self.plugged -= len,
+        }
+    }
+
+    /// Section 5.15.4: it grows with what is requested, and shrinks only when nothing is plugged.
+    fn set_usable(&mut self) {
+        let wanted = (self.requested + SLACK).min(self.size);
+        if self.plugged == 0 || wanted > self.usable {
+            self.usable = wanted;
+        }
+    }
+
+    /// `struct virtio_mem_config` (section 5.15.4).
+    fn config(&self) -> Vec<u8> {
+        let node_and_padding = 0;
+        [
+            BLOCK_SIZE,
+            node_and_padding,
+            self.start,
+            self.size,
+            self.usable,
+            self.plugged,
+            self.requested,
+        ]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect()
+    }
+}
+
+struct Shared {
+    region: Mutex<Region>,
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    metrics: MemMetrics,
+}
+
+/// The memory device.
+pub struct Mem {
+    shared: Arc<Shared>,
+}
+
+/// How a memory device's owner reaches it while the guest uses it.
+#[derive(Clone)]
+pub struct MemHandle {
+    shared: Arc<Shared>,
+}
+
+impl MemHandle {
+    /// Asks the guest to have this many bytes of the region, rounded up to blocks and down to the
+    /// region's size. It does so in its own time; see [`plugged`](Self::plugged).
+    pub fn set_requested(&self, bytes: u64) {
+        let mut region = lock(&self.shared.region);
+        region.requested = match bytes.checked_next_multiple_of(BLOCK_SIZE) {
+            Some(bytes) => bytes.min(region.size),
+            None => region.size,
+        };
+        region.set_usable();
+        drop(region);
+        if let Some(interrupt) = &*lock(&self.shared.interrupt) {
+            interrupt.config();
+        }
+    }
+
+    /// What the guest is asked to have, in bytes.
+    pub fn requested(&self) -> u64 {
+        lock(&self.shared.region).requested
+    }
+
+    /// What it has, in bytes.
+    pub fn plugged(&self) -> u64 {
+        lock(&self.shared.region).plugged
+    }
+
+    /// The most that it can have, in bytes.
+    pub fn size(&self) -> u64 {
+        lock(&self.shared.region).size
+    }
+
+    /// What the device did so far.
+    pub fn metrics(&self) -> &MemMetrics {
+        &self.shared.metrics
+    }
+}
+
+impl Mem {
+    /// A device for the region of guest memory at `start`, of which nothing is plugged.
+    ///
+    /// # Errors
+    /// `InvalidInput` if start or size is not a multiple of [`BLOCK_SIZE`].
+    pub fn new(start: u64, size: u64) -> io::Result<Self> {
+        let whole = start.is_multiple_of(BLOCK_SIZE) && size.is_multiple_of(BLOCK_SIZE);
+        if !whole || size == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{size:#x} bytes at {start:#x} are not whole blocks of {BLOCK_SIZE:#x}"),
+            ));
+        }
+        let mut region = Region {
+            start,
+            size,
+            usable: 0,
+            requested: 0,
+            plugged: 0,
+            blocks: vec![false; (size / BLOCK_SIZE) as usize],
+        };
+        region.set_usable();
+        Ok(Self {
+            shared: Arc::new(Shared {
+                region: Mutex::new(region),
+                interrupt: Mutex::new(None),
+                metrics: MemMetrics::default(),
+            }),
+        })
+    }
+
+    /// What its owner keeps.
+    pub fn handle(&self) -> MemHandle {
+        MemHandle {
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Memory
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << F_UNPLUGGED_INACCESSIBLE
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&lock(&self.shared.region).config(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
+        let queue = activation.take_queue(0)?;
+        *lock(&self.shared.interrupt) = Some(activation.interrupt);
+        Ok(Worker::EventLoop(Box::new(MemWorker {
+            shared: self.shared.clone(),
+            queue,
+        })))
+    }
+
+    fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        lock(&self.shared.interrupt).take();
+    }
+}
+
+struct MemWorker {
+    shared: Arc<Shared>,
+    queue: ActiveQueue,
+}
+
+/// The answer to one request: type and state.
+fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
+    shared.metrics.requests.fetch_add(1, Ordering::Relaxed);
+    let mut bytes = [0; REQUEST_SIZE];
+    let whole = chain.read(memory, 0, &mut bytes).is_ok();
+    let [
+        t0,
+        t1,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        address @ ..,
+        n0,
+        n1,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+    ] = bytes;
+    let address = u64::from_le_bytes(address);
+    let count = u16::from_le_bytes([n0, n1]);
+    let mut region = lock(&shared.region);
+    let answered = match u16::from_le_bytes([t0, t1]) {
+        _ if !whole => None,
+        REQUEST_PLUG => plug(&mut region, address, count),
+        REQUEST_UNPLUG => unplug(&mut region, memory, address, count),
+        REQUEST_UNPLUG_ALL => Some(unplug_all(&mut region, memory)),
+        REQUEST_STATE => state(&region, address, count),
+        _ => None,
+    };
+    answered.unwrap_or_else(|| {
+        guest_fault!("a memory request names what the guest does not have");
+        shared.metrics.faults.fetch_add(1, Ordering::Relaxed);
+        (RESPONSE_ERROR, 0)
+    })
+}
+
+fn plug(region: &mut Region, address: u64, count: u16) -> Option<(u16, u16)> {
+    let range = region.range(address, count)?;
+    if region.blocks[range.clone()].contains(&true) {
+        return None;
+    }
+    if region.plugged + range.len() as u64 * BLOCK_SIZE > region.requested {
+        return Some((RESPONSE_NACK, 0));
+    }
+    region.set(range, true);
+    Some((RESPONSE_ACK, 0))
+}
+
+fn unplug(region: &mut Region, memory: &Memory, address: u64, count: u16) -> Option<(u16, u16)> {
+    let range = region.range(address, count)?;
+    if region.blocks[range.clone()].contains(&false) {
+        return None;
+    }
+    let len = range.len() as u64 * BLOCK_SIZE;
+    if let Err(error) = give_back(memory, GuestAddress(address), len) {
+        log::warn!("cannot give unplugged memory back: {error}");
+        return Some((RESPONSE_BUSY, 0));
+    }
+    region.set(range, false);
+    Some((RESPONSE_ACK, 0))
+}
+
+fn unplug_all(region: &mut Region, memory: &Memory) -> (u16, u16) {
+    if let Err(error) = give_back(memory, GuestAddress(region.start), region.size) {
+        log::warn!("cannot give unplugged memory back: {error}");
+        return (RESPONSE_BUSY, 0);
+    }
+    region.blocks.fill(false);
+    region.plugged = 0;
+    region.set_usable();
+    (RESPONSE_ACK, 0)
+}
+
+fn state(region: &Region, address: u64, count: u16) -> Option<(u16, u16)> {
+    let blocks = &region.blocks[region.range(address, count)?];
+    let state = match (blocks.contains(&true), blocks.contains(&false)) {
+        (true, false) => STATE_PLUGGED,
+        (false, true) => STATE_UNPLUGGED,
+        _ => STATE_MIXED,
+    };
+    Some((RESPONSE_ACK, state))
+}
+
+impl MemWorker {
+    fn serve(&mut self) -> Result<(), QueueError> {
+        let shared = &self.shared;
+        self.queue.drain(|chain, memory| {
+            let before = lock(&shared.region).plugged;
+            let (kind, state) = answer(shared, memory, chain);
+            let after = lock(&shared.region).plugged;
+            let metrics = &shared.metrics;
+            let (counter, change) = match after.checked_sub(before) {
+                Some(more) => (&metrics.plugged_bytes, more),
+                None => (&metrics.unplugged_bytes, before - after),
+            };
+            counter.fetch_add(change, Ordering::Relaxed);
+            let mut response = [0; RESPONSE_SIZE as usize];
+            response[..2].copy_from_slice(&kind.to_le_bytes());
+            response[8..].copy_from_slice(&state.to_le_bytes());
+            match chain.write(memory, 0, &response) {
+                Ok(()) => RESPONSE_SIZE,
+                Err(_) => 0,
+            }
+        })
+    }
+}
+
+impl MutEventSubscriber for MemWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
+            log::error!("memory: cannot watch the queue: {error}");
+        }
+        self.process(Events::empty(self.queue.kick()), ops);
+    }
+
+    fn process(&mut self, _events: Events, ops: &mut EventOps) {
+        self.queue.kick().read().ok();
+        if let Err(error) = self.serve() {
+            self.queue.fail(&error);
+            ops.remove(Events::empty(self.queue.kick())).ok();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
+    use vm_memory::Bytes;
+
+    const START: u64 = 1 << 32;
+    const SIZE: u64 = 512 << 20;
+
+    struct Setup {
+        handle: MemHandle,
+        driver: Driver,
+        worker: MemWorker,
+    }
+
+    fn setup(requested: u64) -> Setup {
+        let ranges = [
+            (GuestAddress(0), MEMORY_SIZE),
+            (GuestAddress(START), SIZE as usize),
+        ];
+        let driver = Driver::with_memory(Arc::new(Memory::from_ranges(&ranges).unwrap()), 16);
+        let device = Mem::new(START, SIZE).unwrap();
+        let handle = device.handle();
+        handle.set_requested(requested);
+        let worker = MemWorker {
+            shared: device.shared.clone(),
+            queue: driver.queue(),
+        };
+        Setup {
+            handle,
+            driver,
+            worker,
+        }
+    }
+
+    impl Setup {
+        /// Type and state of the answer.
+        fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
+            let mut request = [0; REQUEST_SIZE];
+            request[..2].copy_from_slice(&kind.to_le_bytes());
+            request[8..16].copy_from_slice(&address.to_le_bytes());
+            request[16..18].copy_from_slice(&count.to_le_bytes());
+            self.send(&request)
+        }
+
+        fn send(&mut self, request: &[u8]) -> (u16, u16) {
+            let parts = [
+                Buffer::Readable(request.to_vec()),
+                Buffer::Writable(RESPONSE_SIZE),
+            ];
+            let head = self.driver.offer(&parts);
+            self.worker.serve().unwrap();
+            assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
+            let bytes = self.driver.written(head, RESPONSE_SIZE as usize);
+            let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+            (word(0), word(8))
+        }
+    }
+
+    #[test]
+    fn blocks_are_plugged_up_to_what_is_requested() {
+        let mut setup = setup(8 << 20);
+        assert_eq!(setup.ask(REQUEST_PLUG, START, 3), (RESPONSE_ACK, 0));
+        assert_eq!(
+            setup.ask(REQUEST_PLUG, START + (6 << 20), 2).0,
+            RESPONSE_NACK
+        );
+        assert_eq!(
+            setup.ask(REQUEST_PLUG, START + (6 << 20), 1).0,
+            RESPONSE_ACK
+        );
+        assert_eq!(setup.handle.plugged(), 8 << 20);
+        assert_eq!(
+            setup.ask(REQUEST_STATE, START, 4),
+            (RESPONSE_ACK, STATE_PLUGGED)
+        );
+        assert_eq!(
+            setup.ask(REQUEST_STATE, START, 5),
+            (RESPONSE_ACK, STATE_MIXED)
+        );
+        let beyond = START + (8 << 20);
+        assert_eq!(
+            setup.ask(REQUEST_STATE, beyond, 1),
+            (RESPONSE_ACK, STATE_UNPLUGGED)
+        );
+    }
+
+    #[test]
+    fn unplugged_memory_goes_back() {
+        let mut setup = setup(8 << 20);
+        setup.ask(REQUEST_PLUG, START, 4);
+        let memory = setup.driver.memory().clone();
+        let last = GuestAddress(START + (6 << 20));
+        for address in [GuestAddress(START), last] {
+            memory.write_obj(7u8, address).unwrap();
+        }
+        assert_eq!(setup.ask(REQUEST_UNPLUG, START, 3).0, RESPONSE_ACK);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(START)).unwrap(), 0);
+        assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
+        assert_eq!(setup.ask(REQUEST_UNPLUG_ALL, 0, 0).0, RESPONSE_ACK);
+        assert_eq!(memory.read_obj::<u8>(last).unwrap(), 0);
+        assert_eq!(setup.handle.plugged(), 0);
+        let metrics = setup.handle.metrics();
+        assert_eq!(metrics.unplugged_bytes.load(Ordering::Relaxed), 8 << 20);
+    }
+
+    #[test]
+    fn impossible_requests_are_errors_and_change_nothing() {
+        let mut setup = setup(8 << 20);
+        setup.ask(REQUEST_PLUG, START, 1);
+        let usable = START + (264 << 20);
+        for (kind, address, count) in [
+            (REQUEST_PLUG, START, 1),
+            (REQUEST_UNPLUG, START, 2),
+            (REQUEST_UNPLUG, START + BLOCK_SIZE, 1),
+            (REQUEST_PLUG, START + 4096, 1),
+            (REQUEST_PLUG, START - BLOCK_SIZE, 1),
+            (REQUEST_PLUG, START + BLOCK_SIZE, 0),
+            (REQUEST_PLUG, usable, 1),
+            (REQUEST_PLUG, u64::MAX - BLOCK_SIZE + 1, u16::MAX),
+            (REQUEST_STATE, 0, 1),
+            (99, START, 1),
+        ] {
+            let answer = setup.ask(kind, address, count);
+            assert_eq!(answer.0, RESPONSE_ERROR, "{kind} {address:#x} {count}");
+        }
+        assert_eq!(setup.send(&[0; 7]).0, RESPONSE_ERROR);
+        assert_eq!(setup.handle.plugged(), BLOCK_SIZE);
+        let faults = setup.handle.metrics().faults.load(Ordering::Relaxed);
+        assert_eq!(faults, 11);
+    }
+
+    #[test]
+    fn a_new_size_is_announced_and_bounded() {
+        let setup = setup(0);
+        let interrupt = setup.driver.recorder();
+        *lock(&setup.handle.shared.interrupt) = Some(interrupt.clone());
+        setup.handle.set_requested(u64::MAX);
+        assert!(interrupt.config_changed());
+        assert_eq!(setup.handle.requested(), SIZE);
+        setup.handle.set_requested(1);
+        assert_eq!(setup.handle.requested(), BLOCK_SIZE);
+        let device = Mem {
+            shared: setup.handle.shared.clone(),
+        };
+        let field = |at: u64| {
+            let mut word = [0; 8];
+            device.read_config(at, &mut word);
+            u64::from_le_bytes(word)
+        };
+        let all: Vec<u64> = (0..8).map(|n| field(8 * n)).collect();
+        let usable = BLOCK_SIZE + SLACK;
+        assert_eq!(all, [BLOCK_SIZE, 0, START, SIZE, usable, 0, BLOCK_SIZE, 0]);
+    }
+
+    #[test]
+    fn a_region_that_is_no_blocks_is_refused() {
+        for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
+            assert!(Mem::new(start, size).is_err());
+        }
+    }
+}

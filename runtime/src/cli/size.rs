@@ -1,0 +1,114 @@
+//! How large a container's guest is: options of `koya run`, and `koya update`.
+
+use super::client;
+use super::control::{Answer, Request};
+use super::{FAILED, Outcome, parse_mib};
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use koya::{HugePages, MemoryBacking, SandboxConfig};
+
+#[derive(Args)]
+pub(super) struct SizeArgs {
+    /// Virtual CPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// Virtual CPUs that `koya update` may turn on (default: those of --cpus)
+    #[arg(long, value_name = "N")]
+    cpus_max: Option<u32>,
+    /// The host's CPU for each virtual CPU to stay on, such as 0,2
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    cpu_pin: Vec<u32>,
+    /// Memory, in MiB or with a unit (512m, 2g); the guest's kernel has its own on top
+    #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
+    memory: u64,
+    /// Memory that `koya update` may give (default: that of --memory)
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
+    memory_max: Option<u64>,
+    /// Whose memory it is on the host
+    #[arg(long, value_name = "KIND", default_value = "anonymous")]
+    memory_backing: Backing,
+    /// The pages of the host that memory is made of
+    #[arg(long, value_name = "KIND", default_value = "host")]
+    huge_pages: Pages,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backing {
+    /// The sandbox's process alone has it
+    Anonymous,
+    /// A memory file
+    Memfd,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Pages {
+    /// As the host has it for every process
+    Host,
+    /// Transparent huge pages
+    Transparent,
+    /// Huge pages that the host has set aside (vm.nr_hugepages)
+    Reserved,
+}
+
+impl SizeArgs {
+    pub(super) fn set(&self, config: &mut SandboxConfig) {
+        config.cpus = self.cpus;
+        config.cpus_max = self.cpus_max;
+        config.cpu_pins = self.cpu_pin.clone();
+        config.memory_mib = self.memory;
+        config.memory_max_mib = self.memory_max;
+        config.memory_backing = match self.memory_backing {
+            Backing::Anonymous => MemoryBacking::Anonymous,
+            Backing::Memfd => MemoryBacking::Memfd,
+        };
+        config.huge_pages = match self.huge_pages {
+            Pages::Host => HugePages::Host,
+            Pages::Transparent => HugePages::Transparent,
+            Pages::Reserved => HugePages::Reserved,
+        };
+    }
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+struct Wish {
+    /// CPUs to have on, up to --cpus-max of `koya run`
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Memory to have, up to --memory-max of `koya run`; below its --memory a balloon takes the rest
+    #[arg(long, short, value_name = "SIZE", value_parser = parse_mib)]
+    memory: Option<u64>,
+}
+
+#[derive(Args)]
+pub(super) struct UpdateArgs {
+    #[command(flatten)]
+    wish: Wish,
+    /// The container
+    name: String,
+}
+
+/// What the guest's memory grows and shrinks by, in MiB.
+const MEMORY_BLOCK_MIB: u64 = koya::vmm::devices::mem::BLOCK_SIZE >> 20;
+
+/// `koya update`
+pub(super) fn update(args: &UpdateArgs) -> Outcome {
+    let Wish { cpus, memory } = args.wish;
+    let request = Request::Update {
+        cpus,
+        memory_mib: memory,
+    };
+    let (got_cpus, got_memory) = match client::ask(&args.name, &request)? {
+        Answer::Size { cpus, memory_mib } => (cpus, memory_mib),
+        Answer::Failed { reason, .. } => bail!("{reason}"),
+        other => bail!("container {} answers {other:?}", args.name),
+    };
+    println!("{got_cpus} CPUs, {got_memory} MiB of memory");
+    let fell_short = cpus.is_some_and(|wish| wish != got_cpus) // Memory comes and goes in blocks.
+        || memory.is_some_and(|wish| wish.abs_diff(got_memory) >= MEMORY_BLOCK_MIB);
+    if fell_short {
+        eprintln!("koya: that is as far as the guest goes now; it uses what it does not give up");
+        return Ok(FAILED);
+    }
+    Ok(0)
+}

@@ -1,0 +1,261 @@
+//! How large a guest is: what its programs see of what it gets, and how that changes while it runs.
+
+use crate::agent::Agent;
+use crate::sandbox::SandboxConfig;
+use crate::{Error, Sandbox};
+use koya_vmm::{HugePages, VmConfig, VmHandle};
+use std::time::{Duration, Instant};
+
+/// How long a guest may go without a step towards the size that it was asked to have.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// The size of a running guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// CPUs that are on. As a wish: none leaves them as they are.
+    pub cpus: Option<u32>,
+    /// Memory in MiB, as [`SandboxConfig::memory_mib`] counts it. As a wish: none leaves it as it is.
+    pub memory_mib: Option<u64>,
+}
+
+/// What the guest's kernel keeps for itself of all memory, so that it is not in `MemTotal`. Measured
+/// with Koya's kernel from 96 MiB to 8 GiB, to the page; another kernel differs in the first figure.
+mod kernel {
+    /// Image, tables, panic log, the PC's hole, in KiB.
+    pub(super) const FIXED_KIB: u64 = 20_384 - CPU_KIB;
+    /// Each CPU's own variables, in KiB.
+    pub(super) const CPU_KIB: u64 = 176;
+    /// Linux's memory section, in MiB, and what describes its pages (64 bytes each), in KiB.
+    pub(super) const SECTION_MIB: u64 = 128;
+    pub(super) const SECTION_KIB: u64 = 2048;
+    /// Hash tables of names and inodes: bytes for each KiB of memory, before rounding up.
+    pub(super) const HASHES: u64 = 3;
+    /// From this on they grow more slowly, in MiB (ADAPT_SCALE_BASE in mm/mm_init.c).
+    pub(super) const SLOWER_MIB: u64 = 64 << 10;
+}
+
+/// `MemTotal` in KiB of a guest with so much memory.
+fn mem_total_kib(ram_mib: u64, cpus: u32) -> u64 {
+    use kernel::*;
+    let sections = ram_mib.div_ceil(SECTION_MIB);
+    let mut slower = 0;
+    let mut step = SLOWER_MIB;
+    while step < ram_mib {
+        slower += 1;
+        step <<= 2;
+    }
+    let hashes_kib = (ram_mib.next_power_of_two() * HASHES / 2) >> slower;
+    let kept = FIXED_KIB + CPU_KIB * u64::from(cpus) + SECTION_KIB * sections + hashes_kib;
+    (ram_mib * 1024).saturating_sub(kept)
+}
+
+/// The least memory, in MiB and in whole steps, of which `total_mib` are left to the guest.
+fn ram_for(total_mib: u64, cpus: u32, step: u64) -> u64 {
+    let mut ram = total_mib.next_multiple_of(step);
+    while mem_total_kib(ram, cpus) < total_mib.saturating_mul(1024) {
+        let missing = (total_mib * 1024 - mem_total_kib(ram, cpus)).div_ceil(1024);
+        ram += missing.next_multiple_of(step);
+    }
+    ram
+}
+
+impl SandboxConfig {
+    /// Sets what the virtual machine is to have, so that the guest has what was asked for.
+    pub(crate) fn size(&self, machine: &mut VmConfig) {
+        let step = match self.huge_pages {
+            HugePages::Reserved => 2,
+            _ => 1,
+        };
+        let cpus = self.cpus_max.unwrap_or(self.cpus);
+        // What is out of range is the configuration's to refuse, by its own name.
+        let ram = match self.memory_mib {
+            koya_vmm::MIN_MEMORY_MIB..=koya_vmm::MAX_MEMORY_MIB => {
+                ram_for(self.memory_mib, cpus, step).min(koya_vmm::MAX_MEMORY_MIB)
+            }
+            other => other,
+        };
+        machine.cpus = self.cpus;
+        machine.cpus_max = self.cpus_max;
+        machine.cpu_pins = self.cpu_pins.clone();
+        machine.memory_mib = ram;
+        machine.memory_max_mib =
+            self.memory_max_mib
+                .map(|max| match max.checked_sub(self.memory_mib) {
+                    Some(more) => (ram + more).min(koya_vmm::MAX_MEMORY_MIB),
+                    None => max,
+                });
+        machine.memory_backing = self.memory_backing;
+        machine.huge_pages = self.huge_pages;
+    }
+}
+
+impl Sandbox {
+    /// Makes the running guest larger or smaller, and returns what it is then: a guest gives up only
+    /// what it can do without. CPUs come before memory when it grows, as memory does when it shrinks.
+    ///
+    /// Memory above [`SandboxConfig::memory_mib`] is plugged and unplugged (virtio-mem); below it, a
+    /// balloon takes what is to be given up.
+    ///
+    /// # Errors
+    /// [`Error::Size`] for what is beyond the configuration's limits; nothing is changed then.
+    pub fn update(&self, wish: Size) -> Result<Size, Error> {
+        let limits = self.limits();
+        if let Some(cpus) = wish.cpus
+            && !(1..=limits.cpus_max).contains(&cpus)
+        {
+            return Err(Error::Size {
+                what: "CPUs",
+                asked: cpus.into(),
+                min: 1,
+                max: limits.cpus_max.into(),
+            });
+        }
+        let machine = self.machine();
+        if let Some(mib) = wish.memory_mib {
+            let least = match machine.balloon() {
+                Some(_) => koya_vmm::MIN_MEMORY_MIB.min(limits.memory_mib),
+                None => limits.memory_mib,
+            };
+            if !(least..=limits.memory_max_mib).contains(&mib) {
+                return Err(Error::Size {
+                    what: "MiB of memory",
+                    asked: mib,
+                    min: least,
+                    max: limits.memory_max_mib,
+                });
+            }
+        }
+        if let Some(mib) = wish.memory_mib {
+            set_memory(machine, limits.memory_mib, mib);
+        }
+        if let Some(cpus) = wish.cpus {
+            self.agent().set_online_cpus(cpus)?;
+        }
+        if wish.memory_mib.is_some() {
+            settle(machine);
+        }
+        self.size()
+    }
+
+    /// How large the guest is.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn size(&self) -> Result<Size, Error> {
+        let machine = self.machine();
+        let plugged = machine.mem().map_or(0, |mem| mem.plugged());
+        let given_up = machine.balloon().map_or(0, |balloon| balloon.actual());
+        let bytes = (self.limits().memory_mib << 20) + plugged;
+        Ok(Size {
+            cpus: Some(online_cpus(self.agent())?),
+            memory_mib: Some(bytes.saturating_sub(given_up) >> 20),
+        })
+    }
+}
+
+/// What a guest's size may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) cpus_max: u32,
+    pub(crate) memory_mib: u64,
+    pub(crate) memory_max_mib: u64,
+}
+
+impl Limits {
+    pub(crate) fn of(config: &SandboxConfig) -> Self {
+        Self {
+            cpus_max: config.cpus_max.unwrap_or(config.cpus),
+            memory_mib: config.memory_mib,
+            memory_max_mib: config.memory_max_mib.unwrap_or(config.memory_mib),
+        }
+    }
+}
+
+fn online_cpus(agent: &Agent) -> Result<u32, Error> {
+    Ok(agent.details()?.cpus_online)
+}
+
+fn set_memory(machine: &VmHandle, start_mib: u64, wish_mib: u64) {
+    if let Some(mem) = machine.mem() {
+        mem.set_requested(wish_mib.saturating_sub(start_mib) << 20);
+    }
+    if let Some(balloon) = machine.balloon() {
+        balloon.set_target(start_mib.saturating_sub(wish_mib) << 20);
+    }
+}
+
+/// Waits while the guest gets nearer to what it is asked for.
+fn settle(machine: &VmHandle) {
+    let look = || {
+        let plugged = machine.mem().map(|m| (m.plugged(), m.requested()));
+        let given_up = machine.balloon().map(|b| (b.actual(), b.target()));
+        [plugged, given_up]
+    };
+    let mut seen = look();
+    let mut changed = Instant::now();
+    let is_there = |pairs: &[Option<(u64, u64)>]| pairs.iter().flatten().all(|(a, b)| a == b);
+    while !is_there(&seen) && changed.elapsed() < PATIENCE && machine.ended().is_none() {
+        std::thread::sleep(LOOK);
+        let now = look();
+        if now != seen {
+            (seen, changed) = (now, Instant::now());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_total_is_as_measured() {
+        // Memory in MiB, CPUs, and what a guest said.
+        for (ram, cpus, total) in [
+            (96, 1, 75_684),
+            (300, 1, 279_904),
+            (1024, 1, 1_010_272),
+            (3000, 1, 2_996_320),
+            (8192, 1, 8_224_864),
+            (256, 8, 236_044),
+        ] {
+            let model = mem_total_kib(ram, cpus);
+            assert!(
+                model.abs_diff(total) < 16,
+                "{ram} MiB: {model}, not {total}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_there_and_little_more() {
+        for total in [
+            32, 106, 107, 128, 255, 256, 1000, 4096, 70_000, 300_000, 500_000,
+        ] {
+            for step in [1, 2] {
+                let kib = mem_total_kib(ram_for(total, 4, step), 4);
+                let range = total * 1024..=(total + 8) * 1024;
+                assert!(range.contains(&kib), "{total} MiB: {kib} KiB");
+            }
+        }
+    }
+
+    #[test]
+    fn room_to_grow_is_kept_and_nonsense_is_passed_on() {
+        let size = |memory_mib, memory_max_mib| {
+            let config = SandboxConfig {
+                memory_mib,
+                memory_max_mib,
+                ..SandboxConfig::default()
+            };
+            let mut machine = VmConfig::new("kernel");
+            config.size(&mut machine);
+            (machine.memory_mib, machine.memory_max_mib)
+        };
+        let (ram, max) = size(256, Some(1256));
+        assert!(ram > 256 && max == Some(ram + 1000));
+        assert_eq!(size(256, Some(100)).1, Some(100));
+        assert_eq!(size(u64::MAX, None), (u64::MAX, None));
+    }
+}
