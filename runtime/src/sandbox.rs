@@ -13,7 +13,7 @@ use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, Shares};
-use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, Vsock};
+use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::{DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -56,6 +56,9 @@ pub struct SandboxConfig {
     pub networks: Vec<NetworkConfig>,
     /// What the guest may remember of shared files.
     pub cache: Cache,
+    /// The Unix socket by which processes of the host reach vsock ports of the guest; see
+    /// [`UnixSockets`]. Default: none.
+    pub vsock: Option<PathBuf>,
     /// The guest kernel; looked for if none is given.
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs; looked for if none is given.
@@ -77,6 +80,7 @@ impl Default for SandboxConfig {
             disks: Vec::new(),
             networks: Vec::new(),
             cache: Cache::default(),
+            vsock: None,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
@@ -114,6 +118,7 @@ pub(crate) struct Inner {
     pub(crate) handle: VmHandle,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
+    _sockets: Option<UnixSockets>,
     end: Arc<End>,
 }
 
@@ -189,6 +194,14 @@ impl Sandbox {
             .listen(CONTROL_PORT)
             .map_err(Error::host("listen for the agent"))?;
         let streams = Streams::listen(&ports).map_err(Error::host("listen for streams"))?;
+        let sockets = match &config.vsock {
+            Some(path) => {
+                let sockets = UnixSockets::listen(&ports, path);
+                let what = || format!("listen on {}", path.display());
+                Some(sockets.map_err(|e| Error::host(what())(e))?)
+            }
+            None => None,
+        };
         let shares = Shares::default();
         let options = Options {
             cache: config.cache,
@@ -219,6 +232,7 @@ impl Sandbox {
                 console,
                 handle: vm.handle(),
                 _connection: connection,
+                _sockets: sockets,
                 end: End::watch(vm).map_err(Error::host("start a thread"))?,
             }),
             ready_after: started.elapsed(),

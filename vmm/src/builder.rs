@@ -18,6 +18,7 @@ use koya_devices::net::NetHandle;
 use koya_devices::rng::Rng;
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::{Memory, VirtioDevice};
+use koya_devices::vsock::{Ports, UnixSockets, Vsock};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io::{self, Write};
@@ -72,6 +73,7 @@ pub struct VmBuilder {
     devices: Vec<Box<dyn VirtioDevice>>,
     console: Box<dyn Write + Send>,
     handles: Handles,
+    sockets: Option<UnixSockets>,
 }
 
 /// What the owner of a running machine keeps of its devices.
@@ -90,6 +92,7 @@ impl VmBuilder {
             devices: Vec::new(),
             console: Box::new(io::sink()),
             handles: Handles::default(),
+            sockets: None,
         }
     }
 
@@ -156,6 +159,7 @@ impl VmBuilder {
             serial,
             self.handles,
         );
+        vm.keep_sockets(self.sockets);
         for (index, (fd, kicker)) in vcpus.into_iter().zip(kickers).enumerate() {
             // From here on dropping `vm` ends and joins the threads that exist.
             let pin = self.spec.cpus.pins.get(index).copied();
@@ -200,6 +204,12 @@ impl VmBuilder {
         for network in std::mem::take(&mut self.spec.networks) {
             self.handles.networks.push(network.handle());
             devices.push(Box::new(network));
+        }
+        if let Some(vsock) = &self.spec.vsock {
+            let ports = Ports::new().map_err(host("make the vsock device"))?;
+            let sockets = UnixSockets::listen(&ports, &vsock.socket);
+            self.sockets = Some(sockets.map_err(host("listen on the vsock's socket"))?);
+            devices.push(Box::new(Vsock::new(vsock.cid.into(), ports)));
         }
         if self.spec.balloon {
             let balloon = Balloon::new().map_err(host("make the balloon"))?;

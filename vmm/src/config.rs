@@ -4,6 +4,7 @@ use crate::arch;
 use koya_devices::blk::{Disk, DiskOptions, IoEngine, MAX_QUEUES};
 use koya_devices::net::{MAX_PAIRS, MIN_MTU, MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
+use koya_devices::vsock::FIRST_GUEST_CID;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -76,6 +77,25 @@ pub struct VmConfig {
     /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
+    /// Sockets between the guest and processes of the host. Default: none.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+}
+
+/// A guest's vsock, for other processes of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's address, 3 or more. Every guest may have the same. Default: 3.
+    #[serde(default = "default_cid")]
+    pub cid: u32,
+    /// The Unix socket by which processes of the host reach the guest, and beside which the guest
+    /// finds theirs; see [`UnixSockets`](koya_devices::vsock::UnixSockets). No default.
+    pub socket: PathBuf,
+}
+
+fn default_cid() -> u32 {
+    FIRST_GUEST_CID as u32
 }
 
 /// Whose memory a guest's is on the host.
@@ -388,6 +408,7 @@ pub struct Spec {
     pub(crate) balloon: bool,
     pub(crate) disks: Vec<DiskSpec>,
     pub(crate) networks: Vec<Net>,
+    pub(crate) vsock: Option<VsockConfig>,
 }
 
 impl VmConfig {
@@ -409,6 +430,7 @@ impl VmConfig {
             balloon: true,
             disks: Vec::new(),
             networks: Vec::new(),
+            vsock: None,
         }
     }
 
@@ -431,6 +453,10 @@ impl VmConfig {
             return Err(ConfigError::Cmdline {
                 reason: format!("{bad:?} is not printable ASCII"),
             });
+        }
+        if let Some(vsock) = &self.vsock {
+            let cids = (FIRST_GUEST_CID, u64::from(u32::MAX - 1));
+            in_range("vsock.cid", vsock.cid.into(), cids.0, cids.1)?;
         }
         let mut kernel = open("kernel", &self.kernel)?;
         let format = self.kernel_format(&mut kernel)?;
@@ -456,6 +482,7 @@ impl VmConfig {
             balloon: self.balloon,
             disks,
             networks,
+            vsock: self.vsock.clone(),
         })
     }
 
@@ -532,6 +559,7 @@ impl Spec {
             balloon: false,
             disks: Vec::new(),
             networks: Vec::new(),
+            vsock: None,
         }
     }
 }

@@ -45,6 +45,7 @@ pub use builder::{StartError, VmBuilder};
 pub use config::{
     Boot, ConfigError, DiskConfig, HugePages, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES,
     MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Spec, VmConfig,
+    VsockConfig,
 };
 pub use exit::ExitReason;
 pub use koya_devices as devices;

@@ -16,6 +16,7 @@ use koya_devices::legacy::SerialPort;
 use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::virtio::Memory;
+use koya_devices::vsock::UnixSockets;
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -29,6 +30,7 @@ pub struct Vm {
     event_loop: LoopThread,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
+    sockets: Option<UnixSockets>,
     // Last: vCPUs and devices use them.
     _machine: Machine,
     memory: Arc<Memory>,
@@ -66,6 +68,7 @@ impl Vm {
             event_loop,
             serial,
             handles: Arc::new(handles),
+            sockets: None,
             _machine: machine,
             memory,
         }
@@ -73,6 +76,11 @@ impl Vm {
 
     pub(crate) fn add_thread(&mut self, thread: JoinHandle<()>) {
         self.threads.push(thread);
+    }
+
+    /// Keeps them until it is taken down.
+    pub(crate) fn keep_sockets(&mut self, sockets: Option<UnixSockets>) {
+        self.sockets = sockets;
     }
 
     /// A handle for other threads.
@@ -106,6 +114,7 @@ impl Vm {
                 log::error!("a vCPU thread panicked");
             }
         }
+        self.sockets.take();
         self.bus.shut_down();
         self.event_loop.stop();
     }

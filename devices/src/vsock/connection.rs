@@ -67,6 +67,8 @@ pub struct Connection {
     guest_ended: bool,
     guest_deaf: bool,
     reset_received: bool,
+    /// What the host's end is told once the guest has accepted.
+    greeting: Option<String>,
 }
 
 impl Connection {
@@ -78,9 +80,10 @@ impl Connection {
         connection
     }
 
-    /// The host asks for it.
-    pub fn requested(stream: UnixStream, window: u32) -> Self {
+    /// The host asks for it. Its end gets `greeting`, if there is one, once the guest has accepted.
+    pub fn requested(stream: UnixStream, window: u32, greeting: Option<String>) -> Self {
         let mut connection = Self::new(stream, State::Connecting, window);
+        connection.greeting = greeting;
         connection.owed.push_back((Op::Request, 0));
         connection
     }
@@ -102,6 +105,7 @@ impl Connection {
             guest_ended: false,
             guest_deaf: false,
             reset_received: false,
+            greeting: None,
         }
     }
 
@@ -165,7 +169,7 @@ impl Connection {
     /// A packet of the guest's other than data or a request.
     pub fn receive_control(&mut self, op: Op, flags: u32) {
         match (self.state, op) {
-            (State::Connecting, Op::Response) => self.state = State::Established,
+            (State::Connecting, Op::Response) => self.accepted_by_guest(),
             (State::Draining | State::Dead, _) => {}
             (State::Established, Op::Reset) if self.guest_ended && !self.buffer.is_empty() => {
                 self.reset_received = true;
@@ -181,6 +185,16 @@ impl Connection {
             (State::Established, Op::CreditUpdate) => {}
             // Anything else is out of turn.
             _ => self.kill(),
+        }
+    }
+
+    fn accepted_by_guest(&mut self) {
+        self.state = State::Established;
+        if let Some(greeting) = self.greeting.take()
+            // Nothing was written before: there is room for a line.
+            && self.stream.write_all(greeting.as_bytes()).is_err()
+        {
+            self.host_gone();
         }
     }
 
@@ -312,6 +326,19 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hosts_process_is_told_when_the_guest_has_accepted() {
+        use std::io::Read;
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut connection = Connection::requested(ours, BUFFER_SIZE, Some("OK 5\n".into()));
+        theirs.set_nonblocking(true).unwrap();
+        let mut line = [0; 16];
+        assert!(theirs.read(&mut line).is_err(), "nothing yet");
+        connection.receive_control(Op::Response, 0);
+        let count = theirs.read(&mut line).unwrap();
+        assert_eq!(&line[..count], b"OK 5\n");
+    }
     use std::io::Read;
 
     fn established() -> (Connection, UnixStream) {

@@ -5,6 +5,8 @@
 //! it ([`Ports::listen`]), and [`Ports::connect`] reaches a listener in the guest. Either way the
 //! host's end is an ordinary Unix stream, so that anything that can use a socket can use it.
 //!
+//! For other processes of the host there are [`UnixSockets`].
+//!
 //! # A stream's life
 //! ```text
 //! guest connects:  REQUEST → (handler found) RESPONSE → RW … RW → SHUTDOWN → RST
@@ -21,9 +23,11 @@ pub mod device;
 pub mod muxer;
 pub mod packet;
 mod ports;
+mod sockets;
 
 pub use device::Vsock;
 pub use ports::{Listener, Ports};
+pub use sockets::UnixSockets;
 
 /// The host's address (section 5.10.4).
 pub const HOST_CID: u64 = 2;

@@ -1,8 +1,9 @@
 //! All streams of one guest, and what is owed to it, in turn.
 
+use super::HOST_CID;
 use super::connection::{BUFFER_SIZE, Connection, SMALL_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
-use super::{HOST_CID, Ports};
+use super::ports::{Ports, Wanted};
 use crate::sys;
 use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -176,7 +177,12 @@ impl Muxer {
 
     /// Starts the streams that the host asked for.
     pub fn connect_wanted(&mut self) {
-        for (guest, stream) in self.ports.take_wanted() {
+        for Wanted {
+            port: guest,
+            stream,
+            is_line_wanted,
+        } in self.ports.take_wanted()
+        {
             if self.connections.len() >= self.limit || stream.set_nonblocking(true).is_err() {
                 continue; // Dropped: the host's end sees the end of its stream.
             }
@@ -188,7 +194,8 @@ impl Muxer {
                 key.host = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
             }
             self.next_port = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
-            self.insert(key, Connection::requested(stream, self.window()));
+            let greeting = is_line_wanted.then(|| format!("OK {}\n", key.host));
+            self.insert(key, Connection::requested(stream, self.window(), greeting));
         }
     }
 

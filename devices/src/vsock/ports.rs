@@ -25,10 +25,20 @@ enum Target {
 
 struct Inner {
     targets: Mutex<HashMap<u32, Target>>,
-    /// Connections that the host asked for and the device has not taken up: guest port and the
-    /// device's end.
-    wanted: Mutex<Vec<(u32, UnixStream)>>,
+    /// Where ports lead that are not in `targets`: to sockets with this path and the port's number.
+    fallback: Mutex<Option<PathBuf>>,
+    wanted: Mutex<Vec<Wanted>>,
     wake: EventFd,
+}
+
+/// A connection that the host asked for and the device has not taken up.
+pub(super) struct Wanted {
+    /// The guest's port.
+    pub(super) port: u32,
+    /// The device's end.
+    pub(super) stream: UnixStream,
+    /// Whether the other end is told when the guest has accepted.
+    pub(super) is_line_wanted: bool,
 }
 
 /// The host's side of a guest's vsock. Cheap to clone.
@@ -51,6 +61,7 @@ impl Ports {
     pub fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(Inner {
             targets: Mutex::default(),
+            fallback: Mutex::default(),
             wanted: Mutex::default(),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         })))
@@ -85,9 +96,28 @@ impl Ports {
     /// If the host gives no sockets.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        lock(&self.0.wanted).push((port, theirs));
-        self.0.wake.write(1)?;
+        self.want(port, theirs, false)?;
         Ok(ours)
+    }
+
+    /// Connects a stream that is there to a port of the guest; its other end gets a line `OK PORT`,
+    /// with the host's port, once the guest has accepted.
+    pub(super) fn connect_stream(&self, port: u32, stream: UnixStream) -> io::Result<()> {
+        self.want(port, stream, true)
+    }
+
+    fn want(&self, port: u32, stream: UnixStream, is_line_wanted: bool) -> io::Result<()> {
+        lock(&self.0.wanted).push(Wanted {
+            port,
+            stream,
+            is_line_wanted,
+        });
+        self.0.wake.write(1)
+    }
+
+    /// Leads all ports that lead nowhere else to Unix sockets: port 52 to `path` and `_52`.
+    pub(super) fn set_fallback(&self, path: Option<PathBuf>) {
+        *lock(&self.0.fallback) = path;
     }
 
     fn add(&self, port: u32, target: Target) -> io::Result<()> {
@@ -105,7 +135,13 @@ impl Ports {
     /// The device's end of a stream to whoever listens on `port`.
     pub(super) fn accept(&self, port: u32) -> Option<UnixStream> {
         let mut targets = lock(&self.0.targets);
-        let stream = match targets.get(&port)? {
+        let Some(target) = targets.get(&port) else {
+            drop(targets);
+            let mut path = lock(&self.0.fallback).clone()?.into_os_string();
+            path.push(format!("_{port}"));
+            return connect_at_once(path.as_ref()).ok();
+        };
+        let stream = match target {
             Target::Process(sender) => {
                 let (ours, theirs) = UnixStream::pair().ok()?;
                 match sender.try_send(theirs) {
@@ -124,7 +160,7 @@ impl Ports {
     }
 
     /// Connections that the host asked for since the last call.
-    pub(super) fn take_wanted(&self) -> Vec<(u32, UnixStream)> {
+    pub(super) fn take_wanted(&self) -> Vec<Wanted> {
         self.0.wake.read().ok();
         std::mem::take(&mut *lock(&self.0.wanted))
     }

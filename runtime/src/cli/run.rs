@@ -47,6 +47,10 @@ pub(super) struct RunArgs {
     disk: Vec<DiskConfig>,
     #[command(flatten)]
     net: NetArgs,
+    /// A Unix socket by which host processes reach vsock ports of the guest (CONNECT PORT), and
+    /// beside which the guest finds theirs (PATH_PORT)
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
     /// An empty directory in memory
     #[arg(long, value_name = "DST")]
     tmpfs: Vec<PathBuf>,
@@ -217,6 +221,7 @@ impl RunArgs {
             disks: self.disk.clone(),
             networks: self.net.networks(),
             cache: self.cache,
+            vsock: self.vsock.clone(),
             kernel: self.kernel.clone(),
             cmdline: self.kernel_args.clone(),
             ..SandboxConfig::default()

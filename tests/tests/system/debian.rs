@@ -11,7 +11,7 @@ use std::process::Command;
 crate::trials![apt_and_dpkg_work, a_build_gives_the_same_files];
 
 /// A copy of the tree, since tests write to it.
-fn debian() -> Result<PathBuf> {
+pub(crate) fn debian() -> Result<PathBuf> {
     let kept = std::env::var("KOYA_TEST_DEBIAN")
         .context("KOYA_TEST_DEBIAN names no tree; `cargo xtask test` makes one")?;
     let dir = scratch("debian")?;

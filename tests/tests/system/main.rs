@@ -15,6 +15,7 @@ mod network;
 mod run;
 mod tool;
 mod torture;
+mod vsock;
 
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Trial};
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         life::trials(),
         memory::trials(),
         network::trials(),
+        vsock::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
     let Ok(rig) = std::env::var("KOYA_RIG") else {

@@ -1,0 +1,259 @@
+//! A guest's vsock for other processes of the host, by Unix sockets. The convention is the one that
+//! Firecracker's users know (docs/vsock.md there):
+//!
+//! - **To the guest**: connect to the socket `PATH`, write `CONNECT PORT` and a line end, read a line
+//!   `OK HOST_PORT`; from then on the stream leads to the guest's port. If nobody listens there, the
+//!   stream ends without that line.
+//! - **From the guest**: a connection to port N of the host reaches the socket `PATH_N`, on which some
+//!   process of the host listens; if none does, it is refused.
+
+use super::Ports;
+use std::io::{self, Read};
+use std::net::Shutdown;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a client may take to say which port it wants.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The longest line of a client's: `CONNECT 4294967295` and its end.
+const MAX_LINE: usize = 19;
+
+/// How many clients may be about to say which port they want; others wait to be accepted.
+const MAX_CLIENTS: usize = 64;
+
+/// The sockets of one guest. Dropping this closes `PATH` and removes it.
+pub struct UnixSockets {
+    path: PathBuf,
+    ports: Ports,
+    ended: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl UnixSockets {
+    /// Listens at `path`, and leads the guest's connections to the sockets beside it.
+    ///
+    /// # Errors
+    /// If `path` exists (a socket that nobody listens on is replaced), or the host refuses it.
+    pub fn listen(ports: &Ports, path: impl Into<PathBuf>) -> io::Result<Self> {
+        let path = path.into();
+        let listener = bind(&path)?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (ports, ended) = (ports.clone(), ended.clone());
+            std::thread::Builder::new()
+                .name("koya-vsock".into())
+                .spawn(move || serve(&listener, &ports, &ended))
+        };
+        let thread = thread.inspect_err(|_| {
+            std::fs::remove_file(&path).ok();
+        })?;
+        ports.set_fallback(Some(path.clone()));
+        Ok(Self {
+            path,
+            ports: ports.clone(),
+            ended,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for UnixSockets {
+    fn drop(&mut self) {
+        self.ports.set_fallback(None);
+        self.ended.store(true, Ordering::SeqCst);
+        // Wakes the thread from its accept; without the file it would wait for ever.
+        let woken = UnixStream::connect(&self.path).is_ok();
+        std::fs::remove_file(&self.path).ok();
+        if let Some(thread) = self.thread.take()
+            && woken
+            && thread.join().is_err()
+        {
+            log::error!("the thread of the vsock sockets panicked");
+        }
+    }
+}
+
+/// A socket at `path`; one that a killed process left is no obstacle.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let is_socket = path.symlink_metadata()?.file_type().is_socket();
+            let is_left = UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if !is_socket || !is_left {
+                return Err(error);
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
+}
+
+fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
+    crate::sys::block_signals();
+    let clients = Arc::new(AtomicUsize::new(0));
+    while !ended.load(Ordering::SeqCst) {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // No descriptor left, say: not a reason to be deaf for ever, nor to spin.
+                log::warn!("vsock: cannot accept a connection: {error}");
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && !ended.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        clients.fetch_add(1, Ordering::SeqCst);
+        let (ports, count) = (ports.clone(), clients.clone());
+        let spawned = std::thread::Builder::new()
+            .name("koya-vsock-line".into())
+            .spawn(move || {
+                crate::sys::block_signals();
+                if let Err(error) = connect(stream, &ports) {
+                    log::debug!("vsock: a client of the host's: {error}");
+                }
+                count.fetch_sub(1, Ordering::SeqCst);
+            });
+        if let Err(error) = spawned {
+            clients.fetch_sub(1, Ordering::SeqCst);
+            log::warn!("vsock: cannot start a thread: {error}");
+        }
+    }
+}
+
+/// Reads a client's line and gives its stream to the device.
+fn connect(mut stream: UnixStream, ports: &Ports) -> io::Result<()> {
+    let port = read_line(&mut stream).and_then(|line| {
+        parse(&line).ok_or_else(|| io::Error::other(format!("{line:?} is not CONNECT PORT")))
+    });
+    match port {
+        Ok(port) => ports.connect_stream(port, stream),
+        Err(error) => {
+            stream.shutdown(Shutdown::Both).ok();
+            Err(error)
+        }
+    }
+}
+
+/// A line, byte by byte: what follows it is the guest's.
+fn read_line(stream: &mut UnixStream) -> io::Result<String> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut line = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        if byte == *b"\n" {
+            stream.set_read_timeout(None)?;
+            return String::from_utf8(line).map_err(io::Error::other);
+        }
+        line.push(byte[0]);
+        if line.len() >= MAX_LINE {
+            return Err(io::Error::other("the line is too long"));
+        }
+    }
+}
+
+fn parse(line: &str) -> Option<u32> {
+    let port = line.strip_prefix("CONNECT ")?;
+    port.trim_end_matches('\r').parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn lines_are_parsed() {
+        assert_eq!(parse("CONNECT 52"), Some(52));
+        assert_eq!(parse("CONNECT 4294967295"), Some(u32::MAX));
+        for bad in [
+            "",
+            "CONNECT",
+            "CONNECT ",
+            "connect 5",
+            "CONNECT 4294967296",
+            "CONNECT -1",
+        ] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    fn wanted(ports: &Ports) -> Vec<super::super::ports::Wanted> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let wanted = ports.take_wanted();
+            if !wanted.is_empty() || Instant::now() > deadline {
+                return wanted;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    #[test]
+    fn a_client_reaches_the_port_that_it_names_and_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let ports = Ports::new().unwrap();
+        let sockets = UnixSockets::listen(&ports, &path).unwrap();
+        // A client that says nothing keeps nobody waiting.
+        let _silent = UnixStream::connect(&path).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(b"CONNECT 7\nhello").unwrap();
+        let mut wanted = wanted(&ports);
+        let one = &mut wanted[0];
+        assert_eq!((one.port, one.is_line_wanted), (7, true));
+        let mut bytes = [0; 5];
+        one.stream.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"hello");
+        let mut wrong = UnixStream::connect(&path).unwrap();
+        wrong.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let mut rest = Vec::new();
+        // An end, or a reset if what it said was not read to the end.
+        wrong.read_to_end(&mut rest).ok();
+        assert_eq!(rest, b"");
+        drop(sockets);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_guest_reaches_the_socket_of_its_port() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let ports = Ports::new().unwrap();
+        let sockets = UnixSockets::listen(&ports, &path).unwrap();
+        let _listener = UnixListener::bind(dir.path().join("v.sock_52")).unwrap();
+        assert!(ports.accept(52).is_some());
+        assert!(ports.accept(53).is_none());
+        drop(sockets);
+        assert!(ports.accept(52).is_none());
+    }
+
+    #[test]
+    fn a_socket_that_was_left_is_replaced_and_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let ports = Ports::new().unwrap();
+        drop(UnixListener::bind(&path).unwrap());
+        let used = UnixSockets::listen(&ports, &path).unwrap();
+        assert!(UnixSockets::listen(&ports, &path).is_err());
+        drop(used);
+        std::fs::write(&path, "a file").unwrap();
+        assert!(UnixSockets::listen(&ports, &path).is_err());
+        assert!(path.exists());
+    }
+}

@@ -1,0 +1,135 @@
+//! vsock between the guest and processes of the host, by Unix sockets.
+
+use crate::debian::debian;
+use crate::tool::{LIMIT, koya, scratch, stdout, until};
+use anyhow::{Context, Result, ensure};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+crate::trials![thousands_of_streams_at_once, both_sides_connect];
+
+/// The guest's side, in Perl, which Debian's smallest tree has: 40 is AF_VSOCK, and the address is
+/// `struct sockaddr_vm`.
+const GUEST: &str = r#"
+    use Socket; $| = 1;
+    sub address { pack("SSLLx4", 40, 0, @_) }
+    sub dial { my $s; socket($s, 40, SOCK_STREAM, 0) && connect($s, address(@_)) or return; $s }
+    sub serve { my ($port, $count) = @_;
+        socket(my $l, 40, SOCK_STREAM, 0) or die "socket: $!";
+        bind($l, address($port, 0xffffffff)) or die "bind: $!"; listen($l, 4096); print "ready\n";
+        map { accept(my $c, $l) or die "accept: $!"; $c } 1..$count }
+"#;
+
+struct Guest {
+    name: &'static str,
+}
+
+impl Guest {
+    fn start(name: &'static str, socket: &Path, script: &str) -> Result<Self> {
+        let (socket, root) = (socket.to_string_lossy(), debian()?);
+        let script = format!("{GUEST}{script}");
+        let shell = "ulimit -n 4096; exec perl -e \"$0\"";
+        let mut run = koya(["run", "-d", "--name", name, "--vsock", &socket, "--rootfs"]);
+        run.arg(root)
+            .args(["--memory", "512m", "--", "sh", "-c", shell, &script]);
+        stdout(run.output()?)?;
+        Ok(Self { name })
+    }
+
+    fn said(&self) -> Result<String> {
+        stdout(koya(["logs", self.name]).output()?)
+    }
+
+    fn wait_for(&self, line: &str) -> Result<()> {
+        until(line, || Ok(self.said()?.contains(line).then_some(())))
+            .with_context(|| format!("it said {:?}", self.said()))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        koya(["rm", "--force", self.name]).output().ok();
+    }
+}
+
+/// A stream to a port of the guest, once the guest has accepted it.
+fn connect(socket: &Path, port: u32) -> Result<BufReader<UnixStream>> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    writeln!(stream, "CONNECT {port}")?;
+    let mut stream = BufReader::with_capacity(64, stream);
+    let mut line = String::new();
+    stream.read_line(&mut line)?;
+    ensure!(line.starts_with("OK "), "answered {line:?}");
+    Ok(stream)
+}
+
+fn thousands_of_streams_at_once() -> Result<()> {
+    const COUNT: usize = 2000;
+    // This process holds them too.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)?;
+    let socket = scratch("vsock")?.join("v.sock");
+    let script = format!(
+        "my @c = serve(7000, {COUNT}); print \"all there\\n\";
+         for my $c (@c) {{ my $line = <$c>; syswrite $c, \"got $line\" }} print \"done\\n\"; sleep 1000"
+    );
+    let guest = Guest::start("vsock-many", &socket, &script)?;
+    guest.wait_for("ready")?;
+    let mut streams = Vec::new();
+    for n in 0..COUNT {
+        let stream = connect(&socket, 7000);
+        streams.push(stream.with_context(|| format!("stream {n}"))?);
+    }
+    guest.wait_for("all there")?;
+    for (n, stream) in streams.iter_mut().enumerate() {
+        writeln!(stream.get_mut(), "line {n}")?;
+    }
+    for (n, stream) in streams.iter_mut().enumerate() {
+        let mut line = String::new();
+        stream.read_line(&mut line)?;
+        ensure!(line == format!("got line {n}\n"), "stream {n}: {line:?}");
+    }
+    Ok(())
+}
+
+/// The guest dials two ports of the host, one of which nobody listens on, and sends back what it gets;
+/// the host dials a port that nobody listens on.
+fn both_sides_connect() -> Result<()> {
+    const SIZE: usize = 8 << 20;
+    let socket = scratch("vsock")?.join("v.sock");
+    let listener = UnixListener::bind(socket.with_file_name("v.sock_52"))?;
+    let script = r#"
+        print "refused\n" unless dial(53, 2);
+        my $s = dial(52, 2) or die "connect: $!"; print "connected\n";
+        while (sysread $s, my $b, 65536) { for (my $o = 0; $o < length $b;) { $o += syswrite $s, $b, 65536, $o } }
+        shutdown $s, 1; sleep 1000
+    "#;
+    let guest = Guest::start("vsock-both", &socket, script)?;
+    guest.wait_for("refused\nconnected")?;
+    let (mut stream, _) = listener.accept()?;
+    let sent: Vec<u8> = (0..SIZE).map(|n| (n / 7) as u8).collect();
+    let writer = {
+        let (mut stream, sent) = (stream.try_clone()?, sent.clone());
+        std::thread::spawn(move || {
+            stream.write_all(&sent)?;
+            stream.shutdown(std::net::Shutdown::Write)
+        })
+    };
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got)?;
+    writer.join().ok().context("the writer panicked")??;
+    ensure!(got == sent, "{} bytes came back, or others", got.len());
+    let nobody = connect(&socket, 99).err().context("port 99 answered")?;
+    ensure!(
+        format!("{nobody:#}").contains("answered \"\""),
+        "{nobody:#}"
+    );
+    Ok(())
+}
