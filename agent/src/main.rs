@@ -13,6 +13,7 @@ mod boot;
 mod console;
 mod cpus;
 mod device_rules;
+mod disks;
 mod executor;
 mod helper;
 mod network;

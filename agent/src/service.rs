@@ -3,6 +3,7 @@
 
 use crate::console::{self, ConsoleSocket};
 use crate::cpus;
+use crate::disks;
 use crate::helper::{self, bundle};
 use crate::network;
 use crate::reaper::{self, End, Reaper};
@@ -11,14 +12,15 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest, Empty,
+    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
+    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
     ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Process, RemoveContainerRequest,
     SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
     Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
-use oci_spec::runtime::{LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, Spec};
+use oci_spec::runtime::Spec;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs;
@@ -301,6 +303,57 @@ impl Agent for Service {
         .await
     }
 
+    async fn attach_disk(
+        &self,
+        _: &TtrpcContext,
+        request: AttachDiskRequest,
+    ) -> ttrpc::Result<Disk> {
+        self.ask(async move |_: State| {
+            Ok(Disk {
+                guest_name: disks::attach(request.window)?,
+                ..Default::default()
+            })
+        })
+        .await
+    }
+
+    async fn detach_disk(
+        &self,
+        _: &TtrpcContext,
+        request: DetachDiskRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            // What was written may take long to go out; meanwhile others are served.
+            tokio::task::spawn_blocking(move || disks::detach(request.window)).await??;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn add_device(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerDeviceRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |state: State| {
+            state.change_device(&request, disks::give)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn remove_device(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerDeviceRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |state: State| {
+            state.change_device(&request, disks::take)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
     async fn set_online_cpus(
         &self,
         _: &TtrpcContext,
@@ -381,7 +434,7 @@ impl State {
         fs::create_dir_all(&dir)?;
         adapt(&mut spec, id);
         for device in &request.block_devices {
-            add_block_device(&mut spec, device)?;
+            disks::add(&mut spec, device)?;
         }
         spec.save(dir.join("config.json"))?;
         let made = self
@@ -496,6 +549,26 @@ impl State {
         }
     }
 
+    /// Changes the devices of a running container, by its configuration and the root that its first
+    /// process has.
+    fn change_device(
+        &self,
+        request: &ContainerDeviceRequest,
+        change: fn(&mut Spec, &disks::Running<'_>, &BlockDevice) -> Result<()>,
+    ) -> Result<()> {
+        let id = check_id(&request.container_id)?;
+        let device = request.device.as_ref().context("no device")?;
+        let key = (id.to_owned(), String::new());
+        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
+        if ended {
+            bail!("container {id} has ended");
+        }
+        let path = bundle(id).join("config.json");
+        let mut spec = Spec::load(&path)?;
+        change(&mut spec, &disks::Running { id, pid }, device)?;
+        Ok(spec.save(&path)?)
+    }
+
     fn signal(&self, request: &SignalProcessRequest) -> Result<()> {
         let key = (request.container_id.clone(), request.exec_id.clone());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
@@ -524,7 +597,7 @@ fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
 }
 
 /// A name that is one component of a path.
-fn check_id(id: &str) -> Result<&str> {
+pub(crate) fn check_id(id: &str) -> Result<&str> {
     let proper = !id.is_empty()
         && id.len() <= 128
         && !id.starts_with('.')
@@ -552,46 +625,6 @@ fn adapt(spec: &mut Spec, id: &str) {
             process.set_no_new_privileges(None);
         }
     }
-}
-
-/// Gives a container one of the guest's disks, whose number only the guest knows.
-fn add_block_device(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
-    let name = check_id(&device.guest_name)?;
-    let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
-        .with_context(|| format!("the guest has no disk {name}"))?;
-    let (major, minor) = number.trim().split_once(':').context("no device number")?;
-    let (major, minor): (i64, i64) = (major.parse()?, minor.parse()?);
-    let linux = spec
-        .linux_mut()
-        .as_mut()
-        .context("no Linux configuration")?;
-    let node = LinuxDeviceBuilder::default()
-        .typ(LinuxDeviceType::B)
-        .path(&device.path)
-        .major(major)
-        .minor(minor)
-        .file_mode(0o660u32)
-        .uid(0u32)
-        .gid(0u32)
-        .build()?;
-    let mut nodes = linux.devices().clone().unwrap_or_default();
-    nodes.push(node);
-    linux.set_devices(Some(nodes));
-    let rule = LinuxDeviceCgroupBuilder::default()
-        .allow(true)
-        .typ(LinuxDeviceType::B)
-        .major(major)
-        .minor(minor)
-        .access(if device.read_only { "rm" } else { "rwm" })
-        .build()?;
-    let mut resources = linux.resources().clone().unwrap_or_default();
-    let mut rules = resources.devices().clone().unwrap_or_default();
-    // The last match wins, and one that allows everything must stay the last.
-    let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
-    rules.insert(at, rule);
-    resources.set_devices(Some(rules));
-    linux.set_resources(Some(resources));
-    Ok(())
 }
 
 fn guest_details() -> Result<GuestDetails> {

@@ -3,11 +3,11 @@
 use crate::Error;
 use crate::spec::Device;
 use koya_protocol::messages::{
-    BlockDevice, ConnectPortRequest, CreateContainerRequest, DestroySandboxRequest,
-    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, RemoveContainerRequest,
-    Route, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest,
+    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
+    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, ExecProcessRequest,
+    GetGuestDetailsRequest, GuestDetails, Interface, RemoveContainerRequest, Route,
+    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
+    Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use std::io;
@@ -65,6 +65,23 @@ fn not_executable(reason: &str) -> Option<Error> {
     })
 }
 
+fn block_device(device: &Device) -> BlockDevice {
+    BlockDevice {
+        guest_name: device.name.clone(),
+        path: device.path.to_string_lossy().into(),
+        read_only: device.read_only,
+        ..Default::default()
+    }
+}
+
+fn device_request(id: &str, device: &Device) -> ContainerDeviceRequest {
+    ContainerDeviceRequest {
+        container_id: id.into(),
+        device: Some(block_device(device)).into(),
+        ..Default::default()
+    }
+}
+
 impl Agent {
     pub(crate) fn connect(stream: UnixStream) -> io::Result<(Self, Connection)> {
         // The client polls by itself and wants a socket that blocks.
@@ -89,12 +106,7 @@ impl Agent {
         devices: &[Device],
         stdio: Stdio,
     ) -> Result<i32, Error> {
-        let devices = devices.iter().map(|device| BlockDevice {
-            guest_name: device.guest_name(),
-            path: device.path.to_string_lossy().into(),
-            read_only: device.read_only,
-            ..Default::default()
-        });
+        let devices = devices.iter().map(block_device);
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec,
@@ -247,6 +259,46 @@ impl Agent {
             .update_routes(limited(), &request)
             .map(drop)
             .map_err(failed("set up the guest's routes"))
+    }
+
+    /// Has the guest's kernel look at a window that was empty, and returns its name of the disk there.
+    pub(crate) fn attach_disk(&self, window: usize) -> Result<String, Error> {
+        let request = AttachDiskRequest {
+            window: window as u32,
+            ..Default::default()
+        };
+        self.client
+            .attach_disk(limited(), &request)
+            .map(|disk| disk.guest_name)
+            .map_err(failed("attach the disk in the guest"))
+    }
+
+    /// Has the guest's kernel let go of the disk behind a window.
+    pub(crate) fn detach_disk(&self, window: usize) -> Result<(), Error> {
+        let request = DetachDiskRequest {
+            window: window as u32,
+            ..Default::default()
+        };
+        self.client
+            .detach_disk(limited(), &request)
+            .map(drop)
+            .map_err(failed("detach the disk in the guest"))
+    }
+
+    /// Gives a running container a disk.
+    pub(crate) fn add_device(&self, id: &str, device: &Device) -> Result<(), Error> {
+        self.client
+            .add_device(limited(), &device_request(id, device))
+            .map(drop)
+            .map_err(failed("give the container a disk"))
+    }
+
+    /// Takes it away.
+    pub(crate) fn remove_device(&self, id: &str, device: &Device) -> Result<(), Error> {
+        self.client
+            .remove_device(limited(), &device_request(id, device))
+            .map(drop)
+            .map_err(failed("take the disk from the container"))
     }
 
     /// Turns CPUs on or off until so many are on.

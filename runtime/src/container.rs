@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::mount_points;
 use crate::sandbox::Inner;
-use crate::spec::{self, ContainerConfig, ProcessConfig, Stdio};
+use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Stdio};
 use crate::streams::Expected;
 use koya_protocol::messages;
 use std::io::{self, Read};
@@ -226,6 +226,26 @@ impl Container {
             .exec(id, &exec, process, plan.message.clone())
             .map_err(|e| inner.explain(e))?;
         plan.finish(inner.clone(), id, &exec)
+    }
+
+    /// Gives the running container a disk of its sandbox's.
+    ///
+    /// # Errors
+    /// If there is no such disk, or something stands where it is to be.
+    pub fn add_device(&self, device: &Device) -> Result<(), Error> {
+        let inner = &self.process.inner;
+        let added = inner.agent.add_device(&self.process.container, device);
+        added.map_err(|e| inner.explain(e))
+    }
+
+    /// Takes a disk from the running container. A process that has it open keeps it.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn remove_device(&self, device: &Device) -> Result<(), Error> {
+        let inner = &self.process.inner;
+        let removed = inner.agent.remove_device(&self.process.container, device);
+        removed.map_err(|e| inner.explain(e))
     }
 
     /// Removes the container, killing what still runs in it.

@@ -1,7 +1,7 @@
 //! What can go wrong, in terms of what was tried.
 
 use crate::console::{Console, last_lines};
-use koya_vmm::{ConfigError, ExitReason, StartError};
+use koya_vmm::{AttachError, ConfigError, ExitReason, StartError};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -28,6 +28,9 @@ pub enum Error {
     /// The virtual machine's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A disk of a running sandbox.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// A size that a running sandbox can't have.
     #[error("{asked} {what} are outside what this sandbox can have: {min} to {max}")]
     Size {

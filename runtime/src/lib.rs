@@ -41,7 +41,7 @@ pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use network::{HostEnd, NetworkConfig, Route};
-pub use sandbox::{Sandbox, SandboxConfig, SandboxStats};
+pub use sandbox::{Disk, Sandbox, SandboxConfig, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use size::Size;
 pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};

@@ -7,14 +7,17 @@ use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::NetworkConfig;
 use crate::size::Limits;
-use crate::spec::ContainerConfig;
+use crate::spec::{ContainerConfig, Device};
 use crate::streams::Streams;
 use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
+use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
-use koya_vmm::{DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle};
+use koya_vmm::{
+    AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
+};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -51,6 +54,8 @@ pub struct SandboxConfig {
     pub huge_pages: HugePages,
     /// The guest's disks; a container has those that its own configuration names.
     pub disks: Vec<DiskConfig>,
+    /// Slots for disks that come while it runs, up to 16. Default: 4.
+    pub disk_slots: u32,
     /// The guest's networks, set up in the network namespace of the thread that starts the sandbox.
     /// Default: none but the guest's own loopback.
     pub networks: Vec<NetworkConfig>,
@@ -78,6 +83,7 @@ impl Default for SandboxConfig {
             memory_backing: MemoryBacking::default(),
             huge_pages: HugePages::default(),
             disks: Vec::new(),
+            disk_slots: 4,
             networks: Vec::new(),
             cache: Cache::default(),
             vsock: None,
@@ -107,6 +113,25 @@ pub struct SandboxStats {
     pub agent_descriptors: u32,
     /// Threads of the agent.
     pub agent_threads: u32,
+}
+
+/// A disk that a running sandbox got.
+#[derive(Clone)]
+pub struct Disk {
+    device: Device,
+    attached: AttachedDisk,
+}
+
+impl Disk {
+    /// How a container gets it: by the guest's name, in `/dev`.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its counters, and its growing.
+    pub fn handle(&self) -> &BlockHandle {
+        &self.attached.disk
+    }
 }
 
 /// What a sandbox's containers share with it.
@@ -184,6 +209,7 @@ impl Sandbox {
             initramfs: Some(files.initramfs),
             cmdline: config.cmdline.clone(),
             disks: config.disks.clone(),
+            disk_slots: config.disk_slots,
             networks: networks.iter().map(|n| n.device.clone()).collect(),
             ..VmConfig::new(files.kernel)
         };
@@ -308,6 +334,36 @@ impl Sandbox {
     /// The virtual machine: its disks, networks, balloon, and what it holds of the host's memory.
     pub fn machine(&self) -> &VmHandle {
         &self.inner.handle
+    }
+
+    /// Gives the running guest a further disk. It is the guest's, and a container's once it is given
+    /// to one ([`Container::add_device`]).
+    ///
+    /// # Errors
+    /// What is wrong with the disk, that no slot is left, or that the guest does not find it.
+    pub fn attach_disk(&self, config: &DiskConfig) -> Result<Disk, Error> {
+        let machine = self.machine();
+        let attached = machine.attach_disk(config)?;
+        match self.inner.agent.attach_disk(attached.window) {
+            Ok(name) => Ok(Disk {
+                device: Device::named(name, config.read_only),
+                attached,
+            }),
+            Err(error) => {
+                machine.detach_disk(attached.slot).ok();
+                Err(self.inner.explain(error))
+            }
+        }
+    }
+
+    /// Takes a disk from the running guest, once the guest's kernel has let go of it.
+    ///
+    /// # Errors
+    /// If the guest uses it: then it stays.
+    pub fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
+        let released = self.inner.agent.detach_disk(disk.attached.window);
+        released.map_err(|error| self.inner.explain(error))?;
+        Ok(self.machine().detach_disk(disk.attached.slot)?)
     }
 
     /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.

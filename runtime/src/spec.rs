@@ -74,8 +74,8 @@ pub struct Volume {
 /// A disk of the sandbox in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Its place among [`SandboxConfig::disks`](crate::SandboxConfig::disks), from 0.
-    pub disk: usize,
+    /// What the guest's kernel calls it: `vda`.
+    pub name: String,
     /// Where it is in the container.
     pub path: PathBuf,
     /// Whether the container may only read it.
@@ -83,23 +83,23 @@ pub struct Device {
 }
 
 impl Device {
-    /// Disk number `disk` where the guest itself has it: `/dev/vda` for 0.
+    /// Disk number `disk`, from 0, of [`SandboxConfig::disks`](crate::SandboxConfig::disks), where the
+    /// guest itself has it: `/dev/vda` for 0, after `/dev/vdz` `/dev/vdaa`.
     pub fn new(disk: usize, read_only: bool) -> Self {
-        let mut device = Self {
-            disk,
-            path: PathBuf::new(),
-            read_only,
+        let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
+        let name = match disk / 26 {
+            0 => format!("vd{}", letter(disk)),
+            more => format!("vd{}{}", letter(more - 1), letter(disk)),
         };
-        device.path = Path::new("/dev").join(device.guest_name());
-        device
+        Self::named(name, read_only)
     }
 
-    /// What the guest's kernel calls it: vda to vdz, then vdaa.
-    pub(crate) fn guest_name(&self) -> String {
-        let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
-        match self.disk / 26 {
-            0 => format!("vd{}", letter(self.disk)),
-            more => format!("vd{}{}", letter(more - 1), letter(self.disk)),
+    /// The disk that the guest's kernel calls `name`, where the guest itself has it.
+    pub(crate) fn named(name: String, read_only: bool) -> Self {
+        Self {
+            path: Path::new("/dev").join(&name),
+            name,
+            read_only,
         }
     }
 }

@@ -1,10 +1,11 @@
 //! From a checked [`Spec`] to a running [`Vm`]: a recipe of named steps. Every virtio device is
-//! attached by the one path in [`attach`].
+//! attached by the one path in [`connect`].
 
 use crate::arch::{self, ArchError};
 use crate::bus::Bus;
-use crate::config::Spec;
+use crate::config::{DiskSpec, Spec};
 use crate::event_loop::LoopThread;
+use crate::hotplug::{HotPlug, Spare};
 use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
 use crate::memory::{self, MemoryError};
 use crate::panic_log;
@@ -83,6 +84,7 @@ pub(crate) struct Handles {
     pub(crate) networks: Vec<NetHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) mem: Option<MemHandle>,
+    pub(crate) hotplug: Option<HotPlug>,
 }
 
 impl VmBuilder {
@@ -138,7 +140,8 @@ impl VmBuilder {
         let mut bus = Bus::default();
         bus.set_reset(ResetLine::new().map_err(host("make the reset line"))?);
         let serial = self.attach_serial(&machine, &mut bus)?;
-        let words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
+        let mut words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
+        let spares = self.add_spares(&mut bus, &mut words);
 
         let base = self.base_cmdline();
         let cpus = self.spec.cpus.count;
@@ -150,6 +153,9 @@ impl VmBuilder {
         let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
         let gate = Arc::new(Gate::new(kickers.clone()));
         let bus = Arc::new(bus);
+        let machine = Arc::new(machine);
+        let hotplug = HotPlug::new(spares, cpus, &machine, &memory, &event_loop.handle);
+        self.handles.hotplug = Some(hotplug);
         let mut vm = Vm::new(
             machine,
             memory,
@@ -196,8 +202,7 @@ impl VmBuilder {
     ) -> Result<Vec<String>, StartError> {
         let mut devices = std::mem::take(&mut self.devices);
         for spec in std::mem::take(&mut self.spec.disks) {
-            let disk = Block::new(spec.disk, spec.queues).map_err(host("make a disk"))?;
-            let disk = disk.with_engine(spec.engine).with_limits(spec.limits);
+            let disk = make_disk(spec)?;
             self.handles.disks.push(disk.handle());
             devices.push(Box::new(disk));
         }
@@ -235,14 +240,26 @@ impl VmBuilder {
             };
             let transport = MmioTransport::new(device, memory.clone(), event_loop.handle.clone())
                 .map_err(host("make a virtio device"))?;
-            attach(machine, &transport, slot)?;
-            words.push(format!(
-                "virtio_mmio.device=4K@{:#x}:{}",
-                slot.address, slot.irq
-            ));
-            bus.add_window(slot.address, Arc::new(Mutex::new(transport)));
+            connect(machine, &transport, slot)?;
+            words.push(window_word(slot));
+            bus.add_window(slot.address, Some(transport));
         }
         Ok(words)
+    }
+
+    /// Windows without a device, after all others.
+    fn add_spares(&self, bus: &mut Bus, words: &mut Vec<String>) -> Vec<Spare> {
+        let slots = (0..self.spec.disk_slots).map(arch::layout::spare_slot);
+        slots
+            .map(|place| {
+                words.push(window_word(place));
+                Spare {
+                    number: words.len() - 1,
+                    place,
+                    window: bus.add_window(place.address, None),
+                }
+            })
+            .collect()
     }
 
     fn base_cmdline(&self) -> String {
@@ -265,9 +282,20 @@ impl VmBuilder {
     }
 }
 
+/// How Linux learns of a window (drivers/virtio/virtio_mmio.c).
+fn window_word(slot: arch::MmioSlot) -> String {
+    format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq)
+}
+
+/// A disk as its configuration has it.
+pub(crate) fn make_disk(spec: DiskSpec) -> Result<Block, StartError> {
+    let disk = Block::new(spec.disk, spec.queues).map_err(host("make a disk"))?;
+    Ok(disk.with_engine(spec.engine).with_limits(spec.limits))
+}
+
 /// Connects one device: its interrupt, and a kick for each queue that never leaves the kernel's
 /// side of KVM_RUN for longer than an eventfd write.
-fn attach(
+pub(crate) fn connect(
     machine: &Machine,
     transport: &MmioTransport,
     slot: arch::MmioSlot,
@@ -284,6 +312,17 @@ fn attach(
             .map_err(ArchError::kvm("connect a queue's kick"))?;
     }
     Ok(())
+}
+
+/// Takes back what [`connect`] did, as far as it got.
+pub(crate) fn disconnect(machine: &Machine, transport: &MmioTransport, slot: arch::MmioSlot) {
+    let fd = machine.fd();
+    let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
+    for (queue, kick) in transport.kick_events().iter().enumerate() {
+        fd.unregister_ioevent(kick, &notify, queue as u32).ok();
+    }
+    fd.unregister_irqfd(transport.interrupt_event(), slot.irq)
+        .ok();
 }
 
 fn make_vcpus(kvm: &Kvm, machine: &Machine, cpus: u32) -> Result<Vec<VcpuFd>, ArchError> {

@@ -3,7 +3,7 @@
 
 use crate::sync::lock;
 use koya_devices::legacy::{ResetLine, SerialPort};
-use koya_devices::virtio::mmio::{MmioTransport, WINDOW_SIZE};
+use koya_devices::virtio::mmio::{self, MmioTransport, WINDOW_SIZE};
 use std::sync::{Arc, Mutex};
 
 /// What a guest's access asks of the virtual machine as a whole.
@@ -18,19 +18,24 @@ pub enum Effect {
 const SERIAL_PORTS: std::ops::Range<u16> = 0x3f8..0x400;
 const RESET_PORTS: std::ops::Range<u16> = 0x60..0x65;
 
+/// A virtio-mmio window: a device, or none for now.
+pub type Window = Arc<Mutex<Option<MmioTransport>>>;
+
 /// Every device that an address reaches.
 #[derive(Default)]
 pub struct Bus {
-    windows: Vec<(u64, Arc<Mutex<MmioTransport>>)>,
+    windows: Vec<(u64, Window)>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     reset: Option<Mutex<ResetLine>>,
 }
 
 impl Bus {
-    /// Puts a virtio device at a window.
-    pub fn add_window(&mut self, address: u64, device: Arc<Mutex<MmioTransport>>) {
-        self.windows.push((address, device));
+    /// Puts a window for a virtio device at an address.
+    pub fn add_window(&mut self, address: u64, device: Option<MmioTransport>) -> Window {
+        let window = Window::new(Mutex::new(device));
+        self.windows.push((address, window.clone()));
         self.windows.sort_by_key(|w| w.0);
+        window
     }
 
     /// Puts the serial port at its ports.
@@ -81,30 +86,39 @@ impl Bus {
     /// A guest reads device memory; where there is nothing it reads ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.window(address) {
-            Some((offset, device)) => lock(device).read(offset, data),
+            Some((offset, window)) => match &mut *lock(window) {
+                Some(device) => device.read(offset, data),
+                None => mmio::read_empty(offset, data),
+            },
             None => data.fill(0xff),
         }
     }
 
     /// A guest writes device memory; where there is nothing it is lost.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        if let Some((offset, device)) = self.window(address) {
-            lock(device).write(offset, data);
+        if let Some((offset, window)) = self.window(address)
+            && let Some(device) = &mut *lock(window)
+        {
+            device.write(offset, data);
         }
     }
 
     /// Stops every device, as a reset by its driver would.
     pub fn shut_down(&self) {
-        for (_, device) in &self.windows {
-            lock(device).shutdown();
+        for (_, window) in &self.windows {
+            // Taken out: whoever still has the window must not keep the device.
+            let device = lock(window).take();
+            if let Some(mut device) = device {
+                device.shutdown();
+            }
         }
     }
 
-    fn window(&self, address: u64) -> Option<(u64, &Mutex<MmioTransport>)> {
+    fn window(&self, address: u64) -> Option<(u64, &Mutex<Option<MmioTransport>>)> {
         let after = self.windows.partition_point(|w| w.0 <= address);
-        let (start, device) = self.windows.get(after.checked_sub(1)?)?;
+        let (start, window) = self.windows.get(after.checked_sub(1)?)?;
         let offset = address - start;
-        (offset < WINDOW_SIZE).then_some((offset, device))
+        (offset < WINDOW_SIZE).then_some((offset, window.as_ref()))
     }
 }
 
@@ -120,9 +134,27 @@ mod tests {
             let memory = Driver::new(8).memory().clone();
             let device =
                 MmioTransport::new(Box::new(Rng), memory, Arc::new(IdleLoop::default())).unwrap();
-            bus.add_window(address, Arc::new(Mutex::new(device)));
+            bus.add_window(address, Some(device));
         }
         bus
+    }
+
+    #[test]
+    fn an_empty_window_says_that_it_is_one() {
+        let mut bus = Bus::default();
+        let window = bus.add_window(0xd000_0000, None);
+        let mut words = [[0; 4]; 3];
+        for (offset, word) in [0, 4, 8].into_iter().zip(&mut words) {
+            bus.mmio_read(0xd000_0000 + offset, word);
+        }
+        // Magic, version, and no device.
+        assert_eq!(words, [*b"virt", [2, 0, 0, 0], [0; 4]]);
+        bus.mmio_write(0xd000_0070, &[1, 0, 0, 0]);
+        let memory = Driver::new(8).memory().clone();
+        let device = MmioTransport::new(Box::new(Rng), memory, Arc::new(IdleLoop::default()));
+        *lock(&window) = Some(device.unwrap());
+        bus.mmio_read(0xd000_0008, &mut words[2]);
+        assert_eq!(words[2], [4, 0, 0, 0]);
     }
 
     #[test]

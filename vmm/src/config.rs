@@ -74,6 +74,10 @@ pub struct VmConfig {
     /// Disks, which the guest sees in this order (`/dev/vda`, `/dev/vdb`, ...). Default: none.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Slots for disks that come while the guest runs, up to [`MAX_DISK_SLOTS`]; each costs the
+    /// guest a look at an empty window when it starts. Default: 0.
+    #[serde(default)]
+    pub disk_slots: u32,
     /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
@@ -206,6 +210,8 @@ pub struct DiskConfig {
     pub limits: RateLimits,
 }
 
+/// The most slots for disks that come later.
+pub const MAX_DISK_SLOTS: u32 = 16;
 /// The most queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = MAX_QUEUES;
 /// Queues of a disk whose configuration says nothing.
@@ -221,7 +227,7 @@ impl DiskConfig {
         }
     }
 
-    fn check(&self, cpus: u32) -> Result<DiskSpec, ConfigError> {
+    pub(crate) fn check(&self, cpus: u32) -> Result<DiskSpec, ConfigError> {
         let queues = self.queues.unwrap_or(cpus.min(DISK_QUEUES) as u16);
         in_range("disks.queues", queues.into(), 1, MAX_DISK_QUEUES.into())?;
         let options = DiskOptions {
@@ -407,6 +413,7 @@ pub struct Spec {
     pub(crate) entropy: bool,
     pub(crate) balloon: bool,
     pub(crate) disks: Vec<DiskSpec>,
+    pub(crate) disk_slots: usize,
     pub(crate) networks: Vec<Net>,
     pub(crate) vsock: Option<VsockConfig>,
 }
@@ -429,6 +436,7 @@ impl VmConfig {
             entropy: true,
             balloon: true,
             disks: Vec::new(),
+            disk_slots: 0,
             networks: Vec::new(),
             vsock: None,
         }
@@ -454,6 +462,12 @@ impl VmConfig {
                 reason: format!("{bad:?} is not printable ASCII"),
             });
         }
+        in_range(
+            "disk_slots",
+            self.disk_slots.into(),
+            0,
+            MAX_DISK_SLOTS.into(),
+        )?;
         if let Some(vsock) = &self.vsock {
             let cids = (FIRST_GUEST_CID, u64::from(u32::MAX - 1));
             in_range("vsock.cid", vsock.cid.into(), cids.0, cids.1)?;
@@ -481,6 +495,7 @@ impl VmConfig {
             entropy: self.entropy,
             balloon: self.balloon,
             disks,
+            disk_slots: self.disk_slots as usize,
             networks,
             vsock: self.vsock.clone(),
         })
@@ -558,6 +573,7 @@ impl Spec {
             entropy: false,
             balloon: false,
             disks: Vec::new(),
+            disk_slots: 0,
             networks: Vec::new(),
             vsock: None,
         }

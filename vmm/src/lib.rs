@@ -33,6 +33,7 @@ pub mod bus;
 mod config;
 mod event_loop;
 mod exit;
+mod hotplug;
 #[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
 pub mod kvm;
 mod memory;
@@ -44,10 +45,11 @@ mod vm;
 pub use builder::{StartError, VmBuilder};
 pub use config::{
     Boot, ConfigError, DiskConfig, HugePages, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES,
-    MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Spec, VmConfig,
-    VsockConfig,
+    MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Spec,
+    VmConfig, VsockConfig,
 };
 pub use exit::ExitReason;
+pub use hotplug::{AttachError, AttachedDisk};
 pub use koya_devices as devices;
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};

@@ -2,9 +2,10 @@
 
 use crate::builder::{Handles, VmBuilder};
 use crate::bus::Bus;
-use crate::config::Spec;
+use crate::config::{DiskConfig, Spec};
 use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
+use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
 use crate::kvm::Machine;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
@@ -32,7 +33,7 @@ pub struct Vm {
     handles: Arc<Handles>,
     sockets: Option<UnixSockets>,
     // Last: vCPUs and devices use them.
-    _machine: Machine,
+    _machine: Arc<Machine>,
     memory: Arc<Memory>,
 }
 
@@ -53,7 +54,7 @@ impl Vm {
     }
 
     pub(crate) fn new(
-        machine: Machine,
+        machine: Arc<Machine>,
         memory: Arc<Memory>,
         event_loop: LoopThread,
         bus: Arc<Bus>,
@@ -169,6 +170,32 @@ impl VmHandle {
     /// The disks of the configuration, in its order.
     pub fn disks(&self) -> &[BlockHandle] {
         &self.handles.disks
+    }
+
+    /// Puts a further disk into one of the spare slots. The guest's kernel does not know of it until
+    /// it looks at the slot's window again.
+    ///
+    /// # Errors
+    /// What is wrong with the disk, or that no slot is left.
+    pub fn attach_disk(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
+        self.hotplug()?.attach(config)
+    }
+
+    /// Takes the disk in a slot away, whether or not the guest's kernel has let go of it.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn detach_disk(&self, slot: usize) -> Result<(), AttachError> {
+        self.hotplug()?.detach(slot)
+    }
+
+    /// The disks that were attached and not detached.
+    pub fn attached_disks(&self) -> Vec<AttachedDisk> {
+        self.hotplug().map(HotPlug::disks).unwrap_or_default()
+    }
+
+    fn hotplug(&self) -> Result<&HotPlug, AttachError> {
+        self.handles.hotplug.as_ref().ok_or(AttachError::Ended)
     }
 
     /// The networks of the configuration, in its order.

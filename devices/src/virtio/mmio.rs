@@ -44,6 +44,20 @@ const VENDOR: u32 = 0x4159_4f4b;
 /// First queue register that the bindings do not name (QueueReset, section 4.2.2).
 const QUEUE_RESET: u32 = 0x0c0;
 
+/// What the driver reads from a window that has no device: magic, version, and device 0, which it
+/// leaves alone (section 4.2.3.1.1).
+pub fn read_empty(offset: u64, data: &mut [u8]) {
+    let word = match u32::try_from(offset) {
+        Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
+        Ok(VIRTIO_MMIO_VERSION) => VERSION,
+        _ => 0,
+    };
+    data.fill(0);
+    if let Ok(bytes) = <&mut [u8; 4]>::try_from(data) {
+        *bytes = word.to_le_bytes();
+    }
+}
+
 /// Runs the workers of active devices: the monitor's event loop, or a test's.
 pub trait EventLoop: Send + Sync {
     /// Starts to run a worker.

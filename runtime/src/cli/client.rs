@@ -114,7 +114,7 @@ enum Heard {
 fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
     match wire.receive()? {
         None => bail!("container {name} ended"),
-        Some((Answer::Stats(_) | Answer::Size { .. }, _)) => {
+        Some((Answer::Stats(_) | Answer::Size { .. } | Answer::Device(_), _)) => {
             bail!("container {name} answers something else")
         }
         Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),

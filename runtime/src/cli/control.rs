@@ -6,6 +6,7 @@
 //! Who may connect is whom the folder's mode lets in.
 
 use super::attach::ProcessStreams;
+use super::disk::{DiskRequest, Disks};
 use super::run::merge_env;
 use super::state::{Folder, Owned};
 use super::stats::Stats;
@@ -49,6 +50,8 @@ pub(super) enum Request {
     Console,
     /// What guest and host use.
     Stats,
+    /// Change its disks.
+    Disk(DiskRequest),
     /// Make the guest larger or smaller.
     Update {
         cpus: Option<u32>,
@@ -64,6 +67,8 @@ pub(super) enum Answer {
     Started,
     /// What was asked for; another answer follows.
     Stats(Box<Stats>),
+    /// Where the container has it now; another answer follows.
+    Device(PathBuf),
     /// How large the guest is now; another answer follows.
     Size { cpus: u32, memory_mib: u64 },
     /// It was done; for a process, its exit status.
@@ -79,12 +84,15 @@ pub(super) enum Answer {
 pub(super) fn serve(owned: &Owned, container: Arc<Container>, sandbox: Arc<Sandbox>) -> Result<()> {
     let folder: &Folder = &owned.folder;
     let listener = folder.listen()?;
+    let served = Arc::new(Served {
+        container,
+        sandbox,
+        disks: Disks::default(),
+    });
     spawn("koya-control", move || {
         for stream in listener.incoming().flatten() {
-            let (container, sandbox) = (container.clone(), sandbox.clone());
-            let spawned = spawn("koya-request", move || {
-                answer(&stream, &container, &sandbox);
-            });
+            let served = served.clone();
+            let spawned = spawn("koya-request", move || answer(&stream, &served));
             if let Err(error) = spawned {
                 log::warn!("{error:#}");
             }
@@ -98,8 +106,15 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
-fn answer(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox) {
-    let answer = match carry_out(stream, container, sandbox) {
+/// What requests are about.
+struct Served {
+    container: Arc<Container>,
+    sandbox: Arc<Sandbox>,
+    disks: Disks,
+}
+
+fn answer(stream: &UnixStream, served: &Served) {
+    let answer = match carry_out(stream, served) {
         Ok(status) => Answer::Done(status),
         Err(error) => Answer::Failed {
             status: super::failure_status(&error).into(),
@@ -111,7 +126,12 @@ fn answer(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox) {
     }
 }
 
-fn carry_out(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox) -> Result<i32> {
+fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
+    let Served {
+        container,
+        sandbox,
+        disks,
+    } = served;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((request, _)) = wire.receive()? else {
         bail!("nothing was asked");
@@ -124,6 +144,11 @@ fn carry_out(stream: &UnixStream, container: &Arc<Container>, sandbox: &Sandbox)
         Request::Stats => {
             let stats = Box::new(Stats::of(sandbox)?);
             send(stream, &Answer::Stats(stats), &[])?;
+        }
+        Request::Disk(request) => {
+            if let Some(path) = disks.carry_out(&request, container, sandbox)? {
+                send(stream, &Answer::Device(path), &[])?;
+            }
         }
         Request::Update { cpus, memory_mib } => {
             let size = sandbox.update(Size { cpus, memory_mib })?;

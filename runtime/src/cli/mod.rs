@@ -5,6 +5,7 @@ mod check;
 mod client;
 mod container_log;
 mod control;
+mod disk;
 mod environment;
 mod list;
 mod net;
@@ -58,6 +59,8 @@ enum Command {
     Stats(stats::StatsArgs),
     /// Make a running container's guest larger or smaller
     Update(size::UpdateArgs),
+    /// Give a running container disks, and take them
+    Disk(disk::DiskArgs),
     /// Show the guest kernel's console, and type on it
     Console(client::ConsoleArgs),
     /// Say whether this machine can run Koya, by running a tiny guest
@@ -87,6 +90,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Rm(args) => list::rm(&args),
         Command::Stats(args) => stats::main(&args),
         Command::Update(args) => size::update(&args),
+        Command::Disk(args) => disk::main(&args),
         Command::Console(args) => client::console(&args),
         Command::Check(args) => check::main(&args),
         Command::Env(args) => environment::main(&args),

@@ -110,7 +110,7 @@ pub(super) struct RunArgs {
     command: Vec<String>,
 }
 
-fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let (path, read_only) = match text.rsplit_once(':') {
         Some((path, "ro")) => (path, true),
         Some((path, "rw")) => (path, false),

@@ -70,7 +70,12 @@ impl Stats {
             stats.net_received += load(&network.metrics().received_bytes);
             stats.net_sent += load(&network.metrics().sent_bytes);
         }
-        for disk in machine.disks() {
+        let attached = machine.attached_disks();
+        for disk in machine
+            .disks()
+            .iter()
+            .chain(attached.iter().map(|a| &a.disk))
+        {
             stats.disk_read += load(&disk.metrics().read_bytes);
             stats.disk_written += load(&disk.metrics().written_bytes);
         }

@@ -1,6 +1,6 @@
 //! virtio-blk: disks of the host in containers.
 
-use crate::tool::{run_in, scratch, stdout};
+use crate::tool::{Background, koya, run_in, scratch, stdout};
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -12,6 +12,7 @@ crate::trials![
     a_read_only_disk_stays_as_it_is,
     what_is_discarded_is_given_back,
     a_disk_is_for_one_writer,
+    disks_come_and_go_while_a_container_runs,
 ];
 
 fn image(dir: &Path, mib: u64) -> Result<PathBuf> {
@@ -113,5 +114,66 @@ fn a_disk_is_for_one_writer() -> Result<()> {
         said.contains("/nonexistent") && said.lines().count() == 1,
         "{said}"
     );
+    Ok(())
+}
+
+fn disks_come_and_go_while_a_container_runs() -> Result<()> {
+    let name = "disk-hot";
+    let dir = scratch(name)?;
+    let options = ["--read-only", "--tmpfs", "/mnt", "--cap-add", "sys_admin"];
+    let mut run = koya(["run", "-d", "--name", name, "--rootfs", "/"]);
+    run.args(options).args(["--", "sleep", "1000"]);
+    stdout(run.output()?)?;
+    let container = Background { name: name.into() };
+    let exec =
+        |script: &str| -> Result<String> { stdout(container.exec(&[], &["sh", "-ec", script])?) };
+    let disk = |arguments: &[&str]| koya(["disk"]).args(arguments).output();
+    let mut images = Vec::new();
+    for (n, mib) in [16, 24].into_iter().enumerate() {
+        let path = dir.join(format!("{n}.img"));
+        File::create(&path)?.set_len(mib << 20)?;
+        images.push(path.to_str().context("a path in UTF-8")?.to_owned());
+    }
+    // Twice: a slot that was used is as good as new.
+    for round in ["first", "second"] {
+        ensure!(stdout(disk(&["attach", name, &images[0]])?)? == "/dev/vda");
+        ensure!(stdout(disk(&["attach", name, &images[1]])?)? == "/dev/vdb");
+        let sizes = "cat /sys/block/vda/size /sys/block/vdb/size";
+        ensure!(exec(sizes)? == "32768\n49152", "{}", exec(sizes)?);
+        exec(&format!(
+            "mkfs.ext4 -q -F /dev/vda; mkdir -p /mnt/d; mount /dev/vda /mnt/d; echo {round} > /mnt/d/file"
+        ))?;
+        let busy = disk(&["detach", name, "/dev/vda"])?;
+        let said = String::from_utf8_lossy(&busy.stderr);
+        ensure!(said.contains("vda is in use"), "{said}");
+        exec("umount /mnt/d")?;
+        for device in ["/dev/vda", "/dev/vdb"] {
+            stdout(disk(&["detach", name, device])?)?;
+        }
+        ensure!(exec("ls /dev | grep -c ^vd || true")? == "0");
+        let check = Command::new("/sbin/e2fsck")
+            .args(["-fn", &images[0]])
+            .output()?;
+        ensure!(check.status.success(), "{check:?}");
+    }
+    // One that grows, one that may only be read, and one too many.
+    ensure!(stdout(disk(&["attach", name, &images[0]])?)? == "/dev/vda");
+    File::options()
+        .write(true)
+        .open(&images[0])?
+        .set_len(20 << 20)?;
+    stdout(disk(&["refresh", name, "/dev/vda"])?)?;
+    ensure!(exec("cat /sys/block/vda/size")? == "40960");
+    stdout(disk(&["attach", name, &format!("{}:ro", images[1])])?)?;
+    let written = exec("dd if=/dev/zero of=/dev/vdb count=1 2>&1 || echo refused")?;
+    ensure!(written.ends_with("refused"), "{written}");
+    for n in 2..5 {
+        let path = dir.join(format!("{n}.img"));
+        File::create(&path)?.set_len(1 << 20)?;
+        let got = disk(&["attach", name, &path.to_string_lossy()])?;
+        ensure!(got.status.success() == (n < 4), "{got:?}");
+        let said = String::from_utf8_lossy(&got.stderr);
+        ensure!(n < 4 || said.contains("all 4 slots"), "{said}");
+    }
     Ok(())
 }

@@ -24,6 +24,14 @@ pub fn device_slot(index: usize) -> Option<MmioSlot> {
     })
 }
 
+/// The window of spare slot `index`, behind those of all devices. Spare slots share an interrupt.
+pub fn spare_slot(index: usize) -> MmioSlot {
+    MmioSlot {
+        address: MMIO_WINDOWS + 0x1000 * (MAX_DEVICES + index) as u64,
+        irq: FIRST_IRQ + MAX_DEVICES as u32,
+    }
+}
+
 /// Where `bytes` of memory lie.
 pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(MEMORY_START, bytes)]

@@ -73,6 +73,14 @@ pub fn device_slot(index: usize) -> Option<MmioSlot> {
     })
 }
 
+/// The window of spare slot `index`, behind those of all devices. Spare slots share an interrupt.
+pub fn spare_slot(index: usize) -> MmioSlot {
+    MmioSlot {
+        address: MMIO_WINDOWS + 0x1000 * (MAX_DEVICES + index) as u64,
+        irq: LAST_IRQ,
+    }
+}
+
 /// Where `bytes` of memory lie: below the hole, and above it what does not fit.
 pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     if bytes <= HOLE_START {

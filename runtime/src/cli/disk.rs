@@ -1,0 +1,134 @@
+//! `koya disk`: disks of a running container.
+
+use super::Outcome;
+use super::client;
+use super::control::{Answer, Request};
+use super::run::parse_disk;
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use koya::{Container, Disk, DiskConfig, Sandbox};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+#[derive(Args)]
+pub(super) struct DiskArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Give a running container a disk, and print where it has it
+    Attach {
+        /// The container
+        name: String,
+        /// A raw disk image or block device of the host
+        #[arg(value_name = "PATH[:ro]", value_parser = parse_disk)]
+        disk: DiskConfig,
+    },
+    /// Take a disk that was attached; refused while it is mounted
+    Detach {
+        /// The container
+        name: String,
+        /// Where the container has it
+        #[arg(value_name = "/dev/vdX")]
+        device: PathBuf,
+    },
+    /// Tell the guest that a disk has grown
+    Refresh {
+        /// The container
+        name: String,
+        /// Where the container has it
+        #[arg(value_name = "/dev/vdX")]
+        device: PathBuf,
+    },
+}
+
+/// What a command asks of a running container's disks.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum DiskRequest {
+    Attach(DiskConfig),
+    Detach(PathBuf),
+    Refresh(PathBuf),
+}
+
+/// `koya disk`
+pub(super) fn main(args: &DiskArgs) -> Outcome {
+    let (name, request) = match &args.command {
+        Command::Attach { name, disk } => {
+            let path = std::path::absolute(&disk.path)?;
+            let disk = DiskConfig {
+                path,
+                ..disk.clone()
+            };
+            (name, DiskRequest::Attach(disk))
+        }
+        Command::Detach { name, device } => (name, DiskRequest::Detach(device.clone())),
+        Command::Refresh { name, device } => (name, DiskRequest::Refresh(device.clone())),
+    };
+    match client::ask(name, &Request::Disk(request))? {
+        Answer::Device(path) => println!("{}", path.display()),
+        Answer::Done(_) => {}
+        Answer::Failed { reason, .. } => bail!("{reason}"),
+        other => bail!("container {name} answers {other:?}"),
+    }
+    Ok(0)
+}
+
+/// The disks that a container got while it ran.
+#[derive(Default)]
+pub(super) struct Disks(Mutex<Vec<Disk>>);
+
+impl Disks {
+    /// Carries a request out; where the container has what it got.
+    pub(super) fn carry_out(
+        &self,
+        request: &DiskRequest,
+        container: &Container,
+        sandbox: &Sandbox,
+    ) -> Result<Option<PathBuf>> {
+        let mut disks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match request {
+            DiskRequest::Attach(config) => {
+                let disk = sandbox.attach_disk(config)?;
+                if let Err(error) = container.add_device(disk.device()) {
+                    sandbox.detach_disk(&disk).ok();
+                    return Err(error.into());
+                }
+                let path = disk.device().path.clone();
+                disks.push(disk);
+                Ok(Some(path))
+            }
+            DiskRequest::Detach(path) => {
+                let at = disks.iter().position(|disk| disk.device().path == *path);
+                let at = at.with_context(|| format!("{} was not attached", path.display()))?;
+                sandbox.detach_disk(&disks[at])?;
+                container.remove_device(disks.remove(at).device())?;
+                Ok(None)
+            }
+            DiskRequest::Refresh(path) => {
+                let handle = match disks.iter().find(|disk| disk.device().path == *path) {
+                    Some(disk) => disk.handle().clone(),
+                    None => from_start(container, sandbox, path)?,
+                };
+                handle.refresh()?;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// A disk that the container had from the start.
+fn from_start(
+    container: &Container,
+    sandbox: &Sandbox,
+    path: &Path,
+) -> Result<koya::vmm::devices::blk::BlockHandle> {
+    let mut devices = container.config().devices.iter();
+    let index = devices.position(|device| device.path == *path);
+    let disk = index.and_then(|index| sandbox.machine().disks().get(index));
+    disk.cloned()
+        .with_context(|| format!("the container has no disk {}", path.display()))
+}

@@ -1,0 +1,138 @@
+//! Disks that come and go while the guest runs.
+//!
+//! virtio-mmio has no hot plug of its own. A machine may have spare windows
+//! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): they read as a device of kind 0, which the
+//! guest's driver leaves alone (virtio 1.2, section 4.2.3.1.1). A disk is put behind one of them, and
+//! whoever is in charge of the guest has its kernel look again (on Linux: write `virtio-mmio.N` to
+//! `/sys/bus/platform/drivers/virtio-mmio/bind`; before a disk is taken away, to `unbind`). Interrupts
+//! are few, so spare windows share one.
+
+use crate::arch::MmioSlot;
+use crate::builder::{StartError, connect, disconnect, make_disk};
+use crate::bus::Window;
+use crate::config::{ConfigError, DiskConfig};
+use crate::event_loop::LoopHandle;
+use crate::kvm::Machine;
+use crate::sync::lock;
+use koya_devices::blk::BlockHandle;
+use koya_devices::virtio::Memory;
+use koya_devices::virtio::mmio::MmioTransport;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, Weak};
+use thiserror::Error;
+
+/// Why a disk could not be attached or detached.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The disk's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// No window is left.
+    #[error("all {0} slots for further disks are taken")]
+    NoSlot(usize),
+    /// There is no such disk.
+    #[error("no disk is attached in slot {0}")]
+    NoDisk(usize),
+    /// The host refused.
+    #[error(transparent)]
+    Host(#[from] StartError),
+    /// The virtual machine has ended.
+    #[error("the virtual machine has ended")]
+    Ended,
+}
+
+/// A disk that was attached to a running machine.
+#[derive(Clone)]
+pub struct AttachedDisk {
+    /// Which slot it is in, from 0.
+    pub slot: usize,
+    /// The number of its window among all of the machine: the N of Linux's `virtio-mmio.N`.
+    pub window: usize,
+    /// The disk itself.
+    pub disk: BlockHandle,
+}
+
+/// A spare window.
+pub(crate) struct Spare {
+    pub(crate) number: usize,
+    pub(crate) place: MmioSlot,
+    pub(crate) window: Window,
+}
+
+/// A machine's spare windows and what is in them.
+pub(crate) struct HotPlug {
+    spares: Vec<Spare>,
+    cpus: u32,
+    machine: Weak<Machine>,
+    memory: Weak<Memory>,
+    event_loop: Weak<LoopHandle>,
+    disks: Mutex<BTreeMap<usize, AttachedDisk>>,
+}
+
+impl HotPlug {
+    pub(crate) fn new(
+        spares: Vec<Spare>,
+        cpus: u32,
+        machine: &Arc<Machine>,
+        memory: &Arc<Memory>,
+        event_loop: &Arc<LoopHandle>,
+    ) -> Self {
+        Self {
+            spares,
+            cpus,
+            machine: Arc::downgrade(machine),
+            memory: Arc::downgrade(memory),
+            event_loop: Arc::downgrade(event_loop),
+            disks: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn disks(&self) -> Vec<AttachedDisk> {
+        lock(&self.disks).values().cloned().collect()
+    }
+
+    pub(crate) fn attach(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
+        let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
+        let memory = self.memory.upgrade().ok_or(AttachError::Ended)?;
+        let event_loop = self.event_loop.upgrade().ok_or(AttachError::Ended)?;
+        // Held to the end: two disks must not want the same slot.
+        let mut disks = lock(&self.disks);
+        let mut free = self.spares.iter().enumerate();
+        let (slot, spare) = free
+            .find(|(slot, _)| !disks.contains_key(slot))
+            .ok_or(AttachError::NoSlot(self.spares.len()))?;
+        let device = make_disk(config.check(self.cpus)?)?;
+        let disk = device.handle();
+        let transport = MmioTransport::new(Box::new(device), memory, event_loop);
+        let transport = transport.map_err(|source| StartError::Host {
+            operation: "make a virtio device",
+            source,
+        })?;
+        if let Err(error) = connect(&machine, &transport, spare.place) {
+            disconnect(&machine, &transport, spare.place);
+            return Err(StartError::from(error).into());
+        }
+        *lock(&spare.window) = Some(transport);
+        let attached = AttachedDisk {
+            slot,
+            window: spare.number,
+            disk,
+        };
+        disks.insert(slot, attached.clone());
+        Ok(attached)
+    }
+
+    pub(crate) fn detach(&self, slot: usize) -> Result<(), AttachError> {
+        let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
+        let mut disks = lock(&self.disks);
+        let spare = self.spares.get(slot).ok_or(AttachError::NoDisk(slot))?;
+        disks.remove(&slot).ok_or(AttachError::NoDisk(slot))?;
+        let transport = lock(&spare.window).take();
+        if let Some(mut transport) = transport {
+            disconnect(&machine, &transport, spare.place);
+            transport.shutdown();
+        }
+        Ok(())
+    }
+}
