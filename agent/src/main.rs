@@ -16,6 +16,7 @@ mod device_rules;
 mod disks;
 mod executor;
 mod helper;
+mod images;
 mod network;
 mod reaper;
 mod service;

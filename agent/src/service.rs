@@ -5,6 +5,7 @@ use crate::console::{self, ConsoleSocket};
 use crate::cpus;
 use crate::disks;
 use crate::helper::{self, bundle};
+use crate::images;
 use crate::network;
 use crate::reaper::{self, End, Reaper};
 use crate::streams;
@@ -12,12 +13,12 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
-    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
-    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Process, RemoveContainerRequest,
-    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
-    Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    Accounts, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
+    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk,
+    Empty, ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, MountImageRequest, Process,
+    RemoveContainerRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
 use oci_spec::runtime::Spec;
@@ -299,6 +300,47 @@ impl Agent for Service {
         self.ask(async move |_: State| {
             network::update_routes(&request.routes).await?;
             Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn mount_image(
+        &self,
+        _: &TtrpcContext,
+        request: MountImageRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            let id = check_id(&request.container_id)?;
+            images::mount_image(id, check_id(&request.guest_name)?)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn unmount_image(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            images::unmount_image(check_id(&request.container_id)?)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn get_accounts(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Accounts> {
+        self.ask(async move |_: State| {
+            let id = check_id(&request.container_id)?;
+            Ok(Accounts {
+                passwd: images::read(id, "etc/passwd")?,
+                group: images::read(id, "etc/group")?,
+                ..Default::default()
+            })
         })
         .await
     }

@@ -1,13 +1,15 @@
 //! The agent's end of the control connection, as the host sees it.
 
 use crate::Error;
+use crate::account::Accounts;
 use crate::spec::Device;
 use koya_protocol::messages::{
-    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
+    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
     CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, ExecProcessRequest,
-    GetGuestDetailsRequest, GuestDetails, Interface, RemoveContainerRequest, Route,
-    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
-    Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    GetGuestDetailsRequest, GuestDetails, Interface, MountImageRequest, RemoveContainerRequest,
+    Route, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use std::io;
@@ -70,6 +72,13 @@ fn block_device(device: &Device) -> BlockDevice {
         guest_name: device.name.clone(),
         path: device.path.to_string_lossy().into(),
         read_only: device.read_only,
+        ..Default::default()
+    }
+}
+
+fn container_request(id: &str) -> ContainerRequest {
+    ContainerRequest {
+        container_id: id.into(),
         ..Default::default()
     }
 }
@@ -259,6 +268,40 @@ impl Agent {
             .update_routes(limited(), &request)
             .map(drop)
             .map_err(failed("set up the guest's routes"))
+    }
+
+    /// Mounts a disk's file system as a container's root.
+    pub(crate) fn mount_image(&self, id: &str, disk: &str) -> Result<(), Error> {
+        let request = MountImageRequest {
+            container_id: id.into(),
+            guest_name: disk.into(),
+            ..Default::default()
+        };
+        self.client
+            .mount_image(limited(), &request)
+            .map(drop)
+            .map_err(failed("mount the image"))
+    }
+
+    /// Takes it away.
+    pub(crate) fn unmount_image(&self, id: &str) -> Result<(), Error> {
+        self.client
+            .unmount_image(limited(), &container_request(id))
+            .map(drop)
+            .map_err(failed("unmount the image"))
+    }
+
+    /// Who the users in it are.
+    pub(crate) fn accounts(&self, id: &str) -> Result<Accounts, Error> {
+        let found = self
+            .client
+            .get_accounts(limited(), &container_request(id))
+            .map_err(failed("read the image's users"))?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(Accounts {
+            passwd: text(&found.passwd),
+            groups: text(&found.group),
+        })
     }
 
     /// Has the guest's kernel look at a window that was empty, and returns its name of the disk there.

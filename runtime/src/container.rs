@@ -1,11 +1,13 @@
 //! Containers and their processes.
 
 use crate::Error;
+use crate::account::Accounts;
 use crate::mount_points;
-use crate::sandbox::Inner;
-use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Stdio};
+use crate::sandbox::{Disk, Inner};
+use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Stdio};
 use crate::streams::Expected;
 use koya_protocol::messages;
+use koya_vmm::DiskConfig;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,8 +18,31 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Container {
     process: Process,
     config: ContainerConfig,
-    shares: Vec<String>,
+    given: Given,
     next_exec: AtomicU64,
+}
+
+/// What the sandbox holds for a container.
+#[derive(Default)]
+struct Given {
+    shares: Vec<String>,
+    /// The disk that is its root, mounted in the guest.
+    image: Option<Disk>,
+}
+
+impl Given {
+    fn take_back(self, inner: &Inner, id: &str) {
+        for share in self.shares {
+            inner.shares.remove(&share);
+        }
+        if let Some(disk) = self.image {
+            let unmounted = inner.agent.unmount_image(id);
+            if let Err(error) = unmounted.and_then(|()| inner.detach_disk(&disk)) {
+                // The slot stays taken until the sandbox ends.
+                log::warn!("the image of container {id} stays attached: {error}");
+            }
+        }
+    }
 }
 
 /// A process of a container: its streams, and what can be done to it.
@@ -112,20 +137,19 @@ impl Container {
         id: &str,
         config: &ContainerConfig,
     ) -> Result<Self, Error> {
-        let mut shares = Vec::new();
-        let made = Self::try_create(&inner, id, config, &mut shares);
+        let mut given = Given::default();
+        let made = Self::try_create(&inner, id, config, &mut given);
         match made {
             Ok(process) => Ok(Self {
                 process,
                 config: config.clone(),
-                shares,
+                given,
                 next_exec: AtomicU64::new(1),
             }),
             Err(error) => {
-                for share in shares {
-                    inner.shares.remove(&share);
-                }
-                Err(inner.explain(error))
+                let error = inner.explain(error);
+                given.take_back(&inner, id);
+                Err(error)
             }
         }
     }
@@ -134,10 +158,24 @@ impl Container {
         inner: &Arc<Inner>,
         id: &str,
         config: &ContainerConfig,
-        shares: &mut Vec<String>,
+        given: &mut Given,
     ) -> Result<Process, Error> {
-        let spec = spec::build(id, config)?;
-        if config.read_only {
+        let root = Root::of(&config.rootfs)?;
+        let accounts = match root {
+            Root::Directory => Accounts::read(&config.rootfs),
+            Root::Image => {
+                let disk = inner.attach_disk(&DiskConfig {
+                    read_only: true,
+                    ..DiskConfig::new(&config.rootfs)
+                })?;
+                let name = disk.device().name.clone();
+                given.image = Some(disk);
+                inner.agent.mount_image(id, &name)?;
+                inner.agent.accounts(id)?
+            }
+        };
+        let spec = spec::build(id, config, &accounts)?;
+        if config.read_only && root == Root::Directory {
             let is_file = |destination: &Path| {
                 let volume = config.volumes.iter().find(|v| v.destination == destination);
                 volume.is_some_and(|v| v.source.is_file())
@@ -153,7 +191,7 @@ impl Container {
                 .shares
                 .add(&name, &path, read_only)
                 .map_err(Error::host(format!("share {}", path.display())))?;
-            shares.push(name);
+            given.shares.push(name);
         }
         let plan = Plan::new(inner, config.process.stdio)?;
         let spec = serde_json::to_vec(&spec)
@@ -214,7 +252,11 @@ impl Container {
     /// If the container has ended, or the program can't be found.
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
         let inner = &self.process.inner;
-        let process = spec::exec_process(&self.config, config)?;
+        let accounts = match self.given.image {
+            Some(_) => inner.agent.accounts(&self.process.container)?,
+            None => Accounts::read(&self.config.rootfs),
+        };
+        let process = spec::exec_process(&self.config, &accounts, config)?;
         let process =
             serde_json::to_vec(&process).map_err(|e| Error::container("process", e.to_string()))?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
@@ -254,10 +296,9 @@ impl Container {
     /// If the guest can't.
     pub fn remove(self) -> Result<(), Error> {
         let inner = &self.process.inner;
-        let removed = inner.agent.remove(&self.process.container);
-        for share in &self.shares {
-            inner.shares.remove(share);
-        }
+        let id = &self.process.container;
+        let removed = inner.agent.remove(id);
+        self.given.take_back(inner, id);
         removed.map_err(|e| inner.explain(e))
     }
 }

@@ -21,6 +21,7 @@
 //!
 //! The library touches nothing process-wide; `koya`, its command line, does.
 
+mod account;
 mod agent;
 mod console;
 mod container;

@@ -342,18 +342,7 @@ impl Sandbox {
     /// # Errors
     /// What is wrong with the disk, that no slot is left, or that the guest does not find it.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<Disk, Error> {
-        let machine = self.machine();
-        let attached = machine.attach_disk(config)?;
-        match self.inner.agent.attach_disk(attached.window) {
-            Ok(name) => Ok(Disk {
-                device: Device::named(name, config.read_only),
-                attached,
-            }),
-            Err(error) => {
-                machine.detach_disk(attached.slot).ok();
-                Err(self.inner.explain(error))
-            }
-        }
+        self.inner.attach_disk(config)
     }
 
     /// Takes a disk from the running guest, once the guest's kernel has let go of it.
@@ -361,9 +350,7 @@ impl Sandbox {
     /// # Errors
     /// If the guest uses it: then it stays.
     pub fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
-        let released = self.inner.agent.detach_disk(disk.attached.window);
-        released.map_err(|error| self.inner.explain(error))?;
-        Ok(self.machine().detach_disk(disk.attached.slot)?)
+        self.inner.detach_disk(disk)
     }
 
     /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.
@@ -422,6 +409,26 @@ impl Inner {
         }
         self.handle.stop();
         self.end.wait()
+    }
+
+    pub(crate) fn attach_disk(&self, config: &DiskConfig) -> Result<Disk, Error> {
+        let attached = self.handle.attach_disk(config)?;
+        match self.agent.attach_disk(attached.window) {
+            Ok(name) => Ok(Disk {
+                device: Device::named(name, config.read_only),
+                attached,
+            }),
+            Err(error) => {
+                self.handle.detach_disk(attached.slot).ok();
+                Err(self.explain(error))
+            }
+        }
+    }
+
+    pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
+        let released = self.agent.detach_disk(disk.attached.window);
+        released.map_err(|error| self.explain(error))?;
+        Ok(self.handle.detach_disk(disk.attached.slot)?)
     }
 
     /// If the machine has ended, why: what to say instead of "the agent does not answer".

@@ -1,14 +1,12 @@
 //! What a user wants of a container, and the OCI configuration that says so to the guest.
 
 use crate::Error;
+use crate::account::{Account, Accounts};
 use crate::seccomp::Seccomp;
 use koya_protocol::SHARED_DIR;
 use oci_spec::runtime::{self as oci, Spec};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// The capabilities that containers have by default: Docker's.
@@ -30,9 +28,6 @@ const DEFAULT_CAPABILITIES: &[&str] = &[
 ];
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// The largest `/etc/passwd` or `/etc/group` that is read, in bytes.
-const MAX_DATABASE: u64 = 16 << 20;
 
 /// Where a process's standard streams go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,7 +117,8 @@ pub struct ProcessConfig {
 /// A container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ContainerConfig {
-    /// The host directory that is its root.
+    /// Its root: a directory of the host, or a file (or block device) with a file system, erofs or
+    /// ext4, which is not written to: what the container writes is kept in the guest's memory.
     pub rootfs: PathBuf,
     /// Its first process.
     pub process: ProcessConfig,
@@ -242,6 +238,34 @@ impl AllCapabilities for oci::Capability {
     }
 }
 
+/// What a container's root is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// A directory of the host, shared.
+    Directory,
+    /// A file system in a file or on a block device, which the guest mounts.
+    Image,
+}
+
+impl Root {
+    /// # Errors
+    /// If it is neither.
+    pub(crate) fn of(path: &Path) -> Result<Self, Error> {
+        let wrong = |reason| Error::container("rootfs", format!("{} {reason}", path.display()));
+        let kind = path
+            .metadata()
+            .map_err(|e| wrong(format!("can't be read: {e}")))?;
+        let kind = kind.file_type();
+        match kind.is_dir() {
+            true => Ok(Self::Directory),
+            false if kind.is_file() || kind.is_block_device() => Ok(Self::Image),
+            false => Err(wrong(
+                "is neither a directory nor an image of a file system".into(),
+            )),
+        }
+    }
+}
+
 fn root_share(id: &str) -> String {
     format!("{id}.root")
 }
@@ -252,7 +276,10 @@ fn volume_share(id: &str, index: usize) -> String {
 
 /// What must be shared with the guest: name, host path, read-only.
 pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<(String, PathBuf, bool)> {
-    let mut all = vec![(root_share(id), config.rootfs.clone(), config.read_only)];
+    let mut all = Vec::new();
+    if config.rootfs.is_dir() {
+        all.push((root_share(id), config.rootfs.clone(), config.read_only));
+    }
     for (index, volume) in config.volumes.iter().enumerate() {
         let name = volume_share(id, index);
         all.push((name, volume.source.clone(), volume.read_only));
@@ -261,12 +288,16 @@ pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<(String, PathBuf
 }
 
 /// The OCI configuration, with paths as the guest has them.
-pub(crate) fn build(id: &str, config: &ContainerConfig) -> Result<Spec, Error> {
-    if !config.rootfs.is_dir() {
-        let reason = format!("{} is not a directory", config.rootfs.display());
-        return Err(Error::container("rootfs", reason));
-    }
-    let process = process(config, &config.process)?;
+pub(crate) fn build(
+    id: &str,
+    config: &ContainerConfig,
+    accounts: &Accounts,
+) -> Result<Spec, Error> {
+    let root = match Root::of(&config.rootfs)? {
+        Root::Directory => format!("{SHARED_DIR}/{}", root_share(id)),
+        Root::Image => koya_protocol::image_root(id),
+    };
+    let process = process(config, accounts, &config.process)?;
     let privileged = config.privileged;
     let mut devices = vec![json!({"allow": false, "access": "rwm"})];
     let (mut masked, mut read_only) = (MASKED.to_vec(), READ_ONLY.to_vec());
@@ -279,7 +310,7 @@ pub(crate) fn build(id: &str, config: &ContainerConfig) -> Result<Spec, Error> {
         "ociVersion": "1.2.0",
         "process": process,
         "root": {
-            "path": format!("{SHARED_DIR}/{}", root_share(id)),
+            "path": root,
             "readonly": config.read_only,
         },
         "hostname": config.hostname.as_deref().unwrap_or(id),
@@ -396,17 +427,22 @@ fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
 /// The OCI process of an exec.
 pub(crate) fn exec_process(
     container: &ContainerConfig,
+    accounts: &Accounts,
     config: &ProcessConfig,
 ) -> Result<oci::Process, Error> {
-    let value = process(container, config)?;
+    let value = process(container, accounts, config)?;
     serde_json::from_value(value).map_err(|e| Error::container("process", e.to_string()))
 }
 
-fn process(container: &ContainerConfig, config: &ProcessConfig) -> Result<Value, Error> {
+fn process(
+    container: &ContainerConfig,
+    accounts: &Accounts,
+    config: &ProcessConfig,
+) -> Result<Value, Error> {
     if config.args.first().is_none_or(String::is_empty) {
         return Err(Error::container("command", "no command was given"));
     }
-    let account = Account::find(&container.rootfs, &config.user.text)?;
+    let account = Account::find(accounts, &config.user.text)?;
     let mut env = config.env.clone();
     let has = |env: &[String], name: &str| env.iter().any(|v| v.starts_with(name));
     if !has(&env, "PATH=") {
@@ -443,96 +479,6 @@ fn process(container: &ContainerConfig, config: &ProcessConfig) -> Result<Value,
     }))
 }
 
-/// A user as numbers.
-#[derive(Debug, PartialEq, Eq)]
-struct Account {
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
-    home: String,
-}
-
-impl Account {
-    /// `USER[:GROUP]` by the container's own databases.
-    fn find(rootfs: &Path, text: &str) -> Result<Self, Error> {
-        let (user, group) = match text.split_once(':') {
-            Some((user, group)) => (user, Some(group)),
-            None => (text, None),
-        };
-        let user = if user.is_empty() { "0" } else { user };
-        let passwd = database(rootfs, "etc/passwd");
-        let groups = database(rootfs, "etc/group");
-        // name:password:uid:gid:comment:home:shell
-        let entry = passwd
-            .lines()
-            .map(|l| l.split(':').collect::<Vec<_>>())
-            .find(|f| f.len() >= 6 && (f[0] == user || f[2] == user));
-        let unknown = |what| Error::container("user", format!("the container has no {what}"));
-        let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
-        let (uid, mut gid, home, name) = match &entry {
-            Some(f) => (
-                number(f[2]).ok_or_else(|| unknown(format!("proper user {user}")))?,
-                number(f[3]).unwrap_or(0),
-                f[5].to_owned(),
-                Some(f[0]),
-            ),
-            None => {
-                let uid = number(user).ok_or_else(|| unknown(format!("user {user}")))?;
-                let home = if uid == 0 { "/root" } else { "/" };
-                (uid, 0, home.to_owned(), None)
-            }
-        };
-        let mut additional = Vec::new();
-        // name:password:gid:member,member
-        for fields in groups.lines().map(|l| l.split(':').collect::<Vec<_>>()) {
-            let Some(number) = fields.get(2).and_then(|g| number(g)) else {
-                continue;
-            };
-            let member = fields
-                .get(3)
-                .is_some_and(|m| m.split(',').any(|m| Some(m) == name));
-            if group.is_none() && member && number != gid {
-                additional.push(number);
-            }
-            if group == Some(fields[0]) {
-                gid = number;
-            }
-        }
-        if let Some(group) = group {
-            let by_name = groups.lines().any(|l| l.split(':').next() == Some(group));
-            if !by_name {
-                gid = number(group).ok_or_else(|| unknown(format!("group {group}")))?;
-            }
-        }
-        Ok(Self {
-            uid,
-            gid,
-            groups: additional,
-            home,
-        })
-    }
-}
-
-/// A file of the container's, read without leaving its root by a link.
-fn database(rootfs: &Path, name: &str) -> String {
-    let read = || -> std::io::Result<String> {
-        let root = openat(CWD, rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        // Looked at before it is opened: opening a device node acts on the host's device, and
-        // containers can make some.
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let found = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
-        if kind != FileType::RegularFile {
-            return Err(std::io::ErrorKind::InvalidInput.into());
-        }
-        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
-        let mut text = Vec::new();
-        file.take(MAX_DATABASE).read_to_end(&mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
-    };
-    read().unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -554,40 +500,6 @@ mod tests {
     }
 
     #[test]
-    fn users_are_found_by_name_and_number() {
-        let dir = rootfs();
-        let web = Account::find(dir.path(), "web").unwrap();
-        assert_eq!(
-            (web.uid, web.gid, web.groups.as_slice()),
-            (33, 33, &[40][..])
-        );
-        assert_eq!(web.home, "/var/www");
-        assert_eq!(Account::find(dir.path(), "33").unwrap(), web);
-        let mixed = Account::find(dir.path(), "web:log").unwrap();
-        assert_eq!((mixed.uid, mixed.gid, mixed.groups.len()), (33, 40, 0));
-        assert_eq!(Account::find(dir.path(), "1000:50").unwrap().gid, 50);
-        assert_eq!(Account::find(dir.path(), "").unwrap().home, "/root");
-        assert!(Account::find(dir.path(), "nobody").is_err());
-        assert!(Account::find(dir.path(), "4294967295").is_err());
-    }
-
-    #[test]
-    fn a_password_file_that_is_a_link_out_of_the_root_is_not_read() {
-        let dir = rootfs();
-        let secret = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(secret.path(), "web:x:1:1::/:\n").unwrap();
-        let passwd = dir.path().join("etc/passwd");
-        std::fs::remove_file(&passwd).unwrap();
-        std::os::unix::fs::symlink(secret.path(), &passwd).unwrap();
-        assert!(Account::find(dir.path(), "web").is_err());
-        // Nor is anything that is no file: this would wait for ever.
-        std::fs::remove_file(&passwd).unwrap();
-        let mode = Mode::from_raw_mode(0o600);
-        rustix::fs::mknodat(CWD, &passwd, FileType::Fifo, mode, 0).unwrap();
-        assert!(Account::find(dir.path(), "web").is_err());
-    }
-
-    #[test]
     fn the_configuration_names_guest_paths_only() {
         let dir = rootfs();
         let mut config = ContainerConfig::new(dir.path(), ["true"]);
@@ -596,7 +508,7 @@ mod tests {
             destination: "/data".into(),
             read_only: true,
         });
-        let spec = build("c1", &config).unwrap();
+        let spec = build("c1", &config, &Accounts::default()).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         assert!(!text.contains(dir.path().to_str().unwrap()));
         assert!(text.contains("/run/koya/shared/c1.volume0"));
@@ -605,7 +517,11 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         let dir = rootfs();
-        let error = |config: &ContainerConfig| build("c", config).unwrap_err().to_string();
+        let error = |config: &ContainerConfig| {
+            build("c", config, &Accounts::default())
+                .unwrap_err()
+                .to_string()
+        };
         let good = ContainerConfig::new(dir.path(), ["true"]);
         assert!(
             error(&ContainerConfig {

@@ -28,6 +28,11 @@ pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.
 pub const SHARED_DIR: &str = "/run/koya/shared";
 
+/// Where the guest has the root of a container whose root is an image of a file system.
+pub fn image_root(container: &str) -> String {
+    format!("/run/koya/images/{container}/root")
+}
+
 /// What an error of the agent begins with when a container's program can't be found or run; the
 /// shell's exit status for it follows, then the reason.
 pub const NOT_EXECUTABLE: &str = "cannot execute";

@@ -190,11 +190,13 @@ impl NetArgs {
             return Ok(None);
         }
         let etc = rootfs.join("etc");
-        let there = match etc.join("resolv.conf").symlink_metadata() {
-            // Only a file can be mounted over; where a link leads is the container's own affair.
-            Ok(data) => data.is_file(),
-            Err(_) => rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_ok(),
-        };
+        // In an image's own layer of memory one can always be made.
+        let there = rootfs.is_file()
+            || match etc.join("resolv.conf").symlink_metadata() {
+                // Only a file can be mounted over; where a link leads is the container's own affair.
+                Ok(data) => data.is_file(),
+                Err(_) => rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_ok(),
+            };
         if !there {
             log::warn!(
                 "names may not be resolved: {} has no file resolv.conf, and none can be made; use -v",

@@ -31,8 +31,8 @@ const DETACHED: &str = "KOYA_DETACHED";
 
 #[derive(Args)]
 pub(super) struct RunArgs {
-    /// The directory that is the container's root
-    #[arg(long, value_name = "DIR", required_unless_present = "image")]
+    /// The directory that is the container's root, or a file with a file system (erofs, ext4)
+    #[arg(long, value_name = "PATH", required_unless_present = "image")]
     rootfs: Option<PathBuf>,
     /// An image: an OCI layout directory, a tar of one, or what `docker save` wrote
     #[arg(long, value_name = "PATH", conflicts_with = "rootfs")]

@@ -12,6 +12,7 @@ crate::trials![
     a_read_only_disk_stays_as_it_is,
     what_is_discarded_is_given_back,
     a_disk_is_for_one_writer,
+    an_image_is_a_root,
     disks_come_and_go_while_a_container_runs,
 ];
 
@@ -175,5 +176,52 @@ fn disks_come_and_go_while_a_container_runs() -> Result<()> {
         let said = String::from_utf8_lossy(&got.stderr);
         ensure!(n < 4 || said.contains("all 4 slots"), "{said}");
     }
+    Ok(())
+}
+
+/// A root file system in a file: erofs, and ext4. What the container writes is gone with it.
+fn an_image_is_a_root() -> Result<()> {
+    let dir = scratch("disk-root")?;
+    let tree = dir.join("tree");
+    crate::tool::busybox(&tree)?;
+    std::fs::write(tree.join("etc/motd"), "from the image\n")?;
+    let (ext4, erofs) = (dir.join("root.ext4"), dir.join("root.erofs"));
+    let made = Command::new("/sbin/mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .args([tree.as_os_str(), ext4.as_os_str(), "32m".as_ref()])
+        .output()?;
+    stdout(made)?;
+    stdout(Command::new("mkfs.erofs").args([&erofs, &tree]).output()?)?;
+    for image in [&ext4, &erofs] {
+        let before = std::fs::read(image)?;
+        let script = "cat /etc/motd; id -un; echo new > /etc/motd; rm /bin/vi; mkdir /new; touch /new/file
+                      cat /etc/motd; ls /bin/vi /new 2> /dev/null; df / | tail -n 1 | cut -d ' ' -f 1";
+        let said = stdout(run_in(image, &["-u", "web"], &["id", "-u"])?)?;
+        ensure!(said == "33", "{said}");
+        let said = stdout(run_in(image, &[], &["sh", "-c", script])?)?;
+        ensure!(
+            said == "from the image\nroot\nnew\n/new:\nfile\nroot",
+            "{image:?}: {said}"
+        );
+        let read_only = stdout(run_in(
+            image,
+            &["--read-only"],
+            &["sh", "-c", "touch /x || cat /etc/motd"],
+        )?)?;
+        ensure!(read_only == "from the image", "{read_only}");
+        ensure!(std::fs::read(image)? == before, "{image:?} was written to");
+    }
+    // One container of it runs, and another process in it knows its users.
+    let name = "disk-root";
+    let mut run = koya(["run", "-d", "--name", name, "--rootfs"]);
+    run.arg(&erofs).args(["--", "sleep", "1000"]);
+    stdout(run.output()?)?;
+    let container = Background { name: name.into() };
+    ensure!(stdout(container.exec(&["-u", "web"], &["id", "-u"])?)? == "33");
+    let text = dir.join("text");
+    std::fs::write(&text, "no file system.\n".repeat(1024))?;
+    let refused = run_in(&text, &[], &["true"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(said.contains("neither erofs nor ext4"), "{said}");
     Ok(())
 }

@@ -1,0 +1,161 @@
+//! Roots that are images of file systems: a disk of the guest's, mounted read-only, and a layer in
+//! memory on top of it that takes what the container writes (overlayfs).
+//!
+//! An image is not trusted by the host, which never looks into it: the guest's kernel does.
+
+use anyhow::{Context, Result, bail};
+use koya_protocol::image_root;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// The most that is read of a database of users, in bytes.
+const MAX_DATABASE: u64 = 1 << 20;
+
+/// Where the parts of a container's root are mounted.
+struct Parts {
+    /// The image.
+    lower: PathBuf,
+    /// Memory for what is written: `upper` and `work` are in it.
+    memory: PathBuf,
+    root: PathBuf,
+}
+
+impl Parts {
+    fn of(id: &str) -> Self {
+        let root = PathBuf::from(image_root(id));
+        let beside = |name| root.with_file_name(name);
+        Self {
+            lower: beside("lower"),
+            memory: beside("memory"),
+            root,
+        }
+    }
+
+    /// In the order in which they are mounted.
+    fn all(&self) -> [&Path; 3] {
+        [&self.lower, &self.memory, &self.root]
+    }
+}
+
+/// Mounts a disk's file system as a container's root.
+pub(crate) fn mount_image(id: &str, disk: &str) -> Result<()> {
+    let parts = Parts::of(id);
+    if parts.root.exists() {
+        bail!("container {id} has a root already");
+    }
+    let mounted = try_mount(&parts, disk);
+    if mounted.is_err() {
+        unmount_image(id).ok();
+    }
+    mounted
+}
+
+fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
+    for part in parts.all() {
+        fs::create_dir_all(part)?;
+    }
+    let device = format!("/dev/{disk}");
+    let kind = kind(&device)?;
+    let no_options = c"";
+    mount(&*device, &parts.lower, kind, MountFlags::RDONLY, no_options)
+        .with_context(|| format!("cannot mount the {kind} file system of {disk}"))?;
+    mount(
+        "memory",
+        &parts.memory,
+        "tmpfs",
+        MountFlags::empty(),
+        c"mode=0755",
+    )
+    .context("cannot mount a tmpfs")?;
+    let (upper, work) = (parts.memory.join("upper"), parts.memory.join("work"));
+    for dir in [&upper, &work] {
+        fs::create_dir(dir)?;
+    }
+    // The root directory itself is the upper layer's: as it is below.
+    let like = fs::metadata(&parts.lower)?;
+    fs::set_permissions(&upper, like.permissions())?;
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        parts.lower.display(),
+        upper.display(),
+        work.display()
+    );
+    mount(
+        "root",
+        &parts.root,
+        "overlay",
+        MountFlags::empty(),
+        &*CString::new(options)?,
+    )
+    .context("cannot mount an overlay")
+}
+
+/// Which file system it is, of those that the kernel has for images.
+fn kind(device: &str) -> Result<&'static str> {
+    let mut head = [0; 2048];
+    let file = File::open(device).with_context(|| format!("the guest has no {device}"))?;
+    file.read_exact_at(&mut head, 0)
+        .context("the image is too small for a file system")?;
+    kind_of(&head).context("the image is neither erofs nor ext4")
+}
+
+/// By the magic numbers of the superblocks, both at 1024.
+fn kind_of(head: &[u8; 2048]) -> Option<&'static str> {
+    let superblock = &head[1024..];
+    if superblock.starts_with(&0xe0f5_e1e2u32.to_le_bytes()) {
+        return Some("erofs");
+    }
+    (superblock[56..58] == 0xef53u16.to_le_bytes()).then_some("ext4")
+}
+
+/// Takes a container's root away; a container that is still in it keeps it until it ends.
+pub(crate) fn unmount_image(id: &str) -> Result<()> {
+    let parts = Parts::of(id);
+    for part in parts.all().into_iter().rev() {
+        // What is not mounted needs nothing.
+        unmount(part, UnmountFlags::DETACH).ok();
+        fs::remove_dir(part).ok();
+    }
+    let folder = parts.root.parent().context("no folder")?;
+    fs::remove_dir(folder).with_context(|| format!("the root of container {id} is still there"))
+}
+
+/// A file of a container's root, empty if there is none. Links are followed inside the root only.
+pub(crate) fn read(id: &str, name: &str) -> Result<Vec<u8>> {
+    let root =
+        File::open(Parts::of(id).root).with_context(|| format!("container {id} has no image"))?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let Ok(found) = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) else {
+        return Ok(Vec::new());
+    };
+    let found = File::from(found);
+    // To open anything else could wait, or act on a device.
+    if !found.metadata()?.is_file() {
+        return Ok(Vec::new());
+    }
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_DATABASE).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_are_told_apart() {
+        let mut head = [0; 2048];
+        assert_eq!(kind_of(&head), None);
+        (head[1080], head[1081]) = (0x53, 0xef);
+        assert_eq!(kind_of(&head), Some("ext4"));
+        head[1024..1028].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
+        assert_eq!(kind_of(&head), Some("erofs"));
+    }
+}
