@@ -16,11 +16,11 @@
 use crate::give_back;
 use crate::sync::{guest_fault, lock};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, Memory, QueueError,
-    VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, DeviceState, Interrupt, Memory,
+    QueueError, StateError, VirtioDevice, Worker, read_config_space,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -89,6 +89,20 @@ pub struct BalloonMetrics {
     pub faults: AtomicU64,
 }
 
+/// A balloon's state beyond its queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Pages that the guest is asked to give up.
+    pub target: u32,
+    /// Pages that it says it has given up.
+    pub actual: u32,
+    /// The chain that is kept until statistics are wanted.
+    pub held: Option<u16>,
+}
+
+/// For `Shared::held`: no chain is kept.
+const NONE_HELD: u32 = u32::MAX;
+
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
@@ -97,6 +111,16 @@ struct Shared {
     ask: EventFd,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: BalloonMetrics,
+    /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3). Its
+    /// chain's head, or [`NONE_HELD`]; the worker's, but outlives it.
+    held: AtomicU32,
+}
+
+impl Shared {
+    fn hold(&self, head: Option<u16>) -> Option<u16> {
+        let new = head.map_or(NONE_HELD, u32::from);
+        u16::try_from(self.held.swap(new, Ordering::SeqCst)).ok()
+    }
 }
 
 /// The balloon device.
@@ -160,6 +184,7 @@ impl Balloon {
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
                 metrics: BalloonMetrics::default(),
+                held: AtomicU32::new(NONE_HELD),
             }),
         })
     }
@@ -223,13 +248,36 @@ impl VirtioDevice for Balloon {
             deflate,
             statistics,
             reporting,
-            held: None,
         })))
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        let shared = &self.shared;
+        Ok(DeviceState::Balloon(BalloonState {
+            target: shared.target.load(Ordering::SeqCst),
+            actual: shared.actual.load(Ordering::SeqCst),
+            held: u16::try_from(shared.held.load(Ordering::SeqCst)).ok(),
+        }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(StateError::Misfit("it is not a balloon's"));
+        };
+        self.shared.target.store(state.target, Ordering::SeqCst);
+        self.shared.actual.store(state.actual, Ordering::SeqCst);
+        self.shared.hold(state.held);
+        Ok(())
+    }
+
+    fn stop(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        lock(&self.shared.interrupt).take();
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         lock(&self.shared.interrupt).take();
         self.shared.actual.store(0, Ordering::SeqCst);
+        self.shared.hold(None);
     }
 }
 
@@ -239,8 +287,6 @@ struct BalloonWorker {
     deflate: ActiveQueue,
     statistics: Option<ActiveQueue>,
     reporting: Option<ActiveQueue>,
-    /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3).
-    held: Option<u16>,
 }
 
 /// The page frames of a chain, as ranges in bytes; none if there are too many.
@@ -354,7 +400,7 @@ impl BalloonWorker {
                 while let Some(chain) = queue.pop()? {
                     *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
                     // One at a time: what was held, if the driver is that odd, goes back.
-                    if let Some(before) = self.held.replace(chain.head()) {
+                    if let Some(before) = shared.hold(Some(chain.head())) {
                         queue.complete(before, 0)?;
                     }
                 }
@@ -368,7 +414,7 @@ impl BalloonWorker {
 
     /// Gives the statistics' buffer back, so that the guest fills it.
     fn ask(&mut self) -> Result<(), QueueError> {
-        if let (Some(queue), Some(head)) = (&mut self.statistics, self.held.take()) {
+        if let (Some(queue), Some(head)) = (&mut self.statistics, self.shared.hold(None)) {
             queue.complete(head, 0)?;
             queue.notify()?;
         }
@@ -440,7 +486,6 @@ mod tests {
             deflate: drivers[1].queue(),
             statistics: Some(drivers[2].queue()),
             reporting: Some(drivers[3].queue()),
-            held: None,
         };
         Setup {
             balloon,

@@ -1,6 +1,7 @@
 //! The devices of a PC that a guest without firmware still expects: the first serial port and
 //! the keyboard controller's reset line. Both are called from vCPU threads.
 
+use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
 use std::sync::Arc;
 use vm_superio::serial::NoEvents;
@@ -37,6 +38,34 @@ impl Trigger for EventTrigger {
 /// Where a guest's console goes.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
+/// The version of [`SerialState`] that this crate writes. It reads this one alone.
+pub const SERIAL_VERSION: u16 = 1;
+
+/// A serial port's registers, by their names in the 16550A's data sheet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    /// [`SERIAL_VERSION`]
+    pub version: u16,
+    /// Divisor latch, low and high byte.
+    pub divisor: [u8; 2],
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// Interrupt identification register.
+    pub interrupt_identification: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Line status register.
+    pub line_status: u8,
+    /// Modem control register.
+    pub modem_control: u8,
+    /// Modem status register.
+    pub modem_status: u8,
+    /// Scratch register.
+    pub scratch: u8,
+    /// Input that the guest has not read.
+    pub input: Vec<u8>,
+}
+
 /// A 16550A serial port (COM1): eight registers, bytes out to a writer, bytes in from
 /// [`SerialPort::input`].
 pub struct SerialPort {
@@ -55,6 +84,51 @@ impl SerialPort {
             port: Serial::new(interrupt.clone(), output),
             interrupt,
         })
+    }
+
+    /// Its registers and what the guest has not read yet.
+    pub fn save(&self) -> SerialState {
+        let state = self.port.state();
+        SerialState {
+            version: SERIAL_VERSION,
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+
+    /// A port that is what another was, and writes to `output`.
+    ///
+    /// # Errors
+    /// Another version's state, more input than the FIFO holds, or no event descriptor.
+    pub fn restore(state: &SerialState, output: ConsoleOutput) -> io::Result<Self> {
+        if state.version != SERIAL_VERSION {
+            let text = format!("a serial port's state of version {}", state.version);
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
+        let interrupt = EventTrigger::new()?;
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let registers = vm_superio::SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        let port = Serial::from_state(&registers, interrupt.clone(), NoEvents, output)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
+        Ok(Self { port, interrupt })
     }
 
     /// What raises IRQ 4: an irqfd.
@@ -127,6 +201,33 @@ mod tests {
         assert!(!line.write(4, 0xed));
         assert!(line.write(4, 0xfe));
         assert!(!line.write(4, 0xaa));
+    }
+
+    #[test]
+    fn a_port_is_what_it_was() {
+        let mut port = SerialPort::new(Box::new(io::sink())).unwrap();
+        port.write(3, 0x83);
+        port.write(0, 0x0c);
+        port.write(3, 0x03);
+        port.write(7, 0x5a);
+        assert_eq!(port.input(b"typed"), 5);
+        assert_eq!(port.read(0), b't');
+        let state = port.save();
+        let text = serde_json::to_string(&state).unwrap();
+        let read: SerialState = serde_json::from_str(&text).unwrap();
+        let mut again = SerialPort::restore(&read, Box::new(io::sink())).unwrap();
+        assert_eq!(again.save(), state);
+        assert_eq!((again.read(0), again.read(7)), (b'y', 0x5a));
+        let newer = SerialState {
+            version: 9,
+            ..state.clone()
+        };
+        assert!(SerialPort::restore(&newer, Box::new(io::sink())).is_err());
+        let fuller = SerialState {
+            input: vec![0; 100],
+            ..state
+        };
+        assert!(SerialPort::restore(&fuller, Box::new(io::sink())).is_err());
     }
 
     #[test]

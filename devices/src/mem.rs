@@ -21,11 +21,11 @@
 use crate::give_back::give_back;
 use crate::sync::{guest_fault, lock};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, Interrupt, Memory, QueueError,
-    VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, DeviceState, Interrupt, Memory,
+    QueueError, StateError, VirtioDevice, Worker, read_config_space,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -72,6 +72,21 @@ pub struct MemMetrics {
     pub unplugged_bytes: AtomicU64,
     /// Requests that the device refused as impossible.
     pub faults: AtomicU64,
+}
+
+/// A memory device's state beyond its queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemState {
+    /// The region's first address.
+    pub start: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// How much of it the driver may look at, in bytes.
+    pub usable: u64,
+    /// What the guest is asked to have, in bytes.
+    pub requested: u64,
+    /// What is plugged: the first block and how many, run by run.
+    pub plugged: Vec<(u64, u64)>,
 }
 
 /// The region's state.
@@ -247,6 +262,47 @@ impl VirtioDevice for Mem {
             shared: self.shared.clone(),
             queue,
         })))
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        let region = lock(&self.shared.region);
+        let mut plugged: Vec<(u64, u64)> = Vec::new();
+        for (index, _) in region.blocks.iter().enumerate().filter(|(_, on)| **on) {
+            match plugged.last_mut() {
+                Some((first, count)) if *first + *count == index as u64 => *count += 1,
+                _ => plugged.push((index as u64, 1)),
+            }
+        }
+        Ok(DeviceState::Memory(MemState {
+            start: region.start,
+            size: region.size,
+            usable: region.usable,
+            requested: region.requested,
+            plugged,
+        }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Memory(state) = state else {
+            return Err(StateError::Misfit("it is not a memory device's"));
+        };
+        let mut region = lock(&self.shared.region);
+        let bounds = state.usable.max(state.requested);
+        if (state.start, state.size) != (region.start, region.size) || bounds > region.size {
+            return Err(StateError::Misfit("the region is another one"));
+        }
+        let mut blocks = vec![false; region.blocks.len()];
+        for (first, count) in &state.plugged {
+            let end = first.checked_add(*count).unwrap_or(u64::MAX);
+            let run = blocks.get_mut(*first as usize..end as usize);
+            run.ok_or(StateError::Misfit("a block lies outside the region"))?
+                .fill(true);
+        }
+        region.plugged = blocks.iter().filter(|on| **on).count() as u64 * BLOCK_SIZE;
+        region.blocks = blocks;
+        region.usable = state.usable;
+        region.requested = state.requested;
+        Ok(())
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {

@@ -5,7 +5,8 @@
 //! no guest holds the loop for long; the driver asks again for more.
 
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, DeviceKind, DeviceState, QueueError, StateError,
+    VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -35,6 +36,17 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
         Ok(Worker::EventLoop(Box::new(RngWorker { queue })))
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Entropy)
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Entropy => Ok(()),
+            _ => Err(StateError::Misfit("it is not entropy's")),
+        }
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {}

@@ -112,6 +112,16 @@ impl Driver {
         &self.memory
     }
 
+    /// Where the queue's parts are: descriptors, available ring, used ring.
+    pub fn places(&self) -> [u64; 3] {
+        [DESCRIPTORS, AVAILABLE, USED]
+    }
+
+    /// Descriptors of the queue.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
     /// What the device did to its interrupt.
     pub fn recorder(&self) -> &Arc<Recorder> {
         &self.recorder
@@ -122,6 +132,14 @@ impl Driver {
     /// # Panics
     /// If `size` is not a power of two.
     pub fn queue(&self) -> ActiveQueue {
+        self.queue_at((0, 0))
+    }
+
+    /// As [`queue`](Self::queue), of a device that is so far in the available and in the used ring.
+    ///
+    /// # Panics
+    /// If the host has no descriptors.
+    pub fn queue_at(&self, (next_available, next_used): (u16, u16)) -> ActiveQueue {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.set_size(self.size);
         queue
@@ -134,6 +152,8 @@ impl Driver {
             .try_set_used_ring_address(GuestAddress(USED))
             .expect("aligned");
         queue.set_ready(true);
+        queue.set_next_avail(next_available);
+        queue.set_next_used(next_used);
         ActiveQueue::new(
             0,
             queue,

@@ -6,13 +6,21 @@
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use koya_devices::balloon::Balloon;
 use koya_devices::blk::{Block, Disk, DiskOptions, IoEngine};
+use koya_devices::fs::passthrough::Options;
+use koya_devices::fs::{Fs, Shares};
+use koya_devices::mem::Mem;
 use koya_devices::net::{MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
-use koya_devices::test_utils::{Buffer, Driver};
-use koya_devices::virtio::{Activation, ActiveQueue, VirtioDevice, Worker};
+use koya_devices::rng::Rng;
+use koya_devices::test_utils::{Buffer, Driver, IdleLoop, MEMORY_SIZE};
+use koya_devices::virtio::mmio::MmioTransport;
+use koya_devices::virtio::{Activation, ActiveQueue, Memory, VirtioDevice, Worker};
+use koya_devices::vsock::{Ports, Vsock};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
 use std::fs::File;
+use std::sync::Arc;
+use vm_memory::GuestAddress;
 
 const QUEUE: u16 = 64;
 const DISK_BYTES: u64 = 64 << 10;
@@ -139,4 +147,187 @@ pub fn balloon_requests(data: &[u8]) {
     let mut device = Balloon::new().expect("a device");
     let queues = drivers.iter().map(Driver::queue).collect();
     serve(&mut device, &drivers[0], queues);
+}
+
+/// Requests to plug, unplug and look at memory, eight bytes each.
+///
+/// # Panics
+/// If the device has a bug.
+pub fn mem_requests(data: &[u8]) {
+    const START: u64 = 1 << 32;
+    const SIZE: u64 = 64 << 20;
+    let ranges = [
+        (GuestAddress(0), MEMORY_SIZE),
+        (GuestAddress(START), SIZE as usize),
+    ];
+    let memory = Memory::from_ranges(&ranges).expect("memory");
+    let mut driver = Driver::with_memory(Arc::new(memory), QUEUE);
+    for bytes in data.chunks_exact(8).take(usize::from(QUEUE) / 2) {
+        let block = u64::from(bytes[1]) % 40;
+        let address = START + (block << 21) + u64::from(bytes[2] % 16 / 15) * 4096;
+        let mut request = u16::from(bytes[0] % 5).to_le_bytes().to_vec();
+        request.extend([0; 6]);
+        request.extend(
+            address
+                .wrapping_sub(u64::from(bytes[3] % 16 / 15) << 33)
+                .to_le_bytes(),
+        );
+        request.extend(u16::from_le_bytes([bytes[4] % 40, bytes[5] / 255]).to_le_bytes());
+        request.extend([0; 6]);
+        request.truncate(24 - usize::from(bytes[6] / 250));
+        driver.offer(&[
+            Buffer::Readable(request),
+            Buffer::Writable(10 - u32::from(bytes[7] / 250)),
+        ]);
+    }
+    let mut device = Mem::new(START, SIZE).expect("a device");
+    let handle = device.handle();
+    handle.set_requested(u64::from(data.first().copied().unwrap_or(255)) << 20);
+    serve(&mut device, &driver, vec![driver.queue()]);
+    assert!(handle.plugged() <= handle.requested());
+}
+
+/// Buffers for random bytes, two bytes each.
+///
+/// # Panics
+/// If the device has a bug.
+pub fn entropy_requests(data: &[u8]) {
+    let mut driver = Driver::new(QUEUE);
+    for bytes in data.chunks_exact(2).take(usize::from(QUEUE) / 2) {
+        driver.offer(&[
+            Buffer::Readable(vec![0; usize::from(bytes[0] % 4)]),
+            Buffer::Writable(u32::from(bytes[1]) * 64),
+        ]);
+    }
+    serve(&mut Rng, &driver, vec![driver.queue()]);
+}
+
+/// FUSE requests, 24 bytes each: what is asked, of which node, and the rest as it is. The share is a
+/// directory of this process's own.
+///
+/// # Panics
+/// If the device has a bug, or the host no room for a directory.
+pub fn fs_requests(data: &[u8]) {
+    const NAMES: [&[u8]; 6] = [b"file\0", b"dir\0", b"link\0", b"..\0", b"a/b\0", b"\0"];
+    let dir = tempfile::tempdir().expect("a directory");
+    let place = dir.path().join("share");
+    std::fs::create_dir_all(place.join("dir")).expect("a directory");
+    std::fs::write(place.join("file"), "text").expect("a file");
+    std::os::unix::fs::symlink("/etc", place.join("link")).expect("a link");
+    let outside = dir.path().join("outside");
+    std::fs::write(&outside, "not the guest's").expect("a file");
+    let mut driver = Driver::new(QUEUE);
+    // The guest knows the share, the file and the directory.
+    let mut requests: Vec<Vec<u8>> = vec![
+        fuse(1, 1, b"share\0"),
+        fuse(1, 2, b"file\0"),
+        fuse(1, 2, b"dir\0"),
+    ];
+    for bytes in data.chunks_exact(24).take(usize::from(QUEUE) / 2 - 4) {
+        let mut body = bytes[2..].to_vec();
+        // Small numbers are handles and sizes that mean something.
+        for byte in body.iter_mut().skip(1).filter(|byte| **byte > 8) {
+            *byte = if *byte % 3 == 0 { *byte } else { 0 };
+        }
+        body.truncate(usize::from(bytes[1] % 5) * 8);
+        for pick in [bytes[3], bytes[4]] {
+            body.extend_from_slice(NAMES[usize::from(pick) % NAMES.len()]);
+        }
+        requests.push(fuse(
+            u32::from(bytes[0] % 54),
+            u64::from(bytes[1] % 6),
+            &body,
+        ));
+    }
+    for request in requests {
+        driver.offer(&[Buffer::Readable(request), Buffer::Writable(4096)]);
+    }
+    let shares = Shares::default();
+    shares.add("share", &place, false).expect("a share");
+    let mut device = Fs::new("fuzz", shares, Options::default(), 1).expect("a device");
+    // The queue for urgent requests has none.
+    let queues = vec![Driver::new(QUEUE).queue(), driver.queue()];
+    serve(&mut device, &driver, queues);
+    let text = std::fs::read(&outside).expect("the file outside");
+    assert_eq!(text, b"not the guest's");
+}
+
+/// A FUSE request: `struct fuse_in_header` and a body.
+fn fuse(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
+    request.extend(opcode.to_le_bytes());
+    request.extend(7u64.to_le_bytes());
+    request.extend(node.to_le_bytes());
+    request.extend([0; 16]);
+    request.extend_from_slice(body);
+    request
+}
+
+/// Packets of the guest's, twelve bytes each, to a port that is served and to ones that are not.
+///
+/// # Panics
+/// If the device has a bug, or the host no descriptors.
+pub fn vsock_packets(data: &[u8]) {
+    let ports = Ports::new().expect("a descriptor");
+    let listener = ports.listen(1).expect("a port");
+    let mut sends = Driver::new(QUEUE);
+    let mut receive = Driver::new(QUEUE);
+    for bytes in data.chunks_exact(12).take(usize::from(QUEUE) / 2) {
+        let payload = vec![bytes[10]; usize::from(bytes[11])];
+        let len = match bytes[9] {
+            255 => u32::MAX,
+            _ => payload.len() as u32,
+        };
+        let mut packet = 3u64.to_le_bytes().to_vec();
+        packet.extend(2u64.to_le_bytes());
+        packet.extend(u32::from(bytes[0] % 3).to_le_bytes());
+        packet.extend(u32::from(bytes[1] % 3).to_le_bytes());
+        packet.extend(len.to_le_bytes());
+        packet.extend(u16::from(1 + bytes[2] / 250).to_le_bytes());
+        packet.extend(u16::from(bytes[3] % 9).to_le_bytes());
+        packet.extend(u32::from(bytes[4] % 4).to_le_bytes());
+        packet.extend((u32::from(bytes[5]) << 8).to_le_bytes());
+        packet.extend(u32::from(bytes[6]).to_le_bytes());
+        sends.offer(&[Buffer::Readable(packet), Buffer::Readable(payload)]);
+    }
+    for _ in 0..QUEUE / 4 {
+        receive.offer(&[Buffer::Writable(4096)]);
+    }
+    let mut device = Vsock::new(3, ports);
+    let queues = vec![receive.queue(), sends.queue(), Driver::new(QUEUE).queue()];
+    serve(&mut device, &sends, queues);
+    drop(listener);
+}
+
+/// Accesses to a window, four bytes each: reads, and writes of small numbers; then what it has become
+/// is saved, restored and taken up again.
+///
+/// # Panics
+/// If the transport has a bug.
+pub fn transport_registers(data: &[u8]) {
+    let memory = Driver::new(QUEUE).memory().clone();
+    let transport = || {
+        let events = Arc::new(IdleLoop::default());
+        MmioTransport::new(Box::new(Rng), memory.clone(), events).expect("a window")
+    };
+    let mut window = transport();
+    for bytes in data.chunks_exact(4) {
+        let offset = u64::from(bytes[0]) * 2;
+        let value = match bytes[1] % 4 {
+            0 => u32::from(bytes[2]),
+            1 => u32::from(bytes[2]) << 12,
+            2 => [1, 3, 11, 15, 0, 128][usize::from(bytes[2] % 6)],
+            _ => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        };
+        match bytes[3] % 8 {
+            0 => window.read(offset, &mut [0; 4]),
+            1 => window.read(offset, &mut vec![0; usize::from(bytes[2] % 9)]),
+            _ => window.write(offset, &value.to_le_bytes()),
+        }
+    }
+    let state = window.save().expect("entropy can be saved");
+    let mut other = transport();
+    if other.restore(&state).is_ok() {
+        other.resume().ok();
+    }
 }

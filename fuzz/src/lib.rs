@@ -6,7 +6,10 @@
 
 mod devices;
 
-pub use devices::{balloon_requests, block_requests, net_buffers};
+pub use devices::{
+    balloon_requests, block_requests, entropy_requests, fs_requests, mem_requests, net_buffers,
+    transport_registers, vsock_packets,
+};
 
 use koya_devices::test_utils::{Driver, MEMORY_SIZE};
 use koya_devices::virtio::Chain;
@@ -127,6 +130,31 @@ mod tests {
     #[test]
     fn random_net_buffers() {
         random(400, net_buffers);
+    }
+
+    #[test]
+    fn random_mem_requests() {
+        random(400, mem_requests);
+    }
+
+    #[test]
+    fn random_entropy_requests() {
+        random(200, entropy_requests);
+    }
+
+    #[test]
+    fn random_fs_requests() {
+        random(300, fs_requests);
+    }
+
+    #[test]
+    fn random_vsock_packets() {
+        random(300, vsock_packets);
+    }
+
+    #[test]
+    fn random_transport_registers() {
+        random(400, transport_registers);
     }
 
     #[test]

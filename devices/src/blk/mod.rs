@@ -39,11 +39,12 @@ use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
 use crate::threads::Threads;
 use crate::virtio::{
-    ActivateError, Activation, DeviceKind, Interrupt, VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice,
+    Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
 use request::{Request, Status};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -289,6 +290,17 @@ impl Block {
     }
 }
 
+/// A disk's state beyond its queues. The image is the configuration's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// Its size, in sectors.
+    pub sectors: u64,
+    /// The size that the driver read last, in sectors.
+    pub told: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
 impl VirtioDevice for Block {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Block
@@ -325,6 +337,29 @@ impl VirtioDevice for Block {
         self.start(activation)
             .inspect_err(|_| self.stop_threads())?;
         Ok(Worker::OwnThreads)
+    }
+
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Block(BlockState {
+            sectors: self.disk.sectors(),
+            told: self.told.load(Ordering::SeqCst),
+            read_only: self.disk.is_read_only(),
+        }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Block(state) = state else {
+            return Err(StateError::Misfit("it is not a disk's"));
+        };
+        if state.read_only != self.disk.is_read_only() {
+            return Err(StateError::Misfit("one may be written to, the other not"));
+        }
+        // It may have grown meanwhile, of which the driver is told; what it knows of must be there.
+        if self.disk.sectors() < state.sectors {
+            return Err(StateError::Misfit("the disk is smaller than it was"));
+        }
+        self.told.store(state.told, Ordering::SeqCst);
+        Ok(())
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {

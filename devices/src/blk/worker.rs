@@ -96,18 +96,28 @@ struct Serving {
 
 impl Serving {
     fn serve(&mut self) -> Result<(), WorkerError> {
+        let mut stopping = false;
         loop {
-            let limit = self.take()?;
+            let limit = match stopping {
+                false => self.take()?,
+                // What the host was asked for is answered: nobody asks for it again.
+                true if self.free.len() == self.requests.len() => return self.end_all(),
+                true => None,
+            };
             self.queue.notify()?;
             self.engine.wait(limit)?;
             while let Some(completion) = self.engine.completed() {
                 match completion {
-                    Completion::Event(STOP) => return Ok(()),
+                    Completion::Event(STOP) => stopping = true,
                     Completion::Event(_) => {}
                     Completion::Request(token, result) => self.advance(token, result)?,
                 }
             }
         }
+    }
+
+    fn end_all(&mut self) -> Result<(), WorkerError> {
+        Ok(self.queue.notify()?)
     }
 
     /// Starts what the driver has in the queue; how long to wait before more may start.

@@ -34,7 +34,8 @@ use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
 use crate::threads::Threads;
 use crate::virtio::{
-    ActivateError, Activation, DeviceKind, Interrupt, VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice,
+    Worker, read_config_space,
 };
 use control::Control;
 use event_manager::MutEventSubscriber;
@@ -198,6 +199,8 @@ pub struct Net {
     limiters: [Arc<Mutex<RateLimiter>>; 2],
     queue_sizes: Vec<u16>,
     threads: Threads,
+    /// Pairs that are in use when a driver starts, or goes on.
+    first_pairs: usize,
 }
 
 /// How a network device's owner reaches it while the guest uses it.
@@ -253,6 +256,7 @@ impl Net {
             tap: Arc::new(tap),
             queue_sizes,
             threads: Threads::new("koya-net")?,
+            first_pairs: 1,
         })
     }
 
@@ -273,7 +277,7 @@ impl Net {
         let room = pair::Room::of(features, self.options.mtu);
         let several = has(VIRTIO_NET_F_MQ);
         self.tap.set_offload(offloads(features)).map_err(host)?;
-        self.tap.use_queues(1).map_err(host)?;
+        self.tap.use_queues(self.first_pairs).map_err(host)?;
         *lock(&self.shared.interrupt) = Some(activation.interrupt.clone());
         // Without VIRTIO_NET_F_MQ there is one pair, and the control queue follows it.
         let pairs = if several { self.tap.queues().len() } else { 1 };
@@ -335,6 +339,21 @@ fn offloads(features: u64) -> u32 {
     }
 }
 
+/// A network's state beyond its queues. The tap is the configuration's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// The guest's address.
+    pub mac: MacAddr,
+    /// The largest packet, if it was said.
+    pub mtu: Option<u16>,
+    /// Pairs of queues that there are.
+    pub pairs: u16,
+    /// Pairs that the driver uses.
+    pub used_pairs: u16,
+    /// Whether the link is up.
+    pub link: bool,
+}
+
 impl VirtioDevice for Net {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Net
@@ -393,7 +412,39 @@ impl VirtioDevice for Net {
         self.start(activation).inspect_err(|_| self.stop_threads())
     }
 
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Ok(DeviceState::Net(NetState {
+            mac: self.options.mac,
+            mtu: self.options.mtu,
+            pairs: self.tap.queues().len() as u16,
+            used_pairs: self.tap.used_queues() as u16,
+            link: self.shared.link(),
+        }))
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Net(state) = state else {
+            return Err(StateError::Misfit("it is not a network's"));
+        };
+        let pairs = self.tap.queues().len();
+        if (state.mac, state.mtu) != (self.options.mac, self.options.mtu)
+            || usize::from(state.pairs) != pairs
+            || !(1..=pairs).contains(&state.used_pairs.into())
+        {
+            return Err(StateError::Misfit("address, MTU or queues are others"));
+        }
+        self.first_pairs = state.used_pairs.into();
+        self.shared.set_link(state.link);
+        Ok(())
+    }
+
+    fn stop(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        self.first_pairs = self.tap.used_queues();
+        self.stop_threads();
+    }
+
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        self.first_pairs = 1;
         self.stop_threads();
     }
 }

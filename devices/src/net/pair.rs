@@ -171,6 +171,10 @@ impl Pair {
                 limit,
             )?;
             if stop {
+                // Buffers in hand are the driver's again.
+                for _ in self.receiver.chains.drain(..) {
+                    self.receiver.queue.unpop();
+                }
                 return Ok(());
             }
             if send {

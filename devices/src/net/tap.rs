@@ -6,6 +6,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use crate::sys::offload;
 
@@ -15,6 +16,8 @@ pub struct Tap {
     name: String,
     queues: Vec<File>,
     udp_segments: bool,
+    /// How many queues the kernel was let use last.
+    used: AtomicUsize,
 }
 
 impl Tap {
@@ -30,6 +33,7 @@ impl Tap {
             name: name.to_owned(),
             queues: Vec::new(),
             udp_segments: false,
+            used: AtomicUsize::new(1),
         };
         for _ in 0..queues {
             let mut options = File::options();
@@ -54,6 +58,7 @@ impl Tap {
             name: name.to_owned(),
             queues: queues.into_iter().map(File::from).collect(),
             udp_segments: false,
+            used: AtomicUsize::new(1),
         };
         tap.prepare()
     }
@@ -96,8 +101,14 @@ impl Tap {
         }
     }
 
+    /// How many the kernel was let use last.
+    pub(super) fn used_queues(&self) -> usize {
+        self.used.load(Ordering::SeqCst)
+    }
+
     /// Lets the kernel use the first `pairs` queues.
     pub(super) fn use_queues(&self, pairs: usize) -> io::Result<()> {
+        self.used.store(pairs, Ordering::SeqCst);
         if self.queues.len() < 2 {
             return Ok(());
         }

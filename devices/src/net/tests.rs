@@ -300,3 +300,56 @@ fn addresses_are_parsed() {
     }
     assert_eq!(MacAddr::random().unwrap().0[0] & 3, 2);
 }
+
+#[test]
+fn a_network_goes_on_where_it_was() {
+    let (mut device, host) = device(options());
+    let (mut receive, sender) = (Driver::new(256), Driver::new(256));
+    let heads: Vec<u16> = (0..4)
+        .map(|_| receive.offer(&[Buffer::Writable(2048)]))
+        .collect();
+    let start = |device: &mut Net, receive: &Driver, at: (u16, u16)| {
+        let queue = receive.queue_at(at);
+        let place = queue.place();
+        let activation = Activation {
+            memory: receive.memory().clone(),
+            interrupt: receive.recorder().clone(),
+            queues: vec![Some(queue), Some(sender.queue())],
+            features: MERGEABLE,
+        };
+        device.activate(activation).unwrap();
+        place
+    };
+    let wait = |receive: &mut Driver, head: u16| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match receive.used()[..] {
+                [(done, _)] => return assert_eq!(done, head),
+                _ => assert!(Instant::now() < deadline, "no frame"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    let frame = [&[0; HEADER_SIZE][..], b"a frame of the host's"].concat();
+    let place = start(&mut device, &receive, (0, 0));
+    send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
+    wait(&mut receive, heads[0]);
+
+    let state = device.save().unwrap();
+    device.stop(None);
+    // Buffers that the device had in hand are the driver's again.
+    assert_eq!(place.get(), (1, 1));
+    send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
+    device.restore(&state).unwrap();
+    assert_eq!(device.save().unwrap(), state);
+    start(&mut device, &receive, place.get());
+    wait(&mut receive, heads[1]);
+
+    device.reset(None);
+    let other = NetOptions {
+        mtu: None,
+        ..options()
+    };
+    let refused = self::device(other).0.restore(&state);
+    assert!(matches!(refused, Err(StateError::Misfit(_))));
+}

@@ -12,9 +12,11 @@
 //!   a fault while running sets DEVICE_NEEDS_RESET; only a reset leaves that state
 //! ```
 
+use super::queue::Place;
+use super::state::{self, QueueState, TransportState};
 use super::{
-    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, VirtioDevice,
-    Worker,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, StateError,
+    VirtioDevice, Worker,
 };
 use crate::sync::guest_fault;
 use event_manager::MutEventSubscriber;
@@ -120,6 +122,8 @@ pub struct MmioTransport {
     driver_features: u64,
     worker: Option<u64>,
     active: bool,
+    /// How far the device is in each queue that it was given.
+    places: Vec<Option<Arc<Place>>>,
 }
 
 impl MmioTransport {
@@ -159,6 +163,7 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
+            places: Vec::new(),
         })
     }
 
@@ -368,14 +373,12 @@ impl MmioTransport {
                 operation: "duplicate an event descriptor",
                 source,
             })?;
-            queues.push(Some(ActiveQueue::new(
-                index,
-                owned,
-                self.memory.clone(),
-                kick,
-                interrupt.clone(),
-            )));
+            let memory = self.memory.clone();
+            let queue = ActiveQueue::new(index, owned, memory, kick, interrupt.clone());
+            queues.push(Some(queue));
         }
+        let places = queues.iter().map(|q| q.as_ref().map(ActiveQueue::place));
+        self.places = places.collect();
         let worker = self.device.activate(Activation {
             memory: self.memory.clone(),
             interrupt,
@@ -394,6 +397,123 @@ impl MmioTransport {
             self.worker = Some(id);
         }
         Ok(())
+    }
+
+    /// Stops whoever serves the queues and says all that is to be kept. The device stands still until
+    /// [`resume`](Self::resume), or a reset by its driver.
+    ///
+    /// # Errors
+    /// [`StateError::Unsupported`] for devices whose state is not kept; those go on.
+    pub fn save(&mut self) -> Result<TransportState, StateError> {
+        // Asked first: a device that can't be saved is not to stand still.
+        self.device.save()?;
+        self.stand_still();
+        let queues = self.queues.iter().map(|queue| QueueState {
+            size: queue.size(),
+            ready: queue.ready(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+        });
+        Ok(TransportState {
+            version: state::VERSION,
+            status: self.status(),
+            driver_features: self.driver_features,
+            interrupt_status: self.line.reasons.load(Ordering::SeqCst),
+            config_generation: self.line.generation.load(Ordering::SeqCst),
+            queue_select: self.queue_select,
+            features_select: self.features_select,
+            driver_features_select: self.driver_features_select,
+            queues: queues.collect(),
+            device: self.device.save()?,
+        })
+    }
+
+    /// Becomes what was saved. The device stands still until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// What does not fit; the device is then as after a reset.
+    pub fn restore(&mut self, state: &TransportState) -> Result<(), StateError> {
+        self.reset();
+        let restored = self.try_restore(state);
+        if restored.is_err() {
+            self.reset();
+        }
+        restored
+    }
+
+    fn try_restore(&mut self, state: &TransportState) -> Result<(), StateError> {
+        if state.version != state::VERSION {
+            return Err(StateError::Version(state.version));
+        }
+        if state.queues.len() != self.queues.len() {
+            return Err(StateError::Misfit("it has another number of queues"));
+        }
+        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
+            let size = saved.size;
+            if !size.is_power_of_two() || size > queue.max_size() {
+                return Err(StateError::Misfit("a queue has another size"));
+            }
+            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+            queue.set_size(size);
+            let (low, high) = halves(saved.descriptors);
+            queue.set_desc_table_address(low, high);
+            let (low, high) = halves(saved.available);
+            queue.set_avail_ring_address(low, high);
+            let (low, high) = halves(saved.used);
+            queue.set_used_ring_address(low, high);
+            queue.set_next_avail(saved.next_available);
+            queue.set_next_used(saved.next_used);
+            queue.set_ready(saved.ready);
+        }
+        self.device.restore(&state.device)?;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        self.features_select = state.features_select;
+        self.driver_features_select = state.driver_features_select;
+        let line = &self.line;
+        line.status.store(state.status, Ordering::SeqCst);
+        line.generation
+            .store(state.config_generation, Ordering::SeqCst);
+        line.reasons.store(state.interrupt_status, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Goes on after [`save`](Self::save) or [`restore`](Self::restore): the queues are served again if
+    /// the driver had started the device.
+    ///
+    /// # Errors
+    /// If the queues are not in guest memory, or the host refuses a resource.
+    pub fn resume(&mut self) -> Result<(), StateError> {
+        let broken = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
+        let status = self.status();
+        let runs = status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && status & broken == 0;
+        if runs && !self.active {
+            let activated = self.try_activate();
+            activated.map_err(|error| StateError::Resume(error.to_string()))?;
+        }
+        // An interrupt may have been on its way; one too many does no harm.
+        if self.line.reasons.load(Ordering::SeqCst) != 0 {
+            self.line.raise(0);
+        }
+        Ok(())
+    }
+
+    fn stand_still(&mut self) {
+        let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
+        if !std::mem::take(&mut self.active) {
+            return;
+        }
+        self.device.stop(worker);
+        for (queue, place) in self.queues.iter_mut().zip(self.places.drain(..)) {
+            if let Some(place) = place {
+                let (available, used) = place.get();
+                queue.set_next_avail(available);
+                queue.set_next_used(used);
+            }
+        }
     }
 
     fn reset(&mut self) {

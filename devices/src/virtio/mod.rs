@@ -8,6 +8,7 @@
 pub mod chain;
 pub mod mmio;
 pub mod queue;
+pub mod state;
 
 use event_manager::MutEventSubscriber;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use vm_memory::GuestMemoryMmap;
 
 pub use chain::{Chain, ChainError};
 pub use queue::{ActiveQueue, QueueError};
+pub use state::{DeviceState, StateError};
 
 /// Guest memory as devices see it.
 pub type Memory = GuestMemoryMmap<()>;
@@ -130,6 +132,25 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// The driver's faults and the host's; the transport reports both as DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError>;
+    /// What it has beyond its queues, while nobody serves them.
+    ///
+    /// # Errors
+    /// [`StateError::Unsupported`] for kinds whose state is not kept.
+    fn save(&self) -> Result<DeviceState, StateError> {
+        Err(StateError::Unsupported(self.kind()))
+    }
+    /// Takes over what a device of its kind had, before it is activated.
+    ///
+    /// # Errors
+    /// If that was another kind, or set up otherwise.
+    fn restore(&mut self, _state: &DeviceState) -> Result<(), StateError> {
+        Err(StateError::Unsupported(self.kind()))
+    }
+    /// Stops to serve the queues, for a while: what is under way ends first and is answered. `worker`
+    /// is what the event loop gave back.
+    fn stop(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        self.reset(worker);
+    }
     /// Back to the state before [`activate`](Self::activate): no thread works on the queues when
     /// this returns. `worker` is what the event loop gave back.
     fn reset(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>);

@@ -3,7 +3,7 @@
 use super::{Chain, ChainError, Interrupt, Memory};
 use crate::sync::guest_fault;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU16, Ordering, fence};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -43,6 +43,36 @@ pub struct ActiveQueue {
     interrupt: Arc<dyn Interrupt>,
     /// The used index when the driver was last told, or last did not want to know.
     announced: u16,
+    place: Arc<Place>,
+}
+
+/// How far the device is in a queue: known once the [`ActiveQueue`] is given up.
+#[derive(Debug, Default)]
+pub struct Place {
+    next_available: AtomicU16,
+    next_used: AtomicU16,
+}
+
+impl Place {
+    /// The next entries of the available and of the used ring.
+    pub fn get(&self) -> (u16, u16) {
+        let (available, used) = (&self.next_available, &self.next_used);
+        (
+            available.load(Ordering::SeqCst),
+            used.load(Ordering::SeqCst),
+        )
+    }
+}
+
+impl Drop for ActiveQueue {
+    fn drop(&mut self) {
+        let Place {
+            next_available,
+            next_used,
+        } = &*self.place;
+        next_available.store(self.queue.next_avail(), Ordering::SeqCst);
+        next_used.store(self.queue.next_used(), Ordering::SeqCst);
+    }
 }
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT` (section 2.7.6).
@@ -60,11 +90,17 @@ impl ActiveQueue {
         Self {
             index,
             announced: queue.next_used(),
+            place: Arc::default(),
             queue,
             memory,
             kick,
             interrupt,
         }
+    }
+
+    /// How far the device is, once this queue is dropped.
+    pub fn place(&self) -> Arc<Place> {
+        self.place.clone()
     }
 
     /// Guest memory.
