@@ -1,7 +1,7 @@
 //! The guest's disks: those that come and go, and who may use them.
 
 use crate::device_rules;
-use crate::helper::cgroup;
+use crate::helper::{bundle, cgroup};
 use crate::service::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::BlockDevice;
@@ -9,7 +9,9 @@ use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
     Spec,
 };
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, makedev, mknodat, openat2, unlinkat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, ResolveFlags, chmodat, makedev, mknodat, openat2, unlinkat,
+};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -59,20 +61,31 @@ pub(crate) fn attach(window: u32) -> Result<String> {
     }
     fs::write(format!("{DRIVER}/bind"), window_name(window))
         .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
-    name_of(window)
+    // A disk's own driver may have failed, which the window's does not say.
+    name_of(window).inspect_err(|_| {
+        unbind(window).ok();
+    })
 }
 
-/// Has the kernel let go of the disk behind a window. One that is in use stays.
+/// Has the kernel let go of the disk behind a window. One that is in use stays; one that is gone
+/// already is gone.
 pub(crate) fn detach(window: u32) -> Result<()> {
-    let name = name_of(window)?;
-    // Refused while it is mounted, or part of something that is. What was written goes out first.
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-    let disk = rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty())
-        .with_context(|| format!("{name} is in use in the guest"))?;
-    rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
-    drop(disk);
+    if !device_folder(window).join("driver").exists() {
+        return Ok(());
+    }
+    if let Ok(name) = name_of(window) {
+        // Refused while it is mounted, or part of something that is. What was written goes out first.
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        let disk = rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty())
+            .with_context(|| format!("{name} is in use in the guest"))?;
+        rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
+    }
+    unbind(window)
+}
+
+fn unbind(window: u32) -> Result<()> {
     fs::write(format!("{DRIVER}/unbind"), window_name(window))
-        .with_context(|| format!("the kernel does not let go of {name}"))
+        .with_context(|| format!("the kernel does not let go of window {window}"))
 }
 
 fn number(device: &BlockDevice) -> Result<(i64, i64)> {
@@ -134,35 +147,68 @@ pub(crate) fn add(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
     })
 }
 
-/// Gives a running container a disk.
-pub(crate) fn give(spec: &mut Spec, to: &Running<'_>, device: &BlockDevice) -> Result<()> {
-    let (dir, name) = place(to, device)?;
-    add(spec, device)?;
-    apply(spec, to)?;
+/// Gives a running container a disk: all of it, or nothing.
+pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
+    let path = config(to);
+    let mut spec = Spec::load(&path)?;
     let (major, minor) = number(device)?;
+    let nodes = spec.linux().as_ref().and_then(|l| l.devices().clone());
+    let mut nodes = nodes.into_iter().flatten();
+    if nodes.any(|node| (node.major(), node.minor()) == (major, minor)) {
+        bail!("the container has {} already", device.guest_name);
+    }
+    let (dir, name) = place(to, device)?;
+    // The node first: without the rule it opens nothing, and a container that put something in its
+    // place does not get the rule.
     let mode = Mode::from_raw_mode(0o660);
     let node = makedev(u32::try_from(major)?, u32::try_from(minor)?);
-    mknodat(dir, name, FileType::BlockDevice, mode, node)
-        .with_context(|| format!("cannot make {} in the container", device.path))
+    mknodat(&dir, &name, FileType::BlockDevice, mode, node)
+        .with_context(|| format!("cannot make {} in the container", device.path))?;
+    let given = chmodat(&dir, &name, mode, AtFlags::empty())
+        .map_err(anyhow::Error::from)
+        .and_then(|()| add(&mut spec, device))
+        .and_then(|()| save(&spec, &path))
+        .and_then(|()| apply(&spec, to));
+    if given.is_err() {
+        unlinkat(&dir, &name, AtFlags::empty()).ok();
+    }
+    given
 }
 
 /// Takes a disk from a running container. What has it open keeps it open.
-pub(crate) fn take(spec: &mut Spec, from: &Running<'_>, device: &BlockDevice) -> Result<()> {
+pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
+    let path = config(from);
+    let mut spec = Spec::load(&path)?;
+    let place_of_it = Path::new(&device.path);
     // The disk itself may be gone already: its number stands in the configuration.
-    let path = Path::new(&device.path);
-    change(spec, |nodes, rules| {
-        let gone = nodes.iter().find(|node| node.path() == path);
-        let number = gone.map(|node| (Some(node.major()), Some(node.minor())));
-        rules.retain(|rule| Some((rule.major(), rule.minor())) != number);
-        nodes.retain(|node| node.path() != path);
+    change(&mut spec, |nodes, rules| {
+        let number = |node: &LinuxDevice| (Some(node.major()), Some(node.minor()));
+        let gone = nodes.iter().find(|node| node.path() == place_of_it);
+        let gone = gone.map(number);
+        nodes.retain(|node| node.path() != place_of_it);
+        // Another node of the same disk keeps its rule.
+        if !nodes.iter().any(|node| Some(number(node)) == gone) {
+            rules.retain(|rule| Some((rule.major(), rule.minor())) != gone);
+        }
     })?;
-    apply(spec, from)?;
-    let (dir, name) = place(from, device)?;
-    match unlinkat(dir, name, rustix::fs::AtFlags::empty()) {
-        // The container's own doing.
-        Err(rustix::io::Errno::NOENT) => Ok(()),
-        other => other.with_context(|| format!("cannot remove {} in the container", device.path)),
+    save(&spec, &path)?;
+    apply(&spec, from)?;
+    // What the container did to its own tree is its own affair: the node opens nothing any more.
+    if let Ok((dir, name)) = place(from, device) {
+        unlinkat(dir, name, AtFlags::empty()).ok();
     }
+    Ok(())
+}
+
+fn config(container: &Running<'_>) -> PathBuf {
+    bundle(container.id).join("config.json")
+}
+
+/// Writes a configuration anew: others read it meanwhile, and there may be no room.
+fn save(spec: &Spec, path: &Path) -> Result<()> {
+    let new = path.with_extension("new");
+    spec.save(&new)?;
+    Ok(fs::rename(&new, path)?)
 }
 
 fn apply(spec: &Spec, container: &Running<'_>) -> Result<()> {

@@ -4,18 +4,15 @@
 //! An image is not trusted by the host, which never looks into it: the guest's kernel does.
 
 use anyhow::{Context, Result, bail};
-use koya_protocol::image_root;
+use koya_protocol::{MAX_ACCOUNTS, image_root};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// The most that is read of a database of users, in bytes.
-const MAX_DATABASE: u64 = 1 << 20;
 
 /// Where the parts of a container's root are mounted.
 struct Parts {
@@ -79,6 +76,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     }
     // The root directory itself is the upper layer's: as it is below.
     let like = fs::metadata(&parts.lower)?;
+    std::os::unix::fs::chown(&upper, Some(like.uid()), Some(like.gid()))?;
     fs::set_permissions(&upper, like.permissions())?;
     let options = format!(
         "lowerdir={},upperdir={},workdir={}",
@@ -123,7 +121,10 @@ pub(crate) fn unmount_image(id: &str) -> Result<()> {
         fs::remove_dir(part).ok();
     }
     let folder = parts.root.parent().context("no folder")?;
-    fs::remove_dir(folder).with_context(|| format!("the root of container {id} is still there"))
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.with_context(|| format!("the root of container {id} is still there")),
+    }
 }
 
 /// A file of a container's root, empty if there is none. Links are followed inside the root only.
@@ -141,7 +142,7 @@ pub(crate) fn read(id: &str, name: &str) -> Result<Vec<u8>> {
     }
     let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
     let mut bytes = Vec::new();
-    file.take(MAX_DATABASE).read_to_end(&mut bytes)?;
+    file.take(MAX_ACCOUNTS).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -310,8 +310,9 @@ impl Agent for Service {
         request: MountImageRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            let id = check_id(&request.container_id)?;
-            images::mount_image(id, check_id(&request.guest_name)?)?;
+            let id = check_id(&request.container_id)?.to_owned();
+            let disk = check_id(&request.guest_name)?.to_owned();
+            aside(move || images::mount_image(&id, &disk)).await?;
             Ok(Empty::new())
         })
         .await
@@ -323,7 +324,8 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            images::unmount_image(check_id(&request.container_id)?)?;
+            let id = check_id(&request.container_id)?.to_owned();
+            aside(move || images::unmount_image(&id)).await?;
             Ok(Empty::new())
         })
         .await
@@ -335,12 +337,15 @@ impl Agent for Service {
         request: ContainerRequest,
     ) -> ttrpc::Result<Accounts> {
         self.ask(async move |_: State| {
-            let id = check_id(&request.container_id)?;
-            Ok(Accounts {
-                passwd: images::read(id, "etc/passwd")?,
-                group: images::read(id, "etc/group")?,
-                ..Default::default()
+            let id = check_id(&request.container_id)?.to_owned();
+            aside(move || {
+                Ok(Accounts {
+                    passwd: images::read(&id, "etc/passwd")?,
+                    group: images::read(&id, "etc/group")?,
+                    ..Default::default()
+                })
             })
+            .await
         })
         .await
     }
@@ -352,7 +357,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Disk> {
         self.ask(async move |_: State| {
             Ok(Disk {
-                guest_name: disks::attach(request.window)?,
+                guest_name: aside(move || disks::attach(request.window)).await?,
                 ..Default::default()
             })
         })
@@ -365,8 +370,7 @@ impl Agent for Service {
         request: DetachDiskRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            // What was written may take long to go out; meanwhile others are served.
-            tokio::task::spawn_blocking(move || disks::detach(request.window)).await??;
+            aside(move || disks::detach(request.window)).await?;
             Ok(Empty::new())
         })
         .await
@@ -377,11 +381,8 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        self.ask(async move |state: State| {
-            state.change_device(&request, disks::give)?;
-            Ok(Empty::new())
-        })
-        .await
+        self.ask(async move |state: State| state.change_device(request, disks::give).await)
+            .await
     }
 
     async fn remove_device(
@@ -389,11 +390,8 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerDeviceRequest,
     ) -> ttrpc::Result<Empty> {
-        self.ask(async move |state: State| {
-            state.change_device(&request, disks::take)?;
-            Ok(Empty::new())
-        })
-        .await
+        self.ask(async move |state: State| state.change_device(request, disks::take).await)
+            .await
     }
 
     async fn set_online_cpus(
@@ -426,6 +424,12 @@ impl Agent for Service {
         })
         .await
     }
+}
+
+/// Does what may wait for a disk, or for a container's own files, on another thread: meanwhile others
+/// are served.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await?
 }
 
 /// What a helper is started with.
@@ -591,24 +595,21 @@ impl State {
         }
     }
 
-    /// Changes the devices of a running container, by its configuration and the root that its first
-    /// process has.
-    fn change_device(
+    /// Changes the devices of a running container.
+    async fn change_device(
         &self,
-        request: &ContainerDeviceRequest,
-        change: fn(&mut Spec, &disks::Running<'_>, &BlockDevice) -> Result<()>,
-    ) -> Result<()> {
-        let id = check_id(&request.container_id)?;
-        let device = request.device.as_ref().context("no device")?;
-        let key = (id.to_owned(), String::new());
+        request: ContainerDeviceRequest,
+        change: fn(&disks::Running<'_>, &BlockDevice) -> Result<()>,
+    ) -> Result<Empty> {
+        let id = check_id(&request.container_id)?.to_owned();
+        let device = request.device.into_option().context("no device")?;
+        let key = (id.clone(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
             bail!("container {id} has ended");
         }
-        let path = bundle(id).join("config.json");
-        let mut spec = Spec::load(&path)?;
-        change(&mut spec, &disks::Running { id, pid }, device)?;
-        Ok(spec.save(&path)?)
+        aside(move || change(&disks::Running { id: &id, pid }, &device)).await?;
+        Ok(Empty::new())
     }
 
     fn signal(&self, request: &SignalProcessRequest) -> Result<()> {

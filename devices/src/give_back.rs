@@ -6,7 +6,8 @@ use crate::virtio::Memory;
 use std::io;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// Gives the whole pages in `[start, start + len)` back; they read as zero from then on.
+/// Gives the whole pages in `[start, start + len)` back; they read as zero from then on. Pages that the
+/// host has set aside for the guest stay as they are.
 ///
 /// # Errors
 /// `InvalidInput` if a part of it is not guest memory, else what madvise(2) says.
@@ -20,6 +21,10 @@ pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::R
     for slice in memory.get_slices(start, count) {
         let slice = slice.map_err(|_| outside())?;
         let region = memory.find_region(at).ok_or_else(outside)?;
+        if region.is_hugetlbfs() == Some(true) {
+            // Set aside for this guest: a page that went back might not be there when it is wanted.
+            return Ok(());
+        }
         let advice = match region.file_offset() {
             Some(_) => Advice::GiveBackShared,
             None => Advice::GiveBackPrivate,

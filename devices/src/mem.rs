@@ -55,10 +55,6 @@ const STATE_PLUGGED: u16 = 0;
 const STATE_UNPLUGGED: u16 = 1;
 const STATE_MIXED: u16 = 2;
 
-/// How far beyond what is requested the driver may look for blocks: two of Linux's memory blocks, so
-/// that what it can't use of one has room in the next.
-const SLACK: u64 = 256 << 20;
-
 const QUEUE_SIZES: &[u16] = &[64];
 
 /// What the device did so far.
@@ -96,6 +92,8 @@ struct Region {
     usable: u64,
     requested: u64,
     plugged: u64,
+    /// How far beyond what is requested the driver may look for blocks.
+    slack: u64,
     /// One a block: whether it is plugged.
     blocks: Vec<bool>,
 }
@@ -119,12 +117,11 @@ impl Region {
         }
     }
 
-    /// Section 5.15.4: it grows with what is requested, and shrinks only when nothing is plugged.
-    fn set_usable(&mut self) {
-        let wanted = (self.requested + SLACK).min(self.size);
-        if self.plugged == 0 || wanted > self.usable {
-            self.usable = wanted;
-        }
+    /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
+    /// told that it never was, so it shrinks only when the driver has given all back (UNPLUG_ALL).
+    fn grow_usable(&mut self) {
+        let wanted = self.requested.saturating_add(self.slack).min(self.size);
+        self.usable = self.usable.max(wanted);
     }
 
     /// `struct virtio_mem_config` (section 5.15.4).
@@ -171,7 +168,7 @@ impl MemHandle {
             Some(bytes) => bytes.min(region.size),
             None => region.size,
         };
-        region.set_usable();
+        region.grow_usable();
         drop(region);
         if let Some(interrupt) = &*lock(&self.shared.interrupt) {
             interrupt.config();
@@ -200,11 +197,12 @@ impl MemHandle {
 }
 
 impl Mem {
-    /// A device for the region of guest memory at `start`, of which nothing is plugged.
+    /// A device for the region of guest memory at `start`, of which nothing is plugged. `memory_block` is
+    /// what the guest's kernel adds memory in: what it can't use of one has room in the next.
     ///
     /// # Errors
     /// `InvalidInput` if start or size is not a multiple of [`BLOCK_SIZE`].
-    pub fn new(start: u64, size: u64) -> io::Result<Self> {
+    pub fn new(start: u64, size: u64, memory_block: u64) -> io::Result<Self> {
         let whole = start.is_multiple_of(BLOCK_SIZE) && size.is_multiple_of(BLOCK_SIZE);
         if !whole || size == 0 {
             return Err(io::Error::new(
@@ -218,9 +216,10 @@ impl Mem {
             usable: 0,
             requested: 0,
             plugged: 0,
+            slack: memory_block.saturating_mul(2),
             blocks: vec![false; (size / BLOCK_SIZE) as usize],
         };
-        region.set_usable();
+        region.grow_usable();
         Ok(Self {
             shared: Arc::new(Shared {
                 region: Mutex::new(region),
@@ -376,7 +375,7 @@ fn unplug(region: &mut Region, memory: &Memory, address: u64, count: u16) -> Opt
     }
     let len = range.len() as u64 * BLOCK_SIZE;
     if let Err(error) = give_back(memory, GuestAddress(address), len) {
-        log::warn!("cannot give unplugged memory back: {error}");
+        guest_fault!("cannot give unplugged memory back: {error}");
         return Some((RESPONSE_BUSY, 0));
     }
     region.set(range, false);
@@ -385,12 +384,13 @@ fn unplug(region: &mut Region, memory: &Memory, address: u64, count: u16) -> Opt
 
 fn unplug_all(region: &mut Region, memory: &Memory) -> (u16, u16) {
     if let Err(error) = give_back(memory, GuestAddress(region.start), region.size) {
-        log::warn!("cannot give unplugged memory back: {error}");
+        guest_fault!("cannot give unplugged memory back: {error}");
         return (RESPONSE_BUSY, 0);
     }
     region.blocks.fill(false);
     region.plugged = 0;
-    region.set_usable();
+    region.usable = 0;
+    region.grow_usable();
     (RESPONSE_ACK, 0)
 }
 
@@ -453,6 +453,7 @@ mod tests {
 
     const START: u64 = 1 << 32;
     const SIZE: u64 = 512 << 20;
+    const MEMORY_BLOCK: u64 = 128 << 20;
 
     struct Setup {
         handle: MemHandle,
@@ -466,7 +467,7 @@ mod tests {
             (GuestAddress(START), SIZE as usize),
         ];
         let driver = Driver::with_memory(Arc::new(Memory::from_ranges(&ranges).unwrap()), 16);
-        let device = Mem::new(START, SIZE).unwrap();
+        let device = Mem::new(START, SIZE, MEMORY_BLOCK).unwrap();
         let handle = device.handle();
         handle.set_requested(requested);
         let worker = MemWorker {
@@ -587,6 +588,7 @@ mod tests {
         assert_eq!(setup.handle.requested(), SIZE);
         setup.handle.set_requested(1);
         assert_eq!(setup.handle.requested(), BLOCK_SIZE);
+        // What was usable stays so.
         let device = Mem {
             shared: setup.handle.shared.clone(),
         };
@@ -596,14 +598,13 @@ mod tests {
             u64::from_le_bytes(word)
         };
         let all: Vec<u64> = (0..8).map(|n| field(8 * n)).collect();
-        let usable = BLOCK_SIZE + SLACK;
-        assert_eq!(all, [BLOCK_SIZE, 0, START, SIZE, usable, 0, BLOCK_SIZE, 0]);
+        assert_eq!(all, [BLOCK_SIZE, 0, START, SIZE, SIZE, 0, BLOCK_SIZE, 0]);
     }
 
     #[test]
     fn a_region_that_is_no_blocks_is_refused() {
         for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
-            assert!(Mem::new(start, size).is_err());
+            assert!(Mem::new(start, size, MEMORY_BLOCK).is_err());
         }
     }
 }

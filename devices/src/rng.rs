@@ -10,15 +10,38 @@ use crate::virtio::{
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::Serialize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The most random bytes for one request. Linux asks for 64 at a time, or a page.
 pub const MAX_REQUEST: u32 = 4096;
 
 const QUEUE_SIZES: &[u16] = &[64];
 
+/// What the entropy device did so far.
+#[derive(Debug, Default, Serialize)]
+pub struct RngMetrics {
+    /// Requests of the driver.
+    pub requests: AtomicU64,
+    /// Random bytes that it got.
+    pub bytes: AtomicU64,
+    /// Requests that got none.
+    pub errors: AtomicU64,
+}
+
 /// The entropy device.
 #[derive(Default)]
-pub struct Rng;
+pub struct Rng {
+    metrics: Arc<RngMetrics>,
+}
+
+impl Rng {
+    /// What it did so far, also while it is used.
+    pub fn metrics(&self) -> Arc<RngMetrics> {
+        self.metrics.clone()
+    }
+}
 
 impl VirtioDevice for Rng {
     fn kind(&self) -> DeviceKind {
@@ -35,7 +58,8 @@ impl VirtioDevice for Rng {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
-        Ok(Worker::EventLoop(Box::new(RngWorker { queue })))
+        let metrics = self.metrics.clone();
+        Ok(Worker::EventLoop(Box::new(RngWorker { queue, metrics })))
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -54,17 +78,26 @@ impl VirtioDevice for Rng {
 
 struct RngWorker {
     queue: ActiveQueue,
+    metrics: Arc<RngMetrics>,
 }
 
 impl RngWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
+        let metrics = &self.metrics;
         self.queue.drain(|chain, memory| {
+            metrics.requests.fetch_add(1, Ordering::Relaxed);
             let mut bytes = [0; MAX_REQUEST as usize];
             let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
             let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
             match chain.write(memory, 0, &bytes[..got]) {
-                Ok(()) => got as u32,
-                Err(_) => 0,
+                Ok(()) if got > 0 => {
+                    metrics.bytes.fetch_add(got as u64, Ordering::Relaxed);
+                    got as u32
+                }
+                _ => {
+                    metrics.errors.fetch_add(1, Ordering::Relaxed);
+                    0
+                }
             }
         })
     }
@@ -99,10 +132,13 @@ mod tests {
         let large = driver.offer(&[Buffer::Writable(8192)]);
         let mut worker = RngWorker {
             queue: driver.queue(),
+            metrics: Arc::default(),
         };
 
         worker.serve().unwrap();
 
+        let bytes = worker.metrics.bytes.load(Ordering::Relaxed);
+        assert_eq!(bytes, 16 + u64::from(MAX_REQUEST));
         assert_eq!(driver.used(), [(small, 16), (large, MAX_REQUEST)]);
         assert_ne!(driver.written(large, 4096), vec![0; 4096]);
         assert!(driver.interrupted());
@@ -114,6 +150,7 @@ mod tests {
         let head = driver.offer(&[Buffer::Readable(b"x".to_vec())]);
         let mut worker = RngWorker {
             queue: driver.queue(),
+            metrics: Arc::default(),
         };
 
         worker.serve().unwrap();

@@ -180,7 +180,7 @@ pub fn mem_requests(data: &[u8]) {
             Buffer::Writable(10 - u32::from(bytes[7] / 250)),
         ]);
     }
-    let mut device = Mem::new(START, SIZE).expect("a device");
+    let mut device = Mem::new(START, SIZE, 128 << 20).expect("a device");
     let handle = device.handle();
     handle.set_requested(u64::from(data.first().copied().unwrap_or(255)) << 20);
     serve(&mut device, &driver, vec![driver.queue()]);
@@ -199,7 +199,7 @@ pub fn entropy_requests(data: &[u8]) {
             Buffer::Writable(u32::from(bytes[1]) * 64),
         ]);
     }
-    serve(&mut Rng, &driver, vec![driver.queue()]);
+    serve(&mut Rng::default(), &driver, vec![driver.queue()]);
 }
 
 /// FUSE requests, 24 bytes each: what is asked, of which node, and the rest as it is. The share is a
@@ -308,7 +308,7 @@ pub fn transport_registers(data: &[u8]) {
     let memory = Driver::new(QUEUE).memory().clone();
     let transport = || {
         let events = Arc::new(IdleLoop::default());
-        MmioTransport::new(Box::new(Rng), memory.clone(), events).expect("a window")
+        MmioTransport::new(Box::new(Rng::default()), memory.clone(), events).expect("a window")
     };
     let mut window = transport();
     for bytes in data.chunks_exact(4) {

@@ -1,4 +1,4 @@
-//! Descriptor chains of a hostile driver, for libFuzzer.
+//! Buffers for random bytes.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::entropy_requests(data));

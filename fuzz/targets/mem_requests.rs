@@ -1,4 +1,4 @@
-//! Descriptor chains of a hostile driver, for libFuzzer.
+//! Requests to plug and unplug memory.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::mem_requests(data));

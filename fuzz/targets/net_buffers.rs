@@ -1,4 +1,4 @@
-//! Descriptor chains of a hostile driver, for libFuzzer.
+//! Buffers and frames of a network.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::net_buffers(data));

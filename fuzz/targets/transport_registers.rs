@@ -1,4 +1,4 @@
-//! Descriptor chains of a hostile driver, for libFuzzer.
+//! Accesses to a virtio-mmio window.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::transport_registers(data));

@@ -1,4 +1,4 @@
-//! Descriptor chains of a hostile driver, for libFuzzer.
+//! vsock packets.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::vsock_packets(data));

@@ -2,14 +2,12 @@
 //! trusted: any text is parsed, and no link in the tree leads out of it.
 
 use crate::Error;
+use koya_protocol::MAX_ACCOUNTS;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-
-/// The most that is read of one, in bytes.
-const MAX_DATABASE: u64 = 16 << 20;
 
 /// The text of `/etc/passwd` and `/etc/group`; empty where there is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,7 +112,7 @@ fn database(rootfs: &Path, name: &str) -> String {
         }
         let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         let mut text = Vec::new();
-        file.take(MAX_DATABASE).read_to_end(&mut text)?;
+        file.take(MAX_ACCOUNTS).read_to_end(&mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     };
     read().unwrap_or_default()

@@ -22,6 +22,9 @@ use ttrpc::context::{Context, with_duration};
 /// How long the agent may take for what does not wait for a container.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// How long it may take to write out what the guest has not written to a disk yet.
+const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
+
 /// How long it may take for what people do to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -323,7 +326,7 @@ impl Agent {
             ..Default::default()
         };
         self.client
-            .detach_disk(limited(), &request)
+            .detach_disk(with_duration(WRITE_OUT_LIMIT), &request)
             .map(drop)
             .map_err(failed("detach the disk in the guest"))
     }

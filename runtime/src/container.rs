@@ -26,8 +26,8 @@ pub struct Container {
 #[derive(Default)]
 struct Given {
     shares: Vec<String>,
-    /// The disk that is its root, mounted in the guest.
-    image: Option<Disk>,
+    /// The disk that is its root, and whether the guest has mounted it.
+    image: Option<(Disk, bool)>,
 }
 
 impl Given {
@@ -35,8 +35,11 @@ impl Given {
         for share in self.shares {
             inner.shares.remove(&share);
         }
-        if let Some(disk) = self.image {
-            let unmounted = inner.agent.unmount_image(id);
+        if let Some((disk, is_mounted)) = self.image {
+            let unmounted = match is_mounted {
+                true => inner.agent.unmount_image(id),
+                false => Ok(()),
+            };
             if let Err(error) = unmounted.and_then(|()| inner.detach_disk(&disk)) {
                 // The slot stays taken until the sandbox ends.
                 log::warn!("the image of container {id} stays attached: {error}");
@@ -169,8 +172,9 @@ impl Container {
                     ..DiskConfig::new(&config.rootfs)
                 })?;
                 let name = disk.device().name.clone();
-                given.image = Some(disk);
+                let (_, is_mounted) = given.image.insert((disk, false));
                 inner.agent.mount_image(id, &name)?;
+                *is_mounted = true;
                 inner.agent.accounts(id)?
             }
         };

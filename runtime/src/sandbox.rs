@@ -13,7 +13,7 @@ use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
-use koya_vmm::devices::fs::{Fs, Shares};
+use koya_vmm::devices::fs::{Fs, FsMetrics, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
@@ -138,12 +138,12 @@ impl Disk {
 pub(crate) struct Inner {
     pub(crate) agent: Agent,
     pub(crate) shares: Shares,
+    files: Arc<FsMetrics>,
     pub(crate) streams: Streams,
     pub(crate) console: Console,
     pub(crate) handle: VmHandle,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
-    _sockets: Option<UnixSockets>,
     end: Arc<End>,
 }
 
@@ -157,13 +157,14 @@ struct End {
 impl End {
     /// Takes the machine down as soon as it ends, by whatever reason: streams end then, and
     /// whoever waits for the agent's answer learns that none will come.
-    fn watch(vm: Vm) -> io::Result<Arc<Self>> {
+    fn watch(vm: Vm, sockets: Option<UnixSockets>) -> io::Result<Arc<Self>> {
         let end = Arc::new(Self::default());
         let shared = end.clone();
         std::thread::Builder::new()
             .name("koya-watch".into())
             .spawn(move || {
                 let reason = vm.wait();
+                drop(sockets);
                 *shared.lock() = Some(reason);
                 shared.known.notify_all();
             })?;
@@ -213,7 +214,7 @@ impl Sandbox {
             networks: networks.iter().map(|n| n.device.clone()).collect(),
             ..VmConfig::new(files.kernel)
         };
-        config.size(&mut machine);
+        config.size(&mut machine)?;
         let spec = machine.check()?;
         let ports = Ports::new().map_err(Error::host("make the vsock device"))?;
         let control = ports
@@ -236,6 +237,7 @@ impl Sandbox {
         let queues = config.cpus.min(FS_QUEUES);
         let fs = Fs::new(SHARED_TAG, shares.clone(), options, queues)
             .map_err(Error::host("make the virtio-fs device"))?;
+        let files = fs.metrics();
         let console = Console::default();
         let vm = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
@@ -254,12 +256,12 @@ impl Sandbox {
             inner: Arc::new(Inner {
                 agent,
                 shares,
+                files,
                 streams,
                 console,
                 handle: vm.handle(),
                 _connection: connection,
-                _sockets: sockets,
-                end: End::watch(vm).map_err(Error::host("start a thread"))?,
+                end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
             ready_after: started.elapsed(),
             limits: Limits::of(config),
@@ -336,6 +338,11 @@ impl Sandbox {
         &self.inner.handle
     }
 
+    /// What the guest did with shared files so far.
+    pub fn file_metrics(&self) -> &FsMetrics {
+        &self.inner.files
+    }
+
     /// Gives the running guest a further disk. It is the guest's, and a container's once it is given
     /// to one ([`Container::add_device`]).
     ///
@@ -345,7 +352,9 @@ impl Sandbox {
         self.inner.attach_disk(config)
     }
 
-    /// Takes a disk from the running guest, once the guest's kernel has let go of it.
+    /// Takes a disk from the running guest, once the guest's kernel has let go of it. Containers that
+    /// it was given to must give it up before ([`Container::remove_device`]): the next disk may get its
+    /// number.
     ///
     /// # Errors
     /// If the guest uses it: then it stays.
@@ -419,7 +428,10 @@ impl Inner {
                 attached,
             }),
             Err(error) => {
-                self.handle.detach_disk(attached.slot).ok();
+                // A slot whose window the guest may still use stays taken until the end.
+                if self.agent.detach_disk(attached.window).is_ok() {
+                    self.handle.detach_disk(attached.slot).ok();
+                }
                 Err(self.explain(error))
             }
         }

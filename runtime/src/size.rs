@@ -63,7 +63,21 @@ fn ram_for(total_mib: u64, cpus: u32, step: u64) -> u64 {
 
 impl SandboxConfig {
     /// Sets what the virtual machine is to have, so that the guest has what was asked for.
-    pub(crate) fn size(&self, machine: &mut VmConfig) {
+    ///
+    /// # Errors
+    /// [`Error::Size`] for a most memory that is less than the least, or more than any guest's.
+    pub(crate) fn size(&self, machine: &mut VmConfig) -> Result<(), Error> {
+        let least = self.memory_mib.min(koya_vmm::MAX_MEMORY_MIB);
+        if let Some(max) = self.memory_max_mib
+            && !(least..=koya_vmm::MAX_MEMORY_MIB).contains(&max)
+        {
+            return Err(Error::Size {
+                what: "MiB of memory at most",
+                asked: max,
+                min: least,
+                max: koya_vmm::MAX_MEMORY_MIB,
+            });
+        }
         let step = match self.huge_pages {
             HugePages::Reserved => 2,
             _ => 1,
@@ -80,20 +94,19 @@ impl SandboxConfig {
         machine.cpus_max = self.cpus_max;
         machine.cpu_pins = self.cpu_pins.clone();
         machine.memory_mib = ram;
-        machine.memory_max_mib =
-            self.memory_max_mib
-                .map(|max| match max.checked_sub(self.memory_mib) {
-                    Some(more) => (ram + more).min(koya_vmm::MAX_MEMORY_MIB),
-                    None => max,
-                });
+        machine.memory_max_mib = self.memory_max_mib.map(|max| {
+            let more = max.saturating_sub(self.memory_mib);
+            ram.saturating_add(more).min(koya_vmm::MAX_MEMORY_MIB)
+        });
         machine.memory_backing = self.memory_backing;
         machine.huge_pages = self.huge_pages;
+        Ok(())
     }
 }
 
 impl Sandbox {
     /// Makes the running guest larger or smaller, and returns what it is then: a guest gives up only
-    /// what it can do without. CPUs come before memory when it grows, as memory does when it shrinks.
+    /// what it can do without. If the CPUs can't be changed, memory may have been.
     ///
     /// Memory above [`SandboxConfig::memory_mib`] is plugged and unplugged (virtio-mem); below it, a
     /// balloon takes what is to be given up.
@@ -193,14 +206,17 @@ fn settle(machine: &VmHandle) {
         let given_up = machine.balloon().map(|b| (b.actual(), b.target()));
         [plugged, given_up]
     };
-    let mut seen = look();
-    let mut changed = Instant::now();
-    let is_there = |pairs: &[Option<(u64, u64)>]| pairs.iter().flatten().all(|(a, b)| a == b);
-    while !is_there(&seen) && changed.elapsed() < PATIENCE && machine.ended().is_none() {
+    let distance = || -> u64 {
+        let pairs = look().into_iter().flatten();
+        pairs.map(|(is, wish)| is.abs_diff(wish)).sum()
+    };
+    // Only what is nearer than ever counts: the guest's word alone must not keep anybody waiting.
+    let (mut least, mut nearer) = (distance(), Instant::now());
+    while least > 0 && nearer.elapsed() < PATIENCE && machine.ended().is_none() {
         std::thread::sleep(LOOK);
-        let now = look();
-        if now != seen {
-            (seen, changed) = (now, Instant::now());
+        let now = distance();
+        if now < least {
+            (least, nearer) = (now, Instant::now());
         }
     }
 }
@@ -250,12 +266,19 @@ mod tests {
                 ..SandboxConfig::default()
             };
             let mut machine = VmConfig::new("kernel");
-            config.size(&mut machine);
+            config.size(&mut machine).unwrap();
             (machine.memory_mib, machine.memory_max_mib)
         };
         let (ram, max) = size(256, Some(1256));
         assert!(ram > 256 && max == Some(ram + 1000));
-        assert_eq!(size(256, Some(100)).1, Some(100));
+        for max in [100, u64::MAX] {
+            let config = SandboxConfig {
+                memory_max_mib: Some(max),
+                ..SandboxConfig::default()
+            };
+            let refused = config.size(&mut VmConfig::new("kernel")).unwrap_err();
+            assert!(refused.to_string().contains("256 to 524288"), "{refused}");
+        }
         assert_eq!(size(u64::MAX, None), (u64::MAX, None));
     }
 }

@@ -16,7 +16,7 @@ use koya_devices::blk::{Block, BlockHandle};
 use koya_devices::legacy::{ResetLine, SerialPort};
 use koya_devices::mem::{Mem, MemHandle};
 use koya_devices::net::NetHandle;
-use koya_devices::rng::Rng;
+use koya_devices::rng::{Rng, RngMetrics};
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::{Memory, VirtioDevice};
 use koya_devices::vsock::{Ports, UnixSockets, Vsock};
@@ -26,6 +26,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Why a virtual machine did not start.
 #[derive(Debug, Error)]
@@ -84,6 +85,7 @@ pub(crate) struct Handles {
     pub(crate) networks: Vec<NetHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) mem: Option<MemHandle>,
+    pub(crate) entropy: Option<Arc<RngMetrics>>,
     pub(crate) hotplug: Option<HotPlug>,
 }
 
@@ -154,7 +156,16 @@ impl VmBuilder {
         let gate = Arc::new(Gate::new(kickers.clone()));
         let bus = Arc::new(bus);
         let machine = Arc::new(machine);
-        let hotplug = HotPlug::new(spares, cpus, &machine, &memory, &event_loop.handle);
+        let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+        let interrupt = interrupt.map_err(host("make an interrupt"))?;
+        if let Some(spare) = spares.first() {
+            machine
+                .fd()
+                .register_irqfd(&interrupt, spare.place.irq)
+                .map_err(ArchError::kvm("connect the spare windows' interrupt"))?;
+        }
+        let looped = &event_loop.handle;
+        let hotplug = HotPlug::new(spares, interrupt, cpus, &machine, &memory, looped);
         self.handles.hotplug = Some(hotplug);
         let mut vm = Vm::new(
             machine,
@@ -224,12 +235,15 @@ impl VmBuilder {
         let room = self.spec.memory.hotplug_bytes;
         if room > 0 {
             let start = arch::layout::hotplug_start(self.spec.memory.bytes);
-            let mem = Mem::new(start, room).map_err(host("make the memory device"))?;
+            let block = arch::layout::memory_block(self.spec.memory.bytes);
+            let mem = Mem::new(start, room, block).map_err(host("make the memory device"))?;
             self.handles.mem = Some(mem.handle());
             devices.push(Box::new(mem));
         }
         if self.spec.entropy {
-            devices.push(Box::new(Rng));
+            let entropy = Rng::default();
+            self.handles.entropy = Some(entropy.metrics());
+            devices.push(Box::new(entropy));
         }
         let asked = devices.len();
         let mut words = Vec::new();
@@ -295,7 +309,7 @@ pub(crate) fn make_disk(spec: DiskSpec) -> Result<Block, StartError> {
 
 /// Connects one device: its interrupt, and a kick for each queue that never leaves the kernel's
 /// side of KVM_RUN for longer than an eventfd write.
-pub(crate) fn connect(
+fn connect(
     machine: &Machine,
     transport: &MmioTransport,
     slot: arch::MmioSlot,
@@ -304,6 +318,15 @@ pub(crate) fn connect(
         .fd()
         .register_irqfd(transport.interrupt_event(), slot.irq)
         .map_err(ArchError::kvm("connect a device's interrupt"))?;
+    connect_kicks(machine, transport, slot)
+}
+
+/// Connects a kick for each queue.
+pub(crate) fn connect_kicks(
+    machine: &Machine,
+    transport: &MmioTransport,
+    slot: arch::MmioSlot,
+) -> Result<(), ArchError> {
     let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
     for (queue, kick) in transport.kick_events().iter().enumerate() {
         machine
@@ -314,15 +337,13 @@ pub(crate) fn connect(
     Ok(())
 }
 
-/// Takes back what [`connect`] did, as far as it got.
-pub(crate) fn disconnect(machine: &Machine, transport: &MmioTransport, slot: arch::MmioSlot) {
+/// Takes back what [`connect_kicks`] did, as far as it got.
+pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slot: arch::MmioSlot) {
     let fd = machine.fd();
     let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
     for (queue, kick) in transport.kick_events().iter().enumerate() {
         fd.unregister_ioevent(kick, &notify, queue as u32).ok();
     }
-    fd.unregister_irqfd(transport.interrupt_event(), slot.irq)
-        .ok();
 }
 
 fn make_vcpus(kvm: &Kvm, machine: &Machine, cpus: u32) -> Result<Vec<VcpuFd>, ArchError> {

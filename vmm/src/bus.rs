@@ -132,8 +132,12 @@ mod tests {
         let mut bus = Bus::default();
         for address in [0xd000_1000, 0xd000_0000] {
             let memory = Driver::new(8).memory().clone();
-            let device =
-                MmioTransport::new(Box::new(Rng), memory, Arc::new(IdleLoop::default())).unwrap();
+            let device = MmioTransport::new(
+                Box::new(Rng::default()),
+                memory,
+                Arc::new(IdleLoop::default()),
+            )
+            .unwrap();
             bus.add_window(address, Some(device));
         }
         bus
@@ -151,7 +155,11 @@ mod tests {
         assert_eq!(words, [*b"virt", [2, 0, 0, 0], [0; 4]]);
         bus.mmio_write(0xd000_0070, &[1, 0, 0, 0]);
         let memory = Driver::new(8).memory().clone();
-        let device = MmioTransport::new(Box::new(Rng), memory, Arc::new(IdleLoop::default()));
+        let device = MmioTransport::new(
+            Box::new(Rng::default()),
+            memory,
+            Arc::new(IdleLoop::default()),
+        );
         *lock(&window) = Some(device.unwrap());
         bus.mmio_read(0xd000_0008, &mut words[2]);
         assert_eq!(words[2], [4, 0, 0, 0]);

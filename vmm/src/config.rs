@@ -52,7 +52,8 @@ pub struct VmConfig {
     /// Memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`]. Default: 256.
     #[serde(default = "default_memory")]
     pub memory_mib: u64,
-    /// What memory may grow to while the guest runs (virtio-mem), in MiB. Default: as `memory_mib`.
+    /// What memory may grow to while the guest runs (virtio-mem), in MiB. The room for more is rounded up
+    /// to whole memory blocks of Linux's, 128 MiB (2 GiB from 64 GiB on). Default: as `memory_mib`.
     #[serde(default)]
     pub memory_max_mib: Option<u64>,
     /// Whose memory it is. Default: anonymous.
@@ -123,7 +124,7 @@ pub enum HugePages {
     /// Ask the host for transparent huge pages.
     Transparent,
     /// Pages of 2 MiB that the host has set aside (`vm.nr_hugepages`). They are claimed at the start,
-    /// up to the most that memory may grow to; sizes must be whole pages.
+    /// up to the most that memory may grow to, and stay the guest's; sizes must be whole pages.
     Reserved,
 }
 
@@ -535,7 +536,8 @@ impl VmConfig {
         }
         Ok(MemorySpec {
             bytes: mib << 20,
-            hotplug_bytes: ((max - mib) << 20).next_multiple_of(arch::layout::HOTPLUG_ALIGN),
+            hotplug_bytes: ((max - mib) << 20)
+                .next_multiple_of(arch::layout::memory_block(mib << 20)),
             backing: self.memory_backing,
             huge_pages: self.huge_pages,
         })
@@ -655,7 +657,10 @@ mod tests {
         assert!(odd.contains("301"), "{odd}");
         let grown = |c: &mut VmConfig| (c.memory_max_mib, c.cpus_max) = (Some(257), Some(2));
         let spec = check(&grown).ok().unwrap();
-        assert_eq!(spec.memory.hotplug_bytes, arch::layout::HOTPLUG_ALIGN);
+        assert_eq!(
+            spec.memory.hotplug_bytes,
+            arch::layout::memory_block(256 << 20)
+        );
         assert_eq!((spec.cpus.count, spec.cpus.online), (2, 1));
     }
 

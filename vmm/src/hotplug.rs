@@ -8,7 +8,7 @@
 //! are few, so spare windows share one.
 
 use crate::arch::MmioSlot;
-use crate::builder::{StartError, connect, disconnect, make_disk};
+use crate::builder::{StartError, connect_kicks, disconnect_kicks, make_disk};
 use crate::bus::Window;
 use crate::config::{ConfigError, DiskConfig};
 use crate::event_loop::LoopHandle;
@@ -20,6 +20,7 @@ use koya_devices::virtio::mmio::MmioTransport;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Weak};
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Why a disk could not be attached or detached.
 #[derive(Debug, Error)]
@@ -63,16 +64,26 @@ pub(crate) struct Spare {
 /// A machine's spare windows and what is in them.
 pub(crate) struct HotPlug {
     spares: Vec<Spare>,
+    /// Of all spare windows: several events of one line could lose an edge between them.
+    interrupt: EventFd,
     cpus: u32,
     machine: Weak<Machine>,
     memory: Weak<Memory>,
     event_loop: Weak<LoopHandle>,
-    disks: Mutex<BTreeMap<usize, AttachedDisk>>,
+    disks: Mutex<Attached>,
+}
+
+#[derive(Default)]
+struct Attached {
+    disks: BTreeMap<usize, AttachedDisk>,
+    /// The machine is being taken down: nothing is put into a window any more.
+    ended: bool,
 }
 
 impl HotPlug {
     pub(crate) fn new(
         spares: Vec<Spare>,
+        interrupt: EventFd,
         cpus: u32,
         machine: &Arc<Machine>,
         memory: &Arc<Memory>,
@@ -80,6 +91,7 @@ impl HotPlug {
     ) -> Self {
         Self {
             spares,
+            interrupt,
             cpus,
             machine: Arc::downgrade(machine),
             memory: Arc::downgrade(memory),
@@ -89,28 +101,41 @@ impl HotPlug {
     }
 
     pub(crate) fn disks(&self) -> Vec<AttachedDisk> {
-        lock(&self.disks).values().cloned().collect()
+        lock(&self.disks).disks.values().cloned().collect()
+    }
+
+    /// Puts nothing into a window from now on.
+    pub(crate) fn close(&self) {
+        lock(&self.disks).ended = true;
     }
 
     pub(crate) fn attach(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
         let memory = self.memory.upgrade().ok_or(AttachError::Ended)?;
         let event_loop = self.event_loop.upgrade().ok_or(AttachError::Ended)?;
+        // Before the lock: to open a file may take long.
+        let spec = config.check(self.cpus)?;
         // Held to the end: two disks must not want the same slot.
-        let mut disks = lock(&self.disks);
+        let mut attached = lock(&self.disks);
+        if attached.ended {
+            return Err(AttachError::Ended);
+        }
+        let Attached { disks, .. } = &mut *attached;
         let mut free = self.spares.iter().enumerate();
         let (slot, spare) = free
             .find(|(slot, _)| !disks.contains_key(slot))
             .ok_or(AttachError::NoSlot(self.spares.len()))?;
-        let device = make_disk(config.check(self.cpus)?)?;
+        let device = make_disk(spec)?;
         let disk = device.handle();
-        let transport = MmioTransport::new(Box::new(device), memory, event_loop);
-        let transport = transport.map_err(|source| StartError::Host {
+        let host = |source| StartError::Host {
             operation: "make a virtio device",
             source,
-        })?;
-        if let Err(error) = connect(&machine, &transport, spare.place) {
-            disconnect(&machine, &transport, spare.place);
+        };
+        let mut transport =
+            MmioTransport::new(Box::new(device), memory, event_loop).map_err(host)?;
+        transport.share_interrupt(&self.interrupt).map_err(host)?;
+        if let Err(error) = connect_kicks(&machine, &transport, spare.place) {
+            disconnect_kicks(&machine, &transport, spare.place);
             return Err(StartError::from(error).into());
         }
         *lock(&spare.window) = Some(transport);
@@ -125,12 +150,12 @@ impl HotPlug {
 
     pub(crate) fn detach(&self, slot: usize) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
-        let mut disks = lock(&self.disks);
+        let disks = &mut lock(&self.disks).disks;
         let spare = self.spares.get(slot).ok_or(AttachError::NoDisk(slot))?;
         disks.remove(&slot).ok_or(AttachError::NoDisk(slot))?;
         let transport = lock(&spare.window).take();
         if let Some(mut transport) = transport {
-            disconnect(&machine, &transport, spare.place);
+            disconnect_kicks(&machine, &transport, spare.place);
             transport.shutdown();
         }
         Ok(())

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::mmap::{MmapRegion, MmapRegionError};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
@@ -58,7 +58,7 @@ fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
         }
         let bytes = || value.and_then(|v| v.parse::<u64>().ok()).unwrap_or(0) * 1024;
         match name {
-            "Rss:" if is_guest => usage.guest += bytes(),
+            "Rss:" | "Private_Hugetlb:" | "Shared_Hugetlb:" if is_guest => usage.guest += bytes(),
             "Private_Clean:" | "Private_Dirty:" if !is_guest => usage.overhead += bytes(),
             _ => {}
         }
@@ -116,7 +116,9 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     if spec.huge_pages == HugePages::Transparent {
         for region in memory.iter() {
             let slice = region.as_volatile_slice().map_err(io::Error::other)?;
-            koya_devices::sys::advise(&slice, Advice::HugePages)?;
+            if let Err(error) = koya_devices::sys::advise(&slice, Advice::HugePages) {
+                log::warn!("the host has no transparent huge pages: {error}");
+            }
         }
     }
     Ok(memory)
@@ -145,8 +147,14 @@ fn map(len: u64, place: Option<FileOffset>, huge_pages: HugePages) -> io::Result
         }
         _ => libc::MAP_NORESERVE,
     };
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    MmapRegion::build(place, len as usize, protection, shared | kind).map_err(|error| match error {
+    let mut mapping = MmapRegionBuilder::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(shared | kind)
+        .with_hugetlbfs(huge_pages == HugePages::Reserved);
+    if let Some(place) = place {
+        mapping = mapping.with_file_offset(place);
+    }
+    mapping.build().map_err(|error| match error {
         MmapRegionError::Mmap(source) => source,
         other => io::Error::other(other),
     })
@@ -186,7 +194,7 @@ mod tests {
         for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
             for huge_pages in [HugePages::Host, HugePages::Transparent] {
                 let spec = MemorySpec {
-                    hotplug_bytes: arch::layout::HOTPLUG_ALIGN,
+                    hotplug_bytes: arch::layout::memory_block(0),
                     backing,
                     huge_pages,
                     ..MemorySpec::new(64 << 20)

@@ -16,6 +16,7 @@ use koya_devices::blk::BlockHandle;
 use koya_devices::legacy::SerialPort;
 use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
+use koya_devices::rng::RngMetrics;
 use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
 use std::io;
@@ -116,6 +117,9 @@ impl Vm {
             }
         }
         self.sockets.take();
+        if let Some(hotplug) = &self.handles.hotplug {
+            hotplug.close();
+        }
         self.bus.shut_down();
         self.event_loop.stop();
     }
@@ -211,6 +215,11 @@ impl VmHandle {
     /// The device by which memory grows and shrinks, if the configuration has room for it.
     pub fn mem(&self) -> Option<&MemHandle> {
         self.handles.mem.as_ref()
+    }
+
+    /// What the entropy device did so far, if the configuration has one.
+    pub fn entropy(&self) -> Option<&RngMetrics> {
+        self.handles.entropy.as_deref()
     }
 
     /// Offers bytes to the serial console; how many the guest's FIFO had room for.

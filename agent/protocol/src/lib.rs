@@ -28,6 +28,10 @@ pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.
 pub const SHARED_DIR: &str = "/run/koya/shared";
 
+/// The most that is read of a container's `/etc/passwd` or `/etc/group`, in bytes: two of them fit into
+/// a message.
+pub const MAX_ACCOUNTS: u64 = 1 << 20;
+
 /// Where the guest has the root of a container whose root is an image of a file system.
 pub fn image_root(container: &str) -> String {
     format!("/run/koya/images/{container}/root")

@@ -48,7 +48,8 @@ impl Disk {
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
-            .custom_flags((direct | OFlags::CLOEXEC).bits() as i32)
+            // A FIFO, which is none, must not be waited for.
+            .custom_flags((direct | OFlags::CLOEXEC | OFlags::NONBLOCK).bits() as i32)
             .open(path)
             .map_err(|error| match error.kind() {
                 ErrorKind::InvalidInput if options.direct => io::Error::new(

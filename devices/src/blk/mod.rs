@@ -46,7 +46,7 @@ use event_manager::MutEventSubscriber;
 use request::{Request, Status};
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -157,6 +157,8 @@ pub struct Block {
     /// The size that the driver last read, in sectors.
     told: AtomicU64,
     threads: Threads,
+    /// While there are threads.
+    serving: Option<Arc<Shared>>,
 }
 
 /// How a disk's owner reaches it while the guest uses it. The image is closed with the device, whoever
@@ -210,6 +212,7 @@ impl Block {
             metrics: Arc::default(),
             interrupt: Arc::default(),
             threads: Threads::new("koya-blk")?,
+            serving: None,
         })
     }
 
@@ -259,7 +262,9 @@ impl Block {
             limiter: self.limiter.clone(),
             engine: self.engine,
             durable: activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+            drain: AtomicBool::new(false),
         });
+        self.serving = Some(shared.clone());
         let host = |source| ActivateError::Host {
             operation: "start a disk's thread",
             source,
@@ -287,6 +292,7 @@ impl Block {
     fn stop_threads(&mut self) {
         lock(&self.interrupt).take();
         self.threads.stop();
+        self.serving = None;
     }
 }
 
@@ -297,6 +303,8 @@ pub struct BlockState {
     pub sectors: u64,
     /// The size that the driver read last, in sectors.
     pub told: u64,
+    /// Bytes of a block.
+    pub block_size: u32,
     /// Whether writes are refused.
     pub read_only: bool,
 }
@@ -343,6 +351,7 @@ impl VirtioDevice for Block {
         Ok(DeviceState::Block(BlockState {
             sectors: self.disk.sectors(),
             told: self.told.load(Ordering::SeqCst),
+            block_size: self.disk.block_size(),
             read_only: self.disk.is_read_only(),
         }))
     }
@@ -354,12 +363,22 @@ impl VirtioDevice for Block {
         if state.read_only != self.disk.is_read_only() {
             return Err(StateError::Misfit("one may be written to, the other not"));
         }
+        if state.block_size != self.disk.block_size() {
+            return Err(StateError::Misfit("the disk has blocks of another size"));
+        }
         // It may have grown meanwhile, of which the driver is told; what it knows of must be there.
         if self.disk.sectors() < state.sectors {
             return Err(StateError::Misfit("the disk is smaller than it was"));
         }
         self.told.store(state.told, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn stop(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+        if let Some(serving) = &self.serving {
+            serving.drain.store(true, Ordering::SeqCst);
+        }
+        self.stop_threads();
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {

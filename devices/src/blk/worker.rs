@@ -8,7 +8,7 @@ use crate::sync::{guest_fault, lock};
 use crate::sys::{self, Completion};
 use crate::virtio::{ActiveQueue, Chain, ChainError, QueueError};
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     pub(super) engine: IoEngine,
     /// The driver does not flush: every write is stable before it is answered.
     pub(super) durable: bool,
+    /// To stop is to answer what is under way first, not to let go of it.
+    pub(super) drain: AtomicBool,
 }
 
 pub(super) struct Worker {
@@ -101,23 +103,24 @@ impl Serving {
             let limit = match stopping {
                 false => self.take()?,
                 // What the host was asked for is answered: nobody asks for it again.
-                true if self.free.len() == self.requests.len() => return self.end_all(),
+                true if self.free.len() == self.requests.len() => {
+                    return Ok(self.queue.notify()?);
+                }
                 true => None,
             };
             self.queue.notify()?;
             self.engine.wait(limit)?;
             while let Some(completion) = self.engine.completed() {
                 match completion {
-                    Completion::Event(STOP) => stopping = true,
+                    Completion::Event(STOP) if self.shared.drain.load(Ordering::SeqCst) => {
+                        stopping = true;
+                    }
+                    Completion::Event(STOP) => return Ok(()),
                     Completion::Event(_) => {}
                     Completion::Request(token, result) => self.advance(token, result)?,
                 }
             }
         }
-    }
-
-    fn end_all(&mut self) -> Result<(), WorkerError> {
-        Ok(self.queue.notify()?)
     }
 
     /// Starts what the driver has in the queue; how long to wait before more may start.

@@ -7,7 +7,7 @@
 
 use super::Shares;
 use super::passthrough::{Options, Passthrough};
-use super::server::Server;
+use super::server::{FsMetrics, Server};
 use crate::sync::{guest_fault, lock};
 use crate::sys;
 use crate::threads::Threads;
@@ -68,6 +68,11 @@ impl Fs {
             threads: Threads::new("koya-fs")?,
             stopping: Arc::default(),
         })
+    }
+
+    /// What it did so far, also while it is used.
+    pub fn metrics(&self) -> Arc<FsMetrics> {
+        self.server.metrics().clone()
     }
 
     fn spawn(&mut self, queue: ActiveQueue, threads: usize) -> io::Result<()> {

@@ -30,6 +30,7 @@ pub mod shares;
 pub mod wire;
 
 pub use device::Fs;
+pub use server::FsMetrics;
 pub use shares::Shares;
 
 use serde::{Deserialize, Serialize};

@@ -8,7 +8,10 @@ use super::passthrough::{Caller, Passthrough};
 use super::wire::{self, InHeader, InitIn, InitOut, OutHeader, init, op};
 use crate::virtio::{Chain, ChainError, Memory};
 use rustix::io::Errno;
+use serde::Serialize;
 use std::ffi::CStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const IN_HEADER: u32 = size_of::<InHeader>() as u32;
@@ -58,15 +61,39 @@ impl<'a> Args<'a> {
     }
 }
 
+/// What a file system did so far.
+#[derive(Debug, Default, Serialize)]
+pub struct FsMetrics {
+    /// Requests of the guest.
+    pub requests: AtomicU64,
+    /// Requests that were answered with an error; a look-up of a name that is not there is one.
+    pub errors: AtomicU64,
+    /// Bytes that it read from files.
+    pub read_bytes: AtomicU64,
+    /// Bytes that it wrote to files.
+    pub written_bytes: AtomicU64,
+    /// Chains that held no request, or had no room for its answer.
+    pub faults: AtomicU64,
+}
+
 /// The file system behind one virtio device.
 pub struct Server {
     files: Passthrough,
+    metrics: Arc<FsMetrics>,
 }
 
 impl Server {
     /// Serves these files.
     pub fn new(files: Passthrough) -> Self {
-        Self { files }
+        Self {
+            files,
+            metrics: Arc::default(),
+        }
+    }
+
+    /// What it did so far.
+    pub fn metrics(&self) -> &Arc<FsMetrics> {
+        &self.metrics
     }
 
     /// The guest is gone.
@@ -79,6 +106,15 @@ impl Server {
     /// # Errors
     /// A chain that holds no request, or has no room for a reply.
     pub fn serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
+        self.metrics.requests.fetch_add(1, Ordering::Relaxed);
+        let served = self.try_serve(chain, memory);
+        if served.is_err() {
+            self.metrics.faults.fetch_add(1, Ordering::Relaxed);
+        }
+        served
+    }
+
+    fn try_serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
         let mut header = InHeader::default();
         chain.read(memory, 0, header.as_mut_bytes())?;
         let result = self.dispatch(&header, chain, memory);
@@ -92,6 +128,9 @@ impl Server {
             },
             Err(errno) => (errno.raw_os_error(), 0),
         };
+        if error != 0 {
+            self.metrics.errors.fetch_add(1, Ordering::Relaxed);
+        }
         let out = OutHeader {
             len: OUT_HEADER + body,
             error: -error,
@@ -300,6 +339,8 @@ impl Server {
             .writable_slices(memory, OUT_HEADER, size as usize)
             .map_err(invalid)?;
         let read = self.files.read(header.nodeid, &arg, &into)?;
+        let bytes = &self.metrics.read_bytes;
+        bytes.fetch_add(read as u64, Ordering::Relaxed);
         Ok(Reply::Written(read as u32))
     }
 
@@ -317,6 +358,8 @@ impl Server {
             .readable_slices(memory, data, arg.size as usize)
             .map_err(invalid)?;
         let written = self.files.write(header.nodeid, &arg, &from)?;
+        let bytes = &self.metrics.written_bytes;
+        bytes.fetch_add(written as u64, Ordering::Relaxed);
         Ok(reply(&wire::WriteOut {
             size: written as u32,
             padding: 0,

@@ -14,6 +14,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+/// Of how many file systems below it a share remembers one file, a descriptor each. Data of further ones
+/// is the host's to write out in its own time.
+const MAX_NESTED: usize = 64;
+
 /// What a share holds open.
 struct Held {
     /// Its root, an O_PATH descriptor.
@@ -95,8 +99,18 @@ impl Share {
         // To open anything else could have effects, or wait.
         if matches!(kind, FileType::Directory | FileType::RegularFile)
             && let Some(held) = &mut *lock(&self.held)
+            && held.nested.len() < MAX_NESTED
+            && !held.nested.contains_key(&which)
+            && let Ok(fd) = fd.try_clone()
         {
-            held.nested.entry(which).or_insert_with(|| fd.clone());
+            held.nested.insert(which, Arc::new(fd));
+        }
+    }
+
+    /// Forgets them: the guest is gone.
+    pub(super) fn forget_nested(&self) {
+        if let Some(held) = &mut *lock(&self.held) {
+            held.nested.clear();
         }
     }
 

@@ -172,6 +172,21 @@ impl MmioTransport {
         &self.line.event
     }
 
+    /// Has the device raise another's interrupt instead, which may be that of several: before its driver
+    /// finds it.
+    ///
+    /// # Errors
+    /// If the host gives no event descriptor.
+    pub fn share_interrupt(&mut self, event: &EventFd) -> io::Result<()> {
+        self.line = Arc::new(Line {
+            event: event.try_clone()?,
+            reasons: AtomicU32::new(0),
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+        });
+        Ok(())
+    }
+
     /// What each queue's kick writes to: ioeventfds at [`QUEUE_NOTIFY_OFFSET`], matched by the
     /// queue's number.
     pub fn kick_events(&self) -> &[EventFd] {
@@ -467,9 +482,19 @@ impl MmioTransport {
             queue.set_next_avail(saved.next_available);
             queue.set_next_used(saved.next_used);
             queue.set_ready(saved.ready);
+            // What is not aligned was not taken.
+            let taken = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
+            if taken != (saved.descriptors, saved.available, saved.used) {
+                return Err(StateError::Misfit("a queue's address is not aligned"));
+            }
         }
         self.device.restore(&state.device)?;
         self.driver_features = state.driver_features;
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_fit() {
+            return Err(StateError::Misfit(
+                "the driver accepted what is not offered here",
+            ));
+        }
         self.queue_select = state.queue_select;
         self.features_select = state.features_select;
         self.driver_features_select = state.driver_features_select;
@@ -493,10 +518,9 @@ impl MmioTransport {
         if runs && !self.active {
             let activated = self.try_activate();
             activated.map_err(|error| StateError::Resume(error.to_string()))?;
-        }
-        // An interrupt may have been on its way; one too many does no harm.
-        if self.line.reasons.load(Ordering::SeqCst) != 0 {
-            self.line.raise(0);
+            // Whoever changed the configuration meanwhile could tell nobody, and an interrupt may have
+            // been on its way. One too many does no harm.
+            self.line.config();
         }
         Ok(())
     }
@@ -518,9 +542,9 @@ impl MmioTransport {
 
     fn reset(&mut self) {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
-        if std::mem::take(&mut self.active) {
-            self.device.reset(worker);
-        }
+        self.active = false;
+        // Also of a device that stands still: what it kept was for the driver before.
+        self.device.reset(worker);
         for queue in &mut self.queues {
             queue.reset();
         }

@@ -220,19 +220,22 @@ mod tests {
         let memory = Driver::new(8).memory().clone();
         let balloon = Balloon::new().unwrap();
         balloon.handle().set_target(3 << 20);
-        let mem = Mem::new(1 << 32, 512 << 20).unwrap();
+        let mem = Mem::new(1 << 32, 512 << 20, 128 << 20).unwrap();
         mem.handle().set_requested(64 << 20);
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
         let same: [(MmioTransport, MmioTransport); 4] = [
-            (transport(Rng, &memory), transport(Rng, &memory)),
+            (
+                transport(Rng::default(), &memory),
+                transport(Rng::default(), &memory),
+            ),
             (
                 transport(balloon, &memory),
                 transport(Balloon::new().unwrap(), &memory),
             ),
             (
                 transport(mem, &memory),
-                transport(Mem::new(1 << 32, 512 << 20).unwrap(), &memory),
+                transport(Mem::new(1 << 32, 512 << 20, 128 << 20).unwrap(), &memory),
             ),
             (
                 transport(
@@ -287,7 +290,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let memory = Driver::new(8).memory().clone();
-        let mut rng = transport(Rng, &memory);
+        let mut rng = transport(Rng::default(), &memory);
         let good = rng.save().unwrap();
         let refused = |rng: &mut MmioTransport, change: &dyn Fn(&mut TransportState)| {
             let mut state = good.clone();
@@ -298,16 +301,19 @@ mod tests {
             refused(&mut rng, &|s| s.version = 9),
             StateError::Version(9)
         );
-        let misfits: [&dyn Fn(&mut TransportState); 3] =
-            [&|s| s.queues.clear(), &|s| s.queues[0].size = 3, &|s| {
-                s.device = DeviceState::Balloon(BalloonState::default())
-            }];
+        let misfits: [&dyn Fn(&mut TransportState); 5] = [
+            &|state| state.queues.clear(),
+            &|state| state.queues[0].size = 3,
+            &|state| state.queues[0].descriptors = 8,
+            &|state| (state.status, state.driver_features) = (15, 1),
+            &|state| state.device = DeviceState::Balloon(BalloonState::default()),
+        ];
         for misfit in misfits {
             assert!(matches!(refused(&mut rng, misfit), StateError::Misfit(_)));
         }
         // A state that says that it runs, with rings that are no memory: nothing is started.
         let mut state = good.clone();
-        state.status = 15;
+        (state.status, state.driver_features) = (15, F_VERSION_1);
         state.queues[0] = QueueState {
             size: 8,
             ready: true,

@@ -26,7 +26,7 @@ mod ports;
 mod sockets;
 
 pub use device::Vsock;
-pub use ports::{Listener, Ports};
+pub use ports::{Listener, Ports, VsockMetrics};
 pub use sockets::UnixSockets;
 
 /// The host's address (section 5.10.4).

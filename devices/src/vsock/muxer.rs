@@ -3,12 +3,13 @@
 use super::HOST_CID;
 use super::connection::{BUFFER_SIZE, Connection, SMALL_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
-use super::ports::{Ports, Wanted};
+use super::ports::{Ports, VsockMetrics, Wanted};
 use crate::sys;
 use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::IntoBytes;
 
 /// The most streams of one guest: each is a descriptor of this process, so it is less where the
@@ -151,6 +152,7 @@ impl Muxer {
         connection.take_credit(&header);
         if op == Op::ReadWrite {
             pass_on(connection, chain, memory, len)?;
+            self.count(|metrics| &metrics.sent_bytes, len.into());
         } else {
             connection.receive_control(op, header.flags.get());
         }
@@ -199,7 +201,12 @@ impl Muxer {
         }
     }
 
+    fn count(&self, counter: impl Fn(&VsockMetrics) -> &AtomicU64, by: u64) {
+        counter(self.ports.metrics()).fetch_add(by, Ordering::Relaxed);
+    }
+
     fn insert(&mut self, key: Key, connection: Connection) {
+        self.count(|metrics| &metrics.streams, 1);
         let fd = connection.stream().as_raw_fd();
         self.watches.push(Watch::Add(fd, key));
         self.connections.insert(key, connection);
@@ -303,6 +310,7 @@ impl Muxer {
                 header.len = (got as u32).into();
                 connection.put_credit(&mut header);
                 chain.write(memory, 0, header.as_bytes())?;
+                self.count(|metrics| &metrics.received_bytes, got as u64);
                 return Ok(Some(HEADER_SIZE + got as u32));
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => connection.drained(),
@@ -331,6 +339,7 @@ impl Muxer {
     }
 
     fn refuse(&mut self, header: &Header) {
+        self.count(|metrics| &metrics.refused, 1);
         self.refusals.push_back(Header {
             src_cid: header.dst_cid,
             dst_cid: header.src_cid,

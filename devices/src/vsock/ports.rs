@@ -3,10 +3,12 @@
 
 use crate::sync::lock;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde::Serialize;
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,7 +25,21 @@ enum Target {
     Socket(PathBuf),
 }
 
+/// What a guest's vsock did so far.
+#[derive(Debug, Default, Serialize)]
+pub struct VsockMetrics {
+    /// Streams that were made, by either side.
+    pub streams: AtomicU64,
+    /// Packets of the guest's that were refused: nobody listens, too many streams, out of turn.
+    pub refused: AtomicU64,
+    /// Bytes from the guest.
+    pub sent_bytes: AtomicU64,
+    /// Bytes to the guest.
+    pub received_bytes: AtomicU64,
+}
+
 struct Inner {
+    metrics: VsockMetrics,
     targets: Mutex<HashMap<u32, Target>>,
     /// Where ports lead that are not in `targets`: to sockets with this path and the port's number.
     fallback: Mutex<Option<PathBuf>>,
@@ -60,11 +76,17 @@ impl Ports {
     /// If the host gives no event descriptor.
     pub fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(Inner {
+            metrics: VsockMetrics::default(),
             targets: Mutex::default(),
             fallback: Mutex::default(),
             wanted: Mutex::default(),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         })))
+    }
+
+    /// What the guest's vsock did so far.
+    pub fn metrics(&self) -> &VsockMetrics {
+        &self.0.metrics
     }
 
     /// Listens on a port of the host, for connections from the guest.
@@ -93,7 +115,7 @@ impl Ports {
     /// guest, it ends at once.
     ///
     /// # Errors
-    /// If the host gives no sockets.
+    /// If the host gives no sockets, or the guest takes no connections up.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         self.want(port, theirs, false)?;
@@ -107,7 +129,12 @@ impl Ports {
     }
 
     fn want(&self, port: u32, stream: UnixStream, is_line_wanted: bool) -> io::Result<()> {
-        lock(&self.0.wanted).push(Wanted {
+        let mut wanted = lock(&self.0.wanted);
+        // A guest that takes none up must not make this process hold them all.
+        if wanted.len() >= BACKLOG {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        wanted.push(Wanted {
             port,
             stream,
             is_line_wanted,
@@ -117,6 +144,10 @@ impl Ports {
 
     /// Leads all ports that lead nowhere else to Unix sockets: port 52 to `path` and `_52`.
     pub(super) fn set_fallback(&self, path: Option<PathBuf>) {
+        if path.is_none() {
+            // Whoever waits sees the end.
+            lock(&self.0.wanted).retain(|wanted| !wanted.is_line_wanted);
+        }
         *lock(&self.0.fallback) = path;
     }
 

@@ -10,7 +10,7 @@
 use super::Ports;
 use std::io::{self, Read};
 use std::net::Shutdown;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// How long a client may take to say which port it wants.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The longest line of a client's: `CONNECT 4294967295` and its end.
+/// The longest line of a client's: `CONNECT 4294967295` and a carriage return.
 const MAX_LINE: usize = 19;
 
 /// How many clients may be about to say which port they want; others wait to be accepted.
@@ -30,6 +30,9 @@ const MAX_CLIENTS: usize = 64;
 /// The sockets of one guest. Dropping this closes `PATH` and removes it.
 pub struct UnixSockets {
     path: PathBuf,
+    /// The socket's file: another may have taken its place.
+    file: (u64, u64),
+    listener: Arc<UnixListener>,
     ports: Ports,
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -42,36 +45,40 @@ impl UnixSockets {
     /// If `path` exists (a socket that nobody listens on is replaced), or the host refuses it.
     pub fn listen(ports: &Ports, path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
-        let listener = bind(&path)?;
-        let ended = Arc::new(AtomicBool::new(false));
-        let thread = {
-            let (ports, ended) = (ports.clone(), ended.clone());
-            std::thread::Builder::new()
-                .name("koya-vsock".into())
-                .spawn(move || serve(&listener, &ports, &ended))
-        };
-        let thread = thread.inspect_err(|_| {
-            std::fs::remove_file(&path).ok();
-        })?;
-        ports.set_fallback(Some(path.clone()));
-        Ok(Self {
+        let listener = Arc::new(bind(&path)?);
+        let mut sockets = Self {
+            file: identity(&path)?,
             path,
+            listener: listener.clone(),
             ports: ports.clone(),
-            ended,
-            thread: Some(thread),
-        })
+            ended: Arc::default(),
+            thread: None,
+        };
+        // From here on dropping `sockets` takes back what was done.
+        let (ports, ended) = (ports.clone(), sockets.ended.clone());
+        ports.set_fallback(Some(sockets.path.clone()));
+        let thread = std::thread::Builder::new().name("koya-vsock".into());
+        sockets.thread = Some(thread.spawn(move || serve(&listener, &ports, &ended))?);
+        Ok(sockets)
     }
+}
+
+/// Device and inode.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let data = path.symlink_metadata()?;
+    Ok((data.dev(), data.ino()))
 }
 
 impl Drop for UnixSockets {
     fn drop(&mut self) {
         self.ports.set_fallback(None);
         self.ended.store(true, Ordering::SeqCst);
-        // Wakes the thread from its accept; without the file it would wait for ever.
-        let woken = UnixStream::connect(&self.path).is_ok();
-        std::fs::remove_file(&self.path).ok();
+        // Wakes the thread from its accept, wherever the path leads by now.
+        rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both).ok();
+        if identity(&self.path).is_ok_and(|file| file == self.file) {
+            std::fs::remove_file(&self.path).ok();
+        }
         if let Some(thread) = self.thread.take()
-            && woken
             && thread.join().is_err()
         {
             log::error!("the thread of the vsock sockets panicked");
@@ -102,6 +109,7 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
     while !ended.load(Ordering::SeqCst) {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
+            Err(_) if ended.load(Ordering::SeqCst) => return,
             Err(error) => {
                 // No descriptor left, say: not a reason to be deaf for ever, nor to spin.
                 log::warn!("vsock: cannot accept a connection: {error}");
@@ -161,7 +169,7 @@ fn read_line(stream: &mut UnixStream) -> io::Result<String> {
             return String::from_utf8(line).map_err(io::Error::other);
         }
         line.push(byte[0]);
-        if line.len() >= MAX_LINE {
+        if line.len() > MAX_LINE {
             return Err(io::Error::other("the line is too long"));
         }
     }
@@ -228,6 +236,28 @@ mod tests {
         assert_eq!(rest, b"");
         drop(sockets);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_is_anothers_by_now_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v.sock");
+        let first = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _second = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
+        drop(first);
+        assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn clients_of_a_guest_that_takes_none_are_refused() {
+        let ports = Ports::new().unwrap();
+        let connect = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ports.connect_stream(1, theirs).map(|()| ours)
+        };
+        let taken: Vec<_> = std::iter::from_fn(|| connect().ok()).take(10_000).collect();
+        assert!(!taken.is_empty() && taken.len() < 10_000);
     }
 
     #[test]

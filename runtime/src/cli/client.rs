@@ -102,7 +102,10 @@ pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
     let (_, stream) = connect(name)?;
     send(&stream, request, &[])?;
     let answer = Wire::new(stream).receive()?;
-    Ok(answer.with_context(|| format!("container {name} ended"))?.0)
+    match answer.with_context(|| format!("container {name} ended"))?.0 {
+        Answer::Failed { reason, .. } => bail!("{reason}"),
+        answer => Ok(answer),
+    }
 }
 
 /// What a container's process answers.

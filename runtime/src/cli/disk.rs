@@ -71,7 +71,6 @@ pub(super) fn main(args: &DiskArgs) -> Outcome {
     match client::ask(name, &Request::Disk(request))? {
         Answer::Device(path) => println!("{}", path.display()),
         Answer::Done(_) => {}
-        Answer::Failed { reason, .. } => bail!("{reason}"),
         other => bail!("container {name} answers {other:?}"),
     }
     Ok(0)
@@ -94,7 +93,10 @@ impl Disks {
             DiskRequest::Attach(config) => {
                 let disk = sandbox.attach_disk(config)?;
                 if let Err(error) = container.add_device(disk.device()) {
-                    sandbox.detach_disk(&disk).ok();
+                    if sandbox.detach_disk(&disk).is_err() {
+                        // Something in the guest uses it: it can be detached by name later.
+                        disks.push(disk);
+                    }
                     return Err(error.into());
                 }
                 let path = disk.device().path.clone();

@@ -191,7 +191,7 @@ impl NetArgs {
         }
         let etc = rootfs.join("etc");
         // In an image's own layer of memory one can always be made.
-        let there = rootfs.is_file()
+        let there = !rootfs.is_dir()
             || match etc.join("resolv.conf").symlink_metadata() {
                 // Only a file can be mounted over; where a link leads is the container's own affair.
                 Ok(data) => data.is_file(),

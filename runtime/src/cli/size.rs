@@ -100,7 +100,6 @@ pub(super) fn update(args: &UpdateArgs) -> Outcome {
     };
     let (got_cpus, got_memory) = match client::ask(&args.name, &request)? {
         Answer::Size { cpus, memory_mib } => (cpus, memory_mib),
-        Answer::Failed { reason, .. } => bail!("{reason}"),
         other => bail!("container {} answers {other:?}", args.name),
     };
     println!("{got_cpus} CPUs, {got_memory} MiB of memory");

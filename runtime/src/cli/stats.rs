@@ -44,6 +44,12 @@ pub(super) struct Stats {
     disk_read: u64,
     /// Bytes that it wrote.
     disk_written: u64,
+    /// Requests about shared files.
+    file_requests: u64,
+    /// Bytes that it read from shared files.
+    file_read: u64,
+    /// Bytes that it wrote to them.
+    file_written: u64,
 }
 
 impl Stats {
@@ -54,6 +60,7 @@ impl Stats {
         let used = getrusage(UsageWho::RUSAGE_SELF)?;
         let cpu = used.user_time() + used.system_time();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let files = sandbox.file_metrics();
         let mut stats = Self {
             cpu_ms: cpu.num_milliseconds() as u64,
             guest_total: guest.memory_total,
@@ -65,6 +72,9 @@ impl Stats {
             net_sent: 0,
             disk_read: 0,
             disk_written: 0,
+            file_requests: load(&files.requests),
+            file_read: load(&files.read_bytes),
+            file_written: load(&files.written_bytes),
         };
         for network in machine.networks() {
             stats.net_received += load(&network.metrics().received_bytes);
@@ -131,14 +141,13 @@ fn running() -> Result<Vec<String>> {
 fn ask(name: &str) -> Result<Stats> {
     match client::ask(name, &Request::Stats)? {
         Answer::Stats(stats) => Ok(*stats),
-        Answer::Failed { reason, .. } => bail!("{reason}"),
         other => bail!("container {name} answers {other:?}"),
     }
 }
 
 fn print(rows: &[(String, Stats)]) {
     println!(
-        "{:<20} {:>9} {:>19} {:>9} {:>9} {:>5} {:>19} {:>19}",
+        "{:<20} {:>9} {:>19} {:>9} {:>9} {:>5} {:>19} {:>19} {:>19}",
         "NAME",
         "CPU",
         "GUEST USED/ALL",
@@ -146,12 +155,13 @@ fn print(rows: &[(String, Stats)]) {
         "OVERHEAD",
         "PIDS",
         "NET IN/OUT",
-        "DISK READ/WRITTEN"
+        "DISK READ/WRITTEN",
+        "FILES READ/WRITTEN"
     );
     for (name, stats) in rows {
         let pair = |a, b| format!("{} / {}", size(a), size(b));
         println!(
-            "{name:<20} {:>7.1} s {:>19} {:>9} {:>9} {:>5} {:>19} {:>19}",
+            "{name:<20} {:>7.1} s {:>19} {:>9} {:>9} {:>5} {:>19} {:>19} {:>19}",
             stats.cpu_ms as f64 / 1000.0,
             pair(stats.guest_used, stats.guest_total),
             size(stats.host_guest),
@@ -159,6 +169,7 @@ fn print(rows: &[(String, Stats)]) {
             stats.processes,
             pair(stats.net_received, stats.net_sent),
             pair(stats.disk_read, stats.disk_written),
+            pair(stats.file_read, stats.file_written),
         );
     }
 }

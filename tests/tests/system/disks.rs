@@ -223,5 +223,6 @@ fn an_image_is_a_root() -> Result<()> {
     let refused = run_in(&text, &[], &["true"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("neither erofs nor ext4"), "{said}");
+    ensure!(!said.contains("stays attached"), "{said}");
     Ok(())
 }

@@ -131,5 +131,9 @@ fn both_sides_connect() -> Result<()> {
         format!("{nobody:#}").contains("answered \"\""),
         "{nobody:#}"
     );
-    Ok(())
+    stdout(koya(["kill", guest.name]).output()?)?;
+    until(
+        "the socket is gone",
+        || Ok((!socket.exists()).then_some(())),
+    )
 }

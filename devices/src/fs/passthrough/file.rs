@@ -233,8 +233,8 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_SYNCFS: the file system of a node; of the root, every share's. The guest asks for each
-    /// file system that was announced to it as one of its own.
+    /// FUSE_SYNCFS: the file system of a node; of the root, which is what Linux asks for, every share's
+    /// and those below it that the guest came to.
     ///
     /// # Errors
     /// The host's, of the first that fails.

@@ -95,6 +95,9 @@ impl Passthrough {
     pub fn clear(&self) {
         self.handles.clear();
         self.inodes.clear();
+        for share in self.shares.all() {
+            share.forget_nested();
+        }
     }
 
     /// FUSE_LOOKUP

@@ -14,8 +14,12 @@ impl Driver {
     fn new() -> Self {
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
         let event_loop = Arc::new(IdleLoop::default());
-        let transport =
-            MmioTransport::new(Box::new(Rng), Arc::new(memory), event_loop.clone()).unwrap();
+        let transport = MmioTransport::new(
+            Box::new(Rng::default()),
+            Arc::new(memory),
+            event_loop.clone(),
+        )
+        .unwrap();
         Self {
             transport,
             event_loop,

@@ -37,8 +37,10 @@ pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(MEMORY_START, bytes)]
 }
 
-/// What the room for more memory is a multiple of, in bytes: Linux's memory block.
-pub const HOTPLUG_ALIGN: u64 = 128 << 20;
+/// Linux's memory block, in bytes: what the room for more memory is a multiple of.
+pub fn memory_block(_bytes: u64) -> u64 {
+    128 << 20
+}
 
 /// Where the room for more memory begins, if there are `bytes` at the start.
 pub fn hotplug_start(bytes: u64) -> u64 {

@@ -62,8 +62,9 @@ pub(super) const LAST_IRQ: u32 = 23;
 /// The serial port's interrupt.
 pub const SERIAL_IRQ: u32 = 4;
 
-/// How many virtio devices a guest can have: one interrupt each.
-pub const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ + 1) as usize;
+/// How many virtio devices a guest can have: one interrupt each, but for the last, which is that of the
+/// spare slots.
+pub const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ) as usize;
 
 /// The window and interrupt of device `index`; none beyond [`MAX_DEVICES`].
 pub fn device_slot(index: usize) -> Option<MmioSlot> {
@@ -89,13 +90,20 @@ pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
 }
 
-/// What the room for more memory is a multiple of, in bytes: Linux's memory block.
-pub const HOTPLUG_ALIGN: u64 = 128 << 20;
+/// Linux's memory block, in bytes, if there are `bytes` at the start (probe_memory_block_size() in
+/// arch/x86/mm/init_64.c): what the room for more memory is a multiple of.
+pub fn memory_block(bytes: u64) -> u64 {
+    match bytes {
+        0..0x10_0000_0000 => 128 << 20,
+        _ => 2 << 30,
+    }
+}
 
 /// Where the room for more memory begins, if there are `bytes` at the start.
 pub fn hotplug_start(bytes: u64) -> u64 {
     let last = memory_ranges(bytes).last().map_or(0, |r| r.0 + r.1);
-    last.max(HOLE_END).next_multiple_of(1 << 30)
+    let align = memory_block(bytes).max(1 << 30);
+    last.max(HOLE_END).next_multiple_of(align)
 }
 
 #[cfg(test)]
@@ -120,7 +128,7 @@ mod tests {
             let bytes = mib << 20;
             let end = memory_ranges(bytes).last().map(|r| r.0 + r.1).unwrap();
             let start = hotplug_start(bytes);
-            assert!(start >= end.max(HOLE_END) && start.is_multiple_of(HOTPLUG_ALIGN));
+            assert!(start >= end.max(HOLE_END) && start.is_multiple_of(memory_block(bytes)));
         }
     }
 
