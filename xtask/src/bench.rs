@@ -15,7 +15,26 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 const INIT: &str = include_str!("../../benches/guest/init.sh");
-const MEASURE: &str = include_str!("../../benches/guest/measure.sh");
+/// What guests run, by name.
+const SCRIPTS: &[(&str, &str)] = &[
+    ("lib.sh", include_str!("../../benches/guest/lib.sh")),
+    (
+        "measure-disks.sh",
+        include_str!("../../benches/guest/measure-disks.sh"),
+    ),
+    (
+        "measure-files.sh",
+        include_str!("../../benches/guest/measure-files.sh"),
+    ),
+    (
+        "measure-vsock.sh",
+        include_str!("../../benches/guest/measure-vsock.sh"),
+    ),
+    (
+        "measure-memory.sh",
+        include_str!("../../benches/guest/measure-memory.sh"),
+    ),
+];
 
 #[derive(Args)]
 pub(crate) struct BenchArgs {
@@ -25,8 +44,12 @@ pub(crate) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum What {
-    /// Disks and networks, beside QEMU's microvm machine with the same kernel and guest
+    /// Disks, networks, files, vsock and memory, beside QEMU's microvm machine with the same kernel
+    /// and guest
     Devices {
+        /// Only what has this in its name: disk, network, files, vsock, memory
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
         /// Guests of each kind; each figure is a median
         #[arg(long, default_value_t = 3)]
         rounds: u32,
@@ -39,11 +62,11 @@ enum What {
 /// `cargo xtask bench`
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
-        What::Devices { rounds, json } => devices(*rounds, json.as_deref()),
+        What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
     }
 }
 
-fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
+fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
     let products = build::ensure()?;
@@ -64,10 +87,13 @@ fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
     rig.args([
         "rig",
         "--no-build",
+        // One CPU: the emulation of several can kill a host that runs virtual machines.
         "--cpus",
-        "2",
+        "1",
+        "--memory",
+        "8192",
         "--timeout",
-        "7200",
+        "14400",
         "--",
     ])
     // Whoever's host it is, its network stays as it is.
@@ -75,6 +101,7 @@ fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
     .arg(root.join("target/release/devices"))
     .arg(rounds.to_string())
     .arg(&tools)
+    .args(only)
     .envs(products.env());
     let out = rig
         .stdout(Stdio::piped())
@@ -96,7 +123,12 @@ fn devices(rounds: u32, json: Option<&Path>) -> Result<()> {
 
 /// The folder with a guest's initramfs and the image of its tools, made once.
 fn tools() -> Result<PathBuf> {
-    let mut inputs = vec![INIT.to_owned(), MEASURE.to_owned()];
+    let load = build::vsock_load()?;
+    let mut inputs = vec![INIT.to_owned()];
+    inputs.extend(SCRIPTS.iter().map(|(_, text)| (*text).to_owned()));
+    inputs.push(fs::read_to_string(
+        proc::checkout().join("benches/src/bin/vsock_load.rs"),
+    )?);
     for (package, _) in PACKAGES {
         inputs.push(proc::output(Command::new("dpkg-query").args([
             "-W",
@@ -118,7 +150,11 @@ fn tools() -> Result<PathBuf> {
         for name in ["bin", "lib", "lib64", "dev", "proc", "sys", "tmp"] {
             fs::create_dir_all(root.join(name))?;
         }
-        fs::write(root.join("measure"), MEASURE)?;
+        for (name, text) in SCRIPTS {
+            fs::write(root.join(name), text)?;
+        }
+        source_tree(dir, &root)?;
+        fs::copy(&load, root.join("bin/vsock-load"))?;
         fs::copy("/bin/busybox", root.join("bin/busybox"))?;
         let names = proc::output(Command::new("/bin/busybox").arg("--list"))?;
         for name in names.lines().filter(|name| *name != "busybox") {
@@ -135,11 +171,34 @@ fn tools() -> Result<PathBuf> {
                 .args(["-q", "-F", "-m", "0", "-d"])
                 .arg(&root)
                 .arg(dir.join("tools.img"))
-                .arg("192m"),
+                .arg("224m"),
             &dir.with_extension("log"),
         )?;
         Ok(fs::remove_dir_all(&root)?)
     })
+}
+
+/// A tar as of a project's sources: 2,000 files of 0 to 18 KiB in 100 folders.
+fn source_tree(dir: &Path, root: &Path) -> Result<()> {
+    let tree = dir.join("tree");
+    for folder in 0..100 {
+        let folder_path = tree.join(format!("part{}/module{folder}", folder / 10));
+        fs::create_dir_all(&folder_path)?;
+        for file in 0..20 {
+            let lines = (folder * 7 + file * 31) % 600;
+            let text = "a line of some thirty letters.\n".repeat(lines);
+            fs::write(folder_path.join(format!("file{file}.c")), text)?;
+        }
+    }
+    proc::run(
+        Command::new("tar")
+            .args(["-cf"])
+            .arg(root.join("tree.tar"))
+            .args(["-C"])
+            .arg(dir)
+            .arg("tree"),
+    )?;
+    Ok(fs::remove_dir_all(&tree)?)
 }
 
 /// Copies what a program is linked with, its loader where it looks for it.

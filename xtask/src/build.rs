@@ -70,17 +70,7 @@ pub(crate) fn ensure() -> Result<Products> {
     )?;
 
     eprintln!("building the agent");
-    proc::run(
-        cargo(&root)
-            .args(["build", "--package", "koya-agent", "--profile", "agent"])
-            // Always with a target named: else the flag would reach procedural macros.
-            .args(["--target", GUEST_TARGET, "--target-dir"])
-            .arg(root.join("target/guest"))
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .env("LIBSECCOMP_LINK_TYPE", "static")
-            .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
-    )?;
-    let agent = root.join(format!("target/guest/{GUEST_TARGET}/agent/koya-agent"));
+    let agent = for_guests("koya-agent", "koya-agent")?;
     let mut archive = Archive::default();
     archive.file(
         "init",
@@ -89,6 +79,33 @@ pub(crate) fn ensure() -> Result<Products> {
     )?;
     replace(&products.share.join("initramfs"), &archive.finish()?)?;
     Ok(products)
+}
+
+/// The guest's side of the benches' vsock load.
+pub(crate) fn vsock_load() -> Result<PathBuf> {
+    for_guests("koya-benches", "vsock_load")
+}
+
+/// A program that runs in any guest: static.
+fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
+    let root = proc::checkout();
+    proc::run(
+        cargo(&root)
+            .args(["build", "--package", package, "--bin", program])
+            // Always with a target named: else the flag would reach procedural macros.
+            .args([
+                "--profile",
+                "agent",
+                "--target",
+                GUEST_TARGET,
+                "--target-dir",
+            ])
+            .arg(root.join("target/guest"))
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env("LIBSECCOMP_LINK_TYPE", "static")
+            .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
+    )?;
+    Ok(root.join(format!("target/guest/{GUEST_TARGET}/agent/{program}")))
 }
 
 fn cargo(root: &Path) -> Command {

@@ -36,6 +36,10 @@ const MODULES: &[&str] = &[
     "cls_u32",
     "act_mirred",
     "act_gact",
+    "vhost_vsock",
+    "loop",
+    "dm-mod",
+    "dm-flakey",
 ];
 
 /// Size of the scratch disk: sparse, for file-system tests.

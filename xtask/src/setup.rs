@@ -24,6 +24,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ),
     ("busybox-static", "the rig's init and the demo's container"),
     ("e2fsprogs", "the rig's scratch disk"),
+    ("dmsetup", "the tests' disks that fail"),
     ("erofs-utils", "the tests' image of a root file system"),
     ("debootstrap", "the tests' Debian root file system"),
     ("iproute2", "the tests' networks"),

@@ -1,117 +1,68 @@
 //! Koya's devices beside those of QEMU's microvm machine: the same kernel, the same guest, the same
-//! disk and tap, in turns. `cargo xtask bench devices` runs it where there is a KVM.
+//! disk, tap and files, in turns. `cargo xtask bench devices` runs it where there is a KVM.
 
-use koya_vmm::{DiskConfig, NetConfig, Vm, VmConfig};
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
+mod figures;
+mod guest;
+
+use figures::Results;
+use guest::{Guest, Monitor, Places, Set, VSOCK_PORT};
 use std::error::Error;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use vsock::{VMADDR_CID_ANY, VsockListener};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// The tap that all guests share, with the host's address on it.
 const TAP: &str = "bench0";
 const DATA_BYTES: u64 = 1 << 30;
-/// How often a guest may be lost: the emulation of several CPUs kills one now and then.
+/// How often a guest may be lost: an emulated host kills one now and then.
 const TRIES: usize = 3;
 /// How long one guest may take.
 const LIMIT: Duration = Duration::from_secs(300);
-/// The first argument of the process that is one of Koya's guests.
-const GUEST: &str = "guest";
-const CMDLINE: &str = "quiet";
-
-/// What a guest reports: its name, ours, the unit, the factor to it, whether less is better.
-const FIGURES: &[(&str, &str, &str, f64, bool)] = &[
-    (
-        "sequential-read",
-        "sequential read, 1 MiB",
-        "MiB/s",
-        1.0 / 1024.0,
-        false,
-    ),
-    (
-        "sequential-write",
-        "sequential write, 1 MiB",
-        "MiB/s",
-        1.0 / 1024.0,
-        false,
-    ),
-    ("random-read", "random read, 4 KiB", "1/s", 1.0, false),
-    ("random-write", "random write, 4 KiB", "1/s", 1.0, false),
-    (
-        "tcp-send",
-        "TCP from the guest",
-        "Mbit/s",
-        1.0 / 1000.0,
-        false,
-    ),
-    (
-        "tcp-receive",
-        "TCP to the guest",
-        "Mbit/s",
-        1.0 / 1000.0,
-        false,
-    ),
-    ("round-trip", "round trip (ping)", "ms", 1.0, true),
-];
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Monitor {
-    Koya,
-    Qemu,
-}
-
-/// Figures by place of the disk's cache, name, and monitor: one a round.
-type Results = BTreeMap<(bool, String, Monitor), Vec<f64>>;
+/// How long freed memory may take to come back.
+const BACK_LIMIT: Duration = Duration::from_secs(120);
 
 fn main() -> Outcome<()> {
     let mut args = std::env::args().skip(1);
-    match args.next().as_deref() {
-        Some(GUEST) => guest(),
-        Some(rounds) => compare(
-            rounds.parse()?,
-            &PathBuf::from(args.next().ok_or("no folder")?),
-        ),
-        None => Err("say `cargo xtask bench devices`".into()),
+    let first = args.next().ok_or("say `cargo xtask bench devices`")?;
+    if first == guest::ARGUMENT {
+        return guest::main(args.next().as_deref().map(Path::new));
     }
+    let tools = PathBuf::from(args.next().ok_or("no folder")?);
+    let only = args.next();
+    let wanted = |set: &Set| only.as_deref().is_none_or(|only| set.name().contains(only));
+    let sets: Vec<Set> = Set::ALL.into_iter().filter(wanted).collect();
+    if sets.is_empty() {
+        let names: Vec<_> = Set::ALL.iter().map(|set| set.name()).collect();
+        return Err(format!("--only fits none of: {}", names.join("; ")).into());
+    }
+    compare(first.parse()?, &sets, &tools)
 }
 
-/// Runs the guest whose configuration is on standard input, its console on standard output.
-fn guest() -> Outcome<()> {
-    let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text)?;
-    let spec = VmConfig::from_toml(&text)?.check()?;
-    let vm = Vm::builder(spec).console(std::io::stdout()).start()?;
-    eprintln!("koya: {}", vm.wait());
-    Ok(())
-}
-
-/// Where a guest finds its tools and its disk.
-struct Places {
-    tools: PathBuf,
-    data: PathBuf,
-}
-
-fn compare(rounds: usize, tools: &Path) -> Outcome<()> {
+fn compare(rounds: usize, sets: &[Set], tools: &Path) -> Outcome<()> {
     let scratch = match Path::new("/run/scratch").is_dir() {
         true => PathBuf::from("/run/scratch"),
         false => std::env::temp_dir(),
     };
+    let run = scratch.join(format!("koya-bench-{}", std::process::id()));
     let places = Places {
         tools: tools.to_owned(),
-        data: scratch.join(format!("koya-bench-{}.img", std::process::id())),
+        data: run.join("data.img"),
+        shared: run.join("shared/dir"),
+        run: run.clone(),
     };
-    let compared = compare_at(rounds, &places);
-    std::fs::remove_file(&places.data).ok();
+    let compared = compare_at(rounds, sets, &places);
+    std::fs::remove_dir_all(&run).ok();
     compared
 }
 
-fn compare_at(rounds: usize, places: &Places) -> Outcome<()> {
-    prepare(&places.data)?;
+fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
+    prepare(sets, places)?;
     let mut results = Results::new();
     for round in 1..=rounds {
         // Who is first changes, so that neither always finds what the other left.
@@ -119,50 +70,84 @@ fn compare_at(rounds: usize, places: &Places) -> Outcome<()> {
             0 => [Monitor::Qemu, Monitor::Koya],
             _ => [Monitor::Koya, Monitor::Qemu],
         };
-        for direct in [false, true] {
+        for set in sets {
             for monitor in order {
-                let name = if monitor == Monitor::Koya {
-                    "koya"
-                } else {
-                    "qemu"
-                };
-                let cache = if direct { "direct" } else { "page cache" };
                 let started = Instant::now();
-                eprintln!("round {round} of {rounds}: {name}, {cache}");
-                for (figure, value) in measure_again(monitor, direct, places)? {
-                    results
-                        .entry((direct, figure, monitor))
-                        .or_default()
-                        .push(value);
+                eprintln!("round {round} of {rounds}: {monitor:?}, {}", set.name());
+                for (figure, value) in measure_again(monitor, *set, places)? {
+                    let key = (*set, figure, monitor);
+                    results.entry(key).or_default().push(value);
                 }
                 eprintln!("  {:.0?}", started.elapsed());
             }
         }
     }
-    let rows = rows(&results);
-    print_table(&rows);
+    let rows = figures::rows(&results);
+    figures::print_table(&rows);
     println!("{}", serde_json::to_string_pretty(&rows)?);
     Ok(())
 }
 
-/// The tap, the server, and a disk whose every block is there.
-fn prepare(data: &Path) -> Outcome<()> {
-    let mut disk = File::create(data)?;
-    let block = vec![0x5a; 1 << 20];
-    for _ in 0..DATA_BYTES >> 20 {
-        disk.write_all(&block)?;
+/// The tap, the servers, the folder to share, and a disk whose every block is there.
+fn prepare(sets: &[Set], places: &Places) -> Outcome<()> {
+    std::fs::create_dir_all(&places.shared)?;
+    // Where it is mounted already, all the better; where it can't be, exits are not counted.
+    run("mount", &["-t", "debugfs", "none", DEBUGFS]).ok();
+    if sets.contains(&Set::Cached) || sets.contains(&Set::Direct) {
+        let mut disk = File::create(&places.data)?;
+        let block = vec![0x5a; 1 << 20];
+        for _ in 0..DATA_BYTES >> 20 {
+            disk.write_all(&block)?;
+        }
+        disk.sync_all()?;
     }
-    disk.sync_all()?;
-    run("ip", &["tuntap", "add", TAP, "mode", "tap"])?;
-    run("ip", &["addr", "add", "192.0.2.1/24", "dev", TAP])?;
-    run("ip", &["link", "set", TAP, "up"])?;
-    run("iperf3", &["--server", "--daemon"])
+    if sets.contains(&Set::Cached) {
+        run("ip", &["tuntap", "add", TAP, "mode", "tap"])?;
+        run("ip", &["addr", "add", "192.0.2.1/24", "dev", TAP])?;
+        run("ip", &["link", "set", TAP, "up"])?;
+        run("iperf3", &["--server", "--daemon"])?;
+    }
+    if sets.contains(&Set::Sockets) {
+        let socket = UnixListener::bind(format!("{}_{VSOCK_PORT}", places.vsock().display()))?;
+        let kernel = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, VSOCK_PORT)?;
+        std::thread::spawn(move || socket.incoming().flatten().for_each(serve));
+        std::thread::spawn(move || kernel.incoming().flatten().for_each(serve));
+    }
+    Ok(())
+}
+
+/// The host's end of a vsock connection. Its first byte says what the guest wants: to be heard (`s`),
+/// to be told a number of MiB (`r`, and the number), an echo (`e`), or nothing.
+fn serve(mut stream: impl Read + Write + Send + 'static) {
+    std::thread::spawn(move || -> std::io::Result<()> {
+        let mut buffer = vec![0; 256 << 10];
+        stream.read_exact(&mut buffer[..2])?;
+        let (wish, mib) = (buffer[0], buffer[1]);
+        match wish {
+            b'r' => {
+                for _ in 0..u32::from(mib) * 4 {
+                    stream.write_all(&buffer)?;
+                }
+            }
+            b'e' => loop {
+                let count = stream.read(&mut buffer)?;
+                if count == 0 {
+                    break;
+                }
+                stream.write_all(&buffer[..count])?;
+            },
+            _ => while stream.read(&mut buffer)? > 0 {},
+        }
+        // The guest knows by this that all has arrived.
+        stream.write_all(b".")
+    });
 }
 
 fn run(program: &str, args: &[&str]) -> Outcome<()> {
     let status = Command::new(program)
         .args(args)
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .status()?;
     match status.success() {
         true => Ok(()),
@@ -170,205 +155,82 @@ fn run(program: &str, args: &[&str]) -> Outcome<()> {
     }
 }
 
-fn kernel() -> PathBuf {
-    let share = std::env::var_os("KOYA_SHARE").unwrap_or_else(|| "/usr/share/koya".into());
-    Path::new(&share).join("vmlinux")
-}
-
-fn measure_again(monitor: Monitor, direct: bool, places: &Places) -> Outcome<Vec<(String, f64)>> {
+fn measure_again(monitor: Monitor, set: Set, places: &Places) -> Outcome<Vec<(String, f64)>> {
     for _ in 1..TRIES {
-        match measure(monitor, direct, places) {
+        match measure(monitor, set, places) {
             Err(error) => eprintln!("  LOST, once more: {error}"),
             figures => return figures,
         }
     }
-    measure(monitor, direct, places)
+    measure(monitor, set, places)
 }
 
-/// One guest's life: what it reported.
-fn measure(monitor: Monitor, direct: bool, places: &Places) -> Outcome<Vec<(String, f64)>> {
-    let mut command = match monitor {
-        Monitor::Koya => Command::new(std::env::current_exe()?),
-        Monitor::Qemu => qemu(direct, places),
-    };
-    if monitor == Monitor::Koya {
-        command.arg(GUEST);
-    }
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take()
-        && monitor == Monitor::Koya
-    {
-        stdin.write_all(toml::to_string(&config(direct, places))?.as_bytes())?;
-    }
-    let out = child.stdout.take().ok_or("no console")?;
-    let (sender, lines) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(out).split(b'\n').map_while(Result::ok) {
-            if sender
-                .send(String::from_utf8_lossy(&line).trim().to_owned())
-                .is_err()
-            {
-                return;
-            }
-        }
-    });
+const DEBUGFS: &str = "/sys/kernel/debug";
+
+/// All exits of all guests so far, where the host's kernel says so.
+fn exits() -> Option<f64> {
+    let text = std::fs::read_to_string(format!("{DEBUGFS}/kvm/exits")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// One guest's life: what it reported, and what was seen of it.
+///
+/// It says `RESULT name value`; `COUNT name` before and `COUNTED name operations` after what exits are
+/// counted of; `FILLED` with so much memory and `FREED name` without it.
+fn measure(monitor: Monitor, set: Set, places: &Places) -> Outcome<Vec<(String, f64)>> {
+    let guest = Guest::start(monitor, set, places)?;
     let deadline = Instant::now() + LIMIT;
     let mut figures = Vec::new();
     let mut said = Vec::new();
-    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        let mut words = line.split_whitespace();
-        match (words.next(), words.next(), words.next()) {
-            (Some("RESULT"), Some(name), Some(value)) => {
-                figures.push((name.to_owned(), value.parse()?));
+    let (mut counted, mut empty, mut full) = (None, 0, 0);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(line) = guest.lines.recv_timeout(left) else {
+            break;
+        };
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["RESULT", name, value] => {
+                eprintln!("  {name} {value}");
+                figures.push(((*name).to_owned(), value.parse()?));
             }
-            _ => said.push(line),
+            ["COUNT", _] => counted = exits(),
+            ["COUNTED", name, operations] => {
+                if let (Some(before), Some(after)) = (counted.take(), exits()) {
+                    let each = (after - before) / operations.parse::<f64>()?;
+                    figures.push((format!("{name}.exits"), each));
+                }
+            }
+            ["EMPTY"] => empty = guest.resident()?,
+            ["FILLED"] => full = guest.resident()?,
+            ["FREED", name] => {
+                figures.push(((*name).to_owned(), until_back(&guest, empty, full)?));
+                break;
+            }
+            ["MEASURED"] => break,
+            [] => {}
+            _ => {
+                eprintln!("  {line}");
+                said.push(line);
+            }
         }
     }
-    child.kill().ok();
-    child.wait()?;
-    let wanted = FIGURES.len();
-    if figures.len() != wanted {
-        let said = said.join("\n");
-        return Err(format!(
-            "{} of {wanted} figures; the guest said:\n{said}",
-            figures.len()
-        )
-        .into());
-    }
-    Ok(figures)
-}
-
-fn config(direct: bool, places: &Places) -> VmConfig {
-    let disk = |path: &Path, serial: &str| DiskConfig {
-        serial: serial.into(),
-        ..DiskConfig::new(path)
-    };
-    VmConfig {
-        initramfs: Some(places.tools.join("initrd")),
-        cmdline: CMDLINE.into(),
-        memory_mib: 512,
-        disks: vec![
-            DiskConfig {
-                read_only: true,
-                ..disk(&places.tools.join("tools.img"), "tools")
-            },
-            DiskConfig {
-                direct,
-                ..disk(&places.data, "data")
-            },
-        ],
-        networks: vec![NetConfig {
-            tap: TAP.into(),
-            ..NetConfig::default()
-        }],
-        ..VmConfig::new(kernel())
+    match figures::is_missing(set, monitor, &figures) {
+        None => Ok(figures),
+        Some(key) => Err(format!("no {key}; the guest said:\n{}", said.join("\n")).into()),
     }
 }
 
-/// QEMU as its own documentation sets up a microvm, with the best it has for each disk.
-fn qemu(direct: bool, places: &Places) -> Command {
-    let mut qemu = Command::new("/usr/bin/qemu-system-x86_64");
-    let drive = |id: &str, path: &Path, more: &str| {
-        format!("id={id},file={},format=raw,if=none,{more}", path.display())
-    };
-    let cache = match direct {
-        true => "cache=none,aio=io_uring",
-        false => "cache=writeback,aio=io_uring",
-    };
-    qemu.args([
-        "-M",
-        "microvm,acpi=off,x-option-roms=off,rtc=off,isa-serial=on",
-    ])
-    .args(["-accel", "kvm", "-cpu", "host", "-m", "512", "-smp", "1"])
-    .args(["-global", "virtio-mmio.force-legacy=false"])
-    .args(["-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
-    .args(["-serial", "stdio", "-object", "iothread,id=io"])
-    .arg("-kernel")
-    .arg(kernel())
-    .arg("-initrd")
-    .arg(places.tools.join("initrd"))
-    .args([
-        "-append",
-        &format!("console=ttyS0 reboot=t panic=-1 i8042.noaux {CMDLINE}"),
-    ])
-    .args([
-        "-drive",
-        &drive("tools", &places.tools.join("tools.img"), "readonly=on"),
-    ])
-    .args(["-device", "virtio-blk-device,drive=tools,serial=tools"])
-    .args(["-drive", &drive("data", &places.data, cache)])
-    .args([
-        "-device",
-        "virtio-blk-device,drive=data,serial=data,iothread=io",
-    ])
-    .args([
-        "-netdev",
-        &format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off"),
-    ])
-    .args(["-device", "virtio-net-device,netdev=net"]);
-    qemu
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-fn rows(results: &Results) -> Vec<Value> {
-    let mut rows = Vec::new();
-    for direct in [false, true] {
-        for (key, name, unit, factor, less_is_better) in FIGURES {
-            let network = !key.starts_with("sequential") && !key.starts_with("random");
-            let figure = |monitor| {
-                let values = results.get(&(direct, (*key).to_owned(), monitor))?;
-                Some(median(values) * factor)
-            };
-            let (Some(koya), Some(qemu)) = (figure(Monitor::Koya), figure(Monitor::Qemu)) else {
-                continue;
-            };
-            let name = match (network, direct) {
-                (true, true) => continue,
-                (true, false) => format!("net: {name}"),
-                (false, true) => format!("blk, direct: {name}"),
-                (false, false) => format!("blk, page cache: {name}"),
-            };
-            let ratio = if *less_is_better {
-                qemu / koya
-            } else {
-                koya / qemu
-            };
-            rows.push(json!({
-                "name": name, "unit": unit, "koya": round(koya),
-                "peers": {"qemu": round(qemu)}, "ratio": {"qemu": round(ratio)},
-            }));
+/// Seconds until nine tenths of what a guest took are back.
+fn until_back(guest: &Guest, empty: u64, full: u64) -> Outcome<f64> {
+    let started = Instant::now();
+    let enough = full - full.saturating_sub(empty) / 10 * 9;
+    while guest.resident()? > enough {
+        if started.elapsed() > BACK_LIMIT {
+            let left = guest.resident()? >> 20;
+            return Err(format!("{left} MiB after {BACK_LIMIT:?}").into());
         }
+        std::thread::sleep(Duration::from_millis(50));
     }
-    rows
-}
-
-fn round(value: f64) -> f64 {
-    (value * 1000.0).round() / 1000.0
-}
-
-fn print_table(rows: &[Value]) {
-    eprintln!(
-        "{:<42} {:>8} {:>12} {:>12} {:>7}",
-        "", "unit", "koya", "qemu", "ratio"
-    );
-    for row in rows {
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let number = |value: &Value| value.as_f64().unwrap_or_default();
-        eprintln!(
-            "{:<42} {:>8} {:>12.2} {:>12.2} {:>7.2}",
-            text(&row["name"]),
-            text(&row["unit"]),
-            number(&row["koya"]),
-            number(&row["peers"]["qemu"]),
-            number(&row["ratio"]["qemu"]),
-        );
-    }
+    Ok(started.elapsed().as_secs_f64())
 }

@@ -1,0 +1,53 @@
+# What a guest measures of a directory that the host shares.
+. /lib.sh
+mkdir -p /tmp/s /tmp/w
+mount -t virtiofs bench /tmp/s || echo "cannot mount the share" > /dev/console
+S=/tmp/s/dir
+
+# Name, fio's pattern, size of a request, requests at once, fields: the figure, and operations a second.
+file() {
+    [ -e $S/data ] || { dd if=/dev/zero of=$S/data bs=1M count=200 2> /dev/null; sync; }
+    echo "COUNT $1" > /dev/console
+    out=$(fio --name="$1" --filename=$S/data --size=200m --direct=1 --rw="$2" --bs="$3" \
+        --iodepth="$4" --ioengine=io_uring --runtime=$SECONDS_EACH --time_based --norandommap --randseed=1 \
+        --minimal --terse-version=3) || echo "fio: $out" > /dev/console
+    field() { echo "$out" | tail -n 1 | cut -d';' -f"$1"; }
+    echo "COUNTED $1 $(($(field "$6" | cut -d. -f1) * SECONDS_EACH))" > /dev/console
+    say "$1" "$(field "$5")"
+}
+file fs-read read 1M 4 7 8
+file fs-write write 1M 4 48 49
+file fs-random-read randread 4k 8 8 8
+file fs-random-write randwrite 4k 8 49 49
+rm -f $S/data
+
+# 20,000 empty files in one directory, by the shell itself.
+create() {
+    mkdir $S/m
+    n=0
+    while [ $n -lt 20000 ]; do
+        : > $S/m/$n
+        n=$((n + 1))
+    done
+}
+forget() { echo 3 > /proc/sys/vm/drop_caches; }
+timed fs-create create
+forget
+timed fs-list sh -c "find $S/m | wc -l"
+forget
+timed fs-stat sh -c "ls -ln $S/m | wc -l"
+timed fs-unlink rm -rf $S/m
+
+# A tree as of sources: what is on the tools' disk, many times.
+timed fs-unpack tar -xf /tree.tar -C $S
+forget
+timed fs-walk sh -c "find $S/tree -type f -exec cat {} + | md5sum"
+timed fs-remove rm -rf $S/tree
+
+small() { dd if=/dev/zero of="$1" bs=512 count=20000 2> /dev/null; }
+timed dd-512 small $S/small
+rm $S/small
+if mount -t virtiofs writeback /tmp/w 2> /dev/null; then
+    timed dd-512-writeback small /tmp/w/dir/small
+    timed dd-512-tmpfs small /tmp/small
+fi

@@ -1,0 +1,322 @@
+//! What is measured, and how it is shown.
+
+use crate::guest::{Monitor, Set};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+/// Figures by set, name, and monitor: one a round.
+pub(crate) type Results = BTreeMap<(Set, String, Monitor), Vec<f64>>;
+
+/// One row of the table.
+struct Figure {
+    set: Set,
+    /// What a guest reports.
+    key: &'static str,
+    name: &'static str,
+    unit: &'static str,
+    /// From the guest's unit to ours.
+    factor: f64,
+    less_is_better: bool,
+    peer: Peer,
+}
+
+/// What stands beside Koya's figure.
+#[derive(Clone, Copy)]
+enum Peer {
+    /// QEMU's own device; by `vhost` the host's kernel's.
+    Monitor(&'static str),
+    /// Another figure of the same guest.
+    Own(&'static str, &'static str),
+}
+
+const QEMU: Peer = Peer::Monitor("qemu");
+const VHOST: Peer = Peer::Monitor("vhost");
+const FROM_KIB: f64 = 1.0 / 1024.0;
+const FROM_K: f64 = 1.0 / 1000.0;
+
+const fn more(
+    set: Set,
+    key: &'static str,
+    name: &'static str,
+    unit: &'static str,
+    factor: f64,
+) -> Figure {
+    Figure {
+        set,
+        key,
+        name,
+        unit,
+        factor,
+        less_is_better: false,
+        peer: QEMU,
+    }
+}
+
+const fn less(set: Set, key: &'static str, name: &'static str, unit: &'static str) -> Figure {
+    Figure {
+        set,
+        key,
+        name,
+        unit,
+        factor: 1.0,
+        less_is_better: true,
+        peer: QEMU,
+    }
+}
+
+const fn beside(peer: Peer, figure: Figure) -> Figure {
+    Figure { peer, ..figure }
+}
+
+const FIGURES: &[Figure] = {
+    use Set::{Cached, Direct, Files, FourGib, OneGib, Sockets};
+    &[
+        more(
+            Cached,
+            "sequential-read",
+            "blk, page cache: sequential read, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Cached,
+            "sequential-write",
+            "blk, page cache: sequential write, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Cached,
+            "random-read",
+            "blk, page cache: random read, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        more(
+            Cached,
+            "random-write",
+            "blk, page cache: random write, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        less(
+            Cached,
+            "random-read.exits",
+            "blk, page cache: exits a random read",
+            "1",
+        ),
+        less(
+            Cached,
+            "random-write.exits",
+            "blk, page cache: exits a random write",
+            "1",
+        ),
+        more(
+            Cached,
+            "tcp-send",
+            "net: TCP from the guest",
+            "Mbit/s",
+            FROM_K,
+        ),
+        more(
+            Cached,
+            "tcp-receive",
+            "net: TCP to the guest",
+            "Mbit/s",
+            FROM_K,
+        ),
+        less(Cached, "round-trip", "net: round trip (ping)", "ms"),
+        less(Cached, "round-trip.exits", "net: exits a round trip", "1"),
+        more(
+            Direct,
+            "sequential-read",
+            "blk, direct: sequential read, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Direct,
+            "sequential-write",
+            "blk, direct: sequential write, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Direct,
+            "random-read",
+            "blk, direct: random read, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        more(
+            Direct,
+            "random-write",
+            "blk, direct: random write, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        more(
+            Files,
+            "fs-read",
+            "fs: sequential read, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Files,
+            "fs-write",
+            "fs: sequential write, 1 MiB",
+            "MiB/s",
+            FROM_KIB,
+        ),
+        more(
+            Files,
+            "fs-random-read",
+            "fs: random read, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        more(
+            Files,
+            "fs-random-write",
+            "fs: random write, 4 KiB",
+            "1/s",
+            1.0,
+        ),
+        less(
+            Files,
+            "fs-random-read.exits",
+            "fs: exits a random read",
+            "1",
+        ),
+        less(Files, "fs-create", "fs: 20,000 files made", "s"),
+        less(Files, "fs-stat", "fs: 20,000 files looked at", "s"),
+        less(Files, "fs-list", "fs: 20,000 files listed", "s"),
+        less(Files, "fs-unlink", "fs: 20,000 files removed", "s"),
+        less(Files, "fs-unpack", "fs: a source tree unpacked", "s"),
+        less(Files, "fs-walk", "fs: a source tree read", "s"),
+        less(Files, "fs-remove", "fs: a source tree removed", "s"),
+        less(Files, "dd-512", "fs: dd of 20,000 times 512 bytes", "s"),
+        beside(
+            Peer::Own("tmpfs", "dd-512-tmpfs"),
+            less(
+                Files,
+                "dd-512-writeback",
+                "fs: the same by writeback, beside a tmpfs",
+                "s",
+            ),
+        ),
+        beside(
+            VHOST,
+            more(Sockets, "vsock-send", "vsock: from the guest", "MiB/s", 1.0),
+        ),
+        beside(
+            VHOST,
+            more(
+                Sockets,
+                "vsock-receive",
+                "vsock: to the guest",
+                "MiB/s",
+                1.0,
+            ),
+        ),
+        beside(
+            VHOST,
+            less(Sockets, "vsock-round-trip", "vsock: round trip", "us"),
+        ),
+        beside(
+            VHOST,
+            more(Sockets, "vsock-connect", "vsock: connections", "1/s", 1.0),
+        ),
+        less(OneGib, "back", "memory: 1 GiB freed, nine tenths back", "s"),
+        less(
+            FourGib,
+            "back",
+            "memory: 4 GiB freed, nine tenths back",
+            "s",
+        ),
+    ]
+};
+
+/// A figure that a guest owes and has not reported. Exits are owed only where the host counts them.
+pub(crate) fn is_missing(
+    set: Set,
+    monitor: Monitor,
+    got: &[(String, f64)],
+) -> Option<&'static str> {
+    let wanted = FIGURES.iter().filter(|figure| {
+        let own = matches!(figure.peer, Peer::Own(..));
+        let is_counted = figure.key.ends_with(".exits");
+        figure.set == set && (monitor == Monitor::Koya || !own) && !is_counted
+    });
+    wanted
+        .map(|figure| figure.key)
+        .find(|key| !got.iter().any(|(name, _)| name == key))
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+pub(crate) fn rows(results: &Results) -> Vec<Value> {
+    let mut rows = Vec::new();
+    for figure in FIGURES {
+        let value = |key: &str, monitor| {
+            let values = results.get(&(figure.set, key.to_owned(), monitor))?;
+            Some(median(values) * figure.factor)
+        };
+        let (peer, beside) = match figure.peer {
+            Peer::Monitor(name) => (name, value(figure.key, Monitor::Qemu)),
+            Peer::Own(name, key) => (name, value(key, Monitor::Koya)),
+        };
+        let Some(koya) = value(figure.key, Monitor::Koya) else {
+            continue;
+        };
+        let (mut peers, mut ratio) = (Map::new(), Map::new());
+        if let Some(beside) = beside {
+            let better = match figure.less_is_better {
+                true => beside / koya,
+                false => koya / beside,
+            };
+            peers.insert(peer.into(), json!(round(beside)));
+            ratio.insert(peer.into(), json!(round(better)));
+        }
+        rows.push(json!({
+            "name": figure.name, "unit": figure.unit, "koya": round(koya),
+            "peers": peers, "ratio": ratio,
+        }));
+    }
+    rows
+}
+
+fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+pub(crate) fn print_table(rows: &[Value]) {
+    eprintln!(
+        "{:<46} {:>7} {:>11} {:>11} {:<6} {:>7}",
+        "", "unit", "koya", "peer", "", "ratio"
+    );
+    for row in rows {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let number = |value: &Value| value.as_f64().unwrap_or_default();
+        let first = |value: &Value| {
+            let map = value.as_object().into_iter().flatten().next();
+            map.map(|(name, value)| (name.clone(), number(value)))
+        };
+        let (peer, beside) = first(&row["peers"]).unwrap_or_default();
+        let (_, ratio) = first(&row["ratio"]).unwrap_or_default();
+        eprintln!(
+            "{:<46} {:>7} {:>11.2} {:>11.2} {:<6} {:>7.2}",
+            text(&row["name"]),
+            text(&row["unit"]),
+            number(&row["koya"]),
+            beside,
+            peer,
+            ratio,
+        );
+    }
+}
