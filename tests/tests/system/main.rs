@@ -8,6 +8,7 @@
 mod debian;
 mod disks;
 mod exec;
+mod faults;
 mod files;
 mod life;
 mod memory;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         debian::trials(),
         disks::trials(),
         exec::trials(),
+        faults::trials(),
         files::trials(),
         life::trials(),
         memory::trials(),
