@@ -20,11 +20,12 @@
 
 use crate::give_back::give_back;
 use crate::sync::{guest_fault, lock};
+use crate::virtio::on_loop::OnLoop;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, DeviceState, Interrupt, Memory,
-    QueueError, StateError, VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, Chain, DeviceKind, DeviceState, Interrupt, Memory, StateError,
+    VirtioDevice, Worker, read_config_space,
 };
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::MutEventSubscriber;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -257,10 +258,12 @@ impl VirtioDevice for Mem {
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
         *lock(&self.shared.interrupt) = Some(activation.interrupt);
-        Ok(Worker::EventLoop(Box::new(MemWorker {
-            shared: self.shared.clone(),
+        let shared = self.shared.clone();
+        Ok(Worker::EventLoop(Box::new(OnLoop::new(
+            "memory",
             queue,
-        })))
+            move |chain, memory| serve(&shared, chain, memory),
+        ))))
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -307,11 +310,6 @@ impl VirtioDevice for Mem {
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         lock(&self.shared.interrupt).take();
     }
-}
-
-struct MemWorker {
-    shared: Arc<Shared>,
-    queue: ActiveQueue,
 }
 
 /// The answer to one request: type and state.
@@ -404,44 +402,23 @@ fn state(region: &Region, address: u64, count: u16) -> Option<(u16, u16)> {
     Some((RESPONSE_ACK, state))
 }
 
-impl MemWorker {
-    fn serve(&mut self) -> Result<(), QueueError> {
-        let shared = &self.shared;
-        self.queue.drain(|chain, memory| {
-            let before = lock(&shared.region).plugged;
-            let (kind, state) = answer(shared, memory, chain);
-            let after = lock(&shared.region).plugged;
-            let metrics = &shared.metrics;
-            let (counter, change) = match after.checked_sub(before) {
-                Some(more) => (&metrics.plugged_bytes, more),
-                None => (&metrics.unplugged_bytes, before - after),
-            };
-            counter.fetch_add(change, Ordering::Relaxed);
-            let mut response = [0; RESPONSE_SIZE as usize];
-            response[..2].copy_from_slice(&kind.to_le_bytes());
-            response[8..].copy_from_slice(&state.to_le_bytes());
-            match chain.write(memory, 0, &response) {
-                Ok(()) => RESPONSE_SIZE,
-                Err(_) => 0,
-            }
-        })
-    }
-}
-
-impl MutEventSubscriber for MemWorker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
-            log::error!("memory: cannot watch the queue: {error}");
-        }
-        self.process(Events::empty(self.queue.kick()), ops);
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        self.queue.kick().read().ok();
-        if let Err(error) = self.serve() {
-            self.queue.fail(&error);
-            ops.remove(Events::empty(self.queue.kick())).ok();
-        }
+/// Answers one request; how many bytes that took.
+fn serve(shared: &Shared, chain: &Chain, memory: &Memory) -> u32 {
+    let before = lock(&shared.region).plugged;
+    let (kind, state) = answer(shared, memory, chain);
+    let after = lock(&shared.region).plugged;
+    let metrics = &shared.metrics;
+    let (counter, change) = match after.checked_sub(before) {
+        Some(more) => (&metrics.plugged_bytes, more),
+        None => (&metrics.unplugged_bytes, before - after),
+    };
+    counter.fetch_add(change, Ordering::Relaxed);
+    let mut response = [0; RESPONSE_SIZE as usize];
+    response[..2].copy_from_slice(&kind.to_le_bytes());
+    response[8..].copy_from_slice(&state.to_le_bytes());
+    match chain.write(memory, 0, &response) {
+        Ok(()) => RESPONSE_SIZE,
+        Err(_) => 0,
     }
 }
 
@@ -449,6 +426,7 @@ impl MutEventSubscriber for MemWorker {
 mod tests {
     use super::*;
     use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
+    use crate::virtio::ActiveQueue;
     use vm_memory::Bytes;
 
     const START: u64 = 1 << 32;
@@ -458,7 +436,7 @@ mod tests {
     struct Setup {
         handle: MemHandle,
         driver: Driver,
-        worker: MemWorker,
+        queue: ActiveQueue,
     }
 
     fn setup(requested: u64) -> Setup {
@@ -470,14 +448,10 @@ mod tests {
         let device = Mem::new(START, SIZE, MEMORY_BLOCK).unwrap();
         let handle = device.handle();
         handle.set_requested(requested);
-        let worker = MemWorker {
-            shared: device.shared.clone(),
-            queue: driver.queue(),
-        };
         Setup {
             handle,
+            queue: driver.queue(),
             driver,
-            worker,
         }
     }
 
@@ -497,7 +471,11 @@ mod tests {
                 Buffer::Writable(RESPONSE_SIZE),
             ];
             let head = self.driver.offer(&parts);
-            self.worker.serve().unwrap();
+            let shared = self.handle.shared.clone();
+            let answered = self
+                .queue
+                .drain(|chain, memory| serve(&shared, chain, memory));
+            answered.unwrap();
             assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
             let bytes = self.driver.written(head, RESPONSE_SIZE as usize);
             let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);

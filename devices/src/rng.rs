@@ -4,11 +4,12 @@
 //! Runs on the event loop. A request is answered with at most [`MAX_REQUEST`] bytes, so that
 //! no guest holds the loop for long; the driver asks again for more.
 
+use crate::virtio::on_loop::OnLoop;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, DeviceState, QueueError, StateError,
-    VirtioDevice, Worker,
+    ActivateError, Activation, Chain, DeviceKind, DeviceState, Memory, StateError, VirtioDevice,
+    Worker,
 };
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::MutEventSubscriber;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::Serialize;
 use std::sync::Arc;
@@ -59,7 +60,11 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
         let metrics = self.metrics.clone();
-        Ok(Worker::EventLoop(Box::new(RngWorker { queue, metrics })))
+        Ok(Worker::EventLoop(Box::new(OnLoop::new(
+            "entropy",
+            queue,
+            move |chain, memory| fill(&metrics, chain, memory),
+        ))))
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -76,46 +81,20 @@ impl VirtioDevice for Rng {
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {}
 }
 
-struct RngWorker {
-    queue: ActiveQueue,
-    metrics: Arc<RngMetrics>,
-}
-
-impl RngWorker {
-    fn serve(&mut self) -> Result<(), QueueError> {
-        let metrics = &self.metrics;
-        self.queue.drain(|chain, memory| {
-            metrics.requests.fetch_add(1, Ordering::Relaxed);
-            let mut bytes = [0; MAX_REQUEST as usize];
-            let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
-            let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
-            match chain.write(memory, 0, &bytes[..got]) {
-                Ok(()) if got > 0 => {
-                    metrics.bytes.fetch_add(got as u64, Ordering::Relaxed);
-                    got as u32
-                }
-                _ => {
-                    metrics.errors.fetch_add(1, Ordering::Relaxed);
-                    0
-                }
-            }
-        })
-    }
-}
-
-impl MutEventSubscriber for RngWorker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
-            log::error!("entropy: cannot watch the queue: {error}");
+/// Fills a chain with random bytes; how many.
+fn fill(metrics: &RngMetrics, chain: &Chain, memory: &Memory) -> u32 {
+    metrics.requests.fetch_add(1, Ordering::Relaxed);
+    let mut bytes = [0; MAX_REQUEST as usize];
+    let wanted = chain.writable_len().min(MAX_REQUEST) as usize;
+    let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+    match chain.write(memory, 0, &bytes[..got]) {
+        Ok(()) if got > 0 => {
+            metrics.bytes.fetch_add(got as u64, Ordering::Relaxed);
+            got as u32
         }
-        self.process(Events::empty(self.queue.kick()), ops);
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        self.queue.kick().read().ok();
-        if let Err(error) = self.serve() {
-            self.queue.fail(&error);
-            ops.remove(Events::empty(self.queue.kick())).ok();
+        _ => {
+            metrics.errors.fetch_add(1, Ordering::Relaxed);
+            0
         }
     }
 }
@@ -130,14 +109,13 @@ mod tests {
         let mut driver = Driver::new(64);
         let small = driver.offer(&[Buffer::Writable(16)]);
         let large = driver.offer(&[Buffer::Writable(8192)]);
-        let mut worker = RngWorker {
-            queue: driver.queue(),
-            metrics: Arc::default(),
-        };
+        let metrics = RngMetrics::default();
+        let fill = |chain: &Chain, memory: &Memory| fill(&metrics, chain, memory);
+        let mut worker = OnLoop::new("entropy", driver.queue(), fill);
 
         worker.serve().unwrap();
 
-        let bytes = worker.metrics.bytes.load(Ordering::Relaxed);
+        let bytes = metrics.bytes.load(Ordering::Relaxed);
         assert_eq!(bytes, 16 + u64::from(MAX_REQUEST));
         assert_eq!(driver.used(), [(small, 16), (large, MAX_REQUEST)]);
         assert_ne!(driver.written(large, 4096), vec![0; 4096]);
@@ -148,10 +126,9 @@ mod tests {
     fn a_chain_without_room_is_given_back_empty() {
         let mut driver = Driver::new(64);
         let head = driver.offer(&[Buffer::Readable(b"x".to_vec())]);
-        let mut worker = RngWorker {
-            queue: driver.queue(),
-            metrics: Arc::default(),
-        };
+        let metrics = RngMetrics::default();
+        let fill = |chain: &Chain, memory: &Memory| fill(&metrics, chain, memory);
+        let mut worker = OnLoop::new("entropy", driver.queue(), fill);
 
         worker.serve().unwrap();
 

@@ -119,10 +119,11 @@ fn database(rootfs: &Path, name: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn rootfs() -> tempfile::TempDir {
+    /// A root file system with users.
+    pub(crate) fn rootfs() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("etc")).unwrap();
         std::fs::write(

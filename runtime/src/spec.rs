@@ -482,22 +482,7 @@ fn process(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn rootfs() -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("etc")).unwrap();
-        std::fs::write(
-            dir.path().join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/var/www:/bin/false\n",
-        )
-        .unwrap();
-        std::fs::write(
-            dir.path().join("etc/group"),
-            "root:x:0:\nweb:x:33:\nlog:x:40:web,x\n",
-        )
-        .unwrap();
-        dir
-    }
+    use crate::account::tests::rootfs;
 
     #[test]
     fn the_configuration_names_guest_paths_only() {

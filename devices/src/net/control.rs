@@ -3,34 +3,33 @@
 
 use super::Tap;
 use crate::sync::guest_fault;
-use crate::virtio::{ActiveQueue, Chain, Memory, QueueError};
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use crate::virtio::on_loop::OnLoop;
+use crate::virtio::{ActiveQueue, Chain, Memory};
+use event_manager::MutEventSubscriber;
 use std::sync::Arc;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 
-pub(super) struct Control {
+/// Serves the queue.
+pub(super) fn worker(
     queue: ActiveQueue,
     tap: Arc<Tap>,
     pairs: u16,
+) -> Box<dyn MutEventSubscriber + Send> {
+    let name = "a network's control queue";
+    Box::new(OnLoop::new(name, queue, move |chain, memory| {
+        answer(chain, memory, &tap, pairs)
+    }))
 }
 
-impl Control {
-    pub(super) fn new(queue: ActiveQueue, tap: Arc<Tap>, pairs: u16) -> Self {
-        Self { queue, tap, pairs }
-    }
-
-    fn serve(&mut self) -> Result<(), QueueError> {
-        let Self { queue, tap, pairs } = self;
-        queue.drain(|chain, memory| {
-            let ack = match obey(chain, memory, tap, *pairs) {
-                true => VIRTIO_NET_OK,
-                false => VIRTIO_NET_ERR,
-            };
-            u32::from(chain.write(memory, 0, &[ack as u8]).is_ok())
-        })
-    }
+/// Obeys, and says whether.
+fn answer(chain: &Chain, memory: &Memory, tap: &Tap, pairs: u16) -> u32 {
+    let ack = match obey(chain, memory, tap, pairs) {
+        true => VIRTIO_NET_OK,
+        false => VIRTIO_NET_ERR,
+    };
+    u32::from(chain.write(memory, 0, &[ack as u8]).is_ok())
 }
 
 /// Class, command, and for the command that is known a number of pairs.
@@ -51,23 +50,6 @@ fn obey(chain: &Chain, memory: &Memory, tap: &Tap, most: u16) -> bool {
         Err(error) => {
             guest_fault!("cannot use {pairs} queues of {}: {error}", tap.name());
             false
-        }
-    }
-}
-
-impl MutEventSubscriber for Control {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
-            log::error!("a network's control queue can't be watched: {error}");
-        }
-        self.process(Events::empty(self.queue.kick()), ops);
-    }
-
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        self.queue.kick().read().ok();
-        if let Err(error) = self.serve() {
-            self.queue.fail(&error);
-            ops.remove(Events::empty(self.queue.kick())).ok();
         }
     }
 }

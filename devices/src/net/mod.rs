@@ -37,7 +37,6 @@ use crate::virtio::{
     ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice,
     Worker, read_config_space,
 };
-use control::Control;
 use event_manager::MutEventSubscriber;
 use pair::Pair;
 use serde::{Deserialize, Serialize};
@@ -308,8 +307,8 @@ impl Net {
         }
         match activation.take_queue(2 * pairs as u16) {
             Ok(queue) if has(VIRTIO_NET_F_CTRL_VQ) => {
-                let control = Control::new(queue, self.tap.clone(), pairs as u16);
-                Ok(Worker::EventLoop(Box::new(control)))
+                let worker = control::worker(queue, self.tap.clone(), pairs as u16);
+                Ok(Worker::EventLoop(worker))
             }
             _ => Ok(Worker::OwnThreads),
         }

@@ -7,6 +7,7 @@
 
 pub mod chain;
 pub mod mmio;
+pub(crate) mod on_loop;
 pub mod queue;
 pub mod state;
 
