@@ -4,21 +4,12 @@ mkdir -p /tmp/s /tmp/w
 mount -t virtiofs bench /tmp/s || echo "cannot mount the share" > /dev/console
 S=/tmp/s/dir
 
-# Name, fio's pattern, size of a request, requests at once, fields: the figure, and operations a second.
-file() {
-    [ -e $S/data ] || { dd if=/dev/zero of=$S/data bs=1M count=200 2> /dev/null; sync; }
-    echo "COUNT $1" > /dev/console
-    out=$(fio --name="$1" --filename=$S/data --size=200m --direct=1 --rw="$2" --bs="$3" \
-        --iodepth="$4" --ioengine=io_uring --runtime=$SECONDS_EACH --time_based --norandommap --randseed=1 \
-        --minimal --terse-version=3) || echo "fio: $out" > /dev/console
-    field() { echo "$out" | tail -n 1 | cut -d';' -f"$1"; }
-    echo "COUNTED $1 $(($(field "$6" | cut -d. -f1) * SECONDS_EACH))" > /dev/console
-    say "$1" "$(field "$5")"
-}
-file fs-read read 1M 4 7 8
-file fs-write write 1M 4 48 49
-file fs-random-read randread 4k 8 8 8
-file fs-random-write randwrite 4k 8 49 49
+dd if=/dev/zero of=$S/data bs=1M count=200 2> /dev/null
+sync
+load fs-read $S/data 200m read 1M 4 7 8
+load fs-write $S/data 200m write 1M 4 48 49
+load fs-random-read $S/data 200m randread 4k 8 8 8
+load fs-random-write $S/data 200m randwrite 4k 8 49 49
 rm -f $S/data
 
 # 20,000 empty files in one directory, by the shell itself.

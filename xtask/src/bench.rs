@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 const PACKAGES: &[(&str, &str)] = &[
     ("fio", "the benches' disk load"),
     ("iperf3", "the benches' network load"),
+    ("strace", "the benches' counts of system calls"),
 ];
 
 const INIT: &str = include_str!("../../benches/guest/init.sh");

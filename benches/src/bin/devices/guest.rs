@@ -23,6 +23,15 @@ pub(crate) enum Monitor {
     Qemu,
 }
 
+/// What is counted of its monitor, beside the times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counting {
+    /// Exits, which costs nothing.
+    Exits,
+    /// System calls, by a tracer: no times are taken then.
+    Calls,
+}
+
 /// What one guest measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Set {
@@ -79,12 +88,17 @@ impl Set {
         }
     }
 
-    fn cmdline(self) -> String {
+    fn cmdline(self, counting: Counting) -> String {
         let gib = match self {
             Self::FourGib => 4,
             _ => 1,
         };
-        format!("quiet measure={} gib={gib}", self.script())
+        let wait = match counting {
+            Counting::Exits => 0,
+            // To attach a tracer takes a moment.
+            Counting::Calls => 4,
+        };
+        format!("quiet measure={} gib={gib} wait={wait}", self.script())
     }
 }
 
@@ -126,7 +140,12 @@ impl Drop for Guest {
 }
 
 impl Guest {
-    pub(crate) fn start(monitor: Monitor, set: Set, places: &Places) -> Outcome<Self> {
+    pub(crate) fn start(
+        monitor: Monitor,
+        set: Set,
+        counting: Counting,
+        places: &Places,
+    ) -> Outcome<Self> {
         let (mut command, input, server) = match monitor {
             Monitor::Koya => {
                 let mut command = Command::new(std::env::current_exe()?);
@@ -134,14 +153,18 @@ impl Guest {
                 if set == Set::Files {
                     command.arg(&places.shared);
                 }
-                (command, toml::to_string(&config(set, places))?, None)
+                (
+                    command,
+                    toml::to_string(&config(set, counting, places))?,
+                    None,
+                )
             }
             Monitor::Qemu => {
                 let server = match set {
                     Set::Files => Some(virtiofsd(places)?),
                     _ => None,
                 };
-                (qemu(set, places), String::new(), server)
+                (qemu(set, counting, places), String::new(), server)
             }
         };
         let mut child = command
@@ -170,12 +193,50 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Counts the system calls of the monitor, and of what serves it, until [`Tracer::stop`]. To run a
+    /// vCPU is none of them: that is what exits are.
+    pub(crate) fn trace(&self, places: &Places) -> Outcome<Tracer> {
+        let table = places.run.join("calls");
+        let mut strace = Command::new("strace");
+        strace
+            .args(["-f", "-c", "-qq", "-e", "trace=!ioctl", "-o"])
+            .arg(&table);
+        for child in [Some(&self.child), self.server.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            strace.args(["-p", &child.id().to_string()]);
+        }
+        let strace = strace.stderr(Stdio::null()).spawn()?;
+        Ok(Tracer { strace, table })
+    }
+
     /// What the monitor's process holds of the host's memory, guest included, in bytes.
     pub(crate) fn resident(&self) -> Outcome<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = line.and_then(|line| line.split_whitespace().next());
         Ok(kib.ok_or("no VmRSS")?.parse::<u64>()? << 10)
+    }
+}
+
+/// A tracer at work.
+pub(crate) struct Tracer {
+    strace: Child,
+    table: PathBuf,
+}
+
+impl Tracer {
+    /// How many calls there were.
+    pub(crate) fn stop(mut self) -> Outcome<f64> {
+        let pid = self.strace.id().to_string();
+        Command::new("kill").args(["-INT", &pid]).status()?;
+        self.strace.wait()?;
+        let table = std::fs::read_to_string(&self.table)?;
+        // "100.00  0.5  12  4321  7 total": the fourth is the number of calls.
+        let total = table.lines().find(|line| line.ends_with(" total"));
+        let calls = total.and_then(|line| line.split_whitespace().nth(3));
+        Ok(calls.ok_or("strace counted nothing")?.parse()?)
     }
 }
 
@@ -206,14 +267,14 @@ fn kernel() -> PathBuf {
     Path::new(&share).join("vmlinux")
 }
 
-fn config(set: Set, places: &Places) -> VmConfig {
+fn config(set: Set, counting: Counting, places: &Places) -> VmConfig {
     let disk = |path: &Path, serial: &str| DiskConfig {
         serial: serial.into(),
         ..DiskConfig::new(path)
     };
     let mut config = VmConfig {
         initramfs: Some(places.tools.join("initrd")),
-        cmdline: set.cmdline(),
+        cmdline: set.cmdline(counting),
         memory_mib: set.memory_mib(),
         disks: vec![DiskConfig {
             read_only: true,
@@ -243,7 +304,7 @@ fn config(set: Set, places: &Places) -> VmConfig {
 }
 
 /// QEMU as its own documentation sets up a microvm, with the best it has for each device.
-fn qemu(set: Set, places: &Places) -> Command {
+fn qemu(set: Set, counting: Counting, places: &Places) -> Command {
     let mut qemu = Command::new("/usr/bin/qemu-system-x86_64");
     let drive = |id: &str, path: &Path, more: &str| {
         format!("id={id},file={},format=raw,if=none,{more}", path.display())
@@ -268,7 +329,7 @@ fn qemu(set: Set, places: &Places) -> Command {
             "-append",
             &format!(
                 "console=ttyS0 reboot=t panic=-1 i8042.noaux {}",
-                set.cmdline()
+                set.cmdline(counting)
             ),
         ])
         .args([

@@ -5,7 +5,7 @@ mod figures;
 mod guest;
 
 use figures::Results;
-use guest::{Guest, Monitor, Places, Set, VSOCK_PORT};
+use guest::{Counting, Guest, Monitor, Places, Set, VSOCK_PORT};
 use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -74,11 +74,26 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
             for monitor in order {
                 let started = Instant::now();
                 eprintln!("round {round} of {rounds}: {monitor:?}, {}", set.name());
-                for (figure, value) in measure_again(monitor, *set, places)? {
+                for (figure, value) in measure_again(monitor, *set, Counting::Exits, places)? {
                     let key = (*set, figure, monitor);
                     results.entry(key).or_default().push(value);
                 }
                 eprintln!("  {:.0?}", started.elapsed());
+            }
+        }
+    }
+    let counted = sets
+        .iter()
+        .filter(|set| [Set::Cached, Set::Files].contains(set));
+    for set in counted {
+        for monitor in [Monitor::Koya, Monitor::Qemu] {
+            eprintln!("system calls: {monitor:?}, {}", set.name());
+            let figures = measure_again(monitor, *set, Counting::Calls, places)?;
+            for (figure, value) in figures
+                .into_iter()
+                .filter(|(name, _)| name.ends_with(CALLS))
+            {
+                results.insert((*set, figure, monitor), vec![value]);
             }
         }
     }
@@ -155,15 +170,24 @@ fn run(program: &str, args: &[&str]) -> Outcome<()> {
     }
 }
 
-fn measure_again(monitor: Monitor, set: Set, places: &Places) -> Outcome<Vec<(String, f64)>> {
+fn measure_again(
+    monitor: Monitor,
+    set: Set,
+    counting: Counting,
+    places: &Places,
+) -> Outcome<Vec<(String, f64)>> {
     for _ in 1..TRIES {
-        match measure(monitor, set, places) {
+        match measure(monitor, set, counting, places) {
             Err(error) => eprintln!("  LOST, once more: {error}"),
             figures => return figures,
         }
     }
-    measure(monitor, set, places)
+    measure(monitor, set, counting, places)
 }
+
+/// What the names of counts end with.
+const EXITS: &str = ".exits";
+const CALLS: &str = ".calls";
 
 const DEBUGFS: &str = "/sys/kernel/debug";
 
@@ -177,12 +201,17 @@ fn exits() -> Option<f64> {
 ///
 /// It says `RESULT name value`; `COUNT name` before and `COUNTED name operations` after what exits are
 /// counted of; `FILLED` with so much memory and `FREED name` without it.
-fn measure(monitor: Monitor, set: Set, places: &Places) -> Outcome<Vec<(String, f64)>> {
-    let guest = Guest::start(monitor, set, places)?;
+fn measure(
+    monitor: Monitor,
+    set: Set,
+    counting: Counting,
+    places: &Places,
+) -> Outcome<Vec<(String, f64)>> {
+    let guest = Guest::start(monitor, set, counting, places)?;
     let deadline = Instant::now() + LIMIT;
     let mut figures = Vec::new();
     let mut said = Vec::new();
-    let (mut counted, mut empty, mut full) = (None, 0, 0);
+    let (mut tracer, mut counted, mut empty, mut full) = (None, None, 0, 0);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let Ok(line) = guest.lines.recv_timeout(left) else {
@@ -194,11 +223,15 @@ fn measure(monitor: Monitor, set: Set, places: &Places) -> Outcome<Vec<(String, 
                 eprintln!("  {name} {value}");
                 figures.push(((*name).to_owned(), value.parse()?));
             }
+            ["COUNT", _] if counting == Counting::Calls => tracer = Some(guest.trace(places)?),
             ["COUNT", _] => counted = exits(),
             ["COUNTED", name, operations] => {
+                let operations: f64 = operations.parse()?;
+                if let Some(tracer) = tracer.take() {
+                    figures.push((format!("{name}{CALLS}"), tracer.stop()? / operations));
+                }
                 if let (Some(before), Some(after)) = (counted.take(), exits()) {
-                    let each = (after - before) / operations.parse::<f64>()?;
-                    figures.push((format!("{name}.exits"), each));
+                    figures.push((format!("{name}{EXITS}"), (after - before) / operations));
                 }
             }
             ["EMPTY"] => empty = guest.resident()?,
