@@ -12,6 +12,7 @@
 mod boot;
 mod console;
 mod cpus;
+mod details;
 mod device_rules;
 mod disks;
 mod executor;

@@ -3,6 +3,7 @@
 
 use crate::console::{self, ConsoleSocket};
 use crate::cpus;
+use crate::details;
 use crate::disks;
 use crate::helper::{self, bundle};
 use crate::images;
@@ -151,7 +152,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         _: GetGuestDetailsRequest,
     ) -> ttrpc::Result<GuestDetails> {
-        self.ask(async |_: State| guest_details()).await
+        self.ask(async |_: State| details::read()).await
     }
 
     async fn create_container(
@@ -668,34 +669,4 @@ fn adapt(spec: &mut Spec, id: &str) {
             process.set_no_new_privileges(None);
         }
     }
-}
-
-fn guest_details() -> Result<GuestDetails> {
-    let uname = rustix::system::uname();
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let kib = |name: &str| -> u64 {
-        let line = meminfo.lines().find_map(|l| l.strip_prefix(name));
-        line.and_then(|l| l.split_whitespace().next()?.parse().ok())
-            .unwrap_or(0)
-    };
-    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    let numeric = |dir: &str| -> u32 {
-        fs::read_dir(dir).map_or(0, |entries| {
-            entries
-                .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok())
-                .count() as u32
-        })
-    };
-    Ok(GuestDetails {
-        agent_version: env!("CARGO_PKG_VERSION").into(),
-        kernel_release: uname.release().to_string_lossy().into_owned(),
-        uptime_ns: uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64,
-        mem_total_bytes: kib("MemTotal:") * 1024,
-        mem_available_bytes: kib("MemAvailable:") * 1024,
-        cpus_online: cpus::online()?,
-        processes: numeric("/proc"),
-        agent_fds: numeric("/proc/self/fd"),
-        agent_threads: numeric("/proc/self/task"),
-        ..Default::default()
-    })
 }

@@ -1,0 +1,37 @@
+//! What the guest and the agent use.
+
+use crate::cpus;
+use anyhow::Result;
+use koya_protocol::messages::GuestDetails;
+use std::fs;
+
+/// As it is now.
+pub(crate) fn read() -> Result<GuestDetails> {
+    let uname = rustix::system::uname();
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let kib = |name: &str| -> u64 {
+        let line = meminfo.lines().find_map(|l| l.strip_prefix(name));
+        line.and_then(|l| l.split_whitespace().next()?.parse().ok())
+            .unwrap_or(0)
+    };
+    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let numeric = |dir: &str| -> u32 {
+        fs::read_dir(dir).map_or(0, |entries| {
+            entries
+                .filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok())
+                .count() as u32
+        })
+    };
+    Ok(GuestDetails {
+        agent_version: env!("CARGO_PKG_VERSION").into(),
+        kernel_release: uname.release().to_string_lossy().into_owned(),
+        uptime_ns: uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64,
+        mem_total_bytes: kib("MemTotal:") * 1024,
+        mem_available_bytes: kib("MemAvailable:") * 1024,
+        cpus_online: cpus::online()?,
+        processes: numeric("/proc"),
+        agent_fds: numeric("/proc/self/fd"),
+        agent_threads: numeric("/proc/self/task"),
+        ..Default::default()
+    })
+}
