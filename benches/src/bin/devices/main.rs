@@ -23,7 +23,7 @@ const DATA_BYTES: u64 = 1 << 30;
 /// How often a guest may be lost: an emulated host kills one now and then.
 const TRIES: usize = 3;
 /// How long one guest may take.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(1800);
 /// How long freed memory may take to come back.
 const BACK_LIMIT: Duration = Duration::from_secs(120);
 
