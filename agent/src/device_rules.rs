@@ -5,12 +5,12 @@
 //! first. Before all of them stands "deny"; after all of them stand the devices that every
 //! container has.
 
+use crate::helper::cgroup;
 use crate::sys::Instruction;
 use anyhow::{Context, Result};
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
 
 /// Bits of the request's access, upper half of the first word.
 const MKNOD: u32 = 1;
@@ -54,11 +54,20 @@ const ALWAYS: &[(u32, Option<u32>, Option<u32>, u32)] = &[
     (CHARACTER, Some(136), None, ALL),
 ];
 
-/// Puts a container's device rules in force.
-pub(crate) fn apply(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
-    let program = compile(&decode(rules));
-    let directory =
-        File::open(cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
+/// The rules of a configuration.
+pub(crate) fn of(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
+    let linux = spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().as_ref());
+    resources
+        .and_then(|r| r.devices().clone())
+        .unwrap_or_default()
+}
+
+/// Puts the device rules of a container's configuration in force.
+pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
+    let program = compile(&decode(&of(spec)));
+    let cgroup = format!("/sys/fs/cgroup{}", cgroup(id));
+    let directory = File::open(&cgroup).with_context(|| format!("cannot open {cgroup}"))?;
     crate::sys::attach_device_program(directory.as_fd(), &program)
         .context("cannot put the device rules in force")
 }

@@ -1,7 +1,7 @@
 //! The guest's disks: those that come and go, and who may use them.
 
 use crate::device_rules;
-use crate::helper::{bundle, cgroup};
+use crate::helper::bundle;
 use crate::service::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::BlockDevice;
@@ -96,19 +96,11 @@ fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     Ok((major.parse()?, minor.parse()?))
 }
 
-fn rules(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
-    let linux = spec.linux().as_ref();
-    let resources = linux.and_then(|linux| linux.resources().as_ref());
-    resources
-        .and_then(|r| r.devices().clone())
-        .unwrap_or_default()
-}
-
 fn change(
     spec: &mut Spec,
     change: impl FnOnce(&mut Vec<LinuxDevice>, &mut Vec<LinuxDeviceCgroup>),
 ) -> Result<()> {
-    let mut rules = rules(spec);
+    let mut rules = device_rules::of(spec);
     let linux = spec.linux_mut().as_mut();
     let linux = linux.context("no Linux configuration")?;
     let mut nodes = linux.devices().clone().unwrap_or_default();
@@ -168,7 +160,7 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
         .map_err(anyhow::Error::from)
         .and_then(|()| add(&mut spec, device))
         .and_then(|()| save(&spec, &path))
-        .and_then(|()| apply(&spec, to));
+        .and_then(|()| device_rules::apply(to.id, &spec));
     if given.is_err() {
         unlinkat(&dir, &name, AtFlags::empty()).ok();
     }
@@ -192,7 +184,7 @@ pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
         }
     })?;
     save(&spec, &path)?;
-    apply(&spec, from)?;
+    device_rules::apply(from.id, &spec)?;
     // What the container did to its own tree is its own affair: the node opens nothing any more.
     if let Ok((dir, name)) = place(from, device) {
         unlinkat(dir, name, AtFlags::empty()).ok();
@@ -209,11 +201,6 @@ fn save(spec: &Spec, path: &Path) -> Result<()> {
     let new = path.with_extension("new");
     spec.save(&new)?;
     Ok(fs::rename(&new, path)?)
-}
-
-fn apply(spec: &Spec, container: &Running<'_>) -> Result<()> {
-    let path = format!("/sys/fs/cgroup{}", cgroup(container.id));
-    device_rules::apply(Path::new(&path), &rules(spec))
 }
 
 /// The folder of a device in the container, and its name there. The container may have made any of

@@ -72,15 +72,8 @@ fn create(id: &str, console: &str) -> Result<i32> {
         .with_detach(true)
         .build()?;
     let spec = Spec::load(bundle(id).join("config.json"))?;
-    let rules = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.resources().as_ref())
-        .and_then(|r| r.devices().clone())
-        .unwrap_or_default();
     // libcontainer takes device rules and, without its own BPF feature, ignores them.
-    let path = format!("/sys/fs/cgroup{}", cgroup(id));
-    device_rules::apply(Path::new(&path), &rules)?;
+    device_rules::apply(id, &spec)?;
     Ok(container
         .pid()
         .context("the container has no process")?

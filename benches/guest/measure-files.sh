@@ -1,8 +1,7 @@
 # What a guest measures of a directory that the host shares.
 . /lib.sh
-mkdir -p /tmp/s /tmp/w
-mount -t virtiofs bench /tmp/s || echo "cannot mount the share" > /dev/console
-S=/tmp/s/dir
+mount -t virtiofs bench /share || echo "cannot mount the share" > /dev/console
+S=/share/dir
 
 dd if=/dev/zero of=$S/data bs=1M count=200 2> /dev/null
 sync
@@ -38,7 +37,7 @@ timed fs-remove rm -rf $S/tree
 small() { dd if=/dev/zero of="$1" bs=512 count=20000 2> /dev/null; }
 timed dd-512 small $S/small
 rm $S/small
-if mount -t virtiofs writeback /tmp/w 2> /dev/null; then
-    timed dd-512-writeback small /tmp/w/dir/small
+if mount -t virtiofs writeback /writeback 2> /dev/null; then
+    timed dd-512-writeback small /writeback/dir/small
     timed dd-512-tmpfs small /tmp/small
 fi

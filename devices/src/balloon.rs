@@ -100,9 +100,6 @@ pub struct BalloonState {
     pub held: Option<u16>,
 }
 
-/// For `Shared::held`: no chain is kept.
-const NONE_HELD: u32 = u32::MAX;
-
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
@@ -112,15 +109,8 @@ struct Shared {
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: BalloonMetrics,
     /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3). Its
-    /// chain's head, or [`NONE_HELD`]; the worker's, but outlives it.
-    held: AtomicU32,
-}
-
-impl Shared {
-    fn hold(&self, head: Option<u16>) -> Option<u16> {
-        let new = head.map_or(NONE_HELD, u32::from);
-        u16::try_from(self.held.swap(new, Ordering::SeqCst)).ok()
-    }
+    /// chain's head; the worker's, but outlives it.
+    held: Mutex<Option<u16>>,
 }
 
 /// The balloon device.
@@ -184,7 +174,7 @@ impl Balloon {
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
                 metrics: BalloonMetrics::default(),
-                held: AtomicU32::new(NONE_HELD),
+                held: Mutex::default(),
             }),
         })
     }
@@ -256,7 +246,7 @@ impl VirtioDevice for Balloon {
         Ok(DeviceState::Balloon(BalloonState {
             target: shared.target.load(Ordering::SeqCst),
             actual: shared.actual.load(Ordering::SeqCst),
-            held: u16::try_from(shared.held.load(Ordering::SeqCst)).ok(),
+            held: *lock(&shared.held),
         }))
     }
 
@@ -266,7 +256,7 @@ impl VirtioDevice for Balloon {
         };
         self.shared.target.store(state.target, Ordering::SeqCst);
         self.shared.actual.store(state.actual, Ordering::SeqCst);
-        self.shared.hold(state.held);
+        *lock(&self.shared.held) = state.held;
         Ok(())
     }
 
@@ -277,7 +267,7 @@ impl VirtioDevice for Balloon {
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         lock(&self.shared.interrupt).take();
         self.shared.actual.store(0, Ordering::SeqCst);
-        self.shared.hold(None);
+        *lock(&self.shared.held) = None;
     }
 }
 
@@ -400,7 +390,8 @@ impl BalloonWorker {
                 while let Some(chain) = queue.pop()? {
                     *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
                     // One at a time: what was held, if the driver is that odd, goes back.
-                    if let Some(before) = shared.hold(Some(chain.head())) {
+                    let before = lock(&shared.held).replace(chain.head());
+                    if let Some(before) = before {
                         queue.complete(before, 0)?;
                     }
                 }
@@ -414,7 +405,8 @@ impl BalloonWorker {
 
     /// Gives the statistics' buffer back, so that the guest fills it.
     fn ask(&mut self) -> Result<(), QueueError> {
-        if let (Some(queue), Some(head)) = (&mut self.statistics, self.shared.hold(None)) {
+        let held = lock(&self.shared.held).take();
+        if let (Some(queue), Some(head)) = (&mut self.statistics, held) {
             queue.complete(head, 0)?;
             queue.notify()?;
         }

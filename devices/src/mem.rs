@@ -31,6 +31,8 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
+use zerocopy::little_endian::{U16, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// What is plugged and unplugged at once, in bytes: a huge page of the host's.
 pub const BLOCK_SIZE: u64 = 2 << 20;
@@ -38,8 +40,17 @@ pub const BLOCK_SIZE: u64 = 2 << 20;
 /// Feature bit: memory that is not plugged is not to be read either (section 5.15.3).
 const F_UNPLUGGED_INACCESSIBLE: u32 = 1;
 
-// Requests (section 5.15.6): type, padding to 8 bytes, address, number of blocks.
-const REQUEST_SIZE: usize = 24;
+/// `struct virtio_mem_req` (section 5.15.6).
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+struct Request {
+    kind: U16,
+    padding: [u8; 6],
+    address: U64,
+    count: U16,
+    more_padding: [u8; 6],
+}
+
 const REQUEST_PLUG: u16 = 0;
 const REQUEST_UNPLUG: u16 = 1;
 const REQUEST_UNPLUG_ALL: u16 = 2;
@@ -315,31 +326,12 @@ impl VirtioDevice for Mem {
 /// The answer to one request: type and state.
 fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
     shared.metrics.requests.fetch_add(1, Ordering::Relaxed);
-    let mut bytes = [0; REQUEST_SIZE];
-    let whole = chain.read(memory, 0, &mut bytes).is_ok();
-    let [
-        t0,
-        t1,
-        _,
-        _,
-        _,
-        _,
-        _,
-        _,
-        address @ ..,
-        n0,
-        n1,
-        _,
-        _,
-        _,
-        _,
-        _,
-        _,
-    ] = bytes;
-    let address = u64::from_le_bytes(address);
-    let count = u16::from_le_bytes([n0, n1]);
+    let mut request = Request::new_zeroed();
+    let whole = chain.read(memory, 0, request.as_mut_bytes()).is_ok();
+    let (address, count) = (request.address.get(), request.count.get());
     let mut region = lock(&shared.region);
-    let answered = match u16::from_le_bytes([t0, t1]) {
+    let before = region.plugged;
+    let answered = match request.kind.get() {
         _ if !whole => None,
         REQUEST_PLUG => plug(&mut region, address, count),
         REQUEST_UNPLUG => unplug(&mut region, memory, address, count),
@@ -347,6 +339,12 @@ fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
         REQUEST_STATE => state(&region, address, count),
         _ => None,
     };
+    let metrics = &shared.metrics;
+    let (counter, change) = match region.plugged.checked_sub(before) {
+        Some(more) => (&metrics.plugged_bytes, more),
+        None => (&metrics.unplugged_bytes, before - region.plugged),
+    };
+    counter.fetch_add(change, Ordering::Relaxed);
     answered.unwrap_or_else(|| {
         guest_fault!("a memory request names what the guest does not have");
         shared.metrics.faults.fetch_add(1, Ordering::Relaxed);
@@ -404,15 +402,7 @@ fn state(region: &Region, address: u64, count: u16) -> Option<(u16, u16)> {
 
 /// Answers one request; how many bytes that took.
 fn serve(shared: &Shared, chain: &Chain, memory: &Memory) -> u32 {
-    let before = lock(&shared.region).plugged;
     let (kind, state) = answer(shared, memory, chain);
-    let after = lock(&shared.region).plugged;
-    let metrics = &shared.metrics;
-    let (counter, change) = match after.checked_sub(before) {
-        Some(more) => (&metrics.plugged_bytes, more),
-        None => (&metrics.unplugged_bytes, before - after),
-    };
-    counter.fetch_add(change, Ordering::Relaxed);
     let mut response = [0; RESPONSE_SIZE as usize];
     response[..2].copy_from_slice(&kind.to_le_bytes());
     response[8..].copy_from_slice(&state.to_le_bytes());
@@ -458,7 +448,7 @@ mod tests {
     impl Setup {
         /// Type and state of the answer.
         fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
-            let mut request = [0; REQUEST_SIZE];
+            let mut request = [0; size_of::<Request>()];
             request[..2].copy_from_slice(&kind.to_le_bytes());
             request[8..16].copy_from_slice(&address.to_le_bytes());
             request[16..18].copy_from_slice(&count.to_le_bytes());

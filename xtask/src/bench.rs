@@ -148,7 +148,17 @@ fn tools() -> Result<PathBuf> {
         fs::write(dir.join("initrd"), archive.finish()?)?;
 
         let root = dir.join("root");
-        for name in ["bin", "lib", "lib64", "dev", "proc", "sys", "tmp"] {
+        for name in [
+            "bin",
+            "lib",
+            "lib64",
+            "dev",
+            "proc",
+            "sys",
+            "tmp",
+            "share",
+            "writeback",
+        ] {
             fs::create_dir_all(root.join(name))?;
         }
         for (name, text) in SCRIPTS {

@@ -155,6 +155,14 @@ mod tests {
         Block::new(Disk::open(file.path(), DiskOptions::default()).unwrap(), 1).unwrap()
     }
 
+    fn read_only(file: &tempfile::NamedTempFile) -> Block {
+        let options = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        Block::new(Disk::open(file.path(), options).unwrap(), 2).unwrap()
+    }
+
     /// A sector's read and its answer, as the driver asks for it.
     fn read_sector(driver: &mut Driver, sector: u64) -> u16 {
         let mut header = [0; 16];
@@ -238,36 +246,8 @@ mod tests {
                 transport(Mem::new(1 << 32, 512 << 20, 128 << 20).unwrap(), &memory),
             ),
             (
-                transport(
-                    Block::new(
-                        Disk::open(
-                            file.path(),
-                            DiskOptions {
-                                read_only: true,
-                                ..DiskOptions::default()
-                            },
-                        )
-                        .unwrap(),
-                        2,
-                    )
-                    .unwrap(),
-                    &memory,
-                ),
-                transport(
-                    Block::new(
-                        Disk::open(
-                            file.path(),
-                            DiskOptions {
-                                read_only: true,
-                                ..DiskOptions::default()
-                            },
-                        )
-                        .unwrap(),
-                        2,
-                    )
-                    .unwrap(),
-                    &memory,
-                ),
+                transport(read_only(&file), &memory),
+                transport(read_only(&file), &memory),
             ),
         ];
         for (mut old, mut new) in same {

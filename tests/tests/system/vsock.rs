@@ -1,7 +1,7 @@
 //! vsock between the guest and processes of the host, by Unix sockets.
 
 use crate::debian::debian;
-use crate::tool::{LIMIT, koya, scratch, stdout, until};
+use crate::tool::{Background, LIMIT, koya, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,12 +21,10 @@ const GUEST: &str = r#"
         map { accept(my $c, $l) or die "accept: $!"; $c } 1..$count }
 "#;
 
-struct Guest {
-    name: &'static str,
-}
+struct Guest(Background);
 
 impl Guest {
-    fn start(name: &'static str, socket: &Path, script: &str) -> Result<Self> {
+    fn start(name: &str, socket: &Path, script: &str) -> Result<Self> {
         let (socket, root) = (socket.to_string_lossy(), debian()?);
         let script = format!("{GUEST}{script}");
         let shell = "ulimit -n 4096; exec perl -e \"$0\"";
@@ -34,22 +32,16 @@ impl Guest {
         run.arg(root)
             .args(["--memory", "512m", "--", "sh", "-c", shell, &script]);
         stdout(run.output()?)?;
-        Ok(Self { name })
+        Ok(Self(Background { name: name.into() }))
     }
 
     fn said(&self) -> Result<String> {
-        stdout(koya(["logs", self.name]).output()?)
+        stdout(koya(["logs", &self.0.name]).output()?)
     }
 
     fn wait_for(&self, line: &str) -> Result<()> {
         until(line, || Ok(self.said()?.contains(line).then_some(())))
             .with_context(|| format!("it said {:?}", self.said()))
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        koya(["rm", "--force", self.name]).output().ok();
     }
 }
 
@@ -131,7 +123,7 @@ fn both_sides_connect() -> Result<()> {
         format!("{nobody:#}").contains("answered \"\""),
         "{nobody:#}"
     );
-    stdout(koya(["kill", guest.name]).output()?)?;
+    stdout(koya(["kill", &guest.0.name]).output()?)?;
     until(
         "the socket is gone",
         || Ok((!socket.exists()).then_some(())),

@@ -103,8 +103,8 @@ impl Passthrough {
             self.list_root(offset, &mut listing);
             return Ok(listing);
         }
-        let handle = self.handle(fh, nodeid)?;
         let inode = self.inodes.get(nodeid)?;
+        let handle = self.handles.get(fh, nodeid)?;
         self.list(&inode, &handle, offset, &mut listing)?;
         Ok(listing)
     }
