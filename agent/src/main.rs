@@ -24,6 +24,7 @@ mod service;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;
+mod watches;
 
 use std::process::ExitCode;
 

@@ -10,6 +10,7 @@ use crate::images;
 use crate::network;
 use crate::reaper::{self, End, Reaper};
 use crate::streams;
+use crate::watches;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -17,9 +18,9 @@ use koya_protocol::messages::{
     Accounts, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk,
     Empty, ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, MountImageRequest, Process,
-    RemoveContainerRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
+    SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
 use oci_spec::runtime::Spec;
@@ -402,6 +403,18 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
             cpus::set_online(request.count)?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn report_host_events(
+        &self,
+        _: &TtrpcContext,
+        request: ReportHostEventsRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            watches::fire(&request.events)?;
             Ok(Empty::new())
         })
         .await

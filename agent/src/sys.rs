@@ -76,6 +76,49 @@ pub(crate) fn bring_up_loopback() -> io::Result<()> {
     Ok(())
 }
 
+/// `struct fuse_host_event` of Koya's kernel (`guest-kernel/patches`).
+#[repr(C)]
+struct HostEvent {
+    nodeid: u64,
+    mask: u32,
+    cookie: u32,
+    name_len: u32,
+    padding: u32,
+    name: [u8; 256],
+}
+
+/// `FUSE_IOC_HOST_EVENT`: `_IOW('K', 0x59, struct fuse_host_event)`.
+const FUSE_IOC_HOST_EVENT: u32 =
+    1 << 30 | (size_of::<HostEvent>() as u32) << 16 | (b'K' as u32) << 8 | 0x59;
+
+/// Has the kernel fire what watches a node, or its entry `name` unless that is empty, of the FUSE file
+/// system that `root` is on. False if nothing does.
+pub(crate) fn fire_host_event(
+    root: BorrowedFd<'_>,
+    nodeid: u64,
+    mask: u32,
+    cookie: u32,
+    name: &[u8],
+) -> io::Result<bool> {
+    let mut event = HostEvent {
+        nodeid,
+        mask,
+        cookie,
+        name_len: name.len() as u32,
+        padding: 0,
+        name: [0; 256],
+    };
+    // The last byte stays zero.
+    let room = event.name[..255].get_mut(..name.len());
+    room.ok_or(io::ErrorKind::InvalidInput)?
+        .copy_from_slice(name);
+    // SAFETY: the event is laid out as the kernel's structure, whose size is in the number of the call,
+    // and only read.
+    let result =
+        unsafe { libc::ioctl(root.as_raw_fd(), FUSE_IOC_HOST_EVENT as _, &raw const event) };
+    Ok(checked(result.into())? != 0)
+}
+
 /// One eBPF instruction: include/uapi/linux/bpf.h, `struct bpf_insn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]

@@ -7,6 +7,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use koya_devices::balloon::Balloon;
 use koya_devices::blk::{Block, Disk, DiskOptions, IoEngine};
 use koya_devices::fs::passthrough::Options;
+use koya_devices::fs::wire::op;
 use koya_devices::fs::{Fs, Shares};
 use koya_devices::mem::Mem;
 use koya_devices::net::{MacAddr, Net, NetOptions, Tap};
@@ -234,7 +235,11 @@ pub fn fs_requests(data: &[u8]) {
             body.extend_from_slice(NAMES[usize::from(pick) % NAMES.len()]);
         }
         requests.push(fuse(
-            u32::from(bytes[0] % 54),
+            match u32::from(bytes[0] % 54) {
+                // The last of FUSE's own is 52.
+                53 => op::HOST_WATCH,
+                opcode => opcode,
+            },
             u64::from(bytes[1] % 6),
             &body,
         ));
@@ -245,6 +250,8 @@ pub fn fs_requests(data: &[u8]) {
     let shares = Shares::default();
     shares.add("share", &place, false).expect("a share");
     let mut device = Fs::new("fuzz", shares, Options::default(), 1).expect("a device");
+    // So that watches are served.
+    let _events = device.host_events();
     // The queue for urgent requests has none.
     let queues = vec![Driver::new(QUEUE).queue(), driver.queue()];
     serve(&mut device, &driver, queues);

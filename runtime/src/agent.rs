@@ -4,14 +4,15 @@ use crate::Error;
 use crate::account::Accounts;
 use crate::spec::Device;
 use koya_protocol::messages::{
-    AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
-    CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, ExecProcessRequest,
-    GetGuestDetailsRequest, GuestDetails, Interface, MountImageRequest, RemoveContainerRequest,
-    Route, SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, TtyWinResizeRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest,
+    self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
+    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
+    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, MountImageRequest,
+    RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
+    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
+use koya_vmm::devices::fs::HostEvent;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{IntoRawFd, OwnedFd};
@@ -357,6 +358,25 @@ impl Agent {
             .set_online_cpus(limited(), &request)
             .map(drop)
             .map_err(failed("turn CPUs on or off"))
+    }
+
+    /// Tells the guest's watches of changes on the host.
+    pub(crate) fn report_host_events(&self, events: Vec<HostEvent>) -> Result<(), Error> {
+        let told = |event: HostEvent| messages::HostEvent {
+            nodeid: event.nodeid,
+            mask: event.mask,
+            cookie: event.cookie,
+            name: event.name,
+            ..Default::default()
+        };
+        let request = ReportHostEventsRequest {
+            events: events.into_iter().map(told).collect(),
+            ..Default::default()
+        };
+        self.client
+            .report_host_events(limited(), &request)
+            .map(drop)
+            .map_err(failed("tell the guest of changes on the host"))
     }
 
     pub(crate) fn destroy(&self) -> Result<(), Error> {

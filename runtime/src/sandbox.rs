@@ -13,7 +13,7 @@ use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
-use koya_vmm::devices::fs::{Fs, FsMetrics, Shares};
+use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
@@ -238,6 +238,7 @@ impl Sandbox {
         let fs = Fs::new(SHARED_TAG, shares.clone(), options, queues)
             .map_err(Error::host("make the virtio-fs device"))?;
         let files = fs.metrics();
+        let host_events = fs.host_events();
         let console = Console::default();
         let vm = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
@@ -252,6 +253,7 @@ impl Sandbox {
         drop(control);
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
+        tell(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
         let sandbox = Self {
             inner: Arc::new(Inner {
                 agent,
@@ -450,6 +452,28 @@ impl Inner {
         }
         Error::ended(self.end.wait(), &self.console)
     }
+}
+
+/// Tells the guest of changes on the host to files that it watches, until the machine is taken down.
+fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
+    let told = move || {
+        loop {
+            match host_events.next() {
+                Ok(Some(events)) => {
+                    if let Err(error) = agent.report_host_events(events) {
+                        log::debug!("{error}");
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    log::warn!("the guest is told of no more changes on the host: {error}");
+                    return;
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("koya-events".into());
+    thread.spawn(told).map(drop)
 }
 
 /// Gives the machine back with the agent's connection.

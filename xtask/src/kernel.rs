@@ -1,4 +1,5 @@
-//! The guest kernel: Debian's Linux source and the fragments in `guest-kernel/config`.
+//! The guest kernel: Debian's Linux source, the patches in `guest-kernel/patches` and the fragments
+//! in `guest-kernel/config`.
 
 use crate::{cache, proc, setup};
 use anyhow::{Context, Result, bail};
@@ -31,7 +32,7 @@ pub(crate) fn run() -> Result<()> {
 
 /// Builds the guest kernel if the cache does not have it.
 pub(crate) fn ensure() -> Result<Kernel> {
-    let source = Source::find()?;
+    let source = Source::find(patches()?)?;
     let wanted = fragments()?;
     let compiler = proc::output(Command::new("gcc").arg("-dumpfullversion"))?;
     let key = cache::key([source.identity.as_str(), &text(&wanted), &compiler]);
@@ -60,10 +61,20 @@ pub(crate) fn ensure() -> Result<Kernel> {
 struct Source {
     identity: String,
     given: Option<PathBuf>,
+    patches: Vec<PathBuf>,
 }
 
 impl Source {
-    fn find() -> Result<Self> {
+    fn find(patches: Vec<PathBuf>) -> Result<Self> {
+        let mut source = Self::unpatched()?;
+        for patch in &patches {
+            source.identity += &fs::read_to_string(patch)?;
+        }
+        source.patches = patches;
+        Ok(source)
+    }
+
+    fn unpatched() -> Result<Self> {
         if let Some(dir) = std::env::var_os("KERNEL_SRC") {
             let dir = PathBuf::from(dir);
             let makefile = fs::read_to_string(dir.join("Makefile")).with_context(|| {
@@ -73,17 +84,32 @@ impl Source {
             return Ok(Self {
                 identity: format!("{}:{head}", dir.display()),
                 given: Some(dir),
+                patches: Vec::new(),
             });
         }
         let version = source_version()?;
         Ok(Self {
             identity: format!("{SOURCE_PACKAGE}:{version}"),
             given: None,
+            patches: Vec::new(),
         })
     }
 
     fn tree(&self) -> Result<PathBuf> {
         if let Some(dir) = &self.given {
+            // Somebody's own tree stays as it is.
+            for patch in &self.patches {
+                let applied = apply(dir, patch)
+                    .args(["--reverse", "--dry-run"])
+                    .output()?;
+                if !applied.status.success() {
+                    bail!(
+                        "KERNEL_SRC={} lacks a patch: apply it with `patch -d {0} -p1 -i {}`",
+                        dir.display(),
+                        patch.display()
+                    );
+                }
+            }
             return Ok(dir.clone());
         }
         let dir = cache::ensure("source", &cache::key([&self.identity]), |dir| {
@@ -93,10 +119,41 @@ impl Source {
                     .args(["-xf", SOURCE_TAR, "--strip-components=1", "-C"])
                     .arg(dir),
                 &dir.with_extension("log"),
-            )
+            )?;
+            for patch in &self.patches {
+                proc::run(&mut apply(dir, patch))?;
+            }
+            Ok(())
         })?;
         Ok(dir)
     }
+}
+
+fn apply(tree: &Path, patch: &Path) -> Command {
+    let mut command = Command::new("patch");
+    command
+        .args(["--strip=1", "--batch", "--quiet", "--directory"])
+        .arg(tree)
+        .arg("--input")
+        .arg(patch);
+    command
+}
+
+/// What is changed in Linux, in the order of the names.
+fn patches() -> Result<Vec<PathBuf>> {
+    files_with("guest-kernel/patches", "patch")
+}
+
+/// A folder's files with this extension, in the order of their names.
+fn files_with(folder: &str, extension: &str) -> Result<Vec<PathBuf>> {
+    let dir = proc::checkout().join(folder);
+    let mut files: Vec<PathBuf> = fs::read_dir(&dir)
+        .with_context(|| format!("cannot read {}", dir.display()))?
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == extension))
+        .collect();
+    files.sort();
+    Ok(files)
 }
 
 /// The installed version of Debian's kernel source package.
@@ -106,15 +163,8 @@ pub(crate) fn source_version() -> Result<String> {
 
 /// Every option of the fragments: name to value, where `n` means "must be off".
 fn fragments() -> Result<BTreeMap<String, String>> {
-    let dir = proc::checkout().join("guest-kernel/config");
-    let mut files: Vec<PathBuf> = fs::read_dir(&dir)
-        .with_context(|| format!("cannot read {}", dir.display()))?
-        .filter_map(|e| e.ok().map(|e| e.path()))
-        .filter(|p| p.extension().is_some_and(|e| e == "config"))
-        .collect();
-    files.sort();
     let mut options = BTreeMap::new();
-    for file in files {
+    for file in files_with("guest-kernel/config", "config")? {
         for line in fs::read_to_string(&file)?.lines() {
             let line = line.trim();
             let (name, value) = if let Some(off) = line

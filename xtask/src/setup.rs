@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "the guest kernel, linking"),
     ("make", "the guest kernel"),
+    ("patch", "the guest kernel's changes"),
     ("flex", "the guest kernel's configuration"),
     ("bison", "the guest kernel's configuration"),
     ("bc", "the guest kernel"),

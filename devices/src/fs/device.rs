@@ -1,24 +1,27 @@
 //! The virtio device: a queue for urgent requests (FORGET), one or more for the others, and the
 //! threads that serve them.
 //!
-//! Each queue has a few threads of its own, which take turns: the one whose turn it is waits for
-//! a request, passes the turn on, and then serves what it got. So a slow request (an fsync, say)
-//! holds one thread and no other request.
+//! Each queue has a few threads of its own. Whoever takes a request out asks the guest to kick for
+//! the next one before it serves it, so that a slow request (an fsync, say) holds one thread and no
+//! other request; and whoever finds more than one wakes another. A guest that asks for one thing at
+//! a time is served by one thread, which costs a wait and an interrupt a request.
 
-use super::Shares;
 use super::passthrough::{Options, Passthrough};
 use super::server::{FsMetrics, Server};
+use super::{HostEvents, Shares};
 use crate::sync::{guest_fault, lock};
 use crate::sys;
 use crate::threads::Threads;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, QueueError, VirtioDevice, Worker,
     read_config_space,
 };
 use event_manager::MutEventSubscriber;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A request of 1 MiB takes 260 descriptors, or one that points to a table of them.
@@ -75,19 +78,23 @@ impl Fs {
         self.server.metrics().clone()
     }
 
+    /// What changes on the host, for a guest that watches it: whoever takes this makes the device
+    /// offer the guest to tell it. Before the machine starts. For guests with Koya's kernel; its
+    /// agent hands events to it (`guest-kernel/patches`).
+    pub fn host_events(&self) -> HostEvents {
+        self.server.files().host_events()
+    }
+
     fn spawn(&mut self, queue: ActiveQueue, threads: usize) -> io::Result<()> {
-        let kick = queue.kick().try_clone()?;
-        let turns = Arc::new(Turns {
-            queue: Mutex::new(queue),
-            kick,
-            turn: Mutex::new(()),
-            server: self.server.clone(),
-            stop: self.threads.stop_event().clone(),
-            stopping: self.stopping.clone(),
-        });
+        let crew = Arc::new(Crew::new(
+            queue,
+            self.server.clone(),
+            self.threads.stop_event(),
+            self.stopping.clone(),
+        )?);
         for _ in 0..threads {
-            let turns = turns.clone();
-            self.threads.spawn(move || turns.run())?;
+            let crew = crew.clone();
+            self.threads.spawn(move || crew.run())?;
         }
         Ok(())
     }
@@ -139,6 +146,7 @@ impl VirtioDevice for Fs {
 impl Drop for Fs {
     fn drop(&mut self) {
         self.stop_threads();
+        self.server.files().end_host_events();
     }
 }
 
@@ -157,60 +165,68 @@ fn check_host() -> io::Result<()> {
     }
 }
 
-/// One queue and the turn of its threads. Lock order: `turn`, then `queue`.
-struct Turns {
+/// One queue and the threads that serve it.
+struct Crew {
+    queue: Mutex<Shared>,
+    /// Wakes one thread each time that the guest kicks; all of them, for good, at the end.
+    wake: Epoll,
     kick: EventFd,
-    queue: Mutex<ActiveQueue>,
-    turn: Mutex<()>,
     server: Arc<Server>,
-    stop: Arc<EventFd>,
     stopping: Arc<AtomicBool>,
 }
 
-impl Turns {
+struct Shared {
+    queue: ActiveQueue,
+    /// Threads that wait, or were woken and are not here yet.
+    idle: usize,
+}
+
+impl Crew {
+    fn new(
+        queue: ActiveQueue,
+        server: Arc<Server>,
+        stop: &EventFd,
+        stopping: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        let kick = queue.kick().try_clone()?;
+        let wake = Epoll::new()?;
+        // By its edge: nobody needs to read the event, and each kick wakes one thread.
+        let kicked = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        wake.ctl(ControlOperation::Add, kick.as_raw_fd(), kicked)?;
+        let stopped = EpollEvent::new(EventSet::IN, 0);
+        wake.ctl(ControlOperation::Add, stop.as_raw_fd(), stopped)?;
+        Ok(Self {
+            queue: Mutex::new(Shared { queue, idle: 0 }),
+            wake,
+            kick,
+            server,
+            stopping,
+        })
+    }
+
     fn run(&self) {
         sys::block_signals();
         if let Err(error) = sys::unshare_fs_state() {
             // Then no request that makes files may run here: their masks would be the process's.
             // It was possible when the device was made.
             log::error!("virtio-fs: a thread can't have a file-mode mask of its own: {error}");
-            lock(&self.queue).ask_for_reset();
+            lock(&self.queue).queue.ask_for_reset();
             return;
         }
         rustix::process::umask(rustix::fs::Mode::empty());
         if let Err(error) = self.serve() {
-            lock(&self.queue).fail(&error);
+            lock(&self.queue).queue.fail(&error);
         }
     }
 
     fn serve(&self) -> Result<(), QueueError> {
-        let memory = lock(&self.queue).memory().clone();
-        loop {
-            let turn = lock(&self.turn);
-            let chain = loop {
-                // What the guest still has in the queue is not waited for.
-                if self.stopping.load(Ordering::SeqCst) {
-                    return Ok(());
-                }
-                let mut queue = lock(&self.queue);
-                if let Some(chain) = queue.pop()? {
-                    break chain;
-                }
-                if queue.arm()? {
-                    continue;
-                }
-                drop(queue);
-                let [_, stopped] = sys::wait_readable([Some(&self.kick), Some(&*self.stop)], None)
-                    .unwrap_or_else(|error| {
-                        log::error!("virtio-fs: a worker can't wait: {error}");
-                        [false, true]
-                    });
-                if stopped {
-                    return Ok(());
-                }
-                self.kick.read().ok();
+        let memory = lock(&self.queue).queue.memory().clone();
+        // What the guest still has in the queue when the device stops is not waited for.
+        while !self.stopping.load(Ordering::SeqCst) {
+            let Some(chain) = self.next()? else {
+                self.wait();
+                continue;
             };
-            drop(turn);
             let written = match self.server.serve(&chain, &memory) {
                 Ok(written) => written,
                 Err(error) => {
@@ -218,9 +234,40 @@ impl Turns {
                     0
                 }
             };
-            let mut queue = lock(&self.queue);
+            let queue = &mut lock(&self.queue).queue;
             queue.complete(chain.head(), written)?;
             queue.notify()?;
+        }
+        Ok(())
+    }
+
+    /// A request; or none, and then this thread counts as idle and the guest will kick.
+    fn next(&self) -> Result<Option<Chain>, QueueError> {
+        let mut shared = lock(&self.queue);
+        loop {
+            let chain = shared.queue.pop()?;
+            let more = shared.queue.arm()?;
+            if chain.is_none() {
+                if more {
+                    continue;
+                }
+                shared.idle += 1;
+            } else if more && shared.idle > 0 {
+                self.kick.write(1).ok();
+            }
+            return Ok(chain);
+        }
+    }
+
+    fn wait(&self) {
+        let waited = self.wake.wait(-1, &mut [EpollEvent::default()]);
+        lock(&self.queue).idle -= 1;
+        if let Err(error) = waited
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            log::error!("virtio-fs: a thread can't wait: {error}");
+            lock(&self.queue).queue.ask_for_reset();
+            self.stopping.store(true, Ordering::SeqCst);
         }
     }
 }

@@ -125,6 +125,11 @@ impl Inode {
     pub(super) fn number(&self, inode: u64) -> u64 {
         inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
     }
+
+    /// The directory and name that it was seen under last.
+    pub(super) fn place(&self) -> (u64, CString) {
+        lock(&self.place).clone()
+    }
 }
 
 struct Tables {
@@ -274,7 +279,7 @@ impl Inodes {
                 return Ok(fd);
             }
         }
-        let (parent, name) = lock(&inode.place).clone();
+        let (parent, name) = inode.place();
         let parent = self.get(parent)?;
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
@@ -354,18 +359,18 @@ impl Inodes {
         }
     }
 
-    /// Takes back `count` look-ups; a node without any is gone.
-    pub(super) fn forget(&self, id: u64, count: u64) {
+    /// Takes back `count` look-ups; a node without any is gone, and then this is true.
+    pub(super) fn forget(&self, id: u64, count: u64) -> bool {
         let mut tables = lock(&self.tables);
         let Some((_, lookups)) = tables.by_id.get_mut(&id) else {
-            return;
+            return false;
         };
         *lookups = lookups.saturating_sub(count);
         if *lookups > 0 {
-            return;
+            return false;
         }
         let Some((inode, _)) = tables.by_id.remove(&id) else {
-            return;
+            return false;
         };
         // A newer node may have taken over the identity.
         if tables.by_identity.get(&inode.identity) == Some(&id) {
@@ -381,6 +386,7 @@ impl Inodes {
         }
         drop(tables);
         drop(inode);
+        true
     }
 
     /// Closes what is known under a share that was taken away.

@@ -17,6 +17,10 @@
 //! of the mount (`open_tree`), so even a descriptor can't climb out of it. Only regular files and
 //! directories are ever opened; the rest is names and attributes.
 //!
+//! # Watches
+//! A guest's inotify hears of changes on the host, if its kernel and somebody on the host see to it:
+//! [`Fs::host_events`].
+//!
 //! # Caches
 //! [`Cache`] says what the guest may remember; see there for what that means for files that
 //! change on the host.
@@ -27,14 +31,35 @@ mod inodes;
 pub mod passthrough;
 pub mod server;
 pub mod shares;
+mod watch;
 pub mod wire;
 
 pub use device::Fs;
 pub use server::FsMetrics;
 pub use shares::Shares;
+pub use watch::{HostEvent, HostEvents};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+
+/// Raises this process's limit of descriptors: to what the host's kernel allows a process, or as far
+/// as this user may. For programs that share large trees: what a guest has looked up takes a
+/// descriptor each, and beyond the limit files are closed and found again, which takes time. The
+/// device leaves the limit alone.
+pub fn raise_descriptor_limit() {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let most = most.ok().and_then(|text| text.trim().parse().ok());
+    for wanted in [most, getrlimit(Resource::Nofile).maximum] {
+        let raised = Rlimit {
+            current: wanted,
+            maximum: wanted,
+        };
+        if wanted.is_some() && setrlimit(Resource::Nofile, raised).is_ok() {
+            return;
+        }
+    }
+}
 
 /// What the guest may remember of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -66,7 +66,7 @@ impl<'a> Args<'a> {
 pub struct FsMetrics {
     /// Requests of the guest.
     pub requests: AtomicU64,
-    /// Requests that were answered with an error; a look-up of a name that is not there is one.
+    /// Requests that were answered with an error.
     pub errors: AtomicU64,
     /// Bytes that it read from files.
     pub read_bytes: AtomicU64,
@@ -94,6 +94,11 @@ impl Server {
     /// What it did so far.
     pub fn metrics(&self) -> &Arc<FsMetrics> {
         &self.metrics
+    }
+
+    /// What it serves.
+    pub fn files(&self) -> &Passthrough {
+        &self.files
     }
 
     /// The guest is gone.
@@ -164,12 +169,12 @@ impl Server {
             }
             op::FORGET => {
                 let arg: wire::ForgetIn = args.take()?;
-                self.files.forget(node, arg.nlookup);
+                self.forget(node, arg.nlookup);
                 Ok(Reply::None)
             }
             op::BATCH_FORGET => self.batch_forget(&mut args),
             op::INTERRUPT => Ok(Reply::None),
-            op::LOOKUP => Ok(reply(&self.files.lookup(node, args.name()?)?)),
+            op::LOOKUP => Ok(reply(&self.files.look(node, args.name()?)?)),
             op::GETATTR => Ok(reply(&self.files.getattr(node, &args.take()?)?)),
             op::SETATTR => Ok(reply(&self.files.setattr(node, &args.take()?)?)),
             op::STATX => Ok(reply(&self.files.statx(node, &args.take()?)?)),
@@ -257,7 +262,7 @@ impl Server {
             op::OPENDIR => Ok(reply(&self.files.opendir(node)?)),
             op::RELEASE | op::RELEASEDIR => {
                 let arg: wire::ReleaseIn = args.take()?;
-                self.files.release(arg.fh);
+                self.files.release(node, arg.fh);
                 Ok(Reply::Empty)
             }
             op::READDIR | op::READDIRPLUS => {
@@ -321,6 +326,10 @@ impl Server {
                 self.files.removexattr(node, args.name()?)?;
                 Ok(Reply::Empty)
             }
+            op::HOST_WATCH if self.files.watches_host() => {
+                self.files.watch(node, &args.take()?)?;
+                Ok(Reply::Empty)
+            }
             // Locks are the guest's own, checks of permission too; there is nothing to poll or to
             // map to blocks. The guest's kernel does without.
             _ => Err(Errno::NOSYS),
@@ -373,9 +382,17 @@ impl Server {
             let Ok(one) = args.take::<wire::ForgetOne>() else {
                 break;
             };
-            self.files.forget(one.nodeid, one.nlookup);
+            self.forget(one.nodeid, one.nlookup);
         }
         Ok(Reply::None)
+    }
+
+    fn forget(&self, node: u64, count: u64) {
+        if self.files.watches_host() && count & wire::HOST_UNWATCH != 0 {
+            self.files.unwatch(node, count & !wire::HOST_UNWATCH);
+        } else {
+            self.files.forget(node, count);
+        }
     }
 
     fn init(&self, args: &mut Args<'_>) -> Result<Reply, Errno> {
@@ -402,6 +419,9 @@ impl Server {
             Cache::Auto => wanted |= init::AUTO_INVAL_DATA,
             Cache::Always => wanted |= init::CACHE_SYMLINKS,
             Cache::Writeback => wanted |= init::CACHE_SYMLINKS | init::WRITEBACK_CACHE,
+        }
+        if self.files.watches_host() {
+            wanted |= init::HOST_WATCH;
         }
         let flags = wanted & offered;
         Ok(reply(&InitOut {

@@ -97,6 +97,7 @@ wire! {
         fh_in: u64, off_in: u64, nodeid_out: u64, fh_out: u64, off_out: u64, len: u64,
         flags: u64,
     }
+    HostWatchIn { seq: u64, mask: u32, padding: u32 }
     Dirent { ino: u64, off: u64, namelen: u32, kind: u32 }
     StatxIn {
         getattr_flags: u32, reserved: u32, fh: u64, sx_flags: u32, sx_mask: u32,
@@ -155,6 +156,8 @@ pub mod op {
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
+    /// Of Koya's guest kernel (`guest-kernel/patches`), not of FUSE.
+    pub const HOST_WATCH: u32 = 3900;
 }
 
 /// Flags of INIT; those above bit 31 travel in `flags2`.
@@ -175,6 +178,8 @@ pub mod init {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    /// Of Koya's guest kernel (`guest-kernel/patches`), not of FUSE.
+    pub const HOST_WATCH: u64 = 1 << 62;
 }
 
 /// Flags of an open file's reply.
@@ -199,6 +204,9 @@ pub mod setattr {
     pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
+/// `ForgetIn::nlookup`, of Koya's guest kernel: nobody watches the node any more; the other bits are
+/// the number of that.
+pub const HOST_UNWATCH: u64 = 1 << 63;
 /// `GetattrIn::getattr_flags`: `fh` counts.
 pub const GETATTR_FH: u32 = 1;
 /// `WriteIn::write_flags`: from the guest's page cache, not from a process.
@@ -238,6 +246,7 @@ mod tests {
         assert_eq!(size_of::<InitOut>(), 64);
         assert_eq!(size_of::<FuseStatx>(), 256);
         assert_eq!(size_of::<StatxOut>(), 288);
+        assert_eq!(size_of::<HostWatchIn>(), 16);
     }
 
     #[test]

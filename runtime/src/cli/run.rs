@@ -13,7 +13,6 @@ use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, ProcessConfig, Profile, Sandbox,
     SandboxConfig, Seccomp, Stdio, User, Volume,
 };
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::fs::File;
@@ -314,7 +313,8 @@ pub(super) fn main(args: &RunArgs) -> Outcome {
     } else if std::env::var_os(DETACHED).is_none() {
         return detach();
     }
-    raise_descriptor_limit();
+    // The library leaves limits alone; this process is ours.
+    koya::vmm::devices::fs::raise_descriptor_limit();
     let (mut record, owned) = state::create(args.name.as_deref(), |name, folder| Record {
         name: name.to_owned(),
         pid: std::process::id(),
@@ -407,22 +407,6 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
         pumps,
         raw,
     })
-}
-
-/// A guest's files take descriptors of this process; the library leaves limits alone. As many as
-/// the host's kernel allows if we may, else as many as this user may have.
-fn raise_descriptor_limit() {
-    let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
-    let most = most.ok().and_then(|text| text.trim().parse().ok());
-    for wanted in [most, getrlimit(Resource::Nofile).maximum] {
-        let raised = Rlimit {
-            current: wanted,
-            maximum: wanted,
-        };
-        if wanted.is_some() && setrlimit(Resource::Nofile, raised).is_ok() {
-            return;
-        }
-    }
 }
 
 /// What signals go to; nothing while the sandbox is still starting.

@@ -17,6 +17,7 @@ mod run;
 mod tool;
 mod torture;
 mod vsock;
+mod watches;
 
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Trial};
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         memory::trials(),
         network::trials(),
         vsock::trials(),
+        watches::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
     let Ok(rig) = std::env::var("KOYA_RIG") else {

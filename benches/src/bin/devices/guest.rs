@@ -2,7 +2,7 @@
 
 use crate::{Outcome, TAP};
 use koya_vmm::devices::fs::passthrough::Options;
-use koya_vmm::devices::fs::{Cache, Fs, Shares};
+use koya_vmm::devices::fs::{Cache, Fs, Shares, raise_descriptor_limit};
 use koya_vmm::{DiskConfig, NetConfig, Vm, VmConfig, VsockConfig};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -246,6 +246,8 @@ pub(crate) fn main(shared: Option<&Path>) -> Outcome<()> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text)?;
     let spec = VmConfig::from_toml(&text)?.check()?;
+    // As virtiofsd does.
+    raise_descriptor_limit();
     let mut builder = Vm::builder(spec);
     for (tag, cache) in [(TAG, Cache::default()), (WRITEBACK_TAG, Cache::Writeback)] {
         let Some(path) = shared else { break };

@@ -2,6 +2,7 @@
 
 use super::Passthrough;
 use crate::fs::inodes::{self, STATX_MASK};
+use crate::fs::watch::kind;
 use crate::fs::wire::{
     self, Attr, AttrOut, FuseStatx, GETATTR_FH, GetattrIn, ROOT_ID, SetattrIn, StatfsOut, StatxIn,
     StatxOut, SxTime, encode_device, setattr,
@@ -129,6 +130,9 @@ impl Passthrough {
     /// The host's.
     pub fn setattr(&self, nodeid: u64, arg: &SetattrIn) -> Result<AttrOut, Errno> {
         let inode = self.writable(nodeid)?;
+        // To change the length the host's file is opened for a moment.
+        let kinds = kind::MODIFY | kind::ATTRIB | kind::CLOSE_WRITE;
+        let _acting = self.acting_on(&inode, kinds);
         let fd = self.inodes.fd(&inode)?;
         let fh = (arg.valid & setattr::FH != 0).then_some(arg.fh);
         // The owner first: changing it drops set-user-ID bits, which a mode in the same request

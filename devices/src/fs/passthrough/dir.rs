@@ -1,6 +1,7 @@
 //! Directories: opendir, readdir, readdirplus.
 
 use super::Passthrough;
+use crate::fs::watch::kind;
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
 use crate::fs::{Cache, handles::Handle, inodes::Inode};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
@@ -184,7 +185,9 @@ impl Passthrough {
     }
 
     /// FUSE_RELEASEDIR and FUSE_RELEASE
-    pub fn release(&self, fh: u64) {
+    pub fn release(&self, nodeid: u64, fh: u64) {
+        let inode = self.inodes.get(nodeid);
+        let _acting = inode.map(|inode| self.acting_on(&inode, kind::CLOSE_WRITE));
         self.handles.remove(fh);
     }
 }

@@ -3,6 +3,7 @@
 use super::{Caller, Passthrough};
 use crate::fs::Cache;
 use crate::fs::inodes::{self, Inode};
+use crate::fs::watch::kind;
 use crate::fs::wire::{
     CopyFileRangeIn, CreateIn, EntryOut, FSYNC_FDATASYNC, FallocateIn, FsyncIn, LseekIn,
     OPEN_KILL_SUIDGID, OpenIn, OpenOut, ROOT_ID, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
@@ -47,6 +48,8 @@ impl Passthrough {
         if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
             self.writable(nodeid)?;
         }
+        let truncates = flags.contains(OFlags::TRUNC);
+        let _acting = truncates.then(|| self.acting_on(&inode, kind::MODIFY | kind::ATTRIB));
         let file = match self.open_inode(&inode, flags) {
             // Only a file's owner may ask for that; the guest's kernel has checked its own side.
             Err(Errno::PERM) if flags.contains(OFlags::NOATIME) => {
@@ -54,7 +57,7 @@ impl Passthrough {
             }
             other => other?,
         };
-        if flags.contains(OFlags::TRUNC) {
+        if truncates {
             let bits = arg.open_flags & OPEN_KILL_SUIDGID != 0;
             self.drop_privileges(&inode, bits)?;
         }
@@ -96,6 +99,7 @@ impl Passthrough {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
         super::names::check(name)?;
+        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
         let fd = self.inodes.fd(&directory)?;
         let flags = self.host_flags(arg.flags)
             | OFlags::CREATE
@@ -198,6 +202,7 @@ impl Passthrough {
     ) -> Result<usize, Errno> {
         let inode = self.inodes.get(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
+        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
         let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
         self.drop_privileges(&inode, bits)?;
         let append = arg.flags & OFlags::APPEND.bits() != 0
@@ -268,6 +273,7 @@ impl Passthrough {
     pub fn fallocate(&self, nodeid: u64, arg: &FallocateIn) -> Result<(), Errno> {
         let inode = self.inodes.get(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
+        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
         // The request does not say who asks, and to change a program's length is no everyday thing.
         self.drop_privileges(&inode, true)?;
         let mode = FallocateFlags::from_bits(arg.mode).ok_or(Errno::OPNOTSUPP)?;
@@ -302,6 +308,7 @@ impl Passthrough {
         let from = self.handle(arg.fh_in, nodeid)?;
         let target = self.inodes.get(arg.nodeid_out)?;
         let to = self.handles.get(arg.fh_out, arg.nodeid_out)?;
+        let _acting = self.acting_on(&target, kind::MODIFY | kind::ATTRIB);
         self.drop_privileges(&target, true)?;
         let (mut from_at, mut to_at) = (arg.off_in, arg.off_out);
         // The reply has 32 bits for the count.

@@ -16,11 +16,13 @@ use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Inode, Inodes};
 use super::shares::{Share, Shares};
-use super::wire::{self, AttrOut, EntryOut, ROOT_ID};
+use super::watch::{self, Acting, HostEvents, Watches};
+use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,6 +52,7 @@ pub struct Passthrough {
     shares: Shares,
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
+    watches: Arc<Watches>,
     /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
     proc: OwnedFd,
     root_user: bool,
@@ -59,8 +62,8 @@ impl Passthrough {
     /// Serves `shares`.
     ///
     /// # Errors
-    /// If `/proc` is not mounted.
-    pub fn new(shares: Shares, options: Options) -> Result<Self, Errno> {
+    /// If `/proc` is not mounted, or no descriptor is left.
+    pub fn new(shares: Shares, options: Options) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
         let limit = match options.max_descriptors {
@@ -69,9 +72,13 @@ impl Passthrough {
         };
         let inodes = Arc::new(Inodes::new(limit));
         let handles = Arc::new(Handles::new(limit));
+        let watches = Arc::new(Watches::new(inodes.clone())?);
         let (weak_inodes, weak_handles) = (Arc::downgrade(&inodes), Arc::downgrade(&handles));
+        let weak_watches = Arc::downgrade(&watches);
         shares.when_removed(move |share| {
             let (inodes, handles) = (weak_inodes.upgrade()?, weak_handles.upgrade()?);
+            let gone = |inode: &Inode| inode.share.number == share.number;
+            weak_watches.upgrade()?.let_go(gone);
             handles.let_go(share);
             inodes.let_go(share);
             Some(())
@@ -81,6 +88,7 @@ impl Passthrough {
             shares,
             inodes,
             handles,
+            watches,
             proc,
             root_user: rustix::process::geteuid().is_root(),
         })
@@ -93,6 +101,7 @@ impl Passthrough {
 
     /// The guest is gone: nothing is open, nothing is known.
     pub fn clear(&self) {
+        self.watches.let_go(|_| true);
         self.handles.clear();
         self.inodes.clear();
         for share in self.shares.all() {
@@ -100,7 +109,23 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_LOOKUP
+    /// FUSE_LOOKUP: node 0 says that the name is not there, and for how long the guest may believe it
+    ///
+    /// # Errors
+    /// As [`lookup`](Self::lookup).
+    pub fn look(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
+        let timeout = self.options.cache.timeout();
+        match self.lookup(parent, name) {
+            Err(Errno::NOENT) if parent != ROOT_ID && !timeout.is_zero() => Ok(EntryOut {
+                entry_valid: timeout.as_secs(),
+                entry_valid_nsec: timeout.subsec_nanos(),
+                ..EntryOut::default()
+            }),
+            other => other,
+        }
+    }
+
+    /// Looks a name up.
     ///
     /// # Errors
     /// The host's, and ENOENT for names that are none.
@@ -149,7 +174,58 @@ impl Passthrough {
 
     /// FUSE_FORGET, and one item of FUSE_BATCH_FORGET
     pub fn forget(&self, nodeid: u64, count: u64) {
-        self.inodes.forget(nodeid, count);
+        if self.inodes.forget(nodeid, count) {
+            self.watches.forget(nodeid);
+        }
+    }
+
+    /// What changes on the host, once the guest watches anything. Before the guest mounts.
+    pub fn host_events(&self) -> HostEvents {
+        HostEvents::new(self.watches.clone())
+    }
+
+    /// Whether somebody asked for [`host_events`](Self::host_events).
+    pub fn watches_host(&self) -> bool {
+        self.watches.wanted()
+    }
+
+    /// No host events will come any more.
+    pub fn end_host_events(&self) {
+        self.watches.end();
+    }
+
+    /// FUSE_HOST_WATCH_OP of Koya's guest kernel: a node is watched.
+    ///
+    /// # Errors
+    /// The host's; ENOSPC for too many.
+    pub fn watch(&self, nodeid: u64, arg: &HostWatchIn) -> Result<(), Errno> {
+        if nodeid == ROOT_ID {
+            // Nothing of the host's: shares come and go by their owner's hand.
+            return Ok(());
+        }
+        let inode = self.inodes.get(nodeid)?;
+        self.watches.watch(&inode, arg.seq, arg.mask)
+    }
+
+    /// FUSE_HOST_UNWATCH of Koya's guest kernel: nobody watches the node any more.
+    pub fn unwatch(&self, nodeid: u64, number: u64) {
+        self.watches.unwatch(nodeid, number);
+    }
+
+    /// The guest changes this file in these ways: its host's watch is not to tell it.
+    fn acting_on(&self, inode: &Inode, kinds: u32) -> Option<Acting<'_>> {
+        self.watches.acting(|| {
+            [
+                (watch::own_key(inode), kinds),
+                (watch::place_key(inode), kinds),
+            ]
+        })
+    }
+
+    /// The same for an entry of a directory.
+    fn acting_at(&self, directory: u64, name: &CStr, kinds: u32) -> Option<Acting<'_>> {
+        self.watches
+            .acting(|| [(watch::entry_key(directory, name), kinds)])
     }
 
     fn attr_out(&self, attr: wire::Attr) -> AttrOut {

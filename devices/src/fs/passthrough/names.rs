@@ -2,11 +2,15 @@
 
 use super::{Caller, Passthrough};
 use crate::fs::inodes::{self, Identity, Inode};
+use crate::fs::watch::kind;
 use crate::fs::wire::{EntryOut, LinkIn, MkdirIn, MknodIn, ROOT_ID, decode_device};
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd};
+
+/// What a watch sees of a file that loses a name.
+const ENDS: u32 = kind::DELETE | kind::DELETE_SELF | kind::ATTRIB;
 
 /// One component of a path, and nothing that leads elsewhere.
 pub(super) fn check(name: &CStr) -> Result<(), Errno> {
@@ -34,6 +38,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
@@ -56,6 +61,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let kind = FileType::from_raw_mode(arg.mode);
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
@@ -82,6 +88,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         rustix::fs::symlinkat(target, &fd, name)?;
         let made = inodes::open_entry(&fd, name)?;
@@ -109,6 +116,10 @@ impl Passthrough {
         let directory = self.writable(parent)?;
         let inode = self.writable(arg.oldnodeid)?;
         check(name)?;
+        let _acting = (
+            self.acting_at(parent, name, kind::CREATE),
+            self.acting_on(&inode, kind::ATTRIB),
+        );
         let from = self.inodes.fd(&inode)?;
         let to = self.inodes.fd(&directory)?;
         let made = rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH);
@@ -130,6 +141,7 @@ impl Passthrough {
     pub fn unlink(&self, parent: u64, name: &CStr, is_directory: bool) -> Result<(), Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
+        let _acting = self.acting_at(parent, name, ENDS);
         let flags = if is_directory {
             AtFlags::REMOVEDIR
         } else {
@@ -154,6 +166,11 @@ impl Passthrough {
         let to = self.writable(new_parent)?;
         check(name)?;
         check(new_name)?;
+        let kinds = kind::MOVED | kind::MOVE_SELF | ENDS;
+        let _acting = (
+            self.acting_at(parent, name, kinds),
+            self.acting_at(new_parent, new_name, kinds),
+        );
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
         rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)?;

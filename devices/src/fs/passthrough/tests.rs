@@ -158,7 +158,7 @@ fn open_files_have_a_limit_too() {
         f.files.open(node, &OpenIn::default()).unwrap_err(),
         Errno::NFILE
     );
-    f.files.release(open[0]);
+    f.files.release(node, open[0]);
     assert!(f.files.open(node, &OpenIn::default()).is_ok());
 }
 
@@ -407,4 +407,21 @@ fn the_roots_listing_does_not_shift() {
         .unwrap()
         .into_bytes();
     assert_eq!(part.len() + rest.len(), whole.len(), "none is left out");
+}
+
+/// Search paths are full of names that are not there.
+#[test]
+fn that_a_name_is_not_there_is_remembered_as_long_as_it_may_be() {
+    let f = fixture(0, false);
+    let absent = f.files.look(f.root, c"absent").unwrap();
+    assert_eq!((absent.nodeid, absent.entry_valid), (0, 1));
+    // Shares come and go by the owner's hand.
+    assert_eq!(f.files.look(ROOT_ID, c"absent").unwrap_err(), Errno::NOENT);
+    let never = Options {
+        cache: Cache::Never,
+        ..Options::default()
+    };
+    let files = Passthrough::new(f.shares.clone(), never).unwrap();
+    let root = files.look(ROOT_ID, c"s").unwrap().nodeid;
+    assert_eq!(files.look(root, c"absent").unwrap_err(), Errno::NOENT);
 }

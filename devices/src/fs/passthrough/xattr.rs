@@ -7,6 +7,7 @@
 
 use super::Passthrough;
 use crate::fs::inodes::{self, Inode};
+use crate::fs::watch::kind;
 use crate::fs::wire::ROOT_ID;
 use crate::sys::proc_path;
 use rustix::fs::{FileType, XattrFlags};
@@ -109,6 +110,7 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
+        let _acting = self.acting_on(&inode, kind::ATTRIB);
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
@@ -130,7 +132,8 @@ impl Passthrough {
         let inode = self.inodes.get(nodeid)?;
         check(name)?;
         let (path, _fd) = self.xattr_path(&inode)?;
-        let mut value = vec![0; SIZE_MAX];
+        // Without room the host, too, says only the size.
+        let mut value = vec![0; SIZE_MAX.min(room as usize)];
         let get = |name: &CStr, value: &mut [u8]| rustix::fs::getxattr(path.as_str(), name, value);
         let len = if is_privileged(name) {
             match get(&mapped(name)?, &mut value) {
@@ -140,7 +143,8 @@ impl Passthrough {
         } else {
             get(name, &mut value)?
         };
-        fitting(value, len, room)
+        value.resize(len, 0);
+        Ok(value)
     }
 
     /// FUSE_LISTXATTR: the names, each with its terminator
@@ -156,8 +160,11 @@ impl Passthrough {
         let mut list = vec![0; SIZE_MAX];
         let len = rustix::fs::listxattr(path, &mut list)?;
         let names = guest_names(&list[..len]);
-        let len = names.len();
-        fitting(names, len, room)
+        // With no room the guest only wants to know the size.
+        if room != 0 && names.len() > room as usize {
+            return Err(Errno::RANGE);
+        }
+        Ok(names)
     }
 
     /// FUSE_REMOVEXATTR
@@ -167,6 +174,7 @@ impl Passthrough {
     pub fn removexattr(&self, nodeid: u64, name: &CStr) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
+        let _acting = self.acting_on(&inode, kind::ATTRIB);
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
             let removed = rustix::fs::removexattr(&*path, &*mapped(name)?);
@@ -193,15 +201,6 @@ fn guest_names(list: &[u8]) -> Vec<u8> {
         }
     }
     names.iter().flat_map(|n| [*n, b"\0"].concat()).collect()
-}
-
-/// With no room the caller only wants to know the size.
-fn fitting(mut bytes: Vec<u8>, len: usize, room: u32) -> Result<Vec<u8>, Errno> {
-    if room != 0 && len > room as usize {
-        return Err(Errno::RANGE);
-    }
-    bytes.truncate(len);
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -1,0 +1,30 @@
+//! Changes on the host to shared files that the guest watches: the kernel fires its watches for them.
+
+use crate::sys;
+use anyhow::{Context, Result};
+use koya_protocol::SHARED_DIR;
+use koya_protocol::messages::HostEvent;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+/// Fires each event, in order. One that comes too late for its node is nobody's loss.
+pub(crate) fn fire(events: &[HostEvent]) -> Result<()> {
+    let root = File::open(SHARED_DIR).with_context(|| format!("cannot open {SHARED_DIR}"))?;
+    for event in events {
+        let fired = sys::fire_host_event(
+            root.as_fd(),
+            event.nodeid,
+            event.mask,
+            event.cookie,
+            &event.name,
+        );
+        match fired {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).context("the kernel refuses an event of the host's");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

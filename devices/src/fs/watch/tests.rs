@@ -1,0 +1,228 @@
+//! Watches without a guest: what the host does is told, what the guest did is not.
+
+use super::*;
+use crate::fs::Shares;
+use crate::fs::passthrough::{Caller, Options, Passthrough};
+use crate::fs::wire::{CreateIn, HostWatchIn, MkdirIn, OpenIn, ROOT_ID, SetattrIn, setattr};
+use std::fs;
+use std::path::PathBuf;
+
+const CALLER: Caller = Caller { uid: 0, gid: 0 };
+const ALL: u32 = 0xfff;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    shares: Shares,
+    files: Passthrough,
+    events: HostEvents,
+    root: u64,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let shares = Shares::default();
+        shares.add("s", dir.path(), false).unwrap();
+        let files = Passthrough::new(shares.clone(), Options::default()).unwrap();
+        let root = files.lookup(ROOT_ID, c"s").unwrap().nodeid;
+        Self {
+            dir,
+            shares,
+            events: files.host_events(),
+            files,
+            root,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn node(&self, name: &CStr) -> u64 {
+        self.files.lookup(self.root, name).unwrap().nodeid
+    }
+
+    fn watch(&self, node: u64, seq: u64) {
+        let arg = HostWatchIn {
+            seq,
+            mask: ALL,
+            padding: 0,
+        };
+        self.files.watch(node, &arg).unwrap();
+    }
+
+    /// What is told now: node, kind, name.
+    fn told(&self) -> Vec<(u64, u32, String)> {
+        let events = self.events.0.read().unwrap();
+        let row = |e: &HostEvent| (e.nodeid, e.mask, String::from_utf8_lossy(&e.name).into());
+        events.iter().map(row).collect()
+    }
+}
+
+#[test]
+fn what_the_host_does_is_told() {
+    let f = Fixture::new();
+    f.watch(f.root, 1);
+    fs::write(f.path("a"), "text").unwrap();
+    fs::create_dir(f.path("d")).unwrap();
+    fs::rename(f.path("a"), f.path("b")).unwrap();
+    fs::remove_file(f.path("b")).unwrap();
+    let events = f.events.next().unwrap().unwrap();
+    let kinds: Vec<_> = events.iter().map(|e| (e.mask, &e.name[..])).collect();
+    assert_eq!(
+        kinds,
+        [
+            (kind::CREATE, &b"a"[..]),
+            (kind::MODIFY, b"a"),
+            (kind::CLOSE_WRITE, b"a"),
+            (kind::CREATE | kind::IS_DIR, b"d"),
+            (0x40, b"a"),
+            (0x80, b"b"),
+            (kind::DELETE, b"b"),
+        ]
+    );
+    assert!(events.iter().all(|e| e.nodeid == f.root));
+    // Both halves of a move have one number, which no move of the guest's has.
+    assert_eq!(events[4].cookie, events[5].cookie);
+    assert_ne!(events[4].cookie & HOST_COOKIE, 0);
+}
+
+#[test]
+fn a_watch_says_only_what_it_was_asked_for() {
+    let f = Fixture::new();
+    let arg = HostWatchIn {
+        seq: 1,
+        mask: kind::DELETE,
+        padding: 0,
+    };
+    f.files.watch(f.root, &arg).unwrap();
+    fs::write(f.path("a"), "text").unwrap();
+    fs::remove_file(f.path("a")).unwrap();
+    assert_eq!(f.told(), [(f.root, kind::DELETE, "a".into())]);
+}
+
+#[test]
+fn what_the_guest_does_is_not_told_and_what_the_host_does_after_it_is() {
+    let f = Fixture::new();
+    f.watch(f.root, 1);
+    fs::write(f.path("file"), "").unwrap();
+    let file = f.node(c"file");
+    f.watch(file, 2);
+    f.told();
+    let (made, open) = f
+        .files
+        .create(f.root, c"new", &CreateIn::default(), CALLER)
+        .unwrap();
+    f.files.release(made.nodeid, open.fh);
+    f.files
+        .mkdir(f.root, c"dir", &MkdirIn::default(), CALLER)
+        .unwrap();
+    f.files.rename(f.root, c"new", f.root, c"moved", 0).unwrap();
+    let truncate = SetattrIn {
+        valid: setattr::SIZE | setattr::MODE,
+        size: 100,
+        mode: 0o600,
+        ..SetattrIn::default()
+    };
+    f.files.setattr(file, &truncate).unwrap();
+    f.files.unlink(f.root, c"file", false).unwrap();
+    f.files.unlink(f.root, c"dir", true).unwrap();
+    let told = f.told();
+    // An unlinked file that the guest watches is gone, whoever did it.
+    assert!(told.is_empty(), "{told:x?}");
+
+    fs::write(f.path("new"), "").unwrap();
+    let told = f.told();
+    assert_eq!(told[0], (f.root, kind::CREATE, "new".into()), "{told:x?}");
+}
+
+/// What the guest did without the host's queue getting anything hides nothing.
+#[test]
+fn a_note_does_not_outlive_its_operation() {
+    let f = Fixture::new();
+    fs::write(f.path("file"), "").unwrap();
+    let file = f.node(c"file");
+    f.watch(file, 1);
+    let open = f.files.open(file, &OpenIn::default()).unwrap();
+    f.files.release(file, open.fh);
+    assert!(lock(&f.events.0.state).notes.is_empty());
+    fs::write(f.path("file"), "").unwrap();
+    let told = f.told();
+    assert!(
+        told.contains(&(file, kind::CLOSE_WRITE, String::new())),
+        "{told:x?}"
+    );
+}
+
+#[test]
+fn the_end_of_a_file_and_of_a_directory_is_told() {
+    let f = Fixture::new();
+    fs::write(f.path("file"), "").unwrap();
+    fs::create_dir(f.path("dir")).unwrap();
+    let (file, dir) = (f.node(c"file"), f.node(c"dir"));
+    f.watch(file, 1);
+    f.watch(dir, 2);
+    fs::remove_file(f.path("file")).unwrap();
+    fs::remove_dir(f.path("dir")).unwrap();
+    let told = f.told();
+    let ends: Vec<_> = told
+        .iter()
+        .filter(|(_, mask, _)| mask & kind::DELETE_SELF != 0)
+        .map(|(node, ..)| *node)
+        .collect();
+    assert_eq!(ends, [file, dir], "{told:x?}");
+}
+
+#[test]
+fn a_moved_directory_is_watched_where_it_is() {
+    let f = Fixture::new();
+    fs::create_dir(f.path("dir")).unwrap();
+    fs::create_dir(f.path("other")).unwrap();
+    let dir = f.node(c"dir");
+    f.watch(dir, 1);
+    fs::rename(f.path("dir"), f.path("other/dir")).unwrap();
+    assert!(f.told().contains(&(dir, kind::MOVE_SELF, String::new())));
+    fs::remove_dir(f.path("other/dir")).unwrap();
+    let told = f.told();
+    let gone = (dir, kind::DELETE_SELF | kind::IS_DIR, String::new());
+    assert!(told.contains(&gone), "{told:x?}");
+}
+
+#[test]
+fn the_last_word_on_a_watch_counts() {
+    let f = Fixture::new();
+    // The end of a watch overtakes its beginning.
+    f.files.unwatch(f.root, 2);
+    f.watch(f.root, 1);
+    fs::write(f.path("a"), "").unwrap();
+    assert_eq!(f.told(), []);
+    f.watch(f.root, 3);
+    fs::remove_file(f.path("a")).unwrap();
+    assert_eq!(f.told().len(), 1);
+}
+
+#[test]
+fn nothing_is_left_of_what_is_forgotten_or_taken_away() {
+    let f = Fixture::new();
+    fs::create_dir(f.path("dir")).unwrap();
+    let dir = f.node(c"dir");
+    f.watch(dir, 1);
+    f.watch(f.root, 2);
+    f.files.forget(dir, 1);
+    {
+        let watches = &f.events.0;
+        let state = lock(&watches.state);
+        assert_eq!(state.nodes.len(), 1);
+        assert_eq!(state.heard.len(), 1);
+    }
+    f.shares.remove("s");
+    let state = lock(&f.events.0.state);
+    assert!(state.nodes.is_empty() && state.watched.is_empty() && state.heard.is_empty());
+}
+
+#[test]
+fn events_end_with_the_device() {
+    let f = Fixture::new();
+    f.files.end_host_events();
+    assert_eq!(f.events.next().unwrap(), None);
+}
