@@ -2,7 +2,7 @@
 
 use crate::device_rules;
 use crate::helper::bundle;
-use crate::service::check_id;
+use crate::state::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{

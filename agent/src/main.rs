@@ -10,6 +10,7 @@
 //! the reason. That is the intended way for a fatal error here.
 
 mod boot;
+mod cgroup;
 mod console;
 mod cpus;
 mod details;
@@ -21,6 +22,7 @@ mod images;
 mod network;
 mod reaper;
 mod service;
+mod state;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;

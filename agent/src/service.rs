@@ -1,90 +1,38 @@
 //! What the host asks for: `agent/protocol/proto/agent.proto`, served on the one connection that
 //! the agent makes before any container exists.
 
-use crate::console::{self, ConsoleSocket};
+use crate::cgroup;
+use crate::console;
 use crate::cpus;
 use crate::details;
 use crate::disks;
-use crate::helper::{self, bundle};
+use crate::helper::bundle;
 use crate::images;
 use crate::network;
-use crate::reaper::{self, End, Reaper};
-use crate::streams;
+use crate::reaper;
+use crate::state::{State, Streams, check_id};
 use crate::watches;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    Accounts, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
-    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk,
-    Empty, ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, MountImageRequest, Process,
+    Accounts, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
+    ContainerStats, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
+    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, MountImageRequest, Process,
     RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
-use oci_spec::runtime::Spec;
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::Command;
-use std::rc::Rc;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
-
-/// A process of a container: container, and exec's name or nothing for the first process.
-type Key = (String, String);
-
-struct Tracked {
-    pid: i32,
-    end: End,
-    terminal: Option<OwnedFd>,
-}
-
-/// The agent's state, for its one thread.
-#[derive(Clone, Default)]
-struct State {
-    reaper: Reaper,
-    processes: Rc<RefCell<HashMap<Key, Tracked>>>,
-    /// Helpers that run, and how many there were: outcomes' names.
-    helping: Rc<Cell<u32>>,
-    helpers: Rc<Cell<u64>>,
-}
-
-/// A helper is at work; what it makes may end before its number is known, so ends are remembered
-/// while there is one of these.
-struct Helping(State);
-
-impl Helping {
-    fn new(state: &State) -> Self {
-        if state.helping.get() == 0 {
-            // Orphans that ended since: nobody asks for them, and their numbers are used again.
-            state.reaper.forget();
-        }
-        state.helping.set(state.helping.get() + 1);
-        Self(state.clone())
-    }
-}
-
-impl Drop for Helping {
-    fn drop(&mut self) {
-        self.0.helping.set(self.0.helping.get() - 1);
-    }
-}
-
-/// The process that a helper made.
-struct Made {
-    pid: i32,
-    _helping: Helping,
-}
 
 /// An answer in the making, on the agent's thread.
 type Work = Box<dyn FnOnce(State) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
@@ -396,6 +344,49 @@ impl Agent for Service {
             .await
     }
 
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |state: State| state.freeze(request, true).await)
+            .await
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |state: State| state.freeze(request, false).await)
+            .await
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStats> {
+        self.ask(async move |_: State| {
+            let id = check_id(&request.container_id)?.to_owned();
+            aside(move || cgroup::stats(&id)).await
+        })
+        .await
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            let id = check_id(&request.container_id)?.to_owned();
+            aside(move || cgroup::update(&id, &request.resources_json)).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
     async fn set_online_cpus(
         &self,
         _: &TtrpcContext,
@@ -442,244 +433,8 @@ impl Agent for Service {
 
 /// Does what may wait for a disk, or for a container's own files, on another thread: meanwhile others
 /// are served.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work).await?
-}
-
-/// What a helper is started with.
-struct Streams {
-    stdin: std::process::Stdio,
-    stdout: std::process::Stdio,
-    stderr: std::process::Stdio,
-}
-
-impl Streams {
-    fn none() -> Self {
-        Self {
-            stdin: std::process::Stdio::null(),
-            stdout: std::process::Stdio::null(),
-            stderr: std::process::Stdio::null(),
-        }
-    }
-
-    fn open(stdio: &Stdio) -> Result<Self> {
-        let open = || -> std::io::Result<Self> {
-            Ok(Self {
-                stdin: streams::input(&stdio.stdin)?,
-                stdout: streams::output(&stdio.stdout)?,
-                stderr: streams::output(&stdio.stderr)?,
-            })
-        };
-        open().context("cannot open a standard stream to the host")
-    }
-}
-
-impl State {
-    fn with<T>(&self, key: &Key, look: impl FnOnce(&Tracked) -> T) -> Result<T> {
-        let processes = self.processes.borrow();
-        let process = processes
-            .get(key)
-            .with_context(|| format!("no process {:?} in container {:?}", key.1, key.0))?;
-        Ok(look(process))
-    }
-
-    async fn create(&self, request: CreateContainerRequest) -> Result<Process> {
-        let id = check_id(&request.container_id)?;
-        let mut spec: Spec =
-            serde_json::from_slice(&request.spec_json).context("the configuration is broken")?;
-        let dir = bundle(id);
-        if dir.exists() {
-            bail!("container {id} exists");
-        }
-        fs::create_dir_all(&dir)?;
-        adapt(&mut spec, id);
-        for device in &request.block_devices {
-            disks::add(&mut spec, device)?;
-        }
-        spec.save(dir.join("config.json"))?;
-        let made = self
-            .launch(&["create", id], id, "", &request.stdio, None)
-            .await;
-        if made.is_err() {
-            // As far as it was made.
-            self.help(&["delete", id], Streams::none()).await.ok();
-            fs::remove_dir_all(&dir).ok();
-        }
-        made
-    }
-
-    async fn exec(&self, request: ExecProcessRequest) -> Result<Process> {
-        let id = check_id(&request.container_id)?;
-        let exec_id = check_id(&request.exec_id)?;
-        let key = (id.to_owned(), exec_id.to_owned());
-        if self.processes.borrow().contains_key(&key) {
-            bail!("container {id} has a process {exec_id}");
-        }
-        // Its number may be another's by now.
-        if self.with(&(id.to_owned(), String::new()), |p| {
-            p.end.borrow().is_some()
-        })? {
-            bail!("container {id} has ended");
-        }
-        let path = bundle(id).join(format!("process-{exec_id}.json"));
-        fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
-        let made = self
-            .launch(&["exec", id], id, exec_id, &request.stdio, Some(&path))
-            .await;
-        fs::remove_file(&path).ok();
-        made
-    }
-
-    /// Starts a helper that makes a process, with its streams or terminal, and follows what it
-    /// made.
-    async fn launch(
-        &self,
-        operation: &[&str],
-        id: &str,
-        exec_id: &str,
-        stdio: &Stdio,
-        process: Option<&Path>,
-    ) -> Result<Process> {
-        let console = if stdio.terminal {
-            let name = format!("console-{exec_id}.sock");
-            Some(ConsoleSocket::bind(bundle(id).join(name))?)
-        } else {
-            None
-        };
-        let streams = match &console {
-            Some(_) => Streams::none(),
-            None => Streams::open(stdio)?,
-        };
-        let socket = console
-            .as_ref()
-            .map_or("-".into(), |c| c.path().to_string_lossy());
-        let mut args = operation.to_vec();
-        args.push(&socket);
-        let process = process.map(|p| p.to_string_lossy());
-        args.extend(process.as_deref());
-        let made = self.help(&args, streams).await?;
-        let pid = made.pid;
-        let end = self.reaper.follow(pid);
-        drop(made);
-        drop(socket);
-        let terminal = match console.map(|c| connect_terminal(c, stdio)).transpose() {
-            Ok(terminal) => terminal,
-            Err(error) => {
-                kill(pid, rustix::process::Signal::KILL).ok();
-                return Err(error);
-            }
-        };
-        let key = (id.to_owned(), exec_id.to_owned());
-        self.processes
-            .borrow_mut()
-            .insert(key, Tracked { pid, end, terminal });
-        Ok(Process {
-            pid,
-            ..Default::default()
-        })
-    }
-
-    /// Runs a helper to its end and returns what it made.
-    async fn help(&self, args: &[&str], streams: Streams) -> Result<Made> {
-        let _helping = Helping::new(self);
-        fs::create_dir_all("/run/koya/outcomes")?;
-        let number = self.helpers.replace(self.helpers.get() + 1);
-        let outcome = PathBuf::from(format!("/run/koya/outcomes/{number}"));
-        let outcome_text = outcome.to_string_lossy();
-        let mut all = vec![helper::ARGUMENT, args[0], args[1], &outcome_text];
-        all.extend(&args[2..]);
-        let child = Command::new("/proc/self/exe")
-            .args(all)
-            .stdin(streams.stdin)
-            .stdout(streams.stdout)
-            .stderr(streams.stderr)
-            .spawn()
-            .context("cannot start a helper")?;
-        let status = reaper::wait(self.reaper.follow(child.id() as i32)).await;
-        let text = fs::read_to_string(&outcome)
-            .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
-        fs::remove_file(&outcome).ok();
-        match text.split_once(' ') {
-            Some(("pid", pid)) => Ok(Made {
-                pid: pid.parse()?,
-                _helping,
-            }),
-            Some(("error", why)) => bail!("{why}"),
-            _ => bail!("the helper for {} said {text:?}", args[0]),
-        }
-    }
-
-    /// Changes the devices of a running container.
-    async fn change_device(
-        &self,
-        request: ContainerDeviceRequest,
-        change: fn(&disks::Running<'_>, &BlockDevice) -> Result<()>,
-    ) -> Result<Empty> {
-        let id = check_id(&request.container_id)?.to_owned();
-        let device = request.device.into_option().context("no device")?;
-        let key = (id.clone(), String::new());
-        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
-        if ended {
-            bail!("container {id} has ended");
-        }
-        aside(move || change(&disks::Running { id: &id, pid }, &device)).await?;
-        Ok(Empty::new())
-    }
-
-    fn signal(&self, request: &SignalProcessRequest) -> Result<()> {
-        let key = (request.container_id.clone(), request.exec_id.clone());
-        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
-        if ended {
-            bail!("process not found: it has ended");
-        }
-        let number = i32::try_from(request.signal)?;
-        let signal = rustix::process::Signal::from_named_raw(number)
-            .with_context(|| format!("signal {number} is not supported"))?;
-        kill(pid, signal)
-    }
-}
-
-fn kill(pid: i32, signal: rustix::process::Signal) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("no process number")?;
-    Ok(rustix::process::kill_process(pid, signal)?)
-}
-
-/// Takes the terminal that a helper made, and connects it to the host.
-fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
-    let master = console.receive()?;
-    console::resize(&master, stdio.rows, stdio.columns)?;
-    let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
-    streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
-    Ok(master)
-}
-
-/// A name that is one component of a path.
-pub(crate) fn check_id(id: &str) -> Result<&str> {
-    let proper = !id.is_empty()
-        && id.len() <= 128
-        && !id.starts_with('.')
-        && id
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-    if !proper {
-        bail!("{id:?} is no name for a container or process");
-    }
-    Ok(id)
-}
-
-/// What must be as the guest has it, whatever the configuration says.
-fn adapt(spec: &mut Spec, id: &str) {
-    if let Some(linux) = spec.linux_mut() {
-        linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
-        // A label for the host's security module, which means nothing here.
-        linux.set_mount_label(None);
-    }
-    if let Some(process) = spec.process_mut() {
-        process.set_apparmor_profile(None);
-        process.set_selinux_label(None);
-        // libcontainer takes "false" as a reason to load the seccomp filter too late.
-        if process.no_new_privileges() == Some(false) {
-            process.set_no_new_privileges(None);
-        }
-    }
 }

@@ -35,6 +35,17 @@ pub(crate) fn reset_signals() {
     }
 }
 
+/// Signals one process, with any signal, real-time ones too.
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // Other numbers would mean a group of processes, or all.
+    if pid <= 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: no memory is passed.
+    let sent = unsafe { libc::kill(pid, signal) };
+    checked(sent.into()).map(drop)
+}
+
 /// Replaces this program. Returns only if that fails.
 pub(crate) fn exec(path: &std::ffi::CStr, args: &[std::ffi::CString]) -> io::Error {
     let mut pointers: Vec<*const libc::c_char> = args.iter().map(|a| a.as_ptr()).collect();

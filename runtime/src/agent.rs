@@ -3,13 +3,14 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::spec::Device;
+use crate::stats::ContainerStats;
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
     ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, MountImageRequest,
     RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
     SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use koya_vmm::devices::fs::HostEvent;
@@ -164,17 +165,57 @@ impl Agent {
             .map_err(failed("run a process in the container"))
     }
 
-    pub(crate) fn signal(&self, id: &str, exec_id: &str, signal: i32) -> Result<(), Error> {
+    pub(crate) fn signal(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: i32,
+        all: bool,
+    ) -> Result<(), Error> {
         let request = SignalProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
             signal: signal as u32,
+            all,
             ..Default::default()
         };
         self.client
             .signal_process(with_duration(SHORT_LIMIT), &request)
             .map(drop)
             .map_err(failed("signal the process"))
+    }
+
+    pub(crate) fn pause(&self, id: &str) -> Result<(), Error> {
+        self.client
+            .pause_container(limited(), &container_request(id))
+            .map(drop)
+            .map_err(failed("pause the container"))
+    }
+
+    pub(crate) fn resume(&self, id: &str) -> Result<(), Error> {
+        self.client
+            .resume_container(limited(), &container_request(id))
+            .map(drop)
+            .map_err(failed("resume the container"))
+    }
+
+    pub(crate) fn container_stats(&self, id: &str) -> Result<ContainerStats, Error> {
+        self.client
+            .stats_container(with_duration(SHORT_LIMIT), &container_request(id))
+            .map(ContainerStats::from)
+            .map_err(failed("ask for the container's figures"))
+    }
+
+    pub(crate) fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
+        let request = UpdateContainerRequest {
+            container_id: id.into(),
+            resources_json: resources,
+            ..Default::default()
+        };
+        self.client
+            .update_container(limited(), &request)
+            .map(drop)
+            .map_err(failed("change the container's limits"))
     }
 
     /// Waits as long as it takes.

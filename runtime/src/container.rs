@@ -2,24 +2,35 @@
 
 use crate::Error;
 use crate::account::Accounts;
+use crate::agent::Agent;
 use crate::mount_points;
+use crate::oci::{self, Bundle};
 use crate::sandbox::{Disk, Inner};
-use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Stdio};
+use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Stdio};
+use crate::stats::ContainerStats;
 use crate::streams::Expected;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
+use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
 pub struct Container {
     process: Process,
-    config: ContainerConfig,
-    given: Given,
+    made_of: MadeOf,
+    given: Mutex<Given>,
     next_exec: AtomicU64,
+}
+
+/// What its further processes are made by.
+enum MadeOf {
+    Config(Box<ContainerConfig>),
+    /// The root file system of an OCI bundle.
+    Bundle(PathBuf),
 }
 
 /// What the sandbox holds for a container.
@@ -31,6 +42,16 @@ struct Given {
 }
 
 impl Given {
+    fn share(&mut self, inner: &Inner, shares: Vec<Share>) -> Result<(), Error> {
+        for share in shares {
+            let path = &share.path;
+            let added = inner.shares.add(&share.name, path, share.read_only);
+            added.map_err(Error::host(format!("share {}", path.display())))?;
+            self.shares.push(share.name);
+        }
+        Ok(())
+    }
+
     fn take_back(self, inner: &Inner, id: &str) {
         for share in self.shares {
             inner.shares.remove(&share);
@@ -134,19 +155,64 @@ impl Plan {
     }
 }
 
+/// Makes a container's first process, which waits to be started.
+fn launch(
+    inner: &Arc<Inner>,
+    id: &str,
+    spec: &Spec,
+    devices: &[Device],
+    stdio: Stdio,
+) -> Result<Process, Error> {
+    let plan = Plan::new(inner, stdio)?;
+    let spec =
+        serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
+    inner
+        .agent
+        .create(id, spec, devices, plan.message.clone())?;
+    plan.finish(inner.clone(), id, "")
+}
+
 impl Container {
     pub(crate) fn create(
         inner: Arc<Inner>,
         id: &str,
         config: &ContainerConfig,
     ) -> Result<Self, Error> {
+        let made_of = MadeOf::Config(Box::new(config.clone()));
+        Self::make(inner, made_of, id, |inner, given| {
+            Self::try_create(inner, id, config, given)
+        })
+    }
+
+    pub(crate) fn create_oci(
+        inner: Arc<Inner>,
+        id: &str,
+        bundle: &Bundle,
+        stdio: Stdio,
+    ) -> Result<Self, Error> {
+        let made_of = MadeOf::Bundle(bundle.rootfs.clone());
+        Self::make(inner, made_of, id, |inner, given| {
+            let adapted = oci::adapt(id, bundle, &Accounts::read(&bundle.rootfs))?;
+            let points = adapted.mount_points.iter();
+            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
+            mount_points::make(&bundle.rootfs, &points)?;
+            given.share(inner, adapted.shares)?;
+            launch(inner, id, &adapted.spec, &[], stdio)
+        })
+    }
+
+    fn make(
+        inner: Arc<Inner>,
+        made_of: MadeOf,
+        id: &str,
+        make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
+    ) -> Result<Self, Error> {
         let mut given = Given::default();
-        let made = Self::try_create(&inner, id, config, &mut given);
-        match made {
+        match make(&inner, &mut given) {
             Ok(process) => Ok(Self {
                 process,
-                config: config.clone(),
-                given,
+                made_of,
+                given: Mutex::new(given),
                 next_exec: AtomicU64::new(1),
             }),
             Err(error) => {
@@ -190,21 +256,8 @@ impl Container {
                 .collect();
             mount_points::make(&config.rootfs, &points)?;
         }
-        for (name, path, read_only) in spec::shares(id, config) {
-            inner
-                .shares
-                .add(&name, &path, read_only)
-                .map_err(Error::host(format!("share {}", path.display())))?;
-            given.shares.push(name);
-        }
-        let plan = Plan::new(inner, config.process.stdio)?;
-        let spec = serde_json::to_vec(&spec)
-            .map_err(|e| Error::container("configuration", e.to_string()))?;
-        let devices = &config.devices;
-        inner
-            .agent
-            .create(id, spec, devices, plan.message.clone())?;
-        plan.finish(inner.clone(), id, "")
+        given.share(inner, spec::shares(id, config))?;
+        launch(inner, id, &spec, &config.devices, config.process.stdio)
     }
 
     /// Lets the first process run.
@@ -217,9 +270,12 @@ impl Container {
         started.map_err(|e| inner.explain(e))
     }
 
-    /// What it was made of.
-    pub fn config(&self) -> &ContainerConfig {
-        &self.config
+    /// What it was made of; none if that is an OCI bundle.
+    pub fn config(&self) -> Option<&ContainerConfig> {
+        match &self.made_of {
+            MadeOf::Config(config) => Some(config),
+            MadeOf::Bundle(_) => None,
+        }
     }
 
     /// The first process.
@@ -253,25 +309,105 @@ impl Container {
     /// Runs another process in the container.
     ///
     /// # Errors
-    /// If the container has ended, or the program can't be found.
+    /// If the container has ended, or the program can't be found, or the container is an OCI bundle's
+    /// (see [`exec_oci`](Self::exec_oci)).
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
         let inner = &self.process.inner;
-        let accounts = match self.given.image {
-            Some(_) => inner.agent.accounts(&self.process.container)?,
-            None => Accounts::read(&self.config.rootfs),
+        let Some(container) = self.config() else {
+            let reason = "a container of an OCI bundle takes OCI processes";
+            return Err(Error::container("process", reason));
         };
-        let process = spec::exec_process(&self.config, &accounts, config)?;
-        let process =
-            serde_json::to_vec(&process).map_err(|e| Error::container("process", e.to_string()))?;
+        let has_image = self.given().image.is_some();
+        let accounts = match has_image {
+            true => inner.agent.accounts(&self.process.container)?,
+            false => Accounts::read(&container.rootfs),
+        };
+        let process = spec::exec_process(container, &accounts, config)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
-        let exec = format!("exec-{number}");
-        let plan = Plan::new(inner, config.stdio)?;
+        self.launch(&format!("exec-{number}"), &process, config.stdio)
+    }
+
+    /// Runs another process in the container: an OCI configuration's `process`, under a name that no
+    /// other process of the container has.
+    ///
+    /// # Errors
+    /// If the container has ended, or the program can't be found.
+    pub fn exec_oci(
+        &self,
+        name: &str,
+        process: &OciProcess,
+        stdio: Stdio,
+    ) -> Result<Process, Error> {
+        let rootfs = match &self.made_of {
+            MadeOf::Config(config) => &config.rootfs,
+            MadeOf::Bundle(rootfs) => rootfs,
+        };
+        let mut process = process.clone();
+        oci::adapt_process(&mut process, &Accounts::read(rootfs))?;
+        self.launch(name, &process, stdio)
+    }
+
+    fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {
+        let inner = &self.process.inner;
+        let process =
+            serde_json::to_vec(process).map_err(|e| Error::container("process", e.to_string()))?;
+        let plan = Plan::new(inner, stdio)?;
         let id = &self.process.container;
         inner
             .agent
-            .exec(id, &exec, process, plan.message.clone())
+            .exec(id, exec, process, plan.message.clone())
             .map_err(|e| inner.explain(e))?;
-        plan.finish(inner.clone(), id, &exec)
+        plan.finish(inner.clone(), id, exec)
+    }
+
+    /// Stops all of its processes where they are.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.ask(|agent, id| agent.pause(id))
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn resume(&self) -> Result<(), Error> {
+        self.ask(|agent, id| agent.resume(id))
+    }
+
+    /// What it uses, by its control group.
+    ///
+    /// # Errors
+    /// If the agent does not answer.
+    pub fn stats(&self) -> Result<ContainerStats, Error> {
+        self.ask(|agent, id| agent.container_stats(id))
+    }
+
+    /// Changes its limits: an OCI configuration's `linux.resources`, of which what is there is set.
+    /// What only a host has (CPU sets, its disks) is left out.
+    ///
+    /// # Errors
+    /// If the guest can't.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
+        let mut resources = resources.clone();
+        oci::only_the_guests(&mut resources);
+        let text = serde_json::to_vec(&resources)
+            .map_err(|e| Error::container("resources", e.to_string()))?;
+        self.ask(|agent, id| agent.update_container(id, text))
+    }
+
+    /// Signals every process in it, by number.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn signal_all(&self, number: i32) -> Result<(), Error> {
+        self.ask(|agent, id| agent.signal(id, "", number, true))
+    }
+
+    fn ask<T>(&self, what: impl FnOnce(&Agent, &str) -> Result<T, Error>) -> Result<T, Error> {
+        let inner = &self.process.inner;
+        what(&inner.agent, &self.process.container).map_err(|error| inner.explain(error))
     }
 
     /// Gives the running container a disk of its sandbox's.
@@ -294,16 +430,20 @@ impl Container {
         removed.map_err(|e| inner.explain(e))
     }
 
-    /// Removes the container, killing what still runs in it.
+    /// Removes the container, killing what still runs in it. Nothing can be done to it after that.
     ///
     /// # Errors
-    /// If the guest can't.
-    pub fn remove(self) -> Result<(), Error> {
+    /// If the guest can't; what the sandbox holds for the container is given up all the same.
+    pub fn remove(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
         let id = &self.process.container;
         let removed = inner.agent.remove(id);
-        self.given.take_back(inner, id);
+        std::mem::take(&mut *self.given()).take_back(inner, id);
         removed.map_err(|e| inner.explain(e))
+    }
+
+    fn given(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -322,7 +462,9 @@ impl Process {
     /// # Errors
     /// If it has ended.
     pub fn signal(&self, number: i32) -> Result<(), Error> {
-        self.inner.agent.signal(&self.container, &self.exec, number)
+        self.inner
+            .agent
+            .signal(&self.container, &self.exec, number, false)
     }
 
     /// Tells its terminal a new size.

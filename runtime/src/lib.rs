@@ -30,10 +30,12 @@ pub mod files;
 pub mod image;
 mod mount_points;
 mod network;
+mod oci;
 mod sandbox;
 mod seccomp;
 mod size;
 mod spec;
+mod stats;
 mod streams;
 
 pub use container::{Container, Output, Process};
@@ -42,10 +44,13 @@ pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use network::{HostEnd, NetworkConfig, Route};
+pub use oci::Bundle;
+pub use oci_spec;
 pub use sandbox::{Disk, Sandbox, SandboxConfig, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use size::Size;
 pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};
+pub use stats::{ContainerStats, CpuStats, DeviceIo};
 
 /// README's snippet, compiled.
 #[cfg(doctest)]

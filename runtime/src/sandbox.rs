@@ -6,8 +6,9 @@ use crate::container::Container;
 use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::NetworkConfig;
+use crate::oci::Bundle;
 use crate::size::Limits;
-use crate::spec::{ContainerConfig, Device};
+use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
 use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
@@ -307,6 +308,15 @@ impl Sandbox {
     /// What is wrong with the configuration, or why the guest could not make it.
     pub fn create(&self, id: &str, config: &ContainerConfig) -> Result<Container, Error> {
         Container::create(self.inner.clone(), id, config)
+    }
+
+    /// The same of an OCI bundle: its root file system must be mounted. Mount points and the working
+    /// directory that it lacks are made in it.
+    ///
+    /// # Errors
+    /// What of the configuration can't be had, by name, or why the guest could not make it.
+    pub fn create_oci(&self, id: &str, bundle: &Bundle, stdio: Stdio) -> Result<Container, Error> {
+        Container::create_oci(self.inner.clone(), id, bundle, stdio)
     }
 
     /// What guest and agent use.

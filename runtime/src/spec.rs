@@ -27,7 +27,8 @@ const DEFAULT_CAPABILITIES: &[&str] = &[
     "CAP_SYS_CHROOT",
 ];
 
-const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Where a process's standard streams go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -266,7 +267,20 @@ impl Root {
     }
 }
 
-fn root_share(id: &str) -> String {
+/// What the guest gets of the host's files, under a name.
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// Where the guest has a share.
+pub(crate) fn guest_path(share: &str) -> PathBuf {
+    Path::new(SHARED_DIR).join(share)
+}
+
+pub(crate) fn root_share(id: &str) -> String {
     format!("{id}.root")
 }
 
@@ -274,15 +288,22 @@ fn volume_share(id: &str, index: usize) -> String {
     format!("{id}.volume{index}")
 }
 
-/// What must be shared with the guest: name, host path, read-only.
-pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<(String, PathBuf, bool)> {
+/// What must be shared with the guest.
+pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<Share> {
     let mut all = Vec::new();
     if config.rootfs.is_dir() {
-        all.push((root_share(id), config.rootfs.clone(), config.read_only));
+        all.push(Share {
+            name: root_share(id),
+            path: config.rootfs.clone(),
+            read_only: config.read_only,
+        });
     }
     for (index, volume) in config.volumes.iter().enumerate() {
-        let name = volume_share(id, index);
-        all.push((name, volume.source.clone(), volume.read_only));
+        all.push(Share {
+            name: volume_share(id, index),
+            path: volume.source.clone(),
+            read_only: volume.read_only,
+        });
     }
     all
 }
@@ -294,8 +315,8 @@ pub(crate) fn build(
     accounts: &Accounts,
 ) -> Result<Spec, Error> {
     let root = match Root::of(&config.rootfs)? {
-        Root::Directory => format!("{SHARED_DIR}/{}", root_share(id)),
-        Root::Image => koya_protocol::image_root(id),
+        Root::Directory => guest_path(&root_share(id)),
+        Root::Image => koya_protocol::image_root(id).into(),
     };
     let process = process(config, accounts, &config.process)?;
     let privileged = config.privileged;
@@ -405,7 +426,8 @@ fn mounts(id: &str, config: &ContainerConfig) -> Result<Vec<Value>, Error> {
             return Err(Error::container("volume", reason));
         }
         let destination = absolute("volume", &volume.destination)?;
-        let source = format!("{SHARED_DIR}/{}", volume_share(id, index));
+        let source = guest_path(&volume_share(id, index));
+        let source = source.to_string_lossy();
         let access = if volume.read_only { "ro" } else { "rw" };
         all.push(mount(
             destination,

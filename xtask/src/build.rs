@@ -1,6 +1,6 @@
-//! What it takes to run a container: the koya command, the agent in its initramfs, the
-//! guest kernel. They are put together in `target/koya` as they would be installed:
-//! `bin/koya`, `share/koya/vmlinux`, `share/koya/initramfs`.
+//! What it takes to run a container: the koya command, containerd's shim, the agent in its
+//! initramfs, the guest kernel. They are put together in `target/koya` as they would be installed:
+//! `bin/koya`, `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
 
 use crate::rig::Archive;
 use crate::{kernel, proc, setup};
@@ -11,6 +11,9 @@ use std::process::Command;
 
 /// The guest's Rust target: static, with glibc, because the seccomp library is C.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What runs on the host.
+const PROGRAMS: [&str; 2] = ["koya", "containerd-shim-koya-v2"];
 
 /// Where the products are.
 pub(crate) struct Products {
@@ -45,7 +48,9 @@ pub(crate) fn run() -> Result<()> {
         let mib = fs::metadata(&path)?.len() as f64 / (1024.0 * 1024.0);
         Ok(format!("{} ({mib:.1} MiB)", path.display()))
     };
-    println!("{}", size(products.bin.join("koya"))?);
+    for program in PROGRAMS {
+        println!("{}", size(products.bin.join(program))?);
+    }
     println!("{}", size(products.share.join("vmlinux"))?);
     println!("{}", size(products.share.join("initramfs"))?);
     Ok(())
@@ -63,11 +68,14 @@ pub(crate) fn ensure() -> Result<Products> {
     install(&kernel.bzimage, &products.share.join("bzImage"))?;
 
     eprintln!("building koya");
-    proc::run(cargo(&root).args(["build", "--release", "--package", "koya"]))?;
-    install(
-        &root.join("target/release/koya"),
-        &products.bin.join("koya"),
-    )?;
+    let packages = ["--package", "koya", "--package", "koya-shim"];
+    proc::run(cargo(&root).args(["build", "--release"]).args(packages))?;
+    for program in PROGRAMS {
+        install(
+            &root.join("target/release").join(program),
+            &products.bin.join(program),
+        )?;
+    }
 
     eprintln!("building the agent");
     let agent = for_guests("koya-agent", "koya-agent")?;

@@ -166,7 +166,8 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
             terminal,
             interactive,
         } => {
-            let own = &container.config().process;
+            let own = container.config().context("it has no configuration")?;
+            let own = &own.process;
             let stdio = match (terminal, interactive) {
                 (Some((rows, columns)), _) => Stdio::Terminal { rows, columns },
                 (None, true) => Stdio::Pipes,

@@ -128,7 +128,8 @@ fn from_start(
     sandbox: &Sandbox,
     path: &Path,
 ) -> Result<koya::vmm::devices::blk::BlockHandle> {
-    let mut devices = container.config().devices.iter();
+    let devices = container.config().map(|config| config.devices.as_slice());
+    let mut devices = devices.unwrap_or_default().iter();
     let index = devices.position(|device| device.path == *path);
     let disk = index.and_then(|index| sandbox.machine().disks().get(index));
     disk.cloned()

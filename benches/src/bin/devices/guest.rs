@@ -386,10 +386,7 @@ fn virtiofsd(places: &Places) -> Outcome<Child> {
     let child = Command::new("/usr/lib/qemu/virtiofsd")
         .arg(format!("--socket-path={}", socket.display()))
         .args(["-o", &format!("source={}", source.display())])
-        .args([
-            "-o",
-            "cache=auto,allow_direct_io,sandbox=chroot,no_posix_lock,xattr",
-        ])
+        .args(["-o", "cache=auto,sandbox=chroot,no_posix_lock,xattr"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;

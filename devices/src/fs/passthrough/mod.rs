@@ -25,7 +25,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Who asks: the user and group of the guest's process.
 #[derive(Clone, Copy, Debug)]
@@ -158,16 +157,15 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let stat = inodes::stat(&fd)?;
         let inode = self.inodes.look_up(fd, &stat, share, directory, name)?;
-        let attr_timeout = self.options.cache.timeout();
-        // Entries of the synthetic root come and go by the owner's hand.
-        let timeout = directory.map_or(Duration::ZERO, |_| attr_timeout);
+        // That holds for a share too: once it is taken away its nodes are stale, and the guest asks anew.
+        let timeout = self.options.cache.timeout();
         Ok(EntryOut {
             nodeid: inode.id,
             generation: 0,
             entry_valid: timeout.as_secs(),
             entry_valid_nsec: timeout.subsec_nanos(),
-            attr_valid: attr_timeout.as_secs(),
-            attr_valid_nsec: attr_timeout.subsec_nanos(),
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
             attr: inode.attr(&stat),
         })
     }

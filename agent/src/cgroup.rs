@@ -1,0 +1,175 @@
+//! A container's control group (Documentation/admin-guide/cgroup-v2.rst): stopping, limits, figures.
+
+use crate::helper;
+use crate::sys;
+use anyhow::{Context, Result};
+use koya_protocol::messages::{ContainerStats, DeviceIo};
+use libcgroups::common::{
+    CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
+};
+use oci_spec::runtime::LinuxResources;
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+fn folder(id: &str) -> PathBuf {
+    Path::new(ROOT).join(helper::cgroup(id).trim_start_matches('/'))
+}
+
+fn config(id: &str) -> CgroupConfig {
+    CgroupConfig {
+        cgroup_path: helper::cgroup(id).into(),
+        systemd_cgroup: false,
+        container_name: id.into(),
+    }
+}
+
+/// Stops every process of a container, or lets them go on.
+pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
+    let state = match frozen {
+        true => FreezerState::Frozen,
+        false => FreezerState::Thawed,
+    };
+    Ok(create_cgroup_manager(config(id))?.freeze(state)?)
+}
+
+/// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.
+pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
+    let resources: LinuxResources =
+        serde_json::from_slice(resources).context("the resources are broken")?;
+    let wanted = ControllerOpt {
+        resources: &resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    };
+    Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
+}
+
+/// Signals every process of a container, those in groups that it made itself too.
+pub(crate) fn signal_all(id: &str, signal: i32) -> Result<()> {
+    let folder = folder(id);
+    if signal == libc::SIGKILL {
+        return fs::write(folder.join("cgroup.kill"), "1").context("cgroup.kill");
+    }
+    for pid in processes(&folder)? {
+        // One that has ended meanwhile needs none.
+        sys::kill(pid, signal).ok();
+    }
+    Ok(())
+}
+
+fn processes(folder: &Path) -> Result<Vec<i32>> {
+    let path = folder.join("cgroup.procs");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let mut all: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    for entry in fs::read_dir(folder)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            all.extend(processes(&entry.path())?);
+        }
+    }
+    Ok(all)
+}
+
+/// What a container uses, and what it may.
+pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
+    let folder = folder(id);
+    // Figures of a controller that a kernel lacks are zero.
+    let text = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
+    text_stats(&text, folder.is_dir()).with_context(|| format!("no container {id}"))
+}
+
+fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerStats> {
+    let number = |name: &str| single(&text(name));
+    let cpu = keyed(&text("cpu.stat"));
+    let of_cpu = |name: &str| cpu.get(name).copied().unwrap_or(0);
+    exists.then(|| ContainerStats {
+        pids_current: number("pids.current"),
+        pids_limit: number("pids.max"),
+        cpu_usage_usec: of_cpu("usage_usec"),
+        cpu_user_usec: of_cpu("user_usec"),
+        cpu_system_usec: of_cpu("system_usec"),
+        cpu_periods: of_cpu("nr_periods"),
+        cpu_throttled_periods: of_cpu("nr_throttled"),
+        cpu_throttled_usec: of_cpu("throttled_usec"),
+        memory_usage: number("memory.current"),
+        memory_limit: number("memory.max"),
+        swap_usage: number("memory.swap.current"),
+        swap_limit: number("memory.swap.max"),
+        memory: keyed(&text("memory.stat")),
+        memory_events: keyed(&text("memory.events")),
+        io: device_io(&text("io.stat")),
+        ..Default::default()
+    })
+}
+
+/// One number, or `max`.
+fn single(text: &str) -> u64 {
+    match text.trim() {
+        "max" => u64::MAX,
+        number => number.parse().unwrap_or(0),
+    }
+}
+
+/// Lines of a name and a number.
+fn keyed(text: &str) -> HashMap<String, u64> {
+    let pair = |line: &str| {
+        let (name, value) = line.split_once(' ')?;
+        Some((name.to_owned(), single(value)))
+    };
+    text.lines().filter_map(pair).collect()
+}
+
+/// Lines of a device and what was done to it: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`.
+fn device_io(text: &str) -> Vec<DeviceIo> {
+    let device = |line: &str| {
+        let mut words = line.split(' ');
+        let (major, minor) = words.next()?.split_once(':')?;
+        let values: HashMap<&str, u64> = words
+            .filter_map(|word| word.split_once('='))
+            .map(|(name, value)| (name, single(value)))
+            .collect();
+        let of = |name: &str| values.get(name).copied().unwrap_or(0);
+        Some(DeviceIo {
+            major: major.parse().ok()?,
+            minor: minor.parse().ok()?,
+            read_bytes: of("rbytes"),
+            written_bytes: of("wbytes"),
+            reads: of("rios"),
+            writes: of("wios"),
+            ..Default::default()
+        })
+    };
+    text.lines().filter_map(device).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_texts_are_read() {
+        let text = |name: &str| {
+            match name {
+                "pids.max" => "max\n",
+                "pids.current" => "3\n",
+                "cpu.stat" => "usage_usec 70\nuser_usec 50\nsystem_usec 20\n",
+                "memory.max" => "1048576\n",
+                "memory.events" => "low 0\noom_kill 2\n",
+                "io.stat" => "254:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n7:0 \n",
+                _ => "",
+            }
+            .to_owned()
+        };
+        let stats = text_stats(&text, true).unwrap();
+        assert_eq!((stats.pids_current, stats.pids_limit), (3, u64::MAX));
+        assert_eq!((stats.cpu_usage_usec, stats.cpu_system_usec), (70, 20));
+        assert_eq!(stats.memory_limit, 1 << 20);
+        assert_eq!(stats.memory_events["oom_kill"], 2);
+        assert_eq!((stats.io[0].major, stats.io[0].read_bytes), (254, 4096));
+        assert_eq!(stats.io.len(), 2);
+        assert!(text_stats(&text, false).is_none());
+    }
+}

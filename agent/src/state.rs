@@ -1,0 +1,313 @@
+//! What the agent knows of containers and their processes, for its one thread.
+
+use crate::console::{self, ConsoleSocket};
+use crate::disks;
+use crate::helper::{self, bundle};
+use crate::reaper::{self, End, Reaper};
+use crate::service::aside;
+use crate::streams;
+use crate::{cgroup, sys};
+use anyhow::{Context, Result, bail};
+use koya_protocol::messages::{
+    BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
+    ExecProcessRequest, Process, SignalProcessRequest, Stdio,
+};
+use oci_spec::runtime::Spec;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::rc::Rc;
+
+/// A process of a container: container, and exec's name or nothing for the first process.
+pub(crate) type Key = (String, String);
+
+pub(crate) struct Tracked {
+    pub(crate) pid: i32,
+    pub(crate) end: End,
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
+/// The agent's state, for its one thread.
+#[derive(Clone, Default)]
+pub(crate) struct State {
+    pub(crate) reaper: Reaper,
+    pub(crate) processes: Rc<RefCell<HashMap<Key, Tracked>>>,
+    /// Helpers that run, and how many there were: outcomes' names.
+    helping: Rc<Cell<u32>>,
+    helpers: Rc<Cell<u64>>,
+}
+
+/// A helper is at work; what it makes may end before its number is known, so ends are remembered
+/// while there is one of these.
+struct Helping(State);
+
+impl Helping {
+    fn new(state: &State) -> Self {
+        if state.helping.get() == 0 {
+            // Orphans that ended since: nobody asks for them, and their numbers are used again.
+            state.reaper.forget();
+        }
+        state.helping.set(state.helping.get() + 1);
+        Self(state.clone())
+    }
+}
+
+impl Drop for Helping {
+    fn drop(&mut self) {
+        self.0.helping.set(self.0.helping.get() - 1);
+    }
+}
+
+/// The process that a helper made.
+pub(crate) struct Made {
+    pub(crate) pid: i32,
+    _helping: Helping,
+}
+
+/// What a helper is started with.
+pub(crate) struct Streams {
+    stdin: std::process::Stdio,
+    stdout: std::process::Stdio,
+    stderr: std::process::Stdio,
+}
+
+impl Streams {
+    pub(crate) fn none() -> Self {
+        Self {
+            stdin: std::process::Stdio::null(),
+            stdout: std::process::Stdio::null(),
+            stderr: std::process::Stdio::null(),
+        }
+    }
+
+    fn open(stdio: &Stdio) -> Result<Self> {
+        let open = || -> std::io::Result<Self> {
+            Ok(Self {
+                stdin: streams::input(&stdio.stdin)?,
+                stdout: streams::output(&stdio.stdout)?,
+                stderr: streams::output(&stdio.stderr)?,
+            })
+        };
+        open().context("cannot open a standard stream to the host")
+    }
+}
+
+impl State {
+    pub(crate) fn with<T>(&self, key: &Key, look: impl FnOnce(&Tracked) -> T) -> Result<T> {
+        let processes = self.processes.borrow();
+        let process = processes
+            .get(key)
+            .with_context(|| format!("no process {:?} in container {:?}", key.1, key.0))?;
+        Ok(look(process))
+    }
+
+    pub(crate) async fn create(&self, request: CreateContainerRequest) -> Result<Process> {
+        let id = check_id(&request.container_id)?;
+        let mut spec: Spec =
+            serde_json::from_slice(&request.spec_json).context("the configuration is broken")?;
+        let dir = bundle(id);
+        if dir.exists() {
+            bail!("container {id} exists");
+        }
+        fs::create_dir_all(&dir)?;
+        adapt(&mut spec, id);
+        for device in &request.block_devices {
+            disks::add(&mut spec, device)?;
+        }
+        spec.save(dir.join("config.json"))?;
+        let made = self
+            .launch(&["create", id], id, "", &request.stdio, None)
+            .await;
+        if made.is_err() {
+            // As far as it was made.
+            self.help(&["delete", id], Streams::none()).await.ok();
+            fs::remove_dir_all(&dir).ok();
+        }
+        made
+    }
+
+    pub(crate) async fn exec(&self, request: ExecProcessRequest) -> Result<Process> {
+        let id = check_id(&request.container_id)?;
+        let exec_id = check_id(&request.exec_id)?;
+        let key = (id.to_owned(), exec_id.to_owned());
+        if self.processes.borrow().contains_key(&key) {
+            bail!("container {id} has a process {exec_id}");
+        }
+        // Its number may be another's by now.
+        if self.with(&(id.to_owned(), String::new()), |p| {
+            p.end.borrow().is_some()
+        })? {
+            bail!("container {id} has ended");
+        }
+        let path = bundle(id).join(format!("process-{exec_id}.json"));
+        fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
+        let made = self
+            .launch(&["exec", id], id, exec_id, &request.stdio, Some(&path))
+            .await;
+        fs::remove_file(&path).ok();
+        made
+    }
+
+    /// Starts a helper that makes a process, with its streams or terminal, and follows what it
+    /// made.
+    async fn launch(
+        &self,
+        operation: &[&str],
+        id: &str,
+        exec_id: &str,
+        stdio: &Stdio,
+        process: Option<&Path>,
+    ) -> Result<Process> {
+        let console = if stdio.terminal {
+            let name = format!("console-{exec_id}.sock");
+            Some(ConsoleSocket::bind(bundle(id).join(name))?)
+        } else {
+            None
+        };
+        let streams = match &console {
+            Some(_) => Streams::none(),
+            None => Streams::open(stdio)?,
+        };
+        let socket = console
+            .as_ref()
+            .map_or("-".into(), |c| c.path().to_string_lossy());
+        let mut args = operation.to_vec();
+        args.push(&socket);
+        let process = process.map(|p| p.to_string_lossy());
+        args.extend(process.as_deref());
+        let made = self.help(&args, streams).await?;
+        let pid = made.pid;
+        let end = self.reaper.follow(pid);
+        drop(made);
+        drop(socket);
+        let terminal = match console.map(|c| connect_terminal(c, stdio)).transpose() {
+            Ok(terminal) => terminal,
+            Err(error) => {
+                sys::kill(pid, libc::SIGKILL).ok();
+                return Err(error);
+            }
+        };
+        let key = (id.to_owned(), exec_id.to_owned());
+        self.processes
+            .borrow_mut()
+            .insert(key, Tracked { pid, end, terminal });
+        Ok(Process {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    /// Runs a helper to its end and returns what it made.
+    pub(crate) async fn help(&self, args: &[&str], streams: Streams) -> Result<Made> {
+        let _helping = Helping::new(self);
+        fs::create_dir_all("/run/koya/outcomes")?;
+        let number = self.helpers.replace(self.helpers.get() + 1);
+        let outcome = PathBuf::from(format!("/run/koya/outcomes/{number}"));
+        let outcome_text = outcome.to_string_lossy();
+        let mut all = vec![helper::ARGUMENT, args[0], args[1], &outcome_text];
+        all.extend(&args[2..]);
+        let child = Command::new("/proc/self/exe")
+            .args(all)
+            .stdin(streams.stdin)
+            .stdout(streams.stdout)
+            .stderr(streams.stderr)
+            .spawn()
+            .context("cannot start a helper")?;
+        let status = reaper::wait(self.reaper.follow(child.id() as i32)).await;
+        let text = fs::read_to_string(&outcome)
+            .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
+        fs::remove_file(&outcome).ok();
+        match text.split_once(' ') {
+            Some(("pid", pid)) => Ok(Made {
+                pid: pid.parse()?,
+                _helping,
+            }),
+            Some(("error", why)) => bail!("{why}"),
+            _ => bail!("the helper for {} said {text:?}", args[0]),
+        }
+    }
+
+    /// Changes the devices of a running container.
+    pub(crate) async fn change_device(
+        &self,
+        request: ContainerDeviceRequest,
+        change: fn(&disks::Running<'_>, &BlockDevice) -> Result<()>,
+    ) -> Result<Empty> {
+        let id = check_id(&request.container_id)?.to_owned();
+        let device = request.device.into_option().context("no device")?;
+        let key = (id.clone(), String::new());
+        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
+        if ended {
+            bail!("container {id} has ended");
+        }
+        aside(move || change(&disks::Running { id: &id, pid }, &device)).await?;
+        Ok(Empty::new())
+    }
+
+    /// Stops what runs in a container, or lets it go on.
+    pub(crate) async fn freeze(&self, request: ContainerRequest, frozen: bool) -> Result<Empty> {
+        let id = check_id(&request.container_id)?.to_owned();
+        if self.with(&(id.clone(), String::new()), |p| p.end.borrow().is_some())? {
+            bail!("container {id} has ended");
+        }
+        aside(move || cgroup::freeze(&id, frozen)).await?;
+        Ok(Empty::new())
+    }
+
+    pub(crate) fn signal(&self, request: &SignalProcessRequest) -> Result<()> {
+        let key = (request.container_id.clone(), request.exec_id.clone());
+        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
+        if ended {
+            bail!("process not found: it has ended");
+        }
+        let number = i32::try_from(request.signal)?;
+        let sent = match request.all {
+            true => cgroup::signal_all(&key.0, number),
+            false => sys::kill(pid, number).map_err(Into::into),
+        };
+        sent.with_context(|| format!("signal {number}"))
+    }
+}
+
+/// Takes the terminal that a helper made, and connects it to the host.
+fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
+    let master = console.receive()?;
+    console::resize(&master, stdio.rows, stdio.columns)?;
+    let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
+    streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
+    Ok(master)
+}
+
+/// A name that is one component of a path.
+pub(crate) fn check_id(id: &str) -> Result<&str> {
+    let proper = !id.is_empty()
+        && id.len() <= 128
+        && !id.starts_with('.')
+        && id
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    if !proper {
+        bail!("{id:?} is no name for a container or process");
+    }
+    Ok(id)
+}
+
+/// What must be as the guest has it, whatever the configuration says.
+fn adapt(spec: &mut Spec, id: &str) {
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
+        // A label for the host's security module, which means nothing here.
+        linux.set_mount_label(None);
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+        // libcontainer takes "false" as a reason to load the seccomp filter too late.
+        if process.no_new_privileges() == Some(false) {
+            process.set_no_new_privileges(None);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! `delete`: containerd's last call for a container, after every end, orderly or not.
+//!
+//! The shim may be gone, may be about to go, or may serve other containers of its pod: only one that is
+//! this container's own and does not answer is ended here.
+
+use crate::events::timestamp;
+use crate::flags::Flags;
+use crate::launch::{self, PID_FILE};
+use crate::mounts;
+use crate::service::SERVED_AS;
+use anyhow::Result;
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
+use containerd_shim_protos::shim_sync::Client;
+use protobuf::Message as _;
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long a shim may take to answer, and to go.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+const GONE_LIMIT: Duration = Duration::from_secs(2);
+/// The status of a container whose end nobody saw: killed.
+const KILLED: u32 = 137;
+
+pub(crate) fn delete(flags: &Flags) -> Result<()> {
+    let bundle = flags.bundle()?;
+    let socket = launch::socket(flags, &flags.id);
+    let shim = shim_of(&bundle);
+    if socket.exists() && !answers(&socket, &flags.id) {
+        if let Some(pid) = shim {
+            end(pid);
+        }
+        fs::remove_file(&socket).ok();
+    }
+    // Of a shim that could not make mounts of its own.
+    let rootfs = bundle.join("rootfs");
+    if is_mount(&rootfs) {
+        mounts::unmount_all(&rootfs);
+    }
+    let response = DeleteResponse {
+        pid: shim.map_or(0, |pid| pid.as_raw_nonzero().get() as u32),
+        exit_status: KILLED,
+        exited_at: Some(timestamp(SystemTime::now())).into(),
+        ..Default::default()
+    };
+    Ok(std::io::stdout().write_all(&response.write_to_bytes()?)?)
+}
+
+/// The shim that was started for the container, if that process is still a shim.
+fn shim_of(bundle: &Path) -> Option<Pid> {
+    let text = fs::read_to_string(bundle.join(PID_FILE)).ok()?;
+    let pid = Pid::from_raw(text.trim().parse().ok()?)?;
+    let program = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).ok()?;
+    let name = program.file_name()?.to_str()?;
+    // A newer version may have taken its file's place.
+    name.starts_with("containerd-shim-koya-v2").then_some(pid)
+}
+
+fn answers(socket: &Path, id: &str) -> bool {
+    let Ok(client) = Client::connect(&format!("unix://{}", socket.display())) else {
+        return false;
+    };
+    let request = ConnectRequest {
+        id: id.into(),
+        ..Default::default()
+    };
+    // The crate's own client asks for the service by another name.
+    let call = ttrpc::Request {
+        service: SERVED_AS.into(),
+        method: "Connect".into(),
+        payload: request.write_to_bytes().unwrap_or_default(),
+        timeout_nano: ANSWER_LIMIT.as_nanos() as i64,
+        ..Default::default()
+    };
+    client.request(call).is_ok()
+}
+
+fn end(pid: Pid) {
+    kill_process(pid, Signal::KILL).ok();
+    let started = Instant::now();
+    while started.elapsed() < GONE_LIMIT
+        && Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists()
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn is_mount(path: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let wanted = path.to_string_lossy();
+    mounts
+        .lines()
+        .any(|line| line.split(' ').nth(4) == Some(&wanted))
+}

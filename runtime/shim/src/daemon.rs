@@ -1,0 +1,154 @@
+//! The process that stays: it becomes a process of its own, enters the namespaces of its sandbox while it
+//! has one thread, and serves until there is nothing left to serve.
+
+use crate::events::Events;
+use crate::flags::Flags;
+use crate::launch;
+use crate::pod::{Network, Pod, Role, Spec};
+use crate::service;
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+/// How long the last answer may take to reach containerd.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
+
+pub(crate) fn serve(flags: &Flags) -> Result<()> {
+    let listener = become_daemon()?;
+    let bundle = flags.bundle()?;
+    start_log(&bundle, flags.debug);
+    let served = serve_bundle(flags, &bundle, listener);
+    if let Err(error) = &served {
+        log::error!("{error:#}");
+    }
+    served
+}
+
+fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
+    let spec = Spec::read(bundle)?;
+    let group = match spec.role(&flags.id) {
+        Role::Member { sandbox } => sandbox,
+        _ => flags.id.clone(),
+    };
+    // Whatever can go wrong here is the answer to Create: containerd has its address already.
+    let ready = enter_namespaces(&spec);
+    koya::vmm::devices::fs::raise_descriptor_limit();
+
+    let (end, ended) = channel();
+    let events = Events::start(&flags.namespace)?;
+    let pod = Arc::new(Pod::new(flags, events, ready, end.clone()));
+    let signals = pod.clone();
+    let mut caught = signal_hook::iterator::Signals::new([
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGINT,
+    ])?;
+    std::thread::spawn(move || {
+        if caught.forever().next().is_some() {
+            log::warn!("asked to end by a signal");
+            signals.stop();
+            end.send(()).ok();
+        }
+    });
+    let service = pod.clone();
+    let server = std::thread::Builder::new()
+        .name("koya-rpc".into())
+        .spawn(move || service::run(listener, service));
+    let server = server.context("cannot start a thread")?;
+    std::thread::spawn(move || match server.join() {
+        Ok(Err(error)) => log::error!("cannot serve containerd: {error:#}"),
+        _ => log::error!("the server ended"),
+    });
+
+    ended.recv().ok();
+    std::thread::sleep(LAST_ANSWER);
+    pod.finish();
+    fs::remove_file(launch::socket(flags, &group)).ok();
+    // Threads that wait for what will not come any more end with the process.
+    std::process::exit(0);
+}
+
+/// Takes the listener from standard input and lets go of whoever started this process.
+fn become_daemon() -> Result<UnixListener> {
+    let listener = io::stdin().as_fd().try_clone_to_owned()?;
+    let null = File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    drop(null);
+    rustix::process::setsid()?;
+    // What containerd left open for its children by mistake.
+    let open = fs::read_dir("/proc/self/fd")?.flatten();
+    let open: Vec<i32> = open
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in open
+        .into_iter()
+        .filter(|n| *n > 2 && *n != listener.as_raw_fd())
+    {
+        nix::unistd::close(number).ok();
+    }
+    Ok(listener.into())
+}
+
+/// The sandbox's mounts are its own, and end with this process; so is its network. Threads that are
+/// made later are in the same namespaces, and `/proc/PID/ns/net` is the sandbox's.
+fn enter_namespaces(spec: &Spec) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    // What the host mounts later still comes in (volumes), nothing goes out.
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", flags).context("cannot make mounts private")?;
+    match spec.network() {
+        Network::Host => {}
+        Network::New => {
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        }
+        Network::Path(path) => {
+            let namespace =
+                File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+            setns(namespace, CloneFlags::CLONE_NEWNET)
+                .with_context(|| format!("cannot enter {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// containerd's FIFO for a shim's log. While containerd is away nobody reads it, and it must never hold
+/// up who writes: then lines are lost.
+struct Log(File);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).ok();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn start_log(bundle: &Path, debug: bool) {
+    let mut open = OpenOptions::new();
+    // Both ways, so that it can be opened while containerd is away.
+    open.read(true)
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32);
+    let Ok(fifo) = open.open(bundle.join("log")) else {
+        return;
+    };
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    let level = if debug { "debug" } else { "info" };
+    env_logger::Builder::new()
+        .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| level.into()))
+        .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
+        .try_init()
+        .ok();
+}

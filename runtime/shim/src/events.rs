@@ -1,0 +1,151 @@
+//! Events for containerd, in order: one queue, one thread that sends.
+
+use anyhow::{Context, Result};
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_sync::{Client, EventsClient};
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageFull};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime};
+use ttrpc::context::with_duration;
+
+/// How often an event is tried, and for how long each time: containerd may be starting anew.
+const TRIES: u32 = 5;
+const TRY_LIMIT: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The queue's end for those who have events.
+pub(crate) struct Events {
+    sender: Mutex<Option<Sender<(String, Any)>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A time as the protocol has it.
+pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    Timestamp {
+        seconds: since.as_secs() as i64,
+        nanos: since.subsec_nanos() as i32,
+        ..Default::default()
+    }
+}
+
+/// A message in an envelope, by the bare name that containerd's registry has for it.
+pub(crate) fn any(name: &str, message: &impl Message) -> Result<Any> {
+    Ok(Any {
+        type_url: name.into(),
+        value: message.write_to_bytes()?,
+        ..Default::default()
+    })
+}
+
+impl Events {
+    /// Sends to the socket that containerd names in TTRPC_ADDRESS; without one (CRI-O), to the log.
+    pub(crate) fn start(namespace: &str) -> Result<Self> {
+        let (sender, receiver) = channel();
+        let address = std::env::var("TTRPC_ADDRESS")
+            .ok()
+            .filter(|a| !a.is_empty());
+        let namespace = namespace.to_owned();
+        let thread = std::thread::Builder::new()
+            .name("koya-events".into())
+            .spawn(move || send_all(&receiver, address.as_deref(), &namespace))
+            .context("cannot start a thread")?;
+        Ok(Self {
+            sender: Mutex::new(Some(sender)),
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Queues one. It is sent after all that were queued before.
+    pub(crate) fn publish<E: MessageFull>(&self, topic: &str, event: &E) {
+        let name = E::descriptor().full_name().to_owned();
+        match any(&name, event) {
+            Ok(event) => {
+                if let Some(sender) = &*crate::task::lock(&self.sender) {
+                    sender.send((topic.into(), event)).ok();
+                }
+            }
+            Err(error) => log::error!("event {topic}: {error:#}"),
+        }
+    }
+
+    /// Waits until all are sent, and no longer than this.
+    pub(crate) fn finish(&self, limit: Duration) {
+        crate::task::lock(&self.sender).take();
+        let Some(thread) = crate::task::lock(&self.thread).take() else {
+            return;
+        };
+        let started = std::time::Instant::now();
+        while !thread.is_finished() && started.elapsed() < limit {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn send_all(events: &Receiver<(String, Any)>, address: Option<&str>, namespace: &str) {
+    let mut client = None;
+    for (topic, event) in events {
+        let Some(address) = address else {
+            log::info!("event {topic}");
+            continue;
+        };
+        let request = ForwardRequest {
+            envelope: Some(Envelope {
+                timestamp: Some(timestamp(SystemTime::now())).into(),
+                namespace: namespace.into(),
+                topic: topic.clone(),
+                event: Some(event).into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        for attempt in 1..=TRIES {
+            match send(&mut client, address, &request) {
+                Ok(()) => break,
+                Err(error) if attempt == TRIES => log::error!("event {topic} is lost: {error:#}"),
+                Err(error) => {
+                    log::debug!("event {topic}: {error:#}");
+                    client = None;
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+}
+
+fn send(client: &mut Option<EventsClient>, address: &str, request: &ForwardRequest) -> Result<()> {
+    let connected = match client {
+        Some(client) => client,
+        None => {
+            let address = match address.contains("://") {
+                true => address.to_owned(),
+                false => format!("unix://{address}"),
+            };
+            client.insert(EventsClient::new(Client::connect(&address)?))
+        }
+    };
+    connected.forward(with_duration(TRY_LIMIT), request)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use containerd_shim_protos::events::task::TaskExit;
+
+    #[test]
+    fn events_have_containerds_names() {
+        assert_eq!(
+            TaskExit::descriptor().full_name(),
+            "containerd.events.TaskExit"
+        );
+    }
+}

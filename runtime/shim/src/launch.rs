@@ -1,0 +1,147 @@
+//! `start`: makes the shim's process, or finds the one of the container's pod, and says where it
+//! listens.
+
+use crate::flags::Flags;
+use crate::pod::{Role, Spec};
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Where all shims of containerd's have their sockets.
+const SOCKETS: &str = "/run/containerd/s";
+/// In the bundle: the shim's process, for `delete`.
+pub(crate) const PID_FILE: &str = "shim.pid";
+const ADDRESS_FILE: &str = "address";
+
+/// Where the shim of a container, or of its pod, listens.
+pub(crate) fn socket(flags: &Flags, group: &str) -> PathBuf {
+    let name = format!("{}/{}/{group}", flags.address, flags.namespace);
+    let hash = Sha256::digest(name.as_bytes());
+    let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    Path::new(SOCKETS).join(hash)
+}
+
+pub(crate) fn start(flags: &Flags) -> Result<()> {
+    let bundle = flags.bundle()?;
+    let spec = Spec::read(&bundle)?;
+    let socket = match spec.role(&flags.id) {
+        Role::Member { sandbox } => {
+            let socket = socket(flags, &sandbox);
+            UnixStream::connect(&socket)
+                .with_context(|| format!("the pod's sandbox {sandbox} does not run"))?;
+            socket
+        }
+        Role::Single | Role::Sandbox => {
+            let socket = socket(flags, &flags.id);
+            launch(flags, &bundle, &socket)?;
+            socket
+        }
+    };
+    let address = format!("unix://{}", socket.display());
+    let new = bundle.join(".address");
+    fs::write(&new, &address)?;
+    fs::rename(&new, bundle.join(ADDRESS_FILE))?;
+    // Every version of containerd understands this form.
+    print!("{address}");
+    Ok(())
+}
+
+fn launch(flags: &Flags, bundle: &Path, socket: &Path) -> Result<()> {
+    let Some(listener) = listen(socket)? else {
+        // It runs already: containerd asks again after a failure of its own.
+        return Ok(());
+    };
+    let launched = spawn(flags, bundle, listener);
+    if launched.is_err() {
+        fs::remove_file(socket).ok();
+    }
+    launched
+}
+
+/// None if somebody listens there.
+fn listen(socket: &Path) -> Result<Option<UnixListener>> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(SOCKETS)?;
+    let bind = || UnixListener::bind(socket);
+    let listener = match bind() {
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(socket).is_ok() {
+                return Ok(None);
+            }
+            fs::remove_file(socket)?;
+            bind()
+        }
+        other => other,
+    };
+    let listener = listener.with_context(|| format!("cannot listen on {}", socket.display()))?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
+    Ok(Some(listener))
+}
+
+/// The process that stays. It has the listener as its standard input; containerd reads ours to its end,
+/// so it has none of them. containerd may connect before it is ready: the listener keeps who waits.
+fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["-namespace", &flags.namespace]);
+    command.args(["-address", &flags.address]);
+    command.args(["-id", &flags.id]);
+    if flags.debug {
+        command.arg("-debug");
+    }
+    let mut child = command
+        .arg("serve")
+        .current_dir(bundle)
+        .stdin(OwnedFd::from(listener))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start the shim")?;
+    let noted = fs::write(bundle.join(PID_FILE), child.id().to_string())
+        .map_err(anyhow::Error::from)
+        .and_then(|()| protect_containerd(child.id()));
+    if noted.is_err() {
+        child.kill().ok();
+        child.wait().ok();
+    }
+    noted
+}
+
+/// When memory runs out, the shim goes before containerd does.
+fn protect_containerd(shim: u32) -> Result<()> {
+    let parent = rustix::process::getppid().map_or(1, |pid| pid.as_raw_nonzero().get());
+    let score = fs::read_to_string(format!("/proc/{parent}/oom_score_adj"))?;
+    let score: i32 = score.trim().parse().context("oom_score_adj")?;
+    let path = format!("/proc/{shim}/oom_score_adj");
+    if let Err(error) = fs::write(&path, (score + 1).min(1000).to_string()) {
+        bail!("{path}: {error}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_is_where_containerds_own_shims_have_it() {
+        let flags = Flags {
+            address: "/run/containerd/containerd.sock".into(),
+            namespace: "default".into(),
+            ..Flags::default()
+        };
+        let path = socket(&flags, "foo");
+        // sha256 of "/run/containerd/containerd.sock/default/foo"
+        let expected = Sha256::digest(b"/run/containerd/containerd.sock/default/foo");
+        let first = format!("{:02x}{:02x}", expected[0], expected[1]);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(name.starts_with(&first) && name.len() == 64);
+        assert!(path.as_os_str().len() <= 106);
+    }
+}

@@ -1,0 +1,393 @@
+//! A container from an OCI configuration that was written for the host: what of it is the guest's,
+//! what must be shared with the guest, and what can't be had.
+//!
+//! Follows the OCI runtime specification 1.2. Paths of the host's become shares; namespaces that are
+//! the sandbox's own (network) and limits that only the host can set are left out; what the guest
+//! can't do is refused by name.
+
+use crate::Error;
+use crate::account::{Account, Accounts};
+use crate::spec::{DEFAULT_PATH, Share, guest_path, root_share};
+use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+/// A container's configuration and files, as an OCI runtime gets them.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    /// `config.json`.
+    pub spec: Spec,
+    /// The folder that relative paths in it start from.
+    pub folder: PathBuf,
+    /// Its root file system, mounted: a directory.
+    pub rootfs: PathBuf,
+}
+
+/// What a container in the guest is made of.
+pub(crate) struct Adapted {
+    pub(crate) spec: Spec,
+    pub(crate) shares: Vec<Share>,
+    /// Where mounts go, each with whether that is a file; and the working directory.
+    pub(crate) mount_points: Vec<(PathBuf, bool)>,
+}
+
+/// Character devices that every guest has, by number: memory, terminals, FUSE, TUN.
+const GUEST_DEVICES: &[(i64, i64)] = &[
+    (1, 3),
+    (1, 5),
+    (1, 7),
+    (1, 8),
+    (1, 9),
+    (1, 11),
+    (5, 0),
+    (5, 2),
+    (10, 200),
+    (10, 229),
+];
+
+/// File systems that a guest mounts by itself.
+const GUEST_MOUNTS: &[&str] = &[
+    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
+];
+
+fn refuse(field: &'static str, reason: impl Into<String>) -> Error {
+    Error::container(field, reason)
+}
+
+/// The guest's side of a container's configuration.
+///
+/// # Errors
+/// What can't be had, by name.
+pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Adapted, Error> {
+    let mut spec = bundle.spec.clone();
+    refuse_what_cannot_be_had(&spec)?;
+    let root_read_only = spec
+        .root()
+        .as_ref()
+        .and_then(oci::Root::readonly)
+        .unwrap_or(false);
+    let mut shares = vec![Share {
+        name: root_share(id),
+        path: bundle.rootfs.clone(),
+        read_only: root_read_only,
+    }];
+    let mut root = oci::Root::default();
+    root.set_path(guest_path(&shares[0].name));
+    root.set_readonly(Some(root_read_only));
+    spec.set_root(Some(root));
+    spec.set_hooks(None);
+
+    let mut mount_points = Vec::new();
+    let mut mounts = Vec::new();
+    for mount in spec.mounts().iter().flatten() {
+        let number = shares.len() - 1;
+        let (mount, share) = adapt_mount(id, number, bundle, mount)?;
+        let is_file = share.as_ref().is_some_and(|share| !share.path.is_dir());
+        mount_points.push((mount.destination().clone(), is_file));
+        mounts.push(mount);
+        shares.extend(share);
+    }
+    spec.set_mounts(Some(mounts));
+    if let Some(linux) = spec.linux_mut() {
+        adapt_linux(linux)?;
+    }
+    if let Some(process) = spec.process_mut() {
+        mount_points.push((process.cwd().clone(), false));
+        adapt_process(process, accounts)?;
+    }
+    Ok(Adapted {
+        spec,
+        shares,
+        mount_points,
+    })
+}
+
+fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
+    if spec.process().is_none() {
+        return Err(refuse("process", "there is none"));
+    }
+    if let Some(hooks) = spec.hooks() {
+        let lists = [
+            ("prestart", hooks.prestart()),
+            ("createRuntime", hooks.create_runtime()),
+            ("createContainer", hooks.create_container()),
+            ("startContainer", hooks.start_container()),
+            ("poststart", hooks.poststart()),
+            ("poststop", hooks.poststop()),
+        ];
+        for (name, list) in lists {
+            if list.as_ref().is_some_and(|list| !list.is_empty()) {
+                return Err(refuse("hooks", format!("{name} hooks are not supported")));
+            }
+        }
+    }
+    let Some(linux) = spec.linux() else {
+        return Ok(());
+    };
+    if linux.intel_rdt().is_some() {
+        return Err(refuse("linux.intelRdt", "a guest has no such control"));
+    }
+    let has_network = linux.namespaces().iter().flatten();
+    let mut has_network = has_network.filter(|n| n.typ() == LinuxNamespaceType::Network);
+    if has_network.next().is_none() {
+        return Err(refuse(
+            "linux.namespaces",
+            "the host's network namespace can't be a guest's: give the container one of its own",
+        ));
+    }
+    Ok(())
+}
+
+/// A mount as the guest makes it, and what must be shared for it.
+fn adapt_mount(
+    id: &str,
+    number: usize,
+    bundle: &Bundle,
+    mount: &Mount,
+) -> Result<(Mount, Option<Share>), Error> {
+    let destination = mount.destination().display();
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        let reason = format!("{destination}: mounts with mapped users are not supported");
+        return Err(refuse("mounts", reason));
+    }
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    let has = |name: &str| {
+        mount
+            .options()
+            .iter()
+            .flatten()
+            .any(|option| option == name)
+    };
+    if kind != "bind" && kind != "rbind" && !has("bind") && !has("rbind") {
+        if GUEST_MOUNTS.contains(&kind) {
+            return Ok((mount.clone(), None));
+        }
+        let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
+        return Err(refuse("mounts", reason));
+    }
+    let source = mount.source().clone();
+    let source = source.ok_or_else(|| refuse("mounts", format!("{destination}: no source")))?;
+    let source = bundle.folder.join(source);
+    let mut adapted = mount.clone();
+    // The sandbox's memory that processes share is the guest's.
+    if mount.destination() == Path::new("/dev/shm") {
+        adapted.set_typ(Some("tmpfs".into()));
+        adapted.set_source(Some("shm".into()));
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+        adapted.set_options(Some(options.map(String::from).to_vec()));
+        return Ok((adapted, None));
+    }
+    // What the host's kernel makes up, the guest's does too.
+    if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
+        return Ok((adapted, None));
+    }
+    let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
+    let found = source
+        .metadata()
+        .map_err(|error| wrong(error.to_string()))?;
+    if !found.is_dir() && !found.is_file() {
+        let what = match found.file_type() {
+            kind if kind.is_socket() => "a socket of the host's can't be used in a guest",
+            kind if kind.is_fifo() => "a FIFO of the host's can't be used in a guest",
+            _ => "a device of the host's can't be bound into a guest",
+        };
+        return Err(wrong(what.into()));
+    }
+    let share = Share {
+        name: format!("{id}.mount{number}"),
+        path: source,
+        read_only: has("ro"),
+    };
+    adapted.set_source(Some(guest_path(&share.name)));
+    Ok((adapted, Some(share)))
+}
+
+fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
+    let mut namespaces = Vec::new();
+    for namespace in linux.namespaces().iter().flatten() {
+        // The sandbox's own, which all of its containers share; and a clock is a guest's anyway.
+        if matches!(
+            namespace.typ(),
+            LinuxNamespaceType::Network | LinuxNamespaceType::Time
+        ) {
+            continue;
+        }
+        let mut own = namespace.clone();
+        own.set_path(None);
+        namespaces.push(own);
+    }
+    linux.set_namespaces(Some(namespaces));
+
+    let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
+        let rules = resources.devices().iter().flatten();
+        rules
+            .into_iter()
+            .any(|r| r.allow() && r.major().is_none() && r.minor().is_none())
+    });
+    let mut devices = Vec::new();
+    for device in linux.devices().iter().flatten() {
+        let number = (device.major(), device.minor());
+        let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
+        if is_pipe || GUEST_DEVICES.contains(&number) {
+            devices.push(device.clone());
+        } else if all_allowed {
+            // Privileged containers get all of the host's, whatever they are.
+            log::debug!(
+                "{} is a device of the host's alone",
+                device.path().display()
+            );
+        } else {
+            let path = device.path().display();
+            let reason = format!("{path} is a device of the host, which a guest does not have");
+            return Err(refuse("linux.devices", reason));
+        }
+    }
+    linux.set_devices(Some(devices));
+    if let Some(resources) = linux.resources_mut() {
+        only_the_guests(resources);
+    }
+    Ok(())
+}
+
+/// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
+/// pages.
+pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
+    resources.set_block_io(None);
+    resources.set_network(None);
+    resources.set_rdma(None);
+    resources.set_hugepage_limits(None);
+    if let Some(cpu) = resources.cpu() {
+        let mut cpu = *Box::new(cpu.clone());
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+        cpu.set_realtime_period(None);
+        cpu.set_realtime_runtime(None);
+        resources.set_cpu(Some(cpu));
+    }
+}
+
+/// What a process has beyond what is said, and what is not the guest's of it.
+///
+/// # Errors
+/// A process without a program.
+pub(crate) fn adapt_process(process: &mut oci::Process, accounts: &Accounts) -> Result<(), Error> {
+    if process
+        .args()
+        .iter()
+        .flatten()
+        .next()
+        .is_none_or(String::is_empty)
+    {
+        return Err(refuse("process.args", "no command was given"));
+    }
+    let mut env = process.env().clone().unwrap_or_default();
+    let has = |env: &[String], name: &str| env.iter().any(|v| v.starts_with(name));
+    if !has(&env, "PATH=") {
+        env.push(DEFAULT_PATH.into());
+    }
+    // Without HOME libcontainer would ask the C library, which would load code of the container's.
+    if !has(&env, "HOME=") {
+        let user = process.user().uid().to_string();
+        let home = Account::find(accounts, &user).map_or("/".into(), |account| account.home);
+        env.push(format!("HOME={home}"));
+    }
+    process.set_env(Some(env));
+    process.set_exec_cpu_affinity(None);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
+        let dir = tempfile::tempdir().unwrap();
+        let rootfs = dir.path().join("rootfs");
+        std::fs::create_dir(&rootfs).unwrap();
+        let mut spec = json!({
+            "ociVersion": "1.0.2-dev",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/"},
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "linux": {
+                "cgroupsPath": "/default/x",
+                "resources": {"cpu": {"shares": 2, "cpus": "0-3"}, "hugepageLimits": []},
+                "namespaces": [{"type": "pid"}, {"type": "network", "path": "/proc/1/ns/net"},
+                    {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "mount"}],
+            },
+        });
+        change(&mut spec);
+        let spec = serde_json::from_value(spec).unwrap();
+        let folder = dir.path().into();
+        let bundle = Bundle {
+            spec,
+            folder,
+            rootfs,
+        };
+        (dir, bundle)
+    }
+
+    fn error(change: impl FnOnce(&mut Value)) -> String {
+        let (_dir, bundle) = bundle(change);
+        let adapted = adapt("c", &bundle, &Accounts::default());
+        adapted.err().expect("a refusal").to_string()
+    }
+
+    #[test]
+    fn what_is_the_hosts_becomes_the_guests() {
+        let (dir, bundle) = bundle(|spec| {
+            spec["mounts"].as_array_mut().unwrap().extend([
+                json!({"destination": "/etc/hosts", "type": "bind", "source": "hosts",
+                    "options": ["rbind", "ro"]}),
+                json!({"destination": "/dev/shm", "type": "bind", "source": "/run/shm",
+                    "options": ["rbind"]}),
+            ]);
+        });
+        std::fs::write(dir.path().join("hosts"), "").unwrap();
+        let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+        let text = serde_json::to_string(&adapted.spec).unwrap();
+        assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
+        assert!(
+            !text.contains("/ns/") && !text.contains("\"network\""),
+            "{text}"
+        );
+        assert!(
+            !text.contains("0-3") && text.contains("\"shares\":2"),
+            "{text}"
+        );
+        assert!(
+            text.contains("HOME=/root") && text.contains("\"tmpfs\""),
+            "{text}"
+        );
+        let names: Vec<_> = adapted
+            .shares
+            .iter()
+            .map(|s| (s.name.as_str(), s.read_only))
+            .collect();
+        assert_eq!(names, [("c.root", true), ("c.mount0", true)]);
+        assert!(adapted.mount_points.contains(&("/etc/hosts".into(), true)));
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_refused_by_name() {
+        let network = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
+        assert!(error(network).contains("network namespace"));
+        let hook = |spec: &mut Value| spec["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
+        assert!(error(hook).contains("prestart"));
+        let device = |spec: &mut Value| {
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0}]);
+        };
+        assert!(error(device).contains("/dev/nvidia0"));
+        let overlay = |spec: &mut Value| {
+            spec["mounts"] = json!([{"destination": "/x", "type": "overlay", "source": "overlay"}]);
+        };
+        assert!(error(overlay).contains("overlay"));
+        let missing = |spec: &mut Value| {
+            spec["mounts"] =
+                json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/y"}]);
+        };
+        assert!(error(missing).contains("/nonexistent/y"));
+    }
+}
