@@ -2,12 +2,13 @@
 //! what must be shared with the guest, and what can't be had.
 //!
 //! Follows the OCI runtime specification 1.2. Paths of the host's become shares; namespaces that are
-//! the sandbox's own (network) and limits that only the host can set are left out; what the guest
-//! can't do is refused by name.
+//! the sandbox's own (network, and those given by path) are the guest's; limits that only the host can
+//! set are left out; what the guest can't do is refused by name.
 
 use crate::Error;
 use crate::account::{Account, Accounts};
 use crate::spec::{DEFAULT_PATH, Share, guest_path, root_share};
+use koya_protocol::SHARED_MEMORY_DIR;
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -77,11 +78,12 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     spec.set_root(Some(root));
     spec.set_hooks(None);
 
+    let shared_ipc = has_path(&spec, LinuxNamespaceType::Ipc);
     let mut mount_points = Vec::new();
     let mut mounts = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         let number = shares.len() - 1;
-        let (mount, share) = adapt_mount(id, number, bundle, mount)?;
+        let (mount, share) = adapt_mount(id, number, bundle, mount, shared_ipc)?;
         let is_file = share.as_ref().is_some_and(|share| !share.path.is_dir());
         mount_points.push((mount.destination().clone(), is_file));
         mounts.push(mount);
@@ -100,6 +102,16 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
         shares,
         mount_points,
     })
+}
+
+fn has_path(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let mut namespaces = namespaces.into_iter().flatten();
+    namespaces
+        .any(|n| n.typ() == kind && n.path().as_ref().is_some_and(|p| !p.as_os_str().is_empty()))
 }
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
@@ -144,6 +156,7 @@ fn adapt_mount(
     number: usize,
     bundle: &Bundle,
     mount: &Mount,
+    shared_ipc: bool,
 ) -> Result<(Mount, Option<Share>), Error> {
     let destination = mount.destination().display();
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
@@ -169,7 +182,11 @@ fn adapt_mount(
     let source = source.ok_or_else(|| refuse("mounts", format!("{destination}: no source")))?;
     let source = bundle.folder.join(source);
     let mut adapted = mount.clone();
-    // The sandbox's memory that processes share is the guest's.
+    // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
+    if mount.destination() == Path::new("/dev/shm") && shared_ipc {
+        adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
+        return Ok((adapted, None));
+    }
     if mount.destination() == Path::new("/dev/shm") {
         adapted.set_typ(Some("tmpfs".into()));
         adapted.set_source(Some("shm".into()));
@@ -212,8 +229,21 @@ fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
         ) {
             continue;
         }
+        // What containers share by a path of the host's is the guest's own, which its first process has.
         let mut own = namespace.clone();
-        own.set_path(None);
+        let shared = own
+            .path()
+            .as_ref()
+            .is_some_and(|path| !path.as_os_str().is_empty());
+        own.set_path(match (shared, namespace.typ()) {
+            (false, _) => None,
+            (true, LinuxNamespaceType::Ipc) => Some("/proc/1/ns/ipc".into()),
+            (true, LinuxNamespaceType::Uts) => Some("/proc/1/ns/uts".into()),
+            (true, other) => {
+                let reason = format!("containers can't share the {other} namespace yet");
+                return Err(refuse("linux.namespaces", reason));
+            }
+        });
         namespaces.push(own);
     }
     linux.set_namespaces(Some(namespaces));
@@ -349,7 +379,7 @@ mod tests {
         let text = serde_json::to_string(&adapted.spec).unwrap();
         assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
         assert!(
-            !text.contains("/ns/") && !text.contains("\"network\""),
+            text.contains("/proc/1/ns/ipc") && !text.contains("\"network\""),
             "{text}"
         );
         assert!(
@@ -357,7 +387,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("HOME=/root") && text.contains("\"tmpfs\""),
+            text.contains("HOME=/root") && text.contains(SHARED_MEMORY_DIR),
             "{text}"
         );
         let names: Vec<_> = adapted
@@ -384,6 +414,11 @@ mod tests {
             spec["mounts"] = json!([{"destination": "/x", "type": "overlay", "source": "overlay"}]);
         };
         assert!(error(overlay).contains("overlay"));
+        let pid = |spec: &mut Value| {
+            spec["linux"]["namespaces"] =
+                json!([{"type": "network"}, {"type": "pid", "path": "/proc/9/ns/pid"}]);
+        };
+        assert!(error(pid).contains("pid namespace"));
         let missing = |spec: &mut Value| {
             spec["mounts"] =
                 json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/y"}]);

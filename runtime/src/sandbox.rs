@@ -65,6 +65,9 @@ pub struct SandboxConfig {
     /// The Unix socket by which processes of the host reach vsock ports of the guest; see
     /// [`UnixSockets`]. Default: none.
     pub vsock: Option<PathBuf>,
+    /// The guest's own host name, which containers that share its uts namespace have: letters, digits,
+    /// `-` and `.`, at most 64. Default: the kernel's.
+    pub hostname: Option<String>,
     /// The guest kernel; looked for if none is given.
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs; looked for if none is given.
@@ -88,10 +91,28 @@ impl Default for SandboxConfig {
             networks: Vec::new(),
             cache: Cache::default(),
             vsock: None,
+            hostname: None,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
         }
+    }
+}
+
+impl SandboxConfig {
+    fn whole_cmdline(&self) -> Result<String, Error> {
+        let Some(name) = &self.hostname else {
+            return Ok(self.cmdline.clone());
+        };
+        // Else it could say anything to the kernel.
+        let proper = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
+            return Err(Error::container(
+                "hostname",
+                format!("{name:?} is no host name"),
+            ));
+        }
+        Ok(format!("{} hostname={name}", self.cmdline))
     }
 }
 
@@ -209,7 +230,7 @@ impl Sandbox {
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
         let mut machine = VmConfig {
             initramfs: Some(files.initramfs),
-            cmdline: config.cmdline.clone(),
+            cmdline: config.whole_cmdline()?,
             disks: config.disks.clone(),
             disk_slots: config.disk_slots,
             networks: networks.iter().map(|n| n.device.clone()).collect(),

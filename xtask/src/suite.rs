@@ -1,8 +1,9 @@
 //! `cargo xtask test`: every test there is, cheapest first.
 
-use crate::{build, cache, lint, proc};
+use crate::{apt, build, cache, lint, proc};
 use anyhow::Result;
 use clap::Args;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -39,7 +40,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
-    let (debian, fsx) = (debian()?, fsx()?);
+    let (debian, fsx, containerds) = (debian()?, fsx()?, containerds()?);
     proc::run(cargo().args([
         "build",
         "--package",
@@ -52,7 +53,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     system
         .args(["test", "--package", "koya-tests"])
         .env("KOYA_TEST_DEBIAN", &debian)
-        .env("KOYA_TEST_FSX", &fsx);
+        .env("KOYA_TEST_FSX", &fsx)
+        .env("KOYA_TEST_CONTAINERD", &containerds);
     if let Some(filter) = &args.filter {
         system.args(["--", filter]);
     }
@@ -83,6 +85,21 @@ fn debian() -> Result<PathBuf> {
         Ok(std::fs::remove_dir_all(&root)?)
     })?;
     Ok(dir.join("root.tar"))
+}
+
+/// The containerds that are tested with: 1.6, 1.7 and 2 as Debian's suites have them, unpacked once.
+/// Folders, with colons between them.
+fn containerds() -> Result<OsString> {
+    const SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
+    let mut folders = Vec::new();
+    for suite in SUITES {
+        let key = cache::key(["containerd", suite]);
+        let dir = cache::ensure("containerd", &key, |dir| {
+            apt::unpack(suite, &["containerd"], dir)
+        })?;
+        folders.push(dir.join("usr/bin"));
+    }
+    Ok(std::env::join_paths(folders)?)
 }
 
 /// The folder of the file-system exerciser, built once.

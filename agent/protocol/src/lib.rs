@@ -27,6 +27,8 @@ pub const TOKEN_LEN: usize = 32;
 pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.
 pub const SHARED_DIR: &str = "/run/koya/shared";
+/// Where the guest has the memory that containers of one sandbox share as `/dev/shm`.
+pub const SHARED_MEMORY_DIR: &str = "/dev/shm";
 
 /// The most that is read of a container's `/etc/passwd` or `/etc/group`, in bytes: two of them fit into
 /// a message.

@@ -145,8 +145,11 @@ impl Pair {
             return Ok(());
         };
         loop {
-            let received = self.receiver.run(tap, &shared)?;
+            // What is sent may have its answer at once: one interrupt tells of both.
             let sent = self.sender.run(tap, &shared)?;
+            let received = self.receiver.run(tap, &shared)?;
+            self.receiver.queue.notify()?;
+            self.sender.queue.notify()?;
             let mut limit = None;
             for pause in [received, sent] {
                 let wait = match pause {
@@ -198,11 +201,9 @@ fn turn(mut one: impl FnMut() -> Result<Option<Pause>, QueueError>) -> Result<Pa
 }
 
 impl Receiver {
-    /// Moves frames from the tap to the guest.
+    /// Moves frames from the tap to the guest, which is not told yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        let pause = turn(|| self.one(tap, shared))?;
-        self.queue.notify()?;
-        Ok(pause)
+        turn(|| self.one(tap, shared))
     }
 
     fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
@@ -299,11 +300,9 @@ impl Receiver {
 }
 
 impl Sender {
-    /// Moves frames from the guest to the tap.
+    /// Moves frames from the guest to the tap; the guest is not told yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        let pause = turn(|| self.one(tap, shared))?;
-        self.queue.notify()?;
-        Ok(pause)
+        turn(|| self.one(tap, shared))
     }
 
     fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {

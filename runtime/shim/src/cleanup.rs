@@ -3,10 +3,12 @@
 //! The shim may be gone, may be about to go, or may serve other containers of its pod: only one that is
 //! this container's own and does not answer is ended here.
 
+use crate::cgroup;
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::launch::{self, PID_FILE};
 use crate::mounts;
+use crate::pod::Spec;
 use crate::service::SERVED_AS;
 use anyhow::Result;
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
@@ -38,6 +40,14 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     let rootfs = bundle.join("rootfs");
     if is_mount(&rootfs) {
         mounts::unmount_all(&rootfs);
+    }
+    // A process can't remove the group that it is in.
+    if let Some(folder) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
+        let started = Instant::now();
+        while folder.exists() && started.elapsed() < GONE_LIMIT {
+            cgroup::remove(&folder);
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
     let response = DeleteResponse {
         pid: shim.map_or(0, |pid| pid.as_raw_nonzero().get() as u32),

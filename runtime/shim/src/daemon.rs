@@ -1,6 +1,7 @@
 //! The process that stays: it becomes a process of its own, enters the namespaces of its sandbox while it
 //! has one thread, and serves until there is nothing left to serve.
 
+use crate::cgroup;
 use crate::events::Events;
 use crate::flags::Flags;
 use crate::launch;
@@ -42,6 +43,11 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     };
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
     let ready = enter_namespaces(&spec);
+    if let Some(folder) = spec.cgroup()
+        && let Err(error) = cgroup::enter(&folder)
+    {
+        log::warn!("cannot enter {}: {error}", folder.display());
+    }
     koya::vmm::devices::fs::raise_descriptor_limit();
 
     let (end, ended) = channel();

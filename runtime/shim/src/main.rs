@@ -7,6 +7,7 @@
 //!
 //! Which calls mean what is containerd's `core/runtime/v2/README.md`.
 
+mod cgroup;
 mod cleanup;
 mod daemon;
 mod events;

@@ -1,5 +1,6 @@
 //! The sandbox of one shim, and the containers in it.
 
+use crate::cgroup;
 use crate::events::{Events, timestamp};
 use crate::flags::Flags;
 use crate::io::Paths;
@@ -136,6 +137,12 @@ impl Spec {
             return None;
         }
         u32::try_from((quota as u64).div_ceil(period as u64)).ok()
+    }
+
+    /// The sandbox's control group on the host.
+    pub(crate) fn cgroup(&self) -> Option<PathBuf> {
+        let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;
+        cgroup::folder(path)
     }
 
     fn resources(&self) -> Option<&oci::LinuxResources> {
@@ -368,6 +375,7 @@ impl Pod {
             };
         }
         let mut config = task.settings.sandbox(task.spec.memory(), task.spec.cpus());
+        config.hostname = task.spec.0.hostname().clone();
         config.networks = interfaces()?
             .into_iter()
             .map(|interface| NetworkConfig {
@@ -382,6 +390,12 @@ impl Pod {
         );
         if self.debug {
             started.follow_console(ConsoleLog::default());
+        }
+        if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
+            match started.machine().memory_usage() {
+                Ok(usage) => cgroup::apply(&folder, &cgroup::limits(resources, usage.size >> 20)),
+                Err(error) => log::warn!("the size of the guest is not known: {error}"),
+            }
         }
         *sandbox = Some(started.clone());
         Ok(started)
@@ -472,17 +486,26 @@ impl Pod {
             return self.start_further(&task, name);
         }
         task.first.status().allow(Wish::Start)?;
-        if !task.is_virtual() {
-            let container = match task.container() {
-                Some(container) => container,
-                None => self.make(&task)?,
-            };
-            let _order = lock(&task.order);
-            container.start()?;
+        if task.is_virtual() {
             self.started(&task);
             return Ok(());
         }
-        self.started(&task);
+        let started = self.start_first(&task);
+        if let Err(error) = &started {
+            // Clients delete only what has ended.
+            self.end(&task, failed_status(error), SystemTime::now());
+        }
+        started
+    }
+
+    fn start_first(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Refusal> {
+        let container = match task.container() {
+            Some(container) => container,
+            None => self.make(task)?,
+        };
+        let _order = lock(&task.order);
+        container.start()?;
+        self.started(task);
         Ok(())
     }
 
@@ -542,7 +565,7 @@ impl Pod {
             Ok(launched) => launched,
             Err(error) => {
                 // Who waits for it already hears of it.
-                further.proc.ended(127, SystemTime::now());
+                further.proc.ended(failed_status(&error), SystemTime::now());
                 return Err(error);
             }
         };
@@ -774,6 +797,17 @@ impl Pod {
             }
         }
         self.events.finish(END_LIMIT);
+    }
+}
+
+/// The status of a process that could not be started: a shell's, where it is the program's fault.
+fn failed_status(error: &Refusal) -> u32 {
+    match error {
+        Refusal::Failed(error) => match error.downcast_ref() {
+            Some(koya::Error::NotExecutable { status, .. }) => *status as u32,
+            _ => LOST,
+        },
+        _ => LOST,
     }
 }
 

@@ -5,6 +5,7 @@
 //! [`MAX_RIGS`], since each emulates one CPU, and each rig's tests share its one boot. It says which
 //! KVM it ran on; nothing is skipped.
 
+mod containerd;
 mod debian;
 mod disks;
 mod exec;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     let all = [
         run::trials(),
         torture::trials(),
+        containerd::trials(),
         debian::trials(),
         disks::trials(),
         exec::trials(),

@@ -1,0 +1,174 @@
+//! The control group of a sandbox on the host (version 2): what containerd or Kubernetes says in
+//! `linux.cgroupsPath`. The sandbox's process lives in it, with limits for all of it: what the container may
+//! have, and what a virtual machine takes beyond that.
+
+use koya::oci_spec::runtime as oci;
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// What a sandbox takes on the host beyond its guest's memory, in MiB: the monitor, page tables of
+/// the guest, shared files on their way. What it holds at rest is a few MiB (`docs/devices.md`).
+const MONITOR_MIB: u64 = 32;
+
+/// Where a configuration's group is. `slice:prefix:name` is systemd's way to say it.
+///
+/// None for a path that leads elsewhere, and on a host without control groups of version 2.
+pub(crate) fn folder(path: &Path) -> Option<PathBuf> {
+    if !Path::new(ROOT).join("cgroup.controllers").exists() {
+        return None;
+    }
+    below(Path::new(ROOT), path)
+}
+
+fn below(root: &Path, path: &Path) -> Option<PathBuf> {
+    let text = path.to_str()?;
+    let path = match text.split(':').collect::<Vec<_>>().as_slice() {
+        [slice, prefix, name] => {
+            let scope = match prefix.is_empty() {
+                true => (*name).to_owned(),
+                false => format!("{prefix}-{name}.scope"),
+            };
+            slices(slice).join(scope)
+        }
+        _ => PathBuf::from(text),
+    };
+    let mut folder = root.to_owned();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => folder.push(name),
+            Component::RootDir | Component::CurDir => {}
+            _ => return None,
+        }
+    }
+    (folder != root).then_some(folder)
+}
+
+/// `a-b.slice` is in `a.slice` (systemd.slice(5)).
+fn slices(slice: &str) -> PathBuf {
+    let mut path = PathBuf::new();
+    let name = slice.strip_suffix(".slice").unwrap_or(slice);
+    let mut so_far = String::new();
+    for part in name.split('-').filter(|part| !part.is_empty()) {
+        if !so_far.is_empty() {
+            so_far.push('-');
+        }
+        so_far += part;
+        path.push(format!("{so_far}.slice"));
+    }
+    path
+}
+
+/// Moves this process into the group, made if it is not there.
+pub(crate) fn enter(folder: &Path) -> io::Result<()> {
+    make(folder)?;
+    fs::write(folder.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// With the controllers that limits need, as far as the groups above have them.
+fn make(folder: &Path) -> io::Result<()> {
+    let Ok(below) = folder.strip_prefix(ROOT) else {
+        return Ok(());
+    };
+    let mut at = PathBuf::from(ROOT);
+    for name in below {
+        for controller in ["+memory", "+cpu", "+cpuset", "+pids"] {
+            // A group with processes of its own can't pass them on.
+            fs::write(at.join("cgroup.subtree_control"), controller).ok();
+        }
+        at.push(name);
+        match fs::create_dir(&at) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The limits of a sandbox whose guest has so much memory: file and value.
+pub(crate) fn limits(
+    resources: &oci::LinuxResources,
+    guest_mib: u64,
+) -> Vec<(&'static str, String)> {
+    let mut all = Vec::new();
+    let memory = resources
+        .memory()
+        .as_ref()
+        .and_then(|memory| memory.limit());
+    if memory.is_some_and(|limit| limit > 0) {
+        let bytes = (guest_mib + MONITOR_MIB) << 20;
+        all.push(("memory.max", bytes.to_string()));
+    }
+    let Some(cpu) = resources.cpu() else {
+        return all;
+    };
+    if let Some(quota) = cpu.quota().filter(|quota| *quota > 0) {
+        all.push((
+            "cpu.max",
+            format!("{quota} {}", cpu.period().unwrap_or(100_000)),
+        ));
+    }
+    if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
+        // As runc does: 2 to 262144 onto 1 to 10000.
+        let weight = 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
+        all.push(("cpu.weight", weight.to_string()));
+    }
+    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            all.push((file, value.clone()));
+        }
+    }
+    all
+}
+
+/// Sets them. One that can't be set is said, and the sandbox goes on: the guest has limits of its own.
+pub(crate) fn apply(folder: &Path, limits: &[(&str, String)]) {
+    for (file, value) in limits {
+        match fs::write(folder.join(file), value) {
+            Ok(()) => log::info!("{}/{file}: {value}", folder.display()),
+            Err(error) => log::warn!("{}/{file}: {value}: {error}", folder.display()),
+        }
+    }
+}
+
+/// Removes the group, once nothing is in it.
+pub(crate) fn remove(folder: &Path) {
+    if let Err(error) = fs::remove_dir(folder) {
+        log::debug!("{}: {error}", folder.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_found_by_both_ways_of_naming_them() {
+        let at = |path: &str| below(Path::new("/c"), Path::new(path));
+        assert_eq!(at("/default/foo"), Some("/c/default/foo".into()));
+        assert_eq!(
+            at("kubepods-pod1.slice:cri-containerd:abc"),
+            Some("/c/kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope".into())
+        );
+        assert_eq!(at("/../etc"), None);
+        assert_eq!(at("/"), None);
+    }
+
+    #[test]
+    fn a_sandboxs_limits_are_the_containers_and_the_virtual_machines() {
+        let resources: oci::LinuxResources = serde_json::from_str(
+            r#"{"memory": {"limit": 268435456},
+                "cpu": {"quota": 150000, "period": 100000, "shares": 1024, "cpus": "0-1"}}"#,
+        )
+        .unwrap();
+        let limits = limits(&resources, 300);
+        let of = |name: &str| limits.iter().find(|l| l.0 == name).map(|l| l.1.as_str());
+        assert_eq!(of("memory.max"), Some("348127232"));
+        assert_eq!(of("cpu.max"), Some("150000 100000"));
+        assert_eq!(of("cpu.weight"), Some("39"));
+        assert_eq!(of("cpuset.cpus"), Some("0-1"));
+        assert!(super::limits(&oci::LinuxResources::default(), 300).is_empty());
+    }
+}

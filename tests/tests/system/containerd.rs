@@ -1,0 +1,510 @@
+//! `containerd-shim-koya-v2` under the real containerd, by its own `ctr`: each test with each version of
+//! containerd that Debian has.
+
+use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const IMAGE: &str = "docker.io/library/busybox:test";
+const RUNTIME: &str = "io.containerd.koya.v2";
+
+/// Every test, for each containerd.
+pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
+    type Test = fn(&Containerd) -> Result<()>;
+    let tests: [(&str, Test); 4] = [
+        ("containers_run_and_end", containers_run_and_end),
+        ("a_task_is_looked_after", a_task_is_looked_after),
+        ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
+        ("many_start_at_once", many_start_at_once),
+    ];
+    let versions = ["1.6", "1.7", "2"].into_iter().enumerate();
+    versions
+        .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
+        .map(|(index, version, name, test)| {
+            let name = format!("containerd::v{version}::{name}");
+            libtest_mimic::Trial::test(name, move || {
+                let run = || {
+                    let containerd = Containerd::start(index, version)?;
+                    test(&containerd).with_context(|| containerd.last_words())
+                };
+                run().map_err(|error| format!("{error:#}").into())
+            })
+        })
+        .collect()
+}
+
+/// A containerd of this test's own.
+struct Containerd {
+    dir: PathBuf,
+    bin: PathBuf,
+    daemon: std::sync::Mutex<Child>,
+}
+
+impl Containerd {
+    fn start(index: usize, version: &str) -> Result<Self> {
+        let folders = std::env::var_os("KOYA_TEST_CONTAINERD")
+            .context("KOYA_TEST_CONTAINERD names no folders; `cargo xtask test` makes them")?;
+        let bin = std::env::split_paths(&folders)
+            .nth(index)
+            .context("too few folders")?;
+        // Short: sockets' paths have 107 bytes.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let dir = scratch("c")?.with_file_name(format!("c{}", NEXT.fetch_add(1, Ordering::SeqCst)));
+        fs::create_dir_all(&dir)?;
+        let at = dir.display();
+        let config = format!(
+            "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\", \
+             \"io.containerd.nri.v1.nri\"]\n[grpc]\naddress = \"{at}/c.sock\"\n"
+        );
+        fs::write(dir.join("config.toml"), config)?;
+        let containerd = Self {
+            daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
+            dir,
+            bin,
+        };
+        containerd.wait_until_ready()?;
+        let about = stdout(containerd.ctr(["version"]).output()?)?;
+        ensure!(about.contains(&format!("Version:  {version}.")), "{about}");
+        stdout(containerd.ctr(["image", "import"]).arg(image()?).output()?)?;
+        Ok(containerd)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        until("containerd", || {
+            let asked = self.ctr(["version"]).output()?;
+            Ok(asked.status.success().then_some(()))
+        })
+    }
+
+    fn ctr<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+        let mut ctr = Command::new(self.bin.join("ctr"));
+        ctr.arg("--address")
+            .arg(self.dir.join("c.sock"))
+            .args(args)
+            .stdin(Stdio::null());
+        ctr
+    }
+
+    /// `ctr run OPTIONS IMAGE NAME COMMAND`
+    fn run(&self, options: &[&str], name: &str, command: &[&str]) -> Command {
+        let mut ctr = self.ctr(["run", "--runtime", RUNTIME]);
+        ctr.args(options).args([IMAGE, name]).args(command);
+        ctr
+    }
+
+    fn state(&self, name: &str) -> Result<Option<String>> {
+        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
+        let line = list
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(name));
+        Ok(line
+            .and_then(|line| line.split_whitespace().last())
+            .map(str::to_owned))
+    }
+
+    /// The process on the host that a container has.
+    fn pid(&self, name: &str) -> Result<String> {
+        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
+        let line = list
+            .lines()
+            .find(|line| line.starts_with(name))
+            .context("no such task")?;
+        Ok(line
+            .split_whitespace()
+            .nth(1)
+            .context("no process")?
+            .to_owned())
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        stdout(self.ctr(["container", "rm", name]).output()?).map(drop)
+    }
+
+    /// As if the machine had no memory left for it.
+    fn kill_and_start_again(&self) -> Result<()> {
+        let mut daemon = self
+            .daemon
+            .lock()
+            .map_err(|_| anyhow::anyhow!("poisoned"))?;
+        daemon.kill()?;
+        daemon.wait()?;
+        *daemon = launch(&self.bin, &self.dir)?;
+        drop(daemon);
+        self.wait_until_ready()
+    }
+
+    /// What there may not be any more once all containers are gone: shims of this containerd's.
+    fn nothing_is_left(&self) -> Result<()> {
+        let mine = self.dir.join("c.sock");
+        let mine = mine.to_string_lossy();
+        until("shims that go", || {
+            let shims = processes_with("containerd-shim-koya-v2")?;
+            let left = shims.iter().any(|line| line.contains(&*mine));
+            Ok((!left).then_some(()))
+        })?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let here = format!("{}/state", self.dir.display());
+        let left: Vec<_> = mounts
+            .lines()
+            .filter(|l| l.contains(&here) && l.contains("rootfs"))
+            .collect();
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    }
+
+    fn last_words(&self) -> String {
+        let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+        let lines: Vec<_> = log
+            .lines()
+            .filter(|l| !l.contains("loading plugin"))
+            .collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if let Ok(daemon) = self.daemon.get_mut() {
+            daemon.kill().ok();
+            daemon.wait().ok();
+        }
+        let mine = self.dir.join("c.sock");
+        for line in processes_with("containerd-shim-koya-v2").unwrap_or_default() {
+            if line.contains(&*mine.to_string_lossy())
+                && let Some(pid) = line.split(' ').next()
+            {
+                Command::new("kill").args(["-KILL", pid]).status().ok();
+            }
+        }
+    }
+}
+
+fn launch(bin: &Path, dir: &Path) -> Result<Child> {
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))?;
+    let path = std::env::var("PATH")?;
+    Command::new(bin.join("containerd"))
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start containerd")
+}
+
+/// `PID arguments` of each process whose program has this name.
+fn processes_with(name: &str) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line
+            .split(' ')
+            .next()
+            .is_some_and(|program| program.ends_with(name))
+        {
+            found.push(format!("{pid} {line}"));
+        }
+    }
+    Ok(found)
+}
+
+/// A tar as `docker save` makes it, of the tests' root file system.
+fn image() -> Result<&'static Path> {
+    static IMAGE_TAR: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let made = IMAGE_TAR.get_or_init(|| make_image().inspect_err(|e| eprintln!("{e:#}")).ok());
+    made.as_deref().context("no image")
+}
+
+fn make_image() -> Result<PathBuf> {
+    let dir = scratch("image")?;
+    let root = shared_rootfs();
+    let script = r#"
+        set -e; cd "$1"; mkdir l; tar -C "$2" -cf l/layer.tar .
+        layer=$(sha256sum l/layer.tar | cut -d' ' -f1)
+        printf '{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin"],"Cmd":["sh"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' $layer > c.json
+        printf '[{"Config":"c.json","RepoTags":["%s"],"Layers":["l/layer.tar"]}]' "$3" > manifest.json
+        tar -cf image.tar c.json manifest.json l
+    "#;
+    let mut sh = Command::new("sh");
+    sh.args(["-c", script, "sh"]).arg(&dir).arg(root).arg(IMAGE);
+    stdout(sh.output()?)?;
+    Ok(dir.join("image.tar"))
+}
+
+/// The exit code and all that was printed.
+fn ended(output: &Output) -> (Option<i32>, String) {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&text).trim_end().replace('\r', ""),
+    )
+}
+
+fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
+    let shared = scratch("volume")?;
+    fs::write(shared.join("file"), "of the host")?;
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw",
+        shared.display()
+    );
+    let script = "uname -r; cat /data/file; echo of the guest > /data/new; pwd; exit 3";
+    let options = ["--rm", "--mount", &mount, "--cwd", "/made/for/it"];
+    let out = containerd
+        .run(&options, "one", &["sh", "-c", script])
+        .output()?;
+    let (code, text) = ended(&out);
+    ensure!(code == Some(3) && text.contains("-koya"), "{code:?} {text}");
+    ensure!(
+        text.contains("of the host") && text.ends_with("/made/for/it"),
+        "{text}"
+    );
+    ensure!(fs::read_to_string(shared.join("new"))? == "of the guest\n");
+
+    // A reader that is slow misses nothing.
+    let script = "i=0; while [ $i -lt 3000 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123; i=$((i+1)); done";
+    let mut child = containerd
+        .run(&["--rm"], "slow", &["sh", "-c", script])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut out = child.stdout.take().context("a pipe")?;
+    std::thread::sleep(Duration::from_secs(6));
+    let mut text = String::new();
+    out.read_to_string(&mut text)?;
+    ensure!(
+        child.wait()?.success() && text.len() == 3000 * 65,
+        "{} bytes",
+        text.len()
+    );
+
+    // What is typed comes in, and its end: later than at once, which ctr 1.6 does not tell.
+    let mut cat = containerd.run(&["--rm"], "cat", &["cat"]);
+    let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = cat.stdin.take().context("a pipe")?;
+    stdin.write_all(b"typed\n")?;
+    until("the container", || {
+        Ok((containerd.state("cat")?.as_deref() == Some("RUNNING")).then_some(()))
+    })?;
+    std::thread::sleep(Duration::from_secs(1));
+    drop(stdin);
+    let out = cat.wait_with_output()?;
+    ensure!(out.status.success() && out.stdout == b"typed\n", "{out:?}");
+
+    // A terminal, which ctr takes only from a terminal.
+    let ctr = containerd.run(
+        &["--rm", "-t"],
+        "tty",
+        &["sh", "-c", "tty; stty size; exit 4"],
+    );
+    let line: Vec<_> = std::iter::once(ctr.get_program())
+        .chain(ctr.get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let script = format!("stty rows 33 cols 77; {}", line.join(" "));
+    let mut terminal = Command::new("script");
+    terminal
+        .args(["-qec", &script, "/dev/null"])
+        .stdin(Stdio::null());
+    let (code, text) = ended(&terminal.output()?);
+    ensure!(
+        code == Some(4) && text.contains("/dev/pts/0"),
+        "{code:?} {text}"
+    );
+
+    // What can't be had is said in one line, and nothing stays behind.
+    let (code, text) = ended(
+        &containerd
+            .run(&["--rm", "--net-host"], "net", &["true"])
+            .output()?,
+    );
+    ensure!(
+        code != Some(0) && text.contains("the host's network"),
+        "{text}"
+    );
+    let (code, text) = ended(&containerd.run(&["--rm"], "nope", &["nope"]).output()?);
+    ensure!(code != Some(0) && text.contains("nope"), "{text}");
+    let config = shared.join("koya.toml");
+    fs::write(&config, "memory_mib = 300\n")?;
+    let path = config.to_string_lossy().into_owned();
+    let options = ["--rm", "--runtime-config-path", &path];
+    let script = "grep MemTotal /proc/meminfo";
+    let (code, text) = ended(
+        &containerd
+            .run(&options, "size", &["sh", "-c", script])
+            .output()?,
+    );
+    let kib = text
+        .split_whitespace()
+        .nth(1)
+        .and_then(|n| n.parse::<u64>().ok())
+        .unwrap_or(0);
+    ensure!(
+        code == Some(0) && (300..=308).contains(&(kib >> 10)),
+        "{text}"
+    );
+    fs::write(&config, "memory_mb = 300\n")?;
+    let (code, text) = ended(&containerd.run(&options, "typo", &["true"]).output()?);
+    ensure!(code != Some(0) && text.contains("memory_mb"), "{text}");
+    containerd.nothing_is_left()
+}
+
+fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
+    let (log, shared) = (scratch("log")?.join("sub/out"), scratch("life")?);
+    let uri = format!("file://{}", log.display());
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw",
+        shared.display()
+    );
+    let script = "n=0; while :; do n=$((n+1)); echo $n > /data/n; [ $n = 1 ] && echo started; sleep 0.1; done";
+    let options = ["-d", "--log-uri", &uri, "--mount", &mount];
+    stdout(
+        containerd
+            .run(&options, "life", &["sh", "-c", script])
+            .output()?,
+    )?;
+    let said = || fs::read_to_string(&log).unwrap_or_default();
+    until("its output", || Ok((said() == "started\n").then_some(())))?;
+    ensure!(containerd.state("life")?.as_deref() == Some("RUNNING"));
+
+    let exec = |name: &str, script: &str| {
+        let exec = [
+            "task",
+            "exec",
+            "--exec-id",
+            name,
+            "life",
+            "sh",
+            "-c",
+            script,
+        ];
+        Ok::<_, anyhow::Error>(ended(&containerd.ctr(exec).output()?))
+    };
+    let (code, text) = exec("first", "echo here; cat /proc/1/comm; exit 7")?;
+    ensure!(code == Some(7) && text == "here\nsh", "{code:?} {text}");
+    let metrics = stdout(containerd.ctr(["task", "metrics", "life"]).output()?)?;
+    let value = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().last()?.parse::<u64>().ok())
+    };
+    ensure!(value("pids.current").is_some_and(|n| n >= 1), "{metrics}");
+    ensure!(
+        value("memory.usage ").is_some_and(|n| n > 100_000),
+        "{metrics}"
+    );
+    ensure!(value("cpu.usage_usec").is_some_and(|n| n > 0), "{metrics}");
+
+    let count = || {
+        Ok::<u64, anyhow::Error>(
+            fs::read_to_string(shared.join("n"))?
+                .trim()
+                .parse()
+                .unwrap_or(0),
+        )
+    };
+    stdout(containerd.ctr(["task", "pause", "life"]).output()?)?;
+    ensure!(containerd.state("life")?.as_deref() == Some("PAUSED"));
+    std::thread::sleep(Duration::from_millis(300));
+    let paused = count()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(count()? == paused, "it went on");
+    stdout(containerd.ctr(["task", "resume", "life"]).output()?)?;
+    until("it to go on", || Ok((count()? > paused).then_some(())))?;
+
+    let pid = containerd.pid("life")?;
+    containerd.kill_and_start_again()?;
+    ensure!(containerd.state("life")?.as_deref() == Some("RUNNING"));
+    ensure!(containerd.pid("life")? == pid);
+    let before = count()?;
+    until("it to go on", || Ok((count()? > before).then_some(())))?;
+    let (code, text) = exec("second", "echo again")?;
+    ensure!(code == Some(0) && text == "again", "{code:?} {text}");
+
+    // A signal that it has no handler for, and can't be hit by: it is its namespace's init.
+    stdout(
+        containerd
+            .ctr(["task", "kill", "-s", "TERM", "life"])
+            .output()?,
+    )?;
+    let refused = containerd.ctr(["task", "rm", "life"]).output()?;
+    ensure!(!refused.status.success());
+    stdout(
+        containerd
+            .ctr(["task", "kill", "-s", "KILL", "life"])
+            .output()?,
+    )?;
+    until("its end", || {
+        Ok((containerd.state("life")?.as_deref() == Some("STOPPED")).then_some(()))
+    })?;
+    let (code, text) = ended(&containerd.ctr(["task", "rm", "life"]).output()?);
+    ensure!(code == Some(137) || text.contains("137"), "{code:?} {text}");
+    containerd.remove("life")?;
+    containerd.nothing_is_left()
+}
+
+fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
+    stdout(
+        containerd
+            .run(&["-d"], "hit", &["sleep", "1000"])
+            .output()?,
+    )?;
+    let pid = containerd.pid("hit")?;
+    ensure!(
+        Command::new("kill")
+            .args(["-KILL", &pid])
+            .status()?
+            .success()
+    );
+    until("its end", || {
+        let state = containerd.state("hit")?;
+        Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
+    })?;
+    // containerd may know the task still, as one that ended.
+    containerd.ctr(["task", "rm", "-f", "hit"]).output()?;
+    containerd.remove("hit")?;
+    // And its name can be used again.
+    let out = containerd
+        .run(&["--rm"], "hit", &["echo", "again"])
+        .output()?;
+    ensure!(stdout(out)? == "again");
+    containerd.nothing_is_left()
+}
+
+/// KOYA_TEST_CONTAINERS is how many (default 3).
+fn many_start_at_once(containerd: &Containerd) -> Result<()> {
+    let count: usize = std::env::var("KOYA_TEST_CONTAINERS").map_or(Ok(3), |n| n.parse())?;
+    let started = Instant::now();
+    let mut all = Vec::new();
+    for number in 0..count {
+        let name = format!("many{number}");
+        let command = ["sh", "-c", &format!("echo {number}; exit {number}")];
+        let mut ctr = containerd.run(&["--rm"], &name, &command);
+        all.push(ctr.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?);
+    }
+    for (number, child) in all.into_iter().enumerate() {
+        let out = child.wait_with_output()?;
+        let (code, text) = ended(&out);
+        if code != Some(number as i32) || text != number.to_string() {
+            bail!("{number}: {code:?} {:?} {text}", out.status.signal());
+        }
+    }
+    eprintln!(
+        "containerd: {count} containers at once in {:?} (limit {LIMIT:?} each)",
+        started.elapsed()
+    );
+    containerd.nothing_is_left()
+}
