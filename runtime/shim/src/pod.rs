@@ -504,6 +504,8 @@ impl Pod {
             None => self.make(task)?,
         };
         let _order = lock(&task.order);
+        // It may have been killed while it was made.
+        task.first.status().allow(Wish::Start)?;
         container.start()?;
         self.started(task);
         Ok(())

@@ -18,11 +18,16 @@ const RUNTIME: &str = "io.containerd.koya.v2";
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     type Test = fn(&Containerd) -> Result<()>;
-    let tests: [(&str, Test); 4] = [
+    let tests: [(&str, Test); 6] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
         ("many_start_at_once", many_start_at_once),
+        ("a_pod_is_one_machine", a_pod_is_one_machine),
+        (
+            "limits_hold_inside_and_outside",
+            limits_hold_inside_and_outside,
+        ),
     ];
     let versions = ["1.6", "1.7", "2"].into_iter().enumerate();
     versions
@@ -507,4 +512,127 @@ fn many_start_at_once(containerd: &Containerd) -> Result<()> {
         started.elapsed()
     );
     containerd.nothing_is_left()
+}
+
+/// As Kubernetes' interface makes pods: by annotations.
+fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
+    let of = |kind: &str| {
+        let pairs = [("container-type", kind), ("sandbox-id", "pod")];
+        let words = pairs.map(|(name, value)| format!("io.kubernetes.cri.{name}={value}"));
+        words
+            .into_iter()
+            .flat_map(|word| ["--annotation".to_owned(), word])
+            .collect::<Vec<_>>()
+    };
+    let run = |kind: &str, more: &[&str], name: &str, command: &[&str]| {
+        let mut ctr = containerd.ctr(["run", "--runtime", RUNTIME]);
+        ctr.args(of(kind))
+            .args(more)
+            .args([IMAGE, name])
+            .args(command);
+        ctr
+    };
+    // What a pod's own container is told to run is not run.
+    stdout(run("sandbox", &["-d"], "pod", &["sh", "-c", "exit 1"]).output()?)?;
+    ensure!(containerd.state("pod")?.as_deref() == Some("RUNNING"));
+    let script = "mkdir /www; echo pong > /www/index.html; exec httpd -f -p 8080 -h /www";
+    stdout(run("container", &["-d"], "web", &["sh", "-c", script]).output()?)?;
+    ensure!(
+        containerd.pid("web")? == containerd.pid("pod")?,
+        "two machines"
+    );
+    let script = "until wget -qO- http://127.0.0.1:8080/; do sleep 0.2; done; ls /www";
+    let (code, text) =
+        ended(&run("container", &["--rm"], "client", &["sh", "-c", script]).output()?);
+    ensure!(
+        code == Some(1) && text.starts_with("pong"),
+        "{code:?} {text}"
+    );
+
+    stdout(
+        containerd
+            .ctr(["task", "kill", "-s", "KILL", "web"])
+            .output()?,
+    )?;
+    let stopped = |name: &str| {
+        until("its end", || {
+            Ok((containerd.state(name)?.as_deref() == Some("STOPPED")).then_some(()))
+        })
+    };
+    stopped("web")?;
+    containerd.ctr(["task", "rm", "web"]).output()?;
+    containerd.remove("web")?;
+    ensure!(containerd.state("pod")?.as_deref() == Some("RUNNING"));
+    stdout(
+        containerd
+            .ctr(["task", "kill", "-s", "KILL", "pod"])
+            .output()?,
+    )?;
+    stopped("pod")?;
+    containerd.ctr(["task", "rm", "pod"]).output()?;
+    containerd.remove("pod")?;
+    containerd.nothing_is_left()
+}
+
+/// The container's limit is its group's in the guest; the host's group has room for the machine too.
+fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
+    const LIMIT_MIB: u64 = 100;
+    let bytes = (LIMIT_MIB << 20).to_string();
+    let options = ["-d", "--memory-limit", &bytes];
+    stdout(
+        containerd
+            .run(&options, "limited", &["sleep", "1000"])
+            .output()?,
+    )?;
+    let exec = |name: &str, script: &str| {
+        let exec = [
+            "task",
+            "exec",
+            "--exec-id",
+            name,
+            "limited",
+            "sh",
+            "-c",
+            script,
+        ];
+        stdout(containerd.ctr(exec).output()?)
+    };
+    let total = exec("total", "grep MemTotal /proc/meminfo | tr -dc 0-9")?;
+    let total = total.parse::<u64>()? >> 10;
+    ensure!(
+        (LIMIT_MIB..LIMIT_MIB + 48).contains(&total),
+        "{total} MiB in the guest"
+    );
+    let metrics = stdout(containerd.ctr(["task", "metrics", "limited"]).output()?)?;
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with("memory.usage_limit"));
+    ensure!(
+        line.is_some_and(|line| line.trim_end().ends_with(&bytes)),
+        "{metrics}"
+    );
+    let outside = fs::read_to_string("/sys/fs/cgroup/default/limited/memory.max")?;
+    let outside = outside.trim().parse::<u64>()? >> 20;
+    ensure!(
+        (LIMIT_MIB + 32..LIMIT_MIB + 160).contains(&outside),
+        "{outside} MiB on the host"
+    );
+    // Beyond the limit the guest's kernel kills what takes too much, and nothing else.
+    let (code, text) = ended(
+        &containerd
+            .ctr(["task", "exec", "--exec-id", "greedy", "limited"])
+            .args([
+                "sh",
+                "-c",
+                "head -c 120m /dev/zero | tail > /dev/null; echo $?",
+            ])
+            .output()?,
+    );
+    ensure!(code == Some(0) && text.ends_with("137"), "{code:?} {text}");
+    ensure!(exec("after", "echo alive")? == "alive");
+    stdout(containerd.ctr(["task", "rm", "-f", "limited"]).output()?)?;
+    containerd.remove("limited")?;
+    containerd.nothing_is_left()?;
+    let group = Path::new("/sys/fs/cgroup/default/limited");
+    until("the group's end", || Ok((!group.exists()).then_some(())))
 }
