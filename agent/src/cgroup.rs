@@ -32,7 +32,13 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
         true => FreezerState::Frozen,
         false => FreezerState::Thawed,
     };
-    Ok(create_cgroup_manager(config(id))?.freeze(state)?)
+    let manager = create_cgroup_manager(config(id))?;
+    let done = manager.freeze(state);
+    if done.is_err() && frozen {
+        // As far as it came: what can't be stopped whole goes on whole.
+        manager.freeze(FreezerState::Thawed).ok();
+    }
+    Ok(done?)
 }
 
 /// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.

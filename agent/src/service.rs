@@ -405,7 +405,7 @@ impl Agent for Service {
         request: ReportHostEventsRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            watches::fire(&request.events)?;
+            aside(move || watches::fire(&request.events)).await?;
             Ok(Empty::new())
         })
         .await

@@ -100,7 +100,7 @@ impl State {
         let processes = self.processes.borrow();
         let process = processes
             .get(key)
-            .with_context(|| format!("no process {:?} in container {:?}", key.1, key.0))?;
+            .with_context(|| format!("process not found: {:?} of container {:?}", key.1, key.0))?;
         Ok(look(process))
     }
 

@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 /// Fires each event, in order. One that comes too late for its node is nobody's loss.
 pub(crate) fn fire(events: &[HostEvent]) -> Result<()> {
     let root = File::open(SHARED_DIR).with_context(|| format!("cannot open {SHARED_DIR}"))?;
+    let mut first = Ok(());
     for event in events {
         let fired = sys::fire_host_event(
             root.as_fd(),
@@ -21,10 +22,11 @@ pub(crate) fn fire(events: &[HostEvent]) -> Result<()> {
         );
         match fired {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).context("the kernel refuses an event of the host's");
+                let error = Err(error).context("the kernel refuses an event of the host's");
+                first = first.and(error);
             }
             _ => {}
         }
     }
-    Ok(())
+    first
 }

@@ -84,7 +84,11 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     for mount in spec.mounts().iter().flatten() {
         let number = shares.len() - 1;
         let (mount, share) = adapt_mount(id, number, bundle, mount, shared_ipc)?;
-        let is_file = share.as_ref().is_some_and(|share| !share.path.is_dir());
+        let source = match &share {
+            Some(share) => Some(&share.path),
+            None => mount.source().as_ref(),
+        };
+        let is_file = source.is_some_and(|path| path.is_file());
         mount_points.push((mount.destination().clone(), is_file));
         mounts.push(mount);
         shares.extend(share);
@@ -102,6 +106,17 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
         shares,
         mount_points,
     })
+}
+
+/// The size of the file system in memory that a path is on, in bytes; none if it is on another.
+fn memory_behind(path: &Path) -> Option<u64> {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let found = rustix::fs::statfs(path).ok()?;
+    let is_memory = found.f_type == TMPFS_MAGIC;
+    // Kubernetes and others mount it there themselves; a folder of the host's in memory is a folder.
+    let is_its_root =
+        rustix::fs::stat(path).ok()?.st_dev != rustix::fs::stat(path.parent()?).ok()?.st_dev;
+    (is_memory && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
 }
 
 fn has_path(spec: &Spec, kind: LinuxNamespaceType) -> bool {
@@ -183,16 +198,26 @@ fn adapt_mount(
     let source = bundle.folder.join(source);
     let mut adapted = mount.clone();
     // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
-    if mount.destination() == Path::new("/dev/shm") && shared_ipc {
-        adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
-        return Ok((adapted, None));
-    }
-    if mount.destination() == Path::new("/dev/shm") {
+    if mount.destination() == Path::new("/dev/shm")
+        && let Some(bytes) = memory_behind(&source)
+    {
+        if shared_ipc {
+            adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
+            return Ok((adapted, None));
+        }
         adapted.set_typ(Some("tmpfs".into()));
         adapted.set_source(Some("shm".into()));
-        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
-        adapted.set_options(Some(options.map(String::from).to_vec()));
+        let options = ["nosuid", "noexec", "nodev", "mode=1777"].map(String::from);
+        let size = format!("size={bytes}");
+        adapted.set_options(Some(options.into_iter().chain([size]).collect()));
         return Ok((adapted, None));
+    }
+    for option in ["shared", "rshared"] {
+        if has(option) {
+            let reason =
+                format!("{destination}: mounts of a guest can't reach the host ({option})");
+            return Err(refuse("mounts", reason));
+        }
     }
     // What the host's kernel makes up, the guest's does too.
     if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
@@ -213,7 +238,7 @@ fn adapt_mount(
     let share = Share {
         name: format!("{id}.mount{number}"),
         path: source,
-        read_only: has("ro"),
+        read_only: has("ro") || has("rro"),
     };
     adapted.set_source(Some(guest_path(&share.name)));
     Ok((adapted, Some(share)))
@@ -250,9 +275,12 @@ fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
 
     let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
         let rules = resources.devices().iter().flatten();
-        rules
-            .into_iter()
-            .any(|r| r.allow() && r.major().is_none() && r.minor().is_none())
+        let all = |r: &oci::LinuxDeviceCgroup| {
+            let every_access = r.access().as_ref().is_none_or(|access| access.len() == 3);
+            let every_kind = matches!(r.typ(), None | Some(LinuxDeviceType::A));
+            r.allow() && r.major().is_none() && r.minor().is_none() && every_access && every_kind
+        };
+        rules.into_iter().any(all)
     });
     let mut devices = Vec::new();
     for device in linux.devices().iter().flatten() {
@@ -323,6 +351,9 @@ pub(crate) fn adapt_process(process: &mut oci::Process, accounts: &Accounts) -> 
     }
     process.set_env(Some(env));
     process.set_exec_cpu_affinity(None);
+    // Labels for the host's security modules, which a guest does not have.
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
     Ok(())
 }
 
@@ -337,7 +368,8 @@ mod tests {
         std::fs::create_dir(&rootfs).unwrap();
         let mut spec = json!({
             "ociVersion": "1.0.2-dev",
-            "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/"},
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/",
+                "apparmorProfile": "cri-containerd.apparmor.d"},
             "root": {"path": "rootfs", "readonly": true},
             "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
             "linux": {
@@ -370,7 +402,7 @@ mod tests {
             spec["mounts"].as_array_mut().unwrap().extend([
                 json!({"destination": "/etc/hosts", "type": "bind", "source": "hosts",
                     "options": ["rbind", "ro"]}),
-                json!({"destination": "/dev/shm", "type": "bind", "source": "/run/shm",
+                json!({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm",
                     "options": ["rbind"]}),
             ]);
         });
@@ -382,12 +414,13 @@ mod tests {
             text.contains("/proc/1/ns/ipc") && !text.contains("\"network\""),
             "{text}"
         );
+        assert!(!text.contains("apparmor"), "{text}");
         assert!(
             !text.contains("0-3") && text.contains("\"shares\":2"),
             "{text}"
         );
         assert!(
-            text.contains("HOME=/root") && text.contains(SHARED_MEMORY_DIR),
+            text.contains("HOME=/root") && text.contains(r#""source":"/dev/shm""#),
             "{text}"
         );
         let names: Vec<_> = adapted

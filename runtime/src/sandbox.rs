@@ -19,6 +19,7 @@ use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vs
 use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
 };
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -66,8 +67,11 @@ pub struct SandboxConfig {
     /// [`UnixSockets`]. Default: none.
     pub vsock: Option<PathBuf>,
     /// The guest's own host name, which containers that share its uts namespace have: letters, digits,
-    /// `-` and `.`, at most 64. Default: the kernel's.
+    /// `-`, `.` and `_`, at most 64. Default: the kernel's.
     pub hostname: Option<String>,
+    /// The guest kernel's settings by their names (`net.ipv4.ip_unprivileged_port_start`), which all of
+    /// its containers have where they have no namespace of their own for them.
+    pub sysctls: BTreeMap<String, String>,
     /// The guest kernel; looked for if none is given.
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs; looked for if none is given.
@@ -92,6 +96,7 @@ impl Default for SandboxConfig {
             cache: Cache::default(),
             vsock: None,
             hostname: None,
+            sysctls: BTreeMap::new(),
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
@@ -101,18 +106,28 @@ impl Default for SandboxConfig {
 
 impl SandboxConfig {
     fn whole_cmdline(&self) -> Result<String, Error> {
+        let mut words = self.cmdline.clone();
+        // Other letters could say anything to the kernel.
+        for (name, value) in &self.sysctls {
+            let proper = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
+            let plain = |c: char| c == ' ' || c == '\t' || c.is_ascii_graphic() && c != '"';
+            if name.is_empty() || !name.chars().all(proper) || !value.chars().all(plain) {
+                let reason = format!("{name:?} can't be set to {value:?}");
+                return Err(Error::container("sysctl", reason));
+            }
+            words += &format!(" sysctl.{name}=\"{value}\"");
+        }
         let Some(name) = &self.hostname else {
-            return Ok(self.cmdline.clone());
+            return Ok(words);
         };
-        // Else it could say anything to the kernel.
-        let proper = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        let proper = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
             return Err(Error::container(
                 "hostname",
                 format!("{name:?} is no host name"),
             ));
         }
-        Ok(format!("{} hostname={name}", self.cmdline))
+        Ok(format!("{words} hostname={name}"))
     }
 }
 
@@ -492,7 +507,7 @@ fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
             match host_events.next() {
                 Ok(Some(events)) => {
                     if let Err(error) = agent.report_host_events(events) {
-                        log::debug!("{error}");
+                        log::warn!("the guest misses changes on the host: {error}");
                     }
                 }
                 Ok(None) => return,

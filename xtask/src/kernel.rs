@@ -132,7 +132,7 @@ impl Source {
 fn apply(tree: &Path, patch: &Path) -> Command {
     let mut command = Command::new("patch");
     command
-        .args(["--strip=1", "--batch", "--quiet", "--directory"])
+        .args(["--strip=1", "--force", "--quiet", "--directory"])
         .arg(tree)
         .arg("--input")
         .arg(patch);

@@ -8,9 +8,10 @@
 //! # What the guest did itself
 //! The host's inotify also sees what this server does for the guest, and the guest's kernel has
 //! told of that already. Each operation therefore notes what it is about to change ([`Acting`]); an
-//! event that fits such a note is the guest's own. A note holds until the host's queue is empty after
-//! its operation. A host's change of the same kind to the same name in that moment is dropped with
-//! it, and is not missed: the guest's own event is fired after the operation.
+//! event that fits such a note is the guest's own. When an operation ends, all that the host has
+//! queued is looked at, and then its note ends. A host's change of the same kind to the same name
+//! while an operation runs is dropped with it, and is not missed: the guest's own event is fired
+//! after the operation.
 
 use super::inodes::{self, Inode, Inodes};
 use crate::sync::lock;
@@ -18,7 +19,7 @@ use crate::sys;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
@@ -32,11 +33,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// (`/proc/sys/fs/inotify/max_user_watches`).
 const MAX_WATCHES: usize = 1 << 16;
 
-/// How long events are gathered: what changes often is told once.
+/// How long events are gathered before they are told together.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// The most notes that are kept of operations that have ended.
-const MAX_NOTES: usize = 1 << 14;
+/// Beyond so many events that wait to be told, the rest waits in the host's queue.
+const MAX_PENDING: usize = 4096;
+
+/// The most events that are told together.
+const MAX_TOLD: usize = 1024;
 
 /// Kinds of events, as `inotify(7)` has them.
 pub(super) mod kind {
@@ -84,8 +88,9 @@ impl HostEvents {
         Self(watches)
     }
 
-    /// Waits for events and returns all that there are, in the order in which they happened; none
-    /// when the device is gone. What is not fetched waits in the host's queue, some 16,000 events.
+    /// Waits for events and returns those that there are, in the order in which they happened, 1,024
+    /// at most; none when the device is gone. What is not fetched waits in the host's queue, some
+    /// 16,000 events.
     ///
     /// # Errors
     /// If the host can't wait or read.
@@ -93,23 +98,29 @@ impl HostEvents {
         loop {
             let queue = self.0.queue.get();
             let queue = queue.map(|fd| fd as &dyn AsRawFd);
-            let [ended, started, _] =
-                sys::wait_readable([Some(&self.0.ended), Some(&self.0.started), queue], None)?;
+            let [ended, woken, _] =
+                sys::wait_readable([Some(&self.0.ended), Some(&self.0.wake), queue], None)?;
             if ended {
                 return Ok(None);
             }
-            if started {
-                self.0.started.read().ok();
-                continue;
+            if woken {
+                self.0.wake.read().ok();
             }
             if sys::wait_readable([Some(&self.0.ended)], Some(GATHER))? == [true] {
                 return Ok(None);
             }
-            let events = self.0.read()?;
+            let events = self.0.take()?;
             if !events.is_empty() {
                 return Ok(Some(events));
             }
         }
+    }
+}
+
+impl Drop for HostEvents {
+    fn drop(&mut self) {
+        self.0.wanted.store(false, Ordering::SeqCst);
+        self.0.clear();
     }
 }
 
@@ -134,10 +145,10 @@ struct Node {
 /// Which change is the guest's own: a node's, or that of an entry of it.
 type Key = (u64, Vec<u8>);
 
+/// Operations that are about to change something, and how.
 #[derive(Default)]
 struct Note {
     kinds: u32,
-    /// Operations that have not ended.
     under_way: u32,
 }
 
@@ -148,8 +159,8 @@ struct State {
     /// The number of what was heard last of each node: requests overtake each other.
     heard: HashMap<u64, u64>,
     notes: HashMap<Key, Note>,
-    /// Events were taken from the host's queue and not looked at yet.
-    reading: bool,
+    /// Events that wait to be told.
+    pending: VecDeque<HostEvent>,
 }
 
 /// What the guest watches.
@@ -157,7 +168,8 @@ pub(super) struct Watches {
     inodes: Arc<Inodes>,
     /// The host's inotify instance, made for the first watch: a user has few of them.
     queue: OnceLock<OwnedFd>,
-    started: EventFd,
+    /// The queue was made, or events wait to be told.
+    wake: EventFd,
     ended: EventFd,
     /// Somebody holds [`HostEvents`].
     wanted: AtomicBool,
@@ -172,7 +184,7 @@ impl Watches {
         Ok(Self {
             inodes,
             queue: OnceLock::new(),
-            started: event()?,
+            wake: event()?,
             ended: event()?,
             wanted: AtomicBool::new(false),
             refused: AtomicBool::new(false),
@@ -197,6 +209,8 @@ impl Watches {
     /// What inotify_add_watch(2) says; ENOSPC beyond the most watches of a guest.
     pub(super) fn watch(&self, inode: &Arc<Inode>, number: u64, mask: u32) -> Result<(), Errno> {
         let mut state = lock(&self.state);
+        // It may have been forgotten meanwhile, or its share taken away.
+        self.inodes.get(inode.id)?;
         if !state.is_news(inode.id, number) {
             return Ok(());
         }
@@ -217,7 +231,7 @@ impl Watches {
     /// Nobody in the guest watches the node any more.
     pub(super) fn unwatch(&self, nodeid: u64, number: u64) {
         let mut state = lock(&self.state);
-        if state.is_news(nodeid, number) {
+        if self.inodes.get(nodeid).is_ok() && state.is_news(nodeid, number) {
             state.heard.insert(nodeid, number);
             self.remove(&mut state, nodeid);
         }
@@ -242,12 +256,18 @@ impl Watches {
         }
     }
 
+    /// Ends all of them: the guest is gone, or nobody tells it any more.
+    pub(super) fn clear(&self) {
+        self.let_go(|_| true);
+        *lock(&self.state) = State::default();
+    }
+
     fn add(&self, state: &mut State, inode: &Arc<Inode>, mask: u32) -> Result<(), Errno> {
         if let Some(node) = state.nodes.get_mut(&inode.id) {
             node.mask = mask;
             return Ok(());
         }
-        if state.nodes.len() >= MAX_WATCHES {
+        if state.watched.len() >= MAX_WATCHES {
             return Err(Errno::NOSPC);
         }
         let queue = self.queue()?;
@@ -277,7 +297,7 @@ impl Watches {
         if self.queue.get().is_none() {
             let made = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
             self.queue.set(made).ok();
-            self.started.write(1).ok();
+            self.wake.write(1).ok();
         }
         self.queue.get().ok_or(Errno::NOTSUP)
     }
@@ -287,21 +307,29 @@ impl Watches {
             return;
         };
         self.count.store(state.nodes.len(), Ordering::SeqCst);
-        for descriptor in [Some(node.descriptor), node.parent].into_iter().flatten() {
-            let Some(watched) = state.watched.get_mut(&descriptor) else {
-                continue;
-            };
-            if Some(descriptor) == node.parent {
+        if let Some(watched) = state.watched.get_mut(&node.descriptor) {
+            watched.nodes.remove(&nodeid);
+        }
+        self.tidy(state, node.descriptor);
+        self.leave_parent(state, nodeid, node.parent);
+    }
+
+    fn leave_parent(&self, state: &mut State, nodeid: u64, parent: Option<i32>) {
+        if let Some(parent) = parent {
+            if let Some(watched) = state.watched.get_mut(&parent) {
                 watched.children.remove(&nodeid);
             }
-            if descriptor == node.descriptor {
-                watched.nodes.remove(&nodeid);
-            }
-            if watched.nodes.is_empty() && watched.children.is_empty() {
-                state.watched.remove(&descriptor);
-                if let Some(queue) = self.queue.get() {
-                    inotify::remove_watch(queue, descriptor).ok();
-                }
+            self.tidy(state, parent);
+        }
+    }
+
+    /// Ends the host's watch that nobody needs any more.
+    fn tidy(&self, state: &mut State, descriptor: i32) {
+        let idle = |watched: &Watched| watched.nodes.is_empty() && watched.children.is_empty();
+        if state.watched.get(&descriptor).is_some_and(idle) {
+            state.watched.remove(&descriptor);
+            if let Some(queue) = self.queue.get() {
+                inotify::remove_watch(queue, descriptor).ok();
             }
         }
     }
@@ -317,9 +345,6 @@ impl Watches {
         }
         let about = about();
         let mut state = lock(&self.state);
-        if state.notes.len() > MAX_NOTES {
-            state.forget_ended();
-        }
         for (key, kinds) in &about {
             let note = state.notes.entry(key.clone()).or_default();
             note.kinds |= kinds;
@@ -331,65 +356,58 @@ impl Watches {
         })
     }
 
-    /// Takes what is in the host's queue, as it is for the guest.
-    fn read(&self) -> io::Result<Vec<HostEvent>> {
-        let Some(queue) = self.queue.get() else {
-            return Ok(Vec::new());
-        };
-        lock(&self.state).reading = true;
-        let mut events = Vec::new();
-        let mut buffer = [MaybeUninit::uninit(); 4096];
-        let mut reader = inotify::Reader::new(queue, &mut buffer);
-        loop {
-            let event = match reader.next() {
-                Ok(event) => event,
-                Err(Errno::AGAIN) => break,
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let name = event.file_name().map_or(&[][..], CStr::to_bytes);
-            self.translate(
-                event.wd(),
-                event.events(),
-                event.cookie(),
-                name,
-                &mut events,
-            );
-        }
-        let mut state = lock(&self.state);
-        state.reading = false;
-        if is_empty(queue) {
-            state.forget_ended();
+    /// What is to be told now.
+    fn take(&self) -> io::Result<Vec<HostEvent>> {
+        let state = &mut *lock(&self.state);
+        self.drain(state)?;
+        let count = state.pending.len().min(MAX_TOLD);
+        let events = state.pending.drain(..count).collect();
+        if !state.pending.is_empty() {
+            self.wake.write(1).ok();
         }
         Ok(events)
     }
 
+    /// Looks at what the host has queued.
+    fn drain(&self, state: &mut State) -> io::Result<()> {
+        let Some(queue) = self.queue.get() else {
+            return Ok(());
+        };
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(queue, &mut buffer);
+        // What is in the buffer can't go back.
+        while state.pending.len() < MAX_PENDING || !reader.is_buffer_empty() {
+            let event = match reader.next() {
+                Ok(event) => event,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let name = event.file_name().map_or(&[][..], CStr::to_bytes);
+            self.translate(state, event.wd(), event.events(), event.cookie(), name);
+        }
+        Ok(())
+    }
+
     fn translate(
         &self,
+        state: &mut State,
         descriptor: i32,
         flags: ReadFlags,
         cookie: u32,
         name: &[u8],
-        events: &mut Vec<HostEvent>,
     ) {
-        let mut state = lock(&self.state);
         let bits = flags.bits();
-        let mut push = |nodeid, mask, cookie, name: &[u8]| {
-            let event = HostEvent {
-                nodeid,
-                mask,
-                cookie,
-                name: name.to_owned(),
-            };
-            if events.last() != Some(&event) {
-                events.push(event);
-            }
-        };
         if bits & kind::Q_OVERFLOW != 0 {
             // What was lost is not known: whoever watches looks again.
             log::warn!("virtio-fs: the host dropped events of files that the guest watches");
-            for nodeid in state.nodes.keys() {
-                push(*nodeid, kind::ATTRIB, 0, &[]);
+            let State { nodes, pending, .. } = state;
+            for (nodeid, node) in nodes {
+                let mask = match node.mask & kind::MODIFY {
+                    0 => kind::ATTRIB,
+                    modify => modify,
+                };
+                push(pending, *nodeid, mask, 0, &[]);
             }
             return;
         }
@@ -397,46 +415,68 @@ impl Watches {
             state.watched.remove(&descriptor);
             return;
         }
-        let kinds = bits & kind::TOLD;
-        let Some(watched) = state.watched.get(&descriptor) else {
-            return;
-        };
-        let dir = bits & kind::IS_DIR;
         let cookie = if cookie == 0 { 0 } else { cookie | HOST_COOKIE };
-        for nodeid in &watched.nodes {
-            let Some(node) = state.nodes.get(nodeid) else {
-                continue;
-            };
-            if state.is_own(node, name, kinds) {
-                continue;
-            }
-            if node.mask & kinds != 0 {
-                push(*nodeid, kinds | dir, cookie, name);
-            }
-            // Its own watch says no more than this of a file's end, since this server holds it.
-            if name.is_empty() && kinds == kind::ATTRIB && self.is_gone(&node.inode) {
-                push(*nodeid, kind::DELETE_SELF, 0, &[]);
-            }
-        }
-        if kinds & (kind::DELETE | kind::MOVED) != 0 && dir != 0 {
-            for nodeid in &watched.children {
-                if let Some(node) = state.nodes.get(nodeid)
-                    && self.is_gone(&node.inode)
-                    && !state.is_own(node, &[], kind::DELETE_SELF)
-                {
-                    push(*nodeid, kind::DELETE_SELF | kind::IS_DIR, 0, &[]);
-                }
-            }
-        }
-        if kinds == kind::MOVE_SELF {
-            let nodes: Vec<u64> = watched.nodes.iter().copied().collect();
-            nodes.iter().for_each(|id| self.moved(&mut state, *id));
+        let dir = bits & kind::IS_DIR;
+        // The host may say several kinds at once; the guest's kernel takes one.
+        let mut left = bits & kind::TOLD;
+        while left != 0 {
+            let kind = left & left.wrapping_neg();
+            left &= !kind;
+            self.translate_one(state, descriptor, (kind, dir), cookie, name);
         }
     }
 
+    fn translate_one(
+        &self,
+        state: &mut State,
+        descriptor: i32,
+        (kind, dir): (u32, u32),
+        cookie: u32,
+        name: &[u8],
+    ) {
+        let Some(watched) = state.watched.get(&descriptor) else {
+            return;
+        };
+        let nodes: Vec<u64> = watched.nodes.iter().copied().collect();
+        let children: Vec<u64> = match kind & (kind::DELETE | kind::MOVED) != 0 && dir != 0 {
+            true => watched.children.iter().copied().collect(),
+            false => Vec::new(),
+        };
+        for nodeid in nodes {
+            let Some(node) = state.nodes.get(&nodeid) else {
+                continue;
+            };
+            // Its own watch says no more than this of a file's end, since this server holds it.
+            let ends = name.is_empty()
+                && kind == kind::ATTRIB
+                && !state.is_own(node, name, kind::DELETE_SELF)
+                && self.is_gone(&node.inode);
+            if node.mask & kind != 0 && !state.is_own(node, name, kind) {
+                push(&mut state.pending, nodeid, kind | dir, cookie, name);
+            }
+            if ends {
+                push(&mut state.pending, nodeid, kind::DELETE_SELF, 0, &[]);
+            }
+            if kind == kind::MOVE_SELF {
+                self.moved(state, nodeid);
+            }
+        }
+        for nodeid in children {
+            if let Some(node) = state.nodes.get(&nodeid)
+                && !state.is_own(node, &[], kind::DELETE_SELF)
+                && self.is_gone(&node.inode)
+            {
+                let mask = kind::DELETE_SELF | kind::IS_DIR;
+                push(&mut state.pending, nodeid, mask, 0, &[]);
+            }
+        }
+    }
+
+    /// Whether a file has no name any more. Of one that can't be looked at the host tells itself: nothing
+    /// here holds it.
     fn is_gone(&self, inode: &Inode) -> bool {
         let stat = self.inodes.fd(inode).and_then(inodes::stat);
-        stat.map_or(true, |stat| stat.stx_nlink == 0)
+        stat.is_ok_and(|stat| stat.stx_nlink == 0)
     }
 
     /// A watched directory has another parent now.
@@ -444,24 +484,44 @@ impl Watches {
         let Some(node) = state.nodes.get(&nodeid) else {
             return;
         };
-        let (inode, mask) = (node.inode.clone(), node.mask);
-        if inode.kind == FileType::Directory {
-            self.remove(state, nodeid);
-            if let Err(error) = self.add(state, &inode, mask) {
-                log::debug!("virtio-fs: a moved directory can't be watched again: {error}");
-            }
-            self.count.store(state.nodes.len(), Ordering::SeqCst);
+        let before = node.parent;
+        if node.inode.kind != FileType::Directory {
+            return;
         }
+        let fd = self.inodes.fd(&node.inode);
+        let parent = match (self.queue.get(), fd) {
+            (Some(queue), Ok(fd)) => watch_parent(queue, &*fd),
+            _ => None,
+        };
+        if parent == before {
+            return;
+        }
+        if let Some(node) = state.nodes.get_mut(&nodeid) {
+            node.parent = parent;
+        }
+        if let Some(parent) = parent {
+            let watched = state.watched.entry(parent).or_default();
+            watched.children.insert(nodeid);
+        }
+        self.leave_parent(state, nodeid, before);
+    }
+}
+
+fn push(pending: &mut VecDeque<HostEvent>, nodeid: u64, mask: u32, cookie: u32, name: &[u8]) {
+    let event = HostEvent {
+        nodeid,
+        mask,
+        cookie,
+        name: name.to_owned(),
+    };
+    if pending.back() != Some(&event) {
+        pending.push_back(event);
     }
 }
 
 impl State {
     fn is_news(&self, nodeid: u64, number: u64) -> bool {
         self.heard.get(&nodeid).is_none_or(|last| *last < number)
-    }
-
-    fn forget_ended(&mut self) {
-        self.notes.retain(|_, note| note.under_way > 0);
     }
 
     /// Whether an event of this node, or of its entry `name`, is of the guest's own doing.
@@ -505,22 +565,22 @@ pub(super) struct Acting<'a> {
 impl Drop for Acting<'_> {
     fn drop(&mut self) {
         let state = &mut *lock(&self.watches.state);
-        let seen = !state.reading && self.watches.queue.get().is_none_or(is_empty);
+        // Whatever the host saw of this operation is in its queue by now.
+        if let Err(error) = self.watches.drain(state) {
+            log::debug!("virtio-fs: the host's watches can't be read: {error}");
+        }
+        if !state.pending.is_empty() {
+            self.watches.wake.write(1).ok();
+        }
         for key in &self.keys {
-            let Some(note) = state.notes.get_mut(key) else {
-                continue;
-            };
-            note.under_way = note.under_way.saturating_sub(1);
-            if note.under_way == 0 && seen {
-                state.notes.remove(key);
+            if let Some(note) = state.notes.get_mut(key) {
+                note.under_way = note.under_way.saturating_sub(1);
+                if note.under_way == 0 {
+                    state.notes.remove(key);
+                }
             }
         }
     }
-}
-
-/// Whether nothing is in the host's queue.
-fn is_empty(queue: &OwnedFd) -> bool {
-    rustix::io::ioctl_fionread(queue).is_ok_and(|bytes| bytes == 0)
 }
 
 fn watch_file(queue: &OwnedFd, fd: impl AsFd, kinds: u32) -> Result<i32, Errno> {

@@ -9,9 +9,12 @@ use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What a sandbox takes on the host beyond its guest's memory, in MiB: the monitor, page tables of
-/// the guest, shared files on their way. What it holds at rest is a few MiB (`docs/devices.md`).
+/// What a sandbox takes on the host beyond its guest's memory, in MiB: the monitor and shared files on
+/// their way. What it holds at rest is a few MiB (`docs/devices.md`).
 const MONITOR_MIB: u64 = 32;
+/// Page tables for a MiB of guest memory, the process's and KVM's, with pages of 4 KiB: two of 512, and
+/// what is above them.
+const TABLES: u64 = 128;
 
 /// Where a configuration's group is. `slice:prefix:name` is systemd's way to say it.
 ///
@@ -98,7 +101,7 @@ pub(crate) fn limits(
         .as_ref()
         .and_then(|memory| memory.limit());
     if memory.is_some_and(|limit| limit > 0) {
-        let bytes = (guest_mib + MONITOR_MIB) << 20;
+        let bytes = (guest_mib + guest_mib.div_ceil(TABLES) + MONITOR_MIB) << 20;
         all.push(("memory.max", bytes.to_string()));
     }
     let Some(cpu) = resources.cpu() else {
@@ -133,6 +136,15 @@ pub(crate) fn apply(folder: &Path, limits: &[(&str, String)]) {
     }
 }
 
+/// Moves this process out of the group, so that nothing is left of it.
+pub(crate) fn leave(folder: &Path) {
+    let root = Path::new(ROOT).join("cgroup.procs");
+    if let Err(error) = fs::write(root, std::process::id().to_string()) {
+        log::debug!("cannot leave {}: {error}", folder.display());
+    }
+    remove(folder);
+}
+
 /// Removes the group, once nothing is in it.
 pub(crate) fn remove(folder: &Path) {
     if let Err(error) = fs::remove_dir(folder) {
@@ -165,7 +177,7 @@ mod tests {
         .unwrap();
         let limits = limits(&resources, 300);
         let of = |name: &str| limits.iter().find(|l| l.0 == name).map(|l| l.1.as_str());
-        assert_eq!(of("memory.max"), Some("348127232"));
+        assert_eq!(of("memory.max"), Some("351272960"));
         assert_eq!(of("cpu.max"), Some("150000 100000"));
         assert_eq!(of("cpu.weight"), Some("39"));
         assert_eq!(of("cpuset.cpus"), Some("0-1"));

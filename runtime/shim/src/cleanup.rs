@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How long a shim may take to answer, and to go.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
-const GONE_LIMIT: Duration = Duration::from_secs(2);
+const GONE_LIMIT: Duration = Duration::from_millis(1500);
 /// The status of a container whose end nobody saw: killed.
 const KILLED: u32 = 137;
 

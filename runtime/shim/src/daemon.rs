@@ -5,16 +5,16 @@ use crate::cgroup;
 use crate::events::Events;
 use crate::flags::Flags;
 use crate::launch;
-use crate::pod::{Network, Pod, Role, Spec};
+use crate::pod::{HOST_NETWORK, Network, Pod, Role, Spec};
 use crate::service;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -61,7 +61,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     std::thread::spawn(move || {
         if caught.forever().next().is_some() {
             log::warn!("asked to end by a signal");
-            signals.stop();
+            signals.stop_behind();
             end.send(()).ok();
         }
     });
@@ -76,9 +76,13 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     });
 
     ended.recv().ok();
+    // First of all: the next container of this name must not find a shim that is ending.
+    fs::remove_file(launch::socket(flags, &group)).ok();
     std::thread::sleep(LAST_ANSWER);
     pod.finish();
-    fs::remove_file(launch::socket(flags, &group)).ok();
+    if let Some(folder) = spec.cgroup() {
+        cgroup::leave(&folder);
+    }
     // Threads that wait for what will not come any more end with the process.
     std::process::exit(0);
 }
@@ -119,6 +123,14 @@ fn enter_namespaces(spec: &Spec) -> Result<()> {
         Network::Path(path) => {
             let namespace =
                 File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+            let wanted = namespace.metadata()?.ino();
+            let hosts = ["/proc/1/ns/net", "/proc/self/ns/net"];
+            if hosts
+                .iter()
+                .any(|host| fs::metadata(host).is_ok_and(|m| m.ino() == wanted))
+            {
+                bail!(HOST_NETWORK);
+            }
             setns(namespace, CloneFlags::CLONE_NEWNET)
                 .with_context(|| format!("cannot enter {}", path.display()))?;
         }

@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
 /// How long nothing may happen to what a process that has ended wrote, before it is given up.
 const SILENCE: Duration = Duration::from_secs(3);
+/// How long what a process that has ended left behind may go on writing to its streams.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
 /// How long a logger may take to say that it is ready, and to end.
 const LOGGER_READY: Duration = Duration::from_secs(10);
 const LOGGER_END: Duration = Duration::from_secs(12);
@@ -95,8 +97,19 @@ pub(crate) struct Io {
     stdin: Option<Input>,
     stdout: Option<Output>,
     stderr: Option<Output>,
-    logger: Option<Child>,
+    logger: Option<Logger>,
     terminal: bool,
+}
+
+/// A logger that runs. It is ended with what it logs, whatever becomes of that.
+struct Logger(Option<Child>);
+
+impl Drop for Logger {
+    fn drop(&mut self) {
+        if let Some(child) = self.0.take() {
+            spawn("koya-logger", move || end_logger(child)).ok();
+        }
+    }
 }
 
 enum Output {
@@ -158,6 +171,7 @@ impl Output {
                 Err(_) => break,
             }
         }
+        state.reading.fetch_sub(1, Ordering::SeqCst);
         if let Self::Fifo(writer, reader) = self {
             drop(reader);
             wait_until_read(&writer, state);
@@ -230,6 +244,8 @@ struct State {
     progress: AtomicU64,
     /// Output threads that are at work.
     writing: AtomicU64,
+    /// Output threads that have not come to their stream's end.
+    reading: AtomicU64,
 }
 
 /// The streams of a process that runs.
@@ -238,7 +254,9 @@ pub(crate) struct Pumps {
     keep: Mutex<Option<OwnedFd>>,
     /// Closed to end the reading of input.
     stop: Mutex<Option<UnixStream>>,
-    logger: Mutex<Option<Child>>,
+    /// The guest's ends of the outputs, to be cut off.
+    outputs: Mutex<Vec<UnixStream>>,
+    logger: Mutex<Option<Logger>>,
     closing: AtomicBool,
 }
 
@@ -254,6 +272,7 @@ impl Io {
             state: state.clone(),
             keep: Mutex::default(),
             stop: Mutex::new(Some(stop)),
+            outputs: Mutex::default(),
             logger: Mutex::new(self.logger),
             closing: AtomicBool::new(false),
         };
@@ -263,13 +282,18 @@ impl Io {
         };
         for (from, output) in [(stdout, self.stdout), (stderr, self.stderr)] {
             let Some(from) = from else { continue };
+            crate::task::lock(&pumps.outputs).push(from.try_clone()?);
             let state = state.clone();
             state.writing.fetch_add(1, Ordering::SeqCst);
+            state.reading.fetch_add(1, Ordering::SeqCst);
             spawn("koya-out", move || {
                 match output {
                     Some(output) => output.pump(from, &state),
                     // Nobody wants it, and the process must not wait for that.
-                    None => drop(std::io::copy(&mut &from, &mut std::io::sink())),
+                    None => {
+                        std::io::copy(&mut &from, &mut std::io::sink()).ok();
+                        state.reading.fetch_sub(1, Ordering::SeqCst);
+                    }
                 }
                 state.writing.fetch_sub(1, Ordering::SeqCst);
             })?;
@@ -334,8 +358,16 @@ impl Pumps {
         }
         self.close_stdin();
         crate::task::lock(&self.stop).take();
+        // What the process wrote is on its way; what it left behind, with its streams open, may go on
+        // for ever.
+        let ended = Instant::now();
         let mut last = (u64::MAX, Instant::now());
         while self.state.writing.load(Ordering::SeqCst) > 0 {
+            if self.state.reading.load(Ordering::SeqCst) > 0 && ended.elapsed() > LEFT_BEHIND {
+                for output in crate::task::lock(&self.outputs).drain(..) {
+                    output.shutdown(Shutdown::Both).ok();
+                }
+            }
             let progress = self.state.progress.load(Ordering::Relaxed);
             if progress != last.0 {
                 last = (progress, Instant::now());
@@ -345,15 +377,14 @@ impl Pumps {
             }
             std::thread::sleep(LOOK);
         }
-        if let Some(logger) = crate::task::lock(&self.logger).take() {
-            spawn("koya-logger", move || end_logger(logger)).ok();
-        }
+        crate::task::lock(&self.outputs).clear();
+        crate::task::lock(&self.logger).take();
     }
 }
 
 /// `binary:///program?key=value`: a program that gets both outputs as descriptors 3 and 4, and closes or
 /// writes to 5 when it is ready.
-fn start_logger(program: &str, name: &str, namespace: &str) -> Result<(File, File, Child)> {
+fn start_logger(program: &str, name: &str, namespace: &str) -> Result<(File, File, Logger)> {
     let (path, query) = program.split_once('?').unwrap_or((program, ""));
     let mut command = Command::new(path);
     for (key, value) in form_urlencoded::parse(query.as_bytes()) {
@@ -386,6 +417,7 @@ fn start_logger(program: &str, name: &str, namespace: &str) -> Result<(File, Fil
     let child = command
         .spawn()
         .with_context(|| format!("cannot start the logger {path}"))?;
+    let logger = Logger(Some(child));
     // Its copies of the descriptors are its own; ours would keep the pipes open.
     drop(command);
     let mut polled = [PollFd::new(&ready_reader, PollFlags::IN)];
@@ -394,10 +426,9 @@ fn start_logger(program: &str, name: &str, namespace: &str) -> Result<(File, Fil
         tv_nsec: 0,
     };
     if poll(&mut polled, Some(&limit))? == 0 {
-        end_logger(child);
         bail!("the logger {path} was not ready after {LOGGER_READY:?}");
     }
-    Ok((out_writer.into(), err_writer.into(), child))
+    Ok((out_writer.into(), err_writer.into(), logger))
 }
 
 fn end_logger(mut logger: Child) {
@@ -418,6 +449,13 @@ fn end_logger(mut logger: Child) {
 mod tests {
     use super::*;
     use rustix::fs::mknodat;
+
+    fn reading_one() -> State {
+        State {
+            reading: AtomicU64::new(1),
+            ..State::default()
+        }
+    }
 
     fn fifo(dir: &Path, name: &str) -> String {
         let path = dir.join(name);
@@ -445,7 +483,13 @@ mod tests {
         let output = Output::at(&path).unwrap().unwrap();
         let (mut guest, host) = UnixStream::pair().unwrap();
         std::thread::spawn(move || guest.write_all(&[7; 200_000]));
-        output.pump(host, &State::default());
+        let waiting = match &output {
+            Output::Fifo(writer, _) => writer.try_clone().unwrap(),
+            Output::Open(_) => panic!("not a FIFO"),
+        };
+        output.pump(host, &reading_one());
+        assert_eq!(rustix::io::ioctl_fionread(&waiting).unwrap(), 0);
+        drop(waiting);
         assert_eq!(reader.join().unwrap(), 200_000);
     }
 
@@ -461,7 +505,7 @@ mod tests {
         guest.write_all(b"nobody reads this").unwrap();
         drop(guest);
         let started = Instant::now();
-        output.pump(host, &State::default());
+        output.pump(host, &reading_one());
         assert!(started.elapsed() < SILENCE);
     }
 
@@ -496,7 +540,7 @@ mod tests {
             let (mut guest, host) = UnixStream::pair().unwrap();
             guest.write_all(b"line\n").unwrap();
             drop(guest);
-            output.pump(host, &State::default());
+            output.pump(host, &reading_one());
         }
         assert_eq!(
             fs::read(dir.path().join("sub/log")).unwrap(),
@@ -518,10 +562,10 @@ mod tests {
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(&script, mode).unwrap();
         let program = format!("{}?to={}", script.display(), log.display());
-        let (mut out, err, mut child) = start_logger(&program, "c1", "k8s.io").unwrap();
+        let (mut out, err, mut logger) = start_logger(&program, "c1", "k8s.io").unwrap();
         out.write_all(b"hello\n").unwrap();
         drop((out, err));
-        child.wait().unwrap();
+        logger.0.take().unwrap().wait().unwrap();
         let text = fs::read_to_string(&log).unwrap();
         assert_eq!(text, format!("k8s.io/c1 to {}\nhello\n", log.display()));
     }

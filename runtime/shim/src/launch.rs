@@ -29,23 +29,28 @@ pub(crate) fn socket(flags: &Flags, group: &str) -> PathBuf {
 pub(crate) fn start(flags: &Flags) -> Result<()> {
     let bundle = flags.bundle()?;
     let spec = Spec::read(&bundle)?;
-    let socket = match spec.role(&flags.id) {
+    let note = |socket: &Path| -> Result<String> {
+        let address = format!("unix://{}", socket.display());
+        let new = bundle.join(".address");
+        fs::write(&new, &address)?;
+        fs::rename(&new, bundle.join(ADDRESS_FILE))?;
+        Ok(address)
+    };
+    let address = match spec.role(&flags.id) {
         Role::Member { sandbox } => {
             let socket = socket(flags, &sandbox);
             UnixStream::connect(&socket)
                 .with_context(|| format!("the pod's sandbox {sandbox} does not run"))?;
-            socket
+            note(&socket)?
         }
         Role::Single | Role::Sandbox => {
             let socket = socket(flags, &flags.id);
+            // Before there is a process: nobody cleans up after a start that failed.
+            let address = note(&socket)?;
             launch(flags, &bundle, &socket)?;
-            socket
+            address
         }
     };
-    let address = format!("unix://{}", socket.display());
-    let new = bundle.join(".address");
-    fs::write(&new, &address)?;
-    fs::rename(&new, bundle.join(ADDRESS_FILE))?;
     // Every version of containerd understands this form.
     print!("{address}");
     Ok(())

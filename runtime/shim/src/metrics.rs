@@ -82,8 +82,10 @@ fn memory(stats: &ContainerStats) -> MemoryStat {
         slab_unreclaimable: of("slab_unreclaimable"),
         pgfault: of("pgfault"),
         pgmajfault: of("pgmajfault"),
-        workingset_refault: of("workingset_refault_anon") + of("workingset_refault_file"),
-        workingset_activate: of("workingset_activate_anon") + of("workingset_activate_file"),
+        workingset_refault: of("workingset_refault_anon")
+            .saturating_add(of("workingset_refault_file")),
+        workingset_activate: of("workingset_activate_anon")
+            .saturating_add(of("workingset_activate_file")),
         workingset_nodereclaim: of("workingset_nodereclaim"),
         pgrefill: of("pgrefill"),
         pgscan: of("pgscan"),

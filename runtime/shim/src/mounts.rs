@@ -75,8 +75,11 @@ fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
             Some(false) => mount_bind(&wanted.source, at)?,
             _ => mount_bind_recursive(&wanted.source, at)?,
         }
-        if !options.flags.is_empty() {
-            mount_remount(at, options.flags | MountFlags::BIND, c"")?;
+        if !options.flags.is_empty()
+            && let Err(error) = mount_remount(at, options.flags | MountFlags::BIND, c"")
+        {
+            unmount_all(at);
+            return Err(error.into());
         }
         return Ok(());
     }

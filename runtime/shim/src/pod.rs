@@ -16,7 +16,7 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::topics;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
 use koya::{Bundle, Container, ContainerStats, HostEnd, NetworkConfig, Sandbox};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
@@ -27,12 +27,21 @@ use std::time::{Duration, Instant, SystemTime};
 const FURTHER_FIRST: Duration = Duration::from_secs(2);
 /// How long the virtual machine and the events may take when the shim ends.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// How long a guest may take to write out what it has not written yet, when the shim ends.
+const STOP_LIMIT: Duration = Duration::from_secs(11);
 /// How long a container that is deleted before it was started may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// The status of a process whose virtual machine ended.
 const LOST: u32 = 255;
 
+const SIGINT: u32 = 2;
 const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+/// The last real-time signal.
+const LAST_SIGNAL: u32 = 64;
+
+pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
+                                       container a network namespace of its own";
 
 /// What a container is to its sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,6 +129,19 @@ impl Spec {
                 .map(|limit| limit.max(0) as u64)
         };
         pod.or_else(own).filter(|bytes| *bytes > 0)
+    }
+
+    fn sysctls(&self) -> BTreeMap<String, String> {
+        let sysctls = self
+            .0
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.sysctl().as_ref());
+        sysctls
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect()
     }
 
     /// Whole CPUs that it may use.
@@ -327,12 +349,22 @@ impl Pod {
             return Err(anyhow!("{why}").into());
         }
         if task.spec.network() == Network::Host {
-            let text = "the host's network can't be a virtual machine's: give the container a \
-                        network namespace of its own";
-            return Err(anyhow!(text).into());
+            return Err(anyhow!(HOST_NETWORK).into());
         }
         if task.is_virtual() {
-            self.boot(task)?;
+            let sandbox = self.boot(task)?;
+            let (pod, task) = (self.clone(), task.clone());
+            spawn("koya-pod", move || {
+                let reason = sandbox.machine().wait_ended();
+                let status = match pod.is_stopping.load(Ordering::SeqCst) {
+                    true => 128 + SIGKILL,
+                    false => {
+                        log::error!("the pod's virtual machine ended: {reason}");
+                        LOST
+                    }
+                };
+                pod.end(&task, status, SystemTime::now());
+            })?;
             return Ok(());
         }
         if !request.rootfs.is_empty() {
@@ -375,7 +407,11 @@ impl Pod {
             };
         }
         let mut config = task.settings.sandbox(task.spec.memory(), task.spec.cpus());
-        config.hostname = task.spec.0.hostname().clone();
+        if task.is_virtual() {
+            // Its containers have the guest's own namespaces, which nothing else sets up.
+            config.hostname = task.spec.0.hostname().clone();
+            config.sysctls = task.spec.sysctls();
+        }
         config.networks = interfaces()?
             .into_iter()
             .map(|interface| NetworkConfig {
@@ -449,7 +485,9 @@ impl Pod {
             Ok(status) => status as u32,
             Err(_) if self.is_stopping.load(Ordering::SeqCst) => 128 + SIGKILL,
             Err(error) => {
-                log::error!("{error}");
+                // A guest's last words are its own: they are not this log's, but where one asks.
+                log::debug!("{error}");
+                log::error!("the virtual machine ended by itself");
                 LOST
             }
         }
@@ -505,7 +543,10 @@ impl Pod {
         };
         let _order = lock(&task.order);
         // It may have been killed while it was made.
-        task.first.status().allow(Wish::Start)?;
+        if let Err(error) = task.first.status().allow(Wish::Start) {
+            container.process().signal(SIGKILL as i32).ok();
+            return Err(error);
+        }
         container.start()?;
         self.started(task);
         Ok(())
@@ -562,6 +603,8 @@ impl Pod {
             return Ok(());
         };
         further.proc.status().allow(Wish::Start)?;
+        // In one that is paused it would never come to its start.
+        task.first.status().allow(Wish::Use)?;
         let launched = self.launch(task, name, &further);
         let (process, pumps) = match launched {
             Ok(launched) => launched,
@@ -574,6 +617,12 @@ impl Pod {
         further
             .proc
             .made(Handle::Further(process.clone()), pumps.clone());
+        if let Err(error) = further.proc.status().allow(Wish::Start) {
+            // It was killed while it was made.
+            process.signal(SIGKILL as i32).ok();
+            spawn("koya-wait", move || drop(process.wait()))?;
+            return Err(error);
+        }
         further.proc.set_status(Status::Running);
         let event = TaskExecStarted {
             container_id: task.id.clone(),
@@ -615,8 +664,14 @@ impl Pod {
         let task = self.task(id)?;
         let proc = task.proc(name)?;
         proc.status().allow(Wish::Kill)?;
+        if signal > LAST_SIGNAL {
+            return Err(anyhow!("there is no signal {signal}").into());
+        }
         let Some(handle) = proc.handle() else {
             // Nothing of it is in the guest: a pod's own container, or one that was never started.
+            if ![SIGINT, SIGKILL, SIGTERM].contains(&signal) {
+                return Ok(());
+            }
             let at = SystemTime::now();
             match proc {
                 ProcOf::First(_) => self.end(&task, 128 + signal, at),
@@ -649,7 +704,8 @@ impl Pod {
     fn is_last(&self, task: &Task) -> bool {
         lock(&self.tasks)
             .values()
-            .all(|other| other.id == task.id || other.first.status() == Status::Stopped)
+            .filter(|other| other.id != task.id && !other.is_virtual())
+            .all(|other| other.first.status() == Status::Stopped)
     }
 
     pub(crate) fn delete(&self, id: &str, name: &str) -> Result<Exit, Refusal> {
@@ -671,6 +727,8 @@ impl Pod {
             }
         }
         let exit = proc.exit().unwrap_or(never_started());
+        // Whoever still waits for one that never ran.
+        proc.ended(exit.status, exit.at);
         self.undo(&task);
         let event = TaskDelete {
             container_id: task.id.clone(),
@@ -717,7 +775,29 @@ impl Pod {
         let _work = lock(&task.work);
         let resources: oci::LinuxResources =
             serde_json::from_slice(resources).context("the resources are broken")?;
-        Ok(task.running()?.update(&resources)?)
+        let sandbox = lock(&self.sandbox).clone();
+        let machine = sandbox.context("there is no virtual machine")?;
+        let size = machine
+            .machine()
+            .memory_usage()
+            .context("the size of the guest")?
+            .size;
+        let limit = resources
+            .memory()
+            .as_ref()
+            .and_then(|memory| memory.limit());
+        if let Some(limit) = limit.filter(|limit| *limit > 0 && *limit as u64 > size) {
+            let text = format!("a memory limit of {limit} bytes is more than the guest's {size}");
+            return Err(anyhow!(text).into());
+        }
+        task.running()?.update(&resources)?;
+        // The guest keeps its size, so its own limit stays.
+        if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
+            let limits = cgroup::limits(&resources, size >> 20);
+            let cpus: Vec<_> = limits.into_iter().filter(|l| l.0 != "memory.max").collect();
+            cgroup::apply(&folder, &cpus);
+        }
+        Ok(())
     }
 
     pub(crate) fn stats(&self, id: &str) -> Result<ContainerStats, Refusal> {
@@ -760,7 +840,7 @@ impl Pod {
     }
 
     /// Takes the virtual machine down on a thread of its own: nothing waits for it.
-    fn stop_behind(&self) {
+    pub(crate) fn stop_behind(&self) {
         let sandbox = lock(&self.sandbox).clone();
         if let Some(sandbox) = sandbox
             && !self.is_stopping.swap(true, Ordering::SeqCst)
@@ -781,7 +861,7 @@ impl Pod {
     pub(crate) fn finish(&self) {
         self.stop_behind();
         let started = Instant::now();
-        while started.elapsed() < END_LIMIT {
+        while started.elapsed() < STOP_LIMIT {
             let sandbox = lock(&self.sandbox);
             if sandbox
                 .as_ref()
@@ -858,7 +938,11 @@ impl std::io::Write for ConsoleLog {
         for byte in bytes {
             match byte {
                 b'\n' => {
-                    log::debug!("guest: {}", String::from_utf8_lossy(&self.0).trim_end());
+                    let line: String = String::from_utf8_lossy(&self.0)
+                        .chars()
+                        .filter(|c| !c.is_control())
+                        .collect();
+                    log::debug!("guest: {line}");
                     self.0.clear();
                 }
                 _ if self.0.len() < 1024 => self.0.push(*byte),

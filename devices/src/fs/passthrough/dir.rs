@@ -186,8 +186,12 @@ impl Passthrough {
 
     /// FUSE_RELEASEDIR and FUSE_RELEASE
     pub fn release(&self, nodeid: u64, fh: u64) {
-        let inode = self.inodes.get(nodeid);
-        let _acting = inode.map(|inode| self.acting_on(&inode, kind::CLOSE_WRITE));
+        let written = self
+            .handles
+            .get(fh, nodeid)
+            .is_ok_and(|handle| handle.is_written);
+        let inode = written.then(|| self.inodes.get(nodeid));
+        let _acting = inode.map(|inode| inode.map(|i| self.acting_on(&i, kind::CLOSE_WRITE)));
         self.handles.remove(fh);
     }
 }

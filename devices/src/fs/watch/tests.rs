@@ -53,7 +53,7 @@ impl Fixture {
 
     /// What is told now: node, kind, name.
     fn told(&self) -> Vec<(u64, u32, String)> {
-        let events = self.events.0.read().unwrap();
+        let events = self.events.0.take().unwrap();
         let row = |e: &HostEvent| (e.nodeid, e.mask, String::from_utf8_lossy(&e.name).into());
         events.iter().map(row).collect()
     }
@@ -186,6 +186,62 @@ fn a_moved_directory_is_watched_where_it_is() {
     let told = f.told();
     let gone = (dir, kind::DELETE_SELF | kind::IS_DIR, String::new());
     assert!(told.contains(&gone), "{told:x?}");
+}
+
+/// What the guest did hides nothing that the host does just after it.
+#[test]
+fn a_change_of_the_hosts_right_after_the_guests_is_told() {
+    let f = Fixture::new();
+    f.watch(f.root, 1);
+    f.files
+        .mkdir(f.root, c"dir", &MkdirIn::default(), CALLER)
+        .unwrap();
+    f.files.unlink(f.root, c"dir", true).unwrap();
+    fs::create_dir(f.path("dir")).unwrap();
+    let made = (f.root, kind::CREATE | kind::IS_DIR, "dir".into());
+    assert_eq!(f.told(), [made]);
+}
+
+#[test]
+fn what_happens_in_a_directory_after_it_moved_is_told() {
+    let f = Fixture::new();
+    fs::create_dir(f.path("dir")).unwrap();
+    fs::create_dir(f.path("other")).unwrap();
+    let dir = f.node(c"dir");
+    f.watch(dir, 1);
+    fs::rename(f.path("dir"), f.path("other/dir")).unwrap();
+    fs::create_dir(f.path("other/dir/new")).unwrap();
+    let made = (dir, kind::CREATE | kind::IS_DIR, "new".into());
+    assert!(f.told().contains(&made));
+}
+
+#[test]
+fn a_guest_that_speaks_of_nodes_that_it_has_not_takes_no_memory() {
+    let f = Fixture::new();
+    for node in 1000..2000 {
+        f.files.unwatch(node, 1);
+    }
+    assert!(lock(&f.events.0.state).heard.is_empty());
+    f.watch(f.root, 1);
+    f.files.unwatch(f.root, 2);
+    f.files.clear();
+    assert!(lock(&f.events.0.state).heard.is_empty());
+}
+
+/// A file can be two nodes, by way of two shares: what one share's guest side does is the host's to the
+/// other.
+#[test]
+fn two_shares_of_one_directory_are_told_apart() {
+    let f = Fixture::new();
+    f.shares.add("t", f.dir.path(), false).unwrap();
+    let other = f.files.lookup(ROOT_ID, c"t").unwrap().nodeid;
+    f.watch(f.root, 1);
+    f.watch(other, 2);
+    f.files
+        .mkdir(f.root, c"dir", &MkdirIn::default(), CALLER)
+        .unwrap();
+    let made = (other, kind::CREATE | kind::IS_DIR, "dir".into());
+    assert_eq!(f.told(), [made]);
 }
 
 #[test]
