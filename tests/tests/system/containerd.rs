@@ -49,6 +49,8 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
 struct Containerd {
     dir: PathBuf,
     bin: PathBuf,
+    /// Of its containers, and of their control groups on the host: others run beside it.
+    namespace: String,
     daemon: std::sync::Mutex<Child>,
 }
 
@@ -72,6 +74,10 @@ impl Containerd {
         fs::write(dir.join("config.toml"), config)?;
         let containerd = Self {
             daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
+            namespace: format!(
+                "koya{index}-{}",
+                dir.file_name().unwrap_or_default().display()
+            ),
             dir,
             bin,
         };
@@ -93,6 +99,7 @@ impl Containerd {
         let mut ctr = Command::new(self.bin.join("ctr"));
         ctr.arg("--address")
             .arg(self.dir.join("c.sock"))
+            .args(["--namespace", &self.namespace])
             .args(args)
             .stdin(Stdio::null());
         ctr
@@ -155,14 +162,16 @@ impl Containerd {
             let left = shims.iter().any(|line| line.contains(&*mine));
             Ok((!left).then_some(()))
         })?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-        let here = format!("{}/state", self.dir.display());
-        let left: Vec<_> = mounts
-            .lines()
-            .filter(|l| l.contains(&here) && l.contains("rootfs"))
-            .collect();
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
+        until("control groups that go", || {
+            let groups = fs::read_dir(self.group()).into_iter().flatten().flatten();
+            let left = groups.filter(|entry| entry.path().is_dir()).count();
+            Ok((left == 0).then_some(()))
+        })
+    }
+
+    /// Where the control groups of its containers are.
+    fn group(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(&self.namespace)
     }
 
     fn last_words(&self) -> String {
@@ -288,7 +297,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         .stdout(Stdio::piped())
         .spawn()?;
     let mut out = child.stdout.take().context("a pipe")?;
-    std::thread::sleep(Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(3));
     let mut text = String::new();
     out.read_to_string(&mut text)?;
     ensure!(
@@ -314,7 +323,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
     let ctr = containerd.run(
         &["--rm", "-t"],
         "tty",
-        &["sh", "-c", "tty; stty size; exit 4"],
+        &["sh", "-c", "sleep 1; tty; stty size; exit 4"],
     );
     let line: Vec<_> = std::iter::once(ctr.get_program())
         .chain(ctr.get_args())
@@ -327,7 +336,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         .stdin(Stdio::null());
     let (code, text) = ended(&terminal.output()?);
     ensure!(
-        code == Some(4) && text.contains("/dev/pts/0"),
+        code == Some(4) && text.contains("/dev/pts/0") && text.contains("33 77"),
         "{code:?} {text}"
     );
 
@@ -611,7 +620,7 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
         line.is_some_and(|line| line.trim_end().ends_with(&bytes)),
         "{metrics}"
     );
-    let outside = fs::read_to_string("/sys/fs/cgroup/default/limited/memory.max")?;
+    let outside = fs::read_to_string(containerd.group().join("limited/memory.max"))?;
     let outside = outside.trim().parse::<u64>()? >> 20;
     ensure!(
         (LIMIT_MIB + 32..LIMIT_MIB + 160).contains(&outside),
@@ -633,6 +642,6 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
     stdout(containerd.ctr(["task", "rm", "-f", "limited"]).output()?)?;
     containerd.remove("limited")?;
     containerd.nothing_is_left()?;
-    let group = Path::new("/sys/fs/cgroup/default/limited");
+    let group = containerd.group().join("limited");
     until("the group's end", || Ok((!group.exists()).then_some(())))
 }
