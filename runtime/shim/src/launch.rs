@@ -2,7 +2,7 @@
 //! listens.
 
 use crate::flags::Flags;
-use crate::pod::{Role, Spec};
+use crate::spec::{Role, Spec};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::fs;

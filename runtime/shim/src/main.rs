@@ -12,13 +12,16 @@ mod cleanup;
 mod daemon;
 mod events;
 mod flags;
+mod further;
 mod io;
 mod launch;
+mod machine;
 mod metrics;
 mod mounts;
 mod options;
 mod pod;
 mod service;
+mod spec;
 mod task;
 
 use anyhow::{Result, bail};

@@ -3,21 +3,22 @@
 use crate::cgroup;
 use crate::events::{Events, timestamp};
 use crate::flags::Flags;
+use crate::further::Further;
 use crate::io::Paths;
 use crate::mounts;
 use crate::options::Settings;
+use crate::spec::{HOST_NETWORK, Network, Role, Spec};
 use crate::task::{Exit, Handle, Proc, Refusal, Status, Wish, lock};
-use anyhow::{Context, Result, anyhow, bail};
-use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use anyhow::{Context, Result, anyhow};
+use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused,
-    TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExit, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::topics;
-use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
-use koya::{Bundle, Container, ContainerStats, HostEnd, NetworkConfig, Sandbox};
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use koya::oci_spec::runtime as oci;
+use koya::{Bundle, Container, ContainerStats, Sandbox};
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -35,163 +36,25 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 const LOST: u32 = 255;
 
 const SIGINT: u32 = 2;
-const SIGKILL: u32 = 9;
+pub(crate) const SIGKILL: u32 = 9;
 const SIGTERM: u32 = 15;
 /// The last real-time signal.
 const LAST_SIGNAL: u32 = 64;
-
-pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
-                                       container a network namespace of its own";
-
-/// What a container is to its sandbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Its only one.
-    Single,
-    /// A pod's own, of which nothing runs: the sandbox is the virtual machine.
-    Sandbox,
-    /// One of a pod's.
-    Member { sandbox: String },
-}
-
-/// A sandbox's network namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Network {
-    Host,
-    New,
-    Path(PathBuf),
-}
-
-/// A container's `config.json`.
-pub(crate) struct Spec(oci::Spec);
-
-impl Spec {
-    pub(crate) fn read(bundle: &Path) -> Result<Self> {
-        let path = bundle.join("config.json");
-        let text =
-            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let spec = serde_json::from_slice(&text);
-        Ok(Self(spec.with_context(|| path.display().to_string())?))
-    }
-
-    fn annotation(&self, names: &[&str]) -> Option<&str> {
-        let annotations = self.0.annotations().as_ref()?;
-        names
-            .iter()
-            .find_map(|name| annotations.get(*name))
-            .map(String::as_str)
-    }
-
-    /// By the annotations of containerd's and CRI-O's Kubernetes interface.
-    pub(crate) fn role(&self, id: &str) -> Role {
-        let kind = [
-            "io.kubernetes.cri.container-type",
-            "io.kubernetes.cri-o.ContainerType",
-        ];
-        let sandbox = [
-            "io.kubernetes.cri.sandbox-id",
-            "io.kubernetes.cri-o.SandboxID",
-        ];
-        match (self.annotation(&kind), self.annotation(&sandbox)) {
-            (Some("sandbox"), _) => Role::Sandbox,
-            (Some("container"), Some(sandbox)) if sandbox != id => Role::Member {
-                sandbox: sandbox.into(),
-            },
-            _ => Role::Single,
-        }
-    }
-
-    pub(crate) fn network(&self) -> Network {
-        let namespaces = self
-            .0
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.namespaces().as_ref());
-        let mut namespaces = namespaces.into_iter().flatten();
-        let network = namespaces.find(|n| n.typ() == LinuxNamespaceType::Network);
-        match network.map(|network| network.path()) {
-            None => Network::Host,
-            Some(None) => Network::New,
-            Some(Some(path)) if path.as_os_str().is_empty() => Network::New,
-            Some(Some(path)) => Network::Path(path.clone()),
-        }
-    }
-
-    /// Bytes of memory that it may have: a pod's as Kubernetes says it, else the container's.
-    fn memory(&self) -> Option<u64> {
-        let pod = self.annotation(&["io.kubernetes.cri.sandbox-memory"]);
-        let pod = pod.and_then(|text| text.parse().ok());
-        let own = || {
-            self.resources()?
-                .memory()
-                .as_ref()?
-                .limit()
-                .map(|limit| limit.max(0) as u64)
-        };
-        pod.or_else(own).filter(|bytes| *bytes > 0)
-    }
-
-    fn sysctls(&self) -> BTreeMap<String, String> {
-        let sysctls = self
-            .0
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.sysctl().as_ref());
-        sysctls
-            .into_iter()
-            .flatten()
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect()
-    }
-
-    /// Whole CPUs that it may use.
-    fn cpus(&self) -> Option<u32> {
-        let number = |name: &str| self.annotation(&[name])?.parse::<i64>().ok();
-        let cpu = self
-            .resources()
-            .and_then(|resources| resources.cpu().as_ref());
-        let quota = number("io.kubernetes.cri.sandbox-cpu-quota")
-            .or_else(|| cpu.and_then(|cpu| cpu.quota()))?;
-        let period = number("io.kubernetes.cri.sandbox-cpu-period")
-            .or_else(|| cpu.and_then(|cpu| Some(cpu.period()? as i64)))
-            .unwrap_or(100_000);
-        if quota <= 0 || period <= 0 {
-            return None;
-        }
-        u32::try_from((quota as u64).div_ceil(period as u64)).ok()
-    }
-
-    /// The sandbox's control group on the host.
-    pub(crate) fn cgroup(&self) -> Option<PathBuf> {
-        let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;
-        cgroup::folder(path)
-    }
-
-    fn resources(&self) -> Option<&oci::LinuxResources> {
-        self.0.linux().as_ref()?.resources().as_ref()
-    }
-}
 
 /// A container of the sandbox.
 pub(crate) struct Task {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
-    spec: Spec,
-    settings: Settings,
+    pub(crate) spec: Spec,
+    pub(crate) settings: Settings,
     pub(crate) first: Proc,
-    further: Mutex<HashMap<String, Arc<Further>>>,
+    pub(crate) further: Mutex<HashMap<String, Arc<Further>>>,
     rootfs: PathBuf,
     is_mounted: AtomicBool,
     /// One request that changes it at a time.
     work: Mutex<()>,
     /// Its start is told before its end.
     order: Mutex<()>,
-}
-
-/// A process that was added to a container.
-pub(crate) struct Further {
-    pub(crate) proc: Proc,
-    process: oci::Process,
 }
 
 impl Task {
@@ -205,7 +68,7 @@ impl Task {
         Ok(ProcOf::Further(further.ok_or_else(missing)?))
     }
 
-    fn is_virtual(&self) -> bool {
+    pub(crate) fn is_virtual(&self) -> bool {
         self.spec.role(&self.id) == Role::Sandbox
     }
 
@@ -216,7 +79,7 @@ impl Task {
         }
     }
 
-    fn running(&self) -> Result<Arc<Container>, Refusal> {
+    pub(crate) fn running(&self) -> Result<Arc<Container>, Refusal> {
         self.container()
             .ok_or_else(|| Refusal::Precondition("the container does not run".into()))
     }
@@ -241,14 +104,14 @@ impl std::ops::Deref for ProcOf {
 
 /// The sandbox of this shim.
 pub(crate) struct Pod {
-    namespace: String,
-    debug: bool,
-    events: Events,
+    pub(crate) namespace: String,
+    pub(crate) debug: bool,
+    pub(crate) events: Events,
     /// Why its namespaces could not be entered.
     unready: Option<String>,
     end: Mutex<Sender<()>>,
     tasks: Mutex<HashMap<String, Arc<Task>>>,
-    sandbox: Mutex<Option<Arc<Sandbox>>>,
+    pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
     is_stopping: AtomicBool,
 }
 
@@ -397,46 +260,6 @@ impl Pod {
         }
     }
 
-    /// The virtual machine, started if it is not there.
-    fn boot(&self, task: &Task) -> Result<Arc<Sandbox>, Refusal> {
-        let mut sandbox = lock(&self.sandbox);
-        if let Some(sandbox) = &*sandbox {
-            return match sandbox.machine().ended() {
-                None => Ok(sandbox.clone()),
-                Some(reason) => Err(anyhow!("the sandbox has ended: {reason}").into()),
-            };
-        }
-        let mut config = task.settings.sandbox(task.spec.memory(), task.spec.cpus());
-        if task.is_virtual() {
-            // Its containers have the guest's own namespaces, which nothing else sets up.
-            config.hostname = task.spec.0.hostname().clone();
-            config.sysctls = task.spec.sysctls();
-        }
-        config.networks = interfaces()?
-            .into_iter()
-            .map(|interface| NetworkConfig {
-                name: interface.clone(),
-                ..NetworkConfig::new(HostEnd::Join { interface })
-            })
-            .collect();
-        let started = Arc::new(Sandbox::start(&config)?);
-        log::info!(
-            "the virtual machine's agent was ready after {:.2?}",
-            started.ready_after()
-        );
-        if self.debug {
-            started.follow_console(ConsoleLog::default());
-        }
-        if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
-            match started.machine().memory_usage() {
-                Ok(usage) => cgroup::apply(&folder, &cgroup::limits(resources, usage.size >> 20)),
-                Err(error) => log::warn!("the size of the guest is not known: {error}"),
-            }
-        }
-        *sandbox = Some(started.clone());
-        Ok(started)
-    }
-
     /// Makes the container in the guest; its first process waits to be started.
     fn make(self: &Arc<Self>, task: &Arc<Task>) -> Result<Arc<Container>, Refusal> {
         let sandbox = self.boot(task)?;
@@ -480,7 +303,7 @@ impl Pod {
         self.end(task, status, at);
     }
 
-    fn status_of(&self, waited: Result<i32, koya::Error>) -> u32 {
+    pub(crate) fn status_of(&self, waited: Result<i32, koya::Error>) -> u32 {
         match waited {
             Ok(status) => status as u32,
             Err(_) if self.is_stopping.load(Ordering::SeqCst) => 128 + SIGKILL,
@@ -505,7 +328,7 @@ impl Pod {
         }
     }
 
-    fn publish_exit(&self, task: &Task, name: &str, status: u32, at: SystemTime) {
+    pub(crate) fn publish_exit(&self, task: &Task, name: &str, status: u32, at: SystemTime) {
         let event = TaskExit {
             container_id: task.id.clone(),
             id: name.into(),
@@ -560,104 +383,6 @@ impl Pod {
             ..Default::default()
         };
         self.events.publish(topics::TASK_START_EVENT_TOPIC, &event);
-    }
-
-    pub(crate) fn exec(&self, request: &ExecProcessRequest) -> Result<(), Refusal> {
-        let task = self.task(&request.id)?;
-        task.first.status().allow(Wish::Use)?;
-        let spec = request
-            .spec
-            .as_ref()
-            .context("the request has no process")?;
-        let process: oci::Process =
-            serde_json::from_slice(&spec.value).context("the process is broken")?;
-        let further = Further {
-            proc: Proc::new(Paths {
-                stdin: request.stdin.clone(),
-                stdout: request.stdout.clone(),
-                stderr: request.stderr.clone(),
-                terminal: request.terminal,
-            }),
-            process,
-        };
-        let name = request.exec_id.clone();
-        {
-            let mut all = lock(&task.further);
-            if name.is_empty() || name == task.id || all.contains_key(&name) {
-                return Err(Refusal::Exists(format!("process {name:?}")));
-            }
-            all.insert(name.clone(), Arc::new(further));
-        }
-        let event = TaskExecAdded {
-            container_id: task.id.clone(),
-            exec_id: name,
-            ..Default::default()
-        };
-        self.events
-            .publish(topics::TASK_EXEC_ADDED_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    fn start_further(self: &Arc<Self>, task: &Arc<Task>, name: &str) -> Result<(), Refusal> {
-        let ProcOf::Further(further) = task.proc(name)? else {
-            return Ok(());
-        };
-        further.proc.status().allow(Wish::Start)?;
-        // In one that is paused it would never come to its start.
-        task.first.status().allow(Wish::Use)?;
-        let launched = self.launch(task, name, &further);
-        let (process, pumps) = match launched {
-            Ok(launched) => launched,
-            Err(error) => {
-                // Who waits for it already hears of it.
-                further.proc.ended(failed_status(&error), SystemTime::now());
-                return Err(error);
-            }
-        };
-        further
-            .proc
-            .made(Handle::Further(process.clone()), pumps.clone());
-        if let Err(error) = further.proc.status().allow(Wish::Start) {
-            // It was killed while it was made.
-            process.signal(SIGKILL as i32).ok();
-            spawn("koya-wait", move || drop(process.wait()))?;
-            return Err(error);
-        }
-        further.proc.set_status(Status::Running);
-        let event = TaskExecStarted {
-            container_id: task.id.clone(),
-            exec_id: name.into(),
-            pid: pid(),
-            ..Default::default()
-        };
-        self.events
-            .publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
-        let (pod, task, name) = (self.clone(), task.clone(), name.to_owned());
-        spawn("koya-wait", move || {
-            let status = pod.status_of(process.wait());
-            let at = SystemTime::now();
-            pumps.finish();
-            if further.proc.ended(status, at) {
-                pod.publish_exit(&task, &name, status, at);
-            }
-        })?;
-        Ok(())
-    }
-
-    fn launch(
-        &self,
-        task: &Task,
-        name: &str,
-        further: &Further,
-    ) -> Result<(Arc<koya::Process>, Arc<crate::io::Pumps>), Refusal> {
-        let container = task.running()?;
-        let paths = &further.proc.paths;
-        let io = paths.open(name, &self.namespace)?;
-        let mut process = further.process.clone();
-        process.set_terminal(Some(paths.terminal));
-        let mut process = container.exec_oci(name, &process, paths.stdio())?;
-        let pumps = io.connect(&mut process)?;
-        Ok((Arc::new(process), Arc::new(pumps)))
     }
 
     pub(crate) fn kill(&self, id: &str, name: &str, signal: u32, all: bool) -> Result<(), Refusal> {
@@ -883,7 +608,7 @@ impl Pod {
 }
 
 /// The status of a process that could not be started: a shell's, where it is the program's fault.
-fn failed_status(error: &Refusal) -> u32 {
+pub(crate) fn failed_status(error: &Refusal) -> u32 {
     match error {
         Refusal::Failed(error) => match error.downcast_ref() {
             Some(koya::Error::NotExecutable { status, .. }) => *status as u32,
@@ -900,110 +625,8 @@ fn never_started() -> Exit {
     }
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let builder = std::thread::Builder::new().name(name.into());
     builder.spawn(work).context("cannot start a thread")?;
     Ok(())
-}
-
-/// The interfaces of this process's network namespace, but for the loopback.
-fn interfaces() -> Result<Vec<String>> {
-    let text = std::fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?;
-    let names = text.lines().skip(2).filter_map(|line| line.split_once(':'));
-    let names: Vec<String> = names.map(|(name, _)| name.trim().to_owned()).collect();
-    // What the kernel makes by itself in each namespace carries nothing.
-    let own = [
-        "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
-        "ip6gre0",
-    ];
-    let names: Vec<String> = names
-        .into_iter()
-        .filter(|n| !own.contains(&n.as_str()))
-        .collect();
-    if names.len() > 8 {
-        bail!(
-            "{} network interfaces are more than a sandbox takes",
-            names.len()
-        );
-    }
-    Ok(names)
-}
-
-/// The guest's console, line by line, in the log.
-#[derive(Default)]
-struct ConsoleLog(Vec<u8>);
-
-impl std::io::Write for ConsoleLog {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        for byte in bytes {
-            match byte {
-                b'\n' => {
-                    let line: String = String::from_utf8_lossy(&self.0)
-                        .chars()
-                        .filter(|c| !c.is_control())
-                        .collect();
-                    log::debug!("guest: {line}");
-                    self.0.clear();
-                }
-                _ if self.0.len() < 1024 => self.0.push(*byte),
-                _ => {}
-            }
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::{Value, json};
-
-    fn spec(value: Value) -> Spec {
-        let mut all = json!({"ociVersion": "1.0.2", "root": {"path": "rootfs"}});
-        all.as_object_mut()
-            .unwrap()
-            .extend(value.as_object().unwrap().clone());
-        Spec(serde_json::from_value(all).unwrap())
-    }
-
-    #[test]
-    fn annotations_say_what_a_container_is() {
-        assert_eq!(spec(json!({})).role("a"), Role::Single);
-        let pod = json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox",
-            "io.kubernetes.cri.sandbox-id": "a", "io.kubernetes.cri.sandbox-memory": "1048576",
-            "io.kubernetes.cri.sandbox-cpu-quota": "150000"}});
-        let pod = spec(pod);
-        assert_eq!(pod.role("a"), Role::Sandbox);
-        assert_eq!((pod.memory(), pod.cpus()), (Some(1 << 20), Some(2)));
-        let member = json!({"annotations": {"io.kubernetes.cri-o.ContainerType": "container",
-            "io.kubernetes.cri-o.SandboxID": "p"}});
-        assert_eq!(
-            spec(member).role("a"),
-            Role::Member {
-                sandbox: "p".into()
-            }
-        );
-    }
-
-    #[test]
-    fn limits_and_networks_are_the_configurations() {
-        let limited = spec(json!({"linux": {
-            "resources": {"memory": {"limit": 4096}, "cpu": {"quota": 250_000, "period": 100_000}},
-            "namespaces": [{"type": "network"}]}}));
-        assert_eq!((limited.memory(), limited.cpus()), (Some(4096), Some(3)));
-        assert_eq!(limited.network(), Network::New);
-        assert_eq!(spec(json!({"linux": {}})).network(), Network::Host);
-        let path = json!({"linux": {"namespaces": [{"type": "network", "path": "/n"}]}});
-        assert_eq!(spec(path).network(), Network::Path("/n".into()));
-        let endless = json!({"linux": {"resources": {"memory": {"limit": -1},
-            "cpu": {"quota": -1, "period": 100_000}}}});
-        assert_eq!(
-            (spec(endless.clone()).memory(), spec(endless).cpus()),
-            (None, None)
-        );
-    }
 }

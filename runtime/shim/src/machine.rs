@@ -1,0 +1,101 @@
+//! The virtual machine of a pod: made of what its first container says.
+
+use crate::cgroup;
+use crate::pod::{Pod, Task};
+use crate::task::{Refusal, lock};
+use anyhow::{Context, Result, anyhow, bail};
+use koya::{HostEnd, NetworkConfig, Sandbox};
+use std::sync::Arc;
+
+impl Pod {
+    /// The virtual machine, started if it is not there.
+    pub(crate) fn boot(&self, task: &Task) -> Result<Arc<Sandbox>, Refusal> {
+        let mut sandbox = lock(&self.sandbox);
+        if let Some(sandbox) = &*sandbox {
+            return match sandbox.machine().ended() {
+                None => Ok(sandbox.clone()),
+                Some(reason) => Err(anyhow!("the sandbox has ended: {reason}").into()),
+            };
+        }
+        let mut config = task.settings.sandbox(task.spec.memory(), task.spec.cpus());
+        if task.is_virtual() {
+            // Its containers have the guest's own namespaces, which nothing else sets up.
+            config.hostname = task.spec.0.hostname().clone();
+            config.sysctls = task.spec.sysctls();
+        }
+        config.networks = interfaces()?
+            .into_iter()
+            .map(|interface| NetworkConfig {
+                name: interface.clone(),
+                ..NetworkConfig::new(HostEnd::Join { interface })
+            })
+            .collect();
+        let started = Arc::new(Sandbox::start(&config)?);
+        log::info!(
+            "the virtual machine's agent was ready after {:.2?}",
+            started.ready_after()
+        );
+        if self.debug {
+            started.follow_console(ConsoleLog::default());
+        }
+        if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
+            match started.machine().memory_usage() {
+                Ok(usage) => cgroup::apply(&folder, &cgroup::limits(resources, usage.size >> 20)),
+                Err(error) => log::warn!("the size of the guest is not known: {error}"),
+            }
+        }
+        *sandbox = Some(started.clone());
+        Ok(started)
+    }
+}
+
+/// The interfaces of this process's network namespace, but for the loopback.
+fn interfaces() -> Result<Vec<String>> {
+    let text = std::fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?;
+    let names = text.lines().skip(2).filter_map(|line| line.split_once(':'));
+    let names: Vec<String> = names.map(|(name, _)| name.trim().to_owned()).collect();
+    // What the kernel makes by itself in each namespace carries nothing.
+    let own = [
+        "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
+        "ip6gre0",
+    ];
+    let names: Vec<String> = names
+        .into_iter()
+        .filter(|n| !own.contains(&n.as_str()))
+        .collect();
+    if names.len() > 8 {
+        bail!(
+            "{} network interfaces are more than a sandbox takes",
+            names.len()
+        );
+    }
+    Ok(names)
+}
+
+/// The guest's console, line by line, in the log.
+#[derive(Default)]
+struct ConsoleLog(Vec<u8>);
+
+impl std::io::Write for ConsoleLog {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for byte in bytes {
+            match byte {
+                b'\n' => {
+                    let line: String = String::from_utf8_lossy(&self.0)
+                        .chars()
+                        .filter(|c| !c.is_control())
+                        .collect();
+                    log::debug!("guest: {line}");
+                    self.0.clear();
+                }
+                _ if self.0.len() < 1024 => self.0.push(*byte),
+                _ => {}
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
