@@ -425,3 +425,17 @@ fn that_a_name_is_not_there_is_remembered_as_long_as_it_may_be() {
     let root = files.look(ROOT_ID, c"s").unwrap().nodeid;
     assert_eq!(files.look(root, c"absent").unwrap_err(), Errno::NOENT);
 }
+
+/// A guest's kernel asks for the size first, and then for as many bytes.
+#[test]
+fn an_attributes_size_can_be_asked_for() {
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("x"), "x").unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    for name in [c"user.a", c"security.capability"] {
+        f.files.setxattr(node, name, &[7; 20], 0).unwrap();
+        assert_eq!(f.files.getxattr(node, name, 0).unwrap().len(), 20);
+        assert_eq!(f.files.getxattr(node, name, 20).unwrap(), [7; 20]);
+        assert_eq!(f.files.getxattr(node, name, 19), Err(Errno::RANGE));
+    }
+}

@@ -50,6 +50,9 @@ fn check(name: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
+/// What most attributes fit into, in bytes.
+const SHORT: usize = 256;
+
 impl Passthrough {
     /// The path of a node's file: attributes can't be reached through O_PATH descriptors.
     fn xattr_path(&self, inode: &Inode) -> Result<(String, impl AsFd + use<>), Errno> {
@@ -132,19 +135,28 @@ impl Passthrough {
         let inode = self.inodes.get(nodeid)?;
         check(name)?;
         let (path, _fd) = self.xattr_path(&inode)?;
-        // Without room the host, too, says only the size.
-        let mut value = vec![0; SIZE_MAX.min(room as usize)];
-        let get = |name: &CStr, value: &mut [u8]| rustix::fs::getxattr(path.as_str(), name, value);
-        let len = if is_privileged(name) {
-            match get(&mapped(name)?, &mut value) {
-                Err(Errno::NODATA | Errno::OPNOTSUPP) => get(name, &mut value)?,
-                other => other?,
-            }
-        } else {
-            get(name, &mut value)?
+        let read = |room: usize| -> Result<Vec<u8>, Errno> {
+            let mut value = vec![0; room];
+            let mut get = |name: &CStr| rustix::fs::getxattr(path.as_str(), name, &mut value[..]);
+            let len = if is_privileged(name) {
+                match get(&mapped(name)?) {
+                    Err(Errno::NODATA | Errno::OPNOTSUPP) => get(name)?,
+                    other => other?,
+                }
+            } else {
+                get(name)?
+            };
+            value.truncate(len);
+            Ok(value)
         };
-        value.resize(len, 0);
-        Ok(value)
+        if room > 0 {
+            return read(SIZE_MAX.min(room as usize));
+        }
+        // The size is asked for. Most values are short.
+        match read(SHORT) {
+            Err(Errno::RANGE) => read(SIZE_MAX),
+            other => other,
+        }
     }
 
     /// FUSE_LISTXATTR: the names, each with its terminator
