@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-fn folder(id: &str) -> PathBuf {
+/// Where it is.
+pub(crate) fn folder(id: &str) -> PathBuf {
     Path::new(ROOT).join(helper::cgroup(id).trim_start_matches('/'))
 }
 

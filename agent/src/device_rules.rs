@@ -5,7 +5,7 @@
 //! first. Before all of them stands "deny"; after all of them stand the devices that every
 //! container has.
 
-use crate::helper::cgroup;
+use crate::cgroup;
 use crate::sys::Instruction;
 use anyhow::{Context, Result};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
@@ -66,8 +66,9 @@ pub(crate) fn of(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
 /// Puts the device rules of a container's configuration in force.
 pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     let program = compile(&decode(&of(spec)));
-    let cgroup = format!("/sys/fs/cgroup{}", cgroup(id));
-    let directory = File::open(&cgroup).with_context(|| format!("cannot open {cgroup}"))?;
+    let cgroup = cgroup::folder(id);
+    let directory =
+        File::open(&cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
     crate::sys::attach_device_program(directory.as_fd(), &program)
         .context("cannot put the device rules in force")
 }

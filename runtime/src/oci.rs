@@ -78,7 +78,7 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     spec.set_root(Some(root));
     spec.set_hooks(None);
 
-    let shared_ipc = has_path(&spec, LinuxNamespaceType::Ipc);
+    let shared_ipc = shares_namespace(&spec, LinuxNamespaceType::Ipc);
     let mut mount_points = Vec::new();
     let mut mounts = Vec::new();
     for mount in spec.mounts().iter().flatten() {
@@ -119,14 +119,19 @@ fn memory_behind(path: &Path) -> Option<u64> {
     (is_memory && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
 }
 
-fn has_path(spec: &Spec, kind: LinuxNamespaceType) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    let mut namespaces = namespaces.into_iter().flatten();
-    namespaces
-        .any(|n| n.typ() == kind && n.path().as_ref().is_some_and(|p| !p.as_os_str().is_empty()))
+/// Whether a namespace is one that exists, and not the container's own.
+fn is_shared(namespace: &oci::LinuxNamespace) -> bool {
+    let path = namespace.path().as_ref();
+    path.is_some_and(|path| !path.as_os_str().is_empty())
+}
+
+fn shares_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let linux = spec.linux().as_ref();
+    let mut namespaces = linux
+        .and_then(|l| l.namespaces().as_ref())
+        .into_iter()
+        .flatten();
+    namespaces.any(|n| n.typ() == kind && is_shared(n))
 }
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
@@ -256,11 +261,7 @@ fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
         }
         // What containers share by a path of the host's is the guest's own, which its first process has.
         let mut own = namespace.clone();
-        let shared = own
-            .path()
-            .as_ref()
-            .is_some_and(|path| !path.as_os_str().is_empty());
-        own.set_path(match (shared, namespace.typ()) {
+        own.set_path(match (is_shared(namespace), namespace.typ()) {
             (false, _) => None,
             (true, LinuxNamespaceType::Ipc) => Some("/proc/1/ns/ipc".into()),
             (true, LinuxNamespaceType::Uts) => Some("/proc/1/ns/uts".into()),

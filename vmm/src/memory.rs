@@ -18,13 +18,16 @@ use vm_memory::{
 /// What a virtual machine holds of the host's memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryUsage {
-    /// Guest memory, whether it exists or not.
-    pub size: u64,
     /// Pages of guest memory that exist.
     pub guest: u64,
     /// Private pages of the process beside them: the monitor, its devices, and whatever else the
     /// process does.
     pub overhead: u64,
+}
+
+/// All of it, in bytes.
+pub(crate) fn size(memory: &Memory) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
 }
 
 /// Reads from `/proc/self/smaps` (proc(5)) what this process holds.
@@ -41,10 +44,7 @@ pub(crate) fn usage(memory: &Memory) -> io::Result<MemoryUsage> {
 }
 
 fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
-    let mut usage = MemoryUsage {
-        size: guest.iter().map(|(start, end)| end - start).sum(),
-        ..MemoryUsage::default()
-    };
+    let mut usage = MemoryUsage::default();
     let mut is_guest = false;
     for line in smaps.lines() {
         let mut words = line.split_whitespace();

@@ -171,6 +171,12 @@ impl VmHandle {
         }
     }
 
+    /// Guest memory in bytes, whether it exists on the host or not; none after the machine's end.
+    pub fn memory_size(&self) -> u64 {
+        let memory = self.memory.upgrade();
+        memory.map_or(0, |memory| memory::size(&memory))
+    }
+
     /// The disks of the configuration, in its order.
     pub fn disks(&self) -> &[BlockHandle] {
         &self.handles.disks

@@ -3,7 +3,6 @@
 use super::inodes::Inode;
 use super::shares::Share;
 use crate::sync::lock;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,8 +15,6 @@ pub(super) struct Handle {
     pub(super) nodeid: u64,
     share: u64,
     pub(super) file: File,
-    /// Opened for writing, too.
-    pub(super) is_written: bool,
     /// Keeps the node's own descriptor: an open file may have lost its name by the time that the
     /// node is asked for again.
     _node: Arc<OwnedFd>,
@@ -62,9 +59,7 @@ impl Handles {
         }
         state.next += 1;
         let number = state.next;
-        let flags = rustix::fs::fcntl_getfl(&file)?;
         let handle = Handle {
-            is_written: flags.intersects(OFlags::WRONLY | OFlags::RDWR),
             nodeid: inode.id,
             share: inode.share.number,
             file,

@@ -198,6 +198,11 @@ impl Watches {
         self.wanted.load(Ordering::SeqCst)
     }
 
+    /// Whether the guest watches anything.
+    pub(super) fn any(&self) -> bool {
+        self.count.load(Ordering::SeqCst) > 0
+    }
+
     /// Whoever waits for events is told that there will be none.
     pub(super) fn end(&self) {
         self.ended.write(1).ok();
@@ -275,19 +280,11 @@ impl Watches {
         let descriptor = watch_file(queue, &*fd, kind::TOLD)?;
         let watched = state.watched.entry(descriptor).or_default();
         watched.nodes.insert(inode.id);
-        let parent = match inode.kind {
-            FileType::Directory => watch_parent(queue, &*fd),
-            _ => None,
-        };
-        if let Some(parent) = parent {
-            let parent = state.watched.entry(parent).or_default();
-            parent.children.insert(inode.id);
-        }
         let node = Node {
             inode: inode.clone(),
             mask,
             descriptor,
-            parent,
+            parent: self.join_parent(state, inode),
         };
         state.nodes.insert(inode.id, node);
         Ok(())
@@ -312,6 +309,18 @@ impl Watches {
         }
         self.tidy(state, node.descriptor);
         self.leave_parent(state, nodeid, node.parent);
+    }
+
+    /// Watches the directory that a directory is in: where that is, if it can be watched.
+    fn join_parent(&self, state: &mut State, inode: &Inode) -> Option<i32> {
+        if inode.kind != FileType::Directory {
+            return None;
+        }
+        let fd = self.inodes.fd(inode).ok()?;
+        let parent = watch_parent(self.queue.get()?, &*fd)?;
+        let watched = state.watched.entry(parent).or_default();
+        watched.children.insert(inode.id);
+        Some(parent)
     }
 
     fn leave_parent(&self, state: &mut State, nodeid: u64, parent: Option<i32>) {
@@ -340,7 +349,7 @@ impl Watches {
         &self,
         about: impl FnOnce() -> [(Key, u32); N],
     ) -> Option<Acting<'_>> {
-        if self.count.load(Ordering::SeqCst) == 0 {
+        if !self.any() {
             return None;
         }
         let about = about();
@@ -481,29 +490,17 @@ impl Watches {
 
     /// A watched directory has another parent now.
     fn moved(&self, state: &mut State, nodeid: u64) {
-        let Some(node) = state.nodes.get(&nodeid) else {
+        let Some(inode) = state.nodes.get(&nodeid).map(|node| node.inode.clone()) else {
             return;
         };
-        let before = node.parent;
-        if node.inode.kind != FileType::Directory {
+        let parent = self.join_parent(state, &inode);
+        let Some(node) = state.nodes.get_mut(&nodeid) else {
             return;
-        }
-        let fd = self.inodes.fd(&node.inode);
-        let parent = match (self.queue.get(), fd) {
-            (Some(queue), Ok(fd)) => watch_parent(queue, &*fd),
-            _ => None,
         };
-        if parent == before {
-            return;
+        let before = std::mem::replace(&mut node.parent, parent);
+        if before != parent {
+            self.leave_parent(state, nodeid, before);
         }
-        if let Some(node) = state.nodes.get_mut(&nodeid) {
-            node.parent = parent;
-        }
-        if let Some(parent) = parent {
-            let watched = state.watched.entry(parent).or_default();
-            watched.children.insert(nodeid);
-        }
-        self.leave_parent(state, nodeid, before);
     }
 }
 
@@ -584,7 +581,7 @@ impl Drop for Acting<'_> {
 }
 
 fn watch_file(queue: &OwnedFd, fd: impl AsFd, kinds: u32) -> Result<i32, Errno> {
-    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    let path = sys::proc_path(fd.as_fd());
     // A file that is watched already keeps what it is watched for.
     let flags = WatchFlags::from_bits_retain(kinds) | WatchFlags::MASK_ADD;
     inotify::add_watch(queue, path, flags)

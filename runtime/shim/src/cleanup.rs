@@ -1,13 +1,13 @@
 //! `delete`: containerd's last call for a container, after every end, orderly or not.
 //!
 //! The shim may be gone, may be about to go, or may serve other containers of its pod: only one that is
-//! this container's own and does not answer is ended here.
+//! this container's own and does not answer is ended here. What it mounted is gone with it: it mounts only
+//! where it has a mount namespace of its own.
 
 use crate::cgroup;
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::launch::{self, PID_FILE};
-use crate::mounts;
 use crate::service::SERVED_AS;
 use crate::spec::Spec;
 use anyhow::Result;
@@ -35,11 +35,6 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
             end(pid);
         }
         fs::remove_file(&socket).ok();
-    }
-    // Of a shim that could not make mounts of its own.
-    let rootfs = bundle.join("rootfs");
-    if is_mount(&rootfs) {
-        mounts::unmount_all(&rootfs);
     }
     // A process can't remove the group that it is in.
     if let Some(folder) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
@@ -95,12 +90,4 @@ fn end(pid: Pid) {
     {
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-fn is_mount(path: &Path) -> bool {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let wanted = path.to_string_lossy();
-    mounts
-        .lines()
-        .any(|line| line.split(' ').nth(4) == Some(&wanted))
 }

@@ -7,7 +7,8 @@ use crate::flags::Flags;
 use crate::launch;
 use crate::pod::Pod;
 use crate::service;
-use crate::spec::{HOST_NETWORK, Network, Role, Spec};
+use crate::spec::{HOST_NETWORK, Network, Spec};
+use crate::sync::spawn;
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{Mode, OFlags};
@@ -38,10 +39,6 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
 
 fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let spec = Spec::read(bundle)?;
-    let group = match spec.role(&flags.id) {
-        Role::Member { sandbox } => sandbox,
-        _ => flags.id.clone(),
-    };
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
     let ready = enter_namespaces(&spec);
     if let Some(folder) = spec.cgroup()
@@ -67,18 +64,15 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
         }
     });
     let service = pod.clone();
-    let server = std::thread::Builder::new()
-        .name("koya-rpc".into())
-        .spawn(move || service::run(listener, service));
-    let server = server.context("cannot start a thread")?;
-    std::thread::spawn(move || match server.join() {
-        Ok(Err(error)) => log::error!("cannot serve containerd: {error:#}"),
-        _ => log::error!("the server ended"),
-    });
+    spawn("koya-rpc", move || {
+        if let Err(error) = service::run(listener, service) {
+            log::error!("cannot serve containerd: {error:#}");
+        }
+    })?;
 
     ended.recv().ok();
     // First of all: the next container of this name must not find a shim that is ending.
-    fs::remove_file(launch::socket(flags, &group)).ok();
+    fs::remove_file(launch::socket(flags, &flags.id)).ok();
     std::thread::sleep(LAST_ANSWER);
     pod.finish();
     if let Some(folder) = spec.cgroup() {

@@ -1,5 +1,6 @@
 //! Events for containerd, in order: one queue, one thread that sends.
 
+use crate::sync::lock;
 use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
@@ -68,7 +69,7 @@ impl Events {
         let name = E::descriptor().full_name().to_owned();
         match any(&name, event) {
             Ok(event) => {
-                if let Some(sender) = &*crate::task::lock(&self.sender) {
+                if let Some(sender) = &*lock(&self.sender) {
                     sender.send((topic.into(), event)).ok();
                 }
             }
@@ -78,8 +79,8 @@ impl Events {
 
     /// Waits until all are sent, and no longer than this.
     pub(crate) fn finish(&self, limit: Duration) {
-        crate::task::lock(&self.sender).take();
-        let Some(thread) = crate::task::lock(&self.thread).take() else {
+        lock(&self.sender).take();
+        let Some(thread) = lock(&self.thread).take() else {
             return;
         };
         let started = std::time::Instant::now();

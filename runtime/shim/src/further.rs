@@ -1,8 +1,9 @@
 //! Processes that are added to a container that runs.
 
 use crate::io::{Paths, Pumps};
-use crate::pod::{Pod, ProcOf, SIGKILL, Task, failed_status, pid, spawn};
-use crate::task::{Handle, Proc, Refusal, Status, Wish, lock};
+use crate::pod::{Pod, ProcOf, SIGKILL, Task, failed_status, pid};
+use crate::sync::{lock, spawn};
+use crate::task::{Handle, Proc, Refusal, Status, Wish};
 use anyhow::Context;
 use containerd_shim_protos::api::ExecProcessRequest;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted};

@@ -6,6 +6,7 @@
 //! an end of each FIFO stays open here, so that a process neither sees an end of file nor is killed by
 //! a broken pipe.
 
+use crate::sync::{lock, spawn};
 use anyhow::{Context, Result, bail};
 use command_fds::{CommandFdExt as _, FdMapping};
 use koya::{Process, Stdio};
@@ -20,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -151,31 +152,35 @@ impl Output {
         let reader = open(path, flags | OFlags::RDONLY, Mode::empty())?;
         Ok(Self::Fifo(writer.into(), reader))
     }
+}
 
-    /// Writes all that comes, then waits until it is read, as long as something moves.
-    fn pump(self, mut from: UnixStream, state: &State) {
-        let mut buffer = vec![0; 64 << 10];
-        let mut writer = match &self {
-            Self::Fifo(file, _) | Self::Open(file) => file,
-        };
-        loop {
-            match from.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => {
-                    // A process whose output can't be kept goes on all the same.
-                    if writer.write_all(&buffer[..count]).is_ok() {
-                        state.progress.fetch_add(1, Ordering::Relaxed);
-                    }
+/// Passes all that comes on, then waits until it is read, as long as something moves. Where nobody wants
+/// it, it is read all the same: the process must not wait.
+fn pump(mut from: UnixStream, output: Option<Output>, state: &State) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut writer = match &output {
+        Some(Output::Fifo(file, _) | Output::Open(file)) => Some(file),
+        None => None,
+    };
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                // A process whose output can't be kept goes on all the same.
+                if let Some(writer) = &mut writer
+                    && writer.write_all(&buffer[..count]).is_ok()
+                {
+                    state.progress.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(_) => break,
             }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
         }
-        state.reading.fetch_sub(1, Ordering::SeqCst);
-        if let Self::Fifo(writer, reader) = self {
-            drop(reader);
-            wait_until_read(&writer, state);
-        }
+    }
+    state.reading.fetch_sub(1, Ordering::SeqCst);
+    if let Some(Output::Fifo(writer, reader)) = output {
+        drop(reader);
+        wait_until_read(&writer, state);
     }
 }
 
@@ -257,7 +262,6 @@ pub(crate) struct Pumps {
     /// The guest's ends of the outputs, to be cut off.
     outputs: Mutex<Vec<UnixStream>>,
     logger: Mutex<Option<Logger>>,
-    closing: AtomicBool,
 }
 
 impl Io {
@@ -274,7 +278,6 @@ impl Io {
             stop: Mutex::new(Some(stop)),
             outputs: Mutex::default(),
             logger: Mutex::new(self.logger),
-            closing: AtomicBool::new(false),
         };
         let (to_guest, stdout, stderr) = match (self.terminal, process.stdin.take()) {
             (true, Some(stream)) => (Some(stream.try_clone()?), Some(stream), None),
@@ -282,24 +285,17 @@ impl Io {
         };
         for (from, output) in [(stdout, self.stdout), (stderr, self.stderr)] {
             let Some(from) = from else { continue };
-            crate::task::lock(&pumps.outputs).push(from.try_clone()?);
+            lock(&pumps.outputs).push(from.try_clone()?);
             let state = state.clone();
             state.writing.fetch_add(1, Ordering::SeqCst);
             state.reading.fetch_add(1, Ordering::SeqCst);
             spawn("koya-out", move || {
-                match output {
-                    Some(output) => output.pump(from, &state),
-                    // Nobody wants it, and the process must not wait for that.
-                    None => {
-                        std::io::copy(&mut &from, &mut std::io::sink()).ok();
-                        state.reading.fetch_sub(1, Ordering::SeqCst);
-                    }
-                }
+                pump(from, output, &state);
                 state.writing.fetch_sub(1, Ordering::SeqCst);
             })?;
         }
         if let (Some(input), Some(to_guest)) = (self.stdin, to_guest) {
-            *crate::task::lock(&pumps.keep) = input.keep;
+            *lock(&pumps.keep) = input.keep;
             let terminal = self.terminal;
             spawn("koya-in", move || {
                 pump_input(input.from, to_guest, &stopped, terminal)
@@ -307,12 +303,6 @@ impl Io {
         }
         Ok(pumps)
     }
-}
-
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let builder = std::thread::Builder::new().name(name.into());
-    builder.spawn(work).context("cannot start a thread")?;
-    Ok(())
 }
 
 fn pump_input(mut from: File, mut to: UnixStream, stop: &UnixStream, terminal: bool) {
@@ -348,23 +338,20 @@ fn pump_input(mut from: File, mut to: UnixStream, stop: &UnixStream, terminal: b
 impl Pumps {
     /// The client has no more input: what it wrote so far still comes.
     pub(crate) fn close_stdin(&self) {
-        crate::task::lock(&self.keep).take();
+        lock(&self.keep).take();
     }
 
     /// The process has ended: waits until its output has been read, as long as something moves.
     pub(crate) fn finish(&self) {
-        if self.closing.swap(true, Ordering::SeqCst) {
-            return;
-        }
         self.close_stdin();
-        crate::task::lock(&self.stop).take();
+        lock(&self.stop).take();
         // What the process wrote is on its way; what it left behind, with its streams open, may go on
         // for ever.
         let ended = Instant::now();
         let mut last = (u64::MAX, Instant::now());
         while self.state.writing.load(Ordering::SeqCst) > 0 {
             if self.state.reading.load(Ordering::SeqCst) > 0 && ended.elapsed() > LEFT_BEHIND {
-                for output in crate::task::lock(&self.outputs).drain(..) {
+                for output in lock(&self.outputs).drain(..) {
                     output.shutdown(Shutdown::Both).ok();
                 }
             }
@@ -377,8 +364,8 @@ impl Pumps {
             }
             std::thread::sleep(LOOK);
         }
-        crate::task::lock(&self.outputs).clear();
-        crate::task::lock(&self.logger).take();
+        lock(&self.outputs).clear();
+        lock(&self.logger).take();
     }
 }
 
@@ -487,7 +474,7 @@ mod tests {
             Output::Fifo(writer, _) => writer.try_clone().unwrap(),
             Output::Open(_) => panic!("not a FIFO"),
         };
-        output.pump(host, &reading_one());
+        pump(host, Some(output), &reading_one());
         assert_eq!(rustix::io::ioctl_fionread(&waiting).unwrap(), 0);
         drop(waiting);
         assert_eq!(reader.join().unwrap(), 200_000);
@@ -505,7 +492,7 @@ mod tests {
         guest.write_all(b"nobody reads this").unwrap();
         drop(guest);
         let started = Instant::now();
-        output.pump(host, &reading_one());
+        pump(host, Some(output), &reading_one());
         assert!(started.elapsed() < SILENCE);
     }
 
@@ -540,7 +527,7 @@ mod tests {
             let (mut guest, host) = UnixStream::pair().unwrap();
             guest.write_all(b"line\n").unwrap();
             drop(guest);
-            output.pump(host, &reading_one());
+            pump(host, Some(output), &reading_one());
         }
         assert_eq!(
             fs::read(dir.path().join("sub/log")).unwrap(),

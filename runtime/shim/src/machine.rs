@@ -2,7 +2,8 @@
 
 use crate::cgroup;
 use crate::pod::{Pod, Task};
-use crate::task::{Refusal, lock};
+use crate::sync::lock;
+use crate::task::Refusal;
 use anyhow::{Context, Result, anyhow, bail};
 use koya::{HostEnd, NetworkConfig, Sandbox};
 use std::sync::Arc;
@@ -39,10 +40,8 @@ impl Pod {
             started.follow_console(ConsoleLog::default());
         }
         if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
-            match started.machine().memory_usage() {
-                Ok(usage) => cgroup::apply(&folder, &cgroup::limits(resources, usage.size >> 20)),
-                Err(error) => log::warn!("the size of the guest is not known: {error}"),
-            }
+            let guest_mib = started.machine().memory_size() >> 20;
+            cgroup::apply(&folder, &cgroup::limits(resources, guest_mib));
         }
         *sandbox = Some(started.clone());
         Ok(started)

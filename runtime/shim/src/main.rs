@@ -22,6 +22,7 @@ mod options;
 mod pod;
 mod service;
 mod spec;
+mod sync;
 mod task;
 
 use anyhow::{Result, bail};

@@ -8,7 +8,8 @@ use crate::io::Paths;
 use crate::mounts;
 use crate::options::Settings;
 use crate::spec::{HOST_NETWORK, Network, Role, Spec};
-use crate::task::{Exit, Handle, Proc, Refusal, Status, Wish, lock};
+use crate::sync::{lock, spawn};
+use crate::task::{Exit, Handle, Proc, Refusal, Status, Wish};
 use anyhow::{Context, Result, anyhow};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
@@ -416,10 +417,7 @@ impl Pod {
             // A guest that does not answer is ended with its last container.
             Err(error) if signal == SIGKILL && name.is_empty() && self.is_last(&task) => {
                 log::error!("the guest does not answer, so it is ended: {error}");
-                self.is_stopping.store(true, Ordering::SeqCst);
-                if let Some(sandbox) = &*lock(&self.sandbox) {
-                    sandbox.kill();
-                }
+                self.stop();
                 Ok(())
             }
             Err(error) => Err(error.into()),
@@ -501,12 +499,8 @@ impl Pod {
         let resources: oci::LinuxResources =
             serde_json::from_slice(resources).context("the resources are broken")?;
         let sandbox = lock(&self.sandbox).clone();
-        let machine = sandbox.context("there is no virtual machine")?;
-        let size = machine
-            .machine()
-            .memory_usage()
-            .context("the size of the guest")?
-            .size;
+        let sandbox = sandbox.context("there is no virtual machine")?;
+        let size = sandbox.machine().memory_size();
         let limit = resources
             .memory()
             .as_ref()
@@ -623,10 +617,4 @@ fn never_started() -> Exit {
         status: 128 + SIGKILL,
         at: SystemTime::now(),
     }
-}
-
-pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let builder = std::thread::Builder::new().name(name.into());
-    builder.spawn(work).context("cannot start a thread")?;
-    Ok(())
 }

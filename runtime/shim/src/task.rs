@@ -1,15 +1,11 @@
 //! A process as containerd sees it: what it is doing, what may be done to it, how it ended.
 
 use crate::io::{Io, Paths, Pumps};
+use crate::sync::lock;
 use koya::{Container, Process};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 use tokio::sync::watch;
-
-/// A lock that a panic of another thread does not spoil.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Why a request was refused, in the kinds that containerd's clients tell apart.
 #[derive(Debug, thiserror::Error)]

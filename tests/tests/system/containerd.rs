@@ -1,7 +1,7 @@
 //! `containerd-shim-koya-v2` under the real containerd, by its own `ctr`: each test with each version of
 //! containerd that Debian has.
 
-use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
+use crate::tool::{LIMIT, saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::io::{Read, Write};
@@ -120,6 +120,12 @@ impl Containerd {
         Ok(line
             .and_then(|line| line.split_whitespace().last())
             .map(str::to_owned))
+    }
+
+    fn wait_for(&self, name: &str, state: &str) -> Result<()> {
+        until(&format!("{name} to be {state}"), || {
+            Ok((self.state(name)?.as_deref() == Some(state)).then_some(()))
+        })
     }
 
     /// The process on the host that a container has.
@@ -246,19 +252,15 @@ fn image() -> Result<&'static Path> {
 }
 
 fn make_image() -> Result<PathBuf> {
-    let dir = scratch("image")?;
-    let root = shared_rootfs();
-    let script = r#"
-        set -e; cd "$1"; mkdir l; tar -C "$2" -cf l/layer.tar .
-        layer=$(sha256sum l/layer.tar | cut -d' ' -f1)
-        printf '{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin"],"Cmd":["sh"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' $layer > c.json
-        printf '[{"Config":"c.json","RepoTags":["%s"],"Layers":["l/layer.tar"]}]' "$3" > manifest.json
-        tar -cf image.tar c.json manifest.json l
-    "#;
-    let mut sh = Command::new("sh");
-    sh.args(["-c", script, "sh"]).arg(&dir).arg(root).arg(IMAGE);
-    stdout(sh.output()?)?;
-    Ok(dir.join("image.tar"))
+    saved_image(&scratch("image")?, Some(IMAGE), |layer| {
+        let layer = format!("sha256:{layer}");
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux",
+            "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
+            "rootfs": {"type": "layers", "diff_ids": [layer]},
+        });
+        config.to_string()
+    })
 }
 
 /// The exit code and all that was printed.
@@ -311,9 +313,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
     let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut stdin = cat.stdin.take().context("a pipe")?;
     stdin.write_all(b"typed\n")?;
-    until("the container", || {
-        Ok((containerd.state("cat")?.as_deref() == Some("RUNNING")).then_some(()))
-    })?;
+    containerd.wait_for("cat", "RUNNING")?;
     std::thread::sleep(Duration::from_secs(1));
     drop(stdin);
     let out = cat.wait_with_output()?;
@@ -461,9 +461,7 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
             .ctr(["task", "kill", "-s", "KILL", "life"])
             .output()?,
     )?;
-    until("its end", || {
-        Ok((containerd.state("life")?.as_deref() == Some("STOPPED")).then_some(()))
-    })?;
+    containerd.wait_for("life", "STOPPED")?;
     let (code, text) = ended(&containerd.ctr(["task", "rm", "life"]).output()?);
     ensure!(code == Some(137) || text.contains("137"), "{code:?} {text}");
     containerd.remove("life")?;
@@ -563,12 +561,7 @@ fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
             .ctr(["task", "kill", "-s", "KILL", "web"])
             .output()?,
     )?;
-    let stopped = |name: &str| {
-        until("its end", || {
-            Ok((containerd.state(name)?.as_deref() == Some("STOPPED")).then_some(()))
-        })
-    };
-    stopped("web")?;
+    containerd.wait_for("web", "STOPPED")?;
     containerd.ctr(["task", "rm", "web"]).output()?;
     containerd.remove("web")?;
     ensure!(containerd.state("pod")?.as_deref() == Some("RUNNING"));
@@ -577,7 +570,7 @@ fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
             .ctr(["task", "kill", "-s", "KILL", "pod"])
             .output()?,
     )?;
-    stopped("pod")?;
+    containerd.wait_for("pod", "STOPPED")?;
     containerd.ctr(["task", "rm", "pod"]).output()?;
     containerd.remove("pod")?;
     containerd.nothing_is_left()

@@ -1,6 +1,6 @@
 //! `koya run`: streams, statuses, signals, terminals, and what a container is given.
 
-use crate::tool::{feed, koya, run, run_in, scratch, sh, shared_rootfs, stdout};
+use crate::tool::{feed, koya, run, run_in, saved_image, scratch, sh, shared_rootfs, stdout};
 use anyhow::{Context, Result, ensure};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
@@ -389,25 +389,10 @@ fn a_missing_rootfs_is_named() -> Result<()> {
 /// What `docker save` writes, made by hand.
 fn an_image_says_how_it_runs() -> Result<()> {
     let dir = scratch("image")?;
-    std::fs::create_dir_all(dir.join("l"))?;
     let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
         "config":{"Entrypoint":["sh","-c"],"Cmd":["echo $GREETING; id -u; pwd"],
         "Env":["GREETING=hello","PATH=/bin"],"User":"web","WorkingDir":"/tmp"}}"#;
-    std::fs::write(dir.join("c.json"), config)?;
-    std::fs::write(
-        dir.join("manifest.json"),
-        r#"[{"Config":"c.json","RepoTags":null,"Layers":["l/layer.tar"]}]"#,
-    )?;
-    let script = format!(
-        "tar -C {} -cf {1}/l/layer.tar . && tar -C {1} -cf {1}/image.tar c.json manifest.json l/layer.tar",
-        shared_rootfs().display(),
-        dir.display()
-    );
-    let made = std::process::Command::new("sh")
-        .args(["-c", &script])
-        .status()?;
-    ensure!(made.success());
-    let image = dir.join("image.tar");
+    let image = saved_image(&dir, None, |_| config.into())?;
     let run = |options: &[&str], command: &[&str]| -> Result<String> {
         let mut all = koya(["run", "--image"]);
         all.arg(&image).args(options).arg("--").args(command);

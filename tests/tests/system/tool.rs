@@ -1,6 +1,7 @@
 //! What the tests use: a root file system, the `koya` command, waiting by progress.
 
 use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
@@ -132,6 +133,30 @@ pub(crate) fn feed(mut command: Command, input: &[u8]) -> Result<Output> {
     Ok(output)
 }
 
+/// A tar as `docker save` makes it, of the tests' root file system. `config` makes the image's own from
+/// the digest of its layer.
+pub(crate) fn saved_image(
+    dir: &Path,
+    tag: Option<&str>,
+    config: impl FnOnce(&str) -> String,
+) -> Result<PathBuf> {
+    let tar = |name: &str, from: &Path, what: &[&str]| -> Result<PathBuf> {
+        let path = dir.join(name);
+        let mut tar = Command::new("tar");
+        tar.arg("-C").arg(from).arg("-cf").arg(&path).args(what);
+        ensure!(tar.status()?.success(), "tar -cf {name}");
+        Ok(path)
+    };
+    fs::create_dir_all(dir.join("l"))?;
+    let layer = tar("l/layer.tar", shared_rootfs(), &["."])?;
+    let digest = Sha256::digest(fs::read(layer)?);
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    fs::write(dir.join("c.json"), config(&digest))?;
+    let manifest = serde_json::json!([{"Config": "c.json", "RepoTags": tag.map(|tag| [tag]), "Layers": ["l/layer.tar"]}]);
+    fs::write(dir.join("manifest.json"), manifest.to_string())?;
+    tar("image.tar", dir, &["c.json", "manifest.json", "l"])
+}
+
 /// Waits until `look` finds something.
 pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let started = Instant::now();
@@ -156,6 +181,17 @@ impl Background {
         let printed = stdout(run(&all, command)?)?;
         ensure!(printed == name, "printed {printed:?}");
         Ok(Self { name: name.into() })
+    }
+
+    /// What it printed so far.
+    pub(crate) fn said(&self) -> Result<String> {
+        stdout(koya(["logs", &self.name]).output()?)
+    }
+
+    /// Waits until what it printed is as `look` wants it.
+    pub(crate) fn wait_until(&self, what: &str, look: impl Fn(&str) -> bool) -> Result<()> {
+        until(what, || Ok(look(&self.said()?).then_some(())))
+            .with_context(|| format!("it said {:?}", self.said()))
     }
 
     pub(crate) fn exec(&self, options: &[&str], command: &[&str]) -> Result<Output> {

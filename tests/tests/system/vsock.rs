@@ -35,13 +35,8 @@ impl Guest {
         Ok(Self(Background { name: name.into() }))
     }
 
-    fn said(&self) -> Result<String> {
-        stdout(koya(["logs", &self.0.name]).output()?)
-    }
-
     fn wait_for(&self, line: &str) -> Result<()> {
-        until(line, || Ok(self.said()?.contains(line).then_some(())))
-            .with_context(|| format!("it said {:?}", self.said()))
+        self.0.wait_until(line, |said| said.contains(line))
     }
 }
 

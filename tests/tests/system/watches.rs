@@ -1,7 +1,7 @@
 //! inotify in the guest, of files that the host changes.
 
-use crate::tool::{Background, koya, scratch, stdout, until};
-use anyhow::{Context, Result, ensure};
+use crate::tool::{Background, koya, scratch, stdout};
+use anyhow::{Result, ensure};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -57,7 +57,7 @@ impl Watcher {
     }
 
     fn said(&self) -> Result<Vec<String>> {
-        let said = stdout(koya(["logs", &self.0.name]).output()?)?;
+        let said = self.0.said()?;
         Ok(said
             .lines()
             .map(|line| line.trim_end().to_owned())
@@ -65,8 +65,8 @@ impl Watcher {
     }
 
     fn wait_for(&self, line: &str) -> Result<()> {
-        let there = || Ok(self.said()?.iter().any(|l| l == line).then_some(()));
-        until(line, there).with_context(|| format!("it said {:?}", self.said()))
+        let there = |said: &str| said.lines().any(|l| l.trim_end() == line);
+        self.0.wait_until(line, there)
     }
 
     /// All that it said, once it has seen `end`.

@@ -1,10 +1,10 @@
 //! Directories: opendir, readdir, readdirplus.
 
 use super::Passthrough;
-use crate::fs::watch::kind;
+use crate::fs::watch::{Acting, kind};
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
 use crate::fs::{Cache, handles::Handle, inodes::Inode};
-use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, seek};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, fcntl_getfl, seek};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
@@ -186,13 +186,21 @@ impl Passthrough {
 
     /// FUSE_RELEASEDIR and FUSE_RELEASE
     pub fn release(&self, nodeid: u64, fh: u64) {
-        let written = self
-            .handles
-            .get(fh, nodeid)
-            .is_ok_and(|handle| handle.is_written);
-        let inode = written.then(|| self.inodes.get(nodeid));
-        let _acting = inode.map(|inode| inode.map(|i| self.acting_on(&i, kind::CLOSE_WRITE)));
+        let _acting = self.acting_on_close(nodeid, fh);
         self.handles.remove(fh);
+    }
+
+    /// To close a file that was open for writing is a change that watches hear of.
+    fn acting_on_close(&self, nodeid: u64, fh: u64) -> Option<Acting<'_>> {
+        // The host is asked only if it matters.
+        if !self.watches.any() {
+            return None;
+        }
+        let handle = self.handles.get(fh, nodeid).ok()?;
+        let flags = fcntl_getfl(&handle.file).ok()?;
+        let written = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        let inode = written.then(|| self.inodes.get(nodeid).ok())??;
+        self.acting_on(&inode, kind::CLOSE_WRITE)
     }
 }
 

@@ -51,6 +51,16 @@ impl Fixture {
         self.files.watch(node, &arg).unwrap();
     }
 
+    /// A watched directory that the host has just moved to `other/dir`.
+    fn moved_directory(&self) -> u64 {
+        fs::create_dir(self.path("dir")).unwrap();
+        fs::create_dir(self.path("other")).unwrap();
+        let dir = self.node(c"dir");
+        self.watch(dir, 1);
+        fs::rename(self.path("dir"), self.path("other/dir")).unwrap();
+        dir
+    }
+
     /// What is told now: node, kind, name.
     fn told(&self) -> Vec<(u64, u32, String)> {
         let events = self.events.0.take().unwrap();
@@ -176,11 +186,7 @@ fn the_end_of_a_file_and_of_a_directory_is_told() {
 #[test]
 fn a_moved_directory_is_watched_where_it_is() {
     let f = Fixture::new();
-    fs::create_dir(f.path("dir")).unwrap();
-    fs::create_dir(f.path("other")).unwrap();
-    let dir = f.node(c"dir");
-    f.watch(dir, 1);
-    fs::rename(f.path("dir"), f.path("other/dir")).unwrap();
+    let dir = f.moved_directory();
     assert!(f.told().contains(&(dir, kind::MOVE_SELF, String::new())));
     fs::remove_dir(f.path("other/dir")).unwrap();
     let told = f.told();
@@ -205,11 +211,7 @@ fn a_change_of_the_hosts_right_after_the_guests_is_told() {
 #[test]
 fn what_happens_in_a_directory_after_it_moved_is_told() {
     let f = Fixture::new();
-    fs::create_dir(f.path("dir")).unwrap();
-    fs::create_dir(f.path("other")).unwrap();
-    let dir = f.node(c"dir");
-    f.watch(dir, 1);
-    fs::rename(f.path("dir"), f.path("other/dir")).unwrap();
+    let dir = f.moved_directory();
     fs::create_dir(f.path("other/dir/new")).unwrap();
     let made = (dir, kind::CREATE | kind::IS_DIR, "new".into());
     assert!(f.told().contains(&made));
