@@ -121,7 +121,7 @@ fn single(text: &str) -> u64 {
 }
 
 /// Lines of a name and a number.
-fn keyed(text: &str) -> HashMap<String, u64> {
+pub(crate) fn keyed(text: &str) -> HashMap<String, u64> {
     let pair = |line: &str| {
         let (name, value) = line.split_once(' ')?;
         Some((name.to_owned(), single(value)))

@@ -10,8 +10,9 @@ use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Process, Spec};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 /// The first argument of a helper.
 pub(crate) const ARGUMENT: &str = "helper";
@@ -33,8 +34,12 @@ pub(crate) fn cgroup(id: &str) -> String {
     format!("{CGROUPS}/{id}")
 }
 
+/// The first argument of the first process of the pid namespace that a sandbox's containers share.
+pub(crate) const PAUSE: &str = "pause";
+
 /// Runs one operation: `create ID OUTCOME CONSOLE`, `start ID OUTCOME`,
-/// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`. CONSOLE is a socket's path, or `-`.
+/// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
+/// path, or `-`.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -44,6 +49,7 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
         ["start", id, outcome] => (outcome, start(id)),
         ["exec", id, outcome, console, process] => (outcome, exec(id, console, process)),
         ["delete", id, outcome] => (outcome, delete(id)),
+        ["pause", _, outcome] => (outcome, pause()),
         _ => return ExitCode::FAILURE,
     };
     let text = match result {
@@ -113,6 +119,22 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
         .with_process(Some(process))
         .build()?;
     Ok(pid.as_raw())
+}
+
+/// A process in a pid namespace of its own, which this one leaves to PID 1.
+fn pause() -> Result<i32> {
+    crate::sys::new_pid_namespace().context("cannot make a pid namespace")?;
+    let mut first = Command::new("/proc/self/exe");
+    let first = first.arg0("/pause").arg(PAUSE).spawn();
+    Ok(first.context("cannot start a process")?.id() as i32)
+}
+
+/// What it does: whatever becomes its child is collected.
+pub(crate) fn hold() -> ! {
+    crate::sys::collect_children();
+    loop {
+        std::thread::park();
+    }
 }
 
 fn delete(id: &str) -> Result<i32> {

@@ -20,6 +20,7 @@ mod executor;
 mod helper;
 mod images;
 mod network;
+mod oom;
 mod reaper;
 mod service;
 mod state;
@@ -34,6 +35,9 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
     if args.get(1).map(String::as_str) == Some(helper::ARGUMENT) {
         return helper::main(&args[2..]);
+    }
+    if args.get(1).map(String::as_str) == Some(helper::PAUSE) {
+        helper::hold();
     }
     if std::process::id() != 1 {
         eprintln!("koya-agent is the init of a Koya guest and does nothing elsewhere");

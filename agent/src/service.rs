@@ -18,10 +18,11 @@ use futures::StreamExt as _;
 use koya_protocol::messages::{
     Accounts, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
     ContainerStats, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
-    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, MountImageRequest, Process,
-    RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
-    SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
+    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails,
+    MountImageRequest, OomEvent, Process, RemoveContainerRequest, ReportHostEventsRequest,
+    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
+    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, create_agent};
 use std::fs;
@@ -85,10 +86,12 @@ pub(crate) async fn serve() -> Result<()> {
     local
         .run_until(async move {
             let reaper = tokio::task::spawn_local(state.reaper.clone().run());
+            let ooms = tokio::task::spawn_local(state.ooms.clone().run());
             while let Some(piece) = pieces.recv().await {
                 tokio::task::spawn_local(piece(state.clone()));
             }
             reaper.abort();
+            ooms.abort();
             bail!("the host's connection ended")
         })
         .await
@@ -194,6 +197,7 @@ impl Agent for Service {
             let id = &request.container_id;
             state.help(&["delete", id], Streams::none()).await?;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
+            state.ooms.forget(id);
             fs::remove_dir_all(bundle(id)).ok();
             Ok(Empty::new())
         })
@@ -395,6 +399,22 @@ impl Agent for Service {
         self.ask(async move |_: State| {
             cpus::set_online(request.count)?;
             Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn get_oom_event(
+        &self,
+        _: &TtrpcContext,
+        _: GetOomEventRequest,
+    ) -> ttrpc::Result<OomEvent> {
+        self.ask(async |state: State| {
+            let (container_id, oom_kills) = state.ooms.next().await;
+            Ok(OomEvent {
+                container_id,
+                oom_kills,
+                ..Default::default()
+            })
         })
         .await
     }

@@ -3,6 +3,7 @@
 use crate::console::{self, ConsoleSocket};
 use crate::disks;
 use crate::helper::{self, bundle};
+use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
 use crate::streams;
@@ -12,7 +13,7 @@ use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
     ExecProcessRequest, Process, SignalProcessRequest, Stdio,
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs;
@@ -20,6 +21,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use tokio::sync::OnceCell;
 
 /// A process of a container: container, and exec's name or nothing for the first process.
 pub(crate) type Key = (String, String);
@@ -35,9 +37,14 @@ pub(crate) struct Tracked {
 pub(crate) struct State {
     pub(crate) reaper: Reaper,
     pub(crate) processes: Rc<RefCell<HashMap<Key, Tracked>>>,
+    pub(crate) ooms: Ooms,
+    /// The first process of the pid namespace that the sandbox's containers share.
+    pause: Rc<OnceCell<i32>>,
     /// Helpers that run, and how many there were: outcomes' names.
     helping: Rc<Cell<u32>>,
     helpers: Rc<Cell<u64>>,
+    /// How many terminals there were: their sockets' names.
+    consoles: Rc<Cell<u64>>,
 }
 
 /// A helper is at work; what it makes may end before its number is known, so ends are remembered
@@ -114,6 +121,14 @@ impl State {
         }
         fs::create_dir_all(&dir)?;
         adapt(&mut spec, id);
+        let first = match (request.sandbox_pidns, request.pidns_of.as_str()) {
+            (true, _) => Some(self.pause().await?),
+            (false, "") => None,
+            (false, of) => Some(self.with(&(of.to_owned(), String::new()), |p| p.pid)?),
+        };
+        if let Some(first) = first {
+            join_pids(&mut spec, first);
+        }
         for device in &request.block_devices {
             disks::add(&mut spec, device)?;
         }
@@ -121,12 +136,42 @@ impl State {
         let made = self
             .launch(&["create", id], id, "", &request.stdio, None)
             .await;
+        if made.is_ok() {
+            if let Err(error) = self.ooms.watch(id) {
+                // A guest's kernel without that control.
+                sys::kernel_log(&format!("koya-agent: {error:#}"));
+            }
+            if first.is_some() || !has_pids(&spec) {
+                self.end_all_with_the_first(id)?;
+            }
+        }
         if made.is_err() {
             // As far as it was made.
             self.help(&["delete", id], Streams::none()).await.ok();
             fs::remove_dir_all(&dir).ok();
         }
         made
+    }
+
+    /// The first process of the shared pid namespace, made when the first container wants it.
+    async fn pause(&self) -> Result<i32> {
+        let made = self.pause.get_or_try_init(async || {
+            let made = self.help(&["pause", "-"], Streams::none()).await?;
+            Ok::<_, anyhow::Error>(made.pid)
+        });
+        made.await.copied()
+    }
+
+    /// In a pid namespace of its own a container's processes end with the first; in another's they
+    /// are ended.
+    fn end_all_with_the_first(&self, id: &str) -> Result<()> {
+        let key = (id.to_owned(), String::new());
+        let end = self.with(&key, |p| p.end.clone())?;
+        tokio::task::spawn_local(async move {
+            reaper::wait(end).await;
+            cgroup::signal_all(&key.0, libc::SIGKILL).ok();
+        });
+        Ok(())
     }
 
     pub(crate) async fn exec(&self, request: ExecProcessRequest) -> Result<Process> {
@@ -162,8 +207,11 @@ impl State {
         process: Option<&Path>,
     ) -> Result<Process> {
         let console = if stdio.terminal {
-            let name = format!("console-{exec_id}.sock");
-            Some(ConsoleSocket::bind(bundle(id).join(name))?)
+            // Names may be longer than a socket's path: 64 characters each under Kubernetes.
+            fs::create_dir_all("/run/koya/consoles")?;
+            let number = self.consoles.replace(self.consoles.get() + 1);
+            let path = format!("/run/koya/consoles/{number}.sock");
+            Some(ConsoleSocket::bind(path.into())?)
         } else {
             None
         };
@@ -293,6 +341,27 @@ pub(crate) fn check_id(id: &str) -> Result<&str> {
         bail!("{id:?} is no name for a container or process");
     }
     Ok(id)
+}
+
+fn has_pids(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let mut namespaces = namespaces.into_iter().flatten();
+    namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+}
+
+/// Has a container's processes in the pid namespace of this one.
+fn join_pids(spec: &mut Spec, pid: i32) {
+    let Some(linux) = spec.linux_mut() else {
+        return;
+    };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &mut namespaces {
+        if namespace.typ() == LinuxNamespaceType::Pid {
+            namespace.set_path(Some(format!("/proc/{pid}/ns/pid").into()));
+        }
+    }
+    linux.set_namespaces(Some(namespaces));
 }
 
 /// What must be as the guest has it, whatever the configuration says.

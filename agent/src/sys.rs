@@ -4,6 +4,8 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 {
@@ -33,6 +35,28 @@ pub(crate) fn reset_signals() {
         libc::sigemptyset(&mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
     }
+}
+
+/// A descriptor whose readiness to be read can be awaited.
+pub(crate) fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor stays open and the same as long as its owner, which what is returned owns
+    // until it is no longer registered.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+/// Has the kernel collect this process's children as they end.
+pub(crate) fn collect_children() {
+    // SAFETY: a disposition is set; no handler is involved.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+    }
+}
+
+/// This process's next children are in a new pid namespace.
+pub(crate) fn new_pid_namespace() -> io::Result<()> {
+    // SAFETY: no memory is passed, and what this process shares with others stays as it is.
+    let made = unsafe { libc::unshare(libc::CLONE_NEWPID) };
+    checked(made.into()).map(drop)
 }
 
 /// Signals one process, with any signal, real-time ones too.

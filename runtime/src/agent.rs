@@ -2,15 +2,17 @@
 
 use crate::Error;
 use crate::account::Accounts;
+use crate::oci::SharedPids;
 use crate::spec::Device;
 use crate::stats::ContainerStats;
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
-    ExecProcessRequest, GetGuestDetailsRequest, GuestDetails, Interface, MountImageRequest,
-    RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
-    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, Interface,
+    MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, Route,
+    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
+    Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, NOT_EXECUTABLE};
 use koya_vmm::devices::fs::HostEvent;
@@ -118,14 +120,21 @@ impl Agent {
         id: &str,
         spec: Vec<u8>,
         devices: &[Device],
+        pids: &SharedPids,
         stdio: Stdio,
     ) -> Result<i32, Error> {
         let devices = devices.iter().map(block_device);
+        let pidns_of = match pids {
+            SharedPids::Container(id) => id.clone(),
+            _ => String::new(),
+        };
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec,
             block_devices: devices.collect(),
             stdio: Some(stdio).into(),
+            sandbox_pidns: *pids == SharedPids::Sandbox,
+            pidns_of,
             ..Default::default()
         };
         self.client
@@ -402,6 +411,16 @@ impl Agent {
     }
 
     /// Tells the guest's watches of changes on the host.
+    /// Waits for the next container in which the guest's kernel killed processes for their memory: its
+    /// name, and how many it killed there so far.
+    pub(crate) fn next_oom(&self) -> Result<(String, u64), Error> {
+        let event = self
+            .client
+            .get_oom_event(Context::default(), &GetOomEventRequest::new())
+            .map_err(failed("wait for a lack of memory"))?;
+        Ok((event.container_id, event.oom_kills))
+    }
+
     pub(crate) fn report_host_events(&self, events: Vec<HostEvent>) -> Result<(), Error> {
         let told = |event: HostEvent| messages::HostEvent {
             nodeid: event.nodeid,

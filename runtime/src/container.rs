@@ -4,7 +4,7 @@ use crate::Error;
 use crate::account::Accounts;
 use crate::agent::Agent;
 use crate::mount_points;
-use crate::oci::{self, Bundle};
+use crate::oci::{self, Bundle, SharedPids};
 use crate::sandbox::{Disk, Inner};
 use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Stdio};
 use crate::stats::ContainerStats;
@@ -161,6 +161,7 @@ fn launch(
     id: &str,
     spec: &Spec,
     devices: &[Device],
+    pids: &SharedPids,
     stdio: Stdio,
 ) -> Result<Process, Error> {
     let plan = Plan::new(inner, stdio)?;
@@ -168,7 +169,7 @@ fn launch(
         serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
     inner
         .agent
-        .create(id, spec, devices, plan.message.clone())?;
+        .create(id, spec, devices, pids, plan.message.clone())?;
     plan.finish(inner.clone(), id, "")
 }
 
@@ -197,7 +198,7 @@ impl Container {
             let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
             mount_points::make(&bundle.rootfs, &points)?;
             given.share(inner, adapted.shares)?;
-            launch(inner, id, &adapted.spec, &[], stdio)
+            launch(inner, id, &adapted.spec, &[], &bundle.pids, stdio)
         })
     }
 
@@ -257,7 +258,15 @@ impl Container {
             mount_points::make(&config.rootfs, &points)?;
         }
         given.share(inner, spec::shares(id, config))?;
-        launch(inner, id, &spec, &config.devices, config.process.stdio)
+        let pids = SharedPids::Unknown;
+        launch(
+            inner,
+            id,
+            &spec,
+            &config.devices,
+            &pids,
+            config.process.stdio,
+        )
     }
 
     /// Lets the first process run.

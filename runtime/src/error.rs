@@ -81,6 +81,14 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// The settings of sandboxes.
+    #[error("{place}: {reason}")]
+    Settings {
+        /// Which file or annotation.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A container's configuration.
     #[error("{field}: {reason}")]
     Container {

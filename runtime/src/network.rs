@@ -6,23 +6,28 @@
 //! of it happens in the network namespace of the thread that starts the sandbox.
 
 use crate::Error;
-use futures::{Future, TryStreamExt as _};
+use futures::{Future, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use koya_protocol::messages;
 use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
-use rtnetlink::packet_core::DefaultNla;
+use nix::sched::CloneFlags;
+use rtnetlink::packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
 };
 use rtnetlink::packet_route::tc::{
-    TcAction, TcActionAttribute, TcActionOption, TcFilterU32Option, TcU32Key, TcU32Selector,
-    TcU32SelectorFlags,
+    TcAction, TcActionAttribute, TcActionOption, TcFilterU32Option, TcMessage, TcU32Key,
+    TcU32Selector, TcU32SelectorFlags,
 };
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::Pin;
@@ -31,6 +36,8 @@ use std::pin::Pin;
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
 /// The parent of what happens to frames that arrive (`TC_H_INGRESS`).
 const INGRESS: u32 = 0xffff_0000;
+/// The priority of the filter that sends frames to a guest.
+const REDIRECTION: u16 = 9;
 /// IPv4 and IPv6 in an Ethernet header (linux/if_ether.h).
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -152,12 +159,69 @@ struct Found {
     routes: Vec<Route>,
 }
 
+/// The interfaces of a network namespace that guests took over; they are given back when this is dropped,
+/// for whoever has the namespace next.
+pub(crate) struct Joined {
+    namespace: File,
+    interfaces: Vec<String>,
+}
+
+impl Joined {
+    /// Those of these networks, in the calling thread's network namespace; none if there are none.
+    pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
+        let joined = networks.iter().filter_map(|network| match &network.host {
+            HostEnd::Join { interface } => Some(interface.clone()),
+            HostEnd::Tap { .. } => None,
+        });
+        let interfaces: Vec<_> = joined.collect();
+        if interfaces.is_empty() {
+            return Ok(None);
+        }
+        let namespace = File::open("/proc/thread-self/ns/net");
+        Ok(Some(Self {
+            namespace: namespace.map_err(Error::host("open the network namespace"))?,
+            interfaces,
+        }))
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        let interfaces = std::mem::take(&mut self.interfaces);
+        let given_back = in_namespace(Some(&self.namespace), |handle| {
+            Box::pin(async move {
+                for name in interfaces {
+                    // It may be gone already.
+                    if let Ok(link) = link(&handle, &name).await {
+                        stop_redirection(&handle, link.header.index).await?;
+                    }
+                }
+                Ok(())
+            })
+        });
+        if let Err(error) = given_back {
+            log::debug!("interfaces keep their redirections: {error}");
+        }
+    }
+}
+
 /// Runs `work` with a connection to the kernel (rtnetlink(7)), on a thread of its own: the caller may
 /// be in an asynchronous runtime. The thread is in the caller's network namespace.
 fn with_kernel<T: Send>(
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
 ) -> io::Result<T> {
+    in_namespace(None, work)
+}
+
+/// The same in another network namespace.
+fn in_namespace<T: Send>(
+    namespace: Option<&File>,
+    work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
+) -> io::Result<T> {
     let run = || {
+        if let Some(namespace) = namespace {
+            nix::sched::setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()?;
@@ -415,17 +479,45 @@ async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
 /// Sends what arrives at one interface out by another.
 async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
     ingress(handle, from).await?;
+    // One that a sandbox left that could not take it back would go first, to where nobody is.
+    stop_redirection(handle, from).await?;
     handle
         .traffic_filter(from as i32)
         .add()
         .parent(INGRESS)
-        .priority(9)
+        .priority(REDIRECTION)
         .protocol(ALL_PROTOCOLS)
         .redirect(to)
         .map_err(other)?
         .execute()
         .await
         .map_err(other)
+}
+
+/// Takes back [`redirect`].
+async fn stop_redirection(handle: &Handle, from: u32) -> io::Result<()> {
+    let mut filter = TcMessage::with_index(from as i32);
+    filter.header.parent = INGRESS.into();
+    filter.header.info = u32::from(REDIRECTION) << 16 | u32::from(ALL_PROTOCOLS);
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::DelTrafficFilter(filter));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    let mut answers = handle.clone().request(request).map_err(other)?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::Error(error) = answer.payload
+            && error.code.is_some()
+        {
+            let error = error.to_io();
+            // There is none, or nothing that could have one.
+            let none = [libc::ENOENT, libc::EINVAL];
+            if !error
+                .raw_os_error()
+                .is_some_and(|code| none.contains(&code))
+            {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

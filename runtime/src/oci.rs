@@ -22,6 +22,20 @@ pub struct Bundle {
     pub folder: PathBuf,
     /// Its root file system, mounted: a directory.
     pub rootfs: PathBuf,
+    /// Where its processes are, if its configuration names a pid namespace by path.
+    pub pids: SharedPids,
+}
+
+/// What a pid namespace that is given by its path means: paths are the host's, processes the guest's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SharedPids {
+    /// Nothing that is known: it is refused.
+    #[default]
+    Unknown,
+    /// The one that the sandbox's containers share.
+    Sandbox,
+    /// That of another container.
+    Container(String),
 }
 
 /// What a container in the guest is made of.
@@ -95,7 +109,7 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     }
     spec.set_mounts(Some(mounts));
     if let Some(linux) = spec.linux_mut() {
-        adapt_linux(linux)?;
+        adapt_linux(linux, &bundle.pids)?;
     }
     if let Some(process) = spec.process_mut() {
         mount_points.push((process.cwd().clone(), false));
@@ -249,7 +263,7 @@ fn adapt_mount(
     Ok((adapted, Some(share)))
 }
 
-fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
+fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
     let mut namespaces = Vec::new();
     for namespace in linux.namespaces().iter().flatten() {
         // The sandbox's own, which all of its containers share; and a clock is a guest's anyway.
@@ -265,8 +279,10 @@ fn adapt_linux(linux: &mut oci::Linux) -> Result<(), Error> {
             (false, _) => None,
             (true, LinuxNamespaceType::Ipc) => Some("/proc/1/ns/ipc".into()),
             (true, LinuxNamespaceType::Uts) => Some("/proc/1/ns/uts".into()),
+            // The agent knows its path.
+            (true, LinuxNamespaceType::Pid) if *pids != SharedPids::Unknown => None,
             (true, other) => {
-                let reason = format!("containers can't share the {other} namespace yet");
+                let reason = format!("containers can't share this {other} namespace");
                 return Err(refuse("linux.namespaces", reason));
             }
         });
@@ -387,6 +403,7 @@ mod tests {
             spec,
             folder,
             rootfs,
+            pids: SharedPids::Unknown,
         };
         (dir, bundle)
     }

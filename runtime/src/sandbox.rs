@@ -5,7 +5,7 @@ use crate::console::Console;
 use crate::container::Container;
 use crate::error::LAST_WORDS;
 use crate::files::Files;
-use crate::network::NetworkConfig;
+use crate::network::{Joined, NetworkConfig};
 use crate::oci::Bundle;
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
@@ -181,6 +181,7 @@ pub(crate) struct Inner {
     pub(crate) handle: VmHandle,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
+    _joined: Option<Joined>,
     end: Arc<End>,
 }
 
@@ -252,6 +253,7 @@ impl Sandbox {
             ..VmConfig::new(files.kernel)
         };
         config.size(&mut machine)?;
+        let ram_mib = machine.memory_mib;
         let spec = machine.check()?;
         let ports = Ports::new().map_err(Error::host("make the vsock device"))?;
         let control = ports
@@ -282,6 +284,7 @@ impl Sandbox {
             .device(fs)
             .console(console.clone())
             .start()?;
+        let joined = Joined::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {
             network.connect(device.tap_name())?;
         }
@@ -300,10 +303,11 @@ impl Sandbox {
                 console,
                 handle: vm.handle(),
                 _connection: connection,
+                _joined: joined,
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
             ready_after: started.elapsed(),
-            limits: Limits::of(config),
+            limits: Limits::of(config, ram_mib),
         };
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         sandbox.inner.agent.set_time()?;
@@ -421,6 +425,16 @@ impl Sandbox {
         asked.map_err(|error| self.inner.explain(error))?;
         let stream = expected.take();
         stream.map_err(Error::host("connect to a port of the guest's"))
+    }
+
+    /// Waits for the next container in which the guest's kernel killed processes for their memory: its
+    /// name, and how many it killed there so far. One caller at a time hears of each.
+    ///
+    /// # Errors
+    /// Why the virtual machine ended, if it did.
+    pub fn next_oom(&self) -> Result<(String, u64), Error> {
+        let next = self.inner.agent.next_oom();
+        next.map_err(|error| self.inner.explain(error))
     }
 
     /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes. A

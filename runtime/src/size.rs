@@ -152,6 +152,20 @@ impl Sandbox {
         self.size()
     }
 
+    /// How large the guest may become.
+    pub fn max_size(&self) -> Size {
+        let limits = self.limits();
+        Size {
+            cpus: Some(limits.cpus_max),
+            memory_mib: Some(limits.memory_max_mib),
+        }
+    }
+
+    /// What the guest's kernel keeps for itself: MiB of the guest's memory beyond its size.
+    pub fn kernel_mib(&self) -> u64 {
+        self.limits().kernel_mib
+    }
+
     /// How large the guest is.
     ///
     /// # Errors
@@ -174,14 +188,17 @@ pub(crate) struct Limits {
     pub(crate) cpus_max: u32,
     pub(crate) memory_mib: u64,
     pub(crate) memory_max_mib: u64,
+    /// What the guest's kernel keeps of its memory.
+    pub(crate) kernel_mib: u64,
 }
 
 impl Limits {
-    pub(crate) fn of(config: &SandboxConfig) -> Self {
+    pub(crate) fn of(config: &SandboxConfig, ram_mib: u64) -> Self {
         Self {
             cpus_max: config.cpus_max.unwrap_or(config.cpus),
             memory_mib: config.memory_mib,
             memory_max_mib: config.memory_max_mib.unwrap_or(config.memory_mib),
+            kernel_mib: ram_mib.saturating_sub(config.memory_mib),
         }
     }
 }

@@ -30,6 +30,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("debootstrap", "the tests' Debian root file system"),
     ("iproute2", "the tests' networks"),
     ("passt", "networks without root (`koya run --net user`)"),
+    (
+        "protobuf-compiler",
+        "the tests' client of Kubernetes' interface",
+    ),
+    ("containernetworking-plugins", "the tests' pods' networks"),
     ("stress-ng", "the tests' file-system load"),
     (
         "golang-github-containers-common",

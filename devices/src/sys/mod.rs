@@ -1,12 +1,14 @@
 //! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles,
-//! and per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
+//! per-mount attributes, and BPF. Every function here is safe to call; each `unsafe` block states why.
 
 mod pieces;
 mod ring;
+mod steer;
 mod tap;
 
 pub use pieces::Pieces;
 pub use ring::{Completion, Ring, Transfer};
+pub use steer::steer_loopback;
 pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
 use std::io;

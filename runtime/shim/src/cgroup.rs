@@ -90,20 +90,20 @@ fn make(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The limits of a sandbox whose guest has so much memory: file and value.
-pub(crate) fn limits(
-    resources: &oci::LinuxResources,
-    guest_mib: u64,
-) -> Vec<(&'static str, String)> {
+/// The limit of a sandbox whose guest counts so much memory, beyond what its kernel keeps: file and value.
+pub(crate) fn memory(mib: u64, kernel_mib: u64) -> (&'static str, String) {
+    let tables = (mib + kernel_mib).div_ceil(TABLES);
+    log::info!(
+        "memory in MiB: {mib} for the guest, {kernel_mib} for its kernel, {tables} for page tables, \
+         {MONITOR_MIB} for the monitor"
+    );
+    let bytes = (mib + kernel_mib + tables + MONITOR_MIB) << 20;
+    ("memory.max", bytes.to_string())
+}
+
+/// The limits of CPU time, and the host's CPUs: files and values.
+pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)> {
     let mut all = Vec::new();
-    let memory = resources
-        .memory()
-        .as_ref()
-        .and_then(|memory| memory.limit());
-    if memory.is_some_and(|limit| limit > 0) {
-        let bytes = (guest_mib + guest_mib.div_ceil(TABLES) + MONITOR_MIB) << 20;
-        all.push(("memory.max", bytes.to_string()));
-    }
     let Some(cpu) = resources.cpu() else {
         return all;
     };
@@ -171,16 +171,15 @@ mod tests {
     #[test]
     fn a_sandboxs_limits_are_the_containers_and_the_virtual_machines() {
         let resources: oci::LinuxResources = serde_json::from_str(
-            r#"{"memory": {"limit": 268435456},
-                "cpu": {"quota": 150000, "period": 100000, "shares": 1024, "cpus": "0-1"}}"#,
+            r#"{"cpu": {"quota": 150000, "period": 100000, "shares": 1024, "cpus": "0-1"}}"#,
         )
         .unwrap();
-        let limits = limits(&resources, 300);
+        let limits = cpu(&resources);
         let of = |name: &str| limits.iter().find(|l| l.0 == name).map(|l| l.1.as_str());
-        assert_eq!(of("memory.max"), Some("351272960"));
         assert_eq!(of("cpu.max"), Some("150000 100000"));
         assert_eq!(of("cpu.weight"), Some("39"));
         assert_eq!(of("cpuset.cpus"), Some("0-1"));
-        assert!(super::limits(&oci::LinuxResources::default(), 300).is_empty());
+        assert!(cpu(&oci::LinuxResources::default()).is_empty());
+        assert_eq!(memory(280, 20).1, "351272960");
     }
 }

@@ -1,7 +1,7 @@
 //! Processes that are added to a container that runs.
 
 use crate::io::{Paths, Pumps};
-use crate::pod::{Pod, ProcOf, SIGKILL, Task, failed_status, pid};
+use crate::pod::{Pod, ProcOf, SIGKILL, Task, failed_status};
 use crate::sync::{lock, spawn};
 use crate::task::{Handle, Proc, Refusal, Status, Wish};
 use anyhow::Context;
@@ -88,7 +88,7 @@ impl Pod {
         let event = TaskExecStarted {
             container_id: task.id.clone(),
             exec_id: name.into(),
-            pid: pid(),
+            pid: task.pid(),
             ..Default::default()
         };
         self.events

@@ -2,15 +2,16 @@
 
 use crate::cgroup;
 use crate::pod::{Pod, Task};
-use crate::sync::lock;
+use crate::size::{bound, together};
+use crate::sync::{lock, spawn};
 use crate::task::Refusal;
 use anyhow::{Context, Result, anyhow, bail};
-use koya::{HostEnd, NetworkConfig, Sandbox};
+use koya::{HostEnd, Loopback, NetworkConfig, Sandbox};
 use std::sync::Arc;
 
 impl Pod {
     /// The virtual machine, started if it is not there.
-    pub(crate) fn boot(&self, task: &Task) -> Result<Arc<Sandbox>, Refusal> {
+    pub(crate) fn boot(self: &Arc<Self>, task: &Task) -> Result<Arc<Sandbox>, Refusal> {
         let mut sandbox = lock(&self.sandbox);
         if let Some(sandbox) = &*sandbox {
             return match sandbox.machine().ended() {
@@ -18,7 +19,9 @@ impl Pod {
                 Some(reason) => Err(anyhow!("the sandbox has ended: {reason}").into()),
             };
         }
-        let mut config = task.settings.sandbox(task.spec.memory(), task.spec.cpus());
+        let limits = *lock(&task.limits);
+        let size = together(&task.settings, &[limits]);
+        let mut config = task.settings.sandbox(size, task.is_virtual());
         if task.is_virtual() {
             // Its containers have the guest's own namespaces, which nothing else sets up.
             config.hostname = task.spec.0.hostname().clone();
@@ -40,11 +43,31 @@ impl Pod {
             started.follow_console(ConsoleLog::default());
         }
         if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
-            let guest_mib = started.machine().memory_size() >> 20;
-            cgroup::apply(&folder, &cgroup::limits(resources, guest_mib));
+            cgroup::apply(&folder, &cgroup::cpu(resources));
         }
+        bound(task, &started, size.memory_mib);
+        self.tell_of_ooms(started.clone())?;
+        match Loopback::join(&started) {
+            Ok(loopback) => *lock(&self.loopback) = Some(loopback),
+            Err(error) => log::warn!("there is no port forward: {error}"),
+        }
+        *lock(&self.fitted) = Some(size);
         *sandbox = Some(started.clone());
         Ok(started)
+    }
+}
+
+impl Pod {
+    /// Tells of containers in which the guest's kernel killed processes for their memory.
+    fn tell_of_ooms(self: &Arc<Self>, sandbox: Arc<Sandbox>) -> Result<()> {
+        let pod = self.clone();
+        spawn("koya-oom", move || {
+            while let Ok((id, kills)) = sandbox.next_oom() {
+                if let Ok(task) = pod.task(&id) {
+                    pod.out_of_memory(&task, kills);
+                }
+            }
+        })
     }
 }
 

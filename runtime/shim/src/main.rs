@@ -21,7 +21,9 @@ mod mounts;
 mod options;
 mod pod;
 mod service;
+mod size;
 mod spec;
+mod stand_in;
 mod sync;
 mod task;
 

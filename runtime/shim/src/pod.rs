@@ -6,18 +6,20 @@ use crate::flags::Flags;
 use crate::further::Further;
 use crate::io::Paths;
 use crate::mounts;
-use crate::options::Settings;
+use crate::options::settings;
+use crate::size::Limits;
 use crate::spec::{HOST_NETWORK, Network, Role, Spec};
+use crate::stand_in::StandIn;
 use crate::sync::{lock, spawn};
 use crate::task::{Exit, Handle, Proc, Refusal, Status, Wish};
 use anyhow::{Context, Result, anyhow};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExit, TaskIO, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::topics;
 use koya::oci_spec::runtime as oci;
-use koya::{Bundle, Container, ContainerStats, Sandbox};
+use koya::{Bundle, Container, ContainerStats, Loopback, Sandbox, Settings, SharedPids, Size};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,6 +50,8 @@ pub(crate) struct Task {
     pub(crate) bundle: PathBuf,
     pub(crate) spec: Spec,
     pub(crate) settings: Settings,
+    /// What it may have now.
+    pub(crate) limits: Mutex<Limits>,
     pub(crate) first: Proc,
     pub(crate) further: Mutex<HashMap<String, Arc<Further>>>,
     rootfs: PathBuf,
@@ -56,6 +60,9 @@ pub(crate) struct Task {
     work: Mutex<()>,
     /// Its start is told before its end.
     order: Mutex<()>,
+    stand_in: StandIn,
+    /// How many of its processes were told to be killed for their memory.
+    oom_kills: Mutex<u64>,
 }
 
 impl Task {
@@ -67,6 +74,15 @@ impl Task {
         let further = lock(&self.further).get(name).cloned();
         let missing = || Refusal::NotFound(format!("process {name} of container {}", self.id));
         Ok(ProcOf::Further(further.ok_or_else(missing)?))
+    }
+
+    /// The process on the host that clients are told. A pod's own container is the shim's process, whose
+    /// namespaces the pod's containers name; they have numbers of their own.
+    pub(crate) fn pid(&self) -> u32 {
+        match self.spec.role(&self.id) {
+            Role::Member { .. } => self.stand_in.pid(),
+            _ => pid(),
+        }
     }
 
     pub(crate) fn is_virtual(&self) -> bool {
@@ -111,12 +127,15 @@ pub(crate) struct Pod {
     /// Why its namespaces could not be entered.
     unready: Option<String>,
     end: Mutex<Sender<()>>,
-    tasks: Mutex<HashMap<String, Arc<Task>>>,
+    pub(crate) tasks: Mutex<HashMap<String, Arc<Task>>>,
+    /// The size that was last asked of it.
+    pub(crate) fitted: Mutex<Option<Size>>,
     pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
+    pub(crate) loopback: Mutex<Option<Loopback>>,
     is_stopping: AtomicBool,
 }
 
-/// The process that containerd is told for all of them: there are no others on the host.
+/// This process, which is the sandbox.
 pub(crate) fn pid() -> u32 {
     std::process::id()
 }
@@ -130,7 +149,9 @@ impl Pod {
             unready: ready.err().map(|error| format!("{error:#}")),
             end: Mutex::new(end),
             tasks: Mutex::default(),
+            fitted: Mutex::default(),
             sandbox: Mutex::default(),
+            loopback: Mutex::default(),
             is_stopping: AtomicBool::new(false),
         }
     }
@@ -140,7 +161,8 @@ impl Pod {
         task.ok_or_else(|| Refusal::NotFound(format!("container {id}")))
     }
 
-    pub(crate) fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<(), Refusal> {
+    /// The pid that clients are told.
+    pub(crate) fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<u32, Refusal> {
         let id = &request.id;
         if !request.checkpoint.is_empty() {
             return Err(Refusal::Unsupported("checkpoints are not supported"));
@@ -157,9 +179,17 @@ impl Pod {
             true => bundle.join(root),
             false => bundle.join("rootfs"),
         };
+        let mut settings = settings(request.options.as_ref())?;
+        // A pod's are its own container's to have.
+        if !matches!(spec.role(id), Role::Member { .. }) {
+            settings = settings.annotated(spec.0.annotations().iter().flatten())?;
+        }
         let task = Arc::new(Task {
             id: id.clone(),
-            settings: Settings::load(request.options.as_ref())?,
+            limits: Mutex::new(spec.limits()),
+            stand_in: StandIn::new()?,
+            oom_kills: Mutex::default(),
+            settings,
             spec,
             first: Proc::new(Paths {
                 stdin: request.stdin.clone(),
@@ -197,11 +227,11 @@ impl Pod {
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
             io: Some(io).into(),
-            pid: pid(),
+            pid: task.pid(),
             ..Default::default()
         };
         self.events.publish(topics::TASK_CREATE_EVENT_TOPIC, &event);
-        Ok(())
+        Ok(task.pid())
     }
 
     fn prepare(
@@ -264,10 +294,12 @@ impl Pod {
     /// Makes the container in the guest; its first process waits to be started.
     fn make(self: &Arc<Self>, task: &Arc<Task>) -> Result<Arc<Container>, Refusal> {
         let sandbox = self.boot(task)?;
+        self.fit()?;
         let bundle = Bundle {
             spec: task.spec.0.clone(),
             folder: task.bundle.clone(),
             rootfs: task.rootfs.clone(),
+            pids: self.shared_pids(task),
         };
         let mut container = sandbox.create_oci(&task.id, &bundle, task.first.paths.stdio())?;
         let pumps = task.first.take_io().connect(container.process_mut());
@@ -281,8 +313,24 @@ impl Pod {
         let container = Arc::new(container);
         task.first.made(Handle::First(container.clone()), pumps);
         let (pod, followed) = (self.clone(), task.clone());
-        spawn("koya-wait", move || pod.follow(&followed))?;
+        task.stand_in.run(move || pod.follow(&followed))?;
         Ok(container)
+    }
+
+    /// Whose pid namespace a container is to have.
+    fn shared_pids(&self, task: &Task) -> SharedPids {
+        let Some(wanted) = task.spec.pids_of() else {
+            return SharedPids::Unknown;
+        };
+        if wanted == pid() {
+            return SharedPids::Sandbox;
+        }
+        let tasks = lock(&self.tasks);
+        let mut others = tasks.values().filter(|other| other.id != task.id);
+        let found = others.find(|other| other.pid() == wanted);
+        found.map_or(SharedPids::Unknown, |other| {
+            SharedPids::Container(other.id.clone())
+        })
     }
 
     /// Waits for a container's first process, and tells of its end.
@@ -292,6 +340,13 @@ impl Pod {
         };
         let status = self.status_of(container.wait());
         let at = SystemTime::now();
+        if status == 128 + SIGKILL
+            && let Ok(stats) = container.stats()
+        {
+            // Clients want to hear of it before its end.
+            let kills = stats.memory_events.get("oom_kill").copied();
+            self.out_of_memory(task, kills.unwrap_or(0));
+        }
         if let Some(pumps) = task.first.pumps() {
             pumps.finish();
         }
@@ -302,6 +357,21 @@ impl Pod {
             std::thread::sleep(Duration::from_millis(2));
         }
         self.end(task, status, at);
+    }
+
+    /// Tells that the guest's kernel has killed so many of a container's processes for their memory.
+    pub(crate) fn out_of_memory(&self, task: &Task, kills: u64) {
+        let mut told = lock(&task.oom_kills);
+        if kills <= *told {
+            return;
+        }
+        *told = kills;
+        log::info!("{}: out of memory, {kills} killed", task.id);
+        let event = TaskOOM {
+            container_id: task.id.clone(),
+            ..Default::default()
+        };
+        self.events.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
     }
 
     pub(crate) fn status_of(&self, waited: Result<i32, koya::Error>) -> u32 {
@@ -333,7 +403,7 @@ impl Pod {
         let event = TaskExit {
             container_id: task.id.clone(),
             id: name.into(),
-            pid: pid(),
+            pid: task.pid(),
             exit_status: status,
             exited_at: Some(timestamp(at)).into(),
             ..Default::default()
@@ -341,23 +411,25 @@ impl Pod {
         self.events.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    pub(crate) fn start(self: &Arc<Self>, id: &str, name: &str) -> Result<(), Refusal> {
+    /// The pid that clients are told.
+    pub(crate) fn start(self: &Arc<Self>, id: &str, name: &str) -> Result<u32, Refusal> {
         let task = self.task(id)?;
         let _work = lock(&task.work);
         if !name.is_empty() {
-            return self.start_further(&task, name);
+            self.start_further(&task, name)?;
+            return Ok(task.pid());
         }
         task.first.status().allow(Wish::Start)?;
         if task.is_virtual() {
             self.started(&task);
-            return Ok(());
+            return Ok(task.pid());
         }
         let started = self.start_first(&task);
         if let Err(error) = &started {
             // Clients delete only what has ended.
             self.end(&task, failed_status(error), SystemTime::now());
         }
-        started
+        started.map(|()| task.pid())
     }
 
     fn start_first(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Refusal> {
@@ -380,7 +452,7 @@ impl Pod {
         task.first.set_status(Status::Running);
         let event = TaskStart {
             container_id: task.id.clone(),
-            pid: pid(),
+            pid: task.pid(),
             ..Default::default()
         };
         self.events.publish(topics::TASK_START_EVENT_TOPIC, &event);
@@ -431,14 +503,15 @@ impl Pod {
             .all(|other| other.first.status() == Status::Stopped)
     }
 
-    pub(crate) fn delete(&self, id: &str, name: &str) -> Result<Exit, Refusal> {
+    /// The pid that the process had, and how it ended.
+    pub(crate) fn delete(self: &Arc<Self>, id: &str, name: &str) -> Result<(u32, Exit), Refusal> {
         let task = self.task(id)?;
         let _work = lock(&task.work);
         let proc = task.proc(name)?;
         proc.status().allow(Wish::Delete)?;
         if !name.is_empty() {
             lock(&task.further).remove(name);
-            return Ok(proc.exit().unwrap_or(never_started()));
+            return Ok((task.pid(), proc.exit().unwrap_or(never_started())));
         }
         if proc.status() == Status::Created
             && let Some(handle) = proc.handle()
@@ -455,13 +528,16 @@ impl Pod {
         self.undo(&task);
         let event = TaskDelete {
             container_id: task.id.clone(),
-            pid: pid(),
+            pid: task.pid(),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
         };
         self.events.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        Ok(exit)
+        if matches!(task.spec.role(&task.id), Role::Member { .. }) {
+            self.fit_behind();
+        }
+        Ok((task.pid(), exit))
     }
 
     pub(crate) fn pause(&self, id: &str) -> Result<(), Refusal> {
@@ -498,23 +574,23 @@ impl Pod {
         let _work = lock(&task.work);
         let resources: oci::LinuxResources =
             serde_json::from_slice(resources).context("the resources are broken")?;
-        let sandbox = lock(&self.sandbox).clone();
-        let sandbox = sandbox.context("there is no virtual machine")?;
-        let size = sandbox.machine().memory_size();
-        let limit = resources
-            .memory()
-            .as_ref()
-            .and_then(|memory| memory.limit());
-        if let Some(limit) = limit.filter(|limit| *limit > 0 && *limit as u64 > size) {
-            let text = format!("a memory limit of {limit} bytes is more than the guest's {size}");
-            return Err(anyhow!(text).into());
+        let before = *lock(&task.limits);
+        let wanted = Limits::default().or(Some(&resources));
+        *lock(&task.limits) = Limits {
+            memory: wanted.memory.or(before.memory),
+            milli_cpus: wanted.milli_cpus.or(before.milli_cpus),
+        };
+        // Room first, then the limit; the other way round where it is less.
+        let grown = self.fit();
+        if let Err(error) = grown {
+            *lock(&task.limits) = before;
+            return Err(error);
         }
-        task.running()?.update(&resources)?;
-        // The guest keeps its size, so its own limit stays.
+        if !task.is_virtual() {
+            task.running()?.update(&resources)?;
+        }
         if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
-            let limits = cgroup::limits(&resources, size >> 20);
-            let cpus: Vec<_> = limits.into_iter().filter(|l| l.0 != "memory.max").collect();
-            cgroup::apply(&folder, &cpus);
+            cgroup::apply(&folder, &cgroup::cpu(&resources));
         }
         Ok(())
     }

@@ -102,7 +102,7 @@ impl Task for Service {
         Ok(StateResponse {
             id: request.id,
             bundle: task.bundle.to_string_lossy().into_owned(),
-            pid: pid(),
+            pid: task.pid(),
             status: status.into(),
             stdin: proc.paths.stdin.clone(),
             stdout: proc.paths.stdout.clone(),
@@ -120,18 +120,19 @@ impl Task for Service {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        self.work(move |pod| pod.create(&request)).await?;
+        let pid = self.work(move |pod| pod.create(&request)).await?;
         Ok(CreateTaskResponse {
-            pid: pid(),
+            pid,
             ..Default::default()
         })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        self.work(move |pod| pod.start(&request.id, &request.exec_id))
+        let pid = self
+            .work(move |pod| pod.start(&request.id, &request.exec_id))
             .await?;
         Ok(StartResponse {
-            pid: pid(),
+            pid,
             ..Default::default()
         })
     }
@@ -141,11 +142,11 @@ impl Task for Service {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        let exit = self
+        let (pid, exit) = self
             .work(move |pod| pod.delete(&request.id, &request.exec_id))
             .await?;
         Ok(DeleteResponse {
-            pid: pid(),
+            pid,
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)).into(),
             ..Default::default()
@@ -153,9 +154,8 @@ impl Task for Service {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.pod.task(&request.id)?;
         let process = ProcessInfo {
-            pid: pid(),
+            pid: self.pod.task(&request.id)?.pid(),
             ..Default::default()
         };
         Ok(PidsResponse {
@@ -250,7 +250,7 @@ impl Task for Service {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.pod.task(&request.id).map_or(0, |_| pid());
+        let task_pid = self.pod.task(&request.id).map_or(0, |task| task.pid());
         Ok(ConnectResponse {
             shim_pid: pid(),
             task_pid,

@@ -1,6 +1,7 @@
 //! A container's `config.json`, as far as it says what its sandbox is to be.
 
 use crate::cgroup;
+use crate::size::{Limits, PERIOD, milli_cpus};
 use anyhow::{Context, Result};
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
 use std::collections::BTreeMap;
@@ -83,18 +84,32 @@ impl Spec {
         }
     }
 
-    /// Bytes of memory that it may have: a pod's as Kubernetes says it, else the container's.
-    pub(crate) fn memory(&self) -> Option<u64> {
-        let pod = self.annotation(&["io.kubernetes.cri.sandbox-memory"]);
-        let pod = pod.and_then(|text| text.parse().ok());
-        let own = || {
-            self.resources()?
-                .memory()
-                .as_ref()?
-                .limit()
-                .map(|limit| limit.max(0) as u64)
+    /// What it may have: a pod's as Kubernetes says it, else the container's own.
+    pub(crate) fn limits(&self) -> Limits {
+        let number = |name: &str| self.annotation(&[name])?.parse::<i64>().ok();
+        let memory = number("io.kubernetes.cri.sandbox-memory");
+        let period = number("io.kubernetes.cri.sandbox-cpu-period");
+        let period = period.and_then(|period| u64::try_from(period).ok());
+        let quota = number("io.kubernetes.cri.sandbox-cpu-quota");
+        let said = Limits {
+            memory: memory.and_then(|bytes| u64::try_from(bytes).ok()),
+            milli_cpus: quota.and_then(|quota| milli_cpus(quota, period.unwrap_or(PERIOD))),
         };
-        pod.or_else(own).filter(|bytes| *bytes > 0)
+        Limits {
+            memory: said.memory.filter(|bytes| *bytes > 0),
+            ..said
+        }
+        .or(self.resources())
+    }
+
+    /// The process whose pid namespace it is to have, by that process's path in /proc.
+    pub(crate) fn pids_of(&self) -> Option<u32> {
+        let linux = self.0.linux().as_ref()?;
+        let mut namespaces = linux.namespaces().iter().flatten();
+        let pid = namespaces.find(|n| n.typ() == LinuxNamespaceType::Pid)?;
+        let path = pid.path().as_ref()?.to_str()?;
+        let number = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+        number.parse().ok()
     }
 
     pub(crate) fn sysctls(&self) -> BTreeMap<String, String> {
@@ -108,23 +123,6 @@ impl Spec {
             .flatten()
             .map(|(name, value)| (name.clone(), value.clone()))
             .collect()
-    }
-
-    /// Whole CPUs that it may use.
-    pub(crate) fn cpus(&self) -> Option<u32> {
-        let number = |name: &str| self.annotation(&[name])?.parse::<i64>().ok();
-        let cpu = self
-            .resources()
-            .and_then(|resources| resources.cpu().as_ref());
-        let quota = number("io.kubernetes.cri.sandbox-cpu-quota")
-            .or_else(|| cpu.and_then(|cpu| cpu.quota()))?;
-        let period = number("io.kubernetes.cri.sandbox-cpu-period")
-            .or_else(|| cpu.and_then(|cpu| Some(cpu.period()? as i64)))
-            .unwrap_or(100_000);
-        if quota <= 0 || period <= 0 {
-            return None;
-        }
-        u32::try_from((quota as u64).div_ceil(period as u64)).ok()
     }
 
     /// The sandbox's control group on the host.
@@ -159,7 +157,11 @@ mod tests {
             "io.kubernetes.cri.sandbox-cpu-quota": "150000"}});
         let pod = spec(pod);
         assert_eq!(pod.role("a"), Role::Sandbox);
-        assert_eq!((pod.memory(), pod.cpus()), (Some(1 << 20), Some(2)));
+        let limits = pod.limits();
+        assert_eq!(
+            (limits.memory, limits.milli_cpus),
+            (Some(1 << 20), Some(1500))
+        );
         let member = json!({"annotations": {"io.kubernetes.cri-o.ContainerType": "container",
             "io.kubernetes.cri-o.SandboxID": "p"}});
         assert_eq!(
@@ -171,20 +173,14 @@ mod tests {
     }
 
     #[test]
-    fn limits_and_networks_are_the_configurations() {
-        let limited = spec(json!({"linux": {
-            "resources": {"memory": {"limit": 4096}, "cpu": {"quota": 250_000, "period": 100_000}},
-            "namespaces": [{"type": "network"}]}}));
-        assert_eq!((limited.memory(), limited.cpus()), (Some(4096), Some(3)));
-        assert_eq!(limited.network(), Network::New);
-        assert_eq!(spec(json!({"linux": {}})).network(), Network::Host);
-        let path = json!({"linux": {"namespaces": [{"type": "network", "path": "/n"}]}});
-        assert_eq!(spec(path).network(), Network::Path("/n".into()));
-        let endless = json!({"linux": {"resources": {"memory": {"limit": -1},
-            "cpu": {"quota": -1, "period": 100_000}}}});
-        assert_eq!(
-            (spec(endless.clone()).memory(), spec(endless).cpus()),
-            (None, None)
-        );
+    fn namespaces_are_the_configurations() {
+        let of = |namespaces: Value| spec(json!({"linux": {"namespaces": namespaces}}));
+        assert_eq!(of(json!([{"type": "network"}])).network(), Network::New);
+        assert_eq!(of(json!([])).network(), Network::Host);
+        let path = of(json!([{"type": "network", "path": "/n"}]));
+        assert_eq!(path.network(), Network::Path("/n".into()));
+        let pids = of(json!([{"type": "pid", "path": "/proc/77/ns/pid"}]));
+        assert_eq!(pids.pids_of(), Some(77));
+        assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
     }
 }

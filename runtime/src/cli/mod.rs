@@ -3,6 +3,7 @@
 mod attach;
 mod check;
 mod client;
+mod config;
 mod container_log;
 mod control;
 mod disk;
@@ -65,6 +66,8 @@ enum Command {
     Console(client::ConsoleArgs),
     /// Say whether this machine can run Koya, by running a tiny guest
     Check(check::CheckArgs),
+    /// Check and show the settings of sandboxes under containerd
+    Config(config::ConfigArgs),
     /// Print versions, paths and what the host offers
     Env(environment::EnvArgs),
 }
@@ -93,6 +96,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Disk(args) => disk::main(&args),
         Command::Console(args) => client::console(&args),
         Command::Check(args) => check::main(&args),
+        Command::Config(args) => config::main(args),
         Command::Env(args) => environment::main(&args),
     };
     match outcome {

@@ -1,24 +1,18 @@
 //! `containerd-shim-koya-v2` under the real containerd, by its own `ctr`: each test with each version of
 //! containerd that Debian has.
 
-use crate::tool::{LIMIT, saved_image, scratch, stdout, until};
+use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
+use crate::tool::{LIMIT, scratch, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-
-const IMAGE: &str = "docker.io/library/busybox:test";
-const RUNTIME: &str = "io.containerd.koya.v2";
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    type Test = fn(&Containerd) -> Result<()>;
-    let tests: [(&str, Test); 6] = [
+    let tests: [Test; 6] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
@@ -29,247 +23,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             limits_hold_inside_and_outside,
         ),
     ];
-    let versions = ["1.6", "1.7", "2"].into_iter().enumerate();
-    versions
-        .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
-        .map(|(index, version, name, test)| {
-            let name = format!("containerd::v{version}::{name}");
-            libtest_mimic::Trial::test(name, move || {
-                let run = || {
-                    let containerd = Containerd::start(index, version)?;
-                    test(&containerd).with_context(|| containerd.last_words())
-                };
-                run().map_err(|error| format!("{error:#}").into())
-            })
-        })
-        .collect()
-}
-
-/// A containerd of this test's own.
-struct Containerd {
-    dir: PathBuf,
-    bin: PathBuf,
-    /// Of its containers, and of their control groups on the host: others run beside it.
-    namespace: String,
-    daemon: std::sync::Mutex<Child>,
-}
-
-impl Containerd {
-    fn start(index: usize, version: &str) -> Result<Self> {
-        let folders = std::env::var_os("KOYA_TEST_CONTAINERD")
-            .context("KOYA_TEST_CONTAINERD names no folders; `cargo xtask test` makes them")?;
-        let bin = std::env::split_paths(&folders)
-            .nth(index)
-            .context("too few folders")?;
-        // Short: sockets' paths have 107 bytes.
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let dir = scratch("c")?.with_file_name(format!("c{}", NEXT.fetch_add(1, Ordering::SeqCst)));
-        fs::create_dir_all(&dir)?;
-        let at = dir.display();
-        let config = format!(
-            "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\", \
-             \"io.containerd.nri.v1.nri\"]\n[grpc]\naddress = \"{at}/c.sock\"\n"
-        );
-        fs::write(dir.join("config.toml"), config)?;
-        let containerd = Self {
-            daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
-            namespace: format!(
-                "koya{index}-{}",
-                dir.file_name().unwrap_or_default().display()
-            ),
-            dir,
-            bin,
-        };
-        containerd.wait_until_ready()?;
-        let about = stdout(containerd.ctr(["version"]).output()?)?;
-        ensure!(about.contains(&format!("Version:  {version}.")), "{about}");
-        stdout(containerd.ctr(["image", "import"]).arg(image()?).output()?)?;
-        Ok(containerd)
-    }
-
-    fn wait_until_ready(&self) -> Result<()> {
-        until("containerd", || {
-            let asked = self.ctr(["version"]).output()?;
-            Ok(asked.status.success().then_some(()))
-        })
-    }
-
-    fn ctr<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut ctr = Command::new(self.bin.join("ctr"));
-        ctr.arg("--address")
-            .arg(self.dir.join("c.sock"))
-            .args(["--namespace", &self.namespace])
-            .args(args)
-            .stdin(Stdio::null());
-        ctr
-    }
-
-    /// `ctr run OPTIONS IMAGE NAME COMMAND`
-    fn run(&self, options: &[&str], name: &str, command: &[&str]) -> Command {
-        let mut ctr = self.ctr(["run", "--runtime", RUNTIME]);
-        ctr.args(options).args([IMAGE, name]).args(command);
-        ctr
-    }
-
-    fn state(&self, name: &str) -> Result<Option<String>> {
-        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
-        let line = list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(name));
-        Ok(line
-            .and_then(|line| line.split_whitespace().last())
-            .map(str::to_owned))
-    }
-
-    fn wait_for(&self, name: &str, state: &str) -> Result<()> {
-        until(&format!("{name} to be {state}"), || {
-            Ok((self.state(name)?.as_deref() == Some(state)).then_some(()))
-        })
-    }
-
-    /// The process on the host that a container has.
-    fn pid(&self, name: &str) -> Result<String> {
-        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
-        let line = list
-            .lines()
-            .find(|line| line.starts_with(name))
-            .context("no such task")?;
-        Ok(line
-            .split_whitespace()
-            .nth(1)
-            .context("no process")?
-            .to_owned())
-    }
-
-    fn remove(&self, name: &str) -> Result<()> {
-        stdout(self.ctr(["container", "rm", name]).output()?).map(drop)
-    }
-
-    /// As if the machine had no memory left for it.
-    fn kill_and_start_again(&self) -> Result<()> {
-        let mut daemon = self
-            .daemon
-            .lock()
-            .map_err(|_| anyhow::anyhow!("poisoned"))?;
-        daemon.kill()?;
-        daemon.wait()?;
-        *daemon = launch(&self.bin, &self.dir)?;
-        drop(daemon);
-        self.wait_until_ready()
-    }
-
-    /// What there may not be any more once all containers are gone: shims of this containerd's.
-    fn nothing_is_left(&self) -> Result<()> {
-        let mine = self.dir.join("c.sock");
-        let mine = mine.to_string_lossy();
-        until("shims that go", || {
-            let shims = processes_with("containerd-shim-koya-v2")?;
-            let left = shims.iter().any(|line| line.contains(&*mine));
-            Ok((!left).then_some(()))
-        })?;
-        until("control groups that go", || {
-            let groups = fs::read_dir(self.group()).into_iter().flatten().flatten();
-            let left = groups.filter(|entry| entry.path().is_dir()).count();
-            Ok((left == 0).then_some(()))
-        })
-    }
-
-    /// Where the control groups of its containers are.
-    fn group(&self) -> PathBuf {
-        Path::new("/sys/fs/cgroup").join(&self.namespace)
-    }
-
-    fn last_words(&self) -> String {
-        let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
-        let lines: Vec<_> = log
-            .lines()
-            .filter(|l| !l.contains("loading plugin"))
-            .collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
-    }
-}
-
-impl Drop for Containerd {
-    fn drop(&mut self) {
-        if let Ok(daemon) = self.daemon.get_mut() {
-            daemon.kill().ok();
-            daemon.wait().ok();
-        }
-        let mine = self.dir.join("c.sock");
-        for line in processes_with("containerd-shim-koya-v2").unwrap_or_default() {
-            if line.contains(&*mine.to_string_lossy())
-                && let Some(pid) = line.split(' ').next()
-            {
-                Command::new("kill").args(["-KILL", pid]).status().ok();
-            }
-        }
-    }
-}
-
-fn launch(bin: &Path, dir: &Path) -> Result<Child> {
-    let log = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(dir.join("log"))?;
-    let path = std::env::var("PATH")?;
-    Command::new(bin.join("containerd"))
-        .arg("--config")
-        .arg(dir.join("config.toml"))
-        .env("PATH", format!("{}:{path}", bin.display()))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("cannot start containerd")
-}
-
-/// `PID arguments` of each process whose program has this name.
-fn processes_with(name: &str) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let pid = entry.file_name().to_string_lossy().into_owned();
-        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
-            continue;
-        };
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if line
-            .split(' ')
-            .next()
-            .is_some_and(|program| program.ends_with(name))
-        {
-            found.push(format!("{pid} {line}"));
-        }
-    }
-    Ok(found)
-}
-
-/// A tar as `docker save` makes it, of the tests' root file system.
-fn image() -> Result<&'static Path> {
-    static IMAGE_TAR: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let made = IMAGE_TAR.get_or_init(|| make_image().inspect_err(|e| eprintln!("{e:#}")).ok());
-    made.as_deref().context("no image")
-}
-
-fn make_image() -> Result<PathBuf> {
-    saved_image(&scratch("image")?, Some(IMAGE), |layer| {
-        let layer = format!("sha256:{layer}");
-        let config = serde_json::json!({
-            "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
-            "rootfs": {"type": "layers", "diff_ids": [layer]},
-        });
-        config.to_string()
-    })
-}
-
-/// The exit code and all that was printed.
-fn ended(output: &Output) -> (Option<i32>, String) {
-    let text = [&output.stdout[..], &output.stderr[..]].concat();
-    (
-        output.status.code(),
-        String::from_utf8_lossy(&text).trim_end().replace('\r', ""),
-    )
+    trials_of("containerd", Use::Ctr, tests)
 }
 
 fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
@@ -613,7 +367,7 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
         line.is_some_and(|line| line.trim_end().ends_with(&bytes)),
         "{metrics}"
     );
-    let outside = fs::read_to_string(containerd.group().join("limited/memory.max"))?;
+    let outside = fs::read_to_string(containerd.groups().join("limited/memory.max"))?;
     let outside = outside.trim().parse::<u64>()? >> 20;
     ensure!(
         (LIMIT_MIB + 32..LIMIT_MIB + 160).contains(&outside),
@@ -635,6 +389,6 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
     stdout(containerd.ctr(["task", "rm", "-f", "limited"]).output()?)?;
     containerd.remove("limited")?;
     containerd.nothing_is_left()?;
-    let group = containerd.group().join("limited");
+    let group = containerd.groups().join("limited");
     until("the group's end", || Ok((!group.exists()).then_some(())))
 }

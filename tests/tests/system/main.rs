@@ -6,6 +6,8 @@
 //! KVM it ran on; nothing is skipped.
 
 mod containerd;
+mod cri;
+mod daemon;
 mod debian;
 mod disks;
 mod exec;
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         run::trials(),
         torture::trials(),
         containerd::trials(),
+        cri::trials(),
         debian::trials(),
         disks::trials(),
         exec::trials(),

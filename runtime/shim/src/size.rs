@@ -1,0 +1,181 @@
+//! How large a sandbox is to be, as its containers come and go.
+
+use crate::cgroup;
+use crate::pod::{Pod, Task};
+use crate::spec::Role;
+use crate::sync::{lock, spawn};
+use crate::task::Refusal;
+use koya::oci_spec::runtime as oci;
+use koya::{Sandbox, Settings, Size};
+use std::sync::Arc;
+
+/// What the agent and tables take in the guest is not the containers'.
+const ROOM_MIB: u64 = 32;
+/// Less than this much memory is no guest.
+const LEAST_MIB: u64 = 64;
+
+/// What a container may have: bytes of memory, and CPU time in thousandths of a CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) memory: Option<u64>,
+    pub(crate) milli_cpus: Option<u64>,
+}
+
+impl Limits {
+    /// As a container's configuration says, where these do not.
+    pub(crate) fn or(self, resources: Option<&oci::LinuxResources>) -> Self {
+        let own = || resources?.memory().as_ref()?.limit();
+        let memory = self.memory.or_else(|| u64::try_from(own()?).ok());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| milli_cpus(cpu.quota()?, cpu.period().unwrap_or(PERIOD)));
+        Self {
+            memory: memory.filter(|bytes| *bytes > 0),
+            milli_cpus: self.milli_cpus.or(quota),
+        }
+    }
+}
+
+/// The kernel's default, in microseconds.
+pub(crate) const PERIOD: u64 = 100_000;
+
+/// Thousandths of a CPU; none without a limit.
+pub(crate) fn milli_cpus(quota: i64, period: u64) -> Option<u64> {
+    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
+    (quota.saturating_mul(1000)).div_ceil(period.max(1)).into()
+}
+
+/// Room for all of these: as much as they may have together, and what the settings say for those without
+/// a limit.
+pub(crate) fn together(settings: &Settings, all: &[Limits]) -> Size {
+    let (mut mib, mut milli_cpus) = (0_u64, 0_u64);
+    for limits in all {
+        let memory = limits.memory.map_or(0, |bytes| bytes.div_ceil(1 << 20));
+        mib = mib.saturating_add(memory);
+        milli_cpus = milli_cpus.saturating_add(limits.milli_cpus.unwrap_or(0));
+    }
+    if all.iter().any(|limits| limits.memory.is_some()) {
+        mib = mib.max(LEAST_MIB).saturating_add(ROOM_MIB);
+    }
+    if all.iter().any(|limits| limits.memory.is_none()) {
+        mib = mib.saturating_add(settings.memory_mib);
+    }
+    if all.iter().any(|limits| limits.milli_cpus.is_none()) {
+        milli_cpus = milli_cpus.saturating_add(u64::from(settings.cpus) * 1000);
+    }
+    let cpus = u32::try_from(milli_cpus.div_ceil(1000)).unwrap_or(u32::MAX);
+    Size {
+        cpus: Some(cpus.max(1)),
+        memory_mib: Some(mib),
+    }
+}
+
+impl Pod {
+    /// Fits the virtual machine to its containers, where they are not what they were.
+    ///
+    /// # Errors
+    /// If it can't be made as large.
+    pub(crate) fn fit(&self) -> Result<(), Refusal> {
+        let Some(sandbox) = lock(&self.sandbox).clone() else {
+            return Ok(());
+        };
+        // One at a time.
+        let mut fitted = lock(&self.fitted);
+        let tasks: Vec<_> = lock(&self.tasks).values().cloned().collect();
+        let is_member = |task: &&Arc<Task>| matches!(task.spec.role(&task.id), Role::Member { .. });
+        let Some(first) = tasks.iter().find(|task| !is_member(task)) else {
+            return Ok(());
+        };
+        let limits = |task: &Arc<Task>| *lock(&task.limits);
+        let own = together(&first.settings, &[limits(first)]);
+        let members: Vec<Limits> = tasks.iter().filter(is_member).map(limits).collect();
+        let all = together(&first.settings, &members);
+        // What was said of a pod as a whole is there from its start.
+        let wish = Size {
+            cpus: own.cpus.max(all.cpus).min(sandbox.max_size().cpus),
+            memory_mib: own.memory_mib.max(all.memory_mib),
+        };
+        if *fitted == Some(wish) {
+            return Ok(());
+        }
+        let now = sandbox.size()?;
+        let grows = wish.memory_mib > now.memory_mib;
+        if grows {
+            bound(first, &sandbox, wish.memory_mib);
+        }
+        let got = sandbox.update(wish)?;
+        *fitted = Some(wish);
+        log::info!("the guest has {got:?}; wished was {wish:?}");
+        if grows && got.memory_mib < wish.memory_mib {
+            let text = format!(
+                "the guest has {} MiB, and did not take the {} that its containers may have",
+                got.memory_mib.unwrap_or(0),
+                wish.memory_mib.unwrap_or(0)
+            );
+            return Err(anyhow::anyhow!(text).into());
+        }
+        bound(first, &sandbox, got.memory_mib);
+        Ok(())
+    }
+
+    /// The same behind whoever made room.
+    pub(crate) fn fit_behind(self: &Arc<Self>) {
+        let pod = self.clone();
+        let fit = move || {
+            if let Err(error) = pod.fit() {
+                log::warn!("{error}");
+            }
+        };
+        spawn("koya-fit", fit).ok();
+    }
+}
+
+/// Sets the host's limit for a sandbox whose guest has so much memory, if it has a limit.
+pub(crate) fn bound(task: &Task, sandbox: &Sandbox, mib: Option<u64>) {
+    if lock(&task.limits).memory.is_none() {
+        return;
+    }
+    if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
+        cgroup::apply(
+            &folder,
+            &[cgroup::memory(mib.unwrap_or(0), sandbox.kernel_mib())],
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_all_containers() {
+        let settings = Settings::default();
+        let size = |all: &[Limits]| {
+            let size = together(&settings, all);
+            (size.cpus.unwrap(), size.memory_mib.unwrap())
+        };
+        let limits = |mib: u64, milli_cpus| Limits {
+            memory: Some(mib << 20),
+            milli_cpus: Some(milli_cpus),
+        };
+        assert_eq!(size(&[Limits::default()]), (1, 512));
+        assert_eq!(size(&[limits(256, 500)]), (1, 288));
+        assert_eq!(size(&[limits(1, 1)]), (1, 96));
+        assert_eq!(size(&[limits(400, 700), limits(600, 700)]), (2, 1032));
+        // One without limits has what it would have alone.
+        assert_eq!(size(&[limits(400, 700), Limits::default()]), (2, 944));
+    }
+
+    #[test]
+    fn limits_are_the_configurations() {
+        let of = |text: &str| {
+            let resources: oci::LinuxResources = serde_json::from_str(text).unwrap();
+            let limits = Limits::default().or(Some(&resources));
+            (limits.memory, limits.milli_cpus)
+        };
+        let both = r#"{"memory": {"limit": 4096}, "cpu": {"quota": 250000, "period": 100000}}"#;
+        assert_eq!(of(both), (Some(4096), Some(2500)));
+        let endless = r#"{"memory": {"limit": -1}, "cpu": {"quota": -1, "period": 100000}}"#;
+        assert_eq!(of(endless), (None, None));
+        assert_eq!(of("{}"), (None, None));
+    }
+}

@@ -1,0 +1,70 @@
+//! A thread that stands for a container of a pod on the host.
+//!
+//! Kubernetes names namespaces by `/proc/PID/ns/...` of a container's process. All containers of a pod are
+//! one process here, but each has a thread, whose number names no other: `/proc` knows it, and signals to it
+//! are the process's.
+
+use crate::sync::spawn;
+use anyhow::{Context, Result};
+use std::sync::mpsc::{Sender, channel};
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// It lives as long as this does.
+pub(crate) struct StandIn {
+    pid: u32,
+    work: Sender<Work>,
+}
+
+impl StandIn {
+    /// # Errors
+    /// If the host has no thread left.
+    pub(crate) fn new() -> Result<Self> {
+        let (work, pieces) = channel::<Work>();
+        let (number, told) = channel();
+        spawn("koya-container", move || {
+            let own = rustix::thread::gettid().as_raw_nonzero().get();
+            number.send(own.unsigned_abs()).ok();
+            for piece in pieces {
+                piece();
+            }
+        })?;
+        Ok(Self {
+            pid: told.recv().context("a thread ended")?,
+            work,
+        })
+    }
+
+    /// The thread's number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Has it do something, after what it does now.
+    ///
+    /// # Errors
+    /// If the thread is gone.
+    pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
+        let sent = self.work.send(Box::new(work));
+        sent.map_err(|_| anyhow::anyhow!("the container's thread is gone"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_has_a_number_that_proc_knows() {
+        let both = [StandIn::new().unwrap(), StandIn::new().unwrap()];
+        assert_ne!(both[0].pid(), both[1].pid());
+        for one in both {
+            let text = std::fs::read_to_string(format!("/proc/{}/status", one.pid())).unwrap();
+            let own = format!("Tgid:\t{}\n", std::process::id());
+            assert!(text.contains(&own), "{text}");
+            let (sender, receiver) = channel();
+            one.run(move || sender.send(7).unwrap()).unwrap();
+            assert_eq!(receiver.recv(), Ok(7));
+        }
+    }
+}

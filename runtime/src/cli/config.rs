@@ -1,0 +1,65 @@
+//! `koya config`: the settings of sandboxes that other programs ask for.
+
+use super::Outcome;
+use clap::{Args, Subcommand};
+use koya::Settings;
+use koya::settings::{DROP_INS, FILE};
+use std::path::PathBuf;
+
+#[derive(Args)]
+pub(super) struct ConfigArgs {
+    #[command(subcommand)]
+    command: ConfigCommand,
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Say whether the settings are in order: exit status 0, or 1 and what is wrong
+    Check(FilesArgs),
+    /// Print what the settings come to, with defaults
+    Show(FilesArgs),
+}
+
+#[derive(Args)]
+struct FilesArgs {
+    /// Files to read instead of /etc/koya/config.toml and /etc/koya/config.d/*.toml; later ones win
+    files: Vec<PathBuf>,
+}
+
+impl FilesArgs {
+    fn files(self) -> Vec<PathBuf> {
+        match self.files.is_empty() {
+            true => Settings::files(),
+            false => self.files,
+        }
+    }
+}
+
+pub(super) fn main(args: ConfigArgs) -> Outcome {
+    match args.command {
+        ConfigCommand::Check(args) => Ok(check(&args.files())),
+        ConfigCommand::Show(args) => {
+            print!("{}", Settings::read(&args.files())?);
+            Ok(0)
+        }
+    }
+}
+
+fn check(files: &[PathBuf]) -> u8 {
+    match Settings::read(files) {
+        Ok(_) if files.is_empty() => {
+            println!("neither {FILE} nor files in {DROP_INS}: the defaults");
+            0
+        }
+        Ok(_) => {
+            for file in files {
+                println!("{}: in order", file.display());
+            }
+            0
+        }
+        Err(error) => {
+            eprintln!("koya: {error}");
+            1
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The host's side of a sandbox's loopback: what connects to `localhost` in the sandbox's network namespace
+//! on the host reaches the guest's own.
+//!
+//! Kubernetes' port forward works like that: the kubelet's server enters a pod's network namespace and
+//! connects to `localhost:PORT`, where a guest's services are not.
+
+use crate::{Error, Sandbox};
+use koya_vmm::devices::sys::steer_loopback;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Connections at once; further ones wait for their turn.
+const CONNECTIONS: usize = 256;
+/// How often one that waits looks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// As long as this lives, each TCP connection to 127.0.0.0/8 or ::1 in a network namespace, whatever its
+/// port, is one to the same port of a guest's loopback.
+pub struct Loopback {
+    // Dropped first, so that nothing comes any more.
+    _steered: OwnedFd,
+    listeners: Vec<Arc<TcpListener>>,
+}
+
+impl Loopback {
+    /// Joins the loopback of the calling thread's network namespace to a guest's. Nothing else may listen
+    /// there.
+    ///
+    /// # Errors
+    /// If the host's kernel can't: it takes Linux 5.9 and privileges (CAP_BPF, CAP_NET_ADMIN).
+    pub fn join(sandbox: &Arc<Sandbox>) -> Result<Self, Error> {
+        let joined = || -> io::Result<Self> {
+            let namespace = File::open("/proc/thread-self/ns/net")?;
+            let four = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+            // The namespace may have no IPv6.
+            let six = TcpListener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).ok();
+            let steered = steer_loopback(
+                namespace.as_fd(),
+                four.as_fd(),
+                six.as_ref().map(AsFd::as_fd),
+            )?;
+            let listeners = [Some(four), six].into_iter().flatten().map(Arc::new);
+            let open = Arc::new(AtomicUsize::new(0));
+            let listeners: Vec<_> = listeners.collect();
+            for listener in &listeners {
+                let (listener, sandbox) = (listener.clone(), sandbox.clone());
+                let open = open.clone();
+                thread(move || serve(&listener, &sandbox, &open))?;
+            }
+            Ok(Self {
+                _steered: steered,
+                listeners,
+            })
+        };
+        joined().map_err(Error::host(
+            "join the network namespace's loopback to the guest's",
+        ))
+    }
+}
+
+impl Drop for Loopback {
+    fn drop(&mut self) {
+        for listener in &self.listeners {
+            // Its thread wakes, and finds that it is over.
+            rustix::net::shutdown(listener, rustix::net::Shutdown::Both).ok();
+        }
+    }
+}
+
+fn thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let builder = std::thread::Builder::new().name("koya-loopback".into());
+    builder.spawn(work).map(drop)
+}
+
+fn serve(listener: &TcpListener, sandbox: &Arc<Sandbox>, open: &Arc<AtomicUsize>) {
+    while let Ok((client, _)) = listener.accept() {
+        while open.load(Ordering::Relaxed) >= CONNECTIONS {
+            std::thread::sleep(LOOK);
+        }
+        open.fetch_add(1, Ordering::Relaxed);
+        let (sandbox, done) = (sandbox.clone(), open.clone());
+        let spawned = thread(move || {
+            if let Err(error) = relay(client, &sandbox) {
+                log::debug!("a connection to the guest's loopback: {error}");
+            }
+            done.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = spawned {
+            log::warn!("a connection to the guest's loopback: {error}");
+            open.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn relay(client: TcpStream, sandbox: &Sandbox) -> io::Result<()> {
+    // The listener's own port is not what was asked for.
+    let port = client.local_addr()?.port();
+    let guest = match sandbox.connect(port) {
+        Ok(guest) => guest,
+        Err(error) => {
+            // As if nobody listened: an end without a word would be an answer.
+            rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
+            return Err(io::Error::other(error));
+        }
+    };
+    client.set_nodelay(true)?;
+    let (from, to) = (client.try_clone()?, guest.try_clone()?);
+    let back = std::thread::spawn(move || copy_back(guest, client));
+    let there = copy_there(from, to);
+    back.join().unwrap_or(Ok(()))?;
+    there
+}
+
+fn copy_there(mut from: TcpStream, mut to: UnixStream) -> io::Result<()> {
+    let copied = io::copy(&mut from, &mut to);
+    to.shutdown(Shutdown::Write).ok();
+    copied.map(drop)
+}
+
+fn copy_back(mut from: UnixStream, mut to: TcpStream) -> io::Result<()> {
+    let copied = io::copy(&mut from, &mut to);
+    to.shutdown(Shutdown::Write).ok();
+    copied.map(drop)
+}

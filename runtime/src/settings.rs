@@ -1,0 +1,352 @@
+//! Settings of sandboxes that other programs ask for: `/etc/koya/config.toml` and drop-ins.
+//!
+//! They are read anew for each sandbox. docs/configuration.md is made from this file.
+
+use crate::{Cache, Error, SandboxConfig, Size};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The machine's settings.
+pub const FILE: &str = "/etc/koya/config.toml";
+/// Files here that end in `.toml` are read after it, in the order of their names.
+pub const DROP_INS: &str = "/etc/koya/config.d";
+/// What the annotations of pods begin with that are settings.
+pub const ANNOTATIONS: &str = "io.koya.";
+
+/// What a sandbox is made of, where its containers do not say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Virtual CPUs of a container without a CPU limit, 1 to 32. One with a limit has as many as it needs.
+    pub cpus: u32,
+    /// Memory in MiB of a container without a memory limit, 32 or more. One with a limit has that, and
+    /// 32 MiB for the agent and the kernel's tables.
+    pub memory_mib: u64,
+    /// Virtual CPUs that a sandbox may grow to, `cpus` to 32. Without it: a pod's, as many as the host has;
+    /// another's, those that it starts with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus_max: Option<u32>,
+    /// Memory in MiB that a sandbox may grow to. Without it: a pod's, as much as the host has; another's,
+    /// what it starts with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max_mib: Option<u64>,
+    /// What the guest may remember of shared files: `never`, `auto`, `always` or `writeback`
+    /// (docs/devices.md).
+    #[cfg_attr(test, schemars(with = "String"))]
+    pub cache: Cache,
+    /// The guest kernel. Without it: `vmlinux` where Koya's files are looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The agent's initramfs. Without it: `initramfs` where Koya's files are looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// Words for the guest kernel's command line.
+    pub cmdline: String,
+    /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. An annotation
+    /// that is not allowed is refused by its name.
+    pub annotations: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            memory_mib: 512,
+            cpus_max: None,
+            memory_max_mib: None,
+            cache: Cache::default(),
+            kernel: None,
+            initramfs: None,
+            cmdline: "quiet".into(),
+            annotations: Vec::new(),
+        }
+    }
+}
+
+fn wrong(place: &str, reason: impl ToString) -> Error {
+    Error::Settings {
+        place: place.into(),
+        reason: reason.to_string().trim_end().into(),
+    }
+}
+
+impl Settings {
+    /// The machine's: those of [`FILE`] and the drop-ins.
+    ///
+    /// # Errors
+    /// Which file, which key.
+    pub fn load() -> Result<Self, Error> {
+        Self::read(&Self::files())
+    }
+
+    /// The machine's files, as far as they are there.
+    pub fn files() -> Vec<PathBuf> {
+        let drop_ins = fs::read_dir(DROP_INS).into_iter().flatten().flatten();
+        let mut drop_ins: Vec<PathBuf> = drop_ins.map(|entry| entry.path()).collect();
+        drop_ins.retain(|path| path.extension().is_some_and(|e| e == "toml"));
+        drop_ins.sort();
+        let first = Path::new(FILE);
+        let first = first.exists().then(|| first.to_owned());
+        first.into_iter().chain(drop_ins).collect()
+    }
+
+    /// Those of these files: later ones win, key by key.
+    ///
+    /// # Errors
+    /// Which file, which key.
+    pub fn read(files: &[PathBuf]) -> Result<Self, Error> {
+        let mut texts = Vec::new();
+        for path in files {
+            let place = path.display().to_string();
+            let text = fs::read_to_string(path).map_err(|error| wrong(&place, error))?;
+            texts.push((place, text));
+        }
+        Self::parse(&texts)
+    }
+
+    /// Those of these texts, each with where it is from: later ones win, key by key.
+    ///
+    /// # Errors
+    /// Which text, which key.
+    pub fn parse(texts: &[(String, String)]) -> Result<Self, Error> {
+        let mut all = toml::Table::new();
+        let mut last = "the settings";
+        for (place, text) in texts {
+            let table: toml::Table = text.parse().map_err(|error| wrong(place, error))?;
+            // Each on its own, so that an error is blamed on the right one.
+            Self::deserialize(table.clone()).map_err(|error| wrong(place, error))?;
+            all.extend(table);
+            last = place;
+        }
+        let settings = Self::deserialize(all).map_err(|error| wrong(last, error))?;
+        settings.check().map_err(|reason| wrong(last, reason))?;
+        Ok(settings)
+    }
+
+    /// With what a pod's annotations say, where that is allowed.
+    ///
+    /// # Errors
+    /// Which annotation is not allowed, or is no value for its key.
+    pub fn annotated<'a>(
+        self,
+        annotations: impl IntoIterator<Item = (&'a String, &'a String)>,
+    ) -> Result<Self, Error> {
+        let mut all = toml::Table::try_from(&self).map_err(|error| wrong("settings", error))?;
+        let mut last = None;
+        for (name, value) in annotations {
+            let Some(key) = name.strip_prefix(ANNOTATIONS) else {
+                continue;
+            };
+            if !self.annotations.iter().any(|allowed| allowed == key) {
+                let reason = format!("{key:?} is not among the `annotations` of {FILE}");
+                return Err(wrong(name, reason));
+            }
+            // A number is a number, and what is nothing else is text.
+            let parsed = format!("value = {value}").parse::<toml::Table>();
+            let parsed = parsed.ok().and_then(|mut table| table.remove("value"));
+            let value = parsed.unwrap_or_else(|| toml::Value::String(value.clone()));
+            let mut one = toml::Table::new();
+            one.insert(key.into(), value);
+            Self::deserialize(one.clone()).map_err(|error| wrong(name, error))?;
+            all.extend(one);
+            last = Some(name);
+        }
+        let Some(last) = last else {
+            return Ok(self);
+        };
+        let settings = Self::deserialize(all).map_err(|error| wrong(last, error))?;
+        settings.check().map_err(|reason| wrong(last, reason))?;
+        Ok(settings)
+    }
+
+    /// What the types do not say.
+    fn check(&self) -> Result<(), String> {
+        let in_range = |key: &str, value: u64, least: u64, most: u64| {
+            let fits = (least..=most).contains(&value);
+            let reason = || format!("{key} = {value} is outside {least} to {most}");
+            if fits { Ok(()) } else { Err(reason()) }
+        };
+        let most = koya_vmm::MAX_MEMORY_MIB;
+        let cpus = u64::from(koya_vmm::MAX_CPUS);
+        in_range("cpus", self.cpus.into(), 1, cpus)?;
+        in_range(
+            "memory_mib",
+            self.memory_mib,
+            koya_vmm::MIN_MEMORY_MIB,
+            most,
+        )?;
+        if let Some(max) = self.cpus_max {
+            in_range("cpus_max", max.into(), self.cpus.into(), cpus)?;
+        }
+        if let Some(max) = self.memory_max_mib {
+            in_range("memory_max_mib", max, self.memory_mib, most)?;
+        }
+        for (key, path) in [("kernel", &self.kernel), ("initramfs", &self.initramfs)] {
+            if let Some(path) = path.as_ref().filter(|path| !path.is_file()) {
+                return Err(format!("{key}: there is no file {}", path.display()));
+            }
+        }
+        let known = toml::Table::try_from(Self {
+            cpus_max: Some(1),
+            memory_max_mib: Some(1),
+            kernel: Some(PathBuf::new()),
+            initramfs: Some(PathBuf::new()),
+            ..Self::default()
+        });
+        let known = known.unwrap_or_default();
+        let allowed = self.annotations.iter();
+        match allowed.into_iter().find(|key| !known.contains_key(*key)) {
+            Some(key) => Err(format!("annotations: there is no key {key:?}")),
+            None => Ok(()),
+        }
+    }
+
+    /// A sandbox of this size; one that grows has room for more.
+    pub fn sandbox(&self, size: Size, grows: bool) -> SandboxConfig {
+        let cpus = size.cpus.unwrap_or(self.cpus);
+        let memory_mib = size.memory_mib.unwrap_or(self.memory_mib);
+        let host_cpus = || grows.then(host_cpus);
+        let host_memory = || grows.then(host_memory_mib);
+        SandboxConfig {
+            cpus,
+            cpus_max: self.cpus_max.or_else(host_cpus).map(|max| max.max(cpus)),
+            memory_mib,
+            memory_max_mib: self
+                .memory_max_mib
+                .or_else(host_memory)
+                .map(|max| max.max(memory_mib)),
+            cache: self.cache,
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            cmdline: self.cmdline.clone(),
+            ..SandboxConfig::default()
+        }
+    }
+}
+
+fn host_cpus() -> u32 {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    u32::try_from(cpus).map_or(koya_vmm::MAX_CPUS, |cpus| cpus.min(koya_vmm::MAX_CPUS))
+}
+
+fn host_memory_mib() -> u64 {
+    let host = rustix::system::sysinfo();
+    let bytes = (host.totalram as u64).saturating_mul(host.mem_unit.into());
+    (bytes >> 20).min(koya_vmm::MAX_MEMORY_MIB)
+}
+
+/// As they would be written in a file.
+impl std::fmt::Display for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = toml::to_string(self).map_err(|_| std::fmt::Error)?;
+        f.write_str(&text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn parse(texts: &[(&str, &str)]) -> Result<Settings, String> {
+        let texts = texts.iter();
+        let texts: Vec<_> = texts
+            .map(|(place, text)| ((*place).to_owned(), (*text).to_owned()))
+            .collect();
+        Settings::parse(&texts).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn later_files_win_and_what_is_wrong_is_named() {
+        let settings = parse(&[("a", "cpus = 2\nmemory_mib = 300"), ("b", "cpus = 3")]).unwrap();
+        assert_eq!((settings.cpus, settings.memory_mib), (3, 300));
+        for (text, named) in [
+            ("cpsu = 2", "cpsu"),
+            ("cpus = 0", "cpus = 0"),
+            ("memory_mib = \"512\"", "memory_mib"),
+            ("memory_max_mib = 100", "memory_max_mib"),
+            ("kernel = \"/not/there\"", "/not/there"),
+            ("annotations = [\"cpsu\"]", "cpsu"),
+            ("cache = \"some\"", "some"),
+        ] {
+            let error = parse(&[("/etc/x.toml", text)]).unwrap_err();
+            assert!(
+                error.contains("/etc/x.toml") && error.contains(named),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn pods_set_what_they_may() {
+        let settings = parse(&[("a", "annotations = [\"memory_mib\", \"cache\"]")]).unwrap();
+        let with = |name: &str, value: &str| {
+            let annotations = [(name.to_owned(), value.to_owned())];
+            let annotations = HashMap::from(annotations);
+            settings
+                .clone()
+                .annotated(&annotations)
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(with("io.koya.memory_mib", "700").unwrap().memory_mib, 700);
+        assert_eq!(
+            with("io.koya.cache", "always").unwrap().cache,
+            Cache::Always
+        );
+        assert_eq!(with("other.org/cpus", "7").unwrap(), settings);
+        let refused = with("io.koya.cpus", "7").unwrap_err();
+        assert!(refused.contains("io.koya.cpus"), "{refused}");
+        let broken = with("io.koya.memory_mib", "much").unwrap_err();
+        assert!(broken.contains("io.koya.memory_mib"), "{broken}");
+        assert!(with("io.koya.memory_mib", "1").is_err());
+    }
+
+    #[test]
+    fn what_is_printed_is_read_again() {
+        let settings = parse(&[("a", "cpus = 2\ncpus_max = 4\ncache = \"never\"")]).unwrap();
+        assert_eq!(parse(&[("b", &settings.to_string())]).unwrap(), settings);
+    }
+
+    /// `KOYA_WRITE_DOCS=1 cargo test -p koya settings` writes it anew.
+    #[test]
+    fn the_reference_page_is_made_from_this_file() {
+        let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+        let text = fs::read_to_string(&page).unwrap();
+        let (before, rest) = text.split_once("<!-- keys -->\n").unwrap();
+        let (_, after) = rest.split_once("<!-- end -->\n").unwrap();
+        let made = format!("{before}<!-- keys -->\n{}<!-- end -->\n{after}", table());
+        if std::env::var_os("KOYA_WRITE_DOCS").is_some() {
+            fs::write(&page, &made).unwrap();
+        }
+        assert_eq!(fs::read_to_string(&page).unwrap(), made);
+    }
+
+    fn table() -> String {
+        let schema = schemars::schema_for!(Settings).to_value();
+        let defaults = serde_json::to_value(Settings::default()).unwrap();
+        // In the order of the code.
+        let source = include_str!("settings.rs");
+        let mut keys: Vec<_> = schema["properties"].as_object().unwrap().iter().collect();
+        keys.sort_by_key(|(key, _)| source.find(&format!("pub {key}:")));
+        let mut table = String::from("| key | type | default | what |\n|---|---|---|---|\n");
+        for (key, about) in keys {
+            let kind = match &about["type"] {
+                serde_json::Value::Array(kinds) => kinds[0].clone(),
+                kind => kind.clone(),
+            };
+            let kind = match kind.as_str().unwrap() {
+                "array" => "list of strings",
+                kind => kind,
+            };
+            let default = match defaults.get(key) {
+                Some(value) => format!("`{value}`"),
+                None => "none".into(),
+            };
+            let what = about["description"].as_str().unwrap().replace('\n', " ");
+            table += &format!("| `{key}` | {kind} | {default} | {what} |\n");
+        }
+        table
+    }
+}

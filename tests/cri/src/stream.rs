@@ -1,0 +1,121 @@
+//! Kubernetes' streaming protocols over WebSocket: each message begins with the number of its channel.
+//!
+//! Remote commands: `v4.channel.k8s.io` (kubelet's `remotecommand`). Port forward: `v4.channel.k8s.io` too,
+//! with a channel for data and one for errors of each port, which both begin with the port's number.
+
+use anyhow::{Context, Result, bail};
+use futures::SinkExt as _;
+use futures::StreamExt as _;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+const PROTOCOL: &str = "v4.channel.k8s.io";
+/// How long a stream may last.
+const LIMIT: Duration = Duration::from_secs(120);
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
+const STATUS: u8 = 3;
+
+/// What came over the streams of a command.
+#[derive(Debug, Default)]
+pub struct Streamed {
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+    /// How it ended, as Kubernetes says it in JSON; none if it did not.
+    pub status: Option<String>,
+}
+
+/// What came back from a port.
+#[derive(Debug, Default)]
+pub struct Forward {
+    /// From who listens there.
+    pub data: String,
+    /// From the server, if it could not reach the port.
+    pub error: String,
+}
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+async fn open(url: &str) -> Result<Socket> {
+    let url = url.replacen("http://", "ws://", 1);
+    let mut request = url.as_str().into_client_request()?;
+    let protocol = PROTOCOL.parse().context("a protocol's name")?;
+    request
+        .headers_mut()
+        .insert("Sec-WebSocket-Protocol", protocol);
+    let connected = tokio_tungstenite::connect_async(request).await;
+    Ok(connected.with_context(|| format!("no stream at {url}"))?.0)
+}
+
+/// The next message: its channel, and what it says. None at the end.
+async fn next(socket: &mut Socket) -> Result<Option<(u8, Vec<u8>)>> {
+    loop {
+        let message = tokio::time::timeout(LIMIT, socket.next()).await;
+        match message.context("a stream that says nothing")? {
+            None | Some(Ok(Message::Close(_))) => return Ok(None),
+            Some(Ok(Message::Binary(bytes))) => {
+                if let Some((channel, bytes)) = bytes.split_first() {
+                    return Ok(Some((*channel, bytes.to_vec())));
+                }
+            }
+            Some(Ok(_)) => {}
+            // Servers end without the protocol's farewell.
+            Some(Err(_)) => return Ok(None),
+        }
+    }
+}
+
+pub(crate) async fn exchange(
+    url: &str,
+    input: &str,
+    done: impl Fn(&Streamed) -> bool,
+) -> Result<Streamed> {
+    let mut socket = open(url).await?;
+    if !input.is_empty() {
+        let message = [&[STDIN], input.as_bytes()].concat();
+        socket.send(Message::Binary(message.into())).await?;
+    }
+    let mut streamed = Streamed::default();
+    while !done(&streamed) {
+        let Some((channel, bytes)) = next(&mut socket).await? else {
+            break;
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        match channel {
+            STDOUT => streamed.stdout += &text,
+            STDERR => streamed.stderr += &text,
+            STATUS => streamed.status = Some(text.into_owned()),
+            other => bail!("a message on channel {other}"),
+        }
+    }
+    socket.close(None).await.ok();
+    Ok(streamed)
+}
+
+pub(crate) async fn forward(url: &str, port: u16, request: &[u8]) -> Result<Forward> {
+    // Over WebSocket the ports are the client's to say.
+    let mark = if url.contains('?') { '&' } else { '?' };
+    let mut socket = open(&format!("{url}{mark}port={port}")).await?;
+    let message = [&[0][..], request].concat();
+    socket.send(Message::Binary(message.into())).await?;
+    let mut all = [Vec::new(), Vec::new()];
+    while let Some((channel, bytes)) = next(&mut socket).await? {
+        let stream = all.get_mut(usize::from(channel));
+        let stream = stream.with_context(|| format!("a message on channel {channel}"))?;
+        stream.extend(bytes);
+    }
+    let texts = all.map(|bytes| {
+        // The first two bytes of each are the port's number.
+        let text = bytes.get(2..).unwrap_or_default();
+        String::from_utf8_lossy(text).into_owned()
+    });
+    let [data, error] = texts;
+    Ok(Forward { data, error })
+}

@@ -1,0 +1,327 @@
+//! A containerd of a test's own, of any of the versions that the tests run with.
+
+use crate::tool::{saved_image, scratch, stdout, until};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The image that its containers are made of.
+pub(crate) const IMAGE: &str = "docker.io/library/busybox:test";
+pub(crate) const RUNTIME: &str = "io.containerd.koya.v2";
+/// In the order of the folders in KOYA_TEST_CONTAINERD.
+const VERSIONS: [&str; 3] = ["1.6", "1.7", "2"];
+
+/// What a containerd is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Its own client.
+    Ctr,
+    /// Kubernetes' interface.
+    Cri,
+}
+
+/// A test, and its name.
+pub(crate) type Test = (&'static str, fn(&Containerd) -> Result<()>);
+
+/// Each test with each version.
+pub(crate) fn trials_of<const N: usize>(
+    module: &str,
+    kind: Use,
+    tests: [Test; N],
+) -> Vec<libtest_mimic::Trial> {
+    let versions = VERSIONS.into_iter().enumerate();
+    versions
+        .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
+        .map(|(index, version, name, test)| {
+            let name = format!("{module}::v{version}::{name}");
+            libtest_mimic::Trial::test(name, move || {
+                let run = || {
+                    let containerd = Containerd::start(index, version, kind)?;
+                    test(&containerd).with_context(|| containerd.last_words())
+                };
+                run().map_err(|error| format!("{error:#}").into())
+            })
+        })
+        .collect()
+}
+
+/// A containerd of this test's own.
+pub(crate) struct Containerd {
+    pub(crate) dir: PathBuf,
+    bin: PathBuf,
+    /// Of its containers.
+    namespace: String,
+    /// What their control groups on the host are in: others run beside it.
+    pub(crate) group: String,
+    daemon: std::sync::Mutex<Child>,
+}
+
+impl Containerd {
+    pub(crate) fn start(index: usize, version: &str, kind: Use) -> Result<Self> {
+        let folders = std::env::var_os("KOYA_TEST_CONTAINERD")
+            .context("KOYA_TEST_CONTAINERD names no folders; `cargo xtask test` makes them")?;
+        let bin = std::env::split_paths(&folders)
+            .nth(index)
+            .context("too few folders")?;
+        // Short: sockets' paths have 107 bytes.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::SeqCst);
+        let dir = scratch("c")?.with_file_name(format!("c{number}"));
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("config.toml"), config(&dir, kind))?;
+        let group = format!(
+            "koya{index}-{}",
+            dir.file_name().unwrap_or_default().display()
+        );
+        if kind == Use::Cri {
+            // A bridge for each.
+            let number = index * 50 + usize::try_from(number)?;
+            let network = dir.join("cni");
+            fs::create_dir_all(&network)?;
+            fs::write(network.join("10-pods.conflist"), bridge(&dir, number))?;
+        }
+        let containerd = Self {
+            daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
+            namespace: match kind {
+                Use::Ctr => group.clone(),
+                Use::Cri => "k8s.io".into(),
+            },
+            group,
+            dir,
+            bin,
+        };
+        containerd.wait_until_ready()?;
+        let about = stdout(containerd.ctr(["version"]).output()?)?;
+        ensure!(about.contains(&format!("Version:  {version}.")), "{about}");
+        stdout(containerd.ctr(["image", "import"]).arg(image()?).output()?)?;
+        Ok(containerd)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    pub(crate) fn wait_until_ready(&self) -> Result<()> {
+        until("containerd", || {
+            let asked = self.ctr(["version"]).output()?;
+            Ok(asked.status.success().then_some(()))
+        })
+    }
+
+    pub(crate) fn ctr<S: AsRef<std::ffi::OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = S>,
+    ) -> Command {
+        let mut ctr = Command::new(self.bin.join("ctr"));
+        ctr.arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", &self.namespace])
+            .args(args)
+            .stdin(Stdio::null());
+        ctr
+    }
+
+    /// `ctr run OPTIONS IMAGE NAME COMMAND`
+    pub(crate) fn run(&self, options: &[&str], name: &str, command: &[&str]) -> Command {
+        let mut ctr = self.ctr(["run", "--runtime", RUNTIME]);
+        ctr.args(options).args([IMAGE, name]).args(command);
+        ctr
+    }
+
+    pub(crate) fn state(&self, name: &str) -> Result<Option<String>> {
+        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
+        let line = list
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(name));
+        Ok(line
+            .and_then(|line| line.split_whitespace().last())
+            .map(str::to_owned))
+    }
+
+    pub(crate) fn wait_for(&self, name: &str, state: &str) -> Result<()> {
+        until(&format!("{name} to be {state}"), || {
+            Ok((self.state(name)?.as_deref() == Some(state)).then_some(()))
+        })
+    }
+
+    /// The process on the host that a container has.
+    pub(crate) fn pid(&self, name: &str) -> Result<String> {
+        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
+        let line = list
+            .lines()
+            .find(|line| line.starts_with(name))
+            .context("no such task")?;
+        Ok(line
+            .split_whitespace()
+            .nth(1)
+            .context("no process")?
+            .to_owned())
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> Result<()> {
+        stdout(self.ctr(["container", "rm", name]).output()?).map(drop)
+    }
+
+    /// As if the machine had no memory left for it.
+    pub(crate) fn kill_and_start_again(&self) -> Result<()> {
+        let mut daemon = self
+            .daemon
+            .lock()
+            .map_err(|_| anyhow::anyhow!("poisoned"))?;
+        daemon.kill()?;
+        daemon.wait()?;
+        *daemon = launch(&self.bin, &self.dir)?;
+        drop(daemon);
+        self.wait_until_ready()
+    }
+
+    /// What there may not be any more once all containers are gone: shims of this containerd's.
+    pub(crate) fn nothing_is_left(&self) -> Result<()> {
+        let mine = self.socket();
+        let mine = mine.to_string_lossy();
+        until("shims that go", || {
+            let shims = processes_with("containerd-shim-koya-v2")?;
+            let left = shims.iter().any(|line| line.contains(&*mine));
+            Ok((!left).then_some(()))
+        })?;
+        until("control groups that go", || {
+            let groups = fs::read_dir(self.groups()).into_iter().flatten().flatten();
+            let left = groups.filter(|entry| entry.path().is_dir()).count();
+            Ok((left == 0).then_some(()))
+        })
+    }
+
+    /// Where the control groups of its containers are.
+    pub(crate) fn groups(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(&self.group)
+    }
+
+    pub(crate) fn last_words(&self) -> String {
+        let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+        let lines: Vec<_> = log
+            .lines()
+            .filter(|l| !l.contains("loading plugin"))
+            .collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if let Ok(daemon) = self.daemon.get_mut() {
+            daemon.kill().ok();
+            daemon.wait().ok();
+        }
+        let mine = self.socket();
+        for line in processes_with("containerd-shim-koya-v2").unwrap_or_default() {
+            if line.contains(&*mine.to_string_lossy())
+                && let Some(pid) = line.split(' ').next()
+            {
+                Command::new("kill").args(["-KILL", pid]).status().ok();
+            }
+        }
+    }
+}
+
+/// Without what a test has no use for.
+fn config(dir: &Path, kind: Use) -> String {
+    let at = dir.display();
+    let unused = match kind {
+        Use::Ctr => "\"io.containerd.grpc.v1.cri\", ",
+        Use::Cri => "",
+    };
+    let cri = "[plugins.\"io.containerd.grpc.v1.cri\"";
+    format!(
+        "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n\
+         disabled_plugins = [{unused}\"io.containerd.internal.v1.opt\", \
+         \"io.containerd.nri.v1.nri\"]\n[grpc]\naddress = \"{at}/c.sock\"\n\
+         {cri}]\nsandbox_image = \"{IMAGE}\"\n\
+         {cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{at}/cni\"\n\
+         {cri}.containerd]\ndefault_runtime_name = \"koya\"\n\
+         {cri}.containerd.runtimes.koya]\nruntime_type = \"{RUNTIME}\"\n"
+    )
+}
+
+/// A network of the Container Network Interface (CNI): both families, between the pods of one containerd.
+fn bridge(dir: &Path, number: usize) -> String {
+    let range = |subnet: String| serde_json::json!([{ "subnet": subnet }]);
+    serde_json::json!({
+        "cniVersion": "0.4.0", "name": "pods", "plugins": [{
+            "type": "bridge", "bridge": format!("koya-br{number}"), "isGateway": true,
+            "ipam": {
+                "type": "host-local", "dataDir": dir.join("ipam"),
+                "ranges": [range(format!("10.88.{number}.0/24")), range(format!("fd00:88:{number}::/64"))],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+            },
+        }],
+    })
+    .to_string()
+}
+
+fn launch(bin: &Path, dir: &Path) -> Result<Child> {
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("log"))?;
+    let path = std::env::var("PATH")?;
+    Command::new(bin.join("containerd"))
+        .arg("--config")
+        .arg(dir.join("config.toml"))
+        .env("PATH", format!("{}:{path}", bin.display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start containerd")
+}
+
+/// `PID arguments` of each process whose program has this name.
+fn processes_with(name: &str) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        let Ok(line) = fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line
+            .split(' ')
+            .next()
+            .is_some_and(|program| program.ends_with(name))
+        {
+            found.push(format!("{pid} {line}"));
+        }
+    }
+    Ok(found)
+}
+
+/// A tar as `docker save` makes it, of the tests' root file system.
+fn image() -> Result<&'static Path> {
+    static IMAGE_TAR: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let made = IMAGE_TAR.get_or_init(|| make_image().inspect_err(|e| eprintln!("{e:#}")).ok());
+    made.as_deref().context("no image")
+}
+
+fn make_image() -> Result<PathBuf> {
+    saved_image(&scratch("image")?, Some(IMAGE), |layer| {
+        let layer = format!("sha256:{layer}");
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux",
+            "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
+            "rootfs": {"type": "layers", "diff_ids": [layer]},
+        });
+        config.to_string()
+    })
+}
+
+/// The exit code and all that was printed.
+pub(crate) fn ended(output: &Output) -> (Option<i32>, String) {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&text).trim_end().replace('\r', ""),
+    )
+}
