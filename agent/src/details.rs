@@ -5,6 +5,12 @@ use anyhow::Result;
 use koya_protocol::messages::GuestDetails;
 use std::fs;
 
+/// Nanoseconds from the kernel's start.
+pub(crate) fn uptime_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 /// As it is now.
 pub(crate) fn read() -> Result<GuestDetails> {
     let uname = rustix::system::uname();
@@ -14,7 +20,6 @@ pub(crate) fn read() -> Result<GuestDetails> {
         line.and_then(|l| l.split_whitespace().next()?.parse().ok())
             .unwrap_or(0)
     };
-    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let numeric = |dir: &str| -> u32 {
         fs::read_dir(dir).map_or(0, |entries| {
             entries
@@ -25,7 +30,7 @@ pub(crate) fn read() -> Result<GuestDetails> {
     Ok(GuestDetails {
         agent_version: env!("CARGO_PKG_VERSION").into(),
         kernel_release: uname.release().to_string_lossy().into_owned(),
-        uptime_ns: uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64,
+        uptime_ns: uptime_ns(),
         mem_total_bytes: kib("MemTotal:") * 1024,
         mem_available_bytes: kib("MemAvailable:") * 1024,
         cpus_online: cpus::online()?,

@@ -27,6 +27,7 @@ mod state;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;
+mod volumes;
 mod watches;
 
 use std::process::ExitCode;
@@ -43,17 +44,17 @@ fn main() -> ExitCode {
         eprintln!("koya-agent is the init of a Koya guest and does nothing elsewhere");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = run() {
+    if let Err(error) = run(details::uptime_ns()) {
         // The kernel's log is what the monitor shows of a guest that ended.
         sys::kernel_log(&format!("koya-agent: {error:#}"));
     }
     ExitCode::FAILURE
 }
 
-fn run() -> anyhow::Result<()> {
+fn run(started_ns: u64) -> anyhow::Result<()> {
     boot::set_up()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(service::serve())
+    runtime.block_on(service::serve(started_ns))
 }

@@ -5,9 +5,10 @@ use anyhow::{Context, Result, bail};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use koya_protocol::STREAM_PORT;
-use koya_protocol::messages::{Interface, Route};
+use koya_protocol::messages::{Interface, Neighbour, Route};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -65,9 +66,26 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
             .set(LinkUnspec::new_with_index(index).up().build())
             .execute()
             .await;
-        up.with_context(|| format!("cannot take {name} up"))
+        up.with_context(|| format!("cannot take {name} up"))?;
+        for neighbour in &wanted.neighbours {
+            let added = add_neighbour(&handle, index, neighbour).await;
+            added.with_context(|| format!("cannot add the neighbour {neighbour:?}"))?;
+        }
+        Ok(())
     })
     .await
+}
+
+async fn add_neighbour(handle: &Handle, index: u32, neighbour: &Neighbour) -> Result<()> {
+    let bytes = neighbour.hw_addr.split(':');
+    let bytes = bytes.map(|byte| u8::from_str_radix(byte, 16));
+    let bytes = bytes.collect::<Result<Vec<u8>, _>>()?;
+    let add = handle
+        .neighbours()
+        .add(index, neighbour.ip_address.parse()?)
+        .state(NeighbourState::Permanent)
+        .link_layer_address(&bytes);
+    Ok(add.replace().execute().await?)
 }
 
 /// Joins a TCP port of the loopback to a stream of the host's.

@@ -18,7 +18,7 @@ use futures::StreamExt as _;
 use koya_protocol::messages::{
     Accounts, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
     ContainerStats, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
-    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails,
+    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, GuestTimes,
     MountImageRequest, OomEvent, Process, RemoveContainerRequest, ReportHostEventsRequest,
     SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
     TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
@@ -42,6 +42,8 @@ type Work = Box<dyn FnOnce(State) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 /// work to the task that has the state, which runs each piece as a task of its own.
 struct Service {
     work: mpsc::UnboundedSender<Work>,
+    /// How long the start took.
+    times: GuestTimes,
 }
 
 impl Service {
@@ -67,18 +69,23 @@ impl Service {
 }
 
 /// Connects to the host and serves it until the guest ends.
-pub(crate) async fn serve() -> Result<()> {
+pub(crate) async fn serve(started_ns: u64) -> Result<()> {
     let address = VsockAddr::new(VMADDR_CID_HOST, CONTROL_PORT);
     let control = VsockStream::connect(address)
         .await
         .context("cannot reach the host over vsock")?;
+    let times = GuestTimes {
+        agent_started_ns: started_ns,
+        agent_connected_ns: details::uptime_ns(),
+        ..Default::default()
+    };
     let (work, mut pieces) = mpsc::unbounded_channel::<Work>();
     // The stream of connections yields one and never ends: a server whose listener ends stops.
     let one = futures::stream::iter([std::io::Result::Ok(control)]);
     let listener = Listener::new(one.chain(futures::stream::pending()));
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(create_agent(Arc::new(Service { work })));
+        .register_service(create_agent(Arc::new(Service { work, times })));
     server.start().await.context("cannot serve the host")?;
 
     let state = State::default();
@@ -208,14 +215,15 @@ impl Agent for Service {
         &self,
         _: &TtrpcContext,
         request: SetGuestDateTimeRequest,
-    ) -> ttrpc::Result<Empty> {
+    ) -> ttrpc::Result<GuestTimes> {
+        let times = self.times.clone();
         self.ask(async move |_: State| {
             let time = rustix::time::Timespec {
                 tv_sec: request.seconds,
                 tv_nsec: request.nanoseconds,
             };
             rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)?;
-            Ok(Empty::new())
+            Ok(times)
         })
         .await
     }

@@ -7,7 +7,7 @@ use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
 use crate::streams;
-use crate::{cgroup, sys};
+use crate::{cgroup, sys, volumes};
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
@@ -129,6 +129,8 @@ impl State {
         if let Some(first) = first {
             join_pids(&mut spec, first);
         }
+        let volumes = request.ephemeral_volumes;
+        aside(move || volumes.iter().try_for_each(volumes::ensure)).await?;
         for device in &request.block_devices {
             disks::add(&mut spec, device)?;
         }

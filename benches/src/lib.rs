@@ -1,1 +1,60 @@
-//! Benches of Koya; see `benches/benches` for what is measured.
+//! Benches of Koya; see `benches/benches` and `benches/src/bin` for what is measured. Here is what they
+//! share: medians, and rows of figures beside those of peers.
+
+use serde_json::{Map, Value, json};
+
+/// The middle one; of an even number the higher of the two.
+///
+/// # Panics
+/// If there is none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// To three places.
+pub fn round(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+/// A row: Koya's figure, and each peer's. A ratio above 1 always means that Koya is better.
+pub fn row(
+    name: &str,
+    unit: &str,
+    less_is_better: bool,
+    koya: f64,
+    peers: impl IntoIterator<Item = (String, f64)>,
+) -> Value {
+    let (mut beside, mut ratios) = (Map::new(), Map::new());
+    for (peer, value) in peers {
+        let better = match less_is_better {
+            true => value / koya,
+            false => koya / value,
+        };
+        beside.insert(peer.clone(), json!(round(value)));
+        ratios.insert(peer, json!(round(better)));
+    }
+    json!({"name": name, "unit": unit, "koya": round(koya), "peers": beside, "ratio": ratios})
+}
+
+/// Prints rows on standard error, each peer's figure with its ratio.
+pub fn print_table(rows: &[Value]) {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    eprintln!("{:<46} {:>12} {:>11}  peers (ratio)", "", "unit", "koya");
+    for row in rows {
+        let peers = row["peers"].as_object().into_iter().flatten();
+        let peers = peers.map(|(peer, value)| {
+            let ratio = number(&row["ratio"][peer]);
+            format!("{peer} {:.2} ({ratio:.2})", number(value))
+        });
+        eprintln!(
+            "{:<46} {:>12} {:>11.2}  {}",
+            text(&row["name"]),
+            text(&row["unit"]),
+            number(&row["koya"]),
+            peers.collect::<Vec<_>>().join(", "),
+        );
+    }
+}

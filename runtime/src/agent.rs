@@ -2,6 +2,7 @@
 
 use crate::Error;
 use crate::account::Accounts;
+use crate::container::Needs;
 use crate::oci::SharedPids;
 use crate::spec::Device;
 use crate::stats::ContainerStats;
@@ -119,13 +120,13 @@ impl Agent {
         &self,
         id: &str,
         spec: Vec<u8>,
-        devices: &[Device],
-        pids: &SharedPids,
+        needs: Needs<'_>,
         stdio: Stdio,
     ) -> Result<i32, Error> {
-        let devices = devices.iter().map(block_device);
-        let pidns_of = match pids {
-            SharedPids::Container(id) => id.clone(),
+        let devices = needs.devices.iter().map(block_device);
+        let sandbox_pidns = needs.pids == SharedPids::Sandbox;
+        let pidns_of = match needs.pids {
+            SharedPids::Container(id) => id,
             _ => String::new(),
         };
         let request = CreateContainerRequest {
@@ -133,8 +134,9 @@ impl Agent {
             spec_json: spec,
             block_devices: devices.collect(),
             stdio: Some(stdio).into(),
-            sandbox_pidns: *pids == SharedPids::Sandbox,
+            sandbox_pidns,
             pidns_of,
+            ephemeral_volumes: needs.volumes,
             ..Default::default()
         };
         self.client
@@ -272,7 +274,8 @@ impl Agent {
     }
 
     /// The guest has no clock of its own that survives; the host's is right.
-    pub(crate) fn set_time(&self) -> Result<(), Error> {
+    /// Sets the guest's clock; returns how long the agent had run when it connected.
+    pub(crate) fn set_time(&self) -> Result<Duration, Error> {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
@@ -283,7 +286,12 @@ impl Agent {
         };
         self.client
             .set_guest_date_time(limited(), &request)
-            .map(drop)
+            .map(|times| {
+                let took = times
+                    .agent_connected_ns
+                    .saturating_sub(times.agent_started_ns);
+                Duration::from_nanos(took)
+            })
             .map_err(failed("set the guest's clock"))
     }
 

@@ -4,7 +4,7 @@ use crate::Error;
 use crate::account::Accounts;
 use crate::agent::Agent;
 use crate::mount_points;
-use crate::oci::{self, Bundle, SharedPids};
+use crate::oci::{self, Bundle, HostDisk, SharedPids};
 use crate::sandbox::{Disk, Inner};
 use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Stdio};
 use crate::stats::ContainerStats;
@@ -37,6 +37,7 @@ enum MadeOf {
 #[derive(Default)]
 struct Given {
     shares: Vec<String>,
+    disks: Vec<Disk>,
     /// The disk that is its root, and whether the guest has mounted it.
     image: Option<(Disk, bool)>,
 }
@@ -52,9 +53,33 @@ impl Given {
         Ok(())
     }
 
+    /// Attaches block devices of the host's.
+    fn attach(&mut self, inner: &Inner, disks: Vec<HostDisk>) -> Result<Vec<Device>, Error> {
+        let mut devices = Vec::new();
+        for disk in disks {
+            let what = || format!("find the host's device for {}", disk.path.display());
+            let host = disk.host().map_err(|error| Error::host(what())(error))?;
+            let attached = inner.attach_disk(&DiskConfig {
+                read_only: disk.read_only,
+                ..DiskConfig::new(&host)
+            })?;
+            devices.push(Device {
+                path: disk.path,
+                ..attached.device().clone()
+            });
+            self.disks.push(attached);
+        }
+        Ok(devices)
+    }
+
     fn take_back(self, inner: &Inner, id: &str) {
         for share in self.shares {
             inner.shares.remove(&share);
+        }
+        for disk in self.disks {
+            if let Err(error) = inner.detach_disk(&disk) {
+                log::warn!("a disk of container {id} stays attached: {error}");
+            }
         }
         if let Some((disk, is_mounted)) = self.image {
             let unmounted = match is_mounted {
@@ -155,21 +180,26 @@ impl Plan {
     }
 }
 
+/// What a container in the guest needs beyond its configuration.
+#[derive(Default)]
+pub(crate) struct Needs<'a> {
+    pub(crate) devices: &'a [Device],
+    pub(crate) volumes: Vec<messages::EphemeralVolume>,
+    pub(crate) pids: SharedPids,
+}
+
 /// Makes a container's first process, which waits to be started.
 fn launch(
     inner: &Arc<Inner>,
     id: &str,
     spec: &Spec,
-    devices: &[Device],
-    pids: &SharedPids,
+    needs: Needs<'_>,
     stdio: Stdio,
 ) -> Result<Process, Error> {
     let plan = Plan::new(inner, stdio)?;
     let spec =
         serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
-    inner
-        .agent
-        .create(id, spec, devices, pids, plan.message.clone())?;
+    inner.agent.create(id, spec, needs, plan.message.clone())?;
     plan.finish(inner.clone(), id, "")
 }
 
@@ -198,7 +228,13 @@ impl Container {
             let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
             mount_points::make(&bundle.rootfs, &points)?;
             given.share(inner, adapted.shares)?;
-            launch(inner, id, &adapted.spec, &[], &bundle.pids, stdio)
+            let devices = given.attach(inner, adapted.disks)?;
+            let needs = Needs {
+                devices: &devices,
+                volumes: adapted.volumes,
+                pids: bundle.pids.clone(),
+            };
+            launch(inner, id, &adapted.spec, needs, stdio)
         })
     }
 
@@ -209,13 +245,18 @@ impl Container {
         make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
+        let from = inner.timeline.elapsed();
         match make(&inner, &mut given) {
-            Ok(process) => Ok(Self {
-                process,
-                made_of,
-                given: Mutex::new(given),
-                next_exec: AtomicU64::new(1),
-            }),
+            Ok(process) => {
+                let now = inner.timeline.elapsed();
+                inner.timeline.note("create", id, from, now);
+                Ok(Self {
+                    process,
+                    made_of,
+                    given: Mutex::new(given),
+                    next_exec: AtomicU64::new(1),
+                })
+            }
             Err(error) => {
                 let error = inner.explain(error);
                 given.take_back(&inner, id);
@@ -258,15 +299,11 @@ impl Container {
             mount_points::make(&config.rootfs, &points)?;
         }
         given.share(inner, spec::shares(id, config))?;
-        let pids = SharedPids::Unknown;
-        launch(
-            inner,
-            id,
-            &spec,
-            &config.devices,
-            &pids,
-            config.process.stdio,
-        )
+        let needs = Needs {
+            devices: &config.devices,
+            ..Needs::default()
+        };
+        launch(inner, id, &spec, needs, config.process.stdio)
     }
 
     /// Lets the first process run.
@@ -275,8 +312,13 @@ impl Container {
     /// If the guest can't.
     pub fn start(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
-        let started = inner.agent.start(&self.process.container);
-        started.map_err(|e| inner.explain(e))
+        let id = &self.process.container;
+        let from = inner.timeline.elapsed();
+        inner.agent.start(id).map_err(|e| inner.explain(e))?;
+        inner
+            .timeline
+            .note("start", id, from, inner.timeline.elapsed());
+        Ok(())
     }
 
     /// What it was made of; none if that is an OCI bundle.

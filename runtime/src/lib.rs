@@ -25,6 +25,7 @@ mod account;
 mod agent;
 mod console;
 mod container;
+mod ephemeral;
 mod error;
 pub mod files;
 pub mod image;
@@ -39,6 +40,7 @@ mod size;
 mod spec;
 mod stats;
 mod streams;
+mod timeline;
 
 pub use container::{Container, Output, Process};
 pub use error::Error;
@@ -46,7 +48,7 @@ pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
-pub use network::{HostEnd, NetworkConfig, Route};
+pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use oci::{Bundle, SharedPids};
 pub use oci_spec;
 pub use sandbox::{Disk, Sandbox, SandboxConfig, SandboxStats};
@@ -55,6 +57,8 @@ pub use settings::Settings;
 pub use size::Size;
 pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};
 pub use stats::{ContainerStats, CpuStats, DeviceIo};
+
+pub use timeline::Step;
 
 /// README's snippet, compiled.
 #[cfg(doctest)]

@@ -19,6 +19,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
 };
@@ -73,6 +74,17 @@ pub struct NetworkConfig {
     pub addresses: Vec<IpNet>,
     /// The guest's routes.
     pub routes: Vec<Route>,
+    /// Whom the guest need not ask for their Ethernet addresses.
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// A neighbour of a guest's that is always there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its address.
+    pub ip: IpAddr,
+    /// Its Ethernet address.
+    pub mac: MacAddr,
 }
 
 /// A route of a guest's.
@@ -93,6 +105,7 @@ impl NetworkConfig {
             device: NetConfig::default(),
             addresses: Vec::new(),
             routes: Vec::new(),
+            neighbours: Vec::new(),
         }
     }
 
@@ -112,6 +125,7 @@ impl NetworkConfig {
                 network.device.mtu = network.device.mtu.or(found.mtu);
                 network.addresses.extend(found.addresses);
                 network.routes.extend(found.routes);
+                network.neighbours.extend(found.neighbours);
             }
         }
         Ok(network)
@@ -135,6 +149,7 @@ impl NetworkConfig {
             name: self.name.clone(),
             mtu: self.device.mtu.unwrap_or(0).into(),
             ip_addresses: self.addresses.iter().map(IpNet::to_string).collect(),
+            neighbours: self.neighbours.iter().map(neighbour_message).collect(),
             ..Default::default()
         }
     }
@@ -150,6 +165,14 @@ impl NetworkConfig {
     }
 }
 
+fn neighbour_message(neighbour: &Neighbour) -> messages::Neighbour {
+    messages::Neighbour {
+        ip_address: neighbour.ip.to_string(),
+        hw_addr: neighbour.mac.to_string(),
+        ..Default::default()
+    }
+}
+
 /// What is read from an interface.
 #[derive(Default)]
 struct Found {
@@ -157,6 +180,7 @@ struct Found {
     mtu: Option<u16>,
     addresses: Vec<IpNet>,
     routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
 }
 
 /// The interfaces of a network namespace that guests took over; they are given back when this is dropped,
@@ -305,7 +329,33 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
             }
         }
     }
+    let mut neighbours = handle.neighbours().get().execute();
+    while let Some(message) = neighbours.try_next().await.map_err(other)? {
+        if message.header.ifindex == index && message.header.state == NeighbourState::Permanent {
+            found.neighbours.extend(neighbour(&message.attributes));
+        }
+    }
     Ok(found)
+}
+
+fn neighbour(attributes: &[NeighbourAttribute]) -> Option<Neighbour> {
+    let (mut ip, mut mac) = (None, None);
+    for attribute in attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(four)) => {
+                ip = Some((*four).into())
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(six)) => {
+                ip = Some((*six).into())
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = bytes.as_slice().try_into().ok(),
+            _ => {}
+        }
+    }
+    Some(Neighbour {
+        ip: ip?,
+        mac: MacAddr(mac?),
+    })
 }
 
 fn route(

@@ -7,9 +7,13 @@
 
 use crate::Error;
 use crate::account::{Account, Accounts};
+use crate::ephemeral;
 use crate::spec::{DEFAULT_PATH, Share, guest_path, root_share};
 use koya_protocol::SHARED_MEMORY_DIR;
+use koya_protocol::messages::EphemeralVolume;
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use std::fs;
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -42,8 +46,38 @@ pub enum SharedPids {
 pub(crate) struct Adapted {
     pub(crate) spec: Spec,
     pub(crate) shares: Vec<Share>,
+    pub(crate) volumes: Vec<EphemeralVolume>,
+    /// Block devices of the host's that it is to have.
+    pub(crate) disks: Vec<HostDisk>,
     /// Where mounts go, each with whether that is a file; and the working directory.
     pub(crate) mount_points: Vec<(PathBuf, bool)>,
+}
+
+/// A block device of the host's, and where a container has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostDisk {
+    /// Major and minor.
+    pub(crate) number: (i64, i64),
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+impl HostDisk {
+    /// Where it is on the host: as its kernel names it.
+    pub(crate) fn host(&self) -> io::Result<PathBuf> {
+        let (major, minor) = self.number;
+        let about = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
+        let name = about.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+        let name = name.ok_or_else(|| io::Error::other("it has no name"))?;
+        Ok(Path::new("/dev").join(name))
+    }
+}
+
+/// What a mount of the guest's needs.
+enum Needs {
+    Nothing,
+    Share(Share),
+    Volume(EphemeralVolume),
 }
 
 /// Character devices that every guest has, by number: memory, terminals, FUSE, TUN.
@@ -95,21 +129,27 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     let shared_ipc = shares_namespace(&spec, LinuxNamespaceType::Ipc);
     let mut mount_points = Vec::new();
     let mut mounts = Vec::new();
+    let mut volumes = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         let number = shares.len() - 1;
-        let (mount, share) = adapt_mount(id, number, bundle, mount, shared_ipc)?;
-        let source = match &share {
-            Some(share) => Some(&share.path),
-            None => mount.source().as_ref(),
+        let (mount, needs) = adapt_mount(id, number, bundle, mount, shared_ipc)?;
+        let source = match &needs {
+            Needs::Share(share) => Some(&share.path),
+            _ => mount.source().as_ref(),
         };
         let is_file = source.is_some_and(|path| path.is_file());
         mount_points.push((mount.destination().clone(), is_file));
         mounts.push(mount);
-        shares.extend(share);
+        match needs {
+            Needs::Nothing => {}
+            Needs::Share(share) => shares.push(share),
+            Needs::Volume(volume) => volumes.push(volume),
+        }
     }
     spec.set_mounts(Some(mounts));
+    let mut disks = Vec::new();
     if let Some(linux) = spec.linux_mut() {
-        adapt_linux(linux, &bundle.pids)?;
+        disks = adapt_linux(linux, &bundle.pids)?;
     }
     if let Some(process) = spec.process_mut() {
         mount_points.push((process.cwd().clone(), false));
@@ -118,6 +158,8 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     Ok(Adapted {
         spec,
         shares,
+        volumes,
+        disks,
         mount_points,
     })
 }
@@ -191,7 +233,7 @@ fn adapt_mount(
     bundle: &Bundle,
     mount: &Mount,
     shared_ipc: bool,
-) -> Result<(Mount, Option<Share>), Error> {
+) -> Result<(Mount, Needs), Error> {
     let destination = mount.destination().display();
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
         let reason = format!("{destination}: mounts with mapped users are not supported");
@@ -207,7 +249,7 @@ fn adapt_mount(
     };
     if kind != "bind" && kind != "rbind" && !has("bind") && !has("rbind") {
         if GUEST_MOUNTS.contains(&kind) {
-            return Ok((mount.clone(), None));
+            return Ok((mount.clone(), Needs::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
         return Err(refuse("mounts", reason));
@@ -222,14 +264,14 @@ fn adapt_mount(
     {
         if shared_ipc {
             adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
-            return Ok((adapted, None));
+            return Ok((adapted, Needs::Nothing));
         }
         adapted.set_typ(Some("tmpfs".into()));
         adapted.set_source(Some("shm".into()));
         let options = ["nosuid", "noexec", "nodev", "mode=1777"].map(String::from);
         let size = format!("size={bytes}");
         adapted.set_options(Some(options.into_iter().chain([size]).collect()));
-        return Ok((adapted, None));
+        return Ok((adapted, Needs::Nothing));
     }
     for option in ["shared", "rshared"] {
         if has(option) {
@@ -240,7 +282,11 @@ fn adapt_mount(
     }
     // What the host's kernel makes up, the guest's does too.
     if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
-        return Ok((adapted, None));
+        return Ok((adapted, Needs::Nothing));
+    }
+    if let Some(ephemeral) = ephemeral::behind(&source) {
+        adapted.set_source(Some(ephemeral.guest_path));
+        return Ok((adapted, Needs::Volume(ephemeral.volume)));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source
@@ -260,10 +306,11 @@ fn adapt_mount(
         read_only: has("ro") || has("rro"),
     };
     adapted.set_source(Some(guest_path(&share.name)));
-    Ok((adapted, Some(share)))
+    Ok((adapted, Needs::Share(share)))
 }
 
-fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
+/// The disks that it asks for.
+fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk>, Error> {
     let mut namespaces = Vec::new();
     for namespace in linux.namespaces().iter().flatten() {
         // The sandbox's own, which all of its containers share; and a clock is a guest's anyway.
@@ -300,6 +347,7 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
         rules.into_iter().any(all)
     });
     let mut devices = Vec::new();
+    let mut disks = Vec::new();
     for device in linux.devices().iter().flatten() {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
@@ -311,6 +359,16 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
                 "{} is a device of the host's alone",
                 device.path().display()
             );
+        } else if matches!(device.typ(), LinuxDeviceType::B) {
+            let rules = linux
+                .resources()
+                .as_ref()
+                .and_then(|r| r.devices().as_ref());
+            disks.push(HostDisk {
+                number,
+                path: device.path().clone(),
+                read_only: !may_write(rules.into_iter().flatten(), number),
+            });
         } else {
             let path = device.path().display();
             let reason = format!("{path} is a device of the host, which a guest does not have");
@@ -320,8 +378,36 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
     linux.set_devices(Some(devices));
     if let Some(resources) = linux.resources_mut() {
         only_the_guests(resources);
+        // The host's numbers are others' in the guest.
+        let rules = resources.devices().clone().unwrap_or_default();
+        let is_disk = |rule: &oci::LinuxDeviceCgroup| {
+            let number = (rule.major(), rule.minor());
+            rule.typ() == Some(LinuxDeviceType::B) && matches!(number, (Some(_), Some(_)))
+        };
+        let rules = rules.into_iter().filter(|rule| !is_disk(rule)).collect();
+        resources.set_devices(Some(rules));
     }
-    Ok(())
+    Ok(disks)
+}
+
+/// Whether these rules let a block device be written: the last that fits counts.
+fn may_write<'a>(
+    rules: impl Iterator<Item = &'a oci::LinuxDeviceCgroup>,
+    number: (i64, i64),
+) -> bool {
+    let fits = |rule: &&oci::LinuxDeviceCgroup| {
+        let kind = matches!(
+            rule.typ(),
+            None | Some(LinuxDeviceType::A | LinuxDeviceType::B)
+        );
+        let is = |own: Option<i64>, wanted| own.is_none_or(|own| own < 0 || own == wanted);
+        let writes = rule
+            .access()
+            .as_ref()
+            .is_none_or(|access| access.contains('w'));
+        kind && writes && is(rule.major(), number.0) && is(rule.minor(), number.1)
+    };
+    rules.filter(fits).last().is_some_and(|rule| rule.allow())
 }
 
 /// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge

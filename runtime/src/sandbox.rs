@@ -10,6 +10,7 @@ use crate::oci::Bundle;
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
+use crate::timeline::{Step, Timeline};
 use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
@@ -182,6 +183,7 @@ pub(crate) struct Inner {
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
     _joined: Option<Joined>,
+    pub(crate) timeline: Timeline,
     end: Arc<End>,
 }
 
@@ -240,7 +242,7 @@ impl Sandbox {
     /// # Errors
     /// What is missing, what the host refused, or what the guest's console said last.
     pub fn start(config: &SandboxConfig) -> Result<Self, Error> {
-        let started = Instant::now();
+        let timeline = Timeline::new();
         let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
         let networks = config.networks.iter().map(NetworkConfig::resolve);
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
@@ -279,16 +281,19 @@ impl Sandbox {
         let files = fs.metrics();
         let host_events = fs.host_events();
         let console = Console::default();
+        let made = timeline.step("devices", Duration::ZERO);
         let vm = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
             .device(fs)
             .console(console.clone())
             .start()?;
+        let running = timeline.step("machine", made);
         let joined = Joined::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {
             network.connect(device.tap_name())?;
         }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
+        let connected = timeline.elapsed();
         // Nobody but the agent can have connected: there is no container yet. The port closes.
         drop(control);
         let (agent, connection) =
@@ -304,14 +309,21 @@ impl Sandbox {
                 handle: vm.handle(),
                 _connection: connection,
                 _joined: joined,
+                timeline,
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
-            ready_after: started.elapsed(),
+            ready_after: connected,
             limits: Limits::of(config, ram_mib),
         };
-        log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
-        sandbox.inner.agent.set_time()?;
+        let agent_took = sandbox.inner.agent.set_time()?;
+        let timeline = &sandbox.inner.timeline;
+        // Kernel and agent by the agent's word, within what the host saw.
+        let agent_began = connected.saturating_sub(agent_took).max(running);
+        timeline.note("kernel", "", running, agent_began);
+        timeline.note("agent", "", agent_began, connected);
         sandbox.set_up_networks(&networks)?;
+        timeline.step("settings", connected);
+        log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         Ok(sandbox)
     }
 
@@ -329,6 +341,11 @@ impl Sandbox {
     /// From the call of [`start`](Self::start) to the agent's.
     pub fn ready_after(&self) -> Duration {
         self.ready_after
+    }
+
+    /// The steps of its start, and of its first containers'.
+    pub fn timeline(&self) -> Vec<Step> {
+        self.inner.timeline.steps()
     }
 
     /// Makes and starts a container.

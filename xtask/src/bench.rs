@@ -1,9 +1,11 @@
 //! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
 
+use crate::build::Products;
 use crate::rig::Archive;
-use crate::{build, cache, proc, setup};
+use crate::{build, cache, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -58,52 +60,66 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
+    Containers {
+        /// Containers of each kind; each figure is a median
+        #[arg(long, default_value_t = 7)]
+        rounds: u32,
+        /// Also write the rows to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
 }
 
 /// `cargo xtask bench`
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
+        What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
 
 fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
-    let products = build::ensure()?;
+    let program = program("devices")?;
+    let tools = tools()?;
+    let rounds = rounds.to_string();
+    // Whoever's host it is, its network stays as it is.
+    let mut command: Vec<&OsStr> = vec!["unshare".as_ref(), "--net".as_ref()];
+    command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
+    command.extend(only.map(OsStr::new));
+    in_rig(&command, json)
+}
+
+fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
+    const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
+    setup::ensure()?;
+    setup::ensure_these(PEERS)?;
+    let program = program("containers")?;
+    let folder = suite::containerd(suite::CONTAINERD_SUITES[0])?;
+    let rounds = rounds.to_string();
+    in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)
+}
+
+/// Builds a program of the benches, and what it measures.
+fn program(name: &str) -> Result<PathBuf> {
+    build::ensure()?;
     let root = proc::checkout();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let words = [
-        "build",
-        "--release",
-        "--package",
-        "koya-benches",
-        "--bin",
-        "devices",
-    ];
-    proc::run(Command::new(cargo).args(words).current_dir(&root))?;
-    let tools = tools()?;
-    // The rows come on standard output, all else on standard error.
+    let words = ["build", "--release", "--package", "koya-benches", "--bin"];
+    proc::run(Command::new(cargo).args(words).arg(name).current_dir(&root))?;
+    Ok(root.join("target/release").join(name))
+}
+
+/// Measures where there is a KVM. The rows come on standard output, all else on standard error.
+fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<()> {
     let mut rig = Command::new(std::env::current_exe()?);
-    rig.args([
-        "rig",
-        "--no-build",
-        // One CPU: the emulation of several can kill a host that runs virtual machines.
-        "--cpus",
-        "1",
-        "--memory",
-        "8192",
-        "--timeout",
-        "14400",
-        "--",
-    ])
-    // Whoever's host it is, its network stays as it is.
-    .args(["unshare", "--net"])
-    .arg(root.join("target/release/devices"))
-    .arg(rounds.to_string())
-    .arg(&tools)
-    .args(only)
-    .envs(products.env());
+    // One CPU: the emulation of several can kill a host that runs virtual machines.
+    rig.args(["rig", "--no-build", "--cpus", "1", "--memory", "8192"])
+        .args(["--timeout", "14400", "--"])
+        .args(command)
+        .envs(Products::places().env());
     let out = rig
         .stdout(Stdio::piped())
         .spawn()

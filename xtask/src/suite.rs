@@ -87,19 +87,23 @@ fn debian() -> Result<PathBuf> {
     Ok(dir.join("root.tar"))
 }
 
-/// The containerds that are tested with: 1.6, 1.7 and 2 as Debian's suites have them, unpacked once.
-/// Folders, with colons between them.
+/// Debian's suites whose containerds are tested with: 1.6, 1.7 and 2.
+pub(crate) const CONTAINERD_SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
+
+/// Their folders, with colons between them.
 fn containerds() -> Result<OsString> {
-    const SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
-    let mut folders = Vec::new();
-    for suite in SUITES {
-        let key = cache::key(["containerd", suite]);
-        let dir = cache::ensure("containerd", &key, |dir| {
-            apt::unpack(suite, &["containerd"], dir)
-        })?;
-        folders.push(dir.join("usr/bin"));
-    }
+    let folders = CONTAINERD_SUITES.into_iter().map(containerd);
+    let folders = folders.collect::<Result<Vec<_>>>()?;
     Ok(std::env::join_paths(folders)?)
+}
+
+/// The folder of a suite's containerd, unpacked once.
+pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
+    let key = cache::key(["containerd", suite]);
+    let dir = cache::ensure("containerd", &key, |dir| {
+        apt::unpack(suite, &["containerd"], dir)
+    })?;
+    Ok(dir.join("usr/bin"))
 }
 
 /// The folder of the file-system exerciser, built once.

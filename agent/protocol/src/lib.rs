@@ -23,6 +23,9 @@ pub const STREAM_PORT: u32 = 1025;
 /// Bytes of a stream's token, as hexadecimal digits.
 pub const TOKEN_LEN: usize = 32;
 
+/// Where in the guest the sandbox's file systems in memory are, by their names.
+pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
+
 /// The virtio-fs tag of the shared directories.
 pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.

@@ -19,7 +19,9 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::topics;
 use koya::oci_spec::runtime as oci;
-use koya::{Bundle, Container, ContainerStats, Loopback, Sandbox, Settings, SharedPids, Size};
+use koya::{
+    Bundle, Container, ContainerStats, Loopback, Sandbox, Settings, SharedPids, Size, Step,
+};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -133,6 +135,8 @@ pub(crate) struct Pod {
     pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
     pub(crate) loopback: Mutex<Option<Loopback>>,
     is_stopping: AtomicBool,
+    /// Whether the log says how the sandbox started.
+    is_told: AtomicBool,
 }
 
 /// This process, which is the sandbox.
@@ -153,6 +157,7 @@ impl Pod {
             sandbox: Mutex::default(),
             loopback: Mutex::default(),
             is_stopping: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
         }
     }
 
@@ -445,7 +450,22 @@ impl Pod {
         }
         container.start()?;
         self.started(task);
+        self.tell_of_steps(task);
         Ok(())
+    }
+
+    /// Where the time went, in one line.
+    fn tell_of_steps(&self, task: &Task) {
+        let Some(sandbox) = lock(&self.sandbox).clone() else {
+            return;
+        };
+        let own = |step: &Step| step.container == task.id;
+        let first = |step: &Step| step.container.is_empty() && !self.is_told.load(Ordering::SeqCst);
+        let steps = sandbox.timeline().into_iter();
+        let steps: Vec<_> = steps.filter(|s| own(s) || first(s)).collect();
+        self.is_told.store(true, Ordering::SeqCst);
+        let steps: Vec<_> = steps.iter().map(Step::to_string).collect();
+        log::info!("the start of {}: {}", task.id, steps.join(", "));
     }
 
     fn started(&self, task: &Task) {

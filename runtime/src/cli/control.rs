@@ -243,3 +243,33 @@ fn stop(container: &Arc<Container>, seconds: u64) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Containers are killed and stopped by a koya of another version: what version 0.1 says and understands.
+    #[test]
+    fn requests_of_other_versions_are_understood() {
+        let request = |text: &str| serde_json::from_str::<Request>(text).unwrap();
+        assert!(matches!(request(r#"{"signal":9}"#), Request::Signal(9)));
+        assert!(matches!(request(r#"{"stop":10}"#), Request::Stop(10)));
+        let exec = r#"{"exec":{"args":["sh"],"env":[],"cwd":null,"user":null,"terminal":[24,80],
+            "interactive":true,"of_a_later_version":1}}"#;
+        assert!(matches!(
+            request(exec),
+            Request::Exec {
+                interactive: true,
+                ..
+            }
+        ));
+        let signal = serde_json::to_string(&Request::Signal(15)).unwrap();
+        assert_eq!(signal, r#"{"signal":15}"#);
+        let stop = serde_json::to_string(&Request::Stop(3)).unwrap();
+        assert_eq!(stop, r#"{"stop":3}"#);
+        let answer = |text: &str| serde_json::from_str::<Answer>(text).unwrap();
+        assert!(matches!(answer(r#"{"done":0}"#), Answer::Done(0)));
+        let failed = r#"{"failed":{"status":125,"reason":"why"}}"#;
+        assert!(matches!(answer(failed), Answer::Failed { status: 125, .. }));
+    }
+}

@@ -319,6 +319,18 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
+    /// A newer koya lists what an older one started, and the other way round: a record as version 0.1
+    /// writes it, with something of a later version's.
+    #[test]
+    fn records_of_other_versions_are_read() {
+        let text = r#"{"name": "web", "pid": 7, "created": {"secs_since_epoch": 1700000000,
+            "nanos_since_epoch": 5}, "command": ["sh", "-c", "x"], "rootfs": "/srv/web", "keep": true,
+            "status": null, "of_a_later_version": {"a": [1]}}"#;
+        let record: Record = serde_json::from_str(text).unwrap();
+        assert_eq!((record.name.as_str(), record.pid), ("web", 7));
+        assert!(record.keep && record.status.is_none());
+    }
+
     #[test]
     fn folders_of_others_are_refused() {
         let dir = tempfile::tempdir().unwrap();

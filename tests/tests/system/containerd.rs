@@ -12,10 +12,15 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 6] = [
+    let tests: [Test; 8] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
+        (
+            "killed_at_the_worst_moments_nothing_is_left",
+            killed_at_the_worst_moments_nothing_is_left,
+        ),
+        ("a_network_is_lent", a_network_is_lent),
         ("many_start_at_once", many_start_at_once),
         ("a_pod_is_one_machine", a_pod_is_one_machine),
         (
@@ -250,6 +255,145 @@ fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
+/// A network namespace that is there before and after the container: what its interface has is the guest's,
+/// and the interface is as it was afterwards.
+fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
+    let name = format!("lent{}", containerd.number);
+    let (inside, outside) = (
+        format!("i{}", containerd.number),
+        format!("o{}", containerd.number),
+    );
+    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
+    ip(&["netns", "add", &name])?;
+    ip(&[
+        "link", "add", &outside, "type", "veth", "peer", "name", &inside,
+    ])?;
+    ip(&["link", "set", &inside, "netns", &name])?;
+    let own = |words: &[&str]| ip(&[&["-n", &name], words].concat());
+    own(&[
+        "link",
+        "set",
+        &inside,
+        "address",
+        "02:00:00:00:00:42",
+        "mtu",
+        "1400",
+        "up",
+    ])?;
+    own(&["address", "add", "192.0.2.2/24", "dev", &inside])?;
+    own(&["route", "add", "198.51.100.0/24", "via", "192.0.2.9"])?;
+    let neighbour = [
+        "neigh",
+        "add",
+        "192.0.2.9",
+        "lladdr",
+        "02:00:00:00:00:09",
+        "nud",
+        "permanent",
+    ];
+    own(&[&neighbour[..], &["dev", &inside]].concat())?;
+
+    let namespace = format!("network:/run/netns/{name}");
+    let script = "ip link; ip address; ip route; ip neigh";
+    let options = ["--rm", "--with-ns", &namespace];
+    let said = stdout(
+        containerd
+            .run(&options, "lent", &["sh", "-c", script])
+            .output()?,
+    )?;
+    for wanted in [
+        "02:00:00:00:00:42",
+        "mtu 1400",
+        "192.0.2.2/24",
+        "198.51.100.0/24 via 192.0.2.9",
+        "02:00:00:00:00:09",
+    ] {
+        ensure!(said.contains(wanted), "no {wanted}: {said}");
+    }
+    containerd.nothing_is_left()?;
+    let filters = [
+        "netns", "exec", &name, "tc", "filter", "show", "dev", &inside, "ingress",
+    ];
+    let filters = ip(&filters)?;
+    ensure!(filters.is_empty(), "{filters}");
+    // A shim that dies can't take them back: the next one's come first.
+    stdout(
+        containerd
+            .run(&["-d", "--with-ns", &namespace], "dies", &["sleep", "1000"])
+            .output()?,
+    )?;
+    ensure!(
+        Command::new("kill")
+            .args(["-KILL", &containerd.pid("dies")?])
+            .status()?
+            .success()
+    );
+    until("its end", || {
+        let state = containerd.state("dies")?;
+        Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
+    })?;
+    containerd.ctr(["task", "rm", "-f", "dies"]).output()?;
+    containerd.remove("dies")?;
+    ip(&["address", "add", "192.0.2.1/24", "dev", &outside])?;
+    ip(&["link", "set", &outside, "up"])?;
+    let ping = [
+        "sh",
+        "-c",
+        "ping -c 1 -w 20 192.0.2.1 > /dev/null && echo reached",
+    ];
+    let said = stdout(containerd.run(&options, "again", &ping).output()?)?;
+    ensure!(said == "reached", "{said}");
+    ip(&["netns", "del", &name])?;
+    containerd.nothing_is_left()
+}
+
+/// While a container is made: the shim dies, or containerd, or both.
+fn killed_at_the_worst_moments_nothing_is_left(containerd: &Containerd) -> Result<()> {
+    // Milliseconds after the shim is there: before its virtual machine, while that boots, and later.
+    let moments = [
+        (true, false, 0),
+        (true, false, 700),
+        (true, false, 3000),
+        (false, true, 0),
+        (false, true, 1500),
+        (true, true, 500),
+    ];
+    for (round, (shim, daemon, millis)) in moments.into_iter().enumerate() {
+        let name = format!("worst{round}");
+        let about = || format!("round {round}: shim {shim}, containerd {daemon}, {millis} ms");
+        let mut ctr = containerd.run(&["-d"], &name, &["sleep", "1000"]);
+        let ctr = ctr.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let pid = until("a shim", || containerd.shim_of(&name))?;
+        std::thread::sleep(Duration::from_millis(millis));
+        if shim {
+            // It may have given up already.
+            Command::new("kill").args(["-KILL", &pid]).status()?;
+        }
+        if daemon {
+            containerd.kill_and_start_again()?;
+        }
+        ctr.wait_with_output()?;
+        until("its removal", || {
+            containerd.ctr(["task", "rm", "-f", &name]).output()?;
+            containerd.ctr(["container", "rm", &name]).output()?;
+            let list = stdout(containerd.ctr(["container", "ls", "-q"]).output()?)?;
+            Ok((!list.lines().any(|line| line == name)).then_some(()))
+        })
+        .with_context(about)?;
+        containerd.nothing_is_left().with_context(about)?;
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let state = containerd.dir.join("state");
+        ensure!(
+            !mounts.contains(&*state.to_string_lossy()),
+            "{}: {mounts}",
+            about()
+        );
+    }
+    let mut again = containerd.run(&["--rm"], "worst0", &["echo", "again"]);
+    ensure!(stdout(again.output()?)? == "again");
+    containerd.nothing_is_left()
+}
+
 /// KOYA_TEST_CONTAINERS is how many (default 3).
 fn many_start_at_once(containerd: &Containerd) -> Result<()> {
     let count: usize = std::env::var("KOYA_TEST_CONTAINERS").map_or(Ok(3), |n| n.parse())?;
@@ -298,10 +442,14 @@ fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
     ensure!(containerd.state("pod")?.as_deref() == Some("RUNNING"));
     let script = "mkdir /www; echo pong > /www/index.html; exec httpd -f -p 8080 -h /www";
     stdout(run("container", &["-d"], "web", &["sh", "-c", script]).output()?)?;
-    ensure!(
-        containerd.pid("web")? == containerd.pid("pod")?,
-        "two machines"
-    );
+    // One process, of which each container has a thread.
+    let process = |name: &str| -> Result<String> {
+        let status = fs::read_to_string(format!("/proc/{}/status", containerd.pid(name)?))?;
+        let line = status.lines().find(|line| line.starts_with("Tgid:"));
+        Ok(line.context("no process")?.to_owned())
+    };
+    ensure!(process("web")? == process("pod")?, "two machines");
+    ensure!(containerd.pid("web")? != containerd.pid("pod")?);
     let script = "until wget -qO- http://127.0.0.1:8080/; do sleep 0.2; done; ls /www";
     let (code, text) =
         ended(&run("container", &["--rm"], "client", &["sh", "-c", script]).output()?);

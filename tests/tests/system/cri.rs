@@ -2,17 +2,24 @@
 //! with each version of containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, Test, Use, trials_of};
-use crate::tool::until;
+use crate::tool::{stdout, until};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 2] = [
+    let tests: [Test; 7] = [
         ("a_pod_lives", a_pod_lives),
         ("pods_reach_each_other", pods_reach_each_other),
+        ("networks_of_other_kinds", networks_of_other_kinds),
+        ("a_pod_has_room_and_limits", a_pod_has_room_and_limits),
+        ("containers_share_processes", containers_share_processes),
+        ("volumes_of_every_kind", volumes_of_every_kind),
+        ("a_configuration_holds", a_configuration_holds),
     ];
     trials_of("cri", Use::Cri, tests)
 }
@@ -221,19 +228,16 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-fn pods_reach_each_other(containerd: &Containerd) -> Result<()> {
-    let cri = Cri::connect(&containerd.socket())?;
-    let one = Pod::start(&cri, containerd, "one", |_| {})?;
+/// Two pods, one of which serves: the other gets its answer by each of its addresses.
+fn reach(cri: &Cri, containerd: &Containerd) -> Result<()> {
+    let one = Pod::start(cri, containerd, "one", |_| {})?;
     let script = "mkdir /www; echo of one > /www/index.html; exec httpd -f -p '[::]:80' -h /www";
     one.run("web", &["sh", "-c", script], |_| {})?;
     let network = cri.pod_status(&one.id)?.network.context("no network")?;
     let four = network.ip;
-    let six = network
-        .additional_ips
-        .first()
-        .context("no second address")?;
-    let six = six.ip.clone();
-    let two = Pod::start(&cri, containerd, "two", |config| {
+    let six = network.additional_ips.first();
+    let six = six.context("no second address")?.ip.clone();
+    let two = Pod::start(cri, containerd, "two", |config| {
         config.dns_config = Some(v1::DnsConfig {
             servers: vec!["192.0.2.53".into()],
             searches: vec!["pods.example".into()],
@@ -250,8 +254,308 @@ fn pods_reach_each_other(containerd: &Containerd) -> Result<()> {
         resolv.contains("192.0.2.53") && resolv.contains("pods.example"),
         "{resolv}"
     );
-    // From the host, as the kubelet's probes come.
     two.remove()?;
     one.remove()?;
+    containerd.nothing_is_left()
+}
+
+fn pods_reach_each_other(containerd: &Containerd) -> Result<()> {
+    reach(&Cri::connect(&containerd.socket())?, containerd)
+}
+
+/// Interfaces that are parts of another one.
+fn networks_of_other_kinds(containerd: &Containerd) -> Result<()> {
+    let (master, other) = (
+        format!("m{}", containerd.number),
+        format!("n{}", containerd.number),
+    );
+    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
+    ip(&[
+        "link", "add", &master, "type", "veth", "peer", "name", &other,
+    ])?;
+    ip(&["link", "set", &master, "up"])?;
+    ip(&["link", "set", &other, "up"])?;
+    for (kind, mode) in [("macvlan", "bridge"), ("ipvlan", "l2")] {
+        containerd.set_network(&serde_json::json!({
+            "type": kind, "master": master, "mode": mode,
+        }))?;
+        containerd.kill_and_start_again()?;
+        let cri = Cri::connect(&containerd.socket())?;
+        reach(&cri, containerd).context(kind)?;
+    }
+    ip(&["link", "del", &master]).map(drop)
+}
+
+fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let limits = |mib: i64| v1::LinuxContainerResources {
+        memory_limit_in_bytes: mib << 20,
+        cpu_quota: 50_000,
+        cpu_period: 100_000,
+        ..Default::default()
+    };
+    let pod = Pod::start(&cri, containerd, "sized", |config| {
+        let linux = config.linux.get_or_insert_default();
+        linux.resources = Some(limits(150));
+    })?;
+    let first = pod.run("first", &["sleep", "1000"], |config| {
+        linux(config).resources = Some(limits(100));
+    })?;
+    let total = || -> Result<u64> {
+        let kib = pod.exec(&first, "grep MemTotal /proc/meminfo | tr -dc 0-9")?;
+        Ok(kib.parse::<u64>()? >> 10)
+    };
+    let at_first = total()?;
+    ensure!((150..230).contains(&at_first), "{at_first} MiB at first");
+    let bound = || -> Result<u64> {
+        let path = containerd.groups().join(&pod.id).join("memory.max");
+        Ok(fs::read_to_string(path)?.trim().parse::<u64>()? >> 20)
+    };
+    let room = 30..100;
+    ensure!(room.contains(&(bound()? - at_first)), "{} MiB", bound()?);
+
+    // One more, and its limit raised.
+    let second = pod.run("second", &["sleep", "1000"], |config| {
+        linux(config).resources = Some(limits(300));
+    })?;
+    let with_two = total()?;
+    ensure!((400..520).contains(&with_two), "{with_two} MiB with two");
+    ensure!(room.contains(&(bound()? - with_two)), "{} MiB", bound()?);
+    cri.update(&second, limits(600))?;
+    let raised = total()?;
+    ensure!((700..850).contains(&raised), "{raised} MiB when raised");
+    cri.stop(&second, 0)?;
+    cri.remove(&second)?;
+    until("memory to be given back", || {
+        Ok((total()? < 300).then_some(()))
+    })?;
+
+    // Its limit is the guest's to enforce, on it alone.
+    let greedy = pod.run("greedy", &["sh", "-c", "exec tail /dev/zero"], |config| {
+        linux(config).resources = Some(limits(50));
+    })?;
+    let ended = pod.wait_for_end(&greedy)?;
+    ensure!(
+        ended.exit_code == 137 && ended.reason == "OOMKilled",
+        "{ended:?}"
+    );
+    ensure!(pod.exec(&first, "echo alive")? == "alive");
+    pod.remove()?;
+    containerd.nothing_is_left()
+}
+
+fn containers_share_processes(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let shared = |options: &mut v1::NamespaceOption| options.pid = v1::NamespaceMode::Pod as i32;
+    let pod = Pod::start(&cri, containerd, "shared", |config| {
+        let linux = config.linux.get_or_insert_default();
+        let security = linux.security_context.get_or_insert_default();
+        shared(security.namespace_options.get_or_insert_default());
+    })?;
+    let run = |name: &str, script: &str| {
+        pod.run(name, &["sh", "-c", script], |config| {
+            let security = linux(config).security_context.get_or_insert_default();
+            shared(security.namespace_options.get_or_insert_default());
+        })
+    };
+    let one = run("one", "exec sleep 1111")?;
+    let two = run("two", "exec sleep 2222")?;
+    let seen = pod.exec(&two, "ps -o pid,args")?;
+    ensure!(
+        seen.contains("sleep 1111") && seen.contains("sleep 2222"),
+        "{seen}"
+    );
+    let first = seen.lines().find(|line| line.trim().starts_with("1 "));
+    ensure!(first.is_some_and(|line| line.contains("pause")), "{seen}");
+    // What a container leaves behind ends with it.
+    let three = run("three", "sleep 3333 & exit 4")?;
+    ensure!(pod.wait_for_end(&three)?.exit_code == 4);
+    until("the rest of it to end", || {
+        let seen = pod.exec(&two, "ps -o args")?;
+        Ok((!seen.contains("sleep 3333")).then_some(()))
+    })?;
+    pod.exec(&two, "kill -9 $(pidof sleep | tr ' ' '\\n' | while read p; do grep -q 1111 /proc/$p/cmdline && echo $p; done)")?;
+    ensure!(pod.wait_for_end(&one)?.exit_code == 137);
+    let states = cri.status(&two)?.state();
+    ensure!(states == v1::ContainerState::ContainerRunning);
+    pod.remove()?;
+    containerd.nothing_is_left()
+}
+
+/// What a pod says of security is so in the guest.
+fn a_configuration_holds(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let pod = Pod::start(&cri, containerd, "secure", |config| {
+        let linux = config.linux.get_or_insert_default();
+        let range = ("net.ipv4.ping_group_range".into(), "0 1000".into());
+        linux.sysctls = [range].into();
+    })?;
+    let id = pod.run("secure", &["sleep", "1000"], |config| {
+        let linux = linux(config);
+        linux.resources = Some(v1::LinuxContainerResources {
+            oom_score_adj: 700,
+            unified: [("pids.max".into(), "77".into())].into(),
+            ..Default::default()
+        });
+        let options = linux.security_context.get_or_insert_default();
+        options.run_as_user = Some(v1::Int64Value { value: 33 });
+        options.run_as_group = Some(v1::Int64Value { value: 33 });
+        options.supplemental_groups = vec![40];
+        options.no_new_privs = true;
+        options.readonly_rootfs = true;
+        options.capabilities = Some(v1::Capability {
+            drop_capabilities: vec!["ALL".into()],
+            add_capabilities: vec!["NET_BIND_SERVICE".into()],
+            ..Default::default()
+        });
+        options.seccomp = Some(v1::SecurityProfile {
+            profile_type: v1::security_profile::ProfileType::RuntimeDefault as i32,
+            ..Default::default()
+        });
+        options.masked_paths = vec!["/proc/keys".into(), "/proc/acpi".into()];
+        options.readonly_paths = vec!["/proc/sys".into()];
+    })?;
+    let status = pod.exec(&id, "cat /proc/self/status")?;
+    let value = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name));
+        let words = line
+            .into_iter()
+            .flat_map(|line| line.split_whitespace().skip(1));
+        words.collect::<Vec<_>>().join(" ")
+    };
+    for (name, wanted) in [
+        ("Uid:", "33 33 33 33"),
+        ("Gid:", "33 33 33 33"),
+        ("CapBnd:", "0000000000000400"),
+        ("NoNewPrivs:", "1"),
+        ("Seccomp:", "2"),
+    ] {
+        ensure!(
+            value(name) == wanted,
+            "{name} {:?}, not {wanted}",
+            value(name)
+        );
+    }
+    ensure!(value("Groups:").contains("40"), "{}", value("Groups:"));
+    let is = |script: &str, wanted: &str| {
+        let said = pod.exec(&id, script)?;
+        ensure!(said == wanted, "{script}: {said:?}");
+        Ok(())
+    };
+    is("cat /proc/1/oom_score_adj", "700")?;
+    is("cat /sys/fs/cgroup/pids.max", "77")?;
+    is("cat /proc/sys/net/ipv4/ping_group_range", "0\t1000")?;
+    is("touch /tmp/x 2>/dev/null || echo no", "no")?;
+    is("wc -c < /proc/keys", "0")?;
+    // The default profile: no new namespaces without privileges.
+    is("unshare -U true 2>/dev/null || echo no", "no")?;
+    pod.remove()?;
+    containerd.nothing_is_left()
+}
+
+/// A folder as the kubelet makes it for a ConfigMap: what is read goes by a link that is replaced.
+fn write_config(dir: &Path, version: &str) -> Result<()> {
+    let versioned = dir.join(format!("..{version}"));
+    fs::create_dir_all(&versioned)?;
+    fs::write(versioned.join("key"), version)?;
+    symlink(format!("..{version}"), dir.join("..data_tmp"))?;
+    fs::rename(dir.join("..data_tmp"), dir.join("..data"))?;
+    if !dir.join("key").exists() {
+        symlink("..data/key", dir.join("key"))?;
+    }
+    Ok(())
+}
+
+fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
+    let kubelet = containerd.dir.join("kubelet");
+    let (config, disk) = (kubelet.join("config"), kubelet.join("disk"));
+    let memory = kubelet.join("volumes/kubernetes.io~empty-dir/memory");
+    let part = kubelet.join("volume-subpaths/memory/two/0");
+    // The kubelet makes folders of volumes (subPath) before they are asked for.
+    for dir in [&config, &disk.join("sub"), &memory, &part] {
+        fs::create_dir_all(dir)?;
+    }
+    write_config(&config, "one")?;
+    let mount =
+        |words: &[&str], at: &Path| stdout(Command::new("mount").args(words).arg(at).output()?);
+    mount(
+        &["-t", "tmpfs", "-o", "size=1m,mode=0777", "tmpfs"],
+        &memory,
+    )?;
+    fs::create_dir(memory.join("part"))?;
+    mount(&["--bind", &memory.join("part").to_string_lossy()], &part)?;
+    let image = kubelet.join("image");
+    fs::File::create(&image)?.set_len(8 << 20)?;
+    let device = stdout(
+        Command::new("losetup")
+            .args(["-f", "--show"])
+            .arg(&image)
+            .output()?,
+    )?;
+
+    let cri = Cri::connect(&containerd.socket())?;
+    let pod = Pod::start(&cri, containerd, "volumes", |_| {})?;
+    let bind = |host: &Path, at: &str, readonly: bool| v1::Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: at.into(),
+        readonly,
+        ..Default::default()
+    };
+    let one = pod.run("one", &["sleep", "1000"], |all| {
+        all.mounts = vec![
+            bind(&config, "/config", true),
+            bind(&disk, "/disk", false),
+            bind(&memory, "/memory", false),
+        ];
+        all.devices = vec![v1::Device {
+            container_path: "/dev/block".into(),
+            host_path: device.clone(),
+            permissions: "rwm".into(),
+        }];
+    })?;
+    let two = pod.run("two", &["sleep", "1000"], |all| {
+        all.mounts = vec![
+            bind(&disk.join("sub"), "/sub", false),
+            bind(&part, "/part", false),
+        ];
+    })?;
+    // What the host changes is seen.
+    ensure!(pod.exec(&one, "cat /config/key")? == "one");
+    write_config(&config, "two")?;
+    until("the new version", || {
+        Ok((pod.exec(&one, "cat /config/key")? == "two").then_some(()))
+    })?;
+    ensure!(
+        pod.exec(&one, "touch /config/x 2>&1 || echo refused")?
+            .ends_with("refused")
+    );
+    // On the host's disk, and a part of it in another container.
+    pod.exec(&one, "echo shared > /disk/sub/file")?;
+    ensure!(pod.exec(&two, "cat /sub/file")? == "shared");
+    ensure!(fs::read_to_string(disk.join("sub/file"))? == "shared\n");
+    // In the guest's memory: shared, and no larger than it may be.
+    pod.exec(&one, "echo fast > /memory/part/file")?;
+    ensure!(pod.exec(&two, "cat /part/file")? == "fast");
+    ensure!(
+        !memory.join("part/file").exists(),
+        "it is in the host's memory"
+    );
+    let full = pod.exec(&one, "head -c 2m /dev/zero > /memory/x; wc -c < /memory/x")?;
+    let bytes = full
+        .lines()
+        .last()
+        .and_then(|line| line.trim().parse::<u64>().ok());
+    ensure!(bytes.is_some_and(|bytes| bytes <= 1 << 20), "{full}");
+    let mode = pod.exec(&one, "stat -c %a /memory")?;
+    ensure!(mode == "777" || mode == "1777", "{mode}");
+    // A block device.
+    pod.exec(&one, "echo block data > /dev/block; sync")?;
+    ensure!(pod.exec(&one, "head -n 1 /dev/block")? == "block data");
+    pod.remove()?;
+    ensure!(fs::read(&image)?.starts_with(b"block data\n"));
+    stdout(Command::new("losetup").args(["-d", &device]).output()?)?;
+    for at in [&part, &memory] {
+        stdout(Command::new("umount").arg(at).output()?)?;
+    }
     containerd.nothing_is_left()
 }

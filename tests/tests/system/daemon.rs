@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The image that its containers are made of.
 pub(crate) const IMAGE: &str = "docker.io/library/busybox:test";
@@ -56,6 +56,8 @@ pub(crate) struct Containerd {
     namespace: String,
     /// What their control groups on the host are in: others run beside it.
     pub(crate) group: String,
+    /// Unlike others' in this machine.
+    pub(crate) number: usize,
     daemon: std::sync::Mutex<Child>,
 }
 
@@ -67,7 +69,7 @@ impl Containerd {
             .nth(index)
             .context("too few folders")?;
         // Short: sockets' paths have 107 bytes.
-        static NEXT: AtomicU32 = AtomicU32::new(0);
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
         let dir = scratch("c")?.with_file_name(format!("c{number}"));
         fs::create_dir_all(&dir)?;
@@ -77,11 +79,14 @@ impl Containerd {
             dir.file_name().unwrap_or_default().display()
         );
         if kind == Use::Cri {
-            // A bridge for each.
-            let number = index * 50 + usize::try_from(number)?;
-            let network = dir.join("cni");
-            fs::create_dir_all(&network)?;
-            fs::write(network.join("10-pods.conflist"), bridge(&dir, number))?;
+            let bridge = format!("koya-br{number}");
+            write_network(
+                &dir,
+                number,
+                &serde_json::json!({
+                    "type": "bridge", "bridge": bridge, "isGateway": true,
+                }),
+            )?;
         }
         let containerd = Self {
             daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
@@ -90,6 +95,7 @@ impl Containerd {
                 Use::Cri => "k8s.io".into(),
             },
             group,
+            number,
             dir,
             bin,
         };
@@ -98,6 +104,11 @@ impl Containerd {
         ensure!(about.contains(&format!("Version:  {version}.")), "{about}");
         stdout(containerd.ctr(["image", "import"]).arg(image()?).output()?)?;
         Ok(containerd)
+    }
+
+    /// Gives its pods another network, from its next start on.
+    pub(crate) fn set_network(&self, plugin: &serde_json::Value) -> Result<()> {
+        write_network(&self.dir, self.number, plugin)
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -159,6 +170,18 @@ impl Containerd {
             .nth(1)
             .context("no process")?
             .to_owned())
+    }
+
+    /// The process of a container's shim, if it has one that stays.
+    pub(crate) fn shim_of(&self, name: &str) -> Result<Option<String>> {
+        let mine = self.socket();
+        let id = format!("-id {name} ");
+        let shims = processes_with("containerd-shim-koya-v2")?;
+        let mut shims = shims
+            .into_iter()
+            .filter(|line| line.contains(&*mine.to_string_lossy()) && line.contains(&id));
+        let own = shims.find(|line| !line.trim_end().ends_with(" start"));
+        Ok(own.and_then(|line| Some(line.split(' ').next()?.to_owned())))
     }
 
     pub(crate) fn remove(&self, name: &str) -> Result<()> {
@@ -245,20 +268,24 @@ fn config(dir: &Path, kind: Use) -> String {
     )
 }
 
-/// A network of the Container Network Interface (CNI): both families, between the pods of one containerd.
-fn bridge(dir: &Path, number: usize) -> String {
+/// The network of its pods, by a plugin of the Container Network Interface (CNI): both families.
+fn write_network(dir: &Path, number: usize, plugin: &serde_json::Value) -> Result<()> {
     let range = |subnet: String| serde_json::json!([{ "subnet": subnet }]);
-    serde_json::json!({
-        "cniVersion": "0.4.0", "name": "pods", "plugins": [{
-            "type": "bridge", "bridge": format!("koya-br{number}"), "isGateway": true,
-            "ipam": {
-                "type": "host-local", "dataDir": dir.join("ipam"),
-                "ranges": [range(format!("10.88.{number}.0/24")), range(format!("fd00:88:{number}::/64"))],
-                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-            },
-        }],
-    })
-    .to_string()
+    let mut plugin = plugin.clone();
+    plugin["ipam"] = serde_json::json!({
+        "type": "host-local", "dataDir": dir.join("ipam"),
+        "ranges": [range(format!("10.88.{number}.0/24")), range(format!("fd00:88:{number}::/64"))],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+    });
+    let list = serde_json::json!({
+        "cniVersion": "0.4.0", "name": "pods", "plugins": [plugin],
+    });
+    let folder = dir.join("cni");
+    fs::create_dir_all(&folder)?;
+    Ok(fs::write(
+        folder.join("10-pods.conflist"),
+        list.to_string(),
+    )?)
 }
 
 fn launch(bin: &Path, dir: &Path) -> Result<Child> {

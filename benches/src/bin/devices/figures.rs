@@ -2,7 +2,8 @@
 
 use crate::guest::{Monitor, Set};
 use crate::{CALLS, EXITS};
-use serde_json::{Map, Value, json};
+use koya_benches::{median, row};
+use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Figures by set, name, and monitor: one a round.
@@ -279,12 +280,6 @@ pub(crate) fn is_missing(
         .find(|key| !got.iter().any(|(name, _)| name == key))
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
 pub(crate) fn rows(results: &Results) -> Vec<Value> {
     let mut rows = Vec::new();
     for figure in FIGURES {
@@ -299,49 +294,14 @@ pub(crate) fn rows(results: &Results) -> Vec<Value> {
         let Some(koya) = value(figure.key, Monitor::Koya) else {
             continue;
         };
-        let (mut peers, mut ratio) = (Map::new(), Map::new());
-        if let Some(beside) = beside {
-            let better = match figure.less_is_better {
-                true => beside / koya,
-                false => koya / beside,
-            };
-            peers.insert(peer.into(), json!(round(beside)));
-            ratio.insert(peer.into(), json!(round(better)));
-        }
-        rows.push(json!({
-            "name": figure.name, "unit": figure.unit, "koya": round(koya),
-            "peers": peers, "ratio": ratio,
-        }));
+        let peers = beside.map(|beside| (peer.to_owned(), beside));
+        rows.push(row(
+            figure.name,
+            figure.unit,
+            figure.less_is_better,
+            koya,
+            peers,
+        ));
     }
     rows
-}
-
-fn round(value: f64) -> f64 {
-    (value * 1000.0).round() / 1000.0
-}
-
-pub(crate) fn print_table(rows: &[Value]) {
-    eprintln!(
-        "{:<46} {:>7} {:>11} {:>11} {:<6} {:>7}",
-        "", "unit", "koya", "peer", "", "ratio"
-    );
-    for row in rows {
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let number = |value: &Value| value.as_f64().unwrap_or_default();
-        let first = |value: &Value| {
-            let map = value.as_object().into_iter().flatten().next();
-            map.map(|(name, value)| (name.clone(), number(value)))
-        };
-        let (peer, beside) = first(&row["peers"]).unwrap_or_default();
-        let (_, ratio) = first(&row["ratio"]).unwrap_or_default();
-        eprintln!(
-            "{:<46} {:>7} {:>11.2} {:>11.2} {:<6} {:>7.2}",
-            text(&row["name"]),
-            text(&row["unit"]),
-            number(&row["koya"]),
-            beside,
-            peer,
-            ratio,
-        );
-    }
 }

@@ -98,7 +98,7 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
         }
     }
     let rows = figures::rows(&results);
-    figures::print_table(&rows);
+    koya_benches::print_table(&rows);
     println!("{}", serde_json::to_string_pretty(&rows)?);
     Ok(())
 }

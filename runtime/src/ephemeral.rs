@@ -1,0 +1,133 @@
+//! Kubernetes' volumes in memory (an `emptyDir` with `medium: Memory`): a file system in the guest's memory
+//! instead of the host's, so that what is in it counts where the containers' memory does.
+//!
+//! The kubelet mounts a tmpfs of the volume's size on the host, and gives containers that, or folders of it
+//! (`subPath`). Both are told by the host's table of mounts: all that is on one such tmpfs is on one tmpfs
+//! of the guest's.
+
+use koya_protocol::EPHEMERAL_DIR;
+use koya_protocol::messages::EphemeralVolume;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Component, Path, PathBuf};
+
+/// Where the kubelet mounts them, in its folder of the pod.
+const VOLUMES: &str = "/volumes/kubernetes.io~empty-dir/";
+
+/// A line of `/proc/self/mountinfo` (proc(5)), as far as it matters.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    /// The file system.
+    device: String,
+    /// What of it is mounted.
+    root: PathBuf,
+    at: PathBuf,
+    kind: String,
+}
+
+impl Mount {
+    fn parse(line: &str) -> Option<Self> {
+        let (first, second) = line.split_once(" - ")?;
+        let words: Vec<&str> = first.split(' ').collect();
+        Some(Self {
+            device: (*words.get(2)?).into(),
+            root: unescaped(words.get(3)?).into(),
+            at: unescaped(words.get(4)?).into(),
+            kind: second.split(' ').next()?.into(),
+        })
+    }
+}
+
+/// `\040` is a blank.
+fn unescaped(text: &str) -> String {
+    let pairs = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n")];
+    let text = pairs
+        .iter()
+        .fold(text.to_owned(), |text, (from, to)| text.replace(from, to));
+    text.replace("\\134", "\\")
+}
+
+/// A volume in memory, and where a container's mount of it is in the guest.
+#[derive(Debug)]
+pub(crate) struct Ephemeral {
+    pub(crate) volume: EphemeralVolume,
+    pub(crate) guest_path: PathBuf,
+}
+
+/// The volume in memory that a path of the host's is on, if it is one of Kubernetes'.
+pub(crate) fn behind(source: &Path) -> Option<Ephemeral> {
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let (device, volume, within) = find(&table, source)?;
+    let found = fs::metadata(&volume).ok()?;
+    let space = rustix::fs::statvfs(&volume).ok()?;
+    let name = format!("memory-{}", device.replace(':', "-"));
+    Some(Ephemeral {
+        guest_path: Path::new(EPHEMERAL_DIR).join(&name).join(&within),
+        volume: EphemeralVolume {
+            name,
+            folder: within.to_str()?.into(),
+            size_bytes: space.f_blocks.saturating_mul(space.f_frsize),
+            mode: found.mode() & 0o7777,
+            uid: found.uid(),
+            gid: found.gid(),
+            ..Default::default()
+        },
+    })
+}
+
+/// Its file system, where the kubelet mounted that, and the path within it.
+fn find(table: &str, source: &Path) -> Option<(String, PathBuf, PathBuf)> {
+    let mounts: Vec<Mount> = table.lines().filter_map(Mount::parse).collect();
+    // The deepest, and of several at one place the last.
+    let around = mounts.iter().filter(|mount| source.starts_with(&mount.at));
+    let own = around.max_by_key(|mount| mount.at.components().count())?;
+    let is_volume = |mount: &&Mount| {
+        mount.device == own.device
+            && mount.kind == "tmpfs"
+            && mount.root == Path::new("/")
+            && mount.at.to_string_lossy().contains(VOLUMES)
+    };
+    let volume = mounts.iter().find(is_volume)?;
+    let within = own.root.join(source.strip_prefix(&own.at).ok()?);
+    let within: PathBuf = within
+        .components()
+        .filter(|component| matches!(component, Component::Normal(_)))
+        .collect();
+    Some((own.device.clone(), volume.at.clone(), within))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "/var/lib/kubelet/pods/u";
+
+    fn found(source: &str) -> Option<(String, String)> {
+        let table = format!(
+            "22 1 254:0 / / rw - ext4 /dev/vda rw\n\
+             30 22 0:50 / {POD}/volumes/kubernetes.io~empty-dir/fast rw,relatime shared:9 - tmpfs tmpfs rw,size=64k\n\
+             31 22 0:51 / {POD}/volumes/kubernetes.io~secret/key rw - tmpfs tmpfs rw\n\
+             32 22 0:50 /a\\040b {POD}/volume-subpaths/fast/c/0 rw - tmpfs tmpfs rw,size=64k\n"
+        );
+        let (device, _, within) = find(&table, Path::new(source))?;
+        Some((device, within.to_string_lossy().into_owned()))
+    }
+
+    #[test]
+    fn volumes_in_memory_are_told_from_others() {
+        let volume = format!("{POD}/volumes/kubernetes.io~empty-dir/fast");
+        assert_eq!(found(&volume), Some(("0:50".into(), "".into())));
+        assert_eq!(
+            found(&format!("{volume}/deep/er")),
+            Some(("0:50".into(), "deep/er".into()))
+        );
+        let part = format!("{POD}/volume-subpaths/fast/c/0");
+        assert_eq!(found(&part), Some(("0:50".into(), "a b".into())));
+        assert_eq!(
+            found(&format!("{POD}/volumes/kubernetes.io~secret/key")),
+            None
+        );
+        let disk = format!("{POD}/volumes/kubernetes.io~empty-dir/slow");
+        assert_eq!(found(&disk), None);
+    }
+}
