@@ -11,6 +11,7 @@ use crate::images;
 use crate::network;
 use crate::reaper;
 use crate::state::{State, Streams, check_id};
+use crate::volumes;
 use crate::watches;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -205,7 +206,10 @@ impl Agent for Service {
             state.help(&["delete", id], Streams::none()).await?;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             state.ooms.forget(id);
+            let of = id.clone();
+            let unmounted = aside(move || volumes::unmount_disks(&of)).await;
             fs::remove_dir_all(bundle(id)).ok();
+            unmounted?;
             Ok(Empty::new())
         })
         .await

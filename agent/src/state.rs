@@ -130,7 +130,16 @@ impl State {
             join_pids(&mut spec, first);
         }
         let volumes = request.ephemeral_volumes;
-        aside(move || volumes.iter().try_for_each(volumes::ensure)).await?;
+        let (disks, of) = (request.disk_volumes, id.to_owned());
+        let there = aside(move || {
+            volumes.iter().try_for_each(volumes::ensure)?;
+            volumes::mount_disks(&of, &disks)
+        });
+        if let Err(error) = there.await {
+            volumes::unmount_disks(id).ok();
+            fs::remove_dir_all(&dir).ok();
+            return Err(error);
+        }
         for device in &request.block_devices {
             disks::add(&mut spec, device)?;
         }
@@ -150,6 +159,7 @@ impl State {
         if made.is_err() {
             // As far as it was made.
             self.help(&["delete", id], Streams::none()).await.ok();
+            volumes::unmount_disks(id).ok();
             fs::remove_dir_all(&dir).ok();
         }
         made

@@ -137,6 +137,7 @@ impl Agent {
             sandbox_pidns,
             pidns_of,
             ephemeral_volumes: needs.volumes,
+            disk_volumes: needs.direct,
             ..Default::default()
         };
         self.client

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::Agent;
+use crate::direct_volume::DirectVolume;
 use crate::mount_points;
 use crate::oci::{self, Bundle, HostDisk, SharedPids};
 use crate::sandbox::{Disk, Inner};
@@ -37,7 +38,7 @@ enum MadeOf {
 #[derive(Default)]
 struct Given {
     shares: Vec<String>,
-    disks: Vec<Disk>,
+    disks: Vec<Arc<Disk>>,
     /// The disk that is its root, and whether the guest has mounted it.
     image: Option<(Disk, bool)>,
 }
@@ -59,17 +60,44 @@ impl Given {
         for disk in disks {
             let what = || format!("find the host's device for {}", disk.path.display());
             let host = disk.host().map_err(|error| Error::host(what())(error))?;
-            let attached = inner.attach_disk(&DiskConfig {
-                read_only: disk.read_only,
-                ..DiskConfig::new(&host)
-            })?;
+            let name = self.attach_one(inner, &host, disk.read_only)?;
             devices.push(Device {
                 path: disk.path,
-                ..attached.device().clone()
+                ..Device::named(name, disk.read_only)
             });
-            self.disks.push(attached);
         }
         Ok(devices)
+    }
+
+    /// The guest's name of it.
+    fn attach_one(&mut self, inner: &Inner, host: &Path, read_only: bool) -> Result<String, Error> {
+        let attached = inner.share_disk(&DiskConfig {
+            read_only,
+            ..DiskConfig::new(host)
+        })?;
+        let name = attached.device().name.clone();
+        self.disks.push(attached);
+        Ok(name)
+    }
+
+    /// The same for those whose file systems the guest is to mount.
+    fn attach_direct(
+        &mut self,
+        inner: &Inner,
+        volumes: Vec<(u32, DirectVolume)>,
+    ) -> Result<Vec<messages::DiskVolume>, Error> {
+        let mut messages = Vec::new();
+        for (number, volume) in volumes {
+            let read_only = volume.options.iter().any(|option| option == "ro");
+            messages.push(messages::DiskVolume {
+                guest_name: self.attach_one(inner, &volume.device, read_only)?,
+                number,
+                fstype: volume.fstype,
+                options: volume.options,
+                ..Default::default()
+            });
+        }
+        Ok(messages)
     }
 
     fn take_back(self, inner: &Inner, id: &str) {
@@ -77,7 +105,7 @@ impl Given {
             inner.shares.remove(&share);
         }
         for disk in self.disks {
-            if let Err(error) = inner.detach_disk(&disk) {
+            if let Err(error) = inner.release_disk(disk) {
                 log::warn!("a disk of container {id} stays attached: {error}");
             }
         }
@@ -185,6 +213,7 @@ impl Plan {
 pub(crate) struct Needs<'a> {
     pub(crate) devices: &'a [Device],
     pub(crate) volumes: Vec<messages::EphemeralVolume>,
+    pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) pids: SharedPids,
 }
 
@@ -232,6 +261,7 @@ impl Container {
             let needs = Needs {
                 devices: &devices,
                 volumes: adapted.volumes,
+                direct: given.attach_direct(inner, adapted.direct)?,
                 pids: bundle.pids.clone(),
             };
             launch(inner, id, &adapted.spec, needs, stdio)

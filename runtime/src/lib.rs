@@ -25,6 +25,7 @@ mod account;
 mod agent;
 mod console;
 mod container;
+pub mod direct_volume;
 mod ephemeral;
 mod error;
 pub mod files;

@@ -7,10 +7,11 @@
 
 use crate::Error;
 use crate::account::{Account, Accounts};
+use crate::direct_volume::{self, DirectVolume};
 use crate::ephemeral;
 use crate::spec::{DEFAULT_PATH, Share, guest_path, root_share};
-use koya_protocol::SHARED_MEMORY_DIR;
 use koya_protocol::messages::EphemeralVolume;
+use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 use std::fs;
 use std::io;
@@ -49,6 +50,8 @@ pub(crate) struct Adapted {
     pub(crate) volumes: Vec<EphemeralVolume>,
     /// Block devices of the host's that it is to have.
     pub(crate) disks: Vec<HostDisk>,
+    /// Those whose file systems the guest is to mount, by the numbers of their mounts.
+    pub(crate) direct: Vec<(u32, DirectVolume)>,
     /// Where mounts go, each with whether that is a file; and the working directory.
     pub(crate) mount_points: Vec<(PathBuf, bool)>,
 }
@@ -78,6 +81,7 @@ enum Needs {
     Nothing,
     Share(Share),
     Volume(EphemeralVolume),
+    Direct(DirectVolume),
 }
 
 /// Character devices that every guest has, by number: memory, terminals, FUSE, TUN.
@@ -129,9 +133,8 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     let shared_ipc = shares_namespace(&spec, LinuxNamespaceType::Ipc);
     let mut mount_points = Vec::new();
     let mut mounts = Vec::new();
-    let mut volumes = Vec::new();
-    for mount in spec.mounts().iter().flatten() {
-        let number = shares.len() - 1;
+    let (mut volumes, mut direct) = (Vec::new(), Vec::new());
+    for (number, mount) in spec.mounts().iter().flatten().enumerate() {
         let (mount, needs) = adapt_mount(id, number, bundle, mount, shared_ipc)?;
         let source = match &needs {
             Needs::Share(share) => Some(&share.path),
@@ -144,6 +147,7 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
             Needs::Nothing => {}
             Needs::Share(share) => shares.push(share),
             Needs::Volume(volume) => volumes.push(volume),
+            Needs::Direct(volume) => direct.push((number as u32, volume)),
         }
     }
     spec.set_mounts(Some(mounts));
@@ -160,6 +164,7 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
         shares,
         volumes,
         disks,
+        direct,
         mount_points,
     })
 }
@@ -283,6 +288,12 @@ fn adapt_mount(
     // What the host's kernel makes up, the guest's does too.
     if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
         return Ok((adapted, Needs::Nothing));
+    }
+    if let Some(volume) = direct_volume::find(&source)? {
+        adapted.set_source(Some(
+            Path::new(VOLUMES_DIR).join(id).join(number.to_string()),
+        ));
+        return Ok((adapted, Needs::Direct(volume)));
     }
     if let Some(ephemeral) = ephemeral::behind(&source) {
         adapted.set_source(Some(ephemeral.guest_path));
@@ -532,7 +543,7 @@ mod tests {
             .iter()
             .map(|s| (s.name.as_str(), s.read_only))
             .collect();
-        assert_eq!(names, [("c.root", true), ("c.mount0", true)]);
+        assert_eq!(names, [("c.root", true), ("c.mount1", true)]);
         assert!(adapted.mount_points.contains(&("/etc/hosts".into(), true)));
     }
 

@@ -21,6 +21,7 @@ use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
 };
 use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -182,8 +183,11 @@ pub(crate) struct Inner {
     pub(crate) handle: VmHandle,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
-    _joined: Option<Joined>,
+    /// Given back when the sandbox stops.
+    joined: Mutex<Option<Joined>>,
     pub(crate) timeline: Timeline,
+    /// Disks that containers have in common, by what they are on the host.
+    disks: Mutex<HashMap<(PathBuf, bool), Arc<Disk>>>,
     end: Arc<End>,
 }
 
@@ -308,8 +312,9 @@ impl Sandbox {
                 console,
                 handle: vm.handle(),
                 _connection: connection,
-                _joined: joined,
+                joined: Mutex::new(joined),
                 timeline,
+                disks: Mutex::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
             ready_after: connected,
@@ -489,6 +494,7 @@ impl Drop for Sandbox {
 
 impl Inner {
     fn stop(&self) -> ExitReason {
+        drop(self.joined.lock().map(|mut joined| joined.take()));
         if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
             let deadline = Instant::now() + STOP_LIMIT;
             while self.handle.ended().is_none() && Instant::now() < deadline {
@@ -514,6 +520,29 @@ impl Inner {
                 Err(self.explain(error))
             }
         }
+    }
+
+    /// As [`attach_disk`](Self::attach_disk), but one that is there already is not attached again.
+    pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Arc<Disk>, Error> {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (config.path.clone(), config.read_only);
+        if let Some(disk) = disks.get(&key) {
+            return Ok(disk.clone());
+        }
+        let disk = Arc::new(self.attach_disk(config)?);
+        disks.insert(key, disk.clone());
+        Ok(disk)
+    }
+
+    /// Detaches it with the last of those who have it.
+    pub(crate) fn release_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
+        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        // This one, and the table's.
+        if Arc::strong_count(&disk) > 2 {
+            return Ok(());
+        }
+        disks.retain(|_, other| !Arc::ptr_eq(other, &disk));
+        self.detach_disk(&disk)
     }
 
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {

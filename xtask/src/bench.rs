@@ -2,9 +2,11 @@
 
 use crate::build::Products;
 use crate::rig::Archive;
-use crate::{build, cache, proc, setup, suite};
+use crate::{build, cache, counting, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -60,6 +62,21 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// A cold start where instructions are counted: the same on every run and every machine
+    Boot {
+        /// Fail if Koya's figures are worse than the ones on record
+        #[arg(long)]
+        check: bool,
+        /// By how many per cent a figure may be worse
+        #[arg(long, default_value_t = 2.0, value_name = "PERCENT")]
+        share: f64,
+        /// Put this run's figures on record (benches/baseline/boot.json)
+        #[arg(long)]
+        record: bool,
+        /// Also write the rows to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
     Containers {
         /// Containers of each kind; each figure is a median
@@ -75,6 +92,12 @@ enum What {
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
+        What::Boot {
+            check,
+            share,
+            record,
+            json,
+        } => boot(check.then_some(*share), *record, json.as_deref()),
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
@@ -93,13 +116,115 @@ fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
 }
 
 fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
-    const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
     let program = program("containers")?;
     let folder = suite::containerd(suite::CONTAINERD_SUITES[0])?;
     let rounds = rounds.to_string();
     in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)
+}
+
+/// What Koya's start cost when it was last put on record.
+const BASELINE: &str = "benches/baseline/boot.json";
+/// What the rows begin with.
+const ROWS: &str = "rows: ";
+
+fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
+    setup::ensure()?;
+    setup::ensure_these(PEERS)?;
+    let program = program("boot")?;
+    let products = Products::places();
+    let mut files = Archive::default();
+    for dir in [
+        "share",
+        "share/koya",
+        "rootfs",
+        "rootfs/bin",
+        "lib",
+        "lib64",
+    ] {
+        files.dir(dir)?;
+    }
+    for dir in ["proc", "sys", "dev", "tmp", "run", "etc"] {
+        files.dir(&format!("rootfs/{dir}"))?;
+    }
+    let busybox = fs::read("/bin/busybox").context("busybox-static is not installed")?;
+    for name in ["sh", "echo"] {
+        files.file(&format!("rootfs/bin/{name}"), 0o755, &busybox)?;
+    }
+    files.file("bin/sh", 0o755, &busybox)?;
+    for name in ["vmlinux", "initramfs"] {
+        let path = products.share.join(name);
+        files.file(&format!("share/koya/{name}"), 0o644, &fs::read(path)?)?;
+    }
+    files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
+    let programs = [
+        program,
+        products.bin.join("koya"),
+        "/usr/bin/runc".into(),
+        "/usr/bin/crun".into(),
+    ];
+    let mut libraries = BTreeMap::new();
+    for program in &programs {
+        let name = program.file_name().unwrap_or_default().to_string_lossy();
+        files.file(&format!("bin/{name}"), 0o755, &fs::read(program)?)?;
+        libraries.extend(libraries_of(program)?);
+    }
+    for (to, path) in libraries {
+        files.file(&to, 0o755, &fs::read(path)?)?;
+    }
+    let said = counting::run(files)?;
+    let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
+    let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
+    eprint!(
+        "{}",
+        said.lines()
+            .filter(|l| !l.starts_with(ROWS))
+            .fold(String::new(), |all, l| all + l + "\n")
+    );
+    let text = serde_json::to_string_pretty(&rows)? + "\n";
+    if let Some(file) = json {
+        fs::write(file, &text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let baseline = proc::checkout().join(BASELINE);
+    if let Some(share) = share {
+        let before = fs::read(&baseline).with_context(|| format!("no {BASELINE}"))?;
+        compare(&serde_json::from_slice(&before)?, &rows, share)?;
+    }
+    if record {
+        fs::write(&baseline, &text)?;
+        eprintln!("bench: {BASELINE} is written");
+    }
+    Ok(())
+}
+
+/// What runc and crun run: one process, with what `koya run` gives its own.
+const OCI_CONFIG: &str = include_str!("../../benches/guest/config.json");
+const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
+
+/// Fails if a figure is worse than it was by more than so many per cent.
+fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
+    let figure = |rows: &Value, name: &str| {
+        let mut rows = rows.as_array().into_iter().flatten();
+        let row = rows.find(|row| row["name"] == name)?;
+        row["koya"].as_f64()
+    };
+    let mut worse = Vec::new();
+    for row in before.as_array().into_iter().flatten() {
+        let name = row["name"].as_str().unwrap_or_default();
+        // Steps are parts of what is compared.
+        let (Some(before), Some(now)) = (row["koya"].as_f64(), figure(now, name)) else {
+            bail!("{name}: no such figure any more; --record puts the new ones on record");
+        };
+        if !name.starts_with("step: ") && now > before * (1.0 + share / 100.0) {
+            worse.push(format!("{name}: {now} instead of {before}"));
+        }
+    }
+    if worse.is_empty() {
+        eprintln!("bench: nothing is worse than on record by more than {share} %");
+        return Ok(());
+    }
+    bail!("worse by more than {share} %:\n{}", worse.join("\n"))
 }
 
 /// Builds a program of the benches, and what it measures.
@@ -230,16 +355,25 @@ fn source_tree(dir: &Path, root: &Path) -> Result<()> {
 
 /// Copies what a program is linked with, its loader where it looks for it.
 fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
+    for (to, path) in libraries_of(program)? {
+        fs::copy(path, root.join(to))?;
+    }
+    Ok(())
+}
+
+/// What a program is linked with: where it finds that, and where it is here.
+fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = Vec::new();
     for line in proc::output(Command::new("ldd").arg(program))?.lines() {
         let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {
             continue;
         };
         let name = path.rsplit('/').next().unwrap_or(path);
-        let to = match path.starts_with("/lib64/") {
-            true => root.join("lib64").join(name),
-            false => root.join("lib").join(name),
+        let folder = match path.starts_with("/lib64/") {
+            true => "lib64",
+            false => "lib",
         };
-        fs::copy(path, to)?;
+        all.push((format!("{folder}/{name}"), path.into()));
     }
-    Ok(())
+    Ok(all)
 }

@@ -7,6 +7,7 @@ mod apt;
 mod bench;
 mod build;
 mod cache;
+mod counting;
 mod demo;
 mod kernel;
 mod lint;

@@ -186,14 +186,36 @@ pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits
 }
 
 /// The emulated host: what emulates it, its kernel and its initramfs.
-struct Host {
+pub(crate) struct Host {
     /// Where the newer QEMU is unpacked; none means the machine's own.
     qemu: Option<PathBuf>,
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
 }
 
 impl Host {
-    fn ensure() -> Result<Self> {
+    /// What emulates it, told to end with this process.
+    pub(crate) fn qemu(&self) -> Command {
+        // setpriv: should we be killed, so is QEMU.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]);
+        match &self.qemu {
+            Some(root) => {
+                command
+                    .arg(root.join("usr/bin/qemu-system-x86_64"))
+                    .arg("-L")
+                    .arg(root.join("usr/share/qemu"))
+                    .arg("-L")
+                    .arg(root.join("usr/share/seabios"))
+                    .args(["-L", "/usr/share/qemu"]);
+            }
+            None => {
+                command.arg("qemu-system-x86_64");
+            }
+        }
+        command
+    }
+
+    pub(crate) fn ensure() -> Result<Self> {
         // The same Debian version as the guest kernel's source: one number to know.
         let version = kernel::source_version()?;
         let upstream = version
@@ -350,10 +372,10 @@ fn quoted(word: &str) -> String {
 }
 
 /// A folder for one run. Runs that were killed are cleaned up by the next one.
-struct RunDir(PathBuf);
+pub(crate) struct RunDir(PathBuf);
 
 impl RunDir {
-    fn create() -> Result<Self> {
+    pub(crate) fn create() -> Result<Self> {
         let shelf = cache::root().join("runs");
         fs::create_dir_all(&shelf)?;
         for entry in fs::read_dir(&shelf)?.filter_map(|e| e.ok()) {
@@ -370,7 +392,7 @@ impl RunDir {
         Ok(Self(dir))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 }
@@ -396,23 +418,7 @@ impl Qemu {
         let here = std::process::id();
         let pipe = |fd: &OwnedFd| format!("path=/proc/{here}/fd/{}", fd.as_raw_fd());
 
-        // setpriv: should we be killed, so is QEMU.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]);
-        match &host.qemu {
-            Some(root) => {
-                command
-                    .arg(root.join("usr/bin/qemu-system-x86_64"))
-                    .arg("-L")
-                    .arg(root.join("usr/share/qemu"))
-                    .arg("-L")
-                    .arg(root.join("usr/share/seabios"))
-                    .args(["-L", "/usr/share/qemu"]);
-            }
-            None => {
-                command.arg("qemu-system-x86_64");
-            }
-        }
+        let mut command = host.qemu();
         command
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35"])
             .args(["-smp", &limits.cpus.to_string()])

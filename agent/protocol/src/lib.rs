@@ -23,6 +23,9 @@ pub const STREAM_PORT: u32 = 1025;
 /// Bytes of a stream's token, as hexadecimal digits.
 pub const TOKEN_LEN: usize = 32;
 
+/// Where in the guest the file systems of disks are that are a container's volumes: in its folder, by
+/// number.
+pub const VOLUMES_DIR: &str = "/run/koya/volumes";
 /// Where in the guest the sandbox's file systems in memory are, by their names.
 pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
 

@@ -20,11 +20,15 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 /// How long the last answer may take to reach containerd.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
+
+/// How long a shim may be without a container.
+const FORGOTTEN: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_secs(5);
 
 pub(crate) fn serve(flags: &Flags) -> Result<()> {
     let listener = become_daemon()?;
@@ -70,7 +74,18 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
         }
     })?;
 
-    ended.recv().ok();
+    // containerd may die before its first request, or before its last: nobody else knows this process.
+    let mut without = None;
+    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
+        without = match pod.is_empty() {
+            true => without.or_else(|| Some(Instant::now())),
+            false => None,
+        };
+        if without.is_some_and(|since: Instant| since.elapsed() > FORGOTTEN) {
+            log::warn!("ends: no container for {FORGOTTEN:?}");
+            break;
+        }
+    }
     // First of all: the next container of this name must not find a shim that is ending.
     fs::remove_file(launch::socket(flags, &flags.id)).ok();
     std::thread::sleep(LAST_ANSWER);

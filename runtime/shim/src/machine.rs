@@ -47,9 +47,11 @@ impl Pod {
         }
         bound(task, &started, size.memory_mib);
         self.tell_of_ooms(started.clone())?;
-        match Loopback::join(&started) {
-            Ok(loopback) => *lock(&self.loopback) = Some(loopback),
-            Err(error) => log::warn!("there is no port forward: {error}"),
+        if task.is_virtual() {
+            match Loopback::join(&started) {
+                Ok(loopback) => *lock(&self.loopback) = Some(loopback),
+                Err(error) => log::warn!("no port forward: {:#}", anyhow::Error::from(error)),
+            }
         }
         *lock(&self.fitted) = Some(size);
         *sandbox = Some(started.clone());

@@ -9,6 +9,7 @@
 
 mod cgroup;
 mod cleanup;
+mod control;
 mod daemon;
 mod events;
 mod flags;

@@ -1,6 +1,5 @@
 //! The sandbox of one shim, and the containers in it.
 
-use crate::cgroup;
 use crate::events::{Events, timestamp};
 use crate::flags::Flags;
 use crate::further::Further;
@@ -12,16 +11,13 @@ use crate::spec::{HOST_NETWORK, Network, Role, Spec};
 use crate::stand_in::StandIn;
 use crate::sync::{lock, spawn};
 use crate::task::{Exit, Handle, Proc, Refusal, Status, Wish};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskStart,
 };
 use containerd_shim_protos::topics;
-use koya::oci_spec::runtime as oci;
-use koya::{
-    Bundle, Container, ContainerStats, Loopback, Sandbox, Settings, SharedPids, Size, Step,
-};
+use koya::{Bundle, Container, Loopback, Sandbox, Settings, SharedPids, Size, Step};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,11 +36,7 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// The status of a process whose virtual machine ended.
 const LOST: u32 = 255;
 
-const SIGINT: u32 = 2;
 pub(crate) const SIGKILL: u32 = 9;
-const SIGTERM: u32 = 15;
-/// The last real-time signal.
-const LAST_SIGNAL: u32 = 64;
 
 /// A container of the sandbox.
 pub(crate) struct Task {
@@ -59,7 +51,7 @@ pub(crate) struct Task {
     rootfs: PathBuf,
     is_mounted: AtomicBool,
     /// One request that changes it at a time.
-    work: Mutex<()>,
+    pub(crate) work: Mutex<()>,
     /// Its start is told before its end.
     order: Mutex<()>,
     stand_in: StandIn,
@@ -392,7 +384,7 @@ impl Pod {
         }
     }
 
-    fn end(&self, task: &Task, status: u32, at: SystemTime) {
+    pub(crate) fn end(&self, task: &Task, status: u32, at: SystemTime) {
         let _order = lock(&task.order);
         if !task.first.ended(status, at) {
             return;
@@ -478,51 +470,6 @@ impl Pod {
         self.events.publish(topics::TASK_START_EVENT_TOPIC, &event);
     }
 
-    pub(crate) fn kill(&self, id: &str, name: &str, signal: u32, all: bool) -> Result<(), Refusal> {
-        let task = self.task(id)?;
-        let proc = task.proc(name)?;
-        proc.status().allow(Wish::Kill)?;
-        if signal > LAST_SIGNAL {
-            return Err(anyhow!("there is no signal {signal}").into());
-        }
-        let Some(handle) = proc.handle() else {
-            // Nothing of it is in the guest: a pod's own container, or one that was never started.
-            if ![SIGINT, SIGKILL, SIGTERM].contains(&signal) {
-                return Ok(());
-            }
-            let at = SystemTime::now();
-            match proc {
-                ProcOf::First(_) => self.end(&task, 128 + signal, at),
-                ProcOf::Further(further) => drop(further.proc.ended(128 + signal, at)),
-            }
-            return Ok(());
-        };
-        let sent = match (all && name.is_empty(), &handle) {
-            (true, Handle::First(container)) => container.signal_all(signal as i32),
-            _ => handle.process().signal(signal as i32),
-        };
-        match sent {
-            Ok(()) => Ok(()),
-            Err(error) if error.to_string().contains("process not found") => {
-                Err(Refusal::Finished("process already finished"))
-            }
-            // A guest that does not answer is ended with its last container.
-            Err(error) if signal == SIGKILL && name.is_empty() && self.is_last(&task) => {
-                log::error!("the guest does not answer, so it is ended: {error}");
-                self.stop();
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn is_last(&self, task: &Task) -> bool {
-        lock(&self.tasks)
-            .values()
-            .filter(|other| other.id != task.id && !other.is_virtual())
-            .all(|other| other.first.status() == Status::Stopped)
-    }
-
     /// The pid that the process had, and how it ended.
     pub(crate) fn delete(self: &Arc<Self>, id: &str, name: &str) -> Result<(u32, Exit), Refusal> {
         let task = self.task(id)?;
@@ -560,96 +507,13 @@ impl Pod {
         Ok((task.pid(), exit))
     }
 
-    pub(crate) fn pause(&self, id: &str) -> Result<(), Refusal> {
-        let task = self.task(id)?;
-        let _work = lock(&task.work);
-        task.first.status().allow(Wish::Pause)?;
-        task.running()?.pause()?;
-        task.first.set_status(Status::Paused);
-        let event = TaskPaused {
-            container_id: task.id.clone(),
-            ..Default::default()
-        };
-        self.events.publish(topics::TASK_PAUSED_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    pub(crate) fn resume(&self, id: &str) -> Result<(), Refusal> {
-        let task = self.task(id)?;
-        let _work = lock(&task.work);
-        task.first.status().allow(Wish::Resume)?;
-        task.running()?.resume()?;
-        task.first.set_status(Status::Running);
-        let event = TaskResumed {
-            container_id: task.id.clone(),
-            ..Default::default()
-        };
-        self.events
-            .publish(topics::TASK_RESUMED_EVENT_TOPIC, &event);
-        Ok(())
-    }
-
-    pub(crate) fn update(&self, id: &str, resources: &[u8]) -> Result<(), Refusal> {
-        let task = self.task(id)?;
-        let _work = lock(&task.work);
-        let resources: oci::LinuxResources =
-            serde_json::from_slice(resources).context("the resources are broken")?;
-        let before = *lock(&task.limits);
-        let wanted = Limits::default().or(Some(&resources));
-        *lock(&task.limits) = Limits {
-            memory: wanted.memory.or(before.memory),
-            milli_cpus: wanted.milli_cpus.or(before.milli_cpus),
-        };
-        // Room first, then the limit; the other way round where it is less.
-        let grown = self.fit();
-        if let Err(error) = grown {
-            *lock(&task.limits) = before;
-            return Err(error);
-        }
-        if !task.is_virtual() {
-            task.running()?.update(&resources)?;
-        }
-        if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
-            cgroup::apply(&folder, &cgroup::cpu(&resources));
-        }
-        Ok(())
-    }
-
-    pub(crate) fn stats(&self, id: &str) -> Result<ContainerStats, Refusal> {
-        let task = self.task(id)?;
-        if task.is_virtual() {
-            return Ok(ContainerStats::default());
-        }
-        Ok(task.running()?.stats()?)
-    }
-
-    pub(crate) fn resize(
-        &self,
-        id: &str,
-        name: &str,
-        rows: u32,
-        columns: u32,
-    ) -> Result<(), Refusal> {
-        let proc = self.task(id)?.proc(name)?;
-        let size = (
-            u16::try_from(rows).unwrap_or(0),
-            u16::try_from(columns).unwrap_or(0),
-        );
-        match proc.handle() {
-            Some(handle) if proc.paths.terminal => Ok(handle.process().resize(size.0, size.1)?),
-            // Clients say sizes of what has no terminal, and of what has just ended.
-            _ => Ok(()),
-        }
-    }
-
-    pub(crate) fn close_stdin(&self, id: &str, name: &str) -> Result<(), Refusal> {
-        self.task(id)?.proc(name)?.close_stdin();
-        Ok(())
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.tasks).is_empty()
     }
 
     /// Ends the shim if it has no container.
     pub(crate) fn shutdown(&self) {
-        if lock(&self.tasks).is_empty() {
+        if self.is_empty() {
             lock(&self.end).send(()).ok();
         }
     }

@@ -14,6 +14,7 @@ mod run;
 mod size;
 mod state;
 mod stats;
+mod volume;
 mod wire;
 
 use clap::{Parser, Subcommand};
@@ -68,6 +69,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Check and show the settings of sandboxes under containerd
     Config(config::ConfigArgs),
+    /// Say which paths stand for block devices that guests mount themselves
+    Volume(volume::VolumeArgs),
     /// Print versions, paths and what the host offers
     Env(environment::EnvArgs),
 }
@@ -97,6 +100,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Console(args) => client::console(&args),
         Command::Check(args) => check::main(&args),
         Command::Config(args) => config::main(args),
+        Command::Volume(args) => volume::main(args),
         Command::Env(args) => environment::main(&args),
     };
     match outcome {

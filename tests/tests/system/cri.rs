@@ -2,7 +2,7 @@
 //! with each version of containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, Test, Use, trials_of};
-use crate::tool::{stdout, until};
+use crate::tool::{koya, stdout, until};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
@@ -493,6 +493,20 @@ fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
             .output()?,
     )?;
 
+    // A path that stands for a file system of the guest's own.
+    let (direct, own) = (kubelet.join("direct"), kubelet.join("own.ext4"));
+    fs::create_dir_all(&direct)?;
+    fs::File::create(&own)?.set_len(16 << 20)?;
+    stdout(
+        Command::new("/sbin/mkfs.ext4")
+            .arg("-q")
+            .arg(&own)
+            .output()?,
+    )?;
+    stdout(koya(["volume", "add"]).arg(&direct).arg(&own).output()?)?;
+    let listed = stdout(koya(["volume", "ls"]).output()?)?;
+    ensure!(listed.contains(&*own.to_string_lossy()), "{listed}");
+
     let cri = Cri::connect(&containerd.socket())?;
     let pod = Pod::start(&cri, containerd, "volumes", |_| {})?;
     let bind = |host: &Path, at: &str, readonly: bool| v1::Mount {
@@ -506,6 +520,7 @@ fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
             bind(&config, "/config", true),
             bind(&disk, "/disk", false),
             bind(&memory, "/memory", false),
+            bind(&direct, "/direct", false),
         ];
         all.devices = vec![v1::Device {
             container_path: "/dev/block".into(),
@@ -517,6 +532,7 @@ fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
         all.mounts = vec![
             bind(&disk.join("sub"), "/sub", false),
             bind(&part, "/part", false),
+            bind(&direct, "/direct", false),
         ];
     })?;
     // What the host changes is seen.
@@ -551,7 +567,25 @@ fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
     // A block device.
     pod.exec(&one, "echo block data > /dev/block; sync")?;
     ensure!(pod.exec(&one, "head -n 1 /dev/block")? == "block data");
+    // The guest's own file system, on one disk for both.
+    ensure!(
+        pod.exec(&one, "grep ' /direct ' /proc/mounts")?
+            .contains("ext4")
+    );
+    pod.exec(&one, "echo its own > /direct/file; sync")?;
+    ensure!(pod.exec(&two, "cat /direct/file")? == "its own");
+    ensure!(fs::read_dir(&direct)?.next().is_none(), "it is on the host");
+    cri.stop(&two, 0)?;
+    cri.remove(&two)?;
+    ensure!(pod.exec(&one, "cat /direct/file")? == "its own");
     pod.remove()?;
+    stdout(koya(["volume", "rm"]).arg(&direct).output()?)?;
+    let looked = Command::new("/sbin/debugfs")
+        .args(["-R", "cat /file"])
+        .arg(&own)
+        .output()?;
+    ensure!(stdout(looked)? == "its own");
+    stdout(Command::new("/sbin/e2fsck").arg("-fn").arg(&own).output()?)?;
     ensure!(fs::read(&image)?.starts_with(b"block data\n"));
     stdout(Command::new("losetup").args(["-d", &device]).output()?)?;
     for at in [&part, &memory] {

@@ -1,0 +1,192 @@
+//! What a cold start costs where instructions are counted: `cargo xtask bench boot`.
+//!
+//! `boot` measures, and starts itself again as `boot once`, which is what is measured: one sandbox, from
+//! exec to its first container's end. Beside it whole runs of `koya run`, `runc run` and `crun run` with one
+//! root file system. Virtual time and executed instructions are given apart: a wait advances the first.
+
+use koya::{ContainerConfig, Sandbox, SandboxConfig};
+use koya_benches::{print_table, row};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::fs;
+use std::process::{Command, Stdio};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// The first argument of the process that is measured.
+const ONCE: &str = "once";
+/// Its guest's memory in MiB.
+const MEMORY_MIB: u64 = 128;
+/// The first run of each fills caches; the last counts.
+const RUNS: usize = 3;
+/// Where the init has put what is run.
+const BUNDLE: &str = "/run/bundle";
+const ROOTFS: &str = "/run/bundle/rootfs";
+const MARK: &str = "rows: ";
+
+fn main() -> Result<()> {
+    match std::env::args().nth(1).as_deref() {
+        Some(ONCE) => once(),
+        None => measure(),
+        Some(other) => Err(format!("{other:?}: say nothing").into()),
+    }
+}
+
+/// Nanoseconds of the clock that all processes share.
+fn now() -> Result<u64> {
+    Ok(u64::try_from(
+        clock_gettime(ClockId::CLOCK_MONOTONIC)?.num_nanoseconds(),
+    )?)
+}
+
+/// Nanoseconds of CPU time, guests' included.
+fn used(who: UsageWho) -> Result<u64> {
+    let usage = getrusage(who)?;
+    let times = [usage.user_time(), usage.system_time()];
+    let micros: i64 = times.iter().map(|time| time.num_microseconds()).sum();
+    Ok(u64::try_from(micros)? * 1000)
+}
+
+/// Exits of this process's virtual machine so far.
+fn exits() -> u64 {
+    let prefix = format!("{}-", std::process::id());
+    let folders = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
+    let own = folders.flatten().find(|entry| {
+        let name = entry.file_name();
+        name.to_string_lossy().starts_with(&prefix)
+    });
+    let text = own.and_then(|own| fs::read_to_string(own.path().join("exits")).ok());
+    text.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+fn once() -> Result<()> {
+    let entered = now()?;
+    let config = SandboxConfig {
+        memory_mib: MEMORY_MIB,
+        ..SandboxConfig::default()
+    };
+    let sandbox = Sandbox::start(&config)?;
+    let ready = (now()?, used(UsageWho::RUSAGE_SELF)?, exits());
+    let container = sandbox.run("c", &ContainerConfig::new(ROOTFS, ["/bin/echo", "hello"]))?;
+    let output = container.output()?;
+    let ended = (now()?, used(UsageWho::RUSAGE_SELF)?, exits());
+    if output.stdout != b"hello\n" {
+        return Err(format!("{output:?}").into());
+    }
+    let steps: Vec<Value> = sandbox
+        .timeline()
+        .iter()
+        .map(|step| json!([step.name, step.took().as_micros() as u64]))
+        .collect();
+    println!(
+        "{}",
+        json!({"entered": entered, "ready": ready, "ended": ended, "steps": steps})
+    );
+    sandbox.stop();
+    Ok(())
+}
+
+/// Virtual milliseconds and millions of instructions of a command, and what it said.
+fn cost_of(command: &mut Command) -> Result<(f64, f64, String)> {
+    let (before, from) = (used(UsageWho::RUSAGE_CHILDREN)?, now()?);
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()?;
+    let (took, cpu) = (now()? - from, used(UsageWho::RUSAGE_CHILDREN)? - before);
+    if !output.status.success() {
+        return Err(format!("{command:?}: {}", output.status).into());
+    }
+    let said = String::from_utf8(output.stdout)?;
+    Ok((took as f64 / 1e6, cpu as f64 / 1e6, said))
+}
+
+fn measure() -> Result<()> {
+    let mut rows = Vec::new();
+    let own = std::env::current_exe()?;
+    for run in 0..RUNS {
+        let from = now()?;
+        let (_, _, said) = cost_of(Command::new(&own).arg(ONCE))?;
+        if run + 1 == RUNS {
+            rows.extend(rows_of(from, &serde_json::from_str(&said)?)?);
+        }
+    }
+    let runs: [(&str, &[&str]); 3] = [
+        (
+            "koya",
+            &[
+                "koya",
+                "run",
+                "--rootfs",
+                ROOTFS,
+                "--",
+                "/bin/echo",
+                "hello",
+            ],
+        ),
+        ("runc", &["runc", "run", "--no-pivot", "--bundle", BUNDLE]),
+        ("crun", &["crun", "run", "--no-pivot", "--bundle", BUNDLE]),
+    ];
+    let mut costs = Vec::new();
+    for (name, words) in runs {
+        let mut last = (0.0, 0.0, String::new());
+        for run in 0..RUNS {
+            let mut command = Command::new(words[0]);
+            command.args(&words[1..]);
+            if name != "koya" {
+                command.arg(format!("c{run}"));
+            }
+            last = cost_of(&mut command)?;
+        }
+        costs.push((name.to_owned(), last));
+    }
+    let peers = |value: fn(&(f64, f64, String)) -> f64| {
+        let peers = costs[1..]
+            .iter()
+            .map(|(name, cost)| (name.clone(), value(cost)));
+        peers.collect::<Vec<_>>()
+    };
+    let own = &costs[0].1;
+    let name = "run of a container, exec to exit: executed";
+    rows.push(row(name, "M instr", true, own.1, peers(|cost| cost.1)));
+    let name = "run of a container, exec to exit: virtual time";
+    rows.push(row(name, "ms", true, own.0, peers(|cost| cost.0)));
+    print_table(&rows);
+    println!("{MARK}{}", serde_json::to_string(&rows)?);
+    Ok(())
+}
+
+fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
+    let number = |value: &Value| value.as_u64().unwrap_or(0) as f64;
+    let since = |value: &Value| (number(value) - from as f64) / 1e6;
+    let mut rows = vec![row(
+        "cold boot: exec to main, virtual time",
+        "ms",
+        true,
+        since(&said["entered"]),
+        [],
+    )];
+    for (what, at) in [
+        ("agent ready", &said["ready"]),
+        ("container ended", &said["ended"]),
+    ] {
+        let name = |unit: &str| format!("cold boot: exec to {what}, {unit}");
+        rows.push(row(
+            &name("executed"),
+            "M instr",
+            true,
+            number(&at[1]) / 1e6,
+            [],
+        ));
+        rows.push(row(&name("virtual time"), "ms", true, since(&at[0]), []));
+        rows.push(row(&name("KVM exits"), "exits", true, number(&at[2]), []));
+    }
+    for step in said["steps"].as_array().into_iter().flatten() {
+        let name = format!("step: {}", step[0].as_str().unwrap_or_default());
+        rows.push(row(&name, "ms", true, number(&step[1]) / 1e3, []));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,152 @@
+//! Direct volumes: file systems on block devices or disk images of the host's that the guest mounts by
+//! itself, instead of a share of what the host has mounted.
+//!
+//! Who prepares a volume (a storage driver) writes down that its path stands for a device. The file is as
+//! Kata Containers' drivers write it, and theirs are found too: `FOLDER/BASE64URL(path)/mountInfo.json`.
+
+use crate::Error;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+/// Where they are written down.
+pub const FOLDER: &str = "/run/koya/direct-volumes";
+/// Where Kata Containers' drivers write theirs.
+const KATA_FOLDER: &str = "/run/kata-containers/shared/direct-volumes";
+const FILE: &str = "mountInfo.json";
+/// As drivers name the kinds that are a device with a file system.
+const KINDS: &[&str] = &["", "block", "directvol"];
+
+/// What a path stands for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectVolume {
+    #[serde(rename = "volume-type", default)]
+    kind: String,
+    /// The block device, or an image of one.
+    pub device: PathBuf,
+    /// Its file system, as mount(8) names it.
+    pub fstype: String,
+    /// Options of the mount.
+    #[serde(default)]
+    pub options: Vec<String>,
+}
+
+impl DirectVolume {
+    /// A device with a file system.
+    pub fn new(device: impl Into<PathBuf>, fstype: impl Into<String>) -> Self {
+        Self {
+            kind: "block".into(),
+            device: device.into(),
+            fstype: fstype.into(),
+            options: Vec::new(),
+        }
+    }
+
+    /// Writes down that `path` stands for this, until [`forget`] or the host's next start.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    pub fn add(&self, path: &Path) -> Result<(), Error> {
+        let what = || format!("write down the volume {}", path.display());
+        let add = || -> io::Result<()> {
+            let dir = entry(Path::new(FOLDER), path);
+            fs::create_dir_all(&dir)?;
+            let new = dir.join("new");
+            fs::write(&new, serde_json::to_vec(self)?)?;
+            fs::rename(new, dir.join(FILE))
+        };
+        add().map_err(|error| Error::host(what())(error))
+    }
+}
+
+/// That a path stands for a device is forgotten.
+///
+/// # Errors
+/// If it was not known.
+pub fn forget(path: &Path) -> Result<(), Error> {
+    let what = || format!("forget the volume {}", path.display());
+    let dir = entry(Path::new(FOLDER), path);
+    let forgotten = fs::remove_file(dir.join(FILE)).and_then(|()| fs::remove_dir(dir));
+    forgotten.map_err(|error| Error::host(what())(error))
+}
+
+/// Every path that stands for a device.
+pub fn all() -> Vec<(PathBuf, DirectVolume)> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(FOLDER).into_iter().flatten().flatten() {
+        let Ok(path) = URL_SAFE.decode(entry.file_name().as_bytes()) else {
+            continue;
+        };
+        let path = PathBuf::from(std::ffi::OsString::from_vec(path));
+        if let Ok(Some(volume)) = read(Path::new(FOLDER), &path) {
+            all.push((path, volume));
+        }
+    }
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+/// What a path stands for, if it is a volume.
+pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
+    for folder in [FOLDER, KATA_FOLDER] {
+        if let Some(volume) = read(Path::new(folder), path)? {
+            return Ok(Some(volume));
+        }
+    }
+    Ok(None)
+}
+
+fn entry(folder: &Path, path: &Path) -> PathBuf {
+    folder.join(URL_SAFE.encode(path.as_os_str().as_bytes()))
+}
+
+fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
+    let wrong = |why: String| {
+        let reason = format!("{} stands for a device, but {why}", path.display());
+        Error::container("mounts", reason)
+    };
+    let text = match fs::read(entry(folder, path).join(FILE)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(wrong(error.to_string())),
+    };
+    let volume: DirectVolume =
+        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    if !KINDS.contains(&volume.kind.as_str()) {
+        let why = format!("volumes of the kind {:?} are not supported", volume.kind);
+        return Err(wrong(why));
+    }
+    Ok(Some(volume))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drivers_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Path::new("/var/lib/kubelet/pods/u/volumes/csi/pvc/mount");
+        assert_eq!(read(dir.path(), path).unwrap(), None);
+        // As Kata's drivers name it and write it.
+        let own = "L3Zhci9saWIva3ViZWxldC9wb2RzL3Uvdm9sdW1lcy9jc2kvcHZjL21vdW50";
+        fs::create_dir(dir.path().join(own)).unwrap();
+        let file = dir.path().join(own).join(FILE);
+        let text = r#"{"volume-type": "directvol", "device": "/dev/sdf", "fstype": "ext4",
+            "metadata": {"fsGroup": "3000"}, "options": ["ro"]}"#;
+        fs::write(&file, text).unwrap();
+        let volume = read(dir.path(), path).unwrap().unwrap();
+        assert_eq!(volume.device, Path::new("/dev/sdf"));
+        assert_eq!(
+            (volume.fstype.as_str(), volume.options),
+            ("ext4", vec!["ro".to_owned()])
+        );
+        fs::write(&file, text.replace("directvol", "vfiovol")).unwrap();
+        let refused = read(dir.path(), path).unwrap_err().to_string();
+        assert!(refused.contains("vfiovol"), "{refused}");
+    }
+}

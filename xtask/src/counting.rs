@@ -1,0 +1,66 @@
+//! An emulated host whose clock is the instructions that it executes (QEMU's `-icount shift=0`): what is
+//! measured there is the same on every run and every machine, a nanosecond an instruction.
+//!
+//! It knows no caches and no TLB, and an exit of a guest is one instruction to it. Waits advance its clock too.
+
+use crate::proc;
+use crate::rig::{Archive, Host, RunDir};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+const INIT: &str = include_str!("counting-init.sh");
+/// What its last line begins with.
+const END: &str = "counting: exit ";
+const MEMORY_MIB: u32 = 3072;
+const LIMIT: Duration = Duration::from_secs(1200);
+
+/// Boots it with these files, runs `/bin/boot` in it, and returns what that said.
+///
+/// # Errors
+/// If it ends with another status than 0, with the end of its console.
+pub(crate) fn run(mut files: Archive) -> Result<String> {
+    let host = Host::ensure()?;
+    let run = RunDir::create()?;
+    files.file("init", 0o755, INIT.as_bytes())?;
+    // Archives follow each other, and what comes later wins.
+    let mut initrd = fs::read(host.dir.join("initrd"))?;
+    initrd.extend(files.finish()?);
+    fs::write(run.path("initrd"), initrd)?;
+    let console = run.path("console");
+    let mut qemu = host.qemu();
+    // Without fast string instructions: each step of one would count.
+    qemu.args(["-accel", "tcg,thread=single", "-cpu", "max,-erms,-fsrm"])
+        .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
+        .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1", "-M", "q35"])
+        .args(["-m", &MEMORY_MIB.to_string()])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-vga", "none", "-net", "none", "-no-reboot"])
+        .arg("-kernel")
+        .arg(host.dir.join("vmlinuz"))
+        .arg("-initrd")
+        .arg(run.path("initrd"))
+        .args(["-append", "console=ttyS0 quiet panic=-1 nokaslr"])
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .stdin(Stdio::null());
+    eprintln!("counting: starting an emulated host whose instructions are counted");
+    let started = Instant::now();
+    let mut child = qemu.spawn().context("cannot start QEMU")?;
+    while child.try_wait()?.is_none() {
+        if started.elapsed() > LIMIT {
+            child.kill()?;
+            child.wait()?;
+            bail!("no end after {LIMIT:?}:\n{}", proc::tail(&console, 40));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    eprintln!("counting: done in {:.1?}", started.elapsed());
+    let said = fs::read_to_string(&console)?.replace('\r', "");
+    let status = said.lines().find_map(|line| line.strip_prefix(END));
+    if status.map(str::trim) != Some("0") {
+        bail!("it failed:\n{}", proc::tail(&console, 40));
+    }
+    Ok(said)
+}
