@@ -120,9 +120,12 @@ pub(crate) fn add(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
         .path(&device.path)
         .major(major)
         .minor(minor)
-        .file_mode(0o660u32)
-        .uid(0u32)
-        .gid(0u32)
+        .file_mode(match device.mode {
+            0 => 0o660,
+            mode => mode & 0o777,
+        })
+        .uid(device.uid)
+        .gid(device.gid)
         .build()?;
     let rule = LinuxDeviceCgroupBuilder::default()
         .allow(true)

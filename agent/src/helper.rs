@@ -10,6 +10,10 @@ use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Process, Spec};
+use rustix::fs::{Gid, Uid};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, unmount,
+};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -123,18 +127,50 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
 
 /// A process in a pid namespace of its own, which this one leaves to PID 1.
 fn pause() -> Result<i32> {
-    crate::sys::new_pid_namespace().context("cannot make a pid namespace")?;
+    crate::sys::new_namespaces().context("cannot make namespaces")?;
     let mut first = Command::new("/proc/self/exe");
     let first = first.arg0("/pause").arg(PAUSE).spawn();
     Ok(first.context("cannot start a process")?.id() as i32)
 }
 
-/// What it does: whatever becomes its child is collected.
+/// What it does: whatever becomes its child is collected. It is the first process that containers see, so
+/// it has nothing: no files, no privileges.
 pub(crate) fn hold() -> ! {
     crate::sys::collect_children();
+    if let Err(error) = let_go() {
+        crate::sys::kernel_log(&format!("koya-agent: pause: {error:#}"));
+        std::process::exit(1);
+    }
     loop {
         std::thread::park();
     }
+}
+
+fn let_go() -> Result<()> {
+    const NOBODY: u32 = 65_535;
+    // With it all of its namespace would end.
+    std::fs::write("/proc/self/oom_score_adj", "-1000")?;
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    let empty = Path::new("/pause");
+    std::fs::create_dir_all(empty)?;
+    mount("empty", empty, "tmpfs", MountFlags::RDONLY, c"size=4k")?;
+    // All that is below the root of the initramfs, which itself can't be left by pivot_root(2).
+    for mounted in ["/run", "/dev", "/sys", "/proc"] {
+        unmount(mounted, UnmountFlags::DETACH).with_context(|| mounted.to_owned())?;
+    }
+    rustix::process::chdir(empty)?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    // The privileges go with it.
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
 }
 
 fn delete(id: &str) -> Result<i32> {

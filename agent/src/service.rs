@@ -203,12 +203,13 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
             let id = &request.container_id;
-            state.help(&["delete", id], Streams::none()).await?;
+            let deleted = state.help(&["delete", id], Streams::none()).await;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             state.ooms.forget(id);
             let of = id.clone();
-            let unmounted = aside(move || volumes::unmount_disks(&of)).await;
+            let unmounted = aside(move || volumes::unmount_all(&of)).await;
             fs::remove_dir_all(bundle(id)).ok();
+            deleted?;
             unmounted?;
             Ok(Empty::new())
         })

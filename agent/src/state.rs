@@ -16,8 +16,8 @@ use koya_protocol::messages::{
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::fs;
-use std::os::fd::OwnedFd;
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -38,8 +38,8 @@ pub(crate) struct State {
     pub(crate) reaper: Reaper,
     pub(crate) processes: Rc<RefCell<HashMap<Key, Tracked>>>,
     pub(crate) ooms: Ooms,
-    /// The first process of the pid namespace that the sandbox's containers share.
-    pause: Rc<OnceCell<i32>>,
+    /// The first process of the pid namespace that the sandbox's containers share, and its end.
+    pause: Rc<OnceCell<(i32, End)>>,
     /// Helpers that run, and how many there were: outcomes' names.
     helping: Rc<Cell<u32>>,
     helpers: Rc<Cell<u64>>,
@@ -121,57 +121,76 @@ impl State {
         }
         fs::create_dir_all(&dir)?;
         adapt(&mut spec, id);
-        let first = match (request.sandbox_pidns, request.pidns_of.as_str()) {
-            (true, _) => Some(self.pause().await?),
-            (false, "") => None,
-            (false, of) => Some(self.with(&(of.to_owned(), String::new()), |p| p.pid)?),
-        };
-        if let Some(first) = first {
-            join_pids(&mut spec, first);
-        }
-        let volumes = request.ephemeral_volumes;
-        let (disks, of) = (request.disk_volumes, id.to_owned());
-        let there = aside(move || {
-            volumes.iter().try_for_each(volumes::ensure)?;
-            volumes::mount_disks(&of, &disks)
-        });
-        if let Err(error) = there.await {
-            volumes::unmount_disks(id).ok();
-            fs::remove_dir_all(&dir).ok();
-            return Err(error);
-        }
-        for device in &request.block_devices {
-            disks::add(&mut spec, device)?;
-        }
-        spec.save(dir.join("config.json"))?;
-        let made = self
-            .launch(&["create", id], id, "", &request.stdio, None)
-            .await;
-        if made.is_ok() {
-            if let Err(error) = self.ooms.watch(id) {
-                // A guest's kernel without that control.
-                sys::kernel_log(&format!("koya-agent: {error:#}"));
-            }
-            if first.is_some() || !has_pids(&spec) {
-                self.end_all_with_the_first(id)?;
-            }
-        }
+        let made = self.make(id, spec, &request).await;
         if made.is_err() {
             // As far as it was made.
             self.help(&["delete", id], Streams::none()).await.ok();
-            volumes::unmount_disks(id).ok();
+            let of = id.to_owned();
+            aside(move || volumes::unmount_all(&of)).await.ok();
             fs::remove_dir_all(&dir).ok();
         }
         made
     }
 
-    /// The first process of the shared pid namespace, made when the first container wants it.
-    async fn pause(&self) -> Result<i32> {
+    async fn make(
+        &self,
+        id: &str,
+        mut spec: Spec,
+        request: &CreateContainerRequest,
+    ) -> Result<Process> {
+        // Open until it is joined: a number may be another process's by then.
+        let joined = match (request.sandbox_pidns, request.pidns_of.as_str()) {
+            (true, _) => Some(self.pause().await?),
+            (false, "") => None,
+            (false, of) => Some(self.pids_of(of)?),
+        };
+        if let Some(joined) = &joined {
+            join_pids(&mut spec, joined.as_raw_fd());
+        }
+        let (memory, disks) = (
+            request.ephemeral_volumes.clone(),
+            request.disk_volumes.clone(),
+        );
+        let of = id.to_owned();
+        aside(move || volumes::mount_all(&of, &memory, &disks)).await?;
+        for device in &request.block_devices {
+            disks::add(&mut spec, device)?;
+        }
+        spec.save(bundle(id).join("config.json"))?;
+        let made = self
+            .launch(&["create", id], id, "", &request.stdio, None)
+            .await?;
+        if let Err(error) = self.ooms.watch(id) {
+            // A guest's kernel without that control.
+            sys::kernel_log(&format!("koya-agent: {error:#}"));
+        }
+        if joined.is_some() || !has_pids(&spec) {
+            self.end_all_with_the_first(id)?;
+        }
+        Ok(made)
+    }
+
+    /// The pid namespace that the sandbox's containers share, made when the first one wants it.
+    async fn pause(&self) -> Result<File> {
         let made = self.pause.get_or_try_init(async || {
             let made = self.help(&["pause", "-"], Streams::none()).await?;
-            Ok::<_, anyhow::Error>(made.pid)
+            Ok::<_, anyhow::Error>((made.pid, self.reaper.follow(made.pid)))
         });
-        made.await.copied()
+        let (pid, end) = made.await?;
+        if end.borrow().is_some() {
+            bail!("the pid namespace that the containers share has ended");
+        }
+        namespace_of(*pid)
+    }
+
+    /// The pid namespace of a container that runs.
+    fn pids_of(&self, id: &str) -> Result<File> {
+        let key = (id.to_owned(), String::new());
+        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
+        if ended {
+            bail!("container {id} has ended");
+        }
+        namespace_of(pid)
     }
 
     /// In a pid namespace of its own a container's processes end with the first; in another's they
@@ -205,6 +224,14 @@ impl State {
             .launch(&["exec", id], id, exec_id, &request.stdio, Some(&path))
             .await;
         fs::remove_file(&path).ok();
+        // The first process may have ended meanwhile, and what ends with it was ended then.
+        let first = (id.to_owned(), String::new());
+        if self
+            .with(&first, |p| p.end.borrow().is_some())
+            .unwrap_or(true)
+        {
+            cgroup::signal_all(id, libc::SIGKILL).ok();
+        }
         made
     }
 
@@ -362,15 +389,19 @@ fn has_pids(spec: &Spec) -> bool {
     namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
-/// Has a container's processes in the pid namespace of this one.
-fn join_pids(spec: &mut Spec, pid: i32) {
+fn namespace_of(pid: i32) -> Result<File> {
+    File::open(format!("/proc/{pid}/ns/pid")).context("there is no pid namespace to share")
+}
+
+/// Has a container's processes in the pid namespace behind this descriptor of PID 1's.
+fn join_pids(spec: &mut Spec, descriptor: i32) {
     let Some(linux) = spec.linux_mut() else {
         return;
     };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     for namespace in &mut namespaces {
         if namespace.typ() == LinuxNamespaceType::Pid {
-            namespace.set_path(Some(format!("/proc/{pid}/ns/pid").into()));
+            namespace.set_path(Some(format!("/proc/1/fd/{descriptor}").into()));
         }
     }
     linux.set_namespaces(Some(namespaces));

@@ -52,10 +52,10 @@ pub(crate) fn collect_children() {
     }
 }
 
-/// This process's next children are in a new pid namespace.
-pub(crate) fn new_pid_namespace() -> io::Result<()> {
-    // SAFETY: no memory is passed, and what this process shares with others stays as it is.
-    let made = unsafe { libc::unshare(libc::CLONE_NEWPID) };
+/// This process has mounts of its own, and its next children are in a new pid namespace.
+pub(crate) fn new_namespaces() -> io::Result<()> {
+    // SAFETY: no memory is passed, and memory and descriptors stay as they are.
+    let made = unsafe { libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) };
     checked(made.into()).map(drop)
 }
 

@@ -5,14 +5,39 @@ use crate::state::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{DiskVolume, EphemeralVolume};
 use koya_protocol::{EPHEMERAL_DIR, VOLUMES_DIR};
-use rustix::fs::{Gid, Mode, Uid};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use std::ffi::CString;
 use std::fs;
-use std::path::{Component, Path};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-/// Makes a volume, and its folder, as far as they are not there.
-pub(crate) fn ensure(volume: &EphemeralVolume) -> Result<()> {
+/// One volume is made at a time: containers that are made together may have it in common.
+static MAKING: Mutex<()> = Mutex::new(());
+
+/// Makes the volumes that a container needs, as far as they are not there, and its mounts of them.
+pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolume]) -> Result<()> {
+    for volume in memory {
+        let folder = ensure(volume)?;
+        let at = place(id, volume.number)?;
+        // By its descriptor: containers that have the volume could put something else there meanwhile.
+        let from = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        mount_bind(from, &at)
+            .with_context(|| format!("cannot mount the volume {}", volume.name))?;
+    }
+    mount_disks(id, disks)
+}
+
+/// Where a container's mount goes, as a folder.
+fn place(id: &str, number: u32) -> Result<PathBuf> {
+    let at = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
+    fs::create_dir_all(&at)?;
+    Ok(at)
+}
+
+fn ensure(volume: &EphemeralVolume) -> Result<OwnedFd> {
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     let root = Path::new(EPHEMERAL_DIR).join(check_id(&volume.name)?);
     if !root.exists() {
         fs::create_dir_all(&root)?;
@@ -32,32 +57,32 @@ pub(crate) fn ensure(volume: &EphemeralVolume) -> Result<()> {
             bail!("cannot mount the volume {}: {error}", volume.name);
         }
     }
-    let mut folder = root;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut folder = rustix::fs::open(&root, flags, Mode::empty())?;
     for component in Path::new(&volume.folder).components() {
         let Component::Normal(name) = component else {
-            bail!(
-                "{:?} leads out of the volume {}",
-                volume.folder,
-                volume.name
-            );
+            let whole = &volume.folder;
+            bail!("{whole:?} leads out of the volume {}", volume.name);
         };
-        folder.push(name);
-        // What containers put there is not followed.
-        match fs::symlink_metadata(&folder) {
-            Ok(found) if found.is_dir() => continue,
-            Ok(_) => bail!("{} is no folder", folder.display()),
-            Err(_) => {}
+        match rustix::fs::mkdirat(&folder, name, Mode::RWXU) {
+            Ok(()) => {
+                let new = rustix::fs::openat(&folder, name, flags, Mode::empty())?;
+                let owner = (Uid::from_raw(volume.uid), Gid::from_raw(volume.gid));
+                rustix::fs::fchown(&new, Some(owner.0), Some(owner.1))?;
+                rustix::fs::fchmod(&new, Mode::from_raw_mode(volume.mode))?;
+            }
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => bail!("{:?} of the volume {}: {error}", volume.folder, volume.name),
         }
-        fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-        let owner = (Uid::from_raw(volume.uid), Gid::from_raw(volume.gid));
-        rustix::fs::chown(&folder, Some(owner.0), Some(owner.1))?;
-        rustix::fs::chmod(&folder, Mode::from_raw_mode(volume.mode))?;
+        // What containers put there is not followed.
+        let next = rustix::fs::openat(&folder, name, flags, Mode::empty());
+        folder = next.with_context(|| format!("{:?} is no folder", volume.folder))?;
     }
-    Ok(())
+    Ok(folder)
 }
 
 /// Mounts the file systems of a container's disks.
-pub(crate) fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
+fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
     for volume in volumes {
         let at = Path::new(VOLUMES_DIR)
             .join(id)
@@ -81,33 +106,41 @@ pub(crate) fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
 fn options(all: &[String]) -> (MountFlags, String) {
     let mut flags = MountFlags::empty();
     let mut own = Vec::new();
-    for option in all {
-        match option.as_str() {
+    for option in all.iter().flat_map(|all| all.split(',')) {
+        match option {
             "ro" => flags |= MountFlags::RDONLY,
             "nosuid" => flags |= MountFlags::NOSUID,
             "nodev" => flags |= MountFlags::NODEV,
             "noexec" => flags |= MountFlags::NOEXEC,
             "sync" => flags |= MountFlags::SYNCHRONOUS,
+            "dirsync" => flags |= MountFlags::DIRSYNC,
             "noatime" => flags |= MountFlags::NOATIME,
+            "nodiratime" => flags |= MountFlags::NODIRATIME,
             "relatime" => flags |= MountFlags::RELATIME,
-            "rw" | "defaults" => {}
+            "strictatime" => flags |= MountFlags::STRICTATIME,
+            "rw" | "suid" | "dev" | "exec" | "async" | "atime" | "diratime" | "norelatime"
+            | "defaults" | "" => {}
+            // For the programs that read /etc/fstab.
+            "_netdev" | "nofail" | "auto" | "noauto" | "user" | "nouser" => {}
             other => own.push(other),
         }
     }
     (flags, own.join(","))
 }
 
-/// Takes them down: what was written is on the disks then.
-pub(crate) fn unmount_disks(id: &str) -> Result<()> {
+/// Takes a container's mounts down, as many as can be: what was written is on the disks then.
+pub(crate) fn unmount_all(id: &str) -> Result<()> {
     let folder = Path::new(VOLUMES_DIR).join(id);
+    let mut result = Ok(());
     for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
         let path = entry.path();
         // Where the mount failed there is none.
         unmount(&path, UnmountFlags::empty()).ok();
-        fs::remove_dir(&path).with_context(|| format!("{} is in use", path.display()))?;
+        let removed = fs::remove_dir(&path);
+        result = result.and(removed.with_context(|| format!("{} is in use", path.display())));
     }
     fs::remove_dir(&folder).ok();
-    Ok(())
+    result
 }
 
 #[cfg(test)]
@@ -116,7 +149,7 @@ mod tests {
 
     #[test]
     fn options_are_told_from_flags() {
-        let all = ["rw", "noatime", "nosuid", "discard", "data=ordered"].map(String::from);
+        let all = ["rw", "noatime,nosuid,_netdev", "discard", "data=ordered"].map(String::from);
         let (flags, data) = options(&all);
         assert_eq!(flags, MountFlags::NOATIME | MountFlags::NOSUID);
         assert_eq!(data, "discard,data=ordered");

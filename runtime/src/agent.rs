@@ -75,7 +75,7 @@ fn not_executable(reason: &str) -> Option<Error> {
     })
 }
 
-fn block_device(device: &Device) -> BlockDevice {
+pub(crate) fn block_device(device: &Device) -> BlockDevice {
     BlockDevice {
         guest_name: device.name.clone(),
         path: device.path.to_string_lossy().into(),
@@ -120,10 +120,14 @@ impl Agent {
         &self,
         id: &str,
         spec: Vec<u8>,
-        needs: Needs<'_>,
+        needs: Needs,
         stdio: Stdio,
     ) -> Result<i32, Error> {
-        let devices = needs.devices.iter().map(block_device);
+        // Of a disk that was not taken out in order, the journal comes first.
+        let limit = match needs.direct.is_empty() {
+            true => limited(),
+            false => with_duration(WRITE_OUT_LIMIT),
+        };
         let sandbox_pidns = needs.pids == SharedPids::Sandbox;
         let pidns_of = match needs.pids {
             SharedPids::Container(id) => id,
@@ -132,7 +136,7 @@ impl Agent {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec,
-            block_devices: devices.collect(),
+            block_devices: needs.devices,
             stdio: Some(stdio).into(),
             sandbox_pidns,
             pidns_of,
@@ -141,7 +145,7 @@ impl Agent {
             ..Default::default()
         };
         self.client
-            .create_container(limited(), &request)
+            .create_container(limit, &request)
             .map(|process| process.pid)
             .map_err(failed("create the container"))
     }
@@ -269,7 +273,7 @@ impl Agent {
             ..Default::default()
         };
         self.client
-            .remove_container(limited(), &request)
+            .remove_container(with_duration(WRITE_OUT_LIMIT), &request)
             .map(drop)
             .map_err(failed("remove the container"))
     }
@@ -419,7 +423,6 @@ impl Agent {
             .map_err(failed("turn CPUs on or off"))
     }
 
-    /// Tells the guest's watches of changes on the host.
     /// Waits for the next container in which the guest's kernel killed processes for their memory: its
     /// name, and how many it killed there so far.
     pub(crate) fn next_oom(&self) -> Result<(String, u64), Error> {
@@ -430,6 +433,7 @@ impl Agent {
         Ok((event.container_id, event.oom_kills))
     }
 
+    /// Tells the guest's watches of changes on the host.
     pub(crate) fn report_host_events(&self, events: Vec<HostEvent>) -> Result<(), Error> {
         let told = |event: HostEvent| messages::HostEvent {
             nodeid: event.nodeid,

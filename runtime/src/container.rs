@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::account::Accounts;
-use crate::agent::Agent;
+use crate::agent::{self, Agent};
 use crate::direct_volume::DirectVolume;
 use crate::mount_points;
 use crate::oci::{self, Bundle, HostDisk, SharedPids};
@@ -55,15 +55,24 @@ impl Given {
     }
 
     /// Attaches block devices of the host's.
-    fn attach(&mut self, inner: &Inner, disks: Vec<HostDisk>) -> Result<Vec<Device>, Error> {
+    fn attach(
+        &mut self,
+        inner: &Inner,
+        disks: Vec<HostDisk>,
+    ) -> Result<Vec<messages::BlockDevice>, Error> {
         let mut devices = Vec::new();
         for disk in disks {
             let what = || format!("find the host's device for {}", disk.path.display());
             let host = disk.host().map_err(|error| Error::host(what())(error))?;
             let name = self.attach_one(inner, &host, disk.read_only)?;
-            devices.push(Device {
-                path: disk.path,
-                ..Device::named(name, disk.read_only)
+            devices.push(messages::BlockDevice {
+                guest_name: name,
+                path: disk.path.to_string_lossy().into_owned(),
+                read_only: disk.read_only,
+                mode: disk.mode,
+                uid: disk.uid,
+                gid: disk.gid,
+                ..Default::default()
             });
         }
         Ok(devices)
@@ -88,7 +97,8 @@ impl Given {
     ) -> Result<Vec<messages::DiskVolume>, Error> {
         let mut messages = Vec::new();
         for (number, volume) in volumes {
-            let read_only = volume.options.iter().any(|option| option == "ro");
+            let mut options = volume.options.iter().flat_map(|options| options.split(','));
+            let read_only = options.any(|option| option == "ro");
             messages.push(messages::DiskVolume {
                 guest_name: self.attach_one(inner, &volume.device, read_only)?,
                 number,
@@ -210,8 +220,8 @@ impl Plan {
 
 /// What a container in the guest needs beyond its configuration.
 #[derive(Default)]
-pub(crate) struct Needs<'a> {
-    pub(crate) devices: &'a [Device],
+pub(crate) struct Needs {
+    pub(crate) devices: Vec<messages::BlockDevice>,
     pub(crate) volumes: Vec<messages::EphemeralVolume>,
     pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) pids: SharedPids,
@@ -222,14 +232,19 @@ fn launch(
     inner: &Arc<Inner>,
     id: &str,
     spec: &Spec,
-    needs: Needs<'_>,
+    needs: Needs,
     stdio: Stdio,
 ) -> Result<Process, Error> {
     let plan = Plan::new(inner, stdio)?;
     let spec =
         serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
     inner.agent.create(id, spec, needs, plan.message.clone())?;
-    plan.finish(inner.clone(), id, "")
+    let finished = plan.finish(inner.clone(), id, "");
+    if finished.is_err() {
+        // It is there, and nobody would know it.
+        inner.agent.remove(id).ok();
+    }
+    finished
 }
 
 impl Container {
@@ -259,7 +274,7 @@ impl Container {
             given.share(inner, adapted.shares)?;
             let devices = given.attach(inner, adapted.disks)?;
             let needs = Needs {
-                devices: &devices,
+                devices,
                 volumes: adapted.volumes,
                 direct: given.attach_direct(inner, adapted.direct)?,
                 pids: bundle.pids.clone(),
@@ -330,7 +345,7 @@ impl Container {
         }
         given.share(inner, spec::shares(id, config))?;
         let needs = Needs {
-            devices: &config.devices,
+            devices: config.devices.iter().map(agent::block_device).collect(),
             ..Needs::default()
         };
         launch(inner, id, &spec, needs, config.process.stdio)

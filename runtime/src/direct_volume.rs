@@ -70,7 +70,7 @@ impl DirectVolume {
 pub fn forget(path: &Path) -> Result<(), Error> {
     let what = || format!("forget the volume {}", path.display());
     let dir = entry(Path::new(FOLDER), path);
-    let forgotten = fs::remove_file(dir.join(FILE)).and_then(|()| fs::remove_dir(dir));
+    let forgotten = fs::remove_file(dir.join(FILE)).and_then(|()| fs::remove_dir_all(dir));
     forgotten.map_err(|error| Error::host(what())(error))
 }
 
@@ -100,7 +100,9 @@ pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
     Ok(None)
 }
 
+/// A path's name, however it is written: `/a/` is `/a`.
 fn entry(folder: &Path, path: &Path) -> PathBuf {
+    let path: PathBuf = path.components().collect();
     folder.join(URL_SAFE.encode(path.as_os_str().as_bytes()))
 }
 
@@ -111,7 +113,15 @@ fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
     };
     let text = match fs::read(entry(folder, path).join(FILE)) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A path that is too long to be a name is none's.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(error) => return Err(wrong(error.to_string())),
     };
     let volume: DirectVolume =

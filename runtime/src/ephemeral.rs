@@ -5,7 +5,6 @@
 //! (`subPath`). Both are told by the host's table of mounts: all that is on one such tmpfs is on one tmpfs
 //! of the guest's.
 
-use koya_protocol::EPHEMERAL_DIR;
 use koya_protocol::messages::EphemeralVolume;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -47,31 +46,24 @@ fn unescaped(text: &str) -> String {
     text.replace("\\134", "\\")
 }
 
-/// A volume in memory, and where a container's mount of it is in the guest.
-#[derive(Debug)]
-pub(crate) struct Ephemeral {
-    pub(crate) volume: EphemeralVolume,
-    pub(crate) guest_path: PathBuf,
-}
-
-/// The volume in memory that a path of the host's is on, if it is one of Kubernetes'.
-pub(crate) fn behind(source: &Path) -> Option<Ephemeral> {
-    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let (device, volume, within) = find(&table, source)?;
+/// The volume in memory that a path of the host's is on, if it is one of Kubernetes', as a container's
+/// mount with this number.
+pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
+    // The table has no links, and names that are not text elsewhere in it do not matter.
+    let source = fs::canonicalize(source).ok()?;
+    let table = fs::read("/proc/self/mountinfo").ok()?;
+    let (device, volume, within) = find(&String::from_utf8_lossy(&table), &source)?;
     let found = fs::metadata(&volume).ok()?;
     let space = rustix::fs::statvfs(&volume).ok()?;
-    let name = format!("memory-{}", device.replace(':', "-"));
-    Some(Ephemeral {
-        guest_path: Path::new(EPHEMERAL_DIR).join(&name).join(&within),
-        volume: EphemeralVolume {
-            name,
-            folder: within.to_str()?.into(),
-            size_bytes: space.f_blocks.saturating_mul(space.f_frsize),
-            mode: found.mode() & 0o7777,
-            uid: found.uid(),
-            gid: found.gid(),
-            ..Default::default()
-        },
+    Some(EphemeralVolume {
+        name: format!("memory-{}", device.replace(':', "-")),
+        folder: within.to_str()?.into(),
+        number,
+        size_bytes: space.f_blocks.saturating_mul(space.f_frsize),
+        mode: found.mode() & 0o7777,
+        uid: found.uid(),
+        gid: found.gid(),
+        ..Default::default()
     })
 }
 

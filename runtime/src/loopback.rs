@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream}
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Connections at once; further ones wait for their turn.
@@ -26,6 +26,7 @@ pub struct Loopback {
     // Dropped first, so that nothing comes any more.
     _steered: OwnedFd,
     listeners: Vec<Arc<TcpListener>>,
+    is_over: Arc<AtomicBool>,
 }
 
 impl Loopback {
@@ -46,17 +47,18 @@ impl Loopback {
                 six.as_ref().map(AsFd::as_fd),
             )?;
             let listeners = [Some(four), six].into_iter().flatten().map(Arc::new);
-            let open = Arc::new(AtomicUsize::new(0));
-            let listeners: Vec<_> = listeners.collect();
-            for listener in &listeners {
-                let (listener, sandbox) = (listener.clone(), sandbox.clone());
-                let open = open.clone();
-                thread(move || serve(&listener, &sandbox, &open))?;
-            }
-            Ok(Self {
+            let own = Self {
                 _steered: steered,
-                listeners,
-            })
+                listeners: listeners.collect(),
+                is_over: Arc::default(),
+            };
+            let open = Arc::new(AtomicUsize::new(0));
+            for listener in &own.listeners {
+                let (listener, sandbox) = (listener.clone(), sandbox.clone());
+                let (open, is_over) = (open.clone(), own.is_over.clone());
+                thread(move || serve(&listener, &sandbox, &open, &is_over))?;
+            }
+            Ok(own)
         };
         joined().map_err(Error::host(
             "join the network namespace's loopback to the guest's",
@@ -66,6 +68,7 @@ impl Loopback {
 
 impl Drop for Loopback {
     fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
         for listener in &self.listeners {
             // Its thread wakes, and finds that it is over.
             rustix::net::shutdown(listener, rustix::net::Shutdown::Both).ok();
@@ -78,22 +81,41 @@ fn thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     builder.spawn(work).map(drop)
 }
 
-fn serve(listener: &TcpListener, sandbox: &Arc<Sandbox>, open: &Arc<AtomicUsize>) {
-    while let Ok((client, _)) = listener.accept() {
+/// A connection that is counted as long as this lives.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn serve(
+    listener: &TcpListener,
+    sandbox: &Arc<Sandbox>,
+    open: &Arc<AtomicUsize>,
+    is_over: &AtomicBool,
+) {
+    while !is_over.load(Ordering::SeqCst) {
+        let Ok((client, _)) = listener.accept() else {
+            // Over, or the host lacks something for now.
+            std::thread::sleep(LOOK);
+            continue;
+        };
         while open.load(Ordering::Relaxed) >= CONNECTIONS {
             std::thread::sleep(LOOK);
         }
         open.fetch_add(1, Ordering::Relaxed);
-        let (sandbox, done) = (sandbox.clone(), open.clone());
+        let counted = Counted(open.clone());
+        let sandbox = sandbox.clone();
         let spawned = thread(move || {
+            let _counted = counted;
             if let Err(error) = relay(client, &sandbox) {
                 log::debug!("a connection to the guest's loopback: {error}");
             }
-            done.fetch_sub(1, Ordering::Relaxed);
         });
         if let Err(error) = spawned {
             log::warn!("a connection to the guest's loopback: {error}");
-            open.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -111,7 +133,8 @@ fn relay(client: TcpStream, sandbox: &Sandbox) -> io::Result<()> {
     };
     client.set_nodelay(true)?;
     let (from, to) = (client.try_clone()?, guest.try_clone()?);
-    let back = std::thread::spawn(move || copy_back(guest, client));
+    let back = std::thread::Builder::new().name("koya-loopback".into());
+    let back = back.spawn(move || copy_back(guest, client))?;
     let there = copy_there(from, to);
     back.join().unwrap_or(Ok(()))?;
     there

@@ -63,9 +63,27 @@ pub(crate) struct HostDisk {
     pub(crate) number: (i64, i64),
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
 }
 
 impl HostDisk {
+    fn of<'a>(
+        device: &oci::LinuxDevice,
+        rules: impl Iterator<Item = &'a oci::LinuxDeviceCgroup>,
+    ) -> Self {
+        let number = (device.major(), device.minor());
+        Self {
+            number,
+            path: device.path().clone(),
+            read_only: !may_write(rules, number),
+            mode: device.file_mode().unwrap_or(0),
+            uid: device.uid().unwrap_or(0),
+            gid: device.gid().unwrap_or(0),
+        }
+    }
+
     /// Where it is on the host: as its kernel names it.
     pub(crate) fn host(&self) -> io::Result<PathBuf> {
         let (major, minor) = self.number;
@@ -289,15 +307,15 @@ fn adapt_mount(
     if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
         return Ok((adapted, Needs::Nothing));
     }
+    // Where the guest has what it mounts itself.
+    let own = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
     if let Some(volume) = direct_volume::find(&source)? {
-        adapted.set_source(Some(
-            Path::new(VOLUMES_DIR).join(id).join(number.to_string()),
-        ));
+        adapted.set_source(Some(own));
         return Ok((adapted, Needs::Direct(volume)));
     }
-    if let Some(ephemeral) = ephemeral::behind(&source) {
-        adapted.set_source(Some(ephemeral.guest_path));
-        return Ok((adapted, Needs::Volume(ephemeral.volume)));
+    if let Some(volume) = ephemeral::behind(&source, number as u32) {
+        adapted.set_source(Some(own));
+        return Ok((adapted, Needs::Volume(volume)));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source
@@ -362,24 +380,24 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk
     for device in linux.devices().iter().flatten() {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
+        let rules = linux
+            .resources()
+            .as_ref()
+            .and_then(|r| r.devices().as_ref());
+        let disk = matches!(device.typ(), LinuxDeviceType::B)
+            .then(|| HostDisk::of(device, rules.into_iter().flatten()));
+        // Privileged containers get all of the host's, by the host's names; a volume has another.
+        let is_volume =
+            |disk: &HostDisk| !all_allowed || disk.host().is_ok_and(|host| host != disk.path);
         if is_pipe || GUEST_DEVICES.contains(&number) {
             devices.push(device.clone());
+        } else if let Some(disk) = disk.filter(is_volume) {
+            disks.push(disk);
         } else if all_allowed {
-            // Privileged containers get all of the host's, whatever they are.
             log::debug!(
                 "{} is a device of the host's alone",
                 device.path().display()
             );
-        } else if matches!(device.typ(), LinuxDeviceType::B) {
-            let rules = linux
-                .resources()
-                .as_ref()
-                .and_then(|r| r.devices().as_ref());
-            disks.push(HostDisk {
-                number,
-                path: device.path().clone(),
-                read_only: !may_write(rules.into_iter().flatten(), number),
-            });
         } else {
             let path = device.path().display();
             let reason = format!("{path} is a device of the host, which a guest does not have");
@@ -392,8 +410,11 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk
         // The host's numbers are others' in the guest.
         let rules = resources.devices().clone().unwrap_or_default();
         let is_disk = |rule: &oci::LinuxDeviceCgroup| {
-            let number = (rule.major(), rule.minor());
-            rule.typ() == Some(LinuxDeviceType::B) && matches!(number, (Some(_), Some(_)))
+            let kind = matches!(
+                rule.typ(),
+                None | Some(LinuxDeviceType::A | LinuxDeviceType::B)
+            );
+            kind && rule.major().is_some_and(|major| major >= 0)
         };
         let rules = rules.into_iter().filter(|rule| !is_disk(rule)).collect();
         resources.set_devices(Some(rules));

@@ -539,10 +539,14 @@ impl Inner {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         // This one, and the table's.
         if Arc::strong_count(&disk) > 2 {
+            // While nobody else counts.
+            drop(disk);
             return Ok(());
         }
+        // One that the guest does not let go of stays known: whoever wants it next has it.
+        self.detach_disk(&disk)?;
         disks.retain(|_, other| !Arc::ptr_eq(other, &disk));
-        self.detach_disk(&disk)
+        Ok(())
     }
 
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {

@@ -205,7 +205,12 @@ impl Settings {
 
     /// A sandbox of this size; one that grows has room for more.
     pub fn sandbox(&self, size: Size, grows: bool) -> SandboxConfig {
-        let cpus = size.cpus.unwrap_or(self.cpus);
+        // More than there are, or than it may grow to, is of no use to anybody.
+        let most = match grows || self.cpus_max.is_some() {
+            true => self.cpus_max.unwrap_or_else(host_cpus),
+            false => koya_vmm::MAX_CPUS,
+        };
+        let cpus = size.cpus.unwrap_or(self.cpus).min(most.max(self.cpus));
         let memory_mib = size.memory_mib.unwrap_or(self.memory_mib);
         let host_cpus = || grows.then(host_cpus);
         let host_memory = || grows.then(host_memory_mib);
@@ -221,14 +226,24 @@ impl Settings {
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),
+            // Volumes come with containers.
+            disk_slots: match grows {
+                true => koya_vmm::MAX_DISK_SLOTS,
+                false => SandboxConfig::default().disk_slots,
+            },
             ..SandboxConfig::default()
         }
     }
 }
 
+/// Those that are on: what a process may use of them is another matter, and may change.
 fn host_cpus() -> u32 {
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-    u32::try_from(cpus).map_or(koya_vmm::MAX_CPUS, |cpus| cpus.min(koya_vmm::MAX_CPUS))
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    let ranges = online.trim().split(',').filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<u32>().ok()? + 1 - first.parse::<u32>().ok()?)
+    });
+    ranges.sum::<u32>().clamp(1, koya_vmm::MAX_CPUS)
 }
 
 fn host_memory_mib() -> u64 {

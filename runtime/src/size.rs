@@ -3,7 +3,7 @@
 use crate::agent::Agent;
 use crate::sandbox::SandboxConfig;
 use crate::{Error, Sandbox};
-use koya_vmm::{HugePages, VmConfig, VmHandle};
+use koya_vmm::{VmConfig, VmHandle};
 use std::time::{Duration, Instant};
 
 /// How long a guest may go without a step towards the size that it was asked to have.
@@ -78,10 +78,8 @@ impl SandboxConfig {
                 max: koya_vmm::MAX_MEMORY_MIB,
             });
         }
-        let step = match self.huge_pages {
-            HugePages::Reserved => 2,
-            _ => 1,
-        };
+        // Whole huge pages, of whatever kind.
+        let step = 2;
         let cpus = self.cpus_max.unwrap_or(self.cpus);
         // What is out of range is the configuration's to refuse, by its own name.
         let ram = match self.memory_mib {

@@ -112,7 +112,7 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     let mut offset = 0;
     for (start, len) in ranges {
         let place = file.clone().map(|file| FileOffset::from_arc(file, offset));
-        let mapping = map(len, place, spec.huge_pages)?;
+        let mapping = map_aligned(start, len, place, spec.huge_pages)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start));
         regions.push(region.ok_or(io::ErrorKind::InvalidInput)?);
         offset += len;
@@ -137,6 +137,28 @@ fn memory_file(spec: &MemorySpec) -> io::Result<File> {
     let file = File::from(memfd_create("koya-guest", flags)?);
     file.set_len(spec.bytes + spec.hotplug_bytes)?;
     Ok(file)
+}
+
+/// Maps it where huge pages of the host are huge pages of the guest: both addresses must be as far from the
+/// begin of one. The kernel (since 6.7) sees to it for whole huge pages that begin with one; here what is in
+/// the way is measured, and a place holder takes as much, since mappings follow each other downwards.
+fn map_aligned(
+    start: u64,
+    len: u64,
+    place: Option<FileOffset>,
+    huge_pages: HugePages,
+) -> io::Result<MmapRegion> {
+    let first = map(len, place.clone(), huge_pages)?;
+    let beyond =
+        |mapping: &MmapRegion| (mapping.as_ptr().addr() as u64).wrapping_sub(start) % HUGE_PAGE;
+    if len < HUGE_PAGE || beyond(&first) == 0 {
+        return Ok(first);
+    }
+    let spare = beyond(&first);
+    drop(first);
+    let _holder = map(spare, None, HugePages::Host)?;
+    // Where another thread came in between, it costs time, and nothing else.
+    map(len, place, huge_pages)
 }
 
 fn map(len: u64, place: Option<FileOffset>, huge_pages: HugePages) -> io::Result<MmapRegion> {

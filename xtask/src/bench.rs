@@ -70,6 +70,9 @@ enum What {
         /// By how many per cent a figure may be worse
         #[arg(long, default_value_t = 2.0, value_name = "PERCENT")]
         share: f64,
+        /// Instead of figures: what the guest kernel's init calls cost, the dearest first
+        #[arg(long, conflicts_with_all = ["check", "record", "json"])]
+        trace: bool,
         /// Put this run's figures on record (benches/baseline/boot.json)
         #[arg(long)]
         record: bool,
@@ -95,9 +98,16 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         What::Boot {
             check,
             share,
+            trace,
             record,
             json,
-        } => boot(check.then_some(*share), *record, json.as_deref()),
+        } => match trace {
+            true => {
+                print!("{}", counting::run(boot_files()?, "trace")?);
+                Ok(())
+            }
+            false => boot(check.then_some(*share), *record, json.as_deref()),
+        },
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
@@ -129,7 +139,8 @@ const BASELINE: &str = "benches/baseline/boot.json";
 /// What the rows begin with.
 const ROWS: &str = "rows: ";
 
-fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
+/// All that the counted host has: programs with their libraries, the guest's files, a root file system.
+fn boot_files() -> Result<Archive> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
     let program = program("boot")?;
@@ -173,7 +184,11 @@ fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
     for (to, path) in libraries {
         files.file(&to, 0o755, &fs::read(path)?)?;
     }
-    let said = counting::run(files)?;
+    Ok(files)
+}
+
+fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
+    let said = counting::run(boot_files()?, "")?;
     let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
     let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
     eprint!(
@@ -192,7 +207,10 @@ fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
         compare(&serde_json::from_slice(&before)?, &rows, share)?;
     }
     if record {
-        fs::write(&baseline, &text)?;
+        if let Some(folder) = baseline.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        fs::write(&baseline, &text).with_context(|| format!("cannot write {BASELINE}"))?;
         eprintln!("bench: {BASELINE} is written");
     }
     Ok(())

@@ -21,6 +21,6 @@ export PATH=/bin HOME=/
 $B mkdir /run/bundle
 $B cp -a /rootfs /config.json /run/bundle/
 $B mount --bind /run/bundle/rootfs /run/bundle/rootfs
-/bin/boot 2>&1
+/bin/boot $($B cat /arguments) 2>&1
 echo "counting: exit $?"
 $B poweroff -f

@@ -16,14 +16,15 @@ const END: &str = "counting: exit ";
 const MEMORY_MIB: u32 = 3072;
 const LIMIT: Duration = Duration::from_secs(1200);
 
-/// Boots it with these files, runs `/bin/boot` in it, and returns what that said.
+/// Boots it with these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(crate) fn run(mut files: Archive) -> Result<String> {
+pub(crate) fn run(mut files: Archive, arguments: &str) -> Result<String> {
     let host = Host::ensure()?;
     let run = RunDir::create()?;
     files.file("init", 0o755, INIT.as_bytes())?;
+    files.file("arguments", 0o644, arguments.as_bytes())?;
     // Archives follow each other, and what comes later wins.
     let mut initrd = fs::read(host.dir.join("initrd"))?;
     initrd.extend(files.finish()?);
@@ -48,13 +49,19 @@ pub(crate) fn run(mut files: Archive) -> Result<String> {
     eprintln!("counting: starting an emulated host whose instructions are counted");
     let started = Instant::now();
     let mut child = qemu.spawn().context("cannot start QEMU")?;
-    while child.try_wait()?.is_none() {
+    let ended = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
         if started.elapsed() > LIMIT {
             child.kill()?;
             child.wait()?;
             bail!("no end after {LIMIT:?}:\n{}", proc::tail(&console, 40));
         }
         std::thread::sleep(Duration::from_millis(100));
+    };
+    if !ended.success() || !console.exists() {
+        bail!("QEMU ended with {ended}");
     }
     eprintln!("counting: done in {:.1?}", started.elapsed());
     let said = fs::read_to_string(&console)?.replace('\r', "");

@@ -10,6 +10,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::process::{Command, Stdio};
@@ -25,11 +26,24 @@ const RUNS: usize = 3;
 /// Where the init has put what is run.
 const BUNDLE: &str = "/run/bundle";
 const ROOTFS: &str = "/run/bundle/rootfs";
+/// How many lines of each kind a trace shows.
+const SHOWN: usize = 40;
+/// What of KVM's counts is shown: all exits; those to the monitor; faults of memory, interrupts, halts.
+const KINDS: &[&str] = &[
+    "exits",
+    "io_exits",
+    "mmio_exits",
+    "pf_taken",
+    "irq_exits",
+    "halt_exits",
+    "insn_emulation",
+];
 const MARK: &str = "rows: ";
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some(ONCE) => once(),
+        Some("trace") => trace(),
         None => measure(),
         Some(other) => Err(format!("{other:?}: say nothing").into()),
     }
@@ -50,16 +64,79 @@ fn used(who: UsageWho) -> Result<u64> {
     Ok(u64::try_from(micros)? * 1000)
 }
 
-/// Exits of this process's virtual machine so far.
-fn exits() -> u64 {
+/// What KVM has counted of this process's virtual machine so far, by its names.
+fn counted() -> BTreeMap<String, u64> {
     let prefix = format!("{}-", std::process::id());
     let folders = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
     let own = folders.flatten().find(|entry| {
         let name = entry.file_name();
         name.to_string_lossy().starts_with(&prefix)
     });
-    let text = own.and_then(|own| fs::read_to_string(own.path().join("exits")).ok());
-    text.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    let files = own.and_then(|own| fs::read_dir(own.path()).ok());
+    let files = files.into_iter().flatten().flatten();
+    let count = |file: fs::DirEntry| {
+        let count = fs::read_to_string(file.path()).ok()?.trim().parse().ok()?;
+        Some((file.file_name().to_string_lossy().into_owned(), count))
+    };
+    let counts: BTreeMap<_, _> = files.filter_map(count).collect();
+    assert!(counts.contains_key("exits"), "KVM tells nothing in debugfs");
+    counts
+}
+
+/// The guest kernel's init calls by what they took, and the longest gaps between its messages.
+fn trace() -> Result<()> {
+    let config = SandboxConfig {
+        memory_mib: MEMORY_MIB,
+        // Quiet: else each letter would wait for the serial port.
+        cmdline: "quiet printk.time=1 initcall_debug log_buf_len=256K".into(),
+        ..SandboxConfig::default()
+    };
+    let sandbox = Sandbox::start(&config)?;
+    let container = ContainerConfig {
+        privileged: true,
+        ..ContainerConfig::new(ROOTFS, ["/bin/sh", "-c", "dmesg"])
+    };
+    let output = sandbox.run("c", &container)?.output()?;
+    let log = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut calls: Vec<(u64, &str)> = log
+        .lines()
+        .filter_map(|line| {
+            let (_, call) = line.split_once("initcall ")?;
+            let (name, rest) = call.split_once(" returned ")?;
+            let micros = rest.split_once(" after ")?.1.split(' ').next()?;
+            Some((micros.parse().ok()?, name))
+        })
+        .collect();
+    calls.sort_unstable_by(|a, b| b.cmp(a));
+    let all: u64 = calls.iter().map(|call| call.0).sum();
+    println!("{} init calls, {all} us in all; the dearest:", calls.len());
+    for (micros, name) in calls.iter().take(SHOWN) {
+        println!("{micros:>8} us  {name}");
+    }
+    println!("the longest gaps between messages that are not init calls:");
+    let own = log
+        .lines()
+        .filter(|line| !line.contains("initcall ") && !line.contains("calling "));
+    let own: Vec<(f64, &str)> = own.filter_map(message).collect();
+    let mut gaps: Vec<_> = own
+        .windows(2)
+        .map(|two| (two[1].0 - two[0].0, two[0].1, two[1].1))
+        .collect();
+    gaps.sort_by(|a, b| b.0.total_cmp(&a.0));
+    for (seconds, before, after) in gaps.iter().take(SHOWN) {
+        println!(
+            "{:>8.0} us  after {before:?}, before {after:?}",
+            seconds * 1e6
+        );
+    }
+    sandbox.stop();
+    Ok(())
+}
+
+/// `[    0.012345] text`
+fn message(line: &str) -> Option<(f64, &str)> {
+    let (time, text) = line.strip_prefix('[')?.split_once("] ")?;
+    Some((time.trim().parse().ok()?, text))
 }
 
 fn once() -> Result<()> {
@@ -69,10 +146,10 @@ fn once() -> Result<()> {
         ..SandboxConfig::default()
     };
     let sandbox = Sandbox::start(&config)?;
-    let ready = (now()?, used(UsageWho::RUSAGE_SELF)?, exits());
+    let ready = (now()?, used(UsageWho::RUSAGE_SELF)?, counted());
     let container = sandbox.run("c", &ContainerConfig::new(ROOTFS, ["/bin/echo", "hello"]))?;
     let output = container.output()?;
-    let ended = (now()?, used(UsageWho::RUSAGE_SELF)?, exits());
+    let ended = (now()?, used(UsageWho::RUSAGE_SELF)?, counted());
     if output.stdout != b"hello\n" {
         return Err(format!("{output:?}").into());
     }
@@ -182,7 +259,10 @@ fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
             [],
         ));
         rows.push(row(&name("virtual time"), "ms", true, since(&at[0]), []));
-        rows.push(row(&name("KVM exits"), "exits", true, number(&at[2]), []));
+        for kind in KINDS {
+            let name = format!("cold boot: exec to {what}, KVM {kind}");
+            rows.push(row(&name, "", true, number(&at[2][kind]), []));
+        }
     }
     for step in said["steps"].as_array().into_iter().flatten() {
         let name = format!("step: {}", step[0].as_str().unwrap_or_default());

@@ -109,7 +109,12 @@ struct Containerd {
 
 impl Containerd {
     fn start(bin: &Path) -> Result<Self> {
-        let dir = PathBuf::from("/run/scratch/bench");
+        // On the rig's disk where there is one.
+        let base = match Path::new("/run/scratch").is_dir() {
+            true => PathBuf::from("/run/scratch"),
+            false => std::env::temp_dir(),
+        };
+        let dir = base.join(format!("koya-bench-{}", std::process::id()));
         let rootfs = dir.join("rootfs");
         fs::create_dir_all(rootfs.join("bin"))?;
         fs::copy("/bin/busybox", rootfs.join("bin/busybox"))?;
@@ -176,5 +181,6 @@ impl Drop for Containerd {
     fn drop(&mut self) {
         self.daemon.kill().ok();
         self.daemon.wait().ok();
+        fs::remove_dir_all(&self.dir).ok();
     }
 }

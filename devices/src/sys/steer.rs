@@ -227,8 +227,8 @@ pub fn steer_loopback(
         let entry = EntryAttributes {
             map: map.as_raw_fd() as u32,
             _padding: 0,
-            key: (&raw const key).addr() as u64,
-            value: (&raw const value).addr() as u64,
+            key: (&raw const key).expose_provenance() as u64,
+            value: (&raw const value).expose_provenance() as u64,
             flags: 0,
         };
         // SAFETY: the attributes of MAP_UPDATE_ELEM; key and value have the map's sizes, and live on
@@ -242,8 +242,8 @@ pub fn steer_loopback(
     let load = ProgramAttributes {
         kind: PROGRAM_SOCKET_LOOKUP,
         count: instructions.len() as u32,
-        instructions: instructions.as_ptr().addr() as u64,
-        license: license.as_ptr().addr() as u64,
+        instructions: instructions.as_ptr().expose_provenance() as u64,
+        license: license.as_ptr().expose_provenance() as u64,
         log_level: 0,
         log_size: 0,
         log: 0,

@@ -11,9 +11,9 @@ use crate::launch::{self, PID_FILE};
 use crate::service::SERVED_AS;
 use crate::spec::Spec;
 use anyhow::Result;
-use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::shim_sync::Client;
-use protobuf::Message as _;
+use protobuf::Message;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::io::Write as _;
@@ -30,11 +30,19 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     let bundle = flags.bundle()?;
     let socket = launch::socket(flags, &flags.id);
     let shim = shim_of(&bundle);
-    if socket.exists() && !answers(&socket, &flags.id) {
-        if let Some(pid) = shim {
-            end(pid);
+    if socket.exists() {
+        let client = Client::connect(&format!("unix://{}", socket.display())).ok();
+        let answers = |client: &Client| asks(client, "Connect", &connect(&flags.id));
+        match client.filter(answers) {
+            // It goes if it has no container, which it may not know to be its last.
+            Some(client) => drop(asks(&client, "Shutdown", &ShutdownRequest::new())),
+            None => {
+                if let Some(pid) = shim {
+                    end(pid);
+                }
+                fs::remove_file(&socket).ok();
+            }
         }
-        fs::remove_file(&socket).ok();
     }
     // A process can't remove the group that it is in.
     if let Some(folder) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
@@ -63,18 +71,19 @@ fn shim_of(bundle: &Path) -> Option<Pid> {
     name.starts_with("containerd-shim-koya-v2").then_some(pid)
 }
 
-fn answers(socket: &Path, id: &str) -> bool {
-    let Ok(client) = Client::connect(&format!("unix://{}", socket.display())) else {
-        return false;
-    };
-    let request = ConnectRequest {
+fn connect(id: &str) -> ConnectRequest {
+    ConnectRequest {
         id: id.into(),
         ..Default::default()
-    };
+    }
+}
+
+/// Whether a shim answers.
+fn asks(client: &Client, method: &str, request: &impl Message) -> bool {
     // The crate's own client asks for the service by another name.
     let call = ttrpc::Request {
         service: SERVED_AS.into(),
-        method: "Connect".into(),
+        method: method.into(),
         payload: request.write_to_bytes().unwrap_or_default(),
         timeout_nano: ANSWER_LIMIT.as_nanos() as i64,
         ..Default::default()

@@ -10,6 +10,7 @@ use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::topics;
 use koya::oci_spec::runtime as oci;
 use koya::{Container, ContainerStats};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 const SIGINT: u32 = 2;
@@ -99,30 +100,59 @@ impl Pod {
         Ok(())
     }
 
-    pub(crate) fn update(&self, id: &str, resources: &[u8]) -> Result<(), Refusal> {
+    pub(crate) fn update(self: &Arc<Self>, id: &str, resources: &[u8]) -> Result<(), Refusal> {
         let task = self.task(id)?;
         let _work = lock(&task.work);
+        if task.first.status() != Status::Paused {
+            task.first.status().allow(Wish::Use)?;
+        }
         let resources: oci::LinuxResources =
             serde_json::from_slice(resources).context("the resources are broken")?;
         let before = *lock(&task.limits);
         let wanted = Limits::default().or(Some(&resources));
-        *lock(&task.limits) = Limits {
+        let after = Limits {
             memory: wanted.memory.or(before.memory),
             milli_cpus: wanted.milli_cpus.or(before.milli_cpus),
         };
-        // Room first, then the limit; the other way round where it is less.
-        let grown = self.fit();
-        if let Err(error) = grown {
+        let changed = self.change(&task, &resources, before, after);
+        if changed.is_err() {
             *lock(&task.limits) = before;
-            return Err(error);
-        }
-        if !task.is_virtual() {
-            task.running()?.update(&resources)?;
+            self.fit_behind();
+            return changed;
         }
         if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
             cgroup::apply(&folder, &cgroup::cpu(&resources));
         }
         Ok(())
+    }
+
+    /// Room first, then the limit; where it is less, the other way round.
+    fn change(
+        self: &Arc<Self>,
+        task: &Task,
+        resources: &oci::LinuxResources,
+        before: Limits,
+        after: Limits,
+    ) -> Result<(), Refusal> {
+        let limit = || match task.is_virtual() {
+            true => Ok(()),
+            false => Ok(task.running()?.update(resources)?),
+        };
+        let is_less = match (before.memory, after.memory) {
+            (Some(before), Some(after)) => after < before,
+            (None, after) => after.is_some(),
+            _ => false,
+        };
+        if is_less {
+            limit()?;
+            *lock(&task.limits) = after;
+            // What is given up takes its time, and is nobody's to wait for.
+            self.fit_behind();
+            return Ok(());
+        }
+        *lock(&task.limits) = after;
+        self.fit()?;
+        limit()
     }
 
     pub(crate) fn stats(&self, id: &str) -> Result<ContainerStats, Refusal> {

@@ -55,7 +55,7 @@ impl Events {
             .filter(|a| !a.is_empty());
         let namespace = namespace.to_owned();
         let thread = std::thread::Builder::new()
-            .name("koya-events".into())
+            .name("koya-publish".into())
             .spawn(move || send_all(&receiver, address.as_deref(), &namespace))
             .context("cannot start a thread")?;
         Ok(Self {

@@ -8,6 +8,10 @@ use crate::task::Refusal;
 use anyhow::{Context, Result, anyhow, bail};
 use koya::{HostEnd, Loopback, NetworkConfig, Sandbox};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the guest is not asked after it told of a lack of memory.
+const OOM_PAUSE: Duration = Duration::from_millis(100);
 
 impl Pod {
     /// The virtual machine, started if it is not there.
@@ -57,14 +61,14 @@ impl Pod {
         *sandbox = Some(started.clone());
         Ok(started)
     }
-}
 
-impl Pod {
     /// Tells of containers in which the guest's kernel killed processes for their memory.
     fn tell_of_ooms(self: &Arc<Self>, sandbox: Arc<Sandbox>) -> Result<()> {
         let pod = self.clone();
         spawn("koya-oom", move || {
+            // A guest that tells of ever more is not listened to all the time.
             while let Ok((id, kills)) = sandbox.next_oom() {
+                std::thread::sleep(OOM_PAUSE);
                 if let Ok(task) = pod.task(&id) {
                     pod.out_of_memory(&task, kills);
                 }

@@ -43,6 +43,7 @@ pub(crate) struct Task {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
     pub(crate) spec: Spec,
+    pub(crate) role: Role,
     pub(crate) settings: Settings,
     /// What it may have now.
     pub(crate) limits: Mutex<Limits>,
@@ -73,14 +74,19 @@ impl Task {
     /// The process on the host that clients are told. A pod's own container is the shim's process, whose
     /// namespaces the pod's containers name; they have numbers of their own.
     pub(crate) fn pid(&self) -> u32 {
-        match self.spec.role(&self.id) {
-            Role::Member { .. } => self.stand_in.pid(),
-            _ => pid(),
+        match self.is_member() {
+            true => self.stand_in.pid(),
+            false => pid(),
         }
     }
 
+    /// One of a pod's containers, and not the pod's own.
+    pub(crate) fn is_member(&self) -> bool {
+        matches!(self.role, Role::Member { .. })
+    }
+
     pub(crate) fn is_virtual(&self) -> bool {
-        self.spec.role(&self.id) == Role::Sandbox
+        self.role == Role::Sandbox
     }
 
     fn container(&self) -> Option<Arc<Container>> {
@@ -126,7 +132,7 @@ pub(crate) struct Pod {
     pub(crate) fitted: Mutex<Option<Size>>,
     pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
     pub(crate) loopback: Mutex<Option<Loopback>>,
-    is_stopping: AtomicBool,
+    pub(crate) is_stopping: AtomicBool,
     /// Whether the log says how the sandbox started.
     is_told: AtomicBool,
 }
@@ -176,13 +182,18 @@ impl Pod {
             true => bundle.join(root),
             false => bundle.join("rootfs"),
         };
-        let mut settings = settings(request.options.as_ref())?;
-        // A pod's are its own container's to have.
-        if !matches!(spec.role(id), Role::Member { .. }) {
-            settings = settings.annotated(spec.0.annotations().iter().flatten())?;
-        }
+        let role = spec.role(id);
+        // A pod's are its own container's to have, and what changed since is for later pods.
+        let settings = match role {
+            Role::Member { .. } => Settings::default(),
+            _ => {
+                let settings = settings(request.options.as_ref())?;
+                settings.annotated(spec.0.annotations().iter().flatten())?
+            }
+        };
         let task = Arc::new(Task {
             id: id.clone(),
+            role,
             limits: Mutex::new(spec.limits()),
             stand_in: StandIn::new()?,
             oom_kills: Mutex::default(),
@@ -201,6 +212,9 @@ impl Pod {
             work: Mutex::default(),
             order: Mutex::default(),
         });
+        // Who deletes it meanwhile waits until it is made.
+        let made = task.clone();
+        let _work = lock(&made.work);
         {
             let mut tasks = lock(&self.tasks);
             if tasks.contains_key(id) {
@@ -272,7 +286,7 @@ impl Pod {
     }
 
     /// Takes back a container as far as it was made.
-    fn undo(&self, task: &Task) {
+    fn undo(self: &Arc<Self>, task: &Task) {
         if let Some(container) = task.container() {
             container.remove().ok();
         }
@@ -281,10 +295,17 @@ impl Pod {
             mounts::unmount_all(&task.rootfs);
         }
         let mut tasks = lock(&self.tasks);
-        tasks.remove(&task.id);
-        if tasks.is_empty() {
-            drop(tasks);
+        // Its name may be another's by now.
+        let is_own = |other: &Arc<Task>| std::ptr::eq(Arc::as_ptr(other), task);
+        if tasks.get(&task.id).is_some_and(is_own) {
+            tasks.remove(&task.id);
+        }
+        let is_last = tasks.is_empty();
+        drop(tasks);
+        if is_last {
             self.stop_behind();
+        } else if task.is_member() {
+            self.fit_behind();
         }
     }
 
@@ -390,8 +411,7 @@ impl Pod {
             return;
         }
         self.publish_exit(task, &task.id, status, at);
-        let role = task.spec.role(&task.id);
-        if !matches!(role, Role::Member { .. }) {
+        if !task.is_member() {
             self.stop_behind();
         }
     }
@@ -456,6 +476,9 @@ impl Pod {
         let steps = sandbox.timeline().into_iter();
         let steps: Vec<_> = steps.filter(|s| own(s) || first(s)).collect();
         self.is_told.store(true, Ordering::SeqCst);
+        if steps.is_empty() {
+            return;
+        }
         let steps: Vec<_> = steps.iter().map(Step::to_string).collect();
         log::info!("the start of {}: {}", task.id, steps.join(", "));
     }
@@ -501,9 +524,6 @@ impl Pod {
             ..Default::default()
         };
         self.events.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
-        if matches!(task.spec.role(&task.id), Role::Member { .. }) {
-            self.fit_behind();
-        }
         Ok((task.pid(), exit))
     }
 

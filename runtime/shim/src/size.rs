@@ -2,12 +2,12 @@
 
 use crate::cgroup;
 use crate::pod::{Pod, Task};
-use crate::spec::Role;
 use crate::sync::{lock, spawn};
 use crate::task::Refusal;
 use koya::oci_spec::runtime as oci;
 use koya::{Sandbox, Settings, Size};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// What the agent and tables take in the guest is not the containers'.
 const ROOM_MIB: u64 = 32;
@@ -78,32 +78,37 @@ impl Pod {
         let Some(sandbox) = lock(&self.sandbox).clone() else {
             return Ok(());
         };
+        if self.is_stopping.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         // One at a time.
         let mut fitted = lock(&self.fitted);
         let tasks: Vec<_> = lock(&self.tasks).values().cloned().collect();
-        let is_member = |task: &&Arc<Task>| matches!(task.spec.role(&task.id), Role::Member { .. });
-        let Some(first) = tasks.iter().find(|task| !is_member(task)) else {
+        let Some(first) = tasks.iter().find(|task| !task.is_member()) else {
             return Ok(());
         };
         let limits = |task: &Arc<Task>| *lock(&task.limits);
+        let members: Vec<Limits> = tasks.iter().filter(|t| t.is_member()).map(limits).collect();
         let own = together(&first.settings, &[limits(first)]);
-        let members: Vec<Limits> = tasks.iter().filter(is_member).map(limits).collect();
-        let all = together(&first.settings, &members);
-        // What was said of a pod as a whole is there from its start.
-        let wish = Size {
-            cpus: own.cpus.max(all.cpus).min(sandbox.max_size().cpus),
-            memory_mib: own.memory_mib.max(all.memory_mib),
-        };
+        let wish = wish(own, together(&first.settings, &members), sandbox.max_size());
         if *fitted == Some(wish) {
             return Ok(());
         }
+        *fitted = None;
         let now = sandbox.size()?;
         let grows = wish.memory_mib > now.memory_mib;
         if grows {
             bound(first, &sandbox, wish.memory_mib);
         }
-        let got = sandbox.update(wish)?;
-        *fitted = Some(wish);
+        let got = sandbox.update(wish);
+        let is = match &got {
+            Ok(got) => got.memory_mib,
+            Err(_) => now.memory_mib,
+        };
+        if got.is_err() {
+            bound(first, &sandbox, is);
+        }
+        let got = got?;
         log::info!("the guest has {got:?}; wished was {wish:?}");
         if grows && got.memory_mib < wish.memory_mib {
             let text = format!(
@@ -114,6 +119,7 @@ impl Pod {
             return Err(anyhow::anyhow!(text).into());
         }
         bound(first, &sandbox, got.memory_mib);
+        *fitted = Some(wish);
         Ok(())
     }
 
@@ -126,6 +132,25 @@ impl Pod {
             }
         };
         spawn("koya-fit", fit).ok();
+    }
+}
+
+/// What a sandbox is to have that started with `own`, and whose containers may have `all` together.
+fn wish(own: Size, all: Size, most: Size) -> Size {
+    // The kernel's tables of memory that is plugged are in the memory that was there before.
+    const TABLES: u64 = 64;
+    let (own_mib, all_mib) = (own.memory_mib.unwrap_or(0), all.memory_mib.unwrap_or(0));
+    let mut mib = own_mib.max(all_mib);
+    mib += (mib - own_mib).div_ceil(TABLES);
+    // What is for the agent and tables can do with less, the containers' limits can't.
+    let most_mib = most.memory_mib.unwrap_or(u64::MAX);
+    if mib > most_mib && mib - ROOM_MIB <= most_mib {
+        mib = most_mib;
+    }
+    Size {
+        // What was said of a pod as a whole is there from its start.
+        cpus: own.cpus.max(all.cpus).min(most.cpus),
+        memory_mib: Some(mib),
     }
 }
 
@@ -163,6 +188,20 @@ mod tests {
         assert_eq!(size(&[limits(400, 700), limits(600, 700)]), (2, 1032));
         // One without limits has what it would have alone.
         assert_eq!(size(&[limits(400, 700), Limits::default()]), (2, 944));
+    }
+
+    #[test]
+    fn a_sandbox_is_as_large_as_it_can_and_must_be() {
+        let size = |cpus, mib| Size {
+            cpus: Some(cpus),
+            memory_mib: Some(mib),
+        };
+        let most = size(4, 4096);
+        assert_eq!(wish(size(1, 512), size(1, 100), most), size(1, 512));
+        assert_eq!(wish(size(1, 512), size(8, 1152), most), size(4, 1162));
+        // The containers' limits fit, if not all that is beside them.
+        assert_eq!(wish(size(1, 512), size(1, 532), size(1, 512)), size(1, 512));
+        assert_eq!(wish(size(1, 512), size(1, 600), size(1, 512)), size(1, 602));
     }
 
     #[test]

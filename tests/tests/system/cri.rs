@@ -204,6 +204,8 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
         ..Default::default()
     };
     cri.update(&web, limits)?;
+    let limit = pod.exec(&web, "cat /sys/fs/cgroup/memory.max")?;
+    ensure!(limit == (80 << 20).to_string(), "{limit}");
 
     // The kubelet's way to the pod's own loopback.
     let answer = cri.forward(&pod.id, 8080, b"GET / HTTP/1.0\r\n\r\n")?;
@@ -312,7 +314,13 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
         Ok(fs::read_to_string(path)?.trim().parse::<u64>()? >> 20)
     };
     let room = 30..100;
-    ensure!(room.contains(&(bound()? - at_first)), "{} MiB", bound()?);
+    let has_room = |guest: u64| -> Result<()> {
+        let beyond = bound()?.checked_sub(guest);
+        let fits = beyond.is_some_and(|beyond| room.contains(&beyond));
+        ensure!(fits, "{} MiB on the host, {guest} in the guest", bound()?);
+        Ok(())
+    };
+    has_room(at_first)?;
 
     // One more, and its limit raised.
     let second = pod.run("second", &["sleep", "1000"], |config| {
@@ -320,10 +328,23 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
     })?;
     let with_two = total()?;
     ensure!((400..520).contains(&with_two), "{with_two} MiB with two");
-    ensure!(room.contains(&(bound()? - with_two)), "{} MiB", bound()?);
+    has_room(with_two)?;
     cri.update(&second, limits(600))?;
     let raised = total()?;
     ensure!((700..850).contains(&raised), "{raised} MiB when raised");
+    // Lowered: its own limit at once, the guest's size behind that. More than the host has is refused, and
+    // leaves all as it was.
+    cri.update(&second, limits(500))?;
+    let own = || pod.exec(&second, "cat /sys/fs/cgroup/memory.max");
+    ensure!(own()? == (500 << 20).to_string(), "{}", own()?);
+    until("memory to be given back", || {
+        Ok((total()? < raised).then_some(()))
+    })?;
+    let refused = cri.update(&second, limits(900_000));
+    ensure!(
+        refused.is_err() && own()? == (500 << 20).to_string(),
+        "{refused:?}"
+    );
     cri.stop(&second, 0)?;
     cri.remove(&second)?;
     until("memory to be given back", || {

@@ -1,5 +1,6 @@
 //! A containerd of a test's own, of any of the versions that the tests run with.
 
+use crate::SHARE;
 use crate::tool::{saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -68,16 +69,13 @@ impl Containerd {
         let bin = std::env::split_paths(&folders)
             .nth(index)
             .context("too few folders")?;
-        // Short: sockets' paths have 107 bytes.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let number = NEXT.fetch_add(1, Ordering::SeqCst);
-        let dir = scratch("c")?.with_file_name(format!("c{number}"));
-        fs::create_dir_all(&dir)?;
+        // Where rigs are one machine, each has numbers of its own.
+        let number = share() * 80 + NEXT.fetch_add(1, Ordering::SeqCst);
+        // Short: sockets' paths have 107 bytes.
+        let dir = scratch("c")?;
         fs::write(dir.join("config.toml"), config(&dir, kind))?;
-        let group = format!(
-            "koya{index}-{}",
-            dir.file_name().unwrap_or_default().display()
-        );
+        let group = format!("koya-test{number}");
         if kind == Use::Cri {
             let bridge = format!("koya-br{number}");
             write_network(
@@ -142,14 +140,19 @@ impl Containerd {
         ctr
     }
 
-    pub(crate) fn state(&self, name: &str) -> Result<Option<String>> {
+    /// What `ctr task ls` says of a container: its process on the host, and its state.
+    fn task(&self, name: &str) -> Result<Option<(String, String)>> {
         let list = stdout(self.ctr(["task", "ls"]).output()?)?;
-        let line = list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(name));
-        Ok(line
-            .and_then(|line| line.split_whitespace().last())
-            .map(str::to_owned))
+        let words = list.lines().map(|line| line.split_whitespace());
+        let mut own = words.filter_map(|mut words| {
+            let is_own = words.next() == Some(name);
+            is_own.then_some((words.next()?.to_owned(), words.next()?.to_owned()))
+        });
+        Ok(own.next())
+    }
+
+    pub(crate) fn state(&self, name: &str) -> Result<Option<String>> {
+        Ok(self.task(name)?.map(|(_, state)| state))
     }
 
     pub(crate) fn wait_for(&self, name: &str, state: &str) -> Result<()> {
@@ -160,16 +163,7 @@ impl Containerd {
 
     /// The process on the host that a container has.
     pub(crate) fn pid(&self, name: &str) -> Result<String> {
-        let list = stdout(self.ctr(["task", "ls"]).output()?)?;
-        let line = list
-            .lines()
-            .find(|line| line.starts_with(name))
-            .context("no such task")?;
-        Ok(line
-            .split_whitespace()
-            .nth(1)
-            .context("no process")?
-            .to_owned())
+        Ok(self.task(name)?.context("no such task")?.0)
     }
 
     /// The process of a container's shim, if it has one that stays.
@@ -214,7 +208,15 @@ impl Containerd {
             let groups = fs::read_dir(self.groups()).into_iter().flatten().flatten();
             let left = groups.filter(|entry| entry.path().is_dir()).count();
             Ok((left == 0).then_some(()))
-        })
+        })?;
+        // The shim's own, which must not reach others'.
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let state = self.dir.join("state/io.containerd.runtime.v2.task");
+        let left = mounts
+            .lines()
+            .find(|line| line.contains(&*state.to_string_lossy()));
+        ensure!(left.is_none(), "still mounted: {left:?}");
+        Ok(())
     }
 
     /// Where the control groups of its containers are.
@@ -238,6 +240,11 @@ impl Drop for Containerd {
             daemon.kill().ok();
             daemon.wait().ok();
         }
+        // What the bridge plugin has made, for all pods.
+        let bridge = format!("koya-br{}", self.number);
+        let mut ip = Command::new("ip");
+        ip.args(["link", "del", &bridge]).stderr(Stdio::null());
+        ip.status().ok();
         let mine = self.socket();
         for line in processes_with("containerd-shim-koya-v2").unwrap_or_default() {
             if line.contains(&*mine.to_string_lossy())
@@ -286,6 +293,13 @@ fn write_network(dir: &Path, number: usize, plugin: &serde_json::Value) -> Resul
         folder.join("10-pods.conflist"),
         list.to_string(),
     )?)
+}
+
+/// Which of several programs like this one it is.
+fn share() -> usize {
+    let share = std::env::var(SHARE).unwrap_or_default();
+    let index = share.split('/').next().and_then(|index| index.parse().ok());
+    index.unwrap_or(0)
 }
 
 fn launch(bin: &Path, dir: &Path) -> Result<Child> {

@@ -31,7 +31,7 @@ use std::thread::JoinHandle;
 /// A rig has 6 GiB of memory.
 const MAX_RIGS: usize = 3;
 /// `I/N`: of all tests, those of the I-th of N rigs.
-const SHARE: &str = "KOYA_TEST_SHARE";
+pub(crate) const SHARE: &str = "KOYA_TEST_SHARE";
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
