@@ -12,7 +12,7 @@ use std::process::Command;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 7] = [
+    let tests: [Test; 8] = [
         ("a_pod_lives", a_pod_lives),
         ("pods_reach_each_other", pods_reach_each_other),
         ("networks_of_other_kinds", networks_of_other_kinds),
@@ -20,6 +20,10 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ("containers_share_processes", containers_share_processes),
         ("volumes_of_every_kind", volumes_of_every_kind),
         ("a_configuration_holds", a_configuration_holds),
+        (
+            "a_killed_sandbox_is_cleared_away",
+            a_killed_sandbox_is_cleared_away,
+        ),
     ];
     trials_of("cri", Use::Cri, tests)
 }
@@ -400,6 +404,29 @@ fn containers_share_processes(containerd: &Containerd) -> Result<()> {
     let states = cri.status(&two)?.state();
     ensure!(states == v1::ContainerState::ContainerRunning);
     pod.remove()?;
+    containerd.nothing_is_left()
+}
+
+/// The process of a pod dies, and containerd with it: what the kubelet does then clears all away.
+fn a_killed_sandbox_is_cleared_away(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let pod = Pod::start(&cri, containerd, "killed", |_| {})?;
+    let one = pod.run("one", &["sleep", "1000"], |_| {})?;
+    let shim = containerd.shim_of(&pod.id)?.context("no shim")?;
+    ensure!(
+        Command::new("kill")
+            .args(["-KILL", &shim])
+            .status()?
+            .success()
+    );
+    containerd.kill_and_start_again()?;
+    let cri = Cri::connect(&containerd.socket())?;
+    let pod = Pod { cri: &cri, ..pod };
+    ensure!(pod.wait_for_end(&one)?.exit_code != 0);
+    pod.remove()?;
+    containerd.nothing_is_left()?;
+    let again = Pod::start(&cri, containerd, "killed", |_| {})?;
+    again.remove()?;
     containerd.nothing_is_left()
 }
 
