@@ -238,6 +238,11 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if linux.intel_rdt().is_some() {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
+    let mut namespaces = linux.namespaces().iter().flatten();
+    if namespaces.any(|n| n.typ() == LinuxNamespaceType::User) {
+        let reason = "user namespaces of containers are not supported yet";
+        return Err(refuse("linux.namespaces", reason));
+    }
     let has_network = linux.namespaces().iter().flatten();
     let mut has_network = has_network.filter(|n| n.typ() == LinuxNamespaceType::Network);
     if has_network.next().is_none() {
@@ -572,6 +577,10 @@ mod tests {
     fn what_cannot_be_had_is_refused_by_name() {
         let network = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
         assert!(error(network).contains("network namespace"));
+        let user = |spec: &mut Value| {
+            spec["linux"]["namespaces"] = json!([{"type": "network"}, {"type": "user"}]);
+        };
+        assert!(error(user).contains("user namespaces"));
         let hook = |spec: &mut Value| spec["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
         assert!(error(hook).contains("prestart"));
         let device = |spec: &mut Value| {

@@ -12,7 +12,7 @@ use std::process::Command;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 8] = [
+    let tests: [Test; 9] = [
         ("a_pod_lives", a_pod_lives),
         ("pods_reach_each_other", pods_reach_each_other),
         ("networks_of_other_kinds", networks_of_other_kinds),
@@ -20,6 +20,10 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ("containers_share_processes", containers_share_processes),
         ("volumes_of_every_kind", volumes_of_every_kind),
         ("a_configuration_holds", a_configuration_holds),
+        (
+            "settings_and_annotations_count",
+            settings_and_annotations_count,
+        ),
         (
             "a_killed_sandbox_is_cleared_away",
             a_killed_sandbox_is_cleared_away,
@@ -38,6 +42,17 @@ struct Pod<'a> {
 
 impl<'a> Pod<'a> {
     fn start(
+        cri: &'a Cri,
+        containerd: &Containerd,
+        name: &str,
+        change: impl FnOnce(&mut v1::PodSandboxConfig),
+    ) -> Result<Self> {
+        Self::start_by("koya", cri, containerd, name, change)
+    }
+
+    /// By another handler, as RuntimeClasses name them.
+    fn start_by(
+        handler: &str,
         cri: &'a Cri,
         containerd: &Containerd,
         name: &str,
@@ -69,7 +84,7 @@ impl<'a> Pod<'a> {
         };
         change(&mut config);
         Ok(Self {
-            id: cri.run_pod(&config, "koya")?,
+            id: cri.run_pod(&config, handler)?,
             cri,
             config,
             logs,
@@ -365,6 +380,9 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
         "{ended:?}"
     );
     ensure!(pod.exec(&first, "echo alive")? == "alive");
+    let peak = fs::read_to_string(containerd.groups().join(&pod.id).join("memory.peak"));
+    let peak = peak.unwrap_or_default().trim().parse::<u64>().unwrap_or(0) >> 20;
+    eprintln!("cri: the most that the pod had on the host: {peak} MiB, with limits of 650 MiB");
     pod.remove()?;
     containerd.nothing_is_left()
 }
@@ -404,6 +422,32 @@ fn containers_share_processes(containerd: &Containerd) -> Result<()> {
     let states = cri.status(&two)?.state();
     ensure!(states == v1::ContainerState::ContainerRunning);
     pod.remove()?;
+    containerd.nothing_is_left()
+}
+
+/// A handler's own settings, and what of them its pods may set.
+fn settings_and_annotations_count(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let start = |name: &str, key: &str, value: &str| {
+        let annotation = (format!("io.koya.{key}"), value.to_owned());
+        Pod::start_by("koya-set", &cri, containerd, name, |config| {
+            config.annotations = [annotation].into();
+        })
+    };
+    let pod = start("set", "memory_mib", "300")?;
+    let one = pod.run("one", &["sleep", "1000"], |_| {})?;
+    let total = pod.exec(&one, "grep MemTotal /proc/meminfo | tr -dc 0-9")?;
+    let total = total.parse::<u64>()? >> 10;
+    ensure!((300..310).contains(&total), "{total} MiB");
+    ensure!(pod.exec(&one, "cat /proc/cmdline")?.contains("loglevel=3"));
+    pod.remove()?;
+    let refused = start("refused", "cpus", "2")
+        .err()
+        .context("it was taken")?;
+    ensure!(
+        format!("{refused:#}").contains("io.koya.cpus"),
+        "{refused:#}"
+    );
     containerd.nothing_is_left()
 }
 

@@ -86,6 +86,11 @@ impl Containerd {
                 }),
             )?;
         }
+        // What the second handler's pods have.
+        fs::write(
+            dir.join("koya.toml"),
+            "cmdline = \"quiet loglevel=3\"\nannotations = [\"memory_mib\"]\n",
+        )?;
         let containerd = Self {
             daemon: std::sync::Mutex::new(launch(&bin, &dir)?),
             namespace: match kind {
@@ -271,7 +276,10 @@ fn config(dir: &Path, kind: Use) -> String {
          {cri}]\nsandbox_image = \"{IMAGE}\"\n\
          {cri}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{at}/cni\"\n\
          {cri}.containerd]\ndefault_runtime_name = \"koya\"\n\
-         {cri}.containerd.runtimes.koya]\nruntime_type = \"{RUNTIME}\"\n"
+         {cri}.containerd.runtimes.koya]\nruntime_type = \"{RUNTIME}\"\n\
+         {cri}.containerd.runtimes.koya-set]\nruntime_type = \"{RUNTIME}\"\n\
+         pod_annotations = [\"io.koya.*\"]\n\
+         {cri}.containerd.runtimes.koya-set.options]\nConfigPath = \"{at}/koya.toml\"\n"
     )
 }
 
