@@ -28,7 +28,7 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
         {
             continue;
         }
-        make_one(&root, destination, *is_file).map_err(|error| {
+        make_it(&root, destination, *is_file).map_err(|error| {
             let reason = format!(
                 "{} is not in the root file system, and the host refuses to make it: {}",
                 destination.display(),
@@ -38,6 +38,20 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
         })?;
     }
     Ok(())
+}
+
+/// Another container of the same tree may make the same at the same time.
+fn make_it(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Errno> {
+    // One look for each part of a path; what is always in the way is no directory.
+    const LOOKS: usize = 64;
+    let mut made = Err(Errno::EXIST);
+    for _ in 0..LOOKS {
+        made = make_one(root, destination, is_file);
+        if made != Err(Errno::EXIST) {
+            break;
+        }
+    }
+    made
 }
 
 fn make_one(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Errno> {
@@ -80,6 +94,27 @@ fn make_one(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Err
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containers_of_one_tree_do_not_mind_each_other() {
+        for _ in 0..50 {
+            let dir = tempfile::tempdir().unwrap();
+            let together = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        together.wait();
+                        let mounts = [
+                            (Path::new("/a/b/c"), false),
+                            (Path::new("/etc/hosts"), true),
+                        ];
+                        make(dir.path(), &mounts).unwrap();
+                    });
+                }
+            });
+            assert!(dir.path().join("a/b/c").is_dir());
+        }
+    }
 
     #[test]
     fn what_is_missing_is_made_inside_the_tree_only() {

@@ -168,6 +168,14 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
             Needs::Direct(volume) => direct.push((number as u32, volume)),
         }
     }
+    let linux = spec.linux().as_ref();
+    let mut namespaces = linux
+        .and_then(|l| l.namespaces().as_ref())
+        .into_iter()
+        .flatten();
+    if namespaces.any(|n| n.typ() == LinuxNamespaceType::User) {
+        mounts.iter_mut().for_each(bind_sysfs);
+    }
     spec.set_mounts(Some(mounts));
     let mut disks = Vec::new();
     if let Some(linux) = spec.linux_mut() {
@@ -238,11 +246,6 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if linux.intel_rdt().is_some() {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
-    let mut namespaces = linux.namespaces().iter().flatten();
-    if namespaces.any(|n| n.typ() == LinuxNamespaceType::User) {
-        let reason = "user namespaces of containers are not supported yet";
-        return Err(refuse("linux.namespaces", reason));
-    }
     let has_network = linux.namespaces().iter().flatten();
     let mut has_network = has_network.filter(|n| n.typ() == LinuxNamespaceType::Network);
     if has_network.next().is_none() {
@@ -252,6 +255,18 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+/// sysfs may be mounted anew only by who owns the network namespace, which is the guest's: users of another
+/// namespace get the guest's.
+fn bind_sysfs(mount: &mut Mount) {
+    if mount.typ().as_deref() == Some("sysfs") {
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some("/sys".into()));
+        let options = mount.options().clone().unwrap_or_default();
+        let rbind = ["rbind".to_owned()].into_iter();
+        mount.set_options(Some(rbind.chain(options).collect()));
+    }
 }
 
 /// A mount as the guest makes it, and what must be shared for it.
@@ -574,13 +589,27 @@ mod tests {
     }
 
     #[test]
+    fn users_of_their_own_get_the_guests_sysfs() {
+        let with = |namespaces: Value| {
+            let (_dir, bundle) = bundle(|spec| {
+                let sysfs = json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
+                    "options": ["ro", "nosuid"]});
+                spec["mounts"] = json!([sysfs]);
+                spec["linux"]["namespaces"] = namespaces;
+            });
+            let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+            serde_json::to_value(&adapted.spec.mounts().as_ref().unwrap()[0]).unwrap()
+        };
+        let own = with(json!([{"type": "network"}, {"type": "user"}]));
+        assert_eq!(own["type"], "bind");
+        assert_eq!(own["options"], json!(["rbind", "ro", "nosuid"]));
+        assert_eq!(with(json!([{"type": "network"}]))["type"], "sysfs");
+    }
+
+    #[test]
     fn what_cannot_be_had_is_refused_by_name() {
         let network = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
         assert!(error(network).contains("network namespace"));
-        let user = |spec: &mut Value| {
-            spec["linux"]["namespaces"] = json!([{"type": "network"}, {"type": "user"}]);
-        };
-        assert!(error(user).contains("user namespaces"));
         let hook = |spec: &mut Value| spec["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
         assert!(error(hook).contains("prestart"));
         let device = |spec: &mut Value| {

@@ -2,7 +2,7 @@
 //! containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
-use crate::tool::{LIMIT, scratch, stdout, until};
+use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 8] = [
+    let tests: [Test; 9] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
@@ -21,6 +21,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             killed_at_the_worst_moments_nothing_is_left,
         ),
         ("a_network_is_lent", a_network_is_lent),
+        ("users_are_mapped", users_are_mapped),
         ("many_start_at_once", many_start_at_once),
         ("a_pod_is_one_machine", a_pod_is_one_machine),
         (
@@ -252,6 +253,39 @@ fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
         .run(&["--rm"], "hit", &["echo", "again"])
         .output()?;
     ensure!(stdout(out)? == "again");
+    containerd.nothing_is_left()
+}
+
+/// A configuration with a user namespace, and with limits of its processes.
+fn users_are_mapped(containerd: &Containerd) -> Result<()> {
+    let spec = stdout(containerd.ctr(["oci", "spec"]).output()?)?;
+    let mut spec: serde_json::Value = serde_json::from_str(&spec)?;
+    spec["root"] = serde_json::json!({"path": shared_rootfs()});
+    let script =
+        "id -u; cat /proc/self/uid_map; ulimit -Sn; ulimit -Hn; ls /sys/kernel | head -n 1";
+    spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
+    spec["process"]["env"] = serde_json::json!(["PATH=/bin"]);
+    let limit = serde_json::json!({"type": "RLIMIT_NOFILE", "soft": 777, "hard": 888});
+    spec["process"]["rlimits"] = serde_json::json!([limit]);
+    let mapping = serde_json::json!([{"containerID": 0, "hostID": 10000, "size": 65536}]);
+    let linux = &mut spec["linux"];
+    linux["uidMappings"] = mapping.clone();
+    linux["gidMappings"] = mapping;
+    let namespaces = linux["namespaces"]
+        .as_array_mut()
+        .context("no namespaces")?;
+    namespaces.push(serde_json::json!({"type": "user"}));
+    linux["cgroupsPath"] = serde_json::json!(format!("/{}/users", containerd.group));
+    let config = containerd.dir.join("users.json");
+    fs::write(&config, spec.to_string())?;
+    let mut ctr = containerd.ctr(["run", "--runtime", RUNTIME, "--rm", "--config"]);
+    let said = stdout(ctr.arg(&config).arg("users").output()?)?;
+    let words: Vec<&str> = said.split_whitespace().collect();
+    ensure!(
+        words[..6] == ["0", "0", "10000", "65536", "777", "888"],
+        "{said}"
+    );
+    ensure!(words.len() == 7, "no sysfs: {said}");
     containerd.nothing_is_left()
 }
 
