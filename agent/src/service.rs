@@ -206,8 +206,7 @@ impl Agent for Service {
             let deleted = state.help(&["delete", id], Streams::none()).await;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             state.ooms.forget(id);
-            let of = id.clone();
-            let unmounted = aside(move || volumes::unmount_all(&of)).await;
+            let unmounted = volumes::unmount_aside(id).await;
             fs::remove_dir_all(bundle(id)).ok();
             deleted?;
             unmounted?;

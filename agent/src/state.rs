@@ -125,8 +125,7 @@ impl State {
         if made.is_err() {
             // As far as it was made.
             self.help(&["delete", id], Streams::none()).await.ok();
-            let of = id.to_owned();
-            aside(move || volumes::unmount_all(&of)).await.ok();
+            volumes::unmount_aside(id).await.ok();
             fs::remove_dir_all(&dir).ok();
         }
         made
@@ -142,17 +141,17 @@ impl State {
         let joined = match (request.sandbox_pidns, request.pidns_of.as_str()) {
             (true, _) => Some(self.pause().await?),
             (false, "") => None,
-            (false, of) => Some(self.pids_of(of)?),
+            (false, of) => Some(namespace_of(self.running(of)?)?),
         };
         if let Some(joined) = &joined {
             join_pids(&mut spec, joined.as_raw_fd());
         }
-        let (memory, disks) = (
-            request.ephemeral_volumes.clone(),
-            request.disk_volumes.clone(),
-        );
-        let of = id.to_owned();
-        aside(move || volumes::mount_all(&of, &memory, &disks)).await?;
+        let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
+        // Most containers have none, and need no further thread.
+        if !memory.is_empty() || !disks.is_empty() {
+            let (of, memory, disks) = (id.to_owned(), memory.clone(), disks.clone());
+            aside(move || volumes::mount_all(&of, &memory, &disks)).await?;
+        }
         for device in &request.block_devices {
             disks::add(&mut spec, device)?;
         }
@@ -183,14 +182,14 @@ impl State {
         namespace_of(*pid)
     }
 
-    /// The pid namespace of a container that runs.
-    fn pids_of(&self, id: &str) -> Result<File> {
+    /// The first process of a container that has not ended: its number may be another's later.
+    fn running(&self, id: &str) -> Result<i32> {
         let key = (id.to_owned(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
             bail!("container {id} has ended");
         }
-        namespace_of(pid)
+        Ok(pid)
     }
 
     /// In a pid namespace of its own a container's processes end with the first; in another's they
@@ -212,12 +211,7 @@ impl State {
         if self.processes.borrow().contains_key(&key) {
             bail!("container {id} has a process {exec_id}");
         }
-        // Its number may be another's by now.
-        if self.with(&(id.to_owned(), String::new()), |p| {
-            p.end.borrow().is_some()
-        })? {
-            bail!("container {id} has ended");
-        }
+        self.running(id)?;
         let path = bundle(id).join(format!("process-{exec_id}.json"));
         fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
         let made = self
@@ -225,11 +219,7 @@ impl State {
             .await;
         fs::remove_file(&path).ok();
         // The first process may have ended meanwhile, and what ends with it was ended then.
-        let first = (id.to_owned(), String::new());
-        if self
-            .with(&first, |p| p.end.borrow().is_some())
-            .unwrap_or(true)
-        {
+        if self.running(id).is_err() {
             cgroup::signal_all(id, libc::SIGKILL).ok();
         }
         made
@@ -325,11 +315,7 @@ impl State {
     ) -> Result<Empty> {
         let id = check_id(&request.container_id)?.to_owned();
         let device = request.device.into_option().context("no device")?;
-        let key = (id.clone(), String::new());
-        let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
-        if ended {
-            bail!("container {id} has ended");
-        }
+        let pid = self.running(&id)?;
         aside(move || change(&disks::Running { id: &id, pid }, &device)).await?;
         Ok(Empty::new())
     }
@@ -337,9 +323,7 @@ impl State {
     /// Stops what runs in a container, or lets it go on.
     pub(crate) async fn freeze(&self, request: ContainerRequest, frozen: bool) -> Result<Empty> {
         let id = check_id(&request.container_id)?.to_owned();
-        if self.with(&(id.clone(), String::new()), |p| p.end.borrow().is_some())? {
-            bail!("container {id} has ended");
-        }
+        self.running(&id)?;
         aside(move || cgroup::freeze(&id, frozen)).await?;
         Ok(Empty::new())
     }

@@ -1,6 +1,7 @@
 //! Volumes that the guest has itself: in memory, which containers of the sandbox share, and on disks, each
 //! container's own mount.
 
+use crate::service::aside;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::{DiskVolume, EphemeralVolume};
@@ -129,17 +130,25 @@ fn options(all: &[String]) -> (MountFlags, String) {
 }
 
 /// Takes a container's mounts down, as many as can be: what was written is on the disks then.
-pub(crate) fn unmount_all(id: &str) -> Result<()> {
+pub(crate) async fn unmount_aside(id: &str) -> Result<()> {
     let folder = Path::new(VOLUMES_DIR).join(id);
+    // Most containers have none, and need no further thread.
+    if !folder.exists() {
+        return Ok(());
+    }
+    aside(move || unmount_all(&folder)).await
+}
+
+fn unmount_all(folder: &Path) -> Result<()> {
     let mut result = Ok(());
-    for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         // Where the mount failed there is none.
         unmount(&path, UnmountFlags::empty()).ok();
         let removed = fs::remove_dir(&path);
         result = result.and(removed.with_context(|| format!("{} is in use", path.display())));
     }
-    fs::remove_dir(&folder).ok();
+    fs::remove_dir(folder).ok();
     result
 }
 

@@ -6,6 +6,7 @@
 //! of the guest's.
 
 use koya_protocol::messages::EphemeralVolume;
+use rustix::fs::StatFs;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
@@ -46,9 +47,18 @@ fn unescaped(text: &str) -> String {
     text.replace("\\134", "\\")
 }
 
+/// Whether this is a file system in memory.
+pub(crate) fn is_in_memory(found: &StatFs) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    found.f_type == TMPFS_MAGIC
+}
+
 /// The volume in memory that a path of the host's is on, if it is one of Kubernetes', as a container's
 /// mount with this number.
 pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
+    if !is_in_memory(&rustix::fs::statfs(source).ok()?) {
+        return None;
+    }
     // The table has no links, and names that are not text elsewhere in it do not matter.
     let source = fs::canonicalize(source).ok()?;
     let table = fs::read("/proc/self/mountinfo").ok()?;

@@ -168,12 +168,7 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
             Needs::Direct(volume) => direct.push((number as u32, volume)),
         }
     }
-    let linux = spec.linux().as_ref();
-    let mut namespaces = linux
-        .and_then(|l| l.namespaces().as_ref())
-        .into_iter()
-        .flatten();
-    if namespaces.any(|n| n.typ() == LinuxNamespaceType::User) {
+    if namespaces(&spec).any(|n| n.typ() == LinuxNamespaceType::User) {
         mounts.iter_mut().for_each(bind_sysfs);
     }
     spec.set_mounts(Some(mounts));
@@ -197,13 +192,11 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
 
 /// The size of the file system in memory that a path is on, in bytes; none if it is on another.
 fn memory_behind(path: &Path) -> Option<u64> {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
     let found = rustix::fs::statfs(path).ok()?;
-    let is_memory = found.f_type == TMPFS_MAGIC;
     // Kubernetes and others mount it there themselves; a folder of the host's in memory is a folder.
     let is_its_root =
         rustix::fs::stat(path).ok()?.st_dev != rustix::fs::stat(path.parent()?).ok()?.st_dev;
-    (is_memory && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
+    (ephemeral::is_in_memory(&found) && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
 }
 
 /// Whether a namespace is one that exists, and not the container's own.
@@ -212,13 +205,14 @@ fn is_shared(namespace: &oci::LinuxNamespace) -> bool {
     path.is_some_and(|path| !path.as_os_str().is_empty())
 }
 
-fn shares_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+fn namespaces(spec: &Spec) -> impl Iterator<Item = &oci::LinuxNamespace> {
     let linux = spec.linux().as_ref();
-    let mut namespaces = linux
-        .and_then(|l| l.namespaces().as_ref())
-        .into_iter()
-        .flatten();
-    namespaces.any(|n| n.typ() == kind && is_shared(n))
+    let all = linux.and_then(|linux| linux.namespaces().as_ref());
+    all.into_iter().flatten()
+}
+
+fn shares_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    namespaces(spec).any(|n| n.typ() == kind && is_shared(n))
 }
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
@@ -246,9 +240,7 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if linux.intel_rdt().is_some() {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
-    let has_network = linux.namespaces().iter().flatten();
-    let mut has_network = has_network.filter(|n| n.typ() == LinuxNamespaceType::Network);
-    if has_network.next().is_none() {
+    if !namespaces(spec).any(|n| n.typ() == LinuxNamespaceType::Network) {
         return Err(refuse(
             "linux.namespaces",
             "the host's network namespace can't be a guest's: give the container one of its own",

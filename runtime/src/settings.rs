@@ -205,23 +205,17 @@ impl Settings {
 
     /// A sandbox of this size; one that grows has room for more.
     pub fn sandbox(&self, size: Size, grows: bool) -> SandboxConfig {
+        let cpus_max = self.cpus_max.or_else(|| grows.then(host_cpus));
         // More than there are, or than it may grow to, is of no use to anybody.
-        let most = match grows || self.cpus_max.is_some() {
-            true => self.cpus_max.unwrap_or_else(host_cpus),
-            false => koya_vmm::MAX_CPUS,
-        };
-        let cpus = size.cpus.unwrap_or(self.cpus).min(most.max(self.cpus));
+        let most = cpus_max.unwrap_or(koya_vmm::MAX_CPUS).max(self.cpus);
+        let cpus = size.cpus.unwrap_or(self.cpus).min(most);
         let memory_mib = size.memory_mib.unwrap_or(self.memory_mib);
-        let host_cpus = || grows.then(host_cpus);
-        let host_memory = || grows.then(host_memory_mib);
+        let memory_max_mib = self.memory_max_mib.or_else(|| grows.then(host_memory_mib));
         SandboxConfig {
             cpus,
-            cpus_max: self.cpus_max.or_else(host_cpus).map(|max| max.max(cpus)),
+            cpus_max: cpus_max.map(|max| max.max(cpus)),
             memory_mib,
-            memory_max_mib: self
-                .memory_max_mib
-                .or_else(host_memory)
-                .map(|max| max.max(memory_mib)),
+            memory_max_mib: memory_max_mib.map(|max| max.max(memory_mib)),
             cache: self.cache,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),

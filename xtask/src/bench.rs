@@ -191,12 +191,9 @@ fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
     let said = counting::run(boot_files()?, "")?;
     let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
     let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
-    eprint!(
-        "{}",
-        said.lines()
-            .filter(|l| !l.starts_with(ROWS))
-            .fold(String::new(), |all, l| all + l + "\n")
-    );
+    for line in said.lines().filter(|line| !line.starts_with(ROWS)) {
+        eprintln!("{line}");
+    }
     let text = serde_json::to_string_pretty(&rows)? + "\n";
     if let Some(file) = json {
         fs::write(file, &text).with_context(|| format!("cannot write {}", file.display()))?;

@@ -173,8 +173,11 @@ struct LinkAttributes {
     flags: u32,
 }
 
+/// bpf(2).
+///
 /// # Safety
 /// `T` is the command's part of `union bpf_attr`, and what it points to outlives the call.
+// SAFETY: each caller says which command's attributes it passes, and what keeps what they point to.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
     // SAFETY: the attributes are read only, and their size goes with them; the caller vouches for what
     // they point to.
@@ -192,8 +195,11 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
     }
 }
 
+/// A command of bpf(2) that makes a descriptor.
+///
 /// # Safety
-/// As [`bpf`], of a command that makes a descriptor.
+/// As [`bpf`].
+// SAFETY: as there; and each caller's command is one that answers with a new descriptor.
 unsafe fn bpf_descriptor<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
     // SAFETY: the command answers with a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(bpf(command, attributes)?) })

@@ -39,10 +39,6 @@ impl Pod {
             })
             .collect();
         let started = Arc::new(Sandbox::start(&config)?);
-        log::info!(
-            "the virtual machine's agent was ready after {:.2?}",
-            started.ready_after()
-        );
         if self.debug {
             started.follow_console(ConsoleLog::default());
         }

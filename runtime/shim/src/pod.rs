@@ -258,8 +258,8 @@ impl Pod {
         }
         if task.is_virtual() {
             let sandbox = self.boot(task)?;
-            let (pod, task) = (self.clone(), task.clone());
-            spawn("koya-pod", move || {
+            let (pod, own) = (self.clone(), task.clone());
+            task.stand_in.run(move || {
                 let reason = sandbox.machine().wait_ended();
                 let status = match pod.is_stopping.load(Ordering::SeqCst) {
                     true => 128 + SIGKILL,
@@ -268,7 +268,7 @@ impl Pod {
                         LOST
                     }
                 };
-                pod.end(&task, status, SystemTime::now());
+                pod.end(&own, status, SystemTime::now());
             })?;
             return Ok(());
         }

@@ -100,15 +100,13 @@ impl Pod {
         if grows {
             bound(first, &sandbox, wish.memory_mib);
         }
-        let got = sandbox.update(wish);
-        let is = match &got {
-            Ok(got) => got.memory_mib,
-            Err(_) => now.memory_mib,
+        let got = match sandbox.update(wish) {
+            Ok(got) => got,
+            Err(error) => {
+                bound(first, &sandbox, now.memory_mib);
+                return Err(error.into());
+            }
         };
-        if got.is_err() {
-            bound(first, &sandbox, is);
-        }
-        let got = got?;
         log::info!("the guest has {got:?}; wished was {wish:?}");
         if grows && got.memory_mib < wish.memory_mib {
             let text = format!(

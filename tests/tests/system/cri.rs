@@ -72,10 +72,7 @@ impl<'a> Pod<'a> {
             linux: Some(v1::LinuxPodSandboxConfig {
                 cgroup_parent: format!("/{}", containerd.group),
                 security_context: Some(v1::LinuxSandboxSecurityContext {
-                    namespace_options: Some(v1::NamespaceOption {
-                        pid: v1::NamespaceMode::Container as i32,
-                        ..Default::default()
-                    }),
+                    namespace_options: Some(own_pids()),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -111,10 +108,7 @@ impl<'a> Pod<'a> {
             log_path: format!("{name}.log"),
             linux: Some(v1::LinuxContainerConfig {
                 security_context: Some(v1::LinuxContainerSecurityContext {
-                    namespace_options: Some(v1::NamespaceOption {
-                        pid: v1::NamespaceMode::Container as i32,
-                        ..Default::default()
-                    }),
+                    namespace_options: Some(own_pids()),
                     ..Default::default()
                 }),
                 ..Default::default()
@@ -155,6 +149,14 @@ impl<'a> Pod<'a> {
 
     fn remove(self) -> Result<()> {
         self.cri.remove_pod(&self.id)
+    }
+}
+
+/// What the kubelet says where processes are not shared.
+fn own_pids() -> v1::NamespaceOption {
+    v1::NamespaceOption {
+        pid: v1::NamespaceMode::Container as i32,
+        ..Default::default()
     }
 }
 
