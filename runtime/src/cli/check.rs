@@ -19,8 +19,12 @@ const ROUNDS: u32 = 60_000;
 
 /// Below this rate (instructions a second) no Linux guest gets anywhere. Hardware does thousands
 /// of millions, emulated hardware (nested in an emulator) hundreds of millions, a software KVM
-/// half a million.
-const SLOWEST: f64 = 20e6;
+/// half a million: this is the middle of the last two, as far from either.
+const SLOWEST: f64 = 10e6;
+
+/// How often the tiny guest is timed before its rate is called too low: on a busy machine another
+/// process may have had the CPU for most of the first time.
+const TRIES: usize = 3;
 
 /// What was looked at, whether it is well, and what to do if not.
 struct Finding {
@@ -67,7 +71,7 @@ fn look() -> Vec<Finding> {
             return findings;
         }
     }
-    findings.push(match measure() {
+    findings.push(match fastest(measure) {
         Ok(rate) if rate >= SLOWEST => Finding {
             what: "guest",
             well: true,
@@ -112,6 +116,18 @@ fn millions(rate: f64) -> String {
     format!("{:.1} million", rate / 1e6)
 }
 
+/// The highest of up to [`TRIES`] rates, the first that is high enough ending the trying.
+fn fastest(mut measure: impl FnMut() -> Result<f64, String>) -> Result<f64, String> {
+    let mut best = 0.0_f64;
+    for _ in 0..TRIES {
+        best = best.max(measure()?);
+        if best >= SLOWEST {
+            break;
+        }
+    }
+    Ok(best)
+}
+
 /// Instructions a second of a guest that only counts. The time without any counting is taken off.
 fn measure() -> Result<f64, String> {
     let empty = time_of(1)?;
@@ -137,5 +153,37 @@ fn time_of(rounds: u32) -> Result<Duration, String> {
     match reason {
         ExitReason::Reset => Ok(took),
         other => Err(format!("a tiny guest failed: {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `fastest` of these rates, and how many of them it asked for.
+    fn fastest_of(rates: &[f64]) -> (f64, usize) {
+        let mut asked = 0;
+        let best = fastest(|| {
+            asked += 1;
+            Ok(rates[asked - 1])
+        });
+        (best.unwrap(), asked)
+    }
+
+    #[test]
+    fn one_slow_moment_is_not_the_machines_rate() {
+        assert_eq!(fastest_of(&[4e6, 300e6]), (300e6, 2));
+        assert_eq!(fastest_of(&[0.5e6, 0.6e6, 0.4e6]), (0.6e6, 3));
+        assert_eq!(fastest_of(&[300e6]), (300e6, 1));
+    }
+
+    #[test]
+    fn a_guest_that_fails_is_not_tried_again() {
+        let mut asked = 0;
+        let failed = fastest(|| {
+            asked += 1;
+            Err("no memory".into())
+        });
+        assert_eq!((failed, asked), (Err("no memory".into()), 1));
     }
 }
