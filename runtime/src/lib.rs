@@ -23,6 +23,7 @@
 
 mod account;
 mod agent;
+mod apparmor;
 mod console;
 mod container;
 pub mod direct_volume;

@@ -1,6 +1,7 @@
 //! A sandbox: a virtual machine with the agent in it.
 
 use crate::agent::{Agent, Connection};
+use crate::apparmor::confined;
 use crate::console::Console;
 use crate::container::Container;
 use crate::error::LAST_WORDS;
@@ -74,6 +75,11 @@ pub struct SandboxConfig {
     /// The guest kernel's settings by their names (`net.ipv4.ip_unprivileged_port_start`), which all of
     /// its containers have where they have no namespace of their own for them.
     pub sysctls: BTreeMap<String, String>,
+    /// The AppArmor profile of the threads that run the guest and serve its devices; `unconfined` is
+    /// none. What they open has to be in it: the host's devices, the guest's kernel and initramfs, and
+    /// shared files by their paths in their file systems (with the profile's flag `attach_disconnected`).
+    /// Default: that of the thread that starts the sandbox.
+    pub apparmor_profile: Option<String>,
     /// The guest kernel; looked for if none is given.
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs; looked for if none is given.
@@ -99,6 +105,7 @@ impl Default for SandboxConfig {
             vsock: None,
             hostname: None,
             sysctls: BTreeMap::new(),
+            apparmor_profile: None,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
@@ -286,11 +293,11 @@ impl Sandbox {
         let host_events = fs.host_events();
         let console = Console::default();
         let made = timeline.step("devices", Duration::ZERO);
-        let vm = Vm::builder(spec)
+        let machine = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
             .device(fs)
-            .console(console.clone())
-            .start()?;
+            .console(console.clone());
+        let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         let running = timeline.step("machine", made);
         let joined = Joined::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {

@@ -36,6 +36,12 @@ pub struct Settings {
     /// (docs/devices.md).
     #[cfg_attr(test, schemars(with = "String"))]
     pub cache: Cache,
+    /// Whether a sandbox's threads that work for the guest have the AppArmor profile of its first container's
+    /// configuration (`docs/containerd.md`).
+    pub apparmor: bool,
+    /// Whether a sandbox's process has the SELinux label of its first container's configuration, on a host
+    /// with SELinux. Read from the machine's files: the process is there before containerd says of others.
+    pub selinux: bool,
     /// The guest kernel. Without it: `vmlinux` where Koya's files are looked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -57,6 +63,8 @@ impl Default for Settings {
             cpus_max: None,
             memory_max_mib: None,
             cache: Cache::default(),
+            apparmor: true,
+            selinux: true,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),

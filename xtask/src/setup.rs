@@ -34,6 +34,7 @@ const PACKAGES: &[(&str, &str)] = &[
         "protobuf-compiler",
         "the tests' client of Kubernetes' interface",
     ),
+    ("apparmor", "the tests' profiles"),
     ("containernetworking-plugins", "the tests' pods' networks"),
     ("stress-ng", "the tests' file-system load"),
     (

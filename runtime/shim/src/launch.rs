@@ -2,8 +2,10 @@
 //! listens.
 
 use crate::flags::Flags;
+use crate::selinux;
 use crate::spec::{Role, Spec};
 use anyhow::{Context, Result, bail};
+use koya::Settings;
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -47,7 +49,7 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
             let socket = socket(flags, &flags.id);
             // Before there is a process: nobody cleans up after a start that failed.
             let address = note(&socket)?;
-            launch(flags, &bundle, &socket)?;
+            launch(flags, &bundle, &socket, spec.selinux_label())?;
             address
         }
     };
@@ -56,16 +58,24 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-fn launch(flags: &Flags, bundle: &Path, socket: &Path) -> Result<()> {
+fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> Result<()> {
     let Some(listener) = listen(socket)? else {
         // It runs already: containerd asks again after a failure of its own.
         return Ok(());
     };
-    let launched = spawn(flags, bundle, listener);
+    let launched = label_process(label).and_then(|()| spawn(flags, bundle, listener));
     if launched.is_err() {
         fs::remove_file(socket).ok();
     }
     launched
+}
+
+/// The process that stays has this SELinux label, if the machine's settings want that.
+fn label_process(label: Option<&str>) -> Result<()> {
+    match label {
+        Some(label) if Settings::load()?.selinux => selinux::label_next_exec(label),
+        _ => Ok(()),
+    }
 }
 
 /// None if somebody listens there.

@@ -26,6 +26,9 @@ impl Pod {
         let limits = *lock(&task.limits);
         let size = together(&task.settings, &[limits]);
         let mut config = task.settings.sandbox(size, task.is_virtual());
+        if task.settings.apparmor {
+            config.apparmor_profile = task.spec.apparmor_profile();
+        }
         if task.is_virtual() {
             // Its containers have the guest's own namespaces, which nothing else sets up.
             config.hostname = task.spec.0.hostname().clone();

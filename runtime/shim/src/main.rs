@@ -21,6 +21,7 @@ mod metrics;
 mod mounts;
 mod options;
 mod pod;
+mod selinux;
 mod service;
 mod size;
 mod spec;

@@ -131,6 +131,18 @@ impl Spec {
         cgroup::folder(path)
     }
 
+    /// The AppArmor profile that its process is to have.
+    pub(crate) fn apparmor_profile(&self) -> Option<String> {
+        let profile = self.0.process().as_ref()?.apparmor_profile().clone();
+        profile.filter(|name| !name.is_empty())
+    }
+
+    /// The SELinux label that its process is to have.
+    pub(crate) fn selinux_label(&self) -> Option<&str> {
+        let label = self.0.process().as_ref()?.selinux_label().as_deref();
+        label.filter(|label| !label.is_empty())
+    }
+
     pub(crate) fn resources(&self) -> Option<&oci::LinuxResources> {
         self.0.linux().as_ref()?.resources().as_ref()
     }

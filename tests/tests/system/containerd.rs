@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 9] = [
+    let tests: [Test; 10] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
@@ -22,6 +22,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ),
         ("a_network_is_lent", a_network_is_lent),
         ("users_are_mapped", users_are_mapped),
+        ("an_apparmor_profile_holds", an_apparmor_profile_holds),
         ("many_start_at_once", many_start_at_once),
         ("a_pod_is_one_machine", a_pod_is_one_machine),
         (
@@ -286,6 +287,91 @@ fn users_are_mapped(containerd: &Containerd) -> Result<()> {
         "{said}"
     );
     ensure!(words.len() == 7, "no sysfs: {said}");
+    containerd.nothing_is_left()
+}
+
+/// The threads that work for the guest have the container's profile on the host, and what that denies the
+/// guest can't have.
+fn an_apparmor_profile_holds(containerd: &Containerd) -> Result<()> {
+    let profile = format!("koya-test-{}", containerd.number);
+    let shared = scratch("apparmor")?;
+    for name in ["allowed", "denied"] {
+        fs::write(shared.join(name), name)?;
+    }
+    // What matters of the profile that container engines give by default, and one file: by its path in
+    // its file system, for a share's mount is attached nowhere.
+    let text = format!(
+        "profile {profile} flags=(attach_disconnected,mediate_deleted) {{\n\
+         file,\nnetwork,\ncapability,\nsignal,\ndeny mount,\ndeny /**/denied r,\n}}\n"
+    );
+    let file = containerd.dir.join("profile");
+    fs::write(&file, text)?;
+    let securityfs = std::path::Path::new("/sys/kernel/security/apparmor");
+    if !securityfs.exists() {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "securityfs", "securityfs", "/sys/kernel/security"]);
+        stdout(mount.output()?)?;
+    }
+    let parser = |action: &str| {
+        let mut parser = Command::new("apparmor_parser");
+        parser.args([action, "--skip-cache"]).arg(&file).output()
+    };
+    stdout(parser("--replace")?)?;
+
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw",
+        shared.display()
+    );
+    let options = [
+        "--detach",
+        "--apparmor-profile",
+        &profile,
+        "--mount",
+        &mount,
+    ];
+    let script = "cat /data/allowed; cat /data/denied 2>&1; sleep 600";
+    let mut run = containerd.run(&options, "confined", &["sh", "-c", script]);
+    stdout(run.output()?)?;
+    let shim = containerd.shim_of("confined")?.context("no shim")?;
+    let (mut inside, mut outside) = (Vec::new(), Vec::new());
+    for thread in fs::read_dir(format!("/proc/{shim}/task"))? {
+        let thread = thread?.path();
+        let name = fs::read_to_string(thread.join("comm"))?.trim().to_owned();
+        let label = fs::read_to_string(thread.join("attr/apparmor/current"))?;
+        match label.trim() == format!("{profile} (enforce)") {
+            true => inside.push(name),
+            false => outside.push(name),
+        }
+    }
+    for guests in ["koya-vcpu0", "koya-loop", "koya-fs"] {
+        let is_it = |name: &String| name.starts_with(guests);
+        ensure!(
+            inside.iter().any(is_it) && !outside.iter().any(is_it),
+            "{guests}: with the profile {inside:?}, without {outside:?}"
+        );
+    }
+    ensure!(outside.iter().any(|name| name == "koya-rpc"), "{outside:?}");
+    let mut exec = containerd.ctr(["task", "exec", "--exec-id", "e", "confined"]);
+    let (code, text) = ended(&exec.args(["cat", "/data/allowed"]).output()?);
+    ensure!(code == Some(0) && text == "allowed", "{code:?} {text}");
+    let mut exec = containerd.ctr(["task", "exec", "--exec-id", "f", "confined"]);
+    let (code, text) = ended(&exec.args(["cat", "/data/denied"]).output()?);
+    ensure!(
+        code == Some(1) && text.contains("Permission denied"),
+        "{code:?} {text}"
+    );
+    let kill = ["task", "kill", "-s", "KILL", "confined"];
+    stdout(containerd.ctr(kill).output()?)?;
+    containerd.wait_for("confined", "STOPPED")?;
+    containerd.remove("confined")?;
+    stdout(parser("--remove")?)?;
+
+    let options = ["--rm", "--apparmor-profile", &profile];
+    let mut run = containerd.run(&options, "unknown", &["true"]);
+    let (code, text) = ended(&run.output()?);
+    let named = text.contains("AppArmor") && text.contains(&profile);
+    ensure!(code != Some(0) && named, "{code:?} {text}");
+    fs::remove_dir_all(shared)?;
     containerd.nothing_is_left()
 }
 

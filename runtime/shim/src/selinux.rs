@@ -1,0 +1,86 @@
+//! SELinux on the host: the label of the process that is the sandbox.
+
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::Path;
+
+/// There where the kernel enforces a policy, or would.
+const ENFORCE: &str = "/sys/fs/selinux/enforce";
+/// The label of what this thread, and its children, execute next (proc_pid_attr(5)).
+const NEXT_EXEC: &str = "/proc/thread-self/attr/exec";
+/// Which policy the machine has, and where policies are.
+const CONFIG: &str = "/etc/selinux/config";
+const POLICIES: &str = "/etc/selinux";
+/// Where a policy says which types containers have, and virtual machines that are containers.
+const CONTEXTS: &str = "contexts/lxc_contexts";
+
+/// What is executed next has this label, where the host has SELinux.
+///
+/// # Errors
+/// The policy does not know the label, or does not let this process give it.
+pub(crate) fn label_next_exec(label: &str) -> Result<()> {
+    if !Path::new(ENFORCE).exists() {
+        return Ok(());
+    }
+    let label = for_virtual_machine(label, &contexts().unwrap_or_default());
+    fs::write(NEXT_EXEC, &label).with_context(|| {
+        format!(
+            "cannot give the sandbox the SELinux label {label:?} (`selinux = false` in {} runs it \
+             with containerd's)",
+            koya::settings::FILE
+        )
+    })
+}
+
+/// The policy's own list of contexts.
+fn contexts() -> Option<String> {
+    let config = fs::read_to_string(CONFIG).ok()?;
+    let name = config
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("SELINUXTYPE="))?;
+    fs::read_to_string(Path::new(POLICIES).join(name.trim()).join(CONTEXTS)).ok()
+}
+
+/// The type of a label: `system_u:system_r:container_t:s0:c1,c2`.
+fn type_of(label: &str) -> Option<&str> {
+    label.split(':').nth(2)
+}
+
+/// containerd gives a container's type to what it does not know as a virtual machine; the policy has
+/// another for those, which may use /dev/kvm. User, role and categories stay.
+fn for_virtual_machine(label: &str, contexts: &str) -> String {
+    let context = |key: &str| {
+        let mut lines = contexts.lines().filter_map(|line| line.split_once('='));
+        let (_, value) = lines.find(|(name, _)| name.trim() == key)?;
+        type_of(value.trim().trim_matches('"'))
+    };
+    let mut parts: Vec<&str> = label.split(':').collect();
+    if let (Some(container), Some(machine)) = (context("process"), context("kvm_process"))
+        && type_of(label) == Some(container)
+    {
+        parts[2] = machine;
+    }
+    parts.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FEDORA: &str = "process = \"system_u:system_r:container_t:s0\"\n\
+                          content = \"system_u:object_r:virt_var_lib_t:s0\"\n\
+                          kvm_process = \"system_u:system_r:container_kvm_t:s0\"\n";
+
+    #[test]
+    fn a_containers_type_becomes_a_virtual_machines_and_its_categories_stay() {
+        let label = "system_u:system_r:container_t:s0:c12,c34";
+        let machine = "system_u:system_r:container_kvm_t:s0:c12,c34";
+        assert_eq!(for_virtual_machine(label, FEDORA), machine);
+        assert_eq!(for_virtual_machine(machine, FEDORA), machine);
+        // One that somebody chose, and a policy that has no such type.
+        let own = "system_u:system_r:my_t:s0";
+        assert_eq!(for_virtual_machine(own, FEDORA), own);
+        assert_eq!(for_virtual_machine(label, ""), label);
+        assert_eq!(for_virtual_machine("no label", FEDORA), "no label");
+    }
+}

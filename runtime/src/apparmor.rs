@@ -1,0 +1,81 @@
+//! AppArmor on the host: the profile of the threads that work for the guest.
+//!
+//! A process of many threads can't change its profile as a whole, and need not: the threads that
+//! answer to containerd and mount are trusted, those that run the guest and serve its devices are
+//! not. A thread hands its profile on to those that it makes, so the one that builds the machine
+//! takes it first.
+
+use crate::Error;
+use std::fs;
+use std::io;
+use std::panic::resume_unwind;
+use std::path::Path;
+
+/// `Y` where the kernel enforces profiles.
+const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
+/// Where a thread asks for its profile: of its own since Linux 5.8, before that any security module's.
+const CURRENT: [&str; 2] = [
+    "/proc/thread-self/attr/apparmor/current",
+    "/proc/thread-self/attr/current",
+];
+/// The name of having none.
+const UNCONFINED: &str = "unconfined";
+
+/// Does the work with this profile, on a thread of its own; without a profile, here and now.
+pub(crate) fn confined<T: Send>(
+    profile: Option<&str>,
+    work: impl FnOnce() -> Result<T, Error> + Send,
+) -> Result<T, Error> {
+    let Some(profile) = profile.filter(|name| *name != UNCONFINED) else {
+        return work();
+    };
+    let confined = || {
+        enter(profile).map_err(Error::host(format!(
+            "take the AppArmor profile {profile:?}"
+        )))?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        let joined = scope.spawn(confined).join();
+        joined.unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+/// Changes the profile of the calling thread.
+fn enter(profile: &str) -> io::Result<()> {
+    let enabled = fs::read_to_string(ENABLED).unwrap_or_default();
+    if enabled.trim() != "Y" {
+        let text = "this host's kernel does not have AppArmor enabled";
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+    }
+    let place = CURRENT.into_iter().find(|place| Path::new(place).exists());
+    fs::write(
+        place.unwrap_or(CURRENT[1]),
+        format!("changeprofile {profile}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_profile_the_work_is_done_here() {
+        let here = std::thread::current().id();
+        for none in [None, Some(UNCONFINED)] {
+            let there = confined(none, || Ok(std::thread::current().id()));
+            assert_eq!(there.unwrap(), here);
+        }
+    }
+
+    #[test]
+    fn a_profile_that_is_not_there_is_named_and_nothing_is_done() {
+        let mut done = false;
+        let refused = confined(Some("koya-no-such-profile"), || {
+            done = true;
+            Ok(())
+        });
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("koya-no-such-profile") && !done, "{error}");
+    }
+}
