@@ -647,6 +647,14 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
     );
     ensure!(code == Some(0) && text.contains("137"), "{code:?} {text}");
     ensure!(exec("after", "echo alive")? == "alive");
+    // It has had all that it may have: what the host gave beyond that is what `overhead.podFixed` is for.
+    let peak = fs::read_to_string(containerd.groups().join("limited/memory.peak"))?;
+    let beyond = (peak.trim().parse::<u64>()? >> 20).checked_sub(LIMIT_MIB);
+    let beyond = beyond.context("the container never had its limit")?;
+    eprintln!(
+        "containerd: at its limit of {LIMIT_MIB} MiB, {beyond} MiB beyond it on the host, which allows {}",
+        outside - LIMIT_MIB
+    );
     stdout(containerd.ctr(["task", "rm", "-f", "limited"]).output()?)?;
     containerd.remove("limited")?;
     containerd.nothing_is_left()?;
