@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
 
 use crate::build::Products;
+use crate::profile::Symbols;
 use crate::rig::Archive;
-use crate::{build, cache, counting, proc, setup, suite};
+use crate::{build, cache, counting, kernel, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -73,6 +74,12 @@ enum What {
         /// Instead of figures: what the guest kernel's init calls cost, the dearest first
         #[arg(long, conflicts_with_all = ["check", "record", "json"])]
         trace: bool,
+        /// Instead of figures: where each instruction of a start goes, by the guest kernel's functions
+        #[arg(long, conflicts_with_all = ["check", "record", "json", "trace"])]
+        profile: bool,
+        /// Another guest kernel: an ELF image, with its symbols for --profile
+        #[arg(long, value_name = "FILE", conflicts_with = "record")]
+        kernel: Option<PathBuf>,
         /// Put this run's figures on record (benches/baseline/boot.json)
         #[arg(long)]
         record: bool,
@@ -99,15 +106,23 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
             check,
             share,
             trace,
+            profile,
+            kernel,
             record,
             json,
-        } => match trace {
-            true => {
-                print!("{}", counting::run(boot_files()?, "trace")?);
+        } => {
+            let files = boot_files(kernel.as_deref())?;
+            if *trace {
+                print!("{}", counting::run(files, "trace")?);
                 Ok(())
+            } else if *profile {
+                let symbols = symbols(kernel.as_deref())?;
+                counting::profile(files, "profile", &symbols)?.print(&symbols);
+                Ok(())
+            } else {
+                boot(files, check.then_some(*share), *record, json.as_deref())
             }
-            false => boot(check.then_some(*share), *record, json.as_deref()),
-        },
+        }
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
@@ -140,7 +155,7 @@ const BASELINE: &str = "benches/baseline/boot.json";
 const ROWS: &str = "rows: ";
 
 /// All that the counted host has: programs with their libraries, the guest's files, a root file system.
-fn boot_files() -> Result<Archive> {
+fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
     let program = program("boot")?;
@@ -165,7 +180,10 @@ fn boot_files() -> Result<Archive> {
     }
     files.file("bin/sh", 0o755, &busybox)?;
     for name in ["vmlinux", "initramfs"] {
-        let path = products.share.join(name);
+        let path = match kernel.filter(|_| name == "vmlinux") {
+            Some(kernel) => stripped(kernel)?,
+            None => products.share.join(name),
+        };
         files.file(&format!("share/koya/{name}"), 0o644, &fs::read(path)?)?;
     }
     files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
@@ -187,8 +205,31 @@ fn boot_files() -> Result<Archive> {
     Ok(files)
 }
 
-fn boot(share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
-    let said = counting::run(boot_files()?, "")?;
+/// A kernel as it is shipped.
+fn stripped(kernel: &Path) -> Result<PathBuf> {
+    let folder = proc::checkout().join("target/koya");
+    fs::create_dir_all(&folder)?;
+    let image = folder.join("vmlinux-stripped");
+    proc::run(
+        Command::new("strip")
+            .args(["-s", "-o"])
+            .arg(&image)
+            .arg(kernel),
+    )?;
+    Ok(image)
+}
+
+/// The functions of a kernel: the project's, or another.
+fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
+    let text = match kernel {
+        Some(kernel) => proc::output(Command::new("nm").arg(kernel))?,
+        None => fs::read_to_string(kernel::ensure()?.symbols)?,
+    };
+    Ok(Symbols::parse(&text))
+}
+
+fn boot(files: Archive, share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
+    let said = counting::run(files, "")?;
     let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
     let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
     for line in said.lines().filter(|line| !line.starts_with(ROWS)) {

@@ -4,9 +4,11 @@
 //! It knows no caches and no TLB, and an exit of a guest is one instruction to it. Waits advance its clock too.
 
 use crate::proc;
+use crate::profile::{self, Profile, Symbols};
 use crate::rig::{Archive, Host, RunDir};
 use anyhow::{Context, Result, bail};
 use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -20,7 +22,21 @@ const LIMIT: Duration = Duration::from_secs(1200);
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(crate) fn run(mut files: Archive, arguments: &str) -> Result<String> {
+pub(crate) fn run(files: Archive, arguments: &str) -> Result<String> {
+    Ok(boot(files, arguments, None)?.0)
+}
+
+/// As [`run`], and where the instructions went between two words of the program.
+pub(crate) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
+    let (_, profile) = boot(files, arguments, Some(symbols))?;
+    profile.context("no profile")
+}
+
+fn boot(
+    mut files: Archive,
+    arguments: &str,
+    symbols: Option<&Symbols>,
+) -> Result<(String, Option<Profile>)> {
     let host = Host::ensure()?;
     let run = RunDir::create()?;
     files.file("init", 0o755, INIT.as_bytes())?;
@@ -46,9 +62,18 @@ pub(crate) fn run(mut files: Archive, arguments: &str) -> Result<String> {
         .arg("-serial")
         .arg(format!("file:{}", console.display()))
         .stdin(Stdio::null());
+    let (words, monitor) = (run.path("words"), run.path("monitor"));
+    if symbols.is_some() {
+        let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+        qemu.args(["-serial", &socket(&words), "-monitor", &socket(&monitor)]);
+    }
     eprintln!("counting: starting an emulated host whose instructions are counted");
     let started = Instant::now();
     let mut child = qemu.spawn().context("cannot start QEMU")?;
+    let profile = symbols.map(|symbols| {
+        eprintln!("counting: each instruction of one start is logged, which takes minutes");
+        profile::watch(&words, &monitor, &run.path("log"), symbols)
+    });
     let ended = loop {
         if let Some(status) = child.try_wait()? {
             break status;
@@ -69,5 +94,5 @@ pub(crate) fn run(mut files: Archive, arguments: &str) -> Result<String> {
     if status.map(str::trim) != Some("0") {
         bail!("it failed:\n{}", proc::tail(&console, 40));
     }
-    Ok(said)
+    Ok((said, profile.transpose()?))
 }

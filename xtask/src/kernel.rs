@@ -11,12 +11,16 @@ use std::process::Command;
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
 
+const SYMBOLS: &str = "System.map";
+
 /// A built guest kernel.
 pub(crate) struct Kernel {
     /// Uncompressed ELF, for the 64-bit boot protocol.
     pub(crate) vmlinux: PathBuf,
     /// Compressed image.
     pub(crate) bzimage: PathBuf,
+    /// The addresses of its functions.
+    pub(crate) symbols: PathBuf,
 }
 
 /// `cargo xtask kernel`
@@ -35,7 +39,7 @@ pub(crate) fn ensure() -> Result<Kernel> {
     let source = Source::find(patches()?)?;
     let wanted = fragments()?;
     let compiler = proc::output(Command::new("gcc").arg("-dumpfullversion"))?;
-    let key = cache::key([source.identity.as_str(), &text(&wanted), &compiler]);
+    let key = cache::key([source.identity.as_str(), &text(&wanted), &compiler, SYMBOLS]);
     let dir = cache::ensure("kernel", &key, |dir| build(&source, &wanted, &key, dir))?;
     let file = |prefix: &str| -> Result<PathBuf> {
         fs::read_dir(&dir)?
@@ -54,6 +58,7 @@ pub(crate) fn ensure() -> Result<Kernel> {
     Ok(Kernel {
         vmlinux: file("vmlinux-")?,
         bzimage: file("bzImage-")?,
+        symbols: file(SYMBOLS)?,
     })
 }
 
@@ -243,6 +248,7 @@ fn build(source: &Source, wanted: &BTreeMap<String, String>, key: &str, out: &Pa
         out.join(format!("bzImage-{release}-{key}")),
     )?;
     fs::copy(objects.join(".config"), out.join("config"))?;
+    fs::copy(objects.join(SYMBOLS), out.join(SYMBOLS))?;
     fs::remove_dir_all(&objects)?;
     Ok(())
 }

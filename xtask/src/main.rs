@@ -12,6 +12,7 @@ mod demo;
 mod kernel;
 mod lint;
 mod proc;
+mod profile;
 mod rig;
 mod setup;
 mod suite;

@@ -12,7 +12,8 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -39,11 +40,14 @@ const KINDS: &[&str] = &[
     "insn_emulation",
 ];
 const MARK: &str = "rows: ";
+/// Where who logs each instruction listens (`xtask/src/profile.rs`).
+const LOGGER: &str = "/dev/ttyS1";
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some(ONCE) => once(),
         Some("trace") => trace(),
+        Some("profile") => profile(),
         None => measure(),
         Some(other) => Err(format!("{other:?}: say nothing").into()),
     }
@@ -81,6 +85,25 @@ fn counted() -> BTreeMap<String, u64> {
     let counts: BTreeMap<_, _> = files.filter_map(count).collect();
     assert!(counts.contains_key("exits"), "KVM tells nothing in debugfs");
     counts
+}
+
+/// One start between two words to whoever logs what is executed, after others that fill caches.
+fn profile() -> Result<()> {
+    let own = std::env::current_exe()?;
+    for _ in 1..RUNS {
+        cost_of(Command::new(&own).arg(ONCE))?;
+    }
+    say("begin")?;
+    cost_of(Command::new(&own).arg(ONCE))?;
+    say("end")
+}
+
+/// Says a word on the second serial port, and waits for a line.
+fn say(word: &str) -> Result<()> {
+    let mut port = File::options().read(true).write(true).open(LOGGER)?;
+    writeln!(port, "{word}")?;
+    port.read_exact(&mut [0])?;
+    Ok(())
 }
 
 /// The guest kernel's init calls by what they took, and the longest gaps between its messages.
