@@ -140,15 +140,20 @@ impl VmBuilder {
         let event_loop = LoopThread::start().map_err(host("start the event loop"))?;
 
         let mut bus = Bus::default();
+        let marks = bus.marks().clone();
+        marks.built("memory and KVM");
         bus.set_reset(ResetLine::new().map_err(host("make the reset line"))?);
         let serial = self.attach_serial(&machine, &mut bus)?;
         let mut words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
         let spares = self.add_spares(&mut bus, &mut words);
 
+        marks.built("devices attached");
+
         let base = self.base_cmdline();
         let cpus = self.spec.cpus.count;
         let bytes = self.spec.memory.bytes;
         let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &base, &words)?;
+        marks.built("kernel loaded");
         let vcpus = make_vcpus(&kvm, &machine, cpus)?;
         arch::set_entry(&vcpus[0], entry)?;
 

@@ -1,6 +1,7 @@
 //! Which device an address belongs to. Fixed once the virtual machine is built; vCPU threads
 //! look devices up without a lock and call each under its own.
 
+use crate::marks::Marks;
 use crate::sync::lock;
 use koya_devices::legacy::{ResetLine, SerialPort};
 use koya_devices::virtio::mmio::{self, MmioTransport, WINDOW_SIZE};
@@ -27,9 +28,15 @@ pub struct Bus {
     windows: Vec<(u64, Window)>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     reset: Option<Mutex<ResetLine>>,
+    marks: Arc<Marks>,
 }
 
 impl Bus {
+    /// What came to pass by it, and by whoever else has it.
+    pub fn marks(&self) -> &Arc<Marks> {
+        &self.marks
+    }
+
     /// Puts a window for a virtio device at an address.
     pub fn add_window(&mut self, address: u64, device: Option<MmioTransport>) -> Window {
         let window = Window::new(Mutex::new(device));
@@ -51,6 +58,7 @@ impl Bus {
     /// A guest reads from a port. Every device behind ports has byte registers; a wider or
     /// repeated access reads the same register again.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.marks.port_exit();
         for byte in data {
             *byte = if SERIAL_PORTS.contains(&port) {
                 let serial = self.serial.as_ref();
@@ -67,6 +75,7 @@ impl Bus {
 
     /// A guest writes to a port.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
+        self.marks.port_exit();
         let mut effect = Effect::None;
         for byte in data {
             if SERIAL_PORTS.contains(&port) {
@@ -85,6 +94,7 @@ impl Bus {
 
     /// A guest reads device memory; where there is nothing it reads ones.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.marks.mmio_exit();
         match self.window(address) {
             Some((offset, window)) => match &mut *lock(window) {
                 Some(device) => device.read(offset, data),
@@ -96,10 +106,15 @@ impl Bus {
 
     /// A guest writes device memory; where there is nothing it is lost.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.marks.mmio_exit();
         if let Some((offset, window)) = self.window(address)
             && let Some(device) = &mut *lock(window)
         {
+            let was_active = device.is_active();
             device.write(offset, data);
+            if device.is_active() && !was_active {
+                self.marks.guest(device.kind().name());
+            }
         }
     }
 

@@ -36,6 +36,7 @@ mod exit;
 mod hotplug;
 #[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
 pub mod kvm;
+mod marks;
 mod memory;
 mod panic_log;
 mod sync;
@@ -51,5 +52,6 @@ pub use config::{
 pub use exit::ExitReason;
 pub use hotplug::{AttachError, AttachedDisk};
 pub use koya_devices as devices;
+pub use marks::{Exits, Mark, Marks};
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};

@@ -154,6 +154,11 @@ pub(crate) fn run(mut vcpu: Vcpu, gate: &Arc<Gate>, bus: &Bus) {
             arch::after_pause(vcpu.fd());
         }
         if let Some(reason) = run_until_kicked(&mut vcpu, bus) {
+            bus.marks().guest(match &reason {
+                ExitReason::Reset => "reset",
+                ExitReason::TripleFault { .. } => "triple fault",
+                _ => "cannot go on",
+            });
             gate.end(reason);
         }
     }

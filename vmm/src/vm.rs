@@ -7,6 +7,7 @@ use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
 use crate::kvm::Machine;
+use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::sync::lock;
@@ -46,6 +47,7 @@ pub struct VmHandle {
     handles: Arc<Handles>,
     /// The guest's memory goes with its machine, whoever has a handle.
     memory: Weak<Memory>,
+    marks: Arc<Marks>,
 }
 
 impl Vm {
@@ -92,6 +94,7 @@ impl Vm {
             serial: self.serial.clone(),
             handles: self.handles.clone(),
             memory: Arc::downgrade(&self.memory),
+            marks: self.bus.marks().clone(),
         }
     }
 
@@ -158,6 +161,11 @@ impl VmHandle {
     /// Waits until it ends, without taking it down.
     pub fn wait_ended(&self) -> ExitReason {
         self.gate.wait()
+    }
+
+    /// What came to pass while it was built and since, also after its end.
+    pub fn marks(&self) -> &Arc<Marks> {
+        &self.marks
     }
 
     /// What the machine and this process hold of the host's memory; nothing after its end.

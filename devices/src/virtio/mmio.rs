@@ -15,8 +15,8 @@
 use super::queue::Place;
 use super::state::{self, QueueState, TransportState};
 use super::{
-    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Interrupt, Memory, StateError,
-    VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, DeviceKind, Interrupt, Memory,
+    StateError, VirtioDevice, Worker,
 };
 use crate::sync::guest_fault;
 use event_manager::MutEventSubscriber;
@@ -165,6 +165,16 @@ impl MmioTransport {
             active: false,
             places: Vec::new(),
         })
+    }
+
+    /// Which device it is.
+    pub fn kind(&self) -> DeviceKind {
+        self.device.kind()
+    }
+
+    /// Whether its driver has started it: DRIVER_OK was set, and the device took its queues.
+    pub fn is_active(&self) -> bool {
+        self.active
     }
 
     /// What raises the device's interrupt: an irqfd.

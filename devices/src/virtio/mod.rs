@@ -53,6 +53,21 @@ pub enum DeviceKind {
     FileSystem = 26,
 }
 
+impl DeviceKind {
+    /// As people name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Net => "virtio-net",
+            Self::Block => "virtio-blk",
+            Self::Entropy => "virtio-rng",
+            Self::Balloon => "virtio-balloon",
+            Self::Vsock => "virtio-vsock",
+            Self::Memory => "virtio-mem",
+            Self::FileSystem => "virtio-fs",
+        }
+    }
+}
+
 /// How a device reaches its driver. Cheap, from any thread.
 pub trait Interrupt: Send + Sync {
     /// The driver should look at queue `index`.

@@ -1,0 +1,120 @@
+//! What the machine sees of a start: points in time, and how often the guest needed this process.
+//!
+//! Called by the thread that builds the machine and by vCPU threads. A guest can start its devices
+//! as often as it likes, so only the first marks are kept.
+
+use crate::sync::lock;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+/// How many marks are kept: the builder's, and each device's first start.
+const KEPT: usize = 32;
+
+/// A point in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// When it was.
+    pub at: Instant,
+    /// What came to pass: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
+    pub name: &'static str,
+    /// Whether it was the guest's doing.
+    pub by_guest: bool,
+}
+
+/// How often the guest left KVM_RUN for this process. What KVM answers by itself is not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exits {
+    /// For a port.
+    pub port: u64,
+    /// For device memory.
+    pub mmio: u64,
+}
+
+/// The first marks of a machine's life, and its exits.
+#[derive(Debug, Default)]
+pub struct Marks {
+    marks: Mutex<Vec<Mark>>,
+    port_exits: AtomicU64,
+    mmio_exits: AtomicU64,
+}
+
+impl Marks {
+    /// The marks so far, the oldest first.
+    pub fn marks(&self) -> Vec<Mark> {
+        lock(&self.marks).clone()
+    }
+
+    /// The exits so far.
+    pub fn exits(&self) -> Exits {
+        Exits {
+            port: self.port_exits.load(Ordering::Relaxed),
+            mmio: self.mmio_exits.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A step of the builder's is done.
+    pub(crate) fn built(&self, name: &'static str) {
+        self.note(name, false);
+    }
+
+    /// The guest did something of note.
+    pub(crate) fn guest(&self, name: &'static str) {
+        self.note(name, true);
+    }
+
+    pub(crate) fn port_exit(&self) {
+        if self.port_exits.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.guest("first port exit");
+        }
+    }
+
+    pub(crate) fn mmio_exit(&self) {
+        if self.mmio_exits.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.guest("first MMIO exit");
+        }
+    }
+
+    fn note(&self, name: &'static str, by_guest: bool) {
+        let mut marks = lock(&self.marks);
+        if marks.is_empty() {
+            marks.reserve_exact(KEPT);
+        }
+        if marks.len() < KEPT {
+            let at = Instant::now();
+            marks.push(Mark { at, name, by_guest });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_exits_are_marked_and_all_are_counted() {
+        let marks = Marks::default();
+        marks.built("kernel loaded");
+        for _ in 0..3 {
+            marks.port_exit();
+        }
+        marks.mmio_exit();
+        assert_eq!(marks.exits(), Exits { port: 3, mmio: 1 });
+        let names: Vec<_> = marks.marks().iter().map(|m| (m.name, m.by_guest)).collect();
+        let expected = [
+            ("kernel loaded", false),
+            ("first port exit", true),
+            ("first MMIO exit", true),
+        ];
+        assert_eq!(names, expected);
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_and_on_adds_nothing() {
+        let marks = Marks::default();
+        for _ in 0..10 * KEPT {
+            marks.guest("virtio-fs");
+        }
+        assert_eq!(marks.marks().len(), KEPT);
+    }
+}
