@@ -1,6 +1,7 @@
 //! The guest's start, as an ordered list.
 
 use anyhow::{Context, Result};
+use koya_protocol::messages::{GuestMark, GuestTimes};
 use koya_protocol::{SHARED_DIR, SHARED_TAG};
 use rustix::fs::{CWD, FileType, Mode, mknodat, symlink};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
@@ -8,12 +9,25 @@ use std::fs;
 use std::path::Path;
 
 /// Everything before the host is called.
-pub(crate) fn set_up() -> Result<()> {
+pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     leave_rootfs().context("cannot leave the initial root file system")?;
     mount_kernel_file_systems()?;
+    mark(times, "file systems mounted");
     enable_cgroup_controllers()?;
+    mark(times, "control groups ready");
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
-    mount_shares()
+    mount_shares()?;
+    mark(times, "shares mounted");
+    Ok(())
+}
+
+/// Notes what is done now: told with the first answer, and until then a matter of nanoseconds.
+fn mark(times: &mut GuestTimes, name: &str) {
+    times.marks.push(GuestMark {
+        name: name.into(),
+        at_ns: crate::details::uptime_ns(),
+        ..Default::default()
+    });
 }
 
 /// The kernel's first root can't be pivoted away from, which is what containers do. A bind mount

@@ -30,6 +30,7 @@ mod sys;
 mod volumes;
 mod watches;
 
+use koya_protocol::messages::GuestTimes;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -44,17 +45,21 @@ fn main() -> ExitCode {
         eprintln!("koya-agent is the init of a Koya guest and does nothing elsewhere");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = run(details::uptime_ns()) {
+    let times = GuestTimes {
+        agent_started_ns: details::uptime_ns(),
+        ..Default::default()
+    };
+    if let Err(error) = run(times) {
         // The kernel's log is what the monitor shows of a guest that ended.
         sys::kernel_log(&format!("koya-agent: {error:#}"));
     }
     ExitCode::FAILURE
 }
 
-fn run(started_ns: u64) -> anyhow::Result<()> {
-    boot::set_up()?;
+fn run(mut times: GuestTimes) -> anyhow::Result<()> {
+    boot::set_up(&mut times)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(service::serve(started_ns))
+    runtime.block_on(service::serve(times))
 }

@@ -70,16 +70,12 @@ impl Service {
 }
 
 /// Connects to the host and serves it until the guest ends.
-pub(crate) async fn serve(started_ns: u64) -> Result<()> {
+pub(crate) async fn serve(mut times: GuestTimes) -> Result<()> {
     let address = VsockAddr::new(VMADDR_CID_HOST, CONTROL_PORT);
     let control = VsockStream::connect(address)
         .await
         .context("cannot reach the host over vsock")?;
-    let times = GuestTimes {
-        agent_started_ns: started_ns,
-        agent_connected_ns: details::uptime_ns(),
-        ..Default::default()
-    };
+    times.agent_connected_ns = details::uptime_ns();
     let (work, mut pieces) = mpsc::unbounded_channel::<Work>();
     // The stream of connections yields one and never ends: a server whose listener ends stops.
     let one = futures::stream::iter([std::io::Result::Ok(control)]);

@@ -9,8 +9,8 @@ use crate::stats::ContainerStats;
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
-    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, Interface,
-    MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, Route,
+    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, GuestTimes,
+    Interface, MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, Route,
     SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
     Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
     UpdateRoutesRequest, WaitProcessRequest,
@@ -33,6 +33,12 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
 /// How long it may take for what people do to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How many marks of its start it may tell of.
+const MAX_MARKS: usize = 16;
+
+/// How long a mark's name may be, in bytes.
+const MAX_MARK_NAME: usize = 32;
+
 /// Calls to the agent, from any thread. Each call blocks its own.
 #[derive(Clone)]
 pub(crate) struct Agent {
@@ -45,6 +51,35 @@ pub(crate) struct Connection(UnixStream);
 impl Drop for Connection {
     fn drop(&mut self) {
         self.0.shutdown(Shutdown::Both).ok();
+    }
+}
+
+/// What the agent tells of its start: each time is how long before its connection that was.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct AgentTimes {
+    /// Its first instruction.
+    pub(crate) took: Duration,
+    /// Parts of its start that were done then.
+    pub(crate) marks: Vec<(String, Duration)>,
+}
+
+impl From<GuestTimes> for AgentTimes {
+    fn from(times: GuestTimes) -> Self {
+        let connected = times.agent_connected_ns;
+        let before = |at_ns: u64| Duration::from_nanos(connected.saturating_sub(at_ns));
+        // A guest may say anything: little of it is taken, and nothing that a terminal obeys.
+        let proper = |name: &str| {
+            let plain = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+            name.len() <= MAX_MARK_NAME && name.bytes().all(plain)
+        };
+        let marks = times.marks.into_iter().take(MAX_MARKS);
+        Self {
+            took: before(times.agent_started_ns),
+            marks: marks
+                .filter(|mark| proper(&mark.name))
+                .map(|mark| (mark.name, before(mark.at_ns)))
+                .collect(),
+        }
     }
 }
 
@@ -278,9 +313,9 @@ impl Agent {
             .map_err(failed("remove the container"))
     }
 
-    /// The guest has no clock of its own that survives; the host's is right.
-    /// Sets the guest's clock; returns how long the agent had run when it connected.
-    pub(crate) fn set_time(&self) -> Result<Duration, Error> {
+    /// Sets the guest's clock, which has none of its own that survives; returns what the agent tells of
+    /// its start.
+    pub(crate) fn set_time(&self) -> Result<AgentTimes, Error> {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
@@ -291,12 +326,7 @@ impl Agent {
         };
         self.client
             .set_guest_date_time(limited(), &request)
-            .map(|times| {
-                let took = times
-                    .agent_connected_ns
-                    .saturating_sub(times.agent_started_ns);
-                Duration::from_nanos(took)
-            })
+            .map(AgentTimes::from)
             .map_err(failed("set the guest's clock"))
     }
 
@@ -463,6 +493,30 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn little_is_taken_of_what_an_agent_says_of_its_start() {
+        let mark = |name: &str, at_ns| messages::GuestMark {
+            name: name.into(),
+            at_ns,
+            ..Default::default()
+        };
+        let mut times = GuestTimes {
+            agent_started_ns: 70,
+            agent_connected_ns: 100,
+            marks: vec![mark("mounts", 90), mark("\x1b[2J", 91), mark("later", 200)],
+            ..Default::default()
+        };
+        let told = AgentTimes::from(times.clone());
+        let nanos = Duration::from_nanos;
+        assert_eq!(told.took, nanos(30));
+        let expected = [("mounts".to_owned(), nanos(10)), ("later".into(), nanos(0))];
+        assert_eq!(told.marks, expected);
+        times.marks = vec![mark(&"x".repeat(MAX_MARK_NAME + 1), 1)];
+        assert_eq!(AgentTimes::from(times.clone()).marks, []);
+        times.marks = vec![mark("again", 1); 1000];
+        assert_eq!(AgentTimes::from(times).marks.len(), MAX_MARKS);
+    }
 
     #[test]
     fn a_program_that_is_not_there_has_a_shells_status() {

@@ -238,7 +238,9 @@ fn launch(
     let plan = Plan::new(inner, stdio)?;
     let spec =
         serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
+    inner.timeline.mark("asked the agent", id);
     inner.agent.create(id, spec, needs, plan.message.clone())?;
+    inner.timeline.mark("made in the guest", id);
     let finished = plan.finish(inner.clone(), id, "");
     if finished.is_err() {
         // It is there, and nobody would know it.
@@ -290,11 +292,10 @@ impl Container {
         make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
-        let from = inner.timeline.elapsed();
+        let begun = inner.timeline.begin("create", id);
         match make(&inner, &mut given) {
             Ok(process) => {
-                let now = inner.timeline.elapsed();
-                inner.timeline.note("create", id, from, now);
+                inner.timeline.end(begun);
                 Ok(Self {
                     process,
                     made_of,
@@ -304,6 +305,7 @@ impl Container {
             }
             Err(error) => {
                 let error = inner.explain(error);
+                inner.timeline.fail(begun, &error);
                 given.take_back(&inner, id);
                 Err(error)
             }
@@ -358,11 +360,15 @@ impl Container {
     pub fn start(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
         let id = &self.process.container;
-        let from = inner.timeline.elapsed();
-        inner.agent.start(id).map_err(|e| inner.explain(e))?;
-        inner
-            .timeline
-            .note("start", id, from, inner.timeline.elapsed());
+        let begun = inner.timeline.begin("start", id);
+        let started = inner.agent.start(id).map_err(|e| inner.explain(e));
+        if let Err(error) = &started {
+            inner.timeline.fail(begun, error);
+            return started;
+        }
+        inner.timeline.end(begun);
+        // It runs: nobody waits for it any more.
+        inner.timeline.keep();
         Ok(())
     }
 

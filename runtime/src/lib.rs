@@ -42,7 +42,7 @@ mod size;
 mod spec;
 mod stats;
 mod streams;
-mod timeline;
+pub mod timeline;
 
 pub use container::{Container, Output, Process};
 pub use error::Error;
@@ -59,8 +59,7 @@ pub use settings::Settings;
 pub use size::Size;
 pub use spec::{ContainerConfig, Device, ProcessConfig, Stdio, User, Volume};
 pub use stats::{ContainerStats, CpuStats, DeviceIo};
-
-pub use timeline::Step;
+pub use timeline::{Keep, Step, Timeline};
 
 /// README's snippet, compiled.
 #[cfg(doctest)]

@@ -11,7 +11,7 @@ use crate::oci::Bundle;
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
-use crate::timeline::{Step, Timeline};
+use crate::timeline::{Keep, Lane, Recorder, Timeline};
 use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
@@ -86,6 +86,8 @@ pub struct SandboxConfig {
     pub initramfs: Option<PathBuf>,
     /// Words for the guest kernel's command line. Default: "quiet".
     pub cmdline: String,
+    /// Has the start's timeline written down on the host. Default: no.
+    pub timeline: Option<Keep>,
 }
 
 impl Default for SandboxConfig {
@@ -109,6 +111,7 @@ impl Default for SandboxConfig {
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
+            timeline: None,
         }
     }
 }
@@ -192,7 +195,7 @@ pub(crate) struct Inner {
     _connection: Connection,
     /// Given back when the sandbox stops.
     joined: Mutex<Option<Joined>>,
-    pub(crate) timeline: Timeline,
+    pub(crate) timeline: Arc<Recorder>,
     /// Disks that containers have in common, by what they are on the host.
     disks: Mutex<HashMap<(PathBuf, bool), Arc<Disk>>>,
     end: Arc<End>,
@@ -253,7 +256,16 @@ impl Sandbox {
     /// # Errors
     /// What is missing, what the host refused, or what the guest's console said last.
     pub fn start(config: &SandboxConfig) -> Result<Self, Error> {
-        let timeline = Timeline::new();
+        let timeline = Arc::new(Recorder::new(config.timeline.as_ref()));
+        let started = Self::try_start(config, timeline.clone());
+        if let Err(error) = &started {
+            timeline.fail_start(error);
+        }
+        started
+    }
+
+    fn try_start(config: &SandboxConfig, timeline: Arc<Recorder>) -> Result<Self, Error> {
+        let called = timeline.next(Lane::Host, "devices");
         let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
         let networks = config.networks.iter().map(NetworkConfig::resolve);
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
@@ -292,19 +304,20 @@ impl Sandbox {
         let files = fs.metrics();
         let host_events = fs.host_events();
         let console = Console::default();
-        let made = timeline.step("devices", Duration::ZERO);
+        timeline.next(Lane::Host, "machine");
         let machine = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
             .device(fs)
             .console(console.clone());
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
-        let running = timeline.step("machine", made);
+        timeline.machine_runs(vm.handle().marks());
+        let running = timeline.next(Lane::Kernel, "kernel");
         let joined = Joined::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {
             network.connect(device.tap_name())?;
         }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
-        let connected = timeline.elapsed();
+        let connected = timeline.next(Lane::Host, "settings");
         // Nobody but the agent can have connected: there is no container yet. The port closes.
         drop(control);
         let (agent, connection) =
@@ -324,17 +337,14 @@ impl Sandbox {
                 disks: Mutex::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
-            ready_after: connected,
+            ready_after: connected.saturating_sub(called),
             limits: Limits::of(config, ram_mib),
         };
-        let agent_took = sandbox.inner.agent.set_time()?;
+        let told = sandbox.inner.agent.set_time()?;
         let timeline = &sandbox.inner.timeline;
-        // Kernel and agent by the agent's word, within what the host saw.
-        let agent_began = connected.saturating_sub(agent_took).max(running);
-        timeline.note("kernel", "", running, agent_began);
-        timeline.note("agent", "", agent_began, connected);
+        timeline.agent_told(running, connected, &told);
         sandbox.set_up_networks(&networks)?;
-        timeline.step("settings", connected);
+        timeline.finish();
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         Ok(sandbox)
     }
@@ -355,9 +365,15 @@ impl Sandbox {
         self.ready_after
     }
 
-    /// The steps of its start, and of its first containers'.
-    pub fn timeline(&self) -> Vec<Step> {
-        self.inner.timeline.steps()
+    /// Where the time of its start went, and of its first containers'.
+    pub fn timeline(&self) -> Timeline {
+        self.inner.timeline.timeline()
+    }
+
+    /// Writes the timeline down as it is, if the configuration asks for that. It happens by itself when
+    /// a container has started, when something fails, and when the sandbox ends in order.
+    pub fn keep_timeline(&self) {
+        self.inner.timeline.keep();
     }
 
     /// Makes and starts a container.
@@ -496,11 +512,13 @@ impl Drop for Sandbox {
         // Containers may still hold the inner part; the machine goes all the same.
         self.inner.handle.stop();
         self.inner.end.wait();
+        self.inner.timeline.keep();
     }
 }
 
 impl Inner {
     fn stop(&self) -> ExitReason {
+        self.timeline.keep();
         drop(self.joined.lock().map(|mut joined| joined.take()));
         if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
             let deadline = Instant::now() + STOP_LIMIT;

@@ -178,6 +178,7 @@ fn once() -> Result<()> {
     }
     let steps: Vec<Value> = sandbox
         .timeline()
+        .steps
         .iter()
         .map(|step| json!([step.name, step.took().as_micros() as u64]))
         .collect();

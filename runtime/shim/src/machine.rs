@@ -6,7 +6,7 @@ use crate::size::{bound, together};
 use crate::sync::{lock, spawn};
 use crate::task::Refusal;
 use anyhow::{Context, Result, anyhow, bail};
-use koya::{HostEnd, Loopback, NetworkConfig, Sandbox};
+use koya::{HostEnd, Keep, Loopback, NetworkConfig, Sandbox};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +41,10 @@ impl Pod {
                 ..NetworkConfig::new(HostEnd::Join { interface })
             })
             .collect();
+        config.timeline = Some(Keep {
+            id: task.id.clone(),
+            began: None,
+        });
         let started = Arc::new(Sandbox::start(&config)?);
         if self.debug {
             started.follow_console(ConsoleLog::default());

@@ -439,6 +439,10 @@ impl Pod {
         task.first.status().allow(Wish::Start)?;
         if task.is_virtual() {
             self.started(&task);
+            if let Some(sandbox) = &*lock(&self.sandbox) {
+                // Its containers may come late, or never.
+                sandbox.keep_timeline();
+            }
             return Ok(task.pid());
         }
         let started = self.start_first(&task);
@@ -473,7 +477,7 @@ impl Pod {
         };
         let own = |step: &Step| step.container == task.id;
         let first = |step: &Step| step.container.is_empty() && !self.is_told.load(Ordering::SeqCst);
-        let steps = sandbox.timeline().into_iter();
+        let steps = sandbox.timeline().steps.into_iter();
         let steps: Vec<_> = steps.filter(|s| own(s) || first(s)).collect();
         self.is_told.store(true, Ordering::SeqCst);
         if steps.is_empty() {

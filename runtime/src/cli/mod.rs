@@ -20,6 +20,7 @@ mod wire;
 use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// The status of a command that Koya itself could not carry out.
 const FAILED: u8 = 125;
@@ -80,6 +81,7 @@ type Outcome = anyhow::Result<u8>;
 
 /// Parses the command line and carries it out.
 pub(crate) fn main() -> ExitCode {
+    let began = Instant::now();
     let cli = Cli::parse();
     log_to_stderr();
     if let Err(error) = state::sweep() {
@@ -87,7 +89,7 @@ pub(crate) fn main() -> ExitCode {
         log::debug!("cannot clear away what killed containers left: {error:#}");
     }
     let outcome = match cli.command {
-        Command::Run(args) => run::main(&args),
+        Command::Run(args) => run::main(&args, began),
         Command::Exec(args) => client::exec(&args),
         Command::Ps(args) => list::ps(&args),
         Command::Logs(args) => list::logs(&args),

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
 use koya::{
-    Cache, Container, ContainerConfig, Device, DiskConfig, ProcessConfig, Profile, Sandbox,
+    Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
     SandboxConfig, Seccomp, Stdio, User, Volume,
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -20,7 +20,7 @@ use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 /// How often a user must ask before the sandbox is stopped without asking the container.
 const INSIST: u32 = 3;
@@ -307,7 +307,8 @@ pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn main(args: &RunArgs) -> Outcome {
+/// `began` is when this process did.
+pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     if !args.detach {
         check_terminal(args.tty, args.interactive)?;
     } else if std::env::var_os(DETACHED).is_none() {
@@ -327,7 +328,7 @@ pub(super) fn main(args: &RunArgs) -> Outcome {
         keep: args.detach && !args.rm,
         status: None,
     })?;
-    let outcome = match start(args, &mut record, &owned) {
+    let outcome = match start(args, &mut record, &owned, began) {
         Ok(live) => live.finish(),
         Err(error) => {
             owned.folder.remove();
@@ -367,7 +368,7 @@ impl Live {
     }
 }
 
-fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
+fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
     // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
     args.net.enter()?;
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
@@ -384,7 +385,12 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned) -> Result<Live> {
         true => detached_streams(owned)?,
         false => UserStreams::own(args.interactive)?,
     };
-    let sandbox = Arc::new(Sandbox::start(&args.sandbox())?);
+    let mut sandbox = args.sandbox();
+    sandbox.timeline = Some(Keep {
+        id: record.name.clone(),
+        began: Some(began),
+    });
+    let sandbox = Arc::new(Sandbox::start(&sandbox)?);
     args.net.serve_ports(&sandbox)?;
     let mut container = sandbox.create(&record.name, &config)?;
     let streams = ProcessStreams::take(container.process_mut()).context("it has no streams")?;

@@ -1,0 +1,209 @@
+//! Timelines as files: one a sandbox, the newest ones are kept.
+
+use super::{Timeline, VERSION};
+use serde::Deserialize;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// How many files are kept; whoever writes one removes older ones.
+pub const KEPT: usize = 64;
+/// The largest file that is read, in bytes: several times what any is.
+const MAX_SIZE: u64 = 1 << 20;
+
+/// Where they are: `/run/koya/timelines` as root; else in `XDG_RUNTIME_DIR`, or with the user's data.
+pub fn folder() -> Option<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Some("/run/koya/timelines".into());
+    }
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let base = variable("XDG_RUNTIME_DIR")
+        .or_else(|| variable("XDG_DATA_HOME"))
+        .or_else(|| Some(variable("HOME")?.join(".local/share")))?;
+    base.is_absolute().then(|| base.join("koya/timelines"))
+}
+
+/// Those that are there and can be read, the newest first.
+///
+/// # Errors
+/// If the folder can't be read; that there is none is no error.
+pub fn all() -> io::Result<Vec<Timeline>> {
+    match folder() {
+        Some(folder) => all_in(&folder),
+        None => Ok(Vec::new()),
+    }
+}
+
+pub(super) fn write(timeline: &Timeline) -> io::Result<()> {
+    let folder = folder().ok_or_else(|| io::Error::other("no folder of this user's is known"))?;
+    write_in(&folder, timeline)
+}
+
+fn all_in(folder: &Path) -> io::Result<Vec<Timeline>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_none_or(|e| e != "json") {
+            continue;
+        }
+        match read(&path) {
+            Ok(timeline) => found.push(timeline),
+            Err(error) => log::warn!("{}: {error}", path.display()),
+        }
+    }
+    found.sort_by_key(|timeline| std::cmp::Reverse(timeline.began_unix_ms));
+    Ok(found)
+}
+
+fn read(path: &Path) -> io::Result<Timeline> {
+    /// What every version has.
+    #[derive(Deserialize)]
+    struct Any {
+        version: u32,
+    }
+    if fs::metadata(path)?.len() > MAX_SIZE {
+        return Err(io::Error::other("too large for a timeline"));
+    }
+    let text = fs::read(path)?;
+    let Any { version } = serde_json::from_slice(&text)?;
+    if version != VERSION {
+        let reason = format!("it has version {version}, and this is version {VERSION}");
+        return Err(io::Error::other(reason));
+    }
+    Ok(serde_json::from_slice(&text)?)
+}
+
+fn write_in(folder: &Path, timeline: &Timeline) -> io::Result<()> {
+    let id = &timeline.id;
+    let proper = id.len() <= 128
+        && id.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && id
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    if !proper {
+        return Err(io::Error::other(format!("{id:?} can't name a file")));
+    }
+    let mut text = serde_json::to_vec(timeline)?;
+    text.push(b'\n');
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)?;
+    let data = fs::symlink_metadata(folder)?;
+    let own = data.uid() == rustix::process::geteuid().as_raw();
+    if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
+        let reason = format!("{} is not this user's alone", folder.display());
+        return Err(io::Error::other(reason));
+    }
+    // Never half a file. Two processes of one name are two writers.
+    let new = folder.join(format!(".{id}.{}", std::process::id()));
+    let mut options = OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all(&text)?;
+    fs::rename(&new, folder.join(format!("{id}.json")))?;
+    prune(folder)
+}
+
+/// Removes the oldest, whatever they are: half a file of a process that was killed, too.
+fn prune(folder: &Path) -> io::Result<()> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        paths.push(entry?.path());
+    }
+    let Some(surplus) = paths.len().checked_sub(KEPT).filter(|n| *n > 0) else {
+        return Ok(());
+    };
+    // Others may prune at the same time.
+    let age = |path: PathBuf| Some((fs::symlink_metadata(&path).ok()?.modified().ok()?, path));
+    let mut files: Vec<_> = paths.into_iter().filter_map(age).collect();
+    files.sort();
+    for (_, path) in files.into_iter().take(surplus) {
+        fs::remove_file(path).ok();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, SystemTime};
+
+    fn timeline(id: &str, began_unix_ms: u64) -> Timeline {
+        Timeline {
+            version: VERSION,
+            id: id.into(),
+            began_unix_ms,
+            steps: Vec::new(),
+            marks: Vec::new(),
+            exits: None,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("koya/timelines");
+        assert_eq!(all_in(&folder).unwrap(), []);
+        write_in(&folder, &timeline("old", 1)).unwrap();
+        write_in(&folder, &timeline("new", 3)).unwrap();
+        write_in(&folder, &timeline("old", 2)).unwrap();
+        let found = all_in(&folder).unwrap();
+        assert_eq!(found, [timeline("new", 3), timeline("old", 2)]);
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!(mode(&folder), 0o700);
+        assert_eq!(mode(&folder.join("old.json")), 0o600);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn names_stay_in_the_folder_and_the_folder_is_private() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in ["", "..", "../x", "a/b", ".x", &"n".repeat(129)] {
+            assert!(write_in(dir.path(), &timeline(bad, 0)).is_err(), "{bad:?}");
+        }
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(write_in(dir.path(), &timeline("x", 0)).is_err());
+    }
+
+    #[test]
+    fn the_oldest_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("t");
+        for number in 0..KEPT as u64 + 3 {
+            write_in(&folder, &timeline(&format!("c{number}"), number)).unwrap();
+            // As if they had been written a second apart.
+            let file = fs::File::open(folder.join(format!("c{number}.json"))).unwrap();
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number);
+            file.set_modified(time).unwrap();
+        }
+        let found = all_in(&folder).unwrap();
+        assert_eq!(found.len(), KEPT);
+        assert_eq!(found[0].id, format!("c{}", KEPT + 2));
+        assert_eq!(found.last().unwrap().id, "c3");
+    }
+
+    #[test]
+    fn what_is_not_of_this_version_is_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.json"), r#"{"version": 2, "steps": 7}"#).unwrap();
+        fs::write(dir.path().join("b.json"), "{").unwrap();
+        // With something of a later time of the same version.
+        let text = r#"{"version": 1, "id": "c", "began_unix_ms": 5, "marks": [], "exits": null,
+            "steps": [{"name": "kernel", "lane": "kernel", "from_us": 1, "to_us": null}], "new": 1}"#;
+        fs::write(dir.path().join("c.json"), text).unwrap();
+        let found = all_in(dir.path()).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].steps[0].name, "kernel");
+    }
+}
