@@ -245,6 +245,12 @@ pub(super) fn restore() {
     }
 }
 
+/// How wide what reads standard output is, if that is a terminal.
+pub(super) fn output_columns() -> Option<usize> {
+    let columns = tcgetwinsize(std::io::stdout()).ok()?.ws_col;
+    (columns > 0).then_some(columns.into())
+}
+
 /// The size of the terminal that is standard input: rows and columns.
 pub(super) fn terminal_size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(std::io::stdin()).ok()?;

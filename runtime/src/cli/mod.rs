@@ -14,6 +14,7 @@ mod run;
 mod size;
 mod state;
 mod stats;
+mod timeline;
 mod volume;
 mod wire;
 
@@ -60,6 +61,8 @@ enum Command {
     Rm(list::RmArgs),
     /// Show what containers use, of the guest and of the host
     Stats(stats::StatsArgs),
+    /// Show where the time of a start went, also of one that failed
+    Timeline(timeline::TimelineArgs),
     /// Make a running container's guest larger or smaller
     Update(size::UpdateArgs),
     /// Give a running container disks, and take them
@@ -97,6 +100,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Kill(args) => client::kill(&args),
         Command::Rm(args) => list::rm(&args),
         Command::Stats(args) => stats::main(&args),
+        Command::Timeline(args) => timeline::main(&args),
         Command::Update(args) => size::update(&args),
         Command::Disk(args) => disk::main(&args),
         Command::Console(args) => client::console(&args),

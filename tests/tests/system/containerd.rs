@@ -2,6 +2,7 @@
 //! containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
+use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -52,6 +53,13 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         "{text}"
     );
     ensure!(fs::read_to_string(shared.join("new"))? == "of the guest\n");
+    let start = timeline("one")?;
+    let steps = start["steps"].as_array().context("no steps")?;
+    let last = steps.last().context("no step")?;
+    ensure!(
+        last["name"] == "start" && last["container"] == "one",
+        "{start}"
+    );
 
     // A reader that is slow misses nothing.
     let script = "i=0; while [ $i -lt 3000 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123; i=$((i+1)); done";

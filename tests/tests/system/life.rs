@@ -72,6 +72,7 @@ fn no_root_is_needed() -> Result<()> {
             .args(arguments)
             .env("HOME", &home)
             .env_remove("XDG_DATA_HOME")
+            .env_remove("XDG_RUNTIME_DIR")
             .output()?;
         stdout(output)
     };
@@ -92,6 +93,7 @@ fn no_root_is_needed() -> Result<()> {
     );
     ensure!(std::fs::read_to_string(home.join("once"))? == "once\n");
     ensure!(as_user(&["ps", "--json"])? == "[]", "nothing runs any more");
+    ensure!(as_user(&["timeline"])?.contains("\nkernel "), "no timeline");
     Ok(())
 }
 

@@ -17,6 +17,7 @@ mod life;
 mod memory;
 mod network;
 mod run;
+mod timeline;
 mod tool;
 mod torture;
 mod vsock;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         life::trials(),
         memory::trials(),
         network::trials(),
+        timeline::trials(),
         vsock::trials(),
         watches::trials(),
     ];

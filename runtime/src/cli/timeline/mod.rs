@@ -1,0 +1,284 @@
+//! `koya timeline`: where the time of a start went.
+
+mod svg;
+mod text;
+
+use super::Outcome;
+use super::attach::output_columns;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use koya::Timeline;
+use koya::timeline::{Lane, Mark, Step};
+use std::io::Write;
+use std::path::PathBuf;
+
+/// How many columns a picture has where nobody says how wide the terminal is.
+const COLUMNS: usize = 80;
+
+#[derive(Args)]
+#[command(
+    after_help = "The newest 64 starts are kept, by `koya run` and under containerd, also those that \
+                  failed: as root in /run/koya/timelines, else in XDG_RUNTIME_DIR or with the user's \
+                  data. Times are milliseconds of the host's clock."
+)]
+pub(super) struct TimelineArgs {
+    /// The container or sandbox, or how its name begins (default: the newest start)
+    id: Option<String>,
+    /// Draw a picture: an SVG file, or - for standard output
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    svg: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// List the starts that are known, the newest first
+    #[arg(long, conflicts_with_all = ["id", "svg"])]
+    list: bool,
+}
+
+pub(super) fn main(args: &TimelineArgs) -> Outcome {
+    let folder = koya::timeline::folder().context("neither XDG_RUNTIME_DIR nor HOME is set")?;
+    let cannot = || format!("cannot read {}", folder.display());
+    let all = koya::timeline::all().with_context(cannot)?;
+    let mut out = std::io::stdout().lock();
+    if args.list {
+        match args.json {
+            true => writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?,
+            false => write!(out, "{}", text::list(&all))?,
+        }
+        return Ok(0);
+    }
+    let timeline = match &args.id {
+        Some(id) => find(&all, id)?,
+        None => all.first().context("no start is known yet")?,
+    };
+    match &args.svg {
+        Some(path) if path.as_os_str() == "-" => out.write_all(svg::draw(timeline).as_bytes())?,
+        Some(path) => std::fs::write(path, svg::draw(timeline))
+            .with_context(|| format!("cannot write {}", path.display()))?,
+        None if args.json => writeln!(out, "{}", serde_json::to_string_pretty(timeline)?)?,
+        None => {
+            let columns = output_columns().unwrap_or(COLUMNS);
+            write!(out, "{}", text::draw(timeline, columns))?;
+        }
+    }
+    Ok(0)
+}
+
+/// The start of this sandbox or container; of one name the newest.
+fn find<'a>(all: &'a [Timeline], id: &str) -> Result<&'a Timeline> {
+    if let Some(found) = all.iter().find(|timeline| timeline.is_of(id)) {
+        return Ok(found);
+    }
+    let begins = |timeline: &&Timeline| {
+        let mut containers = timeline.steps.iter().map(|step| &step.container);
+        timeline.id.starts_with(id) || containers.any(|name| name.starts_with(id))
+    };
+    let found: Vec<&Timeline> = all.iter().filter(begins).collect();
+    match found.as_slice() {
+        [] => bail!("no start of {id} is known; `koya timeline --list` lists those that are"),
+        [one] => Ok(one),
+        several => {
+            let names: Vec<&str> = several.iter().map(|timeline| &*timeline.id).collect();
+            bail!("{id} may be any of {}", names.join(", "))
+        }
+    }
+}
+
+/// `1520.3`
+fn ms(us: u64) -> String {
+    format!("{:.1}", us as f64 / 1e3)
+}
+
+/// Without what a terminal or a picture would take for more than text: a guest may have said it.
+fn plain(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { '\u{b7}' } else { c };
+    text.chars().map(shown).collect()
+}
+
+/// At most so many characters.
+fn shortened(text: &str, most: usize) -> String {
+    let text = plain(text);
+    match text.chars().count() > most {
+        true => text.chars().take(most - 1).chain(['\u{2026}']).collect(),
+        false => text,
+    }
+}
+
+/// `2026-11-22 20:41:01 UTC`
+fn date(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000;
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days from 0000-03-01, so that a leap day is a year's last (Howard Hinnant's civil_from_days).
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
+    let month = match from_march < 10 {
+        true => from_march + 3,
+        false => from_march - 9,
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hours, minutes, seconds) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02} UTC")
+}
+
+/// `131.2 ms in all; agent ready after 105.5 ms, container started after 131.2 ms`
+fn summary(timeline: &Timeline) -> String {
+    let mut text = format!("{} ms in all", ms(timeline.total_us()));
+    let moments = [
+        ("agent ready", timeline.ready_us()),
+        ("container started", timeline.started_us()),
+    ];
+    let moments = moments.iter().filter_map(|(name, at)| Some((name, (*at)?)));
+    let moments: Vec<_> = moments
+        .map(|(name, at)| format!("{name} after {} ms", ms(at)))
+        .collect();
+    if !moments.is_empty() {
+        text += &format!("; {}", moments.join(", "));
+    }
+    text
+}
+
+/// `112 port exits, 270 MMIO exits`, of the step to which they belong.
+fn exits_of(timeline: &Timeline, step: &Step) -> Option<String> {
+    let exits = timeline.exits.filter(|_| step.lane == Lane::Kernel)?;
+    Some(format!(
+        "{} port exits, {} MMIO exits",
+        exits.port, exits.mmio
+    ))
+}
+
+/// `failed in kernel after 50.1 ms: REASON`
+fn failure(timeline: &Timeline) -> Option<String> {
+    let step = timeline.failed()?;
+    let error = step.error.as_deref().unwrap_or_default();
+    let of = match step.container.is_empty() {
+        true => String::new(),
+        false => format!(" of {}", step.container),
+    };
+    let took = ms(step.took().as_micros() as u64);
+    Some(format!(
+        "failed in {}{of} after {took} ms: {error}",
+        step.name
+    ))
+}
+
+/// A step or a mark.
+enum Entry<'a> {
+    Step(&'a Step),
+    Mark(&'a Mark),
+}
+
+/// All of them by their times; a step before what comes to pass in it.
+fn entries(timeline: &Timeline) -> Vec<Entry<'_>> {
+    let steps = timeline.steps.iter().map(Entry::Step);
+    let mut all: Vec<_> = steps
+        .chain(timeline.marks.iter().map(Entry::Mark))
+        .collect();
+    all.sort_by_key(|entry| match entry {
+        Entry::Step(step) => (step.from_us, false),
+        Entry::Mark(mark) => (mark.at_us, true),
+    });
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use koya::timeline::{ExitCounts, VERSION};
+
+    pub(super) fn step(name: &'static str, lane: Lane, from: u64, to: u64) -> Step {
+        Step {
+            name: name.into(),
+            lane,
+            container: match lane {
+                Lane::Container => "web".into(),
+                _ => String::new(),
+            },
+            from_us: from,
+            to_us: Some(to),
+            error: None,
+        }
+    }
+
+    pub(super) fn mark(name: &'static str, lane: Lane, at_us: u64) -> Mark {
+        Mark {
+            name: name.into(),
+            lane,
+            container: String::new(),
+            at_us,
+        }
+    }
+
+    pub(super) fn timeline() -> Timeline {
+        Timeline {
+            version: VERSION,
+            id: "web".into(),
+            began_unix_ms: 1_700_000_000_123,
+            steps: vec![
+                step("prepare", Lane::Host, 0, 2500),
+                step("devices", Lane::Host, 2500, 3100),
+                step("machine", Lane::Host, 3100, 20_200),
+                step("kernel", Lane::Kernel, 20_200, 106_400),
+                step("agent", Lane::Agent, 106_400, 107_700),
+                step("settings", Lane::Host, 107_700, 108_300),
+                step("create", Lane::Container, 108_300, 126_400),
+                step("start", Lane::Container, 126_400, 130_100),
+            ],
+            marks: vec![
+                mark("kernel loaded", Lane::Host, 19_000),
+                mark("virtio-vsock", Lane::Kernel, 90_000),
+                mark("virtio-fs", Lane::Kernel, 90_100),
+            ],
+            exits: Some(ExitCounts {
+                port: 112,
+                mmio: 270,
+            }),
+        }
+    }
+
+    pub(super) fn failed() -> Timeline {
+        let mut timeline = timeline();
+        timeline.steps.truncate(4);
+        let reason = "the virtual machine ended: <panic> & \x1b[2J more\nlast words\nof it";
+        timeline.steps[3].error = Some(reason.into());
+        timeline.exits = None;
+        timeline
+    }
+
+    pub(super) fn empty() -> Timeline {
+        let mut timeline = timeline();
+        timeline.steps.clear();
+        timeline.marks.clear();
+        timeline.exits = None;
+        timeline
+    }
+
+    #[test]
+    fn dates_are_the_calendars() {
+        assert_eq!(date(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(date(951_782_399_999), "2000-02-28 23:59:59 UTC");
+        assert_eq!(date(951_782_400_000), "2000-02-29 00:00:00 UTC");
+        assert_eq!(date(1_798_761_599_000), "2026-12-31 23:59:59 UTC");
+    }
+
+    #[test]
+    fn a_start_is_found_by_name_by_container_and_by_beginning() {
+        let mut other = timeline();
+        other.id = "0123456789".into();
+        other.steps[6].container = "abcdef".into();
+        other.steps[7].container = "weber".into();
+        let all = [timeline(), other];
+        let id = |wanted: &str| find(&all, wanted).map(|found| found.id.clone());
+        assert_eq!(id("web").unwrap(), "web");
+        assert_eq!(id("weber").unwrap(), "0123456789");
+        assert_eq!(id("0123").unwrap(), "0123456789");
+        assert_eq!(id("abc").unwrap(), "0123456789");
+        let error = id("we").unwrap_err().to_string();
+        assert_eq!(error, "we may be any of web, 0123456789");
+        assert!(id("nope").is_err());
+    }
+}
