@@ -64,29 +64,7 @@ enum What {
         json: Option<PathBuf>,
     },
     /// A cold start where instructions are counted: the same on every run and every machine
-    Boot {
-        /// Fail if Koya's figures are worse than the ones on record
-        #[arg(long)]
-        check: bool,
-        /// By how many per cent a figure may be worse
-        #[arg(long, default_value_t = 2.0, value_name = "PERCENT")]
-        share: f64,
-        /// Instead of figures: what the guest kernel's init calls cost, the dearest first
-        #[arg(long, conflicts_with_all = ["check", "record", "json"])]
-        trace: bool,
-        /// Instead of figures: where each instruction of a start goes, by the guest kernel's functions
-        #[arg(long, conflicts_with_all = ["check", "record", "json", "trace"])]
-        profile: bool,
-        /// Another guest kernel: an ELF image, with its symbols for --profile
-        #[arg(long, value_name = "FILE", conflicts_with = "record")]
-        kernel: Option<PathBuf>,
-        /// Put this run's figures on record (benches/baseline/boot.json)
-        #[arg(long)]
-        record: bool,
-        /// Also write the rows to this file
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-    },
+    Boot(BootArgs),
     /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
     Containers {
         /// Containers of each kind; each figure is a median
@@ -98,31 +76,39 @@ enum What {
     },
 }
 
+#[derive(Args)]
+struct BootArgs {
+    /// Fail if Koya's figures are worse than the ones on record
+    #[arg(long)]
+    check: bool,
+    /// By how many per cent a figure may be worse
+    #[arg(long, default_value_t = 2.0, value_name = "PERCENT")]
+    share: f64,
+    /// Instead of figures: what the guest kernel's init calls cost, the dearest first
+    #[arg(long, conflicts_with_all = ["check", "record", "json"])]
+    trace: bool,
+    /// Instead of figures: where each instruction of a start goes, by the guest kernel's functions
+    #[arg(long, conflicts_with_all = ["check", "record", "json", "trace"])]
+    profile: bool,
+    /// Another guest kernel: an ELF image, with its symbols for --profile
+    #[arg(long, value_name = "FILE", conflicts_with = "record")]
+    kernel: Option<PathBuf>,
+    /// Also draw the last start of `koya run`: an SVG file
+    #[arg(long, value_name = "FILE", conflicts_with = "trace")]
+    svg: Option<PathBuf>,
+    /// Put this run's figures on record (benches/baseline/boot.json)
+    #[arg(long)]
+    record: bool,
+    /// Also write the rows to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
 /// `cargo xtask bench`
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
-        What::Boot {
-            check,
-            share,
-            trace,
-            profile,
-            kernel,
-            record,
-            json,
-        } => {
-            let files = boot_files(kernel.as_deref())?;
-            if *trace {
-                print!("{}", counting::run(files, "trace")?);
-                Ok(())
-            } else if *profile {
-                let symbols = symbols(kernel.as_deref())?;
-                counting::profile(files, "profile", &symbols)?.print(&symbols);
-                Ok(())
-            } else {
-                boot(files, check.then_some(*share), *record, json.as_deref())
-            }
-        }
+        What::Boot(args) => boot(args),
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
@@ -153,6 +139,8 @@ fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
 const BASELINE: &str = "benches/baseline/boot.json";
 /// What the rows begin with.
 const ROWS: &str = "rows: ";
+/// What the picture begins with, as a JSON string.
+const PICTURE: &str = "picture: ";
 
 /// All that the counted host has: programs with their libraries, the guest's files, a root file system.
 fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
@@ -228,23 +216,41 @@ fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
     Ok(Symbols::parse(&text))
 }
 
-fn boot(files: Archive, share: Option<f64>, record: bool, json: Option<&Path>) -> Result<()> {
+fn boot(args: &BootArgs) -> Result<()> {
+    let files = boot_files(args.kernel.as_deref())?;
+    if args.trace {
+        print!("{}", counting::run(files, "trace")?);
+        return Ok(());
+    }
+    if args.profile {
+        let symbols = symbols(args.kernel.as_deref())?;
+        counting::profile(files, "profile", &symbols)?.print(&symbols);
+        return Ok(());
+    }
     let said = counting::run(files, "")?;
     let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
     let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
-    for line in said.lines().filter(|line| !line.starts_with(ROWS)) {
-        eprintln!("{line}");
+    for line in said.lines() {
+        if let Some(picture) = line.strip_prefix(PICTURE) {
+            if let Some(file) = &args.svg {
+                let picture: String = serde_json::from_str(picture)?;
+                fs::write(file, picture)
+                    .with_context(|| format!("cannot write {}", file.display()))?;
+            }
+        } else if !line.starts_with(ROWS) {
+            eprintln!("{line}");
+        }
     }
     let text = serde_json::to_string_pretty(&rows)? + "\n";
-    if let Some(file) = json {
+    if let Some(file) = &args.json {
         fs::write(file, &text).with_context(|| format!("cannot write {}", file.display()))?;
     }
     let baseline = proc::checkout().join(BASELINE);
-    if let Some(share) = share {
+    if let Some(share) = args.check.then_some(args.share) {
         let before = fs::read(&baseline).with_context(|| format!("no {BASELINE}"))?;
         compare(&serde_json::from_slice(&before)?, &rows, share)?;
     }
-    if record {
+    if args.record {
         if let Some(folder) = baseline.parent() {
             fs::create_dir_all(folder)?;
         }

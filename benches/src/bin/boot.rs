@@ -42,6 +42,10 @@ const KINDS: &[&str] = &[
 const MARK: &str = "rows: ";
 /// Where who logs each instruction listens (`xtask/src/profile.rs`).
 const LOGGER: &str = "/dev/ttyS1";
+/// What the picture of the last `koya run` begins with, as a JSON string.
+const PICTURE: &str = "picture: ";
+/// The name of its container.
+const RUN: &str = "hello";
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
@@ -221,6 +225,8 @@ fn measure() -> Result<()> {
             &[
                 "koya",
                 "run",
+                "--name",
+                RUN,
                 "--rootfs",
                 ROOTFS,
                 "--",
@@ -256,6 +262,8 @@ fn measure() -> Result<()> {
     let name = "run of a container, exec to exit: virtual time";
     rows.push(row(name, "ms", true, own.0, peers(|cost| cost.0)));
     print_table(&rows);
+    let (_, _, picture) = cost_of(Command::new("koya").args(["timeline", RUN, "--svg", "-"]))?;
+    println!("{PICTURE}{}", serde_json::to_string(&picture)?);
     println!("{MARK}{}", serde_json::to_string(&rows)?);
     Ok(())
 }
