@@ -12,6 +12,9 @@ use koya::timeline::{Lane, Mark, Step};
 use std::io::Write;
 use std::path::PathBuf;
 
+/// In a picture nothing is idle for longer than this, in microseconds: what a pod's later containers do is
+/// another one.
+const IDLE_US: u64 = 30_000_000;
 /// How many columns a picture has where nobody says how wide the terminal is.
 const COLUMNS: usize = 80;
 
@@ -51,14 +54,15 @@ pub(super) fn main(args: &TimelineArgs) -> Outcome {
         Some(id) => find(&all, id)?,
         None => all.first().context("no start is known yet")?,
     };
+    let drawn = part(timeline, args.id.as_deref());
     match &args.svg {
-        Some(path) if path.as_os_str() == "-" => out.write_all(svg::draw(timeline).as_bytes())?,
-        Some(path) => std::fs::write(path, svg::draw(timeline))
+        Some(path) if path.as_os_str() == "-" => out.write_all(svg::draw(&drawn).as_bytes())?,
+        Some(path) => std::fs::write(path, svg::draw(&drawn))
             .with_context(|| format!("cannot write {}", path.display()))?,
         None if args.json => writeln!(out, "{}", serde_json::to_string_pretty(timeline)?)?,
         None => {
             let columns = output_columns().unwrap_or(COLUMNS);
-            write!(out, "{}", text::draw(timeline, columns))?;
+            write!(out, "{}", text::draw(&drawn, columns))?;
         }
     }
     Ok(0)
@@ -82,6 +86,46 @@ fn find<'a>(all: &'a [Timeline], id: &str) -> Result<&'a Timeline> {
             bail!("{id} may be any of {}", names.join(", "))
         }
     }
+}
+
+/// The part of it that is one picture: the start of the sandbox, or what a container that came much
+/// later took, with what was done about that time. Its times count from its own begin.
+fn part(timeline: &Timeline, id: Option<&str>) -> Timeline {
+    let end = |step: &Step| step.to_us.unwrap_or(step.from_us);
+    let wanted = id
+        .filter(|id| !timeline.id.starts_with(*id))
+        .and_then(|id| {
+            let mut steps = timeline.steps.iter().rev();
+            steps.find(|step| step.container.starts_with(id))
+        });
+    let at = wanted.map_or(0, |step| step.from_us);
+    let mut steps: Vec<&Step> = timeline.steps.iter().collect();
+    steps.sort_by_key(|step| step.from_us);
+    // Begin and end of the part that is being read; the one that is wanted ends it.
+    let (mut from, mut to) = (0_u64, 0_u64);
+    for step in steps {
+        if step.from_us > to.saturating_add(IDLE_US) {
+            if at < step.from_us {
+                break;
+            }
+            from = step.from_us;
+        }
+        to = to.max(end(step));
+    }
+    let is_in = |us: u64| (from..=to).contains(&us);
+    let mut part = timeline.clone();
+    part.began_unix_ms = timeline.began_unix_ms.saturating_add(from / 1000);
+    part.exits = timeline.exits.filter(|_| from == 0);
+    part.steps.retain(|step| is_in(step.from_us));
+    part.marks.retain(|mark| is_in(mark.at_us));
+    for step in &mut part.steps {
+        step.from_us -= from;
+        step.to_us = step.to_us.map(|to| to.saturating_sub(from));
+    }
+    for mark in &mut part.marks {
+        mark.at_us -= from;
+    }
+    part
 }
 
 /// `1520.3`
@@ -263,6 +307,29 @@ mod tests {
         assert_eq!(date(951_782_399_999), "2000-02-28 23:59:59 UTC");
         assert_eq!(date(951_782_400_000), "2000-02-29 00:00:00 UTC");
         assert_eq!(date(1_798_761_599_000), "2026-12-31 23:59:59 UTC");
+    }
+
+    #[test]
+    fn what_comes_much_later_is_a_picture_of_its_own() {
+        let mut pod = timeline();
+        assert_eq!(part(&pod, None), pod);
+        let hour = 3_600_000_000;
+        for (name, from) in [("create", hour), ("start", hour + 25_000)] {
+            let mut late = step(name, Lane::Container, from, from + 20_000);
+            late.container = "late".into();
+            pod.steps.push(late);
+        }
+        pod.marks
+            .push(mark("virtio-blk", Lane::Kernel, hour + 5_000));
+        for id in [None, Some("w"), Some("web")] {
+            assert_eq!(part(&pod, id), timeline(), "{id:?}");
+        }
+        let late = part(&pod, Some("la"));
+        let spans: Vec<_> = late.steps.iter().map(|s| (s.from_us, s.to_us)).collect();
+        assert_eq!(spans, [(0, Some(20_000)), (25_000, Some(45_000))]);
+        assert_eq!((late.marks.len(), late.marks[0].at_us), (1, 5_000));
+        assert_eq!(late.began_unix_ms, pod.began_unix_ms + 3_600_000);
+        assert_eq!((late.exits, late.started_us()), (None, Some(45_000)));
     }
 
     #[test]
