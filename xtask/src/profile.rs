@@ -1,5 +1,5 @@
 //! Where the instructions of a counted start go: QEMU logs each one that it executes, and here they are
-//! put down to the guest's and the host's kernel and programs, and to the guest kernel's functions.
+//! put down to the guest's and the host's kernel and programs, and to the kernels' functions.
 
 use crate::proc;
 use anyhow::{Context, Result, bail};
@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 /// What the measuring program says on the second serial port, and waits for an answer.
 pub(crate) const BEGIN: &str = "begin";
 pub(crate) const END: &str = "end";
+/// What it says after the host's symbols, which are the last.
+const SYMBOLS_END: &str = "symbols are told";
 
 /// In the flags of a logged block: the guest of an SVM guest runs (QEMU's `HF_GUEST_MASK`).
 const IN_GUEST: u32 = 1 << 21;
@@ -27,6 +29,7 @@ const DEEPEST: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A kernel's functions, by their addresses.
+#[derive(Default)]
 pub(crate) struct Symbols {
     starts: Vec<u64>,
     names: Vec<String>,
@@ -62,13 +65,15 @@ impl Symbols {
 /// What was executed between two points.
 #[derive(Default)]
 pub(crate) struct Profile {
-    host_kernel: u64,
     host_programs: u64,
     guest_programs: u64,
     guest_kernel: u64,
     /// Of the guest kernel's functions: their own instructions, and with those of what they called.
     own: HashMap<usize, u64>,
     whole: HashMap<usize, u64>,
+    /// Of the host's kernel, by address: its symbols come last.
+    host_kernel: HashMap<u64, u64>,
+    host_symbols: Symbols,
 }
 
 /// The functions that have been entered and not left, as far as addresses tell: where an address is the
@@ -116,7 +121,7 @@ impl Profile {
         while log.read_until(b'\n', &mut line)? > 0 {
             if let Some((address, flags)) = block(&line) {
                 match (flags & IN_GUEST != 0, flags & LEVEL == 0) {
-                    (false, true) => all.host_kernel += 1,
+                    (false, true) => *all.host_kernel.entry(address).or_default() += 1,
                     (false, false) => all.host_programs += 1,
                     (true, false) => all.guest_programs += 1,
                     (true, true) => {
@@ -141,30 +146,48 @@ impl Profile {
     }
 
     pub(crate) fn print(&self, symbols: &Symbols) {
-        let millions = |count: u64| count as f64 / 1e6;
+        let mut host = HashMap::new();
+        for (address, count) in &self.host_kernel {
+            if let Some(function) = self.host_symbols.find(*address) {
+                *host.entry(function).or_default() += count;
+            }
+        }
         for (what, count) in [
             ("the guest's kernel", self.guest_kernel),
             ("the guest's programs", self.guest_programs),
-            ("the host's kernel", self.host_kernel),
+            ("the host's kernel", self.host_kernel.values().sum()),
             ("the host's programs", self.host_programs),
         ] {
             println!("{:>9.2} M instr  {what}", millions(count));
         }
-        for (title, counts) in [
-            ("its functions' own", &self.own),
-            ("with what they called", &self.whole),
-        ] {
-            let mut counts: Vec<_> = counts.iter().map(|(f, count)| (*count, *f)).collect();
-            counts.sort_unstable_by(|a, b| b.cmp(a));
-            println!("of the guest's kernel, {title}:");
-            for (count, function) in counts.into_iter().take(SHOWN) {
-                println!(
-                    "{:>9.2} M instr  {}",
-                    millions(count),
-                    symbols.names[function]
-                );
-            }
-        }
+        print_table("the guest's kernel: its functions' own", symbols, &self.own);
+        print_table(
+            "the guest's kernel: with what they called",
+            symbols,
+            &self.whole,
+        );
+        print_table(
+            "the host's kernel: its functions' own",
+            &self.host_symbols,
+            &host,
+        );
+    }
+}
+
+fn millions(count: u64) -> f64 {
+    count as f64 / 1e6
+}
+
+fn print_table(title: &str, symbols: &Symbols, counts: &HashMap<usize, u64>) {
+    let mut counts: Vec<_> = counts.iter().map(|(f, count)| (*count, *f)).collect();
+    counts.sort_unstable_by(|a, b| b.cmp(a));
+    println!("{title}:");
+    for (count, function) in counts.into_iter().take(SHOWN) {
+        println!(
+            "{:>9.2} M instr  {}",
+            millions(count),
+            symbols.names[function]
+        );
     }
 }
 
@@ -187,7 +210,7 @@ pub(crate) fn watch(
     let mut monitor = Monitor::connect(monitor)?;
     wait_for(&mut serial, BEGIN)?;
     proc::run(Command::new("mkfifo").arg(log))?;
-    let profile = std::thread::scope(|scope| {
+    let mut profile = std::thread::scope(|scope| {
         let reader = scope.spawn(|| Profile::read(File::open(log)?, symbols));
         monitor.say(&format!("logfile {}", log.display()))?;
         monitor.say("one-insn-per-tb on")?;
@@ -201,6 +224,7 @@ pub(crate) fn watch(
         let profile = reader.join();
         profile.unwrap_or_else(|_| bail!("the log's reader panicked"))
     })?;
+    profile.host_symbols = Symbols::parse(&wait_for(&mut serial, SYMBOLS_END)?);
     Ok(profile)
 }
 
@@ -216,7 +240,7 @@ fn connect(path: &Path) -> Result<UnixStream> {
 }
 
 /// Reads until this was said.
-fn wait_for(stream: &mut UnixStream, word: &str) -> Result<()> {
+fn wait_for(stream: &mut UnixStream, word: &str) -> Result<String> {
     let (mut said, mut byte) = (String::new(), [0]);
     while !said.ends_with(word) {
         if stream.read(&mut byte)? == 0 {
@@ -224,7 +248,7 @@ fn wait_for(stream: &mut UnixStream, word: &str) -> Result<()> {
         }
         said.push(char::from(byte[0]));
     }
-    Ok(())
+    Ok(said)
 }
 
 /// QEMU's monitor for people.
@@ -241,7 +265,8 @@ impl Monitor {
 
     fn say(&mut self, command: &str) -> Result<()> {
         writeln!(self.0, "{command}")?;
-        wait_for(&mut self.0, Self::PROMPT)
+        wait_for(&mut self.0, Self::PROMPT)?;
+        Ok(())
     }
 }
 
@@ -273,11 +298,8 @@ mod tests {
                 (0x1004, guest),
             ]);
         let profile = Profile::read(text.as_bytes(), &map()).unwrap();
-        let of = (
-            profile.host_kernel,
-            profile.host_programs,
-            profile.guest_programs,
-        );
+        let host: u64 = profile.host_kernel.values().sum();
+        let of = (host, profile.host_programs, profile.guest_programs);
         assert_eq!((of, profile.guest_kernel), ((1, 1, 1), 4));
         assert_eq!((profile.own[&0], profile.own[&1]), (3, 1));
     }

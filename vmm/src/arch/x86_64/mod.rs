@@ -18,7 +18,7 @@ pub use boot::load;
 /// What the guest's kernel is told in any case: how it ends, what not to look for, and to set no
 /// memory aside for devices that can't reach beyond 4 GiB (64 MiB; there are none).
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
-     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce";
+     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
 
 /// Which kind of kernel begins with `head`; else what the file is.
 ///
