@@ -2,8 +2,10 @@
 //! the keyboard controller's reset line. Both are called from vCPU threads.
 
 use serde::{Deserialize, Serialize};
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::serial::NoEvents;
 use vm_superio::{I8042Device, Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -159,23 +161,32 @@ impl SerialPort {
 /// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is there:
 /// how a guest without ACPI ends.
 pub struct ResetLine {
-    controller: I8042Device<EventTrigger>,
-    asked: EventTrigger,
+    controller: I8042Device<Asked>,
+}
+
+/// That a reset was asked for: nobody but the vCPU that asked has to know.
+#[derive(Default)]
+struct Asked(AtomicBool);
+
+impl Trigger for Asked {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Default for ResetLine {
+    /// A controller that nobody has asked to reset yet.
+    fn default() -> Self {
+        Self {
+            controller: I8042Device::new(Asked::default()),
+        }
+    }
 }
 
 impl ResetLine {
-    /// A controller that nobody has asked to reset yet.
-    ///
-    /// # Errors
-    /// If the host gives no event descriptor.
-    pub fn new() -> io::Result<Self> {
-        let asked = EventTrigger::new()?;
-        Ok(Self {
-            controller: I8042Device::new(asked.clone()),
-            asked,
-        })
-    }
-
     /// A read of port 0x60 + `offset`.
     pub fn read(&mut self, offset: u8) -> u8 {
         self.controller.read(offset)
@@ -186,7 +197,8 @@ impl ResetLine {
         if self.controller.write(offset, value).is_err() {
             return false;
         }
-        self.asked.event().read().is_ok()
+        let asked = &self.controller.reset_evt().0;
+        asked.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -196,7 +208,7 @@ mod tests {
 
     #[test]
     fn only_the_reset_command_resets() {
-        let mut line = ResetLine::new().unwrap();
+        let mut line = ResetLine::default();
         assert!(!line.write(0, 0xfe));
         assert!(!line.write(4, 0xed));
         assert!(line.write(4, 0xfe));

@@ -4,7 +4,7 @@
 use crate::arch::{self, ArchError};
 use crate::bus::Bus;
 use crate::config::{DiskSpec, Spec};
-use crate::event_loop::LoopThread;
+use crate::event_loop::{LoopHandle, LoopThread};
 use crate::hotplug::{HotPlug, Spare};
 use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
 use crate::memory::{self, MemoryError};
@@ -130,21 +130,29 @@ impl VmBuilder {
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub fn start_paused(mut self) -> Result<Vm, StartError> {
-        let kvm = kvm::open()?;
+    pub fn start_paused(self) -> Result<Vm, StartError> {
+        let kvm = kvm::open_device()?;
+        let built = self.build(&kvm);
+        built.map_err(|error| match kvm::missing(&kvm) {
+            Some(name) => KvmError::Missing(name).into(),
+            None => error,
+        })
+    }
+
+    fn build(mut self, kvm: &Kvm) -> Result<Vm, StartError> {
         let memory = Arc::new(memory::reserve(&self.spec.memory)?);
-        let machine = Machine::new(&kvm, memory.clone())
+        let machine = Machine::new(kvm, memory.clone())
             .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
         // Interrupt controllers come before vCPUs and before anything that raises interrupts.
-        arch::prepare_vm(&kvm, machine.fd())?;
-        let event_loop = LoopThread::start().map_err(host("start the event loop"))?;
+        arch::prepare_vm(kvm, machine.fd())?;
+        let mut event_loop = None;
 
         let mut bus = Bus::default();
         let marks = bus.marks().clone();
         marks.built("memory and KVM");
-        bus.set_reset(ResetLine::new().map_err(host("make the reset line"))?);
+        bus.set_reset(ResetLine::default());
         let serial = self.attach_serial(&machine, &mut bus)?;
-        let mut words = self.attach_devices(&machine, &memory, &event_loop, &mut bus)?;
+        let mut words = self.attach_devices(&machine, &memory, &mut event_loop, &mut bus)?;
         let spares = self.add_spares(&mut bus, &mut words);
 
         marks.built("devices attached");
@@ -154,24 +162,24 @@ impl VmBuilder {
         let bytes = self.spec.memory.bytes;
         let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &base, &words)?;
         marks.built("kernel loaded");
-        let vcpus = make_vcpus(&kvm, &machine, cpus)?;
+        let vcpus = make_vcpus(kvm, &machine, cpus)?;
         arch::set_entry(&vcpus[0], entry)?;
 
         let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
         let gate = Arc::new(Gate::new(kickers.clone()));
         let bus = Arc::new(bus);
         let machine = Arc::new(machine);
-        let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
-        let interrupt = interrupt.map_err(host("make an interrupt"))?;
         if let Some(spare) = spares.first() {
+            let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+            let interrupt = interrupt.map_err(host("make an interrupt"))?;
             machine
                 .fd()
                 .register_irqfd(&interrupt, spare.place.irq)
                 .map_err(ArchError::kvm("connect the spare windows' interrupt"))?;
+            let looped = loop_of(&mut event_loop)?;
+            let hotplug = HotPlug::new(spares, interrupt, cpus, &machine, &memory, looped);
+            self.handles.hotplug = Some(hotplug);
         }
-        let looped = &event_loop.handle;
-        let hotplug = HotPlug::new(spares, interrupt, cpus, &machine, &memory, looped);
-        self.handles.hotplug = Some(hotplug);
         let mut vm = Vm::new(
             machine,
             memory,
@@ -213,7 +221,7 @@ impl VmBuilder {
         &mut self,
         machine: &Machine,
         memory: &Arc<Memory>,
-        event_loop: &LoopThread,
+        event_loop: &mut Option<LoopThread>,
         bus: &mut Bus,
     ) -> Result<Vec<String>, StartError> {
         let mut devices = std::mem::take(&mut self.devices);
@@ -257,7 +265,8 @@ impl VmBuilder {
                 let max = arch::layout::MAX_DEVICES;
                 return Err(StartError::TooManyDevices { asked, max });
             };
-            let transport = MmioTransport::new(device, memory.clone(), event_loop.handle.clone())
+            let looped = loop_of(event_loop)?.clone();
+            let transport = MmioTransport::new(device, memory.clone(), looped)
                 .map_err(host("make a virtio device"))?;
             connect(machine, &transport, slot)?;
             words.push(window_word(slot));
@@ -299,6 +308,15 @@ impl VmBuilder {
         }
         line
     }
+}
+
+/// The event loop, which starts with the first that needs it: a machine without devices has none.
+fn loop_of(event_loop: &mut Option<LoopThread>) -> Result<&Arc<LoopHandle>, StartError> {
+    let started = match event_loop.take() {
+        Some(started) => started,
+        None => LoopThread::start().map_err(host("start the event loop"))?,
+    };
+    Ok(&event_loop.insert(started).handle)
 }
 
 /// How Linux learns of a window (drivers/virtio/virtio_mmio.c).
@@ -352,13 +370,14 @@ pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slo
 }
 
 fn make_vcpus(kvm: &Kvm, machine: &Machine, cpus: u32) -> Result<Vec<VcpuFd>, ArchError> {
+    let features = arch::features(kvm)?;
     (0..cpus)
         .map(|index| {
             let vcpu = machine
                 .fd()
                 .create_vcpu(index.into())
                 .map_err(ArchError::kvm("make a vCPU"))?;
-            arch::prepare_vcpu(kvm, &vcpu, index, cpus)?;
+            arch::prepare_vcpu(&features, &vcpu, index, cpus)?;
             Ok(vcpu)
         })
         .collect()

@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn the_reset_command_is_seen() {
         let mut bus = bus();
-        bus.set_reset(ResetLine::new().unwrap());
+        bus.set_reset(ResetLine::default());
         assert_eq!(bus.port_write(0x64, &[0xfe]), Effect::Reset);
     }
 }

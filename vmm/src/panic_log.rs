@@ -31,8 +31,14 @@ pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
     }
     let size = (PANIC_LOG_SIZE / RECORDS) as usize;
     let logs = (0..RECORDS).filter_map(|record| {
-        let mut bytes = vec![0; size];
         let at = GuestAddress(PANIC_LOG + record * size as u64);
+        // First that alone: most guests leave nothing, and memory that they never touched is costly to
+        // read.
+        let signature: u32 = memory.read_obj(at).ok()?;
+        if signature != SIGNATURE {
+            return None;
+        }
+        let mut bytes = vec![0; size];
         memory.read_slice(&mut bytes, at).ok()?;
         parse(&bytes)
     });

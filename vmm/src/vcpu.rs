@@ -159,6 +159,8 @@ pub(crate) fn run(mut vcpu: Vcpu, gate: &Arc<Gate>, bus: &Bus) {
                 ExitReason::TripleFault { .. } => "triple fault",
                 _ => "cannot go on",
             });
+            // It is over for this one: what tells the others need not kick it.
+            vcpu.leave_thread();
             gate.end(reason);
         }
     }

@@ -30,7 +30,7 @@ pub struct Vm {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
     bus: Arc<Bus>,
-    event_loop: LoopThread,
+    event_loop: Option<LoopThread>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
     sockets: Option<UnixSockets>,
@@ -59,7 +59,7 @@ impl Vm {
     pub(crate) fn new(
         machine: Arc<Machine>,
         memory: Arc<Memory>,
-        event_loop: LoopThread,
+        event_loop: Option<LoopThread>,
         bus: Arc<Bus>,
         gate: Arc<Gate>,
         serial: Option<Arc<Mutex<SerialPort>>>,
@@ -124,7 +124,9 @@ impl Vm {
             hotplug.close();
         }
         self.bus.shut_down();
-        self.event_loop.stop();
+        if let Some(event_loop) = &mut self.event_loop {
+            event_loop.stop();
+        }
     }
 }
 
@@ -196,7 +198,8 @@ impl VmHandle {
     /// # Errors
     /// What is wrong with the disk, or that no slot is left.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
-        self.hotplug()?.attach(config)
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug.ok_or(AttachError::NoSlot(0))?.attach(config)
     }
 
     /// Takes the disk in a slot away, whether or not the guest's kernel has let go of it.
@@ -204,16 +207,14 @@ impl VmHandle {
     /// # Errors
     /// If there is none.
     pub fn detach_disk(&self, slot: usize) -> Result<(), AttachError> {
-        self.hotplug()?.detach(slot)
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug.ok_or(AttachError::NoDisk(slot))?.detach(slot)
     }
 
     /// The disks that were attached and not detached.
     pub fn attached_disks(&self) -> Vec<AttachedDisk> {
-        self.hotplug().map(HotPlug::disks).unwrap_or_default()
-    }
-
-    fn hotplug(&self) -> Result<&HotPlug, AttachError> {
-        self.handles.hotplug.as_ref().ok_or(AttachError::Ended)
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug.map(HotPlug::disks).unwrap_or_default()
     }
 
     /// The networks of the configuration, in its order.

@@ -12,7 +12,7 @@ use koya_devices::net::Net;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -22,6 +22,9 @@ pub const MAX_CPUS: u32 = 32;
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// The most memory, in MiB: 512 GiB.
 pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
+
+/// What tells a kernel's format, in bytes: Linux's headers of all architectures end before.
+const KERNEL_HEAD: usize = 0x210;
 
 /// A virtual machine as a user describes it: in Rust, or as TOML.
 ///
@@ -328,8 +331,8 @@ impl VmConfig {
         if let Some(vsock) = &self.vsock {
             vsock.check()?;
         }
-        let mut kernel = open("kernel", &self.kernel)?;
-        let format = self.kernel_format(&mut kernel)?;
+        let kernel = open("kernel", &self.kernel)?;
+        let format = self.kernel_format(&kernel)?;
         let initramfs = match &self.initramfs {
             Some(path) => Some(open("initramfs", path)?),
             None => None,
@@ -398,17 +401,15 @@ impl VmConfig {
         })
     }
 
-    fn kernel_format(&self, kernel: &mut File) -> Result<KernelFormat, ConfigError> {
-        let mut head = Vec::new();
-        kernel
-            .take(0x210)
-            .read_to_end(&mut head)
-            .map_err(|source| ConfigError::File {
-                field: "kernel",
-                path: self.kernel.clone(),
-                source,
-            })?;
-        arch::kernel_format(&head).map_err(|reason| ConfigError::Kernel {
+    fn kernel_format(&self, kernel: &File) -> Result<KernelFormat, ConfigError> {
+        let mut head = [0; KERNEL_HEAD];
+        let len = kernel.read_at(&mut head, 0);
+        let len = len.map_err(|source| ConfigError::File {
+            field: "kernel",
+            path: self.kernel.clone(),
+            source,
+        })?;
+        arch::kernel_format(&head[..len]).map_err(|reason| ConfigError::Kernel {
             path: self.kernel.clone(),
             reason,
         })

@@ -23,7 +23,6 @@ pub const NEEDED: &[(&str, Cap)] = &[
     ("KVM_CAP_USER_MEMORY", Cap::UserMemory),
     ("KVM_CAP_IOEVENTFD", Cap::Ioeventfd),
     ("KVM_CAP_IRQFD", Cap::Irqfd),
-    ("KVM_CAP_IMMEDIATE_EXIT", Cap::ImmediateExit),
 ];
 
 /// Why there is no KVM to use; each says what to do.
@@ -55,6 +54,15 @@ pub enum KvmError {
 /// # Errors
 /// What is missing and what to do about it.
 pub fn open() -> Result<Kvm, KvmError> {
+    let kvm = open_device()?;
+    match missing(&kvm) {
+        Some(name) => Err(KvmError::Missing(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// Opens KVM. A start asks what is [`missing`] only when something failed.
+pub(crate) fn open_device() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::NoDevice,
         libc::EACCES | libc::EPERM => KvmError::NoPermission,
@@ -64,13 +72,15 @@ pub fn open() -> Result<Kvm, KvmError> {
     if version != KVM_API_VERSION as i32 {
         return Err(KvmError::Version(version));
     }
-    for (name, cap) in NEEDED {
-        // Cap is neither Copy nor Clone; its number is what KVM takes.
-        if kvm.check_extension_raw(cap_number(cap)) <= 0 {
-            return Err(KvmError::Missing(name));
-        }
-    }
     Ok(kvm)
+}
+
+/// The first of what Koya needs that this KVM does not have.
+pub(crate) fn missing(kvm: &Kvm) -> Option<&'static str> {
+    // Cap is neither Copy nor Clone; its number is what KVM takes.
+    let lacks = |cap: &Cap| kvm.check_extension_raw(cap_number(cap)) <= 0;
+    let (name, _) = NEEDED.iter().find(|(_, cap)| lacks(cap))?;
+    Some(name)
 }
 
 fn cap_number(cap: &Cap) -> libc::c_ulong {

@@ -103,6 +103,11 @@ impl Vcpu {
         self.kicker.enter();
     }
 
+    /// From now on kicks do not reach the thread, which runs the guest no more.
+    pub fn leave_thread(&self) {
+        self.kicker.leave();
+    }
+
     /// Runs the guest until it exits.
     ///
     /// # Errors

@@ -29,11 +29,22 @@ pub fn prepare_vm(_kvm: &Kvm, _vm: &VmFd) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }
 
+/// What KVM offers to every vCPU.
+pub enum Features {}
+
+/// Asks KVM for them.
+///
+/// # Errors
+/// Always, for now.
+pub fn features(_kvm: &Kvm) -> Result<Features, ArchError> {
+    Err(ArchError::Unsupported(NOT_YET))
+}
+
 /// A vCPU's identity and features.
 ///
 /// # Errors
 /// Always, for now.
-pub fn prepare_vcpu(_: &Kvm, _: &VcpuFd, _index: u32, _cpus: u32) -> Result<(), ArchError> {
+pub fn prepare_vcpu(_: &Features, _: &VcpuFd, _index: u32, _cpus: u32) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }
 

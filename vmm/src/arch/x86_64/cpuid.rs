@@ -14,8 +14,18 @@ const HYPERVISOR: u32 = 1 << 31;
 const SVM: u32 = 1 << 2;
 const HTT: u32 = 1 << 28;
 
-/// The leaves of vCPU `index` of `cpus`: one package, one thread a core.
-pub(super) fn for_vcpu(kvm: &Kvm, index: u32, cpus: u32) -> Result<CpuId, ArchError> {
+/// What KVM offers to every vCPU. To list it takes a while, above all where KVM itself runs in a
+/// virtual machine: some 50 CPUID instructions, each of which its host emulates.
+pub struct Features {
+    cpuid: CpuId,
+    deadline: bool,
+}
+
+/// Asks KVM for them.
+///
+/// # Errors
+/// What KVM refused.
+pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(ArchError::kvm("list the features it supports"))?;
@@ -23,10 +33,18 @@ pub(super) fn for_vcpu(kvm: &Kvm, index: u32, cpus: u32) -> Result<CpuId, ArchEr
         ArchError::kvm("take more CPUID leaves")(kvm_ioctls::Error::new(libc::E2BIG))
     })?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    for entry in cpuid.as_mut_slice() {
-        set_entry(entry, index, cpus, deadline);
+    Ok(Features { cpuid, deadline })
+}
+
+impl Features {
+    /// The leaves of vCPU `index` of `cpus`: one package, one thread a core.
+    pub(super) fn of_vcpu(&self, index: u32, cpus: u32) -> CpuId {
+        let mut cpuid = self.cpuid.clone();
+        for entry in cpuid.as_mut_slice() {
+            set_entry(entry, index, cpus, self.deadline);
+        }
+        cpuid
     }
-    Ok(cpuid)
 }
 
 /// KVM's set has only the first level of each extended topology leaf, empty (since Linux 6.0); the

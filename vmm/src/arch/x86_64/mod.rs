@@ -14,6 +14,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 pub use boot::load;
+pub use cpuid::{Features, features};
 
 /// What the guest's kernel is told in any case: how it ends, what not to look for, and to set no
 /// memory aside for devices that can't reach beyond 4 GiB (64 MiB; there are none).
@@ -70,9 +71,13 @@ pub fn prepare_vm(kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
 ///
 /// # Errors
 /// What KVM refused.
-pub fn prepare_vcpu(kvm: &Kvm, vcpu: &VcpuFd, index: u32, cpus: u32) -> Result<(), ArchError> {
-    let cpuid = cpuid::for_vcpu(kvm, index, cpus)?;
-    vcpu.set_cpuid2(&cpuid)
+pub fn prepare_vcpu(
+    features: &Features,
+    vcpu: &VcpuFd,
+    index: u32,
+    cpus: u32,
+) -> Result<(), ArchError> {
+    vcpu.set_cpuid2(&features.of_vcpu(index, cpus))
         .map_err(ArchError::kvm("set a vCPU's features"))?;
     regs::set_msrs(vcpu)?;
     regs::set_fpu(vcpu)?;
