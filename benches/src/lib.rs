@@ -1,6 +1,9 @@
 //! Benches of Koya; see `benches/benches` and `benches/src/bin` for what is measured. Here is what they
 //! share: medians, and rows of figures beside those of peers.
 
+pub mod cost;
+pub mod tiny;
+
 use serde_json::{Map, Value, json};
 
 /// The middle one; of an even number the higher of the two.

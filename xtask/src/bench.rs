@@ -3,7 +3,7 @@
 use crate::build::Products;
 use crate::profile::Symbols;
 use crate::rig::Archive;
-use crate::{build, cache, counting, kernel, proc, setup, suite};
+use crate::{build, cache, counting, kernel, monitor, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -65,6 +65,9 @@ enum What {
     },
     /// A cold start where instructions are counted: the same on every run and every machine
     Boot(BootArgs),
+    /// What a start of the monitor costs, exec to exit, with a guest that ends at once, on this machine's
+    /// own /dev/kvm; beside it an empty program and bare KVM calls
+    Monitor(monitor::MonitorArgs),
     /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
     Containers {
         /// Containers of each kind; each figure is a median
@@ -109,6 +112,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
         What::Boot(args) => boot(args),
+        What::Monitor(args) => monitor::run(args),
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
 }
@@ -292,6 +296,11 @@ fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
 /// Builds a program of the benches, and what it measures.
 fn program(name: &str) -> Result<PathBuf> {
     build::ensure()?;
+    program_alone(name)
+}
+
+/// Builds a program of the benches.
+pub(crate) fn program_alone(name: &str) -> Result<PathBuf> {
     let root = proc::checkout();
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let words = ["build", "--release", "--package", "koya-benches", "--bin"];

@@ -94,26 +94,33 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
     for_guests("koya-benches", "vsock_load")
 }
 
+/// The monitor's examples, static: what benches of the monitor start. Where they are.
+pub(crate) fn examples() -> Result<PathBuf> {
+    linked_static("koya-vmm", "release", &["--examples"])?;
+    let out = format!("target/guest/{GUEST_TARGET}/release/examples");
+    Ok(proc::checkout().join(out))
+}
+
 /// A program that runs in any guest: static.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
+    linked_static(package, "agent", &["--bin", program])?;
+    let out = format!("target/guest/{GUEST_TARGET}/agent/{program}");
+    Ok(proc::checkout().join(out))
+}
+
+fn linked_static(package: &str, profile: &str, what: &[&str]) -> Result<()> {
     let root = proc::checkout();
     proc::run(
         cargo(&root)
-            .args(["build", "--package", package, "--bin", program])
+            .args(["build", "--package", package, "--profile", profile])
+            .args(what)
             // Always with a target named: else the flag would reach procedural macros.
-            .args([
-                "--profile",
-                "agent",
-                "--target",
-                GUEST_TARGET,
-                "--target-dir",
-            ])
+            .args(["--target", GUEST_TARGET, "--target-dir"])
             .arg(root.join("target/guest"))
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
-    )?;
-    Ok(root.join(format!("target/guest/{GUEST_TARGET}/agent/{program}")))
+    )
 }
 
 fn cargo(root: &Path) -> Command {

@@ -11,6 +11,7 @@ mod counting;
 mod demo;
 mod kernel;
 mod lint;
+mod monitor;
 mod proc;
 mod profile;
 mod rig;

@@ -1,0 +1,161 @@
+//! What a start of the monitor costs, exec to exit, with a guest that ends at once: the machine's own
+//! `/dev/kvm`, 128 MiB, one CPU, a serial port. `cargo xtask bench monitor` runs it.
+//!
+//! `monitor ROUNDS FOLDER [--qemu QEMU] [--firecracker FIRECRACKER]`: FOLDER has the examples `boot` and
+//! `floor` of `koya-vmm`. Rows of JSON come on standard output, a
+//! table on standard error. Wall time has the kernel's waits when a virtual machine is taken down in it.
+
+use koya_benches::cost::{Calls, Cost, calls_of, cost_of, peak_rss};
+use koya_benches::{median, print_table, row, tiny};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// What is measured under a name, how it is started, and with which status it ends.
+struct Kind {
+    name: &'static str,
+    words: Vec<std::ffi::OsString>,
+    status: i32,
+}
+
+/// What came of it.
+struct Seen {
+    name: &'static str,
+    costs: Vec<Cost>,
+    rss_kib: f64,
+    calls: Calls,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [rounds, folder, ..] = args.as_slice() else {
+        return Err("say ROUNDS FOLDER".into());
+    };
+    let (rounds, folder): (usize, _) = (rounds.parse()?, Path::new(folder));
+    let option = |name: &str| {
+        let at = args.iter().position(|arg| arg == name)?;
+        args.get(at + 1).map(PathBuf::from)
+    };
+    if !Path::new("/dev/kvm").exists() {
+        return Err("no /dev/kvm here".into());
+    }
+    let dir = std::env::temp_dir().join(format!("koya-monitor-{}", std::process::id()));
+    fs::create_dir_all(&dir)?;
+    let kinds = kinds(&dir, folder, option("--qemu"), option("--firecracker"))?;
+    let rows = measure(&kinds, rounds, &dir);
+    fs::remove_dir_all(&dir)?;
+    let rows = rows?;
+    print_table(&rows);
+    println!("{}", serde_json::to_string_pretty(&rows)?);
+    Ok(())
+}
+
+fn kinds(
+    dir: &Path,
+    folder: &Path,
+    qemu: Option<PathBuf>,
+    firecracker: Option<PathBuf>,
+) -> Result<Vec<Kind>> {
+    let (guest, nothing) = (dir.join("guest"), dir.join("nothing"));
+    tiny::write_guest(&guest)?;
+    tiny::write_program(&nothing)?;
+    let kind = |name, words: &[&OsStr], status| Kind {
+        name,
+        words: words.iter().map(|&word| word.to_owned()).collect(),
+        status,
+    };
+    let (monitor, floor) = (folder.join("boot"), folder.join("floor"));
+    let mut kinds = vec![
+        kind("koya", &[monitor.as_ref(), guest.as_ref()], 0),
+        kind("empty", &[nothing.as_ref()], 0),
+        kind("bare KVM", &[floor.as_ref()], 0),
+    ];
+    if let Some(qemu) = qemu {
+        let words = "-accel kvm -cpu host,-arch-capabilities -M microvm,pic=off,pit=off,rtc=off,acpi=off -m 128 -nodefaults \
+                     -no-user-config -serial stdio -display none -no-reboot \
+                     -device isa-debug-exit -kernel";
+        let mut all: Vec<&OsStr> = vec![qemu.as_ref()];
+        all.extend(words.split_whitespace().map(OsStr::new));
+        all.push(guest.as_ref());
+        kinds.push(kind("QEMU", &all, tiny::QEMU_STATUS));
+    }
+    if let Some(firecracker) = firecracker {
+        let config = dir.join("firecracker.json");
+        let text = json!({
+            "boot-source": {"kernel_image_path": &guest, "boot_args": "console=ttyS0"},
+            "drives": [],
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 128},
+        });
+        fs::write(&config, text.to_string())?;
+        let words = ["--level", "Off", "--no-api", "--config-file"].map(OsStr::new);
+        let mut all: Vec<&OsStr> = vec![firecracker.as_ref()];
+        all.extend(words);
+        all.push(config.as_ref());
+        kinds.push(kind("Firecracker", &all, 0));
+        all.push("--no-seccomp".as_ref());
+        kinds.push(kind(FIRECRACKER_BARE, &all, 0));
+    }
+    Ok(kinds)
+}
+
+/// The one that the goal is set by.
+const FIRECRACKER_BARE: &str = "Firecracker without seccomp";
+
+fn command(kind: &Kind) -> Command {
+    let mut command = Command::new(&kind.words[0]);
+    command.args(&kind.words[1..]);
+    command
+}
+
+fn measure(kinds: &[Kind], rounds: usize, dir: &Path) -> Result<Vec<Value>> {
+    let mut seen = Vec::new();
+    for kind in kinds {
+        // This one fills caches.
+        cost_of(&mut command(kind), kind.status)?;
+        seen.push(Seen {
+            name: kind.name,
+            costs: Vec::new(),
+            rss_kib: peak_rss(&command(kind))?,
+            calls: calls_of(&command(kind), &dir.join("calls"))?,
+        });
+    }
+    for _ in 0..rounds {
+        for (kind, seen) in kinds.iter().zip(&mut seen) {
+            seen.costs.push(cost_of(&mut command(kind), kind.status)?);
+        }
+    }
+    Ok(rows(&seen))
+}
+
+fn rows(seen: &[Seen]) -> Vec<Value> {
+    let value = |of: fn(&Cost) -> f64| {
+        move |seen: &Seen| median(&seen.costs.iter().map(of).collect::<Vec<_>>())
+    };
+    let all = |name: &str, unit: &str, value: &dyn Fn(&Seen) -> f64| {
+        let peers = seen[1..].iter().map(|s| (s.name.to_owned(), value(s)));
+        row(name, unit, true, value(&seen[0]), peers)
+    };
+    vec![
+        all(
+            "monitor start: exec to exit, CPU",
+            "us",
+            &value(|c| c.cpu_us),
+        ),
+        all(
+            "monitor start: exec to exit, wall",
+            "us",
+            &value(|c| c.wall_us),
+        ),
+        all("monitor start: peak RSS", "KiB", &|s| s.rss_kib),
+        all("monitor start: system calls before the guest", "", &|s| {
+            s.calls.before_run.into()
+        }),
+        all("monitor start: system calls", "", &|s| s.calls.all.into()),
+        all("monitor start: threads", "", &|s| s.calls.threads.into()),
+    ]
+}

@@ -1,0 +1,145 @@
+//! What a process costs, from exec to exit.
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// One run of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// User and system time of it and its children, in microseconds.
+    pub cpu_us: f64,
+    /// From the call to its end, in microseconds.
+    pub wall_us: f64,
+}
+
+/// Runs a command in silence and says what that took.
+///
+/// # Errors
+/// If it can't be run, or ends with another status than `expected`.
+pub fn cost_of(command: &mut Command, expected: i32) -> Result<Cost> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let (before, started) = (children_us()?, Instant::now());
+    let status = command.status()?;
+    let wall_us = started.elapsed().as_secs_f64() * 1e6;
+    let cpu_us = children_us()? - before;
+    if status.code() != Some(expected) {
+        return Err(format!("{command:?}: {status}").into());
+    }
+    Ok(Cost { cpu_us, wall_us })
+}
+
+fn children_us() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let times = [usage.user_time(), usage.system_time()];
+    let micros: i64 = times.iter().map(|time| time.num_microseconds()).sum();
+    Ok(micros as f64)
+}
+
+/// The most memory that a command has, in KiB. It is started by GNU time, which is small (1 MiB): what
+/// starts a process counts as its own.
+///
+/// # Errors
+/// If it can't be run, or time does not say.
+pub fn peak_rss(command: &Command) -> Result<f64> {
+    let mut time = Command::new("/usr/bin/time");
+    time.args(["--format", "peak %M"]);
+    time.arg(command.get_program()).args(command.get_args());
+    let output = time.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let peak = said.lines().find_map(|line| line.strip_prefix("peak "));
+    let peak: f64 = peak.ok_or("time says nothing")?.trim().parse()?;
+    Ok(peak)
+}
+
+/// What strace saw of a process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Calls {
+    /// System calls between execve's return and the first KVM_RUN, of all threads.
+    pub before_run: u32,
+    /// All of them.
+    pub all: u32,
+    /// Threads and processes that were alive at once, the first included.
+    pub threads: u32,
+}
+
+/// Runs a command under strace.
+///
+/// # Errors
+/// If strace can't be run.
+pub fn calls_of(command: &Command, log: &Path) -> Result<Calls> {
+    let mut strace = Command::new("strace");
+    strace.args(["--follow-forks", "--output"]).arg(log);
+    strace.arg("--").arg(command.get_program());
+    strace.args(command.get_args());
+    strace.stdin(Stdio::null()).stdout(Stdio::null());
+    strace.stderr(Stdio::null()).status()?;
+    Ok(count(&fs::read_to_string(log)?))
+}
+
+/// Each line is `PID call(...) = result`; a call that another one interrupts has a second line.
+fn count(log: &str) -> Calls {
+    let mut calls = Calls {
+        threads: 1,
+        ..Calls::default()
+    };
+    let (mut alive, mut runs) = (1, false);
+    // What strace itself did before the program's first instruction is the first line.
+    for line in log.lines().skip(1) {
+        let Some((_, call)) = line.split_once(' ') else {
+            continue;
+        };
+        let call = call.trim_start();
+        if call.starts_with("+++ ") {
+            alive -= 1;
+            continue;
+        }
+        if ["clone", "fork", "vfork"].iter().any(|c| call.contains(c)) && makes_one(call) {
+            alive += 1;
+            calls.threads = calls.threads.max(alive);
+        }
+        if call.starts_with("<... ") || call.starts_with("--- ") {
+            continue;
+        }
+        runs |= call.contains(", KVM_RUN");
+        calls.all += 1;
+        calls.before_run += u32::from(!runs);
+    }
+    calls
+}
+
+/// Whether a line has a call's result, and that is a process's number.
+fn makes_one(call: &str) -> bool {
+    let result = call.rsplit_once(") = ").map(|(_, result)| result);
+    result.is_some_and(|result| result.trim().parse::<u32>().is_ok_and(|pid| pid > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_up_to_the_first_entry_of_the_guest() {
+        let log = "7 execve(\"/a\", [\"/a\"], 0x7 /* 3 vars */) = 0\n\
+                   7 brk(NULL) = 0x5\n\
+                   7 clone3({flags=CLONE_VM}, 88 <unfinished ...>\n\
+                   8 rseq(0x7f, 0x20, 0, 0x53) = 0\n\
+                   7 <... clone3 resumed> => {parent_tid=[8]}, 88) = 8\n\
+                   8 ioctl(14, KVM_RUN, 0) = 0\n\
+                   8 exit(0) = ?\n\
+                   8 +++ exited with 0 +++\n\
+                   7 clone3({flags=CLONE_VM} => {parent_tid=[9]}, 88) = 9\n\
+                   7 exit_group(0) = ?\n";
+        let calls = count(log);
+        assert_eq!((calls.before_run, calls.all, calls.threads), (3, 7, 2));
+    }
+}

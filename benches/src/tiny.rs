@@ -1,0 +1,116 @@
+//! The smallest guest and the smallest program, as ELF files: what is left of a start is the
+//! monitor's.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// Ends a guest under any monitor, in 32-bit and in 64-bit mode: a reset by the keyboard controller
+/// (Koya, Firecracker), else QEMU's isa-debug-exit at port 0x501, else nothing more.
+const GUEST: &[u8] = &[
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al
+    0xb0, 0x01, // mov al, 1
+    0x66, 0xba, 0x01, 0x05, // mov dx, 0x501
+    0xee, // out dx, al
+    0xfa, // cli
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp to hlt
+];
+/// Where it is loaded, in guest physical memory.
+const GUEST_ADDRESS: u64 = 16 << 20;
+/// What QEMU's isa-debug-exit makes of the guest's 1.
+pub const QEMU_STATUS: i32 = 3;
+
+/// exit(0)
+const PROGRAM: &[u8] = &[
+    0x31, 0xff, // xor edi, edi
+    0xb8, 0x3c, 0, 0, 0, // mov eax, 60
+    0x0f, 0x05, // syscall
+];
+const PROGRAM_ADDRESS: u64 = 4 << 20;
+
+/// Offset of the code in the file; headers and note come before it.
+const CODE: u64 = 0x100;
+const NOTE: u64 = 64 + 2 * 56;
+
+/// Writes a kernel for every monitor: entered by the 64-bit Linux boot protocol or as PVH, it ends.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn write_guest(path: &Path) -> io::Result<()> {
+    fs::write(path, elf(GUEST, GUEST_ADDRESS))
+}
+
+/// Writes a static program that does nothing.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn write_program(path: &Path) -> io::Result<()> {
+    fs::write(path, elf(PROGRAM, PROGRAM_ADDRESS))?;
+    fs::set_permissions(path, Permissions::from_mode(0o755))
+}
+
+/// An ELF file of one segment at `address`, entered at `code`, with a note that says the same to
+/// those who start guests by PVH.
+fn elf(code: &[u8], address: u64) -> Vec<u8> {
+    let entry = address + CODE;
+    let end = CODE + code.len() as u64;
+    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let halves = |file: &mut Vec<u8>, values: &[u16]| {
+        file.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    };
+    let words = |file: &mut Vec<u8>, values: &[u32]| {
+        file.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    };
+    let doubles = |file: &mut Vec<u8>, values: &[u64]| {
+        file.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    };
+    // An executable for x86-64; entry, program headers at 64, no sections.
+    halves(&mut file, &[2, 62]);
+    words(&mut file, &[1]);
+    doubles(&mut file, &[entry, 64, 0]);
+    words(&mut file, &[0]);
+    halves(&mut file, &[64, 56, 2, 0, 0, 0]);
+    // PT_LOAD, readable and executable: the file as it is.
+    words(&mut file, &[1, 5]);
+    doubles(&mut file, &[0, address, address, end, end, 0x1000]);
+    // PT_NOTE
+    words(&mut file, &[4, 4]);
+    let note = address + NOTE;
+    doubles(&mut file, &[NOTE, note, note, 20, 20, 4]);
+    // XEN_ELFNOTE_PHYS32_ENTRY
+    words(&mut file, &[4, 4, 18]);
+    file.extend(b"Xen\0");
+    words(&mut file, &[entry as u32]);
+    file.resize(CODE as usize, 0);
+    file.extend(code);
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_runs_and_ends() {
+        let dir = std::env::temp_dir().join(format!("koya-tiny-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("nothing");
+        write_program(&path).unwrap();
+        let status = std::process::Command::new(&path).status();
+        fs::remove_dir_all(&dir).unwrap();
+        assert!(status.unwrap().success());
+    }
+
+    #[test]
+    fn the_note_lies_where_the_header_says() {
+        let file = elf(GUEST, GUEST_ADDRESS);
+        let at = NOTE as usize;
+        assert_eq!(&file[at + 12..at + 16], b"Xen\0");
+        let entry = u32::from_le_bytes(file[at + 16..at + 20].try_into().unwrap());
+        assert_eq!(u64::from(entry), GUEST_ADDRESS + CODE);
+        assert_eq!(&file[CODE as usize..], GUEST);
+    }
+}
