@@ -248,6 +248,9 @@ fn vsock(c: &mut Criterion) {
     let mut device = Vsock::new(CID, ports);
     let (mut rx, mut tx) = (Driver::new(QUEUE), Driver::new(QUEUE));
     let mut manager = activate(&mut device, &[&rx, &tx, &Driver::new(QUEUE)], 0);
+    for _ in 0..QUEUE / 2 {
+        rx.offer(&[Buffer::Writable(PAGE)]);
+    }
     let packet = |kind: Op, data: &[u8]| {
         let header = Header {
             src_cid: CID.into(),
@@ -264,8 +267,10 @@ fn vsock(c: &mut Criterion) {
     };
     let mut turn = |bytes: Vec<u8>| {
         tx.offer(&[Buffer::Readable(bytes)]);
-        // Room for what the device has to say of its credit.
-        rx.offer(&[Buffer::Writable(PAGE)]);
+        // What the device said of its credit makes room for more.
+        for _ in rx.used() {
+            rx.offer(&[Buffer::Writable(PAGE)]);
+        }
         tx.kick();
         rx.kick();
         while tx.used().is_empty() {
