@@ -2,6 +2,7 @@
 //! share: medians, and rows of figures beside those of peers.
 
 pub mod cost;
+pub mod held;
 pub mod tiny;
 
 use serde_json::{Map, Value, json};

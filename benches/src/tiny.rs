@@ -18,7 +18,9 @@ const GUEST: &[u8] = &[
     0xf4, // hlt
     0xeb, 0xfd, // jmp to hlt
 ];
-/// Where it is loaded, in guest physical memory.
+/// Waits without end: cli; L: hlt; jmp L
+const IDLE_GUEST: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
+/// Where they are loaded, in guest physical memory.
 const GUEST_ADDRESS: u64 = 16 << 20;
 /// What QEMU's isa-debug-exit makes of the guest's 1.
 pub const QEMU_STATUS: i32 = 3;
@@ -41,6 +43,14 @@ const NOTE: u64 = 64 + 2 * 56;
 /// If the file can't be written.
 pub fn write_guest(path: &Path) -> io::Result<()> {
     fs::write(path, elf(GUEST, GUEST_ADDRESS))
+}
+
+/// Writes a kernel that waits and does nothing.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn write_idle_guest(path: &Path) -> io::Result<()> {
+    fs::write(path, elf(IDLE_GUEST, GUEST_ADDRESS))
 }
 
 /// Writes a static program that does nothing.

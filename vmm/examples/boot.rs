@@ -1,12 +1,16 @@
-//! The monitor alone, as an embedder would write it: `boot KERNEL` boots it with one CPU, 128 MiB and
-//! a serial port on standard output, and ends when it does. `cargo xtask bench monitor` measures it.
+//! The monitor alone, as an embedder would write it: `boot KERNEL [INITRAMFS [WORDS]]` boots it with one
+//! CPU, 128 MiB and a serial port on standard output, and ends when it does. WORDS go to the kernel's
+//! command line. `cargo xtask bench monitor` and `cargo xtask bench peers` measure it.
 
 use koya_vmm::{Vm, VmConfig};
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let kernel = std::env::args_os().nth(1).ok_or("say KERNEL")?;
+    let mut args = std::env::args().skip(1);
+    let kernel = args.next().ok_or("say KERNEL [INITRAMFS [WORDS]]")?;
     let config = VmConfig {
+        initramfs: args.next().map(Into::into),
+        cmdline: args.next().unwrap_or_default(),
         memory_mib: 128,
         entropy: false,
         balloon: false,

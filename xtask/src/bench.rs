@@ -3,7 +3,7 @@
 use crate::build::Products;
 use crate::profile::Symbols;
 use crate::rig::Archive;
-use crate::{build, cache, counting, kernel, monitor, proc, setup, suite};
+use crate::{build, cache, counting, kernel, monitor, peers, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -68,6 +68,30 @@ enum What {
     /// What a start of the monitor costs, exec to exit, with a guest that ends at once, on this machine's
     /// own /dev/kvm; beside it an empty program and bare KVM calls
     Monitor(monitor::MonitorArgs),
+    /// What the monitor and whole sandboxes hold of the host's memory beside their guests', and of what it is
+    Memory {
+        /// Also write the rows to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// What it costs to make a sandbox, and what it holds, where many are alive at once
+    Many {
+        /// How many at once
+        #[arg(long, default_value = "1,10,50", value_name = "N,N")]
+        counts: String,
+        /// Also write the rows to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// The criterion benches of paths inside the process: queues, devices, exits, start and end
+    Criterion {
+        /// Fewer samples: a look, no measurement
+        #[arg(long)]
+        quick: bool,
+    },
+    /// Koya's monitor beside QEMU's microvm and others, one kernel for all, where instructions are counted:
+    /// exec to the guest's user space, exits, memory
+    Peers(peers::PeersArgs),
     /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
     Containers {
         /// Containers of each kind; each figure is a median
@@ -112,6 +136,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
         What::Boot(args) => boot(args),
+        What::Memory { json } => memory(json.as_deref()),
+        What::Many { counts, json } => many(counts, json.as_deref()),
+        What::Criterion { quick } => criterion(*quick),
+        What::Peers(args) => peers::run(args),
         What::Monitor(args) => monitor::run(args),
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
     }
@@ -139,10 +167,42 @@ fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
     in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)
 }
 
+fn memory(json: Option<&Path>) -> Result<()> {
+    let examples = build::examples()?;
+    let program = program("memory")?;
+    in_rig(
+        &[program.as_ref(), "held".as_ref(), examples.as_ref()],
+        json,
+    )
+}
+
+fn many(counts: &str, json: Option<&Path>) -> Result<()> {
+    let program = program("memory")?;
+    in_rig(&[program.as_ref(), "many".as_ref(), counts.as_ref()], json)
+}
+
+/// By name: cargo would give criterion's options to unit tests too.
+const CRITERION: &[&str] = &["virtqueue", "devices", "exits", "monitor"];
+
+fn criterion(quick: bool) -> Result<()> {
+    setup::ensure()?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut bench = Command::new(cargo);
+    bench.args(["bench", "--package", "koya-benches"]);
+    for name in CRITERION {
+        bench.args(["--bench", name]);
+    }
+    bench.args(["--", "--noplot"]).current_dir(proc::checkout());
+    if quick {
+        bench.arg("--quick");
+    }
+    proc::run(&mut bench)
+}
+
 /// What Koya's start cost when it was last put on record.
 const BASELINE: &str = "benches/baseline/boot.json";
 /// What the rows begin with.
-const ROWS: &str = "rows: ";
+pub(crate) const ROWS: &str = "rows: ";
 /// What the picture begins with, as a JSON string.
 const PICTURE: &str = "picture: ";
 
@@ -433,7 +493,7 @@ fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
 }
 
 /// What a program is linked with: where it finds that, and where it is here.
-fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(crate) fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut all = Vec::new();
     for line in proc::output(Command::new("ldd").arg(program))?.lines() {
         let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {

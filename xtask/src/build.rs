@@ -101,6 +101,11 @@ pub(crate) fn examples() -> Result<PathBuf> {
     Ok(proc::checkout().join(out))
 }
 
+/// What says that a guest is up.
+pub(crate) fn up() -> Result<PathBuf> {
+    for_guests("koya-benches", "up")
+}
+
 /// A program that runs in any guest: static.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
     linked_static(package, "agent", &["--bin", program])?;

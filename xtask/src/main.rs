@@ -12,6 +12,7 @@ mod demo;
 mod kernel;
 mod lint;
 mod monitor;
+mod peers;
 mod proc;
 mod profile;
 mod rig;

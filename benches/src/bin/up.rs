@@ -1,0 +1,10 @@
+//! The first program of a guest whose start is measured: says that it runs, and waits for the end.
+
+use std::time::Duration;
+
+fn main() {
+    println!("GUEST-UP");
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
