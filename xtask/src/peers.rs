@@ -16,7 +16,12 @@ use std::process::Command;
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Where QEMU's firmware is, and what of it the microvm machine takes.
 const FIRMWARE: &[&str] = &["/usr/share/qemu", "/usr/share/seabios"];
-const FIRMWARE_FILES: &[&str] = &["bios-microvm.bin", "pvh.bin", "linuxboot_dma.bin"];
+const FIRMWARE_FILES: &[&str] = &[
+    "qboot.rom",
+    "bios-microvm.bin",
+    "pvh.bin",
+    "linuxboot_dma.bin",
+];
 
 #[derive(Args)]
 pub(crate) struct PeersArgs {

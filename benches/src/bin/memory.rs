@@ -287,12 +287,12 @@ fn many(counts: &str) -> Result<Vec<Value>> {
         ];
         for (((name, unit), value), alone) in names.into_iter().zip(values).zip(alone) {
             let goal = ("goal".to_owned(), alone * MANY_GOAL);
-            let name = format!("{count} sandboxes: {name}");
+            let name = format!("{count} at once: {name}");
             rows.push(row(&name, unit, true, value, [goal]));
         }
-        let name = format!("{count} sandboxes: the kernel's memory for one");
+        let name = format!("{count} at once: the kernel's memory for one");
         rows.push(row(&name, "KiB", true, each(kernel as f64), []));
-        eprintln!("{count} sandboxes were alive at once");
+        eprintln!("{count} at once: done");
     }
     Ok(rows)
 }
