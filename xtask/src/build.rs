@@ -106,7 +106,11 @@ pub(crate) fn up() -> Result<PathBuf> {
     for_guests("koya-benches", "up")
 }
 
-/// A program that runs in any guest: static.
+/// Static, and nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
+const GUEST_FLAGS: &str =
+    "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
+
+/// A program that runs in any guest.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
     linked_static(package, "agent", &["--bin", program])?;
     let out = format!("target/guest/{GUEST_TARGET}/agent/{program}");
@@ -122,7 +126,7 @@ fn linked_static(package: &str, profile: &str, what: &[&str]) -> Result<()> {
             // Always with a target named: else the flag would reach procedural macros.
             .args(["--target", GUEST_TARGET, "--target-dir"])
             .arg(root.join("target/guest"))
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .env("RUSTFLAGS", GUEST_FLAGS)
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
     )

@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 /// What the measuring program says on the second serial port, and waits for an answer.
 pub(crate) const BEGIN: &str = "begin";
 pub(crate) const END: &str = "end";
-/// What it says after the host's symbols, which are the last.
-const SYMBOLS_END: &str = "symbols are told";
+/// What ends each line in which it says which of the host's functions has an address that it was asked for.
+const ANSWER: &str = "!";
+/// How many addresses of the host's kernel it is asked for, those of most instructions first.
+const ASKED: usize = 4000;
 
 /// In the flags of a logged block: the guest of an SVM guest runs (QEMU's `HF_GUEST_MASK`).
 const IN_GUEST: u32 = 1 << 21;
@@ -71,7 +73,8 @@ pub(crate) struct Profile {
     /// Of the guest kernel's functions: their own instructions, and with those of what they called.
     own: HashMap<usize, u64>,
     whole: HashMap<usize, u64>,
-    /// Of the host's kernel, by address: its symbols come last.
+    /// Of the host's kernel, by address: its symbols come last, for the most of them.
+    host_kernel_all: u64,
     host_kernel: HashMap<u64, u64>,
     host_symbols: Symbols,
 }
@@ -121,7 +124,10 @@ impl Profile {
         while log.read_until(b'\n', &mut line)? > 0 {
             if let Some((address, flags)) = block(&line) {
                 match (flags & IN_GUEST != 0, flags & LEVEL == 0) {
-                    (false, true) => *all.host_kernel.entry(address).or_default() += 1,
+                    (false, true) => {
+                        all.host_kernel_all += 1;
+                        *all.host_kernel.entry(address).or_default() += 1;
+                    }
                     (false, false) => all.host_programs += 1,
                     (true, false) => all.guest_programs += 1,
                     (true, true) => {
@@ -155,7 +161,7 @@ impl Profile {
         for (what, count) in [
             ("the guest's kernel", self.guest_kernel),
             ("the guest's programs", self.guest_programs),
-            ("the host's kernel", self.host_kernel.values().sum()),
+            ("the host's kernel", self.host_kernel_all),
             ("the host's programs", self.host_programs),
         ] {
             println!("{:>9.2} M instr  {what}", millions(count));
@@ -224,7 +230,17 @@ pub(crate) fn watch(
         let profile = reader.join();
         profile.unwrap_or_else(|_| bail!("the log's reader panicked"))
     })?;
-    profile.host_symbols = Symbols::parse(&wait_for(&mut serial, SYMBOLS_END)?);
+    let mut hot: Vec<_> = profile.host_kernel.iter().collect();
+    hot.sort_unstable_by(|a, b| b.1.cmp(a.1));
+    hot.truncate(ASKED);
+    profile.host_kernel = hot.into_iter().map(|(a, count)| (*a, *count)).collect();
+    let mut answers = String::new();
+    for address in profile.host_kernel.keys() {
+        writeln!(serial, "{address:x}")?;
+        answers += &wait_for(&mut serial, ANSWER)?;
+    }
+    writeln!(serial)?;
+    profile.host_symbols = Symbols::parse(&answers);
     Ok(profile)
 }
 
@@ -298,8 +314,11 @@ mod tests {
                 (0x1004, guest),
             ]);
         let profile = Profile::read(text.as_bytes(), &map()).unwrap();
-        let host: u64 = profile.host_kernel.values().sum();
-        let of = (host, profile.host_programs, profile.guest_programs);
+        let of = (
+            profile.host_kernel_all,
+            profile.host_programs,
+            profile.guest_programs,
+        );
         assert_eq!((of, profile.guest_kernel), ((1, 1, 1), 4));
         assert_eq!((profile.own[&0], profile.own[&1]), (3, 1));
     }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -100,15 +100,32 @@ fn profile() -> Result<()> {
     say("begin")?;
     cost_of(Command::new(&own).arg(ONCE))?;
     say("end")?;
-    // The host's functions, for its own part.
-    let mut port = File::options().write(true).open(LOGGER)?;
-    for symbol in fs::read_to_string("/proc/kallsyms")?.lines() {
-        if matches!(symbol.split(' ').nth(1), Some("t" | "T")) {
-            writeln!(port, "{symbol}")?;
-        }
+    tell_symbols()
+}
+
+/// Answers with the host's function that has an address, as /proc/kallsyms has it, until an empty line.
+fn tell_symbols() -> Result<()> {
+    let all = fs::read_to_string("/proc/kallsyms")?;
+    let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
+    let functions = all
+        .lines()
+        .filter(|line| matches!(line.split(' ').nth(1), Some("t" | "T")));
+    let mut functions: Vec<(u64, &str)> = functions
+        .filter_map(|line| Some((address(line)?, line)))
+        .collect();
+    functions.sort_unstable();
+    let mut port = File::options().read(true).write(true).open(LOGGER)?;
+    let mut asked = BufReader::new(port.try_clone()?);
+    loop {
+        let mut line = String::new();
+        asked.read_line(&mut line)?;
+        let Some(address) = address(line.trim()) else {
+            return Ok(());
+        };
+        let after = functions.partition_point(|function| function.0 <= address);
+        let function = functions[..after].last().map_or("", |function| function.1);
+        writeln!(port, "{function} !")?;
     }
-    writeln!(port, "symbols are told")?;
-    Ok(())
 }
 
 /// Says a word on the second serial port, and waits for a line.
