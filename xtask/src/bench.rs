@@ -324,7 +324,7 @@ fn boot(args: &BootArgs) -> Result<()> {
     Ok(())
 }
 
-/// What runc and crun run: one process, with what `koya run` gives its own.
+/// What runc and crun run: one process, with what `koya run` gives its own, system call filter included.
 const OCI_CONFIG: &str = include_str!("../../benches/guest/config.json");
 const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
 

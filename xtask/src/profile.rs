@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 /// What the measuring program says on the second serial port, and waits for an answer.
 pub(crate) const BEGIN: &str = "begin";
 pub(crate) const END: &str = "end";
+/// What the log ends with; before it may be a part of a line.
+const LAST_LINE: &[u8] = b"\nthe end\n";
 /// What ends each line in which it says which of the host's functions has an address that it was asked for.
 const ANSWER: &str = "!";
 /// How many addresses of the host's kernel it is asked for, those of most instructions first.
@@ -145,6 +147,9 @@ impl Profile {
                     }
                 }
             }
+            if line == LAST_LINE[1..] {
+                break;
+            }
             line.clear();
         }
         stack.leave(0, all.guest_kernel, &mut all.whole);
@@ -223,8 +228,12 @@ pub(crate) fn watch(
         monitor.say("log exec,nochain")?;
         serial.write_all(b"\n")?;
         wait_for(&mut serial, END)?;
-        // Closes the log.
+        // QEMU closes its log when it gets to it, which may be at its end.
         monitor.say("log none")?;
+        File::options()
+            .write(true)
+            .open(log)?
+            .write_all(LAST_LINE)?;
         monitor.say("one-insn-per-tb off")?;
         serial.write_all(b"\n")?;
         let profile = reader.join();
@@ -306,13 +315,15 @@ mod tests {
     fn instructions_are_put_down_to_who_executed_them() {
         let guest = IN_GUEST;
         let text = log(&[(0x1000, 0), (0x1000, 3), (0x400, guest | 3)])
-            + "Stopped execution of TB chain\n"
+            + "Stopped execution of TB chain\n\n"
             + &log(&[
                 (0x1000, guest),
                 (0x1001, guest),
                 (0x1100, guest),
                 (0x1004, guest),
-            ]);
+            ])
+            + "Trace 0: 0x7\nthe end\n"
+            + &log(&[(0x1000, guest)]);
         let profile = Profile::read(text.as_bytes(), &map()).unwrap();
         let of = (
             profile.host_kernel_all,
