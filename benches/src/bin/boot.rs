@@ -39,6 +39,8 @@ const KINDS: &[&str] = &[
     "halt_exits",
     "insn_emulation",
 ];
+/// The monitor's own, which are few: the guest's memory is huge pages.
+const FAULTS: &str = "page faults";
 const MARK: &str = "rows: ";
 /// Where who logs each instruction listens (`xtask/src/profile.rs`).
 const LOGGER: &str = "/dev/ttyS1";
@@ -192,6 +194,15 @@ fn message(line: &str) -> Option<(f64, &str)> {
     Some((time.trim().parse().ok()?, text))
 }
 
+/// How many huge pages the host has made for processes' memory since it began.
+fn huge_pages() -> Result<u64> {
+    let all = fs::read_to_string("/proc/vmstat")?;
+    let count = all
+        .lines()
+        .find_map(|line| line.strip_prefix("thp_fault_alloc "));
+    Ok(count.ok_or("no count of huge pages")?.parse()?)
+}
+
 fn once() -> Result<()> {
     let entered = now()?;
     let config = SandboxConfig {
@@ -199,10 +210,17 @@ fn once() -> Result<()> {
         ..SandboxConfig::default()
     };
     let sandbox = Sandbox::start(&config)?;
-    let ready = (now()?, used(UsageWho::RUSAGE_SELF)?, counted());
+    let at = || -> Result<Value> {
+        let (time, used) = (now()?, used(UsageWho::RUSAGE_SELF)?);
+        let faults = getrusage(UsageWho::RUSAGE_SELF)?.minor_page_faults();
+        let mut counts = counted();
+        counts.insert(FAULTS.into(), u64::try_from(faults)?);
+        Ok(json!([time, used, counts]))
+    };
+    let ready = at()?;
     let container = sandbox.run("c", &ContainerConfig::new(ROOTFS, ["/bin/echo", "hello"]))?;
     let output = container.output()?;
-    let ended = (now()?, used(UsageWho::RUSAGE_SELF)?, counted());
+    let ended = at()?;
     if output.stdout != b"hello\n" {
         return Err(format!("{output:?}").into());
     }
@@ -239,10 +257,13 @@ fn measure() -> Result<()> {
     let mut rows = Vec::new();
     let own = std::env::current_exe()?;
     for run in 0..RUNS {
+        let huge_before = huge_pages()?;
         let from = now()?;
         let (_, _, said) = cost_of(Command::new(&own).arg(ONCE))?;
         if run + 1 == RUNS {
             rows.extend(rows_of(from, &serde_json::from_str(&said)?)?);
+            let huge = huge_pages()? - huge_before;
+            rows.push(row("cold boot: huge pages", "", true, huge as f64, []));
         }
     }
     let runs: [(&str, &[&str]); 3] = [
@@ -317,8 +338,9 @@ fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
             [],
         ));
         rows.push(row(&name("virtual time"), "ms", true, since(&at[0]), []));
-        for kind in KINDS {
-            let name = format!("cold boot: exec to {what}, KVM {kind}");
+        let kinds = KINDS.iter().map(|kind| (*kind, format!("KVM {kind}")));
+        for (kind, title) in kinds.chain([(FAULTS, FAULTS.to_owned())]) {
+            let name = format!("cold boot: exec to {what}, {title}");
             rows.push(row(&name, "", true, number(&at[2][kind]), []));
         }
     }

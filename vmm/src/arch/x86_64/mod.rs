@@ -16,8 +16,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 pub use boot::load;
 pub use cpuid::{Features, features};
 
-/// What the guest's kernel is told in any case: how it ends, what not to look for, and to set no
-/// memory aside for devices that can't reach beyond 4 GiB (64 MiB; there are none).
+/// What the guest's kernel is told in any case: how it ends, what not to look for, to set no memory
+/// aside for devices that can't reach beyond 4 GiB (64 MiB; there are none), to leave its lock prefixes
+/// where there is one CPU, and to unpack the initramfs into the plainest of file systems.
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
      random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
 
