@@ -24,7 +24,7 @@ const WORDS: &str = "quiet initcall_blacklist=i8042_init";
 /// Koya adds its own console and reboot; for the others they are named.
 const FOR_OTHERS: &str = "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable \
                           no_timer_check random.trust_cpu=on rcupdate.rcu_expedited=1 \
-                          swiotlb=noforce";
+                          swiotlb=noforce noreplace-smp rootfstype=ramfs";
 /// The first run of each fills caches, the one before the last counts, the last is traced.
 const RUNS: usize = 4;
 const MEMORY_KIB: u64 = 128 << 10;
