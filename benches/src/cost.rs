@@ -1,7 +1,7 @@
 //! What a process costs, from exec to exit.
 
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use crate::counts::cpu_us;
+use nix::sys::resource::UsageWho;
 use std::error::Error;
 use std::fs;
 use std::path::Path;
@@ -28,21 +28,14 @@ pub fn cost_of(command: &mut Command, expected: i32) -> Result<Cost> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let (before, started) = (children_us()?, Instant::now());
+    let (before, started) = (cpu_us(UsageWho::RUSAGE_CHILDREN)?, Instant::now());
     let status = command.status()?;
     let wall_us = started.elapsed().as_secs_f64() * 1e6;
-    let cpu_us = children_us()? - before;
+    let cpu_us = (cpu_us(UsageWho::RUSAGE_CHILDREN)? - before) as f64;
     if status.code() != Some(expected) {
         return Err(format!("{command:?}: {status}").into());
     }
     Ok(Cost { cpu_us, wall_us })
-}
-
-fn children_us() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
-    let times = [usage.user_time(), usage.system_time()];
-    let micros: i64 = times.iter().map(|time| time.num_microseconds()).sum();
-    Ok(micros as f64)
 }
 
 /// The most memory that a command has, in KiB. It is started by GNU time, which is small (1 MiB): what

@@ -2,6 +2,7 @@
 //! share: medians, and rows of figures beside those of peers.
 
 pub mod cost;
+pub mod counts;
 pub mod held;
 pub mod tiny;
 
@@ -40,6 +41,16 @@ pub fn row(
         ratios.insert(peer, json!(round(better)));
     }
     json!({"name": name, "unit": unit, "koya": round(koya), "peers": beside, "ratio": ratios})
+}
+
+/// Prints rows for `cargo xtask`, which finds them in a console by how the line begins, and as a table.
+///
+/// # Errors
+/// If a row can't be written as JSON, which none is.
+pub fn print_marked(rows: &[Value]) -> serde_json::Result<()> {
+    print_table(rows);
+    println!("rows: {}", serde_json::to_string(rows)?);
+    Ok(())
 }
 
 /// Prints rows on standard error, each peer's figure with its ratio.

@@ -5,12 +5,10 @@
 //! root file system. Virtual time and executed instructions are given apart: a wait advances the first.
 
 use koya::{ContainerConfig, Sandbox, SandboxConfig};
-use koya_benches::{print_table, row};
+use koya_benches::counts::{self, cpu_us, now_ns};
+use koya_benches::{print_marked, row};
 use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
-use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -41,7 +39,6 @@ const KINDS: &[&str] = &[
 ];
 /// The monitor's own, which are few: the guest's memory is huge pages.
 const FAULTS: &str = "page faults";
-const MARK: &str = "rows: ";
 /// Where who logs each instruction listens (`xtask/src/profile.rs`).
 const LOGGER: &str = "/dev/ttyS1";
 /// What the picture of the last `koya run` begins with, as a JSON string.
@@ -57,40 +54,6 @@ fn main() -> Result<()> {
         None => measure(),
         Some(other) => Err(format!("{other:?}: say nothing").into()),
     }
-}
-
-/// Nanoseconds of the clock that all processes share.
-fn now() -> Result<u64> {
-    Ok(u64::try_from(
-        clock_gettime(ClockId::CLOCK_MONOTONIC)?.num_nanoseconds(),
-    )?)
-}
-
-/// Nanoseconds of CPU time, guests' included.
-fn used(who: UsageWho) -> Result<u64> {
-    let usage = getrusage(who)?;
-    let times = [usage.user_time(), usage.system_time()];
-    let micros: i64 = times.iter().map(|time| time.num_microseconds()).sum();
-    Ok(u64::try_from(micros)? * 1000)
-}
-
-/// What KVM has counted of this process's virtual machine so far, by its names.
-fn counted() -> BTreeMap<String, u64> {
-    let prefix = format!("{}-", std::process::id());
-    let folders = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
-    let own = folders.flatten().find(|entry| {
-        let name = entry.file_name();
-        name.to_string_lossy().starts_with(&prefix)
-    });
-    let files = own.and_then(|own| fs::read_dir(own.path()).ok());
-    let files = files.into_iter().flatten().flatten();
-    let count = |file: fs::DirEntry| {
-        let count = fs::read_to_string(file.path()).ok()?.trim().parse().ok()?;
-        Some((file.file_name().to_string_lossy().into_owned(), count))
-    };
-    let counts: BTreeMap<_, _> = files.filter_map(count).collect();
-    assert!(counts.contains_key("exits"), "KVM tells nothing in debugfs");
-    counts
 }
 
 /// One start between two words to whoever logs what is executed, after others that fill caches.
@@ -204,16 +167,16 @@ fn huge_pages() -> Result<u64> {
 }
 
 fn once() -> Result<()> {
-    let entered = now()?;
+    let entered = now_ns()?;
     let config = SandboxConfig {
         memory_mib: MEMORY_MIB,
         ..SandboxConfig::default()
     };
     let sandbox = Sandbox::start(&config)?;
     let at = || -> Result<Value> {
-        let (time, used) = (now()?, used(UsageWho::RUSAGE_SELF)?);
+        let (time, used) = (now_ns()?, cpu_us(UsageWho::RUSAGE_SELF)?);
         let faults = getrusage(UsageWho::RUSAGE_SELF)?.minor_page_faults();
-        let mut counts = counted();
+        let mut counts = counts::of_kvm(std::process::id())?;
         counts.insert(FAULTS.into(), u64::try_from(faults)?);
         Ok(json!([time, used, counts]))
     };
@@ -240,17 +203,20 @@ fn once() -> Result<()> {
 
 /// Virtual milliseconds and millions of instructions of a command, and what it said.
 fn cost_of(command: &mut Command) -> Result<(f64, f64, String)> {
-    let (before, from) = (used(UsageWho::RUSAGE_CHILDREN)?, now()?);
+    let (before, from) = (cpu_us(UsageWho::RUSAGE_CHILDREN)?, now_ns()?);
     let output = command
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()?;
-    let (took, cpu) = (now()? - from, used(UsageWho::RUSAGE_CHILDREN)? - before);
+    let (took, cpu) = (
+        now_ns()? - from,
+        cpu_us(UsageWho::RUSAGE_CHILDREN)? - before,
+    );
     if !output.status.success() {
         return Err(format!("{command:?}: {}", output.status).into());
     }
     let said = String::from_utf8(output.stdout)?;
-    Ok((took as f64 / 1e6, cpu as f64 / 1e6, said))
+    Ok((took as f64 / 1e6, cpu as f64 / 1e3, said))
 }
 
 fn measure() -> Result<()> {
@@ -258,7 +224,7 @@ fn measure() -> Result<()> {
     let own = std::env::current_exe()?;
     for run in 0..RUNS {
         let huge_before = huge_pages()?;
-        let from = now()?;
+        let from = now_ns()?;
         let (_, _, said) = cost_of(Command::new(&own).arg(ONCE))?;
         if run + 1 == RUNS {
             rows.extend(rows_of(from, &serde_json::from_str(&said)?)?);
@@ -308,11 +274,9 @@ fn measure() -> Result<()> {
     rows.push(row(name, "M instr", true, own.1, peers(|cost| cost.1)));
     let name = "run of a container, exec to exit: virtual time";
     rows.push(row(name, "ms", true, own.0, peers(|cost| cost.0)));
-    print_table(&rows);
     let (_, _, picture) = cost_of(Command::new("koya").args(["timeline", RUN, "--svg", "-"]))?;
     println!("{PICTURE}{}", serde_json::to_string(&picture)?);
-    println!("{MARK}{}", serde_json::to_string(&rows)?);
-    Ok(())
+    Ok(print_marked(&rows)?)
 }
 
 fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
@@ -334,7 +298,7 @@ fn rows_of(from: u64, said: &Value) -> Result<Vec<Value>> {
             &name("executed"),
             "M instr",
             true,
-            number(&at[1]) / 1e6,
+            number(&at[1]) / 1e3,
             [],
         ));
         rows.push(row(&name("virtual time"), "ms", true, since(&at[0]), []));

@@ -141,6 +141,11 @@ impl Running {
         Ok(held::of(self.process.id(), MEMORY_MIB << 10)?)
     }
 
+    /// The kernel's memory for it, in KiB, where the host tells that.
+    fn kernel(&self) -> Option<u64> {
+        self.group.as_ref()?.kernel().ok()
+    }
+
     /// CPU time so far, and the part of it that the guest ran, in milliseconds.
     fn cpu_ms(&self) -> Result<(f64, f64)> {
         let proc = PathBuf::from(format!("/proc/{}", self.process.id()));
@@ -192,18 +197,17 @@ fn memory(folder: &Path) -> Result<Vec<Value>> {
         std::thread::sleep(REST);
         let goal = (set == WHOLE).then_some(SANDBOX_GOAL);
         let name = format!("sandbox, {name}");
-        let kernel = |running: &Running| running.group.as_ref().and_then(|g| g.kernel().ok());
         add(
             &mut rows,
             &format!("{name}: at rest"),
             &running.held()?,
             goal,
-            kernel(&running),
+            running.kernel(),
         );
         if set == WHOLE {
             running.work(&dir)?;
             let name = format!("{name}: after work");
-            add(&mut rows, &name, &running.held()?, goal, kernel(&running));
+            add(&mut rows, &name, &running.held()?, goal, running.kernel());
         }
     }
     fs::remove_dir_all(&dir)?;
@@ -274,8 +278,7 @@ fn many(counts: &str) -> Result<Vec<Value>> {
         for running in &all {
             let held = running.held()?;
             private += held.private + held.page_tables;
-            let group = running.group.as_ref();
-            kernel += group.and_then(|g| g.kernel().ok()).unwrap_or(0);
+            kernel += running.kernel().unwrap_or(0);
         }
         let each = |sum: f64| sum / count as f64;
         let values = [each(cpu), each(cpu - guest), each(private as f64)];

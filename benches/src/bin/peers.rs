@@ -2,9 +2,8 @@
 //! exec to the guest's user space. `cargo xtask bench peers` runs it in that host, with what it finds
 //! in `/bin`.
 
-use koya_benches::{held, print_table, row};
-use nix::sys::time::TimeValLike;
-use nix::time::{ClockId, clock_gettime};
+use koya_benches::{counts, held, print_marked, row};
+use koya_vmm::arch::BASE_CMDLINE;
 use serde_json::json;
 use std::error::Error;
 use std::fs;
@@ -21,21 +20,18 @@ const INITRAMFS: &str = "/initramfs";
 const UP: &str = "GUEST-UP";
 /// Each kernel's words beside what its monitor adds: no messages, no look for a keyboard.
 const WORDS: &str = "quiet initcall_blacklist=i8042_init";
-/// Koya adds its own console and reboot; for the others they are named.
-const FOR_OTHERS: &str = "console=ttyS0 reboot=k panic=-1 8250.nr_uarts=1 tsc=reliable \
-                          no_timer_check random.trust_cpu=on rcupdate.rcu_expedited=1 \
-                          swiotlb=noforce noreplace-smp rootfstype=ramfs";
+/// Koya adds its console, and the words that every guest of its own has; for the others they are named.
+const FOR_OTHERS: &str = "console=ttyS0 8250.nr_uarts=1";
 /// The first run of each fills caches, the one before the last counts, the last is traced.
 const RUNS: usize = 4;
 const MEMORY_KIB: u64 = 128 << 10;
 const TRACING: &str = "/sys/kernel/debug/tracing";
 /// How long a guest is left alone before its monitor's memory is looked at.
 const REST: Duration = Duration::from_millis(300);
-const MARK: &str = "rows: ";
 
 /// Milliseconds of the clock that the trace has too.
 fn now() -> Result<f64> {
-    Ok(clock_gettime(ClockId::CLOCK_MONOTONIC)?.num_nanoseconds() as f64 / 1e6)
+    Ok(counts::now_ns()? as f64 / 1e6)
 }
 
 /// What one run came to.
@@ -83,9 +79,7 @@ fn main() -> Result<()> {
         row(name, unit, true, value(&all[0].1), peers)
     })
     .collect();
-    print_table(&rows);
-    println!("{MARK}{}", serde_json::to_string(&rows)?);
-    Ok(())
+    Ok(print_marked(&rows)?)
 }
 
 /// Koya, and what else there is, with its words.
@@ -95,7 +89,7 @@ fn monitors() -> Result<Vec<(&'static str, Vec<String>)>> {
             .map(str::to_owned)
             .collect::<Vec<_>>()
     };
-    let line = format!("{FOR_OTHERS} {WORDS}");
+    let line = format!("{BASE_CMDLINE} {FOR_OTHERS} {WORDS}");
     let mut all = vec![(
         "koya",
         vec![
@@ -186,13 +180,7 @@ fn look(process: &mut Child, from: f64) -> Result<Seen> {
         ..Seen::default()
     };
     let pid = process.id();
-    let prefix = format!("{pid}-");
-    let folders = fs::read_dir("/sys/kernel/debug/kvm")?.flatten();
-    let mut own = folders.filter(|f| f.file_name().to_string_lossy().starts_with(&prefix));
-    let own = own.next().ok_or("KVM tells nothing in debugfs")?;
-    seen.exits = fs::read_to_string(own.path().join("exits"))?
-        .trim()
-        .parse()?;
+    seen.exits = counts::of_kvm(pid)?["exits"] as f64;
     std::thread::sleep(REST);
     let held = held::of(pid, MEMORY_KIB)?;
     seen.beyond = (held.rss - held.guest) as f64;

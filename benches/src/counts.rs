@@ -1,0 +1,54 @@
+//! What the host counts: its clock, CPU time, and what KVM did for a virtual machine.
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Nanoseconds of the clock that all processes, and KVM's traces, share.
+///
+/// # Errors
+/// If the host has no such clock.
+pub fn now_ns() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    Ok(u64::try_from(now.num_nanoseconds())?)
+}
+
+/// Microseconds of CPU time, user's and system's, guests' included.
+///
+/// # Errors
+/// If the host does not say.
+pub fn cpu_us(who: UsageWho) -> Result<u64> {
+    let usage = getrusage(who)?;
+    let times = [usage.user_time(), usage.system_time()];
+    let micros: i64 = times.iter().map(|time| time.num_microseconds()).sum();
+    Ok(u64::try_from(micros)?)
+}
+
+/// What KVM has counted so far of a process's virtual machine, by the names of debugfs; `exits` is there.
+///
+/// # Errors
+/// If debugfs has nothing of this process.
+pub fn of_kvm(pid: u32) -> Result<BTreeMap<String, u64>> {
+    let prefix = format!("{pid}-");
+    let folders = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
+    let own = folders.flatten().find(|entry| {
+        let name = entry.file_name();
+        name.to_string_lossy().starts_with(&prefix)
+    });
+    let files = own.and_then(|own| fs::read_dir(own.path()).ok());
+    let files = files.into_iter().flatten().flatten();
+    let count = |file: fs::DirEntry| {
+        let count = fs::read_to_string(file.path()).ok()?.trim().parse().ok()?;
+        Some((file.file_name().to_string_lossy().into_owned(), count))
+    };
+    let counts: BTreeMap<_, _> = files.filter_map(count).collect();
+    match counts.contains_key("exits") {
+        true => Ok(counts),
+        false => Err("KVM tells nothing in debugfs".into()),
+    }
+}
