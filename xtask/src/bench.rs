@@ -7,7 +7,6 @@ use crate::{build, cache, counting, kernel, monitor, peers, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -201,8 +200,6 @@ fn criterion(quick: bool) -> Result<()> {
 
 /// What Koya's start cost when it was last put on record.
 const BASELINE: &str = "benches/baseline/boot.json";
-/// What the rows begin with.
-pub(crate) const ROWS: &str = "rows: ";
 /// What the picture begins with, as a JSON string.
 const PICTURE: &str = "picture: ";
 
@@ -240,20 +237,12 @@ fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
     }
     files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
     let programs = [
-        program,
-        products.bin.join("koya"),
-        "/usr/bin/runc".into(),
-        "/usr/bin/crun".into(),
+        ("boot", program),
+        ("koya", products.bin.join("koya")),
+        ("runc", "/usr/bin/runc".into()),
+        ("crun", "/usr/bin/crun".into()),
     ];
-    let mut libraries = BTreeMap::new();
-    for program in &programs {
-        let name = program.file_name().unwrap_or_default().to_string_lossy();
-        files.file(&format!("bin/{name}"), 0o755, &fs::read(program)?)?;
-        libraries.extend(libraries_of(program)?);
-    }
-    for (to, path) in libraries {
-        files.file(&to, 0o755, &fs::read(path)?)?;
-    }
+    counting::add_programs(&mut files, &programs)?;
     Ok(files)
 }
 
@@ -292,22 +281,16 @@ fn boot(args: &BootArgs) -> Result<()> {
         return Ok(());
     }
     let said = counting::run(files, "")?;
-    let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
-    let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
-    for line in said.lines() {
-        if let Some(picture) = line.strip_prefix(PICTURE) {
-            if let Some(file) = &args.svg {
-                let picture: String = serde_json::from_str(picture)?;
-                fs::write(file, picture)
-                    .with_context(|| format!("cannot write {}", file.display()))?;
-            }
-        } else if !line.starts_with(ROWS) {
-            eprintln!("{line}");
-        }
+    let (pictures, said): (Vec<&str>, Vec<&str>) =
+        said.lines().partition(|line| line.starts_with(PICTURE));
+    if let (Some(file), [picture, ..]) = (&args.svg, &*pictures) {
+        let picture: String = serde_json::from_str(&picture[PICTURE.len()..])?;
+        save(file, picture)?;
     }
+    let rows = counting::rows(&said.join("\n"))?;
     let text = serde_json::to_string_pretty(&rows)? + "\n";
     if let Some(file) = &args.json {
-        fs::write(file, &text).with_context(|| format!("cannot write {}", file.display()))?;
+        save(file, &text)?;
     }
     let baseline = proc::checkout().join(BASELINE);
     if let Some(share) = args.check.then_some(args.share) {
@@ -318,7 +301,7 @@ fn boot(args: &BootArgs) -> Result<()> {
         if let Some(folder) = baseline.parent() {
             fs::create_dir_all(folder)?;
         }
-        fs::write(&baseline, &text).with_context(|| format!("cannot write {BASELINE}"))?;
+        save(&baseline, &text)?;
         eprintln!("bench: {BASELINE} is written");
     }
     Ok(())
@@ -330,6 +313,11 @@ const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the pee
 
 /// Exits and faults, which have no unit, come and go by so many with where a timer's tick falls.
 const FEW: f64 = 8.0;
+
+/// Writes a file that somebody asked for.
+pub(crate) fn save(file: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    fs::write(file, content).with_context(|| format!("cannot write {}", file.display()))
+}
 
 /// Fails if a figure is worse than it was by more than so many per cent.
 fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
@@ -389,10 +377,7 @@ fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<()> {
         bail!("the measurement failed ({})", out.status);
     }
     match json {
-        Some(file) => {
-            fs::write(file, &out.stdout)
-                .with_context(|| format!("cannot write {}", file.display()))?;
-        }
+        Some(file) => save(file, &out.stdout)?,
         None => eprintln!("(--json FILE keeps the rows)"),
     }
     Ok(())
@@ -496,10 +481,16 @@ fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a program is linked with: where it finds that, and where it is here.
+/// What a program is linked with: where it finds that, and where it is here. A static one has nothing.
 pub(crate) fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut all = Vec::new();
-    for line in proc::output(Command::new("ldd").arg(program))?.lines() {
+    let ldd = Command::new("ldd").arg(program).output();
+    let ldd = ldd.context("cannot run ldd")?;
+    let why = String::from_utf8_lossy(&ldd.stderr);
+    if !ldd.status.success() && !why.contains("not a dynamic executable") {
+        bail!("ldd {}: {}", program.display(), why.trim());
+    }
+    for line in String::from_utf8(ldd.stdout)?.lines() {
         let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {
             continue;
         };

@@ -96,7 +96,7 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
 
 /// The monitor's examples, static: what benches of the monitor start. Where they are.
 pub(crate) fn examples() -> Result<PathBuf> {
-    linked_static("koya-vmm", "release", &["--examples"])?;
+    linked_static("koya-vmm", "release", &["--examples"], STATIC)?;
     let out = format!("target/guest/{GUEST_TARGET}/release/examples");
     Ok(proc::checkout().join(out))
 }
@@ -106,18 +106,19 @@ pub(crate) fn up() -> Result<PathBuf> {
     for_guests("koya-benches", "up")
 }
 
-/// Static, and nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
+const STATIC: &str = "-C target-feature=+crt-static";
+/// As that, and nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
 const GUEST_FLAGS: &str =
     "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
 
 /// A program that runs in any guest.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
-    linked_static(package, "agent", &["--bin", program])?;
+    linked_static(package, "agent", &["--bin", program], GUEST_FLAGS)?;
     let out = format!("target/guest/{GUEST_TARGET}/agent/{program}");
     Ok(proc::checkout().join(out))
 }
 
-fn linked_static(package: &str, profile: &str, what: &[&str]) -> Result<()> {
+fn linked_static(package: &str, profile: &str, what: &[&str], flags: &str) -> Result<()> {
     let root = proc::checkout();
     proc::run(
         cargo(&root)
@@ -126,7 +127,7 @@ fn linked_static(package: &str, profile: &str, what: &[&str]) -> Result<()> {
             // Always with a target named: else the flag would reach procedural macros.
             .args(["--target", GUEST_TARGET, "--target-dir"])
             .arg(root.join("target/guest"))
-            .env("RUSTFLAGS", GUEST_FLAGS)
+            .env("RUSTFLAGS", flags)
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
     )

@@ -3,12 +3,15 @@
 //!
 //! It knows no caches and no TLB, and an exit of a guest is one instruction to it. Waits advance its clock too.
 
+use crate::bench::libraries_of;
 use crate::proc;
 use crate::profile::{self, Profile, Symbols};
 use crate::rig::{Archive, Host, RunDir};
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -19,6 +22,38 @@ const END: &str = "counting: exit ";
 const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
 const MEMORY_MIB: u32 = 3072;
 const LIMIT: Duration = Duration::from_secs(1200);
+
+/// What the line begins with that has a bench's rows (`koya_benches::print_marked`).
+const ROWS: &str = "rows: ";
+
+/// The rows that a bench told; all else that it said goes to standard error.
+///
+/// # Errors
+/// If there are none.
+pub(crate) fn rows(said: &str) -> Result<Value> {
+    let mut rows = None;
+    for line in said.lines() {
+        match line.strip_prefix(ROWS) {
+            Some(json) => rows = Some(serde_json::from_str(json)?),
+            None => eprintln!("{line}"),
+        }
+    }
+    rows.context("no rows")
+}
+
+/// Puts programs into `bin` and the libraries that they are linked with where they are looked for.
+pub(crate) fn add_programs(files: &mut Archive, programs: &[(&str, PathBuf)]) -> Result<()> {
+    let mut libraries = BTreeMap::new();
+    for (name, path) in programs {
+        let program = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        files.file(&format!("bin/{name}"), 0o755, &program)?;
+        libraries.extend(libraries_of(path)?);
+    }
+    for (to, path) in libraries {
+        files.file(&to, 0o755, &fs::read(path)?)?;
+    }
+    Ok(())
+}
 
 /// Boots it with these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
 ///

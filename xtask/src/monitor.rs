@@ -4,7 +4,6 @@ use crate::{bench, build, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::Value;
-use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -61,7 +60,7 @@ pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
         bail!("the measurement failed ({})", out.status);
     }
     if let Some(file) = &args.json {
-        fs::write(file, &out.stdout).with_context(|| format!("cannot write {}", file.display()))?;
+        bench::save(file, &out.stdout)?;
     }
     match args.check {
         true => check(&serde_json::from_slice(&out.stdout)?),

@@ -1,14 +1,13 @@
 //! `cargo xtask bench peers`: Koya's monitor beside others, one kernel and one initramfs for all, where
 //! instructions are counted.
 
-use crate::bench::{self, ROWS};
+use crate::bench;
 use crate::build::{self, Products};
 use crate::rig::Archive;
 use crate::{counting, setup};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,18 +53,14 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
         programs.extend(path.clone().map(|path| (name, path)));
     }
     let said = counting::run(files(&programs)?, "")?;
-    for line in said.lines().filter(|line| !line.starts_with(ROWS)) {
-        eprintln!("{line}");
-    }
-    let rows = said.lines().find_map(|line| line.strip_prefix(ROWS));
-    let rows: Value = serde_json::from_str(rows.context("no rows")?)?;
+    let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&json!({
             "machine": machine(),
             "versions": versions(&programs[2..]),
             "rows": rows,
         }))?;
-        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+        bench::save(file, text + "\n")?;
     }
     Ok(())
 }
@@ -95,15 +90,7 @@ fn files(programs: &[(&str, PathBuf)]) -> Result<Archive> {
             files.file(&format!("share/qemu/{name}"), 0o644, &fs::read(path)?)?;
         }
     }
-    let mut libraries = BTreeMap::new();
-    for (name, path) in programs {
-        let program = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        files.file(&format!("bin/{name}"), 0o755, &program)?;
-        libraries.extend(bench::libraries_of(path).unwrap_or_default());
-    }
-    for (to, path) in libraries {
-        files.file(&to, 0o755, &fs::read(path)?)?;
-    }
+    counting::add_programs(&mut files, programs)?;
     Ok(files)
 }
 

@@ -12,8 +12,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// What the measuring program says on the second serial port, and waits for an answer.
-pub(crate) const BEGIN: &str = "begin";
-pub(crate) const END: &str = "end";
+const BEGIN: &str = "begin";
+const END: &str = "end";
 /// What the log ends with; before it may be a part of a line.
 const LAST_LINE: &[u8] = b"\nthe end\n";
 /// What ends each line in which it says which of the host's functions has an address that it was asked for.
