@@ -70,10 +70,13 @@ fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> R
     launched
 }
 
-/// The process that stays has this SELinux label, if the machine's settings want that.
+/// The process that stays has this SELinux label, where the host has SELinux and the machine's settings
+/// want that.
 fn label_process(label: Option<&str>) -> Result<()> {
     match label {
-        Some(label) if Settings::load()?.selinux => selinux::label_next_exec(label),
+        Some(label) if selinux::is_there() && Settings::load()?.selinux => {
+            selinux::label_next_exec(label)
+        }
         _ => Ok(()),
     }
 }

@@ -14,14 +14,16 @@ const POLICIES: &str = "/etc/selinux";
 /// Where a policy says which types containers have, and virtual machines that are containers.
 const CONTEXTS: &str = "contexts/lxc_contexts";
 
-/// What is executed next has this label, where the host has SELinux.
+/// Whether the host has SELinux.
+pub(crate) fn is_there() -> bool {
+    Path::new(ENFORCE).exists()
+}
+
+/// What is executed next has this label.
 ///
 /// # Errors
 /// The policy does not know the label, or does not let this process give it.
 pub(crate) fn label_next_exec(label: &str) -> Result<()> {
-    if !Path::new(ENFORCE).exists() {
-        return Ok(());
-    }
     let label = for_virtual_machine(label, &contexts().unwrap_or_default());
     fs::write(NEXT_EXEC, &label).with_context(|| {
         format!(

@@ -133,9 +133,12 @@ fn ms(us: u64) -> String {
     format!("{:.1}", us as f64 / 1e3)
 }
 
-/// Without what a terminal or a picture would take for more than text: a guest may have said it.
+/// Instead of what a terminal or a picture would take for more than text: a guest may have said it.
+fn shown(c: char) -> char {
+    if c.is_control() { '\u{b7}' } else { c }
+}
+
 fn plain(text: &str) -> String {
-    let shown = |c: char| if c.is_control() { '\u{b7}' } else { c };
     text.chars().map(shown).collect()
 }
 

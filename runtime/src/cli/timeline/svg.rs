@@ -1,7 +1,7 @@
 //! A start as a picture: a lane for each of those who take the time, its steps as bars and its marks as
 //! points, labels where there is room for them.
 
-use super::{date, exits_of, failure, ms, plain, shortened, summary};
+use super::{date, exits_of, failure, ms, plain, shortened, shown, summary};
 use koya::Timeline;
 use koya::timeline::Lane;
 use std::fmt::Write;
@@ -403,8 +403,7 @@ fn escaped(text: &str) -> String {
             '>' => out += "&gt;",
             '"' => out += "&quot;",
             '\n' => out.push('\n'),
-            c if c.is_control() => out.push('\u{b7}'),
-            c => out.push(c),
+            c => out.push(shown(c)),
         }
     }
     out
