@@ -6,6 +6,7 @@ mod text;
 use super::Outcome;
 use super::attach::output_columns;
 use anyhow::{Context, Result, bail};
+use chrono::DateTime;
 use clap::Args;
 use koya::Timeline;
 use koya::timeline::{Lane, Mark, Step};
@@ -153,23 +154,11 @@ fn shortened(text: &str, most: usize) -> String {
 
 /// `2026-11-22 20:41:01 UTC`
 fn date(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1000;
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Days from 0000-03-01, so that a leap day is a year's last (Howard Hinnant's civil_from_days).
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
-    let month = match from_march < 10 {
-        true => from_march + 3,
-        false => from_march - 9,
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let (hours, minutes, seconds) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02} UTC")
+    let date = i64::try_from(unix_ms).ok();
+    let date = date.and_then(DateTime::from_timestamp_millis);
+    date.unwrap_or_default()
+        .format("%Y-%m-%d %H:%M:%S UTC")
+        .to_string()
 }
 
 /// `131.2 ms in all; agent ready after 105.5 ms, container started after 131.2 ms`
