@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
+use crate::common::Used;
 use crate::direct_volume::DirectVolume;
 use crate::mount_points;
 use crate::oci::{self, Bundle, HostDisk, SharedPids};
@@ -38,7 +39,7 @@ enum MadeOf {
 #[derive(Default)]
 struct Given {
     shares: Vec<String>,
-    disks: Vec<Arc<Disk>>,
+    disks: Vec<Used<Disk>>,
     /// The disk that is its root, and whether the guest has mounted it.
     image: Option<(Disk, bool)>,
 }

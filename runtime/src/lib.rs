@@ -24,6 +24,7 @@
 mod account;
 mod agent;
 mod apparmor;
+mod common;
 mod console;
 mod container;
 pub mod direct_volume;

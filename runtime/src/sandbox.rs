@@ -2,6 +2,7 @@
 
 use crate::agent::{Agent, Connection};
 use crate::apparmor::confined;
+use crate::common::{Common, Used};
 use crate::console::Console;
 use crate::container::Container;
 use crate::error::LAST_WORDS;
@@ -22,7 +23,6 @@ use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
 };
 use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -197,7 +197,7 @@ pub(crate) struct Inner {
     joined: Mutex<Option<Joined>>,
     pub(crate) timeline: Arc<Recorder>,
     /// Disks that containers have in common, by what they are on the host.
-    disks: Mutex<HashMap<(PathBuf, bool), Arc<Disk>>>,
+    disks: Common<(PathBuf, bool), Disk>,
     end: Arc<End>,
 }
 
@@ -334,7 +334,7 @@ impl Sandbox {
                 _connection: connection,
                 joined: Mutex::new(joined),
                 timeline,
-                disks: Mutex::default(),
+                disks: Common::default(),
                 end: End::watch(vm, sockets).map_err(Error::host("start a thread"))?,
             }),
             ready_after: connected.saturating_sub(called),
@@ -548,30 +548,14 @@ impl Inner {
     }
 
     /// As [`attach_disk`](Self::attach_disk), but one that is there already is not attached again.
-    pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Arc<Disk>, Error> {
-        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Used<Disk>, Error> {
         let key = (config.path.clone(), config.read_only);
-        if let Some(disk) = disks.get(&key) {
-            return Ok(disk.clone());
-        }
-        let disk = Arc::new(self.attach_disk(config)?);
-        disks.insert(key, disk.clone());
-        Ok(disk)
+        self.disks.take(key, || self.attach_disk(config))
     }
 
     /// Detaches it with the last of those who have it.
-    pub(crate) fn release_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
-        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        // This one, and the table's.
-        if Arc::strong_count(&disk) > 2 {
-            // While nobody else counts.
-            drop(disk);
-            return Ok(());
-        }
-        // One that the guest does not let go of stays known: whoever wants it next has it.
-        self.detach_disk(&disk)?;
-        disks.retain(|_, other| !Arc::ptr_eq(other, &disk));
-        Ok(())
+    pub(crate) fn release_disk(&self, disk: Used<Disk>) -> Result<(), Error> {
+        disk.give_back(|disk| self.detach_disk(disk))
     }
 
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
