@@ -130,6 +130,8 @@ pub(crate) struct Pod {
     pub(crate) tasks: Mutex<HashMap<String, Arc<Task>>>,
     /// The size that was last asked of it.
     pub(crate) fitted: Mutex<Option<Size>>,
+    /// Whether it is about to be fitted, when things have settled.
+    pub(crate) will_fit: AtomicBool,
     pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
     pub(crate) loopback: Mutex<Option<Loopback>>,
     pub(crate) is_stopping: AtomicBool,
@@ -152,6 +154,7 @@ impl Pod {
             end: Mutex::new(end),
             tasks: Mutex::default(),
             fitted: Mutex::default(),
+            will_fit: AtomicBool::new(false),
             sandbox: Mutex::default(),
             loopback: Mutex::default(),
             is_stopping: AtomicBool::new(false),
@@ -305,7 +308,7 @@ impl Pod {
         if is_last {
             self.stop_behind();
         } else if task.is_member() {
-            self.fit_behind();
+            self.fit_later();
         }
     }
 

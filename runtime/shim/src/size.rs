@@ -8,6 +8,7 @@ use koya::oci_spec::runtime as oci;
 use koya::{Sandbox, Settings, Size};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// What the agent and tables take in the guest is not the containers'.
 const ROOM_MIB: u64 = 32;
@@ -69,6 +70,10 @@ pub(crate) fn together(settings: &Settings, all: &[Limits]) -> Size {
     }
 }
 
+/// How long a pod keeps the room of a container that has ended: longer than kubelet's first two restarts
+/// of one that crashes take (at once, then after 10 s), since to plug memory again costs more than to keep it.
+const SETTLED: Duration = Duration::from_secs(15);
+
 impl Pod {
     /// Fits the virtual machine to its containers, where they are not what they were.
     ///
@@ -119,6 +124,22 @@ impl Pod {
         bound(first, &sandbox, got.memory_mib);
         *fitted = Some(wish);
         Ok(())
+    }
+
+    /// The same when a container has ended that may be started again soon.
+    pub(crate) fn fit_later(self: &Arc<Self>) {
+        if self.will_fit.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let pod = Arc::downgrade(self);
+        let fit = move || {
+            std::thread::sleep(SETTLED);
+            if let Some(pod) = pod.upgrade() {
+                pod.will_fit.store(false, Ordering::SeqCst);
+                pod.fit_behind();
+            }
+        };
+        spawn("koya-settle", fit).ok();
     }
 
     /// The same behind whoever made room.
