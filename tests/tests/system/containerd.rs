@@ -2,6 +2,7 @@
 //! containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
+use crate::lent::{a_network_is_lent, a_tap_is_lent};
 use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 10] = [
+    let tests: [Test; 11] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
@@ -22,6 +23,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             killed_at_the_worst_moments_nothing_is_left,
         ),
         ("a_network_is_lent", a_network_is_lent),
+        ("a_tap_is_lent", a_tap_is_lent),
         ("users_are_mapped", users_are_mapped),
         ("an_apparmor_profile_holds", an_apparmor_profile_holds),
         ("many_start_at_once", many_start_at_once),
@@ -380,98 +382,6 @@ fn an_apparmor_profile_holds(containerd: &Containerd) -> Result<()> {
     let named = text.contains("AppArmor") && text.contains(&profile);
     ensure!(code != Some(0) && named, "{code:?} {text}");
     fs::remove_dir_all(shared)?;
-    containerd.nothing_is_left()
-}
-
-/// A network namespace that is there before and after the container: what its interface has is the guest's,
-/// and the interface is as it was afterwards.
-fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
-    let name = format!("lent{}", containerd.number);
-    let (inside, outside) = (
-        format!("i{}", containerd.number),
-        format!("o{}", containerd.number),
-    );
-    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
-    ip(&["netns", "add", &name])?;
-    ip(&[
-        "link", "add", &outside, "type", "veth", "peer", "name", &inside,
-    ])?;
-    ip(&["link", "set", &inside, "netns", &name])?;
-    let own = |words: &[&str]| ip(&[&["-n", &name], words].concat());
-    own(&[
-        "link",
-        "set",
-        &inside,
-        "address",
-        "02:00:00:00:00:42",
-        "mtu",
-        "1400",
-        "up",
-    ])?;
-    own(&["address", "add", "192.0.2.2/24", "dev", &inside])?;
-    own(&["route", "add", "198.51.100.0/24", "via", "192.0.2.9"])?;
-    let neighbour = [
-        "neigh",
-        "add",
-        "192.0.2.9",
-        "lladdr",
-        "02:00:00:00:00:09",
-        "nud",
-        "permanent",
-    ];
-    own(&[&neighbour[..], &["dev", &inside]].concat())?;
-
-    let namespace = format!("network:/run/netns/{name}");
-    let script = "ip link; ip address; ip route; ip neigh";
-    let options = ["--rm", "--with-ns", &namespace];
-    let said = stdout(
-        containerd
-            .run(&options, "lent", &["sh", "-c", script])
-            .output()?,
-    )?;
-    for wanted in [
-        "02:00:00:00:00:42",
-        "mtu 1400",
-        "192.0.2.2/24",
-        "198.51.100.0/24 via 192.0.2.9",
-        "02:00:00:00:00:09",
-    ] {
-        ensure!(said.contains(wanted), "no {wanted}: {said}");
-    }
-    containerd.nothing_is_left()?;
-    let filters = [
-        "netns", "exec", &name, "tc", "filter", "show", "dev", &inside, "ingress",
-    ];
-    let filters = ip(&filters)?;
-    ensure!(filters.is_empty(), "{filters}");
-    // A shim that dies can't take them back: the next one's come first.
-    stdout(
-        containerd
-            .run(&["-d", "--with-ns", &namespace], "dies", &["sleep", "1000"])
-            .output()?,
-    )?;
-    ensure!(
-        Command::new("kill")
-            .args(["-KILL", &containerd.pid("dies")?])
-            .status()?
-            .success()
-    );
-    until("its end", || {
-        let state = containerd.state("dies")?;
-        Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
-    })?;
-    containerd.ctr(["task", "rm", "-f", "dies"]).output()?;
-    containerd.remove("dies")?;
-    ip(&["address", "add", "192.0.2.1/24", "dev", &outside])?;
-    ip(&["link", "set", &outside, "up"])?;
-    let ping = [
-        "sh",
-        "-c",
-        "ping -c 1 -w 20 192.0.2.1 > /dev/null && echo reached",
-    ];
-    let said = stdout(containerd.run(&options, "again", &ping).output()?)?;
-    ensure!(said == "reached", "{said}");
-    ip(&["netns", "del", &name])?;
     containerd.nothing_is_left()
 }
 

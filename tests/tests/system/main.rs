@@ -13,6 +13,7 @@ mod disks;
 mod exec;
 mod faults;
 mod files;
+mod lent;
 mod life;
 mod memory;
 mod network;
