@@ -348,16 +348,7 @@ fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
 /// Builds a program of the benches, and what it measures.
 fn program(name: &str) -> Result<PathBuf> {
     build::ensure()?;
-    program_alone(name)
-}
-
-/// Builds a program of the benches.
-pub(crate) fn program_alone(name: &str) -> Result<PathBuf> {
-    let root = proc::checkout();
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let words = ["build", "--release", "--package", "koya-benches", "--bin"];
-    proc::run(Command::new(cargo).args(words).arg(name).current_dir(&root))?;
-    Ok(root.join("target/release").join(name))
+    build::bench(name)
 }
 
 /// Measures where there is a KVM. The rows come on standard output, all else on standard error.

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The guest's Rust target: static, with glibc, because the seccomp library is C.
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What all programs are built for: static, with glibc, because the agent's seccomp library is C.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What runs on the host.
 const PROGRAMS: [&str; 2] = ["koya", "containerd-shim-koya-v2"];
@@ -59,7 +59,6 @@ pub(crate) fn run() -> Result<()> {
 /// Builds what is out of date and returns where it is.
 pub(crate) fn ensure() -> Result<Products> {
     setup::ensure()?;
-    let root = proc::checkout();
     let kernel = kernel::ensure()?;
     let products = Products::places();
     fs::create_dir_all(&products.bin)?;
@@ -68,13 +67,9 @@ pub(crate) fn ensure() -> Result<Products> {
     install(&kernel.bzimage, &products.share.join("bzImage"))?;
 
     eprintln!("building koya");
-    let packages = ["--package", "koya", "--package", "koya-shim"];
-    proc::run(cargo(&root).args(["build", "--release"]).args(packages))?;
+    linked_static(&["koya", "koya-shim"], "release", &["--bins"], STATIC)?;
     for program in PROGRAMS {
-        install(
-            &root.join("target/release").join(program),
-            &products.bin.join(program),
-        )?;
+        install(&released(program), &products.bin.join(program))?;
     }
 
     eprintln!("building the agent");
@@ -96,9 +91,14 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
 
 /// The monitor's examples, static: what benches of the monitor start. Where they are.
 pub(crate) fn examples() -> Result<PathBuf> {
-    linked_static("koya-vmm", "release", &["--examples"], STATIC)?;
-    let out = format!("target/guest/{GUEST_TARGET}/release/examples");
-    Ok(proc::checkout().join(out))
+    linked_static(&["koya-vmm"], "release", &["--examples"], STATIC)?;
+    Ok(released("examples"))
+}
+
+/// A program of the benches for the host, linked as koya is. Where it is.
+pub(crate) fn bench(program: &str) -> Result<PathBuf> {
+    linked_static(&["koya-benches"], "release", &["--bin", program], STATIC)?;
+    Ok(released(program))
 }
 
 /// What says that a guest is up.
@@ -106,6 +106,7 @@ pub(crate) fn up() -> Result<PathBuf> {
     for_guests("koya-benches", "up")
 }
 
+/// Neither looks for libraries nor relocates against them at its start, and runs on any distribution.
 const STATIC: &str = "-C target-feature=+crt-static";
 /// As that, and nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
 const GUEST_FLAGS: &str =
@@ -113,20 +114,31 @@ const GUEST_FLAGS: &str =
 
 /// A program that runs in any guest.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
-    linked_static(package, "agent", &["--bin", program], GUEST_FLAGS)?;
-    let out = format!("target/guest/{GUEST_TARGET}/agent/{program}");
-    Ok(proc::checkout().join(out))
+    linked_static(&[package], "agent", &["--bin", program], GUEST_FLAGS)?;
+    Ok(linked("agent", program))
 }
 
-fn linked_static(package: &str, profile: &str, what: &[&str], flags: &str) -> Result<()> {
+/// Where a program for the host is.
+fn released(program: &str) -> PathBuf {
+    linked("release", program)
+}
+
+fn linked(profile: &str, program: &str) -> PathBuf {
+    let out = format!("target/static/{TARGET}/{profile}");
+    proc::checkout().join(out).join(program)
+}
+
+fn linked_static(packages: &[&str], profile: &str, what: &[&str], flags: &str) -> Result<()> {
     let root = proc::checkout();
+    let packages = packages.iter().flat_map(|package| ["--package", package]);
     proc::run(
         cargo(&root)
-            .args(["build", "--package", package, "--profile", profile])
+            .args(["build", "--profile", profile])
+            .args(packages)
             .args(what)
             // Always with a target named: else the flag would reach procedural macros.
-            .args(["--target", GUEST_TARGET, "--target-dir"])
-            .arg(root.join("target/guest"))
+            .args(["--target", TARGET, "--target-dir"])
+            .arg(root.join("target/static"))
             .env("RUSTFLAGS", flags)
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),

@@ -47,7 +47,7 @@ pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
     let examples = build::examples()?;
-    let mut bench = Command::new(bench::program_alone("monitor")?);
+    let mut bench = Command::new(build::bench("monitor")?);
     bench.arg(args.rounds.to_string()).arg(examples);
     if args.qemu {
         bench.args(["--qemu", QEMU]);

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     build::ensure()?;
     let monitor = build::examples()?.join("boot");
     let mut programs = vec![
-        ("boot", bench::program_alone("peers")?),
+        ("boot", build::bench("peers")?),
         ("monitor", monitor),
         ("qemu-system-x86_64", QEMU.into()),
     ];
