@@ -20,7 +20,7 @@ use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::{
-    AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Vm, VmConfig, VmHandle,
+    AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Serial, Vm, VmConfig, VmHandle,
 };
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -272,6 +272,7 @@ impl Sandbox {
         let mut machine = VmConfig {
             initramfs: Some(files.initramfs),
             cmdline: config.whole_cmdline()?,
+            serial: Serial::Messages,
             disks: config.disks.clone(),
             disk_slots: config.disk_slots,
             networks: networks.iter().map(|n| n.device.clone()).collect(),

@@ -3,7 +3,7 @@
 
 use crate::arch::{self, ArchError};
 use crate::bus::Bus;
-use crate::config::{DiskSpec, Spec};
+use crate::config::{Boot, DiskSpec, Serial, Spec};
 use crate::event_loop::{LoopHandle, LoopThread};
 use crate::hotplug::{HotPlug, Spare};
 use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
@@ -157,10 +157,10 @@ impl VmBuilder {
 
         marks.built("devices attached");
 
-        let base = self.base_cmdline();
+        let cmdline = self.cmdline(&words);
         let cpus = self.spec.cpus.count;
         let bytes = self.spec.memory.bytes;
-        let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &base, &words)?;
+        let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &cmdline)?;
         marks.built("kernel loaded");
         let vcpus = make_vcpus(kvm, &machine, cpus)?;
         arch::set_entry(&vcpus[0], entry)?;
@@ -203,7 +203,7 @@ impl VmBuilder {
         machine: &Machine,
         bus: &mut Bus,
     ) -> Result<Option<Arc<Mutex<SerialPort>>>, StartError> {
-        if !self.spec.serial {
+        if self.spec.serial == Serial::None {
             return Ok(None);
         }
         let output = std::mem::replace(&mut self.console, Box::new(io::sink()));
@@ -290,12 +290,17 @@ impl VmBuilder {
             .collect()
     }
 
-    fn base_cmdline(&self) -> String {
-        let console = if self.spec.serial {
-            "console=ttyS0"
-        } else {
+    /// The kernel's command line: what every guest is told, a word for each device, what this guest's owner
+    /// has to say, which may be against what stands before it.
+    fn cmdline(&self, devices: &[String]) -> String {
+        let own = match &self.spec.boot {
+            Boot::Linux { cmdline, .. } => cmdline.as_str(),
+            Boot::Flat(_) => "",
+        };
+        let console = match self.spec.serial {
+            Serial::Console => "console=ttyS0",
             // The driver would probe for ports that are not there.
-            "8250.nr_uarts=0"
+            Serial::None | Serial::Messages => "8250.nr_uarts=0",
         };
         let base = arch::BASE_CMDLINE;
         let mut line = format!("{base} {console} {}", panic_log::cmdline());
@@ -306,7 +311,27 @@ impl VmBuilder {
         if self.spec.memory.hotplug_bytes > 0 {
             line += HOTPLUG_CMDLINE;
         }
-        line
+        for word in devices {
+            line = line + " " + word;
+        }
+        match self.spec.serial {
+            Serial::Messages => line + " " + &with_earlycon(own),
+            Serial::None | Serial::Console => line + " " + own,
+        }
+    }
+}
+
+/// These words, then those for messages alone, which the kernel shows by what it has read so far of how much
+/// to show; and last what is init's.
+fn with_earlycon(own: &str) -> String {
+    let (own, init) = match own.split_once("-- ") {
+        Some((own, init)) if own.is_empty() || own.ends_with(' ') => (own, Some(init)),
+        _ => (own, None),
+    };
+    let line = format!("{} {}", own.trim_end(), arch::EARLYCON_CMDLINE);
+    match init {
+        Some(init) => format!("{line} -- {init}"),
+        None => line,
     }
 }
 
@@ -411,5 +436,24 @@ fn stay_on(cpu: u32) {
     if let Err(error) = sched_setaffinity(None, &set) {
         // It was there when the configuration was checked.
         log::warn!("cannot keep a vCPU on CPU {cpu}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_asked_for_when_it_is_known_how_many() {
+        let own = |words: &str| with_earlycon(words).replace(arch::EARLYCON_CMDLINE, "EARLY");
+        for (words, line) in [
+            ("", " EARLY"),
+            ("quiet", "quiet EARLY"),
+            ("quiet -- single", "quiet EARLY -- single"),
+            ("-- single", " EARLY -- single"),
+            ("a=b-- c", "a=b-- c EARLY"),
+        ] {
+            assert_eq!(own(words), line);
+        }
     }
 }

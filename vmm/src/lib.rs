@@ -46,8 +46,8 @@ mod vm;
 pub use builder::{StartError, VmBuilder};
 pub use config::{
     Boot, ConfigError, DiskConfig, HugePages, KernelFormat, MAX_CPUS, MAX_DISK_QUEUES,
-    MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig, Spec,
-    VmConfig, VsockConfig,
+    MAX_DISK_SLOTS, MAX_MEMORY_MIB, MAX_NET_QUEUES, MIN_MEMORY_MIB, MemoryBacking, NetConfig,
+    Serial, Spec, VmConfig, VsockConfig,
 };
 pub use exit::ExitReason;
 pub use hotplug::{AttachError, AttachedDisk};

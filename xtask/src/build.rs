@@ -75,6 +75,9 @@ pub(crate) fn ensure() -> Result<Products> {
     eprintln!("building the agent");
     let agent = for_guests("koya-agent", "koya-agent")?;
     let mut archive = Archive::default();
+    // The guest has no terminal: what init and its helpers say goes to the kernel's log.
+    archive.node("dev/kmsg", 0o600, (1, 11))?;
+    archive.symlink("dev/console", "kmsg")?;
     archive.file(
         "init",
         0o755,

@@ -69,9 +69,9 @@ pub struct VmConfig {
     /// The pages that it is made of. Default: as the host has it for every process.
     #[serde(default)]
     pub huge_pages: HugePages,
-    /// Whether the guest has a serial port that serves as its console. Default: true.
-    #[serde(default = "yes")]
-    pub serial: bool,
+    /// What the guest's serial port is for. Default: its console.
+    #[serde(default)]
+    pub serial: Serial,
     /// Whether the guest has an entropy device. Default: true.
     #[serde(default = "yes")]
     pub entropy: bool,
@@ -92,6 +92,20 @@ pub struct VmConfig {
     /// Sockets between the guest and processes of the host. Default: none.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
+}
+
+/// What a guest's serial port is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Serial {
+    /// There is none.
+    None,
+    /// The kernel's messages, and nothing else: no driver has to find out what the port can do, which
+    /// are a hundred exits of a start. The guest has no `/dev/ttyS0`.
+    Messages,
+    /// A terminal: `/dev/ttyS0`, the guest's `/dev/console`.
+    #[default]
+    Console,
 }
 
 /// Whose memory a guest's is on the host.
@@ -269,7 +283,7 @@ pub struct Spec {
     pub(crate) boot: Boot,
     pub(crate) cpus: CpuSpec,
     pub(crate) memory: MemorySpec,
-    pub(crate) serial: bool,
+    pub(crate) serial: Serial,
     pub(crate) entropy: bool,
     pub(crate) balloon: bool,
     pub(crate) disks: Vec<DiskSpec>,
@@ -292,7 +306,7 @@ impl VmConfig {
             memory_max_mib: None,
             memory_backing: MemoryBacking::default(),
             huge_pages: HugePages::default(),
-            serial: true,
+            serial: Serial::default(),
             entropy: true,
             balloon: true,
             disks: Vec::new(),
@@ -427,7 +441,7 @@ impl Spec {
                 pins: Vec::new(),
             },
             memory: MemorySpec::new(2 << 20),
-            serial: false,
+            serial: Serial::None,
             entropy: false,
             balloon: false,
             disks: Vec::new(),

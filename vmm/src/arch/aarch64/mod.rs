@@ -11,6 +11,9 @@ pub mod layout;
 /// What the guest's kernel is told in any case.
 pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on";
 
+/// How the kernel's messages get to the serial port with no driver for it: the device tree names it.
+pub const EARLYCON_CMDLINE: &str = "earlycon keep_bootcon";
+
 const NOT_YET: &str = "booting a guest on aarch64";
 
 /// Which kind of kernel begins with `head`.
@@ -69,8 +72,7 @@ pub fn load(
     _memory_bytes: u64,
     _boot: &mut Boot,
     _cpus: u32,
-    _base_cmdline: &str,
-    _devices: &[String],
+    _cmdline: &str,
 ) -> Result<Entry, ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }

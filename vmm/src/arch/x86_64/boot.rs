@@ -24,7 +24,7 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 
 /// Loads what the guest starts with and returns where its first vCPU enters. It starts with
-/// `memory_bytes` of memory; `devices` are words for the command line, one a device.
+/// `memory_bytes` of memory; a kernel gets this command line.
 ///
 /// # Errors
 /// What does not fit or is broken.
@@ -33,10 +33,9 @@ pub fn load(
     memory_bytes: u64,
     boot: &mut Boot,
     cpus: u32,
-    base_cmdline: &str,
-    devices: &[String],
+    cmdline: &str,
 ) -> Result<Entry, ArchError> {
-    let (kernel, format, initramfs, user_cmdline) = match boot {
+    let (kernel, format, initramfs) = match boot {
         Boot::Flat(code) => {
             memory
                 .write_slice(code, GuestAddress(0))
@@ -47,8 +46,8 @@ pub fn load(
             kernel,
             format,
             initramfs,
-            cmdline,
-        } => (kernel, *format, initramfs, cmdline),
+            ..
+        } => (kernel, *format, initramfs),
     };
     let (mut params, entry, kernel_end) = load_kernel(memory, kernel, format)?;
     if let Some(file) = initramfs {
@@ -56,10 +55,7 @@ pub fn load(
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = len as u32;
     }
-    let mut words = vec![base_cmdline.to_owned()];
-    words.extend(devices.iter().cloned());
-    words.push(user_cmdline.clone());
-    let len = write_cmdline(memory, &words.join(" "))?;
+    let len = write_cmdline(memory, cmdline)?;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = len;
     set_memory_map(memory_bytes, &mut params);

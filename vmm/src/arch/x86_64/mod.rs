@@ -22,6 +22,9 @@ pub use cpuid::{Features, features};
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
      random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
 
+/// How the kernel's messages get to the serial port with no driver for it.
+pub const EARLYCON_CMDLINE: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
+
 /// Which kind of kernel begins with `head`; else what the file is.
 ///
 /// # Errors
