@@ -113,10 +113,11 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
     let name = format!("tap{}", containerd.number);
     let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
     ip(&["netns", "add", &name])?;
-    // Two programs, with a frame of the one's tap in each datagram to the other.
+    // Two programs, with a frame of the one's tap in each datagram to the other: no frame is there before
+    // both have a socket, which they make behind their taps, since the taps are down.
     let sockets = scratch("tap")?;
     let carry = |own: &str, other: &str, tap: &str, enter: &[&str]| -> Result<Killed> {
-        let tap = format!("TUN,tun-type=tap,iff-no-pi,iff-up,tun-name={tap}");
+        let tap = format!("TUN,tun-type=tap,iff-no-pi,tun-name={tap}");
         let socket = |name: &str| sockets.join(name).display().to_string();
         let carried = format!("UNIX-SENDTO:{},bind={}", socket(other), socket(own));
         let words = [enter, &["socat", &tap, &carried]].concat();
@@ -126,9 +127,14 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
     let enter = ["ip", "netns", "exec", &name];
     let _inside = carry("inside", "outside", "eth0", &enter)?;
     let _outside = carry("outside", "inside", &far, &[])?;
-    let there = |words: &[&str]| until("a tap", || Ok(ip(words).ok().map(drop)));
-    there(&["-n", &name, "link", "show", "eth0"])?;
-    there(&["link", "show", &far])?;
+    until("the programs' sockets", || {
+        let both = ["inside", "outside"].map(|name| sockets.join(name).exists());
+        Ok((both == [true, true]).then_some(()))
+    })?;
+    // Nor is there one until both taps are up: IPv6 would speak before.
+    let mute = |tap: &str| format!("echo 1 > /proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
+    ip(&["netns", "exec", &name, "sh", "-c", &mute("eth0")])?;
+    stdout(Command::new("sh").args(["-c", &mute(&far)]).output()?)?;
     ip(&[
         "-n",
         &name,
