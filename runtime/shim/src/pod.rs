@@ -130,8 +130,8 @@ pub(crate) struct Pod {
     pub(crate) tasks: Mutex<HashMap<String, Arc<Task>>>,
     /// The size that was last asked of it.
     pub(crate) fitted: Mutex<Option<Size>>,
-    /// Whether it is about to be fitted, when things have settled.
-    pub(crate) will_fit: AtomicBool,
+    /// When a container last ended; none if the pod has been fitted since, or need not be.
+    pub(crate) last_end: Mutex<Option<Instant>>,
     pub(crate) sandbox: Mutex<Option<Arc<Sandbox>>>,
     pub(crate) loopback: Mutex<Option<Loopback>>,
     pub(crate) is_stopping: AtomicBool,
@@ -154,7 +154,7 @@ impl Pod {
             end: Mutex::new(end),
             tasks: Mutex::default(),
             fitted: Mutex::default(),
-            will_fit: AtomicBool::new(false),
+            last_end: Mutex::default(),
             sandbox: Mutex::default(),
             loopback: Mutex::default(),
             is_stopping: AtomicBool::new(false),

@@ -8,7 +8,7 @@ use koya::oci_spec::runtime as oci;
 use koya::{Sandbox, Settings, Size};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the agent and tables take in the guest is not the containers'.
 const ROOM_MIB: u64 = 32;
@@ -128,18 +128,31 @@ impl Pod {
 
     /// The same when a container has ended that may be started again soon.
     pub(crate) fn fit_later(self: &Arc<Self>) {
-        if self.will_fit.swap(true, Ordering::SeqCst) {
+        let is_awaited = lock(&self.last_end).replace(Instant::now()).is_some();
+        if is_awaited {
             return;
         }
         let pod = Arc::downgrade(self);
         let fit = move || {
-            std::thread::sleep(SETTLED);
-            if let Some(pod) = pod.upgrade() {
-                pod.will_fit.store(false, Ordering::SeqCst);
-                pod.fit_behind();
+            let mut wait = SETTLED;
+            while !wait.is_zero() {
+                std::thread::sleep(wait);
+                let Some(pod) = pod.upgrade() else {
+                    return;
+                };
+                let mut last_end = lock(&pod.last_end);
+                wait = last_end.map_or(SETTLED, |end| SETTLED.saturating_sub(end.elapsed()));
+                if wait.is_zero() {
+                    *last_end = None;
+                    drop(last_end);
+                    pod.fit_behind();
+                }
             }
         };
-        spawn("koya-settle", fit).ok();
+        if spawn("koya-settle", fit).is_err() {
+            *lock(&self.last_end) = None;
+            self.fit_behind();
+        }
     }
 
     /// The same behind whoever made room.
