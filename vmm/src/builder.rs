@@ -324,15 +324,26 @@ impl VmBuilder {
 /// These words, then those for messages alone, which the kernel shows by what it has read so far of how much
 /// to show; and last what is init's.
 fn with_earlycon(own: &str) -> String {
-    let (own, init) = match own.split_once("-- ") {
-        Some((own, init)) if own.is_empty() || own.ends_with(' ') => (own, Some(init)),
-        _ => (own, None),
-    };
-    let line = format!("{} {}", own.trim_end(), arch::EARLYCON_CMDLINE);
-    match init {
-        Some(init) => format!("{line} -- {init}"),
-        None => line,
+    let (own, init) = own.split_at(words_for_init(own));
+    format!("{own} {} {init}", arch::EARLYCON_CMDLINE)
+}
+
+/// Where in a command line the word is that all behind is init's, else its end: words as the kernel
+/// divides them (`next_arg` in lib/cmdline.c), which may have blanks in quotes.
+fn words_for_init(line: &str) -> usize {
+    let mut is_quoted = false;
+    let words = line.split(|c: char| {
+        is_quoted ^= c == '"';
+        c.is_ascii_whitespace() && !is_quoted
+    });
+    let mut at = 0;
+    for word in words {
+        if word == "--" {
+            return at;
+        }
+        at += word.len() + 1;
     }
+    line.len()
 }
 
 /// The event loop, which starts with the first that needs it: a machine without devices has none.
@@ -447,11 +458,13 @@ mod tests {
     fn messages_are_asked_for_when_it_is_known_how_many() {
         let own = |words: &str| with_earlycon(words).replace(arch::EARLYCON_CMDLINE, "EARLY");
         for (words, line) in [
-            ("", " EARLY"),
-            ("quiet", "quiet EARLY"),
-            ("quiet -- single", "quiet EARLY -- single"),
+            ("", " EARLY "),
+            ("quiet", "quiet EARLY "),
+            ("quiet -- single", "quiet  EARLY -- single"),
             ("-- single", " EARLY -- single"),
-            ("a=b-- c", "a=b-- c EARLY"),
+            ("quiet --", "quiet  EARLY --"),
+            ("a=b-- c -- d", "a=b-- c  EARLY -- d"),
+            ("a=\"b -- c\" d", "a=\"b -- c\" d EARLY "),
         ] {
             assert_eq!(own(words), line);
         }

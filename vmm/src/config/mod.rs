@@ -101,7 +101,7 @@ pub enum Serial {
     /// There is none.
     None,
     /// The kernel's messages, and nothing else: no driver has to find out what the port can do, which
-    /// are a hundred exits of a start. The guest has no `/dev/ttyS0`.
+    /// are 64 exits of a start. The guest has no `/dev/ttyS0`.
     Messages,
     /// A terminal: `/dev/ttyS0`, the guest's `/dev/console`.
     #[default]
