@@ -17,8 +17,9 @@ fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
 /// Writes a line to the kernel's log.
 pub(crate) fn kernel_log(text: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        // Level 2, critical: shown on the console even when the kernel is quiet.
-        writeln!(log, "<2>{text}").ok();
+        // Level 2, critical: shown on the console even when the kernel is quiet. Each write is a message
+        // of its own, with a level of its own.
+        log.write_all(format!("<2>{text}\n").as_bytes()).ok();
     } else {
         eprintln!("{text}");
     }
