@@ -176,8 +176,18 @@ fn memory(json: Option<&Path>) -> Result<()> {
 }
 
 fn many(counts: &str, json: Option<&Path>) -> Result<()> {
+    setup::ensure()?;
     let program = program("memory")?;
-    in_rig(&[program.as_ref(), "many".as_ref(), counts.as_ref()], json)
+    let mut files = guest_files(None)?;
+    // For the sandboxes' networks.
+    files.file("more-modules", 0o644, b"tun.ko\n")?;
+    counting::add_programs(&mut files, &[("boot", program)])?;
+    let said = counting::run(files, &format!("many {counts}"))?;
+    let rows = counting::rows(&said)?;
+    if let Some(file) = json {
+        save(file, serde_json::to_string_pretty(&rows)? + "\n")?;
+    }
+    Ok(())
 }
 
 /// By name: cargo would give criterion's options to unit tests too.
@@ -203,11 +213,8 @@ const BASELINE: &str = "benches/baseline/boot.json";
 /// What the picture begins with, as a JSON string.
 const PICTURE: &str = "picture: ";
 
-/// All that the counted host has: programs with their libraries, the guest's files, a root file system.
-fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
-    setup::ensure()?;
-    setup::ensure_these(PEERS)?;
-    let program = program("boot")?;
+/// What the counted host has for any guest: its kernel and initramfs, a root file system, a shell.
+fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
     let products = Products::places();
     let mut files = Archive::default();
     for dir in [
@@ -236,6 +243,16 @@ fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
         files.file(&format!("share/koya/{name}"), 0o644, &fs::read(path)?)?;
     }
     files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
+    Ok(files)
+}
+
+/// The same with koya and its peers.
+fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
+    setup::ensure()?;
+    setup::ensure_these(PEERS)?;
+    let program = program("boot")?;
+    let products = Products::places();
+    let mut files = guest_files(kernel)?;
     let programs = [
         ("boot", program),
         ("koya", products.bin.join("koya")),

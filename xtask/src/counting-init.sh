@@ -10,9 +10,12 @@ $B mount -t cgroup2 cgroup2 /sys/fs/cgroup
 $B mount -t tmpfs run /run
 $B mkdir -p /dev/pts /dev/shm
 $B mount -t devpts devpts /dev/pts
+# KVM, and what it needs; then only what the bench names.
+kvm=
 for m in $($B cat /modules/order); do
+    [ -n "$kvm" ] && ! $B grep -qsx "$m" /more-modules && continue
     $B insmod "/modules/$m" || echo "counting: no module $m"
-    [ "$m" = kvm-amd.ko ] && break
+    [ "$m" = kvm-amd.ko ] && kvm=there
 done
 $B ip link set lo up
 echo 1 > /proc/sys/kernel/printk
