@@ -149,7 +149,7 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
     ip(&["link", "set", &far, "up"])?;
 
     let namespace = format!("network:/run/netns/{name}");
-    let script = "ip address show eth0; ping -c 1 -w 20 203.0.113.1 > /dev/null && echo reached";
+    let script = "ip address show eth0; ping -c 10 -w 60 203.0.113.1 > /dev/null && echo reached";
     let options = ["--rm", "--with-ns", &namespace];
     let mut run = containerd.run(&options, "tapped", &["sh", "-c", script]);
     let said = stdout(run.output()?)?;
