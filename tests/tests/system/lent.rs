@@ -1,10 +1,9 @@
 //! Networks that are there before and after their containers: `ctr` lends them by a namespace.
 
 use crate::daemon::Containerd;
-use crate::tool::{scratch, stdout, until};
+use crate::tool::{stdout, until};
 use anyhow::{Result, ensure};
-use std::fs;
-use std::process::{Child, Command};
+use std::process::Command;
 
 /// A network namespace that is there before and after the container: what its interface has is the guest's,
 /// and the interface is as it was afterwards.
@@ -95,69 +94,5 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     let said = stdout(containerd.run(&options, "again", &ping).output()?)?;
     ensure!(said == "reached", "{said}");
     ip(&["netns", "del", &name])?;
-    containerd.nothing_is_left()
-}
-
-/// Ends with the test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
-/// A tap whose other end is a program's, as the CNI plugin `tap` and slirp4netns leave them.
-pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
-    let name = format!("tap{}", containerd.number);
-    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
-    ip(&["netns", "add", &name])?;
-    // Two programs, with a frame of the one's tap in each datagram to the other: no frame is there before
-    // both have a socket, which they make behind their taps, since the taps are down.
-    let sockets = scratch("tap")?;
-    let carry = |own: &str, other: &str, tap: &str, enter: &[&str]| -> Result<Killed> {
-        let tap = format!("TUN,tun-type=tap,iff-no-pi,tun-name={tap}");
-        let socket = |name: &str| sockets.join(name).display().to_string();
-        let carried = format!("UNIX-SENDTO:{},bind={}", socket(other), socket(own));
-        let words = [enter, &["socat", &tap, &carried]].concat();
-        Ok(Killed(Command::new(words[0]).args(&words[1..]).spawn()?))
-    };
-    let far = format!("far{}", containerd.number);
-    let enter = ["ip", "netns", "exec", &name];
-    let _inside = carry("inside", "outside", "eth0", &enter)?;
-    let _outside = carry("outside", "inside", &far, &[])?;
-    until("the programs' sockets", || {
-        let both = ["inside", "outside"].map(|name| sockets.join(name).exists());
-        Ok((both == [true, true]).then_some(()))
-    })?;
-    // Nor is there one until both taps are up: IPv6 would speak before.
-    let mute = |tap: &str| format!("echo 1 > /proc/sys/net/ipv6/conf/{tap}/disable_ipv6");
-    ip(&["netns", "exec", &name, "sh", "-c", &mute("eth0")])?;
-    stdout(Command::new("sh").args(["-c", &mute(&far)]).output()?)?;
-    ip(&[
-        "-n",
-        &name,
-        "address",
-        "add",
-        "203.0.113.2/24",
-        "dev",
-        "eth0",
-    ])?;
-    ip(&["-n", &name, "link", "set", "eth0", "up"])?;
-    ip(&["address", "add", "203.0.113.1/24", "dev", &far])?;
-    ip(&["link", "set", &far, "up"])?;
-
-    let namespace = format!("network:/run/netns/{name}");
-    let script = "ip address show eth0; ping -c 10 -w 60 203.0.113.1 > /dev/null && echo reached";
-    let options = ["--rm", "--with-ns", &namespace];
-    let mut run = containerd.run(&options, "tapped", &["sh", "-c", script]);
-    let said = stdout(run.output()?)?;
-    ensure!(
-        said.contains("203.0.113.2/24") && said.ends_with("reached"),
-        "{said}"
-    );
-    ip(&["netns", "del", &name])?;
-    fs::remove_dir_all(sockets)?;
     containerd.nothing_is_left()
 }
