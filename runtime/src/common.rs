@@ -1,9 +1,10 @@
 //! What several containers have in common: made for the first of them, ended with the last.
 
+use crate::sync::lock;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Values that containers have in common, by what they are.
 ///
@@ -31,7 +32,7 @@ impl<V> Used<V> {
     ///
     /// What `end` says. The value stays then: whoever wants it next has it.
     pub(crate) fn give_back<E>(self, end: impl FnOnce(&V) -> Result<(), E>) -> Result<(), E> {
-        let mut held = locked(&self.place);
+        let mut held = lock(&self.place);
         held.users -= 1;
         if held.users == 0 {
             end(&self.value)?;
@@ -67,9 +68,9 @@ impl<K: Eq + Hash, V> Common<K, V> {
         make: impl FnOnce() -> Result<V, E>,
     ) -> Result<Used<V>, E> {
         let place = {
-            let mut places = locked(&self.0);
+            let mut places = lock(&self.0);
             // Nobody else can have the lock of a place that only the table knows.
-            places.retain(|_, place| Arc::strong_count(place) > 1 || locked(place).value.is_some());
+            places.retain(|_, place| Arc::strong_count(place) > 1 || lock(place).value.is_some());
             let new = || {
                 Arc::new(Mutex::new(Held {
                     value: None,
@@ -78,7 +79,7 @@ impl<K: Eq + Hash, V> Common<K, V> {
             };
             places.entry(key).or_insert_with(new).clone()
         };
-        let mut held = locked(&place);
+        let mut held = lock(&place);
         let value = match &held.value {
             Some(value) => value.clone(),
             None => Arc::new(make()?),
@@ -88,10 +89,6 @@ impl<K: Eq + Hash, V> Common<K, V> {
         drop(held);
         Ok(Used { place, value })
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -142,7 +139,7 @@ mod tests {
         let numbers = Numbers::default();
         assert!(numbers.take("a", || Err("broken")).is_err());
         assert_eq!(*take(&numbers, "b", 1), 1);
-        assert_eq!(locked(&numbers.0).len(), 1);
+        assert_eq!(lock(&numbers.0).len(), 1);
     }
 
     #[test]

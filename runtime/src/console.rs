@@ -1,8 +1,9 @@
 //! The guest's console: the last of it is kept for reports, and all of it goes to whoever asks.
 
+use crate::sync::{lock, wait};
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// How much is kept, in bytes.
 const KEPT: usize = 64 << 10;
@@ -32,7 +33,7 @@ struct Pending {
 
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 
     /// What has come; nothing when no more will.
@@ -42,8 +43,7 @@ impl Queue {
             if pending.closed {
                 return None;
             }
-            let woken = self.changed.wait(pending);
-            pending = woken.unwrap_or_else(PoisonError::into_inner);
+            pending = wait(&self.changed, pending);
         }
         Some(pending.bytes.drain(..).collect())
     }
@@ -78,7 +78,7 @@ pub(crate) struct Console(Arc<Mutex<State>>);
 
 impl Console {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// The last `lines` lines.

@@ -11,6 +11,7 @@ use crate::sandbox::{Disk, Inner};
 use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Stdio};
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
+use crate::sync::lock;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
@@ -18,7 +19,7 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
 pub struct Container {
@@ -546,7 +547,7 @@ impl Container {
     }
 
     fn given(&self) -> MutexGuard<'_, Given> {
-        self.given.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.given)
     }
 }
 

@@ -43,6 +43,7 @@ mod size;
 mod spec;
 mod stats;
 mod streams;
+mod sync;
 pub mod timeline;
 
 pub use container::{Container, Output, Process};

@@ -12,6 +12,7 @@ use crate::oci::Bundle;
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
+use crate::sync::{lock, wait};
 use crate::timeline::{Keep, Lane, Recorder, Timeline};
 use crate::{Cache, Error};
 use koya_protocol::{CONTROL_PORT, SHARED_TAG};
@@ -26,7 +27,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How long the guest may take from its first instruction to the agent's call.
@@ -226,7 +227,7 @@ impl End {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<ExitReason>> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.reason)
     }
 
     fn wait(&self) -> ExitReason {
@@ -235,10 +236,7 @@ impl End {
             if let Some(reason) = &*reason {
                 return reason.clone();
             }
-            reason = self
-                .known
-                .wait(reason)
-                .unwrap_or_else(PoisonError::into_inner);
+            reason = wait(&self.known, reason);
         }
     }
 }

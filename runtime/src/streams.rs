@@ -3,6 +3,7 @@
 //! Any process of the guest can connect to the stream port, so a connection counts only if it
 //! begins with a token that was given to the agent over the control connection, once.
 
+use crate::sync::lock;
 use koya_protocol::{STREAM_PORT, TOKEN_LEN};
 use koya_vmm::devices::vsock::Ports;
 use std::collections::HashMap;
@@ -10,7 +11,7 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How long a connection may take to say its token.
@@ -31,10 +32,6 @@ pub(crate) struct Expected {
     pub(crate) token: String,
     stream: Receiver<UnixStream>,
     waiting: Waiting,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Streams {

@@ -184,10 +184,7 @@ fn many(counts: &str, json: Option<&Path>) -> Result<()> {
     counting::add_programs(&mut files, &[("boot", program)])?;
     let said = counting::run(files, &format!("many {counts}"))?;
     let rows = counting::rows(&said)?;
-    if let Some(file) = json {
-        save(file, serde_json::to_string_pretty(&rows)? + "\n")?;
-    }
-    Ok(())
+    json.map_or(Ok(()), |file| save_rows(file, &rows))
 }
 
 /// By name: cargo would give criterion's options to unit tests too.
@@ -305,9 +302,8 @@ fn boot(args: &BootArgs) -> Result<()> {
         save(file, picture)?;
     }
     let rows = counting::rows(&said.join("\n"))?;
-    let text = serde_json::to_string_pretty(&rows)? + "\n";
     if let Some(file) = &args.json {
-        save(file, &text)?;
+        save_rows(file, &rows)?;
     }
     let baseline = proc::checkout().join(BASELINE);
     if let Some(share) = args.check.then_some(args.share) {
@@ -318,7 +314,7 @@ fn boot(args: &BootArgs) -> Result<()> {
         if let Some(folder) = baseline.parent() {
             fs::create_dir_all(folder)?;
         }
-        save(&baseline, &text)?;
+        save_rows(&baseline, &rows)?;
         eprintln!("bench: {BASELINE} is written");
     }
     Ok(())
@@ -334,6 +330,10 @@ const FEW: f64 = 8.0;
 /// Writes a file that somebody asked for.
 pub(crate) fn save(file: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     fs::write(file, content).with_context(|| format!("cannot write {}", file.display()))
+}
+
+fn save_rows(file: &Path, rows: &Value) -> Result<()> {
+    save(file, serde_json::to_string_pretty(rows)? + "\n")
 }
 
 /// Fails if a figure is worse than it was by more than so many per cent.

@@ -592,15 +592,8 @@ impl Archive {
 
     /// A character device.
     pub(crate) fn node(&mut self, name: &str, mode: u32, device: (u32, u32)) -> Result<()> {
-        self.inodes += 1;
-        let entry = NewcBuilder::new(name)
-            .ino(self.inodes)
-            .mode(0o020_000 | mode)
-            .nlink(1)
-            .rdev_major(device.0)
-            .rdev_minor(device.1);
-        entry.write(&mut self.bytes, 0).finish()?;
-        Ok(())
+        let entry = NewcBuilder::new(name).mode(0o020_000 | mode);
+        self.add(entry.rdev_major(device.0).rdev_minor(device.1), &[])
     }
 
     pub(crate) fn symlink(&mut self, name: &str, to: &str) -> Result<()> {
@@ -608,9 +601,13 @@ impl Archive {
     }
 
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
-        self.inodes += 1;
         let name = format!("{name}{}", "\0".repeat(self.padding(name, content)));
-        let entry = NewcBuilder::new(&name).ino(self.inodes).mode(mode).nlink(1);
+        self.add(NewcBuilder::new(&name).mode(mode), content)
+    }
+
+    fn add(&mut self, entry: NewcBuilder, content: &[u8]) -> Result<()> {
+        self.inodes += 1;
+        let entry = entry.ino(self.inodes).nlink(1);
         let mut writer = entry.write(&mut self.bytes, u32::try_from(content.len())?);
         writer.write_all(content)?;
         writer.finish()?;

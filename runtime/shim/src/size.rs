@@ -126,6 +126,12 @@ impl Pod {
         Ok(())
     }
 
+    /// The same behind whoever made room.
+    pub(crate) fn fit_behind(self: &Arc<Self>) {
+        let pod = self.clone();
+        spawn("koya-fit", move || pod.fit_or_tell()).ok();
+    }
+
     /// The same when a container has ended that may be started again soon.
     pub(crate) fn fit_later(self: &Arc<Self>) {
         let is_awaited = lock(&self.last_end).replace(Instant::now()).is_some();
@@ -134,19 +140,12 @@ impl Pod {
         }
         let pod = Arc::downgrade(self);
         let fit = move || {
-            let mut wait = SETTLED;
-            while !wait.is_zero() {
-                std::thread::sleep(wait);
-                let Some(pod) = pod.upgrade() else {
-                    return;
+            while let Some(pod) = pod.upgrade() {
+                let Some(left) = pod.unsettled() else {
+                    return pod.fit_or_tell();
                 };
-                let mut last_end = lock(&pod.last_end);
-                wait = last_end.map_or(SETTLED, |end| SETTLED.saturating_sub(end.elapsed()));
-                if wait.is_zero() {
-                    *last_end = None;
-                    drop(last_end);
-                    pod.fit_behind();
-                }
+                drop(pod);
+                std::thread::sleep(left);
             }
         };
         if spawn("koya-settle", fit).is_err() {
@@ -155,15 +154,21 @@ impl Pod {
         }
     }
 
-    /// The same behind whoever made room.
-    pub(crate) fn fit_behind(self: &Arc<Self>) {
-        let pod = self.clone();
-        let fit = move || {
-            if let Err(error) = pod.fit() {
-                log::warn!("{error}");
-            }
-        };
-        spawn("koya-fit", fit).ok();
+    /// How long the room of the container that ended last is still kept. None: no longer, and whoever asked
+    /// is to fit the pod.
+    fn unsettled(&self) -> Option<Duration> {
+        let mut last_end = lock(&self.last_end);
+        let left = SETTLED.checked_sub((*last_end)?.elapsed());
+        if left.is_none() {
+            *last_end = None;
+        }
+        left
+    }
+
+    fn fit_or_tell(&self) {
+        if let Err(error) = self.fit() {
+            log::warn!("{error}");
+        }
     }
 }
 

@@ -3,11 +3,12 @@
 use super::{Keep, Lane, Mark, Step, Timeline, VERSION, store};
 use crate::Error;
 use crate::agent::AgentTimes;
+use crate::sync::lock;
 use koya_vmm::Marks;
 use std::borrow::Cow;
 use std::error::Error as _;
 use std::fmt::Write;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How many steps are kept, and how many marks: those of the first containers.
@@ -75,7 +76,7 @@ impl Recorder {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn elapsed(&self) -> Duration {
@@ -233,7 +234,7 @@ impl Recorder {
             return;
         }
         // Containers of one sandbox may start at the same time: the last to write has all.
-        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&self.writing);
         if !std::mem::take(&mut self.lock().is_new) {
             return;
         }

@@ -244,20 +244,7 @@ fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
             .run(&["-d"], "hit", &["sleep", "1000"])
             .output()?,
     )?;
-    let pid = containerd.pid("hit")?;
-    ensure!(
-        Command::new("kill")
-            .args(["-KILL", &pid])
-            .status()?
-            .success()
-    );
-    until("its end", || {
-        let state = containerd.state("hit")?;
-        Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
-    })?;
-    // containerd may know the task still, as one that ended.
-    containerd.ctr(["task", "rm", "-f", "hit"]).output()?;
-    containerd.remove("hit")?;
+    containerd.kill_and_remove("hit")?;
     // And its name can be used again.
     let out = containerd
         .run(&["--rm"], "hit", &["echo", "again"])

@@ -2,7 +2,7 @@
 //! with each version of containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, Test, Use, trials_of};
-use crate::tool::{koya, stdout, until};
+use crate::tool::{kill, koya, stdout, until};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
@@ -459,12 +459,7 @@ fn a_killed_sandbox_is_cleared_away(containerd: &Containerd) -> Result<()> {
     let pod = Pod::start(&cri, containerd, "killed", |_| {})?;
     let one = pod.run("one", &["sleep", "1000"], |_| {})?;
     let shim = containerd.shim_of(&pod.id)?.context("no shim")?;
-    ensure!(
-        Command::new("kill")
-            .args(["-KILL", &shim])
-            .status()?
-            .success()
-    );
+    kill(&shim)?;
     containerd.kill_and_start_again()?;
     let cri = Cri::connect(&containerd.socket())?;
     let pod = Pod { cri: &cri, ..pod };

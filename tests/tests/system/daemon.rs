@@ -1,7 +1,7 @@
 //! A containerd of a test's own, of any of the versions that the tests run with.
 
 use crate::SHARE;
-use crate::tool::{saved_image, scratch, stdout, until};
+use crate::tool::{kill, saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -181,6 +181,18 @@ impl Containerd {
             .filter(|line| line.contains(&*mine.to_string_lossy()) && line.contains(&id));
         let own = shims.find(|line| !line.trim_end().ends_with(" start"));
         Ok(own.and_then(|line| Some(line.split(' ').next()?.to_owned())))
+    }
+
+    /// Kills the process that a container has on the host, and has containerd forget both.
+    pub(crate) fn kill_and_remove(&self, name: &str) -> Result<()> {
+        kill(&self.pid(name)?)?;
+        until("its end", || {
+            let state = self.state(name)?;
+            Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
+        })?;
+        // containerd may know the task still, as one that ended.
+        self.ctr(["task", "rm", "-f", name]).output()?;
+        self.remove(name)
     }
 
     pub(crate) fn remove(&self, name: &str) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Networks that are there before and after their containers: `ctr` lends them by a namespace.
 
 use crate::daemon::Containerd;
-use crate::tool::{stdout, until};
+use crate::tool::stdout;
 use anyhow::{Result, ensure};
 use std::process::Command;
 
@@ -72,18 +72,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
             .run(&["-d", "--with-ns", &namespace], "dies", &["sleep", "1000"])
             .output()?,
     )?;
-    ensure!(
-        Command::new("kill")
-            .args(["-KILL", &containerd.pid("dies")?])
-            .status()?
-            .success()
-    );
-    until("its end", || {
-        let state = containerd.state("dies")?;
-        Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
-    })?;
-    containerd.ctr(["task", "rm", "-f", "dies"]).output()?;
-    containerd.remove("dies")?;
+    containerd.kill_and_remove("dies")?;
     ip(&["address", "add", "192.0.2.1/24", "dev", &outside])?;
     ip(&["link", "set", &outside, "up"])?;
     let ping = [

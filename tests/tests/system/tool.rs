@@ -111,6 +111,13 @@ pub(crate) fn stdout(output: Output) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
 }
 
+/// Kills a process that is there.
+pub(crate) fn kill(pid: &str) -> Result<()> {
+    let killed = Command::new("kill").args(["-KILL", pid]).status()?;
+    ensure!(killed.success(), "no process {pid}");
+    Ok(())
+}
+
 /// Runs a shell script in a container and returns what it printed.
 pub(crate) fn sh(options: &[&str], script: &str) -> Result<String> {
     stdout(run(options, &["sh", "-c", script])?)
