@@ -29,6 +29,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("erofs-utils", "the tests' image of a root file system"),
     ("debootstrap", "the tests' Debian root file system"),
     ("iproute2", "the tests' networks"),
+    ("socat", "the tests' tap that a program serves"),
     ("passt", "networks without root (`koya run --net user`)"),
     (
         "protobuf-compiler",

@@ -2,7 +2,7 @@
 //! containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
-use crate::lent::a_network_is_lent;
+use crate::lent::{a_network_is_lent, a_tap_is_lent};
 use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 10] = [
+    let tests: [Test; 11] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
@@ -23,6 +23,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             killed_at_the_worst_moments_nothing_is_left,
         ),
         ("a_network_is_lent", a_network_is_lent),
+        ("a_tap_is_lent", a_tap_is_lent),
         ("users_are_mapped", users_are_mapped),
         ("an_apparmor_profile_holds", an_apparmor_profile_holds),
         ("many_start_at_once", many_start_at_once),

@@ -1,36 +1,46 @@
 //! Networks that are there before and after their containers: `ctr` lends them by a namespace.
 
 use crate::daemon::Containerd;
-use crate::tool::stdout;
+use crate::tool::{scratch, stdout, until};
 use anyhow::{Result, ensure};
-use std::process::Command;
+use std::fs;
+use std::process::{Child, Command};
+
+fn ip(words: &[&str]) -> Result<String> {
+    stdout(Command::new("ip").args(words).output()?)
+}
+
+/// The container's, and one for the other end: in the host's own, tests beside this one have the same
+/// addresses, and an answer would take the other's way.
+fn namespaces(what: &str, containerd: &Containerd) -> Result<(String, String)> {
+    let names = ["", "far"].map(|end| format!("{what}{end}{}", containerd.number));
+    for name in &names {
+        ip(&["netns", "add", name])?;
+    }
+    let [own, far] = names;
+    Ok((own, far))
+}
 
 /// A network namespace that is there before and after the container: what its interface has is the guest's,
 /// and the interface is as it was afterwards.
 pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
-    let name = format!("lent{}", containerd.number);
-    let (inside, outside) = (
-        format!("i{}", containerd.number),
-        format!("o{}", containerd.number),
-    );
-    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
-    ip(&["netns", "add", &name])?;
-    ip(&[
-        "link", "add", &outside, "type", "veth", "peer", "name", &inside,
-    ])?;
-    ip(&["link", "set", &inside, "netns", &name])?;
+    let (name, far) = namespaces("lent", containerd)?;
+    let (inside, outside) = ("eth0", "far0");
     let own = |words: &[&str]| ip(&[&["-n", &name], words].concat());
+    let fars = |words: &[&str]| ip(&[&["-n", &far], words].concat());
+    let veth = ["link", "add", inside, "type", "veth", "peer", "name"];
+    own(&[&veth[..], &[outside, "netns", &far]].concat())?;
     own(&[
         "link",
         "set",
-        &inside,
+        inside,
         "address",
         "02:00:00:00:00:42",
         "mtu",
         "1400",
         "up",
     ])?;
-    own(&["address", "add", "192.0.2.2/24", "dev", &inside])?;
+    own(&["address", "add", "192.0.2.2/24", "dev", inside])?;
     own(&["route", "add", "198.51.100.0/24", "via", "192.0.2.9"])?;
     let neighbour = [
         "neigh",
@@ -41,7 +51,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
         "nud",
         "permanent",
     ];
-    own(&[&neighbour[..], &["dev", &inside]].concat())?;
+    own(&[&neighbour[..], &["dev", inside]].concat())?;
 
     let namespace = format!("network:/run/netns/{name}");
     let script = "ip link; ip address; ip route; ip neigh";
@@ -62,7 +72,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     }
     containerd.nothing_is_left()?;
     let filters = [
-        "netns", "exec", &name, "tc", "filter", "show", "dev", &inside, "ingress",
+        "netns", "exec", &name, "tc", "filter", "show", "dev", inside, "ingress",
     ];
     let filters = ip(&filters)?;
     ensure!(filters.is_empty(), "{filters}");
@@ -73,8 +83,8 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
             .output()?,
     )?;
     containerd.kill_and_remove("dies")?;
-    ip(&["address", "add", "192.0.2.1/24", "dev", &outside])?;
-    ip(&["link", "set", &outside, "up"])?;
+    fars(&["address", "add", "192.0.2.1/24", "dev", outside])?;
+    fars(&["link", "set", outside, "up"])?;
     let ping = [
         "sh",
         "-c",
@@ -83,5 +93,64 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     let said = stdout(containerd.run(&options, "again", &ping).output()?)?;
     ensure!(said == "reached", "{said}");
     ip(&["netns", "del", &name])?;
+    ip(&["netns", "del", &far])?;
+    containerd.nothing_is_left()
+}
+
+/// Ends with the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// A tap whose other end is a program's, as the CNI plugin `tap` and slirp4netns leave them.
+pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
+    let (name, far) = namespaces("tap", containerd)?;
+    // Two programs, with a frame of the one's tap in each datagram to the other: no frame is there before
+    // both have a socket, which they make behind their taps, since the taps are down.
+    let sockets = scratch("tap")?;
+    let carry = |namespace: &str, own: &str, other: &str| -> Result<Killed> {
+        let socket = |name: &str| sockets.join(name).display().to_string();
+        let mut socat = Command::new("ip");
+        socat.args(["netns", "exec", namespace, "socat"]);
+        socat.arg("TUN,tun-type=tap,iff-no-pi,tun-name=eth0");
+        socat.arg(format!(
+            "UNIX-SENDTO:{},bind={}",
+            socket(other),
+            socket(own)
+        ));
+        Ok(Killed(socat.spawn()?))
+    };
+    let _inside = carry(&name, "inside", "outside")?;
+    let _outside = carry(&far, "outside", "inside")?;
+    until("the programs' sockets", || {
+        let both = ["inside", "outside"].map(|name| sockets.join(name).exists());
+        Ok((both == [true, true]).then_some(()))
+    })?;
+    for (namespace, address) in [(&name, "203.0.113.2/24"), (&far, "203.0.113.1/24")] {
+        let in_it = |words: &[&str]| ip(&[&["-n", namespace], words].concat());
+        // IPv6 would speak before both taps are up.
+        let mute = "echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6";
+        ip(&["netns", "exec", namespace, "sh", "-c", mute])?;
+        in_it(&["address", "add", address, "dev", "eth0"])?;
+        in_it(&["link", "set", "eth0", "up"])?;
+    }
+
+    let namespace = format!("network:/run/netns/{name}");
+    let script = "ip address show eth0; ping -c 1 -w 60 203.0.113.1 > /dev/null && echo reached";
+    let options = ["--rm", "--with-ns", &namespace];
+    let mut run = containerd.run(&options, "tapped", &["sh", "-c", script]);
+    let said = stdout(run.output()?)?;
+    ensure!(
+        said.contains("203.0.113.2/24") && said.ends_with("reached"),
+        "{said}"
+    );
+    ip(&["netns", "del", &name])?;
+    ip(&["netns", "del", &far])?;
+    fs::remove_dir_all(sockets)?;
     containerd.nothing_is_left()
 }
