@@ -53,6 +53,10 @@ impl VirtioDevice for Rng {
         QUEUE_SIZES
     }
 
+    fn fixed_config(&self) -> Option<Vec<u8>> {
+        Some(Vec::new())
+    }
+
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

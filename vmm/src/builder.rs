@@ -18,9 +18,10 @@ use koya_devices::mem::{Mem, MemHandle};
 use koya_devices::net::NetHandle;
 use koya_devices::rng::{Rng, RngMetrics};
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
+use koya_devices::virtio::registers::RegisterPages;
 use koya_devices::virtio::{Memory, VirtioDevice};
 use koya_devices::vsock::{Ports, UnixSockets, Vsock};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -100,8 +101,8 @@ impl VmBuilder {
         }
     }
 
-    /// Adds a virtio device; devices appear in the guest in the order in which they are added, before
-    /// those of the configuration.
+    /// Adds a virtio device; devices of a kind appear in the guest in the order in which they are added,
+    /// before those of the configuration.
     #[must_use]
     pub fn device(mut self, device: impl VirtioDevice + 'static) -> Self {
         self.devices.push(Box::new(device));
@@ -152,7 +153,7 @@ impl VmBuilder {
         marks.built("memory and KVM");
         bus.set_reset(ResetLine::default());
         let serial = self.attach_serial(&machine, &mut bus)?;
-        let mut words = self.attach_devices(&machine, &memory, &mut event_loop, &mut bus)?;
+        let mut words = self.attach_devices(kvm, &machine, &memory, &mut event_loop, &mut bus)?;
         let spares = self.add_spares(&mut bus, &mut words);
 
         marks.built("devices attached");
@@ -219,6 +220,7 @@ impl VmBuilder {
 
     fn attach_devices(
         &mut self,
+        kvm: &Kvm,
         machine: &Machine,
         memory: &Arc<Memory>,
         event_loop: &mut Option<LoopThread>,
@@ -258,20 +260,29 @@ impl VmBuilder {
             self.handles.entropy = Some(entropy.metrics());
             devices.push(Box::new(entropy));
         }
+        if devices.is_empty() {
+            return Ok(Vec::new());
+        }
+        // Those whose registers the guest may read by itself come first: their windows are one slot of memory.
+        devices.sort_by_key(|device| device.fixed_config().is_none());
+        let readable = devices.partition_point(|device| device.fixed_config().is_some());
         let asked = devices.len();
+        let pages = RegisterPages::new(asked).map_err(host("reserve memory for registers"))?;
         let mut words = Vec::new();
         for (index, device) in devices.into_iter().enumerate() {
-            let Some(slot) = arch::layout::device_slot(index) else {
+            let (Some(slot), Some(page)) = (arch::layout::device_slot(index), pages.page(index))
+            else {
                 let max = arch::layout::MAX_DEVICES;
                 return Err(StartError::TooManyDevices { asked, max });
             };
             let looped = loop_of(event_loop)?.clone();
-            let transport = MmioTransport::new(device, memory.clone(), looped)
+            let transport = MmioTransport::with_registers(device, memory.clone(), looped, page)
                 .map_err(host("make a virtio device"))?;
             connect(machine, &transport, slot)?;
             words.push(window_word(slot));
             bus.add_window(slot.address, Some(transport));
         }
+        show_registers(kvm, machine, &pages, readable)?;
         Ok(words)
     }
 
@@ -353,6 +364,25 @@ fn loop_of(event_loop: &mut Option<LoopThread>) -> Result<&Arc<LoopHandle>, Star
         None => LoopThread::start().map_err(host("start the event loop"))?,
     };
     Ok(&event_loop.insert(started).handle)
+}
+
+/// Lets the guest read the registers of the first devices by itself, where it can.
+fn show_registers(
+    kvm: &Kvm,
+    machine: &Machine,
+    pages: &RegisterPages,
+    count: usize,
+) -> Result<(), ArchError> {
+    let first = arch::layout::device_slot(0).filter(|_| count > 0);
+    let Some(first) = first.filter(|_| arch::READS_MEMORY_OF_DEVICES) else {
+        return Ok(());
+    };
+    if !kvm.check_extension(Cap::ReadonlyMem) {
+        return Ok(());
+    }
+    machine
+        .map_registers(pages, first.address, count)
+        .map_err(ArchError::kvm("map devices' registers"))
 }
 
 /// How Linux learns of a window (drivers/virtio/virtio_mmio.c).

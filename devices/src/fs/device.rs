@@ -116,6 +116,10 @@ impl VirtioDevice for Fs {
         &self.queue_sizes
     }
 
+    fn fixed_config(&self) -> Option<Vec<u8>> {
+        Some(self.config.to_vec())
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_space(&self.config, offset, data);
     }

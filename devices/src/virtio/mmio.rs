@@ -1,7 +1,8 @@
 //! The MMIO transport: virtio 1.2, section 4.2, version 2 of the register layout.
 //!
 //! One window of [`WINDOW_SIZE`] bytes a device. [`MmioTransport`] is the register file and the
-//! status state machine; it is called from vCPU threads, one at a time.
+//! status state machine; it is called from vCPU threads, one at a time. What a driver reads is in memory
+//! of the window's own ([`RegisterPage`]), which a guest may have, so that it reads without an exit.
 //!
 //! ```text
 //!            ACKNOWLEDGE      DRIVER        FEATURES_OK       DRIVER_OK
@@ -13,6 +14,7 @@
 //! ```
 
 use super::queue::Place;
+use super::registers::{RegisterPage, RegisterPages};
 use super::state::{self, QueueState, TransportState};
 use super::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, DeviceKind, Interrupt, Memory,
@@ -22,7 +24,6 @@ use crate::sync::guest_fault;
 use event_manager::MutEventSubscriber;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -71,17 +72,17 @@ pub trait EventLoop: Send + Sync {
     fn remove(&self, id: u64) -> Option<Box<dyn MutEventSubscriber + Send>>;
 }
 
-/// A device's interrupt line, its reasons, and the parts of its status that other threads set.
+/// A device's interrupt line, and its registers: reasons for an interrupt, and parts of the status, are
+/// other threads' to set.
 struct Line {
     event: EventFd,
-    reasons: AtomicU32,
-    status: AtomicU32,
-    generation: AtomicU32,
+    registers: RegisterPage,
 }
 
 impl Line {
     fn raise(&self, reason: u32) {
-        self.reasons.fetch_or(reason, Ordering::SeqCst);
+        self.registers
+            .set_bits(VIRTIO_MMIO_INTERRUPT_STATUS, reason);
         if let Err(error) = self.event.write(1) {
             // The counter is full only if the guest never took 2^64 - 1 interrupts.
             log::error!("cannot raise a virtio interrupt: {error}");
@@ -95,17 +96,23 @@ impl Interrupt for Line {
     }
 
     fn config(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.registers.add(VIRTIO_MMIO_CONFIG_GENERATION, 1);
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
     fn needs_reset(&self) {
-        self.status
-            .fetch_or(VIRTIO_CONFIG_S_NEEDS_RESET, Ordering::SeqCst);
-        if self.status.load(Ordering::SeqCst) & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+        self.registers
+            .set_bits(VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_NEEDS_RESET);
+        if self.registers.load(VIRTIO_MMIO_STATUS) & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
             self.raise(VIRTIO_MMIO_INT_CONFIG);
         }
     }
+}
+
+/// Registers that no guest reads by itself.
+fn own_page() -> io::Result<RegisterPage> {
+    let page = RegisterPages::new(1)?.page(0);
+    page.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 /// One device behind its MMIO window.
@@ -130,12 +137,26 @@ impl MmioTransport {
     /// Puts `device` behind a window.
     ///
     /// # Errors
-    /// If the host gives no event descriptors, or the device asks for a queue size that is not a
-    /// power of two up to 32768.
+    /// If the host gives no event descriptors and memory, or the device asks for a queue size that is not
+    /// a power of two up to 32768.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<Memory>,
         event_loop: Arc<dyn EventLoop>,
+    ) -> io::Result<Self> {
+        Self::with_registers(device, memory, event_loop, own_page()?)
+    }
+
+    /// The same with its registers in memory that the guest may read by itself, if the device
+    /// [has a fixed configuration](VirtioDevice::fixed_config).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_registers(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<Memory>,
+        event_loop: Arc<dyn EventLoop>,
+        registers: RegisterPage,
     ) -> io::Result<Self> {
         let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
         let mut queues = Vec::new();
@@ -145,15 +166,13 @@ impl MmioTransport {
             queues.push(queue.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?);
             kicks.push(event()?);
         }
-        Ok(Self {
+        let transport = Self {
             device,
             memory,
             event_loop,
             line: Arc::new(Line {
                 event: event()?,
-                reasons: AtomicU32::new(0),
-                status: AtomicU32::new(0),
-                generation: AtomicU32::new(0),
+                registers,
             }),
             kicks,
             queues,
@@ -164,7 +183,9 @@ impl MmioTransport {
             worker: None,
             active: false,
             places: Vec::new(),
-        })
+        };
+        transport.show_all();
+        Ok(transport)
     }
 
     /// Which device it is.
@@ -190,10 +211,9 @@ impl MmioTransport {
     pub fn share_interrupt(&mut self, event: &EventFd) -> io::Result<()> {
         self.line = Arc::new(Line {
             event: event.try_clone()?,
-            reasons: AtomicU32::new(0),
-            status: AtomicU32::new(0),
-            generation: AtomicU32::new(0),
+            registers: own_page()?,
         });
+        self.show_all();
         Ok(())
     }
 
@@ -216,7 +236,7 @@ impl MmioTransport {
         let Ok(word) = <&mut [u8; 4]>::try_from(data) else {
             return;
         };
-        *word = self.read_register(offset as u32).to_le_bytes();
+        *word = self.line.registers.load(offset as u32).to_le_bytes();
     }
 
     /// A write to the window by the driver.
@@ -238,43 +258,60 @@ impl MmioTransport {
     }
 
     fn status(&self) -> u32 {
-        self.line.status.load(Ordering::SeqCst)
+        self.line.registers.load(VIRTIO_MMIO_STATUS)
     }
 
-    fn selected(&self) -> Option<&Queue> {
-        self.queues.get(self.queue_select as usize)
-    }
-
-    fn read_register(&self, offset: u32) -> u32 {
-        let features = self.device.features() | COMMON_FEATURES;
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => match self.features_select {
-                0 => features as u32,
-                1 => (features >> 32) as u32,
-                _ => 0,
-            },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => self.selected().map_or(0, |q| q.max_size().into()),
-            VIRTIO_MMIO_QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.reasons.load(Ordering::SeqCst),
-            VIRTIO_MMIO_STATUS => self.status(),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.line.generation.load(Ordering::SeqCst),
+    /// Puts all that can be read into the registers.
+    fn show_all(&self) {
+        let fixed = [
+            (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+            (VIRTIO_MMIO_VERSION, VERSION),
+            (VIRTIO_MMIO_DEVICE_ID, self.device.kind() as u32),
+            (VIRTIO_MMIO_VENDOR_ID, VENDOR),
             // No shared memory regions: section 4.2.2 says a length of -1.
-            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => u32::MAX,
-            VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            _ => 0,
+            (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
+            (VIRTIO_MMIO_SHM_BASE_HIGH, u32::MAX),
+        ];
+        for (register, value) in fixed {
+            self.line.registers.store(register, value);
         }
+        if let Some(config) = self.device.fixed_config() {
+            self.line.registers.store_bytes(VIRTIO_MMIO_CONFIG, &config);
+        }
+        self.show_selected();
+    }
+
+    /// Puts those into the registers that the driver has selected.
+    fn show_selected(&self) {
+        let features = self.device.features() | COMMON_FEATURES;
+        let features = match self.features_select {
+            0 => features as u32,
+            1 => (features >> 32) as u32,
+            _ => 0,
+        };
+        let queue = self.queues.get(self.queue_select as usize);
+        let registers = &self.line.registers;
+        registers.store(VIRTIO_MMIO_DEVICE_FEATURES, features);
+        let size = queue.map_or(0, |queue| queue.max_size().into());
+        registers.store(VIRTIO_MMIO_QUEUE_NUM_MAX, size);
+        let ready = queue.map_or(0, |queue| queue.ready().into());
+        registers.store(VIRTIO_MMIO_QUEUE_READY, ready);
     }
 
     fn write_register(&mut self, offset: u32, value: u32) {
         match offset {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.features_select = value,
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => {
+                self.features_select = value;
+                self.show_selected();
+            }
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
-            VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            VIRTIO_MMIO_QUEUE_SEL => {
+                self.queue_select = value;
+                self.show_selected();
+            }
             VIRTIO_MMIO_QUEUE_NOTIFY => {
                 // Reached only where no ioeventfd caught the write.
                 if let Some(kick) = self.kicks.get(value as usize) {
@@ -282,7 +319,8 @@ impl MmioTransport {
                 }
             }
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.line.reasons.fetch_and(!value, Ordering::SeqCst);
+                let registers = &self.line.registers;
+                registers.clear_bits(VIRTIO_MMIO_INTERRUPT_STATUS, value);
             }
             VIRTIO_MMIO_STATUS => self.set_status(value),
             _ => self.write_queue_register(offset, value),
@@ -318,7 +356,10 @@ impl MmioTransport {
         }
         match offset {
             VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
-            VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
+            VIRTIO_MMIO_QUEUE_READY => {
+                queue.set_ready(value == 1);
+                self.show_selected();
+            }
             VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
             VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
@@ -342,15 +383,14 @@ impl MmioTransport {
         match (known, value & !VIRTIO_CONFIG_S_NEEDS_RESET) {
             (_, 0) => self.reset(),
             (_, new) if new & VIRTIO_CONFIG_S_FAILED != 0 => {
-                self.line
-                    .status
-                    .fetch_or(VIRTIO_CONFIG_S_FAILED, Ordering::SeqCst);
+                let registers = &self.line.registers;
+                registers.set_bits(VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_FAILED);
             }
             (0, ACK) | (ACK, DRIVER) | (0, DRIVER) => {
-                self.line.status.store(value, Ordering::SeqCst);
+                self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
             (DRIVER, FEATURES) if self.features_fit() => {
-                self.line.status.store(value, Ordering::SeqCst);
+                self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
             // The driver reads the status back and sees that FEATURES_OK is missing.
             (DRIVER, FEATURES) => guest_fault!(
@@ -358,7 +398,7 @@ impl MmioTransport {
                 self.driver_features
             ),
             (FEATURES, RUNNING) => {
-                self.line.status.store(value, Ordering::SeqCst);
+                self.line.registers.store(VIRTIO_MMIO_STATUS, value);
                 self.activate();
             }
             (old, new) if old == new => {}
@@ -442,12 +482,13 @@ impl MmioTransport {
             next_available: queue.next_avail(),
             next_used: queue.next_used(),
         });
+        let registers = &self.line.registers;
         Ok(TransportState {
             version: state::VERSION,
             status: self.status(),
             driver_features: self.driver_features,
-            interrupt_status: self.line.reasons.load(Ordering::SeqCst),
-            config_generation: self.line.generation.load(Ordering::SeqCst),
+            interrupt_status: registers.load(VIRTIO_MMIO_INTERRUPT_STATUS),
+            config_generation: registers.load(VIRTIO_MMIO_CONFIG_GENERATION),
             queue_select: self.queue_select,
             features_select: self.features_select,
             driver_features_select: self.driver_features_select,
@@ -508,11 +549,11 @@ impl MmioTransport {
         self.queue_select = state.queue_select;
         self.features_select = state.features_select;
         self.driver_features_select = state.driver_features_select;
-        let line = &self.line;
-        line.status.store(state.status, Ordering::SeqCst);
-        line.generation
-            .store(state.config_generation, Ordering::SeqCst);
-        line.reasons.store(state.interrupt_status, Ordering::SeqCst);
+        let registers = &self.line.registers;
+        registers.store(VIRTIO_MMIO_STATUS, state.status);
+        registers.store(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
+        registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
+        self.show_all();
         Ok(())
     }
 
@@ -566,8 +607,10 @@ impl MmioTransport {
         self.features_select = 0;
         self.driver_features_select = 0;
         self.driver_features = 0;
-        self.line.reasons.store(0, Ordering::SeqCst);
-        self.line.status.store(0, Ordering::SeqCst);
+        let registers = &self.line.registers;
+        registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, 0);
+        registers.store(VIRTIO_MMIO_STATUS, 0);
+        self.show_selected();
     }
 }
 

@@ -9,6 +9,7 @@ pub mod chain;
 pub mod mmio;
 pub(crate) mod on_loop;
 pub mod queue;
+pub mod registers;
 pub mod state;
 
 use event_manager::MutEventSubscriber;
@@ -141,6 +142,10 @@ pub trait VirtioDevice: Send {
     }
     /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The whole configuration space, if nothing changes it but a reset.
+    fn fixed_config(&self) -> Option<Vec<u8>> {
+        None
+    }
     /// The driver writes to the configuration space. Few devices have a field for that.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Starts to serve the queues.

@@ -43,6 +43,10 @@ impl VirtioDevice for Vsock {
         QUEUE_SIZES
     }
 
+    fn fixed_config(&self) -> Option<Vec<u8>> {
+        Some(self.cid.to_le_bytes().to_vec())
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_space(&self.cid.to_le_bytes(), offset, data);
     }

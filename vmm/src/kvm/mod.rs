@@ -8,9 +8,11 @@ mod vcpu;
 pub use vcpu::{Exit, Kicker, Vcpu};
 
 use koya_devices::virtio::Memory;
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use koya_devices::virtio::mmio::WINDOW_SIZE;
+use koya_devices::virtio::registers::RegisterPages;
+use kvm_bindings::{KVM_API_VERSION, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -93,7 +95,8 @@ fn cap_number(cap: &Cap) -> libc::c_ulong {
 /// least as long as the slots that point to it.
 pub struct Machine {
     vm: VmFd,
-    _memory: Arc<Memory>,
+    memory: Arc<Memory>,
+    registers: OnceLock<RegisterPages>,
 }
 
 impl Machine {
@@ -114,15 +117,47 @@ impl Machine {
                 userspace_addr: host as u64,
                 flags: 0,
             };
-            // SAFETY: the host range is the whole mapping of this region, which `_memory` keeps
+            // SAFETY: the host range is the whole mapping of this region, which `memory` keeps
             // alive until the VM's descriptor is closed; slots of one VM do not overlap because
             // regions of one Memory do not.
             unsafe { vm.set_user_memory_region(region) }.map_err(|e| ("map memory", e))?;
         }
         Ok(Self {
             vm,
-            _memory: memory,
+            memory,
+            registers: OnceLock::new(),
         })
+    }
+
+    /// Lets the guest read the first `windows` pages of these registers at an address without an exit.
+    /// What it writes there remains one.
+    ///
+    /// # Errors
+    /// KVM's answer; EEXIST the second time.
+    pub fn map_registers(
+        &self,
+        pages: &RegisterPages,
+        address: u64,
+        windows: usize,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let size = (windows as u64).saturating_mul(WINDOW_SIZE);
+        let region = pages.region();
+        if size > region.size() as u64 {
+            return Err(kvm_ioctls::Error::new(libc::EINVAL));
+        }
+        let kept = self.registers.set(pages.clone());
+        kept.map_err(|_| kvm_ioctls::Error::new(libc::EEXIST))?;
+        let region = kvm_userspace_memory_region {
+            slot: self.memory.iter().count() as u32,
+            guest_phys_addr: address,
+            memory_size: size,
+            userspace_addr: region.as_ptr() as u64,
+            flags: KVM_MEM_READONLY,
+        };
+        // SAFETY: the host range is within the mapping of these pages, which `registers` keeps alive until
+        // the VM's descriptor is closed; the slot's number is none of memory's, and KVM itself refuses a
+        // range of the guest's that overlaps another.
+        unsafe { self.vm.set_user_memory_region(region) }
     }
 
     /// The virtual machine's descriptor.

@@ -4,6 +4,7 @@ use super::*;
 use crate::rng::Rng;
 use crate::test_utils::{IdleLoop, MEMORY_SIZE};
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
+use crate::vsock::{Ports, Vsock};
 
 struct Driver {
     transport: MmioTransport,
@@ -12,14 +13,14 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
+        Self::of(Box::new(Rng::default()), own_page().unwrap())
+    }
+
+    fn of(device: Box<dyn VirtioDevice>, registers: RegisterPage) -> Self {
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
-        let event_loop = Arc::new(IdleLoop::default());
-        let transport = MmioTransport::new(
-            Box::new(Rng::default()),
-            Arc::new(memory),
-            event_loop.clone(),
-        )
-        .unwrap();
+        let (memory, event_loop) = (Arc::new(memory), Arc::new(IdleLoop::default()));
+        let events = event_loop.clone();
+        let transport = MmioTransport::with_registers(device, memory, events, registers).unwrap();
         Self {
             transport,
             event_loop,
@@ -219,4 +220,35 @@ fn random_accesses_never_panic() {
             driver.write(register, (state >> 32) as u32 % 64);
         }
     }
+}
+
+/// A guest that has the page reads it, and never asks the device.
+#[test]
+fn a_page_shows_what_a_read_would() {
+    let pages = RegisterPages::new(1).unwrap();
+    let device = || Box::new(Vsock::new(0x1_0000_0003, Ports::new().unwrap()));
+    let config = device().fixed_config().unwrap();
+    let mut driver = Driver::of(device(), pages.page(0).unwrap());
+    let page = pages.page(0).unwrap();
+    let shown = |driver: &mut Driver| {
+        for offset in (0..0x110).step_by(4) {
+            assert_eq!(page.load(offset), driver.read(offset), "{offset:#x}");
+        }
+    };
+    shown(&mut driver);
+    assert_eq!(page.load(VIRTIO_MMIO_DEVICE_ID), DeviceKind::Vsock as u32);
+    assert_eq!(page.load(VIRTIO_MMIO_CONFIG).to_le_bytes(), config[..4]);
+    assert_eq!(page.load(VIRTIO_MMIO_CONFIG + 4), 1);
+    driver.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    assert_eq!(page.load(VIRTIO_MMIO_DEVICE_FEATURES) & 1, 1, "version 1");
+    driver.status(1);
+    shown(&mut driver);
+    driver.write(VIRTIO_MMIO_QUEUE_SEL, 3);
+    assert_eq!(page.load(VIRTIO_MMIO_QUEUE_NUM_MAX), 0);
+    driver.transport.line.queue(0);
+    assert_eq!(page.load(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+    driver.status(0);
+    shown(&mut driver);
+    assert_eq!(page.load(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    assert_eq!(page.load(VIRTIO_MMIO_QUEUE_NUM_MAX), 256);
 }

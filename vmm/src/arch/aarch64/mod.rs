@@ -11,6 +11,10 @@ pub mod layout;
 /// What the guest's kernel is told in any case.
 pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on";
 
+/// Whether memory of the host's can stand for registers that a guest reads: it reads them past the caches, and
+/// would not see what the host wrote.
+pub const READS_MEMORY_OF_DEVICES: bool = false;
+
 /// How the kernel's messages get to the serial port with no driver for it: the device tree names it.
 pub const EARLYCON_CMDLINE: &str = "earlycon keep_bootcon";
 

@@ -22,6 +22,10 @@ pub use cpuid::{Features, features};
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
      random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
 
+/// Whether memory of the host's can stand for registers that a guest reads: it sees there what the host wrote,
+/// whatever type of memory its page tables make of it. Caches and uncached reads are coherent here.
+pub const READS_MEMORY_OF_DEVICES: bool = true;
+
 /// How the kernel's messages get to the serial port with no driver for it.
 pub const EARLYCON_CMDLINE: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
 
