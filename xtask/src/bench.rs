@@ -69,6 +69,9 @@ enum What {
     Monitor(monitor::MonitorArgs),
     /// What the monitor and whole sandboxes hold of the host's memory beside their guests', and of what it is
     Memory {
+        /// Fail if a figure is beyond its goal
+        #[arg(long)]
+        check: bool,
         /// Also write the rows to this file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -78,6 +81,9 @@ enum What {
         /// How many at once
         #[arg(long, default_value = "1,10,50", value_name = "N,N")]
         counts: String,
+        /// Fail if one among many costs more than 1.1 times what the first count's do
+        #[arg(long)]
+        check: bool,
         /// Also write the rows to this file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -135,8 +141,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
         What::Boot(args) => boot(args),
-        What::Memory { json } => memory(json.as_deref()),
-        What::Many { counts, json } => many(counts, json.as_deref()),
+        What::Memory { check, json } => memory(*check, json.as_deref()),
+        What::Many {
+            counts,
+            check,
+            json,
+        } => many(counts, *check, json.as_deref()),
         What::Criterion { quick } => criterion(*quick),
         What::Peers(args) => peers::run(args),
         What::Monitor(args) => monitor::run(args),
@@ -154,7 +164,8 @@ fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
     let mut command: Vec<&OsStr> = vec!["unshare".as_ref(), "--net".as_ref()];
     command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
     command.extend(only.map(OsStr::new));
-    in_rig(&command, json)
+    in_rig(&command, json)?;
+    Ok(())
 }
 
 fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
@@ -163,19 +174,49 @@ fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
     let program = program("containers")?;
     let folder = suite::containerd(suite::CONTAINERD_SUITES[0])?;
     let rounds = rounds.to_string();
-    in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)
+    in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)?;
+    Ok(())
 }
 
-fn memory(json: Option<&Path>) -> Result<()> {
+fn memory(check: bool, json: Option<&Path>) -> Result<()> {
     let examples = build::examples()?;
     let program = program("memory")?;
-    in_rig(
-        &[program.as_ref(), "held".as_ref(), examples.as_ref()],
-        json,
-    )
+    let command: [&OsStr; 3] = [program.as_ref(), "held".as_ref(), examples.as_ref()];
+    let rows = in_rig(&command, json)?;
+    match check {
+        true => check_goals(&rows),
+        false => Ok(()),
+    }
 }
 
-fn many(counts: &str, json: Option<&Path>) -> Result<()> {
+/// Fails if a figure is beyond the goal that stands beside it as a peer's would.
+pub(crate) fn check_goals(rows: &Value) -> Result<()> {
+    let goals = rows.as_array().into_iter().flatten().filter_map(|row| {
+        let ratio = row["ratio"]["goal"].as_f64()?;
+        let text = format!(
+            "{}: {} {}, goal {}",
+            row["name"].as_str()?,
+            row["koya"],
+            row["unit"].as_str()?,
+            row["peers"]["goal"]
+        );
+        Some((ratio >= 1.0, text))
+    });
+    let (met, missed): (Vec<_>, Vec<_>) = goals.partition(|(is_met, _)| *is_met);
+    for (_, text) in &met {
+        eprintln!("bench: met: {text}");
+    }
+    if met.is_empty() && missed.is_empty() {
+        bail!("no figure has a goal");
+    }
+    let missed: Vec<_> = missed.into_iter().map(|(_, text)| text).collect();
+    match missed.is_empty() {
+        true => Ok(()),
+        false => bail!("not met:\n{}", missed.join("\n")),
+    }
+}
+
+fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     let program = program("memory")?;
     let mut files = guest_files(None)?;
@@ -184,7 +225,13 @@ fn many(counts: &str, json: Option<&Path>) -> Result<()> {
     counting::add_programs(&mut files, &[("boot", program)])?;
     let said = counting::run(files, &format!("many {counts}"))?;
     let rows = counting::rows(&said)?;
-    json.map_or(Ok(()), |file| save_rows(file, &rows))
+    if let Some(file) = json {
+        save_rows(file, &rows)?;
+    }
+    match check {
+        true => check_goals(&rows),
+        false => Ok(()),
+    }
 }
 
 /// By name: cargo would give criterion's options to unit tests too.
@@ -211,7 +258,7 @@ const BASELINE: &str = "benches/baseline/boot.json";
 const PICTURE: &str = "picture: ";
 
 /// What the counted host has for any guest: its kernel and initramfs, a root file system, a shell.
-fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
+pub(crate) fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
     let products = Products::places();
     let mut files = Archive::default();
     for dir in [
@@ -369,7 +416,7 @@ fn program(name: &str) -> Result<PathBuf> {
 }
 
 /// Measures where there is a KVM. The rows come on standard output, all else on standard error.
-fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<()> {
+fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<Value> {
     let mut rig = Command::new(std::env::current_exe()?);
     // One CPU: the emulation of several can kill a host that runs virtual machines.
     rig.args(["rig", "--no-build", "--cpus", "1", "--memory", "8192"])
@@ -388,7 +435,7 @@ fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<()> {
         Some(file) => save(file, &out.stdout)?,
         None => eprintln!("(--json FILE keeps the rows)"),
     }
-    Ok(())
+    serde_json::from_slice(&out.stdout).context("no rows")
 }
 
 /// The folder with a guest's initramfs and the image of its tools, made once.

@@ -42,11 +42,14 @@ pub(crate) fn rows(said: &str) -> Result<Value> {
 }
 
 /// Puts programs into `bin` and the libraries that they are linked with where they are looked for.
-pub(crate) fn add_programs(files: &mut Archive, programs: &[(&str, PathBuf)]) -> Result<()> {
+pub(crate) fn add_programs(
+    files: &mut Archive,
+    programs: &[(impl AsRef<str>, PathBuf)],
+) -> Result<()> {
     let mut libraries = BTreeMap::new();
     for (name, path) in programs {
         let program = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        files.file(&format!("bin/{name}"), 0o755, &program)?;
+        files.file(&format!("bin/{}", name.as_ref()), 0o755, &program)?;
         libraries.extend(libraries_of(path)?);
     }
     for (to, path) in libraries {

@@ -1,14 +1,15 @@
-//! `cargo xtask bench peers`: Koya's monitor beside others, one kernel and one initramfs for all, where
-//! instructions are counted.
+//! `cargo xtask bench peers`: Koya's monitor beside others where instructions are counted, with one kernel
+//! for all; and a whole sandbox beside what others make of a distribution's kernel.
 
 use crate::bench;
-use crate::build::{self, Products};
-use crate::rig::Archive;
+use crate::build;
+use crate::rig::{Archive, Host, RunDir};
 use crate::{counting, setup};
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,6 +31,13 @@ pub(crate) struct PeersArgs {
     /// A cloud-hypervisor program to measure beside
     #[arg(long, value_name = "PATH")]
     cloud_hypervisor: Option<PathBuf>,
+    /// Another program to measure beside, which prints its guest's serial port: how it is to be called,
+    /// with {kernel} (an ELF file), {initramfs} and {cmdline} where these are to be
+    #[arg(long, value_name = "NAME=COMMAND", value_parser = other)]
+    monitor: Vec<(String, String)>,
+    /// Fail if a goal is not met: with one kernel, at most 0.6 of Firecracker's exits
+    #[arg(long)]
+    check: bool,
     /// Write the rows, this machine and the programs' versions to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -41,49 +49,62 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     build::ensure()?;
     let monitor = build::examples()?.join("boot");
     let mut programs = vec![
-        ("boot", build::bench("peers")?),
-        ("monitor", monitor),
-        ("qemu-system-x86_64", QEMU.into()),
+        ("boot".to_owned(), build::bench("peers")?),
+        ("sandbox".to_owned(), build::bench("boot")?),
+        ("monitor".to_owned(), monitor),
+        ("qemu-system-x86_64".to_owned(), QEMU.into()),
     ];
     let given = [
         ("firecracker", &args.firecracker),
         ("cloud-hypervisor", &args.cloud_hypervisor),
     ];
     for (name, path) in given {
-        programs.extend(path.clone().map(|path| (name, path)));
+        programs.extend(path.clone().map(|path| (name.to_owned(), path)));
     }
-    let said = counting::run(files(&programs)?, "")?;
+    let mut others = Vec::new();
+    for (name, command) in &args.monitor {
+        let (program, words) = command.split_once(' ').unwrap_or((command, ""));
+        let program = PathBuf::from(program);
+        let own = program.file_name().and_then(OsStr::to_str);
+        let own = own.with_context(|| format!("{name}: no program's path"))?;
+        others.push((name, format!("/bin/{own} {words}")));
+        programs.push((own.to_owned(), program));
+    }
+    let mut files = files(&programs)?;
+    files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
+    let said = counting::run(files, "")?;
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&json!({
             "machine": machine(),
-            "versions": versions(&programs[2..]),
+            "versions": versions(&programs[3..]),
             "rows": rows,
         }))?;
         bench::save(file, text + "\n")?;
     }
-    Ok(())
+    match args.check {
+        true => bench::check_goals(&rows),
+        false => Ok(()),
+    }
 }
 
-fn files(programs: &[(&str, PathBuf)]) -> Result<Archive> {
-    let mut files = Archive::default();
-    for dir in [
-        "share",
-        "share/koya",
-        "share/qemu",
-        "lib",
-        "lib64",
-        "rootfs",
-    ] {
+/// `NAME=COMMAND`
+fn other(text: &str) -> Result<(String, String), String> {
+    let (name, command) = text.split_once('=').ok_or("say NAME=COMMAND")?;
+    Ok((name.to_owned(), command.to_owned()))
+}
+
+fn files(programs: &[(String, PathBuf)]) -> Result<Archive> {
+    let mut files = bench::guest_files(None)?;
+    for dir in ["share/qemu", "stock"] {
         files.dir(dir)?;
     }
-    files.file("config.json", 0o644, b"{}")?;
-    files.file("bin/sh", 0o755, &fs::read("/bin/busybox")?)?;
-    let kernel = Products::places().share.join("vmlinux");
-    files.file("share/koya/vmlinux", 0o644, &fs::read(kernel)?)?;
     let mut guest = Archive::default();
     guest.file("init", 0o755, &fs::read(build::up()?)?)?;
     files.file("initramfs", 0o644, &guest.finish()?)?;
+    let stock = Host::ensure()?.dir.join("vmlinuz");
+    let stock = fs::read(stock).context("cannot read Debian's kernel")?;
+    files.file("stock/vmlinux", 0o644, &elf_of(&stock)?)?;
     for name in FIRMWARE_FILES {
         let places = FIRMWARE.iter().map(|dir| Path::new(dir).join(name));
         if let Some(path) = places.into_iter().find(|path| path.exists()) {
@@ -92,6 +113,38 @@ fn files(programs: &[(&str, PathBuf)]) -> Result<Archive> {
     }
     counting::add_programs(&mut files, programs)?;
     Ok(files)
+}
+
+/// The kernel in a bzImage, as monitors take it that don't unpack it (Documentation/arch/x86/boot.rst).
+fn elf_of(image: &[u8]) -> Result<Vec<u8>> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4)?;
+        usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
+    };
+    let payload = || {
+        let sectors = usize::from(*image.get(0x1f1)?);
+        let start = (sectors + 1) * 512 + word(0x248)?;
+        // Its last four bytes are the kernel's size.
+        image.get(start..start + word(0x24c)?.checked_sub(4)?)
+    };
+    let payload = payload().context("Debian's kernel is no bzImage")?;
+    let unpack = match payload {
+        [0xfd, b'7', b'z', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        _ => bail!("Debian's kernel is compressed with neither xz nor zstd"),
+    };
+    let run = RunDir::create()?;
+    let packed = run.path("kernel");
+    fs::write(&packed, payload)?;
+    let output = Command::new(unpack)
+        .arg("-dc")
+        .stdin(File::open(packed)?)
+        .output()
+        .with_context(|| format!("cannot start {unpack}"))?;
+    if !output.status.success() {
+        bail!("{unpack}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(output.stdout)
 }
 
 /// What the figures were taken on; where instructions are counted they are the same elsewhere.
@@ -103,7 +156,7 @@ fn machine() -> Value {
     json!({"cpu": model.map(|model| model.1), "kernel": kernel.trim()})
 }
 
-fn versions(programs: &[(&str, PathBuf)]) -> Value {
+fn versions(programs: &[(String, PathBuf)]) -> Value {
     let version = |path: &Path| {
         let output = Command::new(path).arg("--version").output().ok()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -111,6 +164,6 @@ fn versions(programs: &[(&str, PathBuf)]) -> Value {
     };
     let all = programs
         .iter()
-        .map(|(name, path)| ((*name).to_owned(), json!(version(path))));
+        .map(|(name, path)| (name.clone(), json!(version(path))));
     Value::Object(all.collect())
 }

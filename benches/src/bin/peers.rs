@@ -1,10 +1,10 @@
-//! Koya's monitor beside others with one kernel and one initramfs, where instructions are counted: from
-//! exec to the guest's user space. `cargo xtask bench peers` runs it in that host, with what it finds
-//! in `/bin`.
+//! Koya's monitor beside others where instructions are counted, from exec to the guest's user space:
+//! with one kernel and one initramfs for all, and a whole sandbox of Koya's beside what others make of a
+//! distribution's kernel. `cargo xtask bench peers` runs it in that host, with what it finds in `/bin`.
 
 use koya_benches::{counts, held, print_marked, row};
 use koya_vmm::arch::BASE_CMDLINE;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,7 +14,12 @@ use std::time::Duration;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// Koya's, for all.
 const KERNEL: &str = "/share/koya/vmlinux";
+/// Debian's, for the others.
+const STOCK_KERNEL: &str = "/stock/vmlinux";
+/// Monitors that this program does not know: a name and words of each.
+const OTHERS: &str = "/monitors.json";
 const INITRAMFS: &str = "/initramfs";
 /// What the guest's first program says.
 const UP: &str = "GUEST-UP";
@@ -39,103 +44,176 @@ fn now() -> Result<f64> {
 struct Seen {
     up: f64,
     entered: f64,
+    calls: f64,
     exits: f64,
     beyond: f64,
     threads: f64,
 }
 
+/// A figure: its name, its unit, and where it is.
+type Figure = (&'static str, &'static str, fn(&Seen) -> f64);
+
+const EXITS: &str = "KVM exits to the guest's user space";
+/// What share of Firecracker's they may be.
+const EXITS_GOAL: f64 = 0.6;
+const FIRECRACKER: &str = "Firecracker";
+
+const FIGURES: &[Figure] = &[
+    ("exec to the first entry of the guest", "ms", |s| s.entered),
+    ("system calls before it, of all threads", "", |s| s.calls),
+    ("exec to the guest's user space", "ms", |s| s.up),
+    (EXITS, "", |s| s.exits),
+    ("memory of the process beyond the guest's", "KiB", |s| {
+        s.beyond
+    }),
+    ("threads", "", |s| s.threads),
+];
+
 fn main() -> Result<()> {
-    let mut all = Vec::new();
-    for (name, words) in monitors()? {
-        let mut seen = Seen::default();
-        for run in 0..RUNS {
-            let traced = run + 1 == RUNS;
-            let this = start(&words, traced)?;
-            match traced {
-                true => seen.entered = this.entered,
-                false => seen = this,
-            }
+    let koya = ["/bin/monitor", KERNEL, INITRAMFS, WORDS].map(str::to_owned);
+    let own = runs_of(&koya)?;
+    let peers = all_of(&peers(KERNEL)?)?;
+    let beside = |value: fn(&Seen) -> f64| {
+        let beside = peers.iter().map(|(name, seen)| (name.clone(), value(seen)));
+        beside.collect::<Vec<_>>()
+    };
+    let mut rows = Vec::new();
+    for (name, unit, value) in FIGURES {
+        let mut beside = beside(*value);
+        let theirs = beside.iter().find(|(name, _)| name == FIRECRACKER);
+        if let (EXITS, Some((_, theirs))) = (*name, theirs) {
+            beside.push(("goal".to_owned(), theirs * EXITS_GOAL));
         }
-        all.push((name, seen));
+        rows.push(row(name, unit, true, value(&own), beside));
     }
-    let rows: Vec<_> = [
-        (
-            "exec to the first entry of the guest",
-            "ms",
-            (|s| s.entered) as fn(&Seen) -> f64,
-        ),
-        ("exec to the guest's user space", "ms", |s| s.up),
-        ("KVM exits to the guest's user space", "", |s| s.exits),
-        ("memory of the process beyond the guest's", "KiB", |s| {
-            s.beyond
-        }),
-        ("threads", "", |s| s.threads),
-    ]
-    .into_iter()
-    .map(|(name, unit, value)| {
-        let peers = all[1..]
-            .iter()
-            .map(|(peer, seen)| ((*peer).to_owned(), value(seen)));
-        row(name, unit, true, value(&all[0].1), peers)
-    })
-    .collect();
+    let (ready, exits) = sandbox()?;
+    let stock = all_of(&peers_of_stock()?)?;
+    let beside = |value: fn(&Seen) -> f64| {
+        let beside = stock.iter().map(|(name, seen)| (name.clone(), value(seen)));
+        beside.collect::<Vec<_>>()
+    };
+    let name = "whole sandbox to its agent; Debian's kernel to user space";
+    rows.push(row(name, "ms", true, ready, beside(|s| s.up)));
+    let name = "KVM exits of the same";
+    rows.push(row(name, "", true, exits, beside(|s| s.exits)));
     Ok(print_marked(&rows)?)
 }
 
-/// Koya, and what else there is, with its words.
-fn monitors() -> Result<Vec<(&'static str, Vec<String>)>> {
-    let words = |line: &str| {
-        line.split_whitespace()
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
+/// A whole sandbox of Koya's, with its own kernel, files, vsock and entropy: milliseconds from exec to its
+/// agent's word, and exits.
+fn sandbox() -> Result<(f64, f64)> {
+    let mut last = (0.0, 0.0);
+    for _ in 1..RUNS {
+        let from = now()?;
+        let output = Command::new("/bin/sandbox").arg("once").output()?;
+        if !output.status.success() {
+            return Err(format!("/bin/sandbox: {output:?}").into());
+        }
+        let said: Value = serde_json::from_slice(&output.stdout)?;
+        let number = |value: &Value| value.as_f64().ok_or("no figure of a sandbox");
+        let ready = &said["ready"];
+        last = (number(&ready[0])? / 1e6 - from, number(&ready[2]["exits"])?);
+    }
+    Ok(last)
+}
+
+fn all_of(monitors: &[(String, Vec<String>)]) -> Result<Vec<(String, Seen)>> {
+    let each = monitors.iter();
+    each.map(|(name, words)| Ok((name.clone(), runs_of(words)?)))
+        .collect()
+}
+
+fn runs_of(words: &[String]) -> Result<Seen> {
+    let mut seen = Seen::default();
+    for run in 0..RUNS {
+        let traced = run + 1 == RUNS;
+        let this = start(words, traced)?;
+        match traced {
+            true => (seen.entered, seen.calls) = (this.entered, this.calls),
+            false => seen = this,
+        }
+    }
+    Ok(seen)
+}
+
+fn peers_of_stock() -> Result<Vec<(String, Vec<String>)>> {
+    match Path::new(STOCK_KERNEL).exists() {
+        true => peers(STOCK_KERNEL),
+        false => Ok(Vec::new()),
+    }
+}
+
+/// What there is beside Koya, with its words for a kernel.
+fn peers(kernel: &str) -> Result<Vec<(String, Vec<String>)>> {
     let line = format!("{BASE_CMDLINE} {FOR_OTHERS} {WORDS}");
-    let mut all = vec![(
-        "koya",
-        vec![
-            "/bin/monitor".into(),
-            KERNEL.into(),
-            INITRAMFS.into(),
-            WORDS.into(),
-        ],
-    )];
-    if Path::new("/bin/firecracker").exists() {
-        let config = json!({
-            "boot-source": {"kernel_image_path": KERNEL, "initrd_path": INITRAMFS, "boot_args": line},
-            "drives": [],
-            "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_KIB >> 10},
+    let config = format!("/run/firecracker{}.json", kernel.replace('/', "-"));
+    let of = |template: &str| -> Vec<String> {
+        let words = template.split_whitespace().map(|word| {
+            let word = word.replace("{kernel}", kernel);
+            let word = word.replace("{initramfs}", INITRAMFS);
+            word.replace("{config}", &config)
+                .replace("{cmdline}", &line)
         });
-        fs::write("/run/firecracker.json", config.to_string())?;
-        let how = "/bin/firecracker --level Off --no-api --no-seccomp --config-file /run/firecracker.json";
-        all.push(("Firecracker", words(how)));
+        words.collect()
+    };
+    let mut all = Vec::new();
+    for (name, program, words) in KNOWN {
+        if Path::new(program).exists() {
+            all.push(((*name).to_owned(), of(&format!("{program} {words}"))));
+        }
     }
-    if Path::new("/bin/qemu-system-x86_64").exists() {
-        let mut how = words(
-            "/bin/qemu-system-x86_64 -L /share/qemu -accel kvm -cpu host \
-             -M microvm,pic=off,pit=off,rtc=off,acpi=off -m 128 -nodefaults -no-user-config \
-             -serial stdio -display none -no-reboot",
-        );
-        how.extend(["-kernel", KERNEL, "-initrd", INITRAMFS, "-append"].map(str::to_owned));
-        how.push(line.clone());
-        all.push(("QEMU", how));
+    if Path::new(OTHERS).exists() {
+        let others: Vec<(String, String)> = serde_json::from_slice(&fs::read(OTHERS)?)?;
+        all.extend(others.into_iter().map(|(name, words)| (name, of(&words))));
     }
-    if Path::new("/bin/cloud-hypervisor").exists() {
-        let mut how = words(
-            "/bin/cloud-hypervisor --cpus boot=1 --memory size=128M --serial tty --console off",
-        );
-        how.extend(["--kernel", KERNEL, "--initramfs", INITRAMFS, "--cmdline"].map(str::to_owned));
-        how.push(line);
-        all.push(("Cloud Hypervisor", how));
-    }
+    let config_of = json!({
+        "boot-source": {"kernel_image_path": kernel, "initrd_path": INITRAMFS, "boot_args": line},
+        "drives": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY_KIB >> 10},
+    });
+    fs::write(&config, config_of.to_string())?;
     Ok(all)
 }
+
+/// Name, program and words of the monitors that this program knows; each prints its serial port.
+const KNOWN: &[(&str, &str, &str)] = &[
+    (
+        FIRECRACKER,
+        "/bin/firecracker",
+        "--level Off --no-api --no-seccomp --config-file {config}",
+    ),
+    (
+        "QEMU",
+        "/bin/qemu-system-x86_64",
+        "-L /share/qemu -accel kvm -cpu host -M microvm,pic=off,pit=off,rtc=off,acpi=off -m 128 \
+         -nodefaults -no-user-config -serial stdio -display none -no-reboot \
+         -kernel {kernel} -initrd {initramfs} -append {cmdline}",
+    ),
+    (
+        "Cloud Hypervisor",
+        "/bin/cloud-hypervisor",
+        "--cpus boot=1 --memory size=128M --serial tty --console off \
+         --kernel {kernel} --initramfs {initramfs} --cmdline {cmdline}",
+    ),
+];
+
+/// What the kernel's trace tells of: entries of guests, and system calls of this program's children.
+const EVENTS: &[&str] = &["kvm/kvm_entry", "raw_syscalls/sys_enter"];
+/// execve, as the trace has it.
+const EXEC: &str = "NR 59 ";
 
 fn start(words: &[String], traced: bool) -> Result<Seen> {
     let tracing = Path::new(TRACING);
     let set = |file: &str, value: &str| fs::write(tracing.join(file), value);
     if traced {
         set("trace_clock", "mono")?;
-        set("events/kvm/kvm_entry/enable", "1")?;
+        set("options/event-fork", "1")?;
+        set("set_event_pid", &std::process::id().to_string())?;
+        // What is wanted comes first.
+        set("options/overwrite", "0")?;
+        for event in EVENTS {
+            set(&format!("events/{event}/enable"), "1")?;
+        }
         set("trace", "")?;
         set("tracing_on", "1")?;
     }
@@ -151,15 +229,32 @@ fn start(words: &[String], traced: bool) -> Result<Seen> {
     let mut seen = seen.map_err(|error| format!("{}: {error}", words[0]))?;
     if traced {
         set("tracing_on", "0")?;
-        set("events/kvm/kvm_entry/enable", "0")?;
+        for event in EVENTS {
+            set(&format!("events/{event}/enable"), "0")?;
+        }
         let trace = fs::read_to_string(tracing.join("trace"))?;
-        let entry = trace.lines().find(|line| line.contains(" kvm_entry:"));
-        // `vcpu-7 [000] d... 12.345678: kvm_entry: ...`
-        let entry = entry.and_then(|line| line.split(": kvm_entry:").next());
-        let seconds = entry.and_then(|line| line.split_whitespace().last());
-        seen.entered = seconds.ok_or("no entry in the trace")?.parse::<f64>()? * 1e3 - from;
+        let (before, entry) =
+            first_entry(&trace).ok_or_else(|| format!("{}: no entry in the trace", words[0]))?;
+        seen.entered = entry * 1e3 - from;
+        seen.calls = before as f64;
     }
     Ok(seen)
+}
+
+/// System calls from exec up to the first entry of a guest, and when that was, in seconds.
+fn first_entry(trace: &str) -> Option<(usize, f64)> {
+    let own = format!("-{} ", std::process::id());
+    let children = trace.lines().filter(|line| !line.contains(&own));
+    let mut calls = 0;
+    for line in children.skip_while(|line| !line.contains(EXEC)) {
+        // `vcpu-7 [000] d... 12.345678: kvm_entry: ...`
+        if let Some((before, _)) = line.split_once(": kvm_entry:") {
+            let seconds = before.split_whitespace().last()?.parse().ok()?;
+            return Some((calls, seconds));
+        }
+        calls += usize::from(line.contains(": sys_enter:"));
+    }
+    None
 }
 
 /// Waits for the guest's word, then looks at the monitor.
