@@ -57,10 +57,6 @@ impl VirtioDevice for Rng {
         Some(Vec::new())
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
         let metrics = self.metrics.clone();

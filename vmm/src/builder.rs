@@ -264,7 +264,7 @@ impl VmBuilder {
             return Ok(Vec::new());
         }
         // Those whose registers the guest may read by itself come first: their windows are one slot of memory.
-        devices.sort_by_key(|device| device.fixed_config().is_none());
+        devices.sort_by_cached_key(|device| device.fixed_config().is_none());
         let readable = devices.partition_point(|device| device.fixed_config().is_some());
         let asked = devices.len();
         let pages = RegisterPages::new(asked).map_err(host("reserve memory for registers"))?;

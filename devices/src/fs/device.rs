@@ -14,7 +14,6 @@ use crate::sys;
 use crate::threads::Threads;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, QueueError, VirtioDevice, Worker,
-    read_config_space,
 };
 use event_manager::MutEventSubscriber;
 use std::io;
@@ -118,10 +117,6 @@ impl VirtioDevice for Fs {
 
     fn fixed_config(&self) -> Option<Vec<u8>> {
         Some(self.config.to_vec())
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config, offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {

@@ -211,9 +211,8 @@ impl MmioTransport {
     pub fn share_interrupt(&mut self, event: &EventFd) -> io::Result<()> {
         self.line = Arc::new(Line {
             event: event.try_clone()?,
-            registers: own_page()?,
+            registers: self.line.registers.clone(),
         });
-        self.show_all();
         Ok(())
     }
 

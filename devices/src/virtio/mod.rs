@@ -140,11 +140,13 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64 {
         0
     }
-    /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// The whole configuration space, if nothing changes it but a reset.
+    /// The whole configuration space, if nothing ever changes it: a guest may then have it as memory.
     fn fixed_config(&self) -> Option<Vec<u8>> {
         None
+    }
+    /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.fixed_config().unwrap_or_default(), offset, data);
     }
     /// The driver writes to the configuration space. Few devices have a field for that.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

@@ -39,7 +39,8 @@ impl RegisterPages {
     }
 }
 
-/// The registers of one window: each a little-endian word at its offset, whoever reads it.
+/// The registers of one window, all copies of it the same ones: each a little-endian word at its offset, whoever reads it.
+#[derive(Clone)]
 pub struct RegisterPage {
     pages: Arc<MmapRegion>,
     start: usize,

@@ -6,7 +6,6 @@ use super::{FIRST_GUEST_CID, Ports};
 use crate::sync::guest_fault;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
-    read_config_space,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use std::collections::HashMap;
@@ -45,10 +44,6 @@ impl VirtioDevice for Vsock {
 
     fn fixed_config(&self) -> Option<Vec<u8>> {
         Some(self.cid.to_le_bytes().to_vec())
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
