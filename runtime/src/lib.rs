@@ -50,6 +50,7 @@ pub use container::{Container, Output, Process};
 pub use error::Error;
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
+pub use koya_vmm::devices::sys::share_heap;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};

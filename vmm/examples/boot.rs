@@ -6,6 +6,7 @@ use koya_vmm::{Vm, VmConfig};
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    koya_vmm::devices::sys::share_heap();
     let mut args = std::env::args().skip(1);
     let kernel = args.next().ok_or("say KERNEL [INITRAMFS [WORDS]]")?;
     let config = VmConfig {

@@ -47,6 +47,8 @@ const PICTURE: &str = "picture: ";
 const RUN: &str = "hello";
 
 fn main() -> Result<()> {
+    // As koya does.
+    koya::share_heap();
     match std::env::args().nth(1).as_deref() {
         Some(ONCE) => once(),
         Some("trace") => trace(),

@@ -1,5 +1,5 @@
-//! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles,
-//! per-mount attributes, and BPF. Every function here is safe to call; each `unsafe` block states why.
+//! Calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles, per-mount
+//! attributes, BPF, and the allocator's settings. Every function here is safe to call; each `unsafe` block states why.
 
 mod pieces;
 mod ring;
@@ -16,6 +16,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+
+/// Has all threads of this process allocate from one heap, those that come after this: glibc gives each a
+/// heap of its own, some pages and page tables for every device's thread. For the start of a program; a
+/// library leaves that to the program. Nothing happens where the C library is another.
+pub fn share_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number that the allocator reads under its own lock. No memory changes hands.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
 
 /// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
 /// caller's next call, as with any short read or write.

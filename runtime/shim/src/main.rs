@@ -40,6 +40,7 @@ use std::process::ExitCode;
 const RUNTIME: &str = "io.containerd.koya.v2";
 
 fn main() -> ExitCode {
+    koya::share_heap();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         // containerd shows this to its user, after words of its own.
