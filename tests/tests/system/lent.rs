@@ -10,26 +10,35 @@ fn ip(words: &[&str]) -> Result<String> {
     stdout(Command::new("ip").args(words).output()?)
 }
 
+/// Ends with the test.
+struct Namespace(String);
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        ip(&["netns", "del", &self.0]).ok();
+    }
+}
+
 /// The container's, and one for the other end: in the host's own, tests beside this one have the same
 /// addresses, and an answer would take the other's way.
-fn namespaces(what: &str, containerd: &Containerd) -> Result<(String, String)> {
-    let names = ["", "far"].map(|end| format!("{what}{end}{}", containerd.number));
-    for name in &names {
+fn namespaces(what: &str, containerd: &Containerd) -> Result<[Namespace; 2]> {
+    let own = Namespace(format!("{what}{}", containerd.number));
+    let far = Namespace(format!("{what}far{}", containerd.number));
+    for Namespace(name) in [&own, &far] {
         ip(&["netns", "add", name])?;
     }
-    let [own, far] = names;
-    Ok((own, far))
+    Ok([own, far])
 }
 
 /// A network namespace that is there before and after the container: what its interface has is the guest's,
 /// and the interface is as it was afterwards.
 pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
-    let (name, far) = namespaces("lent", containerd)?;
+    let [Namespace(name), Namespace(far)] = &namespaces("lent", containerd)?;
     let (inside, outside) = ("eth0", "far0");
-    let own = |words: &[&str]| ip(&[&["-n", &name], words].concat());
-    let fars = |words: &[&str]| ip(&[&["-n", &far], words].concat());
+    let own = |words: &[&str]| ip(&[&["-n", name], words].concat());
+    let fars = |words: &[&str]| ip(&[&["-n", far], words].concat());
     let veth = ["link", "add", inside, "type", "veth", "peer", "name"];
-    own(&[&veth[..], &[outside, "netns", &far]].concat())?;
+    own(&[&veth[..], &[outside, "netns", far]].concat())?;
     own(&[
         "link",
         "set",
@@ -72,7 +81,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     }
     containerd.nothing_is_left()?;
     let filters = [
-        "netns", "exec", &name, "tc", "filter", "show", "dev", inside, "ingress",
+        "netns", "exec", name, "tc", "filter", "show", "dev", inside, "ingress",
     ];
     let filters = ip(&filters)?;
     ensure!(filters.is_empty(), "{filters}");
@@ -92,8 +101,6 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     ];
     let said = stdout(containerd.run(&options, "again", &ping).output()?)?;
     ensure!(said == "reached", "{said}");
-    ip(&["netns", "del", &name])?;
-    ip(&["netns", "del", &far])?;
     containerd.nothing_is_left()
 }
 
@@ -109,7 +116,7 @@ impl Drop for Killed {
 
 /// A tap whose other end is a program's, as the CNI plugin `tap` and slirp4netns leave them.
 pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
-    let (name, far) = namespaces("tap", containerd)?;
+    let [Namespace(name), Namespace(far)] = &namespaces("tap", containerd)?;
     // Two programs, with a frame of the one's tap in each datagram to the other: no frame is there before
     // both have a socket, which they make behind their taps, since the taps are down.
     let sockets = scratch("tap")?;
@@ -125,13 +132,13 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
         ));
         Ok(Killed(socat.spawn()?))
     };
-    let _inside = carry(&name, "inside", "outside")?;
-    let _outside = carry(&far, "outside", "inside")?;
+    let _inside = carry(name, "inside", "outside")?;
+    let _outside = carry(far, "outside", "inside")?;
     until("the programs' sockets", || {
         let both = ["inside", "outside"].map(|name| sockets.join(name).exists());
         Ok((both == [true, true]).then_some(()))
     })?;
-    for (namespace, address) in [(&name, "203.0.113.2/24"), (&far, "203.0.113.1/24")] {
+    for (namespace, address) in [(name, "203.0.113.2/24"), (far, "203.0.113.1/24")] {
         let in_it = |words: &[&str]| ip(&[&["-n", namespace], words].concat());
         // IPv6 would speak before both taps are up.
         let mute = "echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6";
@@ -149,8 +156,6 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
         said.contains("203.0.113.2/24") && said.ends_with("reached"),
         "{said}"
     );
-    ip(&["netns", "del", &name])?;
-    ip(&["netns", "del", &far])?;
     fs::remove_dir_all(sockets)?;
     containerd.nothing_is_left()
 }
