@@ -95,7 +95,8 @@ enum What {
         quick: bool,
     },
     /// Koya's monitor beside QEMU's microvm and others, one kernel for all, where instructions are counted:
-    /// exec to the guest's user space, exits, memory
+    /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox beside what the others
+    /// make of Debian's kernel
     Peers(peers::PeersArgs),
     /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
     Containers {
@@ -216,6 +217,9 @@ pub(crate) fn check_goals(rows: &Value) -> Result<()> {
     }
 }
 
+/// For fifty guests, some 60 MiB each: without enough the host looks for memory for ever.
+const MANY_MEMORY_MIB: u32 = 8192;
+
 fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     let program = program("memory")?;
@@ -223,7 +227,7 @@ fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     // For the sandboxes' networks.
     files.file("more-modules", 0o644, b"tun.ko\n")?;
     counting::add_programs(&mut files, &[("boot", program)])?;
-    let said = counting::run(files, &format!("many {counts}"))?;
+    let said = counting::run(files, &format!("many {counts}"), MANY_MEMORY_MIB)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = json {
         save_rows(file, &rows)?;
@@ -333,7 +337,7 @@ fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
 fn boot(args: &BootArgs) -> Result<()> {
     let files = boot_files(args.kernel.as_deref())?;
     if args.trace {
-        print!("{}", counting::run(files, "trace")?);
+        print!("{}", counting::run(files, "trace", counting::MEMORY_MIB)?);
         return Ok(());
     }
     if args.profile {
@@ -341,7 +345,7 @@ fn boot(args: &BootArgs) -> Result<()> {
         counting::profile(files, "profile", &symbols)?.print(&symbols);
         return Ok(());
     }
-    let said = counting::run(files, "")?;
+    let said = counting::run(files, "", counting::MEMORY_MIB)?;
     let (pictures, said): (Vec<&str>, Vec<&str>) =
         said.lines().partition(|line| line.starts_with(PICTURE));
     if let (Some(file), [picture, ..]) = (&args.svg, &*pictures) {

@@ -20,7 +20,8 @@ const INIT: &str = include_str!("counting-init.sh");
 const END: &str = "counting: exit ";
 /// Without fast string instructions, long or short: each step of one would count.
 const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
-const MEMORY_MIB: u32 = 3072;
+/// The host's memory for one guest after the other.
+pub(crate) const MEMORY_MIB: u32 = 3072;
 const LIMIT: Duration = Duration::from_secs(1200);
 
 /// What the line begins with that has a bench's rows (`koya_benches::print_marked`).
@@ -58,23 +59,24 @@ pub(crate) fn add_programs(
     Ok(())
 }
 
-/// Boots it with these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
+/// Boots it with so much memory and these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(crate) fn run(files: Archive, arguments: &str) -> Result<String> {
-    Ok(boot(files, arguments, None)?.0)
+pub(crate) fn run(files: Archive, arguments: &str, memory_mib: u32) -> Result<String> {
+    Ok(boot(files, arguments, memory_mib, None)?.0)
 }
 
 /// As [`run`], and where the instructions went between two words of the program.
 pub(crate) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
-    let (_, profile) = boot(files, arguments, Some(symbols))?;
+    let (_, profile) = boot(files, arguments, MEMORY_MIB, Some(symbols))?;
     profile.context("no profile")
 }
 
 fn boot(
     mut files: Archive,
     arguments: &str,
+    memory_mib: u32,
     symbols: Option<&Symbols>,
 ) -> Result<(String, Option<Profile>)> {
     let host = Host::ensure()?;
@@ -90,7 +92,7 @@ fn boot(
     qemu.args(["-accel", "tcg,thread=single", "-cpu", CPU])
         .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
         .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1", "-M", "q35"])
-        .args(["-m", &MEMORY_MIB.to_string()])
+        .args(["-m", &memory_mib.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-vga", "none", "-net", "none", "-no-reboot"])
         .arg("-kernel")

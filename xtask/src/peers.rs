@@ -8,7 +8,6 @@ use crate::{counting, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -36,7 +35,7 @@ pub(crate) struct PeersArgs {
     #[arg(long, value_name = "NAME=COMMAND", value_parser = other)]
     monitor: Vec<(String, String)>,
     /// Fail if a goal is not met: with one kernel, at most 0.6 of Firecracker's exits
-    #[arg(long)]
+    #[arg(long, requires = "firecracker")]
     check: bool,
     /// Write the rows, this machine and the programs' versions to this file
     #[arg(long, value_name = "FILE")]
@@ -61,18 +60,21 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     for (name, path) in given {
         programs.extend(path.clone().map(|path| (name.to_owned(), path)));
     }
-    let mut others = Vec::new();
+    let mut others: Vec<(&String, String)> = Vec::new();
     for (name, command) in &args.monitor {
+        if others.iter().any(|(other, _)| *other == name) {
+            bail!("two monitors are called {name}");
+        }
         let (program, words) = command.split_once(' ').unwrap_or((command, ""));
         let program = PathBuf::from(program);
-        let own = program.file_name().and_then(OsStr::to_str);
-        let own = own.with_context(|| format!("{name}: no program's path"))?;
+        // None of the bench's own names, and none of another's.
+        let own = format!("monitor-{}", others.len());
         others.push((name, format!("/bin/{own} {words}")));
-        programs.push((own.to_owned(), program));
+        programs.push((own, program));
     }
     let mut files = files(&programs)?;
     files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
-    let said = counting::run(files, "")?;
+    let said = counting::run(files, "", counting::MEMORY_MIB)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&json!({
@@ -88,9 +90,15 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     }
 }
 
+/// What columns are called without being asked for.
+const KNOWN: &[&str] = &["", "goal", "Firecracker", "QEMU", "Cloud Hypervisor"];
+
 /// `NAME=COMMAND`
 fn other(text: &str) -> Result<(String, String), String> {
     let (name, command) = text.split_once('=').ok_or("say NAME=COMMAND")?;
+    if KNOWN.contains(&name) {
+        return Err(format!("{name} has a column already"));
+    }
     Ok((name.to_owned(), command.to_owned()))
 }
 
