@@ -79,7 +79,7 @@ enum What {
     /// What it costs to make a sandbox, and what it holds, where many are alive at once
     Many {
         /// How many at once
-        #[arg(long, default_value = "1,10,50", value_name = "N,N")]
+        #[arg(long, default_value = "1,10,30", value_name = "N,N")]
         counts: String,
         /// Fail if one among many costs more than 1.1 times what the first count's do
         #[arg(long)]
