@@ -264,12 +264,13 @@ impl VmBuilder {
             return Ok(Vec::new());
         }
         // Those whose registers the guest may read by itself come first: their windows are one slot of memory.
-        devices.sort_by_cached_key(|device| device.fixed_config().is_none());
-        let readable = devices.partition_point(|device| device.fixed_config().is_some());
-        let asked = devices.len();
+        let (readable, others): (Vec<_>, Vec<_>) = devices
+            .into_iter()
+            .partition(|device| device.fixed_config().is_some());
+        let (count, asked) = (readable.len(), readable.len() + others.len());
         let pages = RegisterPages::new(asked).map_err(host("reserve memory for registers"))?;
         let mut words = Vec::new();
-        for (index, device) in devices.into_iter().enumerate() {
+        for (index, device) in readable.into_iter().chain(others).enumerate() {
             let (Some(slot), Some(page)) = (arch::layout::device_slot(index), pages.page(index))
             else {
                 let max = arch::layout::MAX_DEVICES;
@@ -282,7 +283,7 @@ impl VmBuilder {
             words.push(window_word(slot));
             bus.add_window(slot.address, Some(transport));
         }
-        show_registers(kvm, machine, &pages, readable)?;
+        show_registers(kvm, machine, &pages, count)?;
         Ok(words)
     }
 

@@ -73,13 +73,9 @@ fn main() -> Result<()> {
     let koya = ["/bin/monitor", KERNEL, INITRAMFS, WORDS].map(str::to_owned);
     let own = runs_of(&koya)?;
     let peers = all_of(&peers(KERNEL)?)?;
-    let beside = |value: fn(&Seen) -> f64| {
-        let beside = peers.iter().map(|(name, seen)| (name.clone(), value(seen)));
-        beside.collect::<Vec<_>>()
-    };
     let mut rows = Vec::new();
     for (name, unit, value) in FIGURES {
-        let mut beside = beside(*value);
+        let mut beside = beside(&peers, *value);
         let theirs = beside.iter().find(|(name, _)| name == FIRECRACKER);
         if let (EXITS, Some((_, theirs))) = (*name, theirs) {
             beside.push(("goal".to_owned(), theirs * EXITS_GOAL));
@@ -88,15 +84,17 @@ fn main() -> Result<()> {
     }
     let (ready, exits) = sandbox()?;
     let stock = all_of(&peers_of_stock()?)?;
-    let beside = |value: fn(&Seen) -> f64| {
-        let beside = stock.iter().map(|(name, seen)| (name.clone(), value(seen)));
-        beside.collect::<Vec<_>>()
-    };
     let name = "whole sandbox to its agent; Debian's kernel to user space";
-    rows.push(row(name, "ms", true, ready, beside(|s| s.up)));
+    rows.push(row(name, "ms", true, ready, beside(&stock, |s| s.up)));
     let name = "KVM exits of the same";
-    rows.push(row(name, "", true, exits, beside(|s| s.exits)));
+    rows.push(row(name, "", true, exits, beside(&stock, |s| s.exits)));
     Ok(print_marked(&rows)?)
+}
+
+/// A figure of each peer, by its name.
+fn beside(peers: &[(String, Seen)], value: fn(&Seen) -> f64) -> Vec<(String, f64)> {
+    let figures = peers.iter().map(|(name, seen)| (name.clone(), value(seen)));
+    figures.collect()
 }
 
 /// A whole sandbox of Koya's, with its own kernel, files, vsock, balloon and entropy: milliseconds from exec to its

@@ -2,7 +2,7 @@
 //! with each version of containerd that Debian has.
 
 use crate::daemon::{Containerd, IMAGE, Test, Use, trials_of};
-use crate::tool::{kill, koya, stdout, until};
+use crate::tool::{ip, kill, koya, stdout, until};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
@@ -292,7 +292,6 @@ fn networks_of_other_kinds(containerd: &Containerd) -> Result<()> {
         format!("m{}", containerd.number),
         format!("n{}", containerd.number),
     );
-    let ip = |words: &[&str]| stdout(Command::new("ip").args(words).output()?);
     ip(&[
         "link", "add", &master, "type", "veth", "peer", "name", &other,
     ])?;

@@ -1,14 +1,10 @@
 //! Networks that are there before and after their containers: `ctr` lends them by a namespace.
 
 use crate::daemon::Containerd;
-use crate::tool::{scratch, stdout, until};
+use crate::tool::{ip, scratch, stdout, until};
 use anyhow::{Result, ensure};
 use std::fs;
 use std::process::{Child, Command};
-
-fn ip(words: &[&str]) -> Result<String> {
-    stdout(Command::new("ip").args(words).output()?)
-}
 
 /// Ends with the test.
 struct Namespace(String);

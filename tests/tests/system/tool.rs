@@ -27,6 +27,11 @@ pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// What ip(8) says to these words.
+pub(crate) fn ip(words: &[&str]) -> Result<String> {
+    stdout(Command::new("ip").args(words).output()?)
+}
+
 /// A root file system of one static busybox; tests that write have one of their own.
 pub(crate) fn busybox(at: &Path) -> Result<()> {
     for dir in [
