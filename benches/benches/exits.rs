@@ -67,7 +67,7 @@ impl Guest {
         arch::prepare_vcpu(&features, &vcpu, 0, 1).expect("registers");
         arch::set_entry(&vcpu, arch::Entry::Real).expect("registers");
         Self {
-            vcpu: Vcpu::new(vcpu, Kicker::default()).expect("a signal mask"),
+            vcpu: Vcpu::new(vcpu, Kicker::default()),
             machine,
             bus: Bus::default(),
         }

@@ -44,7 +44,7 @@ pub fn cost_of(command: &mut Command, expected: i32) -> Result<Cost> {
 /// # Errors
 /// If it can't be run, or time does not say.
 pub fn peak_rss(command: &Command) -> Result<f64> {
-    let mut time = Command::new("/usr/bin/time");
+    let mut time = Command::new("time");
     time.args(["--format", "peak %M"]);
     time.arg(command.get_program()).args(command.get_args());
     let output = time.stdin(Stdio::null()).output()?;

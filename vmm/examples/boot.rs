@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ..VmConfig::new(kernel)
     };
     let vm = Vm::builder(config.check()?).console(std::io::stdout());
-    let reason = vm.start()?.wait();
+    let reason = vm.run()?;
     match reason.is_orderly() {
         true => Ok(()),
         false => Err(reason.to_string().into()),

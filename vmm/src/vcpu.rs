@@ -11,7 +11,7 @@
 use crate::arch;
 use crate::bus::{Bus, Effect};
 use crate::exit::ExitReason;
-use crate::kvm::{Exit, Kicker, Vcpu};
+use crate::kvm::{Exit, Kicker, Thread, Vcpu};
 use crate::sync::{lock, wait};
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -138,10 +138,13 @@ impl Gate {
     }
 }
 
-/// A vCPU thread's whole life.
-pub(crate) fn run(mut vcpu: Vcpu, gate: &Arc<Gate>, bus: &Bus) {
+/// A vCPU's whole life, on this thread.
+pub(crate) fn run(mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>, bus: &Bus) {
     let _left = Left(gate);
-    vcpu.enter_thread();
+    if let Err(error) = vcpu.enter_thread(thread) {
+        let details = format!("cannot set a vCPU's signal mask: {error}");
+        return gate.end(ExitReason::RunError { details });
+    }
     let mut first = true;
     loop {
         let (go_on, was_paused) = gate.pass();

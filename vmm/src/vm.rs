@@ -1,17 +1,17 @@
 //! A running virtual machine: who owns what, and in which order it goes.
 
-use crate::builder::{Handles, VmBuilder};
+use crate::builder::{BuiltVcpu, Handles, StartError, VmBuilder};
 use crate::bus::Bus;
 use crate::config::{DiskConfig, Spec};
 use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
-use crate::kvm::Machine;
+use crate::kvm::{Machine, Thread, Vcpu};
 use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::sync::lock;
-use crate::vcpu::Gate;
+use crate::vcpu::{self, Gate};
 use koya_devices::balloon::BalloonHandle;
 use koya_devices::blk::BlockHandle;
 use koya_devices::legacy::SerialPort;
@@ -20,6 +20,7 @@ use koya_devices::net::NetHandle;
 use koya_devices::rng::RngMetrics;
 use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -78,8 +79,32 @@ impl Vm {
         }
     }
 
-    pub(crate) fn add_thread(&mut self, thread: JoinHandle<()>) {
-        self.threads.push(thread);
+    /// Gives a vCPU a thread of its own; dropping the machine ends and joins it.
+    pub(crate) fn spawn(&mut self, built: BuiltVcpu) -> Result<(), StartError> {
+        let BuiltVcpu { index, vcpu, pin } = built;
+        let (gate, bus) = (self.gate.clone(), self.bus.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("koya-vcpu{index}"))
+            .spawn(move || {
+                if let Some(cpu) = pin {
+                    stay_on(cpu);
+                }
+                vcpu::run(vcpu, Thread::Own, &gate, &bus);
+            });
+        let host = |source| StartError::Host {
+            operation: "start a vCPU's thread",
+            source,
+        };
+        self.threads.push(thread.map_err(host)?);
+        Ok(())
+    }
+
+    /// Runs a vCPU on this thread until the machine ends, takes it down, and says why it ended.
+    pub(crate) fn run(self, here: Option<Vcpu>) -> ExitReason {
+        if let Some(vcpu) = here {
+            vcpu::run(vcpu, Thread::Callers, &self.gate, &self.bus);
+        }
+        self.wait()
     }
 
     /// Keeps them until it is taken down.
@@ -240,5 +265,15 @@ impl VmHandle {
     /// Offers bytes to the serial console; how many the guest's FIFO had room for.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.serial.as_ref().map_or(0, |s| lock(s).input(bytes))
+    }
+}
+
+/// Keeps this thread on one CPU of the host's.
+fn stay_on(cpu: u32) {
+    let mut set = CpuSet::new();
+    set.set(cpu as usize);
+    if let Err(error) = sched_setaffinity(None, &set) {
+        // It was there when the configuration was checked.
+        log::warn!("cannot keep a vCPU on CPU {cpu}: {error}");
     }
 }

@@ -24,6 +24,12 @@ fn a_guest_that_resets_ends_in_order() {
 }
 
 #[test]
+fn a_guest_can_be_run_by_the_caller() {
+    let reason = Vm::builder(Spec::flat(RESET)).run();
+    assert_eq!(reason.expect("a tiny guest"), ExitReason::Reset);
+}
+
+#[test]
 fn a_triple_fault_is_told_apart() {
     let reason = start(TRIPLE_FAULT).wait();
     assert!(

@@ -79,7 +79,7 @@ enum What {
     /// What it costs to make a sandbox, and what it holds, where many are alive at once
     Many {
         /// How many at once
-        #[arg(long, default_value = "1,10,30", value_name = "N,N")]
+        #[arg(long, default_value = "1,10,50", value_name = "N,N")]
         counts: String,
         /// Fail if one among many costs more than 1.1 times what the first count's do
         #[arg(long)]
@@ -217,9 +217,6 @@ pub(crate) fn check_goals(rows: &Value) -> Result<()> {
     }
 }
 
-/// For fifty guests, some 60 MiB each: without enough the host looks for memory for ever.
-const MANY_MEMORY_MIB: u32 = 8192;
-
 fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     let program = program("memory")?;
@@ -227,7 +224,7 @@ fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     // For the sandboxes' networks.
     files.file("more-modules", 0o644, b"tun.ko\n")?;
     counting::add_programs(&mut files, &[("boot", program)])?;
-    let said = counting::run(files, &format!("many {counts}"), MANY_MEMORY_MIB)?;
+    let said = counting::run(files, &format!("many {counts}"), counting::MANY_GUESTS)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = json {
         save_rows(file, &rows)?;
@@ -337,7 +334,7 @@ fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
 fn boot(args: &BootArgs) -> Result<()> {
     let files = boot_files(args.kernel.as_deref())?;
     if args.trace {
-        print!("{}", counting::run(files, "trace", counting::MEMORY_MIB)?);
+        print!("{}", counting::run(files, "trace", counting::ONE_GUEST)?);
         return Ok(());
     }
     if args.profile {
@@ -345,7 +342,7 @@ fn boot(args: &BootArgs) -> Result<()> {
         counting::profile(files, "profile", &symbols)?.print(&symbols);
         return Ok(());
     }
-    let said = counting::run(files, "", counting::MEMORY_MIB)?;
+    let said = counting::run(files, "", counting::ONE_GUEST)?;
     let (pictures, said): (Vec<&str>, Vec<&str>) =
         said.lines().partition(|line| line.starts_with(PICTURE));
     if let (Some(file), [picture, ..]) = (&args.svg, &*pictures) {
@@ -383,7 +380,7 @@ pub(crate) fn save(file: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     fs::write(file, content).with_context(|| format!("cannot write {}", file.display()))
 }
 
-fn save_rows(file: &Path, rows: &Value) -> Result<()> {
+pub(crate) fn save_rows(file: &Path, rows: &Value) -> Result<()> {
     save(file, serde_json::to_string_pretty(rows)? + "\n")
 }
 

@@ -20,8 +20,28 @@ const INIT: &str = include_str!("counting-init.sh");
 const END: &str = "counting: exit ";
 /// Without fast string instructions, long or short: each step of one would count.
 const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
-/// The host's memory for one guest after the other.
-pub(crate) const MEMORY_MIB: u32 = 3072;
+
+/// How much room an emulated host has.
+#[derive(Clone, Copy)]
+pub(crate) struct Room {
+    /// Its memory, in MiB.
+    memory: u32,
+    /// What QEMU may keep of its programs, the guests' kernels among them, translated: in MiB, 2047 at most.
+    /// Where it runs out, QEMU forgets all and begins anew.
+    translations: u32,
+}
+
+/// For one guest after the other.
+pub(crate) const ONE_GUEST: Room = Room {
+    memory: 3072,
+    translations: 1024,
+};
+/// For fifty guests at once: each has its own copy of its kernel, and some 60 MiB. Without enough the host looks
+/// for memory for ever.
+pub(crate) const MANY_GUESTS: Room = Room {
+    memory: 8192,
+    translations: 2047,
+};
 const LIMIT: Duration = Duration::from_secs(1200);
 
 /// What the line begins with that has a bench's rows (`koya_benches::print_marked`).
@@ -59,24 +79,24 @@ pub(crate) fn add_programs(
     Ok(())
 }
 
-/// Boots it with so much memory and these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
+/// Boots it with so much room and these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(crate) fn run(files: Archive, arguments: &str, memory_mib: u32) -> Result<String> {
-    Ok(boot(files, arguments, memory_mib, None)?.0)
+pub(crate) fn run(files: Archive, arguments: &str, room: Room) -> Result<String> {
+    Ok(boot(files, arguments, room, None)?.0)
 }
 
 /// As [`run`], and where the instructions went between two words of the program.
 pub(crate) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
-    let (_, profile) = boot(files, arguments, MEMORY_MIB, Some(symbols))?;
+    let (_, profile) = boot(files, arguments, ONE_GUEST, Some(symbols))?;
     profile.context("no profile")
 }
 
 fn boot(
     mut files: Archive,
     arguments: &str,
-    memory_mib: u32,
+    room: Room,
     symbols: Option<&Symbols>,
 ) -> Result<(String, Option<Profile>)> {
     let host = Host::ensure()?;
@@ -89,10 +109,12 @@ fn boot(
     fs::write(run.path("initrd"), initrd)?;
     let console = run.path("console");
     let mut qemu = host.qemu();
-    qemu.args(["-accel", "tcg,thread=single", "-cpu", CPU])
+    let translations = room.translations;
+    let accel = format!("tcg,thread=single,tb-size={translations}");
+    qemu.args(["-accel", &accel, "-cpu", CPU])
         .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
         .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1", "-M", "q35"])
-        .args(["-m", &memory_mib.to_string()])
+        .args(["-m", &room.memory.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-vga", "none", "-net", "none", "-no-reboot"])
         .arg("-kernel")

@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+pub(crate) const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Where QEMU's firmware is, and what of it the microvm machine takes.
 const FIRMWARE: &[&str] = &["/usr/share/qemu", "/usr/share/seabios"];
 const FIRMWARE_FILES: &[&str] = &[
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     }
     let mut files = files(&programs)?;
     files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
-    let said = counting::run(files, "", counting::MEMORY_MIB)?;
+    let said = counting::run(files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&json!({
@@ -104,23 +104,28 @@ fn other(text: &str) -> Result<(String, String), String> {
 
 fn files(programs: &[(String, PathBuf)]) -> Result<Archive> {
     let mut files = bench::guest_files(None)?;
-    for dir in ["share/qemu", "stock"] {
-        files.dir(dir)?;
-    }
+    files.dir("stock")?;
     let mut guest = Archive::default();
     guest.file("init", 0o755, &fs::read(build::up()?)?)?;
     files.file("initramfs", 0o644, &guest.finish()?)?;
     let stock = Host::ensure()?.dir.join("vmlinuz");
     let stock = fs::read(stock).context("cannot read Debian's kernel")?;
     files.file("stock/vmlinux", 0o644, &elf_of(&stock)?)?;
+    add_firmware(&mut files)?;
+    counting::add_programs(&mut files, programs)?;
+    Ok(files)
+}
+
+/// Puts what QEMU's microvm machine starts with where the benches look for it.
+pub(crate) fn add_firmware(files: &mut Archive) -> Result<()> {
+    files.dir("share/qemu")?;
     for name in FIRMWARE_FILES {
         let places = FIRMWARE.iter().map(|dir| Path::new(dir).join(name));
         if let Some(path) = places.into_iter().find(|path| path.exists()) {
             files.file(&format!("share/qemu/{name}"), 0o644, &fs::read(path)?)?;
         }
     }
-    counting::add_programs(&mut files, programs)?;
-    Ok(files)
+    Ok(())
 }
 
 /// The kernel in a bzImage, as monitors take it that don't unpack it (Documentation/arch/x86/boot.rst).

@@ -5,7 +5,7 @@
 
 mod vcpu;
 
-pub use vcpu::{Exit, Kicker, Vcpu};
+pub use vcpu::{Exit, Kicker, Thread, Vcpu};
 
 use koya_devices::virtio::Memory;
 use koya_devices::virtio::mmio::WINDOW_SIZE;

@@ -37,6 +37,17 @@ fn kick_signal() -> libc::c_int {
 pub struct Vcpu {
     fd: VcpuFd,
     kicker: Kicker,
+    /// The signals that its thread, which is somebody else's, had blocked before.
+    before: Option<libc::sigset_t>,
+}
+
+/// Whose thread runs a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thread {
+    /// The monitor's own: the process's signals are other threads'.
+    Own,
+    /// The caller's: it goes on to get the signals that it has not blocked, while its guest runs too.
+    Callers,
 }
 
 /// What made KVM_RUN return.
@@ -68,27 +79,12 @@ pub enum Exit<'a> {
 
 impl Vcpu {
     /// Takes a vCPU and a kicker for it.
-    ///
-    /// # Errors
-    /// If KVM refuses the signal mask.
-    pub fn new(fd: VcpuFd, kicker: Kicker) -> io::Result<Self> {
-        let mut set = [0xff; KERNEL_SIGSET];
-        // Open for the kick and for those below it, which are the C library's own: it waits for
-        // every thread to handle them (setuid is one reason).
-        for signal in FIRST_REALTIME..=kick_signal() as usize {
-            let bit = signal - 1;
-            set[bit / 8] &= !(1 << (bit % 8));
+    pub fn new(fd: VcpuFd, kicker: Kicker) -> Self {
+        Self {
+            fd,
+            kicker,
+            before: None,
         }
-        let mask = SignalMask {
-            len: KERNEL_SIGSET as u32,
-            set,
-        };
-        // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
-        let result = unsafe { ioctl_with_ptr(&fd, KVM_SET_SIGNAL_MASK(), &raw const mask) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { fd, kicker })
     }
 
     /// The descriptor, for registers.
@@ -97,15 +93,35 @@ impl Vcpu {
     }
 
     /// Makes the calling thread this vCPU's: from now on kicks reach it. To be called first in
-    /// the thread that calls [`run`](Self::run).
-    pub fn enter_thread(&self) {
-        koya_devices::sys::block_signals();
+    /// the thread that calls [`run`](Self::run), where the vCPU is to be dropped, too.
+    ///
+    /// # Errors
+    /// If KVM refuses the signal mask.
+    pub fn enter_thread(&mut self, thread: Thread) -> io::Result<()> {
+        match thread {
+            Thread::Own => koya_devices::sys::block_signals(),
+            Thread::Callers => self.before = Some(block_kicks()),
+        }
+        let mask = mask_in_guest();
+        // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
+        let result = unsafe { ioctl_with_ptr(&self.fd, KVM_SET_SIGNAL_MASK(), &raw const mask) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
         self.kicker.enter();
+        Ok(())
     }
 
-    /// From now on kicks do not reach the thread, which runs the guest no more.
-    pub fn leave_thread(&self) {
+    /// From now on kicks do not reach the thread, which runs the guest no more. A caller's thread
+    /// has its signals as before.
+    pub fn leave_thread(&mut self) {
         self.kicker.leave();
+        if let Some(before) = self.before.take() {
+            // Once open again, a kick that is left would end the process.
+            take_kicks();
+            // SAFETY: the set is one that the C library wrote; only this thread's mask changes.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+        }
     }
 
     /// Runs the guest until it exits.
@@ -166,7 +182,43 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.kicker.leave();
+        self.leave_thread();
+    }
+}
+
+/// Blocks kicks in this thread, and says which signals were blocked before.
+fn block_kicks() -> libc::sigset_t {
+    // SAFETY: both sets live on this stack; only the calling thread's mask changes.
+    unsafe {
+        let (mut kicks, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigemptyset(&mut kicks);
+        libc::sigaddset(&mut kicks, kick_signal());
+        libc::pthread_sigmask(libc::SIG_BLOCK, &kicks, &mut before);
+        before
+    }
+}
+
+/// What is blocked while this thread runs the guest: what is blocked now, but for the kick and those
+/// below it, which are the C library's own: it waits for every thread to handle them (setuid is one reason).
+fn mask_in_guest() -> SignalMask {
+    let mut set = [0; KERNEL_SIGSET];
+    // SAFETY: a null pointer asks for the thread's mask, which is written to this stack.
+    let blocked = unsafe {
+        let mut blocked = std::mem::zeroed();
+        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut blocked);
+        blocked
+    };
+    for signal in 1..=8 * KERNEL_SIGSET {
+        // SAFETY: the set is one that the C library wrote, and it knows this many signals.
+        let is_blocked = unsafe { libc::sigismember(&blocked, signal as libc::c_int) } == 1;
+        let is_kick = (FIRST_REALTIME..=kick_signal() as usize).contains(&signal);
+        if is_blocked && !is_kick {
+            set[(signal - 1) / 8] |= 1 << ((signal - 1) % 8);
+        }
+    }
+    SignalMask {
+        len: KERNEL_SIGSET as u32,
+        set,
     }
 }
 
@@ -232,5 +284,81 @@ impl Kicker {
 impl std::fmt::Debug for Vcpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "vCPU on descriptor {}", self.fd.as_raw_fd())
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::arch;
+    use crate::kvm::{Machine, open};
+    use koya_devices::virtio::Memory;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// A vCPU that will sleep: cli; hlt.
+    fn sleeper(kicker: Kicker) -> (Machine, Vcpu) {
+        let kvm = open().unwrap();
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        memory.write_slice(&[0xfa, 0xf4], GuestAddress(0)).unwrap();
+        let machine = Machine::new(&kvm, Arc::new(memory)).unwrap();
+        arch::prepare_vm(&kvm, machine.fd()).unwrap();
+        let vcpu = machine.fd().create_vcpu(0).unwrap();
+        let features = arch::features(&kvm).unwrap();
+        arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
+        arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
+        (machine, Vcpu::new(vcpu, kicker))
+    }
+
+    fn blocked() -> Vec<libc::c_int> {
+        // SAFETY: a null pointer asks for the thread's mask, which is written to this stack.
+        let set = unsafe {
+            let mut set = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut set);
+            set
+        };
+        // SAFETY: the set is one that the C library wrote.
+        (1..=64)
+            .filter(|&signal| unsafe { libc::sigismember(&set, signal) } == 1)
+            .collect()
+    }
+
+    static HANDLED: AtomicBool = AtomicBool::new(false);
+
+    extern "C" fn handle(_: libc::c_int) {
+        HANDLED.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn a_callers_thread_gets_its_signals_in_the_guest_and_its_mask_back() {
+        // SAFETY: the handler only stores to an atomic.
+        unsafe { libc::signal(libc::SIGUSR1, handle as *const () as libc::sighandler_t) };
+        let kicker = Kicker::default();
+        let (_machine, mut vcpu) = sleeper(kicker.clone());
+        let (said, thread) = std::sync::mpsc::channel();
+        let runs = std::thread::spawn(move || {
+            let before = blocked();
+            vcpu.enter_thread(Thread::Callers).unwrap();
+            said.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
+            assert!(matches!(vcpu.run().unwrap(), Exit::Kicked));
+            assert!(HANDLED.load(Ordering::SeqCst));
+            // The guest goes on until somebody kicks, who may do so twice.
+            assert!(matches!(vcpu.run().unwrap(), Exit::Kicked));
+            vcpu.leave_thread();
+            assert_eq!(blocked(), before);
+        });
+        let number = thread.recv().unwrap();
+        while !HANDLED.load(Ordering::SeqCst) {
+            // SAFETY: plain numbers; the thread is joined below.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), number, libc::SIGUSR1) };
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        while !runs.is_finished() {
+            kicker.kick();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        runs.join().unwrap();
     }
 }
