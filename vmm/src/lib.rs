@@ -5,11 +5,12 @@
 //! use koya_vmm::{Vm, VmConfig};
 //!
 //! let config = VmConfig::new("vmlinux");
-//! let vm = Vm::builder(config.check()?).console(std::io::stdout()).start()?;
-//! println!("the guest ended: {}", vm.wait());
+//! let vm = Vm::builder(config.check()?).console(std::io::stdout());
+//! println!("the guest ended: {}", vm.run()?);
 //! # Ok(())
 //! # }
 //! ```
+//! [`VmBuilder::start`] returns at once, with a [`Vm`] to control it by.
 //!
 //! # The way through
 //! [`VmConfig`] (plain data) → [`VmConfig::check`] → [`Spec`] (cannot be wrong) → [`VmBuilder`]
@@ -22,7 +23,8 @@
 //! inside KVM_RUN, so that no handler is needed (see [`kvm::Vcpu`]).
 //!
 //! # Threads and locks
-//! - vCPU threads: KVM_RUN, and on an exit the [`bus`] to one device, under that device's lock.
+//! - vCPU threads, the first of which may be the caller's ([`VmBuilder::run`]): KVM_RUN, and on an
+//!   exit the [`bus`] to one device, under that device's lock.
 //! - the event loop: workers of active devices. It takes no device's bus lock, so that a vCPU
 //!   may wait for the loop while it holds one.
 //! - the owner's threads: [`Vm`] and [`VmHandle`].

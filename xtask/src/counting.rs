@@ -26,21 +26,21 @@ const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
 pub(crate) struct Room {
     /// Its memory, in MiB.
     memory: u32,
-    /// What QEMU may keep of its programs, the guests' kernels among them, translated: in MiB, 2047 at most.
-    /// Where it runs out, QEMU forgets all and begins anew.
-    translations: u32,
+    /// What QEMU may keep of its programs, the guests' kernels among them, translated: in MiB, 2047 at most,
+    /// else what it takes by itself. Where it runs out, QEMU forgets all and begins anew.
+    translations: Option<u32>,
 }
 
 /// For one guest after the other.
 pub(crate) const ONE_GUEST: Room = Room {
     memory: 3072,
-    translations: 1024,
+    translations: None,
 };
 /// For fifty guests at once: each has its own copy of its kernel, and some 60 MiB. Without enough the host looks
 /// for memory for ever.
 pub(crate) const MANY_GUESTS: Room = Room {
     memory: 8192,
-    translations: 2047,
+    translations: Some(2047),
 };
 const LIMIT: Duration = Duration::from_secs(1200);
 
@@ -109,8 +109,10 @@ fn boot(
     fs::write(run.path("initrd"), initrd)?;
     let console = run.path("console");
     let mut qemu = host.qemu();
-    let translations = room.translations;
-    let accel = format!("tcg,thread=single,tb-size={translations}");
+    let mut accel = "tcg,thread=single".to_owned();
+    if let Some(mib) = room.translations {
+        accel += &format!(",tb-size={mib}");
+    }
     qemu.args(["-accel", &accel, "-cpu", CPU])
         .args(["-icount", "shift=0,sleep=off", "-seed", "1"])
         .args(["-rtc", "base=2020-01-01,clock=vm", "-smp", "1", "-M", "q35"])

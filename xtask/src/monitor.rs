@@ -91,7 +91,7 @@ fn counted(args: &MonitorArgs) -> Result<String> {
         of_examples("floor"),
     ];
     programs.extend(TOOLS.map(|(name, path)| (name.to_owned(), path.into())));
-    let mut words = format!("{COUNTED_ROUNDS} /bin/{EXAMPLES}");
+    let mut words = format!("{COUNTED_ROUNDS} /bin/{EXAMPLES} --small-pages");
     if args.qemu {
         peers::add_firmware(&mut files)?;
         programs.push(("qemu".to_owned(), QEMU.into()));

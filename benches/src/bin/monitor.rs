@@ -1,9 +1,12 @@
 //! What a start of the monitor costs, exec to exit, with a guest that ends at once: the machine's own
 //! `/dev/kvm`, 128 MiB, one CPU, a serial port. `cargo xtask bench monitor` runs it.
 //!
-//! `monitor ROUNDS FOLDER [--qemu QEMU] [--firecracker FIRECRACKER]`: FOLDER has the examples `boot` and
+//! `monitor ROUNDS FOLDER [--qemu QEMU] [--firecracker FIRECRACKER] [--small-pages]`: FOLDER has the examples `boot` and
 //! `floor` of `koya-vmm`. Rows of JSON come on standard output, a
 //! table on standard error. Wall time has the kernel's waits when a virtual machine is taken down in it.
+//!
+//! With `--small-pages` the host makes huge pages only for those that ask: where it makes them for all, every monitor
+//! has two for such a guest, and to clear them is as much as the rest.
 //!
 //! Programs are copied first, as an installation does: what a linker has just written lies in the page cache in
 //! smaller pieces, which are more page faults.
@@ -46,6 +49,9 @@ fn main() -> Result<()> {
     };
     if !Path::new("/dev/kvm").exists() {
         return Err("no /dev/kvm here".into());
+    }
+    if args.iter().any(|arg| arg == "--small-pages") {
+        fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "madvise")?;
     }
     let dir = std::env::temp_dir().join(format!("koya-monitor-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
