@@ -318,8 +318,8 @@ mod tests {
             libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut set);
             set
         };
-        // SAFETY: the set is one that the C library wrote.
         (1..=64)
+            // SAFETY: the set is one that the C library wrote.
             .filter(|&signal| unsafe { libc::sigismember(&set, signal) } == 1)
             .collect()
     }
@@ -350,7 +350,7 @@ mod tests {
             assert_eq!(blocked(), before);
         });
         let number = thread.recv().unwrap();
-        while !HANDLED.load(Ordering::SeqCst) {
+        while !HANDLED.load(Ordering::SeqCst) && !runs.is_finished() {
             // SAFETY: plain numbers; the thread is joined below.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), number, libc::SIGUSR1) };
             std::thread::sleep(Duration::from_millis(10));
