@@ -35,6 +35,6 @@ mod sync;
 pub mod sys;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
-mod threads;
+pub mod threads;
 pub mod virtio;
 pub mod vsock;

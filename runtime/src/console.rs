@@ -1,6 +1,7 @@
 //! The guest's console: the last of it is kept for reports, and all of it goes to whoever asks.
 
 use crate::sync::{lock, wait};
+use koya_vmm::devices::threads;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -93,8 +94,7 @@ impl Console {
     pub(crate) fn follow(&self, mut writer: impl Write + Send + 'static) {
         let queue = Arc::new(Queue::default());
         let shared = queue.clone();
-        let thread = std::thread::Builder::new().name("koya-console".into());
-        let spawned = thread.spawn(move || {
+        let spawned = threads::spawn("koya-console", move || {
             while let Some(bytes) = shared.next() {
                 if writer
                     .write_all(&bytes)

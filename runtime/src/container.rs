@@ -14,6 +14,7 @@ use crate::streams::Expected;
 use crate::sync::lock;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
+use koya_vmm::devices::threads;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -589,7 +590,7 @@ impl Process {
     pub fn take_output(&mut self) -> Result<Output, Error> {
         drop(self.stdin.take());
         let collect = |stream: Option<UnixStream>| {
-            std::thread::spawn(move || -> io::Result<Vec<u8>> {
+            threads::spawn("koya-collect", move || -> io::Result<Vec<u8>> {
                 let mut bytes = Vec::new();
                 if let Some(mut stream) = stream {
                     stream.read_to_end(&mut bytes)?;
@@ -597,8 +598,9 @@ impl Process {
                 Ok(bytes)
             })
         };
-        let stdout = collect(self.stdout.take());
-        let stderr = collect(self.stderr.take());
+        let started = |thread: io::Result<_>| thread.map_err(Error::host("start a thread"));
+        let stdout = started(collect(self.stdout.take()))?;
+        let stderr = started(collect(self.stderr.take()))?;
         let status = self.wait()?;
         let join = |thread: std::thread::JoinHandle<io::Result<Vec<u8>>>| {
             thread

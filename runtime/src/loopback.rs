@@ -6,6 +6,7 @@
 
 use crate::{Error, Sandbox};
 use koya_vmm::devices::sys::steer_loopback;
+use koya_vmm::devices::threads;
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -13,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Connections at once; further ones wait for their turn.
@@ -76,9 +78,10 @@ impl Drop for Loopback {
     }
 }
 
-fn thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let builder = std::thread::Builder::new().name("koya-loopback".into());
-    builder.spawn(work).map(drop)
+fn thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    threads::spawn("koya-loopback", work)
 }
 
 /// A connection that is counted as long as this lives.
@@ -133,8 +136,7 @@ fn relay(client: TcpStream, sandbox: &Sandbox) -> io::Result<()> {
     };
     client.set_nodelay(true)?;
     let (from, to) = (client.try_clone()?, guest.try_clone()?);
-    let back = std::thread::Builder::new().name("koya-loopback".into());
-    let back = back.spawn(move || copy_back(guest, client))?;
+    let back = thread(move || copy_back(guest, client))?;
     let there = copy_there(from, to);
     back.join().unwrap_or(Ok(()))?;
     there

@@ -19,6 +19,7 @@ use koya_protocol::{CONTROL_PORT, SHARED_TAG};
 use koya_vmm::devices::blk::BlockHandle;
 use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
+use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Serial, Vm, VmConfig, VmHandle,
@@ -215,14 +216,12 @@ impl End {
     fn watch(vm: Vm, sockets: Option<UnixSockets>) -> io::Result<Arc<Self>> {
         let end = Arc::new(Self::default());
         let shared = end.clone();
-        std::thread::Builder::new()
-            .name("koya-watch".into())
-            .spawn(move || {
-                let reason = vm.wait();
-                drop(sockets);
-                *shared.lock() = Some(reason);
-                shared.known.notify_all();
-            })?;
+        threads::spawn("koya-watch", move || {
+            let reason = vm.wait();
+            drop(sockets);
+            *shared.lock() = Some(reason);
+            shared.known.notify_all();
+        })?;
         Ok(end)
     }
 
@@ -590,8 +589,7 @@ fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
             }
         }
     };
-    let thread = std::thread::Builder::new().name("koya-events".into());
-    thread.spawn(told).map(drop)
+    threads::spawn("koya-events", told).map(drop)
 }
 
 /// Gives the machine back with the agent's connection.

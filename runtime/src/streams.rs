@@ -5,6 +5,7 @@
 
 use crate::sync::lock;
 use koya_protocol::{STREAM_PORT, TOKEN_LEN};
+use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::Ports;
 use std::collections::HashMap;
 use std::io::{self, Read};
@@ -40,22 +41,20 @@ impl Streams {
         let listener = ports.listen(STREAM_PORT)?;
         let waiting = Waiting::default();
         let shared = Arc::downgrade(&waiting);
-        std::thread::Builder::new()
-            .name("koya-streams".into())
-            .spawn(move || {
-                let pending = Arc::new(AtomicUsize::new(0));
-                loop {
-                    let next = listener.accept_timeout(Duration::from_millis(500));
-                    let Some(waiting) = shared.upgrade() else {
-                        return;
-                    };
-                    match next {
-                        Ok(stream) => take(stream, waiting, &pending),
-                        Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
-                        Err(_) => return,
-                    }
+        threads::spawn("koya-streams", move || {
+            let pending = Arc::new(AtomicUsize::new(0));
+            loop {
+                let next = listener.accept_timeout(Duration::from_millis(500));
+                let Some(waiting) = shared.upgrade() else {
+                    return;
+                };
+                match next {
+                    Ok(stream) => take(stream, waiting, &pending),
+                    Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
+                    Err(_) => return,
                 }
-            })?;
+            }
+        })?;
         Ok(Self { waiting })
     }
 
@@ -95,22 +94,20 @@ fn take(mut stream: UnixStream, waiting: Waiting, pending: &Arc<AtomicUsize>) {
         return;
     }
     let count = pending.clone();
-    let spawned = std::thread::Builder::new()
-        .name("koya-token".into())
-        .spawn(move || {
-            let mut token = [0; TOKEN_LEN];
-            let read = stream
-                .set_read_timeout(Some(TOKEN_LIMIT))
-                .and_then(|()| stream.read_exact(&mut token))
-                .and_then(|()| stream.set_read_timeout(None));
-            count.fetch_sub(1, Ordering::SeqCst);
-            let token = String::from_utf8_lossy(&token);
-            if read.is_ok()
-                && let Some(sender) = lock(&waiting).remove(token.as_ref())
-            {
-                sender.send(stream).ok();
-            }
-        });
+    let spawned = threads::spawn("koya-token", move || {
+        let mut token = [0; TOKEN_LEN];
+        let read = stream
+            .set_read_timeout(Some(TOKEN_LIMIT))
+            .and_then(|()| stream.read_exact(&mut token))
+            .and_then(|()| stream.set_read_timeout(None));
+        count.fetch_sub(1, Ordering::SeqCst);
+        let token = String::from_utf8_lossy(&token);
+        if read.is_ok()
+            && let Some(sender) = lock(&waiting).remove(token.as_ref())
+        {
+            sender.send(stream).ok();
+        }
+    });
     if spawned.is_err() {
         pending.fetch_sub(1, Ordering::SeqCst);
     }

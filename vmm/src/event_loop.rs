@@ -1,6 +1,7 @@
 //! The event loop: one thread, one epoll, the workers of active devices.
 
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use koya_devices::threads;
 use koya_devices::virtio::mmio::EventLoop;
 use std::collections::HashMap;
 use std::io;
@@ -49,17 +50,15 @@ impl LoopThread {
             known: Mutex::default(),
             ended: ended.clone(),
         });
-        let thread = std::thread::Builder::new()
-            .name("koya-loop".into())
-            .spawn(move || {
-                koya_devices::sys::block_signals();
-                while !ended.load(Ordering::SeqCst) {
-                    if let Err(error) = manager.run() {
-                        log::error!("event loop: {error}");
-                        return;
-                    }
+        let thread = threads::spawn("koya-loop", move || {
+            koya_devices::sys::block_signals();
+            while !ended.load(Ordering::SeqCst) {
+                if let Err(error) = manager.run() {
+                    log::error!("event loop: {error}");
+                    return;
                 }
-            })?;
+            }
+        })?;
         Ok(Self {
             handle,
             thread: Some(thread),

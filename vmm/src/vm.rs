@@ -18,6 +18,7 @@ use koya_devices::legacy::SerialPort;
 use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::rng::RngMetrics;
+use koya_devices::threads;
 use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -83,14 +84,12 @@ impl Vm {
     pub(crate) fn spawn(&mut self, built: BuiltVcpu) -> Result<(), StartError> {
         let BuiltVcpu { index, vcpu, pin } = built;
         let (gate, bus) = (self.gate.clone(), self.bus.clone());
-        let thread = std::thread::Builder::new()
-            .name(format!("koya-vcpu{index}"))
-            .spawn(move || {
-                if let Some(cpu) = pin {
-                    stay_on(cpu);
-                }
-                vcpu::run(vcpu, Thread::Own, &gate, &bus);
-            });
+        let thread = threads::spawn(&format!("koya-vcpu{index}"), move || {
+            if let Some(cpu) = pin {
+                stay_on(cpu);
+            }
+            vcpu::run(vcpu, Thread::Own, &gate, &bus);
+        });
         let host = |source| StartError::Host {
             operation: "start a vCPU's thread",
             source,

@@ -11,7 +11,7 @@ use super::server::{FsMetrics, Server};
 use super::{HostEvents, Shares};
 use crate::sync::{guest_fault, lock};
 use crate::sys;
-use crate::threads::Threads;
+use crate::threads::{self, Threads};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, QueueError, VirtioDevice, Worker,
 };
@@ -151,9 +151,7 @@ impl Drop for Fs {
 
 /// Whether threads here can have a file-mode mask of their own, as each of the device's needs.
 fn check_host() -> io::Result<()> {
-    let tried = std::thread::Builder::new()
-        .spawn(sys::unshare_fs_state)?
-        .join();
+    let tried = threads::spawn("koya-fs", sys::unshare_fs_state)?.join();
     match tried {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(io::Error::new(

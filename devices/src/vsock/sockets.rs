@@ -8,6 +8,7 @@
 //!   process of the host listens; if none does, it is refused.
 
 use super::Ports;
+use crate::threads;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -57,8 +58,8 @@ impl UnixSockets {
         // From here on dropping `sockets` takes back what was done.
         let (ports, ended) = (ports.clone(), sockets.ended.clone());
         ports.set_fallback(Some(sockets.path.clone()));
-        let thread = std::thread::Builder::new().name("koya-vsock".into());
-        sockets.thread = Some(thread.spawn(move || serve(&listener, &ports, &ended))?);
+        let work = move || serve(&listener, &ports, &ended);
+        sockets.thread = Some(threads::spawn("koya-vsock", work)?);
         Ok(sockets)
     }
 }
@@ -122,15 +123,13 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
         }
         clients.fetch_add(1, Ordering::SeqCst);
         let (ports, count) = (ports.clone(), clients.clone());
-        let spawned = std::thread::Builder::new()
-            .name("koya-vsock-line".into())
-            .spawn(move || {
-                crate::sys::block_signals();
-                if let Err(error) = connect(stream, &ports) {
-                    log::debug!("vsock: a client of the host's: {error}");
-                }
-                count.fetch_sub(1, Ordering::SeqCst);
-            });
+        let spawned = threads::spawn("koya-vsock-line", move || {
+            crate::sys::block_signals();
+            if let Err(error) = connect(stream, &ports) {
+                log::debug!("vsock: a client of the host's: {error}");
+            }
+            count.fetch_sub(1, Ordering::SeqCst);
+        });
         if let Err(error) = spawned {
             clients.fetch_sub(1, Ordering::SeqCst);
             log::warn!("vsock: cannot start a thread: {error}");

@@ -60,13 +60,13 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
         signal_hook::consts::SIGTERM,
         signal_hook::consts::SIGINT,
     ])?;
-    std::thread::spawn(move || {
+    spawn("koya-signals", move || {
         if caught.forever().next().is_some() {
             log::warn!("asked to end by a signal");
             signals.stop_behind();
             end.send(()).ok();
         }
-    });
+    })?;
     let service = pod.clone();
     spawn("koya-rpc", move || {
         if let Err(error) = service::run(listener, service) {

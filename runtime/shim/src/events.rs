@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_sync::{Client, EventsClient};
+use koya::vmm::devices::threads;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};
@@ -54,10 +55,8 @@ impl Events {
             .ok()
             .filter(|a| !a.is_empty());
         let namespace = namespace.to_owned();
-        let thread = std::thread::Builder::new()
-            .name("koya-publish".into())
-            .spawn(move || send_all(&receiver, address.as_deref(), &namespace))
-            .context("cannot start a thread")?;
+        let work = move || send_all(&receiver, address.as_deref(), &namespace);
+        let thread = threads::spawn("koya-publish", work).context("cannot start a thread")?;
         Ok(Self {
             sender: Mutex::new(Some(sender)),
             thread: Mutex::new(Some(thread)),

@@ -1,6 +1,7 @@
 //! Locks and threads.
 
 use anyhow::{Context, Result};
+use koya::vmm::devices::threads;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A lock that a panic of another thread does not spoil.
@@ -13,7 +14,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// # Errors
 /// If the host has none left.
 pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let builder = std::thread::Builder::new().name(name.into());
-    builder.spawn(work).context("cannot start a thread")?;
+    threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The user's streams and terminal, and a process's.
 
 use koya::Process;
+use koya::vmm::devices::threads::spawn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
@@ -158,10 +159,6 @@ impl Pumps {
             thread.join().ok();
         }
     }
-}
-
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(name.into()).spawn(work)
 }
 
 /// Copies until the end of either side, or until `ended` is closed and nothing comes for a while.

@@ -8,6 +8,7 @@ use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use koya::vmm::devices::threads;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::os::fd::OwnedFd;
@@ -153,7 +154,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
     send(&stream, &request, &[])?;
     let mut wire = Wire::new(stream.try_clone()?);
     let over = Arc::new(AtomicBool::new(false));
-    forward_signals(signals, stream, over.clone());
+    forward_signals(signals, stream, over.clone())?;
     let fds = match hear(&args.name, &mut wire)? {
         Heard::Over(status) => return Ok(status),
         Heard::Started(fds) => fds,
@@ -172,8 +173,8 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
 }
 
 /// Passes signals on; once the process is over, they are this command's own.
-fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBool>) {
-    std::thread::spawn(move || {
+fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBool>) -> Result<()> {
+    threads::spawn("koya-signals", move || {
         for signal in signals.forever() {
             if over.load(Ordering::SeqCst) && signal != SIGWINCH {
                 super::attach::restore();
@@ -188,7 +189,8 @@ fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBoo
                 return;
             }
         }
-    });
+    })?;
+    Ok(())
 }
 
 /// Asks each container, and goes on when one can't.

@@ -12,6 +12,7 @@ use super::state::{Folder, Owned};
 use super::stats::Stats;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
+use koya::vmm::devices::threads;
 use koya::{Container, Process, ProcessConfig, Sandbox, Size, Stdio, User};
 use serde::{Deserialize, Serialize};
 use std::io::Read;
@@ -101,8 +102,7 @@ pub(super) fn serve(owned: &Owned, container: Arc<Container>, sandbox: Arc<Sandb
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let thread = std::thread::Builder::new().name(name.into());
-    thread.spawn(work).context("cannot start a thread")?;
+    threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use ipnet::IpNet;
 use koya::vmm::devices::net::MacAddr;
+use koya::vmm::devices::threads;
 use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeSet;
@@ -169,9 +170,7 @@ impl NetArgs {
                 .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, guest)))
                 .with_context(|| format!("cannot listen at port {guest}"))?;
             let sandbox = sandbox.clone();
-            std::thread::Builder::new()
-                .name("koya-port".into())
-                .spawn(move || accept(&listener, guest, &sandbox))?;
+            threads::spawn("koya-port", move || accept(&listener, guest, &sandbox))?;
         }
         Ok(())
     }
@@ -231,7 +230,7 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>) {
             continue;
         }
         let (held, sandbox) = (room.clone(), sandbox.clone());
-        let spawned = std::thread::Builder::new().spawn(move || {
+        let spawned = threads::spawn("koya-port", move || {
             let _held = held;
             match sandbox.connect(port) {
                 Ok(stream) => join(&socket, &stream),

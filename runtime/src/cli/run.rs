@@ -9,6 +9,7 @@ use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::image::{Defaults, Image};
+use koya::vmm::devices::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
     SandboxConfig, Seccomp, Stdio, User, Volume,
@@ -373,7 +374,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     args.net.enter()?;
     let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
     let running = Running::default();
-    forward_signals(signals, running.clone(), owned.folder.clone());
+    forward_signals(signals, running.clone(), owned.folder.clone())?;
     let defaults = match &args.image {
         Some(image) => unpack(image, &owned.folder)?,
         None => Defaults::default(),
@@ -418,8 +419,8 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
 /// What signals go to; nothing while the sandbox is still starting.
 type Running = Arc<Mutex<Option<(Arc<Container>, Arc<Sandbox>)>>>;
 
-fn forward_signals(mut signals: Signals, running: Running, folder: Folder) {
-    std::thread::spawn(move || {
+fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Result<()> {
+    threads::spawn("koya-signals", move || {
         let mut asked = 0;
         for signal in signals.forever() {
             let target = running
@@ -450,7 +451,8 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) {
             let sent = if insists { libc::SIGKILL } else { signal };
             container.process().signal(sent).ok();
         }
-    });
+    })?;
+    Ok(())
 }
 
 /// Starts this command again in the background and waits for its word.
