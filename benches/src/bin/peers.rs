@@ -7,9 +7,10 @@ use koya_vmm::arch::BASE_CMDLINE;
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::Duration;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -33,6 +34,8 @@ const MEMORY_KIB: u64 = 128 << 10;
 const TRACING: &str = "/sys/kernel/debug/tracing";
 /// How long a guest is left alone before its monitor's memory is looked at.
 const REST: Duration = Duration::from_millis(300);
+/// How long a guest may take to its word, by the counted clock: ten times what the slowest does.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Milliseconds of the clock that the trace has too.
 fn now() -> Result<f64> {
@@ -122,6 +125,8 @@ fn all_of(monitors: &[(String, Vec<String>)]) -> Result<Vec<(String, Seen)>> {
 }
 
 fn runs_of(words: &[String]) -> Result<Seen> {
+    // On the console, which is shown if there is no end to it.
+    eprintln!("{}", words.join(" "));
     let mut seen = Seen::default();
     for _ in 0..RUNS {
         seen = start(words, &[])?.0;
@@ -261,15 +266,23 @@ fn first_entry(trace: &str) -> Option<(usize, f64)> {
 /// Waits for the guest's word, then looks at the monitor.
 fn look(process: &mut Child, from: f64) -> Result<Seen> {
     let output = process.stdout.take().ok_or("no output")?;
-    let mut said = String::new();
-    let mut lines = BufReader::new(output).lines();
-    loop {
-        let line = lines.next().ok_or_else(|| format!("ended: {said}"))??;
-        if line.contains(UP) {
-            break;
+    let (heard, is_heard) = mpsc::channel();
+    // Reads on after the word, so that the monitor may write on.
+    std::thread::spawn(move || {
+        let mut said = String::new();
+        for line in BufReader::new(output).lines().map_while(io::Result::ok) {
+            if line.contains(UP) {
+                heard.send(Ok(())).ok();
+            }
+            said += &line;
+            said.push('\n');
         }
-        said += &line;
-        said.push('\n');
+        heard.send(Err(said)).ok();
+    });
+    match is_heard.recv_timeout(LIMIT) {
+        Ok(Ok(())) => {}
+        Ok(Err(said)) => return Err(format!("it ended: {said}").into()),
+        Err(_) => return Err(format!("no word of its guest in {LIMIT:?}").into()),
     }
     let mut seen = Seen {
         up: now()? - from,
