@@ -8,6 +8,11 @@ pub mod tiny;
 
 use serde_json::{Map, Value, json};
 
+/// As the programs that are measured.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 /// The middle one; of an even number the higher of the two.
 ///
 /// # Panics

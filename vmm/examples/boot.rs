@@ -5,6 +5,11 @@
 use koya_vmm::{Vm, VmConfig};
 use std::error::Error;
 
+/// As the `koya` command's.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> Result<(), Box<dyn Error>> {
     koya_vmm::devices::sys::share_heap();
     let mut args = std::env::args().skip(1);

@@ -8,9 +8,25 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
-/// What all programs are built for: static, with glibc, because the agent's seccomp library is C.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What runs in guests is built for: static, with glibc, because the agent's seccomp library is C.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What runs on the host is built for: a static program of musl's asks the CPU nothing before main, and each
+/// answer is an exit where the host is a virtual machine itself; it holds less memory, and finds names
+/// without loading libraries. Where its library can't be had, what guests have will do.
+fn host_target() -> &'static str {
+    const MUSL: &str = "x86_64-unknown-linux-musl";
+    static TARGET: OnceLock<&str> = OnceLock::new();
+    TARGET.get_or_init(|| {
+        if setup::rust_target(MUSL, "programs for the host") {
+            return MUSL;
+        }
+        eprintln!("build: {MUSL} can't be had (rustup target add {MUSL}): building with glibc");
+        GUEST_TARGET
+    })
+}
 
 /// What runs on the host.
 const PROGRAMS: [&str; 2] = ["koya", "containerd-shim-koya-v2"];
@@ -67,7 +83,7 @@ pub(crate) fn ensure() -> Result<Products> {
     install(&kernel.bzimage, &products.share.join("bzImage"))?;
 
     eprintln!("building koya");
-    linked_static(&["koya", "koya-shim"], "release", &["--bins"], STATIC)?;
+    for_host(&["koya", "koya-shim"], &["--bins"])?;
     for program in PROGRAMS {
         install(&released(program), &products.bin.join(program))?;
     }
@@ -94,13 +110,13 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
 
 /// The monitor's examples, static: what benches of the monitor start. Where they are.
 pub(crate) fn examples() -> Result<PathBuf> {
-    linked_static(&["koya-vmm"], "release", &["--examples"], STATIC)?;
+    for_host(&["koya-vmm"], &["--examples"])?;
     Ok(released("examples"))
 }
 
 /// A program of the benches for the host, linked as koya is. Where it is.
 pub(crate) fn bench(program: &str) -> Result<PathBuf> {
-    linked_static(&["koya-benches"], "release", &["--bin", program], STATIC)?;
+    for_host(&["koya-benches"], &["--bin", program])?;
     Ok(released(program))
 }
 
@@ -110,29 +126,41 @@ pub(crate) fn up() -> Result<PathBuf> {
 }
 
 /// Neither looks for libraries nor relocates against them at its start, and runs on any distribution. What it
-/// relocates of its own is listed by the bit (DT_RELR, glibc 2.36): else that is half a megabyte to read.
-const STATIC: &str = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
+/// relocates of its own is listed by the bit (DT_RELR): else that is half a megabyte to read.
+const HOST_FLAGS: &str = "-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs";
 /// As that, and nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
 const GUEST_FLAGS: &str =
     "-C target-feature=+crt-static -C relocation-model=static -C force-unwind-tables=no";
 
 /// A program that runs in any guest.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
-    linked_static(&[package], "agent", &["--bin", program], GUEST_FLAGS)?;
-    Ok(linked("agent", program))
+    let what = ["--bin", program];
+    linked_static(GUEST_TARGET, &[package], "agent", &what, GUEST_FLAGS)?;
+    Ok(linked(GUEST_TARGET, "agent", program))
+}
+
+/// Programs that run on the host; [`released`] says where they are.
+fn for_host(packages: &[&str], what: &[&str]) -> Result<()> {
+    linked_static(host_target(), packages, "release", what, HOST_FLAGS)
 }
 
 /// Where a program for the host is.
 fn released(program: &str) -> PathBuf {
-    linked("release", program)
+    linked(host_target(), "release", program)
 }
 
-fn linked(profile: &str, program: &str) -> PathBuf {
-    let out = format!("target/static/{TARGET}/{profile}");
+fn linked(target: &str, profile: &str, program: &str) -> PathBuf {
+    let out = format!("target/static/{target}/{profile}");
     proc::checkout().join(out).join(program)
 }
 
-fn linked_static(packages: &[&str], profile: &str, what: &[&str], flags: &str) -> Result<()> {
+fn linked_static(
+    target: &str,
+    packages: &[&str],
+    profile: &str,
+    what: &[&str],
+    flags: &str,
+) -> Result<()> {
     let root = proc::checkout();
     let packages = packages.iter().flat_map(|package| ["--package", package]);
     proc::run(
@@ -141,7 +169,7 @@ fn linked_static(packages: &[&str], profile: &str, what: &[&str], flags: &str) -
             .args(packages)
             .args(what)
             // Always with a target named: else the flag would reach procedural macros.
-            .args(["--target", TARGET, "--target-dir"])
+            .args(["--target", target, "--target-dir"])
             .arg(root.join("target/static"))
             .env("RUSTFLAGS", flags)
             .env("LIBSECCOMP_LINK_TYPE", "static")

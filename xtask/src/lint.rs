@@ -1,8 +1,8 @@
 //! Formatting, clippy with warnings denied, and the aarch64 build's check.
 
-use crate::proc;
+use crate::{proc, setup};
 use anyhow::Result;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 /// `cargo xtask lint`
 pub(crate) fn run() -> Result<()> {
@@ -25,15 +25,9 @@ pub(crate) fn run() -> Result<()> {
     ]))?;
     // Without the target's standard library nothing can be checked: said, not hidden.
     let target = "aarch64-unknown-linux-gnu";
-    if !has_target(target) {
-        eprintln!("lint: getting {target} for a check of its build");
-        let got = Command::new("timeout")
-            .args(["120", "rustup", "target", "add", target])
-            .status();
-        if !got.is_ok_and(|status| status.success()) {
-            eprintln!("lint: NOT CHECKED: {target} can't be had (rustup target add {target})");
-            return Ok(());
-        }
+    if !setup::rust_target(target, "a check of its build") {
+        eprintln!("lint: NOT CHECKED: {target} can't be had (rustup target add {target})");
+        return Ok(());
     }
     eprintln!("lint: checking the {target} build");
     proc::run(cargo().args([
@@ -45,13 +39,4 @@ pub(crate) fn run() -> Result<()> {
         "--package",
         "koya",
     ]))
-}
-
-/// Whether the Rust standard library for `target` is installed.
-pub(crate) fn has_target(target: &str) -> bool {
-    Command::new("rustc")
-        .args(["--print", "target-libdir", "--target", target])
-        .stderr(Stdio::null())
-        .output()
-        .is_ok_and(|out| std::path::Path::new(String::from_utf8_lossy(&out.stdout).trim()).is_dir())
 }

@@ -17,7 +17,7 @@ pub(crate) struct MonitorArgs {
     /// Starts of each kind, in turns; each figure is a median
     #[arg(long, default_value_t = 20)]
     rounds: u32,
-    /// Also write the rows to this file
+    /// Write the rows, this machine and the programs' versions to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// A firecracker program to measure beside
@@ -45,7 +45,11 @@ pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
     };
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
-        bench::save_rows(file, &rows)?;
+        let qemu = args.qemu.then(|| ("qemu".to_owned(), QEMU.into()));
+        let firecracker = args.firecracker.clone();
+        let firecracker = firecracker.map(|path| ("firecracker".to_owned(), path));
+        let peers: Vec<_> = qemu.into_iter().chain(firecracker).collect();
+        peers::save(file, &rows, &peers)?;
     }
     match args.check {
         true => bench::check_goals(&rows),

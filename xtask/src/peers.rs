@@ -77,17 +77,18 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     let said = counting::run(files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
-        let text = serde_json::to_string_pretty(&json!({
-            "machine": machine(),
-            "versions": versions(&programs[3..]),
-            "rows": rows,
-        }))?;
-        bench::save(file, text + "\n")?;
+        save(file, &rows, &programs[3..])?;
     }
     match args.check {
         true => bench::check_goals(&rows),
         false => Ok(()),
     }
+}
+
+/// Writes rows, this machine and the versions of these programs to a file.
+pub(crate) fn save(file: &Path, rows: &Value, programs: &[(String, PathBuf)]) -> Result<()> {
+    let all = json!({"machine": machine(), "versions": versions(programs), "rows": rows});
+    bench::save_rows(file, &all)
 }
 
 /// What columns are called without being asked for.

@@ -1,4 +1,4 @@
-//! The Debian packages that builds and tests need.
+//! The Debian packages and parts of Rust that builds and tests need.
 
 use crate::proc;
 use anyhow::{Result, bail};
@@ -66,6 +66,25 @@ pub(crate) fn ensure_these(packages: &[(&'static str, &str)]) -> Result<()> {
         return Ok(());
     }
     install(packages, &missing)
+}
+
+/// Whether the Rust standard library for `target` is there; gets it with rustup when it is not, and says what
+/// for.
+pub(crate) fn rust_target(target: &str, why: &str) -> bool {
+    let there = Command::new("rustc")
+        .args(["--print", "target-libdir", "--target", target])
+        .stderr(Stdio::null())
+        .output()
+        .is_ok_and(|out| Path::new(String::from_utf8_lossy(&out.stdout).trim()).is_dir());
+    if there {
+        return true;
+    }
+    eprintln!("setup: getting Rust's library for {target} ({why})");
+    // Some seconds of downloads; without a network rustup tries for long.
+    let got = Command::new("timeout")
+        .args(["120", "rustup", "target", "add", target])
+        .status();
+    got.is_ok_and(|status| status.success())
 }
 
 /// Has apt fetch its lists of packages where there are none, as on an image whose makers removed

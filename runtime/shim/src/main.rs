@@ -39,6 +39,11 @@ use std::process::ExitCode;
 /// The name by which containerd knows this runtime.
 const RUNTIME: &str = "io.containerd.koya.v2";
 
+/// As the `koya` command's.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     koya::share_heap();
     match run() {
