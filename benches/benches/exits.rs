@@ -61,9 +61,9 @@ impl Guest {
         write(HANDLE, HANDLER.into());
         write(&HANDLER.to_le_bytes(), VECTOR);
         let machine = Machine::new(&kvm, Arc::new(memory)).expect("a machine");
-        arch::prepare_vm(&kvm, machine.fd()).expect("interrupt controllers");
-        let vcpu = machine.fd().create_vcpu(0).expect("a vCPU");
         let features = arch::features(&kvm).expect("features");
+        arch::prepare_vm(&features, machine.fd()).expect("interrupt controllers");
+        let vcpu = machine.fd().create_vcpu(0).expect("a vCPU");
         arch::prepare_vcpu(&features, &vcpu, 0, 1).expect("registers");
         arch::set_entry(&vcpu, arch::Entry::Real).expect("registers");
         Self {

@@ -187,7 +187,8 @@ impl VmBuilder {
         let machine = Machine::new(kvm, memory.clone())
             .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
         // Interrupt controllers come before vCPUs and before anything that raises interrupts.
-        arch::prepare_vm(kvm, machine.fd())?;
+        let features = arch::features(kvm)?;
+        arch::prepare_vm(&features, machine.fd())?;
         let mut event_loop = None;
 
         let mut bus = Bus::default();
@@ -205,7 +206,7 @@ impl VmBuilder {
         let bytes = self.spec.memory.bytes;
         let entry = arch::load(&memory, bytes, &mut self.spec.boot, cpus, &cmdline)?;
         marks.built("kernel loaded");
-        let vcpus = make_vcpus(kvm, &machine, cpus)?;
+        let vcpus = make_vcpus(&features, &machine, cpus)?;
         arch::set_entry(&vcpus[0], entry)?;
 
         let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
@@ -480,15 +481,18 @@ pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slo
     }
 }
 
-fn make_vcpus(kvm: &Kvm, machine: &Machine, cpus: u32) -> Result<Vec<VcpuFd>, ArchError> {
-    let features = arch::features(kvm)?;
+fn make_vcpus(
+    features: &arch::Features,
+    machine: &Machine,
+    cpus: u32,
+) -> Result<Vec<VcpuFd>, ArchError> {
     (0..cpus)
         .map(|index| {
             let vcpu = machine
                 .fd()
                 .create_vcpu(index.into())
                 .map_err(ArchError::kvm("make a vCPU"))?;
-            arch::prepare_vcpu(&features, &vcpu, index, cpus)?;
+            arch::prepare_vcpu(features, &vcpu, index, cpus)?;
             Ok(vcpu)
         })
         .collect()

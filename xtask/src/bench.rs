@@ -3,7 +3,7 @@
 use crate::build::Products;
 use crate::profile::Symbols;
 use crate::rig::Archive;
-use crate::{build, cache, counting, kernel, monitor, peers, proc, setup, suite};
+use crate::{build, cache, counting, criterion, kernel, monitor, peers, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::Value;
@@ -93,6 +93,9 @@ enum What {
         /// Fewer samples: a look, no measurement
         #[arg(long)]
         quick: bool,
+        /// Also write the medians to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
     /// Koya's monitor beside QEMU's microvm and others, one kernel for all, where instructions are counted:
     /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox beside what the others
@@ -148,7 +151,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
             check,
             json,
         } => many(counts, *check, json.as_deref()),
-        What::Criterion { quick } => criterion(*quick),
+        What::Criterion { quick, json } => criterion::run(*quick, json.as_deref()),
         What::Peers(args) => peers::run(args),
         What::Monitor(args) => monitor::run(args),
         What::Containers { rounds, json } => containers(*rounds, json.as_deref()),
@@ -233,24 +236,6 @@ fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
         true => check_goals(&rows),
         false => Ok(()),
     }
-}
-
-/// By name: cargo would give criterion's options to unit tests too.
-const CRITERION: &[&str] = &["virtqueue", "devices", "exits", "monitor"];
-
-fn criterion(quick: bool) -> Result<()> {
-    setup::ensure()?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut bench = Command::new(cargo);
-    bench.args(["bench", "--package", "koya-benches"]);
-    for name in CRITERION {
-        bench.args(["--bench", name]);
-    }
-    bench.args(["--", "--noplot"]).current_dir(proc::checkout());
-    if quick {
-        bench.arg("--quick");
-    }
-    proc::run(&mut bench)
 }
 
 /// What Koya's start cost when it was last put on record.

@@ -8,6 +8,7 @@ mod bench;
 mod build;
 mod cache;
 mod counting;
+mod criterion;
 mod demo;
 mod kernel;
 mod lint;

@@ -353,13 +353,14 @@ pub fn unshare_fs_state() -> io::Result<()> {
 }
 
 /// Keeps every signal of the process from this thread: handlers belong to its owner's threads, and
-/// SIGXFSZ becomes the error that a guest is to get (EFBIG).
-pub fn block_signals() {
+/// SIGXFSZ becomes the error that a guest is to get (EFBIG). Returns what is blocked from now on.
+pub fn block_signals() -> libc::sigset_t {
     // SAFETY: both calls get a valid set on this stack; only the calling thread's mask changes.
     unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+        all
     }
 }
 

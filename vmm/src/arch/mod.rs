@@ -3,8 +3,8 @@
 //! Both folders have the same file names and offer the same functions:
 //! - [`kernel_format`]: which kind of kernel a file's first bytes are
 //! - [`layout`]: the guest's physical memory, region by region
-//! - [`prepare_vm`]: what KVM needs before vCPUs exist (interrupt controller, clock)
 //! - [`features`]: what KVM offers to vCPUs
+//! - [`prepare_vm`]: what KVM needs before vCPUs exist (interrupt controller, clock)
 //! - [`prepare_vcpu`]: a vCPU's identity and features
 //! - [`load`]: kernel and tables into memory, and where the first vCPU starts
 //!

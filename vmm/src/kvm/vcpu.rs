@@ -98,11 +98,11 @@ impl Vcpu {
     /// # Errors
     /// If KVM refuses the signal mask.
     pub fn enter_thread(&mut self, thread: Thread) -> io::Result<()> {
-        match thread {
+        let blocked = match thread {
             Thread::Own => koya_devices::sys::block_signals(),
-            Thread::Callers => self.before = Some(block_kicks()),
-        }
-        let mask = mask_in_guest();
+            Thread::Callers => *self.before.insert(block_kicks()),
+        };
+        let mask = mask_in_guest(&blocked);
         // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
         let result = unsafe { ioctl_with_ptr(&self.fd, KVM_SET_SIGNAL_MASK(), &raw const mask) };
         if result < 0 {
@@ -198,19 +198,13 @@ fn block_kicks() -> libc::sigset_t {
     }
 }
 
-/// What is blocked while this thread runs the guest: what is blocked now, but for the kick and those
+/// What is blocked while this thread runs the guest, of what is `blocked` in it: all but the kick and those
 /// below it, which are the C library's own: it waits for every thread to handle them (setuid is one reason).
-fn mask_in_guest() -> SignalMask {
+fn mask_in_guest(blocked: &libc::sigset_t) -> SignalMask {
     let mut set = [0; KERNEL_SIGSET];
-    // SAFETY: a null pointer asks for the thread's mask, which is written to this stack.
-    let blocked = unsafe {
-        let mut blocked = std::mem::zeroed();
-        libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut blocked);
-        blocked
-    };
     for signal in 1..=8 * KERNEL_SIGSET {
         // SAFETY: the set is one that the C library wrote, and it knows this many signals.
-        let is_blocked = unsafe { libc::sigismember(&blocked, signal as libc::c_int) } == 1;
+        let is_blocked = unsafe { libc::sigismember(blocked, signal as libc::c_int) } == 1;
         let is_kick = (FIRST_REALTIME..=kick_signal() as usize).contains(&signal);
         if is_blocked && !is_kick {
             set[(signal - 1) / 8] |= 1 << ((signal - 1) % 8);
@@ -303,9 +297,9 @@ mod tests {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         memory.write_slice(&[0xfa, 0xf4], GuestAddress(0)).unwrap();
         let machine = Machine::new(&kvm, Arc::new(memory)).unwrap();
-        arch::prepare_vm(&kvm, machine.fd()).unwrap();
-        let vcpu = machine.fd().create_vcpu(0).unwrap();
         let features = arch::features(&kvm).unwrap();
+        arch::prepare_vm(&features, machine.fd()).unwrap();
+        let vcpu = machine.fd().create_vcpu(0).unwrap();
         arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
         arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
         (machine, Vcpu::new(vcpu, kicker))

@@ -32,7 +32,7 @@ pub fn kernel_format(_head: &[u8]) -> Result<KernelFormat, String> {
 ///
 /// # Errors
 /// Always, for now.
-pub fn prepare_vm(_kvm: &Kvm, _vm: &VmFd) -> Result<(), ArchError> {
+pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }
 

@@ -37,6 +37,11 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
 }
 
 impl Features {
+    /// Whether KVM's local APIC has a timer that the TSC sets off: without it a guest needs another.
+    pub(super) fn has_deadline_timer(&self) -> bool {
+        self.deadline
+    }
+
     /// The leaves of vCPU `index` of `cpus`: one package, one thread a core.
     pub(super) fn of_vcpu(&self, index: u32, cpus: u32) -> CpuId {
         let mut cpuid = self.cpuid.clone();

@@ -11,7 +11,7 @@ mod regs;
 use super::ArchError;
 use crate::config::KernelFormat;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 
 pub use boot::load;
 pub use cpuid::{Features, features};
@@ -57,14 +57,14 @@ pub fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
 ///
 /// # Errors
 /// What KVM refused.
-pub fn prepare_vm(kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
+pub fn prepare_vm(features: &Features, vm: &VmFd) -> Result<(), ArchError> {
     vm.set_tss_address(layout::KVM_TSS as usize)
         .map_err(ArchError::kvm("place its task state segment"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(ArchError::kvm("place its identity map"))?;
     vm.create_irq_chip()
         .map_err(ArchError::kvm("make the interrupt controllers"))?;
-    if !kvm.check_extension(Cap::TscDeadlineTimer) {
+    if !features.has_deadline_timer() {
         let config = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
