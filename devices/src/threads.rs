@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Address space for a thread's stack, in bytes: enough for all that Koya's threads do, and less than a huge
@@ -18,8 +18,23 @@ pub fn spawn<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    let thread = std::thread::Builder::new();
-    thread.name(name.into()).stack_size(STACK).spawn(work)
+    builder(name).spawn(work)
+}
+
+/// As [`spawn`], for a thread that ends before the scope does.
+///
+/// # Errors
+/// The host has no thread left.
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, T>> {
+    builder(name).spawn_scoped(scope, work)
+}
+
+fn builder(name: &str) -> Builder {
+    Builder::new().name(name.into()).stack_size(STACK)
 }
 
 /// A device's threads. Dropping it does not end them: what they wait for besides is the device's.

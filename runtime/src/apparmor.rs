@@ -6,6 +6,7 @@
 //! takes it first.
 
 use crate::Error;
+use koya_vmm::devices::threads;
 use std::fs;
 use std::io;
 use std::panic::resume_unwind;
@@ -36,8 +37,9 @@ pub(crate) fn confined<T: Send>(
         work()
     };
     std::thread::scope(|scope| {
-        let joined = scope.spawn(confined).join();
-        joined.unwrap_or_else(|panic| resume_unwind(panic))
+        let thread = threads::spawn_scoped(scope, "koya-confined", confined)
+            .map_err(Error::host("start a thread"))?;
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     })
 }
 

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use koya_protocol::messages;
 use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
+use koya_vmm::devices::threads;
 use nix::sched::CloneFlags;
 use rtnetlink::packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -257,8 +258,10 @@ fn in_namespace<T: Send>(
             result
         })
     };
-    let thread = std::thread::scope(|scope| scope.spawn(run).join());
-    thread.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    std::thread::scope(|scope| {
+        let thread = threads::spawn_scoped(scope, "koya-network", run)?.join();
+        thread.unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+    })
 }
 
 fn other(error: rtnetlink::Error) -> io::Error {

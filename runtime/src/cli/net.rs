@@ -247,10 +247,14 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>) {
 fn join(socket: &TcpStream, stream: &UnixStream) {
     socket.set_nodelay(true).ok();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let there = || {
             std::io::copy(&mut &*socket, &mut &*stream).ok();
             stream.shutdown(Shutdown::Write).ok();
-        });
+        };
+        if let Err(error) = threads::spawn_scoped(scope, "koya-port", there) {
+            log::warn!("no thread for a connection to a port: {error}");
+            return;
+        }
         std::io::copy(&mut &*stream, &mut &*socket).ok();
         socket.shutdown(Shutdown::Write).ok();
     });
