@@ -5,8 +5,15 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// Thread stacks have this size, in KiB: Rust's default.
-const STACK_KIB: u64 = 2048;
+/// Sizes of thread stacks, in KiB: Koya's own, and Rust's default for those of libraries.
+const STACKS_KIB: [u64; 2] = [1024, 2048];
+/// What musl may put into a stack's mapping beside it: the thread's own variables.
+const BESIDE_STACK_KIB: u64 = 64;
+
+fn is_stack(kib: u64) -> bool {
+    let mut sizes = STACKS_KIB.into_iter();
+    sizes.any(|size| (size..=size + BESIDE_STACK_KIB).contains(&kib))
+}
 
 /// Memory of one process, in KiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,7 +65,7 @@ fn sum(smaps: &str, guest_kib: u64) -> Held {
             "Size" => {
                 is_guest = name.is_empty() && kib >= guest_kib;
                 kind = match name.as_str() {
-                    "" if kib == STACK_KIB => "thread stacks",
+                    "" if is_stack(kib) => "thread stacks",
                     "[stack]" => "thread stacks",
                     "" | "[heap]" => "heap",
                     other if other.starts_with('/') => "program and libraries",
@@ -129,7 +136,8 @@ mod tests {
                      Private_Clean: 0 kB\nPrivate_Dirty: 4 kB\n\
                      3000-4000 rw-p 00000000 00:00 0 [heap]\nSize: 64 kB\nRss: 20 kB\n\
                      Private_Dirty: 20 kB\n\
-                     7000-8000 rw-p 00000000 00:00 0 \nSize: 2048 kB\nRss: 12 kB\nPrivate_Dirty: 12 kB\n\
+                     7000-8000 rw-p 00000000 00:00 0 \nSize: 2048 kB\nRss: 4 kB\nPrivate_Dirty: 4 kB\n\
+                     8000-9000 rw-p 00000000 00:00 0 \nSize: 1032 kB\nRss: 8 kB\nPrivate_Dirty: 8 kB\n\
                      9000-a000 rw-p 00000000 00:00 0 \nSize: 131072 kB\nRss: 500 kB\n\
                      Private_Dirty: 500 kB\n";
         let held = sum(smaps, 131_072);

@@ -7,13 +7,13 @@ use koya_vmm::arch::BASE_CMDLINE;
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, PipeReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
 /// Koya's, for all.
 const KERNEL: &str = "/share/koya/vmlinux";
@@ -208,6 +208,9 @@ const EXEC: &str = "NR 59 ";
 
 /// One run, and what the kernel's trace told of it.
 fn start(words: &[String], events: &[&str]) -> Result<(Seen, String)> {
+    // Before the trace, which has this program's system calls from then on.
+    let (output, input) = io::pipe()?;
+    let is_heard = listen(output);
     let tracing = Path::new(TRACING);
     let set = |file: &str, value: &str| fs::write(tracing.join(file), value);
     if !events.is_empty() {
@@ -225,9 +228,9 @@ fn start(words: &[String], events: &[&str]) -> Result<(Seen, String)> {
     let mut process = Command::new(&words[0])
         .args(&words[1..])
         .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+        .stdout(input)
         .spawn()?;
-    let seen = look(&mut process, from);
+    let seen = look(&process, &is_heard, from);
     process.kill()?;
     process.wait()?;
     for event in events {
@@ -263,14 +266,17 @@ fn first_entry(trace: &str) -> Option<(usize, f64)> {
     None
 }
 
-/// Waits for the guest's word, then looks at the monitor.
-fn look(process: &mut Child, from: f64) -> Result<Seen> {
-    let output = process.stdout.take().ok_or("no output")?;
+/// Tells of the guest's word, and at the end of what was said.
+fn listen(output: PipeReader) -> Receiver<Result<(), String>> {
     let (heard, is_heard) = mpsc::channel();
     // Reads on after the word, so that the monitor may write on.
     std::thread::spawn(move || {
         let mut said = String::new();
-        for line in BufReader::new(output).lines().map_while(io::Result::ok) {
+        for line in BufReader::new(output)
+            .split(b'\n')
+            .map_while(io::Result::ok)
+        {
+            let line = String::from_utf8_lossy(&line);
             if line.contains(UP) {
                 heard.send(Ok(())).ok();
             }
@@ -279,6 +285,11 @@ fn look(process: &mut Child, from: f64) -> Result<Seen> {
         }
         heard.send(Err(said)).ok();
     });
+    is_heard
+}
+
+/// Waits for the guest's word, then looks at the monitor.
+fn look(process: &Child, is_heard: &Receiver<Result<(), String>>, from: f64) -> Result<Seen> {
     match is_heard.recv_timeout(LIMIT) {
         Ok(Ok(())) => {}
         Ok(Err(said)) => return Err(format!("it ended: {said}").into()),
