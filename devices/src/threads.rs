@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// page. Where the host makes huge pages for all, it makes one of a larger stack as soon as that is touched
 /// (glibc asks it not to, musl does not): 2 MiB for each thread instead of some KiB.
 const STACK: usize = 1 << 20;
+const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
 
 /// Starts a thread with this name, of which Linux shows 15 bytes.
 ///
@@ -94,25 +95,9 @@ mod tests {
     use super::spawn;
 
     #[test]
-    fn a_thread_has_its_name_and_less_stack_than_a_huge_page() {
-        let work = || {
-            let on_stack = 0u8;
-            let address = std::ptr::from_ref(&on_stack).addr();
-            let maps = std::fs::read_to_string("/proc/thread-self/maps").unwrap();
-            let range = |line: &str| {
-                let (from, to) = line.split_once(' ')?.0.split_once('-')?;
-                let number = |text| usize::from_str_radix(text, 16).ok();
-                Some(number(from)?..number(to)?)
-            };
-            let stack = maps
-                .lines()
-                .filter_map(range)
-                .find(|r| r.contains(&address));
-            let name = std::fs::read_to_string("/proc/thread-self/comm").unwrap();
-            (name, stack.unwrap().len())
-        };
-        let (name, stack) = spawn("koya-test", work).unwrap().join().unwrap();
+    fn a_thread_has_its_name() {
+        let name = || std::fs::read_to_string("/proc/thread-self/comm").unwrap();
+        let name = spawn("koya-test", name).unwrap().join().unwrap();
         assert_eq!(name.trim(), "koya-test");
-        assert!(stack < 2 << 20, "{stack}");
     }
 }

@@ -14,8 +14,8 @@ use std::sync::OnceLock;
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What runs on the host is built for: a static program of musl's asks the CPU nothing before main, and each
-/// answer is an exit where the host is a virtual machine itself; it holds less memory, and finds names
-/// without loading libraries. Where its library can't be had, what guests have will do.
+/// answer is an exit where the host is a virtual machine itself; it holds less memory. Where its library
+/// can't be had, what guests have will do.
 fn host_target() -> &'static str {
     const MUSL: &str = "x86_64-unknown-linux-musl";
     static TARGET: OnceLock<&str> = OnceLock::new();
