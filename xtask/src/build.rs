@@ -7,7 +7,6 @@ use crate::{kernel, proc, setup};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
 /// What runs in guests is built for: static, with glibc, because the agent's seccomp library is C.
@@ -161,26 +160,19 @@ fn linked_static(
     what: &[&str],
     flags: &str,
 ) -> Result<()> {
-    let root = proc::checkout();
     let packages = packages.iter().flat_map(|package| ["--package", package]);
     proc::run(
-        cargo(&root)
+        proc::cargo()
             .args(["build", "--profile", profile])
             .args(packages)
             .args(what)
             // Always with a target named: else the flag would reach procedural macros.
             .args(["--target", target, "--target-dir"])
-            .arg(root.join("target/static"))
+            .arg(proc::checkout().join("target/static"))
             .env("RUSTFLAGS", flags)
             .env("LIBSECCOMP_LINK_TYPE", "static")
             .env("LIBSECCOMP_LIB_PATH", "/usr/lib/x86_64-linux-gnu"),
     )
-}
-
-fn cargo(root: &Path) -> Command {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root);
-    cargo
 }
 
 fn install(from: &Path, to: &Path) -> Result<()> {

@@ -5,7 +5,6 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::SystemTime;
 
 /// By name: cargo would give criterion's options to unit tests too.
@@ -16,15 +15,13 @@ const KEPT: &str = "target/criterion";
 /// `cargo xtask bench criterion`
 pub(crate) fn run(quick: bool, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
-    let (root, from) = (proc::checkout(), SystemTime::now());
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut cargo = Command::new(cargo);
+    let (kept, from) = (proc::checkout().join(KEPT), SystemTime::now());
+    let mut cargo = proc::cargo();
     cargo.args(["bench", "--package", "koya-benches"]);
     for name in BENCHES {
         cargo.args(["--bench", name]);
     }
-    cargo.args(["--", "--noplot"]).current_dir(&root);
-    cargo.env("CRITERION_HOME", root.join(KEPT));
+    cargo.args(["--", "--noplot"]).env("CRITERION_HOME", &kept);
     if quick {
         cargo.arg("--quick");
     }
@@ -33,7 +30,7 @@ pub(crate) fn run(quick: bool, json: Option<&Path>) -> Result<()> {
         return Ok(());
     };
     let mut rows = Vec::new();
-    collect(&root.join(KEPT), from, &mut rows)?;
+    collect(&kept, from, &mut rows)?;
     rows.sort_by_key(|row| row["name"].to_string());
     bench::save_rows(file, &Value::Array(rows))
 }

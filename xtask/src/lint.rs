@@ -2,20 +2,13 @@
 
 use crate::{proc, setup};
 use anyhow::Result;
-use std::process::Command;
 
 /// `cargo xtask lint`
 pub(crate) fn run() -> Result<()> {
-    let root = proc::checkout();
-    let cargo = || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.current_dir(&root);
-        cargo
-    };
     eprintln!("lint: formatting");
-    proc::run(cargo().args(["fmt", "--all", "--check"]))?;
+    proc::run(proc::cargo().args(["fmt", "--all", "--check"]))?;
     eprintln!("lint: clippy");
-    proc::run(cargo().args([
+    proc::run(proc::cargo().args([
         "clippy",
         "--workspace",
         "--all-targets",
@@ -30,7 +23,7 @@ pub(crate) fn run() -> Result<()> {
         return Ok(());
     }
     eprintln!("lint: checking the {target} build");
-    proc::run(cargo().args([
+    proc::run(proc::cargo().args([
         "check",
         "--target",
         target,

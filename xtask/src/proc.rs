@@ -15,6 +15,13 @@ pub(crate) fn checkout() -> PathBuf {
         .to_path_buf()
 }
 
+/// The cargo that runs this, at the root of the checkout.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(checkout());
+    cargo
+}
+
 /// The command line as a person would type it, for messages.
 fn shown(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();

@@ -18,14 +18,13 @@ pub(crate) struct TestArgs {
 
 /// Lints, unit tests and tiny guests, then Linux guests in the rig.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
-    let root = proc::checkout();
     let products = build::ensure()?;
     if args.filter.is_none() {
         lint::run()?;
     }
     let cargo = || {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.current_dir(&root).envs(products.env());
+        let mut cargo = proc::cargo();
+        cargo.envs(products.env());
         cargo
     };
     eprintln!("test: units and tiny guests on this machine");
@@ -111,10 +110,9 @@ fn fsx() -> Result<PathBuf> {
     const VERSION: &str = "0.3.2";
     let key = cache::key(["fsx", VERSION]);
     let dir = cache::ensure("fsx", &key, |dir| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         proc::long(
             "building fsx, which exercises file systems (once)",
-            Command::new(cargo)
+            proc::cargo()
                 .args(["install", "fsx", "--locked", "--version", VERSION, "--root"])
                 .arg(dir),
             &dir.with_extension("log"),
