@@ -1,12 +1,13 @@
 //! What a process holds of the host's memory beside its guest's, by kind.
 
+use koya_devices::threads;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::Path;
 
 /// Sizes of thread stacks, in KiB: Koya's own, and Rust's default for those of libraries.
-const STACKS_KIB: [u64; 2] = [1024, 2048];
+const STACKS_KIB: [u64; 2] = [(threads::STACK >> 10) as u64, 2048];
 /// What musl may put into a stack's mapping beside it: the thread's own variables.
 const BESIDE_STACK_KIB: u64 = 64;
 

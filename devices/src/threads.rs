@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// Address space for a thread's stack, in bytes: enough for all that Koya's threads do, and less than a huge
 /// page. Where the host makes huge pages for all, it makes one of a larger stack as soon as that is touched
 /// (glibc asks it not to, musl does not): 2 MiB for each thread instead of some KiB.
-const STACK: usize = 1 << 20;
+pub const STACK: usize = 1 << 20;
 const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
 
 /// Starts a thread with this name, of which Linux shows 15 bytes.

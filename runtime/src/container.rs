@@ -597,10 +597,10 @@ impl Process {
                 }
                 Ok(bytes)
             })
+            .map_err(Error::host("start a thread"))
         };
-        let started = |thread: io::Result<_>| thread.map_err(Error::host("start a thread"));
-        let stdout = started(collect(self.stdout.take()))?;
-        let stderr = started(collect(self.stderr.take()))?;
+        let stdout = collect(self.stdout.take())?;
+        let stderr = collect(self.stderr.take())?;
         let status = self.wait()?;
         let join = |thread: std::thread::JoinHandle<io::Result<Vec<u8>>>| {
             thread

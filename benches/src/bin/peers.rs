@@ -4,16 +4,16 @@
 
 use koya_benches::{counts, held, print_marked, row};
 use koya_vmm::arch::BASE_CMDLINE;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs;
-use std::io::{self, BufRead, BufReader, PipeReader};
+use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Koya's, for all.
 const KERNEL: &str = "/share/koya/vmlinux";
@@ -208,9 +208,6 @@ const EXEC: &str = "NR 59 ";
 
 /// One run, and what the kernel's trace told of it.
 fn start(words: &[String], events: &[&str]) -> Result<(Seen, String)> {
-    // Before the trace, which has this program's system calls from then on.
-    let (output, input) = io::pipe()?;
-    let is_heard = listen(output);
     let tracing = Path::new(TRACING);
     let set = |file: &str, value: &str| fs::write(tracing.join(file), value);
     if !events.is_empty() {
@@ -228,9 +225,9 @@ fn start(words: &[String], events: &[&str]) -> Result<(Seen, String)> {
     let mut process = Command::new(&words[0])
         .args(&words[1..])
         .stdin(Stdio::null())
-        .stdout(input)
+        .stdout(Stdio::piped())
         .spawn()?;
-    let seen = look(&process, &is_heard, from);
+    let seen = look(&mut process, from);
     process.kill()?;
     process.wait()?;
     for event in events {
@@ -266,35 +263,33 @@ fn first_entry(trace: &str) -> Option<(usize, f64)> {
     None
 }
 
-/// Tells of the guest's word, and at the end of what was said.
-fn listen(output: PipeReader) -> Receiver<Result<(), String>> {
-    let (heard, is_heard) = mpsc::channel();
-    // Reads on after the word, so that the monitor may write on.
-    std::thread::spawn(move || {
-        let mut said = String::new();
-        for line in BufReader::new(output)
-            .split(b'\n')
-            .map_while(io::Result::ok)
-        {
-            let line = String::from_utf8_lossy(&line);
-            if line.contains(UP) {
-                heard.send(Ok(())).ok();
-            }
-            said += &line;
-            said.push('\n');
+/// Waits until the guest said its word; not for ever.
+fn hear(output: &mut ChildStdout) -> Result<()> {
+    let (mut said, by) = (Vec::new(), Instant::now() + LIMIT);
+    loop {
+        let left = Timespec::try_from(by.saturating_duration_since(Instant::now()))?;
+        if poll(&mut [PollFd::new(output, PollFlags::IN)], Some(&left))? == 0 {
+            let said = String::from_utf8_lossy(&said);
+            return Err(format!("no word of its guest in {LIMIT:?}: {said}").into());
         }
-        heard.send(Err(said)).ok();
-    });
-    is_heard
+        let mut piece = [0; 4096];
+        let count = output.read(&mut piece)?;
+        said.extend(&piece[..count]);
+        let said = String::from_utf8_lossy(&said);
+        if said.contains(UP) {
+            return Ok(());
+        }
+        if count == 0 {
+            return Err(format!("ended: {said}").into());
+        }
+    }
 }
 
-/// Waits for the guest's word, then looks at the monitor.
-fn look(process: &Child, is_heard: &Receiver<Result<(), String>>, from: f64) -> Result<Seen> {
-    match is_heard.recv_timeout(LIMIT) {
-        Ok(Ok(())) => {}
-        Ok(Err(said)) => return Err(format!("it ended: {said}").into()),
-        Err(_) => return Err(format!("no word of its guest in {LIMIT:?}").into()),
-    }
+/// Waits for the guest's word, then looks at the monitor. All in this thread, whose system calls the trace's
+/// reader knows from the monitor's.
+fn look(process: &mut Child, from: f64) -> Result<Seen> {
+    let mut output = process.stdout.take().ok_or("no output")?;
+    hear(&mut output)?;
     let mut seen = Seen {
         up: now()? - from,
         ..Seen::default()
