@@ -15,9 +15,10 @@
 
 use crate::give_back;
 use crate::sync::{guest_fault, lock};
+use crate::virtio::registers::ConfigSpace;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, DeviceState, Interrupt, Memory,
-    QueueError, StateError, VirtioDevice, Worker, read_config_space,
+    QueueError, StateError, VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -103,6 +104,8 @@ pub struct BalloonState {
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
+    /// Where the driver reads both. Locked to change one, so that the last change is the one that is seen.
+    space: Mutex<Option<ConfigSpace>>,
     statistics: Mutex<MemoryStatistics>,
     /// Wakes the worker: new statistics are wanted.
     ask: EventFd,
@@ -111,6 +114,25 @@ struct Shared {
     /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3). Its
     /// chain's head; the worker's, but outlives it.
     held: Mutex<Option<u16>>,
+}
+
+impl Shared {
+    /// `struct virtio_balloon_config` (section 5.5.4).
+    fn config(&self) -> Vec<u8> {
+        let fields = [&self.target, &self.actual];
+        fields
+            .map(|field| field.load(Ordering::SeqCst).to_le_bytes())
+            .concat()
+    }
+
+    /// Sets one of its fields.
+    fn change(&self, field: &AtomicU32, value: u32) {
+        let space = lock(&self.space);
+        field.store(value, Ordering::SeqCst);
+        if let Some(space) = &*space {
+            space.show(&self.config());
+        }
+    }
 }
 
 /// The balloon device.
@@ -128,7 +150,7 @@ impl BalloonHandle {
     /// Asks the guest to give up this many bytes in all, rounded down to pages.
     pub fn set_target(&self, bytes: u64) {
         let pages = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
-        self.shared.target.store(pages, Ordering::SeqCst);
+        self.shared.change(&self.shared.target, pages);
         if let Some(interrupt) = &*lock(&self.shared.interrupt) {
             interrupt.config();
         }
@@ -170,6 +192,7 @@ impl Balloon {
             shared: Arc::new(Shared {
                 target: AtomicU32::new(0),
                 actual: AtomicU32::new(0),
+                space: Mutex::default(),
                 statistics: Mutex::default(),
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
@@ -201,10 +224,14 @@ impl VirtioDevice for Balloon {
         bits.iter().fold(0, |features, bit| features | 1 << bit)
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let target = self.shared.target.load(Ordering::SeqCst).to_le_bytes();
-        let actual = self.shared.actual.load(Ordering::SeqCst).to_le_bytes();
-        read_config_space(&[target, actual].concat(), offset, data);
+    fn config(&self) -> Option<Vec<u8>> {
+        Some(self.shared.config())
+    }
+
+    fn show_config(&mut self, space: ConfigSpace) {
+        let mut shown = lock(&self.shared.space);
+        space.show(&self.shared.config());
+        *shown = Some(space);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -212,7 +239,7 @@ impl VirtioDevice for Balloon {
             && let Ok(bytes) = data.try_into()
         {
             let actual = u32::from_le_bytes(bytes);
-            self.shared.actual.store(actual, Ordering::SeqCst);
+            self.shared.change(&self.shared.actual, actual);
         }
     }
 
@@ -254,8 +281,8 @@ impl VirtioDevice for Balloon {
         let DeviceState::Balloon(state) = state else {
             return Err(StateError::Misfit("it is not a balloon's"));
         };
-        self.shared.target.store(state.target, Ordering::SeqCst);
-        self.shared.actual.store(state.actual, Ordering::SeqCst);
+        self.shared.change(&self.shared.target, state.target);
+        self.shared.change(&self.shared.actual, state.actual);
         *lock(&self.shared.held) = state.held;
         Ok(())
     }
@@ -266,7 +293,7 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         lock(&self.shared.interrupt).take();
-        self.shared.actual.store(0, Ordering::SeqCst);
+        self.shared.change(&self.shared.actual, 0);
         *lock(&self.shared.held) = None;
     }
 }

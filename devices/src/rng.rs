@@ -53,7 +53,7 @@ impl VirtioDevice for Rng {
         QUEUE_SIZES
     }
 
-    fn fixed_config(&self) -> Option<Vec<u8>> {
+    fn config(&self) -> Option<Vec<u8>> {
         Some(Vec::new())
     }
 

@@ -311,7 +311,7 @@ impl VmBuilder {
         // Those whose registers the guest may read by itself come first: their windows are one slot of memory.
         let (readable, others): (Vec<_>, Vec<_>) = devices
             .into_iter()
-            .partition(|device| device.fixed_config().is_some());
+            .partition(|device| device.config().is_some());
         let (count, asked) = (readable.len(), readable.len() + others.len());
         let pages = RegisterPages::new(asked).map_err(host("reserve memory for registers"))?;
         let mut words = Vec::new();

@@ -115,7 +115,7 @@ impl VirtioDevice for Fs {
         &self.queue_sizes
     }
 
-    fn fixed_config(&self) -> Option<Vec<u8>> {
+    fn config(&self) -> Option<Vec<u8>> {
         Some(self.config.to_vec())
     }
 

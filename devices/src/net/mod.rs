@@ -33,9 +33,9 @@ mod tests;
 use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
 use crate::threads::Threads;
+use crate::virtio::registers::ConfigSpace;
 use crate::virtio::{
-    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice,
-    Worker, read_config_space,
+    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
 use pair::Pair;
@@ -144,21 +144,46 @@ pub struct NetMetrics {
 struct Shared {
     tap_name: String,
     link: AtomicBool,
+    /// What the driver reads beside the link's state.
+    config: Config,
+    /// Where it reads it. Locked to change the link, so that its last state is the one that is seen.
+    space: Mutex<Option<ConfigSpace>>,
     metrics: NetMetrics,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
 impl Shared {
     fn set_link(&self, up: bool) {
-        if self.link.swap(up, Ordering::SeqCst) != up
+        if self.change_link(up)
             && let Some(interrupt) = &*lock(&self.interrupt)
         {
             interrupt.config();
         }
     }
 
+    /// Whether it was another.
+    fn change_link(&self, up: bool) -> bool {
+        let space = lock(&self.space);
+        let is_new = self.link.swap(up, Ordering::SeqCst) != up;
+        if let Some(space) = &*space {
+            space.show(self.config().as_bytes());
+        }
+        is_new
+    }
+
     fn link(&self) -> bool {
         self.link.load(Ordering::Relaxed)
+    }
+
+    fn config(&self) -> Config {
+        let status = match self.link() {
+            true => VIRTIO_NET_S_LINK_UP,
+            false => 0,
+        };
+        Config {
+            status: U16::new(status as u16),
+            ..self.config
+        }
     }
 }
 
@@ -243,12 +268,20 @@ impl Net {
         }
         let limiters = [options.receive_limits, options.send_limits]
             .map(|limits| Arc::new(Mutex::new(RateLimiter::new(limits))));
+        let config = Config {
+            mac: options.mac.0,
+            status: U16::new(0),
+            max_virtqueue_pairs: U16::new(pairs as u16),
+            mtu: U16::new(options.mtu.unwrap_or(0)),
+        };
         Ok(Self {
             options,
             limiters,
             shared: Arc::new(Shared {
                 tap_name: tap.name().to_owned(),
                 link: AtomicBool::new(true),
+                config,
+                space: Mutex::default(),
                 metrics: NetMetrics::default(),
                 interrupt: Mutex::new(None),
             }),
@@ -392,19 +425,14 @@ impl VirtioDevice for Net {
         bits.iter().fold(0, |features, bit| features | 1 << bit)
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let up = if self.shared.link() {
-            VIRTIO_NET_S_LINK_UP
-        } else {
-            0
-        };
-        let config = Config {
-            mac: self.options.mac.0,
-            status: U16::new(up as u16),
-            max_virtqueue_pairs: U16::new(self.tap.queues().len() as u16),
-            mtu: U16::new(self.options.mtu.unwrap_or(0)),
-        };
-        read_config_space(config.as_bytes(), offset, data);
+    fn config(&self) -> Option<Vec<u8>> {
+        Some(self.shared.config().as_bytes().to_vec())
+    }
+
+    fn show_config(&mut self, space: ConfigSpace) {
+        let mut shown = lock(&self.shared.space);
+        space.show(self.shared.config().as_bytes());
+        *shown = Some(space);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError> {

@@ -14,7 +14,7 @@
 //! ```
 
 use super::queue::Place;
-use super::registers::{RegisterPage, RegisterPages};
+use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
 use super::state::{self, QueueState, TransportState};
 use super::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, DeviceKind, Interrupt, Memory,
@@ -148,12 +148,12 @@ impl MmioTransport {
     }
 
     /// The same with its registers in memory that the guest may read by itself, if the device
-    /// [has a fixed configuration](VirtioDevice::fixed_config).
+    /// [has its configuration as memory](VirtioDevice::config).
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_registers(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         memory: Arc<Memory>,
         event_loop: Arc<dyn EventLoop>,
         registers: RegisterPage,
@@ -166,6 +166,7 @@ impl MmioTransport {
             queues.push(queue.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?);
             kicks.push(event()?);
         }
+        device.show_config(ConfigSpace::of(&registers));
         let transport = Self {
             device,
             memory,
@@ -184,7 +185,8 @@ impl MmioTransport {
             active: false,
             places: Vec::new(),
         };
-        transport.show_all();
+        transport.show_fixed();
+        transport.show_selected();
         Ok(transport)
     }
 
@@ -260,8 +262,8 @@ impl MmioTransport {
         self.line.registers.load(VIRTIO_MMIO_STATUS)
     }
 
-    /// Puts all that can be read into the registers.
-    fn show_all(&self) {
+    /// Puts what never changes into the registers.
+    fn show_fixed(&self) {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
@@ -276,10 +278,6 @@ impl MmioTransport {
         for (register, value) in fixed {
             self.line.registers.store(register, value);
         }
-        if let Some(config) = self.device.fixed_config() {
-            self.line.registers.store_bytes(VIRTIO_MMIO_CONFIG, &config);
-        }
-        self.show_selected();
     }
 
     /// Puts those into the registers that the driver has selected.
@@ -552,7 +550,7 @@ impl MmioTransport {
         registers.store(VIRTIO_MMIO_STATUS, state.status);
         registers.store(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
         registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
-        self.show_all();
+        self.show_selected();
         Ok(())
     }
 

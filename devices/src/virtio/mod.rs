@@ -13,6 +13,7 @@ pub mod registers;
 pub mod state;
 
 use event_manager::MutEventSubscriber;
+use registers::ConfigSpace;
 use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
@@ -140,13 +141,19 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64 {
         0
     }
-    /// The whole configuration space, if nothing ever changes it: a guest may then have it as memory.
-    fn fixed_config(&self) -> Option<Vec<u8>> {
+    /// The whole configuration space as it is, if a guest may have it as memory: the device need not know that
+    /// it is read, and a field that changes lies within one aligned word, so that none is read half changed.
+    fn config(&self) -> Option<Vec<u8>> {
         None
+    }
+    /// Says once, before there is a driver, where one reads the configuration space. A device shows it there,
+    /// and whenever it changes; before it raises the interrupt for that.
+    fn show_config(&mut self, space: ConfigSpace) {
+        space.show(&self.config().unwrap_or_default());
     }
     /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.fixed_config().unwrap_or_default(), offset, data);
+        read_config_space(&self.config().unwrap_or_default(), offset, data);
     }
     /// The driver writes to the configuration space. Few devices have a field for that.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

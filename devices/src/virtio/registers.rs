@@ -5,6 +5,7 @@ use super::mmio::WINDOW_SIZE;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use vm_memory::VolatileMemory;
 use vm_memory::mmap::MmapRegion;
 
@@ -97,6 +98,21 @@ impl RegisterPage {
             word[..chunk.len()].copy_from_slice(chunk);
             self.store(offset + 4 * index, u32::from_le_bytes(word));
         }
+    }
+}
+
+/// A device's configuration space, where its driver reads it.
+pub struct ConfigSpace(RegisterPage);
+
+impl ConfigSpace {
+    /// That of the window with these registers.
+    pub(crate) fn of(page: &RegisterPage) -> Self {
+        Self(page.clone())
+    }
+
+    /// Puts the whole of it there, a word after the other: what did not change may be read meanwhile.
+    pub fn show(&self, config: &[u8]) {
+        self.0.store_bytes(VIRTIO_MMIO_CONFIG, config);
     }
 }
 

@@ -42,7 +42,7 @@ impl VirtioDevice for Vsock {
         QUEUE_SIZES
     }
 
-    fn fixed_config(&self) -> Option<Vec<u8>> {
+    fn config(&self) -> Option<Vec<u8>> {
         Some(self.cid.to_le_bytes().to_vec())
     }
 

@@ -1,6 +1,7 @@
 //! The register file as a driver sees it, register by register: virtio 1.2, section 4.2.2 and 3.1.
 
 use super::*;
+use crate::balloon::Balloon;
 use crate::rng::Rng;
 use crate::test_utils::{IdleLoop, MEMORY_SIZE};
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
@@ -227,7 +228,7 @@ fn random_accesses_never_panic() {
 fn a_page_shows_what_a_read_would() {
     let pages = RegisterPages::new(1).unwrap();
     let device = || Box::new(Vsock::new(0x1_0000_0003, Ports::new().unwrap()));
-    let config = device().fixed_config().unwrap();
+    let config = device().config().unwrap();
     let mut driver = Driver::of(device(), pages.page(0).unwrap());
     let page = pages.page(0).unwrap();
     let shown = |driver: &mut Driver| {
@@ -251,4 +252,24 @@ fn a_page_shows_what_a_read_would() {
     shown(&mut driver);
     assert_eq!(page.load(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     assert_eq!(page.load(VIRTIO_MMIO_QUEUE_NUM_MAX), 256);
+}
+
+/// What changes it, whoever does, is in the page at once, and after it the interrupt.
+#[test]
+fn a_page_shows_a_configuration_that_changes() {
+    let pages = RegisterPages::new(1).unwrap();
+    let balloon = Balloon::new().unwrap();
+    let handle = balloon.handle();
+    handle.set_target(3 * crate::balloon::PAGE_SIZE);
+    let mut driver = Driver::of(Box::new(balloon), pages.page(0).unwrap());
+    let page = pages.page(0).unwrap();
+    let (target, actual) = (VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG + 4);
+    assert_eq!(page.load(target), 3);
+    handle.set_target(7 * crate::balloon::PAGE_SIZE);
+    assert_eq!(page.load(target), 7);
+    driver.write(actual, 5);
+    assert_eq!((page.load(actual), driver.read(actual)), (5, 5));
+    assert_eq!(handle.actual(), 5 * crate::balloon::PAGE_SIZE);
+    driver.status(0);
+    assert_eq!((page.load(target), page.load(actual)), (7, 0));
 }
