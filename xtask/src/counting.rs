@@ -47,19 +47,22 @@ const LIMIT: Duration = Duration::from_secs(1200);
 /// What the line begins with that has a bench's rows (`koya_benches::print_marked`).
 const ROWS: &str = "rows: ";
 
-/// The rows that a bench told; all else that it said goes to standard error.
+/// The rows that a bench told, all its parts' together; all else that it said goes to standard error.
 ///
 /// # Errors
 /// If there are none.
 pub(crate) fn rows(said: &str) -> Result<Value> {
-    let mut rows = None;
+    let mut rows = Vec::new();
     for line in said.lines() {
         match line.strip_prefix(ROWS) {
-            Some(json) => rows = Some(serde_json::from_str(json)?),
+            Some(json) => rows.extend(serde_json::from_str::<Vec<Value>>(json)?),
             None => eprintln!("{line}"),
         }
     }
-    rows.context("no rows")
+    if rows.is_empty() {
+        bail!("no rows");
+    }
+    Ok(rows.into())
 }
 
 /// Puts programs into `bin` and the libraries that they are linked with where they are looked for.

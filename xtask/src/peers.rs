@@ -37,6 +37,12 @@ pub(crate) struct PeersArgs {
     /// Fail if a goal is not met: with one kernel, at most 0.6 of Firecracker's exits
     #[arg(long, requires = "firecracker")]
     check: bool,
+    /// Instead of figures: what each monitor's guest leaves for up to its user space, and how often
+    #[arg(long, conflicts_with_all = ["check", "json"])]
+    exits: bool,
+    /// Another guest kernel than Koya's, for all: an ELF image
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "json"])]
+    kernel: Option<PathBuf>,
     /// Write the rows, this machine and the programs' versions to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -72,8 +78,12 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
         others.push((name, format!("/bin/{own} {words}")));
         programs.push((own, program));
     }
-    let mut files = files(&programs)?;
+    let mut files = files(&programs, args.kernel.as_deref())?;
     files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
+    if args.exits {
+        print!("{}", counting::run(files, "exits", counting::ONE_GUEST)?);
+        return Ok(());
+    }
     let said = counting::run(files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
     if let Some(file) = &args.json {
@@ -103,8 +113,8 @@ fn other(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), command.to_owned()))
 }
 
-fn files(programs: &[(String, PathBuf)]) -> Result<Archive> {
-    let mut files = bench::guest_files(None)?;
+fn files(programs: &[(String, PathBuf)], kernel: Option<&Path>) -> Result<Archive> {
+    let mut files = bench::guest_files(kernel)?;
     files.dir("stock")?;
     let mut guest = Archive::default();
     guest.file("init", 0o755, &fs::read(build::up()?)?)?;
