@@ -317,6 +317,12 @@ fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
 }
 
 fn boot(args: &BootArgs) -> Result<()> {
+    if (args.check || args.record) && build::host_target() == build::GUEST_TARGET {
+        bail!(
+            "the figures in {BASELINE} are those of programs built with musl, whose library is not \
+             here: rustup target add x86_64-unknown-linux-musl"
+        );
+    }
     let files = boot_files(args.kernel.as_deref())?;
     if args.trace {
         print!("{}", counting::run(files, "trace", counting::ONE_GUEST)?);

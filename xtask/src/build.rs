@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// What runs in guests is built for: static, with glibc, because the agent's seccomp library is C.
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What runs on the host is built for: a static program of musl's asks the CPU nothing before main, and each
 /// answer is an exit where the host is a virtual machine itself; it holds less memory. Where its library
 /// can't be had, what guests have will do.
-fn host_target() -> &'static str {
+pub(crate) fn host_target() -> &'static str {
     const MUSL: &str = "x86_64-unknown-linux-musl";
     static TARGET: OnceLock<&str> = OnceLock::new();
     TARGET.get_or_init(|| {

@@ -34,6 +34,16 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         units.args(["--", filter]);
     }
     proc::run(&mut units)?;
+    if build::host_target() != build::GUEST_TARGET {
+        eprintln!("test: devices and monitor, built as they are shipped");
+        let mut shipped = cargo();
+        shipped.args(["test", "--package", "koya-devices", "--package", "koya-vmm"]);
+        shipped.args(["--target", build::host_target()]);
+        if let Some(filter) = &args.filter {
+            shipped.args(["--", filter]);
+        }
+        proc::run(&mut shipped)?;
+    }
     if args.quick {
         eprintln!("test: --quick: Linux guests were not run");
         return Ok(());

@@ -273,3 +273,31 @@ fn a_page_shows_a_configuration_that_changes() {
     driver.status(0);
     assert_eq!((page.load(target), page.load(actual)), (7, 0));
 }
+
+/// The guest kernel's driver writes none of it again (`guest-kernel/patches`, virtio-mmio).
+#[test]
+fn a_reset_clears_all_that_was_written() {
+    let mut driver = Driver::new();
+    driver.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    driver.negotiate();
+    driver.write(VIRTIO_MMIO_QUEUE_DESC_HIGH, 1);
+    driver.write(VIRTIO_MMIO_QUEUE_AVAIL_HIGH, 1);
+    driver.write(VIRTIO_MMIO_QUEUE_USED_HIGH, 1);
+    driver.write(VIRTIO_MMIO_QUEUE_NUM, 16);
+    driver.write(VIRTIO_MMIO_QUEUE_SEL, 7);
+    driver.status(0);
+    let transport = &driver.transport;
+    let queue = &transport.queues[0];
+    assert_eq!(
+        (queue.desc_table(), queue.avail_ring(), queue.used_ring()),
+        (0, 0, 0)
+    );
+    assert_eq!(queue.size(), queue.max_size());
+    let selected = (
+        transport.features_select,
+        transport.driver_features_select,
+        transport.queue_select,
+    );
+    assert_eq!(selected, (0, 0, 0));
+    assert_eq!(driver.read(VIRTIO_MMIO_VENDOR_ID), 0x4159_4f4b);
+}
