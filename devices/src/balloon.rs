@@ -17,8 +17,8 @@ use crate::give_back;
 use crate::sync::{guest_fault, lock};
 use crate::virtio::registers::ConfigSpace;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, Chain, DeviceKind, DeviceState, Interrupt, Memory,
-    QueueError, StateError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, DeviceState,
+    F_INDIRECT_DESC, Interrupt, Memory, QueueError, StateError, VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -222,6 +222,12 @@ impl VirtioDevice for Balloon {
     fn features(&self) -> u64 {
         let bits = [F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING];
         bits.iter().fold(0, |features, bit| features | 1 << bit)
+    }
+
+    /// Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having accepted them
+    /// would write all features again.
+    fn common_features(&self) -> u64 {
+        COMMON_FEATURES & !F_INDIRECT_DESC
     }
 
     fn config(&self) -> Option<Vec<u8>> {

@@ -34,7 +34,8 @@ pub(crate) struct PeersArgs {
     /// with {kernel} (an ELF file), {initramfs} and {cmdline} where these are to be
     #[arg(long, value_name = "NAME=COMMAND", value_parser = other)]
     monitor: Vec<(String, String)>,
-    /// Fail if a goal is not met: with one kernel, at most 0.6 of Firecracker's exits
+    /// Fail if a goal is not met: at most 0.6 of the exits of Firecracker with Koya's kernel, for the monitor with
+    /// that kernel, and for a whole sandbox
     #[arg(long, requires = "firecracker")]
     check: bool,
     /// Instead of figures: what each monitor's guest leaves for up to its user space, and how often

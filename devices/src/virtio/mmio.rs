@@ -17,8 +17,8 @@ use super::queue::Place;
 use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
 use super::state::{self, QueueState, TransportState};
 use super::{
-    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, DeviceKind, Interrupt, Memory,
-    StateError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, StateError,
+    VirtioDevice, Worker,
 };
 use crate::sync::guest_fault;
 use event_manager::MutEventSubscriber;
@@ -282,7 +282,7 @@ impl MmioTransport {
 
     /// Puts those into the registers that the driver has selected.
     fn show_selected(&self) {
-        let features = self.device.features() | COMMON_FEATURES;
+        let features = self.offered_features();
         let features = match self.features_select {
             0 => features as u32,
             1 => (features >> 32) as u32,
@@ -403,8 +403,12 @@ impl MmioTransport {
         }
     }
 
+    fn offered_features(&self) -> u64 {
+        self.device.features() | self.device.common_features()
+    }
+
     fn features_fit(&self) -> bool {
-        let offered = self.device.features() | COMMON_FEATURES;
+        let offered = self.offered_features();
         self.driver_features & !offered == 0 && self.driver_features & super::F_VERSION_1 != 0
     }
 

@@ -32,7 +32,7 @@ pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// Feature bit: notifications are suppressed by index (section 2.7.7 and 2.7.8).
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
-/// Features of the transport and the queues, offered by every device.
+/// Features of the transport and the queues, offered by nearly every device.
 pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
 
 /// Which device it is: the number of virtio 1.2, section 5.
@@ -137,9 +137,13 @@ pub trait VirtioDevice: Send {
     fn kind(&self) -> DeviceKind;
     /// The largest size of each queue; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
-    /// The features of this device beyond [`COMMON_FEATURES`].
+    /// The features of this device beyond [`common_features`](Self::common_features).
     fn features(&self) -> u64 {
         0
+    }
+    /// The features of the transport and the queues that it offers.
+    fn common_features(&self) -> u64 {
+        COMMON_FEATURES
     }
     /// The whole configuration space as it is, if a guest may have it as memory: the device need not know that
     /// it is read, and a field that changes lies within one aligned word, so that none is read half changed.

@@ -38,8 +38,10 @@ const MEMORY_KIB: u64 = 128 << 10;
 /// How long a guest is left alone before its monitor's memory is looked at.
 const REST: Duration = Duration::from_millis(300);
 /// How long a guest with Koya's kernel may take to its word, by the counted clock: ten times what the slowest does.
-/// The emulated host now and then gives a guest an interrupt twice, at one of which it holds a lock that the other
-/// waits for; each second of that takes more than a minute of ours. Then it is begun anew, which is at another time.
+/// QEMU 7.2 gives a nested guest an interrupt again if its budget of instructions ends between that and the guest's
+/// next exit (`exception_index`, which VMRUN leaves set): most of all the first one of asynchronous page faults,
+/// which then waits for a lock that it holds. Each second of that takes more than a minute of ours. The guest is begun
+/// anew, which is at another time.
 const LIMIT: Duration = Duration::from_secs(1);
 /// The same with Debian's.
 const STOCK_LIMIT: Duration = Duration::from_secs(5);
@@ -73,7 +75,7 @@ struct Seen {
 type Figure = (&'static str, &'static str, fn(&Seen) -> f64);
 
 const EXITS: &str = "KVM exits to the guest's user space";
-/// What share of Firecracker's they may be.
+/// What share they may be of Firecracker's with the same kernel.
 const EXITS_GOAL: f64 = 0.6;
 const FIRECRACKER: &str = "Firecracker";
 
@@ -106,12 +108,14 @@ fn main() -> Result<()> {
 fn figures(koya: &Monitor) -> Result<()> {
     let own = runs_of(koya)?;
     let peers = all_of(&peers_with(KERNEL, LIMIT)?)?;
+    // Also of a whole sandbox's, which has four devices that Firecracker's guest here does without.
+    let theirs = peers.iter().find(|(name, _)| name == FIRECRACKER);
+    let goal = theirs.map(|(_, seen)| ("goal".to_owned(), seen.exits * EXITS_GOAL));
     let mut rows = Vec::new();
     for (name, unit, value) in FIGURES {
         let mut beside = beside(&peers, *value);
-        let theirs = beside.iter().find(|(name, _)| name == FIRECRACKER);
-        if let (EXITS, Some((_, theirs))) = (*name, theirs) {
-            beside.push(("goal".to_owned(), theirs * EXITS_GOAL));
+        if *name == EXITS {
+            beside.extend(goal.clone());
         }
         rows.push(row(name, unit, true, value(&own), beside));
     }
@@ -122,7 +126,9 @@ fn figures(koya: &Monitor) -> Result<()> {
     let name = "whole sandbox to its agent; Debian's kernel to user space";
     let time = row(name, "ms", true, ready, beside(&stock, |s| s.up));
     let name = "KVM exits of the same";
-    let exits = row(name, "", true, exits, beside(&stock, |s| s.exits));
+    let mut beside_exits = beside(&stock, |s| s.exits);
+    beside_exits.extend(goal);
+    let exits = row(name, "", true, exits, beside_exits);
     Ok(print_marked(&[time, exits])?)
 }
 
