@@ -15,7 +15,7 @@ const PACKAGES: &[(&str, &str)] = &[
 #[derive(Args)]
 pub(crate) struct MonitorArgs {
     /// Starts of each kind, in turns; each figure is a median
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 100)]
     rounds: u32,
     /// Write the rows, this machine and the programs' versions to this file
     #[arg(long, value_name = "FILE")]
