@@ -127,7 +127,7 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
 
 /// A process in a pid namespace of its own, which this one leaves to PID 1.
 fn pause() -> Result<i32> {
-    crate::sys::new_namespaces().context("cannot make namespaces")?;
+    crate::sys::new_pids().context("cannot make a pid namespace")?;
     let mut first = Command::new("/proc/self/exe");
     let first = first.arg0("/pause").arg(PAUSE).spawn();
     Ok(first.context("cannot start a process")?.id() as i32)
@@ -150,6 +150,8 @@ fn let_go() -> Result<()> {
     const NOBODY: u32 = 65_535;
     // With it all of its namespace would end.
     std::fs::write("/proc/self/oom_score_adj", "-1000")?;
+    // Not before: the helper still writes to its mounts what it has made.
+    crate::sys::new_mounts()?;
     mount_change(
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,

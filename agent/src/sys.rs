@@ -53,10 +53,19 @@ pub(crate) fn collect_children() {
     }
 }
 
-/// This process has mounts of its own, and its next children are in a new pid namespace.
-pub(crate) fn new_namespaces() -> io::Result<()> {
+/// The next children are in a new pid namespace.
+pub(crate) fn new_pids() -> io::Result<()> {
+    unshare(libc::CLONE_NEWPID)
+}
+
+/// This process has mounts of its own.
+pub(crate) fn new_mounts() -> io::Result<()> {
+    unshare(libc::CLONE_NEWNS)
+}
+
+fn unshare(namespace: libc::c_int) -> io::Result<()> {
     // SAFETY: no memory is passed, and memory and descriptors stay as they are.
-    let made = unsafe { libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) };
+    let made = unsafe { libc::unshare(namespace) };
     checked(made.into()).map(drop)
 }
 
