@@ -41,7 +41,7 @@ pub(crate) struct PeersArgs {
     /// Instead of figures: what each monitor's guest leaves for up to its user space, and how often
     #[arg(long, conflicts_with_all = ["check", "json"])]
     exits: bool,
-    /// Another guest kernel than Koya's, for all: an ELF image
+    /// Another build of Koya's kernel, for all: an ELF image, whose guests have a second of the counted clock
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "json"])]
     kernel: Option<PathBuf>,
     /// Write the rows, this machine and the programs' versions to this file

@@ -35,7 +35,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     }
     proc::run(&mut units)?;
     if build::host_target() != build::GUEST_TARGET {
-        eprintln!("test: devices and monitor, built as they are shipped");
+        eprintln!("test: devices and monitor, built with musl, as what is shipped");
         let mut shipped = cargo();
         shipped.args(["test", "--package", "koya-devices", "--package", "koya-vmm"]);
         shipped.args(["--target", build::host_target()]);
