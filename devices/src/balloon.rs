@@ -15,7 +15,7 @@
 
 use crate::give_back;
 use crate::sync::{guest_fault, lock};
-use crate::virtio::registers::ConfigSpace;
+use crate::virtio::registers::{ConfigSpace, ShownConfig};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, DeviceState,
     F_INDIRECT_DESC, Interrupt, Memory, QueueError, StateError, VirtioDevice, Worker,
@@ -104,8 +104,7 @@ pub struct BalloonState {
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
-    /// Where the driver reads both. Locked to change one, so that the last change is the one that is seen.
-    space: Mutex<Option<ConfigSpace>>,
+    shown: ShownConfig,
     statistics: Mutex<MemoryStatistics>,
     /// Wakes the worker: new statistics are wanted.
     ask: EventFd,
@@ -127,11 +126,8 @@ impl Shared {
 
     /// Sets one of its fields.
     fn change(&self, field: &AtomicU32, value: u32) {
-        let space = lock(&self.space);
-        field.store(value, Ordering::SeqCst);
-        if let Some(space) = &*space {
-            space.show(&self.config());
-        }
+        let change = || field.store(value, Ordering::SeqCst);
+        self.shown.change(change, || self.config());
     }
 }
 
@@ -192,7 +188,7 @@ impl Balloon {
             shared: Arc::new(Shared {
                 target: AtomicU32::new(0),
                 actual: AtomicU32::new(0),
-                space: Mutex::default(),
+                shown: ShownConfig::default(),
                 statistics: Mutex::default(),
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
@@ -235,9 +231,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn show_config(&mut self, space: ConfigSpace) {
-        let mut shown = lock(&self.shared.space);
-        space.show(&self.shared.config());
-        *shown = Some(space);
+        self.shared.shown.show_in(space, || self.shared.config());
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

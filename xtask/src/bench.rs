@@ -317,10 +317,11 @@ fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
 }
 
 fn boot(args: &BootArgs) -> Result<()> {
-    if (args.check || args.record) && build::host_target() == build::GUEST_TARGET {
+    if (args.check || args.record) && !build::has_musl() {
         bail!(
             "the figures in {BASELINE} are those of programs built with musl, whose library is not \
-             here: rustup target add x86_64-unknown-linux-musl"
+             here: rustup target add {}",
+            build::MUSL
         );
     }
     let files = boot_files(args.kernel.as_deref())?;

@@ -10,13 +10,20 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// What runs in guests is built for: static, with glibc, because the agent's seccomp library is C.
-pub(crate) const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What [`host_target`] is where its library can be had.
+pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";
+
+/// Whether what runs on the host is built with musl.
+pub(crate) fn has_musl() -> bool {
+    host_target() == MUSL
+}
 
 /// What runs on the host is built for: a static program of musl's asks the CPU nothing before main, and each
 /// answer is an exit where the host is a virtual machine itself; it holds less memory. Where its library
 /// can't be had, what guests have will do.
-pub(crate) fn host_target() -> &'static str {
-    const MUSL: &str = "x86_64-unknown-linux-musl";
+fn host_target() -> &'static str {
     static TARGET: OnceLock<&str> = OnceLock::new();
     TARGET.get_or_init(|| {
         if setup::rust_target(MUSL, "programs for the host") {

@@ -79,7 +79,7 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
         others.push((name, format!("/bin/{own} {words}")));
         programs.push((own, program));
     }
-    let mut files = files(&programs, args.kernel.as_deref())?;
+    let mut files = files(&programs, args)?;
     files.file("monitors.json", 0o644, &serde_json::to_vec(&others)?)?;
     if args.exits {
         print!("{}", counting::run(files, "exits", counting::ONE_GUEST)?);
@@ -114,15 +114,17 @@ fn other(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), command.to_owned()))
 }
 
-fn files(programs: &[(String, PathBuf)], kernel: Option<&Path>) -> Result<Archive> {
-    let mut files = bench::guest_files(kernel)?;
-    files.dir("stock")?;
+fn files(programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
+    let mut files = bench::guest_files(args.kernel.as_deref())?;
     let mut guest = Archive::default();
     guest.file("init", 0o755, &fs::read(build::up()?)?)?;
     files.file("initramfs", 0o644, &guest.finish()?)?;
-    let stock = Host::ensure()?.dir.join("vmlinuz");
-    let stock = fs::read(stock).context("cannot read Debian's kernel")?;
-    files.file("stock/vmlinux", 0o644, &elf_of(&stock)?)?;
+    if !args.exits {
+        let stock = Host::ensure()?.dir.join("vmlinuz");
+        let stock = fs::read(stock).context("cannot read Debian's kernel")?;
+        files.dir("stock")?;
+        files.file("stock/vmlinux", 0o644, &elf_of(&stock)?)?;
+    }
     add_firmware(&mut files)?;
     counting::add_programs(&mut files, programs)?;
     Ok(files)

@@ -27,22 +27,22 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         cargo.envs(products.env());
         cargo
     };
-    eprintln!("test: units and tiny guests on this machine");
-    let mut units = cargo();
-    units.args(["test", "--workspace", "--exclude", "koya-tests"]);
-    if let Some(filter) = &args.filter {
-        units.args(["--", filter]);
-    }
-    proc::run(&mut units)?;
-    if build::host_target() != build::GUEST_TARGET {
-        eprintln!("test: devices and monitor, built with musl, as what is shipped");
-        let mut shipped = cargo();
-        shipped.args(["test", "--package", "koya-devices", "--package", "koya-vmm"]);
-        shipped.args(["--target", build::host_target()]);
+    let test = |packages: &[&str]| {
+        let mut test = cargo();
+        test.arg("test").args(packages);
         if let Some(filter) = &args.filter {
-            shipped.args(["--", filter]);
+            test.args(["--", filter]);
         }
-        proc::run(&mut shipped)?;
+        test
+    };
+    eprintln!("test: units and tiny guests on this machine");
+    proc::run(&mut test(&["--workspace", "--exclude", "koya-tests"]))?;
+    if build::has_musl() {
+        eprintln!("test: devices and monitor, built with musl, as what is shipped");
+        let packages = ["--package", "koya-devices", "--package", "koya-vmm"];
+        proc::run(&mut test(
+            &[&packages[..], &["--target", build::MUSL]].concat(),
+        ))?;
     }
     if args.quick {
         eprintln!("test: --quick: Linux guests were not run");
@@ -58,15 +58,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         "koya",
         "--examples",
     ]))?;
-    let mut system = cargo();
+    let mut system = test(&["--package", "koya-tests"]);
     system
-        .args(["test", "--package", "koya-tests"])
         .env("KOYA_TEST_DEBIAN", &debian)
         .env("KOYA_TEST_FSX", &fsx)
         .env("KOYA_TEST_CONTAINERD", &containerds);
-    if let Some(filter) = &args.filter {
-        system.args(["--", filter]);
-    }
     proc::run(&mut system)
 }
 

@@ -33,7 +33,7 @@ mod tests;
 use crate::rate_limit::{RateLimiter, RateLimits};
 use crate::sync::lock;
 use crate::threads::Threads;
-use crate::virtio::registers::ConfigSpace;
+use crate::virtio::registers::{ConfigSpace, ShownConfig};
 use crate::virtio::{
     ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice, Worker,
 };
@@ -145,9 +145,8 @@ struct Shared {
     tap_name: String,
     link: AtomicBool,
     /// What the driver reads beside the link's state.
-    config: Config,
-    /// Where it reads it. Locked to change the link, so that its last state is the one that is seen.
-    space: Mutex<Option<ConfigSpace>>,
+    fixed: Config,
+    shown: ShownConfig,
     metrics: NetMetrics,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
@@ -163,27 +162,24 @@ impl Shared {
 
     /// Whether it was another.
     fn change_link(&self, up: bool) -> bool {
-        let space = lock(&self.space);
-        let is_new = self.link.swap(up, Ordering::SeqCst) != up;
-        if let Some(space) = &*space {
-            space.show(self.config().as_bytes());
-        }
-        is_new
+        let change = || self.link.swap(up, Ordering::SeqCst) != up;
+        self.shown.change(change, || self.config())
     }
 
     fn link(&self) -> bool {
         self.link.load(Ordering::Relaxed)
     }
 
-    fn config(&self) -> Config {
+    fn config(&self) -> Vec<u8> {
         let status = match self.link() {
             true => VIRTIO_NET_S_LINK_UP,
             false => 0,
         };
-        Config {
+        let config = Config {
             status: U16::new(status as u16),
-            ..self.config
-        }
+            ..self.fixed
+        };
+        config.as_bytes().to_vec()
     }
 }
 
@@ -268,7 +264,7 @@ impl Net {
         }
         let limiters = [options.receive_limits, options.send_limits]
             .map(|limits| Arc::new(Mutex::new(RateLimiter::new(limits))));
-        let config = Config {
+        let fixed = Config {
             mac: options.mac.0,
             status: U16::new(0),
             max_virtqueue_pairs: U16::new(pairs as u16),
@@ -280,8 +276,8 @@ impl Net {
             shared: Arc::new(Shared {
                 tap_name: tap.name().to_owned(),
                 link: AtomicBool::new(true),
-                config,
-                space: Mutex::default(),
+                fixed,
+                shown: ShownConfig::default(),
                 metrics: NetMetrics::default(),
                 interrupt: Mutex::new(None),
             }),
@@ -426,13 +422,11 @@ impl VirtioDevice for Net {
     }
 
     fn config(&self) -> Option<Vec<u8>> {
-        Some(self.shared.config().as_bytes().to_vec())
+        Some(self.shared.config())
     }
 
     fn show_config(&mut self, space: ConfigSpace) {
-        let mut shown = lock(&self.shared.space);
-        space.show(self.shared.config().as_bytes());
-        *shown = Some(space);
+        self.shared.shown.show_in(space, || self.shared.config());
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError> {

@@ -2,9 +2,10 @@
 //! no exit. A write is one either way.
 
 use super::mmio::WINDOW_SIZE;
+use crate::sync::lock;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use vm_memory::VolatileMemory;
 use vm_memory::mmap::MmapRegion;
@@ -113,6 +114,34 @@ impl ConfigSpace {
     /// Puts the whole of it there, a word after the other: what did not change may be read meanwhile.
     pub fn show(&self, config: &[u8]) {
         self.0.store_bytes(VIRTIO_MMIO_CONFIG, config);
+    }
+}
+
+/// A configuration that changes, shown where the driver reads it once that is said: a change and what is shown of it
+/// are under one lock, so that the last change is the one that is seen.
+#[derive(Default)]
+pub(crate) struct ShownConfig(Mutex<Option<ConfigSpace>>);
+
+impl ShownConfig {
+    /// Shows it there from now on.
+    pub(crate) fn show_in(&self, space: ConfigSpace, config: impl FnOnce() -> Vec<u8>) {
+        let mut shown = lock(&self.0);
+        space.show(&config());
+        *shown = Some(space);
+    }
+
+    /// Changes something of it, and shows what it is then.
+    pub(crate) fn change<T>(
+        &self,
+        change: impl FnOnce() -> T,
+        config: impl FnOnce() -> Vec<u8>,
+    ) -> T {
+        let shown = lock(&self.0);
+        let changed = change();
+        if let Some(space) = &*shown {
+            space.show(&config());
+        }
+        changed
     }
 }
 

@@ -52,12 +52,17 @@ fn now() -> Result<f64> {
     Ok(counts::now_ns()? as f64 / 1e6)
 }
 
-/// A monitor's name, its words, and how long its guest may take.
+/// A monitor, or a whole sandbox.
 struct Monitor {
     name: String,
     words: Vec<String>,
+    /// How long its guest may take.
     limit: Duration,
+    look: Look,
 }
+
+/// How to tell what came of a process that began then, in so long; None if its guest stands still.
+type Look = fn(&mut Child, f64, Duration) -> Result<Option<Seen>>;
 
 /// What one run came to.
 #[derive(Clone, Copy, Default)]
@@ -97,6 +102,7 @@ fn main() -> Result<()> {
             .map(str::to_owned)
             .into(),
         limit: LIMIT,
+        look,
     };
     match std::env::args().nth(1).as_deref() {
         None => figures(&koya),
@@ -119,16 +125,16 @@ fn figures(koya: &Monitor) -> Result<()> {
         }
         rows.push(row(name, unit, true, value(&own), beside));
     }
-    // On the console before the others begin: what one of these does with Debian's kernel takes nothing away.
+    // On the console before the others begin, whatever they do with Debian's kernel.
     print_marked(&rows)?;
-    let (ready, exits) = sandbox()?;
+    let sandbox = last_of(&sandbox())?;
     let stock = all_of(&peers_of_stock()?)?;
     let name = "whole sandbox to its agent; Debian's kernel to user space";
-    let time = row(name, "ms", true, ready, beside(&stock, |s| s.up));
+    let time = row(name, "ms", true, sandbox.up, beside(&stock, |s| s.up));
     let name = "KVM exits of the same";
     let mut beside_exits = beside(&stock, |s| s.exits);
     beside_exits.extend(goal);
-    let exits = row(name, "", true, exits, beside_exits);
+    let exits = row(name, "", true, sandbox.exits, beside_exits);
     Ok(print_marked(&[time, exits])?)
 }
 
@@ -136,18 +142,12 @@ fn figures(koya: &Monitor) -> Result<()> {
 fn exits(koya: Monitor) -> Result<()> {
     let mut all = vec![koya];
     all.extend(peers_with(KERNEL, LIMIT)?);
+    all.push(sandbox());
     for monitor in all {
-        for _ in 0..RUNS {
-            start(&monitor, &[])?;
-        }
+        last_of(&monitor)?;
         let (seen, trace) = start(&monitor, trace::EXITS)?;
         print_exits(&monitor.name, &trace, seen.began + seen.up);
     }
-    for _ in 0..RUNS {
-        sandbox_once(&[])?;
-    }
-    let (ready, trace) = sandbox_once(trace::EXITS)?;
-    print_exits("Koya's whole sandbox", &trace, ready.began + ready.up);
     Ok(())
 }
 
@@ -166,35 +166,30 @@ fn beside(peers: &[(String, Seen)], value: fn(&Seen) -> f64) -> Vec<(String, f64
     figures.collect()
 }
 
-/// A whole sandbox of Koya's, with its own kernel, files, vsock, balloon and entropy: milliseconds from exec to its
-/// agent's word, and exits.
-fn sandbox() -> Result<(f64, f64)> {
-    let mut seen = Seen::default();
-    for _ in 0..RUNS {
-        seen = sandbox_once(&[])?.0;
+/// A whole sandbox of Koya's, with its own kernel, files, vsock, balloon and entropy, up to its agent's word.
+fn sandbox() -> Monitor {
+    Monitor {
+        name: "Koya's whole sandbox".to_owned(),
+        words: ["/bin/sandbox", "once"].map(str::to_owned).into(),
+        limit: LIMIT,
+        look: look_at_sandbox,
     }
-    Ok((seen.up, seen.exits))
 }
 
-fn sandbox_once(events: &[&str]) -> Result<(Seen, String)> {
-    let words = ["/bin/sandbox", "once"].map(str::to_owned);
-    again(&words[0], || {
-        run(&words, events, |process, began| {
-            let mut output = process.stdout.take().ok_or("no output")?;
-            let Some(said) = hear(&mut output, None, LIMIT)? else {
-                return Ok(None);
-            };
-            let said: Value = serde_json::from_str(&said)?;
-            let number = |value: &Value| value.as_f64().ok_or("no figure of a sandbox");
-            let ready = &said["ready"];
-            Ok(Some(Seen {
-                began,
-                up: number(&ready[0])? / 1e6 - began,
-                exits: number(&ready[2]["exits"])?,
-                ..Seen::default()
-            }))
-        })
-    })
+fn look_at_sandbox(process: &mut Child, began: f64, limit: Duration) -> Result<Option<Seen>> {
+    let mut output = process.stdout.take().ok_or("no output")?;
+    let Some(said) = hear(&mut output, None, limit)? else {
+        return Ok(None);
+    };
+    let said: Value = serde_json::from_str(&said)?;
+    let number = |value: &Value| value.as_f64().ok_or("no figure of a sandbox");
+    let ready = &said["ready"];
+    Ok(Some(Seen {
+        began,
+        up: number(&ready[0])? / 1e6 - began,
+        exits: number(&ready[2]["exits"])?,
+        ..Seen::default()
+    }))
 }
 
 fn all_of(monitors: &[Monitor]) -> Result<Vec<(String, Seen)>> {
@@ -207,10 +202,7 @@ fn runs_of(monitor: &Monitor) -> Result<Seen> {
     let words = &monitor.words;
     // On the console, which is shown if there is no end to it.
     eprintln!("{}", words.join(" "));
-    let mut seen = Seen::default();
-    for _ in 0..RUNS {
-        seen = start(monitor, &[])?.0;
-    }
+    let mut seen = last_of(monitor)?;
     let entry = |events| -> Result<(usize, f64)> {
         let (seen, trace) = start(monitor, events)?;
         let entry = trace::first_entry(&trace, std::process::id());
@@ -219,6 +211,15 @@ fn runs_of(monitor: &Monitor) -> Result<Seen> {
     };
     seen.entered = entry(trace::ENTRIES)?.1;
     seen.calls = entry(trace::ENTRIES_AND_CALLS)?.0 as f64;
+    Ok(seen)
+}
+
+/// What the run came to that counts.
+fn last_of(monitor: &Monitor) -> Result<Seen> {
+    let mut seen = Seen::default();
+    for _ in 0..RUNS {
+        seen = start(monitor, &[])?.0;
+    }
     Ok(seen)
 }
 
@@ -244,6 +245,7 @@ fn peers_with(kernel: &str, limit: Duration) -> Result<Vec<Monitor>> {
             name: name.to_owned(),
             words: words.collect(),
             limit,
+            look,
         }
     };
     let mut all = Vec::new();
@@ -287,20 +289,11 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// One run of a monitor, and what the kernel's trace told of it.
+/// One run, of a few that may be needed, and what the kernel's trace told of it.
 fn start(monitor: &Monitor, events: &[&str]) -> Result<(Seen, String)> {
-    let words = &monitor.words;
-    again(&words[0], || {
-        run(words, events, |process, from| {
-            look(process, from, monitor.limit)
-        })
-    })
-}
-
-/// A run that came to something, of a few.
-fn again<T>(name: &str, run: impl Fn() -> Result<Option<T>>) -> Result<T> {
+    let name = &monitor.words[0];
     for _ in 0..TRIES {
-        match run() {
+        match try_start(monitor, events) {
             Ok(Some(done)) => return Ok(done),
             Ok(None) => eprintln!("{name}: its guest stands still"),
             Err(error) => return Err(format!("{name}: {error}").into()),
@@ -309,12 +302,9 @@ fn again<T>(name: &str, run: impl Fn() -> Result<Option<T>>) -> Result<T> {
     Err(format!("{name}: its guest stood still {TRIES} times").into())
 }
 
-/// Starts a program, looks at it, and ends it; with what the kernel's trace told of it.
-fn run(
-    words: &[String],
-    events: &[&str],
-    look: impl Fn(&mut Child, f64) -> Result<Option<Seen>>,
-) -> Result<Option<(Seen, String)>> {
+/// None if the guest stands still.
+fn try_start(monitor: &Monitor, events: &[&str]) -> Result<Option<(Seen, String)>> {
+    let words = &monitor.words;
     let trace = Trace::begin(events)?;
     let from = now()?;
     let mut process = Command::new(&words[0])
@@ -322,7 +312,7 @@ fn run(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;
-    let seen = look(&mut process, from);
+    let seen = (monitor.look)(&mut process, from, monitor.limit);
     process.kill()?;
     process.wait()?;
     let trace = trace.end()?;

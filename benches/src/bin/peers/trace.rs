@@ -106,13 +106,7 @@ pub(crate) fn first_entry(trace: &str, this: u32) -> Option<(usize, f64)> {
 
 /// How often a guest left for what, the most frequent first, up to a time in milliseconds of the trace's clock.
 pub(crate) fn exits(trace: &str, until: f64) -> Vec<(usize, String)> {
-    let mut counts = BTreeMap::new();
-    let mut last: Option<(String, bool)> = None;
-    let mut count = |exit: Option<(String, bool)>| {
-        if let Some((exit, _)) = exit {
-            *counts.entry(exit).or_insert(0) += 1;
-        }
-    };
+    let (mut exits, mut is_told): (Vec<String>, _) = (Vec::new(), true);
     for line in trace.lines() {
         let Some((at, event, words)) = parts(line) else {
             continue;
@@ -120,18 +114,23 @@ pub(crate) fn exits(trace: &str, until: f64) -> Vec<(usize, String)> {
         if at > until {
             break;
         }
-        match event {
-            "kvm_exit" => count(last.replace((reason(words), false))),
-            _ => {
-                // The first word on it: an access can be emulated, and then is told twice.
-                if let Some((exit, told @ false)) = &mut last {
-                    exit.push_str(&format!(": {}", subject(event, words)));
-                    *told = true;
-                }
+        match (event, exits.last_mut()) {
+            ("kvm_exit", _) => {
+                exits.push(reason(words));
+                is_told = false;
             }
+            // The first word on it: an access can be emulated, and then is told twice.
+            (_, Some(exit)) if !is_told => {
+                exit.push_str(&format!(": {}", subject(event, words)));
+                is_told = true;
+            }
+            _ => {}
         }
     }
-    count(last);
+    let mut counts = BTreeMap::new();
+    for exit in exits {
+        *counts.entry(exit).or_insert(0) += 1;
+    }
     let mut all: Vec<_> = counts.into_iter().map(|(exit, n)| (n, exit)).collect();
     all.sort_by_key(|(count, _)| Reverse(*count));
     all
