@@ -16,6 +16,7 @@ use koya_protocol::messages;
 use koya_vmm::DiskConfig;
 use koya_vmm::devices::threads;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
+use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,7 @@ enum MadeOf {
 /// What the sandbox holds for a container.
 #[derive(Default)]
 struct Given {
+    /// By their names.
     shares: Vec<String>,
     disks: Vec<Used<Disk>>,
     /// The disk that is its root, and whether the guest has mounted it.
@@ -47,13 +49,17 @@ struct Given {
 }
 
 impl Given {
-    fn share(&mut self, inner: &Inner, shares: Vec<Share>) -> Result<(), Error> {
+    /// Shares what a configuration names, and says in it where the guest has it.
+    fn share(&mut self, inner: &Inner, shares: Vec<Share>, spec: &mut Spec) -> Result<(), Error> {
+        let mut places = HashMap::new();
         for share in shares {
             let path = &share.path;
-            let added = inner.shares.add(&share.name, path, share.read_only);
-            added.map_err(Error::host(format!("share {}", path.display())))?;
-            self.shares.push(share.name);
+            let shared = inner.shares.share(path, share.options);
+            let shared = shared.map_err(Error::host(format!("share {}", path.display())))?;
+            self.shares.push(shared.name);
+            places.insert(share.name, shared.path);
         }
+        spec::place_shares(spec, &places);
         Ok(())
     }
 
@@ -272,11 +278,11 @@ impl Container {
     ) -> Result<Self, Error> {
         let made_of = MadeOf::Bundle(bundle.rootfs.clone());
         Self::make(inner, made_of, id, |inner, given| {
-            let adapted = oci::adapt(id, bundle, &Accounts::read(&bundle.rootfs))?;
+            let mut adapted = oci::adapt(id, bundle, &Accounts::read(&bundle.rootfs))?;
             let points = adapted.mount_points.iter();
             let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
             mount_points::make(&bundle.rootfs, &points)?;
-            given.share(inner, adapted.shares)?;
+            given.share(inner, adapted.shares, &mut adapted.spec)?;
             let devices = given.attach(inner, adapted.disks)?;
             let needs = Needs {
                 devices,
@@ -336,7 +342,7 @@ impl Container {
                 inner.agent.accounts(id)?
             }
         };
-        let spec = spec::build(id, config, &accounts)?;
+        let mut spec = spec::build(id, config, &accounts)?;
         if config.read_only && root == Root::Directory {
             let is_file = |destination: &Path| {
                 let volume = config.volumes.iter().find(|v| v.destination == destination);
@@ -348,7 +354,7 @@ impl Container {
                 .collect();
             mount_points::make(&config.rootfs, &points)?;
         }
-        given.share(inner, spec::shares(id, config))?;
+        given.share(inner, spec::shares(id, config), &mut spec)?;
         let needs = Needs {
             devices: config.devices.iter().map(agent::block_device).collect(),
             ..Needs::default()

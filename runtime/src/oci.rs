@@ -12,6 +12,7 @@ use crate::ephemeral;
 use crate::spec::{DEFAULT_PATH, Share, guest_path, root_share};
 use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
+use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 use std::fs;
 use std::io;
@@ -140,7 +141,10 @@ pub(crate) fn adapt(id: &str, bundle: &Bundle, accounts: &Accounts) -> Result<Ad
     let mut shares = vec![Share {
         name: root_share(id),
         path: bundle.rootfs.clone(),
-        read_only: root_read_only,
+        options: ShareOptions {
+            read_only: root_read_only,
+            follow_mounts: false,
+        },
     }];
     let mut root = oci::Root::default();
     root.set_path(guest_path(&shares[0].name));
@@ -344,7 +348,10 @@ fn adapt_mount(
     let share = Share {
         name: format!("{id}.mount{number}"),
         path: source,
-        read_only: has("ro") || has("rro"),
+        options: ShareOptions {
+            read_only: has("ro") || has("rro"),
+            follow_mounts: has("slave") || has("rslave"),
+        },
     };
     adapted.set_source(Some(guest_path(&share.name)));
     Ok((adapted, Needs::Share(share)))
@@ -574,7 +581,7 @@ mod tests {
         let names: Vec<_> = adapted
             .shares
             .iter()
-            .map(|s| (s.name.as_str(), s.read_only))
+            .map(|s| (s.name.as_str(), s.options.read_only))
             .collect();
         assert_eq!(names, [("c.root", true), ("c.mount1", true)]);
         assert!(adapted.mount_points.contains(&("/etc/hosts".into(), true)));

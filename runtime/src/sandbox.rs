@@ -294,6 +294,7 @@ impl Sandbox {
         let shares = Shares::default();
         let options = Options {
             cache: config.cache,
+            max_nodes: max_nodes(config),
             ..Options::default()
         };
         let queues = config.cpus.min(FS_QUEUES);
@@ -569,6 +570,12 @@ impl Inner {
         }
         Error::ended(self.end.wait(), &self.console)
     }
+}
+
+/// How many files the guest may remember: its kernel takes a KiB of its memory for each.
+fn max_nodes(config: &SandboxConfig) -> usize {
+    let memory_mib = config.memory_max_mib.unwrap_or(0).max(config.memory_mib);
+    (memory_mib << 10).try_into().unwrap_or(usize::MAX)
 }
 
 /// Tells the guest of changes on the host to files that it watches, until the machine is taken down.

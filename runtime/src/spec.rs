@@ -4,8 +4,10 @@ use crate::Error;
 use crate::account::{Account, Accounts};
 use crate::seccomp::Seccomp;
 use koya_protocol::SHARED_DIR;
+use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, Spec};
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -65,6 +67,20 @@ pub struct Volume {
     pub destination: PathBuf,
     /// Whether the container may only read it.
     pub read_only: bool,
+    /// Whether what the host mounts and unmounts below it later shows in the container.
+    pub follow_mounts: bool,
+}
+
+impl Volume {
+    /// A volume that the container may write, with the mounts that the host has below it now.
+    pub fn new(source: impl Into<PathBuf>, destination: impl Into<PathBuf>) -> Self {
+        Self {
+            source: source.into(),
+            destination: destination.into(),
+            read_only: false,
+            follow_mounts: false,
+        }
+    }
 }
 
 /// A disk of the sandbox in a container.
@@ -267,17 +283,37 @@ impl Root {
     }
 }
 
-/// What the guest gets of the host's files, under a name.
+/// What the guest gets of the host's files. The name stands for its place in a configuration until it
+/// is shared ([`place_shares`]).
 #[derive(Clone, Debug)]
 pub(crate) struct Share {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
-    pub(crate) read_only: bool,
+    pub(crate) options: ShareOptions,
 }
 
-/// Where the guest has a share.
-pub(crate) fn guest_path(share: &str) -> PathBuf {
-    Path::new(SHARED_DIR).join(share)
+/// Where the guest has what is at this path of the shared root.
+pub(crate) fn guest_path(path: impl AsRef<Path>) -> PathBuf {
+    Path::new(SHARED_DIR).join(path)
+}
+
+/// Says in a configuration where the guest has each share: by the name that it has in the configuration,
+/// the path below the shared root.
+pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, PathBuf>) {
+    let place = |path: &Path| {
+        let name = path.strip_prefix(SHARED_DIR).ok()?.to_str()?;
+        Some(guest_path(places.get(name)?))
+    };
+    if let Some(root) = spec.root_mut()
+        && let Some(path) = place(root.path())
+    {
+        root.set_path(path);
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if let Some(path) = mount.source().as_deref().and_then(place) {
+            mount.set_source(Some(path));
+        }
+    }
 }
 
 pub(crate) fn root_share(id: &str) -> String {
@@ -295,14 +331,20 @@ pub(crate) fn shares(id: &str, config: &ContainerConfig) -> Vec<Share> {
         all.push(Share {
             name: root_share(id),
             path: config.rootfs.clone(),
-            read_only: config.read_only,
+            options: ShareOptions {
+                read_only: config.read_only,
+                follow_mounts: false,
+            },
         });
     }
     for (index, volume) in config.volumes.iter().enumerate() {
         all.push(Share {
             name: volume_share(id, index),
             path: volume.source.clone(),
-            read_only: volume.read_only,
+            options: ShareOptions {
+                read_only: volume.read_only,
+                follow_mounts: volume.follow_mounts,
+            },
         });
     }
     all
@@ -315,7 +357,7 @@ pub(crate) fn build(
     accounts: &Accounts,
 ) -> Result<Spec, Error> {
     let root = match Root::of(&config.rootfs)? {
-        Root::Directory => guest_path(&root_share(id)),
+        Root::Directory => guest_path(root_share(id)),
         Root::Image => koya_protocol::image_root(id).into(),
     };
     let process = process(config, accounts, &config.process)?;
@@ -426,7 +468,7 @@ fn mounts(id: &str, config: &ContainerConfig) -> Result<Vec<Value>, Error> {
             return Err(Error::container("volume", reason));
         }
         let destination = absolute("volume", &volume.destination)?;
-        let source = guest_path(&volume_share(id, index));
+        let source = guest_path(volume_share(id, index));
         let source = source.to_string_lossy();
         let access = if volume.read_only { "ro" } else { "rw" };
         all.push(mount(
@@ -511,14 +553,21 @@ mod tests {
         let dir = rootfs();
         let mut config = ContainerConfig::new(dir.path(), ["true"]);
         config.volumes.push(Volume {
-            source: dir.path().into(),
-            destination: "/data".into(),
             read_only: true,
+            ..Volume::new(dir.path(), "/data")
         });
-        let spec = build("c1", &config, &Accounts::default()).unwrap();
+        let mut spec = build("c1", &config, &Accounts::default()).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         assert!(!text.contains(dir.path().to_str().unwrap()));
-        assert!(text.contains("/run/koya/shared/c1.volume0"));
+        let names = shares("c1", &config).into_iter().map(|share| share.name);
+        let places = names.enumerate();
+        let places = places.map(|(n, name)| (name, format!("export{n}/x").into()));
+        place_shares(&mut spec, &places.collect());
+        let root = spec.root().as_ref().unwrap().path();
+        assert_eq!(root, Path::new("/run/koya/shared/export0/x"));
+        let mounts = spec.mounts().as_ref().unwrap();
+        let source = mounts.last().unwrap().source().as_ref().unwrap();
+        assert_eq!(source, Path::new("/run/koya/shared/export1/x"));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,6 +30,10 @@ const QUEUE_SIZE: u16 = 512;
 pub const MAX_REQUEST_QUEUES: u32 = 16;
 /// Threads for each request queue.
 const THREADS: usize = 4;
+/// How often files that the guest remembers are looked at, for those that were removed, and how many
+/// of them at a time: some milliseconds of work at most.
+const SWEEP: Duration = Duration::from_secs(2);
+const SWEPT_FILES: usize = 8192;
 /// Bytes of a tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 
@@ -84,12 +89,13 @@ impl Fs {
         self.server.files().host_events()
     }
 
-    fn spawn(&mut self, queue: ActiveQueue, threads: usize) -> io::Result<()> {
+    fn spawn(&mut self, queue: ActiveQueue, threads: usize, sweeps: bool) -> io::Result<()> {
         let crew = Arc::new(Crew::new(
             queue,
             self.server.clone(),
             self.threads.stop_event(),
             self.stopping.clone(),
+            sweeps,
         )?);
         for _ in 0..threads {
             let crew = crew.clone();
@@ -125,8 +131,10 @@ impl VirtioDevice for Fs {
             queues.push(activation.take_queue(index)?);
         }
         for (index, queue) in queues.into_iter().enumerate() {
-            let threads = if index == 0 { 1 } else { THREADS };
-            if let Err(source) = self.spawn(queue, threads) {
+            let is_urgent = index == 0;
+            let threads = if is_urgent { 1 } else { THREADS };
+            // The thread for what is urgent has nothing to do most of the time.
+            if let Err(source) = self.spawn(queue, threads, is_urgent) {
                 self.stop_threads();
                 return Err(ActivateError::Host {
                     operation: "start a virtio-fs thread",
@@ -170,6 +178,8 @@ struct Crew {
     kick: EventFd,
     server: Arc<Server>,
     stopping: Arc<AtomicBool>,
+    /// Whether its thread looks for files that were removed, when it has nothing else to do.
+    sweeps: bool,
 }
 
 struct Shared {
@@ -184,6 +194,7 @@ impl Crew {
         server: Arc<Server>,
         stop: &EventFd,
         stopping: Arc<AtomicBool>,
+        sweeps: bool,
     ) -> io::Result<Self> {
         let kick = queue.kick().try_clone()?;
         let wake = Epoll::new()?;
@@ -198,6 +209,7 @@ impl Crew {
             kick,
             server,
             stopping,
+            sweeps,
         })
     }
 
@@ -218,8 +230,13 @@ impl Crew {
 
     fn serve(&self) -> Result<(), QueueError> {
         let memory = lock(&self.queue).queue.memory().clone();
+        let mut swept = Instant::now();
         // What the guest still has in the queue when the device stops is not waited for.
         while !self.stopping.load(Ordering::SeqCst) {
+            if self.sweeps && swept.elapsed() >= SWEEP {
+                self.server.files().sweep(SWEPT_FILES);
+                swept = Instant::now();
+            }
             let Some(chain) = self.next()? else {
                 self.wait();
                 continue;
@@ -257,7 +274,12 @@ impl Crew {
     }
 
     fn wait(&self) {
-        let waited = self.wake.wait(-1, &mut [EpollEvent::default()]);
+        let limit = if self.sweeps {
+            SWEEP.as_millis() as i32
+        } else {
+            -1
+        };
+        let waited = self.wake.wait(limit, &mut [EpollEvent::default()]);
         lock(&self.queue).idle -= 1;
         if let Err(error) = waited
             && error.kind() != io::ErrorKind::Interrupted

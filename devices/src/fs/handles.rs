@@ -1,7 +1,6 @@
 //! Open files and directories, by the number that the guest got for each.
 
 use super::inodes::Inode;
-use super::shares::Share;
 use crate::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -13,7 +12,10 @@ use std::sync::{Arc, Mutex};
 pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
-    share: u64,
+    /// The node, as long as the guest may still forget it.
+    inode: Arc<Inode>,
+    /// Whether it is open for writing.
+    writes: bool,
     pub(super) file: File,
     /// Keeps the node's own descriptor: an open file may have lost its name by the time that the
     /// node is asked for again.
@@ -46,12 +48,13 @@ impl Handles {
     /// Keeps an open file; ENFILE when the guest has as many as it may.
     pub(super) fn insert(
         &self,
-        inode: &Inode,
+        inode: &Arc<Inode>,
         node: Arc<OwnedFd>,
         file: File,
+        writes: bool,
     ) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
-        if inode.share.is_removed() {
+        if !inode.is_live() {
             return Err(Errno::STALE);
         }
         if state.open.len() >= self.limit {
@@ -61,7 +64,8 @@ impl Handles {
         let number = state.next;
         let handle = Handle {
             nodeid: inode.id,
-            share: inode.share.number,
+            inode: inode.clone(),
+            writes,
             file,
             _node: node,
             position: Mutex::default(),
@@ -83,13 +87,14 @@ impl Handles {
         drop(handle);
     }
 
-    /// Closes what is open under a share that was taken away.
-    pub(super) fn let_go(&self, share: &Share) {
+    /// Closes what can't be reached any more, or not for writing, since a share was taken away.
+    pub(super) fn close_unreachable(&self) {
         let mut state = lock(&self.state);
-        let gone: Vec<_> = state
-            .open
-            .extract_if(|_, handle| handle.share == share.number)
-            .collect();
+        let gone = |handle: &Handle| match handle.writes {
+            true => !handle.inode.is_writable(),
+            false => !handle.inode.is_live(),
+        };
+        let gone: Vec<_> = state.open.extract_if(|_, handle| gone(handle)).collect();
         drop(state);
         // Closing may take its time.
         drop(gone);

@@ -4,140 +4,52 @@
 //! The guest decides how many nodes it remembers, so descriptors are kept only for the most
 //! recent ones: a node that is evicted remembers how to find its file again, by a file handle
 //! (open_by_handle_at, where the host allows it) or by its parent and name, and is checked to be
-//! the same file when it is found. Nodes whose file has no name any more are never evicted.
+//! the same file when it is found. Nodes whose file has no name any more are never evicted; those that
+//! nobody has open are let go, so that the host gets their room back ([`Inodes::sweep`]).
+//!
+//! # One file is one node
+//! A file that is not a directory is one node, wherever it was found: sockets, FIFOs, locks and memory
+//! maps are an inode's. A directory has one dentry in Linux, so it is one node within one export, and
+//! exports are merged as soon as one lies within another ([`shares`](super::shares)). A node knows the
+//! shares by which it was reached ([`Inode::is_writable`]).
 
+use super::export::Export;
+use super::node::{HANDLE_FLAGS, Slot, Traces, evict, is_kind, still_same};
 use super::shares::Share;
-use super::wire::{Attr, ROOT_ID};
+use super::wire::ROOT_ID;
 use crate::sync::lock;
 use crate::sys::FileHandle;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
+use rustix::fs::{AtFlags, FileType, Statx, statx};
 use rustix::io::Errno;
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+pub(super) use super::node::{FileSystem, Found, Identity, Inode, STATX_MASK, open_entry, stat};
 
 /// How many evicted directories may lie between a file and one that is open, when it is looked for
 /// by name: a guest decides how deep they are nested, and each is a step of recursion.
 const MAX_ASCENT: u32 = 64;
 
-/// The most nodes that a guest may remember, some hundred bytes each. A guest's own kernel takes
-/// more for each, so only one that never forgets gets there.
-const MAX_NODES: usize = 4 << 20;
-
-/// A file's identity on the host while it exists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    /// Two shares of one directory are two: one may be read-only, one may be taken away.
-    share: u64,
-    mount: u64,
-    major: u32,
-    minor: u32,
-    inode: u64,
-}
-
-impl Identity {
-    pub(super) fn of(stat: &Statx, share: &Share) -> Self {
-        Self {
-            share: share.number,
-            mount: stat.stx_mnt_id,
-            major: stat.stx_dev_major,
-            minor: stat.stx_dev_minor,
-            inode: stat.stx_ino,
-        }
-    }
-
-    fn file_system(&self) -> FileSystem {
-        (self.major, self.minor)
-    }
-}
-
-/// A file system of the host's, by its device number.
-pub(super) type FileSystem = (u32, u32);
-
-/// Where the number of a file system stands in an inode number of the guest's.
-const FILE_SYSTEM_SHIFT: u32 = 48;
-
-/// Where a node's descriptor is, or how to get it back.
-enum Slot {
-    /// Its share was taken away.
-    Gone,
-    Open(Arc<OwnedFd>),
-    Evicted(Traces),
-}
-
-/// What an evicted node's file is known by: inode numbers are used again.
-#[derive(Clone)]
-struct Traces {
-    handle: Option<FileHandle>,
-    /// Seconds and nanoseconds, where the file system keeps it.
-    birth: Option<(i64, u32)>,
-}
-
-impl Traces {
-    /// Whether this is the file, or may be as far as its file system can tell.
-    fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
-        match &self.handle {
-            Some(handle) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
-            None => self.birth == birth(stat),
-        }
-    }
-}
-
-fn birth(stat: &Statx) -> Option<(i64, u32)> {
-    let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
-    known.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec))
-}
-
-/// A node.
-pub(super) struct Inode {
-    pub(super) id: u64,
+/// What is known of a node.
+pub(super) struct Entry {
+    pub(super) inode: Arc<Inode>,
+    lookups: u64,
     pub(super) identity: Identity,
-    pub(super) kind: FileType,
-    pub(super) share: Arc<Share>,
-    /// A share's own root, which has no parent to be found from.
-    is_root: bool,
-    /// Which file system of those that the guest sees.
-    file_system: u16,
-    /// Known to have no capabilities of the guest's (see `Passthrough::drop_privileges`).
-    pub(super) bare: AtomicBool,
-    slot: Mutex<Slot>,
-    /// The directory and name that it was seen under last.
-    place: Mutex<(u64, CString)>,
 }
 
-impl Inode {
-    /// Attributes as the guest gets them.
-    pub(super) fn attr(&self, stat: &Statx) -> Attr {
-        Attr {
-            ino: self.number(stat.stx_ino),
-            ..Attr::from(stat)
-        }
-    }
-
-    /// The guest's number for an inode of this node's file system. All that the guest sees is one
-    /// file system to it, so that a number alone must tell files apart.
-    ///
-    /// FUSE can announce other file systems as submounts instead. Linux (6.12) then takes such a
-    /// submount down without waiting for requests that are under way, and crashes when one of them
-    /// is answered.
-    pub(super) fn number(&self, inode: u64) -> u64 {
-        inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
-    }
-
-    /// The directory and name that it was seen under last.
-    pub(super) fn place(&self) -> (u64, CString) {
-        lock(&self.place).clone()
-    }
-}
-
-struct Tables {
-    by_id: HashMap<u64, (Arc<Inode>, u64)>,
-    by_identity: HashMap<Identity, u64>,
+pub(super) struct Tables {
+    pub(super) by_id: HashMap<u64, Entry>,
+    pub(super) by_identity: HashMap<Identity, u64>,
+    /// Directories that are shared, with their shares.
+    pub(super) roots: HashMap<Identity, Vec<Arc<Share>>>,
     /// Nodes with a descriptor, oldest first; some may be gone.
     recent: VecDeque<u64>,
-    open: usize,
+    /// Where in `recent` the next sweep begins.
+    swept: usize,
+    pub(super) open: usize,
     next: u64,
     /// The host's file systems, in the order in which the guest came to them.
     file_systems: Vec<FileSystem>,
@@ -153,10 +65,10 @@ impl Tables {
             let Some(oldest) = self.recent.pop_front() else {
                 break;
             };
-            let Some((inode, _)) = self.by_id.get(&oldest) else {
+            let Some(entry) = self.by_id.get(&oldest) else {
                 continue;
             };
-            if evict(inode) {
+            if evict(&entry.inode) {
                 self.open = self.open.saturating_sub(1);
             } else {
                 self.recent.push_back(oldest);
@@ -166,6 +78,35 @@ impl Tables {
             return Err(Errno::NFILE);
         }
         Ok(())
+    }
+
+    /// A file that is known was found again: its descriptor is as good as any.
+    pub(super) fn found_again(&mut self, inode: &Inode, fd: OwnedFd, limit: usize, replaces: bool) {
+        let mut slot = lock(&inode.slot);
+        match &*slot {
+            Slot::Open(_) if replaces => *slot = Slot::Open(Arc::new(fd)),
+            Slot::Evicted(_) if replaces || self.open < limit => {
+                *slot = Slot::Open(Arc::new(fd));
+                drop(slot);
+                self.opened(inode.id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Nothing leads to the file of this node any more.
+    pub(super) fn close(&mut self, inode: &Inode) {
+        let slot = std::mem::replace(&mut *lock(&inode.slot), Slot::Gone);
+        if matches!(slot, Slot::Open(_)) {
+            self.open = self.open.saturating_sub(1);
+        }
+    }
+
+    /// Leaves in `recent` what has a descriptor.
+    pub(super) fn tidy_recent(&mut self) {
+        let Self { recent, by_id, .. } = self;
+        let is_open = |entry: &Entry| matches!(*lock(&entry.inode.slot), Slot::Open(_));
+        recent.retain(|id| by_id.get(id).is_some_and(is_open));
     }
 
     /// The number of a file system, a new one if it was not seen before. Those beyond 65,535 share
@@ -190,34 +131,22 @@ impl Tables {
 /// All nodes of one guest, but for the root of all, which is synthetic.
 pub(super) struct Inodes {
     limit: usize,
-    tables: Mutex<Tables>,
-}
-
-/// What every look at a file asks for.
-pub(super) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS
-    .union(StatxFlags::BTIME)
-    .union(StatxFlags::MNT_ID);
-
-/// A file's attributes, of an O_PATH descriptor or any other.
-pub(super) fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
-    statx(fd, c"", AtFlags::EMPTY_PATH, STATX_MASK)
-}
-
-/// Opens the entry `name` of a directory without following it and without opening the file.
-pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(parent, name, flags, Mode::empty())
+    max_nodes: usize,
+    pub(super) tables: Mutex<Tables>,
 }
 
 impl Inodes {
-    /// Descriptors for no more than about `limit` nodes at once.
-    pub(super) fn new(limit: usize) -> Self {
+    /// No more than `max_nodes` nodes, and descriptors for about `limit` of them at once.
+    pub(super) fn new(limit: usize, max_nodes: usize) -> Self {
         Self {
             limit,
+            max_nodes,
             tables: Mutex::new(Tables {
                 by_id: HashMap::new(),
                 by_identity: HashMap::new(),
+                roots: HashMap::new(),
                 recent: VecDeque::new(),
+                swept: 0,
                 open: 0,
                 next: ROOT_ID,
                 file_systems: Vec::new(),
@@ -227,12 +156,10 @@ impl Inodes {
 
     /// The node of this number.
     pub(super) fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
-        let inode = lock(&self.tables).by_id.get(&id).map(|e| e.0.clone());
-        let inode = inode.ok_or(Errno::STALE)?;
-        if inode.share.is_removed() {
-            return Err(Errno::STALE);
-        }
-        Ok(inode)
+        let tables = lock(&self.tables);
+        let inode = tables.by_id.get(&id).map(|entry| entry.inode.clone());
+        drop(tables);
+        inode.filter(|inode| inode.is_live()).ok_or(Errno::STALE)
     }
 
     /// The node's descriptor, opened again if it was evicted.
@@ -248,14 +175,18 @@ impl Inodes {
         };
         let found = self.find_again(inode, &traces, ascent)?;
         let stat = stat(&found)?;
-        if Identity::of(&stat, &inode.share) != inode.identity || !traces.fit(&found, &stat) {
+        if !is_kind(inode, &stat) || !traces.fit(&found, &stat) {
             return Err(Errno::STALE);
         }
+        let identity = Identity::of(&stat, &*inode.export()?);
         let fd = Arc::new(found);
         let mut tables = lock(&self.tables);
-        if !tables.by_id.contains_key(&inode.id) {
+        let Some(entry) = tables.by_id.get(&inode.id) else {
             // Forgotten meanwhile: good for this one use, and not counted.
             return Ok(fd);
+        };
+        if entry.identity != identity {
+            return Err(Errno::STALE);
         }
         tables.make_room(self.limit)?;
         let mut slot = lock(&inode.slot);
@@ -273,77 +204,124 @@ impl Inodes {
 
     fn find_again(&self, inode: &Inode, traces: &Traces, ascent: u32) -> Result<OwnedFd, Errno> {
         let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
-        if let (Some(handle), Some(anchor)) = (&traces.handle, inode.share.anchor()) {
-            let flags = OFlags::PATH | OFlags::NOFOLLOW;
-            if let Ok(fd) = handle.open(&*anchor, flags.bits() as i32) {
+        if let Some((mount, handle)) = &traces.handle {
+            let mut exports = inode.exports().into_iter();
+            let export = exports.find(|export| export.mount_id == *mount);
+            if let Some(anchor) = export.and_then(|export| export.anchor())
+                && let Ok(fd) = handle.open(&*anchor, HANDLE_FLAGS.bits() as i32)
+            {
                 return Ok(fd);
             }
         }
+        self.open_by_place(inode, ascent)
+    }
+
+    fn open_by_place(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
         let (parent, name) = inode.place();
         let parent = self.get(parent)?;
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
 
-    /// Counts one look-up of the file that `fd` refers to and returns its node, a new one if the
-    /// guest did not know the file. `directory` is where it was found; a share's root has none.
+    /// The file of a node on the mount of this export: links are made within one mount only.
     ///
     /// # Errors
-    /// ENFILE when the guest holds more files without a name than there are descriptors for.
+    /// EXDEV if it can't be found there.
+    pub(super) fn fd_in(&self, inode: &Inode, export: &Export) -> Result<OwnedFd, Errno> {
+        let own = stat(self.fd(inode)?)?;
+        let handle = FileHandle::of(self.fd(inode)?).ok();
+        let by_handle = handle.zip(export.anchor()).and_then(|(handle, anchor)| {
+            let fd = handle.open(&*anchor, HANDLE_FLAGS.bits() as i32);
+            fd.ok()
+        });
+        let found = match by_handle {
+            Some(fd) => fd,
+            None => self.open_by_place(inode, MAX_ASCENT)?,
+        };
+        let there = stat(&found)?;
+        let same = Identity::of(&there, export) == Identity::of(&own, export);
+        match same && there.stx_mnt_id == export.mount_id {
+            true => Ok(found),
+            false => Err(Errno::XDEV),
+        }
+    }
+
+    /// Counts one look-up of the file that `fd` refers to and returns its node, a new one if the
+    /// guest did not know the file.
+    ///
+    /// # Errors
+    /// ENFILE when the guest holds more files without a name than there are descriptors for, or
+    /// remembers more files than it may; ESTALE if the share was taken away.
     pub(super) fn look_up(
         &self,
         fd: OwnedFd,
         stat: &Statx,
-        share: &Arc<Share>,
-        directory: Option<&Inode>,
+        found: Found<'_>,
         name: &CStr,
     ) -> Result<Arc<Inode>, Errno> {
-        let identity = Identity::of(stat, share);
-        let parent = directory.map_or(ROOT_ID, |d| d.id);
         let mut tables = lock(&self.tables);
+        let reach = tables.reach(stat, found)?;
+        let export = reach[0].export();
+        let identity = Identity::of(stat, &export);
+        let (parent, is_root) = match found {
+            Found::Root(_) => (ROOT_ID, true),
+            Found::In(directory) => (directory.id, false),
+        };
         if let Some(id) = tables.by_identity.get(&identity).copied()
-            && let Some((inode, lookups)) = tables.by_id.get_mut(&id)
-            && still_same(inode, &fd, stat)
+            && let Some(entry) = tables.by_id.get_mut(&id)
+            && still_same(&entry.inode, &fd, stat)
         {
-            *lookups += 1;
-            let inode = inode.clone();
+            entry.lookups += 1;
+            let inode = entry.inode.clone();
+            // The descriptor that it has may be of a mount that lets nobody write.
+            let replaces = inode.extend_reach(&reach);
+            tables.found_again(&inode, fd, self.limit, replaces);
             drop(tables);
-            if !inode.is_root {
+            inode.is_root.fetch_or(is_root, Ordering::Relaxed);
+            if !inode.is_root.load(Ordering::Relaxed) {
                 *lock(&inode.place) = (parent, name.to_owned());
             }
             return Ok(inode);
         }
-        if share.is_removed() {
-            return Err(Errno::STALE);
-        }
-        if tables.by_id.len() >= MAX_NODES {
+        if tables.by_id.len() >= self.max_nodes {
             return Err(Errno::NFILE);
         }
         tables.make_room(self.limit)?;
         tables.next += 1;
         let id = tables.next;
-        let file_system = match directory {
-            Some(parent) if parent.identity.file_system() == identity.file_system() => {
-                parent.file_system
-            }
+        let known = match found {
+            Found::In(parent) => tables
+                .by_id
+                .get(&parent.id)
+                .map(|e| e.identity.file_system()),
+            Found::Root(_) => None,
+        };
+        let file_system = match found {
+            Found::In(parent) if known == Some(identity.file_system()) => parent.file_system,
             _ => tables.file_system(identity.file_system()),
         };
+        let fd = Arc::new(fd);
         let inode = Arc::new(Inode {
             id,
-            identity,
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
-            share: share.clone(),
-            is_root: directory.is_none(),
+            is_root: AtomicBool::new(is_root),
+            reach: Mutex::new(reach),
             file_system,
             bare: AtomicBool::new(false),
-            slot: Mutex::new(Slot::Open(Arc::new(fd))),
+            slot: Mutex::new(Slot::Open(fd.clone())),
             place: Mutex::new((parent, name.to_owned())),
+            told: AtomicU64::new(0),
         });
-        if directory.is_some_and(|d| d.file_system != file_system)
-            && let Slot::Open(fd) = &*lock(&inode.slot)
+        if let Found::In(parent) = found
+            && parent.file_system != file_system
         {
-            share.add_nested(identity.file_system(), inode.kind, fd);
+            export.add_nested(identity.file_system(), inode.kind, &fd);
         }
-        tables.by_id.insert(id, (inode.clone(), 1));
+        let entry = Entry {
+            inode: inode.clone(),
+            lookups: 1,
+            identity,
+        };
+        tables.by_id.insert(id, entry);
         tables.by_identity.insert(identity, id);
         tables.opened(id);
         Ok(inode)
@@ -353,30 +331,30 @@ impl Inodes {
     pub(super) fn moved(&self, identity: Identity, parent: u64, name: &CStr) {
         let tables = lock(&self.tables);
         if let Some(id) = tables.by_identity.get(&identity)
-            && let Some((inode, _)) = tables.by_id.get(id)
+            && let Some(entry) = tables.by_id.get(id)
         {
-            *lock(&inode.place) = (parent, name.to_owned());
+            *lock(&entry.inode.place) = (parent, name.to_owned());
         }
     }
 
     /// Takes back `count` look-ups; a node without any is gone, and then this is true.
     pub(super) fn forget(&self, id: u64, count: u64) -> bool {
         let mut tables = lock(&self.tables);
-        let Some((_, lookups)) = tables.by_id.get_mut(&id) else {
+        let Some(entry) = tables.by_id.get_mut(&id) else {
             return false;
         };
-        *lookups = lookups.saturating_sub(count);
-        if *lookups > 0 {
+        entry.lookups = entry.lookups.saturating_sub(count);
+        if entry.lookups > 0 {
             return false;
         }
-        let Some((inode, _)) = tables.by_id.remove(&id) else {
+        let Some(entry) = tables.by_id.remove(&id) else {
             return false;
         };
         // A newer node may have taken over the identity.
-        if tables.by_identity.get(&inode.identity) == Some(&id) {
-            tables.by_identity.remove(&inode.identity);
+        if tables.by_identity.get(&entry.identity) == Some(&id) {
+            tables.by_identity.remove(&entry.identity);
         }
-        if matches!(*lock(&inode.slot), Slot::Open(_)) {
+        if matches!(*lock(&entry.inode.slot), Slot::Open(_)) {
             tables.open = tables.open.saturating_sub(1);
         }
         // `recent` is cleaned when it is walked; bound what lies in it meanwhile.
@@ -385,30 +363,68 @@ impl Inodes {
             recent.retain(|id| by_id.contains_key(id));
         }
         drop(tables);
-        drop(inode);
+        drop(entry);
         true
     }
 
-    /// Closes what is known under a share that was taken away.
-    pub(super) fn let_go(&self, share: &Share) {
+    /// Looks at up to `most` of the files that the guest remembers, and lets those go that have no name
+    /// any more and that nobody has open: their room is the host's again. What the host mounted below a
+    /// share is let go, too, as long as it is not in use: the host may want to unmount it.
+    pub(super) fn sweep(&self, most: usize) {
+        let mut gone = Vec::new();
+        for inode in self.next_to_sweep(most) {
+            let fd = match &*lock(&inode.slot) {
+                Slot::Open(fd) => fd.clone(),
+                _ => continue,
+            };
+            // Without asking a server on the network.
+            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+            let Ok(stat) = statx(&fd, c"", flags, STATX_MASK) else {
+                continue;
+            };
+            let is_nameless = inode.kind == FileType::RegularFile && stat.stx_nlink == 0;
+            let pins_a_mount = inode
+                .exports()
+                .iter()
+                .any(|export| export.follows_mounts && export.mount_key(stat.stx_mnt_id) != 0);
+            if is_nameless || pins_a_mount {
+                gone.push((inode, is_nameless));
+            }
+        }
+        if gone.is_empty() {
+            return;
+        }
         let mut tables = lock(&self.tables);
-        let gone = |inode: &&Arc<Inode>| inode.share.number == share.number;
-        let inodes: Vec<_> = tables
-            .by_id
-            .values()
-            .map(|e| &e.0)
-            .filter(gone)
-            .cloned()
-            .collect();
-        for inode in inodes {
-            let slot = std::mem::replace(&mut *lock(&inode.slot), Slot::Gone);
-            if matches!(slot, Slot::Open(_)) {
+        for (inode, is_nameless) in gone {
+            // Whoever has the file open, or is about to, holds its descriptor, too.
+            let is_idle = match &*lock(&inode.slot) {
+                Slot::Open(fd) => Arc::strong_count(fd) == 1,
+                _ => false,
+            };
+            if !is_idle || !tables.by_id.contains_key(&inode.id) {
+                continue;
+            }
+            if is_nameless {
+                tables.close(&inode);
+            } else if evict(&inode) {
                 tables.open = tables.open.saturating_sub(1);
             }
         }
-        // Nothing of these can be evicted any more.
-        let Tables { recent, by_id, .. } = &mut *tables;
-        recent.retain(|id| by_id.get(id).is_some_and(|(inode, _)| !gone(&inode)));
+        tables.tidy_recent();
+    }
+
+    fn next_to_sweep(&self, most: usize) -> Vec<Arc<Inode>> {
+        let mut tables = lock(&self.tables);
+        let len = tables.recent.len();
+        let start = tables.swept;
+        let ids = (0..len.min(most)).map(|n| tables.recent[(start + n) % len]);
+        let inodes = ids.filter_map(|id| Some(tables.by_id.get(&id)?.inode.clone()));
+        let inodes = inodes.collect();
+        tables.swept = match len {
+            0 => 0,
+            _ => (start + len.min(most)) % len,
+        };
+        inodes
     }
 
     /// Forgets all.
@@ -424,41 +440,5 @@ impl Inodes {
     pub(super) fn counts(&self) -> (usize, usize) {
         let tables = lock(&self.tables);
         (tables.by_id.len(), tables.open)
-    }
-}
-
-/// Closes a node's descriptor if the file can be found again. False if it must stay.
-fn evict(inode: &Inode) -> bool {
-    if inode.is_root {
-        return false;
-    }
-    let mut slot = lock(&inode.slot);
-    let Slot::Open(fd) = &*slot else {
-        return false;
-    };
-    // In use (open files are: see `Handle`), or without a name: only the descriptor leads to it.
-    if Arc::strong_count(fd) > 1 {
-        return false;
-    }
-    let Ok(stat) = stat(fd) else {
-        return false;
-    };
-    if stat.stx_nlink == 0 {
-        return false;
-    }
-    let same_mount = inode.identity.mount == inode.share.mount_id;
-    let handle = same_mount.then(|| FileHandle::of(fd).ok()).flatten();
-    let birth = birth(&stat);
-    *slot = Slot::Evicted(Traces { handle, birth });
-    true
-}
-
-/// Whether a file with a node's identity is the node's file: an evicted node's file may be gone,
-/// and its inode number another's.
-fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
-    match &*lock(&inode.slot) {
-        Slot::Open(_) => true,
-        Slot::Evicted(traces) => traces.fit(fd, stat),
-        Slot::Gone => false,
     }
 }

@@ -4,8 +4,9 @@
 //! | module | what |
 //! |---|---|
 //! | [`wire`] | the structures of the protocol, and nothing else |
-//! | [`shares`] | the synthetic root: named directories that come and go while the guest runs |
-//! | `inodes`, `handles` | what the guest has looked up and opened, within the host's limits |
+//! | [`shares`] | the synthetic root: directories that come and go while the guest runs |
+//! | `export`, `origin` | the host's trees behind them, and which lies within which |
+//! | `node`, `inodes`, `reach`, `handles` | what the guest has looked up and opened, within the host's limits |
 //! | [`passthrough`] | each operation on the host's file system |
 //! | [`server`] | requests in, replies out |
 //! | [`device`] | the virtio device and its worker threads |
@@ -26,9 +27,13 @@
 //! change on the host.
 
 pub mod device;
+mod export;
 mod handles;
 mod inodes;
+mod node;
+mod origin;
 pub mod passthrough;
+mod reach;
 pub mod server;
 pub mod shares;
 mod watch;
@@ -36,7 +41,7 @@ pub mod wire;
 
 pub use device::Fs;
 pub use server::FsMetrics;
-pub use shares::Shares;
+pub use shares::{ShareOptions, Shared, Shares};
 pub use watch::{HostEvent, HostEvents};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

@@ -1,124 +1,120 @@
 //! The synthetic root: a directory that exists only here, whose entries are host directories (or
 //! single files). They are added and removed while the guest runs, from any thread.
+//!
+//! What lies within what is shared already is not exported once more: whoever shares it is told the
+//! path by which the guest has it. So one directory is one directory to the guest, whichever of its
+//! containers look at it, and by whichever volumes. Of several shares that a file is reached by, the one
+//! that allows more decides what the guest may do to it; between the guest's containers its own mounts
+//! decide.
 
-use super::inodes::FileSystem;
+use super::export::Export;
+use super::inodes;
+use super::origin::Origin;
 use crate::sync::lock;
-use crate::sys;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, StatxFlags, openat, statx};
-use rustix::io::Errno;
-use rustix::mount::{OpenTreeFlags, open_tree};
-use std::collections::{BTreeMap, HashMap};
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
-/// Of how many file systems below it a share remembers one file, a descriptor each. Data of further ones
-/// is the host's to write out in its own time.
-const MAX_NESTED: usize = 64;
-
-/// What a share holds open.
-struct Held {
-    /// Its root, an O_PATH descriptor.
-    root: Arc<OwnedFd>,
-    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
-    /// syncfs); none if the share is a single file.
-    anchor: Option<Arc<OwnedFd>>,
-    /// Other file systems that the guest came to below it: an O_PATH descriptor on each.
-    nested: HashMap<FileSystem, Arc<OwnedFd>>,
+/// How a directory is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShareOptions {
+    /// Whether nothing in it can be changed by way of this share.
+    pub read_only: bool,
+    /// Whether mounts that the host makes and unmounts below it later show in the guest. Such a tree
+    /// is not detached from the host's mounts.
+    pub follow_mounts: bool,
 }
 
-/// One host directory or file under the synthetic root.
+/// What [`Shares::share`] made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Its name, for [`Shares::remove`].
+    pub name: String,
+    /// Where the guest finds it now, from the root of the file system. Later shares may move it; what
+    /// the guest has mounted or opened by then stays.
+    pub path: PathBuf,
+}
+
+/// One host directory or file that the guest was given.
 pub struct Share {
     /// Tells it from every other share there was.
     pub(super) number: u64,
+    name: String,
     /// A directory's, or a single file's.
     pub(super) kind: FileType,
-    /// Nothing once it is taken away: the guest may remember its nodes for ever.
-    held: Mutex<Option<Held>>,
-    pub(super) read_only: bool,
-    pub(super) mount_id: u64,
-    detached: bool,
+    read_only: bool,
+    place: Mutex<Place>,
     removed: AtomicBool,
 }
 
+/// Where a share is.
+struct Place {
+    export: Arc<Export>,
+    /// Its path from the export's root.
+    path: PathBuf,
+    /// An O_PATH descriptor on the export's mount; none once the share is taken away.
+    root: Option<Arc<OwnedFd>>,
+    /// Where it is on the host; none if that is not known, or of no use.
+    origin: Option<Origin>,
+}
+
 impl Share {
-    fn open(path: &Path, read_only: bool) -> io::Result<Self> {
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE
-            | OpenTreeFlags::OPEN_TREE_CLOEXEC
-            | OpenTreeFlags::AT_RECURSIVE;
-        let (root, detached) = match open_tree(CWD, path, flags) {
-            Ok(tree) => {
-                if read_only {
-                    sys::make_mount_read_only(tree.as_fd())?;
-                }
-                (tree, true)
-            }
-            // Without the privilege (or the call) the directory itself has to do.
-            Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => {
-                let flags = OFlags::PATH | OFlags::CLOEXEC;
-                (openat(CWD, path, flags, Mode::empty())?, false)
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
-        let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-        let stat = statx(&root, c"", AtFlags::EMPTY_PATH, mask)?;
+    fn new(
+        name: &str,
+        options: ShareOptions,
+        export: Arc<Export>,
+        origin: Option<Origin>,
+    ) -> Option<Arc<Self>> {
+        let root = export.root()?;
+        Some(Self::at(
+            name,
+            options,
+            export,
+            PathBuf::new(),
+            root,
+            origin,
+        ))
+    }
+
+    fn at(
+        name: &str,
+        options: ShareOptions,
+        export: Arc<Export>,
+        path: PathBuf,
+        root: Arc<OwnedFd>,
+        origin: Option<Origin>,
+    ) -> Arc<Self> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        Ok(Self {
+        Arc::new(Self {
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
-            kind: FileType::from_raw_mode(stat.stx_mode.into()),
-            held: Mutex::new(Some(Held {
-                root: Arc::new(root),
-                anchor,
-                nested: HashMap::new(),
-            })),
-            read_only,
-            mount_id: stat.stx_mnt_id,
-            detached,
+            name: name.to_owned(),
+            kind: match path.as_os_str().is_empty() {
+                true => export.kind,
+                false => FileType::Directory,
+            },
+            read_only: options.read_only,
+            place: Mutex::new(Place {
+                export,
+                path,
+                root: Some(root),
+                origin,
+            }),
             removed: AtomicBool::new(false),
         })
     }
 
-    /// The share's root, an O_PATH descriptor, while it is there.
+    /// The tree that it is in.
+    pub(super) fn export(&self) -> Arc<Export> {
+        lock(&self.place).export.clone()
+    }
+
+    /// Its root, an O_PATH descriptor, while it is there.
     pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held).as_ref().map(|held| held.root.clone())
-    }
-
-    /// A descriptor on the share's mount, if it is a directory.
-    pub(super) fn anchor(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held)
-            .as_ref()
-            .and_then(|held| held.anchor.clone())
-    }
-
-    /// Remembers another file system below it, for [`nested`](Self::nested).
-    pub(super) fn add_nested(&self, which: FileSystem, kind: FileType, fd: &Arc<OwnedFd>) {
-        // To open anything else could have effects, or wait.
-        if matches!(kind, FileType::Directory | FileType::RegularFile)
-            && let Some(held) = &mut *lock(&self.held)
-            && held.nested.len() < MAX_NESTED
-            && !held.nested.contains_key(&which)
-            && let Ok(fd) = fd.try_clone()
-        {
-            held.nested.insert(which, Arc::new(fd));
-        }
-    }
-
-    /// Forgets them: the guest is gone.
-    pub(super) fn forget_nested(&self) {
-        if let Some(held) = &mut *lock(&self.held) {
-            held.nested.clear();
-        }
-    }
-
-    /// A file or directory of each other file system that the guest came to below it.
-    pub(super) fn nested(&self) -> Vec<Arc<OwnedFd>> {
-        let held = lock(&self.held);
-        let nested = held.iter().flat_map(|held| held.nested.values());
-        nested.cloned().collect()
+        lock(&self.place).root.clone()
     }
 
     /// Whether the owner has taken it away.
@@ -126,19 +122,43 @@ impl Share {
         self.removed.load(Ordering::Relaxed)
     }
 
-    /// Whether it is a mount of its own, which nothing can leave.
-    pub fn is_detached(&self) -> bool {
-        self.detached
+    /// Whether the guest may change something by it.
+    pub(super) fn is_writable(&self) -> bool {
+        !self.read_only && !self.is_removed()
+    }
+
+    /// The path from `outer` to this share, if that is in the same tree and above it (or the same, and
+    /// older).
+    fn below(&self, outer: &Self) -> Option<PathBuf> {
+        if std::ptr::eq(self, outer) {
+            return None;
+        }
+        let (export, path) = {
+            let place = lock(&self.place);
+            (place.export.clone(), place.path.clone())
+        };
+        let above = lock(&outer.place);
+        let rest = path.strip_prefix(&above.path).ok()?;
+        let is_above = !rest.as_os_str().is_empty() || outer.number < self.number;
+        (Arc::ptr_eq(&export, &above.export) && is_above).then(|| rest.to_owned())
     }
 }
 
-/// Called with each share that is taken away; nothing when the file system behind it is gone.
-type Listener = Box<dyn Fn(&Share) -> Option<()> + Send + Sync>;
+/// Who wants to know of changes: the tables of a file system.
+pub(super) trait Listener: Send + Sync {
+    /// A share was added.
+    fn added(&self, share: &Arc<Share>);
+    /// An export is to be a part of another, which `within` leads to: `roots` are its shares and their
+    /// descriptors there. `apply` moves the shares; at a time when nothing else is looked up by them.
+    fn merged(&self, within: &Arc<Share>, roots: &[(Arc<Share>, Arc<OwnedFd>)], apply: &dyn Fn());
+    /// A share was taken away.
+    fn removed(&self, share: &Share);
+}
 
 struct Inner {
     entries: Mutex<BTreeMap<String, Arc<Share>>>,
     changes: AtomicU64,
-    listeners: Mutex<Vec<Listener>>,
+    listeners: Mutex<Vec<Weak<dyn Listener>>>,
 }
 
 /// The entries of the synthetic root. Cheap to clone; all clones are the same root.
@@ -155,8 +175,13 @@ impl Default for Shares {
     }
 }
 
+type Entries = BTreeMap<String, Arc<Share>>;
+
 impl Shares {
     /// Puts the host's `path` under the root as `name`. The guest sees it at once.
+    ///
+    /// For owners who choose the names and whose directories do not lie within each other: one that does
+    /// is exported twice. [`share`](Self::share) is for all others.
     ///
     /// # Errors
     /// If the name is no single path component or is taken, or the host refuses the path.
@@ -170,62 +195,260 @@ impl Shares {
             let text = format!("{name:?} can't name a share");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
-        let share = Arc::new(Share::open(path.as_ref(), read_only)?);
+        let options = ShareOptions {
+            read_only,
+            ..ShareOptions::default()
+        };
+        let export = Export::open(path.as_ref(), options, Vec::new())?;
+        let share = Share::new(name, options, Arc::new(export), None).ok_or_else(gone)?;
         let mut entries = lock(&self.0.entries);
         if entries.contains_key(name) {
             let text = format!("a share {name:?} exists");
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
-        entries.insert(name.to_owned(), share);
-        self.0.changes.fetch_add(1, Ordering::SeqCst);
+        self.insert(&mut entries, share);
         Ok(())
     }
 
-    /// Takes an entry away. What the guest has open under it is closed and answers ESTALE from now
+    /// Shares the host's `path`. The guest sees it at once, at the path that is returned: under a name
+    /// of its own, or below what holds it.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn share(&self, path: impl AsRef<Path>, options: ShareOptions) -> io::Result<Shared> {
+        let path = path.as_ref();
+        let plain = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let stat = inodes::stat(&plain)?;
+        let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
+        let origin = is_directory.then(|| Origin::of(&plain, &stat)).flatten();
+        let mut entries = lock(&self.0.entries);
+        let name = free_name(&entries);
+        if let Some(origin) = &origin
+            && let Some(share) = join(&entries, &name, options, origin)?
+        {
+            self.insert(&mut entries, share.clone());
+            return Ok(shared(&entries, &share));
+        }
+        let mounts = origin.as_ref().map(Origin::mounts).unwrap_or_default();
+        let export = Arc::new(Export::open(path, options, mounts)?);
+        let share = Share::new(&name, options, export, origin).ok_or_else(gone)?;
+        self.insert(&mut entries, share.clone());
+        self.take_in(&entries, &share)?;
+        Ok(shared(&entries, &share))
+    }
+
+    fn insert(&self, entries: &mut Entries, share: Arc<Share>) {
+        entries.insert(share.name.clone(), share.clone());
+        self.0.changes.fetch_add(1, Ordering::SeqCst);
+        self.tell(|listener| listener.added(&share));
+    }
+
+    /// Makes exports that lie within a new one a part of it.
+    fn take_in(&self, entries: &Entries, outer: &Arc<Share>) -> io::Result<()> {
+        let into = outer.export();
+        let Some((root, origin)) = into.root().zip(lock(&outer.place).origin.clone()) else {
+            return Ok(());
+        };
+        let mut others: Vec<_> = entries.values().map(|share| share.export()).collect();
+        others.sort_by_key(|export| export.view);
+        others.dedup_by_key(|export| export.view);
+        others.retain(|export| !Arc::ptr_eq(export, &into));
+        let mut writable = outer.is_writable();
+        for from in others {
+            let shares = entries
+                .values()
+                .filter(|share| Arc::ptr_eq(&share.export(), &from));
+            let moves: Option<Vec<Move>> = shares
+                .map(|share| Move::of(share, &root, &origin, &into))
+                .collect();
+            let Some(moves) = moves else {
+                continue;
+            };
+            writable |= moves.iter().any(|one| one.share.is_writable());
+            let roots: Vec<_> = moves
+                .iter()
+                .map(|m| (m.share.clone(), m.root.clone()))
+                .collect();
+            let apply = || moves.iter().for_each(|one| one.apply(&into));
+            self.tell(|listener| listener.merged(outer, &roots, &apply));
+            apply();
+            from.close();
+        }
+        if writable { into.unseal() } else { Ok(()) }
+    }
+
+    /// Takes a share away. What the guest has open only by it is closed and answers ESTALE from now
     /// on, whatever the guest does. False if there was none.
     pub fn remove(&self, name: &str) -> bool {
-        let share = lock(&self.0.entries).remove(name);
-        if let Some(share) = &share {
-            share.removed.store(true, Ordering::Relaxed);
-            lock(&share.held).take();
-            self.0.changes.fetch_add(1, Ordering::SeqCst);
-            lock(&self.0.listeners).retain(|listener| listener(share).is_some());
+        let mut entries = lock(&self.0.entries);
+        let Some(share) = entries.remove(name) else {
+            return false;
+        };
+        share.removed.store(true, Ordering::Relaxed);
+        let export = share.export();
+        lock(&share.place).root.take();
+        if !entries
+            .values()
+            .any(|other| Arc::ptr_eq(&other.export(), &export))
+        {
+            export.close();
         }
-        share.is_some()
+        self.0.changes.fetch_add(1, Ordering::SeqCst);
+        // To close what is open may take its time.
+        drop(entries);
+        self.tell(|listener| listener.removed(&share));
+        true
     }
 
-    pub(super) fn when_removed(
-        &self,
-        listener: impl Fn(&Share) -> Option<()> + Send + Sync + 'static,
-    ) {
-        lock(&self.0.listeners).push(Box::new(listener));
+    fn tell(&self, what: impl Fn(&dyn Listener)) {
+        lock(&self.0.listeners).retain(|listener| {
+            let listener = listener.upgrade();
+            listener.inspect(|listener| what(&**listener)).is_some()
+        });
     }
 
-    /// The share of this name.
+    /// Has a listener hear of all shares that there are, and of every change.
+    pub(super) fn listen(&self, listener: Weak<dyn Listener>) {
+        let entries = lock(&self.0.entries);
+        if let Some(listener) = listener.upgrade() {
+            entries.values().for_each(|share| listener.added(share));
+        }
+        lock(&self.0.listeners).push(listener);
+    }
+
+    /// The share of this name; none if the guest finds it within another.
     pub(super) fn get(&self, name: &[u8]) -> Option<Arc<Share>> {
         let name = std::str::from_utf8(name).ok()?;
-        lock(&self.0.entries).get(name).cloned()
+        let entries = lock(&self.0.entries);
+        let share = entries.get(name)?;
+        is_topmost(&entries, share).then(|| share.clone())
     }
 
-    /// Every share's number, name, and whether it is a directory or a file, in the order in which
-    /// they came.
+    /// The number of every share that is an entry, its name, and whether it is a directory or a file, in
+    /// the order in which they came.
     pub(super) fn names(&self) -> Vec<(u64, String, FileType)> {
         let entries = lock(&self.0.entries);
-        let row = |(name, share): (&String, &Arc<Share>)| (share.number, name.clone(), share.kind);
-        let mut all: Vec<_> = entries.iter().map(row).collect();
+        let row = |share: Arc<Share>| (share.number, share.name.clone(), share.kind);
+        let mut all: Vec<_> = topmost(&entries).map(row).collect();
         all.sort_by_key(|row| row.0);
         all
     }
 
-    /// All shares.
-    pub(super) fn all(&self) -> Vec<Arc<Share>> {
-        lock(&self.0.entries).values().cloned().collect()
+    /// Every tree that is exported.
+    pub(super) fn exports(&self) -> Vec<Arc<Export>> {
+        let entries = lock(&self.0.entries);
+        let mut all: Vec<_> = entries.values().map(|share| share.export()).collect();
+        all.sort_by_key(|export| export.view);
+        all.dedup_by_key(|export| export.view);
+        all
     }
 
     /// How often entries changed: the root's modification time, in a way.
     pub(super) fn changes(&self) -> u64 {
         self.0.changes.load(Ordering::SeqCst)
     }
+}
+
+/// A share of what lies within one that is there; none if there is no such.
+fn join(
+    entries: &Entries,
+    name: &str,
+    options: ShareOptions,
+    origin: &Origin,
+) -> io::Result<Option<Arc<Share>>> {
+    for outer in topmost(entries) {
+        let place = lock(&outer.place);
+        let Some((root, known)) = place.root.as_ref().zip(place.origin.as_ref()) else {
+            continue;
+        };
+        if place.export.follows_mounts != options.follow_mounts {
+            continue;
+        }
+        if let Some((path, fd)) = known.find(root, origin) {
+            if !options.read_only {
+                place.export.unseal()?;
+            }
+            let (export, path) = (place.export.clone(), joined(&place.path, &path));
+            let root = Arc::new(fd);
+            let origin = Some(origin.clone());
+            return Ok(Some(Share::at(name, options, export, path, root, origin)));
+        }
+    }
+    Ok(None)
+}
+
+/// A share that is to be in another export.
+struct Move {
+    share: Arc<Share>,
+    path: PathBuf,
+    root: Arc<OwnedFd>,
+}
+
+impl Move {
+    /// None if the share is not to be found there.
+    fn of(share: &Arc<Share>, root: &OwnedFd, origin: &Origin, into: &Export) -> Option<Self> {
+        let place = lock(&share.place);
+        let own = place.origin.as_ref()?;
+        // Directories below a mount of its own would not be known by their present identity.
+        if place.export.follows_mounts != into.follows_mounts || own.has_submounts() {
+            return None;
+        }
+        let (path, root) = origin.find(root, own)?;
+        Some(Self {
+            share: share.clone(),
+            path,
+            root: Arc::new(root),
+        })
+    }
+
+    fn apply(&self, into: &Arc<Export>) {
+        let mut place = lock(&self.share.place);
+        place.export = into.clone();
+        place.path = self.path.clone();
+        place.root = Some(self.root.clone());
+    }
+}
+
+/// Whether a share is an entry of the root, and not found within another.
+fn is_topmost(entries: &Entries, share: &Share) -> bool {
+    !entries.values().any(|other| share.below(other).is_some())
+}
+
+fn topmost(entries: &Entries) -> impl Iterator<Item = Arc<Share>> + '_ {
+    let shares = entries.values().filter(|share| is_topmost(entries, share));
+    shares.cloned()
+}
+
+/// Where the guest finds a share.
+fn shared(entries: &Entries, share: &Arc<Share>) -> Shared {
+    let above = topmost(entries)
+        .find_map(|outer| Some(joined(Path::new(&outer.name), &share.below(&outer)?)));
+    Shared {
+        name: share.name.clone(),
+        path: above.unwrap_or_else(|| share.name.clone().into()),
+    }
+}
+
+/// A path below another, which it is itself if that is empty.
+fn joined(base: &Path, rest: &Path) -> PathBuf {
+    match rest.as_os_str().is_empty() {
+        true => base.to_owned(),
+        false => base.join(rest),
+    }
+}
+
+fn free_name(entries: &Entries) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let name = format!("export{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        if !entries.contains_key(&name) {
+            return name;
+        }
+    }
+}
+
+fn gone() -> io::Error {
+    io::ErrorKind::NotFound.into()
 }
 
 impl std::fmt::Debug for Share {
@@ -235,27 +458,4 @@ impl std::fmt::Debug for Share {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_that_are_paths_are_refused() {
-        let shares = Shares::default();
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["", ".", "..", "a/b", "/", "x\0y"] {
-            assert!(shares.add(name, dir.path(), false).is_err(), "{name:?}");
-        }
-        shares.add("ok", dir.path(), false).unwrap();
-        assert!(shares.add("ok", dir.path(), false).is_err());
-        assert!(shares.remove("ok"));
-        assert!(!shares.remove("ok"));
-    }
-
-    #[test]
-    fn a_directory_that_does_not_exist_is_the_hosts_error() {
-        let error = Shares::default()
-            .add("x", "/nonexistent", false)
-            .unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::NotFound);
-    }
-}
+mod tests;

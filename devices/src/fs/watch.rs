@@ -29,9 +29,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// The most files that one guest may watch. The host has a limit for each user besides
-/// (`/proc/sys/fs/inotify/max_user_watches`).
+/// The most files that one guest may watch.
 const MAX_WATCHES: usize = 1 << 16;
+
+/// What all processes of a user may watch together. One guest gets an eighth of it.
+const HOST_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
+const GUESTS: usize = 8;
 
 /// How long events are gathered before they are told together.
 const GATHER: Duration = Duration::from_millis(10);
@@ -174,8 +177,16 @@ pub(super) struct Watches {
     /// Somebody holds [`HostEvents`].
     wanted: AtomicBool,
     refused: AtomicBool,
+    /// How many files the guest may watch.
+    most: OnceLock<usize>,
     count: AtomicUsize,
     state: Mutex<State>,
+}
+
+fn most_watches() -> usize {
+    let limit = std::fs::read_to_string(HOST_LIMIT).ok();
+    let limit = limit.and_then(|text| text.trim().parse::<usize>().ok());
+    limit.map_or(MAX_WATCHES, |limit| (limit / GUESTS).min(MAX_WATCHES))
 }
 
 impl Watches {
@@ -188,6 +199,7 @@ impl Watches {
             ended: event()?,
             wanted: AtomicBool::new(false),
             refused: AtomicBool::new(false),
+            most: OnceLock::new(),
             count: AtomicUsize::new(0),
             state: Mutex::default(),
         })
@@ -272,10 +284,10 @@ impl Watches {
             node.mask = mask;
             return Ok(());
         }
-        if state.watched.len() >= MAX_WATCHES {
+        let queue = self.queue()?;
+        if state.watched.len() >= *self.most.get_or_init(most_watches) {
             return Err(Errno::NOSPC);
         }
-        let queue = self.queue()?;
         let fd = self.inodes.fd(inode)?;
         let descriptor = watch_file(queue, &*fd, kind::TOLD)?;
         let watched = state.watched.entry(descriptor).or_default();

@@ -188,6 +188,8 @@ pub mod fopen {
     pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CACHE_DIR: u32 = 1 << 3;
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+    /// Not part of the protocol, for Koya's guest kernel: attributes that it remembers are old.
+    pub const CHANGED: u32 = 1 << 31;
 }
 
 /// Which fields of SETATTR count.

@@ -291,11 +291,12 @@ impl FileHandle {
     }
 }
 
-/// Sets attributes of a (detached) mount and everything under it.
-fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
-    // SAFETY: mount_attr is plain data for which all zeroes is a valid value.
-    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attributes.attr_set = set;
+/// Changes attributes of a detached mount, with `flags` also of everything under it.
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    flags: libc::c_int,
+    attributes: libc::mount_attr,
+) -> io::Result<()> {
     // SAFETY: the path is a static empty string, the attributes live on this stack and their
     // size is given; the kernel only reads them.
     let result = unsafe {
@@ -303,7 +304,7 @@ fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            libc::AT_EMPTY_PATH | flags,
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )
@@ -311,12 +312,35 @@ fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64) -> io::Result<()> {
     checked(result as isize).map(drop)
 }
 
-/// Makes a detached mount read-only, with everything under it.
+fn no_mount_change() -> libc::mount_attr {
+    // SAFETY: mount_attr is plain data for which all zeroes is a valid value.
+    unsafe { std::mem::zeroed() }
+}
+
+/// Leaves a detached mount, with everything under it, what a server of files needs: nothing runs from
+/// it, no device node of it is opened, and the host's mounts neither come to it nor wait for it.
 ///
 /// # Errors
 /// What mount_setattr(2) says.
-pub fn make_mount_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
-    set_mount_attributes(mount, libc::MOUNT_ATTR_RDONLY)
+pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let mut attributes = no_mount_change();
+    attributes.attr_set =
+        libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    if read_only {
+        attributes.attr_set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    attributes.propagation = libc::MS_PRIVATE;
+    change_mount(mount, libc::AT_RECURSIVE, attributes)
+}
+
+/// Lets a detached mount be written again, and nothing under it.
+///
+/// # Errors
+/// What mount_setattr(2) says.
+pub fn make_mount_writable(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = no_mount_change();
+    attributes.attr_clr = libc::MOUNT_ATTR_RDONLY;
+    change_mount(mount, 0, attributes)
 }
 
 /// fchmodat2(2): one number on every architecture, which libc does not name on all.

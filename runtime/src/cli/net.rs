@@ -17,7 +17,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -206,11 +206,7 @@ impl NetArgs {
         let path = folder.resolver();
         std::fs::write(&path, format!("nameserver {RESOLVER}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Some(Volume {
-            source: path,
-            destination: PathBuf::from(RESOLV_CONF),
-            read_only: false,
-        }))
+        Ok(Some(Volume::new(path, RESOLV_CONF)))
     }
 }
 

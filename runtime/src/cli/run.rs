@@ -39,8 +39,9 @@ pub(super) struct RunArgs {
     image: Option<PathBuf>,
     #[command(flatten)]
     size: SizeArgs,
-    /// A host directory or file in the container
-    #[arg(long, short, value_name = "SRC:DST[:ro]", value_parser = parse_volume)]
+    /// A host directory or file in the container. Options, separated by commas: ro; rslave (mounts that the host
+    /// makes below it later show in the container)
+    #[arg(long, short, value_name = "SRC:DST[:OPTIONS]", value_parser = parse_volume)]
     volume: Vec<Volume>,
     /// A raw disk image or block device of the host, in the container as /dev/vda, /dev/vdb, ...
     #[arg(long, value_name = "PATH[:ro]", value_parser = parse_disk)]
@@ -127,20 +128,25 @@ pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
 
 fn parse_volume(text: &str) -> Result<Volume, String> {
     let parts: Vec<&str> = text.split(':').collect();
-    let (source, destination, read_only) = match parts.as_slice() {
-        [source, destination] => (source, destination, false),
-        [source, destination, "ro"] => (source, destination, true),
-        [source, destination, "rw"] => (source, destination, false),
-        _ => return Err(format!("{text:?} is not SRC:DST[:ro]")),
+    let (source, destination, options) = match parts.as_slice() {
+        [source, destination] => (source, destination, ""),
+        [source, destination, options] => (source, destination, *options),
+        _ => return Err(format!("{text:?} is not SRC:DST[:OPTIONS]")),
     };
     if source.is_empty() || !destination.starts_with('/') {
         return Err(format!("{text:?}: DST must be an absolute path"));
     }
-    Ok(Volume {
-        source: source.into(),
-        destination: destination.into(),
-        read_only,
-    })
+    let mut volume = Volume::new(source, destination);
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        match option {
+            "ro" => volume.read_only = true,
+            "rw" => volume.read_only = false,
+            "rslave" | "slave" => volume.follow_mounts = true,
+            "rprivate" | "private" => volume.follow_mounts = false,
+            _ => return Err(format!("{text:?}: the option {option:?} is not supported")),
+        }
+    }
+    Ok(volume)
 }
 
 /// One `--security-opt`.

@@ -81,7 +81,9 @@ impl Passthrough {
             Cache::Always | Cache::Writeback => fopen::CACHE_DIR | fopen::KEEP_CACHE,
         };
         Ok(OpenOut {
-            fh: self.handles.insert(&inode, self.inodes.fd(&inode)?, file)?,
+            fh: self
+                .handles
+                .insert(&inode, self.inodes.fd(&inode)?, file, false)?,
             open_flags,
             backing_id: 0,
         })

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
@@ -61,17 +62,25 @@ impl Passthrough {
             let bits = arg.open_flags & OPEN_KILL_SUIDGID != 0;
             self.drop_privileges(&inode, bits)?;
         }
-        self.opened(&inode, file)
+        // The guest takes what it remembers of the size for true, and it would cut what it reads.
+        let is_old = self.options.cache == Cache::Auto && inode.has_changed(&inodes::stat(&file)?);
+        let mut opened = self.opened(&inode, file, flags)?;
+        if is_old {
+            opened.open_flags |= fopen::CHANGED;
+        }
+        Ok(opened)
     }
 
-    fn opened(&self, inode: &Inode, file: File) -> Result<OpenOut, Errno> {
+    fn opened(&self, inode: &Arc<Inode>, file: File, flags: OFlags) -> Result<OpenOut, Errno> {
         let open_flags = match self.options.cache {
             Cache::Never => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
             Cache::Auto => 0,
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
         };
+        let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        let node = self.inodes.fd(inode)?;
         Ok(OpenOut {
-            fh: self.handles.insert(inode, self.inodes.fd(inode)?, file)?,
+            fh: self.handles.insert(inode, node, file, writes)?,
             open_flags,
             backing_id: 0,
         })
@@ -111,7 +120,7 @@ impl Passthrough {
         match made {
             Ok(file) => {
                 self.give_to(&file, caller, arg.mode, &directory)?;
-                self.made(file.into(), &directory, name)
+                self.made(file.into(), flags, &directory, name)
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
                 let entry = self.lookup(parent, name)?;
@@ -149,7 +158,7 @@ impl Passthrough {
         let file = self.with_umask(arg.umask, || openat(&fd, c".", flags, mode))?;
         self.give_to(&file, caller, arg.mode, &directory)?;
         // It has no name, and no other could have this one.
-        self.made(file.into(), &directory, c"?")
+        self.made(file.into(), flags, &directory, c"?")
     }
 
     /// The node and the handle of a file that was just made and opened. The node gets a descriptor
@@ -157,6 +166,7 @@ impl Passthrough {
     fn made(
         &self,
         file: File,
+        flags: OFlags,
         directory: &Inode,
         name: &CStr,
     ) -> Result<(EntryOut, OpenOut), Errno> {
@@ -165,7 +175,7 @@ impl Passthrough {
         let opened = self
             .inodes
             .get(entry.nodeid)
-            .and_then(|inode| self.opened(&inode, file));
+            .and_then(|inode| self.opened(&inode, file, flags));
         if opened.is_err() {
             self.forget(entry.nodeid, 1);
         }
@@ -200,7 +210,7 @@ impl Passthrough {
         arg: &WriteIn,
         from: &[VolatileSlice<'_, B>],
     ) -> Result<usize, Errno> {
-        let inode = self.inodes.get(nodeid)?;
+        let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
         let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
         let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
@@ -238,7 +248,7 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_SYNCFS: the file system of a node; of the root, which is what Linux asks for, every share's
+    /// FUSE_SYNCFS: the file system of a node; of the root, which is what Linux asks for, that of every export
     /// and those below it that the guest came to.
     ///
     /// # Errors
@@ -249,8 +259,8 @@ impl Passthrough {
             return rustix::fs::syncfs(self.open_inode(&inode, OFlags::RDONLY)?);
         }
         let mut first = Ok(());
-        for share in self.shares.all() {
-            let synced = match (share.anchor(), share.root(), share.kind) {
+        for export in self.shares.exports() {
+            let synced = match (export.anchor(), export.root(), export.kind) {
                 (Some(anchor), _, _) => rustix::fs::syncfs(anchor),
                 (None, Some(root), FileType::RegularFile) => self
                     .reopen(&*root, OFlags::RDONLY)
@@ -258,7 +268,7 @@ impl Passthrough {
                 _ => Ok(()),
             };
             first = first.and(synced);
-            for fd in share.nested() {
+            for fd in export.nested() {
                 let opened = self.reopen(&*fd, OFlags::RDONLY);
                 first = first.and(opened.and_then(rustix::fs::syncfs));
             }
@@ -271,7 +281,7 @@ impl Passthrough {
     /// # Errors
     /// The host's.
     pub fn fallocate(&self, nodeid: u64, arg: &FallocateIn) -> Result<(), Errno> {
-        let inode = self.inodes.get(nodeid)?;
+        let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
         let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
         // The request does not say who asks, and to change a program's length is no everyday thing.
@@ -306,7 +316,7 @@ impl Passthrough {
     /// The host's.
     pub fn copy_file_range(&self, nodeid: u64, arg: &CopyFileRangeIn) -> Result<u32, Errno> {
         let from = self.handle(arg.fh_in, nodeid)?;
-        let target = self.inodes.get(arg.nodeid_out)?;
+        let target = self.writable(arg.nodeid_out)?;
         let to = self.handles.get(arg.fh_out, arg.nodeid_out)?;
         let _acting = self.acting_on(&target, kind::MODIFY | kind::ATTRIB);
         self.drop_privileges(&target, true)?;

@@ -14,8 +14,8 @@ mod xattr;
 
 use super::Cache;
 use super::handles::{Handle, Handles};
-use super::inodes::{self, Inode, Inodes};
-use super::shares::{Share, Shares};
+use super::inodes::{self, Found, Inode, Inodes};
+use super::shares::{Listener, Share, Shares};
 use super::watch::{self, Acting, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
@@ -43,6 +43,35 @@ pub struct Options {
     /// How many nodes, and how many open files, may hold descriptors; 0 takes a share of the
     /// process's limit. Several devices in one process divide it themselves.
     pub max_descriptors: usize,
+    /// How many files the guest may remember, some 300 bytes each on the host; 0 is 4 million. Its own
+    /// kernel takes a KiB for each.
+    pub max_nodes: usize,
+}
+
+/// The most files that a guest may remember if nobody says less.
+const MAX_NODES: usize = 4 << 20;
+
+/// What has to know that shares come and go.
+struct Tables {
+    inodes: Arc<Inodes>,
+    handles: Arc<Handles>,
+    watches: Arc<Watches>,
+}
+
+impl Listener for Tables {
+    fn added(&self, share: &Arc<Share>) {
+        self.inodes.share_added(share);
+    }
+
+    fn merged(&self, within: &Arc<Share>, roots: &[(Arc<Share>, Arc<OwnedFd>)], apply: &dyn Fn()) {
+        self.inodes.merged(within, roots, apply);
+    }
+
+    fn removed(&self, share: &Share) {
+        self.watches.let_go(|inode| !inode.is_live());
+        self.handles.close_unreachable();
+        self.inodes.share_removed(share);
+    }
 }
 
 /// The server's state for one guest.
@@ -52,6 +81,8 @@ pub struct Passthrough {
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
     watches: Arc<Watches>,
+    /// Hears of shares as long as this is here.
+    _tables: Arc<Tables>,
     /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
     proc: OwnedFd,
     root_user: bool,
@@ -69,25 +100,27 @@ impl Passthrough {
             0 => descriptor_share(),
             given => given,
         };
-        let inodes = Arc::new(Inodes::new(limit));
+        let max_nodes = match options.max_nodes {
+            0 => MAX_NODES,
+            given => given,
+        };
+        let inodes = Arc::new(Inodes::new(limit, max_nodes));
         let handles = Arc::new(Handles::new(limit));
         let watches = Arc::new(Watches::new(inodes.clone())?);
-        let (weak_inodes, weak_handles) = (Arc::downgrade(&inodes), Arc::downgrade(&handles));
-        let weak_watches = Arc::downgrade(&watches);
-        shares.when_removed(move |share| {
-            let (inodes, handles) = (weak_inodes.upgrade()?, weak_handles.upgrade()?);
-            let gone = |inode: &Inode| inode.share.number == share.number;
-            weak_watches.upgrade()?.let_go(gone);
-            handles.let_go(share);
-            inodes.let_go(share);
-            Some(())
+        let tables = Arc::new(Tables {
+            inodes: inodes.clone(),
+            handles: handles.clone(),
+            watches: watches.clone(),
         });
+        let listener: Arc<dyn Listener> = tables.clone();
+        shares.listen(Arc::downgrade(&listener));
         Ok(Self {
             options,
             shares,
             inodes,
             handles,
             watches,
+            _tables: tables,
             proc,
             root_user: rustix::process::geteuid().is_root(),
         })
@@ -103,9 +136,15 @@ impl Passthrough {
         self.watches.clear();
         self.handles.clear();
         self.inodes.clear();
-        for share in self.shares.all() {
-            share.forget_nested();
+        for export in self.shares.exports() {
+            export.forget_nested();
         }
+    }
+
+    /// Gives the host the room of files that were removed, though the guest remembers them: looks at up
+    /// to `most` files. To be called every now and then.
+    pub fn sweep(&self, most: usize) {
+        self.inodes.sweep(most);
     }
 
     /// FUSE_LOOKUP: node 0 says that the name is not there, and for how long the guest may believe it
@@ -136,7 +175,7 @@ impl Passthrough {
         if parent == ROOT_ID {
             let share = self.shares.get(name.to_bytes()).ok_or(Errno::NOENT)?;
             let fd = rustix::io::fcntl_dupfd_cloexec(share.root().ok_or(Errno::NOENT)?, 0)?;
-            return self.entry(fd, &share, None, name);
+            return self.entry(fd, Found::Root(&share), name);
         }
         let directory = self.inodes.get(parent)?;
         let fd = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
@@ -145,18 +184,12 @@ impl Passthrough {
 
     /// Counts a look-up of a file in a directory and describes it to the guest.
     fn entry_in(&self, fd: OwnedFd, directory: &Inode, name: &CStr) -> Result<EntryOut, Errno> {
-        self.entry(fd, &directory.share, Some(directory), name)
+        self.entry(fd, Found::In(directory), name)
     }
 
-    fn entry(
-        &self,
-        fd: OwnedFd,
-        share: &Arc<Share>,
-        directory: Option<&Inode>,
-        name: &CStr,
-    ) -> Result<EntryOut, Errno> {
+    fn entry(&self, fd: OwnedFd, found: Found<'_>, name: &CStr) -> Result<EntryOut, Errno> {
         let stat = inodes::stat(&fd)?;
-        let inode = self.inodes.look_up(fd, &stat, share, directory, name)?;
+        let inode = self.inodes.look_up(fd, &stat, found, name)?;
         // That holds for a share too: once it is taken away its nodes are stale, and the guest asks anew.
         let timeout = self.options.cache.timeout();
         Ok(EntryOut {
@@ -248,10 +281,10 @@ impl Passthrough {
             return Err(Errno::ROFS);
         }
         let inode = self.inodes.get(nodeid)?;
-        if inode.share.read_only {
-            return Err(Errno::ROFS);
+        match inode.is_writable() {
+            true => Ok(inode),
+            false => Err(Errno::ROFS),
         }
-        Ok(inode)
     }
 
     /// Opens a node's file itself: only what is a regular file or a directory, since opening
@@ -262,7 +295,15 @@ impl Passthrough {
             FileType::Symlink => return Err(Errno::LOOP),
             _ => return Err(Errno::NXIO),
         }
-        Ok(self.reopen(&*self.inodes.fd(inode)?, flags)?.into())
+        let fd = self.inodes.fd(inode)?;
+        // To read a file changes the time of its last access, where its mount does not forbid it.
+        let still = !inode.is_writable() && !inode.export()?.is_detached();
+        let quiet = still.then(|| self.reopen(&*fd, flags | OFlags::NOATIME));
+        match quiet {
+            // Only a file's owner may ask for that.
+            None | Some(Err(Errno::PERM)) => Ok(self.reopen(&*fd, flags)?.into()),
+            Some(opened) => Ok(opened?.into()),
+        }
     }
 
     /// Opens the file of a descriptor (O_PATH will do) once more, with other flags.

@@ -111,7 +111,7 @@ impl Passthrough {
     /// FUSE_LINK
     ///
     /// # Errors
-    /// The host's; EXDEV between shares.
+    /// The host's; EXDEV between file systems.
     pub fn link(&self, parent: u64, name: &CStr, arg: &LinkIn) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         let inode = self.writable(arg.oldnodeid)?;
@@ -128,6 +128,11 @@ impl Passthrough {
             Err(Errno::NOENT | Errno::PERM) => {
                 let link = from.as_raw_fd().to_string();
                 rustix::fs::linkat(&self.proc, link, &to, name, AtFlags::SYMLINK_FOLLOW)?;
+            }
+            // It was found by way of another share, which is another mount.
+            Err(Errno::XDEV) => {
+                let from = self.inodes.fd_in(&inode, &*directory.export()?)?;
+                rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH)?;
             }
             other => other?,
         }
@@ -183,8 +188,10 @@ impl Passthrough {
 
     /// Remembers where a moved file is found again.
     fn note_place(&self, directory: &Inode, fd: impl AsFd, name: &CStr) {
-        if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat) {
-            let identity = Identity::of(&stat, &directory.share);
+        if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat)
+            && let Ok(export) = directory.export()
+        {
+            let identity = Identity::of(&stat, &export);
             self.inodes.moved(identity, directory.id, name);
         }
     }

@@ -233,12 +233,12 @@ fn a_single_file_has_one_number() {
     assert_eq!(attr.unwrap().attr.ino, entry.attr.ino);
     let statx = f.files.statx(entry.nodeid, &StatxIn::default());
     assert_eq!(statx.unwrap().stat.ino, entry.attr.ino);
-    // Inside its directory it is another node: this one may be written.
-    let inside = f.files.lookup(f.root, c"file").unwrap();
-    assert_ne!(inside.nodeid, entry.nodeid);
-    assert!(f.files.open(inside.nodeid, &writing()).is_ok());
     let refused = f.files.open(entry.nodeid, &writing());
     assert_eq!(refused.unwrap_err(), Errno::ROFS);
+    // Inside its directory it is the same file, and there it may be written.
+    let inside = f.files.lookup(f.root, c"file").unwrap();
+    assert_eq!(inside.nodeid, entry.nodeid);
+    assert!(f.files.open(entry.nodeid, &writing()).is_ok());
 }
 
 /// Of one file system, numbers are the host's; those of others are told apart from them.
@@ -438,4 +438,113 @@ fn an_attributes_size_can_be_asked_for() {
         assert_eq!(f.files.getxattr(node, name, 20).unwrap(), [7; 20]);
         assert_eq!(f.files.getxattr(node, name, 19), Err(Errno::RANGE));
     }
+}
+
+/// What the guest remembers of a size would cut what it reads.
+#[test]
+fn a_file_that_changed_is_told_when_it_is_opened() {
+    use crate::fs::wire::fopen;
+    let f = fixture(0, false);
+    let path = f.dir.path().join("x");
+    std::fs::write(&path, "short").unwrap();
+    let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
+    let changed = || f.files.open(node, &OpenIn::default()).unwrap().open_flags & fopen::CHANGED;
+    assert_eq!(changed(), 0);
+    std::fs::write(&path, "longer than that").unwrap();
+    assert_eq!(changed(), fopen::CHANGED);
+    f.files.getattr(node, &GetattrIn::default()).unwrap();
+    assert_eq!(changed(), 0);
+}
+
+/// The guest remembers names, and the host wants the room back.
+#[test]
+fn what_was_removed_is_let_go() {
+    let f = fixture(0, false);
+    let held = |name: &str| {
+        let node = f
+            .files
+            .lookup(f.root, &CString::new(name).unwrap())
+            .unwrap();
+        f.files.inodes.get(node.nodeid).unwrap()
+    };
+    for name in ["idle", "open", "stays"] {
+        std::fs::write(f.dir.path().join(name), name).unwrap();
+    }
+    let (idle, open, stays) = (held("idle"), held("open"), held("stays"));
+    let fh = f.files.open(open.id, &OpenIn::default()).unwrap().fh;
+    for name in ["idle", "open"] {
+        std::fs::remove_file(f.dir.path().join(name)).unwrap();
+    }
+    let links = |node: &Inode| {
+        let attr = f.files.getattr(node.id, &GetattrIn::default());
+        attr.map(|out| out.attr.nlink)
+    };
+    let (_, before) = f.files.inodes.counts();
+    f.files.sweep(100);
+    assert_eq!(f.files.inodes.counts().1, before - 1);
+    assert_eq!(links(&idle), Err(Errno::STALE));
+    assert_eq!((links(&open), links(&stays)), (Ok(0), Ok(1)));
+    f.files.release(open.id, fh);
+    f.files.sweep(100);
+    assert_eq!(links(&open), Err(Errno::STALE));
+}
+
+/// A few at a time, and all of them in the end.
+#[test]
+fn every_file_is_looked_at_in_its_turn() {
+    let f = fixture(0, false);
+    for n in 0..50 {
+        std::fs::write(f.dir.path().join(n.to_string()), "").unwrap();
+        f.files
+            .lookup(f.root, &CString::new(n.to_string()).unwrap())
+            .unwrap();
+        std::fs::remove_file(f.dir.path().join(n.to_string())).unwrap();
+    }
+    for _ in 0..20 {
+        f.files.sweep(10);
+    }
+    assert_eq!(f.files.inodes.counts().1, 1, "the root is left");
+}
+
+/// Inode numbers are used again, and not every file system keeps more than that.
+#[test]
+fn an_evicted_file_is_of_the_kind_that_it_was() {
+    use crate::fs::node::{Slot, Traces, still_same};
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("a"), "").unwrap();
+    let node = f.files.lookup(f.root, c"a").unwrap().nodeid;
+    let inode = f.files.inodes.get(node).unwrap();
+    *crate::sync::lock(&inode.slot) = Slot::Evicted(Traces {
+        handle: None,
+        birth: None,
+    });
+    let look = |path: &std::path::Path| {
+        let fd = openat(CWD, path, OFlags::PATH, Mode::empty()).unwrap();
+        let mut stat = inodes::stat(&fd).unwrap();
+        stat.stx_mask &= !rustix::fs::StatxFlags::BTIME.bits();
+        still_same(&inode, &fd, &stat)
+    };
+    assert!(look(&f.dir.path().join("a")));
+    assert!(!look(f.dir.path()));
+}
+
+#[test]
+fn a_guest_remembers_no_more_files_than_it_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let shares = Shares::default();
+    shares.add("s", dir.path(), false).unwrap();
+    let options = Options {
+        max_nodes: 8,
+        ..Options::default()
+    };
+    let files = Passthrough::new(shares, options).unwrap();
+    let root = files.lookup(ROOT_ID, c"s").unwrap().nodeid;
+    let look = |n: u32| {
+        std::fs::write(dir.path().join(n.to_string()), "").unwrap();
+        files.lookup(root, &CString::new(n.to_string()).unwrap())
+    };
+    let nodes: Vec<_> = (0..7).map(|n| look(n).unwrap().nodeid).collect();
+    assert_eq!(look(7).unwrap_err(), Errno::NFILE);
+    files.forget(nodes[0], 1);
+    assert!(look(8).is_ok());
 }

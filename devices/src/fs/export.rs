@@ -1,0 +1,202 @@
+//! A tree of the host that is served to the guest: one for each place that is shared, and one for all
+//! places that lie within each other.
+
+use super::inodes::FileSystem;
+use super::shares::ShareOptions;
+use crate::sync::lock;
+use crate::sys;
+use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// Of how many file systems below it an export remembers one file, a descriptor each. Data of further
+/// ones is the host's to write out in its own time.
+const MAX_NESTED: usize = 64;
+
+/// What an export holds open.
+struct Held {
+    /// Its root, an O_PATH descriptor.
+    root: Arc<OwnedFd>,
+    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
+    /// syncfs); none if it is a single file.
+    anchor: Option<Arc<OwnedFd>>,
+    /// Other file systems that the guest came to below it: an O_PATH descriptor on each.
+    nested: HashMap<FileSystem, Arc<OwnedFd>>,
+}
+
+/// A host directory, or a single file, with all that is mounted below it.
+///
+/// Where the host lets us (CAP_SYS_ADMIN) it is a detached copy of the mounts, which nothing can leave
+/// and nothing of the host's own can change.
+pub(super) struct Export {
+    /// Tells its directories from the same directories in another export.
+    pub(super) view: u64,
+    /// The mount that its root is on.
+    pub(super) mount_id: u64,
+    /// Mounts of exports that were made a part of this one, and where those parts are now.
+    adopted: Mutex<HashMap<u64, u64>>,
+    pub(super) kind: FileType,
+    /// Whether the host's mounts that come later show in it.
+    pub(super) follows_mounts: bool,
+    detached: bool,
+    /// Its mounts, as far as they are known.
+    mounts: Vec<Submount>,
+    /// Whether they are read-only beyond what they are on the host.
+    sealed: Mutex<bool>,
+    /// Nothing once it is given up: the guest may remember its nodes for ever.
+    held: Mutex<Option<Held>>,
+}
+
+impl Export {
+    /// Opens `path`, which has these mounts; with [`ShareOptions::read_only`] nothing can be written
+    /// through it at all until it is [`unsealed`](Self::unseal).
+    pub(super) fn open(
+        path: &Path,
+        options: ShareOptions,
+        mounts: Vec<Submount>,
+    ) -> io::Result<Self> {
+        let (root, detached) = match options.follow_mounts {
+            true => (open_plain(path)?, false),
+            false => open_detached(path, options.read_only)?,
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
+        let stat = super::inodes::stat(&root)?;
+        static VIEW: AtomicU64 = AtomicU64::new(1);
+        Ok(Self {
+            view: VIEW.fetch_add(1, Ordering::Relaxed),
+            mount_id: stat.stx_mnt_id,
+            adopted: Mutex::default(),
+            kind: FileType::from_raw_mode(stat.stx_mode.into()),
+            follows_mounts: options.follow_mounts,
+            detached,
+            mounts,
+            sealed: Mutex::new(detached && options.read_only),
+            held: Mutex::new(Some(Held {
+                root: Arc::new(root),
+                anchor,
+                nested: HashMap::new(),
+            })),
+        })
+    }
+
+    /// Lets writes through to those of its mounts that the host itself has writable. Who may write where
+    /// is then for the server alone to say.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(super) fn unseal(&self) -> io::Result<()> {
+        let mut sealed = lock(&self.sealed);
+        if !*sealed {
+            return Ok(());
+        }
+        let Some(root) = self.root() else {
+            return Ok(());
+        };
+        for submount in self.mounts.iter().filter(|mount| !mount.read_only) {
+            // One that is covered by another is not reached, and stays as it is.
+            if let Ok(fd) = super::origin::open_mount(&root, &submount.path) {
+                sys::make_mount_writable(fd.as_fd())?;
+            }
+        }
+        *sealed = false;
+        Ok(())
+    }
+
+    /// Tells mounts within it apart; 0 is its own.
+    pub(super) fn mount_key(&self, mount: u64) -> u64 {
+        let adopted = lock(&self.adopted).get(&mount).copied();
+        let mount = adopted.unwrap_or(mount);
+        if mount == self.mount_id { 0 } else { mount }
+    }
+
+    /// What was looked at through another mount is on this one now.
+    pub(super) fn adopt_mount(&self, before: u64, now: u64) {
+        lock(&self.adopted).insert(before, now);
+    }
+
+    /// Its root, an O_PATH descriptor, while it is there.
+    pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.held).as_ref().map(|held| held.root.clone())
+    }
+
+    /// A descriptor on its mount, if it is a directory.
+    pub(super) fn anchor(&self) -> Option<Arc<OwnedFd>> {
+        lock(&self.held)
+            .as_ref()
+            .and_then(|held| held.anchor.clone())
+    }
+
+    /// Closes all that it holds.
+    pub(super) fn close(&self) {
+        lock(&self.held).take();
+    }
+
+    /// Remembers another file system below it, for [`nested`](Self::nested).
+    pub(super) fn add_nested(&self, which: FileSystem, kind: FileType, fd: &Arc<OwnedFd>) {
+        // To open anything else could have effects, or wait. What the host mounted meanwhile it may
+        // want to unmount.
+        if matches!(kind, FileType::Directory | FileType::RegularFile)
+            && !self.follows_mounts
+            && let Some(held) = &mut *lock(&self.held)
+            && held.nested.len() < MAX_NESTED
+            && !held.nested.contains_key(&which)
+            && let Ok(fd) = fd.try_clone()
+        {
+            held.nested.insert(which, Arc::new(fd));
+        }
+    }
+
+    /// Forgets them: the guest is gone.
+    pub(super) fn forget_nested(&self) {
+        if let Some(held) = &mut *lock(&self.held) {
+            held.nested.clear();
+        }
+    }
+
+    /// A file or directory of each other file system that the guest came to below it.
+    pub(super) fn nested(&self) -> Vec<Arc<OwnedFd>> {
+        let held = lock(&self.held);
+        let nested = held.iter().flat_map(|held| held.nested.values());
+        nested.cloned().collect()
+    }
+
+    /// Whether it has mounts of its own, which nothing can leave.
+    pub(super) fn is_detached(&self) -> bool {
+        self.detached
+    }
+}
+
+/// A mount of an export's own, by its path from the root, and whether the host has it read-only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Submount {
+    pub(super) path: std::path::PathBuf,
+    pub(super) read_only: bool,
+}
+
+fn open_plain(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Ok(openat(CWD, path, flags, Mode::empty())?)
+}
+
+/// A copy of the mounts at `path`, and whether it is one.
+fn open_detached(path: &Path, read_only: bool) -> io::Result<(OwnedFd, bool)> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    match open_tree(CWD, path, flags) {
+        Ok(tree) => {
+            sys::restrict_mount(tree.as_fd(), read_only)?;
+            Ok((tree, true))
+        }
+        // Without the privilege (or the call) the directory itself has to do.
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((open_plain(path)?, false)),
+        Err(error) => Err(error.into()),
+    }
+}

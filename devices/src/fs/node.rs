@@ -1,0 +1,295 @@
+//! A node of the guest's: a file of the host, and how it is found again.
+
+use super::export::Export;
+use super::shares::Share;
+use super::wire::Attr;
+use crate::sync::lock;
+use crate::sys::FileHandle;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
+use rustix::io::Errno;
+use std::ffi::{CStr, CString};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// A file's identity on the host while it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    /// Of a directory: its export. Two that are not merged may show different mounts in it.
+    pub(super) view: u64,
+    /// Of a directory: the mount that it was found on, 0 for the export's own.
+    pub(super) mount: u64,
+    major: u32,
+    minor: u32,
+    inode: u64,
+}
+
+impl Identity {
+    pub(super) fn of(stat: &Statx, export: &Export) -> Self {
+        let kind = FileType::from_raw_mode(stat.stx_mode.into());
+        let (view, mount) = match kind {
+            FileType::Directory => (export.view, export.mount_key(stat.stx_mnt_id)),
+            _ => (0, 0),
+        };
+        Self {
+            view,
+            mount,
+            major: stat.stx_dev_major,
+            minor: stat.stx_dev_minor,
+            inode: stat.stx_ino,
+        }
+    }
+
+    pub(super) fn file_system(&self) -> FileSystem {
+        (self.major, self.minor)
+    }
+}
+
+/// A file system of the host's, by its device number.
+pub(super) type FileSystem = (u32, u32);
+
+/// Where the number of a file system stands in an inode number of the guest's.
+const FILE_SYSTEM_SHIFT: u32 = 48;
+
+/// Where a node's descriptor is, or how to get it back.
+pub(super) enum Slot {
+    /// Its file, or the last share that it was reached by, is gone.
+    Gone,
+    Open(Arc<OwnedFd>),
+    Evicted(Traces),
+}
+
+/// What an evicted node's file is known by: inode numbers are used again.
+#[derive(Clone)]
+pub(super) struct Traces {
+    /// A handle, and the mount that it can be opened on.
+    pub(super) handle: Option<(u64, FileHandle)>,
+    /// Seconds and nanoseconds, where the file system keeps it.
+    pub(super) birth: Option<(i64, u32)>,
+}
+
+impl Traces {
+    /// Whether this is the file, or may be as far as its file system can tell.
+    pub(super) fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
+        match &self.handle {
+            Some((_, handle)) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
+            None => self.birth == birth(stat),
+        }
+    }
+}
+
+fn birth(stat: &Statx) -> Option<(i64, u32)> {
+    let known = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+    known.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec))
+}
+
+/// The shares by which a node can be reached. Most nodes have those of their directory.
+pub(super) type Reach = Arc<[Arc<Share>]>;
+
+/// Where a file was found.
+#[derive(Clone, Copy)]
+pub(super) enum Found<'a> {
+    /// It is the root of a share.
+    Root(&'a Arc<Share>),
+    In(&'a Inode),
+}
+
+/// A node.
+pub(super) struct Inode {
+    pub(super) id: u64,
+    pub(super) kind: FileType,
+    /// A share's own root, which has no parent to be found from.
+    pub(super) is_root: AtomicBool,
+    pub(super) reach: Mutex<Reach>,
+    /// Which file system of those that the guest sees.
+    pub(super) file_system: u16,
+    /// Known to have no capabilities of the guest's (see `Passthrough::drop_privileges`).
+    pub(super) bare: AtomicBool,
+    pub(super) slot: Mutex<Slot>,
+    /// The directory and name that it was seen under last.
+    pub(super) place: Mutex<(u64, CString)>,
+    /// What the guest was told of its contents last: see [`has_changed`](Self::has_changed).
+    pub(super) told: AtomicU64,
+}
+
+impl Inode {
+    /// Attributes as the guest gets them.
+    pub(super) fn attr(&self, stat: &Statx) -> Attr {
+        self.told.store(contents(stat), Ordering::Relaxed);
+        Attr {
+            ino: self.number(stat.stx_ino),
+            ..Attr::from(stat)
+        }
+    }
+
+    /// Whether its contents are not those that the guest was told of last.
+    pub(super) fn has_changed(&self, stat: &Statx) -> bool {
+        self.told.load(Ordering::Relaxed) != contents(stat)
+    }
+
+    pub(super) fn reach(&self) -> Reach {
+        lock(&self.reach).clone()
+    }
+
+    /// Whether a share by which it was reached is still there.
+    pub(super) fn is_live(&self) -> bool {
+        lock(&self.reach).iter().any(|share| !share.is_removed())
+    }
+
+    /// Whether one of them lets the guest change it.
+    pub(super) fn is_writable(&self) -> bool {
+        lock(&self.reach).iter().any(|share| share.is_writable())
+    }
+
+    /// The trees that it is in.
+    pub(super) fn exports(&self) -> Vec<Arc<Export>> {
+        let reach = self.reach();
+        let live = reach.iter().filter(|share| !share.is_removed());
+        live.map(|share| share.export()).collect()
+    }
+
+    /// The tree that it is in; of a file the first of them.
+    ///
+    /// # Errors
+    /// ESTALE if it was taken away.
+    pub(super) fn export(&self) -> Result<Arc<Export>, Errno> {
+        let reach = lock(&self.reach);
+        let live = reach.iter().find(|share| !share.is_removed());
+        live.map(|share| share.export()).ok_or(Errno::STALE)
+    }
+
+    /// Adds shares by which it can be reached. True if it was not writable before and is now.
+    pub(super) fn extend_reach(&self, more: &Reach) -> bool {
+        let mut reach = lock(&self.reach);
+        let is_new = |share: &&Arc<Share>| !reach.iter().any(|own| Arc::ptr_eq(own, share));
+        if Arc::ptr_eq(&reach, more) || !more.iter().any(|share| is_new(&share)) {
+            return false;
+        }
+        let writable = |reach: &Reach| reach.iter().any(|share| share.is_writable());
+        let before = writable(&reach);
+        let added = more.iter().filter(is_new);
+        let live = reach.iter().filter(|share| !share.is_removed());
+        let all: Reach = live.chain(added).cloned().collect();
+        *reach = all;
+        !before && writable(&reach)
+    }
+
+    /// The guest's number for an inode of this node's file system. All that the guest sees is one
+    /// file system to it, so that a number alone must tell files apart.
+    ///
+    /// FUSE can announce other file systems as submounts instead. Linux (6.12) then takes such a
+    /// submount down without waiting for requests that are under way, and crashes when one of them
+    /// is answered.
+    pub(super) fn number(&self, inode: u64) -> u64 {
+        inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
+    }
+
+    /// The directory and name that it was seen under last.
+    pub(super) fn place(&self) -> (u64, CString) {
+        lock(&self.place).clone()
+    }
+}
+
+/// What of a file's attributes changes with its contents, in one number.
+fn contents(stat: &Statx) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    let time = |t: rustix::fs::StatxTimestamp| (t.tv_sec, t.tv_nsec);
+    (stat.stx_size, time(stat.stx_mtime), time(stat.stx_ctime)).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What every look at a file asks for.
+pub(super) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS
+    .union(StatxFlags::BTIME)
+    .union(StatxFlags::MNT_ID);
+
+/// A file's attributes, of an O_PATH descriptor or any other.
+pub(super) fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
+    statx(fd, c"", AtFlags::EMPTY_PATH, STATX_MASK)
+}
+
+/// Opens the entry `name` of a directory without following it and without opening the file.
+pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(parent, name, flags, Mode::empty())
+}
+
+/// How a file is opened by its handle.
+pub(super) const HANDLE_FLAGS: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW);
+
+/// Closes a node's descriptor if the file can be found again. False if it must stay.
+pub(super) fn evict(inode: &Inode) -> bool {
+    if inode.is_root.load(Ordering::Relaxed) {
+        return false;
+    }
+    let mut slot = lock(&inode.slot);
+    let Slot::Open(fd) = &*slot else {
+        return false;
+    };
+    // In use (open files are: see `Handle`), or without a name: only the descriptor leads to it.
+    if Arc::strong_count(fd) > 1 {
+        return false;
+    }
+    let Some(traces) = traces(inode, fd) else {
+        return false;
+    };
+    *slot = Slot::Evicted(traces);
+    true
+}
+
+/// How a file is found again; none if it has no name.
+fn traces(inode: &Inode, fd: &OwnedFd) -> Option<Traces> {
+    let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
+    let mount = stat.stx_mnt_id;
+    let same_mount = inode
+        .exports()
+        .iter()
+        .any(|export| export.mount_id == mount);
+    let handle = same_mount.then(|| FileHandle::of(fd).ok()).flatten();
+    Some(Traces {
+        handle: handle.map(|handle| (mount, handle)),
+        birth: birth(&stat),
+    })
+}
+
+/// A node is to be found through another mount of its file system from now on. True if that closed its
+/// descriptor. Who uses it at this moment goes on with the one that he has.
+pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
+    let mut slot = lock(&inode.slot);
+    match &mut *slot {
+        Slot::Open(fd) => {
+            let is_named = stat(&*fd).is_ok_and(|stat| stat.stx_nlink > 0);
+            if !is_named {
+                return false;
+            }
+            let traces = Traces {
+                handle: FileHandle::of(&*fd).ok().map(|handle| (mount, handle)),
+                birth: stat(&*fd).ok().as_ref().and_then(birth),
+            };
+            *slot = Slot::Evicted(traces);
+            true
+        }
+        Slot::Evicted(traces) => {
+            if let Some((own, _)) = &mut traces.handle {
+                *own = mount;
+            }
+            false
+        }
+        Slot::Gone => false,
+    }
+}
+
+/// Whether a file with a node's identity is the node's file: an evicted node's file may be gone,
+/// and its inode number another's.
+pub(super) fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
+    match &*lock(&inode.slot) {
+        Slot::Open(_) => true,
+        Slot::Evicted(traces) => is_kind(inode, stat) && traces.fit(fd, stat),
+        Slot::Gone => false,
+    }
+}
+
+pub(super) fn is_kind(inode: &Inode, stat: &Statx) -> bool {
+    inode.kind == FileType::from_raw_mode(stat.stx_mode.into())
+}

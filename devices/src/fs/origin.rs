@@ -1,0 +1,336 @@
+//! Where a shared directory is on the host, and whether one lies inside another.
+//!
+//! A directory has one dentry in a file system of Linux, so a host directory must not be exported to a
+//! guest twice: two containers would look at it through two caches. Directories are compared by their
+//! paths on the host, and by their paths from the root of their file system: the kubelet's subPath is a
+//! bind mount elsewhere of what another container has whole.
+
+use super::export::Submount;
+use super::inodes::FileSystem;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx, openat2};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+/// A line of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mount {
+    id: u64,
+    /// What of its file system is mounted.
+    root: PathBuf,
+    /// Where.
+    point: PathBuf,
+    read_only: bool,
+}
+
+impl Mount {
+    fn parse(line: &[u8]) -> Option<Self> {
+        let mut fields = line.split(|b| *b == b' ');
+        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let root = unescaped(fields.nth(2)?);
+        let point = unescaped(fields.next()?);
+        let mut options = fields.next()?.split(|b| *b == b',');
+        Some(Self {
+            id,
+            root,
+            point,
+            read_only: options.any(|option| option == b"ro"),
+        })
+    }
+}
+
+/// Space, tab, newline and backslash are three octal digits after a backslash.
+fn unescaped(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, after @ ..] = rest {
+        let digits = after.get(..3).and_then(|d| std::str::from_utf8(d).ok());
+        let code = digits.and_then(|d| u8::from_str_radix(d, 8).ok());
+        match (first, code) {
+            (b'\\', Some(code)) => {
+                bytes.push(code);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(bytes).into()
+}
+
+/// The mounts of the calling thread's namespace.
+fn mounts() -> Option<Vec<Mount>> {
+    let text = fs::read("/proc/thread-self/mountinfo").ok()?;
+    let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+    lines.map(Mount::parse).collect()
+}
+
+/// A directory on the host, as it was when it was shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Origin {
+    /// Its path, without links.
+    path: PathBuf,
+    /// Its path from the root of its file system.
+    in_file_system: PathBuf,
+    file_system: FileSystem,
+    inode: u64,
+    /// Whether the host's mount is read-only, whatever is asked for.
+    on_read_only_mount: bool,
+    /// What is mounted below it: each mount's number, and its path from here.
+    submounts: Vec<(u64, Submount)>,
+}
+
+impl Origin {
+    /// Where the directory is that a descriptor on the host's own mount refers to; none if the host
+    /// can't say, and then it is like no other.
+    pub(super) fn of(directory: impl AsFd, stat: &Statx) -> Option<Self> {
+        let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+        let path = fs::read_link(link).ok()?;
+        // One that was removed, or that is outside of this process's root, has a path that leads nowhere.
+        let there = super::inodes::stat(
+            openat2(
+                CWD,
+                &path,
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::NO_SYMLINKS,
+            )
+            .ok()?,
+        );
+        if identity(&there.ok()?) != identity(stat) {
+            return None;
+        }
+        Self::among(&mounts()?, path, stat)
+    }
+
+    fn among(mounts: &[Mount], path: PathBuf, stat: &Statx) -> Option<Self> {
+        let own = mounts.iter().find(|mount| mount.id == stat.stx_mnt_id)?;
+        let below = |mount: &Mount| {
+            let rest = mount.point.strip_prefix(&path).ok()?;
+            let submount = Submount {
+                path: rest.into(),
+                read_only: mount.read_only,
+            };
+            (mount.id != own.id && !rest.as_os_str().is_empty()).then_some((mount.id, submount))
+        };
+        let mut submounts: Vec<_> = mounts.iter().filter_map(below).collect();
+        submounts.sort_by(|a, b| (a.0, &a.1.path).cmp(&(b.0, &b.1.path)));
+        let (file_system, inode) = identity(stat);
+        Some(Self {
+            in_file_system: own.root.join(path.strip_prefix(&own.point).ok()?),
+            path,
+            file_system,
+            inode,
+            on_read_only_mount: own.read_only,
+            submounts,
+        })
+    }
+
+    /// The paths below this directory at which `inner` may be found: the same files, and the same mounts
+    /// on them.
+    fn paths_to(&self, inner: &Self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        if let Ok(rest) = inner.path.strip_prefix(&self.path)
+            && self
+                .submounts_below(rest)
+                .eq(inner.submounts_below(Path::new("")))
+        {
+            found.push(rest.to_owned());
+        }
+        if self.file_system == inner.file_system
+            && self.on_read_only_mount == inner.on_read_only_mount
+            && let Ok(rest) = inner.in_file_system.strip_prefix(&self.in_file_system)
+            && inner.submounts.is_empty()
+            && !self
+                .submounts
+                .iter()
+                .any(|(_, at)| at.path.starts_with(rest))
+            && !found.contains(&rest.to_owned())
+        {
+            found.push(rest.to_owned());
+        }
+        found
+    }
+
+    fn submounts_below<'a>(&'a self, rest: &'a Path) -> impl Iterator<Item = (u64, &'a Path)> {
+        self.submounts.iter().filter_map(move |(id, at)| {
+            let at = at.path.strip_prefix(rest).ok()?;
+            (!at.as_os_str().is_empty()).then_some((*id, at))
+        })
+    }
+
+    /// Every mount of it, its own first.
+    pub(super) fn mounts(&self) -> Vec<Submount> {
+        let own = Submount {
+            path: PathBuf::new(),
+            read_only: self.on_read_only_mount,
+        };
+        let below = self.submounts.iter().map(|(_, submount)| submount.clone());
+        std::iter::once(own).chain(below).collect()
+    }
+
+    /// Whether anything is mounted below it.
+    pub(super) fn has_submounts(&self) -> bool {
+        !self.submounts.is_empty()
+    }
+
+    /// Looks for `inner` below this directory, whose root on the export's mount `root` is: the path to it
+    /// and its descriptor there.
+    pub(super) fn find(&self, root: impl AsFd, inner: &Self) -> Option<(PathBuf, OwnedFd)> {
+        self.paths_to(inner).into_iter().find_map(|path| {
+            let fd = open_below(&root, &path).ok()?;
+            let stat = super::inodes::stat(&fd).ok()?;
+            (identity(&stat) == (inner.file_system, inner.inode)).then_some((path, fd))
+        })
+    }
+}
+
+fn identity(stat: &Statx) -> (FileSystem, u64) {
+    ((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino)
+}
+
+/// Opens a directory by its path below another, without following links.
+pub(super) fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
+    open_path(root, path, OFlags::DIRECTORY)
+}
+
+/// The same of whatever is mounted there, a file perhaps.
+pub(super) fn open_mount(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
+    open_path(root, path, OFlags::empty())
+}
+
+fn open_path(root: impl AsFd, path: &Path, kind: OFlags) -> Result<OwnedFd, Errno> {
+    if path.as_os_str().is_empty() {
+        return rustix::io::fcntl_dupfd_cloexec(root, 0);
+    }
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | kind;
+    openat2(root, path, flags, Mode::empty(), resolve)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn submount(path: &str) -> Submount {
+        Submount {
+            path: path.into(),
+            read_only: false,
+        }
+    }
+
+    fn origin(path: &str, in_file_system: &str, submounts: &[(u64, &str)]) -> Origin {
+        Origin {
+            path: path.into(),
+            in_file_system: in_file_system.into(),
+            file_system: (8, 1),
+            inode: 1,
+            on_read_only_mount: false,
+            submounts: submounts
+                .iter()
+                .map(|(id, at)| (*id, submount(at)))
+                .collect(),
+        }
+    }
+
+    fn paths(outer: &Origin, inner: &Origin) -> Vec<String> {
+        let paths = outer.paths_to(inner).into_iter();
+        paths.map(|path| path.display().to_string()).collect()
+    }
+
+    #[test]
+    fn a_line_of_the_mount_table_is_read() {
+        let line = b"36 35 98:0 /mnt\\040one /m\\134t ro,noatime master:1 - ext3 /dev/root rw";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(mount.id, 36);
+        assert_eq!(mount.root, Path::new("/mnt one"));
+        assert_eq!(mount.point, Path::new("/m\\t"));
+        assert!(mount.read_only);
+        assert_eq!(Mount::parse(b"36 35 98:0"), None);
+        assert!(
+            mounts()
+                .unwrap()
+                .iter()
+                .any(|mount| mount.point == Path::new("/"))
+        );
+    }
+
+    #[test]
+    fn one_directory_lies_in_another_by_its_path() {
+        let outer = origin("/srv", "/data", &[]);
+        assert_eq!(
+            paths(&outer, &origin("/srv/a/b", "/data/a/b", &[])),
+            ["a/b"]
+        );
+        assert_eq!(paths(&outer, &outer), [""]);
+        assert!(paths(&outer, &origin("/srv2", "/data2", &[])).is_empty());
+        assert!(paths(&origin("/srv/a", "/data/a", &[]), &outer).is_empty());
+    }
+
+    #[test]
+    fn one_directory_lies_in_another_by_its_file_system() {
+        let whole = origin("/pods/u/volumes/v", "/pods/u/volumes/v", &[]);
+        let sub = origin("/pods/u/subpaths/v/0", "/pods/u/volumes/v/sub", &[]);
+        assert_eq!(paths(&whole, &sub), ["sub"]);
+        let mut elsewhere = sub.clone();
+        elsewhere.file_system = (8, 2);
+        assert!(paths(&whole, &elsewhere).is_empty());
+        // Who was given a read-only mount must not get at the writable one.
+        let mut read_only = sub;
+        read_only.on_read_only_mount = true;
+        assert!(paths(&whole, &read_only).is_empty());
+    }
+
+    #[test]
+    fn what_is_mounted_below_must_be_the_same() {
+        let outer = origin("/srv", "/srv", &[(7, "a/m"), (8, "b")]);
+        assert_eq!(
+            paths(&outer, &origin("/srv/a", "/srv/a", &[(7, "m")])),
+            ["a"]
+        );
+        assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[])).is_empty());
+        assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[(9, "m")])).is_empty());
+        assert_eq!(paths(&outer, &origin("/srv/c", "/srv/c", &[])), ["c"]);
+        // Through another mount of the same directory, which does not have what is mounted here.
+        assert!(paths(&outer, &origin("/mnt/b", "/srv/b", &[])).is_empty());
+    }
+
+    #[test]
+    fn a_directory_is_found_below_another() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+        let open = |path: &Path| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::openat(CWD, path, flags, Mode::empty()).unwrap()
+        };
+        let origin = |path: &Path| {
+            let fd = open(path);
+            Origin::of(&fd, &super::super::inodes::stat(&fd).unwrap()).unwrap()
+        };
+        let outer = origin(dir.path());
+        let inner = origin(&dir.path().join("link/b"));
+        let root = open(dir.path());
+        let (path, fd) = outer.find(&root, &inner).unwrap();
+        assert_eq!(path, Path::new("a/b"));
+        assert_eq!(super::super::inodes::stat(fd).unwrap().stx_ino, inner.inode);
+        // Another one has its name meanwhile.
+        fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        assert!(outer.find(&root, &inner).is_none());
+    }
+
+    #[test]
+    fn a_removed_directory_is_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let fd = rustix::fs::openat(CWD, dir.path(), OFlags::PATH, Mode::empty()).unwrap();
+        let stat = super::super::inodes::stat(&fd).unwrap();
+        dir.close().unwrap();
+        assert_eq!(Origin::of(&fd, &stat), None);
+    }
+}

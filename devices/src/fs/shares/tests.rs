@@ -1,0 +1,328 @@
+//! Shares that lie within each other, as the guest sees them.
+
+use super::*;
+use crate::fs::passthrough::{Caller, Options, Passthrough};
+use crate::fs::wire::{
+    GetattrIn, LinkIn, MkdirIn, OpenIn, ROOT_ID, ReadIn, WRITE_KILL_SUIDGID, WriteIn,
+};
+use rustix::io::Errno;
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+const CALLER: Caller = Caller { uid: 0, gid: 0 };
+const READ_ONLY: ShareOptions = ShareOptions {
+    read_only: true,
+    follow_mounts: false,
+};
+const WRITABLE: ShareOptions = ShareOptions {
+    read_only: false,
+    follow_mounts: false,
+};
+const NO_BYTES: [vm_memory::VolatileSlice<'_>; 0] = [];
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    shares: Shares,
+    files: Passthrough,
+}
+
+/// A directory with `one/two/file` in it.
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("one/two")).unwrap();
+    fs::write(dir.path().join("one/two/file"), "text").unwrap();
+    let shares = Shares::default();
+    let files = Passthrough::new(shares.clone(), Options::default()).unwrap();
+    Fixture { dir, shares, files }
+}
+
+impl Fixture {
+    fn share(&self, path: &str, options: ShareOptions) -> Shared {
+        self.shares
+            .share(self.dir.path().join(path), options)
+            .unwrap()
+    }
+
+    /// The node at a path of the guest's.
+    fn node(&self, path: impl AsRef<Path>) -> Result<u64, Errno> {
+        let mut node = ROOT_ID;
+        for name in path.as_ref() {
+            let name = CString::new(name.as_encoded_bytes()).unwrap();
+            node = self.files.lookup(node, &name)?.nodeid;
+        }
+        Ok(node)
+    }
+
+    fn open(&self, node: u64, flags: OFlags) -> Result<u64, Errno> {
+        let arg = OpenIn {
+            flags: flags.bits(),
+            open_flags: 0,
+        };
+        Ok(self.files.open(node, &arg)?.fh)
+    }
+
+    fn write(&self, node: u64, fh: u64) -> Result<usize, Errno> {
+        let arg = WriteIn {
+            fh,
+            write_flags: WRITE_KILL_SUIDGID,
+            ..WriteIn::default()
+        };
+        self.files.write(node, &arg, &NO_BYTES)
+    }
+
+    fn exists(&self, node: u64) -> bool {
+        self.files.getattr(node, &GetattrIn::default()).is_ok()
+    }
+}
+
+#[test]
+fn names_that_are_paths_are_refused() {
+    let shares = Shares::default();
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["", ".", "..", "a/b", "/", "x\0y"] {
+        assert!(shares.add(name, dir.path(), false).is_err(), "{name:?}");
+    }
+    shares.add("ok", dir.path(), false).unwrap();
+    assert!(shares.add("ok", dir.path(), false).is_err());
+    assert!(shares.remove("ok"));
+    assert!(!shares.remove("ok"));
+}
+
+#[test]
+fn a_directory_that_does_not_exist_is_the_hosts_error() {
+    let shares = Shares::default();
+    let error = shares.add("x", "/nonexistent", false).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    let error = shares.share("/nonexistent", WRITABLE).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn one_directory_is_exported_once() {
+    let f = fixture();
+    let first = f.share("one", WRITABLE);
+    let again = f.share("one", READ_ONLY);
+    let below = f.share("one/two", WRITABLE);
+    assert_eq!(again.path, first.path);
+    assert_eq!(below.path, first.path.join("two"));
+    assert_eq!(f.shares.names().len(), 1, "the root shows one entry");
+    assert_eq!(f.node(&again.name).unwrap_err(), Errno::NOENT);
+    // Beside it, and a file of it, are entries of their own; the file is the same file.
+    let file = f.share("one/two/file", READ_ONLY);
+    assert_eq!(file.path, Path::new(&file.name));
+    assert_eq!(f.node(&file.path), f.node(below.path.join("file")));
+    fs::create_dir(f.dir.path().join("one2")).unwrap();
+    assert_eq!(f.share("one2", WRITABLE).path.iter().count(), 1);
+}
+
+#[test]
+fn what_is_shared_later_takes_in_what_lies_within_it() {
+    let f = fixture();
+    let inner = f.share("one/two", READ_ONLY);
+    let known = (
+        f.node(&inner.path).unwrap(),
+        f.node(inner.path.join("file")).unwrap(),
+    );
+    let outer = f.share(".", WRITABLE);
+    let within = outer.path.join("one/two");
+    assert_eq!(f.node(&within), Ok(known.0));
+    assert_eq!(f.node(within.join("file")), Ok(known.1));
+    assert_eq!(f.node(&inner.name).unwrap_err(), Errno::NOENT);
+    // All of it is on one mount: a rename and a link go from one part to the other.
+    let top = f.node(&outer.path).unwrap();
+    f.files.rename(known.0, c"file", top, c"moved", 0).unwrap();
+    let link = LinkIn { oldnodeid: known.1 };
+    f.files.link(known.0, c"again", &link).unwrap();
+    assert_eq!(
+        f.dir
+            .path()
+            .join("one/two/again")
+            .metadata()
+            .unwrap()
+            .nlink(),
+        2
+    );
+    // Who had only the part may write there now.
+    let fh = f.open(known.1, OFlags::WRONLY).unwrap();
+    assert_eq!(f.write(known.1, fh), Ok(0));
+}
+
+#[test]
+fn each_part_may_be_changed_as_its_shares_say() {
+    let f = fixture();
+    let outer = f.share("one", READ_ONLY);
+    let (top, two) = (
+        f.node(&outer.path).unwrap(),
+        f.node(outer.path.join("two")).unwrap(),
+    );
+    let file = f.node(outer.path.join("two/file")).unwrap();
+    let mkdir = |parent, name| f.files.mkdir(parent, name, &MkdirIn::default(), CALLER);
+    assert_eq!(mkdir(two, c"a").unwrap_err(), Errno::ROFS);
+    assert_eq!(f.open(file, OFlags::RDWR).unwrap_err(), Errno::ROFS);
+    let inner = f.share("one/two", WRITABLE);
+    mkdir(two, c"a").unwrap();
+    assert_eq!(mkdir(top, c"a").unwrap_err(), Errno::ROFS);
+    let fh = f.open(file, OFlags::RDWR).unwrap();
+    assert_eq!(f.write(file, fh), Ok(0));
+    // What is found below it later is as it is.
+    fs::create_dir(f.dir.path().join("one/two/later")).unwrap();
+    mkdir(f.node(outer.path.join("two/later")).unwrap(), c"b").unwrap();
+    f.shares.remove(&inner.name);
+    assert_eq!(mkdir(two, c"b").unwrap_err(), Errno::ROFS);
+    assert_eq!(f.write(file, fh).unwrap_err(), Errno::ROFS);
+    let arg = ReadIn {
+        fh,
+        ..ReadIn::default()
+    };
+    let read = f.files.read(file, &arg, &NO_BYTES);
+    assert_eq!(read, Err(Errno::BADF), "it was open for writing, too");
+    assert!(f.open(file, OFlags::RDONLY).is_ok());
+}
+
+#[test]
+fn a_part_outlives_the_whole_and_is_taken_in_again() {
+    let f = fixture();
+    let outer = f.share(".", WRITABLE);
+    let inner = f.share("one/two", WRITABLE);
+    let (one, two) = (
+        f.node(outer.path.join("one")).unwrap(),
+        f.node(outer.path.join("one/two")).unwrap(),
+    );
+    let file = f.node(inner.path.join("file")).unwrap();
+    let fh = f.open(file, OFlags::RDONLY).unwrap();
+    f.shares.remove(&outer.name);
+    assert!(f.exists(two) && f.exists(file) && !f.exists(one));
+    let arg = ReadIn {
+        fh,
+        ..ReadIn::default()
+    };
+    assert_eq!(f.files.read(file, &arg, &NO_BYTES), Ok(0));
+    // It has a name of its own now, and is the same directory.
+    let again = f.share("one/two", READ_ONLY);
+    assert_eq!(again.path, Path::new(&inner.name));
+    assert_eq!(f.node(&again.path), Ok(two));
+    let outer = f.share("one", WRITABLE);
+    assert_eq!(f.node(outer.path.join("two")), Ok(two));
+    assert_eq!(f.node(outer.path.join("two/file")), Ok(file));
+    let rename = f
+        .files
+        .rename(two, c"file", f.node(&outer.path).unwrap(), c"x", 0);
+    assert_eq!(rename, Ok(()));
+}
+
+#[test]
+fn a_file_of_two_shares_is_one_file() {
+    let f = fixture();
+    let (a, b) = (f.dir.path().join("a"), f.dir.path().join("b"));
+    fs::create_dir(&a).unwrap();
+    fs::create_dir(&b).unwrap();
+    fs::write(a.join("x"), "x").unwrap();
+    fs::hard_link(a.join("x"), b.join("y")).unwrap();
+    let first = f.share("a", READ_ONLY);
+    let x = f.node(first.path.join("x")).unwrap();
+    assert_eq!(f.open(x, OFlags::WRONLY).unwrap_err(), Errno::ROFS);
+    let second = f.share("b", WRITABLE);
+    assert_eq!(f.node(second.path.join("y")), Ok(x));
+    assert!(
+        f.open(x, OFlags::WRONLY).is_ok(),
+        "one of its places may be written"
+    );
+    // A link in one directory of what was found in another: two mounts, one file system.
+    let z = f.share("one", WRITABLE);
+    let two = f.node(z.path.join("two")).unwrap();
+    f.files.link(two, c"z", &LinkIn { oldnodeid: x }).unwrap();
+    assert_eq!(b.join("y").metadata().unwrap().nlink(), 3);
+    // And it stays what it is when one of them goes.
+    let fh = f.open(x, OFlags::RDONLY).unwrap();
+    f.shares.remove(&first.name);
+    let arg = ReadIn {
+        fh,
+        ..ReadIn::default()
+    };
+    assert_eq!(f.files.read(x, &arg, &NO_BYTES), Ok(0));
+    f.shares.remove(&second.name);
+    f.shares.remove(&z.name);
+    assert_eq!(f.files.read(x, &arg, &NO_BYTES), Err(Errno::STALE));
+}
+
+/// A tree that follows the host's mounts is no detached one, which could not be written at all.
+#[test]
+fn a_read_only_share_that_is_not_detached_changes_nothing() {
+    let f = fixture();
+    let options = ShareOptions {
+        follow_mounts: true,
+        ..READ_ONLY
+    };
+    let share = f.share("one/two", options);
+    let path = f.dir.path().join("one/two/file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).unwrap();
+    let node = f.node(share.path.join("file")).unwrap();
+    let fh = f.open(node, OFlags::RDONLY).unwrap();
+    let before = path.metadata().unwrap();
+    assert_eq!(f.write(node, fh).unwrap_err(), Errno::ROFS);
+    let allocate = crate::fs::wire::FallocateIn {
+        fh,
+        length: 100,
+        ..Default::default()
+    };
+    assert_eq!(f.files.fallocate(node, &allocate).unwrap_err(), Errno::ROFS);
+    let copy = crate::fs::wire::CopyFileRangeIn {
+        fh_in: fh,
+        nodeid_out: node,
+        fh_out: fh,
+        len: 1,
+        ..Default::default()
+    };
+    assert_eq!(
+        f.files.copy_file_range(node, &copy).unwrap_err(),
+        Errno::ROFS
+    );
+    let after = path.metadata().unwrap();
+    assert_eq!(after.mode() & 0o7777, 0o6755);
+    assert_eq!(
+        (before.ctime(), before.ctime_nsec()),
+        (after.ctime(), after.ctime_nsec())
+    );
+}
+
+/// Threads look names up while a share is taken in: nobody gets two nodes for one directory.
+#[test]
+fn a_share_is_taken_in_while_it_is_used() {
+    for _ in 0..50 {
+        let f = fixture();
+        let inner = f.share("one/two", WRITABLE);
+        let node = f.node(&inner.path).unwrap();
+        let start = std::sync::Barrier::new(3);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    start.wait();
+                    for n in 0..200 {
+                        let name = CString::new(format!("d{n}")).unwrap();
+                        match f.files.mkdir(node, &name, &MkdirIn::default(), CALLER) {
+                            Ok(_) | Err(Errno::EXIST) => {}
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                });
+            }
+            start.wait();
+            f.share(".", WRITABLE);
+        });
+        for n in 0..200 {
+            let inside = CString::new(format!("d{n}")).unwrap();
+            let one = f.files.lookup(node, &inside).unwrap();
+            assert_eq!(f.files.lookup(node, &inside).unwrap().nodeid, one.nodeid);
+            f.files
+                .rename(
+                    node,
+                    &inside,
+                    node,
+                    &CString::new(format!("e{n}")).unwrap(),
+                    0,
+                )
+                .unwrap();
+        }
+    }
+}
