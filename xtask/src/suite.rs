@@ -66,10 +66,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     proc::run(&mut system)
 }
 
-/// A tar of Debian's minimal root file system with a C compiler and git, made once.
+/// A tar of Debian's minimal root file system with a C compiler, git and SQLite, made once.
 fn debian() -> Result<PathBuf> {
     const SUITE: &str = "bookworm";
-    const INCLUDE: &str = "--include=gcc,libc6-dev,make,git";
+    const INCLUDE: &str = "--include=gcc,libc6-dev,make,git,sqlite3";
     let key = cache::key([SUITE, "minbase", INCLUDE]);
     let dir = cache::ensure("debian", &key, |dir| {
         let root = dir.join("root");

@@ -33,15 +33,15 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
 }
 
 /// A pod, and the client that made it.
-struct Pod<'a> {
+pub(crate) struct Pod<'a> {
     cri: &'a Cri,
-    id: String,
+    pub(crate) id: String,
     config: v1::PodSandboxConfig,
     logs: PathBuf,
 }
 
 impl<'a> Pod<'a> {
-    fn start(
+    pub(crate) fn start(
         cri: &'a Cri,
         containerd: &Containerd,
         name: &str,
@@ -89,7 +89,7 @@ impl<'a> Pod<'a> {
     }
 
     /// A container that runs, with what the kubelet would say of it.
-    fn run(
+    pub(crate) fn run(
         &self,
         name: &str,
         command: &[&str],
@@ -139,7 +139,7 @@ impl<'a> Pod<'a> {
     }
 
     /// The output of a command that must succeed.
-    fn exec(&self, container: &str, script: &str) -> Result<String> {
+    pub(crate) fn exec(&self, container: &str, script: &str) -> Result<String> {
         let out = self.cri.exec_sync(container, &["sh", "-c", script])?;
         let stdout = String::from_utf8_lossy(&out.stdout).trim_end().to_owned();
         let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -147,7 +147,7 @@ impl<'a> Pod<'a> {
         Ok(stdout)
     }
 
-    fn remove(self) -> Result<()> {
+    pub(crate) fn remove(self) -> Result<()> {
         self.cri.remove_pod(&self.id)
     }
 }

@@ -17,6 +17,7 @@ mod lent;
 mod life;
 mod memory;
 mod network;
+mod pod_files;
 mod run;
 mod timeline;
 mod tool;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         life::trials(),
         memory::trials(),
         network::trials(),
+        pod_files::trials(),
         timeline::trials(),
         vsock::trials(),
         watches::trials(),
