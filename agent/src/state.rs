@@ -148,9 +148,15 @@ impl State {
         }
         let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
         // Most containers have none, and need no further thread.
-        if !memory.is_empty() || !disks.is_empty() {
+        let shared = &request.shared_volumes;
+        if !memory.is_empty() || !disks.is_empty() || !shared.is_empty() {
             let (of, memory, disks) = (id.to_owned(), memory.clone(), disks.clone());
-            aside(move || volumes::mount_all(&of, &memory, &disks)).await?;
+            let shared = shared.clone();
+            aside(move || {
+                volumes::mount_all(&of, &memory, &disks)?;
+                volumes::mount_shared(&of, &shared)
+            })
+            .await?;
         }
         for device in &request.block_devices {
             disks::add(&mut spec, device)?;

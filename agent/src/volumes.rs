@@ -4,15 +4,22 @@
 use crate::service::aside;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
-use koya_protocol::messages::{DiskVolume, EphemeralVolume};
-use koya_protocol::{EPHEMERAL_DIR, VOLUMES_DIR};
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use koya_protocol::messages::{DiskVolume, EphemeralVolume, SharedVolume};
+use koya_protocol::{EPHEMERAL_DIR, SHARED_DIR, SHARED_VOLUMES, VOLUMES_DIR};
+use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid, openat2};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// How a path below the shared root is followed.
+const WITHIN: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS);
 
 /// One volume is made at a time: containers that are made together may have it in common.
 static MAKING: Mutex<()> = Mutex::new(());
@@ -28,6 +35,24 @@ pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolum
             .with_context(|| format!("cannot mount the volume {}", volume.name))?;
     }
     mount_disks(id, disks)
+}
+
+/// Makes a container's mounts of directories within shared ones. What another container puts in the way
+/// meanwhile is not followed.
+pub(crate) fn mount_shared(id: &str, volumes: &[SharedVolume]) -> Result<()> {
+    let root = rustix::fs::open(SHARED_DIR, DIRECTORY, Mode::empty())?;
+    for volume in volumes {
+        let found = open_within(&root, &volume.path);
+        let found = found.with_context(|| format!("cannot find the shared {:?}", volume.path))?;
+        let at = place(id, volume.number)?;
+        mount_bind(format!("/proc/self/fd/{}", found.as_raw_fd()), &at)
+            .with_context(|| format!("cannot mount the shared {:?}", volume.path))?;
+    }
+    Ok(())
+}
+
+fn open_within(root: impl AsFd, path: &str) -> rustix::io::Result<OwnedFd> {
+    openat2(root, path, DIRECTORY, Mode::empty(), WITHIN)
 }
 
 /// Where a container's mount goes, as a folder.
@@ -143,8 +168,12 @@ fn unmount_all(folder: &Path) -> Result<()> {
     let mut result = Ok(());
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        // Where the mount failed there is none.
-        unmount(&path, UnmountFlags::empty()).ok();
+        // Where the mount failed there is none. What was written to a shared directory is on the host.
+        let flags = match mounted_is_shared(&path) {
+            true => UnmountFlags::DETACH,
+            false => UnmountFlags::empty(),
+        };
+        unmount(&path, flags).ok();
         let removed = fs::remove_dir(&path);
         result = result.and(removed.with_context(|| format!("{} is in use", path.display())));
     }
@@ -152,9 +181,39 @@ fn unmount_all(folder: &Path) -> Result<()> {
     result
 }
 
+fn mounted_is_shared(path: &Path) -> bool {
+    let number = path
+        .file_name()
+        .and_then(|name| name.to_str()?.parse().ok());
+    number.is_some_and(|number: u32| number >= SHARED_VOLUMES)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Another container may put links where a directory was.
+    #[test]
+    fn a_shared_directory_is_found_without_links() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("export/sub")).unwrap();
+        let link = |to: &str, name: &str| {
+            std::os::unix::fs::symlink(to, dir.path().join("export").join(name)).unwrap();
+        };
+        link("/", "absolute");
+        link("sub", "beside");
+        link("../..", "above");
+        let root = rustix::fs::open(dir.path(), DIRECTORY, Mode::empty()).unwrap();
+        assert!(open_within(&root, "export/sub").is_ok());
+        for path in [
+            "export/absolute",
+            "export/beside",
+            "export/above",
+            "export/../..",
+        ] {
+            assert!(open_within(&root, path).is_err(), "{path}");
+        }
+    }
 
     #[test]
     fn options_are_told_from_flags() {

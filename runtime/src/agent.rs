@@ -177,6 +177,7 @@ impl Agent {
             pidns_of,
             ephemeral_volumes: needs.volumes,
             disk_volumes: needs.direct,
+            shared_volumes: needs.shared,
             ..Default::default()
         };
         self.client

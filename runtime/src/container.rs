@@ -12,7 +12,7 @@ use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Std
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
 use crate::sync::lock;
-use koya_protocol::messages;
+use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
 use koya_vmm::DiskConfig;
 use koya_vmm::devices::threads;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
@@ -49,18 +49,38 @@ struct Given {
 }
 
 impl Given {
-    /// Shares what a configuration names, and says in it where the guest has it.
-    fn share(&mut self, inner: &Inner, shares: Vec<Share>, spec: &mut Spec) -> Result<(), Error> {
+    /// Shares what a configuration names, and says in it where the guest has it. Returns what the guest
+    /// must look for itself, since it lies within what other containers have.
+    fn share(
+        &mut self,
+        inner: &Inner,
+        id: &str,
+        shares: Vec<Share>,
+        spec: &mut Spec,
+    ) -> Result<Vec<messages::SharedVolume>, Error> {
         let mut places = HashMap::new();
+        let mut within = Vec::new();
         for share in shares {
             let path = &share.path;
             let shared = inner.shares.share(path, share.options);
             let shared = shared.map_err(Error::host(format!("share {}", path.display())))?;
             self.shares.push(shared.name);
-            places.insert(share.name, shared.path);
+            let place = match shared.path.components().count() {
+                1 => spec::guest_path(&shared.path),
+                _ => {
+                    let number = SHARED_VOLUMES + within.len() as u32;
+                    within.push(messages::SharedVolume {
+                        path: text(&shared.path)?,
+                        number,
+                        ..Default::default()
+                    });
+                    Path::new(VOLUMES_DIR).join(id).join(number.to_string())
+                }
+            };
+            places.insert(share.name, place);
         }
         spec::place_shares(spec, &places);
-        Ok(())
+        Ok(within)
     }
 
     /// Attaches block devices of the host's.
@@ -227,12 +247,22 @@ impl Plan {
     }
 }
 
+/// A path of the host's, as a message carries it.
+fn text(path: &Path) -> Result<String, Error> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| {
+        let reason = format!("{}: the path is not UTF-8", path.display());
+        Error::container("volume", reason)
+    })
+}
+
 /// What a container in the guest needs beyond its configuration.
 #[derive(Default)]
 pub(crate) struct Needs {
     pub(crate) devices: Vec<messages::BlockDevice>,
     pub(crate) volumes: Vec<messages::EphemeralVolume>,
     pub(crate) direct: Vec<messages::DiskVolume>,
+    pub(crate) shared: Vec<messages::SharedVolume>,
     pub(crate) pids: SharedPids,
 }
 
@@ -282,11 +312,12 @@ impl Container {
             let points = adapted.mount_points.iter();
             let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
             mount_points::make(&bundle.rootfs, &points)?;
-            given.share(inner, adapted.shares, &mut adapted.spec)?;
+            let shared = given.share(inner, id, adapted.shares, &mut adapted.spec)?;
             let devices = given.attach(inner, adapted.disks)?;
             let needs = Needs {
                 devices,
                 volumes: adapted.volumes,
+                shared,
                 direct: given.attach_direct(inner, adapted.direct)?,
                 pids: bundle.pids.clone(),
             };
@@ -354,9 +385,10 @@ impl Container {
                 .collect();
             mount_points::make(&config.rootfs, &points)?;
         }
-        given.share(inner, spec::shares(id, config), &mut spec)?;
+        let shared = given.share(inner, id, spec::shares(id, config), &mut spec)?;
         let needs = Needs {
             devices: config.devices.iter().map(agent::block_device).collect(),
+            shared,
             ..Needs::default()
         };
         launch(inner, id, &spec, needs, config.process.stdio)

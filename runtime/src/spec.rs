@@ -297,12 +297,11 @@ pub(crate) fn guest_path(path: impl AsRef<Path>) -> PathBuf {
     Path::new(SHARED_DIR).join(path)
 }
 
-/// Says in a configuration where the guest has each share: by the name that it has in the configuration,
-/// the path below the shared root.
+/// Says in a configuration where the guest has each share, by the name that it has in the configuration.
 pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, PathBuf>) {
     let place = |path: &Path| {
         let name = path.strip_prefix(SHARED_DIR).ok()?.to_str()?;
-        Some(guest_path(places.get(name)?))
+        Some(places.get(name)?.clone())
     };
     if let Some(root) = spec.root_mut()
         && let Some(path) = place(root.path())
@@ -561,13 +560,13 @@ mod tests {
         assert!(!text.contains(dir.path().to_str().unwrap()));
         let names = shares("c1", &config).into_iter().map(|share| share.name);
         let places = names.enumerate();
-        let places = places.map(|(n, name)| (name, format!("export{n}/x").into()));
+        let places = places.map(|(n, name)| (name, format!("/place/{n}").into()));
         place_shares(&mut spec, &places.collect());
         let root = spec.root().as_ref().unwrap().path();
-        assert_eq!(root, Path::new("/run/koya/shared/export0/x"));
+        assert_eq!(root, Path::new("/place/0"));
         let mounts = spec.mounts().as_ref().unwrap();
         let source = mounts.last().unwrap().source().as_ref().unwrap();
-        assert_eq!(source, Path::new("/run/koya/shared/export1/x"));
+        assert_eq!(source, Path::new("/place/1"));
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub const TOKEN_LEN: usize = 32;
 /// Where in the guest the file systems of disks are that are a container's volumes: in its folder, by
 /// number.
 pub const VOLUMES_DIR: &str = "/run/koya/volumes";
+/// From this number on a container's volumes are directories within shared ones; those below are numbered as
+/// its mounts.
+pub const SHARED_VOLUMES: u32 = 1 << 16;
 /// Where in the guest the sandbox's file systems in memory are, by their names.
 pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
 

@@ -528,6 +528,9 @@ mod tests {
     #[test]
     fn volumes_are_parsed() {
         assert!(parse_volume("/a:/b:ro").unwrap().read_only);
+        let follows = parse_volume("/a:/b:ro,rslave").unwrap();
+        assert!(follows.follow_mounts && follows.read_only);
+        assert!(parse_volume("/a:/b:rshared").is_err());
         assert!(!parse_volume("a:/b").unwrap().read_only);
         for bad in ["/a", "/a:b", ":/b", "/a:/b:rx", "/a:/b:ro:x"] {
             assert!(parse_volume(bad).is_err(), "{bad}");

@@ -52,13 +52,13 @@ pub struct Options {
 const MAX_NODES: usize = 4 << 20;
 
 /// What has to know that shares come and go.
-struct Tables {
+struct ShareListener {
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
     watches: Arc<Watches>,
 }
 
-impl Listener for Tables {
+impl Listener for ShareListener {
     fn added(&self, share: &Arc<Share>) {
         self.inodes.share_added(share);
     }
@@ -82,7 +82,7 @@ pub struct Passthrough {
     handles: Arc<Handles>,
     watches: Arc<Watches>,
     /// Hears of shares as long as this is here.
-    _tables: Arc<Tables>,
+    _listener: Arc<dyn Listener>,
     /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
     proc: OwnedFd,
     root_user: bool,
@@ -107,12 +107,11 @@ impl Passthrough {
         let inodes = Arc::new(Inodes::new(limit, max_nodes));
         let handles = Arc::new(Handles::new(limit));
         let watches = Arc::new(Watches::new(inodes.clone())?);
-        let tables = Arc::new(Tables {
+        let listener: Arc<dyn Listener> = Arc::new(ShareListener {
             inodes: inodes.clone(),
             handles: handles.clone(),
             watches: watches.clone(),
         });
-        let listener: Arc<dyn Listener> = tables.clone();
         shares.listen(Arc::downgrade(&listener));
         Ok(Self {
             options,
@@ -120,7 +119,7 @@ impl Passthrough {
             inodes,
             handles,
             watches,
-            _tables: tables,
+            _listener: listener,
             proc,
             root_user: rustix::process::geteuid().is_root(),
         })
