@@ -384,6 +384,8 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk
         namespaces.push(own);
     }
     linux.set_namespaces(Some(namespaces));
+    let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
+    linux.set_rootfs_propagation(propagation.transpose()?);
 
     let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
         let rules = resources.devices().iter().flatten();
@@ -439,6 +441,19 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk
         resources.set_devices(Some(rules));
     }
     Ok(disks)
+}
+
+/// How mounts propagate to and from a container's root, without what runc and the kubelet put before it
+/// ("rslave"): it is recursive anyway.
+fn root_propagation(wanted: &str) -> Result<String, Error> {
+    let plain = wanted.strip_prefix('r').unwrap_or(wanted);
+    match ["shared", "slave", "private", "unbindable"].contains(&plain) {
+        true => Ok(plain.into()),
+        false => Err(refuse(
+            "linux.rootfsPropagation",
+            format!("{wanted:?} is not supported"),
+        )),
+    }
 }
 
 /// Whether these rules let a block device be written: the last that fits counts.
@@ -585,6 +600,32 @@ mod tests {
             .collect();
         assert_eq!(names, [("c.root", true), ("c.mount1", true)]);
         assert!(adapted.mount_points.contains(&("/etc/hosts".into(), true)));
+    }
+
+    /// The kubelet says so of a pod with a volume that follows the host's mounts.
+    #[test]
+    fn mounts_of_the_root_propagate_as_runc_names_it() {
+        let with = |wanted: &str| {
+            let (_dir, bundle) = bundle(|spec| {
+                spec["linux"]["rootfsPropagation"] = wanted.into();
+            });
+            let adapted = adapt("c", &bundle, &Accounts::default());
+            let spec = adapted.map(|adapted| serde_json::to_value(&adapted.spec).unwrap());
+            spec.map(|spec| spec["linux"]["rootfsPropagation"].clone())
+        };
+        for (wanted, given) in [
+            ("rslave", "slave"),
+            ("rprivate", "private"),
+            ("shared", "shared"),
+        ] {
+            assert_eq!(with(wanted).unwrap(), given);
+        }
+        assert!(
+            with("sideways")
+                .unwrap_err()
+                .to_string()
+                .contains("sideways")
+        );
     }
 
     #[test]

@@ -45,10 +45,8 @@ pub(super) struct Export {
     /// Whether the host's mounts that come later show in it.
     pub(super) follows_mounts: bool,
     detached: bool,
-    /// Its mounts, as far as they are known.
-    mounts: Vec<Submount>,
-    /// Whether they are read-only beyond what they are on the host.
-    sealed: Mutex<bool>,
+    /// Its mounts, as far as they are known, and of each whether it is read-only here and not on the host.
+    mounts: Mutex<Vec<(Submount, bool)>>,
     /// Nothing once it is given up: the guest may remember its nodes for ever.
     held: Mutex<Option<Held>>,
 }
@@ -76,8 +74,15 @@ impl Export {
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             follows_mounts: options.follow_mounts,
             detached,
-            mounts,
-            sealed: Mutex::new(detached && options.read_only),
+            mounts: Mutex::new(
+                mounts
+                    .into_iter()
+                    .map(|mount| {
+                        let is_sealed = detached && options.read_only && !mount.read_only;
+                        (mount, is_sealed)
+                    })
+                    .collect(),
+            ),
             held: Mutex::new(Some(Held {
                 root: Arc::new(root),
                 anchor,
@@ -86,26 +91,31 @@ impl Export {
         })
     }
 
-    /// Lets writes through to those of its mounts that the host itself has writable. Who may write where
-    /// is then for the server alone to say.
+    /// Lets writes through to the mount that the directory at `path` is on, and to those below it, as far
+    /// as the host itself has them writable. Who may write where on these is then for the server alone to
+    /// say.
     ///
     /// # Errors
     /// The host's.
-    pub(super) fn unseal(&self) -> io::Result<()> {
-        let mut sealed = lock(&self.sealed);
-        if !*sealed {
-            return Ok(());
-        }
+    pub(super) fn unseal(&self, path: &Path) -> io::Result<()> {
         let Some(root) = self.root() else {
             return Ok(());
         };
-        for submount in self.mounts.iter().filter(|mount| !mount.read_only) {
+        let mut mounts = lock(&self.mounts);
+        let above = mounts.iter().map(|(mount, _)| &mount.path);
+        let above = above.filter(|at| path.starts_with(at));
+        let own = above.max_by_key(|at| at.components().count()).cloned();
+        for (mount, is_sealed) in mounts.iter_mut() {
+            let is_meant = mount.path.starts_with(path) || own.as_ref() == Some(&mount.path);
+            if !*is_sealed || !is_meant {
+                continue;
+            }
             // One that is covered by another is not reached, and stays as it is.
-            if let Ok(fd) = super::origin::open_mount(&root, &submount.path) {
+            if let Ok(fd) = super::origin::open_mount(&root, &mount.path) {
                 sys::make_mount_writable(fd.as_fd())?;
             }
+            *is_sealed = false;
         }
-        *sealed = false;
         Ok(())
     }
 

@@ -253,7 +253,6 @@ impl Shares {
         others.sort_by_key(|export| export.view);
         others.dedup_by_key(|export| export.view);
         others.retain(|export| !Arc::ptr_eq(export, &into));
-        let mut writable = outer.is_writable();
         for from in others {
             let shares = entries
                 .values()
@@ -264,7 +263,6 @@ impl Shares {
             let Some(moves) = moves else {
                 continue;
             };
-            writable |= moves.iter().any(|one| one.share.is_writable());
             let roots: Vec<_> = moves
                 .iter()
                 .map(|m| (m.share.clone(), m.root.clone()))
@@ -273,8 +271,11 @@ impl Shares {
             self.tell(|listener| listener.merged(outer, &roots, &apply));
             apply();
             from.close();
+            for one in moves.iter().filter(|one| one.share.is_writable()) {
+                into.unseal(&one.path)?;
+            }
         }
-        if writable { into.unseal() } else { Ok(()) }
+        Ok(())
     }
 
     /// Takes a share away. What the guest has open only by it is closed and answers ESTALE from now
@@ -365,10 +366,10 @@ fn join(
             continue;
         }
         if let Some((path, fd)) = known.find(root, origin) {
-            if !options.read_only {
-                place.export.unseal()?;
-            }
             let (export, path) = (place.export.clone(), joined(&place.path, &path));
+            if !options.read_only {
+                export.unseal(&path)?;
+            }
             let root = Arc::new(fd);
             let origin = Some(origin.clone());
             return Ok(Some(Share::at(name, options, export, path, root, origin)));

@@ -3,11 +3,13 @@
 //! The tests that need more than a shell use the machine's own root file system, read-only, for
 //! its perl.
 
-use crate::tool::{run_in, scratch, stdout};
+use crate::tool::{run, run_in, scratch, stdout, until};
 use anyhow::{Result, ensure};
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::time::Duration;
 
 crate::trials![
     names_links_and_modes,
@@ -21,6 +23,8 @@ crate::trials![
     changes_on_the_host_are_seen,
     more_nodes_than_descriptors,
     appends_of_both_sides_are_kept,
+    what_the_host_replaces_is_read_whole,
+    volumes_that_overlap_are_the_same_files,
     a_tree_survives_tar,
 ];
 
@@ -32,6 +36,73 @@ fn perl(dir: &Path, options: &[&str], script: &str) -> Result<String> {
     // Perl passes numbers by value and strings by address, which it wants to be a variable's.
     let script = format!("sub sc {{ my ($n, @a) = @_; syscall($n, @a) }}\n{script}");
     stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)
+}
+
+/// A file that the host overwrites with a longer text, and one that it replaces by rename: what the guest
+/// reads is one of the host's texts, whole.
+fn what_the_host_replaces_is_read_whole() -> Result<()> {
+    let dir = scratch("replaced")?;
+    let texts = ('a'..='j').enumerate().map(|(n, letter)| {
+        let line = letter.to_string().repeat(40 * (n + 1));
+        format!("{line}\n")
+    });
+    let texts: Vec<String> = texts.collect();
+    for name in ["grown", "replaced"] {
+        fs::write(dir.join(name), &texts[0])?;
+    }
+    // Every text is a number of times forty of one letter, by the letter's place in the alphabet.
+    let script = r#"touch /data/go
+        while [ ! -e /data/over ]; do cat /data/grown; cat /data/replaced; done |
+        awk '{ letter = substr($0, 1, 1); n = 40 * index("abcdefghij", letter); seen[letter]++
+               if (n == 0 || length($0) != n || gsub(letter, "") != n) print "wrong: " letter, length($0), n }
+             END { for (l in seen) kinds++; print kinds > 1 ? "good" : "nothing new" }'"#;
+    let (go, over) = (dir.join("go"), dir.join("over"));
+    let changes = {
+        let dir = dir.clone();
+        move || -> Result<()> {
+            until("the guest's go", || Ok(go.exists().then_some(())))?;
+            for text in &texts {
+                fs::File::options()
+                    .write(true)
+                    .open(dir.join("grown"))?
+                    .write_all(text.as_bytes())?;
+                fs::write(dir.join("next"), text)?;
+                fs::rename(dir.join("next"), dir.join("replaced"))?;
+                std::thread::sleep(Duration::from_millis(700));
+            }
+            Ok(fs::write(over, "")?)
+        }
+    };
+    let host = std::thread::spawn(changes);
+    let volume = format!("{}:/data", dir.display());
+    let said = stdout(run(&["-v", &volume], &["sh", "-c", script])?)?;
+    host.join()
+        .map_err(|_| anyhow::anyhow!("the host's side panicked"))??;
+    ensure!(said == "good", "{said}");
+    Ok(())
+}
+
+/// A volume, a part of it, and the part's parent, in one container.
+fn volumes_that_overlap_are_the_same_files() -> Result<()> {
+    let dir = scratch("overlap")?;
+    fs::create_dir_all(dir.join("one/two"))?;
+    let at = dir.display();
+    let volumes = [
+        format!("{at}/one/two:/mnt"),
+        format!("{at}:/data"),
+        format!("{at}/one:/root:ro"),
+    ];
+    let options: Vec<&str> = volumes.iter().flat_map(|v| ["-v", v]).collect();
+    let script = "set -e
+        echo text > /mnt/file; cat /data/one/two/file; mv /data/one/two/file /data/moved
+        test ! -e /mnt/file; test ! -e /root/two/file
+        ln /data/moved /data/one/two/linked; stat -c %h /mnt/linked
+        test $(stat -c %i /mnt/linked) = $(stat -c %i /root/two/linked)
+        touch /root/two/new 2> /dev/null && echo not read-only
+        mkfifo /mnt/fifo; echo through > /data/one/two/fifo & cat /root/two/fifo";
+    let said = stdout(run(&options, &["sh", "-c", script])?)?;
+    ensure!(said == "text\n2\nthrough", "{said}");
+    Ok(())
 }
 
 fn names_links_and_modes() -> Result<()> {

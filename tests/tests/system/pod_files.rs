@@ -148,7 +148,7 @@ fn one_file_is_one_file(containerd: &Containerd) -> Result<()> {
     let tried = both.two(&perl(LOCKS, "/media/l"))?;
     ensure!(tried == "flock busy posix busy ofd busy", "{tried}");
     // What is held goes with who held it.
-    both.one("pkill perl")?;
+    both.one("killall perl")?;
     let tried = both.two(&perl(LOCKS, "/media/l"))?;
     ensure!(tried == "flock got posix got ofd got", "{tried}");
 
