@@ -2,6 +2,7 @@
 //! places that lie within each other.
 
 use super::inodes::FileSystem;
+use super::origin::Origin;
 use super::shares::ShareOptions;
 use crate::sync::lock;
 use crate::sys;
@@ -45,19 +46,21 @@ pub(super) struct Export {
     /// Whether the host's mounts that come later show in it.
     pub(super) follows_mounts: bool,
     detached: bool,
-    /// Its mounts, as far as they are known, and of each whether it is read-only here and not on the host.
-    mounts: Mutex<Vec<(Submount, bool)>>,
+    /// Whether anything is mounted below it.
+    has_submounts: bool,
+    /// Whether its mounts are read-only beyond what they are on the host.
+    sealed: Mutex<bool>,
     /// Nothing once it is given up: the guest may remember its nodes for ever.
     held: Mutex<Option<Held>>,
 }
 
 impl Export {
-    /// Opens `path`, which has these mounts; with [`ShareOptions::read_only`] nothing can be written
-    /// through it at all until it is [`unsealed`](Self::unseal).
+    /// Opens `path`; with [`ShareOptions::read_only`] nothing can be written through it at all until it is
+    /// [`unsealed`](Self::unseal).
     pub(super) fn open(
         path: &Path,
         options: ShareOptions,
-        mounts: Vec<Submount>,
+        origin: Option<&Origin>,
     ) -> io::Result<Self> {
         let (root, detached) = match options.follow_mounts {
             true => (open_plain(path)?, false),
@@ -66,6 +69,7 @@ impl Export {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
         let stat = super::inodes::stat(&root)?;
+        let is_read_only_there = origin.is_some_and(Origin::on_read_only_mount);
         static VIEW: AtomicU64 = AtomicU64::new(1);
         Ok(Self {
             view: VIEW.fetch_add(1, Ordering::Relaxed),
@@ -74,15 +78,8 @@ impl Export {
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             follows_mounts: options.follow_mounts,
             detached,
-            mounts: Mutex::new(
-                mounts
-                    .into_iter()
-                    .map(|mount| {
-                        let is_sealed = detached && options.read_only && !mount.read_only;
-                        (mount, is_sealed)
-                    })
-                    .collect(),
-            ),
+            has_submounts: origin.is_some_and(Origin::has_submounts),
+            sealed: Mutex::new(detached && options.read_only && !is_read_only_there),
             held: Mutex::new(Some(Held {
                 root: Arc::new(root),
                 anchor,
@@ -91,32 +88,22 @@ impl Export {
         })
     }
 
-    /// Lets writes through to the mount that the directory at `path` is on, and to those below it, as far
-    /// as the host itself has them writable. Who may write where on these is then for the server alone to
-    /// say.
+    /// Lets writes through, as far as the host itself does: who may write where is then for the server alone
+    /// to say. False if that can't be: of a detached tree only the topmost mount can be changed, and what
+    /// of it the host has read-only would be lost.
     ///
     /// # Errors
     /// The host's.
-    pub(super) fn unseal(&self, path: &Path) -> io::Result<()> {
-        let Some(root) = self.root() else {
-            return Ok(());
-        };
-        let mut mounts = lock(&self.mounts);
-        let above = mounts.iter().map(|(mount, _)| &mount.path);
-        let above = above.filter(|at| path.starts_with(at));
-        let own = above.max_by_key(|at| at.components().count()).cloned();
-        for (mount, is_sealed) in mounts.iter_mut() {
-            let is_meant = mount.path.starts_with(path) || own.as_ref() == Some(&mount.path);
-            if !*is_sealed || !is_meant {
-                continue;
-            }
-            // One that is covered by another is not reached, and stays as it is.
-            if let Ok(fd) = super::origin::open_mount(&root, &mount.path) {
-                sys::make_mount_writable(fd.as_fd())?;
-            }
-            *is_sealed = false;
+    pub(super) fn unseal(&self) -> io::Result<bool> {
+        let mut sealed = lock(&self.sealed);
+        if *sealed && self.has_submounts {
+            return Ok(false);
         }
-        Ok(())
+        if *sealed && let Some(root) = self.root() {
+            sys::make_mount_writable(root.as_fd())?;
+        }
+        *sealed = false;
+        Ok(true)
     }
 
     /// Tells mounts within it apart; 0 is its own.
@@ -181,13 +168,6 @@ impl Export {
     pub(super) fn is_detached(&self) -> bool {
         self.detached
     }
-}
-
-/// A mount of an export's own, by its path from the root, and whether the host has it read-only.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Submount {
-    pub(super) path: std::path::PathBuf,
-    pub(super) read_only: bool,
 }
 
 fn open_plain(path: &Path) -> io::Result<OwnedFd> {

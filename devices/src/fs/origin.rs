@@ -5,7 +5,6 @@
 //! paths on the host, and by their paths from the root of their file system: the kubelet's subPath is a
 //! bind mount elsewhere of what another container has whole.
 
-use super::export::Submount;
 use super::inodes::FileSystem;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx, openat2};
 use rustix::io::Errno;
@@ -82,7 +81,7 @@ pub(super) struct Origin {
     /// Whether the host's mount is read-only, whatever is asked for.
     on_read_only_mount: bool,
     /// What is mounted below it: each mount's number, and its path from here.
-    submounts: Vec<(u64, Submount)>,
+    submounts: Vec<(u64, PathBuf)>,
 }
 
 impl Origin {
@@ -112,14 +111,11 @@ impl Origin {
         let own = mounts.iter().find(|mount| mount.id == stat.stx_mnt_id)?;
         let below = |mount: &Mount| {
             let rest = mount.point.strip_prefix(&path).ok()?;
-            let submount = Submount {
-                path: rest.into(),
-                read_only: mount.read_only,
-            };
-            (mount.id != own.id && !rest.as_os_str().is_empty()).then_some((mount.id, submount))
+            let is_below = mount.id != own.id && !rest.as_os_str().is_empty();
+            is_below.then(|| (mount.id, rest.to_owned()))
         };
         let mut submounts: Vec<_> = mounts.iter().filter_map(below).collect();
-        submounts.sort_by(|a, b| (a.0, &a.1.path).cmp(&(b.0, &b.1.path)));
+        submounts.sort();
         let (file_system, inode) = identity(stat);
         Some(Self {
             in_file_system: own.root.join(path.strip_prefix(&own.point).ok()?),
@@ -146,10 +142,7 @@ impl Origin {
             && self.on_read_only_mount == inner.on_read_only_mount
             && let Ok(rest) = inner.in_file_system.strip_prefix(&self.in_file_system)
             && inner.submounts.is_empty()
-            && !self
-                .submounts
-                .iter()
-                .any(|(_, at)| at.path.starts_with(rest))
+            && !self.submounts.iter().any(|(_, at)| at.starts_with(rest))
             && !found.contains(&rest.to_owned())
         {
             found.push(rest.to_owned());
@@ -159,19 +152,14 @@ impl Origin {
 
     fn submounts_below<'a>(&'a self, rest: &'a Path) -> impl Iterator<Item = (u64, &'a Path)> {
         self.submounts.iter().filter_map(move |(id, at)| {
-            let at = at.path.strip_prefix(rest).ok()?;
+            let at = at.strip_prefix(rest).ok()?;
             (!at.as_os_str().is_empty()).then_some((*id, at))
         })
     }
 
-    /// Every mount of it, its own first.
-    pub(super) fn mounts(&self) -> Vec<Submount> {
-        let own = Submount {
-            path: PathBuf::new(),
-            read_only: self.on_read_only_mount,
-        };
-        let below = self.submounts.iter().map(|(_, submount)| submount.clone());
-        std::iter::once(own).chain(below).collect()
+    /// Whether the host itself lets nobody write here.
+    pub(super) fn on_read_only_mount(&self) -> bool {
+        self.on_read_only_mount
     }
 
     /// Whether anything is mounted below it.
@@ -195,34 +183,18 @@ fn identity(stat: &Statx) -> (FileSystem, u64) {
 }
 
 /// Opens a directory by its path below another, without following links.
-pub(super) fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
-    open_path(root, path, OFlags::DIRECTORY)
-}
-
-/// The same of whatever is mounted there, a file perhaps.
-pub(super) fn open_mount(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
-    open_path(root, path, OFlags::empty())
-}
-
-fn open_path(root: impl AsFd, path: &Path, kind: OFlags) -> Result<OwnedFd, Errno> {
+fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
     if path.as_os_str().is_empty() {
         return rustix::io::fcntl_dupfd_cloexec(root, 0);
     }
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | kind;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat2(root, path, flags, Mode::empty(), resolve)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn submount(path: &str) -> Submount {
-        Submount {
-            path: path.into(),
-            read_only: false,
-        }
-    }
 
     fn origin(path: &str, in_file_system: &str, submounts: &[(u64, &str)]) -> Origin {
         Origin {
@@ -231,10 +203,7 @@ mod tests {
             file_system: (8, 1),
             inode: 1,
             on_read_only_mount: false,
-            submounts: submounts
-                .iter()
-                .map(|(id, at)| (*id, submount(at)))
-                .collect(),
+            submounts: submounts.iter().map(|(id, at)| (*id, at.into())).collect(),
         }
     }
 

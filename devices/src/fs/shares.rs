@@ -199,7 +199,7 @@ impl Shares {
             read_only,
             ..ShareOptions::default()
         };
-        let export = Export::open(path.as_ref(), options, Vec::new())?;
+        let export = Export::open(path.as_ref(), options, None)?;
         let share = Share::new(name, options, Arc::new(export), None).ok_or_else(gone)?;
         let mut entries = lock(&self.0.entries);
         if entries.contains_key(name) {
@@ -229,8 +229,7 @@ impl Shares {
             self.insert(&mut entries, share.clone());
             return Ok(shared(&entries, &share));
         }
-        let mounts = origin.as_ref().map(Origin::mounts).unwrap_or_default();
-        let export = Arc::new(Export::open(path, options, mounts)?);
+        let export = Arc::new(Export::open(path, options, origin.as_ref())?);
         let share = Share::new(&name, options, export, origin).ok_or_else(gone)?;
         self.insert(&mut entries, share.clone());
         self.take_in(&entries, &share)?;
@@ -263,6 +262,9 @@ impl Shares {
             let Some(moves) = moves else {
                 continue;
             };
+            if moves.iter().any(|one| one.share.is_writable()) && !into.unseal()? {
+                continue;
+            }
             let roots: Vec<_> = moves
                 .iter()
                 .map(|m| (m.share.clone(), m.root.clone()))
@@ -271,9 +273,6 @@ impl Shares {
             self.tell(|listener| listener.merged(outer, &roots, &apply));
             apply();
             from.close();
-            for one in moves.iter().filter(|one| one.share.is_writable()) {
-                into.unseal(&one.path)?;
-            }
         }
         Ok(())
     }
@@ -366,10 +365,10 @@ fn join(
             continue;
         }
         if let Some((path, fd)) = known.find(root, origin) {
-            let (export, path) = (place.export.clone(), joined(&place.path, &path));
-            if !options.read_only {
-                export.unseal(&path)?;
+            if !options.read_only && !place.export.unseal()? {
+                continue;
             }
+            let (export, path) = (place.export.clone(), joined(&place.path, &path));
             let root = Arc::new(fd);
             let origin = Some(origin.clone());
             return Ok(Some(Share::at(name, options, export, path, root, origin)));
