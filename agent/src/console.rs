@@ -1,5 +1,6 @@
 //! A container's terminal: the socket by which libcontainer hands over the master.
 
+use crate::sys;
 use anyhow::{Context, Result};
 use rustix::cmsg_space;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -37,12 +38,14 @@ impl ConsoleSocket {
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0; 64];
-        recvmsg(
-            &socket,
-            &mut [IoSliceMut::new(&mut byte)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        sys::retried(|| {
+            recvmsg(
+                &socket,
+                &mut [IoSliceMut::new(&mut byte)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )
+        })?;
         control
             .drain()
             .find_map(|message| match message {

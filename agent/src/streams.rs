@@ -4,6 +4,7 @@
 //! A process gets pipes rather than sockets, since `/dev/stdout` can't be opened when it is a
 //! socket.
 
+use crate::sys;
 use koya_protocol::STREAM_PORT;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::File;
@@ -11,13 +12,13 @@ use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
-use vsock::{VMADDR_CID_HOST, VsockStream};
+use vsock::VsockStream;
 
 const BUFFER: usize = 64 << 10;
 
 /// A stream to the host that begins with its token.
 pub(crate) fn connect(token: &str) -> std::io::Result<VsockStream> {
-    let mut stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, STREAM_PORT)?;
+    let mut stream = VsockStream::from(sys::connect_to_host(STREAM_PORT)?);
     stream.write_all(token.as_bytes())?;
     Ok(stream)
 }
@@ -72,7 +73,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
         .stack_size(128 << 10)
         .spawn(work);
     if let Err(error) = thread {
-        crate::sys::kernel_log(&format!("koya-agent: no thread for a stream: {error}"));
+        sys::kernel_log(&format!("koya-agent: no thread for a stream: {error}"));
     }
 }
 

@@ -1,6 +1,8 @@
 //! System calls that no safe crate wraps. Every function is safe to call; each `unsafe` block
 //! states why.
 
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -164,6 +166,53 @@ pub(crate) fn fire_host_event(
     Ok(checked(result.into())? != 0)
 }
 
+/// Does a call again as long as a signal interrupts it: the agent gets one for each process that ends.
+pub(crate) fn retried<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            done => return done,
+        }
+    }
+}
+
+/// Connects to a port of the host's. Linux gives up a vsock connection whose connect(2) is interrupted by a
+/// signal (net/vmw_vsock/af_vsock.c), so connect(2) does not wait here: poll(2) does, which can be repeated.
+pub(crate) fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no memory is passed.
+    let socket = checked(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) }.into())?;
+    // SAFETY: the call returned a new descriptor that nobody else owns.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket as i32) };
+    // SAFETY: every field of the structure is a number, for which all zeroes is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = libc::VMADDR_CID_HOST;
+    address.svm_port = port;
+    // SAFETY: the address is a sockaddr_vm of the length that is passed, and only read.
+    let asked = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    };
+    match checked(asked.into()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => wait_connected(&socket)?,
+        done => drop(done?),
+    }
+    let flags = rustix::fs::fcntl_getfl(&socket)?;
+    rustix::fs::fcntl_setfl(&socket, flags - rustix::fs::OFlags::NONBLOCK)?;
+    Ok(socket)
+}
+
+/// Waits for a connection that is being made. The kernel has a limit for that, two seconds by default.
+pub(crate) fn wait_connected(socket: &OwnedFd) -> io::Result<()> {
+    let mut wanted = [PollFd::new(socket, PollFlags::OUT)];
+    retried(|| poll(&mut wanted, None))?;
+    Ok(rustix::net::sockopt::socket_error(socket)??)
+}
+
 /// One eBPF instruction: include/uapi/linux/bpf.h, `struct bpf_insn`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -249,4 +298,21 @@ pub(crate) fn attach_device_program(
         )
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_call_is_made_again() {
+        let mut answers = [Err(Errno::INTR), Err(Errno::INTR), Ok(7), Ok(8)].into_iter();
+        assert_eq!(retried(|| answers.next().unwrap()), Ok(7));
+        let mut calls = 0;
+        let failed = retried(|| {
+            calls += 1;
+            Err::<(), _>(Errno::IO)
+        });
+        assert_eq!((failed, calls), (Err(Errno::IO), 1));
+    }
 }

@@ -93,7 +93,11 @@ pub(super) fn send(
     }
     let (first, rest) = line.split_at(1);
     let first = [IoSlice::new(first)];
-    sendmsg(stream, &first, &mut control, SendFlags::NOSIGNAL)?;
+    while let Err(error) = sendmsg(stream, &first, &mut control, SendFlags::NOSIGNAL) {
+        if error != rustix::io::Errno::INTR {
+            return Err(error.into());
+        }
+    }
     stream.write_all(rest)?;
     Ok(())
 }
