@@ -35,6 +35,7 @@ pub mod bus;
 mod config;
 mod event_loop;
 mod exit;
+pub mod guest_text;
 mod hotplug;
 #[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
 pub mod kvm;

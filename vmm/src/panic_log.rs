@@ -4,6 +4,7 @@
 
 use crate::arch::layout::{PANIC_LOG, PANIC_LOG_SIZE};
 use crate::exit::ExitReason;
+use crate::guest_text;
 use koya_devices::virtio::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -59,7 +60,7 @@ fn parse(record: &[u8]) -> Option<String> {
     }
     let data = &record[HEADER..];
     let len = (word(8)? as usize).min(data.len());
-    let text = String::from_utf8_lossy(&data[..len]).into_owned();
+    let text = guest_text::whole(&data[..len]);
     (!text.trim().is_empty()).then_some(text)
 }
 
@@ -68,8 +69,8 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
     let panic = logs.iter().find_map(|log| {
         let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
         Some(ExitReason::Panic {
-            message: message.trim().to_owned(),
-            log: log.clone(),
+            message: guest_text::line(message.trim()),
+            log: guest_text::lines(log),
         })
     });
     match (panic, reason) {
@@ -77,7 +78,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
         // An oops that was not survived: its text says more than the registers.
         (None, ExitReason::TripleFault { details, .. }) => ExitReason::TripleFault {
             details,
-            log: logs.last().cloned().unwrap_or_default(),
+            log: logs.last().map(guest_text::lines).unwrap_or_default(),
         },
         (None, reason) => reason,
     }
@@ -120,6 +121,22 @@ mod tests {
         // An oops that the guest survived is no reason for its end.
         let survived = join(ExitReason::Reset, &["<1>BUG: bad".into()]);
         assert_eq!(survived, ExitReason::Reset);
+    }
+
+    #[test]
+    fn a_guests_last_words_move_no_terminal() {
+        let text =
+            "Kernel panic - not syncing: \x1b]0;owned\x07\x1b[2Jdone\r\nCall Trace:\n\t<TASK>";
+        let found = join(
+            ExitReason::Reset,
+            &[parse(&record(text, text.len() as u32)).unwrap()],
+        );
+        let ExitReason::Panic { message, log } = found else {
+            panic!()
+        };
+        assert_eq!(message, "done");
+        assert!(log.ends_with("done\nCall Trace:\n\t<TASK>"), "{log:?}");
+        assert!(!log.contains('\x1b'));
     }
 
     #[test]

@@ -1,0 +1,180 @@
+//! Text that a guest wrote, made fit for a terminal, a log or an event: of bounded length, and without
+//! anything that a terminal obeys or that hides what is there.
+//!
+//! Whatever takes text from a guest calls this before it shows it. What a container writes to its own
+//! streams, and the console for those who follow it, are the guest's business and pass as they are.
+
+use std::fmt::Arguments;
+use std::iter::Peekable;
+use std::str::Chars;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The most that is kept of a single text, such as an error, in bytes.
+pub const MAX_LINE: usize = 4 << 10;
+
+/// The most that is kept of a log, in bytes: a kernel's last words are 80 lines.
+pub const MAX_LINES: usize = 16 << 10;
+
+/// A single line: what breaks lines is a space, and what is too much at its end is left out.
+pub fn line(text: impl AsRef<[u8]>) -> String {
+    let bytes = text.as_ref();
+    let cut = &bytes[..bytes.len().min(MAX_LINE)];
+    let mut line = clean(&String::from_utf8_lossy(cut), ' ');
+    shorten(&mut line, MAX_LINE);
+    line
+}
+
+/// Several lines, of which the last are kept.
+pub fn lines(text: impl AsRef<[u8]>) -> String {
+    let bytes = text.as_ref();
+    let cut = &bytes[bytes.len().saturating_sub(MAX_LINES)..];
+    let mut lines = clean(&String::from_utf8_lossy(cut), '\n');
+    // What replaces broken bytes is longer than they are.
+    let mut excess = lines.len().saturating_sub(MAX_LINES);
+    while !lines.is_char_boundary(excess) {
+        excess += 1;
+    }
+    lines.drain(..excess);
+    lines
+}
+
+/// All lines of a text whose length is bounded already.
+pub fn whole(text: impl AsRef<[u8]>) -> String {
+    clean(&String::from_utf8_lossy(text.as_ref()), '\n')
+}
+
+fn shorten(text: &mut String, limit: usize) {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+}
+
+fn clean(text: &str, line_end: char) -> String {
+    let mut clean = String::with_capacity(text.len());
+    let mut chars = text.chars().peekable();
+    while let Some(char) = chars.next() {
+        match char {
+            '\x1b' => skip_escape(&mut chars),
+            '\u{9b}' => skip_control_sequence(&mut chars),
+            '\n' | '\u{2028}' | '\u{2029}' => clean.push(line_end),
+            '\t' if line_end == '\n' => clean.push('\t'),
+            '\t' => clean.push(' '),
+            _ if char.is_control() || is_unseen(char) => {}
+            _ => clean.push(char),
+        }
+    }
+    clean
+}
+
+/// Characters that turn the direction of what follows, or that are there without being seen.
+fn is_unseen(char: char) -> bool {
+    matches!(
+        char,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0000}'..='\u{e0fff}'
+    )
+}
+
+/// What follows an escape character (ECMA-48, section 5.3).
+fn skip_escape(chars: &mut Peekable<Chars<'_>>) {
+    match chars.peek() {
+        Some('[') => {
+            chars.next();
+            skip_control_sequence(chars);
+        }
+        // Strings, up to BEL or ST; one without an end takes no more than its line.
+        Some(']' | 'P' | 'X' | '^' | '_') => {
+            while let Some(char) = chars.next_if(|char| *char != '\n') {
+                if matches!(char, '\x07' | '\u{9c}') {
+                    return;
+                }
+                if char == '\x1b' {
+                    chars.next_if_eq(&'\\');
+                    return;
+                }
+            }
+        }
+        _ => {
+            while chars.next_if(|char| matches!(char, ' '..='/')).is_some() {}
+            chars.next_if(|char| matches!(char, '0'..='~'));
+        }
+    }
+}
+
+/// Parameters and intermediate bytes, and the byte that ends them (ECMA-48, section 5.4).
+fn skip_control_sequence(chars: &mut Peekable<Chars<'_>>) {
+    while chars.next_if(|char| matches!(char, ' '..='?')).is_some() {}
+    chars.next_if(|char| matches!(char, '@'..='~'));
+}
+
+/// A warning that a guest can cause as often as it likes.
+#[derive(Debug, Default)]
+pub struct Warnings(AtomicU32);
+
+/// How often one kind of warning is logged.
+const SHOWN: u32 = 20;
+
+impl Warnings {
+    /// None so far.
+    pub const fn new() -> Self {
+        Self(AtomicU32::new(0))
+    }
+
+    /// Logs one, until there were enough of them.
+    pub fn warn(&self, text: Arguments<'_>) {
+        // It stays where it is, rather than to begin anew.
+        let count = |count: u32| Some(count.saturating_add(1));
+        let before = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
+        match before.unwrap_or(u32::MAX) {
+            0..SHOWN => log::warn!("{text}"),
+            SHOWN => log::warn!("{text}; more of these are not shown"),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_is_left() {
+        let cases: &[(&[u8], &str)] = &[
+            (b"plain: caf\xc3\xa9", "plain: caf\u{e9}"),
+            (b"\x1b[2J\x1b[31;1mred\x1b[0m", "red"),
+            (b"\x1b]0;title\x07after", "after"),
+            (b"\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
+            (b"\x1bPdevice\x1b\\x", "x"),
+            (b"\x1bc\x1b(Bx\x1b", "x"),
+            ("\u{9b}2Jx\u{85}\u{90}".as_bytes(), "x"),
+            ("a\u{202e}b\u{2066}c\u{200b}d\u{feff}".as_bytes(), "abcd"),
+            (b"bell\x07 back\x08 del\x7f nul\0", "bell back del nul"),
+            (b"a\r\nb\tc", "a b c"),
+            (b"bad \xff\xfe", "bad \u{fffd}\u{fffd}"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(line(text), *expected, "{text:?}");
+        }
+        assert_eq!(lines(b"a\r\n\x1b]endless\nb\tc\x1b[1m"), "a\n\nb\tc");
+    }
+
+    #[test]
+    fn length_is_bounded_whatever_it_is_made_of() {
+        for piece in ["x", "\u{20ac}", "\x1b["] {
+            let text = piece.repeat(1 << 20);
+            assert!(line(&text).len() <= MAX_LINE);
+            assert!(lines(&text).len() <= MAX_LINES);
+        }
+        let broken = vec![0xff; 1 << 20];
+        assert!(line(&broken).len() <= MAX_LINE);
+        assert!(lines(&broken).len() <= MAX_LINES);
+        let mut long = "x".repeat(MAX_LINES);
+        long.push_str("\nthe end");
+        assert!(lines(&long).ends_with("x\nthe end"));
+    }
+}
