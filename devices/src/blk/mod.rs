@@ -97,6 +97,8 @@ pub struct BlockMetrics {
     pub errors: AtomicU64,
     /// Chains that no answer fitted into.
     pub faults: AtomicU64,
+    /// Requests that the host is at work on.
+    pub in_flight: AtomicU64,
 }
 
 impl BlockMetrics {

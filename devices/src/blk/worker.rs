@@ -152,6 +152,10 @@ impl Serving {
                 };
                 let step = request.step();
                 self.under_way += request.bytes();
+                self.shared
+                    .metrics
+                    .in_flight
+                    .fetch_add(1, Ordering::Relaxed);
                 self.requests[usize::from(token)] = Some(request);
                 match step {
                     Some(step) => self.step(token, step)?,
@@ -200,6 +204,10 @@ impl Serving {
         };
         self.free.push(token);
         self.under_way -= request.bytes();
+        self.shared
+            .metrics
+            .in_flight
+            .fetch_sub(1, Ordering::Relaxed);
         self.shared.metrics.count(&request, status);
         let memory = self.queue.memory();
         let used = request::answer(&request.chain, memory, status, request.written())?;
