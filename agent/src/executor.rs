@@ -3,16 +3,17 @@
 //! libcontainer's own executor loses the reason when that fails, and a process that is added to a
 //! container does not get the container's seccomp filter from it. Here both are seen to.
 
-use koya_protocol::NOT_EXECUTABLE;
+use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
 use std::ffi::CString;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -20,12 +21,54 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const NOT_FOUND: i32 = 127;
 const CANNOT_RUN: i32 = 126;
 
+/// How much of a reason is told, in bytes: less than what a pipe holds, so that who tells it does not wait.
+const MAX_REASON: usize = 2048;
+
 /// Becomes the container's program.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Program {
+    /// To the helper, which reads why the program can't be run once libcontainer has failed.
+    reason: Arc<PipeWriter>,
     /// For a process that is added to a container: the container's filter, and the capabilities
     /// to keep, in this order, since the first needs what the second takes away.
-    pub(crate) confinement: Option<Confinement>,
+    confinement: Option<Confinement>,
+}
+
+/// What the helper reads.
+pub(crate) struct Reason(PipeReader);
+
+impl Reason {
+    /// Why the program can't be run, if that is why libcontainer has failed.
+    pub(crate) fn read(mut self) -> Option<Refused> {
+        // Whoever else has the other end says nothing any more.
+        rustix::io::ioctl_fionbio(&self.0, true).ok()?;
+        let mut bytes = [0; MAX_REASON + 8];
+        let count = self.0.read(&mut bytes).ok()?;
+        let text = String::from_utf8_lossy(&bytes[..count]);
+        let (status, reason) = text.split_once(' ')?;
+        Some(Refused::NotExecutable {
+            exit_status: status.parse().ok()?,
+            reason: reason.into(),
+        })
+    }
+}
+
+impl Program {
+    pub(crate) fn new(confinement: Option<Confinement>) -> std::io::Result<(Self, Reason)> {
+        let (reader, writer) = std::io::pipe()?;
+        let program = Self {
+            reason: Arc::new(writer),
+            confinement,
+        };
+        Ok((program, Reason(reader)))
+    }
+
+    /// In the container's own process, which shares the pipe with the helper.
+    fn tell(&self, exit_status: i32, reason: &str) {
+        let mut text = format!("{exit_status} {reason}").into_bytes();
+        text.truncate(MAX_REASON);
+        (&*self.reason).write_all(&text).ok();
+    }
 }
 
 /// What libcontainer leaves to us for added processes.
@@ -79,7 +122,8 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         find(spec).map(drop).map_err(|(code, why)| {
-            ExecutorValidationError::ArgValidationError(format!("{NOT_EXECUTABLE} {code}: {why};"))
+            self.tell(code, &why);
+            ExecutorValidationError::ArgValidationError(why)
         })
     }
 
@@ -98,7 +142,7 @@ impl Executor for Program {
             .map_err(|_| ExecutorError::InvalidArg)?;
         let error = crate::sys::exec(&c_path, &args);
         // Nobody listens any more but who reads the program's own output.
-        eprintln!("koya: {NOT_EXECUTABLE} {}: {error}", path.display());
+        eprintln!("koya: cannot execute {}: {error}", path.display());
         let missing = error.kind() == ErrorKind::NotFound;
         std::process::exit(if missing { NOT_FOUND } else { CANNOT_RUN });
     }
@@ -114,4 +158,39 @@ fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
             .map_err(|e| ExecutorError::Other(format!("capabilities: {e}")))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_helper_reads_why_a_program_cannot_be_run() {
+        let (program, reason) = Program::new(None).unwrap();
+        let spec = |args: &str| -> Spec {
+            let text = format!(
+                r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","args":["{args}"],"env":["PATH=/none"]}}}}"#
+            );
+            serde_json::from_str(&text).unwrap()
+        };
+        assert!(program.validate(&spec("nope")).is_err());
+        let told = Refused::NotExecutable {
+            exit_status: NOT_FOUND,
+            reason: "nope: not found in PATH (/none)".into(),
+        };
+        assert_eq!(reason.read(), Some(told));
+        // Nothing was told, though the other end is still open.
+        let (program, reason) = Program::new(None).unwrap();
+        assert!(program.validate(&spec("/proc/self/exe")).is_ok());
+        assert_eq!(reason.read(), None);
+        let (program, reason) = Program::new(None).unwrap();
+        program.tell(CANNOT_RUN, &"x".repeat(1 << 20));
+        assert!(matches!(
+            reason.read(),
+            Some(Refused::NotExecutable {
+                exit_status: CANNOT_RUN,
+                ..
+            })
+        ));
+    }
 }

@@ -1,11 +1,13 @@
 //! The single-threaded process that calls libcontainer: `koya-agent helper OPERATION ...`.
 //!
 //! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
-//! when the helper has ended: `pid N` or `error TEXT`.
+//! when the helper has ended: `pid N`, `error TEXT`, or `refused STATUS TEXT` if the program can't be run, with
+//! the status that a shell would exit with.
 
 use crate::device_rules;
-use crate::executor::{Confinement, Program};
+use crate::executor::{Confinement, Program, Reason};
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -58,7 +60,13 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
     };
     let text = match result {
         Ok(pid) => format!("pid {pid}"),
-        Err(error) => format!("error {error:#}"),
+        Err(error) => match error.downcast_ref::<Refused>() {
+            Some(Refused::NotExecutable {
+                exit_status,
+                reason,
+            }) => format!("refused {exit_status} {reason}"),
+            _ => format!("error {error:#}"),
+        },
     };
     match std::fs::write(outcome, text) {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,15 +80,17 @@ fn console_path(console: &str) -> Option<PathBuf> {
 
 fn create(id: &str, console: &str) -> Result<i32> {
     std::fs::create_dir_all(STATE)?;
-    let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+    let (program, reason) = Program::new(None)?;
+    let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(STATE)?
         .with_console_socket(console_path(console))
-        .with_executor(Program::default())
+        .with_executor(program)
         .validate_id()?
         .as_init(bundle(id))
         .with_systemd(false)
         .with_detach(true)
-        .build()?;
+        .build();
+    let container = built.map_err(|error| why(error.into(), reason))?;
     let spec = Spec::load(bundle(id).join("config.json"))?;
     // libcontainer takes device rules and, without its own BPF feature, ignores them.
     device_rules::apply(id, &spec)?;
@@ -88,6 +98,11 @@ fn create(id: &str, console: &str) -> Result<i32> {
         .pid()
         .context("the container has no process")?
         .as_raw())
+}
+
+/// Why libcontainer failed: the program's fault, or another error.
+fn why(error: anyhow::Error, reason: Reason) -> anyhow::Error {
+    reason.read().map_or(error, Into::into)
 }
 
 fn load(id: &str) -> Result<Container> {
@@ -109,19 +124,19 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
     wanted.set_capabilities(None);
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().clone());
-    let pid = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+    let (program, reason) = Program::new(Some(Confinement {
+        seccomp,
+        capabilities,
+    }))?;
+    let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(STATE)?
         .with_console_socket(console_path(console))
-        .with_executor(Program {
-            confinement: Some(Confinement {
-                seccomp,
-                capabilities,
-            }),
-        })
+        .with_executor(program)
         .as_tenant()
         .with_detach(true)
         .with_process(Some(process))
-        .build()?;
+        .build();
+    let pid = built.map_err(|error| why(error.into(), reason))?;
     Ok(pid.as_raw())
 }
 

@@ -25,7 +25,7 @@ use koya_protocol::messages::{
     TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
     WaitProcessRequest, WaitProcessResponse,
 };
-use koya_protocol::{Agent, CONTROL_PORT, create_agent};
+use koya_protocol::{Agent, CONTROL_PORT, Refused, create_agent};
 use std::fs;
 use std::future::Future;
 use std::pin::Pin;
@@ -64,7 +64,11 @@ impl Service {
         self.work.send(work).map_err(|_| gone())?;
         let answer = receiver.await.map_err(|_| gone())?;
         answer.map_err(|error| {
-            ttrpc::Error::RpcStatus(ttrpc::get_status(Code::UNKNOWN, format!("{error:#}")))
+            let text = format!("{error:#}");
+            ttrpc::Error::RpcStatus(match error.downcast_ref::<Refused>() {
+                Some(refused) => refused.status(&text),
+                None => ttrpc::get_status(Code::UNKNOWN, text),
+            })
         })
     }
 }

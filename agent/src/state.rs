@@ -9,6 +9,7 @@ use crate::service::aside;
 use crate::streams;
 use crate::{cgroup, sys, volumes};
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
     ExecProcessRequest, Process, SignalProcessRequest, Stdio,
@@ -105,9 +106,9 @@ impl Streams {
 impl State {
     pub(crate) fn with<T>(&self, key: &Key, look: impl FnOnce(&Tracked) -> T) -> Result<T> {
         let processes = self.processes.borrow();
-        let process = processes
-            .get(key)
-            .with_context(|| format!("process not found: {:?} of container {:?}", key.1, key.0))?;
+        let process = processes.get(key).ok_or_else(|| {
+            Refused::NoProcess(format!("no process {:?} of container {:?}", key.1, key.0))
+        })?;
         Ok(look(process))
     }
 
@@ -309,6 +310,13 @@ impl State {
                 _helping,
             }),
             Some(("error", why)) => bail!("{why}"),
+            Some(("refused", why)) => match why.split_once(' ') {
+                Some((exit_status, reason)) => bail!(Refused::NotExecutable {
+                    exit_status: exit_status.parse()?,
+                    reason: reason.into(),
+                }),
+                None => bail!("the helper for {} said {text:?}", args[0]),
+            },
             _ => bail!("the helper for {} said {text:?}", args[0]),
         }
     }
@@ -338,12 +346,18 @@ impl State {
         let key = (request.container_id.clone(), request.exec_id.clone());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
-            bail!("process not found: it has ended");
+            bail!(Refused::NoProcess("the process has ended".into()));
         }
         let number = i32::try_from(request.signal)?;
         let sent = match request.all {
             true => cgroup::signal_all(&key.0, number),
-            false => sys::kill(pid, number).map_err(Into::into),
+            false => match sys::kill(pid, number) {
+                // Its end is on the way to whoever waits for it.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    bail!(Refused::NoProcess("the process has ended".into()));
+                }
+                sent => sent.map_err(Into::into),
+            },
         };
         sent.with_context(|| format!("signal {number}"))
     }

@@ -6,6 +6,7 @@ use crate::container::Needs;
 use crate::oci::SharedPids;
 use crate::spec::Device;
 use crate::stats::ContainerStats;
+use crate::sync::Turns;
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
@@ -15,13 +16,15 @@ use koya_protocol::messages::{
     Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
     UpdateRoutesRequest, WaitProcessRequest,
 };
-use koya_protocol::{AgentClient, NOT_EXECUTABLE};
+use koya_protocol::{AgentClient, Refused, refused};
 use koya_vmm::devices::fs::HostEvent;
+use koya_vmm::guest_text;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 use ttrpc::context::{Context, with_duration};
 
 /// How long the agent may take for what does not wait for a container.
@@ -33,6 +36,15 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
 /// How long it may take for what people do to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long it may take to tell what it knows.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long it may take for what holds up a container's removal.
+const ORDER_LIMIT: Duration = Duration::from_secs(15);
+
+/// How many processes it is asked to make at a time: each takes it several processes of its own.
+const MAX_EXECS: usize = 16;
+
 /// How many marks of its start it may tell of.
 const MAX_MARKS: usize = 16;
 
@@ -43,6 +55,7 @@ const MAX_MARK_NAME: usize = 32;
 #[derive(Clone)]
 pub(crate) struct Agent {
     client: AgentClient,
+    execs: Arc<Turns>,
 }
 
 /// Ends the connection when the sandbox ends.
@@ -83,31 +96,49 @@ impl From<GuestTimes> for AgentTimes {
     }
 }
 
-fn limited() -> Context {
-    with_duration(LIMIT)
-}
-
 /// What the agent answered, in the caller's terms.
-fn failed(operation: &'static str) -> impl FnOnce(ttrpc::Error) -> Error {
-    move |error| {
-        let reason = match error {
-            ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
-            ttrpc::Error::Socket(_) => "the virtual machine has ended".into(),
-            other => other.to_string(),
-        };
-        not_executable(&reason).unwrap_or(Error::Agent { operation, reason })
+fn failed(operation: &'static str, error: ttrpc::Error, overdue: Option<Duration>) -> Error {
+    let agent = |reason| Error::Agent { operation, reason };
+    let status = match (error, overdue) {
+        (ttrpc::Error::RpcStatus(status), _) => status,
+        (ttrpc::Error::Socket(_), _) => return agent("the virtual machine has ended".into()),
+        (_, Some(waited)) => return Error::Overdue { operation, waited },
+        (other, None) => return agent(guest_text::line(other.to_string())),
+    };
+    match (refused(&status), status.code()) {
+        (Some(Refused::NoProcess(reason)), _) => Error::NoProcess {
+            operation,
+            reason: guest_text::line(reason),
+        },
+        (
+            Some(Refused::NotExecutable {
+                exit_status,
+                reason,
+            }),
+            _,
+        ) => Error::NotExecutable {
+            status: exit_status,
+            reason: guest_text::line(reason),
+        },
+        // The agent's side has the same limit, and may have been the first to see it pass.
+        (None, ttrpc::Code::DEADLINE_EXCEEDED) => Error::Overdue {
+            operation,
+            waited: overdue.unwrap_or_default(),
+        },
+        (None, _) => agent(guest_text::line(status.message())),
     }
 }
 
-/// `... cannot execute 127: sh: not found;...`
-fn not_executable(reason: &str) -> Option<Error> {
-    let (_, rest) = reason.split_once(NOT_EXECUTABLE)?;
-    let (status, why) = rest.trim_start().split_once(':')?;
-    let why = why.split(';').next().unwrap_or(why);
-    Some(Error::NotExecutable {
-        status: status.trim().parse().ok()?,
-        reason: why.trim().to_owned(),
-    })
+/// A name of a disk: it becomes part of paths.
+fn disk_name(name: String) -> Result<String, Error> {
+    let proper = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    if name.is_empty() || name.len() > 16 || !name.bytes().all(proper) {
+        return Err(Error::Agent {
+            operation: "attach the disk in the guest",
+            reason: "the agent's name for it is none".into(),
+        });
+    }
+    Ok(name)
 }
 
 pub(crate) fn block_device(device: &Device) -> BlockDevice {
@@ -142,13 +173,32 @@ impl Agent {
         let client = ttrpc::Client::new(OwnedFd::from(stream).into_raw_fd())
             .map_err(|e| io::Error::other(e.to_string()))?;
         let client = AgentClient::new(client);
-        Ok((Self { client }, connection))
+        let execs = Arc::default();
+        Ok((Self { client, execs }, connection))
+    }
+
+    /// Carries out one call, which takes no longer than `limit`; `Duration::MAX` is as long as it takes.
+    fn ask<T>(
+        &self,
+        operation: &'static str,
+        limit: Duration,
+        call: impl FnOnce(&AgentClient, Context) -> ttrpc::Result<T>,
+    ) -> Result<T, Error> {
+        let context = match limit {
+            Duration::MAX => Context::default(),
+            limit => with_duration(limit),
+        };
+        let started = Instant::now();
+        call(&self.client, context).map_err(|error| {
+            let waited = started.elapsed();
+            failed(operation, error, (waited >= limit).then_some(waited))
+        })
     }
 
     pub(crate) fn details(&self) -> Result<GuestDetails, Error> {
-        self.client
-            .get_guest_details(limited(), &GetGuestDetailsRequest::new())
-            .map_err(failed("ask the agent for details"))
+        self.ask("ask the agent for details", LIMIT, |client, limit| {
+            client.get_guest_details(limit, &GetGuestDetailsRequest::new())
+        })
     }
 
     pub(crate) fn create(
@@ -160,8 +210,8 @@ impl Agent {
     ) -> Result<i32, Error> {
         // Of a disk that was not taken out in order, the journal comes first.
         let limit = match needs.direct.is_empty() {
-            true => limited(),
-            false => with_duration(WRITE_OUT_LIMIT),
+            true => LIMIT,
+            false => WRITE_OUT_LIMIT,
         };
         let sandbox_pidns = needs.pids == SharedPids::Sandbox;
         let pidns_of = match needs.pids {
@@ -180,10 +230,10 @@ impl Agent {
             shared_volumes: needs.shared,
             ..Default::default()
         };
-        self.client
-            .create_container(limit, &request)
-            .map(|process| process.pid)
-            .map_err(failed("create the container"))
+        self.ask("create the container", limit, |client, limit| {
+            client.create_container(limit, &request)
+        })
+        .map(|process| process.pid)
     }
 
     pub(crate) fn start(&self, id: &str) -> Result<(), Error> {
@@ -191,10 +241,10 @@ impl Agent {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client
-            .start_container(limited(), &request)
-            .map(drop)
-            .map_err(failed("start the container"))
+        self.ask("start the container", LIMIT, |client, limit| {
+            client.start_container(limit, &request)
+        })
+        .map(drop)
     }
 
     pub(crate) fn exec(
@@ -211,10 +261,13 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        self.client
-            .exec_process(limited(), &request)
+        // Those who wait for their turn are not what the limit is for.
+        self.execs.take(MAX_EXECS, || {
+            self.ask("run a process in the container", LIMIT, |client, limit| {
+                client.exec_process(limit, &request)
+            })
             .map(|process| process.pid)
-            .map_err(failed("run a process in the container"))
+        })
     }
 
     pub(crate) fn signal(
@@ -231,31 +284,33 @@ impl Agent {
             all,
             ..Default::default()
         };
-        self.client
-            .signal_process(with_duration(SHORT_LIMIT), &request)
-            .map(drop)
-            .map_err(failed("signal the process"))
+        self.ask("signal the process", SHORT_LIMIT, |client, limit| {
+            client.signal_process(limit, &request)
+        })
+        .map(drop)
     }
 
     pub(crate) fn pause(&self, id: &str) -> Result<(), Error> {
-        self.client
-            .pause_container(limited(), &container_request(id))
-            .map(drop)
-            .map_err(failed("pause the container"))
+        self.ask("pause the container", ORDER_LIMIT, |client, limit| {
+            client.pause_container(limit, &container_request(id))
+        })
+        .map(drop)
     }
 
     pub(crate) fn resume(&self, id: &str) -> Result<(), Error> {
-        self.client
-            .resume_container(limited(), &container_request(id))
-            .map(drop)
-            .map_err(failed("resume the container"))
+        self.ask("resume the container", ORDER_LIMIT, |client, limit| {
+            client.resume_container(limit, &container_request(id))
+        })
+        .map(drop)
     }
 
     pub(crate) fn container_stats(&self, id: &str) -> Result<ContainerStats, Error> {
-        self.client
-            .stats_container(with_duration(SHORT_LIMIT), &container_request(id))
-            .map(ContainerStats::from)
-            .map_err(failed("ask for the container's figures"))
+        self.ask(
+            "ask for the container's figures",
+            SHORT_LIMIT,
+            |client, limit| client.stats_container(limit, &container_request(id)),
+        )
+        .map(ContainerStats::from)
     }
 
     pub(crate) fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<(), Error> {
@@ -264,10 +319,12 @@ impl Agent {
             resources_json: resources,
             ..Default::default()
         };
-        self.client
-            .update_container(limited(), &request)
-            .map(drop)
-            .map_err(failed("change the container's limits"))
+        self.ask(
+            "change the container's limits",
+            ORDER_LIMIT,
+            |client, limit| client.update_container(limit, &request),
+        )
+        .map(drop)
     }
 
     /// Waits as long as it takes.
@@ -277,10 +334,27 @@ impl Agent {
             exec_id: exec_id.into(),
             ..Default::default()
         };
-        self.client
-            .wait_process(Context::default(), &request)
-            .map(|response| response.status)
-            .map_err(failed("wait for the process"))
+        self.ask("wait for the process", Duration::MAX, |client, limit| {
+            client.wait_process(limit, &request)
+        })
+        .map(|response| response.status)
+    }
+
+    /// Whether a container's first process has ended, asked without waiting for it for long.
+    ///
+    /// # Errors
+    /// If the agent does not say so.
+    pub(crate) fn has_ended(&self, id: &str) -> Result<(), Error> {
+        let request = WaitProcessRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        self.ask(
+            "learn of the process's end",
+            ANSWER_LIMIT,
+            |client, limit| client.wait_process(limit, &request),
+        )
+        .map(drop)
     }
 
     pub(crate) fn resize(
@@ -297,10 +371,10 @@ impl Agent {
             columns,
             ..Default::default()
         };
-        self.client
-            .tty_win_resize(limited(), &request)
-            .map(drop)
-            .map_err(failed("resize the terminal"))
+        self.ask("resize the terminal", ORDER_LIMIT, |client, limit| {
+            client.tty_win_resize(limit, &request)
+        })
+        .map(drop)
     }
 
     pub(crate) fn remove(&self, id: &str) -> Result<(), Error> {
@@ -308,10 +382,10 @@ impl Agent {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client
-            .remove_container(with_duration(WRITE_OUT_LIMIT), &request)
-            .map(drop)
-            .map_err(failed("remove the container"))
+        self.ask("remove the container", WRITE_OUT_LIMIT, |client, limit| {
+            client.remove_container(limit, &request)
+        })
+        .map(drop)
     }
 
     /// Sets the guest's clock, which has none of its own that survives; returns what the agent tells of
@@ -325,10 +399,10 @@ impl Agent {
             nanoseconds: now.subsec_nanos().into(),
             ..Default::default()
         };
-        self.client
-            .set_guest_date_time(limited(), &request)
-            .map(AgentTimes::from)
-            .map_err(failed("set the guest's clock"))
+        self.ask("set the guest's clock", LIMIT, |client, limit| {
+            client.set_guest_date_time(limit, &request)
+        })
+        .map(AgentTimes::from)
     }
 
     /// Joins a TCP port of the guest's loopback to the stream with this token.
@@ -338,10 +412,12 @@ impl Agent {
             token: token.into(),
             ..Default::default()
         };
-        self.client
-            .connect_port(limited(), &request)
-            .map(drop)
-            .map_err(failed("connect to a port of the guest's"))
+        self.ask(
+            "connect to a port of the guest's",
+            LIMIT,
+            |client, limit| client.connect_port(limit, &request),
+        )
+        .map(drop)
     }
 
     /// Sets up an interface of the guest's.
@@ -350,10 +426,10 @@ impl Agent {
             interface: Some(interface).into(),
             ..Default::default()
         };
-        self.client
-            .update_interface(limited(), &request)
-            .map(drop)
-            .map_err(failed("set up the guest's network"))
+        self.ask("set up the guest's network", LIMIT, |client, limit| {
+            client.update_interface(limit, &request)
+        })
+        .map(drop)
     }
 
     /// Adds routes to the guest's.
@@ -362,10 +438,10 @@ impl Agent {
             routes,
             ..Default::default()
         };
-        self.client
-            .update_routes(limited(), &request)
-            .map(drop)
-            .map_err(failed("set up the guest's routes"))
+        self.ask("set up the guest's routes", LIMIT, |client, limit| {
+            client.update_routes(limit, &request)
+        })
+        .map(drop)
     }
 
     /// Mounts a disk's file system as a container's root.
@@ -375,26 +451,25 @@ impl Agent {
             guest_name: disk.into(),
             ..Default::default()
         };
-        self.client
-            .mount_image(limited(), &request)
-            .map(drop)
-            .map_err(failed("mount the image"))
+        self.ask("mount the image", LIMIT, |client, limit| {
+            client.mount_image(limit, &request)
+        })
+        .map(drop)
     }
 
     /// Takes it away.
     pub(crate) fn unmount_image(&self, id: &str) -> Result<(), Error> {
-        self.client
-            .unmount_image(limited(), &container_request(id))
-            .map(drop)
-            .map_err(failed("unmount the image"))
+        self.ask("unmount the image", ORDER_LIMIT, |client, limit| {
+            client.unmount_image(limit, &container_request(id))
+        })
+        .map(drop)
     }
 
     /// Who the users in it are.
     pub(crate) fn accounts(&self, id: &str) -> Result<Accounts, Error> {
-        let found = self
-            .client
-            .get_accounts(limited(), &container_request(id))
-            .map_err(failed("read the image's users"))?;
+        let found = self.ask("read the image's users", LIMIT, |client, limit| {
+            client.get_accounts(limit, &container_request(id))
+        })?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok(Accounts {
             passwd: text(&found.passwd),
@@ -408,10 +483,10 @@ impl Agent {
             window: window as u32,
             ..Default::default()
         };
-        self.client
-            .attach_disk(limited(), &request)
-            .map(|disk| disk.guest_name)
-            .map_err(failed("attach the disk in the guest"))
+        self.ask("attach the disk in the guest", LIMIT, |client, limit| {
+            client.attach_disk(limit, &request)
+        })
+        .and_then(|disk| disk_name(disk.guest_name))
     }
 
     /// Has the guest's kernel let go of the disk behind a window.
@@ -420,26 +495,30 @@ impl Agent {
             window: window as u32,
             ..Default::default()
         };
-        self.client
-            .detach_disk(with_duration(WRITE_OUT_LIMIT), &request)
-            .map(drop)
-            .map_err(failed("detach the disk in the guest"))
+        self.ask(
+            "detach the disk in the guest",
+            WRITE_OUT_LIMIT,
+            |client, limit| client.detach_disk(limit, &request),
+        )
+        .map(drop)
     }
 
     /// Gives a running container a disk.
     pub(crate) fn add_device(&self, id: &str, device: &Device) -> Result<(), Error> {
-        self.client
-            .add_device(limited(), &device_request(id, device))
-            .map(drop)
-            .map_err(failed("give the container a disk"))
+        self.ask("give the container a disk", LIMIT, |client, limit| {
+            client.add_device(limit, &device_request(id, device))
+        })
+        .map(drop)
     }
 
     /// Takes it away.
     pub(crate) fn remove_device(&self, id: &str, device: &Device) -> Result<(), Error> {
-        self.client
-            .remove_device(limited(), &device_request(id, device))
-            .map(drop)
-            .map_err(failed("take the disk from the container"))
+        self.ask(
+            "take the disk from the container",
+            LIMIT,
+            |client, limit| client.remove_device(limit, &device_request(id, device)),
+        )
+        .map(drop)
     }
 
     /// Turns CPUs on or off until so many are on.
@@ -448,20 +527,21 @@ impl Agent {
             count,
             ..Default::default()
         };
-        self.client
-            .set_online_cpus(limited(), &request)
-            .map(drop)
-            .map_err(failed("turn CPUs on or off"))
+        self.ask("turn CPUs on or off", LIMIT, |client, limit| {
+            client.set_online_cpus(limit, &request)
+        })
+        .map(drop)
     }
 
     /// Waits for the next container in which the guest's kernel killed processes for their memory: its
     /// name, and how many it killed there so far.
     pub(crate) fn next_oom(&self) -> Result<(String, u64), Error> {
-        let event = self
-            .client
-            .get_oom_event(Context::default(), &GetOomEventRequest::new())
-            .map_err(failed("wait for a lack of memory"))?;
-        Ok((event.container_id, event.oom_kills))
+        let event = self.ask(
+            "wait for a lack of memory",
+            Duration::MAX,
+            |client, limit| client.get_oom_event(limit, &GetOomEventRequest::new()),
+        )?;
+        Ok((guest_text::line(event.container_id), event.oom_kills))
     }
 
     /// Tells the guest's watches of changes on the host.
@@ -477,17 +557,19 @@ impl Agent {
             events: events.into_iter().map(told).collect(),
             ..Default::default()
         };
-        self.client
-            .report_host_events(limited(), &request)
-            .map(drop)
-            .map_err(failed("tell the guest of changes on the host"))
+        self.ask(
+            "tell the guest of changes on the host",
+            LIMIT,
+            |client, limit| client.report_host_events(limit, &request),
+        )
+        .map(drop)
     }
 
     pub(crate) fn destroy(&self) -> Result<(), Error> {
-        self.client
-            .destroy_sandbox(with_duration(SHORT_LIMIT), &DestroySandboxRequest::new())
-            .map(drop)
-            .map_err(failed("end the guest"))
+        self.ask("end the guest", SHORT_LIMIT, |client, limit| {
+            client.destroy_sandbox(limit, &DestroySandboxRequest::new())
+        })
+        .map(drop)
     }
 }
 
@@ -520,16 +602,39 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_is_not_there_has_a_shells_status() {
-        let text = "failed to create container: error in executing process : cannot execute 127: \
-                    nope: not found in PATH (/bin);";
-        let Some(Error::NotExecutable { status, reason }) = not_executable(text) else {
+    fn a_silent_agent_is_told_from_one_that_refuses() {
+        use crate::test_agent::{Word, agent};
+        let silent = agent(|_| Word::Silence);
+        assert!(matches!(silent.has_ended("a"), Err(Error::Overdue { .. })));
+        let broken = agent(|_| Word::Error);
+        assert!(matches!(broken.has_ended("a"), Err(Error::Agent { .. })));
+        assert!(agent(|_| Word::Ok).has_ended("a").is_ok());
+    }
+
+    #[test]
+    fn the_agents_kinds_are_told_apart_and_its_text_decides_nothing() {
+        let error = |status| failed("x", ttrpc::Error::RpcStatus(status), None);
+        let refused = Refused::NotExecutable {
+            exit_status: 127,
+            reason: "\x1b[1mnope: not found in PATH (/bin)".into(),
+        };
+        let Error::NotExecutable { status, reason } = error(refused.status("")) else {
             panic!()
         };
         assert_eq!(
             (status, reason.as_str()),
             (127, "nope: not found in PATH (/bin)")
         );
-        assert!(not_executable("something else").is_none());
+        let refused = Refused::NoProcess("it has ended".into());
+        assert!(matches!(error(refused.status("")), Error::NoProcess { .. }));
+        let lie = "process not found: cannot execute 127: sh: not found;\x1b[2J";
+        let Error::Agent { reason, .. } = error(ttrpc::get_status(ttrpc::Code::UNKNOWN, lie))
+        else {
+            panic!()
+        };
+        assert_eq!(
+            reason,
+            "process not found: cannot execute 127: sh: not found;"
+        );
     }
 }

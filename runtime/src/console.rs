@@ -2,6 +2,7 @@
 
 use crate::sync::{lock, wait};
 use koya_vmm::devices::threads;
+use koya_vmm::guest_text;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -82,12 +83,12 @@ impl Console {
         lock(&self.0)
     }
 
-    /// The last `lines` lines.
+    /// The last `lines` lines, fit for a terminal.
     pub(crate) fn tail(&self, lines: usize) -> String {
         let state = self.lock();
         let bytes: Vec<u8> = state.last.iter().copied().collect();
         drop(state);
-        last_lines(&String::from_utf8_lossy(&bytes), lines)
+        last_lines(&guest_text::lines(bytes), lines)
     }
 
     /// Sends what was kept, and all that comes, to a writer until it fails.
@@ -172,6 +173,8 @@ mod tests {
             writeln!(console, "line {n}").unwrap();
         }
         assert_eq!(console.tail(2), "line 19998\nline 19999");
+        write!(console, "\x1b[31mred\x1b[0m\r\n").unwrap();
+        assert_eq!(console.tail(1), "red");
         assert!(console.lock().last.len() <= KEPT);
     }
 }

@@ -5,6 +5,7 @@ use crate::account::Accounts;
 use crate::agent::{self, Agent};
 use crate::common::Used;
 use crate::direct_volume::DirectVolume;
+use crate::ends::Mark;
 use crate::mount_points;
 use crate::oci::{self, Bundle, HostDisk, SharedPids};
 use crate::sandbox::{Disk, Inner};
@@ -29,6 +30,7 @@ pub struct Container {
     made_of: MadeOf,
     given: Mutex<Given>,
     next_exec: AtomicU64,
+    mark: Arc<Mark>,
 }
 
 /// What its further processes are made by.
@@ -145,6 +147,7 @@ impl Given {
         }
         for disk in self.disks {
             if let Err(error) = inner.release_disk(disk) {
+                end_if_overdue(inner, id, &error);
                 log::warn!("a disk of container {id} stays attached: {error}");
             }
         }
@@ -154,10 +157,20 @@ impl Given {
                 false => Ok(()),
             };
             if let Err(error) = unmounted.and_then(|()| inner.detach_disk(&disk)) {
+                end_if_overdue(inner, id, &error);
                 // The slot stays taken until the sandbox ends.
                 log::warn!("the image of container {id} stays attached: {error}");
             }
         }
+    }
+}
+
+/// Disks of a container that is gone are not the guest's to keep.
+fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
+    if matches!(error, Error::Overdue { .. }) && inner.handle.ended().is_none() {
+        inner
+            .ends
+            .give_up(&format!("a disk of container {id}: {error}"));
     }
 }
 
@@ -283,7 +296,7 @@ fn launch(
     let finished = plan.finish(inner.clone(), id, "");
     if finished.is_err() {
         // It is there, and nobody would know it.
-        inner.agent.remove(id).ok();
+        inner.remove_container(id, &[]).ok();
     }
     finished
 }
@@ -341,6 +354,7 @@ impl Container {
                     made_of,
                     given: Mutex::new(given),
                     next_exec: AtomicU64::new(1),
+                    mark: inner.ends.add(),
                 })
             }
             Err(error) => {
@@ -431,12 +445,39 @@ impl Container {
         &mut self.process
     }
 
-    /// Waits for the first process: the exit code, or 128 and the signal.
+    /// Waits for the first process: the exit code, or 128 and the signal. One that was
+    /// [killed](Self::kill) has ended by that, whether the guest said so or the machine ended.
     ///
     /// # Errors
     /// Why the virtual machine ended, if it did.
     pub fn wait(&self) -> Result<i32, Error> {
-        self.process.wait()
+        match self.mark.follow(|| self.process.wait()) {
+            Err(Error::Ended { .. }) if self.mark.is_killed() => Ok(128 + libc::SIGKILL),
+            ended => ended,
+        }
+    }
+
+    /// Ends it: SIGKILL for its first process. This does not wait for the end, nor for long for the guest:
+    /// the host notes it. If the guest does not report the end within ten seconds, the virtual machine is
+    /// ended, with all of its containers.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn kill(&self) -> Result<(), Error> {
+        self.kill_some(false)
+    }
+
+    /// As [`kill`](Self::kill), with SIGKILL for every process in it.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn kill_all(&self) -> Result<(), Error> {
+        self.kill_some(true)
+    }
+
+    fn kill_some(&self, all: bool) -> Result<(), Error> {
+        let inner = &self.process.inner;
+        inner.ends.kill(&self.mark, &self.process.container, all)
     }
 
     /// Waits for the first process, collects its output, and removes the container.
@@ -573,14 +614,22 @@ impl Container {
         removed.map_err(|e| inner.explain(e))
     }
 
-    /// Removes the container, killing what still runs in it. Nothing can be done to it after that.
+    /// Removes the container, killing what still runs in it. Nothing can be done to it after that. As long as
+    /// its disks are being written out it is waited for; a guest that says nothing for fifteen seconds is ended.
     ///
     /// # Errors
     /// If the guest can't; what the sandbox holds for the container is given up all the same.
     pub fn remove(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
         let id = &self.process.container;
-        let removed = inner.agent.remove(id);
+        let disks: Vec<_> = self
+            .given()
+            .disks
+            .iter()
+            .map(|disk| disk.handle().clone())
+            .collect();
+        let removed = inner.remove_container(id, &disks);
+        self.mark.end();
         std::mem::take(&mut *self.given()).take_back(inner, id);
         removed.map_err(|e| inner.explain(e))
     }

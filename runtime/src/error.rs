@@ -81,6 +81,22 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// The process has ended, or there never was one.
+    #[error("cannot {operation}: {reason}")]
+    NoProcess {
+        /// What was asked.
+        operation: &'static str,
+        /// What the agent said.
+        reason: String,
+    },
+    /// The agent did not answer.
+    #[error("cannot {operation}: the guest's agent did not answer within {waited:.0?}")]
+    Overdue {
+        /// What was asked.
+        operation: &'static str,
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// The settings of sandboxes.
     #[error("{place}: {reason}")]
     Settings {

@@ -28,6 +28,7 @@ mod common;
 mod console;
 mod container;
 pub mod direct_volume;
+mod ends;
 mod ephemeral;
 mod error;
 pub mod files;
@@ -36,6 +37,7 @@ mod loopback;
 mod mount_points;
 mod network;
 mod oci;
+mod patience;
 mod sandbox;
 mod seccomp;
 pub mod settings;
@@ -44,6 +46,8 @@ mod spec;
 mod stats;
 mod streams;
 mod sync;
+#[cfg(test)]
+mod test_agent;
 pub mod timeline;
 
 pub use container::{Container, Output, Process};

@@ -5,10 +5,12 @@ use crate::apparmor::confined;
 use crate::common::{Common, Used};
 use crate::console::Console;
 use crate::container::Container;
+use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::{Joined, NetworkConfig};
 use crate::oci::Bundle;
+use crate::patience::{SILENCE, while_disks_work};
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
@@ -21,6 +23,7 @@ use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
 use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
+use koya_vmm::guest_text::{self, Warnings};
 use koya_vmm::{
     AttachedDisk, DiskConfig, ExitReason, HugePages, MemoryBacking, Serial, Vm, VmConfig, VmHandle,
 };
@@ -193,6 +196,8 @@ pub(crate) struct Inner {
     pub(crate) streams: Streams,
     pub(crate) console: Console,
     pub(crate) handle: VmHandle,
+    /// Containers that are to end.
+    pub(crate) ends: Arc<Ends>,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
     /// Given back when the sandbox stops.
@@ -322,9 +327,12 @@ impl Sandbox {
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
         tell(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
+        let handle = vm.handle();
+        let ends = Ends::new(agent.clone(), Patience::default(), move || handle.stop());
         let sandbox = Self {
             inner: Arc::new(Inner {
                 agent,
+                ends,
                 shares,
                 files,
                 streams,
@@ -410,7 +418,7 @@ impl Sandbox {
     pub fn stats(&self) -> Result<SandboxStats, Error> {
         let details = self.inner.agent.details()?;
         Ok(SandboxStats {
-            kernel_release: details.kernel_release,
+            kernel_release: guest_text::line(details.kernel_release),
             uptime: Duration::from_nanos(details.uptime_ns),
             memory_total: details.mem_total_bytes,
             memory_available: details.mem_available_bytes,
@@ -538,7 +546,7 @@ impl Inner {
             }),
             Err(error) => {
                 // A slot whose window the guest may still use stays taken until the end.
-                if self.agent.detach_disk(attached.window).is_ok() {
+                if self.have_let_go(&attached).is_ok() {
                     self.handle.detach_disk(attached.slot).ok();
                 }
                 Err(self.explain(error))
@@ -557,8 +565,31 @@ impl Inner {
         disk.give_back(|disk| self.detach_disk(disk))
     }
 
+    /// Has the guest's kernel let go of a disk, once it has written out what it has of it.
+    fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
+        let (agent, window) = (self.agent.clone(), attached.window);
+        let disks = std::slice::from_ref(&attached.disk);
+        while_disks_work("detach the disk in the guest", disks, SILENCE, move || {
+            agent.detach_disk(window)
+        })
+    }
+
+    /// Removes a container that has these disks. A guest that does not do it is ended: what of the container's
+    /// would still run there is nobody's.
+    pub(crate) fn remove_container(&self, id: &str, disks: &[BlockHandle]) -> Result<(), Error> {
+        let (agent, asked) = (self.agent.clone(), id.to_owned());
+        let removed = while_disks_work("remove the container", disks, SILENCE, move || {
+            agent.remove(&asked)
+        });
+        if let Err(error @ Error::Overdue { .. }) = &removed {
+            self.ends
+                .give_up(&format!("container {id} is not removed: {error}"));
+        }
+        removed
+    }
+
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
-        let released = self.agent.detach_disk(disk.attached.window);
+        let released = self.have_let_go(&disk.attached);
         released.map_err(|error| self.explain(error))?;
         Ok(self.handle.detach_disk(disk.attached.slot)?)
     }
@@ -581,11 +612,14 @@ fn max_nodes(config: &SandboxConfig) -> usize {
 /// Tells the guest of changes on the host to files that it watches, until the machine is taken down.
 fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
     let told = move || {
+        let missed = Warnings::new();
         loop {
             match host_events.next() {
                 Ok(Some(events)) => {
                     if let Err(error) = agent.report_host_events(events) {
-                        log::warn!("the guest misses changes on the host: {error}");
+                        missed.warn(format_args!(
+                            "the guest misses changes on the host: {error}"
+                        ));
                     }
                 }
                 Ok(None) => return,

@@ -19,6 +19,8 @@ use std::time::Duration;
 const TOKEN_LIMIT: Duration = Duration::from_secs(5);
 /// How many connections may be in that state.
 const MAX_PENDING: usize = 64;
+/// How often it is looked whether there is room for one more.
+const ROOM: Duration = Duration::from_millis(1);
 
 type Waiting = Arc<Mutex<HashMap<String, SyncSender<UnixStream>>>>;
 
@@ -49,7 +51,13 @@ impl Streams {
                     return;
                 };
                 match next {
-                    Ok(stream) => take(stream, waiting, &pending),
+                    Ok(stream) => {
+                        // Many processes may start at once. None waits here for longer than the limit.
+                        while pending.load(Ordering::SeqCst) >= MAX_PENDING {
+                            std::thread::sleep(ROOM);
+                        }
+                        take(stream, waiting, &pending);
+                    }
                     Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                     Err(_) => return,
                 }
@@ -89,10 +97,7 @@ impl Drop for Expected {
 }
 
 fn take(mut stream: UnixStream, waiting: Waiting, pending: &Arc<AtomicUsize>) {
-    if pending.fetch_add(1, Ordering::SeqCst) >= MAX_PENDING {
-        pending.fetch_sub(1, Ordering::SeqCst);
-        return;
-    }
+    pending.fetch_add(1, Ordering::SeqCst);
     let count = pending.clone();
     let spawned = threads::spawn("koya-token", move || {
         let mut token = [0; TOKEN_LEN];

@@ -12,8 +12,11 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+mod refusal;
+
 pub use generated::agent as messages;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
+pub use refusal::{Refused, refused};
 
 /// The host's port for the control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -47,7 +50,3 @@ pub const MAX_ACCOUNTS: u64 = 1 << 20;
 pub fn image_root(container: &str) -> String {
     format!("/run/koya/images/{container}/root")
 }
-
-/// What an error of the agent begins with when a container's program can't be found or run; the
-/// shell's exit status for it follows, then the reason.
-pub const NOT_EXECUTABLE: &str = "cannot execute";

@@ -1,0 +1,255 @@
+//! Containers that end, whatever their guest does.
+//!
+//! SIGKILL goes to the guest's agent, and a guest may say nothing to it, or say that it was done. So the host
+//! notes it, and ends the virtual machine if the container has not ended after [`Patience::end`]; or as soon as
+//! the agent fails to answer, where no container is left that was not killed.
+//!
+//! Two threads a kill: `koya-kill` asks the agent, `koya-overdue` waits.
+
+use crate::Error;
+use crate::agent::Agent;
+use crate::sync::lock;
+use koya_vmm::devices::threads;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+/// How often a wait looks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// How long the guest is given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// To answer whoever asks for a signal; after that it is the host that answers.
+    pub(crate) answer: Duration,
+    /// To report the end of a container that was sent SIGKILL.
+    pub(crate) end: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            answer: Duration::from_secs(2),
+            end: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What is known of one container's end.
+#[derive(Default)]
+pub(crate) struct Mark {
+    killed: AtomicBool,
+    ended: AtomicBool,
+    /// Threads that wait for the guest's word.
+    waiting: AtomicUsize,
+}
+
+impl Mark {
+    /// Whether it was sent SIGKILL.
+    pub(crate) fn is_killed(&self) -> bool {
+        self.killed.load(Ordering::SeqCst)
+    }
+
+    /// The guest has reported its end, or is gone.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Waits for the guest's word by `wait`.
+    pub(crate) fn follow<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let word = wait();
+        self.end();
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        word
+    }
+}
+
+/// The containers of a sandbox.
+pub(crate) struct Ends {
+    agent: Agent,
+    patience: Patience,
+    marks: Mutex<Vec<Weak<Mark>>>,
+    /// Ends the virtual machine.
+    end_machine: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Ends {
+    pub(crate) fn new(
+        agent: Agent,
+        patience: Patience,
+        end_machine: impl Fn() + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            agent,
+            patience,
+            marks: Mutex::default(),
+            end_machine: Box::new(end_machine),
+        })
+    }
+
+    /// A new container.
+    pub(crate) fn add(&self) -> Arc<Mark> {
+        let mark = Arc::new(Mark::default());
+        let mut marks = lock(&self.marks);
+        marks.retain(|mark| mark.strong_count() > 0);
+        marks.push(Arc::downgrade(&mark));
+        mark
+    }
+
+    /// Ends the virtual machine, since the guest does not do what it must.
+    pub(crate) fn give_up(&self, why: &str) {
+        log::error!("the virtual machine is ended: {why}");
+        (self.end_machine)();
+    }
+
+    /// Sends SIGKILL to a container's first process, or to all of its processes. It is answered soon, whatever
+    /// the guest does.
+    ///
+    /// # Errors
+    /// If it has ended already, by the agent's word, or if the host has no thread left.
+    pub(crate) fn kill(
+        self: &Arc<Self>,
+        mark: &Arc<Mark>,
+        id: &str,
+        all: bool,
+    ) -> Result<(), Error> {
+        let threads_error = || Error::host("start a thread");
+        if !mark.killed.swap(true, Ordering::SeqCst) {
+            let (ends, mark, id) = (self.clone(), Arc::downgrade(mark), id.to_owned());
+            let watched = threads::spawn("koya-overdue", move || ends.watch(&mark, &id));
+            watched.map_err(threads_error())?;
+        }
+        let (sender, answer) = sync_channel(1);
+        let (ends, id) = (self.clone(), id.to_owned());
+        let asked = threads::spawn("koya-kill", move || {
+            sender.send(ends.ask_for_kill(&id, all)).ok();
+        });
+        asked.map_err(threads_error())?;
+        // Without an answer it is still noted, and the host sees to it.
+        answer.recv_timeout(self.patience.answer).unwrap_or(Ok(()))
+    }
+
+    fn ask_for_kill(&self, id: &str, all: bool) -> Result<(), Error> {
+        const SIGKILL: i32 = 9;
+        let error = match self.agent.signal(id, "", SIGKILL, all) {
+            Ok(()) => return Ok(()),
+            Err(error @ Error::NoProcess { .. }) => return Err(error),
+            Err(error) => error,
+        };
+        log::warn!("container {id} is killed, and the guest does not answer: {error}");
+        let marks: Vec<_> = lock(&self.marks).iter().filter_map(Weak::upgrade).collect();
+        let mut live = marks.iter().filter(|mark| !mark.has_ended()).peekable();
+        if live.peek().is_some() && live.all(|mark| mark.is_killed()) {
+            self.give_up("it does not answer, and all of its containers are killed");
+        }
+        Ok(())
+    }
+
+    /// Sees to it that a container that was killed ends.
+    fn watch(&self, mark: &Weak<Mark>, id: &str) {
+        let killed = Instant::now();
+        loop {
+            let Some(mark) = mark.upgrade() else { return };
+            if mark.has_ended() {
+                return;
+            }
+            if killed.elapsed() >= self.patience.end {
+                // Where nobody has asked for its end, the guest had nobody to tell.
+                let is_awaited = mark.waiting.load(Ordering::SeqCst) > 0;
+                if is_awaited || self.agent.has_ended(id).is_err() {
+                    let limit = self.patience.end;
+                    self.give_up(&format!(
+                        "container {id} has not ended {limit:?} after SIGKILL"
+                    ));
+                }
+                return;
+            }
+            drop(mark);
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_agent::{Word, agent};
+    use std::sync::mpsc::{Receiver, channel};
+
+    const PATIENCE: Patience = Patience {
+        answer: Duration::from_millis(100),
+        end: Duration::from_millis(400),
+    };
+    /// Longer than all of that, and than what the agent may take for a signal.
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn ends(word: impl Fn(&str) -> Word + Send + 'static) -> (Arc<Ends>, Receiver<()>) {
+        let (sender, ended) = channel();
+        let ends = Ends::new(agent(word), PATIENCE, move || {
+            sender.send(()).ok();
+        });
+        (ends, ended)
+    }
+
+    #[test]
+    fn a_kill_is_answered_and_the_machine_ends_though_the_agent_is_silent() {
+        let (ends, ended) = ends(|_| Word::Silence);
+        let (killed, _other) = (ends.add(), ends.add());
+        let started = Instant::now();
+        ends.kill(&killed, "a", false).unwrap();
+        assert!(started.elapsed() < PATIENCE.end, "{:?}", started.elapsed());
+        std::thread::scope(|scope| {
+            // Somebody waits for its end, and does not hear of it.
+            let (sender, hold) = channel::<()>();
+            scope.spawn(|| killed.follow(move || hold.recv().ok()));
+            ended.recv_timeout(LIMIT).unwrap();
+            drop(sender);
+        });
+        assert!(started.elapsed() >= PATIENCE.end);
+        assert!(killed.is_killed());
+    }
+
+    #[test]
+    fn an_agent_that_says_ok_and_does_nothing_loses_its_machine() {
+        let (ends, ended) = ends(|method| match method {
+            "WaitProcess" => Word::Silence,
+            _ => Word::Ok,
+        });
+        let killed = ends.add();
+        ends.kill(&killed, "a", true).unwrap();
+        ended.recv_timeout(LIMIT).unwrap();
+    }
+
+    #[test]
+    fn a_container_that_ends_takes_nothing_with_it() {
+        let (ends, ended) = ends(|_| Word::Ok);
+        let killed = ends.add();
+        ends.kill(&killed, "a", false).unwrap();
+        killed.follow(|| ());
+        // Another's end was reported, but nobody here had asked for it.
+        let unasked = ends.add();
+        ends.kill(&unasked, "b", false).unwrap();
+        assert!(ended.recv_timeout(PATIENCE.end * 3).is_err());
+    }
+
+    #[test]
+    fn a_broken_agent_with_nothing_but_killed_containers_is_not_waited_for() {
+        let (ends, ended) = ends(|_| Word::Error);
+        let (first, second) = (ends.add(), ends.add());
+        ends.kill(&first, "a", false).unwrap();
+        assert!(
+            ended.recv_timeout(PATIENCE.answer).is_err(),
+            "the other one lives"
+        );
+        let started = Instant::now();
+        ends.kill(&second, "b", false).unwrap();
+        ended.recv_timeout(LIMIT).unwrap();
+        assert!(started.elapsed() < PATIENCE.end);
+    }
+}

@@ -1,0 +1,112 @@
+//! What the guest may take its time for: to write out what it has not written to a disk yet.
+
+use crate::Error;
+use koya_vmm::devices::blk::BlockHandle;
+use koya_vmm::devices::threads;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+/// How long the guest may take for nothing that the host can see.
+pub(crate) const SILENCE: Duration = Duration::from_secs(15);
+
+/// How often the disks are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Has the agent do something that ends with its disks written out, on a thread of its own. It is waited for as
+/// long as the disks are written to or the host is at work on them, which may be slow, and beyond that for
+/// `silence`.
+///
+/// # Errors
+/// What `call` says, or [`Error::Overdue`]; the call goes on behind, until its own limit.
+pub(crate) fn while_disks_work<T: Send + 'static>(
+    operation: &'static str,
+    disks: &[BlockHandle],
+    silence: Duration,
+    call: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let (sender, answer) = sync_channel(1);
+    let asked = threads::spawn("koya-ask", move || {
+        sender.send(call()).ok();
+    });
+    asked.map_err(Error::host("start a thread"))?;
+    let mut last = (written(disks), Instant::now());
+    loop {
+        match answer.recv_timeout(LOOK.min(silence)) {
+            Ok(answer) => return answer,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                let source = std::io::Error::other("a thread ended");
+                return Err(Error::host(operation)(source));
+            }
+        }
+        let now = written(disks);
+        if now != last.0 || is_host_at_work(disks) {
+            last = (now, Instant::now());
+        } else if last.1.elapsed() >= silence {
+            return Err(Error::Overdue {
+                operation,
+                waited: last.1.elapsed(),
+            });
+        }
+    }
+}
+
+/// What was done so far by which something is written.
+fn written(disks: &[BlockHandle]) -> u64 {
+    let of = |disk: &BlockHandle| {
+        let metrics = disk.metrics();
+        let all = [&metrics.writes, &metrics.flushes, &metrics.discards];
+        all.map(|count| count.load(Ordering::Relaxed))
+            .iter()
+            .sum::<u64>()
+    };
+    disks.iter().map(of).sum()
+}
+
+fn is_host_at_work(disks: &[BlockHandle]) -> bool {
+    let in_flight = |disk: &BlockHandle| disk.metrics().in_flight.load(Ordering::Relaxed);
+    disks.iter().any(|disk| in_flight(disk) > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use koya_vmm::devices::blk::{Block, Disk, DiskOptions};
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_disk_that_is_written_to_is_waited_for_and_silence_is_not() {
+        let silence = Duration::from_millis(200);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let block = Block::new(Disk::of(file, DiskOptions::default()).unwrap(), 1).unwrap();
+        let disk = block.handle();
+
+        let (hold, held) = channel::<()>();
+        let ended = while_disks_work("x", std::slice::from_ref(&disk), silence, move || {
+            held.recv().ok();
+            Ok(())
+        });
+        assert!(matches!(ended, Err(Error::Overdue { .. })), "{ended:?}");
+        drop(hold);
+
+        let busy = disk.clone();
+        let ended = while_disks_work("x", std::slice::from_ref(&disk), silence, move || {
+            for _ in 0..8 {
+                busy.metrics().writes.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(silence / 2);
+            }
+            Ok(7)
+        });
+        assert_eq!(ended.unwrap(), 7);
+
+        // A request that the host does not finish.
+        disk.metrics().in_flight.fetch_add(1, Ordering::Relaxed);
+        let ended = while_disks_work("x", &[disk], silence, move || {
+            std::thread::sleep(silence * 3);
+            Ok(8)
+        });
+        assert_eq!(ended.unwrap(), 8);
+    }
+}
