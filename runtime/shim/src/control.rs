@@ -38,30 +38,20 @@ impl Pod {
             }
             return Ok(());
         };
-        let sent = match (all && name.is_empty(), &handle) {
-            (true, Handle::First(container)) => container.signal_all(signal as i32),
+        let all = all && name.is_empty();
+        let sent = match &handle {
+            // The host sees to its end, whatever the guest says to it.
+            Handle::First(container) if signal == SIGKILL && all => container.kill_all(),
+            Handle::First(container) if signal == SIGKILL => container.kill(),
+            Handle::First(container) if all => container.signal_all(signal as i32),
             _ => handle.process().signal(signal as i32),
         };
         match sent {
-            Ok(()) => Ok(()),
-            Err(error) if error.to_string().contains("process not found") => {
+            Err(koya::Error::NoProcess { .. }) => {
                 Err(Refusal::Finished("process already finished"))
             }
-            // A guest that does not answer is ended with its last container.
-            Err(error) if signal == SIGKILL && name.is_empty() && self.is_last(&task) => {
-                log::error!("the guest does not answer, so it is ended: {error}");
-                self.stop();
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
+            sent => Ok(sent?),
         }
-    }
-
-    fn is_last(&self, task: &Task) -> bool {
-        lock(&self.tasks)
-            .values()
-            .filter(|other| other.id != task.id && !other.is_virtual())
-            .all(|other| other.first.status() == Status::Stopped)
     }
 
     pub(crate) fn pause(&self, id: &str) -> Result<(), Refusal> {
@@ -176,8 +166,11 @@ impl Pod {
             u16::try_from(columns).unwrap_or(0),
         );
         match proc.handle() {
-            Some(handle) if proc.paths.terminal => Ok(handle.process().resize(size.0, size.1)?),
             // Clients say sizes of what has no terminal, and of what has just ended.
+            Some(handle) if proc.paths.terminal => match handle.process().resize(size.0, size.1) {
+                Err(koya::Error::NoProcess { .. }) => Ok(()),
+                resized => Ok(resized?),
+            },
             _ => Ok(()),
         }
     }

@@ -6,6 +6,7 @@ use crate::size::{bound, together};
 use crate::sync::{lock, spawn};
 use crate::task::Refusal;
 use anyhow::{Context, Result, anyhow, bail};
+use koya::vmm::guest_text;
 use koya::{HostEnd, Keep, Loopback, NetworkConfig, Sandbox};
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,11 +113,7 @@ impl std::io::Write for ConsoleLog {
         for byte in bytes {
             match byte {
                 b'\n' => {
-                    let line: String = String::from_utf8_lossy(&self.0)
-                        .chars()
-                        .filter(|c| !c.is_control())
-                        .collect();
-                    log::debug!("guest: {line}");
+                    log::debug!("guest: {}", guest_text::line(&self.0));
                     self.0.clear();
                 }
                 _ if self.0.len() < 1024 => self.0.push(*byte),

@@ -17,12 +17,13 @@ use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExit, TaskIO, TaskOOM, TaskStart,
 };
 use containerd_shim_protos::topics;
+use koya::vmm::guest_text::Warnings;
 use koya::{Bundle, Container, Loopback, Sandbox, Settings, SharedPids, Size, Step};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long processes that were added to a container may take to be reported before its first one.
@@ -31,8 +32,11 @@ const FURTHER_FIRST: Duration = Duration::from_secs(2);
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long a guest may take to write out what it has not written yet, when the shim ends.
 const STOP_LIMIT: Duration = Duration::from_secs(11);
-/// How long a container that is deleted before it was started may take to end.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a container that is deleted before it was started may take to end: its virtual machine ends before
+/// that if it does not.
+const KILL_LIMIT: Duration = Duration::from_secs(12);
+/// How long the guest may hold a request about a container that has ended, and that is to be deleted.
+const HELD_LIMIT: Duration = Duration::from_secs(15);
 /// The status of a process whose virtual machine ended.
 const LOST: u32 = 255;
 
@@ -377,6 +381,13 @@ impl Pod {
         while started.elapsed() < FURTHER_FIRST && lock(&task.further).values().any(runs) {
             std::thread::sleep(Duration::from_millis(2));
         }
+        // The guest owes the word for the others, and nobody is to wait for it.
+        let left = lock(&task.further).clone();
+        for (name, further) in left.iter().filter(|(_, further)| runs(further)) {
+            if further.proc.ended(128 + SIGKILL, at) {
+                self.publish_exit(task, name, 128 + SIGKILL, at);
+            }
+        }
         self.end(task, status, at);
     }
 
@@ -387,7 +398,8 @@ impl Pod {
             return;
         }
         *told = kills;
-        log::info!("{}: out of memory, {kills} killed", task.id);
+        static TOLD: Warnings = Warnings::new();
+        TOLD.warn(format_args!("{}: out of memory, {kills} killed", task.id));
         let event = TaskOOM {
             container_id: task.id.clone(),
             ..Default::default()
@@ -464,7 +476,7 @@ impl Pod {
         let _order = lock(&task.order);
         // It may have been killed while it was made.
         if let Err(error) = task.first.status().allow(Wish::Start) {
-            container.process().signal(SIGKILL as i32).ok();
+            container.kill().ok();
             return Err(error);
         }
         container.start()?;
@@ -503,7 +515,7 @@ impl Pod {
     /// The pid that the process had, and how it ended.
     pub(crate) fn delete(self: &Arc<Self>, id: &str, name: &str) -> Result<(u32, Exit), Refusal> {
         let task = self.task(id)?;
-        let _work = lock(&task.work);
+        let _work = self.lock_to_delete(&task);
         let proc = task.proc(name)?;
         proc.status().allow(Wish::Delete)?;
         if !name.is_empty() {
@@ -511,9 +523,9 @@ impl Pod {
             return Ok((task.pid(), proc.exit().unwrap_or(never_started())));
         }
         if proc.status() == Status::Created
-            && let Some(handle) = proc.handle()
+            && let Some(container) = task.container()
         {
-            handle.process().signal(SIGKILL as i32).ok();
+            container.kill().ok();
             let started = Instant::now();
             while proc.exit().is_none() && started.elapsed() < KILL_LIMIT {
                 std::thread::sleep(Duration::from_millis(2));
@@ -532,6 +544,27 @@ impl Pod {
         };
         self.events.publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
         Ok((task.pid(), exit))
+    }
+
+    /// What is asked of the guest meanwhile ends first, by itself or with the guest.
+    fn lock_to_delete<'a>(&self, task: &'a Task) -> MutexGuard<'a, ()> {
+        let started = Instant::now();
+        while started.elapsed() < HELD_LIMIT {
+            match task.work.try_lock() {
+                Ok(work) => return work,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        let has_ended = task.first.status() == Status::Stopped && task.container().is_some();
+        if has_ended && let Some(sandbox) = lock(&self.sandbox).clone() {
+            log::error!(
+                "the virtual machine is ended: it holds a request about {}, which has ended",
+                task.id
+            );
+            sandbox.kill();
+        }
+        lock(&task.work)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -25,8 +25,8 @@ use std::time::Duration;
 /// How long the console is still shown once nothing more is typed.
 const CONSOLE_GRACE: Duration = Duration::from_millis(500);
 
-/// How long a process may take to go after SIGKILL.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a container may take to end after SIGKILL: its virtual machine ends before that if it does not.
+pub(super) const KILL_LIMIT: Duration = Duration::from_secs(12);
 
 /// What a command asks of a running container.
 #[derive(Debug, Serialize, Deserialize)]
@@ -137,9 +137,10 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
         bail!("nothing was asked");
     };
     match request {
+        Request::Signal(libc::SIGKILL) => container.kill()?,
         Request::Signal(number) => container.process().signal(number)?,
         Request::Resize(rows, columns) => container.process().resize(rows, columns)?,
-        Request::Stop(seconds) => stop(container, seconds)?,
+        Request::Stop(seconds) => stop(container, sandbox, seconds)?,
         Request::Console => console(stream, sandbox)?,
         Request::Stats => {
             let stats = Box::new(Stats::of(sandbox)?);
@@ -227,19 +228,25 @@ fn follow(mut wire: Wire, process: &Arc<Process>) -> Result<()> {
     })
 }
 
-fn stop(container: &Arc<Container>, seconds: u64) -> Result<()> {
+fn stop(container: &Arc<Container>, sandbox: &Sandbox, seconds: u64) -> Result<()> {
     let (sender, ended) = std::sync::mpsc::channel();
     let waiting = container.clone();
     spawn("koya-stop", move || {
         waiting.wait().ok();
         sender.send(()).ok();
     })?;
-    container.process().signal(libc::SIGTERM).ok();
+    // A guest that does not answer uses up its own time.
+    let asked = container.clone();
+    spawn("koya-term", move || {
+        asked.process().signal(libc::SIGTERM).ok();
+    })?;
     if ended.recv_timeout(Duration::from_secs(seconds)).is_err() {
-        container.process().signal(libc::SIGKILL).ok();
-        ended
-            .recv_timeout(KILL_LIMIT)
-            .context("it did not end after SIGKILL")?;
+        // One that has ended by the guest's word, but not by that of its wait, is ended below.
+        container.kill().ok();
+        if ended.recv_timeout(KILL_LIMIT).is_err() {
+            log::error!("the virtual machine is ended: its container did not end after SIGKILL");
+            sandbox.kill();
+        }
     }
     Ok(())
 }

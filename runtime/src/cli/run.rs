@@ -454,8 +454,10 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Re
             }
             // A program that is PID 1 ignores what it has no handler for.
             let insists = asked == INSIST && signal != SIGHUP;
-            let sent = if insists { libc::SIGKILL } else { signal };
-            container.process().signal(sent).ok();
+            match insists {
+                true => container.kill().ok(),
+                false => container.process().signal(signal).ok(),
+            };
         }
     })?;
     Ok(())
