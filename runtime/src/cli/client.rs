@@ -1,7 +1,7 @@
 //! Commands that ask a running container's process for something.
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
-use super::control::{Answer, Request};
+use super::control::{Answer, KILL_LIMIT, Request};
 use super::run::{check_terminal, expand_env};
 use super::state::Folder;
 use super::wire::{Wire, send};
@@ -84,16 +84,27 @@ fn parse_signal(text: &str) -> Result<i32, String> {
         .ok_or_else(|| format!("there is no signal {text}"))
 }
 
-/// How long a sandbox may take to go once its container has ended.
+/// How long a sandbox may take to go once its container has ended, or once it was killed.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
+/// How long it may take to take up a connection.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long it may take to answer, beyond what it waits for itself.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// The status of a container that ended by SIGKILL.
+const KILLED: i32 = 128 + libc::SIGKILL;
 
-pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
+fn find(name: &str) -> Result<Folder> {
     let folder = Folder::find(name)?;
     if !folder.is_running() {
         bail!("container {name} is not running");
     }
+    Ok(folder)
+}
+
+pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
+    let folder = find(name)?;
     let stream = folder
-        .connect()
+        .connect(CONNECT_LIMIT)
         .with_context(|| format!("container {name} does not answer"))?;
     Ok((folder, stream))
 }
@@ -101,8 +112,13 @@ pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
 /// One request and its one answer.
 pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
     let (_, stream) = connect(name)?;
+    if matches!(request, Request::Stats) {
+        // Of several containers, one that hangs is not to hide the others.
+        stream.set_read_timeout(Some(KILL_LIMIT))?;
+    }
     send(&stream, request, &[])?;
-    let answer = Wire::new(stream).receive()?;
+    let answer = Wire::new(stream).receive();
+    let answer = answer.with_context(|| format!("container {name} does not answer"))?;
     match answer.with_context(|| format!("container {name} ended"))?.0 {
         Answer::Failed { reason, .. } => bail!("{reason}"),
         answer => Ok(answer),
@@ -193,19 +209,22 @@ fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBoo
     Ok(())
 }
 
+/// What is asked of containers.
+struct Wish {
+    request: Request,
+    /// How long the answer may take.
+    limit: Duration,
+    /// They are to end: one whose process does not answer is killed.
+    is_end: bool,
+    /// Until the process has ended too.
+    until_gone: bool,
+}
+
 /// Asks each container, and goes on when one can't.
-fn for_each(names: &[String], until_gone: bool, request: impl Fn() -> Request) -> Outcome {
+fn for_each(names: &[String], wish: &Wish) -> Outcome {
     let mut worst = 0;
     for name in names {
-        let asked = connect(name).and_then(|(folder, stream)| {
-            send(&stream, &request(), &[])?;
-            let status = hear_end(name, &mut Wire::new(stream))?;
-            if until_gone && status == 0 && !folder.wait_ended(GONE_LIMIT) {
-                bail!("container {name} ended, but its sandbox is still there");
-            }
-            Ok(status)
-        });
-        match asked {
+        match find(name).and_then(|folder| ask_one(name, &folder, wish)) {
             Ok(0) => println!("{name}"),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
@@ -217,12 +236,62 @@ fn for_each(names: &[String], until_gone: bool, request: impl Fn() -> Request) -
     Ok(worst)
 }
 
+fn ask_one(name: &str, folder: &Folder, wish: &Wish) -> Outcome {
+    let answered = folder
+        .connect(CONNECT_LIMIT.min(wish.limit))
+        .map_err(Into::into);
+    let answered = answered.and_then(|stream| {
+        stream.set_read_timeout(Some(wish.limit))?;
+        send(&stream, &wish.request, &[])?;
+        hear_end(name, &mut Wire::new(stream))
+    });
+    let why = match answered {
+        Err(error) if is_silence(&error) && wish.is_end => "its process does not answer",
+        Err(error) => {
+            return Err(error).with_context(|| format!("container {name} does not answer"));
+        }
+        Ok(0) if wish.until_gone && !folder.wait_ended(GONE_LIMIT) => {
+            "it ended, but its sandbox is still there"
+        }
+        Ok(status) => return Ok(status),
+    };
+    eprintln!("koya: container {name}: {why}, and is killed");
+    let killed = folder.kill(GONE_LIMIT).and_then(|()| folder.settle(KILLED));
+    killed.with_context(|| format!("cannot end container {name}"))?;
+    Ok(0)
+}
+
+/// Nothing came within the limit.
+fn is_silence(error: &anyhow::Error) -> bool {
+    let timed_out = |error: &std::io::Error| error.kind() == std::io::ErrorKind::TimedOut;
+    error.downcast_ref().is_some_and(timed_out)
+        || error.downcast_ref() == Some(&rustix::io::Errno::AGAIN)
+}
+
 pub(super) fn stop(args: &StopArgs) -> Outcome {
-    for_each(&args.names, true, || Request::Stop(args.time))
+    // The sandbox has these limits itself, and ends the machine after them.
+    let own = Duration::from_secs(args.time).saturating_add(KILL_LIMIT);
+    for_each(
+        &args.names,
+        &Wish {
+            request: Request::Stop(args.time),
+            limit: own.saturating_add(ANSWER_LIMIT),
+            is_end: true,
+            until_gone: true,
+        },
+    )
 }
 
 pub(super) fn kill(args: &KillArgs) -> Outcome {
-    for_each(&args.names, false, || Request::Signal(args.signal))
+    for_each(
+        &args.names,
+        &Wish {
+            request: Request::Signal(args.signal),
+            limit: KILL_LIMIT,
+            is_end: args.signal == libc::SIGKILL,
+            until_gone: false,
+        },
+    )
 }
 
 pub(super) fn console(args: &ConsoleArgs) -> Outcome {
@@ -252,6 +321,37 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_container_whose_process_hangs_is_stopped_after_the_limit() {
+        use super::super::state::tests::hanging;
+        for keep in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("c");
+            std::fs::create_dir(&path).unwrap();
+            let (folder, mut child) = hanging(&path, keep);
+            // Connections are taken up by the kernel, and nobody reads.
+            let _listener = folder.listen().unwrap();
+            let pid = rustix::process::Pid::from_child(&child);
+            rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+            let mut wish = Wish {
+                request: Request::Signal(libc::SIGTERM),
+                limit: Duration::from_millis(200),
+                is_end: false,
+                until_gone: false,
+            };
+            assert!(ask_one("c", &folder, &wish).is_err());
+            assert!(folder.is_running(), "a signal that is no end kills nobody");
+            wish.is_end = true;
+            assert_eq!(ask_one("c", &folder, &wish).unwrap(), 0);
+            assert!(!folder.is_running());
+            assert_eq!(child.wait().unwrap().code(), None);
+            match keep {
+                true => assert_eq!(folder.read().unwrap().status, Some(137)),
+                false => assert!(!path.exists()),
+            }
+        }
+    }
 
     #[test]
     fn signals_have_names_and_numbers() {

@@ -3,7 +3,7 @@
 use super::container_log::LogReader;
 use super::state::Folder;
 use super::{FAILED, Outcome};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
 use std::time::{Duration, SystemTime};
@@ -139,13 +139,8 @@ fn rm_one(name: &str, force: bool) -> Result<()> {
         if !force {
             bail!("container {name} is running; stop it, or use --force");
         }
-        let pid = i32::try_from(folder.read()?.pid)?;
-        if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
-        }
-        if !folder.wait_ended(KILL_LIMIT) {
-            bail!("container {name} is still there after SIGKILL");
-        }
+        let killed = folder.kill(KILL_LIMIT);
+        killed.with_context(|| format!("cannot end container {name}"))?;
     }
     folder.remove();
     Ok(())

@@ -9,6 +9,8 @@
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::os::fd::AsRawFd;
@@ -144,9 +146,33 @@ impl Folder {
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
-    /// Connects to the control socket.
-    pub(super) fn connect(&self) -> std::io::Result<UnixStream> {
-        self.socket(|path| UnixStream::connect(path))
+    /// Connects to the control socket. A process that takes up no connections has room for so many, and then
+    /// for none: that is waited for, but not for longer than `limit`.
+    ///
+    /// # Errors
+    /// `TimedOut` then, or that there is no socket.
+    pub(super) fn connect(&self, limit: Duration) -> std::io::Result<UnixStream> {
+        let started = Instant::now();
+        self.socket(|path| {
+            let address = SocketAddrUnix::new(path)?;
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            loop {
+                let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+                match connect(&socket, &address) {
+                    Ok(()) => {
+                        let stream = UnixStream::from(socket);
+                        stream.set_nonblocking(false)?;
+                        return Ok(stream);
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) if started.elapsed() < limit => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    Err(Errno::AGAIN) => return Err(std::io::ErrorKind::TimedOut.into()),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        })
     }
 
     /// The folder's path may be longer than a socket's address can be.
@@ -189,6 +215,40 @@ impl Folder {
             std::thread::sleep(Duration::from_millis(10));
         }
         true
+    }
+
+    /// Ends its process at once, whatever it does or does not do, and waits for that.
+    ///
+    /// # Errors
+    /// If it may not be, or if it is still there after `limit`.
+    pub(super) fn kill(&self, limit: Duration) -> Result<()> {
+        let number = i32::try_from(self.read()?.pid)?;
+        let pid = Pid::from_raw(number).context("its record names no process")?;
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            // The number is its own as long as it lives, which it still does after it was looked up.
+            Ok(process) if self.is_running() => pidfd_send_signal(process, Signal::KILL)?,
+            Ok(_) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(error).context("cannot find its process"),
+        }
+        if !self.wait_ended(limit) {
+            bail!("its process {number} is still there after SIGKILL");
+        }
+        Ok(())
+    }
+
+    /// Leaves of a container whose process was killed what the process itself would have left.
+    ///
+    /// # Errors
+    /// If that can't be written.
+    pub(super) fn settle(&self, status: i32) -> Result<()> {
+        let mut record = self.read()?;
+        if !record.keep {
+            self.remove();
+        } else if record.status.is_none() {
+            record.status = Some(status);
+            self.write(&record)?;
+        }
+        Ok(())
     }
 
     /// Removes all that is there of the container.
@@ -315,7 +375,7 @@ pub(super) fn sweep() -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
@@ -329,6 +389,43 @@ mod tests {
         let record: Record = serde_json::from_str(text).unwrap();
         assert_eq!((record.name.as_str(), record.pid), ("web", 7));
         assert!(record.keep && record.status.is_none());
+    }
+
+    /// A container whose process holds the lock and does nothing else; with that process.
+    pub(in super::super) fn hanging(dir: &Path, keep: bool) -> (Folder, std::process::Child) {
+        let folder = Folder(dir.to_path_buf());
+        let lock = File::create(folder.path("lock")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let mut sleep = std::process::Command::new("sleep");
+        // Its standard input is the lock, which ends with it.
+        let child = sleep.arg("1000").stdin(lock).spawn().unwrap();
+        let record = Record {
+            name: "hangs".into(),
+            pid: child.id(),
+            created: SystemTime::now(),
+            command: Vec::new(),
+            rootfs: PathBuf::new(),
+            keep,
+            status: None,
+        };
+        folder.write(&record).unwrap();
+        (folder, child)
+    }
+
+    #[test]
+    fn a_connection_that_nobody_takes_up_is_waited_for_no_longer_than_the_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder(dir.path().to_path_buf());
+        let flags = SocketFlags::CLOEXEC;
+        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        let address = SocketAddrUnix::new(dir.path().join("control.sock")).unwrap();
+        rustix::net::bind(&listener, &address).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let limit = Duration::from_millis(100);
+        let connected: Vec<_> = (0..4).map(|_| folder.connect(limit)).collect();
+        assert!(connected[0].is_ok());
+        let last = connected[3].as_ref().unwrap_err();
+        assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);
     }
 
     #[test]

@@ -13,6 +13,7 @@ crate::trials![
     a_detached_container_is_listed_logged_stopped_removed,
     a_detached_container_whose_machine_dies_says_so,
     a_detached_container_that_cannot_start_has_its_status,
+    a_sandbox_that_hangs_is_stopped_after_the_limit,
     check_says_that_this_kvm_will_do,
     an_embedders_example_boots,
     the_readmes_five_lines_run,
@@ -178,6 +179,29 @@ fn a_detached_container_that_cannot_start_has_its_status() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(said.contains("/no/such/program"), "{said}");
     ensure!(!traces()?.1.contains("life-none"), "its folder is left");
+    Ok(())
+}
+
+/// Whose process does nothing any more: no answer, and no limit of its own.
+fn a_sandbox_that_hangs_is_stopped_after_the_limit() -> Result<()> {
+    let container = Background::start("life-hangs", &[], &["sleep", "1000"])?;
+    let pid = container.pid()?.to_string();
+    let stopped = std::process::Command::new("kill")
+        .args(["-STOP", &pid])
+        .status()?;
+    ensure!(stopped.success());
+    let began = std::time::Instant::now();
+    let said = stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
+    ensure!(said == container.name, "{said}");
+    let took = began.elapsed();
+    ensure!(took < std::time::Duration::from_secs(40), "{took:?}");
+    ensure!(!Path::new(&format!("/proc/{pid}/root")).exists());
+    // It is there as any other that was stopped, with its log.
+    let listed = stdout(koya(["ps", "--all"]).output()?)?;
+    let mut lines = listed.lines();
+    let line = lines.find(|line| line.starts_with(&container.name));
+    ensure!(line.context("listed")?.contains("exited (137)"), "{listed}");
+    stdout(koya(["logs", &container.name]).output()?)?;
     Ok(())
 }
 
