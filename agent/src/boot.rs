@@ -14,6 +14,7 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     mount_kernel_file_systems()?;
     mark(times, "file systems mounted");
     enable_cgroup_controllers()?;
+    crate::cgroup::set_up().context("cannot make the containers' control group")?;
     mark(times, "control groups ready");
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
     mount_shares()?;

@@ -9,10 +9,49 @@ use libcgroups::common::{
 };
 use oci_spec::runtime::LinuxResources;
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// Processes and threads that containers leave to the agent and the kernel, but no more than a quarter of all.
+const RESERVE: u64 = 512;
+
+/// Makes the group in which all containers are. Together they have fewer processes than the guest can have:
+/// whatever they do, the agent can still end them, and bring a process into them.
+pub(crate) fn set_up() -> Result<()> {
+    let all = Path::new(ROOT).join(helper::CGROUPS.trim_start_matches('/'));
+    fs::create_dir_all(&all)?;
+    fs::create_dir_all(Path::new(ROOT).join(helper::ENTRY_CGROUP.trim_start_matches('/')))?;
+    let controllers = fs::read_to_string(all.join("cgroup.controllers"))?;
+    let wanted: Vec<_> = controllers
+        .split_whitespace()
+        .map(|c| format!("+{c}"))
+        .collect();
+    fs::write(all.join("cgroup.subtree_control"), wanted.join(" "))?;
+    let limits = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"];
+    let limits = limits.map(|path| fs::read_to_string(path).map(|text| single(&text)));
+    let most = containers_pids(limits.into_iter().flatten());
+    let limit = all.join("pids.max");
+    // A guest's kernel may be without that controller.
+    if let Some(most) = most.filter(|_| limit.exists()) {
+        fs::write(limit, most.to_string())?;
+    }
+    Ok(())
+}
+
+/// How many processes and threads containers may have where the kernel has these limits.
+fn containers_pids(limits: impl Iterator<Item = u64>) -> Option<u64> {
+    let most = limits.filter(|limit| *limit > 0).min()?;
+    Some(most - RESERVE.min(most / 4))
+}
+
+/// The file by which a process joins a container's group.
+pub(crate) fn door(id: &str) -> Result<File> {
+    let path = folder(id).join("cgroup.procs");
+    let door = OpenOptions::new().write(true).open(&path);
+    door.with_context(|| path.display().to_string())
+}
 
 /// Where it is.
 pub(crate) fn folder(id: &str) -> PathBuf {
@@ -155,6 +194,13 @@ fn device_io(text: &str) -> Vec<DeviceIo> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containers_leave_processes_to_the_agent() {
+        assert_eq!(containers_pids([32_768, 30_000].into_iter()), Some(29_488));
+        assert_eq!(containers_pids([32_768, 1000].into_iter()), Some(750));
+        assert_eq!(containers_pids([0].into_iter()), None);
+    }
 
     #[test]
     fn the_kernels_texts_are_read() {

@@ -10,6 +10,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
 use std::ffi::CString;
+use std::fs::File;
 use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -29,8 +30,8 @@ const MAX_REASON: usize = 2048;
 pub(crate) struct Program {
     /// To the helper, which reads why the program can't be run once libcontainer has failed.
     reason: Arc<PipeWriter>,
-    /// For a process that is added to a container: the container's filter, and the capabilities
-    /// to keep, in this order, since the first needs what the second takes away.
+    /// For a process that is added to a container: the container's control group, its filter, and the
+    /// capabilities to keep, in this order, since each needs what the next takes away.
     confinement: Option<Confinement>,
 }
 
@@ -74,6 +75,8 @@ impl Program {
 /// What libcontainer leaves to us for added processes.
 #[derive(Clone)]
 pub(crate) struct Confinement {
+    /// The file by which it joins the container's control group.
+    pub(crate) group: Arc<File>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
     pub(crate) capabilities: Option<LinuxCapabilities>,
 }
@@ -149,6 +152,9 @@ impl Executor for Program {
 }
 
 fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
+    // Itself. The kernel goes by who has opened the file.
+    let joined = (&*confinement.group).write_all(b"0");
+    joined.map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;
     }
@@ -169,7 +175,7 @@ mod tests {
         let (program, reason) = Program::new(None).unwrap();
         let spec = |args: &str| -> Spec {
             let text = format!(
-                r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","args":["{args}"],"env":["PATH=/none"]}}}}"#
+                r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","user":{{"uid":0,"gid":0}},"args":["{args}"],"env":["PATH=/none"]}}}}"#
             );
             serde_json::from_str(&text).unwrap()
         };

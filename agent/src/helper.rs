@@ -4,6 +4,7 @@
 //! when the helper has ended: `pid N`, `error TEXT`, or `refused STATUS TEXT` if the program can't be run, with
 //! the status that a shell would exit with.
 
+use crate::cgroup;
 use crate::device_rules;
 use crate::executor::{Confinement, Program, Reason};
 use anyhow::{Context, Result, bail};
@@ -19,6 +20,7 @@ use rustix::mount::{
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 
 /// The first argument of a helper.
 pub(crate) const ARGUMENT: &str = "helper";
@@ -28,7 +30,11 @@ const STATE: &str = "/run/koya/state";
 /// Where containers' bundles are.
 const BUNDLES: &str = "/run/koya/bundles";
 /// The cgroup under which containers' cgroups are.
-const CGROUPS: &str = "/koya";
+pub(crate) const CGROUPS: &str = "/koya";
+/// The cgroup of processes on their way into a container.
+pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
+/// Where they have what libcontainer is told of their container.
+const ENTRIES: &str = "/run/koya/entries";
 
 /// A container's bundle.
 pub(crate) fn bundle(id: &str) -> PathBuf {
@@ -115,6 +121,36 @@ fn start(id: &str) -> Result<i32> {
     Ok(container.pid().map_or(0, |p| p.as_raw()))
 }
 
+/// What libcontainer is told of a container by which a process is added to it: as it is, but for the control
+/// group. libcontainer forks in there, which the container's own can forbid when it has no process left to
+/// give; the program joins that as its last step, which no limit forbids.
+struct Entry(PathBuf);
+
+impl Entry {
+    fn make(id: &str, mut spec: Spec) -> Result<Self> {
+        let entry = Self(Path::new(ENTRIES).join(std::process::id().to_string()));
+        // Numbers are used again, and a helper may have been killed.
+        std::fs::remove_dir_all(&entry.0).ok();
+        let own = entry.0.join(id);
+        std::fs::create_dir_all(&own)?;
+        if let Some(linux) = spec.linux_mut() {
+            linux.set_cgroups_path(Some(ENTRY_CGROUP.into()));
+        }
+        spec.save(own.join("config.json"))?;
+        let mut container = load(id)?;
+        container.state.bundle.clone_from(&own);
+        container.root = own;
+        container.save()?;
+        Ok(entry)
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
 fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
     let spec = Spec::load(bundle(id).join("config.json"))?;
     let text = std::fs::read(process).context("cannot read the process")?;
@@ -125,11 +161,13 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().clone());
     let (program, reason) = Program::new(Some(Confinement {
+        group: Arc::new(cgroup::door(id)?),
         seccomp,
         capabilities,
     }))?;
+    let entry = Entry::make(id, spec)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-        .with_root_path(STATE)?
+        .with_root_path(&entry.0)?
         .with_console_socket(console_path(console))
         .with_executor(program)
         .as_tenant()

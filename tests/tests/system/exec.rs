@@ -8,6 +8,8 @@ crate::trials![
     an_exec_is_as_its_container_and_ends_with_its_process,
     quick_execs_leave_nothing,
     an_exec_has_the_containers_confinement,
+    two_hundred_execs_at_once_have_their_own_output,
+    a_container_with_no_process_left_is_entered_and_stopped,
 ];
 
 fn a_process_joins_the_container() -> Result<()> {
@@ -139,5 +141,69 @@ fn an_exec_has_the_containers_confinement() -> Result<()> {
     let script = "awk '/CapEff|^Seccomp:/ {print $2}' /proc/self/status";
     let said = stdout(container.exec(&[], &["sh", "-c", script])?)?;
     ensure!(said == "00000000a80425fb\n2", "{said}");
+    Ok(())
+}
+
+fn two_hundred_execs_at_once_have_their_own_output() -> Result<()> {
+    const EXECS: usize = 200;
+    let container = Background::start("exec-burst", &["--memory", "1g"], &["sleep", "100000"])?;
+    let mut children = Vec::new();
+    for number in 0..EXECS {
+        let script = format!("echo out {number}; echo error {number} >&2");
+        let child = koya(["exec", &container.name, "sh", "-c", &script])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()?;
+        children.push((number, child));
+    }
+    for (number, child) in children {
+        let output = child.wait_with_output()?;
+        let said = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said));
+        let expected = [format!("out {number}\n"), format!("error {number}\n")];
+        ensure!(
+            output.status.success() && said == expected,
+            "{number}: {output:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Processes of a container that make others for as long as the guest has room, and go on trying.
+fn a_container_with_no_process_left_is_entered_and_stopped() -> Result<()> {
+    let bomb = "while (1) { fork // select(undef, undef, undef, 0.5) }";
+    // The guest's kernel has room for a thousand.
+    let options = [
+        "--memory",
+        "512m",
+        "--kernel-args",
+        "quiet sysctl.kernel.pid_max=1000",
+    ];
+    let mut command = koya(["run", "-d", "--name", "exec-bomb", "--rootfs", "/"]);
+    command
+        .args(["--read-only", "--tmpfs", "/tmp"])
+        .args(options);
+    stdout(command.args(["--", "perl", "-e", bomb]).output()?)?;
+    let container = Background {
+        name: "exec-bomb".into(),
+    };
+    crate::tool::until("the container has all the processes that it gets", || {
+        let stats = stdout(koya(["stats", "--json", &container.name]).output()?)?;
+        let stats: serde_json::Value = serde_json::from_str(&stats)?;
+        let processes = stats[0]["processes"].as_u64().context("processes")?;
+        Ok((processes > 700).then_some(()))
+    })?;
+    for _ in 0..3 {
+        let said = stdout(container.exec(&[], &["/bin/echo", "entered"])?)?;
+        ensure!(said == "entered", "{said}");
+    }
+    let started = std::time::Instant::now();
+    stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
+    let took = started.elapsed();
+    ensure!(took < std::time::Duration::from_secs(60), "{took:?}");
+    let listed = stdout(koya(["ps", "--all"]).output()?)?;
+    let mut lines = listed.lines();
+    let line = lines.find(|line| line.starts_with(&container.name));
+    // The first process takes no SIGTERM, and ends by SIGKILL: not with its machine, which is 125.
+    ensure!(line.context("listed")?.contains("exited (137)"), "{listed}");
     Ok(())
 }
