@@ -196,7 +196,7 @@ impl Agent {
     }
 
     pub(crate) fn details(&self) -> Result<GuestDetails, Error> {
-        self.ask("ask the agent for details", LIMIT, |client, limit| {
+        self.ask("ask the agent for details", SHORT_LIMIT, |client, limit| {
             client.get_guest_details(limit, &GetGuestDetailsRequest::new())
         })
     }

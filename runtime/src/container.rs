@@ -167,7 +167,7 @@ impl Given {
 
 /// Disks of a container that is gone are not the guest's to keep.
 fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
-    if matches!(error, Error::Overdue { .. }) && inner.handle.ended().is_none() {
+    if matches!(error, Error::Overdue { .. }) {
         inner
             .ends
             .give_up(&format!("a disk of container {id}: {error}"));

@@ -75,15 +75,15 @@ pub(crate) struct Ends {
     agent: Agent,
     patience: Patience,
     marks: Mutex<Vec<Weak<Mark>>>,
-    /// Ends the virtual machine.
-    end_machine: Box<dyn Fn() + Send + Sync>,
+    /// Ends the virtual machine, and says why.
+    end_machine: Box<dyn Fn(&str) + Send + Sync>,
 }
 
 impl Ends {
     pub(crate) fn new(
         agent: Agent,
         patience: Patience,
-        end_machine: impl Fn() + Send + Sync + 'static,
+        end_machine: impl Fn(&str) + Send + Sync + 'static,
     ) -> Arc<Self> {
         Arc::new(Self {
             agent,
@@ -104,8 +104,7 @@ impl Ends {
 
     /// Ends the virtual machine, since the guest does not do what it must.
     pub(crate) fn give_up(&self, why: &str) {
-        log::error!("the virtual machine is ended: {why}");
-        (self.end_machine)();
+        (self.end_machine)(why);
     }
 
     /// Sends SIGKILL to a container's first process, or to all of its processes. It is answered soon, whatever
@@ -191,7 +190,7 @@ mod tests {
 
     fn ends(word: impl Fn(&str) -> Word + Send + 'static) -> (Arc<Ends>, Receiver<()>) {
         let (sender, ended) = channel();
-        let ends = Ends::new(agent(word), PATIENCE, move || {
+        let ends = Ends::new(agent(word), PATIENCE, move |_| {
             sender.send(()).ok();
         });
         (ends, ended)

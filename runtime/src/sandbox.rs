@@ -328,7 +328,12 @@ impl Sandbox {
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
         tell(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
         let handle = vm.handle();
-        let ends = Ends::new(agent.clone(), Patience::default(), move || handle.stop());
+        let ends = Ends::new(agent.clone(), Patience::default(), move |why| {
+            if handle.ended().is_none() {
+                log::error!("the virtual machine is ended: {why}");
+                handle.stop();
+            }
+        });
         let sandbox = Self {
             inner: Arc::new(Inner {
                 agent,
