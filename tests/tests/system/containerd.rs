@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 11] = [
+    let tests: [Test; 12] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
+        ("a_paused_task_is_killed", a_paused_task_is_killed),
         ("a_killed_shim_leaves_nothing", a_killed_shim_leaves_nothing),
         (
             "killed_at_the_worst_moments_nothing_is_left",
@@ -236,6 +237,27 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
     let (code, text) = ended(&containerd.ctr(["task", "rm", "life"]).output()?);
     ensure!(code == Some(137) || text.contains("137"), "{code:?} {text}");
     containerd.remove("life")?;
+    containerd.nothing_is_left()
+}
+
+/// What is stopped where it is ends by SIGKILL all the same, and by itself: not with its machine.
+fn a_paused_task_is_killed(containerd: &Containerd) -> Result<()> {
+    let mut run = containerd.run(&["-d"], "paused", &["sleep", "1000"]);
+    stdout(run.output()?)?;
+    stdout(containerd.ctr(["task", "pause", "paused"]).output()?)?;
+    ensure!(containerd.state("paused")?.as_deref() == Some("PAUSED"));
+    let mut kill = containerd.ctr(["task", "kill", "-s", "KILL", "paused"]);
+    stdout(kill.output()?)?;
+    containerd.wait_for("paused", "STOPPED")?;
+    let began = Instant::now();
+    let (code, text) = ended(&containerd.ctr(["task", "rm", "paused"]).output()?);
+    ensure!(code == Some(137) || text.contains("137"), "{code:?} {text}");
+    ensure!(
+        began.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        began.elapsed()
+    );
+    containerd.remove("paused")?;
     containerd.nothing_is_left()
 }
 
