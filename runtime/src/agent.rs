@@ -101,7 +101,7 @@ fn failed(operation: &'static str, error: ttrpc::Error, overdue: Option<Duration
     let agent = |reason| Error::Agent { operation, reason };
     let status = match (error, overdue) {
         (ttrpc::Error::RpcStatus(status), _) => status,
-        (ttrpc::Error::Socket(_), _) => return agent("the virtual machine has ended".into()),
+        (ttrpc::Error::Socket(_), _) => return Error::HungUp { operation },
         (_, Some(waited)) => return Error::Overdue { operation, waited },
         (other, None) => return agent(guest_text::line(other.to_string())),
     };
@@ -604,6 +604,8 @@ mod tests {
     #[test]
     fn a_silent_agent_is_told_from_one_that_refuses() {
         use crate::test_agent::{Word, agent};
+        let gone = agent(|_| Word::HangUp);
+        assert!(matches!(gone.has_ended("a"), Err(Error::HungUp { .. })));
         let silent = agent(|_| Word::Silence);
         assert!(matches!(silent.has_ended("a"), Err(Error::Overdue { .. })));
         let broken = agent(|_| Word::Error);

@@ -451,7 +451,13 @@ impl Container {
     /// # Errors
     /// Why the virtual machine ended, if it did.
     pub fn wait(&self) -> Result<i32, Error> {
-        match self.mark.follow(|| self.process.wait()) {
+        let inner = &self.process.inner;
+        let ended = self.mark.follow(|| self.process.wait());
+        let ended = ended.map_err(|error| match error {
+            Error::HungUp { .. } => inner.end_without_agent(error),
+            error => error,
+        });
+        match ended {
             Err(Error::Ended { .. }) if self.mark.is_killed() => Ok(128 + libc::SIGKILL),
             ended => ended,
         }

@@ -89,6 +89,12 @@ pub enum Error {
         /// What the agent said.
         reason: String,
     },
+    /// The agent's connection has ended.
+    #[error("cannot {operation}: the guest's agent has hung up")]
+    HungUp {
+        /// What was asked.
+        operation: &'static str,
+    },
     /// The agent did not answer.
     #[error("cannot {operation}: the guest's agent did not answer within {waited:.0?}")]
     Overdue {

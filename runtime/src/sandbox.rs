@@ -38,6 +38,8 @@ use std::time::{Duration, Instant};
 const AGENT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take to end in order before it is stopped.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take to panic whose agent has ended.
+const PANIC_LIMIT: Duration = Duration::from_secs(2);
 /// The most request queues for files: the guest's kernel divides them among its CPUs, and each has
 /// threads of its own here.
 const FS_QUEUES: u32 = 4;
@@ -597,6 +599,17 @@ impl Inner {
         let released = self.have_let_go(&disk.attached);
         released.map_err(|error| self.explain(error))?;
         Ok(self.handle.detach_disk(disk.attached.slot)?)
+    }
+
+    /// Why the machine ended whose agent has hung up. Nobody is left who could do anything with it, so it does
+    /// not go on without: an agent that dies takes it along with a panic, for which there is a moment.
+    pub(crate) fn end_without_agent(&self, error: Error) -> Error {
+        let started = Instant::now();
+        while self.handle.ended().is_none() && started.elapsed() < PANIC_LIMIT {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.ends.give_up("its agent has hung up");
+        self.explain(error)
     }
 
     /// If the machine has ended, why: what to say instead of "the agent does not answer".

@@ -12,6 +12,8 @@ pub(crate) enum Word {
     /// With an empty message.
     Ok,
     Error,
+    /// And never again.
+    HangUp,
 }
 
 /// A connection to an agent that answers each request by its method's name.
@@ -35,6 +37,7 @@ fn answer(mut stream: &UnixStream, word: &impl Fn(&str) -> Word) -> Option<()> {
     let mut response = ttrpc::Response::new();
     match word(&request.method) {
         Word::Silence => return Some(()),
+        Word::HangUp => return None,
         Word::Ok => {}
         Word::Error => {
             response.set_status(ttrpc::get_status(ttrpc::Code::UNKNOWN, "it is broken"));

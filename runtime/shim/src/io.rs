@@ -412,7 +412,14 @@ fn start_logger(program: &str, name: &str, namespace: &str) -> Result<(File, Fil
         tv_sec: LOGGER_READY.as_secs() as i64,
         tv_nsec: 0,
     };
-    if poll(&mut polled, Some(&limit))? == 0 {
+    let ready = loop {
+        match poll(&mut polled, Some(&limit)) {
+            // By a signal, of which a shim gets one: it is ending.
+            Err(Errno::INTR) => {}
+            ready => break ready?,
+        }
+    };
+    if ready == 0 {
         bail!("the logger {path} was not ready after {LOGGER_READY:?}");
     }
     Ok((out_writer.into(), err_writer.into(), logger))
