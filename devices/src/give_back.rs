@@ -12,27 +12,41 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 /// # Errors
 /// `InvalidInput` if a part of it is not guest memory, else what madvise(2) says.
 pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
-    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
     let count = usize::try_from(len).map_err(|_| outside())?;
-    if !memory.check_range(start, count) {
-        return Err(outside());
+    match memory.check_range(start, count) {
+        true => discard(memory, start, len),
+        false => Err(outside()),
     }
-    let mut at = start;
-    for slice in memory.get_slices(start, count) {
-        let slice = slice.map_err(|_| outside())?;
+}
+
+/// The same, of memory that may be no guest's for now: what is not plugged.
+///
+/// # Errors
+/// `InvalidInput` if a part of it is not mapped, else what madvise(2) says.
+pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
+    let (mut at, mut left) = (start, len);
+    while left > 0 {
         let region = memory.find_region(at).ok_or_else(outside)?;
         if region.is_hugetlbfs() == Some(true) {
             // Set aside for this guest: a page that went back might not be there when it is wanted.
             return Ok(());
         }
+        let offset = at.0 - region.start_addr().0;
+        let part = left.min(region.len() - offset);
+        let slice = region.mapped_slice(offset, part as usize);
         let advice = match region.file_offset() {
             Some(_) => Advice::GiveBackShared,
             None => Advice::GiveBackPrivate,
         };
-        sys::advise(&slice, advice)?;
-        at = GuestAddress(at.0 + slice.len() as u64);
+        sys::advise(&slice.map_err(|_| outside())?, advice)?;
+        at = GuestAddress(at.0 + part);
+        left -= part;
     }
     Ok(())
+}
+
+fn outside() -> io::Error {
+    io::ErrorKind::InvalidInput.into()
 }
 
 #[cfg(test)]

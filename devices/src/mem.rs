@@ -13,12 +13,22 @@
 //!  └──────── plugged_size → requested_size ──┘
 //! ```
 //!
-//! One queue with one request at a time, served on the event loop. Unplugged blocks go back to the
-//! host at once. A guest that uses blocks that it never plugged harms nobody else: it can hold up to
-//! the region's size, which is what its owner allowed it at most. A reset of the driver leaves plugged
+//! One queue with one request at a time, served on the event loop. A reset of the driver leaves plugged
 //! what is plugged (section 5.15.6): the memory may be in use by the guest's next driver.
+//!
+//! A guest that uses blocks that it never plugged must not get the host's memory by it:
+//! - The region is divided into memory slots ([`MemorySlots`]). A slot is there while a block in it is plugged;
+//!   elsewhere in the region is nothing, as at any address without a device.
+//! - A slot is added only if all of them are then no more than what is requested and the slack, rounded up to
+//!   slots: to keep a block in each of many slots does not help.
+//! - Devices refuse addresses in blocks that are not plugged ([`crate::virtio::memory`]).
+//! - Unplugged blocks go back to the host at once. What the guest touches of them in a slot that is still there,
+//!   or what a device had under way, goes back when the owner asks for another size, when it asks for that
+//!   ([`MemHandle::discard_unplugged`]), and once a second while the guest unplugs.
 
-use crate::give_back::give_back;
+mod slots;
+
+use crate::give_back::discard;
 use crate::sync::{guest_fault, lock};
 use crate::virtio::on_loop::OnLoop;
 use crate::virtio::{
@@ -27,15 +37,18 @@ use crate::virtio::{
 };
 use event_manager::MutEventSubscriber;
 use serde::{Deserialize, Serialize};
+use slots::Slots;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use vm_memory::GuestAddress;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// What is plugged and unplugged at once, in bytes: a huge page of the host's.
-pub const BLOCK_SIZE: u64 = 2 << 20;
+pub use crate::virtio::memory::BLOCK_SIZE;
+pub use slots::slot_size;
 
 /// Feature bit: memory that is not plugged is not to be read either (section 5.15.3).
 const F_UNPLUGGED_INACCESSIBLE: u32 = 1;
@@ -68,6 +81,30 @@ const STATE_UNPLUGGED: u16 = 1;
 const STATE_MIXED: u16 = 2;
 
 const QUEUE_SIZES: &[u16] = &[64];
+
+/// How often all that is not plugged goes back while the guest unplugs.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// How the region's memory becomes the guest's: by slots of one size that follow each other, the last of
+/// which may be smaller.
+pub trait MemorySlots: Send + Sync {
+    /// Lets the guest reach slot `index`.
+    ///
+    /// # Errors
+    /// The host's answer; the guest does not reach it.
+    fn add(&self, index: usize) -> io::Result<()>;
+    /// Takes slot `index` away: the guest does not reach it when this returns.
+    ///
+    /// # Errors
+    /// The host's answer; the guest may reach it still.
+    fn remove(&self, index: usize) -> io::Result<()>;
+}
+
+/// Where the slots are, which end with their machine.
+struct Backing {
+    slots: Box<dyn MemorySlots>,
+    memory: Weak<Memory>,
+}
 
 /// What the device did so far.
 #[derive(Debug, Default, Serialize)]
@@ -108,11 +145,14 @@ struct Region {
     slack: u64,
     /// One a block: whether it is plugged.
     blocks: Vec<bool>,
+    slots: Slots,
+    /// When all that is not plugged last went back.
+    swept: Instant,
 }
 
 impl Region {
     /// The blocks that a request names, if it is one that a driver may make.
-    fn range(&self, address: u64, count: u16) -> Option<std::ops::Range<usize>> {
+    fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset = address.checked_sub(self.start)?;
         let len = u64::from(count) * BLOCK_SIZE;
         let fits = offset % BLOCK_SIZE == 0 && offset.checked_add(len)? <= self.usable;
@@ -120,13 +160,58 @@ impl Region {
         (fits && count > 0).then(|| first..first + usize::from(count))
     }
 
-    fn set(&mut self, range: std::ops::Range<usize>, plugged: bool) {
+    fn set(&mut self, memory: &Memory, range: Range<usize>, plugged: bool) {
         let len = range.len() as u64 * BLOCK_SIZE;
-        self.blocks[range].fill(plugged);
+        self.blocks[range.clone()].fill(plugged);
+        self.slots.set(&range, plugged);
         match plugged {
             true => self.plugged += len,
             false => self.plugged -= len,
         }
+        self.show(memory, range, plugged);
+    }
+
+    /// Lets devices use blocks, or has them refuse those.
+    fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
+        if let Some(region) = memory.find_region(GuestAddress(self.start)) {
+            region.set_plugged(range, plugged);
+        }
+    }
+
+    /// How many slots there may be.
+    fn most_slots(&self) -> usize {
+        self.slots
+            .holding(self.requested.saturating_add(self.slack))
+    }
+
+    fn discard(&self, memory: &Memory, range: Range<usize>) {
+        let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
+        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
+            // The next sweep tries again.
+            guest_fault!("cannot give unplugged memory back: {error}");
+        }
+    }
+
+    /// Gives back all that is not plugged.
+    fn sweep(&mut self, backing: Option<&Backing>, memory: &Memory) {
+        self.swept = Instant::now();
+        remove_empty(&mut self.slots, backing);
+        for run in self.runs(false) {
+            self.discard(memory, run);
+        }
+    }
+
+    /// The blocks that are plugged, or that are not, run by run.
+    fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
+        let mut runs = Vec::new();
+        let mut first = 0;
+        for run in self.blocks.chunk_by(|one, next| one == next) {
+            if run[0] == plugged {
+                runs.push(first..first + run.len());
+            }
+            first += run.len();
+        }
+        runs
     }
 
     /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
@@ -158,6 +243,8 @@ struct Shared {
     region: Mutex<Region>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: MemMetrics,
+    /// Without it all of the region is memory from the start.
+    backing: Option<Backing>,
 }
 
 /// The memory device.
@@ -182,6 +269,7 @@ impl MemHandle {
         };
         region.grow_usable();
         drop(region);
+        self.discard_unplugged();
         if let Some(interrupt) = &*lock(&self.shared.interrupt) {
             interrupt.config();
         }
@@ -202,6 +290,20 @@ impl MemHandle {
         lock(&self.shared.region).size
     }
 
+    /// How much of it the guest can reach, in bytes: the slots in which a block is plugged.
+    pub fn reachable(&self) -> u64 {
+        let region = lock(&self.shared.region);
+        region.slots.present_bytes().min(region.size)
+    }
+
+    /// Gives back to the host what the guest holds of blocks that are not plugged.
+    pub fn discard_unplugged(&self) {
+        let backing = self.shared.backing.as_ref();
+        if let Some(memory) = backing.and_then(|backing| backing.memory.upgrade()) {
+            lock(&self.shared.region).sweep(backing, &memory);
+        }
+    }
+
     /// What the device did so far.
     pub fn metrics(&self) -> &MemMetrics {
         &self.shared.metrics
@@ -215,8 +317,39 @@ impl Mem {
     /// # Errors
     /// `InvalidInput` if start or size is not a multiple of [`BLOCK_SIZE`].
     pub fn new(start: u64, size: u64, memory_block: u64) -> io::Result<Self> {
+        Self::make(start, size, memory_block, size, None)
+    }
+
+    /// The same for a region of `memory` that is the guest's slot by slot; `slot_size` is a multiple of
+    /// [`BLOCK_SIZE`].
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_slots(
+        start: u64,
+        size: u64,
+        memory_block: u64,
+        memory: &Arc<Memory>,
+        slot_size: u64,
+        slots: impl MemorySlots + 'static,
+    ) -> io::Result<Self> {
+        let backing = Backing {
+            slots: Box::new(slots),
+            memory: Arc::downgrade(memory),
+        };
+        Self::make(start, size, memory_block, slot_size, Some(backing))
+    }
+
+    fn make(
+        start: u64,
+        size: u64,
+        memory_block: u64,
+        slot_size: u64,
+        backing: Option<Backing>,
+    ) -> io::Result<Self> {
         let whole = start.is_multiple_of(BLOCK_SIZE) && size.is_multiple_of(BLOCK_SIZE);
-        if !whole || size == 0 {
+        let whole = whole && slot_size.is_multiple_of(BLOCK_SIZE);
+        if !whole || size == 0 || slot_size == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("{size:#x} bytes at {start:#x} are not whole blocks of {BLOCK_SIZE:#x}"),
@@ -230,6 +363,8 @@ impl Mem {
             plugged: 0,
             slack: memory_block.saturating_mul(2),
             blocks: vec![false; (size / BLOCK_SIZE) as usize],
+            slots: Slots::new(size, slot_size),
+            swept: Instant::now(),
         };
         region.grow_usable();
         Ok(Self {
@@ -237,6 +372,7 @@ impl Mem {
                 region: Mutex::new(region),
                 interrupt: Mutex::new(None),
                 metrics: MemMetrics::default(),
+                backing,
             }),
         })
     }
@@ -279,19 +415,14 @@ impl VirtioDevice for Mem {
 
     fn save(&self) -> Result<DeviceState, StateError> {
         let region = lock(&self.shared.region);
-        let mut plugged: Vec<(u64, u64)> = Vec::new();
-        for (index, _) in region.blocks.iter().enumerate().filter(|(_, on)| **on) {
-            match plugged.last_mut() {
-                Some((first, count)) if *first + *count == index as u64 => *count += 1,
-                _ => plugged.push((index as u64, 1)),
-            }
-        }
+        let runs = region.runs(true).into_iter();
+        let plugged = runs.map(|run| (run.start as u64, run.len() as u64));
         Ok(DeviceState::Memory(MemState {
             start: region.start,
             size: region.size,
             usable: region.usable,
             requested: region.requested,
-            plugged,
+            plugged: plugged.collect(),
         }))
     }
 
@@ -315,11 +446,62 @@ impl VirtioDevice for Mem {
         region.blocks = blocks;
         region.usable = state.usable;
         region.requested = state.requested;
-        Ok(())
+        self.restore_slots(&mut region)
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         lock(&self.shared.interrupt).take();
+    }
+}
+
+impl Mem {
+    /// Makes memory what is plugged, and nothing else.
+    fn restore_slots(&self, region: &mut Region) -> Result<(), StateError> {
+        let all = 0..region.blocks.len();
+        region.slots.set(&all, false);
+        let runs = region.runs(true);
+        for run in &runs {
+            region.slots.set(run, true);
+        }
+        let Some(backing) = &self.shared.backing else {
+            return Ok(());
+        };
+        let memory = backing.memory.upgrade();
+        let memory = memory.ok_or(StateError::Misfit("its machine has ended"))?;
+        region.show(&memory, all, false);
+        for run in runs {
+            add_missing(&mut region.slots, Some(backing), &run)
+                .map_err(|error| StateError::Resume(error.to_string()))?;
+            region.show(&memory, run, true);
+        }
+        region.sweep(Some(backing), &memory);
+        Ok(())
+    }
+}
+
+/// Adds the slots of these blocks that are not there.
+fn add_missing(
+    slots: &mut Slots,
+    backing: Option<&Backing>,
+    blocks: &Range<usize>,
+) -> io::Result<()> {
+    for index in slots.missing(blocks) {
+        if let Some(backing) = backing {
+            backing.slots.add(index)?;
+        }
+        slots.set_present(index, true);
+    }
+    Ok(())
+}
+
+/// Removes the slots in which no block is plugged; those that the host does not take back stay known.
+fn remove_empty(slots: &mut Slots, backing: Option<&Backing>) {
+    for index in slots.empty() {
+        let removed = backing.map_or(Ok(()), |backing| backing.slots.remove(index));
+        match removed {
+            Ok(()) => slots.set_present(index, false),
+            Err(error) => guest_fault!("cannot take unplugged memory from the guest: {error}"),
+        }
     }
 }
 
@@ -329,13 +511,14 @@ fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
     let mut request = Request::new_zeroed();
     let whole = chain.read(memory, 0, request.as_mut_bytes()).is_ok();
     let (address, count) = (request.address.get(), request.count.get());
+    let backing = shared.backing.as_ref();
     let mut region = lock(&shared.region);
     let before = region.plugged;
     let answered = match request.kind.get() {
         _ if !whole => None,
-        REQUEST_PLUG => plug(&mut region, address, count),
-        REQUEST_UNPLUG => unplug(&mut region, memory, address, count),
-        REQUEST_UNPLUG_ALL => Some(unplug_all(&mut region, memory)),
+        REQUEST_PLUG => plug(&mut region, backing, memory, address, count),
+        REQUEST_UNPLUG => unplug(&mut region, backing, memory, address, count),
+        REQUEST_UNPLUG_ALL => Some(unplug_all(&mut region, backing, memory)),
         REQUEST_STATE => state(&region, address, count),
         _ => None,
     };
@@ -352,7 +535,13 @@ fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
     })
 }
 
-fn plug(region: &mut Region, address: u64, count: u16) -> Option<(u16, u16)> {
+fn plug(
+    region: &mut Region,
+    backing: Option<&Backing>,
+    memory: &Memory,
+    address: u64,
+    count: u16,
+) -> Option<(u16, u16)> {
     let range = region.range(address, count)?;
     if region.blocks[range.clone()].contains(&true) {
         return None;
@@ -360,33 +549,51 @@ fn plug(region: &mut Region, address: u64, count: u16) -> Option<(u16, u16)> {
     if region.plugged + range.len() as u64 * BLOCK_SIZE > region.requested {
         return Some((RESPONSE_NACK, 0));
     }
-    region.set(range, true);
+    let slots = &mut region.slots;
+    let missing = slots.missing(&range).len();
+    if missing > 0 && slots.present() + missing > region.most_slots() {
+        guest_fault!("the guest keeps blocks in more memory slots than its memory needs");
+        return Some((RESPONSE_BUSY, 0));
+    }
+    if let Err(error) = add_missing(&mut region.slots, backing, &range) {
+        guest_fault!("cannot plug memory: {error}");
+        remove_empty(&mut region.slots, backing);
+        return Some((RESPONSE_BUSY, 0));
+    }
+    region.set(memory, range, true);
     Some((RESPONSE_ACK, 0))
 }
 
-fn unplug(region: &mut Region, memory: &Memory, address: u64, count: u16) -> Option<(u16, u16)> {
+fn unplug(
+    region: &mut Region,
+    backing: Option<&Backing>,
+    memory: &Memory,
+    address: u64,
+    count: u16,
+) -> Option<(u16, u16)> {
     let range = region.range(address, count)?;
     if region.blocks[range.clone()].contains(&false) {
         return None;
     }
-    let len = range.len() as u64 * BLOCK_SIZE;
-    if let Err(error) = give_back(memory, GuestAddress(address), len) {
-        guest_fault!("cannot give unplugged memory back: {error}");
-        return Some((RESPONSE_BUSY, 0));
+    // Out of reach first, then given back: the guest must not touch it again in between.
+    region.set(memory, range.clone(), false);
+    remove_empty(&mut region.slots, backing);
+    match region.swept.elapsed() > SWEEP {
+        true => region.sweep(backing, memory),
+        false => region.discard(memory, range),
     }
-    region.set(range, false);
     Some((RESPONSE_ACK, 0))
 }
 
-fn unplug_all(region: &mut Region, memory: &Memory) -> (u16, u16) {
-    if let Err(error) = give_back(memory, GuestAddress(region.start), region.size) {
-        guest_fault!("cannot give unplugged memory back: {error}");
-        return (RESPONSE_BUSY, 0);
-    }
+fn unplug_all(region: &mut Region, backing: Option<&Backing>, memory: &Memory) -> (u16, u16) {
+    let all = 0..region.blocks.len();
     region.blocks.fill(false);
+    region.slots.set(&all, false);
+    region.show(memory, all, false);
     region.plugged = 0;
     region.usable = 0;
     region.grow_usable();
+    region.sweep(backing, memory);
     (RESPONSE_ACK, 0)
 }
 
@@ -413,166 +620,4 @@ fn serve(shared: &Shared, chain: &Chain, memory: &Memory) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
-    use crate::virtio::ActiveQueue;
-    use vm_memory::Bytes;
-
-    const START: u64 = 1 << 32;
-    const SIZE: u64 = 512 << 20;
-    const MEMORY_BLOCK: u64 = 128 << 20;
-
-    struct Setup {
-        handle: MemHandle,
-        driver: Driver,
-        queue: ActiveQueue,
-    }
-
-    fn setup(requested: u64) -> Setup {
-        let ranges = [
-            (GuestAddress(0), MEMORY_SIZE),
-            (GuestAddress(START), SIZE as usize),
-        ];
-        let driver = Driver::with_memory(Arc::new(Memory::from_ranges(&ranges).unwrap()), 16);
-        let device = Mem::new(START, SIZE, MEMORY_BLOCK).unwrap();
-        let handle = device.handle();
-        handle.set_requested(requested);
-        Setup {
-            handle,
-            queue: driver.queue(),
-            driver,
-        }
-    }
-
-    impl Setup {
-        /// Type and state of the answer.
-        fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
-            let mut request = [0; size_of::<Request>()];
-            request[..2].copy_from_slice(&kind.to_le_bytes());
-            request[8..16].copy_from_slice(&address.to_le_bytes());
-            request[16..18].copy_from_slice(&count.to_le_bytes());
-            self.send(&request)
-        }
-
-        fn send(&mut self, request: &[u8]) -> (u16, u16) {
-            let parts = [
-                Buffer::Readable(request.to_vec()),
-                Buffer::Writable(RESPONSE_SIZE),
-            ];
-            let head = self.driver.offer(&parts);
-            let shared = self.handle.shared.clone();
-            let answered = self
-                .queue
-                .drain(|chain, memory| serve(&shared, chain, memory));
-            answered.unwrap();
-            assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
-            let bytes = self.driver.written(head, RESPONSE_SIZE as usize);
-            let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-            (word(0), word(8))
-        }
-    }
-
-    #[test]
-    fn blocks_are_plugged_up_to_what_is_requested() {
-        let mut setup = setup(8 << 20);
-        assert_eq!(setup.ask(REQUEST_PLUG, START, 3), (RESPONSE_ACK, 0));
-        assert_eq!(
-            setup.ask(REQUEST_PLUG, START + (6 << 20), 2).0,
-            RESPONSE_NACK
-        );
-        assert_eq!(
-            setup.ask(REQUEST_PLUG, START + (6 << 20), 1).0,
-            RESPONSE_ACK
-        );
-        assert_eq!(setup.handle.plugged(), 8 << 20);
-        assert_eq!(
-            setup.ask(REQUEST_STATE, START, 4),
-            (RESPONSE_ACK, STATE_PLUGGED)
-        );
-        assert_eq!(
-            setup.ask(REQUEST_STATE, START, 5),
-            (RESPONSE_ACK, STATE_MIXED)
-        );
-        let beyond = START + (8 << 20);
-        assert_eq!(
-            setup.ask(REQUEST_STATE, beyond, 1),
-            (RESPONSE_ACK, STATE_UNPLUGGED)
-        );
-    }
-
-    #[test]
-    fn unplugged_memory_goes_back() {
-        let mut setup = setup(8 << 20);
-        setup.ask(REQUEST_PLUG, START, 4);
-        let memory = setup.driver.memory().clone();
-        let last = GuestAddress(START + (6 << 20));
-        for address in [GuestAddress(START), last] {
-            memory.write_obj(7u8, address).unwrap();
-        }
-        assert_eq!(setup.ask(REQUEST_UNPLUG, START, 3).0, RESPONSE_ACK);
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(START)).unwrap(), 0);
-        assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
-        assert_eq!(setup.ask(REQUEST_UNPLUG_ALL, 0, 0).0, RESPONSE_ACK);
-        assert_eq!(memory.read_obj::<u8>(last).unwrap(), 0);
-        assert_eq!(setup.handle.plugged(), 0);
-        let metrics = setup.handle.metrics();
-        assert_eq!(metrics.unplugged_bytes.load(Ordering::Relaxed), 8 << 20);
-    }
-
-    #[test]
-    fn impossible_requests_are_errors_and_change_nothing() {
-        let mut setup = setup(8 << 20);
-        setup.ask(REQUEST_PLUG, START, 1);
-        let usable = START + (264 << 20);
-        for (kind, address, count) in [
-            (REQUEST_PLUG, START, 1),
-            (REQUEST_UNPLUG, START, 2),
-            (REQUEST_UNPLUG, START + BLOCK_SIZE, 1),
-            (REQUEST_PLUG, START + 4096, 1),
-            (REQUEST_PLUG, START - BLOCK_SIZE, 1),
-            (REQUEST_PLUG, START + BLOCK_SIZE, 0),
-            (REQUEST_PLUG, usable, 1),
-            (REQUEST_PLUG, u64::MAX - BLOCK_SIZE + 1, u16::MAX),
-            (REQUEST_STATE, 0, 1),
-            (99, START, 1),
-        ] {
-            let answer = setup.ask(kind, address, count);
-            assert_eq!(answer.0, RESPONSE_ERROR, "{kind} {address:#x} {count}");
-        }
-        assert_eq!(setup.send(&[0; 7]).0, RESPONSE_ERROR);
-        assert_eq!(setup.handle.plugged(), BLOCK_SIZE);
-        let faults = setup.handle.metrics().faults.load(Ordering::Relaxed);
-        assert_eq!(faults, 11);
-    }
-
-    #[test]
-    fn a_new_size_is_announced_and_bounded() {
-        let setup = setup(0);
-        let interrupt = setup.driver.recorder();
-        *lock(&setup.handle.shared.interrupt) = Some(interrupt.clone());
-        setup.handle.set_requested(u64::MAX);
-        assert!(interrupt.config_changed());
-        assert_eq!(setup.handle.requested(), SIZE);
-        setup.handle.set_requested(1);
-        assert_eq!(setup.handle.requested(), BLOCK_SIZE);
-        // What was usable stays so.
-        let device = Mem {
-            shared: setup.handle.shared.clone(),
-        };
-        let field = |at: u64| {
-            let mut word = [0; 8];
-            device.read_config(at, &mut word);
-            u64::from_le_bytes(word)
-        };
-        let all: Vec<u64> = (0..8).map(|n| field(8 * n)).collect();
-        assert_eq!(all, [BLOCK_SIZE, 0, START, SIZE, SIZE, 0, BLOCK_SIZE, 0]);
-    }
-
-    #[test]
-    fn a_region_that_is_no_blocks_is_refused() {
-        for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
-            assert!(Mem::new(start, size, MEMORY_BLOCK).is_err());
-        }
-    }
-}
+mod tests;

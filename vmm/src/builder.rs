@@ -15,7 +15,7 @@ use crate::vm::Vm;
 use koya_devices::balloon::{Balloon, BalloonHandle};
 use koya_devices::blk::{Block, BlockHandle};
 use koya_devices::legacy::{ResetLine, SerialPort};
-use koya_devices::mem::{Mem, MemHandle};
+use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::rng::{Rng, RngMetrics};
 use koya_devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY_OFFSET};
@@ -186,6 +186,7 @@ impl VmBuilder {
         let memory = Arc::new(memory::reserve(&self.spec.memory)?);
         let machine = Machine::new(kvm, memory.clone())
             .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
+        let machine = Arc::new(machine);
         // Interrupt controllers come before vCPUs and before anything that raises interrupts.
         let features = arch::features(kvm)?;
         arch::prepare_vm(&features, machine.fd())?;
@@ -212,7 +213,6 @@ impl VmBuilder {
         let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
         let gate = Arc::new(Gate::new(kickers.clone()));
         let bus = Arc::new(bus);
-        let machine = Arc::new(machine);
         if let Some(spare) = spares.first() {
             let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
             let interrupt = interrupt.map_err(host("make an interrupt"))?;
@@ -266,7 +266,7 @@ impl VmBuilder {
     fn attach_devices(
         &mut self,
         kvm: &Kvm,
-        machine: &Machine,
+        machine: &Arc<Machine>,
         memory: &Arc<Memory>,
         event_loop: &mut Option<LoopThread>,
         bus: &mut Bus,
@@ -292,11 +292,8 @@ impl VmBuilder {
             self.handles.balloon = Some(balloon.handle());
             devices.push(Box::new(balloon));
         }
-        let room = self.spec.memory.hotplug_bytes;
-        if room > 0 {
-            let start = arch::layout::hotplug_start(self.spec.memory.bytes);
-            let block = arch::layout::memory_block(self.spec.memory.bytes);
-            let mem = Mem::new(start, room, block).map_err(host("make the memory device"))?;
+        let mem = memory::device(&self.spec.memory, kvm, machine, memory);
+        if let Some(mem) = mem.map_err(host("make the memory device"))? {
             self.handles.mem = Some(mem.handle());
             devices.push(Box::new(mem));
         }

@@ -1,13 +1,19 @@
 //! Guest memory: private, not touched until the guest does, and never counted before.
+//!
+//! The room for more memory is mapped here from the start, and to KVM slot by slot as blocks are plugged
+//! ([`koya_devices::mem`]): to the guest there is nothing before.
 
 use crate::arch;
 use crate::config::{HugePages, MemoryBacking, MemorySpec};
+use crate::kvm::Machine;
+use koya_devices::mem::{self, Mem, MemorySlots};
 use koya_devices::sys::Advice;
-use koya_devices::virtio::Memory;
+use koya_devices::virtio::{Memory, MemoryRegion};
+use kvm_ioctls::Kvm;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -32,8 +38,11 @@ pub(crate) fn size(memory: &Memory) -> u64 {
 
 /// Reads from `/proc/self/smaps` (proc(5)) what this process holds.
 pub(crate) fn usage(memory: &Memory) -> io::Result<MemoryUsage> {
-    let guest: Vec<(u64, u64)> = memory
-        .iter()
+    usage_of(memory.iter())
+}
+
+fn usage_of<'m>(regions: impl Iterator<Item = &'m MemoryRegion>) -> io::Result<MemoryUsage> {
+    let guest: Vec<(u64, u64)> = regions
         .filter_map(|region| {
             let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
             Some((start, start + region.len()))
@@ -100,33 +109,98 @@ pub(crate) fn reserve(spec: &MemorySpec) -> Result<Memory, MemoryError> {
 }
 
 fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
-    let mut ranges = arch::layout::memory_ranges(spec.bytes);
-    if spec.hotplug_bytes > 0 {
-        ranges.push((arch::layout::hotplug_start(spec.bytes), spec.hotplug_bytes));
-    }
+    let ranges = arch::layout::memory_ranges(spec.bytes).into_iter();
+    let room = (arch::layout::hotplug_start(spec.bytes), spec.hotplug_bytes);
+    let room = Some(room).filter(|room| room.1 > 0);
+    let ranges = ranges.map(|range| (range, false));
+    let ranges = ranges.chain(room.map(|range| (range, true)));
     let file = match spec.backing {
         MemoryBacking::Anonymous => None,
         MemoryBacking::Memfd => Some(Arc::new(memory_file(spec)?)),
     };
     let mut regions = Vec::new();
     let mut offset = 0;
-    for (start, len) in ranges {
+    for ((start, len), is_room) in ranges {
         let place = file.clone().map(|file| FileOffset::from_arc(file, offset));
         let mapping = map_aligned(start, len, place, spec.huge_pages)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-        regions.push(region.ok_or(io::ErrorKind::InvalidInput)?);
+        let region = region.ok_or(io::ErrorKind::InvalidInput)?;
+        regions.push(match is_room {
+            true => MemoryRegion::pluggable(region),
+            false => MemoryRegion::new(region),
+        });
         offset += len;
     }
     let memory = Memory::from_regions(regions).map_err(io::Error::other)?;
     if spec.huge_pages == HugePages::Transparent {
         for region in memory.iter() {
-            let slice = region.as_volatile_slice().map_err(io::Error::other)?;
+            let slice = region.mapping().map_err(io::Error::other)?;
             if let Err(error) = koya_devices::sys::advise(&slice, Advice::HugePages) {
                 log::warn!("the host has no transparent huge pages: {error}");
             }
         }
     }
     Ok(memory)
+}
+
+/// The most memory slots that the room for more is divided into: KVM has some 500 at least.
+const MOST_SLOTS: usize = 256;
+
+/// The device by which memory grows; none without room for that.
+///
+/// # Errors
+/// What the device says of the room.
+pub(crate) fn device(
+    spec: &MemorySpec,
+    kvm: &Kvm,
+    machine: &Arc<Machine>,
+    memory: &Arc<Memory>,
+) -> io::Result<Option<Mem>> {
+    if spec.hotplug_bytes == 0 {
+        return Ok(None);
+    }
+    let most = machine.most_parts(kvm).min(MOST_SLOTS);
+    let slots = Room {
+        machine: Arc::downgrade(machine),
+        start: arch::layout::hotplug_start(spec.bytes),
+        len: spec.hotplug_bytes,
+        slot_size: mem::slot_size(spec.hotplug_bytes, most),
+    };
+    let block = arch::layout::memory_block(spec.bytes);
+    let (start, len, slot_size) = (slots.start, slots.len, slots.slot_size);
+    Mem::with_slots(start, len, block, memory, slot_size, slots).map(Some)
+}
+
+/// The room for more memory, as KVM has it.
+struct Room {
+    /// Memory goes with its machine, whoever has a handle of the device.
+    machine: Weak<Machine>,
+    start: u64,
+    len: u64,
+    slot_size: u64,
+}
+
+impl Room {
+    fn machine(&self) -> io::Result<Arc<Machine>> {
+        let machine = self.machine.upgrade();
+        machine.ok_or_else(|| io::Error::other("the virtual machine has ended"))
+    }
+}
+
+impl MemorySlots for Room {
+    fn add(&self, index: usize) -> io::Result<()> {
+        let offset = self.slot_size.saturating_mul(index as u64);
+        // The last one may be smaller.
+        let len = self.slot_size.min(self.len.saturating_sub(offset));
+        let start = GuestAddress(self.start.saturating_add(offset));
+        let mapped = self.machine()?.map_part(index, start, len);
+        mapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    }
+
+    fn remove(&self, index: usize) -> io::Result<()> {
+        let unmapped = self.machine()?.unmap_part(index);
+        unmapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    }
 }
 
 fn memory_file(spec: &MemorySpec) -> io::Result<File> {
@@ -228,6 +302,9 @@ mod tests {
                 };
                 let memory = reserve(&spec).unwrap();
                 let more = arch::layout::hotplug_start(spec.bytes);
+                assert!(memory.write_obj(2u64, GuestAddress(more)).is_err());
+                let room = memory.find_region(GuestAddress(more)).unwrap();
+                room.set_plugged(0..1, true);
                 for (address, word) in [(16 << 20, 1u64), (more, 2)] {
                     memory.write_obj(word, GuestAddress(address)).unwrap();
                 }
@@ -247,6 +324,160 @@ mod tests {
         for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
             let error = reserve(&MemorySpec { backing, ..spec }).unwrap_err();
             assert!(error.to_string().contains("HugePages_Free"), "{error}");
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    mod guest {
+        use super::*;
+        use crate::kvm::{Exit, Kicker, Vcpu, open};
+        use std::os::unix::fs::MetadataExt;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        use vm_memory::Bytes;
+
+        /// Within real mode's reach, behind the guest's own memory.
+        const ROOM: u64 = 0x8_0000;
+
+        /// Writes to the room, reads it back, and says what it read, again and again.
+        const CODE: &[u8] = &[
+            0xb8, 0x00, 0x80, // mov ax, 0x8000
+            0x8e, 0xd8, // mov ds, ax
+            0xc6, 0x06, 0x00, 0x00, 0x5a, // again: mov byte [0], 0x5a
+            0xa0, 0x00, 0x00, // mov al, [0]
+            0xe6, 0x99, // out 0x99, al
+            0xeb, 0xf4, // jmp again
+        ];
+
+        struct Guest {
+            vcpu: Vcpu,
+            machine: Arc<Machine>,
+            room: Room,
+            file: File,
+        }
+
+        fn guest() -> Guest {
+            let kvm = open().unwrap();
+            let file = File::from(memfd_create("room", MemfdFlags::CLOEXEC).unwrap());
+            file.set_len(2 << 20).unwrap();
+            let place = FileOffset::new(file.try_clone().unwrap(), 0);
+            let own = GuestRegionMmap::from_range(GuestAddress(0), ROOM as usize, None);
+            let room = GuestRegionMmap::from_range(GuestAddress(ROOM), 2 << 20, Some(place));
+            let regions = vec![
+                MemoryRegion::new(own.unwrap()),
+                MemoryRegion::pluggable(room.unwrap()),
+            ];
+            let memory = Arc::new(Memory::from_regions(regions).unwrap());
+            memory.write_slice(CODE, GuestAddress(0)).unwrap();
+            let machine = Arc::new(Machine::new(&kvm, memory).unwrap());
+            let features = arch::features(&kvm).unwrap();
+            arch::prepare_vm(&features, machine.fd()).unwrap();
+            let vcpu = machine.fd().create_vcpu(0).unwrap();
+            arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
+            arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
+            Guest {
+                vcpu: Vcpu::new(vcpu, Kicker::default()),
+                room: Room {
+                    machine: Arc::downgrade(&machine),
+                    start: ROOM,
+                    len: 2 << 20,
+                    slot_size: 1 << 20,
+                },
+                machine,
+                file,
+            }
+        }
+
+        impl Guest {
+            /// What it read, and how many accesses were exits.
+            fn round(&mut self) -> (u8, usize) {
+                let mut exits = 0;
+                loop {
+                    match self.vcpu.run().unwrap() {
+                        Exit::MmioWrite(ROOM, [0x5a]) => exits += 1,
+                        Exit::MmioRead(ROOM, data) => {
+                            data.fill(0xff);
+                            exits += 1;
+                        }
+                        Exit::PortWrite(0x99, [byte]) => return (*byte, exits),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+
+            fn is_held(&self) -> bool {
+                self.file.metadata().unwrap().blocks() > 0
+            }
+        }
+
+        #[test]
+        fn a_guest_that_touches_what_is_not_plugged_gets_nothing() {
+            let mut guest = guest();
+            assert_eq!(guest.round(), (0xff, 2));
+            assert!(!guest.is_held());
+            guest.room.add(0).unwrap();
+            assert_eq!(guest.round(), (0x5a, 0));
+            assert!(guest.is_held());
+            guest.room.remove(0).unwrap();
+            let memory = &guest.machine.memory().clone();
+            let region = memory.find_region(GuestAddress(ROOM)).unwrap();
+            let slice = region.mapping().unwrap();
+            koya_devices::sys::advise(&slice, Advice::GiveBackShared).unwrap();
+            assert_eq!(guest.round(), (0xff, 2));
+            assert!(!guest.is_held());
+        }
+
+        #[test]
+        fn slots_come_and_go_while_the_guest_runs() {
+            let mut guest = guest();
+            let room = Room {
+                machine: guest.room.machine.clone(),
+                ..guest.room
+            };
+            let enough = Arc::new(AtomicBool::new(false));
+            let ends = enough.clone();
+            let changes = std::thread::spawn(move || {
+                while !ends.load(Ordering::SeqCst) {
+                    for index in [1, 0] {
+                        room.add(index).unwrap();
+                    }
+                    for index in [1, 0] {
+                        room.remove(index).unwrap();
+                    }
+                }
+            });
+            let (mut plugged, mut unplugged) = (0, 0);
+            while plugged.min(unplugged) < 20 {
+                match guest.round().0 {
+                    0x5a => plugged += 1,
+                    0xff => unplugged += 1,
+                    other => panic!("{other:#x}"),
+                }
+            }
+            enough.store(true, Ordering::SeqCst);
+            changes.join().unwrap();
+            assert_eq!(guest.round(), (0xff, 2));
+        }
+
+        #[test]
+        fn slots_that_can_not_be_are_refused() {
+            let guest = guest();
+            // Beyond the room, over what is there, and after the machine's end.
+            assert!(guest.room.add(2).is_err());
+            guest.room.add(0).unwrap();
+            let over = Room {
+                machine: guest.room.machine.clone(),
+                start: ROOM - 0x1000,
+                ..guest.room
+            };
+            assert!(over.add(1).is_err());
+            let Guest {
+                room,
+                machine,
+                vcpu,
+                ..
+            } = guest;
+            drop((machine, vcpu));
+            assert!(room.add(1).is_err() && room.remove(0).is_err());
         }
     }
 }

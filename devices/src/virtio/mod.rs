@@ -6,6 +6,7 @@
 //! serves them, on the event loop or on threads of its own.
 
 pub mod chain;
+pub mod memory;
 pub mod mmio;
 pub(crate) mod on_loop;
 pub mod queue;
@@ -16,14 +17,11 @@ use event_manager::MutEventSubscriber;
 use registers::ConfigSpace;
 use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 pub use chain::{Chain, ChainError};
+pub use memory::{Memory, MemoryRegion};
 pub use queue::{ActiveQueue, QueueError};
 pub use state::{DeviceState, StateError};
-
-/// Guest memory as devices see it.
-pub type Memory = GuestMemoryMmap<()>;
 
 /// Feature bit: the device follows virtio 1.0 or later (virtio 1.2, section 6).
 pub const F_VERSION_1: u64 = 1 << 32;

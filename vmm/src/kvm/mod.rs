@@ -14,7 +14,7 @@ use kvm_bindings::{KVM_API_VERSION, KVM_MEM_READONLY, kvm_userspace_memory_regio
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::sync::{Arc, OnceLock};
 use thiserror::Error;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Where the host offers KVM.
 pub const DEVICE: &str = "/dev/kvm";
@@ -100,33 +100,82 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a virtual machine with this memory.
+    /// Makes a virtual machine with this memory, but for what is plugged block by block.
     ///
     /// # Errors
     /// KVM's answer, with what it was asked for.
     pub fn new(kvm: &Kvm, memory: Arc<Memory>) -> Result<Self, (&'static str, kvm_ioctls::Error)> {
         let vm = kvm.create_vm().map_err(|e| ("make a virtual machine", e))?;
-        for (slot, region) in memory.iter().enumerate() {
-            let host = region
-                .get_host_address(MemoryRegionAddress(0))
-                .map_err(|_| ("map memory", kvm_ioctls::Error::new(libc::EFAULT)))?;
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: host as u64,
-                flags: 0,
-            };
-            // SAFETY: the host range is the whole mapping of this region, which `memory` keeps
-            // alive until the VM's descriptor is closed; slots of one VM do not overlap because
-            // regions of one Memory do not.
-            unsafe { vm.set_user_memory_region(region) }.map_err(|e| ("map memory", e))?;
-        }
-        Ok(Self {
+        let machine = Self {
             vm,
             memory,
             registers: OnceLock::new(),
-        })
+        };
+        for (slot, region) in machine.memory.iter().enumerate() {
+            if region.is_pluggable() {
+                continue;
+            }
+            let mapped = machine.map(slot, region.start_addr(), region.len());
+            mapped.map_err(|e| ("map memory", e))?;
+        }
+        Ok(machine)
+    }
+
+    /// Lets the guest reach a part of a region that is plugged block by block, as part `index` of all such.
+    ///
+    /// # Errors
+    /// EFAULT if it is no part of one region, else KVM's answer: EEXIST if it overlaps another.
+    pub fn map_part(
+        &self,
+        index: usize,
+        start: GuestAddress,
+        len: u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.map(self.first_part() + index, start, len)
+    }
+
+    /// Takes part `index` away: when this returns, the guest does not reach it any more.
+    ///
+    /// # Errors
+    /// KVM's answer.
+    pub fn unmap_part(&self, index: usize) -> Result<(), kvm_ioctls::Error> {
+        let region = kvm_userspace_memory_region {
+            slot: slot_number(self.first_part() + index)?,
+            // What takes a slot away.
+            memory_size: 0,
+            ..Default::default()
+        };
+        // SAFETY: without a size it names no memory.
+        unsafe { self.vm.set_user_memory_region(region) }
+    }
+
+    /// How many parts can be mapped on this host.
+    pub fn most_parts(&self, kvm: &Kvm) -> usize {
+        kvm.get_nr_memslots().saturating_sub(self.first_part())
+    }
+
+    /// The first slot behind those of whole regions and of registers.
+    fn first_part(&self) -> usize {
+        self.memory.num_regions() + 1
+    }
+
+    fn map(&self, slot: usize, start: GuestAddress, len: u64) -> Result<(), kvm_ioctls::Error> {
+        let fault = || kvm_ioctls::Error::new(libc::EFAULT);
+        let (region, offset) = self.memory.to_region_addr(start).ok_or_else(fault)?;
+        if len > region.len() - offset.raw_value() {
+            return Err(fault());
+        }
+        let host = region.get_host_address(offset).map_err(|_| fault())?;
+        let region = kvm_userspace_memory_region {
+            slot: slot_number(slot)?,
+            guest_phys_addr: start.raw_value(),
+            memory_size: len,
+            userspace_addr: host as u64,
+            flags: 0,
+        };
+        // SAFETY: the host range lies within the mapping of this region, which `memory` keeps alive until
+        // the VM's descriptor is closed; KVM itself refuses a range of the guest's that overlaps another.
+        unsafe { self.vm.set_user_memory_region(region) }
     }
 
     /// Lets the guest read the first `windows` pages of these registers at an address without an exit.
@@ -148,7 +197,7 @@ impl Machine {
         let kept = self.registers.set(pages.clone());
         kept.map_err(|_| kvm_ioctls::Error::new(libc::EEXIST))?;
         let region = kvm_userspace_memory_region {
-            slot: self.memory.iter().count() as u32,
+            slot: slot_number(self.memory.num_regions())?,
             guest_phys_addr: address,
             memory_size: size,
             userspace_addr: region.as_ptr() as u64,
@@ -160,8 +209,17 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
+    /// Its memory.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
     /// The virtual machine's descriptor.
     pub fn fd(&self) -> &VmFd {
         &self.vm
     }
+}
+
+fn slot_number(slot: usize) -> Result<u32, kvm_ioctls::Error> {
+    u32::try_from(slot).map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))
 }

@@ -1,0 +1,361 @@
+use super::*;
+use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
+use crate::virtio::{ActiveQueue, MemoryRegion};
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+use vm_memory::{Bytes, GuestRegionMmap};
+
+const START: u64 = 1 << 32;
+const SIZE: u64 = 512 << 20;
+const MEMORY_BLOCK: u64 = 128 << 20;
+
+struct Setup {
+    handle: MemHandle,
+    driver: Driver,
+    queue: ActiveQueue,
+}
+
+fn setup(requested: u64) -> Setup {
+    let ranges = [
+        (GuestAddress(0), MEMORY_SIZE),
+        (GuestAddress(START), SIZE as usize),
+    ];
+    let driver = Driver::with_memory(Arc::new(Memory::from_ranges(&ranges).unwrap()), 16);
+    let device = Mem::new(START, SIZE, MEMORY_BLOCK).unwrap();
+    let handle = device.handle();
+    handle.set_requested(requested);
+    Setup {
+        handle,
+        queue: driver.queue(),
+        driver,
+    }
+}
+
+impl Setup {
+    /// Type and state of the answer.
+    fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
+        let mut request = [0; size_of::<Request>()];
+        request[..2].copy_from_slice(&kind.to_le_bytes());
+        request[8..16].copy_from_slice(&address.to_le_bytes());
+        request[16..18].copy_from_slice(&count.to_le_bytes());
+        self.send(&request)
+    }
+
+    fn send(&mut self, request: &[u8]) -> (u16, u16) {
+        let parts = [
+            Buffer::Readable(request.to_vec()),
+            Buffer::Writable(RESPONSE_SIZE),
+        ];
+        let head = self.driver.offer(&parts);
+        let shared = self.handle.shared.clone();
+        let answered = self
+            .queue
+            .drain(|chain, memory| serve(&shared, chain, memory));
+        answered.unwrap();
+        assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
+        let bytes = self.driver.written(head, RESPONSE_SIZE as usize);
+        let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        (word(0), word(8))
+    }
+}
+
+#[test]
+fn blocks_are_plugged_up_to_what_is_requested() {
+    let mut setup = setup(8 << 20);
+    assert_eq!(setup.ask(REQUEST_PLUG, START, 3), (RESPONSE_ACK, 0));
+    assert_eq!(
+        setup.ask(REQUEST_PLUG, START + (6 << 20), 2).0,
+        RESPONSE_NACK
+    );
+    assert_eq!(
+        setup.ask(REQUEST_PLUG, START + (6 << 20), 1).0,
+        RESPONSE_ACK
+    );
+    assert_eq!(setup.handle.plugged(), 8 << 20);
+    assert_eq!(
+        setup.ask(REQUEST_STATE, START, 4),
+        (RESPONSE_ACK, STATE_PLUGGED)
+    );
+    assert_eq!(
+        setup.ask(REQUEST_STATE, START, 5),
+        (RESPONSE_ACK, STATE_MIXED)
+    );
+    let beyond = START + (8 << 20);
+    assert_eq!(
+        setup.ask(REQUEST_STATE, beyond, 1),
+        (RESPONSE_ACK, STATE_UNPLUGGED)
+    );
+}
+
+#[test]
+fn unplugged_memory_goes_back() {
+    let mut setup = setup(8 << 20);
+    setup.ask(REQUEST_PLUG, START, 4);
+    let memory = setup.driver.memory().clone();
+    let last = GuestAddress(START + (6 << 20));
+    for address in [GuestAddress(START), last] {
+        memory.write_obj(7u8, address).unwrap();
+    }
+    assert_eq!(setup.ask(REQUEST_UNPLUG, START, 3).0, RESPONSE_ACK);
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(START)).unwrap(), 0);
+    assert_eq!(memory.read_obj::<u8>(last).unwrap(), 7);
+    assert_eq!(setup.ask(REQUEST_UNPLUG_ALL, 0, 0).0, RESPONSE_ACK);
+    assert_eq!(memory.read_obj::<u8>(last).unwrap(), 0);
+    assert_eq!(setup.handle.plugged(), 0);
+    let metrics = setup.handle.metrics();
+    assert_eq!(metrics.unplugged_bytes.load(Ordering::Relaxed), 8 << 20);
+}
+
+#[test]
+fn impossible_requests_are_errors_and_change_nothing() {
+    let mut setup = setup(8 << 20);
+    setup.ask(REQUEST_PLUG, START, 1);
+    let usable = START + (264 << 20);
+    for (kind, address, count) in [
+        (REQUEST_PLUG, START, 1),
+        (REQUEST_UNPLUG, START, 2),
+        (REQUEST_UNPLUG, START + BLOCK_SIZE, 1),
+        (REQUEST_PLUG, START + 4096, 1),
+        (REQUEST_PLUG, START - BLOCK_SIZE, 1),
+        (REQUEST_PLUG, START + BLOCK_SIZE, 0),
+        (REQUEST_PLUG, usable, 1),
+        (REQUEST_PLUG, u64::MAX - BLOCK_SIZE + 1, u16::MAX),
+        (REQUEST_STATE, 0, 1),
+        (99, START, 1),
+    ] {
+        let answer = setup.ask(kind, address, count);
+        assert_eq!(answer.0, RESPONSE_ERROR, "{kind} {address:#x} {count}");
+    }
+    assert_eq!(setup.send(&[0; 7]).0, RESPONSE_ERROR);
+    assert_eq!(setup.handle.plugged(), BLOCK_SIZE);
+    let faults = setup.handle.metrics().faults.load(Ordering::Relaxed);
+    assert_eq!(faults, 11);
+}
+
+#[test]
+fn a_new_size_is_announced_and_bounded() {
+    let setup = setup(0);
+    let interrupt = setup.driver.recorder();
+    *lock(&setup.handle.shared.interrupt) = Some(interrupt.clone());
+    setup.handle.set_requested(u64::MAX);
+    assert!(interrupt.config_changed());
+    assert_eq!(setup.handle.requested(), SIZE);
+    setup.handle.set_requested(1);
+    assert_eq!(setup.handle.requested(), BLOCK_SIZE);
+    // What was usable stays so.
+    let device = Mem {
+        shared: setup.handle.shared.clone(),
+    };
+    let field = |at: u64| {
+        let mut word = [0; 8];
+        device.read_config(at, &mut word);
+        u64::from_le_bytes(word)
+    };
+    let all: Vec<u64> = (0..8).map(|n| field(8 * n)).collect();
+    assert_eq!(all, [BLOCK_SIZE, 0, START, SIZE, SIZE, 0, BLOCK_SIZE, 0]);
+}
+
+#[test]
+fn a_region_that_is_no_blocks_is_refused() {
+    for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
+        assert!(Mem::new(start, size, MEMORY_BLOCK).is_err());
+    }
+}
+
+/// The host's side: which slots there are.
+#[derive(Clone, Default)]
+struct Recorder {
+    present: Arc<Mutex<BTreeSet<usize>>>,
+    refuses: Arc<AtomicBool>,
+}
+
+impl Recorder {
+    fn change(
+        &self,
+        index: usize,
+        change: fn(&mut BTreeSet<usize>, usize) -> bool,
+    ) -> io::Result<()> {
+        if self.refuses.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        assert!(
+            change(&mut lock(&self.present), index),
+            "slot {index} twice"
+        );
+        Ok(())
+    }
+
+    fn present(&self) -> Vec<usize> {
+        lock(&self.present).iter().copied().collect()
+    }
+}
+
+impl MemorySlots for Recorder {
+    fn add(&self, index: usize) -> io::Result<()> {
+        self.change(index, BTreeSet::insert)
+    }
+
+    fn remove(&self, index: usize) -> io::Result<()> {
+        self.change(index, |present, index| present.remove(&index))
+    }
+}
+
+const SLOT: u64 = 128 << 20;
+
+fn pluggable() -> Arc<Memory> {
+    let region = |start, size| {
+        let mapping = GuestRegionMmap::from_range(GuestAddress(start), size, None);
+        mapping.unwrap()
+    };
+    let regions = vec![
+        MemoryRegion::new(region(0, MEMORY_SIZE)),
+        MemoryRegion::pluggable(region(START, SIZE as usize)),
+    ];
+    Arc::new(Memory::from_regions(regions).unwrap())
+}
+
+fn with_slots(memory: &Arc<Memory>, slack: u64) -> (Mem, Recorder) {
+    let slots = Recorder::default();
+    let device = Mem::with_slots(START, SIZE, slack, memory, SLOT, slots.clone());
+    (device.unwrap(), slots)
+}
+
+fn setup_with_slots(requested: u64, slack: u64) -> (Setup, Recorder) {
+    let memory = pluggable();
+    let (device, slots) = with_slots(&memory, slack);
+    let driver = Driver::with_memory(memory, 16);
+    let handle = device.handle();
+    handle.set_requested(requested);
+    let queue = driver.queue();
+    let setup = Setup {
+        handle,
+        queue,
+        driver,
+    };
+    (setup, slots)
+}
+
+#[test]
+fn the_guest_and_devices_reach_what_is_plugged() {
+    let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    let memory = setup.driver.memory().clone();
+    let writes = |address: u64| memory.write_obj(1u8, GuestAddress(address)).is_ok();
+    assert!(!writes(START));
+    // Across the edge of two slots.
+    let edge = START + SLOT - BLOCK_SIZE;
+    assert_eq!(setup.ask(REQUEST_PLUG, edge, 2).0, RESPONSE_ACK);
+    assert_eq!(slots.present(), [0, 1]);
+    assert_eq!(setup.handle.reachable(), 2 * SLOT);
+    assert!(writes(edge) && writes(edge + BLOCK_SIZE));
+    assert!(!writes(edge - 1) && !writes(edge + 2 * BLOCK_SIZE));
+    assert_eq!(setup.ask(REQUEST_UNPLUG, edge, 1).0, RESPONSE_ACK);
+    assert_eq!(slots.present(), [1]);
+    assert!(!writes(edge) && writes(edge + BLOCK_SIZE));
+    assert_eq!(setup.ask(REQUEST_PLUG, edge, 1).0, RESPONSE_ACK);
+    assert_eq!(setup.ask(REQUEST_UNPLUG_ALL, 0, 0).0, RESPONSE_ACK);
+    assert!(slots.present().is_empty());
+    assert!(!writes(edge + BLOCK_SIZE));
+}
+
+#[test]
+fn a_chain_into_unplugged_memory_is_the_guests_fault() {
+    let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    setup.ask(REQUEST_PLUG, START, 1);
+    // The last byte of what is plugged, and the first of what is not.
+    let edge = START + BLOCK_SIZE - 1;
+    for (len, is_refused) in [(1, false), (2, true)] {
+        setup.driver.set_descriptor(15, edge, len, 0, 0);
+        setup.driver.make_available(15);
+        let popped = setup.queue.pop();
+        assert_eq!(popped.is_err(), is_refused, "{popped:?}");
+    }
+}
+
+/// What the guest touched of unplugged blocks in a slot that is still there goes back.
+#[test]
+fn unplugged_blocks_are_given_back_again() {
+    let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    setup.ask(REQUEST_PLUG, START, 2);
+    setup.ask(REQUEST_UNPLUG, START, 1);
+    let memory = setup.driver.memory().clone();
+    let region = memory.find_region(GuestAddress(START)).unwrap();
+    // As the guest reaches it, which asks nobody.
+    let touch = |offset: u64| {
+        let slice = region.mapped_slice(offset, 1).unwrap();
+        slice.copy_from(&[7u8]);
+    };
+    let look = |offset: u64| {
+        let mut byte = [0u8];
+        region.mapped_slice(offset, 1).unwrap().copy_to(&mut byte);
+        byte[0]
+    };
+    touch(0);
+    touch(BLOCK_SIZE);
+    touch(2 * BLOCK_SIZE);
+    setup.handle.discard_unplugged();
+    assert_eq!([0, 1, 2].map(|n| look(n * BLOCK_SIZE)), [0, 7, 0]);
+    touch(0);
+    setup.handle.set_requested(4 << 20);
+    assert_eq!([0, 1].map(|n| look(n * BLOCK_SIZE)), [0, 7]);
+}
+
+#[test]
+fn a_block_in_each_of_many_slots_does_not_help() {
+    let (mut setup, slots) = setup_with_slots(SIZE, 0);
+    for slot in 0..4 {
+        let address = START + slot * SLOT;
+        assert_eq!(setup.ask(REQUEST_PLUG, address, 1).0, RESPONSE_ACK);
+    }
+    for slot in 1..4 {
+        setup.ask(REQUEST_UNPLUG, START + slot * SLOT, 1);
+    }
+    setup.handle.set_requested(2 * SLOT);
+    assert_eq!(setup.ask(REQUEST_PLUG, START + SLOT, 1).0, RESPONSE_ACK);
+    let third = START + 2 * SLOT;
+    assert_eq!(setup.ask(REQUEST_PLUG, third, 1).0, RESPONSE_BUSY);
+    assert_eq!(slots.present(), [0, 1]);
+    // The rest of a slot that is there is nothing new.
+    assert_eq!(
+        setup.ask(REQUEST_PLUG, START + BLOCK_SIZE, 1).0,
+        RESPONSE_ACK
+    );
+}
+
+#[test]
+fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
+    let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    slots.refuses.store(true, Ordering::SeqCst);
+    assert_eq!(setup.ask(REQUEST_PLUG, START, 1).0, RESPONSE_BUSY);
+    assert_eq!((setup.handle.plugged(), setup.handle.reachable()), (0, 0));
+    slots.refuses.store(false, Ordering::SeqCst);
+    setup.ask(REQUEST_PLUG, START, 1);
+    // One that is not taken away is known, and is tried again.
+    slots.refuses.store(true, Ordering::SeqCst);
+    assert_eq!(setup.ask(REQUEST_UNPLUG, START, 1).0, RESPONSE_ACK);
+    assert_eq!(
+        (setup.handle.plugged(), setup.handle.reachable()),
+        (0, SLOT)
+    );
+    slots.refuses.store(false, Ordering::SeqCst);
+    setup.handle.discard_unplugged();
+    assert!(slots.present().is_empty());
+}
+
+#[test]
+fn a_restored_device_has_the_slots_that_it_had() {
+    let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    setup.ask(REQUEST_PLUG, START + BLOCK_SIZE, 3);
+    setup.ask(REQUEST_PLUG, START + 2 * SLOT, 1);
+    let saved = Mem {
+        shared: setup.handle.shared.clone(),
+    };
+    let state = saved.save().unwrap();
+    let memory = pluggable();
+    let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
+    device.restore(&state).unwrap();
+    assert_eq!(device.save().unwrap(), state);
+    assert_eq!(slots.present(), [0, 2]);
+    let is_memory = |address: u64| memory.check_range(GuestAddress(address), 1);
+    assert!(is_memory(START + 3 * BLOCK_SIZE) && is_memory(START + 2 * SLOT));
+    assert!(!is_memory(START) && !is_memory(START + SLOT));
+}
