@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(10);
+/// How often a guest that does not turn a CPU off is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// The size of a running guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -110,8 +112,13 @@ impl Sandbox {
     /// Memory above [`SandboxConfig::memory_mib`] is plugged and unplugged (virtio-mem); below it, a
     /// balloon takes what is to be given up.
     ///
+    /// The host has the last word on CPUs: those that are to be off do not run from then on, also if the guest
+    /// has not turned them off a few seconds after it was asked to. That is an error, and a guest that goes
+    /// on to count on such a CPU hangs.
+    ///
     /// # Errors
-    /// [`Error::Size`] for what is beyond the configuration's limits; nothing is changed then.
+    /// [`Error::Size`] for what is beyond the configuration's limits; nothing is changed then. What the agent
+    /// says of CPUs.
     pub fn update(&self, wish: Size) -> Result<Size, Error> {
         let limits = self.limits();
         if let Some(cpus) = wish.cpus
@@ -143,10 +150,20 @@ impl Sandbox {
             set_memory(machine, limits.memory_mib, mib);
         }
         if let Some(cpus) = wish.cpus {
-            self.agent().set_online_cpus(cpus)?;
+            let change = Change {
+                before: machine.online_cpus(),
+                after: cpus,
+                patience: PATIENCE,
+            };
+            let ask = || self.agent().set_online_cpus(cpus);
+            change.turn(|count| machine.set_online_cpus(count), ask)?;
         }
         if wish.memory_mib.is_some() {
             settle(machine);
+            if let Some(mem) = machine.mem() {
+                // What the guest touched of what it had given up.
+                mem.discard_unplugged();
+            }
         }
         self.size()
     }
@@ -215,6 +232,37 @@ fn set_memory(machine: &VmHandle, start_mib: u64, wish_mib: u64) {
     }
 }
 
+/// A change of how many CPUs are on.
+struct Change {
+    before: u32,
+    after: u32,
+    patience: Duration,
+}
+
+impl Change {
+    /// More CPUs run before the guest is asked to turn them on, fewer after it was asked to turn the others
+    /// off.
+    fn turn<E>(
+        self,
+        mut allow: impl FnMut(u32),
+        mut ask: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.after >= self.before {
+            allow(self.after);
+            return ask();
+        }
+        let since = Instant::now();
+        let mut asked = ask();
+        // It may be busy with another change.
+        while asked.is_err() && since.elapsed() < self.patience {
+            std::thread::sleep(ASK_AGAIN.min(self.patience));
+            asked = ask();
+        }
+        allow(self.after);
+        asked
+    }
+}
+
 /// Waits while the guest gets nearer to what it is asked for.
 fn settle(machine: &VmHandle) {
     let look = || {
@@ -259,6 +307,48 @@ mod tests {
                 "{ram} MiB: {model}, not {total}"
             );
         }
+    }
+
+    /// What was done, in order, if the guest refuses so often.
+    fn turned(before: u32, after: u32, refusals: usize) -> (Result<(), ()>, Vec<String>) {
+        let done = std::cell::RefCell::new(Vec::new());
+        let asked = std::cell::Cell::new(0);
+        let change = Change {
+            before,
+            after,
+            patience: Duration::from_millis(50),
+        };
+        let result = change.turn(
+            |count| done.borrow_mut().push(format!("allow {count}")),
+            || {
+                done.borrow_mut().push("ask".to_owned());
+                asked.set(asked.get() + 1);
+                (asked.get() > refusals).then_some(()).ok_or(())
+            },
+        );
+        (result, done.into_inner())
+    }
+
+    #[test]
+    fn cpus_run_before_the_guest_turns_them_on_and_until_it_turned_them_off() {
+        assert_eq!(
+            turned(1, 3, 0),
+            (Ok(()), vec!["allow 3".into(), "ask".into()])
+        );
+        assert_eq!(
+            turned(3, 1, 0),
+            (Ok(()), vec!["ask".into(), "allow 1".into()])
+        );
+        let again = vec!["ask".into(), "ask".into(), "allow 1".into()];
+        assert_eq!(turned(3, 1, 1), (Ok(()), again));
+    }
+
+    #[test]
+    fn a_guest_that_does_not_turn_a_cpu_off_loses_it() {
+        let (result, done) = turned(3, 2, usize::MAX);
+        assert!(result.is_err());
+        assert_eq!(done.last().map(String::as_str), Some("allow 2"));
+        assert_eq!(done.iter().filter(|what| *what != "ask").count(), 1);
     }
 
     #[test]

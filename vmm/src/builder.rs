@@ -165,7 +165,7 @@ impl VmBuilder {
         let mut here = None;
         for vcpu in vcpus {
             match here {
-                None if vcpu.pin.is_none() => here = Some(vcpu.vcpu),
+                None if vcpu.pin.is_none() => here = Some(vcpu),
                 _ => vm.spawn(vcpu)?,
             }
         }
@@ -211,7 +211,8 @@ impl VmBuilder {
         arch::set_entry(&vcpus[0], entry)?;
 
         let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
-        let gate = Arc::new(Gate::new(kickers.clone()));
+        let online = self.spec.cpus.online as usize;
+        let gate = Arc::new(Gate::new(kickers.clone(), online));
         let bus = Arc::new(bus);
         if let Some(spare) = spares.first() {
             let interrupt = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);

@@ -7,6 +7,10 @@
 //!      └───────────────────── resume() ───────────────────┘
 //!   any state ── end(reason) ──▶ Ended: threads return, the first reason is kept
 //! ```
+//!
+//! vCPUs that are not online are held: their threads wait here, as while paused, and do not enter
+//! KVM_RUN. What the guest sends them to start them (INIT, SIPI) KVM keeps until they do, so which CPUs
+//! run is the owner's to say, whatever the guest's kernel does.
 
 use crate::arch;
 use crate::bus::{Bus, Effect};
@@ -25,8 +29,22 @@ enum Wanted {
 
 struct State {
     wanted: Wanted,
+    /// vCPUs from this one on are held.
+    online: usize,
+    /// Those that wait, whatever for.
     parked: usize,
     alive: usize,
+}
+
+impl State {
+    /// Whether a vCPU is to wait outside the guest.
+    fn holds(&self, index: usize) -> bool {
+        match self.wanted {
+            Wanted::Run => index >= self.online,
+            Wanted::Pause => true,
+            Wanted::End(_) => false,
+        }
+    }
 }
 
 /// What vCPU threads, the event loop and the owner share.
@@ -37,11 +55,12 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// A gate for as many vCPUs, which do not run before [`resume`](Self::resume).
-    pub(crate) fn new(kickers: Vec<Kicker>) -> Self {
+    /// A gate for as many vCPUs, which do not run before [`resume`](Self::resume); then the first `online` do.
+    pub(crate) fn new(kickers: Vec<Kicker>, online: usize) -> Self {
         Self {
             state: Mutex::new(State {
                 wanted: Wanted::Pause,
+                online,
                 parked: 0,
                 alive: kickers.len(),
             }),
@@ -87,6 +106,22 @@ impl Gate {
         running
     }
 
+    /// Lets the first `online` vCPUs run, at least one and at most all, and holds the others: when this
+    /// returns, or soon after it, they are outside the guest.
+    pub(crate) fn set_online(&self, online: usize) {
+        let online = online.clamp(1, self.kickers.len().max(1));
+        lock(&self.state).online = online;
+        self.changed.notify_all();
+        for kicker in self.kickers.iter().skip(online) {
+            kicker.kick();
+        }
+    }
+
+    /// How many vCPUs may run.
+    pub(crate) fn online(&self) -> usize {
+        lock(&self.state).online
+    }
+
     /// Waits for the end.
     pub(crate) fn wait(&self) -> ExitReason {
         let mut state = lock(&self.state);
@@ -113,23 +148,23 @@ impl Gate {
         }
     }
 
-    /// Called by a vCPU outside the guest: waits while paused; false when it is time to end.
-    /// The second value says whether it was paused.
-    fn pass(&self) -> (bool, bool) {
+    /// Called by vCPU `index` outside the guest: waits while paused or held; false when it is time to end.
+    /// The second value says whether it waited.
+    fn pass(&self, index: usize) -> (bool, bool) {
         let mut state = lock(&self.state);
-        let mut paused = false;
-        while state.wanted == Wanted::Pause {
-            if !paused {
-                paused = true;
+        let mut waited = false;
+        while state.holds(index) {
+            if !waited {
+                waited = true;
                 state.parked += 1;
                 self.changed.notify_all();
             }
             state = wait(&self.changed, state);
         }
-        if paused {
+        if waited {
             state.parked -= 1;
         }
-        (state.wanted == Wanted::Run, paused)
+        (state.wanted == Wanted::Run, waited)
     }
 
     fn leave(&self) {
@@ -139,7 +174,7 @@ impl Gate {
 }
 
 /// A vCPU's whole life, on this thread.
-pub(crate) fn run(mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>, bus: &Bus) {
+pub(crate) fn run(index: usize, mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>, bus: &Bus) {
     let _left = Left(gate);
     if let Err(error) = vcpu.enter_thread(thread) {
         let details = format!("cannot set a vCPU's signal mask: {error}");
@@ -147,11 +182,11 @@ pub(crate) fn run(mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>, bus: &Bus) {
     }
     let mut first = true;
     loop {
-        let (go_on, was_paused) = gate.pass();
+        let (go_on, has_waited) = gate.pass(index);
         if !go_on {
             break;
         }
-        if was_paused && !std::mem::take(&mut first) {
+        if has_waited && !std::mem::take(&mut first) {
             // Tells the guest's watchdogs that time passed without it; refused by guests
             // without a kvmclock, which have nobody to tell.
             arch::after_pause(vcpu.fd());
@@ -226,5 +261,99 @@ fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {
                 return Some(ExitReason::InternalError { details });
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")] // Its guests are code of that one.
+mod tests {
+    use crate::config::Spec;
+    use crate::{ExitReason, Vm};
+    use koya_devices::virtio::Memory;
+    use std::time::{Duration, Instant};
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// By x2APIC, which real mode reaches: INIT and SIPI to the second CPU, then nothing.
+    const START_SECOND: &[u8] = &[
+        0x66, 0xb9, 0x1b, 0x00, 0x00, 0x00, // mov ecx, IA32_APIC_BASE
+        0x0f, 0x32, // rdmsr
+        0x0d, 0x00, 0x0c, // or ax, 0xc00: x2APIC
+        0x0f, 0x30, // wrmsr
+        0x66, 0xb9, 0x30, 0x08, 0x00, 0x00, // mov ecx, IA32_X2APIC_ICR
+        0x66, 0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1
+        0x66, 0xb8, 0x00, 0x45, 0x00, 0x00, // mov eax, INIT
+        0x0f, 0x30, // wrmsr
+        0x66, 0xb8, 0x01, 0x46, 0x00, 0x00, // mov eax, SIPI to SECOND
+        0x0f, 0x30, // wrmsr
+        0xfa, 0xf4, // cli; hlt
+    ];
+    const SECOND: usize = 0x1000;
+    /// again: inc word [COUNTER]; jmp again
+    const COUNT: &[u8] = &[0xff, 0x06, 0x00, 0x05, 0xeb, 0xfa];
+    const COUNTER: GuestAddress = GuestAddress(0x500);
+
+    /// A guest that starts a CPU that it has and may not use.
+    fn start() -> Vm {
+        let mut code = START_SECOND.to_vec();
+        code.resize(SECOND, 0xf4);
+        code.extend(COUNT);
+        let mut spec = Spec::flat(code);
+        (spec.cpus.count, spec.cpus.online) = (2, 1);
+        Vm::builder(spec).start().unwrap()
+    }
+
+    fn counts(memory: &Memory) -> bool {
+        let read = || memory.read_obj::<u16>(COUNTER).unwrap();
+        let (first, began) = (read(), Instant::now());
+        while began.elapsed() < Duration::from_millis(200) {
+            if read() != first {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
+    }
+
+    fn counts_soon(memory: &Memory) -> bool {
+        (0..50).any(|_| counts(memory))
+    }
+
+    #[test]
+    fn a_cpu_runs_while_the_owner_lets_it() {
+        let vm = start();
+        let memory = vm.memory().clone();
+        assert!(!counts(&memory));
+        let handle = vm.handle();
+        // What the guest sent it meanwhile is not lost.
+        handle.set_online_cpus(2);
+        assert!(counts_soon(&memory));
+        handle.set_online_cpus(1);
+        let held = (0..50).any(|_| !counts(&memory));
+        assert!(held && !counts(&memory));
+        handle.set_online_cpus(9);
+        assert_eq!(handle.online_cpus(), 2);
+        assert!(counts_soon(&memory));
+        assert_eq!(handle.ended(), None);
+        assert_eq!(vm.stop(), ExitReason::Stopped);
+    }
+
+    #[test]
+    fn a_held_cpu_is_in_nobodys_way() {
+        let vm = start();
+        let handle = vm.handle();
+        for _ in 0..20 {
+            assert!(handle.pause());
+            assert!(handle.resume());
+        }
+        assert!(handle.pause());
+        handle.set_online_cpus(2);
+        assert!(!counts(vm.memory()));
+        assert!(handle.resume());
+        assert!(counts_soon(vm.memory()));
+        // With one held and one that runs.
+        handle.set_online_cpus(0);
+        assert!(handle.pause() && handle.resume());
+        assert_eq!(handle.online_cpus(), 1);
+        assert_eq!(vm.stop(), ExitReason::Stopped);
     }
 }

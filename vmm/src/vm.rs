@@ -6,7 +6,7 @@ use crate::config::{DiskConfig, Spec};
 use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
-use crate::kvm::{Machine, Thread, Vcpu};
+use crate::kvm::{Machine, Thread};
 use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
@@ -88,7 +88,7 @@ impl Vm {
             if let Some(cpu) = pin {
                 stay_on(cpu);
             }
-            vcpu::run(vcpu, Thread::Own, &gate, &bus);
+            vcpu::run(index, vcpu, Thread::Own, &gate, &bus);
         });
         let host = |source| StartError::Host {
             operation: "start a vCPU's thread",
@@ -99,11 +99,16 @@ impl Vm {
     }
 
     /// Runs a vCPU on this thread until the machine ends, takes it down, and says why it ended.
-    pub(crate) fn run(self, here: Option<Vcpu>) -> ExitReason {
-        if let Some(vcpu) = here {
-            vcpu::run(vcpu, Thread::Callers, &self.gate, &self.bus);
+    pub(crate) fn run(self, here: Option<BuiltVcpu>) -> ExitReason {
+        if let Some(BuiltVcpu { index, vcpu, .. }) = here {
+            vcpu::run(index, vcpu, Thread::Callers, &self.gate, &self.bus);
         }
         self.wait()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// Keeps them until it is taken down.
@@ -171,6 +176,18 @@ impl VmHandle {
     /// Lets a paused virtual machine go on. False if it has ended.
     pub fn resume(&self) -> bool {
         self.gate.resume()
+    }
+
+    /// Lets the first `count` of the machine's CPUs run and holds the others, whatever the guest's kernel does
+    /// with them: to it they are CPUs that do not answer. So ask it to turn CPUs on after this, and to turn
+    /// them off before. At least one runs, and at most as many as there are.
+    pub fn set_online_cpus(&self, count: u32) {
+        self.gate.set_online(count as usize);
+    }
+
+    /// How many CPUs may run.
+    pub fn online_cpus(&self) -> u32 {
+        self.gate.online() as u32
     }
 
     /// Ends the virtual machine; [`Vm::wait`] returns.

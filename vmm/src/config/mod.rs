@@ -48,7 +48,8 @@ pub struct VmConfig {
     /// Virtual CPUs that the guest starts with, 1 to [`MAX_CPUS`]. Default: 1.
     #[serde(default = "default_cpus")]
     pub cpus: u32,
-    /// Virtual CPUs that the guest may turn on while it runs, `cpus` to [`MAX_CPUS`]. Each costs a
+    /// Virtual CPUs that the guest may turn on while it runs, once its owner lets it
+    /// ([`VmHandle::set_online_cpus`](crate::VmHandle::set_online_cpus)): `cpus` to [`MAX_CPUS`]. Each costs a
     /// thread here, and memory in the guest. Default: as `cpus`.
     #[serde(default)]
     pub cpus_max: Option<u32>,
