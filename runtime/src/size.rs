@@ -182,6 +182,15 @@ impl Sandbox {
         self.limits().kernel_mib
     }
 
+    /// MiB of memory that the guest may have of its host, without what its kernel keeps: what it started with,
+    /// and what it was last asked to have beyond that, or still has of what it was asked to have before. What a
+    /// balloon holds is in it: the guest may take that back.
+    pub fn granted_mib(&self) -> u64 {
+        let mem = self.machine().mem();
+        let plugged = mem.map_or(0, |mem| mem.plugged().max(mem.requested()));
+        self.limits().memory_mib + plugged.div_ceil(1 << 20)
+    }
+
     /// How large the guest is.
     ///
     /// # Errors

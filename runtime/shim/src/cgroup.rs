@@ -15,6 +15,9 @@ const MONITOR_MIB: u64 = 32;
 /// Page tables for a MiB of guest memory, the process's and KVM's, with pages of 4 KiB: two of 512, and
 /// what is above them.
 const TABLES: u64 = 128;
+/// Shared files that the guest remembers, as a part of its memory: a node takes some 400 bytes here, and
+/// an inode and a descriptor of the host's kernel beside that, while the guest's own kernel takes a KiB for it.
+const NODES: u64 = 4;
 
 /// Where a configuration's group is. `slice:prefix:name` is systemd's way to say it.
 ///
@@ -64,6 +67,19 @@ fn slices(slice: &str) -> PathBuf {
     path
 }
 
+/// Whether this process is in the group, so that its limits are the sandbox's. Without root, or where somebody
+/// else moved it, it may not be.
+pub(crate) fn is_ours(folder: &Path) -> bool {
+    let groups = fs::read_to_string("/proc/self/cgroup");
+    groups.is_ok_and(|groups| is_in(&groups, folder))
+}
+
+/// By what `/proc/PID/cgroup` says (cgroups(7)).
+fn is_in(groups: &str, folder: &Path) -> bool {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    path.is_some_and(|path| Path::new(ROOT).join(path) == folder)
+}
+
 /// Moves this process into the group, made if it is not there.
 pub(crate) fn enter(folder: &Path) -> io::Result<()> {
     make(folder)?;
@@ -90,15 +106,36 @@ fn make(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The limit of a sandbox whose guest counts so much memory, beyond what its kernel keeps: file and value.
-pub(crate) fn memory(mib: u64, kernel_mib: u64) -> (&'static str, String) {
-    let tables = (mib + kernel_mib).div_ceil(TABLES);
+/// The limits of a sandbox whose guest counts so much memory, beyond what its kernel keeps: files and values.
+/// A guest is not to be swapped out: it has as much as it may have, or is smaller.
+pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
+    let guest = mib + kernel_mib;
+    let (tables, nodes) = (guest.div_ceil(TABLES), guest / NODES);
     log::info!(
         "memory in MiB: {mib} for the guest, {kernel_mib} for its kernel, {tables} for page tables, \
-         {MONITOR_MIB} for the monitor"
+         {MONITOR_MIB} for the monitor, up to {nodes} for files that it remembers"
     );
-    let bytes = (mib + kernel_mib + tables + MONITOR_MIB) << 20;
-    ("memory.max", bytes.to_string())
+    let bytes = (guest + tables + MONITOR_MIB + nodes) << 20;
+    [
+        ("memory.max", bytes.to_string()),
+        ("memory.swap.max", "0".to_owned()),
+    ]
+}
+
+/// Sets what [`memory`] says, in a group that is this process's. Elsewhere the guest has limits of its own.
+pub(crate) fn bound(folder: &Path, mib: u64, kernel_mib: u64) {
+    if !is_ours(folder) {
+        log::debug!("no limit of memory: {} is not ours", folder.display());
+        return;
+    }
+    let limits = memory(mib, kernel_mib);
+    let (there, missing): (Vec<_>, Vec<_>) = limits
+        .into_iter()
+        .partition(|(file, _)| folder.join(file).exists());
+    for (file, _) in missing {
+        log::debug!("{} has no {file}", folder.display());
+    }
+    apply(folder, &there);
 }
 
 /// The limits of CPU time, and the host's CPUs: files and values.
@@ -180,6 +217,24 @@ mod tests {
         assert_eq!(of("cpu.weight"), Some("39"));
         assert_eq!(of("cpuset.cpus"), Some("0-1"));
         assert!(cpu(&oci::LinuxResources::default()).is_empty());
-        assert_eq!(memory(280, 20).1, "351272960");
+        let [max, swap] = memory(280, 20);
+        assert_eq!(max, ("memory.max", ((300 + 3 + 32 + 75) << 20).to_string()));
+        assert_eq!(swap, ("memory.swap.max", "0".to_owned()));
+    }
+
+    #[test]
+    fn a_group_is_ours_if_this_process_is_in_it() {
+        let is_in = |groups: &str| super::is_in(groups, Path::new("/sys/fs/cgroup/kubepods/a"));
+        assert!(is_in("0::/kubepods/a\n"));
+        assert!(is_in("1:name=systemd:/x\n0::/kubepods/a\n"));
+        for other in [
+            "0::/\n",
+            "0::/kubepods\n",
+            "0::/kubepods/a/b\n",
+            "4:memory:/kubepods/a\n",
+            "",
+        ] {
+            assert!(!is_in(other), "{other}");
+        }
     }
 }

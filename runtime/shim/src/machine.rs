@@ -53,7 +53,7 @@ impl Pod {
         if let Some((folder, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
             cgroup::apply(&folder, &cgroup::cpu(resources));
         }
-        bound(task, &started, size.memory_mib);
+        bound(task, &started, None);
         self.tell_of_ooms(started.clone())?;
         if task.is_virtual() {
             match Loopback::join(&started) {

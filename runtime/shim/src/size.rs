@@ -102,17 +102,19 @@ impl Pod {
         *fitted = None;
         let now = sandbox.size()?;
         let grows = wish.memory_mib > now.memory_mib;
+        // Before the guest has more, and after it has less.
         if grows {
             bound(first, &sandbox, wish.memory_mib);
         }
         let got = match sandbox.update(wish) {
             Ok(got) => got,
             Err(error) => {
-                bound(first, &sandbox, now.memory_mib);
+                bound(first, &sandbox, None);
                 return Err(error.into());
             }
         };
         log::info!("the guest has {got:?}; wished was {wish:?}");
+        bound(first, &sandbox, None);
         if grows && got.memory_mib < wish.memory_mib {
             let text = format!(
                 "the guest has {} MiB, and did not take the {} that its containers may have",
@@ -121,7 +123,6 @@ impl Pod {
             );
             return Err(anyhow::anyhow!(text).into());
         }
-        bound(first, &sandbox, got.memory_mib);
         *fitted = Some(wish);
         Ok(())
     }
@@ -191,16 +192,15 @@ fn wish(own: Size, all: Size, most: Size) -> Size {
     }
 }
 
-/// Sets the host's limit for a sandbox whose guest has so much memory, if it has a limit.
+/// Sets the host's limit for a sandbox whose guest may have so much memory, but never less than it was granted:
+/// what it is slow to give back, or to take, it may still use.
 pub(crate) fn bound(task: &Task, sandbox: &Sandbox, mib: Option<u64>) {
-    if lock(&task.limits).memory.is_none() {
-        return;
-    }
-    if let Some(folder) = task.spec.cgroup().filter(|folder| folder.exists()) {
-        cgroup::apply(
-            &folder,
-            &[cgroup::memory(mib.unwrap_or(0), sandbox.kernel_mib())],
-        );
+    match task.spec.cgroup() {
+        Some(folder) => {
+            let mib = mib.unwrap_or(0).max(sandbox.granted_mib());
+            cgroup::bound(&folder, mib, sandbox.kernel_mib());
+        }
+        None => log::debug!("no limit of memory: no control group of version 2"),
     }
 }
 
