@@ -561,6 +561,25 @@ fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
         (LIMIT_MIB + 32..LIMIT_MIB + 160).contains(&outside),
         "{outside} MiB on the host"
     );
+    // One without a limit has one on the host all the same, and neither is swapped out.
+    stdout(
+        containerd
+            .run(&["-d"], "free", &["sleep", "1000"])
+            .output()?,
+    )?;
+    let free = fs::read_to_string(containerd.groups().join("free/memory.max"))?;
+    let free = free.trim().parse::<u64>()? >> 20;
+    ensure!((512..1024).contains(&free), "{free} MiB on the host");
+    for name in ["limited", "free"] {
+        // A kernel without swap has no such file.
+        let swap = containerd.groups().join(name).join("memory.swap.max");
+        if swap.exists() {
+            let swap = fs::read_to_string(swap)?;
+            ensure!(swap.trim() == "0", "{name}: {swap}");
+        }
+    }
+    stdout(containerd.ctr(["task", "rm", "-f", "free"]).output()?)?;
+    containerd.remove("free")?;
     // Beyond the limit the guest's kernel kills what takes too much, and nothing else.
     let (code, text) = ended(
         &containerd

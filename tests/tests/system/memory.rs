@@ -8,8 +8,10 @@ crate::trials![
     freed_memory_goes_back_to_the_host,
     the_guest_has_what_was_asked_for,
     a_guest_grows_and_shrinks,
+    memory_comes_and_goes_again,
     memory_may_be_a_files,
     cpus_are_turned_on_and_off,
+    a_guest_starts_no_cpu_by_itself,
     stats_name_each_container
 ];
 
@@ -85,6 +87,28 @@ fn a_guest_grows_and_shrinks() -> Result<()> {
     Ok(())
 }
 
+/// Each round adds memory slots to the running guest and removes them.
+fn memory_comes_and_goes_again() -> Result<()> {
+    let name = "memory-again";
+    let options = ["--memory", "192m", "--memory-max", "900m"];
+    let container = Background::start(name, &options, &["sleep", "1000"])?;
+    let update = |size: &str| stdout(koya(["update", "--memory", size, name]).output()?);
+    let on_host = || -> Result<u64> { number(&stats(name)?, "host_guest") };
+    for round in 0..3 {
+        let said = update("900m")?;
+        ensure!(said == "1 CPUs, 900 MiB of memory", "{round}: {said}");
+        let fill = "dd if=/dev/zero bs=400M count=1 | md5sum";
+        let sum = stdout(container.exec(&[], &["sh", "-c", fill])?)?;
+        ensure!(sum.starts_with("61eabaf2bf278703738b433ff884c91f"), "{sum}");
+        let said = update("192m")?;
+        ensure!(said == "1 CPUs, 192 MiB of memory", "{round}: {said}");
+        until("what was plugged is the host's", || {
+            Ok((on_host()? < 220 * MIB).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
 fn memory_may_be_a_files() -> Result<()> {
     let name = "memory-file";
     let options = [
@@ -126,6 +150,27 @@ fn cpus_are_turned_on_and_off() -> Result<()> {
     let refused = koya(["update", "--cpus", "4", name]).output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("1 to 3"), "{said}");
+    Ok(())
+}
+
+fn a_guest_starts_no_cpu_by_itself() -> Result<()> {
+    let name = "cpu-by-itself";
+    let options = ["--privileged", "--cpus", "1", "--cpus-max", "2"];
+    let container = Background::start(name, &options, &["sleep", "1000"])?;
+    let online = || stdout(container.exec(&[], &["nproc"])?);
+    // Its kernel sends the CPU all that starts one, and gives up after 10 seconds.
+    let alone = "echo 1 > /sys/devices/system/cpu/cpu1/online";
+    let alone = container.exec(&[], &["sh", "-c", alone])?;
+    ensure!(!alone.status.success(), "{alone:?}");
+    ensure!(online()? == "1", "{}", online()?);
+    // The owner may, before and after.
+    let said = stdout(koya(["update", "--cpus", "2", name]).output()?)?;
+    ensure!(said.starts_with("2 CPUs"), "{said}");
+    ensure!(online()? == "2", "{}", online()?);
+    // And what it was given it turns off and on as it likes.
+    let again = "cd /sys/devices/system/cpu/cpu1 && echo 0 > online && echo 1 > online";
+    stdout(container.exec(&[], &["sh", "-c", again])?)?;
+    ensure!(online()? == "2", "{}", online()?);
     Ok(())
 }
 
