@@ -47,6 +47,8 @@ const S_AVAIL: u16 = 6;
 const S_CACHES: u16 = 7;
 
 const QUEUE_SIZES: &[u16] = &[128; 4];
+/// Chains of one queue before others have their turn: each may be thousands of calls of madvise(2).
+const TURN: usize = 4;
 /// The most page frame numbers of one chain. Linux sends 256.
 const MAX_FRAMES: u32 = 16_384;
 /// The most statistics of one chain. Linux has 16.
@@ -393,39 +395,45 @@ fn read_statistics(chain: &Chain, memory: &Memory) -> MemoryStatistics {
     all
 }
 
+/// Takes the statistics that the guest offers, a turn of them at most.
+fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), QueueError> {
+    for _ in 0..TURN {
+        if let Some(chain) = queue.pop()? {
+            *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
+            // One at a time: what was held, if the driver is that odd, goes back.
+            let before = lock(&shared.held).replace(chain.head());
+            if let Some(before) = before {
+                queue.complete(before, 0)?;
+            }
+        } else if !queue.arm()? {
+            return Ok(());
+        }
+    }
+    queue.kick_self();
+    Ok(())
+}
+
 impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
-        self.inflate.drain(|chain, memory| {
+        self.inflate.serve_turn(TURN, |chain, memory| {
             give_back_asked(chain, memory, shared);
             0
         })?;
-        self.deflate.drain(|chain, _| {
+        self.deflate.serve_turn(TURN, |chain, _| {
             let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
             let deflated = &shared.metrics.deflated_bytes;
             deflated.fetch_add(bytes, Ordering::Relaxed);
             0
         })?;
         if let Some(queue) = &mut self.reporting {
-            queue.drain(|chain, memory| {
+            queue.serve_turn(TURN, |chain, memory| {
                 give_back_reported(chain, memory, shared);
                 0
             })?;
         }
         if let Some(queue) = &mut self.statistics {
-            loop {
-                while let Some(chain) = queue.pop()? {
-                    *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
-                    // One at a time: what was held, if the driver is that odd, goes back.
-                    let before = lock(&shared.held).replace(chain.head());
-                    if let Some(before) = before {
-                        queue.complete(before, 0)?;
-                    }
-                }
-                if !queue.arm()? {
-                    break;
-                }
-            }
+            take_statistics(queue, shared)?;
         }
         Ok(())
     }

@@ -292,10 +292,69 @@ impl Driver {
         self.writable.clear();
     }
 
+    /// Gives one chain for every place of the ring, and each time again as soon as it comes back, so that
+    /// the queue is never empty; until what is returned is dropped.
+    ///
+    /// # Panics
+    /// If the host has no thread left.
+    pub fn flood(&mut self, buffers: &[Buffer]) -> Flood {
+        let head = self.offer(buffers);
+        for slot in 0..u64::from(self.size) {
+            let ring = GuestAddress(AVAILABLE + 4 + 2 * slot);
+            self.memory.write_obj(head, ring).expect("test memory");
+        }
+        let (memory, size) = (self.memory.clone(), self.size);
+        let ended = Arc::new(AtomicBool::new(false));
+        let ends = ended.clone();
+        let thread = std::thread::spawn(move || {
+            while !ends.load(Ordering::SeqCst) {
+                let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("memory");
+                let available = used.wrapping_add(size);
+                let index = GuestAddress(AVAILABLE + 2);
+                memory.write_obj(available, index).expect("test memory");
+            }
+        });
+        Flood {
+            ended,
+            thread: Some(thread),
+        }
+    }
+
+    /// Whether there is a kick that nobody has taken; it is taken.
+    pub fn take_kick(&self) -> bool {
+        self.kick.read().is_ok()
+    }
+
     /// Kicks the device.
     pub fn kick(&self) {
         self.kick.write(1).ok();
     }
+}
+
+/// A driver that keeps its queue full: see [`Driver::flood`].
+pub struct Flood {
+    ended: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}
+
+/// Does `work` on a thread of its own.
+///
+/// # Panics
+/// If it is not done after 30 s, or panics: a test of what must end.
+pub fn ends<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(work()));
+    let limit = std::time::Duration::from_secs(30);
+    done.recv_timeout(limit).expect("it ends")
 }
 
 fn write_descriptor(

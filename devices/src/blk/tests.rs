@@ -1,13 +1,14 @@
 //! The device behind a mock driver: every request, both engines, and what a driver does wrong.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver};
+use crate::test_utils::{Buffer, Driver, MEMORY_SIZE, ends};
 use crate::virtio::Activation;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::*;
+use vm_memory::{Bytes, GuestAddress};
 
 const BOTH: [IoEngine; 2] = [IoEngine::Auto, IoEngine::Calls];
 
@@ -413,4 +414,70 @@ fn direct_io_takes_any_memory() {
         .unwrap();
     std::fs::remove_file(&path).unwrap();
     assert!(content[4096..].iter().all(|byte| *byte == 7));
+}
+
+/// Each request is refused at once, and there is always another.
+#[test]
+fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+    for engine in BOTH {
+        let mut setup = Setup::active(engine, 8);
+        let flood = setup
+            .driver
+            .flood(&[Buffer::Readable(header(99, 0)), Buffer::Writable(1)]);
+        setup.driver.kick();
+        std::thread::sleep(Duration::from_millis(50));
+        let mut device = setup.device;
+        ends(move || device.reset(None));
+        drop(flood);
+        assert!(!setup.driver.used().is_empty());
+    }
+}
+
+/// Reads that the host has begun may still end after the driver has asked for a reset, but not after it
+/// was told that the reset is done.
+#[test]
+fn a_reset_with_requests_under_way_leaves_memory_alone() {
+    const SECTORS: u64 = 64 << 10;
+    for (round, engine) in [IoEngine::Auto; 12].into_iter().chain(BOTH).enumerate() {
+        let mut setup = Setup::new(engine, SECTORS, DiskOptions::default());
+        let file = setup.file.as_file();
+        file.write_all_at(&vec![7; (SECTORS * SECTOR_SIZE) as usize], 0)
+            .unwrap();
+        setup.driver = Driver::new(256);
+        setup.activate(setup.device.features());
+        // All that fits into memory at once: 80 requests of 128 KiB.
+        let parts = [
+            Buffer::Readable(Vec::new()),
+            Buffer::Writable(128 << 10),
+            Buffer::Writable(1),
+        ];
+        let heads: Vec<u16> = (0..80_u64)
+            .map(|n| {
+                // From all over the file, so that none is a continuation.
+                let sector = (n * 37 % 80) * 256;
+                let mut parts = parts.clone();
+                parts[0] = Buffer::Readable(header(VIRTIO_BLK_T_IN, sector));
+                setup.driver.offer(&parts)
+            })
+            .collect();
+        setup.driver.kick();
+        // Sooner and later: none, some, all of them are begun.
+        std::thread::sleep(Duration::from_micros(150 * round as u64));
+        setup.device.reset(None);
+        let memory = setup.driver.memory().clone();
+        let data = GuestAddress(0x10_0000);
+        let blank = vec![0xee; MEMORY_SIZE - 0x10_0000];
+        memory.write_slice(&blank, data).unwrap();
+        let used = setup.driver.used().len();
+        std::thread::sleep(Duration::from_millis(20));
+        let mut after = vec![0; blank.len()];
+        memory.read_slice(&mut after, data).unwrap();
+        assert!(after == blank, "written after the reset");
+        assert_eq!(setup.driver.used(), [], "{used} of {}", heads.len());
+        // The next driver finds a device that works.
+        setup.driver = Driver::new(64);
+        setup.activate(setup.device.features());
+        let read = setup.ask(&header(VIRTIO_BLK_T_IN, 1), 512);
+        assert_eq!(read, (0, 513, vec![7; 512]));
+    }
 }

@@ -123,9 +123,14 @@ impl Serving {
         }
     }
 
-    /// Starts what the driver has in the queue; how long to wait before more may start.
+    /// Starts what the driver has in the queue; how long to wait before more may start. No more than the
+    /// queue holds at once: what is answered here, since it can't be done, must not keep this thread from
+    /// being told to stop.
     fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
-        while !self.free.is_empty() && self.under_way < MAX_UNDER_WAY && self.engine.has_room() {
+        for _ in 0..self.requests.len() {
+            if self.free.is_empty() || self.under_way >= MAX_UNDER_WAY || !self.engine.has_room() {
+                return Ok(None);
+            }
             let wait = lock(&self.shared.limiter).wait(Instant::now());
             if wait.is_some() {
                 return Ok(wait);
@@ -134,11 +139,11 @@ impl Serving {
                 if self.queue.arm()? {
                     continue;
                 }
-                break;
+                return Ok(None);
             };
             self.begin(chain)?;
         }
-        Ok(None)
+        Ok(Some(Duration::ZERO))
     }
 
     fn begin(&mut self, chain: Chain) -> Result<(), WorkerError> {
@@ -213,5 +218,57 @@ impl Serving {
         let used = request::answer(&request.chain, memory, status, request.written())?;
         self.queue.complete(request.chain.head(), used)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::DiskOptions;
+    use super::*;
+    use crate::rate_limit::RateLimits;
+    use crate::test_utils::{Buffer, Driver};
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
+
+    #[test]
+    fn requests_that_are_refused_are_answered_in_turns() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let disk = Disk::open(file.path(), DiskOptions::default()).unwrap();
+        let shared = Arc::new(Shared {
+            disk: Arc::new(disk),
+            metrics: Arc::default(),
+            limiter: Arc::new(Mutex::new(RateLimiter::new(RateLimits::default()))),
+            engine: IoEngine::Calls,
+            durable: false,
+            drain: AtomicBool::new(false),
+        });
+        let mut driver = Driver::new(64);
+        for _ in 0..64 {
+            driver.offer(&[Buffer::Readable(vec![0xff; 16])]);
+        }
+        let queue = driver.queue();
+        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap();
+        let engine = Engine::new(
+            IoEngine::Calls,
+            queue.memory().clone(),
+            shared.disk.clone(),
+            queue.size(),
+            false,
+            [event(), event()],
+        );
+        let mut serving = Serving {
+            // Of a queue that is as short: what it has is more than one turn.
+            requests: (0..32).map(|_| None).collect(),
+            free: (0..32).rev().collect(),
+            under_way: 0,
+            queue,
+            engine: engine.unwrap(),
+            shared,
+        };
+        for _ in 0..2 {
+            assert_eq!(serving.take().unwrap(), Some(Duration::ZERO));
+            assert_eq!(driver.used().len(), 32);
+        }
+        assert_eq!(serving.take().unwrap(), None);
     }
 }

@@ -210,8 +210,8 @@ impl Receiver {
         if let Some(wait) = lock(&self.limiter).wait(Instant::now()) {
             return Ok(Some(Pause::Limited(wait)));
         }
-        if !self.refill(shared)? {
-            return Ok(Some(Pause::Starved));
+        if let Some(pause) = self.refill(shared)? {
+            return Ok(Some(pause));
         }
         let first = self.chains.front().map_or(0, |(_, pieces)| *pieces);
         let most = if self.wanted.mergeable {
@@ -240,21 +240,23 @@ impl Receiver {
         Ok(None)
     }
 
-    /// Takes buffers into hand until any frame fits; false if the guest has too few.
-    fn refill(&mut self, shared: &Shared) -> Result<bool, QueueError> {
-        loop {
+    /// Takes buffers into hand until any frame fits; if that is not to be, why. No more buffers than the
+    /// queue holds at once, and few that are no use: a guest may give new ones as fast as they come back.
+    fn refill(&mut self, shared: &Shared) -> Result<Option<Pause>, QueueError> {
+        let mut useless = 0;
+        for _ in 0..=self.queue.size() {
             let enough = match self.wanted.mergeable {
                 true => self.room >= self.wanted.frame,
                 false => !self.chains.is_empty(),
             };
             if enough {
-                return Ok(true);
+                return Ok(None);
             }
             let Some(chain) = self.queue.pop()? else {
                 if self.queue.arm()? {
                     continue;
                 }
-                return Ok(false);
+                return Ok(Some(Pause::Starved));
             };
             let len = chain.writable_len() as usize;
             let pieces = match len >= HEADER_SIZE {
@@ -265,11 +267,16 @@ impl Receiver {
                 guest_fault!("a network's buffer has {len} bytes, less than a header");
                 count(&shared.metrics.faults, 1);
                 self.queue.complete(chain.head(), 0)?;
+                useless += 1;
+                if useless == BATCH {
+                    break;
+                }
                 continue;
             }
             self.room += len;
             self.chains.push_back((chain, pieces));
         }
+        Ok(Some(Pause::Turn))
     }
 
     /// Gives the buffers back that hold a frame of `bytes`.
@@ -352,5 +359,50 @@ fn refused(error: &io::Error, shared: &Shared) -> Pause {
             Pause::Gone
         }
         _ => Pause::Idle,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::{MacAddr, Net, NetOptions};
+    use crate::rate_limit::RateLimits;
+    use crate::test_utils::{Buffer, Driver};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use std::sync::atomic::Ordering;
+
+    #[test]
+    fn buffers_that_are_no_use_are_given_back_in_turns() {
+        let flags = SocketFlags::CLOEXEC;
+        let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (ours, _host) = pair.unwrap();
+        let options = NetOptions {
+            mac: MacAddr([2; 6]),
+            mtu: None,
+            send_limits: RateLimits::default(),
+            receive_limits: RateLimits::default(),
+        };
+        let tap = Tap::from_queues("test", vec![ours]).unwrap();
+        let shared = Net::new(tap, options).unwrap().shared.clone();
+        let mut driver = Driver::new(256);
+        for _ in 0..256 {
+            driver.offer(&[Buffer::Writable(HEADER_SIZE as u32 - 1)]);
+        }
+        let limits = RateLimiter::new(RateLimits::default());
+        let mut receiver = Receiver {
+            pieces: Pieces::new(driver.memory().clone()),
+            queue: driver.queue(),
+            limiter: Arc::new(Mutex::new(limits)),
+            wanted: Room::of(1 << VIRTIO_NET_F_MRG_RXBUF, None),
+            chains: VecDeque::new(),
+            room: 0,
+        };
+        for turn in 1..=4 {
+            assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Turn));
+            assert_eq!(driver.used().len(), BATCH);
+            let faults = shared.metrics.faults.load(Ordering::Relaxed);
+            assert_eq!(faults, (turn * BATCH) as u64);
+        }
+        assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Starved));
     }
 }

@@ -1,7 +1,7 @@
 //! The device behind a mock driver, with a socket pair for a tap.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver};
+use crate::test_utils::{Buffer, Driver, ends};
 use crate::virtio::Activation;
 use crate::virtio::registers::{ConfigSpace, RegisterPages};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, send};
@@ -358,4 +358,20 @@ fn a_network_goes_on_where_it_was() {
     };
     let refused = self::device(other).0.restore(&state);
     assert!(matches!(refused, Err(StateError::Misfit(_))));
+}
+
+/// Each buffer is no use, and there is always another.
+#[test]
+fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    // In many parts, so that the device takes longer than the driver.
+    let buffers = setup
+        .receive
+        .flood(&vec![Buffer::Writable(1); HEADER_SIZE - 1]);
+    setup.receive.kick();
+    std::thread::sleep(Duration::from_millis(50));
+    let mut device = setup.device;
+    ends(move || device.reset(None));
+    drop(buffers);
+    assert!(!setup.receive.used().is_empty());
 }

@@ -3,6 +3,10 @@
 use super::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
+/// How many chains of a queue are answered before the loop's other sources have their turn: a driver that
+/// keeps its queue full must not have the loop for itself.
+pub(crate) const TURN: usize = 32;
+
 /// A queue, and what answers a chain: how many bytes of it were written.
 pub(crate) struct OnLoop<S> {
     queue: ActiveQueue,
@@ -20,12 +24,12 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> OnLoop<S> {
         }
     }
 
-    /// Answers all that the driver has in the queue.
+    /// Answers what the driver has in the queue, a turn of it at most.
     ///
     /// # Errors
     /// The driver's faults; the queue can't be used any more.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
-        self.queue.drain(&mut self.answer)
+        self.queue.serve_turn(TURN, &mut self.answer)
     }
 }
 
@@ -43,5 +47,45 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> MutEventSubscriber for OnLoop<S> {
             self.queue.fail(&error);
             ops.remove(Events::empty(self.queue.kick())).ok();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::{Buffer, Driver, ends};
+
+    #[test]
+    fn a_driver_that_keeps_its_queue_full_gets_turns_and_no_more() {
+        let mut driver = Driver::new(16);
+        let _flood = driver.flood(&[Buffer::Readable(vec![0; 8])]);
+        let queue = driver.queue();
+        let answered = ends(move || {
+            let mut answered = 0;
+            let mut worker = OnLoop::new("test", queue, |_, _| {
+                answered += 1;
+                // As long as a driver takes to give it again.
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                0
+            });
+            worker.serve().unwrap();
+            drop(worker);
+            answered
+        });
+        assert_eq!(answered, TURN);
+        // It comes back without its driver.
+        assert!(driver.take_kick());
+    }
+
+    #[test]
+    fn a_queue_that_is_empty_is_left_to_its_driver() {
+        let mut driver = Driver::new(64);
+        for _ in 0..TURN - 1 {
+            driver.offer(&[Buffer::Readable(vec![0; 8])]);
+        }
+        let mut worker = OnLoop::new("test", driver.queue(), |_, _| 0);
+        worker.serve().unwrap();
+        assert_eq!(driver.used().len(), TURN - 1);
+        assert!(!driver.take_kick());
     }
 }

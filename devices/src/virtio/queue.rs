@@ -218,26 +218,39 @@ impl ActiveQueue {
             .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))
     }
 
-    /// Serves what the driver has in the queue, until it is empty and the driver will kick: each chain
-    /// is given back with the number of bytes that `serve` says it wrote.
+    /// Serves what the driver has in the queue, until it is empty and the driver will kick, or for a
+    /// turn of `most` chains: then the queue kicks itself, and whoever waits for kicks comes back to it
+    /// after others have had their turn. Each chain is given back with the number of bytes that `serve`
+    /// says it wrote.
     ///
     /// # Errors
     /// The driver's faults; the queue can't be used any more.
-    pub fn drain(
+    pub fn serve_turn(
         &mut self,
+        most: usize,
         mut serve: impl FnMut(&Chain, &Memory) -> u32,
     ) -> Result<(), QueueError> {
         let memory = self.memory.clone();
-        loop {
-            while let Some(chain) = self.pop()? {
+        for _ in 0..most {
+            if let Some(chain) = self.pop()? {
                 let written = serve(&chain, &memory);
                 self.complete(chain.head(), written)?;
+                continue;
             }
             self.notify()?;
             if !self.arm()? {
                 return Ok(());
             }
         }
+        self.notify()?;
+        self.kick_self();
+        Ok(())
+    }
+
+    /// Has the kick come as if the driver had given it: there is more to do.
+    pub fn kick_self(&self) {
+        // It fails only where the counter is full, and then it is readable.
+        self.kick.write(1).ok();
     }
 
     /// Asks the driver to kick when it adds something. True if it did already: then pop again.

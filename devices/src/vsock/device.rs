@@ -17,6 +17,9 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 const EVENT: u16 = 2;
 
+/// How many packets each way are moved before the event loop's other sources have their turn.
+const TURN: usize = 64;
+
 /// The vsock device.
 pub struct Vsock {
     cid: u64,
@@ -76,26 +79,37 @@ struct VsockWorker {
 }
 
 impl VsockWorker {
-    /// Moves packets both ways until neither queue has anything to do.
+    /// Moves packets both ways until neither queue has anything to do, or it has had its turn: then a
+    /// kick of its own brings it back, after the loop's other sources.
     fn serve(&mut self) -> Result<(), QueueError> {
-        loop {
-            let more_tx = self.serve_tx()?;
+        let (mut tx_left, mut rx_left) = (TURN, TURN);
+        // Each round but the last moves a packet, or the driver gave one that was gone when it was
+        // looked for: that, too, only so often.
+        for _ in 0..TURN {
+            let more_tx = self.serve_tx(&mut tx_left)?;
             let at_rest = !self.muxer.may_receive();
-            let more_rx = self.serve_rx()?;
+            let more_rx = self.serve_rx(&mut rx_left)?;
             // What the receive queue took may have ended the transmit queue's rest.
             let woken = at_rest && self.muxer.may_receive();
             if !more_tx && !more_rx && !woken {
                 return Ok(());
             }
+            if tx_left == 0 || rx_left == 0 {
+                break;
+            }
         }
+        self.tx.kick_self();
+        Ok(())
     }
 
-    /// True if the driver added something meanwhile.
-    fn serve_tx(&mut self) -> Result<bool, QueueError> {
+    /// True if the driver added something meanwhile, or there was more than what is `left` of the turn.
+    fn serve_tx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
-        while self.muxer.may_receive()
+        while *left > 0
+            && self.muxer.may_receive()
             && let Some(chain) = self.tx.pop()?
         {
+            *left -= 1;
             if let Err(error) = self.muxer.receive(&chain, self.tx.memory()) {
                 // One bad packet is dropped; its stream finds out by its credit.
                 guest_fault!("vsock: a packet of the guest's is broken: {error}");
@@ -110,12 +124,15 @@ impl VsockWorker {
         Ok(self.muxer.may_receive() && self.tx.arm()?)
     }
 
-    /// True if the driver gave room meanwhile and there is a packet for it.
-    fn serve_rx(&mut self) -> Result<bool, QueueError> {
+    /// True if the driver gave room meanwhile and there is a packet for it, or there was more than what
+    /// is `left` of the turn.
+    fn serve_rx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
-        while self.muxer.has_packet()
+        while *left > 0
+            && self.muxer.has_packet()
             && let Some(chain) = self.rx.pop()?
         {
+            *left -= 1;
             match self.muxer.send(&chain, self.rx.memory()) {
                 Ok(Some(written)) => self.rx.complete(chain.head(), written)?,
                 Ok(None) => {
@@ -372,10 +389,54 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_with_room_for_a_header_alone_holds_nobody() {
+        let mut guest = Guest::new();
+        let listener = guest.ports.listen(1000).unwrap();
+        guest.send(Op::Request, 1000, &[]);
+        assert_eq!(op(&guest.receive().unwrap()), Some(Op::Response));
+        let mut host = listener.accept().unwrap();
+        host.write_all(b"data").unwrap();
+        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        guest.worker.muxer.host_ready(key, true, false);
+        let short = guest.rx.offer(&[Buffer::Writable(HEADER_SIZE)]);
+        let mut guest = crate::test_utils::ends(move || {
+            guest.worker.serve().unwrap();
+            guest
+        });
+        // It comes back empty, and the data in the next one.
+        assert_eq!(guest.rx.used(), [(short, 0)]);
+        let answer = guest.receive().unwrap();
+        assert_eq!(
+            (op(&answer), answer.1.as_slice()),
+            (Some(Op::ReadWrite), &b"data"[..])
+        );
+    }
+
+    #[test]
+    fn a_guest_that_keeps_its_queue_full_gets_turns_and_no_more() {
+        let mut guest = Guest::new();
+        let _listener = guest.ports.listen(1000).unwrap();
+        guest.send(Op::Request, 1000, &[]);
+        guest.receive();
+        guest.tx.used();
+        let header = packet(Op::CreditUpdate, 1000);
+        let flood = guest
+            .tx
+            .flood(&[Buffer::Readable(header.as_bytes().to_vec())]);
+        let mut guest = crate::test_utils::ends(move || {
+            guest.worker.serve().unwrap();
+            guest
+        });
+        drop(flood);
+        assert_eq!(guest.tx.used().len(), TURN);
+        assert!(guest.tx.take_kick());
+    }
+
+    #[test]
     fn a_guest_that_gives_no_room_cannot_make_the_host_remember_without_end() {
         let mut guest = Guest::new();
         for _ in 0..5 {
-            for _ in 0..200 {
+            for _ in 0..TURN {
                 guest.offer(&packet(Op::Request, 5), &[]);
             }
             guest.worker.serve().unwrap();

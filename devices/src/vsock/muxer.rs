@@ -245,7 +245,8 @@ impl Muxer {
     /// all.
     ///
     /// # Errors
-    /// A chain that has no room for a header.
+    /// A chain that has no room for a header, or for no data where that is next. The packet waits for
+    /// the next chain.
     pub fn send(&mut self, chain: &Chain, memory: &Memory) -> Result<Option<u32>, ChainError> {
         if chain.writable_len() < HEADER_SIZE {
             return Err(ChainError::TooShort);
@@ -256,11 +257,11 @@ impl Muxer {
         }
         while let Some(key) = self.turns.pop_front() {
             self.queued.remove(&key);
-            let sent = self.send_from(key, chain, memory)?;
+            let sent = self.send_from(key, chain, memory);
             self.enqueue(key);
             self.sweep(key);
-            if sent.is_some() {
-                return Ok(sent);
+            if !matches!(sent, Ok(None)) {
+                return sent;
             }
         }
         Ok(None)
@@ -294,10 +295,11 @@ impl Muxer {
             return Ok(None);
         }
         let room = chain.writable_len() - HEADER_SIZE;
-        let count = room.min(connection.peer_room()).min(MAX_PACKET);
-        if count == 0 {
-            return Ok(None);
+        if room == 0 {
+            // Another try with the same chain would end here again, and so on for ever.
+            return Err(ChainError::TooShort);
         }
+        let count = room.min(connection.peer_room()).min(MAX_PACKET);
         let slices = chain.writable_slices(memory, HEADER_SIZE, count as usize)?;
         match sys::receive(connection.stream(), &slices) {
             Ok(0) => {
