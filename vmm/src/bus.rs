@@ -118,12 +118,14 @@ impl Bus {
         }
     }
 
-    /// Stops every device, as a reset by its driver would.
-    pub fn shut_down(&self) {
-        for (_, window) in &self.windows {
+    /// Stops every device, as a reset by its driver would. `about` hears of each before it is waited for.
+    pub fn shut_down(&self, about: impl Fn(&str)) {
+        for (address, window) in &self.windows {
+            about(&format!("the device at {address:#x}"));
             // Taken out: whoever still has the window must not keep the device.
             let device = lock(window).take();
             if let Some(mut device) = device {
+                about(&format!("threads of a {} device", device.kind().name()));
                 device.shutdown();
             }
         }

@@ -43,6 +43,7 @@ mod marks;
 mod memory;
 mod panic_log;
 mod sync;
+mod take_down;
 mod vcpu;
 mod vm;
 

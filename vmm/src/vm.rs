@@ -11,6 +11,7 @@ use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::sync::lock;
+use crate::take_down::TakeDown;
 use crate::vcpu::{self, Gate};
 use koya_devices::balloon::BalloonHandle;
 use koya_devices::blk::BlockHandle;
@@ -24,18 +25,18 @@ use koya_devices::vsock::UnixSockets;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
-use std::thread::JoinHandle;
 
 /// A virtual machine. Dropping it stops it; nothing of it is left then: no thread, no
-/// descriptor, no mapping.
+/// descriptor, no mapping. The guest has no say in how long that takes. A call of the host's that
+/// does not return (a disk on a file server that is gone) is waited for 30 s; then an error is logged
+/// that says what was waited for, and the thread, with what it uses, stays until its call returns.
 pub struct Vm {
     gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    /// What has to be ended; none once it is.
+    live: Option<TakeDown>,
     bus: Arc<Bus>,
-    event_loop: Option<LoopThread>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
-    sockets: Option<UnixSockets>,
     // Last: vCPUs and devices use them.
     _machine: Arc<Machine>,
     memory: Arc<Memory>,
@@ -67,14 +68,13 @@ impl Vm {
         serial: Option<Arc<Mutex<SerialPort>>>,
         handles: Handles,
     ) -> Self {
+        let handles = Arc::new(handles);
         Self {
             gate,
-            threads: Vec::new(),
+            live: Some(TakeDown::new(bus.clone(), event_loop, handles.clone())),
             bus,
-            event_loop,
             serial,
-            handles: Arc::new(handles),
-            sockets: None,
+            handles,
             _machine: machine,
             memory,
         }
@@ -94,7 +94,10 @@ impl Vm {
             operation: "start a vCPU's thread",
             source,
         };
-        self.threads.push(thread.map_err(host)?);
+        let thread = thread.map_err(host)?;
+        if let Some(live) = &mut self.live {
+            live.add_vcpu(index, thread);
+        }
         Ok(())
     }
 
@@ -113,7 +116,9 @@ impl Vm {
 
     /// Keeps them until it is taken down.
     pub(crate) fn keep_sockets(&mut self, sockets: Option<UnixSockets>) {
-        self.sockets = sockets;
+        if let Some(live) = &mut self.live {
+            live.keep_sockets(sockets);
+        }
     }
 
     /// A handle for other threads.
@@ -140,21 +145,9 @@ impl Vm {
         self.wait()
     }
 
-    /// vCPUs first, since they call devices; then devices, whose workers the loop runs; then
-    /// the loop.
     fn take_down(&mut self) {
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                log::error!("a vCPU thread panicked");
-            }
-        }
-        self.sockets.take();
-        if let Some(hotplug) = &self.handles.hotplug {
-            hotplug.close();
-        }
-        self.bus.shut_down();
-        if let Some(event_loop) = &mut self.event_loop {
-            event_loop.stop();
+        if let Some(live) = self.live.take() {
+            live.run();
         }
     }
 }

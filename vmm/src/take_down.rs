@@ -1,0 +1,156 @@
+//! The end of a virtual machine: what has to be ended, in which order, and for how long that is waited
+//! for.
+//!
+//! Nothing here waits for the guest: vCPUs are kicked out of it, and devices' threads look for a request
+//! to stop after a bounded turn. They may be in a call of the host's that does not return, so it happens
+//! on a thread of its own, which says what it waits for.
+
+use crate::builder::Handles;
+use crate::bus::Bus;
+use crate::event_loop::LoopThread;
+use crate::sync::lock;
+use koya_devices::threads;
+use koya_devices::vsock::UnixSockets;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long a machine's threads may take to end: longer than any disk that works takes for what is under
+/// way.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What of a machine has to be ended.
+pub(crate) struct TakeDown {
+    vcpus: Vec<(usize, JoinHandle<()>)>,
+    sockets: Option<UnixSockets>,
+    bus: Arc<Bus>,
+    event_loop: Option<LoopThread>,
+    handles: Arc<Handles>,
+}
+
+/// What is waited for now.
+type Stage = Arc<Mutex<String>>;
+
+impl TakeDown {
+    pub(crate) fn new(
+        bus: Arc<Bus>,
+        event_loop: Option<LoopThread>,
+        handles: Arc<Handles>,
+    ) -> Self {
+        Self {
+            vcpus: Vec::new(),
+            sockets: None,
+            bus,
+            event_loop,
+            handles,
+        }
+    }
+
+    pub(crate) fn add_vcpu(&mut self, index: usize, thread: JoinHandle<()>) {
+        self.vcpus.push((index, thread));
+    }
+
+    pub(crate) fn keep_sockets(&mut self, sockets: Option<UnixSockets>) {
+        self.sockets = sockets;
+    }
+
+    /// Ends all of it, or says what does not end.
+    pub(crate) fn run(self) {
+        if self.vcpus.is_empty() && self.event_loop.is_none() {
+            // No thread that could be waited for, and no device: they need the loop.
+            return self.end(&Stage::default());
+        }
+        within(LIMIT, |stage| self.end(stage));
+    }
+
+    /// vCPUs first, since they call devices; then devices, whose workers the loop runs; then the loop.
+    fn end(self, stage: &Stage) {
+        for (index, thread) in self.vcpus {
+            wait_for(stage, format!("the thread koya-vcpu{index}"));
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+        wait_for(stage, "the threads of the vsock sockets".into());
+        drop(self.sockets);
+        if let Some(hotplug) = &self.handles.hotplug {
+            wait_for(stage, "a disk that is attached or detached".into());
+            hotplug.close();
+        }
+        self.bus.shut_down(|what| wait_for(stage, what.into()));
+        wait_for(stage, "the event loop".into());
+        drop(self.event_loop);
+    }
+}
+
+fn wait_for(stage: &Stage, what: String) {
+    *lock(stage) = what;
+}
+
+/// Does `work` on a thread of its own and waits for it, no longer than `limit`. False, and a line in the
+/// log, if it was not done then.
+fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
+    let stage = Stage::default();
+    let shared = stage.clone();
+    let (done, ended) = channel::<()>();
+    let cell = Arc::new(Mutex::new(Some(work)));
+    let works = cell.clone();
+    let spawned = threads::spawn("koya-end", move || {
+        let _done = done;
+        koya_devices::sys::block_signals();
+        if let Some(work) = lock(&works).take() {
+            work(&shared);
+        }
+    });
+    match spawned {
+        Ok(thread) => match ended.recv_timeout(limit) {
+            Err(RecvTimeoutError::Timeout) => {
+                let stage = lock(&stage);
+                log::error!(
+                    "a virtual machine has not ended after {limit:?}: {stage} did not return from the host"
+                );
+                return false;
+            }
+            _ => {
+                if thread.join().is_err() {
+                    log::error!("the end of a virtual machine panicked");
+                }
+            }
+        },
+        // A host without threads: here, then, for as long as it takes.
+        Err(error) => {
+            log::warn!("cannot start a thread: {error}");
+            if let Some(work) = lock(&cell).take() {
+                work(&stage);
+            }
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn what_does_not_end_is_not_waited_for_for_ever() {
+        let (hold, held) = channel::<()>();
+        let started = Instant::now();
+        let ended = within(Duration::from_millis(50), move |stage| {
+            wait_for(stage, "a call".into());
+            held.recv().ok();
+        });
+        assert!(!ended && started.elapsed() < Duration::from_secs(10));
+        drop(hold);
+    }
+
+    #[test]
+    fn what_ends_is_done_when_the_wait_is() {
+        let did = Arc::new(Mutex::new(false));
+        let does = did.clone();
+        assert!(within(Duration::from_secs(20), move |_| *lock(&does) = true));
+        assert!(*lock(&did));
+    }
+}
