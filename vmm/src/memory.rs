@@ -132,12 +132,14 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
         offset += len;
     }
     let memory = Memory::from_regions(regions).map_err(io::Error::other)?;
-    if spec.huge_pages == HugePages::Transparent {
-        for region in memory.iter() {
-            let slice = region.mapping().map_err(io::Error::other)?;
-            if let Err(error) = koya_devices::sys::advise(&slice, Advice::HugePages) {
-                log::warn!("the host has no transparent huge pages: {error}");
-            }
+    for region in memory.iter() {
+        let slice = region.mapping().map_err(io::Error::other)?;
+        // A dump of this process would hold what is the guest's, and be as large.
+        koya_devices::sys::advise(&slice, Advice::NoDump)?;
+        if spec.huge_pages == HugePages::Transparent
+            && let Err(error) = koya_devices::sys::advise(&slice, Advice::HugePages)
+        {
+            log::warn!("the host has no transparent huge pages: {error}");
         }
     }
     Ok(memory)
@@ -287,6 +289,46 @@ mod tests {
             after.guest - before.guest >= 8 << 20,
             "{before:?} {after:?}"
         );
+    }
+
+    /// The flags of the mapping at an address, of `/proc/self/smaps`.
+    fn mapping_flags(address: u64) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+            let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+            if let Some((start, end)) = range.and_then(|(a, b)| Some((hex(a)?, hex(b)?))) {
+                inside = (start..end).contains(&address);
+            } else if let Some(flags) = line.strip_prefix("VmFlags:")
+                && inside
+            {
+                return flags.to_owned();
+            }
+        }
+        panic!("no mapping at {address:#x}");
+    }
+
+    #[test]
+    fn guest_memory_is_left_out_of_core_dumps() {
+        for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
+            let spec = MemorySpec {
+                hotplug_bytes: arch::layout::memory_block(0),
+                backing,
+                ..MemorySpec::new(64 << 20)
+            };
+            let memory = reserve(&spec).unwrap();
+            let own = 0u64;
+            assert!(!mapping_flags((&raw const own).addr() as u64).contains(" dd"));
+            for region in memory.iter() {
+                let slice = region.as_volatile_slice().unwrap();
+                let first = slice.ptr_guard().as_ptr().addr() as u64;
+                for address in [first, first + region.len() - 1] {
+                    let flags = mapping_flags(address);
+                    assert!(flags.split(' ').any(|flag| flag == "dd"), "{flags}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -137,6 +137,8 @@ pub enum Advice {
     GiveBackShared,
     /// Use huge pages where the host has them (transparent huge pages).
     HugePages,
+    /// Leave it out when this process's memory is written to a core dump.
+    NoDump,
 }
 
 /// Advises the host on the whole pages of guest memory in `slice`.
@@ -156,9 +158,11 @@ pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> i
         Advice::GiveBackPrivate => libc::MADV_DONTNEED,
         Advice::GiveBackShared => libc::MADV_REMOVE,
         Advice::HugePages => libc::MADV_HUGEPAGE,
+        Advice::NoDump => libc::MADV_DONTDUMP,
     };
     // SAFETY: the range lies inside the slice, so inside a mapping of guest memory, which is the
-    // guest's alone: at most its pages become zeroes, as if the guest had written them.
+    // guest's alone: at most its pages become zeroes, as if the guest had written them. Whether it is
+    // dumped changes nothing for whoever uses it.
     let result = unsafe { libc::madvise(first as *mut libc::c_void, end - first, advice) };
     checked(result as isize).map(drop)
 }
