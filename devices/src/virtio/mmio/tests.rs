@@ -169,6 +169,47 @@ fn a_ready_queue_does_not_change() {
 }
 
 #[test]
+fn the_registers_of_a_running_device_do_not_change() {
+    let mut driver = Driver::new();
+    driver.negotiate();
+    driver.set_queue(0x1000);
+    assert_eq!(driver.status(15), 15);
+    let queue = |driver: &Driver| {
+        let queue = &driver.transport.queues[0];
+        (
+            (queue.desc_table(), queue.avail_ring(), queue.used_ring()),
+            (queue.size(), queue.ready()),
+        )
+    };
+    let before = queue(&driver);
+    for register in [
+        VIRTIO_MMIO_QUEUE_NUM,
+        VIRTIO_MMIO_QUEUE_DESC_LOW,
+        VIRTIO_MMIO_QUEUE_DESC_HIGH,
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+        VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
+        VIRTIO_MMIO_QUEUE_USED_LOW,
+        VIRTIO_MMIO_QUEUE_USED_HIGH,
+        VIRTIO_MMIO_QUEUE_READY,
+        QUEUE_RESET,
+    ] {
+        for value in [0, 8, 0x5000, u32::MAX] {
+            driver.write(register, value);
+            assert_eq!(queue(&driver), before, "{register:#x} = {value:#x}");
+        }
+    }
+    // Nor what was agreed on, and no step back but a reset.
+    driver.accept(0);
+    assert_eq!(driver.transport.driver_features, F_VERSION_1 | F_EVENT_IDX);
+    for value in [1, 3, 11] {
+        assert_eq!(driver.status(value), 15);
+    }
+    assert_eq!(driver.event_loop.len(), 1);
+    driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
+    assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1);
+}
+
+#[test]
 fn a_fault_is_told_by_status_interrupt_and_generation() {
     let mut driver = Driver::new();
     driver.negotiate();
