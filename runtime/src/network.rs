@@ -6,6 +6,7 @@
 //! of it happens in the network namespace of the thread that starts the sandbox.
 
 use crate::Error;
+use crate::out_of_reach::{destinations, refuse};
 use futures::{Future, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use koya_protocol::messages;
@@ -13,9 +14,7 @@ use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
 use koya_vmm::devices::threads;
 use nix::sched::CloneFlags;
-use rtnetlink::packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-};
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -24,10 +23,7 @@ use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, N
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
 };
-use rtnetlink::packet_route::tc::{
-    TcAction, TcActionAttribute, TcActionOption, TcFilterU32Option, TcMessage, TcU32Key,
-    TcU32Selector, TcU32SelectorFlags,
-};
+use rtnetlink::packet_route::tc::TcMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::fs::File;
 use std::io;
@@ -37,12 +33,9 @@ use std::pin::Pin;
 /// `ETH_P_ALL`, in the order of bytes that the kernel wants.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
 /// The parent of what happens to frames that arrive (`TC_H_INGRESS`).
-const INGRESS: u32 = 0xffff_0000;
+pub(crate) const INGRESS: u32 = 0xffff_0000;
 /// The priority of the filter that sends frames to a guest.
 const REDIRECTION: u16 = 9;
-/// IPv4 and IPv6 in an Ethernet header (linux/if_ether.h).
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
 
 /// What is behind a network's tap on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +70,10 @@ pub struct NetworkConfig {
     pub routes: Vec<Route>,
     /// Whom the guest need not ask for their Ethernet addresses.
     pub neighbours: Vec<Neighbour>,
+    /// Destinations that the guest's frames must not have, beside the host's loopback and the guest's
+    /// own addresses: of [`HostEnd::Join`], whose other side may be a process that connects to whatever
+    /// a frame names. See [`host_addresses`](crate::host_addresses). Default: none.
+    pub out_of_reach: Vec<IpNet>,
 }
 
 /// A neighbour of a guest's that is always there.
@@ -107,6 +104,7 @@ impl NetworkConfig {
             addresses: Vec::new(),
             routes: Vec::new(),
             neighbours: Vec::new(),
+            out_of_reach: Vec::new(),
         }
     }
 
@@ -247,16 +245,7 @@ fn in_namespace<T: Send>(
         if let Some(namespace) = namespace {
             nix::sched::setns(namespace, CloneFlags::CLONE_NEWNET)?;
         }
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
-        runtime.block_on(async {
-            let (connection, handle, _) = rtnetlink::new_connection()?;
-            let task = tokio::spawn(connection);
-            let result = work(handle).await;
-            task.abort();
-            result
-        })
+        on_this_thread(work)
     };
     std::thread::scope(|scope| {
         let thread = threads::spawn_scoped(scope, "koya-network", run)?.join();
@@ -264,7 +253,23 @@ fn in_namespace<T: Send>(
     })
 }
 
-fn other(error: rtnetlink::Error) -> io::Error {
+/// The same on the calling thread, in its network namespace; no other is started.
+pub(crate) fn on_this_thread<T>(
+    work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>>,
+) -> io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let task = tokio::spawn(connection);
+        let result = work(handle).await;
+        task.abort();
+        result
+    })
+}
+
+pub(crate) fn other(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         error => io::Error::other(error),
@@ -414,7 +419,8 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             let there = link(&handle, interface).await?.header.index;
             let up = LinkUnspec::new_with_index(there).up().build();
             handle.link().set(up).execute().await.map_err(other)?;
-            refuse_local(&handle, index, &network.addresses).await?;
+            let refused = destinations(&network.addresses, &network.out_of_reach);
+            refuse(&handle, index, &refused).await?;
             redirect(&handle, there, index).await?;
             redirect(&handle, index, there).await?;
         }
@@ -432,96 +438,8 @@ fn is_ready(link: &LinkMessage, mtu: Option<u16>) -> bool {
     fits && link.header.flags.contains(LinkFlags::Up)
 }
 
-/// Destinations that a guest must not reach by who speaks for it on the host: pasta connects to
-/// whatever a frame names, and these are the host itself.
-fn local_destinations(own: &[IpNet]) -> Vec<IpNet> {
-    let fixed = [
-        "0.0.0.0/8",
-        "127.0.0.0/8",
-        "::/128",
-        "::1/128",
-        "::ffff:0:0/96",
-    ];
-    let fixed = fixed.iter().filter_map(|text| text.parse().ok());
-    fixed
-        .chain(own.iter().map(|net| net.addr().into()))
-        .collect()
-}
-
-/// Drops what a guest sends to such destinations, before it is passed on.
-async fn refuse_local(handle: &Handle, tap: u32, own: &[IpNet]) -> io::Result<()> {
-    ingress(handle, tap).await?;
-    let gact = {
-        // `struct tc_gact` (linux/tc_act/tc_gact.h): index, capabilities, action, two counts.
-        const TCA_GACT_PARMS: u16 = 2;
-        const TC_ACT_SHOT: i32 = 2;
-        let words = [0, 0, TC_ACT_SHOT, 0, 0];
-        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        let mut action = TcAction::default();
-        action.attributes = vec![
-            TcActionAttribute::Kind("gact".into()),
-            TcActionAttribute::Options(vec![TcActionOption::Other(DefaultNla::new(
-                TCA_GACT_PARMS,
-                bytes,
-            ))]),
-        ];
-        action
-    };
-    for destination in local_destinations(own) {
-        let (protocol, priority) = match destination {
-            IpNet::V4(_) => (ETH_P_IP, 1),
-            IpNet::V6(_) => (ETH_P_IPV6, 2),
-        };
-        let mut selector = TcU32Selector::default();
-        selector.flags = TcU32SelectorFlags::Terminal;
-        selector.keys = u32_keys(destination);
-        selector.nkeys = selector.keys.len() as u8;
-        let options = [
-            TcFilterU32Option::Selector(selector),
-            TcFilterU32Option::Action(vec![gact.clone()]),
-        ];
-        handle
-            .traffic_filter(tap as i32)
-            .add()
-            .parent(INGRESS)
-            .priority(priority)
-            .protocol(protocol.to_be())
-            .u32(&options)
-            .map_err(other)?
-            .execute()
-            .await
-            .map_err(other)?;
-    }
-    Ok(())
-}
-
-/// What of an IP header must be as in `destination`: words, with their place in the header.
-fn u32_keys(destination: IpNet) -> Vec<TcU32Key> {
-    let (bytes, first) = match destination {
-        IpNet::V4(net) => (net.network().octets().to_vec(), 16),
-        IpNet::V6(net) => (net.network().octets().to_vec(), 24),
-    };
-    let mut left = u32::from(destination.prefix_len());
-    let mut keys = Vec::new();
-    for (index, word) in bytes.chunks_exact(4).enumerate() {
-        let bits = left.min(32);
-        left -= bits;
-        if bits == 0 {
-            break;
-        }
-        let mut key = TcU32Key::default();
-        key.mask = u32::MAX << (32 - bits);
-        key.val = word
-            .iter()
-            .fold(0, |value, byte| value << 8 | u32::from(*byte));
-        key.off = first + 4 * index as i32;
-        keys.push(key);
-    }
-    keys
-}
-
 /// Gives an interface the place where what arrives is looked at.
-async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
+pub(crate) async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
     let added = handle.qdisc().add(index as i32).ingress().execute().await;
     match added.map_err(other) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -571,31 +489,4 @@ async fn stop_redirection(handle: &Handle, from: u32) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn destinations_are_words_of_their_header() {
-        let keys = |text: &str| -> Vec<(u32, u32, i32)> {
-            let keys = u32_keys(text.parse().unwrap()).into_iter();
-            keys.map(|key| (key.mask, key.val, key.off)).collect()
-        };
-        assert_eq!(keys("127.0.0.0/8"), [(0xff00_0000, 0x7f00_0000, 16)]);
-        assert_eq!(keys("192.0.2.1/32"), [(u32::MAX, 0xc000_0201, 16)]);
-        let mapped = keys("::ffff:0:0/96");
-        assert_eq!(mapped[2], (u32::MAX, 0xffff, 32));
-        assert_eq!(mapped.len(), 3);
-        assert_eq!(keys("::1/128")[3], (u32::MAX, 1, 36));
-    }
-
-    #[test]
-    fn the_host_itself_is_out_of_reach() {
-        let own = ["198.51.100.2/24".parse().unwrap()];
-        let all = local_destinations(&own);
-        assert_eq!(all.len(), 6);
-        assert_eq!(all[5].to_string(), "198.51.100.2/32");
-    }
 }

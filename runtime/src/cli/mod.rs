@@ -10,6 +10,7 @@ mod disk;
 mod environment;
 mod list;
 mod net;
+mod programs;
 mod run;
 mod size;
 mod state;

@@ -4,13 +4,14 @@
 //! root, a user namespace), and pasta gives that namespace an interface whose traffic it speaks for
 //! with ordinary sockets on the host. The guest takes the place of that interface.
 
+use super::programs;
 use super::state::Folder;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use ipnet::IpNet;
 use koya::vmm::devices::net::MacAddr;
 use koya::vmm::devices::threads;
-use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume};
+use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume, host_addresses};
 use nix::sched::{CloneFlags, unshare};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -18,16 +19,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, Udp
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::{Child, Stdio};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// What pasta calls its interface in the namespace.
 const PASTA_INTERFACE: &str = "eth0";
 /// Where guests with `--net user` ask for names; pasta passes it on to the host's resolver. A
-/// link-local address, so that it is nobody's.
-const RESOLVER: &str = "169.254.1.1";
+/// link-local address, so that it is nobody's; if it is the host's, the next one.
+const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
@@ -51,6 +52,30 @@ pub(super) struct NetArgs {
     /// The largest packet, in bytes (--net tap and user)
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     mtu: Option<u16>,
+    /// What was learnt of the host before this process moved away.
+    #[arg(skip)]
+    host: OnceLock<Outside>,
+}
+
+/// The host, as a guest with `--net user` has to know it.
+#[derive(Clone, Debug)]
+struct Outside {
+    /// Addresses that are the host's own.
+    addresses: Vec<IpNet>,
+    /// Where the guest asks for names.
+    resolver: Ipv4Addr,
+}
+
+impl Outside {
+    fn of(addresses: Vec<IpNet>) -> Result<Self> {
+        let is_free = |ip: &Ipv4Addr| !addresses.iter().any(|net| net.contains(&IpAddr::V4(*ip)));
+        let candidates = (0..254).map(|n| Ipv4Addr::from(u32::from(RESOLVER) + n));
+        let resolver = candidates.into_iter().find(is_free);
+        Ok(Self {
+            resolver: resolver.context("all of 169.254.1.0/24 is the host's own")?,
+            addresses,
+        })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,7 +142,11 @@ impl NetArgs {
             );
         }
         match self.net {
-            Kind::User => enter_user(&self.publish),
+            Kind::User => {
+                let outside = Outside::of(host_addresses()?)?;
+                let host = self.host.get_or_init(|| outside);
+                enter_user(&self.publish, host.resolver)
+            }
             Kind::None | Kind::Tap(_) => Ok(()),
         }
     }
@@ -126,9 +155,12 @@ impl NetArgs {
     pub(super) fn networks(&self) -> Vec<NetworkConfig> {
         let network = match &self.net {
             Kind::None => return Vec::new(),
-            Kind::User => NetworkConfig::new(HostEnd::Join {
-                interface: PASTA_INTERFACE.into(),
-            }),
+            Kind::User => NetworkConfig {
+                out_of_reach: self.host.get().map_or(Vec::new(), |h| h.addresses.clone()),
+                ..NetworkConfig::new(HostEnd::Join {
+                    interface: PASTA_INTERFACE.into(),
+                })
+            },
             Kind::Tap(name) => self.tap(name.clone()),
         };
         let device = NetConfig {
@@ -204,7 +236,8 @@ impl NetArgs {
             return Ok(None);
         }
         let path = folder.resolver();
-        std::fs::write(&path, format!("nameserver {RESOLVER}\n"))
+        let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
+        std::fs::write(&path, format!("nameserver {resolver}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Some(Volume::new(path, RESOLV_CONF)))
     }
@@ -289,9 +322,9 @@ fn check_ports(publish: &[Port]) -> Result<()> {
 }
 
 /// Moves this process into a network namespace with pasta's interface in it.
-fn enter_user(publish: &[Port]) -> Result<()> {
+fn enter_user(publish: &[Port], resolver: Ipv4Addr) -> Result<()> {
     check_ports(publish)?;
-    let mut pasta = Pasta::prepare(publish)?;
+    let mut pasta = Pasta::prepare(publish, resolver)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let flags = match root {
@@ -320,12 +353,14 @@ fn enter_user(publish: &[Port]) -> Result<()> {
 /// closed, however we ended: pasta itself would stay.
 const KEEPER: &str = r#"
     exec 3<&0
+    program=$1
+    shift
     read -r target || exit 0
     if [ "$(id -u)" = 0 ]; then
         # As root pasta gives up the privilege to look for it.
-        pasta "$@" --runas 0:0 --netns-only --netns /proc/self/fd/0 < "/proc/$target/ns/net" &
+        "$program" "$@" --runas 0:0 --netns-only --netns /proc/self/fd/0 < "/proc/$target/ns/net" &
     else
-        pasta "$@" "$target" &
+        "$program" "$@" "$target" &
     fi
     pasta=$!
     (read -r _ <&3; kill $pasta) 2> /dev/null &
@@ -349,13 +384,11 @@ struct Pasta {
 }
 
 impl Pasta {
-    fn prepare(publish: &[Port]) -> Result<Self> {
-        let found = std::env::var_os("PATH").is_some_and(|path| {
-            std::env::split_paths(&path).any(|dir| dir.join("pasta").is_file())
-        });
-        if !found {
-            bail!("--net user needs pasta, which is not on PATH; `apt-get install passt` has it");
-        }
+    fn prepare(publish: &[Port], resolver: Ipv4Addr) -> Result<Self> {
+        let Some(program) = programs::find("pasta") else {
+            bail!("--net user needs pasta, which is not there; `apt-get install passt` has it");
+        };
+        let shell = programs::find("sh").context("--net user needs sh, which is not there")?;
         let ports = |udp| {
             let ports = publish.iter().filter(|port| port.udp == udp);
             let words: Vec<String> = ports.map(|p| format!("{}:{}", p.host, p.guest)).collect();
@@ -365,22 +398,17 @@ impl Pasta {
             }
         };
         let ready = TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no folder in /tmp")?;
-        let keeper = Command::new("sh")
-            .args([
-                "-c",
-                KEEPER,
-                "koya-pasta",
-                "--foreground",
-                "--stderr",
-                "--quiet",
-            ])
+        let keeper = programs::command(&shell)
+            .args(["-c", KEEPER, "koya-pasta"])
+            .arg(program)
+            .args(["--foreground", "--stderr", "--quiet"])
             .args([
                 "--config-net",
                 "--no-map-gw",
                 "--ns-ifname",
                 PASTA_INTERFACE,
             ])
-            .args(["--dns-forward", RESOLVER])
+            .args(["--dns-forward", &resolver.to_string()])
             .args(["--tcp-ports", &ports(false), "--udp-ports", &ports(true)])
             .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
             .arg(ready.path().join(PID_FILE))
@@ -459,6 +487,18 @@ mod tests {
                 "{ip}"
             );
         }
+    }
+
+    #[test]
+    fn names_are_asked_for_where_nobody_else_is() {
+        let of = |nets: &[&str]| {
+            let nets = nets.iter().map(|net| net.parse().unwrap());
+            Outside::of(nets.collect())
+        };
+        assert_eq!(of(&["192.0.2.1/32"]).unwrap().resolver, RESOLVER);
+        let next = of(&["169.254.1.0/31", "169.254.1.2/32"]).unwrap().resolver;
+        assert_eq!(next.to_string(), "169.254.1.3");
+        assert!(of(&["169.254.0.0/16"]).is_err());
     }
 
     #[test]

@@ -320,6 +320,10 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
         check_terminal(args.tty, args.interactive)?;
     } else if std::env::var_os(DETACHED).is_none() {
         return detach();
+    } else if let Err(error) = rustix::process::setsid() {
+        // A session of its own: the terminal's end is not the container's. A child leads no group; whoever
+        // set the variable by hand may.
+        log::debug!("no session of its own: {error}");
     }
     // The library leaves limits alone; this process is ours.
     koya::vmm::devices::fs::raise_descriptor_limit();
@@ -466,17 +470,14 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Re
 /// Starts this command again in the background and waits for its word.
 fn detach() -> Outcome {
     let (read, write) = std::io::pipe()?;
-    // A session of its own: the terminal's end is not the container's. A child leads no group, so
-    // setsid becomes the command itself, and its exit status is what is waited for.
-    let mut child = Command::new("setsid")
-        .arg(std::env::current_exe()?)
+    let mut child = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(DETACHED, "1")
         .stdin(std::process::Stdio::null())
         .stdout(write.try_clone()?)
         .stderr(write)
         .spawn()
-        .context("cannot start setsid")?;
+        .context("cannot start this command again")?;
     let mut said = Vec::new();
     for line in BufReader::new(read).lines() {
         let line = line?;

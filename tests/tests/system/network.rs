@@ -125,7 +125,12 @@ fn the_host_itself_is_out_of_reach() -> Result<()> {
         r#"
         ip link add up0 type veth peer name up1; ip link set up1 up; ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
         ip route add default via 198.51.100.1
-        for at in 127.0.0.1:7777 127.0.0.2:7777 198.51.100.2:7778; do /bin/busybox httpd -p $at -h $D; done
+        # Of another interface than the one that pasta copies.
+        ip addr add 203.0.113.5/24 dev up1
+        for at in 127.0.0.1:7777 127.0.0.2:7777 198.51.100.2:7778 203.0.113.5:7779; do
+            /bin/busybox httpd -p $at -h $D
+        done
+        /bin/busybox wget -q -O - http://203.0.113.5:7779/blob | wc -c
         /bin/busybox wget -q -O - http://127.0.0.2:7777/blob | wc -c
         koya run --net user --privileged --rootfs $R -- sh -c '
             echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet
@@ -134,12 +139,12 @@ fn the_host_itself_is_out_of_reach() -> Result<()> {
             ip route add default via 198.51.100.1
             ip route add 127.0.0.2/32 via 198.51.100.1 dev eth0
             sent=$(cat /sys/class/net/eth0/statistics/tx_packets)
-            for at in 127.0.0.2:7777 198.51.100.2:7778; do
+            for at in 127.0.0.2:7777 198.51.100.2:7778 203.0.113.5:7779; do
                 timeout 4 wget -q -O - http://$at/blob > /dev/null 2>&1 && echo reached $at
             done
             [ $(cat /sys/class/net/eth0/statistics/tx_packets) -gt $sent ] && echo sent'"#,
     )?;
-    ensure!(said.trim_end() == "20000000\nsent", "{said}");
+    ensure!(said.trim_end() == "20000000\n20000000\nsent", "{said}");
     Ok(())
 }
 
