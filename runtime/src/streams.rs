@@ -7,20 +7,24 @@ use crate::sync::lock;
 use koya_protocol::{STREAM_PORT, TOKEN_LEN};
 use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::Ports;
-use std::collections::HashMap;
+use rustix::event::{PollFd, PollFlags, poll};
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
-/// How long a connection may take to say its token.
-const TOKEN_LIMIT: Duration = Duration::from_secs(5);
-/// How many connections may be in that state.
-const MAX_PENDING: usize = 64;
-/// How often it is looked whether there is room for one more.
-const ROOM: Duration = Duration::from_millis(1);
+/// How long a stream that was asked for may take to come.
+const STREAM_LIMIT: Duration = Duration::from_secs(5);
+/// How long a connection may take to say its token, which follows at once.
+const TOKEN_LIMIT: Duration = Duration::from_secs(2);
+/// How many connections may be in that state; of more the oldest is ended.
+const MAX_PENDING: usize = 256;
+/// How often who waits for a token looks for further connections.
+const LOOK: Duration = Duration::from_millis(2);
+/// How many connections are accepted before those that are there have their turn.
+const BATCH: usize = 64;
 
 type Waiting = Arc<Mutex<HashMap<String, SyncSender<UnixStream>>>>;
 
@@ -44,24 +48,7 @@ impl Streams {
         let waiting = Waiting::default();
         let shared = Arc::downgrade(&waiting);
         threads::spawn("koya-streams", move || {
-            let pending = Arc::new(AtomicUsize::new(0));
-            loop {
-                let next = listener.accept_timeout(Duration::from_millis(500));
-                let Some(waiting) = shared.upgrade() else {
-                    return;
-                };
-                match next {
-                    Ok(stream) => {
-                        // Many processes may start at once. None waits here for longer than the limit.
-                        while pending.load(Ordering::SeqCst) >= MAX_PENDING {
-                            std::thread::sleep(ROOM);
-                        }
-                        take(stream, waiting, &pending);
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
-                    Err(_) => return,
-                }
-            }
+            serve(|limit| listener.accept_timeout(limit), &shared);
         })?;
         Ok(Self { waiting })
     }
@@ -85,7 +72,7 @@ impl Expected {
     /// The stream; it has come before the agent's answer, or comes with it.
     pub(crate) fn take(self) -> io::Result<UnixStream> {
         self.stream
-            .recv_timeout(TOKEN_LIMIT)
+            .recv_timeout(STREAM_LIMIT)
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest opened no stream"))
     }
 }
@@ -96,24 +83,193 @@ impl Drop for Expected {
     }
 }
 
-fn take(mut stream: UnixStream, waiting: Waiting, pending: &Arc<AtomicUsize>) {
-    pending.fetch_add(1, Ordering::SeqCst);
-    let count = pending.clone();
-    let spawned = threads::spawn("koya-token", move || {
-        let mut token = [0; TOKEN_LEN];
-        let read = stream
-            .set_read_timeout(Some(TOKEN_LIMIT))
-            .and_then(|()| stream.read_exact(&mut token))
-            .and_then(|()| stream.set_read_timeout(None));
-        count.fetch_sub(1, Ordering::SeqCst);
-        let token = String::from_utf8_lossy(&token);
-        if read.is_ok()
-            && let Some(sender) = lock(&waiting).remove(token.as_ref())
-        {
-            sender.send(stream).ok();
+/// A connection that has not said its token, or not all of it.
+struct Pending {
+    stream: UnixStream,
+    since: Instant,
+    token: [u8; TOKEN_LEN],
+    got: usize,
+}
+
+/// What became of one.
+enum Look {
+    /// It may still say its token.
+    Waits,
+    Over,
+    Token(String),
+}
+
+impl Pending {
+    fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            since: Instant::now(),
+            token: [0; TOKEN_LEN],
+            got: 0,
+        })
+    }
+
+    fn look(&mut self) -> Look {
+        loop {
+            match self.stream.read(&mut self.token[self.got..]) {
+                Ok(0) => return Look::Over,
+                Ok(count) => self.got += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => return Look::Over,
+            }
+            if self.got == TOKEN_LEN {
+                return Look::Token(String::from_utf8_lossy(&self.token).into_owned());
+            }
         }
-    });
-    if spawned.is_err() {
-        pending.fetch_sub(1, Ordering::SeqCst);
+        match self.since.elapsed() < TOKEN_LIMIT {
+            true => Look::Waits,
+            false => Look::Over,
+        }
+    }
+}
+
+/// Hands connections to who expects them, until nobody does. Connections that say nothing keep nobody from
+/// that: a guest may make as many as it likes.
+fn serve(
+    accept: impl Fn(Duration) -> io::Result<UnixStream>,
+    expected: &Weak<Mutex<HashMap<String, SyncSender<UnixStream>>>>,
+) {
+    let mut pending: VecDeque<Pending> = VecDeque::new();
+    loop {
+        let mut limit = match pending.is_empty() {
+            true => Duration::from_millis(500),
+            false => Duration::ZERO,
+        };
+        for _ in 0..BATCH {
+            match accept(std::mem::take(&mut limit)) {
+                Ok(stream) => pending.extend(Pending::new(stream)),
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => break,
+                Err(_) => return,
+            }
+        }
+        let Some(waiting) = expected.upgrade() else {
+            return;
+        };
+        // Before any is ended: who has said its token by now is none of those.
+        pending = pending
+            .into_iter()
+            .filter_map(|mut one| match one.look() {
+                Look::Waits => Some(one),
+                Look::Over => None,
+                Look::Token(token) => {
+                    hand_over(one.stream, &token, &waiting);
+                    None
+                }
+            })
+            .collect();
+        drop(waiting);
+        let surplus = pending.len().saturating_sub(MAX_PENDING);
+        pending.drain(..surplus);
+        wait_readable(&pending);
+    }
+}
+
+/// Waits until one of them can be read, a little while at most; not at all if there is none.
+fn wait_readable(pending: &VecDeque<Pending>) {
+    let streams = pending.iter().map(|one| &one.stream);
+    let mut polled: Vec<_> = streams
+        .map(|stream| PollFd::new(stream, PollFlags::IN))
+        .collect();
+    if !polled.is_empty() {
+        let limit = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: LOOK.as_nanos() as i64,
+        };
+        poll(&mut polled, Some(&limit)).ok();
+    }
+}
+
+fn hand_over(stream: UnixStream, token: &str, waiting: &Waiting) {
+    if let Some(sender) = lock(waiting).remove(token)
+        && stream.set_nonblocking(false).is_ok()
+    {
+        sender.send(stream).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+
+    /// Streams without a guest: what is sent connects.
+    fn streams() -> (Streams, Sender<UnixStream>) {
+        let (guest, connections) = channel();
+        let waiting = Waiting::default();
+        let shared = Arc::downgrade(&waiting);
+        std::thread::spawn(move || {
+            let accept = |limit| {
+                let next = connections.recv_timeout(limit);
+                next.map_err(|error| match error {
+                    RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
+                    RecvTimeoutError::Disconnected => io::ErrorKind::NotConnected.into(),
+                })
+            };
+            serve(accept, &shared);
+        });
+        (Streams { waiting }, guest)
+    }
+
+    fn connect(guest: &Sender<UnixStream>) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        guest.send(theirs).unwrap();
+        ours
+    }
+
+    #[test]
+    fn connections_that_say_nothing_keep_no_stream_from_who_expects_it() {
+        let (streams, guest) = streams();
+        let mut idle: Vec<_> = (0..1000).map(|_| connect(&guest)).collect();
+        let expected = streams.expect().unwrap();
+        let mut own = connect(&guest);
+        own.write_all(expected.token.as_bytes()).unwrap();
+        idle.extend((0..100).map(|_| connect(&guest)));
+        let mut stream = expected.take().unwrap();
+        own.write_all(b"hello").unwrap();
+        let mut got = [0; 5];
+        stream.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello");
+        // The others are ended, the oldest first.
+        for one in &mut idle {
+            one.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            assert_eq!(one.read(&mut [0]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_token_that_comes_in_parts_counts_once() {
+        let (streams, guest) = streams();
+        let expected = streams.expect().unwrap();
+        let token = expected.token.clone();
+        let mut own = connect(&guest);
+        for part in token.as_bytes().chunks(7) {
+            own.write_all(part).unwrap();
+            std::thread::sleep(LOOK);
+        }
+        expected.take().unwrap();
+        let mut again = connect(&guest);
+        again.write_all(token.as_bytes()).unwrap();
+        again
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        assert_eq!(again.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn the_thread_ends_with_its_sandbox() {
+        let (streams, guest) = streams();
+        let mut idle = connect(&guest);
+        drop(streams);
+        idle.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        assert_eq!(idle.read(&mut [0]).unwrap(), 0);
     }
 }

@@ -67,6 +67,8 @@ pub struct Connection {
     guest_ended: bool,
     guest_deaf: bool,
     reset_received: bool,
+    /// The host's end was closed, both ways; its number among those that were.
+    closed: Option<u64>,
     /// What the host's end is told once the guest has accepted.
     greeting: Option<String>,
 }
@@ -105,6 +107,7 @@ impl Connection {
             guest_ended: false,
             guest_deaf: false,
             reset_received: false,
+            closed: None,
             greeting: None,
         }
     }
@@ -288,6 +291,16 @@ impl Connection {
     /// The host's end has nothing to read now.
     pub fn drained(&mut self) {
         self.readable = false;
+    }
+
+    /// The host's end was closed, as the `number`th.
+    pub fn set_closed(&mut self, number: u64) {
+        self.closed.get_or_insert(number);
+    }
+
+    /// Which of the host's ends that were closed this one was, if it was.
+    pub fn closed(&self) -> Option<u64> {
+        self.closed
     }
 
     /// The host's end may have something to read.

@@ -217,6 +217,10 @@ impl MutEventSubscriber for VsockWorker {
             self.muxer.connect_wanted();
         } else if let Some(key) = self.watched.get(&fd) {
             let set = events.event_set();
+            // Both ways: an end that only sends no more is no hang-up.
+            if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
+                self.muxer.host_closed(*key);
+            }
             let ended = EventSet::HANG_UP | EventSet::READ_HANG_UP | EventSet::ERROR;
             self.muxer.host_ready(
                 *key,
@@ -386,6 +390,52 @@ mod tests {
         guest.tx.offer(&[Buffer::Readable(vec![0; 3])]);
         guest.worker.serve().unwrap();
         assert_eq!(guest.tx.used().len(), 2);
+    }
+
+    #[test]
+    fn streams_that_the_host_has_ended_give_their_places_to_others() {
+        let mut guest = Guest::new();
+        let listener = guest.ports.listen(1000).unwrap();
+        guest.worker.muxer.set_limit_for_test(16);
+        let request = |from: u32| Header {
+            src_port: from.into(),
+            ..packet(Op::Request, 1000)
+        };
+        let ask = |guest: &mut Guest, from: u32| {
+            guest.offer(&request(from), &[]);
+            guest.worker.serve().unwrap();
+            listener.accept_timeout(std::time::Duration::ZERO).ok()
+        };
+        let mut hosts: Vec<_> = (0..16).map(|from| ask(&mut guest, from)).collect();
+        assert!(hosts.iter().all(Option::is_some));
+        assert!(
+            ask(&mut guest, 100).is_none(),
+            "there are as many as may be"
+        );
+        // The guest keeps its ends open and takes no packet.
+        for from in [5, 3] {
+            hosts[from as usize] = None;
+            guest.worker.muxer.host_closed(Key {
+                host: 1000,
+                guest: from,
+            });
+        }
+        assert!(ask(&mut guest, 101).is_some());
+        let left = |guest: &Guest| {
+            let keys = guest.worker.muxer.connections_for_test().into_iter();
+            let mut ports: Vec<u32> = keys.map(|key| key.guest).collect();
+            ports.sort_unstable();
+            ports
+        };
+        let ports = left(&guest);
+        assert!(!ports.contains(&5) && ports.contains(&3), "{ports:?}");
+        let own = guest.ports.connect(7).unwrap();
+        guest.worker.muxer.connect_wanted();
+        let ports = left(&guest);
+        assert!(!ports.contains(&3) && ports.contains(&7), "{ports:?}");
+        assert_eq!(ports.len(), 16);
+        drop(own);
+        assert!(ask(&mut guest, 102).is_none());
     }
 
     #[test]

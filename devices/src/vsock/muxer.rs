@@ -62,6 +62,8 @@ pub struct Muxer {
     closing: Vec<Connection>,
     next_port: u32,
     limit: usize,
+    /// How many host's ends were closed while the guest's was open: which was the first.
+    closed: u64,
 }
 
 /// The buffer of a stream that is made when there are so many already.
@@ -93,6 +95,7 @@ impl Muxer {
             closing: Vec::new(),
             next_port: FIRST_HOST_PORT,
             limit: connection_limit(),
+            closed: 0,
         }
     }
 
@@ -161,7 +164,7 @@ impl Muxer {
     }
 
     fn request(&mut self, key: Key, header: &Header) {
-        if self.connections.contains_key(&key) || self.connections.len() >= self.limit {
+        if self.connections.contains_key(&key) || !self.make_room() {
             self.refuse(header);
             return;
         }
@@ -185,7 +188,7 @@ impl Muxer {
             is_line_wanted,
         } in self.ports.take_wanted()
         {
-            if self.connections.len() >= self.limit || stream.set_nonblocking(true).is_err() {
+            if !self.make_room() || stream.set_nonblocking(true).is_err() {
                 continue; // Dropped: the host's end sees the end of its stream.
             }
             let mut key = Key {
@@ -211,6 +214,45 @@ impl Muxer {
         self.watches.push(Watch::Add(fd, key));
         self.connections.insert(key, connection);
         self.enqueue(key);
+    }
+
+    /// Whether there is room for another stream. If there are too many, the one goes whose host's end was
+    /// closed first: a guest that keeps its own ends open must not take all places with them.
+    fn make_room(&mut self) -> bool {
+        if self.connections.len() < self.limit {
+            return true;
+        }
+        // The guest is told by a refusal, which has a bound of its own.
+        if !self.may_receive() {
+            return false;
+        }
+        let closed = self.connections.iter();
+        let closed = closed.filter_map(|(key, one)| Some((one.closed()?, *key)));
+        let Some((_, key)) = closed.min_by_key(|(number, _)| *number) else {
+            return false;
+        };
+        if let Some(mut connection) = self.connections.remove(&key) {
+            connection.kill();
+            self.refusals.push_back(Header {
+                src_cid: HOST_CID.into(),
+                dst_cid: self.cid.into(),
+                src_port: key.host.into(),
+                dst_port: key.guest.into(),
+                kind: TYPE_STREAM.into(),
+                op: (Op::Reset as u16).into(),
+                ..Header::default()
+            });
+            self.forget(connection);
+        }
+        true
+    }
+
+    /// The host's end of a stream was closed: nobody reads from it or writes to it any more.
+    pub fn host_closed(&mut self, key: Key) {
+        if let Some(connection) = self.connections.get_mut(&key) {
+            connection.set_closed(self.closed);
+            self.closed += 1;
+        }
     }
 
     /// The host's end of a stream can be read or written again.
@@ -329,10 +371,19 @@ impl Muxer {
         if self.connections.get(&key).is_some_and(Connection::is_over)
             && let Some(connection) = self.connections.remove(&key)
         {
-            self.watches
-                .push(Watch::Remove(connection.stream().as_raw_fd()));
-            self.closing.push(connection);
+            self.forget(connection);
         }
+    }
+
+    fn forget(&mut self, connection: Connection) {
+        self.watches
+            .push(Watch::Remove(connection.stream().as_raw_fd()));
+        self.closing.push(connection);
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_limit_for_test(&mut self, limit: usize) {
+        self.limit = limit;
     }
 
     #[cfg(test)]
