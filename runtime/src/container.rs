@@ -156,7 +156,7 @@ impl Given {
                 true => inner.agent.unmount_image(id),
                 false => Ok(()),
             };
-            if let Err(error) = unmounted.and_then(|()| inner.detach_disk(&disk)) {
+            if let Err(error) = unmounted.and_then(|()| inner.force_detach_disk(&disk)) {
                 end_if_overdue(inner, id, &error);
                 // The slot stays taken until the sandbox ends.
                 log::warn!("the image of container {id} stays attached: {error}");

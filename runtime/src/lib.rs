@@ -27,6 +27,7 @@ mod apparmor;
 mod common;
 mod console;
 mod container;
+mod detach;
 pub mod direct_volume;
 mod ends;
 mod ephemeral;

@@ -14,6 +14,7 @@ use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
+use rustix::fs::FileType;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -85,6 +86,13 @@ impl HostDisk {
         }
     }
 
+    /// Whether the host has a node of the same disk at the same path, as when all of the host's were listed. A
+    /// disk may have several nodes.
+    fn is_listing(&self) -> bool {
+        let is_its_name = self.host().is_ok_and(|host| host == self.path);
+        is_its_name || block_number(&self.path) == Some(self.number)
+    }
+
     /// Where it is on the host: as its kernel names it.
     pub(crate) fn host(&self) -> io::Result<PathBuf> {
         let (major, minor) = self.number;
@@ -93,6 +101,17 @@ impl HostDisk {
         let name = name.ok_or_else(|| io::Error::other("it has no name"))?;
         Ok(Path::new("/dev").join(name))
     }
+}
+
+/// Major and minor of the block device at a path of the host's, if there is one.
+fn block_number(path: &Path) -> Option<(i64, i64)> {
+    let found = rustix::fs::stat(path).ok()?;
+    let is_block = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
+    let (major, minor) = (
+        rustix::fs::major(found.st_rdev),
+        rustix::fs::minor(found.st_rdev),
+    );
+    is_block.then_some((major.into(), minor.into()))
 }
 
 /// What a mount of the guest's needs.
@@ -407,10 +426,11 @@ fn adapt_linux(linux: &mut oci::Linux, pids: &SharedPids) -> Result<Vec<HostDisk
             .and_then(|r| r.devices().as_ref());
         let disk = matches!(device.typ(), LinuxDeviceType::B)
             .then(|| HostDisk::of(device, rules.into_iter().flatten()));
-        // Privileged containers get all of the host's, by the host's names; a volume has another.
-        let is_volume =
-            |disk: &HostDisk| !all_allowed || disk.host().is_ok_and(|host| host != disk.path);
-        if is_pipe || GUEST_DEVICES.contains(&number) {
+        // Privileged containers get all nodes of the host's, each by its path there; a volume has a path that
+        // is not the host's node of the same disk.
+        let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
+        let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+        if is_pipe || is_character && GUEST_DEVICES.contains(&number) {
             devices.push(device.clone());
         } else if let Some(disk) = disk.filter(is_volume) {
             disks.push(disk);
@@ -625,6 +645,57 @@ mod tests {
                 .unwrap_err()
                 .to_string()
                 .contains("sideways")
+        );
+    }
+
+    /// What a privileged container gets of a list of devices: disks by their paths, and nodes of the guest's.
+    fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+            spec["linux"]["devices"] = devices;
+        });
+        let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+        let nodes = adapted.spec.linux().as_ref().unwrap().devices().clone();
+        let disks = adapted.disks.into_iter().map(|disk| disk.path);
+        (disks.collect(), nodes.map_or(0, |nodes| nodes.len()))
+    }
+
+    #[test]
+    fn a_privileged_container_has_the_disks_that_are_named_and_not_the_hosts_list() {
+        let block = |path: &Path, (major, minor): (i64, i64)| json!({"path": path, "type": "b", "major": major, "minor": minor});
+        // A disk that the host does not have is a volume, whatever its path is.
+        let volume = block(Path::new("/dev/xvdz"), (4095, 7));
+        assert_eq!(privileged(json!([volume])), (vec!["/dev/xvdz".into()], 0));
+        // Second nodes of the same disk, wherever this is allowed.
+        let dir = tempfile::tempdir().unwrap();
+        let node = dir.path().join("second");
+        let made = rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &node,
+            FileType::BlockDevice,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            rustix::fs::makedev(4095, 7),
+        );
+        match made {
+            Ok(()) => {
+                assert_eq!(block_number(&node), Some((4095, 7)));
+                let listed = block(&node, (4095, 7));
+                assert_eq!(privileged(json!([listed])), (vec![], 0));
+                let other = block(&node, (4095, 8));
+                assert_eq!(privileged(json!([other])).0, [node]);
+            }
+            Err(error) => eprintln!("no device can be made: {error}"),
+        }
+        assert_eq!(block_number(dir.path()), None);
+    }
+
+    #[test]
+    fn a_block_device_with_the_number_of_a_guests_character_device_is_none_of_the_guests() {
+        let character = json!({"path": "/dev/null", "type": "c", "major": 1, "minor": 3});
+        let ram = json!({"path": "/dev/xvdr", "type": "b", "major": 1, "minor": 3});
+        assert_eq!(
+            privileged(json!([character, ram])),
+            (vec!["/dev/xvdr".into()], 1)
         );
     }
 

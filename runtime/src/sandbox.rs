@@ -44,7 +44,7 @@ const PANIC_LIMIT: Duration = Duration::from_secs(2);
 /// threads of its own here.
 const FS_QUEUES: u32 = 4;
 /// How often a wait looks whether the virtual machine is still there.
-const LOOK: Duration = Duration::from_millis(50);
+pub(crate) const LOOK: Duration = Duration::from_millis(50);
 
 /// What a sandbox's virtual machine has.
 #[derive(Clone, Debug)]
@@ -174,8 +174,8 @@ pub struct SandboxStats {
 /// A disk that a running sandbox got.
 #[derive(Clone)]
 pub struct Disk {
-    device: Device,
-    attached: AttachedDisk,
+    pub(crate) device: Device,
+    pub(crate) attached: AttachedDisk,
 }
 
 impl Disk {
@@ -465,12 +465,21 @@ impl Sandbox {
 
     /// Takes a disk from the running guest, once the guest's kernel has let go of it. Containers that
     /// it was given to must give it up before ([`Container::remove_device`]): the next disk may get its
-    /// number.
+    /// number. From a guest that neither answers nor writes to it for 30 s it is taken all the same.
     ///
     /// # Errors
-    /// If the guest uses it: then it stays.
+    /// If the guest says that it uses it: then it stays.
     pub fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         self.inner.detach_disk(disk)
+    }
+
+    /// The same, but a guest that still uses it after 10 s loses it all the same, with what it has not
+    /// written.
+    ///
+    /// # Errors
+    /// If it was not attached.
+    pub fn force_detach_disk(&self, disk: &Disk) -> Result<(), Error> {
+        self.inner.force_detach_disk(disk)
     }
 
     /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.
@@ -569,16 +578,7 @@ impl Inner {
 
     /// Detaches it with the last of those who have it.
     pub(crate) fn release_disk(&self, disk: Used<Disk>) -> Result<(), Error> {
-        disk.give_back(|disk| self.detach_disk(disk))
-    }
-
-    /// Has the guest's kernel let go of a disk, once it has written out what it has of it.
-    fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
-        let (agent, window) = (self.agent.clone(), attached.window);
-        let disks = std::slice::from_ref(&attached.disk);
-        while_disks_work("detach the disk in the guest", disks, SILENCE, move || {
-            agent.detach_disk(window)
-        })
+        disk.give_back(|disk| self.force_detach_disk(disk))
     }
 
     /// Removes a container that has these disks. A guest that does not do it is ended: what of the container's
@@ -593,12 +593,6 @@ impl Inner {
                 .give_up(&format!("container {id} is not removed: {error}"));
         }
         removed
-    }
-
-    pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
-        let released = self.have_let_go(&disk.attached);
-        released.map_err(|error| self.explain(error))?;
-        Ok(self.handle.detach_disk(disk.attached.slot)?)
     }
 
     /// Why the machine ended whose agent has hung up. Nobody is left who could do anything with it, so it does

@@ -17,7 +17,7 @@ use crate::sync::lock;
 use koya_devices::blk::BlockHandle;
 use koya_devices::virtio::Memory;
 use koya_devices::virtio::mmio::MmioTransport;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, Weak};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -76,6 +76,9 @@ pub(crate) struct HotPlug {
 #[derive(Default)]
 struct Attached {
     disks: BTreeMap<usize, AttachedDisk>,
+    /// Slots whose disk was taken away from a guest that had not let go of it: its driver may go on to use
+    /// the window, so nothing else is put there.
+    retired: BTreeSet<usize>,
     /// The machine is being taken down: nothing is put into a window any more.
     ended: bool,
 }
@@ -120,10 +123,10 @@ impl HotPlug {
         if attached.ended {
             return Err(AttachError::Ended);
         }
-        let Attached { disks, .. } = &mut *attached;
+        let Attached { disks, retired, .. } = &mut *attached;
         let mut free = self.spares.iter().enumerate();
         let (slot, spare) = free
-            .find(|(slot, _)| !disks.contains_key(slot))
+            .find(|(slot, _)| !disks.contains_key(slot) && !retired.contains(slot))
             .ok_or(AttachError::NoSlot(self.spares.len()))?;
         let device = make_disk(spec)?;
         let disk = device.handle();
@@ -148,11 +151,16 @@ impl HotPlug {
         Ok(attached)
     }
 
-    pub(crate) fn detach(&self, slot: usize) -> Result<(), AttachError> {
+    /// Takes the disk in a slot away. If the guest `has_let_go` of it, the slot is free for another.
+    pub(crate) fn detach(&self, slot: usize, has_let_go: bool) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
-        let disks = &mut lock(&self.disks).disks;
+        let attached = &mut *lock(&self.disks);
         let spare = self.spares.get(slot).ok_or(AttachError::NoDisk(slot))?;
-        disks.remove(&slot).ok_or(AttachError::NoDisk(slot))?;
+        let disk = attached.disks.remove(&slot);
+        disk.ok_or(AttachError::NoDisk(slot))?;
+        if !has_let_go {
+            attached.retired.insert(slot);
+        }
         let transport = lock(&spare.window).take();
         if let Some(mut transport) = transport {
             disconnect_kicks(&machine, &transport, spare.place);

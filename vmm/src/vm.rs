@@ -236,13 +236,26 @@ impl VmHandle {
         hotplug.ok_or(AttachError::NoSlot(0))?.attach(config)
     }
 
-    /// Takes the disk in a slot away, whether or not the guest's kernel has let go of it.
+    /// Takes the disk in a slot away, of which the guest's kernel has let go. The slot is free for another.
     ///
     /// # Errors
     /// If there is none.
     pub fn detach_disk(&self, slot: usize) -> Result<(), AttachError> {
         let hotplug = self.handles.hotplug.as_ref();
-        hotplug.ok_or(AttachError::NoDisk(slot))?.detach(slot)
+        hotplug.ok_or(AttachError::NoDisk(slot))?.detach(slot, true)
+    }
+
+    /// Takes the disk in a slot away from a guest that has not let go of it, as if a cable was pulled: what it
+    /// has not written is lost, and its requests have no answer. The file is closed, and its lock is free.
+    /// The slot is not used again, since the guest's driver may still use it.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn pull_disk(&self, slot: usize) -> Result<(), AttachError> {
+        let hotplug = self.handles.hotplug.as_ref();
+        hotplug
+            .ok_or(AttachError::NoDisk(slot))?
+            .detach(slot, false)
     }
 
     /// The disks that were attached and not detached.

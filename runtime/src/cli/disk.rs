@@ -29,6 +29,9 @@ enum Command {
     },
     /// Take a disk that was attached; refused while it is mounted
     Detach {
+        /// Take it also if the guest still uses it after 10 s: what it has not written is lost
+        #[arg(long)]
+        force: bool,
         /// The container
         name: String,
         /// Where the container has it
@@ -50,7 +53,7 @@ enum Command {
 #[serde(rename_all = "snake_case")]
 pub(super) enum DiskRequest {
     Attach(DiskConfig),
-    Detach(PathBuf),
+    Detach { device: PathBuf, force: bool },
     Refresh(PathBuf),
 }
 
@@ -65,7 +68,14 @@ pub(super) fn main(args: &DiskArgs) -> Outcome {
             };
             (name, DiskRequest::Attach(disk))
         }
-        Command::Detach { name, device } => (name, DiskRequest::Detach(device.clone())),
+        Command::Detach {
+            name,
+            device,
+            force,
+        } => {
+            let (device, force) = (device.clone(), *force);
+            (name, DiskRequest::Detach { device, force })
+        }
         Command::Refresh { name, device } => (name, DiskRequest::Refresh(device.clone())),
     };
     match client::ask(name, &Request::Disk(request))? {
@@ -103,10 +113,16 @@ impl Disks {
                 disks.push(disk);
                 Ok(Some(path))
             }
-            DiskRequest::Detach(path) => {
+            DiskRequest::Detach {
+                device: path,
+                force,
+            } => {
                 let at = disks.iter().position(|disk| disk.device().path == *path);
                 let at = at.with_context(|| format!("{} was not attached", path.display()))?;
-                sandbox.detach_disk(&disks[at])?;
+                match force {
+                    true => sandbox.force_detach_disk(&disks[at])?,
+                    false => sandbox.detach_disk(&disks[at])?,
+                }
                 container.remove_device(disks.remove(at).device())?;
                 Ok(None)
             }
