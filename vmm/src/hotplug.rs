@@ -169,3 +169,38 @@ impl HotPlug {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Spec, Vm};
+
+    #[test]
+    fn a_disk_that_is_pulled_gives_its_image_back_and_not_its_slot() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let config = DiskConfig::new(image.path());
+        let mut spec = Spec::flat([0xfa, 0xf4]);
+        spec.disk_slots = 2;
+        let vm = Vm::builder(spec).start().unwrap();
+        let machine = vm.handle();
+        let first = machine.attach_disk(&config).unwrap();
+        // One writer: the image is locked.
+        assert!(machine.attach_disk(&config).is_err());
+        machine.pull_disk(first.slot).unwrap();
+        assert!(machine.attached_disks().is_empty());
+        assert!(machine.pull_disk(first.slot).is_err());
+        let second = machine.attach_disk(&config).unwrap();
+        assert_ne!(second.slot, first.slot);
+        // One that the guest has let go of leaves room for the next.
+        machine.detach_disk(second.slot).unwrap();
+        let third = machine.attach_disk(&config).unwrap();
+        assert_eq!(third.slot, second.slot);
+        machine.pull_disk(third.slot).unwrap();
+        assert!(matches!(
+            machine.attach_disk(&config),
+            Err(AttachError::NoSlot(2))
+        ));
+        vm.stop();
+    }
+}
