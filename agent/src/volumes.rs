@@ -8,9 +8,10 @@ use koya_protocol::messages::{DiskVolume, EphemeralVolume, SharedVolume};
 use koya_protocol::{EPHEMERAL_DIR, SHARED_DIR, SHARED_VOLUMES, VOLUMES_DIR};
 use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid, openat2};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -42,16 +43,18 @@ pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolum
 pub(crate) fn mount_shared(id: &str, volumes: &[SharedVolume]) -> Result<()> {
     let root = rustix::fs::open(SHARED_DIR, DIRECTORY, Mode::empty())?;
     for volume in volumes {
-        let found = open_within(&root, &volume.path);
-        let found = found.with_context(|| format!("cannot find the shared {:?}", volume.path))?;
+        let path = OsStr::from_bytes(&volume.path);
+        // What it was within may have been taken away, or moved: its own name stays.
+        let found = open_within(&root, path).or_else(|_| open_within(&root, volume.name.as_ref()));
+        let found = found.with_context(|| format!("cannot find the shared {path:?}"))?;
         let at = place(id, volume.number)?;
         mount_bind(format!("/proc/self/fd/{}", found.as_raw_fd()), &at)
-            .with_context(|| format!("cannot mount the shared {:?}", volume.path))?;
+            .with_context(|| format!("cannot mount the shared {path:?}"))?;
     }
     Ok(())
 }
 
-fn open_within(root: impl AsFd, path: &str) -> rustix::io::Result<OwnedFd> {
+fn open_within(root: impl AsFd, path: &OsStr) -> rustix::io::Result<OwnedFd> {
     openat2(root, path, DIRECTORY, Mode::empty(), WITHIN)
 }
 
@@ -204,14 +207,14 @@ mod tests {
         link("sub", "beside");
         link("../..", "above");
         let root = rustix::fs::open(dir.path(), DIRECTORY, Mode::empty()).unwrap();
-        assert!(open_within(&root, "export/sub").is_ok());
+        assert!(open_within(&root, "export/sub".as_ref()).is_ok());
         for path in [
             "export/absolute",
             "export/beside",
             "export/above",
             "export/../..",
         ] {
-            assert!(open_within(&root, path).is_err(), "{path}");
+            assert!(open_within(&root, path.as_ref()).is_err(), "{path}");
         }
     }
 

@@ -3,21 +3,19 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
-use crate::common::Used;
-use crate::direct_volume::DirectVolume;
 use crate::ends::Mark;
+use crate::given::Given;
 use crate::mount_points;
-use crate::oci::{self, Bundle, HostDisk, SharedPids};
-use crate::sandbox::{Disk, Inner};
-use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Share, Stdio};
+use crate::oci::{self, Bundle, SharedPids};
+use crate::sandbox::Inner;
+use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Stdio};
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
 use crate::sync::lock;
-use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
+use koya_protocol::messages;
 use koya_vmm::DiskConfig;
 use koya_vmm::devices::threads;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
-use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -38,140 +36,6 @@ enum MadeOf {
     Config(Box<ContainerConfig>),
     /// The root file system of an OCI bundle.
     Bundle(PathBuf),
-}
-
-/// What the sandbox holds for a container.
-#[derive(Default)]
-struct Given {
-    /// By their names.
-    shares: Vec<String>,
-    disks: Vec<Used<Disk>>,
-    /// The disk that is its root, and whether the guest has mounted it.
-    image: Option<(Disk, bool)>,
-}
-
-impl Given {
-    /// Shares what a configuration names, and says in it where the guest has it. Returns what the guest
-    /// must look for itself, since it lies within what other containers have.
-    fn share(
-        &mut self,
-        inner: &Inner,
-        id: &str,
-        shares: Vec<Share>,
-        spec: &mut Spec,
-    ) -> Result<Vec<messages::SharedVolume>, Error> {
-        let mut places = HashMap::new();
-        let mut within = Vec::new();
-        for share in shares {
-            let path = &share.path;
-            let shared = inner.shares.share(path, share.options);
-            let shared = shared.map_err(Error::host(format!("share {}", path.display())))?;
-            self.shares.push(shared.name);
-            let place = match shared.path.components().count() {
-                1 => spec::guest_path(&shared.path),
-                _ => {
-                    let number = SHARED_VOLUMES + within.len() as u32;
-                    within.push(messages::SharedVolume {
-                        path: text(&shared.path)?,
-                        number,
-                        ..Default::default()
-                    });
-                    Path::new(VOLUMES_DIR).join(id).join(number.to_string())
-                }
-            };
-            places.insert(share.name, place);
-        }
-        spec::place_shares(spec, &places);
-        Ok(within)
-    }
-
-    /// Attaches block devices of the host's.
-    fn attach(
-        &mut self,
-        inner: &Inner,
-        disks: Vec<HostDisk>,
-    ) -> Result<Vec<messages::BlockDevice>, Error> {
-        let mut devices = Vec::new();
-        for disk in disks {
-            let what = || format!("find the host's device for {}", disk.path.display());
-            let host = disk.host().map_err(|error| Error::host(what())(error))?;
-            let name = self.attach_one(inner, &host, disk.read_only)?;
-            devices.push(messages::BlockDevice {
-                guest_name: name,
-                path: disk.path.to_string_lossy().into_owned(),
-                read_only: disk.read_only,
-                mode: disk.mode,
-                uid: disk.uid,
-                gid: disk.gid,
-                ..Default::default()
-            });
-        }
-        Ok(devices)
-    }
-
-    /// The guest's name of it.
-    fn attach_one(&mut self, inner: &Inner, host: &Path, read_only: bool) -> Result<String, Error> {
-        let attached = inner.share_disk(&DiskConfig {
-            read_only,
-            ..DiskConfig::new(host)
-        })?;
-        let name = attached.device().name.clone();
-        self.disks.push(attached);
-        Ok(name)
-    }
-
-    /// The same for those whose file systems the guest is to mount.
-    fn attach_direct(
-        &mut self,
-        inner: &Inner,
-        volumes: Vec<(u32, DirectVolume)>,
-    ) -> Result<Vec<messages::DiskVolume>, Error> {
-        let mut messages = Vec::new();
-        for (number, volume) in volumes {
-            let mut options = volume.options.iter().flat_map(|options| options.split(','));
-            let read_only = options.any(|option| option == "ro");
-            messages.push(messages::DiskVolume {
-                guest_name: self.attach_one(inner, &volume.device, read_only)?,
-                number,
-                fstype: volume.fstype,
-                options: volume.options,
-                ..Default::default()
-            });
-        }
-        Ok(messages)
-    }
-
-    fn take_back(self, inner: &Inner, id: &str) {
-        for share in self.shares {
-            inner.shares.remove(&share);
-        }
-        for disk in self.disks {
-            if let Err(error) = inner.release_disk(disk) {
-                end_if_overdue(inner, id, &error);
-                log::warn!("a disk of container {id} stays attached: {error}");
-            }
-        }
-        if let Some((disk, is_mounted)) = self.image {
-            let unmounted = match is_mounted {
-                true => inner.agent.unmount_image(id),
-                false => Ok(()),
-            };
-            if let Err(error) = unmounted.and_then(|()| inner.force_detach_disk(&disk)) {
-                end_if_overdue(inner, id, &error);
-                // The slot stays taken until the sandbox ends.
-                log::warn!("the image of container {id} stays attached: {error}");
-            }
-        }
-    }
-}
-
-/// Disks of a container that is gone are not the guest's to keep.
-fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
-    if matches!(error, Error::Overdue { .. }) {
-        inner
-            .ends
-            .give_up(&format!("a disk of container {id}: {error}"));
-    }
 }
 
 /// A process of a container: its streams, and what can be done to it.
@@ -258,15 +122,6 @@ impl Plan {
             stderr: take(self.stderr)?,
         })
     }
-}
-
-/// A path of the host's, as a message carries it.
-fn text(path: &Path) -> Result<String, Error> {
-    let text = path.to_str().map(str::to_owned);
-    text.ok_or_else(|| {
-        let reason = format!("{}: the path is not UTF-8", path.display());
-        Error::container("volume", reason)
-    })
 }
 
 /// What a container in the guest needs beyond its configuration.

@@ -33,6 +33,7 @@ mod ends;
 mod ephemeral;
 mod error;
 pub mod files;
+mod given;
 pub mod image;
 mod loopback;
 mod mount_points;

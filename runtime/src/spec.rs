@@ -297,20 +297,40 @@ pub(crate) fn guest_path(path: impl AsRef<Path>) -> PathBuf {
     Path::new(SHARED_DIR).join(path)
 }
 
+/// Where the guest has a share, and whether it is to mount it read-only.
+pub(crate) struct SharedPlace {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
 /// Says in a configuration where the guest has each share, by the name that it has in the configuration.
-pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, PathBuf>) {
+pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, SharedPlace>) {
     let place = |path: &Path| {
         let name = path.strip_prefix(SHARED_DIR).ok()?.to_str()?;
-        Some(places.get(name)?.clone())
+        places.get(name)
     };
     if let Some(root) = spec.root_mut()
-        && let Some(path) = place(root.path())
+        && let Some(place) = place(root.path())
     {
-        root.set_path(path);
+        root.set_path(place.path.clone());
+        if place.read_only {
+            root.set_readonly(Some(true));
+        }
     }
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        if let Some(path) = mount.source().as_deref().and_then(place) {
-            mount.set_source(Some(path));
+        let Some(place) = mount.source().as_deref().and_then(place) else {
+            continue;
+        };
+        mount.set_source(Some(place.path.clone()));
+        let mut options = mount.options().clone().unwrap_or_default();
+        if place.read_only
+            && !options
+                .iter()
+                .any(|option| option == "ro" || option == "rro")
+        {
+            options.retain(|option| option != "rw");
+            options.push("ro".into());
+            mount.set_options(Some(options));
         }
     }
 }
@@ -551,22 +571,26 @@ mod tests {
     fn the_configuration_names_guest_paths_only() {
         let dir = rootfs();
         let mut config = ContainerConfig::new(dir.path(), ["true"]);
-        config.volumes.push(Volume {
-            read_only: true,
-            ..Volume::new(dir.path(), "/data")
-        });
+        config.volumes.push(Volume::new(dir.path(), "/data"));
         let mut spec = build("c1", &config, &Accounts::default()).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         assert!(!text.contains(dir.path().to_str().unwrap()));
         let names = shares("c1", &config).into_iter().map(|share| share.name);
         let places = names.enumerate();
-        let places = places.map(|(n, name)| (name, format!("/place/{n}").into()));
+        // The host's own mount of the second is read-only.
+        let places = places.map(|(n, name)| {
+            let path = format!("/place/{n}").into();
+            let read_only = n == 1;
+            (name, SharedPlace { path, read_only })
+        });
         place_shares(&mut spec, &places.collect());
         let root = spec.root().as_ref().unwrap().path();
         assert_eq!(root, Path::new("/place/0"));
         let mounts = spec.mounts().as_ref().unwrap();
         let source = mounts.last().unwrap().source().as_ref().unwrap();
         assert_eq!(source, Path::new("/place/1"));
+        let options = mounts.last().unwrap().options().as_ref().unwrap();
+        assert!(options.contains(&"ro".into()) && !options.contains(&"rw".into()));
     }
 
     #[test]

@@ -33,7 +33,7 @@ const THREADS: usize = 4;
 /// How often files that the guest remembers are looked at, for those that were removed, and how many
 /// of them at a time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
-const SWEPT_FILES: usize = 8192;
+const SWEPT_FILES: usize = 4096;
 /// Bytes of a tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 

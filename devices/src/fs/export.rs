@@ -6,13 +6,12 @@ use super::origin::Origin;
 use super::shares::ShareOptions;
 use crate::sync::lock;
 use crate::sys;
-use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -55,21 +54,23 @@ pub(super) struct Export {
 }
 
 impl Export {
-    /// Opens `path`; with [`ShareOptions::read_only`] nothing can be written through it at all until it is
-    /// [`unsealed`](Self::unseal).
-    pub(super) fn open(
-        path: &Path,
+    /// Exports what `plain` refers to, on the host's own mount; with [`ShareOptions::read_only`] nothing can be
+    /// written through it at all until it is [`unsealed`](Self::unseal).
+    pub(super) fn new(
+        plain: OwnedFd,
         options: ShareOptions,
         origin: Option<&Origin>,
     ) -> io::Result<Self> {
         let (root, detached) = match options.follow_mounts {
-            true => (open_plain(path)?, false),
-            false => open_detached(path, options.read_only)?,
+            true => (plain, false),
+            false => detach(plain, options.read_only)?,
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
         let stat = super::inodes::stat(&root)?;
-        let is_read_only_there = origin.is_some_and(Origin::on_read_only_mount);
+        // Than it is on the host.
+        let is_more_read_only =
+            origin.is_none_or(|origin| !origin.on_read_only_mount() || origin.has_submounts());
         static VIEW: AtomicU64 = AtomicU64::new(1);
         Ok(Self {
             view: VIEW.fetch_add(1, Ordering::Relaxed),
@@ -79,7 +80,7 @@ impl Export {
             follows_mounts: options.follow_mounts,
             detached,
             has_submounts: origin.is_some_and(Origin::has_submounts),
-            sealed: Mutex::new(detached && options.read_only && !is_read_only_there),
+            sealed: Mutex::new(detached && options.read_only && is_more_read_only),
             held: Mutex::new(Some(Held {
                 root: Arc::new(root),
                 anchor,
@@ -108,9 +109,13 @@ impl Export {
 
     /// Tells mounts within it apart; 0 is its own.
     pub(super) fn mount_key(&self, mount: u64) -> u64 {
-        let adopted = lock(&self.adopted).get(&mount).copied();
-        let mount = adopted.unwrap_or(mount);
+        let mount = self.adopted(mount).unwrap_or(mount);
         if mount == self.mount_id { 0 } else { mount }
+    }
+
+    /// Where what was found on a mount is now, if that is another one.
+    pub(super) fn adopted(&self, mount: u64) -> Option<u64> {
+        lock(&self.adopted).get(&mount).copied()
     }
 
     /// What was looked at through another mount is on this one now.
@@ -170,23 +175,19 @@ impl Export {
     }
 }
 
-fn open_plain(path: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    Ok(openat(CWD, path, flags, Mode::empty())?)
-}
-
-/// A copy of the mounts at `path`, and whether it is one.
-fn open_detached(path: &Path, read_only: bool) -> io::Result<(OwnedFd, bool)> {
+/// A copy of the mounts at `plain`, and whether it is one.
+fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
-    match open_tree(CWD, path, flags) {
+    match open_tree(&plain, c"", flags) {
         Ok(tree) => {
             sys::restrict_mount(tree.as_fd(), read_only)?;
             Ok((tree, true))
         }
         // Without the privilege (or the call) the directory itself has to do.
-        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((open_plain(path)?, false)),
+        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((plain, false)),
         Err(error) => Err(error.into()),
     }
 }

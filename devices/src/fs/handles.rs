@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
-    /// The node, as long as the guest may still forget it.
+    /// Says by which shares it is reached.
     inode: Arc<Inode>,
     /// Whether it is open for writing.
     writes: bool,
@@ -56,6 +56,9 @@ impl Handles {
         let mut state = lock(&self.state);
         if !inode.is_live() {
             return Err(Errno::STALE);
+        }
+        if writes && !inode.is_writable() {
+            return Err(Errno::ROFS);
         }
         if state.open.len() >= self.limit {
             return Err(Errno::NFILE);

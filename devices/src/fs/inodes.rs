@@ -14,13 +14,13 @@
 //! shares by which it was reached ([`Inode::is_writable`]).
 
 use super::export::Export;
-use super::node::{HANDLE_FLAGS, Slot, Traces, evict, is_kind, still_same};
+use super::node::{HANDLE_FLAGS, Slot, Traces, evict, is_kind, move_to, still_same};
 use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sync::lock;
 use crate::sys::FileHandle;
 use rustix::fs::{AtFlags, FileType, Statx, statx};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -80,7 +80,8 @@ impl Tables {
         Ok(())
     }
 
-    /// A file that is known was found again: its descriptor is as good as any.
+    /// A file that is known was found again: its descriptor is as good as any, and the better one if it
+    /// `replaces` what there is.
     pub(super) fn found_again(&mut self, inode: &Inode, fd: OwnedFd, limit: usize, replaces: bool) {
         let mut slot = lock(&inode.slot);
         match &*slot {
@@ -94,12 +95,15 @@ impl Tables {
         }
     }
 
-    /// Nothing leads to the file of this node any more.
-    pub(super) fn close(&mut self, inode: &Inode) {
+    /// Nothing leads to the file of this node any more. What is returned is to be dropped once these tables
+    /// are unlocked: to close the last descriptor of a file may take its time.
+    #[must_use]
+    pub(super) fn close(&mut self, inode: &Inode) -> Slot {
         let slot = std::mem::replace(&mut *lock(&inode.slot), Slot::Gone);
         if matches!(slot, Slot::Open(_)) {
             self.open = self.open.saturating_sub(1);
         }
+        slot
     }
 
     /// Leaves in `recent` what has a descriptor.
@@ -168,38 +172,59 @@ impl Inodes {
     }
 
     fn fd_within(&self, inode: &Inode, ascent: u32) -> Result<Arc<OwnedFd>, Errno> {
-        let traces = match &*lock(&inode.slot) {
-            Slot::Open(fd) => return Ok(fd.clone()),
-            Slot::Evicted(traces) => traces.clone(),
-            Slot::Gone => return Err(Errno::STALE),
-        };
-        let found = self.find_again(inode, &traces, ascent)?;
+        // Once more if the file's export became a part of another one meanwhile.
+        const TRIES: usize = 3;
+        for _ in 0..TRIES {
+            let traces = match &*lock(&inode.slot) {
+                Slot::Open(fd) => return Ok(fd.clone()),
+                Slot::Evicted(traces) => traces.clone(),
+                Slot::Gone => return Err(Errno::STALE),
+            };
+            let found = self.find_again(inode, &traces, ascent)?;
+            if let Some(fd) = self.keep(inode, &traces, found)? {
+                return Ok(fd);
+            }
+        }
+        Err(Errno::STALE)
+    }
+
+    /// Keeps a descriptor that was found for an evicted node. None if it is on a mount that is not to be
+    /// used any more.
+    fn keep(
+        &self,
+        inode: &Inode,
+        traces: &Traces,
+        found: OwnedFd,
+    ) -> Result<Option<Arc<OwnedFd>>, Errno> {
         let stat = stat(&found)?;
         if !is_kind(inode, &stat) || !traces.fit(&found, &stat) {
             return Err(Errno::STALE);
         }
-        let identity = Identity::of(&stat, &*inode.export()?);
         let fd = Arc::new(found);
         let mut tables = lock(&self.tables);
+        let export = inode.export()?;
+        if export.adopted(stat.stx_mnt_id).is_some() {
+            return Ok(None);
+        }
         let Some(entry) = tables.by_id.get(&inode.id) else {
             // Forgotten meanwhile: good for this one use, and not counted.
-            return Ok(fd);
+            return Ok(Some(fd));
         };
-        if entry.identity != identity {
+        if entry.identity != Identity::of(&stat, &export) {
             return Err(Errno::STALE);
         }
         tables.make_room(self.limit)?;
         let mut slot = lock(&inode.slot);
         match &*slot {
             // Another thread was quicker; one descriptor is enough, and is counted once.
-            Slot::Open(other) => return Ok(other.clone()),
+            Slot::Open(other) => return Ok(Some(other.clone())),
             Slot::Gone => return Err(Errno::STALE),
             Slot::Evicted(_) => {}
         }
         *slot = Slot::Open(fd.clone());
         drop(slot);
         tables.opened(inode.id);
-        Ok(fd)
+        Ok(Some(fd))
     }
 
     fn find_again(&self, inode: &Inode, traces: &Traces, ascent: u32) -> Result<OwnedFd, Errno> {
@@ -213,7 +238,22 @@ impl Inodes {
                 return Ok(fd);
             }
         }
+        if inode.is_root.load(Ordering::Relaxed)
+            && let Some(fd) = self.root_of(inode)
+        {
+            return Ok(fd);
+        }
         self.open_by_place(inode, ascent)
+    }
+
+    /// The descriptor of the share that has this node as its root.
+    fn root_of(&self, inode: &Inode) -> Option<OwnedFd> {
+        let identity = lock(&self.tables).by_id.get(&inode.id)?.identity;
+        inode.reach().iter().find_map(|share| {
+            let root = share.root()?;
+            let found = Identity::of(&stat(&*root).ok()?, &share.export());
+            (found == identity).then(|| fcntl_dupfd_cloexec(&*root, 0).ok())?
+        })
     }
 
     fn open_by_place(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
@@ -222,24 +262,25 @@ impl Inodes {
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
 
-    /// The file of a node on the mount of this export: links are made within one mount only.
+    /// The file of a node on the mount of one of its other exports: links are made within one mount only.
     ///
     /// # Errors
-    /// EXDEV if it can't be found there.
-    pub(super) fn fd_in(&self, inode: &Inode, export: &Export) -> Result<OwnedFd, Errno> {
-        let own = stat(self.fd(inode)?)?;
-        let handle = FileHandle::of(self.fd(inode)?).ok();
-        let by_handle = handle.zip(export.anchor()).and_then(|(handle, anchor)| {
-            let fd = handle.open(&*anchor, HANDLE_FLAGS.bits() as i32);
-            fd.ok()
-        });
+    /// EXDEV if it is not to be found there.
+    pub(super) fn fd_in(&self, inode: &Inode, export: &Arc<Export>) -> Result<OwnedFd, Errno> {
+        if !inode.exports().iter().any(|own| Arc::ptr_eq(own, export)) {
+            return Err(Errno::XDEV);
+        }
+        let fd = self.fd(inode)?;
+        let own = Identity::of(&stat(&*fd)?, export);
+        let handle = FileHandle::of(&*fd).ok().zip(export.anchor());
+        let by_handle = handle
+            .and_then(|(handle, anchor)| handle.open(&*anchor, HANDLE_FLAGS.bits() as i32).ok());
         let found = match by_handle {
             Some(fd) => fd,
             None => self.open_by_place(inode, MAX_ASCENT)?,
         };
         let there = stat(&found)?;
-        let same = Identity::of(&there, export) == Identity::of(&own, export);
-        match same && there.stx_mnt_id == export.mount_id {
+        match Identity::of(&there, export) == own && there.stx_mnt_id == export.mount_id {
             true => Ok(found),
             false => Err(Errno::XDEV),
         }
@@ -262,22 +303,31 @@ impl Inodes {
         let reach = tables.reach(stat, found)?;
         let export = reach[0].export();
         let identity = Identity::of(stat, &export);
-        let (parent, is_root) = match found {
+        // It was opened through an export that has become a part of this one meanwhile.
+        let moved = export.adopted(stat.stx_mnt_id);
+        let (parent, is_entry) = match found {
             Found::Root(_) => (ROOT_ID, true),
             Found::In(directory) => (directory.id, false),
         };
+        let is_root = is_entry || tables.roots.contains_key(&identity);
         if let Some(id) = tables.by_identity.get(&identity).copied()
             && let Some(entry) = tables.by_id.get_mut(&id)
             && still_same(&entry.inode, &fd, stat)
         {
             entry.lookups += 1;
             let inode = entry.inode.clone();
+            let is_placed = inode.kind == FileType::Directory && !is_entry;
             // The descriptor that it has may be of a mount that lets nobody write.
-            let replaces = inode.extend_reach(&reach);
-            tables.found_again(&inode, fd, self.limit, replaces);
+            let replaces = match is_placed {
+                true => inode.set_reach(&reach),
+                false => inode.extend_reach(&reach),
+            };
+            if moved.is_none() {
+                tables.found_again(&inode, fd, self.limit, replaces);
+            }
             drop(tables);
             inode.is_root.fetch_or(is_root, Ordering::Relaxed);
-            if !inode.is_root.load(Ordering::Relaxed) {
+            if !is_entry {
                 *lock(&inode.place) = (parent, name.to_owned());
             }
             return Ok(inode);
@@ -310,6 +360,7 @@ impl Inodes {
             slot: Mutex::new(Slot::Open(fd.clone())),
             place: Mutex::new((parent, name.to_owned())),
             told: AtomicU64::new(0),
+            is_leaving: AtomicBool::new(false),
         });
         if let Found::In(parent) = found
             && parent.file_system != file_system
@@ -323,18 +374,28 @@ impl Inodes {
         };
         tables.by_id.insert(id, entry);
         tables.by_identity.insert(identity, id);
-        tables.opened(id);
+        let is_closed = moved.is_some_and(|mount| {
+            drop(fd);
+            move_to(&inode, mount)
+        });
+        if !is_closed {
+            tables.opened(id);
+        }
         Ok(inode)
     }
 
-    /// A file moved: where it will be found again.
-    pub(super) fn moved(&self, identity: Identity, parent: u64, name: &CStr) {
-        let tables = lock(&self.tables);
-        if let Some(id) = tables.by_identity.get(&identity)
-            && let Some(entry) = tables.by_id.get(id)
-        {
-            *lock(&entry.inode.place) = (parent, name.to_owned());
-        }
+    /// A file moved from one directory to another: where it will be found again, and by which shares it, and
+    /// what is below it, is reached.
+    pub(super) fn moved(&self, identity: Identity, from: &Inode, to: &Inode, name: &CStr) {
+        let mut tables = lock(&self.tables);
+        let Some(inode) = tables.by_identity.get(&identity).and_then(|id| {
+            let entry = tables.by_id.get(id)?;
+            Some(entry.inode.clone())
+        }) else {
+            return;
+        };
+        *lock(&inode.place) = (to.id, name.to_owned());
+        tables.change_reach(&inode, &from.reach(), &to.reach());
     }
 
     /// Takes back `count` look-ups; a node without any is gone, and then this is true.
@@ -382,21 +443,24 @@ impl Inodes {
             let Ok(stat) = statx(&fd, c"", flags, STATX_MASK) else {
                 continue;
             };
-            let is_nameless = inode.kind == FileType::RegularFile && stat.stx_nlink == 0;
-            let pins_a_mount = inode
-                .exports()
-                .iter()
-                .any(|export| export.follows_mounts && export.mount_key(stat.stx_mnt_id) != 0);
-            if is_nameless || pins_a_mount {
+            let pins_a_mount = pins_a_mount(&inode, stat.stx_mnt_id);
+            // A share's root is mounted somewhere, and stays what it is.
+            let is_nameless = stat.stx_nlink == 0
+                && !inode.is_root.load(Ordering::Relaxed)
+                && (inode.kind == FileType::RegularFile || pins_a_mount);
+            // Twice: who is about to open it has no descriptor yet, or none that is counted.
+            let was_leaving = inode.is_leaving.swap(is_nameless, Ordering::Relaxed);
+            if is_nameless && was_leaving || pins_a_mount && !is_nameless {
                 gone.push((inode, is_nameless));
             }
         }
         if gone.is_empty() {
             return;
         }
+        let mut closed = Vec::new();
         let mut tables = lock(&self.tables);
         for (inode, is_nameless) in gone {
-            // Whoever has the file open, or is about to, holds its descriptor, too.
+            // Whoever has the file open holds its descriptor, too.
             let is_idle = match &*lock(&inode.slot) {
                 Slot::Open(fd) => Arc::strong_count(fd) == 1,
                 _ => false,
@@ -405,12 +469,14 @@ impl Inodes {
                 continue;
             }
             if is_nameless {
-                tables.close(&inode);
+                closed.push(tables.close(&inode));
             } else if evict(&inode) {
                 tables.open = tables.open.saturating_sub(1);
             }
         }
         tables.tidy_recent();
+        drop(tables);
+        drop(closed);
     }
 
     fn next_to_sweep(&self, most: usize) -> Vec<Arc<Inode>> {
@@ -441,4 +507,12 @@ impl Inodes {
         let tables = lock(&self.tables);
         (tables.by_id.len(), tables.open)
     }
+}
+
+/// Whether a file that is looked at through this mount keeps the host from unmounting something: one that is
+/// below a share which follows the host's mounts.
+fn pins_a_mount(inode: &Inode, mount: u64) -> bool {
+    let exports = inode.exports();
+    let is_below = |export: &Arc<Export>| export.follows_mounts && export.mount_key(mount) != 0;
+    exports.iter().any(is_below) && !exports.iter().any(|export| export.mount_id == mount)
 }

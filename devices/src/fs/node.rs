@@ -87,6 +87,22 @@ fn birth(stat: &Statx) -> Option<(i64, u32)> {
 /// The shares by which a node can be reached. Most nodes have those of their directory.
 pub(super) type Reach = Arc<[Arc<Share>]>;
 
+/// Whether a share is among these.
+pub(super) fn leads(reach: &Reach, share: &Arc<Share>) -> bool {
+    reach.iter().any(|own| Arc::ptr_eq(own, share))
+}
+
+fn is_writable(reach: &Reach) -> bool {
+    reach.iter().any(|share| share.is_writable())
+}
+
+/// Both, without what was taken away.
+pub(super) fn union(reach: &Reach, more: &Reach) -> Reach {
+    let added = more.iter().filter(|share| !leads(reach, share));
+    let all = reach.iter().chain(added);
+    all.filter(|share| !share.is_removed()).cloned().collect()
+}
+
 /// Where a file was found.
 #[derive(Clone, Copy)]
 pub(super) enum Found<'a> {
@@ -111,6 +127,8 @@ pub(super) struct Inode {
     pub(super) place: Mutex<(u64, CString)>,
     /// What the guest was told of its contents last: see [`has_changed`](Self::has_changed).
     pub(super) told: AtomicU64,
+    /// The last sweep found it without a name and idle.
+    pub(super) is_leaving: AtomicBool,
 }
 
 impl Inode {
@@ -139,7 +157,7 @@ impl Inode {
 
     /// Whether one of them lets the guest change it.
     pub(super) fn is_writable(&self) -> bool {
-        lock(&self.reach).iter().any(|share| share.is_writable())
+        is_writable(&lock(&self.reach))
     }
 
     /// The trees that it is in.
@@ -162,17 +180,20 @@ impl Inode {
     /// Adds shares by which it can be reached. True if it was not writable before and is now.
     pub(super) fn extend_reach(&self, more: &Reach) -> bool {
         let mut reach = lock(&self.reach);
-        let is_new = |share: &&Arc<Share>| !reach.iter().any(|own| Arc::ptr_eq(own, share));
-        if Arc::ptr_eq(&reach, more) || !more.iter().any(|share| is_new(&share)) {
+        if Arc::ptr_eq(&reach, more) || more.iter().all(|share| leads(&reach, share)) {
             return false;
         }
-        let writable = |reach: &Reach| reach.iter().any(|share| share.is_writable());
-        let before = writable(&reach);
-        let added = more.iter().filter(is_new);
-        let live = reach.iter().filter(|share| !share.is_removed());
-        let all: Reach = live.chain(added).cloned().collect();
-        *reach = all;
-        !before && writable(&reach)
+        let before = is_writable(&reach);
+        *reach = union(&reach, more);
+        !before && is_writable(&reach)
+    }
+
+    /// The same for a directory, which has one place and so is reached as that is, and no other way.
+    pub(super) fn set_reach(&self, now: &Reach) -> bool {
+        let mut reach = lock(&self.reach);
+        let before = is_writable(&reach);
+        *reach = now.clone();
+        !before && is_writable(&reach)
     }
 
     /// The guest's number for an inode of this node's file system. All that the guest sees is one
@@ -218,7 +239,8 @@ pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errn
 /// How a file is opened by its handle.
 pub(super) const HANDLE_FLAGS: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW);
 
-/// Closes a node's descriptor if the file can be found again. False if it must stay.
+/// Closes a node's descriptor if the file can be found again. False if it must stay: it is in use (open
+/// files are: see `Handle`), or only the descriptor leads to it.
 pub(super) fn evict(inode: &Inode) -> bool {
     if inode.is_root.load(Ordering::Relaxed) {
         return false;
@@ -227,7 +249,6 @@ pub(super) fn evict(inode: &Inode) -> bool {
     let Slot::Open(fd) = &*slot else {
         return false;
     };
-    // In use (open files are: see `Handle`), or without a name: only the descriptor leads to it.
     if Arc::strong_count(fd) > 1 {
         return false;
     }
@@ -259,13 +280,15 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
     let mut slot = lock(&inode.slot);
     match &mut *slot {
         Slot::Open(fd) => {
-            let is_named = stat(&*fd).is_ok_and(|stat| stat.stx_nlink > 0);
-            if !is_named {
+            // Without asking a server on the network: all others wait.
+            let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+            let stat = statx(&*fd, c"", flags, STATX_MASK);
+            let Some(stat) = stat.ok().filter(|stat| stat.stx_nlink > 0) else {
                 return false;
-            }
+            };
             let traces = Traces {
                 handle: FileHandle::of(&*fd).ok().map(|handle| (mount, handle)),
-                birth: stat(&*fd).ok().as_ref().and_then(birth),
+                birth: birth(&stat),
             };
             *slot = Slot::Evicted(traces);
             true

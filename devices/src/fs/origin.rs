@@ -8,6 +8,7 @@
 use super::inodes::FileSystem;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx, openat2};
 use rustix::io::Errno;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,7 +19,9 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mount {
     id: u64,
-    /// What of its file system is mounted.
+    /// Its file system.
+    device: Vec<u8>,
+    /// What of that is mounted.
     root: PathBuf,
     /// Where.
     point: PathBuf,
@@ -29,11 +32,13 @@ impl Mount {
     fn parse(line: &[u8]) -> Option<Self> {
         let mut fields = line.split(|b| *b == b' ');
         let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-        let root = unescaped(fields.nth(2)?);
+        let device = fields.nth(1)?.to_owned();
+        let root = unescaped(fields.next()?);
         let point = unescaped(fields.next()?);
         let mut options = fields.next()?.split(|b| *b == b',');
         Some(Self {
             id,
+            device,
             root,
             point,
             read_only: options.any(|option| option == b"ro"),
@@ -74,14 +79,24 @@ fn mounts() -> Option<Vec<Mount>> {
 pub(super) struct Origin {
     /// Its path, without links.
     path: PathBuf,
+    /// The mount that it is on.
+    mount: u64,
     /// Its path from the root of its file system.
     in_file_system: PathBuf,
     file_system: FileSystem,
     inode: u64,
     /// Whether the host's mount is read-only, whatever is asked for.
     on_read_only_mount: bool,
-    /// What is mounted below it: each mount's number, and its path from here.
-    submounts: Vec<(u64, PathBuf)>,
+    /// What is mounted below it, by its path from here.
+    submounts: BTreeMap<PathBuf, Submount>,
+}
+
+/// A mount below a directory. The host uses numbers of mounts again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Submount {
+    id: u64,
+    device: Vec<u8>,
+    root: PathBuf,
 }
 
 impl Origin {
@@ -112,14 +127,20 @@ impl Origin {
         let below = |mount: &Mount| {
             let rest = mount.point.strip_prefix(&path).ok()?;
             let is_below = mount.id != own.id && !rest.as_os_str().is_empty();
-            is_below.then(|| (mount.id, rest.to_owned()))
+            let submount = || Submount {
+                id: mount.id,
+                device: mount.device.clone(),
+                root: mount.root.clone(),
+            };
+            is_below.then(|| (rest.to_owned(), submount()))
         };
-        let mut submounts: Vec<_> = mounts.iter().filter_map(below).collect();
-        submounts.sort();
+        // Of several in one place the last is seen.
+        let submounts = mounts.iter().filter_map(below).collect();
         let (file_system, inode) = identity(stat);
         Some(Self {
             in_file_system: own.root.join(path.strip_prefix(&own.point).ok()?),
             path,
+            mount: own.id,
             file_system,
             inode,
             on_read_only_mount: own.read_only,
@@ -128,33 +149,40 @@ impl Origin {
     }
 
     /// The paths below this directory at which `inner` may be found: the same files, and the same mounts
-    /// on them.
-    fn paths_to(&self, inner: &Self) -> Vec<PathBuf> {
+    /// on them. Where both are `live`, mounts are what the host has at any time.
+    fn paths_to(&self, inner: &Self, live: bool) -> Vec<PathBuf> {
         let mut found = Vec::new();
+        if self.on_read_only_mount != inner.on_read_only_mount {
+            return found;
+        }
         if let Ok(rest) = inner.path.strip_prefix(&self.path)
-            && self
-                .submounts_below(rest)
-                .eq(inner.submounts_below(Path::new("")))
+            && (live || self.has_same_mounts(rest, inner))
         {
             found.push(rest.to_owned());
         }
         if self.file_system == inner.file_system
-            && self.on_read_only_mount == inner.on_read_only_mount
             && let Ok(rest) = inner.in_file_system.strip_prefix(&self.in_file_system)
             && inner.submounts.is_empty()
-            && !self.submounts.iter().any(|(_, at)| at.starts_with(rest))
-            && !found.contains(&rest.to_owned())
+            && !self.submounts.keys().any(|at| at.starts_with(rest))
+            && !found.iter().any(|known| known == rest)
         {
             found.push(rest.to_owned());
         }
         found
     }
 
-    fn submounts_below<'a>(&'a self, rest: &'a Path) -> impl Iterator<Item = (u64, &'a Path)> {
-        self.submounts.iter().filter_map(move |(id, at)| {
+    /// Whether `inner`, which is at `rest` below this directory, is on the mount that is there, and has the
+    /// same mounts below.
+    fn has_same_mounts(&self, rest: &Path, inner: &Self) -> bool {
+        let above = self.submounts.iter().filter(|(at, _)| rest.starts_with(at));
+        let own = above.max_by_key(|(at, _)| at.components().count());
+        let own = own.map_or(self.mount, |(_, submount)| submount.id);
+        let below = self.submounts.iter().filter_map(|(at, submount)| {
             let at = at.strip_prefix(rest).ok()?;
-            (!at.as_os_str().is_empty()).then_some((*id, at))
-        })
+            (!at.as_os_str().is_empty()).then_some((at, submount))
+        });
+        let wanted = inner.submounts.iter().map(|(at, s)| (at.as_path(), s));
+        own == inner.mount && below.eq(wanted)
     }
 
     /// Whether the host itself lets nobody write here.
@@ -167,10 +195,15 @@ impl Origin {
         !self.submounts.is_empty()
     }
 
-    /// Looks for `inner` below this directory, whose root on the export's mount `root` is: the path to it
-    /// and its descriptor there.
-    pub(super) fn find(&self, root: impl AsFd, inner: &Self) -> Option<(PathBuf, OwnedFd)> {
-        self.paths_to(inner).into_iter().find_map(|path| {
+    /// Looks for `inner` below this directory, which `root` is on an export's mount: the path to it and its
+    /// descriptor there. Where both are `live` they follow the host's mounts.
+    pub(super) fn find(
+        &self,
+        root: impl AsFd,
+        inner: &Self,
+        live: bool,
+    ) -> Option<(PathBuf, OwnedFd)> {
+        self.paths_to(inner, live).into_iter().find_map(|path| {
             let fd = open_below(&root, &path).ok()?;
             let stat = super::inodes::stat(&fd).ok()?;
             (identity(&stat) == (inner.file_system, inner.inode)).then_some((path, fd))
@@ -196,19 +229,31 @@ fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
 mod tests {
     use super::*;
 
+    fn submount(id: u64) -> Submount {
+        Submount {
+            id,
+            device: b"0:50".to_vec(),
+            root: "/".into(),
+        }
+    }
+
     fn origin(path: &str, in_file_system: &str, submounts: &[(u64, &str)]) -> Origin {
         Origin {
             path: path.into(),
+            mount: 1,
             in_file_system: in_file_system.into(),
             file_system: (8, 1),
             inode: 1,
             on_read_only_mount: false,
-            submounts: submounts.iter().map(|(id, at)| (*id, at.into())).collect(),
+            submounts: submounts
+                .iter()
+                .map(|(id, at)| (at.into(), submount(*id)))
+                .collect(),
         }
     }
 
     fn paths(outer: &Origin, inner: &Origin) -> Vec<String> {
-        let paths = outer.paths_to(inner).into_iter();
+        let paths = outer.paths_to(inner, false).into_iter();
         paths.map(|path| path.display().to_string()).collect()
     }
 
@@ -265,6 +310,19 @@ mod tests {
         assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[])).is_empty());
         assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[(9, "m")])).is_empty());
         assert_eq!(paths(&outer, &origin("/srv/c", "/srv/c", &[])), ["c"]);
+        // Another file system, though its mount has the number of the one before.
+        let mut replaced = origin("/srv/a", "/srv/a", &[(7, "m")]);
+        replaced.submounts.get_mut(Path::new("m")).unwrap().device = b"0:51".to_vec();
+        assert!(paths(&outer, &replaced).is_empty());
+        assert_eq!(
+            outer.paths_to(&replaced, true).len(),
+            1,
+            "the host's, at any time"
+        );
+        // Mounted on itself since then.
+        let mut own = origin("/srv/c", "/elsewhere", &[]);
+        own.mount = 9;
+        assert!(paths(&outer, &own).is_empty());
         // Through another mount of the same directory, which does not have what is mounted here.
         assert!(paths(&outer, &origin("/mnt/b", "/srv/b", &[])).is_empty());
     }
@@ -285,13 +343,13 @@ mod tests {
         let outer = origin(dir.path());
         let inner = origin(&dir.path().join("link/b"));
         let root = open(dir.path());
-        let (path, fd) = outer.find(&root, &inner).unwrap();
+        let (path, fd) = outer.find(&root, &inner, false).unwrap();
         assert_eq!(path, Path::new("a/b"));
         assert_eq!(super::super::inodes::stat(fd).unwrap().stx_ino, inner.inode);
         // Another one has its name meanwhile.
         fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
         fs::create_dir_all(dir.path().join("a/b")).unwrap();
-        assert!(outer.find(&root, &inner).is_none());
+        assert!(outer.find(&root, &inner, false).is_none());
     }
 
     #[test]

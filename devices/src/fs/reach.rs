@@ -2,21 +2,20 @@
 
 use super::export::Export;
 use super::inodes::{Inodes, Tables};
-use super::node::{Found, Identity, Inode, Reach, move_to, stat};
-use super::shares::Share;
+use super::node::{Found, Identity, Inode, Reach, Slot, leads, move_to, stat, union};
+use super::shares::{Move, Share};
 use super::wire::ROOT_ID;
 use crate::sync::lock;
 use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 impl Inodes {
     /// Another share leads to what is below its root.
     pub(super) fn share_added(&self, share: &Arc<Share>) {
-        let root = share.root().map(stat);
-        let Some(Ok(stat)) = root else {
+        let Some(Ok(stat)) = share.root().map(stat) else {
             return;
         };
         if share.kind != FileType::Directory {
@@ -24,96 +23,94 @@ impl Inodes {
         }
         let mut tables = lock(&self.tables);
         let identity = Identity::of(&stat, &share.export());
-        tables
-            .roots
-            .entry(identity)
-            .or_default()
-            .push(share.clone());
-        if let Some(top) = tables.by_identity.get(&identity) {
-            let reach: Reach = Arc::new([share.clone()]);
-            for inode in tables.below(*top) {
-                inode.extend_reach(&reach);
+        let roots = tables.roots.entry(identity).or_default();
+        roots.push(share.clone());
+        let Some(top) = tables.by_identity.get(&identity).copied() else {
+            return;
+        };
+        if let Some(entry) = tables.by_id.get(&top) {
+            entry.inode.is_root.store(true, Ordering::Relaxed);
+        }
+        let reach: Reach = Arc::new([share.clone()]);
+        for inode in tables.below(top) {
+            if inode.extend_reach(&reach) {
+                tables.reopen_in(&inode, &share.export());
             }
         }
     }
 
-    /// Closes what is known only by a share that was taken away.
-    pub(super) fn share_removed(&self, share: &Share) {
+    /// Closes what is known only by shares that were taken away.
+    pub(super) fn shares_removed(&self, removed: &[Arc<Share>]) {
+        let mut closed = Vec::new();
         let mut tables = lock(&self.tables);
-        let is_other = |other: &Arc<Share>| other.number != share.number;
+        let stays = |share: &Arc<Share>| !removed.iter().any(|gone| Arc::ptr_eq(gone, share));
         tables.roots.retain(|_, shares| {
-            shares.retain(is_other);
+            shares.retain(stays);
             !shares.is_empty()
         });
+        // Most nodes have the same shares as their directories, and go on to have them together.
+        let mut known: HashMap<*const Arc<Share>, (Reach, Reach)> = HashMap::new();
         let inodes: Vec<_> = tables.by_id.values().map(|e| e.inode.clone()).collect();
         for inode in inodes {
             let mut reach = lock(&inode.reach);
-            if reach.iter().all(is_other) {
-                continue;
-            }
-            let rest: Reach = reach.iter().filter(|s| is_other(s)).cloned().collect();
-            let is_gone = rest.is_empty();
-            if !is_gone {
-                *reach = rest;
-            }
-            drop(reach);
-            if is_gone {
-                tables.close(&inode);
+            // The first keeps the address from being used again.
+            let (_, rest) = known.entry(reach.as_ptr()).or_insert_with(|| {
+                let rest = match reach.iter().all(stays) {
+                    true => reach.clone(),
+                    false => reach.iter().filter(|share| stays(share)).cloned().collect(),
+                };
+                (reach.clone(), rest)
+            });
+            if rest.is_empty() {
+                drop(reach);
+                closed.push(tables.close(&inode));
+            } else {
+                *reach = rest.clone();
             }
         }
         // Nothing of these can be evicted any more.
         tables.tidy_recent();
+        drop(tables);
+        drop(closed);
     }
 
     /// An export becomes a part of another, which a new share of that one leads to: what the guest
-    /// knows of it stays what it is, and is reached through the other's mounts from now on. `roots` are
-    /// its shares with their descriptors there, and `apply` tells them.
-    pub(super) fn merged(
-        &self,
-        within: &Arc<Share>,
-        roots: &[(Arc<Share>, Arc<OwnedFd>)],
-        apply: &dyn Fn(),
-    ) {
+    /// knows of it stays what it is, and is reached through the other's mounts from now on. `apply` moves
+    /// the shares.
+    pub(super) fn merged(&self, within: &Arc<Share>, moves: &[Move], apply: &dyn Fn()) {
         let mut tables = lock(&self.tables);
         let reach: Reach = Arc::new([within.clone()]);
-        let is_own = |other: &Arc<Share>| roots.iter().any(|(share, _)| Arc::ptr_eq(share, other));
-        let moving: Vec<_> = tables
-            .by_id
-            .values()
-            .map(|entry| entry.inode.clone())
-            .filter(|inode| inode.reach().iter().any(is_own))
+        let way = |inode: &Inode| {
+            let reach = inode.reach();
+            moves.iter().find(|one| leads(&reach, &one.share))
+        };
+        let inodes = tables.by_id.values().map(|entry| entry.inode.clone());
+        let moving: Vec<_> = inodes
+            .filter_map(|inode| Some((way(&inode)?, inode)))
             .collect();
-        let before: Vec<_> = roots.iter().map(|(share, _)| share.export()).collect();
         apply();
         let into = within.export();
-        let mounts: Vec<_> = roots
-            .iter()
-            .map(|(_, fd)| stat(fd).map(|s| s.stx_mnt_id))
-            .collect();
-        // They have no mounts of their own below them, so they are all on one.
-        let Some(Ok(mount)) = mounts.first().copied() else {
-            return;
-        };
-        for export in &before {
-            into.adopt_mount(export.mount_id, mount);
-        }
-        for inode in &moving {
+        for (one, inode) in &moving {
             inode.extend_reach(&reach);
-            tables.rekey(inode, &into, mount);
-            if move_to(inode, mount) {
+            tables.rekey(inode, &into, one.mount);
+            // A root gets its new descriptor below: it may have no other place to be found at.
+            if !inode.is_root.load(Ordering::Relaxed) && move_to(inode, one.mount) {
                 tables.open = tables.open.saturating_sub(1);
             }
         }
-        for (share, fd) in roots {
-            if let Ok(stat) = stat(fd) {
-                let identity = Identity::of(&stat, &into);
-                tables.move_root(share, identity);
-                if let Some(id) = tables.by_identity.get(&identity).copied()
-                    && let Some(inode) = tables.by_id.get(&id).map(|e| e.inode.clone())
-                    && let Ok(fd) = fd.try_clone()
-                {
-                    tables.found_again(&inode, fd, usize::MAX, true);
-                }
+        for one in moves {
+            let Ok(stat) = stat(&*one.root) else {
+                continue;
+            };
+            let identity = Identity::of(&stat, &into);
+            if one.share.kind == FileType::Directory {
+                tables.move_root(&one.share, identity);
+            }
+            if let Some(id) = tables.by_identity.get(&identity).copied()
+                && let Some(inode) = tables.by_id.get(&id).map(|entry| entry.inode.clone())
+                && let Ok(fd) = one.root.try_clone()
+            {
+                tables.found_again(&inode, fd, usize::MAX, true);
             }
         }
         tables.tidy_recent();
@@ -123,26 +120,99 @@ impl Inodes {
 impl Tables {
     /// The shares by which a file is reached that was found there: never none.
     pub(super) fn reach(&self, stat: &Statx, found: Found<'_>) -> Result<Reach, Errno> {
-        let found: Reach = match found {
+        let mut reach: Reach = match found {
             Found::Root(share) => Arc::new([share.clone()]),
             Found::In(directory) => directory.reach(),
         };
-        let mut reach = found;
+        let none: Reach = Arc::new([]);
         if reach.iter().any(|share| share.is_removed()) {
-            let live = reach.iter().filter(|share| !share.is_removed());
-            reach = live.cloned().collect();
+            reach = union(&reach, &none);
         }
         let first = reach.first().ok_or(Errno::STALE)?;
-        let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
-        if !is_directory {
+        if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory {
             return Ok(reach);
         }
         let own = self.roots.get(&Identity::of(stat, &first.export()));
-        let is_new = |share: &&Arc<Share>| !reach.iter().any(|known| Arc::ptr_eq(known, share));
-        let more: Vec<_> = own.into_iter().flatten().filter(is_new).cloned().collect();
-        match more.is_empty() {
+        let own: Reach = own.into_iter().flatten().cloned().collect();
+        match own.iter().all(|share| leads(&reach, share)) {
             true => Ok(reach),
-            false => Ok(reach.iter().cloned().chain(more).collect()),
+            false => Ok(union(&reach, &own)),
+        }
+    }
+
+    /// A file is in another directory: what led to the one leads to it no more, and what leads to the other does.
+    /// What has a place of its own besides, and not only that one, keeps both.
+    pub(super) fn change_reach(&mut self, inode: &Inode, from: &Reach, to: &Reach) {
+        if Arc::ptr_eq(from, to) {
+            return;
+        }
+        if inode.kind != FileType::Directory {
+            inode.extend_reach(to);
+            return;
+        }
+        for inode in self.below(inode.id) {
+            let before = inode.reach();
+            let kept = before.iter().filter(|share| !leads(from, share)).cloned();
+            let kept: Reach = kept.collect();
+            match inode.kind {
+                FileType::Directory => inode.set_reach(&union(&kept, to)),
+                _ => inode.extend_reach(to),
+            };
+        }
+    }
+
+    /// The node and all that are below it.
+    pub(super) fn below(&self, top: u64) -> Vec<Arc<Inode>> {
+        let mut known = HashMap::from([(top, true), (ROOT_ID, false)]);
+        let top_shares = self.by_id.get(&top).map(|entry| entry.identity);
+        let top_shares = top_shares.and_then(|identity| self.roots.get(&identity));
+        // Roots of shares that lie within it may have been found by their own names alone.
+        for (identity, shares) in &self.roots {
+            let is_within = |share: &Arc<Share>| {
+                let mut above = top_shares.into_iter().flatten();
+                above.any(|top| share.below(top).is_some())
+            };
+            if shares.iter().any(is_within)
+                && let Some(id) = self.by_identity.get(identity)
+            {
+                known.insert(*id, true);
+            }
+        }
+        let mut way = Vec::new();
+        for id in self.by_id.keys() {
+            let mut last = *id;
+            let answer = loop {
+                if let Some(answer) = known.get(&last) {
+                    break *answer;
+                }
+                // What is met again, or was forgotten, leads nowhere.
+                known.insert(last, false);
+                way.push(last);
+                match self.by_id.get(&last) {
+                    Some(entry) => last = lock(&entry.inode.place).0,
+                    None => break false,
+                }
+            };
+            known.extend(way.drain(..).map(|id| (id, answer)));
+        }
+        let below = self.by_id.values().map(|entry| entry.inode.clone());
+        below
+            .filter(|inode| known.get(&inode.id) == Some(&true))
+            .collect()
+    }
+
+    /// A file may be written through this export, and its descriptor may be on the mount of another one that
+    /// forbids it.
+    fn reopen_in(&mut self, inode: &Inode, export: &Arc<Export>) {
+        let mount = match &*lock(&inode.slot) {
+            Slot::Open(fd) => stat(&**fd).map(|stat| stat.stx_mnt_id),
+            _ => return,
+        };
+        let is_there = |other: &Arc<Export>| {
+            !Arc::ptr_eq(other, export) && mount.is_ok_and(|mount| other.mount_id == mount)
+        };
+        if inode.exports().iter().any(is_there) && move_to(inode, export.mount_id) {
+            self.open = self.open.saturating_sub(1);
         }
     }
 
@@ -171,29 +241,5 @@ impl Tables {
             !shares.is_empty()
         });
         self.roots.entry(identity).or_default().push(share.clone());
-    }
-
-    /// The nodes below this one, and itself.
-    fn below(&self, top: u64) -> Vec<Arc<Inode>> {
-        let mut known = HashMap::from([(top, true), (ROOT_ID, false)]);
-        for id in self.by_id.keys() {
-            let mut way = vec![*id];
-            let answer = loop {
-                let last = way[way.len() - 1];
-                if let Some(answer) = known.get(&last) {
-                    break *answer;
-                }
-                // A guest can't make a circle, but a forgotten parent ends the way.
-                match self.by_id.get(&last) {
-                    Some(entry) if way.len() < 4096 => way.push(lock(&entry.inode.place).0),
-                    _ => break false,
-                }
-            };
-            known.extend(way.into_iter().map(|id| (id, answer)));
-        }
-        let below = self.by_id.values().map(|entry| entry.inode.clone());
-        below
-            .filter(|inode| known.get(&inode.id) == Some(&true))
-            .collect()
     }
 }

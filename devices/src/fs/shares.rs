@@ -11,7 +11,7 @@ use super::export::Export;
 use super::inodes;
 use super::origin::Origin;
 use crate::sync::lock;
-use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, StatVfsMountFlags, openat};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,9 +34,11 @@ pub struct ShareOptions {
 pub struct Shared {
     /// Its name, for [`Shares::remove`].
     pub name: String,
-    /// Where the guest finds it now, from the root of the file system. Later shares may move it; what
-    /// the guest has mounted or opened by then stays.
+    /// Where the guest finds it now, from the root of the file system: see [`Shares::locate`].
     pub path: PathBuf,
+    /// Whether nothing can be changed by way of it: as was asked for, or because the host's own mount
+    /// is read-only. The guest must mount it so, since the same files may be writable by other shares.
+    pub read_only: bool,
 }
 
 /// One host directory or file that the guest was given.
@@ -129,7 +131,7 @@ impl Share {
 
     /// The path from `outer` to this share, if that is in the same tree and above it (or the same, and
     /// older).
-    fn below(&self, outer: &Self) -> Option<PathBuf> {
+    pub(super) fn below(&self, outer: &Self) -> Option<PathBuf> {
         if std::ptr::eq(self, outer) {
             return None;
         }
@@ -148,11 +150,11 @@ impl Share {
 pub(super) trait Listener: Send + Sync {
     /// A share was added.
     fn added(&self, share: &Arc<Share>);
-    /// An export is to be a part of another, which `within` leads to: `roots` are its shares and their
-    /// descriptors there. `apply` moves the shares; at a time when nothing else is looked up by them.
-    fn merged(&self, within: &Arc<Share>, roots: &[(Arc<Share>, Arc<OwnedFd>)], apply: &dyn Fn());
-    /// A share was taken away.
-    fn removed(&self, share: &Share);
+    /// An export is to be a part of another, which `within` leads to: `moves` are all of its shares. `apply`
+    /// moves them; at a time when nothing is looked up by them.
+    fn merged(&self, within: &Arc<Share>, moves: &[Move], apply: &dyn Fn());
+    /// Shares were taken away.
+    fn removed(&self, shares: &[Arc<Share>]);
 }
 
 struct Inner {
@@ -195,11 +197,12 @@ impl Shares {
             let text = format!("{name:?} can't name a share");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
+        let plain = open_plain(path.as_ref())?;
         let options = ShareOptions {
-            read_only,
+            read_only: read_only || is_on_read_only_mount(&plain)?,
             ..ShareOptions::default()
         };
-        let export = Export::open(path.as_ref(), options, None)?;
+        let export = Export::new(plain, options, None)?;
         let share = Share::new(name, options, Arc::new(export), None).ok_or_else(gone)?;
         let mut entries = lock(&self.0.entries);
         if entries.contains_key(name) {
@@ -216,24 +219,37 @@ impl Shares {
     /// # Errors
     /// The host's.
     pub fn share(&self, path: impl AsRef<Path>, options: ShareOptions) -> io::Result<Shared> {
-        let path = path.as_ref();
-        let plain = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let plain = open_plain(path.as_ref())?;
+        let options = ShareOptions {
+            read_only: options.read_only || is_on_read_only_mount(&plain)?,
+            ..options
+        };
         let stat = inodes::stat(&plain)?;
         let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
         let origin = is_directory.then(|| Origin::of(&plain, &stat)).flatten();
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
         if let Some(origin) = &origin
-            && let Some(share) = join(&entries, &name, options, origin)?
+            && let Some(share) = join(&entries, &name, options, origin)
         {
             self.insert(&mut entries, share.clone());
             return Ok(shared(&entries, &share));
         }
-        let export = Arc::new(Export::open(path, options, origin.as_ref())?);
+        let export = Arc::new(Export::new(plain, options, origin.as_ref())?);
         let share = Share::new(&name, options, export, origin).ok_or_else(gone)?;
         self.insert(&mut entries, share.clone());
-        self.take_in(&entries, &share)?;
+        self.take_in(&entries, &share);
         Ok(shared(&entries, &share))
+    }
+
+    /// Where the guest finds a share now. Other shares that come and go may move it; under its name it is
+    /// found at any time, and what the guest has mounted or opened stays. To look a directory up by its name
+    /// that is also found below another one makes the guest's kernel move its dentry for the time being, so
+    /// this is the path to prefer.
+    pub fn locate(&self, name: &str) -> Option<PathBuf> {
+        let entries = lock(&self.0.entries);
+        let share = entries.get(name)?;
+        Some(shared(&entries, share).path)
     }
 
     fn insert(&self, entries: &mut Entries, share: Arc<Share>) {
@@ -242,11 +258,11 @@ impl Shares {
         self.tell(|listener| listener.added(&share));
     }
 
-    /// Makes exports that lie within a new one a part of it.
-    fn take_in(&self, entries: &Entries, outer: &Arc<Share>) -> io::Result<()> {
+    /// Makes exports that lie within a new one a part of it, as far as that is possible.
+    fn take_in(&self, entries: &Entries, outer: &Arc<Share>) {
         let into = outer.export();
         let Some((root, origin)) = into.root().zip(lock(&outer.place).origin.clone()) else {
-            return Ok(());
+            return;
         };
         let mut others: Vec<_> = entries.values().map(|share| share.export()).collect();
         others.sort_by_key(|export| export.view);
@@ -262,49 +278,60 @@ impl Shares {
             let Some(moves) = moves else {
                 continue;
             };
-            if moves.iter().any(|one| one.share.is_writable()) && !into.unseal()? {
+            let writes = moves.iter().any(|one| one.share.is_writable());
+            if writes && !can_be_written(&into) {
                 continue;
             }
-            let roots: Vec<_> = moves
-                .iter()
-                .map(|m| (m.share.clone(), m.root.clone()))
-                .collect();
+            for one in &moves {
+                into.adopt_mount(one.mount_before, one.mount);
+            }
             let apply = || moves.iter().for_each(|one| one.apply(&into));
-            self.tell(|listener| listener.merged(outer, &roots, &apply));
+            self.tell(|listener| listener.merged(outer, &moves, &apply));
             apply();
             from.close();
         }
-        Ok(())
     }
 
     /// Takes a share away. What the guest has open only by it is closed and answers ESTALE from now
     /// on, whatever the guest does. False if there was none.
     pub fn remove(&self, name: &str) -> bool {
+        self.remove_all([name]) > 0
+    }
+
+    /// The same of several; how many there were.
+    pub fn remove_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> usize {
         let mut entries = lock(&self.0.entries);
-        let Some(share) = entries.remove(name) else {
-            return false;
-        };
-        share.removed.store(true, Ordering::Relaxed);
-        let export = share.export();
-        lock(&share.place).root.take();
-        if !entries
-            .values()
-            .any(|other| Arc::ptr_eq(&other.export(), &export))
-        {
-            export.close();
+        let names = names.into_iter();
+        let removed: Vec<_> = names.filter_map(|name| entries.remove(name)).collect();
+        for share in &removed {
+            share.removed.store(true, Ordering::Relaxed);
+            lock(&share.place).root.take();
         }
-        self.0.changes.fetch_add(1, Ordering::SeqCst);
+        for export in removed.iter().map(|share| share.export()) {
+            if !entries
+                .values()
+                .any(|other| Arc::ptr_eq(&other.export(), &export))
+            {
+                export.close();
+            }
+        }
+        if !removed.is_empty() {
+            self.0.changes.fetch_add(1, Ordering::SeqCst);
+        }
         // To close what is open may take its time.
         drop(entries);
-        self.tell(|listener| listener.removed(&share));
-        true
+        if !removed.is_empty() {
+            self.tell(|listener| listener.removed(&removed));
+        }
+        removed.len()
     }
 
     fn tell(&self, what: impl Fn(&dyn Listener)) {
-        lock(&self.0.listeners).retain(|listener| {
-            let listener = listener.upgrade();
-            listener.inspect(|listener| what(&**listener)).is_some()
-        });
+        let mut all = lock(&self.0.listeners);
+        all.retain(|listener| listener.strong_count() > 0);
+        let listeners: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+        drop(all);
+        listeners.iter().for_each(|listener| what(&**listener));
     }
 
     /// Has a listener hear of all shares that there are, and of every change.
@@ -316,15 +343,13 @@ impl Shares {
         lock(&self.0.listeners).push(listener);
     }
 
-    /// The share of this name; none if the guest finds it within another.
+    /// The share of this name.
     pub(super) fn get(&self, name: &[u8]) -> Option<Arc<Share>> {
         let name = std::str::from_utf8(name).ok()?;
-        let entries = lock(&self.0.entries);
-        let share = entries.get(name)?;
-        is_topmost(&entries, share).then(|| share.clone())
+        lock(&self.0.entries).get(name).cloned()
     }
 
-    /// The number of every share that is an entry, its name, and whether it is a directory or a file, in
+    /// The number of every share that is not found within another, its name, and whether it is a directory or a file, in
     /// the order in which they came.
     pub(super) fn names(&self) -> Vec<(u64, String, FileType)> {
         let entries = lock(&self.0.entries);
@@ -355,48 +380,72 @@ fn join(
     name: &str,
     options: ShareOptions,
     origin: &Origin,
-) -> io::Result<Option<Arc<Share>>> {
+) -> Option<Arc<Share>> {
     for outer in topmost(entries) {
-        let place = lock(&outer.place);
-        let Some((root, known)) = place.root.as_ref().zip(place.origin.as_ref()) else {
+        let (export, above, root, known) = {
+            let place = lock(&outer.place);
+            let Some((root, known)) = place.root.clone().zip(place.origin.clone()) else {
+                continue;
+            };
+            (place.export.clone(), place.path.clone(), root, known)
+        };
+        if export.follows_mounts != options.follow_mounts {
+            continue;
+        }
+        let Some((path, fd)) = known.find(&root, origin, export.follows_mounts) else {
             continue;
         };
-        if place.export.follows_mounts != options.follow_mounts {
-            continue;
-        }
-        if let Some((path, fd)) = known.find(root, origin) {
-            if !options.read_only && !place.export.unseal()? {
-                continue;
-            }
-            let (export, path) = (place.export.clone(), joined(&place.path, &path));
-            let root = Arc::new(fd);
-            let origin = Some(origin.clone());
-            return Ok(Some(Share::at(name, options, export, path, root, origin)));
+        if options.read_only || can_be_written(&export) {
+            let path = joined(&above, &path);
+            let (root, origin) = (Arc::new(fd), Some(origin.clone()));
+            return Some(Share::at(name, options, export, path, root, origin));
         }
     }
-    Ok(None)
+    None
+}
+
+/// Whether what is to be written can be a part of an export.
+fn can_be_written(export: &Export) -> bool {
+    export.unseal().unwrap_or_else(|error| {
+        log::warn!(
+            "virtio-fs: a directory is exported twice, since it can't be made writable: {error}"
+        );
+        false
+    })
 }
 
 /// A share that is to be in another export.
-struct Move {
-    share: Arc<Share>,
+pub(super) struct Move {
+    pub(super) share: Arc<Share>,
     path: PathBuf,
-    root: Arc<OwnedFd>,
+    /// Its root there.
+    pub(super) root: Arc<OwnedFd>,
+    /// The mount that this is on.
+    pub(super) mount: u64,
+    mount_before: u64,
 }
 
 impl Move {
     /// None if the share is not to be found there.
     fn of(share: &Arc<Share>, root: &OwnedFd, origin: &Origin, into: &Export) -> Option<Self> {
-        let place = lock(&share.place);
-        let own = place.origin.as_ref()?;
+        let (export, before, own) = {
+            let place = lock(&share.place);
+            (
+                place.export.clone(),
+                place.root.clone()?,
+                place.origin.clone()?,
+            )
+        };
         // Directories below a mount of its own would not be known by their present identity.
-        if place.export.follows_mounts != into.follows_mounts || own.has_submounts() {
+        if export.follows_mounts != into.follows_mounts || own.has_submounts() {
             return None;
         }
-        let (path, root) = origin.find(root, own)?;
+        let (path, root) = origin.find(root, &own, into.follows_mounts)?;
         Some(Self {
             share: share.clone(),
             path,
+            mount: inodes::stat(&root).ok()?.stx_mnt_id,
+            mount_before: inodes::stat(&*before).ok()?.stx_mnt_id,
             root: Arc::new(root),
         })
     }
@@ -426,7 +475,19 @@ fn shared(entries: &Entries, share: &Arc<Share>) -> Shared {
     Shared {
         name: share.name.clone(),
         path: above.unwrap_or_else(|| share.name.clone().into()),
+        read_only: share.read_only,
     }
+}
+
+/// What `path` leads to, on the host's own mount.
+fn open_plain(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Ok(openat(CWD, path, flags, Mode::empty())?)
+}
+
+fn is_on_read_only_mount(plain: &OwnedFd) -> io::Result<bool> {
+    let flags = rustix::fs::fstatvfs(plain)?.f_flag;
+    Ok(flags.contains(StatVfsMountFlags::RDONLY))
 }
 
 /// A path below another, which it is itself if that is empty.

@@ -15,7 +15,7 @@ mod xattr;
 use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Found, Inode, Inodes};
-use super::shares::{Listener, Share, Shares};
+use super::shares::{Listener, Move, Share, Shares};
 use super::watch::{self, Acting, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
@@ -63,14 +63,14 @@ impl Listener for ShareListener {
         self.inodes.share_added(share);
     }
 
-    fn merged(&self, within: &Arc<Share>, roots: &[(Arc<Share>, Arc<OwnedFd>)], apply: &dyn Fn()) {
-        self.inodes.merged(within, roots, apply);
+    fn merged(&self, within: &Arc<Share>, moves: &[Move], apply: &dyn Fn()) {
+        self.inodes.merged(within, moves, apply);
     }
 
-    fn removed(&self, share: &Share) {
+    fn removed(&self, shares: &[Arc<Share>]) {
         self.watches.let_go(|inode| !inode.is_live());
         self.handles.close_unreachable();
-        self.inodes.share_removed(share);
+        self.inodes.shares_removed(shares);
     }
 }
 

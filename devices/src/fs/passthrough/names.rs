@@ -131,7 +131,7 @@ impl Passthrough {
             }
             // It was found by way of another share, which is another mount.
             Err(Errno::XDEV) => {
-                let from = self.inodes.fd_in(&inode, &*directory.export()?)?;
+                let from = self.inodes.fd_in(&inode, &directory.export()?)?;
                 rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH)?;
             }
             other => other?,
@@ -179,20 +179,20 @@ impl Passthrough {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
         rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)?;
-        self.note_place(&to, &*to_fd, new_name);
+        self.note_move(&from, (&to, &*to_fd), new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
-            self.note_place(&from, &*from_fd, name);
+            self.note_move(&to, (&from, &*from_fd), name);
         }
         Ok(())
     }
 
-    /// Remembers where a moved file is found again.
-    fn note_place(&self, directory: &Inode, fd: impl AsFd, name: &CStr) {
+    /// Remembers where a moved file is found again, and by which shares.
+    fn note_move(&self, from: &Inode, (to, fd): (&Inode, impl AsFd), name: &CStr) {
         if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat)
-            && let Ok(export) = directory.export()
+            && let Ok(export) = to.export()
         {
             let identity = Identity::of(&stat, &export);
-            self.inodes.moved(identity, directory.id, name);
+            self.inodes.moved(identity, from, to, name);
         }
     }
 }

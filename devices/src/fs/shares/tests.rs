@@ -107,7 +107,9 @@ fn one_directory_is_exported_once() {
     assert_eq!(again.path, first.path);
     assert_eq!(below.path, first.path.join("two"));
     assert_eq!(f.shares.names().len(), 1, "the root shows one entry");
-    assert_eq!(f.node(&again.name).unwrap_err(), Errno::NOENT);
+    // By its name it is found all the same: the guest may have been told that before.
+    assert_eq!(f.node(&again.name), f.node(&first.path));
+    assert_eq!(f.shares.locate(&again.name), Some(first.path.clone()));
     // Beside it, and a file of it, are entries of their own; the file is the same file.
     let file = f.share("one/two/file", READ_ONLY);
     assert_eq!(file.path, Path::new(&file.name));
@@ -128,7 +130,8 @@ fn what_is_shared_later_takes_in_what_lies_within_it() {
     let within = outer.path.join("one/two");
     assert_eq!(f.node(&within), Ok(known.0));
     assert_eq!(f.node(within.join("file")), Ok(known.1));
-    assert_eq!(f.node(&inner.name).unwrap_err(), Errno::NOENT);
+    assert_eq!(f.shares.locate(&inner.name), Some(within.clone()));
+    assert_eq!(f.node(&inner.name), Ok(known.0));
     // All of it is on one mount: a rename and a link go from one part to the other.
     let top = f.node(&outer.path).unwrap();
     f.files.rename(known.0, c"file", top, c"moved", 0).unwrap();
@@ -228,11 +231,15 @@ fn a_file_of_two_shares_is_one_file() {
         f.open(x, OFlags::WRONLY).is_ok(),
         "one of its places may be written"
     );
-    // A link in one directory of what was found in another: two mounts, one file system.
+    // A link where one of its shares leads, though it was found by the other, on another mount.
+    let dir = f.node(&second.path).unwrap();
+    f.files.link(dir, c"z", &LinkIn { oldnodeid: x }).unwrap();
+    assert_eq!(b.join("y").metadata().unwrap().nlink(), 3);
+    // But none where no share leads: it would outlive its own.
     let z = f.share("one", WRITABLE);
     let two = f.node(z.path.join("two")).unwrap();
-    f.files.link(two, c"z", &LinkIn { oldnodeid: x }).unwrap();
-    assert_eq!(b.join("y").metadata().unwrap().nlink(), 3);
+    let refused = f.files.link(two, c"z", &LinkIn { oldnodeid: x });
+    assert_eq!(refused.unwrap_err(), Errno::XDEV);
     // And it stays what it is when one of them goes.
     let fh = f.open(x, OFlags::RDONLY).unwrap();
     f.shares.remove(&first.name);
@@ -325,4 +332,85 @@ fn a_share_is_taken_in_while_it_is_used() {
                 .unwrap();
         }
     }
+}
+
+/// What a container moves is reached as its new place is, not as its old one was.
+#[test]
+fn what_is_moved_is_reached_as_its_new_place_is() {
+    let f = fixture();
+    for name in ["one/a", "one/a/dir", "one/b"] {
+        fs::create_dir_all(f.dir.path().join(name)).unwrap();
+    }
+    fs::write(f.dir.path().join("one/a/dir/file"), "").unwrap();
+    let outer = f.share("one", READ_ONLY);
+    let (first, second) = (f.share("one/a", WRITABLE), f.share("one/b", WRITABLE));
+    let (a, b) = (f.node(&first.path).unwrap(), f.node(&second.path).unwrap());
+    let dir = f.node(first.path.join("dir")).unwrap();
+    let file = f.node(first.path.join("dir/file")).unwrap();
+    f.files.rename(a, c"dir", b, c"dir", 0).unwrap();
+    f.shares.remove(&first.name);
+    let mkdir = || f.files.mkdir(dir, c"x", &MkdirIn::default(), CALLER);
+    mkdir().unwrap();
+    let fh = f.open(file, OFlags::WRONLY).unwrap();
+    assert_eq!(f.write(file, fh), Ok(0));
+    f.shares.remove(&second.name);
+    assert_eq!(mkdir().unwrap_err(), Errno::ROFS);
+    f.shares.remove(&outer.name);
+    assert!(!f.exists(dir));
+}
+
+#[test]
+fn the_root_of_a_share_is_found_as_long_as_the_share_is_there() {
+    let f = fixture();
+    let options = Options {
+        max_descriptors: 4,
+        ..Options::default()
+    };
+    let files = Passthrough::new(f.shares.clone(), options).unwrap();
+    let f = Fixture { files, ..f };
+    let outer = f.share(".", WRITABLE);
+    let inner = f.share("one/two", WRITABLE);
+    let two = f.node(&inner.path).unwrap();
+    f.shares.remove(&outer.name);
+    for n in 0..20 {
+        fs::write(f.dir.path().join(format!("one/two/{n}")), "").unwrap();
+        let name = CString::new(n.to_string()).unwrap();
+        f.files.lookup(two, &name).unwrap();
+    }
+    assert!(f.exists(two));
+}
+
+/// An editor replaces a file that a container has by itself: it keeps what it was given.
+#[test]
+fn a_single_file_that_the_host_replaces_stays() {
+    let f = fixture();
+    let share = f.share("one/two/file", READ_ONLY);
+    let node = f.node(&share.path).unwrap();
+    fs::write(f.dir.path().join("new"), "another").unwrap();
+    fs::rename(f.dir.path().join("new"), f.dir.path().join("one/two/file")).unwrap();
+    for _ in 0..3 {
+        f.files.sweep(100);
+    }
+    assert!(f.exists(node) && f.open(node, OFlags::RDONLY).is_ok());
+}
+
+/// Parts of two volumes that both lie in what is shared later.
+#[test]
+fn several_parts_are_taken_in_together() {
+    let f = fixture();
+    fs::create_dir_all(f.dir.path().join("other/part")).unwrap();
+    let shares = [
+        f.share("one/two", WRITABLE),
+        f.share("other/part", READ_ONLY),
+    ];
+    let nodes = shares.each_ref().map(|share| f.node(&share.path).unwrap());
+    f.share(".", READ_ONLY);
+    for (share, node) in shares.iter().zip(nodes) {
+        let path = f.shares.locate(&share.name).unwrap();
+        assert_eq!(path.iter().count(), 3, "{path:?}");
+        assert_eq!(f.node(&path), Ok(node));
+    }
+    let mkdir = |node| f.files.mkdir(node, c"new", &MkdirIn::default(), CALLER);
+    mkdir(nodes[0]).unwrap();
+    assert_eq!(mkdir(nodes[1]).unwrap_err(), Errno::ROFS);
 }

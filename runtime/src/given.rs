@@ -1,0 +1,156 @@
+//! What a sandbox holds for a container: shares of host directories, and disks.
+
+use crate::Error;
+use crate::common::Used;
+use crate::direct_volume::DirectVolume;
+use crate::oci::HostDisk;
+use crate::sandbox::{Disk, Inner};
+use crate::spec::{self, Share, SharedPlace};
+use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
+use koya_vmm::DiskConfig;
+use oci_spec::runtime::Spec;
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+
+/// What the sandbox holds for a container.
+#[derive(Default)]
+pub(crate) struct Given {
+    /// By their names.
+    shares: Vec<String>,
+    pub(crate) disks: Vec<Used<Disk>>,
+    /// The disk that is its root, and whether the guest has mounted it.
+    pub(crate) image: Option<(Disk, bool)>,
+}
+
+impl Given {
+    /// Shares what a configuration names, and says in it where the guest has it. Returns what the guest
+    /// must look for itself, since it lies within what other containers have.
+    pub(crate) fn share(
+        &mut self,
+        inner: &Inner,
+        id: &str,
+        shares: Vec<Share>,
+        spec: &mut Spec,
+    ) -> Result<Vec<messages::SharedVolume>, Error> {
+        let mut shared = Vec::new();
+        for share in &shares {
+            let path = &share.path;
+            let one = inner.shares.share(path, share.options);
+            let one = one.map_err(Error::host(format!("share {}", path.display())))?;
+            self.shares.push(one.name.clone());
+            shared.push(one);
+        }
+        let mut places = HashMap::new();
+        let mut within = Vec::new();
+        for (share, shared) in shares.into_iter().zip(shared) {
+            // A later one may hold it.
+            let path = inner.shares.locate(&shared.name).unwrap_or(shared.path);
+            let path = match path.components().count() {
+                1 => spec::guest_path(&path),
+                _ => {
+                    let number = SHARED_VOLUMES + within.len() as u32;
+                    within.push(messages::SharedVolume {
+                        path: path.into_os_string().into_vec(),
+                        number,
+                        name: shared.name,
+                        ..Default::default()
+                    });
+                    Path::new(VOLUMES_DIR).join(id).join(number.to_string())
+                }
+            };
+            let read_only = shared.read_only;
+            places.insert(share.name, SharedPlace { path, read_only });
+        }
+        spec::place_shares(spec, &places);
+        Ok(within)
+    }
+
+    /// Attaches block devices of the host's.
+    pub(crate) fn attach(
+        &mut self,
+        inner: &Inner,
+        disks: Vec<HostDisk>,
+    ) -> Result<Vec<messages::BlockDevice>, Error> {
+        let mut devices = Vec::new();
+        for disk in disks {
+            let what = || format!("find the host's device for {}", disk.path.display());
+            let host = disk.host().map_err(|error| Error::host(what())(error))?;
+            let name = self.attach_one(inner, &host, disk.read_only)?;
+            devices.push(messages::BlockDevice {
+                guest_name: name,
+                path: disk.path.to_string_lossy().into_owned(),
+                read_only: disk.read_only,
+                mode: disk.mode,
+                uid: disk.uid,
+                gid: disk.gid,
+                ..Default::default()
+            });
+        }
+        Ok(devices)
+    }
+
+    /// The guest's name of it.
+    fn attach_one(&mut self, inner: &Inner, host: &Path, read_only: bool) -> Result<String, Error> {
+        let attached = inner.share_disk(&DiskConfig {
+            read_only,
+            ..DiskConfig::new(host)
+        })?;
+        let name = attached.device().name.clone();
+        self.disks.push(attached);
+        Ok(name)
+    }
+
+    /// The same for those whose file systems the guest is to mount.
+    pub(crate) fn attach_direct(
+        &mut self,
+        inner: &Inner,
+        volumes: Vec<(u32, DirectVolume)>,
+    ) -> Result<Vec<messages::DiskVolume>, Error> {
+        let mut messages = Vec::new();
+        for (number, volume) in volumes {
+            let mut options = volume.options.iter().flat_map(|options| options.split(','));
+            let read_only = options.any(|option| option == "ro");
+            messages.push(messages::DiskVolume {
+                guest_name: self.attach_one(inner, &volume.device, read_only)?,
+                number,
+                fstype: volume.fstype,
+                options: volume.options,
+                ..Default::default()
+            });
+        }
+        Ok(messages)
+    }
+
+    pub(crate) fn take_back(self, inner: &Inner, id: &str) {
+        inner
+            .shares
+            .remove_all(self.shares.iter().map(String::as_str));
+        for disk in self.disks {
+            if let Err(error) = inner.release_disk(disk) {
+                end_if_overdue(inner, id, &error);
+                log::warn!("a disk of container {id} stays attached: {error}");
+            }
+        }
+        if let Some((disk, is_mounted)) = self.image {
+            let unmounted = match is_mounted {
+                true => inner.agent.unmount_image(id),
+                false => Ok(()),
+            };
+            if let Err(error) = unmounted.and_then(|()| inner.force_detach_disk(&disk)) {
+                end_if_overdue(inner, id, &error);
+                // The slot stays taken until the sandbox ends.
+                log::warn!("the image of container {id} stays attached: {error}");
+            }
+        }
+    }
+}
+
+/// Disks of a container that is gone are not the guest's to keep.
+fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
+    if matches!(error, Error::Overdue { .. }) {
+        inner
+            .ends
+            .give_up(&format!("a disk of container {id}: {error}"));
+    }
+}
