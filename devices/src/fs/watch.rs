@@ -130,7 +130,7 @@ impl Drop for HostEvents {
 /// What one descriptor of the host's queue stands for.
 #[derive(Default)]
 struct Watched {
-    /// Nodes that the guest watches: one file can be several, by way of several shares.
+    /// Nodes that the guest watches: one directory can be several, by way of several exports.
     nodes: HashSet<u64>,
     /// Directories in it that the guest watches: a directory's own watch hears nothing of its end
     /// while somebody holds it, and this server does.

@@ -230,7 +230,7 @@ fn a_guest_that_speaks_of_nodes_that_it_has_not_takes_no_memory() {
     assert!(lock(&f.events.0.state).heard.is_empty());
 }
 
-/// A file can be two nodes, by way of two shares: what one share's guest side does is the host's to the
+/// A directory can be two nodes, by way of two exports: what the guest does in one is the host's doing to the
 /// other.
 #[test]
 fn two_shares_of_one_directory_are_told_apart() {
