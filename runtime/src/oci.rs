@@ -257,17 +257,22 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
             }
         }
     }
-    let Some(linux) = spec.linux() else {
-        return Ok(());
-    };
-    if linux.intel_rdt().is_some() {
+    let linux = spec.linux().as_ref();
+    if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
-    if !namespaces(spec).any(|n| n.typ() == LinuxNamespaceType::Network) {
-        return Err(refuse(
-            "linux.namespaces",
-            "the host's network namespace can't be a guest's: give the container one of its own",
-        ));
+    let needed = [
+        (LinuxNamespaceType::Network, "network"),
+        // Without one it would be in the agent's.
+        (LinuxNamespaceType::Mount, "mount"),
+    ];
+    for (kind, name) in needed {
+        if !namespaces(spec).any(|n| n.typ() == kind) {
+            let reason = format!(
+                "the host's {name} namespace can't be a guest's: give the container one of its own"
+            );
+            return Err(refuse("linux.namespaces", reason));
+        }
     }
     Ok(())
 }

@@ -163,16 +163,19 @@ fn users_of_their_own_get_the_guests_sysfs() {
         let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
         serde_json::to_value(&adapted.spec.mounts().as_ref().unwrap()[0]).unwrap()
     };
-    let own = with(json!([{"type": "network"}, {"type": "user"}]));
+    let own = with(json!([{"type": "network"}, {"type": "mount"}, {"type": "user"}]));
     assert_eq!(own["type"], "bind");
     assert_eq!(own["options"], json!(["rbind", "ro", "nosuid"]));
-    assert_eq!(with(json!([{"type": "network"}]))["type"], "sysfs");
+    let guests = with(json!([{"type": "network"}, {"type": "mount"}]));
+    assert_eq!(guests["type"], "sysfs");
 }
 
 #[test]
 fn what_cannot_be_had_is_refused_by_name() {
     let network = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
     assert!(error(network).contains("network namespace"));
+    let mounts = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "network"}]);
+    assert!(error(mounts).contains("mount namespace"));
     let hook = |spec: &mut Value| spec["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
     assert!(error(hook).contains("prestart"));
     let device = |spec: &mut Value| {
@@ -185,8 +188,7 @@ fn what_cannot_be_had_is_refused_by_name() {
     };
     assert!(error(overlay).contains("overlay"));
     let pid = |spec: &mut Value| {
-        spec["linux"]["namespaces"] =
-            json!([{"type": "network"}, {"type": "pid", "path": "/proc/9/ns/pid"}]);
+        spec["linux"]["namespaces"] = json!([{"type": "network"}, {"type": "mount"}, {"type": "pid", "path": "/proc/9/ns/pid"}]);
     };
     assert!(error(pid).contains("pid namespace"));
     let missing = |spec: &mut Value| {
