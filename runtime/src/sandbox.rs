@@ -76,6 +76,9 @@ pub struct SandboxConfig {
     /// The Unix socket by which processes of the host reach vsock ports of the guest; see
     /// [`UnixSockets`]. Default: none.
     pub vsock: Option<PathBuf>,
+    /// Whether processes of containers may open vsock sockets (AF_VSOCK). Koya's guest kernel refuses them
+    /// otherwise, to privileged containers too. Default: only where there is a socket by `vsock`.
+    pub containers_vsock: bool,
     /// The guest's own host name, which containers that share its uts namespace have: letters, digits,
     /// `-`, `.` and `_`, at most 64. Default: the kernel's.
     pub hostname: Option<String>,
@@ -112,6 +115,7 @@ impl Default for SandboxConfig {
             networks: Vec::new(),
             cache: Cache::default(),
             vsock: None,
+            containers_vsock: false,
             hostname: None,
             sysctls: BTreeMap::new(),
             apparmor_profile: None,
@@ -126,6 +130,9 @@ impl Default for SandboxConfig {
 impl SandboxConfig {
     fn whole_cmdline(&self) -> Result<String, Error> {
         let mut words = self.cmdline.clone();
+        if self.containers_vsock || self.vsock.is_some() {
+            words += " vsock.containers=1";
+        }
         // Other letters could say anything to the kernel.
         for (name, value) in &self.sysctls {
             let proper = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
@@ -667,5 +674,23 @@ fn wait_for_agent(
                 console: console.tail(LAST_WORDS),
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_lets_containers_open_vsock_sockets_where_that_is_asked_for() {
+        let asks = |change: fn(&mut SandboxConfig)| {
+            let mut config = SandboxConfig::default();
+            change(&mut config);
+            let words = config.whole_cmdline().unwrap();
+            words.split(' ').any(|word| word == "vsock.containers=1")
+        };
+        assert!(!asks(|_| {}));
+        assert!(asks(|config| config.containers_vsock = true));
+        assert!(asks(|config| config.vsock = Some("/run/v.sock".into())));
     }
 }

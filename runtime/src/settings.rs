@@ -36,6 +36,9 @@ pub struct Settings {
     /// (docs/devices.md).
     #[cfg_attr(test, schemars(with = "String"))]
     pub cache: Cache,
+    /// Whether processes of a sandbox's containers may open vsock sockets (AF_VSOCK). Without it Koya's guest
+    /// kernel refuses them, to privileged containers too (docs/devices.md).
+    pub vsock: bool,
     /// Whether a sandbox's threads that work for the guest have the AppArmor profile of its first container's
     /// configuration (`docs/containerd.md`).
     pub apparmor: bool,
@@ -63,6 +66,7 @@ impl Default for Settings {
             cpus_max: None,
             memory_max_mib: None,
             cache: Cache::default(),
+            vsock: false,
             apparmor: true,
             selinux: true,
             kernel: None,
@@ -225,6 +229,7 @@ impl Settings {
             memory_mib,
             memory_max_mib: memory_max_mib.map(|max| max.max(memory_mib)),
             cache: self.cache,
+            containers_vsock: self.vsock,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),
@@ -318,6 +323,18 @@ mod tests {
         let broken = with("io.koya.memory_mib", "much").unwrap_err();
         assert!(broken.contains("io.koya.memory_mib"), "{broken}");
         assert!(with("io.koya.memory_mib", "1").is_err());
+    }
+
+    #[test]
+    fn containers_open_vsock_sockets_only_where_that_is_asked_for() {
+        let sandbox = |settings: Settings| settings.sandbox(Size::default(), true);
+        assert!(!sandbox(parse(&[("a", "")]).unwrap()).containers_vsock);
+        assert!(sandbox(parse(&[("a", "vsock = true")]).unwrap()).containers_vsock);
+        let annotations = HashMap::from([("io.koya.vsock".to_owned(), "true".to_owned())]);
+        let refused = parse(&[("a", "")]).unwrap().annotated(&annotations);
+        assert!(refused.unwrap_err().to_string().contains("vsock"));
+        let allowed = parse(&[("a", "annotations = [\"vsock\"]")]).unwrap();
+        assert!(sandbox(allowed.annotated(&annotations).unwrap()).containers_vsock);
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     net: NetArgs,
     /// A Unix socket by which host processes reach vsock ports of the guest (CONNECT PORT), and
-    /// beside which the guest finds theirs (PATH_PORT)
+    /// beside which the guest finds theirs (PATH_PORT); the container may open vsock sockets then
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
     /// An empty directory in memory

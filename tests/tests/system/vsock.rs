@@ -7,7 +7,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-crate::trials![thousands_of_streams_at_once, both_sides_connect];
+crate::trials![
+    thousands_of_streams_at_once,
+    both_sides_connect,
+    containers_open_no_vsock_sockets_by_themselves,
+];
 
 /// The guest's side, in Perl, which Debian's smallest tree has: 40 is AF_VSOCK, and the address is
 /// `struct sockaddr_vm`.
@@ -82,6 +86,34 @@ fn thousands_of_streams_at_once() -> Result<()> {
         stream.read_line(&mut line)?;
         ensure!(line == format!("got line {n}\n"), "stream {n}: {line:?}");
     }
+    Ok(())
+}
+
+/// Whatever its privileges and its filter of system calls; EAFNOSUPPORT is 97.
+fn containers_open_no_vsock_sockets_by_themselves() -> Result<()> {
+    let script = "print socket(my $s, 40, 1, 0) ? 0 : $! + 0, qq(\n)";
+    let perl = ["perl", "-e", script];
+    let socket = scratch("vsock")?.join("v.sock");
+    let socket = socket.to_string_lossy();
+    let kinds: [(&[&str], &str); 4] = [
+        (&[], "97"),
+        (&["--privileged"], "97"),
+        (&["--security-opt", "seccomp=unconfined"], "97"),
+        (&["--vsock", &socket], "0"),
+    ];
+    for (options, expected) in kinds {
+        let mut run = koya(["run"]);
+        run.args(options).arg("--rootfs").arg(debian()?);
+        let said = stdout(run.arg("--").args(perl).output()?)?;
+        ensure!(said.trim_end() == expected, "{options:?}: {said}");
+    }
+    let name = "vsock-none";
+    let mut run = koya(["run", "-d", "--name", name, "--privileged", "--rootfs"]);
+    run.arg(debian()?).args(["--", "sleep", "1000"]);
+    stdout(run.output()?)?;
+    let container = Background { name: name.into() };
+    let said = stdout(container.exec(&[], &perl)?)?;
+    ensure!(said.trim_end() == "97", "exec: {said}");
     Ok(())
 }
 
