@@ -1,8 +1,9 @@
 //! Containers that end, whatever their guest does.
 //!
 //! SIGKILL goes to the guest's agent, and a guest may say nothing to it, or say that it was done. So the host
-//! notes it, and ends the virtual machine if the container has not ended after [`Patience::end`]; or as soon as
-//! the agent fails to answer, where no container is left that was not killed.
+//! notes it, and ends the virtual machine if the container has not ended after [`Patience::end`], or after
+//! [`Patience::end_beside_others`] where another one lives that was not killed; or as soon as the agent fails to
+//! answer, where no such container is left.
 //!
 //! Two threads a kill: `koya-kill` asks the agent, `koya-overdue` waits.
 
@@ -25,6 +26,9 @@ pub(crate) struct Patience {
     pub(crate) answer: Duration,
     /// To report the end of a container that was sent SIGKILL.
     pub(crate) end: Duration,
+    /// The same while another container lives that was not killed, and would end with the machine: a process
+    /// that waits for a slow file system of the host's does not die before that answers, by nobody's fault.
+    pub(crate) end_beside_others: Duration,
 }
 
 impl Default for Patience {
@@ -32,6 +36,7 @@ impl Default for Patience {
         Self {
             answer: Duration::from_secs(2),
             end: Duration::from_secs(10),
+            end_beside_others: Duration::from_secs(60),
         }
     }
 }
@@ -142,12 +147,26 @@ impl Ends {
             Err(error) => error,
         };
         log::warn!("container {id} is killed, and the guest does not answer: {error}");
-        let marks: Vec<_> = lock(&self.marks).iter().filter_map(Weak::upgrade).collect();
-        let mut live = marks.iter().filter(|mark| !mark.has_ended()).peekable();
-        if live.peek().is_some() && live.all(|mark| mark.is_killed()) {
+        let live = self.live();
+        if !live.is_empty() && live.iter().all(|mark| mark.is_killed()) {
             self.give_up("it does not answer, and all of its containers are killed");
         }
         Ok(())
+    }
+
+    /// Those of containers that have not ended.
+    fn live(&self) -> Vec<Arc<Mark>> {
+        let marks = lock(&self.marks);
+        let marks = marks.iter().filter_map(Weak::upgrade);
+        marks.filter(|mark| !mark.has_ended()).collect()
+    }
+
+    /// How long a container that was killed may take now.
+    fn limit(&self) -> Duration {
+        match self.live().iter().all(|mark| mark.is_killed()) {
+            true => self.patience.end,
+            false => self.patience.end_beside_others,
+        }
     }
 
     /// Sees to it that a container that was killed ends.
@@ -158,11 +177,12 @@ impl Ends {
             if mark.has_ended() {
                 return;
             }
-            if killed.elapsed() >= self.patience.end {
+            // The others may end, or be killed, meanwhile.
+            let limit = self.limit();
+            if killed.elapsed() >= limit {
                 // Where nobody has asked for its end, the guest had nobody to tell.
                 let is_awaited = mark.waiting.load(Ordering::SeqCst) > 0;
                 if is_awaited || self.agent.has_ended(id).is_err() {
-                    let limit = self.patience.end;
                     self.give_up(&format!(
                         "container {id} has not ended {limit:?} after SIGKILL"
                     ));
@@ -184,6 +204,7 @@ mod tests {
     const PATIENCE: Patience = Patience {
         answer: Duration::from_millis(100),
         end: Duration::from_millis(400),
+        end_beside_others: Duration::from_secs(3),
     };
     /// Longer than all of that, and than what the agent may take for a signal.
     const LIMIT: Duration = Duration::from_secs(20);
@@ -210,8 +231,23 @@ mod tests {
             ended.recv_timeout(LIMIT).unwrap();
             drop(sender);
         });
-        assert!(started.elapsed() >= PATIENCE.end);
+        assert!(started.elapsed() >= PATIENCE.end_beside_others);
         assert!(killed.is_killed());
+    }
+
+    #[test]
+    fn a_machine_with_a_container_that_lives_has_more_time_until_that_ends_too() {
+        let (ends, ended) = ends(|_| Word::Ok);
+        let (killed, other) = (ends.add(), ends.add());
+        // As of somebody who waits and has not heard.
+        killed.waiting.store(1, Ordering::SeqCst);
+        let started = Instant::now();
+        ends.kill(&killed, "a", false).unwrap();
+        assert!(ended.recv_timeout(PATIENCE.end * 2).is_err());
+        other.end();
+        ended.recv_timeout(LIMIT).unwrap();
+        let took = started.elapsed();
+        assert!(took < PATIENCE.end_beside_others, "{took:?}");
     }
 
     #[test]

@@ -32,8 +32,8 @@ const FURTHER_FIRST: Duration = Duration::from_secs(2);
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long a guest may take to write out what it has not written yet, when the shim ends.
 const STOP_LIMIT: Duration = Duration::from_secs(11);
-/// How long a container that is deleted before it was started may take to end: its virtual machine ends before
-/// that if it does not.
+/// How long a container that is deleted before it was started may take to end. If it does not, its virtual
+/// machine ends before that or, where other containers live in it, with the removal that follows.
 const KILL_LIMIT: Duration = Duration::from_secs(12);
 /// How long the guest may hold a request about a container that has ended, and that is to be deleted.
 const HELD_LIMIT: Duration = Duration::from_secs(15);
