@@ -214,6 +214,8 @@ struct Wish {
     request: Request,
     /// How long the answer may take.
     limit: Duration,
+    /// The same of a process that is stopped (SIGSTOP) or takes up no connections: it does nothing meanwhile.
+    limit_if_stopped: Duration,
     /// They are to end: one whose process does not answer is killed.
     is_end: bool,
     /// Until the process has ended too.
@@ -238,13 +240,9 @@ fn for_each(names: &[String], wish: &Wish) -> Outcome {
 
 fn ask_one(name: &str, folder: &Folder, wish: &Wish) -> Outcome {
     let answered = folder
-        .connect(CONNECT_LIMIT.min(wish.limit))
+        .connect(CONNECT_LIMIT.min(wish.limit_if_stopped))
         .map_err(Into::into);
-    let answered = answered.and_then(|stream| {
-        stream.set_read_timeout(Some(wish.limit))?;
-        send(&stream, &wish.request, &[])?;
-        hear_end(name, &mut Wire::new(stream))
-    });
+    let answered = answered.and_then(|stream| hear_in_time(name, folder, wish, stream));
     let why = match answered {
         Err(error) if is_silence(&error) && wish.is_end => "its process does not answer",
         Err(error) => {
@@ -261,6 +259,21 @@ fn ask_one(name: &str, folder: &Folder, wish: &Wish) -> Outcome {
     Ok(0)
 }
 
+/// The answer to a wish, or that nothing came within its limit.
+fn hear_in_time(name: &str, folder: &Folder, wish: &Wish, stream: UnixStream) -> Outcome {
+    send(&stream, &wish.request, &[])?;
+    let first = wish.limit.min(wish.limit_if_stopped);
+    stream.set_read_timeout(Some(first))?;
+    let mut wire = Wire::new(stream.try_clone()?);
+    match hear_end(name, &mut wire) {
+        Err(error) if is_silence(&error) && first < wish.limit && !folder.is_stopped() => {
+            stream.set_read_timeout(Some(wish.limit - first))?;
+            hear_end(name, &mut wire)
+        }
+        answer => answer,
+    }
+}
+
 /// Nothing came within the limit.
 fn is_silence(error: &anyhow::Error) -> bool {
     let timed_out = |error: &std::io::Error| error.kind() == std::io::ErrorKind::TimedOut;
@@ -270,12 +283,14 @@ fn is_silence(error: &anyhow::Error) -> bool {
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
     // The sandbox has these limits itself, and ends the machine after them.
-    let own = Duration::from_secs(args.time).saturating_add(KILL_LIMIT);
+    let term = Duration::from_secs(args.time);
+    let own = term.saturating_add(KILL_LIMIT);
     for_each(
         &args.names,
         &Wish {
             request: Request::Stop(args.time),
             limit: own.saturating_add(ANSWER_LIMIT),
+            limit_if_stopped: term.saturating_add(ANSWER_LIMIT),
             is_end: true,
             until_gone: true,
         },
@@ -283,12 +298,15 @@ pub(super) fn stop(args: &StopArgs) -> Outcome {
 }
 
 pub(super) fn kill(args: &KillArgs) -> Outcome {
+    let is_end = args.signal == libc::SIGKILL;
     for_each(
         &args.names,
         &Wish {
             request: Request::Signal(args.signal),
             limit: KILL_LIMIT,
-            is_end: args.signal == libc::SIGKILL,
+            // Another signal may come when the process goes on.
+            limit_if_stopped: if is_end { ANSWER_LIMIT } else { KILL_LIMIT },
+            is_end,
             until_gone: false,
         },
     )
@@ -321,6 +339,7 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Instant;
 
     #[test]
     fn a_container_whose_process_hangs_is_stopped_after_the_limit() {
@@ -336,14 +355,17 @@ mod tests {
             rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
             let mut wish = Wish {
                 request: Request::Signal(libc::SIGTERM),
-                limit: Duration::from_millis(200),
+                limit: Duration::from_secs(60),
+                limit_if_stopped: Duration::from_millis(200),
                 is_end: false,
                 until_gone: false,
             };
             assert!(ask_one("c", &folder, &wish).is_err());
             assert!(folder.is_running(), "a signal that is no end kills nobody");
             wish.is_end = true;
+            let started = Instant::now();
             assert_eq!(ask_one("c", &folder, &wish).unwrap(), 0);
+            assert!(started.elapsed() < wish.limit / 2, "not the whole limit");
             assert!(!folder.is_running());
             assert_eq!(child.wait().unwrap().code(), None);
             match keep {
@@ -351,6 +373,31 @@ mod tests {
                 false => assert!(!path.exists()),
             }
         }
+    }
+
+    #[test]
+    fn a_process_that_is_not_stopped_has_the_whole_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = folder.listen().unwrap();
+        let wish = Wish {
+            request: Request::Stop(0),
+            limit: Duration::from_secs(60),
+            limit_if_stopped: Duration::from_millis(50),
+            is_end: true,
+            until_gone: false,
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (stream, _) = listener.accept().unwrap();
+                std::thread::sleep(wish.limit_if_stopped * 10);
+                send(&stream, &Answer::Done(0), &[]).unwrap();
+            });
+            assert_eq!(ask_one("c", &folder, &wish).unwrap(), 0);
+        });
+        assert!(folder.is_running(), "it has answered");
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

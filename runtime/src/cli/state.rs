@@ -205,6 +205,20 @@ impl Folder {
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
+    /// Whether its process was stopped by a signal, and does nothing until another one. One that a debugger
+    /// holds does not count: that may be for a moment.
+    pub(super) fn is_stopped(&self) -> bool {
+        let stat = self
+            .read()
+            .ok()
+            .and_then(|record| fs::read_to_string(format!("/proc/{}/stat", record.pid)).ok());
+        // The state is behind the name, which may have anything in it (proc_pid_stat(5)).
+        let state = stat
+            .as_deref()
+            .and_then(|stat| Some(stat.rsplit_once(") ")?.1));
+        self.is_running() && state.is_some_and(|state| state.starts_with('T'))
+    }
+
     /// Waits until its process is gone; false if it is not after `limit`.
     pub(super) fn wait_ended(&self, limit: Duration) -> bool {
         let started = Instant::now();

@@ -194,7 +194,8 @@ fn a_sandbox_that_hangs_is_stopped_after_the_limit() -> Result<()> {
     let said = stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
     ensure!(said == container.name, "{said}");
     let took = began.elapsed();
-    ensure!(took < std::time::Duration::from_secs(40), "{took:?}");
+    // 1 s, and 3 for the answer; a process that works would have 12 more to end its machine.
+    ensure!(took < std::time::Duration::from_secs(12), "{took:?}");
     ensure!(!Path::new(&format!("/proc/{pid}/root")).exists());
     // It is there as any other that was stopped, with its log.
     let listed = stdout(koya(["ps", "--all"]).output()?)?;
