@@ -4,6 +4,7 @@ use crate::Error;
 use crate::account::Accounts;
 use crate::container::Needs;
 use crate::oci::SharedPids;
+use crate::patience::WRITE_OUT_LIMIT;
 use crate::spec::Device;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
@@ -30,14 +31,11 @@ use ttrpc::context::{Context, with_duration};
 /// How long the agent may take for what does not wait for a container.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How long it may take to write out what the guest has not written to a disk yet.
-const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
-
 /// How long it may take for what people do to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long it may take to tell what it knows.
-const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long it may take for what holds up a container's removal.
 const ORDER_LIMIT: Duration = Duration::from_secs(15);
@@ -117,7 +115,8 @@ fn failed(operation: &'static str, error: ttrpc::Error, overdue: Option<Duration
             }),
             _,
         ) => Error::NotExecutable {
-            status: exit_status,
+            // A shell's, and no other: a guest could say that all went well.
+            status: if exit_status == 126 { 126 } else { 127 },
             reason: guest_text::line(reason),
         },
         // The agent's side has the same limit, and may have been the first to see it pass.

@@ -151,7 +151,7 @@ fn launch(
     let finished = plan.finish(inner.clone(), id, "");
     if finished.is_err() {
         // It is there, and nobody would know it.
-        inner.remove_container(id, &[]).ok();
+        inner.remove_container(id).ok();
     }
     finished
 }
@@ -200,6 +200,8 @@ impl Container {
         make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
+        // It counts among those that live as soon as it is made.
+        let mark = inner.ends.add();
         let begun = inner.timeline.begin("create", id);
         match make(&inner, &mut given) {
             Ok(process) => {
@@ -209,7 +211,7 @@ impl Container {
                     made_of,
                     given: Mutex::new(given),
                     next_exec: AtomicU64::new(1),
-                    mark: inner.ends.add(),
+                    mark,
                 })
             }
             Err(error) => {
@@ -483,13 +485,7 @@ impl Container {
     pub fn remove(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
         let id = &self.process.container;
-        let disks: Vec<_> = self
-            .given()
-            .disks
-            .iter()
-            .map(|disk| disk.handle().clone())
-            .collect();
-        let removed = inner.remove_container(id, &disks);
+        let removed = inner.remove_container(id);
         self.mark.end();
         std::mem::take(&mut *self.given()).take_back(inner, id);
         removed.map_err(|e| inner.explain(e))

@@ -7,6 +7,9 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
+/// How long it may take for that at most: a guest that writes for ever is not waited for.
+pub(crate) const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
+
 /// How long the guest may take for nothing that the host can see.
 pub(crate) const SILENCE: Duration = Duration::from_secs(15);
 
@@ -30,7 +33,8 @@ pub(crate) fn while_disks_work<T: Send + 'static>(
         sender.send(call()).ok();
     });
     asked.map_err(Error::host("start a thread"))?;
-    let mut last = (written(disks), Instant::now());
+    let mut work = DiskWork::new(disks.to_vec());
+    let mut last = Instant::now();
     loop {
         match answer.recv_timeout(LOOK.min(silence)) {
             Ok(answer) => return answer,
@@ -40,15 +44,33 @@ pub(crate) fn while_disks_work<T: Send + 'static>(
                 return Err(Error::host(operation)(source));
             }
         }
-        let now = written(disks);
-        if now != last.0 || is_host_at_work(disks) {
-            last = (now, Instant::now());
-        } else if last.1.elapsed() >= silence {
+        if work.goes_on() {
+            last = Instant::now();
+        } else if last.elapsed() >= silence {
             return Err(Error::Overdue {
                 operation,
-                waited: last.1.elapsed(),
+                waited: last.elapsed(),
             });
         }
+    }
+}
+
+/// Whether disks are being written to.
+pub(crate) struct DiskWork {
+    disks: Vec<BlockHandle>,
+    written: u64,
+}
+
+impl DiskWork {
+    pub(crate) fn new(disks: Vec<BlockHandle>) -> Self {
+        let written = written(&disks);
+        Self { disks, written }
+    }
+
+    /// Whether something was written since the last look, or the host is at work on a request.
+    pub(crate) fn goes_on(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.written, written(&self.disks));
+        self.written != before || is_host_at_work(&self.disks)
     }
 }
 

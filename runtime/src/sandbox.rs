@@ -10,7 +10,7 @@ use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::{Joined, NetworkConfig};
 use crate::oci::Bundle;
-use crate::patience::{SILENCE, while_disks_work};
+use crate::patience::{DiskWork, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 /// How long the guest may take from its first instruction to the agent's call.
 const AGENT_LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest may take to end in order before it is stopped.
+/// How long a guest may take to end in order before it is stopped, while it writes nothing to a disk.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guest may take to panic whose agent has ended.
 const PANIC_LIMIT: Duration = Duration::from_secs(2);
@@ -207,6 +207,7 @@ pub(crate) struct Inner {
     pub(crate) handle: VmHandle,
     /// Containers that are to end.
     pub(crate) ends: Arc<Ends>,
+    cpus: Mutex<()>,
     // Ends the agent's connection when the sandbox goes.
     _connection: Connection,
     /// Given back when the sandbox stops.
@@ -337,7 +338,11 @@ impl Sandbox {
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
         tell(host_events, agent.clone()).map_err(Error::host("start a thread"))?;
         let handle = vm.handle();
-        let ends = Ends::new(agent.clone(), Patience::default(), move |why| {
+        let disks = {
+            let handle = handle.clone();
+            move || all_disks(&handle)
+        };
+        let ends = Ends::new(agent.clone(), Patience::default(), disks, move |why| {
             if handle.ended().is_none() {
                 log::error!("the virtual machine is ended: {why}");
                 handle.stop();
@@ -347,6 +352,7 @@ impl Sandbox {
             inner: Arc::new(Inner {
                 agent,
                 ends,
+                cpus: Mutex::default(),
                 shares,
                 files,
                 streams,
@@ -445,6 +451,11 @@ impl Sandbox {
 
     pub(crate) fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// Held by who changes how many CPUs are on.
+    pub(crate) fn turn_cpus(&self) -> MutexGuard<'_, ()> {
+        lock(&self.inner.cpus)
     }
 
     pub(crate) fn agent(&self) -> &Agent {
@@ -551,9 +562,17 @@ impl Inner {
         self.timeline.keep();
         drop(self.joined.lock().map(|mut joined| joined.take()));
         if self.handle.ended().is_none() && self.agent.destroy().is_ok() {
-            let deadline = Instant::now() + STOP_LIMIT;
-            while self.handle.ended().is_none() && Instant::now() < deadline {
+            let mut work = DiskWork::new(all_disks(&self.handle));
+            let began = Instant::now();
+            let mut silent = Instant::now();
+            while self.handle.ended().is_none()
+                && silent.elapsed() < STOP_LIMIT
+                && began.elapsed() < WRITE_OUT_LIMIT
+            {
                 std::thread::sleep(Duration::from_millis(1));
+                if work.goes_on() {
+                    silent = Instant::now();
+                }
             }
         }
         self.handle.stop();
@@ -588,11 +607,12 @@ impl Inner {
         disk.give_back(|disk| self.force_detach_disk(disk))
     }
 
-    /// Removes a container that has these disks. A guest that does not do it is ended: what of the container's
-    /// would still run there is nobody's.
-    pub(crate) fn remove_container(&self, id: &str, disks: &[BlockHandle]) -> Result<(), Error> {
+    /// Removes a container. A guest that does not do it is ended: what of the container's would still run there
+    /// is nobody's.
+    pub(crate) fn remove_container(&self, id: &str) -> Result<(), Error> {
         let (agent, asked) = (self.agent.clone(), id.to_owned());
-        let removed = while_disks_work("remove the container", disks, SILENCE, move || {
+        let disks = all_disks(&self.handle);
+        let removed = while_disks_work("remove the container", &disks, SILENCE, move || {
             agent.remove(&asked)
         });
         if let Err(error @ Error::Overdue { .. }) = &removed {
@@ -620,6 +640,13 @@ impl Inner {
         }
         Error::ended(self.end.wait(), &self.console)
     }
+}
+
+/// Those that the machine started with, and those that came later.
+fn all_disks(machine: &VmHandle) -> Vec<BlockHandle> {
+    let attached = machine.attached_disks().into_iter();
+    let attached = attached.map(|attached| attached.disk);
+    machine.disks().iter().cloned().chain(attached).collect()
 }
 
 /// How many files the guest may remember: its kernel takes a KiB of its memory for each.

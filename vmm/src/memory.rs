@@ -321,7 +321,7 @@ mod tests {
             let own = 0u64;
             assert!(!mapping_flags((&raw const own).addr() as u64).contains(" dd"));
             for region in memory.iter() {
-                let slice = region.as_volatile_slice().unwrap();
+                let slice = region.mapping().unwrap();
                 let first = slice.ptr_guard().as_ptr().addr() as u64;
                 for address in [first, first + region.len() - 1] {
                     let flags = mapping_flags(address);

@@ -221,6 +221,15 @@ impl Serving {
     }
 }
 
+/// What was under way when the worker ends is not any more.
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let left = self.requests.iter().flatten().count() as u64;
+        let in_flight = &self.shared.metrics.in_flight;
+        in_flight.fetch_sub(left, Ordering::Relaxed);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::DiskOptions;

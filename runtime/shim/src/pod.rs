@@ -30,13 +30,16 @@ use std::time::{Duration, Instant, SystemTime};
 const FURTHER_FIRST: Duration = Duration::from_secs(2);
 /// How long the virtual machine and the events may take when the shim ends.
 const END_LIMIT: Duration = Duration::from_secs(2);
-/// How long a guest may take to write out what it has not written yet, when the shim ends.
-const STOP_LIMIT: Duration = Duration::from_secs(11);
+/// How long a guest may take to write out what it has not written yet, when the shim ends: the sandbox has
+/// limits of its own, which end before this.
+const STOP_LIMIT: Duration = Duration::from_secs(620);
 /// How long a container that is deleted before it was started may take to end. If it does not, its virtual
 /// machine ends before that or, where other containers live in it, with the removal that follows.
 const KILL_LIMIT: Duration = Duration::from_secs(12);
-/// How long the guest may hold a request about a container that has ended, and that is to be deleted.
+/// How long the guest may hold a request about a container that has ended, and that is to be deleted; and how
+/// long where another container runs, which may have asked for something that takes its time.
 const HELD_LIMIT: Duration = Duration::from_secs(15);
+const HELD_BESIDE_OTHERS: Duration = Duration::from_secs(90);
 /// The status of a process whose virtual machine ended.
 const LOST: u32 = 255;
 
@@ -549,7 +552,7 @@ impl Pod {
     /// What is asked of the guest meanwhile ends first, by itself or with the guest.
     fn lock_to_delete<'a>(&self, task: &'a Task) -> MutexGuard<'a, ()> {
         let started = Instant::now();
-        while started.elapsed() < HELD_LIMIT {
+        while started.elapsed() < self.held_limit(task) {
             match task.work.try_lock() {
                 Ok(work) => return work,
                 Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
@@ -565,6 +568,17 @@ impl Pod {
             sandbox.kill();
         }
         lock(&task.work)
+    }
+
+    fn held_limit(&self, task: &Task) -> Duration {
+        let tasks = lock(&self.tasks);
+        let mut others = tasks
+            .values()
+            .filter(|o| o.id != task.id && !o.is_virtual());
+        match others.any(|other| other.first.status() != Status::Stopped) {
+            true => HELD_BESIDE_OTHERS,
+            false => HELD_LIMIT,
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
