@@ -1,7 +1,7 @@
 //! How large a guest is: what its programs see of what it gets, and how that changes while it runs.
 
 use crate::agent::Agent;
-use crate::sandbox::SandboxConfig;
+use crate::config::SandboxConfig;
 use crate::{Error, Sandbox};
 use koya_vmm::{VmConfig, VmHandle};
 use std::time::{Duration, Instant};
