@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 /// How long a stream that was asked for may take to come.
-const STREAM_LIMIT: Duration = Duration::from_secs(5);
+const STREAM_LIMIT: Duration = Duration::from_secs(30);
 /// How long a connection may take to say its token, which follows at once.
-const TOKEN_LIMIT: Duration = Duration::from_secs(2);
+const TOKEN_LIMIT: Duration = Duration::from_secs(10);
 /// How many connections may be in that state; of more the oldest is ended.
 const MAX_PENDING: usize = 256;
 /// How often who waits for a token looks for further connections.
