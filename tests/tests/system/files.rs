@@ -55,7 +55,7 @@ fn what_the_host_replaces_is_read_whole() -> Result<()> {
         while [ ! -e /data/over ]; do cat /data/grown; cat /data/replaced; done |
         awk '{ letter = substr($0, 1, 1); n = 40 * index("abcdefghij", letter); seen[letter]++
                if (n == 0 || length($0) != n || gsub(letter, "") != n) print "wrong: " letter, length($0), n }
-             END { for (l in seen) kinds++; print kinds > 1 ? "good" : "nothing new" }'"#;
+             END { for (l in seen) kinds++; print (kinds > 1 ? "good" : "nothing new") }'"#;
     let (go, over) = (dir.join("go"), dir.join("over"));
     let changes = {
         let dir = dir.clone();
