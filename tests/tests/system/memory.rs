@@ -11,7 +11,6 @@ crate::trials![
     memory_comes_and_goes_again,
     memory_may_be_a_files,
     cpus_are_turned_on_and_off,
-    a_guest_starts_no_cpu_by_itself,
     stats_name_each_container
 ];
 
@@ -156,27 +155,6 @@ fn cpus_are_turned_on_and_off() -> Result<()> {
     let refused = koya(["update", "--cpus", "4", name]).output()?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("1 to 3"), "{said}");
-    Ok(())
-}
-
-fn a_guest_starts_no_cpu_by_itself() -> Result<()> {
-    let name = "cpu-by-itself";
-    let options = ["--privileged", "--cpus", "1", "--cpus-max", "2"];
-    let container = Background::start(name, &options, &["sleep", "1000"])?;
-    let online = || stdout(container.exec(&[], &["nproc"])?);
-    // Its kernel sends the CPU all that starts one, and gives up after 10 seconds.
-    let alone = "echo 1 > /sys/devices/system/cpu/cpu1/online";
-    let alone = container.exec(&[], &["sh", "-c", alone])?;
-    ensure!(!alone.status.success(), "{alone:?}");
-    ensure!(online()? == "1", "{}", online()?);
-    // The owner may, before and after.
-    let said = stdout(koya(["update", "--cpus", "2", name]).output()?)?;
-    ensure!(said.starts_with("2 CPUs"), "{said}");
-    ensure!(online()? == "2", "{}", online()?);
-    // And what it was given it turns off and on as it likes.
-    let again = "cd /sys/devices/system/cpu/cpu1 && echo 0 > online && echo 1 > online";
-    stdout(container.exec(&[], &["sh", "-c", again])?)?;
-    ensure!(online()? == "2", "{}", online()?);
     Ok(())
 }
 
