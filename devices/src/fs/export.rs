@@ -182,10 +182,15 @@ fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
         | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
     match open_tree(&plain, c"", flags) {
-        Ok(tree) => {
-            sys::restrict_mount(tree.as_fd(), read_only)?;
-            Ok((tree, true))
-        }
+        Ok(tree) => match sys::restrict_mount(tree.as_fd(), read_only) {
+            Ok(()) => Ok((tree, true)),
+            // Before Linux 5.12 the server alone holds what is read-only.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => match read_only {
+                true => Ok((plain, false)),
+                false => Ok((tree, true)),
+            },
+            Err(error) => Err(error),
+        },
         // Without the privilege (or the call) the directory itself has to do.
         Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((plain, false)),
         Err(error) => Err(error.into()),
