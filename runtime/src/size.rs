@@ -6,8 +6,11 @@ use crate::{Error, Sandbox};
 use koya_vmm::{VmConfig, VmHandle};
 use std::time::{Duration, Instant};
 
-/// How long a guest may go without a step towards the size that it was asked to have.
+/// How long a guest may refuse to turn a CPU off: it may be busy with another change.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long it may go without a step towards the memory that it was asked to have. On a loaded host its kernel
+/// takes seconds to describe a block of memory.
+const STEP_LIMIT: Duration = Duration::from_secs(8);
 /// How often it is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 /// How often a guest that does not turn a CPU off is asked again.
@@ -292,7 +295,7 @@ fn settle(machine: &VmHandle) {
     };
     // Only what is nearer than ever counts: the guest's word alone must not keep anybody waiting.
     let (mut least, mut nearer) = (distance(), Instant::now());
-    while least > 0 && nearer.elapsed() < PATIENCE && machine.ended().is_none() {
+    while least > 0 && nearer.elapsed() < STEP_LIMIT && machine.ended().is_none() {
         std::thread::sleep(LOOK);
         let now = distance();
         if now < least {
