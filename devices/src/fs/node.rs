@@ -88,7 +88,7 @@ fn birth(stat: &Statx) -> Option<(i64, u32)> {
 pub(super) type Reach = Arc<[Arc<Share>]>;
 
 /// Whether a share is among these.
-pub(super) fn leads(reach: &Reach, share: &Arc<Share>) -> bool {
+pub(super) fn leads(reach: &[Arc<Share>], share: &Arc<Share>) -> bool {
     reach.iter().any(|own| Arc::ptr_eq(own, share))
 }
 
@@ -97,7 +97,7 @@ fn is_writable(reach: &Reach) -> bool {
 }
 
 /// Both, without what was taken away.
-pub(super) fn union(reach: &Reach, more: &Reach) -> Reach {
+pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
     let added = more.iter().filter(|share| !leads(reach, share));
     let all = reach.iter().chain(added);
     all.filter(|share| !share.is_removed()).cloned().collect()

@@ -124,19 +124,17 @@ impl Tables {
             Found::Root(share) => Arc::new([share.clone()]),
             Found::In(directory) => directory.reach(),
         };
-        let none: Reach = Arc::new([]);
         if reach.iter().any(|share| share.is_removed()) {
-            reach = union(&reach, &none);
+            let live = reach.iter().filter(|share| !share.is_removed());
+            reach = live.cloned().collect();
         }
         let first = reach.first().ok_or(Errno::STALE)?;
         if FileType::from_raw_mode(stat.stx_mode.into()) != FileType::Directory {
             return Ok(reach);
         }
-        let own = self.roots.get(&Identity::of(stat, &first.export()));
-        let own: Reach = own.into_iter().flatten().cloned().collect();
-        match own.iter().all(|share| leads(&reach, share)) {
-            true => Ok(reach),
-            false => Ok(union(&reach, &own)),
+        match self.roots.get(&Identity::of(stat, &first.export())) {
+            Some(own) if !own.iter().all(|share| leads(&reach, share)) => Ok(union(&reach, own)),
+            _ => Ok(reach),
         }
     }
 
