@@ -21,7 +21,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
 use rtnetlink::packet_route::tc::TcMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
@@ -282,6 +282,19 @@ async fn link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}")))
 }
 
+/// All routes of a family, of every table.
+pub(crate) async fn routes_of(
+    handle: &Handle,
+    family: AddressFamily,
+) -> io::Result<Vec<RouteMessage>> {
+    let question = match family {
+        AddressFamily::Inet => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        _ => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    };
+    let routes = handle.route().get(question).execute();
+    routes.try_collect().await.map_err(other)
+}
+
 async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
     let mut found = Found::default();
     let link = link(&handle, &name).await?;
@@ -317,12 +330,7 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
         }
     }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let question = match family {
-            AddressFamily::Inet => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            _ => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        };
-        let mut routes = handle.route().get(question).execute();
-        while let Some(message) = routes.try_next().await.map_err(other)? {
+        for message in routes_of(&handle, family).await? {
             let header = &message.header;
             let wanted = header.table == RouteHeader::RT_TABLE_MAIN
                 && header.kind == RouteType::Unicast

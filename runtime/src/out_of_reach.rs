@@ -2,9 +2,10 @@
 //! rules that drop frames for them.
 
 use crate::Error;
-use crate::network::{INGRESS, ingress, on_this_thread, other};
+use crate::network::{INGRESS, ingress, on_this_thread, other, routes_of};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
+use rtnetlink::Handle;
 use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -13,9 +14,8 @@ use rtnetlink::packet_route::tc::{
     TcAction, TcActionAttribute, TcActionOption, TcFilterU32Option, TcU32Key, TcU32Selector,
     TcU32SelectorFlags,
 };
-use rtnetlink::{Handle, RouteMessageBuilder};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 /// The kernel's table of what is its own (linux/rtnetlink.h).
 const RT_TABLE_LOCAL: u8 = 255;
@@ -41,12 +41,7 @@ async fn look(handle: Handle) -> io::Result<Vec<IpNet>> {
         all.extend(address(&message.attributes).map(IpNet::from));
     }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let question = match family {
-            AddressFamily::Inet => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            _ => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        };
-        let mut routes = handle.route().get(question).execute();
-        while let Some(message) = routes.try_next().await.map_err(other)? {
+        for message in routes_of(&handle, family).await? {
             all.extend(local_route(&message));
         }
     }
