@@ -63,6 +63,7 @@ fn crates_depend_only_on_those_below_them() {
         ("vmm/Cargo.toml", &["koya-devices"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
         ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
+        ("runtime/cli/Cargo.toml", &["koya"]),
         ("runtime/shim/Cargo.toml", &["koya"]),
         (
             "benches/Cargo.toml",

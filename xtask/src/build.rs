@@ -89,7 +89,7 @@ pub(crate) fn ensure() -> Result<Products> {
     install(&kernel.bzimage, &products.share.join("bzImage"))?;
 
     eprintln!("building koya");
-    for_host(&["koya", "koya-shim"], &["--bins"])?;
+    for_host(&["koya-cli", "koya-shim"], &["--bins"])?;
     for program in PROGRAMS {
         install(&released(program), &products.bin.join(program))?;
     }

@@ -30,6 +30,6 @@ pub(crate) fn run() -> Result<()> {
         "--package",
         "koya-vmm",
         "--package",
-        "koya",
+        "koya-cli",
     ]))
 }

@@ -1,4 +1,7 @@
-//! Arguments in, exit status out.
+//! The `koya` command: thin front ends over the `koya` library.
+//!
+//! Exit statuses: that of the container's program for `run` and `exec`; 125 if Koya itself could
+//! not do it, 126 and 127 if the program can't be run or found, as with other container tools.
 
 mod attach;
 mod check;
@@ -23,6 +26,11 @@ use clap::{Parser, Subcommand};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
+
+/// musl's own gives memory back to the kernel, and asks for it again, with each buffer that comes and goes.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// The status of a command that Koya itself could not carry out.
 const FAILED: u8 = 125;
@@ -83,9 +91,9 @@ enum Command {
 /// What a command ends with.
 type Outcome = anyhow::Result<u8>;
 
-/// Parses the command line and carries it out.
-pub(crate) fn main() -> ExitCode {
+fn main() -> ExitCode {
     let began = Instant::now();
+    koya::share_heap();
     let cli = Cli::parse();
     log_to_stderr();
     if let Err(error) = state::sweep() {
