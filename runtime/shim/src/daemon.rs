@@ -179,4 +179,9 @@ fn start_log(bundle: &Path, debug: bool) {
         .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
         .try_init()
         .ok();
+    // Standard error leads nowhere, and a panic is this process's end.
+    std::panic::set_hook(Box::new(|info| {
+        let thread = std::thread::current();
+        log::error!("thread {}: {info}", thread.name().unwrap_or("unnamed"));
+    }));
 }

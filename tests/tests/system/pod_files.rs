@@ -12,8 +12,12 @@ use std::process::Command;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 2] = [
+    let tests: [Test; 3] = [
         ("one_file_is_one_file", one_file_is_one_file),
+        (
+            "containers_work_on_one_volume",
+            containers_work_on_one_volume,
+        ),
         (
             "mounts_of_the_host_come_later",
             mounts_of_the_host_come_later,
@@ -58,11 +62,20 @@ impl<'a> Two<'a> {
         fs::hard_link(shared.join("part/file"), side.join("linked"))?;
         mount(&["--bind", &shared.join("part").to_string_lossy()], &part)?;
         let pod = Pod::start(cri, containerd, "files", |_| {})?;
+        let may_mount = |all: &mut v1::ContainerConfig| {
+            let security = all.linux.as_mut().and_then(|l| l.security_context.as_mut());
+            let capabilities = v1::Capability {
+                add_capabilities: vec!["SYS_ADMIN".into()],
+                ..Default::default()
+            };
+            security.expect("set by the pod").capabilities = Some(capabilities);
+        };
         let read_only = |mount: v1::Mount| v1::Mount {
             readonly: true,
             ..mount
         };
         let one = pod.run("one", &["sleep", "10000"], |all| {
+            may_mount(all);
             all.mounts = vec![
                 read_only(bind(&deb, "/deb")),
                 bind(&shared, "/deb/mnt"),
@@ -84,6 +97,41 @@ impl<'a> Two<'a> {
             shared,
             part,
         })
+    }
+
+    /// Both at once, each with its name in `$WHO` and its own way to the part in `$PART`. What they
+    /// print comes back when both have ended.
+    fn at_once(&self, script: &str) -> Result<[String; 2]> {
+        for (id, who, part) in [
+            (&self.one, "one", "/mnt/part"),
+            (&self.two, "two", "/media"),
+        ] {
+            let script = format!(
+                "export WHO={who} PART={part} HOME=/tmp; (set -e; {script}) > /deb/mnt/said.{who} 2>&1; \
+                 echo $? > /deb/mnt/status.{who}"
+            );
+            self.pod
+                .exec(id, &format!("({script}) < /dev/null > /dev/null 2>&1 &"))?;
+        }
+        let read =
+            |what: &str, who: &str| fs::read_to_string(self.shared.join(format!("{what}.{who}")));
+        let statuses = until("both containers", || {
+            let both = ["one", "two"].map(|who| read("status", who).unwrap_or_default());
+            Ok(both.iter().all(|s| s.ends_with('\n')).then_some(both))
+        })
+        .with_context(|| format!("said {:?}", ["one", "two"].map(|who| read("said", who))))?;
+        let said = [read("said", "one")?, read("said", "two")?];
+        ensure!(statuses == ["0\n", "0\n"], "{statuses:?} {said:?}");
+        for who in ["one", "two"] {
+            fs::remove_file(self.shared.join(format!("status.{who}")))?;
+        }
+        Ok(said)
+    }
+
+    fn end(self, containerd: &Containerd) -> Result<()> {
+        self.pod.remove()?;
+        stdout(Command::new("umount").arg(&self.part).output()?)?;
+        containerd.nothing_is_left()
     }
 
     fn one(&self, script: &str) -> Result<String> {
@@ -155,9 +203,178 @@ fn one_file_is_one_file(containerd: &Containerd) -> Result<()> {
     fresh_names(&both)?;
     write_ahead(&both)?;
     removed_files_leave(containerd, &both)?;
-    both.pod.remove()?;
-    stdout(Command::new("umount").arg(&both.part).output()?)?;
-    containerd.nothing_is_left()
+    both.end(containerd)
+}
+
+fn containers_work_on_one_volume(containerd: &Containerd) -> Result<()> {
+    let cri = Cri::connect(&containerd.socket())?;
+    let both = Two::start(&cri, containerd)?;
+    counters(&both).context("counters")?;
+    replaced_names(&both).context("replaced names")?;
+    renamed_directories(&both).context("renamed directories")?;
+    git(&both).context("Git")?;
+    overlays(&both).context("overlays")?;
+    both.end(containerd)
+}
+
+/// Adds to a number in a file, under one kind of lock.
+const COUNT: &str = r#"use Fcntl qw(:DEFAULT :flock); my ($file, $kind, $times) = @ARGV;
+    for (1..$times) {
+        open(my $f, "+<", $file) or die "$!";
+        if ($kind eq "flock") { flock($f, LOCK_EX) or die "$!"; }
+        else {
+            my $command = $kind eq "ofd" ? 38 : F_SETLKW;
+            fcntl($f, $command, my $l = pack("s s x4 q q l x4", F_WRLCK, 0, 0, 0, 0)) or die "$!";
+        }
+        sysread($f, my $text, 100); sysseek($f, 0, 0); syswrite($f, ($text + 1) . "\n"); close($f);
+    }"#;
+
+/// What a lock guards adds up.
+fn counters(both: &Two<'_>) -> Result<()> {
+    const EACH: u32 = 40;
+    let kinds = ["flock", "posix", "ofd"];
+    for kind in kinds {
+        both.one(&format!("echo 0 > /deb/mnt/part/{kind}"))?;
+    }
+    let count = kinds.map(|kind| perl(COUNT, &format!("$PART/{kind} {kind} {EACH}")));
+    both.at_once(&count.join("; "))?;
+    for kind in kinds {
+        let counted = both.two(&format!("cat /deb/media/{kind}"))?;
+        ensure!(counted == (2 * EACH).to_string(), "{kind}: {counted}");
+    }
+    Ok(())
+}
+
+/// Replaces a file again and again, or reads it meanwhile: it is always there, and always whole.
+const REPLACE: &str = r#"my ($who, $dir) = @ARGV; my $size = 0; my $end = time + 100;
+    if ($who eq "one") {
+        for my $n (1..100) {
+            open(my $f, ">", "$dir/next") or die "$!"; print $f "$n\n" x ($n * 7); close($f);
+            rename("$dir/next", "$dir/now") or die "$!";
+        }
+        open(my $f, ">", "$dir/over"); close($f);
+    } else {
+        my $reads = 0;
+        until (-e "$dir/over" or time > $end) {
+            open(my $f, "<", "$dir/now") or die "read $reads: $!";
+            my ($n, @more) = <$f>; $reads++;
+            die "$n has " . (1 + @more) . " lines" if 1 + @more != $n * 7 or grep { $_ ne $n } @more;
+        }
+        print "$reads reads";
+    }"#;
+
+fn replaced_names(both: &Two<'_>) -> Result<()> {
+    both.one("yes 1 | head -n 7 > /deb/mnt/part/now")?;
+    let [_, two] = both.at_once(&perl(REPLACE, "$WHO $PART"))?;
+    ensure!(two.ends_with(" reads") && two != "0 reads", "{two}");
+    Ok(())
+}
+
+/// renameat2() with no replacing, and with an exchange.
+const RENAME: &str = r#"my ($from, $to, $flags) = @ARGV;
+    print syscall(316, -100, $from, -100, $to, $flags + 0) == 0 ? "done" : "$!";"#;
+
+/// A directory that one container moves: the other's working directory moves along, and names are as
+/// they became.
+fn renamed_directories(both: &Two<'_>) -> Result<()> {
+    both.one("cd /deb/mnt/part; mkdir -p a/deep b; echo a > a/deep/file; echo b > b/file")?;
+    let rename = |to: &str, flags: u32| {
+        both.one(&perl(
+            RENAME,
+            &format!("/mnt/part/a /mnt/part/{to} {flags}"),
+        ))
+    };
+    let looks = "cd /deb/media/a/deep; touch /deb/mnt/ready; \
+        until test -e /deb/mnt/moved; do sleep 0.1; done; \
+        { cat file; cat ../../c/deep/file; ls -d /deb/media/a /deb/media/c; pwd -P; } > /deb/mnt/seen 2>&1; \
+        touch /deb/mnt/looked";
+    both.two(&format!("({looks}) > /dev/null 2>&1 < /dev/null &"))?;
+    until("the other's look", || {
+        Ok(both.shared.join("ready").exists().then_some(()))
+    })?;
+    let refused = rename("b", 1)?;
+    ensure!(refused == "File exists", "{refused}");
+    ensure!(rename("c", 1)? == "done");
+    both.one("touch /deb/mnt/moved")?;
+    until("the other's second look", || {
+        Ok(both.shared.join("looked").exists().then_some(()))
+    })?;
+    let seen = fs::read_to_string(both.shared.join("seen"))?;
+    let wanted = [
+        "a",
+        "a",
+        "ls: /deb/media/a: No such file or directory",
+        "/deb/media/c",
+        "/deb/media/c/deep",
+    ];
+    ensure!(seen.lines().eq(wanted), "{seen}");
+
+    both.one("mv /deb/mnt/part/c /deb/mnt/part/a")?;
+    ensure!(rename("b", 2)? == "done");
+    let seen = both.two("cd /deb/media; cat a/file b/deep/file")?;
+    ensure!(seen == "b\na", "{seen}");
+    // Between volumes it is another mount, as it is between any two.
+    let moved = both.one(&perl(RENAME, "/mnt/part/b /srv/b 0"))?;
+    ensure!(moved.contains("cross-device"), "{moved}");
+    Ok(())
+}
+
+/// Clones of one repository, and pushes to it at the same time.
+fn git(both: &Two<'_>) -> Result<()> {
+    const EACH: u32 = 2;
+    both.one(
+        "chroot /deb sh -ec 'cd /mnt/part; export HOME=/mnt/part
+            git config --global safe.directory \"*\"; git config --global init.defaultBranch main
+            git config --global user.name one; git config --global user.email one@koya
+            git config --global commit.gpgsign false; git config --global gc.auto 0
+            git init -q --bare repository; git clone -q repository first; cd first
+            echo first > first; git add .; git commit -qm first; git push -q origin HEAD' 2>&1",
+    )?;
+    let work = format!(
+        "chroot /deb sh -ec 'export HOME=$PART; cd $PART; git clone -q repository $WHO; cd $WHO
+            for n in $(seq {EACH}); do
+                echo $n > $WHO.$n; git add .; git commit -qm \"$WHO $n\"
+                tries=0
+                until git push -q origin HEAD; do
+                    tries=$((tries + 1)); test $tries -lt 30; git pull -q --rebase
+                done
+            done' 2>&1"
+    );
+    both.at_once(&work)?;
+    let count = |path: &str| {
+        format!(
+            "chroot /deb sh -ec 'export HOME={path}; cd {path}/repository; git fsck --strict --full; \
+             git rev-list --count main' 2>&1"
+        )
+    };
+    for seen in [both.one(&count("/mnt/part"))?, both.two(&count("/media"))?] {
+        ensure!(
+            seen.lines().last() == Some(&(2 * EACH + 1).to_string()),
+            "{seen}"
+        );
+        ensure!(!seen.contains("error"), "{seen}");
+    }
+    Ok(())
+}
+
+/// An overlay whose layers lie on the volume, while the other container uses the same files.
+fn overlays(both: &Two<'_>) -> Result<()> {
+    both.one(
+        "cd /deb/mnt/part; mkdir -p lower/dir upper work; mkdir /tmp/merged
+         echo lower > lower/file; echo other > lower/dir/other; ln lower/file lower/again
+         mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work /tmp/merged",
+    )?;
+    let seen = both.one(
+        "cd /tmp/merged; exec 3< file; echo more >> file; cat file; echo -; cat <&3; cat again
+         rm dir/other; ls dir",
+    )?;
+    ensure!(seen == "lower\nmore\n-\nlower\nmore\nlower", "{seen}");
+    let seen = both.two(
+        "cd /deb/media; cat lower/file upper/file; test -c upper/dir/other; cat lower/dir/other",
+    )?;
+    ensure!(seen == "lower\nlower\nmore\nother", "{seen}");
+    both.one("umount /tmp/merged; rm -r /deb/mnt/part/upper /deb/mnt/part/work")?;
+    Ok(())
 }
 
 /// A name that was not there is there at once when the other container has made it.
