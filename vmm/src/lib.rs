@@ -42,9 +42,11 @@ pub mod kvm;
 mod marks;
 mod memory;
 mod panic_log;
+mod standard_devices;
 mod sync;
 mod take_down;
 mod vcpu;
+mod virtio_slot;
 mod vm;
 
 pub use builder::{StartError, VmBuilder};

@@ -5,9 +5,9 @@
 //! to stop after a bounded turn. They may be in a call of the host's that does not return, so it happens
 //! on a thread of its own, which says what it waits for.
 
-use crate::builder::Handles;
 use crate::bus::Bus;
 use crate::event_loop::LoopThread;
+use crate::standard_devices::Handles;
 use crate::sync::lock;
 use koya_devices::threads;
 use koya_devices::vsock::UnixSockets;

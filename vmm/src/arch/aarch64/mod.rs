@@ -1,31 +1,41 @@
-//! aarch64: the same interface as x86_64's. Booting an Image with a device tree is not there
-//! yet; until then every entry point refuses with one line.
+//! aarch64: the same interface as x86_64's. What can be said already is here: the memory layout, which
+//! files are kernels, the command line. The interrupt controller, the vCPUs' registers and the device tree
+//! are not there yet; until then a guest is refused with one line.
 
-use super::ArchError;
+use super::{ArchError, BootInfo, linux};
+use crate::bus::Bus;
 use crate::config::{Boot, KernelFormat};
+use koya_devices::serial::SerialPort;
 use koya_devices::virtio::Memory;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
 
 pub mod layout;
 
-/// What the guest's kernel is told in any case.
-pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on";
+/// What the guest's kernel is told in any case: how it ends, and where to unpack the initramfs. The
+/// console and the devices are the device tree's.
+pub const BASE_CMDLINE: &str =
+    "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 rootfstype=ramfs";
+
+/// The longest command line, its terminator included (COMMAND_LINE_SIZE, arch/arm64).
+const CMDLINE_SIZE: usize = 2048;
 
 /// Whether memory of the host's can stand for registers that a guest reads: it reads them past the caches, and
 /// would not see what the host wrote.
 pub const READS_MEMORY_OF_DEVICES: bool = false;
 
-/// How the kernel's messages get to the serial port with no driver for it: the device tree names it.
-pub const EARLYCON_CMDLINE: &str = "earlycon keep_bootcon";
-
 const NOT_YET: &str = "booting a guest on aarch64";
 
-/// Which kind of kernel begins with `head`.
+/// Which kind of kernel begins with `head`. An Image is one (Documentation/arch/arm64/booting.rst), and
+/// refused until it can be booted.
 ///
 /// # Errors
-/// Always, for now.
-pub fn kernel_format(_head: &[u8]) -> Result<KernelFormat, String> {
-    Err(format!("{NOT_YET} is not supported"))
+/// A sentence for the user.
+pub fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
+    match head.get(56..60) {
+        Some(b"ARM\x64") => Err(format!("{NOT_YET} is not supported")),
+        _ => Err("is not an aarch64 Image".into()),
+    }
 }
 
 /// The interrupt controller.
@@ -34,6 +44,22 @@ pub fn kernel_format(_head: &[u8]) -> Result<KernelFormat, String> {
 /// Always, for now.
 pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
+}
+
+/// Puts the platform's own devices on the bus. A reset is PSCI's, which KVM answers. A serial port has no
+/// interrupt controller to be connected to.
+///
+/// # Errors
+/// Whenever there is a serial port, for now.
+pub fn attach_platform(
+    _vm: &VmFd,
+    _bus: &mut Bus,
+    serial: Option<&Arc<Mutex<SerialPort>>>,
+) -> Result<(), ArchError> {
+    match serial {
+        Some(_) => Err(ArchError::Unsupported(NOT_YET)),
+        None => Ok(()),
+    }
 }
 
 /// What KVM offers to every vCPU.
@@ -70,15 +96,27 @@ pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
 /// Kernel and device tree into memory.
 ///
 /// # Errors
-/// Always, for now.
-pub fn load(
-    _memory: &Memory,
-    _memory_bytes: u64,
-    _boot: &mut Boot,
-    _cpus: u32,
-    _cmdline: &str,
-) -> Result<Entry, ArchError> {
+/// A command line that is too long; else always, for now.
+pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
+    if let Boot::Flat(_) = info.boot {
+        return Err(ArchError::Unsupported("flat code on aarch64"));
+    }
+    let line = cmdline(&info);
+    if line.len() >= CMDLINE_SIZE {
+        let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
+        return Err(ArchError::load("the command line")(reason));
+    }
     Err(ArchError::Unsupported(NOT_YET))
+}
+
+fn cmdline(info: &BootInfo<'_>) -> String {
+    use crate::config::Serial;
+    let line = format!("{BASE_CMDLINE} {} ", linux::words(info));
+    match info.serial {
+        // The device tree says where the port is.
+        Serial::Messages => line + &linux::before_init(info.own_words(), "earlycon keep_bootcon"),
+        Serial::None | Serial::Console => line + info.own_words(),
+    }
 }
 
 /// Nothing to tell: the architecture's timer stops with the vCPU.

@@ -12,7 +12,7 @@
 //! 0x0020_0000  memory; the kernel is linked at 0x100_0000
 //! ............  the initramfs as high as it fits below the hole
 //! 0xc000_0000  hole for devices, up to 4 GiB
-//! 0xd000_0000  virtio-mmio windows, 4 KiB each
+//! 0xd000_0000  MMIO slots for virtio devices, 4 KiB each
 //! 0xfec0_0000  IOAPIC
 //! 0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and task state segment
@@ -48,7 +48,7 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// Where memory goes on.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
-const MMIO_WINDOWS: u64 = 0xd000_0000;
+const MMIO_SLOTS: u64 = 0xd000_0000;
 pub(super) const IOAPIC: u32 = 0xfec0_0000;
 pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
 pub(super) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
@@ -59,25 +59,22 @@ pub(super) const KVM_TSS: u64 = 0xfffb_d000;
 const FIRST_IRQ: u32 = 5;
 /// The IOAPIC's last pin.
 pub(super) const LAST_IRQ: u32 = 23;
-/// The serial port's interrupt.
-pub const SERIAL_IRQ: u32 = 4;
-
 /// How many virtio devices a guest can have: one interrupt each, but for the last, which is that of the
-/// spare slots.
+/// hot-plug slots.
 pub const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ) as usize;
 
-/// The window and interrupt of device `index`; none beyond [`MAX_DEVICES`].
+/// The slot of device `index`; none beyond [`MAX_DEVICES`].
 pub fn device_slot(index: usize) -> Option<MmioSlot> {
     (index < MAX_DEVICES).then(|| MmioSlot {
-        address: MMIO_WINDOWS + 0x1000 * index as u64,
+        address: MMIO_SLOTS + 0x1000 * index as u64,
         irq: FIRST_IRQ + index as u32,
     })
 }
 
-/// The window of spare slot `index`, behind those of all devices. Spare slots share an interrupt.
-pub fn spare_slot(index: usize) -> MmioSlot {
+/// Hot-plug slot `index`, behind those of all devices. Hot-plug slots share an interrupt.
+pub fn hotplug_slot(index: usize) -> MmioSlot {
     MmioSlot {
-        address: MMIO_WINDOWS + 0x1000 * (MAX_DEVICES + index) as u64,
+        address: MMIO_SLOTS + 0x1000 * (MAX_DEVICES + index) as u64,
         irq: LAST_IRQ,
     }
 }
@@ -133,11 +130,11 @@ mod tests {
     }
 
     #[test]
-    fn devices_have_windows_in_the_hole_and_interrupts_of_their_own() {
+    fn devices_have_slots_in_the_hole_and_interrupts_of_their_own() {
         let slots: Vec<_> = (0..MAX_DEVICES).map(|i| device_slot(i).unwrap()).collect();
         for (n, slot) in slots.iter().enumerate() {
             assert!((HOLE_START..u64::from(IOAPIC)).contains(&slot.address));
-            assert!(slot.irq <= LAST_IRQ && slot.irq != SERIAL_IRQ);
+            assert!(slot.irq <= LAST_IRQ && slot.irq != super::super::platform::SERIAL_IRQ);
             assert!(slots[..n].iter().all(|s| s.irq != slot.irq));
         }
         assert_eq!(device_slot(MAX_DEVICES), None);

@@ -3,31 +3,27 @@
 //! an MP table, its devices on the command line.
 
 mod boot;
+mod cmdline;
 mod cpuid;
 pub mod layout;
 mod mptable;
+mod platform;
 mod regs;
+mod reset_line;
 
 use super::ArchError;
 use crate::config::KernelFormat;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-pub use boot::load;
+pub(crate) use boot::load;
+pub use cmdline::BASE_CMDLINE;
 pub use cpuid::{Features, features};
-
-/// What the guest's kernel is told in any case: how it ends, what not to look for, to set no memory
-/// aside for devices that can't reach beyond 4 GiB (64 MiB; there are none), to leave its lock prefixes
-/// where there is one CPU, and to unpack the initramfs into the plainest of file systems.
-pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
-     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
+pub use platform::attach_platform;
 
 /// Whether memory of the host's can stand for registers that a guest reads: it sees there what the host wrote,
 /// whatever type of memory its page tables make of it. Caches and uncached reads are coherent here.
 pub const READS_MEMORY_OF_DEVICES: bool = true;
-
-/// How the kernel's messages get to the serial port with no driver for it.
-pub const EARLYCON_CMDLINE: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
 
 /// Which kind of kernel begins with `head`; else what the file is.
 ///

@@ -1,13 +1,10 @@
-//! The devices of a PC that a guest without firmware still expects: the first serial port and
-//! the keyboard controller's reset line. Both are called from vCPU threads.
+//! A serial port: the 16550A's eight registers, wherever a platform has them. Called from vCPU threads.
 
 use serde::{Deserialize, Serialize};
-use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::serial::NoEvents;
-use vm_superio::{I8042Device, Serial, Trigger};
+use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// An event descriptor as vm-superio wants it.
@@ -68,7 +65,7 @@ pub struct SerialState {
     pub input: Vec<u8>,
 }
 
-/// A 16550A serial port (COM1): eight registers, bytes out to a writer, bytes in from
+/// A 16550A serial port: eight registers, bytes out to a writer, bytes in from
 /// [`SerialPort::input`].
 pub struct SerialPort {
     port: Serial<EventTrigger, NoEvents, ConsoleOutput>,
@@ -133,7 +130,7 @@ impl SerialPort {
         Ok(Self { port, interrupt })
     }
 
-    /// What raises IRQ 4: an irqfd.
+    /// What raises its interrupt: an irqfd.
     pub fn interrupt_event(&self) -> &EventFd {
         self.interrupt.event()
     }
@@ -158,62 +155,9 @@ impl SerialPort {
     }
 }
 
-/// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is there:
-/// how a guest without ACPI ends.
-pub struct ResetLine {
-    controller: I8042Device<Asked>,
-}
-
-/// That a reset was asked for: nobody but the vCPU that asked has to know.
-#[derive(Default)]
-struct Asked(AtomicBool);
-
-impl Trigger for Asked {
-    type E = Infallible;
-
-    fn trigger(&self) -> Result<(), Infallible> {
-        self.0.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-impl Default for ResetLine {
-    /// A controller that nobody has asked to reset yet.
-    fn default() -> Self {
-        Self {
-            controller: I8042Device::new(Asked::default()),
-        }
-    }
-}
-
-impl ResetLine {
-    /// A read of port 0x60 + `offset`.
-    pub fn read(&mut self, offset: u8) -> u8 {
-        self.controller.read(offset)
-    }
-
-    /// A write to port 0x60 + `offset`. True if it asked for a reset of the CPU.
-    pub fn write(&mut self, offset: u8, value: u8) -> bool {
-        if self.controller.write(offset, value).is_err() {
-            return false;
-        }
-        let asked = &self.controller.reset_evt().0;
-        asked.swap(false, Ordering::Relaxed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_reset_command_resets() {
-        let mut line = ResetLine::default();
-        assert!(!line.write(0, 0xfe));
-        assert!(!line.write(4, 0xed));
-        assert!(line.write(4, 0xfe));
-        assert!(!line.write(4, 0xaa));
-    }
 
     #[test]
     fn a_port_is_what_it_was() {
