@@ -15,10 +15,10 @@
 
 use crate::give_back;
 use crate::sync::{guest_fault, lock};
-use crate::virtio::registers::{ConfigSpace, ShownConfig};
+use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, DeviceState,
-    F_INDIRECT_DESC, Interrupt, Memory, QueueError, StateError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, F_INDIRECT_DESC,
+    Interrupt, Memory, Payload, QueueError, Schema, StateError, VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,7 @@ pub struct BalloonState {
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
-    shown: ShownConfig,
+    published: PublishedConfig,
     statistics: Mutex<MemoryStatistics>,
     /// Wakes the worker: new statistics are wanted.
     ask: EventFd,
@@ -129,7 +129,7 @@ impl Shared {
     /// Sets one of its fields.
     fn change(&self, field: &AtomicU32, value: u32) {
         let change = || field.store(value, Ordering::SeqCst);
-        self.shown.change(change, || self.config());
+        self.published.change(change, || self.config());
     }
 }
 
@@ -190,7 +190,7 @@ impl Balloon {
             shared: Arc::new(Shared {
                 target: AtomicU32::new(0),
                 actual: AtomicU32::new(0),
-                shown: ShownConfig::default(),
+                published: PublishedConfig::default(),
                 statistics: Mutex::default(),
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
@@ -208,9 +208,14 @@ impl Balloon {
     }
 }
 
+impl BalloonState {
+    /// A balloon's.
+    pub const SCHEMA: Schema = Schema::new("virtio-balloon", 1);
+}
+
 impl VirtioDevice for Balloon {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Balloon
+        DeviceKind::BALLOON
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -219,21 +224,21 @@ impl VirtioDevice for Balloon {
 
     fn features(&self) -> u64 {
         let bits = [F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING];
-        bits.iter().fold(0, |features, bit| features | 1 << bit)
-    }
-
-    /// Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having accepted them
-    /// would write all features again.
-    fn common_features(&self) -> u64 {
-        COMMON_FEATURES & !F_INDIRECT_DESC
+        // Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having
+        // accepted them would write all features again.
+        let common = COMMON_FEATURES & !F_INDIRECT_DESC;
+        bits.iter()
+            .fold(common, |features, bit| features | 1 << bit)
     }
 
     fn config(&self) -> Option<Vec<u8>> {
         Some(self.shared.config())
     }
 
-    fn show_config(&mut self, space: ConfigSpace) {
-        self.shared.shown.show_in(space, || self.shared.config());
+    fn publish_config(&mut self, space: ConfigSpace) {
+        self.shared
+            .published
+            .publish_in(space, || self.shared.config());
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -270,19 +275,17 @@ impl VirtioDevice for Balloon {
         })))
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
+    fn save(&self) -> Result<Payload, StateError> {
         let shared = &self.shared;
-        Ok(DeviceState::Balloon(BalloonState {
+        BalloonState::SCHEMA.encode(&BalloonState {
             target: shared.target.load(Ordering::SeqCst),
             actual: shared.actual.load(Ordering::SeqCst),
             held: *lock(&shared.held),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Balloon(state) = state else {
-            return Err(StateError::Misfit("it is not a balloon's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: BalloonState = BalloonState::SCHEMA.decode(state)?;
         self.shared.change(&self.shared.target, state.target);
         self.shared.change(&self.shared.actual, state.actual);
         *lock(&self.shared.held) = state.held;

@@ -30,10 +30,10 @@ mod slots;
 
 use crate::give_back::discard;
 use crate::sync::{guest_fault, lock};
-use crate::virtio::on_loop::OnLoop;
+use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
-    ActivateError, Activation, Chain, DeviceKind, DeviceState, Interrupt, Memory, StateError,
-    VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, COMMON_FEATURES, Chain, DeviceKind, Interrupt, Memory, Payload,
+    Schema, StateError, VirtioDevice, Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
 use serde::{Deserialize, Serialize};
@@ -385,9 +385,14 @@ impl Mem {
     }
 }
 
+impl MemState {
+    /// A memory device's.
+    pub const SCHEMA: Schema = Schema::new("virtio-mem", 1);
+}
+
 impl VirtioDevice for Mem {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Memory
+        DeviceKind::MEMORY
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -395,7 +400,7 @@ impl VirtioDevice for Mem {
     }
 
     fn features(&self) -> u64 {
-        1 << F_UNPLUGGED_INACCESSIBLE
+        COMMON_FEATURES | 1 << F_UNPLUGGED_INACCESSIBLE
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -406,30 +411,28 @@ impl VirtioDevice for Mem {
         let queue = activation.take_queue(0)?;
         *lock(&self.shared.interrupt) = Some(activation.interrupt);
         let shared = self.shared.clone();
-        Ok(Worker::EventLoop(Box::new(OnLoop::new(
+        Ok(Worker::EventLoop(Box::new(LoopWorker::new(
             "memory",
             queue,
             move |chain, memory| serve(&shared, chain, memory),
         ))))
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
+    fn save(&self) -> Result<Payload, StateError> {
         let region = lock(&self.shared.region);
         let runs = region.runs(true).into_iter();
         let plugged = runs.map(|run| (run.start as u64, run.len() as u64));
-        Ok(DeviceState::Memory(MemState {
+        MemState::SCHEMA.encode(&MemState {
             start: region.start,
             size: region.size,
             usable: region.usable,
             requested: region.requested,
             plugged: plugged.collect(),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Memory(state) = state else {
-            return Err(StateError::Misfit("it is not a memory device's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: MemState = MemState::SCHEMA.decode(state)?;
         let mut region = lock(&self.shared.region);
         let bounds = state.usable.max(state.requested);
         if (state.start, state.size) != (region.start, region.size) || bounds > region.size {
@@ -470,8 +473,7 @@ impl Mem {
         let memory = memory.ok_or(StateError::Misfit("its machine has ended"))?;
         region.show(&memory, all, false);
         for run in runs {
-            add_missing(&mut region.slots, Some(backing), &run)
-                .map_err(|error| StateError::Resume(error.to_string()))?;
+            add_missing(&mut region.slots, Some(backing), &run).map_err(StateError::resume)?;
             region.show(&memory, run, true);
         }
         region.sweep(Some(backing), &memory);

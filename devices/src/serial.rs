@@ -1,5 +1,6 @@
 //! A serial port: the 16550A's eight registers, wherever a platform has them. Called from vCPU threads.
 
+use crate::virtio::{Payload, Schema, StateError};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -37,14 +38,9 @@ impl Trigger for EventTrigger {
 /// Where a guest's console goes.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
-/// The version of [`SerialState`] that this crate writes. It reads this one alone.
-pub const SERIAL_VERSION: u16 = 1;
-
 /// A serial port's registers, by their names in the 16550A's data sheet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
-    /// [`SERIAL_VERSION`]
-    pub version: u16,
     /// Divisor latch, low and high byte.
     pub divisor: [u8; 2],
     /// Interrupt enable register.
@@ -63,6 +59,11 @@ pub struct SerialState {
     pub scratch: u8,
     /// Input that the guest has not read.
     pub input: Vec<u8>,
+}
+
+impl SerialState {
+    /// A serial port's.
+    pub const SCHEMA: Schema = Schema::new("16550a", 1);
 }
 
 /// A 16550A serial port: eight registers, bytes out to a writer, bytes in from
@@ -86,10 +87,12 @@ impl SerialPort {
     }
 
     /// Its registers and what the guest has not read yet.
-    pub fn save(&self) -> SerialState {
+    ///
+    /// # Errors
+    /// None for a port that works.
+    pub fn save(&self) -> Result<Payload, StateError> {
         let state = self.port.state();
-        SerialState {
-            version: SERIAL_VERSION,
+        SerialState::SCHEMA.encode(&SerialState {
             divisor: [state.baud_divisor_low, state.baud_divisor_high],
             interrupt_enable: state.interrupt_enable,
             interrupt_identification: state.interrupt_identification,
@@ -99,19 +102,16 @@ impl SerialPort {
             modem_status: state.modem_status,
             scratch: state.scratch,
             input: state.in_buffer,
-        }
+        })
     }
 
     /// A port that is what another was, and writes to `output`.
     ///
     /// # Errors
     /// Another version's state, more input than the FIFO holds, or no event descriptor.
-    pub fn restore(state: &SerialState, output: ConsoleOutput) -> io::Result<Self> {
-        if state.version != SERIAL_VERSION {
-            let text = format!("a serial port's state of version {}", state.version);
-            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-        }
-        let interrupt = EventTrigger::new()?;
+    pub fn restore(state: &Payload, output: ConsoleOutput) -> Result<Self, StateError> {
+        let state: SerialState = SerialState::SCHEMA.decode(state)?;
+        let interrupt = EventTrigger::new().map_err(StateError::resume)?;
         let [baud_divisor_low, baud_divisor_high] = state.divisor;
         let registers = vm_superio::SerialState {
             baud_divisor_low,
@@ -123,10 +123,10 @@ impl SerialPort {
             modem_control: state.modem_control,
             modem_status: state.modem_status,
             scratch: state.scratch,
-            in_buffer: state.input.clone(),
+            in_buffer: state.input,
         };
         let port = Serial::from_state(&registers, interrupt.clone(), NoEvents, output)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
+            .map_err(|_| StateError::Misfit("it has more input than the port"))?;
         Ok(Self { port, interrupt })
     }
 
@@ -168,21 +168,22 @@ mod tests {
         port.write(7, 0x5a);
         assert_eq!(port.input(b"typed"), 5);
         assert_eq!(port.read(0), b't');
-        let state = port.save();
+        let state = port.save().unwrap();
         let text = serde_json::to_string(&state).unwrap();
-        let read: SerialState = serde_json::from_str(&text).unwrap();
+        let read: Payload = serde_json::from_str(&text).unwrap();
         let mut again = SerialPort::restore(&read, Box::new(io::sink())).unwrap();
-        assert_eq!(again.save(), state);
+        assert_eq!(again.save().unwrap(), state);
         assert_eq!((again.read(0), again.read(7)), (b'y', 0x5a));
-        let newer = SerialState {
+        let newer = Payload {
             version: 9,
             ..state.clone()
         };
         assert!(SerialPort::restore(&newer, Box::new(io::sink())).is_err());
         let fuller = SerialState {
             input: vec![0; 100],
-            ..state
+            ..SerialState::SCHEMA.decode(&state).unwrap()
         };
+        let fuller = SerialState::SCHEMA.encode(&fuller).unwrap();
         assert!(SerialPort::restore(&fuller, Box::new(io::sink())).is_err());
     }
 

@@ -306,12 +306,17 @@ impl Driver {
         let (memory, size) = (self.memory.clone(), self.size);
         let ended = Arc::new(AtomicBool::new(false));
         let ends = ended.clone();
+        let fill = move || {
+            let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("memory");
+            let available = used.wrapping_add(size);
+            let index = GuestAddress(AVAILABLE + 2);
+            memory.write_obj(available, index).expect("test memory");
+        };
+        // Full before the thread runs for the first time.
+        fill();
         let thread = std::thread::spawn(move || {
             while !ends.load(Ordering::SeqCst) {
-                let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("memory");
-                let available = used.wrapping_add(size);
-                let index = GuestAddress(AVAILABLE + 2);
-                memory.write_obj(available, index).expect("test memory");
+                fill();
             }
         });
         Flood {

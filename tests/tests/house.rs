@@ -213,3 +213,39 @@ fn what_is_of_one_platform_stays_with_it() {
         }
     }
 }
+
+/// The modules of `devices/src` that are devices, each of which stands by itself.
+const DEVICES: &[&str] = &["balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock"];
+
+#[test]
+fn devices_know_what_they_share_and_not_each_other() {
+    for file in files("rs") {
+        let Some(path) = file.strip_prefix("devices/src/") else {
+            continue;
+        };
+        let module = path.split(['/', '.']).next().unwrap_or_default();
+        if ["lib", "test_utils"].contains(&module) {
+            continue;
+        }
+        let text = read(&file);
+        if path.contains("/tests") || path.ends_with("tests.rs") {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
+            for other in DEVICES.iter().filter(|other| **other != module) {
+                let named = line.contains(&format!("crate::{other}::"));
+                assert!(!named, "{file} uses {other}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_has_little_to_implement() {
+    let text = read("devices/src/virtio/mod.rs");
+    let body = text.split("pub trait VirtioDevice").nth(1);
+    let body = body.and_then(|rest| rest.split("\n}").next());
+    let methods = body.expect("the trait").matches("\n    fn ").count();
+    assert!((1..=12).contains(&methods), "{methods} methods");
+}

@@ -114,7 +114,7 @@ impl Fs {
 
 impl VirtioDevice for Fs {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::FileSystem
+        DeviceKind::FILE_SYSTEM
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -13,9 +13,9 @@
 //!   a fault while running sets DEVICE_NEEDS_RESET; only a reset leaves that state
 //! ```
 
-use super::queue::Place;
+use super::queue::RingPosition;
 use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
-use super::state::{self, QueueState, TransportState};
+use super::state::{Payload, QueueState, TransportState};
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, StateError,
     VirtioDevice, Worker,
@@ -130,7 +130,7 @@ pub struct MmioTransport {
     worker: Option<u64>,
     active: bool,
     /// How far the device is in each queue that it was given.
-    places: Vec<Option<Arc<Place>>>,
+    positions: Vec<Option<Arc<RingPosition>>>,
 }
 
 impl MmioTransport {
@@ -166,7 +166,7 @@ impl MmioTransport {
             queues.push(queue.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?);
             kicks.push(event()?);
         }
-        device.show_config(ConfigSpace::of(&registers));
+        device.publish_config(ConfigSpace::of(&registers));
         let transport = Self {
             device,
             memory,
@@ -183,7 +183,7 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
-            places: Vec::new(),
+            positions: Vec::new(),
         };
         transport.show_fixed();
         transport.show_selected();
@@ -267,7 +267,7 @@ impl MmioTransport {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
-            (VIRTIO_MMIO_DEVICE_ID, self.device.kind() as u32),
+            (VIRTIO_MMIO_DEVICE_ID, self.device.kind().0),
             (VIRTIO_MMIO_VENDOR_ID, VENDOR),
             // No shared memory regions: section 4.2.2 says a length of -1.
             (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
@@ -404,7 +404,7 @@ impl MmioTransport {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | self.device.common_features()
+        self.device.features()
     }
 
     fn features_fit(&self) -> bool {
@@ -414,7 +414,7 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
-            guest_fault!("cannot start virtio {:?}: {error:?}", self.device.kind());
+            guest_fault!("cannot start a {}: {error:?}", self.device.kind());
             self.line.needs_reset();
         }
     }
@@ -443,8 +443,8 @@ impl MmioTransport {
             let queue = ActiveQueue::new(index, owned, memory, kick, interrupt.clone());
             queues.push(Some(queue));
         }
-        let places = queues.iter().map(|q| q.as_ref().map(ActiveQueue::place));
-        self.places = places.collect();
+        let positions = queues.iter().map(|q| q.as_ref().map(ActiveQueue::position));
+        self.positions = positions.collect();
         let worker = self.device.activate(Activation {
             memory: self.memory.clone(),
             interrupt,
@@ -470,7 +470,7 @@ impl MmioTransport {
     ///
     /// # Errors
     /// [`StateError::Unsupported`] for devices whose state is not kept; those go on.
-    pub fn save(&mut self) -> Result<TransportState, StateError> {
+    pub fn save(&mut self) -> Result<Payload, StateError> {
         // Asked first: a device that can't be saved is not to stand still.
         self.device.save()?;
         self.stand_still();
@@ -484,8 +484,7 @@ impl MmioTransport {
             next_used: queue.next_used(),
         });
         let registers = &self.line.registers;
-        Ok(TransportState {
-            version: state::VERSION,
+        TransportState::SCHEMA.encode(&TransportState {
             status: self.status(),
             driver_features: self.driver_features,
             interrupt_status: registers.load(VIRTIO_MMIO_INTERRUPT_STATUS),
@@ -502,9 +501,10 @@ impl MmioTransport {
     ///
     /// # Errors
     /// What does not fit; the device is then as after a reset.
-    pub fn restore(&mut self, state: &TransportState) -> Result<(), StateError> {
+    pub fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
         self.reset();
-        let restored = self.try_restore(state);
+        let state = TransportState::SCHEMA.decode(state);
+        let restored = state.and_then(|state| self.try_restore(&state));
         if restored.is_err() {
             self.reset();
         }
@@ -512,9 +512,6 @@ impl MmioTransport {
     }
 
     fn try_restore(&mut self, state: &TransportState) -> Result<(), StateError> {
-        if state.version != state::VERSION {
-            return Err(StateError::Version(state.version));
-        }
         if state.queues.len() != self.queues.len() {
             return Err(StateError::Misfit("it has another number of queues"));
         }
@@ -569,7 +566,7 @@ impl MmioTransport {
         let runs = status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && status & broken == 0;
         if runs && !self.active {
             let activated = self.try_activate();
-            activated.map_err(|error| StateError::Resume(error.to_string()))?;
+            activated.map_err(StateError::resume)?;
             // Whoever changed the configuration meanwhile could tell nobody, and an interrupt may have
             // been on its way. One too many does no harm.
             self.line.config();
@@ -583,9 +580,9 @@ impl MmioTransport {
             return;
         }
         self.device.stop(worker);
-        for (queue, place) in self.queues.iter_mut().zip(self.places.drain(..)) {
-            if let Some(place) = place {
-                let (available, used) = place.get();
+        for (queue, position) in self.queues.iter_mut().zip(self.positions.drain(..)) {
+            if let Some(position) = position {
+                let (available, used) = position.get();
                 queue.set_next_avail(available);
                 queue.set_next_used(used);
             }

@@ -38,7 +38,7 @@ impl Vsock {
 
 impl VirtioDevice for Vsock {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Vsock
+        DeviceKind::VSOCK
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -106,6 +106,9 @@ pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchEr
         let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
         return Err(ArchError::load("the command line")(reason));
     }
+    // What the device tree's nodes will be made of.
+    let (slots, later) = (info.slots, info.hotplug_slots);
+    log::debug!("a device tree would have {slots:x?} and {later:x?}");
     Err(ArchError::Unsupported(NOT_YET))
 }
 

@@ -8,13 +8,13 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 pub(crate) const TURN: usize = 32;
 
 /// A queue, and what answers a chain: how many bytes of it were written.
-pub(crate) struct OnLoop<S> {
+pub(crate) struct LoopWorker<S> {
     queue: ActiveQueue,
     name: &'static str,
     answer: S,
 }
 
-impl<S: FnMut(&Chain, &Memory) -> u32 + Send> OnLoop<S> {
+impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
     /// `name` is the device's, for what is logged.
     pub(crate) fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
         Self {
@@ -33,7 +33,7 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> OnLoop<S> {
     }
 }
 
-impl<S: FnMut(&Chain, &Memory) -> u32 + Send> MutEventSubscriber for OnLoop<S> {
+impl<S: FnMut(&Chain, &Memory) -> u32 + Send> MutEventSubscriber for LoopWorker<S> {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
             log::error!("{}: cannot watch the queue: {error}", self.name);
@@ -61,7 +61,7 @@ mod tests {
         for _ in 0..2 * TURN {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
-        let mut worker = OnLoop::new("test", driver.queue(), |_, _| 0);
+        let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
         assert_eq!(driver.used().len(), TURN);
         // It comes back without its driver.
@@ -74,7 +74,7 @@ mod tests {
         for _ in 0..TURN - 1 {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
-        let mut worker = OnLoop::new("test", driver.queue(), |_, _| 0);
+        let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
         assert_eq!(driver.used().len(), TURN - 1);
         assert!(!driver.take_kick());
