@@ -13,14 +13,15 @@
 //! The driver's numbers are page frames and ranges; what is not guest memory is left alone. A page
 //! that a guest gives back and goes on using reads as zero for it and harms nobody else.
 
+use crate::fault::guest_fault;
 use crate::give_back;
-use crate::sync::{guest_fault, lock};
 use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, F_INDIRECT_DESC,
     Interrupt, Memory, Payload, QueueError, Schema, StateError, VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use koya_host::sync::lock;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};

@@ -23,6 +23,7 @@
 
 pub mod balloon;
 pub mod blk;
+mod fault;
 pub mod fs;
 mod give_back;
 pub mod mem;
@@ -30,11 +31,9 @@ pub mod net;
 pub mod rate_limit;
 pub mod rng;
 pub mod serial;
-mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 pub mod sys;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
-pub mod threads;
 pub mod virtio;
 pub mod vsock;

@@ -28,14 +28,15 @@
 
 mod slots;
 
+use crate::fault::guest_fault;
 use crate::give_back::discard;
-use crate::sync::{guest_fault, lock};
 use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
     ActivateError, Activation, COMMON_FEATURES, Chain, DeviceKind, Interrupt, Memory, Payload,
     Schema, StateError, VirtioDevice, Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
 use serde::{Deserialize, Serialize};
 use slots::Slots;
 use std::io;

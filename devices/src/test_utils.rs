@@ -381,7 +381,7 @@ fn write_descriptor(
 /// Workers by the number that the loop gave them.
 type Workers = HashMap<u64, Box<dyn MutEventSubscriber + Send>>;
 
-/// An event loop that keeps workers and never runs them.
+/// An event loop that keeps workers and never runs them; it starts devices where it is asked to.
 #[derive(Default)]
 pub struct IdleLoop {
     workers: Mutex<(u64, Workers)>,
@@ -403,6 +403,11 @@ impl IdleLoop {
 }
 
 impl EventLoop for IdleLoop {
+    fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        work();
+        Ok(())
+    }
+
     fn add(&self, worker: Box<dyn MutEventSubscriber + Send>) -> io::Result<u64> {
         let mut workers = self.workers.lock().expect("not poisoned");
         workers.0 += 1;

@@ -1,6 +1,7 @@
 //! The rules of the house, as tests: who may depend on whom, where `unsafe` may stand, and that
 //! documents name what exists.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -58,9 +59,10 @@ fn dependencies(manifest: &str) -> Vec<String> {
 #[test]
 fn crates_depend_only_on_those_below_them() {
     let arrows: &[(&str, &[&str])] = &[
-        ("devices/Cargo.toml", &[]),
+        ("devices/host/Cargo.toml", &[]),
+        ("devices/Cargo.toml", &["koya-host"]),
         ("agent/protocol/Cargo.toml", &[]),
-        ("vmm/Cargo.toml", &["koya-devices"]),
+        ("vmm/Cargo.toml", &["koya-devices", "koya-host"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
         ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
         ("runtime/shim/Cargo.toml", &["koya"]),
@@ -81,7 +83,12 @@ fn crates_depend_only_on_those_below_them() {
 
 #[test]
 fn unsafe_stands_only_where_it_is_named() {
-    let allowed = ["devices/src/sys/", "vmm/src/kvm/", "agent/src/sys.rs"];
+    let allowed = [
+        "devices/src/sys/",
+        "devices/host/src/sys/",
+        "vmm/src/kvm/",
+        "agent/src/sys.rs",
+    ];
     // Put together here, so that this file does not match itself.
     let word = ["un", "safe"].concat();
     for file in files("rs") {
@@ -164,7 +171,7 @@ fn architecture_is_asked_for_in_one_place() {
     for file in files("rs") {
         // Tests of one architecture may say so.
         let code = read(&file);
-        let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+        let code = without_tests(&code);
         let named = code
             .lines()
             .any(|l| l.contains(&word) && !l.trim_start().starts_with("//"));
@@ -173,6 +180,18 @@ fn architecture_is_asked_for_in_one_place() {
             "{file} asks for the architecture"
         );
     }
+}
+
+/// What stands before a file's module of tests; one that is another file's is no end.
+fn without_tests(text: &str) -> &str {
+    let begins = |at: &usize| {
+        let item = text[*at..].split_inclusive(['{', ';']).next();
+        item.is_some_and(|item| item.contains("mod ") && item.ends_with('{'))
+    };
+    let marks = ["#[cfg(test)]", "#[cfg(all(test"];
+    let marks = marks.iter().flat_map(|mark| text.match_indices(mark));
+    let end = marks.map(|(at, _)| at).filter(begins).min();
+    &text[..end.unwrap_or(text.len())]
 }
 
 /// What only a PC has, by the names by which code would use it.
@@ -201,7 +220,7 @@ fn what_is_of_one_platform_stays_with_it() {
     for file in ours {
         let text = read(file);
         // Tests bring tiny guests, which are code of one architecture.
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let code = without_tests(&text);
         for (number, line) in code.lines().enumerate() {
             for name in OF_A_PC {
                 assert!(
@@ -215,7 +234,9 @@ fn what_is_of_one_platform_stays_with_it() {
 }
 
 /// The modules of `devices/src` that are devices, each of which stands by itself.
-const DEVICES: &[&str] = &["balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock"];
+const DEVICES: &[&str] = &[
+    "balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock",
+];
 
 #[test]
 fn devices_know_what_they_share_and_not_each_other() {
@@ -231,7 +252,7 @@ fn devices_know_what_they_share_and_not_each_other() {
         if path.contains("/tests") || path.ends_with("tests.rs") {
             continue;
         }
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let code = without_tests(&text);
         for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
             for other in DEVICES.iter().filter(|other| **other != module) {
                 let named = line.contains(&format!("crate::{other}::"));
@@ -248,4 +269,72 @@ fn a_device_has_little_to_implement() {
     let body = body.and_then(|rest| rest.split("\n}").next());
     let methods = body.expect("the trait").matches("\n    fn ").count();
     assert!((1..=12).contains(&methods), "{methods} methods");
+}
+
+/// The names of threads that a program starts, in what is no test: `Role::new("...")`, or a name that
+/// stands for a role, as the first word of a `spawn`.
+fn thread_names() -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for file in files("rs") {
+        let is_ours = ["devices/", "vmm/src/", "runtime/"]
+            .iter()
+            .any(|dir| file.starts_with(dir));
+        if !is_ours || file.contains("/tests") || file.ends_with("tests.rs") {
+            continue;
+        }
+        let text = read(&file);
+        let code = without_tests(&text);
+        for (at, _) in code.match_indices("\"koya-") {
+            let before = code[..at].trim_end();
+            let before = before.strip_suffix("scope,").unwrap_or(before).trim_end();
+            let starts = ["spawn(", "spawn_scoped(", "Role::new("];
+            if starts.iter().any(|start| before.ends_with(start)) {
+                let name = code[at + 1..].split('"').next();
+                found.extend(name.map(str::to_owned));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_thread_has_a_row_in_the_table() {
+    let text = read("docs/architecture.md");
+    let rows = text.lines().filter(|line| line.starts_with("| `koya-"));
+    let first = rows.filter_map(|line| line.split('|').nth(1));
+    let named: BTreeSet<String> = first
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .map(|name| name.trim_end_matches('N').to_owned())
+        .collect();
+    let started = thread_names();
+    assert!(started.contains("koya-vcpu"), "{started:?}");
+    let unnamed: Vec<_> = started.difference(&named).collect();
+    assert!(
+        unnamed.is_empty(),
+        "not in docs/architecture.md: {unnamed:?}"
+    );
+    let gone: Vec<_> = named.difference(&started).collect();
+    assert!(gone.is_empty(), "in docs/architecture.md alone: {gone:?}");
+}
+
+#[test]
+fn threads_are_started_by_their_role() {
+    // Put together here, so that this file does not match itself.
+    let forms = ["thread::spawn(", "thread::Builder"].map(|form| format!("std::{form}"));
+    for file in files("rs") {
+        let is_library = ["devices/", "vmm/src/"]
+            .iter()
+            .any(|dir| file.starts_with(dir));
+        if !is_library || file.starts_with("devices/host/") || file.contains("test") {
+            continue;
+        }
+        let text = read(&file);
+        let code = without_tests(&text);
+        for form in &forms {
+            assert!(
+                !code.contains(form),
+                "{file} starts a thread without a role"
+            );
+        }
+    }
 }

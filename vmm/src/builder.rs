@@ -17,7 +17,7 @@ use koya_devices::serial::SerialPort;
 use koya_devices::virtio::mmio::MmioTransport;
 use koya_devices::virtio::registers::RegisterPages;
 use koya_devices::virtio::{Memory, VirtioDevice};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::Kvm;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use thiserror::Error;
@@ -197,20 +197,22 @@ impl VmBuilder {
         let entry = arch::load(&parts.memory, info)?;
         marks.built("kernel loaded");
         let cpus = &self.spec.cpus;
-        let vcpus = make_vcpus(&features, &parts.machine, cpus.count)?;
-        arch::set_entry(&vcpus[0], entry)?;
+        let kickers: Vec<_> = (0..cpus.count).map(|_| Kicker::default()).collect();
+        let vcpus = make_vcpus(&features, &parts.machine, &kickers)?;
+        arch::set_entry(vcpus[0].fd(), entry)?;
 
         handles.hotplug = parts.make_hotplug(hotplug, cpus.count)?;
-        let kickers: Vec<_> = vcpus.iter().map(|_| Kicker::default()).collect();
-        let control = Arc::new(RunControl::new(kickers.clone(), cpus.online as usize));
+        let control = Arc::new(RunControl::new(kickers, cpus.online as usize));
         let mut vm = Vm::new(parts, control, serial, handles);
         vm.keep_sockets(sockets);
-        let vcpus = vcpus.into_iter().zip(kickers).enumerate();
-        let vcpus = vcpus.map(|(index, (fd, kicker))| BuiltVcpu {
-            index,
-            vcpu: Vcpu::new(fd, kicker),
-            pin: cpus.pins.get(index).copied(),
-        });
+        let vcpus = vcpus
+            .into_iter()
+            .enumerate()
+            .map(|(index, vcpu)| BuiltVcpu {
+                index,
+                vcpu,
+                pin: cpus.pins.get(index).copied(),
+            });
         let vcpus = vcpus.collect();
         Ok(Built { vm, vcpus })
     }
@@ -320,16 +322,16 @@ impl Parts {
 
 fn make_vcpus(
     features: &arch::Features,
-    machine: &Machine,
-    cpus: u32,
-) -> Result<Vec<VcpuFd>, ArchError> {
+    machine: &Arc<Machine>,
+    kickers: &[Kicker],
+) -> Result<Vec<Vcpu>, ArchError> {
+    let cpus = kickers.len() as u32;
     (0..cpus)
-        .map(|index| {
-            let vcpu = machine
-                .fd()
-                .create_vcpu(index.into())
-                .map_err(ArchError::kvm("make a vCPU"))?;
-            arch::prepare_vcpu(features, &vcpu, index, cpus)?;
+        .zip(kickers)
+        .map(|(index, kicker)| {
+            let vcpu = Vcpu::new(machine, index, kicker.clone());
+            let vcpu = vcpu.map_err(ArchError::kvm("make a vCPU"))?;
+            arch::prepare_vcpu(features, vcpu.fd(), index, cpus)?;
             Ok(vcpu)
         })
         .collect()

@@ -43,11 +43,18 @@ mod marks;
 mod memory;
 mod panic_log;
 mod standard_devices;
-mod sync;
+mod starter;
 mod take_down;
 mod vcpu;
 mod virtio_slot;
 mod vm;
+
+/// Device models, for those who add devices of their own or hold a handle of one.
+pub mod devices {
+    pub use koya_devices::{balloon, blk, fs, mem, net, rate_limit, rng, serial, virtio, vsock};
+    /// Where threads and their roles were.
+    pub use koya_host::{sys, threads};
+}
 
 pub use builder::{StartError, VmBuilder};
 pub use config::{
@@ -57,7 +64,7 @@ pub use config::{
 };
 pub use exit::ExitReason;
 pub use hotplug::{AttachError, AttachedDisk};
-pub use koya_devices as devices;
+pub use koya_host as host;
 pub use marks::{Exits, Mark, Marks};
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};

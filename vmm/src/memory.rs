@@ -16,10 +16,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 /// What a virtual machine holds of the host's memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -44,7 +41,7 @@ pub(crate) fn usage(memory: &Memory) -> io::Result<MemoryUsage> {
 fn usage_of<'m>(regions: impl Iterator<Item = &'m MemoryRegion>) -> io::Result<MemoryUsage> {
     let guest: Vec<(u64, u64)> = regions
         .filter_map(|region| {
-            let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
+            let start = region.mapping().ok()?.ptr_guard().as_ptr() as u64;
             Some((start, start + region.len()))
         })
         .collect();
@@ -413,11 +410,11 @@ mod tests {
             let machine = Arc::new(Machine::new(&kvm, memory).unwrap());
             let features = arch::features(&kvm).unwrap();
             arch::prepare_vm(&features, machine.fd()).unwrap();
-            let vcpu = machine.fd().create_vcpu(0).unwrap();
-            arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
-            arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
+            let vcpu = Vcpu::new(&machine, 0, Kicker::default()).unwrap();
+            arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();
+            arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
             Guest {
-                vcpu: Vcpu::new(vcpu, Kicker::default()),
+                vcpu,
                 room: Room {
                     machine: Arc::downgrade(&machine),
                     start: ROOM,

@@ -16,7 +16,7 @@ use crate::arch;
 use crate::bus::{Bus, Effect};
 use crate::exit::ExitReason;
 use crate::kvm::{Exit, Kicker, Thread, Vcpu};
-use crate::sync::{lock, wait};
+use koya_host::sync::{lock, wait};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// What the vCPUs are to do.

@@ -5,12 +5,11 @@ use crate::bus::Bus;
 use crate::config::{DiskConfig, Spec};
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
-use crate::kvm::{Machine, Thread};
+use crate::kvm::Thread;
 use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::standard_devices::Handles;
-use crate::sync::lock;
 use crate::take_down::TakeDown;
 use crate::vcpu::{self, RunControl};
 use koya_devices::balloon::BalloonHandle;
@@ -19,12 +18,16 @@ use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::rng::RngMetrics;
 use koya_devices::serial::SerialPort;
-use koya_devices::threads;
 use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
+use koya_host::sync::lock;
+use koya_host::threads::{self, Role};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
+
+/// Runs the guest: whatever a device needs started, another thread starts.
+const VCPU: Role = Role::new("koya-vcpu").of_the_guest();
 
 /// A virtual machine. Dropping it stops it; nothing of it is left then: no thread, no
 /// descriptor, no mapping. The guest has no say in how long that takes. A call of the host's that
@@ -37,8 +40,6 @@ pub struct Vm {
     bus: Arc<Bus>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
-    // Last: vCPUs and devices use them.
-    _machine: Arc<Machine>,
     memory: Arc<Memory>,
 }
 
@@ -77,7 +78,6 @@ impl Vm {
             bus,
             serial,
             handles,
-            _machine: parts.machine,
             memory: parts.memory,
         }
     }
@@ -86,7 +86,7 @@ impl Vm {
     pub(crate) fn spawn(&mut self, built: BuiltVcpu) -> Result<(), StartError> {
         let BuiltVcpu { index, vcpu, pin } = built;
         let (control, bus) = (self.control.clone(), self.bus.clone());
-        let thread = threads::spawn(&format!("koya-vcpu{index}"), move || {
+        let thread = threads::spawn_numbered(VCPU, index, move || {
             if let Some(cpu) = pin {
                 stay_on(cpu);
             }

@@ -36,13 +36,13 @@ mod worker;
 mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::sync::lock;
-use crate::threads::Threads;
 use crate::virtio::{
     ActivateError, Activation, COMMON_FEATURES, DeviceKind, Interrupt, Payload, Schema, StateError,
     VirtioDevice, Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use koya_host::threads::{Role, Threads};
 use request::{Request, Status};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -65,6 +65,8 @@ pub const SECTOR_SIZE: u64 = 512;
 pub const MAX_QUEUES: u16 = 16;
 /// Bytes of a serial number.
 pub const ID_SIZE: usize = 20;
+
+const ROLE: Role = Role::new("koya-blk").of_the_guest();
 
 const QUEUE_SIZE: u16 = 256;
 /// Parts of one request: all descriptors but header and status.
@@ -213,7 +215,7 @@ impl Block {
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             metrics: Arc::default(),
             interrupt: Arc::default(),
-            threads: Threads::new("koya-blk")?,
+            threads: Threads::new(ROLE)?,
             serving: None,
         })
     }

@@ -2,7 +2,7 @@
 //! says how many pairs of queues are in use.
 
 use super::Tap;
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{ActiveQueue, Chain, Memory};
 use event_manager::MutEventSubscriber;

@@ -31,14 +31,14 @@ mod tap;
 mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::sync::lock;
-use crate::threads::Threads;
 use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
     ActivateError, Activation, COMMON_FEATURES, DeviceKind, Interrupt, Payload, Schema, StateError,
     VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use koya_host::threads::{Role, Threads};
 use pair::Pair;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -62,6 +62,8 @@ const HEADER_SIZE: usize = 12;
 const NUM_BUFFERS_OFFSET: u32 = 10;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
+
+const ROLE: Role = Role::new("koya-net").of_the_guest();
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -284,7 +286,7 @@ impl Net {
             }),
             tap: Arc::new(tap),
             queue_sizes,
-            threads: Threads::new("koya-net")?,
+            threads: Threads::new(ROLE)?,
             first_pairs: 1,
         })
     }

@@ -1,14 +1,15 @@
-//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue.
+//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue, or an
+//! embedder's own.
 
 use super::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 /// How many chains of a queue are answered before the loop's other sources have their turn: a driver that
 /// keeps its queue full must not have the loop for itself.
-pub(crate) const TURN: usize = 32;
+pub const TURN: usize = 32;
 
-/// A queue, and what answers a chain: how many bytes of it were written.
-pub(crate) struct LoopWorker<S> {
+/// A queue, and what answers a chain: it says how many bytes it wrote into it.
+pub struct LoopWorker<S> {
     queue: ActiveQueue,
     name: &'static str,
     answer: S,
@@ -16,7 +17,7 @@ pub(crate) struct LoopWorker<S> {
 
 impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
     /// `name` is the device's, for what is logged.
-    pub(crate) fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
+    pub fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
         Self {
             queue,
             name,
@@ -28,7 +29,7 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
     ///
     /// # Errors
     /// The driver's faults; the queue can't be used any more.
-    pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
+    pub fn serve(&mut self) -> Result<(), QueueError> {
         self.queue.serve_turn(TURN, &mut self.answer)
     }
 }

@@ -20,10 +20,12 @@ use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, StateError,
     VirtioDevice, Worker,
 };
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
 use std::io;
-use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -61,8 +63,13 @@ pub fn read_empty(offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Runs the workers of active devices: the monitor's event loop, or a test's.
+/// Starts devices, and runs the workers of active ones: the monitor's event loop, or a test's.
 pub trait EventLoop: Send + Sync {
+    /// Does what starts a device, on a thread that may start others; it is done when this returns.
+    ///
+    /// # Errors
+    /// If there is no such thread any more, or it panicked.
+    fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()>;
     /// Starts to run a worker.
     ///
     /// # Errors
@@ -117,7 +124,9 @@ fn own_page() -> io::Result<RegisterPage> {
 
 /// One device behind its MMIO window.
 pub struct MmioTransport {
-    device: Box<dyn VirtioDevice>,
+    /// Shared with the thread that starts it, and no longer than that takes.
+    device: Arc<Mutex<Box<dyn VirtioDevice>>>,
+    kind: DeviceKind,
     memory: Arc<Memory>,
     event_loop: Arc<dyn EventLoop>,
     line: Arc<Line>,
@@ -168,7 +177,8 @@ impl MmioTransport {
         }
         device.publish_config(ConfigSpace::of(&registers));
         let transport = Self {
-            device,
+            kind: device.kind(),
+            device: Arc::new(Mutex::new(device)),
             memory,
             event_loop,
             line: Arc::new(Line {
@@ -192,7 +202,7 @@ impl MmioTransport {
 
     /// Which device it is.
     pub fn kind(&self) -> DeviceKind {
-        self.device.kind()
+        self.kind
     }
 
     /// Whether its driver has started it: DRIVER_OK was set, and the device took its queues.
@@ -227,8 +237,7 @@ impl MmioTransport {
     /// A read of the window by the driver.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            self.device
-                .read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
+            lock(&self.device).read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         data.fill(0);
@@ -243,8 +252,7 @@ impl MmioTransport {
     /// A write to the window by the driver.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            self.device
-                .write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
+            lock(&self.device).write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         let Ok(word) = <[u8; 4]>::try_from(data) else {
@@ -267,7 +275,7 @@ impl MmioTransport {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
-            (VIRTIO_MMIO_DEVICE_ID, self.device.kind().0),
+            (VIRTIO_MMIO_DEVICE_ID, self.kind.0),
             (VIRTIO_MMIO_VENDOR_ID, VENDOR),
             // No shared memory regions: section 4.2.2 says a length of -1.
             (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
@@ -404,7 +412,7 @@ impl MmioTransport {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features()
+        lock(&self.device).features()
     }
 
     fn features_fit(&self) -> bool {
@@ -414,7 +422,7 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
-            guest_fault!("cannot start a {}: {error:?}", self.device.kind());
+            guest_fault!("cannot start a {}: {error:?}", self.kind);
             self.line.needs_reset();
         }
     }
@@ -445,7 +453,7 @@ impl MmioTransport {
         }
         let positions = queues.iter().map(|q| q.as_ref().map(ActiveQueue::position));
         self.positions = positions.collect();
-        let worker = self.device.activate(Activation {
+        let worker = self.start_device(Activation {
             memory: self.memory.clone(),
             interrupt,
             queues,
@@ -465,6 +473,21 @@ impl MmioTransport {
         Ok(())
     }
 
+    /// Activates the device where it may start threads, which a vCPU's thread may not.
+    fn start_device(&self, activation: Activation) -> Result<Worker, ActivateError> {
+        let (device, (sender, answer)) = (self.device.clone(), channel());
+        let work = move || {
+            let activated = lock(&device).activate(activation);
+            sender.send(activated).ok();
+        };
+        let done = self.event_loop.start(Box::new(work));
+        let answer = done.and_then(|()| answer.try_recv().map_err(io::Error::other));
+        answer.map_err(|source| ActivateError::Host {
+            operation: "reach the thread that starts devices",
+            source,
+        })?
+    }
+
     /// Stops whoever serves the queues and says all that is to be kept. The device stands still until
     /// [`resume`](Self::resume), or a reset by its driver.
     ///
@@ -472,7 +495,7 @@ impl MmioTransport {
     /// [`StateError::Unsupported`] for devices whose state is not kept; those go on.
     pub fn save(&mut self) -> Result<Payload, StateError> {
         // Asked first: a device that can't be saved is not to stand still.
-        self.device.save()?;
+        lock(&self.device).save()?;
         self.stand_still();
         let queues = self.queues.iter().map(|queue| QueueState {
             size: queue.size(),
@@ -493,7 +516,7 @@ impl MmioTransport {
             features_select: self.features_select,
             driver_features_select: self.driver_features_select,
             queues: queues.collect(),
-            device: self.device.save()?,
+            device: lock(&self.device).save()?,
         })
     }
 
@@ -537,7 +560,7 @@ impl MmioTransport {
                 return Err(StateError::Misfit("a queue's address is not aligned"));
             }
         }
-        self.device.restore(&state.device)?;
+        lock(&self.device).restore(&state.device)?;
         self.driver_features = state.driver_features;
         if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_fit() {
             return Err(StateError::Misfit(
@@ -579,7 +602,7 @@ impl MmioTransport {
         if !std::mem::take(&mut self.active) {
             return;
         }
-        self.device.stop(worker);
+        lock(&self.device).stop(worker);
         for (queue, position) in self.queues.iter_mut().zip(self.positions.drain(..)) {
             if let Some(position) = position {
                 let (available, used) = position.get();
@@ -593,7 +616,7 @@ impl MmioTransport {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
         self.active = false;
         // Also of a device that stands still: what it kept was for the driver before.
-        self.device.reset(worker);
+        lock(&self.device).reset(worker);
         for queue in &mut self.queues {
             queue.reset();
         }

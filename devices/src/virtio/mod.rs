@@ -2,11 +2,11 @@
 //!
 //! A device does not know its transport. The transport ([`mmio`]) keeps the register file and
 //! the status state machine, and calls the device from a vCPU thread. When the driver is ready
-//! it gives the device its queues ([`Activation`]); the device answers with the [`Worker`] that
-//! serves them, on the event loop or on threads of its own.
+//! it has another thread, which may start others, give the device its queues ([`Activation`]); the
+//! device answers with the [`Worker`] that serves them, on the event loop or on threads of its own.
 
 pub mod chain;
-pub(crate) mod loop_worker;
+pub mod loop_worker;
 pub mod memory;
 pub mod mmio;
 pub mod queue;
@@ -110,10 +110,13 @@ impl Activation {
     }
 }
 
+/// What the event loop runs for a device.
+pub type EventWorker = Box<dyn MutEventSubscriber + Send>;
+
 /// Who serves an active device's queues.
 pub enum Worker {
     /// The event loop.
-    EventLoop(Box<dyn MutEventSubscriber + Send>),
+    EventLoop(EventWorker),
     /// Threads that the device started and that [`VirtioDevice::reset`] joins.
     OwnThreads,
 }
@@ -167,7 +170,7 @@ pub trait VirtioDevice: Send {
     }
     /// The driver writes to the configuration space. Few devices have a field for that.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-    /// Starts to serve the queues.
+    /// Starts to serve the queues. Called by a thread that may start others, while the driver waits.
     ///
     /// # Errors
     /// The driver's faults and the host's; the transport reports both as DEVICE_NEEDS_RESET.
@@ -188,12 +191,12 @@ pub trait VirtioDevice: Send {
     }
     /// Stops to serve the queues, for a while: what is under way ends first and is answered. `worker`
     /// is what the event loop gave back.
-    fn stop(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>) {
+    fn stop(&mut self, worker: Option<EventWorker>) {
         self.reset(worker);
     }
     /// Back to the state before [`activate`](Self::activate): no thread works on the queues when
     /// this returns. `worker` is what the event loop gave back.
-    fn reset(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>);
+    fn reset(&mut self, worker: Option<EventWorker>);
 }
 
 /// Copies the part of `space` that a configuration read asks for; zeroes beyond its end.

@@ -1,7 +1,7 @@
 //! A queue in use: what a device does with it, and nothing else.
 
 use super::{Chain, ChainError, Interrupt, Memory};
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 use thiserror::Error;

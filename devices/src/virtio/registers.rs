@@ -2,7 +2,7 @@
 //! no exit. A write is one either way.
 
 use super::mmio::WINDOW_SIZE;
-use crate::sync::lock;
+use koya_host::sync::lock;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};

@@ -3,7 +3,7 @@
 
 use super::muxer::{Key, Muxer, Watch};
 use super::{FIRST_GUEST_CID, Ports};
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
 };

@@ -165,12 +165,15 @@ impl Machine {
         if len > region.len() - offset.raw_value() {
             return Err(fault());
         }
-        let host = region.get_host_address(offset).map_err(|_| fault())?;
+        // Whatever of it is plugged: the device that plugs blocks says when a part is mapped.
+        let mapping = region.mapping().map_err(|_| fault())?;
+        let host = mapping.offset(offset.raw_value() as usize);
+        let host = host.map_err(|_| fault())?.ptr_guard_mut();
         let region = kvm_userspace_memory_region {
             slot: slot_number(slot)?,
             guest_phys_addr: start.raw_value(),
             memory_size: len,
-            userspace_addr: host as u64,
+            userspace_addr: host.as_ptr() as u64,
             flags: 0,
         };
         // SAFETY: the host range lies within the mapping of this region, which `memory` keeps alive until

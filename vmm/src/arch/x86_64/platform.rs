@@ -4,8 +4,8 @@
 use super::super::ArchError;
 use super::reset_line::ResetLine;
 use crate::bus::{Bus, BusDevice, Effect};
-use crate::sync::lock;
 use koya_devices::serial::SerialPort;
+use koya_host::sync::lock;
 use kvm_ioctls::VmFd;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
