@@ -4,9 +4,8 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use koya_devices::virtio::Memory;
-use koya_vmm::arch;
-use koya_vmm::bus::Bus;
-use koya_vmm::kvm::{self, Exit, Kicker, Machine, Vcpu};
+use koya_vmm::internals::{self as arch, Bus, Exit, Kicker, Machine, Vcpu};
+use koya_vmm::kvm;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

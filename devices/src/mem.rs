@@ -311,6 +311,19 @@ impl MemHandle {
     }
 }
 
+/// A region of guest memory that is the guest's slot by slot; see [`Mem::with_slots`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlottedRegion {
+    /// Its first address.
+    pub start: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What the guest's kernel adds memory in, in bytes.
+    pub memory_block: u64,
+    /// A multiple of [`BLOCK_SIZE`].
+    pub slot_size: u64,
+}
+
 impl Mem {
     /// A device for the region of guest memory at `start`, of which nothing is plugged. `memory_block` is
     /// what the guest's kernel adds memory in: what it can't use of one has room in the next.
@@ -321,23 +334,25 @@ impl Mem {
         Self::make(start, size, memory_block, size, None)
     }
 
-    /// The same for a region of `memory` that is the guest's slot by slot; `slot_size` is a multiple of
-    /// [`BLOCK_SIZE`].
+    /// The same for a region of `memory` that is the guest's slot by slot.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_slots(
-        start: u64,
-        size: u64,
-        memory_block: u64,
+        region: SlottedRegion,
         memory: &Arc<Memory>,
-        slot_size: u64,
         slots: impl MemorySlots + 'static,
     ) -> io::Result<Self> {
         let backing = Backing {
             slots: Box::new(slots),
             memory: Arc::downgrade(memory),
         };
+        let SlottedRegion {
+            start,
+            size,
+            memory_block,
+            slot_size,
+        } = region;
         Self::make(start, size, memory_block, slot_size, Some(backing))
     }
 

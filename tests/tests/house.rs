@@ -207,6 +207,7 @@ const OF_A_PC: &[&str] = &[
     "e820",
     "ioapic",
     "lapic",
+    "BzImage",
 ];
 
 #[test]
@@ -337,4 +338,117 @@ fn threads_are_started_by_their_role() {
             );
         }
     }
+}
+
+/// All that koya-vmm offers: what is not in here is not public by accident.
+const OF_KOYA_VMM: &[&str] = &[
+    "ArchError",
+    "AttachError",
+    "AttachedDisk",
+    "ConfigError",
+    "DiskConfig",
+    "ExitReason",
+    "Exits",
+    "HugePages",
+    "MAX_CPUS",
+    "MAX_DISK_QUEUES",
+    "MAX_DISK_SLOTS",
+    "MAX_MEMORY_MIB",
+    "MAX_NET_QUEUES",
+    "MIN_MEMORY_MIB",
+    "Mark",
+    "Marks",
+    "MemoryBacking",
+    "MemoryError",
+    "MemoryUsage",
+    "NetConfig",
+    "Overlap",
+    "Serial",
+    "Spec",
+    "StartError",
+    "Vm",
+    "VmBuilder",
+    "VmConfig",
+    "VmHandle",
+    "VsockConfig",
+    "devices",
+    "devices::balloon",
+    "devices::blk",
+    "devices::fs",
+    "devices::mem",
+    "devices::net",
+    "devices::rate_limit",
+    "devices::rng",
+    "devices::serial",
+    "devices::sys",
+    "devices::threads",
+    "devices::virtio",
+    "devices::vsock",
+    "guest_text",
+    "host",
+    "internals",
+    "kvm",
+];
+
+/// The names of `pub use` and `pub mod` items, those of a module written out with its name before them. What
+/// is hidden from documentation is named, and not what is in it.
+fn public_names(text: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut module: Option<String> = None;
+    let code: String = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let mut rest = code.as_str();
+    while let Some(at) = rest
+        .find("pub ")
+        .into_iter()
+        .chain(rest.find("\n}\n"))
+        .min()
+    {
+        if rest[at..].starts_with("\n}") {
+            module = None;
+            rest = &rest[at + 2..];
+            continue;
+        }
+        let item = rest[at + 4..].trim_start();
+        let within = |name: &str| match &module {
+            Some(module) => format!("{module}::{name}"),
+            None => name.to_owned(),
+        };
+        if let Some(used) = item.strip_prefix("use ") {
+            let used = used.split(';').next().unwrap_or_default();
+            let list = used.split_once('{').map(|(_, list)| list);
+            let last = || used.rsplit("::").next().unwrap_or(used);
+            for name in list.unwrap_or_else(last).split([',', '}']) {
+                let name = name.rsplit(" as ").next().unwrap_or(name);
+                let name = name.rsplit("::").next().unwrap_or(name).trim();
+                if !name.is_empty() {
+                    names.insert(within(name));
+                }
+            }
+        } else if let Some(named) = item.strip_prefix("mod ") {
+            let name = named.split([' ', ';']).next().unwrap_or_default();
+            names.insert(within(name));
+            let is_open = named.split(';').next().is_some_and(|m| m.contains('{'));
+            module = is_open.then(|| name.to_owned());
+        } else {
+            let line = item.lines().next().unwrap_or_default();
+            names.insert(format!("something else: {line}"));
+        }
+        rest = &rest[at + 4..];
+    }
+    names.retain(|name| !name.starts_with("internals::"));
+    names
+}
+
+#[test]
+fn the_monitor_shows_what_it_means_to() {
+    let names = public_names(&read("vmm/src/lib.rs"));
+    let wanted: BTreeSet<String> = OF_KOYA_VMM.iter().map(|name| (*name).to_owned()).collect();
+    let more: Vec<_> = names.difference(&wanted).collect();
+    let less: Vec<_> = wanted.difference(&names).collect();
+    assert!(more.is_empty(), "public, and not meant to be: {more:?}");
+    assert!(less.is_empty(), "meant to be public, and not: {less:?}");
 }

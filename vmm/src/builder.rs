@@ -159,8 +159,7 @@ impl VmBuilder {
 
     fn build_with(mut self, kvm: &Kvm) -> Result<Built, StartError> {
         let memory = Arc::new(memory::reserve(&self.spec.memory)?);
-        let machine = Machine::new(kvm, memory.clone())
-            .map_err(|(operation, source)| ArchError::Kvm { operation, source })?;
+        let machine = Machine::new(kvm, memory.clone())?;
         // Interrupt controllers come before vCPUs and before anything that raises interrupts.
         let features = arch::features(kvm)?;
         arch::prepare_vm(&features, machine.fd())?;

@@ -6,7 +6,7 @@
 use crate::arch;
 use crate::config::{HugePages, MemoryBacking, MemorySpec};
 use crate::kvm::Machine;
-use koya_devices::mem::{self, Mem, MemorySlots};
+use koya_devices::mem::{self, Mem, MemorySlots, SlottedRegion};
 use koya_devices::sys::Advice;
 use koya_devices::virtio::{Memory, MemoryRegion};
 use kvm_ioctls::Kvm;
@@ -165,9 +165,13 @@ pub(crate) fn device(
         len: spec.hotplug_bytes,
         slot_size: mem::slot_size(spec.hotplug_bytes, most),
     };
-    let block = arch::layout::memory_block(spec.bytes);
-    let (start, len, slot_size) = (slots.start, slots.len, slots.slot_size);
-    Mem::with_slots(start, len, block, memory, slot_size, slots).map(Some)
+    let region = SlottedRegion {
+        start: slots.start,
+        size: slots.len,
+        memory_block: arch::layout::memory_block(spec.bytes),
+        slot_size: slots.slot_size,
+    };
+    Mem::with_slots(region, memory, slots).map(Some)
 }
 
 /// The room for more memory, as KVM has it.

@@ -1,7 +1,7 @@
 //! What differs between architectures, behind one small interface.
 //!
 //! Both directories have the same file names and offer the same functions:
-//! - [`kernel_format`]: which kind of kernel a file's first bytes are
+//! - [`KernelFormat`], [`kernel_format`]: which kind of kernel a file's first bytes are
 //! - [`layout`]: the guest's physical memory, region by region, and the MMIO slots for virtio devices
 //! - [`features`]: what KVM offers to vCPUs
 //! - [`prepare_vm`]: what KVM needs before vCPUs exist (interrupt controller, clock)
@@ -30,11 +30,11 @@ pub use x86_64::*;
 
 /// Where a virtio-mmio device may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MmioSlot {
+pub(crate) struct MmioSlot {
     /// Guest physical address of the registers, a page of them.
-    pub address: u64,
+    pub(crate) address: u64,
     /// The interrupt's number, as KVM's irqfd counts them (GSI).
-    pub irq: u32,
+    pub(crate) irq: u32,
 }
 
 /// A machine as its guest is to find it. How the guest is told is the platform's business.
@@ -77,12 +77,13 @@ pub enum ArchError {
         source: kvm_ioctls::Error,
     },
     /// The kernel or initramfs does not fit, or is broken.
-    #[error("cannot load {what}: {reason}")]
+    #[error("cannot load {what}")]
     Load {
         /// Kernel, initramfs, command line.
         what: &'static str,
         /// What is wrong.
-        reason: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Two devices of the platform's in one place.
     #[error(transparent)]
@@ -97,10 +98,13 @@ impl ArchError {
         move |source| Self::Kvm { operation, source }
     }
 
-    pub(crate) fn load<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |error| Self::Load {
+    pub(crate) fn load<E>(what: &'static str) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        move |source| Self::Load {
             what,
-            reason: error.to_string(),
+            source: source.into(),
         }
     }
 }

@@ -7,7 +7,7 @@ pub use devices::{
     DiskConfig, MAX_DISK_QUEUES, MAX_DISK_SLOTS, MAX_NET_QUEUES, NetConfig, VsockConfig,
 };
 
-use crate::arch;
+use crate::arch::{self, KernelFormat};
 use koya_devices::net::Net;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use serde::{Deserialize, Serialize};
@@ -219,17 +219,8 @@ pub enum ConfigError {
     },
 }
 
-/// How a kernel file is booted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KernelFormat {
-    /// Uncompressed ELF, entered by the 64-bit Linux boot protocol.
-    Elf,
-    /// x86 compressed image, entered at its 64-bit entry.
-    BzImage,
-}
-
 /// What the virtual machine starts with.
-pub enum Boot {
+pub(crate) enum Boot {
     /// A Linux kernel.
     Linux {
         /// The open kernel file.

@@ -15,14 +15,14 @@ const MMIO_SLOTS: u64 = 0x4000_0000;
 const FIRST_IRQ: u32 = 0;
 
 /// Where the kernel leaves its last words.
-pub const PANIC_LOG: u64 = MEMORY_START;
+pub(crate) const PANIC_LOG: u64 = MEMORY_START;
 /// Size of the panic log, in bytes.
-pub const PANIC_LOG_SIZE: u64 = 0x1_0000;
+pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
 /// How many virtio devices a guest can have.
-pub const MAX_DEVICES: usize = 64;
+pub(crate) const MAX_DEVICES: usize = 64;
 
 /// The slot of device `index`; none beyond [`MAX_DEVICES`].
-pub fn device_slot(index: usize) -> Option<MmioSlot> {
+pub(crate) fn device_slot(index: usize) -> Option<MmioSlot> {
     (index < MAX_DEVICES).then(|| MmioSlot {
         address: MMIO_SLOTS + 0x1000 * index as u64,
         irq: FIRST_IRQ + index as u32,
@@ -30,7 +30,7 @@ pub fn device_slot(index: usize) -> Option<MmioSlot> {
 }
 
 /// Hot-plug slot `index`, behind those of all devices. Hot-plug slots share an interrupt.
-pub fn hotplug_slot(index: usize) -> MmioSlot {
+pub(crate) fn hotplug_slot(index: usize) -> MmioSlot {
     MmioSlot {
         address: MMIO_SLOTS + 0x1000 * (MAX_DEVICES + index) as u64,
         irq: FIRST_IRQ + MAX_DEVICES as u32,
@@ -38,16 +38,16 @@ pub fn hotplug_slot(index: usize) -> MmioSlot {
 }
 
 /// Where `bytes` of memory lie.
-pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
+pub(crate) fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(MEMORY_START, bytes)]
 }
 
 /// Linux's memory block, in bytes: what the room for more memory is a multiple of.
-pub fn memory_block(_bytes: u64) -> u64 {
+pub(crate) fn memory_block(_bytes: u64) -> u64 {
     128 << 20
 }
 
 /// Where the room for more memory begins, if there are `bytes` at the start.
-pub fn hotplug_start(bytes: u64) -> u64 {
+pub(crate) fn hotplug_start(bytes: u64) -> u64 {
     (MEMORY_START + bytes).next_multiple_of(1 << 30)
 }

@@ -4,13 +4,13 @@
 
 use super::{ArchError, BootInfo, linux};
 use crate::bus::Bus;
-use crate::config::{Boot, KernelFormat};
+use crate::config::Boot;
 use koya_devices::serial::SerialPort;
 use koya_devices::virtio::Memory;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 
-pub mod layout;
+pub(crate) mod layout;
 
 /// What the guest's kernel is told in any case: how it ends, and where to unpack the initramfs. The
 /// console and the devices are the device tree's.
@@ -22,18 +22,24 @@ const CMDLINE_SIZE: usize = 2048;
 
 /// Whether memory of the host's can stand for registers that a guest reads: it reads them past the caches, and
 /// would not see what the host wrote.
-pub const READS_MEMORY_OF_DEVICES: bool = false;
+pub(crate) const READS_MEMORY_OF_DEVICES: bool = false;
 
 const NOT_YET: &str = "booting a guest on aarch64";
 
-/// Which kind of kernel begins with `head`. An Image is one (Documentation/arch/arm64/booting.rst), and
-/// refused until it can be booted.
+/// How a kernel file is booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KernelFormat {
+    /// Documentation/arch/arm64/booting.rst
+    Image,
+}
+
+/// Which kind of kernel begins with `head`.
 ///
 /// # Errors
 /// A sentence for the user.
-pub fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
+pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     match head.get(56..60) {
-        Some(b"ARM\x64") => Err(format!("{NOT_YET} is not supported")),
+        Some(b"ARM\x64") => Ok(KernelFormat::Image),
         _ => Err("is not an aarch64 Image".into()),
     }
 }
@@ -51,7 +57,7 @@ pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
 ///
 /// # Errors
 /// Whenever there is a serial port, for now.
-pub fn attach_platform(
+pub(crate) fn attach_platform(
     _vm: &VmFd,
     _bus: &mut Bus,
     serial: Option<&Arc<Mutex<SerialPort>>>,
@@ -96,12 +102,10 @@ pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
 /// Kernel and device tree into memory.
 ///
 /// # Errors
-/// A command line that is too long; else always, for now.
+/// What does not fit; else always, for now.
 pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
-    if let Boot::Flat(_) = info.boot {
-        return Err(ArchError::Unsupported("flat code on aarch64"));
-    }
     let line = cmdline(&info);
+    check_sizes(info.boot, info.memory.bytes)?;
     if line.len() >= CMDLINE_SIZE {
         let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
         return Err(ArchError::load("the command line")(reason));
@@ -110,6 +114,31 @@ pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchEr
     let (slots, later) = (info.slots, info.hotplug_slots);
     log::debug!("a device tree would have {slots:x?} and {later:x?}");
     Err(ArchError::Unsupported(NOT_YET))
+}
+
+/// Whether what is loaded has room in this much memory.
+fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
+    let (files, format) = match boot {
+        Boot::Linux {
+            kernel,
+            format,
+            initramfs,
+            ..
+        } => ([Some(kernel), initramfs.as_ref()], format),
+        Boot::Flat(code) => {
+            let reason = format!("{} bytes of real-mode code are x86_64's", code.len());
+            return Err(ArchError::load("flat code")(reason));
+        }
+    };
+    let mut bytes = layout::PANIC_LOG_SIZE;
+    for file in files.into_iter().flatten() {
+        bytes += file.metadata().map_err(ArchError::load("a file"))?.len();
+    }
+    if bytes > memory_bytes {
+        let reason = format!("{format:?} and initramfs are {bytes} bytes, memory {memory_bytes}");
+        return Err(ArchError::load("the kernel")(reason));
+    }
+    Ok(())
 }
 
 fn cmdline(info: &BootInfo<'_>) -> String {
@@ -123,9 +152,9 @@ fn cmdline(info: &BootInfo<'_>) -> String {
 }
 
 /// Nothing to tell: the architecture's timer stops with the vCPU.
-pub fn after_pause(_vcpu: &VcpuFd) {}
+pub(crate) fn after_pause(_vcpu: &VcpuFd) {}
 
 /// The registers that matter in a report of a failed vCPU.
-pub fn describe_vcpu(_vcpu: &VcpuFd) -> String {
+pub(crate) fn describe_vcpu(_vcpu: &VcpuFd) -> String {
     "registers are not shown on aarch64".into()
 }

@@ -2,8 +2,8 @@
 //! Documentation/arch/x86/boot.rst, the 64-bit boot protocol.
 
 use super::super::{ArchError, BootInfo};
-use super::{Entry, cmdline, layout, mptable, regs};
-use crate::config::{Boot, KernelFormat};
+use super::{Entry, KernelFormat, cmdline, layout, mptable, regs};
+use crate::config::Boot;
 use koya_devices::virtio::Memory;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -87,7 +87,7 @@ fn load_kernel(
                 BzImage::load(memory, place, file, high).map_err(ArchError::load("the kernel"))?;
             params.hdr = loaded.setup_header.ok_or(ArchError::Load {
                 what: "the kernel",
-                reason: "the bzImage has no setup header".into(),
+                source: "the bzImage has no setup header".into(),
             })?;
             // It unpacks itself into init_size bytes from where it was put.
             let end = loaded.kernel_load.0 + u64::from(params.hdr.init_size);
@@ -114,11 +114,12 @@ fn load_initramfs(
         .filter(|a| *a >= kernel_end)
         .ok_or_else(|| ArchError::Load {
             what: WHAT,
-            reason: format!(
+            source: format!(
                 "{} KiB do not fit behind the kernel in {} MiB of memory",
                 len >> 10,
                 low >> 20
-            ),
+            )
+            .into(),
         })?;
     let count = usize::try_from(len).map_err(ArchError::load(WHAT))?;
     memory
@@ -220,7 +221,8 @@ mod tests {
         file.set_len(40 << 20).unwrap();
         let mut file = file;
         let error = load_initramfs(&memory(32), 32 << 20, &mut file, 0x100_0000).unwrap_err();
-        assert!(error.to_string().contains("do not fit"), "{error}");
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("do not fit"), "{error}: {source}");
     }
 
     #[test]

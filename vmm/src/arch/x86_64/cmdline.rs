@@ -38,8 +38,8 @@ fn slot_word(slot: MmioSlot) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arch::layout;
-    use crate::config::{Boot, CpuSpec, KernelFormat, MemorySpec};
+    use crate::arch::{KernelFormat, layout};
+    use crate::config::{Boot, CpuSpec, MemorySpec};
 
     fn line(serial: Serial, online: u32, hotplug_bytes: u64) -> String {
         let mut boot = Boot::Linux {

@@ -19,7 +19,7 @@ pub(super) const SERIAL_IRQ: u32 = 4;
 ///
 /// # Errors
 /// What KVM refused.
-pub fn attach_platform(
+pub(crate) fn attach_platform(
     vm: &VmFd,
     bus: &mut Bus,
     serial: Option<&Arc<Mutex<SerialPort>>>,
