@@ -110,7 +110,6 @@ impl Bus {
     ///
     /// # Errors
     /// If there is another.
-    #[cfg_attr(not(test), allow(dead_code))] // Only some platforms have ports.
     pub fn add_ports(
         &mut self,
         range: Range<u16>,

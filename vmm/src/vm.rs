@@ -5,7 +5,7 @@ use crate::bus::Bus;
 use crate::config::{DiskConfig, Spec};
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
-use crate::kvm::Thread;
+use crate::kvm::{Machine, Thread};
 use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
@@ -41,6 +41,8 @@ pub struct Vm {
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
     memory: Arc<Memory>,
+    /// Whoever asks for memory slots finds it there until all of it is taken down; vCPUs have it by themselves.
+    _machine: Arc<Machine>,
 }
 
 /// Controls a virtual machine from any thread; useless, but harmless, after its end.
@@ -79,6 +81,7 @@ impl Vm {
             serial,
             handles,
             memory: parts.memory,
+            _machine: parts.machine,
         }
     }
 

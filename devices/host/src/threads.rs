@@ -241,8 +241,8 @@ mod tests {
         let quiet = Role::new("koya-quiet").without_signals();
         for role in [quiet, LEAF] {
             let blocked = spawn(role, blocked_signals).unwrap().join().unwrap();
-            // All but SIGKILL and SIGSTOP, and the two that a C library keeps open for itself.
-            assert!(blocked.count_ones() >= 60, "{blocked:#x}");
+            // All but SIGKILL and SIGSTOP, and the few that a C library keeps open for itself.
+            assert!(blocked.count_ones() >= 59, "{blocked:#x}");
         }
     }
 
