@@ -26,10 +26,10 @@
 //!   or what a device had under way, goes back when the owner asks for another size, when it asks for that
 //!   ([`MemHandle::discard_unplugged`]), and once a second while the guest unplugs.
 
+mod region;
 mod slots;
 
 use crate::fault::guest_fault;
-use crate::give_back::discard;
 use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
     ActivateError, Activation, COMMON_FEATURES, Chain, DeviceKind, Interrupt, Memory, Payload,
@@ -37,6 +37,7 @@ use crate::virtio::{
 };
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
+use region::Region;
 use serde::{Deserialize, Serialize};
 use slots::Slots;
 use std::io;
@@ -44,7 +45,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -133,111 +133,6 @@ pub struct MemState {
     pub requested: u64,
     /// What is plugged: the first block and how many, run by run.
     pub plugged: Vec<(u64, u64)>,
-}
-
-/// The region's state.
-struct Region {
-    start: u64,
-    size: u64,
-    usable: u64,
-    requested: u64,
-    plugged: u64,
-    /// How far beyond what is requested the driver may look for blocks.
-    slack: u64,
-    /// One a block: whether it is plugged.
-    blocks: Vec<bool>,
-    slots: Slots,
-    /// When all that is not plugged last went back.
-    swept: Instant,
-}
-
-impl Region {
-    /// The blocks that a request names, if it is one that a driver may make.
-    fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
-        let offset = address.checked_sub(self.start)?;
-        let len = u64::from(count) * BLOCK_SIZE;
-        let fits = offset % BLOCK_SIZE == 0 && offset.checked_add(len)? <= self.usable;
-        let first = (offset / BLOCK_SIZE) as usize;
-        (fits && count > 0).then(|| first..first + usize::from(count))
-    }
-
-    fn set(&mut self, memory: &Memory, range: Range<usize>, plugged: bool) {
-        let len = range.len() as u64 * BLOCK_SIZE;
-        self.blocks[range.clone()].fill(plugged);
-        self.slots.set(&range, plugged);
-        match plugged {
-            true => self.plugged += len,
-            false => self.plugged -= len,
-        }
-        self.show(memory, range, plugged);
-    }
-
-    /// Lets devices use blocks, or has them refuse those.
-    fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
-        if let Some(region) = memory.find_region(GuestAddress(self.start)) {
-            region.set_plugged(range, plugged);
-        }
-    }
-
-    /// How many slots there may be.
-    fn most_slots(&self) -> usize {
-        self.slots
-            .holding(self.requested.saturating_add(self.slack))
-    }
-
-    fn discard(&self, memory: &Memory, range: Range<usize>) {
-        let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
-        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
-            // The next sweep tries again.
-            guest_fault!("cannot give unplugged memory back: {error}");
-        }
-    }
-
-    /// Gives back all that is not plugged.
-    fn sweep(&mut self, backing: Option<&Backing>, memory: &Memory) {
-        self.swept = Instant::now();
-        remove_empty(&mut self.slots, backing);
-        for run in self.runs(false) {
-            self.discard(memory, run);
-        }
-    }
-
-    /// The blocks that are plugged, or that are not, run by run.
-    fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
-        let mut runs = Vec::new();
-        let mut first = 0;
-        for run in self.blocks.chunk_by(|one, next| one == next) {
-            if run[0] == plugged {
-                runs.push(first..first + run.len());
-            }
-            first += run.len();
-        }
-        runs
-    }
-
-    /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
-    /// told that it never was, so it shrinks only when the driver has given all back (UNPLUG_ALL).
-    fn grow_usable(&mut self) {
-        let wanted = self.requested.saturating_add(self.slack).min(self.size);
-        self.usable = self.usable.max(wanted);
-    }
-
-    /// `struct virtio_mem_config` (section 5.15.4).
-    fn config(&self) -> Vec<u8> {
-        let node_and_padding = 0;
-        [
-            BLOCK_SIZE,
-            node_and_padding,
-            self.start,
-            self.size,
-            self.usable,
-            self.plugged,
-            self.requested,
-        ]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
-    }
 }
 
 struct Shared {

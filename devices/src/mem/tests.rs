@@ -3,7 +3,7 @@ use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
 use crate::virtio::{ActiveQueue, MemoryRegion};
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
-use vm_memory::{Bytes, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 const START: u64 = 1 << 32;
 const SIZE: u64 = 512 << 20;
