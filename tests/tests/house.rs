@@ -63,8 +63,9 @@ fn crates_depend_only_on_those_below_them() {
         ("vmm/Cargo.toml", &["koya-devices"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
         ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
-        ("runtime/cli/Cargo.toml", &["koya"]),
-        ("runtime/shim/Cargo.toml", &["koya"]),
+        ("runtime/tasks/Cargo.toml", &["koya"]),
+        ("runtime/cli/Cargo.toml", &["koya", "koya-tasks"]),
+        ("runtime/shim/Cargo.toml", &["koya", "koya-tasks"]),
         (
             "benches/Cargo.toml",
             &["koya-devices", "koya-vmm", "koya", "koya-protocol"],

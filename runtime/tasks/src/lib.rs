@@ -1,0 +1,42 @@
+//! Tasks: the containers of one sandbox, and their life cycle as runtimes have it.
+//!
+//! A [`TaskSet`] is what containerd's shim serves, and what another runtime would: tasks are created from OCI
+//! bundles, started, signalled, paused, deleted; processes are added to them. The first task brings the virtual
+//! machine, which ends with it. What comes to pass goes to an [`EventSink`].
+//!
+//! A request blocks its thread while the guest or the host works, but holds no lock: the state is behind one lock,
+//! each process and its streams behind one of their own (`sync::Level` has their order), and whoever changes
+//! a task has its turn (`set::Turn`). Nothing here is the whole process's but what its name says:
+//! [`cgroup::enter`] and [`cgroup::leave`] move the process, and [`Spec::enter_namespaces`] its only thread.
+
+pub mod cgroup;
+mod control;
+mod create;
+mod error;
+mod event;
+mod exec;
+mod lifecycle;
+mod logger;
+mod machine;
+mod mounts;
+mod namespaces;
+mod pid_holder;
+mod process;
+mod relay;
+mod resize;
+mod set;
+mod size;
+mod spec;
+mod stdio;
+mod stop;
+mod sync;
+
+pub use create::CreateTask;
+pub use error::Error;
+pub use event::{Event, EventSink};
+pub use exec::ExecTask;
+pub use mounts::Mount;
+pub use process::{Exit, ExitWatch, Status};
+pub use set::{TaskSet, TaskSetConfig, TaskState};
+pub use spec::{Role, Spec};
+pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
