@@ -30,6 +30,8 @@ mod spec;
 mod stdio;
 mod stop;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 pub use create::CreateTask;
 pub use error::Error;

@@ -8,13 +8,7 @@ use crate::set::{KILLED, LOST, Task, TaskSet};
 use koya::Step;
 use koya::vmm::guest_text::Warnings;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-/// How long processes that were added to a container may take to be reported before its init process.
-const EXECS_FIRST: Duration = Duration::from_secs(2);
-/// How long a container that is deleted before it was started may take to end. If it does not, its virtual
-/// machine ends before that or, where other containers live in it, with the removal that follows.
-const KILL_LIMIT: Duration = Duration::from_secs(12);
+use std::time::SystemTime;
 
 impl TaskSet {
     /// Starts a process: the init process, if `exec_id` is empty. The answer is the process on the host that
@@ -125,7 +119,7 @@ impl TaskSet {
     /// Processes that were added end with the init process, and are reported before it.
     fn end_execs(&self, task: &Task, at: SystemTime) {
         let runs = |exec: &Arc<Exec>| exec.process.status() == Status::Running;
-        self.wait_for(EXECS_FIRST, |state| {
+        self.wait_for(self.patience.execs, |state| {
             (!state.execs(task).iter().any(runs)).then_some(())
         });
         // The guest still has to report the others, and nobody is to wait for it.
@@ -232,7 +226,7 @@ impl TaskSet {
             && let Some(container) = task.container()
         {
             container.kill(false).ok();
-            self.wait_for(KILL_LIMIT, |_| process.exit());
+            self.wait_for(self.patience.kill, |_| process.exit());
         }
         let exit = process.exit().unwrap_or_else(never_started);
         // Whoever still waits for one that never ran.

@@ -16,10 +16,37 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
-/// How long the guest may hold a request about a container that has ended, and that is to be deleted; and how
-/// long where another container runs, which may have asked for something that takes its time.
-const HELD_LIMIT: Duration = Duration::from_secs(15);
-const HELD_BESIDE_OTHERS: Duration = Duration::from_secs(90);
+/// How long a task set waits for what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// The guest may hold a request about a container that has ended, and that is to be deleted.
+    pub(crate) held: Duration,
+    /// The same where another container runs, which may have asked for something that takes its time.
+    pub(crate) held_beside_others: Duration,
+    /// Exec processes may take to be reported before the init process.
+    pub(crate) execs: Duration,
+    /// A container that is deleted before it was started may take to end. If it does not, its virtual
+    /// machine ends before that or, where other containers live in it, with the removal that follows.
+    pub(crate) kill: Duration,
+    /// At the end a virtual machine that starts may take to be taken back: it has done nothing yet.
+    pub(crate) start: Duration,
+    /// At the end a guest may take to write out what it has not written yet: the sandbox has limits of its
+    /// own, which end before this.
+    pub(crate) stop: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            held: Duration::from_secs(15),
+            held_beside_others: Duration::from_secs(90),
+            execs: Duration::from_secs(2),
+            kill: Duration::from_secs(12),
+            start: Duration::from_secs(2),
+            stop: Duration::from_secs(620),
+        }
+    }
+}
 
 /// The status of a process whose virtual machine ended.
 pub(crate) const LOST: u32 = 255;
@@ -129,12 +156,12 @@ impl State {
     }
 
     /// How long a request about a task may hold up its deletion.
-    fn held_limit(&self, task: &Task) -> Duration {
+    fn held_limit(&self, task: &Task, patience: &Patience) -> Duration {
         let others = self.entries.values().map(|entry| &entry.task);
         let mut others = others.filter(|other| other.id != task.id && !other.is_pod());
         match others.any(|other| other.init.status() != Status::Stopped) {
-            true => HELD_BESIDE_OTHERS,
-            false => HELD_LIMIT,
+            true => patience.held_beside_others,
+            false => patience.held,
         }
     }
 }
@@ -157,6 +184,7 @@ pub struct TaskSetConfig {
 pub struct TaskSet {
     pub(crate) config: TaskSetConfig,
     pub(crate) boot: Boot,
+    pub(crate) patience: Patience,
     events: Arc<dyn EventSink>,
     state: Ordered<State>,
     pub(crate) changed: Condvar,
@@ -214,17 +242,19 @@ impl std::ops::Deref for ProcessOf {
 impl TaskSet {
     /// Without tasks, and without a virtual machine.
     pub fn new(config: TaskSetConfig, events: Arc<dyn EventSink>) -> Arc<Self> {
-        Self::with_boot(config, events, Box::new(boot_sandbox))
+        Self::with(config, events, Box::new(boot_sandbox), Patience::default())
     }
 
-    pub(crate) fn with_boot(
+    pub(crate) fn with(
         config: TaskSetConfig,
         events: Arc<dyn EventSink>,
         boot: Boot,
+        patience: Patience,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
             boot,
+            patience,
             events,
             state: Ordered::new(Level::Set, State::default()),
             changed: Condvar::new(),
@@ -349,7 +379,7 @@ impl TaskSet {
                 if state.take_turn(task)? {
                     return Ok(self.turn_of(task));
                 }
-                let held = state.held_limit(task);
+                let held = state.held_limit(task, &self.patience);
                 let left = held.saturating_sub(started.elapsed());
                 if left.is_zero() {
                     break state.machine();

@@ -7,12 +7,6 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-/// How long a virtual machine that starts may take to be taken back: it has done nothing yet.
-const START_LIMIT: Duration = Duration::from_secs(2);
-/// How long a guest may take to write out what it has not written yet, at the end: the sandbox has
-/// limits of its own, which end before this.
-const STOP_LIMIT: Duration = Duration::from_secs(620);
-
 impl TaskSet {
     pub(crate) fn is_stopping(&self) -> bool {
         self.lock().is_stopping
@@ -50,13 +44,13 @@ impl TaskSet {
     /// and takes away what was mounted.
     pub fn finish(&self) {
         self.stop();
-        let machine = self.wait_for(START_LIMIT, |state| match &state.machine {
+        let machine = self.wait_for(self.patience.start, |state| match &state.machine {
             Machine::Starting => None,
             Machine::Absent => Some(None),
             Machine::Running(machine) => Some(Some(machine.clone())),
         });
         if let Some(machine) = machine.flatten() {
-            wait_ended(&machine, STOP_LIMIT);
+            wait_ended(&machine, self.patience.stop);
             machine.kill();
         }
         let tasks: Vec<_> = self.change(|state| {
