@@ -157,9 +157,13 @@ fn start_log(bundle: &Path, debug: bool) {
         return;
     };
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let level = if debug { "debug" } else { "info" };
+    // ttrpc's client takes an answer that comes after its limit for an error.
+    let filters = match debug {
+        true => "debug",
+        false => "info,ttrpc::sync::client=off",
+    };
     env_logger::Builder::new()
-        .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| level.into()))
+        .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| filters.into()))
         .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
         .try_init()
         .ok();
