@@ -7,6 +7,7 @@ use crate::machine::GuestContainer;
 use crate::process::{Action, Exit, Handle, Status};
 use crate::set::{ProcessOf, SIGKILL, Task, TaskSet};
 use crate::size::Limits;
+use crate::terminate::send;
 use anyhow::anyhow;
 use koya::ContainerStats;
 use koya::oci_spec::runtime as oci;
@@ -47,10 +48,8 @@ impl TaskSet {
         };
         let all = all && exec_id.is_empty();
         let sent = match &handle {
-            // The host sees to its end, whatever the guest says to it.
-            Handle::Init(container) if signal == SIGKILL => container.kill(all),
-            Handle::Init(container) if all => container.signal_all(signal as i32),
-            _ => handle.process().signal(signal as i32),
+            Handle::Init(container) => send(&**container, signal as i32, all),
+            Handle::Exec(process) => process.signal(signal as i32),
         };
         match sent {
             Err(koya::Error::NoProcess { .. }) => Err(Error::Finished("process already finished")),

@@ -30,6 +30,7 @@ mod spec;
 mod stdio;
 mod stop;
 mod sync;
+mod terminate;
 #[cfg(test)]
 mod tests;
 
@@ -42,3 +43,4 @@ pub use process::{Exit, ExitWatch, Status};
 pub use set::{TaskSet, TaskSetConfig, TaskState};
 pub use spec::{Role, Spec};
 pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
+pub use terminate::{send_signal, terminate};

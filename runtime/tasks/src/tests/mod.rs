@@ -2,6 +2,7 @@
 
 mod life;
 mod stop;
+mod terminate;
 
 use crate::Error;
 use crate::create::CreateTask;
