@@ -180,30 +180,41 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
             terminal,
             interactive,
         } => {
-            let own = container.config().context("it has no configuration")?;
-            let own = &own.process;
             let stdio = match (terminal, interactive) {
                 (Some((rows, columns)), _) => Stdio::Terminal { rows, columns },
                 (None, true) => Stdio::Pipes,
                 (None, false) => Stdio::Output,
             };
-            let mut process = container.exec(&ProcessConfig {
+            let own = container.config().context("it has no configuration")?;
+            let own = &own.process;
+            let process = ProcessConfig {
                 args,
                 env: merge_env(env, &own.env),
                 cwd: cwd.or_else(|| own.cwd.clone()),
                 user: user.map_or_else(|| own.user.clone(), |text| User { text }),
                 stdio,
-            })?;
-            let streams = ProcessStreams::take(&mut process).context("it has no streams")?;
-            send(stream, &Answer::Started, &streams.fds()).ok();
-            // The other side has its own now; the guest sees the end when that goes.
-            drop(streams);
-            let process = Arc::new(process);
-            follow(wire, &process)?;
-            return Ok(process.wait()?);
+            };
+            return exec(stream, wire, container, &process);
         }
     }
     Ok(0)
+}
+
+/// Runs a process, whose streams go to the other side; its exit status.
+fn exec(
+    stream: &UnixStream,
+    wire: Wire,
+    container: &Container,
+    process: &ProcessConfig,
+) -> Result<i32> {
+    let mut process = container.exec(process)?;
+    let streams = ProcessStreams::take(&mut process).context("it has no streams")?;
+    send(stream, &Answer::Started, &streams.fds()).ok();
+    // The other side has its own now; the guest sees the end when that goes.
+    drop(streams);
+    let process = Arc::new(process);
+    follow(wire, &process)?;
+    Ok(process.wait()?)
 }
 
 /// Types what comes from the other side, until it hangs up.

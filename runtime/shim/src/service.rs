@@ -38,6 +38,7 @@ const GENERATED_AS: &str = "containerd.task.v3.Task";
 /// Serves until the process ends.
 pub(crate) fn run(listener: UnixListener, service: Service) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
+        .thread_name("koya-call")
         .enable_all()
         .build()?;
     runtime.block_on(async {

@@ -116,7 +116,7 @@ impl TaskSet {
             let (set, own) = (self.clone(), task.clone());
             task.pid_holder.run(move || {
                 let reason = machine.wait_ended();
-                let status = match set.is_stopping() {
+                let status = match set.was_stopped() {
                     true => KILLED,
                     false => {
                         log::error!("the pod's virtual machine ended: {reason}");

@@ -18,13 +18,31 @@ pub enum Error {
     /// Not here at all.
     #[error("{0}")]
     Unsupported(&'static str),
-    /// It was tried. The text has every cause.
+    /// It was tried. The text has every cause, so none of them is named as this one's source.
     #[error("{0:#}")]
-    Failed(#[from] anyhow::Error),
+    Failed(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl From<koya::Error> for Error {
     fn from(error: koya::Error) -> Self {
         Self::Failed(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_is_named_once() {
+        let error = anyhow::anyhow!("the cause").context("what failed");
+        let error = anyhow::Error::from(Error::from(error));
+        assert_eq!(format!("{error:#}"), "what failed: the cause");
     }
 }

@@ -4,7 +4,7 @@ use crate::Error;
 use crate::event::Event;
 use crate::exec::Exec;
 use crate::process::{Action, Exit, Status};
-use crate::set::{KILLED, LOST, Task, TaskSet};
+use crate::set::{KILLED, LOST, ProcessOf, Task, TaskSet};
 use koya::Step;
 use koya::vmm::guest_text::Warnings;
 use std::sync::Arc;
@@ -134,21 +134,24 @@ impl TaskSet {
     pub(crate) fn out_of_memory(&self, task: &Task, kills: u64) {
         let is_news = self.change(|state| {
             let entry = state.entry(task).filter(|entry| kills > entry.oom_kills);
-            entry.map(|entry| entry.oom_kills = kills).is_some()
+            let is_news = entry.map(|entry| entry.oom_kills = kills).is_some();
+            if is_news {
+                // Who finds it published, and goes on to the end, is not to be the first.
+                let id = task.id.clone();
+                self.publish(Event::OutOfMemory { id });
+            }
+            is_news
         });
-        if !is_news {
-            return;
+        if is_news {
+            static LOGGED: Warnings = Warnings::new();
+            LOGGED.warn(format_args!("{}: out of memory, {kills} killed", task.id));
         }
-        static LOGGED: Warnings = Warnings::new();
-        LOGGED.warn(format_args!("{}: out of memory, {kills} killed", task.id));
-        let id = task.id.clone();
-        self.publish(Event::OutOfMemory { id });
     }
 
     pub(crate) fn status_of(&self, waited: Result<i32, koya::Error>) -> u32 {
         match waited {
             Ok(status) => status as u32,
-            Err(_) if self.is_stopping() => KILLED,
+            Err(_) if self.was_stopped() => KILLED,
             Err(error) => {
                 // A guest's last words are its own: they are not this log's, but where one asks.
                 log::debug!("{error}");
@@ -192,7 +195,7 @@ impl TaskSet {
     /// Waits until a process has ended: the init process, if `exec_id` is empty.
     ///
     /// # Errors
-    /// If there is no such process.
+    /// If there is no such process, or it is deleted without having run.
     pub fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let task = self.task(id)?;
         let process = self.process(&task, exec_id)?;
@@ -200,6 +203,13 @@ impl TaskSet {
         loop {
             if let Some(exit) = process.exit() {
                 return Ok(exit);
+            }
+            if let ProcessOf::Exec(exec) = &process
+                && !state.execs(&task).iter().any(|own| Arc::ptr_eq(own, exec))
+            {
+                return Err(Error::NotFound(format!(
+                    "process {exec_id} of container {id}"
+                )));
             }
             state = state.wait(&self.changed);
         }

@@ -119,6 +119,8 @@ pub(crate) struct State {
     pub(crate) machine: Machine,
     /// The virtual machine is to end, or has ended by that.
     pub(crate) is_stopping: bool,
+    /// It had ended by itself before that.
+    pub(crate) has_died: bool,
     /// Whether somebody makes the guest larger or smaller: one at a time does.
     pub(crate) is_resizing: bool,
     /// The size that was last asked of the guest.

@@ -8,8 +8,10 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 impl TaskSet {
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.lock().is_stopping
+    /// Whether the virtual machine ends, or has ended, because it was to: its containers are killed by that.
+    pub(crate) fn was_stopped(&self) -> bool {
+        let state = self.lock();
+        state.is_stopping && !state.has_died
     }
 
     /// Wakes those who wait for a change, after one of a process.
@@ -28,7 +30,11 @@ impl TaskSet {
             }
             Machine::Running(machine) => {
                 let machine = machine.clone();
-                (!std::mem::replace(&mut state.is_stopping, true)).then_some(machine)
+                if std::mem::replace(&mut state.is_stopping, true) {
+                    return None;
+                }
+                state.has_died = machine.ended().is_some();
+                Some(machine)
             }
         });
         let Some(machine) = machine else {

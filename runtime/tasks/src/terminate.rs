@@ -1,11 +1,12 @@
 //! How a container is told to end, and seen to do it.
 
+use crate::Error;
 use crate::machine::GuestContainer;
 use crate::set::SIGKILL;
 use crate::sync::spawn;
 use koya::Container;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 const SIGTERM: i32 = 15;
@@ -39,12 +40,12 @@ pub(crate) fn send(
 ///
 /// # Errors
 /// If the host has no thread left.
-pub fn terminate(container: &Arc<Container>, grace: Duration) -> anyhow::Result<()> {
+pub fn terminate(container: &Arc<Container>, grace: Duration) -> Result<(), Error> {
     let container: Arc<dyn GuestContainer> = container.clone();
     end(&container, grace)
 }
 
-pub(crate) fn end(container: &Arc<dyn GuestContainer>, grace: Duration) -> anyhow::Result<()> {
+pub(crate) fn end(container: &Arc<dyn GuestContainer>, grace: Duration) -> Result<(), Error> {
     let (sender, ended) = channel::<()>();
     let waiting = container.clone();
     spawn("koya-await", move || {
@@ -56,7 +57,7 @@ pub(crate) fn end(container: &Arc<dyn GuestContainer>, grace: Duration) -> anyho
     spawn("koya-term", move || {
         asked.signal(SIGTERM).ok();
     })?;
-    if ended.recv_timeout(grace) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+    if ended.recv_timeout(grace) == Err(RecvTimeoutError::Timeout) {
         // It may have ended by the guest's word, but not by that of its wait: that is overdue then, too.
         container.kill(false).ok();
         ended.recv().ok();

@@ -215,3 +215,23 @@ fn what_can_not_be_made_leaves_nothing() {
     assert_eq!(rig.events(), [""; 0]);
     rig.guest.await_call("stop");
 }
+
+#[test]
+fn who_waits_for_one_that_is_deleted_hears_of_it() {
+    let rig = Rig::new();
+    rig.create_late("c").unwrap();
+    let watch = rig.set.watch("c", "").unwrap();
+    rig.set.delete("c", "").unwrap();
+    assert_eq!(watch.now().unwrap().status, 137);
+
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    rig.exec("c", "e").unwrap();
+    let watch = rig.set.watch("c", "e").unwrap();
+    let waits = rig.behind(|set| set.wait("c", "e"));
+    assert!(waits.recv_timeout(Duration::from_millis(50)).is_err());
+    rig.set.delete("c", "e").unwrap();
+    let missing = waits.recv_timeout(LIMIT).unwrap();
+    assert!(matches!(missing, Err(Error::NotFound(_))), "{missing:?}");
+    assert_eq!(watch.now(), None);
+}
