@@ -25,6 +25,10 @@ const SILENCE: Duration = Duration::from_secs(3);
 const SILENCE_OF_ALL: Duration = Duration::from_millis(4500);
 /// How long what a process that has ended left behind may go on writing to its streams.
 const LEFT_BEHIND: Duration = Duration::from_secs(2);
+/// How much of what the process wrote may still be on its way to a slow reader then, in bytes: more than pipes and
+/// sockets hold; and how long that may take.
+const ON_THE_WAY: u64 = 1 << 20;
+const SLOW_READER: Duration = Duration::from_secs(60);
 /// How often a FIFO is looked at whose reader is slow: nothing tells that one is empty.
 const LOOK: Duration = Duration::from_millis(2);
 const BUFFER: usize = 64 << 10;
@@ -50,9 +54,45 @@ struct State {
     keep: Option<OwnedFd>,
     /// Closed to end the reading of input.
     stop: Option<UnixStream>,
-    /// The guest's ends of the outputs, to be cut off.
-    outputs: Vec<UnixStream>,
+    outputs: Vec<Source>,
+    /// The process has ended.
+    has_ended: bool,
     logger: Option<Logger>,
+}
+
+/// Where an output comes from.
+struct Source {
+    /// The guest's end, to be cut off.
+    guest: UnixStream,
+    /// Its thread is not busy with passing something on.
+    is_idle: bool,
+    /// How many bytes came since the process's end.
+    since_end: u64,
+}
+
+impl State {
+    /// An output's thread has got so many bytes, or waits for some.
+    fn got(&mut self, index: usize, count: usize) {
+        if let Some(source) = self.outputs.get_mut(index) {
+            source.is_idle = count == 0;
+            if self.has_ended {
+                source.since_end += count as u64;
+            }
+        }
+    }
+
+    /// Cuts off what can't come from the process any more.
+    fn cut_left_behind(&mut self, since_end: Duration) {
+        for source in &self.outputs {
+            let is_dry = || rustix::io::ioctl_fionread(&source.guest).unwrap_or(0) == 0;
+            if source.is_idle && is_dry()
+                || source.since_end > ON_THE_WAY
+                || since_end > SLOW_READER
+            {
+                source.guest.shutdown(Shutdown::Both).ok();
+            }
+        }
+    }
 }
 
 impl Default for Shared {
@@ -93,15 +133,20 @@ impl Io {
         };
         for (from, output) in [(stdout, self.stdout), (stderr, self.stderr)] {
             let Some(from) = from else { continue };
-            let copy = from.try_clone()?;
-            shared.change(|state| {
-                state.outputs.push(copy);
-                state.writing += 1;
-                state.reading += 1;
-            });
+            let source = Source {
+                guest: from.try_clone()?,
+                is_idle: false,
+                since_end: 0,
+            };
+            let mut state = shared.lock();
+            let index = state.outputs.len();
+            state.outputs.push(source);
+            state.writing += 1;
+            state.reading += 1;
+            drop(state);
             let shared = shared.clone();
             spawn("koya-out", move || {
-                relay_output(from, output, &shared);
+                relay_output(from, index, output, &shared);
                 shared.change(|state| state.writing -= 1);
             })?;
         }
@@ -128,15 +173,14 @@ impl Relay {
         let mut state = self.0.lock();
         state.keep.take();
         state.stop.take();
+        state.has_ended = true;
         // What the process wrote is on its way; what it left behind, with its streams open, may go on
         // for ever.
         let mut last = (state.progress, ended);
         while state.writing > 0 {
             let left_behind = LEFT_BEHIND.saturating_sub(ended.elapsed());
             if state.reading > 0 && left_behind.is_zero() {
-                for output in state.outputs.drain(..) {
-                    output.shutdown(Shutdown::Both).ok();
-                }
+                state.cut_left_behind(ended.elapsed());
             }
             if state.progress != last.0 {
                 last = (state.progress, Instant::now());
@@ -160,16 +204,18 @@ impl Relay {
 
 /// Passes all that comes on, then waits until it is read, as long as something moves. Where nobody wants
 /// it, it is read all the same: the process must not wait.
-fn relay_output(mut from: UnixStream, output: Option<Output>, shared: &Shared) {
+fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shared: &Shared) {
     let mut buffer = vec![0; BUFFER];
     let mut writer = match &output {
         Some(Output::Fifo(file, _) | Output::Open(file)) => Some(file),
         None => None,
     };
     loop {
+        shared.change(|state| state.got(index, 0));
         match from.read(&mut buffer) {
             Ok(0) => break,
             Ok(count) => {
+                shared.lock().got(index, count);
                 // A process whose output can't be kept goes on all the same.
                 if let Some(writer) = &mut writer
                     && writer.write_all(&buffer[..count]).is_ok()
@@ -286,7 +332,7 @@ mod tests {
             Output::Fifo(writer, _) => writer.try_clone().unwrap(),
             Output::Open(_) => panic!("not a FIFO"),
         };
-        relay_output(host, Some(output), &reading_one());
+        relay_output(host, 0, Some(output), &reading_one());
         assert_eq!(rustix::io::ioctl_fionread(&waiting).unwrap(), 0);
         drop(waiting);
         assert_eq!(reader.join().unwrap(), 200_000);
@@ -304,7 +350,7 @@ mod tests {
         guest.write_all(b"nobody reads this").unwrap();
         drop(guest);
         let started = Instant::now();
-        relay_output(host, Some(output), &reading_one());
+        relay_output(host, 0, Some(output), &reading_one());
         assert!(started.elapsed() < SILENCE);
     }
 
@@ -339,7 +385,7 @@ mod tests {
             let (mut guest, host) = UnixStream::pair().unwrap();
             guest.write_all(b"line\n").unwrap();
             drop(guest);
-            relay_output(host, Some(output), &reading_one());
+            relay_output(host, 0, Some(output), &reading_one());
         }
         assert_eq!(
             fs::read(dir.path().join("sub/log")).unwrap(),
@@ -385,5 +431,30 @@ mod tests {
         assert!(started.elapsed() < LEFT_BEHIND * 5);
         let written = guest.write_all(b"more");
         assert!(written.is_err(), "{written:?}");
+    }
+
+    #[test]
+    fn a_slow_reader_gets_all_that_the_process_wrote() {
+        const LEN: usize = 3 << 18;
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (mut guest, relay) = connected(write);
+        std::thread::scope(|scope| {
+            // The guest has more than the host's sockets hold, and its process has ended.
+            scope.spawn(move || {
+                guest.write_all(&vec![7; LEN]).unwrap();
+            });
+            let reader = scope.spawn(move || {
+                let (mut all, mut buffer) = (0, [0; 4096]);
+                while let count @ 1.. = read.read(&mut buffer).unwrap() {
+                    all += count;
+                    std::thread::sleep(Duration::from_millis(13));
+                }
+                all
+            });
+            let started = Instant::now();
+            relay.finish();
+            assert!(started.elapsed() > LEFT_BEHIND, "the reader was not slow");
+            assert_eq!(reader.join().unwrap(), LEN);
+        });
     }
 }
