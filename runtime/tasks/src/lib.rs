@@ -4,6 +4,36 @@
 //! bundles, started, signalled, paused, deleted; processes are added to them. The first task brings the virtual
 //! machine, which ends with it. What comes to pass goes to an [`EventSink`].
 //!
+//! ```no_run
+//! use koya_tasks::{CreateTask, Event, EventSink, Spec, StdioConfig, TaskSet, TaskSetConfig};
+//! use std::path::PathBuf;
+//! use std::sync::Arc;
+//!
+//! struct Printed;
+//! impl EventSink for Printed {
+//!     fn send(&self, event: Event) {
+//!         eprintln!("{event:?}");
+//!     }
+//! }
+//!
+//! let tasks = TaskSet::new(TaskSetConfig::default(), Arc::new(Printed));
+//! let bundle = PathBuf::from("bundle");
+//! tasks.create(CreateTask {
+//!     id: "hello".into(),
+//!     spec: Spec::read(&bundle)?,
+//!     bundle,
+//!     mounts: Vec::new(),
+//!     stdio: StdioConfig::default(),
+//!     settings: koya::Settings::load()?,
+//! })?;
+//! tasks.start("hello", "")?;
+//! let exit = tasks.wait("hello", "")?;
+//! tasks.delete("hello", "")?;
+//! tasks.finish();
+//! println!("{}", exit.status);
+//! # Ok::<(), koya_tasks::Error>(())
+//! ```
+//!
 //! A request blocks its thread while the guest or the host works, but holds no lock: the state is behind one lock,
 //! each process and its streams behind one of their own (`sync::Level` has their order), and whoever changes
 //! a task has its turn (`set::Turn`). Nothing here is the whole process's but what its name says:
