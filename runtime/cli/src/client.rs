@@ -268,7 +268,8 @@ impl<'a> Ending<'a> {
         let mut limit = GONE_LIMIT.min(self.pause * 2);
         while !self.folder.wait_ended(limit) {
             if !self.writes() {
-                return false;
+                // It may have gone just now.
+                return !self.folder.is_running();
             }
             limit = self.pause;
         }
