@@ -20,6 +20,7 @@ use koya_protocol::messages::{
 use koya_protocol::{AgentClient, Refused, refused};
 use koya_vmm::devices::fs::HostEvent;
 use koya_vmm::guest_text;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{IntoRawFd, OwnedFd};
@@ -30,6 +31,11 @@ use ttrpc::context::{Context, with_duration};
 
 /// How long the agent may take for what does not wait for a container.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// When the agent is first asked again for an end that may take for ever, and how long is at most between twice:
+/// a question that is on its way just while the agent hangs up is never answered.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(3600);
 
 /// How long it may take for what people do to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
@@ -53,11 +59,12 @@ const MAX_MARK_NAME: usize = 32;
 #[derive(Clone)]
 pub(crate) struct Agent {
     client: AgentClient,
+    stream: Arc<UnixStream>,
     execs: Arc<Turns>,
 }
 
 /// Ends the connection when the sandbox ends.
-pub(crate) struct Connection(UnixStream);
+pub(crate) struct Connection(Arc<UnixStream>);
 
 impl Drop for Connection {
     fn drop(&mut self) {
@@ -168,12 +175,27 @@ impl Agent {
     pub(crate) fn connect(stream: UnixStream) -> io::Result<(Self, Connection)> {
         // The client polls by itself and wants a socket that blocks.
         stream.set_nonblocking(false)?;
-        let connection = Connection(stream.try_clone()?);
+        let own = Arc::new(stream.try_clone()?);
+        let connection = Connection(own.clone());
         let client = ttrpc::Client::new(OwnedFd::from(stream).into_raw_fd())
             .map_err(|e| io::Error::other(e.to_string()))?;
         let client = AgentClient::new(client);
-        let execs = Arc::default();
-        Ok((Self { client, execs }, connection))
+        let agent = Self {
+            client,
+            stream: own,
+            execs: Arc::default(),
+        };
+        Ok((agent, connection))
+    }
+
+    /// An agent that sends no more has hung up, also if it still takes requests: nobody reads its answers, so
+    /// both directions are shut, and each request fails at once.
+    fn check_hung_up(&self) {
+        let mut polled = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
+        let now = Timespec::default();
+        if poll(&mut polled, Some(&now)).is_ok_and(|count| count > 0) {
+            self.stream.shutdown(Shutdown::Both).ok();
+        }
     }
 
     /// Carries out one call, which takes no longer than `limit`; `Duration::MAX` is as long as it takes.
@@ -187,6 +209,7 @@ impl Agent {
             Duration::MAX => Context::default(),
             limit => with_duration(limit),
         };
+        self.check_hung_up();
         let started = Instant::now();
         call(&self.client, context).map_err(|error| {
             let waited = started.elapsed();
@@ -333,10 +356,24 @@ impl Agent {
             exec_id: exec_id.into(),
             ..Default::default()
         };
-        self.ask("wait for the process", Duration::MAX, |client, limit| {
-            client.wait_process(limit, &request)
-        })
-        .map(|response| response.status)
+        // Who is told of an added process's end has it forgotten, so that is asked once.
+        let mut limit = match exec_id.is_empty() {
+            true => ASK_AGAIN,
+            false => Duration::MAX,
+        };
+        loop {
+            let asked = Instant::now();
+            let answer = self.ask("wait for the process", limit, |client, limit| {
+                client.wait_process(limit, &request)
+            });
+            match answer {
+                // It is the limit that has passed, and not the agent that says so at once.
+                Err(Error::Overdue { .. }) if asked.elapsed() > limit / 2 => {
+                    limit = ASK_AGAIN_MAX.min(limit * 2);
+                }
+                answer => return answer.map(|response| response.status),
+            }
+        }
     }
 
     /// Whether a container's first process has ended, asked without waiting for it for long.

@@ -66,6 +66,7 @@ pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use oci::{Bundle, SharedPids};
 pub use oci_spec;
 pub use out_of_reach::host_addresses;
+pub use patience::DiskWrites;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;

@@ -55,6 +55,24 @@ pub(crate) fn while_disks_work<T: Send + 'static>(
     }
 }
 
+/// How much was written to a sandbox's disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskWrites {
+    /// Requests so far by which something was written.
+    pub done: u64,
+    /// Whether the host is at work on a request.
+    pub is_host_at_work: bool,
+}
+
+impl DiskWrites {
+    pub(crate) fn of(disks: &[BlockHandle]) -> Self {
+        Self {
+            done: written(disks),
+            is_host_at_work: is_host_at_work(disks),
+        }
+    }
+}
+
 /// Whether disks are being written to.
 pub(crate) struct DiskWork {
     disks: Vec<BlockHandle>,

@@ -12,7 +12,7 @@ use crate::error::LAST_WORDS;
 use crate::files::Files;
 use crate::network::{Joined, NetworkConfig};
 use crate::oci::Bundle;
-use crate::patience::{DiskWork, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
+use crate::patience::{DiskWork, DiskWrites, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
 use crate::size::Limits;
 use crate::spec::{ContainerConfig, Device, Stdio};
 use crate::streams::Streams;
@@ -385,6 +385,11 @@ impl Sandbox {
     /// If it was not attached.
     pub fn force_detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         self.inner.force_detach_disk(disk)
+    }
+
+    /// How much was written to its disks, also after the machine's end: a guest that ends has its time for that.
+    pub fn disk_writes(&self) -> DiskWrites {
+        DiskWrites::of(&all_disks(&self.inner.handle))
     }
 
     /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.

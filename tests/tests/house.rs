@@ -65,8 +65,9 @@ fn crates_depend_only_on_those_below_them() {
         ("vmm/Cargo.toml", &["koya-devices", "koya-host"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
         ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
-        ("runtime/cli/Cargo.toml", &["koya"]),
-        ("runtime/shim/Cargo.toml", &["koya"]),
+        ("runtime/tasks/Cargo.toml", &["koya"]),
+        ("runtime/cli/Cargo.toml", &["koya", "koya-tasks"]),
+        ("runtime/shim/Cargo.toml", &["koya", "koya-tasks"]),
         (
             "benches/Cargo.toml",
             &["koya-devices", "koya-vmm", "koya", "koya-protocol"],
@@ -289,7 +290,7 @@ fn thread_names() -> BTreeSet<String> {
         for (at, _) in code.match_indices("\"koya-") {
             let before = code[..at].trim_end();
             let before = before.strip_suffix("scope,").unwrap_or(before).trim_end();
-            let starts = ["spawn(", "spawn_scoped(", "Role::new("];
+            let starts = ["spawn(", "spawn_scoped(", "Role::new(", ".thread_name("];
             if starts.iter().any(|start| before.ends_with(start)) {
                 let name = code[at + 1..].split('"').next();
                 found.extend(name.map(str::to_owned));

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Args)]
 pub(super) struct ExecArgs {
@@ -90,6 +90,10 @@ const GONE_LIMIT: Duration = Duration::from_secs(30);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// How long it may take to answer, beyond what it waits for itself.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How long a sandbox that ends may write nothing to its disks: it has such a limit itself, which ends before this.
+const WRITE_PAUSE: Duration = Duration::from_secs(15);
+/// How long it may take to write them out, the same.
+const WRITE_OUT_LIMIT: Duration = Duration::from_secs(620);
 /// The status of a container that ended by SIGKILL.
 const KILLED: i32 = 128 + libc::SIGKILL;
 
@@ -134,9 +138,10 @@ enum Heard {
 fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
     match wire.receive()? {
         None => bail!("container {name} ended"),
-        Some((Answer::Stats(_) | Answer::Size { .. } | Answer::Device(_), _)) => {
-            bail!("container {name} answers something else")
-        }
+        Some((
+            Answer::Stats(_) | Answer::Size { .. } | Answer::Device(_) | Answer::Writes { .. },
+            _,
+        )) => bail!("container {name} answers something else"),
         Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
         Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
         Some((Answer::Failed { status, reason }, _)) => {
@@ -209,8 +214,8 @@ fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBoo
     Ok(())
 }
 
-/// What is asked of containers.
-struct Wish {
+/// What containers are told to do.
+struct Order {
     request: Request,
     /// How long the answer may take.
     limit: Duration,
@@ -218,15 +223,82 @@ struct Wish {
     limit_if_stopped: Duration,
     /// They are to end: one whose process does not answer is killed.
     is_end: bool,
-    /// Until the process has ended too.
-    until_gone: bool,
+    /// How long the process may write nothing to the container's disks before it is gone. None: it need not go.
+    write_pause: Option<Duration>,
+}
+
+/// A sandbox that ends, and may still have to write to its disks.
+struct Ending<'a> {
+    folder: &'a Folder,
+    /// How long it may write nothing.
+    pause: Duration,
+    began: Instant,
+    /// How much it had written at the last look.
+    written: Option<u64>,
+}
+
+impl<'a> Ending<'a> {
+    fn of(folder: &'a Folder, order: &Order) -> Option<Self> {
+        Some(Self {
+            folder,
+            pause: order.write_pause?,
+            began: Instant::now(),
+            written: None,
+        })
+    }
+
+    /// Whether it has written since the last look, or is at work on that. One that does not say so has not.
+    fn writes(&mut self) -> bool {
+        if self.began.elapsed() > WRITE_OUT_LIMIT {
+            return false;
+        }
+        let asked = ask_writes(self.folder, self.pause.min(ANSWER_LIMIT));
+        let (done, is_host_at_work) = match asked {
+            Ok(answer) => answer,
+            Err(error) => {
+                log::debug!("its process says nothing of its disks: {error:#}");
+                return false;
+            }
+        };
+        self.written.replace(done) != Some(done) || is_host_at_work
+    }
+
+    /// Waits until its process has ended; false if it does nothing that is waited for.
+    fn wait(&mut self) -> bool {
+        let mut limit = GONE_LIMIT.min(self.pause * 2);
+        while !self.folder.wait_ended(limit) {
+            if !self.writes() {
+                // It may have gone just now.
+                return !self.folder.is_running();
+            }
+            limit = self.pause;
+        }
+        true
+    }
+}
+
+/// How much was written to a container's disks, and whether the host is at work on more.
+fn ask_writes(folder: &Folder, limit: Duration) -> Result<(u64, bool)> {
+    let stream = folder.connect(limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    send(&stream, &Request::Writes, &[])?;
+    match Wire::new(stream).receive()? {
+        Some((
+            Answer::Writes {
+                done,
+                is_host_at_work,
+            },
+            _,
+        )) => Ok((done, is_host_at_work)),
+        other => bail!("it answers {:?}", other.map(|(answer, _)| answer)),
+    }
 }
 
 /// Asks each container, and goes on when one can't.
-fn for_each(names: &[String], wish: &Wish) -> Outcome {
+fn for_each(names: &[String], order: &Order) -> Outcome {
     let mut worst = 0;
     for name in names {
-        match find(name).and_then(|folder| ask_one(name, &folder, wish)) {
+        match find(name).and_then(|folder| ask_one(name, &folder, order)) {
             Ok(0) => println!("{name}"),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
@@ -238,17 +310,19 @@ fn for_each(names: &[String], wish: &Wish) -> Outcome {
     Ok(worst)
 }
 
-fn ask_one(name: &str, folder: &Folder, wish: &Wish) -> Outcome {
+fn ask_one(name: &str, folder: &Folder, order: &Order) -> Outcome {
     let answered = folder
-        .connect(CONNECT_LIMIT.min(wish.limit_if_stopped))
+        .connect(CONNECT_LIMIT.min(order.limit_if_stopped))
         .map_err(Into::into);
-    let answered = answered.and_then(|stream| hear_in_time(name, folder, wish, stream));
+    let mut ending = Ending::of(folder, order);
+    let answered =
+        answered.and_then(|stream| hear_in_time(name, folder, order, &mut ending, stream));
     let why = match answered {
-        Err(error) if is_silence(&error) && wish.is_end => "its process does not answer",
+        Err(error) if is_silence(&error) && order.is_end => "its process does not answer",
         Err(error) => {
             return Err(error).with_context(|| format!("container {name} does not answer"));
         }
-        Ok(0) if wish.until_gone && !folder.wait_ended(GONE_LIMIT) => {
+        Ok(0) if ending.as_mut().is_some_and(|ending| !ending.wait()) => {
             "it ended, but its sandbox is still there"
         }
         Ok(status) => return Ok(status),
@@ -259,19 +333,31 @@ fn ask_one(name: &str, folder: &Folder, wish: &Wish) -> Outcome {
     Ok(0)
 }
 
-/// The answer to a wish, or that nothing came within its limit.
-fn hear_in_time(name: &str, folder: &Folder, wish: &Wish, stream: UnixStream) -> Outcome {
-    send(&stream, &wish.request, &[])?;
-    let first = wish.limit.min(wish.limit_if_stopped);
+/// The answer to an order, or that nothing came within its limit. What ends may write to its disks beyond that.
+fn hear_in_time(
+    name: &str,
+    folder: &Folder,
+    order: &Order,
+    ending: &mut Option<Ending>,
+    stream: UnixStream,
+) -> Outcome {
+    send(&stream, &order.request, &[])?;
+    let first = order.limit.min(order.limit_if_stopped);
     stream.set_read_timeout(Some(first))?;
     let mut wire = Wire::new(stream.try_clone()?);
-    match hear_end(name, &mut wire) {
-        Err(error) if is_silence(&error) && first < wish.limit && !folder.is_stopped() => {
-            stream.set_read_timeout(Some(wish.limit - first))?;
-            hear_end(name, &mut wire)
-        }
-        answer => answer,
+    let mut answer = hear_end(name, &mut wire);
+    if answer.as_ref().is_err_and(is_silence) && first < order.limit && !folder.is_stopped() {
+        stream.set_read_timeout(Some(order.limit - first))?;
+        answer = hear_end(name, &mut wire);
     }
+    while let Some(ending) = ending
+        && answer.as_ref().is_err_and(is_silence)
+        && ending.writes()
+    {
+        stream.set_read_timeout(Some(ending.pause))?;
+        answer = hear_end(name, &mut wire);
+    }
+    answer
 }
 
 /// Nothing came within the limit.
@@ -287,12 +373,12 @@ pub(super) fn stop(args: &StopArgs) -> Outcome {
     let own = term.saturating_add(KILL_LIMIT);
     for_each(
         &args.names,
-        &Wish {
+        &Order {
             request: Request::Stop(args.time),
             limit: own.saturating_add(ANSWER_LIMIT),
             limit_if_stopped: term.saturating_add(ANSWER_LIMIT),
             is_end: true,
-            until_gone: true,
+            write_pause: Some(WRITE_PAUSE),
         },
     )
 }
@@ -301,13 +387,13 @@ pub(super) fn kill(args: &KillArgs) -> Outcome {
     let is_end = args.signal == libc::SIGKILL;
     for_each(
         &args.names,
-        &Wish {
+        &Order {
             request: Request::Signal(args.signal),
             limit: KILL_LIMIT,
             // Another signal may come when the process goes on.
             limit_if_stopped: if is_end { ANSWER_LIMIT } else { KILL_LIMIT },
             is_end,
-            until_gone: false,
+            write_pause: None,
         },
     )
 }
@@ -339,7 +425,6 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     #[test]
     fn a_container_whose_process_hangs_is_stopped_after_the_limit() {
@@ -353,19 +438,19 @@ mod tests {
             let _listener = folder.listen().unwrap();
             let pid = rustix::process::Pid::from_child(&child);
             rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
-            let mut wish = Wish {
+            let mut order = Order {
                 request: Request::Signal(libc::SIGTERM),
                 limit: Duration::from_secs(60),
                 limit_if_stopped: Duration::from_millis(200),
                 is_end: false,
-                until_gone: false,
+                write_pause: None,
             };
-            assert!(ask_one("c", &folder, &wish).is_err());
+            assert!(ask_one("c", &folder, &order).is_err());
             assert!(folder.is_running(), "a signal that is no end kills nobody");
-            wish.is_end = true;
+            order.is_end = true;
             let started = Instant::now();
-            assert_eq!(ask_one("c", &folder, &wish).unwrap(), 0);
-            assert!(started.elapsed() < wish.limit / 2, "not the whole limit");
+            assert_eq!(ask_one("c", &folder, &order).unwrap(), 0);
+            assert!(started.elapsed() < order.limit / 2, "not the whole limit");
             assert!(!folder.is_running());
             assert_eq!(child.wait().unwrap().code(), None);
             match keep {
@@ -380,23 +465,87 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
         let listener = folder.listen().unwrap();
-        let wish = Wish {
+        let order = Order {
             request: Request::Stop(0),
             limit: Duration::from_secs(60),
             limit_if_stopped: Duration::from_millis(50),
             is_end: true,
-            until_gone: false,
+            write_pause: None,
         };
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let (stream, _) = listener.accept().unwrap();
-                std::thread::sleep(wish.limit_if_stopped * 10);
+                std::thread::sleep(order.limit_if_stopped * 10);
                 send(&stream, &Answer::Done(0), &[]).unwrap();
             });
-            assert_eq!(ask_one("c", &folder, &wish).unwrap(), 0);
+            assert_eq!(ask_one("c", &folder, &order).unwrap(), 0);
         });
         assert!(folder.is_running(), "it has answered");
         child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn stop_order() -> Order {
+        Order {
+            request: Request::Stop(0),
+            limit: Duration::from_millis(100),
+            limit_if_stopped: Duration::from_millis(100),
+            is_end: true,
+            write_pause: Some(Duration::from_millis(300)),
+        }
+    }
+
+    /// Answers one question about disks.
+    fn answer_writes(listener: &std::os::unix::net::UnixListener, done: u64) {
+        let (asked, _) = listener.accept().unwrap();
+        let request = Wire::new(asked.try_clone().unwrap()).receive::<Request>();
+        assert!(matches!(request.unwrap().unwrap().0, Request::Writes));
+        let is_host_at_work = false;
+        let answer = Answer::Writes {
+            done,
+            is_host_at_work,
+        };
+        send(&asked, &answer, &[]).unwrap();
+    }
+
+    #[test]
+    fn a_sandbox_that_writes_its_disks_out_is_not_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = folder.listen().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (stopped, _) = listener.accept().unwrap();
+                // Its container ends slowly, and so does its machine then.
+                (0..4).for_each(|done| answer_writes(&listener, done));
+                send(&stopped, &Answer::Done(0), &[]).unwrap();
+                (4..7).for_each(|done| answer_writes(&listener, done));
+                child.kill().unwrap();
+                child.wait().unwrap();
+            });
+            assert_eq!(ask_one("c", &folder, &stop_order()).unwrap(), 0);
+        });
+        assert_eq!(folder.read().unwrap().status, None, "it ended by itself");
+    }
+
+    #[test]
+    fn a_sandbox_that_writes_nothing_more_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = folder.listen().unwrap();
+        let (over, hold) = std::sync::mpsc::channel::<()>();
+        let listener = &listener;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let stopped = listener.accept().unwrap();
+                (0..2).for_each(|_| answer_writes(listener, 7));
+                hold.recv().ok();
+                drop(stopped);
+            });
+            assert_eq!(ask_one("c", &folder, &stop_order()).unwrap(), 0);
+            drop(over);
+        });
+        assert_eq!(folder.read().unwrap().status, Some(137));
         child.wait().unwrap();
     }
 

@@ -14,6 +14,7 @@ use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
 use koya::vmm::devices::threads;
 use koya::{Container, Process, ProcessConfig, Sandbox, Size, Stdio, User};
+use koya_tasks::{send_signal, terminate};
 use serde::{Deserialize, Serialize};
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -25,7 +26,8 @@ use std::time::Duration;
 /// How long the console is still shown once nothing more is typed.
 const CONSOLE_GRACE: Duration = Duration::from_millis(500);
 
-/// How long a container may take to end after SIGKILL: its virtual machine ends before that if it does not.
+/// How long a container may take to end after SIGKILL, but for its disks' being written out: its virtual machine
+/// ends before that if it does not.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(12);
 
 /// What a command asks of a running container.
@@ -47,6 +49,8 @@ pub(super) enum Request {
     Resize(u16, u16),
     /// End the container: SIGTERM, and SIGKILL after so many seconds.
     Stop(u64),
+    /// How much was written to its disks: what an end waits for.
+    Writes,
     /// Connect a stream to the guest's console.
     Console,
     /// What guest and host use.
@@ -68,6 +72,8 @@ pub(super) enum Answer {
     Started,
     /// What was asked for; another answer follows.
     Stats(Box<Stats>),
+    /// How much was written so far, and whether the host is at work on more; another answer follows.
+    Writes { done: u64, is_host_at_work: bool },
     /// Where the container has it now; another answer follows.
     Device(PathBuf),
     /// How large the guest is now; another answer follows.
@@ -137,10 +143,17 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
         bail!("nothing was asked");
     };
     match request {
-        Request::Signal(libc::SIGKILL) => container.kill()?,
-        Request::Signal(number) => container.process().signal(number)?,
+        Request::Signal(number) => send_signal(container, number)?,
         Request::Resize(rows, columns) => container.process().resize(rows, columns)?,
-        Request::Stop(seconds) => stop(container, sandbox, seconds)?,
+        Request::Stop(seconds) => terminate(container, Duration::from_secs(seconds))?,
+        Request::Writes => {
+            let writes = sandbox.disk_writes();
+            let answer = Answer::Writes {
+                done: writes.done,
+                is_host_at_work: writes.is_host_at_work,
+            };
+            send(stream, &answer, &[])?;
+        }
         Request::Console => console(stream, sandbox)?,
         Request::Stats => {
             let stats = Box::new(Stats::of(sandbox)?);
@@ -167,30 +180,41 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
             terminal,
             interactive,
         } => {
-            let own = container.config().context("it has no configuration")?;
-            let own = &own.process;
             let stdio = match (terminal, interactive) {
                 (Some((rows, columns)), _) => Stdio::Terminal { rows, columns },
                 (None, true) => Stdio::Pipes,
                 (None, false) => Stdio::Output,
             };
-            let mut process = container.exec(&ProcessConfig {
+            let own = container.config().context("it has no configuration")?;
+            let own = &own.process;
+            let process = ProcessConfig {
                 args,
                 env: merge_env(env, &own.env),
                 cwd: cwd.or_else(|| own.cwd.clone()),
                 user: user.map_or_else(|| own.user.clone(), |text| User { text }),
                 stdio,
-            })?;
-            let streams = ProcessStreams::take(&mut process).context("it has no streams")?;
-            send(stream, &Answer::Started, &streams.fds()).ok();
-            // The other side has its own now; the guest sees the end when that goes.
-            drop(streams);
-            let process = Arc::new(process);
-            follow(wire, &process)?;
-            return Ok(process.wait()?);
+            };
+            return exec(stream, wire, container, &process);
         }
     }
     Ok(0)
+}
+
+/// Runs a process, whose streams go to the other side; its exit status.
+fn exec(
+    stream: &UnixStream,
+    wire: Wire,
+    container: &Container,
+    process: &ProcessConfig,
+) -> Result<i32> {
+    let mut process = container.exec(process)?;
+    let streams = ProcessStreams::take(&mut process).context("it has no streams")?;
+    send(stream, &Answer::Started, &streams.fds()).ok();
+    // The other side has its own now; the guest sees the end when that goes.
+    drop(streams);
+    let process = Arc::new(process);
+    follow(wire, &process)?;
+    Ok(process.wait()?)
 }
 
 /// Types what comes from the other side, until it hangs up.
@@ -226,29 +250,6 @@ fn follow(mut wire: Wire, process: &Arc<Process>) -> Result<()> {
         }
         process.signal(libc::SIGHUP).ok();
     })
-}
-
-fn stop(container: &Arc<Container>, sandbox: &Sandbox, seconds: u64) -> Result<()> {
-    let (sender, ended) = std::sync::mpsc::channel();
-    let waiting = container.clone();
-    spawn("koya-stop", move || {
-        waiting.wait().ok();
-        sender.send(()).ok();
-    })?;
-    // A guest that does not answer uses up its own time.
-    let asked = container.clone();
-    spawn("koya-term", move || {
-        asked.process().signal(libc::SIGTERM).ok();
-    })?;
-    if ended.recv_timeout(Duration::from_secs(seconds)).is_err() {
-        // One that has ended by the guest's word, but not by that of its wait, is ended below.
-        container.kill().ok();
-        if ended.recv_timeout(KILL_LIMIT).is_err() {
-            log::error!("the virtual machine is ended: its container did not end after SIGKILL");
-            sandbox.kill();
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

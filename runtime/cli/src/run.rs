@@ -14,7 +14,8 @@ use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
     SandboxConfig, Seccomp, Stdio, User, Volume,
 };
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use koya_tasks::send_signal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -458,10 +459,8 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Re
             }
             // A program that is PID 1 ignores what it has no handler for.
             let insists = asked == INSIST && signal != SIGHUP;
-            match insists {
-                true => container.kill().ok(),
-                false => container.process().signal(signal).ok(),
-            };
+            let signal = if insists { SIGKILL } else { signal };
+            send_signal(&container, signal).ok();
         }
     })?;
     Ok(())

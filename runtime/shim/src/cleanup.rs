@@ -4,17 +4,17 @@
 //! this container's own and does not answer is ended here. What it mounted is gone with it: it mounts only
 //! where it has a mount namespace of its own.
 
-use crate::cgroup;
 use crate::events::timestamp;
 use crate::flags::Flags;
 use crate::launch::{self, PID_FILE};
 use crate::service::SERVED_AS;
-use crate::spec::Spec;
 use anyhow::Result;
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::shim_sync::Client;
+use koya_tasks::{Spec, cgroup};
 use protobuf::Message;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
@@ -44,11 +44,11 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
             }
         }
     }
-    // A process can't remove the group that it is in.
-    if let Some(folder) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
+    // A process can't remove the group that it is in, and the kernel takes a moment to see that it has left.
+    if let Some(group) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
         let started = Instant::now();
-        while folder.exists() && started.elapsed() < GONE_LIMIT {
-            cgroup::remove(&folder);
+        while group.exists() && started.elapsed() < GONE_LIMIT {
+            cgroup::remove(&group);
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -91,12 +91,15 @@ fn asks(client: &Client, method: &str, request: &impl Message) -> bool {
     client.request(call).is_ok()
 }
 
+/// Kills it, and waits until it is gone.
 fn end(pid: Pid) {
-    kill_process(pid, Signal::KILL).ok();
-    let started = Instant::now();
-    while started.elapsed() < GONE_LIMIT
-        && Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists()
-    {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return;
+    };
+    pidfd_send_signal(&process, Signal::KILL).ok();
+    let limit = Timespec {
+        tv_sec: GONE_LIMIT.as_secs() as i64,
+        tv_nsec: GONE_LIMIT.subsec_nanos().into(),
+    };
+    poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)).ok();
 }

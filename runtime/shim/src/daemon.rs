@@ -1,32 +1,31 @@
 //! The process that stays: it becomes a process of its own, enters the namespaces of its sandbox while it
 //! has one thread, and serves until there is nothing left to serve.
 
-use crate::cgroup;
 use crate::events::Events;
 use crate::flags::Flags;
 use crate::launch;
-use crate::pod::Pod;
-use crate::service;
-use crate::spec::{HOST_NETWORK, Network, Spec};
-use crate::sync::spawn;
-use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns, unshare};
+use crate::service::{self, Service};
+use anyhow::{Context, Result};
+use koya::vmm::devices::threads;
+use koya_tasks::{Spec, TaskSet, TaskSetConfig, cgroup};
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{MountPropagationFlags, mount_change};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How long the last answer may take to reach containerd.
+/// How long the last answer may take to reach containerd: nothing tells when it has.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
 
-/// How long a shim may be without a container.
+/// How long events may take to be sent at the end.
+const EVENTS_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a shim may be without a container, and how often that is looked at: not to the second.
 const FORGOTTEN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -44,18 +43,27 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
 fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let spec = Spec::read(bundle)?;
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
-    let ready = enter_namespaces(&spec);
-    if let Some(folder) = spec.cgroup()
-        && let Err(error) = cgroup::enter(&folder)
+    let ready = spec.enter_namespaces();
+    if let Some(group) = spec.cgroup()
+        && let Err(error) = cgroup::enter(&group)
     {
-        log::warn!("cannot enter {}: {error}", folder.display());
+        log::warn!("cannot enter {}: {error}", group.display());
     }
     koya::vmm::devices::fs::raise_descriptor_limit();
 
     let (end, ended) = channel();
-    let events = Events::start(&flags.namespace)?;
-    let pod = Arc::new(Pod::new(flags, events, ready, end.clone()));
-    let signals = pod.clone();
+    let events = Arc::new(Events::start(&flags.namespace)?);
+    let config = TaskSetConfig {
+        namespace: flags.namespace.clone(),
+        log_console: flags.debug,
+        unready: ready.err().map(|error| error.to_string()),
+    };
+    let tasks = TaskSet::new(config, events.clone());
+    let service = Service {
+        tasks: tasks.clone(),
+        end: end.clone(),
+    };
+    let signalled = tasks.clone();
     let mut caught = signal_hook::iterator::Signals::new([
         signal_hook::consts::SIGTERM,
         signal_hook::consts::SIGINT,
@@ -63,11 +71,10 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     spawn("koya-signals", move || {
         if caught.forever().next().is_some() {
             log::warn!("asked to end by a signal");
-            signals.stop_behind();
+            signalled.stop();
             end.send(()).ok();
         }
     })?;
-    let service = pod.clone();
     spawn("koya-rpc", move || {
         if let Err(error) = service::run(listener, service) {
             log::error!("cannot serve containerd: {error:#}");
@@ -77,7 +84,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     // containerd may die before its first request, or before its last: nobody else knows this process.
     let mut without = None;
     while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
-        without = match pod.is_empty() {
+        without = match tasks.is_empty() {
             true => without.or_else(|| Some(Instant::now())),
             false => None,
         };
@@ -89,12 +96,19 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     // First of all: the next container of this name must not find a shim that is ending.
     fs::remove_file(launch::socket(flags, &flags.id)).ok();
     std::thread::sleep(LAST_ANSWER);
-    pod.finish();
-    if let Some(folder) = spec.cgroup() {
-        cgroup::leave(&folder);
+    tasks.finish();
+    events.finish(EVENTS_LIMIT);
+    if let Some(group) = spec.cgroup() {
+        cgroup::leave(&group);
     }
     // Threads that wait for what will not come any more end with the process.
     std::process::exit(0);
+}
+
+/// Starts a thread that nobody waits for.
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    threads::spawn(name, work).context("cannot start a thread")?;
+    Ok(())
 }
 
 /// Takes the listener from standard input and lets go of whoever started this process.
@@ -116,36 +130,6 @@ fn become_daemon() -> Result<UnixListener> {
         nix::unistd::close(number).ok();
     }
     Ok(listener.into())
-}
-
-/// The sandbox's mounts are its own, and end with this process; so is its network. Threads that are
-/// made later are in the same namespaces, and `/proc/PID/ns/net` is the sandbox's.
-fn enter_namespaces(spec: &Spec) -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-    // What the host mounts later still comes in (volumes), nothing goes out.
-    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    mount_change("/", flags).context("cannot make mounts private")?;
-    match spec.network() {
-        Network::Host => {}
-        Network::New => {
-            unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-        }
-        Network::Path(path) => {
-            let namespace =
-                File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-            let wanted = namespace.metadata()?.ino();
-            let hosts = ["/proc/1/ns/net", "/proc/self/ns/net"];
-            if hosts
-                .iter()
-                .any(|host| fs::metadata(host).is_ok_and(|m| m.ino() == wanted))
-            {
-                bail!(HOST_NETWORK);
-            }
-            setns(namespace, CloneFlags::CLONE_NEWNET)
-                .with_context(|| format!("cannot enter {}", path.display()))?;
-        }
-    }
-    Ok(())
 }
 
 /// containerd's FIFO for a shim's log. While containerd is away nobody reads it, and it must never hold
@@ -173,9 +157,13 @@ fn start_log(bundle: &Path, debug: bool) {
         return;
     };
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let level = if debug { "debug" } else { "info" };
+    // ttrpc's client takes an answer that comes after its limit for an error.
+    let filters = match debug {
+        true => "debug",
+        false => "info,ttrpc::sync::client=off",
+    };
     env_logger::Builder::new()
-        .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| level.into()))
+        .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| filters.into()))
         .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
         .try_init()
         .ok();

@@ -1,6 +1,5 @@
-//! Events for containerd, in order: one queue, one thread that sends.
+//! Events for containerd, in order: one queue, one thread that publishes.
 
-use crate::sync::lock;
 use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
@@ -9,21 +8,22 @@ use koya::vmm::devices::threads;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use ttrpc::context::with_duration;
 
-/// How often an event is tried, and for how long each time: containerd may be starting anew.
+/// How often an event is tried, for how long each time, and what lies between: containerd may be starting anew.
 const TRIES: u32 = 5;
 const TRY_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// The queue's end for those who have events.
 pub(crate) struct Events {
-    sender: Mutex<Option<Sender<(String, Any)>>>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    /// None: no more come.
+    queue: Mutex<Option<Sender<(String, Any)>>>,
+    /// Disconnected once all are sent.
+    sent: Mutex<Receiver<()>>,
 }
 
 /// A time as the protocol has it.
@@ -50,16 +50,20 @@ pub(crate) fn any(name: &str, message: &impl Message) -> Result<Any> {
 impl Events {
     /// Sends to the socket that containerd names in TTRPC_ADDRESS; without one (CRI-O), to the log.
     pub(crate) fn start(namespace: &str) -> Result<Self> {
-        let (sender, receiver) = channel();
+        let (queue, events) = channel();
+        let (done, sent) = channel::<()>();
         let address = std::env::var("TTRPC_ADDRESS")
             .ok()
             .filter(|a| !a.is_empty());
         let namespace = namespace.to_owned();
-        let work = move || send_all(&receiver, address.as_deref(), &namespace);
-        let thread = threads::spawn("koya-publish", work).context("cannot start a thread")?;
+        let work = move || {
+            send_all(&events, address.as_deref(), &namespace);
+            drop(done);
+        };
+        threads::spawn("koya-publish", work).context("cannot start a thread")?;
         Ok(Self {
-            sender: Mutex::new(Some(sender)),
-            thread: Mutex::new(Some(thread)),
+            queue: Mutex::new(Some(queue)),
+            sent: Mutex::new(sent),
         })
     }
 
@@ -68,8 +72,9 @@ impl Events {
         let name = E::descriptor().full_name().to_owned();
         match any(&name, event) {
             Ok(event) => {
-                if let Some(sender) = &*lock(&self.sender) {
-                    sender.send((topic.into(), event)).ok();
+                let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(queue) = &*queue {
+                    queue.send((topic.into(), event)).ok();
                 }
             }
             Err(error) => log::error!("event {topic}: {error:#}"),
@@ -78,14 +83,14 @@ impl Events {
 
     /// Waits until all are sent, and no longer than this.
     pub(crate) fn finish(&self, limit: Duration) {
-        lock(&self.sender).take();
-        let Some(thread) = lock(&self.thread).take() else {
-            return;
-        };
-        let started = std::time::Instant::now();
-        while !thread.is_finished() && started.elapsed() < limit {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        drop(
+            self.queue
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        sent.recv_timeout(limit).ok();
     }
 }
 
@@ -140,6 +145,7 @@ fn send(client: &mut Option<EventsClient>, address: &str, request: &ForwardReque
 mod tests {
     use super::*;
     use containerd_shim_protos::events::task::TaskExit;
+    use std::time::Instant;
 
     #[test]
     fn events_have_containerds_names() {
@@ -147,5 +153,24 @@ mod tests {
             TaskExit::descriptor().full_name(),
             "containerd.events.TaskExit"
         );
+    }
+
+    #[test]
+    fn the_end_waits_until_all_are_sent() {
+        let (queue, events) = channel::<(String, Any)>();
+        let (done, sent) = channel::<()>();
+        let own = Events {
+            queue: Mutex::new(Some(queue)),
+            sent: Mutex::new(sent),
+        };
+        own.publish("/tasks/exit", &TaskExit::new());
+        let started = Instant::now();
+        own.finish(Duration::from_millis(50));
+        assert!(started.elapsed() >= Duration::from_millis(50));
+        assert_eq!(events.iter().count(), 1);
+        drop(done);
+        let started = Instant::now();
+        own.finish(Duration::from_secs(60));
+        assert!(started.elapsed() < Duration::from_secs(30));
     }
 }

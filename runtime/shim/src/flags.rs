@@ -39,7 +39,7 @@ pub(crate) struct Flags {
     /// containerd's own socket.
     pub(crate) address: String,
     pub(crate) id: String,
-    /// The container's folder; the working directory if it is not named.
+    /// The container's directory; the working directory if it is not named.
     pub(crate) bundle: Option<PathBuf>,
     pub(crate) debug: bool,
 }
@@ -90,7 +90,7 @@ impl Flags {
         Ok(flags)
     }
 
-    /// The container's folder.
+    /// The container's directory.
     pub(crate) fn bundle(&self) -> Result<PathBuf> {
         match &self.bundle {
             Some(bundle) if !bundle.as_os_str().is_empty() => Ok(bundle.clone()),

@@ -3,9 +3,9 @@
 
 use crate::flags::Flags;
 use crate::selinux;
-use crate::spec::{Role, Spec};
 use anyhow::{Context, Result, bail};
 use koya::Settings;
+use koya_tasks::{Role, Spec};
 use sha2::{Digest, Sha256};
 use std::fs;
 use std::os::fd::OwnedFd;

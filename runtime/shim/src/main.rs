@@ -7,27 +7,16 @@
 //!
 //! Which calls mean what is containerd's `core/runtime/v2/README.md`.
 
-mod cgroup;
 mod cleanup;
-mod control;
 mod daemon;
 mod events;
 mod flags;
-mod further;
-mod io;
 mod launch;
-mod machine;
 mod metrics;
-mod mounts;
 mod options;
-mod pod;
 mod selinux;
 mod service;
-mod size;
-mod spec;
-mod stand_in;
-mod sync;
-mod task;
+mod sink;
 
 use anyhow::{Result, bail};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};

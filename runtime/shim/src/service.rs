@@ -6,9 +6,8 @@
 
 use crate::events::{any, timestamp};
 use crate::metrics;
-use crate::pod::{Pod, pid};
-use crate::task::{Refusal, Status};
-use anyhow::{Context, Result};
+use crate::options::settings;
+use anyhow::{Context, Result, anyhow};
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
     self, CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse,
@@ -18,9 +17,15 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
+use koya::Settings;
+use koya_tasks::{
+    CreateTask, Error, ExecTask, Mount, Role, Spec, Status, StdioConfig, StdioPaths, TaskSet,
+};
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service as TtrpcService, TtrpcContext};
@@ -31,22 +36,23 @@ pub(crate) const SERVED_AS: &str = "containerd.task.v2.Task";
 const GENERATED_AS: &str = "containerd.task.v3.Task";
 
 /// Serves until the process ends.
-pub(crate) fn run(listener: UnixListener, pod: Arc<Pod>) -> Result<()> {
+pub(crate) fn run(listener: UnixListener, service: Service) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
+        .thread_name("koya-call")
         .enable_all()
         .build()?;
     runtime.block_on(async {
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener)?)
-            .register_service(services(pod)?);
+            .register_service(services(service)?);
         server.start().await?;
         std::future::pending::<()>().await;
         Ok(())
     })
 }
 
-fn services(pod: Arc<Pod>) -> Result<HashMap<String, TtrpcService>> {
-    let mut services = create_task(Arc::new(Service { pod }));
+fn services(service: Service) -> Result<HashMap<String, TtrpcService>> {
+    let mut services = create_task(Arc::new(service));
     let service = services
         .remove(GENERATED_AS)
         .context("the task service has another name")?;
@@ -54,62 +60,112 @@ fn services(pod: Arc<Pod>) -> Result<HashMap<String, TtrpcService>> {
     Ok(services)
 }
 
-struct Service {
-    pod: Arc<Pod>,
+/// What containerd's requests are about.
+pub(crate) struct Service {
+    pub(crate) tasks: Arc<TaskSet>,
+    /// Ends the shim.
+    pub(crate) end: Sender<()>,
 }
 
-impl From<Refusal> for ttrpc::Error {
-    fn from(refusal: Refusal) -> Self {
-        let code = match &refusal {
-            Refusal::NotFound(_) | Refusal::Finished(_) => Code::NOT_FOUND,
-            Refusal::Exists(_) => Code::ALREADY_EXISTS,
-            Refusal::Precondition(_) => Code::FAILED_PRECONDITION,
-            Refusal::Unsupported(_) => Code::UNIMPLEMENTED,
-            Refusal::Failed(_) => Code::UNKNOWN,
-        };
-        ttrpc::Error::RpcStatus(ttrpc::get_status(code, refusal.to_string()))
-    }
+/// As containerd's clients tell errors apart.
+fn refused(error: Error) -> ttrpc::Error {
+    let code = match &error {
+        Error::NotFound(_) | Error::Finished(_) => Code::NOT_FOUND,
+        Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
+        Error::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
+        Error::Unsupported(_) => Code::UNIMPLEMENTED,
+        Error::Failed(_) => Code::UNKNOWN,
+    };
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.to_string()))
 }
 
 impl Service {
     /// Does what may take its time.
     async fn work<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Arc<Pod>) -> Result<T, Refusal> + Send + 'static,
+        work: impl FnOnce(&Arc<TaskSet>) -> Result<T, Error> + Send + 'static,
     ) -> ttrpc::Result<T> {
-        let pod = self.pod.clone();
-        let done = tokio::task::spawn_blocking(move || work(&pod)).await;
-        let done = done.unwrap_or_else(|error| Err(Refusal::Failed(error.into())));
+        let tasks = self.tasks.clone();
+        let done = tokio::task::spawn_blocking(move || work(&tasks)).await;
+        let done = done.unwrap_or_else(|error| Err(Error::Failed(error.into())));
         if let Err(error) = &done {
             log::debug!("{error}");
         }
-        Ok(done?)
+        done.map_err(refused)
     }
+}
+
+/// What a request says of a container that is to be made.
+fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::Unsupported("checkpoints are not supported"));
+    }
+    let bundle = PathBuf::from(request.bundle);
+    let spec = Spec::read(&bundle)?;
+    let settings = match spec.role(&request.id) {
+        Role::Member { .. } => Settings::default(),
+        Role::Single | Role::Sandbox => settings(request.options.as_ref())?,
+    };
+    let mounts = request.rootfs.into_iter().map(|mount| Mount {
+        kind: mount.type_,
+        source: mount.source,
+        target: mount.target,
+        options: mount.options,
+    });
+    Ok(CreateTask {
+        id: request.id,
+        bundle,
+        spec,
+        mounts: mounts.collect(),
+        stdio: StdioConfig::Paths(StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        }),
+        settings,
+    })
+}
+
+/// What a request says of a process that is to be added.
+fn exec_of(request: ExecProcessRequest) -> Result<ExecTask, Error> {
+    let spec = request.spec.as_ref();
+    let spec = spec.ok_or_else(|| anyhow!("the request has no process"))?;
+    Ok(ExecTask {
+        process: serde_json::from_slice(&spec.value).context("the process is broken")?,
+        id: request.id,
+        exec_id: request.exec_id,
+        stdio: StdioConfig::Paths(StdioPaths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        }),
+    })
 }
 
 #[async_trait]
 impl Task for Service {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let task = self.pod.task(&request.id)?;
-        let proc = task.proc(&request.exec_id)?;
-        let status = match proc.status() {
+        let state = self.tasks.state(&request.id, &request.exec_id);
+        let state = state.map_err(refused)?;
+        let status = match state.status {
             Status::Created => api::Status::CREATED,
             Status::Running => api::Status::RUNNING,
             Status::Paused => api::Status::PAUSED,
             Status::Stopped => api::Status::STOPPED,
         };
-        let exit = proc.exit();
         Ok(StateResponse {
             id: request.id,
-            bundle: task.bundle.to_string_lossy().into_owned(),
-            pid: task.pid(),
+            bundle: state.bundle.to_string_lossy().into_owned(),
+            pid: state.pid,
             status: status.into(),
-            stdin: proc.paths.stdin.clone(),
-            stdout: proc.paths.stdout.clone(),
-            stderr: proc.paths.stderr.clone(),
-            terminal: proc.paths.terminal,
-            exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            stdin: state.stdio.stdin,
+            stdout: state.stdio.stdout,
+            stderr: state.stdio.stderr,
+            terminal: state.stdio.terminal,
+            exit_status: state.exit.map_or(0, |exit| exit.status),
+            exited_at: state.exit.map(|exit| timestamp(exit.at)).into(),
             exec_id: request.exec_id,
             ..Default::default()
         })
@@ -120,7 +176,9 @@ impl Task for Service {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let pid = self.work(move |pod| pod.create(&request)).await?;
+        let pid = self
+            .work(move |tasks| tasks.create(task_of(request)?))
+            .await?;
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()
@@ -129,7 +187,7 @@ impl Task for Service {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let pid = self
-            .work(move |pod| pod.start(&request.id, &request.exec_id))
+            .work(move |tasks| tasks.start(&request.id, &request.exec_id))
             .await?;
         Ok(StartResponse {
             pid,
@@ -143,7 +201,7 @@ impl Task for Service {
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let (pid, exit) = self
-            .work(move |pod| pod.delete(&request.id, &request.exec_id))
+            .work(move |tasks| tasks.delete(&request.id, &request.exec_id))
             .await?;
         Ok(DeleteResponse {
             pid,
@@ -155,7 +213,7 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let process = ProcessInfo {
-            pid: self.pod.task(&request.id)?.pid(),
+            pid: self.tasks.pid(&request.id).map_err(refused)?,
             ..Default::default()
         };
         Ok(PidsResponse {
@@ -165,27 +223,30 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.work(move |pod| pod.pause(&request.id)).await?;
+        self.work(move |tasks| tasks.pause(&request.id)).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.work(move |pod| pod.resume(&request.id)).await?;
+        self.work(move |tasks| tasks.resume(&request.id)).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(Refusal::Unsupported("checkpoints are not supported").into())
+        Err(refused(Error::Unsupported("checkpoints are not supported")))
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        self.work(move |pod| pod.kill(&request.id, &request.exec_id, request.signal, request.all))
-            .await?;
+        self.work(move |tasks| {
+            tasks.kill(&request.id, &request.exec_id, request.signal, request.all)
+        })
+        .await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.pod.exec(&request)?;
+        let added = exec_of(request).and_then(|exec| self.tasks.exec(exec));
+        added.map_err(refused)?;
         Ok(Empty::new())
     }
 
@@ -194,8 +255,8 @@ impl Task for Service {
         _: &TtrpcContext,
         request: ResizePtyRequest,
     ) -> ttrpc::Result<Empty> {
-        self.work(move |pod| {
-            pod.resize(&request.id, &request.exec_id, request.height, request.width)
+        self.work(move |tasks| {
+            tasks.resize(&request.id, &request.exec_id, request.height, request.width)
         })
         .await?;
         Ok(Empty::new())
@@ -203,31 +264,30 @@ impl Task for Service {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
         if request.stdin {
-            self.pod.close_stdin(&request.id, &request.exec_id)?;
+            let closed = self.tasks.close_stdin(&request.id, &request.exec_id);
+            closed.map_err(refused)?;
         }
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        self.work(move |pod| {
+        self.work(move |tasks| {
             let resources = request
                 .resources
                 .as_ref()
                 .context("there are no resources")?;
-            pod.update(&request.id, &resources.value)
+            let resources =
+                serde_json::from_slice(&resources.value).context("the resources are broken")?;
+            tasks.update(&request.id, &resources)
         })
         .await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let task = self.pod.task(&request.id)?;
-        let mut ended = task.proc(&request.exec_id)?.watch();
-        let exit = match ended.wait_for(Option::is_some).await {
-            Ok(exit) => *exit,
-            Err(_) => None,
-        };
-        let gone = || Refusal::NotFound(format!("container {}", request.id));
+        let watch = self.tasks.watch(&request.id, &request.exec_id);
+        let exit = watch.map_err(refused)?.wait().await;
+        let gone = || refused(Error::NotFound(format!("container {}", request.id)));
         let exit = exit.ok_or_else(gone)?;
         Ok(WaitResponse {
             exit_status: exit.status,
@@ -237,8 +297,9 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.work(move |pod| pod.stats(&request.id)).await?;
-        let stats = any(metrics::NAME, &metrics::metrics(&stats)).map_err(Refusal::Failed)?;
+        let stats = self.work(move |tasks| tasks.stats(&request.id)).await?;
+        let stats =
+            any(metrics::NAME, &metrics::metrics(&stats)).map_err(|error| refused(error.into()))?;
         Ok(StatsResponse {
             stats: Some(stats).into(),
             ..Default::default()
@@ -250,9 +311,9 @@ impl Task for Service {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.pod.task(&request.id).map_or(0, |task| task.pid());
+        let task_pid = self.tasks.pid(&request.id).unwrap_or(0);
         Ok(ConnectResponse {
-            shim_pid: pid(),
+            shim_pid: std::process::id(),
             task_pid,
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
@@ -260,7 +321,9 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.pod.shutdown();
+        if self.tasks.is_empty() {
+            self.end.send(()).ok();
+        }
         Ok(Empty::new())
     }
 }

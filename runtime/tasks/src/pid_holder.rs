@@ -1,7 +1,7 @@
-//! A thread that stands for a container of a pod on the host.
+//! A thread that gives a task a pid on the host.
 //!
 //! Kubernetes names namespaces by `/proc/PID/ns/...` of a container's process. All containers of a pod are
-//! one process here, but each has a thread, whose number names no other: `/proc` knows it, and signals to it
+//! one process here, but each has a thread, whose id no other has: `/proc` knows it, and signals to it
 //! are the process's.
 
 use crate::sync::spawn;
@@ -10,32 +10,32 @@ use std::sync::mpsc::{Sender, channel};
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// It lives as long as this does.
-pub(crate) struct StandIn {
+/// The thread lives as long as this does.
+pub(crate) struct PidHolder {
     pid: u32,
     work: Sender<Work>,
 }
 
-impl StandIn {
+impl PidHolder {
     /// # Errors
     /// If the host has no thread left.
     pub(crate) fn new() -> Result<Self> {
-        let (work, pieces) = channel::<Work>();
-        let (number, told) = channel();
+        let (work, queue) = channel::<Work>();
+        let (sender, receiver) = channel();
         spawn("koya-container", move || {
             let own = rustix::thread::gettid().as_raw_nonzero().get();
-            number.send(own.unsigned_abs()).ok();
-            for piece in pieces {
-                piece();
+            sender.send(own.unsigned_abs()).ok();
+            for work in queue {
+                work();
             }
         })?;
         Ok(Self {
-            pid: told.recv().context("a thread ended")?,
+            pid: receiver.recv().context("a thread ended")?,
             work,
         })
     }
 
-    /// The thread's number.
+    /// The thread's id.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
     }
@@ -55,8 +55,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_has_a_number_that_proc_knows() {
-        let both = [StandIn::new().unwrap(), StandIn::new().unwrap()];
+    fn each_has_a_pid_that_proc_knows() {
+        let both = [PidHolder::new().unwrap(), PidHolder::new().unwrap()];
         assert_ne!(both[0].pid(), both[1].pid());
         for one in both {
             let text = std::fs::read_to_string(format!("/proc/{}/status", one.pid())).unwrap();

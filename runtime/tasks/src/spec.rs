@@ -1,39 +1,37 @@
-//! A container's `config.json`, as far as it says what its sandbox is to be.
+//! A bundle's `config.json`, as far as it says what a task and its sandbox are to be.
 
+use crate::Error;
 use crate::cgroup;
+use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
-use anyhow::{Context, Result};
+use anyhow::Context;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
-                                       container a network namespace of its own";
-
 /// What a container is to its sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
+pub enum Role {
     /// Its only one.
     Single,
     /// A pod's own, of which nothing runs: the sandbox is the virtual machine.
     Sandbox,
     /// One of a pod's.
-    Member { sandbox: String },
-}
-
-/// A sandbox's network namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Network {
-    Host,
-    New,
-    Path(PathBuf),
+    Member {
+        /// The pod's own container.
+        sandbox: String,
+    },
 }
 
 /// A container's `config.json`.
-pub(crate) struct Spec(pub(crate) oci::Spec);
+pub struct Spec(pub(crate) oci::Spec);
 
 impl Spec {
-    pub(crate) fn read(bundle: &Path) -> Result<Self> {
+    /// Reads it from a bundle.
+    ///
+    /// # Errors
+    /// If it is not there, or broken.
+    pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join("config.json");
         let text =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -50,7 +48,7 @@ impl Spec {
     }
 
     /// By the annotations of containerd's and CRI-O's Kubernetes interface.
-    pub(crate) fn role(&self, id: &str) -> Role {
+    pub fn role(&self, id: &str) -> Role {
         let kind = [
             "io.kubernetes.cri.container-type",
             "io.kubernetes.cri-o.ContainerType",
@@ -69,19 +67,16 @@ impl Spec {
     }
 
     pub(crate) fn network(&self) -> Network {
-        let namespaces = self
-            .0
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.namespaces().as_ref());
-        let mut namespaces = namespaces.into_iter().flatten();
-        let network = namespaces.find(|n| n.typ() == LinuxNamespaceType::Network);
-        match network.map(|network| network.path()) {
-            None => Network::Host,
-            Some(None) => Network::New,
-            Some(Some(path)) if path.as_os_str().is_empty() => Network::New,
-            Some(Some(path)) => Network::Path(path.clone()),
-        }
+        Network::of(&self.0)
+    }
+
+    /// Has the calling thread, the only one of its process, enter the namespaces of the container's sandbox: a
+    /// mount namespace of its own, and its network namespace.
+    ///
+    /// # Errors
+    /// Which can't be had.
+    pub fn enter_namespaces(&self) -> Result<(), Error> {
+        Ok(self.network().enter()?)
     }
 
     /// What it may have: a pod's as Kubernetes says it, else the container's own.
@@ -126,9 +121,9 @@ impl Spec {
     }
 
     /// The sandbox's control group on the host.
-    pub(crate) fn cgroup(&self) -> Option<PathBuf> {
+    pub fn cgroup(&self) -> Option<PathBuf> {
         let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;
-        cgroup::folder(path)
+        cgroup::directory(path)
     }
 
     /// The AppArmor profile that its process is to have.
@@ -138,7 +133,7 @@ impl Spec {
     }
 
     /// The SELinux label that its process is to have.
-    pub(crate) fn selinux_label(&self) -> Option<&str> {
+    pub fn selinux_label(&self) -> Option<&str> {
         let label = self.0.process().as_ref()?.selinux_label().as_deref();
         label.filter(|label| !label.is_empty())
     }

@@ -1,4 +1,4 @@
-//! The control group of a sandbox on the host (version 2): what containerd or Kubernetes says in
+//! The control group of a sandbox on the host (version 2): what a client says in
 //! `linux.cgroupsPath`. The sandbox's process lives in it, with limits for all of it: what the container may
 //! have, and what a virtual machine takes beyond that.
 
@@ -22,7 +22,7 @@ const NODES: u64 = 4;
 /// Where a configuration's group is. `slice:prefix:name` is systemd's way to say it.
 ///
 /// None for a path that leads elsewhere, and on a host without control groups of version 2.
-pub(crate) fn folder(path: &Path) -> Option<PathBuf> {
+pub(crate) fn directory(path: &Path) -> Option<PathBuf> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         return None;
     }
@@ -41,15 +41,15 @@ fn below(root: &Path, path: &Path) -> Option<PathBuf> {
         }
         _ => PathBuf::from(text),
     };
-    let mut folder = root.to_owned();
+    let mut group = root.to_owned();
     for component in path.components() {
         match component {
-            Component::Normal(name) => folder.push(name),
+            Component::Normal(name) => group.push(name),
             Component::RootDir | Component::CurDir => {}
             _ => return None,
         }
     }
-    (folder != root).then_some(folder)
+    (group != root).then_some(group)
 }
 
 /// `a-b.slice` is in `a.slice` (systemd.slice(5)).
@@ -69,26 +69,29 @@ fn slices(slice: &str) -> PathBuf {
 
 /// Whether this process is in the group, so that its limits are the sandbox's. Without root, or where somebody
 /// else moved it, it may not be.
-pub(crate) fn is_ours(folder: &Path) -> bool {
+pub(crate) fn is_ours(group: &Path) -> bool {
     let groups = fs::read_to_string("/proc/self/cgroup");
-    groups.is_ok_and(|groups| is_in(&groups, folder))
+    groups.is_ok_and(|groups| is_in(&groups, group))
 }
 
 /// By what `/proc/PID/cgroup` says (cgroups(7)).
-fn is_in(groups: &str, folder: &Path) -> bool {
+fn is_in(groups: &str, group: &Path) -> bool {
     let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
-    path.is_some_and(|path| Path::new(ROOT).join(path) == folder)
+    path.is_some_and(|path| Path::new(ROOT).join(path) == group)
 }
 
-/// Moves this process into the group, made if it is not there.
-pub(crate) fn enter(folder: &Path) -> io::Result<()> {
-    make(folder)?;
-    fs::write(folder.join("cgroup.procs"), std::process::id().to_string())
+/// Moves this process into the group, made if it is not there: all of its threads.
+///
+/// # Errors
+/// What the host refused.
+pub fn enter(group: &Path) -> io::Result<()> {
+    make(group)?;
+    fs::write(group.join("cgroup.procs"), std::process::id().to_string())
 }
 
 /// With the controllers that limits need, as far as the groups above have them.
-fn make(folder: &Path) -> io::Result<()> {
-    let Ok(below) = folder.strip_prefix(ROOT) else {
+fn make(group: &Path) -> io::Result<()> {
+    let Ok(below) = group.strip_prefix(ROOT) else {
         return Ok(());
     };
     let mut at = PathBuf::from(ROOT);
@@ -123,19 +126,19 @@ pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
 }
 
 /// Sets what [`memory`] says, in a group that is this process's. Elsewhere the guest has limits of its own.
-pub(crate) fn bound(folder: &Path, mib: u64, kernel_mib: u64) {
-    if !is_ours(folder) {
-        log::debug!("no limit of memory: {} is not ours", folder.display());
+pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
+    if !is_ours(group) {
+        log::debug!("no limit of memory: {} is not ours", group.display());
         return;
     }
     let limits = memory(mib, kernel_mib);
     let (there, missing): (Vec<_>, Vec<_>) = limits
         .into_iter()
-        .partition(|(file, _)| folder.join(file).exists());
+        .partition(|(file, _)| group.join(file).exists());
     for (file, _) in missing {
-        log::debug!("{} has no {file}", folder.display());
+        log::debug!("{} has no {file}", group.display());
     }
-    apply(folder, &there);
+    apply(group, &there);
 }
 
 /// The limits of CPU time, and the host's CPUs: files and values.
@@ -164,28 +167,28 @@ pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)
 }
 
 /// Sets them. One that can't be set is said, and the sandbox goes on: the guest has limits of its own.
-pub(crate) fn apply(folder: &Path, limits: &[(&str, String)]) {
+pub(crate) fn apply(group: &Path, limits: &[(&str, String)]) {
     for (file, value) in limits {
-        match fs::write(folder.join(file), value) {
-            Ok(()) => log::info!("{}/{file}: {value}", folder.display()),
-            Err(error) => log::warn!("{}/{file}: {value}: {error}", folder.display()),
+        match fs::write(group.join(file), value) {
+            Ok(()) => log::info!("{}/{file}: {value}", group.display()),
+            Err(error) => log::warn!("{}/{file}: {value}: {error}", group.display()),
         }
     }
 }
 
 /// Moves this process out of the group, so that nothing is left of it.
-pub(crate) fn leave(folder: &Path) {
+pub fn leave(group: &Path) {
     let root = Path::new(ROOT).join("cgroup.procs");
     if let Err(error) = fs::write(root, std::process::id().to_string()) {
-        log::debug!("cannot leave {}: {error}", folder.display());
+        log::debug!("cannot leave {}: {error}", group.display());
     }
-    remove(folder);
+    remove(group);
 }
 
 /// Removes the group, once nothing is in it.
-pub(crate) fn remove(folder: &Path) {
-    if let Err(error) = fs::remove_dir(folder) {
-        log::debug!("{}: {error}", folder.display());
+pub fn remove(group: &Path) {
+    if let Err(error) = fs::remove_dir(group) {
+        log::debug!("{}: {error}", group.display());
     }
 }
 

@@ -1,7 +1,6 @@
-//! The mounts that containerd's snapshotters ask for: a container's root file system.
+//! The mounts that snapshotters ask for: a container's root file system.
 
 use anyhow::{Context, Result, bail};
-use containerd_shim_protos::api::Mount;
 use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_remount, unmount,
 };
@@ -11,6 +10,19 @@ use std::path::Path;
 
 /// The kernel takes a page of options.
 const MAX_DATA: usize = 4095;
+
+/// One mount of a root file system, as containerd writes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mount {
+    /// The file system's type, or `bind`.
+    pub kind: String,
+    /// What is mounted.
+    pub source: String,
+    /// Where, below the root file system; mostly empty.
+    pub target: String,
+    /// As mount(8) takes them.
+    pub options: Vec<String>,
+}
 
 /// What options mean to mount(2): flags, and the rest for the file system.
 #[derive(Debug, PartialEq, Eq)]
@@ -55,7 +67,7 @@ pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
             format!(
                 "cannot mount {} ({}) at {}",
                 wanted.source,
-                wanted.type_,
+                wanted.kind,
                 at.display()
             )
         });
@@ -69,7 +81,7 @@ pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
 
 fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
     let options = Options::parse(&wanted.options);
-    let is_bind = options.bind.is_some() || wanted.type_ == "bind" || wanted.type_ == "rbind";
+    let is_bind = options.bind.is_some() || wanted.kind == "bind" || wanted.kind == "rbind";
     if is_bind {
         match options.bind {
             Some(false) => mount_bind(&wanted.source, at)?,
@@ -93,7 +105,7 @@ fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
     Ok(mount(
         &wanted.source,
         at,
-        &wanted.type_,
+        &wanted.kind,
         options.flags,
         data.as_c_str(),
     )?)

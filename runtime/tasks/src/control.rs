@@ -1,0 +1,212 @@
+//! What is asked of a task that is there: signals, pause, limits, figures, its terminal.
+
+use crate::Error;
+use crate::cgroup;
+use crate::event::Event;
+use crate::machine::GuestContainer;
+use crate::process::{Action, Exit, Handle, Status};
+use crate::set::{ProcessOf, SIGKILL, Task, TaskSet};
+use crate::size::Limits;
+use crate::terminate::send;
+use anyhow::anyhow;
+use koya::ContainerStats;
+use koya::oci_spec::runtime as oci;
+use std::sync::Arc;
+
+const SIGINT: u32 = 2;
+const SIGTERM: u32 = 15;
+/// The last real-time signal.
+const LAST_SIGNAL: u32 = 64;
+
+impl TaskSet {
+    /// Sends a signal to a process, or to all of a task's: the init process, if `exec_id` is empty.
+    ///
+    /// # Errors
+    /// [`Error::Finished`] if it has ended.
+    pub fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let process = self.process(&task, exec_id)?;
+        process.status().allow(Action::Kill)?;
+        if signal > LAST_SIGNAL {
+            return Err(anyhow!("there is no signal {signal}").into());
+        }
+        let Some(handle) = process.handle() else {
+            // Nothing of it is in the guest: a pod's own container, or one that was never started.
+            if ![SIGINT, SIGKILL, SIGTERM].contains(&signal) {
+                return Ok(());
+            }
+            let exit = Exit::now(128 + signal);
+            match process {
+                ProcessOf::Init(_) => self.end(&task, exit),
+                ProcessOf::Exec(exec) => {
+                    if exec.process.ended(exit, || ()) {
+                        self.notify();
+                    }
+                }
+            }
+            return Ok(());
+        };
+        let all = all && exec_id.is_empty();
+        let sent = match &handle {
+            Handle::Init(container) => send(&**container, signal as i32, all),
+            Handle::Exec(process) => process.signal(signal as i32),
+        };
+        match sent {
+            Err(koya::Error::NoProcess { .. }) => Err(Error::Finished("process already finished")),
+            sent => Ok(sent?),
+        }
+    }
+
+    /// Stops all processes of a task where they are.
+    ///
+    /// # Errors
+    /// If it does not run, or if the guest can't.
+    pub fn pause(&self, id: &str) -> Result<(), Error> {
+        self.freeze(id, Action::Pause, |container| container.pause())?;
+        self.publish(Event::Paused { id: id.into() });
+        Ok(())
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// If it is not paused, or if the guest can't.
+    pub fn resume(&self, id: &str) -> Result<(), Error> {
+        self.freeze(id, Action::Resume, |container| container.resume())?;
+        self.publish(Event::Resumed { id: id.into() });
+        Ok(())
+    }
+
+    fn freeze(
+        &self,
+        id: &str,
+        action: Action,
+        change: impl FnOnce(&dyn GuestContainer) -> Result<(), koya::Error>,
+    ) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let _turn = self.turn(&task)?;
+        task.init.status().allow(action)?;
+        change(&*task.running()?)?;
+        task.init.set_paused(action == Action::Pause);
+        Ok(())
+    }
+
+    /// Changes a task's limits: a configuration's `linux.resources`, of which what is there is set.
+    ///
+    /// # Errors
+    /// If the guest can't be made as large, or can't set them.
+    pub fn update(
+        self: &Arc<Self>,
+        id: &str,
+        resources: &oci::LinuxResources,
+    ) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let _turn = self.turn(&task)?;
+        if task.init.status() != Status::Paused {
+            Self::check_usable(&task)?;
+        }
+        let before = self.limits(&task);
+        let wanted = Limits::default().or(Some(resources));
+        let after = Limits {
+            memory: wanted.memory.or(before.memory),
+            milli_cpus: wanted.milli_cpus.or(before.milli_cpus),
+        };
+        let changed = self.change_limits(&task, resources, before, after);
+        if changed.is_err() {
+            self.set_limits(&task, before);
+            self.resize_behind();
+            return changed;
+        }
+        if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
+            cgroup::apply(&group, &cgroup::cpu(resources));
+        }
+        Ok(())
+    }
+
+    /// Room first, then the limit; where it is less, the other way round.
+    fn change_limits(
+        self: &Arc<Self>,
+        task: &Task,
+        resources: &oci::LinuxResources,
+        before: Limits,
+        after: Limits,
+    ) -> Result<(), Error> {
+        let limit = || match task.is_pod() {
+            true => Ok(()),
+            false => Ok(task.running()?.update(resources)?),
+        };
+        let is_less = match (before.memory, after.memory) {
+            (Some(before), Some(after)) => after < before,
+            (None, after) => after.is_some(),
+            _ => false,
+        };
+        if is_less {
+            limit()?;
+            self.set_limits(task, after);
+            // What is given up takes its time, and is nobody's to wait for.
+            self.resize_behind();
+            return Ok(());
+        }
+        self.set_limits(task, after);
+        self.resize_guest()?;
+        limit()
+    }
+
+    fn limits(&self, task: &Task) -> Limits {
+        let mut state = self.lock();
+        state.entry(task).map_or_else(Limits::default, |e| e.limits)
+    }
+
+    fn set_limits(&self, task: &Task, limits: Limits) {
+        self.change(|state| {
+            if let Some(entry) = state.entry(task) {
+                entry.limits = limits;
+            }
+        });
+    }
+
+    /// What a task uses; of a pod's own container, nothing.
+    ///
+    /// # Errors
+    /// If it does not run, or if the guest does not answer.
+    pub fn stats(&self, id: &str) -> Result<ContainerStats, Error> {
+        let task = self.task(id)?;
+        if task.is_pod() {
+            return Ok(ContainerStats::default());
+        }
+        Ok(task.running()?.stats()?)
+    }
+
+    /// Tells a process's terminal a new size. One that has none, or has ended, is not told.
+    ///
+    /// # Errors
+    /// If there is no such process, or if the guest can't.
+    pub fn resize(&self, id: &str, exec_id: &str, rows: u32, columns: u32) -> Result<(), Error> {
+        let task = self.task(id)?;
+        let process = self.process(&task, exec_id)?;
+        let size = (
+            u16::try_from(rows).unwrap_or(0),
+            u16::try_from(columns).unwrap_or(0),
+        );
+        match process.handle() {
+            // Clients say sizes of what has no terminal, and of what has just ended.
+            Some(handle) if process.paths.terminal => {
+                match handle.process().resize(size.0, size.1) {
+                    Err(koya::Error::NoProcess { .. }) => Ok(()),
+                    resized => Ok(resized?),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The client has no more input for a process.
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn close_stdin(&self, id: &str, exec_id: &str) -> Result<(), Error> {
+        let task = self.task(id)?;
+        self.process(&task, exec_id)?.close_stdin();
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! How a task comes to be.
+
+use crate::Error;
+use crate::event::Event;
+use crate::machine::GuestContainer;
+use crate::mounts::{self, Mount};
+use crate::namespaces::{HOST_NETWORK, Network};
+use crate::pid_holder::PidHolder;
+use crate::process::{Exit, Handle, Process};
+use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
+use crate::spec::{Role, Spec};
+use crate::stdio::StdioConfig;
+use anyhow::anyhow;
+use koya::{Bundle, Settings, SharedPids};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A task that is to be made.
+pub struct CreateTask {
+    /// Its name, which no other task of the set has.
+    pub id: String,
+    /// The bundle: the directory of `config.json`.
+    pub bundle: PathBuf,
+    /// The bundle's configuration.
+    pub spec: Spec,
+    /// What to mount as its root file system, at `rootfs` in the bundle. Without any it is where the
+    /// configuration says.
+    pub mounts: Vec<Mount>,
+    /// Where the streams of its init process go.
+    pub stdio: StdioConfig,
+    /// The sandbox's settings, which the configuration's annotations may change. Not heeded for one of a pod's
+    /// containers: the sandbox is there.
+    pub settings: Settings,
+}
+
+impl CreateTask {
+    fn task(self) -> Result<(Task, Vec<Mount>), Error> {
+        let root = self.spec.0.root().as_ref();
+        let root = root.map(|root| root.path().clone()).unwrap_or_default();
+        let rootfs = match self.mounts.is_empty() {
+            true => self.bundle.join(root),
+            false => self.bundle.join("rootfs"),
+        };
+        let role = self.spec.role(&self.id);
+        let settings = match role {
+            Role::Member { .. } => Settings::default(),
+            Role::Single | Role::Sandbox => self
+                .settings
+                .annotated(self.spec.0.annotations().iter().flatten())?,
+        };
+        let task = Task {
+            id: self.id,
+            bundle: self.bundle,
+            rootfs,
+            spec: self.spec,
+            role,
+            settings,
+            init: Process::new(self.stdio),
+            pid_holder: PidHolder::new()?,
+        };
+        Ok((task, self.mounts))
+    }
+}
+
+impl TaskSet {
+    /// Makes a task, whose init process waits to be started. The answer is the process on the host that stands
+    /// for it.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`], or why it can't be made; nothing is left of it then.
+    pub fn create(self: &Arc<Self>, request: CreateTask) -> Result<u32, Error> {
+        let (task, mounts) = request.task()?;
+        let task = Arc::new(task);
+        // Who deletes it meanwhile waits until it is made.
+        let _turn = {
+            let mut state = self.lock();
+            if state.entries.contains_key(&task.id) {
+                return Err(Error::AlreadyExists(format!("container {}", task.id)));
+            }
+            let entry = Entry {
+                task: task.clone(),
+                limits: task.spec.limits(),
+                execs: HashMap::new(),
+                is_mounted: false,
+                is_busy: true,
+                oom_kills: 0,
+            };
+            state.entries.insert(task.id.clone(), entry);
+            drop(state);
+            self.turn_of(&task)
+        };
+        if let Err(error) = self.prepare(&task, &mounts) {
+            self.undo(&task);
+            return Err(error);
+        }
+        self.publish(Event::Created {
+            id: task.id.clone(),
+            bundle: task.bundle.clone(),
+            mounts,
+            stdio: task.init.paths.clone(),
+            pid: task.pid(),
+        });
+        Ok(task.pid())
+    }
+
+    fn prepare(self: &Arc<Self>, task: &Arc<Task>, mounts: &[Mount]) -> Result<(), Error> {
+        if let Some(why) = &self.config.unready {
+            return Err(anyhow!("{why}").into());
+        }
+        if task.spec.network() == Network::Host {
+            return Err(anyhow!(HOST_NETWORK).into());
+        }
+        if task.is_pod() {
+            let machine = self.boot(task)?;
+            let (set, own) = (self.clone(), task.clone());
+            task.pid_holder.run(move || {
+                let reason = machine.wait_ended();
+                let status = match set.was_stopped() {
+                    true => KILLED,
+                    false => {
+                        log::error!("the pod's virtual machine ended: {reason}");
+                        LOST
+                    }
+                };
+                set.end(&own, Exit::now(status));
+            })?;
+            return Ok(());
+        }
+        if !mounts.is_empty() {
+            mounts::mount_all(mounts, &task.rootfs)?;
+            self.change(|state| {
+                if let Some(entry) = state.entry(task) {
+                    entry.is_mounted = true;
+                }
+            });
+        }
+        task.init.open_streams(&task.id, &self.config.namespace)?;
+        // Into a new network namespace somebody may put an interface before the start.
+        if task.spec.network() != Network::New {
+            self.make(task)?;
+        }
+        Ok(())
+    }
+
+    /// Takes back a task as far as it was made.
+    pub(crate) fn undo(self: &Arc<Self>, task: &Task) {
+        if let Some(container) = task.container() {
+            container.remove().ok();
+        }
+        // What is shared holds the mount.
+        self.unmount(task);
+        let is_last = self.change(|state| {
+            if state.entry(task).is_some() {
+                state.entries.remove(&task.id);
+            }
+            state.entries.is_empty()
+        });
+        if is_last {
+            self.stop();
+        } else if task.is_member() {
+            self.resize_later();
+        }
+    }
+
+    /// Takes away what was mounted for it.
+    pub(crate) fn unmount(&self, task: &Task) {
+        let mut state = self.lock();
+        let is_mounted = state.entry(task).map(|entry| &mut entry.is_mounted);
+        let was_mounted = is_mounted.is_some_and(std::mem::take);
+        drop(state);
+        if was_mounted {
+            mounts::unmount_all(&task.rootfs);
+        }
+    }
+
+    /// Makes the container in the guest; its init process waits to be started.
+    pub(crate) fn make(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+    ) -> Result<Arc<dyn GuestContainer>, Error> {
+        let machine = self.boot(task)?;
+        self.resize_guest()?;
+        let bundle = Bundle {
+            spec: task.spec.0.clone(),
+            folder: task.bundle.clone(),
+            rootfs: task.rootfs.clone(),
+            pids: self.shared_pids(task),
+        };
+        let (container, streams) = machine.create(&task.id, &bundle, task.init.stdio)?;
+        let relay = match task.init.take_io().connect(streams) {
+            Ok(relay) => Arc::new(relay),
+            Err(error) => {
+                container.remove().ok();
+                return Err(error.into());
+            }
+        };
+        task.init.made(Handle::Init(container.clone()), relay);
+        let (set, followed) = (self.clone(), task.clone());
+        task.pid_holder.run(move || set.follow(&followed))?;
+        Ok(container)
+    }
+
+    /// Whose pid namespace a container is to have.
+    fn shared_pids(&self, task: &Task) -> SharedPids {
+        let Some(wanted) = task.spec.pids_of() else {
+            return SharedPids::Unknown;
+        };
+        if wanted == std::process::id() {
+            return SharedPids::Sandbox;
+        }
+        let state = self.lock();
+        let mut others = state.entries.values().map(|entry| &entry.task);
+        let found = others.find(|other| other.id != task.id && other.pid() == wanted);
+        found.map_or(SharedPids::Unknown, |other| {
+            SharedPids::Container(other.id.clone())
+        })
+    }
+}

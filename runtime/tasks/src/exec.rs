@@ -1,0 +1,122 @@
+//! Exec processes: those that are added to a container that runs.
+
+use crate::Error;
+use crate::event::Event;
+use crate::lifecycle::failed_status;
+use crate::machine::GuestProcess;
+use crate::process::{Action, Exit, Handle, Process};
+use crate::relay::Relay;
+use crate::set::{SIGKILL, Task, TaskSet};
+use crate::stdio::StdioConfig;
+use crate::sync::spawn;
+use koya::oci_spec::runtime as oci;
+use std::sync::Arc;
+
+/// A process that is to be added to a task.
+pub struct ExecTask {
+    /// The task.
+    pub id: String,
+    /// Its name, which no other process of the task has.
+    pub exec_id: String,
+    /// What it is.
+    pub process: oci::Process,
+    /// Where its streams go.
+    pub stdio: StdioConfig,
+}
+
+/// A process that was added to a task.
+pub(crate) struct Exec {
+    pub(crate) id: String,
+    pub(crate) process: Process,
+    spec: oci::Process,
+}
+
+impl TaskSet {
+    /// Adds a process to a task, which [`start`](Self::start) runs.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyExists`], or if the task has ended.
+    pub fn exec(&self, request: ExecTask) -> Result<(), Error> {
+        let task = self.task(&request.id)?;
+        Self::check_usable(&task)?;
+        let id = request.exec_id;
+        let exec = Exec {
+            id: id.clone(),
+            process: Process::new(request.stdio),
+            spec: request.process,
+        };
+        self.change(|state| {
+            let missing = || Error::NotFound(format!("container {}", task.id));
+            let execs = &mut state.entry(&task).ok_or_else(missing)?.execs;
+            if id.is_empty() || id == task.id || execs.contains_key(&id) {
+                return Err(Error::AlreadyExists(format!("process {id:?}")));
+            }
+            execs.insert(id.clone(), Arc::new(exec));
+            Ok(())
+        })?;
+        self.publish(Event::ExecAdded {
+            id: task.id.clone(),
+            exec_id: id,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn start_exec(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+        exec_id: &str,
+    ) -> Result<(), Error> {
+        let exec = self.exec_process(task, exec_id)?;
+        exec.process.status().allow(Action::Start)?;
+        // In one that is paused it would never come to its start.
+        Self::check_usable(task)?;
+        let (process, relay) = match self.launch(task, &exec) {
+            Ok(launched) => launched,
+            Err(error) => {
+                // Who waits for it hears of it by the answer.
+                if exec.process.ended(Exit::now(failed_status(&error)), || ()) {
+                    self.notify();
+                }
+                return Err(error);
+            }
+        };
+        let handle = Handle::Exec(process.clone());
+        exec.process.made(handle, relay.clone());
+        if let Err(error) = exec.process.start() {
+            // It was killed while it was made.
+            process.signal(SIGKILL as i32).ok();
+            spawn("koya-wait", move || drop(process.wait()))?;
+            return Err(error);
+        }
+        let event = Event::ExecStarted {
+            id: task.id.clone(),
+            exec_id: exec_id.into(),
+            pid: task.pid(),
+        };
+        if let Some(exit) = exec.process.started(|| self.publish(event)) {
+            self.end_exec(task, &exec, exit);
+        }
+        let (set, task) = (self.clone(), task.clone());
+        spawn("koya-wait", move || {
+            let exit = Exit::now(set.status_of(process.wait()));
+            relay.finish();
+            set.end_exec(&task, &exec, exit);
+        })?;
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        task: &Task,
+        exec: &Exec,
+    ) -> Result<(Arc<dyn GuestProcess>, Arc<Relay>), Error> {
+        let container = task.running()?;
+        exec.process
+            .open_streams(&exec.id, &self.config.namespace)?;
+        let mut spec = exec.spec.clone();
+        spec.set_terminal(Some(exec.process.paths.terminal));
+        let (process, streams) = container.exec(&exec.id, &spec, exec.process.stdio)?;
+        let relay = exec.process.take_io().connect(streams)?;
+        Ok((process, Arc::new(relay)))
+    }
+}

@@ -1,0 +1,76 @@
+//! Tasks: the containers of one sandbox, and their life cycle as runtimes have it.
+//!
+//! A [`TaskSet`] is what containerd's shim serves, and what another runtime would: tasks are created from OCI
+//! bundles, started, signalled, paused, deleted; processes are added to them. The first task brings the virtual
+//! machine, which ends with it. What comes to pass goes to an [`EventSink`].
+//!
+//! ```no_run
+//! use koya_tasks::{CreateTask, Event, EventSink, Spec, StdioConfig, TaskSet, TaskSetConfig};
+//! use std::path::PathBuf;
+//! use std::sync::Arc;
+//!
+//! struct Printed;
+//! impl EventSink for Printed {
+//!     fn send(&self, event: Event) {
+//!         eprintln!("{event:?}");
+//!     }
+//! }
+//!
+//! let tasks = TaskSet::new(TaskSetConfig::default(), Arc::new(Printed));
+//! let bundle = PathBuf::from("bundle");
+//! tasks.create(CreateTask {
+//!     id: "hello".into(),
+//!     spec: Spec::read(&bundle)?,
+//!     bundle,
+//!     mounts: Vec::new(),
+//!     stdio: StdioConfig::default(),
+//!     settings: koya::Settings::load()?,
+//! })?;
+//! tasks.start("hello", "")?;
+//! let exit = tasks.wait("hello", "")?;
+//! tasks.delete("hello", "")?;
+//! tasks.finish();
+//! println!("{}", exit.status);
+//! # Ok::<(), koya_tasks::Error>(())
+//! ```
+//!
+//! A request blocks its thread while the guest or the host works, but holds no lock: the state is behind one lock,
+//! each process and its streams behind one of their own (`sync::Level` has their order), and whoever changes
+//! a task has its turn (`set::Turn`). Nothing here is the whole process's but what its name says:
+//! [`cgroup::enter`] and [`cgroup::leave`] move the process, and [`Spec::enter_namespaces`] its only thread.
+
+pub mod cgroup;
+mod control;
+mod create;
+mod error;
+mod event;
+mod exec;
+mod lifecycle;
+mod logger;
+mod machine;
+mod mounts;
+mod namespaces;
+mod pid_holder;
+mod process;
+mod relay;
+mod resize;
+mod set;
+mod size;
+mod spec;
+mod stdio;
+mod stop;
+mod sync;
+mod terminate;
+#[cfg(test)]
+mod tests;
+
+pub use create::CreateTask;
+pub use error::Error;
+pub use event::{Event, EventSink};
+pub use exec::ExecTask;
+pub use mounts::Mount;
+pub use process::{Exit, ExitWatch, Status};
+pub use set::{TaskSet, TaskSetConfig, TaskState};
+pub use spec::{Role, Spec};
+pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
+pub use terminate::{send_signal, terminate};

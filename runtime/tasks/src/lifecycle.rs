@@ -1,0 +1,269 @@
+//! How a task's init process starts and ends, and how the task is deleted.
+
+use crate::Error;
+use crate::event::Event;
+use crate::exec::Exec;
+use crate::process::{Action, Exit, Status};
+use crate::set::{KILLED, LOST, ProcessOf, Task, TaskSet};
+use koya::Step;
+use koya::vmm::guest_text::Warnings;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+impl TaskSet {
+    /// Starts a process: the init process, if `exec_id` is empty. The answer is the process on the host that
+    /// stands for its task.
+    ///
+    /// # Errors
+    /// If it was started, or why it can't be: then it has ended.
+    pub fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
+        let task = self.task(id)?;
+        let _turn = self.turn(&task)?;
+        if !exec_id.is_empty() {
+            self.start_exec(&task, exec_id)?;
+            return Ok(task.pid());
+        }
+        task.init.status().allow(Action::Start)?;
+        if task.is_pod() {
+            task.init.start()?;
+            self.started(&task);
+            let machine = self.lock().machine();
+            if let Some(machine) = machine {
+                // Its containers may come late, or never.
+                machine.keep_timeline();
+            }
+            return Ok(task.pid());
+        }
+        let started = self.start_init(&task);
+        if let Err(error) = &started {
+            // Clients delete only what has ended.
+            self.end(&task, Exit::now(failed_status(error)));
+        }
+        started.map(|()| task.pid())
+    }
+
+    fn start_init(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
+        let container = match task.container() {
+            Some(container) => container,
+            None => self.make(task)?,
+        };
+        // It may have been killed while it was made.
+        if let Err(error) = task.init.start() {
+            container.kill(false).ok();
+            return Err(error);
+        }
+        if let Err(error) = container.start() {
+            task.init.not_started();
+            return Err(error.into());
+        }
+        self.started(task);
+        self.log_steps(task);
+        Ok(())
+    }
+
+    /// Publishes a start, and the end after it if that has come already.
+    fn started(&self, task: &Task) {
+        let event = Event::Started {
+            id: task.id.clone(),
+            pid: task.pid(),
+        };
+        if let Some(exit) = task.init.started(|| self.publish(event)) {
+            self.end(task, exit);
+        }
+    }
+
+    /// Where the time went, in one line.
+    fn log_steps(&self, task: &Task) {
+        let (machine, is_start_logged) = self.change(|state| {
+            let was_logged = std::mem::replace(&mut state.is_start_logged, true);
+            (state.machine(), was_logged)
+        });
+        let Some(machine) = machine else {
+            return;
+        };
+        let own = |step: &Step| step.container == task.id;
+        let first = |step: &Step| step.container.is_empty() && !is_start_logged;
+        let steps = machine.steps().into_iter();
+        let steps: Vec<_> = steps.filter(|s| own(s) || first(s)).collect();
+        if steps.is_empty() {
+            return;
+        }
+        let steps: Vec<_> = steps.iter().map(Step::to_string).collect();
+        log::info!("the start of {}: {}", task.id, steps.join(", "));
+    }
+
+    /// Waits for a container's init process, and publishes its end.
+    pub(crate) fn follow(&self, task: &Arc<Task>) {
+        let Some(container) = task.container() else {
+            return;
+        };
+        let status = self.status_of(container.wait());
+        let exit = Exit {
+            status,
+            at: SystemTime::now(),
+        };
+        if status == KILLED
+            && let Ok(stats) = container.stats()
+        {
+            // Clients want to hear of it before its end.
+            let kills = stats.memory_events.get("oom_kill").copied();
+            self.out_of_memory(task, kills.unwrap_or(0));
+        }
+        if let Some(relay) = task.init.relay() {
+            relay.finish();
+        }
+        self.end_execs(task, exit.at);
+        self.end(task, exit);
+    }
+
+    /// Processes that were added end with the init process, and are reported before it.
+    fn end_execs(&self, task: &Task, at: SystemTime) {
+        let runs = |exec: &Arc<Exec>| exec.process.status() == Status::Running;
+        self.wait_for(self.patience.execs, |state| {
+            (!state.execs(task).iter().any(runs)).then_some(())
+        });
+        // The guest still has to report the others, and nobody is to wait for it.
+        let left = self.lock().execs(task);
+        for exec in left.iter().filter(|exec| runs(exec)) {
+            let exit = Exit { status: KILLED, at };
+            self.end_exec(task, exec, exit);
+        }
+    }
+
+    /// Publishes that the guest's kernel has killed so many of a container's processes for their memory.
+    pub(crate) fn out_of_memory(&self, task: &Task, kills: u64) {
+        let is_news = self.change(|state| {
+            let entry = state.entry(task).filter(|entry| kills > entry.oom_kills);
+            let is_news = entry.map(|entry| entry.oom_kills = kills).is_some();
+            if is_news {
+                // Who finds it published, and goes on to the end, is not to be the first.
+                let id = task.id.clone();
+                self.publish(Event::OutOfMemory { id });
+            }
+            is_news
+        });
+        if is_news {
+            static LOGGED: Warnings = Warnings::new();
+            LOGGED.warn(format_args!("{}: out of memory, {kills} killed", task.id));
+        }
+    }
+
+    pub(crate) fn status_of(&self, waited: Result<i32, koya::Error>) -> u32 {
+        match waited {
+            Ok(status) => status as u32,
+            Err(_) if self.was_stopped() => KILLED,
+            Err(error) => {
+                // A guest's last words are its own: they are not this log's, but where one asks.
+                log::debug!("{error}");
+                log::error!("the virtual machine ended by itself");
+                LOST
+            }
+        }
+    }
+
+    /// The init process has ended. If its task is the sandbox's own, the virtual machine ends too.
+    pub(crate) fn end(&self, task: &Task, exit: Exit) {
+        if !task
+            .init
+            .ended(exit, || self.publish_exit(task, String::new(), exit))
+        {
+            return;
+        }
+        self.notify();
+        if !task.is_member() {
+            self.stop();
+        }
+    }
+
+    /// A process that was added has ended.
+    pub(crate) fn end_exec(&self, task: &Task, exec: &Exec, exit: Exit) {
+        let publish = || self.publish_exit(task, exec.id.clone(), exit);
+        if exec.process.ended(exit, publish) {
+            self.notify();
+        }
+    }
+
+    fn publish_exit(&self, task: &Task, exec_id: String, exit: Exit) {
+        self.publish(Event::Exited {
+            id: task.id.clone(),
+            exec_id,
+            pid: task.pid(),
+            exit,
+        });
+    }
+
+    /// Waits until a process has ended: the init process, if `exec_id` is empty.
+    ///
+    /// # Errors
+    /// If there is no such process, or it is deleted without having run.
+    pub fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
+        let task = self.task(id)?;
+        let process = self.process(&task, exec_id)?;
+        let mut state = self.lock();
+        loop {
+            if let Some(exit) = process.exit() {
+                return Ok(exit);
+            }
+            if let ProcessOf::Exec(exec) = &process
+                && !state.execs(&task).iter().any(|own| Arc::ptr_eq(own, exec))
+            {
+                return Err(Error::NotFound(format!(
+                    "process {exec_id} of container {id}"
+                )));
+            }
+            state = state.wait(&self.changed);
+        }
+    }
+
+    /// Deletes a task, or a process that was added to it, which must have ended or never run. The answer is the
+    /// process on the host that stood for the task, and how the process ended.
+    ///
+    /// # Errors
+    /// If it runs.
+    pub fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<(u32, Exit), Error> {
+        let task = self.task(id)?;
+        let _turn = self.turn_to_delete(&task)?;
+        let process = self.process(&task, exec_id)?;
+        process.status().allow(Action::Delete)?;
+        if !exec_id.is_empty() {
+            self.change(|state| {
+                let entry = state.entry(&task);
+                entry.and_then(|entry| entry.execs.remove(exec_id))
+            });
+            return Ok((task.pid(), process.exit().unwrap_or_else(never_started)));
+        }
+        if process.status() == Status::Created
+            && let Some(container) = task.container()
+        {
+            container.kill(false).ok();
+            self.wait_for(self.patience.kill, |_| process.exit());
+        }
+        let exit = process.exit().unwrap_or_else(never_started);
+        // Whoever still waits for one that never ran.
+        if process.ended(exit, || ()) {
+            self.notify();
+        }
+        self.undo(&task);
+        self.publish(Event::Deleted {
+            id: task.id.clone(),
+            pid: task.pid(),
+            exit,
+        });
+        Ok((task.pid(), exit))
+    }
+}
+
+/// The status of a process that could not be started: a shell's, where it is the program's fault.
+pub(crate) fn failed_status(error: &Error) -> u32 {
+    match error {
+        Error::Failed(error) => match error.downcast_ref() {
+            Some(koya::Error::NotExecutable { status, .. }) => *status as u32,
+            _ => LOST,
+        },
+        _ => LOST,
+    }
+}
+
+fn never_started() -> Exit {
+    Exit::now(KILLED)
+}

@@ -1,0 +1,425 @@
+//! The virtual machine of a task set: made of what its first task says. What tasks ask of it goes by traits,
+//! behind which tests have one without a guest.
+
+use crate::Error;
+use crate::cgroup;
+use crate::namespaces::interfaces;
+use crate::resize::bound_memory;
+use crate::set::{State, Task, TaskSet};
+use crate::size::{Limits, sum_of_limits};
+use crate::sync::spawn;
+use anyhow::anyhow;
+use koya::oci_spec::runtime as oci;
+use koya::vmm::{ExitReason, guest_text};
+use koya::{
+    Bundle, Container, ContainerStats, HostEnd, Keep, Loopback, NetworkConfig, Sandbox,
+    SandboxConfig, Size, Stdio, Step,
+};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the guest is not asked after it reported a lack of memory: one that reports ever more is not
+/// listened to all the time.
+const OOM_PAUSE: Duration = Duration::from_millis(100);
+
+/// The virtual machine of a task set.
+#[derive(Default)]
+pub(crate) enum Machine {
+    /// It was never started, or could not be.
+    #[default]
+    Absent,
+    /// A request starts it, without a lock.
+    Starting,
+    /// It runs, or has ended.
+    Running(Arc<dyn VirtualMachine>),
+}
+
+/// The host's ends of a process's streams in the guest.
+#[derive(Default)]
+pub(crate) struct Streams {
+    pub(crate) stdin: Option<UnixStream>,
+    pub(crate) stdout: Option<UnixStream>,
+    pub(crate) stderr: Option<UnixStream>,
+}
+
+impl Streams {
+    fn take(process: &mut koya::Process) -> Self {
+        Self {
+            stdin: process.stdin.take(),
+            stdout: process.stdout.take(),
+            stderr: process.stderr.take(),
+        }
+    }
+}
+
+/// What a task set asks of a [`Sandbox`].
+pub(crate) trait VirtualMachine: Send + Sync {
+    fn create(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        stdio: Stdio,
+    ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error>;
+    fn ended(&self) -> Option<ExitReason>;
+    fn wait_ended(&self) -> ExitReason;
+    fn next_oom(&self) -> Result<(String, u64), koya::Error>;
+    fn steps(&self) -> Vec<Step>;
+    fn keep_timeline(&self);
+    fn size(&self) -> Result<Size, koya::Error>;
+    fn max_size(&self) -> Size;
+    fn granted_mib(&self) -> u64;
+    fn kernel_mib(&self) -> u64;
+    fn update(&self, size: Size) -> Result<Size, koya::Error>;
+    /// Takes it down once what the guest has for its disks is written.
+    fn stop(&self);
+    /// Takes it down at once.
+    fn kill(&self);
+}
+
+/// What is asked of a [`koya::Process`].
+pub(crate) trait GuestProcess: Send + Sync {
+    fn wait(&self) -> Result<i32, koya::Error>;
+    fn signal(&self, signal: i32) -> Result<(), koya::Error>;
+    fn resize(&self, rows: u16, columns: u16) -> Result<(), koya::Error>;
+}
+
+/// What is asked of a [`Container`]; what is a process's is its init process's.
+pub(crate) trait GuestContainer: GuestProcess {
+    fn start(&self) -> Result<(), koya::Error>;
+    /// SIGKILL for the init process, or for all: the host sees to the end, whatever the guest says.
+    fn kill(&self, all: bool) -> Result<(), koya::Error>;
+    fn signal_all(&self, signal: i32) -> Result<(), koya::Error>;
+    fn pause(&self) -> Result<(), koya::Error>;
+    fn resume(&self) -> Result<(), koya::Error>;
+    fn update(&self, resources: &oci::LinuxResources) -> Result<(), koya::Error>;
+    fn stats(&self) -> Result<ContainerStats, koya::Error>;
+    fn exec(
+        &self,
+        name: &str,
+        process: &oci::Process,
+        stdio: Stdio,
+    ) -> Result<(Arc<dyn GuestProcess>, Streams), koya::Error>;
+    fn remove(&self) -> Result<(), koya::Error>;
+}
+
+impl GuestProcess for koya::Process {
+    fn wait(&self) -> Result<i32, koya::Error> {
+        self.wait()
+    }
+
+    fn signal(&self, signal: i32) -> Result<(), koya::Error> {
+        self.signal(signal)
+    }
+
+    fn resize(&self, rows: u16, columns: u16) -> Result<(), koya::Error> {
+        self.resize(rows, columns)
+    }
+}
+
+impl GuestProcess for Container {
+    fn wait(&self) -> Result<i32, koya::Error> {
+        self.wait()
+    }
+
+    fn signal(&self, signal: i32) -> Result<(), koya::Error> {
+        self.process().signal(signal)
+    }
+
+    fn resize(&self, rows: u16, columns: u16) -> Result<(), koya::Error> {
+        self.process().resize(rows, columns)
+    }
+}
+
+impl GuestContainer for Container {
+    fn start(&self) -> Result<(), koya::Error> {
+        self.start()
+    }
+
+    fn kill(&self, all: bool) -> Result<(), koya::Error> {
+        match all {
+            true => self.kill_all(),
+            false => self.kill(),
+        }
+    }
+
+    fn signal_all(&self, signal: i32) -> Result<(), koya::Error> {
+        self.signal_all(signal)
+    }
+
+    fn pause(&self) -> Result<(), koya::Error> {
+        self.pause()
+    }
+
+    fn resume(&self) -> Result<(), koya::Error> {
+        self.resume()
+    }
+
+    fn update(&self, resources: &oci::LinuxResources) -> Result<(), koya::Error> {
+        self.update(resources)
+    }
+
+    fn stats(&self) -> Result<ContainerStats, koya::Error> {
+        self.stats()
+    }
+
+    fn exec(
+        &self,
+        name: &str,
+        process: &oci::Process,
+        stdio: Stdio,
+    ) -> Result<(Arc<dyn GuestProcess>, Streams), koya::Error> {
+        let mut process = self.exec_oci(name, process, stdio)?;
+        let streams = Streams::take(&mut process);
+        Ok((Arc::new(process), streams))
+    }
+
+    fn remove(&self) -> Result<(), koya::Error> {
+        self.remove()
+    }
+}
+
+/// A virtual machine with a guest.
+struct WithGuest {
+    sandbox: Arc<Sandbox>,
+    _loopback: Option<Loopback>,
+}
+
+impl VirtualMachine for WithGuest {
+    fn create(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        stdio: Stdio,
+    ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error> {
+        let mut container = self.sandbox.create_oci(id, bundle, stdio)?;
+        let streams = Streams::take(container.process_mut());
+        Ok((Arc::new(container), streams))
+    }
+
+    fn ended(&self) -> Option<ExitReason> {
+        self.sandbox.machine().ended()
+    }
+
+    fn wait_ended(&self) -> ExitReason {
+        self.sandbox.machine().wait_ended()
+    }
+
+    fn next_oom(&self) -> Result<(String, u64), koya::Error> {
+        self.sandbox.next_oom()
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        self.sandbox.timeline().steps
+    }
+
+    fn keep_timeline(&self) {
+        self.sandbox.keep_timeline();
+    }
+
+    fn size(&self) -> Result<Size, koya::Error> {
+        self.sandbox.size()
+    }
+
+    fn max_size(&self) -> Size {
+        self.sandbox.max_size()
+    }
+
+    fn granted_mib(&self) -> u64 {
+        self.sandbox.granted_mib()
+    }
+
+    fn kernel_mib(&self) -> u64 {
+        self.sandbox.kernel_mib()
+    }
+
+    fn update(&self, size: Size) -> Result<Size, koya::Error> {
+        self.sandbox.update(size)
+    }
+
+    fn stop(&self) {
+        self.sandbox.stop();
+    }
+
+    fn kill(&self) {
+        self.sandbox.kill();
+    }
+}
+
+/// What a sandbox is to have beside its configuration.
+pub(crate) struct BootOptions {
+    pub(crate) log_console: bool,
+    /// Whether connections to the loopback of its network namespace are the guest's.
+    pub(crate) joins_loopback: bool,
+}
+
+/// Starts a virtual machine.
+pub(crate) type Boot = Box<
+    dyn Fn(&SandboxConfig, &BootOptions) -> Result<Arc<dyn VirtualMachine>, koya::Error>
+        + Send
+        + Sync,
+>;
+
+pub(crate) fn boot_sandbox(
+    config: &SandboxConfig,
+    options: &BootOptions,
+) -> Result<Arc<dyn VirtualMachine>, koya::Error> {
+    let sandbox = Arc::new(Sandbox::start(config)?);
+    if options.log_console {
+        sandbox.follow_console(ConsoleLog::default());
+    }
+    let loopback = match options.joins_loopback {
+        true => Loopback::join(&sandbox)
+            .map_err(|error| log::warn!("no port forward: {:#}", anyhow::Error::from(error)))
+            .ok(),
+        false => None,
+    };
+    Ok(Arc::new(WithGuest {
+        sandbox,
+        _loopback: loopback,
+    }))
+}
+
+/// The start of a virtual machine that others wait for.
+struct Starting<'a>(&'a TaskSet);
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        self.0.change(|state| {
+            if matches!(state.machine, Machine::Starting) {
+                state.machine = Machine::Absent;
+            }
+        });
+    }
+}
+
+impl Starting<'_> {
+    /// It runs, unless it was to end meanwhile.
+    fn finish(&self, machine: &Arc<dyn VirtualMachine>, size: Size) -> Result<(), Error> {
+        let is_stopping = self.0.change(|state| {
+            if !state.is_stopping {
+                state.machine = Machine::Running(machine.clone());
+                state.size = Some(size);
+            }
+            state.is_stopping
+        });
+        if is_stopping {
+            // It has done nothing yet.
+            machine.kill();
+            return Err(anyhow!("the sandbox was stopped while it started").into());
+        }
+        Ok(())
+    }
+}
+
+impl TaskSet {
+    /// The virtual machine, started if it is not there. No lock is held meanwhile: a stop has its limits.
+    pub(crate) fn boot(self: &Arc<Self>, task: &Task) -> Result<Arc<dyn VirtualMachine>, Error> {
+        let limits = {
+            let mut state = self.lock();
+            loop {
+                match &state.machine {
+                    Machine::Running(machine) => {
+                        return match machine.ended() {
+                            None => Ok(machine.clone()),
+                            Some(reason) => Err(anyhow!("the sandbox has ended: {reason}").into()),
+                        };
+                    }
+                    Machine::Starting => state = state.wait(&self.changed),
+                    Machine::Absent if state.is_stopping => {
+                        return Err(anyhow!("the sandbox is being stopped").into());
+                    }
+                    Machine::Absent => break,
+                }
+            }
+            state.machine = Machine::Starting;
+            state.entry(task).map_or_else(Limits::default, |e| e.limits)
+        };
+        let starting = Starting(self);
+        let size = sum_of_limits(&task.settings, &[limits]);
+        let machine = (self.boot)(
+            &sandbox_config(task, size)?,
+            &BootOptions {
+                log_console: self.config.log_console,
+                joins_loopback: task.is_pod(),
+            },
+        )?;
+        if let Some((group, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
+            cgroup::apply(&group, &cgroup::cpu(resources));
+        }
+        bound_memory(task, &*machine, None);
+        if let Err(error) = self.publish_ooms(machine.clone()) {
+            machine.kill();
+            return Err(error.into());
+        }
+        starting.finish(&machine, size)?;
+        Ok(machine)
+    }
+
+    /// Publishes in which containers the guest's kernel killed processes for their memory.
+    fn publish_ooms(
+        self: &Arc<Self>,
+        machine: Arc<dyn VirtualMachine>,
+    ) -> Result<(), anyhow::Error> {
+        let set = self.clone();
+        spawn("koya-oom", move || {
+            while let Ok((id, kills)) = machine.next_oom() {
+                if let Ok(task) = set.task(&id) {
+                    set.out_of_memory(&task, kills);
+                }
+                let stops = |state: &mut State| state.is_stopping.then_some(());
+                if set.wait_for(OOM_PAUSE, stops).is_some() {
+                    return;
+                }
+            }
+        })
+    }
+}
+
+fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
+    let mut config = task.settings.sandbox(size, task.is_pod());
+    if task.settings.apparmor {
+        config.apparmor_profile = task.spec.apparmor_profile();
+    }
+    if task.is_pod() {
+        // Its containers have the guest's own namespaces, which nothing else sets up.
+        config.hostname = task.spec.0.hostname().clone();
+        config.sysctls = task.spec.sysctls();
+    }
+    config.networks = interfaces()?
+        .into_iter()
+        .map(|interface| NetworkConfig {
+            name: interface.clone(),
+            ..NetworkConfig::new(HostEnd::Join { interface })
+        })
+        .collect();
+    config.timeline = Some(Keep {
+        id: task.id.clone(),
+        began: None,
+    });
+    Ok(config)
+}
+
+/// The guest's console, line by line, in the log.
+#[derive(Default)]
+struct ConsoleLog(Vec<u8>);
+
+impl std::io::Write for ConsoleLog {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        for byte in bytes {
+            match byte {
+                b'\n' => {
+                    log::debug!("guest: {}", guest_text::line(&self.0));
+                    self.0.clear();
+                }
+                _ if self.0.len() < 1024 => self.0.push(*byte),
+                _ => {}
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

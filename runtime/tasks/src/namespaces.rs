@@ -1,0 +1,109 @@
+//! The namespaces on the host that a sandbox's process is in: mount and network.
+
+use anyhow::{Context, Result, bail};
+use koya::oci_spec::runtime::{LinuxNamespaceType, Spec};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
+                                       container a network namespace of its own";
+
+/// How many interfaces a sandbox takes.
+const MAX_INTERFACES: usize = 8;
+
+/// What the kernel makes by itself in each network namespace, and carries nothing.
+const KERNELS: [&str; 10] = [
+    "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
+    "ip6gre0",
+];
+
+/// A sandbox's network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Network {
+    Host,
+    New,
+    Path(PathBuf),
+}
+
+impl Network {
+    pub(crate) fn of(spec: &Spec) -> Self {
+        let linux = spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+        let mut namespaces = namespaces.into_iter().flatten();
+        let network = namespaces.find(|n| n.typ() == LinuxNamespaceType::Network);
+        match network.map(|network| network.path()) {
+            None => Self::Host,
+            Some(None) => Self::New,
+            Some(Some(path)) if path.as_os_str().is_empty() => Self::New,
+            Some(Some(path)) => Self::Path(path.clone()),
+        }
+    }
+
+    /// Enters it, and a mount namespace of its own, with the calling thread: what is mounted there ends with its
+    /// last thread. Threads that are made later are in the same namespaces; of a process with one thread
+    /// `/proc/PID/ns/net` is the sandbox's.
+    pub(crate) fn enter(&self) -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+        // What the host mounts later still comes in (volumes), nothing goes out.
+        let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change("/", flags).context("cannot make mounts private")?;
+        match self {
+            Self::Host => Ok(()),
+            Self::New => {
+                unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")
+            }
+            Self::Path(path) => {
+                let namespace =
+                    File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+                let wanted = namespace.metadata()?.ino();
+                let hosts = ["/proc/1/ns/net", "/proc/self/ns/net"];
+                if hosts
+                    .iter()
+                    .any(|host| fs::metadata(host).is_ok_and(|m| m.ino() == wanted))
+                {
+                    bail!(HOST_NETWORK);
+                }
+                setns(namespace, CloneFlags::CLONE_NEWNET)
+                    .with_context(|| format!("cannot enter {}", path.display()))
+            }
+        }
+    }
+}
+
+/// The interfaces of this process's network namespace that a guest can have.
+pub(crate) fn interfaces() -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?;
+    let names = interfaces_in(&text);
+    if names.len() > MAX_INTERFACES {
+        bail!(
+            "{} network interfaces are more than a sandbox takes",
+            names.len()
+        );
+    }
+    Ok(names)
+}
+
+/// By what `/proc/net/dev` says (proc_pid_net(5)).
+fn interfaces_in(text: &str) -> Vec<String> {
+    let names = text.lines().skip(2).filter_map(|line| line.split_once(':'));
+    let names = names.map(|(name, _)| name.trim());
+    names
+        .filter(|name| !KERNELS.contains(name))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_gets_the_interfaces_that_carry_something() {
+        let text =
+            "Inter-|   Receive\n face |bytes\n    lo: 0 0\n  eth0: 7 1\n  sit0: 0 0\n net1:1 2\n";
+        assert_eq!(interfaces_in(text), ["eth0", "net1"]);
+    }
+}

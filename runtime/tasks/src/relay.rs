@@ -1,0 +1,460 @@
+//! Threads between a process's streams in the guest and the host's ends of them.
+//!
+//! A process's end is announced only when what it wrote has been read ([`Relay::finish`]): clients close their
+//! ends as soon as they hear of it.
+
+use crate::logger::Logger;
+use crate::machine::Streams;
+use crate::stdio::{Io, Output};
+use crate::sync::{Guard, Level, Ordered, spawn};
+use anyhow::Result;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar};
+use std::time::{Duration, Instant};
+
+/// How long nothing may happen to what a process that has ended wrote, before it is given up: by the thread of
+/// a FIFO, and by who waits for all of them.
+const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE_OF_ALL: Duration = Duration::from_millis(4500);
+/// How long what a process that has ended left behind may go on writing to its streams.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
+/// How much of what the process wrote may still be on its way to a slow reader then, in bytes: more than pipes and
+/// sockets hold; and how long that may take.
+const ON_THE_WAY: u64 = 1 << 20;
+const SLOW_READER: Duration = Duration::from_secs(60);
+/// How often a FIFO is looked at whose reader is slow: nothing tells that one is empty.
+const LOOK: Duration = Duration::from_millis(2);
+const BUFFER: usize = 64 << 10;
+
+/// The streams of a process that runs.
+pub(crate) struct Relay(Arc<Shared>);
+
+/// What the threads share with who waits for them.
+struct Shared {
+    state: Ordered<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts what was passed on, and what was read of that.
+    progress: u64,
+    /// Output threads that are at work.
+    writing: usize,
+    /// Output threads that have not come to their stream's end.
+    reading: usize,
+    /// Our own writing end of the input's FIFO.
+    keep: Option<OwnedFd>,
+    /// Closed to end the reading of input.
+    stop: Option<UnixStream>,
+    outputs: Vec<Source>,
+    /// The process has ended.
+    has_ended: bool,
+    logger: Option<Logger>,
+}
+
+/// Where an output comes from.
+struct Source {
+    /// The guest's end, to be cut off.
+    guest: UnixStream,
+    /// Its thread is not busy with passing something on.
+    is_idle: bool,
+    /// How many bytes came since the process's end.
+    since_end: u64,
+}
+
+impl State {
+    /// An output's thread has got so many bytes, or waits for some.
+    fn got(&mut self, index: usize, count: usize) {
+        if let Some(source) = self.outputs.get_mut(index) {
+            source.is_idle = count == 0;
+            if self.has_ended {
+                source.since_end += count as u64;
+            }
+        }
+    }
+
+    /// Cuts off what can't come from the process any more.
+    fn cut_left_behind(&mut self, since_end: Duration) {
+        for source in &self.outputs {
+            let is_dry = || rustix::io::ioctl_fionread(&source.guest).unwrap_or(0) == 0;
+            if source.is_idle && is_dry()
+                || source.since_end > ON_THE_WAY
+                || since_end > SLOW_READER
+            {
+                source.guest.shutdown(Shutdown::Both).ok();
+            }
+        }
+    }
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            state: Ordered::new(Level::Relay, State::default()),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> Guard<'_, State> {
+        self.state.lock()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+}
+
+impl Io {
+    /// Joins them to the process's streams, each by a thread.
+    ///
+    /// # Errors
+    /// If the host has no thread left.
+    pub(crate) fn connect(self, streams: Streams) -> Result<Relay> {
+        let shared = Arc::new(Shared::default());
+        let (stop, stopped) = UnixStream::pair()?;
+        shared.change(|state| {
+            state.stop = Some(stop);
+            state.logger = self.logger;
+        });
+        let (to_guest, stdout, stderr) = match (self.terminal, streams.stdin) {
+            (true, Some(stream)) => (Some(stream.try_clone()?), Some(stream), None),
+            (_, stdin) => (stdin, streams.stdout, streams.stderr),
+        };
+        for (from, output) in [(stdout, self.stdout), (stderr, self.stderr)] {
+            let Some(from) = from else { continue };
+            let source = Source {
+                guest: from.try_clone()?,
+                is_idle: false,
+                since_end: 0,
+            };
+            let mut state = shared.lock();
+            let index = state.outputs.len();
+            state.outputs.push(source);
+            state.writing += 1;
+            state.reading += 1;
+            drop(state);
+            let shared = shared.clone();
+            spawn("koya-out", move || {
+                relay_output(from, index, output, &shared);
+                shared.change(|state| state.writing -= 1);
+            })?;
+        }
+        if let (Some(input), Some(to_guest)) = (self.stdin, to_guest) {
+            shared.change(|state| state.keep = input.keep);
+            let terminal = self.terminal;
+            spawn("koya-in", move || {
+                relay_input(input.from, to_guest, &stopped, terminal);
+            })?;
+        }
+        Ok(Relay(shared))
+    }
+}
+
+impl Relay {
+    /// The client has no more input: what it wrote so far still comes.
+    pub(crate) fn close_stdin(&self) {
+        self.0.lock().keep.take();
+    }
+
+    /// The process has ended: waits until its output has been read, as long as something moves.
+    pub(crate) fn finish(&self) {
+        let ended = Instant::now();
+        let mut state = self.0.lock();
+        state.keep.take();
+        state.stop.take();
+        state.has_ended = true;
+        // What the process wrote is on its way; what it left behind, with its streams open, may go on
+        // for ever.
+        let mut last = (state.progress, ended);
+        while state.writing > 0 {
+            let left_behind = LEFT_BEHIND.saturating_sub(ended.elapsed());
+            if state.reading > 0 && left_behind.is_zero() {
+                state.cut_left_behind(ended.elapsed());
+            }
+            if state.progress != last.0 {
+                last = (state.progress, Instant::now());
+            }
+            let mut wait = SILENCE_OF_ALL.saturating_sub(last.1.elapsed());
+            if wait.is_zero() {
+                log::warn!("some of a process's output was not read");
+                break;
+            }
+            if !left_behind.is_zero() {
+                wait = wait.min(left_behind);
+            }
+            state = state.wait_timeout(&self.0.changed, wait);
+        }
+        state.outputs.clear();
+        let logger = state.logger.take();
+        drop(state);
+        drop(logger);
+    }
+}
+
+/// Passes all that comes on, then waits until it is read, as long as something moves. Where nobody wants
+/// it, it is read all the same: the process must not wait.
+fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shared: &Shared) {
+    let mut buffer = vec![0; BUFFER];
+    let mut writer = match &output {
+        Some(Output::Fifo(file, _) | Output::Open(file)) => Some(file),
+        None => None,
+    };
+    loop {
+        shared.change(|state| state.got(index, 0));
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                shared.lock().got(index, count);
+                // A process whose output can't be kept goes on all the same.
+                if let Some(writer) = &mut writer
+                    && writer.write_all(&buffer[..count]).is_ok()
+                {
+                    shared.change(|state| state.progress += 1);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    shared.change(|state| state.reading -= 1);
+    if let Some(Output::Fifo(writer, reader)) = output {
+        drop(reader);
+        wait_until_read(&writer, shared);
+    }
+}
+
+/// Until a FIFO is empty, or nobody reads it, or its reader stands still.
+fn wait_until_read(writer: &File, shared: &Shared) {
+    let mut last = (u64::MAX, Instant::now());
+    loop {
+        let Ok(waiting) = rustix::io::ioctl_fionread(writer) else {
+            return;
+        };
+        let mut polled = [PollFd::new(writer, PollFlags::empty())];
+        let now = Timespec::default();
+        let gone =
+            poll(&mut polled, Some(&now)).is_ok() && polled[0].revents().contains(PollFlags::ERR);
+        if waiting == 0 || gone {
+            return;
+        }
+        if waiting != last.0 {
+            last = (waiting, Instant::now());
+            shared.change(|state| state.progress += 1);
+        } else if last.1.elapsed() > SILENCE {
+            return;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn relay_input(mut from: File, mut to: UnixStream, stop: &UnixStream, terminal: bool) {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let mut watched = [
+            PollFd::new(&from, PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
+        ];
+        match poll(&mut watched, None) {
+            Err(Errno::INTR) => continue,
+            Err(_) => return,
+            Ok(_) if !watched[1].revents().is_empty() => return,
+            Ok(_) => {}
+        }
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                if to.write_all(&buffer[..count]).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    // A terminal has no end of file but the one that is typed.
+    if !terminal {
+        to.shutdown(Shutdown::Write).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stdio::{Input, StdioConfig, StdioPaths};
+    use rustix::fs::{FileType, Mode, mknodat};
+    use std::fs;
+    use std::path::Path;
+
+    fn reading_one() -> Shared {
+        let shared = Shared::default();
+        shared.lock().reading = 1;
+        shared
+    }
+
+    fn fifo(dir: &Path, name: &str) -> String {
+        let path = dir.join(name);
+        let mode = Mode::from_raw_mode(0o600);
+        mknodat(rustix::fs::CWD, &path, FileType::Fifo, mode, 0).unwrap();
+        path.to_str().unwrap().into()
+    }
+
+    #[test]
+    fn an_end_waits_for_a_slow_reader_and_nothing_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "out");
+        let reading = path.clone();
+        let reader = std::thread::spawn(move || {
+            let mut file = File::open(reading).unwrap();
+            let (mut all, mut buffer) = (0, [0; 4096]);
+            loop {
+                match file.read(&mut buffer).unwrap() {
+                    0 => return all,
+                    count => all += count,
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let output = Output::at(&path).unwrap().unwrap();
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || guest.write_all(&[7; 200_000]));
+        let waiting = match &output {
+            Output::Fifo(writer, _) => writer.try_clone().unwrap(),
+            Output::Open(_) => panic!("not a FIFO"),
+        };
+        relay_output(host, 0, Some(output), &reading_one());
+        assert_eq!(rustix::io::ioctl_fionread(&waiting).unwrap(), 0);
+        drop(waiting);
+        assert_eq!(reader.join().unwrap(), 200_000);
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "out");
+        let reading = path.clone();
+        let reader = std::thread::spawn(move || File::open(reading).unwrap());
+        let output = Output::at(&path).unwrap().unwrap();
+        drop(reader.join().unwrap());
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        guest.write_all(b"nobody reads this").unwrap();
+        drop(guest);
+        let started = Instant::now();
+        relay_output(host, 0, Some(output), &reading_one());
+        assert!(started.elapsed() < SILENCE);
+    }
+
+    #[test]
+    fn input_ends_when_the_client_says_so_and_not_when_it_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path(), "in");
+        let Input { from, keep } = Input::at(Path::new(&path)).unwrap();
+        let (mut guest, to) = UnixStream::pair().unwrap();
+        let (_stop, stopped) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || relay_input(from, to, &stopped, false));
+        fs::write(&path, "one ").unwrap();
+        fs::write(&path, "two").unwrap();
+        let mut buffer = [0; 7];
+        guest.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"one two");
+        drop(keep);
+        assert_eq!(guest.read(&mut buffer).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_file_gets_both_streams() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = format!("file://{}/sub/log", dir.path().display());
+        let paths = StdioPaths {
+            stdout: file.clone(),
+            stderr: file,
+            ..StdioPaths::default()
+        };
+        let io = StdioConfig::Paths(paths).open("c", "default").unwrap();
+        for output in [io.stdout, io.stderr].into_iter().flatten() {
+            let (mut guest, host) = UnixStream::pair().unwrap();
+            guest.write_all(b"line\n").unwrap();
+            drop(guest);
+            relay_output(host, 0, Some(output), &reading_one());
+        }
+        assert_eq!(
+            fs::read(dir.path().join("sub/log")).unwrap(),
+            b"line\nline\n"
+        );
+    }
+
+    fn connected(output: std::io::PipeWriter) -> (UnixStream, Relay) {
+        let (guest, host) = UnixStream::pair().unwrap();
+        let io = Io {
+            stdout: Some(Output::Open(OwnedFd::from(output).into())),
+            ..Io::default()
+        };
+        let streams = Streams {
+            stdout: Some(host),
+            ..Streams::default()
+        };
+        (guest, io.connect(streams).unwrap())
+    }
+
+    #[test]
+    fn an_end_is_known_as_soon_as_all_is_written() {
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (mut guest, relay) = connected(write);
+        guest.write_all(b"last words").unwrap();
+        drop(guest);
+        let started = Instant::now();
+        relay.finish();
+        assert!(started.elapsed() < LEFT_BEHIND);
+        let mut text = String::new();
+        read.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+    }
+
+    #[test]
+    fn what_a_process_left_behind_is_cut_off() {
+        let (_read, write) = std::io::pipe().unwrap();
+        let (mut guest, relay) = connected(write);
+        let started = Instant::now();
+        // It has the stream open, and says nothing.
+        relay.finish();
+        assert!(started.elapsed() >= LEFT_BEHIND);
+        assert!(started.elapsed() < LEFT_BEHIND * 5);
+        let written = guest.write_all(b"more");
+        assert!(written.is_err(), "{written:?}");
+    }
+
+    #[test]
+    fn a_slow_reader_gets_all_that_the_process_wrote() {
+        const LEN: usize = 3 << 18;
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (mut guest, relay) = connected(write);
+        std::thread::scope(|scope| {
+            // The guest has more than the host's sockets hold, and its process has ended.
+            scope.spawn(move || {
+                guest.write_all(&vec![7; LEN]).unwrap();
+            });
+            let reader = scope.spawn(move || {
+                let (mut all, mut buffer) = (0, [0; 4096]);
+                while let count @ 1.. = read.read(&mut buffer).unwrap() {
+                    all += count;
+                    std::thread::sleep(Duration::from_millis(13));
+                }
+                all
+            });
+            let started = Instant::now();
+            relay.finish();
+            assert!(started.elapsed() > LEFT_BEHIND, "the reader was not slow");
+            assert_eq!(reader.join().unwrap(), LEN);
+        });
+    }
+}

@@ -1,0 +1,407 @@
+//! The tasks of one sandbox, and what they share.
+
+use crate::Error;
+use crate::event::{Event, EventSink};
+use crate::exec::Exec;
+use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
+use crate::pid_holder::PidHolder;
+use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
+use crate::size::Limits;
+use crate::spec::{Role, Spec};
+use crate::stdio::StdioPaths;
+use crate::sync::{Guard, Level, Ordered};
+use koya::{Settings, Size};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar};
+use std::time::{Duration, Instant};
+
+/// How long a task set waits for what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// The guest may hold a request about a container that has ended, and that is to be deleted.
+    pub(crate) held: Duration,
+    /// The same where another container runs, which may have asked for something that takes its time.
+    pub(crate) held_beside_others: Duration,
+    /// Exec processes may take to be reported before the init process.
+    pub(crate) execs: Duration,
+    /// A container that is deleted before it was started may take to end. If it does not, its virtual
+    /// machine ends before that or, where other containers live in it, with the removal that follows.
+    pub(crate) kill: Duration,
+    /// At the end a virtual machine that starts may take to be taken back: it has done nothing yet.
+    pub(crate) start: Duration,
+    /// At the end a guest may take to write out what it has not written yet: the sandbox has limits of its
+    /// own, which end before this.
+    pub(crate) stop: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            held: Duration::from_secs(15),
+            held_beside_others: Duration::from_secs(90),
+            execs: Duration::from_secs(2),
+            kill: Duration::from_secs(12),
+            start: Duration::from_secs(2),
+            stop: Duration::from_secs(620),
+        }
+    }
+}
+
+/// The status of a process whose virtual machine ended.
+pub(crate) const LOST: u32 = 255;
+pub(crate) const SIGKILL: u32 = 9;
+/// The status of a process that was killed.
+pub(crate) const KILLED: u32 = 128 + SIGKILL;
+
+/// A container of the sandbox: what of it stays as it is. What changes is in its [`Entry`] and its [`Process`].
+pub(crate) struct Task {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: PathBuf,
+    pub(crate) spec: Spec,
+    pub(crate) role: Role,
+    pub(crate) settings: Settings,
+    pub(crate) init: Process,
+    pub(crate) pid_holder: PidHolder,
+}
+
+impl Task {
+    /// The process on the host that clients are told. A pod's own container is this process, whose
+    /// namespaces the pod's containers name; they have pids of their own.
+    pub(crate) fn pid(&self) -> u32 {
+        match self.is_member() {
+            true => self.pid_holder.pid(),
+            false => std::process::id(),
+        }
+    }
+
+    /// One of a pod's containers, and not the pod's own.
+    pub(crate) fn is_member(&self) -> bool {
+        matches!(self.role, Role::Member { .. })
+    }
+
+    /// A pod's own: nothing of it runs in the guest.
+    pub(crate) fn is_pod(&self) -> bool {
+        self.role == Role::Sandbox
+    }
+
+    pub(crate) fn container(&self) -> Option<Arc<dyn GuestContainer>> {
+        match self.init.handle() {
+            Some(Handle::Init(container)) => Some(container),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn running(&self) -> Result<Arc<dyn GuestContainer>, Error> {
+        self.container()
+            .ok_or_else(|| Error::FailedPrecondition("the container does not run".into()))
+    }
+}
+
+/// What changes of a task, beside its processes.
+pub(crate) struct Entry {
+    pub(crate) task: Arc<Task>,
+    /// What it may have now.
+    pub(crate) limits: Limits,
+    pub(crate) execs: HashMap<String, Arc<Exec>>,
+    pub(crate) is_mounted: bool,
+    /// Whether a request changes it: one at a time does.
+    pub(crate) is_busy: bool,
+    /// How many of its processes the guest's kernel killed for their memory, as far as that was published.
+    pub(crate) oom_kills: u64,
+}
+
+/// What changes of a task set. Whoever changes it wakes those who wait for a change.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) entries: HashMap<String, Entry>,
+    pub(crate) machine: Machine,
+    /// The virtual machine is to end, or has ended by that.
+    pub(crate) is_stopping: bool,
+    /// It had ended by itself before that.
+    pub(crate) has_died: bool,
+    /// Whether somebody makes the guest larger or smaller: one at a time does.
+    pub(crate) is_resizing: bool,
+    /// The size that was last asked of the guest.
+    pub(crate) size: Option<Size>,
+    /// When a container last ended; none if the guest was resized since, or need not be.
+    pub(crate) last_end: Option<Instant>,
+    /// Whether the log says how the sandbox started.
+    pub(crate) is_start_logged: bool,
+}
+
+impl State {
+    /// Of a task, unless it was deleted: its name may be another's by now.
+    pub(crate) fn entry(&mut self, task: &Task) -> Option<&mut Entry> {
+        let entry = self.entries.get_mut(&task.id)?;
+        std::ptr::eq(Arc::as_ptr(&entry.task), task).then_some(entry)
+    }
+
+    pub(crate) fn execs(&mut self, task: &Task) -> Vec<Arc<Exec>> {
+        let entry = self.entry(task);
+        entry.map_or_else(Vec::new, |entry| entry.execs.values().cloned().collect())
+    }
+
+    pub(crate) fn machine(&self) -> Option<Arc<dyn VirtualMachine>> {
+        match &self.machine {
+            Machine::Running(machine) => Some(machine.clone()),
+            Machine::Absent | Machine::Starting => None,
+        }
+    }
+
+    /// Whether the turn was free, and is the caller's now.
+    fn take_turn(&mut self, task: &Task) -> Result<bool, Error> {
+        let missing = || Error::NotFound(format!("container {}", task.id));
+        let entry = self.entry(task).ok_or_else(missing)?;
+        Ok(!std::mem::replace(&mut entry.is_busy, true))
+    }
+
+    /// How long a request about a task may hold up its deletion.
+    fn held_limit(&self, task: &Task, patience: &Patience) -> Duration {
+        let others = self.entries.values().map(|entry| &entry.task);
+        let mut others = others.filter(|other| other.id != task.id && !other.is_pod());
+        match others.any(|other| other.init.status() != Status::Stopped) {
+            true => patience.held_beside_others,
+            false => patience.held,
+        }
+    }
+}
+
+/// What a task set is told at its start.
+#[derive(Debug, Default)]
+pub struct TaskSetConfig {
+    /// What loggers are told beside a container's name.
+    pub namespace: String,
+    /// Whether the guest's console goes to the log, at its level `debug`.
+    pub log_console: bool,
+    /// Why there can be no sandbox, if that is known: the answer to whoever wants one.
+    pub unready: Option<String>,
+}
+
+/// The tasks of one sandbox: a container, or a pod. The first one brings the virtual machine.
+///
+/// Requests may come from any thread, and block it while the guest or the host works. It lives until
+/// [`finish`](Self::finish): threads of it wait for containers.
+pub struct TaskSet {
+    pub(crate) config: TaskSetConfig,
+    pub(crate) boot: Boot,
+    pub(crate) patience: Patience,
+    events: Arc<dyn EventSink>,
+    state: Ordered<State>,
+    pub(crate) changed: Condvar,
+}
+
+/// A task or one of its processes, as it is now.
+#[derive(Clone, Debug)]
+pub struct TaskState {
+    /// The process on the host that stands for the task.
+    pub pid: u32,
+    /// The task's bundle.
+    pub bundle: PathBuf,
+    /// What the process is doing.
+    pub status: Status,
+    /// Where its streams go.
+    pub stdio: StdioPaths,
+    /// How it ended.
+    pub exit: Option<Exit>,
+}
+
+/// The turn of a request that changes a task. Others wait for it, also while the guest is asked: it is no lock,
+/// and is taken before any.
+pub(crate) struct Turn<'a> {
+    set: &'a TaskSet,
+    task: Arc<Task>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.set.change(|state| {
+            if let Some(entry) = state.entry(&self.task) {
+                entry.is_busy = false;
+            }
+        });
+    }
+}
+
+/// A process, with what keeps it.
+pub(crate) enum ProcessOf {
+    Init(Arc<Task>),
+    Exec(Arc<Exec>),
+}
+
+impl std::ops::Deref for ProcessOf {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        match self {
+            Self::Init(task) => &task.init,
+            Self::Exec(exec) => &exec.process,
+        }
+    }
+}
+
+impl TaskSet {
+    /// Without tasks, and without a virtual machine.
+    pub fn new(config: TaskSetConfig, events: Arc<dyn EventSink>) -> Arc<Self> {
+        Self::with(config, events, Box::new(boot_sandbox), Patience::default())
+    }
+
+    pub(crate) fn with(
+        config: TaskSetConfig,
+        events: Arc<dyn EventSink>,
+        boot: Boot,
+        patience: Patience,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            boot,
+            patience,
+            events,
+            state: Ordered::new(Level::Set, State::default()),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Whether it has no task.
+    pub fn is_empty(&self) -> bool {
+        self.lock().entries.is_empty()
+    }
+
+    /// The process on the host that stands for a task.
+    ///
+    /// # Errors
+    /// If there is no such task.
+    pub fn pid(&self, id: &str) -> Result<u32, Error> {
+        Ok(self.task(id)?.pid())
+    }
+
+    /// What a process is doing: the init process, if `exec_id` is empty.
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn state(&self, id: &str, exec_id: &str) -> Result<TaskState, Error> {
+        let task = self.task(id)?;
+        let process = self.process(&task, exec_id)?;
+        Ok(TaskState {
+            pid: task.pid(),
+            bundle: task.bundle.clone(),
+            status: process.status(),
+            stdio: process.paths.clone(),
+            exit: process.exit(),
+        })
+    }
+
+    /// The end of a process, which is to come or has come.
+    ///
+    /// # Errors
+    /// If there is no such process.
+    pub fn watch(&self, id: &str, exec_id: &str) -> Result<ExitWatch, Error> {
+        let task = self.task(id)?;
+        Ok(self.process(&task, exec_id)?.watch())
+    }
+
+    pub(crate) fn lock(&self) -> Guard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Changes the state, and wakes those who wait for that.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let changed = change(&mut self.lock());
+        self.changed.notify_all();
+        changed
+    }
+
+    /// Waits until `ready` finds something, which it looks for at each change; no longer than `limit`.
+    pub(crate) fn wait_for<T>(
+        &self,
+        limit: Duration,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Option<T> {
+        let started = Instant::now();
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return Some(found);
+            }
+            let left = limit.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return None;
+            }
+            state = state.wait_timeout(&self.changed, left);
+        }
+    }
+
+    pub(crate) fn publish(&self, event: Event) {
+        self.events.send(event);
+    }
+
+    pub(crate) fn task(&self, id: &str) -> Result<Arc<Task>, Error> {
+        let task = self.lock().entries.get(id).map(|entry| entry.task.clone());
+        task.ok_or_else(|| Error::NotFound(format!("container {id}")))
+    }
+
+    /// One of a task's processes; the init process has no name.
+    pub(crate) fn process(&self, task: &Arc<Task>, exec_id: &str) -> Result<ProcessOf, Error> {
+        if exec_id.is_empty() {
+            return Ok(ProcessOf::Init(task.clone()));
+        }
+        Ok(ProcessOf::Exec(self.exec_process(task, exec_id)?))
+    }
+
+    pub(crate) fn exec_process(&self, task: &Task, exec_id: &str) -> Result<Arc<Exec>, Error> {
+        let mut state = self.lock();
+        let entry = state.entry(task);
+        let exec = entry.and_then(|entry| entry.execs.get(exec_id).cloned());
+        let missing = || Error::NotFound(format!("process {exec_id} of container {}", task.id));
+        exec.ok_or_else(missing)
+    }
+
+    /// Waits for the turn to change a task.
+    pub(crate) fn turn(&self, task: &Arc<Task>) -> Result<Turn<'_>, Error> {
+        let mut state = self.lock();
+        while !state.take_turn(task)? {
+            state = state.wait(&self.changed);
+        }
+        Ok(self.turn_of(task))
+    }
+
+    /// The turn that was taken for the caller.
+    pub(crate) fn turn_of(&self, task: &Arc<Task>) -> Turn<'_> {
+        let task = task.clone();
+        Turn { set: self, task }
+    }
+
+    /// The same for a deletion. What is asked of the guest meanwhile ends first, by itself or with the guest.
+    pub(crate) fn turn_to_delete(&self, task: &Arc<Task>) -> Result<Turn<'_>, Error> {
+        let started = Instant::now();
+        let machine = {
+            let mut state = self.lock();
+            loop {
+                if state.take_turn(task)? {
+                    return Ok(self.turn_of(task));
+                }
+                let held = state.held_limit(task, &self.patience);
+                let left = held.saturating_sub(started.elapsed());
+                if left.is_zero() {
+                    break state.machine();
+                }
+                state = state.wait_timeout(&self.changed, left);
+            }
+        };
+        let has_ended = task.init.status() == Status::Stopped && task.container().is_some();
+        if let Some(machine) = machine.filter(|_| has_ended) {
+            log::error!(
+                "the virtual machine is ended: it holds a request about {}, which has ended",
+                task.id
+            );
+            machine.kill();
+        }
+        self.turn(task)
+    }
+
+    /// Whether another process may be added to a task's container, or that be looked at.
+    pub(crate) fn check_usable(task: &Task) -> Result<(), Error> {
+        task.init.status().allow(Action::Use)
+    }
+}

@@ -1,0 +1,141 @@
+//! How large a sandbox is to be for its containers.
+
+use koya::oci_spec::runtime as oci;
+use koya::{Settings, Size};
+
+/// What the agent and tables take in the guest is not the containers'.
+const ROOM_MIB: u64 = 32;
+/// Less than this much memory is no guest.
+const LEAST_MIB: u64 = 64;
+
+/// What a container may have: bytes of memory, and CPU time in thousandths of a CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) memory: Option<u64>,
+    pub(crate) milli_cpus: Option<u64>,
+}
+
+impl Limits {
+    /// As a container's configuration says, where these do not.
+    pub(crate) fn or(self, resources: Option<&oci::LinuxResources>) -> Self {
+        let own = || resources?.memory().as_ref()?.limit();
+        let memory = self.memory.or_else(|| u64::try_from(own()?).ok());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| milli_cpus(cpu.quota()?, cpu.period().unwrap_or(PERIOD)));
+        Self {
+            memory: memory.filter(|bytes| *bytes > 0),
+            milli_cpus: self.milli_cpus.or(quota),
+        }
+    }
+}
+
+/// The kernel's default, in microseconds.
+pub(crate) const PERIOD: u64 = 100_000;
+
+/// Thousandths of a CPU; none without a limit.
+pub(crate) fn milli_cpus(quota: i64, period: u64) -> Option<u64> {
+    let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
+    (quota.saturating_mul(1000)).div_ceil(period.max(1)).into()
+}
+
+/// Room for all of these: as much as they may have together, and what the settings say for those without
+/// a limit.
+pub(crate) fn sum_of_limits(settings: &Settings, all: &[Limits]) -> Size {
+    let (mut mib, mut milli_cpus) = (0_u64, 0_u64);
+    for limits in all {
+        let memory = limits.memory.map_or(0, |bytes| bytes.div_ceil(1 << 20));
+        mib = mib.saturating_add(memory);
+        milli_cpus = milli_cpus.saturating_add(limits.milli_cpus.unwrap_or(0));
+    }
+    if all.iter().any(|limits| limits.memory.is_some()) {
+        mib = mib.max(LEAST_MIB).saturating_add(ROOM_MIB);
+    }
+    if all.iter().any(|limits| limits.memory.is_none()) {
+        mib = mib.saturating_add(settings.memory_mib);
+    }
+    if all.iter().any(|limits| limits.milli_cpus.is_none()) {
+        milli_cpus = milli_cpus.saturating_add(u64::from(settings.cpus) * 1000);
+    }
+    let cpus = u32::try_from(milli_cpus.div_ceil(1000)).unwrap_or(u32::MAX);
+    Size {
+        cpus: Some(cpus.max(1)),
+        memory_mib: Some(mib),
+    }
+}
+
+/// What a sandbox is to have that started with `own`, and whose containers may have `all` together.
+pub(crate) fn target(own: Size, all: Size, most: Size) -> Size {
+    // The kernel's tables of memory that is plugged are in the memory that was there before.
+    const TABLES: u64 = 64;
+    let (own_mib, all_mib) = (own.memory_mib.unwrap_or(0), all.memory_mib.unwrap_or(0));
+    let mut mib = own_mib.max(all_mib);
+    mib += (mib - own_mib).div_ceil(TABLES);
+    // What is for the agent and tables can do with less, the containers' limits can't.
+    let most_mib = most.memory_mib.unwrap_or(u64::MAX);
+    if mib > most_mib && mib - ROOM_MIB <= most_mib {
+        mib = most_mib;
+    }
+    Size {
+        // What was said of a pod as a whole is there from its start.
+        cpus: own.cpus.max(all.cpus).min(most.cpus),
+        memory_mib: Some(mib),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_all_containers() {
+        let settings = Settings::default();
+        let size = |all: &[Limits]| {
+            let size = sum_of_limits(&settings, all);
+            (size.cpus.unwrap(), size.memory_mib.unwrap())
+        };
+        let limits = |mib: u64, milli_cpus| Limits {
+            memory: Some(mib << 20),
+            milli_cpus: Some(milli_cpus),
+        };
+        assert_eq!(size(&[Limits::default()]), (1, 512));
+        assert_eq!(size(&[limits(256, 500)]), (1, 288));
+        assert_eq!(size(&[limits(1, 1)]), (1, 96));
+        assert_eq!(size(&[limits(400, 700), limits(600, 700)]), (2, 1032));
+        // One without limits has what it would have alone.
+        assert_eq!(size(&[limits(400, 700), Limits::default()]), (2, 944));
+    }
+
+    #[test]
+    fn a_sandbox_is_as_large_as_it_can_and_must_be() {
+        let size = |cpus, mib| Size {
+            cpus: Some(cpus),
+            memory_mib: Some(mib),
+        };
+        let most = size(4, 4096);
+        assert_eq!(target(size(1, 512), size(1, 100), most), size(1, 512));
+        assert_eq!(target(size(1, 512), size(8, 1152), most), size(4, 1162));
+        // The containers' limits fit, if not all that is beside them.
+        assert_eq!(
+            target(size(1, 512), size(1, 532), size(1, 512)),
+            size(1, 512)
+        );
+        assert_eq!(
+            target(size(1, 512), size(1, 600), size(1, 512)),
+            size(1, 602)
+        );
+    }
+
+    #[test]
+    fn limits_are_the_configurations() {
+        let of = |text: &str| {
+            let resources: oci::LinuxResources = serde_json::from_str(text).unwrap();
+            let limits = Limits::default().or(Some(&resources));
+            (limits.memory, limits.milli_cpus)
+        };
+        let both = r#"{"memory": {"limit": 4096}, "cpu": {"quota": 250000, "period": 100000}}"#;
+        assert_eq!(of(both), (Some(4096), Some(2500)));
+        let endless = r#"{"memory": {"limit": -1}, "cpu": {"quota": -1, "period": 100000}}"#;
+        assert_eq!(of(endless), (None, None));
+        assert_eq!(of("{}"), (None, None));
+    }
+}

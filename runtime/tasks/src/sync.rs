@@ -1,0 +1,160 @@
+//! Locks with an order, and threads.
+
+use anyhow::{Context, Result};
+use koya::vmm::devices::threads;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The locks of this crate, in the order in which a thread takes them. None is held over a call to the guest, to
+/// the host's file system, or to anything else that may take its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    /// The task set: [`crate::set::State`].
+    Set = 1,
+    /// One process: its status, and what of the guest's is behind it.
+    Process = 2,
+    /// The streams of one process.
+    Relay = 3,
+}
+
+/// A lock of some level. Debug builds panic if a thread that holds it or a later one takes it.
+pub(crate) struct Ordered<T> {
+    level: Level,
+    mutex: Mutex<T>,
+}
+
+impl<T> Ordered<T> {
+    pub(crate) fn new(level: Level, value: T) -> Self {
+        let mutex = Mutex::new(value);
+        Self { level, mutex }
+    }
+
+    /// Takes it. A panic of another thread does not spoil it.
+    pub(crate) fn lock(&self) -> Guard<'_, T> {
+        let held = Held::new(self.level);
+        let inner = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        Guard { inner, held }
+    }
+}
+
+/// A lock that is held.
+pub(crate) struct Guard<'a, T> {
+    inner: MutexGuard<'a, T>,
+    held: Held,
+}
+
+impl<T> Guard<'_, T> {
+    /// Waits for a change of what it guards.
+    pub(crate) fn wait(self, changed: &Condvar) -> Self {
+        let Self { inner, held } = self;
+        held.check_alone();
+        let inner = changed.wait(inner);
+        let inner = inner.unwrap_or_else(PoisonError::into_inner);
+        Self { inner, held }
+    }
+
+    /// The same, and no longer than `limit`.
+    pub(crate) fn wait_timeout(self, changed: &Condvar, limit: Duration) -> Self {
+        let Self { inner, held } = self;
+        held.check_alone();
+        let inner = changed.wait_timeout(inner, limit);
+        let (inner, _) = inner.unwrap_or_else(PoisonError::into_inner);
+        Self { inner, held }
+    }
+}
+
+impl<T> Deref for Guard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for Guard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+#[cfg(debug_assertions)]
+thread_local! {
+    /// The levels of the locks that this thread holds, a bit each.
+    static HELD: std::cell::Cell<u8> = const { std::cell::Cell::new(0) };
+}
+
+/// A level that this thread holds.
+struct Held {
+    #[cfg(debug_assertions)]
+    bit: u8,
+}
+
+impl Held {
+    #[cfg(debug_assertions)]
+    fn new(level: Level) -> Self {
+        let bit = 1 << level as u8;
+        HELD.with(|held| {
+            let now = held.get();
+            assert!(now < bit, "{level:?} is taken while {now:#b} are held");
+            held.set(now | bit);
+        });
+        Self { bit }
+    }
+
+    #[cfg(not(debug_assertions))]
+    fn new(_: Level) -> Self {
+        Self {}
+    }
+
+    /// Whoever waits holds nothing else.
+    fn check_alone(&self) {
+        #[cfg(debug_assertions)]
+        HELD.with(|held| assert_eq!(held.get(), self.bit, "a wait with other locks held"));
+    }
+}
+
+#[cfg(debug_assertions)]
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.with(|held| held.set(held.get() & !self.bit));
+    }
+}
+
+/// Starts a thread that nobody waits for.
+///
+/// # Errors
+/// If the host has none left.
+pub(crate) fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    threads::spawn(name, work).context("cannot start a thread")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locks_are_taken_in_their_order() {
+        let (set, process) = (Ordered::new(Level::Set, 1), Ordered::new(Level::Process, 2));
+        {
+            let (_set, process) = (set.lock(), process.lock());
+            assert_eq!(*process, 2);
+        }
+        let changed = Condvar::new();
+        let waited = set.lock().wait_timeout(&changed, Duration::from_millis(1));
+        assert_eq!(*waited, 1);
+    }
+
+    #[cfg(debug_assertions)]
+    #[test]
+    #[should_panic(expected = "Set is taken")]
+    fn another_order_is_a_panic() {
+        let (set, process) = (
+            Ordered::new(Level::Set, ()),
+            Ordered::new(Level::Process, ()),
+        );
+        let _process = process.lock();
+        let _set = set.lock();
+    }
+}

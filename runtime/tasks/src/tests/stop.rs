@@ -1,0 +1,160 @@
+//! The virtual machine's start, its size and its end.
+
+use super::{LIMIT, PATIENCE, Rig};
+use koya::oci_spec::runtime as oci;
+use koya::vmm::ExitReason;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_stop_during_the_start_keeps_its_limit() {
+    let rig = Rig::new();
+    rig.guest.hold("boot");
+    let created = rig.create_behind("c");
+    rig.guest.await_call("boot");
+    let began = Instant::now();
+    rig.set.stop();
+    assert!(began.elapsed() < PATIENCE.start, "{:?}", began.elapsed());
+    rig.set.finish();
+    assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
+    assert!(created.try_recv().is_err(), "the start goes on");
+    // What has started meanwhile is taken back.
+    rig.guest.release("boot");
+    let error = created.recv_timeout(LIMIT).unwrap().unwrap_err();
+    assert!(
+        error.to_string().contains("stopped while it started"),
+        "{error}"
+    );
+    assert!(rig.guest.was_called("kill machine"));
+    assert!(!rig.guest.was_called("create c"));
+    assert!(rig.create("d").is_err(), "nothing starts again");
+}
+
+#[test]
+fn one_that_is_killed_during_the_start_of_its_machine_has_ended_at_once() {
+    let rig = Rig::new();
+    rig.create_late("c").unwrap();
+    rig.guest.hold("boot");
+    let started = rig.behind(|set| set.start("c", ""));
+    rig.guest.await_call("boot");
+    rig.set.kill("c", "", 9, true).unwrap();
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 137);
+    rig.guest.release("boot");
+    assert!(started.recv_timeout(LIMIT).unwrap().is_err());
+    assert_eq!(rig.events(), ["create c", "exit c 137"]);
+    assert!(rig.guest.was_called("kill machine"));
+    rig.set.delete("c", "").unwrap();
+    assert!(rig.set.is_empty());
+}
+
+#[test]
+fn two_that_come_at_once_have_one_machine() {
+    let rig = Rig::new();
+    rig.guest.hold("boot");
+    let both = ["a", "b"].map(|id| rig.create_behind(id));
+    rig.guest.await_call("boot");
+    rig.guest.release("boot");
+    for one in both {
+        one.recv_timeout(LIMIT).unwrap().unwrap();
+    }
+    let calls = rig.guest.lock().calls.clone();
+    assert_eq!(calls.iter().filter(|call| *call == "boot").count(), 1);
+}
+
+#[test]
+fn a_machine_that_could_not_start_is_started_again() {
+    let rig = Rig::new();
+    rig.guest.set_broken("boot", true);
+    assert!(rig.create("c").is_err());
+    rig.guest.set_broken("boot", false);
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+}
+
+#[test]
+fn the_end_waits_for_a_guest_that_writes_its_disks_out() {
+    let rig = Rig::new();
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    rig.guest.hold("stop");
+    let finished = rig.behind(|set| set.finish());
+    rig.guest.await_call("stop");
+    assert!(finished.recv_timeout(PATIENCE.start * 2).is_err());
+    assert!(!rig.guest.was_called("kill machine"));
+    rig.guest.release("stop");
+    finished.recv_timeout(LIMIT).unwrap();
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 137);
+}
+
+#[test]
+fn a_pod_ends_with_its_machine_and_the_machine_with_the_pod() {
+    let rig = Rig::new();
+    let pod = rig.create_in_pod("pod").unwrap();
+    let member = rig.create_in_pod("c").unwrap();
+    assert_eq!(pod, std::process::id());
+    assert_ne!(member, pod);
+    rig.set.start("pod", "").unwrap();
+    rig.set.start("c", "").unwrap();
+    rig.guest
+        .change(|state| state.ended = Some(ExitReason::Reset));
+    for id in ["pod", "c"] {
+        assert_eq!(rig.set.wait(id, "").unwrap().status, 255);
+    }
+
+    let rig = Rig::new();
+    rig.create_in_pod("pod").unwrap();
+    rig.create_in_pod("c").unwrap();
+    rig.set.start("pod", "").unwrap();
+    rig.set.start("c", "").unwrap();
+    rig.guest.ends("c", 0);
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 0);
+    assert!(!rig.guest.was_called("stop"), "the pod runs");
+    rig.set.kill("pod", "", 9, false).unwrap();
+    assert_eq!(rig.set.wait("pod", "").unwrap().status, 137);
+    rig.guest.await_call("stop");
+}
+
+#[test]
+fn a_guest_has_room_before_the_limit_and_one_at_a_time_makes_it() {
+    let rig = Rig::new();
+    rig.create_in_pod("pod").unwrap();
+    rig.create_in_pod("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    let resources = |mib: i64| -> oci::LinuxResources {
+        let resources = serde_json::json!({"memory": {"limit": mib << 20}});
+        serde_json::from_value(resources).unwrap()
+    };
+    let memory_mib = || rig.guest.lock().size.memory_mib.unwrap_or(0);
+    let await_memory = |mib: std::ops::Range<u64>| {
+        let began = Instant::now();
+        while !mib.contains(&memory_mib()) && began.elapsed() < LIMIT {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(mib.contains(&memory_mib()), "{}", memory_mib());
+    };
+    // A limit where there was none is less.
+    rig.set.update("c", &resources(600)).unwrap();
+    await_memory(632..700);
+    rig.set.update("c", &resources(1024)).unwrap();
+    let calls = rig.guest.lock().calls.clone();
+    let at = |name: &str| calls.iter().rposition(|call| call == name).unwrap();
+    assert!(at("resize") < at("update c"), "{calls:?}");
+    await_memory(1056..1100);
+
+    // Less: the limit first, and the guest behind it, which other requests do not wait for.
+    rig.guest.hold("resize");
+    rig.set.update("c", &resources(600)).unwrap();
+    rig.set.state("c", "").unwrap();
+    await_memory(1056..1100);
+    rig.guest.release("resize");
+    await_memory(632..700);
+
+    // What can't be had is not kept.
+    rig.guest.set_broken("resize", true);
+    assert!(rig.set.update("c", &resources(2048)).is_err());
+    let limits = {
+        let task = rig.set.task("c").unwrap();
+        let mut state = rig.set.lock();
+        state.entry(&task).unwrap().limits
+    };
+    assert_eq!(limits.memory, Some(600 << 20));
+}
