@@ -4,9 +4,8 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use koya_devices::virtio::Memory;
-use koya_vmm::arch;
-use koya_vmm::bus::Bus;
-use koya_vmm::kvm::{self, Exit, Kicker, Machine, Vcpu};
+use koya_vmm::internals::{self as arch, Bus, Exit, Kicker, Machine, Vcpu};
+use koya_vmm::kvm;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,7 +46,7 @@ const HANDLE: &[u8] = &[0xe6, 0x81, 0xcf];
 
 struct Guest {
     vcpu: Vcpu,
-    machine: Machine,
+    machine: Arc<Machine>,
     bus: Bus,
 }
 
@@ -61,13 +60,14 @@ impl Guest {
         write(HANDLE, HANDLER.into());
         write(&HANDLER.to_le_bytes(), VECTOR);
         let machine = Machine::new(&kvm, Arc::new(memory)).expect("a machine");
+        let machine = Arc::new(machine);
         let features = arch::features(&kvm).expect("features");
         arch::prepare_vm(&features, machine.fd()).expect("interrupt controllers");
-        let vcpu = machine.fd().create_vcpu(0).expect("a vCPU");
-        arch::prepare_vcpu(&features, &vcpu, 0, 1).expect("registers");
-        arch::set_entry(&vcpu, arch::Entry::Real).expect("registers");
+        let vcpu = Vcpu::new(&machine, 0, Kicker::default()).expect("a vCPU");
+        arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).expect("registers");
+        arch::set_entry(vcpu.fd(), arch::Entry::Real).expect("registers");
         Self {
-            vcpu: Vcpu::new(vcpu, Kicker::default()),
+            vcpu,
             machine,
             bus: Bus::default(),
         }
@@ -80,7 +80,9 @@ impl Guest {
                 self.bus.port_write(port, data);
             }
             Exit::PortRead(port, data) => self.bus.port_read(port, data),
-            Exit::MmioWrite(address, data) => self.bus.mmio_write(address, data),
+            Exit::MmioWrite(address, data) => {
+                self.bus.mmio_write(address, data);
+            }
             other => panic!("{other:?}"),
         }
     }

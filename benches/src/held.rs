@@ -1,6 +1,6 @@
 //! What a process holds of the host's memory beside its guest's, by kind.
 
-use koya_devices::threads;
+use koya_vmm::host::threads;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;

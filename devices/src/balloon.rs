@@ -13,14 +13,15 @@
 //! The driver's numbers are page frames and ranges; what is not guest memory is left alone. A page
 //! that a guest gives back and goes on using reads as zero for it and harms nobody else.
 
+use crate::fault::guest_fault;
 use crate::give_back;
-use crate::sync::{guest_fault, lock};
-use crate::virtio::registers::{ConfigSpace, ShownConfig};
+use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, DeviceState,
-    F_INDIRECT_DESC, Interrupt, Memory, QueueError, StateError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, F_INDIRECT_DESC,
+    Interrupt, Memory, Payload, QueueError, Schema, StateError, VirtioDevice, Worker,
 };
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use koya_host::sync::lock;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -106,7 +107,7 @@ pub struct BalloonState {
 struct Shared {
     target: AtomicU32,
     actual: AtomicU32,
-    shown: ShownConfig,
+    published: PublishedConfig,
     statistics: Mutex<MemoryStatistics>,
     /// Wakes the worker: new statistics are wanted.
     ask: EventFd,
@@ -129,7 +130,7 @@ impl Shared {
     /// Sets one of its fields.
     fn change(&self, field: &AtomicU32, value: u32) {
         let change = || field.store(value, Ordering::SeqCst);
-        self.shown.change(change, || self.config());
+        self.published.change(change, || self.config());
     }
 }
 
@@ -190,7 +191,7 @@ impl Balloon {
             shared: Arc::new(Shared {
                 target: AtomicU32::new(0),
                 actual: AtomicU32::new(0),
-                shown: ShownConfig::default(),
+                published: PublishedConfig::default(),
                 statistics: Mutex::default(),
                 ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
@@ -208,9 +209,14 @@ impl Balloon {
     }
 }
 
+impl BalloonState {
+    /// A balloon's.
+    pub const SCHEMA: Schema = Schema::new("virtio-balloon", 1);
+}
+
 impl VirtioDevice for Balloon {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Balloon
+        DeviceKind::BALLOON
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -219,21 +225,21 @@ impl VirtioDevice for Balloon {
 
     fn features(&self) -> u64 {
         let bits = [F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING];
-        bits.iter().fold(0, |features, bit| features | 1 << bit)
-    }
-
-    /// Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having accepted them
-    /// would write all features again.
-    fn common_features(&self) -> u64 {
-        COMMON_FEATURES & !F_INDIRECT_DESC
+        // Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having
+        // accepted them would write all features again.
+        let common = COMMON_FEATURES & !F_INDIRECT_DESC;
+        bits.iter()
+            .fold(common, |features, bit| features | 1 << bit)
     }
 
     fn config(&self) -> Option<Vec<u8>> {
         Some(self.shared.config())
     }
 
-    fn show_config(&mut self, space: ConfigSpace) {
-        self.shared.shown.show_in(space, || self.shared.config());
+    fn publish_config(&mut self, space: ConfigSpace) {
+        self.shared
+            .published
+            .publish_in(space, || self.shared.config());
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -270,19 +276,17 @@ impl VirtioDevice for Balloon {
         })))
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
+    fn save(&self) -> Result<Payload, StateError> {
         let shared = &self.shared;
-        Ok(DeviceState::Balloon(BalloonState {
+        BalloonState::SCHEMA.encode(&BalloonState {
             target: shared.target.load(Ordering::SeqCst),
             actual: shared.actual.load(Ordering::SeqCst),
             held: *lock(&shared.held),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Balloon(state) = state else {
-            return Err(StateError::Misfit("it is not a balloon's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: BalloonState = BalloonState::SCHEMA.decode(state)?;
         self.shared.change(&self.shared.target, state.target);
         self.shared.change(&self.shared.actual, state.actual);
         *lock(&self.shared.held) = state.held;
@@ -488,150 +492,4 @@ impl MutEventSubscriber for BalloonWorker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::test_utils::{Buffer, Driver};
-    use vm_memory::Bytes;
-
-    /// Where no other test data is.
-    const PLACE: u64 = 8 << 20;
-
-    struct Setup {
-        balloon: Balloon,
-        drivers: [Driver; 4],
-        worker: BalloonWorker,
-    }
-
-    fn setup() -> Setup {
-        // The queues of one device share its memory; each driver lays out its own, so only one of
-        // them is used in a test.
-        let drivers = [0; 4].map(|_| Driver::new(16));
-        let balloon = Balloon::new().unwrap();
-        let worker = BalloonWorker {
-            shared: balloon.shared.clone(),
-            inflate: drivers[0].queue(),
-            deflate: drivers[1].queue(),
-            statistics: Some(drivers[2].queue()),
-            reporting: Some(drivers[3].queue()),
-        };
-        Setup {
-            balloon,
-            drivers,
-            worker,
-        }
-    }
-
-    fn frames(frames: &[u32]) -> Buffer {
-        Buffer::Readable(
-            frames
-                .iter()
-                .flat_map(|frame| frame.to_le_bytes())
-                .collect(),
-        )
-    }
-
-    fn filled(driver: &Driver, page: u64) -> bool {
-        let byte: u8 = driver
-            .memory()
-            .read_obj(GuestAddress(PLACE + page * PAGE_SIZE + 77))
-            .unwrap();
-        byte == 0xaa
-    }
-
-    fn fill(driver: &Driver) {
-        let bytes = vec![0xaa; 8 * PAGE_SIZE as usize];
-        driver
-            .memory()
-            .write_slice(&bytes, GuestAddress(PLACE))
-            .unwrap();
-    }
-
-    #[test]
-    fn pages_that_are_given_up_are_gone_and_others_stay() {
-        let mut setup = setup();
-        fill(&setup.drivers[0]);
-        let first = (PLACE / PAGE_SIZE) as u32;
-        let head = setup.drivers[0].offer(&[frames(&[first + 3, first + 2, first + 5])]);
-        setup.worker.serve().unwrap();
-        assert_eq!(setup.drivers[0].used(), [(head, 0)]);
-        let left: Vec<u64> = (0..8)
-            .filter(|page| filled(&setup.drivers[0], *page))
-            .collect();
-        assert_eq!(left, [0, 1, 4, 6, 7]);
-        let metrics = setup.balloon.handle();
-        assert_eq!(
-            metrics.metrics().inflated_bytes.load(Ordering::Relaxed),
-            3 * PAGE_SIZE
-        );
-    }
-
-    #[test]
-    fn what_is_no_memory_is_left_alone() {
-        let mut setup = setup();
-        for list in [
-            vec![u32::MAX, 1 << 20],
-            vec![0x1000; MAX_FRAMES as usize + 1],
-        ] {
-            let head = setup.drivers[0].offer(&[frames(&list)]);
-            setup.worker.serve().unwrap();
-            assert_eq!(setup.drivers[0].used(), [(head, 0)]);
-        }
-        assert_eq!(
-            setup.balloon.shared.metrics.faults.load(Ordering::Relaxed),
-            3
-        );
-    }
-
-    #[test]
-    fn reported_memory_goes_back_in_whole_pages() {
-        let mut setup = setup();
-        let driver = &mut setup.drivers[3];
-        fill(driver);
-        // Two pages and, which no honest driver does, parts of those beside them.
-        driver.set_descriptor(0, PLACE + PAGE_SIZE - 100, 2 * PAGE_SIZE as u32 + 200, 2, 0);
-        driver.make_available(0);
-        setup.worker.serve().unwrap();
-        let left: Vec<u64> = (0..8)
-            .filter(|page| filled(&setup.drivers[3], *page))
-            .collect();
-        assert_eq!(left, [0, 3, 4, 5, 6, 7]);
-    }
-
-    #[test]
-    fn statistics_are_read_and_asked_for_again() {
-        let mut setup = setup();
-        let entry = |tag: u16, value: u64| {
-            let mut bytes = tag.to_le_bytes().to_vec();
-            bytes.extend(value.to_le_bytes());
-            bytes
-        };
-        let known = [entry(S_MEMFREE, 1 << 20), entry(999, 7)].concat();
-        let head = setup.drivers[2].offer(&[Buffer::Readable(known)]);
-        setup.worker.serve().unwrap();
-        let handle = setup.balloon.handle();
-        assert_eq!(handle.statistics().free, Some(1 << 20));
-        assert_eq!(handle.statistics().total, None);
-        assert_eq!(setup.drivers[2].used(), [], "it is held");
-        setup.worker.ask().unwrap();
-        assert_eq!(setup.drivers[2].used(), [(head, 0)]);
-    }
-
-    #[test]
-    fn the_target_is_announced_and_the_guests_word_is_kept() {
-        let mut setup = setup();
-        let handle = setup.balloon.handle();
-        *lock(&setup.balloon.shared.interrupt) = Some(setup.drivers[0].recorder().clone());
-        handle.set_target(10 * PAGE_SIZE + 1);
-        assert!(setup.drivers[0].recorder().config_changed());
-        let mut word = [0; 4];
-        setup.balloon.read_config(0, &mut word);
-        assert_eq!(word, [10, 0, 0, 0]);
-        setup.balloon.write_config(4, &[7, 0, 0, 0]);
-        setup.balloon.write_config(0, &[9, 0, 0, 0]);
-        setup.balloon.write_config(4, &[9]);
-        assert_eq!(
-            (handle.actual(), handle.target()),
-            (7 * PAGE_SIZE, 10 * PAGE_SIZE)
-        );
-    }
-}
+mod tests;

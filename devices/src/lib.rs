@@ -15,7 +15,7 @@
 //! | [`rng`] | entropy | virtio 1.2, section 5.4 |
 //! | [`vsock`] | sockets between guest and host | virtio 1.2, section 5.10 |
 //! | [`fs`] | a host directory in the guest | virtio 1.2, section 5.11, and FUSE 7.x |
-//! | [`legacy`] | serial port and the i8042's reset line | 16550A, PC/AT |
+//! | [`serial`] | a serial port | 16550A |
 //!
 //! Invariants: every number that a guest gives is bounded before it is used; a guest's fault
 //! marks the device as needing reset, a host's fault is an error with its cause, and only a
@@ -23,18 +23,17 @@
 
 pub mod balloon;
 pub mod blk;
+mod fault;
 pub mod fs;
 mod give_back;
-pub mod legacy;
 pub mod mem;
 pub mod net;
 pub mod rate_limit;
 pub mod rng;
-mod sync;
+pub mod serial;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 pub mod sys;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
-pub mod threads;
 pub mod virtio;
 pub mod vsock;

@@ -26,16 +26,18 @@
 //!   or what a device had under way, goes back when the owner asks for another size, when it asks for that
 //!   ([`MemHandle::discard_unplugged`]), and once a second while the guest unplugs.
 
+mod region;
 mod slots;
 
-use crate::give_back::discard;
-use crate::sync::{guest_fault, lock};
-use crate::virtio::on_loop::OnLoop;
+use crate::fault::guest_fault;
+use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
-    ActivateError, Activation, Chain, DeviceKind, DeviceState, Interrupt, Memory, StateError,
-    VirtioDevice, Worker, read_config_space,
+    ActivateError, Activation, COMMON_FEATURES, Chain, DeviceKind, Interrupt, Memory, Payload,
+    Schema, StateError, VirtioDevice, Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use region::Region;
 use serde::{Deserialize, Serialize};
 use slots::Slots;
 use std::io;
@@ -43,7 +45,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -134,111 +135,6 @@ pub struct MemState {
     pub plugged: Vec<(u64, u64)>,
 }
 
-/// The region's state.
-struct Region {
-    start: u64,
-    size: u64,
-    usable: u64,
-    requested: u64,
-    plugged: u64,
-    /// How far beyond what is requested the driver may look for blocks.
-    slack: u64,
-    /// One a block: whether it is plugged.
-    blocks: Vec<bool>,
-    slots: Slots,
-    /// When all that is not plugged last went back.
-    swept: Instant,
-}
-
-impl Region {
-    /// The blocks that a request names, if it is one that a driver may make.
-    fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
-        let offset = address.checked_sub(self.start)?;
-        let len = u64::from(count) * BLOCK_SIZE;
-        let fits = offset % BLOCK_SIZE == 0 && offset.checked_add(len)? <= self.usable;
-        let first = (offset / BLOCK_SIZE) as usize;
-        (fits && count > 0).then(|| first..first + usize::from(count))
-    }
-
-    fn set(&mut self, memory: &Memory, range: Range<usize>, plugged: bool) {
-        let len = range.len() as u64 * BLOCK_SIZE;
-        self.blocks[range.clone()].fill(plugged);
-        self.slots.set(&range, plugged);
-        match plugged {
-            true => self.plugged += len,
-            false => self.plugged -= len,
-        }
-        self.show(memory, range, plugged);
-    }
-
-    /// Lets devices use blocks, or has them refuse those.
-    fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
-        if let Some(region) = memory.find_region(GuestAddress(self.start)) {
-            region.set_plugged(range, plugged);
-        }
-    }
-
-    /// How many slots there may be.
-    fn most_slots(&self) -> usize {
-        self.slots
-            .holding(self.requested.saturating_add(self.slack))
-    }
-
-    fn discard(&self, memory: &Memory, range: Range<usize>) {
-        let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
-        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
-            // The next sweep tries again.
-            guest_fault!("cannot give unplugged memory back: {error}");
-        }
-    }
-
-    /// Gives back all that is not plugged.
-    fn sweep(&mut self, backing: Option<&Backing>, memory: &Memory) {
-        self.swept = Instant::now();
-        remove_empty(&mut self.slots, backing);
-        for run in self.runs(false) {
-            self.discard(memory, run);
-        }
-    }
-
-    /// The blocks that are plugged, or that are not, run by run.
-    fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
-        let mut runs = Vec::new();
-        let mut first = 0;
-        for run in self.blocks.chunk_by(|one, next| one == next) {
-            if run[0] == plugged {
-                runs.push(first..first + run.len());
-            }
-            first += run.len();
-        }
-        runs
-    }
-
-    /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
-    /// told that it never was, so it shrinks only when the driver has given all back (UNPLUG_ALL).
-    fn grow_usable(&mut self) {
-        let wanted = self.requested.saturating_add(self.slack).min(self.size);
-        self.usable = self.usable.max(wanted);
-    }
-
-    /// `struct virtio_mem_config` (section 5.15.4).
-    fn config(&self) -> Vec<u8> {
-        let node_and_padding = 0;
-        [
-            BLOCK_SIZE,
-            node_and_padding,
-            self.start,
-            self.size,
-            self.usable,
-            self.plugged,
-            self.requested,
-        ]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
-    }
-}
-
 struct Shared {
     region: Mutex<Region>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -310,6 +206,19 @@ impl MemHandle {
     }
 }
 
+/// A region of guest memory that is the guest's slot by slot; see [`Mem::with_slots`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlottedRegion {
+    /// Its first address.
+    pub start: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// What the guest's kernel adds memory in, in bytes.
+    pub memory_block: u64,
+    /// A multiple of [`BLOCK_SIZE`].
+    pub slot_size: u64,
+}
+
 impl Mem {
     /// A device for the region of guest memory at `start`, of which nothing is plugged. `memory_block` is
     /// what the guest's kernel adds memory in: what it can't use of one has room in the next.
@@ -320,23 +229,25 @@ impl Mem {
         Self::make(start, size, memory_block, size, None)
     }
 
-    /// The same for a region of `memory` that is the guest's slot by slot; `slot_size` is a multiple of
-    /// [`BLOCK_SIZE`].
+    /// The same for a region of `memory` that is the guest's slot by slot.
     ///
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_slots(
-        start: u64,
-        size: u64,
-        memory_block: u64,
+        region: SlottedRegion,
         memory: &Arc<Memory>,
-        slot_size: u64,
         slots: impl MemorySlots + 'static,
     ) -> io::Result<Self> {
         let backing = Backing {
             slots: Box::new(slots),
             memory: Arc::downgrade(memory),
         };
+        let SlottedRegion {
+            start,
+            size,
+            memory_block,
+            slot_size,
+        } = region;
         Self::make(start, size, memory_block, slot_size, Some(backing))
     }
 
@@ -385,9 +296,14 @@ impl Mem {
     }
 }
 
+impl MemState {
+    /// A memory device's.
+    pub const SCHEMA: Schema = Schema::new("virtio-mem", 1);
+}
+
 impl VirtioDevice for Mem {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Memory
+        DeviceKind::MEMORY
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -395,7 +311,7 @@ impl VirtioDevice for Mem {
     }
 
     fn features(&self) -> u64 {
-        1 << F_UNPLUGGED_INACCESSIBLE
+        COMMON_FEATURES | 1 << F_UNPLUGGED_INACCESSIBLE
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -406,30 +322,28 @@ impl VirtioDevice for Mem {
         let queue = activation.take_queue(0)?;
         *lock(&self.shared.interrupt) = Some(activation.interrupt);
         let shared = self.shared.clone();
-        Ok(Worker::EventLoop(Box::new(OnLoop::new(
+        Ok(Worker::EventLoop(Box::new(LoopWorker::new(
             "memory",
             queue,
             move |chain, memory| serve(&shared, chain, memory),
         ))))
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
+    fn save(&self) -> Result<Payload, StateError> {
         let region = lock(&self.shared.region);
         let runs = region.runs(true).into_iter();
         let plugged = runs.map(|run| (run.start as u64, run.len() as u64));
-        Ok(DeviceState::Memory(MemState {
+        MemState::SCHEMA.encode(&MemState {
             start: region.start,
             size: region.size,
             usable: region.usable,
             requested: region.requested,
             plugged: plugged.collect(),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Memory(state) = state else {
-            return Err(StateError::Misfit("it is not a memory device's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: MemState = MemState::SCHEMA.decode(state)?;
         let mut region = lock(&self.shared.region);
         let bounds = state.usable.max(state.requested);
         if (state.start, state.size) != (region.start, region.size) || bounds > region.size {
@@ -470,8 +384,7 @@ impl Mem {
         let memory = memory.ok_or(StateError::Misfit("its machine has ended"))?;
         region.show(&memory, all, false);
         for run in runs {
-            add_missing(&mut region.slots, Some(backing), &run)
-                .map_err(|error| StateError::Resume(error.to_string()))?;
+            add_missing(&mut region.slots, Some(backing), &run).map_err(StateError::resume)?;
             region.show(&memory, run, true);
         }
         region.sweep(Some(backing), &memory);

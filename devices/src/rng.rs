@@ -4,10 +4,10 @@
 //! Runs on the event loop. A request is answered with at most [`MAX_REQUEST`] bytes, so that
 //! no guest holds the loop for long; the driver asks again for more.
 
-use crate::virtio::on_loop::OnLoop;
+use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
-    ActivateError, Activation, Chain, DeviceKind, DeviceState, Memory, StateError, VirtioDevice,
-    Worker,
+    ActivateError, Activation, Chain, DeviceKind, Memory, Payload, Schema, StateError,
+    VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub const MAX_REQUEST: u32 = 4096;
 
 const QUEUE_SIZES: &[u16] = &[64];
+
+const SCHEMA: Schema = Schema::new("virtio-rng", 1);
 
 /// What the entropy device did so far.
 #[derive(Debug, Default, Serialize)]
@@ -46,7 +48,7 @@ impl Rng {
 
 impl VirtioDevice for Rng {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Entropy
+        DeviceKind::ENTROPY
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -60,22 +62,20 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
         let queue = activation.take_queue(0)?;
         let metrics = self.metrics.clone();
-        Ok(Worker::EventLoop(Box::new(OnLoop::new(
+        Ok(Worker::EventLoop(Box::new(LoopWorker::new(
             "entropy",
             queue,
             move |chain, memory| fill(&metrics, chain, memory),
         ))))
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
-        Ok(DeviceState::Entropy)
+    /// It has nothing but its queue.
+    fn save(&self) -> Result<Payload, StateError> {
+        SCHEMA.encode(&())
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        match state {
-            DeviceState::Entropy => Ok(()),
-            _ => Err(StateError::Misfit("it is not entropy's")),
-        }
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        SCHEMA.decode(state)
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {}
@@ -111,7 +111,7 @@ mod tests {
         let large = driver.offer(&[Buffer::Writable(8192)]);
         let metrics = RngMetrics::default();
         let fill = |chain: &Chain, memory: &Memory| fill(&metrics, chain, memory);
-        let mut worker = OnLoop::new("entropy", driver.queue(), fill);
+        let mut worker = LoopWorker::new("entropy", driver.queue(), fill);
 
         worker.serve().unwrap();
 
@@ -128,7 +128,7 @@ mod tests {
         let head = driver.offer(&[Buffer::Readable(b"x".to_vec())]);
         let metrics = RngMetrics::default();
         let fill = |chain: &Chain, memory: &Memory| fill(&metrics, chain, memory);
-        let mut worker = OnLoop::new("entropy", driver.queue(), fill);
+        let mut worker = LoopWorker::new("entropy", driver.queue(), fill);
 
         worker.serve().unwrap();
 

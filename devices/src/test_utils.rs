@@ -306,12 +306,17 @@ impl Driver {
         let (memory, size) = (self.memory.clone(), self.size);
         let ended = Arc::new(AtomicBool::new(false));
         let ends = ended.clone();
+        let fill = move || {
+            let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("memory");
+            let available = used.wrapping_add(size);
+            let index = GuestAddress(AVAILABLE + 2);
+            memory.write_obj(available, index).expect("test memory");
+        };
+        // Full before the thread runs for the first time.
+        fill();
         let thread = std::thread::spawn(move || {
             while !ends.load(Ordering::SeqCst) {
-                let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("memory");
-                let available = used.wrapping_add(size);
-                let index = GuestAddress(AVAILABLE + 2);
-                memory.write_obj(available, index).expect("test memory");
+                fill();
             }
         });
         Flood {
@@ -376,7 +381,7 @@ fn write_descriptor(
 /// Workers by the number that the loop gave them.
 type Workers = HashMap<u64, Box<dyn MutEventSubscriber + Send>>;
 
-/// An event loop that keeps workers and never runs them.
+/// An event loop that keeps workers and never runs them; it starts devices where it is asked to.
 #[derive(Default)]
 pub struct IdleLoop {
     workers: Mutex<(u64, Workers)>,
@@ -398,6 +403,11 @@ impl IdleLoop {
 }
 
 impl EventLoop for IdleLoop {
+    fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        work();
+        Ok(())
+    }
+
     fn add(&self, worker: Box<dyn MutEventSubscriber + Send>) -> io::Result<u64> {
         let mut workers = self.workers.lock().expect("not poisoned");
         workers.0 += 1;

@@ -12,7 +12,7 @@ const BUSY_LIMIT: Duration = Duration::from_secs(10);
 impl Inner {
     /// Has the guest's kernel let go of a disk, once it has written out what it has of it.
     pub(crate) fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
-        let (agent, window) = (self.agent.clone(), attached.window);
+        let (agent, window) = (self.agent.clone(), attached.mmio_slot);
         let disks = std::slice::from_ref(&attached.disk);
         while_disks_work("detach the disk in the guest", disks, SILENCE, move || {
             agent.detach_disk(window)

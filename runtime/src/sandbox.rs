@@ -473,7 +473,7 @@ impl Inner {
 
     pub(crate) fn attach_disk(&self, config: &DiskConfig) -> Result<Disk, Error> {
         let attached = self.handle.attach_disk(config)?;
-        match self.agent.attach_disk(attached.window) {
+        match self.agent.attach_disk(attached.mmio_slot) {
             Ok(name) => Ok(Disk {
                 device: Device::named(name, config.read_only),
                 attached,

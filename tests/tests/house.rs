@@ -1,6 +1,7 @@
 //! The rules of the house, as tests: who may depend on whom, where `unsafe` may stand, and that
 //! documents name what exists.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -58,9 +59,10 @@ fn dependencies(manifest: &str) -> Vec<String> {
 #[test]
 fn crates_depend_only_on_those_below_them() {
     let arrows: &[(&str, &[&str])] = &[
-        ("devices/Cargo.toml", &[]),
+        ("devices/host/Cargo.toml", &[]),
+        ("devices/Cargo.toml", &["koya-host"]),
         ("agent/protocol/Cargo.toml", &[]),
-        ("vmm/Cargo.toml", &["koya-devices"]),
+        ("vmm/Cargo.toml", &["koya-devices", "koya-host"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
         ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
         ("runtime/tasks/Cargo.toml", &["koya"]),
@@ -83,7 +85,12 @@ fn crates_depend_only_on_those_below_them() {
 
 #[test]
 fn unsafe_stands_only_where_it_is_named() {
-    let allowed = ["devices/src/sys/", "vmm/src/kvm/", "agent/src/sys.rs"];
+    let allowed = [
+        "devices/src/sys/",
+        "devices/host/src/sys/",
+        "vmm/src/kvm/",
+        "agent/src/sys.rs",
+    ];
     // Put together here, so that this file does not match itself.
     let word = ["un", "safe"].concat();
     for file in files("rs") {
@@ -166,7 +173,7 @@ fn architecture_is_asked_for_in_one_place() {
     for file in files("rs") {
         // Tests of one architecture may say so.
         let code = read(&file);
-        let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+        let code = without_tests(&code);
         let named = code
             .lines()
             .any(|l| l.contains(&word) && !l.trim_start().starts_with("//"));
@@ -175,4 +182,275 @@ fn architecture_is_asked_for_in_one_place() {
             "{file} asks for the architecture"
         );
     }
+}
+
+/// What stands before a file's module of tests; one that is another file's is no end.
+fn without_tests(text: &str) -> &str {
+    let begins = |at: &usize| {
+        let item = text[*at..].split_inclusive(['{', ';']).next();
+        item.is_some_and(|item| item.contains("mod ") && item.ends_with('{'))
+    };
+    let marks = ["#[cfg(test)]", "#[cfg(all(test"];
+    let marks = marks.iter().flat_map(|mark| text.match_indices(mark));
+    let end = marks.map(|(at, _)| at).filter(begins).min();
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// What only a PC has, by the names by which code would use it.
+const OF_A_PC: &[&str] = &[
+    "ttyS0",
+    "8250",
+    "0x3f8",
+    "0x60..",
+    "i8042",
+    "I8042",
+    "virtio_mmio.device",
+    "mptable",
+    "e820",
+    "ioapic",
+    "lapic",
+    "BzImage",
+];
+
+#[test]
+fn what_is_of_one_platform_stays_with_it() {
+    let files = files("rs");
+    let ours = files
+        .iter()
+        .filter(|file| file.starts_with("vmm/src/") || file.starts_with("devices/"))
+        .filter(|file| !file.starts_with("vmm/src/arch/x86_64/"))
+        .filter(|file| !file.starts_with("vmm/src/kvm/"));
+    for file in ours {
+        let text = read(file);
+        // Tests bring tiny guests, which are code of one architecture.
+        let code = without_tests(&text);
+        for (number, line) in code.lines().enumerate() {
+            for name in OF_A_PC {
+                assert!(
+                    !line.contains(name),
+                    "{file}:{}: {name} belongs into vmm/src/arch/x86_64",
+                    number + 1
+                );
+            }
+        }
+    }
+}
+
+/// The modules of `devices/src` that are devices, each of which stands by itself.
+const DEVICES: &[&str] = &[
+    "balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock",
+];
+
+#[test]
+fn devices_know_what_they_share_and_not_each_other() {
+    for file in files("rs") {
+        let Some(path) = file.strip_prefix("devices/src/") else {
+            continue;
+        };
+        let module = path.split(['/', '.']).next().unwrap_or_default();
+        if ["lib", "test_utils"].contains(&module) {
+            continue;
+        }
+        let text = read(&file);
+        if path.contains("/tests") || path.ends_with("tests.rs") {
+            continue;
+        }
+        let code = without_tests(&text);
+        for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
+            for other in DEVICES.iter().filter(|other| **other != module) {
+                let named = line.contains(&format!("crate::{other}::"));
+                assert!(!named, "{file} uses {other}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_has_little_to_implement() {
+    let text = read("devices/src/virtio/mod.rs");
+    let body = text.split("pub trait VirtioDevice").nth(1);
+    let body = body.and_then(|rest| rest.split("\n}").next());
+    let methods = body.expect("the trait").matches("\n    fn ").count();
+    assert!((1..=12).contains(&methods), "{methods} methods");
+}
+
+/// The names of threads that a program starts, in what is no test: `Role::new("...")`, or a name that
+/// stands for a role, as the first word of a `spawn`.
+fn thread_names() -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for file in files("rs") {
+        let is_ours = ["devices/", "vmm/src/", "runtime/"]
+            .iter()
+            .any(|dir| file.starts_with(dir));
+        if !is_ours || file.contains("/tests") || file.ends_with("tests.rs") {
+            continue;
+        }
+        let text = read(&file);
+        let code = without_tests(&text);
+        for (at, _) in code.match_indices("\"koya-") {
+            let before = code[..at].trim_end();
+            let before = before.strip_suffix("scope,").unwrap_or(before).trim_end();
+            let starts = ["spawn(", "spawn_scoped(", "Role::new("];
+            if starts.iter().any(|start| before.ends_with(start)) {
+                let name = code[at + 1..].split('"').next();
+                found.extend(name.map(str::to_owned));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_thread_has_a_row_in_the_table() {
+    let text = read("docs/architecture.md");
+    let rows = text.lines().filter(|line| line.starts_with("| `koya-"));
+    let first = rows.filter_map(|line| line.split('|').nth(1));
+    let named: BTreeSet<String> = first
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .map(|name| name.trim_end_matches('N').to_owned())
+        .collect();
+    let started = thread_names();
+    assert!(started.contains("koya-vcpu"), "{started:?}");
+    let unnamed: Vec<_> = started.difference(&named).collect();
+    assert!(
+        unnamed.is_empty(),
+        "not in docs/architecture.md: {unnamed:?}"
+    );
+    let gone: Vec<_> = named.difference(&started).collect();
+    assert!(gone.is_empty(), "in docs/architecture.md alone: {gone:?}");
+}
+
+#[test]
+fn threads_are_started_by_their_role() {
+    // Put together here, so that this file does not match itself.
+    let forms = ["thread::spawn(", "thread::Builder"].map(|form| format!("std::{form}"));
+    for file in files("rs") {
+        let is_library = ["devices/", "vmm/src/"]
+            .iter()
+            .any(|dir| file.starts_with(dir));
+        if !is_library || file.starts_with("devices/host/") || file.contains("test") {
+            continue;
+        }
+        let text = read(&file);
+        let code = without_tests(&text);
+        for form in &forms {
+            assert!(
+                !code.contains(form),
+                "{file} starts a thread without a role"
+            );
+        }
+    }
+}
+
+/// All that koya-vmm offers: what is not in here is not public by accident.
+const OF_KOYA_VMM: &[&str] = &[
+    "ArchError",
+    "AttachError",
+    "AttachedDisk",
+    "ConfigError",
+    "DiskConfig",
+    "ExitReason",
+    "Exits",
+    "HugePages",
+    "MAX_CPUS",
+    "MAX_DISK_QUEUES",
+    "MAX_DISK_SLOTS",
+    "MAX_MEMORY_MIB",
+    "MAX_NET_QUEUES",
+    "MIN_MEMORY_MIB",
+    "Mark",
+    "Marks",
+    "MemoryBacking",
+    "MemoryError",
+    "MemoryUsage",
+    "NetConfig",
+    "Overlap",
+    "Serial",
+    "Spec",
+    "StartError",
+    "Vm",
+    "VmBuilder",
+    "VmConfig",
+    "VmHandle",
+    "VsockConfig",
+    "devices",
+    "devices::balloon",
+    "devices::blk",
+    "devices::fs",
+    "devices::mem",
+    "devices::net",
+    "devices::rate_limit",
+    "devices::rng",
+    "devices::serial",
+    "devices::sys",
+    "devices::threads",
+    "devices::virtio",
+    "devices::vsock",
+    "guest_text",
+    "host",
+    "internals",
+    "kvm",
+];
+
+/// The names of `pub use` and `pub mod` items, those of a module written out with its name before them. What
+/// is hidden from documentation is named, and not what is in it.
+fn public_names(text: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut module: Option<String> = None;
+    let code: String = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let mut rest = code.as_str();
+    while let Some(at) = rest
+        .find("pub ")
+        .into_iter()
+        .chain(rest.find("\n}\n"))
+        .min()
+    {
+        if rest[at..].starts_with("\n}") {
+            module = None;
+            rest = &rest[at + 2..];
+            continue;
+        }
+        let item = rest[at + 4..].trim_start();
+        let within = |name: &str| match &module {
+            Some(module) => format!("{module}::{name}"),
+            None => name.to_owned(),
+        };
+        if let Some(used) = item.strip_prefix("use ") {
+            let used = used.split(';').next().unwrap_or_default();
+            let list = used.split_once('{').map(|(_, list)| list);
+            let last = || used.rsplit("::").next().unwrap_or(used);
+            for name in list.unwrap_or_else(last).split([',', '}']) {
+                let name = name.rsplit(" as ").next().unwrap_or(name);
+                let name = name.rsplit("::").next().unwrap_or(name).trim();
+                if !name.is_empty() {
+                    names.insert(within(name));
+                }
+            }
+        } else if let Some(named) = item.strip_prefix("mod ") {
+            let name = named.split([' ', ';']).next().unwrap_or_default();
+            names.insert(within(name));
+            let is_open = named.split(';').next().is_some_and(|m| m.contains('{'));
+            module = is_open.then(|| name.to_owned());
+        } else {
+            let line = item.lines().next().unwrap_or_default();
+            names.insert(format!("something else: {line}"));
+        }
+        rest = &rest[at + 4..];
+    }
+    names.retain(|name| !name.starts_with("internals::"));
+    names
+}
+
+#[test]
+fn the_monitor_shows_what_it_means_to() {
+    let names = public_names(&read("vmm/src/lib.rs"));
+    let wanted: BTreeSet<String> = OF_KOYA_VMM.iter().map(|name| (*name).to_owned()).collect();
+    let more: Vec<_> = names.difference(&wanted).collect();
+    let less: Vec<_> = wanted.difference(&names).collect();
+    assert!(more.is_empty(), "public, and not meant to be: {more:?}");
+    assert!(less.is_empty(), "meant to be public, and not: {less:?}");
 }

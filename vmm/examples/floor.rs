@@ -2,7 +2,7 @@
 //! them against monitors.
 
 use koya_devices::virtio::Memory;
-use koya_vmm::kvm::Machine;
+use koya_vmm::internals::Machine;
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuExit};
 use std::error::Error;
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kvm = Kvm::new()?;
     let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), 128 << 20)])?);
     memory.write_slice(CODE, GuestAddress(0x1000))?;
-    let machine = Machine::new(&kvm, memory).map_err(|(operation, _)| operation)?;
+    let machine = Machine::new(&kvm, memory)?;
     machine.fd().set_tss_address(0xfffb_d000)?;
     machine.fd().create_irq_chip()?;
     let mut vcpu = machine.fd().create_vcpu(0)?;

@@ -1,11 +1,12 @@
-//! Which device an address belongs to. Fixed once the virtual machine is built; vCPU threads
-//! look devices up without a lock and call each under its own.
+//! Which device an address belongs to: ranges of addresses, with a device behind each. Fixed once the
+//! virtual machine is built; vCPU threads look devices up without a lock, and each device has its own.
+//!
+//! There are two address spaces: memory, and ports where the architecture has them. Which devices lie in
+//! which is the platform's to say ([`crate::arch`]).
 
 use crate::marks::Marks;
-use crate::sync::lock;
-use koya_devices::legacy::{ResetLine, SerialPort};
-use koya_devices::virtio::mmio::{self, MmioTransport, WINDOW_SIZE};
-use std::sync::{Arc, Mutex};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// What a guest's access asks of the virtual machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,18 +17,74 @@ pub enum Effect {
     Reset,
 }
 
-const SERIAL_PORTS: std::ops::Range<u16> = 0x3f8..0x400;
-const RESET_PORTS: std::ops::Range<u16> = 0x60..0x65;
+/// What is behind a range of addresses. Called from vCPU threads, several at a time.
+pub trait BusDevice: Send + Sync {
+    /// The guest reads at an offset from the range's start, at least one byte. What an access leaves as it
+    /// is reads as ones.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// The guest writes at an offset from the range's start, at least one byte.
+    fn write(&self, offset: u64, data: &[u8]) -> Effect;
+    /// The machine ends: no thread of the device's works when this returns. `about` hears of what is waited
+    /// for.
+    fn shut_down(&self, _about: &dyn Fn(&str)) {}
+}
 
-/// A virtio-mmio window: a device, or none for now.
-pub type Window = Arc<Mutex<Option<MmioTransport>>>;
+/// Two devices at one address.
+#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("there is a device at {0:#x} already")]
+pub struct Overlap(pub u64);
+
+/// One address space. Ranges are sorted and do not overlap.
+#[derive(Default)]
+struct Ranges(Vec<(Range<u64>, Arc<dyn BusDevice>)>);
+
+impl Ranges {
+    fn add(&mut self, range: Range<u64>, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
+        let at = self.0.partition_point(|(r, _)| r.start < range.start);
+        let before = at.checked_sub(1).and_then(|before| self.0.get(before));
+        if before.is_some_and(|(r, _)| r.end > range.start) {
+            return Err(Overlap(range.start));
+        }
+        match self.0.get(at) {
+            Some((r, _)) if r.start < range.end => Err(Overlap(r.start)),
+            _ => {
+                self.0.insert(at, (range, device));
+                Ok(())
+            }
+        }
+    }
+
+    /// The device at an address, and how far from its start that is.
+    fn find(&self, address: u64) -> Option<(u64, &dyn BusDevice)> {
+        let after = self.0.partition_point(|(range, _)| range.start <= address);
+        let (range, device) = self.0.get(after.checked_sub(1)?)?;
+        range
+            .contains(&address)
+            .then(|| (address - range.start, device.as_ref()))
+    }
+
+    /// An empty bus floats high.
+    fn read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((offset, device)) = self.find(address) {
+            device.read(offset, data);
+        }
+    }
+
+    /// What is written to where there is nothing is lost.
+    fn write(&self, address: u64, data: &[u8]) -> Effect {
+        match self.find(address) {
+            Some((offset, device)) => device.write(offset, data),
+            None => Effect::None,
+        }
+    }
+}
 
 /// Every device that an address reaches.
 #[derive(Default)]
 pub struct Bus {
-    windows: Vec<(u64, Window)>,
-    serial: Option<Arc<Mutex<SerialPort>>>,
-    reset: Option<Mutex<ResetLine>>,
+    memory: Ranges,
+    ports: Ranges,
     marks: Arc<Marks>,
 }
 
@@ -37,180 +94,141 @@ impl Bus {
         &self.marks
     }
 
-    /// Puts a window for a virtio device at an address.
-    pub fn add_window(&mut self, address: u64, device: Option<MmioTransport>) -> Window {
-        let window = Window::new(Mutex::new(device));
-        self.windows.push((address, window.clone()));
-        self.windows.sort_by_key(|w| w.0);
-        window
+    /// Puts a device at a range of guest physical addresses.
+    ///
+    /// # Errors
+    /// If there is another.
+    pub fn add_memory(
+        &mut self,
+        range: Range<u64>,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), Overlap> {
+        self.memory.add(range, device)
     }
 
-    /// Puts the serial port at its ports.
-    pub fn set_serial(&mut self, port: Arc<Mutex<SerialPort>>) {
-        self.serial = Some(port);
+    /// Puts a device at a range of ports.
+    ///
+    /// # Errors
+    /// If there is another.
+    pub fn add_ports(
+        &mut self,
+        range: Range<u16>,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), Overlap> {
+        let range = range.start.into()..range.end.into();
+        self.ports.add(range, device)
     }
 
-    /// Puts the reset line at its ports.
-    pub fn set_reset(&mut self, line: ResetLine) {
-        self.reset = Some(Mutex::new(line));
-    }
-
-    /// A guest reads from a port. Every device behind ports has byte registers; a wider or
-    /// repeated access reads the same register again.
+    /// A guest reads from a port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         self.marks.port_exit();
-        for byte in data {
-            *byte = if SERIAL_PORTS.contains(&port) {
-                let serial = self.serial.as_ref();
-                serial.map_or(0xff, |s| lock(s).read((port - SERIAL_PORTS.start) as u8))
-            } else if RESET_PORTS.contains(&port) {
-                let reset = self.reset.as_ref();
-                reset.map_or(0xff, |r| lock(r).read((port - RESET_PORTS.start) as u8))
-            } else {
-                // An empty bus floats high.
-                0xff
-            };
-        }
+        self.ports.read(port.into(), data);
     }
 
     /// A guest writes to a port.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
         self.marks.port_exit();
-        let mut effect = Effect::None;
-        for byte in data {
-            if SERIAL_PORTS.contains(&port) {
-                if let Some(serial) = &self.serial {
-                    lock(serial).write((port - SERIAL_PORTS.start) as u8, *byte);
-                }
-            } else if RESET_PORTS.contains(&port)
-                && let Some(reset) = &self.reset
-                && lock(reset).write((port - RESET_PORTS.start) as u8, *byte)
-            {
-                effect = Effect::Reset;
-            }
-        }
-        effect
+        self.ports.write(port.into(), data)
     }
 
-    /// A guest reads device memory; where there is nothing it reads ones.
+    /// A guest reads device memory.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         self.marks.mmio_exit();
-        match self.window(address) {
-            Some((offset, window)) => match &mut *lock(window) {
-                Some(device) => device.read(offset, data),
-                None => mmio::read_empty(offset, data),
-            },
-            None => data.fill(0xff),
-        }
+        self.memory.read(address, data);
     }
 
-    /// A guest writes device memory; where there is nothing it is lost.
-    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+    /// A guest writes device memory.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) -> Effect {
         self.marks.mmio_exit();
-        if let Some((offset, window)) = self.window(address)
-            && let Some(device) = &mut *lock(window)
-        {
-            let was_active = device.is_active();
-            device.write(offset, data);
-            if device.is_active() && !was_active {
-                self.marks.guest(device.kind().name());
-            }
-        }
+        self.memory.write(address, data)
     }
 
-    /// Stops every device, as a reset by its driver would. `about` hears of each before it is waited for.
+    /// Shuts every device down. `about` hears of each before it is waited for.
     pub fn shut_down(&self, about: impl Fn(&str)) {
-        for (address, window) in &self.windows {
-            about(&format!("the device at {address:#x}"));
-            // Taken out: whoever still has the window must not keep the device.
-            let device = lock(window).take();
-            if let Some(mut device) = device {
-                about(&format!("threads of a {} device", device.kind().name()));
-                device.shutdown();
-            }
+        for (range, device) in self.memory.0.iter().chain(&self.ports.0) {
+            about(&format!("the device at {:#x}", range.start));
+            device.shut_down(&about);
         }
-    }
-
-    fn window(&self, address: u64) -> Option<(u64, &Mutex<Option<MmioTransport>>)> {
-        let after = self.windows.partition_point(|w| w.0 <= address);
-        let (start, window) = self.windows.get(after.checked_sub(1)?)?;
-        let offset = address - start;
-        (offset < WINDOW_SIZE).then_some((offset, window.as_ref()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use koya_devices::rng::Rng;
-    use koya_devices::test_utils::{Driver, IdleLoop};
+
+    /// Reads as a number and the offset; resets if that number is written.
+    struct Numbered(u8);
+
+    impl BusDevice for Numbered {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            if let [number, at, ..] = data {
+                (*number, *at) = (self.0, offset as u8);
+            }
+        }
+
+        fn write(&self, _offset: u64, data: &[u8]) -> Effect {
+            match data.first() == Some(&self.0) {
+                true => Effect::Reset,
+                false => Effect::None,
+            }
+        }
+    }
 
     fn bus() -> Bus {
         let mut bus = Bus::default();
-        for address in [0xd000_1000, 0xd000_0000] {
-            let memory = Driver::new(8).memory().clone();
-            let device = MmioTransport::new(
-                Box::new(Rng::default()),
-                memory,
-                Arc::new(IdleLoop::default()),
-            )
-            .unwrap();
-            bus.add_window(address, Some(device));
+        for (number, start) in [(1, 0xd000_1000), (2, 0xd000_0000)] {
+            let added = bus.add_memory(start..start + 0x1000, Arc::new(Numbered(number)));
+            added.unwrap();
         }
+        bus.add_ports(0x10..0x12, Arc::new(Numbered(3))).unwrap();
         bus
     }
 
     #[test]
-    fn an_empty_window_says_that_it_is_one() {
-        let mut bus = Bus::default();
-        let window = bus.add_window(0xd000_0000, None);
-        let mut words = [[0; 4]; 3];
-        for (offset, word) in [0, 4, 8].into_iter().zip(&mut words) {
-            bus.mmio_read(0xd000_0000 + offset, word);
-        }
-        // Magic, version, and no device.
-        assert_eq!(words, [*b"virt", [2, 0, 0, 0], [0; 4]]);
-        bus.mmio_write(0xd000_0070, &[1, 0, 0, 0]);
-        let memory = Driver::new(8).memory().clone();
-        let device = MmioTransport::new(
-            Box::new(Rng::default()),
-            memory,
-            Arc::new(IdleLoop::default()),
-        );
-        *lock(&window) = Some(device.unwrap());
-        bus.mmio_read(0xd000_0008, &mut words[2]);
-        assert_eq!(words[2], [4, 0, 0, 0]);
-    }
-
-    #[test]
-    fn an_access_reaches_the_window_it_lies_in() {
+    fn an_access_reaches_the_device_whose_range_it_begins_in() {
         let bus = bus();
-        for address in [0xd000_0000, 0xd000_1000] {
-            let mut magic = [0; 4];
-            bus.mmio_read(address, &mut magic);
-            assert_eq!(&magic, b"virt");
-        }
-        for address in [0, 0xcfff_fffc, 0xd000_2000, u64::MAX] {
+        let read = |address| {
             let mut word = [0; 4];
             bus.mmio_read(address, &mut word);
-            assert_eq!(word, [0xff; 4]);
-            bus.mmio_write(address, &word);
+            word
+        };
+        assert_eq!(read(0xd000_0000), [2, 0, 0xff, 0xff]);
+        assert_eq!(read(0xd000_0ffc), [2, 0xfc, 0xff, 0xff]);
+        assert_eq!(read(0xd000_1010), [1, 0x10, 0xff, 0xff]);
+        for address in [0, 0x10, 0xcfff_fffc, 0xd000_2000, u64::MAX] {
+            assert_eq!(read(address), [0xff; 4]);
+            assert_eq!(bus.mmio_write(address, &[1]), Effect::None);
         }
+        assert_eq!(bus.mmio_write(0xd000_1000, &[1]), Effect::Reset);
     }
 
     #[test]
-    fn an_empty_port_floats_high_and_resets_nothing() {
+    fn ports_are_another_address_space() {
         let bus = bus();
-        let mut byte = [0];
-        bus.port_read(0x64, &mut byte);
-        assert_eq!(byte, [0xff]);
-        assert_eq!(bus.port_write(0x64, &[0xfe]), Effect::None);
+        let mut bytes = [0; 2];
+        bus.port_read(0x11, &mut bytes);
+        assert_eq!(bytes, [3, 1]);
+        for port in [0xf, 0x12, u16::MAX] {
+            bus.port_read(port, &mut bytes);
+            assert_eq!(bytes, [0xff; 2]);
+            assert_eq!(bus.port_write(port, &[3]), Effect::None);
+        }
+        assert_eq!(bus.port_write(0x10, &[3]), Effect::Reset);
     }
 
     #[test]
-    fn the_reset_command_is_seen() {
+    fn two_devices_at_one_address_are_refused() {
         let mut bus = bus();
-        bus.set_reset(ResetLine::default());
-        assert_eq!(bus.port_write(0x64, &[0xfe]), Effect::Reset);
+        for range in [
+            0xd000_0000..0xd000_1000,
+            0xcfff_ff00..0xd000_0001,
+            0xd000_1fff..0xd000_3000,
+            0xcfff_0000..0xd000_3000,
+        ] {
+            let refused = bus.add_memory(range, Arc::new(Numbered(4)));
+            assert!(refused.is_err());
+        }
+        let beside = bus.add_memory(0xd000_2000..0xd000_3000, Arc::new(Numbered(4)));
+        assert_eq!(beside, Ok(()));
     }
 }

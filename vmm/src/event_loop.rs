@@ -1,15 +1,19 @@
-//! The event loop: one thread, one epoll, the workers of active devices.
+//! The event loop: one thread, one epoll, the workers of active devices. Beside it is the thread that starts
+//! devices ([`Starter`]).
 
+use crate::starter::Starter;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
-use koya_devices::threads;
 use koya_devices::virtio::mmio::EventLoop;
+use koya_host::threads::{self, Role};
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::sync::lock;
+use koya_host::sync::lock;
+
+const ROLE: Role = Role::new("koya-loop").of_the_guest();
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
@@ -18,6 +22,7 @@ pub(crate) struct LoopHandle {
     endpoint: RemoteEndpoint<Subscriber>,
     known: Mutex<(u64, HashMap<u64, SubscriberId>)>,
     ended: Arc<AtomicBool>,
+    starter: Starter,
 }
 
 /// The loop's thread; [`stop`](Self::stop) joins it.
@@ -49,9 +54,9 @@ impl LoopThread {
             endpoint: manager.remote_endpoint(),
             known: Mutex::default(),
             ended: ended.clone(),
+            starter: Starter::start()?,
         });
-        let thread = threads::spawn("koya-loop", move || {
-            koya_devices::sys::block_signals();
+        let thread = threads::spawn(ROLE, move || {
             while !ended.load(Ordering::SeqCst) {
                 if let Err(error) = manager.run() {
                     log::error!("event loop: {error}");
@@ -67,6 +72,7 @@ impl LoopThread {
 
     /// Ends the loop. Devices were shut down before, so it holds no worker.
     pub(crate) fn stop(&mut self) {
+        self.handle.starter.stop();
         self.handle.ended.store(true, Ordering::SeqCst);
         self.handle.endpoint.kick().ok();
         if let Some(thread) = self.thread.take()
@@ -93,6 +99,10 @@ impl EventLoop for LoopHandle {
         let number = known.0;
         known.1.insert(number, id);
         Ok(number)
+    }
+
+    fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        self.starter.run(work)
     }
 
     fn remove(&self, number: u64) -> Option<Subscriber> {

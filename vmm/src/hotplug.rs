@@ -1,22 +1,23 @@
 //! Disks that come and go while the guest runs.
 //!
-//! virtio-mmio has no hot plug of its own. A machine may have spare windows
-//! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): they read as a device of kind 0, which the
-//! guest's driver leaves alone (virtio 1.2, section 4.2.3.1.1). A disk is put behind one of them, and
+//! virtio-mmio has no hot plug of its own. A machine may have hot-plug slots
+//! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): MMIO slots that read as a device of kind 0, which the
+//! guest's driver leaves alone (virtio 1.2, section 4.2.3.1.1). A disk is put into one of them, and
 //! whoever is in charge of the guest has its kernel look again (on Linux: write `virtio-mmio.N` to
 //! `/sys/bus/platform/drivers/virtio-mmio/bind`; before a disk is taken away, to `unbind`). Interrupts
-//! are few, so spare windows share one.
+//! are few, so hot-plug slots share one.
 
 use crate::arch::MmioSlot;
-use crate::builder::{StartError, connect_kicks, disconnect_kicks, make_disk};
-use crate::bus::Window;
+use crate::builder::{Parts, StartError};
 use crate::config::{ConfigError, DiskConfig};
 use crate::event_loop::LoopHandle;
 use crate::kvm::Machine;
-use crate::sync::lock;
+use crate::standard_devices::make_disk;
+use crate::virtio_slot::{VirtioSlot, connect_kicks, disconnect_kicks};
 use koya_devices::blk::BlockHandle;
 use koya_devices::virtio::Memory;
 use koya_devices::virtio::mmio::MmioTransport;
+use koya_host::sync::lock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, Weak};
 use thiserror::Error;
@@ -29,7 +30,7 @@ pub enum AttachError {
     /// The disk's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// No window is left.
+    /// No slot is left.
     #[error("all {0} slots for further disks are taken")]
     NoSlot(usize),
     /// There is no such disk.
@@ -48,23 +49,24 @@ pub enum AttachError {
 pub struct AttachedDisk {
     /// Which slot it is in, from 0.
     pub slot: usize,
-    /// The number of its window among all of the machine: the N of Linux's `virtio-mmio.N`.
-    pub window: usize,
+    /// The number of its MMIO slot among all of the machine: the N of Linux's `virtio-mmio.N`.
+    pub mmio_slot: usize,
     /// The disk itself.
     pub disk: BlockHandle,
 }
 
-/// A spare window.
-pub(crate) struct Spare {
+/// An MMIO slot for a device that comes later.
+pub(crate) struct HotplugSlot {
+    /// Among all MMIO slots of the machine.
     pub(crate) number: usize,
     pub(crate) place: MmioSlot,
-    pub(crate) window: Window,
+    pub(crate) device: Arc<VirtioSlot>,
 }
 
-/// A machine's spare windows and what is in them.
+/// A machine's hot-plug slots and what is in them.
 pub(crate) struct HotPlug {
-    spares: Vec<Spare>,
-    /// Of all spare windows: several events of one line could lose an edge between them.
+    slots: Vec<HotplugSlot>,
+    /// Of all hot-plug slots: several events of one line could lose an edge between them.
     interrupt: EventFd,
     cpus: u32,
     machine: Weak<Machine>,
@@ -77,28 +79,28 @@ pub(crate) struct HotPlug {
 struct Attached {
     disks: BTreeMap<usize, AttachedDisk>,
     /// Slots whose disk was taken away from a guest that had not let go of it: its driver may go on to use
-    /// the window, so nothing else is put there.
+    /// the slot, so nothing else is put there.
     retired: BTreeSet<usize>,
-    /// The machine is being taken down: nothing is put into a window any more.
+    /// The machine is being taken down: nothing is put into a slot any more.
     ended: bool,
 }
 
 impl HotPlug {
+    /// Slots of the machine that is being built, which has an event loop by now.
     pub(crate) fn new(
-        spares: Vec<Spare>,
+        slots: Vec<HotplugSlot>,
         interrupt: EventFd,
         cpus: u32,
-        machine: &Arc<Machine>,
-        memory: &Arc<Memory>,
-        event_loop: &Arc<LoopHandle>,
+        parts: &Parts,
     ) -> Self {
+        let event_loop = parts.event_loop.as_ref();
         Self {
-            spares,
+            slots,
             interrupt,
             cpus,
-            machine: Arc::downgrade(machine),
-            memory: Arc::downgrade(memory),
-            event_loop: Arc::downgrade(event_loop),
+            machine: Arc::downgrade(&parts.machine),
+            memory: Arc::downgrade(&parts.memory),
+            event_loop: event_loop.map_or_else(Weak::new, |l| Arc::downgrade(&l.handle)),
             disks: Mutex::default(),
         }
     }
@@ -107,7 +109,7 @@ impl HotPlug {
         lock(&self.disks).disks.values().cloned().collect()
     }
 
-    /// Puts nothing into a window from now on.
+    /// Puts nothing into a slot from now on.
     pub(crate) fn close(&self) {
         lock(&self.disks).ended = true;
     }
@@ -124,10 +126,10 @@ impl HotPlug {
             return Err(AttachError::Ended);
         }
         let Attached { disks, retired, .. } = &mut *attached;
-        let mut free = self.spares.iter().enumerate();
-        let (slot, spare) = free
+        let mut free = self.slots.iter().enumerate();
+        let (slot, place) = free
             .find(|(slot, _)| !disks.contains_key(slot) && !retired.contains(slot))
-            .ok_or(AttachError::NoSlot(self.spares.len()))?;
+            .ok_or(AttachError::NoSlot(self.slots.len()))?;
         let device = make_disk(spec)?;
         let disk = device.handle();
         let host = |source| StartError::Host {
@@ -137,14 +139,14 @@ impl HotPlug {
         let mut transport =
             MmioTransport::new(Box::new(device), memory, event_loop).map_err(host)?;
         transport.share_interrupt(&self.interrupt).map_err(host)?;
-        if let Err(error) = connect_kicks(&machine, &transport, spare.place) {
-            disconnect_kicks(&machine, &transport, spare.place);
+        if let Err(error) = connect_kicks(&machine, &transport, place.place) {
+            disconnect_kicks(&machine, &transport, place.place);
             return Err(StartError::from(error).into());
         }
-        *lock(&spare.window) = Some(transport);
+        place.device.put(transport);
         let attached = AttachedDisk {
             slot,
-            window: spare.number,
+            mmio_slot: place.number,
             disk,
         };
         disks.insert(slot, attached.clone());
@@ -155,15 +157,14 @@ impl HotPlug {
     pub(crate) fn detach(&self, slot: usize, has_let_go: bool) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
         let attached = &mut *lock(&self.disks);
-        let spare = self.spares.get(slot).ok_or(AttachError::NoDisk(slot))?;
+        let place = self.slots.get(slot).ok_or(AttachError::NoDisk(slot))?;
         let disk = attached.disks.remove(&slot);
         disk.ok_or(AttachError::NoDisk(slot))?;
         if !has_let_go {
             attached.retired.insert(slot);
         }
-        let transport = lock(&spare.window).take();
-        if let Some(mut transport) = transport {
-            disconnect_kicks(&machine, &transport, spare.place);
+        if let Some(mut transport) = place.device.take() {
+            disconnect_kicks(&machine, &transport, place.place);
             transport.shutdown();
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! Called by the thread that builds the machine and by vCPU threads. A guest can start its devices
 //! as often as it likes, so only the first marks are kept.
 
-use crate::sync::lock;
+use koya_host::sync::lock;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;

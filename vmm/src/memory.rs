@@ -6,7 +6,7 @@
 use crate::arch;
 use crate::config::{HugePages, MemoryBacking, MemorySpec};
 use crate::kvm::Machine;
-use koya_devices::mem::{self, Mem, MemorySlots};
+use koya_devices::mem::{self, Mem, MemorySlots, SlottedRegion};
 use koya_devices::sys::Advice;
 use koya_devices::virtio::{Memory, MemoryRegion};
 use kvm_ioctls::Kvm;
@@ -16,10 +16,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 /// What a virtual machine holds of the host's memory, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -44,7 +41,7 @@ pub(crate) fn usage(memory: &Memory) -> io::Result<MemoryUsage> {
 fn usage_of<'m>(regions: impl Iterator<Item = &'m MemoryRegion>) -> io::Result<MemoryUsage> {
     let guest: Vec<(u64, u64)> = regions
         .filter_map(|region| {
-            let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
+            let start = region.mapping().ok()?.ptr_guard().as_ptr() as u64;
             Some((start, start + region.len()))
         })
         .collect();
@@ -168,9 +165,13 @@ pub(crate) fn device(
         len: spec.hotplug_bytes,
         slot_size: mem::slot_size(spec.hotplug_bytes, most),
     };
-    let block = arch::layout::memory_block(spec.bytes);
-    let (start, len, slot_size) = (slots.start, slots.len, slots.slot_size);
-    Mem::with_slots(start, len, block, memory, slot_size, slots).map(Some)
+    let region = SlottedRegion {
+        start: slots.start,
+        size: slots.len,
+        memory_block: arch::layout::memory_block(spec.bytes),
+        slot_size: slots.slot_size,
+    };
+    Mem::with_slots(region, memory, slots).map(Some)
 }
 
 /// The room for more memory, as KVM has it.
@@ -413,11 +414,11 @@ mod tests {
             let machine = Arc::new(Machine::new(&kvm, memory).unwrap());
             let features = arch::features(&kvm).unwrap();
             arch::prepare_vm(&features, machine.fd()).unwrap();
-            let vcpu = machine.fd().create_vcpu(0).unwrap();
-            arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
-            arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
+            let vcpu = Vcpu::new(&machine, 0, Kicker::default()).unwrap();
+            arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();
+            arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
             Guest {
-                vcpu: Vcpu::new(vcpu, Kicker::default()),
+                vcpu,
                 room: Room {
                     machine: Arc::downgrade(&machine),
                     start: ROOM,

@@ -5,16 +5,18 @@
 //! to stop after a bounded turn. They may be in a call of the host's that does not return, so it happens
 //! on a thread of its own, which says what it waits for.
 
-use crate::builder::Handles;
 use crate::bus::Bus;
 use crate::event_loop::LoopThread;
-use crate::sync::lock;
-use koya_devices::threads;
+use crate::standard_devices::Handles;
 use koya_devices::vsock::UnixSockets;
+use koya_host::sync::lock;
+use koya_host::threads::{self, Role};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+const ROLE: Role = Role::new("koya-end").without_signals();
 
 /// How long a machine's threads may take to end: longer than any disk that works takes for what is under
 /// way.
@@ -79,7 +81,10 @@ impl TakeDown {
             hotplug.close();
         }
         self.bus.shut_down(|what| wait_for(stage, what.into()));
-        wait_for(stage, "the event loop".into());
+        wait_for(
+            stage,
+            "the event loop and the thread that starts devices".into(),
+        );
         drop(self.event_loop);
     }
 }
@@ -96,9 +101,8 @@ fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
     let (done, ended) = channel::<()>();
     let cell = Arc::new(Mutex::new(Some(work)));
     let works = cell.clone();
-    let spawned = threads::spawn("koya-end", move || {
+    let spawned = threads::spawn(ROLE, move || {
         let _done = done;
-        koya_devices::sys::block_signals();
         if let Some(work) = lock(&works).take() {
             work(&shared);
         }

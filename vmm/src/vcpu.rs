@@ -16,7 +16,7 @@ use crate::arch;
 use crate::bus::{Bus, Effect};
 use crate::exit::ExitReason;
 use crate::kvm::{Exit, Kicker, Thread, Vcpu};
-use crate::sync::{lock, wait};
+use koya_host::sync::{lock, wait};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// What the vCPUs are to do.
@@ -48,14 +48,14 @@ impl State {
 }
 
 /// What vCPU threads, the event loop and the owner share.
-pub(crate) struct Gate {
+pub(crate) struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
     kickers: Vec<Kicker>,
 }
 
-impl Gate {
-    /// A gate for as many vCPUs, which do not run before [`resume`](Self::resume); then the first `online` do.
+impl RunControl {
+    /// That of as many vCPUs, which do not run before [`resume`](Self::resume); then the first `online` do.
     pub(crate) fn new(kickers: Vec<Kicker>, online: usize) -> Self {
         Self {
             state: Mutex::new(State {
@@ -174,15 +174,21 @@ impl Gate {
 }
 
 /// A vCPU's whole life, on this thread.
-pub(crate) fn run(index: usize, mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>, bus: &Bus) {
-    let _left = Left(gate);
+pub(crate) fn run(
+    index: usize,
+    mut vcpu: Vcpu,
+    thread: Thread,
+    control: &Arc<RunControl>,
+    bus: &Bus,
+) {
+    let _left = Left(control);
     if let Err(error) = vcpu.enter_thread(thread) {
         let details = format!("cannot set a vCPU's signal mask: {error}");
-        return gate.end(ExitReason::RunError { details });
+        return control.end(ExitReason::RunError { details });
     }
     let mut first = true;
     loop {
-        let (go_on, has_waited) = gate.pass(index);
+        let (go_on, has_waited) = control.pass(index);
         if !go_on {
             break;
         }
@@ -199,14 +205,14 @@ pub(crate) fn run(index: usize, mut vcpu: Vcpu, thread: Thread, gate: &Arc<Gate>
             });
             // It is over for this one: what tells the others need not kick it.
             vcpu.leave_thread();
-            gate.end(reason);
+            control.end(reason);
         }
     }
 }
 
 /// Says that a vCPU's thread is over; if it panicked (a console that an embedder wrote may), that
 /// is the machine's end too, since nobody would wait for it otherwise.
-struct Left<'g>(&'g Gate);
+struct Left<'g>(&'g RunControl);
 
 impl Drop for Left<'_> {
     fn drop(&mut self) {
@@ -229,7 +235,11 @@ fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {
         };
         match exit {
             Exit::MmioRead(address, data) => bus.mmio_read(address, data),
-            Exit::MmioWrite(address, data) => bus.mmio_write(address, data),
+            Exit::MmioWrite(address, data) => {
+                if bus.mmio_write(address, data) == Effect::Reset {
+                    return Some(ExitReason::Reset);
+                }
+            }
             Exit::PortRead(port, data) => bus.port_read(port, data),
             Exit::PortWrite(port, data) => {
                 if bus.port_write(port, data) == Effect::Reset {

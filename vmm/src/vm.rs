@@ -1,51 +1,54 @@
 //! A running virtual machine: who owns what, and in which order it goes.
 
-use crate::builder::{BuiltVcpu, Handles, StartError, VmBuilder};
+use crate::builder::{BuiltVcpu, Parts, StartError, VmBuilder};
 use crate::bus::Bus;
 use crate::config::{DiskConfig, Spec};
-use crate::event_loop::LoopThread;
 use crate::exit::ExitReason;
 use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
 use crate::kvm::{Machine, Thread};
 use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
-use crate::sync::lock;
+use crate::standard_devices::Handles;
 use crate::take_down::TakeDown;
-use crate::vcpu::{self, Gate};
+use crate::vcpu::{self, RunControl};
 use koya_devices::balloon::BalloonHandle;
 use koya_devices::blk::BlockHandle;
-use koya_devices::legacy::SerialPort;
 use koya_devices::mem::MemHandle;
 use koya_devices::net::NetHandle;
 use koya_devices::rng::RngMetrics;
-use koya_devices::threads;
+use koya_devices::serial::SerialPort;
 use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
+use koya_host::sync::lock;
+use koya_host::threads::{self, Role};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
+
+/// Runs the guest: whatever a device needs started, another thread starts.
+const VCPU: Role = Role::new("koya-vcpu").of_the_guest();
 
 /// A virtual machine. Dropping it stops it; nothing of it is left then: no thread, no
 /// descriptor, no mapping. The guest has no say in how long that takes. A call of the host's that
 /// does not return (a disk on a file server that is gone) is waited for 30 s; then an error is logged
 /// that says what was waited for, and the thread, with what it uses, stays until its call returns.
 pub struct Vm {
-    gate: Arc<Gate>,
+    control: Arc<RunControl>,
     /// What has to be ended; none once it is.
     live: Option<TakeDown>,
     bus: Arc<Bus>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
-    // Last: vCPUs and devices use them.
-    _machine: Arc<Machine>,
     memory: Arc<Memory>,
+    /// Whoever asks for memory slots finds it there until all of it is taken down; vCPUs have it by themselves.
+    _machine: Arc<Machine>,
 }
 
 /// Controls a virtual machine from any thread; useless, but harmless, after its end.
 #[derive(Clone)]
 pub struct VmHandle {
-    gate: Arc<Gate>,
+    control: Arc<RunControl>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
     /// The guest's memory goes with its machine, whoever has a handle.
@@ -59,36 +62,38 @@ impl Vm {
         VmBuilder::new(spec)
     }
 
+    /// A machine of these parts, all of whose devices are attached.
     pub(crate) fn new(
-        machine: Arc<Machine>,
-        memory: Arc<Memory>,
-        event_loop: Option<LoopThread>,
-        bus: Arc<Bus>,
-        gate: Arc<Gate>,
+        parts: Parts,
+        control: Arc<RunControl>,
         serial: Option<Arc<Mutex<SerialPort>>>,
         handles: Handles,
     ) -> Self {
-        let handles = Arc::new(handles);
+        let (bus, handles) = (Arc::new(parts.bus), Arc::new(handles));
         Self {
-            gate,
-            live: Some(TakeDown::new(bus.clone(), event_loop, handles.clone())),
+            control,
+            live: Some(TakeDown::new(
+                bus.clone(),
+                parts.event_loop,
+                handles.clone(),
+            )),
             bus,
             serial,
             handles,
-            _machine: machine,
-            memory,
+            memory: parts.memory,
+            _machine: parts.machine,
         }
     }
 
     /// Gives a vCPU a thread of its own; dropping the machine ends and joins it.
     pub(crate) fn spawn(&mut self, built: BuiltVcpu) -> Result<(), StartError> {
         let BuiltVcpu { index, vcpu, pin } = built;
-        let (gate, bus) = (self.gate.clone(), self.bus.clone());
-        let thread = threads::spawn(&format!("koya-vcpu{index}"), move || {
+        let (control, bus) = (self.control.clone(), self.bus.clone());
+        let thread = threads::spawn_numbered(VCPU, index, move || {
             if let Some(cpu) = pin {
                 stay_on(cpu);
             }
-            vcpu::run(index, vcpu, Thread::Own, &gate, &bus);
+            vcpu::run(index, vcpu, Thread::Own, &control, &bus);
         });
         let host = |source| StartError::Host {
             operation: "start a vCPU's thread",
@@ -104,7 +109,7 @@ impl Vm {
     /// Runs a vCPU on this thread until the machine ends, takes it down, and says why it ended.
     pub(crate) fn run(self, here: Option<BuiltVcpu>) -> ExitReason {
         if let Some(BuiltVcpu { index, vcpu, .. }) = here {
-            vcpu::run(index, vcpu, Thread::Callers, &self.gate, &self.bus);
+            vcpu::run(index, vcpu, Thread::Callers, &self.control, &self.bus);
         }
         self.wait()
     }
@@ -124,7 +129,7 @@ impl Vm {
     /// A handle for other threads.
     pub fn handle(&self) -> VmHandle {
         VmHandle {
-            gate: self.gate.clone(),
+            control: self.control.clone(),
             serial: self.serial.clone(),
             handles: self.handles.clone(),
             memory: Arc::downgrade(&self.memory),
@@ -134,7 +139,7 @@ impl Vm {
 
     /// Waits until the virtual machine ends, takes it down, and says why it ended.
     pub fn wait(mut self) -> ExitReason {
-        let reason = self.gate.wait();
+        let reason = self.control.wait();
         self.take_down();
         panic_log::explain(reason, &self.memory)
     }
@@ -154,7 +159,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.gate.end(ExitReason::Stopped);
+        self.control.end(ExitReason::Stopped);
         self.take_down();
     }
 }
@@ -163,40 +168,40 @@ impl VmHandle {
     /// Stops every vCPU outside the guest; returns when all have stopped. False if the virtual
     /// machine has ended.
     pub fn pause(&self) -> bool {
-        self.gate.pause()
+        self.control.pause()
     }
 
     /// Lets a paused virtual machine go on. False if it has ended.
     pub fn resume(&self) -> bool {
-        self.gate.resume()
+        self.control.resume()
     }
 
     /// Lets the first `count` of the machine's CPUs run and holds the others, whatever the guest's kernel does
     /// with them: to it they are CPUs that do not answer. So ask it to turn CPUs on after this, and to turn
     /// them off before. At least one runs, and at most as many as there are.
     pub fn set_online_cpus(&self, count: u32) {
-        self.gate.set_online(count as usize);
+        self.control.set_online(count as usize);
     }
 
     /// How many CPUs may run.
     pub fn online_cpus(&self) -> u32 {
-        self.gate.online() as u32
+        self.control.online() as u32
     }
 
     /// Ends the virtual machine; [`Vm::wait`] returns.
     pub fn stop(&self) {
-        self.gate.end(ExitReason::Stopped);
+        self.control.end(ExitReason::Stopped);
     }
 
     /// Why it ended, if it has. A kernel's panic shows here as the reset that it ends with; only
     /// [`Vm::wait`] reads its last words.
     pub fn ended(&self) -> Option<ExitReason> {
-        self.gate.ended()
+        self.control.ended()
     }
 
     /// Waits until it ends, without taking it down.
     pub fn wait_ended(&self) -> ExitReason {
-        self.gate.wait()
+        self.control.wait()
     }
 
     /// What came to pass while it was built and since, also after its end.
@@ -226,8 +231,8 @@ impl VmHandle {
         &self.handles.disks
     }
 
-    /// Puts a further disk into one of the spare slots. The guest's kernel does not know of it until
-    /// it looks at the slot's window again.
+    /// Puts a further disk into one of the hot-plug slots. The guest's kernel does not know of it until
+    /// it looks at the slot again.
     ///
     /// # Errors
     /// What is wrong with the disk, or that no slot is left.

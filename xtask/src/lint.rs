@@ -1,4 +1,5 @@
-//! Formatting, clippy with warnings denied, and the aarch64 build's check.
+//! Formatting, clippy and the documentation of what others embed with warnings denied, and the aarch64 build's
+//! check.
 
 use crate::{proc, setup};
 use anyhow::Result;
@@ -16,6 +17,11 @@ pub(crate) fn run() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
+    eprintln!("lint: documentation");
+    let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
+    let mut doc = proc::cargo();
+    doc.args(["doc", "--no-deps"]).args(packages.as_flattened());
+    proc::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     // Without the target's standard library nothing can be checked: said, not hidden.
     let target = "aarch64-unknown-linux-gnu";
     if !setup::rust_target(target, "a check of its build") {

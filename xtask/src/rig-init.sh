@@ -60,12 +60,22 @@ $B chroot . /usr/bin/perl -e '
     open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
     open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;
     sleep' < dev/null > dev/null 2>&1 3>&- &
+# A program that dies of a fault is noted by the kernel, which is told below.
+echo 1 > proc/sys/kernel/print-fatal-signals
 echo ready >&3
 while $B sleep 5; do echo alive >&3; done < dev/null &
+run() {
+    $B chroot . /bin/sh /run/koya-rig/run
+    STATUS=$?
+    [ $STATUS = 0 ] && return
+    FAULTS='fatal signal|Comm: |segfault|general protection|traps: |Out of memory|BUG: |Oops'
+    $B dmesg | $B grep -E "$FAULTS" | $B tail -n 40 | $B sed 's/^/rig: /' >&2
+}
 if [ -e /job/interactive ]; then
     export TERM="$($B cat /job/interactive)"
     $B setsid -c $B chroot . /bin/sh /run/koya-rig/run < dev/hvc0 > dev/hvc0 2>&1 3>&-
+    STATUS=$?
 else
-    $B chroot . /bin/sh /run/koya-rig/run < "$STDIN" > "$STDOUT" 2> "$STDERR" 3>&-
+    run < "$STDIN" > "$STDOUT" 2> "$STDERR" 3>&-
 fi
-finish "exit $?"
+finish "exit $STATUS"

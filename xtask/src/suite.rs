@@ -38,10 +38,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     eprintln!("test: units and tiny guests on this machine");
     proc::run(&mut test(&["--workspace", "--exclude", "koya-tests"]))?;
     if build::has_musl() {
-        eprintln!("test: devices and monitor, built with musl, as what is shipped");
-        let packages = ["--package", "koya-devices", "--package", "koya-vmm"];
+        eprintln!("test: host, devices and monitor, built with musl, as what is shipped");
+        let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
         proc::run(&mut test(
-            &[&packages[..], &["--target", build::MUSL]].concat(),
+            &[packages.as_flattened(), &["--target", build::MUSL]].concat(),
         ))?;
     }
     if args.quick {

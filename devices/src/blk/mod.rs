@@ -36,13 +36,13 @@ mod worker;
 mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::sync::lock;
-use crate::threads::Threads;
 use crate::virtio::{
-    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice,
-    Worker, read_config_space,
+    ActivateError, Activation, COMMON_FEATURES, DeviceKind, Interrupt, Payload, Schema, StateError,
+    VirtioDevice, Worker, read_config_space,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use koya_host::threads::{Role, Threads};
 use request::{Request, Status};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -65,6 +65,8 @@ pub const SECTOR_SIZE: u64 = 512;
 pub const MAX_QUEUES: u16 = 16;
 /// Bytes of a serial number.
 pub const ID_SIZE: usize = 20;
+
+const ROLE: Role = Role::new("koya-blk").of_the_guest();
 
 const QUEUE_SIZE: u16 = 256;
 /// Parts of one request: all descriptors but header and status.
@@ -213,7 +215,7 @@ impl Block {
             queue_sizes: vec![QUEUE_SIZE; queues.into()],
             metrics: Arc::default(),
             interrupt: Arc::default(),
-            threads: Threads::new("koya-blk")?,
+            threads: Threads::new(ROLE)?,
             serving: None,
         })
     }
@@ -311,9 +313,14 @@ pub struct BlockState {
     pub read_only: bool,
 }
 
+impl BlockState {
+    /// A disk's.
+    pub const SCHEMA: Schema = Schema::new("virtio-blk", 1);
+}
+
 impl VirtioDevice for Block {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Block
+        DeviceKind::BLOCK
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -332,7 +339,7 @@ impl VirtioDevice for Block {
             VIRTIO_BLK_F_MQ,
         ];
         let bits = always.iter().chain(access);
-        bits.fold(0, |features, bit| features | 1 << bit)
+        bits.fold(COMMON_FEATURES, |features, bit| features | 1 << bit)
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -349,19 +356,17 @@ impl VirtioDevice for Block {
         Ok(Worker::OwnThreads)
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
-        Ok(DeviceState::Block(BlockState {
+    fn save(&self) -> Result<Payload, StateError> {
+        BlockState::SCHEMA.encode(&BlockState {
             sectors: self.disk.sectors(),
             told: self.told.load(Ordering::SeqCst),
             block_size: self.disk.block_size(),
             read_only: self.disk.is_read_only(),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Block(state) = state else {
-            return Err(StateError::Misfit("it is not a disk's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: BlockState = BlockState::SCHEMA.decode(state)?;
         if state.read_only != self.disk.is_read_only() {
             return Err(StateError::Misfit("one may be written to, the other not"));
         }

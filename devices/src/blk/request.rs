@@ -2,7 +2,7 @@
 
 use super::disk::Disk;
 use super::{ID_SIZE, MAX_REQUEST, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR_SIZE};
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use crate::virtio::{Chain, ChainError, Memory};
 use rustix::fs::FallocateFlags;
 use std::io;

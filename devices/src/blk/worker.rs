@@ -3,10 +3,11 @@
 use super::engine::{Engine, IoEngine};
 use super::request::{self, Parsed, Request, Status, Step};
 use super::{BlockMetrics, Disk, MAX_UNDER_WAY};
+use crate::fault::guest_fault;
 use crate::rate_limit::RateLimiter;
-use crate::sync::{guest_fault, lock};
-use crate::sys::{self, Completion};
+use crate::sys::Completion;
 use crate::virtio::{ActiveQueue, Chain, ChainError, QueueError};
+use koya_host::sync::lock;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -48,7 +49,6 @@ pub(super) struct Worker {
 
 impl Worker {
     pub(super) fn run(self) {
-        sys::block_signals();
         let Self {
             queue,
             stop,

@@ -9,13 +9,14 @@
 use super::passthrough::{Options, Passthrough};
 use super::server::{FsMetrics, Server};
 use super::{HostEvents, Shares};
-use crate::sync::{guest_fault, lock};
+use crate::fault::guest_fault;
 use crate::sys;
-use crate::threads::{self, Threads};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, QueueError, VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use koya_host::threads::{self, Role, Threads};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +35,7 @@ const THREADS: usize = 4;
 /// of them at a time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
+const ROLE: Role = Role::new("koya-fs").of_the_guest();
 /// Bytes of a tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 
@@ -72,7 +74,7 @@ impl Fs {
             config,
             queue_sizes: vec![QUEUE_SIZE; 1 + request_queues as usize],
             server: Arc::new(Server::new(Passthrough::new(shares, options)?)),
-            threads: Threads::new("koya-fs")?,
+            threads: Threads::new(ROLE)?,
             stopping: Arc::default(),
         })
     }
@@ -114,7 +116,7 @@ impl Fs {
 
 impl VirtioDevice for Fs {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::FileSystem
+        DeviceKind::FILE_SYSTEM
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -159,7 +161,7 @@ impl Drop for Fs {
 
 /// Whether threads here can have a file-mode mask of their own, as each of the device's needs.
 fn check_host() -> io::Result<()> {
-    let tried = threads::spawn("koya-fs", sys::unshare_fs_state)?.join();
+    let tried = threads::spawn(ROLE, sys::unshare_fs_state)?.join();
     match tried {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(io::Error::new(
@@ -214,7 +216,6 @@ impl Crew {
     }
 
     fn run(&self) {
-        sys::block_signals();
         if let Err(error) = sys::unshare_fs_state() {
             // Then no request that makes files may run here: their masks would be the process's.
             // It was possible when the device was made.

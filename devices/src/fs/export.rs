@@ -4,8 +4,8 @@
 use super::inodes::FileSystem;
 use super::origin::Origin;
 use super::shares::ShareOptions;
-use crate::sync::lock;
 use crate::sys;
+use koya_host::sync::lock;
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};

@@ -1,7 +1,7 @@
 //! Open files and directories, by the number that the guest got for each.
 
 use super::inodes::Inode;
-use crate::sync::lock;
+use koya_host::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;

@@ -3,8 +3,8 @@
 use super::export::Export;
 use super::shares::Share;
 use super::wire::Attr;
-use crate::sync::lock;
 use crate::sys::FileHandle;
+use koya_host::sync::lock;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};

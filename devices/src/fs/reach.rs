@@ -5,7 +5,7 @@ use super::inodes::{Inodes, Tables};
 use super::node::{Found, Identity, Inode, Reach, Slot, leads, move_to, stat, union};
 use super::shares::{Move, Share};
 use super::wire::ROOT_ID;
-use crate::sync::lock;
+use koya_host::sync::lock;
 use rustix::fs::{FileType, Statx};
 use rustix::io::Errno;
 use std::collections::HashMap;

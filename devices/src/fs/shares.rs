@@ -10,7 +10,7 @@
 use super::export::Export;
 use super::inodes;
 use super::origin::Origin;
-use crate::sync::lock;
+use koya_host::sync::lock;
 use rustix::fs::{CWD, FileType, Mode, OFlags, StatVfsMountFlags, openat};
 use std::collections::BTreeMap;
 use std::io;

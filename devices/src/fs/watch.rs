@@ -14,8 +14,8 @@
 //! after the operation.
 
 use super::inodes::{self, Inode, Inodes};
-use crate::sync::lock;
 use crate::sys;
+use koya_host::sync::lock;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;

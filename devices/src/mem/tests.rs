@@ -3,7 +3,7 @@ use crate::test_utils::{Buffer, Driver, MEMORY_SIZE};
 use crate::virtio::{ActiveQueue, MemoryRegion};
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
-use vm_memory::{Bytes, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 const START: u64 = 1 << 32;
 const SIZE: u64 = 512 << 20;
@@ -216,7 +216,13 @@ fn pluggable() -> Arc<Memory> {
 
 fn with_slots(memory: &Arc<Memory>, slack: u64) -> (Mem, Recorder) {
     let slots = Recorder::default();
-    let device = Mem::with_slots(START, SIZE, slack, memory, SLOT, slots.clone());
+    let region = SlottedRegion {
+        start: START,
+        size: SIZE,
+        memory_block: slack,
+        slot_size: SLOT,
+    };
+    let device = Mem::with_slots(region, memory, slots.clone());
     (device.unwrap(), slots)
 }
 

@@ -2,8 +2,8 @@
 //! says how many pairs of queues are in use.
 
 use super::Tap;
-use crate::sync::guest_fault;
-use crate::virtio::on_loop::OnLoop;
+use crate::fault::guest_fault;
+use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{ActiveQueue, Chain, Memory};
 use event_manager::MutEventSubscriber;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub(super) fn worker(
     pairs: u16,
 ) -> Box<dyn MutEventSubscriber + Send> {
     let name = "a network's control queue";
-    Box::new(OnLoop::new(name, queue, move |chain, memory| {
+    Box::new(LoopWorker::new(name, queue, move |chain, memory| {
         answer(chain, memory, &tap, pairs)
     }))
 }

@@ -31,13 +31,14 @@ mod tap;
 mod tests;
 
 use crate::rate_limit::{RateLimiter, RateLimits};
-use crate::sync::lock;
-use crate::threads::Threads;
-use crate::virtio::registers::{ConfigSpace, ShownConfig};
+use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
-    ActivateError, Activation, DeviceKind, DeviceState, Interrupt, StateError, VirtioDevice, Worker,
+    ActivateError, Activation, COMMON_FEATURES, DeviceKind, Interrupt, Payload, Schema, StateError,
+    VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
+use koya_host::threads::{Role, Threads};
 use pair::Pair;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -61,6 +62,8 @@ const HEADER_SIZE: usize = 12;
 const NUM_BUFFERS_OFFSET: u32 = 10;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
+
+const ROLE: Role = Role::new("koya-net").of_the_guest();
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,7 +149,7 @@ struct Shared {
     link: AtomicBool,
     /// What the driver reads beside the link's state.
     fixed: Config,
-    shown: ShownConfig,
+    published: PublishedConfig,
     metrics: NetMetrics,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
@@ -163,7 +166,7 @@ impl Shared {
     /// Whether it was another.
     fn change_link(&self, up: bool) -> bool {
         let change = || self.link.swap(up, Ordering::SeqCst) != up;
-        self.shown.change(change, || self.config())
+        self.published.change(change, || self.config())
     }
 
     fn link(&self) -> bool {
@@ -277,13 +280,13 @@ impl Net {
                 tap_name: tap.name().to_owned(),
                 link: AtomicBool::new(true),
                 fixed,
-                shown: ShownConfig::default(),
+                published: PublishedConfig::default(),
                 metrics: NetMetrics::default(),
                 interrupt: Mutex::new(None),
             }),
             tap: Arc::new(tap),
             queue_sizes,
-            threads: Threads::new("koya-net")?,
+            threads: Threads::new(ROLE)?,
             first_pairs: 1,
         })
     }
@@ -382,9 +385,14 @@ pub struct NetState {
     pub link: bool,
 }
 
+impl NetState {
+    /// A network's.
+    pub const SCHEMA: Schema = Schema::new("virtio-net", 1);
+}
+
 impl VirtioDevice for Net {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Net
+        DeviceKind::NET
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -418,35 +426,36 @@ impl VirtioDevice for Net {
         if self.tap.queues().len() > 1 {
             bits.extend([VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ]);
         }
-        bits.iter().fold(0, |features, bit| features | 1 << bit)
+        bits.iter()
+            .fold(COMMON_FEATURES, |features, bit| features | 1 << bit)
     }
 
     fn config(&self) -> Option<Vec<u8>> {
         Some(self.shared.config())
     }
 
-    fn show_config(&mut self, space: ConfigSpace) {
-        self.shared.shown.show_in(space, || self.shared.config());
+    fn publish_config(&mut self, space: ConfigSpace) {
+        self.shared
+            .published
+            .publish_in(space, || self.shared.config());
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError> {
         self.start(activation).inspect_err(|_| self.stop_threads())
     }
 
-    fn save(&self) -> Result<DeviceState, StateError> {
-        Ok(DeviceState::Net(NetState {
+    fn save(&self) -> Result<Payload, StateError> {
+        NetState::SCHEMA.encode(&NetState {
             mac: self.options.mac,
             mtu: self.options.mtu,
             pairs: self.tap.queues().len() as u16,
             used_pairs: self.tap.used_queues() as u16,
             link: self.shared.link(),
-        }))
+        })
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), StateError> {
-        let DeviceState::Net(state) = state else {
-            return Err(StateError::Misfit("it is not a network's"));
-        };
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        let state: NetState = NetState::SCHEMA.decode(state)?;
         let pairs = self.tap.queues().len();
         if (state.mac, state.mtu) != (self.options.mac, self.options.mtu)
             || usize::from(state.pairs) != pairs

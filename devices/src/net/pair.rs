@@ -1,10 +1,11 @@
 //! One pair of queues and its thread: frames between guest memory and the tap.
 
 use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, Tap, count};
+use crate::fault::guest_fault;
 use crate::rate_limit::RateLimiter;
-use crate::sync::{guest_fault, lock};
 use crate::sys::{self, Pieces};
 use crate::virtio::{ActiveQueue, Chain, QueueError};
+use koya_host::sync::lock;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -132,7 +133,6 @@ impl Pair {
     }
 
     pub(super) fn run(mut self) {
-        sys::block_signals();
         if let Err(error) = self.serve() {
             guest_fault!("a network's queues: {error:?}; the device needs a reset");
             self.sender.queue.ask_for_reset();

@@ -186,7 +186,7 @@ fn a_link_that_is_down_drops_frames_and_is_announced() {
     let mut setup = Setup::new(MERGEABLE, options());
     let handle = setup.device.handle();
     let page = RegisterPages::new(1).unwrap().page(0).unwrap();
-    setup.device.show_config(ConfigSpace::of(&page));
+    setup.device.publish_config(ConfigSpace::of(&page));
     // The address's last two bytes, then the status.
     let status = || page.load(VIRTIO_MMIO_CONFIG + 4) >> 16;
     assert_eq!(status(), VIRTIO_NET_S_LINK_UP);
@@ -316,7 +316,7 @@ fn a_network_goes_on_where_it_was() {
         .collect();
     let start = |device: &mut Net, receive: &Driver, at: (u16, u16)| {
         let queue = receive.queue_at(at);
-        let place = queue.place();
+        let place = queue.position();
         let activation = Activation {
             memory: receive.memory().clone(),
             interrupt: receive.recorder().clone(),

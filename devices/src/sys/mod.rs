@@ -1,14 +1,12 @@
-//! Calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles, per-mount
-//! attributes, BPF, and the allocator's settings. Every function here is safe to call; each `unsafe` block states why.
+//! Calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles and
+//! per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
 
 mod pieces;
 mod ring;
-mod steer;
 mod tap;
 
 pub use pieces::Pieces;
 pub use ring::{Completion, Ring, Transfer};
-pub use steer::steer_loopback;
 pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
 use std::io;
@@ -16,17 +14,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
-
-/// Has all threads of this process allocate from one heap, those that come after this: glibc gives each a
-/// heap of its own, some pages and page tables for every device's thread. For the start of a program; a
-/// library leaves that to the program. Nothing happens where the C library is another.
-pub fn share_heap() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it sets a number that the allocator reads under its own lock. No memory changes hands.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
-}
 
 /// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
 /// caller's next call, as with any short read or write.
@@ -378,18 +365,6 @@ pub fn unshare_fs_state() -> io::Result<()> {
     // other threads'; no memory or descriptor is affected.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?;
     Ok(())
-}
-
-/// Keeps every signal of the process from this thread: handlers belong to its owner's threads, and
-/// SIGXFSZ becomes the error that a guest is to get (EFBIG). Returns what is blocked from now on.
-pub fn block_signals() -> libc::sigset_t {
-    // SAFETY: both calls get a valid set on this stack; only the calling thread's mask changes.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
-        all
-    }
 }
 
 /// The path by which this process can reach an O_PATH descriptor's file.

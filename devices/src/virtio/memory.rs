@@ -131,8 +131,10 @@ impl GuestMemoryRegion for MemoryRegion {
         self.mapping.bitmap()
     }
 
-    fn get_host_address(&self, address: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
-        self.mapping.get_host_address(address)
+    /// None: an address without a length can't be checked against the blocks that are plugged, nor stay
+    /// valid while they are unplugged.
+    fn get_host_address(&self, _: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        Err(GuestMemoryError::HostAddressNotAvailable)
     }
 
     fn file_offset(&self) -> Option<&FileOffset> {
@@ -262,6 +264,7 @@ mod tests {
         memory.write_obj(7u64, edge).unwrap();
         region.set_plugged(0..4, false);
         assert!(memory.read_obj::<u8>(edge).is_err());
+        assert!(memory.get_host_address(GuestAddress(START)).is_err());
         assert!(!memory.check_range(GuestAddress(START), 1));
         assert!(memory.check_range(GuestAddress(START), 0));
     }

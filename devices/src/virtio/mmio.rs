@@ -13,17 +13,17 @@
 //!   a fault while running sets DEVICE_NEEDS_RESET; only a reset leaves that state
 //! ```
 
-use super::queue::Place;
+use super::queue::RingPosition;
 use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
-use super::state::{self, QueueState, TransportState};
 use super::{
-    ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, StateError,
-    VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, VirtioDevice, Worker,
 };
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use event_manager::MutEventSubscriber;
+use koya_host::sync::lock;
 use std::io;
-use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -61,8 +61,13 @@ pub fn read_empty(offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Runs the workers of active devices: the monitor's event loop, or a test's.
+/// Starts devices, and runs the workers of active ones: the monitor's event loop, or a test's.
 pub trait EventLoop: Send + Sync {
+    /// Does what starts a device, on a thread that may start others; it is done when this returns.
+    ///
+    /// # Errors
+    /// If there is no such thread any more, or it panicked.
+    fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()>;
     /// Starts to run a worker.
     ///
     /// # Errors
@@ -117,7 +122,9 @@ fn own_page() -> io::Result<RegisterPage> {
 
 /// One device behind its MMIO window.
 pub struct MmioTransport {
-    device: Box<dyn VirtioDevice>,
+    /// Shared with the thread that starts it, and no longer than that takes.
+    device: Arc<Mutex<Box<dyn VirtioDevice>>>,
+    kind: DeviceKind,
     memory: Arc<Memory>,
     event_loop: Arc<dyn EventLoop>,
     line: Arc<Line>,
@@ -130,7 +137,7 @@ pub struct MmioTransport {
     worker: Option<u64>,
     active: bool,
     /// How far the device is in each queue that it was given.
-    places: Vec<Option<Arc<Place>>>,
+    positions: Vec<Option<Arc<RingPosition>>>,
 }
 
 impl MmioTransport {
@@ -166,9 +173,10 @@ impl MmioTransport {
             queues.push(queue.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?);
             kicks.push(event()?);
         }
-        device.show_config(ConfigSpace::of(&registers));
+        device.publish_config(ConfigSpace::of(&registers));
         let transport = Self {
-            device,
+            kind: device.kind(),
+            device: Arc::new(Mutex::new(device)),
             memory,
             event_loop,
             line: Arc::new(Line {
@@ -183,7 +191,7 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
-            places: Vec::new(),
+            positions: Vec::new(),
         };
         transport.show_fixed();
         transport.show_selected();
@@ -192,7 +200,7 @@ impl MmioTransport {
 
     /// Which device it is.
     pub fn kind(&self) -> DeviceKind {
-        self.device.kind()
+        self.kind
     }
 
     /// Whether its driver has started it: DRIVER_OK was set, and the device took its queues.
@@ -227,8 +235,7 @@ impl MmioTransport {
     /// A read of the window by the driver.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            self.device
-                .read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
+            lock(&self.device).read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         data.fill(0);
@@ -243,8 +250,7 @@ impl MmioTransport {
     /// A write to the window by the driver.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
-            self.device
-                .write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
+            lock(&self.device).write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         let Ok(word) = <[u8; 4]>::try_from(data) else {
@@ -267,7 +273,7 @@ impl MmioTransport {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
-            (VIRTIO_MMIO_DEVICE_ID, self.device.kind() as u32),
+            (VIRTIO_MMIO_DEVICE_ID, self.kind.0),
             (VIRTIO_MMIO_VENDOR_ID, VENDOR),
             // No shared memory regions: section 4.2.2 says a length of -1.
             (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
@@ -404,7 +410,7 @@ impl MmioTransport {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | self.device.common_features()
+        lock(&self.device).features()
     }
 
     fn features_fit(&self) -> bool {
@@ -414,7 +420,7 @@ impl MmioTransport {
 
     fn activate(&mut self) {
         if let Err(error) = self.try_activate() {
-            guest_fault!("cannot start virtio {:?}: {error:?}", self.device.kind());
+            guest_fault!("cannot start a {}: {error:?}", self.kind);
             self.line.needs_reset();
         }
     }
@@ -443,9 +449,9 @@ impl MmioTransport {
             let queue = ActiveQueue::new(index, owned, memory, kick, interrupt.clone());
             queues.push(Some(queue));
         }
-        let places = queues.iter().map(|q| q.as_ref().map(ActiveQueue::place));
-        self.places = places.collect();
-        let worker = self.device.activate(Activation {
+        let positions = queues.iter().map(|q| q.as_ref().map(ActiveQueue::position));
+        self.positions = positions.collect();
+        let worker = self.start_device(Activation {
             memory: self.memory.clone(),
             interrupt,
             queues,
@@ -465,138 +471,26 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// Stops whoever serves the queues and says all that is to be kept. The device stands still until
-    /// [`resume`](Self::resume), or a reset by its driver.
-    ///
-    /// # Errors
-    /// [`StateError::Unsupported`] for devices whose state is not kept; those go on.
-    pub fn save(&mut self) -> Result<TransportState, StateError> {
-        // Asked first: a device that can't be saved is not to stand still.
-        self.device.save()?;
-        self.stand_still();
-        let queues = self.queues.iter().map(|queue| QueueState {
-            size: queue.size(),
-            ready: queue.ready(),
-            descriptors: queue.desc_table(),
-            available: queue.avail_ring(),
-            used: queue.used_ring(),
-            next_available: queue.next_avail(),
-            next_used: queue.next_used(),
-        });
-        let registers = &self.line.registers;
-        Ok(TransportState {
-            version: state::VERSION,
-            status: self.status(),
-            driver_features: self.driver_features,
-            interrupt_status: registers.load(VIRTIO_MMIO_INTERRUPT_STATUS),
-            config_generation: registers.load(VIRTIO_MMIO_CONFIG_GENERATION),
-            queue_select: self.queue_select,
-            features_select: self.features_select,
-            driver_features_select: self.driver_features_select,
-            queues: queues.collect(),
-            device: self.device.save()?,
-        })
-    }
-
-    /// Becomes what was saved. The device stands still until [`resume`](Self::resume).
-    ///
-    /// # Errors
-    /// What does not fit; the device is then as after a reset.
-    pub fn restore(&mut self, state: &TransportState) -> Result<(), StateError> {
-        self.reset();
-        let restored = self.try_restore(state);
-        if restored.is_err() {
-            self.reset();
-        }
-        restored
-    }
-
-    fn try_restore(&mut self, state: &TransportState) -> Result<(), StateError> {
-        if state.version != state::VERSION {
-            return Err(StateError::Version(state.version));
-        }
-        if state.queues.len() != self.queues.len() {
-            return Err(StateError::Misfit("it has another number of queues"));
-        }
-        for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
-            let size = saved.size;
-            if !size.is_power_of_two() || size > queue.max_size() {
-                return Err(StateError::Misfit("a queue has another size"));
-            }
-            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
-            queue.set_size(size);
-            let (low, high) = halves(saved.descriptors);
-            queue.set_desc_table_address(low, high);
-            let (low, high) = halves(saved.available);
-            queue.set_avail_ring_address(low, high);
-            let (low, high) = halves(saved.used);
-            queue.set_used_ring_address(low, high);
-            queue.set_next_avail(saved.next_available);
-            queue.set_next_used(saved.next_used);
-            queue.set_ready(saved.ready);
-            // What is not aligned was not taken.
-            let taken = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
-            if taken != (saved.descriptors, saved.available, saved.used) {
-                return Err(StateError::Misfit("a queue's address is not aligned"));
-            }
-        }
-        self.device.restore(&state.device)?;
-        self.driver_features = state.driver_features;
-        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_fit() {
-            return Err(StateError::Misfit(
-                "the driver accepted what is not offered here",
-            ));
-        }
-        self.queue_select = state.queue_select;
-        self.features_select = state.features_select;
-        self.driver_features_select = state.driver_features_select;
-        let registers = &self.line.registers;
-        registers.store(VIRTIO_MMIO_STATUS, state.status);
-        registers.store(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
-        registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
-        self.show_selected();
-        Ok(())
-    }
-
-    /// Goes on after [`save`](Self::save) or [`restore`](Self::restore): the queues are served again if
-    /// the driver had started the device.
-    ///
-    /// # Errors
-    /// If the queues are not in guest memory, or the host refuses a resource.
-    pub fn resume(&mut self) -> Result<(), StateError> {
-        let broken = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
-        let status = self.status();
-        let runs = status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && status & broken == 0;
-        if runs && !self.active {
-            let activated = self.try_activate();
-            activated.map_err(|error| StateError::Resume(error.to_string()))?;
-            // Whoever changed the configuration meanwhile could tell nobody, and an interrupt may have
-            // been on its way. One too many does no harm.
-            self.line.config();
-        }
-        Ok(())
-    }
-
-    fn stand_still(&mut self) {
-        let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
-        if !std::mem::take(&mut self.active) {
-            return;
-        }
-        self.device.stop(worker);
-        for (queue, place) in self.queues.iter_mut().zip(self.places.drain(..)) {
-            if let Some(place) = place {
-                let (available, used) = place.get();
-                queue.set_next_avail(available);
-                queue.set_next_used(used);
-            }
-        }
+    /// Activates the device where it may start threads, which a vCPU's thread may not.
+    fn start_device(&self, activation: Activation) -> Result<Worker, ActivateError> {
+        let (device, (sender, answer)) = (self.device.clone(), channel());
+        let work = move || {
+            let activated = lock(&device).activate(activation);
+            sender.send(activated).ok();
+        };
+        let done = self.event_loop.start(Box::new(work));
+        let answer = done.and_then(|()| answer.try_recv().map_err(io::Error::other));
+        answer.map_err(|source| ActivateError::Host {
+            operation: "reach the thread that starts devices",
+            source,
+        })?
     }
 
     fn reset(&mut self) {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
         self.active = false;
         // Also of a device that stands still: what it kept was for the driver before.
-        self.device.reset(worker);
+        lock(&self.device).reset(worker);
         for queue in &mut self.queues {
             queue.reset();
         }
@@ -630,6 +524,8 @@ fn rings_in_memory(queue: &Queue, memory: &Memory) -> bool {
             address % align == 0 && memory.check_range(GuestAddress(*address), *len as usize)
         })
 }
+
+mod saved;
 
 #[cfg(test)]
 mod tests;

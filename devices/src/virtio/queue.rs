@@ -1,7 +1,7 @@
 //! A queue in use: what a device does with it, and nothing else.
 
 use super::{Chain, ChainError, Interrupt, Memory};
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 use thiserror::Error;
@@ -43,17 +43,17 @@ pub struct ActiveQueue {
     interrupt: Arc<dyn Interrupt>,
     /// The used index when the driver was last told, or last did not want to know.
     announced: u16,
-    place: Arc<Place>,
+    position: Arc<RingPosition>,
 }
 
 /// How far the device is in a queue: known once the [`ActiveQueue`] is given up.
 #[derive(Debug, Default)]
-pub struct Place {
+pub struct RingPosition {
     next_available: AtomicU16,
     next_used: AtomicU16,
 }
 
-impl Place {
+impl RingPosition {
     /// The next entries of the available and of the used ring.
     pub fn get(&self) -> (u16, u16) {
         let (available, used) = (&self.next_available, &self.next_used);
@@ -66,10 +66,10 @@ impl Place {
 
 impl Drop for ActiveQueue {
     fn drop(&mut self) {
-        let Place {
+        let RingPosition {
             next_available,
             next_used,
-        } = &*self.place;
+        } = &*self.position;
         next_available.store(self.queue.next_avail(), Ordering::SeqCst);
         next_used.store(self.queue.next_used(), Ordering::SeqCst);
     }
@@ -90,7 +90,7 @@ impl ActiveQueue {
         Self {
             index,
             announced: queue.next_used(),
-            place: Arc::default(),
+            position: Arc::default(),
             queue,
             memory,
             kick,
@@ -99,8 +99,8 @@ impl ActiveQueue {
     }
 
     /// How far the device is, once this queue is dropped.
-    pub fn place(&self) -> Arc<Place> {
-        self.place.clone()
+    pub fn position(&self) -> Arc<RingPosition> {
+        self.position.clone()
     }
 
     /// Guest memory.

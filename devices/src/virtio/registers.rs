@@ -2,7 +2,7 @@
 //! no exit. A write is one either way.
 
 use super::mmio::WINDOW_SIZE;
-use crate::sync::lock;
+use koya_host::sync::lock;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -112,7 +112,7 @@ impl ConfigSpace {
     }
 
     /// Puts the whole of it there, a word after the other: what did not change may be read meanwhile.
-    pub fn show(&self, config: &[u8]) {
+    pub fn publish(&self, config: &[u8]) {
         self.0.store_bytes(VIRTIO_MMIO_CONFIG, config);
     }
 }
@@ -120,13 +120,13 @@ impl ConfigSpace {
 /// A configuration that changes, shown where the driver reads it once that is said: a change and what is shown of it
 /// are under one lock, so that the last change is the one that is seen.
 #[derive(Default)]
-pub(crate) struct ShownConfig(Mutex<Option<ConfigSpace>>);
+pub(crate) struct PublishedConfig(Mutex<Option<ConfigSpace>>);
 
-impl ShownConfig {
+impl PublishedConfig {
     /// Shows it there from now on.
-    pub(crate) fn show_in(&self, space: ConfigSpace, config: impl FnOnce() -> Vec<u8>) {
+    pub(crate) fn publish_in(&self, space: ConfigSpace, config: impl FnOnce() -> Vec<u8>) {
         let mut shown = lock(&self.0);
-        space.show(&config());
+        space.publish(&config());
         *shown = Some(space);
     }
 
@@ -139,7 +139,7 @@ impl ShownConfig {
         let shown = lock(&self.0);
         let changed = change();
         if let Some(space) = &*shown {
-            space.show(&config());
+            space.publish(&config());
         }
         changed
     }

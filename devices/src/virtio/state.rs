@@ -1,25 +1,105 @@
-//! What is kept of a device and its transport while a machine is saved: plain data with a version.
+//! What is kept of a device while its machine is saved: payloads, each of which says whose it is, and is
+//! put together with others by whoever saves the machine.
 //!
 //! A device is saved when its machine is paused. The transport stops whoever serves the queues (what is
 //! under way ends first and is answered), notes how far each queue is, and asks the device for what it
 //! has beyond its queues ([`VirtioDevice::save`](super::VirtioDevice::save)). What the host's side is made
 //! of (files, taps) is configuration and not in here: it is there before a device is restored.
+//!
+//! Nothing here knows a device: each states its own [`Schema`], beside the plain data that it describes.
 
-use crate::balloon::BalloonState;
-use crate::blk::BlockState;
-use crate::mem::MemState;
-use crate::net::NetState;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The version of [`TransportState`] that this crate writes. It reads this one alone.
-pub const VERSION: u16 = 1;
+/// How the bytes of a payload are read: whose they are, in which version, and whether they mean something
+/// on one architecture alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schema {
+    name: &'static str,
+    version: u16,
+    architecture: Option<&'static str>,
+}
 
-/// A device behind its window.
+impl Schema {
+    /// A schema of this name, such as `virtio-blk`, whose version grows with each change of what it describes.
+    pub const fn new(name: &'static str, version: u16) -> Self {
+        Self {
+            name,
+            version,
+            architecture: None,
+        }
+    }
+
+    /// The same, for what is the architecture's, such as a CPU's registers.
+    #[must_use]
+    pub const fn of_this_architecture(self) -> Self {
+        Self {
+            architecture: Some(std::env::consts::ARCH),
+            ..self
+        }
+    }
+
+    /// State of this schema, as a payload.
+    ///
+    /// # Errors
+    /// [`StateError::Encoding`] if it has no form as JSON.
+    pub fn encode(&self, state: &impl Serialize) -> Result<Payload, StateError> {
+        Ok(Payload {
+            schema: self.name.to_owned(),
+            version: self.version,
+            architecture: self.architecture.map(str::to_owned),
+            bytes: serde_json::to_vec(state).map_err(StateError::Encoding)?,
+        })
+    }
+
+    /// What a payload of this schema holds.
+    ///
+    /// # Errors
+    /// If it is another's, of another version or architecture, or broken.
+    pub fn decode<T: DeserializeOwned>(&self, payload: &Payload) -> Result<T, StateError> {
+        if payload.schema != self.name {
+            return Err(StateError::Schema {
+                wanted: self.name,
+                found: payload.schema.clone(),
+            });
+        }
+        if payload.version != self.version {
+            return Err(StateError::Version {
+                schema: self.name,
+                wanted: self.version,
+                found: payload.version,
+            });
+        }
+        if payload.architecture.as_deref() != self.architecture {
+            let found = payload.architecture.as_deref().unwrap_or("any");
+            return Err(StateError::Architecture {
+                schema: self.name,
+                found: found.to_owned(),
+            });
+        }
+        serde_json::from_slice(&payload.bytes).map_err(StateError::Encoding)
+    }
+}
+
+/// What is kept of one thing. A device with a [`Schema`] writes and reads it by that; the bytes of
+/// another may be whatever it likes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Payload {
+    /// Whose it is, and how its bytes are read.
+    pub schema: String,
+    /// The schema's version.
+    pub version: u16,
+    /// The architecture, if it is not the same on all.
+    pub architecture: Option<String>,
+    /// The state itself.
+    pub bytes: Vec<u8>,
+}
+
+/// What is kept of a transport: its registers, its queues, and its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
-    /// [`VERSION`]
-    pub version: u16,
     /// The device status (virtio 1.2, section 2.1).
     pub status: u32,
     /// Features that the driver accepted.
@@ -37,7 +117,12 @@ pub struct TransportState {
     /// Each queue.
     pub queues: Vec<QueueState>,
     /// The device itself.
-    pub device: DeviceState,
+    pub device: Payload,
+}
+
+impl TransportState {
+    /// That of a device behind MMIO registers.
+    pub const SCHEMA: Schema = Schema::new("virtio-mmio", 1);
 }
 
 /// A queue, and how far the device is in it.
@@ -59,248 +144,92 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
-/// What a device has beyond its queues.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum DeviceState {
-    /// Entropy has nothing.
-    Entropy,
-    /// A disk.
-    Block(BlockState),
-    /// A network.
-    Net(NetState),
-    /// A balloon.
-    Balloon(BalloonState),
-    /// Memory that comes and goes.
-    Memory(MemState),
-}
-
 /// Why a device can't be saved or restored.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StateError {
     /// A kind of device whose state is not kept yet.
-    #[error("devices of kind {0:?} can't be saved")]
+    #[error("a {0} can't be saved")]
     Unsupported(super::DeviceKind),
+    /// The state of something else.
+    #[error("the state is that of {found:?}, not of {wanted}")]
+    Schema {
+        /// Whose it should be.
+        wanted: &'static str,
+        /// Whose it is.
+        found: String,
+    },
     /// Written by another version.
-    #[error("the state has version {0}, not {VERSION}")]
-    Version(u16),
-    /// It is another device's, or the device was set up otherwise.
+    #[error("the state of {schema} has version {found}, not {wanted}")]
+    Version {
+        /// Whose it is.
+        schema: &'static str,
+        /// The version that is read here.
+        wanted: u16,
+        /// The version that it has.
+        found: u16,
+    },
+    /// Written on another architecture.
+    #[error("the state of {schema} is of architecture {found}")]
+    Architecture {
+        /// Whose it is.
+        schema: &'static str,
+        /// Where it was written.
+        found: String,
+    },
+    /// Bytes that are no state.
+    #[error("the state can't be read or written")]
+    Encoding(#[source] serde_json::Error),
+    /// The device was set up otherwise.
     #[error("the state does not fit the device: {0}")]
     Misfit(&'static str),
     /// The device could not go on.
-    #[error("the device can't go on: {0}")]
-    Resume(String),
+    #[error("the device can't go on")]
+    Resume(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl StateError {
+    /// Something that the host refused when a device was to go on.
+    pub fn resume(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Resume(source.into())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balloon::Balloon;
-    use crate::blk::{Block, Disk, DiskOptions};
-    use crate::mem::Mem;
-    use crate::rng::Rng;
-    use crate::test_utils::{Buffer, Driver, IdleLoop};
-    use crate::virtio::mmio::MmioTransport;
-    use crate::virtio::{F_VERSION_1, Memory, VirtioDevice};
-    use std::sync::Arc;
-    use virtio_bindings::virtio_mmio::*;
 
-    fn transport(device: impl VirtioDevice + 'static, memory: &Arc<Memory>) -> MmioTransport {
-        let events = Arc::new(IdleLoop::default());
-        MmioTransport::new(Box::new(device), memory.clone(), events).unwrap()
-    }
+    const SCHEMA: Schema = Schema::new("a-device", 3);
 
-    fn write(transport: &mut MmioTransport, register: u32, value: u32) {
-        transport.write(register.into(), &value.to_le_bytes());
-    }
-
-    fn read(transport: &mut MmioTransport, register: u32) -> u32 {
-        let mut word = [0; 4];
-        transport.read(register.into(), &mut word);
-        u32::from_le_bytes(word)
-    }
-
-    /// What Linux does up to DRIVER_OK, with the first queue where `driver` has it.
-    fn start(transport: &mut MmioTransport, driver: &Driver) {
-        write(transport, VIRTIO_MMIO_STATUS, 1);
-        write(transport, VIRTIO_MMIO_STATUS, 3);
-        write(transport, VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
-        write(
-            transport,
-            VIRTIO_MMIO_DRIVER_FEATURES,
-            (F_VERSION_1 >> 32) as u32,
-        );
-        write(transport, VIRTIO_MMIO_STATUS, 11);
-        let [descriptors, available, used] = driver.places();
-        for (register, value) in [
-            (VIRTIO_MMIO_QUEUE_SEL, 0),
-            (VIRTIO_MMIO_QUEUE_NUM, driver.size().into()),
-            (VIRTIO_MMIO_QUEUE_DESC_LOW, descriptors as u32),
-            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, available as u32),
-            (VIRTIO_MMIO_QUEUE_USED_LOW, used as u32),
-            (VIRTIO_MMIO_QUEUE_READY, 1),
-        ] {
-            write(transport, register, value);
-        }
-        write(transport, VIRTIO_MMIO_STATUS, 15);
-    }
-
-    fn through_text(state: &TransportState) -> TransportState {
-        serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap()
-    }
-
-    fn disk(file: &tempfile::NamedTempFile) -> Block {
-        Block::new(Disk::open(file.path(), DiskOptions::default()).unwrap(), 1).unwrap()
-    }
-
-    fn read_only(file: &tempfile::NamedTempFile) -> Block {
-        let options = DiskOptions {
-            read_only: true,
-            ..DiskOptions::default()
-        };
-        Block::new(Disk::open(file.path(), options).unwrap(), 2).unwrap()
-    }
-
-    /// A sector's read and its answer, as the driver asks for it.
-    fn read_sector(driver: &mut Driver, sector: u64) -> u16 {
-        let mut header = [0; 16];
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        driver.offer(&[
-            Buffer::Readable(header.to_vec()),
-            Buffer::Writable(512),
-            Buffer::Writable(1),
-        ])
-    }
-
-    fn wait_for(driver: &mut Driver, head: u16) -> Vec<u8> {
-        for _ in 0..2000 {
-            if let [(done, len)] = driver.used()[..] {
-                assert_eq!((done, len), (head, 513));
-                return driver.written(head, 513);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
-        panic!("no answer");
-    }
-
-    /// A disk that is saved goes on where it was, here and in another process's place.
     #[test]
-    fn a_disk_goes_on_where_it_was() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let sectors: Vec<u8> = (0..8u8).flat_map(|n| [n; 512]).collect();
-        std::fs::write(file.path(), sectors).unwrap();
-        let mut driver = Driver::new(16);
-        let memory = driver.memory().clone();
-        let mut first = transport(disk(&file), &memory);
-        let head = read_sector(&mut driver, 3);
-        start(&mut first, &driver);
-        assert_eq!(wait_for(&mut driver, head)[0], 3);
-
-        let state = first.save().unwrap();
-        assert_eq!(
-            (state.queues[0].next_available, state.queues[0].next_used),
-            (1, 1)
-        );
-        // What is asked for while it is saved is served afterwards, once.
-        let head = read_sector(&mut driver, 5);
-        first.resume().unwrap();
-        assert_eq!(wait_for(&mut driver, head)[0], 5);
-
-        let state = through_text(&first.save().unwrap());
-        drop(first);
-        let head = read_sector(&mut driver, 6);
-        let mut second = transport(disk(&file), &memory);
-        second.restore(&state).unwrap();
-        assert_eq!(read(&mut second, VIRTIO_MMIO_STATUS), 15);
-        second.resume().unwrap();
-        assert_eq!(wait_for(&mut driver, head)[0], 6);
-        let again = second.save().unwrap();
-        assert_eq!(
-            (again.queues[0].next_available, again.queues[0].next_used),
-            (3, 3)
-        );
+    fn a_payload_is_read_by_its_own_schema_alone() {
+        let payload = SCHEMA.encode(&7u64).unwrap();
+        assert_eq!(SCHEMA.decode::<u64>(&payload).unwrap(), 7);
+        let refused = |schema: Schema, payload: &Payload| {
+            let refused = schema.decode::<u64>(payload);
+            refused.unwrap_err().to_string()
+        };
+        let other = refused(Schema::new("another", 3), &payload);
+        assert!(other.contains("\"a-device\", not of another"), "{other}");
+        let newer = refused(Schema::new("a-device", 4), &payload);
+        assert!(newer.contains("version 3, not 4"), "{newer}");
+        let broken = Payload {
+            bytes: b"{".to_vec(),
+            ..payload
+        };
+        let broken = SCHEMA.decode::<u64>(&broken);
+        assert!(matches!(broken, Err(StateError::Encoding(_))));
     }
 
     #[test]
-    fn devices_are_as_they_were() {
-        let memory = Driver::new(8).memory().clone();
-        let balloon = Balloon::new().unwrap();
-        balloon.handle().set_target(3 << 20);
-        let mem = Mem::new(1 << 32, 512 << 20, 128 << 20).unwrap();
-        mem.handle().set_requested(64 << 20);
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
-        let same: [(MmioTransport, MmioTransport); 4] = [
-            (
-                transport(Rng::default(), &memory),
-                transport(Rng::default(), &memory),
-            ),
-            (
-                transport(balloon, &memory),
-                transport(Balloon::new().unwrap(), &memory),
-            ),
-            (
-                transport(mem, &memory),
-                transport(Mem::new(1 << 32, 512 << 20, 128 << 20).unwrap(), &memory),
-            ),
-            (
-                transport(read_only(&file), &memory),
-                transport(read_only(&file), &memory),
-            ),
-        ];
-        for (mut old, mut new) in same {
-            write(&mut old, VIRTIO_MMIO_STATUS, 1);
-            write(&mut old, VIRTIO_MMIO_STATUS, 3);
-            write(&mut old, VIRTIO_MMIO_QUEUE_SEL, 1);
-            let state = old.save().unwrap();
-            new.restore(&through_text(&state)).unwrap();
-            assert_eq!(new.save().unwrap(), state);
-            for register in (0..0x130).step_by(4) {
-                assert_eq!(
-                    read(&mut new, register),
-                    read(&mut old, register),
-                    "{register:#x}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn what_does_not_fit_is_refused() {
-        let memory = Driver::new(8).memory().clone();
-        let mut rng = transport(Rng::default(), &memory);
-        let good = rng.save().unwrap();
-        let refused = |rng: &mut MmioTransport, change: &dyn Fn(&mut TransportState)| {
-            let mut state = good.clone();
-            change(&mut state);
-            rng.restore(&state).unwrap_err()
-        };
-        assert_eq!(
-            refused(&mut rng, &|s| s.version = 9),
-            StateError::Version(9)
-        );
-        let misfits: [&dyn Fn(&mut TransportState); 5] = [
-            &|state| state.queues.clear(),
-            &|state| state.queues[0].size = 3,
-            &|state| state.queues[0].descriptors = 8,
-            &|state| (state.status, state.driver_features) = (15, 1),
-            &|state| state.device = DeviceState::Balloon(BalloonState::default()),
-        ];
-        for misfit in misfits {
-            assert!(matches!(refused(&mut rng, misfit), StateError::Misfit(_)));
-        }
-        // A state that says that it runs, with rings that are no memory: nothing is started.
-        let mut state = good.clone();
-        (state.status, state.driver_features) = (15, F_VERSION_1);
-        state.queues[0] = QueueState {
-            size: 8,
-            ready: true,
-            descriptors: u64::MAX - 15,
-            ..QueueState::default()
-        };
-        rng.restore(&state).unwrap();
-        assert!(matches!(rng.resume(), Err(StateError::Resume(_))));
+    fn what_is_the_architectures_stays_on_it() {
+        let schema = SCHEMA.of_this_architecture();
+        let mut payload = schema.encode(&7u64).unwrap();
+        assert_eq!(schema.decode::<u64>(&payload).unwrap(), 7);
+        payload.architecture = Some("pdp11".into());
+        let error = schema.decode::<u64>(&payload).unwrap_err();
+        assert!(error.to_string().contains("pdp11"), "{error}");
+        // Nor is it read as if it were the same on all.
+        assert!(SCHEMA.decode::<u64>(&payload).is_err());
     }
 }

@@ -3,7 +3,7 @@
 
 use super::muxer::{Key, Muxer, Watch};
 use super::{FIRST_GUEST_CID, Ports};
-use crate::sync::guest_fault;
+use crate::fault::guest_fault;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceKind, QueueError, VirtioDevice, Worker,
 };
@@ -38,7 +38,7 @@ impl Vsock {
 
 impl VirtioDevice for Vsock {
     fn kind(&self) -> DeviceKind {
-        DeviceKind::Vsock
+        DeviceKind::VSOCK
     }
 
     fn queue_sizes(&self) -> &[u16] {

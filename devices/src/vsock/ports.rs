@@ -1,7 +1,7 @@
 //! Who listens on the host's ports, and how host code reaches ports of the guest. Shared between
 //! the device and any thread of the process.
 
-use crate::sync::lock;
+use koya_host::sync::lock;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::Serialize;
 use std::collections::HashMap;

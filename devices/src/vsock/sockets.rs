@@ -8,7 +8,7 @@
 //!   process of the host listens; if none does, it is refused.
 
 use super::Ports;
-use crate::threads;
+use koya_host::threads::{self, Role};
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -18,6 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// Accepts clients, each of which has a thread until it has said what it wants.
+const LISTENER: Role = Role::new("koya-vsock").without_signals();
+const CLIENT: Role = Role::new("koya-vsock-line").of_the_guest();
 
 /// How long a client may take to say which port it wants.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -59,7 +63,7 @@ impl UnixSockets {
         let (ports, ended) = (ports.clone(), sockets.ended.clone());
         ports.set_fallback(Some(sockets.path.clone()));
         let work = move || serve(&listener, &ports, &ended);
-        sockets.thread = Some(threads::spawn("koya-vsock", work)?);
+        sockets.thread = Some(threads::spawn(LISTENER, work)?);
         Ok(sockets)
     }
 }
@@ -105,7 +109,6 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
-    crate::sys::block_signals();
     let clients = Arc::new(AtomicUsize::new(0));
     while !ended.load(Ordering::SeqCst) {
         let stream = match listener.accept() {
@@ -123,8 +126,7 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
         }
         clients.fetch_add(1, Ordering::SeqCst);
         let (ports, count) = (ports.clone(), clients.clone());
-        let spawned = threads::spawn("koya-vsock-line", move || {
-            crate::sys::block_signals();
+        let spawned = threads::spawn(CLIENT, move || {
             if let Err(error) = connect(stream, &ports) {
                 log::debug!("vsock: a client of the host's: {error}");
             }

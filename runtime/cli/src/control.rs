@@ -107,7 +107,7 @@ pub(super) fn serve(owned: &Owned, container: Arc<Container>, sandbox: Arc<Sandb
     })
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }

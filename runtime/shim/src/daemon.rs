@@ -106,7 +106,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
 }
 
 /// Starts a thread that nobody waits for.
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }

@@ -125,7 +125,7 @@ impl Drop for Held {
 ///
 /// # Errors
 /// If the host has none left.
-pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+pub(crate) fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }

@@ -7,7 +7,7 @@ pub use devices::{
     DiskConfig, MAX_DISK_QUEUES, MAX_DISK_SLOTS, MAX_NET_QUEUES, NetConfig, VsockConfig,
 };
 
-use crate::arch;
+use crate::arch::{self, KernelFormat};
 use koya_devices::net::Net;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use serde::{Deserialize, Serialize};
@@ -84,7 +84,7 @@ pub struct VmConfig {
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
     /// Slots for disks that come while the guest runs, up to [`MAX_DISK_SLOTS`]; each costs the
-    /// guest a look at an empty window when it starts. Default: 0.
+    /// guest a look at an empty slot when it starts. Default: 0.
     #[serde(default)]
     pub disk_slots: u32,
     /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
@@ -102,9 +102,9 @@ pub enum Serial {
     /// There is none.
     None,
     /// The kernel's messages, and nothing else: no driver has to find out what the port can do, which
-    /// are 64 exits of a start. The guest has no `/dev/ttyS0`.
+    /// are 64 exits of a start. The guest has no terminal for it.
     Messages,
-    /// A terminal: `/dev/ttyS0`, the guest's `/dev/console`.
+    /// A terminal, which is the guest's `/dev/console` (the first serial terminal).
     #[default]
     Console,
 }
@@ -219,17 +219,8 @@ pub enum ConfigError {
     },
 }
 
-/// How a kernel file is booted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KernelFormat {
-    /// Uncompressed ELF, entered by the 64-bit Linux boot protocol.
-    Elf,
-    /// x86 compressed image, entered at its 64-bit entry.
-    BzImage,
-}
-
 /// What the virtual machine starts with.
-pub enum Boot {
+pub(crate) enum Boot {
     /// A Linux kernel.
     Linux {
         /// The open kernel file.

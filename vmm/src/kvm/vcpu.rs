@@ -5,7 +5,8 @@
 //! returns EINTR, nothing is delivered, and the thread takes the pending signal away itself. A
 //! kick that comes just before KVM_RUN is pending and ends it at once: none is lost.
 
-use crate::sync::lock;
+use super::Machine;
+use koya_host::sync::lock;
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVMIO, kvm_signal_mask};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::io;
@@ -33,9 +34,11 @@ fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// A vCPU, owned by the thread that runs it.
+/// A vCPU, owned by the thread that runs it. Its machine, with the memory that is mapped into it, lives at
+/// least as long.
 pub struct Vcpu {
     fd: VcpuFd,
+    _machine: Arc<Machine>,
     kicker: Kicker,
     /// The signals that its thread, which is somebody else's, had blocked before.
     before: Option<libc::sigset_t>,
@@ -78,13 +81,21 @@ pub enum Exit<'a> {
 }
 
 impl Vcpu {
-    /// Takes a vCPU and a kicker for it.
-    pub fn new(fd: VcpuFd, kicker: Kicker) -> Self {
-        Self {
-            fd,
+    /// Makes vCPU `index` of a machine.
+    ///
+    /// # Errors
+    /// What KVM refused.
+    pub fn new(
+        machine: &Arc<Machine>,
+        index: u32,
+        kicker: Kicker,
+    ) -> Result<Self, kvm_ioctls::Error> {
+        Ok(Self {
+            fd: machine.fd().create_vcpu(index.into())?,
+            _machine: machine.clone(),
             kicker,
             before: None,
-        }
+        })
     }
 
     /// The descriptor, for registers.
@@ -99,7 +110,7 @@ impl Vcpu {
     /// If KVM refuses the signal mask.
     pub fn enter_thread(&mut self, thread: Thread) -> io::Result<()> {
         let blocked = match thread {
-            Thread::Own => koya_devices::sys::block_signals(),
+            Thread::Own => koya_host::sys::block_signals(),
             Thread::Callers => *self.before.insert(block_kicks()),
         };
         let mask = mask_in_guest(&blocked);
@@ -292,17 +303,18 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     /// A vCPU that will sleep: cli; hlt.
-    fn sleeper(kicker: Kicker) -> (Machine, Vcpu) {
+    fn sleeper(kicker: Kicker) -> Vcpu {
         let kvm = open().unwrap();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         memory.write_slice(&[0xfa, 0xf4], GuestAddress(0)).unwrap();
-        let machine = Machine::new(&kvm, Arc::new(memory)).unwrap();
+        let machine = Arc::new(Machine::new(&kvm, Arc::new(memory)).unwrap());
         let features = arch::features(&kvm).unwrap();
         arch::prepare_vm(&features, machine.fd()).unwrap();
-        let vcpu = machine.fd().create_vcpu(0).unwrap();
-        arch::prepare_vcpu(&features, &vcpu, 0, 1).unwrap();
-        arch::set_entry(&vcpu, arch::Entry::Real).unwrap();
-        (machine, Vcpu::new(vcpu, kicker))
+        // The vCPU keeps the machine.
+        let vcpu = Vcpu::new(&machine, 0, kicker).unwrap();
+        arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();
+        arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
+        vcpu
     }
 
     fn blocked() -> Vec<libc::c_int> {
@@ -329,7 +341,7 @@ mod tests {
         // SAFETY: the handler only stores to an atomic.
         unsafe { libc::signal(libc::SIGUSR1, handle as *const () as libc::sighandler_t) };
         let kicker = Kicker::default();
-        let (_machine, mut vcpu) = sleeper(kicker.clone());
+        let mut vcpu = sleeper(kicker.clone());
         let (said, thread) = std::sync::mpsc::channel();
         let runs = std::thread::spawn(move || {
             let before = blocked();

@@ -6,7 +6,7 @@
 mod trace;
 
 use koya_benches::{counts, held, print_marked, row};
-use koya_vmm::arch::BASE_CMDLINE;
+use koya_vmm::internals::BASE_CMDLINE;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use std::error::Error;

@@ -119,7 +119,7 @@ impl Passthrough {
         offset: u64,
         listing: &mut Listing,
     ) -> Result<(), Errno> {
-        let _position = crate::sync::lock(&handle.position);
+        let _position = koya_host::sync::lock(&handle.position);
         seek(&handle.file, SeekFrom::Start(offset))?;
         let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
         let mut directory = RawDir::new(&handle.file, &mut buffer);

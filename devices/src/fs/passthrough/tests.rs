@@ -518,7 +518,7 @@ fn an_evicted_file_is_of_the_kind_that_it_was() {
     std::fs::write(f.dir.path().join("a"), "").unwrap();
     let node = f.files.lookup(f.root, c"a").unwrap().nodeid;
     let inode = f.files.inodes.get(node).unwrap();
-    *crate::sync::lock(&inode.slot) = Slot::Evicted(Traces {
+    *koya_host::sync::lock(&inode.slot) = Slot::Evicted(Traces {
         handle: None,
         birth: None,
     });

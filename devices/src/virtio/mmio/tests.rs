@@ -278,7 +278,7 @@ fn a_page_shows_what_a_read_would() {
         }
     };
     shown(&mut driver);
-    assert_eq!(page.load(VIRTIO_MMIO_DEVICE_ID), DeviceKind::Vsock as u32);
+    assert_eq!(page.load(VIRTIO_MMIO_DEVICE_ID), DeviceKind::VSOCK.0);
     assert_eq!(page.load(VIRTIO_MMIO_CONFIG).to_le_bytes(), config[..4]);
     assert_eq!(page.load(VIRTIO_MMIO_CONFIG + 4), 1);
     driver.write(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);

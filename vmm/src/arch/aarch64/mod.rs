@@ -1,31 +1,47 @@
-//! aarch64: the same interface as x86_64's. Booting an Image with a device tree is not there
-//! yet; until then every entry point refuses with one line.
+//! aarch64: the same interface as x86_64's. What can be said already is here: the memory layout, which
+//! files are kernels, the command line. The interrupt controller, the vCPUs' registers and the device tree
+//! are not there yet; until then a guest is refused with one line.
 
-use super::ArchError;
-use crate::config::{Boot, KernelFormat};
+use super::{ArchError, BootInfo, linux};
+use crate::bus::Bus;
+use crate::config::Boot;
+use koya_devices::serial::SerialPort;
 use koya_devices::virtio::Memory;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use std::sync::{Arc, Mutex};
 
-pub mod layout;
+pub(crate) mod layout;
 
-/// What the guest's kernel is told in any case.
-pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on";
+/// What the guest's kernel is told in any case: how it ends, and where to unpack the initramfs. The
+/// console and the devices are the device tree's.
+pub const BASE_CMDLINE: &str =
+    "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 rootfstype=ramfs";
+
+/// The longest command line, its terminator included (COMMAND_LINE_SIZE, arch/arm64).
+const CMDLINE_SIZE: usize = 2048;
 
 /// Whether memory of the host's can stand for registers that a guest reads: it reads them past the caches, and
 /// would not see what the host wrote.
-pub const READS_MEMORY_OF_DEVICES: bool = false;
-
-/// How the kernel's messages get to the serial port with no driver for it: the device tree names it.
-pub const EARLYCON_CMDLINE: &str = "earlycon keep_bootcon";
+pub(crate) const READS_MEMORY_OF_DEVICES: bool = false;
 
 const NOT_YET: &str = "booting a guest on aarch64";
+
+/// How a kernel file is booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KernelFormat {
+    /// Documentation/arch/arm64/booting.rst
+    Image,
+}
 
 /// Which kind of kernel begins with `head`.
 ///
 /// # Errors
-/// Always, for now.
-pub fn kernel_format(_head: &[u8]) -> Result<KernelFormat, String> {
-    Err(format!("{NOT_YET} is not supported"))
+/// A sentence for the user.
+pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
+    match head.get(56..60) {
+        Some(b"ARM\x64") => Ok(KernelFormat::Image),
+        _ => Err("is not an aarch64 Image".into()),
+    }
 }
 
 /// The interrupt controller.
@@ -34,6 +50,22 @@ pub fn kernel_format(_head: &[u8]) -> Result<KernelFormat, String> {
 /// Always, for now.
 pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
+}
+
+/// Puts the platform's own devices on the bus. A reset is PSCI's, which KVM answers. A serial port has no
+/// interrupt controller to be connected to.
+///
+/// # Errors
+/// Whenever there is a serial port, for now.
+pub(crate) fn attach_platform(
+    _vm: &VmFd,
+    _bus: &mut Bus,
+    serial: Option<&Arc<Mutex<SerialPort>>>,
+) -> Result<(), ArchError> {
+    match serial {
+        Some(_) => Err(ArchError::Unsupported(NOT_YET)),
+        None => Ok(()),
+    }
 }
 
 /// What KVM offers to every vCPU.
@@ -70,21 +102,59 @@ pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
 /// Kernel and device tree into memory.
 ///
 /// # Errors
-/// Always, for now.
-pub fn load(
-    _memory: &Memory,
-    _memory_bytes: u64,
-    _boot: &mut Boot,
-    _cpus: u32,
-    _cmdline: &str,
-) -> Result<Entry, ArchError> {
+/// What does not fit; else always, for now.
+pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
+    let line = cmdline(&info);
+    check_sizes(info.boot, info.memory.bytes)?;
+    if line.len() >= CMDLINE_SIZE {
+        let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
+        return Err(ArchError::load("the command line")(reason));
+    }
+    // What the device tree's nodes will be made of.
+    let (slots, later) = (info.slots, info.hotplug_slots);
+    log::debug!("a device tree would have {slots:x?} and {later:x?}");
     Err(ArchError::Unsupported(NOT_YET))
 }
 
+/// Whether what is loaded has room in this much memory.
+fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
+    let (files, format) = match boot {
+        Boot::Linux {
+            kernel,
+            format,
+            initramfs,
+            ..
+        } => ([Some(kernel), initramfs.as_ref()], format),
+        Boot::Flat(code) => {
+            let reason = format!("{} bytes of real-mode code are x86_64's", code.len());
+            return Err(ArchError::load("flat code")(reason));
+        }
+    };
+    let mut bytes = layout::PANIC_LOG_SIZE;
+    for file in files.into_iter().flatten() {
+        bytes += file.metadata().map_err(ArchError::load("a file"))?.len();
+    }
+    if bytes > memory_bytes {
+        let reason = format!("{format:?} and initramfs are {bytes} bytes, memory {memory_bytes}");
+        return Err(ArchError::load("the kernel")(reason));
+    }
+    Ok(())
+}
+
+fn cmdline(info: &BootInfo<'_>) -> String {
+    use crate::config::Serial;
+    let line = format!("{BASE_CMDLINE} {} ", linux::words(info));
+    match info.serial {
+        // The device tree says where the port is.
+        Serial::Messages => line + &linux::before_init(info.own_words(), "earlycon keep_bootcon"),
+        Serial::None | Serial::Console => line + info.own_words(),
+    }
+}
+
 /// Nothing to tell: the architecture's timer stops with the vCPU.
-pub fn after_pause(_vcpu: &VcpuFd) {}
+pub(crate) fn after_pause(_vcpu: &VcpuFd) {}
 
 /// The registers that matter in a report of a failed vCPU.
-pub fn describe_vcpu(_vcpu: &VcpuFd) -> String {
+pub(crate) fn describe_vcpu(_vcpu: &VcpuFd) -> String {
     "registers are not shown on aarch64".into()
 }

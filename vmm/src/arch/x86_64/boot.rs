@@ -1,9 +1,9 @@
 //! Kernel, initramfs, command line and tables into guest memory:
 //! Documentation/arch/x86/boot.rst, the 64-bit boot protocol.
 
-use super::super::ArchError;
-use super::{Entry, layout, mptable, regs};
-use crate::config::{Boot, KernelFormat};
+use super::super::{ArchError, BootInfo};
+use super::{Entry, KernelFormat, cmdline, layout, mptable, regs};
+use crate::config::Boot;
 use koya_devices::virtio::Memory;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -23,19 +23,15 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// Offset of the 64-bit entry in a bzImage's protected-mode part.
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 
-/// Loads what the guest starts with and returns where its first vCPU enters. It starts with
-/// `memory_bytes` of memory; a kernel gets this command line.
+/// Loads what the guest starts with, tells its kernel of the machine, and returns where its first vCPU
+/// enters.
 ///
 /// # Errors
 /// What does not fit or is broken.
-pub fn load(
-    memory: &Memory,
-    memory_bytes: u64,
-    boot: &mut Boot,
-    cpus: u32,
-    cmdline: &str,
-) -> Result<Entry, ArchError> {
-    let (kernel, format, initramfs) = match boot {
+pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
+    let cmdline = cmdline::render(&info);
+    let memory_bytes = info.memory.bytes;
+    let (kernel, format, initramfs) = match info.boot {
         Boot::Flat(code) => {
             memory
                 .write_slice(code, GuestAddress(0))
@@ -55,7 +51,7 @@ pub fn load(
         params.hdr.ramdisk_image = address as u32;
         params.hdr.ramdisk_size = len as u32;
     }
-    let len = write_cmdline(memory, cmdline)?;
+    let len = write_cmdline(memory, &cmdline)?;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = len;
     set_memory_map(memory_bytes, &mut params);
@@ -64,7 +60,7 @@ pub fn load(
         memory,
     )
     .map_err(ArchError::load("the boot parameters"))?;
-    write_tables(memory, cpus)?;
+    write_tables(memory, info.cpus.count)?;
     Ok(Entry::Linux64 { rip: entry })
 }
 
@@ -91,7 +87,7 @@ fn load_kernel(
                 BzImage::load(memory, place, file, high).map_err(ArchError::load("the kernel"))?;
             params.hdr = loaded.setup_header.ok_or(ArchError::Load {
                 what: "the kernel",
-                reason: "the bzImage has no setup header".into(),
+                source: "the bzImage has no setup header".into(),
             })?;
             // It unpacks itself into init_size bytes from where it was put.
             let end = loaded.kernel_load.0 + u64::from(params.hdr.init_size);
@@ -118,11 +114,12 @@ fn load_initramfs(
         .filter(|a| *a >= kernel_end)
         .ok_or_else(|| ArchError::Load {
             what: WHAT,
-            reason: format!(
+            source: format!(
                 "{} KiB do not fit behind the kernel in {} MiB of memory",
                 len >> 10,
                 low >> 20
-            ),
+            )
+            .into(),
         })?;
     let count = usize::try_from(len).map_err(ArchError::load(WHAT))?;
     memory
@@ -224,7 +221,8 @@ mod tests {
         file.set_len(40 << 20).unwrap();
         let mut file = file;
         let error = load_initramfs(&memory(32), 32 << 20, &mut file, 0x100_0000).unwrap_err();
-        assert!(error.to_string().contains("do not fit"), "{error}");
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("do not fit"), "{error}: {source}");
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! 0x0020_0000  memory; the kernel is linked at 0x100_0000
 //! ............  the initramfs as high as it fits below the hole
 //! 0xc000_0000  hole for devices, up to 4 GiB
-//! 0xd000_0000  virtio-mmio windows, 4 KiB each
+//! 0xd000_0000  MMIO slots for virtio devices, 4 KiB each
 //! 0xfec0_0000  IOAPIC
 //! 0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and task state segment
@@ -37,18 +37,18 @@ pub(super) const EBDA_END: u64 = 0xa_0000;
 pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// Where the kernel leaves its last words.
-pub const PANIC_LOG: u64 = HIGH_MEMORY;
+pub(crate) const PANIC_LOG: u64 = HIGH_MEMORY;
 /// Size of the panic log, in bytes: two records of half of it.
-pub const PANIC_LOG_SIZE: u64 = 0x1_0000;
+pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
 /// Where a bzImage is loaded.
 pub(super) const BZIMAGE: u64 = 0x100_0000;
 
 /// First address that is not memory below 4 GiB.
-pub const HOLE_START: u64 = 0xc000_0000;
+pub(crate) const HOLE_START: u64 = 0xc000_0000;
 /// Where memory goes on.
-pub const HOLE_END: u64 = 0x1_0000_0000;
+pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 
-const MMIO_WINDOWS: u64 = 0xd000_0000;
+const MMIO_SLOTS: u64 = 0xd000_0000;
 pub(super) const IOAPIC: u32 = 0xfec0_0000;
 pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
 pub(super) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
@@ -59,31 +59,28 @@ pub(super) const KVM_TSS: u64 = 0xfffb_d000;
 const FIRST_IRQ: u32 = 5;
 /// The IOAPIC's last pin.
 pub(super) const LAST_IRQ: u32 = 23;
-/// The serial port's interrupt.
-pub const SERIAL_IRQ: u32 = 4;
-
 /// How many virtio devices a guest can have: one interrupt each, but for the last, which is that of the
-/// spare slots.
-pub const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ) as usize;
+/// hot-plug slots.
+pub(crate) const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ) as usize;
 
-/// The window and interrupt of device `index`; none beyond [`MAX_DEVICES`].
-pub fn device_slot(index: usize) -> Option<MmioSlot> {
+/// The slot of device `index`; none beyond [`MAX_DEVICES`].
+pub(crate) fn device_slot(index: usize) -> Option<MmioSlot> {
     (index < MAX_DEVICES).then(|| MmioSlot {
-        address: MMIO_WINDOWS + 0x1000 * index as u64,
+        address: MMIO_SLOTS + 0x1000 * index as u64,
         irq: FIRST_IRQ + index as u32,
     })
 }
 
-/// The window of spare slot `index`, behind those of all devices. Spare slots share an interrupt.
-pub fn spare_slot(index: usize) -> MmioSlot {
+/// Hot-plug slot `index`, behind those of all devices. Hot-plug slots share an interrupt.
+pub(crate) fn hotplug_slot(index: usize) -> MmioSlot {
     MmioSlot {
-        address: MMIO_WINDOWS + 0x1000 * (MAX_DEVICES + index) as u64,
+        address: MMIO_SLOTS + 0x1000 * (MAX_DEVICES + index) as u64,
         irq: LAST_IRQ,
     }
 }
 
 /// Where `bytes` of memory lie: below the hole, and above it what does not fit.
-pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
+pub(crate) fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     if bytes <= HOLE_START {
         return vec![(0, bytes)];
     }
@@ -92,7 +89,7 @@ pub fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
 
 /// Linux's memory block, in bytes, if there are `bytes` at the start (probe_memory_block_size() in
 /// arch/x86/mm/init_64.c): what the room for more memory is a multiple of.
-pub fn memory_block(bytes: u64) -> u64 {
+pub(crate) fn memory_block(bytes: u64) -> u64 {
     match bytes {
         0..0x10_0000_0000 => 128 << 20,
         _ => 2 << 30,
@@ -100,7 +97,7 @@ pub fn memory_block(bytes: u64) -> u64 {
 }
 
 /// Where the room for more memory begins, if there are `bytes` at the start.
-pub fn hotplug_start(bytes: u64) -> u64 {
+pub(crate) fn hotplug_start(bytes: u64) -> u64 {
     let last = memory_ranges(bytes).last().map_or(0, |r| r.0 + r.1);
     let align = memory_block(bytes).max(1 << 30);
     last.max(HOLE_END).next_multiple_of(align)
@@ -133,11 +130,11 @@ mod tests {
     }
 
     #[test]
-    fn devices_have_windows_in_the_hole_and_interrupts_of_their_own() {
+    fn devices_have_slots_in_the_hole_and_interrupts_of_their_own() {
         let slots: Vec<_> = (0..MAX_DEVICES).map(|i| device_slot(i).unwrap()).collect();
         for (n, slot) in slots.iter().enumerate() {
             assert!((HOLE_START..u64::from(IOAPIC)).contains(&slot.address));
-            assert!(slot.irq <= LAST_IRQ && slot.irq != SERIAL_IRQ);
+            assert!(slot.irq <= LAST_IRQ && slot.irq != super::super::platform::SERIAL_IRQ);
             assert!(slots[..n].iter().all(|s| s.irq != slot.irq));
         }
         assert_eq!(device_slot(MAX_DEVICES), None);

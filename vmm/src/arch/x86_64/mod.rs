@@ -3,37 +3,41 @@
 //! an MP table, its devices on the command line.
 
 mod boot;
+mod cmdline;
 mod cpuid;
-pub mod layout;
+pub(crate) mod layout;
 mod mptable;
+mod platform;
 mod regs;
+mod reset_line;
 
 use super::ArchError;
-use crate::config::KernelFormat;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-pub use boot::load;
+pub(crate) use boot::load;
+pub use cmdline::BASE_CMDLINE;
 pub use cpuid::{Features, features};
-
-/// What the guest's kernel is told in any case: how it ends, what not to look for, to set no memory
-/// aside for devices that can't reach beyond 4 GiB (64 MiB; there are none), to leave its lock prefixes
-/// where there is one CPU, and to unpack the initramfs into the plainest of file systems.
-pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
-     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
+pub(crate) use platform::attach_platform;
 
 /// Whether memory of the host's can stand for registers that a guest reads: it sees there what the host wrote,
 /// whatever type of memory its page tables make of it. Caches and uncached reads are coherent here.
-pub const READS_MEMORY_OF_DEVICES: bool = true;
+pub(crate) const READS_MEMORY_OF_DEVICES: bool = true;
 
-/// How the kernel's messages get to the serial port with no driver for it.
-pub const EARLYCON_CMDLINE: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
+/// How a kernel file is booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KernelFormat {
+    /// Uncompressed ELF, entered by the 64-bit Linux boot protocol.
+    Elf,
+    /// A compressed image, entered at its 64-bit entry.
+    BzImage,
+}
 
 /// Which kind of kernel begins with `head`; else what the file is.
 ///
 /// # Errors
 /// A sentence for the user.
-pub fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
+pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     const ELF: &[u8] = b"\x7fELF";
     const MACHINE_X86_64: u16 = 62;
     if head.starts_with(ELF) {
@@ -117,14 +121,14 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
 
 /// Tells a guest that goes on after a pause that time passed without it (KVM_KVMCLOCK_CTRL), so
 /// that its watchdogs stay calm. A guest without a kvmclock has nobody to tell.
-pub fn after_pause(vcpu: &VcpuFd) {
+pub(crate) fn after_pause(vcpu: &VcpuFd) {
     if let Err(error) = vcpu.kvmclock_ctrl() {
         log::debug!("KVM_KVMCLOCK_CTRL: {error}");
     }
 }
 
 /// The registers that matter in a report of a failed vCPU.
-pub fn describe_vcpu(vcpu: &VcpuFd) -> String {
+pub(crate) fn describe_vcpu(vcpu: &VcpuFd) -> String {
     match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(regs), Ok(sregs)) => format!(
             "rip={:#x} rsp={:#x} rflags={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} cr0={:#x} \

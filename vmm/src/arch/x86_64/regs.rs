@@ -61,7 +61,7 @@ pub(super) fn set_msrs(vcpu: &VcpuFd) -> Result<(), ArchError> {
     if set != entries.len() {
         return Err(ArchError::Load {
             what: "MSRs",
-            reason: format!("KVM refused MSR {:#x}", entries[set].index),
+            source: format!("KVM refused MSR {:#x}", entries[set].index).into(),
         });
     }
     Ok(())

@@ -1,22 +1,23 @@
-//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue.
+//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue, or an
+//! embedder's own.
 
 use super::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 /// How many chains of a queue are answered before the loop's other sources have their turn: a driver that
 /// keeps its queue full must not have the loop for itself.
-pub(crate) const TURN: usize = 32;
+pub const TURN: usize = 32;
 
-/// A queue, and what answers a chain: how many bytes of it were written.
-pub(crate) struct OnLoop<S> {
+/// A queue, and what answers a chain: it says how many bytes it wrote into it.
+pub struct LoopWorker<S> {
     queue: ActiveQueue,
     name: &'static str,
     answer: S,
 }
 
-impl<S: FnMut(&Chain, &Memory) -> u32 + Send> OnLoop<S> {
+impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
     /// `name` is the device's, for what is logged.
-    pub(crate) fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
+    pub fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
         Self {
             queue,
             name,
@@ -28,12 +29,12 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> OnLoop<S> {
     ///
     /// # Errors
     /// The driver's faults; the queue can't be used any more.
-    pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
+    pub fn serve(&mut self) -> Result<(), QueueError> {
         self.queue.serve_turn(TURN, &mut self.answer)
     }
 }
 
-impl<S: FnMut(&Chain, &Memory) -> u32 + Send> MutEventSubscriber for OnLoop<S> {
+impl<S: FnMut(&Chain, &Memory) -> u32 + Send> MutEventSubscriber for LoopWorker<S> {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(self.queue.kick(), EventSet::IN)) {
             log::error!("{}: cannot watch the queue: {error}", self.name);
@@ -61,7 +62,7 @@ mod tests {
         for _ in 0..2 * TURN {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
-        let mut worker = OnLoop::new("test", driver.queue(), |_, _| 0);
+        let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
         assert_eq!(driver.used().len(), TURN);
         // It comes back without its driver.
@@ -74,7 +75,7 @@ mod tests {
         for _ in 0..TURN - 1 {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
-        let mut worker = OnLoop::new("test", driver.queue(), |_, _| 0);
+        let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
         assert_eq!(driver.used().len(), TURN - 1);
         assert!(!driver.take_kick());

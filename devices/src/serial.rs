@@ -1,13 +1,11 @@
-//! The devices of a PC that a guest without firmware still expects: the first serial port and
-//! the keyboard controller's reset line. Both are called from vCPU threads.
+//! A serial port: the 16550A's eight registers, wherever a platform has them. Called from vCPU threads.
 
+use crate::virtio::{Payload, Schema, StateError};
 use serde::{Deserialize, Serialize};
-use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::serial::NoEvents;
-use vm_superio::{I8042Device, Serial, Trigger};
+use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// An event descriptor as vm-superio wants it.
@@ -40,14 +38,9 @@ impl Trigger for EventTrigger {
 /// Where a guest's console goes.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
-/// The version of [`SerialState`] that this crate writes. It reads this one alone.
-pub const SERIAL_VERSION: u16 = 1;
-
 /// A serial port's registers, by their names in the 16550A's data sheet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
-    /// [`SERIAL_VERSION`]
-    pub version: u16,
     /// Divisor latch, low and high byte.
     pub divisor: [u8; 2],
     /// Interrupt enable register.
@@ -68,7 +61,12 @@ pub struct SerialState {
     pub input: Vec<u8>,
 }
 
-/// A 16550A serial port (COM1): eight registers, bytes out to a writer, bytes in from
+impl SerialState {
+    /// A serial port's.
+    pub const SCHEMA: Schema = Schema::new("16550a", 1);
+}
+
+/// A 16550A serial port: eight registers, bytes out to a writer, bytes in from
 /// [`SerialPort::input`].
 pub struct SerialPort {
     port: Serial<EventTrigger, NoEvents, ConsoleOutput>,
@@ -89,10 +87,12 @@ impl SerialPort {
     }
 
     /// Its registers and what the guest has not read yet.
-    pub fn save(&self) -> SerialState {
+    ///
+    /// # Errors
+    /// None for a port that works.
+    pub fn save(&self) -> Result<Payload, StateError> {
         let state = self.port.state();
-        SerialState {
-            version: SERIAL_VERSION,
+        SerialState::SCHEMA.encode(&SerialState {
             divisor: [state.baud_divisor_low, state.baud_divisor_high],
             interrupt_enable: state.interrupt_enable,
             interrupt_identification: state.interrupt_identification,
@@ -102,19 +102,16 @@ impl SerialPort {
             modem_status: state.modem_status,
             scratch: state.scratch,
             input: state.in_buffer,
-        }
+        })
     }
 
     /// A port that is what another was, and writes to `output`.
     ///
     /// # Errors
     /// Another version's state, more input than the FIFO holds, or no event descriptor.
-    pub fn restore(state: &SerialState, output: ConsoleOutput) -> io::Result<Self> {
-        if state.version != SERIAL_VERSION {
-            let text = format!("a serial port's state of version {}", state.version);
-            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-        }
-        let interrupt = EventTrigger::new()?;
+    pub fn restore(state: &Payload, output: ConsoleOutput) -> Result<Self, StateError> {
+        let state: SerialState = SerialState::SCHEMA.decode(state)?;
+        let interrupt = EventTrigger::new().map_err(StateError::resume)?;
         let [baud_divisor_low, baud_divisor_high] = state.divisor;
         let registers = vm_superio::SerialState {
             baud_divisor_low,
@@ -126,14 +123,14 @@ impl SerialPort {
             modem_control: state.modem_control,
             modem_status: state.modem_status,
             scratch: state.scratch,
-            in_buffer: state.input.clone(),
+            in_buffer: state.input,
         };
         let port = Serial::from_state(&registers, interrupt.clone(), NoEvents, output)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
+            .map_err(|_| StateError::Misfit("it has more input than the port"))?;
         Ok(Self { port, interrupt })
     }
 
-    /// What raises IRQ 4: an irqfd.
+    /// What raises its interrupt: an irqfd.
     pub fn interrupt_event(&self) -> &EventFd {
         self.interrupt.event()
     }
@@ -158,62 +155,9 @@ impl SerialPort {
     }
 }
 
-/// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is there:
-/// how a guest without ACPI ends.
-pub struct ResetLine {
-    controller: I8042Device<Asked>,
-}
-
-/// That a reset was asked for: nobody but the vCPU that asked has to know.
-#[derive(Default)]
-struct Asked(AtomicBool);
-
-impl Trigger for Asked {
-    type E = Infallible;
-
-    fn trigger(&self) -> Result<(), Infallible> {
-        self.0.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-}
-
-impl Default for ResetLine {
-    /// A controller that nobody has asked to reset yet.
-    fn default() -> Self {
-        Self {
-            controller: I8042Device::new(Asked::default()),
-        }
-    }
-}
-
-impl ResetLine {
-    /// A read of port 0x60 + `offset`.
-    pub fn read(&mut self, offset: u8) -> u8 {
-        self.controller.read(offset)
-    }
-
-    /// A write to port 0x60 + `offset`. True if it asked for a reset of the CPU.
-    pub fn write(&mut self, offset: u8, value: u8) -> bool {
-        if self.controller.write(offset, value).is_err() {
-            return false;
-        }
-        let asked = &self.controller.reset_evt().0;
-        asked.swap(false, Ordering::Relaxed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_reset_command_resets() {
-        let mut line = ResetLine::default();
-        assert!(!line.write(0, 0xfe));
-        assert!(!line.write(4, 0xed));
-        assert!(line.write(4, 0xfe));
-        assert!(!line.write(4, 0xaa));
-    }
 
     #[test]
     fn a_port_is_what_it_was() {
@@ -224,21 +168,22 @@ mod tests {
         port.write(7, 0x5a);
         assert_eq!(port.input(b"typed"), 5);
         assert_eq!(port.read(0), b't');
-        let state = port.save();
+        let state = port.save().unwrap();
         let text = serde_json::to_string(&state).unwrap();
-        let read: SerialState = serde_json::from_str(&text).unwrap();
+        let read: Payload = serde_json::from_str(&text).unwrap();
         let mut again = SerialPort::restore(&read, Box::new(io::sink())).unwrap();
-        assert_eq!(again.save(), state);
+        assert_eq!(again.save().unwrap(), state);
         assert_eq!((again.read(0), again.read(7)), (b'y', 0x5a));
-        let newer = SerialState {
+        let newer = Payload {
             version: 9,
             ..state.clone()
         };
         assert!(SerialPort::restore(&newer, Box::new(io::sink())).is_err());
         let fuller = SerialState {
             input: vec![0; 100],
-            ..state
+            ..SerialState::SCHEMA.decode(&state).unwrap()
         };
+        let fuller = SerialState::SCHEMA.encode(&fuller).unwrap();
         assert!(SerialPort::restore(&fuller, Box::new(io::sink())).is_err());
     }
 

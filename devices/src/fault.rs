@@ -1,13 +1,6 @@
-//! Locks of this crate.
+//! What a guest did wrong, in the log.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Takes a lock. One that is poisoned means that a thread panicked, which is a bug of ours; the
-/// others go on, since what they share is changed in single steps.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// How often one kind of a guest's fault is logged; a guest can make as many as it likes.
 const SHOWN_FAULTS: u32 = 20;
@@ -25,7 +18,7 @@ pub(crate) fn warn_some(seen: &AtomicU32, text: std::fmt::Arguments<'_>) {
 macro_rules! guest_fault {
     ($($text:tt)*) => {{
         static SEEN: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        crate::sync::warn_some(&SEEN, format_args!($($text)*));
+        crate::fault::warn_some(&SEEN, format_args!($($text)*));
     }};
 }
 pub(crate) use guest_fault;

@@ -1,0 +1,261 @@
+//! Threads: each is started by its role, which says what Linux shows as its name, which signals reach it, and
+//! whether it may start others. `docs/architecture.md` lists the roles there are.
+//!
+//! Filters of system calls and capabilities are a thread's own, and a thread that it starts inherits them. So
+//! a thread that serves a guest starts none: what it may do could not be less than what its children need.
+//! Whoever starts threads for others does nothing else.
+
+use crate::sys;
+use std::cell::Cell;
+use std::io;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Address space for a thread's stack, in bytes: enough for all that Koya's threads do, and less than a huge
+/// page. Where the host makes huge pages for all, it makes one of a larger stack as soon as that is touched
+/// (glibc asks it not to, musl does not): 2 MiB for each thread instead of some KiB.
+pub const STACK: usize = 1 << 20;
+const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
+
+/// Which signals reach a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Signals {
+    /// Those of the thread that starts it.
+    Inherited,
+    /// None: handlers belong to threads of the process's owner.
+    Blocked,
+}
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Role {
+    name: &'static str,
+    signals: Signals,
+    may_start_others: bool,
+}
+
+impl Role {
+    /// A role of this name, of which Linux shows 15 bytes. Signals reach its threads as they reach the one
+    /// that starts them.
+    pub const fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            signals: Signals::Inherited,
+            may_start_others: true,
+        }
+    }
+
+    /// The same, for threads that no signal reaches.
+    #[must_use]
+    pub const fn without_signals(self) -> Self {
+        Self {
+            signals: Signals::Blocked,
+            ..self
+        }
+    }
+
+    /// The same, for threads that serve a guest: they start no others, and no signal reaches them.
+    #[must_use]
+    pub const fn of_the_guest(self) -> Self {
+        Self {
+            signals: Signals::Blocked,
+            may_start_others: false,
+            ..self
+        }
+    }
+
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Makes the calling thread one of this role.
+    fn enter(self) {
+        if self.signals == Signals::Blocked {
+            sys::block_signals();
+        }
+        CURRENT.set(Some(self));
+    }
+}
+
+/// A role of which nothing is known but its name.
+impl From<&'static str> for Role {
+    fn from(name: &'static str) -> Self {
+        Self::new(name)
+    }
+}
+
+thread_local! {
+    static CURRENT: Cell<Option<Role>> = const { Cell::new(None) };
+}
+
+/// The role of the calling thread, if it was started here.
+pub fn current_role() -> Option<Role> {
+    CURRENT.get()
+}
+
+/// Starts a thread.
+///
+/// # Errors
+/// The host has no thread left, or the calling thread's role starts none.
+pub fn spawn<T: Send + 'static>(
+    role: impl Into<Role>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let role = role.into();
+    let entered = move || {
+        role.enter();
+        work()
+    };
+    builder(role.name.to_owned())?.spawn(entered)
+}
+
+/// As [`spawn`], for one of several threads of a role: its number is part of its name.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_numbered<T: Send + 'static>(
+    role: Role,
+    number: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let entered = move || {
+        role.enter();
+        work()
+    };
+    builder(format!("{}{number}", role.name))?.spawn(entered)
+}
+
+/// As [`spawn`], for a thread that ends before the scope does.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    role: impl Into<Role>,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, T>> {
+    let role = role.into();
+    let entered = move || {
+        role.enter();
+        work()
+    };
+    builder(role.name.to_owned())?.spawn_scoped(scope, entered)
+}
+
+fn builder(name: String) -> io::Result<Builder> {
+    if let Some(role) = current_role()
+        && !role.may_start_others
+    {
+        let text = format!(
+            "a thread of {} starts no others, but {name} here",
+            role.name
+        );
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    Ok(Builder::new().name(name).stack_size(STACK))
+}
+
+/// A device's threads. Dropping it does not end them: what they wait for besides is the device's.
+pub struct Threads {
+    role: Role,
+    stop: Arc<EventFd>,
+    running: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    /// None yet; each will have this role.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new(role: Role) -> io::Result<Self> {
+        Ok(Self {
+            role,
+            stop: Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?),
+            running: Vec::new(),
+        })
+    }
+
+    /// What becomes readable when they are to end. No thread reads it: it stays readable for all.
+    pub fn stop_event(&self) -> &Arc<EventFd> {
+        &self.stop
+    }
+
+    /// Starts one.
+    ///
+    /// # Errors
+    /// As [`spawn`].
+    pub fn spawn(&mut self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        self.running.push(spawn(self.role, work)?);
+        Ok(())
+    }
+
+    /// Tells all of them to end and waits until they have.
+    pub fn stop(&mut self) {
+        self.stop.write(1).ok();
+        for thread in self.running.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a thread of {} panicked", self.role.name);
+            }
+        }
+        self.stop.read().ok();
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.running.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAF: Role = Role::new("koya-leaf").of_the_guest();
+
+    fn own(file: &str) -> String {
+        std::fs::read_to_string(format!("/proc/thread-self/{file}")).unwrap()
+    }
+
+    fn blocked_signals() -> u64 {
+        let status = own("status");
+        let line = status.lines().find_map(|l| l.strip_prefix("SigBlk:"));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn a_thread_has_its_name() {
+        let name = || own("comm");
+        let plain = spawn("koya-test", name).unwrap().join().unwrap();
+        assert_eq!(plain.trim(), "koya-test");
+        let numbered = spawn_numbered(LEAF, 3, name).unwrap().join().unwrap();
+        assert_eq!(numbered.trim(), "koya-leaf3");
+    }
+
+    #[test]
+    fn a_roles_signals_are_its_threads() {
+        let before = blocked_signals();
+        let inherited = spawn("koya-test", blocked_signals).unwrap();
+        assert_eq!(inherited.join().unwrap(), before);
+        let quiet = Role::new("koya-quiet").without_signals();
+        for role in [quiet, LEAF] {
+            let blocked = spawn(role, blocked_signals).unwrap().join().unwrap();
+            // All but SIGKILL and SIGSTOP, and the few that a C library keeps open for itself.
+            assert!(blocked.count_ones() >= 59, "{blocked:#x}");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_serves_a_guest_starts_no_others() {
+        let refused = || {
+            let plain = spawn("koya-other", || ()).map(drop);
+            let scoped = std::thread::scope(|s| spawn_scoped(s, "koya-other", || ()).map(drop));
+            [plain, scoped].map(|tried| tried.unwrap_err().kind())
+        };
+        let refused = spawn(LEAF, refused).unwrap().join().unwrap();
+        assert_eq!(refused, [io::ErrorKind::PermissionDenied; 2]);
+        let allowed = spawn("koya-test", || spawn("koya-other", || ()).is_ok());
+        assert!(allowed.unwrap().join().unwrap());
+    }
+}

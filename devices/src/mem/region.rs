@@ -1,0 +1,115 @@
+//! The region's state: which blocks are plugged, what of it the driver may use, and what goes back to the host.
+
+use super::slots::Slots;
+use super::{BLOCK_SIZE, Backing, remove_empty};
+use crate::fault::guest_fault;
+use crate::give_back::discard;
+use crate::virtio::Memory;
+use std::ops::Range;
+use std::time::Instant;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+/// The region's state.
+pub(super) struct Region {
+    pub(super) start: u64,
+    pub(super) size: u64,
+    pub(super) usable: u64,
+    pub(super) requested: u64,
+    pub(super) plugged: u64,
+    /// How far beyond what is requested the driver may look for blocks.
+    pub(super) slack: u64,
+    /// One a block: whether it is plugged.
+    pub(super) blocks: Vec<bool>,
+    pub(super) slots: Slots,
+    /// When all that is not plugged last went back.
+    pub(super) swept: Instant,
+}
+
+impl Region {
+    /// The blocks that a request names, if it is one that a driver may make.
+    pub(super) fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
+        let offset = address.checked_sub(self.start)?;
+        let len = u64::from(count) * BLOCK_SIZE;
+        let fits = offset % BLOCK_SIZE == 0 && offset.checked_add(len)? <= self.usable;
+        let first = (offset / BLOCK_SIZE) as usize;
+        (fits && count > 0).then(|| first..first + usize::from(count))
+    }
+
+    pub(super) fn set(&mut self, memory: &Memory, range: Range<usize>, plugged: bool) {
+        let len = range.len() as u64 * BLOCK_SIZE;
+        self.blocks[range.clone()].fill(plugged);
+        self.slots.set(&range, plugged);
+        match plugged {
+            true => self.plugged += len,
+            false => self.plugged -= len,
+        }
+        self.show(memory, range, plugged);
+    }
+
+    /// Lets devices use blocks, or has them refuse those.
+    pub(super) fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
+        if let Some(region) = memory.find_region(GuestAddress(self.start)) {
+            region.set_plugged(range, plugged);
+        }
+    }
+
+    /// How many slots there may be.
+    pub(super) fn most_slots(&self) -> usize {
+        self.slots
+            .holding(self.requested.saturating_add(self.slack))
+    }
+
+    pub(super) fn discard(&self, memory: &Memory, range: Range<usize>) {
+        let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
+        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
+            // The next sweep tries again.
+            guest_fault!("cannot give unplugged memory back: {error}");
+        }
+    }
+
+    /// Gives back all that is not plugged.
+    pub(super) fn sweep(&mut self, backing: Option<&Backing>, memory: &Memory) {
+        self.swept = Instant::now();
+        remove_empty(&mut self.slots, backing);
+        for run in self.runs(false) {
+            self.discard(memory, run);
+        }
+    }
+
+    /// The blocks that are plugged, or that are not, run by run.
+    pub(super) fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
+        let mut runs = Vec::new();
+        let mut first = 0;
+        for run in self.blocks.chunk_by(|one, next| one == next) {
+            if run[0] == plugged {
+                runs.push(first..first + run.len());
+            }
+            first += run.len();
+        }
+        runs
+    }
+
+    /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
+    /// told that it never was, so it shrinks only when the driver has given all back (UNPLUG_ALL).
+    pub(super) fn grow_usable(&mut self) {
+        let wanted = self.requested.saturating_add(self.slack).min(self.size);
+        self.usable = self.usable.max(wanted);
+    }
+
+    /// `struct virtio_mem_config` (section 5.15.4).
+    pub(super) fn config(&self) -> Vec<u8> {
+        let node_and_padding = 0;
+        [
+            BLOCK_SIZE,
+            node_and_padding,
+            self.start,
+            self.size,
+            self.usable,
+            self.plugged,
+            self.requested,
+        ]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect()
+    }
+}

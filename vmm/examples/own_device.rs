@@ -1,0 +1,113 @@
+//! A machine with a virtio device of one's own, and a guest of a few instructions that drives it.
+//!
+//! `cargo run -p koya-vmm --example own_device`, where there is `/dev/kvm`.
+
+use koya_vmm::devices::virtio::loop_worker::LoopWorker;
+use koya_vmm::devices::virtio::{
+    ActivateError, Activation, DeviceKind, EventWorker, Payload, Schema, StateError, VirtioDevice,
+    Worker,
+};
+use koya_vmm::{ExitReason, Spec, StartError, Vm};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Fills whatever the driver offers with a greeting, on the event loop.
+#[derive(Default)]
+struct Greeter {
+    greetings: Arc<AtomicU32>,
+}
+
+/// How its state is written down when its machine is saved.
+const SCHEMA: Schema = Schema::new("example.org/greeter", 1);
+
+impl VirtioDevice for Greeter {
+    fn kind(&self) -> DeviceKind {
+        // No number of the specification's.
+        DeviceKind(0x1000)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<Worker, ActivateError> {
+        let queue = activation.take_queue(0)?;
+        let greetings = self.greetings.clone();
+        let worker = LoopWorker::new("greeter", queue, move |chain, memory| {
+            const TEXT: &[u8] = b"hello, guest";
+            match chain.write(memory, 0, TEXT) {
+                Ok(()) => {
+                    greetings.fetch_add(1, Ordering::SeqCst);
+                    TEXT.len() as u32
+                }
+                // The driver gave too little room.
+                Err(_) => 0,
+            }
+        });
+        Ok(Worker::EventLoop(Box::new(worker)))
+    }
+
+    fn save(&self) -> Result<Payload, StateError> {
+        SCHEMA.encode(&self.greetings.load(Ordering::SeqCst))
+    }
+
+    fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
+        self.greetings
+            .store(SCHEMA.decode(state)?, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn reset(&mut self, _worker: Option<EventWorker>) {}
+}
+
+/// Runs the machine to its end: why it ended, and how often its guest was greeted.
+pub(crate) fn run() -> Result<(ExitReason, u32), StartError> {
+    let greeter = Greeter::default();
+    let greetings = greeter.greetings.clone();
+    let vm = Vm::builder(Spec::flat(GUEST)).device(greeter);
+    let reason = vm.run()?;
+    Ok((reason, greetings.load(Ordering::SeqCst)))
+}
+
+#[allow(dead_code)] // A test runs it, too.
+fn main() -> Result<(), StartError> {
+    let (reason, greetings) = run()?;
+    println!("{reason}, after {greetings} greeting");
+    Ok(())
+}
+
+/// A driver (x86, from real mode into protected mode): what virtio 1.2, section 3.1.1, asks for, then one
+/// buffer. It asks for a reset if the answer is the one that it expects, and faults otherwise.
+#[rustfmt::skip]
+pub(crate) const GUEST: &[u8] = &[
+    0xfa, 0x66, 0x0f, 0x01, 0x16, 0xf0, 0x00, // cli; lgdt [gdtr]
+    0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0, // mov eax, cr0; or al, 1; mov cr0, eax
+    0x66, 0xea, 0x17, 0x00, 0x00, 0x00, 0x08, 0x00, // jmp 8:protected
+    0x66, 0xb8, 0x10, 0x00, 0x8e, 0xd8, // protected: mov ax, 0x10; mov ds, ax
+    0xbe, 0x00, 0x00, 0x00, 0xd0, // mov esi, 0xd0000000: the first MMIO slot
+    0xc7, 0x46, 0x70, 0x01, 0x00, 0x00, 0x00, // status = ACKNOWLEDGE
+    0xc7, 0x46, 0x70, 0x03, 0x00, 0x00, 0x00, // status = ACKNOWLEDGE | DRIVER
+    0xc7, 0x46, 0x24, 0x01, 0x00, 0x00, 0x00, // driver features, upper half:
+    0xc7, 0x46, 0x20, 0x01, 0x00, 0x00, 0x00, // VIRTIO_F_VERSION_1
+    0xc7, 0x46, 0x70, 0x0b, 0x00, 0x00, 0x00, // status |= FEATURES_OK
+    0xc7, 0x46, 0x30, 0x00, 0x00, 0x00, 0x00, // queue 0
+    0xc7, 0x46, 0x38, 0x08, 0x00, 0x00, 0x00, // of 8 descriptors,
+    0xc7, 0x86, 0x80, 0x00, 0x00, 0x00, 0x00, 0x00, 0x01, 0x00, // table at 0x10000,
+    0xc7, 0x86, 0x90, 0x00, 0x00, 0x00, 0x00, 0x10, 0x01, 0x00, // available ring at 0x11000,
+    0xc7, 0x86, 0xa0, 0x00, 0x00, 0x00, 0x00, 0x20, 0x01, 0x00, // used ring at 0x12000,
+    0xc7, 0x46, 0x44, 0x01, 0x00, 0x00, 0x00, // ready
+    0xc7, 0x46, 0x70, 0x0f, 0x00, 0x00, 0x00, // status |= DRIVER_OK
+    0x83, 0x7e, 0x70, 0x0f, 0x75, 0x48, // is that what it is?
+    0xc7, 0x05, 0x00, 0x00, 0x01, 0x00, 0x00, 0x30, 0x01, 0x00, // a descriptor: 0x13000,
+    0xc7, 0x05, 0x08, 0x00, 0x01, 0x00, 0x10, 0x00, 0x00, 0x00, // 16 bytes,
+    0x66, 0xc7, 0x05, 0x0c, 0x00, 0x01, 0x00, 0x02, 0x00, // to be written
+    0x66, 0xc7, 0x05, 0x02, 0x10, 0x01, 0x00, 0x01, 0x00, // one is available
+    0xc7, 0x46, 0x50, 0x00, 0x00, 0x00, 0x00, // kick
+    0x66, 0x83, 0x3d, 0x02, 0x20, 0x01, 0x00, 0x01, 0x75, 0xf6, // wait: until one is used
+    0x81, 0x3d, 0x00, 0x30, 0x01, 0x00, 0x68, 0x65, 0x6c, 0x6c, 0x75, 0x05, // does it say "hell"?
+    0xb0, 0xfe, 0xe6, 0x64, 0xf4, // reset; hlt
+    0x0f, 0x01, 0x1d, 0xf6, 0x00, 0x00, 0x00, 0x0f, 0x0b, // failed: no interrupt table, and a fault
+    0x66, 0x90, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0xff, 0x00, 0x00, 0x00, 0x9b, 0xcf, 0x00, 0xff, 0xff, 0x00, 0x00, 0x00, 0x93, 0xcf, 0x00, // the GDT: null, code, data
+    0x17, 0x00, 0xd8, 0x00, 0x00, 0x00, // gdtr
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, // an empty table
+];

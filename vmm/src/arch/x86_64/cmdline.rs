@@ -1,0 +1,88 @@
+//! The kernel's command line: what every guest is told, a word for each MMIO slot, and what this guest's
+//! owner has to say, which may be against what stands before it.
+
+use super::super::{BootInfo, MmioSlot, linux};
+use crate::config::Serial;
+
+/// What the guest's kernel is told in any case: how it ends, what not to look for, to set no memory
+/// aside for devices that can't reach beyond 4 GiB (64 MiB; there are none), to leave its lock prefixes
+/// where there is one CPU, and to unpack the initramfs into the plainest of file systems.
+pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
+     random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
+
+/// How the kernel's messages get to the serial port with no driver for it.
+const EARLYCON: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
+
+pub(super) fn render(info: &BootInfo<'_>) -> String {
+    let console = match info.serial {
+        Serial::Console => "console=ttyS0",
+        // The driver would probe for ports that are not there.
+        Serial::None | Serial::Messages => "8250.nr_uarts=0",
+    };
+    let mut line = format!("{BASE_CMDLINE} {console} {}", linux::words(info));
+    for slot in info.slots.iter().chain(info.hotplug_slots) {
+        line = line + " " + &slot_word(*slot);
+    }
+    line += " ";
+    match info.serial {
+        Serial::Messages => line + &linux::before_init(info.own_words(), EARLYCON),
+        Serial::None | Serial::Console => line + info.own_words(),
+    }
+}
+
+/// How Linux learns of a slot (drivers/virtio/virtio_mmio.c).
+fn slot_word(slot: MmioSlot) -> String {
+    format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::{KernelFormat, layout};
+    use crate::config::{Boot, CpuSpec, MemorySpec};
+
+    fn line(serial: Serial, online: u32, hotplug_bytes: u64) -> String {
+        let mut boot = Boot::Linux {
+            kernel: tempfile::tempfile().unwrap(),
+            format: KernelFormat::Elf,
+            initramfs: None,
+            cmdline: "quiet -- one".into(),
+        };
+        let cpus = CpuSpec {
+            count: 2,
+            online,
+            pins: Vec::new(),
+        };
+        let slots = [0, 1].map(|index| layout::device_slot(index).unwrap());
+        render(&BootInfo {
+            boot: &mut boot,
+            memory: MemorySpec {
+                hotplug_bytes,
+                ..MemorySpec::new(64 << 20)
+            },
+            cpus: &cpus,
+            serial,
+            slots: &slots,
+            hotplug_slots: &[layout::hotplug_slot(0)],
+        })
+    }
+
+    #[test]
+    fn a_guest_is_told_of_every_slot_and_its_owner_has_the_last_word() {
+        let slots = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 \
+                     virtio_mmio.device=4K@0xd0012000:23";
+        let log = crate::panic_log::cmdline();
+        assert_eq!(
+            line(Serial::Console, 2, 0),
+            format!("{BASE_CMDLINE} console=ttyS0 {log} {slots} quiet -- one")
+        );
+        assert_eq!(
+            line(Serial::Messages, 1, 1 << 30),
+            format!(
+                "{BASE_CMDLINE} 8250.nr_uarts=0 {log} maxcpus=1 memhp_default_state=online \
+                 memory_hotplug.online_policy=auto-movable {slots} quiet  {EARLYCON} -- one"
+            )
+        );
+        assert!(line(Serial::None, 2, 0).contains("8250.nr_uarts=0"));
+    }
+}

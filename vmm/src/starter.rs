@@ -1,0 +1,92 @@
+//! The thread that starts devices. A driver starts its device by a write to a register, so that a vCPU's
+//! thread does; but what a device needs threads for would then be started by the thread that runs the guest,
+//! and have no more rights than that. So the vCPU asks this thread, and waits: to the guest the write is as
+//! synchronous as before, and the device's lock is held meanwhile.
+//!
+//! Nothing here waits for a vCPU, for the event loop or for whoever takes the machine down. So one that ends
+//! while a device starts is taken down as soon as the device has started, vCPUs first.
+
+use koya_host::sync::lock;
+use koya_host::threads::{self, Role};
+use std::io;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+/// It touches nothing of the guest's.
+const ROLE: Role = Role::new("koya-starter").without_signals();
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// What is to be done, and who hears when it is.
+type Job = (Work, Sender<()>);
+
+/// The thread, for whoever wants a device started; [`stop`](Self::stop) joins it.
+pub(crate) struct Starter(Mutex<Option<(Sender<Job>, JoinHandle<()>)>>);
+
+impl Starter {
+    pub(crate) fn start() -> io::Result<Self> {
+        let (sender, jobs) = channel();
+        let thread = threads::spawn(ROLE, move || serve(&jobs))?;
+        Ok(Self(Mutex::new(Some((sender, thread)))))
+    }
+
+    /// Has `work` done there, and waits for it.
+    ///
+    /// # Errors
+    /// If the thread has ended.
+    pub(crate) fn run(&self, work: Work) -> io::Result<()> {
+        let (done, is_done) = channel();
+        let sender = lock(&self.0).as_ref().map(|(sender, _)| sender.clone());
+        let sent = sender.and_then(|sender| sender.send((work, done)).ok());
+        let answer = sent.and_then(|()| is_done.recv().ok());
+        answer.ok_or_else(|| io::Error::other("the thread that starts devices has ended"))
+    }
+
+    /// Ends it, after what it is at.
+    pub(crate) fn stop(&self) {
+        let running = lock(&self.0).take();
+        if let Some((sender, thread)) = running {
+            drop(sender);
+            if thread.join().is_err() {
+                log::error!("the thread that starts devices panicked");
+            }
+        }
+    }
+}
+
+fn serve(jobs: &Receiver<Job>) {
+    for (work, done) in jobs {
+        work();
+        done.send(()).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn work_is_done_by_a_thread_that_may_start_others() {
+        let starter = Starter::start().unwrap();
+        let seen = Arc::new(Mutex::new(None));
+        let sees = seen.clone();
+        let work = move || {
+            let started = threads::spawn("koya-test", || ()).is_ok();
+            *lock(&sees) = Some((threads::current_role(), started));
+        };
+        starter.run(Box::new(work)).unwrap();
+        assert_eq!(*lock(&seen), Some((Some(ROLE), true)));
+        starter.stop();
+        assert!(starter.run(Box::new(|| ())).is_err());
+    }
+
+    #[test]
+    fn work_that_panics_is_an_error_for_those_who_wait() {
+        let starter = Starter::start().unwrap();
+        assert!(starter.run(Box::new(|| panic!("on purpose"))).is_err());
+        assert!(starter.run(Box::new(|| ())).is_err());
+        starter.stop();
+    }
+}

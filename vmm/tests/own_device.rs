@@ -1,0 +1,93 @@
+//! Devices of an embedder's own, driven by a tiny guest on the machine's own `/dev/kvm`.
+#![cfg(target_arch = "x86_64")]
+
+#[path = "../examples/own_device.rs"]
+mod example;
+
+use example::GUEST;
+use koya_vmm::devices::virtio::{
+    ActivateError, Activation, DeviceKind, EventWorker, VirtioDevice, Worker,
+};
+use koya_vmm::host::threads::{current_role, spawn};
+use koya_vmm::{ExitReason, Spec, Vm};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+#[test]
+fn the_example_greets_its_guest() {
+    let (reason, greetings) = example::run().expect("a tiny guest");
+    assert_eq!((reason, greetings), (ExitReason::Reset, 1));
+}
+
+/// Says what happens to it, and waits for a word before it is active.
+struct Slow {
+    said: Sender<String>,
+    go_on: Receiver<()>,
+}
+
+fn slow() -> (Slow, Receiver<String>, Sender<()>) {
+    let (said, hears) = channel();
+    let (word, go_on) = channel();
+    (Slow { said, go_on }, hears, word)
+}
+
+impl Slow {
+    fn say(&self, what: &str) {
+        let role = current_role().map_or("no role", |role| role.name());
+        self.said.send(format!("{what} by {role}")).ok();
+    }
+}
+
+impl VirtioDevice for Slow {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind(0x1001)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<Worker, ActivateError> {
+        self.say("activated");
+        self.go_on.recv().ok();
+        let started = spawn("koya-test", || ()).map(|thread| thread.join().is_ok());
+        self.say(&format!("started {started:?}"));
+        Ok(Worker::OwnThreads)
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn reset(&mut self, _worker: Option<EventWorker>) {
+        self.say("reset");
+    }
+}
+
+#[test]
+fn a_device_is_started_by_a_thread_that_may_start_others() {
+    let (device, hears, word) = slow();
+    let vm = Vm::builder(Spec::flat(GUEST)).device(device);
+    let vm = vm.start().expect("a tiny guest");
+    assert_eq!(hears.recv().unwrap(), "activated by koya-starter");
+    word.send(()).unwrap();
+    assert_eq!(hears.recv().unwrap(), "started Ok(true) by koya-starter");
+    // Its guest waits for an answer for ever.
+    assert_eq!(vm.stop(), ExitReason::Stopped);
+    assert!(hears.recv().unwrap().starts_with("reset by"));
+}
+
+#[test]
+fn a_machine_that_ends_while_a_device_starts_is_taken_down_after_it() {
+    let (device, hears, word) = slow();
+    let vm = Vm::builder(Spec::flat(GUEST)).device(device);
+    let vm = vm.start().expect("a tiny guest");
+    assert!(hears.recv().unwrap().starts_with("activated"));
+    let handle = vm.handle();
+    handle.stop();
+    let waits = std::thread::spawn(move || vm.wait());
+    assert_eq!(handle.wait_ended(), ExitReason::Stopped);
+    word.send(()).unwrap();
+    assert_eq!(waits.join().unwrap(), ExitReason::Stopped);
+    // It was told to stop after it had started, and nothing holds it any more.
+    let said: Vec<_> = hears.iter().collect();
+    assert!(said[0].starts_with("started Ok(true)"), "{said:?}");
+    assert!(said[1].starts_with("reset by"), "{said:?}");
+}
