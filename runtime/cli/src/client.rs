@@ -425,6 +425,8 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn a_container_whose_process_hangs_is_stopped_after_the_limit() {
@@ -495,9 +497,20 @@ mod tests {
         }
     }
 
+    /// The next connection, for which a test does not wait for ever.
+    fn accept(listener: &UnixListener) -> UnixStream {
+        let limit = Timespec {
+            tv_sec: 20,
+            tv_nsec: 0,
+        };
+        let mut polled = [PollFd::new(listener, PollFlags::IN)];
+        assert_eq!(poll(&mut polled, Some(&limit)).unwrap(), 1, "nobody asks");
+        listener.accept().unwrap().0
+    }
+
     /// Answers one question about disks.
-    fn answer_writes(listener: &std::os::unix::net::UnixListener, done: u64) {
-        let (asked, _) = listener.accept().unwrap();
+    fn answer_writes(listener: &UnixListener, done: u64) {
+        let asked = accept(listener);
         let request = Wire::new(asked.try_clone().unwrap()).receive::<Request>();
         assert!(matches!(request.unwrap().unwrap().0, Request::Writes));
         let is_host_at_work = false;
@@ -515,7 +528,7 @@ mod tests {
         let listener = folder.listen().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let (stopped, _) = listener.accept().unwrap();
+                let stopped = accept(&listener);
                 // Its container ends slowly, and so does its machine then.
                 (0..4).for_each(|done| answer_writes(&listener, done));
                 send(&stopped, &Answer::Done(0), &[]).unwrap();
@@ -537,7 +550,7 @@ mod tests {
         let listener = &listener;
         std::thread::scope(|scope| {
             scope.spawn(move || {
-                let stopped = listener.accept().unwrap();
+                let stopped = accept(listener);
                 (0..2).for_each(|_| answer_writes(listener, 7));
                 hold.recv().ok();
                 drop(stopped);
