@@ -8,7 +8,7 @@ use super::state::{self, Folder, Owned, Record};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use koya::image::{Defaults, Image};
+use koya::image::{Defaults, Image, Options};
 use koya::vmm::devices::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
@@ -298,7 +298,7 @@ fn unpack(image: &Path, folder: &Folder) -> Result<Defaults> {
     for dir in [&root, &scratch] {
         std::fs::create_dir(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
-    let unpacked = Image::open(image, &scratch).and_then(|image| {
+    let unpacked = Image::open(image, &scratch, &Options::default()).and_then(|image| {
         image.unpack(&root)?;
         Ok(image.defaults())
     });
