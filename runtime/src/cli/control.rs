@@ -78,17 +78,23 @@ pub(super) enum Answer {
     Failed { status: i32, reason: String },
 }
 
-/// Starts to answer. It ends with this process.
+/// Starts to answer. It ends with this process. `stop_signal` asks the container to end.
 ///
 /// # Errors
 /// If the host refuses the socket or the thread.
-pub(super) fn serve(owned: &Owned, container: Arc<Container>, sandbox: Arc<Sandbox>) -> Result<()> {
+pub(super) fn serve(
+    owned: &Owned,
+    container: Arc<Container>,
+    sandbox: Arc<Sandbox>,
+    stop_signal: i32,
+) -> Result<()> {
     let folder: &Folder = &owned.folder;
     let listener = folder.listen()?;
     let served = Arc::new(Served {
         container,
         sandbox,
         disks: Disks::default(),
+        stop_signal,
     });
     spawn("koya-control", move || {
         for stream in listener.incoming().flatten() {
@@ -111,6 +117,7 @@ struct Served {
     container: Arc<Container>,
     sandbox: Arc<Sandbox>,
     disks: Disks,
+    stop_signal: i32,
 }
 
 fn answer(stream: &UnixStream, served: &Served) {
@@ -131,6 +138,7 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
         container,
         sandbox,
         disks,
+        stop_signal,
     } = served;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((request, _)) = wire.receive()? else {
@@ -140,7 +148,7 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
         Request::Signal(libc::SIGKILL) => container.kill()?,
         Request::Signal(number) => container.process().signal(number)?,
         Request::Resize(rows, columns) => container.process().resize(rows, columns)?,
-        Request::Stop(seconds) => stop(container, sandbox, seconds)?,
+        Request::Stop(seconds) => stop(container, sandbox, *stop_signal, seconds)?,
         Request::Console => console(stream, sandbox)?,
         Request::Stats => {
             let stats = Box::new(Stats::of(sandbox)?);
@@ -228,7 +236,7 @@ fn follow(mut wire: Wire, process: &Arc<Process>) -> Result<()> {
     })
 }
 
-fn stop(container: &Arc<Container>, sandbox: &Sandbox, seconds: u64) -> Result<()> {
+fn stop(container: &Arc<Container>, sandbox: &Sandbox, signal: i32, seconds: u64) -> Result<()> {
     let (sender, ended) = std::sync::mpsc::channel();
     let waiting = container.clone();
     spawn("koya-stop", move || {
@@ -238,7 +246,7 @@ fn stop(container: &Arc<Container>, sandbox: &Sandbox, seconds: u64) -> Result<(
     // A guest that does not answer uses up its own time.
     let asked = container.clone();
     spawn("koya-term", move || {
-        asked.process().signal(libc::SIGTERM).ok();
+        asked.process().signal(signal).ok();
     })?;
     if ended.recv_timeout(Duration::from_secs(seconds)).is_err() {
         // One that has ended by the guest's word, but not by that of its wait, is ended below.
