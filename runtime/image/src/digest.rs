@@ -39,6 +39,10 @@ impl Digest {
         format!("blobs/{}", self.0.replacen(':', "/", 1))
     }
 
+    pub(crate) fn digits(&self) -> &str {
+        self.0.split_once(':').map_or(&self.0, |(_, hex)| hex)
+    }
+
     pub(crate) fn hasher(&self) -> Hasher {
         match self.0.starts_with("sha512:") {
             true => Hasher::Sha512(Sha512::new()),

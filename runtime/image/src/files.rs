@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufReader, Read, Seek};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -21,6 +21,8 @@ use std::sync::Arc;
 const MAX_LINKS: usize = 16;
 /// How many entries an image's archive has at most: some for each layer, for each image in it.
 const MAX_ENTRIES: usize = 100_000;
+/// How many bytes all their names have at most: they are kept in memory.
+const MAX_NAMES: u64 = 32 << 20;
 
 /// A file of the image.
 #[derive(Clone, Debug)]
@@ -181,19 +183,25 @@ fn clean(path: &Path) -> PathBuf {
 }
 
 /// The archive as a regular file that is not compressed.
-fn plain(file: File, kind: FileType, scratch: &Path, limits: &Limits) -> io::Result<File> {
-    let mut decoder = Decoder::new(BufReader::with_capacity(1 << 16, file.try_clone()?))?;
-    if decoder.is_plain() && kind == FileType::RegularFile {
-        return Ok(file);
+fn plain(mut file: File, kind: FileType, scratch: &Path, limits: &Limits) -> io::Result<File> {
+    if kind != FileType::RegularFile {
+        // What it is, its first bytes tell: a pipe may give them one by one.
+        file = copy(file, &scratch.join("pipe"), limits)?;
+        file.rewind()?;
     }
-    let mut copy = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(scratch.join("archive"))?;
+    let mut decoder = Decoder::new(BufReader::with_capacity(1 << 16, file.try_clone()?))?;
+    match decoder.is_plain() {
+        true => Ok(file),
+        false => copy(&mut decoder, &scratch.join("archive"), limits),
+    }
+}
+
+fn copy(source: impl Read, path: &Path, limits: &Limits) -> io::Result<File> {
+    let mut options = File::options();
+    let mut copy = options.read(true).write(true).create_new(true).open(path)?;
     let mut budget = Budget::new("bytes in all", limits.total);
     let mut metered = Metered {
-        source: &mut decoder,
+        source,
         budget: &mut budget,
     };
     io::copy(&mut metered, &mut copy)?;
@@ -212,9 +220,14 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
     let mut reader = Reader::new(section, limits.header);
     let mut entries = HashMap::new();
     let mut spilled = Budget::new("bytes in all", limits.total);
+    let mut named = Budget::new("bytes of names", MAX_NAMES);
     let mut count = 0;
-    while let Some(entry) = reader.next_entry()? {
+    while let Some(entry) = reader.next_entry().map_err(|error| match count {
+        0 => invalid(format!("it is no archive of an image: {error}")),
+        _ => error,
+    })? {
         count += 1;
+        named.take(entry.name.len() as u64 + entry.link.len() as u64)?;
         if count > MAX_ENTRIES {
             return Err(invalid(format!("more than {MAX_ENTRIES} entries")));
         }

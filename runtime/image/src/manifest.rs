@@ -127,8 +127,11 @@ pub(crate) fn choose(files: &Files, options: &Options) -> Result<Chosen, Error> 
         let index = parse("index.json", &blob.document("index.json", limits)?)?;
         from_layout(files, index, options)?
     } else if let Some(blob) = files.find("manifest.json")? {
-        let saved = parse("manifest.json", &blob.document("manifest.json", limits)?)?;
-        from_saved(files, saved, options)?
+        let text = blob.document("manifest.json", limits)?;
+        match text.trim_ascii_start().first() {
+            Some(b'{') => from_blobs(files, &parse("manifest.json", &text)?, options)?,
+            _ => from_saved(files, parse("manifest.json", &text)?, options)?,
+        }
     } else if files.find("repositories")?.is_some() {
         return Err(Error::Unsupported(
             "it was saved by Docker before 1.10, without manifest.json; load it into a newer one and save it again"
@@ -181,15 +184,17 @@ fn check(name: &str, text: &[u8], digest: &Digest) -> Result<(), Error> {
 fn blob(files: &Files, descriptor: &Descriptor) -> Result<(Blob, Digest), Error> {
     let digest = Digest::parse(&descriptor.digest)?;
     let blob = files.get(&digest.path())?;
-    if blob.size != descriptor.size {
-        return Err(Error::invalid(format!(
-            "{} has {} bytes, not {}",
-            digest.path(),
-            blob.size,
-            descriptor.size
-        )));
-    }
+    check_size(&digest.path(), &blob, descriptor)?;
     Ok((blob, digest))
+}
+
+fn check_size(name: &str, blob: &Blob, descriptor: &Descriptor) -> Result<(), Error> {
+    if blob.size != descriptor.size {
+        let (found, wanted) = (blob.size, descriptor.size);
+        let text = format!("{name} has {found} bytes, not {wanted}");
+        return Err(Error::invalid(text));
+    }
+    Ok(())
 }
 
 fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chosen, Error> {
@@ -367,6 +372,53 @@ impl Search<'_> {
     }
 }
 
+/// A manifest beside its blobs, which are named by their digests' digits (skopeo's `dir:`).
+fn from_blobs(files: &Files, manifest: &Document, options: &Options) -> Result<Chosen, Error> {
+    if manifest.schema_version != Some(2) || options.tag.is_some() {
+        let reason = "manifest.json is a manifest of another schema, or has no tags".to_owned();
+        return Err(Error::Unsupported(reason));
+    }
+    let find = |descriptor: &Descriptor| -> Result<(Blob, Digest), Error> {
+        let digest = Digest::parse(&descriptor.digest)?;
+        let name = digest.digits();
+        let blob = files.get(name)?;
+        check_size(name, &blob, descriptor)?;
+        Ok((blob, digest))
+    };
+    let missing = || Error::invalid("manifest.json names no configuration");
+    let (blob, digest) = find(manifest.config.as_ref().ok_or_else(missing)?)?;
+    let name = digest.digits();
+    let text = blob.document(name, &options.limits)?;
+    check(name, &text, &digest)?;
+    let config: Configuration = parse(name, &text)?;
+    check_platform(&config)?;
+    let layers = manifest.layers.iter().map(|layer| {
+        check_layer_type(&layer.media_type)?;
+        let (blob, digest) = find(layer)?;
+        Ok(Layer {
+            blob,
+            digest: Some(digest),
+        })
+    });
+    Ok(Chosen {
+        layers: layers.collect::<Result<_, Error>>()?,
+        config,
+    })
+}
+
+/// # Errors
+/// If an image is for another machine.
+fn check_platform(config: &Configuration) -> Result<(), Error> {
+    let platform = Platform::of(config);
+    match platform.fits() {
+        true => Ok(()),
+        false => Err(Error::Choice {
+            reason: format!("holds nothing for linux/{}", machine()),
+            names: vec![platform.name()],
+        }),
+    }
+}
+
 fn from_saved(files: &Files, saved: Vec<Saved>, options: &Options) -> Result<Chosen, Error> {
     let named = saved.iter().map(|image| {
         let parts = [std::slice::from_ref(&image.config), &image.layers].concat();
@@ -386,13 +438,7 @@ fn from_saved(files: &Files, saved: Vec<Saved>, options: &Options) -> Result<Cho
         check(&image.config, &text, &digest)?;
     }
     let config: Configuration = parse(&image.config, &text)?;
-    let platform = Platform::of(&config);
-    if !platform.fits() {
-        return Err(Error::Choice {
-            reason: format!("holds nothing for linux/{}", machine()),
-            names: vec![platform.name()],
-        });
-    }
+    check_platform(&config)?;
     let layers = image.layers.iter().map(|name| {
         Ok(Layer {
             blob: files.get(name)?,

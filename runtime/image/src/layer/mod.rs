@@ -273,6 +273,9 @@ impl Unpacker {
         let Some(directory) = self.directory(directory, false)? else {
             return Ok(());
         };
+        if self.tree.clear(&directory.path, self.layer) {
+            return Ok(());
+        }
         for name in names(&directory.fd)? {
             let path = [directory.path.as_slice(), &[name]].concat();
             self.hide_at(&directory.fd, path)?;
@@ -289,7 +292,7 @@ impl Unpacker {
         if !self.tree.is_of(&path, self.layer) {
             return self.clear(dir, &path, name);
         }
-        if !is_directory_at(dir, name) {
+        if !is_directory_at(dir, name) || self.tree.clear(&path, self.layer) {
             return Ok(());
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

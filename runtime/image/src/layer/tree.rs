@@ -16,6 +16,9 @@ pub(super) struct Finish {
 pub(super) struct Node {
     /// The last layer, from 1, that has it or something in it.
     layer: u32,
+    /// The last layer whose whiteouts removed all of lower layers in it: what is there now is of that
+    /// layer, and looking again at each further whiteout would take for ever.
+    cleared: u32,
     pub(super) finish: Option<Finish>,
     pub(super) children: BTreeMap<OsString, Node>,
 }
@@ -28,6 +31,14 @@ impl Node {
 
     pub(super) fn is_of(&self, path: &[OsString], layer: u32) -> bool {
         self.find(path).is_some_and(|node| node.layer == layer)
+    }
+
+    /// Whether all of lower layers was to be removed from it before. It counts as removed from now on.
+    pub(super) fn clear(&mut self, path: &[OsString], layer: u32) -> bool {
+        let found = path
+            .iter()
+            .try_fold(self, |node, name| node.children.get_mut(name));
+        found.is_some_and(|node| std::mem::replace(&mut node.cleared, layer) == layer)
     }
 
     /// The name is of this layer, and so are the directories on the way to it.

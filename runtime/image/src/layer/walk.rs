@@ -17,6 +17,9 @@ use std::rc::Rc;
 /// How many links a path may lead through: the kernel's own limit.
 const MAX_LINKS: u32 = 40;
 
+/// How many components a path may have with all that its links lead to.
+const MAX_STEPS: u32 = 8192;
+
 /// To look for what is inside.
 const PATH: OFlags = OFlags::PATH
     .union(OFlags::DIRECTORY)
@@ -105,15 +108,14 @@ impl Unpacker {
 
     fn resolve(&self, parts: &[OsString]) -> io::Result<Resolved> {
         // Most paths have no link, and the kernel says so at once.
-        let plain = self.open_path(parts, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH);
-        if let Ok(dir) = plain {
+        if let Ok(dir) = self.open_path(parts, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH) {
             return Ok(Resolved {
                 path: parts.to_vec(),
                 existing: parts.len(),
                 dir,
             });
         }
-        let mut links = 0;
+        let (mut links, mut steps) = (0, 0);
         let mut left: VecDeque<OsString> = parts.iter().cloned().collect();
         let mut found = Resolved {
             path: Vec::new(),
@@ -121,6 +123,10 @@ impl Unpacker {
             dir: self.walk(&[])?,
         };
         while let Some(part) = left.pop_front() {
+            steps += 1;
+            if steps > MAX_STEPS {
+                return Err(invalid("its path leads on and on"));
+            }
             if part == "." || part.is_empty() {
                 continue;
             }
@@ -181,8 +187,12 @@ impl Unpacker {
         )?)
     }
 
-    /// A path of directories alone, one by one.
+    /// A path of directories alone.
     fn walk(&self, path: &[OsString]) -> io::Result<OwnedFd> {
+        let whole = self.open_path(path, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH);
+        if whole.is_ok() {
+            return whole;
+        }
         let root = rustix::fs::openat(&self.root, ".", PATH, Mode::empty())?;
         let step = |dir: OwnedFd, name| Ok(rustix::fs::openat(&dir, name, PATH, Mode::empty())?);
         path.iter().try_fold(root, step)

@@ -214,6 +214,30 @@ fn device_nodes_have_numbers_that_exist() {
 }
 
 #[test]
+fn a_whiteout_looks_once_at_what_its_own_layer_has() {
+    // A hundred million looks otherwise.
+    let mut items: Vec<_> = (0..2000).map(|n| file(&format!("d/{n}"), "")).collect();
+    for _ in 0..25_000 {
+        items.push(file("d/.wh..wh..opq", ""));
+        items.push(file(".wh.d", ""));
+    }
+    items.push(file("d/last", ""));
+    let began = std::time::Instant::now();
+    let root = stack(&[Tar::of(&[file("d/lower", "")]), Tar::of(&items)]).unwrap();
+    assert_eq!(fs::read_dir(root.path().join("d")).unwrap().count(), 2001);
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_path_that_leads_on_and_on_is_refused() {
+    let round = "x/../".repeat(400);
+    let mut items = vec![dir("x")];
+    items.extend((0..30).map(|n| symlink(&format!("l{n}"), &format!("{round}l{}", n + 1))));
+    items.push(file("l0/f", ""));
+    assert!(refusal(one(&items)).contains("on and on"));
+}
+
+#[test]
 fn what_is_more_than_the_limits_is_refused() {
     let layout = Layout::new();
     let layer = Tar::of(&[file("a", vec![0; 100_000]), file("b/c/d", "x")]);
