@@ -263,7 +263,7 @@ impl RunArgs {
     ) -> Result<ContainerConfig> {
         let args = arguments(self.entrypoint.as_deref(), &self.command, &image);
         if args.is_empty() {
-            bail!("no command was given, and no image's counts; add one: `koya run ... -- sh`");
+            bail!("no command was given, and no image has one; try `koya run --rootfs DIR -- sh`");
         }
         let absolute = |path: &Path| {
             std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
