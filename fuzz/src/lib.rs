@@ -5,11 +5,13 @@
 //! few thousand random ones, on any machine.
 
 mod devices;
+mod images;
 
 pub use devices::{
     balloon_requests, block_requests, entropy_requests, fs_requests, mem_requests, net_buffers,
     transport_registers, vsock_packets,
 };
+pub use images::image_files;
 
 use koya_devices::test_utils::{Driver, MEMORY_SIZE};
 use koya_devices::virtio::Chain;
@@ -103,7 +105,7 @@ mod tests {
     }
 
     /// Feeds `target` with `rounds` inputs, the same ones each time.
-    fn random(rounds: u64, target: fn(&[u8])) {
+    pub(crate) fn random(rounds: u64, target: fn(&[u8])) {
         let mut state = 0x2545_f491_4f6c_dd1du64;
         for round in 0..rounds {
             let mut input = Vec::new();

@@ -42,7 +42,7 @@ impl Account {
     /// Which user or group the container does not have.
     pub(crate) fn find(accounts: &Accounts, text: &str) -> Result<Self, Error> {
         let (user, group) = match text.split_once(':') {
-            Some((user, group)) => (user, Some(group)),
+            Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
             None => (text, None),
         };
         let user = if user.is_empty() { "0" } else { user };
@@ -163,6 +163,11 @@ pub(crate) mod tests {
         assert_eq!(
             Account::find(&Accounts::read(dir.path()), "").unwrap().home,
             "/root"
+        );
+        // An empty group is none.
+        assert_eq!(
+            Account::find(&Accounts::read(dir.path()), "33:").unwrap(),
+            web
         );
         assert!(Account::find(&Accounts::read(dir.path()), "nobody").is_err());
         assert!(Account::find(&Accounts::read(dir.path()), "4294967295").is_err());

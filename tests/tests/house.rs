@@ -64,7 +64,11 @@ fn crates_depend_only_on_those_below_them() {
         ("agent/protocol/Cargo.toml", &[]),
         ("vmm/Cargo.toml", &["koya-devices", "koya-host"]),
         ("agent/Cargo.toml", &["koya-protocol"]),
-        ("runtime/Cargo.toml", &["koya-vmm", "koya-protocol"]),
+        ("runtime/image/Cargo.toml", &[]),
+        (
+            "runtime/Cargo.toml",
+            &["koya-image", "koya-vmm", "koya-protocol"],
+        ),
         ("runtime/tasks/Cargo.toml", &["koya"]),
         ("runtime/cli/Cargo.toml", &["koya", "koya-tasks"]),
         ("runtime/shim/Cargo.toml", &["koya", "koya-tasks"]),

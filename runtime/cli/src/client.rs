@@ -68,19 +68,38 @@ pub(super) struct ConsoleArgs {
     name: String,
 }
 
-fn parse_signal(text: &str) -> Result<i32, String> {
+/// A signal by its number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
+pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
+    /// The first and the last real-time signal, as Docker and glibc count them.
+    const RTMIN: i32 = 34;
+    const RTMAX: i32 = 64;
     if let Ok(number) = text.parse::<i32>() {
         return match number {
-            1..=31 => Ok(number),
-            _ => Err(format!("there is no signal {number}; 1 to 31 can be sent")),
+            1..=RTMAX => Ok(number),
+            _ => Err(format!(
+                "there is no signal {number}; 1 to {RTMAX} can be sent"
+            )),
         };
     }
     let name = text.to_uppercase();
     let name = name.trim_start_matches("SIG");
-    (1..=31)
-        .find(|n| {
+    let step = |rest: &str, sign: char| match rest {
+        "" => Some(0),
+        rest => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
+    };
+    let real_time = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
+        (Some(rest), _) => step(rest, '+').map(|n| RTMIN + n),
+        (_, Some(rest)) => step(rest, '-').map(|n| RTMAX - n),
+        _ => None,
+    };
+    let named = || {
+        (1..=31).find(|n| {
             signal_hook::low_level::signal_name(*n).is_some_and(|s| s == format!("SIG{name}"))
         })
+    };
+    real_time
+        .filter(|number| (RTMIN..=RTMAX).contains(number))
+        .or_else(named)
         .ok_or_else(|| format!("there is no signal {text}"))
 }
 
@@ -567,7 +586,11 @@ mod tests {
         assert_eq!(parse_signal("9"), Ok(9));
         assert_eq!(parse_signal("term"), Ok(15));
         assert_eq!(parse_signal("SIGHUP"), Ok(1));
-        assert!(parse_signal("nope").is_err());
+        assert_eq!(parse_signal("SIGRTMIN+3"), Ok(37));
+        assert_eq!(parse_signal("rtmax-1"), Ok(63));
+        for bad in ["nope", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+x"] {
+            assert!(parse_signal(bad).is_err(), "{bad}");
+        }
         assert!(parse_signal("0").is_err());
         assert!(parse_signal("99").is_err());
     }

@@ -84,17 +84,23 @@ pub(super) enum Answer {
     Failed { status: i32, reason: String },
 }
 
-/// Starts to answer. It ends with this process.
+/// Starts to answer. It ends with this process. `stop_signal` asks the container to end.
 ///
 /// # Errors
 /// If the host refuses the socket or the thread.
-pub(super) fn serve(owned: &Owned, container: Arc<Container>, sandbox: Arc<Sandbox>) -> Result<()> {
+pub(super) fn serve(
+    owned: &Owned,
+    container: Arc<Container>,
+    sandbox: Arc<Sandbox>,
+    stop_signal: i32,
+) -> Result<()> {
     let folder: &Folder = &owned.folder;
     let listener = folder.listen()?;
     let served = Arc::new(Served {
         container,
         sandbox,
         disks: Disks::default(),
+        stop_signal,
     });
     spawn("koya-control", move || {
         for stream in listener.incoming().flatten() {
@@ -117,6 +123,7 @@ struct Served {
     container: Arc<Container>,
     sandbox: Arc<Sandbox>,
     disks: Disks,
+    stop_signal: i32,
 }
 
 fn answer(stream: &UnixStream, served: &Served) {
@@ -137,6 +144,7 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
         container,
         sandbox,
         disks,
+        stop_signal,
     } = served;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((request, _)) = wire.receive()? else {
@@ -145,7 +153,7 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
     match request {
         Request::Signal(number) => send_signal(container, number)?,
         Request::Resize(rows, columns) => container.process().resize(rows, columns)?,
-        Request::Stop(seconds) => terminate(container, Duration::from_secs(seconds))?,
+        Request::Stop(seconds) => terminate(container, *stop_signal, Duration::from_secs(seconds))?,
         Request::Writes => {
             let writes = sandbox.disk_writes();
             let answer = Answer::Writes {

@@ -62,7 +62,7 @@ enum Command {
     Ps(list::PsArgs),
     /// Print what a detached container wrote
     Logs(list::LogsArgs),
-    /// Stop containers: SIGTERM, and SIGKILL after a while
+    /// Stop containers: SIGTERM (or their own stop signal), and SIGKILL after a while
     Stop(client::StopArgs),
     /// Send a signal to containers
     Kill(client::KillArgs),

@@ -1,14 +1,15 @@
 //! `koya run`
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
+use super::client::parse_signal;
 use super::container_log::LogWriter;
 use super::net::NetArgs;
 use super::size::SizeArgs;
 use super::state::{self, Folder, Owned, Record};
 use super::{FAILED, Outcome};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use koya::image::{Defaults, Image};
+use koya::image::{Defaults, Image, Options};
 use koya::vmm::devices::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
@@ -35,9 +36,12 @@ pub(super) struct RunArgs {
     /// The directory that is the container's root, or a file with a file system (erofs, ext4)
     #[arg(long, value_name = "PATH", required_unless_present = "image")]
     rootfs: Option<PathBuf>,
-    /// An image: an OCI layout directory, a tar of one, or what `docker save` wrote
+    /// An image: an OCI layout (a directory or an archive of one), or what `docker save` or `podman save` wrote
     #[arg(long, value_name = "PATH", conflicts_with = "rootfs")]
     image: Option<PathBuf>,
+    /// Which of several images in IMAGE: its name, or the tag alone
+    #[arg(long, value_name = "NAME", requires = "image")]
+    tag: Option<String>,
     #[command(flatten)]
     size: SizeArgs,
     /// A host directory or file in the container. Options, separated by commas: ro; rslave (mounts that the host
@@ -68,9 +72,12 @@ pub(super) struct RunArgs {
     /// The container's host name (default: its name)
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
-    /// The program; COMMAND is then its arguments
+    /// The program; COMMAND is then its arguments. An empty one takes the image's away, with its arguments
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
+    /// The signal by which `koya stop` asks the container to end (default: the image's, or TERM)
+    #[arg(long, value_name = "SIGNAL", value_parser = parse_signal)]
+    stop_signal: Option<i32>,
     /// Make the root file system read-only
     #[arg(long)]
     read_only: bool,
@@ -223,6 +230,17 @@ impl RunArgs {
         }
     }
 
+    /// What `koya stop` sends.
+    fn stop_signal(&self, image: &Defaults) -> Result<i32> {
+        match (self.stop_signal, &image.stop_signal) {
+            (Some(signal), _) => Ok(signal),
+            (None, Some(text)) => {
+                parse_signal(text).map_err(|e| anyhow!("the image's StopSignal: {e}"))
+            }
+            (None, None) => Ok(SIGTERM),
+        }
+    }
+
     fn sandbox(&self) -> SandboxConfig {
         let mut config = SandboxConfig {
             disks: self.disk.clone(),
@@ -244,14 +262,9 @@ impl RunArgs {
         image: Defaults,
         folder: &Folder,
     ) -> Result<ContainerConfig> {
-        // A program of the user's replaces the image's, arguments included.
-        let args: Vec<String> = match (&self.entrypoint, self.command.is_empty()) {
-            (Some(program), _) => [vec![program.clone()], self.command.clone()].concat(),
-            (None, false) => [image.entrypoint, self.command.clone()].concat(),
-            (None, true) => [image.entrypoint, image.command].concat(),
-        };
+        let args = arguments(self.entrypoint.as_deref(), &self.command, &image);
         if args.is_empty() {
-            bail!("no command was given; try `koya run --rootfs DIR -- sh`");
+            bail!("no command was given, and no image has one; try `koya run --rootfs DIR -- sh`");
         }
         let absolute = |path: &Path| {
             std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
@@ -293,18 +306,39 @@ impl RunArgs {
     }
 }
 
-/// Unpacks an image into a root file system for this container alone.
-fn unpack(image: &Path, folder: &Folder) -> Result<Defaults> {
+/// The program and its arguments, as Docker has them: a program of the user's replaces the image's,
+/// arguments included, and an empty one takes it away.
+fn arguments(entrypoint: Option<&str>, command: &[String], image: &Defaults) -> Vec<String> {
+    match entrypoint {
+        Some("") => command.to_vec(),
+        Some(program) => [&[program.to_owned()], command].concat(),
+        None if command.is_empty() => [&*image.entrypoint, &*image.command].concat(),
+        None => [&image.entrypoint, command].concat(),
+    }
+}
+
+/// Unpacks an image into a root file system for this container alone, with the directories that it and
+/// the user say it works in.
+fn unpack(image: &Path, args: &RunArgs, folder: &Folder) -> Result<Defaults> {
     let (root, scratch) = (folder.unpacked(), folder.scratch());
     for dir in [&root, &scratch] {
         std::fs::create_dir(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
-    let unpacked = Image::open(image, &scratch).and_then(|image| {
+    let options = Options {
+        tag: args.tag.clone(),
+        ..Options::default()
+    };
+    let unpacked = Image::open(image, &scratch, &options).and_then(|image| {
         image.unpack(&root)?;
         Ok(image.defaults())
     });
     std::fs::remove_dir_all(&scratch).ok();
-    Ok(unpacked?)
+    let defaults = unpacked?;
+    let workdir = args.workdir.as_ref().or(defaults.workdir.as_ref());
+    for dir in workdir.into_iter().chain(&defaults.volumes) {
+        koya::image::make_directory(&root, dir)?;
+    }
+    Ok(defaults)
 }
 
 /// A terminal with input needs one here.
@@ -387,9 +421,10 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.folder.clone())?;
     let defaults = match &args.image {
-        Some(image) => unpack(image, &owned.folder)?,
+        Some(image) => unpack(image, args, &owned.folder)?,
         None => Defaults::default(),
     };
+    let stop_signal = args.stop_signal(&defaults)?;
     let config = args.container(&record.rootfs, defaults, &owned.folder)?;
     record.command = config.process.args.clone();
     owned.folder.write(record)?;
@@ -414,7 +449,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let container = Arc::new(container);
     *running.lock().unwrap_or_else(PoisonError::into_inner) =
         Some((container.clone(), sandbox.clone()));
-    super::control::serve(owned, container.clone(), sandbox.clone())?;
+    super::control::serve(owned, container.clone(), sandbox.clone(), stop_signal)?;
     container.start()?;
     if args.detach {
         announce(&record.name)?;
@@ -515,6 +550,55 @@ fn detached_streams(owned: &Owned) -> Result<UserStreams> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_says_what_runs_unless_the_user_does() {
+        let words = |text: &str| -> Vec<String> { text.split(' ').map(str::to_owned).collect() };
+        let image = Defaults {
+            entrypoint: words("e 1"),
+            command: words("c 2"),
+            ..Defaults::default()
+        };
+        let cases = [
+            (None, vec![], "e 1 c 2"),
+            (None, words("u 3"), "e 1 u 3"),
+            (Some("p"), vec![], "p"),
+            (Some("p"), words("u 3"), "p u 3"),
+            (Some(""), words("u 3"), "u 3"),
+            (Some(""), vec![], ""),
+        ];
+        for (entrypoint, command, wanted) in cases {
+            let found = arguments(entrypoint, &command, &image).join(" ");
+            assert_eq!(found, wanted, "{entrypoint:?} {command:?}");
+        }
+    }
+
+    #[test]
+    fn a_stop_signal_is_the_users_or_the_images() {
+        let args = |words: &[&str]| {
+            #[derive(clap::Parser)]
+            struct Line {
+                #[command(flatten)]
+                run: RunArgs,
+            }
+            let line = [&["koya", "--rootfs", "/"], words].concat();
+            <Line as clap::Parser>::try_parse_from(line).unwrap().run
+        };
+        let image = |signal: &str| Defaults {
+            stop_signal: Some(signal.into()),
+            ..Defaults::default()
+        };
+        let plain = args(&[]);
+        assert_eq!(plain.stop_signal(&Defaults::default()).unwrap(), SIGTERM);
+        assert_eq!(plain.stop_signal(&image("SIGRTMIN+3")).unwrap(), 37);
+        let own = args(&["--stop-signal", "USR1"]);
+        assert_eq!(own.stop_signal(&image("SIGRTMIN+3")).unwrap(), SIGUSR1);
+        let error = plain.stop_signal(&image("NOPE")).unwrap_err().to_string();
+        assert!(
+            error.contains("StopSignal") && error.contains("NOPE"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn disks_are_parsed() {

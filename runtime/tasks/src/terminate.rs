@@ -9,8 +9,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-const SIGTERM: i32 = 15;
-
 /// Sends a signal to a container's init process. With SIGKILL the host sees to its end, whatever the guest says
 /// to it ([`Container::kill`]).
 ///
@@ -33,19 +31,24 @@ pub(crate) fn send(
     }
 }
 
-/// Ends a container: SIGTERM for its init process, and SIGKILL after `grace`. Returns when it has ended.
+/// Ends a container: `signal` (SIGTERM, unless its image or its user wants another) for its init process, and SIGKILL
+/// after `grace`. Returns when it has ended.
 ///
 /// That has no limit here: a guest that does not end it loses its virtual machine ([`Container::kill`]), once it
 /// has nothing left to write to its disks.
 ///
 /// # Errors
 /// If the host has no thread left.
-pub fn terminate(container: &Arc<Container>, grace: Duration) -> Result<(), Error> {
+pub fn terminate(container: &Arc<Container>, signal: i32, grace: Duration) -> Result<(), Error> {
     let container: Arc<dyn GuestContainer> = container.clone();
-    end(&container, grace)
+    end(&container, signal, grace)
 }
 
-pub(crate) fn end(container: &Arc<dyn GuestContainer>, grace: Duration) -> Result<(), Error> {
+pub(crate) fn end(
+    container: &Arc<dyn GuestContainer>,
+    signal: i32,
+    grace: Duration,
+) -> Result<(), Error> {
     let (sender, ended) = channel::<()>();
     let waiting = container.clone();
     spawn("koya-await", move || {
@@ -55,7 +58,7 @@ pub(crate) fn end(container: &Arc<dyn GuestContainer>, grace: Duration) -> Resul
     // A guest that does not answer uses up its own time.
     let asked = container.clone();
     spawn("koya-term", move || {
-        asked.signal(SIGTERM).ok();
+        asked.signal(signal).ok();
     })?;
     if ended.recv_timeout(grace) == Err(RecvTimeoutError::Timeout) {
         // It may have ended by the guest's word, but not by that of its wait: that is overdue then, too.

@@ -13,6 +13,7 @@ mod disks;
 mod exec;
 mod faults;
 mod files;
+mod images;
 mod lent;
 mod life;
 mod memory;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         exec::trials(),
         faults::trials(),
         files::trials(),
+        images::trials(),
         life::trials(),
         memory::trials(),
         network::trials(),

@@ -15,7 +15,7 @@ fn end_behind(guest: &Arc<Guest>, grace: Duration) -> Receiver<()> {
     let container: Arc<dyn GuestContainer> = Arc::new(container);
     let (sender, ended) = channel();
     let work = move || {
-        end(&container, grace).unwrap();
+        end(&container, 15, grace).unwrap();
         sender.send(()).ok();
     };
     spawn("koya-test", work).unwrap();

@@ -21,6 +21,11 @@ impl<R: BufRead> Decoder<R> {
         }
     }
 
+    /// What is decompressed.
+    pub(super) fn source(&mut self) -> &mut R {
+        &mut self.source
+    }
+
     /// Goes to the next frame that holds something. False at the end of the stream.
     fn enter(&mut self) -> io::Result<bool> {
         while !self.source.fill_buf()?.is_empty() {
@@ -31,7 +36,9 @@ impl<R: BufRead> Decoder<R> {
                     ..
                 })) => {
                     let mut skipped = (&mut self.source).take(length.into());
-                    io::copy(&mut skipped, &mut io::sink())?;
+                    if io::copy(&mut skipped, &mut io::sink())? < length.into() {
+                        return Err(crate::error::cut_short());
+                    }
                 }
                 Err(error) => return Err(broken(error)),
             }
