@@ -3,9 +3,9 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::container::Needs;
+use crate::container_config::Device;
 use crate::oci::SharedPids;
 use crate::patience::WRITE_OUT_LIMIT;
-use crate::spec::Device;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
 use koya_protocol::messages::{

@@ -3,12 +3,12 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
+use crate::container_config::{ContainerConfig, Device, ProcessConfig, Stdio};
 use crate::ends::Mark;
 use crate::given::Given;
 use crate::mount_points;
-use crate::oci::{self, Bundle, SharedPids};
+use crate::oci::{self, Bundle, Root, SharedPids};
 use crate::sandbox::Inner;
-use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Stdio};
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
 use crate::sync::lock;
@@ -25,17 +25,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
 pub struct Container {
     process: Process,
-    made_of: MadeOf,
+    /// What it was made of, unless that was an OCI bundle.
+    config: Option<Box<ContainerConfig>>,
+    rootfs: PathBuf,
+    /// Its first process: those that are added may what that one may.
+    first: OciProcess,
     given: Mutex<Given>,
     next_exec: AtomicU64,
     mark: Arc<Mark>,
-}
-
-/// What its further processes are made by.
-enum MadeOf {
-    Config(Box<ContainerConfig>),
-    /// The root file system of an OCI bundle.
-    Bundle(PathBuf),
 }
 
 /// A process of a container: its streams, and what can be done to it.
@@ -156,15 +153,78 @@ fn launch(
     finished
 }
 
+/// A container in the making.
+struct Making<'a> {
+    inner: &'a Arc<Inner>,
+    id: &'a str,
+    given: &'a mut Given,
+}
+
+impl Making<'_> {
+    /// The users of the root file system, which the guest mounts now unless it is a directory.
+    fn accounts(&mut self, root: Root, rootfs: &Path) -> Result<Accounts, Error> {
+        if root == Root::Directory {
+            return Ok(Accounts::read(rootfs));
+        }
+        let disk = self.inner.attach_disk(&DiskConfig {
+            read_only: true,
+            ..DiskConfig::new(rootfs)
+        })?;
+        let name = disk.device().name.clone();
+        let (_, is_mounted) = self.given.image.insert((disk, false));
+        self.inner.agent.mount_image(self.id, &name)?;
+        *is_mounted = true;
+        self.inner.agent.accounts(self.id)
+    }
+
+    /// Makes the first process, which waits to be started; and says what it is in the guest.
+    fn make(
+        &mut self,
+        bundle: Bundle,
+        root: Root,
+        accounts: &Accounts,
+        devices: &[Device],
+        stdio: Stdio,
+    ) -> Result<(Process, OciProcess), Error> {
+        let (inner, id) = (self.inner, self.id);
+        let (rootfs, pids) = (bundle.rootfs.clone(), bundle.pids.clone());
+        let mut adapted = oci::adapt(id, bundle, root, accounts)?;
+        if root == Root::Directory {
+            let points = adapted.mount_points.iter();
+            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
+            mount_points::make(&rootfs, &points)?;
+        }
+        let shared = self
+            .given
+            .share(inner, id, adapted.shares, &mut adapted.spec)?;
+        let attached = self.given.attach(inner, adapted.disks)?;
+        let devices = devices.iter().map(agent::block_device);
+        let needs = Needs {
+            devices: devices.chain(attached).collect(),
+            volumes: adapted.volumes,
+            shared,
+            direct: self.given.attach_direct(inner, adapted.direct)?,
+            pids,
+        };
+        let process = launch(inner, id, &adapted.spec, needs, stdio)?;
+        let first = adapted.spec.process().clone().unwrap_or_default();
+        Ok((process, first))
+    }
+}
+
 impl Container {
     pub(crate) fn create(
         inner: Arc<Inner>,
         id: &str,
         config: &ContainerConfig,
     ) -> Result<Self, Error> {
-        let made_of = MadeOf::Config(Box::new(config.clone()));
-        Self::make(inner, made_of, id, |inner, given| {
-            Self::try_create(inner, id, config, given)
+        let own = Some(Box::new(config.clone()));
+        Self::make(inner, id, own, &config.rootfs, |making| {
+            let root = Root::of(&config.rootfs)?;
+            let accounts = making.accounts(root, &config.rootfs)?;
+            let bundle = oci::from_config::bundle(id, config, &accounts)?;
+            let stdio = config.process.stdio;
+            making.make(bundle, root, &accounts, &config.devices, stdio)
         })
     }
 
@@ -174,41 +234,37 @@ impl Container {
         bundle: &Bundle,
         stdio: Stdio,
     ) -> Result<Self, Error> {
-        let made_of = MadeOf::Bundle(bundle.rootfs.clone());
-        Self::make(inner, made_of, id, |inner, given| {
-            let mut adapted = oci::adapt(id, bundle, &Accounts::read(&bundle.rootfs))?;
-            let points = adapted.mount_points.iter();
-            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
-            mount_points::make(&bundle.rootfs, &points)?;
-            let shared = given.share(inner, id, adapted.shares, &mut adapted.spec)?;
-            let devices = given.attach(inner, adapted.disks)?;
-            let needs = Needs {
-                devices,
-                volumes: adapted.volumes,
-                shared,
-                direct: given.attach_direct(inner, adapted.direct)?,
-                pids: bundle.pids.clone(),
-            };
-            launch(inner, id, &adapted.spec, needs, stdio)
+        Self::make(inner, id, None, &bundle.rootfs, |making| {
+            let root = Root::of(&bundle.rootfs)?;
+            let accounts = making.accounts(root, &bundle.rootfs)?;
+            making.make(bundle.clone(), root, &accounts, &[], stdio)
         })
     }
 
     fn make(
         inner: Arc<Inner>,
-        made_of: MadeOf,
         id: &str,
-        make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
+        config: Option<Box<ContainerConfig>>,
+        rootfs: &Path,
+        make: impl FnOnce(&mut Making<'_>) -> Result<(Process, OciProcess), Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
         // It counts among those that live as soon as it is made.
         let mark = inner.ends.add();
         let begun = inner.timeline.begin("create", id);
-        match make(&inner, &mut given) {
-            Ok(process) => {
+        let made = make(&mut Making {
+            inner: &inner,
+            id,
+            given: &mut given,
+        });
+        match made {
+            Ok((process, first)) => {
                 inner.timeline.end(begun);
                 Ok(Self {
                     process,
-                    made_of,
+                    config,
+                    rootfs: rootfs.into(),
+                    first,
                     given: Mutex::new(given),
                     next_exec: AtomicU64::new(1),
                     mark,
@@ -221,48 +277,6 @@ impl Container {
                 Err(error)
             }
         }
-    }
-
-    fn try_create(
-        inner: &Arc<Inner>,
-        id: &str,
-        config: &ContainerConfig,
-        given: &mut Given,
-    ) -> Result<Process, Error> {
-        let root = Root::of(&config.rootfs)?;
-        let accounts = match root {
-            Root::Directory => Accounts::read(&config.rootfs),
-            Root::Image => {
-                let disk = inner.attach_disk(&DiskConfig {
-                    read_only: true,
-                    ..DiskConfig::new(&config.rootfs)
-                })?;
-                let name = disk.device().name.clone();
-                let (_, is_mounted) = given.image.insert((disk, false));
-                inner.agent.mount_image(id, &name)?;
-                *is_mounted = true;
-                inner.agent.accounts(id)?
-            }
-        };
-        let mut spec = spec::build(id, config, &accounts)?;
-        if config.read_only && root == Root::Directory {
-            let is_file = |destination: &Path| {
-                let volume = config.volumes.iter().find(|v| v.destination == destination);
-                volume.is_some_and(|v| v.source.is_file())
-            };
-            let mounts = spec.mounts().iter().flatten();
-            let points: Vec<_> = mounts
-                .map(|m| (m.destination().as_path(), is_file(m.destination())))
-                .collect();
-            mount_points::make(&config.rootfs, &points)?;
-        }
-        let shared = given.share(inner, id, spec::shares(id, config), &mut spec)?;
-        let needs = Needs {
-            devices: config.devices.iter().map(agent::block_device).collect(),
-            shared,
-            ..Needs::default()
-        };
-        launch(inner, id, &spec, needs, config.process.stdio)
     }
 
     /// Lets the first process run.
@@ -286,10 +300,7 @@ impl Container {
 
     /// What it was made of; none if that is an OCI bundle.
     pub fn config(&self) -> Option<&ContainerConfig> {
-        match &self.made_of {
-            MadeOf::Config(config) => Some(config),
-            MadeOf::Bundle(_) => None,
-        }
+        self.config.as_deref()
     }
 
     /// The first process.
@@ -353,23 +364,12 @@ impl Container {
         Ok(output)
     }
 
-    /// Runs another process in the container.
+    /// Runs another process in the container. It may what the first process may.
     ///
     /// # Errors
-    /// If the container has ended, or the program can't be found, or the container is an OCI bundle's
-    /// (see [`exec_oci`](Self::exec_oci)).
+    /// If the container has ended, or the program can't be found.
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
-        let inner = &self.process.inner;
-        let Some(container) = self.config() else {
-            let reason = "a container of an OCI bundle takes OCI processes";
-            return Err(Error::container("process", reason));
-        };
-        let has_image = self.given().image.is_some();
-        let accounts = match has_image {
-            true => inner.agent.accounts(&self.process.container)?,
-            false => Accounts::read(&container.rootfs),
-        };
-        let process = spec::exec_process(container, &accounts, config)?;
+        let process = oci::process::like(&self.first, config, &self.accounts()?)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
         self.launch(&format!("exec-{number}"), &process, config.stdio)
     }
@@ -385,13 +385,18 @@ impl Container {
         process: &OciProcess,
         stdio: Stdio,
     ) -> Result<Process, Error> {
-        let rootfs = match &self.made_of {
-            MadeOf::Config(config) => &config.rootfs,
-            MadeOf::Bundle(rootfs) => rootfs,
-        };
         let mut process = process.clone();
-        oci::adapt_process(&mut process, &Accounts::read(rootfs))?;
+        oci::process::adapt(&mut process, &self.accounts()?)?;
         self.launch(name, &process, stdio)
+    }
+
+    /// The users of its root as they are now.
+    fn accounts(&self) -> Result<Accounts, Error> {
+        let has_image = self.given().image.is_some();
+        match has_image {
+            true => self.process.inner.agent.accounts(&self.process.container),
+            false => Ok(Accounts::read(&self.rootfs)),
+        }
     }
 
     fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {

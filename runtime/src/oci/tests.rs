@@ -1,7 +1,17 @@
 //! What an OCI configuration becomes in the guest.
 
+use super::devices::block_number;
 use super::*;
+use crate::account::tests::rootfs;
+use crate::{ContainerConfig, ProcessConfig, Seccomp, Stdio, User, Volume};
+use rustix::fs::FileType;
 use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+
+fn adapt_it(id: &str, bundle: Bundle) -> Result<Adapted, Error> {
+    adapt(id, bundle, Root::Directory, &Accounts::default())
+}
 
 fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
     let dir = tempfile::tempdir().unwrap();
@@ -34,7 +44,7 @@ fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
 
 fn error(change: impl FnOnce(&mut Value)) -> String {
     let (_dir, bundle) = bundle(change);
-    let adapted = adapt("c", &bundle, &Accounts::default());
+    let adapted = adapt_it("c", bundle);
     adapted.err().expect("a refusal").to_string()
 }
 
@@ -49,7 +59,7 @@ fn what_is_the_hosts_becomes_the_guests() {
         ]);
     });
     std::fs::write(dir.path().join("hosts"), "").unwrap();
-    let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+    let adapted = adapt_it("c", bundle).unwrap();
     let text = serde_json::to_string(&adapted.spec).unwrap();
     assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
     assert!(
@@ -81,7 +91,7 @@ fn mounts_of_the_root_propagate_as_runc_names_it() {
         let (_dir, bundle) = bundle(|spec| {
             spec["linux"]["rootfsPropagation"] = wanted.into();
         });
-        let adapted = adapt("c", &bundle, &Accounts::default());
+        let adapted = adapt_it("c", bundle);
         let spec = adapted.map(|adapted| serde_json::to_value(&adapted.spec).unwrap());
         spec.map(|spec| spec["linux"]["rootfsPropagation"].clone())
     };
@@ -106,7 +116,7 @@ fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
         spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         spec["linux"]["devices"] = devices;
     });
-    let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+    let adapted = adapt_it("c", bundle).unwrap();
     let nodes = adapted.spec.linux().as_ref().unwrap().devices().clone();
     let disks = adapted.disks.into_iter().map(|disk| disk.path);
     (disks.collect(), nodes.map_or(0, |nodes| nodes.len()))
@@ -160,7 +170,7 @@ fn users_of_their_own_get_the_guests_sysfs() {
             spec["mounts"] = json!([sysfs]);
             spec["linux"]["namespaces"] = namespaces;
         });
-        let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+        let adapted = adapt_it("c", bundle).unwrap();
         serde_json::to_value(&adapted.spec.mounts().as_ref().unwrap()[0]).unwrap()
     };
     let own = with(json!([{"type": "network"}, {"type": "mount"}, {"type": "user"}]));
@@ -195,4 +205,343 @@ fn what_cannot_be_had_is_refused_by_name() {
         spec["mounts"] = json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/y"}]);
     };
     assert!(error(missing).contains("/nonexistent/y"));
+}
+
+/// What a container's configuration becomes, as JSON.
+fn of(change: impl FnOnce(&mut ContainerConfig)) -> Value {
+    serde_json::to_value(bundle_of(change).unwrap().spec).unwrap()
+}
+
+fn bundle_of(change: impl FnOnce(&mut ContainerConfig)) -> Result<Bundle, Error> {
+    let dir = rootfs();
+    let mut config = ContainerConfig::new("/root-of-it", ["sh", "-c", "true"]);
+    change(&mut config);
+    from_config::bundle("c1", &config, &Accounts::read(dir.path()))
+}
+
+/// The options of the mount at this place, after its type and source.
+fn mount(spec: &Value, destination: &str) -> Vec<String> {
+    let mounts = spec["mounts"].as_array().unwrap();
+    let found = mounts.iter().find(|m| m["destination"] == destination);
+    let found = found.unwrap_or_else(|| panic!("no mount at {destination}"));
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let own = [text(&found["type"]), text(&found["source"])];
+    let options = found["options"].as_array().unwrap().iter().map(text);
+    own.into_iter().chain(options).collect()
+}
+
+#[test]
+fn a_containers_defaults_are_an_engines() {
+    let spec = of(|_| {});
+    assert_eq!(
+        spec["root"],
+        json!({"path": "/root-of-it", "readonly": false})
+    );
+    assert_eq!(spec["hostname"], "c1");
+    let process = &spec["process"];
+    assert_eq!(process["args"], json!(["sh", "-c", "true"]));
+    assert_eq!(
+        (&process["cwd"], &process["terminal"]),
+        (&json!("/"), &json!(false))
+    );
+    assert_eq!(
+        process["user"],
+        json!({"uid": 0, "gid": 0, "additionalGids": []})
+    );
+    let env = process["env"].as_array().unwrap();
+    assert!(env.contains(&"HOME=/root".into()), "{env:?}");
+    assert!(
+        env.iter()
+            .any(|v| v.as_str().unwrap().starts_with("PATH=/usr/local/sbin:"))
+    );
+    assert!(!env.iter().any(|v| v.as_str().unwrap().starts_with("TERM=")));
+    for set in ["bounding", "effective", "permitted"] {
+        let set = process["capabilities"][set].as_array().unwrap();
+        assert!(
+            set.len() == 14 && set.contains(&"CAP_NET_RAW".into()),
+            "{set:?}"
+        );
+    }
+    for set in ["inheritable", "ambient"] {
+        assert!(process["capabilities"][set].is_null(), "{set}");
+    }
+    let linux = &spec["linux"];
+    let namespaces = linux["namespaces"].as_array().unwrap();
+    let kinds: Vec<_> = namespaces
+        .iter()
+        .map(|n| n["type"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["pid", "mount", "uts", "ipc", "cgroup", "network"]);
+    assert_eq!(linux["resources"]["devices"][0]["allow"], false);
+    assert!(
+        linux["maskedPaths"]
+            .as_array()
+            .unwrap()
+            .contains(&"/proc/kcore".into())
+    );
+    assert!(
+        linux["readonlyPaths"]
+            .as_array()
+            .unwrap()
+            .contains(&"/proc/sys".into())
+    );
+    assert_eq!(linux["seccomp"]["defaultAction"], "SCMP_ACT_ALLOW");
+    assert_eq!(mount(&spec, "/sys").last().unwrap(), "ro");
+    for place in [
+        "/proc",
+        "/dev",
+        "/dev/pts",
+        "/dev/shm",
+        "/dev/mqueue",
+        "/sys/fs/cgroup",
+    ] {
+        mount(&spec, place);
+    }
+}
+
+#[test]
+fn each_option_of_a_process_is_in_the_configuration() {
+    let spec = of(|config| {
+        config.process = ProcessConfig {
+            env: vec!["A=1".into(), "PATH=/own".into(), "HOME=/h".into()],
+            cwd: Some("/work".into()),
+            user: User {
+                text: "web:log".into(),
+            },
+            stdio: Stdio::Terminal {
+                rows: 24,
+                columns: 80,
+            },
+            ..config.process.clone()
+        };
+        config.no_new_privileges = true;
+    });
+    let process = &spec["process"];
+    assert_eq!(
+        process["env"],
+        json!(["A=1", "PATH=/own", "HOME=/h", "TERM=xterm"])
+    );
+    assert_eq!(
+        (&process["cwd"], &process["terminal"]),
+        (&json!("/work"), &json!(true))
+    );
+    assert_eq!(
+        (&process["user"]["uid"], &process["user"]["gid"]),
+        (&json!(33), &json!(40))
+    );
+    assert_eq!(process["noNewPrivileges"], true);
+    // A user other than root has what programs give it.
+    let capabilities = &process["capabilities"];
+    assert_eq!(capabilities["bounding"].as_array().unwrap().len(), 14);
+    assert_eq!(
+        (&capabilities["effective"], &capabilities["permitted"]),
+        (&json!([]), &json!([]))
+    );
+}
+
+#[test]
+fn each_option_of_a_container_is_in_the_configuration() {
+    let spec = of(|config| {
+        config.hostname = Some("other".into());
+        config.read_only = true;
+        config.tmpfs = vec!["/scratch".into()];
+        config.capabilities = vec!["net_admin".into(), "CAP_SYS_PTRACE".into()];
+        config.seccomp = Seccomp::Unconfined;
+        config.volumes = vec![
+            Volume::new("/a", "/b"),
+            Volume {
+                read_only: true,
+                follow_mounts: true,
+                ..Volume::new("/c", "/d")
+            },
+        ];
+    });
+    assert_eq!(
+        (&spec["hostname"], &spec["root"]["readonly"]),
+        (&json!("other"), &json!(true))
+    );
+    assert_eq!(
+        mount(&spec, "/scratch"),
+        ["tmpfs", "tmpfs", "nosuid", "nodev", "mode=1777"]
+    );
+    assert_eq!(
+        mount(&spec, "/b"),
+        ["bind", "/a", "rbind", "rprivate", "rw"]
+    );
+    assert_eq!(mount(&spec, "/d"), ["bind", "/c", "rbind", "rslave", "ro"]);
+    let bounding = spec["process"]["capabilities"]["bounding"]
+        .as_array()
+        .unwrap();
+    assert!(bounding.contains(&"CAP_NET_ADMIN".into()) && bounding.len() == 16);
+    assert!(spec["linux"]["seccomp"].is_null());
+    let all = of(|config| config.capabilities = vec!["all".into()]);
+    assert_eq!(
+        all["process"]["capabilities"]["bounding"]
+            .as_array()
+            .unwrap()
+            .len(),
+        41
+    );
+}
+
+#[test]
+fn a_privileged_container_is_root_of_its_guest() {
+    let spec = of(|config| config.privileged = true);
+    let linux = &spec["linux"];
+    assert_eq!(linux["resources"]["devices"][0]["allow"], true);
+    assert_eq!(
+        (&linux["maskedPaths"], &linux["readonlyPaths"]),
+        (&json!([]), &json!([]))
+    );
+    assert!(linux["seccomp"].is_null());
+    assert_eq!(
+        spec["process"]["capabilities"]["effective"]
+            .as_array()
+            .unwrap()
+            .len(),
+        41
+    );
+    assert_eq!(mount(&spec, "/sys").last().unwrap(), "rw");
+    assert_eq!(mount(&spec, "/sys/fs/cgroup").last().unwrap(), "rw");
+}
+
+#[test]
+fn what_is_wrong_with_a_container_is_named() {
+    let error = |change: fn(&mut ContainerConfig)| bundle_of(change).unwrap_err().to_string();
+    assert!(error(|config| config.capabilities = vec!["fly".into()]).contains("CAP_FLY"));
+    assert!(error(|config| config.process.args.clear()).contains("command"));
+    assert!(error(|config| config.process.args = vec!["".into()]).contains("command"));
+    assert!(error(|config| config.process.user.text = "nobody".into()).contains("nobody"));
+    assert!(error(|config| config.process.cwd = Some("work".into())).contains("work"));
+    assert!(error(|config| config.tmpfs = vec!["x".into()]).contains("absolute"));
+    assert!(error(|config| config.volumes = vec![Volume::new("/a", "b")]).contains("absolute"));
+    let missing = Root::of(Path::new("/nonexistent")).unwrap_err().to_string();
+    assert!(missing.starts_with("rootfs: /nonexistent"), "{missing}");
+}
+
+#[test]
+fn the_guests_configuration_names_guest_paths_only() {
+    let dir = rootfs();
+    let mut config = ContainerConfig::new(dir.path(), ["true"]);
+    config.volumes.push(Volume::new(dir.path(), "/data"));
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let mut adapted = adapt_it("c1", bundle).unwrap();
+    let text = serde_json::to_string(&adapted.spec).unwrap();
+    assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
+    // The host's own mount of the second is read-only.
+    let place = |(number, share): (usize, &Share)| {
+        let path = format!("/place/{number}").into();
+        (
+            share.name.clone(),
+            SharedPlace {
+                path,
+                read_only: number == 1,
+            },
+        )
+    };
+    let places: HashMap<_, _> = adapted.shares.iter().enumerate().map(place).collect();
+    place_shares(&mut adapted.spec, &places);
+    let spec = serde_json::to_value(&adapted.spec).unwrap();
+    assert_eq!(spec["root"]["path"], "/place/0");
+    assert_eq!(
+        mount(&spec, "/data"),
+        ["bind", "/place/1", "rbind", "rprivate", "ro"]
+    );
+    // What is missing of it is an error before anything is asked of the guest.
+    config.volumes.push(Volume::new("/nonexistent", "/x"));
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let missing = adapt_it("c1", bundle).err().unwrap().to_string();
+    assert!(missing.contains("/nonexistent"), "{missing}");
+}
+
+#[test]
+fn a_root_that_is_an_image_is_the_guests_to_mount() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    assert_eq!(Root::of(image.path()).unwrap(), Root::Image);
+    let config = ContainerConfig::new(image.path(), ["true"]);
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let adapted = adapt("c1", bundle, Root::Image, &Accounts::default()).unwrap();
+    let root = adapted.spec.root().as_ref().unwrap().path().clone();
+    assert_eq!(root, Path::new(&koya_protocol::image_root("c1")));
+    assert!(adapted.shares.is_empty());
+}
+
+#[test]
+fn a_bundle_keeps_what_it_says() {
+    let (_dir, bundle) = bundle(|spec| {
+        spec["hostname"] = "said".into();
+        spec["process"] = json!({"terminal": true, "user": {"uid": 5, "gid": 6, "additionalGids": [7], "umask": 63},
+            "args": ["a", "b"], "cwd": "/w", "env": ["PATH=/p", "HOME=/h", "X=y"],
+            "capabilities": {"bounding": ["CAP_KILL"], "ambient": ["CAP_KILL"]},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 9, "soft": 8}], "noNewPrivileges": true, "oomScoreAdj": 100});
+        spec["mounts"][0]["options"] = json!(["nosuid", "hidepid=2"]);
+        spec["linux"]["maskedPaths"] = json!(["/proc/x"]);
+        spec["linux"]["sysctl"] = json!({"kernel.msgmax": "1"});
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]});
+        spec["linux"]["resources"]["pids"] = json!({"limit": 17});
+    });
+    let said = serde_json::to_value(&bundle.spec).unwrap();
+    let kept = serde_json::to_value(&adapt_it("c", bundle).unwrap().spec).unwrap();
+    for path in [
+        "/hostname",
+        "/mounts",
+        "/linux/maskedPaths",
+        "/linux/sysctl",
+        "/linux/seccomp",
+        "/linux/resources/pids",
+    ] {
+        assert_eq!(kept.pointer(path), said.pointer(path), "{path}");
+    }
+    let mut process = said["process"].clone();
+    assert_eq!(process["args"], json!(["a", "b"]));
+    assert!(
+        process
+            .as_object_mut()
+            .unwrap()
+            .remove("apparmorProfile")
+            .is_none()
+    );
+    assert_eq!(kept["process"], process);
+}
+
+#[test]
+fn an_added_process_may_what_the_first_one_may() {
+    let dir = rootfs();
+    let accounts = Accounts::read(dir.path());
+    let (_dir, bundle) = bundle(|spec| {
+        spec["process"]["capabilities"] =
+            json!({"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": []});
+        spec["process"]["env"] = json!(["SECRET=1"]);
+        spec["process"]["noNewPrivileges"] = true.into();
+        spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NPROC", "hard": 9, "soft": 8}]);
+    });
+    let first = adapt_it("c", bundle)
+        .unwrap()
+        .spec
+        .process()
+        .clone()
+        .unwrap();
+    let like = |user: &str| {
+        let config = ProcessConfig {
+            args: vec!["ps".into()],
+            user: User { text: user.into() },
+            ..ProcessConfig::default()
+        };
+        serde_json::to_value(process::like(&first, &config, &accounts).unwrap()).unwrap()
+    };
+    let root = like("");
+    assert_eq!(
+        root["capabilities"]["effective"].as_array().unwrap().len(),
+        2
+    );
+    assert_eq!(root["rlimits"][0]["hard"], 9);
+    assert_eq!(
+        (&root["noNewPrivileges"], &root["args"]),
+        (&json!(true), &json!(["ps"]))
+    );
+    assert!(!root["env"].to_string().contains("SECRET"));
+    let web = like("web");
+    assert_eq!(web["capabilities"]["effective"], json!([]));
+    assert!(web["env"].to_string().contains("HOME=/var/www"));
+    assert_eq!(web["user"]["additionalGids"], json!([40]));
 }
