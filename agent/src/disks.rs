@@ -1,14 +1,12 @@
 //! The guest's disks: those that come and go, and who may use them.
 
+use crate::configuration;
 use crate::device_rules;
 use crate::helper::bundle;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
 use koya_protocol::messages::BlockDevice;
-use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-    Spec,
-};
+use oci_spec::runtime::{LinuxDevice, Spec};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, chmodat, makedev, mknodat, openat2, unlinkat,
 };
@@ -88,58 +86,13 @@ fn unbind(window: u32) -> Result<()> {
         .with_context(|| format!("the kernel does not let go of window {window}"))
 }
 
-fn number(device: &BlockDevice) -> Result<(i64, i64)> {
+/// The number by which the kernel knows it.
+pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     let name = check_id(&device.guest_name)?;
     let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
         .with_context(|| format!("the guest has no disk {name}"))?;
     let (major, minor) = number.trim().split_once(':').context("no device number")?;
     Ok((major.parse()?, minor.parse()?))
-}
-
-fn change(
-    spec: &mut Spec,
-    change: impl FnOnce(&mut Vec<LinuxDevice>, &mut Vec<LinuxDeviceCgroup>),
-) -> Result<()> {
-    let mut rules = device_rules::of(spec);
-    let linux = spec.linux_mut().as_mut();
-    let linux = linux.context("no Linux configuration")?;
-    let mut nodes = linux.devices().clone().unwrap_or_default();
-    change(&mut nodes, &mut rules);
-    linux.set_devices(Some(nodes));
-    let mut resources = linux.resources().clone().unwrap_or_default();
-    resources.set_devices(Some(rules));
-    linux.set_resources(Some(resources));
-    Ok(())
-}
-
-/// Gives a container that is to be made one of the guest's disks, whose number only the guest knows.
-pub(crate) fn add(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
-    let (major, minor) = number(device)?;
-    let node = LinuxDeviceBuilder::default()
-        .typ(LinuxDeviceType::B)
-        .path(&device.path)
-        .major(major)
-        .minor(minor)
-        .file_mode(match device.mode {
-            0 => 0o660,
-            mode => mode & 0o777,
-        })
-        .uid(device.uid)
-        .gid(device.gid)
-        .build()?;
-    let rule = LinuxDeviceCgroupBuilder::default()
-        .allow(true)
-        .typ(LinuxDeviceType::B)
-        .major(major)
-        .minor(minor)
-        .access(if device.read_only { "rm" } else { "rwm" })
-        .build()?;
-    change(spec, |nodes, rules| {
-        nodes.push(node);
-        // The last match wins, and one that allows everything must stay the last.
-        let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
-        rules.insert(at, rule);
-    })
 }
 
 /// Gives a running container a disk: all of it, or nothing.
@@ -161,7 +114,7 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
         .with_context(|| format!("cannot make {} in the container", device.path))?;
     let given = chmodat(&dir, &name, mode, AtFlags::empty())
         .map_err(anyhow::Error::from)
-        .and_then(|()| add(&mut spec, device))
+        .and_then(|()| configuration::add_disk(&mut spec, device))
         .and_then(|()| save(&spec, &path))
         .and_then(|()| device_rules::apply(to.id, &spec));
     if given.is_err() {
@@ -176,7 +129,7 @@ pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let mut spec = Spec::load(&path)?;
     let place_of_it = Path::new(&device.path);
     // The disk itself may be gone already: its number stands in the configuration.
-    change(&mut spec, |nodes, rules| {
+    configuration::change_devices(&mut spec, |nodes, rules| {
         let number = |node: &LinuxDevice| (Some(node.major()), Some(node.minor()));
         let gone = nodes.iter().find(|node| node.path() == place_of_it);
         let gone = gone.map(number);

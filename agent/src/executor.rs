@@ -3,15 +3,19 @@
 //! libcontainer's own executor loses the reason when that fails, and a process that is added to a
 //! container does not get the container's seccomp filter from it. Here both are seen to.
 
+use crate::cgroup;
 use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
+use rustix::fs::{FileType, Uid, fchown, fstat};
+use rustix::termios::isatty;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _, stderr, stdin, stdout};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -75,10 +79,12 @@ impl Program {
 /// What libcontainer leaves to us for added processes.
 #[derive(Clone)]
 pub(crate) struct Confinement {
-    /// The file by which it joins the container's control group.
-    pub(crate) group: Arc<File>,
+    /// The files by which it joins the container's control group.
+    pub(crate) groups: Vec<Arc<File>>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
     pub(crate) capabilities: Option<LinuxCapabilities>,
+    /// The user whose its streams are.
+    pub(crate) uid: u32,
 }
 
 /// The program's path, or the exit status and reason that a shell would give.
@@ -151,10 +157,29 @@ impl Executor for Program {
     }
 }
 
+/// A process's streams are its user's, who may open them by other names (/dev/stdout), as runc has it: pipes and
+/// terminals that were made for it, and no devices. In a user namespace what is not its own stays as it is.
+pub(crate) fn give_streams(uid: u32) {
+    let streams = [
+        stdin().as_fd().try_clone_to_owned(),
+        stdout().as_fd().try_clone_to_owned(),
+        stderr().as_fd().try_clone_to_owned(),
+    ];
+    for stream in streams.into_iter().flatten() {
+        let is_its_own = fstat(&stream).is_ok_and(|found| {
+            FileType::from_raw_mode(found.st_mode) == FileType::Fifo || isatty(&stream)
+        });
+        if is_its_own {
+            fchown(&stream, Some(Uid::from_raw(uid)), None).ok();
+        }
+    }
+}
+
 fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
-    // Itself. The kernel goes by who has opened the file.
-    let joined = (&*confinement.group).write_all(b"0");
-    joined.map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
+    let doors = confinement.groups.iter().map(|door| &**door);
+    cgroup::join(doors)
+        .map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
+    give_streams(confinement.uid);
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;
     }

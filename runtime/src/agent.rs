@@ -227,6 +227,8 @@ impl Agent {
             ephemeral_volumes: needs.volumes,
             disk_volumes: needs.direct,
             shared_volumes: needs.shared,
+            guest_devices: needs.guest_devices,
+            files: needs.files,
             ..Default::default()
         };
         self.ask("create the container", limit, |client, limit| {

@@ -129,6 +129,9 @@ pub(crate) struct Needs {
     pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) shared: Vec<messages::SharedVolume>,
     pub(crate) pids: SharedPids,
+    /// Whether it has a node of each of the guest's devices.
+    pub(crate) guest_devices: bool,
+    pub(crate) files: Vec<messages::File>,
 }
 
 /// Makes a container's first process, which waits to be started.
@@ -183,32 +186,44 @@ impl Making<'_> {
         bundle: Bundle,
         root: Root,
         accounts: &Accounts,
-        devices: &[Device],
+        mut needs: Needs,
         stdio: Stdio,
     ) -> Result<(Process, OciProcess), Error> {
         let (inner, id) = (self.inner, self.id);
-        let (rootfs, pids) = (bundle.rootfs.clone(), bundle.pids.clone());
+        let rootfs = bundle.rootfs.clone();
+        needs.pids = bundle.pids.clone();
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
             let points = adapted.mount_points.iter();
             let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
             mount_points::make(&rootfs, &points)?;
+            let root = adapted.spec.root().as_ref();
+            if root.and_then(|root| root.readonly()) == Some(true) {
+                make_optional(&rootfs, &needs.files);
+            }
         }
-        let shared = self
+        needs.shared = self
             .given
             .share(inner, id, adapted.shares, &mut adapted.spec)?;
-        let attached = self.given.attach(inner, adapted.disks)?;
-        let devices = devices.iter().map(agent::block_device);
-        let needs = Needs {
-            devices: devices.chain(attached).collect(),
-            volumes: adapted.volumes,
-            shared,
-            direct: self.given.attach_direct(inner, adapted.direct)?,
-            pids,
-        };
+        needs
+            .devices
+            .extend(self.given.attach(inner, adapted.disks)?);
+        needs.volumes = adapted.volumes;
+        needs.direct = self.given.attach_direct(inner, adapted.direct)?;
+        needs.guest_devices |= adapted.has_guest_devices;
         let process = launch(inner, id, &adapted.spec, needs, stdio)?;
         let first = adapted.spec.process().clone().unwrap_or_default();
         Ok((process, first))
+    }
+}
+
+/// Places for files that the guest can't make, in a root that is read-only for it. Without one of them a
+/// container runs too.
+fn make_optional(rootfs: &Path, files: &[messages::File]) {
+    for file in files {
+        if let Err(error) = mount_points::make(rootfs, &[(Path::new(&file.path), true)]) {
+            log::debug!("{error}");
+        }
     }
 }
 
@@ -223,8 +238,13 @@ impl Container {
             let root = Root::of(&config.rootfs)?;
             let accounts = making.accounts(root, &config.rootfs)?;
             let bundle = oci::from_config::bundle(id, config, &accounts)?;
-            let stdio = config.process.stdio;
-            making.make(bundle, root, &accounts, &config.devices, stdio)
+            let needs = Needs {
+                devices: config.devices.iter().map(agent::block_device).collect(),
+                guest_devices: config.privileged,
+                files: oci::from_config::files(id, config),
+                ..Needs::default()
+            };
+            making.make(bundle, root, &accounts, needs, config.process.stdio)
         })
     }
 
@@ -237,7 +257,7 @@ impl Container {
         Self::make(inner, id, None, &bundle.rootfs, |making| {
             let root = Root::of(&bundle.rootfs)?;
             let accounts = making.accounts(root, &bundle.rootfs)?;
-            making.make(bundle.clone(), root, &accounts, &[], stdio)
+            making.make(bundle.clone(), root, &accounts, Needs::default(), stdio)
         })
     }
 

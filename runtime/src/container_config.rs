@@ -128,6 +128,20 @@ pub struct ContainerConfig {
     pub seccomp: Seccomp,
     /// Whether its programs can't gain privileges by set-user-ID files and the like.
     pub no_new_privileges: bool,
+    /// Limits of its processes' resources. Default: 1048576 open files, and of the rest what the kernel gives; no
+    /// limit of processes.
+    pub rlimits: Vec<Rlimit>,
+}
+
+/// A limit of a process's resources: setrlimit(2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rlimit {
+    /// Which, with or without `RLIMIT_`: `nofile`.
+    pub resource: String,
+    /// What is in force; `u64::MAX` is no limit.
+    pub soft: u64,
+    /// What it may be raised to.
+    pub hard: u64,
 }
 
 impl ContainerConfig {

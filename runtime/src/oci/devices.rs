@@ -78,8 +78,20 @@ const GUEST_DEVICES: &[(i64, i64)] = &[
     (10, 229),
 ];
 
-/// Leaves the guest's own nodes in a configuration. Returns the disks of the host's that it asks for.
-pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Vec<HostDisk>, Error> {
+/// The devices of a container beyond those that its configuration has for the guest.
+#[derive(Debug, Default)]
+pub(super) struct Adapted {
+    /// Disks of the host's that it asks for.
+    pub(super) disks: Vec<HostDisk>,
+    /// Whether it is given all that its host has: of a guest's, that is all that the guest has.
+    pub(super) lists_the_hosts: bool,
+}
+
+/// Leaves the guest's own nodes in a configuration.
+///
+/// # Errors
+/// Which can't be had.
+pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
     let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
         let rules = resources.devices().iter().flatten();
         let all = |r: &oci::LinuxDeviceCgroup| {
@@ -90,7 +102,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Vec<HostDisk>, Error> {
         rules.into_iter().any(all)
     });
     let mut devices = Vec::new();
-    let mut disks = Vec::new();
+    let mut adapted = Adapted::default();
     for device in linux.devices().iter().flatten() {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
@@ -107,8 +119,9 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Vec<HostDisk>, Error> {
         if is_pipe || is_character && GUEST_DEVICES.contains(&number) {
             devices.push(device.clone());
         } else if let Some(disk) = disk.filter(is_volume) {
-            disks.push(disk);
+            adapted.disks.push(disk);
         } else if all_allowed {
+            adapted.lists_the_hosts = true;
             log::debug!(
                 "{} is a device of the host's alone",
                 device.path().display()
@@ -123,7 +136,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Vec<HostDisk>, Error> {
     if let Some(resources) = linux.resources_mut() {
         leave_out_disks(resources);
     }
-    Ok(disks)
+    Ok(adapted)
 }
 
 /// The host's numbers of disks are others' in the guest.

@@ -3,8 +3,10 @@
 use super::{Bundle, SharedPids, capabilities, process};
 use crate::account::Accounts;
 use crate::{ContainerConfig, Error};
+use koya_protocol::messages::File;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What is made of a container's configuration. Its user is one of these accounts.
@@ -47,7 +49,7 @@ pub(crate) fn bundle(
         "user": {},
         "cwd": "/",
         "capabilities": {"bounding": capabilities},
-        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1_048_576, "soft": 1_048_576}],
+        "rlimits": rlimits(config)?,
         "noNewPrivileges": config.no_new_privileges,
     });
     let allowed: Process = serde_json::from_value(allowed).map_err(wrong)?;
@@ -82,6 +84,64 @@ const READ_ONLY: &[&str] = &[
     "/proc/sys",
     "/proc/sysrq-trigger",
 ];
+
+/// As containerd has it by default. The guest's own of processes is none: control groups are what bounds them.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// As setrlimit(2) names them, without what all have in common.
+const RESOURCES: &[&str] = &[
+    "AS",
+    "CORE",
+    "CPU",
+    "DATA",
+    "FSIZE",
+    "LOCKS",
+    "MEMLOCK",
+    "MSGQUEUE",
+    "NICE",
+    "NOFILE",
+    "NPROC",
+    "RSS",
+    "RTPRIO",
+    "RTTIME",
+    "SIGPENDING",
+    "STACK",
+];
+
+fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
+    let mut all = BTreeMap::from([("NOFILE".to_owned(), (OPEN_FILES, OPEN_FILES))]);
+    for limit in &config.rlimits {
+        let name = limit.resource.to_uppercase();
+        let name = name.trim_start_matches("RLIMIT_");
+        let wrong = |why: &str| Error::container("rlimit", format!("{}: {why}", limit.resource));
+        if !RESOURCES.contains(&name) {
+            return Err(wrong("there is no such limit"));
+        }
+        if limit.soft > limit.hard {
+            return Err(wrong("the soft limit is above the hard one"));
+        }
+        all.insert(name.into(), (limit.soft, limit.hard));
+    }
+    let oci = |(name, (soft, hard))| json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard});
+    Ok(all.into_iter().map(oci).collect())
+}
+
+/// What programs look for and few roots have.
+pub(crate) fn files(id: &str, config: &ContainerConfig) -> Vec<File> {
+    let name = config.hostname.as_deref().unwrap_or(id);
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
+    );
+    let file = |path: &str, content: String| File {
+        path: path.into(),
+        content: content.into_bytes(),
+        ..Default::default()
+    };
+    vec![
+        file("/etc/hosts", hosts),
+        file("/etc/hostname", format!("{name}\n")),
+    ]
+}
 
 fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {

@@ -36,10 +36,12 @@ pub(crate) struct Adapted {
     pub(crate) volumes: Vec<EphemeralVolume>,
     /// Block devices of the host's that it is to have.
     pub(crate) disks: Vec<HostDisk>,
+    /// Whether it has a node of each of the guest's devices.
+    pub(crate) has_guest_devices: bool,
     /// Those whose file systems the guest is to mount, by the numbers of their mounts.
     pub(crate) direct: Vec<(u32, DirectVolume)>,
     /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
-    /// directory.
+    /// directory of a read-only one.
     pub(crate) mount_points: Vec<(PathBuf, bool)>,
 }
 
@@ -67,26 +69,31 @@ pub(crate) fn adapt(
     spec.set_hooks(None);
     let root = adapt_root(id, rootfs, root, &mut spec);
     let mounts = mounts::adapt(id, &folder, &mut spec)?;
-    let mut disks = Vec::new();
+    let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
         namespaces::adapt(linux, &pids)?;
         let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
         linux.set_rootfs_propagation(propagation.transpose()?);
-        disks = devices::adapt(linux)?;
+        devices = devices::adapt(linux)?;
         if let Some(resources) = linux.resources_mut() {
             only_the_guests(resources);
         }
     }
     let mut mount_points = mounts.points;
+    let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
     if let Some(process) = spec.process_mut() {
-        mount_points.push((process.cwd().clone(), false));
+        // The guest makes it where it may, and gives it to its user.
+        if is_read_only {
+            mount_points.push((process.cwd().clone(), false));
+        }
         process::adapt(process, accounts)?;
     }
     Ok(Adapted {
         spec,
         shares: root.into_iter().chain(mounts.shares).collect(),
         volumes: mounts.volumes,
-        disks,
+        disks: devices.disks,
+        has_guest_devices: devices.lists_the_hosts,
         direct: mounts.direct,
         mount_points,
     })

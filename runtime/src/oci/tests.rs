@@ -3,7 +3,7 @@
 use super::devices::block_number;
 use super::*;
 use crate::account::tests::rootfs;
-use crate::{ContainerConfig, ProcessConfig, Seccomp, Stdio, User, Volume};
+use crate::{ContainerConfig, ProcessConfig, Rlimit, Seccomp, Stdio, User, Volume};
 use rustix::fs::FileType;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -544,4 +544,74 @@ fn an_added_process_may_what_the_first_one_may() {
     assert_eq!(web["capabilities"]["effective"], json!([]));
     assert!(web["env"].to_string().contains("HOME=/var/www"));
     assert_eq!(web["user"]["additionalGids"], json!([40]));
+}
+
+#[test]
+fn limits_of_resources_are_an_engines() {
+    let limits = |change: fn(&mut ContainerConfig)| of(change)["process"]["rlimits"].clone();
+    let files = json!({"type": "RLIMIT_NOFILE", "soft": 1_048_576, "hard": 1_048_576});
+    assert_eq!(limits(|_| {}), json!([files]));
+    fn limit(resource: &str, soft: u64, hard: u64) -> Rlimit {
+        Rlimit {
+            resource: resource.into(),
+            soft,
+            hard,
+        }
+    }
+    let changed = limits(|config| {
+        config.rlimits = vec![limit("nofile", 5, 6), limit("RLIMIT_CORE", 0, u64::MAX)];
+    });
+    assert_eq!(
+        changed,
+        json!([{"type": "RLIMIT_CORE", "soft": 0, "hard": u64::MAX},
+            {"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}])
+    );
+    for (wrong, named) in [
+        (limit("nofiles", 1, 1), "nofiles"),
+        (limit("cpu", 2, 1), "soft"),
+    ] {
+        let refused = bundle_of(|config| config.rlimits = vec![wrong]).unwrap_err();
+        assert!(refused.to_string().contains(named), "{refused}");
+    }
+}
+
+#[test]
+fn a_container_knows_localhost_and_its_own_name() {
+    let config = ContainerConfig::new("/", ["true"]);
+    let files = from_config::files("c1", &config);
+    let text = |path: &str| {
+        let file = files.iter().find(|file| file.path == path).unwrap();
+        String::from_utf8(file.content.clone()).unwrap()
+    };
+    assert!(text("/etc/hosts").starts_with("127.0.0.1\tlocalhost\n"));
+    assert!(text("/etc/hosts").contains("127.0.1.1\tc1\n"));
+    assert_eq!(text("/etc/hostname"), "c1\n");
+}
+
+#[test]
+fn who_is_given_all_of_the_hosts_devices_has_all_of_the_guests() {
+    let devices = |devices: Value| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+            spec["linux"]["devices"] = devices;
+        });
+        adapt_it("c", bundle).unwrap().has_guest_devices
+    };
+    let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
+    let watchdog = json!({"path": "/dev/watchdog", "type": "c", "major": 10, "minor": 130});
+    assert!(!devices(json!([fuse])) && devices(json!([fuse, watchdog])));
+}
+
+/// The guest makes it for its user; where the root is read-only, the host does.
+#[test]
+fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {
+    let points = |read_only: bool| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["root"]["readonly"] = read_only.into();
+            spec["process"]["cwd"] = "/work".into();
+        });
+        let points = adapt_it("c", bundle).unwrap().mount_points;
+        points.contains(&("/work".into(), false))
+    };
+    assert!(points(true) && !points(false));
 }
