@@ -1,8 +1,10 @@
 //! A container's control group (Documentation/admin-guide/cgroup-v2.rst): stopping, limits, figures.
 
 use crate::helper;
+use crate::state::broken;
 use crate::sys;
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use koya_protocol::messages::{ContainerStats, DeviceIo};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
@@ -162,7 +164,7 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
 /// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     let resources: LinuxResources =
-        serde_json::from_slice(resources).context("the resources are broken")?;
+        serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
     let wanted = ControllerOpt {
         resources: &resources,
         disable_oom_killer: false,
@@ -202,7 +204,8 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let folder = folder(id);
     // Figures of a controller that a kernel lacks are zero.
     let text = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-    text_stats(&text, folder.is_dir()).with_context(|| format!("no container {id}"))
+    text_stats(&text, folder.is_dir())
+        .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 
 fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerStats> {

@@ -5,11 +5,13 @@ use crate::device_rules;
 use crate::helper::bundle;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{LinuxDevice, Spec};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, chmodat, makedev, mknodat, openat2, unlinkat,
 };
+use rustix::io::Errno;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -55,7 +57,9 @@ fn name_of(window: u32) -> Result<String> {
 /// Has the kernel look at a window that was empty, and returns the disk that it finds.
 pub(crate) fn attach(window: u32) -> Result<String> {
     if !device_folder(window).exists() {
-        bail!("the guest has no window {window}");
+        bail!(Refused::NotFound(format!(
+            "the guest has no window {window}"
+        )));
     }
     fs::write(format!("{DRIVER}/bind"), window_name(window))
         .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
@@ -74,8 +78,13 @@ pub(crate) fn detach(window: u32) -> Result<()> {
     if let Ok(name) = name_of(window) {
         // Refused while it is mounted, or part of something that is. What was written goes out first.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-        let disk = rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty())
-            .with_context(|| format!("{name} is in use in the guest"))?;
+        let disk =
+            rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty()).map_err(|error| {
+                match error {
+                    Errno::BUSY => Refused::InUse(format!("{name} is in use in the guest")).into(),
+                    error => anyhow::Error::from(error).context(format!("cannot open {name}")),
+                }
+            })?;
         rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
     }
     unbind(window)
@@ -90,7 +99,7 @@ fn unbind(window: u32) -> Result<()> {
 pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     let name = check_id(&device.guest_name)?;
     let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
-        .with_context(|| format!("the guest has no disk {name}"))?;
+        .map_err(|_| Refused::NotFound(format!("the guest has no disk {name}")))?;
     let (major, minor) = number.trim().split_once(':').context("no device number")?;
     Ok((major.parse()?, minor.parse()?))
 }
@@ -103,7 +112,8 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let nodes = spec.linux().as_ref().and_then(|l| l.devices().clone());
     let mut nodes = nodes.into_iter().flatten();
     if nodes.any(|node| (node.major(), node.minor()) == (major, minor)) {
-        bail!("the container has {} already", device.guest_name);
+        let reason = format!("the container has {} already", device.guest_name);
+        bail!(Refused::AlreadyExists(reason));
     }
     let (dir, name) = place(to, device)?;
     // The node first: without the rule it opens nothing, and a container that put something in its
@@ -164,7 +174,10 @@ fn save(spec: &Spec, path: &Path) -> Result<()> {
 fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(&device.path);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        bail!("{} is no place for a device", device.path);
+        bail!(Refused::Invalid(format!(
+            "{} is no place for a device",
+            device.path
+        )));
     };
     let root = rustix::fs::open(
         format!("/proc/{}/root", container.pid),

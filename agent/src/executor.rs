@@ -26,7 +26,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const NOT_FOUND: i32 = 127;
 const CANNOT_RUN: i32 = 126;
 
-/// How much of a reason is told, in bytes: less than what a pipe holds, so that who tells it does not wait.
+/// How much of a reason is told, in characters: less than what a pipe holds, so that who tells it does not wait.
 const MAX_REASON: usize = 2048;
 
 /// Becomes the container's program.
@@ -47,14 +47,10 @@ impl Reason {
     pub(crate) fn read(mut self) -> Option<Refused> {
         // Whoever else has the other end says nothing any more.
         rustix::io::ioctl_fionbio(&self.0, true).ok()?;
-        let mut bytes = [0; MAX_REASON + 8];
-        let count = self.0.read(&mut bytes).ok()?;
-        let text = String::from_utf8_lossy(&bytes[..count]);
-        let (status, reason) = text.split_once(' ')?;
-        Some(Refused::NotExecutable {
-            exit_status: status.parse().ok()?,
-            reason: reason.into(),
-        })
+        let mut bytes = Vec::new();
+        // Ends with an error where there is no more, since the other end is open.
+        self.0.read_to_end(&mut bytes).ok();
+        serde_json::from_slice(&bytes).ok()
     }
 }
 
@@ -70,9 +66,13 @@ impl Program {
 
     /// In the container's own process, which shares the pipe with the helper.
     fn tell(&self, exit_status: i32, reason: &str) {
-        let mut text = format!("{exit_status} {reason}").into_bytes();
-        text.truncate(MAX_REASON);
-        (&*self.reason).write_all(&text).ok();
+        let told = Refused::NotExecutable {
+            exit_status,
+            reason: reason.chars().take(MAX_REASON).collect(),
+        };
+        if let Ok(text) = serde_json::to_vec(&told) {
+            (&*self.reason).write_all(&text).ok();
+        }
     }
 }
 

@@ -1,22 +1,23 @@
 //! The single-threaded process that calls libcontainer: `koya-agent helper OPERATION ...`.
 //!
 //! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
-//! when the helper has ended: `pid N`, `error TEXT`, or `refused STATUS TEXT` if the program can't be run, with
-//! the status that a shell would exit with.
+//! when the helper has ended: an [`Outcome`].
 
 use crate::cgroup;
 use crate::configuration;
 use crate::executor::{self, Confinement, Program, Reason};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, unmount,
 };
+use serde::{Deserialize, Serialize};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -66,6 +67,34 @@ pub(crate) fn cgroup(id: &str) -> String {
 /// The first argument of the first process of the pid namespace that a sandbox's containers share.
 pub(crate) const PAUSE: &str = "pause";
 
+/// What a helper tells PID 1.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// It has made this process, or done what it was to do.
+    Made(i32),
+    Refused(Refused),
+    Failed(String),
+}
+
+impl Outcome {
+    fn of(result: Result<i32>) -> Self {
+        match result.map_err(|error| error.downcast::<Refused>()) {
+            Ok(pid) => Self::Made(pid),
+            Err(Ok(refused)) => Self::Refused(refused),
+            Err(Err(error)) => Self::Failed(format!("{error:#}")),
+        }
+    }
+
+    /// The process, or why there is none.
+    pub(crate) fn made(self) -> Result<i32> {
+        match self {
+            Self::Made(pid) => Ok(pid),
+            Self::Refused(refused) => Err(refused.into()),
+            Self::Failed(text) => Err(anyhow!(text)),
+        }
+    }
+}
+
 /// The first argument of a helper that makes a working directory: `ROOT DIRECTORY UID GID` follow.
 pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 
@@ -87,19 +116,11 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
         ["pause", _, outcome] => (outcome, pause()),
         _ => return ExitCode::FAILURE,
     };
-    let text = match result {
-        Ok(pid) => format!("pid {pid}"),
-        Err(error) => match error.downcast_ref::<Refused>() {
-            Some(Refused::NotExecutable {
-                exit_status,
-                reason,
-            }) => format!("refused {exit_status} {reason}"),
-            _ => format!("error {error:#}"),
-        },
-    };
-    match std::fs::write(outcome, text) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+    let said = Outcome::of(result);
+    let written = serde_json::to_vec(&said).map(|text| std::fs::write(outcome, text));
+    match written {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
 }
 
@@ -120,16 +141,22 @@ fn create(id: &str, console: &str, uid: &str) -> Result<i32> {
         .with_systemd(false)
         .with_detach(true)
         .build();
-    let container = built.map_err(|error| why(error.into(), reason))?;
+    let container = built.map_err(|error| why(error, reason))?;
     Ok(container
         .pid()
         .context("the container has no process")?
         .as_raw())
 }
 
-/// Why libcontainer failed: the program's fault, or another error.
-fn why(error: anyhow::Error, reason: Reason) -> anyhow::Error {
-    reason.read().map_or(error, Into::into)
+/// Why libcontainer failed: the program's fault, the configuration's, or another error.
+fn why(error: LibcontainerError, reason: Reason) -> anyhow::Error {
+    match (reason.read(), error) {
+        (Some(refused), _) => refused.into(),
+        (None, error @ (LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_))) => {
+            Refused::Invalid(format!("{:#}", anyhow!(error))).into()
+        }
+        (None, error) => error.into(),
+    }
 }
 
 fn load(id: &str) -> Result<Container> {
@@ -188,7 +215,7 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
         .with_detach(true)
         .with_process(Some(process))
         .build();
-    let pid = built.map_err(|error| why(error.into(), reason))?;
+    let pid = built.map_err(|error| why(error, reason))?;
     Ok(pid.as_raw())
 }
 
@@ -256,10 +283,33 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
 
 fn delete(id: &str) -> Result<i32> {
     if !Path::new(STATE).join(id).exists() {
-        bail!("no container {id}");
+        bail!(Refused::NotFound(format!("no container {id}")));
     }
     // libcontainer removes the container's own, which has to be empty for that.
     cgroup::end_nested(id)?;
     load(id)?.delete(true)?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helpers_outcome_keeps_its_kind_whatever_its_text_says() {
+        let through = |result: Result<i32>| {
+            let text = serde_json::to_vec(&Outcome::of(result)).unwrap();
+            serde_json::from_slice::<Outcome>(&text).unwrap().made()
+        };
+        assert_eq!(through(Ok(7)).unwrap(), 7);
+        let refused = Refused::NotExecutable {
+            exit_status: 126,
+            reason: "pid 1 error\n".into(),
+        };
+        let error = through(Err(refused.clone().into())).unwrap_err();
+        assert_eq!(error.downcast_ref::<Refused>(), Some(&refused));
+        let error = through(Err(anyhow!("pid 7").context("refused 127"))).unwrap_err();
+        assert!(error.downcast_ref::<Refused>().is_none());
+        assert_eq!(error.to_string(), "refused 127: pid 7");
+    }
 }

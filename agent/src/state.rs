@@ -118,11 +118,11 @@ impl State {
 
     pub(crate) async fn create(&self, request: CreateContainerRequest) -> Result<Process> {
         let id = check_id(&request.container_id)?;
-        let mut spec: Spec =
-            serde_json::from_slice(&request.spec_json).context("the configuration is broken")?;
+        let mut spec: Spec = serde_json::from_slice(&request.spec_json)
+            .map_err(|error| broken("configuration", &error))?;
         let dir = bundle(id);
         if dir.exists() {
-            bail!("container {id} exists");
+            bail!(Refused::AlreadyExists(format!("container {id} exists")));
         }
         fs::create_dir_all(&dir)?;
         configuration::adapt(&mut spec, id);
@@ -220,7 +220,7 @@ impl State {
         let key = (id.to_owned(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
-            bail!("container {id} has ended");
+            bail!(Refused::NoProcess(format!("container {id} has ended")));
         }
         Ok(pid)
     }
@@ -242,7 +242,8 @@ impl State {
         let exec_id = check_id(&request.exec_id)?;
         let key = (id.to_owned(), exec_id.to_owned());
         if self.processes.borrow().contains_key(&key) {
-            bail!("container {id} has a process {exec_id}");
+            let reason = format!("container {id} has a process {exec_id}");
+            bail!(Refused::AlreadyExists(reason));
         }
         self.running(id)?;
         let path = bundle(id).join(format!("process-{exec_id}.json"));
@@ -331,24 +332,14 @@ impl State {
             .spawn()
             .context("cannot start a helper")?;
         let status = reaper::wait(self.reaper.follow(child.id() as i32)).await;
-        let text = fs::read_to_string(&outcome)
+        let text = fs::read(&outcome)
             .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
         fs::remove_file(&outcome).ok();
-        match text.split_once(' ') {
-            Some(("pid", pid)) => Ok(Made {
-                pid: pid.parse()?,
-                _helping,
-            }),
-            Some(("error", why)) => bail!("{why}"),
-            Some(("refused", why)) => match why.split_once(' ') {
-                Some((exit_status, reason)) => bail!(Refused::NotExecutable {
-                    exit_status: exit_status.parse()?,
-                    reason: reason.into(),
-                }),
-                None => bail!("the helper for {} said {text:?}", args[0]),
-            },
-            _ => bail!("the helper for {} said {text:?}", args[0]),
-        }
+        let outcome: helper::Outcome = serde_json::from_slice(&text)?;
+        Ok(Made {
+            pid: outcome.made()?,
+            _helping,
+        })
     }
 
     /// Changes the devices of a running container.
@@ -411,6 +402,11 @@ fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
     Ok(())
 }
 
+/// A part of a request that is not what it has to be.
+pub(crate) fn broken(what: &str, error: &serde_json::Error) -> Refused {
+    Refused::Invalid(format!("the {what} is broken: {error}"))
+}
+
 /// A name that is one component of a path.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
     let proper = !id.is_empty()
@@ -420,7 +416,8 @@ pub(crate) fn check_id(id: &str) -> Result<&str> {
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     if !proper {
-        bail!("{id:?} is no name for a container or process");
+        let reason = format!("{id:?} is no name for a container or process");
+        bail!(Refused::Invalid(reason));
     }
     Ok(id)
 }

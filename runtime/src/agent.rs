@@ -1,6 +1,5 @@
 //! The agent's end of the control connection, as the host sees it.
 
-use crate::Error;
 use crate::account::Accounts;
 use crate::container::Needs;
 use crate::container_config::Device;
@@ -8,6 +7,7 @@ use crate::oci::SharedPids;
 use crate::patience::WRITE_OUT_LIMIT;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
+use crate::{Error, ErrorKind};
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
@@ -96,35 +96,50 @@ impl From<GuestTimes> for AgentTimes {
 
 /// What the agent answered, in the caller's terms.
 fn failed(operation: &'static str, error: ttrpc::Error, overdue: Option<Duration>) -> Error {
-    let agent = |reason| Error::Agent { operation, reason };
+    let agent = |kind, reason: &str| Error::Agent {
+        operation,
+        kind,
+        reason: guest_text::line(reason),
+    };
     let status = match (error, overdue) {
         (ttrpc::Error::RpcStatus(status), _) => status,
         (ttrpc::Error::Socket(_), _) => return Error::HungUp { operation },
         (_, Some(waited)) => return Error::Overdue { operation, waited },
-        (other, None) => return agent(guest_text::line(other.to_string())),
+        (other, None) => return agent(ErrorKind::Guest, &other.to_string()),
     };
-    match (refused(&status), status.code()) {
-        (Some(Refused::NoProcess(reason)), _) => Error::NoProcess {
+    let Some(refused) = refused(&status) else {
+        return match status.code() {
+            // The agent's side has the same limit, and may have been the first to see it pass.
+            ttrpc::Code::DEADLINE_EXCEEDED => Error::Overdue {
+                operation,
+                waited: overdue.unwrap_or_default(),
+            },
+            _ => agent(ErrorKind::Guest, status.message()),
+        };
+    };
+    // The text may say more than the reason.
+    let text = match status.message() {
+        "" => refused.to_string(),
+        text => text.to_owned(),
+    };
+    match refused {
+        Refused::NoProcess(reason) => Error::NoProcess {
             operation,
             reason: guest_text::line(reason),
         },
-        (
-            Some(Refused::NotExecutable {
-                exit_status,
-                reason,
-            }),
-            _,
-        ) => Error::NotExecutable {
+        Refused::NotExecutable {
+            exit_status,
+            reason,
+        } => Error::NotExecutable {
             // A shell's, and no other: a guest could say that all went well.
             status: if exit_status == 126 { 126 } else { 127 },
             reason: guest_text::line(reason),
         },
-        // The agent's side has the same limit, and may have been the first to see it pass.
-        (None, ttrpc::Code::DEADLINE_EXCEEDED) => Error::Overdue {
-            operation,
-            waited: overdue.unwrap_or_default(),
-        },
-        (None, _) => agent(guest_text::line(status.message())),
+        Refused::NotFound(_) => agent(ErrorKind::NotFound, &text),
+        Refused::AlreadyExists(_) => agent(ErrorKind::AlreadyExists, &text),
+        Refused::Invalid(_) => agent(ErrorKind::InvalidConfiguration, &text),
+        Refused::InUse(_) => agent(ErrorKind::InUse, &text),
+        Refused::Unsupported(_) => agent(ErrorKind::Unsupported, &text),
     }
 }
 
@@ -134,6 +149,7 @@ fn disk_name(name: String) -> Result<String, Error> {
     if name.is_empty() || name.len() > 16 || !name.bytes().all(proper) {
         return Err(Error::Agent {
             operation: "attach the disk in the guest",
+            kind: ErrorKind::Guest,
             reason: "the agent's name for it is none".into(),
         });
     }
@@ -630,6 +646,21 @@ mod tests {
         );
         let refused = Refused::NoProcess("it has ended".into());
         assert!(matches!(error(refused.status("")), Error::NoProcess { .. }));
+        let kinds = [
+            (Refused::NotFound("c".into()), ErrorKind::NotFound),
+            (Refused::AlreadyExists("c".into()), ErrorKind::AlreadyExists),
+            (
+                Refused::Invalid("c".into()),
+                ErrorKind::InvalidConfiguration,
+            ),
+            (Refused::InUse("c".into()), ErrorKind::InUse),
+            (Refused::Unsupported("c".into()), ErrorKind::Unsupported),
+        ];
+        for (refused, kind) in kinds {
+            let error = error(refused.status("more of it"));
+            assert_eq!(error.kind(), kind);
+            assert_eq!(error.to_string(), "cannot x: more of it");
+        }
         let lie = "process not found: cannot execute 127: sh: not found;\x1b[2J";
         let Error::Agent { reason, .. } = error(ttrpc::get_status(ttrpc::Code::UNKNOWN, lie))
         else {

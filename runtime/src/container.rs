@@ -143,8 +143,10 @@ fn launch(
     stdio: Stdio,
 ) -> Result<Process, Error> {
     let plan = Plan::new(inner, stdio)?;
-    let spec =
-        serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
+    let spec = serde_json::to_vec(spec).map_err(Error::invalid_by(
+        "configuration",
+        "it can't be written as JSON",
+    ))?;
     inner.timeline.mark("asked the agent", id);
     inner.agent.create(id, spec, needs, plan.message.clone())?;
     inner.timeline.mark("made in the guest", id);
@@ -421,8 +423,8 @@ impl Container {
 
     fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {
         let inner = &self.process.inner;
-        let process =
-            serde_json::to_vec(process).map_err(|e| Error::container("process", e.to_string()))?;
+        let process = serde_json::to_vec(process)
+            .map_err(Error::invalid_by("process", "it can't be written as JSON"))?;
         let plan = Plan::new(inner, stdio)?;
         let id = &self.process.container;
         inner
@@ -464,8 +466,10 @@ impl Container {
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
         let mut resources = resources.clone();
         oci::only_the_guests(&mut resources);
-        let text = serde_json::to_vec(&resources)
-            .map_err(|e| Error::container("resources", e.to_string()))?;
+        let text = serde_json::to_vec(&resources).map_err(Error::invalid_by(
+            "resources",
+            "it can't be written as JSON",
+        ))?;
         self.ask(|agent, id| agent.update_container(id, text))
     }
 

@@ -57,7 +57,7 @@ pub mod timeline;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{ContainerConfig, Device, ProcessConfig, Rlimit, Stdio, User, Volume};
-pub use error::Error;
+pub use error::{Error, ErrorKind};
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::devices::sys::share_heap;

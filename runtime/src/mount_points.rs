@@ -29,12 +29,9 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
             continue;
         }
         make_it(&root, destination, *is_file).map_err(|error| {
-            let reason = format!(
-                "{} is not in the root file system, and the host refuses to make it: {}",
-                destination.display(),
-                std::io::Error::from(error)
-            );
-            Error::container("read-only container", reason)
+            let place = destination.display();
+            let what = format!("make {place}, which is not in the root file system");
+            Error::host(what)(error.into())
         })?;
     }
     Ok(())

@@ -99,7 +99,7 @@ struct SavedImage {
 }
 
 fn broken(reason: impl Into<String>) -> Error {
-    Error::container("image", reason)
+    Error::invalid("image", reason)
 }
 
 impl Image {

@@ -44,17 +44,19 @@ impl Root {
     /// # Errors
     /// If it is neither.
     pub(crate) fn of(path: &Path) -> Result<Self, Error> {
-        let wrong = |reason| Error::container("rootfs", format!("{} {reason}", path.display()));
-        let kind = path
-            .metadata()
-            .map_err(|e| wrong(format!("can't be read: {e}")))?;
-        let kind = kind.file_type();
+        let reason = format!("{} can't be read", path.display());
+        let found = path.metadata();
+        let kind = found
+            .map_err(Error::invalid_by("rootfs", reason))?
+            .file_type();
         match kind.is_dir() {
             true => Ok(Self::Directory),
             false if kind.is_file() || kind.is_block_device() => Ok(Self::Image),
-            false => Err(wrong(
-                "is neither a directory nor an image of a file system".into(),
-            )),
+            false => {
+                let path = path.display();
+                let reason = format!("{path} is neither a directory nor an image of a file system");
+                Err(Error::invalid("rootfs", reason))
+            }
         }
     }
 }

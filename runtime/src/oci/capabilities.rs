@@ -86,7 +86,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<String>, Error> {
         let plain = name.trim_start_matches("CAP_");
         if !ALL.contains(&plain) {
             let reason = format!("there is no CAP_{plain}");
-            return Err(Error::container("capability", reason));
+            return Err(Error::invalid("capability", reason));
         }
         wanted.push(format!("CAP_{plain}"));
     }

@@ -43,7 +43,8 @@ pub(crate) fn bundle(
             "readonlyPaths": read_only,
         },
     });
-    let wrong = |error: serde_json::Error| Error::container("configuration", error.to_string());
+    let wrong =
+        |error: serde_json::Error| Error::invalid_by("configuration", "it is not the OCI's")(error);
     // What all of the container's processes may.
     let allowed = json!({
         "user": {},
@@ -113,7 +114,7 @@ fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     for limit in &config.rlimits {
         let name = limit.resource.to_uppercase();
         let name = name.trim_start_matches("RLIMIT_");
-        let wrong = |why: &str| Error::container("rlimit", format!("{}: {why}", limit.resource));
+        let wrong = |why: &str| Error::invalid("rlimit", format!("{}: {why}", limit.resource));
         if !RESOURCES.contains(&name) {
             return Err(wrong("there is no such limit"));
         }
@@ -206,7 +207,7 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
 pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
     if !path.is_absolute() {
         let reason = format!("{} is not an absolute path", path.display());
-        return Err(Error::container(field, reason));
+        return Err(Error::invalid(field, reason));
     }
     text(field, path)
 }
@@ -214,6 +215,5 @@ pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p st
 /// JSON is text.
 fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
     let reason = || format!("{path:?} is not UTF-8");
-    path.to_str()
-        .ok_or_else(|| Error::container(field, reason()))
+    path.to_str().ok_or_else(|| Error::invalid(field, reason()))
 }

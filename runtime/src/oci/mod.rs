@@ -45,8 +45,9 @@ pub(crate) struct Adapted {
     pub(crate) mount_points: Vec<(PathBuf, bool)>,
 }
 
+/// What is well said and can't be had.
 fn refuse(field: &'static str, reason: impl Into<String>) -> Error {
-    Error::container(field, reason)
+    Error::unsupported(field, reason)
 }
 
 /// The guest's side of a container's configuration.
@@ -123,7 +124,7 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if spec.process().is_none() {
-        return Err(refuse("process", "there is none"));
+        return Err(Error::invalid("process", "there is none"));
     }
     if let Some(hooks) = spec.hooks() {
         let lists = [

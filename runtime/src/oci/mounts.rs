@@ -119,7 +119,8 @@ fn adapt_mount(
         return Err(refuse("mounts", reason));
     }
     let source = mount.source().clone();
-    let source = source.ok_or_else(|| refuse("mounts", format!("{destination}: no source")))?;
+    let source =
+        source.ok_or_else(|| Error::invalid("mounts", format!("{destination}: no source")))?;
     let source = folder.join(source);
     let mut adapted = mount.clone();
     // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
@@ -159,9 +160,8 @@ fn adapt_mount(
         return Ok((adapted, Needs::Volume(volume)));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
-    let found = source
-        .metadata()
-        .map_err(|error| wrong(error.to_string()))?;
+    let found = source.metadata();
+    let found = found.map_err(Error::invalid_by("mounts", source.display().to_string()))?;
     if !found.is_dir() && !found.is_file() {
         let what = match found.file_type() {
             kind if kind.is_socket() => "a socket of the host's can't be used in a guest",

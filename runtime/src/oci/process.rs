@@ -1,7 +1,6 @@
 //! Processes: a container's first one, and those that are added.
 
 use super::from_config::absolute;
-use super::refuse;
 use crate::account::{Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
@@ -77,7 +76,7 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
         .next()
         .is_none_or(String::is_empty)
     {
-        return Err(refuse("process.args", "no command was given"));
+        return Err(Error::invalid("process.args", "no command was given"));
     }
     let mut env = process.env().clone().unwrap_or_default();
     if !has(&env, "PATH=") {
