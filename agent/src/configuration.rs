@@ -200,7 +200,10 @@ fn nodes_in(dir: &Path, at: &Path, found: &mut Vec<LinuxDevice>) -> Result<()> {
             continue;
         }
         let (path, place) = (entry.path(), at.join(&name));
-        let data = path.symlink_metadata()?;
+        // A disk may go meanwhile.
+        let Ok(data) = path.symlink_metadata() else {
+            continue;
+        };
         let kind = match FileType::from_raw_mode(data.mode()) {
             FileType::Directory => {
                 nodes_in(&path, &place, found)?;

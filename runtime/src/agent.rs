@@ -43,6 +43,10 @@ const ORDER_LIMIT: Duration = Duration::from_secs(15);
 /// How many processes it is asked to make at a time: each takes it several processes of its own.
 const MAX_EXECS: usize = 16;
 
+/// How large an OCI configuration or process may be as JSON, in bytes: the rest of ttrpc's 4 MiB for a message is
+/// for what is beside it.
+const MAX_JSON: usize = (4 << 20) - (64 << 10);
+
 /// How many marks of its start it may tell of.
 const MAX_MARKS: usize = 16;
 
@@ -165,6 +169,14 @@ pub(crate) fn block_device(device: &Device) -> BlockDevice {
     }
 }
 
+fn check_size(field: &'static str, json: &[u8]) -> Result<(), Error> {
+    if json.len() <= MAX_JSON {
+        return Ok(());
+    }
+    let reason = format!("{} bytes of JSON are more than {MAX_JSON}", json.len());
+    Err(Error::invalid(field, reason))
+}
+
 fn container_request(id: &str) -> ContainerRequest {
     ContainerRequest {
         container_id: id.into(),
@@ -223,6 +235,7 @@ impl Agent {
         needs: Needs,
         stdio: Stdio,
     ) -> Result<i32, Error> {
+        check_size("configuration", &spec)?;
         // Of a disk that was not taken out in order, the journal comes first.
         let limit = match needs.direct.is_empty() {
             true => LIMIT,
@@ -271,6 +284,7 @@ impl Agent {
         process: Vec<u8>,
         stdio: Stdio,
     ) -> Result<i32, Error> {
+        check_size("process", &process)?;
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -616,6 +630,19 @@ mod tests {
         assert_eq!(AgentTimes::from(times.clone()).marks, []);
         times.marks = vec![mark("again", 1); 1000];
         assert_eq!(AgentTimes::from(times).marks.len(), MAX_MARKS);
+    }
+
+    #[test]
+    fn what_does_not_fit_into_a_message_is_refused_before_it_is_sent() {
+        use crate::test_agent::{Word, agent};
+        let agent = agent(|_| Word::Ok);
+        let exec = |len| agent.exec("c", "e", vec![b' '; len], Stdio::default());
+        assert!(exec(MAX_JSON).is_ok());
+        let refused = exec(MAX_JSON + 1).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidConfiguration, "{refused}");
+        let needs = Needs::default();
+        let created = agent.create("c", vec![b' '; MAX_JSON + 1], needs, Stdio::default());
+        assert!(matches!(created, Err(Error::Invalid { .. })));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod memory;
 mod network;
 mod pod_files;
 mod run;
+mod surroundings;
 mod timeline;
 mod tool;
 mod torture;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         memory::trials(),
         network::trials(),
         pod_files::trials(),
+        surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
         watches::trials(),
