@@ -217,3 +217,6 @@ fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
     let reason = || format!("{path:?} is not UTF-8");
     path.to_str().ok_or_else(|| Error::invalid(field, reason()))
 }
+
+#[cfg(test)]
+mod tests;
