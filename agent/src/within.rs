@@ -45,7 +45,7 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
     }
     let cwd = spec.process().as_ref().map(|process| process.cwd().clone());
     if let Some(cwd) = cwd
-        && (is_mounted_over(&spec, &cwd) || !is_directory(&root, &cwd))
+        && !is_there(&spec, &root, &cwd)
     {
         configuration::make_working_directory(&mut spec);
     }
@@ -56,6 +56,26 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
 fn is_mounted_over(spec: &Spec, path: &Path) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
     mounts.any(|mount| path.starts_with(mount.destination()))
+}
+
+/// Whether a directory is known to be there once the container's mounts are.
+fn is_there(spec: &Spec, root: &OwnedFd, path: &Path) -> bool {
+    let mounts = spec.mounts().iter().flatten();
+    let around = mounts.filter(|mount| path.starts_with(mount.destination()));
+    // The deepest, and of several at one place the last.
+    let Some(mount) = around.max_by_key(|mount| mount.destination().components().count()) else {
+        return is_directory(root, path);
+    };
+    let within = path.strip_prefix(mount.destination()).unwrap_or(path);
+    if within.as_os_str().is_empty() {
+        return true;
+    }
+    let source = mount
+        .source()
+        .as_ref()
+        .filter(|_| mount.typ().as_deref() == Some("bind"));
+    let source = source.and_then(|source| openat(CWD, source, PATH_ONLY, Mode::empty()).ok());
+    source.is_some_and(|source| is_directory(&source, within))
 }
 
 fn open(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
@@ -154,6 +174,27 @@ mod tests {
         assert!(!can("/etc/own"));
         symlink("/nowhere", dir.path().join("etc/link")).unwrap();
         assert!(!can("/etc/link") && !can("/etc"));
+    }
+
+    #[test]
+    fn a_working_directory_is_looked_for_in_the_containers_mounts() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("own/data/hidden")).unwrap();
+        fs::create_dir(volume.path().join("sub")).unwrap();
+        let mounts = serde_json::json!([
+            {"destination": "/own/data", "type": "bind", "source": volume.path()},
+            {"destination": "/memory", "type": "tmpfs", "source": "tmpfs"},
+        ]);
+        let spec = serde_json::json!({"ociVersion": "1.2.0", "mounts": mounts});
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        let root = root_of(dir.path());
+        let there = |path: &str| is_there(&spec, &root, Path::new(path));
+        assert!(there("/") && there("/own") && there("/own/data") && there("/own/data/sub"));
+        assert!(there("/memory"));
+        for missing in ["/other", "/own/data/hidden", "/memory/sub"] {
+            assert!(!there(missing), "{missing}");
+        }
     }
 
     #[test]
