@@ -5,8 +5,12 @@ use koya_protocol::messages::{GuestMark, GuestTimes};
 use koya_protocol::{SHARED_DIR, SHARED_TAG};
 use rustix::fs::{CWD, FileType, Mode, mknodat, symlink};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs;
 use std::path::Path;
+
+/// Open files of a process that nobody gave another limit: containerd's default.
+const NOFILE: u64 = 1 << 20;
 
 /// Everything before the host is called.
 pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
@@ -16,6 +20,7 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     enable_cgroup_controllers()?;
     crate::cgroup::set_up().context("cannot make the containers' control group")?;
     mark(times, "control groups ready");
+    raise_limits()?;
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
     mount_shares()?;
     mark(times, "shares mounted");
@@ -105,6 +110,17 @@ fn enable_cgroup_controllers() -> Result<()> {
         .with_context(|| format!("cannot enable the cgroup controller {controller}"))?;
     }
     Ok(())
+}
+
+/// What the kernel gives to PID 1 goes by the size of the guest: processes that know nothing else would have
+/// 993 processes of a user in a small one. Control groups are what bounds containers.
+fn raise_limits() -> Result<()> {
+    let both = |most| Rlimit {
+        current: most,
+        maximum: most,
+    };
+    setrlimit(Resource::Nproc, both(None)).context("cannot set the limit of processes")?;
+    setrlimit(Resource::Nofile, both(Some(NOFILE))).context("cannot set the limit of files")
 }
 
 fn mount_shares() -> Result<()> {

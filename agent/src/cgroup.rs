@@ -1,8 +1,10 @@
 //! A container's control group (Documentation/admin-guide/cgroup-v2.rst): stopping, limits, figures.
 
 use crate::helper;
+use crate::state::broken;
 use crate::sys;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use koya_protocol::messages::{ContainerStats, DeviceIo};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
@@ -10,12 +12,18 @@ use libcgroups::common::{
 use oci_spec::runtime::LinuxResources;
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Processes and threads that containers leave to the agent and the kernel, but no more than a quarter of all.
 const RESERVE: u64 = 512;
+
+/// How often, every ten milliseconds, it is looked whether processes that were killed have ended.
+const PATIENCE: u32 = 500;
 
 /// Makes the group in which all containers are. Together they have fewer processes than the guest can have:
 /// whatever they do, the agent can still end them, and bring a process into them.
@@ -46,11 +54,83 @@ fn containers_pids(limits: impl Iterator<Item = u64>) -> Option<u64> {
     Some(most - RESERVE.min(most / 4))
 }
 
-/// The file by which a process joins a container's group.
-pub(crate) fn door(id: &str) -> Result<File> {
-    let path = folder(id).join("cgroup.procs");
-    let door = OpenOptions::new().write(true).open(&path);
-    door.with_context(|| path.display().to_string())
+/// The files by which a process joins a container, the first that lets it in: its control group; and the one
+/// of its first process, for containers that have made groups of their own. Then their own group may have no
+/// processes (cgroup-v2.rst, "No Internal Process Constraint").
+pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
+    let own = folder(id);
+    let mut groups = vec![own.clone()];
+    if let Some(pid) = first
+        && let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        && let Some(group) = group_of(&text)
+        && group != own
+        && group.starts_with(&own)
+    {
+        groups.push(group);
+    }
+    let open = |group: PathBuf| {
+        let path = group.join("cgroup.procs");
+        let door = OpenOptions::new().write(true).open(&path);
+        door.map(Arc::new)
+            .with_context(|| path.display().to_string())
+    };
+    groups.into_iter().map(open).collect()
+}
+
+/// What `/proc/PID/cgroup` says: `0::/koya/ID/init`.
+fn group_of(text: &str) -> Option<PathBuf> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+    Some(Path::new(ROOT).join(path))
+}
+
+/// Joins the first group that lets this process in. The kernel goes by who has opened the file.
+pub(crate) fn join<'a, W: Write + 'a>(doors: impl IntoIterator<Item = W>) -> io::Result<()> {
+    let mut refused = io::Error::from(io::ErrorKind::NotFound);
+    for mut door in doors {
+        // Itself.
+        match door.write_all(b"0") {
+            // It has controllers for groups in it, or is a group of threads.
+            Err(error)
+                if [libc::EBUSY, libc::EOPNOTSUPP]
+                    .map(Some)
+                    .contains(&error.raw_os_error()) =>
+            {
+                refused = error;
+            }
+            joined => return joined,
+        }
+    }
+    Err(refused)
+}
+
+/// Ends what runs in a container, and removes the groups that it made in its own.
+pub(crate) fn end_nested(id: &str) -> Result<()> {
+    let own = folder(id);
+    if nested(&own).is_empty() {
+        return Ok(());
+    }
+    signal_all(id, libc::SIGKILL)?;
+    // What was killed is in its group until it has ended.
+    for _ in 0..PATIENCE {
+        nested(&own).into_iter().for_each(remove);
+        if nested(&own).is_empty() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    bail!("the control groups that container {id} made do not end")
+}
+
+fn nested(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let groups = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    groups.map(|entry| entry.path()).collect()
+}
+
+fn remove(group: PathBuf) {
+    nested(&group).into_iter().for_each(remove);
+    fs::remove_dir(group).ok();
 }
 
 /// Where it is.
@@ -84,7 +164,7 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
 /// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     let resources: LinuxResources =
-        serde_json::from_slice(resources).context("the resources are broken")?;
+        serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
     let wanted = ControllerOpt {
         resources: &resources,
         disable_oom_killer: false,
@@ -124,7 +204,8 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let folder = folder(id);
     // Figures of a controller that a kernel lacks are zero.
     let text = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-    text_stats(&text, folder.is_dir()).with_context(|| format!("no container {id}"))
+    text_stats(&text, folder.is_dir())
+        .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 
 fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerStats> {
@@ -194,6 +275,58 @@ fn device_io(text: &str) -> Vec<DeviceIo> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A control group's file that answers with this error.
+    struct Door(Option<i32>, bool);
+
+    impl Write for &mut Door {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            match self.0 {
+                Some(error) => Err(io::Error::from_raw_os_error(error)),
+                None => {
+                    self.1 = true;
+                    Ok(bytes.len())
+                }
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_container_with_groups_of_its_own_is_entered_by_that_of_its_first_process() {
+        let joined = |own, first| {
+            let mut doors = [Door(own, false), Door(first, false)];
+            let joined = join(doors.iter_mut()).map_err(|error| error.raw_os_error());
+            (joined, doors.map(|door| door.1))
+        };
+        assert_eq!(joined(None, None), (Ok(()), [true, false]));
+        assert_eq!(joined(Some(libc::EBUSY), None), (Ok(()), [false, true]));
+        let busy = Err(Some(libc::EBUSY));
+        assert_eq!(joined(Some(libc::EBUSY), Some(libc::EBUSY)).0, busy);
+        // Other errors are no reason to be elsewhere.
+        assert_eq!(
+            joined(Some(libc::EIO), None),
+            (Err(Some(libc::EIO)), [false, false])
+        );
+        let of = |text| group_of(text);
+        assert_eq!(
+            of("0::/koya/c/init\n"),
+            Some("/sys/fs/cgroup/koya/c/init".into())
+        );
+        assert_eq!(of("1:name=systemd:/\n"), None);
+    }
+
+    #[test]
+    fn groups_within_a_containers_own_are_removed_from_the_innermost() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b/c")).unwrap();
+        fs::create_dir_all(dir.path().join("d")).unwrap();
+        nested(dir.path()).into_iter().for_each(remove);
+        assert!(nested(dir.path()).is_empty() && dir.path().exists());
+    }
 
     #[test]
     fn containers_leave_processes_to_the_agent() {

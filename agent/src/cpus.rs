@@ -1,6 +1,7 @@
 //! The guest's CPUs, by /sys/devices/system/cpu (Documentation/core-api/cpu_hotplug.rst).
 
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use std::fs;
 
 const CPUS: &str = "/sys/devices/system/cpu";
@@ -31,7 +32,8 @@ pub(crate) fn online() -> Result<u32> {
 pub(crate) fn set_online(count: u32) -> Result<()> {
     let present = list("present")?;
     if count == 0 || count as usize > present.len() {
-        bail!("{count} CPUs can't be on: there are {}", present.len());
+        let reason = format!("{count} CPUs can't be on: there are {}", present.len());
+        bail!(Refused::Invalid(reason));
     }
     let (on, off) = present.split_at(count as usize);
     let online = list("online")?;

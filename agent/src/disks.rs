@@ -1,17 +1,17 @@
 //! The guest's disks: those that come and go, and who may use them.
 
+use crate::configuration;
 use crate::device_rules;
 use crate::helper::bundle;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
+use koya_protocol::Refused;
 use koya_protocol::messages::BlockDevice;
-use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
-    Spec,
-};
+use oci_spec::runtime::{LinuxDevice, Spec};
 use rustix::fs::{
     AtFlags, FileType, Mode, OFlags, ResolveFlags, chmodat, makedev, mknodat, openat2, unlinkat,
 };
+use rustix::io::Errno;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -57,7 +57,9 @@ fn name_of(window: u32) -> Result<String> {
 /// Has the kernel look at a window that was empty, and returns the disk that it finds.
 pub(crate) fn attach(window: u32) -> Result<String> {
     if !device_folder(window).exists() {
-        bail!("the guest has no window {window}");
+        bail!(Refused::NotFound(format!(
+            "the guest has no window {window}"
+        )));
     }
     fs::write(format!("{DRIVER}/bind"), window_name(window))
         .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
@@ -76,8 +78,13 @@ pub(crate) fn detach(window: u32) -> Result<()> {
     if let Ok(name) = name_of(window) {
         // Refused while it is mounted, or part of something that is. What was written goes out first.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-        let disk = rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty())
-            .with_context(|| format!("{name} is in use in the guest"))?;
+        let disk =
+            rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty()).map_err(|error| {
+                match error {
+                    Errno::BUSY => Refused::InUse(format!("{name} is in use in the guest")).into(),
+                    error => anyhow::Error::from(error).context(format!("cannot open {name}")),
+                }
+            })?;
         rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
     }
     unbind(window)
@@ -88,58 +95,13 @@ fn unbind(window: u32) -> Result<()> {
         .with_context(|| format!("the kernel does not let go of window {window}"))
 }
 
-fn number(device: &BlockDevice) -> Result<(i64, i64)> {
+/// The number by which the kernel knows it.
+pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     let name = check_id(&device.guest_name)?;
     let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
-        .with_context(|| format!("the guest has no disk {name}"))?;
+        .map_err(|_| Refused::NotFound(format!("the guest has no disk {name}")))?;
     let (major, minor) = number.trim().split_once(':').context("no device number")?;
     Ok((major.parse()?, minor.parse()?))
-}
-
-fn change(
-    spec: &mut Spec,
-    change: impl FnOnce(&mut Vec<LinuxDevice>, &mut Vec<LinuxDeviceCgroup>),
-) -> Result<()> {
-    let mut rules = device_rules::of(spec);
-    let linux = spec.linux_mut().as_mut();
-    let linux = linux.context("no Linux configuration")?;
-    let mut nodes = linux.devices().clone().unwrap_or_default();
-    change(&mut nodes, &mut rules);
-    linux.set_devices(Some(nodes));
-    let mut resources = linux.resources().clone().unwrap_or_default();
-    resources.set_devices(Some(rules));
-    linux.set_resources(Some(resources));
-    Ok(())
-}
-
-/// Gives a container that is to be made one of the guest's disks, whose number only the guest knows.
-pub(crate) fn add(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
-    let (major, minor) = number(device)?;
-    let node = LinuxDeviceBuilder::default()
-        .typ(LinuxDeviceType::B)
-        .path(&device.path)
-        .major(major)
-        .minor(minor)
-        .file_mode(match device.mode {
-            0 => 0o660,
-            mode => mode & 0o777,
-        })
-        .uid(device.uid)
-        .gid(device.gid)
-        .build()?;
-    let rule = LinuxDeviceCgroupBuilder::default()
-        .allow(true)
-        .typ(LinuxDeviceType::B)
-        .major(major)
-        .minor(minor)
-        .access(if device.read_only { "rm" } else { "rwm" })
-        .build()?;
-    change(spec, |nodes, rules| {
-        nodes.push(node);
-        // The last match wins, and one that allows everything must stay the last.
-        let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
-        rules.insert(at, rule);
-    })
 }
 
 /// Gives a running container a disk: all of it, or nothing.
@@ -150,7 +112,8 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let nodes = spec.linux().as_ref().and_then(|l| l.devices().clone());
     let mut nodes = nodes.into_iter().flatten();
     if nodes.any(|node| (node.major(), node.minor()) == (major, minor)) {
-        bail!("the container has {} already", device.guest_name);
+        let reason = format!("the container has {} already", device.guest_name);
+        bail!(Refused::AlreadyExists(reason));
     }
     let (dir, name) = place(to, device)?;
     // The node first: without the rule it opens nothing, and a container that put something in its
@@ -161,7 +124,7 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
         .with_context(|| format!("cannot make {} in the container", device.path))?;
     let given = chmodat(&dir, &name, mode, AtFlags::empty())
         .map_err(anyhow::Error::from)
-        .and_then(|()| add(&mut spec, device))
+        .and_then(|()| configuration::add_disk(&mut spec, device))
         .and_then(|()| save(&spec, &path))
         .and_then(|()| device_rules::apply(to.id, &spec));
     if given.is_err() {
@@ -176,7 +139,7 @@ pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let mut spec = Spec::load(&path)?;
     let place_of_it = Path::new(&device.path);
     // The disk itself may be gone already: its number stands in the configuration.
-    change(&mut spec, |nodes, rules| {
+    configuration::change_devices(&mut spec, |nodes, rules| {
         let number = |node: &LinuxDevice| (Some(node.major()), Some(node.minor()));
         let gone = nodes.iter().find(|node| node.path() == place_of_it);
         let gone = gone.map(number);
@@ -211,7 +174,10 @@ fn save(spec: &Spec, path: &Path) -> Result<()> {
 fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(&device.path);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        bail!("{} is no place for a device", device.path);
+        bail!(Refused::Invalid(format!(
+            "{} is no place for a device",
+            device.path
+        )));
     };
     let root = rustix::fs::open(
         format!("/proc/{}/root", container.pid),

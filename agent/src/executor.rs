@@ -3,15 +3,19 @@
 //! libcontainer's own executor loses the reason when that fails, and a process that is added to a
 //! container does not get the container's seccomp filter from it. Here both are seen to.
 
+use crate::cgroup;
 use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
+use rustix::fs::{FileType, Uid, fchown, fstat};
+use rustix::termios::isatty;
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{ErrorKind, PipeReader, PipeWriter, Read as _, Write as _, stderr, stdin, stdout};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +26,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const NOT_FOUND: i32 = 127;
 const CANNOT_RUN: i32 = 126;
 
-/// How much of a reason is told, in bytes: less than what a pipe holds, so that who tells it does not wait.
+/// How much of a reason is told, in characters: less than what a pipe holds, so that who tells it does not wait.
 const MAX_REASON: usize = 2048;
 
 /// Becomes the container's program.
@@ -43,14 +47,10 @@ impl Reason {
     pub(crate) fn read(mut self) -> Option<Refused> {
         // Whoever else has the other end says nothing any more.
         rustix::io::ioctl_fionbio(&self.0, true).ok()?;
-        let mut bytes = [0; MAX_REASON + 8];
-        let count = self.0.read(&mut bytes).ok()?;
-        let text = String::from_utf8_lossy(&bytes[..count]);
-        let (status, reason) = text.split_once(' ')?;
-        Some(Refused::NotExecutable {
-            exit_status: status.parse().ok()?,
-            reason: reason.into(),
-        })
+        let mut bytes = Vec::new();
+        // Ends with an error where there is no more, since the other end is open.
+        self.0.read_to_end(&mut bytes).ok();
+        serde_json::from_slice(&bytes).ok()
     }
 }
 
@@ -66,19 +66,25 @@ impl Program {
 
     /// In the container's own process, which shares the pipe with the helper.
     fn tell(&self, exit_status: i32, reason: &str) {
-        let mut text = format!("{exit_status} {reason}").into_bytes();
-        text.truncate(MAX_REASON);
-        (&*self.reason).write_all(&text).ok();
+        let told = Refused::NotExecutable {
+            exit_status,
+            reason: reason.chars().take(MAX_REASON).collect(),
+        };
+        if let Ok(text) = serde_json::to_vec(&told) {
+            (&*self.reason).write_all(&text).ok();
+        }
     }
 }
 
 /// What libcontainer leaves to us for added processes.
 #[derive(Clone)]
 pub(crate) struct Confinement {
-    /// The file by which it joins the container's control group.
-    pub(crate) group: Arc<File>,
+    /// The files by which it joins the container's control group.
+    pub(crate) groups: Vec<Arc<File>>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
     pub(crate) capabilities: Option<LinuxCapabilities>,
+    /// The user whose its streams are.
+    pub(crate) uid: u32,
 }
 
 /// The program's path, or the exit status and reason that a shell would give.
@@ -151,10 +157,29 @@ impl Executor for Program {
     }
 }
 
+/// A process's streams are its user's, who may open them by other names (/dev/stdout), as runc has it: pipes and
+/// terminals that were made for it, and no devices. In a user namespace what is not its own stays as it is.
+pub(crate) fn give_streams(uid: u32) {
+    let streams = [
+        stdin().as_fd().try_clone_to_owned(),
+        stdout().as_fd().try_clone_to_owned(),
+        stderr().as_fd().try_clone_to_owned(),
+    ];
+    for stream in streams.into_iter().flatten() {
+        let is_its_own = fstat(&stream).is_ok_and(|found| {
+            FileType::from_raw_mode(found.st_mode) == FileType::Fifo || isatty(&stream)
+        });
+        if is_its_own {
+            fchown(&stream, Some(Uid::from_raw(uid)), None).ok();
+        }
+    }
+}
+
 fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
-    // Itself. The kernel goes by who has opened the file.
-    let joined = (&*confinement.group).write_all(b"0");
-    joined.map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
+    let doors = confinement.groups.iter().map(|door| &**door);
+    cgroup::join(doors)
+        .map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
+    give_streams(confinement.uid);
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;
     }

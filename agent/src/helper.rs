@@ -1,26 +1,26 @@
 //! The single-threaded process that calls libcontainer: `koya-agent helper OPERATION ...`.
 //!
 //! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
-//! when the helper has ended: `pid N`, `error TEXT`, or `refused STATUS TEXT` if the program can't be run, with
-//! the status that a shell would exit with.
+//! when the helper has ended: an [`Outcome`].
 
 use crate::cgroup;
-use crate::device_rules;
-use crate::executor::{Confinement, Program, Reason};
-use anyhow::{Context, Result, bail};
+use crate::configuration;
+use crate::executor::{self, Confinement, Program, Reason};
+use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, unmount,
 };
+use serde::{Deserialize, Serialize};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
 
 /// The first argument of a helper.
 pub(crate) const ARGUMENT: &str = "helper";
@@ -36,9 +36,27 @@ pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
 /// Where they have what libcontainer is told of their container.
 const ENTRIES: &str = "/run/koya/entries";
 
+/// A bundle's configuration, the directory beside it for added processes, and their filter in there.
+const CONFIG: &str = "config.json";
+const ADDED: &str = "added";
+const SECCOMP: &str = "seccomp.json";
+
 /// A container's bundle.
 pub(crate) fn bundle(id: &str) -> PathBuf {
     Path::new(BUNDLES).join(id)
+}
+
+/// Where what the host said of a container is, and what processes that are added need of it.
+pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
+    let added = bundle(id).join(ADDED);
+    std::fs::create_dir_all(&added)?;
+    spec.save(bundle(id).join(CONFIG))?;
+    configuration::for_added(spec).save(added.join(CONFIG))?;
+    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    Ok(std::fs::write(
+        added.join(SECCOMP),
+        serde_json::to_vec(&seccomp)?,
+    )?)
 }
 
 /// A container's cgroup, as the configuration names it.
@@ -49,34 +67,60 @@ pub(crate) fn cgroup(id: &str) -> String {
 /// The first argument of the first process of the pid namespace that a sandbox's containers share.
 pub(crate) const PAUSE: &str = "pause";
 
-/// Runs one operation: `create ID OUTCOME CONSOLE`, `start ID OUTCOME`,
+/// What a helper tells PID 1.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// It has made this process, or done what it was to do.
+    Made(i32),
+    Refused(Refused),
+    Failed(String),
+}
+
+impl Outcome {
+    fn of(result: Result<i32>) -> Self {
+        match result.map_err(|error| error.downcast::<Refused>()) {
+            Ok(pid) => Self::Made(pid),
+            Err(Ok(refused)) => Self::Refused(refused),
+            Err(Err(error)) => Self::Failed(format!("{error:#}")),
+        }
+    }
+
+    /// The process, or why there is none.
+    pub(crate) fn made(self) -> Result<i32> {
+        match self {
+            Self::Made(pid) => Ok(pid),
+            Self::Refused(refused) => Err(refused.into()),
+            Self::Failed(text) => Err(anyhow!(text)),
+        }
+    }
+}
+
+/// The first argument of a helper that makes a working directory: `ROOT DIRECTORY UID GID` follow.
+pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
+
+/// Runs one operation: `create ID OUTCOME CONSOLE UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
 /// path, or `-`.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    if let [WORKING_DIRECTORY, root, path, uid, gid] = args.as_slice() {
+        return working_directory(root, path, uid, gid);
+    }
     let (outcome, result) = match args.as_slice() {
-        ["create", id, outcome, console] => (outcome, create(id, console)),
+        ["create", id, outcome, console, uid] => (outcome, create(id, console, uid)),
         ["start", id, outcome] => (outcome, start(id)),
         ["exec", id, outcome, console, process] => (outcome, exec(id, console, process)),
         ["delete", id, outcome] => (outcome, delete(id)),
         ["pause", _, outcome] => (outcome, pause()),
         _ => return ExitCode::FAILURE,
     };
-    let text = match result {
-        Ok(pid) => format!("pid {pid}"),
-        Err(error) => match error.downcast_ref::<Refused>() {
-            Some(Refused::NotExecutable {
-                exit_status,
-                reason,
-            }) => format!("refused {exit_status} {reason}"),
-            _ => format!("error {error:#}"),
-        },
-    };
-    match std::fs::write(outcome, text) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+    let said = Outcome::of(result);
+    let written = serde_json::to_vec(&said).map(|text| std::fs::write(outcome, text));
+    match written {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
 }
 
@@ -84,8 +128,9 @@ fn console_path(console: &str) -> Option<PathBuf> {
     (console != "-").then(|| PathBuf::from(console))
 }
 
-fn create(id: &str, console: &str) -> Result<i32> {
+fn create(id: &str, console: &str, uid: &str) -> Result<i32> {
     std::fs::create_dir_all(STATE)?;
+    executor::give_streams(uid.parse()?);
     let (program, reason) = Program::new(None)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(STATE)?
@@ -96,19 +141,22 @@ fn create(id: &str, console: &str) -> Result<i32> {
         .with_systemd(false)
         .with_detach(true)
         .build();
-    let container = built.map_err(|error| why(error.into(), reason))?;
-    let spec = Spec::load(bundle(id).join("config.json"))?;
-    // libcontainer takes device rules and, without its own BPF feature, ignores them.
-    device_rules::apply(id, &spec)?;
+    let container = built.map_err(|error| why(error, reason))?;
     Ok(container
         .pid()
         .context("the container has no process")?
         .as_raw())
 }
 
-/// Why libcontainer failed: the program's fault, or another error.
-fn why(error: anyhow::Error, reason: Reason) -> anyhow::Error {
-    reason.read().map_or(error, Into::into)
+/// Why libcontainer failed: the program's fault, the configuration's, or another error.
+fn why(error: LibcontainerError, reason: Reason) -> anyhow::Error {
+    match (reason.read(), error) {
+        (Some(refused), _) => refused.into(),
+        (None, error @ (LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_))) => {
+            Refused::Invalid(format!("{:#}", anyhow!(error))).into()
+        }
+        (None, error) => error.into(),
+    }
 }
 
 fn load(id: &str) -> Result<Container> {
@@ -121,24 +169,19 @@ fn start(id: &str) -> Result<i32> {
     Ok(container.pid().map_or(0, |p| p.as_raw()))
 }
 
-/// What libcontainer is told of a container by which a process is added to it: as it is, but for the control
-/// group. libcontainer forks in there, which the container's own can forbid when it has no process left to
-/// give; the program joins that as its last step, which no limit forbids.
+/// A container's state by which a process is added to it: as it is, but with another bundle (see
+/// [`configuration::for_added`]), and in a directory of this helper's own.
 struct Entry(PathBuf);
 
 impl Entry {
-    fn make(id: &str, mut spec: Spec) -> Result<Self> {
+    fn make(id: &str) -> Result<Self> {
         let entry = Self(Path::new(ENTRIES).join(std::process::id().to_string()));
         // Numbers are used again, and a helper may have been killed.
         std::fs::remove_dir_all(&entry.0).ok();
         let own = entry.0.join(id);
         std::fs::create_dir_all(&own)?;
-        if let Some(linux) = spec.linux_mut() {
-            linux.set_cgroups_path(Some(ENTRY_CGROUP.into()));
-        }
-        spec.save(own.join("config.json"))?;
         let mut container = load(id)?;
-        container.state.bundle.clone_from(&own);
+        container.state.bundle = bundle(id).join(ADDED);
         container.root = own;
         container.save()?;
         Ok(entry)
@@ -152,20 +195,18 @@ impl Drop for Entry {
 }
 
 fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
-    let spec = Spec::load(bundle(id).join("config.json"))?;
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
-    // The program drops them itself, after its filter: see `executor`.
-    let capabilities = wanted.capabilities().clone();
-    wanted.set_capabilities(None);
+    let capabilities = configuration::take_capabilities(&mut wanted);
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
-    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().clone());
+    let seccomp = std::fs::read(bundle(id).join(ADDED).join(SECCOMP))?;
     let (program, reason) = Program::new(Some(Confinement {
-        group: Arc::new(cgroup::door(id)?),
-        seccomp,
+        groups: cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
+        seccomp: serde_json::from_slice(&seccomp)?,
         capabilities,
+        uid: wanted.user().uid(),
     }))?;
-    let entry = Entry::make(id, spec)?;
+    let entry = Entry::make(id)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(&entry.0)?
         .with_console_socket(console_path(console))
@@ -174,7 +215,7 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
         .with_detach(true)
         .with_process(Some(process))
         .build();
-    let pid = built.map_err(|error| why(error.into(), reason))?;
+    let pid = built.map_err(|error| why(error, reason))?;
     Ok(pid.as_raw())
 }
 
@@ -228,10 +269,47 @@ fn let_go() -> Result<()> {
     Ok(())
 }
 
+/// Without it the container's start says that it can't be entered.
+fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
+    // libcontainer writes the container's state to it, and a broken pipe would end libcontainer.
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
+    if let (Ok(uid), Ok(gid)) = (uid.parse(), gid.parse())
+        && let Err(error) = crate::within::make_working_directory(root, path, (uid, gid))
+    {
+        crate::sys::kernel_log(&format!("koya-agent: no {path}: {error:#}"));
+    }
+    ExitCode::SUCCESS
+}
+
 fn delete(id: &str) -> Result<i32> {
     if !Path::new(STATE).join(id).exists() {
-        bail!("no container {id}");
+        bail!(Refused::NotFound(format!("no container {id}")));
     }
+    // libcontainer removes the container's own, which has to be empty for that.
+    cgroup::end_nested(id)?;
     load(id)?.delete(true)?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helpers_outcome_keeps_its_kind_whatever_its_text_says() {
+        let through = |result: Result<i32>| {
+            let text = serde_json::to_vec(&Outcome::of(result)).unwrap();
+            serde_json::from_slice::<Outcome>(&text).unwrap().made()
+        };
+        assert_eq!(through(Ok(7)).unwrap(), 7);
+        let refused = Refused::NotExecutable {
+            exit_status: 126,
+            reason: "pid 1 error\n".into(),
+        };
+        let error = through(Err(refused.clone().into())).unwrap_err();
+        assert_eq!(error.downcast_ref::<Refused>(), Some(&refused));
+        let error = through(Err(anyhow!("pid 7").context("refused 127"))).unwrap_err();
+        assert!(error.downcast_ref::<Refused>().is_none());
+        assert_eq!(error.to_string(), "refused 127: pid 7");
+    }
 }

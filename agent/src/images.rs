@@ -4,7 +4,7 @@
 //! An image is not trusted by the host, which never looks into it: the guest's kernel does.
 
 use anyhow::{Context, Result, bail};
-use koya_protocol::{MAX_ACCOUNTS, image_root};
+use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
@@ -44,7 +44,9 @@ impl Parts {
 pub(crate) fn mount_image(id: &str, disk: &str) -> Result<()> {
     let parts = Parts::of(id);
     if parts.root.exists() {
-        bail!("container {id} has a root already");
+        bail!(Refused::AlreadyExists(format!(
+            "container {id} has a root already"
+        )));
     }
     let mounted = try_mount(&parts, disk);
     if mounted.is_err() {
@@ -100,7 +102,8 @@ fn kind(device: &str) -> Result<&'static str> {
     let file = File::open(device).with_context(|| format!("the guest has no {device}"))?;
     file.read_exact_at(&mut head, 0)
         .context("the image is too small for a file system")?;
-    kind_of(&head).context("the image is neither erofs nor ext4")
+    let kind = kind_of(&head);
+    kind.ok_or_else(|| Refused::Unsupported("the image is neither erofs nor ext4".into()).into())
 }
 
 /// By the magic numbers of the superblocks, both at 1024.

@@ -11,6 +11,7 @@
 
 mod boot;
 mod cgroup;
+mod configuration;
 mod console;
 mod cpus;
 mod details;
@@ -29,6 +30,7 @@ mod streams;
 mod sys;
 mod volumes;
 mod watches;
+mod within;
 
 use koya_protocol::messages::GuestTimes;
 use std::process::ExitCode;

@@ -189,7 +189,7 @@ impl Agent for Service {
             let key = (request.container_id, request.exec_id);
             state.with(&key, |process| match &process.terminal {
                 Some(master) => console::resize(master, request.rows, request.columns),
-                None => bail!("the process has no terminal"),
+                None => bail!(Refused::Invalid("the process has no terminal".into())),
             })??;
             Ok(Empty::new())
         })

@@ -1,20 +1,24 @@
 //! What the agent knows of containers and their processes, for its one thread.
 
+use crate::configuration;
 use crate::console::{self, ConsoleSocket};
+use crate::device_rules;
 use crate::disks;
 use crate::helper::{self, bundle};
 use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
 use crate::streams;
-use crate::{cgroup, sys, volumes};
+use crate::{cgroup, sys, volumes, within};
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
 use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
     ExecProcessRequest, Process, SignalProcessRequest, Stdio,
 };
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
+use rustix::fs::{Uid, fchown};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -114,17 +118,18 @@ impl State {
 
     pub(crate) async fn create(&self, request: CreateContainerRequest) -> Result<Process> {
         let id = check_id(&request.container_id)?;
-        let mut spec: Spec =
-            serde_json::from_slice(&request.spec_json).context("the configuration is broken")?;
+        let mut spec: Spec = serde_json::from_slice(&request.spec_json)
+            .map_err(|error| broken("configuration", &error))?;
         let dir = bundle(id);
         if dir.exists() {
-            bail!("container {id} exists");
+            bail!(Refused::AlreadyExists(format!("container {id} exists")));
         }
         fs::create_dir_all(&dir)?;
-        adapt(&mut spec, id);
+        configuration::adapt(&mut spec, id);
         let made = self.make(id, spec, &request).await;
         if made.is_err() {
             // As far as it was made.
+            self.processes.borrow_mut().retain(|key, _| key.0 != id);
             self.help(&["delete", id], Streams::none()).await.ok();
             volumes::unmount_aside(id).await.ok();
             fs::remove_dir_all(&dir).ok();
@@ -145,7 +150,7 @@ impl State {
             (false, of) => Some(namespace_of(self.running(of)?)?),
         };
         if let Some(joined) = &joined {
-            join_pids(&mut spec, joined.as_raw_fd());
+            configuration::join_pids(&mut spec, joined.as_raw_fd());
         }
         let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
         // Most containers have none, and need no further thread.
@@ -160,17 +165,38 @@ impl State {
             .await?;
         }
         for device in &request.block_devices {
-            disks::add(&mut spec, device)?;
+            configuration::add_disk(&mut spec, device)?;
         }
-        spec.save(bundle(id).join("config.json"))?;
+        if request.guest_devices {
+            configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+        }
+        let spec = match within::lacks_nothing(&spec, &request.files) {
+            true => spec,
+            // Its root may be slow.
+            false => {
+                let (of, files) = (id.to_owned(), request.files.clone());
+                aside(move || within::complete(&of, spec, &files)).await?
+            }
+        };
+        helper::save(id, &spec)?;
+        let uid = spec
+            .process()
+            .as_ref()
+            .map_or(0, |process| configuration::guest_uid(&spec, process));
         let made = self
-            .launch(&["create", id], id, "", &request.stdio, None)
+            .launch(&["create", id], id, "", &request.stdio, &uid.to_string())
             .await?;
+        // libcontainer takes device rules and, without its own BPF feature, ignores them.
+        device_rules::apply(id, &spec)?;
+        let key = (id.to_owned(), String::new());
+        if let Err(error) = self.with(&key, |tracked| give_terminal(tracked, uid))? {
+            sys::kernel_log(&format!("koya-agent: a terminal stays root's: {error:#}"));
+        }
         if let Err(error) = self.ooms.watch(id) {
             // A guest's kernel without that control.
             sys::kernel_log(&format!("koya-agent: {error:#}"));
         }
-        if joined.is_some() || !has_pids(&spec) {
+        if joined.is_some() || !configuration::has_pids(&spec) {
             self.end_all_with_the_first(id)?;
         }
         Ok(made)
@@ -194,7 +220,7 @@ impl State {
         let key = (id.to_owned(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
         if ended {
-            bail!("container {id} has ended");
+            bail!(Refused::NoProcess(format!("container {id} has ended")));
         }
         Ok(pid)
     }
@@ -216,13 +242,20 @@ impl State {
         let exec_id = check_id(&request.exec_id)?;
         let key = (id.to_owned(), exec_id.to_owned());
         if self.processes.borrow().contains_key(&key) {
-            bail!("container {id} has a process {exec_id}");
+            let reason = format!("container {id} has a process {exec_id}");
+            bail!(Refused::AlreadyExists(reason));
         }
         self.running(id)?;
         let path = bundle(id).join(format!("process-{exec_id}.json"));
         fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
         let made = self
-            .launch(&["exec", id], id, exec_id, &request.stdio, Some(&path))
+            .launch(
+                &["exec", id],
+                id,
+                exec_id,
+                &request.stdio,
+                &path.to_string_lossy(),
+            )
             .await;
         fs::remove_file(&path).ok();
         // The first process may have ended meanwhile, and what ends with it was ended then.
@@ -232,15 +265,15 @@ impl State {
         made
     }
 
-    /// Starts a helper that makes a process, with its streams or terminal, and follows what it
-    /// made.
+    /// Starts a helper that makes a process, with its streams or terminal and its last argument, and follows
+    /// what it made.
     async fn launch(
         &self,
         operation: &[&str],
         id: &str,
         exec_id: &str,
         stdio: &Stdio,
-        process: Option<&Path>,
+        last: &str,
     ) -> Result<Process> {
         let console = if stdio.terminal {
             // Names may be longer than a socket's path: 64 characters each under Kubernetes.
@@ -259,9 +292,7 @@ impl State {
             .as_ref()
             .map_or("-".into(), |c| c.path().to_string_lossy());
         let mut args = operation.to_vec();
-        args.push(&socket);
-        let process = process.map(|p| p.to_string_lossy());
-        args.extend(process.as_deref());
+        args.extend([&*socket, last]);
         let made = self.help(&args, streams).await?;
         let pid = made.pid;
         let end = self.reaper.follow(pid);
@@ -301,24 +332,14 @@ impl State {
             .spawn()
             .context("cannot start a helper")?;
         let status = reaper::wait(self.reaper.follow(child.id() as i32)).await;
-        let text = fs::read_to_string(&outcome)
+        let text = fs::read(&outcome)
             .with_context(|| format!("the helper for {} ended with status {status}", args[0]))?;
         fs::remove_file(&outcome).ok();
-        match text.split_once(' ') {
-            Some(("pid", pid)) => Ok(Made {
-                pid: pid.parse()?,
-                _helping,
-            }),
-            Some(("error", why)) => bail!("{why}"),
-            Some(("refused", why)) => match why.split_once(' ') {
-                Some((exit_status, reason)) => bail!(Refused::NotExecutable {
-                    exit_status: exit_status.parse()?,
-                    reason: reason.into(),
-                }),
-                None => bail!("the helper for {} said {text:?}", args[0]),
-            },
-            _ => bail!("the helper for {} said {text:?}", args[0]),
-        }
+        let outcome: helper::Outcome = serde_json::from_slice(&text)?;
+        Ok(Made {
+            pid: outcome.made()?,
+            _helping,
+        })
     }
 
     /// Changes the devices of a running container.
@@ -372,6 +393,20 @@ fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
     Ok(master)
 }
 
+/// The user of a container's first process opens its terminal by other names, too (/dev/stdout).
+fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
+    if let Some(master) = &process.terminal {
+        let terminal = ioctl_tiocgptpeer(master, OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        fchown(terminal, Some(Uid::from_raw(uid)), None)?;
+    }
+    Ok(())
+}
+
+/// A part of a request that is not what it has to be.
+pub(crate) fn broken(what: &str, error: &serde_json::Error) -> Refused {
+    Refused::Invalid(format!("the {what} is broken: {error}"))
+}
+
 /// A name that is one component of a path.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
     let proper = !id.is_empty()
@@ -381,49 +416,12 @@ pub(crate) fn check_id(id: &str) -> Result<&str> {
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
     if !proper {
-        bail!("{id:?} is no name for a container or process");
+        let reason = format!("{id:?} is no name for a container or process");
+        bail!(Refused::Invalid(reason));
     }
     Ok(id)
 }
 
-fn has_pids(spec: &Spec) -> bool {
-    let linux = spec.linux().as_ref();
-    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
-    let mut namespaces = namespaces.into_iter().flatten();
-    namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
-}
-
 fn namespace_of(pid: i32) -> Result<File> {
     File::open(format!("/proc/{pid}/ns/pid")).context("there is no pid namespace to share")
-}
-
-/// Has a container's processes in the pid namespace behind this descriptor of PID 1's.
-fn join_pids(spec: &mut Spec, descriptor: i32) {
-    let Some(linux) = spec.linux_mut() else {
-        return;
-    };
-    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    for namespace in &mut namespaces {
-        if namespace.typ() == LinuxNamespaceType::Pid {
-            namespace.set_path(Some(format!("/proc/1/fd/{descriptor}").into()));
-        }
-    }
-    linux.set_namespaces(Some(namespaces));
-}
-
-/// What must be as the guest has it, whatever the configuration says.
-fn adapt(spec: &mut Spec, id: &str) {
-    if let Some(linux) = spec.linux_mut() {
-        linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
-        // A label for the host's security module, which means nothing here.
-        linux.set_mount_label(None);
-    }
-    if let Some(process) = spec.process_mut() {
-        process.set_apparmor_profile(None);
-        process.set_selinux_label(None);
-        // libcontainer takes "false" as a reason to load the seccomp filter too late.
-        if process.no_new_privileges() == Some(false) {
-            process.set_no_new_privileges(None);
-        }
-    }
 }

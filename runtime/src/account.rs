@@ -52,7 +52,7 @@ impl Account {
             .lines()
             .map(|l| l.split(':').collect::<Vec<_>>())
             .find(|f| f.len() >= 6 && (f[0] == user || f[2] == user));
-        let unknown = |what| Error::container("user", format!("the container has no {what}"));
+        let unknown = |what| Error::invalid("user", format!("the container has no {what}"));
         let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
         let (uid, mut gid, home, name) = match &entry {
             Some(f) => (

@@ -1,13 +1,17 @@
 //! The agent's end of the control connection, as the host sees it.
 
-use crate::Error;
+mod answer;
+
 use crate::account::Accounts;
 use crate::container::Needs;
+use crate::container_config::Device;
 use crate::oci::SharedPids;
 use crate::patience::WRITE_OUT_LIMIT;
-use crate::spec::Device;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
+use crate::{Error, ErrorKind};
+use answer::failed;
+use koya_protocol::AgentClient;
 use koya_protocol::messages::{
     self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
     ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
@@ -17,7 +21,6 @@ use koya_protocol::messages::{
     Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
     UpdateRoutesRequest, WaitProcessRequest,
 };
-use koya_protocol::{AgentClient, Refused, refused};
 use koya_vmm::devices::fs::HostEvent;
 use koya_vmm::guest_text;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,6 +51,10 @@ const ORDER_LIMIT: Duration = Duration::from_secs(15);
 
 /// How many processes it is asked to make at a time: each takes it several processes of its own.
 const MAX_EXECS: usize = 16;
+
+/// How large an OCI configuration or process may be as JSON, in bytes: the rest of ttrpc's 4 MiB for a message is
+/// for what is beside it.
+const MAX_JSON: usize = (4 << 20) - (64 << 10);
 
 /// How many marks of its start it may tell of.
 const MAX_MARKS: usize = 16;
@@ -101,46 +108,13 @@ impl From<GuestTimes> for AgentTimes {
     }
 }
 
-/// What the agent answered, in the caller's terms.
-fn failed(operation: &'static str, error: ttrpc::Error, overdue: Option<Duration>) -> Error {
-    let agent = |reason| Error::Agent { operation, reason };
-    let status = match (error, overdue) {
-        (ttrpc::Error::RpcStatus(status), _) => status,
-        (ttrpc::Error::Socket(_), _) => return Error::HungUp { operation },
-        (_, Some(waited)) => return Error::Overdue { operation, waited },
-        (other, None) => return agent(guest_text::line(other.to_string())),
-    };
-    match (refused(&status), status.code()) {
-        (Some(Refused::NoProcess(reason)), _) => Error::NoProcess {
-            operation,
-            reason: guest_text::line(reason),
-        },
-        (
-            Some(Refused::NotExecutable {
-                exit_status,
-                reason,
-            }),
-            _,
-        ) => Error::NotExecutable {
-            // A shell's, and no other: a guest could say that all went well.
-            status: if exit_status == 126 { 126 } else { 127 },
-            reason: guest_text::line(reason),
-        },
-        // The agent's side has the same limit, and may have been the first to see it pass.
-        (None, ttrpc::Code::DEADLINE_EXCEEDED) => Error::Overdue {
-            operation,
-            waited: overdue.unwrap_or_default(),
-        },
-        (None, _) => agent(guest_text::line(status.message())),
-    }
-}
-
 /// A name of a disk: it becomes part of paths.
 fn disk_name(name: String) -> Result<String, Error> {
     let proper = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     if name.is_empty() || name.len() > 16 || !name.bytes().all(proper) {
         return Err(Error::Agent {
             operation: "attach the disk in the guest",
+            kind: ErrorKind::Guest,
             reason: "the agent's name for it is none".into(),
         });
     }
@@ -154,6 +128,14 @@ pub(crate) fn block_device(device: &Device) -> BlockDevice {
         read_only: device.read_only,
         ..Default::default()
     }
+}
+
+fn check_size(field: &'static str, json: &[u8]) -> Result<(), Error> {
+    if json.len() <= MAX_JSON {
+        return Ok(());
+    }
+    let reason = format!("{} bytes of JSON are more than {MAX_JSON}", json.len());
+    Err(Error::invalid(field, reason))
 }
 
 fn container_request(id: &str) -> ContainerRequest {
@@ -230,6 +212,7 @@ impl Agent {
         needs: Needs,
         stdio: Stdio,
     ) -> Result<i32, Error> {
+        check_size("configuration", &spec)?;
         // Of a disk that was not taken out in order, the journal comes first.
         let limit = match needs.direct.is_empty() {
             true => LIMIT,
@@ -250,6 +233,8 @@ impl Agent {
             ephemeral_volumes: needs.volumes,
             disk_volumes: needs.direct,
             shared_volumes: needs.shared,
+            guest_devices: needs.guest_devices,
+            files: needs.files,
             ..Default::default()
         };
         self.ask("create the container", limit, |client, limit| {
@@ -276,6 +261,7 @@ impl Agent {
         process: Vec<u8>,
         stdio: Stdio,
     ) -> Result<i32, Error> {
+        check_size("process", &process)?;
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -610,69 +596,4 @@ impl Agent {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn little_is_taken_of_what_an_agent_says_of_its_start() {
-        let mark = |name: &str, at_ns| messages::GuestMark {
-            name: name.into(),
-            at_ns,
-            ..Default::default()
-        };
-        let mut times = GuestTimes {
-            agent_started_ns: 70,
-            agent_connected_ns: 100,
-            marks: vec![mark("mounts", 90), mark("\x1b[2J", 91), mark("later", 200)],
-            ..Default::default()
-        };
-        let told = AgentTimes::from(times.clone());
-        let nanos = Duration::from_nanos;
-        assert_eq!(told.took, nanos(30));
-        let expected = [("mounts".to_owned(), nanos(10)), ("later".into(), nanos(0))];
-        assert_eq!(told.marks, expected);
-        times.marks = vec![mark(&"x".repeat(MAX_MARK_NAME + 1), 1)];
-        assert_eq!(AgentTimes::from(times.clone()).marks, []);
-        times.marks = vec![mark("again", 1); 1000];
-        assert_eq!(AgentTimes::from(times).marks.len(), MAX_MARKS);
-    }
-
-    #[test]
-    fn a_silent_agent_is_told_from_one_that_refuses() {
-        use crate::test_agent::{Word, agent};
-        let gone = agent(|_| Word::HangUp);
-        assert!(matches!(gone.has_ended("a"), Err(Error::HungUp { .. })));
-        let silent = agent(|_| Word::Silence);
-        assert!(matches!(silent.has_ended("a"), Err(Error::Overdue { .. })));
-        let broken = agent(|_| Word::Error);
-        assert!(matches!(broken.has_ended("a"), Err(Error::Agent { .. })));
-        assert!(agent(|_| Word::Ok).has_ended("a").is_ok());
-    }
-
-    #[test]
-    fn the_agents_kinds_are_told_apart_and_its_text_decides_nothing() {
-        let error = |status| failed("x", ttrpc::Error::RpcStatus(status), None);
-        let refused = Refused::NotExecutable {
-            exit_status: 127,
-            reason: "\x1b[1mnope: not found in PATH (/bin)".into(),
-        };
-        let Error::NotExecutable { status, reason } = error(refused.status("")) else {
-            panic!()
-        };
-        assert_eq!(
-            (status, reason.as_str()),
-            (127, "nope: not found in PATH (/bin)")
-        );
-        let refused = Refused::NoProcess("it has ended".into());
-        assert!(matches!(error(refused.status("")), Error::NoProcess { .. }));
-        let lie = "process not found: cannot execute 127: sh: not found;\x1b[2J";
-        let Error::Agent { reason, .. } = error(ttrpc::get_status(ttrpc::Code::UNKNOWN, lie))
-        else {
-            panic!()
-        };
-        assert_eq!(
-            reason,
-            "process not found: cannot execute 127: sh: not found;"
-        );
-    }
-}
+mod tests;

@@ -100,7 +100,7 @@ impl SandboxConfig {
             let plain = |c: char| c == ' ' || c == '\t' || c.is_ascii_graphic() && c != '"';
             if name.is_empty() || !name.chars().all(proper) || !value.chars().all(plain) {
                 let reason = format!("{name:?} can't be set to {value:?}");
-                return Err(Error::container("sysctl", reason));
+                return Err(Error::invalid("sysctl", reason));
             }
             words += &format!(" sysctl.{name}=\"{value}\"");
         }
@@ -109,7 +109,7 @@ impl SandboxConfig {
         };
         let proper = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
-            return Err(Error::container(
+            return Err(Error::invalid(
                 "hostname",
                 format!("{name:?} is no host name"),
             ));

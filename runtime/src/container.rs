@@ -3,12 +3,12 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
+use crate::container_config::{ContainerConfig, Device, ProcessConfig, Stdio};
 use crate::ends::Mark;
 use crate::given::Given;
 use crate::mount_points;
-use crate::oci::{self, Bundle, SharedPids};
+use crate::oci::{self, Bundle, Root, SharedPids};
 use crate::sandbox::Inner;
-use crate::spec::{self, ContainerConfig, Device, ProcessConfig, Root, Stdio};
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
 use crate::sync::lock;
@@ -25,17 +25,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
 pub struct Container {
     process: Process,
-    made_of: MadeOf,
+    /// What it was made of, unless that was an OCI bundle.
+    config: Option<Box<ContainerConfig>>,
+    rootfs: PathBuf,
+    /// Its first process: those that are added may what that one may.
+    first: OciProcess,
     given: Mutex<Given>,
     next_exec: AtomicU64,
     mark: Arc<Mark>,
-}
-
-/// What its further processes are made by.
-enum MadeOf {
-    Config(Box<ContainerConfig>),
-    /// The root file system of an OCI bundle.
-    Bundle(PathBuf),
 }
 
 /// A process of a container: its streams, and what can be done to it.
@@ -132,6 +129,9 @@ pub(crate) struct Needs {
     pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) shared: Vec<messages::SharedVolume>,
     pub(crate) pids: SharedPids,
+    /// Whether it has a node of each of the guest's devices.
+    pub(crate) guest_devices: bool,
+    pub(crate) files: Vec<messages::File>,
 }
 
 /// Makes a container's first process, which waits to be started.
@@ -143,8 +143,10 @@ fn launch(
     stdio: Stdio,
 ) -> Result<Process, Error> {
     let plan = Plan::new(inner, stdio)?;
-    let spec =
-        serde_json::to_vec(spec).map_err(|e| Error::container("configuration", e.to_string()))?;
+    let spec = serde_json::to_vec(spec).map_err(Error::invalid_by(
+        "configuration",
+        "it can't be written as JSON",
+    ))?;
     inner.timeline.mark("asked the agent", id);
     inner.agent.create(id, spec, needs, plan.message.clone())?;
     inner.timeline.mark("made in the guest", id);
@@ -156,15 +158,95 @@ fn launch(
     finished
 }
 
+/// A container in the making.
+struct Making<'a> {
+    inner: &'a Arc<Inner>,
+    id: &'a str,
+    given: &'a mut Given,
+}
+
+impl Making<'_> {
+    /// The users of the root file system, which the guest mounts now unless it is a directory.
+    fn accounts(&mut self, root: Root, rootfs: &Path) -> Result<Accounts, Error> {
+        if root == Root::Directory {
+            return Ok(Accounts::read(rootfs));
+        }
+        let disk = self.inner.attach_disk(&DiskConfig {
+            read_only: true,
+            ..DiskConfig::new(rootfs)
+        })?;
+        let name = disk.device().name.clone();
+        let (_, is_mounted) = self.given.image.insert((disk, false));
+        self.inner.agent.mount_image(self.id, &name)?;
+        *is_mounted = true;
+        self.inner.agent.accounts(self.id)
+    }
+
+    /// Makes the first process, which waits to be started; and says what it is in the guest.
+    fn make(
+        &mut self,
+        bundle: Bundle,
+        root: Root,
+        accounts: &Accounts,
+        mut needs: Needs,
+        stdio: Stdio,
+    ) -> Result<(Process, OciProcess), Error> {
+        let (inner, id) = (self.inner, self.id);
+        let rootfs = bundle.rootfs.clone();
+        needs.pids = bundle.pids.clone();
+        let mut adapted = oci::adapt(id, bundle, root, accounts)?;
+        if root == Root::Directory {
+            let points = adapted.mount_points.iter();
+            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
+            mount_points::make(&rootfs, &points)?;
+            let root = adapted.spec.root().as_ref();
+            if root.and_then(|root| root.readonly()) == Some(true) {
+                make_optional(&rootfs, &needs.files);
+            }
+        }
+        needs.shared = self
+            .given
+            .share(inner, id, adapted.shares, &mut adapted.spec)?;
+        needs
+            .devices
+            .extend(self.given.attach(inner, adapted.disks)?);
+        needs.volumes = adapted.volumes;
+        needs.direct = self.given.attach_direct(inner, adapted.direct)?;
+        needs.guest_devices |= adapted.has_guest_devices;
+        let process = launch(inner, id, &adapted.spec, needs, stdio)?;
+        let first = adapted.spec.process().clone().unwrap_or_default();
+        Ok((process, first))
+    }
+}
+
+/// Places for files that the guest can't make, in a root that is read-only for it. Without one of them a
+/// container runs too.
+fn make_optional(rootfs: &Path, files: &[messages::File]) {
+    for file in files {
+        if let Err(error) = mount_points::make(rootfs, &[(Path::new(&file.path), true)]) {
+            log::debug!("{error}");
+        }
+    }
+}
+
 impl Container {
     pub(crate) fn create(
         inner: Arc<Inner>,
         id: &str,
         config: &ContainerConfig,
     ) -> Result<Self, Error> {
-        let made_of = MadeOf::Config(Box::new(config.clone()));
-        Self::make(inner, made_of, id, |inner, given| {
-            Self::try_create(inner, id, config, given)
+        let own = Some(Box::new(config.clone()));
+        Self::make(inner, id, own, &config.rootfs, |making| {
+            let root = Root::of(&config.rootfs)?;
+            let accounts = making.accounts(root, &config.rootfs)?;
+            let bundle = oci::from_config::bundle(id, config, &accounts)?;
+            let needs = Needs {
+                devices: config.devices.iter().map(agent::block_device).collect(),
+                guest_devices: config.privileged,
+                files: oci::from_config::files(id, config),
+                ..Needs::default()
+            };
+            making.make(bundle, root, &accounts, needs, config.process.stdio)
         })
     }
 
@@ -174,41 +256,37 @@ impl Container {
         bundle: &Bundle,
         stdio: Stdio,
     ) -> Result<Self, Error> {
-        let made_of = MadeOf::Bundle(bundle.rootfs.clone());
-        Self::make(inner, made_of, id, |inner, given| {
-            let mut adapted = oci::adapt(id, bundle, &Accounts::read(&bundle.rootfs))?;
-            let points = adapted.mount_points.iter();
-            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
-            mount_points::make(&bundle.rootfs, &points)?;
-            let shared = given.share(inner, id, adapted.shares, &mut adapted.spec)?;
-            let devices = given.attach(inner, adapted.disks)?;
-            let needs = Needs {
-                devices,
-                volumes: adapted.volumes,
-                shared,
-                direct: given.attach_direct(inner, adapted.direct)?,
-                pids: bundle.pids.clone(),
-            };
-            launch(inner, id, &adapted.spec, needs, stdio)
+        Self::make(inner, id, None, &bundle.rootfs, |making| {
+            let root = Root::of(&bundle.rootfs)?;
+            let accounts = making.accounts(root, &bundle.rootfs)?;
+            making.make(bundle.clone(), root, &accounts, Needs::default(), stdio)
         })
     }
 
     fn make(
         inner: Arc<Inner>,
-        made_of: MadeOf,
         id: &str,
-        make: impl FnOnce(&Arc<Inner>, &mut Given) -> Result<Process, Error>,
+        config: Option<Box<ContainerConfig>>,
+        rootfs: &Path,
+        make: impl FnOnce(&mut Making<'_>) -> Result<(Process, OciProcess), Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
         // It counts among those that live as soon as it is made.
         let mark = inner.ends.add();
         let begun = inner.timeline.begin("create", id);
-        match make(&inner, &mut given) {
-            Ok(process) => {
+        let made = make(&mut Making {
+            inner: &inner,
+            id,
+            given: &mut given,
+        });
+        match made {
+            Ok((process, first)) => {
                 inner.timeline.end(begun);
                 Ok(Self {
                     process,
-                    made_of,
+                    config,
+                    rootfs: rootfs.into(),
+                    first,
                     given: Mutex::new(given),
                     next_exec: AtomicU64::new(1),
                     mark,
@@ -221,48 +299,6 @@ impl Container {
                 Err(error)
             }
         }
-    }
-
-    fn try_create(
-        inner: &Arc<Inner>,
-        id: &str,
-        config: &ContainerConfig,
-        given: &mut Given,
-    ) -> Result<Process, Error> {
-        let root = Root::of(&config.rootfs)?;
-        let accounts = match root {
-            Root::Directory => Accounts::read(&config.rootfs),
-            Root::Image => {
-                let disk = inner.attach_disk(&DiskConfig {
-                    read_only: true,
-                    ..DiskConfig::new(&config.rootfs)
-                })?;
-                let name = disk.device().name.clone();
-                let (_, is_mounted) = given.image.insert((disk, false));
-                inner.agent.mount_image(id, &name)?;
-                *is_mounted = true;
-                inner.agent.accounts(id)?
-            }
-        };
-        let mut spec = spec::build(id, config, &accounts)?;
-        if config.read_only && root == Root::Directory {
-            let is_file = |destination: &Path| {
-                let volume = config.volumes.iter().find(|v| v.destination == destination);
-                volume.is_some_and(|v| v.source.is_file())
-            };
-            let mounts = spec.mounts().iter().flatten();
-            let points: Vec<_> = mounts
-                .map(|m| (m.destination().as_path(), is_file(m.destination())))
-                .collect();
-            mount_points::make(&config.rootfs, &points)?;
-        }
-        let shared = given.share(inner, id, spec::shares(id, config), &mut spec)?;
-        let needs = Needs {
-            devices: config.devices.iter().map(agent::block_device).collect(),
-            shared,
-            ..Needs::default()
-        };
-        launch(inner, id, &spec, needs, config.process.stdio)
     }
 
     /// Lets the first process run.
@@ -286,10 +322,7 @@ impl Container {
 
     /// What it was made of; none if that is an OCI bundle.
     pub fn config(&self) -> Option<&ContainerConfig> {
-        match &self.made_of {
-            MadeOf::Config(config) => Some(config),
-            MadeOf::Bundle(_) => None,
-        }
+        self.config.as_deref()
     }
 
     /// The first process.
@@ -353,23 +386,12 @@ impl Container {
         Ok(output)
     }
 
-    /// Runs another process in the container.
+    /// Runs another process in the container. It may what the first process may.
     ///
     /// # Errors
-    /// If the container has ended, or the program can't be found, or the container is an OCI bundle's
-    /// (see [`exec_oci`](Self::exec_oci)).
+    /// If the container has ended, or the program can't be found.
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
-        let inner = &self.process.inner;
-        let Some(container) = self.config() else {
-            let reason = "a container of an OCI bundle takes OCI processes";
-            return Err(Error::container("process", reason));
-        };
-        let has_image = self.given().image.is_some();
-        let accounts = match has_image {
-            true => inner.agent.accounts(&self.process.container)?,
-            false => Accounts::read(&container.rootfs),
-        };
-        let process = spec::exec_process(container, &accounts, config)?;
+        let process = oci::process::like(&self.first, config, &self.accounts()?)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
         self.launch(&format!("exec-{number}"), &process, config.stdio)
     }
@@ -385,19 +407,24 @@ impl Container {
         process: &OciProcess,
         stdio: Stdio,
     ) -> Result<Process, Error> {
-        let rootfs = match &self.made_of {
-            MadeOf::Config(config) => &config.rootfs,
-            MadeOf::Bundle(rootfs) => rootfs,
-        };
         let mut process = process.clone();
-        oci::adapt_process(&mut process, &Accounts::read(rootfs))?;
+        oci::process::adapt(&mut process, &self.accounts()?)?;
         self.launch(name, &process, stdio)
+    }
+
+    /// The users of its root as they are now.
+    fn accounts(&self) -> Result<Accounts, Error> {
+        let has_image = self.given().image.is_some();
+        match has_image {
+            true => self.process.inner.agent.accounts(&self.process.container),
+            false => Ok(Accounts::read(&self.rootfs)),
+        }
     }
 
     fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {
         let inner = &self.process.inner;
-        let process =
-            serde_json::to_vec(process).map_err(|e| Error::container("process", e.to_string()))?;
+        let process = serde_json::to_vec(process)
+            .map_err(Error::invalid_by("process", "it can't be written as JSON"))?;
         let plan = Plan::new(inner, stdio)?;
         let id = &self.process.container;
         inner
@@ -439,8 +466,10 @@ impl Container {
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
         let mut resources = resources.clone();
         oci::only_the_guests(&mut resources);
-        let text = serde_json::to_vec(&resources)
-            .map_err(|e| Error::container("resources", e.to_string()))?;
+        let text = serde_json::to_vec(&resources).map_err(Error::invalid_by(
+            "resources",
+            "it can't be written as JSON",
+        ))?;
         self.ask(|agent, id| agent.update_container(id, text))
     }
 

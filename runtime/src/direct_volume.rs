@@ -107,10 +107,7 @@ fn entry(folder: &Path, path: &Path) -> PathBuf {
 }
 
 fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
-    let wrong = |why: String| {
-        let reason = format!("{} stands for a device, but {why}", path.display());
-        Error::container("mounts", reason)
-    };
+    let shown = path.display();
     let text = match fs::read(entry(folder, path).join(FILE)) {
         Ok(text) => text,
         // A path that is too long to be a name is none's.
@@ -122,13 +119,18 @@ fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
         {
             return Ok(None);
         }
-        Err(error) => return Err(wrong(error.to_string())),
+        Err(error) => return Err(Error::host(format!("read what {shown} stands for"))(error)),
     };
-    let volume: DirectVolume =
-        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    let volume: DirectVolume = serde_json::from_slice(&text).map_err(Error::invalid_by(
+        "mounts",
+        format!("{shown} stands for a device that is not well described"),
+    ))?;
     if !KINDS.contains(&volume.kind.as_str()) {
-        let why = format!("volumes of the kind {:?} are not supported", volume.kind);
-        return Err(wrong(why));
+        let kind = &volume.kind;
+        let reason = format!(
+            "{shown} stands for a device, but volumes of the kind {kind:?} are not supported"
+        );
+        return Err(Error::unsupported("mounts", reason));
     }
     Ok(Some(volume))
 }

@@ -78,6 +78,8 @@ pub enum Error {
     Agent {
         /// What was asked.
         operation: &'static str,
+        /// What it says that the reason is: [`ErrorKind::Guest`] if nothing that is known.
+        kind: ErrorKind,
         /// What it said.
         reason: String,
     },
@@ -111,12 +113,23 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A container's configuration.
+    /// A configuration, of a sandbox or a container.
     #[error("{field}: {reason}")]
-    Container {
-        /// Which field.
+    Invalid {
+        /// Which part of it.
         field: &'static str,
         /// What is wrong with it.
+        reason: String,
+        /// What was found out, if that was another's to say.
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// What a configuration asks for and a virtual machine's guest can't have.
+    #[error("{field}: {reason}")]
+    Unsupported {
+        /// Which part of it.
+        field: &'static str,
+        /// What it is.
         reason: String,
     },
     /// The host refused.
@@ -144,10 +157,167 @@ impl Error {
         move |source| Self::Host { operation, source }
     }
 
-    pub(crate) fn container(field: &'static str, reason: impl Into<String>) -> Self {
-        Self::Container {
+    pub(crate) fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            field,
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    /// The same, and what says so.
+    pub(crate) fn invalid_by<E>(
+        field: &'static str,
+        reason: impl Into<String>,
+    ) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let reason = reason.into();
+        move |source| Self::Invalid {
+            field,
+            reason,
+            source: Some(source.into()),
+        }
+    }
+
+    pub(crate) fn unsupported(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Unsupported {
             field,
             reason: reason.into(),
         }
+    }
+
+    /// What kind of error it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing { .. } => ErrorKind::NotFound,
+            Self::Config(_) | Self::Size { .. } | Self::Settings { .. } | Self::Invalid { .. } => {
+                ErrorKind::InvalidConfiguration
+            }
+            Self::Attach(error) => match error {
+                AttachError::Config(_) => ErrorKind::InvalidConfiguration,
+                AttachError::NoSlot(_) => ErrorKind::InUse,
+                AttachError::NoDisk(_) => ErrorKind::NotFound,
+                AttachError::Ended => ErrorKind::GuestEnded,
+                _ => ErrorKind::Host,
+            },
+            Self::Start(_) | Self::Host { .. } => ErrorKind::Host,
+            Self::Ended { .. } | Self::HungUp { .. } => ErrorKind::GuestEnded,
+            Self::AgentSilent { .. } | Self::Overdue { .. } => ErrorKind::TimedOut,
+            Self::NotExecutable { .. } => ErrorKind::NotExecutable,
+            Self::NoProcess { .. } => ErrorKind::NoProcess,
+            Self::Agent { kind, .. } => *kind,
+            Self::Unsupported { .. } => ErrorKind::Unsupported,
+        }
+    }
+}
+
+/// What callers act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no such thing: a container, a disk, the guest's kernel.
+    NotFound,
+    /// There is one already.
+    AlreadyExists,
+    /// What was asked for is wrong, and will be the next time.
+    InvalidConfiguration,
+    /// The container's program can't be found or run.
+    NotExecutable,
+    /// The process has ended, or there never was one.
+    NoProcess,
+    /// Somebody uses it.
+    InUse,
+    /// The virtual machine has ended.
+    GuestEnded,
+    /// The guest did not answer in time.
+    TimedOut,
+    /// A guest can't have it.
+    Unsupported,
+    /// The guest failed to do it, for a reason of its own.
+    Guest,
+    /// The host refused.
+    Host,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error as _;
+
+    #[test]
+    fn every_error_has_its_kind() {
+        let host = Error::host("open x")(io::ErrorKind::NotFound.into());
+        let overdue = Error::Overdue {
+            operation: "x",
+            waited: Duration::from_secs(1),
+        };
+        let size = Error::Size {
+            what: "CPUs",
+            asked: 9,
+            min: 1,
+            max: 2,
+        };
+        let settings = Error::Settings {
+            place: "/etc/x".into(),
+            reason: "y".into(),
+        };
+        let ended = Error::Ended {
+            reason: ExitReason::Reset,
+            last_words: String::new(),
+        };
+        let silent = Error::AgentSilent {
+            waited: Duration::from_secs(60),
+            console: String::new(),
+        };
+        let missing = Error::Missing {
+            what: "guest kernel",
+            variable: "KOYA_KERNEL",
+            looked: Vec::new(),
+        };
+        let not_executable = Error::NotExecutable {
+            status: 127,
+            reason: String::new(),
+        };
+        let no_process = Error::NoProcess {
+            operation: "x",
+            reason: String::new(),
+        };
+        let kinds = [
+            (host, ErrorKind::Host),
+            (overdue, ErrorKind::TimedOut),
+            (silent, ErrorKind::TimedOut),
+            (ended, ErrorKind::GuestEnded),
+            (Error::HungUp { operation: "x" }, ErrorKind::GuestEnded),
+            (size, ErrorKind::InvalidConfiguration),
+            (settings, ErrorKind::InvalidConfiguration),
+            (Error::invalid("x", "y"), ErrorKind::InvalidConfiguration),
+            (Error::unsupported("x", "y"), ErrorKind::Unsupported),
+            (missing, ErrorKind::NotFound),
+            (AttachError::NoSlot(4).into(), ErrorKind::InUse),
+            (AttachError::NoDisk(1).into(), ErrorKind::NotFound),
+            (AttachError::Ended.into(), ErrorKind::GuestEnded),
+            (not_executable, ErrorKind::NotExecutable),
+            (no_process, ErrorKind::NoProcess),
+        ];
+        for (error, kind) in kinds {
+            assert_eq!(error.kind(), kind, "{error}");
+        }
+    }
+
+    #[test]
+    fn errors_keep_their_source() {
+        let refused = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let host = Error::host("open x")(refused());
+        let invalid = Error::invalid_by("rootfs", "/x can't be read")(refused());
+        for error in [host, invalid] {
+            let source = error
+                .source()
+                .and_then(|source| source.downcast_ref::<io::Error>());
+            let kind = source.map(io::Error::kind);
+            assert_eq!(kind, Some(io::ErrorKind::PermissionDenied), "{error}");
+        }
+        assert!(Error::invalid("x", "y").source().is_none());
     }
 }

@@ -3,9 +3,8 @@
 use crate::Error;
 use crate::common::Used;
 use crate::direct_volume::DirectVolume;
-use crate::oci::HostDisk;
+use crate::oci::{self, HostDisk, Share, SharedPlace};
 use crate::sandbox::{Disk, Inner};
-use crate::spec::{self, Share, SharedPlace};
 use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
 use koya_vmm::DiskConfig;
 use oci_spec::runtime::Spec;
@@ -47,7 +46,7 @@ impl Given {
             // A later one may hold it.
             let path = inner.shares.locate(&shared.name).unwrap_or(shared.path);
             let path = match path.components().count() {
-                1 => spec::guest_path(&path),
+                1 => oci::guest_path(&path),
                 _ => {
                     let number = SHARED_VOLUMES + within.len() as u32;
                     within.push(messages::SharedVolume {
@@ -62,7 +61,7 @@ impl Given {
             let read_only = shared.read_only;
             places.insert(share.name, SharedPlace { path, read_only });
         }
-        spec::place_shares(spec, &places);
+        oci::place_shares(spec, &places);
         Ok(within)
     }
 

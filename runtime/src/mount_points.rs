@@ -1,8 +1,7 @@
-//! The places at which a read-only container's mounts go.
+//! The places at which a container's mounts go in a root that is a directory of the host's.
 //!
-//! The guest makes mount points in a root file system that it may write. A read-only one is
-//! read-only for the whole guest, so the host makes what is missing before it shares the tree, as
-//! runc does. The tree is not trusted: no link in it leads out of it.
+//! A read-only root is read-only for the whole guest, so the host makes what is missing before it shares the
+//! tree, as runc does. The tree is not trusted: no link in it leads out of it.
 
 use crate::Error;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
@@ -29,12 +28,9 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
             continue;
         }
         make_it(&root, destination, *is_file).map_err(|error| {
-            let reason = format!(
-                "{} is not in the root file system, and the host refuses to make it: {}",
-                destination.display(),
-                std::io::Error::from(error)
-            );
-            Error::container("read-only container", reason)
+            let place = destination.display();
+            let what = format!("make {place}, which is not in the root file system");
+            Error::host(what)(error.into())
         })?;
     }
     Ok(())

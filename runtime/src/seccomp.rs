@@ -95,12 +95,13 @@ impl Profile {
     /// is none.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let wrong =
-            |why: String| Error::container("seccomp profile", format!("{}: {why}", path.display()));
-        let size = path.metadata().map_err(|e| wrong(e.to_string()))?.len();
+            |why: String| Error::invalid("seccomp profile", format!("{}: {why}", path.display()));
+        let by = || Error::invalid_by("seccomp profile", path.display().to_string());
+        let size = path.metadata().map_err(by())?.len();
         if size > MAX_PROFILE {
             return Err(wrong(format!("{size} bytes, at most {MAX_PROFILE}")));
         }
-        let text = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+        let text = std::fs::read(path).map_err(by())?;
         Self::parse(&text).map_err(wrong)
     }
 

@@ -3,6 +3,7 @@
 use crate::messages::Refusal;
 use crate::messages::refusal::Kind;
 use protobuf::Message as _;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use ttrpc::proto::Any;
 use ttrpc::{Code, Status};
@@ -10,8 +11,8 @@ use ttrpc::{Code, Status};
 /// The name of a [`Refusal`] among a status's details.
 const NAME: &str = "koya.Refusal";
 
-/// A reason on which the host acts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A reason on which the host acts, with words for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refused {
     /// The process has ended, or there never was one.
     NoProcess(String),
@@ -22,37 +23,58 @@ pub enum Refused {
         /// Which program, and why.
         reason: String,
     },
+    /// There is no such container, disk or the like.
+    NotFound(String),
+    /// There is one already.
+    AlreadyExists(String),
+    /// What was asked for is wrong.
+    Invalid(String),
+    /// Somebody uses it.
+    InUse(String),
+    /// The guest can't do that.
+    Unsupported(String),
 }
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoProcess(reason) | Self::NotExecutable { reason, .. } => f.write_str(reason),
-        }
+        f.write_str(self.reason())
     }
 }
 
 impl std::error::Error for Refused {}
 
 impl Refused {
+    fn reason(&self) -> &str {
+        match self {
+            Self::NotExecutable { reason, .. }
+            | Self::NoProcess(reason)
+            | Self::NotFound(reason)
+            | Self::AlreadyExists(reason)
+            | Self::Invalid(reason)
+            | Self::InUse(reason)
+            | Self::Unsupported(reason) => reason,
+        }
+    }
+
     /// The status that answers a request, with a text that may say more.
     pub fn status(&self, text: &str) -> Status {
-        let mut refusal = Refusal::new();
-        let code = match self {
-            Self::NoProcess(reason) => {
-                refusal.kind = Kind::NO_PROCESS.into();
-                refusal.reason.clone_from(reason);
-                Code::NOT_FOUND
-            }
-            Self::NotExecutable {
-                exit_status,
-                reason,
-            } => {
-                refusal.kind = Kind::NOT_EXECUTABLE.into();
-                refusal.reason.clone_from(reason);
-                refusal.exit_status = *exit_status;
-                Code::FAILED_PRECONDITION
-            }
+        let (kind, code) = match self {
+            Self::NoProcess(_) => (Kind::NO_PROCESS, Code::NOT_FOUND),
+            Self::NotExecutable { .. } => (Kind::NOT_EXECUTABLE, Code::FAILED_PRECONDITION),
+            Self::NotFound(_) => (Kind::NOT_FOUND, Code::NOT_FOUND),
+            Self::AlreadyExists(_) => (Kind::ALREADY_EXISTS, Code::ALREADY_EXISTS),
+            Self::Invalid(_) => (Kind::INVALID, Code::INVALID_ARGUMENT),
+            Self::InUse(_) => (Kind::IN_USE, Code::FAILED_PRECONDITION),
+            Self::Unsupported(_) => (Kind::UNSUPPORTED, Code::UNIMPLEMENTED),
+        };
+        let refusal = Refusal {
+            kind: kind.into(),
+            reason: self.reason().into(),
+            exit_status: match self {
+                Self::NotExecutable { exit_status, .. } => *exit_status,
+                _ => 0,
+            },
+            ..Default::default()
         };
         let mut status = ttrpc::get_status(code, text);
         // Nothing in it fails to be written; the text is there in any case.
@@ -71,14 +93,20 @@ impl Refused {
 pub fn refused(status: &Status) -> Option<Refused> {
     let detail = status.details.iter().find(|any| any.type_url == NAME)?;
     let refusal = Refusal::parse_from_bytes(&detail.value).ok()?;
-    match refusal.kind.enum_value() {
-        Ok(Kind::NO_PROCESS) => Some(Refused::NoProcess(refusal.reason)),
-        Ok(Kind::NOT_EXECUTABLE) => Some(Refused::NotExecutable {
+    let reason = refusal.reason;
+    Some(match refusal.kind.enum_value().ok()? {
+        Kind::NO_PROCESS => Refused::NoProcess(reason),
+        Kind::NOT_EXECUTABLE => Refused::NotExecutable {
             exit_status: refusal.exit_status,
-            reason: refusal.reason,
-        }),
-        Ok(Kind::OTHER) | Err(_) => None,
-    }
+            reason,
+        },
+        Kind::NOT_FOUND => Refused::NotFound(reason),
+        Kind::ALREADY_EXISTS => Refused::AlreadyExists(reason),
+        Kind::INVALID => Refused::Invalid(reason),
+        Kind::IN_USE => Refused::InUse(reason),
+        Kind::UNSUPPORTED => Refused::Unsupported(reason),
+        Kind::OTHER => return None,
+    })
 }
 
 #[cfg(test)]
@@ -93,6 +121,11 @@ mod tests {
                 exit_status: 127,
                 reason: "nope: not found".into(),
             },
+            Refused::NotFound("c".into()),
+            Refused::AlreadyExists("c".into()),
+            Refused::Invalid("x".into()),
+            Refused::InUse("vda".into()),
+            Refused::Unsupported("y".into()),
         ];
         for kind in kinds {
             assert_eq!(refused(&kind.status("any text")), Some(kind));

@@ -12,8 +12,8 @@ use clap::Args;
 use koya::image::{Defaults, Image, Options};
 use koya::vmm::devices::threads;
 use koya::{
-    Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Sandbox,
-    SandboxConfig, Seccomp, Stdio, User, Volume,
+    Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Rlimit,
+    Sandbox, SandboxConfig, Seccomp, Stdio, User, Volume,
 };
 use koya_tasks::send_signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -87,6 +87,9 @@ pub(super) struct RunArgs {
     /// Give a capability beyond the default ones
     #[arg(long, value_name = "CAP")]
     cap_add: Vec<String>,
+    /// A limit of a process's resources, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
+    #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse_ulimit)]
+    ulimit: Vec<Rlimit>,
     /// seccomp=FILE (a profile in Docker's format), seccomp=unconfined, or no-new-privileges
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
@@ -182,6 +185,24 @@ fn parse_security(text: &str) -> Result<Security, String> {
         _ => Err(format!(
             "{text:?} is none of seccomp=FILE, seccomp=unconfined, no-new-privileges"
         )),
+    }
+}
+
+fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
+    let wrong = || format!("{text:?} is not NAME=SOFT[:HARD], of numbers or unlimited");
+    let (name, limits) = text.split_once('=').ok_or_else(wrong)?;
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let number = |text: &str| match text {
+        "unlimited" | "-1" => Some(u64::MAX),
+        number => number.parse().ok(),
+    };
+    match (number(soft), number(hard)) {
+        (Some(soft), Some(hard)) if !name.is_empty() => Ok(Rlimit {
+            resource: name.into(),
+            soft,
+            hard,
+        }),
+        _ => Err(wrong()),
     }
 }
 
@@ -302,6 +323,7 @@ impl RunArgs {
                 None => Seccomp::Default,
             },
             no_new_privileges: self.security_opt.contains(&Security::NoNewPrivileges),
+            rlimits: self.ulimit.clone(),
         })
     }
 }
@@ -609,6 +631,20 @@ mod tests {
             ("/by-path/pci:0:1".into(), false)
         );
         assert!(parse_disk(":ro").is_err());
+    }
+
+    #[test]
+    fn limits_of_resources_are_parsed() {
+        let of = |text| parse_ulimit(text).map(|limit| (limit.resource, limit.soft, limit.hard));
+        assert_eq!(of("nofile=5:6"), Ok(("nofile".into(), 5, 6)));
+        assert_eq!(
+            of("core=unlimited"),
+            Ok(("core".into(), u64::MAX, u64::MAX))
+        );
+        assert_eq!(of("cpu=1:-1"), Ok(("cpu".into(), 1, u64::MAX)));
+        for wrong in ["nofile", "=1", "nofile=", "nofile=x", "nofile=1:"] {
+            assert!(of(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

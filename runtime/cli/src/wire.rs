@@ -13,8 +13,9 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-/// The longest line, in bytes: an exec's arguments and environment.
-const MAX_LINE: usize = 1 << 20;
+/// The longest line, in bytes: an exec's arguments and environment, of which the guest's kernel takes 2 MiB. JSON
+/// has more bytes for some.
+const MAX_LINE: usize = 4 << 20;
 /// How many descriptors a line may bring: a process's three streams.
 const MAX_FDS: usize = 3;
 
@@ -118,6 +119,17 @@ mod tests {
         theirs.write_all(b"3").unwrap();
         drop(theirs);
         assert!(wire.receive::<u32>().is_err(), "half a line");
+    }
+
+    #[test]
+    fn a_line_has_room_for_what_a_kernel_takes_of_arguments() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let text = "x\n".repeat(1 << 20);
+        let sent = text.clone();
+        let sender = std::thread::spawn(move || send(&theirs, &sent, &[]));
+        let received = Wire::new(ours).receive::<String>().unwrap().unwrap().0;
+        assert!(received == text);
+        sender.join().unwrap().unwrap();
     }
 
     #[test]

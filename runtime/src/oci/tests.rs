@@ -1,7 +1,17 @@
 //! What an OCI configuration becomes in the guest.
 
+use super::devices::block_number;
 use super::*;
+use crate::account::tests::rootfs;
+use crate::{ContainerConfig, ProcessConfig, User, Volume};
+use rustix::fs::FileType;
 use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+
+fn adapt_it(id: &str, bundle: Bundle) -> Result<Adapted, Error> {
+    adapt(id, bundle, Root::Directory, &Accounts::default())
+}
 
 fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
     let dir = tempfile::tempdir().unwrap();
@@ -34,7 +44,7 @@ fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
 
 fn error(change: impl FnOnce(&mut Value)) -> String {
     let (_dir, bundle) = bundle(change);
-    let adapted = adapt("c", &bundle, &Accounts::default());
+    let adapted = adapt_it("c", bundle);
     adapted.err().expect("a refusal").to_string()
 }
 
@@ -49,7 +59,7 @@ fn what_is_the_hosts_becomes_the_guests() {
         ]);
     });
     std::fs::write(dir.path().join("hosts"), "").unwrap();
-    let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+    let adapted = adapt_it("c", bundle).unwrap();
     let text = serde_json::to_string(&adapted.spec).unwrap();
     assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
     assert!(
@@ -81,7 +91,7 @@ fn mounts_of_the_root_propagate_as_runc_names_it() {
         let (_dir, bundle) = bundle(|spec| {
             spec["linux"]["rootfsPropagation"] = wanted.into();
         });
-        let adapted = adapt("c", &bundle, &Accounts::default());
+        let adapted = adapt_it("c", bundle);
         let spec = adapted.map(|adapted| serde_json::to_value(&adapted.spec).unwrap());
         spec.map(|spec| spec["linux"]["rootfsPropagation"].clone())
     };
@@ -106,7 +116,7 @@ fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
         spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         spec["linux"]["devices"] = devices;
     });
-    let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+    let adapted = adapt_it("c", bundle).unwrap();
     let nodes = adapted.spec.linux().as_ref().unwrap().devices().clone();
     let disks = adapted.disks.into_iter().map(|disk| disk.path);
     (disks.collect(), nodes.map_or(0, |nodes| nodes.len()))
@@ -160,7 +170,7 @@ fn users_of_their_own_get_the_guests_sysfs() {
             spec["mounts"] = json!([sysfs]);
             spec["linux"]["namespaces"] = namespaces;
         });
-        let adapted = adapt("c", &bundle, &Accounts::default()).unwrap();
+        let adapted = adapt_it("c", bundle).unwrap();
         serde_json::to_value(&adapted.spec.mounts().as_ref().unwrap()[0]).unwrap()
     };
     let own = with(json!([{"type": "network"}, {"type": "mount"}, {"type": "user"}]));
@@ -195,4 +205,170 @@ fn what_cannot_be_had_is_refused_by_name() {
         spec["mounts"] = json!([{"destination": "/x", "type": "bind", "source": "/nonexistent/y"}]);
     };
     assert!(error(missing).contains("/nonexistent/y"));
+}
+
+/// The options of the mount at this place, after its type and source.
+pub(super) fn mount(spec: &Value, destination: &str) -> Vec<String> {
+    let mounts = spec["mounts"].as_array().unwrap();
+    let found = mounts.iter().find(|m| m["destination"] == destination);
+    let found = found.unwrap_or_else(|| panic!("no mount at {destination}"));
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let own = [text(&found["type"]), text(&found["source"])];
+    let options = found["options"].as_array().unwrap().iter().map(text);
+    own.into_iter().chain(options).collect()
+}
+
+#[test]
+fn the_guests_configuration_names_guest_paths_only() {
+    let dir = rootfs();
+    let mut config = ContainerConfig::new(dir.path(), ["true"]);
+    config.volumes.push(Volume::new(dir.path(), "/data"));
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let mut adapted = adapt_it("c1", bundle).unwrap();
+    let text = serde_json::to_string(&adapted.spec).unwrap();
+    assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
+    // The host's own mount of the second is read-only.
+    let place = |(number, share): (usize, &Share)| {
+        let path = format!("/place/{number}").into();
+        (
+            share.name.clone(),
+            SharedPlace {
+                path,
+                read_only: number == 1,
+            },
+        )
+    };
+    let places: HashMap<_, _> = adapted.shares.iter().enumerate().map(place).collect();
+    place_shares(&mut adapted.spec, &places);
+    let spec = serde_json::to_value(&adapted.spec).unwrap();
+    assert_eq!(spec["root"]["path"], "/place/0");
+    assert_eq!(
+        mount(&spec, "/data"),
+        ["bind", "/place/1", "rbind", "rprivate", "ro"]
+    );
+    // What is missing of it is an error before anything is asked of the guest.
+    config.volumes.push(Volume::new("/nonexistent", "/x"));
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let missing = adapt_it("c1", bundle).err().unwrap().to_string();
+    assert!(missing.contains("/nonexistent"), "{missing}");
+}
+
+#[test]
+fn a_root_that_is_an_image_is_the_guests_to_mount() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    assert_eq!(Root::of(image.path()).unwrap(), Root::Image);
+    let config = ContainerConfig::new(image.path(), ["true"]);
+    let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
+    let adapted = adapt("c1", bundle, Root::Image, &Accounts::default()).unwrap();
+    let root = adapted.spec.root().as_ref().unwrap().path().clone();
+    assert_eq!(root, Path::new(&koya_protocol::image_root("c1")));
+    assert!(adapted.shares.is_empty());
+}
+
+#[test]
+fn a_bundle_keeps_what_it_says() {
+    let (_dir, bundle) = bundle(|spec| {
+        spec["hostname"] = "said".into();
+        spec["process"] = json!({"terminal": true, "user": {"uid": 5, "gid": 6, "additionalGids": [7], "umask": 63},
+            "args": ["a", "b"], "cwd": "/w", "env": ["PATH=/p", "HOME=/h", "X=y"],
+            "capabilities": {"bounding": ["CAP_KILL"], "ambient": ["CAP_KILL"]},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 9, "soft": 8}], "noNewPrivileges": true, "oomScoreAdj": 100});
+        spec["mounts"][0]["options"] = json!(["nosuid", "hidepid=2"]);
+        spec["linux"]["maskedPaths"] = json!(["/proc/x"]);
+        spec["linux"]["sysctl"] = json!({"kernel.msgmax": "1"});
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]});
+        spec["linux"]["resources"]["pids"] = json!({"limit": 17});
+    });
+    let said = serde_json::to_value(&bundle.spec).unwrap();
+    let kept = serde_json::to_value(&adapt_it("c", bundle).unwrap().spec).unwrap();
+    for path in [
+        "/hostname",
+        "/mounts",
+        "/linux/maskedPaths",
+        "/linux/sysctl",
+        "/linux/seccomp",
+        "/linux/resources/pids",
+    ] {
+        assert_eq!(kept.pointer(path), said.pointer(path), "{path}");
+    }
+    let mut process = said["process"].clone();
+    assert_eq!(process["args"], json!(["a", "b"]));
+    assert!(
+        process
+            .as_object_mut()
+            .unwrap()
+            .remove("apparmorProfile")
+            .is_none()
+    );
+    assert_eq!(kept["process"], process);
+}
+
+#[test]
+fn an_added_process_may_what_the_first_one_may() {
+    let dir = rootfs();
+    let accounts = Accounts::read(dir.path());
+    let (_dir, bundle) = bundle(|spec| {
+        spec["process"]["capabilities"] =
+            json!({"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": []});
+        spec["process"]["env"] = json!(["SECRET=1"]);
+        spec["process"]["noNewPrivileges"] = true.into();
+        spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NPROC", "hard": 9, "soft": 8}]);
+    });
+    let first = adapt_it("c", bundle)
+        .unwrap()
+        .spec
+        .process()
+        .clone()
+        .unwrap();
+    let like = |user: &str| {
+        let config = ProcessConfig {
+            args: vec!["ps".into()],
+            user: User { text: user.into() },
+            ..ProcessConfig::default()
+        };
+        serde_json::to_value(process::like(&first, &config, &accounts).unwrap()).unwrap()
+    };
+    let root = like("");
+    assert_eq!(
+        root["capabilities"]["effective"].as_array().unwrap().len(),
+        2
+    );
+    assert_eq!(root["rlimits"][0]["hard"], 9);
+    assert_eq!(
+        (&root["noNewPrivileges"], &root["args"]),
+        (&json!(true), &json!(["ps"]))
+    );
+    assert!(!root["env"].to_string().contains("SECRET"));
+    let web = like("web");
+    assert_eq!(web["capabilities"]["effective"], json!([]));
+    assert!(web["env"].to_string().contains("HOME=/var/www"));
+    assert_eq!(web["user"]["additionalGids"], json!([40]));
+}
+
+#[test]
+fn who_is_given_all_of_the_hosts_devices_has_all_of_the_guests() {
+    let devices = |devices: Value| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+            spec["linux"]["devices"] = devices;
+        });
+        adapt_it("c", bundle).unwrap().has_guest_devices
+    };
+    let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
+    let watchdog = json!({"path": "/dev/watchdog", "type": "c", "major": 10, "minor": 130});
+    assert!(!devices(json!([fuse])) && devices(json!([fuse, watchdog])));
+}
+
+/// The guest makes it for its user; where the root is read-only, the host does.
+#[test]
+fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {
+    let points = |read_only: bool| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["root"]["readonly"] = read_only.into();
+            spec["process"]["cwd"] = "/work".into();
+        });
+        let points = adapt_it("c", bundle).unwrap().mount_points;
+        points.contains(&("/work".into(), false))
+    };
+    assert!(points(true) && !points(false));
 }

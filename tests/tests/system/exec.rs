@@ -10,6 +10,8 @@ crate::trials![
     an_exec_has_the_containers_confinement,
     two_hundred_execs_at_once_have_their_own_output,
     a_container_with_no_process_left_is_entered_and_stopped,
+    a_container_with_control_groups_of_its_own_is_entered,
+    a_megabyte_of_arguments_and_environment_arrives,
 ];
 
 fn a_process_joins_the_container() -> Result<()> {
@@ -206,5 +208,48 @@ fn a_container_with_no_process_left_is_entered_and_stopped() -> Result<()> {
     let line = lines.find(|line| line.starts_with(&container.name));
     // The first process takes no SIGTERM, and ends by SIGKILL: not with its machine, which is 125.
     ensure!(line.context("listed")?.contains("exited (137)"), "{listed}");
+    Ok(())
+}
+
+/// As docker:dind and systemd do.
+fn a_container_with_control_groups_of_its_own_is_entered() -> Result<()> {
+    let container = Background::start("exec-nested", &["--privileged"], &["sleep", "1000"])?;
+    let script = "cd /sys/fs/cgroup && mkdir -p init/deeper other \
+        && while read pid; do echo $pid > init/cgroup.procs || true; done < cgroup.procs 2>/dev/null; \
+        echo +memory +pids > cgroup.subtree_control && cat cgroup.subtree_control";
+    // The shell itself is among those that are moved; who comes in meanwhile is moved with the next try.
+    crate::tool::until("the container has enabled controllers", || {
+        let said = container.exec(&[], &["sh", "-c", script])?;
+        let controllers = String::from_utf8_lossy(&said.stdout).into_owned();
+        Ok(controllers.contains("memory").then_some(()))
+    })?;
+    for options in [&[][..], &["-u", "web"]] {
+        let said = stdout(container.exec(options, &["cat", "/proc/self/cgroup"])?)?;
+        ensure!(said == "0::/init", "{said}");
+    }
+    // It is still the container's: stopped, counted and ended with it.
+    stdout(container.exec(&[], &["sh", "-c", "sleep 2000 & echo started"])?)?;
+    let stats = stdout(koya(["stats", "--json", &container.name]).output()?)?;
+    let stats: serde_json::Value = serde_json::from_str(&stats)?;
+    ensure!(stats[0]["processes"].as_u64() >= Some(2), "{stats}");
+    stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
+    Ok(())
+}
+
+fn a_megabyte_of_arguments_and_environment_arrives() -> Result<()> {
+    let container = Background::start("exec-long", &[], &["sleep", "1000"])?;
+    // The kernel's limit for one is 128 KiB, with its end.
+    let long = "x".repeat((128 << 10) - 16);
+    let mut command = koya(["exec", "-e"]);
+    command.arg(format!("LONG={long}")).arg(&container.name);
+    let script = "n=0; for one; do n=$((n + ${#one})); done; echo $# $n ${#LONG}";
+    command
+        .args(["sh", "-c", script, "sh"])
+        .args(vec![&long; 8]);
+    let said = stdout(command.output()?)?;
+    ensure!(
+        said == format!("8 {} {}", 8 * long.len(), long.len()),
+        "{said}"
+    );
     Ok(())
 }

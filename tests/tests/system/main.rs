@@ -20,6 +20,7 @@ mod memory;
 mod network;
 mod pod_files;
 mod run;
+mod surroundings;
 mod timeline;
 mod tool;
 mod torture;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         memory::trials(),
         network::trials(),
         pod_files::trials(),
+        surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
         watches::trials(),

@@ -110,6 +110,7 @@ impl Guest {
         }
         match state.broken.contains(call) {
             true => Err(koya::Error::Agent {
+                kind: koya::ErrorKind::Guest,
                 operation: "do it",
                 reason: "it is broken".into(),
             }),

@@ -1,0 +1,316 @@
+//! What the agent changes in a container's OCI configuration: what only the guest knows, and what libcontainer
+//! wants to be told otherwise.
+
+use crate::device_rules;
+use crate::disks;
+use crate::helper;
+use anyhow::{Context, Result};
+use koya_protocol::messages::BlockDevice;
+use oci_spec::runtime::{
+    Hook, Hooks, LinuxCapabilities, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup,
+    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, Mount, Process,
+    Spec,
+};
+use rustix::fs::{FileType, major, minor};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// What must be as the guest has it, whatever the configuration says.
+pub(crate) fn adapt(spec: &mut Spec, id: &str) {
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
+        // A label for the host's security module, which means nothing here.
+        linux.set_mount_label(None);
+    }
+    if let Some(process) = spec.process_mut() {
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+        // libcontainer takes "false" as a reason to load the seccomp filter too late.
+        if process.no_new_privileges() == Some(false) {
+            process.set_no_new_privileges(None);
+        }
+    }
+}
+
+/// Whether the container has a pid namespace that is not the agent's.
+pub(crate) fn has_pids(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+    let mut namespaces = namespaces.into_iter().flatten();
+    namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+}
+
+/// Has a container's processes in the pid namespace behind this descriptor of PID 1's.
+pub(crate) fn join_pids(spec: &mut Spec, descriptor: i32) {
+    let Some(linux) = spec.linux_mut() else {
+        return;
+    };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &mut namespaces {
+        if namespace.typ() == LinuxNamespaceType::Pid {
+            namespace.set_path(Some(format!("/proc/1/fd/{descriptor}").into()));
+        }
+    }
+    linux.set_namespaces(Some(namespaces));
+}
+
+/// The configuration by which processes are added to a container. libcontainer reads it each time: it has what
+/// that needs. They are forked in another control group, since the container's own can forbid that when it has
+/// no process left to give; the program joins it as its last step, which no limit forbids.
+pub(crate) fn for_added(spec: &Spec) -> Spec {
+    let mut added = Spec::default();
+    added.set_version(spec.version().clone());
+    added.set_root(spec.root().clone());
+    added.set_hostname(None).set_mounts(None).set_process(None);
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    linux.set_cgroups_path(Some(helper::ENTRY_CGROUP.into()));
+    linux
+        .set_resources(None)
+        .set_seccomp(None)
+        .set_devices(None);
+    linux
+        .set_sysctl(None)
+        .set_masked_paths(None)
+        .set_readonly_paths(None);
+    added.set_linux(Some(linux));
+    added
+}
+
+/// Takes what the program of an added process drops itself, after its filter (see [`crate::executor`]).
+pub(crate) fn take_capabilities(process: &mut Process) -> Option<LinuxCapabilities> {
+    let capabilities = process.capabilities().clone();
+    process.set_capabilities(None);
+    capabilities
+}
+
+/// A container's user as the agent's user namespace numbers it.
+pub(crate) fn guest_uid(spec: &Spec, process: &Process) -> u32 {
+    let uid = process.user().uid();
+    let linux = spec.linux().as_ref();
+    let mappings = linux.and_then(|linux| linux.uid_mappings().as_ref());
+    let find = |mapping: &LinuxIdMapping| {
+        let offset = uid.checked_sub(mapping.container_id())?;
+        (offset < mapping.size()).then(|| mapping.host_id().saturating_add(offset))
+    };
+    mappings
+        .and_then(|all| all.iter().find_map(find))
+        .unwrap_or(uid)
+}
+
+/// Mounts a file of the guest's in a container.
+pub(crate) fn bind(spec: &mut Spec, source: &Path, destination: &Path) {
+    let mut mount = Mount::default();
+    mount.set_destination(destination.into());
+    mount.set_typ(Some("bind".into()));
+    mount.set_source(Some(source.into()));
+    mount.set_options(Some(["rbind", "rprivate"].map(String::from).into()));
+    let mounts = spec.mounts().clone().unwrap_or_default();
+    spec.set_mounts(Some(mounts.into_iter().chain([mount]).collect()));
+}
+
+/// Has a helper make the working directory once the container's mounts are there.
+pub(crate) fn make_working_directory(spec: &mut Spec) {
+    let (Some(process), Some(root)) = (spec.process(), spec.root()) else {
+        return;
+    };
+    let (uid, gid) = (process.user().uid(), process.user().gid());
+    let args = [
+        helper::ARGUMENT.to_owned(),
+        helper::ARGUMENT.to_owned(),
+        helper::WORKING_DIRECTORY.to_owned(),
+        root.path().to_string_lossy().into_owned(),
+        process.cwd().to_string_lossy().into_owned(),
+        uid.to_string(),
+        gid.to_string(),
+    ];
+    let mut hook = Hook::default();
+    hook.set_path("/proc/self/exe".into());
+    hook.set_args(Some(args.into()));
+    let mut hooks = Hooks::default();
+    hooks.set_create_container(Some(vec![hook]));
+    spec.set_hooks(Some(hooks));
+}
+
+/// Changes a container's devices: nodes, and rules.
+pub(crate) fn change_devices(
+    spec: &mut Spec,
+    change: impl FnOnce(&mut Vec<LinuxDevice>, &mut Vec<LinuxDeviceCgroup>),
+) -> Result<()> {
+    let mut rules = device_rules::of(spec);
+    let linux = spec.linux_mut().as_mut();
+    let linux = linux.context("no Linux configuration")?;
+    let mut nodes = linux.devices().clone().unwrap_or_default();
+    change(&mut nodes, &mut rules);
+    linux.set_devices(Some(nodes));
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    resources.set_devices(Some(rules));
+    linux.set_resources(Some(resources));
+    Ok(())
+}
+
+/// Gives a container that is to be made one of the guest's disks, whose number only the guest knows.
+pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
+    let (major, minor) = disks::number(device)?;
+    let node = LinuxDeviceBuilder::default()
+        .typ(LinuxDeviceType::B)
+        .path(&device.path)
+        .major(major)
+        .minor(minor)
+        .file_mode(match device.mode {
+            0 => 0o660,
+            mode => mode & 0o777,
+        })
+        .uid(device.uid)
+        .gid(device.gid)
+        .build()?;
+    let rule = LinuxDeviceCgroupBuilder::default()
+        .allow(true)
+        .typ(LinuxDeviceType::B)
+        .major(major)
+        .minor(minor)
+        .access(if device.read_only { "rm" } else { "rwm" })
+        .build()?;
+    change_devices(spec, |nodes, rules| {
+        nodes.push(node);
+        // The last match wins, and one that allows everything must stay the last.
+        let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
+        rules.insert(at, rule);
+    })
+}
+
+/// Gives a container a node of each of the guest's devices, but for what it has at the same place.
+pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
+    let mut found = Vec::new();
+    nodes_in(dev, Path::new("/dev"), &mut found)?;
+    change_devices(spec, |nodes, _| {
+        found.retain(|new| !nodes.iter().any(|node| node.path() == new.path()));
+        nodes.append(&mut found);
+    })
+}
+
+/// What is a container's own: terminals, and the file systems that it mounts.
+const OWN: &[&str] = &["console", "mqueue", "ptmx", "pts", "shm"];
+
+fn nodes_in(dir: &Path, at: &Path, found: &mut Vec<LinuxDevice>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if OWN.iter().any(|own| *own == name) {
+            continue;
+        }
+        let (path, place) = (entry.path(), at.join(&name));
+        // A disk may go meanwhile.
+        let Ok(data) = path.symlink_metadata() else {
+            continue;
+        };
+        let kind = match FileType::from_raw_mode(data.mode()) {
+            FileType::Directory => {
+                nodes_in(&path, &place, found)?;
+                continue;
+            }
+            FileType::BlockDevice => LinuxDeviceType::B,
+            FileType::CharacterDevice => LinuxDeviceType::C,
+            _ => continue,
+        };
+        let node = LinuxDeviceBuilder::default()
+            .typ(kind)
+            .path(place)
+            .major(i64::from(major(data.rdev())))
+            .minor(i64::from(minor(data.rdev())))
+            .file_mode(data.mode() & 0o7777)
+            .uid(data.uid())
+            .gid(data.gid())
+            .build()?;
+        found.push(node);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    const SPEC: &str = r#"{"ociVersion": "1.2.0", "hostname": "h", "root": {"path": "/r"},
+        "process": {"cwd": "/w", "user": {"uid": 5, "gid": 6}, "args": ["x"], "noNewPrivileges": false,
+            "capabilities": {"bounding": ["CAP_KILL"]}},
+        "mounts": [{"destination": "/proc", "type": "proc"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "uts"}, {"type": "user"}],
+            "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 4}, {"containerID": 4, "hostID": 9000, "size": 9}],
+            "maskedPaths": ["/x"], "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}"#;
+
+    #[test]
+    fn the_agents_words_are_in_the_configuration() {
+        let mut spec = spec(SPEC);
+        adapt(&mut spec, "c");
+        join_pids(&mut spec, 7);
+        bind(&mut spec, Path::new("/f"), Path::new("/etc/hosts"));
+        make_working_directory(&mut spec);
+        let all = serde_json::to_value(&spec).unwrap();
+        assert_eq!(all["linux"]["cgroupsPath"], "/koya/c");
+        assert_eq!(all["linux"]["namespaces"][0]["path"], "/proc/1/fd/7");
+        assert!(all["process"]["noNewPrivileges"].is_null());
+        assert_eq!(all["mounts"][1]["source"], "/f");
+        let args = &all["hooks"]["createContainer"][0]["args"];
+        assert_eq!(args[2], helper::WORKING_DIRECTORY);
+        assert_eq!(
+            (&args[3], &args[4], &args[5], &args[6]),
+            (&"/r".into(), &"/w".into(), &"5".into(), &"6".into())
+        );
+        assert_eq!(guest_uid(&spec, spec.process().as_ref().unwrap()), 9001);
+    }
+
+    #[test]
+    fn what_an_added_process_needs_of_its_container_is_kept() {
+        let mut whole = spec(SPEC);
+        adapt(&mut whole, "c");
+        let added = serde_json::to_value(for_added(&whole)).unwrap();
+        assert_eq!(added["linux"]["cgroupsPath"], helper::ENTRY_CGROUP);
+        assert_eq!(added["linux"]["namespaces"].as_array().unwrap().len(), 3);
+        assert_eq!(added["linux"]["uidMappings"][1]["hostID"], 9000);
+        assert_eq!(added["root"]["path"], "/r");
+        for left_out in [
+            "/process",
+            "/mounts",
+            "/hostname",
+            "/linux/seccomp",
+            "/linux/maskedPaths",
+        ] {
+            assert!(added.pointer(left_out).is_none(), "{left_out}");
+        }
+        let mut process = whole.process().clone().unwrap();
+        assert!(take_capabilities(&mut process).is_some_and(|all| all.bounding().is_some()));
+        assert!(process.capabilities().is_none());
+    }
+
+    #[test]
+    fn a_container_gets_the_nodes_of_the_guests_devices() {
+        let mut spec = spec(
+            r#"{"ociVersion": "1.2.0", "linux": {"devices": [{"path": "/dev/null", "type": "c",
+            "major": 1, "minor": 3, "fileMode": 384}]}}"#,
+        );
+        // The test's own machine has these.
+        add_guest_devices(&mut spec, Path::new("/dev")).unwrap();
+        let nodes = spec.linux().as_ref().unwrap().devices().clone().unwrap();
+        let at = |path: &str| {
+            nodes
+                .iter()
+                .filter(|node| node.path() == Path::new(path))
+                .count()
+        };
+        assert_eq!(
+            (at("/dev/null"), at("/dev/zero"), at("/dev/ptmx")),
+            (1, 1, 0)
+        );
+        assert!(!nodes.iter().any(|node| node.path().starts_with("/dev/pts")));
+        let null = nodes
+            .iter()
+            .find(|node| node.path() == Path::new("/dev/null"))
+            .unwrap();
+        assert_eq!(null.file_mode(), Some(384));
+    }
+}

@@ -1,0 +1,222 @@
+//! The OCI configuration of a [`ContainerConfig`]: as an engine on this host would write it for an OCI runtime.
+
+use super::{Bundle, SharedPids, capabilities, process};
+use crate::account::Accounts;
+use crate::{ContainerConfig, Error};
+use koya_protocol::messages::File;
+use oci_spec::runtime::{Process, Spec};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What is made of a container's configuration. Its user is one of these accounts.
+///
+/// # Errors
+/// What is wrong with it, by name.
+pub(crate) fn bundle(
+    id: &str,
+    config: &ContainerConfig,
+    accounts: &Accounts,
+) -> Result<Bundle, Error> {
+    let capabilities = capabilities::of(config)?;
+    let privileged = config.privileged;
+    let (masked, read_only) = match privileged {
+        true => (&[][..], &[][..]),
+        false => (MASKED, READ_ONLY),
+    };
+    let spec = json!({
+        "ociVersion": "1.2.0",
+        "root": {
+            "path": config.rootfs,
+            "readonly": config.read_only,
+        },
+        "hostname": config.hostname.as_deref().unwrap_or(id),
+        "mounts": mounts(config)?,
+        "linux": {
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"},
+                {"type": "cgroup"}, {"type": "network"},
+            ],
+            "resources": {"devices": [{"allow": privileged, "access": "rwm"}]},
+            "seccomp": config.seccomp.oci(privileged, &capabilities),
+            "maskedPaths": masked,
+            "readonlyPaths": read_only,
+        },
+    });
+    let wrong =
+        |error: serde_json::Error| Error::invalid_by("configuration", "it is not the OCI's")(error);
+    // What all of the container's processes may.
+    let allowed = json!({
+        "user": {},
+        "cwd": "/",
+        "capabilities": {"bounding": capabilities},
+        "rlimits": rlimits(config)?,
+        "noNewPrivileges": config.no_new_privileges,
+    });
+    let allowed: Process = serde_json::from_value(allowed).map_err(wrong)?;
+    let mut spec: Spec = serde_json::from_value(spec).map_err(wrong)?;
+    spec.set_process(Some(process::like(&allowed, &config.process, accounts)?));
+    Ok(Bundle {
+        spec,
+        // Paths in it are this process's.
+        folder: PathBuf::new(),
+        rootfs: config.rootfs.clone(),
+        pids: SharedPids::Unknown,
+    })
+}
+
+/// What a container must not see or change of its guest's kernel: the OCI's usual lists.
+const MASKED: &[&str] = &[
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+const READ_ONLY: &[&str] = &[
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// As containerd has it by default. The guest's own of processes is none: control groups are what bounds them.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// As setrlimit(2) names them, without what all have in common.
+const RESOURCES: &[&str] = &[
+    "AS",
+    "CORE",
+    "CPU",
+    "DATA",
+    "FSIZE",
+    "LOCKS",
+    "MEMLOCK",
+    "MSGQUEUE",
+    "NICE",
+    "NOFILE",
+    "NPROC",
+    "RSS",
+    "RTPRIO",
+    "RTTIME",
+    "SIGPENDING",
+    "STACK",
+];
+
+fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
+    let mut all = BTreeMap::from([("NOFILE".to_owned(), (OPEN_FILES, OPEN_FILES))]);
+    for limit in &config.rlimits {
+        let name = limit.resource.to_uppercase();
+        let name = name.trim_start_matches("RLIMIT_");
+        let wrong = |why: &str| Error::invalid("rlimit", format!("{}: {why}", limit.resource));
+        if !RESOURCES.contains(&name) {
+            return Err(wrong("there is no such limit"));
+        }
+        if limit.soft > limit.hard {
+            return Err(wrong("the soft limit is above the hard one"));
+        }
+        all.insert(name.into(), (limit.soft, limit.hard));
+    }
+    let oci = |(name, (soft, hard))| json!({"type": format!("RLIMIT_{name}"), "soft": soft, "hard": hard});
+    Ok(all.into_iter().map(oci).collect())
+}
+
+/// What programs look for and few roots have.
+pub(crate) fn files(id: &str, config: &ContainerConfig) -> Vec<File> {
+    let name = config.hostname.as_deref().unwrap_or(id);
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
+    );
+    let file = |path: &str, content: String| File {
+        path: path.into(),
+        content: content.into_bytes(),
+        ..Default::default()
+    };
+    vec![
+        file("/etc/hosts", hosts),
+        file("/etc/hostname", format!("{name}\n")),
+    ]
+}
+
+fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
+    let mount = |destination: &str, kind: &str, source: &str, options: &[&str]| {
+        json!({
+            "destination": destination, "type": kind, "source": source, "options": options,
+        })
+    };
+    let strict = ["nosuid", "noexec", "nodev"];
+    let access = if config.privileged { "rw" } else { "ro" };
+    let system = ["nosuid", "noexec", "nodev", access];
+    let mut all = vec![
+        mount("/proc", "proc", "proc", &strict),
+        mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &["nosuid", "noexec", "nodev", "mode=1777"],
+        ),
+        mount("/dev/mqueue", "mqueue", "mqueue", &strict),
+        mount("/sys", "sysfs", "sysfs", &system),
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &system),
+    ];
+    for path in &config.tmpfs {
+        let destination = absolute("tmpfs", path)?;
+        let options = ["nosuid", "nodev", "mode=1777"];
+        all.push(mount(destination, "tmpfs", "tmpfs", &options));
+    }
+    for volume in &config.volumes {
+        let destination = absolute("volume", &volume.destination)?;
+        let source = text("volume", &volume.source)?;
+        let propagation = if volume.follow_mounts {
+            "rslave"
+        } else {
+            "rprivate"
+        };
+        let access = if volume.read_only { "ro" } else { "rw" };
+        let options = ["rbind", propagation, access];
+        all.push(mount(destination, "bind", source, &options));
+    }
+    Ok(all)
+}
+
+pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
+    if !path.is_absolute() {
+        let reason = format!("{} is not an absolute path", path.display());
+        return Err(Error::invalid(field, reason));
+    }
+    text(field, path)
+}
+
+/// JSON is text.
+fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
+    let reason = || format!("{path:?} is not UTF-8");
+    path.to_str().ok_or_else(|| Error::invalid(field, reason()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,250 @@
+//! Each option of a container is in the OCI configuration that is made of it.
+
+use super::super::Root;
+use super::super::tests::mount;
+use super::*;
+use crate::account::tests::rootfs;
+use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, User, Volume};
+
+/// What a container's configuration becomes, as JSON.
+fn of(change: impl FnOnce(&mut ContainerConfig)) -> Value {
+    serde_json::to_value(bundle_of(change).unwrap().spec).unwrap()
+}
+
+fn bundle_of(change: impl FnOnce(&mut ContainerConfig)) -> Result<Bundle, Error> {
+    let dir = rootfs();
+    let mut config = ContainerConfig::new("/root-of-it", ["sh", "-c", "true"]);
+    change(&mut config);
+    bundle("c1", &config, &Accounts::read(dir.path()))
+}
+
+#[test]
+fn a_containers_defaults_are_an_engines() {
+    let spec = of(|_| {});
+    assert_eq!(
+        spec["root"],
+        json!({"path": "/root-of-it", "readonly": false})
+    );
+    assert_eq!(spec["hostname"], "c1");
+    let process = &spec["process"];
+    assert_eq!(process["args"], json!(["sh", "-c", "true"]));
+    assert_eq!(
+        (&process["cwd"], &process["terminal"]),
+        (&json!("/"), &json!(false))
+    );
+    assert_eq!(
+        process["user"],
+        json!({"uid": 0, "gid": 0, "additionalGids": []})
+    );
+    let env = process["env"].as_array().unwrap();
+    assert!(env.contains(&"HOME=/root".into()), "{env:?}");
+    assert!(
+        env.iter()
+            .any(|v| v.as_str().unwrap().starts_with("PATH=/usr/local/sbin:"))
+    );
+    assert!(!env.iter().any(|v| v.as_str().unwrap().starts_with("TERM=")));
+    for set in ["bounding", "effective", "permitted"] {
+        let set = process["capabilities"][set].as_array().unwrap();
+        assert!(
+            set.len() == 14 && set.contains(&"CAP_NET_RAW".into()),
+            "{set:?}"
+        );
+    }
+    for set in ["inheritable", "ambient"] {
+        assert!(process["capabilities"][set].is_null(), "{set}");
+    }
+    let linux = &spec["linux"];
+    let namespaces = linux["namespaces"].as_array().unwrap();
+    let kinds: Vec<_> = namespaces
+        .iter()
+        .map(|n| n["type"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["pid", "mount", "uts", "ipc", "cgroup", "network"]);
+    assert_eq!(linux["resources"]["devices"][0]["allow"], false);
+    assert!(
+        linux["maskedPaths"]
+            .as_array()
+            .unwrap()
+            .contains(&"/proc/kcore".into())
+    );
+    assert!(
+        linux["readonlyPaths"]
+            .as_array()
+            .unwrap()
+            .contains(&"/proc/sys".into())
+    );
+    assert_eq!(linux["seccomp"]["defaultAction"], "SCMP_ACT_ALLOW");
+    assert_eq!(mount(&spec, "/sys").last().unwrap(), "ro");
+    for place in [
+        "/proc",
+        "/dev",
+        "/dev/pts",
+        "/dev/shm",
+        "/dev/mqueue",
+        "/sys/fs/cgroup",
+    ] {
+        mount(&spec, place);
+    }
+}
+
+#[test]
+fn each_option_of_a_process_is_in_the_configuration() {
+    let spec = of(|config| {
+        config.process = ProcessConfig {
+            env: vec!["A=1".into(), "PATH=/own".into(), "HOME=/h".into()],
+            cwd: Some("/work".into()),
+            user: User {
+                text: "web:log".into(),
+            },
+            stdio: Stdio::Terminal {
+                rows: 24,
+                columns: 80,
+            },
+            ..config.process.clone()
+        };
+        config.no_new_privileges = true;
+    });
+    let process = &spec["process"];
+    assert_eq!(
+        process["env"],
+        json!(["A=1", "PATH=/own", "HOME=/h", "TERM=xterm"])
+    );
+    assert_eq!(
+        (&process["cwd"], &process["terminal"]),
+        (&json!("/work"), &json!(true))
+    );
+    assert_eq!(
+        (&process["user"]["uid"], &process["user"]["gid"]),
+        (&json!(33), &json!(40))
+    );
+    assert_eq!(process["noNewPrivileges"], true);
+    // A user other than root has what programs give it.
+    let capabilities = &process["capabilities"];
+    assert_eq!(capabilities["bounding"].as_array().unwrap().len(), 14);
+    assert_eq!(
+        (&capabilities["effective"], &capabilities["permitted"]),
+        (&json!([]), &json!([]))
+    );
+}
+
+#[test]
+fn each_option_of_a_container_is_in_the_configuration() {
+    let spec = of(|config| {
+        config.hostname = Some("other".into());
+        config.read_only = true;
+        config.tmpfs = vec!["/scratch".into()];
+        config.capabilities = vec!["net_admin".into(), "CAP_SYS_PTRACE".into()];
+        config.seccomp = Seccomp::Unconfined;
+        config.volumes = vec![
+            Volume::new("/a", "/b"),
+            Volume {
+                read_only: true,
+                follow_mounts: true,
+                ..Volume::new("/c", "/d")
+            },
+        ];
+    });
+    assert_eq!(
+        (&spec["hostname"], &spec["root"]["readonly"]),
+        (&json!("other"), &json!(true))
+    );
+    assert_eq!(
+        mount(&spec, "/scratch"),
+        ["tmpfs", "tmpfs", "nosuid", "nodev", "mode=1777"]
+    );
+    assert_eq!(
+        mount(&spec, "/b"),
+        ["bind", "/a", "rbind", "rprivate", "rw"]
+    );
+    assert_eq!(mount(&spec, "/d"), ["bind", "/c", "rbind", "rslave", "ro"]);
+    let bounding = spec["process"]["capabilities"]["bounding"]
+        .as_array()
+        .unwrap();
+    assert!(bounding.contains(&"CAP_NET_ADMIN".into()) && bounding.len() == 16);
+    assert!(spec["linux"]["seccomp"].is_null());
+    let all = of(|config| config.capabilities = vec!["all".into()]);
+    assert_eq!(
+        all["process"]["capabilities"]["bounding"]
+            .as_array()
+            .unwrap()
+            .len(),
+        41
+    );
+}
+
+#[test]
+fn a_privileged_container_is_root_of_its_guest() {
+    let spec = of(|config| config.privileged = true);
+    let linux = &spec["linux"];
+    assert_eq!(linux["resources"]["devices"][0]["allow"], true);
+    assert_eq!(
+        (&linux["maskedPaths"], &linux["readonlyPaths"]),
+        (&json!([]), &json!([]))
+    );
+    assert!(linux["seccomp"].is_null());
+    assert_eq!(
+        spec["process"]["capabilities"]["effective"]
+            .as_array()
+            .unwrap()
+            .len(),
+        41
+    );
+    assert_eq!(mount(&spec, "/sys").last().unwrap(), "rw");
+    assert_eq!(mount(&spec, "/sys/fs/cgroup").last().unwrap(), "rw");
+}
+
+#[test]
+fn what_is_wrong_with_a_container_is_named() {
+    let error = |change: fn(&mut ContainerConfig)| bundle_of(change).unwrap_err().to_string();
+    assert!(error(|config| config.capabilities = vec!["fly".into()]).contains("CAP_FLY"));
+    assert!(error(|config| config.process.args.clear()).contains("command"));
+    assert!(error(|config| config.process.args = vec!["".into()]).contains("command"));
+    assert!(error(|config| config.process.user.text = "nobody".into()).contains("nobody"));
+    assert!(error(|config| config.process.cwd = Some("work".into())).contains("work"));
+    assert!(error(|config| config.tmpfs = vec!["x".into()]).contains("absolute"));
+    assert!(error(|config| config.volumes = vec![Volume::new("/a", "b")]).contains("absolute"));
+    let missing = Root::of(Path::new("/nonexistent")).unwrap_err().to_string();
+    assert!(missing.starts_with("rootfs: /nonexistent"), "{missing}");
+}
+
+#[test]
+fn limits_of_resources_are_an_engines() {
+    let limits = |change: fn(&mut ContainerConfig)| of(change)["process"]["rlimits"].clone();
+    let files = json!({"type": "RLIMIT_NOFILE", "soft": 1_048_576, "hard": 1_048_576});
+    assert_eq!(limits(|_| {}), json!([files]));
+    fn limit(resource: &str, soft: u64, hard: u64) -> Rlimit {
+        Rlimit {
+            resource: resource.into(),
+            soft,
+            hard,
+        }
+    }
+    let changed = limits(|config| {
+        config.rlimits = vec![limit("nofile", 5, 6), limit("RLIMIT_CORE", 0, u64::MAX)];
+    });
+    assert_eq!(
+        changed,
+        json!([{"type": "RLIMIT_CORE", "soft": 0, "hard": u64::MAX},
+            {"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}])
+    );
+    for (wrong, named) in [
+        (limit("nofiles", 1, 1), "nofiles"),
+        (limit("cpu", 2, 1), "soft"),
+    ] {
+        let refused = bundle_of(|config| config.rlimits = vec![wrong]).unwrap_err();
+        assert!(refused.to_string().contains(named), "{refused}");
+    }
+}
+
+#[test]
+fn a_container_knows_localhost_and_its_own_name() {
+    let config = ContainerConfig::new("/", ["true"]);
+    let files = files("c1", &config);
+    let text = |path: &str| {
+        let file = files.iter().find(|file| file.path == path).unwrap();
+        String::from_utf8(file.content.clone()).unwrap()
+    };
+    assert!(text("/etc/hosts").starts_with("127.0.0.1\tlocalhost\n"));
+    assert!(text("/etc/hosts").contains("127.0.1.1\tc1\n"));
+    assert_eq!(text("/etc/hostname"), "c1\n");
+}

@@ -1,0 +1,182 @@
+//! A container from an OCI configuration that was written for the host: what of it is the guest's,
+//! what must be shared with the guest, and what can't be had.
+//!
+//! Follows the OCI runtime specification 1.2. Paths of the host's become shares; namespaces that are
+//! the sandbox's own (network, and those given by path) are the guest's; limits that only the host can
+//! set are left out; what the guest can't do is refused by name. A [`ContainerConfig`](crate::ContainerConfig)
+//! comes this way too ([`from_config`]).
+
+mod bundle;
+mod capabilities;
+mod devices;
+pub(crate) mod from_config;
+mod mounts;
+mod namespaces;
+pub(crate) mod process;
+mod shares;
+
+pub(crate) use bundle::Root;
+pub use bundle::{Bundle, SharedPids};
+pub(crate) use devices::HostDisk;
+pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
+
+use crate::Error;
+use crate::account::Accounts;
+use crate::direct_volume::DirectVolume;
+use koya_protocol::messages::EphemeralVolume;
+use koya_vmm::devices::fs::ShareOptions;
+use oci_spec::runtime::{self as oci, Spec};
+use shares::root_share;
+use std::path::PathBuf;
+
+/// What a container in the guest is made of.
+pub(crate) struct Adapted {
+    pub(crate) spec: Spec,
+    pub(crate) shares: Vec<Share>,
+    pub(crate) volumes: Vec<EphemeralVolume>,
+    /// Block devices of the host's that it is to have.
+    pub(crate) disks: Vec<HostDisk>,
+    /// Whether it has a node of each of the guest's devices.
+    pub(crate) has_guest_devices: bool,
+    /// Those whose file systems the guest is to mount, by the numbers of their mounts.
+    pub(crate) direct: Vec<(u32, DirectVolume)>,
+    /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
+    /// directory of a read-only one.
+    pub(crate) mount_points: Vec<(PathBuf, bool)>,
+}
+
+/// What is well said and can't be had.
+fn refuse(field: &'static str, reason: impl Into<String>) -> Error {
+    Error::unsupported(field, reason)
+}
+
+/// The guest's side of a container's configuration.
+///
+/// # Errors
+/// What can't be had, by name.
+pub(crate) fn adapt(
+    id: &str,
+    bundle: Bundle,
+    root: Root,
+    accounts: &Accounts,
+) -> Result<Adapted, Error> {
+    let Bundle {
+        mut spec,
+        folder,
+        rootfs,
+        pids,
+    } = bundle;
+    refuse_what_cannot_be_had(&spec)?;
+    spec.set_hooks(None);
+    let root = adapt_root(id, rootfs, root, &mut spec);
+    let mounts = mounts::adapt(id, &folder, &mut spec)?;
+    let mut devices = devices::Adapted::default();
+    if let Some(linux) = spec.linux_mut() {
+        namespaces::adapt(linux, &pids)?;
+        let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
+        linux.set_rootfs_propagation(propagation.transpose()?);
+        devices = devices::adapt(linux)?;
+        if let Some(resources) = linux.resources_mut() {
+            only_the_guests(resources);
+        }
+    }
+    let mut mount_points = mounts.points;
+    let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
+    if let Some(process) = spec.process_mut() {
+        // The guest makes it where it may, and gives it to its user.
+        if is_read_only {
+            mount_points.push((process.cwd().clone(), false));
+        }
+        process::adapt(process, accounts)?;
+    }
+    Ok(Adapted {
+        spec,
+        shares: root.into_iter().chain(mounts.shares).collect(),
+        volumes: mounts.volumes,
+        disks: devices.disks,
+        has_guest_devices: devices.lists_the_hosts,
+        direct: mounts.direct,
+        mount_points,
+    })
+}
+
+/// The share that is the root, unless the guest mounts it.
+fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<Share> {
+    let of = spec.root().as_ref();
+    let read_only = of.and_then(oci::Root::readonly).unwrap_or(false);
+    let share = (root == Root::Directory).then(|| Share {
+        name: root_share(id),
+        path: rootfs,
+        options: ShareOptions {
+            read_only,
+            follow_mounts: false,
+        },
+    });
+    let mut root = oci::Root::default();
+    root.set_path(match &share {
+        Some(share) => guest_path(&share.name),
+        None => koya_protocol::image_root(id).into(),
+    });
+    root.set_readonly(Some(read_only));
+    spec.set_root(Some(root));
+    share
+}
+
+fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
+    if spec.process().is_none() {
+        return Err(Error::invalid("process", "there is none"));
+    }
+    if let Some(hooks) = spec.hooks() {
+        let lists = [
+            ("prestart", hooks.prestart()),
+            ("createRuntime", hooks.create_runtime()),
+            ("createContainer", hooks.create_container()),
+            ("startContainer", hooks.start_container()),
+            ("poststart", hooks.poststart()),
+            ("poststop", hooks.poststop()),
+        ];
+        for (name, list) in lists {
+            if list.as_ref().is_some_and(|list| !list.is_empty()) {
+                return Err(refuse("hooks", format!("{name} hooks are not supported")));
+            }
+        }
+    }
+    let linux = spec.linux().as_ref();
+    if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
+        return Err(refuse("linux.intelRdt", "a guest has no such control"));
+    }
+    namespaces::check(spec)
+}
+
+/// How mounts propagate to and from a container's root, without what runc and the kubelet put before it
+/// ("rslave"): it is recursive anyway.
+fn root_propagation(wanted: &str) -> Result<String, Error> {
+    let plain = wanted.strip_prefix('r').unwrap_or(wanted);
+    match ["shared", "slave", "private", "unbindable"].contains(&plain) {
+        true => Ok(plain.into()),
+        false => Err(refuse(
+            "linux.rootfsPropagation",
+            format!("{wanted:?} is not supported"),
+        )),
+    }
+}
+
+/// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
+/// pages.
+pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
+    resources.set_block_io(None);
+    resources.set_network(None);
+    resources.set_rdma(None);
+    resources.set_hugepage_limits(None);
+    if let Some(cpu) = resources.cpu() {
+        let mut cpu = *Box::new(cpu.clone());
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+        cpu.set_realtime_period(None);
+        cpu.set_realtime_runtime(None);
+        resources.set_cpu(Some(cpu));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,183 @@
+//! Mounts: paths of the host's become shares, volumes that the guest has itself, or disks.
+
+use super::shares::{Share, guest_path};
+use super::{namespaces, refuse};
+use crate::Error;
+use crate::direct_volume::{self, DirectVolume};
+use crate::ephemeral;
+use koya_protocol::messages::EphemeralVolume;
+use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
+use koya_vmm::devices::fs::ShareOptions;
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+/// What a container's mounts need in the guest.
+#[derive(Debug, Default)]
+pub(super) struct Adapted {
+    pub(super) shares: Vec<Share>,
+    pub(super) volumes: Vec<EphemeralVolume>,
+    /// Disks whose file systems the guest is to mount, by the numbers of their mounts.
+    pub(super) direct: Vec<(u32, DirectVolume)>,
+    /// Where mounts go, each with whether that is a file.
+    pub(super) points: Vec<(PathBuf, bool)>,
+}
+
+/// What a mount of the guest's needs.
+enum Needs {
+    Nothing,
+    Share(Share),
+    Volume(EphemeralVolume),
+    Direct(DirectVolume),
+}
+
+/// File systems that a guest mounts by itself.
+const GUEST_MOUNTS: &[&str] = &[
+    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
+];
+
+/// Makes a configuration's mounts the guest's.
+///
+/// # Errors
+/// Which can't be had.
+pub(super) fn adapt(id: &str, folder: &Path, spec: &mut Spec) -> Result<Adapted, Error> {
+    let shared_ipc = namespaces::is_joined(spec, LinuxNamespaceType::Ipc);
+    let mut adapted = Adapted::default();
+    let mut mounts = Vec::new();
+    for (number, mount) in spec.mounts().iter().flatten().enumerate() {
+        let (mount, needs) = adapt_mount(id, number, folder, mount, shared_ipc)?;
+        let source = match &needs {
+            Needs::Share(share) => Some(&share.path),
+            _ => mount.source().as_ref(),
+        };
+        // "tmpfs" is no path.
+        let is_file = source.is_some_and(|path| path.components().count() > 1 && path.is_file());
+        let point = (mount.destination().clone(), is_file);
+        adapted.points.push(point);
+        mounts.push(mount);
+        match needs {
+            Needs::Nothing => {}
+            Needs::Share(share) => adapted.shares.push(share),
+            Needs::Volume(volume) => adapted.volumes.push(volume),
+            Needs::Direct(volume) => adapted.direct.push((number as u32, volume)),
+        }
+    }
+    if namespaces::all(spec).any(|n| n.typ() == LinuxNamespaceType::User) {
+        mounts.iter_mut().for_each(bind_sysfs);
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(adapted)
+}
+
+/// The size of the file system in memory that a path is on, in bytes; none if it is on another.
+fn memory_behind(path: &Path) -> Option<u64> {
+    let found = rustix::fs::statfs(path).ok()?;
+    // Kubernetes and others mount it there themselves; a directory of the host's in memory is a directory.
+    let is_its_root =
+        rustix::fs::stat(path).ok()?.st_dev != rustix::fs::stat(path.parent()?).ok()?.st_dev;
+    (ephemeral::is_in_memory(&found) && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
+}
+
+/// sysfs may be mounted anew only by who owns the network namespace, which is the guest's: users of another
+/// namespace get the guest's.
+fn bind_sysfs(mount: &mut Mount) {
+    if mount.typ().as_deref() == Some("sysfs") {
+        mount.set_typ(Some("bind".into()));
+        mount.set_source(Some("/sys".into()));
+        let options = mount.options().clone().unwrap_or_default();
+        let rbind = ["rbind".to_owned()].into_iter();
+        mount.set_options(Some(rbind.chain(options).collect()));
+    }
+}
+
+/// A mount as the guest makes it, and what must be shared for it.
+fn adapt_mount(
+    id: &str,
+    number: usize,
+    folder: &Path,
+    mount: &Mount,
+    shared_ipc: bool,
+) -> Result<(Mount, Needs), Error> {
+    let destination = mount.destination().display();
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        let reason = format!("{destination}: mounts with mapped users are not supported");
+        return Err(refuse("mounts", reason));
+    }
+    let kind = mount.typ().as_deref().unwrap_or_default();
+    let has = |name: &str| {
+        mount
+            .options()
+            .iter()
+            .flatten()
+            .any(|option| option == name)
+    };
+    if kind != "bind" && kind != "rbind" && !has("bind") && !has("rbind") {
+        if GUEST_MOUNTS.contains(&kind) {
+            return Ok((mount.clone(), Needs::Nothing));
+        }
+        let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
+        return Err(refuse("mounts", reason));
+    }
+    let source = mount.source().clone();
+    let source =
+        source.ok_or_else(|| Error::invalid("mounts", format!("{destination}: no source")))?;
+    let source = folder.join(source);
+    let mut adapted = mount.clone();
+    // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
+    if mount.destination() == Path::new("/dev/shm")
+        && let Some(bytes) = memory_behind(&source)
+    {
+        if shared_ipc {
+            adapted.set_source(Some(SHARED_MEMORY_DIR.into()));
+            return Ok((adapted, Needs::Nothing));
+        }
+        adapted.set_typ(Some("tmpfs".into()));
+        adapted.set_source(Some("shm".into()));
+        let options = ["nosuid", "noexec", "nodev", "mode=1777"].map(String::from);
+        let size = format!("size={bytes}");
+        adapted.set_options(Some(options.into_iter().chain([size]).collect()));
+        return Ok((adapted, Needs::Nothing));
+    }
+    for option in ["shared", "rshared"] {
+        if has(option) {
+            let reason =
+                format!("{destination}: mounts of a guest can't reach the host ({option})");
+            return Err(refuse("mounts", reason));
+        }
+    }
+    // What the host's kernel makes up, the guest's does too.
+    if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
+        return Ok((adapted, Needs::Nothing));
+    }
+    // Where the guest has what it mounts itself.
+    let own = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
+    if let Some(volume) = direct_volume::find(&source)? {
+        adapted.set_source(Some(own));
+        return Ok((adapted, Needs::Direct(volume)));
+    }
+    if let Some(volume) = ephemeral::behind(&source, number as u32) {
+        adapted.set_source(Some(own));
+        return Ok((adapted, Needs::Volume(volume)));
+    }
+    let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
+    let found = source.metadata();
+    let found = found.map_err(Error::invalid_by("mounts", source.display().to_string()))?;
+    if !found.is_dir() && !found.is_file() {
+        let what = match found.file_type() {
+            kind if kind.is_socket() => "a socket of the host's can't be used in a guest",
+            kind if kind.is_fifo() => "a FIFO of the host's can't be used in a guest",
+            _ => "a device of the host's can't be bound into a guest",
+        };
+        return Err(wrong(what.into()));
+    }
+    let share = Share {
+        name: format!("{id}.mount{number}"),
+        path: source,
+        options: ShareOptions {
+            read_only: has("ro") || has("rro"),
+            follow_mounts: has("slave") || has("rslave"),
+        },
+    };
+    adapted.set_source(Some(guest_path(&share.name)));
+    Ok((adapted, Needs::Share(share)))
+}

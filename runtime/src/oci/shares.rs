@@ -1,0 +1,63 @@
+//! Paths of the host's in a configuration, until it is known where the guest has them.
+
+use koya_protocol::SHARED_DIR;
+use koya_vmm::devices::fs::ShareOptions;
+use oci_spec::runtime::Spec;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// What the guest gets of the host's files. The name stands for its place in a configuration until it
+/// is shared ([`place_shares`]).
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) options: ShareOptions,
+}
+
+/// Where the guest has what is at this path of the shared root.
+pub(crate) fn guest_path(path: impl AsRef<Path>) -> PathBuf {
+    Path::new(SHARED_DIR).join(path)
+}
+
+/// Where the guest has a share, and whether it is to mount it read-only.
+pub(crate) struct SharedPlace {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// Says in a configuration where the guest has each share, by the name that it has in the configuration.
+pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, SharedPlace>) {
+    let place = |path: &Path| {
+        let name = path.strip_prefix(SHARED_DIR).ok()?.to_str()?;
+        places.get(name)
+    };
+    if let Some(root) = spec.root_mut()
+        && let Some(place) = place(root.path())
+    {
+        root.set_path(place.path.clone());
+        if place.read_only {
+            root.set_readonly(Some(true));
+        }
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let Some(place) = mount.source().as_deref().and_then(place) else {
+            continue;
+        };
+        mount.set_source(Some(place.path.clone()));
+        let mut options = mount.options().clone().unwrap_or_default();
+        if place.read_only
+            && !options
+                .iter()
+                .any(|option| option == "ro" || option == "rro")
+        {
+            options.retain(|option| option != "rw");
+            options.push("ro".into());
+            mount.set_options(Some(options));
+        }
+    }
+}
+
+pub(crate) fn root_share(id: &str) -> String {
+    format!("{id}.root")
+}

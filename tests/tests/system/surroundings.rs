@@ -1,0 +1,224 @@
+//! What a container finds, as under other engines: streams that can be opened, its own name, a working directory,
+//! limits, devices.
+
+use crate::tool::{Background, busybox, koya, run, run_in, saved_image, scratch, sh, stdout};
+use anyhow::{Result, ensure};
+use std::os::unix::fs::MetadataExt;
+
+crate::trials![
+    streams_can_be_opened_by_every_user,
+    localhost_and_the_containers_name_are_known,
+    a_roots_own_files_stay,
+    a_missing_working_directory_is_made_for_the_user,
+    a_working_directory_in_a_mount_is_made,
+    a_read_only_root_gets_its_working_directory,
+    limits_are_an_engines,
+    limits_can_be_set,
+    a_privileged_container_has_the_guests_devices,
+    a_volume_that_cannot_be_one_is_refused_by_name,
+];
+
+const BOTH: &str = "echo out > /dev/stdout; echo err > /dev/stderr";
+
+fn streams_can_be_opened_by_every_user() -> Result<()> {
+    for user in ["0", "web", "1000:1000"] {
+        let output = run(&["-u", user], &["sh", "-c", BOTH])?;
+        ensure!(
+            output.stdout == b"out\n" && output.stderr == b"err\n",
+            "{user}: {output:?}"
+        );
+        let output = run(&["-t", "-u", user], &["sh", "-c", BOTH])?;
+        let said = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        ensure!(said == "out\nerr\n", "{user} with a terminal: {output:?}");
+    }
+    let container = Background::start("streams-user", &[], &["sleep", "1000"])?;
+    for user in ["0", "1000:1000"] {
+        let output = container.exec(&["-u", user], &["sh", "-c", BOTH])?;
+        ensure!(
+            output.stdout == b"out\n" && output.stderr == b"err\n",
+            "exec {user}: {output:?}"
+        );
+        let output = container.exec(&["-t", "-u", user], &["sh", "-c", BOTH])?;
+        let said = String::from_utf8_lossy(&output.stdout).replace('\r', "");
+        ensure!(said == "out\nerr\n", "exec -t {user}: {output:?}");
+    }
+    // Others' devices are not given away with them.
+    let owner = stdout(container.exec(&["-u", "1000"], &["stat", "-c", "%u", "/dev/null"])?)?;
+    ensure!(owner == "0", "/dev/null is {owner}'s");
+    Ok(())
+}
+
+/// Most images have neither file.
+fn localhost_and_the_containers_name_are_known() -> Result<()> {
+    let script = "cat /etc/hosts /etc/hostname; hostname";
+    let mut root = std::path::PathBuf::new();
+    for options in [
+        &["--hostname", "inside"][..],
+        &["--hostname", "inside", "--read-only"],
+    ] {
+        root = scratch("hosts")?;
+        busybox(&root)?;
+        let said = stdout(run_in(&root, options, &["sh", "-c", script])?)?;
+        ensure!(said.contains("127.0.0.1\tlocalhost\n"), "{said}");
+        ensure!(
+            said.ends_with("127.0.1.1\tinside\ninside\ninside"),
+            "{said}"
+        );
+    }
+    // Nothing of it is in the root.
+    for name in ["hosts", "hostname"] {
+        let file = root.join("etc").join(name);
+        ensure!(
+            file.metadata().map_or(0, |data| data.len()) == 0,
+            "{} was written",
+            file.display()
+        );
+    }
+    // Of the container's own writing only the container knows.
+    let write = "echo 192.0.2.1 other >> /etc/hosts && grep -c . /etc/hosts";
+    ensure!(stdout(run_in(&root, &[], &["sh", "-c", write])?)? == "4");
+    ensure!(stdout(run_in(&root, &[], &["sh", "-c", "grep -c . /etc/hosts"])?)? == "3");
+    Ok(())
+}
+
+fn a_roots_own_files_stay() -> Result<()> {
+    let root = scratch("own-hosts")?;
+    busybox(&root)?;
+    std::fs::write(root.join("etc/hosts"), "192.0.2.1 own\n")?;
+    std::os::unix::fs::symlink("/nowhere/hostname", root.join("etc/hostname"))?;
+    let said = stdout(run_in(
+        &root,
+        &[],
+        &["sh", "-c", "cat /etc/hosts; readlink /etc/hostname"],
+    )?)?;
+    ensure!(said == "192.0.2.1 own\n/nowhere/hostname", "{said}");
+    ensure!(!root.join("nowhere").exists());
+    // Nor is what a volume is in its place.
+    let own = scratch("own-volume")?.join("hosts");
+    std::fs::write(&own, "a volume's\n")?;
+    let volume = format!("{}:/etc/hosts", own.display());
+    ensure!(sh(&["-v", &volume], "cat /etc/hosts")? == "a volume's");
+    Ok(())
+}
+
+const WHERE: &str = "pwd; stat -c %u:%g:%a .; touch here && echo written";
+
+fn a_missing_working_directory_is_made_for_the_user() -> Result<()> {
+    let root = scratch("workdir")?;
+    busybox(&root)?;
+    let options = ["-w", "/made/by/the/runtime", "-u", "33:33"];
+    let said = stdout(run_in(&root, &options, &["sh", "-c", WHERE])?)?;
+    ensure!(said == "/made/by/the/runtime\n33:33:755\nwritten", "{said}");
+    ensure!(root.join("made").metadata()?.uid() == 0);
+    // An image's own.
+    let dir = scratch("workdir-image")?;
+    let config = |digest: &str| {
+        format!(
+            r#"{{"architecture":"amd64","os":"linux","config":{{"WorkingDir":"/srv/not/there"}},
+                "rootfs":{{"type":"layers","diff_ids":["sha256:{digest}"]}}}}"#
+        )
+    };
+    let image = saved_image(&dir, None, config)?;
+    let mut command = koya(["run", "--image"]);
+    let said = stdout(command.arg(image).args(["--", "pwd"]).output()?)?;
+    ensure!(said == "/srv/not/there", "{said}");
+    Ok(())
+}
+
+/// Where only the guest can make it.
+fn a_working_directory_in_a_mount_is_made() -> Result<()> {
+    let options = [
+        "--tmpfs",
+        "/scratch",
+        "-w",
+        "/scratch/deep/er",
+        "-u",
+        "33:33",
+    ];
+    let said = sh(&options, WHERE)?;
+    ensure!(said == "/scratch/deep/er\n33:33:755\nwritten", "{said}");
+    let read_only = [&["--read-only"], &options[..]].concat();
+    ensure!(sh(&read_only, "pwd")? == "/scratch/deep/er");
+    let data = scratch("workdir-volume")?;
+    let volume = format!("{}:/data", data.display());
+    let said = sh(&["-v", &volume, "-w", "/data/new", "-u", "33:33"], WHERE)?;
+    ensure!(
+        said == "/data/new\n33:33:755\nwritten" && data.join("new/here").exists(),
+        "{said}"
+    );
+    Ok(())
+}
+
+fn a_read_only_root_gets_its_working_directory() -> Result<()> {
+    let root = scratch("workdir-read-only")?;
+    busybox(&root)?;
+    let options = ["--read-only", "-w", "/made"];
+    let said = stdout(run_in(&root, &options, &["pwd"])?)?;
+    ensure!(said == "/made" && root.join("made").is_dir(), "{said}");
+    Ok(())
+}
+
+const LIMITS: &str =
+    "awk '/Max processes/ {print $3, $4} /Max open files/ {print $4, $5}' /proc/self/limits";
+
+/// A guest's size is no limit of its users' processes.
+fn limits_are_an_engines() -> Result<()> {
+    for user in ["0", "1000:1000"] {
+        let said = sh(&["-u", user, "--memory", "128m"], LIMITS)?;
+        ensure!(
+            said == "unlimited unlimited\n1048576 1048576",
+            "{user}: {said}"
+        );
+    }
+    let container = Background::start("limits", &[], &["sleep", "1000"])?;
+    let said = stdout(container.exec(&["-u", "1000"], &["sh", "-c", LIMITS])?)?;
+    ensure!(
+        said == "unlimited unlimited\n1048576 1048576",
+        "exec: {said}"
+    );
+    Ok(())
+}
+
+fn limits_can_be_set() -> Result<()> {
+    let options = ["--ulimit", "nofile=64:128", "--ulimit", "nproc=50"];
+    ensure!(sh(&options, LIMITS)? == "50 50\n64 128");
+    let container = Background::start("limits-set", &options, &["sleep", "1000"])?;
+    let said = stdout(container.exec(&[], &["sh", "-c", LIMITS])?)?;
+    ensure!(said == "50 50\n64 128", "exec: {said}");
+    for wrong in ["nofiles=5", "nofile=6:5"] {
+        let refused = run(&["--ulimit", wrong], &["true"])?;
+        ensure!(refused.status.code() == Some(125), "{wrong}: {refused:?}");
+    }
+    Ok(())
+}
+
+fn a_privileged_container_has_the_guests_devices() -> Result<()> {
+    let script = "for d in fuse net/tun loop-control kmsg; do [ -c /dev/$d ] || echo no /dev/$d; done; \
+        head -c 1 /dev/zero | wc -c; exec 3<> /dev/net/tun && echo opened; ls /dev/pts | head -n 1";
+    let said = sh(&["--privileged"], script)?;
+    ensure!(said.starts_with("1\nopened"), "{said}");
+    // Others have what every container has.
+    ensure!(sh(&[], "ls /dev/fuse /dev/kmsg 2>/dev/null | wc -l")? == "0");
+    // A disk of its own is where it was put, and as it was given.
+    let disk = scratch("privileged-disk")?.join("disk");
+    std::fs::File::create(&disk)?.set_len(1 << 20)?;
+    let option = format!("{}:ro", disk.display());
+    let said = sh(
+        &["--privileged", "--disk", &option],
+        "ls -l /dev/vda | cut -c1; cat /sys/block/vda/ro",
+    )?;
+    ensure!(said == "b\n1", "{said}");
+    Ok(())
+}
+
+fn a_volume_that_cannot_be_one_is_refused_by_name() -> Result<()> {
+    let socket = scratch("socket")?.join("s.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let refused = run(&["-v", &format!("{}:/s", socket.display())], &["true"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        refused.status.code() == Some(125) && said.contains("s.sock"),
+        "{refused:?}"
+    );
+    Ok(())
+}
