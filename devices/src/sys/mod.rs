@@ -1,11 +1,13 @@
 //! Calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles, per-mount
 //! attributes, BPF, and the allocator's settings. Every function here is safe to call; each `unsafe` block states why.
 
+mod inherited;
 mod pieces;
 mod ring;
 mod steer;
 mod tap;
 
+pub use inherited::close_on_exec_from;
 pub use pieces::Pieces;
 pub use ring::{Completion, Ring, Transfer};
 pub use steer::steer_loopback;
