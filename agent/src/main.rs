@@ -11,6 +11,7 @@
 
 mod boot;
 mod cgroup;
+mod clock;
 mod console;
 mod cpus;
 mod details;

@@ -9,13 +9,13 @@ use crate::spec::Device;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
 use koya_protocol::messages::{
-    self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
-    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
-    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, GuestTimes,
-    Interface, MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, Route,
-    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
-    Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest, WaitProcessRequest,
+    self, AdjustClockRequest, AttachDiskRequest, BlockDevice, ConnectPortRequest,
+    ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, DestroySandboxRequest,
+    DetachDiskRequest, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
+    GetOomEventRequest, GuestDetails, GuestTimes, Interface, MountImageRequest,
+    RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
+    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_protocol::{AgentClient, Refused, refused};
 use koya_vmm::devices::fs::HostEvent;
@@ -43,6 +43,9 @@ const ORDER_LIMIT: Duration = Duration::from_secs(15);
 /// How many processes it is asked to make at a time: each takes it several processes of its own.
 const MAX_EXECS: usize = 16;
 
+/// How many connections it is asked to make at a time: fewer than may wait to be taken up here.
+const MAX_CONNECTS: usize = 64;
+
 /// How many marks of its start it may tell of.
 const MAX_MARKS: usize = 16;
 
@@ -54,6 +57,7 @@ const MAX_MARK_NAME: usize = 32;
 pub(crate) struct Agent {
     client: AgentClient,
     execs: Arc<Turns>,
+    connects: Arc<Turns>,
 }
 
 /// Ends the connection when the sandbox ends.
@@ -172,8 +176,13 @@ impl Agent {
         let client = ttrpc::Client::new(OwnedFd::from(stream).into_raw_fd())
             .map_err(|e| io::Error::other(e.to_string()))?;
         let client = AgentClient::new(client);
-        let execs = Arc::default();
-        Ok((Self { client, execs }, connection))
+        let (execs, connects) = (Arc::default(), Arc::default());
+        let agent = Self {
+            client,
+            execs,
+            connects,
+        };
+        Ok((agent, connection))
     }
 
     /// Carries out one call, which takes no longer than `limit`; `Duration::MAX` is as long as it takes.
@@ -404,6 +413,26 @@ impl Agent {
         .map(AgentTimes::from)
     }
 
+    /// The guest's clock, in nanoseconds since 1970.
+    pub(crate) fn clock(&self) -> Result<i64, Error> {
+        self.ask("read the guest's clock", SHORT_LIMIT, |client, limit| {
+            client.get_clock(limit, &GetClockRequest::new())
+        })
+        .map(|clock| clock.now_ns)
+    }
+
+    /// Moves it.
+    pub(crate) fn adjust_clock(&self, by_ns: i64) -> Result<(), Error> {
+        let request = AdjustClockRequest {
+            by_ns,
+            ..Default::default()
+        };
+        self.ask("set the guest's clock", SHORT_LIMIT, |client, limit| {
+            client.adjust_clock(limit, &request)
+        })
+        .map(drop)
+    }
+
     /// Joins a TCP port of the guest's loopback to the stream with this token.
     pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
         let request = ConnectPortRequest {
@@ -411,12 +440,14 @@ impl Agent {
             token: token.into(),
             ..Default::default()
         };
-        self.ask(
-            "connect to a port of the guest's",
-            LIMIT,
-            |client, limit| client.connect_port(limit, &request),
-        )
-        .map(drop)
+        let asked = || {
+            self.ask(
+                "connect to a port of the guest's",
+                LIMIT,
+                |client, limit| client.connect_port(limit, &request),
+            )
+        };
+        self.connects.take(MAX_CONNECTS, asked).map(drop)
     }
 
     /// Sets up an interface of the guest's.

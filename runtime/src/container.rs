@@ -229,7 +229,7 @@ impl Container {
         config: &ContainerConfig,
         given: &mut Given,
     ) -> Result<Process, Error> {
-        let root = Root::of(&config.rootfs)?;
+        let root = config.check_places()?;
         let accounts = match root {
             Root::Directory => Accounts::read(&config.rootfs),
             Root::Image => {
