@@ -54,6 +54,8 @@ pub(crate) const PAUSE: &str = "pause";
 /// path, or `-`.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
+    // Lowering it can't fail; a container's own limits come on top.
+    crate::limits::restore().ok();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let (outcome, result) = match args.as_slice() {
