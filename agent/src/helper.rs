@@ -103,6 +103,8 @@ pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 /// path, or `-`.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
+    // Lowering it can't fail; a container's own limits come on top.
+    crate::limits::restore().ok();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     if let [WORKING_DIRECTORY, root, path, uid, gid] = args.as_slice() {

@@ -11,6 +11,7 @@
 
 mod boot;
 mod cgroup;
+mod clock;
 mod configuration;
 mod console;
 mod cpus;
@@ -20,6 +21,7 @@ mod disks;
 mod executor;
 mod helper;
 mod images;
+mod limits;
 mod network;
 mod oom;
 mod reaper;
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
 }
 
 fn run(mut times: GuestTimes) -> anyhow::Result<()> {
+    limits::raise()?;
     boot::set_up(&mut times)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -2,6 +2,7 @@
 //! the agent makes before any container exists.
 
 use crate::cgroup;
+use crate::clock;
 use crate::console;
 use crate::cpus;
 use crate::details;
@@ -17,13 +18,13 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    Accounts, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest, ContainerRequest,
-    ContainerStats, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest, Disk, Empty,
-    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, GuestTimes,
-    MountImageRequest, OomEvent, Process, RemoveContainerRequest, ReportHostEventsRequest,
-    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
-    TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    Accounts, AdjustClockRequest, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest,
+    ContainerRequest, ContainerStats, CreateContainerRequest, DestroySandboxRequest,
+    DetachDiskRequest, Disk, Empty, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
+    GetOomEventRequest, GuestClock, GuestDetails, GuestTimes, MountImageRequest, OomEvent, Process,
+    RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
+    SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, Refused, create_agent};
 use std::fs;
@@ -228,6 +229,22 @@ impl Agent for Service {
             };
             rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)?;
             Ok(times)
+        })
+        .await
+    }
+
+    async fn get_clock(&self, _: &TtrpcContext, _: GetClockRequest) -> ttrpc::Result<GuestClock> {
+        self.ask(async move |_: State| Ok(clock::read())).await
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            clock::adjust(request.by_ns)?;
+            Ok(Empty::new())
         })
         .await
     }

@@ -40,6 +40,30 @@ pub(crate) fn reset_signals() {
     }
 }
 
+/// Moves the clock gradually, as adjtime(3) does; instead of what was asked for before.
+pub(crate) fn slew_clock(microseconds: i64) -> io::Result<()> {
+    adjust_clock(libc::ADJ_OFFSET_SINGLESHOT, |time| {
+        time.offset = microseconds;
+    })
+}
+
+/// Moves the clock at once; nanoseconds are less than a second.
+pub(crate) fn step_clock(seconds: i64, nanoseconds: i64) -> io::Result<()> {
+    adjust_clock(libc::ADJ_SETOFFSET | libc::ADJ_NANO, |time| {
+        time.time.tv_sec = seconds;
+        time.time.tv_usec = nanoseconds;
+    })
+}
+
+fn adjust_clock(modes: libc::c_uint, set: impl FnOnce(&mut libc::timex)) -> io::Result<()> {
+    // SAFETY: all zeroes are a timex, of plain numbers.
+    let mut time: libc::timex = unsafe { std::mem::zeroed() };
+    time.modes = modes as _;
+    set(&mut time);
+    // SAFETY: the structure is of this frame, and the kernel writes no more than it.
+    checked(unsafe { libc::adjtimex(&raw mut time) }.into()).map(drop)
+}
+
 /// A descriptor whose readiness to be read can be awaited.
 pub(crate) fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor stays open and the same as long as its owner, which what is returned owns

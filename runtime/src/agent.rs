@@ -13,13 +13,13 @@ use crate::{Error, ErrorKind};
 use answer::failed;
 use koya_protocol::AgentClient;
 use koya_protocol::messages::{
-    self, AttachDiskRequest, BlockDevice, ConnectPortRequest, ContainerDeviceRequest,
-    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
-    ExecProcessRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails, GuestTimes,
-    Interface, MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, Route,
-    SetGuestDateTimeRequest, SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest,
-    Stdio, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest, WaitProcessRequest,
+    self, AdjustClockRequest, AttachDiskRequest, BlockDevice, ConnectPortRequest,
+    ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, DestroySandboxRequest,
+    DetachDiskRequest, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
+    GetOomEventRequest, GuestDetails, GuestTimes, Interface, MountImageRequest,
+    RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
+    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_vmm::devices::fs::HostEvent;
 use koya_vmm::guest_text;
@@ -56,6 +56,9 @@ const MAX_EXECS: usize = 16;
 /// for what is beside it.
 const MAX_JSON: usize = (4 << 20) - (64 << 10);
 
+/// How many connections it is asked to make at a time: fewer than may wait to be taken up here.
+const MAX_CONNECTS: usize = 64;
+
 /// How many marks of its start it may tell of.
 const MAX_MARKS: usize = 16;
 
@@ -68,6 +71,7 @@ pub(crate) struct Agent {
     client: AgentClient,
     stream: Arc<UnixStream>,
     execs: Arc<Turns>,
+    connects: Arc<Turns>,
 }
 
 /// Ends the connection when the sandbox ends.
@@ -166,6 +170,7 @@ impl Agent {
             client,
             stream: own,
             execs: Arc::default(),
+            connects: Arc::default(),
         };
         Ok((agent, connection))
     }
@@ -427,6 +432,26 @@ impl Agent {
         .map(AgentTimes::from)
     }
 
+    /// The guest's clock, in nanoseconds since 1970.
+    pub(crate) fn clock(&self) -> Result<i64, Error> {
+        self.ask("read the guest's clock", SHORT_LIMIT, |client, limit| {
+            client.get_clock(limit, &GetClockRequest::new())
+        })
+        .map(|clock| clock.now_ns)
+    }
+
+    /// Moves it.
+    pub(crate) fn adjust_clock(&self, by_ns: i64) -> Result<(), Error> {
+        let request = AdjustClockRequest {
+            by_ns,
+            ..Default::default()
+        };
+        self.ask("set the guest's clock", SHORT_LIMIT, |client, limit| {
+            client.adjust_clock(limit, &request)
+        })
+        .map(drop)
+    }
+
     /// Joins a TCP port of the guest's loopback to the stream with this token.
     pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
         let request = ConnectPortRequest {
@@ -434,12 +459,14 @@ impl Agent {
             token: token.into(),
             ..Default::default()
         };
-        self.ask(
-            "connect to a port of the guest's",
-            LIMIT,
-            |client, limit| client.connect_port(limit, &request),
-        )
-        .map(drop)
+        let asked = || {
+            self.ask(
+                "connect to a port of the guest's",
+                LIMIT,
+                |client, limit| client.connect_port(limit, &request),
+            )
+        };
+        self.connects.take(MAX_CONNECTS, asked).map(drop)
     }
 
     /// Sets up an interface of the guest's.

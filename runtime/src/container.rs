@@ -237,7 +237,7 @@ impl Container {
     ) -> Result<Self, Error> {
         let own = Some(Box::new(config.clone()));
         Self::make(inner, id, own, &config.rootfs, |making| {
-            let root = Root::of(&config.rootfs)?;
+            let root = config.check_places()?;
             let accounts = making.accounts(root, &config.rootfs)?;
             let bundle = oci::from_config::bundle(id, config, &accounts)?;
             let needs = Needs {

@@ -24,6 +24,8 @@
 mod account;
 mod agent;
 mod apparmor;
+mod checks;
+mod clock;
 mod common;
 mod config;
 mod console;
@@ -53,6 +55,7 @@ mod sync;
 mod test_agent;
 pub mod timeline;
 
+pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{ContainerConfig, Device, ProcessConfig, Rlimit, Stdio, User, Volume};

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::agent::{Agent, Connection};
 use crate::apparmor::confined;
+use crate::clock::Clock;
 use crate::common::{Common, Used};
 use crate::config::SandboxConfig;
 use crate::console::Console;
@@ -10,7 +11,6 @@ use crate::container::Container;
 use crate::container_config::{ContainerConfig, Device, Stdio};
 use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
-use crate::files::Files;
 use crate::network::{Joined, NetworkConfig};
 use crate::oci::Bundle;
 use crate::patience::{DiskWork, DiskWrites, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
@@ -25,7 +25,7 @@ use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
 use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::guest_text::{self, Warnings};
-use koya_vmm::{AttachedDisk, DiskConfig, ExitReason, Serial, Vm, VmConfig, VmHandle};
+use koya_vmm::{AttachedDisk, DiskConfig, ExitReason, Vm, VmHandle};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -147,6 +147,7 @@ pub struct Sandbox {
     inner: Arc<Inner>,
     ready_after: Duration,
     limits: Limits,
+    clock: Option<Clock>,
 }
 
 impl Sandbox {
@@ -165,19 +166,9 @@ impl Sandbox {
 
     fn try_start(config: &SandboxConfig, timeline: Arc<Recorder>) -> Result<Self, Error> {
         let called = timeline.next(Lane::Host, "devices");
-        let files = Files::find(config.kernel.clone(), config.initramfs.clone())?;
         let networks = config.networks.iter().map(NetworkConfig::resolve);
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
-        let mut machine = VmConfig {
-            initramfs: Some(files.initramfs),
-            cmdline: config.whole_cmdline()?,
-            serial: Serial::Messages,
-            disks: config.disks.clone(),
-            disk_slots: config.disk_slots,
-            networks: networks.iter().map(|n| n.device.clone()).collect(),
-            ..VmConfig::new(files.kernel)
-        };
-        config.size(&mut machine)?;
+        let machine = config.machine(networks.iter().map(|n| n.device.clone()).collect())?;
         let ram_mib = machine.memory_mib;
         let spec = machine.check()?;
         let ports = Ports::new().map_err(Error::host("make the vsock device"))?;
@@ -235,7 +226,7 @@ impl Sandbox {
                 handle.stop();
             }
         });
-        let sandbox = Self {
+        let mut sandbox = Self {
             inner: Arc::new(Inner {
                 agent,
                 ends,
@@ -253,8 +244,11 @@ impl Sandbox {
             }),
             ready_after: connected.saturating_sub(called),
             limits: Limits::of(config, ram_mib),
+            clock: None,
         };
         let told = sandbox.inner.agent.set_time()?;
+        let clock = Clock::follow(sandbox.inner.agent.clone());
+        sandbox.clock = Some(clock.map_err(Error::host("follow the clock"))?);
         let timeline = &sandbox.inner.timeline;
         timeline.agent_told(running, connected, &told);
         sandbox.set_up_networks(&networks)?;
@@ -442,6 +436,7 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
+        self.clock = None;
         // Containers may still hold the inner part; the machine goes all the same.
         self.inner.handle.stop();
         self.inner.end.wait();

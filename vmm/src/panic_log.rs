@@ -70,7 +70,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
         let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
         Some(ExitReason::Panic {
             message: guest_text::line(message.trim()),
-            log: guest_text::lines(log),
+            log: guest_text::lines(last_words(log)),
         })
     });
     match (panic, reason) {
@@ -78,9 +78,36 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
         // An oops that was not survived: its text says more than the registers.
         (None, ExitReason::TripleFault { details, .. }) => ExitReason::TripleFault {
             details,
-            log: logs.last().map(guest_text::lines).unwrap_or_default(),
+            log: logs
+                .last()
+                .map(|log| guest_text::lines(last_words(log)))
+                .unwrap_or_default(),
         },
         (None, reason) => reason,
+    }
+}
+
+/// How many lines before the kernel's own words of its fault are shown: what led to it, such as the last words of
+/// its init.
+const LINES_BEFORE: usize = 5;
+
+/// The part of a log from the first fault on. A record has all that the kernel said before, from its boot.
+fn last_words(log: &str) -> &str {
+    const FAULTS: &[&str] = &[
+        "BUG: ",
+        "Oops: ",
+        "general protection fault",
+        "kernel BUG at",
+        "Kernel panic - not syncing: ",
+    ];
+    let is_fault = |line: &str| FAULTS.iter().any(|fault| line.contains(fault));
+    let Some(first) = log.lines().position(is_fault) else {
+        return log;
+    };
+    let mut ends = log.match_indices('\n').map(|(at, _)| at + 1);
+    match first.checked_sub(LINES_BEFORE + 1) {
+        Some(before) => ends.nth(before).map_or(log, |start| &log[start..]),
+        None => log,
     }
 }
 
@@ -107,6 +134,23 @@ mod tests {
         };
         assert_eq!(message, "Attempted to kill init!");
         assert_eq!(log, text);
+    }
+
+    #[test]
+    fn of_a_long_log_the_fault_and_what_led_to_it_are_shown() {
+        let boot: String = (0..300)
+            .map(|n| format!("<6>[ 0.{n}] boot {n}\n"))
+            .collect();
+        let fault = "<1>[ 1.0] BUG: kernel NULL pointer dereference\n<4>[ 1.0] RIP: 0010:f\n";
+        let panic = "<0>[ 1.1] Kernel panic - not syncing: Fatal exception\n<0>[ 1.1] end";
+        let shown = last_words(&format!("{boot}{fault}{panic}")).to_owned();
+        assert!(shown.starts_with("<6>[ 0.295] boot 295\n"), "{shown}");
+        assert!(shown.ends_with(&format!("{fault}{panic}")));
+        assert_eq!(shown.lines().count(), LINES_BEFORE + 4);
+        // A short one, and one without a fault, are whole.
+        for whole in [&format!("one\n{panic}"), "one\ntwo", ""] {
+            assert_eq!(last_words(whole), whole);
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! What is behind a block device: a raw image or a block device of the host.
 
-use super::{ID_SIZE, SECTOR_SIZE};
-use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags, flock, statx};
+use super::{ID_SIZE, SECTOR_SIZE, format};
+use rustix::fs::{
+    AtFlags, FlockOperation, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, flock, statx,
+};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -19,6 +21,10 @@ pub struct DiskOptions {
     pub direct: bool,
     /// What the guest sees as the disk's serial number: up to 20 bytes. Default: empty.
     pub serial: String,
+    /// Take a file for a raw image whatever is in it. Otherwise one that begins as qcow2, VHDX, VMDK or the like,
+    /// or is compressed, is refused: the guest would see that format itself, and its writes would destroy the
+    /// image. A block device is always raw.
+    pub raw: bool,
 }
 
 /// An open disk.
@@ -78,6 +84,9 @@ impl Disk {
                 let text = format!("the serial number is longer than {ID_SIZE} bytes");
                 return Err(io::Error::new(ErrorKind::InvalidInput, text));
             }
+        }
+        if kind.is_file() && !options.raw {
+            check_format(&file)?;
         }
         let lock = match options.read_only {
             true => FlockOperation::NonBlockingLockShared,
@@ -165,6 +174,23 @@ impl Disk {
     }
 }
 
+/// # Errors
+/// If the file is of a format that says what it is, and is no raw image.
+fn check_format(file: &File) -> io::Result<()> {
+    // Direct I/O would want aligned memory.
+    let flags = fcntl_getfl(file)?;
+    if flags.contains(OFlags::DIRECT) {
+        fcntl_setfl(file, flags - OFlags::DIRECT)?;
+    }
+    let found = format::of(file);
+    if flags.contains(OFlags::DIRECT) {
+        fcntl_setfl(file, flags)?;
+    }
+    let Some(found) = found? else { return Ok(()) };
+    let text = format!("it is {found}, and only raw images are supported");
+    Err(io::Error::new(ErrorKind::InvalidInput, text))
+}
+
 /// What direct I/O asks of memory, and of offsets and lengths, where the host does not say.
 const DIRECT_ALIGNMENT: u32 = 4096;
 
@@ -214,6 +240,32 @@ mod tests {
         assert!(odd.to_string().contains("truncate -s 1024"), "{odd}");
         let none = Disk::open(Path::new("/dev/null"), read_only()).unwrap_err();
         assert!(none.to_string().contains("neither"), "{none}");
+    }
+
+    #[test]
+    fn an_image_of_another_format_is_raw_only_on_request() {
+        use std::os::unix::fs::FileExt;
+        let file = image(4096);
+        file.as_file().write_all_at(b"QFI\xfb", 0).unwrap();
+        for direct in [false, true] {
+            let options = DiskOptions {
+                direct,
+                ..DiskOptions::default()
+            };
+            let refused = match Disk::open(file.path(), options.clone()) {
+                // A temporary directory may have no direct I/O.
+                Err(error) if error.kind() == ErrorKind::Unsupported => continue,
+                other => other.unwrap_err(),
+            };
+            assert!(refused.to_string().contains("qcow2"), "{refused}");
+            let raw = DiskOptions {
+                raw: true,
+                ..options
+            };
+            let disk = Disk::open(file.path(), raw).unwrap();
+            let flags = fcntl_getfl(&**disk.file()).unwrap();
+            assert_eq!(flags.contains(OFlags::DIRECT), direct);
+        }
     }
 
     #[test]

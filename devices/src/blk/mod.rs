@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Block`] | the device: features, configuration space, one thread a queue |
 //! | [`Disk`] | what is behind it: a raw image or a block device of the host |
+//! | `format` | what is in a file that is no raw image |
 //! | `request` | a chain as a checked request, and the steps that serve it |
 //! | `engine` | how steps reach the host: io_uring, else plain calls |
 //! | `worker` | the thread of a queue: queue to engine and back |
@@ -29,6 +30,7 @@
 
 mod disk;
 mod engine;
+mod format;
 mod request;
 mod worker;
 

@@ -1,11 +1,12 @@
 //! The user's streams and terminal, and a process's.
 
+use super::output::complain;
 use koya::Process;
 use koya::vmm::devices::threads::spawn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -101,7 +102,8 @@ impl ProcessStreams {
 
 /// Threads that carry a process's output.
 pub(super) struct Pumps {
-    threads: Vec<JoinHandle<()>>,
+    /// Each says whether all of its stream was written, unless the user's side went away.
+    threads: Vec<JoinHandle<bool>>,
     /// Closed when the process has ended.
     alive: std::io::PipeWriter,
 }
@@ -119,9 +121,17 @@ impl Pumps {
         let mut output = |from: UnixStream, mut to: Box<dyn Write + Send>| {
             let ended = ended.clone();
             threads.push(spawn("koya-output", move || {
-                pump(&from, &mut to, ended.as_fd());
+                let pumped = pump(&from, &mut to, ended.as_fd());
                 // If the user's end broke, the process is told so by its own.
                 from.shutdown(Shutdown::Both).ok();
+                match pumped {
+                    // A reader that goes is the user's own affair.
+                    Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                        complain!("koya: cannot write the container's output: {error}");
+                        false
+                    }
+                    _ => true,
+                }
             })?);
             std::io::Result::Ok(())
         };
@@ -152,17 +162,21 @@ impl Pumps {
         Ok(Self { threads, alive })
     }
 
-    /// The process has ended: waits until all of its output has arrived.
-    pub(super) fn finish(self) {
+    /// The process has ended: waits until all of its output has arrived. False if some of it could not be
+    /// written, on a full disk, say.
+    pub(super) fn finish(self) -> bool {
         drop(self.alive);
-        for thread in self.threads {
-            thread.join().ok();
-        }
+        let threads = self.threads.into_iter();
+        let written: Vec<bool> = threads.map(|t| t.join().unwrap_or(false)).collect();
+        written.into_iter().all(|written| written)
     }
 }
 
-/// Copies until the end of either side, or until `ended` is closed and nothing comes for a while.
-fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) {
+/// Copies until the end of `from`, or until `ended` is closed and nothing comes for a while.
+///
+/// # Errors
+/// What `to` says.
+fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> std::io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     let mut over = false;
     loop {
@@ -176,28 +190,20 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) {
         ];
         let watched = if over { &mut fds[..1] } else { &mut fds[..] };
         match poll(watched, over.then_some(&timeout)) {
-            Ok(0) => return,
+            Ok(0) => return Ok(()),
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => return,
+            Err(_) => return Ok(()),
         }
         over |= !fds[1].revents().is_empty();
         if fds[0].revents().is_empty() {
             continue;
         }
         match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(count) => {
-                if to
-                    .write_all(&buffer[..count])
-                    .and_then(|()| to.flush())
-                    .is_err()
-                {
-                    return;
-                }
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return,
+            Ok(0) => return Ok(()),
+            Ok(count) => to.write_all(&buffer[..count]).and_then(|()| to.flush())?,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Ok(()),
         }
     }
 }
@@ -275,9 +281,35 @@ mod tests {
         let pumps = Pumps::start(streams, user).unwrap();
         theirs.write_all(b"last words").unwrap();
         // What the process left running still has the other end.
-        pumps.finish();
+        assert!(pumps.finish());
         let mut got = String::new();
         read.read_to_string(&mut got).unwrap();
         assert_eq!(got, "last words");
+    }
+
+    #[test]
+    fn output_that_is_lost_is_told_unless_its_reader_went() {
+        let finish = |stdout: Box<dyn Write + Send>| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let streams = ProcessStreams::Pipes {
+                stdin: None,
+                stdout: ours,
+                stderr: UnixStream::pair().unwrap().0,
+            };
+            let user = UserStreams {
+                stdin: None,
+                stdout,
+                stderr: Box::new(std::io::sink()),
+            };
+            let pumps = Pumps::start(streams, user).unwrap();
+            theirs.write_all(b"words").unwrap();
+            drop(theirs);
+            pumps.finish()
+        };
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert!(!finish(Box::new(full)));
+        let (read, write) = std::io::pipe().unwrap();
+        drop(read);
+        assert!(finish(Box::new(write)));
     }
 }

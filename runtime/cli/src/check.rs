@@ -1,6 +1,7 @@
 //! `koya check`: whether this machine can run Koya, found out by running a tiny guest.
 
 use super::Outcome;
+use super::output::say;
 use clap::Args;
 use koya::vmm::{ExitReason, Spec, Vm, kvm};
 use serde_json::json;
@@ -42,14 +43,14 @@ pub(super) fn main(args: &CheckArgs) -> Outcome {
             .map(|f| json!({"check": f.what, "ok": f.well, "text": f.text}))
             .collect();
         let all = json!({"ok": well, "findings": all});
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?)?;
     } else {
         for finding in &findings {
             let mark = if finding.well { "ok  " } else { "FAIL" };
-            println!("{mark} {}: {}", finding.what, finding.text);
+            say!("{mark} {}: {}", finding.what, finding.text)?;
         }
         let verdict = if well { "can" } else { "can't" };
-        println!("this machine {verdict} run Koya");
+        say!("this machine {verdict} run Koya")?;
     }
     Ok(u8::from(!well))
 }

@@ -2,6 +2,8 @@
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::{Answer, KILL_LIMIT, Request};
+use super::ignored::heeded;
+use super::output::{complain, say};
 use super::run::{check_terminal, expand_env};
 use super::state::Folder;
 use super::wire::{Wire, send};
@@ -164,7 +166,7 @@ fn hear(name: &str, wire: &mut Wire) -> Result<Heard> {
         Some((Answer::Started, fds)) => Ok(Heard::Started(fds)),
         Some((Answer::Done(status), _)) => Ok(Heard::Over(status as u8)),
         Some((Answer::Failed { status, reason }, _)) => {
-            eprintln!("koya: {reason}");
+            complain!("koya: {reason}");
             Ok(Heard::Over(u8::try_from(status).unwrap_or(FAILED)))
         }
     }
@@ -190,7 +192,8 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         interactive: args.interactive,
     };
     // Before any thread exists, so that none misses it.
-    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])?;
+    let signals = Signals::new(heeded(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT]))?;
+    signals.add_signal(SIGWINCH)?;
     send(&stream, &request, &[])?;
     let mut wire = Wire::new(stream.try_clone()?);
     let over = Arc::new(AtomicBool::new(false));
@@ -207,9 +210,12 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
     let pumps = Pumps::start(streams, UserStreams::own(args.interactive)?)?;
     let status = hear_end(&args.name, &mut wire);
     over.store(true, Ordering::SeqCst);
-    pumps.finish();
+    let delivered = pumps.finish();
     drop(raw);
-    status
+    match status? {
+        0 if !delivered => Ok(FAILED),
+        status => Ok(status),
+    }
 }
 
 /// Passes signals on; once the process is over, they are this command's own.
@@ -315,17 +321,19 @@ fn ask_writes(folder: &Folder, limit: Duration) -> Result<(u64, bool)> {
 
 /// Asks each container, and goes on when one can't.
 fn for_each(names: &[String], order: &Order) -> Outcome {
-    let mut worst = 0;
+    let (mut worst, mut said) = (0, Ok(()));
     for name in names {
         match find(name).and_then(|folder| ask_one(name, &folder, order)) {
-            Ok(0) => println!("{name}"),
+            // The others are asked all the same if nobody reads of this one.
+            Ok(0) => said = said.and(say!("{name}")),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
-                eprintln!("koya: {error:#}");
+                complain!("koya: {error:#}");
                 worst = worst.max(FAILED);
             }
         }
     }
+    said?;
     Ok(worst)
 }
 
@@ -346,7 +354,7 @@ fn ask_one(name: &str, folder: &Folder, order: &Order) -> Outcome {
         }
         Ok(status) => return Ok(status),
     };
-    eprintln!("koya: container {name}: {why}, and is killed");
+    complain!("koya: container {name}: {why}, and is killed");
     let killed = folder.kill(GONE_LIMIT).and_then(|()| folder.settle(KILLED));
     killed.with_context(|| format!("cannot end container {name}"))?;
     Ok(0)

@@ -1,6 +1,7 @@
 //! `koya config`: the settings of sandboxes that other programs ask for.
 
 use super::Outcome;
+use super::output::{self, complain, say};
 use clap::{Args, Subcommand};
 use koya::Settings;
 use koya::settings::{DROP_INS, FILE};
@@ -37,29 +38,29 @@ impl FilesArgs {
 
 pub(super) fn main(args: ConfigArgs) -> Outcome {
     match args.command {
-        ConfigCommand::Check(args) => Ok(check(&args.files())),
+        ConfigCommand::Check(args) => check(&args.files()),
         ConfigCommand::Show(args) => {
-            print!("{}", Settings::read(&args.files())?);
+            output::print(format_args!("{}", Settings::read(&args.files())?))?;
             Ok(0)
         }
     }
 }
 
-fn check(files: &[PathBuf]) -> u8 {
+fn check(files: &[PathBuf]) -> Outcome {
     match Settings::read(files) {
         Ok(_) if files.is_empty() => {
-            println!("neither {FILE} nor files in {DROP_INS}: the defaults");
-            0
+            say!("neither {FILE} nor files in {DROP_INS}: the defaults")?;
+            Ok(0)
         }
         Ok(_) => {
             for file in files {
-                println!("{}: in order", file.display());
+                say!("{}: in order", file.display())?;
             }
-            0
+            Ok(0)
         }
         Err(error) => {
-            eprintln!("koya: {error}");
-            1
+            complain!("koya: {error}");
+            Ok(1)
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::Outcome;
 use super::client;
 use super::control::{Answer, Request};
+use super::output::say;
 use super::run::parse_disk;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -23,8 +24,8 @@ enum Command {
     Attach {
         /// The container
         name: String,
-        /// A raw disk image or block device of the host
-        #[arg(value_name = "PATH[:ro]", value_parser = parse_disk)]
+        /// A raw disk image or block device of the host; options as those of `koya run --disk`
+        #[arg(value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
         disk: DiskConfig,
     },
     /// Take a disk that was attached; refused while it is mounted
@@ -79,7 +80,7 @@ pub(super) fn main(args: &DiskArgs) -> Outcome {
         Command::Refresh { name, device } => (name, DiskRequest::Refresh(device.clone())),
     };
     match client::ask(name, &Request::Disk(request))? {
-        Answer::Device(path) => println!("{}", path.display()),
+        Answer::Device(path) => say!("{}", path.display())?,
         Answer::Done(_) => {}
         other => bail!("container {name} answers {other:?}"),
     }

@@ -1,6 +1,8 @@
 //! `koya env`: versions and paths.
 
 use super::Outcome;
+use super::output::say;
+use anyhow::Result;
 use clap::Args;
 use koya::files::Files;
 use serde_json::{Value, json};
@@ -40,24 +42,27 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
         },
     });
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(0);
     }
-    print(&all, 0);
+    print(&all, 0)?;
     Ok(0)
 }
 
-fn print(value: &Value, indent: usize) {
-    let Value::Object(fields) = value else { return };
+fn print(value: &Value, indent: usize) -> Result<()> {
+    let Value::Object(fields) = value else {
+        return Ok(());
+    };
     for (name, value) in fields {
         match value {
             Value::Object(_) => {
-                println!("{:indent$}{name}:", "");
-                print(value, indent + 2);
+                say!("{:indent$}{name}:", "")?;
+                print(value, indent + 2)?;
             }
             Value::Null => {}
-            Value::String(text) => println!("{:indent$}{name}: {text}", ""),
-            other => println!("{:indent$}{name}: {other}", ""),
+            Value::String(text) => say!("{:indent$}{name}: {text}", "")?,
+            other => say!("{:indent$}{name}: {other}", "")?,
         }
     }
+    Ok(())
 }

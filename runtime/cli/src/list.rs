@@ -1,15 +1,20 @@
 //! Commands that only look at what is written down.
 
 use super::container_log::LogReader;
+use super::output::{self, Output, complain, say};
 use super::state::Folder;
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
+use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 /// How long a sandbox may take to go after SIGKILL: its memory is given back.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a log that is followed is looked at, in milliseconds.
+const LOG_LOOK_MS: i64 = 100;
 
 #[derive(Args)]
 pub(super) struct PsArgs {
@@ -69,22 +74,25 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?)?;
         return Ok(0);
     }
-    println!(
+    say!(
         "{:<20} {:>8} {:<14} {:>10}  COMMAND",
-        "NAME", "PID", "STATUS", "AGE"
-    );
+        "NAME",
+        "PID",
+        "STATUS",
+        "AGE"
+    )?;
     for (record, status, age) in rows {
-        println!(
+        say!(
             "{:<20} {:>8} {:<14} {:>10}  {}",
             record.name,
             record.pid,
             status,
             format_age(age),
             record.command.join(" ")
-        );
+        )?;
     }
     Ok(0)
 }
@@ -111,25 +119,27 @@ pub(super) fn logs(args: &LogsArgs) -> Outcome {
     loop {
         // Looked at before the last read, so that nothing written before the end is missed.
         let running = folder.is_running();
-        log.copy_new(&mut std::io::stdout())?;
+        log.copy_new(&mut Output)?;
+        Output.flush()?;
         if !args.follow || !running {
             return Ok(0);
         }
-        std::thread::sleep(Duration::from_millis(100));
+        output::wait(LOG_LOOK_MS)?;
     }
 }
 
 pub(super) fn rm(args: &RmArgs) -> Outcome {
-    let mut worst = 0;
+    let (mut worst, mut said) = (0, Ok(()));
     for name in &args.names {
         match rm_one(name, args.force) {
-            Ok(()) => println!("{name}"),
+            Ok(()) => said = said.and(say!("{name}")),
             Err(error) => {
-                eprintln!("koya: {error:#}");
+                complain!("koya: {error:#}");
                 worst = FAILED;
             }
         }
     }
+    said?;
     Ok(worst)
 }
 

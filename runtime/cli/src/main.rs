@@ -3,6 +3,7 @@
 //! Exit statuses: that of the container's program for `run` and `exec`; 125 if Koya itself could
 //! not do it, 126 and 127 if the program can't be run or found, as with other container tools.
 
+mod alone;
 mod attach;
 mod check;
 mod client;
@@ -11,8 +12,10 @@ mod container_log;
 mod control;
 mod disk;
 mod environment;
+mod ignored;
 mod list;
 mod net;
+mod output;
 mod programs;
 mod run;
 mod size;
@@ -94,7 +97,15 @@ type Outcome = anyhow::Result<u8>;
 fn main() -> ExitCode {
     let began = Instant::now();
     koya::share_heap();
-    let cli = Cli::parse();
+    // What the caller has open is for neither helpers nor a container's process in the background.
+    if let Err(error) = koya::vmm::devices::sys::close_on_exec_from(3) {
+        output::complain!("koya: cannot keep what is open from other programs: {error}");
+        return ExitCode::from(FAILED);
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
     log_to_stderr();
     if let Err(error) = state::sweep() {
         // A command that needs the folders says so itself.
@@ -120,11 +131,27 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(status) => ExitCode::from(status),
+        Err(error) if output::is_reader_gone(&error) => ExitCode::from(output::READER_GONE),
         Err(error) => {
-            eprintln!("koya: {error:#}");
+            output::complain!("koya: {error:#}");
             ExitCode::from(failure_status(&error))
         }
     }
+}
+
+/// Shows the help that was asked for, or what is wrong with the arguments.
+fn usage(error: &clap::Error) -> ExitCode {
+    let shown = error.print().and_then(|()| std::io::stdout().flush());
+    let status = u8::try_from(error.exit_code()).unwrap_or(FAILED);
+    ExitCode::from(match shown {
+        Err(_) if error.use_stderr() => status,
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => output::READER_GONE,
+        Err(e) => {
+            output::complain!("koya: cannot write to standard output: {e}");
+            FAILED
+        }
+        Ok(()) => status,
+    })
 }
 
 /// Warnings of Koya's own crates, or what `KOYA_LOG` asks for.

@@ -4,6 +4,7 @@
 //! root, a user namespace), and pasta gives that namespace an interface whose traffic it speaks for
 //! with ordinary sockets on the host. The guest takes the place of that interface.
 
+use super::alone::{self, Alone};
 use super::programs;
 use super::state::Folder;
 use anyhow::{Context, Result, bail};
@@ -11,8 +12,11 @@ use clap::Args;
 use ipnet::IpNet;
 use koya::vmm::devices::net::MacAddr;
 use koya::vmm::devices::threads;
+use koya::vmm::devices::vsock::muxer::MAX_CONNECTIONS;
+use koya::vmm::guest_text::Warnings;
 use koya::{HostEnd, NetConfig, NetworkConfig, Route, Sandbox, Volume, host_addresses};
 use nix::sched::{CloneFlags, unshare};
+use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
@@ -20,6 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -64,15 +69,23 @@ struct Outside {
     addresses: Vec<IpNet>,
     /// Where the guest asks for names.
     resolver: Ipv4Addr,
+    /// The network that the guest has if the host has no route to others.
+    alone: Option<Alone>,
 }
 
 impl Outside {
-    fn of(addresses: Vec<IpNet>) -> Result<Self> {
+    /// Of a host with these addresses, and with a default route or without.
+    fn of(addresses: Vec<IpNet>, is_routed: bool) -> Result<Self> {
         let is_free = |ip: &Ipv4Addr| !addresses.iter().any(|net| net.contains(&IpAddr::V4(*ip)));
+        let alone = match is_routed {
+            true => None,
+            false => Some(Alone::find(is_free)?),
+        };
         let candidates = (0..254).map(|n| Ipv4Addr::from(u32::from(RESOLVER) + n));
         let resolver = candidates.into_iter().find(is_free);
         Ok(Self {
             resolver: resolver.context("all of 169.254.1.0/24 is the host's own")?,
+            alone,
             addresses,
         })
     }
@@ -143,9 +156,9 @@ impl NetArgs {
         }
         match self.net {
             Kind::User => {
-                let outside = Outside::of(host_addresses()?)?;
+                let outside = Outside::of(host_addresses()?, alone::has_default_route())?;
                 let host = self.host.get_or_init(|| outside);
-                enter_user(&self.publish, host.resolver)
+                enter_user(&self.publish, host)
             }
             Kind::None | Kind::Tap(_) => Ok(()),
         }
@@ -195,14 +208,19 @@ impl NetArgs {
     pub(super) fn serve_ports(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let tcp = self.publish.iter().filter(|port| !port.udp);
         let ports: BTreeSet<u16> = tcp.map(|port| port.guest).collect();
+        let connections = Connections::new(connection_limit(getrlimit(Resource::Nofile).current));
         for guest in ports {
             // Which of the namespace's addresses pasta calls differs between its versions; what comes
             // from the network never arrives here, since it is redirected before.
             let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, guest))
                 .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, guest)))
                 .with_context(|| format!("cannot listen at port {guest}"))?;
-            let sandbox = sandbox.clone();
-            threads::spawn("koya-port", move || accept(&listener, guest, &sandbox))?;
+            // The standard library's own is 128.
+            rustix::net::listen(&listener, BACKLOG)?;
+            let (sandbox, connections) = (sandbox.clone(), connections.clone());
+            threads::spawn("koya-port", move || {
+                accept(&listener, guest, &sandbox, &connections);
+            })?;
         }
         Ok(())
     }
@@ -243,31 +261,87 @@ impl NetArgs {
     }
 }
 
-/// The most connections through one published port at a time from the host itself.
-const MAX_CONNECTIONS: usize = 256;
+/// How many connections may wait to be taken up: as many as the host's kernel keeps by default.
+const BACKLOG: i32 = 4096;
 
-fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>) {
-    // Each connection holds one while it lives.
-    let room = Arc::new(());
+/// The most connections through published ports from the host itself at a time: an eighth of the process's
+/// descriptors, of which each takes three, up to what the guest's vsock has room for.
+fn connection_limit(descriptors: Option<u64>) -> usize {
+    let share = descriptors.map_or(MAX_CONNECTIONS, |all| {
+        usize::try_from(all / 8).unwrap_or(MAX_CONNECTIONS)
+    });
+    share.clamp(1, MAX_CONNECTIONS)
+}
+
+/// What all published ports have in common.
+#[derive(Clone)]
+struct Connections {
+    limit: usize,
+    live: Arc<AtomicUsize>,
+    refused: Arc<Warnings>,
+}
+
+/// One of them, as long as it lives.
+struct Held(Arc<AtomicUsize>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Connections {
+    fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            live: Arc::default(),
+            refused: Arc::new(Warnings::new()),
+        }
+    }
+
+    /// One more; nothing if there are too many.
+    fn take(&self) -> Option<Held> {
+        self.live.fetch_add(1, Ordering::SeqCst);
+        let held = Held(self.live.clone());
+        (self.live.load(Ordering::SeqCst) <= self.limit).then_some(held)
+    }
+}
+
+fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>, connections: &Connections) {
+    let refuse = |why: &dyn std::fmt::Display| {
+        let refused = &connections.refused;
+        refused.warn(format_args!(
+            "a connection to port {port} is refused: {why}"
+        ));
+    };
     for socket in listener.incoming() {
-        let Ok(socket) = socket else {
-            // No descriptors, say: others may go.
-            std::thread::sleep(Duration::from_millis(100));
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => {
+                refuse(&error);
+                // No descriptors, say: others may go.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        let Some(held) = connections.take() else {
+            let limit = connections.limit;
+            refuse(&format_args!(
+                "{limit} are open (the descriptor limit allows no more)"
+            ));
             continue;
         };
-        if Arc::strong_count(&room) > MAX_CONNECTIONS {
-            continue;
-        }
-        let (held, sandbox) = (room.clone(), sandbox.clone());
+        let sandbox = sandbox.clone();
         let spawned = threads::spawn("koya-port", move || {
             let _held = held;
             match sandbox.connect(port) {
                 Ok(stream) => join(&socket, &stream),
+                // Most often nobody listens there.
                 Err(error) => log::debug!("port {port}: {error}"),
             }
         });
         if let Err(error) = spawned {
-            log::warn!("no thread for a connection to port {port}: {error}");
+            refuse(&format_args!("no thread for it: {error}"));
         }
     }
 }
@@ -322,9 +396,9 @@ fn check_ports(publish: &[Port]) -> Result<()> {
 }
 
 /// Moves this process into a network namespace with pasta's interface in it.
-fn enter_user(publish: &[Port], resolver: Ipv4Addr) -> Result<()> {
+fn enter_user(publish: &[Port], host: &Outside) -> Result<()> {
     check_ports(publish)?;
-    let mut pasta = Pasta::prepare(publish, resolver)?;
+    let mut pasta = Pasta::prepare(publish, host)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
     let flags = match root {
@@ -384,7 +458,7 @@ struct Pasta {
 }
 
 impl Pasta {
-    fn prepare(publish: &[Port], resolver: Ipv4Addr) -> Result<Self> {
+    fn prepare(publish: &[Port], host: &Outside) -> Result<Self> {
         let Some(program) = programs::find("pasta") else {
             bail!("--net user needs pasta, which is not there; `apt-get install passt` has it");
         };
@@ -408,7 +482,8 @@ impl Pasta {
                 "--ns-ifname",
                 PASTA_INTERFACE,
             ])
-            .args(["--dns-forward", &resolver.to_string()])
+            .args(["--dns-forward", &host.resolver.to_string()])
+            .args(host.alone.iter().flat_map(Alone::options))
             .args(["--tcp-ports", &ports(false), "--udp-ports", &ports(true)])
             .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
             .arg(ready.path().join(PID_FILE))
@@ -493,12 +568,25 @@ mod tests {
     fn names_are_asked_for_where_nobody_else_is() {
         let of = |nets: &[&str]| {
             let nets = nets.iter().map(|net| net.parse().unwrap());
-            Outside::of(nets.collect())
+            Outside::of(nets.collect(), true)
         };
         assert_eq!(of(&["192.0.2.1/32"]).unwrap().resolver, RESOLVER);
         let next = of(&["169.254.1.0/31", "169.254.1.2/32"]).unwrap().resolver;
         assert_eq!(next.to_string(), "169.254.1.3");
         assert!(of(&["169.254.0.0/16"]).is_err());
+    }
+
+    #[test]
+    fn as_many_connections_as_descriptors_allow() {
+        assert_eq!(connection_limit(Some(1024)), 128);
+        assert_eq!(connection_limit(Some(1 << 20)), MAX_CONNECTIONS);
+        assert_eq!(connection_limit(Some(0)), 1);
+        let all = Connections::new(300);
+        let mut held: Vec<_> = (0..300).map(|_| all.take().unwrap()).collect();
+        assert!(all.clone().take().is_none());
+        held.pop();
+        assert!(all.take().is_some());
+        assert_eq!(all.live.load(Ordering::SeqCst), 299);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::client::parse_signal;
 use super::container_log::LogWriter;
+use super::ignored::heeded;
 use super::net::NetArgs;
+use super::output::{complain, say};
 use super::size::SizeArgs;
 use super::state::{self, Folder, Owned, Record};
 use super::{FAILED, Outcome};
@@ -48,8 +50,9 @@ pub(super) struct RunArgs {
     /// makes below it later show in the container)
     #[arg(long, short, value_name = "SRC:DST[:OPTIONS]", value_parser = parse_volume)]
     volume: Vec<Volume>,
-    /// A raw disk image or block device of the host, in the container as /dev/vda, /dev/vdb, ...
-    #[arg(long, value_name = "PATH[:ro]", value_parser = parse_disk)]
+    /// A raw disk image or block device of the host, in the container as /dev/vda, /dev/vdb, ... Options, separated
+    /// by commas: ro; raw (take it for raw even if it begins as an image of another format, or is compressed)
+    #[arg(long, value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
     #[command(flatten)]
     net: NetArgs,
@@ -123,18 +126,23 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let (path, read_only) = match text.rsplit_once(':') {
-        Some((path, "ro")) => (path, true),
-        Some((path, "rw")) => (path, false),
-        _ => (text, false),
-    };
+    let known = |words: &str| words.split(',').all(|w| matches!(w, "ro" | "rw" | "raw"));
+    let (mut path, mut disk) = (text, DiskConfig::new(""));
+    // A path may have colons of its own.
+    while let Some((before, words)) = path.rsplit_once(':').filter(|(_, words)| known(words)) {
+        for word in words.split(',') {
+            match word {
+                "raw" => disk.raw = true,
+                word => disk.read_only |= word == "ro",
+            }
+        }
+        path = before;
+    }
     if path.is_empty() {
         return Err("the disk has no path".into());
     }
-    Ok(DiskConfig {
-        read_only,
-        ..DiskConfig::new(path)
-    })
+    disk.path = path.into();
+    Ok(disk)
 }
 
 fn parse_volume(text: &str) -> Result<Volume, String> {
@@ -262,18 +270,28 @@ impl RunArgs {
         }
     }
 
-    fn sandbox(&self) -> SandboxConfig {
+    fn sandbox(&self) -> Result<SandboxConfig> {
         let mut config = SandboxConfig {
             disks: self.disk.clone(),
             networks: self.net.networks(),
             cache: self.cache,
-            vsock: self.vsock.clone(),
+            // The sockets beside it are looked for as long as the container runs.
+            vsock: self.vsock.as_deref().map(absolute).transpose()?,
             kernel: self.kernel.clone(),
             cmdline: self.kernel_args.clone(),
             ..SandboxConfig::default()
         };
         self.size.set(&mut config);
-        config
+        Ok(config)
+    }
+
+    /// Looks for all that is named, before anything is made.
+    fn check(&self) -> Result<()> {
+        if let Some(rootfs) = &self.rootfs {
+            koya::check_root(rootfs)?;
+        }
+        self.volume.iter().try_for_each(Volume::check)?;
+        Ok(self.sandbox()?.check()?)
     }
 
     /// What the container is, from the image's defaults and the user's words.
@@ -287,9 +305,6 @@ impl RunArgs {
         if args.is_empty() {
             bail!("no command was given, and no image has one; try `koya run --rootfs DIR -- sh`");
         }
-        let absolute = |path: &Path| {
-            std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
-        };
         let mut volumes = self.volume.clone();
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
@@ -326,6 +341,10 @@ impl RunArgs {
             rlimits: self.ulimit.clone(),
         })
     }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
 }
 
 /// The program and its arguments, as Docker has them: a program of the user's replaces the image's,
@@ -382,6 +401,7 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
         // set the variable by hand may.
         log::debug!("no session of its own: {error}");
     }
+    args.check()?;
     // The library leaves limits alone; this process is ours.
     koya::vmm::devices::fs::raise_descriptor_limit();
     let (mut record, owned) = state::create(args.name.as_deref(), |name, folder| Record {
@@ -429,17 +449,22 @@ impl Live {
     /// Waits for its end, and for the last of its output.
     fn finish(self) -> Outcome {
         let status = self.container.wait();
-        self.pumps.finish();
+        let delivered = self.pumps.finish();
         drop(self.raw);
         self.sandbox.stop();
-        Ok(status? as u8)
+        match status? as u8 {
+            0 if !delivered => Ok(FAILED),
+            status => Ok(status),
+        }
     }
 }
 
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
     // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
     args.net.enter()?;
-    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH])?;
+    let passed_on = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
+    let signals = Signals::new(heeded(&passed_on))?;
+    signals.add_signal(SIGWINCH)?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.folder.clone())?;
     let defaults = match &args.image {
@@ -448,13 +473,14 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     };
     let stop_signal = args.stop_signal(&defaults)?;
     let config = args.container(&record.rootfs, defaults, &owned.folder)?;
+    config.check()?;
     record.command = config.process.args.clone();
     owned.folder.write(record)?;
     let user = match args.detach {
         true => detached_streams(owned)?,
         false => UserStreams::own(args.interactive)?,
     };
-    let mut sandbox = args.sandbox();
+    let mut sandbox = args.sandbox()?;
     sandbox.timeline = Some(Keep {
         id: record.name.clone(),
         began: Some(began),
@@ -538,18 +564,19 @@ fn detach() -> Outcome {
     for line in BufReader::new(read).lines() {
         let line = line?;
         if let Some(name) = line.strip_prefix("running ") {
-            println!("{name}");
+            say!("{name}")?;
             return Ok(0);
         }
         said.push(line);
     }
-    eprintln!("{}", said.join("\n"));
+    complain!("{}", said.join("\n"));
     let status = child.wait()?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.filter(|code| *code != 0).unwrap_or(FAILED))
 }
 
-/// Tells the waiting command, and lets go of its streams.
+/// Tells the waiting command, and lets go of its streams and of the directory that it was called in: every path
+/// that is still used is absolute.
 fn announce(name: &str) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "running {name}")?;
@@ -557,6 +584,7 @@ fn announce(name: &str) -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
+    std::env::set_current_dir("/")?;
     Ok(())
 }
 
@@ -631,6 +659,12 @@ mod tests {
             ("/by-path/pci:0:1".into(), false)
         );
         assert!(parse_disk(":ro").is_err());
+        for both in ["/a:ro,raw", "/a:raw:ro"] {
+            let disk = parse_disk(both).unwrap();
+            assert!(disk.read_only && disk.raw && disk.path == Path::new("/a"));
+        }
+        let named = parse_disk("/a:ro,x").unwrap();
+        assert_eq!((named.path, named.raw), ("/a:ro,x".into(), false));
     }
 
     #[test]

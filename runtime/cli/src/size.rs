@@ -2,6 +2,7 @@
 
 use super::client;
 use super::control::{Answer, Request};
+use super::output::{complain, say};
 use super::{FAILED, Outcome, parse_mib};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
@@ -102,11 +103,11 @@ pub(super) fn update(args: &UpdateArgs) -> Outcome {
         Answer::Size { cpus, memory_mib } => (cpus, memory_mib),
         other => bail!("container {} answers {other:?}", args.name),
     };
-    println!("{got_cpus} CPUs, {got_memory} MiB of memory");
+    say!("{got_cpus} CPUs, {got_memory} MiB of memory")?;
     let fell_short = cpus.is_some_and(|wish| wish != got_cpus) // Memory comes and goes in blocks.
         || memory.is_some_and(|wish| wish.abs_diff(got_memory) >= MEMORY_BLOCK_MIB);
     if fell_short {
-        eprintln!("koya: that is as far as the guest goes now; it uses what it does not give up");
+        complain!("koya: that is as far as the guest goes now; it uses what it does not give up");
         return Ok(FAILED);
     }
     Ok(0)

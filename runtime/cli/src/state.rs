@@ -52,7 +52,8 @@ pub(super) struct Owned {
 pub(super) fn root() -> Result<PathBuf> {
     let base = if rustix::process::geteuid().is_root() {
         PathBuf::from("/var/lib")
-    } else if let Some(data) = std::env::var_os("XDG_DATA_HOME") {
+    } else if let Some(data) = std::env::var_os("XDG_DATA_HOME").filter(|data| !data.is_empty()) {
+        // An empty one counts as none (XDG Base Directory Specification).
         data.into()
     } else {
         let home = std::env::var_os("HOME").context("neither XDG_DATA_HOME nor HOME is set")?;

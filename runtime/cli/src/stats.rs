@@ -2,6 +2,7 @@
 
 use super::client;
 use super::control::{Answer, Request};
+use super::output::{complain, say};
 use super::state::Folder;
 use super::{FAILED, Outcome};
 use anyhow::{Result, bail};
@@ -106,7 +107,7 @@ pub(super) fn main(args: &StatsArgs) -> Outcome {
             Ok(stats) => rows.push((name, stats)),
             // One that ended just now is no failure where none was named.
             Err(error) if named => {
-                eprintln!("koya: {error:#}");
+                complain!("koya: {error:#}");
                 worst = FAILED;
             }
             Err(error) => log::debug!("{error:#}"),
@@ -117,9 +118,9 @@ pub(super) fn main(args: &StatsArgs) -> Outcome {
             .iter()
             .map(|(name, stats)| Row { name, stats })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        say!("{}", serde_json::to_string_pretty(&rows)?)?;
     } else {
-        print(&rows);
+        print(&rows)?;
     }
     Ok(worst)
 }
@@ -145,8 +146,8 @@ fn ask(name: &str) -> Result<Stats> {
     }
 }
 
-fn print(rows: &[(String, Stats)]) {
-    println!(
+fn print(rows: &[(String, Stats)]) -> Result<()> {
+    say!(
         "{:<20} {:>9} {:>19} {:>9} {:>9} {:>5} {:>19} {:>19} {:>19}",
         "NAME",
         "CPU",
@@ -157,10 +158,10 @@ fn print(rows: &[(String, Stats)]) {
         "NET IN/OUT",
         "DISK READ/WRITTEN",
         "FILES READ/WRITTEN"
-    );
+    )?;
     for (name, stats) in rows {
         let pair = |a, b| format!("{} / {}", size(a), size(b));
-        println!(
+        say!(
             "{name:<20} {:>7.1} s {:>19} {:>9} {:>9} {:>5} {:>19} {:>19} {:>19}",
             stats.cpu_ms as f64 / 1000.0,
             pair(stats.guest_used, stats.guest_total),
@@ -170,8 +171,9 @@ fn print(rows: &[(String, Stats)]) {
             pair(stats.net_received, stats.net_sent),
             pair(stats.disk_read, stats.disk_written),
             pair(stats.file_read, stats.file_written),
-        );
+        )?;
     }
+    Ok(())
 }
 
 /// A size with three digits and its unit.

@@ -1,6 +1,7 @@
 //! `koya volume`: direct volumes.
 
 use super::Outcome;
+use super::output::say;
 use anyhow::ensure;
 use clap::{Args, Subcommand};
 use koya::direct_volume::{self, DirectVolume};
@@ -55,7 +56,7 @@ pub(super) fn main(args: VolumeArgs) -> Outcome {
             for (path, volume) in direct_volume::all() {
                 let options = volume.options.join(",");
                 let (path, device) = (path.display(), volume.device.display());
-                println!("{path}\t{device}\t{}\t{options}", volume.fstype);
+                say!("{path}\t{device}\t{}\t{options}", volume.fstype)?;
             }
         }
     }

@@ -17,7 +17,11 @@ pub fn folder() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Some("/run/koya/timelines".into());
     }
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    // An empty one counts as none (XDG Base Directory Specification).
+    let variable = |name| {
+        let value = std::env::var_os(name).filter(|value| !value.is_empty());
+        value.map(PathBuf::from)
+    };
     let base = variable("XDG_RUNTIME_DIR")
         .or_else(|| variable("XDG_DATA_HOME"))
         .or_else(|| Some(variable("HOME")?.join(".local/share")))?;

@@ -5,6 +5,7 @@
 //! [`MAX_RIGS`], since each emulates one CPU, and each rig's tests share its one boot. It says which
 //! KVM it ran on; nothing is skipped.
 
+mod command_line;
 mod containerd;
 mod cri;
 mod daemon;
@@ -41,6 +42,7 @@ pub(crate) const SHARE: &str = "KOYA_TEST_SHARE";
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     let all = [
+        command_line::trials(),
         run::trials(),
         torture::trials(),
         containerd::trials(),

@@ -13,6 +13,7 @@ crate::trials![
     a_tap_is_as_it_was_asked_for,
     user_networks_need_no_root,
     the_host_itself_is_out_of_reach,
+    many_connections_at_once_reach_a_host_without_routes,
     what_does_not_fit_is_refused,
 ];
 
@@ -145,6 +146,55 @@ fn the_host_itself_is_out_of_reach() -> Result<()> {
             [ $(cat /sys/class/net/eth0/statistics/tx_packets) -gt $sent ] && echo sent'"#,
     )?;
     ensure!(said.trim_end() == "20000000\n20000000\nsent", "{said}");
+    Ok(())
+}
+
+/// Answers each line, and says so when its client sends no more.
+const LINES: &str = r#"
+    use IO::Socket::INET; use IO::Select;
+    my $l = IO::Socket::INET->new(Listen => 1024, LocalPort => 80) or die $!;
+    my $s = IO::Select->new($l);
+    while (1) {
+        for my $h ($s->can_read) {
+            if ($h == $l) { $s->add($l->accept); next }
+            if (sysread($h, my $line, 100)) { syswrite($h, "got $line"); next }
+            syswrite($h, "end\n"); $s->remove($h); close($h);
+        }
+    }"#;
+
+/// Opens so many connections, and ends them once all have an answer.
+const CALLS: &str = r#"
+    use IO::Socket::INET;
+    my $count = shift;
+    my @all = map { IO::Socket::INET->new(PeerAddr => "127.0.0.1:8080") or die "$_: $!" } 1 .. $count;
+    syswrite($all[$_], "$_\n") for 0 .. $#all;
+    for (0 .. $#all) { my $h = $all[$_]; my $line = <$h> // ""; $line eq "got $_\n" or die "$_: <$line>" }
+    shutdown($_, 1) for @all;
+    for my $h (@all) { my $line = <$h> // ""; $line eq "end\n" or die "<$line>" }
+    print "all $count\n";"#;
+
+/// The namespace has a loopback and nothing else. So many connections take more than the 1024 descriptors that a
+/// process has by default, on both sides.
+fn many_connections_at_once_reach_a_host_without_routes() -> Result<()> {
+    let script = r#"
+        koya run --net user --publish 8080:80 --rootfs / --read-only -v $D:/mnt -- sh -ec '
+            ip -o -4 addr show eth0 | sed "s/.*inet \([^ ]*\).*/\1/"
+            ip route | sed -n "s/^default via \([^ ]*\).*/\1/p"
+            perl /mnt/lines & server=$!
+            until [ -e /mnt/done ]; do sleep 0.2; done; kill $server' > $D/said 2>&1 & guest=$!
+        until perl $D/calls 1 > /dev/null 2>&1; do
+            kill -0 $guest 2> /dev/null || break; sleep 0.5
+        done
+        perl $D/calls 600 > $D/many 2>&1 || true
+        touch $D/done; wait $guest; cat $D/said $D/many"#;
+    let files =
+        format!("cat > $D/lines <<'END'\n{LINES}\nEND\ncat > $D/calls <<'END'\n{CALLS}\nEND\n");
+    let said = in_namespace("net-alone", &format!("{files}{script}"))?;
+    let lines: Vec<&str> = said.lines().collect();
+    ensure!(
+        lines == ["169.254.2.2/24", "169.254.2.1", "all 600"],
+        "{said}"
+    );
     Ok(())
 }
 

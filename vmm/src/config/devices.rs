@@ -96,6 +96,9 @@ pub struct DiskConfig {
     /// Refuse writes. Default: false.
     #[serde(default)]
     pub read_only: bool,
+    /// Take a file for a raw image whatever is in it; see [`DiskOptions::raw`]. Default: false.
+    #[serde(default)]
+    pub raw: bool,
     /// Past the host's page cache (O_DIRECT). Default: false.
     #[serde(default)]
     pub direct: bool,
@@ -131,20 +134,32 @@ impl DiskConfig {
         }
     }
 
-    pub(crate) fn check(&self, cpus: u32) -> Result<DiskSpec, ConfigError> {
-        let queues = self.queues.unwrap_or(cpus.min(DISK_QUEUES) as u16);
-        in_range("disks.queues", queues.into(), 1, MAX_DISK_QUEUES.into())?;
+    /// Opens the disk and closes it again: whether a machine could have it now.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn probe(&self) -> Result<(), ConfigError> {
+        self.open().map(drop)
+    }
+
+    fn open(&self) -> Result<Disk, ConfigError> {
         let options = DiskOptions {
             read_only: self.read_only,
             direct: self.direct,
             serial: self.serial.clone(),
+            raw: self.raw,
         };
-        let disk = Disk::open(&self.path, options).map_err(|source| ConfigError::Disk {
+        Disk::open(&self.path, options).map_err(|source| ConfigError::Disk {
             path: self.path.clone(),
             source,
-        })?;
+        })
+    }
+
+    pub(crate) fn check(&self, cpus: u32) -> Result<DiskSpec, ConfigError> {
+        let queues = self.queues.unwrap_or(cpus.min(DISK_QUEUES) as u16);
+        in_range("disks.queues", queues.into(), 1, MAX_DISK_QUEUES.into())?;
         Ok(DiskSpec {
-            disk,
+            disk: self.open()?,
             queues,
             engine: match self.io_uring {
                 true => IoEngine::Auto,

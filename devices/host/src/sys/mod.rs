@@ -1,8 +1,10 @@
 //! Calls that no safe crate wraps: a thread's signals, BPF, and the allocator's settings. Every function
 //! here is safe to call; each `unsafe` block states why.
 
+mod inherited;
 mod steer;
 
+pub use inherited::close_on_exec_from;
 pub use steer::steer_loopback;
 
 /// Has all threads of this process allocate from one heap, those that come after this: glibc gives each a

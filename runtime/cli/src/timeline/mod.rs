@@ -5,6 +5,7 @@ mod text;
 
 use super::Outcome;
 use super::attach::output_columns;
+use super::output::{Output, say};
 use anyhow::{Context, Result, bail};
 use chrono::DateTime;
 use clap::Args;
@@ -43,12 +44,13 @@ pub(super) fn main(args: &TimelineArgs) -> Outcome {
     let folder = koya::timeline::folder().context("neither XDG_RUNTIME_DIR nor HOME is set")?;
     let cannot = || format!("cannot read {}", folder.display());
     let all = koya::timeline::all().with_context(cannot)?;
-    let mut out = std::io::stdout().lock();
+    let mut out = Output;
     if args.list {
         match args.json {
-            true => writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?,
-            false => write!(out, "{}", text::list(&all))?,
+            true => say!("{}", serde_json::to_string_pretty(&all)?)?,
+            false => out.write_all(text::list(&all).as_bytes())?,
         }
+        out.flush()?;
         return Ok(0);
     }
     let timeline = match &args.id {
@@ -60,12 +62,13 @@ pub(super) fn main(args: &TimelineArgs) -> Outcome {
         Some(path) if path.as_os_str() == "-" => out.write_all(svg::draw(&drawn).as_bytes())?,
         Some(path) => std::fs::write(path, svg::draw(&drawn))
             .with_context(|| format!("cannot write {}", path.display()))?,
-        None if args.json => writeln!(out, "{}", serde_json::to_string_pretty(timeline)?)?,
+        None if args.json => say!("{}", serde_json::to_string_pretty(timeline)?)?,
         None => {
             let columns = output_columns().unwrap_or(COLUMNS);
-            write!(out, "{}", text::draw(&drawn, columns))?;
+            out.write_all(text::draw(&drawn, columns).as_bytes())?;
         }
     }
+    out.flush()?;
     Ok(0)
 }
 

@@ -1,0 +1,132 @@
+//! What a file says of itself that is no raw image: containers of virtual disks, which the guest would see as
+//! they are and its writes would destroy, and compressed files.
+//!
+//! Only files that are about to be refused are told by this: nothing is ever read as another format by what
+//! is in it, since a guest writes its own disk's first bytes.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Where formats have their marks, in bytes: at the beginning, and in the last sector.
+const HEAD: usize = 512;
+const TAIL: usize = 512;
+
+/// A format, where its mark is in the first bytes, and the mark.
+type Mark = (&'static str, usize, &'static [u8]);
+
+const HEADS: &[Mark] = &[
+    ("a qcow2 image", 0, b"QFI\xfb"),
+    ("a QED image", 0, b"QED\0"),
+    ("a VHDX image", 0, b"vhdxfile"),
+    ("a VHD (vpc) image", 0, b"conectix"),
+    ("a VMDK image", 0, b"KDMV"),
+    ("a VMDK image", 0, b"COWD"),
+    ("a VMDK description", 0, b"# Disk DescriptorFile"),
+    ("a VDI image", 64, b"\x7f\x10\xda\xbe"),
+    ("a Parallels image", 0, b"WithoutFreeSpace"),
+    ("a Parallels image", 0, b"WithouFreSpacExt"),
+    ("a Bochs image", 0, b"Bochs Virtual HD Image"),
+    ("compressed (gzip)", 0, b"\x1f\x8b\x08"),
+    ("compressed (xz)", 0, b"\xfd7zXZ\0"),
+    ("compressed (zstd)", 0, b"\x28\xb5\x2f\xfd"),
+    ("compressed (lz4)", 0, b"\x04\x22\x4d\x18"),
+    ("compressed (lzip)", 0, b"LZIP\x01"),
+    ("compressed (zip)", 0, b"PK\x03\x04"),
+    ("compressed (7z)", 0, b"7z\xbc\xaf\x27\x1c"),
+];
+
+/// Those with a mark at the beginning of the last sector. Before a fixed VHD's there is a raw image, but the
+/// last sector is not the disk's.
+const TAILS: &[Mark] = &[
+    ("a VHD (vpc) image", 0, b"conectix"),
+    ("an Apple disk image", 0, b"koly"),
+];
+
+/// What a file is, if it is one of these. A CD's image (ISO 9660) is raw, as the file system of any disk.
+///
+/// # Errors
+/// If it can't be read.
+pub(super) fn of(file: &File) -> io::Result<Option<&'static str>> {
+    let mut head = [0; HEAD];
+    read(file, &mut head, 0)?;
+    let bzip2 = head.starts_with(b"BZh") && head[4..10] == *b"1AY&SY";
+    if bzip2 {
+        return Ok(Some("compressed (bzip2)"));
+    }
+    if let Some(found) = find(HEADS, &head) {
+        return Ok(Some(found));
+    }
+    let Some(at) = file.metadata()?.len().checked_sub(TAIL as u64) else {
+        return Ok(None);
+    };
+    let mut tail = [0; TAIL];
+    read(file, &mut tail, at)?;
+    Ok(find(TAILS, &tail))
+}
+
+fn find(marks: &[Mark], bytes: &[u8]) -> Option<&'static str> {
+    let mut marks = marks.iter();
+    let found = marks.find(|(_, at, mark)| bytes[*at..].starts_with(mark));
+    found.map(|(name, ..)| *name)
+}
+
+/// As much as there is.
+fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(len: u64, marks: &[(u64, &[u8])]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        for (at, mark) in marks {
+            file.write_all_at(mark, *at).unwrap();
+        }
+        file
+    }
+
+    #[test]
+    fn formats_are_told_by_their_marks() {
+        for (name, at, mark) in HEADS {
+            let found = of(&file(1 << 20, &[(*at as u64, mark)])).unwrap();
+            assert_eq!(found, Some(*name));
+            // Elsewhere the same bytes are data.
+            let found = of(&file(1 << 20, &[(*at as u64 + 4096, mark)])).unwrap();
+            assert_eq!(found, None, "{name}");
+        }
+        let bzip2 = of(&file(4096, &[(0, b"BZh91AY&SY")])).unwrap();
+        assert_eq!(bzip2, Some("compressed (bzip2)"));
+        let fixed = of(&file((1 << 20) + 512, &[(1 << 20, b"conectix")])).unwrap();
+        assert_eq!(fixed, Some("a VHD (vpc) image"));
+    }
+
+    #[test]
+    fn what_disks_have_on_them_is_raw() {
+        for (at, mark) in [
+            (32_769, &b"CD001"[..]),
+            (510, b"\x55\xaa"),
+            (0, b"LUKS\xba\xbe"),
+            (1080, b"\x53\xef"),
+            (257, b"ustar"),
+            (0, b"BZh"),
+        ] {
+            assert_eq!(of(&file(1 << 20, &[(at, mark)])).unwrap(), None, "{mark:?}");
+        }
+        for len in [0, 1, 511] {
+            assert_eq!(of(&file(len, &[])).unwrap(), None);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What can be known to be wrong before a virtual machine is made. A start does all of it anyway; who calls it
+//! before has the answer without one.
+
+use crate::Error;
+use crate::account::Accounts;
+use crate::config::SandboxConfig;
+use crate::files::Files;
+use crate::container_config::{ContainerConfig, Volume};
+use crate::oci::{self, Root};
+use koya_vmm::{ConfigError, DiskConfig, NetConfig, Serial, VmConfig};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+impl SandboxConfig {
+    /// Looks for what the machine is made of: kernel, agent, disks, and whether all numbers are possible. Its
+    /// networks are looked at by its start alone.
+    ///
+    /// # Errors
+    /// What is missing or wrong.
+    pub fn check(&self) -> Result<(), Error> {
+        self.machine(Vec::new())?.check()?;
+        Ok(())
+    }
+
+    pub(crate) fn machine(&self, networks: Vec<NetConfig>) -> Result<VmConfig, Error> {
+        let files = Files::find(self.kernel.clone(), self.initramfs.clone())?;
+        let mut machine = VmConfig {
+            initramfs: Some(files.initramfs),
+            cmdline: self.whole_cmdline()?,
+            serial: Serial::Messages,
+            disks: self.disks.clone(),
+            disk_slots: self.disk_slots,
+            networks,
+            ..VmConfig::new(files.kernel)
+        };
+        self.size(&mut machine)?;
+        Ok(machine)
+    }
+}
+
+impl ContainerConfig {
+    /// Looks for what the host is to have of the container: its root and volumes, and its user where the
+    /// root is a directory.
+    ///
+    /// # Errors
+    /// What is missing or wrong.
+    pub fn check(&self) -> Result<(), Error> {
+        let root = self.check_places()?;
+        if root == Root::Directory {
+            oci::from_config::bundle("container", self, &Accounts::read(&self.rootfs))?;
+        }
+        Ok(())
+    }
+
+    /// Only that everything is there.
+    pub(crate) fn check_places(&self) -> Result<Root, Error> {
+        let root = root(&self.rootfs)?;
+        self.volumes.iter().try_for_each(Volume::check)?;
+        Ok(root)
+    }
+}
+
+impl Volume {
+    /// Whether the host has it.
+    ///
+    /// # Errors
+    /// If not.
+    pub fn check(&self) -> Result<(), Error> {
+        let found = self.source.metadata();
+        found.map(drop).map_err(|error| {
+            let reason = format!("{} can't be used", self.source.display());
+            Error::invalid_by("volume", reason)(error)
+        })
+    }
+}
+
+/// Whether a path can be a container's root: a directory, or a raw image or block device with a file system that
+/// guests mount.
+///
+/// # Errors
+/// If not.
+pub fn check_root(path: &Path) -> Result<(), Error> {
+    root(path).map(drop)
+}
+
+fn root(path: &Path) -> Result<Root, Error> {
+    let root = Root::of(path)?;
+    if root == Root::Image {
+        let wrong = |reason| {
+            let reason = format!("{} can't be a root: {reason}", path.display());
+            Error::invalid("rootfs", reason)
+        };
+        let disk = DiskConfig {
+            read_only: true,
+            ..DiskConfig::new(path)
+        };
+        disk.probe().map_err(|error| match error {
+            ConfigError::Disk { source, .. } => wrong(source.to_string()),
+            other => other.into(),
+        })?;
+        check_file_system(path).map_err(|error| wrong(error.to_string()))?;
+    }
+    Ok(root)
+}
+
+/// By the magic numbers of the superblocks, both at 1024; nothing else of an image is looked at on the host.
+fn check_file_system(path: &Path) -> io::Result<()> {
+    const EROFS: [u8; 4] = 0xe0f5_e1e2u32.to_le_bytes();
+    const EXT4: [u8; 2] = 0xef53u16.to_le_bytes();
+    let mut superblock = [0; 64];
+    let read = File::open(path)?.read_exact_at(&mut superblock, 1024);
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(io::Error::other("it is too small for a file system"))
+        }
+        Err(error) => Err(error),
+        Ok(()) if superblock.starts_with(&EROFS) || superblock[56..58] == EXT4 => Ok(()),
+        Ok(()) => Err(io::Error::other(
+            "its file system is neither erofs nor ext4",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn reason(outcome: Result<(), Error>) -> String {
+        outcome.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_not_there_is_known_before_a_machine_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = ContainerConfig::new(dir.path().join("none"), ["true"]);
+        let said = reason(config.check());
+        assert!(
+            said.starts_with("rootfs: ") && said.contains("/none"),
+            "{said}"
+        );
+        config.rootfs = dir.path().to_owned();
+        config.check().unwrap();
+        config.volumes = vec![Volume::new(dir.path().join("gone"), "/data")];
+        let said = reason(config.check());
+        assert!(
+            said.starts_with("volume: ") && said.contains("/gone"),
+            "{said}"
+        );
+        config.volumes.clear();
+        config.process.user.text = "nobody-of-that-name".into();
+        assert!(config.check().is_err());
+    }
+
+    #[test]
+    fn a_root_is_a_raw_image_with_a_file_system() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let mut image = vec![0; 4096];
+        let check = |image: &[u8]| {
+            fs::write(&path, image).unwrap();
+            check_root(&path)
+        };
+        assert!(reason(check(&image)).contains("neither erofs nor ext4"));
+        assert!(reason(check(&[])).contains("too small"));
+        image[1080..1082].copy_from_slice(&[0x53, 0xef]);
+        check(&image).unwrap();
+        assert!(reason(check(&image[..4000])).contains("truncate"));
+        image[..4].copy_from_slice(b"QFI\xfb");
+        assert!(reason(check(&image)).contains("qcow2"));
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_is_known_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = dir.path().join(name);
+            // As an ELF kernel begins: 64 bits, little endian, executable, x86-64.
+            let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+            elf.resize(64, 0);
+            (elf[16], elf[18]) = (2, 62);
+            fs::write(&path, elf).unwrap();
+            path
+        };
+        let config = SandboxConfig {
+            kernel: Some(file("kernel")),
+            initramfs: Some(file("initramfs")),
+            disks: vec![DiskConfig::new(dir.path().join("none.img"))],
+            ..SandboxConfig::default()
+        };
+        let said = reason(config.check());
+        assert!(said.contains("none.img"), "{said}");
+    }
+}
