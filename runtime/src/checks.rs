@@ -4,8 +4,8 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::config::SandboxConfig;
-use crate::files::Files;
 use crate::container_config::{ContainerConfig, Volume};
+use crate::files::Files;
 use crate::oci::{self, Root};
 use koya_vmm::{ConfigError, DiskConfig, NetConfig, Serial, VmConfig};
 use std::fs::File;
