@@ -1,0 +1,89 @@
+//! What commands do whose output goes nowhere. No guest is needed for that.
+
+use std::fs::File;
+use std::process::{Command, Output, Stdio};
+
+/// Commands that print something wherever they run.
+const COMMANDS: &[&[&str]] = &[
+    &["ps", "--all"],
+    &["ps", "--json"],
+    &["stats"],
+    &["env"],
+    &["env", "--json"],
+    &["config", "show"],
+    &["timeline", "--list", "--json"],
+    &["--help"],
+    &["run", "--help"],
+    &["--version"],
+];
+
+/// As a user who has no containers.
+fn koya(arguments: &[&str], stdout: Stdio) -> Output {
+    let home = tempfile::tempdir().unwrap();
+    Command::new(env!("CARGO_BIN_EXE_koya"))
+        .args(arguments)
+        .env("HOME", home.path())
+        .env_remove("XDG_DATA_HOME")
+        .env_remove("XDG_RUNTIME_DIR")
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_a_command_quietly() {
+    for command in COMMANDS {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = koya(command, writer.into());
+        assert_eq!(output.status.code(), Some(141), "{command:?}: {output:?}");
+        assert!(output.stderr.is_empty(), "{command:?}: {output:?}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_with_its_reason() {
+    for command in COMMANDS {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let output = koya(command, full.into());
+        assert_eq!(output.status.code(), Some(125), "{command:?}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("No space left"), "{command:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{command:?}: {said}");
+    }
+}
+
+#[test]
+fn an_error_that_nobody_reads_is_one_all_the_same() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = Command::new(env!("CARGO_BIN_EXE_koya"))
+        .args(["logs", "nobody-of-that-name"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(writer)
+        .status()
+        .unwrap();
+    assert_eq!(ended.code(), Some(125));
+}
+
+#[test]
+fn what_is_missing_is_one_line_with_its_option() {
+    let empty = tempfile::tempdir().unwrap();
+    let rootfs = empty.path().to_str().unwrap();
+    for (options, option) in [
+        (["--rootfs", "/nonexistent", "--read-only"], "rootfs"),
+        (["--rootfs", rootfs, "--volume=/nonexistent:/x"], "volume"),
+    ] {
+        let arguments = [&["run"], &options[..], &["--", "true"]].concat();
+        let output = koya(&arguments, Stdio::null());
+        assert_eq!(output.status.code(), Some(125), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            said.contains(option) && said.contains("/nonexistent"),
+            "{said}"
+        );
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
