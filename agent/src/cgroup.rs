@@ -74,7 +74,10 @@ pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
         door.map(Arc::new)
             .with_context(|| path.display().to_string())
     };
-    groups.into_iter().map(open).collect()
+    let mut groups = groups.into_iter().map(open);
+    let own = groups.next().transpose()?;
+    // The other may have gone meanwhile: its process moves as it likes.
+    Ok(own.into_iter().chain(groups.flatten()).collect())
 }
 
 /// What `/proc/PID/cgroup` says: `0::/koya/ID/init`.

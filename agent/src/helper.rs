@@ -103,8 +103,6 @@ pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 /// path, or `-`.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
-    // Lowering it can't fail; a container's own limits come on top.
-    crate::limits::restore().ok();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     if let [WORKING_DIRECTORY, root, path, uid, gid] = args.as_slice() {
@@ -288,8 +286,10 @@ fn delete(id: &str) -> Result<i32> {
         bail!(Refused::NotFound(format!("no container {id}")));
     }
     // libcontainer removes the container's own, which has to be empty for that.
-    cgroup::end_nested(id)?;
-    load(id)?.delete(true)?;
+    let ended = cgroup::end_nested(id);
+    let deleted = load(id)?.delete(true);
+    ended?;
+    deleted?;
     Ok(0)
 }
 

@@ -21,7 +21,6 @@ mod disks;
 mod executor;
 mod helper;
 mod images;
-mod limits;
 mod network;
 mod oom;
 mod reaper;
@@ -61,7 +60,6 @@ fn main() -> ExitCode {
 }
 
 fn run(mut times: GuestTimes) -> anyhow::Result<()> {
-    limits::raise()?;
     boot::set_up(&mut times)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -12,8 +12,13 @@ use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+
+/// How long a port of the loopback may take to accept a connection.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs `work` with a connection to the kernel that ends with it.
 async fn with_kernel<T>(work: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T> {
@@ -94,8 +99,10 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
         SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
         SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
     ];
-    let mut socket = tokio::net::TcpStream::connect(both.as_slice())
+    // A listener that accepts nobody leaves a connection waiting for minutes.
+    let mut socket = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(both.as_slice()))
         .await
+        .with_context(|| format!("port {port} of the guest does not answer"))?
         .with_context(|| format!("nobody listens at port {port} of the guest"))?;
     socket.set_nodelay(true)?;
     let address = VsockAddr::new(VMADDR_CID_HOST, STREAM_PORT);

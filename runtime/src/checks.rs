@@ -7,6 +7,7 @@ use crate::config::SandboxConfig;
 use crate::container_config::{ContainerConfig, Volume};
 use crate::files::Files;
 use crate::oci::{self, Root};
+use koya_vmm::devices::blk::foreign_format;
 use koya_vmm::{ConfigError, DiskConfig, NetConfig, Serial, VmConfig};
 use std::fs::File;
 use std::io;
@@ -92,6 +93,7 @@ fn root(path: &Path) -> Result<Root, Error> {
             let reason = format!("{} can't be a root: {reason}", path.display());
             Error::invalid("rootfs", reason)
         };
+        check_file_system(path).map_err(|error| wrong(error.to_string()))?;
         let disk = DiskConfig {
             read_only: true,
             ..DiskConfig::new(path)
@@ -100,7 +102,6 @@ fn root(path: &Path) -> Result<Root, Error> {
             ConfigError::Disk { source, .. } => wrong(source.to_string()),
             other => other.into(),
         })?;
-        check_file_system(path).map_err(|error| wrong(error.to_string()))?;
     }
     Ok(root)
 }
@@ -110,8 +111,11 @@ fn check_file_system(path: &Path) -> io::Result<()> {
     const EROFS: [u8; 4] = 0xe0f5_e1e2u32.to_le_bytes();
     const EXT4: [u8; 2] = 0xef53u16.to_le_bytes();
     let mut superblock = [0; 64];
-    let read = File::open(path)?.read_exact_at(&mut superblock, 1024);
-    match read {
+    let file = File::open(path)?;
+    if let Some(format) = foreign_format(&file)? {
+        return Err(io::Error::other(format!("it is {format}")));
+    }
+    match file.read_exact_at(&mut superblock, 1024) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Err(io::Error::other("it is too small for a file system"))
         }
@@ -165,6 +169,7 @@ mod tests {
         };
         assert!(reason(check(&image)).contains("neither erofs nor ext4"));
         assert!(reason(check(&[])).contains("too small"));
+        assert!(reason(check(&image[..4000])).contains("neither erofs nor ext4"));
         image[1080..1082].copy_from_slice(&[0x53, 0xef]);
         check(&image).unwrap();
         assert!(reason(check(&image[..4000])).contains("truncate"));

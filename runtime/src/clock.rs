@@ -222,6 +222,25 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_is_asked_and_then_told_and_waited_for_with_a_limit() {
+        use crate::test_agent::{Word, agent};
+        use std::sync::mpsc::channel;
+        let (sender, asked) = channel();
+        // It says that the year is 1970.
+        let wrong = agent(move |method| {
+            sender.send(method.to_owned()).ok();
+            Word::Ok
+        });
+        compare(&wrong).unwrap();
+        let asked: Vec<String> = asked.try_iter().collect();
+        assert_eq!(asked, ["GetClock", "AdjustClock"]);
+        let started = Instant::now();
+        let silent = compare(&agent(|_| Word::Silence));
+        assert!(matches!(silent, Err(Error::Overdue { .. })), "{silent:?}");
+        assert!(started.elapsed() < PERIOD / 10);
+    }
+
+    #[test]
     fn the_thread_ends_with_its_sandbox() {
         let (ended, alive) = io::pipe().unwrap();
         let events = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();

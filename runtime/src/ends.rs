@@ -133,9 +133,14 @@ impl Ends {
     ) -> Result<(), Error> {
         let threads_error = || Error::host("start a thread");
         if !mark.killed.swap(true, Ordering::SeqCst) {
+            let unwatched = mark.clone();
             let (ends, mark, id) = (self.clone(), Arc::downgrade(mark), id.to_owned());
             let watched = threads::spawn("koya-overdue", move || ends.watch(&mark, &id));
-            watched.map_err(threads_error())?;
+            watched.map_err(|error| {
+                // So that the next one tries again.
+                unwatched.killed.store(false, Ordering::SeqCst);
+                threads_error()(error)
+            })?;
         }
         let (sender, answer) = sync_channel(1);
         let (ends, id) = (self.clone(), id.to_owned());

@@ -1,6 +1,6 @@
 //! What is behind a block device: a raw image or a block device of the host.
 
-use super::{ID_SIZE, SECTOR_SIZE, format};
+use super::{ID_SIZE, SECTOR_SIZE, foreign_format};
 use rustix::fs::{
     AtFlags, FlockOperation, OFlags, StatxFlags, fcntl_getfl, fcntl_setfl, flock, statx,
 };
@@ -182,7 +182,7 @@ fn check_format(file: &File) -> io::Result<()> {
     if flags.contains(OFlags::DIRECT) {
         fcntl_setfl(file, flags - OFlags::DIRECT)?;
     }
-    let found = format::of(file);
+    let found = foreign_format(file);
     if flags.contains(OFlags::DIRECT) {
         fcntl_setfl(file, flags)?;
     }

@@ -47,7 +47,7 @@ const TAILS: &[Mark] = &[
 ///
 /// # Errors
 /// If it can't be read.
-pub(super) fn of(file: &File) -> io::Result<Option<&'static str>> {
+pub fn foreign_format(file: &File) -> io::Result<Option<&'static str>> {
     let mut head = [0; HEAD];
     read(file, &mut head, 0)?;
     let bzip2 = head.starts_with(b"BZh") && head[4..10] == *b"1AY&SY";
@@ -101,15 +101,15 @@ mod tests {
     #[test]
     fn formats_are_told_by_their_marks() {
         for (name, at, mark) in HEADS {
-            let found = of(&file(1 << 20, &[(*at as u64, mark)])).unwrap();
+            let found = foreign_format(&file(1 << 20, &[(*at as u64, mark)])).unwrap();
             assert_eq!(found, Some(*name));
             // Elsewhere the same bytes are data.
-            let found = of(&file(1 << 20, &[(*at as u64 + 4096, mark)])).unwrap();
+            let found = foreign_format(&file(1 << 20, &[(*at as u64 + 4096, mark)])).unwrap();
             assert_eq!(found, None, "{name}");
         }
-        let bzip2 = of(&file(4096, &[(0, b"BZh91AY&SY")])).unwrap();
+        let bzip2 = foreign_format(&file(4096, &[(0, b"BZh91AY&SY")])).unwrap();
         assert_eq!(bzip2, Some("compressed (bzip2)"));
-        let fixed = of(&file((1 << 20) + 512, &[(1 << 20, b"conectix")])).unwrap();
+        let fixed = foreign_format(&file((1 << 20) + 512, &[(1 << 20, b"conectix")])).unwrap();
         assert_eq!(fixed, Some("a VHD (vpc) image"));
     }
 
@@ -123,10 +123,14 @@ mod tests {
             (257, b"ustar"),
             (0, b"BZh"),
         ] {
-            assert_eq!(of(&file(1 << 20, &[(at, mark)])).unwrap(), None, "{mark:?}");
+            assert_eq!(
+                foreign_format(&file(1 << 20, &[(at, mark)])).unwrap(),
+                None,
+                "{mark:?}"
+            );
         }
         for len in [0, 1, 511] {
-            assert_eq!(of(&file(len, &[])).unwrap(), None);
+            assert_eq!(foreign_format(&file(len, &[])).unwrap(), None);
         }
     }
 }

@@ -60,6 +60,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 pub use disk::{Disk, DiskOptions};
 pub use engine::IoEngine;
+pub use format::foreign_format;
 
 /// The unit of the device's numbers, in bytes, whatever the disk's block size.
 pub const SECTOR_SIZE: u64 = 512;

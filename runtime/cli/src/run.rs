@@ -541,7 +541,7 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Re
                 continue;
             }
             // A program that is PID 1 ignores what it has no handler for.
-            let insists = asked == INSIST && signal != SIGHUP;
+            let insists = asked == INSIST && matches!(signal, SIGINT | SIGTERM);
             let signal = if insists { SIGKILL } else { signal };
             send_signal(&container, signal).ok();
         }

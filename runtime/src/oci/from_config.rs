@@ -27,7 +27,8 @@ pub(crate) fn bundle(
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": {
-            "path": config.rootfs,
+            // The guest's path takes its place.
+            "path": "rootfs",
             "readonly": config.read_only,
         },
         "hostname": config.hostname.as_deref().unwrap_or(id),

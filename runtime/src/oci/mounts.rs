@@ -41,17 +41,24 @@ const GUEST_MOUNTS: &[&str] = &[
 /// # Errors
 /// Which can't be had.
 pub(super) fn adapt(id: &str, folder: &Path, spec: &mut Spec) -> Result<Adapted, Error> {
+    // A user who names a path means that one; an engine's bundle has conventions.
+    let is_literal = folder.as_os_str().is_empty();
     let shared_ipc = namespaces::is_joined(spec, LinuxNamespaceType::Ipc);
     let mut adapted = Adapted::default();
     let mut mounts = Vec::new();
     for (number, mount) in spec.mounts().iter().flatten().enumerate() {
-        let (mount, needs) = adapt_mount(id, number, folder, mount, shared_ipc)?;
-        let source = match &needs {
-            Needs::Share(share) => Some(&share.path),
-            _ => mount.source().as_ref(),
+        let (mount, needs) = match is_literal && is_bind(mount) {
+            true => adapt_bind(id, number, folder, mount)?,
+            false => adapt_mount(id, number, folder, mount, shared_ipc)?,
         };
-        // "tmpfs" is no path.
-        let is_file = source.is_some_and(|path| path.components().count() > 1 && path.is_file());
+        let is_file = match &needs {
+            Needs::Share(share) => share.path.is_file(),
+            // "tmpfs" is no path.
+            _ => mount
+                .source()
+                .as_ref()
+                .is_some_and(|path| path.is_absolute() && path.is_file()),
+        };
         let point = (mount.destination().clone(), is_file);
         adapted.points.push(point);
         mounts.push(mount);
@@ -103,25 +110,15 @@ fn adapt_mount(
         let reason = format!("{destination}: mounts with mapped users are not supported");
         return Err(refuse("mounts", reason));
     }
-    let kind = mount.typ().as_deref().unwrap_or_default();
-    let has = |name: &str| {
-        mount
-            .options()
-            .iter()
-            .flatten()
-            .any(|option| option == name)
-    };
-    if kind != "bind" && kind != "rbind" && !has("bind") && !has("rbind") {
+    if !is_bind(mount) {
+        let kind = mount.typ().as_deref().unwrap_or_default();
         if GUEST_MOUNTS.contains(&kind) {
             return Ok((mount.clone(), Needs::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
         return Err(refuse("mounts", reason));
     }
-    let source = mount.source().clone();
-    let source =
-        source.ok_or_else(|| Error::invalid("mounts", format!("{destination}: no source")))?;
-    let source = folder.join(source);
+    let source = source_of(folder, mount)?;
     let mut adapted = mount.clone();
     // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
     if mount.destination() == Path::new("/dev/shm")
@@ -138,26 +135,61 @@ fn adapt_mount(
         adapted.set_options(Some(options.into_iter().chain([size]).collect()));
         return Ok((adapted, Needs::Nothing));
     }
+    // What the host's kernel makes up, the guest's does too.
+    if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
+        return Ok((adapted, Needs::Nothing));
+    }
+    if let Some(volume) = ephemeral::behind(&source, number as u32) {
+        adapted.set_source(Some(own_place(id, number)));
+        return Ok((adapted, Needs::Volume(volume)));
+    }
+    adapt_bind(id, number, folder, mount)
+}
+
+/// Where the guest has what it mounts itself.
+fn own_place(id: &str, number: usize) -> PathBuf {
+    Path::new(VOLUMES_DIR).join(id).join(number.to_string())
+}
+
+fn has(mount: &Mount, name: &str) -> bool {
+    let mut options = mount.options().iter().flatten();
+    options.any(|option| option == name)
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
+        || has(mount, "bind")
+        || has(mount, "rbind")
+}
+
+fn source_of(folder: &Path, mount: &Mount) -> Result<PathBuf, Error> {
+    let source = mount.source().as_ref().ok_or_else(|| {
+        let destination = mount.destination().display();
+        Error::invalid("mounts", format!("{destination}: no source"))
+    })?;
+    Ok(folder.join(source))
+}
+
+/// A directory or a file of the host, or what stands for a block device.
+fn adapt_bind(
+    id: &str,
+    number: usize,
+    folder: &Path,
+    mount: &Mount,
+) -> Result<(Mount, Needs), Error> {
+    let source = source_of(folder, mount)?;
+    let mut adapted = mount.clone();
     for option in ["shared", "rshared"] {
-        if has(option) {
+        if has(mount, option) {
+            let destination = mount.destination().display();
             let reason =
                 format!("{destination}: mounts of a guest can't reach the host ({option})");
             return Err(refuse("mounts", reason));
         }
     }
-    // What the host's kernel makes up, the guest's does too.
-    if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
-        return Ok((adapted, Needs::Nothing));
-    }
-    // Where the guest has what it mounts itself.
-    let own = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
     if let Some(volume) = direct_volume::find(&source)? {
-        adapted.set_source(Some(own));
+        adapted.set_source(Some(own_place(id, number)));
         return Ok((adapted, Needs::Direct(volume)));
-    }
-    if let Some(volume) = ephemeral::behind(&source, number as u32) {
-        adapted.set_source(Some(own));
-        return Ok((adapted, Needs::Volume(volume)));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source.metadata();
@@ -174,8 +206,8 @@ fn adapt_mount(
         name: format!("{id}.mount{number}"),
         path: source,
         options: ShareOptions {
-            read_only: has("ro") || has("rro"),
-            follow_mounts: has("slave") || has("rslave"),
+            read_only: has(mount, "ro") || has(mount, "rro"),
+            follow_mounts: has(mount, "slave") || has(mount, "rslave"),
         },
     };
     adapted.set_source(Some(guest_path(&share.name)));

@@ -85,7 +85,10 @@ impl TaskSet {
         if let Err(error) = exec.process.start() {
             // It was killed while it was made.
             process.signal(SIGKILL as i32).ok();
-            spawn("koya-wait", move || drop(process.wait()))?;
+            spawn("koya-wait", move || {
+                process.wait().ok();
+                relay.finish();
+            })?;
             return Err(error);
         }
         let event = Event::ExecStarted {

@@ -204,6 +204,9 @@ impl TaskSet {
             if let Some(exit) = process.exit() {
                 return Ok(exit);
             }
+            if state.entry(&task).is_none() {
+                return Err(Error::NotFound(format!("container {id}")));
+            }
             if let ProcessOf::Exec(exec) = &process
                 && !state.execs(&task).iter().any(|own| Arc::ptr_eq(own, exec))
             {

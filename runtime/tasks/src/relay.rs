@@ -188,6 +188,9 @@ impl Relay {
             let mut wait = SILENCE_OF_ALL.saturating_sub(last.1.elapsed());
             if wait.is_zero() {
                 log::warn!("some of a process's output was not read");
+                for source in &state.outputs {
+                    source.guest.shutdown(Shutdown::Both).ok();
+                }
                 break;
             }
             if !left_behind.is_zero() {

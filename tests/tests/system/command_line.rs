@@ -93,7 +93,6 @@ fn a_reader_that_goes_ends_the_command_quietly() -> Result<()> {
         "timeline --json",
         "timeline --svg -",
         "exec line-readers yes",
-        "run --rootfs $R -- yes",
     ] {
         // The reader is gone before a word is said.
         let script = format!(
@@ -109,8 +108,20 @@ fn a_reader_that_goes_ends_the_command_quietly() -> Result<()> {
         );
     }
     // One that follows a log that has nothing new notices too.
-    let followed = host(&dir, "timeout 60 koya logs -f line-readers | head -n 1")?;
-    ensure!(stdout(followed)? == "y");
+    let follow = "{ timeout 60 koya logs -f line-readers; echo $? > $D/status; } | head -n 1";
+    ensure!(stdout(host(&dir, follow)?)? == "y");
+    let status = fs::read_to_string(dir.join("status"))?;
+    ensure!(status.trim() == "141", "{status}");
+    // A container's first process is not killed by SIGPIPE (pid_namespaces(7)): it ends by itself.
+    let run =
+        "{ timeout 100 koya run --rootfs $R -- yes 2> $D/error; echo $? > $D/status; } | head -n 1";
+    ensure!(stdout(host(&dir, run)?)? == "y");
+    let status = fs::read_to_string(dir.join("status"))?;
+    let said = fs::read_to_string(dir.join("error"))?;
+    ensure!(
+        status.trim() == "1" && !said.contains("panicked"),
+        "{status}{said}"
+    );
     Ok(())
 }
 

@@ -1,10 +1,12 @@
 //! Each option of a container is in the OCI configuration that is made of it.
 
-use super::super::Root;
 use super::super::tests::mount;
+use super::super::{Root, adapt};
 use super::*;
 use crate::account::tests::rootfs;
 use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, User, Volume};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 
 /// What a container's configuration becomes, as JSON.
 fn of(change: impl FnOnce(&mut ContainerConfig)) -> Value {
@@ -23,7 +25,7 @@ fn a_containers_defaults_are_an_engines() {
     let spec = of(|_| {});
     assert_eq!(
         spec["root"],
-        json!({"path": "/root-of-it", "readonly": false})
+        json!({"path": "rootfs", "readonly": false})
     );
     assert_eq!(spec["hostname"], "c1");
     let process = &spec["process"];
@@ -247,4 +249,34 @@ fn a_container_knows_localhost_and_its_own_name() {
     assert!(text("/etc/hosts").starts_with("127.0.0.1\tlocalhost\n"));
     assert!(text("/etc/hosts").contains("127.0.1.1\tc1\n"));
     assert_eq!(text("/etc/hostname"), "c1\n");
+}
+
+#[test]
+fn a_users_volume_is_the_hosts_whatever_lies_there() {
+    let volumes = ["/dev/shm", "/proc/sys", "/sys/fs"];
+    let bundle = bundle_of(|config| {
+        config.volumes = volumes.map(|path| Volume::new(path, path)).into();
+    });
+    let adapted = adapt(
+        "a",
+        bundle.unwrap(),
+        Root::Directory,
+        &Accounts::read(rootfs().path()),
+    )
+    .unwrap();
+    let shared: Vec<_> = adapted
+        .shares
+        .iter()
+        .map(|share| share.path.as_path())
+        .collect();
+    for path in volumes {
+        assert!(shared.contains(&Path::new(path)), "{path} of {shared:?}");
+    }
+}
+
+#[test]
+fn a_root_whose_name_is_no_text_is_one_too() {
+    let rootfs = PathBuf::from(OsStr::from_bytes(b"/root\xff"));
+    let bundle = bundle_of(|config| config.rootfs = rootfs.clone()).unwrap();
+    assert_eq!(bundle.rootfs, rootfs);
 }
