@@ -59,7 +59,7 @@ pub struct Image {
 }
 
 /// What layers are read through: the blob, decompressed, with both digested.
-type LayerReader<'b> = Hashing<Metered<'b, Decoder<BufReader<Hashing<Section>>>>>;
+type LayerReader<'b> = Hashing<Metered<'b, Decoder<BufReader<Hashing<Metered<'b, Section>>>>>>;
 
 impl Image {
     /// Opens an image. An archive is read where it is, unless it is compressed as a whole or no regular
@@ -89,10 +89,18 @@ impl Image {
         let mut unpacker = Unpacker::new(root, &self.limits)
             .map_err(Error::host(format!("open {}", root.display())))?;
         let mut budget = Budget::new("bytes in all", self.limits.total);
+        // Padding and empty members are decompressed to nothing.
+        let mut read = Budget::new("compressed bytes in all", self.limits.total);
         for (number, layer) in self.chosen.layers.iter().enumerate() {
             let diff_id = self.chosen.config.diff_id(number)?;
-            self.apply(&mut unpacker, layer, diff_id.as_ref(), &mut budget)
-                .map_err(Error::unpacking(format!("layer {}", number + 1)))?;
+            self.apply(
+                &mut unpacker,
+                layer,
+                diff_id.as_ref(),
+                &mut read,
+                &mut budget,
+            )
+            .map_err(Error::unpacking(format!("layer {}", number + 1)))?;
         }
         unpacker.finish().map_err(Error::host(format!(
             "set times and modes in {}",
@@ -105,9 +113,14 @@ impl Image {
         unpacker: &mut Unpacker,
         layer: &Layer,
         diff_id: Option<&Digest>,
+        read: &mut Budget,
         budget: &mut Budget,
     ) -> io::Result<()> {
-        let blob = Hashing::new(layer.blob.reader(), layer.digest.as_ref());
+        let blob = Metered {
+            source: layer.blob.reader(),
+            budget: read,
+        };
+        let blob = Hashing::new(blob, layer.digest.as_ref());
         let source = Decoder::new(BufReader::with_capacity(1 << 16, blob))?;
         let metered = Metered { source, budget };
         let mut reader: LayerReader<'_> = Hashing::new(metered, diff_id);

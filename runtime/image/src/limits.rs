@@ -37,6 +37,13 @@ pub(crate) const MAX_DEPTH: usize = 512;
 /// The longest name in an archive, in bytes: PATH_MAX.
 pub(crate) const MAX_NAME: usize = 4096;
 
+/// How many bytes of manifests and configurations an index may lead to: many may name one.
+pub(crate) const MAX_DOCUMENTS: u64 = 16 << 20;
+/// How many components of paths with links in them are looked at, in all: each is a system call or some.
+pub(crate) const MAX_ALL_STEPS: u64 = 50_000_000;
+/// How many bytes the names of hard links may take that wait for their targets.
+pub(crate) const MAX_WAITING: u64 = 256 << 20;
+
 /// Counts down from a limit over several readers.
 #[derive(Debug)]
 pub(crate) struct Budget {

@@ -7,7 +7,7 @@ use crate::choice::{Named, Platform, machine, wanted};
 use crate::config::Configuration;
 use crate::digest::Digest;
 use crate::files::{Blob, Files};
-use crate::limits::Limits;
+use crate::limits::{Budget, Limits, MAX_DOCUMENTS};
 use crate::{Error, Options};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
@@ -159,18 +159,6 @@ fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, Error> {
 }
 
 /// A document by its descriptor, held against it.
-fn document<T: DeserializeOwned>(
-    files: &Files,
-    descriptor: &Descriptor,
-    limits: &Limits,
-) -> Result<T, Error> {
-    let (blob, digest) = blob(files, descriptor)?;
-    let name = digest.path();
-    let text = blob.document(&name, limits)?;
-    check(&name, &text, &digest)?;
-    parse(&name, &text)
-}
-
 fn check(name: &str, text: &[u8], digest: &Digest) -> Result<(), Error> {
     let mut hasher = digest.hasher();
     hasher.update(text);
@@ -201,6 +189,7 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
     let mut found = Search {
         files,
         limits: &options.limits,
+        documents: Budget::new("bytes of manifests and configurations", MAX_DOCUMENTS),
         candidates: Vec::new(),
         others: Vec::new(),
         seen: 0,
@@ -269,6 +258,8 @@ fn check_layer_type(kind: &str) -> Result<(), Error> {
 struct Search<'f> {
     files: &'f Files,
     limits: &'f Limits,
+    /// Bytes of documents.
+    documents: Budget,
     /// Those for this machine.
     candidates: Vec<Candidate>,
     /// What the others are for.
@@ -277,6 +268,18 @@ struct Search<'f> {
 }
 
 impl Search<'_> {
+    /// A manifest or a configuration.
+    fn document<T: DeserializeOwned>(&mut self, descriptor: &Descriptor) -> Result<T, Error> {
+        let (blob, digest) = blob(self.files, descriptor)?;
+        let name = digest.path();
+        let text = blob.document(&name, self.limits)?;
+        self.documents
+            .take(text.len() as u64)
+            .map_err(|error| Error::invalid(error.to_string()))?;
+        check(&name, &text, &digest)?;
+        parse(&name, &text)
+    }
+
     fn index(&mut self, index: &Document, names: &[String], depth: u32) -> Result<(), Error> {
         if depth >= MAX_DEPTH {
             return Err(Error::invalid("its indices point to indices without end"));
@@ -327,7 +330,7 @@ impl Search<'_> {
             }
             return Ok(());
         }
-        let document: Document = document(self.files, descriptor, self.limits)?;
+        let document: Document = self.document(descriptor)?;
         let is_index = is_index || document.config.is_none() && !document.manifests.is_empty();
         if is_index {
             return self.index(&document, &own, depth + 1);
@@ -350,7 +353,7 @@ impl Search<'_> {
         }
         let missing = || Error::invalid("a manifest names no configuration");
         let config = manifest.config.as_ref().ok_or_else(missing)?;
-        let config: Configuration = document(self.files, config, self.limits)?;
+        let config: Configuration = self.document(config)?;
         let platform = match &descriptor.platform {
             Some(platform) if !platform.is_empty() => platform.clone(),
             _ => Platform::of(&config),

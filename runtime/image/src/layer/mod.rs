@@ -11,7 +11,7 @@ mod walk;
 
 use crate::archive::{End, Entry, Kind, Reader, Source};
 use crate::error::{cut_short, invalid};
-use crate::limits::{Budget, Limits};
+use crate::limits::{Budget, Limits, MAX_ALL_STEPS, MAX_WAITING};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -51,6 +51,10 @@ pub(crate) struct Unpacker {
     owners: bool,
     /// Hard links whose targets have not come yet, and those.
     links: BTreeMap<Vec<OsString>, Vec<OsString>>,
+    /// For the names of those.
+    waiting: Budget,
+    /// For paths that have links in them.
+    steps: Budget,
     /// The directory of the last entry: the next one is often in it too.
     last: Option<(Vec<OsString>, Rc<Directory>)>,
 }
@@ -65,6 +69,8 @@ impl Unpacker {
             entries: Budget::new("entries", limits.entries),
             owners: rustix::process::geteuid().is_root(),
             links: BTreeMap::new(),
+            waiting: Budget::new("bytes of hard links without a target", MAX_WAITING),
+            steps: Budget::new("steps along links", MAX_ALL_STEPS),
             last: None,
         })
     }
@@ -185,6 +191,10 @@ impl Unpacker {
             Kind::HardLink => {
                 let target = parts(&entry.link)?;
                 if target == path || !self.link(&target, &parent, name)? {
+                    let names = path.iter().chain(&target);
+                    // Each has a place in its list and a piece of the heap besides.
+                    self.waiting
+                        .take(names.map(|name| name.len() as u64 + 64).sum())?;
                     self.links.insert(path.clone(), target);
                 }
             }

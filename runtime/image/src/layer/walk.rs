@@ -106,7 +106,7 @@ impl Unpacker {
         Ok(Some(found))
     }
 
-    fn resolve(&self, parts: &[OsString]) -> io::Result<Resolved> {
+    fn resolve(&mut self, parts: &[OsString]) -> io::Result<Resolved> {
         // Most paths have no link, and the kernel says so at once.
         if let Ok(dir) = self.open_path(parts, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH) {
             return Ok(Resolved {
@@ -124,6 +124,7 @@ impl Unpacker {
         };
         while let Some(part) = left.pop_front() {
             steps += 1;
+            self.steps.take(1)?;
             if steps > MAX_STEPS {
                 return Err(invalid("its path leads on and on"));
             }
@@ -134,6 +135,7 @@ impl Unpacker {
                 found.path.pop();
                 if found.path.len() < found.existing {
                     found.existing = found.path.len();
+                    self.steps.take(found.existing as u64)?;
                     found.dir = self.walk(&found.path)?;
                 }
                 continue;

@@ -563,3 +563,32 @@ fn an_image_says_what_its_container_needs() {
         Defaults::default()
     );
 }
+
+#[test]
+fn what_is_read_of_an_image_is_bounded_however_often_it_is_named() {
+    // A configuration of 3 MiB, which many manifests name.
+    let layout = Layout::new();
+    let long = "x".repeat(3 << 20);
+    let kinds = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
+    let manifest = layout.manifest(kinds, &[], json!({"author": long}));
+    layout.index(&[manifest.clone()]);
+    unpack(layout.path()).unwrap();
+    layout.index(&vec![manifest; 20]);
+    let said = refusal(unpack(layout.path()));
+    assert!(said.contains("bytes of manifests"), "{said}");
+
+    // A layer that is padding, but for its first bytes.
+    let layout = Layout::new();
+    let tar = Tar::of(&[file("a", "a")]);
+    let mut stored = gzip(&tar);
+    stored.resize(2 << 20, 0);
+    let gzipped = "application/vnd.oci.image.layer.v1.tar+gzip";
+    let kinds = [OCI_MANIFEST, OCI_CONFIG, gzipped];
+    let manifest = layout.manifest(kinds, &[(stored, tar.as_slice())], json!({}));
+    layout.index(&[manifest]);
+    unpack(layout.path()).unwrap();
+    let mut options = Options::default();
+    options.limits.total = 1 << 20;
+    let said = refusal(unpack_with(layout.path(), &options));
+    assert!(said.contains("compressed bytes"), "{said}");
+}

@@ -23,10 +23,7 @@ fn bundle_of(change: impl FnOnce(&mut ContainerConfig)) -> Result<Bundle, Error>
 #[test]
 fn a_containers_defaults_are_an_engines() {
     let spec = of(|_| {});
-    assert_eq!(
-        spec["root"],
-        json!({"path": "rootfs", "readonly": false})
-    );
+    assert_eq!(spec["root"], json!({"path": "rootfs", "readonly": false}));
     assert_eq!(spec["hostname"], "c1");
     let process = &spec["process"];
     assert_eq!(process["args"], json!(["sh", "-c", "true"]));
