@@ -93,6 +93,8 @@ impl Given {
     fn attach_one(&mut self, inner: &Inner, host: &Path, read_only: bool) -> Result<String, Error> {
         let attached = inner.share_disk(&DiskConfig {
             read_only,
+            // What it holds was declared, and a guest may write the first bytes of another format there.
+            raw: true,
             ..DiskConfig::new(host)
         })?;
         let name = attached.device().name.clone();

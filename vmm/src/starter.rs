@@ -9,6 +9,7 @@
 use koya_host::sync::lock;
 use koya_host::threads::{self, Role};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -34,13 +35,13 @@ impl Starter {
     /// Has `work` done there, and waits for it.
     ///
     /// # Errors
-    /// If the thread has ended.
+    /// If the work panicked, or the thread has ended.
     pub(crate) fn run(&self, work: Work) -> io::Result<()> {
         let (done, is_done) = channel();
         let sender = lock(&self.0).as_ref().map(|(sender, _)| sender.clone());
         let sent = sender.and_then(|sender| sender.send((work, done)).ok());
         let answer = sent.and_then(|()| is_done.recv().ok());
-        answer.ok_or_else(|| io::Error::other("the thread that starts devices has ended"))
+        answer.ok_or_else(|| io::Error::other("the thread that starts devices did not do it"))
     }
 
     /// Ends it, after what it is at.
@@ -55,10 +56,19 @@ impl Starter {
     }
 }
 
+impl Drop for Starter {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 fn serve(jobs: &Receiver<Job>) {
     for (work, done) in jobs {
-        work();
-        done.send(()).ok();
+        // The next device is started all the same.
+        match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(()) => drop(done.send(())),
+            Err(_) => log::error!("a device panicked while it was started"),
+        }
     }
 }
 
@@ -86,7 +96,6 @@ mod tests {
     fn work_that_panics_is_an_error_for_those_who_wait() {
         let starter = Starter::start().unwrap();
         assert!(starter.run(Box::new(|| panic!("on purpose"))).is_err());
-        assert!(starter.run(Box::new(|| ())).is_err());
-        starter.stop();
+        starter.run(Box::new(|| ())).unwrap();
     }
 }
