@@ -27,13 +27,28 @@ pub(crate) fn kernel_log(text: &str) {
     }
 }
 
-/// Gives signals their default meaning again, as a program expects to find them: Rust's runtime
-/// ignores SIGPIPE, and what is ignored stays so across exec.
+/// Gives signals their default meaning again, as a program expects to find them: what is ignored stays so
+/// across exec, as SIGPIPE does by Rust's runtime, and glibc's two signals of its own in what it spawns.
 pub(crate) fn reset_signals() {
-    // SAFETY: SIGPIPE's disposition is set to the default and an empty mask is installed; no
-    // handler is involved, and the process has one thread.
+    /// The kernel's `struct sigaction`, of which zeros are the default (SIG_DFL, no flags, no mask).
+    const DEFAULT: [u64; 4] = [0; 4];
+    /// Bytes of the kernel's set of signals.
+    const SET: usize = 8;
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads 32 bytes at most, which are there, and no handler is involved. SIGKILL and
+        // SIGSTOP can't be changed, which is an error that changes nothing.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                SET,
+            );
+        }
+    }
+    // SAFETY: an empty mask is installed; the process has one thread.
     unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());

@@ -110,11 +110,13 @@ fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
     let shown = path.display();
     let text = match fs::read(entry(folder, path).join(FILE)) {
         Ok(text) => text,
-        // A path that is too long to be a name is none's.
+        // A path that is too long to be a name is none's, and what only root may read is nothing to others.
         Err(error)
             if matches!(
                 error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::InvalidFilename
+                    | io::ErrorKind::PermissionDenied
             ) =>
         {
             return Ok(None);
