@@ -571,7 +571,7 @@ fn what_is_read_of_an_image_is_bounded_however_often_it_is_named() {
     let long = "x".repeat(3 << 20);
     let kinds = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
     let manifest = layout.manifest(kinds, &[], json!({"author": long}));
-    layout.index(&[manifest.clone()]);
+    layout.index(std::slice::from_ref(&manifest));
     unpack(layout.path()).unwrap();
     layout.index(&vec![manifest; 20]);
     let said = refusal(unpack(layout.path()));
