@@ -2,7 +2,7 @@
 
 use super::output::complain;
 use koya::Process;
-use koya::vmm::devices::threads::spawn;
+use koya::vmm::host::threads::spawn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
@@ -264,10 +264,9 @@ pub(super) fn terminal_size() -> Option<(u16, u16)> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn output_that_nobody_ends_is_not_waited_for() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (mut read, write) = std::io::pipe().unwrap();
+    /// The streams of a process whose standard output goes there, and its end of that.
+    fn output_to(stdout: Box<dyn Write + Send>) -> (Pumps, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = ProcessStreams::Pipes {
             stdin: None,
             stdout: ours,
@@ -275,10 +274,16 @@ mod tests {
         };
         let user = UserStreams {
             stdin: None,
-            stdout: Box::new(write),
+            stdout,
             stderr: Box::new(std::io::sink()),
         };
-        let pumps = Pumps::start(streams, user).unwrap();
+        (Pumps::start(streams, user).unwrap(), theirs)
+    }
+
+    #[test]
+    fn output_that_nobody_ends_is_not_waited_for() {
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (pumps, mut theirs) = output_to(Box::new(write));
         theirs.write_all(b"last words").unwrap();
         // What the process left running still has the other end.
         assert!(pumps.finish());
@@ -290,18 +295,7 @@ mod tests {
     #[test]
     fn output_that_is_lost_is_told_unless_its_reader_went() {
         let finish = |stdout: Box<dyn Write + Send>| {
-            let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let streams = ProcessStreams::Pipes {
-                stdin: None,
-                stdout: ours,
-                stderr: UnixStream::pair().unwrap().0,
-            };
-            let user = UserStreams {
-                stdin: None,
-                stdout,
-                stderr: Box::new(std::io::sink()),
-            };
-            let pumps = Pumps::start(streams, user).unwrap();
+            let (pumps, mut theirs) = output_to(stdout);
             theirs.write_all(b"words").unwrap();
             drop(theirs);
             pumps.finish()

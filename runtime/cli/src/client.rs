@@ -4,13 +4,14 @@ use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_si
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::ignored::heeded;
 use super::output::{complain, say};
-use super::run::{check_terminal, expand_env};
+use super::parse::{expand_env, parse_signal};
+use super::run::check_terminal;
 use super::state::Folder;
 use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::os::fd::OwnedFd;
@@ -68,41 +69,6 @@ pub(super) struct KillArgs {
 pub(super) struct ConsoleArgs {
     /// The container
     name: String,
-}
-
-/// A signal by its number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
-pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
-    /// The first and the last real-time signal, as Docker and glibc count them.
-    const RTMIN: i32 = 34;
-    const RTMAX: i32 = 64;
-    if let Ok(number) = text.parse::<i32>() {
-        return match number {
-            1..=RTMAX => Ok(number),
-            _ => Err(format!(
-                "there is no signal {number}; 1 to {RTMAX} can be sent"
-            )),
-        };
-    }
-    let name = text.to_uppercase();
-    let name = name.trim_start_matches("SIG");
-    let step = |rest: &str, sign: char| match rest {
-        "" => Some(0),
-        rest => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
-    };
-    let real_time = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
-        (Some(rest), _) => step(rest, '+').map(|n| RTMIN + n),
-        (_, Some(rest)) => step(rest, '-').map(|n| RTMAX - n),
-        _ => None,
-    };
-    let named = || {
-        (1..=31).find(|n| {
-            signal_hook::low_level::signal_name(*n).is_some_and(|s| s == format!("SIG{name}"))
-        })
-    };
-    real_time
-        .filter(|number| (RTMIN..=RTMAX).contains(number))
-        .or_else(named)
-        .ok_or_else(|| format!("there is no signal {text}"))
 }
 
 /// How long a sandbox may take to go once its container has ended, or once it was killed.
@@ -587,19 +553,5 @@ mod tests {
         });
         assert_eq!(folder.read().unwrap().status, Some(137));
         child.wait().unwrap();
-    }
-
-    #[test]
-    fn signals_have_names_and_numbers() {
-        assert_eq!(parse_signal("9"), Ok(9));
-        assert_eq!(parse_signal("term"), Ok(15));
-        assert_eq!(parse_signal("SIGHUP"), Ok(1));
-        assert_eq!(parse_signal("SIGRTMIN+3"), Ok(37));
-        assert_eq!(parse_signal("rtmax-1"), Ok(63));
-        for bad in ["nope", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+x"] {
-            assert!(parse_signal(bad).is_err(), "{bad}");
-        }
-        assert!(parse_signal("0").is_err());
-        assert!(parse_signal("99").is_err());
     }
 }

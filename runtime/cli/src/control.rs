@@ -7,12 +7,12 @@
 
 use super::attach::ProcessStreams;
 use super::disk::{DiskRequest, Disks};
-use super::run::merge_env;
+use super::parse::merge_env;
 use super::state::{Folder, Owned};
 use super::stats::Stats;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use koya::{Container, Process, ProcessConfig, Sandbox, Size, Stdio, User};
 use koya_tasks::{send_signal, terminate};
 use serde::{Deserialize, Serialize};

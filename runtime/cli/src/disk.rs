@@ -4,7 +4,7 @@ use super::Outcome;
 use super::client;
 use super::control::{Answer, Request};
 use super::output::say;
-use super::run::parse_disk;
+use super::parse::parse_disk;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use koya::{Container, Disk, DiskConfig, Sandbox};

@@ -16,6 +16,7 @@ mod ignored;
 mod list;
 mod net;
 mod output;
+mod parse;
 mod programs;
 mod run;
 mod size;
@@ -98,7 +99,7 @@ fn main() -> ExitCode {
     let began = Instant::now();
     koya::share_heap();
     // What the caller has open is for neither helpers nor a container's process in the background.
-    if let Err(error) = koya::vmm::devices::sys::close_on_exec_from(3) {
+    if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         output::complain!("koya: cannot keep what is open from other programs: {error}");
         return ExitCode::from(FAILED);
     }
@@ -173,23 +174,6 @@ fn failure_status(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// A size with a unit: `512m`, `2g`, `1024` (MiB when there is no unit).
-fn parse_mib(text: &str) -> Result<u64, String> {
-    let lower = text.trim().to_lowercase();
-    let digits: String = lower.chars().take_while(char::is_ascii_digit).collect();
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
-    let mib = match lower[digits.len()..]
-        .trim_end_matches("ib")
-        .trim_end_matches('b')
-    {
-        "" | "m" => Some(number),
-        "g" => number.checked_mul(1024),
-        "k" => Some(number / 1024),
-        unit => return Err(format!("{unit:?} is no unit of size; use k, m or g")),
-    };
-    mib.ok_or_else(|| format!("{text:?} is too large"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,16 +182,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_mib("512"), Ok(512));
-        assert_eq!(parse_mib("512M"), Ok(512));
-        assert_eq!(parse_mib("2GiB"), Ok(2048));
-        assert_eq!(parse_mib("2gb"), Ok(2048));
-        assert!(parse_mib("2x").is_err());
-        assert!(parse_mib("m").is_err());
-        assert!(parse_mib("99999999999999999999").is_err());
     }
 }

@@ -1,18 +1,21 @@
 //! `koya run`
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
-use super::client::parse_signal;
 use super::container_log::LogWriter;
 use super::ignored::heeded;
 use super::net::NetArgs;
 use super::output::{complain, say};
+use super::parse::{
+    Security, expand_env, merge_env, parse_cache, parse_disk, parse_security, parse_signal,
+    parse_ulimit, parse_volume,
+};
 use super::size::SizeArgs;
 use super::state::{self, Folder, Owned, Record};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use koya::image::{Defaults, Image, Options};
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Rlimit,
     Sandbox, SandboxConfig, Seccomp, Stdio, User, Volume,
@@ -123,128 +126,6 @@ pub(super) struct RunArgs {
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
-}
-
-pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let known = |words: &str| words.split(',').all(|w| matches!(w, "ro" | "rw" | "raw"));
-    let (mut path, mut disk) = (text, DiskConfig::new(""));
-    // A path may have colons of its own.
-    while let Some((before, words)) = path.rsplit_once(':').filter(|(_, words)| known(words)) {
-        for word in words.split(',') {
-            match word {
-                "raw" => disk.raw = true,
-                word => disk.read_only |= word == "ro",
-            }
-        }
-        path = before;
-    }
-    if path.is_empty() {
-        return Err("the disk has no path".into());
-    }
-    disk.path = path.into();
-    Ok(disk)
-}
-
-fn parse_volume(text: &str) -> Result<Volume, String> {
-    let parts: Vec<&str> = text.split(':').collect();
-    let (source, destination, options) = match parts.as_slice() {
-        [source, destination] => (source, destination, ""),
-        [source, destination, options] => (source, destination, *options),
-        _ => return Err(format!("{text:?} is not SRC:DST[:OPTIONS]")),
-    };
-    if source.is_empty() || !destination.starts_with('/') {
-        return Err(format!("{text:?}: DST must be an absolute path"));
-    }
-    let mut volume = Volume::new(source, destination);
-    for option in options.split(',').filter(|option| !option.is_empty()) {
-        match option {
-            "ro" => volume.read_only = true,
-            "rw" => volume.read_only = false,
-            "rslave" | "slave" => volume.follow_mounts = true,
-            "rprivate" | "private" => volume.follow_mounts = false,
-            _ => return Err(format!("{text:?}: the option {option:?} is not supported")),
-        }
-    }
-    Ok(volume)
-}
-
-/// One `--security-opt`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Security {
-    /// A profile, or none at all.
-    Seccomp(Option<PathBuf>),
-    NoNewPrivileges,
-}
-
-impl Security {
-    fn seccomp(&self) -> Option<Option<&Path>> {
-        match self {
-            Self::Seccomp(profile) => Some(profile.as_deref()),
-            Self::NoNewPrivileges => None,
-        }
-    }
-}
-
-fn parse_security(text: &str) -> Result<Security, String> {
-    match text.strip_prefix("seccomp=") {
-        Some("unconfined") => Ok(Security::Seccomp(None)),
-        Some(path) if !path.is_empty() => Ok(Security::Seccomp(Some(path.into()))),
-        None if text == "no-new-privileges" => Ok(Security::NoNewPrivileges),
-        _ => Err(format!(
-            "{text:?} is none of seccomp=FILE, seccomp=unconfined, no-new-privileges"
-        )),
-    }
-}
-
-fn parse_ulimit(text: &str) -> Result<Rlimit, String> {
-    let wrong = || format!("{text:?} is not NAME=SOFT[:HARD], of numbers or unlimited");
-    let (name, limits) = text.split_once('=').ok_or_else(wrong)?;
-    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
-    let number = |text: &str| match text {
-        "unlimited" | "-1" => Some(u64::MAX),
-        number => number.parse().ok(),
-    };
-    match (number(soft), number(hard)) {
-        (Some(soft), Some(hard)) if !name.is_empty() => Ok(Rlimit {
-            resource: name.into(),
-            soft,
-            hard,
-        }),
-        _ => Err(wrong()),
-    }
-}
-
-fn parse_cache(text: &str) -> Result<Cache, String> {
-    match text {
-        "never" => Ok(Cache::Never),
-        "auto" => Ok(Cache::Auto),
-        "always" => Ok(Cache::Always),
-        "writeback" => Ok(Cache::Writeback),
-        _ => Err(format!(
-            "{text:?} is none of never, auto, always, writeback"
-        )),
-    }
-}
-
-/// `K=V` as it is, `K` with this environment's value.
-pub(super) fn expand_env(env: &[String]) -> Vec<String> {
-    env.iter()
-        .filter_map(|entry| match entry.contains('=') {
-            true => Some(entry.clone()),
-            false => Some(format!("{entry}={}", std::env::var(entry).ok()?)),
-        })
-        .collect()
-}
-
-/// `env`, and what `base` has beside it.
-pub(super) fn merge_env(mut env: Vec<String>, base: &[String]) -> Vec<String> {
-    for entry in base {
-        let name = entry.split('=').next();
-        if !env.iter().any(|e| e.split('=').next() == name) {
-            env.push(entry.clone());
-        }
-    }
-    env
 }
 
 impl RunArgs {
@@ -648,48 +529,5 @@ mod tests {
             error.contains("StopSignal") && error.contains("NOPE"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn disks_are_parsed() {
-        assert!(parse_disk("/a:ro").unwrap().read_only);
-        let disk = parse_disk("/by-path/pci:0:1").unwrap();
-        assert_eq!(
-            (disk.path, disk.read_only),
-            ("/by-path/pci:0:1".into(), false)
-        );
-        assert!(parse_disk(":ro").is_err());
-        for both in ["/a:ro,raw", "/a:raw:ro"] {
-            let disk = parse_disk(both).unwrap();
-            assert!(disk.read_only && disk.raw && disk.path == Path::new("/a"));
-        }
-        let named = parse_disk("/a:ro,x").unwrap();
-        assert_eq!((named.path, named.raw), ("/a:ro,x".into(), false));
-    }
-
-    #[test]
-    fn limits_of_resources_are_parsed() {
-        let of = |text| parse_ulimit(text).map(|limit| (limit.resource, limit.soft, limit.hard));
-        assert_eq!(of("nofile=5:6"), Ok(("nofile".into(), 5, 6)));
-        assert_eq!(
-            of("core=unlimited"),
-            Ok(("core".into(), u64::MAX, u64::MAX))
-        );
-        assert_eq!(of("cpu=1:-1"), Ok(("cpu".into(), 1, u64::MAX)));
-        for wrong in ["nofile", "=1", "nofile=", "nofile=x", "nofile=1:"] {
-            assert!(of(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn volumes_are_parsed() {
-        assert!(parse_volume("/a:/b:ro").unwrap().read_only);
-        let follows = parse_volume("/a:/b:ro,rslave").unwrap();
-        assert!(follows.follow_mounts && follows.read_only);
-        assert!(parse_volume("/a:/b:rshared").is_err());
-        assert!(!parse_volume("a:/b").unwrap().read_only);
-        for bad in ["/a", "/a:b", ":/b", "/a:/b:rx", "/a:/b:ro:x"] {
-            assert!(parse_volume(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -3,7 +3,8 @@
 use super::client;
 use super::control::{Answer, Request};
 use super::output::{complain, say};
-use super::{FAILED, Outcome, parse_mib};
+use super::parse::parse_mib;
+use super::{FAILED, Outcome};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use koya::{HugePages, MemoryBacking, SandboxConfig};
