@@ -228,18 +228,26 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
     else {
         return Err(Error::invalid("its index is empty"));
     };
-    let layers = manifest.layers.iter().map(|layer| {
+    Ok(Chosen {
+        layers: layers(&manifest, |layer| blob(files, layer))?,
+        config,
+    })
+}
+
+/// A manifest's layers, whose blobs are found by their descriptors.
+fn layers(
+    manifest: &Document,
+    find: impl Fn(&Descriptor) -> Result<(Blob, Digest), Error>,
+) -> Result<Vec<Layer>, Error> {
+    let layer = |layer: &Descriptor| {
         check_layer_type(&layer.media_type)?;
-        let (blob, digest) = blob(files, layer)?;
+        let (blob, digest) = find(layer)?;
         Ok(Layer {
             blob,
             digest: Some(digest),
         })
-    });
-    Ok(Chosen {
-        layers: layers.collect::<Result<_, Error>>()?,
-        config,
-    })
+    };
+    manifest.layers.iter().map(layer).collect()
 }
 
 fn check_layer_type(kind: &str) -> Result<(), Error> {
@@ -395,16 +403,8 @@ fn from_blobs(files: &Files, manifest: &Document, options: &Options) -> Result<C
     check(name, &text, &digest)?;
     let config: Configuration = parse(name, &text)?;
     check_platform(&config)?;
-    let layers = manifest.layers.iter().map(|layer| {
-        check_layer_type(&layer.media_type)?;
-        let (blob, digest) = find(layer)?;
-        Ok(Layer {
-            blob,
-            digest: Some(digest),
-        })
-    });
     Ok(Chosen {
-        layers: layers.collect::<Result<_, Error>>()?,
+        layers: layers(manifest, find)?,
         config,
     })
 }
