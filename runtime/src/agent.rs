@@ -1,6 +1,7 @@
 //! The agent's end of the control connection, as the host sees it.
 
 mod answer;
+mod times;
 
 use crate::account::Accounts;
 use crate::container::Needs;
@@ -16,9 +17,9 @@ use koya_protocol::messages::{
     self, AdjustClockRequest, AttachDiskRequest, BlockDevice, ConnectPortRequest,
     ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, DestroySandboxRequest,
     DetachDiskRequest, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
-    GetOomEventRequest, GuestDetails, GuestTimes, Interface, MountImageRequest,
-    RemoveContainerRequest, ReportHostEventsRequest, Route, SetGuestDateTimeRequest,
-    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    GetOomEventRequest, GuestDetails, Interface, MountImageRequest, RemoveContainerRequest,
+    ReportHostEventsRequest, Route, SetGuestDateTimeRequest, SetOnlineCpusRequest,
+    SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
     UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
 };
 use koya_vmm::devices::fs::HostEvent;
@@ -30,6 +31,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+pub(crate) use times::AgentTimes;
 use ttrpc::context::{Context, with_duration};
 
 /// How long the agent may take for what does not wait for a container.
@@ -59,12 +61,6 @@ const MAX_JSON: usize = (4 << 20) - (64 << 10);
 /// How many connections it is asked to make at a time: fewer than may wait to be taken up here.
 const MAX_CONNECTS: usize = 64;
 
-/// How many marks of its start it may tell of.
-const MAX_MARKS: usize = 16;
-
-/// How long a mark's name may be, in bytes.
-const MAX_MARK_NAME: usize = 32;
-
 /// Calls to the agent, from any thread. Each call blocks its own.
 #[derive(Clone)]
 pub(crate) struct Agent {
@@ -80,35 +76,6 @@ pub(crate) struct Connection(Arc<UnixStream>);
 impl Drop for Connection {
     fn drop(&mut self) {
         self.0.shutdown(Shutdown::Both).ok();
-    }
-}
-
-/// What the agent tells of its start: each time is how long before its connection that was.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct AgentTimes {
-    /// Its first instruction.
-    pub(crate) took: Duration,
-    /// Parts of its start that were done then.
-    pub(crate) marks: Vec<(String, Duration)>,
-}
-
-impl From<GuestTimes> for AgentTimes {
-    fn from(times: GuestTimes) -> Self {
-        let connected = times.agent_connected_ns;
-        let before = |at_ns: u64| Duration::from_nanos(connected.saturating_sub(at_ns));
-        // A guest may say anything: little of it is taken, and nothing that a terminal obeys.
-        let proper = |name: &str| {
-            let plain = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
-            name.len() <= MAX_MARK_NAME && name.bytes().all(plain)
-        };
-        let marks = times.marks.into_iter().take(MAX_MARKS);
-        Self {
-            took: before(times.agent_started_ns),
-            marks: marks
-                .filter(|mark| proper(&mark.name))
-                .map(|mark| (mark.name, before(mark.at_ns)))
-                .collect(),
-        }
     }
 }
 

@@ -4,30 +4,6 @@ use super::*;
 use koya_protocol::Refused;
 
 #[test]
-fn little_is_taken_of_what_an_agent_says_of_its_start() {
-    let mark = |name: &str, at_ns| messages::GuestMark {
-        name: name.into(),
-        at_ns,
-        ..Default::default()
-    };
-    let mut times = GuestTimes {
-        agent_started_ns: 70,
-        agent_connected_ns: 100,
-        marks: vec![mark("mounts", 90), mark("\x1b[2J", 91), mark("later", 200)],
-        ..Default::default()
-    };
-    let told = AgentTimes::from(times.clone());
-    let nanos = Duration::from_nanos;
-    assert_eq!(told.took, nanos(30));
-    let expected = [("mounts".to_owned(), nanos(10)), ("later".into(), nanos(0))];
-    assert_eq!(told.marks, expected);
-    times.marks = vec![mark(&"x".repeat(MAX_MARK_NAME + 1), 1)];
-    assert_eq!(AgentTimes::from(times.clone()).marks, []);
-    times.marks = vec![mark("again", 1); 1000];
-    assert_eq!(AgentTimes::from(times).marks.len(), MAX_MARKS);
-}
-
-#[test]
 fn what_does_not_fit_into_a_message_is_refused_before_it_is_sent() {
     use crate::test_agent::{Word, agent};
     let agent = agent(|_| Word::Ok);
