@@ -6,7 +6,7 @@
 //! takes it first.
 
 use crate::Error;
-use koya_vmm::devices::threads;
+use koya_vmm::host::threads;
 use std::fs;
 use std::io;
 use std::panic::resume_unwind;

@@ -12,8 +12,8 @@
 
 use crate::Error;
 use crate::agent::Agent;
-use koya_vmm::devices::threads;
 use koya_vmm::guest_text::Warnings;
+use koya_vmm::host::threads;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 use rustix::io::Errno;

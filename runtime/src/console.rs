@@ -1,8 +1,8 @@
 //! The guest's console: the last of it is kept for reports, and all of it goes to whoever asks.
 
 use crate::sync::{lock, wait};
-use koya_vmm::devices::threads;
 use koya_vmm::guest_text;
+use koya_vmm::host::threads;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};

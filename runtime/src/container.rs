@@ -14,7 +14,7 @@ use crate::streams::Expected;
 use crate::sync::lock;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
-use koya_vmm::devices::threads;
+use koya_vmm::host::threads;
 use oci_spec::runtime::{LinuxResources, Process as OciProcess, Spec};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;

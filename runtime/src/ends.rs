@@ -14,7 +14,7 @@ use crate::agent::Agent;
 use crate::patience::{DiskWork, WRITE_OUT_LIMIT};
 use crate::sync::lock;
 use koya_vmm::devices::blk::BlockHandle;
-use koya_vmm::devices::threads;
+use koya_vmm::host::threads;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, Weak};

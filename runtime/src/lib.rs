@@ -63,7 +63,7 @@ pub use error::{Error, ErrorKind};
 pub use koya_image as image;
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
-pub use koya_vmm::devices::sys::share_heap;
+pub use koya_vmm::host::sys::share_heap;
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};

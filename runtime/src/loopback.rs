@@ -5,8 +5,8 @@
 //! connects to `localhost:PORT`, where a guest's services are not.
 
 use crate::{Error, Sandbox};
-use koya_vmm::devices::sys::steer_loopback;
-use koya_vmm::devices::threads;
+use koya_vmm::host::sys::steer_loopback;
+use koya_vmm::host::threads;
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};

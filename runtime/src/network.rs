@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use koya_protocol::messages;
 use koya_vmm::NetConfig;
 use koya_vmm::devices::net::MacAddr;
-use koya_vmm::devices::threads;
+use koya_vmm::host::threads;
 use nix::sched::CloneFlags;
 use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::AddressFamily;

@@ -2,7 +2,7 @@
 
 use crate::Error;
 use koya_vmm::devices::blk::BlockHandle;
-use koya_vmm::devices::threads;
+use koya_vmm::host::threads;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};

@@ -5,8 +5,8 @@
 
 use crate::sync::lock;
 use koya_protocol::{STREAM_PORT, TOKEN_LEN};
-use koya_vmm::devices::threads;
 use koya_vmm::devices::vsock::Ports;
+use koya_vmm::host::threads;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};

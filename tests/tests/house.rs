@@ -386,8 +386,6 @@ const OF_KOYA_VMM: &[&str] = &[
     "devices::rate_limit",
     "devices::rng",
     "devices::serial",
-    "devices::sys",
-    "devices::threads",
     "devices::virtio",
     "devices::vsock",
     "guest_text",

@@ -105,8 +105,6 @@ mod vm;
 /// Device models, for those who add devices of their own or hold a handle of one.
 pub mod devices {
     pub use koya_devices::{balloon, blk, fs, mem, net, rate_limit, rng, serial, virtio, vsock};
-    /// Where threads and their roles were.
-    pub use koya_host::{sys, threads};
 }
 
 pub use arch::ArchError;

@@ -6,7 +6,7 @@ use crate::flags::Flags;
 use crate::launch;
 use crate::service::{self, Service};
 use anyhow::{Context, Result};
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use koya_tasks::{Spec, TaskSet, TaskSetConfig, cgroup};
 use rustix::fs::{Mode, OFlags};
 use std::fs::{self, File, OpenOptions};

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_sync::{Client, EventsClient};
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageFull};

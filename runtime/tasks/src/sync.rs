@@ -1,7 +1,7 @@
 //! Locks with an order, and threads.
 
 use anyhow::{Context, Result};
-use koya::vmm::devices::threads;
+use koya::vmm::host::threads;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
