@@ -58,7 +58,7 @@ fn containers_pids(limits: impl Iterator<Item = u64>) -> Option<u64> {
 /// of its first process, for containers that have made groups of their own. Then their own group may have no
 /// processes (cgroup-v2.rst, "No Internal Process Constraint").
 pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
-    let own = folder(id);
+    let own = directory(id);
     let mut groups = vec![own.clone()];
     if let Some(pid) = first
         && let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup"))
@@ -109,7 +109,7 @@ pub(crate) fn join<'a, W: Write + 'a>(doors: impl IntoIterator<Item = W>) -> io:
 
 /// Ends what runs in a container, and removes the groups that it made in its own.
 pub(crate) fn end_nested(id: &str) -> Result<()> {
-    let own = folder(id);
+    let own = directory(id);
     if nested(&own).is_empty() {
         return Ok(());
     }
@@ -125,8 +125,8 @@ pub(crate) fn end_nested(id: &str) -> Result<()> {
     bail!("the control groups that container {id} made do not end")
 }
 
-fn nested(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+fn nested(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let groups = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     groups.map(|entry| entry.path()).collect()
 }
@@ -137,7 +137,7 @@ fn remove(group: PathBuf) {
 }
 
 /// Where it is.
-pub(crate) fn folder(id: &str) -> PathBuf {
+pub(crate) fn directory(id: &str) -> PathBuf {
     Path::new(ROOT).join(helper::cgroup(id).trim_start_matches('/'))
 }
 
@@ -179,22 +179,22 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
 
 /// Signals every process of a container, those in groups that it made itself too.
 pub(crate) fn signal_all(id: &str, signal: i32) -> Result<()> {
-    let folder = folder(id);
+    let directory = directory(id);
     if signal == libc::SIGKILL {
-        return fs::write(folder.join("cgroup.kill"), "1").context("cgroup.kill");
+        return fs::write(directory.join("cgroup.kill"), "1").context("cgroup.kill");
     }
-    for pid in processes(&folder)? {
+    for pid in processes(&directory)? {
         // One that has ended meanwhile needs none.
         sys::kill(pid, signal).ok();
     }
     Ok(())
 }
 
-fn processes(folder: &Path) -> Result<Vec<i32>> {
-    let path = folder.join("cgroup.procs");
+fn processes(directory: &Path) -> Result<Vec<i32>> {
+    let path = directory.join("cgroup.procs");
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let mut all: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
-    for entry in fs::read_dir(folder)?.flatten() {
+    for entry in fs::read_dir(directory)?.flatten() {
         if entry.file_type()?.is_dir() {
             all.extend(processes(&entry.path())?);
         }
@@ -204,10 +204,10 @@ fn processes(folder: &Path) -> Result<Vec<i32>> {
 
 /// What a container uses, and what it may.
 pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
-    let folder = folder(id);
+    let directory = directory(id);
     // Figures of a controller that a kernel lacks are zero.
-    let text = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-    text_stats(&text, folder.is_dir())
+    let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
+    text_stats(&text, directory.is_dir())
         .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 

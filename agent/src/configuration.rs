@@ -98,7 +98,7 @@ pub(crate) fn guest_uid(spec: &Spec, process: &Process) -> u32 {
         .unwrap_or(uid)
 }
 
-/// Mounts a file of the guest's in a container.
+/// Bind-mounts a file of the guest into a container.
 pub(crate) fn bind(spec: &mut Spec, source: &Path, destination: &Path) {
     let mut mount = Mount::default();
     mount.set_destination(destination.into());
@@ -149,7 +149,7 @@ pub(crate) fn change_devices(
     Ok(())
 }
 
-/// Gives a container that is to be made one of the guest's disks, whose number only the guest knows.
+/// Adds a disk of the guest to the configuration: only the guest knows its device number.
 pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
     let (major, minor) = disks::number(device)?;
     let node = LinuxDeviceBuilder::default()
@@ -179,7 +179,7 @@ pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
     })
 }
 
-/// Gives a container a node of each of the guest's devices, but for what it has at the same place.
+/// Adds a device node for every device of the guest, except at paths where the container has a node already.
 pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
     let mut found = Vec::new();
     nodes_in(dev, Path::new("/dev"), &mut found)?;

@@ -6,7 +6,7 @@ use std::fs;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 
-/// A list of the kernel's: `0-3,5`.
+/// A list of the kernel: `0-3,5`.
 fn parse_list(text: &str) -> Option<Vec<u32>> {
     let mut all = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {

@@ -66,7 +66,7 @@ pub(crate) fn of(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
 /// Puts the device rules of a container's configuration in force.
 pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     let program = compile(&decode(&of(spec)));
-    let cgroup = cgroup::folder(id);
+    let cgroup = cgroup::directory(id);
     let directory =
         File::open(&cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
     crate::sys::attach_device_program(directory.as_fd(), &program)

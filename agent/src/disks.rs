@@ -30,7 +30,7 @@ fn window_name(window: u32) -> String {
     format!("virtio-mmio.{window}")
 }
 
-fn device_folder(window: u32) -> PathBuf {
+fn device_directory(window: u32) -> PathBuf {
     Path::new("/sys/bus/platform/devices").join(window_name(window))
 }
 
@@ -46,7 +46,7 @@ fn name_of(window: u32) -> Result<String> {
             })
             .collect())
     };
-    let virtio = entries(device_folder(window), "virtio")?;
+    let virtio = entries(device_directory(window), "virtio")?;
     let virtio = virtio.first().context("the window has no device")?;
     let disks = entries(virtio.join("block"), "vd")?;
     let disk = disks.first().context("the device is no disk")?;
@@ -56,7 +56,7 @@ fn name_of(window: u32) -> Result<String> {
 
 /// Has the kernel look at a window that was empty, and returns the disk that it finds.
 pub(crate) fn attach(window: u32) -> Result<String> {
-    if !device_folder(window).exists() {
+    if !device_directory(window).exists() {
         bail!(Refused::NotFound(format!(
             "the guest has no window {window}"
         )));
@@ -72,7 +72,7 @@ pub(crate) fn attach(window: u32) -> Result<String> {
 /// Has the kernel let go of the disk behind a window. One that is in use stays; one that is gone
 /// already is gone.
 pub(crate) fn detach(window: u32) -> Result<()> {
-    if !device_folder(window).join("driver").exists() {
+    if !device_directory(window).join("driver").exists() {
         return Ok(());
     }
     if let Ok(name) = name_of(window) {
@@ -169,7 +169,7 @@ fn save(spec: &Spec, path: &Path) -> Result<()> {
     Ok(fs::rename(&new, path)?)
 }
 
-/// The folder of a device in the container, and its name there. The container may have made any of
+/// The directory of a device in the container, and its name there. The container may have made any of
 /// it a link: it is followed inside the container's root only.
 fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(&device.path);

@@ -1,4 +1,4 @@
-//! Roots that are images of file systems: a disk of the guest's, mounted read-only, and a layer in
+//! Roots that are images of file systems: a disk of the guest, mounted read-only, and a layer in
 //! memory on top of it that takes what the container writes (overlayfs).
 //!
 //! An image is not trusted by the host, which never looks into it: the guest's kernel does.
@@ -123,8 +123,8 @@ pub(crate) fn unmount_image(id: &str) -> Result<()> {
         unmount(part, UnmountFlags::DETACH).ok();
         fs::remove_dir(part).ok();
     }
-    let folder = parts.root.parent().context("no folder")?;
-    match fs::remove_dir(folder) {
+    let directory = parts.root.parent().context("no directory")?;
+    match fs::remove_dir(directory) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other.with_context(|| format!("the root of container {id} is still there")),
     }

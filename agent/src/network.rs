@@ -93,7 +93,7 @@ async fn add_neighbour(handle: &Handle, index: u32, neighbour: &Neighbour) -> Re
     Ok(add.replace().execute().await?)
 }
 
-/// Joins a TCP port of the loopback to a stream of the host's.
+/// Joins a TCP port of the loopback to a stream of the host.
 pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     let both = [
         SocketAddr::from((Ipv4Addr::LOCALHOST, port)),

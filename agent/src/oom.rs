@@ -36,7 +36,7 @@ struct Watched {
 impl Ooms {
     /// Looks after a container until it is forgotten.
     pub(crate) fn watch(&self, id: &str) -> Result<()> {
-        let path = cgroup::folder(id).join("memory.events");
+        let path = cgroup::directory(id).join("memory.events");
         let inotify = self.inotify()?;
         let number = add_watch(inotify.get_ref(), &path, WatchFlags::MODIFY);
         let number = number.with_context(|| format!("cannot watch {}", path.display()))?;
@@ -94,7 +94,7 @@ impl Ooms {
         let Some(watched) = containers.get_mut(&number) else {
             return;
         };
-        let path = cgroup::folder(&watched.id).join("memory.events");
+        let path = cgroup::directory(&watched.id).join("memory.events");
         let text = fs::read_to_string(path).unwrap_or_default();
         let kills = cgroup::keyed(&text).get("oom_kill").copied().unwrap_or(0);
         if kills > watched.kills {

@@ -215,7 +215,7 @@ pub(crate) fn retried<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rus
     }
 }
 
-/// Connects to a port of the host's. Linux gives up a vsock connection whose connect(2) is interrupted by a
+/// Connects to a port of the host. Linux gives up a vsock connection whose connect(2) is interrupted by a
 /// signal (net/vmw_vsock/af_vsock.c), so connect(2) does not wait here: poll(2) does, which can be repeated.
 pub(crate) fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;

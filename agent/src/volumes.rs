@@ -28,10 +28,10 @@ static MAKING: Mutex<()> = Mutex::new(());
 /// Makes the volumes that a container needs, as far as they are not there, and its mounts of them.
 pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolume]) -> Result<()> {
     for volume in memory {
-        let folder = ensure(volume)?;
+        let directory = ensure(volume)?;
         let at = place(id, volume.number)?;
         // By its descriptor: containers that have the volume could put something else there meanwhile.
-        let from = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        let from = format!("/proc/self/fd/{}", directory.as_raw_fd());
         mount_bind(from, &at)
             .with_context(|| format!("cannot mount the volume {}", volume.name))?;
     }
@@ -58,7 +58,7 @@ fn open_within(root: impl AsFd, path: &OsStr) -> rustix::io::Result<OwnedFd> {
     openat2(root, path, DIRECTORY, Mode::empty(), WITHIN)
 }
 
-/// Where a container's mount goes, as a folder.
+/// Where a container's mount goes, as a directory.
 fn place(id: &str, number: u32) -> Result<PathBuf> {
     let at = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
     fs::create_dir_all(&at)?;
@@ -87,27 +87,31 @@ fn ensure(volume: &EphemeralVolume) -> Result<OwnedFd> {
         }
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut folder = rustix::fs::open(&root, flags, Mode::empty())?;
-    for component in Path::new(&volume.folder).components() {
+    let mut directory = rustix::fs::open(&root, flags, Mode::empty())?;
+    for component in Path::new(&volume.directory).components() {
         let Component::Normal(name) = component else {
-            let whole = &volume.folder;
+            let whole = &volume.directory;
             bail!("{whole:?} leads out of the volume {}", volume.name);
         };
-        match rustix::fs::mkdirat(&folder, name, Mode::RWXU) {
+        match rustix::fs::mkdirat(&directory, name, Mode::RWXU) {
             Ok(()) => {
-                let new = rustix::fs::openat(&folder, name, flags, Mode::empty())?;
+                let new = rustix::fs::openat(&directory, name, flags, Mode::empty())?;
                 let owner = (Uid::from_raw(volume.uid), Gid::from_raw(volume.gid));
                 rustix::fs::fchown(&new, Some(owner.0), Some(owner.1))?;
                 rustix::fs::fchmod(&new, Mode::from_raw_mode(volume.mode))?;
             }
             Err(rustix::io::Errno::EXIST) => {}
-            Err(error) => bail!("{:?} of the volume {}: {error}", volume.folder, volume.name),
+            Err(error) => bail!(
+                "{:?} of the volume {}: {error}",
+                volume.directory,
+                volume.name
+            ),
         }
         // What containers put there is not followed.
-        let next = rustix::fs::openat(&folder, name, flags, Mode::empty());
-        folder = next.with_context(|| format!("{:?} is no folder", volume.folder))?;
+        let next = rustix::fs::openat(&directory, name, flags, Mode::empty());
+        directory = next.with_context(|| format!("{:?} is no directory", volume.directory))?;
     }
-    Ok(folder)
+    Ok(directory)
 }
 
 /// Mounts the file systems of a container's disks.
@@ -159,17 +163,17 @@ fn options(all: &[String]) -> (MountFlags, String) {
 
 /// Takes a container's mounts down, as many as can be: what was written is on the disks then.
 pub(crate) async fn unmount_aside(id: &str) -> Result<()> {
-    let folder = Path::new(VOLUMES_DIR).join(id);
+    let directory = Path::new(VOLUMES_DIR).join(id);
     // Most containers have none, and need no further thread.
-    if !folder.exists() {
+    if !directory.exists() {
         return Ok(());
     }
-    aside(move || unmount_all(&folder)).await
+    aside(move || unmount_all(&directory)).await
 }
 
-fn unmount_all(folder: &Path) -> Result<()> {
+fn unmount_all(directory: &Path) -> Result<()> {
     let mut result = Ok(());
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
         // Where the mount failed there is none. What was written to a shared directory is on the host.
         let flags = match mounted_is_shared(&path) {
@@ -180,7 +184,7 @@ fn unmount_all(folder: &Path) -> Result<()> {
         let removed = fs::remove_dir(&path);
         result = result.and(removed.with_context(|| format!("{} is in use", path.display())));
     }
-    fs::remove_dir(folder).ok();
+    fs::remove_dir(directory).ok();
     result
 }
 

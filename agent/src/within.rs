@@ -1,4 +1,4 @@
-//! What a container finds in its root that the root does not have: files of the guest's, and the working
+//! What a container finds in its root that the root does not have: files of the guest, and the working
 //! directory. A root is not trusted: no link in it leads out of it.
 
 use crate::configuration;

@@ -58,19 +58,19 @@ fn used(driver: &mut Driver) -> (u16, u32) {
     }
 }
 
-/// A folder that goes with the bench.
-struct Folder(PathBuf);
+/// A directory that goes with the bench.
+struct Directory(PathBuf);
 
-impl Folder {
+impl Directory {
     fn new(name: &str) -> Self {
         let name = format!("koya-bench-{name}-{}", std::process::id());
         let path = std::env::temp_dir().join(name);
-        fs::create_dir_all(&path).expect("a folder");
+        fs::create_dir_all(&path).expect("a directory");
         Self(path)
     }
 }
 
-impl Drop for Folder {
+impl Drop for Directory {
     fn drop(&mut self) {
         fs::remove_dir_all(&self.0).ok();
     }
@@ -79,8 +79,8 @@ impl Drop for Folder {
 fn disk(c: &mut Criterion) {
     const READ: u32 = 0;
     const WRITE: u32 = 1;
-    let folder = Folder::new("disk");
-    let path = folder.0.join("image");
+    let directory = Directory::new("disk");
+    let path = directory.0.join("image");
     fs::write(&path, vec![0; 1 << 20]).expect("an image");
     let disk = Disk::open(&path, DiskOptions::default()).expect("a disk");
     let mut device = Block::new(disk, 1).expect("a device");
@@ -148,10 +148,10 @@ impl Fuse {
 }
 
 fn files(c: &mut Criterion) {
-    let folder = Folder::new("files");
-    fs::write(folder.0.join("file"), vec![7; PAGE as usize]).expect("a file");
+    let directory = Directory::new("files");
+    fs::write(directory.0.join("file"), vec![7; PAGE as usize]).expect("a file");
     let shares = Shares::default();
-    shares.add("s", &folder.0, false).expect("a share");
+    shares.add("s", &directory.0, false).expect("a share");
     let mut device = Fs::new("koya", shares, Options::default(), 1).expect("a device");
     let mut fuse = Fuse {
         driver: Driver::new(QUEUE),

@@ -35,8 +35,8 @@ pub fn cpu_us(who: UsageWho) -> Result<u64> {
 /// If debugfs has nothing of this process.
 pub fn of_kvm(pid: u32) -> Result<BTreeMap<String, u64>> {
     let prefix = format!("{pid}-");
-    let folders = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
-    let own = folders.flatten().find(|entry| {
+    let directories = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();
+    let own = directories.flatten().find(|entry| {
         let name = entry.file_name();
         name.to_string_lossy().starts_with(&prefix)
     });

@@ -1,5 +1,5 @@
 //! Entropy: virtio 1.2, section 5.4. One queue; the device fills what the driver offers with
-//! random bytes of the host's.
+//! random bytes of the host.
 //!
 //! Runs on the event loop. A request is answered with at most [`MAX_REQUEST`] bytes, so that
 //! no guest holds the loop for long; the driver asks again for more.

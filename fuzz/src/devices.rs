@@ -270,7 +270,7 @@ fn fuse(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
     request
 }
 
-/// Packets of the guest's, twelve bytes each, to a port that is served and to ones that are not.
+/// Packets of the guest, twelve bytes each, to a port that is served and to ones that are not.
 ///
 /// # Panics
 /// If the device has a bug, or the host no descriptors.

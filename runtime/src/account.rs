@@ -98,7 +98,7 @@ impl Account {
     }
 }
 
-/// A file of the container's, read without leaving its root by a link.
+/// A file of the container, read without leaving its root by a link.
 fn database(rootfs: &Path, name: &str) -> String {
     let read = || -> std::io::Result<String> {
         let root = openat(CWD, rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;

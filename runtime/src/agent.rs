@@ -436,7 +436,7 @@ impl Agent {
         self.connects.take(MAX_CONNECTS, asked).map(drop)
     }
 
-    /// Sets up an interface of the guest's.
+    /// Sets up an interface of the guest.
     pub(crate) fn update_interface(&self, interface: Interface) -> Result<(), Error> {
         let request = UpdateInterfaceRequest {
             interface: Some(interface).into(),

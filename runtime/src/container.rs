@@ -129,7 +129,7 @@ pub(crate) struct Needs {
     pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) shared: Vec<messages::SharedVolume>,
     pub(crate) pids: SharedPids,
-    /// Whether it has a node of each of the guest's devices.
+    /// Whether it has a device node for every device of the guest.
     pub(crate) guest_devices: bool,
     pub(crate) files: Vec<messages::File>,
 }

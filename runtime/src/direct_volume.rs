@@ -1,8 +1,8 @@
-//! Direct volumes: file systems on block devices or disk images of the host's that the guest mounts by
+//! Direct volumes: file systems on block devices or disk images of the host that the guest mounts by
 //! itself, instead of a share of what the host has mounted.
 //!
 //! Who prepares a volume (a storage driver) writes down that its path stands for a device. The file is as
-//! Kata Containers' drivers write it, and theirs are found too: `FOLDER/BASE64URL(path)/mountInfo.json`.
+//! Kata Containers' drivers write it, and theirs are found too: `DIRECTORY/BASE64URL(path)/mountInfo.json`.
 
 use crate::Error;
 use base64::Engine as _;
@@ -14,9 +14,9 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
 /// Where they are written down.
-pub const FOLDER: &str = "/run/koya/direct-volumes";
+pub const DIRECTORY: &str = "/run/koya/direct-volumes";
 /// Where Kata Containers' drivers write theirs.
-const KATA_FOLDER: &str = "/run/kata-containers/shared/direct-volumes";
+const KATA_DIRECTORY: &str = "/run/kata-containers/shared/direct-volumes";
 const FILE: &str = "mountInfo.json";
 /// As drivers name the kinds that are a device with a file system.
 const KINDS: &[&str] = &["", "block", "directvol"];
@@ -53,7 +53,7 @@ impl DirectVolume {
     pub fn add(&self, path: &Path) -> Result<(), Error> {
         let what = || format!("write down the volume {}", path.display());
         let add = || -> io::Result<()> {
-            let dir = entry(Path::new(FOLDER), path);
+            let dir = entry(Path::new(DIRECTORY), path);
             fs::create_dir_all(&dir)?;
             let new = dir.join("new");
             fs::write(&new, serde_json::to_vec(self)?)?;
@@ -69,7 +69,7 @@ impl DirectVolume {
 /// If it was not known.
 pub fn forget(path: &Path) -> Result<(), Error> {
     let what = || format!("forget the volume {}", path.display());
-    let dir = entry(Path::new(FOLDER), path);
+    let dir = entry(Path::new(DIRECTORY), path);
     let forgotten = fs::remove_file(dir.join(FILE)).and_then(|()| fs::remove_dir_all(dir));
     forgotten.map_err(|error| Error::host(what())(error))
 }
@@ -77,12 +77,12 @@ pub fn forget(path: &Path) -> Result<(), Error> {
 /// Every path that stands for a device.
 pub fn all() -> Vec<(PathBuf, DirectVolume)> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(FOLDER).into_iter().flatten().flatten() {
+    for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
         let Ok(path) = URL_SAFE.decode(entry.file_name().as_bytes()) else {
             continue;
         };
         let path = PathBuf::from(std::ffi::OsString::from_vec(path));
-        if let Ok(Some(volume)) = read(Path::new(FOLDER), &path) {
+        if let Ok(Some(volume)) = read(Path::new(DIRECTORY), &path) {
             all.push((path, volume));
         }
     }
@@ -92,8 +92,8 @@ pub fn all() -> Vec<(PathBuf, DirectVolume)> {
 
 /// What a path stands for, if it is a volume.
 pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
-    for folder in [FOLDER, KATA_FOLDER] {
-        if let Some(volume) = read(Path::new(folder), path)? {
+    for directory in [DIRECTORY, KATA_DIRECTORY] {
+        if let Some(volume) = read(Path::new(directory), path)? {
             return Ok(Some(volume));
         }
     }
@@ -101,14 +101,14 @@ pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
 }
 
 /// A path's name, however it is written: `/a/` is `/a`.
-fn entry(folder: &Path, path: &Path) -> PathBuf {
+fn entry(directory: &Path, path: &Path) -> PathBuf {
     let path: PathBuf = path.components().collect();
-    folder.join(URL_SAFE.encode(path.as_os_str().as_bytes()))
+    directory.join(URL_SAFE.encode(path.as_os_str().as_bytes()))
 }
 
-fn read(folder: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
+fn read(directory: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
     let shown = path.display();
-    let text = match fs::read(entry(folder, path).join(FILE)) {
+    let text = match fs::read(entry(directory, path).join(FILE)) {
         Ok(text) => text,
         // A path that is too long to be a name is none's, and what only root may read is nothing to others.
         Err(error)

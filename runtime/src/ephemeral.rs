@@ -1,9 +1,9 @@
 //! Kubernetes' volumes in memory (an `emptyDir` with `medium: Memory`): a file system in the guest's memory
-//! instead of the host's, so that what is in it counts where the containers' memory does.
+//! instead of the host, so that what is in it counts where the containers' memory does.
 //!
-//! The kubelet mounts a tmpfs of the volume's size on the host, and gives containers that, or folders of it
+//! The kubelet mounts a tmpfs of the volume's size on the host, and gives containers that, or directories of it
 //! (`subPath`). Both are told by the host's table of mounts: all that is on one such tmpfs is on one tmpfs
-//! of the guest's.
+//! of the guest.
 
 use koya_protocol::messages::EphemeralVolume;
 use rustix::fs::StatFs;
@@ -11,7 +11,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
-/// Where the kubelet mounts them, in its folder of the pod.
+/// Where the kubelet mounts them, in its directory of the pod.
 const VOLUMES: &str = "/volumes/kubernetes.io~empty-dir/";
 
 /// A line of `/proc/self/mountinfo` (proc(5)), as far as it matters.
@@ -53,7 +53,7 @@ pub(crate) fn is_in_memory(found: &StatFs) -> bool {
     found.f_type == TMPFS_MAGIC
 }
 
-/// The volume in memory that a path of the host's is on, if it is one of Kubernetes', as a container's
+/// The volume in memory that a path of the host is on, if it is one of Kubernetes', as a container's
 /// mount with this number.
 pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
     if !is_in_memory(&rustix::fs::statfs(source).ok()?) {
@@ -67,7 +67,7 @@ pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
     let space = rustix::fs::statvfs(&volume).ok()?;
     Some(EphemeralVolume {
         name: format!("memory-{}", device.replace(':', "-")),
-        folder: within.to_str()?.into(),
+        directory: within.to_str()?.into(),
         number,
         size_bytes: space.f_blocks.saturating_mul(space.f_frsize),
         mode: found.mode() & 0o7777,

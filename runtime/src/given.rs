@@ -65,7 +65,7 @@ impl Given {
         Ok(within)
     }
 
-    /// Attaches block devices of the host's.
+    /// Attaches block devices of the host.
     pub(crate) fn attach(
         &mut self,
         inner: &Inner,

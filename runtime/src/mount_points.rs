@@ -1,4 +1,4 @@
-//! The places at which a container's mounts go in a root that is a directory of the host's.
+//! The places at which a container's mounts go in a root that is a directory of the host.
 //!
 //! A read-only root is read-only for the whole guest, so the host makes what is missing before it shares the
 //! tree, as runc does. The tree is not trusted: no link in it leads out of it.

@@ -76,7 +76,7 @@ pub struct NetworkConfig {
     pub out_of_reach: Vec<IpNet>,
 }
 
-/// A neighbour of a guest's that is always there.
+/// A neighbour of a guest that is always there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
     /// Its address.
@@ -85,7 +85,7 @@ pub struct Neighbour {
     pub mac: MacAddr,
 }
 
-/// A route of a guest's.
+/// A route of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Where it leads to.

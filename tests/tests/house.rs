@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
-        .expect("tests is a folder of the checkout")
+        .expect("tests is a directory of the checkout")
         .to_path_buf()
 }
 
 /// Every file of the repository with this extension, by its path from the root.
 fn files(extension: &str) -> Vec<String> {
     fn walk(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
-        for entry in fs::read_dir(dir).expect("a readable folder").flatten() {
+        for entry in fs::read_dir(dir).expect("a readable directory").flatten() {
             let path = entry.path();
             let name = entry.file_name();
             if path.is_dir() && name != "target" && name != ".git" {

@@ -131,7 +131,7 @@ impl VmBuilder {
     /// thread's, which saves a small guest the start of another (a tenth of a millisecond): for programs that have
     /// nothing else to do meanwhile. The thread gets the signals that it has not blocked; SIGRTMIN is.
     ///
-    /// vCPUs that are to stay on CPUs of the host's have threads of their own here too.
+    /// vCPUs that are to stay on CPUs of the host have threads of their own here too.
     ///
     /// # Errors
     /// As [`start`](Self::start).

@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-/// It touches nothing of the guest's.
+/// It touches nothing of the guest.
 const ROLE: Role = Role::new("koya-starter").without_signals();
 
 type Work = Box<dyn FnOnce() + Send>;

@@ -295,7 +295,7 @@ impl VmHandle {
     }
 }
 
-/// Keeps this thread on one CPU of the host's.
+/// Keeps this thread on one CPU of the host.
 fn stay_on(cpu: u32) {
     let mut set = CpuSet::new();
     set.set(cpu as usize);

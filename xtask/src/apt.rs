@@ -1,4 +1,4 @@
-//! Packages of another suite of Debian, unpacked into a folder: newer programs than the machine's
+//! Packages of another suite of Debian, unpacked into a directory: newer programs than the machine's
 //! own, whose package configuration stays as it is.
 
 use crate::{proc, setup};

@@ -176,9 +176,12 @@ fn containers(rounds: u32, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
     let program = program("containers")?;
-    let folder = suite::containerd(suite::CONTAINERD_SUITES[0])?;
+    let directory = suite::containerd(suite::CONTAINERD_SUITES[0])?;
     let rounds = rounds.to_string();
-    in_rig(&[program.as_ref(), rounds.as_ref(), folder.as_ref()], json)?;
+    in_rig(
+        &[program.as_ref(), rounds.as_ref(), directory.as_ref()],
+        json,
+    )?;
     Ok(())
 }
 
@@ -295,9 +298,9 @@ fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
 
 /// A kernel as it is shipped.
 fn stripped(kernel: &Path) -> Result<PathBuf> {
-    let folder = proc::checkout().join("target/koya");
-    fs::create_dir_all(&folder)?;
-    let image = folder.join("vmlinux-stripped");
+    let directory = proc::checkout().join("target/koya");
+    fs::create_dir_all(&directory)?;
+    let image = directory.join("vmlinux-stripped");
     proc::run(
         Command::new("strip")
             .args(["-s", "-o"])
@@ -351,8 +354,8 @@ fn boot(args: &BootArgs) -> Result<()> {
         compare(&serde_json::from_slice(&before)?, &rows, share)?;
     }
     if args.record {
-        if let Some(folder) = baseline.parent() {
-            fs::create_dir_all(folder)?;
+        if let Some(directory) = baseline.parent() {
+            fs::create_dir_all(directory)?;
         }
         save_rows(&baseline, &rows)?;
         eprintln!("bench: {BASELINE} is written");
@@ -431,7 +434,7 @@ fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<Value> {
     serde_json::from_slice(&out.stdout).context("no rows")
 }
 
-/// The folder with a guest's initramfs and the image of its tools, made once.
+/// The directory with a guest's initramfs and the image of its tools, made once.
 fn tools() -> Result<PathBuf> {
     let load = build::vsock_load()?;
     let mut inputs = vec![INIT.to_owned()];
@@ -498,16 +501,16 @@ fn tools() -> Result<PathBuf> {
     })
 }
 
-/// A tar as of a project's sources: 2,000 files of 0 to 18 KiB in 100 folders.
+/// A tar as of a project's sources: 2,000 files of 0 to 18 KiB in 100 directories.
 fn source_tree(dir: &Path, root: &Path) -> Result<()> {
     let tree = dir.join("tree");
-    for folder in 0..100 {
-        let folder_path = tree.join(format!("part{}/module{folder}", folder / 10));
-        fs::create_dir_all(&folder_path)?;
+    for directory in 0..100 {
+        let directory_path = tree.join(format!("part{}/module{directory}", directory / 10));
+        fs::create_dir_all(&directory_path)?;
         for file in 0..20 {
-            let lines = (folder * 7 + file * 31) % 600;
+            let lines = (directory * 7 + file * 31) % 600;
             let text = "a line of some thirty letters.\n".repeat(lines);
-            fs::write(folder_path.join(format!("file{file}.c")), text)?;
+            fs::write(directory_path.join(format!("file{file}.c")), text)?;
         }
     }
     proc::run(
@@ -543,11 +546,11 @@ pub(crate) fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
             continue;
         };
         let name = path.rsplit('/').next().unwrap_or(path);
-        let folder = match path.starts_with("/lib64/") {
+        let directory = match path.starts_with("/lib64/") {
             true => "lib64",
             false => "lib",
         };
-        all.push((format!("{folder}/{name}"), path.into()));
+        all.push((format!("{directory}/{name}"), path.into()));
     }
     Ok(all)
 }

@@ -1,6 +1,6 @@
 //! The cache of costly results: `$KOYA_CACHE/KIND/KEY`, outside the checkout.
 //!
-//! A result is built in a folder of its own and moved into place when it is whole, so an
+//! A result is built in a directory of its own and moved into place when it is whole, so an
 //! interrupted build leaves nothing that looks finished. A lock file a result keeps two
 //! builds of the same thing from racing.
 

@@ -35,9 +35,9 @@ pub(crate) fn run(quick: bool, json: Option<&Path>) -> Result<()> {
     bench::save_rows(file, &Value::Array(rows))
 }
 
-/// Adds a row for each bench below `folder` that was measured since `from`: its median, in microseconds.
-fn collect(folder: &Path, from: SystemTime, rows: &mut Vec<Value>) -> Result<()> {
-    let entries = fs::read_dir(folder).with_context(|| format!("no {}", folder.display()))?;
+/// Adds a row for each bench below `directory` that was measured since `from`: its median, in microseconds.
+fn collect(directory: &Path, from: SystemTime, rows: &mut Vec<Value>) -> Result<()> {
+    let entries = fs::read_dir(directory).with_context(|| format!("no {}", directory.display()))?;
     for entry in entries {
         let path = entry?.path();
         if !path.is_dir() {

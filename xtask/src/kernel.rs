@@ -149,9 +149,9 @@ fn patches() -> Result<Vec<PathBuf>> {
     files_with("guest-kernel/patches", "patch")
 }
 
-/// A folder's files with this extension, in the order of their names.
-fn files_with(folder: &str, extension: &str) -> Result<Vec<PathBuf>> {
-    let dir = proc::checkout().join(folder);
+/// A directory's files with this extension, in the order of their names.
+fn files_with(directory: &str, extension: &str) -> Result<Vec<PathBuf>> {
+    let dir = proc::checkout().join(directory);
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
         .with_context(|| format!("cannot read {}", dir.display()))?
         .filter_map(|e| e.ok().map(|e| e.path()))

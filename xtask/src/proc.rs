@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 pub(crate) fn checkout() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     here.parent()
-        .expect("xtask is a folder of the checkout")
+        .expect("xtask is a directory of the checkout")
         .to_path_buf()
 }
 

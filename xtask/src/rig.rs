@@ -371,7 +371,7 @@ fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// A folder for one run. Runs that were killed are cleaned up by the next one.
+/// A directory for one run. Runs that were killed are cleaned up by the next one.
 pub(crate) struct RunDir(PathBuf);
 
 impl RunDir {

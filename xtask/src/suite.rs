@@ -95,14 +95,14 @@ fn debian() -> Result<PathBuf> {
 /// Debian's suites whose containerds are tested with: 1.6, 1.7 and 2.
 pub(crate) const CONTAINERD_SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
 
-/// Their folders, with colons between them.
+/// Their directories, with colons between them.
 fn containerds() -> Result<OsString> {
-    let folders = CONTAINERD_SUITES.into_iter().map(containerd);
-    let folders = folders.collect::<Result<Vec<_>>>()?;
-    Ok(std::env::join_paths(folders)?)
+    let directories = CONTAINERD_SUITES.into_iter().map(containerd);
+    let directories = directories.collect::<Result<Vec<_>>>()?;
+    Ok(std::env::join_paths(directories)?)
 }
 
-/// The folder of a suite's containerd, unpacked once.
+/// The directory of a suite's containerd, unpacked once.
 pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
     let key = cache::key(["containerd", suite]);
     let dir = cache::ensure("containerd", &key, |dir| {
@@ -111,7 +111,7 @@ pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
     Ok(dir.join("usr/bin"))
 }
 
-/// The folder of the file-system exerciser, built once.
+/// The directory of the file-system exerciser, built once.
 fn fsx() -> Result<PathBuf> {
     const VERSION: &str = "0.3.2";
     let key = cache::key(["fsx", VERSION]);

@@ -26,7 +26,7 @@ pub const STREAM_PORT: u32 = 1025;
 /// Bytes of a stream's token, as hexadecimal digits.
 pub const TOKEN_LEN: usize = 32;
 
-/// Where in the guest the file systems of disks are that are a container's volumes: in its folder, by
+/// Where in the guest the file systems of disks are that are a container's volumes: in its directory, by
 /// number.
 pub const VOLUMES_DIR: &str = "/run/koya/volumes";
 /// From this number on a container's volumes are directories within shared ones; those below are numbered as

@@ -1,6 +1,6 @@
 //! How long `ctr run` of a container takes under Koya, runc and crun, in turns, and where Koya's time goes.
 //!
-//! `containers ROUNDS FOLDER`: FOLDER has containerd and ctr. Run by `cargo xtask bench containers`, in the
+//! `containers ROUNDS DIRECTORY`: DIRECTORY has containerd and ctr. Run by `cargo xtask bench containers`, in the
 //! rig. Rows of JSON come on standard output, a table on standard error.
 
 use koya_benches::{median, print_table, row};
@@ -37,11 +37,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().collect();
-    let [_, rounds, folder] = args.as_slice() else {
-        return Err("say ROUNDS FOLDER".into());
+    let [_, rounds, directory] = args.as_slice() else {
+        return Err("say ROUNDS DIRECTORY".into());
     };
     let rounds: u32 = rounds.parse()?;
-    let containerd = Containerd::start(Path::new(folder))?;
+    let containerd = Containerd::start(Path::new(directory))?;
     let mut times = vec![Vec::new(); RUNTIMES.len()];
     for round in 0..=rounds {
         for (runtime, times) in RUNTIMES.iter().zip(&mut times) {

@@ -1,7 +1,7 @@
 //! What sandboxes hold of the host's memory, and what it costs to make many: `cargo xtask bench memory`
 //! runs it where Linux guests run, `cargo xtask bench many` where instructions are counted.
 //!
-//! - `memory held FOLDER`: the monitor with a serial port (the example `boot` of `koya-vmm`, in FOLDER), and
+//! - `memory held DIRECTORY`: the monitor with a serial port (the example `boot` of `koya-vmm`, in DIRECTORY), and
 //!   whole sandboxes, at rest and after work
 //! - `memory many COUNTS`: as many whole sandboxes at once, one made after the other
 //! - `memory sandbox SET`: one of them; a line on standard input has it work, the end ends it
@@ -69,9 +69,9 @@ fn main() -> Result<()> {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let rows = match words.as_slice() {
         ["sandbox", set] => return sandbox(set.parse()?),
-        ["held", folder] => memory(Path::new(folder))?,
+        ["held", directory] => memory(Path::new(directory))?,
         ["many", counts] => return Ok(print_marked(&many(counts)?)?),
-        _ => return Err("say `held FOLDER` or `many COUNTS`".into()),
+        _ => return Err("say `held DIRECTORY` or `many COUNTS`".into()),
     };
     print_table(&rows);
     println!("{}", serde_json::to_string_pretty(&rows)?);
@@ -185,10 +185,10 @@ fn rootfs() -> Result<PathBuf> {
     Ok(dir)
 }
 
-fn memory(folder: &Path) -> Result<Vec<Value>> {
+fn memory(directory: &Path) -> Result<Vec<Value>> {
     let dir = rootfs()?;
     let mut rows = Vec::new();
-    monitor(folder, &dir, &mut rows)?;
+    monitor(directory, &dir, &mut rows)?;
     for (set, (name, _)) in SETS.iter().enumerate() {
         let mut running = match Running::start(set) {
             Ok(running) => running,
@@ -219,10 +219,10 @@ fn memory(folder: &Path) -> Result<Vec<Value>> {
 }
 
 /// The monitor alone, with a guest that halts.
-fn monitor(folder: &Path, dir: &Path, rows: &mut Vec<Value>) -> Result<()> {
+fn monitor(directory: &Path, dir: &Path, rows: &mut Vec<Value>) -> Result<()> {
     let guest = dir.join("guest");
     tiny::write_idle_guest(&guest)?;
-    let mut process = Command::new(folder.join("boot")).arg(&guest).spawn()?;
+    let mut process = Command::new(directory.join("boot")).arg(&guest).spawn()?;
     let group = Group::with(process.id()).ok();
     std::thread::sleep(REST);
     let held = held::of(process.id(), MEMORY_MIB << 10);

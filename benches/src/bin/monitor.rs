@@ -1,7 +1,7 @@
 //! What a start of the monitor costs, exec to exit, with a guest that ends at once: the machine's own
 //! `/dev/kvm`, 128 MiB, one CPU, a serial port. `cargo xtask bench monitor` runs it.
 //!
-//! `monitor ROUNDS FOLDER [--qemu QEMU] [--firecracker FIRECRACKER] [--small-pages]`: FOLDER has the examples `boot` and
+//! `monitor ROUNDS DIRECTORY [--qemu QEMU] [--firecracker FIRECRACKER] [--small-pages]`: DIRECTORY has the examples `boot` and
 //! `floor` of `koya-vmm`. Rows of JSON come on standard output, a
 //! table on standard error. Wall time has the kernel's waits when a virtual machine is taken down in it.
 //!
@@ -39,10 +39,10 @@ struct Seen {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [rounds, folder, ..] = args.as_slice() else {
-        return Err("say ROUNDS FOLDER".into());
+    let [rounds, directory, ..] = args.as_slice() else {
+        return Err("say ROUNDS DIRECTORY".into());
     };
-    let (rounds, folder): (usize, _) = (rounds.parse()?, Path::new(folder));
+    let (rounds, directory): (usize, _) = (rounds.parse()?, Path::new(directory));
     let option = |name: &str| {
         let at = args.iter().position(|arg| arg == name)?;
         args.get(at + 1).map(PathBuf::from)
@@ -55,7 +55,7 @@ fn main() -> Result<()> {
     }
     let dir = std::env::temp_dir().join(format!("koya-monitor-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
-    let kinds = kinds(&dir, folder, option("--qemu"), option("--firecracker"))?;
+    let kinds = kinds(&dir, directory, option("--qemu"), option("--firecracker"))?;
     let rows = measure(&kinds, rounds, &dir);
     fs::remove_dir_all(&dir)?;
     Ok(print_marked(&rows?)?)
@@ -63,7 +63,7 @@ fn main() -> Result<()> {
 
 fn kinds(
     dir: &Path,
-    folder: &Path,
+    directory: &Path,
     qemu: Option<PathBuf>,
     firecracker: Option<PathBuf>,
 ) -> Result<Vec<Kind>> {
@@ -76,8 +76,8 @@ fn kinds(
         status,
     };
     let (monitor, floor) = (
-        installed(&folder.join("boot"), dir)?,
-        installed(&folder.join("floor"), dir)?,
+        installed(&directory.join("boot"), dir)?,
+        installed(&directory.join("floor"), dir)?,
     );
     let mut kinds = vec![
         kind("koya", &[monitor.as_ref(), guest.as_ref()], 0),
@@ -126,7 +126,7 @@ const CALLS: f64 = 110.0;
 /// Where a host without Debian's QEMU package has its firmware.
 const FIRMWARE: &str = "/share/qemu";
 
-/// A copy of a program in this folder.
+/// A copy of a program in this directory.
 fn installed(program: &Path, dir: &Path) -> Result<PathBuf> {
     let copy = dir.join(program.file_name().ok_or("no program")?);
     fs::copy(program, &copy)?;

@@ -15,7 +15,7 @@
 //!
 //! **Stable writes** (section 5.2.6.2): a write is answered when the host has it; a flush is answered
 //! after fdatasync(2), so after it the data outlives the host's own crash. A driver that does not
-//! accept `VIRTIO_BLK_F_FLUSH` gets every write stable (RWF_DSYNC). An error of the host's is the
+//! accept `VIRTIO_BLK_F_FLUSH` gets every write stable (RWF_DSYNC). An error of the host is the
 //! guest's (`VIRTIO_BLK_S_IOERR`): a full file system, a truncated image, a broken medium.
 //!
 //! **Discard and write-zeroes** (section 5.2.6, types 11 and 13) punch holes or zero ranges by

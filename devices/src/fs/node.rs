@@ -1,4 +1,4 @@
-//! A node of the guest's: a file of the host, and how it is found again.
+//! A node of the guest: a file of the host, and how it is found again.
 
 use super::export::Export;
 use super::shares::Share;
@@ -46,10 +46,10 @@ impl Identity {
     }
 }
 
-/// A file system of the host's, by its device number.
+/// A file system of the host, by its device number.
 pub(super) type FileSystem = (u32, u32);
 
-/// Where the number of a file system stands in an inode number of the guest's.
+/// Where the number of a file system stands in an inode number of the guest.
 const FILE_SYSTEM_SHIFT: u32 = 48;
 
 /// Where a node's descriptor is, or how to get it back.

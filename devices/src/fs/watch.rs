@@ -59,7 +59,7 @@ pub(super) mod kind {
     pub(crate) const IGNORED: u32 = 0x8000;
     pub(crate) const IS_DIR: u32 = 0x4000_0000;
     /// What a guest is told of. Not of opening, reading and closing after that: this server does as
-    /// much for every access of the guest's.
+    /// much for every access of the guest.
     pub(crate) const TOLD: u32 =
         MODIFY | ATTRIB | CLOSE_WRITE | MOVED | CREATE | DELETE | DELETE_SELF | MOVE_SELF;
 }

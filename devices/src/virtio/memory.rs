@@ -16,7 +16,7 @@ use vm_memory::{
     GuestRegionCollection, GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
-/// What is plugged and unplugged at once, in bytes: a huge page of the host's.
+/// What is plugged and unplugged at once, in bytes: a huge page of the host.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
 /// Blocks in a word of the map of blocks.

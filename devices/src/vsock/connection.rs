@@ -283,7 +283,7 @@ impl Connection {
         self.kill();
     }
 
-    /// The device sent `count` bytes of the host's to the guest.
+    /// The device sent `count` bytes of the host to the guest.
     pub fn sent(&mut self, count: u32) {
         self.sent = self.sent.wrapping_add(count);
     }

@@ -119,7 +119,7 @@ impl Muxer {
         self.refusals.len() < MAX_REFUSALS
     }
 
-    /// Takes one packet of the guest's.
+    /// Takes one packet of the guest.
     ///
     /// # Errors
     /// A chain that is shorter than its header says.
@@ -405,7 +405,7 @@ impl Muxer {
     }
 }
 
-/// Data of the guest's to the host's end: straight there, and into the buffer what it does not
+/// Data of the guest to the host's end: straight there, and into the buffer what it does not
 /// take.
 fn pass_on(
     connection: &mut Connection,

@@ -30,7 +30,7 @@ enum Target {
 pub struct VsockMetrics {
     /// Streams that were made, by either side.
     pub streams: AtomicU64,
-    /// Packets of the guest's that were refused: nobody listens, too many streams, out of turn.
+    /// Packets of the guest that were refused: nobody listens, too many streams, out of turn.
     pub refused: AtomicU64,
     /// Bytes from the guest.
     pub sent_bytes: AtomicU64,

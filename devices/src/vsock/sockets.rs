@@ -26,7 +26,7 @@ const CLIENT: Role = Role::new("koya-vsock-line").of_the_guest();
 /// How long a client may take to say which port it wants.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The longest line of a client's: `CONNECT 4294967295` and a carriage return.
+/// The longest line of a client: `CONNECT 4294967295` and a carriage return.
 const MAX_LINE: usize = 19;
 
 /// How many clients may be about to say which port they want; others wait to be accepted.

@@ -6,7 +6,7 @@ use super::ignored::heeded;
 use super::output::{complain, say};
 use super::parse::{expand_env, parse_signal};
 use super::run::check_terminal;
-use super::state::Folder;
+use super::state::Directory;
 use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
@@ -84,20 +84,20 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(620);
 /// The status of a container that ended by SIGKILL.
 const KILLED: i32 = 128 + libc::SIGKILL;
 
-fn find(name: &str) -> Result<Folder> {
-    let folder = Folder::find(name)?;
-    if !folder.is_running() {
+fn find(name: &str) -> Result<Directory> {
+    let directory = Directory::find(name)?;
+    if !directory.is_running() {
         bail!("container {name} is not running");
     }
-    Ok(folder)
+    Ok(directory)
 }
 
-pub(super) fn connect(name: &str) -> Result<(Folder, UnixStream)> {
-    let folder = find(name)?;
-    let stream = folder
+pub(super) fn connect(name: &str) -> Result<(Directory, UnixStream)> {
+    let directory = find(name)?;
+    let stream = directory
         .connect(CONNECT_LIMIT)
         .with_context(|| format!("container {name} does not answer"))?;
-    Ok((folder, stream))
+    Ok((directory, stream))
 }
 
 /// One request and its one answer.
@@ -220,7 +220,7 @@ struct Order {
 
 /// A sandbox that ends, and may still have to write to its disks.
 struct Ending<'a> {
-    folder: &'a Folder,
+    directory: &'a Directory,
     /// How long it may write nothing.
     pause: Duration,
     began: Instant,
@@ -229,9 +229,9 @@ struct Ending<'a> {
 }
 
 impl<'a> Ending<'a> {
-    fn of(folder: &'a Folder, order: &Order) -> Option<Self> {
+    fn of(directory: &'a Directory, order: &Order) -> Option<Self> {
         Some(Self {
-            folder,
+            directory,
             pause: order.write_pause?,
             began: Instant::now(),
             written: None,
@@ -243,7 +243,7 @@ impl<'a> Ending<'a> {
         if self.began.elapsed() > WRITE_OUT_LIMIT {
             return false;
         }
-        let asked = ask_writes(self.folder, self.pause.min(ANSWER_LIMIT));
+        let asked = ask_writes(self.directory, self.pause.min(ANSWER_LIMIT));
         let (done, is_host_at_work) = match asked {
             Ok(answer) => answer,
             Err(error) => {
@@ -257,10 +257,10 @@ impl<'a> Ending<'a> {
     /// Waits until its process has ended; false if it does nothing that is waited for.
     fn wait(&mut self) -> bool {
         let mut limit = GONE_LIMIT.min(self.pause * 2);
-        while !self.folder.wait_ended(limit) {
+        while !self.directory.wait_ended(limit) {
             if !self.writes() {
                 // It may have gone just now.
-                return !self.folder.is_running();
+                return !self.directory.is_running();
             }
             limit = self.pause;
         }
@@ -269,8 +269,8 @@ impl<'a> Ending<'a> {
 }
 
 /// How much was written to a container's disks, and whether the host is at work on more.
-fn ask_writes(folder: &Folder, limit: Duration) -> Result<(u64, bool)> {
-    let stream = folder.connect(limit)?;
+fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
+    let stream = directory.connect(limit)?;
     stream.set_read_timeout(Some(limit))?;
     send(&stream, &Request::Writes, &[])?;
     match Wire::new(stream).receive()? {
@@ -289,7 +289,7 @@ fn ask_writes(folder: &Folder, limit: Duration) -> Result<(u64, bool)> {
 fn for_each(names: &[String], order: &Order) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
     for name in names {
-        match find(name).and_then(|folder| ask_one(name, &folder, order)) {
+        match find(name).and_then(|directory| ask_one(name, &directory, order)) {
             // The others are asked all the same if nobody reads of this one.
             Ok(0) => said = said.and(say!("{name}")),
             Ok(status) => worst = worst.max(status),
@@ -303,13 +303,13 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
     Ok(worst)
 }
 
-fn ask_one(name: &str, folder: &Folder, order: &Order) -> Outcome {
-    let answered = folder
+fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
+    let answered = directory
         .connect(CONNECT_LIMIT.min(order.limit_if_stopped))
         .map_err(Into::into);
-    let mut ending = Ending::of(folder, order);
+    let mut ending = Ending::of(directory, order);
     let answered =
-        answered.and_then(|stream| hear_in_time(name, folder, order, &mut ending, stream));
+        answered.and_then(|stream| hear_in_time(name, directory, order, &mut ending, stream));
     let why = match answered {
         Err(error) if is_silence(&error) && order.is_end => "its process does not answer",
         Err(error) => {
@@ -321,7 +321,9 @@ fn ask_one(name: &str, folder: &Folder, order: &Order) -> Outcome {
         Ok(status) => return Ok(status),
     };
     complain!("koya: container {name}: {why}, and is killed");
-    let killed = folder.kill(GONE_LIMIT).and_then(|()| folder.settle(KILLED));
+    let killed = directory
+        .kill(GONE_LIMIT)
+        .and_then(|()| directory.settle(KILLED));
     killed.with_context(|| format!("cannot end container {name}"))?;
     Ok(0)
 }
@@ -329,7 +331,7 @@ fn ask_one(name: &str, folder: &Folder, order: &Order) -> Outcome {
 /// The answer to an order, or that nothing came within its limit. What ends may write to its disks beyond that.
 fn hear_in_time(
     name: &str,
-    folder: &Folder,
+    directory: &Directory,
     order: &Order,
     ending: &mut Option<Ending>,
     stream: UnixStream,
@@ -339,7 +341,7 @@ fn hear_in_time(
     stream.set_read_timeout(Some(first))?;
     let mut wire = Wire::new(stream.try_clone()?);
     let mut answer = hear_end(name, &mut wire);
-    if answer.as_ref().is_err_and(is_silence) && first < order.limit && !folder.is_stopped() {
+    if answer.as_ref().is_err_and(is_silence) && first < order.limit && !directory.is_stopped() {
         stream.set_read_timeout(Some(order.limit - first))?;
         answer = hear_end(name, &mut wire);
     }
@@ -428,9 +430,9 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("c");
             std::fs::create_dir(&path).unwrap();
-            let (folder, mut child) = hanging(&path, keep);
+            let (directory, mut child) = hanging(&path, keep);
             // Connections are taken up by the kernel, and nobody reads.
-            let _listener = folder.listen().unwrap();
+            let _listener = directory.listen().unwrap();
             let pid = rustix::process::Pid::from_child(&child);
             rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
             let mut order = Order {
@@ -440,16 +442,19 @@ mod tests {
                 is_end: false,
                 write_pause: None,
             };
-            assert!(ask_one("c", &folder, &order).is_err());
-            assert!(folder.is_running(), "a signal that is no end kills nobody");
+            assert!(ask_one("c", &directory, &order).is_err());
+            assert!(
+                directory.is_running(),
+                "a signal that is no end kills nobody"
+            );
             order.is_end = true;
             let started = Instant::now();
-            assert_eq!(ask_one("c", &folder, &order).unwrap(), 0);
+            assert_eq!(ask_one("c", &directory, &order).unwrap(), 0);
             assert!(started.elapsed() < order.limit / 2, "not the whole limit");
-            assert!(!folder.is_running());
+            assert!(!directory.is_running());
             assert_eq!(child.wait().unwrap().code(), None);
             match keep {
-                true => assert_eq!(folder.read().unwrap().status, Some(137)),
+                true => assert_eq!(directory.read().unwrap().status, Some(137)),
                 false => assert!(!path.exists()),
             }
         }
@@ -458,8 +463,8 @@ mod tests {
     #[test]
     fn a_process_that_is_not_stopped_has_the_whole_limit() {
         let dir = tempfile::tempdir().unwrap();
-        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
-        let listener = folder.listen().unwrap();
+        let (directory, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = directory.listen().unwrap();
         let order = Order {
             request: Request::Stop(0),
             limit: Duration::from_secs(60),
@@ -473,9 +478,9 @@ mod tests {
                 std::thread::sleep(order.limit_if_stopped * 10);
                 send(&stream, &Answer::Done(0), &[]).unwrap();
             });
-            assert_eq!(ask_one("c", &folder, &order).unwrap(), 0);
+            assert_eq!(ask_one("c", &directory, &order).unwrap(), 0);
         });
-        assert!(folder.is_running(), "it has answered");
+        assert!(directory.is_running(), "it has answered");
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -517,8 +522,8 @@ mod tests {
     #[test]
     fn a_sandbox_that_writes_its_disks_out_is_not_killed() {
         let dir = tempfile::tempdir().unwrap();
-        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
-        let listener = folder.listen().unwrap();
+        let (directory, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = directory.listen().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let stopped = accept(&listener);
@@ -529,16 +534,16 @@ mod tests {
                 child.kill().unwrap();
                 child.wait().unwrap();
             });
-            assert_eq!(ask_one("c", &folder, &stop_order()).unwrap(), 0);
+            assert_eq!(ask_one("c", &directory, &stop_order()).unwrap(), 0);
         });
-        assert_eq!(folder.read().unwrap().status, None, "it ended by itself");
+        assert_eq!(directory.read().unwrap().status, None, "it ended by itself");
     }
 
     #[test]
     fn a_sandbox_that_writes_nothing_more_is_killed() {
         let dir = tempfile::tempdir().unwrap();
-        let (folder, mut child) = super::super::state::tests::hanging(dir.path(), true);
-        let listener = folder.listen().unwrap();
+        let (directory, mut child) = super::super::state::tests::hanging(dir.path(), true);
+        let listener = directory.listen().unwrap();
         let (over, hold) = std::sync::mpsc::channel::<()>();
         let listener = &listener;
         std::thread::scope(|scope| {
@@ -548,10 +553,10 @@ mod tests {
                 hold.recv().ok();
                 drop(stopped);
             });
-            assert_eq!(ask_one("c", &folder, &stop_order()).unwrap(), 0);
+            assert_eq!(ask_one("c", &directory, &stop_order()).unwrap(), 0);
             drop(over);
         });
-        assert_eq!(folder.read().unwrap().status, Some(137));
+        assert_eq!(directory.read().unwrap().status, Some(137));
         child.wait().unwrap();
     }
 }

@@ -3,12 +3,12 @@
 //! A connection is one request, a line of JSON. Lines that follow belong to the same process
 //! (signals, sizes). The answer is a line too; for what has streams, a line before it brings their
 //! descriptors, so that the user's terminal is read by the user's own command and by nobody else.
-//! Who may connect is whom the folder's mode lets in.
+//! Who may connect is whom the directory's mode lets in.
 
 use super::attach::ProcessStreams;
 use super::disk::{DiskRequest, Disks};
 use super::parse::merge_env;
-use super::state::{Folder, Owned};
+use super::state::{Directory, Owned};
 use super::stats::Stats;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
@@ -94,8 +94,8 @@ pub(super) fn serve(
     sandbox: Arc<Sandbox>,
     stop_signal: i32,
 ) -> Result<()> {
-    let folder: &Folder = &owned.folder;
-    let listener = folder.listen()?;
+    let directory: &Directory = &owned.directory;
+    let listener = directory.listen()?;
     let served = Arc::new(Served {
         container,
         sandbox,

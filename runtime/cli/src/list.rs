@@ -2,7 +2,7 @@
 
 use super::container_log::LogReader;
 use super::output::{self, Output, complain, say};
-use super::state::Folder;
+use super::state::Directory;
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -47,9 +47,11 @@ pub(super) struct RmArgs {
 
 pub(super) fn ps(args: &PsArgs) -> Outcome {
     let mut rows = Vec::new();
-    for folder in Folder::all()? {
-        let Ok(record) = folder.read() else { continue };
-        let running = folder.is_running();
+    for directory in Directory::all()? {
+        let Ok(record) = directory.read() else {
+            continue;
+        };
+        let running = directory.is_running();
         if !running && !args.all {
             continue;
         }
@@ -108,17 +110,17 @@ fn format_age(age: Duration) -> String {
 }
 
 pub(super) fn logs(args: &LogsArgs) -> Outcome {
-    let folder = Folder::find(&args.name)?;
-    if !folder.log().exists() {
+    let directory = Directory::find(&args.name)?;
+    if !directory.log().exists() {
         bail!(
             "container {} writes to its own terminal and has no log",
             args.name
         );
     }
-    let mut log = LogReader::new(&folder.log());
+    let mut log = LogReader::new(&directory.log());
     loop {
         // Looked at before the last read, so that nothing written before the end is missed.
-        let running = folder.is_running();
+        let running = directory.is_running();
         log.copy_new(&mut Output)?;
         Output.flush()?;
         if !args.follow || !running {
@@ -144,14 +146,14 @@ pub(super) fn rm(args: &RmArgs) -> Outcome {
 }
 
 fn rm_one(name: &str, force: bool) -> Result<()> {
-    let folder = Folder::find(name)?;
-    if folder.is_running() {
+    let directory = Directory::find(name)?;
+    if directory.is_running() {
         if !force {
             bail!("container {name} is running; stop it, or use --force");
         }
-        let killed = folder.kill(KILL_LIMIT);
+        let killed = directory.kill(KILL_LIMIT);
         killed.with_context(|| format!("cannot end container {name}"))?;
     }
-    folder.remove();
+    directory.remove();
     Ok(())
 }

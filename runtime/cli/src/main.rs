@@ -109,7 +109,7 @@ fn main() -> ExitCode {
     };
     log_to_stderr();
     if let Err(error) = state::sweep() {
-        // A command that needs the folders says so itself.
+        // A command that needs the directories says so itself.
         log::debug!("cannot clear away what killed containers left: {error:#}");
     }
     let outcome = match cli.command {

@@ -6,7 +6,7 @@
 
 use super::alone::{self, Alone};
 use super::programs;
-use super::state::Folder;
+use super::state::Directory;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use ipnet::IpNet;
@@ -42,7 +42,7 @@ pub(super) struct NetArgs {
     /// The guest's network: none, user (through pasta, no privilege needed), tap, or tap:NAME with --ip
     #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = parse_kind)]
     net: Kind,
-    /// Pass connections to a port of the host's on to the guest's (--net user)
+    /// Pass connections to a port of the host on to the guest's (--net user)
     #[arg(long, short, value_name = "HOST:GUEST[/udp]", value_parser = parse_port)]
     publish: Vec<Port>,
     /// The guest's address (--net tap; default: a pair with the host from 169.254.0.0/16)
@@ -230,7 +230,7 @@ impl NetArgs {
         &self,
         rootfs: &Path,
         volumes: &[Volume],
-        folder: &Folder,
+        directory: &Directory,
     ) -> Result<Option<Volume>> {
         let own = volumes
             .iter()
@@ -253,7 +253,7 @@ impl NetArgs {
             );
             return Ok(None);
         }
-        let path = folder.resolver();
+        let path = directory.resolver();
         let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
         std::fs::write(&path, format!("nameserver {resolver}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -471,7 +471,8 @@ impl Pasta {
                 false => words.join(","),
             }
         };
-        let ready = TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no folder in /tmp")?;
+        let ready =
+            TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no directory in /tmp")?;
         let keeper = programs::command(&shell)
             .args(["-c", KEEPER, "koya-pasta"])
             .arg(program)

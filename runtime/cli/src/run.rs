@@ -10,7 +10,7 @@ use super::parse::{
     parse_ulimit, parse_volume,
 };
 use super::size::SizeArgs;
-use super::state::{self, Folder, Owned, Record};
+use super::state::{self, Directory, Owned, Record};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -180,7 +180,7 @@ impl RunArgs {
         &self,
         rootfs: &Path,
         image: Defaults,
-        folder: &Folder,
+        directory: &Directory,
     ) -> Result<ContainerConfig> {
         let args = arguments(self.entrypoint.as_deref(), &self.command, &image);
         if args.is_empty() {
@@ -190,7 +190,7 @@ impl RunArgs {
         for volume in &mut volumes {
             volume.source = absolute(&volume.source)?;
         }
-        volumes.extend(self.net.resolver(rootfs, &volumes, folder)?);
+        volumes.extend(self.net.resolver(rootfs, &volumes, directory)?);
         let disks = self.disk.iter().enumerate();
         let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
         let devices = devices.collect();
@@ -241,8 +241,8 @@ fn arguments(entrypoint: Option<&str>, command: &[String], image: &Defaults) -> 
 
 /// Unpacks an image into a root file system for this container alone, with the directories that it and
 /// the user say it works in.
-fn unpack(image: &Path, args: &RunArgs, folder: &Folder) -> Result<Defaults> {
-    let (root, scratch) = (folder.unpacked(), folder.scratch());
+fn unpack(image: &Path, args: &RunArgs, directory: &Directory) -> Result<Defaults> {
+    let (root, scratch) = (directory.unpacked(), directory.scratch());
     for dir in [&root, &scratch] {
         std::fs::create_dir(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     }
@@ -285,14 +285,14 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     args.check()?;
     // The library leaves limits alone; this process is ours.
     koya::vmm::devices::fs::raise_descriptor_limit();
-    let (mut record, owned) = state::create(args.name.as_deref(), |name, folder| Record {
+    let (mut record, owned) = state::create(args.name.as_deref(), |name, directory| Record {
         name: name.to_owned(),
         pid: std::process::id(),
         created: SystemTime::now(),
         command: args.command.clone(),
         rootfs: match &args.rootfs {
             Some(rootfs) => std::path::absolute(rootfs).unwrap_or_else(|_| rootfs.clone()),
-            None => folder.unpacked(),
+            None => directory.unpacked(),
         },
         keep: args.detach && !args.rm,
         status: None,
@@ -300,21 +300,21 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     let outcome = match start(args, &mut record, &owned, began) {
         Ok(live) => live.finish(),
         Err(error) => {
-            owned.folder.remove();
+            owned.directory.remove();
             return Err(error);
         }
     };
     if !record.keep {
-        owned.folder.remove();
+        owned.directory.remove();
         return outcome;
     }
     if let Err(error) = &outcome {
         // Nobody else is there to be told.
-        let mut log = LogWriter::create(&owned.folder.log())?;
+        let mut log = LogWriter::create(&owned.directory.log())?;
         writeln!(log, "koya: {error:#}")?;
     }
     record.status = Some(outcome.as_ref().map_or(FAILED, |status| *status).into());
-    owned.folder.write(&record)?;
+    owned.directory.write(&record)?;
     outcome
 }
 
@@ -347,16 +347,16 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let signals = Signals::new(heeded(&passed_on))?;
     signals.add_signal(SIGWINCH)?;
     let running = Running::default();
-    forward_signals(signals, running.clone(), owned.folder.clone())?;
+    forward_signals(signals, running.clone(), owned.directory.clone())?;
     let defaults = match &args.image {
-        Some(image) => unpack(image, args, &owned.folder)?,
+        Some(image) => unpack(image, args, &owned.directory)?,
         None => Defaults::default(),
     };
     let stop_signal = args.stop_signal(&defaults)?;
-    let config = args.container(&record.rootfs, defaults, &owned.folder)?;
+    let config = args.container(&record.rootfs, defaults, &owned.directory)?;
     config.check()?;
     record.command = config.process.args.clone();
-    owned.folder.write(record)?;
+    owned.directory.write(record)?;
     let user = match args.detach {
         true => detached_streams(owned)?,
         false => UserStreams::own(args.interactive)?,
@@ -394,7 +394,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
 /// What signals go to; nothing while the sandbox is still starting.
 type Running = Arc<Mutex<Option<(Arc<Container>, Arc<Sandbox>)>>>;
 
-fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Result<()> {
+fn forward_signals(mut signals: Signals, running: Running, directory: Directory) -> Result<()> {
     threads::spawn("koya-signals", move || {
         let mut asked = 0;
         for signal in signals.forever() {
@@ -404,8 +404,8 @@ fn forward_signals(mut signals: Signals, running: Running, folder: Folder) -> Re
                 .clone();
             let Some((container, sandbox)) = target else {
                 if matches!(signal, SIGINT | SIGTERM | SIGHUP | SIGQUIT) {
-                    // The machine goes with the process; the rest is in the folder.
-                    folder.remove();
+                    // The machine goes with the process; the rest is in the directory.
+                    directory.remove();
                     std::process::exit(128 + signal);
                 }
                 continue;
@@ -470,7 +470,7 @@ fn announce(name: &str) -> Result<()> {
 }
 
 fn detached_streams(owned: &Owned) -> Result<UserStreams> {
-    let log = LogWriter::create(&owned.folder.log())?;
+    let log = LogWriter::create(&owned.directory.log())?;
     Ok(UserStreams {
         stdin: None,
         stdout: Box::new(log.clone()),

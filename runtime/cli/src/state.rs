@@ -1,8 +1,8 @@
-//! What is known of containers between commands: a folder each, `containers/NAME` under
+//! What is known of containers between commands: a directory each, `containers/NAME` under
 //! `/var/lib/koya` (as root) or the user's data, with all that the host keeps of it: record, log,
 //! control socket, and the root file system of an image.
 //!
-//! The sandbox's process holds a lock on its folder's `lock` file as long as it lives. A folder
+//! The sandbox's process holds a lock on its directory's `lock` file as long as it lives. A directory
 //! whose lock is free belongs to a container that has ended: in order, if it says with which
 //! status; else it was killed, and whatever command comes next clears it away.
 
@@ -19,9 +19,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Folders that are being made or removed have names that no container can have.
+/// Directories that are being made or removed have names that no container can have.
 const UNFINISHED: &str = ".new-";
-/// How long a folder may be in that state before it counts as left behind.
+/// How long a directory may be in that state before it counts as left behind.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is written down of a container.
@@ -38,17 +38,17 @@ pub(super) struct Record {
     pub(super) status: Option<i32>,
 }
 
-/// A container's folder.
+/// A container's directory.
 #[derive(Clone, Debug)]
-pub(super) struct Folder(PathBuf);
+pub(super) struct Directory(PathBuf);
 
-/// A folder that this process owns: locked while it lives.
+/// A directory that this process owns: locked while it lives.
 pub(super) struct Owned {
-    pub(super) folder: Folder,
+    pub(super) directory: Directory,
     _lock: File,
 }
 
-/// The folder of all folders.
+/// The directory of all directories.
 pub(super) fn root() -> Result<PathBuf> {
     let base = if rustix::process::geteuid().is_root() {
         PathBuf::from("/var/lib")
@@ -72,7 +72,7 @@ fn check_private(path: &Path) -> Result<()> {
     let own = data.uid() == rustix::process::geteuid().as_raw();
     if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
         bail!(
-            "{} must be a folder of this user's with mode 0700; it has owner {} and mode {:04o}",
+            "{} must be a directory of this user's with mode 0700; it has owner {} and mode {:04o}",
             path.display(),
             data.uid(),
             data.mode() & 0o7777
@@ -95,8 +95,8 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-impl Folder {
-    /// The folder of a container that exists.
+impl Directory {
+    /// The directory of a container that exists.
     pub(super) fn find(name: &str) -> Result<Self> {
         check_name(name)?;
         let root = root()?;
@@ -108,7 +108,7 @@ impl Folder {
         Ok(Self(path))
     }
 
-    /// Every container's folder.
+    /// Every container's directory.
     pub(super) fn all() -> Result<Vec<Self>> {
         Ok(entries()?
             .into_iter()
@@ -176,12 +176,12 @@ impl Folder {
         })
     }
 
-    /// The folder's path may be longer than a socket's address can be.
+    /// The directory's path may be longer than a socket's address can be.
     fn socket<T>(&self, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
-        let folder = File::open(&self.0)?;
+        let directory = File::open(&self.0)?;
         act(Path::new(&format!(
             "/proc/self/fd/{}/control.sock",
-            folder.as_raw_fd()
+            directory.as_raw_fd()
         )))
     }
 
@@ -306,10 +306,10 @@ fn is_unfinished(path: &Path) -> bool {
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
 }
 
-/// Takes a name, or makes one, and its folder, with what `record` says of it by its name.
+/// Takes a name, or makes one, and its directory, with what `record` says of it by its name.
 pub(super) fn create(
     name: Option<&str>,
-    record: impl Fn(&str, &Folder) -> Record,
+    record: impl Fn(&str, &Directory) -> Record,
 ) -> Result<(Record, Owned)> {
     let root = root()?;
     let cannot = |path: &Path| format!("cannot create {}", path.display());
@@ -331,19 +331,25 @@ pub(super) fn create(
         };
         // It gets its name when it is locked and says what it is, so no other command sees half
         // of it.
-        let unfinished = Folder(root.join(format!("{UNFINISHED}{}", random_name()?)));
+        let unfinished = Directory(root.join(format!("{UNFINISHED}{}", random_name()?)));
         builder
             .create(&unfinished.0)
             .with_context(|| cannot(&unfinished.0))?;
         let lock = File::create(unfinished.path("lock"))?;
         flock(&lock, FlockOperation::LockExclusive)?;
-        let folder = Folder(root.join(&chosen));
-        let record = record(&chosen, &folder);
+        let directory = Directory(root.join(&chosen));
+        let record = record(&chosen, &directory);
         unfinished.write(&record)?;
-        match renameat_with(CWD, &unfinished.0, CWD, &folder.0, RenameFlags::NOREPLACE) {
+        match renameat_with(
+            CWD,
+            &unfinished.0,
+            CWD,
+            &directory.0,
+            RenameFlags::NOREPLACE,
+        ) {
             Ok(()) => {
                 let owned = Owned {
-                    folder,
+                    directory,
                     _lock: lock,
                 };
                 return Ok((record, owned));
@@ -351,7 +357,7 @@ pub(super) fn create(
             Err(error) => {
                 unfinished.remove();
                 if error != Errno::EXIST {
-                    return Err(error).with_context(|| cannot(&folder.0));
+                    return Err(error).with_context(|| cannot(&directory.0));
                 }
                 if name.is_some() {
                     bail!("a container named {chosen} exists; remove it with `koya rm {chosen}`");
@@ -370,20 +376,20 @@ fn random_name() -> Result<String> {
 /// Clears away what killed containers left.
 pub(super) fn sweep() -> Result<()> {
     for path in entries()? {
-        let folder = Folder(path);
-        if is_unfinished(&folder.0) {
-            let age = fs::symlink_metadata(&folder.0)
+        let directory = Directory(path);
+        if is_unfinished(&directory.0) {
+            let age = fs::symlink_metadata(&directory.0)
                 .and_then(|data| data.modified())
                 .ok()
                 .and_then(|made| made.elapsed().ok());
-            if age.is_some_and(|age| age > UNFINISHED_LIMIT) && !folder.is_running() {
-                folder.remove();
+            if age.is_some_and(|age| age > UNFINISHED_LIMIT) && !directory.is_running() {
+                directory.remove();
             }
             continue;
         }
         // The lock first: its owner writes the status down before it lets go.
-        if !folder.is_running() && folder.read().is_ok_and(|record| record.status.is_none()) {
-            folder.remove();
+        if !directory.is_running() && directory.read().is_ok_and(|record| record.status.is_none()) {
+            directory.remove();
         }
     }
     Ok(())
@@ -407,9 +413,9 @@ pub(super) mod tests {
     }
 
     /// A container whose process holds the lock and does nothing else; with that process.
-    pub(in super::super) fn hanging(dir: &Path, keep: bool) -> (Folder, std::process::Child) {
-        let folder = Folder(dir.to_path_buf());
-        let lock = File::create(folder.path("lock")).unwrap();
+    pub(in super::super) fn hanging(dir: &Path, keep: bool) -> (Directory, std::process::Child) {
+        let directory = Directory(dir.to_path_buf());
+        let lock = File::create(directory.path("lock")).unwrap();
         flock(&lock, FlockOperation::LockExclusive).unwrap();
         let mut sleep = std::process::Command::new("sleep");
         // Its standard input is the lock, which ends with it.
@@ -423,28 +429,28 @@ pub(super) mod tests {
             keep,
             status: None,
         };
-        folder.write(&record).unwrap();
-        (folder, child)
+        directory.write(&record).unwrap();
+        (directory, child)
     }
 
     #[test]
     fn a_connection_that_nobody_takes_up_is_waited_for_no_longer_than_the_limit() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = Folder(dir.path().to_path_buf());
+        let directory = Directory(dir.path().to_path_buf());
         let flags = SocketFlags::CLOEXEC;
         let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
         let address = SocketAddrUnix::new(dir.path().join("control.sock")).unwrap();
         rustix::net::bind(&listener, &address).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let limit = Duration::from_millis(100);
-        let connected: Vec<_> = (0..4).map(|_| folder.connect(limit)).collect();
+        let connected: Vec<_> = (0..4).map(|_| directory.connect(limit)).collect();
         assert!(connected[0].is_ok());
         let last = connected[3].as_ref().unwrap_err();
         assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);
     }
 
     #[test]
-    fn folders_of_others_are_refused() {
+    fn directories_of_others_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         assert!(check_private(&path).is_err());

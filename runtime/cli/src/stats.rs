@@ -3,7 +3,7 @@
 use super::client;
 use super::control::{Answer, Request};
 use super::output::{complain, say};
-use super::state::Folder;
+use super::state::Directory;
 use super::{FAILED, Outcome};
 use anyhow::{Result, bail};
 use clap::Args;
@@ -133,9 +133,9 @@ struct Row<'a> {
 }
 
 fn running() -> Result<Vec<String>> {
-    let folders = Folder::all()?.into_iter().filter(Folder::is_running);
-    Ok(folders
-        .filter_map(|folder| Some(folder.read().ok()?.name))
+    let directories = Directory::all()?.into_iter().filter(Directory::is_running);
+    Ok(directories
+        .filter_map(|directory| Some(directory.read().ok()?.name))
         .collect())
 }
 

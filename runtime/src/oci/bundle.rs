@@ -11,7 +11,7 @@ pub struct Bundle {
     /// `config.json`.
     pub spec: Spec,
     /// The directory that relative paths in it start from.
-    pub folder: PathBuf,
+    pub directory: PathBuf,
     /// Its root file system: a directory in which it is mounted, or a file (or block device) with a file
     /// system, which the guest mounts (see [`ContainerConfig::rootfs`](crate::ContainerConfig::rootfs)).
     pub rootfs: PathBuf,

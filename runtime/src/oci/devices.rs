@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A block device of the host's, and where a container has it.
+/// A block device of the host, and where a container has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HostDisk {
     /// Major and minor.
@@ -53,7 +53,7 @@ impl HostDisk {
     }
 }
 
-/// Major and minor of the block device at a path of the host's, if there is one.
+/// Major and minor of the block device at a path of the host, if there is one.
 pub(super) fn block_number(path: &Path) -> Option<(i64, i64)> {
     let found = rustix::fs::stat(path).ok()?;
     let is_block = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
@@ -81,9 +81,9 @@ const GUEST_DEVICES: &[(i64, i64)] = &[
 /// The devices of a container beyond those that its configuration has for the guest.
 #[derive(Debug, Default)]
 pub(super) struct Adapted {
-    /// Disks of the host's that it asks for.
+    /// Disks of the host that it asks for.
     pub(super) disks: Vec<HostDisk>,
-    /// Whether it is given all that its host has: of a guest's, that is all that the guest has.
+    /// Whether it is given all that its host has: of a guest, that is all that the guest has.
     pub(super) lists_the_hosts: bool,
 }
 
@@ -112,7 +112,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
             .and_then(|r| r.devices().as_ref());
         let disk = matches!(device.typ(), LinuxDeviceType::B)
             .then(|| HostDisk::of(device, rules.into_iter().flatten()));
-        // Privileged containers get all nodes of the host's, each by its path there; a volume has a path that
+        // Privileged containers get all nodes of the host, each by its path there; a volume has a path that
         // is not the host's node of the same disk.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);

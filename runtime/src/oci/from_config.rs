@@ -60,7 +60,7 @@ pub(crate) fn bundle(
     Ok(Bundle {
         spec,
         // Paths in it are this process's.
-        folder: PathBuf::new(),
+        directory: PathBuf::new(),
         rootfs: config.rootfs.clone(),
         pids: SharedPids::Unknown,
     })

@@ -1,7 +1,7 @@
 //! A container from an OCI configuration that was written for the host: what of it is the guest's,
 //! what must be shared with the guest, and what can't be had.
 //!
-//! Follows the OCI runtime specification 1.2. Paths of the host's become shares; namespaces that are
+//! Follows the OCI runtime specification 1.2. Paths of the host become shares; namespaces that are
 //! the sandbox's own (network, and those given by path) are the guest's; limits that only the host can
 //! set are left out; what the guest can't do is refused by name. A [`ContainerConfig`](crate::ContainerConfig)
 //! comes this way too ([`from_config`]).
@@ -34,9 +34,9 @@ pub(crate) struct Adapted {
     pub(crate) spec: Spec,
     pub(crate) shares: Vec<Share>,
     pub(crate) volumes: Vec<EphemeralVolume>,
-    /// Block devices of the host's that it is to have.
+    /// Block devices of the host that it is to have.
     pub(crate) disks: Vec<HostDisk>,
-    /// Whether it has a node of each of the guest's devices.
+    /// Whether it has a device node for every device of the guest.
     pub(crate) has_guest_devices: bool,
     /// Those whose file systems the guest is to mount, by the numbers of their mounts.
     pub(crate) direct: Vec<(u32, DirectVolume)>,
@@ -62,14 +62,14 @@ pub(crate) fn adapt(
 ) -> Result<Adapted, Error> {
     let Bundle {
         mut spec,
-        folder,
+        directory,
         rootfs,
         pids,
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
     spec.set_hooks(None);
     let root = adapt_root(id, rootfs, root, &mut spec);
-    let mounts = mounts::adapt(id, &folder, &mut spec)?;
+    let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
         namespaces::adapt(linux, &pids)?;

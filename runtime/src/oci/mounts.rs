@@ -1,4 +1,4 @@
-//! Mounts: paths of the host's become shares, volumes that the guest has itself, or disks.
+//! Mounts: paths of the host become shares, volumes that the guest has itself, or disks.
 
 use super::shares::{Share, guest_path};
 use super::{namespaces, refuse};
@@ -40,16 +40,16 @@ const GUEST_MOUNTS: &[&str] = &[
 ///
 /// # Errors
 /// Which can't be had.
-pub(super) fn adapt(id: &str, folder: &Path, spec: &mut Spec) -> Result<Adapted, Error> {
+pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapted, Error> {
     // A user who names a path means that one; an engine's bundle has conventions.
-    let is_literal = folder.as_os_str().is_empty();
+    let is_literal = directory.as_os_str().is_empty();
     let shared_ipc = namespaces::is_joined(spec, LinuxNamespaceType::Ipc);
     let mut adapted = Adapted::default();
     let mut mounts = Vec::new();
     for (number, mount) in spec.mounts().iter().flatten().enumerate() {
         let (mount, needs) = match is_literal && is_bind(mount) {
-            true => adapt_bind(id, number, folder, mount)?,
-            false => adapt_mount(id, number, folder, mount, shared_ipc)?,
+            true => adapt_bind(id, number, directory, mount)?,
+            false => adapt_mount(id, number, directory, mount, shared_ipc)?,
         };
         let is_file = match &needs {
             Needs::Share(share) => share.path.is_file(),
@@ -79,7 +79,7 @@ pub(super) fn adapt(id: &str, folder: &Path, spec: &mut Spec) -> Result<Adapted,
 /// The size of the file system in memory that a path is on, in bytes; none if it is on another.
 fn memory_behind(path: &Path) -> Option<u64> {
     let found = rustix::fs::statfs(path).ok()?;
-    // Kubernetes and others mount it there themselves; a directory of the host's in memory is a directory.
+    // Kubernetes and others mount it there themselves; a directory of the host in memory is a directory.
     let is_its_root =
         rustix::fs::stat(path).ok()?.st_dev != rustix::fs::stat(path.parent()?).ok()?.st_dev;
     (ephemeral::is_in_memory(&found) && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
@@ -101,7 +101,7 @@ fn bind_sysfs(mount: &mut Mount) {
 fn adapt_mount(
     id: &str,
     number: usize,
-    folder: &Path,
+    directory: &Path,
     mount: &Mount,
     shared_ipc: bool,
 ) -> Result<(Mount, Needs), Error> {
@@ -118,7 +118,7 @@ fn adapt_mount(
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
         return Err(refuse("mounts", reason));
     }
-    let source = source_of(folder, mount)?;
+    let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
     // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
     if mount.destination() == Path::new("/dev/shm")
@@ -143,7 +143,7 @@ fn adapt_mount(
         adapted.set_source(Some(own_place(id, number)));
         return Ok((adapted, Needs::Volume(volume)));
     }
-    adapt_bind(id, number, folder, mount)
+    adapt_bind(id, number, directory, mount)
 }
 
 /// Where the guest has what it mounts itself.
@@ -162,22 +162,22 @@ fn is_bind(mount: &Mount) -> bool {
         || has(mount, "rbind")
 }
 
-fn source_of(folder: &Path, mount: &Mount) -> Result<PathBuf, Error> {
+fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Error> {
     let source = mount.source().as_ref().ok_or_else(|| {
         let destination = mount.destination().display();
         Error::invalid("mounts", format!("{destination}: no source"))
     })?;
-    Ok(folder.join(source))
+    Ok(directory.join(source))
 }
 
 /// A directory or a file of the host, or what stands for a block device.
 fn adapt_bind(
     id: &str,
     number: usize,
-    folder: &Path,
+    directory: &Path,
     mount: &Mount,
 ) -> Result<(Mount, Needs), Error> {
-    let source = source_of(folder, mount)?;
+    let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
     for option in ["shared", "rshared"] {
         if has(mount, option) {

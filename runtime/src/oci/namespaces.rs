@@ -39,7 +39,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Err
         ) {
             continue;
         }
-        // What containers share by a path of the host's is the guest's own, which its first process has.
+        // What containers share by a path of the host is the guest's own, which its first process has.
         let mut own = namespace.clone();
         own.set_path(match (is_shared(namespace), namespace.typ()) {
             (false, _) => None,

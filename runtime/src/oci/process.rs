@@ -82,7 +82,7 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
     if !has(&env, "PATH=") {
         env.push(DEFAULT_PATH.into());
     }
-    // Without HOME libcontainer would ask the C library, which would load code of the container's.
+    // Without HOME libcontainer would ask the C library, which would load code of the container.
     if !has(&env, "HOME=") {
         let user = process.user().uid().to_string();
         let home = Account::find(accounts, &user).map_or("/".into(), |account| account.home);

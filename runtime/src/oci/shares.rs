@@ -1,4 +1,4 @@
-//! Paths of the host's in a configuration, until it is known where the guest has them.
+//! Paths of the host in a configuration, until it is known where the guest has them.
 
 use koya_protocol::SHARED_DIR;
 use koya_vmm::devices::fs::ShareOptions;

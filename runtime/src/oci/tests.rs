@@ -32,10 +32,10 @@ fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
     });
     change(&mut spec);
     let spec = serde_json::from_value(spec).unwrap();
-    let folder = dir.path().into();
+    let directory = dir.path().into();
     let bundle = Bundle {
         spec,
-        folder,
+        directory,
         rootfs,
         pids: SharedPids::Unknown,
     };
@@ -110,7 +110,7 @@ fn mounts_of_the_root_propagate_as_runc_names_it() {
     );
 }
 
-/// What a privileged container gets of a list of devices: disks by their paths, and nodes of the guest's.
+/// What a privileged container gets of a list of devices: disks by their paths, and nodes of the guest.
 fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
     let (_dir, bundle) = bundle(|spec| {
         spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);

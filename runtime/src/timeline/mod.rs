@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fmt;
 use std::time::{Duration, Instant};
-pub use store::{KEPT, all, folder};
+pub use store::{KEPT, all, directory};
 
 /// The version of the format that timelines are written down in.
 pub const VERSION: u32 = 1;
@@ -148,7 +148,7 @@ impl Timeline {
     }
 }
 
-/// Has a sandbox's timeline written down on the host, in the newest of [`KEPT`] files in [`folder`]:
+/// Has a sandbox's timeline written down on the host, in the newest of [`KEPT`] files in [`directory`]:
 /// once its first container has started, after each further one, at its end, and where something
 /// fails. Where that can't be done it is not, and nothing else fails for it.
 #[derive(Clone, Debug)]

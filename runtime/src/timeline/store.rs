@@ -13,7 +13,7 @@ pub const KEPT: usize = 64;
 const MAX_SIZE: u64 = 1 << 20;
 
 /// Where they are: `/run/koya/timelines` as root; else in `XDG_RUNTIME_DIR`, or with the user's data.
-pub fn folder() -> Option<PathBuf> {
+pub fn directory() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Some("/run/koya/timelines".into());
     }
@@ -31,21 +31,22 @@ pub fn folder() -> Option<PathBuf> {
 /// Those that are there and can be read, the newest first.
 ///
 /// # Errors
-/// If the folder can't be read; that there is none is no error.
+/// If the directory can't be read; that there is none is no error.
 pub fn all() -> io::Result<Vec<Timeline>> {
-    match folder() {
-        Some(folder) => all_in(&folder),
+    match directory() {
+        Some(directory) => all_in(&directory),
         None => Ok(Vec::new()),
     }
 }
 
 pub(super) fn write(timeline: &Timeline) -> io::Result<()> {
-    let folder = folder().ok_or_else(|| io::Error::other("no folder of this user's is known"))?;
-    write_in(&folder, timeline)
+    let directory =
+        directory().ok_or_else(|| io::Error::other("no directory of this user's is known"))?;
+    write_in(&directory, timeline)
 }
 
-fn all_in(folder: &Path) -> io::Result<Vec<Timeline>> {
-    let entries = match fs::read_dir(folder) {
+fn all_in(directory: &Path) -> io::Result<Vec<Timeline>> {
+    let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
@@ -82,7 +83,7 @@ fn read(path: &Path) -> io::Result<Timeline> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-fn write_in(folder: &Path, timeline: &Timeline) -> io::Result<()> {
+fn write_in(directory: &Path, timeline: &Timeline) -> io::Result<()> {
     let id = &timeline.id;
     let proper = id.len() <= 128
         && id.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -97,15 +98,15 @@ fn write_in(folder: &Path, timeline: &Timeline) -> io::Result<()> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(folder)?;
-    let data = fs::symlink_metadata(folder)?;
+        .create(directory)?;
+    let data = fs::symlink_metadata(directory)?;
     let own = data.uid() == rustix::process::geteuid().as_raw();
     if !own || !data.is_dir() || data.mode() & 0o077 != 0 {
-        let reason = format!("{} is not this user's alone", folder.display());
+        let reason = format!("{} is not this user's alone", directory.display());
         return Err(io::Error::other(reason));
     }
     // Never half a file. Two processes of one name are two writers.
-    let new = folder.join(format!(".{id}.{}", std::process::id()));
+    let new = directory.join(format!(".{id}.{}", std::process::id()));
     let mut options = OpenOptions::new();
     let mut file = options
         .write(true)
@@ -114,14 +115,14 @@ fn write_in(folder: &Path, timeline: &Timeline) -> io::Result<()> {
         .mode(0o600)
         .open(&new)?;
     file.write_all(&text)?;
-    fs::rename(&new, folder.join(format!("{id}.json")))?;
-    prune(folder)
+    fs::rename(&new, directory.join(format!("{id}.json")))?;
+    prune(directory)
 }
 
 /// Removes the oldest, whatever they are: half a file of a process that was killed, too.
-fn prune(folder: &Path) -> io::Result<()> {
+fn prune(directory: &Path) -> io::Result<()> {
     let mut paths = Vec::new();
-    for entry in fs::read_dir(folder)? {
+    for entry in fs::read_dir(directory)? {
         paths.push(entry?.path());
     }
     let Some(surplus) = paths.len().checked_sub(KEPT).filter(|n| *n > 0) else {
@@ -157,21 +158,21 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_is_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("koya/timelines");
-        assert_eq!(all_in(&folder).unwrap(), []);
-        write_in(&folder, &timeline("old", 1)).unwrap();
-        write_in(&folder, &timeline("new", 3)).unwrap();
-        write_in(&folder, &timeline("old", 2)).unwrap();
-        let found = all_in(&folder).unwrap();
+        let directory = dir.path().join("koya/timelines");
+        assert_eq!(all_in(&directory).unwrap(), []);
+        write_in(&directory, &timeline("old", 1)).unwrap();
+        write_in(&directory, &timeline("new", 3)).unwrap();
+        write_in(&directory, &timeline("old", 2)).unwrap();
+        let found = all_in(&directory).unwrap();
         assert_eq!(found, [timeline("new", 3), timeline("old", 2)]);
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
-        assert_eq!(mode(&folder), 0o700);
-        assert_eq!(mode(&folder.join("old.json")), 0o600);
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 2);
+        assert_eq!(mode(&directory), 0o700);
+        assert_eq!(mode(&directory.join("old.json")), 0o600);
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 2);
     }
 
     #[test]
-    fn names_stay_in_the_folder_and_the_folder_is_private() {
+    fn names_stay_in_the_directory_and_the_directory_is_private() {
         let dir = tempfile::tempdir().unwrap();
         for bad in ["", "..", "../x", "a/b", ".x", &"n".repeat(129)] {
             assert!(write_in(dir.path(), &timeline(bad, 0)).is_err(), "{bad:?}");
@@ -183,15 +184,15 @@ mod tests {
     #[test]
     fn the_oldest_go() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("t");
+        let directory = dir.path().join("t");
         for number in 0..KEPT as u64 + 3 {
-            write_in(&folder, &timeline(&format!("c{number}"), number)).unwrap();
+            write_in(&directory, &timeline(&format!("c{number}"), number)).unwrap();
             // As if they had been written a second apart.
-            let file = fs::File::open(folder.join(format!("c{number}.json"))).unwrap();
+            let file = fs::File::open(directory.join(format!("c{number}.json"))).unwrap();
             let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number);
             file.set_modified(time).unwrap();
         }
-        let found = all_in(&folder).unwrap();
+        let found = all_in(&directory).unwrap();
         assert_eq!(found.len(), KEPT);
         assert_eq!(found[0].id, format!("c{}", KEPT + 2));
         assert_eq!(found.last().unwrap().id, "c3");

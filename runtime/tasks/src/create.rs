@@ -183,7 +183,7 @@ impl TaskSet {
         self.resize_guest()?;
         let bundle = Bundle {
             spec: task.spec.0.clone(),
-            folder: task.bundle.clone(),
+            directory: task.bundle.clone(),
             rootfs: task.rootfs.clone(),
             pids: self.shared_pids(task),
         };

@@ -82,7 +82,7 @@ impl Status {
     }
 }
 
-/// What of the guest's is behind a process.
+/// What of the guest is behind a process.
 #[derive(Clone)]
 pub(crate) enum Handle {
     Init(Arc<dyn GuestContainer>),

@@ -12,7 +12,7 @@ use std::time::Duration;
 pub(crate) enum Level {
     /// The task set: [`crate::set::State`].
     Set = 1,
-    /// One process: its status, and what of the guest's is behind it.
+    /// One process: its status, and what of the guest is behind it.
     Process = 2,
     /// The streams of one process.
     Relay = 3,

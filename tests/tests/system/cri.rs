@@ -542,7 +542,7 @@ fn a_configuration_holds(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// A folder as the kubelet makes it for a ConfigMap: what is read goes by a link that is replaced.
+/// A directory as the kubelet makes it for a ConfigMap: what is read goes by a link that is replaced.
 fn write_config(dir: &Path, version: &str) -> Result<()> {
     let versioned = dir.join(format!("..{version}"));
     fs::create_dir_all(&versioned)?;
@@ -560,7 +560,7 @@ fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
     let (config, disk) = (kubelet.join("config"), kubelet.join("disk"));
     let memory = kubelet.join("volumes/kubernetes.io~empty-dir/memory");
     let part = kubelet.join("volume-subpaths/memory/two/0");
-    // The kubelet makes folders of volumes (subPath) before they are asked for.
+    // The kubelet makes directories of volumes (subPath) before they are asked for.
     for dir in [&config, &disk.join("sub"), &memory, &part] {
         fs::create_dir_all(dir)?;
     }

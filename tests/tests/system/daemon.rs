@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The image that its containers are made of.
 pub(crate) const IMAGE: &str = "docker.io/library/busybox:test";
 pub(crate) const RUNTIME: &str = "io.containerd.koya.v2";
-/// In the order of the folders in KOYA_TEST_CONTAINERD.
+/// In the order of the directories in KOYA_TEST_CONTAINERD.
 const VERSIONS: [&str; 3] = ["1.6", "1.7", "2"];
 
 /// What a containerd is for.
@@ -64,11 +64,11 @@ pub(crate) struct Containerd {
 
 impl Containerd {
     pub(crate) fn start(index: usize, version: &str, kind: Use) -> Result<Self> {
-        let folders = std::env::var_os("KOYA_TEST_CONTAINERD")
-            .context("KOYA_TEST_CONTAINERD names no folders; `cargo xtask test` makes them")?;
-        let bin = std::env::split_paths(&folders)
+        let directories = std::env::var_os("KOYA_TEST_CONTAINERD")
+            .context("KOYA_TEST_CONTAINERD names no directories; `cargo xtask test` makes them")?;
+        let bin = std::env::split_paths(&directories)
             .nth(index)
-            .context("too few folders")?;
+            .context("too few directories")?;
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         // Where rigs are one machine, each has numbers of its own.
         let number = share() * 80 + NEXT.fetch_add(1, Ordering::SeqCst);
@@ -307,10 +307,10 @@ fn write_network(dir: &Path, number: usize, plugin: &serde_json::Value) -> Resul
     let list = serde_json::json!({
         "cniVersion": "0.4.0", "name": "pods", "plugins": [plugin],
     });
-    let folder = dir.join("cni");
-    fs::create_dir_all(&folder)?;
+    let directory = dir.join("cni");
+    fs::create_dir_all(&directory)?;
     Ok(fs::write(
-        folder.join("10-pods.conflist"),
+        directory.join("10-pods.conflist"),
         list.to_string(),
     )?)
 }

@@ -114,7 +114,7 @@ fn a_full_host_is_an_error_of_one_disk() -> Result<()> {
     Ok(())
 }
 
-/// A device of the host's that can be made to fail: device mapper on a loop device. Gone with this.
+/// A device of the host that can be made to fail: device mapper on a loop device. Gone with this.
 struct Mapped {
     name: &'static str,
     loop_device: String,
@@ -232,7 +232,7 @@ fn a_disk_that_hangs_is_waited_for() -> Result<()> {
     is_well(&container)
 }
 
-/// A file system of the host's that is frozen: who writes to it waits.
+/// A file system of the host that is frozen: who writes to it waits.
 fn a_share_that_hangs_is_waited_for() -> Result<()> {
     let dir = scratch("fault-freeze")?;
     let image = dir.join("image");

@@ -178,7 +178,7 @@ fn a_detached_container_that_cannot_start_has_its_status() -> Result<()> {
     ensure!(output.status.code() == Some(127), "{output:?}");
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(said.contains("/no/such/program"), "{said}");
-    ensure!(!traces()?.1.contains("life-none"), "its folder is left");
+    ensure!(!traces()?.1.contains("life-none"), "its directory is left");
     Ok(())
 }
 

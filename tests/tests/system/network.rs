@@ -17,7 +17,7 @@ crate::trials![
     what_does_not_fit_is_refused,
 ];
 
-/// A script in a network namespace of its own; `$R` is a root file system, `$D` a folder with 20 MB
+/// A script in a network namespace of its own; `$R` is a root file system, `$D` a directory with 20 MB
 /// of random bytes in `blob`.
 fn in_namespace(name: &str, script: &str) -> Result<String> {
     let dir = scratch(name)?;

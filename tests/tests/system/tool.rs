@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// How long anything may take that a test waits for.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
-/// A folder of its own for each caller: on the rig's ext4 scratch disk where there is one.
+/// A directory of its own for each caller: on the rig's ext4 scratch disk where there is one.
 pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let base = match Path::new("/run/scratch").is_dir() {
@@ -60,7 +60,7 @@ pub(crate) fn busybox(at: &Path) -> Result<()> {
 pub(crate) fn shared_rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
-        let dir = scratch("rootfs").expect("a scratch folder");
+        let dir = scratch("rootfs").expect("a scratch directory");
         busybox(&dir).expect("a root file system");
         dir
     })

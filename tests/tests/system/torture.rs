@@ -56,7 +56,7 @@ fn files_hold_under_torture() -> Result<()> {
         Err(_) => 20,
     };
     let fsx = std::env::var("KOYA_TEST_FSX")
-        .context("KOYA_TEST_FSX names no folder; `cargo xtask test` makes one")?;
+        .context("KOYA_TEST_FSX names no directory; `cargo xtask test` makes one")?;
     for (seed, policy) in POLICIES.into_iter().enumerate() {
         let dir = scratch(&format!("torture-{policy}"))?;
         std::fs::write(dir.join("small.toml"), SMALL)?;

@@ -97,7 +97,7 @@ impl Machine {
             flags: 0,
         };
         // SAFETY: the host range lies within the mapping of this region, which `memory` keeps alive until
-        // the VM's descriptor is closed; KVM itself refuses a range of the guest's that overlaps another.
+        // the VM's descriptor is closed; KVM itself refuses a range of the guest that overlaps another.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
@@ -128,7 +128,7 @@ impl Machine {
         };
         // SAFETY: the host range is within the mapping of these pages, which `registers` keeps alive until
         // the VM's descriptor is closed; the slot's number is none of memory's, and KVM itself refuses a
-        // range of the guest's that overlaps another.
+        // range of the guest that overlaps another.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 

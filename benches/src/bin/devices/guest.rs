@@ -382,7 +382,7 @@ fn virtiofsd(places: &Places) -> Outcome<Child> {
     let socket = virtiofsd_socket(places);
     std::fs::remove_file(&socket).ok();
     // As Koya has it: one share below a root of its own.
-    let source = places.shared.parent().ok_or("no folder")?;
+    let source = places.shared.parent().ok_or("no directory")?;
     let child = Command::new("/usr/lib/qemu/virtiofsd")
         .arg(format!("--socket-path={}", socket.display()))
         .args(["-o", &format!("source={}", source.display())])

@@ -33,7 +33,7 @@ fn main() -> Outcome<()> {
     if first == guest::ARGUMENT {
         return guest::main(args.next().as_deref().map(Path::new));
     }
-    let tools = PathBuf::from(args.next().ok_or("no folder")?);
+    let tools = PathBuf::from(args.next().ok_or("no directory")?);
     let only = args.next();
     let wanted = |set: &Set| only.as_deref().is_none_or(|only| set.name().contains(only));
     let sets: Vec<Set> = Set::ALL.into_iter().filter(wanted).collect();
@@ -103,7 +103,7 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
     Ok(())
 }
 
-/// The tap, the servers, the folder to share, and a disk whose every block is there.
+/// The tap, the servers, the directory to share, and a disk whose every block is there.
 fn prepare(sets: &[Set], places: &Places) -> Outcome<()> {
     std::fs::create_dir_all(&places.shared)?;
     // Where it is mounted already, all the better; where it can't be, exits are not counted.

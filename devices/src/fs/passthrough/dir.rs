@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use zerocopy::IntoBytes;
 
-/// The handle of the synthetic root, which is not a directory of the host's.
+/// The handle of the synthetic root, which is not a directory of the host.
 const ROOT_HANDLE: u64 = 0;
 
 /// One getdents64's buffer, in bytes.

@@ -230,7 +230,7 @@ impl Passthrough {
     /// The host's; ENOSPC for too many.
     pub fn watch(&self, nodeid: u64, arg: &HostWatchIn) -> Result<(), Errno> {
         if nodeid == ROOT_ID {
-            // Nothing of the host's: shares come and go by their owner's hand.
+            // Nothing of the host: shares come and go by their owner's hand.
             return Ok(());
         }
         let inode = self.inodes.get(nodeid)?;

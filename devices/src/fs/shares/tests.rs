@@ -44,7 +44,7 @@ impl Fixture {
             .unwrap()
     }
 
-    /// The node at a path of the guest's.
+    /// The node at a path of the guest.
     fn node(&self, path: impl AsRef<Path>) -> Result<u64, Errno> {
         let mut node = ROOT_ID;
         for name in path.as_ref() {

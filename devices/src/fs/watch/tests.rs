@@ -92,7 +92,7 @@ fn what_the_host_does_is_told() {
         ]
     );
     assert!(events.iter().all(|e| e.nodeid == f.root));
-    // Both halves of a move have one number, which no move of the guest's has.
+    // Both halves of a move have one number, which no move of the guest has.
     assert_eq!(events[4].cookie, events[5].cookie);
     assert_ne!(events[4].cookie & HOST_COOKIE, 0);
 }

@@ -41,8 +41,9 @@ pub(super) struct TimelineArgs {
 }
 
 pub(super) fn main(args: &TimelineArgs) -> Outcome {
-    let folder = koya::timeline::folder().context("neither XDG_RUNTIME_DIR nor HOME is set")?;
-    let cannot = || format!("cannot read {}", folder.display());
+    let directory =
+        koya::timeline::directory().context("neither XDG_RUNTIME_DIR nor HOME is set")?;
+    let cannot = || format!("cannot read {}", directory.display());
     let all = koya::timeline::all().with_context(cannot)?;
     let mut out = Output;
     if args.list {

@@ -123,7 +123,7 @@ fn no_entry_gets_out_of_the_root() {
     for name in ["new", "new2", "new3", "new4"] {
         assert!(root.path().join(&out[1..]).join(name).exists(), "{name}");
     }
-    // A link shares nothing of the host's.
+    // A link shares nothing of the host.
     let error = refusal(stack(&[
         lower.clone(),
         Tar::of(&[hardlink("hard", "link/secret")]),

@@ -20,7 +20,7 @@ pub const BASE_CMDLINE: &str =
 /// The longest command line, its terminator included (COMMAND_LINE_SIZE, arch/arm64).
 const CMDLINE_SIZE: usize = 2048;
 
-/// Whether memory of the host's can stand for registers that a guest reads: it reads them past the caches, and
+/// Whether memory of the host can stand for registers that a guest reads: it reads them past the caches, and
 /// would not see what the host wrote.
 pub(crate) const READS_MEMORY_OF_DEVICES: bool = false;
 

@@ -20,7 +20,7 @@ pub use cmdline::BASE_CMDLINE;
 pub use cpuid::{Features, features};
 pub(crate) use platform::attach_platform;
 
-/// Whether memory of the host's can stand for registers that a guest reads: it sees there what the host wrote,
+/// Whether memory of the host can stand for registers that a guest reads: it sees there what the host wrote,
 /// whatever type of memory its page tables make of it. Caches and uncached reads are coherent here.
 pub(crate) const READS_MEMORY_OF_DEVICES: bool = true;
 
