@@ -3,12 +3,13 @@
 use crate::cri::Pod;
 use crate::daemon::{Containerd, Test, Use, trials_of};
 use crate::debian::debian;
-use crate::tool::{stdout, until};
+use crate::tool::{stdout, until, until_within};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
@@ -115,7 +116,8 @@ impl<'a> Two<'a> {
         }
         let read =
             |what: &str, who: &str| fs::read_to_string(self.shared.join(format!("{what}.{who}")));
-        let statuses = until("both containers", || {
+        let limit = Duration::from_secs(220);
+        let statuses = until_within(limit, "both containers", || {
             let both = ["one", "two"].map(|who| read("status", who).unwrap_or_default());
             Ok(both.iter().all(|s| s.ends_with('\n')).then_some(both))
         })
@@ -321,7 +323,7 @@ fn renamed_directories(both: &Two<'_>) -> Result<()> {
 
 /// Clones of one repository, and pushes to it at the same time.
 fn git(both: &Two<'_>) -> Result<()> {
-    const EACH: u32 = 2;
+    const EACH: u32 = 1;
     both.one(
         "chroot /deb sh -ec 'cd /mnt/part; export HOME=/mnt/part
             git config --global safe.directory \"*\"; git config --global init.defaultBranch main

@@ -96,15 +96,20 @@ fn a_start_that_failed_says_where_and_why() -> Result<()> {
         "{text}"
     );
 
-    // A file over a directory: what is not there at all is refused before there is a start to tell of.
-    let options = ["--name", "timeline-root", "-v", "/etc/passwd:/bin"];
+    // A root or volume that is not there is refused before there is a start to tell of.
+    let missing = "/bin/busybox/timeline";
+    let volume = format!("/etc:{missing}");
+    let options = ["--name", "timeline-root", "-v", &volume];
     let output = run(&options, &["true"])?;
     ensure!(output.status.code() == Some(125), "{output:?}");
     let kept = timeline("timeline-root")?;
     let last = kept["steps"].as_array().and_then(|steps| steps.last());
     let last = last.context("no steps")?;
     let error = last["error"].as_str().unwrap_or_default();
-    ensure!(last["name"] == "create" && !error.is_empty(), "{kept}");
+    ensure!(
+        last["name"] == "create" && error.contains(missing),
+        "{kept}"
+    );
     let svg = stdout(koya(["timeline", "timeline-root", "--svg", "-"]).output()?)?;
     ensure!(svg.contains("failed in create of timeline-root"), "{svg}");
     Ok(())
