@@ -18,6 +18,7 @@ mod net;
 mod output;
 mod parse;
 mod programs;
+mod removal;
 mod run;
 mod size;
 mod state;

@@ -6,6 +6,7 @@
 //! whose lock is free belongs to a container that has ended: in order, if it says with which
 //! status; else it was killed, and whatever command comes next clears it away.
 
+use crate::removal::remove_tree;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
@@ -280,9 +281,7 @@ impl Directory {
                 going = self.0.clone();
             }
         }
-        if let Err(error) = fs::remove_dir_all(&going)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
+        if let Err(error) = remove_tree(&going) {
             log::warn!("cannot remove {}: {error}", going.display());
         }
     }

@@ -22,8 +22,15 @@ pub(super) fn owner(entry: &Entry) -> io::Result<(Option<Uid>, Option<Gid>)> {
     Ok((Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))))
 }
 
-pub(super) fn mode(mode: u32) -> Mode {
-    Mode::from_raw_mode(mode & 0o7777)
+/// A mode as the host's file has it. Without owners all files are this user's, who reads and writes
+/// them for the guest's root: modes do not hold that back.
+pub(super) fn mode(mode: u32, owners: bool, is_directory: bool) -> Mode {
+    let mode = Mode::from_raw_mode(mode & 0o7777);
+    match (owners, is_directory) {
+        (true, _) => mode,
+        (false, true) => mode | Mode::RWXU,
+        (false, false) => mode | Mode::RUSR | Mode::WUSR,
+    }
 }
 
 pub(super) fn times((tv_sec, nanos): (i64, u32)) -> Timestamps {
@@ -50,7 +57,12 @@ pub(super) fn dress(
         rustix::fs::chownat(&dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
     }
     if !is_link {
-        rustix::fs::chmodat(&dir, name, mode(entry.mode), AtFlags::empty())?;
+        rustix::fs::chmodat(
+            &dir,
+            name,
+            mode(entry.mode, owners, false),
+            AtFlags::empty(),
+        )?;
     }
     let times = times(entry.mtime);
     Ok(rustix::fs::utimensat(
@@ -116,4 +128,22 @@ pub(super) fn clear(file: impl AsFd) -> io::Result<()> {
         rustix::fs::fremovexattr(&file, OsString::from_vec(name.to_vec()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mode;
+
+    #[test]
+    fn a_user_can_write_and_remove_what_belongs_to_root_elsewhere() {
+        for (stored, owners, is_directory, expected) in [
+            (0o40555, true, true, 0o555),
+            (0o40555, false, true, 0o755),
+            (0o100_000, true, false, 0),
+            (0o100_000, false, false, 0o600),
+            (0o104_755, false, false, 0o4755),
+        ] {
+            assert_eq!(mode(stored, owners, is_directory).as_raw_mode(), expected);
+        }
+    }
 }

@@ -110,7 +110,7 @@ impl Unpacker {
 
     /// Gives directories what they are to have.
     pub(crate) fn finish(self) -> io::Result<()> {
-        finish(&self.root, &self.tree)
+        finish(&self.root, &self.tree, self.owners)
     }
 
     fn entry<S: Source>(&mut self, reader: &mut Reader<S>, entry: &Entry) -> io::Result<()> {
@@ -329,14 +329,14 @@ fn open_directory(dir: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
 }
 
 /// The directories in one first: a mode may shut them away.
-fn finish(directory: &OwnedFd, node: &Node) -> io::Result<()> {
+fn finish(directory: &OwnedFd, node: &Node, owners: bool) -> io::Result<()> {
     for (name, child) in &node.children {
         let opened = open_directory(directory, name);
-        let finished = opened.and_then(|opened| finish(&opened, child));
+        let finished = opened.and_then(|opened| finish(&opened, child, owners));
         finished.map_err(|e| named(&name.to_string_lossy(), e))?;
     }
     if let Some(Finish { mode, mtime }) = node.finish {
-        rustix::fs::fchmod(directory, attributes::mode(mode))?;
+        rustix::fs::fchmod(directory, attributes::mode(mode, owners, true))?;
         rustix::fs::futimens(directory, &attributes::times(mtime))?;
     }
     Ok(())
@@ -364,7 +364,7 @@ fn make_file<S: Source>(
     let mut file = File::from(rustix::fs::openat(dir, name, flags, mode)?);
     write_data(reader, entry, &mut file)?;
     attributes::own(&file, entry, owners)?;
-    rustix::fs::fchmod(&file, attributes::mode(entry.mode))?;
+    rustix::fs::fchmod(&file, attributes::mode(entry.mode, owners, false))?;
     Ok(rustix::fs::futimens(
         &file,
         &attributes::times(entry.mtime),
