@@ -1,8 +1,8 @@
 //! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
 
+use crate::archive::Archive;
 use crate::build::Products;
 use crate::profile::Symbols;
-use crate::rig::Archive;
 use crate::{build, cache, counting, criterion, kernel, monitor, peers, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -49,64 +49,64 @@ pub(crate) struct BenchArgs {
 
 #[derive(Subcommand)]
 enum What {
-    /// Disks, networks, files, vsock and memory, beside QEMU's microvm machine with the same kernel
+    /// Measure disks, networks, files, vsock and memory, compared with QEMU's microvm machine with the same kernel
     /// and guest
     Devices {
-        /// Only what has this in its name: disk, network, files, vsock, memory
+        /// Run only benchmarks whose name contains TEXT: disk, network, files, vsock, memory
         #[arg(long, value_name = "TEXT")]
         only: Option<String>,
-        /// Guests of each kind; each figure is a median
+        /// Number of guests of each kind; each figure is a median
         #[arg(long, default_value_t = 3)]
         rounds: u32,
-        /// Also write the rows to this file
+        /// Write the rows to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// A cold start where instructions are counted: the same on every run and every machine
+    /// Measure a cold start on the instruction-counting host: identical on every run and every machine
     Boot(BootArgs),
-    /// What a start of the monitor costs, exec to exit, with a guest that ends at once, on this machine's
-    /// own /dev/kvm; beside it an empty program and bare KVM calls
+    /// Measure a start of the monitor, exec to exit, with a guest that resets at once, on this machine's
+    /// /dev/kvm; compared with an empty program and bare KVM calls
     Monitor(monitor::MonitorArgs),
-    /// What the monitor and whole sandboxes hold of the host's memory beside their guests', and of what it is
+    /// Measure the host memory of the monitor and of whole sandboxes beyond that of the guest, by kind
     Memory {
-        /// Fail if a figure is beyond its goal
+        /// Fail if a figure misses its goal
         #[arg(long)]
         check: bool,
-        /// Also write the rows to this file
+        /// Write the rows to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// What it costs to make a sandbox, and what it holds, where many are alive at once
+    /// Measure the cost to create a sandbox, and its memory, with many running at once
     Many {
-        /// How many at once
+        /// Numbers of sandboxes running at once
         #[arg(long, default_value = "1,10,50", value_name = "N,N")]
         counts: String,
-        /// Fail if one among many costs more than 1.1 times what the first count's do
+        /// Fail if one of many costs more than 1.1 times as much as with the first number
         #[arg(long)]
         check: bool,
-        /// Also write the rows to this file
+        /// Write the rows to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// The criterion benches of paths inside the process: queues, devices, exits, start and end
+    /// Run the criterion benchmarks of paths inside the process: queues, devices, exits, start and teardown
     Criterion {
-        /// Fewer samples: a look, no measurement
+        /// Take fewer samples, for a rough estimate
         #[arg(long)]
         quick: bool,
-        /// Also write the medians to this file
+        /// Write the medians to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// Koya's monitor beside QEMU's microvm and others, one kernel for all, where instructions are counted:
-    /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox beside what the others
-    /// make of Debian's kernel
+    /// Compare Koya's monitor with QEMU's microvm and others, with one kernel for all, on the instruction-counting host:
+    /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox with the others running
+    /// Debian's kernel
     Peers(peers::PeersArgs),
-    /// `ctr run` of a container under Koya, runc and crun, and where Koya's time goes
+    /// Measure `ctr run` of a container under Koya, runc and crun, with the steps of Koya's start
     Containers {
-        /// Containers of each kind; each figure is a median
+        /// Number of containers of each kind; each figure is a median
         #[arg(long, default_value_t = 7)]
         rounds: u32,
-        /// Also write the rows to this file
+        /// Write the rows to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
@@ -114,28 +114,28 @@ enum What {
 
 #[derive(Args)]
 struct BootArgs {
-    /// Fail if Koya's figures are worse than the ones on record
+    /// Fail if Koya's figures are worse than the baseline
     #[arg(long)]
     check: bool,
-    /// By how many per cent a figure may be worse
+    /// Tolerance of --check, in per cent
     #[arg(long, default_value_t = 2.0, value_name = "PERCENT")]
     share: f64,
-    /// Instead of figures: what the guest kernel's init calls cost, the dearest first
+    /// Instead of figures, list the guest kernel's initcalls by cost
     #[arg(long, conflicts_with_all = ["check", "record", "json"])]
     trace: bool,
-    /// Instead of figures: where each instruction of a start goes, by the guest kernel's functions
+    /// Instead of figures, profile a start by functions of the guest kernel
     #[arg(long, conflicts_with_all = ["check", "record", "json", "trace"])]
     profile: bool,
-    /// Another guest kernel: an ELF image, with its symbols for --profile
+    /// Boot another guest kernel: an ELF image, with symbols for --profile
     #[arg(long, value_name = "FILE", conflicts_with = "record")]
     kernel: Option<PathBuf>,
-    /// Also draw the last start of `koya run`: an SVG file
+    /// Write the timeline of the last `koya run` to FILE as SVG
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
     svg: Option<PathBuf>,
-    /// Put this run's figures on record (benches/baseline/boot.json)
+    /// Make this run's figures the baseline (benches/baseline/boot.json)
     #[arg(long)]
     record: bool,
-    /// Also write the rows to this file
+    /// Write the rows to FILE as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }

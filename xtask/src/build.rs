@@ -2,7 +2,7 @@
 //! initramfs, the guest kernel. They are put together in `target/koya` as they would be installed:
 //! `bin/koya`, `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
 
-use crate::rig::Archive;
+use crate::archive::Archive;
 use crate::{kernel, proc, setup};
 use anyhow::{Context, Result};
 use std::fs;

@@ -3,10 +3,11 @@
 //!
 //! It knows no caches and no TLB, and an exit of a guest is one instruction to it. Waits advance its clock too.
 
+use crate::archive::Archive;
 use crate::bench::libraries_of;
 use crate::proc;
 use crate::profile::{self, Profile, Symbols};
-use crate::rig::{Archive, Host, RunDir};
+use crate::rig::{Host, RunDir};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::collections::BTreeMap;

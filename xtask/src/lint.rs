@@ -1,13 +1,26 @@
-//! Formatting, clippy and the documentation of what others embed with warnings denied, and the aarch64 build's
-//! check.
+//! Formatting, dependencies, clippy and the documentation of what others embed with warnings denied, what would be
+//! published, and a check of the aarch64 build.
 
-use crate::{proc, setup};
+use crate::{dependencies, proc, setup};
 use anyhow::Result;
+
+/// The crates that others embed.
+const LIBRARIES: [&str; 7] = [
+    "koya-host",
+    "koya-devices",
+    "koya-vmm",
+    "koya-protocol",
+    "koya-image",
+    "koya",
+    "koya-tasks",
+];
 
 /// `cargo xtask lint`
 pub(crate) fn run() -> Result<()> {
     eprintln!("lint: formatting");
     proc::run(proc::cargo().args(["fmt", "--all", "--check"]))?;
+    eprintln!("lint: licences, sources and versions of dependencies");
+    dependencies::check()?;
     eprintln!("lint: clippy");
     proc::run(proc::cargo().args([
         "clippy",
@@ -18,10 +31,15 @@ pub(crate) fn run() -> Result<()> {
         "warnings",
     ]))?;
     eprintln!("lint: documentation");
-    let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
+    let packages = LIBRARIES.map(|name| ["--package", name]);
     let mut doc = proc::cargo();
     doc.args(["doc", "--no-deps"]).args(packages.as_flattened());
     proc::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
+    eprintln!("lint: packages of the libraries");
+    // Not built again from their archives: that takes as long as all of them.
+    let mut package = proc::cargo();
+    package.args(["package", "--quiet", "--no-verify", "--allow-dirty"]);
+    proc::run(package.args(packages.as_flattened()))?;
     // Without the target's standard library nothing can be checked: said, not hidden.
     let target = "aarch64-unknown-linux-gnu";
     if !setup::rust_target(target, "a check of its build") {

@@ -4,12 +4,14 @@
 //! costly in a cache outside the checkout, named by the hash of its inputs.
 
 mod apt;
+mod archive;
 mod bench;
 mod build;
 mod cache;
 mod counting;
 mod criterion;
 mod demo;
+mod dependencies;
 mod kernel;
 mod lint;
 mod monitor;
@@ -37,21 +39,21 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install the Debian packages that builds and tests need (as root; else print the command)
+    /// Install the Debian packages for builds and tests (as root; otherwise print the command)
     Setup,
     /// Build the guest kernel: an ELF vmlinux and a bzImage (KERNEL_SRC=DIR for another tree)
     Kernel,
-    /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
+    /// Build everything that a container needs: koya, agent, initramfs, kernel
     Build,
-    /// Run a command (or a shell) where there is a real KVM: an emulated host, or this machine
+    /// Run a command or a shell on a host with KVM: an emulated one, or this machine
     Rig(rig::RigArgs),
     /// Run a busybox container in a virtual machine and show its `uname -a`
     Demo,
-    /// Run every test: lints, unit tests, tiny guests, Linux guests in the rig
+    /// Run all tests: lints, unit tests, tiny guests, Linux guests in the rig
     Test(suite::TestArgs),
-    /// Measure Koya beside others
+    /// Run benchmarks of Koya and its peers
     Bench(bench::BenchArgs),
-    /// Formatting, clippy, and a check of the aarch64 build
+    /// Check formatting, dependencies, clippy, documentation, packages and the aarch64 build
     Lint,
 }
 

@@ -14,22 +14,22 @@ const PACKAGES: &[(&str, &str)] = &[
 
 #[derive(Args)]
 pub(crate) struct MonitorArgs {
-    /// Starts of each kind, in turns; each figure is a median
+    /// Number of starts of each kind, alternating; each figure is a median
     #[arg(long, default_value_t = 100)]
     rounds: u32,
-    /// Write the rows, this machine and the programs' versions to this file
+    /// Write the rows, the machine and the versions of the programs to FILE as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// A firecracker program to measure beside
+    /// Measure this firecracker program as well
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
-    /// Measure Debian's QEMU beside, as a microvm machine
+    /// Measure Debian's QEMU as well, as a microvm machine
     #[arg(long)]
     qemu: bool,
-    /// Measure where instructions are counted, in an emulated host, and not on this machine's KVM
+    /// Measure on the instruction-counting emulated host instead of this machine's KVM
     #[arg(long)]
     counted: bool,
-    /// Fail if a goal for the peers that are there is not met: CPU time at most 0.7 of Firecracker's
+    /// Fail if a goal for the given peers is missed: CPU time at most 0.7 of Firecracker's
     /// without seccomp and 0.06 of QEMU's, and 110 system calls before the guest
     #[arg(long)]
     check: bool,

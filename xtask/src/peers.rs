@@ -1,9 +1,10 @@
 //! `cargo xtask bench peers`: Koya's monitor beside others where instructions are counted, with one kernel
 //! for all; and a whole sandbox beside what others make of a distribution's kernel.
 
+use crate::archive::Archive;
 use crate::bench;
 use crate::build;
-use crate::rig::{Archive, Host, RunDir};
+use crate::rig::{Host, RunDir};
 use crate::{counting, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -24,27 +25,27 @@ const FIRMWARE_FILES: &[&str] = &[
 
 #[derive(Args)]
 pub(crate) struct PeersArgs {
-    /// A firecracker program to measure beside
+    /// Measure this firecracker program as well
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
-    /// A cloud-hypervisor program to measure beside
+    /// Measure this cloud-hypervisor program as well
     #[arg(long, value_name = "PATH")]
     cloud_hypervisor: Option<PathBuf>,
-    /// Another program to measure beside, which prints its guest's serial port: how it is to be called,
-    /// with {kernel} (an ELF file), {initramfs} and {cmdline} where these are to be
+    /// Measure another monitor as well, which prints its guest's serial port: its command line, with the placeholders
+    /// {kernel} (an ELF file), {initramfs} and {cmdline}
     #[arg(long, value_name = "NAME=COMMAND", value_parser = other)]
     monitor: Vec<(String, String)>,
-    /// Fail if a goal is not met: at most 0.6 of the exits of Firecracker with Koya's kernel, for the monitor with
+    /// Fail if a goal is missed: at most 0.6 of the exits of Firecracker with Koya's kernel, for the monitor with
     /// that kernel, and for a whole sandbox
     #[arg(long, requires = "firecracker")]
     check: bool,
-    /// Instead of figures: what each monitor's guest leaves for up to its user space, and how often
+    /// Instead of figures, list the exits of each monitor's guest up to user space, by reason
     #[arg(long, conflicts_with_all = ["check", "json"])]
     exits: bool,
-    /// Another build of Koya's kernel, for all: an ELF image, whose guests have a second of the counted clock
+    /// Boot another build of Koya's kernel in all monitors: an ELF image; each guest has one second of the counted clock
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "json"])]
     kernel: Option<PathBuf>,
-    /// Write the rows, this machine and the programs' versions to this file
+    /// Write the rows, the machine and the versions of the programs to FILE as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }

@@ -5,10 +5,14 @@
 //! layer on top. A command runs there as root, its output streams here, its exit status is
 //! ours.
 
-use crate::{apt, build, cache, kernel, proc, setup};
+mod host;
+
+pub(crate) use host::Host;
+
+use crate::archive::Archive;
+use crate::{build, cache, proc, setup};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use cpio::{NewcBuilder, newc};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
@@ -18,41 +22,8 @@ use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-const INIT: &str = include_str!("rig-init.sh");
-
-/// What the rig's kernel loads, in dependency order found by depmod: KVM, the root file
-/// system, the scratch disk, taps, and what redirects the traffic of one interface to another.
-const MODULES: &[&str] = &[
-    "kvm-amd",
-    "9p",
-    "9pnet_virtio",
-    "overlay",
-    "virtio_blk",
-    "crc32c_generic",
-    "ext4",
-    "tun",
-    "veth",
-    "bridge",
-    "macvlan",
-    "ipvlan",
-    "macvtap",
-    "sch_ingress",
-    "cls_u32",
-    "act_mirred",
-    "act_gact",
-    "vhost_vsock",
-    "loop",
-    "dm-mod",
-    "dm-flakey",
-];
-
 /// Size of the scratch disk: sparse, for file-system tests.
 const SCRATCH_BYTES: u64 = 10 << 30;
-
-/// Where QEMU comes from: Debian 12's own, 7.2, can lose an interrupt of a host that runs virtual
-/// machines, and hangs. It stays installed for the libraries that both need.
-const QEMU_SUITE: &str = "bookworm-backports";
-const QEMU_PACKAGES: &[&str] = &["qemu-system-x86", "qemu-system-data", "seabios"];
 
 /// How long the rig may take to be ready before it counts as hung.
 const READY_LIMIT: Duration = Duration::from_secs(180);
@@ -63,7 +34,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(240);
 
 #[derive(Args)]
 pub(crate) struct RigArgs {
-    /// Which KVM: `auto` takes the machine's own when it is hardware virtualization
+    /// Select the KVM: `auto` uses that of the machine if it is hardware virtualization
     #[arg(long, default_value = "auto")]
     kvm: Kvm,
     /// Kill the rig after this many seconds
@@ -75,19 +46,19 @@ pub(crate) struct RigArgs {
     /// CPUs of the emulated host
     #[arg(long, default_value_t = 2)]
     cpus: u32,
-    /// Do not build koya first; use what is there
+    /// Use the existing build of koya
     #[arg(long)]
     no_build: bool,
-    /// The command, run as root; a shell if there is none
+    /// The command, run as root (default: a shell)
     #[arg(last = true)]
     command: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Kvm {
-    /// The machine's own if it is hardware virtualization, else the emulated host
+    /// That of the machine if it is hardware virtualization, else the emulated host
     Auto,
-    /// The machine's own /dev/kvm, whatever it is
+    /// /dev/kvm of the machine, of whatever kind
     Host,
     /// The emulated host
     Emulated,
@@ -183,146 +154,6 @@ pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits
             proc::tail(&run.path("console"), 70)
         ))),
     }
-}
-
-/// The emulated host: what emulates it, its kernel and its initramfs.
-pub(crate) struct Host {
-    /// Where the newer QEMU is unpacked; none means the machine's own.
-    qemu: Option<PathBuf>,
-    pub(crate) dir: PathBuf,
-}
-
-impl Host {
-    /// What emulates it, told to end with this process.
-    pub(crate) fn qemu(&self) -> Command {
-        // setpriv: should we be killed, so is QEMU.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]);
-        match &self.qemu {
-            Some(root) => {
-                command
-                    .arg(root.join("usr/bin/qemu-system-x86_64"))
-                    .arg("-L")
-                    .arg(root.join("usr/share/qemu"))
-                    .arg("-L")
-                    .arg(root.join("usr/share/seabios"))
-                    .args(["-L", "/usr/share/qemu"]);
-            }
-            None => {
-                command.arg("qemu-system-x86_64");
-            }
-        }
-        command
-    }
-
-    pub(crate) fn ensure() -> Result<Self> {
-        // The same Debian version as the guest kernel's source: one number to know.
-        let version = kernel::source_version()?;
-        let upstream = version
-            .split('-')
-            .next()
-            .context("a Debian version has an upstream part")?;
-        let package = format!("linux-image-{upstream}+deb12-amd64-unsigned");
-        let key = cache::key([&package, &version, INIT, &MODULES.join(" ")]);
-        let dir = cache::ensure("rig", &key, |dir| build_host(&package, dir))?;
-        let key = cache::key([&[QEMU_SUITE], QEMU_PACKAGES].concat());
-        let newer = cache::ensure("qemu", &key, |dir| {
-            apt::unpack(QEMU_SUITE, QEMU_PACKAGES, dir)
-        });
-        let qemu = newer.map(Some).unwrap_or_else(|error| {
-            eprintln!("rig: no newer QEMU to be had, so this machine's, which may hang: {error:#}");
-            None
-        });
-        Ok(Self { qemu, dir })
-    }
-}
-
-fn build_host(package: &str, out: &Path) -> Result<()> {
-    let tree = out.join("package");
-    fs::create_dir_all(&tree)?;
-    setup::package_lists()?;
-    let log = out.with_extension("log");
-    proc::long(
-        &format!("downloading {package} (110 MB, once)"),
-        Command::new("apt-get")
-            .args(["-q", "-o", "APT::Sandbox::User=root", "download", package])
-            .current_dir(out),
-        &log,
-    )?;
-    let deb = fs::read_dir(out)?
-        .filter_map(|e| e.ok().map(|e| e.path()))
-        .find(|p| p.extension().is_some_and(|e| e == "deb"))
-        .context("apt-get downloaded no package")?;
-    proc::run(Command::new("dpkg").arg("-x").arg(&deb).arg(&tree))?;
-    let versions = tree.join("lib/modules");
-    let release = fs::read_dir(&versions)?
-        .next()
-        .context("the kernel package has no modules")??
-        .file_name();
-    let release = release.to_string_lossy().into_owned();
-    proc::run(
-        Command::new("/sbin/depmod")
-            .arg("-b")
-            .arg(&tree)
-            .arg(&release),
-    )?;
-    fs::copy(
-        tree.join(format!("boot/vmlinuz-{release}")),
-        out.join("vmlinuz"),
-    )?;
-    let dep = fs::read_to_string(versions.join(&release).join("modules.dep"))?;
-    let mut archive = Archive::default();
-    for dir in ["bin", "modules", "job"] {
-        archive.dir(dir)?;
-    }
-    archive.file("init", 0o755, INIT.as_bytes())?;
-    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox")?)?;
-    let mut order = Vec::new();
-    for module in MODULES {
-        load_order(module, &dep, &mut order)?;
-    }
-    let mut names = String::new();
-    for path in &order {
-        let name = path.rsplit('/').next().unwrap_or(path);
-        let name = name.trim_end_matches(".xz");
-        let file = versions.join(&release).join(path);
-        let out = Command::new("xz").arg("-dc").arg(&file).output()?;
-        if !out.status.success() {
-            bail!("cannot unpack {}", file.display());
-        }
-        archive.file(&format!("modules/{name}"), 0o644, &out.stdout)?;
-        names.push_str(name);
-        names.push('\n');
-    }
-    archive.file("modules/order", 0o644, names.as_bytes())?;
-    fs::write(out.join("initrd"), archive.finish()?)?;
-    fs::remove_dir_all(&tree)?;
-    fs::remove_file(&deb)?;
-    Ok(())
-}
-
-/// Appends `module` after everything that it needs.
-fn load_order(module: &str, dep: &str, order: &mut Vec<String>) -> Result<()> {
-    let named = |path: &str| {
-        path.rsplit('/')
-            .next()
-            .is_some_and(|f| f.split('.').next() == Some(module))
-    };
-    let line = dep
-        .lines()
-        .find(|l| l.split(':').next().is_some_and(named))
-        .with_context(|| format!("the rig's kernel has no module {module}"))?;
-    let (path, needs) = line.split_once(':').context("modules.dep has colons")?;
-    // modules.dep lists the deepest dependency last.
-    for need in needs.split_whitespace().rev() {
-        if !order.iter().any(|o| o == need) {
-            order.push(need.to_owned());
-        }
-    }
-    if !order.iter().any(|o| o == path) {
-        order.push(path.to_owned());
-    }
-    Ok(())
 }
 
 /// The archive that is appended to the initramfs for one run: what to do.
@@ -574,70 +405,6 @@ fn relay(from: OwnedFd, mut to: impl Write + Send + 'static) -> std::thread::Joi
     })
 }
 
-/// A cpio archive in the form that the kernel unpacks.
-#[derive(Default)]
-pub(crate) struct Archive {
-    bytes: Vec<u8>,
-    inodes: u32,
-}
-
-impl Archive {
-    pub(crate) fn dir(&mut self, name: &str) -> Result<()> {
-        self.entry(name, 0o040_755, &[])
-    }
-
-    pub(crate) fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
-        self.entry(name, 0o100_000 | mode, content)
-    }
-
-    /// A character device.
-    pub(crate) fn node(&mut self, name: &str, mode: u32, device: (u32, u32)) -> Result<()> {
-        let entry = NewcBuilder::new(name).mode(0o020_000 | mode);
-        self.add(entry.rdev_major(device.0).rdev_minor(device.1), &[])
-    }
-
-    pub(crate) fn symlink(&mut self, name: &str, to: &str) -> Result<()> {
-        self.entry(name, 0o120_777, to.as_bytes())
-    }
-
-    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<()> {
-        let name = format!("{name}{}", "\0".repeat(self.padding(name, content)));
-        self.add(NewcBuilder::new(&name).mode(mode), content)
-    }
-
-    fn add(&mut self, entry: NewcBuilder, content: &[u8]) -> Result<()> {
-        self.inodes += 1;
-        let entry = entry.ino(self.inodes).nlink(1);
-        let mut writer = entry.write(&mut self.bytes, u32::try_from(content.len())?);
-        writer.write_all(content)?;
-        writer.finish()?;
-        Ok(())
-    }
-
-    /// How many zeros more than one end the name, for the content to begin on a page: Koya's guest
-    /// kernel then takes it where it lies, instead of a copy.
-    fn padding(&self, name: &str, content: &[u8]) -> usize {
-        /// Of an entry: `Documentation/driver-api/early-userspace/buffer-format.rst`.
-        const HEADER: usize = 110;
-        const PAGE: usize = 4096;
-        /// The longest name that Linux takes, the zero at its end included.
-        const PATH_MAX: usize = 4096;
-        let named = self.bytes.len() + HEADER + name.len() + 1;
-        let padding = named.next_multiple_of(PAGE) - named;
-        if content.len() < PAGE || name.len() + 1 + padding > PATH_MAX {
-            return 0;
-        }
-        padding
-    }
-
-    pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
-        newc::trailer(&mut self.bytes)?;
-        // The kernel wants each archive of a row to start on four bytes.
-        self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
-        Ok(self.bytes)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -650,28 +417,5 @@ mod tests {
             .output()
             .unwrap();
         assert_eq!(out.stdout, b"it's \"$HOME\" `x` \\");
-    }
-
-    #[test]
-    fn the_content_of_large_files_begins_on_a_page() {
-        let mut archive = Archive::default();
-        let large = vec![0x5a; 5000];
-        archive.file("small", 0o644, b"few").unwrap();
-        archive.file("one", 0o755, &large).unwrap();
-        archive.file("two", 0o755, &large).unwrap();
-        let bytes = archive.finish().unwrap();
-        let begins: Vec<usize> = (1..bytes.len())
-            .filter(|&at| bytes[at] == 0x5a && bytes[at - 1] != 0x5a)
-            .collect();
-        assert_eq!(begins, [4096, 12288]);
-    }
-
-    #[test]
-    fn modules_load_after_what_they_need() {
-        let dep = "k/a.ko.xz: k/c.ko.xz k/b.ko.xz\nk/c.ko.xz: k/b.ko.xz\nk/b.ko.xz:\n";
-        let mut order = Vec::new();
-        load_order("a", dep, &mut order).unwrap();
-        assert_eq!(order, ["k/b.ko.xz", "k/c.ko.xz", "k/a.ko.xz"]);
-        assert!(load_order("d", dep, &mut order).is_err());
     }
 }
