@@ -1,5 +1,6 @@
 //! Watches without a guest: what the host does is told, what the guest did is not.
 
+use super::translate::HOST_COOKIE;
 use super::*;
 use crate::fs::Shares;
 use crate::fs::passthrough::{Caller, Options, Passthrough};

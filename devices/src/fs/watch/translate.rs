@@ -1,0 +1,172 @@
+//! Events of the host's queue, as the guest is to have them.
+
+use super::{HostEvent, State, Watches, kind};
+use crate::fs::inodes::{self, Inode};
+use koya_host::sync::lock;
+use rustix::fs::inotify::{self, ReadFlags};
+use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::ffi::CStr;
+use std::io;
+use std::mem::MaybeUninit;
+
+/// Beyond so many events that wait to be told, the rest waits in the host's queue.
+const MAX_PENDING: usize = 4096;
+
+/// The most events that are told together.
+const MAX_TOLD: usize = 1024;
+
+/// The host's numbers for pairs of moves are small, as the guest's are: this bit tells them apart.
+pub(super) const HOST_COOKIE: u32 = 1 << 31;
+
+impl Watches {
+    /// What is to be told now.
+    pub(super) fn take(&self) -> io::Result<Vec<HostEvent>> {
+        let state = &mut *lock(&self.state);
+        self.drain(state)?;
+        let count = state.pending.len().min(MAX_TOLD);
+        let events = state.pending.drain(..count).collect();
+        if !state.pending.is_empty() {
+            self.wake.write(1).ok();
+        }
+        Ok(events)
+    }
+
+    /// Looks at what the host has queued.
+    pub(super) fn drain(&self, state: &mut State) -> io::Result<()> {
+        let Some(queue) = self.queue.get() else {
+            return Ok(());
+        };
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(queue, &mut buffer);
+        // What is in the buffer can't go back.
+        while state.pending.len() < MAX_PENDING || !reader.is_buffer_empty() {
+            let event = match reader.next() {
+                Ok(event) => event,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let name = event.file_name().map_or(&[][..], CStr::to_bytes);
+            self.translate(state, event.wd(), event.events(), event.cookie(), name);
+        }
+        Ok(())
+    }
+
+    fn translate(
+        &self,
+        state: &mut State,
+        descriptor: i32,
+        flags: ReadFlags,
+        cookie: u32,
+        name: &[u8],
+    ) {
+        let bits = flags.bits();
+        if bits & kind::Q_OVERFLOW != 0 {
+            // What was lost is not known: whoever watches looks again.
+            log::warn!("virtio-fs: the host dropped events of files that the guest watches");
+            let State { nodes, pending, .. } = state;
+            for (nodeid, node) in nodes {
+                let mask = match node.mask & kind::MODIFY {
+                    0 => kind::ATTRIB,
+                    modify => modify,
+                };
+                push(pending, *nodeid, mask, 0, &[]);
+            }
+            return;
+        }
+        if bits & kind::IGNORED != 0 {
+            state.watched.remove(&descriptor);
+            return;
+        }
+        let cookie = if cookie == 0 { 0 } else { cookie | HOST_COOKIE };
+        let dir = bits & kind::IS_DIR;
+        // The host may say several kinds at once; the guest's kernel takes one.
+        let mut left = bits & kind::TOLD;
+        while left != 0 {
+            let kind = left & left.wrapping_neg();
+            left &= !kind;
+            self.translate_one(state, descriptor, (kind, dir), cookie, name);
+        }
+    }
+
+    fn translate_one(
+        &self,
+        state: &mut State,
+        descriptor: i32,
+        (kind, dir): (u32, u32),
+        cookie: u32,
+        name: &[u8],
+    ) {
+        let Some(watched) = state.watched.get(&descriptor) else {
+            return;
+        };
+        let nodes: Vec<u64> = watched.nodes.iter().copied().collect();
+        let children: Vec<u64> = match kind & (kind::DELETE | kind::MOVED) != 0 && dir != 0 {
+            true => watched.children.iter().copied().collect(),
+            false => Vec::new(),
+        };
+        for nodeid in nodes {
+            let Some(node) = state.nodes.get(&nodeid) else {
+                continue;
+            };
+            // Its own watch says no more than this of a file's end, since this server holds it.
+            let ends = name.is_empty()
+                && kind == kind::ATTRIB
+                && !state.is_own(node, name, kind::DELETE_SELF)
+                && self.is_gone(&node.inode);
+            if node.mask & kind != 0 && !state.is_own(node, name, kind) {
+                push(&mut state.pending, nodeid, kind | dir, cookie, name);
+            }
+            if ends {
+                push(&mut state.pending, nodeid, kind::DELETE_SELF, 0, &[]);
+            }
+            if kind == kind::MOVE_SELF {
+                self.moved(state, nodeid);
+            }
+        }
+        for nodeid in children {
+            if let Some(node) = state.nodes.get(&nodeid)
+                && !state.is_own(node, &[], kind::DELETE_SELF)
+                && self.is_gone(&node.inode)
+            {
+                let mask = kind::DELETE_SELF | kind::IS_DIR;
+                push(&mut state.pending, nodeid, mask, 0, &[]);
+            }
+        }
+    }
+
+    /// Whether a file has no name any more. Of one that can't be looked at the host tells itself: nothing
+    /// here holds it.
+    fn is_gone(&self, inode: &Inode) -> bool {
+        let stat = self.inodes.fd(inode).and_then(inodes::stat);
+        stat.is_ok_and(|stat| stat.stx_nlink == 0)
+    }
+
+    /// A watched directory has another parent now.
+    fn moved(&self, state: &mut State, nodeid: u64) {
+        let Some(inode) = state.nodes.get(&nodeid).map(|node| node.inode.clone()) else {
+            return;
+        };
+        let parent = self.join_parent(state, &inode);
+        let Some(node) = state.nodes.get_mut(&nodeid) else {
+            return;
+        };
+        let before = std::mem::replace(&mut node.parent, parent);
+        if before != parent {
+            self.leave_parent(state, nodeid, before);
+        }
+    }
+}
+
+fn push(pending: &mut VecDeque<HostEvent>, nodeid: u64, mask: u32, cookie: u32, name: &[u8]) {
+    let event = HostEvent {
+        nodeid,
+        mask,
+        cookie,
+        name: name.to_owned(),
+    };
+    if pending.back() != Some(&event) {
+        pending.push_back(event);
+    }
+}
