@@ -356,11 +356,17 @@ impl VirtioDevice for Mem {
             run.ok_or(StateError::Misfit("a block lies outside the region"))?
                 .fill(true);
         }
+        let before = (region.usable, region.requested);
         region.plugged = blocks.iter().filter(|on| **on).count() as u64 * BLOCK_SIZE;
         region.blocks = blocks;
         region.usable = state.usable;
         region.requested = state.requested;
-        self.restore_slots(&mut region)
+        let restored = self.restore_slots(&mut region);
+        if restored.is_err() {
+            (region.usable, region.requested) = before;
+            self.unplug_everything(&mut region);
+        }
+        restored
     }
 
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {
@@ -389,6 +395,19 @@ impl Mem {
         }
         region.sweep(Some(backing), &memory);
         Ok(())
+    }
+
+    /// After a restore that failed half-way: no driver knows of any block.
+    fn unplug_everything(&self, region: &mut Region) {
+        let all = 0..region.blocks.len();
+        region.blocks.fill(false);
+        region.plugged = 0;
+        region.slots.set(&all, false);
+        let backing = self.shared.backing.as_ref();
+        if let Some(memory) = backing.and_then(|backing| backing.memory.upgrade()) {
+            region.show(&memory, all, false);
+            region.sweep(backing, &memory);
+        }
     }
 }
 

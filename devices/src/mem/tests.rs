@@ -167,6 +167,8 @@ fn a_region_that_is_no_blocks_is_refused() {
 struct Recorder {
     present: Arc<Mutex<BTreeSet<usize>>>,
     refuses: Arc<AtomicBool>,
+    /// A slot that is refused while others are not.
+    refused_slot: Arc<Mutex<Option<usize>>>,
 }
 
 impl Recorder {
@@ -175,7 +177,8 @@ impl Recorder {
         index: usize,
         change: fn(&mut BTreeSet<usize>, usize) -> bool,
     ) -> io::Result<()> {
-        if self.refuses.load(Ordering::SeqCst) {
+        let is_refused = *lock(&self.refused_slot) == Some(index);
+        if is_refused || self.refuses.load(Ordering::SeqCst) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         assert!(
@@ -364,4 +367,29 @@ fn a_restored_device_has_the_slots_that_it_had() {
     let is_memory = |address: u64| memory.check_range(GuestAddress(address), 1);
     assert!(is_memory(START + 3 * BLOCK_SIZE) && is_memory(START + 2 * SLOT));
     assert!(!is_memory(START) && !is_memory(START + SLOT));
+}
+
+#[test]
+fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
+    let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
+    setup.ask(REQUEST_PLUG, START, 1);
+    setup.ask(REQUEST_PLUG, START + 2 * SLOT, 1);
+    let saved = Mem {
+        shared: setup.handle.shared.clone(),
+    };
+    let state = saved.save().unwrap();
+    let memory = pluggable();
+    let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
+    let empty = device.save().unwrap();
+    *lock(&slots.refused_slot) = Some(2);
+    assert!(device.restore(&state).is_err());
+    assert_eq!(device.save().unwrap(), empty);
+    assert!(slots.present().is_empty());
+    let handle = device.handle();
+    assert_eq!((handle.plugged(), handle.reachable()), (0, 0));
+    assert!(!memory.check_range(GuestAddress(START), 1));
+    // What the host refused once may succeed later.
+    *lock(&slots.refused_slot) = None;
+    device.restore(&state).unwrap();
+    assert_eq!(device.save().unwrap(), state);
 }
