@@ -205,11 +205,14 @@ fn what_does_not_fit_is_refused() {
         rng.restore(&newer),
         Err(StateError::Version { found: 9, .. })
     ));
-    let misfits: [&dyn Fn(&mut TransportState); 4] = [
+    let misfits: [&dyn Fn(&mut TransportState); 6] = [
         &|state| state.queues.clear(),
         &|state| state.queues[0].size = 3,
         &|state| state.queues[0].descriptors = 8,
         &|state| (state.status, state.driver_features) = (15, 1),
+        // Running, with features that were never checked.
+        &|state| (state.status, state.driver_features) = (7, 1),
+        &|state| state.status = 1 << 31,
     ];
     for misfit in misfits {
         assert!(matches!(refused(&mut rng, misfit), StateError::Misfit(_)));

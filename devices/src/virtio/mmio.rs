@@ -47,6 +47,12 @@ const VENDOR: u32 = 0x4159_4f4b;
 /// First queue register that the bindings do not name (QueueReset, section 4.2.2).
 const QUEUE_RESET: u32 = 0x0c0;
 
+// The values of the device status that a driver reaches in this order (section 3.1.1).
+const ACK: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = ACK | VIRTIO_CONFIG_S_DRIVER;
+const FEATURES: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+const RUNNING: u32 = FEATURES | VIRTIO_CONFIG_S_DRIVER_OK;
+
 /// What the driver reads from a window that has no device: magic, version, and device 0, which it
 /// leaves alone (section 4.2.3.1.1).
 pub fn read_empty(offset: u64, data: &mut [u8]) {
@@ -377,10 +383,6 @@ impl MmioTransport {
 
     /// The status state machine (section 2.1): each transition that a driver can ask for.
     fn set_status(&mut self, value: u32) {
-        const ACK: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
-        const DRIVER: u32 = ACK | VIRTIO_CONFIG_S_DRIVER;
-        const FEATURES: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
-        const RUNNING: u32 = FEATURES | VIRTIO_CONFIG_S_DRIVER_OK;
         let old = self.status();
         let known = old & !VIRTIO_CONFIG_S_NEEDS_RESET;
         match (known, value & !VIRTIO_CONFIG_S_NEEDS_RESET) {

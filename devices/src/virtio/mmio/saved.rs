@@ -1,6 +1,6 @@
 //! A transport that stands still, is saved, is restored, and goes on.
 
-use super::MmioTransport;
+use super::{ACK, DRIVER, FEATURES, MmioTransport, RUNNING};
 use crate::virtio::state::{Payload, QueueState, TransportState};
 use crate::virtio::{Interrupt, StateError};
 use koya_host::sync::lock;
@@ -59,6 +59,11 @@ impl MmioTransport {
     }
 
     fn try_restore(&mut self, state: &TransportState) -> Result<(), StateError> {
+        // Of any other status, features that nobody checked could come into use.
+        let reached = state.status & !(VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED);
+        if ![0, ACK, DRIVER, FEATURES, RUNNING].contains(&reached) {
+            return Err(StateError::Misfit("no driver reaches its device status"));
+        }
         if state.queues.len() != self.queues.len() {
             return Err(StateError::Misfit("it has another number of queues"));
         }
