@@ -14,7 +14,7 @@ pub struct SandboxConfig {
     pub cpus: u32,
     /// Virtual CPUs that it may have while it runs. Default: as `cpus`.
     pub cpus_max: Option<u32>,
-    /// The host's CPU for each virtual CPU; see [`VmConfig::cpu_pins`]. Default: none.
+    /// The host's CPU for each virtual CPU; see [`VmConfig::cpu_pins`](koya_vmm::VmConfig::cpu_pins). Default: none.
     pub cpu_pins: Vec<u32>,
     /// Memory at the start in MiB, as the guest's programs see it (`MemTotal`): what the guest's
     /// kernel keeps for itself comes on top. Default: 256.
@@ -35,7 +35,7 @@ pub struct SandboxConfig {
     /// What the guest may remember of shared files.
     pub cache: Cache,
     /// The Unix socket by which processes of the host reach vsock ports of the guest; see
-    /// [`UnixSockets`]. Default: none.
+    /// [`UnixSockets`](koya_vmm::devices::vsock::UnixSockets). Default: none.
     pub vsock: Option<PathBuf>,
     /// Whether processes of containers may open vsock sockets (AF_VSOCK). Koya's guest kernel refuses them
     /// otherwise, to privileged containers too. Default: only where there is a socket by `vsock`.
