@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 #[derive(Args)]
 pub(super) struct CheckArgs {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }

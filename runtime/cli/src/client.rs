@@ -23,19 +23,19 @@ use std::time::{Duration, Instant};
 
 #[derive(Args)]
 pub(super) struct ExecArgs {
-    /// Give the process a terminal
+    /// Allocate a terminal
     #[arg(long, short)]
     tty: bool,
-    /// Connect standard input
+    /// Keep standard input open
     #[arg(long, short)]
     interactive: bool,
-    /// An environment variable beside the container's; without a value, the one of this environment
+    /// Add an environment variable to those of the container; without a value, pass on that of the current environment
     #[arg(long, short, value_name = "K[=V]")]
     env: Vec<String>,
-    /// The working directory (default: the container's)
+    /// Set the working directory (default: that of the container)
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
-    /// The user, by name or number, and the group (default: the container's)
+    /// Set the user and group, by name or ID (default: those of the container)
     #[arg(long, short, value_name = "USER[:GROUP]")]
     user: Option<String>,
     /// The container
@@ -47,7 +47,7 @@ pub(super) struct ExecArgs {
 
 #[derive(Args)]
 pub(super) struct StopArgs {
-    /// Seconds before SIGKILL
+    /// Wait this many seconds before SIGKILL
     #[arg(long, short, default_value_t = 10)]
     time: u64,
     /// The containers
@@ -57,7 +57,7 @@ pub(super) struct StopArgs {
 
 #[derive(Args)]
 pub(super) struct KillArgs {
-    /// The signal, by number or name
+    /// Set the signal, by number or name
     #[arg(long, short, default_value = "KILL", value_parser = parse_signal)]
     signal: i32,
     /// The containers

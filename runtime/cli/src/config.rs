@@ -15,15 +15,15 @@ pub(super) struct ConfigArgs {
 
 #[derive(Subcommand)]
 enum ConfigCommand {
-    /// Say whether the settings are in order: exit status 0, or 1 and what is wrong
+    /// Validate the configuration: exit status 0, or 1 with the errors
     Check(FilesArgs),
-    /// Print what the settings come to, with defaults
+    /// Print the effective configuration, with defaults
     Show(FilesArgs),
 }
 
 #[derive(Args)]
 struct FilesArgs {
-    /// Files to read instead of /etc/koya/config.toml and /etc/koya/config.d/*.toml; later ones win
+    /// Read these files instead of /etc/koya/config.toml and /etc/koya/config.d/*.toml; later files take precedence
     files: Vec<PathBuf>,
 }
 

@@ -20,30 +20,30 @@ pub(super) struct DiskArgs {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Give a running container a disk, and print where it has it
+    /// Attach a disk to a running container, and print its path in the container
     Attach {
         /// The container
         name: String,
-        /// A raw disk image or block device of the host; options as those of `koya run --disk`
+        /// A raw disk image or block device of the host, with the options of `koya run --disk`
         #[arg(value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
         disk: DiskConfig,
     },
-    /// Take a disk that was attached; refused while it is mounted
+    /// Detach a disk; refused while it is mounted
     Detach {
-        /// Take it also if the guest still uses it after 10 s: what it has not written is lost
+        /// Detach it even if the guest still uses it after 10 s: unwritten data is lost
         #[arg(long)]
         force: bool,
         /// The container
         name: String,
-        /// Where the container has it
+        /// The path of the disk in the container
         #[arg(value_name = "/dev/vdX")]
         device: PathBuf,
     },
-    /// Tell the guest that a disk has grown
+    /// Announce the new size of a disk that has grown
     Refresh {
         /// The container
         name: String,
-        /// Where the container has it
+        /// The path of the disk in the container
         #[arg(value_name = "/dev/vdX")]
         device: PathBuf,
     },

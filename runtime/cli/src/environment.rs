@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 #[derive(Args)]
 pub(super) struct EnvArgs {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }

@@ -18,17 +18,17 @@ const LOG_LOOK_MS: i64 = 100;
 
 #[derive(Args)]
 pub(super) struct PsArgs {
-    /// Also containers that have ended
+    /// Show all containers, also those that have exited
     #[arg(long, short)]
     all: bool,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Args)]
 pub(super) struct LogsArgs {
-    /// Go on until the container ends
+    /// Follow the output until the container exits
     #[arg(long, short)]
     follow: bool,
     /// The container
@@ -37,7 +37,7 @@ pub(super) struct LogsArgs {
 
 #[derive(Args)]
 pub(super) struct RmArgs {
-    /// Kill those that run
+    /// Kill running containers first
     #[arg(long, short)]
     force: bool,
     /// The containers

@@ -49,8 +49,8 @@ const LOG_VARIABLE: &str = "KOYA_LOG";
     name = "koya",
     version,
     arg_required_else_help = true,
-    after_help = "KOYA_LOG=koya=info says more of what koya does; KOYA_SHARE, KOYA_KERNEL and \
-                  KOYA_INITRAMFS say where the guest kernel and the agent are."
+    after_help = "Set KOYA_LOG=koya=info for a more verbose log; KOYA_SHARE, KOYA_KERNEL and \
+                  KOYA_INITRAMFS for the location of the guest kernel and the agent."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -65,31 +65,31 @@ enum Command {
     Exec(client::ExecArgs),
     /// List containers
     Ps(list::PsArgs),
-    /// Print what a detached container wrote
+    /// Show the output of a detached container
     Logs(list::LogsArgs),
-    /// Stop containers: SIGTERM (or their own stop signal), and SIGKILL after a while
+    /// Stop containers: send SIGTERM (or their stop signal), then SIGKILL after a timeout
     Stop(client::StopArgs),
     /// Send a signal to containers
     Kill(client::KillArgs),
-    /// Remove containers that have ended
+    /// Remove containers that have exited
     Rm(list::RmArgs),
-    /// Show what containers use, of the guest and of the host
+    /// Show the resource usage of containers, in the guest and on the host
     Stats(stats::StatsArgs),
-    /// Show where the time of a start went, also of one that failed
+    /// Show the timeline of a start, including failed starts
     Timeline(timeline::TimelineArgs),
-    /// Make a running container's guest larger or smaller
+    /// Update the CPUs and memory of a running container
     Update(size::UpdateArgs),
-    /// Give a running container disks, and take them
+    /// Attach or detach disks of a running container
     Disk(disk::DiskArgs),
-    /// Show the guest kernel's console, and type on it
+    /// Attach to the console of the guest kernel
     Console(client::ConsoleArgs),
-    /// Say whether this machine can run Koya, by running a tiny guest
+    /// Check whether this machine can run Koya, by running a tiny guest
     Check(check::CheckArgs),
-    /// Check and show the settings of sandboxes under containerd
+    /// Check or show the configuration of sandboxes under containerd
     Config(config::ConfigArgs),
-    /// Say which paths stand for block devices that guests mount themselves
+    /// Manage direct volumes: block devices that guests mount themselves
     Volume(volume::VolumeArgs),
-    /// Print versions, paths and what the host offers
+    /// Show versions, paths and the features of the host
     Env(environment::EnvArgs),
 }
 

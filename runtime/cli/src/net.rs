@@ -39,22 +39,22 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 #[derive(Args)]
 pub(super) struct NetArgs {
-    /// The guest's network: none, user (through pasta, no privilege needed), tap, or tap:NAME with --ip
+    /// Set the network: none, user (pasta, unprivileged), tap, or tap:NAME with --ip
     #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = parse_kind)]
     net: Kind,
-    /// Pass connections to a port of the host on to the guest's (--net user)
+    /// Publish a port of the guest on the host (--net user)
     #[arg(long, short, value_name = "HOST:GUEST[/udp]", value_parser = parse_port)]
     publish: Vec<Port>,
-    /// The guest's address (--net tap; default: a pair with the host from 169.254.0.0/16)
+    /// Set the IP address of the guest (--net tap; default: a link-local pair with the host)
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     ip: Option<IpNet>,
-    /// The guest's gateway (--net tap; default: the host's end of the tap)
+    /// Set the gateway (--net tap; default: the address of the tap on the host)
     #[arg(long, value_name = "ADDRESS")]
     gateway: Option<IpAddr>,
-    /// The guest's Ethernet address (--net tap; default: random)
+    /// Set the MAC address (--net tap; default: random)
     #[arg(long, value_name = "ADDRESS")]
     mac: Option<MacAddr>,
-    /// The largest packet, in bytes (--net tap and user)
+    /// Set the MTU, in bytes (--net tap and user)
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     mtu: Option<u16>,
     /// What was learnt of the host before this process moved away.

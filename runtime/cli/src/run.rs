@@ -38,90 +38,90 @@ const DETACHED: &str = "KOYA_DETACHED";
 
 #[derive(Args)]
 pub(super) struct RunArgs {
-    /// The directory that is the container's root, or a file with a file system (erofs, ext4)
+    /// Use PATH as the root file system: a directory, or a file system image (erofs, ext4)
     #[arg(long, value_name = "PATH", required_unless_present = "image")]
     rootfs: Option<PathBuf>,
-    /// An image: an OCI layout (a directory or an archive of one), or what `docker save` or `podman save` wrote
+    /// Use an image: an OCI image layout (a directory or an archive), or an archive of `docker save` or `podman save`
     #[arg(long, value_name = "PATH", conflicts_with = "rootfs")]
     image: Option<PathBuf>,
-    /// Which of several images in IMAGE: its name, or the tag alone
+    /// Select one of several images in the archive or layout, by name or tag
     #[arg(long, value_name = "NAME", requires = "image")]
     tag: Option<String>,
     #[command(flatten)]
     size: SizeArgs,
-    /// A host directory or file in the container. Options, separated by commas: ro; rslave (mounts that the host
-    /// makes below it later show in the container)
+    /// Bind mount a host directory or file. Options, separated by commas: ro; rslave (later mounts of the host below it
+    /// propagate to the container)
     #[arg(long, short, value_name = "SRC:DST[:OPTIONS]", value_parser = parse_volume)]
     volume: Vec<Volume>,
-    /// A raw disk image or block device of the host, in the container as /dev/vda, /dev/vdb, ... Options, separated
-    /// by commas: ro; raw (take it for raw even if it begins as an image of another format, or is compressed)
+    /// Attach a raw disk image or block device of the host, as /dev/vda, /dev/vdb, ... in the container. Options,
+    /// separated by commas: ro; raw (skip the check for other image formats and compression)
     #[arg(long, value_name = "PATH[:OPTIONS]", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
     #[command(flatten)]
     net: NetArgs,
-    /// A Unix socket by which host processes reach vsock ports of the guest (CONNECT PORT), and
-    /// beside which the guest finds theirs (PATH_PORT); the container may open vsock sockets then
+    /// Listen on a Unix socket for connections of host processes to vsock ports of the guest (CONNECT PORT); the guest
+    /// connects to PATH_PORT on the host. Allows vsock sockets in the container
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
-    /// An empty directory in memory
+    /// Mount a tmpfs
     #[arg(long, value_name = "DST")]
     tmpfs: Vec<PathBuf>,
-    /// An environment variable; without a value, the one of this environment
+    /// Set an environment variable; without a value, pass on that of the current environment
     #[arg(long, short, value_name = "K[=V]")]
     env: Vec<String>,
-    /// The working directory
+    /// Set the working directory
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
-    /// The user, by name or number, and the group
+    /// Set the user and group, by name or ID
     #[arg(long, short, value_name = "USER[:GROUP]")]
     user: Option<String>,
-    /// The container's host name (default: its name)
+    /// Set the container's hostname (default: the container's name)
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
-    /// The program; COMMAND is then its arguments. An empty one takes the image's away, with its arguments
+    /// Override the entrypoint of the image, with COMMAND as its arguments; an empty string removes it
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
-    /// The signal by which `koya stop` asks the container to end (default: the image's, or TERM)
+    /// Set the signal that `koya stop` sends (default: that of the image, or TERM)
     #[arg(long, value_name = "SIGNAL", value_parser = parse_signal)]
     stop_signal: Option<i32>,
-    /// Make the root file system read-only
+    /// Mount the root file system read-only
     #[arg(long)]
     read_only: bool,
-    /// Give every capability and device of the guest
+    /// Grant all capabilities and devices of the guest
     #[arg(long)]
     privileged: bool,
-    /// Give a capability beyond the default ones
+    /// Add a capability to the default set
     #[arg(long, value_name = "CAP")]
     cap_add: Vec<String>,
-    /// A limit of a process's resources, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
+    /// Set a resource limit, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse_ulimit)]
     ulimit: Vec<Rlimit>,
-    /// seccomp=FILE (a profile in Docker's format), seccomp=unconfined, or no-new-privileges
+    /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
-    /// What the guest may remember of files: never, auto, always, writeback
+    /// Set the cache policy of shared files in the guest: never, auto, always, writeback
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = parse_cache)]
     cache: Cache,
     /// Run in the background and print the container's name
     #[arg(long, short)]
     detach: bool,
-    /// Give the container a terminal
+    /// Allocate a terminal
     #[arg(long, short)]
     tty: bool,
-    /// Connect standard input
+    /// Keep standard input open
     #[arg(long, short)]
     interactive: bool,
-    /// The container's name
+    /// Set the container's name
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Remove a detached container when it ends (others always are)
+    /// Remove a detached container when it exits (others always are)
     #[arg(long)]
     rm: bool,
-    /// Another guest kernel
+    /// Boot another guest kernel
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Words for the guest kernel's command line
-    #[arg(long, value_name = "WORDS", default_value = "quiet")]
+    /// Set kernel parameters of the guest
+    #[arg(long, value_name = "PARAMETERS", default_value = "quiet")]
     kernel_args: String,
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -11,44 +11,44 @@ use koya::{HugePages, MemoryBacking, SandboxConfig};
 
 #[derive(Args)]
 pub(super) struct SizeArgs {
-    /// Virtual CPUs, 1 to 32
+    /// Set the number of virtual CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// Virtual CPUs that `koya update` may turn on (default: those of --cpus)
+    /// Set the largest number of virtual CPUs for `koya update` (default: that of --cpus)
     #[arg(long, value_name = "N")]
     cpus_max: Option<u32>,
-    /// The host's CPU for each virtual CPU to stay on, such as 0,2
+    /// Pin each virtual CPU to a CPU of the host, such as 0,2
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cpu_pin: Vec<u32>,
-    /// Memory, in MiB or with a unit (512m, 2g); the guest's kernel has its own on top
+    /// Set the memory, in MiB or with a unit (512m, 2g); that of the guest kernel is added
     #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
     memory: u64,
-    /// Memory that `koya update` may give (default: that of --memory)
+    /// Set the largest amount of memory for `koya update` (default: that of --memory)
     #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     memory_max: Option<u64>,
-    /// Whose memory it is on the host
+    /// Set how guest memory is allocated on the host
     #[arg(long, value_name = "KIND", default_value = "anonymous")]
     memory_backing: Backing,
-    /// The pages of the host that memory is made of
+    /// Set the huge pages policy of guest memory
     #[arg(long, value_name = "KIND", default_value = "host")]
     huge_pages: Pages,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Backing {
-    /// The sandbox's process alone has it
+    /// Anonymous memory, private to the process of the sandbox
     Anonymous,
-    /// A memory file
+    /// A memory file (memfd), shared
     Memfd,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Pages {
-    /// As the host has it for every process
+    /// The default of the host
     Host,
     /// Transparent huge pages
     Transparent,
-    /// Huge pages that the host has set aside (vm.nr_hugepages)
+    /// Reserved huge pages of the host (vm.nr_hugepages)
     Reserved,
 }
 
@@ -74,10 +74,10 @@ impl SizeArgs {
 #[derive(Args)]
 #[group(required = true, multiple = true)]
 struct Wish {
-    /// CPUs to have on, up to --cpus-max of `koya run`
+    /// Set the number of online CPUs, up to --cpus-max of `koya run`
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
-    /// Memory to have, up to --memory-max of `koya run`; below its --memory a balloon takes the rest
+    /// Set the memory, up to --memory-max of `koya run`; below its --memory, the balloon takes the rest
     #[arg(long, short, value_name = "SIZE", value_parser = parse_mib)]
     memory: Option<u64>,
 }

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 #[derive(Args)]
 pub(super) struct StatsArgs {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
-    /// The containers (default: all that run)
+    /// The containers (default: all running ones)
     names: Vec<String>,
 }
 

@@ -15,25 +15,25 @@ pub(super) struct VolumeArgs {
 
 #[derive(Subcommand)]
 enum VolumeCommand {
-    /// From now on a bind mount of PATH is the file system on DEVICE, which the guest mounts itself
+    /// Add a direct volume: in containers created later, a bind mount of PATH is the file system on DEVICE
     Add {
-        /// What containers are given as a volume
+        /// The source path of the bind mount
         path: PathBuf,
-        /// A block device, or an image of one
+        /// A block device or a disk image
         device: PathBuf,
-        /// The file system on it
+        /// The type of the file system
         #[arg(long, default_value = "ext4", value_name = "NAME")]
         fstype: String,
-        /// An option of the mount, such as ro or noatime; may be repeated
+        /// Add a mount option, such as ro or noatime; may be repeated
         #[arg(short, long = "option", value_name = "OPTION")]
         options: Vec<String>,
     },
-    /// PATH is itself again, for containers that are made later
+    /// Remove a direct volume; existing containers keep it
     Rm {
-        /// What was added
+        /// The source path of the bind mount
         path: PathBuf,
     },
-    /// List them
+    /// List direct volumes
     Ls,
 }
 

@@ -1,14 +1,13 @@
 //! Pods as the kubelet makes them, over the Container Runtime Interface of the real containerd: each test
 //! with each version of containerd that Debian has.
 
-use crate::daemon::{Containerd, IMAGE, Test, Use, trials_of};
-use crate::tool::{ip, kill, koya, stdout, until};
+use crate::daemon::{Containerd, Test, Use, trials_of};
+use crate::pod::{Pod, linux};
+use crate::tool::{ip, kill, until};
+use crate::volumes::volumes_of_every_kind;
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
@@ -30,139 +29,6 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ),
     ];
     trials_of("cri", Use::Cri, tests)
-}
-
-/// A pod, and the client that made it.
-pub(crate) struct Pod<'a> {
-    cri: &'a Cri,
-    pub(crate) id: String,
-    config: v1::PodSandboxConfig,
-    logs: PathBuf,
-}
-
-impl<'a> Pod<'a> {
-    pub(crate) fn start(
-        cri: &'a Cri,
-        containerd: &Containerd,
-        name: &str,
-        change: impl FnOnce(&mut v1::PodSandboxConfig),
-    ) -> Result<Self> {
-        Self::start_by("koya", cri, containerd, name, change)
-    }
-
-    /// By another handler, as RuntimeClasses name them.
-    fn start_by(
-        handler: &str,
-        cri: &'a Cri,
-        containerd: &Containerd,
-        name: &str,
-        change: impl FnOnce(&mut v1::PodSandboxConfig),
-    ) -> Result<Self> {
-        let logs = containerd.dir.join(format!("logs-{name}"));
-        fs::create_dir_all(&logs)?;
-        let mut config = v1::PodSandboxConfig {
-            metadata: Some(v1::PodSandboxMetadata {
-                name: name.into(),
-                uid: format!("uid-{name}"),
-                namespace: "default".into(),
-                attempt: 0,
-            }),
-            hostname: name.into(),
-            log_directory: logs.to_string_lossy().into_owned(),
-            linux: Some(v1::LinuxPodSandboxConfig {
-                cgroup_parent: format!("/{}", containerd.group),
-                security_context: Some(v1::LinuxSandboxSecurityContext {
-                    namespace_options: Some(own_pids()),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        change(&mut config);
-        Ok(Self {
-            id: cri.run_pod(&config, handler)?,
-            cri,
-            config,
-            logs,
-        })
-    }
-
-    /// A container that runs, with what the kubelet would say of it.
-    pub(crate) fn run(
-        &self,
-        name: &str,
-        command: &[&str],
-        change: impl FnOnce(&mut v1::ContainerConfig),
-    ) -> Result<String> {
-        let mut config = v1::ContainerConfig {
-            metadata: Some(v1::ContainerMetadata {
-                name: name.into(),
-                attempt: 0,
-            }),
-            image: Some(v1::ImageSpec {
-                image: IMAGE.into(),
-                ..Default::default()
-            }),
-            command: command.iter().map(|word| (*word).into()).collect(),
-            log_path: format!("{name}.log"),
-            linux: Some(v1::LinuxContainerConfig {
-                security_context: Some(v1::LinuxContainerSecurityContext {
-                    namespace_options: Some(own_pids()),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
-        change(&mut config);
-        let id = self.cri.create(&self.id, &self.config, config)?;
-        self.cri.start(&id)?;
-        Ok(id)
-    }
-
-    /// What it said, by the log that the kubelet reads: without time, stream and mark.
-    fn log(&self, name: &str) -> Result<String> {
-        let text = fs::read_to_string(self.logs.join(format!("{name}.log")))?;
-        let lines = text
-            .lines()
-            .map(|line| line.splitn(4, ' ').nth(3).unwrap_or(line));
-        Ok(lines.collect::<Vec<_>>().join("\n"))
-    }
-
-    fn wait_for_end(&self, container: &str) -> Result<v1::ContainerStatus> {
-        until("its end", || {
-            let status = self.cri.status(container)?;
-            let has_ended = status.state() == v1::ContainerState::ContainerExited;
-            Ok(has_ended.then_some(status))
-        })
-    }
-
-    /// The output of a command that must succeed.
-    pub(crate) fn exec(&self, container: &str, script: &str) -> Result<String> {
-        let out = self.cri.exec_sync(container, &["sh", "-c", script])?;
-        let stdout = String::from_utf8_lossy(&out.stdout).trim_end().to_owned();
-        let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-        ensure!(out.exit_code == 0, "{}: {stdout} {stderr}", out.exit_code);
-        Ok(stdout)
-    }
-
-    pub(crate) fn remove(self) -> Result<()> {
-        self.cri.remove_pod(&self.id)
-    }
-}
-
-/// What the kubelet says where processes are not shared.
-fn own_pids() -> v1::NamespaceOption {
-    v1::NamespaceOption {
-        pid: v1::NamespaceMode::Container as i32,
-        ..Default::default()
-    }
-}
-
-/// How a container's own settings are reached.
-fn linux(config: &mut v1::ContainerConfig) -> &mut v1::LinuxContainerConfig {
-    config.linux.get_or_insert_default()
 }
 
 fn a_pod_lives(containerd: &Containerd) -> Result<()> {
@@ -462,7 +328,7 @@ fn a_killed_sandbox_is_cleared_away(containerd: &Containerd) -> Result<()> {
     kill(&shim)?;
     containerd.kill_and_start_again()?;
     let cri = Cri::connect(&containerd.socket())?;
-    let pod = Pod { cri: &cri, ..pod };
+    let pod = pod.by(&cri);
     ensure!(pod.wait_for_end(&one)?.exit_code != 0);
     pod.remove()?;
     containerd.nothing_is_left()?;
@@ -539,149 +405,5 @@ fn a_configuration_holds(containerd: &Containerd) -> Result<()> {
     // The default profile: no new namespaces without privileges.
     is("unshare -U true 2>/dev/null || echo no", "no")?;
     pod.remove()?;
-    containerd.nothing_is_left()
-}
-
-/// A directory as the kubelet makes it for a ConfigMap: what is read goes by a link that is replaced.
-fn write_config(dir: &Path, version: &str) -> Result<()> {
-    let versioned = dir.join(format!("..{version}"));
-    fs::create_dir_all(&versioned)?;
-    fs::write(versioned.join("key"), version)?;
-    symlink(format!("..{version}"), dir.join("..data_tmp"))?;
-    fs::rename(dir.join("..data_tmp"), dir.join("..data"))?;
-    if !dir.join("key").exists() {
-        symlink("..data/key", dir.join("key"))?;
-    }
-    Ok(())
-}
-
-fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
-    let kubelet = containerd.dir.join("kubelet");
-    let (config, disk) = (kubelet.join("config"), kubelet.join("disk"));
-    let memory = kubelet.join("volumes/kubernetes.io~empty-dir/memory");
-    let part = kubelet.join("volume-subpaths/memory/two/0");
-    // The kubelet makes directories of volumes (subPath) before they are asked for.
-    for dir in [&config, &disk.join("sub"), &memory, &part] {
-        fs::create_dir_all(dir)?;
-    }
-    write_config(&config, "one")?;
-    let mount =
-        |words: &[&str], at: &Path| stdout(Command::new("mount").args(words).arg(at).output()?);
-    mount(
-        &["-t", "tmpfs", "-o", "size=1m,mode=0777", "tmpfs"],
-        &memory,
-    )?;
-    fs::create_dir(memory.join("part"))?;
-    mount(&["--bind", &memory.join("part").to_string_lossy()], &part)?;
-    let image = kubelet.join("image");
-    fs::File::create(&image)?.set_len(8 << 20)?;
-    let device = stdout(
-        Command::new("losetup")
-            .args(["-f", "--show"])
-            .arg(&image)
-            .output()?,
-    )?;
-
-    // A path that stands for a file system of the guest's own.
-    let (direct, own) = (kubelet.join("direct"), kubelet.join("own.ext4"));
-    fs::create_dir_all(&direct)?;
-    fs::File::create(&own)?.set_len(16 << 20)?;
-    stdout(
-        Command::new("/sbin/mkfs.ext4")
-            .arg("-q")
-            .arg(&own)
-            .output()?,
-    )?;
-    stdout(koya(["volume", "add"]).arg(&direct).arg(&own).output()?)?;
-    let listed = stdout(koya(["volume", "ls"]).output()?)?;
-    ensure!(listed.contains(&*own.to_string_lossy()), "{listed}");
-
-    let cri = Cri::connect(&containerd.socket())?;
-    let pod = Pod::start(&cri, containerd, "volumes", |_| {})?;
-    let bind = |host: &Path, at: &str, readonly: bool| v1::Mount {
-        host_path: host.to_string_lossy().into_owned(),
-        container_path: at.into(),
-        readonly,
-        ..Default::default()
-    };
-    let one = pod.run("one", &["sleep", "1000"], |all| {
-        all.mounts = vec![
-            bind(&config, "/config", true),
-            bind(&disk, "/disk", false),
-            bind(&memory, "/memory", false),
-            bind(&direct, "/direct", false),
-        ];
-        all.devices = vec![v1::Device {
-            container_path: "/dev/block".into(),
-            host_path: device.clone(),
-            permissions: "rwm".into(),
-        }];
-    })?;
-    let two = pod.run("two", &["sleep", "1000"], |all| {
-        all.mounts = vec![
-            bind(&disk.join("sub"), "/sub", false),
-            bind(&part, "/part", false),
-            bind(&memory, "/dev/shm", false),
-            bind(&direct, "/direct", false),
-        ];
-    })?;
-    // What the host changes is seen.
-    ensure!(pod.exec(&one, "cat /config/key")? == "one");
-    write_config(&config, "two")?;
-    until("the new version", || {
-        Ok((pod.exec(&one, "cat /config/key")? == "two").then_some(()))
-    })?;
-    ensure!(
-        pod.exec(&one, "touch /config/x 2>&1 || echo refused")?
-            .ends_with("refused")
-    );
-    // On the host's disk, and a part of it in another container.
-    pod.exec(&one, "echo shared > /disk/sub/file")?;
-    ensure!(pod.exec(&two, "cat /sub/file")? == "shared");
-    ensure!(fs::read_to_string(disk.join("sub/file"))? == "shared\n");
-    // In the guest's memory: shared, and no larger than it may be.
-    pod.exec(&one, "echo fast > /memory/part/file")?;
-    ensure!(pod.exec(&two, "cat /part/file /dev/shm/part/file")? == "fast\nfast");
-    let size = pod.exec(&two, "df -k /dev/shm | awk 'END { print $2 }'")?;
-    ensure!(size == "1024", "/dev/shm has {size} KiB");
-    ensure!(
-        !memory.join("part/file").exists(),
-        "it is in the host's memory"
-    );
-    let full = pod.exec(&one, "head -c 2m /dev/zero > /memory/x; wc -c < /memory/x")?;
-    let bytes = full
-        .lines()
-        .last()
-        .and_then(|line| line.trim().parse::<u64>().ok());
-    ensure!(bytes.is_some_and(|bytes| bytes <= 1 << 20), "{full}");
-    let mode = pod.exec(&one, "stat -c %a /memory")?;
-    ensure!(mode == "777" || mode == "1777", "{mode}");
-    // A block device.
-    pod.exec(&one, "echo block data > /dev/block; sync")?;
-    ensure!(pod.exec(&one, "head -n 1 /dev/block")? == "block data");
-    // The guest's own file system, on one disk for both.
-    ensure!(
-        pod.exec(&one, "grep ' /direct ' /proc/mounts")?
-            .contains("ext4")
-    );
-    pod.exec(&one, "echo its own > /direct/file; sync")?;
-    ensure!(pod.exec(&two, "cat /direct/file")? == "its own");
-    ensure!(fs::read_dir(&direct)?.next().is_none(), "it is on the host");
-    cri.stop(&two, 0)?;
-    cri.remove(&two)?;
-    ensure!(pod.exec(&one, "cat /direct/file")? == "its own");
-    pod.remove()?;
-    stdout(koya(["volume", "rm"]).arg(&direct).output()?)?;
-    let looked = Command::new("/sbin/debugfs")
-        .args(["-R", "cat /file"])
-        .arg(&own)
-        .output()?;
-    ensure!(stdout(looked)? == "its own");
-    stdout(Command::new("/sbin/e2fsck").arg("-fn").arg(&own).output()?)?;
-    ensure!(fs::read(&image)?.starts_with(b"block data\n"));
-    stdout(Command::new("losetup").args(["-d", &device]).output()?)?;
-    for at in [&part, &memory] {
-        stdout(Command::new("umount").arg(at).output()?)?;
-    }
     containerd.nothing_is_left()
 }

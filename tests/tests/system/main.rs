@@ -6,6 +6,7 @@
 //! KVM it ran on; nothing is skipped.
 
 mod command_line;
+mod confinement;
 mod containerd;
 mod cri;
 mod daemon;
@@ -19,12 +20,14 @@ mod lent;
 mod life;
 mod memory;
 mod network;
+mod pod;
 mod pod_files;
 mod run;
 mod surroundings;
 mod timeline;
 mod tool;
 mod torture;
+mod volumes;
 mod vsock;
 mod watches;
 

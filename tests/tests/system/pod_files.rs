@@ -1,8 +1,8 @@
 //! Files that the containers of a pod share: what works between processes of one kernel works between them.
 
-use crate::cri::Pod;
 use crate::daemon::{Containerd, Test, Use, trials_of};
 use crate::debian::debian;
+use crate::pod::Pod;
 use crate::tool::{stdout, until, until_within};
 use anyhow::{Context, Result, ensure};
 use koya_test_cri::{Cri, v1};

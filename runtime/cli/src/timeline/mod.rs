@@ -27,15 +27,15 @@ const COLUMNS: usize = 80;
                   data. Times are milliseconds of the host's clock."
 )]
 pub(super) struct TimelineArgs {
-    /// The container or sandbox, or how its name begins (default: the newest start)
+    /// The container or sandbox, or a prefix of its name (default: the latest start)
     id: Option<String>,
-    /// Draw a picture: an SVG file, or - for standard output
+    /// Write a diagram: an SVG file, or - for standard output
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     svg: Option<PathBuf>,
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
-    /// List the starts that are known, the newest first
+    /// List the recorded starts, latest first
     #[arg(long, conflicts_with_all = ["id", "svg"])]
     list: bool,
 }
