@@ -45,7 +45,7 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
         let index = find(&links, &wanted.hw_addr)?;
         // Another interface that has this name gets its own later.
         if let Some(other) = holder(&links, &wanted.name).filter(|other| *other != index) {
-            let aside = LinkUnspec::new_with_index(other).name(&format!("koya-net{other}"));
+            let aside = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
             let renamed = handle.link().set(aside.build()).execute().await;
             renamed.with_context(|| format!("the name {} is in use", wanted.name))?;
         }
