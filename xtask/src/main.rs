@@ -39,8 +39,8 @@ struct Cli {
 enum Command {
     /// Install the Debian packages that builds and tests need (as root; else print the command)
     Setup,
-    /// Build the guest kernel: an ELF vmlinux and a bzImage (KERNEL_SRC=DIR for another tree)
-    Kernel,
+    /// Build the guest kernel: an ELF vmlinux and a bzImage
+    Kernel(kernel::KernelArgs),
     /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
     Build,
     /// Run a command (or a shell) where there is a real KVM: an emulated host, or this machine
@@ -58,7 +58,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::run().map(|()| 0),
-        Command::Kernel => kernel::run().map(|()| 0),
+        Command::Kernel(args) => kernel::run(&args).map(|()| 0),
         Command::Build => build::run().map(|()| 0),
         Command::Rig(args) => rig::run(args),
         Command::Demo => demo::run(),
