@@ -12,6 +12,10 @@ use std::path::Path;
 /// Open files of a process that nobody gave another limit: containerd's default.
 const NOFILE: u64 = 1 << 20;
 
+/// Memory mappings of a process: databases and JVMs refuse to start with the kernel's 65530, which their hosts are
+/// told to raise (Elasticsearch wants 262144; Fedora and Ubuntu have this).
+const MAX_MAP_COUNT: &str = "1048576";
+
 /// Everything before the host is called.
 pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     leave_rootfs().context("cannot leave the initial root file system")?;
@@ -21,6 +25,8 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     crate::cgroup::set_up().context("cannot make the containers' control group")?;
     mark(times, "control groups ready");
     raise_limits()?;
+    fs::write("/proc/sys/vm/max_map_count", MAX_MAP_COUNT)
+        .context("cannot set vm.max_map_count")?;
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
     mount_shares()?;
     mark(times, "shares mounted");

@@ -7,7 +7,7 @@ use crate::helper;
 use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{
-    Hook, Hooks, LinuxCapabilities, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup,
+    Hook, LinuxCapabilities, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup,
     LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, Mount, Process,
     Spec,
 };
@@ -115,20 +115,32 @@ pub(crate) fn make_working_directory(spec: &mut Spec) {
         return;
     };
     let (uid, gid) = (process.user().uid(), process.user().gid());
+    let (root, cwd) = (
+        root.path().to_string_lossy(),
+        process.cwd().to_string_lossy(),
+    );
     let args = [
-        helper::ARGUMENT.to_owned(),
-        helper::ARGUMENT.to_owned(),
-        helper::WORKING_DIRECTORY.to_owned(),
-        root.path().to_string_lossy().into_owned(),
-        process.cwd().to_string_lossy().into_owned(),
+        root.into_owned(),
+        cwd.into_owned(),
         uid.to_string(),
         gid.to_string(),
     ];
+    let mut all = vec![helper::WORKING_DIRECTORY];
+    all.extend(args.iter().map(String::as_str));
+    add_hook(spec, &all);
+}
+
+/// Has a helper with these arguments run in the container's mount namespace, once its mounts are there; after
+/// those that were added before.
+pub(crate) fn add_hook(spec: &mut Spec, args: &[&str]) {
+    let all = [helper::ARGUMENT, helper::ARGUMENT].iter().chain(args);
     let mut hook = Hook::default();
     hook.set_path("/proc/self/exe".into());
-    hook.set_args(Some(args.into()));
-    let mut hooks = Hooks::default();
-    hooks.set_create_container(Some(vec![hook]));
+    hook.set_args(Some(all.map(|&word| word.to_owned()).collect()));
+    let mut hooks = spec.hooks().clone().unwrap_or_default();
+    let mut list = hooks.create_container().clone().unwrap_or_default();
+    list.push(hook);
+    hooks.set_create_container(Some(list));
     spec.set_hooks(Some(hooks));
 }
 

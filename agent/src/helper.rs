@@ -98,6 +98,9 @@ impl Outcome {
 /// The first argument of a helper that makes a working directory: `ROOT DIRECTORY UID GID` follow.
 pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 
+/// The first argument of a helper that makes mounts which come late: `ROOT MOUNTS` follow.
+pub(crate) const LATE_MOUNTS: &str = "late-mounts";
+
 /// Runs one operation: `create ID OUTCOME CONSOLE UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
 /// path, or `-`.
@@ -107,6 +110,9 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     if let [WORKING_DIRECTORY, root, path, uid, gid] = args.as_slice() {
         return working_directory(root, path, uid, gid);
+    }
+    if let [LATE_MOUNTS, root, mounts] = args.as_slice() {
+        return late_mounts(root, mounts);
     }
     let (outcome, result) = match args.as_slice() {
         ["create", id, outcome, console, uid] => (outcome, create(id, console, uid)),
@@ -279,6 +285,18 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
         crate::sys::kernel_log(&format!("koya-agent: no {path}: {error:#}"));
     }
     ExitCode::SUCCESS
+}
+
+/// Without them the container is not made.
+fn late_mounts(root: &str, mounts: &str) -> ExitCode {
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
+    match crate::late_mounts::mount_all(root, mounts) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            crate::sys::kernel_log(&format!("koya-agent: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn delete(id: &str) -> Result<i32> {

@@ -21,6 +21,7 @@ mod disks;
 mod executor;
 mod helper;
 mod images;
+mod late_mounts;
 mod network;
 mod oom;
 mod reaper;

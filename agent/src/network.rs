@@ -1,13 +1,13 @@
 //! The guest's interfaces and routes, as the host wants them (rtnetlink(7)), and connections to its
 //! ports.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use koya_protocol::STREAM_PORT;
 use koya_protocol::messages::{Interface, Neighbour, Route};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::future::Future;
@@ -41,7 +41,14 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
         })
         .collect::<Result<_>>()?;
     with_kernel(async |handle| {
-        let index = find(&handle, &wanted.hw_addr).await?;
+        let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
+        let index = find(&links, &wanted.hw_addr)?;
+        // Another interface that has this name gets its own later.
+        if let Some(other) = holder(&links, &wanted.name).filter(|other| *other != index) {
+            let aside = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
+            let renamed = handle.link().set(aside.build()).execute().await;
+            renamed.with_context(|| format!("the name {} is in use", wanted.name))?;
+        }
         let mut link = LinkUnspec::new_with_index(index);
         if !wanted.name.is_empty() {
             link = link.name(&wanted.name);
@@ -117,21 +124,32 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     Ok(())
 }
 
-async fn find(handle: &Handle, hw_addr: &str) -> Result<u32> {
-    let mut links = handle.link().get().execute();
-    while let Some(link) = links.try_next().await? {
-        let here = link.attributes.iter().any(|attribute| {
+/// The interface with this Ethernet address. Networks on one interface of the host (ipvlan) have one address: of
+/// several, the first that is not set up yet, since both sides have them in one order.
+fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
+    let has_address = |link: &&LinkMessage| {
+        link.attributes.iter().any(|attribute| {
             let LinkAttribute::Address(bytes) = attribute else {
                 return false;
             };
             let text: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             text.join(":").eq_ignore_ascii_case(hw_addr)
-        });
-        if here {
-            return Ok(link.header.index);
-        }
-    }
-    bail!("the guest has no interface with the address {hw_addr}")
+        })
+    };
+    let is_up = |link: &LinkMessage| link.header.flags.contains(LinkFlags::Up);
+    let all = links.iter().filter(has_address);
+    let first = all.min_by_key(|link| (is_up(link), link.header.index));
+    let first = first.map(|link| link.header.index);
+    first.with_context(|| format!("the guest has no interface with the address {hw_addr}"))
+}
+
+/// The interface that has this name.
+fn holder(links: &[LinkMessage], name: &str) -> Option<u32> {
+    let has_name = |link: &&LinkMessage| {
+        let mut attributes = link.attributes.iter();
+        attributes.any(|a| matches!(a, LinkAttribute::IfName(own) if own == name))
+    };
+    links.iter().find(has_name).map(|link| link.header.index)
 }
 
 /// Adds routes, in an order in which gateways are reachable when they are named.
@@ -160,6 +178,12 @@ async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
     let mut message = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(dest.network(), dest.prefix_len())?
         .output_interface(index);
+    if route.metric > 0 {
+        message = message.priority(route.metric);
+    }
+    if !route.source.is_empty() {
+        message = message.pref_source(route.source.parse()?)?;
+    }
     message = match route.gateway.as_str() {
         "" => message.scope(rtnetlink::packet_route::route::RouteScope::Link),
         // The gateway may be outside of every prefix of ours.
@@ -178,4 +202,41 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
     let link = links.try_next().await?;
     let link = link.with_context(|| format!("the guest has no interface {name}"))?;
     Ok(link.header.index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, name: &str, last: u8, is_up: bool) -> LinkMessage {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        if is_up {
+            link.header.flags = LinkFlags::Up;
+        }
+        link.attributes = vec![
+            LinkAttribute::IfName(name.into()),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, last]),
+        ];
+        link
+    }
+
+    #[test]
+    fn interfaces_of_one_address_are_set_up_one_after_the_other() {
+        let links = |first: bool, second: bool| {
+            vec![
+                link(1, "lo", 0, true),
+                link(3, "eth1", 0xaa, second),
+                link(2, "eth0", 0xaa, first),
+                link(4, "eth2", 0xbb, false),
+            ]
+        };
+        let address = "02:00:00:00:00:AA";
+        assert_eq!(find(&links(false, false), address).unwrap(), 2);
+        assert_eq!(find(&links(true, false), address).unwrap(), 3);
+        assert_eq!(find(&links(true, true), address).unwrap(), 2);
+        assert!(find(&links(false, false), "02:00:00:00:00:cc").is_err());
+        assert_eq!(holder(&links(false, false), "eth2"), Some(4));
+        assert_eq!(holder(&links(false, false), "eth9"), None);
+    }
 }

@@ -5,6 +5,7 @@ use crate::console::{self, ConsoleSocket};
 use crate::device_rules;
 use crate::disks;
 use crate::helper::{self, bundle};
+use crate::late_mounts;
 use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
@@ -170,6 +171,7 @@ impl State {
         if request.guest_devices {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
         }
+        late_mounts::take(&mut spec)?;
         let spec = match within::lacks_nothing(&spec, &request.files) {
             true => spec,
             // Its root may be slow.

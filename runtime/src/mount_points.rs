@@ -4,12 +4,18 @@
 //! tree, as runc does. The tree is not trusted: no link in it leads out of it.
 
 use crate::Error;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, readlinkat};
 use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
-use std::path::{Component, Path};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Component, Path, PathBuf};
 
 const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+
+/// How many links that lead nowhere one path may have, as the kernel follows no more of others.
+const LINKS: usize = 40;
 
 /// Makes the mount points that `rootfs` lacks. `mounts` are destinations in the container in the
 /// order in which they are mounted, each with whether a file goes there, not a directory.
@@ -59,30 +65,47 @@ fn make_one(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Err
     let mut names = Vec::new();
     for component in destination.components() {
         match component {
-            Component::Normal(name) => names.push(name),
+            Component::Normal(name) => names.push(name.to_owned()),
             Component::ParentDir => drop(names.pop()),
             _ => {}
         }
     }
-    let mut path = std::path::PathBuf::from("/");
-    let mut parent = open(&path)?;
-    for (index, name) in names.iter().enumerate() {
-        path.push(name);
-        let found = open(&path);
-        parent = match found {
-            Err(Errno::NOENT) => {
-                let name = Path::new(name);
-                if is_file && index + 1 == names.len() {
-                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
-                    openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
-                    return Ok(());
-                }
-                mkdirat(&parent, name, Mode::from_raw_mode(0o755))?;
-                let flags = PATH_ONLY | OFlags::NOFOLLOW | OFlags::DIRECTORY;
-                openat(&parent, name, flags, Mode::empty())?
+    let mut left = VecDeque::from(names);
+    let (mut path, mut links) = (PathBuf::from("/"), 0);
+    while let Some(name) = left.pop_front() {
+        let parent = open(&path)?;
+        path.push(&name);
+        match open(&path) {
+            Err(Errno::NOENT) => {}
+            found => {
+                found?;
+                continue;
             }
-            other => other?,
-        };
+        }
+        if let Ok(target) = readlinkat(&parent, &name, Vec::new()) {
+            // A link that leads nowhere: what it names is made, inside the tree.
+            links += 1;
+            if links > LINKS {
+                return Err(Errno::LOOP);
+            }
+            let target = Path::new(OsStr::from_bytes(target.as_bytes()));
+            path.pop();
+            if target.is_absolute() {
+                path = PathBuf::from("/");
+            }
+            for component in target.components().rev() {
+                match component {
+                    Component::Normal(name) => left.push_front(name.to_owned()),
+                    Component::ParentDir => left.push_front("..".into()),
+                    _ => {}
+                }
+            }
+        } else if is_file && left.is_empty() {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
+            openat(&parent, &name, flags, Mode::from_raw_mode(0o644))?;
+        } else {
+            mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
+        }
     }
     Ok(())
 }
@@ -133,8 +156,52 @@ mod tests {
         assert!(root.join("a/c").is_dir() && !root.join("a/b").exists());
         assert!(root.join("there/in").is_dir());
         assert!(root.join("etc/resolv.conf").is_file());
-        // The link's target is looked for inside the tree, where it is not.
-        make(root, &[(Path::new("/out/x"), false)]).unwrap_err();
+        // The link's target is looked for inside the tree, and made there.
+        make(root, &[(Path::new("/out/x"), false)]).unwrap();
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+        let inside = outside.path().strip_prefix("/").unwrap();
+        assert!(root.join(inside).join("x").is_dir());
+    }
+
+    #[test]
+    fn what_a_link_names_is_made_where_it_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let link = |to: &str, at: &str| {
+            let at = root.join(at);
+            std::fs::create_dir_all(at.parent().unwrap()).unwrap();
+            std::os::unix::fs::symlink(to, at).unwrap();
+        };
+        link("/run", "var/run");
+        link("../run/systemd/resolve/stub", "etc/resolv.conf");
+        link("/deep/er", "short");
+        std::fs::create_dir_all(root.join("deep/er")).unwrap();
+        link("../../beside", "deep/er/link");
+        link("../../../../above", "up");
+        link("/run2", "var/run2");
+        link("/tmp/run2", "run2");
+        link("/usr/share/zoneinfo/Asia/Shanghai", "etc/localtime");
+        link("b", "a");
+        link("a", "b");
+        let mounts = [
+            (Path::new("/var/run/secrets/token"), false),
+            (Path::new("/etc/resolv.conf"), true),
+            (Path::new("/short/link/in"), false),
+            (Path::new("/up/in"), false),
+            (Path::new("/var/run2/secrets"), false),
+            (Path::new("/etc/localtime"), true),
+        ];
+        make(root, &mounts).unwrap();
+        for made in [
+            "run/secrets/token",
+            "beside/in",
+            "above/in",
+            "tmp/run2/secrets",
+        ] {
+            assert!(root.join(made).is_dir(), "{made}");
+        }
+        assert!(root.join("run/systemd/resolve/stub").is_file());
+        assert!(root.join("etc/resolv.conf").is_symlink());
+        make(root, &[(Path::new("/a/x"), false)]).unwrap_err();
     }
 }

@@ -92,6 +92,22 @@ pub struct Route {
     pub destination: IpNet,
     /// By whom; none if that is on the link itself.
     pub gateway: Option<IpAddr>,
+    /// Which of several routes to one destination is preferred: the lower. 0 is the kernel's default.
+    pub metric: u32,
+    /// The address that packets come from, of those that the guest has; none leaves it to the kernel.
+    pub source: Option<IpAddr>,
+}
+
+impl Route {
+    /// A route with this destination and gateway, and every default.
+    pub fn new(destination: IpNet, gateway: Option<IpAddr>) -> Self {
+        Self {
+            destination,
+            gateway,
+            metric: 0,
+            source: None,
+        }
+    }
 }
 
 impl NetworkConfig {
@@ -159,6 +175,8 @@ impl NetworkConfig {
             dest: route.destination.to_string(),
             gateway: route.gateway.map(|ip| ip.to_string()).unwrap_or_default(),
             device: self.name.clone(),
+            metric: route.metric,
+            source: route.source.map(|ip| ip.to_string()).unwrap_or_default(),
             ..Default::default()
         })
     }
@@ -387,18 +405,21 @@ fn route(
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let mut gateway = None;
+    let (mut gateway, mut source, mut metric) = (None, None, 0);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = ip(address)?,
             RouteAttribute::Gateway(address) => gateway = ip(address),
+            RouteAttribute::PrefSource(address) => source = ip(address),
+            RouteAttribute::Priority(priority) => metric = *priority,
             _ => {}
         }
     }
     let destination = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
     Some(Route {
-        destination,
-        gateway,
+        metric,
+        source,
+        ..Route::new(destination, gateway)
     })
 }
 

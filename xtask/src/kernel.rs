@@ -1,5 +1,5 @@
 //! The guest kernel: Debian's Linux source, the patches in `guest-kernel/patches` and the fragments
-//! in `guest-kernel/config`.
+//! in `guest-kernel/config`. `guest-kernel/README.md` says how to move to another source.
 
 use crate::{cache, proc, setup};
 use anyhow::{Context, Result, bail};
@@ -10,6 +10,8 @@ use std::process::Command;
 
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
+/// The package's version that the patches and the goals of the benches are for.
+const PINNED: &str = "6.12.117-1~deb12u1";
 
 const SYMBOLS: &str = "System.map";
 
@@ -23,10 +25,25 @@ pub(crate) struct Kernel {
     pub(crate) symbols: PathBuf,
 }
 
+#[derive(clap::Args)]
+pub(crate) struct KernelArgs {
+    /// Without the patches: the source as it is, with our configuration
+    #[arg(long)]
+    unpatched: bool,
+    /// Another source tree; it stays as it is (patches are applied to a copy)
+    #[arg(long, value_name = "DIR")]
+    source: Option<PathBuf>,
+}
+
 /// `cargo xtask kernel`
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(args: &KernelArgs) -> Result<()> {
     setup::ensure()?;
-    let kernel = ensure()?;
+    let patches = if args.unpatched {
+        Vec::new()
+    } else {
+        patches()?
+    };
+    let kernel = of(&Source::find(args.source.as_deref(), patches)?)?;
     for file in [&kernel.vmlinux, &kernel.bzimage] {
         let mib = fs::metadata(file)?.len() as f64 / (1024.0 * 1024.0);
         println!("{} ({mib:.1} MiB)", file.display());
@@ -36,11 +53,15 @@ pub(crate) fn run() -> Result<()> {
 
 /// Builds the guest kernel if the cache does not have it.
 pub(crate) fn ensure() -> Result<Kernel> {
-    let source = Source::find(patches()?)?;
+    of(&Source::find(None, patches()?)?)
+}
+
+/// The kernel of this source, from the cache or built.
+fn of(source: &Source) -> Result<Kernel> {
     let wanted = fragments()?;
     let compiler = proc::output(Command::new("gcc").arg("-dumpfullversion"))?;
     let key = cache::key([source.identity.as_str(), &text(&wanted), &compiler, SYMBOLS]);
-    let dir = cache::ensure("kernel", &key, |dir| build(&source, &wanted, &key, dir))?;
+    let dir = cache::ensure("kernel", &key, |dir| build(source, &wanted, &key, dir))?;
     let file = |prefix: &str| -> Result<PathBuf> {
         fs::read_dir(&dir)?
             .filter_map(|e| e.ok().map(|e| e.path()))
@@ -70,78 +91,104 @@ struct Source {
 }
 
 impl Source {
-    fn find(patches: Vec<PathBuf>) -> Result<Self> {
-        let mut source = Self::unpatched()?;
+    /// Debian's source, or the tree `given`, with `patches`.
+    fn find(given: Option<&Path>, patches: Vec<PathBuf>) -> Result<Self> {
+        let mut identity = match given {
+            Some(dir) => {
+                if !dir.join("Kconfig").exists() {
+                    bail!("{} is not a kernel source tree", dir.display());
+                }
+                format!("{}:{}", dir.display(), state_of(dir)?)
+            }
+            None => {
+                let version = source_version()?;
+                if let Some(note) = other_version(&version) {
+                    eprintln!("{note}");
+                }
+                format!("{SOURCE_PACKAGE}:{version}")
+            }
+        };
         for patch in &patches {
-            source.identity += &fs::read_to_string(patch)?;
+            identity += &fs::read_to_string(patch)?;
         }
-        source.patches = patches;
-        Ok(source)
-    }
-
-    fn unpatched() -> Result<Self> {
-        if let Some(dir) = std::env::var_os("KERNEL_SRC") {
-            let dir = PathBuf::from(dir);
-            let makefile = fs::read_to_string(dir.join("Makefile")).with_context(|| {
-                format!("KERNEL_SRC={} is not a kernel source tree", dir.display())
-            })?;
-            let head: String = makefile.lines().take(6).collect();
-            return Ok(Self {
-                identity: format!("{}:{head}", dir.display()),
-                given: Some(dir),
-                patches: Vec::new(),
-            });
-        }
-        let version = source_version()?;
         Ok(Self {
-            identity: format!("{SOURCE_PACKAGE}:{version}"),
-            given: None,
-            patches: Vec::new(),
+            identity,
+            given: given.map(Path::to_path_buf),
+            patches,
         })
     }
 
     fn tree(&self) -> Result<PathBuf> {
-        if let Some(dir) = &self.given {
-            // Somebody's own tree stays as it is.
-            for patch in &self.patches {
-                let applied = apply(dir, patch)
-                    .args(["--reverse", "--dry-run"])
-                    .output()?;
-                if !applied.status.success() {
-                    bail!(
-                        "KERNEL_SRC={} lacks a patch: apply it with `patch -d {0} -p1 -i {}`",
-                        dir.display(),
-                        patch.display()
-                    );
-                }
-            }
-            return Ok(dir.clone());
-        }
-        let dir = cache::ensure("source", &cache::key([&self.identity]), |dir| {
+        cache::ensure("source", &cache::key([&self.identity]), |dir| {
+            let mut fill = Command::new(if self.given.is_some() { "cp" } else { "tar" });
+            match &self.given {
+                // Somebody's own tree stays as it is.
+                Some(given) => fill.args(["-a", "--reflink=auto"]).arg(given.join(".")),
+                None => fill.args(["-xf", SOURCE_TAR, "--strip-components=1", "-C"]),
+            };
             proc::long(
                 "unpacking the kernel source",
-                Command::new("tar")
-                    .args(["-xf", SOURCE_TAR, "--strip-components=1", "-C"])
-                    .arg(dir),
+                fill.arg(dir),
                 &dir.with_extension("log"),
             )?;
             for patch in &self.patches {
-                proc::run(&mut apply(dir, patch))?;
+                apply(dir, patch)?;
             }
             Ok(())
-        })?;
-        Ok(dir)
+        })
     }
 }
 
-fn apply(tree: &Path, patch: &Path) -> Command {
-    let mut command = Command::new("patch");
-    command
-        .args(["--strip=1", "--force", "--quiet", "--directory"])
-        .arg(tree)
-        .arg("--input")
-        .arg(patch);
-    command
+/// What a tree holds now: names, sizes and times of its files, in one word.
+fn state_of(tree: &Path) -> Result<String> {
+    let files = proc::output(
+        Command::new("find")
+            .arg(tree)
+            .args(["-name", ".git", "-prune", "-o", "-type", "f"])
+            .args(["-printf", "%P %s %T@\n"]),
+    )?;
+    let mut lines: Vec<&str> = files.lines().collect();
+    lines.sort_unstable();
+    Ok(cache::key(lines))
+}
+
+/// What to say where the installed source is not the one that the patches are for.
+fn other_version(installed: &str) -> Option<String> {
+    (installed != PINNED).then(|| {
+        format!(
+            "note: {SOURCE_PACKAGE} {installed} is installed, the patches are for {PINNED}; building with \
+             what is installed (`apt-get install {SOURCE_PACKAGE}={PINNED}` has the other, as long as an archive does)"
+        )
+    })
+}
+
+/// Applies a patch that fits exactly, or is there already: what only nearly fits may change
+/// something else than it was written for.
+fn apply(tree: &Path, patch: &Path) -> Result<()> {
+    let run = |more: &[&str]| {
+        Command::new("patch")
+            .args(["--strip=1", "--force", "--fuzz=0", "--directory"])
+            .arg(tree)
+            .arg("--input")
+            .arg(patch)
+            .args(more)
+            .output()
+            .context("cannot start patch")
+    };
+    let tried = run(&["--dry-run"])?;
+    if tried.status.success() {
+        let done = run(&["--quiet", "--no-backup-if-mismatch"])?;
+        if done.status.success() {
+            return Ok(());
+        }
+    } else if run(&["--reverse", "--dry-run"])?.status.success() {
+        return Ok(());
+    }
+    bail!(
+        "{} does not apply to this source exactly (guest-kernel/README.md says what it is worth):\n{}",
+        patch.display(),
+        String::from_utf8_lossy(&tried.stdout).trim_end()
+    )
 }
 
 /// What is changed in Linux, in the order of the names.
@@ -290,6 +337,65 @@ mod tests {
         let wanted = BTreeMap::from([("CONFIG_A".into(), "n".into())]);
         assert!(verify(&wanted, "# CONFIG_A is not set\n").is_ok());
         assert!(verify(&wanted, "CONFIG_A=y\n").is_err());
+    }
+
+    /// A tree of one file with nine lines, and a patch of its fifth whose context begins with `first`.
+    fn tree_and_patch(name: &str, first: &str) -> (PathBuf, PathBuf) {
+        let dir = std::env::temp_dir().join(format!("koya-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("f"), "1\n2\n3\n4\n5\n6\n7\n8\n9\n").unwrap();
+        let patch = dir.join("a.patch");
+        let text = format!(
+            "why\n\n--- a/f\n+++ b/f\n@@ -2,7 +2,7 @@\n {first}\n 3\n 4\n-5\n+five\n 6\n 7\n 8\n"
+        );
+        fs::write(&patch, text).unwrap();
+        (dir, patch)
+    }
+
+    #[test]
+    fn a_patch_applies_once_and_is_known_again() {
+        let (dir, patch) = tree_and_patch("patch-fits", "2");
+        apply(&dir, &patch).unwrap();
+        apply(&dir, &patch).unwrap();
+        let file = fs::read_to_string(dir.join("f")).unwrap();
+        assert_eq!(file, "1\n2\n3\n4\nfive\n6\n7\n8\n9\n");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// `patch` by itself would apply it: two lines of context are enough for it.
+    #[test]
+    fn a_patch_whose_context_changed_is_refused() {
+        let (dir, patch) = tree_and_patch("patch-fuzz", "two");
+        let error = apply(&dir, &patch).unwrap_err().to_string();
+        assert!(
+            error.contains("does not apply to this source exactly"),
+            "{error}"
+        );
+        let file = fs::read_to_string(dir.join("f")).unwrap();
+        assert_eq!(file, "1\n2\n3\n4\n5\n6\n7\n8\n9\n");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn another_tree_is_known_by_what_it_holds() {
+        let (dir, _) = tree_and_patch("tree-state", "2");
+        let before = state_of(&dir).unwrap();
+        assert_eq!(state_of(&dir).unwrap(), before);
+        fs::write(dir.join("f"), "longer than it was, by a line\n").unwrap();
+        assert_ne!(state_of(&dir).unwrap(), before);
+        assert!(Source::find(Some(&dir), Vec::new()).is_err());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn another_version_of_the_source_is_named() {
+        assert_eq!(other_version(PINNED), None);
+        let note = other_version("6.12.200-1").unwrap();
+        assert!(
+            note.contains("6.12.200-1") && note.contains(PINNED),
+            "{note}"
+        );
     }
 
     #[test]

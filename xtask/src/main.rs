@@ -41,9 +41,9 @@ struct Cli {
 enum Command {
     /// Install the Debian packages for builds and tests (as root; otherwise print the command)
     Setup,
-    /// Build the guest kernel: an ELF vmlinux and a bzImage (KERNEL_SRC=DIR for another tree)
-    Kernel,
-    /// Build everything that a container needs: koya, agent, initramfs, kernel
+    /// Build the guest kernel: an ELF vmlinux and a bzImage
+    Kernel(kernel::KernelArgs),
+    /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
     Build,
     /// Run a command or a shell on a host with KVM: an emulated one, or this machine
     Rig(rig::RigArgs),
@@ -60,7 +60,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::run().map(|()| 0),
-        Command::Kernel => kernel::run().map(|()| 0),
+        Command::Kernel(args) => kernel::run(&args).map(|()| 0),
         Command::Build => build::run().map(|()| 0),
         Command::Rig(args) => rig::run(args),
         Command::Demo => demo::run(),

@@ -24,11 +24,11 @@ use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// What the host buffers for one stream, in bytes: the credit that the guest gets.
+/// The most that the host buffers for one stream, in bytes: the credit that the guest gets.
 pub const BUFFER_SIZE: u32 = 256 << 10;
 
-/// The same for a stream that is made when there are many.
-pub const SMALL_BUFFER_SIZE: u32 = 16 << 10;
+/// The least: of a stream that is made when there are very many.
+pub const LEAST_BUFFER_SIZE: u32 = 2 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -115,6 +115,11 @@ impl Connection {
     /// The host's end.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// What the host may have to buffer for it.
+    pub fn window(&self) -> u32 {
+        self.window
     }
 
     /// Whether nothing more will happen and nothing is owed: it can be forgotten.
@@ -220,6 +225,12 @@ impl Connection {
         if !allowed {
             self.kill();
             return false;
+        }
+        let (len, capacity) = (self.buffer.len() + data.len(), self.buffer.capacity());
+        if len > capacity {
+            // As it grows by itself, but never beyond the window.
+            let wanted = len.max(2 * capacity).min(self.window as usize);
+            self.buffer.reserve_exact(wanted - self.buffer.len());
         }
         self.buffer.extend(data);
         true
@@ -400,6 +411,16 @@ mod tests {
         assert!(!connection.receive(&[0]));
         assert_eq!(connection.take_owed(), Some((Op::Reset, 0)));
         assert!(connection.is_over());
+    }
+
+    #[test]
+    fn a_buffer_takes_no_more_memory_than_its_window() {
+        let (mut connection, _host) = established();
+        let window = connection.window() as usize;
+        for _ in 0..window / 1000 {
+            assert!(connection.receive(&[7; 1000]));
+            assert!(connection.buffer.capacity() <= window);
+        }
     }
 
     #[test]

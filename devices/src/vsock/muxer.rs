@@ -1,7 +1,7 @@
 //! All streams of one guest, and what is owed to it, in turn.
 
 use super::HOST_CID;
-use super::connection::{BUFFER_SIZE, Connection, SMALL_BUFFER_SIZE};
+use super::connection::{BUFFER_SIZE, Connection, LEAST_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
 use super::ports::{Ports, VsockMetrics, Wanted};
 use crate::sys;
@@ -9,6 +9,7 @@ use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::IntoBytes;
 
@@ -16,9 +17,14 @@ use zerocopy::IntoBytes;
 /// process may have few.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// How many streams get a large buffer. The host's memory for all is at most
-/// 256 * 256 KiB + 3840 * 16 KiB = 124 MiB.
-const LARGE_BUFFERS: usize = 256;
+/// The buffers of all streams together, in bytes: a guest that fills them must not push its sandbox over what its
+/// control group has for the process itself. The host's kernel may hold as much again, and 4 KiB a stream at
+/// least, on its way to who reads.
+const BUDGET: u32 = 14 << 20;
+
+/// Which part of what is left a new stream gets. The first gets 256 KiB, the hundredth 4 KiB, and as streams end,
+/// theirs are others' again.
+const SHARE: u32 = 24;
 
 /// The most refusals that wait for room in the receive queue. A guest that makes more without
 /// giving room finds its transmit queue at rest until it does.
@@ -62,15 +68,28 @@ pub struct Muxer {
     closing: Vec<Connection>,
     next_port: u32,
     limit: usize,
+    /// The windows of all streams.
+    promised: u32,
     /// How many host's ends were closed while the guest's was open: which was the first.
     closed: u64,
 }
 
-/// The buffer of a stream that is made when there are so many already.
-fn window(streams: usize) -> u32 {
-    match streams {
-        0..LARGE_BUFFERS => BUFFER_SIZE,
-        _ => SMALL_BUFFER_SIZE,
+/// The buffer of a new stream when there are so many already, with so much promised to them. What the others that
+/// may come need at least is never given.
+fn window(streams: usize, promised: u32) -> u32 {
+    let to_come = MAX_CONNECTIONS.saturating_sub(streams) as u32;
+    let free = BUDGET
+        .saturating_sub(promised)
+        .saturating_sub(to_come * LEAST_BUFFER_SIZE);
+    (free / SHARE).clamp(LEAST_BUFFER_SIZE, BUFFER_SIZE)
+}
+
+/// Has the host's kernel hold no more than this of a stream for who reads slowly. Its own default is 208 KiB.
+fn bound_what_waits(stream: &UnixStream, window: u32) {
+    // The kernel takes half of what it is told as its own expense, and has a minimum.
+    let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, window as usize / 2);
+    if let Err(error) = bound {
+        log::debug!("vsock: a stream keeps the buffer of the host's kernel: {error}");
     }
 }
 
@@ -95,12 +114,13 @@ impl Muxer {
             closing: Vec::new(),
             next_port: FIRST_HOST_PORT,
             limit: connection_limit(),
+            promised: 0,
             closed: 0,
         }
     }
 
     fn window(&self) -> u32 {
-        window(self.connections.len())
+        window(self.connections.len(), self.promised)
     }
 
     /// What epoll should watch differently since the last call, to be carried out before
@@ -209,6 +229,8 @@ impl Muxer {
     }
 
     fn insert(&mut self, key: Key, connection: Connection) {
+        self.promised += connection.window();
+        bound_what_waits(connection.stream(), connection.window());
         self.count(|metrics| &metrics.streams, 1);
         let fd = connection.stream().as_raw_fd();
         self.watches.push(Watch::Add(fd, key));
@@ -376,6 +398,7 @@ impl Muxer {
     }
 
     fn forget(&mut self, connection: Connection) {
+        self.promised -= connection.window();
         self.watches
             .push(Watch::Remove(connection.stream().as_raw_fd()));
         self.closing.push(connection);
@@ -442,8 +465,30 @@ mod tests {
 
     #[test]
     fn all_streams_together_have_a_bound() {
-        let total: u64 = (0..MAX_CONNECTIONS).map(|n| u64::from(window(n))).sum();
-        assert_eq!(total, 124 << 20);
+        let mut promised = 0;
+        let windows: Vec<u32> = (0..MAX_CONNECTIONS)
+            .map(|streams| {
+                let window = window(streams, promised);
+                promised += window;
+                window
+            })
+            .collect();
+        assert!(promised <= BUDGET, "{promised}");
+        assert!(windows.is_sorted_by(|one, next| one >= next));
+        assert!(
+            windows[0] >= 250 << 10 && windows[50] >= 24 << 10,
+            "{windows:?}"
+        );
+        assert_eq!(windows[MAX_CONNECTIONS - 1], LEAST_BUFFER_SIZE);
+        // Whatever ends and comes again in whatever order.
+        let mut left = windows;
+        for n in 0..10_000 {
+            promised -= left.swap_remove(n * 7919 % left.len());
+            let new = window(left.len(), promised);
+            promised += new;
+            left.push(new);
+            assert!(promised <= BUDGET, "{promised}");
+        }
         assert!((16..=MAX_CONNECTIONS).contains(&connection_limit()));
     }
 }

@@ -368,10 +368,7 @@ fn default_route(gateway: IpAddr) -> Route {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    Route {
-        destination: IpNet::new_assert(everywhere, 0),
-        gateway: Some(gateway),
-    }
+    Route::new(IpNet::new_assert(everywhere, 0), Some(gateway))
 }
 
 /// Two link-local addresses of a network of their own, for the host and for a guest: from the

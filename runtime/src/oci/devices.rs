@@ -64,19 +64,27 @@ pub(super) fn block_number(path: &Path) -> Option<(i64, i64)> {
     is_block.then_some((major.into(), minor.into()))
 }
 
-/// Character devices that every guest has, by number: memory, terminals, FUSE, TUN.
-const GUEST_DEVICES: &[(i64, i64)] = &[
-    (1, 3),
-    (1, 5),
-    (1, 7),
-    (1, 8),
-    (1, 9),
-    (1, 11),
-    (5, 0),
-    (5, 2),
-    (10, 200),
-    (10, 229),
+/// Character devices that every guest has, by number, and their nodes: memory, terminals, TUN, FUSE.
+const GUEST_DEVICES: &[((i64, i64), &str)] = &[
+    ((1, 3), "/dev/null"),
+    ((1, 5), "/dev/zero"),
+    ((1, 7), "/dev/full"),
+    ((1, 8), "/dev/random"),
+    ((1, 9), "/dev/urandom"),
+    ((1, 11), "/dev/kmsg"),
+    ((5, 0), "/dev/tty"),
+    ((5, 2), "/dev/ptmx"),
+    ((10, 200), "/dev/net/tun"),
+    ((10, 229), "/dev/fuse"),
 ];
+
+/// Where the guest has the character device with this number, if it has it.
+pub(super) fn guest_node(number: u64) -> Option<&'static str> {
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let number = (major.into(), minor.into());
+    let mut all = GUEST_DEVICES.iter();
+    all.find_map(|(own, node)| (*own == number).then_some(*node))
+}
 
 /// The devices of a container beyond those that its configuration has for the guest.
 #[derive(Debug, Default)]
@@ -116,7 +124,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
         // is not the host's node of the same disk.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
-        if is_pipe || is_character && GUEST_DEVICES.contains(&number) {
+        if is_pipe || is_character && GUEST_DEVICES.iter().any(|(own, _)| *own == number) {
             devices.push(device.clone());
         } else if let Some(disk) = disk.filter(is_volume) {
             adapted.disks.push(disk);

@@ -25,7 +25,7 @@ use crate::account::Accounts;
 use crate::direct_volume::DirectVolume;
 use koya_protocol::messages::EphemeralVolume;
 use koya_vmm::devices::fs::ShareOptions;
-use oci_spec::runtime::{self as oci, Spec};
+use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 use shares::root_share;
 use std::path::PathBuf;
 
@@ -81,10 +81,12 @@ pub(crate) fn adapt(
         }
     }
     let mut mount_points = mounts.points;
+    let has_mapped_users = namespaces::all(&spec).any(|n| n.typ() == LinuxNamespaceType::User);
     let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
     if let Some(process) = spec.process_mut() {
-        // The guest makes it where it may, and gives it to its user.
-        if is_read_only {
+        // The guest makes it where it may, and gives it to its user. It may not in a root that is read-only, nor
+        // as a root of mapped users, whose tree is another's.
+        if is_read_only || has_mapped_users {
             mount_points.push((process.cwd().clone(), false));
         }
         process::adapt(process, accounts)?;

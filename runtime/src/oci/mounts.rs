@@ -1,5 +1,6 @@
 //! Mounts: paths of the host become shares, volumes that the guest has itself, or disks.
 
+use super::devices::guest_node;
 use super::shares::{Share, guest_path};
 use super::{namespaces, refuse};
 use crate::Error;
@@ -9,7 +10,7 @@ use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 /// What a container's mounts need in the guest.
@@ -26,6 +27,8 @@ pub(super) struct Adapted {
 /// What a mount of the guest's needs.
 enum Needs {
     Nothing,
+    /// It is a device of the guest's own.
+    Device,
     Share(Share),
     Volume(EphemeralVolume),
     Direct(DirectVolume),
@@ -52,7 +55,8 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
             false => adapt_mount(id, number, directory, mount, shared_ipc)?,
         };
         let is_file = match &needs {
-            Needs::Share(share) => share.path.is_file(),
+            Needs::Share(share) => !share.path.is_dir(),
+            Needs::Device => true,
             // "tmpfs" is no path.
             _ => mount
                 .source()
@@ -63,7 +67,7 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
         adapted.points.push(point);
         mounts.push(mount);
         match needs {
-            Needs::Nothing => {}
+            Needs::Nothing | Needs::Device => {}
             Needs::Share(share) => adapted.shares.push(share),
             Needs::Volume(volume) => adapted.volumes.push(volume),
             Needs::Direct(volume) => adapted.direct.push((number as u32, volume)),
@@ -120,6 +124,11 @@ fn adapt_mount(
     }
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
+    // Wherever it goes: a pod's own /dev/shm is often such a volume, with a size.
+    if let Some(volume) = ephemeral::behind(&source, number as u32) {
+        adapted.set_source(Some(own_place(id, number)));
+        return Ok((adapted, Needs::Volume(volume)));
+    }
     // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
     if mount.destination() == Path::new("/dev/shm")
         && let Some(bytes) = memory_behind(&source)
@@ -136,12 +145,9 @@ fn adapt_mount(
         return Ok((adapted, Needs::Nothing));
     }
     // What the host's kernel makes up, the guest's does too.
-    if ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir)) {
+    let is_kernels = ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir));
+    if is_kernels || source == Path::new("/dev") {
         return Ok((adapted, Needs::Nothing));
-    }
-    if let Some(volume) = ephemeral::behind(&source, number as u32) {
-        adapted.set_source(Some(own_place(id, number)));
-        return Ok((adapted, Needs::Volume(volume)));
     }
     adapt_bind(id, number, directory, mount)
 }
@@ -194,11 +200,17 @@ fn adapt_bind(
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source.metadata();
     let found = found.map_err(Error::invalid_by("mounts", source.display().to_string()))?;
+    if found.file_type().is_char_device()
+        && let Some(node) = guest_node(found.rdev())
+    {
+        adapted.set_source(Some(node.into()));
+        return Ok((adapted, Needs::Device));
+    }
     if !found.is_dir() && !found.is_file() {
         let what = match found.file_type() {
             kind if kind.is_socket() => "a socket of the host's can't be used in a guest",
             kind if kind.is_fifo() => "a FIFO of the host's can't be used in a guest",
-            _ => "a device of the host's can't be bound into a guest",
+            _ => "it is a device of the host, which a guest does not have",
         };
         return Err(wrong(what.into()));
     }

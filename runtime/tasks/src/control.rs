@@ -62,9 +62,8 @@ impl TaskSet {
     /// # Errors
     /// If it does not run, or if the guest can't.
     pub fn pause(&self, id: &str) -> Result<(), Error> {
-        self.freeze(id, Action::Pause, |container| container.pause())?;
-        self.publish(Event::Paused { id: id.into() });
-        Ok(())
+        let event = Event::Paused { id: id.into() };
+        self.freeze(id, Action::Pause, event, |container| container.pause())
     }
 
     /// Lets them go on.
@@ -72,15 +71,15 @@ impl TaskSet {
     /// # Errors
     /// If it is not paused, or if the guest can't.
     pub fn resume(&self, id: &str) -> Result<(), Error> {
-        self.freeze(id, Action::Resume, |container| container.resume())?;
-        self.publish(Event::Resumed { id: id.into() });
-        Ok(())
+        let event = Event::Resumed { id: id.into() };
+        self.freeze(id, Action::Resume, event, |container| container.resume())
     }
 
     fn freeze(
         &self,
         id: &str,
         action: Action,
+        event: Event,
         change: impl FnOnce(&dyn GuestContainer) -> Result<(), koya::Error>,
     ) -> Result<(), Error> {
         let task = self.task(id)?;
@@ -88,6 +87,8 @@ impl TaskSet {
         task.init.status().allow(action)?;
         change(&*task.running()?)?;
         task.init.set_paused(action == Action::Pause);
+        // In this turn: a change that comes next is told next.
+        self.publish(event);
         Ok(())
     }
 

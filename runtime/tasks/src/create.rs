@@ -101,7 +101,45 @@ impl TaskSet {
             stdio: task.init.paths.clone(),
             pid: task.pid(),
         });
+        // Not before: its end may have come already.
+        let followed = match task.is_pod() || task.container().is_some() {
+            true => self.follow_behind(&task),
+            false => Ok(()),
+        };
+        if let Err(error) = followed {
+            let exit = Exit::now(LOST);
+            self.undo(&task);
+            let (id, pid) = (task.id.clone(), task.pid());
+            self.publish(Event::Deleted { id, pid, exit });
+            return Err(error);
+        }
         Ok(task.pid())
+    }
+
+    /// Has the end of a task published once it comes.
+    pub(crate) fn follow_behind(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
+        let (set, own) = (self.clone(), task.clone());
+        task.pid_holder.run(move || match own.is_pod() {
+            true => set.follow_machine(&own),
+            false => set.follow(&own),
+        })?;
+        Ok(())
+    }
+
+    /// Waits for the virtual machine's end, which is that of a pod's own container.
+    fn follow_machine(&self, task: &Task) {
+        let Some(machine) = self.lock().machine() else {
+            return;
+        };
+        let reason = machine.wait_ended();
+        let status = match self.was_stopped() {
+            true => KILLED,
+            false => {
+                log::error!("the pod's virtual machine ended: {reason}");
+                LOST
+            }
+        };
+        self.end(task, Exit::now(status));
     }
 
     fn prepare(self: &Arc<Self>, task: &Arc<Task>, mounts: &[Mount]) -> Result<(), Error> {
@@ -112,19 +150,7 @@ impl TaskSet {
             return Err(anyhow!(HOST_NETWORK).into());
         }
         if task.is_pod() {
-            let machine = self.boot(task)?;
-            let (set, own) = (self.clone(), task.clone());
-            task.pid_holder.run(move || {
-                let reason = machine.wait_ended();
-                let status = match set.was_stopped() {
-                    true => KILLED,
-                    false => {
-                        log::error!("the pod's virtual machine ended: {reason}");
-                        LOST
-                    }
-                };
-                set.end(&own, Exit::now(status));
-            })?;
+            self.boot(task)?;
             return Ok(());
         }
         if !mounts.is_empty() {
@@ -174,7 +200,8 @@ impl TaskSet {
         }
     }
 
-    /// Makes the container in the guest; its init process waits to be started.
+    /// Makes the container in the guest; its init process waits to be started, and nobody waits for its end yet
+    /// ([`follow_behind`](Self::follow_behind)).
     pub(crate) fn make(
         self: &Arc<Self>,
         task: &Arc<Task>,
@@ -196,8 +223,6 @@ impl TaskSet {
             }
         };
         task.init.made(Handle::Init(container.clone()), relay);
-        let (set, followed) = (self.clone(), task.clone());
-        task.pid_holder.run(move || set.follow(&followed))?;
         Ok(container)
     }
 

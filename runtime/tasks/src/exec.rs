@@ -52,12 +52,13 @@ impl TaskSet {
                 return Err(Error::AlreadyExists(format!("process {id:?}")));
             }
             execs.insert(id.clone(), Arc::new(exec));
+            // Who finds it, and starts it, is not to be told first.
+            self.publish(Event::ExecAdded {
+                id: task.id.clone(),
+                exec_id: id,
+            });
             Ok(())
         })?;
-        self.publish(Event::ExecAdded {
-            id: task.id.clone(),
-            exec_id: id,
-        });
         Ok(())
     }
 

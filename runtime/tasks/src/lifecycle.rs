@@ -45,7 +45,11 @@ impl TaskSet {
     fn start_init(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
         let container = match task.container() {
             Some(container) => container,
-            None => self.make(task)?,
+            None => {
+                let container = self.make(task)?;
+                self.follow_behind(task)?;
+                container
+            }
         };
         // It may have been killed while it was made.
         if let Err(error) = task.init.start() {

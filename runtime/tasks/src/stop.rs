@@ -2,10 +2,18 @@
 
 use crate::machine::{Machine, VirtualMachine};
 use crate::set::TaskSet;
-use crate::sync::spawn;
+use crate::sync;
+use anyhow::Result;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How a thread is started that nobody waits for.
+pub(crate) type Start = fn(&'static str, Box<dyn FnOnce() + Send>) -> Result<()>;
+
+fn spawn(name: &'static str, work: Box<dyn FnOnce() + Send>) -> Result<()> {
+    sync::spawn(name, work)
+}
 
 impl TaskSet {
     /// Whether the virtual machine ends, or has ended, because it was to: its containers are killed by that.
@@ -22,6 +30,11 @@ impl TaskSet {
     /// Takes the virtual machine down on a thread of its own: nothing waits for it. One that starts is taken
     /// down once that is over.
     pub fn stop(&self) {
+        self.stop_by(spawn);
+    }
+
+    /// The same by threads that this starts. False if the host has none for it: then it goes on.
+    fn stop_by(&self, start: Start) -> bool {
         let machine = self.change(|state| match &state.machine {
             Machine::Absent => None,
             Machine::Starting => {
@@ -38,25 +51,36 @@ impl TaskSet {
             }
         });
         let Some(machine) = machine else {
-            return;
+            return true;
         };
-        if let Err(error) = spawn("koya-stop", move || machine.stop()) {
+        let started = start("koya-stop", Box::new(move || machine.stop()));
+        if let Err(error) = &started {
             log::error!("the virtual machine is not stopped: {error:#}");
             self.change(|state| state.is_stopping = false);
         }
+        started.is_ok()
     }
 
     /// The last thing that is asked of it: ends the virtual machine, once the guest has written out what it has,
     /// and takes away what was mounted.
     pub fn finish(&self) {
-        self.stop();
+        self.finish_by(spawn);
+    }
+
+    pub(crate) fn finish_by(&self, start: Start) {
+        let is_ending = self.stop_by(start);
         let machine = self.wait_for(self.patience.start, |state| match &state.machine {
             Machine::Starting => None,
             Machine::Absent => Some(None),
             Machine::Running(machine) => Some(Some(machine.clone())),
         });
         if let Some(machine) = machine.flatten() {
-            wait_ended(&machine, self.patience.stop);
+            if !is_ending {
+                // It has limits of its own.
+                self.change(|state| state.is_stopping = true);
+                machine.stop();
+            }
+            wait_ended(&machine, self.patience.stop, start);
             machine.kill();
         }
         let tasks: Vec<_> = self.change(|state| {
@@ -70,16 +94,23 @@ impl TaskSet {
 }
 
 /// Waits for a virtual machine's end, and no longer than `limit`.
-fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration) {
+fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, start: Start) {
+    if machine.ended().is_some() {
+        return;
+    }
     let (sender, ended) = channel::<()>();
     let waited = machine.clone();
-    let spawned = spawn("koya-ended", move || {
+    let work = move || {
         waited.wait_ended();
         drop(sender);
-    });
-    match spawned {
-        Ok(()) => drop(ended.recv_timeout(limit)),
-        // Without a thread there is no limit but the sandbox's own.
-        Err(_) => drop(machine.wait_ended()),
+    };
+    if start("koya-ended", Box::new(work)).is_ok() {
+        ended.recv_timeout(limit).ok();
+        return;
+    }
+    // Without a thread it is looked at again and again.
+    let begun = Instant::now();
+    while machine.ended().is_none() && begun.elapsed() < limit {
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -33,6 +33,10 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     let (inside, outside) = ("eth0", "far0");
     let own = |words: &[&str]| ip(&[&["-n", name], words].concat());
     let fars = |words: &[&str]| ip(&[&["-n", far], words].concat());
+    // Made before the other one, as who attaches networks may.
+    own(&[
+        "link", "add", "eth1", "type", "veth", "peer", "name", "far1", "netns", far,
+    ])?;
     let veth = ["link", "add", inside, "type", "veth", "peer", "name"];
     own(&[&veth[..], &[outside, "netns", far]].concat())?;
     own(&[
@@ -46,7 +50,23 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
         "up",
     ])?;
     own(&["address", "add", "192.0.2.2/24", "dev", inside])?;
-    own(&["route", "add", "198.51.100.0/24", "via", "192.0.2.9"])?;
+    own(&["address", "add", "192.0.2.77/24", "dev", inside])?;
+    let by = [
+        "198.51.100.0/24",
+        "via",
+        "192.0.2.9",
+        "src",
+        "192.0.2.77",
+        "metric",
+        "100",
+    ];
+    own(&[&["route", "add"], &by[..]].concat())?;
+    // A second network, whose name is the first one's in the guest until both have theirs. The same destination
+    // by it is worse, and stays.
+    own(&["link", "set", "eth1", "up"])?;
+    own(&["address", "add", "203.0.113.2/24", "dev", "eth1"])?;
+    let worse = ["198.51.100.0/24", "via", "203.0.113.9", "metric", "200"];
+    own(&[&["route", "add"], &worse[..]].concat())?;
     let neighbour = [
         "neigh",
         "add",
@@ -66,11 +86,14 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
             .run(&options, "lent", &["sh", "-c", script])
             .output()?,
     )?;
+    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
     for wanted in [
         "02:00:00:00:00:42",
         "mtu 1400",
         "192.0.2.2/24",
-        "198.51.100.0/24 via 192.0.2.9",
+        "198.51.100.0/24 via 192.0.2.9 dev eth0 src 192.0.2.77 metric 100",
+        "198.51.100.0/24 via 203.0.113.9 dev eth1 metric 200",
+        "203.0.113.2/24 brd 203.0.113.255 scope global eth1",
         "02:00:00:00:00:09",
     ] {
         ensure!(said.contains(wanted), "no {wanted}: {said}");

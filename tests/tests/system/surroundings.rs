@@ -16,6 +16,9 @@ crate::trials![
     limits_can_be_set,
     a_privileged_container_has_the_guests_devices,
     a_volume_that_cannot_be_one_is_refused_by_name,
+    volumes_go_where_links_lead,
+    devices_as_volumes_are_the_guests,
+    a_whole_dev_is_left_as_it_is,
 ];
 
 const BOTH: &str = "echo out > /dev/stdout; echo err > /dev/stderr";
@@ -220,5 +223,113 @@ fn a_volume_that_cannot_be_one_is_refused_by_name() -> Result<()> {
         refused.status.code() == Some(125) && said.contains("s.sock"),
         "{refused:?}"
     );
+    Ok(())
+}
+
+/// `/var/run` of many images leads to a `/run` that they do not have.
+fn volumes_go_where_links_lead() -> Result<()> {
+    let root = scratch("links")?;
+    busybox(&root)?;
+    std::fs::create_dir_all(root.join("var"))?;
+    std::fs::remove_file(root.join("etc/resolv.conf")).ok();
+    for (to, at) in [
+        ("/run", "var/run"),
+        ("../run/stub/resolv.conf", "etc/resolv.conf"),
+    ] {
+        std::os::unix::fs::symlink(to, root.join(at))?;
+    }
+    let own = scratch("links-volume")?;
+    std::fs::write(own.join("token"), "secret\n")?;
+    let directory = format!("{}:/var/run/secrets/one:ro", own.display());
+    let file = format!("{}:/etc/resolv.conf", own.join("token").display());
+    let script = "cat /run/secrets/one/token /run/stub/resolv.conf; readlink /etc/resolv.conf";
+    for options in [&["--read-only"][..], &[]] {
+        let options = [options, &["-v", &directory, "-v", &file]].concat();
+        let said = stdout(run_in(&root, &options, &["sh", "-c", script])?)?;
+        ensure!(
+            said == "secret\nsecret\n../run/stub/resolv.conf",
+            "{options:?}: {said}"
+        );
+    }
+    Ok(())
+}
+
+fn node(at: &std::path::Path, major: u32, minor: u32) -> Result<()> {
+    let mut mknod = std::process::Command::new("mknod");
+    mknod.args(["-m", "666"]).arg(at).arg("c");
+    stdout(
+        mknod
+            .args([major.to_string(), minor.to_string()])
+            .output()?,
+    )
+    .map(drop)
+}
+
+/// As pods ask for them: hostPath volumes of the type CharDevice.
+fn devices_as_volumes_are_the_guests() -> Result<()> {
+    let dir = scratch("nodes")?;
+    let numbers = [
+        ("tun", 10, 200),
+        ("fuse", 10, 229),
+        ("null", 1, 3),
+        ("lost", 10, 231),
+    ];
+    for (name, major, minor) in numbers {
+        node(&dir.join(name), major, minor)?;
+    }
+    std::fs::write(dir.join("file"), "a file\n")?;
+    let volume = |name: &str, at: &str| format!("{}:{at}", dir.join(name).display());
+    let volumes = [
+        volume("tun", "/dev/net/tun"),
+        volume("fuse", "/dev/fuse"),
+        volume("null", "/etc/covered"),
+        volume("file", "/dev/urandom"),
+    ];
+    let volumes: Vec<&str> = volumes.iter().flat_map(|volume| ["-v", volume]).collect();
+    let script = "for d in net/tun fuse; do exec 3<> /dev/$d && echo $d; done; \
+        [ -c /etc/covered ] && cat /etc/covered /dev/urandom; head -c 1 /dev/zero | wc -c";
+    let said = sh(&[&["--privileged"], &volumes[..]].concat(), script)?;
+    ensure!(said == "net/tun\nfuse\na file\n1", "{said}");
+    // Its node is there without privileges, too: to open it is not allowed, as elsewhere.
+    let said = sh(
+        &volumes,
+        "[ -c /dev/net/tun ] && cat /etc/covered /dev/urandom",
+    )?;
+    ensure!(said == "a file", "{said}");
+    let refused = run(&["-v", &volume("lost", "/dev/lost")], &["true"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    let wanted = "it is a device of the host, which a guest does not have";
+    ensure!(
+        refused.status.code() == Some(125) && said.contains(wanted) && said.contains("lost"),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
+fn a_whole_dev_is_left_as_it_is() -> Result<()> {
+    let dev = scratch("whole-dev")?;
+    for (name, minor) in [("null", 3), ("zero", 5), ("random", 8)] {
+        node(&dev.join(name), 1, minor)?;
+    }
+    std::fs::create_dir(dev.join("pts"))?;
+    std::os::unix::fs::symlink("/proc/self/fd", dev.join("fd"))?;
+    std::fs::write(dev.join("mark"), "")?;
+    let names = || -> Result<Vec<String>> {
+        let all = std::fs::read_dir(&dev)?.map(|e| Ok(e?.file_name().to_string_lossy().into()));
+        let mut all = all.collect::<Result<Vec<String>>>()?;
+        all.sort();
+        Ok(all)
+    };
+    let before = names()?;
+    let script = "echo lost > /dev/null; head -c 1 /dev/zero | wc -c; cd /dev; echo *; cat /proc/sys/vm/max_map_count";
+    for options in [&["--privileged"][..], &[]] {
+        let volume = format!("{}:/dev", dev.display());
+        let said = sh(&[options, &["-v", &volume]].concat(), script)?;
+        ensure!(
+            said == "1\nfd mark null pts random zero\n1048576",
+            "{options:?}: {said}"
+        );
+        ensure!(names()? == before, "{:?}", names()?);
+    }
     Ok(())
 }

@@ -89,6 +89,7 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
         all.mounts = vec![
             bind(&disk.join("sub"), "/sub", false),
             bind(&part, "/part", false),
+            bind(&memory, "/dev/shm", false),
             bind(&direct, "/direct", false),
         ];
     })?;
@@ -108,7 +109,9 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
     ensure!(fs::read_to_string(disk.join("sub/file"))? == "shared\n");
     // In the guest's memory: shared, and no larger than it may be.
     pod.exec(&one, "echo fast > /memory/part/file")?;
-    ensure!(pod.exec(&two, "cat /part/file")? == "fast");
+    ensure!(pod.exec(&two, "cat /part/file /dev/shm/part/file")? == "fast\nfast");
+    let size = pod.exec(&two, "df -k /dev/shm | awk 'END { print $2 }'")?;
+    ensure!(size == "1024", "/dev/shm has {size} KiB");
     ensure!(
         !memory.join("part/file").exists(),
         "it is in the host's memory"

@@ -51,6 +51,29 @@ fn a_start_is_published_before_an_end_that_comes_during_it() {
 }
 
 #[test]
+fn nothing_overtakes_what_is_published_slowly() {
+    let rig = Rig::new();
+    rig.events.slow.lock().unwrap().push("create c".into());
+    // It has ended as soon as it is there.
+    rig.guest.ends("c", 7);
+    rig.create("c").unwrap();
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 7);
+    rig.set.delete("c", "").unwrap();
+    assert_eq!(rig.events(), ["create c", "exit c 7", "delete c"]);
+
+    let rig = Rig::new();
+    rig.events.slow.lock().unwrap().push("pause c".into());
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    let paused = rig.behind(|set| set.pause("c"));
+    rig.guest.await_call("pause c");
+    rig.set.resume("c").unwrap();
+    paused.recv_timeout(LIMIT).unwrap().unwrap();
+    let expected = ["create c", "start c", "pause c", "resume c"];
+    assert_eq!(rig.events(), expected);
+}
+
+#[test]
 fn what_can_not_be_started_has_ended() {
     let rig = Rig::new();
     rig.create("c").unwrap();

@@ -292,6 +292,8 @@ impl GuestContainer for FakeProcess {
 struct Recorder {
     events: Mutex<Vec<String>>,
     changed: Condvar,
+    /// Events that take their time until they are there.
+    slow: Mutex<Vec<String>>,
 }
 
 impl EventSink for Recorder {
@@ -313,6 +315,9 @@ impl EventSink for Recorder {
             Event::ExecAdded { id, exec_id } => format!("add {}", name(id, exec_id)),
             Event::ExecStarted { id, exec_id, .. } => format!("start {}", name(id, exec_id)),
         };
+        if self.slow.lock().unwrap().contains(&text) {
+            std::thread::sleep(Duration::from_millis(200));
+        }
         self.events.lock().unwrap().push(text);
         self.changed.notify_all();
     }

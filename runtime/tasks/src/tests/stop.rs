@@ -158,3 +158,15 @@ fn a_guest_has_room_before_the_limit_and_one_at_a_time_makes_it() {
     };
     assert_eq!(limits.memory, Some(600 << 20));
 }
+
+#[test]
+fn the_end_needs_no_thread() {
+    let rig = Rig::new();
+    rig.create("c").unwrap();
+    rig.set.start("c", "").unwrap();
+    let began = Instant::now();
+    rig.set.finish_by(|_, _| anyhow::bail!("no thread is left"));
+    assert!(rig.guest.was_called("stop"));
+    assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 137);
+}

@@ -1,0 +1,220 @@
+//! Bind mounts that come once libcontainer has filled the container's `/dev`: a whole `/dev`, and files over its
+//! default nodes. libcontainer makes nodes and links in `/dev` after all mounts, and fails where a name is taken;
+//! runc leaves such a `/dev` as it is. The mounts are made by a hook, in the container's mount namespace.
+
+use crate::configuration;
+use crate::helper;
+use anyhow::{Context, Result};
+use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind_recursive, mount_remount, move_mount,
+    open_tree,
+};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// The nodes and links that libcontainer makes in each `/dev`.
+const MADE: &[&str] = &[
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/tty",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/ptmx",
+    "/dev/fd",
+    "/dev/stdin",
+    "/dev/stdout",
+    "/dev/stderr",
+    "/dev/kcore",
+];
+
+/// One mount, in the order in which they are made.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Late {
+    source: PathBuf,
+    at: PathBuf,
+    read_only: bool,
+    /// Mounts below it that the configuration has after it, which are there already.
+    above: Vec<PathBuf>,
+}
+
+/// Takes out of a configuration what must come late, and has a helper mount it. A node that a mount covers
+/// is not made.
+pub(crate) fn take(spec: &mut Spec) -> Result<()> {
+    let all = spec.mounts().clone().unwrap_or_default();
+    let is_bind = |mount: &Mount| {
+        let mut options = mount.options().iter().flatten();
+        mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
+    };
+    let comes_late = |mount: &Mount| {
+        let at = mount.destination();
+        let is_made = || MADE.iter().any(|made| at == Path::new(made));
+        is_bind(mount) && (at == Path::new("/dev") || is_made())
+    };
+    let mut late = Vec::new();
+    let mut kept = Vec::new();
+    for (index, mount) in all.iter().enumerate() {
+        let at = mount.destination();
+        let is_whole = at == Path::new("/dev");
+        if !comes_late(mount) {
+            kept.push(mount.clone());
+            continue;
+        }
+        let mut options = mount.options().iter().flatten();
+        // Those that come late themselves come after it.
+        let below = |other: &&Mount| {
+            is_whole && other.destination().starts_with("/dev") && !comes_late(other)
+        };
+        let above = all[index + 1..].iter().filter(below);
+        late.push(Late {
+            source: mount
+                .source()
+                .clone()
+                .context("a bind mount has no source")?,
+            at: at.clone(),
+            read_only: options.any(|option| option == "ro" || option == "rro"),
+            above: above.map(|other| other.destination().clone()).collect(),
+        });
+        if is_whole {
+            // What libcontainer makes goes to what is covered then.
+            kept.push(empty_directory(at));
+        }
+    }
+    let covered: Vec<_> = all.iter().filter(|mount| is_bind(mount)).collect();
+    if let Some(linux) = spec.linux_mut()
+        && let Some(devices) = linux.devices().clone()
+    {
+        let is_free = |path: &Path| !covered.iter().any(|mount| mount.destination() == path);
+        let devices = devices.into_iter().filter(|d| is_free(d.path())).collect();
+        linux.set_devices(Some(devices));
+    }
+    if late.is_empty() {
+        return Ok(());
+    }
+    spec.set_mounts(Some(kept));
+    let text = serde_json::to_string(&late)?;
+    configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root_of(spec), &text]);
+    Ok(())
+}
+
+fn root_of(spec: &Spec) -> String {
+    let root = spec.root().as_ref();
+    root.map_or_else(String::new, |root| {
+        root.path().to_string_lossy().into_owned()
+    })
+}
+
+fn empty_directory(at: &Path) -> Mount {
+    let mut mount = Mount::default();
+    mount.set_destination(at.into());
+    mount.set_typ(Some("tmpfs".into()));
+    mount.set_source(Some("tmpfs".into()));
+    mount.set_options(Some(
+        ["nosuid", "mode=755", "size=64k"].map(String::from).into(),
+    ));
+    mount
+}
+
+/// Makes them in the root of a container, which is not trusted: no link in it leads out of it.
+pub(crate) fn mount_all(root: &str, late: &str) -> Result<()> {
+    let late: Vec<Late> = serde_json::from_str(late)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = openat(CWD, root, flags, Mode::empty())?;
+    for mount in late {
+        let at = &mount.at;
+        make(&root, &mount).with_context(|| format!("cannot mount {}", at.display()))?;
+    }
+    Ok(())
+}
+
+fn make(root: &OwnedFd, late: &Late) -> Result<()> {
+    let open = |path: &Path| {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
+    };
+    let tree = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let mut above = Vec::new();
+    for path in &late.above {
+        above.push((path, open_tree(open(path)?, "", tree)?));
+    }
+    let place = || -> Result<(OwnedFd, PathBuf)> {
+        let found = open(&late.at)?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        Ok((found, path))
+    };
+    mount_bind_recursive(&late.source, place()?.1.as_path())?;
+    if late.read_only {
+        let (_found, path) = place()?;
+        mount_remount(&path, MountFlags::BIND | MountFlags::RDONLY, "")?;
+    }
+    for (path, mounted) in above {
+        // What is mounted there may lack the place, and may not be changed for it.
+        let Ok(onto) = open(path) else { continue };
+        let is_directory = |fd: &OwnedFd| {
+            fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+        };
+        if is_directory(&onto)? == is_directory(&mounted)? {
+            let flags =
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+            move_mount(&mounted, "", &onto, "", flags)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_covers_dev_or_its_nodes_comes_late() {
+        let spec = serde_json::json!({
+            "ociVersion": "1.2.0", "root": {"path": "/r"},
+            "mounts": [
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/dev", "type": "bind", "source": "/host", "options": ["rbind", "ro"]},
+                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm"},
+                {"destination": "/dev/null", "type": "bind", "source": "/file"},
+                {"destination": "/dev/net/tun", "type": "bind", "source": "/dev/net/tun"},
+                {"destination": "/etc/hosts", "type": "bind", "source": "/hosts"},
+            ],
+            "linux": {"devices": [
+                {"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200},
+                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+            ]},
+        });
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        take(&mut spec).unwrap();
+        let all = serde_json::to_value(&spec).unwrap();
+        let mounts = all["mounts"].as_array().unwrap();
+        let kept: Vec<_> = mounts
+            .iter()
+            .map(|m| m["destination"].as_str().unwrap())
+            .collect();
+        let wanted = ["/dev", "/dev", "/dev/shm", "/dev/net/tun", "/etc/hosts"];
+        assert_eq!(kept, wanted);
+        assert_eq!(mounts[1]["type"], "tmpfs");
+        let devices = all["linux"]["devices"].as_array().unwrap();
+        assert!(
+            devices.len() == 1 && devices[0]["path"] == "/dev/fuse",
+            "{devices:?}"
+        );
+        let args = &all["hooks"]["createContainer"][0]["args"];
+        assert_eq!(
+            (&args[2], &args[3]),
+            (&helper::LATE_MOUNTS.into(), &"/r".into())
+        );
+        let late: Vec<Late> = serde_json::from_str(args[4].as_str().unwrap()).unwrap();
+        assert_eq!(late.len(), 2);
+        assert!(late[0].read_only && !late[1].read_only);
+        let above = ["/dev/shm", "/dev/net/tun"].map(PathBuf::from);
+        assert_eq!(late[0].above, above);
+        assert_eq!(late[1].at, Path::new("/dev/null"));
+    }
+}
