@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// How a thread is started that nobody waits for.
 pub(crate) type Start = fn(&'static str, Box<dyn FnOnce() + Send>) -> Result<()>;
 
-fn spawn(name: &'static str, work: Box<dyn FnOnce() + Send>) -> Result<()> {
+fn spawn_thread(name: &'static str, work: Box<dyn FnOnce() + Send>) -> Result<()> {
     sync::spawn(name, work)
 }
 
@@ -30,11 +30,11 @@ impl TaskSet {
     /// Takes the virtual machine down on a thread of its own: nothing waits for it. One that starts is taken
     /// down once that is over.
     pub fn stop(&self) {
-        self.stop_by(spawn);
+        self.stop_by(spawn_thread);
     }
 
     /// The same by threads that this starts. False if the host has none for it: then it goes on.
-    fn stop_by(&self, start: Start) -> bool {
+    fn stop_by(&self, spawn: Start) -> bool {
         let machine = self.change(|state| match &state.machine {
             Machine::Absent => None,
             Machine::Starting => {
@@ -53,7 +53,7 @@ impl TaskSet {
         let Some(machine) = machine else {
             return true;
         };
-        let started = start("koya-stop", Box::new(move || machine.stop()));
+        let started = spawn("koya-stop", Box::new(move || machine.stop()));
         if let Err(error) = &started {
             log::error!("the virtual machine is not stopped: {error:#}");
             self.change(|state| state.is_stopping = false);
@@ -64,11 +64,11 @@ impl TaskSet {
     /// The last thing that is asked of it: ends the virtual machine, once the guest has written out what it has,
     /// and takes away what was mounted.
     pub fn finish(&self) {
-        self.finish_by(spawn);
+        self.finish_by(spawn_thread);
     }
 
-    pub(crate) fn finish_by(&self, start: Start) {
-        let is_ending = self.stop_by(start);
+    pub(crate) fn finish_by(&self, spawn: Start) {
+        let is_ending = self.stop_by(spawn);
         let machine = self.wait_for(self.patience.start, |state| match &state.machine {
             Machine::Starting => None,
             Machine::Absent => Some(None),
@@ -80,7 +80,7 @@ impl TaskSet {
                 self.change(|state| state.is_stopping = true);
                 machine.stop();
             }
-            wait_ended(&machine, self.patience.stop, start);
+            wait_ended(&machine, self.patience.stop, spawn);
             machine.kill();
         }
         let tasks: Vec<_> = self.change(|state| {
@@ -94,7 +94,7 @@ impl TaskSet {
 }
 
 /// Waits for a virtual machine's end, and no longer than `limit`.
-fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, start: Start) {
+fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, spawn: Start) {
     if machine.ended().is_some() {
         return;
     }
@@ -104,7 +104,7 @@ fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, start: Start) 
         waited.wait_ended();
         drop(sender);
     };
-    if start("koya-ended", Box::new(work)).is_ok() {
+    if spawn("koya-ended", Box::new(work)).is_ok() {
         ended.recv_timeout(limit).ok();
         return;
     }
