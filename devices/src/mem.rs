@@ -363,8 +363,11 @@ impl VirtioDevice for Mem {
         region.requested = state.requested;
         let restored = self.restore_slots(&mut region);
         if restored.is_err() {
+            // No driver knows of any block.
             (region.usable, region.requested) = before;
-            self.unplug_everything(&mut region);
+            let backing = self.shared.backing.as_ref();
+            let memory = backing.and_then(|backing| backing.memory.upgrade());
+            region.unplug_all(backing, memory.as_deref());
         }
         restored
     }
@@ -395,19 +398,6 @@ impl Mem {
         }
         region.sweep(Some(backing), &memory);
         Ok(())
-    }
-
-    /// After a restore that failed half-way: no driver knows of any block.
-    fn unplug_everything(&self, region: &mut Region) {
-        let all = 0..region.blocks.len();
-        region.blocks.fill(false);
-        region.plugged = 0;
-        region.slots.set(&all, false);
-        let backing = self.shared.backing.as_ref();
-        if let Some(memory) = backing.and_then(|backing| backing.memory.upgrade()) {
-            region.show(&memory, all, false);
-            region.sweep(backing, &memory);
-        }
     }
 }
 
@@ -518,14 +508,9 @@ fn unplug(
 }
 
 fn unplug_all(region: &mut Region, backing: Option<&Backing>, memory: &Memory) -> (u16, u16) {
-    let all = 0..region.blocks.len();
-    region.blocks.fill(false);
-    region.slots.set(&all, false);
-    region.show(memory, all, false);
-    region.plugged = 0;
+    region.unplug_all(backing, Some(memory));
     region.usable = 0;
     region.grow_usable();
-    region.sweep(backing, memory);
     (RESPONSE_ACK, 0)
 }
 

@@ -76,6 +76,19 @@ impl Region {
         }
     }
 
+    /// Takes all blocks away; `memory` is none once its machine has ended.
+    pub(super) fn unplug_all(&mut self, backing: Option<&Backing>, memory: Option<&Memory>) {
+        let all = 0..self.blocks.len();
+        self.blocks.fill(false);
+        self.slots.set(&all, false);
+        self.plugged = 0;
+        if let Some(memory) = memory {
+            // Out of reach first, then given back: the guest must not touch it again in between.
+            self.show(memory, all, false);
+            self.sweep(backing, memory);
+        }
+    }
+
     /// The blocks that are plugged, or that are not, run by run.
     pub(super) fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
         let mut runs = Vec::new();

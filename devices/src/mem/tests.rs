@@ -350,15 +350,21 @@ fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
     assert!(slots.present().is_empty());
 }
 
-#[test]
-fn a_restored_device_has_the_slots_that_it_had() {
+/// What a device saves that has these blocks: first address and count.
+fn saved_with(plugged: [(u64, u16); 2]) -> Payload {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
-    setup.ask(REQUEST_PLUG, START + BLOCK_SIZE, 3);
-    setup.ask(REQUEST_PLUG, START + 2 * SLOT, 1);
+    for (address, count) in plugged {
+        setup.ask(REQUEST_PLUG, address, count);
+    }
     let saved = Mem {
         shared: setup.handle.shared.clone(),
     };
-    let state = saved.save().unwrap();
+    saved.save().unwrap()
+}
+
+#[test]
+fn a_restored_device_has_the_slots_that_it_had() {
+    let state = saved_with([(START + BLOCK_SIZE, 3), (START + 2 * SLOT, 1)]);
     let memory = pluggable();
     let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
     device.restore(&state).unwrap();
@@ -371,13 +377,7 @@ fn a_restored_device_has_the_slots_that_it_had() {
 
 #[test]
 fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
-    let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
-    setup.ask(REQUEST_PLUG, START, 1);
-    setup.ask(REQUEST_PLUG, START + 2 * SLOT, 1);
-    let saved = Mem {
-        shared: setup.handle.shared.clone(),
-    };
-    let state = saved.save().unwrap();
+    let state = saved_with([(START, 1), (START + 2 * SLOT, 1)]);
     let memory = pluggable();
     let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
     let empty = device.save().unwrap();
