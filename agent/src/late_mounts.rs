@@ -44,7 +44,9 @@ struct Late {
 /// Takes out of a configuration what must come late, and has a helper mount it. A node that a mount covers
 /// is not made.
 pub(crate) fn take(spec: &mut Spec) -> Result<()> {
-    let all = spec.mounts().clone().unwrap_or_default();
+    let Some(all) = spec.mounts_mut().take() else {
+        return Ok(());
+    };
     let is_bind = |mount: &Mount| {
         let mut options = mount.options().iter().flatten();
         mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
@@ -55,14 +57,10 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         is_bind(mount) && (at == Path::new("/dev") || is_made())
     };
     let mut late = Vec::new();
-    let mut kept = Vec::new();
-    for (index, mount) in all.iter().enumerate() {
+    let numbered = all.iter().enumerate();
+    for (index, mount) in numbered.filter(|(_, mount)| comes_late(mount)) {
         let at = mount.destination();
         let is_whole = at == Path::new("/dev");
-        if !comes_late(mount) {
-            kept.push(mount.clone());
-            continue;
-        }
         let mut options = mount.options().iter().flatten();
         // Those that come late themselves come after it.
         let below = |other: &&Mount| {
@@ -78,23 +76,24 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
             read_only: options.any(|option| option == "ro" || option == "rro"),
             above: above.map(|other| other.destination().clone()).collect(),
         });
-        if is_whole {
+    }
+    let linux = spec.linux_mut().as_mut();
+    if let Some(devices) = linux.and_then(|linux| linux.devices_mut().as_mut()) {
+        let covers = |mount: &Mount, path: &Path| is_bind(mount) && mount.destination() == path;
+        devices.retain(|device| !all.iter().any(|mount| covers(mount, device.path())));
+    }
+    let kept = all
+        .into_iter()
+        .filter_map(|mount| match comes_late(&mount) {
+            false => Some(mount),
             // What libcontainer makes goes to what is covered then.
-            kept.push(empty_directory(at));
-        }
-    }
-    let covered: Vec<_> = all.iter().filter(|mount| is_bind(mount)).collect();
-    if let Some(linux) = spec.linux_mut()
-        && let Some(devices) = linux.devices().clone()
-    {
-        let is_free = |path: &Path| !covered.iter().any(|mount| mount.destination() == path);
-        let devices = devices.into_iter().filter(|d| is_free(d.path())).collect();
-        linux.set_devices(Some(devices));
-    }
+            true => (mount.destination() == Path::new("/dev")).then(empty_dev),
+        });
+    let kept = kept.collect();
+    spec.set_mounts(Some(kept));
     if late.is_empty() {
         return Ok(());
     }
-    spec.set_mounts(Some(kept));
     let text = serde_json::to_string(&late)?;
     configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root_of(spec), &text]);
     Ok(())
@@ -107,9 +106,9 @@ fn root_of(spec: &Spec) -> String {
     })
 }
 
-fn empty_directory(at: &Path) -> Mount {
+fn empty_dev() -> Mount {
     let mut mount = Mount::default();
-    mount.set_destination(at.into());
+    mount.set_destination("/dev".into());
     mount.set_typ(Some("tmpfs".into()));
     mount.set_source(Some("tmpfs".into()));
     mount.set_options(Some(

@@ -57,11 +57,13 @@ impl HostDisk {
 pub(super) fn block_number(path: &Path) -> Option<(i64, i64)> {
     let found = rustix::fs::stat(path).ok()?;
     let is_block = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
-    let (major, minor) = (
-        rustix::fs::major(found.st_rdev),
-        rustix::fs::minor(found.st_rdev),
-    );
-    is_block.then_some((major.into(), minor.into()))
+    is_block.then_some(device_number(found.st_rdev))
+}
+
+/// Major and minor of a device number (makedev(3)).
+pub(super) fn device_number(device: u64) -> (i64, i64) {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    (major.into(), minor.into())
 }
 
 /// Character devices that every guest has, by number, and their nodes: memory, terminals, TUN, FUSE.
@@ -79,9 +81,7 @@ const GUEST_DEVICES: &[((i64, i64), &str)] = &[
 ];
 
 /// Where the guest has the character device with this number, if it has it.
-pub(super) fn guest_node(number: u64) -> Option<&'static str> {
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let number = (major.into(), minor.into());
+pub(super) fn guest_node(number: (i64, i64)) -> Option<&'static str> {
     let mut all = GUEST_DEVICES.iter();
     all.find_map(|(own, node)| (*own == number).then_some(*node))
 }
@@ -124,7 +124,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
         // is not the host's node of the same disk.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
-        if is_pipe || is_character && GUEST_DEVICES.iter().any(|(own, _)| *own == number) {
+        if is_pipe || is_character && guest_node(number).is_some() {
             devices.push(device.clone());
         } else if let Some(disk) = disk.filter(is_volume) {
             adapted.disks.push(disk);

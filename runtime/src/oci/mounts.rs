@@ -1,6 +1,6 @@
 //! Mounts: paths of the host become shares, volumes that the guest has itself, or disks.
 
-use super::devices::guest_node;
+use super::devices::{device_number, guest_node};
 use super::shares::{Share, guest_path};
 use super::{namespaces, refuse};
 use crate::Error;
@@ -201,7 +201,7 @@ fn adapt_bind(
     let found = source.metadata();
     let found = found.map_err(Error::invalid_by("mounts", source.display().to_string()))?;
     if found.file_type().is_char_device()
-        && let Some(node) = guest_node(found.rdev())
+        && let Some(node) = guest_node(device_number(found.rdev()))
     {
         adapted.set_source(Some(node.into()));
         return Ok((adapted, Needs::Device));
