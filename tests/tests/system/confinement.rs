@@ -135,19 +135,7 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
             .run(&options, "limited", &["sleep", "1000"])
             .output()?,
     )?;
-    let exec = |name: &str, script: &str| {
-        let exec = [
-            "task",
-            "exec",
-            "--exec-id",
-            name,
-            "limited",
-            "sh",
-            "-c",
-            script,
-        ];
-        stdout(containerd.ctr(exec).output()?)
-    };
+    let exec = |id: &str, script: &str| stdout(containerd.exec("limited", id, script).output()?);
     let total = exec("total", "grep MemTotal /proc/meminfo | tr -dc 0-9")?;
     let total = total.parse::<u64>()? >> 10;
     ensure!(
@@ -188,16 +176,8 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
     stdout(containerd.ctr(["task", "rm", "-f", "free"]).output()?)?;
     containerd.remove("free")?;
     // Beyond the limit the guest's kernel kills what takes too much, and nothing else.
-    let (code, text) = ended(
-        &containerd
-            .ctr(["task", "exec", "--exec-id", "greedy", "limited"])
-            .args([
-                "sh",
-                "-c",
-                "head -c 120m /dev/zero | tail > /dev/null; echo $?",
-            ])
-            .output()?,
-    );
+    let greedy = "head -c 120m /dev/zero | tail > /dev/null; echo $?";
+    let (code, text) = ended(&containerd.exec("limited", "greedy", greedy).output()?);
     ensure!(code == Some(0) && text.contains("137"), "{code:?} {text}");
     ensure!(exec("after", "echo alive")? == "alive");
     // It has had all that it may have: what the host gave beyond that is what `overhead.podFixed` is for.

@@ -170,18 +170,8 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
     until("its output", || Ok((said() == "started\n").then_some(())))?;
     ensure!(containerd.state("life")?.as_deref() == Some("RUNNING"));
 
-    let exec = |name: &str, script: &str| {
-        let exec = [
-            "task",
-            "exec",
-            "--exec-id",
-            name,
-            "life",
-            "sh",
-            "-c",
-            script,
-        ];
-        Ok::<_, anyhow::Error>(ended(&containerd.ctr(exec).output()?))
+    let exec = |id: &str, script: &str| {
+        Ok::<_, anyhow::Error>(ended(&containerd.exec("life", id, script).output()?))
     };
     let (code, text) = exec("first", "echo here; cat /proc/1/comm; exit 7")?;
     ensure!(code == Some(7) && text == "here\nsh", "{code:?} {text}");

@@ -145,6 +145,11 @@ impl Containerd {
         ctr
     }
 
+    /// `ctr task exec --exec-id ID NAME sh -c SCRIPT`
+    pub(crate) fn exec(&self, name: &str, id: &str, script: &str) -> Command {
+        self.ctr(["task", "exec", "--exec-id", id, name, "sh", "-c", script])
+    }
+
     /// What `ctr task ls` says of a container: its process on the host, and its state.
     fn task(&self, name: &str) -> Result<Option<(String, String)>> {
         let list = stdout(self.ctr(["task", "ls"]).output()?)?;
