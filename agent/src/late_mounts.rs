@@ -1,5 +1,5 @@
-//! Bind mounts that come once libcontainer has filled the container's `/dev`: a whole `/dev`, and files over its
-//! default nodes. libcontainer makes nodes and links in `/dev` after all mounts, and fails where a name is taken;
+//! Bind mounts that are made after libcontainer has filled the container's `/dev`: a whole `/dev`, and files over
+//! its default nodes. libcontainer makes nodes and links in `/dev` after all mounts, and fails where a name is taken;
 //! runc leaves such a `/dev` as it is. The mounts are made by a hook, in the container's mount namespace.
 
 use crate::configuration;

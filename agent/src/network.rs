@@ -30,7 +30,7 @@ async fn with_kernel<T>(work: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T
     result
 }
 
-/// Names the interface with this Ethernet address, gives it its addresses, and takes it up.
+/// Names the interface with this MAC address, gives it its addresses, and takes it up.
 pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
     let addresses: Vec<IpNet> = wanted
         .ip_addresses
@@ -124,7 +124,7 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     Ok(())
 }
 
-/// The interface with this Ethernet address. Networks on one interface of the host (ipvlan) have one address: of
+/// The interface with this MAC address. Networks on one interface of the host (ipvlan) have one address: of
 /// several, the first that is not set up yet, since both sides have them in one order.
 fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
     let has_address = |link: &&LinkMessage| {

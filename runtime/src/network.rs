@@ -47,7 +47,7 @@ pub enum HostEnd {
         /// The host's address on it.
         address: Option<IpNet>,
     },
-    /// An interface of the namespace: the guest takes its place, with its Ethernet address, MTU,
+    /// An interface of the namespace: the guest takes its place, with its MAC address, MTU,
     /// addresses and routes.
     Join {
         /// Its name.
@@ -62,13 +62,13 @@ pub struct NetworkConfig {
     pub host: HostEnd,
     /// The interface's name in the guest. Default: `eth0`.
     pub name: String,
-    /// The tap and its device: Ethernet address, MTU, queues, limits. The tap's name is `host`'s.
+    /// The tap and its device: MAC address, MTU, queues, limits. The tap's name is `host`'s.
     pub device: NetConfig,
     /// The guest's addresses.
     pub addresses: Vec<IpNet>,
     /// The guest's routes.
     pub routes: Vec<Route>,
-    /// Whom the guest need not ask for their Ethernet addresses.
+    /// Whom the guest need not ask for their MAC addresses.
     pub neighbours: Vec<Neighbour>,
     /// Destinations that the guest's frames must not have, beside the host's loopback and the guest's
     /// own addresses: of [`HostEnd::Join`], whose other side may be a process that connects to whatever
@@ -81,7 +81,7 @@ pub struct NetworkConfig {
 pub struct Neighbour {
     /// Its address.
     pub ip: IpAddr,
-    /// Its Ethernet address.
+    /// Its MAC address.
     pub mac: MacAddr,
 }
 
@@ -128,7 +128,7 @@ impl NetworkConfig {
     pub(crate) fn resolve(&self) -> Result<Self, Error> {
         let mut network = self.clone();
         if network.device.mac.is_none() {
-            let mac = MacAddr::random().map_err(Error::host("make an Ethernet address"))?;
+            let mac = MacAddr::random().map_err(Error::host("make a MAC address"))?;
             network.device.mac = Some(mac);
         }
         match &self.host {

@@ -65,7 +65,7 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 
 const ROLE: Role = Role::new("koya-net").of_the_guest();
 
-/// An Ethernet address.
+/// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddr(pub [u8; 6]);
@@ -87,7 +87,7 @@ impl FromStr for MacAddr {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no Ethernet address (aa:bb:cc:dd:ee:ff)");
+        let wrong = || format!("{text:?} is not a MAC address (aa:bb:cc:dd:ee:ff)");
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {

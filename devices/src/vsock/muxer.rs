@@ -84,12 +84,12 @@ fn window(streams: usize, promised: u32) -> u32 {
     (free / SHARE).clamp(LEAST_BUFFER_SIZE, BUFFER_SIZE)
 }
 
-/// Has the host's kernel hold no more than this of a stream for who reads slowly. Its own default is 208 KiB.
-fn bound_what_waits(stream: &UnixStream, window: u32) {
+/// Limits what the host's kernel holds of a stream whose reader is slow (SO_SNDBUF). The default is 208 KiB.
+fn limit_send_buffer(stream: &UnixStream, window: u32) {
     // The kernel takes half of what it is told as its own expense, and has a minimum.
     let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, window as usize / 2);
     if let Err(error) = bound {
-        log::debug!("vsock: a stream keeps the buffer of the host's kernel: {error}");
+        log::debug!("vsock: cannot set the send buffer size of a stream: {error}");
     }
 }
 
@@ -230,7 +230,7 @@ impl Muxer {
 
     fn insert(&mut self, key: Key, connection: Connection) {
         self.promised += connection.window();
-        bound_what_waits(connection.stream(), connection.window());
+        limit_send_buffer(connection.stream(), connection.window());
         self.count(|metrics| &metrics.streams, 1);
         let fd = connection.stream().as_raw_fd();
         self.watches.push(Watch::Add(fd, key));

@@ -40,7 +40,7 @@ pub struct NetConfig {
     /// name the kernel chooses.
     #[serde(default)]
     pub tap: String,
-    /// The guest's Ethernet address. Default: random, of local administration.
+    /// The guest's MAC address. Default: random, of local administration.
     #[serde(default)]
     pub mac: Option<MacAddr>,
     /// The largest packet in bytes, 68 or more. Default: the guest's own choice (1500).

@@ -1,4 +1,4 @@
-//! Events of the host's queue, as the guest is to have them.
+//! Translates inotify events of the host into those of the guest.
 
 use super::{HostEvent, State, Watches, kind};
 use crate::fs::inodes::{self, Inode};
@@ -32,7 +32,7 @@ impl Watches {
         Ok(events)
     }
 
-    /// Looks at what the host has queued.
+    /// Reads the events that the host has queued.
     pub(super) fn drain(&self, state: &mut State) -> io::Result<()> {
         let Some(queue) = self.queue.get() else {
             return Ok(());
