@@ -11,7 +11,7 @@ use crate::service::SERVED_AS;
 use anyhow::Result;
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::shim_sync::Client;
-use koya_tasks::{Spec, cgroup};
+use koya_tasks::{Spec, cgroup, hooks};
 use protobuf::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -30,12 +30,16 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     let bundle = flags.bundle()?;
     let socket = launch::socket(flags, &flags.id);
     let shim = shim_of(&bundle);
+    let mut is_gone = true;
     if socket.exists() {
         let client = Client::connect(&format!("unix://{}", socket.display())).ok();
         let answers = |client: &Client| asks(client, "Connect", &connect(&flags.id));
         match client.filter(answers) {
             // It goes if it has no container, which it may not know to be its last.
-            Some(client) => drop(asks(&client, "Shutdown", &ShutdownRequest::new())),
+            Some(client) => {
+                is_gone = false;
+                _ = asks(&client, "Shutdown", &ShutdownRequest::new());
+            }
             None => {
                 if let Some(pid) = shim {
                     end(pid);
@@ -43,6 +47,10 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
                 fs::remove_file(&socket).ok();
             }
         }
+    }
+    // A shim that is there runs them itself.
+    if is_gone && let Err(error) = hooks::run_overdue(&flags.id, &bundle) {
+        eprintln!("{error}");
     }
     // A process can't remove the group that it is in, and the kernel takes a moment to see that it has left.
     if let Some(group) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {

@@ -42,6 +42,7 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
 
 fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let spec = Spec::read(bundle)?;
+    let host_network = File::open("/proc/self/ns/net").context("the host's network namespace")?;
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
     let ready = spec.enter_namespaces();
     if let Some(group) = spec.cgroup()
@@ -57,6 +58,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
         namespace: flags.namespace.clone(),
         log_console: flags.debug,
         unready: ready.err().map(|error| error.to_string()),
+        host_network: Some(host_network),
     };
     let tasks = TaskSet::new(config, events.clone());
     let service = Service {

@@ -67,7 +67,6 @@ pub(crate) fn adapt(
         pids,
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
-    spec.set_hooks(None);
     let root = adapt_root(id, rootfs, root, &mut spec);
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
@@ -129,25 +128,33 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
         return Err(Error::invalid("process", "there is none"));
     }
     if let Some(hooks) = spec.hooks() {
-        let lists = [
-            ("prestart", hooks.prestart()),
-            ("createRuntime", hooks.create_runtime()),
-            ("createContainer", hooks.create_container()),
-            ("startContainer", hooks.start_container()),
-            ("poststart", hooks.poststart()),
-            ("poststop", hooks.poststop()),
-        ];
-        for (name, list) in lists {
-            if list.as_ref().is_some_and(|list| !list.is_empty()) {
-                return Err(refuse("hooks", format!("{name} hooks are not supported")));
-            }
-        }
+        check_hooks(hooks)?;
     }
     let linux = spec.linux().as_ref();
     if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
     namespaces::check(spec)
+}
+
+/// The only hooks of a guest are those that the container's own files have.
+fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
+    let of_the_host = "those of the host are run by whoever makes the container";
+    let elsewhere = "a program of the host can't run in the guest";
+    let lists = [
+        ("prestart", hooks.prestart(), of_the_host),
+        ("createRuntime", hooks.create_runtime(), of_the_host),
+        ("createContainer", hooks.create_container(), elsewhere),
+        ("poststart", hooks.poststart(), of_the_host),
+        ("poststop", hooks.poststop(), of_the_host),
+    ];
+    for (name, list, why) in lists {
+        if list.as_ref().is_some_and(|list| !list.is_empty()) {
+            let reason = format!("{name} hooks are not supported here: {why}");
+            return Err(refuse("hooks", reason));
+        }
+    }
+    Ok(())
 }
 
 /// How mounts propagate to and from a container's root, without what runc and the kubelet put before it

@@ -181,6 +181,14 @@ fn users_of_their_own_get_the_guests_sysfs() {
 }
 
 #[test]
+fn hooks_of_the_containers_own_files_are_the_guests() {
+    let hooks = json!({"startContainer": [{"path": "/bin/x", "args": ["x", "y"], "timeout": 3}]});
+    let (_dir, bundle) = bundle(|spec| spec["hooks"] = hooks.clone());
+    let adapted = adapt_it("c", bundle).unwrap();
+    assert_eq!(serde_json::to_value(adapted.spec.hooks()).unwrap(), hooks);
+}
+
+#[test]
 fn what_cannot_be_had_is_refused_by_name() {
     let network = |spec: &mut Value| spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
     assert!(error(network).contains("network namespace"));
@@ -188,6 +196,8 @@ fn what_cannot_be_had_is_refused_by_name() {
     assert!(error(mounts).contains("mount namespace"));
     let hook = |spec: &mut Value| spec["hooks"] = json!({"prestart": [{"path": "/bin/x"}]});
     assert!(error(hook).contains("prestart"));
+    let hook = |spec: &mut Value| spec["hooks"] = json!({"createContainer": [{"path": "/bin/x"}]});
+    assert!(error(hook).contains("createContainer hooks are not supported"));
     let device = |spec: &mut Value| {
         spec["linux"]["devices"] =
             json!([{"path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0}]);

@@ -35,7 +35,8 @@ pub struct CreateTask {
 }
 
 impl CreateTask {
-    fn task(self) -> Result<(Task, Vec<Mount>), Error> {
+    fn task(mut self) -> Result<(Task, Vec<Mount>), Error> {
+        let hooks = self.spec.take_host_hooks();
         let root = self.spec.0.root().as_ref();
         let root = root.map(|root| root.path().clone()).unwrap_or_default();
         let rootfs = match self.mounts.is_empty() {
@@ -54,6 +55,7 @@ impl CreateTask {
             bundle: self.bundle,
             rootfs,
             spec: self.spec,
+            hooks,
             role,
             settings,
             init: Process::new(self.stdio),
@@ -150,6 +152,7 @@ impl TaskSet {
             return Err(anyhow!(HOST_NETWORK).into());
         }
         if task.is_pod() {
+            self.run_hooks_of_creation(task)?;
             self.boot(task)?;
             return Ok(());
         }
@@ -162,6 +165,7 @@ impl TaskSet {
             });
         }
         task.init.open_streams(&task.id, &self.config.namespace)?;
+        self.run_hooks_of_creation(task)?;
         // Into a new network namespace somebody may put an interface before the start.
         if task.spec.network() != Network::New {
             self.make(task)?;
@@ -176,6 +180,7 @@ impl TaskSet {
         }
         // What is shared holds the mount.
         self.unmount(task);
+        self.run_poststop_hooks(task);
         let is_last = self.change(|state| {
             if state.entry(task).is_some() {
                 state.entries.remove(&task.id);

@@ -45,6 +45,7 @@ mod create;
 mod error;
 mod event;
 mod exec;
+pub mod hooks;
 mod lifecycle;
 mod logger;
 mod machine;

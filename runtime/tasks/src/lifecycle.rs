@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::event::Event;
 use crate::exec::Exec;
+use crate::hooks::Kind;
 use crate::process::{Action, Exit, Status};
 use crate::set::{KILLED, LOST, ProcessOf, Task, TaskSet};
 use koya::Step;
@@ -26,6 +27,11 @@ impl TaskSet {
         task.init.status().allow(Action::Start)?;
         if task.is_pod() {
             task.init.start()?;
+            if let Err(error) = self.run_hooks(&task, &[Kind::Poststart]) {
+                task.init.not_started();
+                self.end(&task, Exit::now(LOST));
+                return Err(error);
+            }
             self.started(&task);
             let machine = self.lock().machine();
             if let Some(machine) = machine {
@@ -59,6 +65,12 @@ impl TaskSet {
         if let Err(error) = container.start() {
             task.init.not_started();
             return Err(error.into());
+        }
+        if let Err(error) = self.run_hooks(task, &[Kind::Poststart]) {
+            // As under runc: a container that is not as it was to be ends.
+            container.kill(true).ok();
+            task.init.not_started();
+            return Err(error);
         }
         self.started(task);
         self.log_steps(task);

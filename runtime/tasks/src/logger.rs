@@ -94,7 +94,7 @@ fn end(mut logger: Child, limit: Duration) {
 
 /// Waits for the end of a child that nobody has waited for yet; false if it lives after `limit`, or if the host
 /// can't tell.
-fn has_ended_within(pid: Pid, limit: Duration) -> bool {
+pub(crate) fn has_ended_within(pid: Pid, limit: Duration) -> bool {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
         return false;
     };

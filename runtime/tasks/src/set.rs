@@ -10,8 +10,10 @@ use crate::size::Limits;
 use crate::spec::{Role, Spec};
 use crate::stdio::StdioPaths;
 use crate::sync::{Guard, Level, Ordered};
+use koya::oci_spec::runtime::Hooks;
 use koya::{Settings, Size};
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
@@ -60,6 +62,8 @@ pub(crate) struct Task {
     pub(crate) bundle: PathBuf,
     pub(crate) rootfs: PathBuf,
     pub(crate) spec: Spec,
+    /// Its hooks on the host.
+    pub(crate) hooks: Hooks,
     pub(crate) role: Role,
     pub(crate) settings: Settings,
     pub(crate) init: Process,
@@ -177,6 +181,8 @@ pub struct TaskSetConfig {
     pub log_console: bool,
     /// Why there can be no sandbox, if that is known: the answer to whoever wants one.
     pub unready: Option<String>,
+    /// The network namespace in which hooks run: the host's, where this process is in another by now.
+    pub host_network: Option<File>,
 }
 
 /// The tasks of one sandbox: a container, or a pod. The first one brings the virtual machine.

@@ -120,6 +120,42 @@ impl Spec {
             .collect()
     }
 
+    /// The hooks that are programs of the host, which the runtime runs: they are taken out, and what is left is
+    /// the guest's.
+    pub fn take_host_hooks(&mut self) -> oci::Hooks {
+        let mut host = oci::Hooks::default();
+        if let Some(hooks) = self.0.hooks_mut() {
+            host.set_prestart(hooks.prestart().clone());
+            host.set_create_runtime(hooks.create_runtime().clone());
+            host.set_poststart(hooks.poststart().clone());
+            host.set_poststop(hooks.poststop().clone());
+            hooks.set_prestart(None);
+            hooks.set_create_runtime(None);
+            hooks.set_poststart(None);
+            hooks.set_poststop(None);
+        }
+        host
+    }
+
+    /// The container's state, as hooks and clients of OCI runtimes get it. `pid` is the process on the host that
+    /// stands for it.
+    pub fn state(
+        &self,
+        id: &str,
+        bundle: &Path,
+        status: oci::ContainerState,
+        pid: Option<u32>,
+    ) -> oci::State {
+        let mut state = oci::State::default();
+        state.set_version(self.0.version().clone());
+        state.set_id(id.into());
+        state.set_status(status);
+        state.set_pid(pid.and_then(|pid| i32::try_from(pid).ok()));
+        state.set_bundle(bundle.into());
+        state.set_annotations(self.0.annotations().clone());
+        state
+    }
+
     /// The sandbox's control group on the host.
     pub fn cgroup(&self) -> Option<PathBuf> {
         let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;

@@ -5,6 +5,7 @@ use crate::confinement::{
     an_apparmor_profile_holds, limits_hold_inside_and_outside, users_are_mapped,
 };
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
+use crate::hooks::hooks_run;
 use crate::lent::{a_network_is_lent, a_tap_is_lent};
 use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, stdout, until};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 12] = [
+    let tests: [Test; 13] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_paused_task_is_killed", a_paused_task_is_killed),
@@ -29,6 +30,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ("a_network_is_lent", a_network_is_lent),
         ("a_tap_is_lent", a_tap_is_lent),
         ("users_are_mapped", users_are_mapped),
+        ("hooks_run", hooks_run),
         ("an_apparmor_profile_holds", an_apparmor_profile_holds),
         ("many_start_at_once", many_start_at_once),
         ("a_pod_is_one_machine", a_pod_is_one_machine),

@@ -15,6 +15,7 @@ mod disks;
 mod exec;
 mod faults;
 mod files;
+mod hooks;
 mod images;
 mod lent;
 mod life;

@@ -1,5 +1,6 @@
 //! A task set with a guest that does as a test wants.
 
+mod hooks;
 mod life;
 mod stop;
 mod terminate;

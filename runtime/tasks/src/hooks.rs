@@ -1,0 +1,429 @@
+//! Hooks of an OCI configuration that are programs of the host: prestart, createRuntime, poststart, poststop.
+//!
+//! They run in the host's network namespace (a hook may set up the container's, and talks to daemons), and in the
+//! mount namespace of the sandbox's process, which sees the container's root as well as the host's mounts.
+//!
+//! What a hook prints goes to files in memory rather than to pipes: a program that it leaves running keeps them
+//! open, and would be waited for.
+
+use crate::Error;
+use crate::logger::has_ended_within;
+use crate::set::{Task, TaskSet};
+use crate::spec::Spec;
+use anyhow::{Context, Result, anyhow, bail};
+use koya::oci_spec::runtime::{ContainerState, Hook, Hooks, State};
+use koya::vmm::host::threads;
+use nix::sched::{CloneFlags, setns};
+use rustix::fs::MemfdFlags;
+use rustix::process::{Pid, Signal, kill_process_group};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::Duration;
+
+/// How much of what a failed hook printed is part of the error, in bytes: the end of it.
+const TAIL: u64 = 2048;
+
+/// In the bundle, while a container's poststop hooks are still to be run.
+const POSTSTOP_DUE: &str = "koya-poststop";
+
+/// When a hook runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The container's namespaces are there, its program was not started.
+    Prestart,
+    /// As [`Prestart`](Self::Prestart), and after it.
+    CreateRuntime,
+    /// Its program was started.
+    Poststart,
+    /// It was deleted.
+    Poststop,
+}
+
+impl Kind {
+    /// As the configuration names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prestart => "prestart",
+            Self::CreateRuntime => "createRuntime",
+            Self::Poststart => "poststart",
+            Self::Poststop => "poststop",
+        }
+    }
+
+    /// Those of this kind.
+    pub fn of(self, hooks: &Hooks) -> &[Hook] {
+        let list = match self {
+            Self::Prestart => hooks.prestart(),
+            Self::CreateRuntime => hooks.create_runtime(),
+            Self::Poststart => hooks.poststart(),
+            Self::Poststop => hooks.poststop(),
+        };
+        list.as_deref().unwrap_or_default()
+    }
+
+    fn status(self) -> ContainerState {
+        match self {
+            Self::Prestart | Self::CreateRuntime => ContainerState::Creating,
+            Self::Poststart => ContainerState::Running,
+            Self::Poststop => ContainerState::Stopped,
+        }
+    }
+}
+
+/// Where hooks run.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The container's bundle, their working directory.
+    pub bundle: &'a Path,
+    /// The network namespace that they are in, if not the calling thread's.
+    pub network: Option<&'a File>,
+}
+
+/// Runs hooks one after the other until one fails. Each gets the container's state on its standard input.
+///
+/// # Errors
+/// A hook can't be run, fails, or takes longer than its timeout (then it and its process group are killed).
+pub fn run(kind: Kind, hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
+    each(kind, hooks, state, place, |failed| failed)
+}
+
+/// Runs poststop hooks, all of them: it is too late for any to fail.
+///
+/// # Errors
+/// None can be run at all.
+pub fn run_poststop(hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
+    each(Kind::Poststop, hooks, state, place, |ran| {
+        if let Err(error) = ran {
+            log::warn!("{error:#}");
+        }
+        Ok(())
+    })
+}
+
+fn each(
+    kind: Kind,
+    hooks: &[Hook],
+    state: &State,
+    place: Place<'_>,
+    judge: fn(Result<()>) -> Result<()>,
+) -> Result<(), Error> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    let state = serde_json::to_vec(state).context("cannot write the container's state")?;
+    let run_all = || {
+        hooks.iter().try_for_each(|hook| {
+            let name = || format!("{} hook {}", kind.name(), hook.path().display());
+            judge(run_one(hook, &state, place.bundle).with_context(name))
+        })
+    };
+    let Some(network) = place.network else {
+        return Ok(run_all()?);
+    };
+    // A network namespace is a thread's.
+    let ran = std::thread::scope(|scope| {
+        let entered = || {
+            setns(network, CloneFlags::CLONE_NEWNET).context("cannot enter the host's network")?;
+            run_all()
+        };
+        let thread = threads::spawn_scoped(scope, "koya-hook", entered);
+        let thread = thread.context("cannot start a thread")?;
+        thread
+            .join()
+            .map_err(|_| anyhow!("a hook's thread ended"))?
+    });
+    Ok(ran?)
+}
+
+/// Runs the poststop hooks of a container whose sandbox was killed before it could. Nothing happens where they
+/// have run already, or are not due.
+///
+/// # Errors
+/// If they can't be run.
+pub fn run_overdue(id: &str, bundle: &Path) -> Result<(), Error> {
+    let due = bundle.join(POSTSTOP_DUE);
+    if !due.exists() {
+        return Ok(());
+    }
+    let mut spec = Spec::read(bundle)?;
+    let hooks = spec.take_host_hooks();
+    let state = spec.state(id, bundle, Kind::Poststop.status(), None);
+    let place = Place {
+        bundle,
+        network: None,
+    };
+    run_poststop(Kind::Poststop.of(&hooks), &state, place)?;
+    Ok(fs::remove_file(due).context("the bundle")?)
+}
+
+impl TaskSet {
+    /// Runs a task's hooks.
+    ///
+    /// # Errors
+    /// One fails.
+    pub(crate) fn run_hooks(&self, task: &Task, kinds: &[Kind]) -> Result<(), Error> {
+        for kind in kinds {
+            let state = self.state_for(task, *kind);
+            run(*kind, kind.of(&task.hooks), &state, self.place_of(task))?;
+        }
+        Ok(())
+    }
+
+    /// Runs those of a task that is to be started; from now on its poststop hooks are due.
+    ///
+    /// # Errors
+    /// One fails.
+    pub(crate) fn run_hooks_of_creation(&self, task: &Task) -> Result<(), Error> {
+        if !Kind::Poststop.of(&task.hooks).is_empty() {
+            let due = due(task);
+            fs::write(&due, "").with_context(|| format!("cannot write {}", due.display()))?;
+        }
+        self.run_hooks(task, &[Kind::Prestart, Kind::CreateRuntime])
+    }
+
+    /// Runs poststop hooks, if they are due.
+    pub(crate) fn run_poststop_hooks(&self, task: &Task) {
+        let due = due(task);
+        if Kind::Poststop.of(&task.hooks).is_empty() || !due.exists() {
+            return;
+        }
+        let state = self.state_for(task, Kind::Poststop);
+        let hooks = Kind::Poststop.of(&task.hooks);
+        if let Err(error) = run_poststop(hooks, &state, self.place_of(task)) {
+            log::warn!("{error}");
+        }
+        match fs::remove_file(&due) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                log::warn!("{}: {error}", due.display());
+            }
+            _ => {}
+        }
+    }
+
+    fn place_of<'a>(&'a self, task: &'a Task) -> Place<'a> {
+        Place {
+            bundle: &task.bundle,
+            network: self.config.host_network.as_ref(),
+        }
+    }
+
+    fn state_for(&self, task: &Task, kind: Kind) -> State {
+        let pid = (kind != Kind::Poststop).then(|| task.pid());
+        task.spec.state(&task.id, &task.bundle, kind.status(), pid)
+    }
+}
+
+fn due(task: &Task) -> PathBuf {
+    task.bundle.join(POSTSTOP_DUE)
+}
+
+fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
+    if !hook.path().is_absolute() {
+        bail!("its path is not absolute");
+    }
+    let limit = match hook.timeout() {
+        None => None,
+        Some(seconds) => match u64::try_from(seconds) {
+            Ok(seconds @ 1..) => Some(Duration::from_secs(seconds)),
+            _ => bail!("a timeout of {seconds} s"),
+        },
+    };
+    let (mut input, output) = (memory("hook-in")?, memory("hook-out")?);
+    input.write_all(state)?;
+    input.seek(SeekFrom::Start(0))?;
+    let mut child = command(hook)
+        .current_dir(directory)
+        .stdin(input)
+        .stdout(output.try_clone()?)
+        .stderr(output.try_clone()?)
+        .spawn()
+        .context("cannot be run")?;
+    let Some(status) = wait(&mut child, limit)? else {
+        let limit = limit.unwrap_or_default();
+        bail!("did not end within {limit:?}{}", tail(&output));
+    };
+    if !status.success() {
+        bail!("{status}{}", tail(&output));
+    }
+    Ok(())
+}
+
+/// The hook's program. Without `env` it gets this process's environment, as under runc and crun.
+fn command(hook: &Hook) -> Command {
+    let mut command = Command::new(hook.path());
+    if let Some([name, args @ ..]) = hook.args().as_deref() {
+        command.arg0(name).args(args);
+    }
+    if let Some(env) = hook.env() {
+        let pairs = env.iter().filter_map(|pair| pair.split_once('='));
+        command.env_clear().envs(pairs);
+    }
+    command.process_group(0);
+    command
+}
+
+/// Waits for a hook's end; `None` if it took longer than `limit` and was killed.
+fn wait(child: &mut Child, limit: Option<Duration>) -> Result<Option<ExitStatus>> {
+    let group = Pid::from_child(child);
+    let is_late = limit.is_some_and(|limit| !has_ended_within(group, limit));
+    if is_late {
+        kill_process_group(group, Signal::KILL).ok();
+    }
+    let status = child.wait()?;
+    Ok((!is_late).then_some(status))
+}
+
+fn memory(name: &str) -> Result<File> {
+    let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC);
+    Ok(file.context("cannot make a file in memory")?.into())
+}
+
+/// The end of what was printed, as the end of an error.
+fn tail(output: &File) -> String {
+    let length = output.metadata().map_or(0, |metadata| metadata.len());
+    let mut bytes = vec![0; length.min(TAIL) as usize];
+    let start = length - bytes.len() as u64;
+    if output.read_exact_at(&mut bytes, start).is_err() {
+        return String::new();
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    match text.trim() {
+        "" => String::new(),
+        text => format!(": {}", text.replace('\n', "; ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::time::Instant;
+
+    fn state(id: &str) -> State {
+        let state = json!({"ociVersion": "1.2.0", "id": id, "status": "creating", "pid": 4242, "bundle": "/b"});
+        serde_json::from_value(state).unwrap()
+    }
+
+    fn sh(script: &str) -> serde_json::Value {
+        json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
+    }
+
+    fn hook(value: serde_json::Value) -> Hook {
+        serde_json::from_value(value).unwrap()
+    }
+
+    const HERE: Place<'static> = Place {
+        bundle: Path::new("/tmp"),
+        network: None,
+    };
+
+    fn error(value: serde_json::Value) -> String {
+        let error = run(Kind::Prestart, &[hook(value)], &state("c1"), HERE);
+        error.unwrap_err().to_string()
+    }
+
+    fn is_there(path: &Path) -> bool {
+        fs::exists(path).unwrap()
+    }
+
+    #[test]
+    fn a_hook_gets_the_state_its_name_and_its_environment() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut one = sh("{ echo $0 $1 A=$A PATH=$PATH HOME=$HOME; pwd; cat; } > $OUT");
+        one["args"] = json!(["sh", "-c", one["args"][2], "setkey", "-exec-root=/run"]);
+        one["env"] = json!([
+            format!("OUT={}", out.display()),
+            "A=b=c",
+            "PATH=/usr/bin:/bin"
+        ]);
+        run(Kind::Prestart, &[hook(one)], &state("c1"), HERE).unwrap();
+        let text = fs::read_to_string(out).unwrap();
+        let (line, rest) = text.split_once('\n').unwrap();
+        let (directory, json) = rest.split_once('\n').unwrap();
+        assert_eq!(directory, "/tmp");
+        assert_eq!(
+            line,
+            "setkey -exec-root=/run A=b=c PATH=/usr/bin:/bin HOME="
+        );
+        let got: serde_json::Value = serde_json::from_str(json).unwrap();
+        assert_eq!((&got["id"], &got["pid"]), (&json!("c1"), &json!(4242)));
+        assert_eq!(got["status"], "creating");
+    }
+
+    #[test]
+    fn the_first_hook_that_fails_is_the_last_that_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let touch = |name: &str| hook(sh(&format!("touch {}", dir.path().join(name).display())));
+        let hooks = [
+            touch("one"),
+            hook(sh("echo no room >&2; exit 3")),
+            touch("two"),
+        ];
+        let error = run(Kind::CreateRuntime, &hooks, &state("c1"), HERE).unwrap_err();
+        let error = error.to_string();
+        assert_eq!(error, "createRuntime hook /bin/sh: exit status: 3: no room");
+        assert!(is_there(&dir.path().join("one")));
+        assert!(!is_there(&dir.path().join("two")));
+    }
+
+    #[test]
+    fn a_hook_that_takes_too_long_is_killed_with_its_children() {
+        let dir = tempfile::tempdir().unwrap();
+        let alive = dir.path().join("alive");
+        fs::create_dir(&alive).unwrap();
+        let script = "echo waiting; (cd ALIVE && exec sleep 1000) & wait";
+        let mut slow = sh(&script.replace("ALIVE", alive.to_str().unwrap()));
+        slow["timeout"] = json!(1);
+        let started = Instant::now();
+        assert!(error(slow).ends_with("did not end within 1s: waiting"));
+        assert!(started.elapsed() < Duration::from_secs(100));
+        let lives = || {
+            let processes = fs::read_dir("/proc").unwrap().flatten();
+            processes
+                .filter_map(|process| fs::read_link(process.path().join("cwd")).ok())
+                .any(|directory| directory == alive)
+        };
+        while lives() {
+            assert!(started.elapsed() < Duration::from_secs(100));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// A pipe would be full, or kept open by what the hook left running.
+    #[test]
+    fn neither_much_input_nor_output_nor_a_daemon_is_waited_for() {
+        let started = Instant::now();
+        let hooks = [
+            hook(sh("sleep 30 & exit 0")),
+            hook(sh("head -c 300000 /dev/zero")),
+            hook(json!({"path": "/bin/true"})),
+        ];
+        run(Kind::Poststart, &hooks, &state(&"x".repeat(300_000)), HERE).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(25));
+    }
+
+    #[test]
+    fn every_poststop_hook_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let two = format!("touch {}", dir.path().join("two").display());
+        let hooks = [hook(sh("exit 1")), hook(sh(&two))];
+        run_poststop(&hooks, &state("c1"), HERE).unwrap();
+        assert!(is_there(&dir.path().join("two")));
+    }
+
+    #[test]
+    fn what_is_no_hook_is_refused() {
+        assert!(error(json!({"path": "bin/true"})).contains("not absolute"));
+        assert!(error(json!({"path": "/bin/true", "timeout": 0})).contains("a timeout of 0 s"));
+        assert!(error(json!({"path": "/bin/true", "timeout": -1})).contains("a timeout of -1 s"));
+        assert!(error(json!({"path": "/no/such"})).contains("cannot be run: No such file"));
+        assert!(error(sh("kill -9 $$")).contains("signal: 9"));
+        let long = error(sh("head -c 9000 /dev/zero | tr '\\0' x; exit 1"));
+        assert!(long.len() < 2200 && long.ends_with("xx"), "{}", long.len());
+    }
+}
