@@ -22,6 +22,7 @@ mod executor;
 mod helper;
 mod images;
 mod late_mounts;
+mod names;
 mod network;
 mod oom;
 mod reaper;

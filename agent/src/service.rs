@@ -9,6 +9,7 @@ use crate::details;
 use crate::disks;
 use crate::helper::bundle;
 use crate::images;
+use crate::names;
 use crate::network;
 use crate::reaper;
 use crate::state::{State, Streams, check_id};
@@ -18,11 +19,12 @@ use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
 use futures::StreamExt as _;
 use koya_protocol::messages::{
-    Accounts, AdjustClockRequest, AttachDiskRequest, ConnectPortRequest, ContainerDeviceRequest,
-    ContainerRequest, ContainerStats, CreateContainerRequest, DestroySandboxRequest,
-    DetachDiskRequest, Disk, Empty, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
-    GetOomEventRequest, GuestClock, GuestDetails, GuestTimes, MountImageRequest, OomEvent, Process,
-    RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
+    Accounts, AdjustClockRequest, AskNameServerRequest, AttachDiskRequest, ConnectPortRequest,
+    ContainerDeviceRequest, ContainerRequest, ContainerStats, CreateContainerRequest,
+    DestroySandboxRequest, DetachDiskRequest, Disk, Empty, ExecProcessRequest, GetClockRequest,
+    GetGuestDetailsRequest, GetOomEventRequest, GuestClock, GuestDetails, GuestTimes,
+    MountImageRequest, NameServerAnswer, OomEvent, Process, RemoveContainerRequest,
+    ReportHostEventsRequest, ServeNamesRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
     SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
     UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
@@ -258,6 +260,33 @@ impl Agent for Service {
             let port = u16::try_from(request.port)?;
             network::connect_port(port, &request.token).await?;
             Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn serve_names(
+        &self,
+        _: &TtrpcContext,
+        request: ServeNamesRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            names::serve(request.address.parse()?, &request.token).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn ask_name_server(
+        &self,
+        _: &TtrpcContext,
+        request: AskNameServerRequest,
+    ) -> ttrpc::Result<NameServerAnswer> {
+        self.ask(async move |_: State| {
+            let answer = names::ask(request.address.parse()?, &request.question).await?;
+            Ok(NameServerAnswer {
+                answer,
+                ..Default::default()
+            })
         })
         .await
     }

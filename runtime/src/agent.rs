@@ -1,6 +1,7 @@
 //! The agent's end of the control connection, as the host sees it.
 
 mod answer;
+mod network;
 mod times;
 
 use crate::account::Accounts;
@@ -14,13 +15,12 @@ use crate::{Error, ErrorKind};
 use answer::failed;
 use koya_protocol::AgentClient;
 use koya_protocol::messages::{
-    self, AdjustClockRequest, AttachDiskRequest, BlockDevice, ConnectPortRequest,
-    ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, DestroySandboxRequest,
-    DetachDiskRequest, ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest,
-    GetOomEventRequest, GuestDetails, Interface, MountImageRequest, RemoveContainerRequest,
-    ReportHostEventsRequest, Route, SetGuestDateTimeRequest, SetOnlineCpusRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    self, AdjustClockRequest, AttachDiskRequest, BlockDevice, ContainerDeviceRequest,
+    ContainerRequest, CreateContainerRequest, DestroySandboxRequest, DetachDiskRequest,
+    ExecProcessRequest, GetClockRequest, GetGuestDetailsRequest, GetOomEventRequest, GuestDetails,
+    MountImageRequest, RemoveContainerRequest, ReportHostEventsRequest, SetGuestDateTimeRequest,
+    SetOnlineCpusRequest, SignalProcessRequest, StartContainerRequest, Stdio, TtyWinResizeRequest,
+    UpdateContainerRequest, WaitProcessRequest,
 };
 use koya_vmm::devices::fs::HostEvent;
 use koya_vmm::guest_text;
@@ -415,47 +415,6 @@ impl Agent {
         };
         self.ask("set the guest's clock", SHORT_LIMIT, |client, limit| {
             client.adjust_clock(limit, &request)
-        })
-        .map(drop)
-    }
-
-    /// Joins a TCP port of the guest's loopback to the stream with this token.
-    pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
-        let request = ConnectPortRequest {
-            port: port.into(),
-            token: token.into(),
-            ..Default::default()
-        };
-        let asked = || {
-            self.ask(
-                "connect to a port of the guest's",
-                LIMIT,
-                |client, limit| client.connect_port(limit, &request),
-            )
-        };
-        self.connects.take(MAX_CONNECTS, asked).map(drop)
-    }
-
-    /// Sets up an interface of the guest.
-    pub(crate) fn update_interface(&self, interface: Interface) -> Result<(), Error> {
-        let request = UpdateInterfaceRequest {
-            interface: Some(interface).into(),
-            ..Default::default()
-        };
-        self.ask("set up the guest's network", LIMIT, |client, limit| {
-            client.update_interface(limit, &request)
-        })
-        .map(drop)
-    }
-
-    /// Adds routes to the guest's.
-    pub(crate) fn update_routes(&self, routes: Vec<Route>) -> Result<(), Error> {
-        let request = UpdateRoutesRequest {
-            routes,
-            ..Default::default()
-        };
-        self.ask("set up the guest's routes", LIMIT, |client, limit| {
-            client.update_routes(limit, &request)
         })
         .map(drop)
     }

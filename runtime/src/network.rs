@@ -37,6 +37,9 @@ pub(crate) const INGRESS: u32 = 0xffff_0000;
 /// The priority of the filter that sends frames to a guest.
 const REDIRECTION: u16 = 9;
 
+/// The table of routes that is asked first (`RT_TABLE_LOCAL`).
+const LOCAL_TABLE: u32 = 255;
+
 /// What is behind a network's tap on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEnd {
@@ -284,6 +287,23 @@ pub(crate) fn on_this_thread<T>(
         let result = work(handle).await;
         task.abort();
         result
+    })
+}
+
+/// Makes every IPv4 address one of the calling thread's network namespace.
+pub(crate) fn own_all_addresses() -> io::Result<()> {
+    with_kernel(|handle| {
+        Box::pin(async move {
+            let loopback = link(&handle, "lo").await?.header.index;
+            let all = RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+                .kind(RouteType::Local)
+                .table_id(LOCAL_TABLE)
+                .output_interface(loopback)
+                .build();
+            let added = handle.route().add(all).replace().execute().await;
+            added.map_err(other)
+        })
     })
 }
 

@@ -27,6 +27,7 @@ use koya_vmm::guest_text::{self, Warnings};
 use koya_vmm::host::threads;
 use koya_vmm::{AttachedDisk, DiskConfig, ExitReason, Vm, VmHandle};
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -397,6 +398,17 @@ impl Sandbox {
         asked.map_err(|error| self.inner.explain(error))?;
         let stream = expected.take();
         stream.map_err(Error::host("connect to a port of the guest's"))
+    }
+
+    /// The stream by which the guest sends what it is asked as a name server at this address, and who serves there.
+    pub(crate) fn name_server(&self, address: IpAddr) -> Result<(UnixStream, Agent), Error> {
+        let expected = self.inner.streams.expect();
+        let expected = expected.map_err(Error::host("make a token"))?;
+        let asked = self.inner.agent.serve_names(address, &expected.token);
+        asked.map_err(|error| self.inner.explain(error))?;
+        let stream = expected.take();
+        let stream = stream.map_err(Error::host("lend the guest a name server"))?;
+        Ok((stream, self.inner.agent.clone()))
     }
 
     /// Waits for the next container in which the guest's kernel killed processes for their memory: its

@@ -12,9 +12,10 @@ use anyhow::anyhow;
 use koya::oci_spec::runtime as oci;
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
-    Bundle, Container, ContainerStats, HostEnd, Keep, Loopback, NetworkConfig, Sandbox,
+    Bundle, Container, ContainerStats, HostEnd, Keep, Loopback, NameServer, NetworkConfig, Sandbox,
     SandboxConfig, Size, Stdio, Step,
 };
+use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -183,6 +184,7 @@ impl GuestContainer for Container {
 struct WithGuest {
     sandbox: Arc<Sandbox>,
     _loopback: Option<Loopback>,
+    _names: Option<NameServer>,
 }
 
 impl VirtualMachine for WithGuest {
@@ -251,6 +253,8 @@ pub(crate) struct BootOptions {
     pub(crate) log_console: bool,
     /// Whether connections to the loopback of its network namespace are the guest's.
     pub(crate) joins_loopback: bool,
+    /// A name server on that loopback, which the guest is to have on its own.
+    pub(crate) name_server: Option<IpAddr>,
 }
 
 /// Starts a virtual machine.
@@ -274,7 +278,10 @@ pub(crate) fn boot_sandbox(
             .ok(),
         false => None,
     };
+    let names = options.name_server;
+    let names = names.map(|address| NameServer::lend(&sandbox, address));
     Ok(Arc::new(WithGuest {
+        _names: names.transpose()?,
         sandbox,
         _loopback: loopback,
     }))
@@ -342,6 +349,7 @@ impl TaskSet {
             &BootOptions {
                 log_console: self.config.log_console,
                 joins_loopback: task.is_pod(),
+                name_server: task.spec.name_server(),
             },
         )?;
         if let Some((group, resources)) = task.spec.cgroup().zip(task.spec.resources()) {

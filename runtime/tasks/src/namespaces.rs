@@ -6,10 +6,14 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
                                        container a network namespace of its own";
+
+/// By a process's path only containers of one machine are told to share: Docker's `--network container:NAME`.
+const OTHERS_NETWORK: &str = "the network of another container can't be shared: each has a virtual machine \
+                              of its own";
 
 /// How many interfaces a sandbox takes.
 const MAX_INTERFACES: usize = 8;
@@ -66,11 +70,22 @@ impl Network {
                 {
                     bail!(HOST_NETWORK);
                 }
+                if is_of_a_process(path) {
+                    bail!(OTHERS_NETWORK);
+                }
                 setns(namespace, CloneFlags::CLONE_NEWNET)
                     .with_context(|| format!("cannot enter {}", path.display()))
             }
         }
     }
+}
+
+/// `/proc/PID/ns/net`, as Docker names the network of another container.
+fn is_of_a_process(path: &Path) -> bool {
+    let number = path
+        .to_str()
+        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/net"));
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// The interfaces of this process's network namespace that a guest can have.
@@ -99,6 +114,18 @@ fn interfaces_in(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_network_of_another_container_is_told_by_its_path() {
+        assert!(is_of_a_process(Path::new("/proc/77/ns/net")));
+        for other in [
+            "/run/netns/a",
+            "/var/run/docker/netns/77",
+            "/proc/self/ns/net",
+        ] {
+            assert!(!is_of_a_process(Path::new(other)), "{other}");
+        }
+    }
 
     #[test]
     fn a_guest_gets_the_interfaces_that_carry_something() {

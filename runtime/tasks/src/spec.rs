@@ -7,7 +7,11 @@ use crate::size::{Limits, PERIOD, milli_cpus};
 use anyhow::Context;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+
+/// Where Docker's own name server listens.
+const DOCKERS_NAMES: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11));
 
 /// What a container is to its sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +81,20 @@ impl Spec {
     /// Which can't be had.
     pub fn enter_namespaces(&self) -> Result<(), Error> {
         Ok(self.network().enter()?)
+    }
+
+    /// The name server of Docker's user-defined networks, if the container is to ask that: on the loopback of its
+    /// network namespace on the host.
+    pub(crate) fn name_server(&self) -> Option<IpAddr> {
+        let mounts = self.0.mounts().iter().flatten();
+        let own = |mount: &&oci::Mount| mount.destination() == Path::new("/etc/resolv.conf");
+        let source = mounts.filter(own).last()?.source().as_ref()?;
+        let text = std::fs::read_to_string(source).ok()?;
+        let servers = text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("nameserver"));
+        let mut servers = servers.filter_map(|address| address.trim().parse().ok());
+        servers.find(|address| *address == DOCKERS_NAMES)
     }
 
     /// What it may have: a pod's as Kubernetes says it, else the container's own.
@@ -213,6 +231,21 @@ mod tests {
                 sandbox: "p".into()
             }
         );
+    }
+
+    #[test]
+    fn the_name_server_of_dockers_networks_is_known_by_its_address() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let of = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            let mount = json!({"destination": "/etc/resolv.conf", "source": file.path()});
+            spec(json!({"mounts": [mount]})).name_server()
+        };
+        let known = of("# made by docker\nsearch a\nnameserver 127.0.0.11\noptions ndots:0\n");
+        assert_eq!(known, Some(DOCKERS_NAMES));
+        assert_eq!(of("nameserver 127.0.0.1\nnameserver 9.9.9.9\n"), None);
+        assert_eq!(of("#nameserver 127.0.0.11\n"), None);
+        assert_eq!(spec(json!({})).name_server(), None);
     }
 
     #[test]

@@ -1,0 +1,234 @@
+//! A name server at an address of the guest's loopback, whose questions the host answers: Docker's for user-defined
+//! networks, 127.0.0.11, which listens in the network namespace on the host.
+//!
+//! Questions and answers are messages of DNS (RFC 1035, section 4) in frames of one stream
+//! ([`koya_protocol::names`]).
+
+use anyhow::{Context, Result};
+use koya_protocol::STREAM_PORT;
+use koya_protocol::names::{HEADER_LEN, OVER_TCP, frame, parse_header};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::spawn_local;
+use tokio::time::timeout;
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+
+const PORT: u16 = 53;
+/// How many questions may wait for an answer; of more the oldest gets none.
+const WAITING: usize = 256;
+/// How many clients may be connected.
+const CLIENTS: usize = 32;
+/// How long a client may be silent, and an answer may take for one that is connected.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// How long another name server may take: less than Docker, which asks.
+const SERVER_LIMIT: Duration = Duration::from_secs(3);
+
+/// Who asked.
+enum Asker {
+    Datagram(SocketAddr),
+    Client(oneshot::Sender<Vec<u8>>),
+}
+
+/// Questions that wait for their answers, and the way to the host.
+struct Questions {
+    next: u32,
+    waiting: VecDeque<(u32, Asker)>,
+    to_host: mpsc::Sender<Vec<u8>>,
+}
+
+impl Questions {
+    /// Asks the host, unless it is behind: then the question is lost, as a datagram may be.
+    fn ask(&mut self, message: &[u8], asker: Asker) {
+        let over_tcp = match asker {
+            Asker::Datagram(_) => 0,
+            Asker::Client(_) => OVER_TCP,
+        };
+        self.next = (self.next + 1) & !OVER_TCP;
+        let id = self.next | over_tcp;
+        let Some(frame) = frame(id, message) else {
+            return;
+        };
+        if self.to_host.try_send(frame).is_err() {
+            return;
+        }
+        if self.waiting.len() == WAITING {
+            self.waiting.pop_front();
+        }
+        self.waiting.push_back((id, asker));
+    }
+
+    fn asker(&mut self, id: u32) -> Option<Asker> {
+        let index = self.waiting.iter().position(|(own, _)| *own == id)?;
+        Some(self.waiting.remove(index)?.1)
+    }
+}
+
+type Shared = Rc<RefCell<Questions>>;
+
+/// Listens at `address`, and has the host answer over the stream with this token, as long as that lasts.
+pub(crate) async fn serve(address: IpAddr, token: &str) -> Result<()> {
+    let at = SocketAddr::from((address, PORT));
+    let bound = || format!("cannot listen at {at}");
+    let datagrams = Rc::new(UdpSocket::bind(at).await.with_context(bound)?);
+    let listener = TcpListener::bind(at).await.with_context(bound)?;
+    let host = VsockAddr::new(VMADDR_CID_HOST, STREAM_PORT);
+    let mut stream = VsockStream::connect(host).await?;
+    stream.write_all(token.as_bytes()).await?;
+    let (mut from_host, mut into_host) = tokio::io::split(stream);
+    let (to_host, mut frames) = mpsc::channel::<Vec<u8>>(WAITING);
+    let questions = Rc::new(RefCell::new(Questions {
+        next: 0,
+        waiting: VecDeque::new(),
+        to_host,
+    }));
+    let send = async move {
+        while let Some(frame) = frames.recv().await {
+            into_host.write_all(&frame).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    let (replies, shared) = (datagrams.clone(), questions.clone());
+    let answer = async move {
+        loop {
+            let mut header = [0; HEADER_LEN];
+            from_host.read_exact(&mut header).await?;
+            let (id, len) = parse_header(header);
+            let mut message = vec![0; len];
+            from_host.read_exact(&mut message).await?;
+            let asker = shared.borrow_mut().asker(id);
+            match asker {
+                // Who does not take it asks again.
+                Some(Asker::Datagram(peer)) => drop(replies.send_to(&message, peer).await),
+                Some(Asker::Client(client)) => drop(client.send(message)),
+                None => {}
+            }
+        }
+    };
+    let take = take_datagrams(datagrams, questions.clone());
+    let accept = accept(listener, questions);
+    spawn_local(async move {
+        let _: std::io::Result<()> = tokio::select! {
+            ended = send => ended,
+            ended = answer => ended,
+            () = take => Ok(()),
+            () = accept => Ok(()),
+        };
+    });
+    Ok(())
+}
+
+/// What another name server answers, by the guest's network.
+pub(crate) async fn ask(address: IpAddr, question: &[u8]) -> Result<Vec<u8>> {
+    let server = SocketAddr::from((address, PORT));
+    let any: IpAddr = match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).await?;
+    socket.connect(server).await?;
+    socket.send(question).await?;
+    let mut answer = vec![0; usize::from(u16::MAX)];
+    let received = timeout(SERVER_LIMIT, socket.recv(&mut answer)).await;
+    let len = received.with_context(|| format!("{server} does not answer"))??;
+    answer.truncate(len);
+    Ok(answer)
+}
+
+async fn take_datagrams(socket: Rc<UdpSocket>, questions: Shared) {
+    let mut buffer = vec![0; usize::from(u16::MAX)];
+    loop {
+        // An error is that of an earlier answer, whose client is gone.
+        if let Ok((len, peer)) = socket.recv_from(&mut buffer).await {
+            let mut questions = questions.borrow_mut();
+            questions.ask(&buffer[..len], Asker::Datagram(peer));
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, questions: Shared) {
+    let places = Arc::new(Semaphore::new(CLIENTS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
+        let Ok((client, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        let questions = questions.clone();
+        spawn_local(async move {
+            let _place = place;
+            // Its end is what ends this.
+            serve_client(client, &questions).await.ok();
+        });
+    }
+}
+
+/// Messages with their lengths before them (RFC 1035, section 4.2.2).
+async fn serve_client(mut client: TcpStream, questions: &Shared) -> Result<()> {
+    loop {
+        let len = timeout(LIMIT, client.read_u16()).await??;
+        let mut message = vec![0; usize::from(len)];
+        timeout(LIMIT, client.read_exact(&mut message)).await??;
+        let (sender, answer) = oneshot::channel();
+        questions.borrow_mut().ask(&message, Asker::Client(sender));
+        let answer = timeout(LIMIT, answer).await??;
+        client.write_u16(u16::try_from(answer.len())?).await?;
+        client.write_all(&answer).await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_find_their_askers_and_the_oldest_are_given_up() {
+        let (to_host, mut frames) = mpsc::channel(2 * WAITING);
+        let mut questions = Questions {
+            next: 0,
+            waiting: VecDeque::new(),
+            to_host,
+        };
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1000));
+        for _ in 0..=WAITING {
+            questions.ask(b"who", Asker::Datagram(peer));
+        }
+        assert!(questions.asker(1).is_none(), "the oldest");
+        assert!(matches!(questions.asker(2), Some(Asker::Datagram(_))));
+        assert!(questions.asker(2).is_none(), "once");
+        let (sender, mut answer) = oneshot::channel();
+        questions.ask(b"whom", Asker::Client(sender));
+        let id = questions.waiting.back().unwrap().0;
+        assert_eq!(id & OVER_TCP, OVER_TCP);
+        let Some(Asker::Client(client)) = questions.asker(id) else {
+            panic!("no client");
+        };
+        client.send(b"me".to_vec()).unwrap();
+        assert_eq!(answer.try_recv().unwrap(), b"me");
+        let first = frames.try_recv().unwrap();
+        assert_eq!(first, frame(1, b"who").unwrap());
+    }
+
+    #[test]
+    fn what_the_host_has_no_room_for_is_lost() {
+        let (to_host, _frames) = mpsc::channel(1);
+        let mut questions = Questions {
+            next: 0,
+            waiting: VecDeque::new(),
+            to_host,
+        };
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1000));
+        questions.ask(b"one", Asker::Datagram(peer));
+        questions.ask(b"two", Asker::Datagram(peer));
+        assert_eq!(questions.waiting.len(), 1);
+    }
+}

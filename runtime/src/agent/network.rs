@@ -1,0 +1,84 @@
+//! What the agent is asked about the guest's network.
+
+use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
+use crate::Error;
+use koya_protocol::messages::{
+    AskNameServerRequest, ConnectPortRequest, Interface, Route, ServeNamesRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest,
+};
+use std::net::IpAddr;
+
+impl Agent {
+    /// Joins a TCP port of the guest's loopback to the stream with this token.
+    pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
+        let request = ConnectPortRequest {
+            port: port.into(),
+            token: token.into(),
+            ..Default::default()
+        };
+        let asked = || {
+            self.ask(
+                "connect to a port of the guest's",
+                LIMIT,
+                |client, limit| client.connect_port(limit, &request),
+            )
+        };
+        self.connects.take(MAX_CONNECTS, asked).map(drop)
+    }
+
+    /// Has the guest listen as a name server, and send questions by the stream with this token.
+    pub(crate) fn serve_names(&self, address: IpAddr, token: &str) -> Result<(), Error> {
+        let request = ServeNamesRequest {
+            address: address.to_string(),
+            token: token.into(),
+            ..Default::default()
+        };
+        let operation = "lend the guest a name server";
+        self.ask(operation, LIMIT, |client, limit| {
+            client.serve_names(limit, &request)
+        })
+        .map(drop)
+    }
+
+    /// What a name server answers that the guest asks over its network.
+    pub(crate) fn ask_name_server(
+        &self,
+        address: IpAddr,
+        question: Vec<u8>,
+    ) -> Result<Vec<u8>, Error> {
+        let request = AskNameServerRequest {
+            address: address.to_string(),
+            question,
+            ..Default::default()
+        };
+        let operation = "ask a name server from the guest";
+        let answer = self.ask(operation, SHORT_LIMIT, |client, limit| {
+            client.ask_name_server(limit, &request)
+        })?;
+        Ok(answer.answer)
+    }
+
+    /// Sets up an interface of the guest.
+    pub(crate) fn update_interface(&self, interface: Interface) -> Result<(), Error> {
+        let request = UpdateInterfaceRequest {
+            interface: Some(interface).into(),
+            ..Default::default()
+        };
+        self.ask("set up the guest's network", LIMIT, |client, limit| {
+            client.update_interface(limit, &request)
+        })
+        .map(drop)
+    }
+
+    /// Adds routes to the guest's.
+    pub(crate) fn update_routes(&self, routes: Vec<Route>) -> Result<(), Error> {
+        let request = UpdateRoutesRequest {
+            routes,
+            ..Default::default()
+        };
+        self.ask("set up the guest's routes", LIMIT, |client, limit| {
+            client.update_routes(limit, &request)
+        })
+        .map(drop)
+    }
+}

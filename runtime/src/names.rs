@@ -1,0 +1,328 @@
+//! A name server that listens on the loopback of a network namespace of the host, lent to a guest: Docker's for
+//! user-defined networks, which a container expects at 127.0.0.11 of its own loopback.
+//!
+//! What that does not know itself it asks others, from the same namespace, whose addresses are the guest's: their
+//! answers would go there. So all IPv4 addresses are made the namespace's own, and what comes to port 53 of any is
+//! asked by the guest, over the network that the container has.
+
+use crate::agent::Agent;
+use crate::network::own_all_addresses;
+use crate::sync::lock;
+use crate::{Error, Sandbox};
+use koya_protocol::names::{HEADER_LEN, OVER_TCP, frame, parse_header};
+use koya_vmm::host::threads;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg, setsockopt,
+    sockopt,
+};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const PORT: u16 = 53;
+/// How long the name server, and a guest that is to take its answers, may take.
+const LIMIT: Duration = Duration::from_secs(10);
+/// How many questions may be with it at a time. Further ones are lost, and are asked again by who needs the answer.
+const QUESTIONS: usize = 64;
+
+/// As long as this lives, a guest's questions to a name server at an address of its loopback are answered by the
+/// one at this address of the host's.
+pub struct NameServer {
+    stream: UnixStream,
+}
+
+impl NameServer {
+    /// Lends a guest the name server at port 53 of `address`, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// If the guest can't listen there.
+    pub fn lend(sandbox: &Sandbox, address: IpAddr) -> Result<Self, Error> {
+        let (stream, agent) = sandbox.name_server(address)?;
+        let lent = || -> io::Result<Self> {
+            let others = others()?;
+            let until = stream.try_clone()?;
+            threads::spawn("koya-names", move || {
+                if let Err(error) = serve_others(&others, &until, &agent) {
+                    log::debug!("other name servers: {error}");
+                }
+            })?;
+            stream.set_write_timeout(Some(LIMIT))?;
+            let from = stream.try_clone()?;
+            let to = Arc::new(Mutex::new(stream.try_clone()?));
+            let server = SocketAddr::new(address, PORT);
+            threads::spawn("koya-names", move || {
+                if let Err(error) = serve(from, &to, server) {
+                    log::debug!("the guest's name server: {error}");
+                }
+            })?;
+            Ok(Self { stream })
+        };
+        lent().map_err(Error::host("lend the guest a name server"))
+    }
+}
+
+impl Drop for NameServer {
+    fn drop(&mut self) {
+        self.stream.shutdown(Shutdown::Both).ok();
+    }
+}
+
+/// Until the stream ends. Each question has a thread, so that a slow answer holds up no other.
+fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) -> io::Result<()> {
+    let asked = Arc::new(AtomicUsize::new(0));
+    loop {
+        let mut header = [0; HEADER_LEN];
+        from.read_exact(&mut header)?;
+        let (id, len) = parse_header(header);
+        let mut question = vec![0; len];
+        from.read_exact(&mut question)?;
+        if asked.fetch_add(1, Ordering::Relaxed) >= QUESTIONS {
+            asked.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        }
+        let (to, counted) = (to.clone(), asked.clone());
+        let spawned = threads::spawn("koya-name", move || {
+            let answered = ask(server, &question, id & OVER_TCP != 0).and_then(|answer| {
+                let framed = frame(id, &answer).ok_or(io::ErrorKind::InvalidData)?;
+                let mut to = lock(&to);
+                // Half a frame would spoil the next one.
+                let written = to.write_all(&framed);
+                written.inspect_err(|_| drop(to.shutdown(Shutdown::Both)))
+            });
+            if let Err(error) = answered {
+                log::debug!("the guest's name server: {error}");
+            }
+            counted.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = spawned {
+            log::debug!("the guest's name server: {error}");
+            asked.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Where questions to other name servers come, each with its destination.
+fn others() -> io::Result<UdpSocket> {
+    own_all_addresses()?;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+    setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// Until the stream ends.
+fn serve_others(others: &UdpSocket, until: &UnixStream, agent: &Agent) -> io::Result<()> {
+    let asked = Arc::new(AtomicUsize::new(0));
+    loop {
+        let mut polled = [
+            PollFd::new(others, PollFlags::IN),
+            PollFd::new(until, PollFlags::empty()),
+        ];
+        match poll(&mut polled, None) {
+            Err(Errno::INTR) => continue,
+            ready => ready?,
+        };
+        if !polled[1].revents().is_empty() {
+            return Ok(());
+        }
+        let Some(question) = receive(others) else {
+            continue;
+        };
+        let (others, agent, counted) = (others.try_clone()?, agent.clone(), asked.clone());
+        if asked.fetch_add(1, Ordering::Relaxed) >= QUESTIONS {
+            asked.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        }
+        let spawned = threads::spawn("koya-name", move || {
+            let message = question.message.clone();
+            let answer = agent.ask_name_server(question.server.into(), message);
+            let answer = answer.unwrap_or_else(|error| {
+                log::debug!("{}: {error}", question.server);
+                failure(&question.message)
+            });
+            question.answer(&others, &answer);
+            counted.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = spawned {
+            log::debug!("other name servers: {error}");
+            asked.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A question to another name server.
+struct Question {
+    message: Vec<u8>,
+    from: SockaddrIn,
+    server: Ipv4Addr,
+}
+
+fn receive(socket: &UdpSocket) -> Option<Question> {
+    let mut message = vec![0; usize::from(u16::MAX)];
+    let mut control = nix::cmsg_space!(libc::in_pktinfo);
+    let mut parts = [IoSliceMut::new(&mut message)];
+    let fd = socket.as_raw_fd();
+    let flags = MsgFlags::empty();
+    let received = recvmsg::<SockaddrIn>(fd, &mut parts, Some(&mut control), flags).ok()?;
+    let (len, from) = (received.bytes, received.address?);
+    let server = received.cmsgs().ok()?.find_map(|control| match control {
+        ControlMessageOwned::Ipv4PacketInfo(info) => {
+            Some(Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)))
+        }
+        _ => None,
+    })?;
+    message.truncate(len);
+    Some(Question {
+        message,
+        from,
+        server,
+    })
+}
+
+impl Question {
+    /// Sends an answer as if it came from the server.
+    fn answer(&self, socket: &UdpSocket, answer: &[u8]) {
+        let info = libc::in_pktinfo {
+            ipi_ifindex: 0,
+            ipi_spec_dst: libc::in_addr {
+                s_addr: u32::from(self.server).to_be(),
+            },
+            ipi_addr: libc::in_addr { s_addr: 0 },
+        };
+        let sent = sendmsg(
+            socket.as_raw_fd(),
+            &[IoSlice::new(answer)],
+            &[ControlMessage::Ipv4PacketInfo(&info)],
+            MsgFlags::empty(),
+            Some(&self.from),
+        );
+        if let Err(error) = sent {
+            log::debug!("an answer of {}: {error}", self.server);
+        }
+    }
+}
+
+/// The answer that there is none (SERVFAIL): the question, with the bits of an answer (RFC 1035, section 4.1.1).
+fn failure(question: &[u8]) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    if let [_, _, flags, code, ..] = answer.as_mut_slice() {
+        *flags |= 0x80;
+        *code = 0x82;
+    }
+    answer
+}
+
+/// What the name server answers.
+fn ask(server: SocketAddr, question: &[u8], over_tcp: bool) -> io::Result<Vec<u8>> {
+    if over_tcp {
+        let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_write_timeout(Some(LIMIT))?;
+        let len = u16::try_from(question.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        stream.write_all(&[&len.to_be_bytes(), question].concat())?;
+        let mut len = [0; 2];
+        stream.read_exact(&mut len)?;
+        let mut answer = vec![0; usize::from(u16::from_be_bytes(len))];
+        stream.read_exact(&mut answer)?;
+        return Ok(answer);
+    }
+    let own: IpAddr = match server {
+        SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let socket = UdpSocket::bind((own, 0))?;
+    socket.connect(server)?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    socket.send(question)?;
+    let mut answer = vec![0; usize::from(u16::MAX)];
+    let len = socket.recv(&mut answer)?;
+    answer.truncate(len);
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// One that answers with the question in capitals, to a client by its datagram or its connection.
+    fn server() -> SocketAddr {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let at = socket.local_addr().unwrap();
+        let listener = TcpListener::bind(at).unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((len, peer)) = socket.recv_from(&mut buffer) {
+                // Some are lost.
+                if &buffer[..len] != b"lost" {
+                    let answer = buffer[..len].to_ascii_uppercase();
+                    socket.send_to(&answer, peer).unwrap();
+                }
+            }
+        });
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let mut client = client.unwrap();
+                let mut buffer = [0; 512];
+                let len = client.read(&mut buffer).unwrap();
+                let answer = [b"\x9c\x40", &buffer[2..len].repeat(10000)[..40000]].concat();
+                client.write_all(&answer).unwrap();
+            }
+        });
+        at
+    }
+
+    fn answer(stream: &mut UnixStream) -> (u32, Vec<u8>) {
+        let mut header = [0; HEADER_LEN];
+        stream.read_exact(&mut header).unwrap();
+        let (id, len) = parse_header(header);
+        let mut message = vec![0; len];
+        stream.read_exact(&mut message).unwrap();
+        (id, message)
+    }
+
+    #[test]
+    fn an_answer_comes_from_whom_was_asked() {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        setsockopt(&socket, sockopt::Ipv4PacketInfo, &true).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        client.set_read_timeout(Some(LIMIT)).unwrap();
+        // Another address of the loopback than the kernel would choose to answer from.
+        let server = Ipv4Addr::new(127, 9, 9, 9);
+        client.connect((server, port)).unwrap();
+        client.send(&[7, 7, 1, 0, 0, 1, 9]).unwrap();
+        let question = receive(&socket).unwrap();
+        assert_eq!(question.server, server);
+        question.answer(&socket, &failure(&question.message));
+        let mut answer = [0; 64];
+        let len = client.recv(&mut answer).unwrap();
+        assert_eq!(&answer[..len], [7, 7, 0x81, 0x82, 0, 1, 9]);
+    }
+
+    #[test]
+    fn a_guests_questions_are_answered_in_any_order() {
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let to = Arc::new(Mutex::new(ours.try_clone().unwrap()));
+        let at = server();
+        let served = std::thread::spawn(move || serve(ours, &to, at));
+        for (id, question) in [(1, "lost"), (2, "who"), (OVER_TCP | 3, "long")] {
+            guest
+                .write_all(&frame(id, question.as_bytes()).unwrap())
+                .unwrap();
+        }
+        let mut answers = [answer(&mut guest), answer(&mut guest)];
+        answers.sort();
+        assert_eq!(answers[0], (2, b"WHO".to_vec()));
+        assert_eq!(answers[1].0, OVER_TCP | 3);
+        assert_eq!(answers[1].1.len(), 40000);
+        drop(guest);
+        assert!(served.join().unwrap().is_err(), "it ends with its stream");
+    }
+}
