@@ -44,6 +44,8 @@ $B mount -t cgroup2 cgroup2 sys/fs/cgroup
 $B mkdir -p run/koya-rig run/scratch
 $B mount -t ext4 dev/vda run/scratch || finish "failed: no scratch disk"
 $B cp /job/run run/koya-rig/run
+$B mkdir run/koya-rig/modules
+for m in docker $($B cat /modules/docker); do $B cp "/modules/$m" run/koya-rig/modules/; done
 # The namespace's root itself: in another directory (chroot) nobody may make user namespaces.
 $B mount --move . / || finish "failed: no root"
 $B ip link set lo up

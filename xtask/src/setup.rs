@@ -38,6 +38,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("apparmor", "the tests' profiles"),
     ("umoci", "the tests' other unpacker of images"),
     ("containernetworking-plugins", "the tests' pods' networks"),
+    ("iptables", "the tests' Docker"),
     ("stress-ng", "the tests' file-system load"),
     (
         "golang-github-containers-common",

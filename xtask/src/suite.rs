@@ -49,7 +49,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
-    let (debian, fsx, containerds) = (debian()?, fsx()?, containerds()?);
+    let (debian, fsx) = (debian()?, fsx()?);
+    let (containerds, dockers) = (containerds()?, dockers()?);
     proc::run(cargo().args([
         "build",
         "--package",
@@ -62,7 +63,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     system
         .env("KOYA_TEST_DEBIAN", &debian)
         .env("KOYA_TEST_FSX", &fsx)
-        .env("KOYA_TEST_CONTAINERD", &containerds);
+        .env("KOYA_TEST_CONTAINERD", &containerds)
+        .env("KOYA_TEST_DOCKER", &dockers);
     proc::run(&mut system)
 }
 
@@ -109,6 +111,33 @@ pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
         apt::unpack(suite, &["containerd"], dir)
     })?;
     Ok(dir.join("usr/bin"))
+}
+
+/// Debian's suites whose Dockers can be tested with, 26 and 28, each with what has its containers' first process.
+const DOCKER_SUITES: [(&str, &str); 2] = [("trixie", "tini"), ("forky", "tini-static")];
+
+/// Their directories, with colons between them: of the first, since its tests take minutes, and of all if
+/// KOYA_TEST_DOCKERS is `all`.
+fn dockers() -> Result<OsString> {
+    let count = match std::env::var_os("KOYA_TEST_DOCKERS").is_some_and(|which| which == "all") {
+        true => DOCKER_SUITES.len(),
+        false => 1,
+    };
+    let directories = DOCKER_SUITES[..count].iter();
+    let directories = directories.map(|(suite, init)| docker(suite, init));
+    Ok(std::env::join_paths(
+        directories.collect::<Result<Vec<_>>>()?,
+    )?)
+}
+
+/// The directory of a suite's Docker, unpacked once. Its runc is Debian 12's, whose C library the machine has.
+fn docker(suite: &str, init: &str) -> Result<PathBuf> {
+    let packages = ["docker.io", "docker-cli", "containerd", init];
+    let key = cache::key([&[suite, "runc"], &packages[..]].concat());
+    cache::ensure("docker", &key, |dir| {
+        apt::unpack(suite, &packages, dir)?;
+        apt::unpack("bookworm", &["runc"], dir)
+    })
 }
 
 /// The directory of the file-system exerciser, built once.

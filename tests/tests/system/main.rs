@@ -12,6 +12,7 @@ mod cri;
 mod daemon;
 mod debian;
 mod disks;
+mod docker;
 mod exec;
 mod faults;
 mod files;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         cri::trials(),
         debian::trials(),
         disks::trials(),
+        docker::trials(),
         exec::trials(),
         faults::trials(),
         files::trials(),
