@@ -20,6 +20,7 @@ mod lent;
 mod life;
 mod memory;
 mod network;
+mod oci;
 mod pod;
 mod pod_files;
 mod run;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         life::trials(),
         memory::trials(),
         network::trials(),
+        oci::trials(),
         pod_files::trials(),
         surroundings::trials(),
         timeline::trials(),
