@@ -8,8 +8,8 @@ use crate::configuration;
 use crate::executor::{self, Confinement, Program, Reason};
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
-use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Process, Spec};
@@ -188,6 +188,10 @@ impl Entry {
         std::fs::create_dir_all(&own)?;
         let mut container = load(id)?;
         container.state.bundle = bundle(id).join(ADDED);
+        // One that waits for its start has all that a process needs; libcontainer refuses it by its status.
+        if container.status() == ContainerStatus::Created {
+            container.set_status(ContainerStatus::Running);
+        }
         container.root = own;
         container.save()?;
         Ok(entry)

@@ -71,6 +71,7 @@ fn crates_depend_only_on_those_below_them() {
         ),
         ("runtime/tasks/Cargo.toml", &["koya"]),
         ("runtime/cli/Cargo.toml", &["koya", "koya-tasks"]),
+        ("runtime/oci-cli/Cargo.toml", &["koya", "koya-tasks"]),
         ("runtime/shim/Cargo.toml", &["koya", "koya-tasks"]),
         (
             "benches/Cargo.toml",

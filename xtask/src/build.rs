@@ -1,6 +1,6 @@
 //! What it takes to run a container: the koya command, containerd's shim, the agent in its
 //! initramfs, the guest kernel. They are put together in `target/koya` as they would be installed:
-//! `bin/koya`, `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
+//! `bin/koya`, `bin/koya-runtime`, `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
 
 use crate::archive::Archive;
 use crate::{kernel, proc, setup};
@@ -35,7 +35,7 @@ fn host_target() -> &'static str {
 }
 
 /// What runs on the host.
-const PROGRAMS: [&str; 2] = ["koya", "containerd-shim-koya-v2"];
+const PROGRAMS: [&str; 3] = ["koya", "koya-runtime", "containerd-shim-koya-v2"];
 
 /// Where the products are.
 pub(crate) struct Products {
@@ -89,7 +89,7 @@ pub(crate) fn ensure() -> Result<Products> {
     install(&kernel.bzimage, &products.share.join("bzImage"))?;
 
     eprintln!("building koya");
-    for_host(&["koya-cli", "koya-shim"], &["--bins"])?;
+    for_host(&["koya-cli", "koya-oci", "koya-shim"], &["--bins"])?;
     for program in PROGRAMS {
         install(&released(program), &products.bin.join(program))?;
     }

@@ -36,6 +36,7 @@ const PACKAGES: &[(&str, &str)] = &[
         "the tests' client of Kubernetes' interface",
     ),
     ("apparmor", "the tests' profiles"),
+    ("runc", "what the tests compare `koya-runtime` with"),
     ("umoci", "the tests' other unpacker of images"),
     ("containernetworking-plugins", "the tests' pods' networks"),
     ("iptables", "the tests' Docker"),

@@ -25,9 +25,9 @@ mod state;
 mod stats;
 mod timeline;
 mod volume;
-mod wire;
 
 use clap::{Parser, Subcommand};
+use koya_tasks::wire;
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;

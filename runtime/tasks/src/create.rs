@@ -214,7 +214,10 @@ impl TaskSet {
         let machine = self.boot(task)?;
         self.resize_guest()?;
         let bundle = Bundle {
-            spec: task.spec.0.clone(),
+            spec: match task.role {
+                Role::Single => task.spec.without_network_sysctls(),
+                Role::Sandbox | Role::Member { .. } => task.spec.0.clone(),
+            },
             directory: task.bundle.clone(),
             rootfs: task.rootfs.clone(),
             pids: self.shared_pids(task),
@@ -228,6 +231,19 @@ impl TaskSet {
             }
         };
         task.init.made(Handle::Init(container.clone()), relay);
+        Ok(container)
+    }
+
+    /// The container in the guest, made now if it waited for interfaces. The caller has the task's turn.
+    pub(crate) fn made(
+        self: &Arc<Self>,
+        task: &Arc<Task>,
+    ) -> Result<Arc<dyn GuestContainer>, Error> {
+        if let Some(container) = task.container() {
+            return Ok(container);
+        }
+        let container = self.make(task)?;
+        self.follow_behind(task)?;
         Ok(container)
     }
 

@@ -110,11 +110,15 @@ impl TaskSet {
     }
 
     fn launch(
-        &self,
-        task: &Task,
+        self: &Arc<Self>,
+        task: &Arc<Task>,
         exec: &Exec,
     ) -> Result<(Arc<dyn GuestProcess>, Arc<Relay>), Error> {
-        let container = task.running()?;
+        let container = match task.is_pod() {
+            true => task.running()?,
+            // It may be the first that is run in it.
+            false => self.made(task)?,
+        };
         exec.process
             .open_streams(&exec.id, &self.config.namespace)?;
         let mut spec = exec.spec.clone();

@@ -64,6 +64,7 @@ mod sync;
 mod terminate;
 #[cfg(test)]
 mod tests;
+pub mod wire;
 
 pub use create::CreateTask;
 pub use error::Error;

@@ -49,14 +49,7 @@ impl TaskSet {
     }
 
     fn start_init(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
-        let container = match task.container() {
-            Some(container) => container,
-            None => {
-                let container = self.make(task)?;
-                self.follow_behind(task)?;
-                container
-            }
-        };
+        let container = self.made(task)?;
         // It may have been killed while it was made.
         if let Err(error) = task.init.start() {
             container.kill(false).ok();

@@ -393,6 +393,8 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
         // Its containers have the guest's own namespaces, which nothing else sets up.
         config.hostname = task.spec.0.hostname().clone();
         config.sysctls = task.spec.sysctls();
+    } else {
+        config.sysctls = task.spec.network_sysctls();
     }
     config.networks = interfaces()?
         .into_iter()

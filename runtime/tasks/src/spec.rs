@@ -174,10 +174,59 @@ impl Spec {
         state
     }
 
+    /// Those of its network namespace. A single container's is the guest's own, which the guest's kernel sets up.
+    pub(crate) fn network_sysctls(&self) -> BTreeMap<String, String> {
+        let mut sysctls = self.sysctls();
+        sysctls.retain(|name, _| is_network_sysctl(name));
+        sysctls
+    }
+
+    /// The configuration without them.
+    pub(crate) fn without_network_sysctls(&self) -> oci::Spec {
+        let mut spec = self.0.clone();
+        if let Some(linux) = spec.linux_mut()
+            && let Some(sysctls) = linux.sysctl_mut()
+        {
+            sysctls.retain(|name, _| !is_network_sysctl(name));
+        }
+        spec
+    }
+
     /// The sandbox's control group on the host.
     pub fn cgroup(&self) -> Option<PathBuf> {
         let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;
         cgroup::directory(path)
+    }
+
+    /// Has the sandbox live in a control group of this name, if the configuration names none.
+    pub fn default_cgroup(&mut self, name: &str) {
+        let mut linux = self.0.linux().clone().unwrap_or_default();
+        if linux.cgroups_path().is_none() {
+            linux.set_cgroups_path(Some(Path::new("/").join(name)));
+            self.0.set_linux(Some(linux));
+        }
+    }
+
+    /// The hooks that are programs of the host, which the runtime runs: they are taken out, and what is left is for
+    /// the guest.
+    pub fn take_host_hooks(&mut self) -> oci::Hooks {
+        let mut host = oci::Hooks::default();
+        if let Some(hooks) = self.0.hooks_mut() {
+            host.set_prestart(hooks.prestart().clone());
+            host.set_create_runtime(hooks.create_runtime().clone());
+            host.set_poststart(hooks.poststart().clone());
+            host.set_poststop(hooks.poststop().clone());
+            hooks.set_prestart(None);
+            hooks.set_create_runtime(None);
+            hooks.set_poststart(None);
+            hooks.set_poststop(None);
+        }
+        host
+    }
+
+    /// The whole configuration.
+    pub fn config(&self) -> &oci::Spec {
+        &self.0
     }
 
     /// The AppArmor profile that its process is to have.
@@ -195,6 +244,11 @@ impl Spec {
     pub(crate) fn resources(&self) -> Option<&oci::LinuxResources> {
         self.0.linux().as_ref()?.resources().as_ref()
     }
+}
+
+/// Both ways of writing a name are sysctl(8)'s.
+fn is_network_sysctl(name: &str) -> bool {
+    name.starts_with("net.") || name.starts_with("net/")
 }
 
 #[cfg(test)]
@@ -258,5 +312,38 @@ mod tests {
         let pids = of(json!([{"type": "pid", "path": "/proc/77/ns/pid"}]));
         assert_eq!(pids.pids_of(), Some(77));
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
+    }
+
+    /// podman and Docker set some of each container's network.
+    #[test]
+    fn sysctls_of_the_network_are_the_guests() {
+        let spec = spec(
+            json!({"linux": {"sysctl": {"net.ipv4.ping_group_range": "0 0", "kernel.msgmax": "65536"}}}),
+        );
+        let network: Vec<_> = spec.network_sysctls().into_keys().collect();
+        assert_eq!(network, ["net.ipv4.ping_group_range"]);
+        let left = Spec(spec.without_network_sysctls()).sysctls();
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
+    }
+
+    #[test]
+    fn hooks_of_the_host_are_taken_out() {
+        let hook = json!([{"path": "/bin/true"}]);
+        let mut spec = spec(json!({"hooks": {"prestart": hook, "startContainer": hook}}));
+        let host = spec.take_host_hooks();
+        assert!(host.prestart().is_some() && host.start_container().is_none());
+        let left = spec.config().hooks().as_ref().unwrap();
+        assert!(left.prestart().is_none() && left.start_container().is_some());
+    }
+
+    #[test]
+    fn a_control_group_is_named_or_the_default() {
+        let path = |spec: &Spec| spec.config().linux().as_ref()?.cgroups_path().clone();
+        let mut unnamed = spec(json!({}));
+        unnamed.default_cgroup("koya/c");
+        assert_eq!(path(&unnamed), Some("/koya/c".into()));
+        let mut named = spec(json!({"linux": {"cgroupsPath": "/a"}}));
+        named.default_cgroup("koya/c");
+        assert_eq!(path(&named), Some("/a".into()));
     }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use koya::Stdio;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::Errno;
+use rustix::termios::tcgetwinsize;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -89,14 +90,25 @@ impl StdioConfig {
             ),
         };
         match (terminal, input, output) {
-            // The client says the size once the process runs.
-            (true, ..) => Stdio::Terminal {
-                rows: 0,
-                columns: 0,
-            },
+            (true, ..) => self.terminal(),
             (false, false, false) => Stdio::Null,
             (false, false, true) => Stdio::Output,
             (false, true, _) => Stdio::Pipes,
+        }
+    }
+
+    /// A terminal of the size that an open one has. Of one that is named the client says it once the process runs.
+    fn terminal(&self) -> Stdio {
+        let size = match self {
+            Self::Descriptors(StdioDescriptors {
+                stdin: Some(terminal),
+                ..
+            }) => tcgetwinsize(terminal).ok(),
+            _ => None,
+        };
+        Stdio::Terminal {
+            rows: size.map_or(0, |size| size.ws_row),
+            columns: size.map_or(0, |size| size.ws_col),
         }
     }
 

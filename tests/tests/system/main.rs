@@ -22,6 +22,7 @@ mod lent;
 mod life;
 mod memory;
 mod network;
+mod oci;
 mod pod;
 mod pod_files;
 mod run;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         life::trials(),
         memory::trials(),
         network::trials(),
+        oci::trials(),
         pod_files::trials(),
         surroundings::trials(),
         timeline::trials(),

@@ -113,6 +113,22 @@ fn exec_processes_end_before_the_init_process() {
 }
 
 #[test]
+fn a_process_may_be_added_before_the_start() {
+    let rig = Rig::new();
+    rig.create_late("c").unwrap();
+    assert!(!rig.guest.was_called("create c"));
+    rig.exec("c", "e").unwrap();
+    rig.set.start("c", "e").unwrap();
+    assert!(rig.guest.was_called("create c") && !rig.guest.was_called("start c"));
+    assert_eq!(rig.set.state("c", "").unwrap().status, Status::Created);
+    rig.set.start("c", "").unwrap();
+    let creations = |call: &&String| *call == "create c";
+    assert_eq!(rig.guest.lock().calls.iter().filter(creations).count(), 1);
+    rig.guest.ends("c", 3);
+    assert_eq!(rig.set.wait("c", "").unwrap().status, 3);
+}
+
+#[test]
 fn a_lack_of_memory_is_published_once_and_before_the_end() {
     let rig = Rig::new();
     rig.create("c").unwrap();

@@ -1,4 +1,5 @@
-//! Lines of JSON over a Unix socket, with descriptors beside them.
+//! Lines of JSON over a Unix socket, with descriptors beside them: how the commands of a command line talk to the
+//! processes of their sandboxes.
 
 use anyhow::{Context, Result, ensure};
 use rustix::cmsg_space;
@@ -20,14 +21,15 @@ const MAX_LINE: usize = 4 << 20;
 const MAX_FDS: usize = 3;
 
 /// The receiving side of a connection.
-pub(super) struct Wire {
+pub struct Wire {
     stream: UnixStream,
     buffer: Vec<u8>,
     fds: Vec<OwnedFd>,
 }
 
 impl Wire {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    /// Receives from this connection.
+    pub fn new(stream: UnixStream) -> Self {
         Self {
             stream,
             buffer: Vec::new(),
@@ -40,7 +42,7 @@ impl Wire {
     ///
     /// # Errors
     /// If it is no line of this kind, or too long.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>> {
+    pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>> {
         loop {
             if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
@@ -80,7 +82,7 @@ impl Wire {
 ///
 /// # Errors
 /// If nobody is there any more.
-pub(super) fn send(
+pub fn send(
     mut stream: &UnixStream,
     message: &impl Serialize,
     fds: &[BorrowedFd<'_>],

@@ -1,0 +1,376 @@
+//! The commands and options: runc's, so that what drives runc drives this.
+
+// What is accepted without a meaning is read by nobody.
+#![allow(dead_code)]
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// An OCI runtime: containers that each run in a virtual machine of their own.
+#[derive(Parser)]
+#[command(
+    name = "koya-runtime",
+    version = concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"),
+    disable_version_flag = true,
+    arg_required_else_help = true,
+    after_help = "The commands and options are runc's. KOYA_SHARE, KOYA_KERNEL and KOYA_INITRAMFS say where the \
+                  guest kernel and the agent are."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print the version
+    #[arg(short = 'v', long, action = clap::ArgAction::Version)]
+    version: Option<bool>,
+}
+
+/// What is said before the command.
+#[derive(Args)]
+pub(crate) struct Globals {
+    /// Where the state of containers is (default: /run/koya-runtime, or koya-runtime in $XDG_RUNTIME_DIR without
+    /// root)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) root: Option<PathBuf>,
+    /// Write the log to this file (default: standard error)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+    /// The format of the log
+    #[arg(long, value_enum, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// Log more
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Accepted: a control group is made as cgroupsPath says it, in systemd's form or not
+    #[arg(long)]
+    systemd_cgroup: bool,
+    /// Accepted: without root what needs it is left out
+    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false|auto")]
+    rootless: Option<Option<String>>,
+}
+
+/// How a line of the log looks.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Create a container from a bundle; its process waits to be started
+    Create(CreateArgs),
+    /// Create a container and start it
+    Run(RunArgs),
+    /// Start the process of a container that was created
+    Start(IdArgs),
+    /// Print a container's state as JSON
+    State(IdArgs),
+    /// Send a signal to a container's process
+    Kill(KillArgs),
+    /// Delete a container that has stopped
+    Delete(DeleteArgs),
+    /// Run a process in a container
+    Exec(Box<ExecArgs>),
+    /// List the host's processes that a container is
+    Ps(PsArgs),
+    /// List containers
+    List(ListArgs),
+    /// Stop all processes of a container where they are
+    Pause(IdArgs),
+    /// Let them go on
+    Resume(IdArgs),
+    /// Change a container's limits
+    Update(Box<UpdateArgs>),
+    /// Print what a container uses
+    Events(EventsArgs),
+    /// Write a config.json to begin with
+    Spec(SpecArgs),
+    /// Print what is supported, as JSON
+    Features,
+    /// Not supported
+    Checkpoint(AnyArgs),
+    /// Not supported
+    Restore(AnyArgs),
+    #[command(hide = true)]
+    Serve,
+    #[command(hide = true)]
+    Stub,
+}
+
+#[derive(Args)]
+pub(crate) struct IdArgs {
+    /// The container
+    pub(crate) id: String,
+}
+
+#[derive(Args)]
+pub(crate) struct AnyArgs {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _words: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct CreateArgs {
+    /// The bundle: the directory of config.json
+    #[arg(long, short, value_name = "DIR", default_value = ".")]
+    pub(crate) bundle: PathBuf,
+    /// A socket that the terminal's descriptor is sent to
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) console_socket: Option<PathBuf>,
+    /// Write the pid to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    /// Not supported beyond 0: descriptors can't be passed into a virtual machine
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) preserve_fds: u32,
+    /// Accepted, without a meaning: the guest's root is its own
+    #[arg(long)]
+    no_pivot: bool,
+    /// Accepted, without a meaning: the guest's keyrings are its own
+    #[arg(long)]
+    no_new_keyring: bool,
+    /// The container's name, which no other has
+    pub(crate) id: String,
+}
+
+#[derive(Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) create: CreateArgs,
+    /// Return once it runs
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Do not delete it when it has ended
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Accepted, without a meaning: no process of the guest is a child of this command
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct KillArgs {
+    /// Signal all of its processes
+    #[arg(long, short)]
+    pub(crate) all: bool,
+    /// The container
+    pub(crate) id: String,
+    /// The signal, by number or name
+    #[arg(default_value = "SIGTERM")]
+    pub(crate) signal: String,
+}
+
+#[derive(Args)]
+pub(crate) struct DeleteArgs {
+    /// Kill it first if it runs; it need not exist
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// The container
+    pub(crate) id: String,
+}
+
+#[derive(Args)]
+pub(crate) struct ExecArgs {
+    /// A socket that the terminal's descriptor is sent to
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) console_socket: Option<PathBuf>,
+    /// The working directory (default: the container's)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<PathBuf>,
+    /// An environment variable, beside the container's
+    #[arg(long, short, value_name = "K=V")]
+    pub(crate) env: Vec<String>,
+    /// Give it a terminal
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// The user and the group, by number
+    #[arg(long, short, value_name = "UID[:GID]")]
+    pub(crate) user: Option<String>,
+    /// More groups
+    #[arg(long, short = 'g', value_name = "GID")]
+    pub(crate) additional_gids: Vec<u32>,
+    /// A file with the process, as in config.json
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) process: Option<PathBuf>,
+    /// Return once it runs
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Write the pid to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    /// Accepted: SELinux labels are the sandbox's process's
+    #[arg(long, value_name = "LABEL")]
+    process_label: Option<String>,
+    /// Accepted: AppArmor's profile is the sandbox's process's
+    #[arg(long, value_name = "PROFILE")]
+    apparmor: Option<String>,
+    /// It gains no privileges by execve(2)
+    #[arg(long)]
+    pub(crate) no_new_privs: bool,
+    /// A capability beside the container's
+    #[arg(long, short, value_name = "CAP")]
+    pub(crate) cap: Vec<String>,
+    /// Not supported beyond 0: descriptors can't be passed into a virtual machine
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) preserve_fds: u32,
+    /// The container
+    pub(crate) id: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+}
+
+/// How a list is printed.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Args)]
+pub(crate) struct PsArgs {
+    /// How it is printed
+    #[arg(long, short, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+    /// The container
+    pub(crate) id: String,
+    /// Options of ps(1)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) options: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct ListArgs {
+    /// How it is printed
+    #[arg(long, short, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+    /// Print names alone
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UpdateArgs {
+    /// A file of JSON: config.json's linux.resources, of which what is there is set; - is standard input
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) resources: Option<String>,
+    /// Microseconds of a CPU's time in each period
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) cpu_quota: Option<i64>,
+    /// The period, in microseconds
+    #[arg(long)]
+    pub(crate) cpu_period: Option<u64>,
+    /// The share of CPU time among containers
+    #[arg(long)]
+    pub(crate) cpu_share: Option<u64>,
+    /// The CPUs that it may use
+    #[arg(long)]
+    pub(crate) cpuset_cpus: Option<String>,
+    /// The memory nodes that it may use
+    #[arg(long)]
+    pub(crate) cpuset_mems: Option<String>,
+    /// Memory: bytes, or with a unit (k, m, g); -1 is no limit
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
+    pub(crate) memory: Option<i64>,
+    /// Memory that is kept for it
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
+    pub(crate) memory_reservation: Option<i64>,
+    /// Memory and swap
+    #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
+    pub(crate) memory_swap: Option<i64>,
+    /// How many processes and threads it may have
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) pids_limit: Option<i64>,
+    /// The container
+    pub(crate) id: String,
+}
+
+/// As runc's callers write sizes: `1024`, `50M`, `1g`, `2GiB`, `-1`.
+fn bytes(text: &str) -> Result<i64, String> {
+    let lower = text.to_lowercase();
+    let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &lower[number.len()..] {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        unit => return Err(format!("unknown unit {unit:?}")),
+    };
+    let number: i64 = number.parse().map_err(|_| "not a number of bytes")?;
+    if number < 0 {
+        return Ok(-1);
+    }
+    let product = number.checked_mul(1 << shift);
+    product.ok_or_else(|| "too large".to_owned())
+}
+
+#[derive(Args)]
+pub(crate) struct EventsArgs {
+    /// How often
+    #[arg(long, default_value = "5s", value_name = "TIME")]
+    pub(crate) interval: String,
+    /// Print it once
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// The container
+    pub(crate) id: String,
+}
+
+#[derive(Args)]
+pub(crate) struct SpecArgs {
+    /// Where it is written
+    #[arg(long, short, value_name = "DIR", default_value = ".")]
+    pub(crate) bundle: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(bytes("1024"), Ok(1024));
+        assert_eq!(bytes("50M"), Ok(50 << 20));
+        assert_eq!(bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(bytes("-1"), Ok(-1));
+        for bad in ["", "M", "1x", "1.5", "9223372036854775807k"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_runcs_callers_pass_is_understood() {
+        let lines = [
+            "--root /r --log /l --log-format json --systemd-cgroup create --bundle /b --pid-file /p \
+             --console-socket /s --no-pivot --no-new-keyring --preserve-fds 0 c",
+            "--root /r --log /l --log-format json exec --process /f --console-socket /s --detach --pid-file /p c",
+            "--rootless=true --debug kill --all c 9",
+            "kill c",
+            "delete --force c",
+            "ps --format json c",
+            "update --resources - c",
+            "update --memory -1 --cpu-quota -1 c",
+            "events --stats c",
+            "events --interval=1s c",
+            "checkpoint --image-path /i --leave-running c",
+            "exec --user 1:2 --additional-gids 3 --cap CAP_KILL -e A=b c ls -l",
+            "run -d -b /b c",
+            "features",
+        ];
+        for line in lines {
+            let words = std::iter::once("koya-runtime").chain(line.split_whitespace());
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{line}: {error}");
+            }
+        }
+    }
+}

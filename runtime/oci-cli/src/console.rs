@@ -1,0 +1,208 @@
+//! Terminals: a pty for a process, whose master goes to `--console-socket`, or to the user's own terminal.
+//!
+//! The guest has the terminal that programs see; the pty's slave is its end on the host, and raw.
+
+use anyhow::{Context, Result};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
+use rustix::termios::{
+    OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
+};
+use std::fs::File;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+/// The longest name of a pty that is read.
+const MAX_NAME: usize = 4096;
+
+pub(crate) struct Pty {
+    pub(crate) master: OwnedFd,
+    pub(crate) slave: OwnedFd,
+    name: Vec<u8>,
+}
+
+impl Pty {
+    /// One of so many rows and columns, if that is known.
+    ///
+    /// # Errors
+    /// If the host has none left.
+    pub(crate) fn open(size: Option<(u64, u64)>) -> Result<Self> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags).context("cannot make a terminal")?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let slave = ioctl_tiocgptpeer(&master, flags)?;
+        let mut raw = tcgetattr(&slave)?;
+        raw.make_raw();
+        tcsetattr(&slave, OptionalActions::Now, &raw)?;
+        if let Some((rows, columns)) = size {
+            let mut wanted = tcgetwinsize(&slave)?;
+            wanted.ws_row = u16::try_from(rows).unwrap_or(0);
+            wanted.ws_col = u16::try_from(columns).unwrap_or(0);
+            tcsetwinsize(&slave, wanted)?;
+        }
+        let name = ptsname(&master, Vec::new())?.into_bytes();
+        Ok(Self {
+            master,
+            slave,
+            name,
+        })
+    }
+
+    /// Sends the master over a connection, as runc does: beside its name.
+    pub(crate) fn send_master(&self, to: &UnixStream) -> Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [self.master.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let name = [IoSlice::new(&self.name)];
+        sendmsg(to, &name, &mut control, SendFlags::NOSIGNAL)
+            .context("cannot send the terminal to the console socket")?;
+        Ok(())
+    }
+}
+
+/// Receives what [`Pty::send_master`] sends.
+pub(crate) fn receive_master(from: &UnixStream) -> Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut name = [0; MAX_NAME];
+    recvmsg(
+        from,
+        &mut [IoSliceMut::new(&mut name)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let mut received = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fd = received.next().and_then(|mut fds| fds.next());
+    fd.context("the container's process sent no terminal")
+}
+
+/// Makes a slave the terminal of this process, which leads its session: it hears of new sizes by SIGWINCH.
+pub(crate) fn control(slave: &OwnedFd) -> Result<()> {
+    rustix::process::ioctl_tiocsctty(slave).context("cannot have the terminal")
+}
+
+/// Rows and columns.
+pub(crate) fn size(of: impl AsFd) -> (u32, u32) {
+    tcgetwinsize(of).map_or((0, 0), |size| (size.ws_row.into(), size.ws_col.into()))
+}
+
+/// Connects to a console socket.
+pub(crate) fn connect(socket: &Path) -> Result<UnixStream> {
+    let stream = UnixStream::connect(socket);
+    stream.with_context(|| format!("cannot connect to the console socket {}", socket.display()))
+}
+
+/// The user's terminal, joined to a pty's master until this is dropped.
+pub(crate) struct Joined {
+    before: Option<Termios>,
+    /// Ends when all output was copied.
+    copied: Receiver<()>,
+}
+
+/// How long the last output may take to be copied.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
+
+impl Joined {
+    /// # Errors
+    /// If the host has no thread left.
+    pub(crate) fn start(master: &OwnedFd) -> Result<Self> {
+        let own = std::io::stdin();
+        let mut before = None;
+        if isatty(&own) {
+            let found = tcgetattr(&own)?;
+            let mut raw = found.clone();
+            raw.make_raw();
+            tcsetattr(&own, OptionalActions::Now, &raw)?;
+            before = Some(found);
+        }
+        let mut to: File = master.try_clone()?.into();
+        let mut from: File = master.try_clone()?.into();
+        spawn("koya-input", move || {
+            copy(&mut std::io::stdin(), &mut to);
+        })?;
+        let (sender, copied) = channel();
+        spawn("koya-output", move || {
+            copy(&mut from, &mut std::io::stdout());
+            drop(sender);
+        })?;
+        Ok(Self { before, copied })
+    }
+
+    /// The process has ended, and nobody has the slave any more.
+    pub(crate) fn finish(self) {
+        self.copied.recv_timeout(LAST_OUTPUT).ok();
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            tcsetattr(std::io::stdin(), OptionalActions::Now, before).ok();
+        }
+    }
+}
+
+/// Gives a pty the size of the user's terminal, if there is one.
+pub(crate) fn copy_size(master: &OwnedFd) {
+    if let Ok(size) = tcgetwinsize(std::io::stdin()) {
+        tcsetwinsize(master, size).ok();
+    }
+}
+
+fn copy(from: &mut impl Read, to: &mut impl Write) {
+    let mut buffer = [0; 16 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        if to
+            .write_all(&buffer[..count])
+            .and_then(|()| to.flush())
+            .is_err()
+        {
+            return;
+        }
+    }
+}
+
+/// The name that ps(1) shows: it was started by way of `/proc/self/exe`.
+pub(crate) fn name_process() {
+    rustix::thread::set_name(c"koya-runtime").ok();
+}
+
+pub(crate) fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    koya::vmm::host::threads::spawn(name, work).context("cannot start a thread")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_sent_and_has_a_size() {
+        let pty = Pty::open(Some((24, 80))).unwrap();
+        assert_eq!(size(&pty.slave), (24, 80));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        pty.send_master(&ours).unwrap();
+        let master = receive_master(&theirs).unwrap();
+        let mut wanted = tcgetwinsize(&master).unwrap();
+        (wanted.ws_row, wanted.ws_col) = (40, 100);
+        tcsetwinsize(&master, wanted).unwrap();
+        assert_eq!(size(&pty.slave), (40, 100));
+        File::from(master).write_all(b"\x03x").unwrap();
+        let mut got = [0; 2];
+        File::from(pty.slave).read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"\x03x", "it is raw");
+    }
+}

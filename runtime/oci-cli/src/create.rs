@@ -1,0 +1,254 @@
+//! `create` and `run`: starts the process that stays ([`crate::serve`]), runs hooks, stores the state.
+
+use crate::ask::{Boot, Request, ask, hear};
+use crate::cli::{CreateArgs, Globals, RunArgs};
+use crate::console::{self, Joined};
+use crate::state::{self, Container, Root, Status, Stored, start_of};
+use crate::{Outcome, hooks, life, logging};
+use anyhow::{Context, Result, bail};
+use chrono::SecondsFormat;
+use koya::oci_spec::runtime::ContainerState;
+use koya_tasks::wire::{Wire, send};
+use koya_tasks::{Role, Spec, cgroup};
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outcome {
+    let spec = read_spec(args)?;
+    let is_terminal = is_terminal(&spec);
+    match (&args.console_socket, is_terminal) {
+        (None, true) => {
+            bail!("cannot allocate tty if runc will detach without setting console socket")
+        }
+        (Some(_), false) => {
+            bail!("cannot use console socket if runc will not detach or allocate tty")
+        }
+        _ => {}
+    }
+    let console = args.console_socket.as_deref().map(console::connect);
+    make(root, globals, args, spec, console.transpose()?)?;
+    Ok(0)
+}
+
+pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs) -> Outcome {
+    if args.detach {
+        create(root, globals, &args.create)?;
+        let started = life::start(root, &args.create.id);
+        if started.is_err() {
+            life::delete_by_force(root, &args.create.id)?;
+        }
+        return started;
+    }
+    let spec = read_spec(&args.create)?;
+    if args.create.console_socket.is_some() {
+        bail!("cannot use console socket if runc will not detach or allocate tty");
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    let console = is_terminal(&spec).then_some(theirs);
+    let has_terminal = console.is_some();
+    // Before there is a thread, so that none takes a signal that is the container's.
+    let signals = life::Forwarded::catch()?;
+    let mut child = make(root, globals, &args.create, spec, console)?;
+    let ran = attend(
+        root,
+        args,
+        &mut child,
+        signals,
+        has_terminal.then_some(ours),
+    );
+    if ran.is_err() || !args.keep {
+        life::delete_by_force(root, &args.create.id)?;
+    }
+    ran
+}
+
+/// Starts a container in the foreground, and waits for its end. Its terminal comes over `console`.
+fn attend(
+    root: &Root,
+    args: &RunArgs,
+    child: &mut Child,
+    signals: life::Forwarded,
+    console: Option<UnixStream>,
+) -> Outcome {
+    let master = console.as_ref().map(console::receive_master).transpose()?;
+    if let Some(master) = &master {
+        console::copy_size(master);
+    }
+    life::start(root, &args.create.id)?;
+    let joined = master.as_ref().map(Joined::start).transpose()?;
+    signals.to(child.id(), master)?;
+    let status = child.wait()?;
+    if let Some(joined) = joined {
+        joined.finish();
+    }
+    Ok(status.code().unwrap_or(KILLED) as u8)
+}
+
+/// The status of what was killed with its sandbox's process.
+pub(crate) const KILLED: i32 = 137;
+
+fn read_spec(args: &CreateArgs) -> Result<Spec> {
+    if args.preserve_fds > 0 {
+        bail!(
+            "--preserve-fds {}: descriptors can't be passed into a virtual machine",
+            args.preserve_fds
+        );
+    }
+    state::check_id(&args.id)?;
+    let mut spec = Spec::read(&args.bundle)?;
+    spec.default_cgroup(&default_cgroup(&args.id));
+    match spec.role(&args.id) {
+        Role::Single => Ok(spec),
+        Role::Sandbox | Role::Member { .. } => bail!(
+            "pods are not supported by koya-runtime: have containerd use io.containerd.koya.v2 for them"
+        ),
+    }
+}
+
+/// Where a sandbox's process is if the configuration does not say it.
+pub(crate) fn default_cgroup(id: &str) -> String {
+    format!("koya-runtime/{id}")
+}
+
+fn is_terminal(spec: &Spec) -> bool {
+    let process = spec.config().process().as_ref();
+    process.and_then(|process| process.terminal()) == Some(true)
+}
+
+/// Makes a container. The process that stays is this one's child until it ends.
+fn make(
+    root: &Root,
+    globals: &Globals,
+    args: &CreateArgs,
+    spec: Spec,
+    console: Option<UnixStream>,
+) -> Result<Child> {
+    let bundle = fs::canonicalize(&args.bundle)
+        .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
+    let (directory, lock) = root.make(&args.id)?;
+    let directory = fs::canonicalize(directory)?;
+    let boot = Boot {
+        id: args.id.clone(),
+        directory: directory.clone(),
+        bundle,
+        is_terminal: console.is_some(),
+        log: logging::Config::of(globals)?,
+    };
+    let made = launch(&boot, console).and_then(|(mut child, stream)| {
+        let group = spec.cgroup();
+        let finished = finish(&boot, args, spec, child.id(), &stream);
+        if finished.is_err() {
+            child.kill().ok();
+            child.wait().ok();
+            if let Some(group) = group {
+                cgroup::remove(&group);
+            }
+        }
+        finished.map(|()| child)
+    });
+    if made.is_err() {
+        fs::remove_dir_all(&directory).ok();
+    }
+    drop(lock);
+    made
+}
+
+/// Starts the process that stays, and sends it what it is to be.
+fn launch(boot: &Boot, console: Option<UnixStream>) -> Result<(Child, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let child = Command::new("/proc/self/exe")
+        .arg0("koya-runtime")
+        .arg("serve")
+        .stdin(OwnedFd::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start the container's process")?;
+    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    match &console {
+        Some(console) => send(&ours, boot, &[console.as_fd()])?,
+        None => {
+            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
+            send(&ours, boot, &fds)?;
+        }
+    }
+    Ok((child, ours))
+}
+
+/// Has the container made, between hooks and the state.
+fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStream) -> Result<()> {
+    let mut wire = Wire::new(stream.try_clone()?);
+    hear(&mut wire)?;
+    let stored = stored(boot, spec, pid)?;
+    let state = state::told_to_hooks(&stored, ContainerState::Creating)?;
+    for (kind, hooks) in [
+        ("prestart", stored.hooks.prestart()),
+        ("createRuntime", stored.hooks.create_runtime()),
+    ] {
+        hooks::run(kind, hooks.as_deref().unwrap_or_default(), &state)?;
+    }
+    send(stream, &Request::Start, &[])?;
+    hear(&mut wire)?;
+    write_pid(args.pid_file.as_deref(), pid)?;
+    state::store(&boot.directory, &stored)?;
+    // It stays from here on.
+    send(stream, &Request::Status, &[])
+}
+
+fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
+    let hooks = spec.take_host_hooks();
+    let config = spec.config();
+    let root = config.root().as_ref();
+    let annotations = config.annotations().iter().flatten();
+    let now = logging::now();
+    Ok(Stored {
+        id: boot.id.clone(),
+        pid: pid as i32,
+        pid_start: start_of(pid as i32).context("the container's process has ended")?,
+        bundle: boot.bundle.clone(),
+        rootfs: root
+            .map(|root| boot.bundle.join(root.path()))
+            .unwrap_or_default(),
+        created: now.to_rfc3339_opts(SecondsFormat::Nanos, true),
+        uid: rustix::process::geteuid().as_raw(),
+        annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
+        cgroup: spec.cgroup(),
+        hooks,
+    })
+}
+
+/// Asks one that was made to start, after what runc checks.
+pub(crate) fn start_made(container: &Container) -> Result<()> {
+    match container.status() {
+        Status::Created => {}
+        Status::Stopped => bail!("cannot start a container that has stopped"),
+        Status::Running => bail!("cannot start an already running container"),
+        Status::Paused => bail!("cannot start a container in the paused state"),
+    }
+    ask(container, &Request::Start)?;
+    let state = state::told_to_hooks(&container.stored, ContainerState::Running)?;
+    let hooks = container.stored.hooks.poststart();
+    let ran = hooks::run("poststart", hooks.as_deref().unwrap_or_default(), &state);
+    if ran.is_err() {
+        ask(
+            container,
+            &Request::Kill {
+                signal: 9,
+                all: false,
+            },
+        )
+        .ok();
+    }
+    ran
+}
+
+/// Writes the pid that the caller is told, if it wants to know.
+pub(crate) fn write_pid(file: Option<&Path>, pid: u32) -> Result<()> {
+    file.map_or(Ok(()), |file| {
+        state::replace(file, pid.to_string().as_bytes())
+    })
+}

@@ -1,0 +1,165 @@
+//! `events`: what a container uses, in the form of runc's.
+
+use crate::Outcome;
+use crate::ask::{Answer, Request, ask, hear};
+use crate::cli::EventsArgs;
+use crate::console::spawn;
+use crate::state::{Container, Root, Status};
+use anyhow::{Context, Result, bail};
+use koya::ContainerStats;
+use koya_tasks::wire::{Wire, send};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+/// How long the last events may take to be told once the container has ended.
+const LAST_EVENT: Duration = Duration::from_secs(2);
+
+pub(crate) fn events(root: &Root, args: &EventsArgs) -> Outcome {
+    let interval = duration(&args.interval)?;
+    let container = root.find(&args.id)?;
+    if container.status() == Status::Stopped {
+        bail!("container with id {} is not running", args.id);
+    }
+    if args.stats {
+        print_stats(&container)?;
+        return Ok(0);
+    }
+    let over = print_ooms(&container)?;
+    loop {
+        match print_stats(&container) {
+            // The end of a container is the end of its events.
+            Err(_) if container.status() == Status::Stopped => break,
+            printed => printed?,
+        }
+        if over.recv_timeout(interval) == Err(RecvTimeoutError::Disconnected) {
+            break;
+        }
+    }
+    over.recv_timeout(LAST_EVENT).ok();
+    Ok(0)
+}
+
+/// An event as runc prints it.
+#[derive(Serialize)]
+struct Event<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
+}
+
+fn print(kind: &str, id: &str, data: Option<Value>) -> Result<()> {
+    let line = serde_json::to_string(&Event { kind, id, data })?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush())?;
+    Ok(())
+}
+
+fn print_stats(container: &Container) -> Result<()> {
+    match ask(container, &Request::Stats)? {
+        Answer::Stats(data) => print("stats", &container.stored.id, Some(data)),
+        _ => bail!("the container's process answers something else"),
+    }
+}
+
+/// Prints each lack of memory, on a thread. The receiver is disconnected once there can be none any more.
+fn print_ooms(container: &Container) -> Result<Receiver<()>> {
+    let stream = container.connect()?;
+    send(&stream, &Request::Ooms, &[])?;
+    let (sender, over) = channel::<()>();
+    let id = container.stored.id.clone();
+    spawn("koya-ooms", move || {
+        let mut wire = Wire::new(stream);
+        while let Ok(Answer::Oom) = hear(&mut wire) {
+            if print("oom", &id, None).is_err() {
+                break;
+            }
+        }
+        drop(sender);
+    })?;
+    Ok(over)
+}
+
+/// A time as Go writes it: `5s`, `500ms`, `1m`.
+fn duration(text: &str) -> Result<Duration> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: Option<u64> = number.parse().ok();
+    let parsed = match unit {
+        "ms" => number.map(Duration::from_millis),
+        "s" => number.map(Duration::from_secs),
+        "m" => number
+            .and_then(|n| n.checked_mul(60))
+            .map(Duration::from_secs),
+        _ => None,
+    };
+    let parsed = parsed.filter(|time| !time.is_zero());
+    parsed.with_context(|| format!("--interval {text}: a time like 5s or 500ms is expected"))
+}
+
+/// What go-runc reads (its `Stats`).
+pub(crate) fn data(stats: &ContainerStats) -> Value {
+    let nanoseconds = |microseconds: u64| microseconds.saturating_mul(1000);
+    let cpu = &stats.cpu;
+    json!({
+        "cpu": {
+            "usage": {
+                "total": nanoseconds(cpu.usage),
+                "kernel": nanoseconds(cpu.system),
+                "user": nanoseconds(cpu.user),
+            },
+            "throttling": {
+                "periods": cpu.periods,
+                "throttledPeriods": cpu.throttled_periods,
+                "throttledTime": nanoseconds(cpu.throttled),
+            },
+        },
+        "memory": {
+            "usage": {"usage": stats.memory, "limit": stats.memory_limit, "max": 0, "failcnt": 0},
+            "swap": {"usage": stats.swap, "limit": stats.swap_limit, "max": 0, "failcnt": 0},
+            "raw": stats.memory_details,
+        },
+        "pids": {"current": stats.pids, "limit": pids_limit(stats.pids_limit)},
+    })
+}
+
+/// No limit is 0 there.
+fn pids_limit(limit: u64) -> u64 {
+    match limit {
+        u64::MAX => 0,
+        limit => limit,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_go() {
+        assert_eq!(duration("5s").unwrap(), Duration::from_secs(5));
+        assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
+        for bad in ["", "5", "0s", "-1s", "x"] {
+            assert!(duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn figures_have_runcs_units() {
+        let mut stats = ContainerStats {
+            pids: 3,
+            pids_limit: u64::MAX,
+            ..ContainerStats::default()
+        };
+        stats.cpu.usage = 5;
+        let data = data(&stats);
+        assert_eq!(data["cpu"]["usage"]["total"], 5000);
+        assert_eq!(data["pids"], json!({"current": 3, "limit": 0}));
+    }
+}

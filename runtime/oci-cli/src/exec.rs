@@ -1,0 +1,272 @@
+//! `exec`: a process that is added to a container.
+//!
+//! In the foreground the command itself stands for it; detached, a process that stays does ([`stub`]): callers
+//! are told its pid, and it exits with the process's status. It keeps none of the process's streams.
+
+use crate::Outcome;
+use crate::ask::{Answer, Request, hear};
+use crate::cli::ExecArgs;
+use crate::console::{self, Joined, Pty, size, spawn};
+use crate::create::{KILLED, write_pid};
+use crate::signal::PASSED;
+use crate::state::{Root, Status};
+use anyhow::{Context, Result, bail};
+use koya_tasks::Spec;
+use koya_tasks::wire::{Wire, send};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use signal_hook::consts::SIGWINCH;
+use signal_hook::iterator::Signals;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// What a stub is told. Beside it: the process's streams, or a console socket's connection.
+#[derive(Serialize, Deserialize)]
+struct Stubbed {
+    root: PathBuf,
+    id: String,
+    process: Value,
+    is_terminal: bool,
+}
+
+pub(crate) fn exec(root: &Root, args: &ExecArgs) -> Outcome {
+    if args.preserve_fds > 0 {
+        bail!(
+            "--preserve-fds {}: descriptors can't be passed into a virtual machine",
+            args.preserve_fds
+        );
+    }
+    let container = root.find(&args.id)?;
+    match container.status() {
+        Status::Stopped => bail!("cannot exec in a stopped container"),
+        Status::Paused => bail!("cannot exec in a paused container"),
+        Status::Created | Status::Running => {}
+    }
+    let process = process_of(args, &container.stored.bundle)?;
+    let is_terminal = process["terminal"] == true;
+    if args.detach && is_terminal != args.console_socket.is_some() {
+        bail!(match is_terminal {
+            true => "cannot allocate tty if runc will detach without setting console socket",
+            false => "cannot use console socket if runc will not detach or allocate tty",
+        });
+    }
+    let console = args.console_socket.as_deref().map(console::connect);
+    match args.detach {
+        true => detach(root, args, process, console.transpose()?),
+        false => foreground(&container.connect()?, args, &process),
+    }
+}
+
+/// The process that is to run: from a file, or like the container's.
+fn process_of(args: &ExecArgs, bundle: &std::path::Path) -> Result<Value> {
+    if let Some(file) = &args.process {
+        let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let mut process: Value =
+            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+        if args.tty {
+            process["terminal"] = true.into();
+        }
+        return Ok(process);
+    }
+    if args.args.is_empty() {
+        bail!("process args cannot be empty");
+    }
+    let spec = Spec::read(bundle)?;
+    let own = spec.config().process().as_ref();
+    let mut process = serde_json::to_value(own.context("the container has no process")?)?;
+    process["args"] = json!(args.args);
+    process["terminal"] = args.tty.into();
+    if let Some(cwd) = &args.cwd {
+        process["cwd"] = json!(cwd);
+    }
+    if let Some(env) = process["env"].as_array_mut() {
+        env.extend(args.env.iter().map(|entry| json!(entry)));
+    }
+    if args.no_new_privs {
+        process["noNewPrivileges"] = true.into();
+    }
+    for cap in &args.cap {
+        for set in ["bounding", "effective", "permitted"] {
+            match process["capabilities"][set].as_array_mut() {
+                Some(list) => list.push(json!(cap)),
+                None => process["capabilities"][set] = json!([cap]),
+            }
+        }
+    }
+    if let Some(user) = &args.user {
+        let (uid, gid) = user.split_once(':').unwrap_or((user.as_str(), "0"));
+        let number = |text: &str| {
+            let number = text.parse::<u32>();
+            number.with_context(|| format!("--user {user}: users and groups are numbers here"))
+        };
+        process["user"]["uid"] = number(uid)?.into();
+        if user.contains(':') {
+            process["user"]["gid"] = number(gid)?.into();
+        }
+    }
+    if !args.additional_gids.is_empty() {
+        process["user"]["additionalGids"] = json!(args.additional_gids);
+    }
+    Ok(process)
+}
+
+fn console_size(process: &Value) -> Option<(u64, u64)> {
+    let size = &process["consoleSize"];
+    Some((size["height"].as_u64()?, size["width"].as_u64()?))
+}
+
+/// Asks for a process. The answer comes over the connection.
+fn request(stream: &UnixStream, process: &Value, pty: Option<&Pty>) -> Result<()> {
+    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let request = Request::Exec(process.clone());
+    match pty {
+        Some(pty) => send(stream, &request, &[pty.slave.as_fd()]),
+        None => {
+            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
+            send(stream, &request, &fds)
+        }
+    }
+}
+
+fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome {
+    let open = || Pty::open(console_size(process));
+    let pty = (process["terminal"] == true).then(open).transpose()?;
+    if let Some(pty) = pty.as_ref().filter(|_| args.console_socket.is_none()) {
+        console::copy_size(&pty.master);
+    }
+    if let (Some(pty), Some(socket)) = (&pty, &args.console_socket) {
+        pty.send_master(&console::connect(socket)?)?;
+    }
+    let signals = Signals::new(PASSED)?;
+    request(stream, process, pty.as_ref())?;
+    let mut wire = Wire::new(stream.try_clone()?);
+    hear(&mut wire)?;
+    write_pid(args.pid_file.as_deref(), std::process::id())?;
+    let master = pty.map(|pty| pty.master);
+    let own = master.as_ref().filter(|_| args.console_socket.is_none());
+    let joined = own.map(Joined::start).transpose()?;
+    let terminal = std::io::stdin().as_fd().try_clone_to_owned()?;
+    pass_on(signals, stream, joined.is_some().then_some(terminal))?;
+    let status = end(&mut wire);
+    if let Some(joined) = joined {
+        joined.finish();
+    }
+    Ok(status)
+}
+
+/// Tells the sandbox's process of signals, and the size of a terminal, now and at each change.
+fn pass_on(mut signals: Signals, stream: &UnixStream, terminal: Option<OwnedFd>) -> Result<()> {
+    let stream = stream.try_clone()?;
+    spawn("koya-signals", move || {
+        let tell_size = || match terminal.as_ref().map_or((0, 0), size) {
+            // There is no terminal, or it has no size.
+            (0, 0) => Ok(()),
+            (rows, columns) => send(&stream, &Request::Resize(rows, columns), &[]),
+        };
+        let mut told = tell_size();
+        let mut signals = signals.forever();
+        while told.is_ok()
+            && let Some(signal) = signals.next()
+        {
+            told = match signal {
+                SIGWINCH => tell_size(),
+                signal => send(&stream, &Request::Signal(signal as u32), &[]),
+            };
+        }
+    })
+}
+
+/// The status of the process. If its sandbox ends first, it was killed.
+fn end(wire: &mut Wire) -> u8 {
+    match hear(wire) {
+        Ok(Answer::Ended(status)) => status as u8,
+        other => {
+            log::debug!("the end of a process: {other:?}");
+            KILLED as u8
+        }
+    }
+}
+
+fn detach(root: &Root, args: &ExecArgs, process: Value, console: Option<UnixStream>) -> Outcome {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut child = Command::new("/proc/self/exe")
+        .arg0("koya-runtime")
+        .arg("stub")
+        .stdin(OwnedFd::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start a process")?;
+    let stubbed = Stubbed {
+        root: std::path::absolute(&root.path)?,
+        id: args.id.clone(),
+        process,
+        is_terminal: console.is_some(),
+    };
+    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    let sent = match &console {
+        Some(console) => send(&ours, &stubbed, &[console.as_fd()]),
+        None => {
+            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
+            send(&ours, &stubbed, &fds)
+        }
+    };
+    let started = sent
+        .and_then(|()| hear(&mut Wire::new(ours)))
+        .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
+    if started.is_err() {
+        child.kill().ok();
+        child.wait().ok();
+    }
+    started.map(|()| 0)
+}
+
+/// The process that stands for one that was added to a container.
+pub(crate) fn stub() -> Outcome {
+    console::name_process();
+    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::process::setsid().context("this command is run by others of koya-runtime")?;
+    let mut wire = Wire::new(stream.try_clone()?);
+    let Some((stubbed, fds)) = wire.receive::<Stubbed>()? else {
+        bail!("nothing is to be run");
+    };
+    let started = start_stubbed(&stubbed, fds);
+    let answer = match &started {
+        Ok(_) => Answer::Started,
+        Err(error) => Answer::Failed(format!("{error:#}")),
+    };
+    send(&stream, &answer, &[]).ok();
+    drop((stream, wire));
+    let mut sandbox = started?;
+    Ok(end(&mut sandbox))
+}
+
+/// Has the process run; the answer is the connection that tells its end.
+fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
+    let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
+    let sandbox = container.connect()?;
+    let request = Request::Exec(stubbed.process.clone());
+    let mut wire = Wire::new(sandbox.try_clone()?);
+    let signals = Signals::new(PASSED)?;
+    if !stubbed.is_terminal {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        send(&sandbox, &request, &fds)?;
+        hear(&mut wire)?;
+        pass_on(signals, &sandbox, None)?;
+        return Ok(wire);
+    }
+    let pty = Pty::open(console_size(&stubbed.process))?;
+    console::control(&pty.slave)?;
+    let to = fds.into_iter().next().context("no console socket came")?;
+    pty.send_master(&to.into())?;
+    send(&sandbox, &request, &[pty.slave.as_fd()])?;
+    hear(&mut wire)?;
+    pass_on(signals, &sandbox, Some(pty.slave.try_clone()?))?;
+    Ok(wire)
+}

@@ -1,0 +1,188 @@
+//! `start`, `kill`, `delete`, `pause`, `resume`.
+
+use crate::ask::{Request, ask};
+use crate::cli::{DeleteArgs, KillArgs};
+use crate::console::{copy_size, spawn};
+use crate::state::{self, Container, Root, Status};
+use crate::{Outcome, create, hooks, signal};
+use anyhow::{Context, Result, bail};
+use koya::oci_spec::runtime::ContainerState;
+use koya_tasks::cgroup;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use signal_hook::consts::SIGWINCH;
+use signal_hook::iterator::Signals;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+/// How long a sandbox may take to go by itself once its container was killed: what its guest has for disks is
+/// written meanwhile.
+const GONE_LIMIT: Duration = Duration::from_secs(30);
+/// How long the kernel may take to see that nobody is in a control group.
+const GROUP_LIMIT: Duration = Duration::from_secs(2);
+
+pub(crate) fn start(root: &Root, id: &str) -> Outcome {
+    let (container, _lock) = root.lock(id)?;
+    create::start_made(&container)?;
+    Ok(0)
+}
+
+pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
+    let container = root.find(&args.id)?;
+    let signal = signal::parse(&args.signal)?;
+    if container.status() == Status::Stopped {
+        // Callers that end all of a container's processes mean that none is left.
+        if args.all {
+            return Ok(0);
+        }
+        bail!("container not running");
+    }
+    if signal == 0 {
+        return Ok(0);
+    }
+    let request = Request::Kill {
+        signal,
+        all: args.all,
+    };
+    match ask(&container, &request) {
+        Err(error) if !args.all && container.status() == Status::Stopped => {
+            log::debug!("{error:#}");
+            bail!("container not running")
+        }
+        Err(_) if container.status() == Status::Stopped => Ok(0),
+        asked => asked.map(|_| 0),
+    }
+}
+
+pub(crate) fn pause(root: &Root, id: &str) -> Outcome {
+    let (container, _lock) = root.lock(id)?;
+    match container.status() {
+        Status::Running => ask(&container, &Request::Pause).map(|_| 0),
+        status => bail!("container not running: it is {status}"),
+    }
+}
+
+pub(crate) fn resume(root: &Root, id: &str) -> Outcome {
+    let (container, _lock) = root.lock(id)?;
+    match container.status() {
+        Status::Paused => ask(&container, &Request::Resume).map(|_| 0),
+        _ => bail!("container not paused"),
+    }
+}
+
+pub(crate) fn delete(root: &Root, args: &DeleteArgs) -> Outcome {
+    if args.force {
+        delete_by_force(root, &args.id)?;
+        return Ok(0);
+    }
+    let (container, _lock) = root.lock(&args.id)?;
+    match container.status() {
+        Status::Stopped | Status::Created => remove(&container)?,
+        status => bail!(
+            "cannot delete container {} that is not stopped: {status}",
+            args.id
+        ),
+    }
+    Ok(0)
+}
+
+/// Deletes a container whatever it does. One that is not there is no error.
+pub(crate) fn delete_by_force(root: &Root, id: &str) -> Result<()> {
+    state::check_id(id)?;
+    match root.lock(id) {
+        Ok((container, _lock)) => remove(&container),
+        // What a command left that was cut off has no state.
+        Err(_) => match root.make(id) {
+            Ok((directory, _lock)) => Ok(fs::remove_dir_all(directory)?),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Ends what is left of it, and takes away what is stored.
+fn remove(container: &Container) -> Result<()> {
+    end(container)?;
+    if let Some(group) = &container.stored.cgroup {
+        let started = Instant::now();
+        while group.exists() && started.elapsed() < GROUP_LIMIT {
+            cgroup::remove(group);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    fs::remove_dir_all(&container.directory)
+        .with_context(|| format!("cannot remove {}", container.directory.display()))?;
+    let state = state::told_to_hooks(&container.stored, ContainerState::Stopped)?;
+    let hooks = container.stored.hooks.poststop().as_deref();
+    if let Err(error) = hooks::run("poststop", hooks.unwrap_or_default(), &state) {
+        log::warn!("{error:#}");
+    }
+    Ok(())
+}
+
+/// Ends its process: by the container's end if it can, else by SIGKILL.
+fn end(container: &Container) -> Result<()> {
+    let pid = Pid::from_raw(container.stored.pid).context("no pid is stored")?;
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+        return Ok(());
+    };
+    // Asked once there is a descriptor: the pid is not used again while that is open.
+    if !container.is_alive() {
+        return Ok(());
+    }
+    let request = Request::Kill {
+        signal: 9,
+        all: true,
+    };
+    let limit = match ask(container, &request) {
+        Err(error) if container.status() != Status::Stopped => {
+            log::debug!("{error:#}");
+            Duration::ZERO
+        }
+        _ => GONE_LIMIT,
+    };
+    if !has_ended(&process, limit) {
+        log::warn!("the process of {} is killed", container.stored.id);
+        pidfd_send_signal(&process, Signal::KILL).ok();
+        if !has_ended(&process, GONE_LIMIT) {
+            bail!("process {pid:?} does not end");
+        }
+    }
+    Ok(())
+}
+
+fn has_ended(process: &OwnedFd, limit: Duration) -> bool {
+    let limit = Timespec {
+        tv_sec: limit.as_secs() as i64,
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    let mut polled = [PollFd::new(process, PollFlags::IN)];
+    poll(&mut polled, Some(&limit)).is_ok_and(|count| count > 0)
+}
+
+/// Signals to a command in the foreground, which are the container's.
+pub(crate) struct Forwarded(Signals);
+
+impl Forwarded {
+    pub(crate) fn catch() -> Result<Self> {
+        Ok(Self(Signals::new(signal::PASSED)?))
+    }
+
+    /// Passes them on to the container's process; new sizes of the user's terminal to its own.
+    pub(crate) fn to(mut self, pid: u32, master: Option<OwnedFd>) -> Result<()> {
+        spawn("koya-signals", move || {
+            for signal in self.0.forever() {
+                match (signal, &master) {
+                    (SIGWINCH, Some(master)) => copy_size(master),
+                    (SIGWINCH, None) => {}
+                    (signal, _) => {
+                        let pid = Pid::from_raw(pid as i32);
+                        if let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(signal)) {
+                            kill_process(pid, signal).ok();
+                        }
+                    }
+                }
+            }
+        })
+    }
+}

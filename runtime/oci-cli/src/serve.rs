@@ -1,0 +1,377 @@
+//! The process that stays: it has the sandbox in it, and ends with the container's status.
+//!
+//! Its standard input is a connection to the command that made it, which sends what it is to be ([`Boot`]) with
+//! the container's streams. It enters the sandbox's namespaces while it has one thread, so that
+//! `/proc/PID/ns/net` of its pid is the sandbox's; then hooks may run, and then the container is made.
+
+use crate::ask::{Answer, Boot, Request};
+use crate::console::{self, Pty, spawn};
+use crate::create::default_cgroup;
+use crate::signal::PASSED;
+use crate::state::{self, Status};
+use crate::{Outcome, events};
+use anyhow::{Context, Result, anyhow, bail};
+use koya::Settings;
+use koya_tasks::wire::{Wire, send};
+use koya_tasks::{
+    CreateTask, Event, EventSink, ExecTask, Exit, Spec, StdioConfig, StdioDescriptors, TaskSet,
+    TaskSetConfig, cgroup,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::consts::SIGWINCH;
+use signal_hook::iterator::Signals;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+const SIGKILL: u32 = 9;
+/// How long the last answers may take to be sent.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
+
+/// How often it is looked whether anybody still wants to hear of a lack of memory.
+const LISTENS: Duration = Duration::from_millis(500);
+
+/// Where the end of the container's process is told, and each lack of memory is counted.
+struct Told {
+    end: Mutex<Sender<Exit>>,
+    ooms: Mutex<u64>,
+    counted: Condvar,
+}
+
+impl EventSink for Told {
+    fn send(&self, event: Event) {
+        match event {
+            Event::Exited { exec_id, exit, .. } if exec_id.is_empty() => {
+                if let Ok(sender) = self.end.lock() {
+                    sender.send(exit).ok();
+                }
+            }
+            Event::OutOfMemory { .. } => {
+                if let Ok(mut ooms) = self.ooms.lock() {
+                    *ooms += 1;
+                }
+                self.counted.notify_all();
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Told {
+    /// Waits until there were more than so many, and no longer than [`LISTENS`].
+    fn ooms_after(&self, known: u64) -> u64 {
+        let Ok(ooms) = self.ooms.lock() else {
+            return known;
+        };
+        let waited = self
+            .counted
+            .wait_timeout_while(ooms, LISTENS, |ooms| *ooms <= known);
+        waited.map_or(known, |(ooms, _)| *ooms)
+    }
+}
+
+/// What requests are about.
+struct Served {
+    id: String,
+    tasks: Arc<TaskSet>,
+    told: Arc<Told>,
+    terminal: Option<OwnedFd>,
+    next_exec: AtomicU64,
+}
+
+pub(crate) fn serve() -> Outcome {
+    console::name_process();
+    let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::process::setsid().context("this command is run by others of koya-runtime")?;
+    let mut wire = Wire::new(stream.try_clone()?);
+    let Some((boot, fds)) = wire.receive::<Boot>()? else {
+        bail!("nothing is to be made");
+    };
+    boot.log.start()?;
+    std::env::set_current_dir("/")?;
+    std::panic::set_hook(Box::new(|info| log::error!("{info}")));
+    match make(&boot, fds, &stream, &mut wire) {
+        Ok(status) => Ok(status),
+        Err(error) => {
+            // The command says it.
+            send(&stream, &Answer::Failed(format!("{error:#}")), &[]).ok();
+            state::stop_listening(&boot.directory);
+            Ok(crate::FAILED)
+        }
+    }
+}
+
+fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
+    let mut spec = Spec::read(&boot.bundle)?;
+    spec.take_host_hooks();
+    spec.default_cgroup(&default_cgroup(&boot.id));
+    let group = spec.cgroup();
+    if let Some(group) = &group
+        && let Err(error) = cgroup::enter(group)
+    {
+        log::warn!("cannot enter {}: {error}", group.display());
+    }
+    let served = enter_and_run(boot, spec, fds, stream, wire);
+    if let Some(group) = &group {
+        cgroup::leave(group);
+    }
+    served
+}
+
+fn enter_and_run(
+    boot: &Boot,
+    spec: Spec,
+    fds: Vec<OwnedFd>,
+    stream: &UnixStream,
+    wire: &mut Wire,
+) -> Outcome {
+    spec.enter_namespaces()?;
+    koya::vmm::devices::fs::raise_descriptor_limit();
+    send(stream, &Answer::Done, &[])?;
+    if wire.receive::<Request>()?.is_none() {
+        bail!("the command that made this ended");
+    }
+    let (stdio, terminal) = streams(boot, &spec, fds)?;
+    let (sender, ended) = channel();
+    let config = TaskSetConfig {
+        log_console: boot.log.is_debug(),
+        ..TaskSetConfig::default()
+    };
+    let told = Arc::new(Told {
+        end: sender.into(),
+        ooms: Mutex::new(0),
+        counted: Condvar::new(),
+    });
+    let tasks = TaskSet::new(config, told.clone());
+    let listener = state::listen(&boot.directory)?;
+    let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
+    pass_signals(&boot.id, &tasks, watched)?;
+    let created = tasks.create(CreateTask {
+        id: boot.id.clone(),
+        bundle: boot.bundle.clone(),
+        spec,
+        mounts: Vec::new(),
+        stdio,
+        settings: Settings::load()?,
+    });
+    if let Err(error) = created {
+        tasks.finish();
+        return Err(error.into());
+    }
+    let served = Arc::new(Served {
+        id: boot.id.clone(),
+        tasks: tasks.clone(),
+        told,
+        terminal,
+        next_exec: AtomicU64::new(0),
+    });
+    listen(listener, served)?;
+    send(stream, &Answer::Done, &[])?;
+    if wire.receive::<Request>()?.is_none() {
+        finish(&tasks, &boot.directory);
+        bail!("the command that made this ended");
+    }
+    let exit = ended.recv().context("the container's end is not told")?;
+    finish(&tasks, &boot.directory);
+    Ok(exit.status as u8)
+}
+
+/// The next command must not find a process that is ending.
+fn finish(tasks: &TaskSet, directory: &Path) {
+    state::stop_listening(directory);
+    std::thread::sleep(LAST_ANSWER);
+    tasks.finish();
+}
+
+/// Where the streams of the container's process go; and its terminal, if it has one.
+fn streams(boot: &Boot, spec: &Spec, fds: Vec<OwnedFd>) -> Result<(StdioConfig, Option<OwnedFd>)> {
+    let mut fds = fds.into_iter();
+    if boot.is_terminal {
+        let to = UnixStream::from(fds.next().context("no console socket came")?);
+        let process = spec.config().process().as_ref();
+        let size = process.and_then(|process| process.console_size());
+        let pty = Pty::open(size.map(|size| (size.height(), size.width())))?;
+        console::control(&pty.slave)?;
+        pty.send_master(&to)?;
+        let watched = pty.slave.try_clone()?;
+        return Ok((descriptors(vec![pty.slave])?, Some(watched)));
+    }
+    Ok((descriptors(fds.collect())?, None))
+}
+
+/// One descriptor is a terminal, three are the standard streams.
+fn descriptors(fds: Vec<OwnedFd>) -> Result<StdioConfig> {
+    let mut fds = fds.into_iter();
+    let open = match (fds.next(), fds.next(), fds.next()) {
+        (Some(terminal), None, None) => StdioDescriptors {
+            stdout: Some(terminal.try_clone()?),
+            stdin: Some(terminal),
+            stderr: None,
+            terminal: true,
+        },
+        (Some(stdin), stdout @ Some(_), stderr @ Some(_)) => StdioDescriptors {
+            stdin: Some(stdin),
+            stdout,
+            stderr,
+            terminal: false,
+        },
+        _ => bail!("the streams did not come"),
+    };
+    Ok(StdioConfig::Descriptors(open))
+}
+
+/// Signals to this process are the container's; a new size of its terminal, too.
+fn pass_signals(id: &str, tasks: &Arc<TaskSet>, terminal: Option<OwnedFd>) -> Result<()> {
+    let mut caught = Signals::new(PASSED)?;
+    let (id, tasks) = (id.to_owned(), tasks.clone());
+    spawn("koya-signals", move || {
+        for signal in caught.forever() {
+            let sent = match (signal, &terminal) {
+                (SIGWINCH, Some(terminal)) => resize(&tasks, &id, terminal),
+                (SIGWINCH, None) => Ok(()),
+                (signal, _) => tasks.kill(&id, "", signal as u32, false),
+            };
+            if let Err(error) = sent {
+                log::debug!("signal {signal} is not passed on: {error}");
+            }
+        }
+    })
+}
+
+fn resize(tasks: &TaskSet, id: &str, terminal: &OwnedFd) -> Result<(), koya_tasks::Error> {
+    let (rows, columns) = console::size(terminal);
+    if (rows, columns) == (0, 0) {
+        return Ok(());
+    }
+    tasks.resize(id, "", rows, columns)
+}
+
+fn listen(listener: UnixListener, served: Arc<Served>) -> Result<()> {
+    spawn("koya-control", move || {
+        for stream in listener.incoming().flatten() {
+            let served = served.clone();
+            let spawned = spawn("koya-request", move || {
+                let answer = carry_out(&stream, &served)
+                    .unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+                if let Err(error) = send(&stream, &answer, &[]) {
+                    log::debug!("nobody waits for {answer:?}: {error:#}");
+                }
+            });
+            if let Err(error) = spawned {
+                log::warn!("{error:#}");
+            }
+        }
+    })
+}
+
+fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
+    let mut wire = Wire::new(stream.try_clone()?);
+    let Some((request, fds)) = wire.receive()? else {
+        bail!("nothing was asked");
+    };
+    let (tasks, id) = (&served.tasks, served.id.as_str());
+    match request {
+        Request::Status => {
+            let status = match tasks.state(id, "")?.status {
+                koya_tasks::Status::Created => Status::Created,
+                koya_tasks::Status::Running => Status::Running,
+                koya_tasks::Status::Paused => Status::Paused,
+                koya_tasks::Status::Stopped => Status::Stopped,
+            };
+            return Ok(Answer::Status(status));
+        }
+        Request::Start => {
+            tasks.start(id, "")?;
+            if let Some(terminal) = &served.terminal {
+                // It may have changed since the container was made.
+                resize(tasks, id, terminal)?;
+            }
+        }
+        Request::Kill { signal, all } => tasks.kill(id, "", signal, all)?,
+        Request::Pause => tasks.pause(id)?,
+        Request::Resume => tasks.resume(id)?,
+        Request::Update(resources) => {
+            let resources =
+                serde_json::from_value(resources).context("the resources are broken")?;
+            tasks.update(id, &resources)?;
+        }
+        Request::Stats => return Ok(Answer::Stats(events::data(&tasks.stats(id)?))),
+        Request::Ooms => return tell_ooms(stream, &served.told),
+        Request::Exec(process) => return exec(stream, wire, served, process, fds),
+        Request::Resize(..) | Request::Signal(_) => bail!("this connection has no process"),
+    }
+    Ok(Answer::Done)
+}
+
+/// Tells of each lack of memory, as long as somebody listens.
+fn tell_ooms(stream: &UnixStream, told: &Told) -> Result<Answer> {
+    let mut known = told.ooms.lock().map_or(0, |ooms| *ooms);
+    loop {
+        let ooms = told.ooms_after(known);
+        for _ in known..ooms {
+            send(stream, &Answer::Oom, &[])?;
+        }
+        known = ooms;
+        let mut polled = [PollFd::new(stream, PollFlags::RDHUP)];
+        if poll(&mut polled, Some(&Timespec::default()))? > 0 {
+            return Ok(Answer::Done);
+        }
+    }
+}
+
+/// Runs a process and waits for its end.
+fn exec(
+    stream: &UnixStream,
+    wire: Wire,
+    served: &Arc<Served>,
+    process: serde_json::Value,
+    fds: Vec<OwnedFd>,
+) -> Result<Answer> {
+    let (tasks, id) = (&served.tasks, served.id.as_str());
+    let exec_id = format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst));
+    tasks.exec(ExecTask {
+        id: id.into(),
+        exec_id: exec_id.clone(),
+        process: serde_json::from_value(process).context("the process is broken")?,
+        stdio: descriptors(fds)?,
+    })?;
+    let ran = tasks.start(id, &exec_id).map_err(anyhow::Error::from);
+    let exit = ran.and_then(|_| {
+        send(stream, &Answer::Started, &[]).ok();
+        follow(wire, served.clone(), exec_id.clone())?;
+        tasks.wait(id, &exec_id).map_err(|error| anyhow!("{error}"))
+    });
+    tasks.delete(id, &exec_id).ok();
+    Ok(Answer::Ended(exit?.status))
+}
+
+/// Passes on sizes of a terminal and signals, until the connection ends: who stood for the process on the host was
+/// killed, or has heard of its end.
+fn follow(mut wire: Wire, served: Arc<Served>, exec_id: String) -> Result<()> {
+    spawn("koya-follow", move || {
+        let (tasks, id) = (&served.tasks, served.id.as_str());
+        let signal = |signal| tasks.kill(id, &exec_id, signal, false);
+        loop {
+            let passed = match wire.receive() {
+                Ok(Some((Request::Resize(rows, columns), _))) => {
+                    tasks.resize(id, &exec_id, rows, columns)
+                }
+                Ok(Some((Request::Signal(number), _))) => signal(number),
+                _ => break,
+            };
+            if let Err(error) = passed {
+                log::debug!("{exec_id}: {error}");
+            }
+        }
+        if let Err(error) = signal(SIGKILL) {
+            log::debug!("{exec_id}: {error}");
+        }
+    })
+}

@@ -1,0 +1,430 @@
+//! What is stored of containers: a directory for each under `--root`, with `state.json` and the socket of its
+//! sandbox's process. It survives that process, however that ends.
+//!
+//! Who changes a container holds a lock (flock(2)) on its directory. A directory without `state.json` is one of
+//! a container that is being made, or whose making was cut off.
+
+use crate::ask::{Answer, Request, ask};
+use crate::cli::Globals;
+use anyhow::{Context, Result, bail};
+use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+const STATE: &str = "state.json";
+const SOCKET: &str = "socket";
+/// The version of the runtime specification that the state follows.
+pub(crate) const OCI_VERSION: &str = "1.0.2";
+/// A name of a directory is no longer.
+const MAX_ID: usize = 255;
+
+/// What a container is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Status {
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// What is stored of a container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Stored {
+    pub(crate) id: String,
+    pub(crate) pid: i32,
+    /// When that process started, by its `/proc/PID/stat`: pids are used again.
+    pub(crate) pid_start: u64,
+    pub(crate) bundle: PathBuf,
+    pub(crate) rootfs: PathBuf,
+    pub(crate) created: String,
+    pub(crate) uid: u32,
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) cgroup: Option<PathBuf>,
+    pub(crate) hooks: Hooks,
+}
+
+/// The directory of all containers' state.
+pub(crate) struct Root {
+    pub(crate) path: PathBuf,
+    /// Nobody named it: it is made with the first container.
+    is_default: bool,
+}
+
+impl Root {
+    pub(crate) fn of(globals: &Globals) -> Self {
+        let own = || match rustix::process::geteuid().is_root() {
+            true => PathBuf::from("/run"),
+            false => std::env::var_os("XDG_RUNTIME_DIR").map_or("/run".into(), PathBuf::from),
+        };
+        match globals
+            .root
+            .clone()
+            .filter(|root| !root.as_os_str().is_empty())
+        {
+            Some(path) => Self::at(path),
+            None => Self {
+                path: own().join("koya-runtime"),
+                is_default: true,
+            },
+        }
+    }
+
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self {
+            path,
+            is_default: false,
+        }
+    }
+
+    /// All containers that were made.
+    pub(crate) fn all(&self) -> Result<Vec<Container>> {
+        let entries = match fs::read_dir(&self.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound && self.is_default => {
+                return Ok(Vec::new());
+            }
+            entries => entries.with_context(|| format!("cannot read {}", self.path.display()))?,
+        };
+        let names = entries.flatten().map(|entry| entry.file_name());
+        let mut names: Vec<_> = names
+            .filter_map(|name| name.to_str().map(String::from))
+            .collect();
+        names.sort();
+        Ok(names.iter().filter_map(|id| self.find(id).ok()).collect())
+    }
+
+    /// A container that was made.
+    ///
+    /// # Errors
+    /// If there is none of this name.
+    pub(crate) fn find(&self, id: &str) -> Result<Container> {
+        check_id(id)?;
+        let directory = self.path.join(id);
+        let text = match fs::read(directory.join(STATE)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                bail!("container {id:?} does not exist")
+            }
+            text => text.with_context(|| format!("cannot read {}", directory.display()))?,
+        };
+        let stored = serde_json::from_slice(&text);
+        let stored = stored.with_context(|| directory.join(STATE).display().to_string())?;
+        Ok(Container { directory, stored })
+    }
+
+    /// As [`find`](Self::find), to change it: nobody else does meanwhile.
+    pub(crate) fn lock(&self, id: &str) -> Result<(Container, Lock)> {
+        let directory = self.find(id)?.directory;
+        let Some(lock) = Lock::take(&directory)? else {
+            bail!("container {id:?} does not exist");
+        };
+        Ok((self.find(id)?, lock))
+    }
+
+    /// Makes the directory of a new container.
+    ///
+    /// # Errors
+    /// If there is a container of this name.
+    pub(crate) fn make(&self, id: &str) -> Result<(PathBuf, Lock)> {
+        check_id(id)?;
+        let directory = self.path.join(id);
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700);
+        builder
+            .recursive(true)
+            .create(&self.path)
+            .with_context(|| format!("cannot make {}", self.path.display()))?;
+        let cannot = || format!("cannot make {}", directory.display());
+        builder.recursive(false);
+        loop {
+            match builder.create(&directory) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                made => made.with_context(cannot)?,
+            }
+            match Lock::take(&directory)? {
+                // It was deleted meanwhile.
+                None => {}
+                // One that was left without a state can be had by whoever locks it.
+                Some(lock) if !directory.join(STATE).exists() => return Ok((directory, lock)),
+                Some(_) => bail!("container with given ID already exists"),
+            }
+        }
+    }
+}
+
+/// As runc: letters, digits and `_+-.`, and no name of a directory that is there already.
+pub(crate) fn check_id(id: &str) -> Result<()> {
+    if id.is_empty() {
+        bail!("container id cannot be empty");
+    }
+    let valid = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    if !id.chars().all(valid) || id == "." || id == ".." || id.len() > MAX_ID {
+        bail!("invalid container ID format: {id}");
+    }
+    Ok(())
+}
+
+/// A lock on a container's directory.
+pub(crate) struct Lock(#[allow(dead_code)] OwnedFd);
+
+impl Lock {
+    /// None if the directory went away before.
+    fn take(directory: &Path) -> Result<Option<Self>> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let opened = match open(directory, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            opened => opened?,
+        };
+        flock(&opened, FlockOperation::LockExclusive)?;
+        let own = rustix::fs::fstat(&opened)?.st_ino;
+        let is_there = fs::metadata(directory).is_ok_and(|found| found.ino() == own);
+        Ok(is_there.then_some(Self(opened)))
+    }
+}
+
+/// A container that was made.
+pub(crate) struct Container {
+    pub(crate) directory: PathBuf,
+    pub(crate) stored: Stored,
+}
+
+impl Container {
+    /// Whether its sandbox's process is there, and has not ended.
+    pub(crate) fn is_alive(&self) -> bool {
+        start_of(self.stored.pid) == Some(self.stored.pid_start)
+    }
+
+    pub(crate) fn connect(&self) -> Result<UnixStream> {
+        connect(&self.directory)
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        if !self.is_alive() {
+            return Status::Stopped;
+        }
+        match ask(self, &Request::Status) {
+            Ok(Answer::Status(status)) => status,
+            // It ends, or is too busy to say: then it runs.
+            _ if !self.is_alive() || !self.directory.join(SOCKET).exists() => Status::Stopped,
+            _ => Status::Running,
+        }
+    }
+
+    /// The state as it is printed.
+    pub(crate) fn state(&self, status: Status) -> State<'_> {
+        let stored = &self.stored;
+        State {
+            oci_version: OCI_VERSION,
+            id: &stored.id,
+            pid: match status {
+                Status::Stopped => 0,
+                _ => stored.pid,
+            },
+            status,
+            bundle: &stored.bundle,
+            rootfs: &stored.rootfs,
+            created: &stored.created,
+            annotations: &stored.annotations,
+            owner: String::new(),
+        }
+    }
+
+    /// The same as a list has it: runc names the owner only there.
+    pub(crate) fn listed(&self) -> State<'_> {
+        State {
+            owner: owner(self.stored.uid),
+            ..self.state(self.status())
+        }
+    }
+}
+
+/// A container's state: the runtime specification's, and what runc adds, in runc's order.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct State<'a> {
+    oci_version: &'a str,
+    pub(crate) id: &'a str,
+    pub(crate) pid: i32,
+    pub(crate) status: Status,
+    pub(crate) bundle: &'a Path,
+    rootfs: &'a Path,
+    pub(crate) created: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: &'a BTreeMap<String, String>,
+    pub(crate) owner: String,
+}
+
+/// What hooks are told of a container.
+pub(crate) fn told_to_hooks(stored: &Stored, status: ContainerState) -> Result<oci::State> {
+    let mut state = StateBuilder::default();
+    if !stored.annotations.is_empty() {
+        let annotations = stored.annotations.clone().into_iter();
+        state = state.annotations(annotations.collect::<HashMap<_, _>>());
+    }
+    let state = state
+        .version(OCI_VERSION)
+        .id(stored.id.as_str())
+        .status(status)
+        .pid(match status {
+            ContainerState::Stopped => 0,
+            _ => stored.pid,
+        })
+        .bundle(&stored.bundle)
+        .build();
+    state.context("a state for hooks")
+}
+
+/// The name of a user, as runc prints it: empty if it has none.
+fn owner(uid: u32) -> String {
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let named = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
+    });
+    named.unwrap_or_default()
+}
+
+/// When a process started, unless it is gone or has ended (proc_pid_stat(5)).
+pub(crate) fn start_of(pid: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+    match fields.next()? {
+        "Z" | "X" => None,
+        _ => fields.nth(18)?.parse().ok(),
+    }
+}
+
+/// Writes a file that is there whole or not at all.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let name = path.file_name().context("a file has a name")?;
+    let new = path.with_file_name(format!(".{}.new", name.to_string_lossy()));
+    let written = fs::write(&new, bytes).and_then(|()| fs::rename(&new, path));
+    written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+pub(crate) fn store(directory: &Path, stored: &Stored) -> Result<()> {
+    replace(&directory.join(STATE), &serde_json::to_vec(stored)?)
+}
+
+/// A path to the socket that is short enough for its address, as long as the descriptor is open.
+fn short_path(directory: &Path) -> Result<(OwnedFd, PathBuf)> {
+    let opened = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open {}", directory.display()))?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd());
+    Ok((opened, path.into()))
+}
+
+pub(crate) fn listen(directory: &Path) -> Result<UnixListener> {
+    let (_open, path) = short_path(directory)?;
+    let listener = UnixListener::bind(path);
+    listener.with_context(|| format!("cannot listen in {}", directory.display()))
+}
+
+fn connect(directory: &Path) -> Result<UnixStream> {
+    let (_open, path) = short_path(directory)?;
+    UnixStream::connect(path).context("the container's process does not answer")
+}
+
+/// Nobody connects any more.
+pub(crate) fn stop_listening(directory: &Path) {
+    fs::remove_file(directory.join(SOCKET)).ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(id: &str) -> Stored {
+        let pid = std::process::id() as i32;
+        Stored {
+            id: id.into(),
+            pid,
+            pid_start: start_of(pid).unwrap(),
+            bundle: "/b".into(),
+            rootfs: "/b/rootfs".into(),
+            created: "2026-01-01T00:00:00Z".into(),
+            uid: 0,
+            annotations: Default::default(),
+            cgroup: None,
+            hooks: Hooks::default(),
+        }
+    }
+
+    #[test]
+    fn names_are_those_that_runc_takes() {
+        for good in ["a", "A-1_b.c+d", "...", "-"] {
+            assert!(check_id(good).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "..", "a/b", "a b", "ä", "a\n"] {
+            assert!(check_id(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_one_containers() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::at(dir.path().join("root"));
+        assert!(
+            root.all().is_err(),
+            "a root that was named and is not there"
+        );
+        let error = |result: Result<Container>| result.err().unwrap().to_string();
+        assert!(error(root.find("c")).contains("does not exist"));
+        let (directory, lock) = root.make("c").unwrap();
+        assert!(root.find("c").is_err(), "it has no state yet");
+        store(&directory, &stored("c")).unwrap();
+        drop(lock);
+        let again = root.make("c").err().unwrap().to_string();
+        assert_eq!(again, "container with given ID already exists");
+        assert_eq!(root.all().unwrap().len(), 1);
+        assert!(root.find("c").unwrap().is_alive());
+    }
+
+    #[test]
+    fn what_was_left_without_a_state_can_be_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::at(dir.path().into());
+        drop(root.make("c").unwrap());
+        assert!(root.make("c").is_ok());
+    }
+
+    #[test]
+    fn a_pid_that_is_used_again_is_another_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::at(dir.path().into());
+        let (directory, _lock) = root.make("c").unwrap();
+        let mut other = stored("c");
+        other.pid_start += 1;
+        store(&directory, &other).unwrap();
+        let container = root.find("c").unwrap();
+        assert_eq!(container.status(), Status::Stopped);
+        assert_eq!(container.state(Status::Stopped).pid, 0);
+    }
+
+    #[test]
+    fn a_socket_may_lie_deep() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("x".repeat(200));
+        fs::create_dir(&deep).unwrap();
+        let _listener = listen(&deep).unwrap();
+        connect(&deep).unwrap();
+    }
+}

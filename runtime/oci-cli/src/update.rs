@@ -1,0 +1,99 @@
+//! `update`: other limits for a container that runs.
+
+use crate::Outcome;
+use crate::ask::{Request, ask};
+use crate::cli::UpdateArgs;
+use crate::state::{Root, Status};
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::io::Read;
+
+/// More than any configuration has.
+const MAX_RESOURCES: u64 = 1 << 20;
+
+pub(crate) fn update(root: &Root, args: &UpdateArgs) -> Outcome {
+    let resources = resources(args)?;
+    let (container, _lock) = root.lock(&args.id)?;
+    if container.status() == Status::Stopped {
+        bail!("container not running");
+    }
+    ask(&container, &Request::Update(resources))?;
+    Ok(0)
+}
+
+fn resources(args: &UpdateArgs) -> Result<Value> {
+    if let Some(file) = &args.resources {
+        let mut text = String::new();
+        let read = match file.as_str() {
+            "-" => std::io::stdin()
+                .take(MAX_RESOURCES)
+                .read_to_string(&mut text),
+            file => std::fs::File::open(file)
+                .and_then(|file| file.take(MAX_RESOURCES).read_to_string(&mut text)),
+        };
+        read.with_context(|| format!("cannot read {file}"))?;
+        return serde_json::from_str(&text).with_context(|| format!("{file}: not understood"));
+    }
+    let section = |pairs: Vec<(&str, Option<Value>)>| {
+        let pairs = pairs.into_iter();
+        let pairs = pairs.filter_map(|(name, value)| Some((name.to_owned(), value?)));
+        Value::Object(pairs.collect())
+    };
+    let cpu = section(vec![
+        ("quota", args.cpu_quota.map(Value::from)),
+        ("period", args.cpu_period.map(Value::from)),
+        ("shares", args.cpu_share.map(Value::from)),
+        ("cpus", args.cpuset_cpus.clone().map(Value::from)),
+        ("mems", args.cpuset_mems.clone().map(Value::from)),
+    ]);
+    let memory = section(vec![
+        ("limit", args.memory.map(Value::from)),
+        ("reservation", args.memory_reservation.map(Value::from)),
+        ("swap", args.memory_swap.map(Value::from)),
+    ]);
+    let mut all = json!({});
+    for (name, section) in [("cpu", cpu), ("memory", memory)] {
+        if section
+            .as_object()
+            .is_some_and(|section| !section.is_empty())
+        {
+            all[name] = section;
+        }
+    }
+    if let Some(limit) = args.pids_limit {
+        all["pids"] = json!({"limit": limit});
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    #[test]
+    fn options_are_resources() {
+        let of = |words: &[&str]| {
+            let words = ["koya-runtime", "update"].iter().chain(words).chain(&["c"]);
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Update(args) => resources(&args).unwrap(),
+                _ => panic!("another command"),
+            }
+        };
+        assert_eq!(of(&[]), json!({}));
+        assert_eq!(
+            of(&[
+                "--memory",
+                "50M",
+                "--memory-swap",
+                "-1",
+                "--pids-limit",
+                "-1",
+                "--cpu-share",
+                "7"
+            ]),
+            json!({"memory": {"limit": 50 << 20, "swap": -1}, "pids": {"limit": -1}, "cpu": {"shares": 7}})
+        );
+    }
+}
