@@ -4,10 +4,11 @@ use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, hooks, life, logging};
+use crate::{Outcome, life, logging};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
+use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{Role, Spec, cgroup};
 use std::fs;
@@ -185,11 +186,8 @@ fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStr
     hear(&mut wire)?;
     let stored = stored(boot, spec, pid)?;
     let state = state::told_to_hooks(&stored, ContainerState::Creating)?;
-    for (kind, hooks) in [
-        ("prestart", stored.hooks.prestart()),
-        ("createRuntime", stored.hooks.create_runtime()),
-    ] {
-        hooks::run(kind, hooks.as_deref().unwrap_or_default(), &state)?;
+    for kind in [Kind::Prestart, Kind::CreateRuntime] {
+        hooks::run(kind, kind.of(&stored.hooks), &state, stored.place())?;
     }
     send(stream, &Request::Start, &[])?;
     hear(&mut wire)?;
@@ -231,8 +229,9 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
     }
     ask(container, &Request::Start)?;
     let state = state::told_to_hooks(&container.stored, ContainerState::Running)?;
-    let hooks = container.stored.hooks.poststart();
-    let ran = hooks::run("poststart", hooks.as_deref().unwrap_or_default(), &state);
+    let Stored { hooks, .. } = &container.stored;
+    let place = container.stored.place();
+    let ran = hooks::run(Kind::Poststart, Kind::Poststart.of(hooks), &state, place);
     if ran.is_err() {
         ask(
             container,
@@ -243,7 +242,7 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
         )
         .ok();
     }
-    ran
+    Ok(ran?)
 }
 
 /// Writes the pid that the caller is told, if it wants to know.

@@ -3,11 +3,12 @@
 use crate::ask::{Request, ask};
 use crate::cli::{DeleteArgs, KillArgs};
 use crate::console::{copy_size, spawn};
-use crate::state::{self, Container, Root, Status};
-use crate::{Outcome, create, hooks, signal};
+use crate::state::{self, Container, Root, Status, Stored};
+use crate::{Outcome, create, signal};
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::cgroup;
+use koya_tasks::hooks::{self, Kind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use signal_hook::consts::SIGWINCH;
@@ -113,8 +114,9 @@ fn remove(container: &Container) -> Result<()> {
     fs::remove_dir_all(&container.directory)
         .with_context(|| format!("cannot remove {}", container.directory.display()))?;
     let state = state::told_to_hooks(&container.stored, ContainerState::Stopped)?;
-    let hooks = container.stored.hooks.poststop().as_deref();
-    if let Err(error) = hooks::run("poststop", hooks.unwrap_or_default(), &state) {
+    let Stored { hooks, .. } = &container.stored;
+    let place = container.stored.place();
+    if let Err(error) = hooks::run_poststop(Kind::Poststop.of(hooks), &state, place) {
         log::warn!("{error:#}");
     }
     Ok(())

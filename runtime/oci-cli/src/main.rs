@@ -11,7 +11,6 @@ mod console;
 mod create;
 mod events;
 mod exec;
-mod hooks;
 mod life;
 mod list;
 mod logging;

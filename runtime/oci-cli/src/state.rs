@@ -8,6 +8,7 @@ use crate::ask::{Answer, Request, ask};
 use crate::cli::Globals;
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
+use koya_tasks::hooks::Place;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -60,6 +61,16 @@ pub(crate) struct Stored {
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) hooks: Hooks,
+}
+
+impl Stored {
+    /// Where its hooks run. This process has entered no namespace.
+    pub(crate) fn place(&self) -> Place<'_> {
+        Place {
+            bundle: &self.bundle,
+            network: None,
+        }
+    }
 }
 
 /// The directory of all containers' state.

@@ -116,8 +116,10 @@ fn each(
     }
     let state = serde_json::to_vec(state).context("cannot write the container's state")?;
     let run_all = || {
-        hooks.iter().try_for_each(|hook| {
-            let name = || format!("{} hook {}", kind.name(), hook.path().display());
+        hooks.iter().enumerate().try_for_each(|(index, hook)| {
+            // Callers look for these words, which are runc's.
+            let path = hook.path().display();
+            let name = || format!("error running {} hook #{index}: {path}", kind.name());
             judge(run_one(hook, &state, place.bundle).with_context(name))
         })
     };
@@ -316,13 +318,15 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    const HERE: Place<'static> = Place {
-        bundle: Path::new("/tmp"),
-        network: None,
-    };
+    fn here() -> Place<'static> {
+        Place {
+            bundle: Path::new("/tmp"),
+            network: None,
+        }
+    }
 
     fn error(value: serde_json::Value) -> String {
-        let error = run(Kind::Prestart, &[hook(value)], &state("c1"), HERE);
+        let error = run(Kind::Prestart, &[hook(value)], &state("c1"), here());
         error.unwrap_err().to_string()
     }
 
@@ -341,7 +345,7 @@ mod tests {
             "A=b=c",
             "PATH=/usr/bin:/bin"
         ]);
-        run(Kind::Prestart, &[hook(one)], &state("c1"), HERE).unwrap();
+        run(Kind::Prestart, &[hook(one)], &state("c1"), here()).unwrap();
         let text = fs::read_to_string(out).unwrap();
         let (line, rest) = text.split_once('\n').unwrap();
         let (directory, json) = rest.split_once('\n').unwrap();
@@ -364,7 +368,7 @@ mod tests {
             hook(sh("echo no room >&2; exit 3")),
             touch("two"),
         ];
-        let error = run(Kind::CreateRuntime, &hooks, &state("c1"), HERE).unwrap_err();
+        let error = run(Kind::CreateRuntime, &hooks, &state("c1"), here()).unwrap_err();
         let error = error.to_string();
         assert_eq!(error, "createRuntime hook /bin/sh: exit status: 3: no room");
         assert!(is_there(&dir.path().join("one")));
@@ -403,7 +407,13 @@ mod tests {
             hook(sh("head -c 300000 /dev/zero")),
             hook(json!({"path": "/bin/true"})),
         ];
-        run(Kind::Poststart, &hooks, &state(&"x".repeat(300_000)), HERE).unwrap();
+        run(
+            Kind::Poststart,
+            &hooks,
+            &state(&"x".repeat(300_000)),
+            here(),
+        )
+        .unwrap();
         assert!(started.elapsed() < Duration::from_secs(25));
     }
 
@@ -412,7 +422,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let two = format!("touch {}", dir.path().join("two").display());
         let hooks = [hook(sh("exit 1")), hook(sh(&two))];
-        run_poststop(&hooks, &state("c1"), HERE).unwrap();
+        run_poststop(&hooks, &state("c1"), here()).unwrap();
         assert!(is_there(&dir.path().join("two")));
     }
 

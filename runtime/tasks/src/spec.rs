@@ -207,23 +207,6 @@ impl Spec {
         }
     }
 
-    /// The hooks that are programs of the host, which the runtime runs: they are taken out, and what is left is for
-    /// the guest.
-    pub fn take_host_hooks(&mut self) -> oci::Hooks {
-        let mut host = oci::Hooks::default();
-        if let Some(hooks) = self.0.hooks_mut() {
-            host.set_prestart(hooks.prestart().clone());
-            host.set_create_runtime(hooks.create_runtime().clone());
-            host.set_poststart(hooks.poststart().clone());
-            host.set_poststop(hooks.poststop().clone());
-            hooks.set_prestart(None);
-            hooks.set_create_runtime(None);
-            hooks.set_poststart(None);
-            hooks.set_poststop(None);
-        }
-        host
-    }
-
     /// The whole configuration.
     pub fn config(&self) -> &oci::Spec {
         &self.0

@@ -81,7 +81,7 @@ pub(crate) fn hooks_run(containerd: &Containerd) -> Result<()> {
     });
     let (code, text) = run(containerd, &root, "failed", hooks)?;
     ensure!(code != Some(0), "{text}");
-    let wanted = "prestart hook /bin/sh: exit status: 5: no address left";
+    let wanted = "error running prestart hook #0: /bin/sh: exit status: 5: no address left";
     ensure!(text.contains(wanted), "{text}");
     let said = fs::read_to_string(&log)?;
     ensure!(

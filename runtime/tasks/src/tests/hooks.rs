@@ -85,7 +85,10 @@ fn a_hook_that_fails_before_the_start_leaves_no_task() {
         let rig = Rig::new();
         let error = rig.set.create(request(&rig, "c", failing, false));
         let error = error.unwrap_err().to_string();
-        assert_eq!(error, format!("{failing} hook /bin/sh: exit status: 1"));
+        assert_eq!(
+            error,
+            format!("error running {failing} hook #0: /bin/sh: exit status: 1")
+        );
         assert!(rig.set.is_empty());
         assert!(!rig.guest.was_called("create c"));
         assert_eq!(rig.events(), [""; 0]);
@@ -102,7 +105,10 @@ fn a_hook_that_fails_after_the_start_ends_the_container() {
         .create(request(&rig, "c", "poststart", true))
         .unwrap();
     let error = rig.set.start("c", "").unwrap_err().to_string();
-    assert_eq!(error, "poststart hook /bin/sh: exit status: 1");
+    assert_eq!(
+        error,
+        "error running poststart hook #0: /bin/sh: exit status: 1"
+    );
     assert!(rig.guest.was_called("kill c"));
     assert_eq!(rig.set.wait("c", "").unwrap().status, 255);
     assert_eq!(rig.events(), ["create c", "exit c 255"]);
