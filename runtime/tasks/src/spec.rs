@@ -86,9 +86,9 @@ impl Spec {
     /// The name server of Docker's user-defined networks, if the container is to ask that: on the loopback of its
     /// network namespace on the host.
     pub(crate) fn name_server(&self) -> Option<IpAddr> {
-        let mounts = self.0.mounts().iter().flatten();
+        let mut mounts = self.0.mounts().iter().flatten();
         let own = |mount: &&oci::Mount| mount.destination() == Path::new("/etc/resolv.conf");
-        let source = mounts.filter(own).last()?.source().as_ref()?;
+        let source = mounts.rfind(own)?.source().as_ref()?;
         let text = std::fs::read_to_string(source).ok()?;
         let servers = text
             .lines()

@@ -210,7 +210,8 @@ fn execs_have_a_process_of_their_own() -> Result<()> {
         "e",
     ])?;
     let pid = pid_in(&pid_file)?;
-    ensure!(runtime.state("e")?["pid"].to_string() == pid, "another pid");
+    let stated = runtime.state("e")?["pid"].to_string();
+    ensure!(stated == pid, "{stated} and not {pid}");
     let own = fs::read_link("/proc/self/ns/net")?;
     ensure!(
         fs::read_link(format!("/proc/{pid}/ns/net"))? != own,
