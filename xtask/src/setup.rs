@@ -37,6 +37,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ),
     ("apparmor", "the tests' profiles"),
     ("runc", "what the tests compare `koya-runtime` with"),
+    ("crun", "the same"),
     ("umoci", "the tests' other unpacker of images"),
     ("containernetworking-plugins", "the tests' pods' networks"),
     ("iptables", "the tests' Docker"),

@@ -102,12 +102,29 @@ fn read_spec(args: &CreateArgs) -> Result<Spec> {
     state::check_id(&args.id)?;
     let mut spec = Spec::read(&args.bundle)?;
     spec.default_cgroup(&default_cgroup(&args.id));
+    refuse_guest_hooks(&spec)?;
     match spec.role(&args.id) {
         Role::Single => Ok(spec),
         Role::Sandbox | Role::Member { .. } => bail!(
             "pods are not supported by koya-runtime: have containerd use io.containerd.koya.v2 for them"
         ),
     }
+}
+
+/// Refused with the configuration, and not once the guest is made.
+fn refuse_guest_hooks(spec: &Spec) -> Result<()> {
+    let Some(hooks) = spec.config().hooks() else {
+        return Ok(());
+    };
+    for (kind, hooks) in [
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+    ] {
+        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            bail!("hooks: {kind} hooks are not supported");
+        }
+    }
+    Ok(())
 }
 
 /// Where a sandbox's process is if the configuration does not say it.

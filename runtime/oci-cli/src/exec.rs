@@ -70,6 +70,12 @@ fn process_of(args: &ExecArgs, bundle: &std::path::Path) -> Result<Value> {
         if args.tty {
             process["terminal"] = true.into();
         }
+        // Who is left out is root, for programs in Go.
+        for id in ["uid", "gid"] {
+            if process["user"][id].is_null() {
+                process["user"][id] = 0.into();
+            }
+        }
         return Ok(process);
     }
     if args.args.is_empty() {

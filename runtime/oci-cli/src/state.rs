@@ -131,7 +131,7 @@ impl Root {
         let directory = self.path.join(id);
         let text = match fs::read(directory.join(STATE)) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                bail!("container {id:?} does not exist")
+                bail!("container does not exist: {id}")
             }
             text => text.with_context(|| format!("cannot read {}", directory.display()))?,
         };
@@ -144,7 +144,7 @@ impl Root {
     pub(crate) fn lock(&self, id: &str) -> Result<(Container, Lock)> {
         let directory = self.find(id)?.directory;
         let Some(lock) = Lock::take(&directory)? else {
-            bail!("container {id:?} does not exist");
+            bail!("container does not exist: {id}");
         };
         Ok((self.find(id)?, lock))
     }
