@@ -38,6 +38,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("apparmor", "the tests' profiles"),
     ("runc", "what the tests compare `koya-runtime` with"),
     ("crun", "the same"),
+    ("podman", "the tests' client of `koya-runtime`"),
+    ("conmon", "the same: what creates podman's containers"),
     ("umoci", "the tests' other unpacker of images"),
     ("containernetworking-plugins", "the tests' pods' networks"),
     ("iptables", "the tests' Docker"),

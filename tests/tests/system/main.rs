@@ -25,6 +25,7 @@ mod network;
 mod oci;
 mod pod;
 mod pod_files;
+mod podman;
 mod run;
 mod surroundings;
 mod timeline;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         network::trials(),
         oci::trials(),
         pod_files::trials(),
+        podman::trials(),
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),

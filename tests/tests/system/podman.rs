@@ -1,0 +1,187 @@
+//! podman with `koya-runtime`: conmon creates the containers, podman starts, stops and deletes them.
+
+use crate::tool::{ip, scratch, shared_rootfs, stdout, until};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+crate::trials!(
+    podman_runs_containers_in_the_foreground,
+    podman_keeps_containers_in_the_background,
+);
+
+/// podman, with storage of its own and an image called `bb`.
+struct Podman {
+    dir: PathBuf,
+}
+
+impl Podman {
+    fn new() -> Result<Self> {
+        let podman = Self {
+            dir: scratch("podman")?,
+        };
+        let tar = podman.dir.join("bb.tar");
+        let packed = Command::new("tar")
+            .arg("-C")
+            .arg(shared_rootfs())
+            .arg("-cf")
+            .arg(&tar)
+            .arg(".")
+            .status()?;
+        ensure!(packed.success(), "tar");
+        let tar = tar.to_str().context("a path in UTF-8")?;
+        podman.ok(&["import", "--quiet", tar, "bb"])?;
+        Ok(podman)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("podman");
+        command.arg("--root").arg(self.dir.join("root"));
+        command.arg("--runroot").arg(self.dir.join("run"));
+        command.args(["--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
+        // Found on PATH only if containers.conf knows its name.
+        command.arg("--runtime").arg(runtime());
+        command.args(words).stdin(Stdio::null());
+        command
+    }
+
+    fn call(&self, words: &[&str]) -> Result<Output> {
+        self.command(words)
+            .output()
+            .context("podman is not installed")
+    }
+
+    fn ok(&self, words: &[&str]) -> Result<String> {
+        stdout(self.call(words)?).with_context(|| format!("podman {words:?}"))
+    }
+
+    fn inspect(&self, name: &str) -> Result<Value> {
+        let text = self.ok(&["inspect", "--format", "{{json .State}}", name])?;
+        Ok(serde_json::from_str(&text)?)
+    }
+}
+
+/// The path of the program.
+fn runtime() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|dir| dir.join("koya-runtime"));
+    found
+        .into_iter()
+        .find(|program| program.exists())
+        .unwrap_or_default()
+}
+
+/// What a command prints on a terminal of 33 by 99, and its status.
+fn on_terminal(command: &Command) -> Result<(Option<i32>, String)> {
+    let words: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let script = format!("stty rows 33 cols 99; {}", words.join(" "));
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", &script, "/dev/null"])
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .output()
+        .context("script(1) is not installed")?;
+    let said = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
+    Ok((output.status.code(), said))
+}
+
+fn podman_runs_containers_in_the_foreground() -> Result<()> {
+    let podman = Podman::new()?;
+    let script = "echo out; echo err >&2; cat /proc/sys/net/ipv4/ping_group_range; exit 7";
+    let output = podman.call(&["run", "--rm", "--network", "none", "bb", "sh", "-c", script])?;
+    let said = (
+        output.status.code(),
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    );
+    ensure!(
+        said == (Some(7), "out\n0\t0\n".into(), "err\n".into()),
+        "{said:?}"
+    );
+    let words = ["run", "-it", "--rm", "--network", "none", "bb", "sh", "-c"];
+    let mut run = podman.command(&words);
+    run.arg("tty; stty size; exit 4");
+    let (status, said) = on_terminal(&run)?;
+    ensure!(status == Some(4), "{status:?}: {said}");
+    ensure!(said.contains("/dev/pts/0\n33 99\n"), "{said:?}");
+
+    ip(&["netns", "add", "podman"])?;
+    let veth = "link add inside netns podman type veth peer name podman0";
+    ip(&veth.split(' ').collect::<Vec<_>>())?;
+    ip(&[
+        "-n",
+        "podman",
+        "address",
+        "add",
+        "10.99.0.2/24",
+        "dev",
+        "inside",
+    ])?;
+    ip(&["-n", "podman", "link", "set", "inside", "up"])?;
+    let network = "--network=ns:/run/netns/podman";
+    let said = podman.ok(&[
+        "run", "--rm", network, "bb", "ip", "address", "show", "inside",
+    ])?;
+    ensure!(said.contains("10.99.0.2/24"), "{said}");
+    // In a network namespace of its own it is made at `start`, whose reasons podman only shows.
+    let output = podman.call(&["run", "--rm", "--network", "none", "bb", "no-such-program"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(126) && said.contains("no-such-program: "),
+        "{output:?}"
+    );
+    let left = podman.ok(&["ps", "--all", "--quiet"])?;
+    ensure!(left.is_empty(), "left: {left}");
+    Ok(())
+}
+
+fn podman_keeps_containers_in_the_background() -> Result<()> {
+    let podman = Podman::new()?;
+    let script = "trap 'exit 3' TERM; echo begun; while :; do sleep 1; done";
+    let words = [
+        "run",
+        "-d",
+        "--name",
+        "d",
+        "--network",
+        "none",
+        "bb",
+        "sh",
+        "-c",
+        script,
+    ];
+    let id = podman.ok(&words)?;
+    until("its output", || {
+        Ok((podman.ok(&["logs", "d"])? == "begun").then_some(()))
+    })?;
+    let state = podman.inspect("d")?;
+    ensure!(state["Status"] == "running", "{state}");
+    let status = std::fs::read_to_string(format!("/proc/{}/comm", state["Pid"]))?;
+    ensure!(status.trim() == "koya-runtime", "{status}");
+
+    let output = podman.call(&["exec", "d", "sh", "-c", "echo in it; exit 5"])?;
+    ensure!(output.status.code() == Some(5), "{output:?}");
+    ensure!(output.stdout == b"in it\n", "{output:?}");
+    podman.ok(&["pause", "d"])?;
+    ensure!(podman.inspect("d")?["Status"] == "paused", "not paused");
+    podman.ok(&["unpause", "d"])?;
+
+    podman.ok(&["stop", "--time", "60", "d"])?;
+    let state = podman.inspect("d")?;
+    ensure!(
+        state["Status"] == "exited" && state["ExitCode"] == 3,
+        "{state}"
+    );
+    podman.ok(&["start", "d"])?;
+    podman.ok(&["kill", "d"])?;
+    let status = podman.ok(&["wait", "d"])?;
+    ensure!(status == "137", "{status}");
+    podman.ok(&["rm", "d"])?;
+    let state = Path::new("/run/koya-runtime").join(id);
+    ensure!(!state.exists(), "its state is left");
+    Ok(())
+}
