@@ -102,7 +102,7 @@ fn read_spec(args: &CreateArgs) -> Result<Spec> {
     state::check_id(&args.id)?;
     let mut spec = Spec::read(&args.bundle)?;
     spec.default_cgroup(&default_cgroup(&args.id));
-    refuse_guest_hooks(&spec)?;
+    refuse_namespace_hooks(&spec)?;
     match spec.role(&args.id) {
         Role::Single => Ok(spec),
         Role::Sandbox | Role::Member { .. } => bail!(
@@ -111,18 +111,13 @@ fn read_spec(args: &CreateArgs) -> Result<Spec> {
     }
 }
 
-/// Refused with the configuration, and not once the guest is made.
-fn refuse_guest_hooks(spec: &Spec) -> Result<()> {
-    let Some(hooks) = spec.config().hooks() else {
-        return Ok(());
-    };
-    for (kind, hooks) in [
-        ("createContainer", hooks.create_container()),
-        ("startContainer", hooks.start_container()),
-    ] {
-        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
-            bail!("hooks: {kind} hooks are not supported");
-        }
+/// createContainer hooks are programs of the host that want to run in the container's namespaces, which are the guest's.
+/// They are refused before the guest is made.
+fn refuse_namespace_hooks(spec: &Spec) -> Result<()> {
+    let hooks = spec.config().hooks().as_ref();
+    let hooks = hooks.and_then(|hooks| hooks.create_container().as_ref());
+    if hooks.is_some_and(|hooks| !hooks.is_empty()) {
+        bail!("hooks: createContainer hooks are not supported");
     }
     Ok(())
 }

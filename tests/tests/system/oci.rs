@@ -343,17 +343,22 @@ fn hooks_run_on_the_host() -> Result<()> {
         failed.status.code() == Some(1) && said.contains("createRuntime hook #0"),
         "{said}"
     );
-    for kind in ["createContainer", "startContainer"] {
-        let guests = bundle("true", |config| {
-            config["hooks"][kind] = json!([{"path": "/bin/true"}]);
-        })?;
-        let refused = runtime.call(&["create", "--bundle", text(&guests)?, "g"])?;
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        ensure!(
-            refused.status.code() == Some(1) && said.contains(kind),
-            "{said}"
-        );
-    }
+    let namespaces = bundle("true", |config| {
+        config["hooks"]["createContainer"] = json!([{"path": "/bin/true"}]);
+    })?;
+    let refused = runtime.call(&["create", "--bundle", text(&namespaces)?, "g"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        refused.status.code() == Some(1) && said.contains("createContainer"),
+        "{said}"
+    );
+    let guests = bundle("cat /dev/hooked", |config| {
+        let script = "echo in the guest > /dev/hooked";
+        config["hooks"]["startContainer"] =
+            json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
+    })?;
+    let said = runtime.ok(&["run", "--bundle", text(&guests)?, "g"])?;
+    ensure!(said.trim() == "in the guest", "{said}");
     ensure!(
         fs::read_dir(&runtime.root)?.next().is_none(),
         "something is left"
