@@ -370,7 +370,10 @@ mod tests {
         ];
         let error = run(Kind::CreateRuntime, &hooks, &state("c1"), here()).unwrap_err();
         let error = error.to_string();
-        assert_eq!(error, "createRuntime hook /bin/sh: exit status: 3: no room");
+        assert_eq!(
+            error,
+            "error running createRuntime hook #1: /bin/sh: exit status: 3: no room"
+        );
         assert!(is_there(&dir.path().join("one")));
         assert!(!is_there(&dir.path().join("two")));
     }

@@ -108,7 +108,12 @@ fn life(runtime: &Runtime, bundle: &Path) -> Result<Vec<String>> {
         if let Ok(state) = runtime.state("c") {
             ensure!(state["bundle"] == bundle, "{state}");
             ensure!(state["id"] == "c", "{state}");
-            ensure!(state["rootfs"] == format!("{bundle}/rootfs"), "{state}");
+            let rootfs = match runtime.program {
+                // As the configuration has it.
+                "crun" => "rootfs".to_owned(),
+                _ => format!("{bundle}/rootfs"),
+            };
+            ensure!(state["rootfs"] == rootfs, "{state}");
             let is_stopped = state["status"] == "stopped";
             ensure!((state["pid"] == 0) == is_stopped, "{state}");
             told.push(format!("is {}", state["status"]));
