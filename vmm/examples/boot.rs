@@ -11,7 +11,7 @@ use std::error::Error;
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    koya_vmm::host::sys::share_heap();
+    koya_vmm::host::process::prepare_process();
     let mut args = std::env::args().skip(1);
     let kernel = args.next().ok_or("say KERNEL [INITRAMFS [WORDS]]")?;
     let config = VmConfig {

@@ -48,7 +48,7 @@ const RUN: &str = "hello";
 
 fn main() -> Result<()> {
     // As koya does.
-    koya::share_heap();
+    koya::prepare_process();
     match std::env::args().nth(1).as_deref() {
         Some(ONCE) => once(),
         Some("trace") => trace(),

@@ -64,7 +64,7 @@ const WORK: &str = "for n in 1 2 3; do cat /bin/busybox > /dev/null; done; \
 
 fn main() -> Result<()> {
     // As koya does.
-    koya::share_heap();
+    koya::prepare_process();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let rows = match words.as_slice() {

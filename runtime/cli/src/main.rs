@@ -98,7 +98,7 @@ type Outcome = anyhow::Result<u8>;
 
 fn main() -> ExitCode {
     let began = Instant::now();
-    koya::share_heap();
+    koya::prepare_process();
     // What the caller has open is for neither helpers nor a container's process in the background.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         output::complain!("koya: cannot keep what is open from other programs: {error}");

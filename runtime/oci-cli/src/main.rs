@@ -41,7 +41,7 @@ const EXEC_FAILED: u8 = 255;
 type Outcome = anyhow::Result<u8>;
 
 fn main() -> ExitCode {
-    koya::share_heap();
+    koya::prepare_process();
     // What the caller has open is not for the processes that stay.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         writeln!(std::io::stderr(), "koya-runtime: {error}").ok();

@@ -34,7 +34,7 @@ const RUNTIME: &str = "io.containerd.koya.v2";
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> ExitCode {
-    koya::share_heap();
+    koya::prepare_process();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         // containerd shows this to its user, after words of its own.

@@ -1,0 +1,40 @@
+//! What a program that holds sandboxes sets up at its start, while it has one thread.
+
+use crate::sys;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::fcntl_dupfd_cloexec;
+
+/// The size of the descriptor table, in entries of 8 bytes: the default soft limit of a process.
+const DESCRIPTORS: i32 = 1024;
+
+/// Has all threads allocate from one heap, and makes the descriptor table as large as it usually gets. Libraries
+/// must leave it to the program.
+pub fn prepare_process() {
+    sys::share_heap();
+    reserve_descriptors();
+}
+
+/// In a process with several threads the kernel enlarges the table only after an RCU grace period
+/// (`expand_fdtable()` in `fs/file.c`), and whoever opened the descriptor waits for it: 10 ms in the middle of a
+/// start, when the 65th is opened. The table never shrinks.
+fn reserve_descriptors() {
+    // Where the limit is lower, or no descriptor is left, the table grows as it is used.
+    if let Ok(any) = eventfd(0, EventfdFlags::CLOEXEC) {
+        fcntl_dupfd_cloexec(any, DESCRIPTORS - 1).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_descriptor_table_has_room() {
+        reserve_descriptors();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("FDSize:"));
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let wanted = limit.map_or(1024, |limit| limit.min(1024));
+        assert!(size.unwrap().trim().parse::<u64>().unwrap() >= wanted);
+    }
+}
