@@ -1,5 +1,5 @@
-//! The event loop: one thread, one epoll, the workers of active devices. Beside it is the thread that starts
-//! devices ([`Starter`]).
+//! The event loop: one thread with one epoll instance that runs the workers of active devices. It also owns
+//! the thread that activates devices ([`Starter`]).
 
 use crate::starter::Starter;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
@@ -17,7 +17,7 @@ const ROLE: Role = Role::new("koya-loop").of_the_guest();
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
-/// How vCPU threads and the owner reach the loop.
+/// Access to the loop for vCPU threads and the owner.
 pub(crate) struct LoopHandle {
     endpoint: RemoteEndpoint<Subscriber>,
     known: Mutex<(u64, HashMap<u64, SubscriberId>)>,
@@ -25,13 +25,13 @@ pub(crate) struct LoopHandle {
     starter: Starter,
 }
 
-/// The loop's thread; [`stop`](Self::stop) joins it.
+/// The thread of the loop; joined by [`stop`](Self::stop).
 pub(crate) struct LoopThread {
     pub(crate) handle: Arc<LoopHandle>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// event-manager's error, which is no `std::io::Error`.
+/// Converts event-manager's error into `std::io::Error`.
 struct Refused(event_manager::Error);
 
 impl From<event_manager::Error> for Refused {
@@ -70,7 +70,7 @@ impl LoopThread {
         })
     }
 
-    /// Ends the loop. Devices were shut down before, so it holds no worker.
+    /// Stops the loop. Devices have been shut down before, so it has no workers left.
     pub(crate) fn stop(&mut self) {
         self.handle.starter.stop();
         self.handle.ended.store(true, Ordering::SeqCst);

@@ -1,37 +1,37 @@
-//! What the machine sees of a start: points in time, and how often the guest needed this process.
+//! Points in time during a start, and counts of the exits to this process.
 //!
-//! Called by the thread that builds the machine and by vCPU threads. A guest can start its devices
-//! as often as it likes, so only the first marks are kept.
+//! Called by the thread that builds the machine and by vCPU threads. A guest can activate its devices as
+//! often as it likes, so only the first events are kept.
 
 use koya_host::sync::lock;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// How many marks are kept: the builder's, and each device's first start.
+/// Maximum number of events: the builder's, and the first activation of each device.
 const KEPT: usize = 32;
 
-/// A point in time.
+/// A point in time during a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
-    /// When it was.
+    /// When it happened.
     pub at: Instant,
-    /// What came to pass: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
+    /// What happened: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
     pub name: &'static str,
-    /// Whether it was the guest's doing.
+    /// Whether the guest caused it.
     pub by_guest: bool,
 }
 
-/// How often the guest left KVM_RUN for this process. What KVM answers by itself is not counted.
+/// Number of exits to this process. Exits that KVM handles itself are not counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exits {
-    /// For a port.
+    /// Exits for I/O ports.
     pub port: u64,
-    /// For device memory.
+    /// Exits for device memory.
     pub mmio: u64,
 }
 
-/// The first marks of a machine's life, and its exits.
+/// The first events of a machine, and its exit counts.
 #[derive(Debug, Default)]
 pub struct Marks {
     marks: Mutex<Vec<Mark>>,
@@ -40,12 +40,12 @@ pub struct Marks {
 }
 
 impl Marks {
-    /// The marks so far, the oldest first.
+    /// The events so far, oldest first.
     pub fn marks(&self) -> Vec<Mark> {
         lock(&self.marks).clone()
     }
 
-    /// The exits so far.
+    /// The exit counts so far.
     pub fn exits(&self) -> Exits {
         Exits {
             port: self.port_exits.load(Ordering::Relaxed),
@@ -53,12 +53,12 @@ impl Marks {
         }
     }
 
-    /// A step of the builder's is done.
+    /// Records that a step of the builder is complete.
     pub(crate) fn built(&self, name: &'static str) {
         self.note(name, false);
     }
 
-    /// The guest did something of note.
+    /// Records something that the guest did.
     pub(crate) fn guest(&self, name: &'static str) {
         self.note(name, true);
     }

@@ -1,9 +1,8 @@
-//! The end of a virtual machine: what has to be ended, in which order, and for how long that is waited
-//! for.
+//! Teardown of a virtual machine: the order in which its parts are ended, and how long to wait for them.
 //!
-//! Nothing here waits for the guest: vCPUs are kicked out of it, and devices' threads look for a request
-//! to stop after a bounded turn. They may be in a call of the host's that does not return, so it happens
-//! on a thread of its own, which says what it waits for.
+//! Nothing here depends on the guest: vCPUs are kicked out of it, and device threads check for a stop request
+//! after each batch. They may hang in a system call of the host, so teardown runs on a thread of its own and
+//! records what it waits for.
 
 use crate::bus::Bus;
 use crate::event_loop::LoopThread;
@@ -18,11 +17,11 @@ use std::time::Duration;
 
 const ROLE: Role = Role::new("koya-end").without_signals();
 
-/// How long a machine's threads may take to end: longer than any disk that works takes for what is under
-/// way.
+/// How long the threads of a machine may take to end: longer than a working disk takes for requests in
+/// flight.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What of a machine has to be ended.
+/// The parts of a machine that must be ended.
 pub(crate) struct TakeDown {
     vcpus: Vec<(usize, JoinHandle<()>)>,
     sockets: Option<UnixSockets>,
@@ -31,7 +30,7 @@ pub(crate) struct TakeDown {
     handles: Arc<Handles>,
 }
 
-/// What is waited for now.
+/// What is being waited for.
 type Stage = Arc<Mutex<String>>;
 
 impl TakeDown {
@@ -57,16 +56,16 @@ impl TakeDown {
         self.sockets = sockets;
     }
 
-    /// Ends all of it, or says what does not end.
+    /// Ends all parts, or logs which one does not end.
     pub(crate) fn run(self) {
         if self.vcpus.is_empty() && self.event_loop.is_none() {
-            // No thread that could be waited for, and no device: they need the loop.
+            // There is no thread that could hang, and no device: devices need the loop.
             return self.end(&Stage::default());
         }
         within(LIMIT, |stage| self.end(stage));
     }
 
-    /// vCPUs first, since they call devices; then devices, whose workers the loop runs; then the loop.
+    /// vCPUs first, since they call devices; then devices, whose workers run on the loop; then the loop.
     fn end(self, stage: &Stage) {
         for (index, thread) in self.vcpus {
             wait_for(stage, format!("the thread koya-vcpu{index}"));
@@ -93,8 +92,8 @@ fn wait_for(stage: &Stage, what: String) {
     *lock(stage) = what;
 }
 
-/// Does `work` on a thread of its own and waits for it, no longer than `limit`. False, and a line in the
-/// log, if it was not done then.
+/// Runs `work` on a thread of its own and waits for it up to `limit`. On timeout, logs an error and returns
+/// false.
 fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
     let stage = Stage::default();
     let shared = stage.clone();
@@ -122,7 +121,7 @@ fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
                 }
             }
         },
-        // A host without threads: here, then, for as long as it takes.
+        // No thread can be created: run it here, for as long as it takes.
         Err(error) => {
             log::warn!("cannot start a thread: {error}");
             if let Some(work) = lock(&cell).take() {

@@ -1,5 +1,5 @@
-//! Virtio devices at their MMIO slots: the bus reaches each by its registers, KVM connects its interrupt
-//! and its queues' kicks.
+//! Virtio devices in MMIO slots: the bus dispatches register accesses, KVM connects the interrupt and the
+//! queue notifications.
 
 use crate::arch::{self, ArchError, MmioSlot};
 use crate::bus::{BusDevice, Effect};
@@ -12,7 +12,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-/// A slot: a device, or none for now.
+/// A slot that holds a device or is empty.
 pub(crate) struct VirtioSlot {
     transport: Mutex<Option<MmioTransport>>,
     marks: Arc<Marks>,
@@ -26,12 +26,12 @@ impl VirtioSlot {
         })
     }
 
-    /// Puts a device there.
+    /// Puts a device into the slot.
     pub(crate) fn put(&self, transport: MmioTransport) {
         *lock(&self.transport) = Some(transport);
     }
 
-    /// Takes the device away.
+    /// Removes the device from the slot.
     pub(crate) fn take(&self) -> Option<MmioTransport> {
         lock(&self.transport).take()
     }
@@ -56,9 +56,9 @@ impl BusDevice for VirtioSlot {
         Effect::None
     }
 
-    /// As a reset by its driver would stop it.
+    /// Stops the device as a reset by its driver does.
     fn shut_down(&self, about: &dyn Fn(&str)) {
-        // Taken out: whoever still has the slot must not keep the device.
+        // Taken out, so that other references to the slot do not keep the device.
         if let Some(mut transport) = self.take() {
             about(&format!("threads of a {} device", transport.kind().name()));
             transport.shutdown();
@@ -66,13 +66,13 @@ impl BusDevice for VirtioSlot {
     }
 }
 
-/// The addresses of a slot.
+/// The address range of a slot.
 pub(crate) fn addresses(slot: MmioSlot) -> Range<u64> {
     slot.address..slot.address + WINDOW_SIZE
 }
 
-/// Connects one device: its interrupt, and a kick for each queue that never leaves the kernel's
-/// side of KVM_RUN for longer than an eventfd write.
+/// Connects a device: its interrupt, and an ioeventfd for each queue, so that notifications do not exit to
+/// user space.
 pub(crate) fn connect(
     machine: &Machine,
     transport: &MmioTransport,
@@ -85,7 +85,7 @@ pub(crate) fn connect(
     connect_kicks(machine, transport, slot)
 }
 
-/// Connects a kick for each queue.
+/// Connects an ioeventfd for each queue.
 pub(crate) fn connect_kicks(
     machine: &Machine,
     transport: &MmioTransport,
@@ -101,7 +101,7 @@ pub(crate) fn connect_kicks(
     Ok(())
 }
 
-/// Takes back what [`connect_kicks`] did, as far as it got.
+/// Undoes [`connect_kicks`], also if it failed half-way.
 pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slot: MmioSlot) {
     let fd = machine.fd();
     let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
@@ -110,7 +110,7 @@ pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slo
     }
 }
 
-/// Lets the guest read the registers of the first devices by itself, where it can.
+/// Lets the guest read the registers of the first devices without exits, if the architecture allows it.
 pub(crate) fn publish_registers(
     kvm: &Kvm,
     machine: &Machine,
@@ -153,7 +153,7 @@ mod tests {
         for (offset, word) in [0, 4, 8].into_iter().zip(&mut words) {
             bus.mmio_read(start + offset, word);
         }
-        // Magic, version, and no device.
+        // Magic value, version, device ID 0.
         assert_eq!(words, [*b"virt", [2, 0, 0, 0], [0; 4]]);
         bus.mmio_write(start + 0x70, &[1, 0, 0, 0]);
         slot.put(device());

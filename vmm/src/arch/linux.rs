@@ -1,13 +1,13 @@
-//! What Linux is told on its command line, whatever the architecture.
+//! Linux kernel parameters that do not depend on the architecture.
 
 use super::BootInfo;
 use crate::panic_log;
 
-/// Memory that is plugged is used at once, and as far as the kernel can do without it in a form that
-/// it can give up again (Documentation/admin-guide/mm/memory-hotplug.rst).
+/// Onlines plugged memory immediately, in movable zones as far as the kernel can, so that it can be unplugged
+/// again (Documentation/admin-guide/mm/memory-hotplug.rst).
 const HOTPLUG: &str = " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
-/// Where the last words go, how many CPUs to start, what to do with memory that comes.
+/// Parameters for the panic log, the number of CPUs to start and memory hotplug.
 pub(super) fn words(info: &BootInfo<'_>) -> String {
     let mut words = panic_log::cmdline();
     if info.cpus.online < info.cpus.count {
@@ -19,15 +19,15 @@ pub(super) fn words(info: &BootInfo<'_>) -> String {
     words
 }
 
-/// The owner's words, then these, which the kernel takes by what it has read so far, and last what is
-/// init's.
+/// Inserts kernel parameters behind the configured ones, because the kernel acts on them with what it has
+/// parsed by then (a console prints at the log level known so far); arguments for init come last.
 pub(super) fn before_init(own: &str, words: &str) -> String {
     let (own, init) = own.split_at(words_for_init(own));
     format!("{own} {words} {init}")
 }
 
-/// Where in a command line the word is that all behind is init's, else its end: words as the kernel
-/// divides them (`next_arg` in lib/cmdline.c), which may have blanks in quotes.
+/// Offset of the `--` that begins the arguments for init, or the length of the line. Parameters are split as
+/// the kernel does (`next_arg` in lib/cmdline.c): a quoted one may contain blanks.
 fn words_for_init(line: &str) -> usize {
     let mut is_quoted = false;
     let words = line.split(|c: char| {
