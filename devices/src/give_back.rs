@@ -1,16 +1,15 @@
-//! Guest memory that goes back to the host, for the devices through which it does: the balloon and
-//! virtio-mem.
+//! Discards guest memory for the balloon and virtio-mem: the pages go back to the host.
 
 use crate::sys::{self, Advice};
 use crate::virtio::Memory;
 use std::io;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// Gives the whole pages in `[start, start + len)` back; they read as zero from then on. Pages that the
-/// host has set aside for the guest stay as they are.
+/// Discards the whole pages in `[start, start + len)`; they read as zero from then on. Reserved huge pages
+/// are kept.
 ///
 /// # Errors
-/// `InvalidInput` if a part of it is not guest memory, else what madvise(2) says.
+/// `InvalidInput` if part of it is not guest memory, otherwise the error from madvise(2).
 pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let count = usize::try_from(len).map_err(|_| outside())?;
     match memory.check_range(start, count) {
@@ -19,16 +18,16 @@ pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::R
     }
 }
 
-/// The same, of memory that may be no guest's for now: what is not plugged.
+/// The same for mapped memory that is not guest memory at present because it is unplugged.
 ///
 /// # Errors
-/// `InvalidInput` if a part of it is not mapped, else what madvise(2) says.
+/// `InvalidInput` if part of it is not mapped, otherwise the error from madvise(2).
 pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let (mut at, mut left) = (start, len);
     while left > 0 {
         let region = memory.find_region(at).ok_or_else(outside)?;
         if region.is_hugetlbfs() == Some(true) {
-            // Set aside for this guest: a page that went back might not be there when it is wanted.
+            // Reserved for this guest: a page that is released might not be available later.
             return Ok(());
         }
         let offset = at.0 - region.start_addr().0;

@@ -2,7 +2,7 @@ use super::*;
 use crate::test_utils::{Buffer, Driver};
 use vm_memory::Bytes;
 
-/// Where no other test data is.
+/// An address without other test data.
 const PLACE: u64 = 8 << 20;
 
 struct Setup {
@@ -12,8 +12,8 @@ struct Setup {
 }
 
 fn setup() -> Setup {
-    // The queues of one device share its memory; each driver lays out its own, so only one of
-    // them is used in a test.
+    // The queues of a device share its memory. Each driver has its own layout, so a test uses only one of
+    // them.
     let drivers = [0; 4].map(|_| Driver::new(16));
     let balloon = Balloon::new().unwrap();
     let worker = BalloonWorker {
@@ -96,7 +96,7 @@ fn reported_memory_goes_back_in_whole_pages() {
     let mut setup = setup();
     let driver = &mut setup.drivers[3];
     fill(driver);
-    // Two pages and, which no honest driver does, parts of those beside them.
+    // Two pages plus parts of the adjacent ones, which no correct driver reports.
     driver.set_descriptor(0, PLACE + PAGE_SIZE - 100, 2 * PAGE_SIZE as u32 + 200, 2, 0);
     driver.make_available(0);
     setup.worker.serve().unwrap();

@@ -1,4 +1,4 @@
-//! One pair of queues and its thread: frames between guest memory and the tap.
+//! A queue pair and its thread, which moves frames between guest memory and the tap.
 
 use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, Tap, count};
 use crate::fault::guest_fault;
@@ -16,11 +16,11 @@ use thiserror::Error;
 use virtio_bindings::virtio_net::*;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Frames one way before the other way has its turn.
+/// Maximum number of frames in one direction before the other is served.
 const BATCH: usize = 64;
-/// The largest packet, whole before it is segmented, in bytes.
+/// Maximum size of an unsegmented packet in bytes.
 const LARGEST_PACKET: usize = 65_536;
-/// Ethernet's header and a VLAN tag.
+/// Ethernet header and VLAN tag.
 const LINK_HEADER: usize = 18;
 
 #[derive(Debug, Error)]
@@ -34,38 +34,38 @@ enum PairError {
 /// Why a direction stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
-    /// There is nothing to move.
+    /// There is no frame to move.
     Idle,
-    /// It has had its turn.
+    /// It has moved a whole batch.
     Turn,
-    /// The guest has given no buffers.
+    /// The guest has supplied no buffers.
     Starved,
-    /// Its limit.
+    /// The rate limit is reached; it may go on after this time.
     Limited(Duration),
-    /// The tap is gone.
+    /// The tap no longer exists.
     Gone,
 }
 
-/// Where a pair belongs.
+/// The tap queue and shared state that a pair works with.
 pub(super) struct Place {
-    /// Which of the tap's queues is its.
+    /// Index of the tap's queue.
     pub(super) index: usize,
     pub(super) tap: Arc<Tap>,
     pub(super) shared: Arc<Shared>,
     pub(super) stop: EventFd,
 }
 
-/// What buffers a frame may take.
+/// Which buffers a received frame needs.
 #[derive(Clone, Copy)]
 pub(super) struct Room {
-    /// Several buffers.
+    /// Whether a frame may span several buffers.
     mergeable: bool,
-    /// So many bytes at most.
+    /// Maximum size of a frame in bytes.
     frame: usize,
 }
 
 impl Room {
-    /// As the driver's features have it.
+    /// The requirements for a driver with these features.
     pub(super) fn of(features: u64, mtu: Option<u16>) -> Self {
         let has = |bit: u32| features & (1 << bit) != 0;
         let segments = [
@@ -95,10 +95,10 @@ struct Receiver {
     queue: ActiveQueue,
     limiter: Arc<Mutex<RateLimiter>>,
     wanted: Room,
-    /// Buffers in hand, with the number of their pieces.
+    /// Available buffers, each with its number of iovecs.
     chains: VecDeque<(Chain, usize)>,
     pieces: Pieces,
-    /// Bytes of the buffers in hand.
+    /// Total size of the available buffers in bytes.
     room: usize,
 }
 
@@ -145,7 +145,7 @@ impl Pair {
             return Ok(());
         };
         loop {
-            // What is sent may have its answer at once: one interrupt tells of both.
+            // Served first, since a sent frame may be answered at once: one interrupt covers both.
             let sent = self.sender.run(tap, &shared)?;
             let received = self.receiver.run(tap, &shared)?;
             self.receiver.queue.notify()?;
@@ -174,7 +174,7 @@ impl Pair {
                 limit,
             )?;
             if stop {
-                // Buffers in hand are the driver's again.
+                // Buffers that were taken but not used return to the driver.
                 for _ in self.receiver.chains.drain(..) {
                     self.receiver.queue.unpop();
                 }
@@ -190,7 +190,7 @@ impl Pair {
     }
 }
 
-/// Moves frames one way until `one` says why not, or the other way has its turn.
+/// Calls `one` until it returns a reason to stop, or a batch is complete.
 fn turn(mut one: impl FnMut() -> Result<Option<Pause>, QueueError>) -> Result<Pause, QueueError> {
     for _ in 0..BATCH {
         if let Some(pause) = one()? {
@@ -201,7 +201,7 @@ fn turn(mut one: impl FnMut() -> Result<Option<Pause>, QueueError>) -> Result<Pa
 }
 
 impl Receiver {
-    /// Moves frames from the tap to the guest, which is not told yet.
+    /// Moves frames from the tap to the guest, without notifying the guest yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
         turn(|| self.one(tap, shared))
     }
@@ -224,12 +224,12 @@ impl Receiver {
             Err(error) => return Ok(Some(refused(&error, shared))),
         };
         if bytes == 0 {
-            // A socket whose other end was closed.
+            // The peer of a socket has closed it.
             shared.set_link(false);
             return Ok(Some(Pause::Gone));
         }
         if bytes < HEADER_SIZE || !shared.link() {
-            // What was read is overwritten by the next frame.
+            // The data is overwritten by the next frame.
             count(&shared.metrics.received_drops, 1);
             return Ok(None);
         }
@@ -240,8 +240,9 @@ impl Receiver {
         Ok(None)
     }
 
-    /// Takes buffers into hand until any frame fits; if that is not to be, why. No more buffers than the
-    /// queue holds at once, and few that are no use: a guest may give new ones as fast as they come back.
+    /// Takes buffers from the queue until any frame fits; returns the reason if that is impossible. Takes no
+    /// more buffers than the queue holds at once, and limits the number of useless ones: a guest may supply
+    /// new ones as fast as they are returned.
     fn refill(&mut self, shared: &Shared) -> Result<Option<Pause>, QueueError> {
         let mut useless = 0;
         for _ in 0..=self.queue.size() {
@@ -279,7 +280,7 @@ impl Receiver {
         Ok(Some(Pause::Turn))
     }
 
-    /// Gives the buffers back that hold a frame of `bytes`.
+    /// Returns the buffers that hold a frame of `bytes`.
     fn deliver(&mut self, bytes: usize) -> Result<(), QueueError> {
         let mut left = bytes;
         let mut filled = Vec::new();
@@ -296,7 +297,7 @@ impl Receiver {
         }
         let buffers = (filled.len() as u16).to_le_bytes();
         if let Some((first, _)) = filled.first() {
-            // It has room for a header.
+            // It has space for a header.
             first
                 .write(self.queue.memory(), NUM_BUFFERS_OFFSET, &buffers)
                 .ok();
@@ -307,7 +308,7 @@ impl Receiver {
 }
 
 impl Sender {
-    /// Moves frames from the guest to the tap; the guest is not told yet.
+    /// Moves frames from the guest to the tap, without notifying the guest yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
         turn(|| self.one(tap, shared))
     }
@@ -348,7 +349,7 @@ impl Sender {
     }
 }
 
-/// What the tap's refusal of a frame means.
+/// Handles a frame that the tap refused.
 fn refused(error: &io::Error, shared: &Shared) -> Pause {
     match error.raw_os_error() {
         Some(libc::EBADFD | libc::ENODEV | libc::ENXIO) => {

@@ -1,4 +1,4 @@
-//! The device behind a mock driver, with a socket pair for a tap.
+//! Tests of the device with a mock driver, and a socket pair instead of a tap.
 
 use super::*;
 use crate::test_utils::{Buffer, Driver, ends};
@@ -123,7 +123,7 @@ fn a_large_frame_fills_as_many_buffers_as_it_needs() {
     setup.receive.kick();
     let frame = pattern(20_000);
     setup.host_sends(&frame);
-    // 20,012 bytes with the header: thirteen of them whole, and 44 bytes.
+    // 20,012 bytes with the header: thirteen full buffers and 44 bytes.
     let got = used(&mut setup.receive, 14);
     assert_eq!(got.len(), 14);
     let mut message = Vec::new();
@@ -133,7 +133,7 @@ fn a_large_frame_fills_as_many_buffers_as_it_needs() {
     }
     assert_eq!(message[NUM_BUFFERS_OFFSET as usize..][..2], [14, 0]);
     assert_eq!(message[HEADER_SIZE..], frame);
-    // The next frame goes to the next buffer, and the same ones are not used twice.
+    // The next frame goes to the next buffer, and no buffer is used twice.
     setup.receive.offer(&[Buffer::Writable(30_000)]);
     setup.receive.kick();
     setup.host_sends(&pattern(60));
@@ -187,7 +187,7 @@ fn a_link_that_is_down_drops_frames_and_is_announced() {
     let handle = setup.device.handle();
     let page = RegisterPages::new(1).unwrap().page(0).unwrap();
     setup.device.publish_config(ConfigSpace::of(&page));
-    // The address's last two bytes, then the status.
+    // The last two bytes of the MAC address, then the status.
     let status = || page.load(VIRTIO_MMIO_CONFIG + 4) >> 16;
     assert_eq!(status(), VIRTIO_NET_S_LINK_UP);
     handle.set_link(false);
@@ -343,7 +343,7 @@ fn a_network_goes_on_where_it_was() {
 
     let state = device.save().unwrap();
     device.stop(None);
-    // Buffers that the device had in hand are the driver's again.
+    // Buffers that the device had taken return to the driver.
     assert_eq!(place.get(), (1, 1));
     send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
     device.restore(&state).unwrap();
@@ -360,7 +360,7 @@ fn a_network_goes_on_where_it_was() {
     assert!(matches!(refused, Err(StateError::Misfit(_))));
 }
 
-/// Each buffer is no use, and there is always another.
+/// Each buffer is too short, and there is always another.
 #[test]
 fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
     let mut setup = Setup::new(MERGEABLE, options());

@@ -1,14 +1,14 @@
-//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue, or an
-//! embedder's own.
+//! A worker for devices with one queue served on the event loop: entropy, virtio-mem, the control queue of a
+//! network, or an embedder's device.
 
 use super::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-/// How many chains of a queue are answered before the loop's other sources have their turn: a driver that
-/// keeps its queue full must not have the loop for itself.
+/// Number of chains per batch: then the loop's other event sources are served, so that a driver that keeps
+/// its queue full cannot occupy the loop.
 pub const TURN: usize = 32;
 
-/// A queue, and what answers a chain: it says how many bytes it wrote into it.
+/// A queue and a function that handles a chain and returns the number of bytes written to it.
 pub struct LoopWorker<S> {
     queue: ActiveQueue,
     name: &'static str,
@@ -16,7 +16,7 @@ pub struct LoopWorker<S> {
 }
 
 impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
-    /// `name` is the device's, for what is logged.
+    /// Creates a worker; `name` is the device's name in log messages.
     pub fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
         Self {
             queue,
@@ -25,10 +25,10 @@ impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
         }
     }
 
-    /// Answers what the driver has in the queue, a turn of it at most.
+    /// Handles the available chains, at most one batch.
     ///
     /// # Errors
-    /// The driver's faults; the queue can't be used any more.
+    /// A fault of the driver; the queue can't be used any more.
     pub fn serve(&mut self) -> Result<(), QueueError> {
         self.queue.serve_turn(TURN, &mut self.answer)
     }
@@ -65,7 +65,7 @@ mod tests {
         let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
         assert_eq!(driver.used().len(), TURN);
-        // It comes back without its driver.
+        // It is called again without a kick from the driver.
         assert!(driver.take_kick());
     }
 

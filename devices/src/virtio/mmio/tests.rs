@@ -1,4 +1,4 @@
-//! The register file as a driver sees it, register by register: virtio 1.2, section 4.2.2 and 3.1.
+//! The registers as seen by a driver: virtio 1.2, sections 4.2.2 and 3.1.
 
 use super::*;
 use crate::balloon::Balloon;
@@ -92,12 +92,12 @@ fn a_driver_that_follows_the_steps_gets_a_running_device() {
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1);
     assert_eq!(driver.status(15), 15);
     assert_eq!(driver.event_loop.len(), 1);
-    // A reset stops the worker and forgets everything.
+    // A reset stops the worker and clears all state.
     assert_eq!(driver.status(0), 0);
     assert!(driver.event_loop.is_empty());
     driver.write(VIRTIO_MMIO_QUEUE_SEL, 0);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
-    // And it can be driven again.
+    // The device can be initialized again.
     driver.negotiate();
     driver.set_queue(0x1000);
     assert_eq!(driver.status(15), 15);
@@ -198,7 +198,7 @@ fn the_registers_of_a_running_device_do_not_change() {
             assert_eq!(queue(&driver), before, "{register:#x} = {value:#x}");
         }
     }
-    // Nor what was agreed on, and no step back but a reset.
+    // Neither do the negotiated features, and only a reset lowers the status.
     driver.accept(0);
     assert_eq!(driver.transport.driver_features, F_VERSION_1 | F_EVENT_IDX);
     for value in [1, 3, 11] {
@@ -264,7 +264,7 @@ fn random_accesses_never_panic() {
     }
 }
 
-/// A guest that has the page reads it, and never asks the device.
+/// A guest with the page mapped reads it without asking the device.
 #[test]
 fn a_page_shows_what_a_read_would() {
     let pages = RegisterPages::new(1).unwrap();
@@ -295,7 +295,7 @@ fn a_page_shows_what_a_read_would() {
     assert_eq!(page.load(VIRTIO_MMIO_QUEUE_NUM_MAX), 256);
 }
 
-/// What changes it, whoever does, is in the page at once, and after it the interrupt.
+/// Changes from either side are in the page before the interrupt is raised.
 #[test]
 fn a_page_shows_a_configuration_that_changes() {
     let pages = RegisterPages::new(1).unwrap();
@@ -315,7 +315,7 @@ fn a_page_shows_a_configuration_that_changes() {
     assert_eq!((page.load(target), page.load(actual)), (7, 0));
 }
 
-/// The guest kernel's driver writes none of it again (`guest-kernel/patches`, virtio-mmio).
+/// The patched driver of the guest kernel relies on it (`guest-kernel/patches`, virtio-mmio).
 #[test]
 fn a_reset_clears_all_that_was_written() {
     let mut driver = Driver::new();
