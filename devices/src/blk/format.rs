@@ -1,18 +1,18 @@
-//! What a file says of itself that is no raw image: containers of virtual disks, which the guest would see as
-//! they are and its writes would destroy, and compressed files.
+//! Recognizes files that are not raw images: containers of virtual disks, which the guest would see as they
+//! are and destroy by writing, and compressed files.
 //!
-//! Only files that are about to be refused are told by this: nothing is ever read as another format by what
-//! is in it, since a guest writes its own disk's first bytes.
+//! This is only used to refuse files. Nothing is ever interpreted as another format because of its contents,
+//! since a guest can write the first bytes of its own disk.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Where formats have their marks, in bytes: at the beginning, and in the last sector.
+/// Sizes in bytes of the areas that contain signatures: the beginning of the file and the last sector.
 const HEAD: usize = 512;
 const TAIL: usize = 512;
 
-/// A format, where its mark is in the first bytes, and the mark.
+/// A format, the offset of its signature within the area, and the signature.
 type Mark = (&'static str, usize, &'static [u8]);
 
 const HEADS: &[Mark] = &[
@@ -36,17 +36,18 @@ const HEADS: &[Mark] = &[
     ("compressed (7z)", 0, b"7z\xbc\xaf\x27\x1c"),
 ];
 
-/// Those with a mark at the beginning of the last sector. Before a fixed VHD's there is a raw image, but the
-/// last sector is not the disk's.
+/// Formats with a signature at the beginning of the last sector. A fixed VHD is a raw image followed by such
+/// a sector, which is not part of the disk.
 const TAILS: &[Mark] = &[
     ("a VHD (vpc) image", 0, b"conectix"),
     ("an Apple disk image", 0, b"koly"),
 ];
 
-/// What a file is, if it is one of these. A CD's image (ISO 9660) is raw, as the file system of any disk.
+/// The format of a file, if it is one of these. A CD image (ISO 9660) is raw, like the file system of any
+/// disk.
 ///
 /// # Errors
-/// If it can't be read.
+/// If the file can't be read.
 pub fn foreign_format(file: &File) -> io::Result<Option<&'static str>> {
     let mut head = [0; HEAD];
     read(file, &mut head, 0)?;
@@ -71,7 +72,7 @@ fn find(marks: &[Mark], bytes: &[u8]) -> Option<&'static str> {
     found.map(|(name, ..)| *name)
 }
 
-/// As much as there is.
+/// Reads as many bytes as there are.
 fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
@@ -103,7 +104,7 @@ mod tests {
         for (name, at, mark) in HEADS {
             let found = foreign_format(&file(1 << 20, &[(*at as u64, mark)])).unwrap();
             assert_eq!(found, Some(*name));
-            // Elsewhere the same bytes are data.
+            // At another offset the same bytes are data.
             let found = foreign_format(&file(1 << 20, &[(*at as u64 + 4096, mark)])).unwrap();
             assert_eq!(found, None, "{name}");
         }

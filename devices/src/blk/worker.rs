@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Of the two events that a worker waits for the second; the first is the driver's kick.
+/// Index of the stop event among the two that a worker waits for; the first is the driver's kick.
 const STOP: usize = 1;
 
-/// Why a worker ended before it was told to.
+/// Why a worker ended early.
 #[derive(Debug, Error)]
 enum WorkerError {
     #[error(transparent)]
@@ -29,15 +29,15 @@ enum WorkerError {
     Host(#[from] io::Error),
 }
 
-/// What all queues of a disk share.
+/// State shared by all queues of a disk.
 pub(super) struct Shared {
     pub(super) disk: Arc<Disk>,
     pub(super) metrics: Arc<BlockMetrics>,
     pub(super) limiter: Arc<Mutex<RateLimiter>>,
     pub(super) engine: IoEngine,
-    /// The driver does not flush: every write is stable before it is answered.
+    /// The driver does not flush: every write must be durable before it is completed.
     pub(super) durable: bool,
-    /// To stop is to answer what is under way first, not to let go of it.
+    /// Whether to complete requests in flight on a stop instead of dropping them.
     pub(super) drain: AtomicBool,
 }
 
@@ -89,10 +89,10 @@ struct Serving {
     queue: ActiveQueue,
     engine: Engine,
     shared: Arc<Shared>,
-    /// Requests under way, by their token.
+    /// Requests in flight, by token.
     requests: Vec<Option<Request>>,
     free: Vec<u16>,
-    /// Bytes that they move.
+    /// Bytes in flight.
     under_way: u64,
 }
 
@@ -102,7 +102,7 @@ impl Serving {
         loop {
             let limit = match stopping {
                 false => self.take()?,
-                // What the host was asked for is answered: nobody asks for it again.
+                // Requests in flight are completed; they are not resubmitted.
                 true if self.free.len() == self.requests.len() => {
                     return Ok(self.queue.notify()?);
                 }
@@ -123,9 +123,9 @@ impl Serving {
         }
     }
 
-    /// Starts what the driver has in the queue; how long to wait before more may start. No more than the
-    /// queue holds at once: what is answered here, since it can't be done, must not keep this thread from
-    /// being told to stop.
+    /// Starts available requests; returns how long to wait before more may be started. Takes no more than the
+    /// queue holds at once: requests that are answered immediately because they are invalid must not delay a
+    /// stop.
     fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
         for _ in 0..self.requests.len() {
             if self.free.is_empty() || self.under_way >= MAX_UNDER_WAY || !self.engine.has_room() {
@@ -221,7 +221,7 @@ impl Serving {
     }
 }
 
-/// What was under way when the worker ends is not any more.
+/// Removes requests in flight from the metrics when the worker ends.
 impl Drop for Serving {
     fn drop(&mut self) {
         let left = self.requests.iter().flatten().count() as u64;
@@ -266,7 +266,7 @@ mod tests {
             [event(), event()],
         );
         let mut serving = Serving {
-            // Of a queue that is as short: what it has is more than one turn.
+            // With so short a queue, its contents exceed one batch.
             requests: (0..32).map(|_| None).collect(),
             free: (0..32).rev().collect(),
             under_way: 0,

@@ -1,17 +1,16 @@
-//! Changes on the host, for a guest that watches its files (inotify).
+//! Reports changes on the host to files that the guest watches (inotify).
 //!
-//! A guest's inotify sees what the guest does, and nothing of what the host does to shared files.
-//! Koya's guest kernel (`guest-kernel/patches`) tells of each watch, the host's inotify watches the
-//! same file here, and what it sees goes back to the guest by whoever holds [`HostEvents`]: the
-//! sandbox's agent hands it to the guest's kernel, which fires its own watches.
+//! Without this, inotify in a guest reports only what the guest does, not what the host does to shared files.
+//! Koya's guest kernel (`guest-kernel/patches`) announces each watch, and the host's inotify watches the same
+//! file here. Events go to the owner of [`HostEvents`]: the sandbox passes them to its agent, which makes the
+//! guest kernel fire its watches.
 //!
-//! # What the guest did itself
-//! The host's inotify also sees what this server does for the guest, and the guest's kernel has
-//! told of that already. Each operation therefore notes what it is about to change ([`Acting`]); an
-//! event that fits such a note is the guest's own. When an operation ends, all that the host has
-//! queued is looked at, and then its note ends. A host's change of the same kind to the same name
-//! while an operation runs is dropped with it, and is not missed: the guest's own event is fired
-//! after the operation.
+//! # Changes made by the guest
+//! The host's inotify also reports what this server does on behalf of the guest, and the guest kernel has
+//! already reported that. So each operation records what it is about to change ([`Acting`]), and events that
+//! match the record are ignored. When an operation ends, all events in the host's queue are read before its
+//! record is removed. A change of the same kind to the same name by the host during the operation is ignored
+//! too, but not missed: the guest's own event is fired after the operation.
 
 mod translate;
 
@@ -30,17 +29,17 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// The most files that one guest may watch.
+/// Maximum number of files that a guest may watch.
 const MAX_WATCHES: usize = 1 << 16;
 
-/// What all processes of a user may watch together. One guest gets an eighth of it.
+/// The limit of watches of a user. A guest gets an eighth of it.
 const HOST_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
 const GUESTS: usize = 8;
 
-/// How long events are gathered before they are told together.
+/// How long events are collected before they are reported together.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// Kinds of events, as `inotify(7)` has them.
+/// Event types, as in `inotify(7)`.
 pub(super) mod kind {
     pub(crate) const MODIFY: u32 = 0x2;
     pub(crate) const ATTRIB: u32 = 0x4;
@@ -53,8 +52,8 @@ pub(super) mod kind {
     pub(crate) const Q_OVERFLOW: u32 = 0x4000;
     pub(crate) const IGNORED: u32 = 0x8000;
     pub(crate) const IS_DIR: u32 = 0x4000_0000;
-    /// What a guest is told of. Not of opening, reading and closing after that: this server does as
-    /// much for every access of the guest.
+    /// The types that are reported. Opening, reading and closing after reading are not: this server does the
+    /// same for every access of the guest.
     pub(crate) const TOLD: u32 =
         MODIFY | ATTRIB | CLOSE_WRITE | MOVED | CREATE | DELETE | DELETE_SELF | MOVE_SELF;
 }
@@ -62,19 +61,19 @@ pub(super) mod kind {
 /// A change on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostEvent {
-    /// The node, by the number that the guest has for it.
+    /// Node ID in the guest.
     pub nodeid: u64,
-    /// One of `IN_*` ([inotify(7)]), with `IN_ISDIR` where the host says so.
+    /// One of `IN_*` ([inotify(7)]), with `IN_ISDIR` if the host sets it.
     ///
     /// [inotify(7)]: https://man7.org/linux/man-pages/man7/inotify.7.html
     pub mask: u32,
-    /// The same for both halves of a move.
+    /// Equal for both halves of a move.
     pub cookie: u32,
-    /// The entry of the directory that it is about; empty: the node itself. At most 255 bytes.
+    /// The directory entry that changed, at most 255 bytes; empty for the node itself.
     pub name: Vec<u8>,
 }
 
-/// What changes on the host, as a guest that watches it is to be told. Ends with the device.
+/// Changes on the host to files that the guest watches. Ends with the device.
 pub struct HostEvents(Arc<Watches>);
 
 impl HostEvents {
@@ -83,12 +82,11 @@ impl HostEvents {
         Self(watches)
     }
 
-    /// Waits for events and returns those that there are, in the order in which they happened, 1,024
-    /// at most; none when the device is gone. What is not fetched waits in the host's queue, some
-    /// 16,000 events.
+    /// Waits for events and returns up to 1,024 of them in order; `None` when the device is gone. Events that
+    /// are not fetched stay in the host's queue, which holds some 16,000.
     ///
     /// # Errors
-    /// If the host can't wait or read.
+    /// If the host cannot wait or read.
     pub fn next(&self) -> io::Result<Option<Vec<HostEvent>>> {
         loop {
             let queue = self.0.queue.get();
@@ -119,13 +117,13 @@ impl Drop for HostEvents {
     }
 }
 
-/// What one descriptor of the host's queue stands for.
+/// What a watch descriptor of the host stands for.
 #[derive(Default)]
 struct Watched {
-    /// Nodes that the guest watches: one directory can be several, by way of several exports.
+    /// Nodes that the guest watches: one directory can be several nodes through several exports.
     nodes: HashSet<u64>,
-    /// Directories in it that the guest watches: a directory's own watch hears nothing of its end
-    /// while somebody holds it, and this server does.
+    /// Watched directories in it: a directory's own watch does not report its removal while it is held open,
+    /// as this server does.
     children: HashSet<u64>,
 }
 
@@ -133,14 +131,14 @@ struct Node {
     inode: Arc<Inode>,
     mask: u32,
     descriptor: i32,
-    /// Where its parent is watched, of a directory.
+    /// For a directory: the watch descriptor of its parent.
     parent: Option<i32>,
 }
 
-/// Which change is the guest's own: a node's, or that of an entry of it.
+/// Identifies a change made by the guest: to a node, or to an entry of it.
 type Key = (u64, Vec<u8>);
 
-/// Operations that are about to change something, and how.
+/// Record of operations that are about to change something, and how.
 #[derive(Default)]
 struct Note {
     kinds: u32,
@@ -151,25 +149,25 @@ struct Note {
 struct State {
     nodes: HashMap<u64, Node>,
     watched: HashMap<i32, Watched>,
-    /// The number of what was heard last of each node: requests overtake each other.
+    /// Sequence number of the last watch request for each node: requests can overtake each other.
     heard: HashMap<u64, u64>,
     notes: HashMap<Key, Note>,
-    /// Events that wait to be told.
+    /// Events to be reported.
     pending: VecDeque<HostEvent>,
 }
 
-/// What the guest watches.
+/// The watches of a guest.
 pub(super) struct Watches {
     inodes: Arc<Inodes>,
-    /// The host's inotify instance, made for the first watch: a user has few of them.
+    /// The host's inotify instance, created with the first watch: a user can have only a few.
     queue: OnceLock<OwnedFd>,
-    /// The queue was made, or events wait to be told.
+    /// Signalled when the queue was created, or events are to be reported.
     wake: EventFd,
     ended: EventFd,
-    /// Somebody holds [`HostEvents`].
+    /// Whether [`HostEvents`] is in use.
     wanted: AtomicBool,
     refused: AtomicBool,
-    /// How many files the guest may watch.
+    /// Maximum number of files that the guest may watch.
     most: OnceLock<usize>,
     count: AtomicUsize,
     state: Mutex<State>,
@@ -197,7 +195,7 @@ impl Watches {
         })
     }
 
-    /// Whether the guest is to be offered this.
+    /// Whether to offer watches to the guest.
     pub(super) fn wanted(&self) -> bool {
         self.wanted.load(Ordering::SeqCst)
     }
@@ -207,18 +205,18 @@ impl Watches {
         self.count.load(Ordering::SeqCst) > 0
     }
 
-    /// Whoever waits for events is told that there will be none.
+    /// Ends waits for events: there will be no more.
     pub(super) fn end(&self) {
         self.ended.write(1).ok();
     }
 
-    /// The guest watches a node for what is in `mask`. `number` orders what is said of watches.
+    /// Watches a node for the types in `mask`. `number` orders the watch requests.
     ///
     /// # Errors
-    /// What inotify_add_watch(2) says; ENOSPC beyond the most watches of a guest.
+    /// The error from inotify_add_watch(2); ENOSPC beyond the guest's limit.
     pub(super) fn watch(&self, inode: &Arc<Inode>, number: u64, mask: u32) -> Result<(), Errno> {
         let mut state = lock(&self.state);
-        // It may have been forgotten meanwhile, or its share taken away.
+        // It may have been forgotten meanwhile, or its share removed.
         self.inodes.get(inode.id)?;
         if !state.is_news(inode.id, number) {
             return Ok(());
@@ -237,7 +235,7 @@ impl Watches {
         watched
     }
 
-    /// Nobody in the guest watches the node any more.
+    /// The guest no longer watches the node.
     pub(super) fn unwatch(&self, nodeid: u64, number: u64) {
         let mut state = lock(&self.state);
         if self.inodes.get(nodeid).is_ok() && state.is_news(nodeid, number) {
@@ -255,7 +253,7 @@ impl Watches {
         }
     }
 
-    /// Ends the watches of nodes that fit.
+    /// Removes the watches of matching nodes.
     pub(super) fn let_go(&self, gone: impl Fn(&Inode) -> bool) {
         let mut state = lock(&self.state);
         let nodes = state.nodes.iter().filter(|(_, node)| gone(&node.inode));
@@ -265,7 +263,7 @@ impl Watches {
         }
     }
 
-    /// Ends all of them: the guest is gone, or nobody tells it any more.
+    /// Removes all watches: the guest is gone, or its events are no longer reported.
     pub(super) fn clear(&self) {
         self.let_go(|_| true);
         *lock(&self.state) = State::default();
@@ -315,7 +313,7 @@ impl Watches {
         self.leave_parent(state, nodeid, node.parent);
     }
 
-    /// Watches the directory that a directory is in: where that is, if it can be watched.
+    /// Watches the parent of a directory; returns its watch descriptor, if it can be watched.
     fn join_parent(&self, state: &mut State, inode: &Inode) -> Option<i32> {
         if inode.kind != FileType::Directory {
             return None;
@@ -336,7 +334,7 @@ impl Watches {
         }
     }
 
-    /// Ends the host's watch that nobody needs any more.
+    /// Removes a watch of the host that is no longer needed.
     fn tidy(&self, state: &mut State, descriptor: i32) {
         let idle = |watched: &Watched| watched.nodes.is_empty() && watched.children.is_empty();
         if state.watched.get(&descriptor).is_some_and(idle) {
@@ -347,8 +345,8 @@ impl Watches {
         }
     }
 
-    /// The guest is about to change what `about` lists: nodes or entries, and how. The note ends with
-    /// what is returned.
+    /// Records that the guest is about to change the nodes or entries of `about`, and how. The record is
+    /// removed when the guard is dropped.
     pub(super) fn acting<const N: usize>(
         &self,
         about: impl FnOnce() -> [(Key, u32); N],
@@ -375,7 +373,7 @@ impl State {
         self.heard.get(&nodeid).is_none_or(|last| *last < number)
     }
 
-    /// Whether an event of this node, or of its entry `name`, is of the guest's own doing.
+    /// Whether an event of this node, or of its entry `name`, was caused by the guest.
     fn is_own(&self, node: &Node, name: &[u8], kinds: u32) -> bool {
         let noted = |key: &Key| {
             let note = self.notes.get(key);
@@ -391,23 +389,23 @@ impl State {
     }
 }
 
-/// A note's key for a change of a node itself.
+/// Key for a change of the node itself.
 pub(super) fn own_key(inode: &Inode) -> Key {
     (inode.id, Vec::new())
 }
 
-/// A note's key for a change of a node, as its directory's watch sees it.
+/// Key for a change of a node as seen by the watch of its directory.
 pub(super) fn place_key(inode: &Inode) -> Key {
     let (parent, name) = inode.place();
     (parent, name.into_bytes())
 }
 
-/// A note's key for a change of an entry.
+/// Key for a change of a directory entry.
 pub(super) fn entry_key(directory: u64, name: &CStr) -> Key {
     (directory, name.to_bytes().to_owned())
 }
 
-/// The guest is changing something: see [`Watches::acting`].
+/// Guard of an operation by which the guest changes something: see [`Watches::acting`].
 pub(super) struct Acting<'a> {
     watches: &'a Watches,
     keys: Vec<Key>,
@@ -416,7 +414,7 @@ pub(super) struct Acting<'a> {
 impl Drop for Acting<'_> {
     fn drop(&mut self) {
         let state = &mut *lock(&self.watches.state);
-        // Whatever the host saw of this operation is in its queue by now.
+        // All events of this operation are in the host's queue by now.
         if let Err(error) = self.watches.drain(state) {
             log::debug!("virtio-fs: the host's watches can't be read: {error}");
         }
@@ -436,12 +434,12 @@ impl Drop for Acting<'_> {
 
 fn watch_file(queue: &OwnedFd, fd: impl AsFd, kinds: u32) -> Result<i32, Errno> {
     let path = sys::proc_path(fd.as_fd());
-    // A file that is watched already keeps what it is watched for.
+    // If the file is already watched, the types are added.
     let flags = WatchFlags::from_bits_retain(kinds) | WatchFlags::MASK_ADD;
     inotify::add_watch(queue, path, flags)
 }
 
-/// Watches the directory that a directory is in. Without the right to do so, its end is not seen.
+/// Watches the parent of a directory. Without permission, the directory's removal is not seen.
 fn watch_parent(queue: &OwnedFd, directory: impl AsFd) -> Option<i32> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let parent = openat(&directory, c"..", flags, Mode::empty()).ok()?;

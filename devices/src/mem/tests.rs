@@ -32,7 +32,7 @@ fn setup(requested: u64) -> Setup {
 }
 
 impl Setup {
-    /// Type and state of the answer.
+    /// Type and state of the response.
     fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
         let mut request = [0; size_of::<Request>()];
         request[..2].copy_from_slice(&kind.to_le_bytes());
@@ -142,7 +142,7 @@ fn a_new_size_is_announced_and_bounded() {
     assert_eq!(setup.handle.requested(), SIZE);
     setup.handle.set_requested(1);
     assert_eq!(setup.handle.requested(), BLOCK_SIZE);
-    // What was usable stays so.
+    // The usable region does not shrink.
     let device = Mem {
         shared: setup.handle.shared.clone(),
     };
@@ -162,12 +162,12 @@ fn a_region_that_is_no_blocks_is_refused() {
     }
 }
 
-/// The host's side: which slots there are.
+/// The hypervisor side: which slots are registered.
 #[derive(Clone, Default)]
 struct Recorder {
     present: Arc<Mutex<BTreeSet<usize>>>,
     refuses: Arc<AtomicBool>,
-    /// A slot that is refused while others are not.
+    /// A single slot that is refused.
     refused_slot: Arc<Mutex<Option<usize>>>,
 }
 
@@ -250,7 +250,7 @@ fn the_guest_and_devices_reach_what_is_plugged() {
     let memory = setup.driver.memory().clone();
     let writes = |address: u64| memory.write_obj(1u8, GuestAddress(address)).is_ok();
     assert!(!writes(START));
-    // Across the edge of two slots.
+    // Across the border of two slots.
     let edge = START + SLOT - BLOCK_SIZE;
     assert_eq!(setup.ask(REQUEST_PLUG, edge, 2).0, RESPONSE_ACK);
     assert_eq!(slots.present(), [0, 1]);
@@ -270,7 +270,7 @@ fn the_guest_and_devices_reach_what_is_plugged() {
 fn a_chain_into_unplugged_memory_is_the_guests_fault() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     setup.ask(REQUEST_PLUG, START, 1);
-    // The last byte of what is plugged, and the first of what is not.
+    // The last plugged byte and the first unplugged one.
     let edge = START + BLOCK_SIZE - 1;
     for (len, is_refused) in [(1, false), (2, true)] {
         setup.driver.set_descriptor(15, edge, len, 0, 0);
@@ -280,7 +280,7 @@ fn a_chain_into_unplugged_memory_is_the_guests_fault() {
     }
 }
 
-/// What the guest touched of unplugged blocks in a slot that is still there goes back.
+/// Memory that the guest touched in unplugged blocks of a registered slot is discarded.
 #[test]
 fn unplugged_blocks_are_given_back_again() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
@@ -288,7 +288,7 @@ fn unplugged_blocks_are_given_back_again() {
     setup.ask(REQUEST_UNPLUG, START, 1);
     let memory = setup.driver.memory().clone();
     let region = memory.find_region(GuestAddress(START)).unwrap();
-    // As the guest reaches it, which asks nobody.
+    // As the guest accesses it, without checks.
     let touch = |offset: u64| {
         let slice = region.mapped_slice(offset, 1).unwrap();
         slice.copy_from(&[7u8]);
@@ -323,7 +323,7 @@ fn a_block_in_each_of_many_slots_does_not_help() {
     let third = START + 2 * SLOT;
     assert_eq!(setup.ask(REQUEST_PLUG, third, 1).0, RESPONSE_BUSY);
     assert_eq!(slots.present(), [0, 1]);
-    // The rest of a slot that is there is nothing new.
+    // The rest of a registered slot needs no new slot.
     assert_eq!(
         setup.ask(REQUEST_PLUG, START + BLOCK_SIZE, 1).0,
         RESPONSE_ACK
@@ -338,7 +338,7 @@ fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
     assert_eq!((setup.handle.plugged(), setup.handle.reachable()), (0, 0));
     slots.refuses.store(false, Ordering::SeqCst);
     setup.ask(REQUEST_PLUG, START, 1);
-    // One that is not taken away is known, and is tried again.
+    // A slot that could not be removed remains listed, and is tried again.
     slots.refuses.store(true, Ordering::SeqCst);
     assert_eq!(setup.ask(REQUEST_UNPLUG, START, 1).0, RESPONSE_ACK);
     assert_eq!(
@@ -350,7 +350,7 @@ fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
     assert!(slots.present().is_empty());
 }
 
-/// What a device saves that has these blocks: first address and count.
+/// Saved state of a device with these blocks: first address and count.
 fn saved_with(plugged: [(u64, u16); 2]) -> Payload {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     for (address, count) in plugged {
@@ -388,7 +388,7 @@ fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
     let handle = device.handle();
     assert_eq!((handle.plugged(), handle.reachable()), (0, 0));
     assert!(!memory.check_range(GuestAddress(START), 1));
-    // What the host refused once may succeed later.
+    // What the host refused may succeed later.
     *lock(&slots.refused_slot) = None;
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);

@@ -1,5 +1,5 @@
-//! One stream between guest and host: the state machine and the credit arithmetic, on plain
-//! data. It owns the host's end and is polled by the [`muxer`](super::muxer).
+//! One stream between guest and host: the state machine and the credit accounting, on plain data. It owns the
+//! host's end of the stream and is driven by the [`muxer`](super::muxer).
 //!
 //! ```text
 //!            REQUEST from guest, host accepted          REQUEST to guest
@@ -10,13 +10,12 @@
 //!        │   guest SHUTDOWN(both) and our buffer is flushed, or RST, or host error
 //!        │                                │
 //!        │ RST after SHUTDOWN,            ▼
-//!        │ with a buffer left    Dead: a RST is owed unless the guest sent one
+//!        │ with a buffer left    Dead: a RST is sent unless the guest sent one
 //!        ▼                                ▲
 //!     Draining ───────────────────────────┘ our buffer is flushed, or host error
 //! ```
-//! A Linux guest that closes a stream waits 8 s for our reset and then sends one: Draining is for a
-//! host's end that is slower than that.
-//! Half closes are flags inside Established: each direction ends by itself.
+//! A Linux guest that closes a stream waits 8 s for a reset and then sends one. Draining is for a host end
+//! that is slower than that. Half-closes are flags within Established: each direction ends independently.
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use std::collections::VecDeque;
@@ -24,57 +23,57 @@ use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// The most that the host buffers for one stream, in bytes: the credit that the guest gets.
+/// Maximum buffer of a stream on the host in bytes: the credit that the guest gets.
 pub const BUFFER_SIZE: u32 = 256 << 10;
 
-/// The least: of a stream that is made when there are very many.
+/// Minimum buffer, for streams opened when there are very many.
 pub const LEAST_BUFFER_SIZE: u32 = 2 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The host asked; the guest has not answered.
+    /// Requested by the host; the guest has not answered.
     Connecting,
     /// Data flows.
     Established,
-    /// The guest is done and gone; the host's end has not taken everything yet.
+    /// The guest has closed the stream; the host's end has not read everything yet.
     Draining,
-    /// Nothing flows any more.
+    /// The stream has ended.
     Dead,
 }
 
-/// A stream.
+/// A stream between guest and host.
 pub struct Connection {
     state: State,
     stream: UnixStream,
-    /// The guest's credit, in bytes.
+    /// Size of the receive buffer, which is the guest's credit, in bytes.
     window: u32,
-    /// What the guest sent and the host's end has not taken yet.
+    /// Data from the guest that the host's end has not taken yet.
     buffer: VecDeque<u8>,
-    /// Bytes passed on to the host's end, wrapping; what the guest was told last.
+    /// Bytes forwarded to the host's end (wrapping), and the value last reported to the guest.
     forwarded: u32,
     forwarded_told: u32,
-    /// The guest's buffer and what it has passed on; what we sent to it.
+    /// Size of the guest's buffer, bytes that the guest has forwarded from it, and bytes sent to the guest.
     peer_buffer: u32,
     peer_forwarded: u32,
     sent: u32,
-    /// Control packets that are owed.
+    /// Pending control packets.
     owed: VecDeque<(Op, u32)>,
-    /// The host's end may have something to read.
+    /// The host's end may be readable.
     readable: bool,
-    /// The host's end has said that nothing more comes.
+    /// The host's end sends no more.
     host_ended: bool,
-    /// The guest will send no more, receive no more.
+    /// The guest sends no more; the guest receives no more.
     guest_ended: bool,
     guest_deaf: bool,
     reset_received: bool,
-    /// The host's end was closed, both ways; its number among those that were.
+    /// Set when the host's end was closed in both directions: its position in the order of closing.
     closed: Option<u64>,
-    /// What the host's end is told once the guest has accepted.
+    /// Written to the host's end once the guest has accepted.
     greeting: Option<String>,
 }
 
 impl Connection {
-    /// The guest asked for it with `request`, and the host accepted.
+    /// A stream that the guest opened with `request` and the host accepted.
     pub fn accepted(stream: UnixStream, request: &Header, window: u32) -> Self {
         let mut connection = Self::new(stream, State::Established, window);
         connection.take_credit(request);
@@ -82,7 +81,8 @@ impl Connection {
         connection
     }
 
-    /// The host asks for it. Its end gets `greeting`, if there is one, once the guest has accepted.
+    /// A stream opened by the host. If there is a `greeting`, it is written to the host's end once the guest
+    /// has accepted.
     pub fn requested(stream: UnixStream, window: u32, greeting: Option<String>) -> Self {
         let mut connection = Self::new(stream, State::Connecting, window);
         connection.greeting = greeting;
@@ -117,18 +117,18 @@ impl Connection {
         &self.stream
     }
 
-    /// What the host may have to buffer for it.
+    /// Size of the receive buffer in bytes.
     pub fn window(&self) -> u32 {
         self.window
     }
 
-    /// Whether nothing more will happen and nothing is owed: it can be forgotten.
+    /// Whether the stream has ended and no packet is pending, so that it can be removed.
     pub fn is_over(&self) -> bool {
         self.state == State::Dead && self.owed.is_empty()
     }
 
-    /// Whether there is a packet for the guest: something owed, or data that may be there and
-    /// that the guest has room for.
+    /// Whether there is a packet for the guest: a control packet, or possibly data for which the guest has
+    /// credit.
     pub fn has_packet(&self) -> bool {
         !self.owed.is_empty() || self.can_send()
     }
@@ -141,18 +141,18 @@ impl Connection {
             && self.peer_room() > 0
     }
 
-    /// Bytes that the guest has room for.
+    /// The guest's free buffer space in bytes.
     pub fn peer_room(&self) -> u32 {
         let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_buffer.saturating_sub(in_flight)
     }
 
-    /// Bytes that the host still buffers for its end.
+    /// Bytes buffered for the host's end.
     pub fn buffered(&self) -> usize {
         self.buffer.len()
     }
 
-    /// The next control packet that is owed, with its flags.
+    /// The next pending control packet, with its flags.
     pub fn take_owed(&mut self) -> Option<(Op, u32)> {
         let owed = self.owed.pop_front();
         if matches!(owed, Some((op, _)) if op != Op::Reset) {
@@ -161,20 +161,20 @@ impl Connection {
         owed
     }
 
-    /// Puts this side's credit into a header that goes to the guest.
+    /// Sets this side's credit fields in a header for the guest.
     pub fn put_credit(&mut self, header: &mut Header) {
         header.buf_alloc = self.window.into();
         header.fwd_cnt = self.forwarded.into();
         self.forwarded_told = self.forwarded;
     }
 
-    /// The guest's credit, from any of its packets.
+    /// Reads the guest's credit fields from any of its packets.
     pub fn take_credit(&mut self, header: &Header) {
         self.peer_buffer = header.buf_alloc.get();
         self.peer_forwarded = header.fwd_cnt.get();
     }
 
-    /// A packet of the guest's other than data or a request.
+    /// Handles a packet from the guest other than data or a request.
     pub fn receive_control(&mut self, op: Op, flags: u32) {
         match (self.state, op) {
             (State::Connecting, Op::Response) => self.accepted_by_guest(),
@@ -191,7 +191,7 @@ impl Connection {
             (State::Established, Op::Shutdown) => self.receive_shutdown(flags),
             (State::Established, Op::CreditRequest) => self.owe(Op::CreditUpdate, 0),
             (State::Established, Op::CreditUpdate) => {}
-            // Anything else is out of turn.
+            // Anything else is a protocol error.
             _ => self.kill(),
         }
     }
@@ -199,7 +199,7 @@ impl Connection {
     fn accepted_by_guest(&mut self) {
         self.state = State::Established;
         if let Some(greeting) = self.greeting.take()
-            // Nothing was written before: there is room for a line.
+            // Nothing was written before, so the line fits into the socket buffer.
             && self.stream.write_all(greeting.as_bytes()).is_err()
         {
             self.host_gone();
@@ -210,14 +210,14 @@ impl Connection {
         self.guest_ended |= flags & SHUTDOWN_SEND != 0;
         self.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
         if self.guest_deaf {
-            // The host's end learns it from its next write.
+            // The host's end gets an error on its next write.
             self.stream.shutdown(Shutdown::Read).ok();
         }
         self.after_flush();
     }
 
-    /// Data from the guest that the device could not pass on at once. False, and dead, if the
-    /// guest sent more than its credit or after it said that it would not.
+    /// Buffers data from the guest that could not be forwarded at once. Returns false, and the stream is
+    /// dead, if the guest exceeded its credit or had announced that it would send no more.
     pub fn receive(&mut self, data: &[u8]) -> bool {
         let allowed = self.state == State::Established
             && !self.guest_ended
@@ -228,7 +228,7 @@ impl Connection {
         }
         let (len, capacity) = (self.buffer.len() + data.len(), self.buffer.capacity());
         if len > capacity {
-            // As it grows by itself, but never beyond the window.
+            // Grows as a VecDeque would, but never beyond the receive buffer size.
             let wanted = len.max(2 * capacity).min(self.window as usize);
             self.buffer.reserve_exact(wanted - self.buffer.len());
         }
@@ -236,7 +236,7 @@ impl Connection {
         true
     }
 
-    /// Whether data may go straight to the host's end: nothing is buffered before it.
+    /// Whether data may be forwarded directly to the host's end: nothing is buffered before it.
     pub fn may_bypass(&self, len: u32) -> bool {
         self.state == State::Established
             && !self.guest_ended
@@ -244,7 +244,7 @@ impl Connection {
             && len <= self.window
     }
 
-    /// The device wrote `count` bytes straight to the host's end.
+    /// Accounts for `count` bytes forwarded directly to the host's end.
     pub fn passed_on(&mut self, count: u32) {
         self.forwarded = self.forwarded.wrapping_add(count);
         if self.state == State::Established
@@ -254,7 +254,7 @@ impl Connection {
         }
     }
 
-    /// Writes what is buffered to the host's end, as much as it takes.
+    /// Writes as much buffered data to the host's end as it accepts.
     pub fn flush(&mut self) {
         while !self.buffer.is_empty() {
             let (front, _) = self.buffer.as_slices();
@@ -269,12 +269,12 @@ impl Connection {
                 Err(_) => return self.host_gone(),
             }
         }
-        // A burst's room is given back.
+        // Frees the memory of a burst.
         self.buffer = VecDeque::new();
         self.after_flush();
     }
 
-    /// Ends directions that were only waiting for the buffer.
+    /// Closes the directions that were waiting for the buffer to be flushed.
     fn after_flush(&mut self) {
         if !self.buffer.is_empty() {
             return;
@@ -289,44 +289,44 @@ impl Connection {
         }
     }
 
-    /// The host's end takes no more data from the guest.
+    /// The host's end accepts no more data.
     pub fn host_gone(&mut self) {
         self.kill();
     }
 
-    /// The device sent `count` bytes of the host to the guest.
+    /// Accounts for `count` bytes sent to the guest.
     pub fn sent(&mut self, count: u32) {
         self.sent = self.sent.wrapping_add(count);
     }
 
-    /// The host's end has nothing to read now.
+    /// The host's end is not readable at present.
     pub fn drained(&mut self) {
         self.readable = false;
     }
 
-    /// The host's end was closed, as the `number`th.
+    /// Records that the host's end was closed, as the `number`th.
     pub fn set_closed(&mut self, number: u64) {
         self.closed.get_or_insert(number);
     }
 
-    /// Which of the host's ends that were closed this one was, if it was.
+    /// The position of the host's end in the order of closing, if it was closed.
     pub fn closed(&self) -> Option<u64> {
         self.closed
     }
 
-    /// The host's end may have something to read.
+    /// The host's end may be readable.
     pub fn set_readable(&mut self) {
         self.readable = true;
     }
 
-    /// The host's end will send no more.
+    /// The host's end sends no more.
     pub fn host_ended(&mut self) {
         if !std::mem::replace(&mut self.host_ended, true) && self.state == State::Established {
             self.owe(Op::Shutdown, SHUTDOWN_SEND);
         }
     }
 
-    /// Ends it at once, and owes the guest a reset unless it sent one.
+    /// Ends the stream at once; a reset is sent unless the guest sent one.
     pub fn kill(&mut self) {
         if self.state == State::Dead {
             return;
@@ -443,7 +443,7 @@ mod tests {
         let sent: Vec<u8> = (0..BUFFER_SIZE).map(|n| n as u8).collect();
         assert!(connection.receive(&sent));
         connection.receive_control(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
-        // The guest has waited long enough.
+        // The guest gives up waiting.
         connection.receive_control(Op::Reset, 0);
         assert!(!connection.has_packet() && !connection.is_over());
         let reader = std::thread::spawn(move || {

@@ -1,4 +1,4 @@
-//! The device around the muxer: three queues, and a descriptor for each stream, on the event
+//! The device: connects the muxer to its three queues and, for each stream, a file descriptor, on the event
 //! loop.
 
 use super::muxer::{Key, Muxer, Watch};
@@ -17,7 +17,7 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 const EVENT: u16 = 2;
 
-/// How many packets each way are moved before the event loop's other sources have their turn.
+/// Maximum number of packets per direction in a batch, after which the event loop's other sources are served.
 const TURN: usize = 64;
 
 /// The vsock device.
@@ -27,7 +27,7 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device for the guest at address `cid`, at least [`FIRST_GUEST_CID`].
+    /// A device for the guest with this CID, at least [`FIRST_GUEST_CID`].
     pub fn new(cid: u64, ports: Ports) -> Self {
         Self {
             cid: cid.max(FIRST_GUEST_CID),
@@ -61,7 +61,7 @@ impl VirtioDevice for Vsock {
         })))
     }
 
-    // Streams end with their descriptors when the worker is dropped.
+    // Streams are closed when the worker is dropped.
     fn reset(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         drop(worker);
     }
@@ -70,7 +70,7 @@ impl VirtioDevice for Vsock {
 struct VsockWorker {
     rx: ActiveQueue,
     tx: ActiveQueue,
-    /// Transport events (section 5.10.6.7) come with live migration, which is not there.
+    /// Transport events (section 5.10.6.7) are for live migration, which is not supported.
     _event: ActiveQueue,
     muxer: Muxer,
     watched: HashMap<RawFd, Key>,
@@ -79,17 +79,17 @@ struct VsockWorker {
 }
 
 impl VsockWorker {
-    /// Moves packets both ways until neither queue has anything to do, or it has had its turn: then a
-    /// kick of its own brings it back, after the loop's other sources.
+    /// Moves packets in both directions until both queues are idle or the batch is complete; in the latter
+    /// case the queue kicks itself, so that the loop returns after its other sources.
     fn serve(&mut self) -> Result<(), QueueError> {
         let (mut tx_left, mut rx_left) = (TURN, TURN);
-        // Each round but the last moves a packet, or the driver gave one that was gone when it was
-        // looked for: that, too, only so often.
+        // Each round except the last moves a packet, or finds that an available packet has become obsolete,
+        // which also counts towards the limit.
         for _ in 0..TURN {
             let more_tx = self.serve_tx(&mut tx_left)?;
             let at_rest = !self.muxer.may_receive();
             let more_rx = self.serve_rx(&mut rx_left)?;
-            // What the receive queue took may have ended the transmit queue's rest.
+            // Progress on the receive queue may allow the transmit queue to continue.
             let woken = at_rest && self.muxer.may_receive();
             if !more_tx && !more_rx && !woken {
                 return Ok(());
@@ -102,7 +102,7 @@ impl VsockWorker {
         Ok(())
     }
 
-    /// True if the driver added something meanwhile, or there was more than what is `left` of the turn.
+    /// True if the driver added a packet meanwhile, or more are available than what is `left` of the batch.
     fn serve_tx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -111,7 +111,7 @@ impl VsockWorker {
         {
             *left -= 1;
             if let Err(error) = self.muxer.receive(&chain, self.tx.memory()) {
-                // One bad packet is dropped; its stream finds out by its credit.
+                // An invalid packet is dropped; its stream notices by its credit.
                 guest_fault!("vsock: a packet of the guest's is broken: {error}");
             }
             self.tx.complete(chain.head(), 0)?;
@@ -120,12 +120,12 @@ impl VsockWorker {
         if any {
             self.tx.notify()?;
         }
-        // At rest because of refusals: room in the receive queue wakes it.
+        // Stopped because of pending refusals: space in the receive queue resumes it.
         Ok(self.muxer.may_receive() && self.tx.arm()?)
     }
 
-    /// True if the driver gave room meanwhile and there is a packet for it, or there was more than what
-    /// is `left` of the turn.
+    /// True if the driver added buffers meanwhile and there is a packet for them, or more are available than
+    /// what is `left` of the batch.
     fn serve_rx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -200,7 +200,7 @@ impl MutEventSubscriber for VsockWorker {
                 log::error!("vsock: cannot watch a queue: {error}");
             }
         }
-        // What was put into the queues before they were watched.
+        // For what was put into the queues before they were registered with epoll.
         self.process(Events::empty(self.tx.kick()), ops);
     }
 
@@ -217,7 +217,7 @@ impl MutEventSubscriber for VsockWorker {
             self.muxer.connect_wanted();
         } else if let Some(key) = self.watched.get(&fd) {
             let set = events.event_set();
-            // Both ways: an end that only sends no more is no hang-up.
+            // Closed in both directions: an end that only sends no more is no hang-up.
             if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
                 self.muxer.host_closed(*key);
             }
@@ -247,7 +247,7 @@ mod tests {
     use vm_memory::GuestAddress;
     use zerocopy::{FromBytes, IntoBytes};
 
-    /// Both queues of a guest at CID 3; each driver has memory of its own.
+    /// Both queues of a guest with CID 3; each driver has its own memory.
     struct Guest {
         rx: Driver,
         tx: Driver,
@@ -296,7 +296,7 @@ mod tests {
             self.worker.serve().unwrap();
         }
 
-        /// Offers a buffer; what the device put into it, if anything.
+        /// Offers a buffer; returns what the device wrote to it, if anything.
         fn receive(&mut self) -> Option<(Header, Vec<u8>)> {
             self.rx.offer(&[Buffer::Writable(4096)]);
             self.worker.serve().unwrap();
@@ -307,7 +307,7 @@ mod tests {
         }
     }
 
-    /// A packet without data from the guest's port 77.
+    /// A packet without data from port 77 of the guest.
     fn packet(op: Op, port: u32) -> Header {
         Header {
             src_cid: 3.into(),
@@ -360,7 +360,7 @@ mod tests {
         guest.worker.muxer.host_ready(key, true, true);
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Shutdown));
         guest.send(Op::Reset, 1000, &[]);
-        // The stream is forgotten once its turn comes.
+        // The stream is removed when it is next served.
         guest.receive();
         assert!(guest.worker.muxer.connections_for_test().is_empty());
     }
@@ -412,7 +412,7 @@ mod tests {
             ask(&mut guest, 100).is_none(),
             "there are as many as may be"
         );
-        // The guest keeps its ends open and takes no packet.
+        // The guest keeps its ends open and receives no packet.
         for from in [5, 3] {
             hosts[from as usize] = None;
             guest.worker.muxer.host_closed(Key {
@@ -453,7 +453,7 @@ mod tests {
             guest.worker.serve().unwrap();
             guest
         });
-        // It comes back empty, and the data in the next one.
+        // It is returned empty, and the data goes to the next one.
         assert_eq!(guest.rx.used(), [(short, 0)]);
         let answer = guest.receive().unwrap();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! All streams of one guest, and what is owed to it, in turn.
+//! All streams of one guest, and the round-robin queue of packets for it.
 
 use super::HOST_CID;
 use super::connection::{BUFFER_SIZE, Connection, LEAST_BUFFER_SIZE};
@@ -13,44 +13,44 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::IntoBytes;
 
-/// The most streams of one guest: each is a descriptor of this process, so it is less where the
-/// process may have few.
+/// Maximum number of streams of a guest. Each takes a file descriptor, so the limit is lower if the process
+/// may have few.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// The buffers of all streams together, in bytes: a guest that fills them must not push its sandbox over what its
-/// control group has for the process itself. The host's kernel may hold as much again, and 4 KiB a stream at
-/// least, on its way to who reads.
+/// Total size of the receive buffers of all streams in bytes: a guest that fills them must not push its
+/// sandbox over the memory limit of the process. The host kernel may hold as much again in socket buffers,
+/// and at least 4 KiB per stream.
 const BUDGET: u32 = 14 << 20;
 
-/// Which part of what is left a new stream gets. The first gets 256 KiB, the hundredth 4 KiB, and as streams end,
-/// theirs are others' again.
+/// A new stream gets one part in this many of the remaining budget: the first gets 256 KiB, the hundredth 4
+/// KiB. The budget of a closed stream is available again.
 const SHARE: u32 = 24;
 
-/// The most refusals that wait for room in the receive queue. A guest that makes more without
-/// giving room finds its transmit queue at rest until it does.
+/// Maximum number of refusals that wait for buffers in the receive queue. If a guest causes more without
+/// supplying buffers, its transmit queue is not served until it does.
 const MAX_REFUSALS: usize = 256;
 
-/// The most data in one packet to the guest.
+/// Maximum data size of a packet to the guest.
 const MAX_PACKET: u32 = 64 << 10;
 
-/// First port that the host's own connections come from.
+/// First source port of connections from the host.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
-/// A stream: the host's port, the guest's port.
+/// Identifies a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// The host's port.
+    /// Port on the host.
     pub host: u32,
-    /// The guest's port.
+    /// Port in the guest.
     pub guest: u32,
 }
 
-/// A change of what epoll should watch, for the device to carry out.
+/// A change of the descriptors watched by epoll, to be made by the device.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Watch {
-    /// A new stream's descriptor.
+    /// Add the descriptor of a new stream.
     Add(i32, Key),
-    /// A descriptor that is about to be closed.
+    /// Remove a descriptor that is about to be closed.
     Remove(i32),
 }
 
@@ -64,18 +64,18 @@ pub struct Muxer {
     queued: HashSet<Key>,
     refusals: VecDeque<Header>,
     watches: Vec<Watch>,
-    /// Streams that are over; their descriptors stay open until epoll has let go of them.
+    /// Streams that have ended; their descriptors stay open until epoll has removed them.
     closing: Vec<Connection>,
     next_port: u32,
     limit: usize,
-    /// The windows of all streams.
+    /// Total size of the receive buffers of all streams.
     promised: u32,
-    /// How many host's ends were closed while the guest's was open: which was the first.
+    /// Number of host ends closed while the guest's end was open, to find the one closed first.
     closed: u64,
 }
 
-/// The buffer of a new stream when there are so many already, with so much promised to them. What the others that
-/// may come need at least is never given.
+/// Receive buffer size of a new stream, given the number of existing streams and their total. The minimum
+/// that further streams need is kept in reserve.
 fn window(streams: usize, promised: u32) -> u32 {
     let to_come = MAX_CONNECTIONS.saturating_sub(streams) as u32;
     let free = BUDGET
@@ -84,16 +84,16 @@ fn window(streams: usize, promised: u32) -> u32 {
     (free / SHARE).clamp(LEAST_BUFFER_SIZE, BUFFER_SIZE)
 }
 
-/// Limits what the host's kernel holds of a stream whose reader is slow (SO_SNDBUF). The default is 208 KiB.
+/// Limits how much the host kernel buffers for a slow reader of a stream (SO_SNDBUF). The default is 208 KiB.
 fn limit_send_buffer(stream: &UnixStream, window: u32) {
-    // The kernel takes half of what it is told as its own expense, and has a minimum.
+    // The kernel doubles this value for its own overhead, and has a minimum.
     let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, window as usize / 2);
     if let Err(error) = bound {
         log::debug!("vsock: cannot set the send buffer size of a stream: {error}");
     }
 }
 
-/// An eighth of the process's descriptors, up to [`MAX_CONNECTIONS`].
+/// An eighth of the process's descriptor limit, up to [`MAX_CONNECTIONS`].
 fn connection_limit() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let share = limit.map_or(MAX_CONNECTIONS as u64, |limit| limit / 8);
@@ -101,7 +101,7 @@ fn connection_limit() -> usize {
 }
 
 impl Muxer {
-    /// For the guest at `cid`.
+    /// A muxer for the guest with this CID.
     pub fn new(cid: u64, ports: Ports) -> Self {
         Self {
             cid,
@@ -123,26 +123,25 @@ impl Muxer {
         window(self.connections.len(), self.promised)
     }
 
-    /// What epoll should watch differently since the last call, to be carried out before
-    /// [`close_ended`](Self::close_ended).
+    /// The changes for epoll since the last call, to be made before [`close_ended`](Self::close_ended).
     pub fn take_watches(&mut self) -> Vec<Watch> {
         std::mem::take(&mut self.watches)
     }
 
-    /// Closes the descriptors of streams that are over, once epoll has let go of them.
+    /// Closes the descriptors of streams that have ended, after epoll has removed them.
     pub fn close_ended(&mut self) {
         self.closing.clear();
     }
 
-    /// Whether the guest may send: there is room to remember what it would be refused.
+    /// Whether the transmit queue may be served: the list of refusals is not full.
     pub fn may_receive(&self) -> bool {
         self.refusals.len() < MAX_REFUSALS
     }
 
-    /// Takes one packet of the guest.
+    /// Handles a packet from the guest.
     ///
     /// # Errors
-    /// A chain that is shorter than its header says.
+    /// If the chain is shorter than its header says.
     pub fn receive(&mut self, chain: &Chain, memory: &Memory) -> Result<(), ChainError> {
         let mut header = Header::default();
         chain.read(memory, 0, header.as_mut_bytes())?;
@@ -200,7 +199,7 @@ impl Muxer {
         self.insert(key, Connection::accepted(stream, header, self.window()));
     }
 
-    /// Starts the streams that the host asked for.
+    /// Starts the streams requested by the host.
     pub fn connect_wanted(&mut self) {
         for Wanted {
             port: guest,
@@ -238,13 +237,13 @@ impl Muxer {
         self.enqueue(key);
     }
 
-    /// Whether there is room for another stream. If there are too many, the one goes whose host's end was
-    /// closed first: a guest that keeps its own ends open must not take all places with them.
+    /// Whether another stream can be added. If there are too many, the stream whose host end was closed first
+    /// is removed: a guest that keeps its own ends open must not block new streams.
     fn make_room(&mut self) -> bool {
         if self.connections.len() < self.limit {
             return true;
         }
-        // The guest is told by a refusal, which has a bound of its own.
+        // The guest is notified by a refusal, whose number is limited.
         if !self.may_receive() {
             return false;
         }
@@ -269,7 +268,7 @@ impl Muxer {
         true
     }
 
-    /// The host's end of a stream was closed: nobody reads from it or writes to it any more.
+    /// The host's end of a stream was closed in both directions.
     pub fn host_closed(&mut self, key: Key) {
         if let Some(connection) = self.connections.get_mut(&key) {
             connection.set_closed(self.closed);
@@ -277,7 +276,7 @@ impl Muxer {
         }
     }
 
-    /// The host's end of a stream can be read or written again.
+    /// The host's end of a stream is readable or writable.
     pub fn host_ready(&mut self, key: Key, readable: bool, writable: bool) {
         let Some(connection) = self.connections.get_mut(&key) else {
             return;
@@ -305,12 +304,11 @@ impl Muxer {
         !self.refusals.is_empty() || !self.turns.is_empty()
     }
 
-    /// Writes the next packet into `chain`; how many bytes, or none if there was no packet after
-    /// all.
+    /// Writes the next packet to `chain`; returns its length, or `None` if there is no packet after all.
     ///
     /// # Errors
-    /// A chain that has no room for a header, or for no data where that is next. The packet waits for
-    /// the next chain.
+    /// If the chain has no space for a header, or for no data when data is next. The packet waits for the
+    /// next chain.
     pub fn send(&mut self, chain: &Chain, memory: &Memory) -> Result<Option<u32>, ChainError> {
         if chain.writable_len() < HEADER_SIZE {
             return Err(ChainError::TooShort);
@@ -360,7 +358,7 @@ impl Muxer {
         }
         let room = chain.writable_len() - HEADER_SIZE;
         if room == 0 {
-            // Another try with the same chain would end here again, and so on for ever.
+            // A retry with the same chain would end here again, forever.
             return Err(ChainError::TooShort);
         }
         let count = room.min(connection.peer_room()).min(MAX_PACKET);
@@ -388,7 +386,7 @@ impl Muxer {
         Ok(None)
     }
 
-    /// Forgets a stream that is over.
+    /// Removes a stream that has ended.
     fn sweep(&mut self, key: Key) {
         if self.connections.get(&key).is_some_and(Connection::is_over)
             && let Some(connection) = self.connections.remove(&key)
@@ -428,8 +426,8 @@ impl Muxer {
     }
 }
 
-/// Data of the guest to the host's end: straight there, and into the buffer what it does not
-/// take.
+/// Forwards data from the guest to the host's end: directly as much as it accepts, the rest through the
+/// buffer.
 fn pass_on(
     connection: &mut Connection,
     chain: &Chain,
@@ -480,7 +478,7 @@ mod tests {
             "{windows:?}"
         );
         assert_eq!(windows[MAX_CONNECTIONS - 1], LEAST_BUFFER_SIZE);
-        // Whatever ends and comes again in whatever order.
+        // Whatever the order in which streams end and start.
         let mut left = windows;
         for n in 0..10_000 {
             promised -= left.swap_remove(n * 7919 % left.len());

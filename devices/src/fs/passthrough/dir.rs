@@ -10,13 +10,13 @@ use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use zerocopy::IntoBytes;
 
-/// The handle of the synthetic root, which is not a directory of the host.
+/// Handle of the synthetic root, which is not a directory on the host.
 const ROOT_HANDLE: u64 = 0;
 
-/// One getdents64's buffer, in bytes.
+/// Buffer size for getdents64 in bytes.
 const BUFFER: usize = 32 << 10;
 
-/// A directory listing as it goes to the guest: entries until the guest's buffer is full.
+/// A directory listing in wire format: entries until the guest's buffer is full.
 pub struct Listing {
     bytes: Vec<u8>,
     room: usize,
@@ -63,7 +63,7 @@ impl Passthrough {
     /// FUSE_OPENDIR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn opendir(&self, nodeid: u64) -> Result<OpenOut, Errno> {
         if nodeid == ROOT_ID {
             return Ok(OpenOut {
@@ -89,10 +89,10 @@ impl Passthrough {
         })
     }
 
-    /// FUSE_READDIR, or FUSE_READDIRPLUS with a look-up of each entry
+    /// FUSE_READDIR, or FUSE_READDIRPLUS with a lookup of each entry
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn readdir(
         &self,
         nodeid: u64,
@@ -126,7 +126,7 @@ impl Passthrough {
         while let Some(entry) = directory.next() {
             let entry = match entry {
                 Ok(entry) => entry,
-                // What was listed is told, and the error by the next call.
+                // Returns the entries read so far; the next call returns the error.
                 Err(_) if !listing.bytes.is_empty() => break,
                 Err(error) => return Err(error),
             };
@@ -140,8 +140,8 @@ impl Passthrough {
                 namelen: name.to_bytes().len() as u32,
                 kind: kind_number(entry.file_type()),
             };
-            // Dots need no look-up; nor does what vanished meanwhile, or what may not be looked
-            // at: node 0 tells the guest to look for itself.
+            // Not for dots, entries that have vanished, or entries that must not be looked up: node 0 makes
+            // the guest look them up itself.
             let found = if listing.plus && name != c"." && name != c".." {
                 self.lookup(handle.nodeid, name).unwrap_or_default()
             } else {
@@ -152,7 +152,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Shares come and go between two calls, so an entry's place is its share's number.
+    /// Shares may be added and removed between two calls, so the offset of an entry is its share's number.
     fn list_root(&self, offset: u64, listing: &mut Listing) {
         let dots = [(0, "."), (1, "..")].map(|(n, dot)| (n, dot.to_owned(), FileType::Directory));
         let shares = self.shares.names().into_iter();
@@ -192,9 +192,9 @@ impl Passthrough {
         self.handles.remove(fh);
     }
 
-    /// To close a file that was open for writing is a change that watches hear of.
+    /// Closing a file that was open for writing is a change that watches report.
     fn acting_on_close(&self, nodeid: u64, fh: u64) -> Option<Acting<'_>> {
-        // The host is asked only if it matters.
+        // The host is asked only if there are watches.
         if !self.watches.any() {
             return None;
         }
@@ -206,7 +206,7 @@ impl Passthrough {
     }
 }
 
-/// The number of `d_type` (dirent.h).
+/// Numbers of `d_type` (dirent.h).
 fn kind_number(kind: FileType) -> u32 {
     match kind {
         FileType::Unknown => 0,

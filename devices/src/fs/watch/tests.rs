@@ -1,4 +1,4 @@
-//! Watches without a guest: what the host does is told, what the guest did is not.
+//! Watches without a guest: changes by the host are reported, those by the guest are not.
 
 use super::translate::HOST_COOKIE;
 use super::*;
@@ -62,7 +62,7 @@ impl Fixture {
         dir
     }
 
-    /// What is told now: node, kind, name.
+    /// The events reported now: node, type, name.
     fn told(&self) -> Vec<(u64, u32, String)> {
         let events = self.events.0.take().unwrap();
         let row = |e: &HostEvent| (e.nodeid, e.mask, String::from_utf8_lossy(&e.name).into());
@@ -93,7 +93,7 @@ fn what_the_host_does_is_told() {
         ]
     );
     assert!(events.iter().all(|e| e.nodeid == f.root));
-    // Both halves of a move have one number, which no move of the guest has.
+    // Both halves of a move have the same cookie, which no move by the guest has.
     assert_eq!(events[4].cookie, events[5].cookie);
     assert_ne!(events[4].cookie & HOST_COOKIE, 0);
 }
@@ -139,7 +139,7 @@ fn what_the_guest_does_is_not_told_and_what_the_host_does_after_it_is() {
     f.files.unlink(f.root, c"file", false).unwrap();
     f.files.unlink(f.root, c"dir", true).unwrap();
     let told = f.told();
-    // An unlinked file that the guest watches is gone, whoever did it.
+    // The removal of an unlinked file that the guest watches is reported whoever removed it.
     assert!(told.is_empty(), "{told:x?}");
 
     fs::write(f.path("new"), "").unwrap();
@@ -147,7 +147,7 @@ fn what_the_guest_does_is_not_told_and_what_the_host_does_after_it_is() {
     assert_eq!(told[0], (f.root, kind::CREATE, "new".into()), "{told:x?}");
 }
 
-/// What the guest did without the host's queue getting anything hides nothing.
+/// An operation of the guest that causes no event on the host hides nothing.
 #[test]
 fn a_note_does_not_outlive_its_operation() {
     let f = Fixture::new();
@@ -195,7 +195,7 @@ fn a_moved_directory_is_watched_where_it_is() {
     assert!(told.contains(&gone), "{told:x?}");
 }
 
-/// What the guest did hides nothing that the host does just after it.
+/// A change by the guest hides nothing that the host does right after it.
 #[test]
 fn a_change_of_the_hosts_right_after_the_guests_is_told() {
     let f = Fixture::new();
@@ -231,8 +231,8 @@ fn a_guest_that_speaks_of_nodes_that_it_has_not_takes_no_memory() {
     assert!(lock(&f.events.0.state).heard.is_empty());
 }
 
-/// A directory can be two nodes, by way of two exports: what the guest does in one is the host's doing to the
-/// other.
+/// A directory can be two nodes through two exports: a change by the guest through one is a change by the
+/// host for the other.
 #[test]
 fn two_shares_of_one_directory_are_told_apart() {
     let f = Fixture::new();
