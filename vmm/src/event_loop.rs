@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use koya_host::sync::lock;
 
-const ROLE: Role = Role::new("koya-loop").of_the_guest();
+const ROLE: Role = Role::new("koya-loop").guest_facing();
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 

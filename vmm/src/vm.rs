@@ -27,7 +27,7 @@ use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
 /// Runs the guest, so it must not create threads.
-const VCPU: Role = Role::new("koya-vcpu").of_the_guest();
+const VCPU: Role = Role::new("koya-vcpu").guest_facing();
 
 /// A virtual machine. Dropping it stops it and leaves nothing behind: no thread, descriptor or mapping. The
 /// guest cannot delay that. A host system call that does not return (a disk on a file server that is gone) is

@@ -32,7 +32,7 @@ enum Signals {
 pub struct Role {
     name: &'static str,
     signals: Signals,
-    may_start_others: bool,
+    may_create_threads: bool,
 }
 
 impl Role {
@@ -42,7 +42,7 @@ impl Role {
         Self {
             name,
             signals: Signals::Inherited,
-            may_start_others: true,
+            may_create_threads: true,
         }
     }
 
@@ -57,10 +57,10 @@ impl Role {
 
     /// The same for threads that serve a guest: they may not create threads, and all signals are blocked.
     #[must_use]
-    pub const fn of_the_guest(self) -> Self {
+    pub const fn guest_facing(self) -> Self {
         Self {
             signals: Signals::Blocked,
-            may_start_others: false,
+            may_create_threads: false,
             ..self
         }
     }
@@ -146,7 +146,7 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
 
 fn builder(name: String) -> io::Result<Builder> {
     if let Some(role) = current_role()
-        && !role.may_start_others
+        && !role.may_create_threads
     {
         let text = format!(
             "a thread of {} starts no others, but {name} here",
@@ -213,7 +213,7 @@ impl Threads {
 mod tests {
     use super::*;
 
-    const LEAF: Role = Role::new("koya-leaf").of_the_guest();
+    const LEAF: Role = Role::new("koya-leaf").guest_facing();
 
     fn own(file: &str) -> String {
         std::fs::read_to_string(format!("/proc/thread-self/{file}")).unwrap()
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_has_its_name() {
+    fn a_thread_has_its_role_as_name() {
         let name = || own("comm");
         let plain = spawn("koya-test", name).unwrap().join().unwrap();
         assert_eq!(plain.trim(), "koya-test");
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_roles_signals_are_its_threads() {
+    fn a_thread_has_the_signal_mask_of_its_role() {
         let before = blocked_signals();
         let inherited = spawn("koya-test", blocked_signals).unwrap();
         assert_eq!(inherited.join().unwrap(), before);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_serves_a_guest_starts_no_others() {
+    fn a_guest_facing_thread_creates_no_threads() {
         let refused = || {
             let plain = spawn("koya-other", || ()).map(drop);
             let scoped = std::thread::scope(|s| spawn_scoped(s, "koya-other", || ()).map(drop));

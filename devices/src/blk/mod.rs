@@ -69,7 +69,7 @@ pub const MAX_QUEUES: u16 = 16;
 /// Length of a serial number in bytes.
 pub const ID_SIZE: usize = 20;
 
-const ROLE: Role = Role::new("koya-blk").of_the_guest();
+const ROLE: Role = Role::new("koya-blk").guest_facing();
 
 const QUEUE_SIZE: u16 = 256;
 /// Maximum number of data segments of a request: all descriptors except header and status.

@@ -35,7 +35,7 @@ const THREADS: usize = 4;
 /// each time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
-const ROLE: Role = Role::new("koya-fs").of_the_guest();
+const ROLE: Role = Role::new("koya-fs").guest_facing();
 /// Size of the tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 

@@ -63,7 +63,7 @@ const NUM_BUFFERS_OFFSET: u32 = 10;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
-const ROLE: Role = Role::new("koya-net").of_the_guest();
+const ROLE: Role = Role::new("koya-net").guest_facing();
 
 /// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// Accepts clients. Each has its own thread until it has sent its connection request.
 const LISTENER: Role = Role::new("koya-vsock").without_signals();
-const CLIENT: Role = Role::new("koya-vsock-line").of_the_guest();
+const CLIENT: Role = Role::new("koya-vsock-line").guest_facing();
 
 /// How long a client may take to send its connection request.
 const PATIENCE: Duration = Duration::from_secs(5);

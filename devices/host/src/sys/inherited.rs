@@ -21,11 +21,11 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     match set {
         0 => Ok(()),
         // Before Linux 5.11.
-        _ => one_by_one(first),
+        _ => set_each(first),
     }
 }
 
-fn one_by_one(first: RawFd) -> io::Result<()> {
+fn set_each(first: RawFd) -> io::Result<()> {
     let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
@@ -45,7 +45,7 @@ mod tests {
 
     #[test]
     fn inherited_descriptors_do_not_outlive_an_exec() {
-        for close in [close_on_exec_from, one_by_one] {
+        for close in [close_on_exec_from, set_each] {
             let (low, high) = std::io::pipe().unwrap();
             fcntl_setfd(&low, FdFlags::empty()).unwrap();
             fcntl_setfd(&high, FdFlags::empty()).unwrap();

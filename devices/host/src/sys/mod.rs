@@ -2,10 +2,10 @@
 //! is safe to call; each `unsafe` block states why.
 
 mod inherited;
-mod steer;
+mod redirect;
 
 pub use inherited::close_on_exec_from;
-pub use steer::steer_loopback;
+pub use redirect::redirect_loopback;
 
 /// Makes all future threads of this process allocate from one heap: glibc otherwise gives each thread its
 /// own, which costs some pages and page tables per device thread. Call it at the start of a program;

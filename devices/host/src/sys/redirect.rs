@@ -212,7 +212,7 @@ unsafe fn bpf_descriptor<T>(command: libc::c_int, attributes: &T) -> io::Result<
 ///
 /// # Errors
 /// The error from bpf(2): EPERM without CAP_BPF and CAP_NET_ADMIN, EINVAL before Linux 5.9.
-pub fn steer_loopback(
+pub fn redirect_loopback(
     namespace: BorrowedFd<'_>,
     four: BorrowedFd<'_>,
     six: Option<BorrowedFd<'_>>,
