@@ -420,18 +420,18 @@ fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), Queue
 impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
-        self.inflate.serve_turn(TURN, |chain, memory| {
+        self.inflate.serve_batch(TURN, |chain, memory| {
             give_back_asked(chain, memory, shared);
             0
         })?;
-        self.deflate.serve_turn(TURN, |chain, _| {
+        self.deflate.serve_batch(TURN, |chain, _| {
             let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
             let deflated = &shared.metrics.deflated_bytes;
             deflated.fetch_add(bytes, Ordering::Relaxed);
             0
         })?;
         if let Some(queue) = &mut self.reporting {
-            queue.serve_turn(TURN, |chain, memory| {
+            queue.serve_batch(TURN, |chain, memory| {
                 give_back_reported(chain, memory, shared);
                 0
             })?;

@@ -3,13 +3,13 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// How often one kind of guest fault is logged; a guest can cause any number of them.
-const SHOWN_FAULTS: u32 = 20;
+const MAX_WARNINGS: u32 = 20;
 
 /// Implements [`guest_fault`]: logs a warning, up to a limit per process.
-pub(crate) fn warn_some(seen: &AtomicU32, text: std::fmt::Arguments<'_>) {
+pub(crate) fn warn_limited(seen: &AtomicU32, text: std::fmt::Arguments<'_>) {
     match seen.fetch_add(1, Ordering::Relaxed) {
-        0..SHOWN_FAULTS => log::warn!("{text}"),
-        SHOWN_FAULTS => log::warn!("{text}; more of these are not shown"),
+        0..MAX_WARNINGS => log::warn!("{text}"),
+        MAX_WARNINGS => log::warn!("{text}; more of these are not shown"),
         _ => {}
     }
 }
@@ -18,7 +18,7 @@ pub(crate) fn warn_some(seen: &AtomicU32, text: std::fmt::Arguments<'_>) {
 macro_rules! guest_fault {
     ($($text:tt)*) => {{
         static SEEN: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        crate::fault::warn_some(&SEEN, format_args!($($text)*));
+        crate::fault::warn_limited(&SEEN, format_args!($($text)*));
     }};
 }
 pub(crate) use guest_fault;

@@ -347,13 +347,13 @@ impl VirtioDevice for Mem {
         let mut region = lock(&self.shared.region);
         let bounds = state.usable.max(state.requested);
         if (state.start, state.size) != (region.start, region.size) || bounds > region.size {
-            return Err(StateError::Misfit("the region is another one"));
+            return Err(StateError::Mismatch("the region is another one"));
         }
         let mut blocks = vec![false; region.blocks.len()];
         for (first, count) in &state.plugged {
             let end = first.checked_add(*count).unwrap_or(u64::MAX);
             let run = blocks.get_mut(*first as usize..end as usize);
-            run.ok_or(StateError::Misfit("a block lies outside the region"))?
+            run.ok_or(StateError::Mismatch("a block lies outside the region"))?
                 .fill(true);
         }
         let before = (region.usable, region.requested);
@@ -390,7 +390,7 @@ impl Mem {
             return Ok(());
         };
         let memory = backing.memory.upgrade();
-        let memory = memory.ok_or(StateError::Misfit("its machine has ended"))?;
+        let memory = memory.ok_or(StateError::Mismatch("its machine has ended"))?;
         region.show(&memory, all, false);
         for run in runs {
             add_missing(&mut region.slots, Some(backing), &run).map_err(StateError::resume)?;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// Maximum duration of one wait; then the bucket is checked again.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// Configuration of one bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,8 +72,8 @@ impl Bucket {
         }
         let wait = Duration::try_from_secs_f64(missing / self.per_second);
         Some(
-            wait.unwrap_or(LONGEST_WAIT)
-                .clamp(Duration::from_micros(50), LONGEST_WAIT),
+            wait.unwrap_or(MAX_WAIT)
+                .clamp(Duration::from_micros(50), MAX_WAIT),
         )
     }
 }

@@ -127,7 +127,7 @@ impl SerialPort {
             in_buffer: state.input,
         };
         let port = Serial::from_state(&registers, interrupt.clone(), NoEvents, output)
-            .map_err(|_| StateError::Misfit("it has more input than the port"))?;
+            .map_err(|_| StateError::Mismatch("it has more input than the port"))?;
         Ok(Self { port, interrupt })
     }
 

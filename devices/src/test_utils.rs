@@ -112,7 +112,7 @@ impl Driver {
     }
 
     /// Addresses of the queue's parts: descriptor table, available ring, used ring.
-    pub fn places(&self) -> [u64; 3] {
+    pub fn ring_addresses(&self) -> [u64; 3] {
         [DESCRIPTORS, AVAILABLE, USED]
     }
 
@@ -354,7 +354,7 @@ impl Drop for Flood {
 ///
 /// # Panics
 /// If it does not finish within 30 s, or panics: for tests of things that must end.
-pub fn ends<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub fn finishes<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, done) = std::sync::mpsc::channel();
     std::thread::spawn(move || sender.send(work()));
     let limit = std::time::Duration::from_secs(30);

@@ -41,7 +41,7 @@ fn start(transport: &mut MmioTransport, driver: &Driver) {
         (F_VERSION_1 >> 32) as u32,
     );
     write(transport, VIRTIO_MMIO_STATUS, 11);
-    let [descriptors, available, used] = driver.places();
+    let [descriptors, available, used] = driver.ring_addresses();
     for (register, value) in [
         (VIRTIO_MMIO_QUEUE_SEL, 0),
         (VIRTIO_MMIO_QUEUE_NUM, driver.size().into()),
@@ -215,7 +215,7 @@ fn what_does_not_fit_is_refused() {
         &|state| state.status = 1 << 31,
     ];
     for misfit in misfits {
-        assert!(matches!(refused(&mut rng, misfit), StateError::Misfit(_)));
+        assert!(matches!(refused(&mut rng, misfit), StateError::Mismatch(_)));
     }
     // State of a running device with rings outside memory: nothing is started.
     let mut state = good.clone();

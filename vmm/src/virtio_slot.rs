@@ -5,7 +5,7 @@ use crate::arch::{self, ArchError, MmioSlot};
 use crate::bus::{BusDevice, Effect};
 use crate::kvm::Machine;
 use crate::marks::Marks;
-use koya_devices::virtio::mmio::{self, MmioTransport, QUEUE_NOTIFY_OFFSET, WINDOW_SIZE};
+use koya_devices::virtio::mmio::{self, MMIO_SLOT_SIZE, MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::registers::RegisterPages;
 use koya_host::sync::lock;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm};
@@ -41,7 +41,7 @@ impl BusDevice for VirtioSlot {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match &mut *lock(&self.transport) {
             Some(transport) => transport.read(offset, data),
-            None => mmio::read_empty(offset, data),
+            None => mmio::read_empty_slot(offset, data),
         }
     }
 
@@ -68,7 +68,7 @@ impl BusDevice for VirtioSlot {
 
 /// The address range of a slot.
 pub(crate) fn addresses(slot: MmioSlot) -> Range<u64> {
-    slot.address..slot.address + WINDOW_SIZE
+    slot.address..slot.address + MMIO_SLOT_SIZE
 }
 
 /// Connects a device: its interrupt, and an ioeventfd for each queue, so that notifications do not exit to
@@ -147,7 +147,7 @@ mod tests {
         let mut bus = Bus::default();
         let slot = VirtioSlot::new(None, bus.marks());
         let start = 0xd000_0000;
-        bus.add_memory(start..start + WINDOW_SIZE, slot.clone())
+        bus.add_memory(start..start + MMIO_SLOT_SIZE, slot.clone())
             .unwrap();
         let mut words = [[0; 4]; 3];
         for (offset, word) in [0, 4, 8].into_iter().zip(&mut words) {

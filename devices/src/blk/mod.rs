@@ -370,14 +370,14 @@ impl VirtioDevice for Block {
     fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
         let state: BlockState = BlockState::SCHEMA.decode(state)?;
         if state.read_only != self.disk.is_read_only() {
-            return Err(StateError::Misfit("one may be written to, the other not"));
+            return Err(StateError::Mismatch("one may be written to, the other not"));
         }
         if state.block_size != self.disk.block_size() {
-            return Err(StateError::Misfit("the disk has blocks of another size"));
+            return Err(StateError::Mismatch("the disk has blocks of another size"));
         }
         // The disk may have grown, which the driver is notified of, but not shrunk below what it knows.
         if self.disk.sectors() < state.sectors {
-            return Err(StateError::Misfit("the disk is smaller than it was"));
+            return Err(StateError::Mismatch("the disk is smaller than it was"));
         }
         self.told.store(state.told, Ordering::SeqCst);
         Ok(())

@@ -1,7 +1,7 @@
 //! Tests of the device with a mock driver: every request, both engines, and faulty drivers.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver, MEMORY_SIZE, ends};
+use crate::test_utils::{Buffer, Driver, MEMORY_SIZE, finishes};
 use crate::virtio::Activation;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -427,7 +427,7 @@ fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
         setup.driver.kick();
         std::thread::sleep(Duration::from_millis(50));
         let mut device = setup.device;
-        ends(move || device.reset(None));
+        finishes(move || device.reset(None));
         drop(flood);
         assert!(!setup.driver.used().is_empty());
     }

@@ -75,12 +75,12 @@ impl Worker {
             },
             Err(error) => {
                 log::error!("a disk's queue can't be served: {error}");
-                return queue.ask_for_reset();
+                return queue.set_needs_reset();
             }
         };
         if let Err(error) = serving.serve() {
             guest_fault!("a disk's queue: {error:?}; the device needs a reset");
-            serving.queue.ask_for_reset();
+            serving.queue.set_needs_reset();
         }
     }
 }

@@ -220,7 +220,7 @@ impl Crew {
             // No request that creates files may run on this thread, since it would use the umask of the
             // process. This was possible when the device was created.
             log::error!("virtio-fs: a thread can't have a file-mode mask of its own: {error}");
-            lock(&self.queue).queue.ask_for_reset();
+            lock(&self.queue).queue.set_needs_reset();
             return;
         }
         rustix::process::umask(rustix::fs::Mode::empty());
@@ -286,7 +286,7 @@ impl Crew {
             && error.kind() != io::ErrorKind::Interrupted
         {
             log::error!("virtio-fs: a thread can't wait: {error}");
-            lock(&self.queue).queue.ask_for_reset();
+            lock(&self.queue).queue.set_needs_reset();
             self.stopping.store(true, Ordering::SeqCst);
         }
     }

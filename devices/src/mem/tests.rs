@@ -50,7 +50,7 @@ impl Setup {
         let shared = self.handle.shared.clone();
         let answered = self
             .queue
-            .serve_turn(64, |chain, memory| serve(&shared, chain, memory));
+            .serve_batch(64, |chain, memory| serve(&shared, chain, memory));
         answered.unwrap();
         assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
         let bytes = self.driver.written(head, RESPONSE_SIZE as usize);

@@ -461,7 +461,7 @@ impl VirtioDevice for Net {
             || usize::from(state.pairs) != pairs
             || !(1..=pairs).contains(&state.used_pairs.into())
         {
-            return Err(StateError::Misfit("address, MTU or queues are others"));
+            return Err(StateError::Mismatch("address, MTU or queues are others"));
         }
         self.first_pairs = state.used_pairs.into();
         self.shared.set_link(state.link);

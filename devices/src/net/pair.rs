@@ -135,7 +135,7 @@ impl Pair {
     pub(super) fn run(mut self) {
         if let Err(error) = self.serve() {
             guest_fault!("a network's queues: {error:?}; the device needs a reset");
-            self.sender.queue.ask_for_reset();
+            self.sender.queue.set_needs_reset();
         }
     }
 
@@ -303,7 +303,7 @@ impl Receiver {
                 .ok();
         }
         let used: Vec<(u16, u32)> = filled.iter().map(|(c, n)| (c.head(), *n)).collect();
-        self.queue.complete_together(&used)
+        self.queue.complete_all(&used)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tests of the device with a mock driver, and a socket pair instead of a tap.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver, ends};
+use crate::test_utils::{Buffer, Driver, finishes};
 use crate::virtio::Activation;
 use crate::virtio::registers::{ConfigSpace, RegisterPages};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, send};
@@ -357,7 +357,7 @@ fn a_network_goes_on_where_it_was() {
         ..options()
     };
     let refused = self::device(other).0.restore(&state);
-    assert!(matches!(refused, Err(StateError::Misfit(_))));
+    assert!(matches!(refused, Err(StateError::Mismatch(_))));
 }
 
 /// Each buffer is too short, and there is always another.
@@ -371,7 +371,7 @@ fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
     setup.receive.kick();
     std::thread::sleep(Duration::from_millis(50));
     let mut device = setup.device;
-    ends(move || device.reset(None));
+    finishes(move || device.reset(None));
     drop(buffers);
     assert!(!setup.receive.used().is_empty());
 }

@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_plugged_is_neither_read_nor_written() {
+    fn unplugged_blocks_are_neither_read_nor_written() {
         let memory = pluggable(4);
         let region = memory.find_region(GuestAddress(START)).unwrap();
         let edge = GuestAddress(START + 2 * BLOCK_SIZE - 4);

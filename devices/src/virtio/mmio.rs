@@ -1,6 +1,6 @@
 //! The MMIO transport: virtio 1.2, section 4.2, version 2 of the register layout.
 //!
-//! Each device has a register window of [`WINDOW_SIZE`] bytes. [`MmioTransport`] implements the registers and
+//! Each device has an MMIO slot of [`MMIO_SLOT_SIZE`] bytes. [`MmioTransport`] implements the registers and
 //! the status state machine; it is called from vCPU threads, one at a time. Registers that the driver reads
 //! are kept in a page of memory ([`RegisterPage`]) that can be mapped into the guest, so that reads do not
 //! exit.
@@ -34,8 +34,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Size of a device's register window in bytes.
-pub const WINDOW_SIZE: u64 = 0x1000;
+/// Size of a device's MMIO slot in bytes.
+pub const MMIO_SLOT_SIZE: u64 = 0x1000;
 
 /// Offset of QueueNotify, to which the driver writes a queue index to kick the queue.
 pub const QUEUE_NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
@@ -56,7 +56,7 @@ const RUNNING: u32 = FEATURES | VIRTIO_CONFIG_S_DRIVER_OK;
 
 /// Reads the registers of an empty slot: magic value, version, and device ID 0, which drivers ignore (section
 /// 4.2.3.1.1).
-pub fn read_empty(offset: u64, data: &mut [u8]) {
+pub fn read_empty_slot(offset: u64, data: &mut [u8]) {
     let word = match u32::try_from(offset) {
         Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
         Ok(VIRTIO_MMIO_VERSION) => VERSION,
@@ -85,12 +85,12 @@ pub trait EventLoop: Send + Sync {
 }
 
 /// A device's interrupt and its registers: other threads set interrupt reasons and parts of the status.
-struct Line {
+struct InterruptLine {
     event: EventFd,
     registers: RegisterPage,
 }
 
-impl Line {
+impl InterruptLine {
     fn raise(&self, reason: u32) {
         self.registers
             .set_bits(VIRTIO_MMIO_INTERRUPT_STATUS, reason);
@@ -101,7 +101,7 @@ impl Line {
     }
 }
 
-impl Interrupt for Line {
+impl Interrupt for InterruptLine {
     fn queue(&self, _index: u16) {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
@@ -121,7 +121,7 @@ impl Interrupt for Line {
 }
 
 /// A register page that is not mapped into the guest.
-fn own_page() -> io::Result<RegisterPage> {
+fn private_page() -> io::Result<RegisterPage> {
     let page = RegisterPages::new(1)?.page(0);
     page.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
@@ -133,7 +133,7 @@ pub struct MmioTransport {
     kind: DeviceKind,
     memory: Arc<Memory>,
     event_loop: Arc<dyn EventLoop>,
-    line: Arc<Line>,
+    line: Arc<InterruptLine>,
     kicks: Vec<EventFd>,
     queues: Vec<Queue>,
     queue_select: u32,
@@ -157,7 +157,7 @@ impl MmioTransport {
         memory: Arc<Memory>,
         event_loop: Arc<dyn EventLoop>,
     ) -> io::Result<Self> {
-        Self::with_registers(device, memory, event_loop, own_page()?)
+        Self::with_registers(device, memory, event_loop, private_page()?)
     }
 
     /// The same with a register page that can be mapped into the guest, if the device [provides its
@@ -185,7 +185,7 @@ impl MmioTransport {
             device: Arc::new(Mutex::new(device)),
             memory,
             event_loop,
-            line: Arc::new(Line {
+            line: Arc::new(InterruptLine {
                 event: event()?,
                 registers,
             }),
@@ -199,8 +199,8 @@ impl MmioTransport {
             active: false,
             positions: Vec::new(),
         };
-        transport.show_fixed();
-        transport.show_selected();
+        transport.write_fixed_registers();
+        transport.write_selected_registers();
         Ok(transport)
     }
 
@@ -225,7 +225,7 @@ impl MmioTransport {
     /// # Errors
     /// If the host has no event descriptor left.
     pub fn share_interrupt(&mut self, event: &EventFd) -> io::Result<()> {
-        self.line = Arc::new(Line {
+        self.line = Arc::new(InterruptLine {
             event: event.try_clone()?,
             registers: self.line.registers.clone(),
         });
@@ -275,7 +275,7 @@ impl MmioTransport {
     }
 
     /// Writes the registers that never change.
-    fn show_fixed(&self) {
+    fn write_fixed_registers(&self) {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
@@ -293,7 +293,7 @@ impl MmioTransport {
     }
 
     /// Writes the registers that depend on the driver's selection.
-    fn show_selected(&self) {
+    fn write_selected_registers(&self) {
         let features = self.offered_features();
         let features = match self.features_select {
             0 => features as u32,
@@ -313,13 +313,13 @@ impl MmioTransport {
         match offset {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => {
                 self.features_select = value;
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
             VIRTIO_MMIO_QUEUE_SEL => {
                 self.queue_select = value;
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_QUEUE_NOTIFY => {
                 // Reached only if no ioeventfd handles the write.
@@ -367,7 +367,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
             VIRTIO_MMIO_QUEUE_READY => {
                 queue.set_ready(value == 1);
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
@@ -394,7 +394,7 @@ impl MmioTransport {
             (0, ACK) | (ACK, DRIVER) | (0, DRIVER) => {
                 self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
-            (DRIVER, FEATURES) if self.features_fit() => {
+            (DRIVER, FEATURES) if self.are_features_valid() => {
                 self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
             // The driver reads the status back and sees that FEATURES_OK is not set.
@@ -415,7 +415,7 @@ impl MmioTransport {
         lock(&self.device).features()
     }
 
-    fn features_fit(&self) -> bool {
+    fn are_features_valid(&self) -> bool {
         let offered = self.offered_features();
         self.driver_features & !offered == 0 && self.driver_features & super::F_VERSION_1 != 0
     }
@@ -507,7 +507,7 @@ impl MmioTransport {
         let registers = &self.line.registers;
         registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, 0);
         registers.store(VIRTIO_MMIO_STATUS, 0);
-        self.show_selected();
+        self.write_selected_registers();
     }
 }
 

@@ -185,7 +185,7 @@ pub trait VirtioDevice: Send {
     /// Restores the state of a device of the same kind, before activation.
     ///
     /// # Errors
-    /// If the state is of another kind or does not fit the configuration ([`StateError::Misfit`]).
+    /// If the state is of another kind or does not fit the configuration ([`StateError::Mismatch`]).
     fn restore(&mut self, _state: &Payload) -> Result<(), StateError> {
         Err(StateError::Unsupported(self.kind()))
     }

@@ -166,7 +166,7 @@ impl ActiveQueue {
     ///
     /// # Errors
     /// As [`complete`](Self::complete).
-    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+    pub fn complete_all(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
         let Some(((head, written), before)) = used.split_last() else {
             return Ok(());
         };
@@ -199,8 +199,8 @@ impl ActiveQueue {
         let available = self.queue.avail_ring();
         let wanted = if self.queue.event_idx_enabled() {
             // After the ring, the driver writes the index at which it wants to be notified.
-            let place = available + 4 + 2 * u64::from(self.queue.size());
-            let event = self.read_ring(place)?;
+            let address = available + 4 + 2 * u64::from(self.queue.size());
+            let event = self.read_ring(address)?;
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
             self.read_ring(available)? & NO_INTERRUPT == 0
@@ -211,25 +211,25 @@ impl ActiveQueue {
         Ok(())
     }
 
-    fn read_ring(&self, place: u64) -> Result<u16, QueueError> {
-        let word = self.memory.load(GuestAddress(place), Ordering::Relaxed);
+    fn read_ring(&self, address: u64) -> Result<u16, QueueError> {
+        let word = self.memory.load(GuestAddress(address), Ordering::Relaxed);
         word.map(u16::from_le)
             .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))
     }
 
-    /// Serves the available chains until the queue is empty and kicks are enabled, or up to `most` chains. In
+    /// Serves the available chains until the queue is empty and kicks are enabled, or up to `max` chains. In
     /// the latter case the queue kicks itself, so that whoever waits for kicks returns to it after serving
     /// other event sources. `serve` returns the number of bytes that it wrote to a chain.
     ///
     /// # Errors
     /// A fault of the driver; the queue can't be used any more.
-    pub fn serve_turn(
+    pub fn serve_batch(
         &mut self,
-        most: usize,
+        max: usize,
         mut serve: impl FnMut(&Chain, &Memory) -> u32,
     ) -> Result<(), QueueError> {
         let memory = self.memory.clone();
-        for _ in 0..most {
+        for _ in 0..max {
             if let Some(chain) = self.pop()? {
                 let written = serve(&chain, &memory);
                 self.complete(chain.head(), written)?;
@@ -267,11 +267,11 @@ impl ActiveQueue {
             "virtio queue {}: {error:?}; the device needs a reset",
             self.index
         );
-        self.ask_for_reset();
+        self.set_needs_reset();
     }
 
     /// Marks the device as needing reset.
-    pub fn ask_for_reset(&self) {
+    pub fn set_needs_reset(&self) {
         self.interrupt.needs_reset();
     }
 

@@ -1,6 +1,6 @@
 //! Device registers as memory: if KVM maps the page read-only into the guest, reads do not exit. Writes do.
 
-use super::mmio::WINDOW_SIZE;
+use super::mmio::MMIO_SLOT_SIZE;
 use koya_host::sync::lock;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,19 +9,19 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use vm_memory::VolatileMemory;
 use vm_memory::mmap::MmapRegion;
 
-const PAGE: usize = WINDOW_SIZE as usize;
+const PAGE: usize = MMIO_SLOT_SIZE as usize;
 
-/// Memory for the registers of consecutive windows, one page each. Initially zero.
+/// Memory for the registers of consecutive MMIO slots, one page each. Initially zero.
 #[derive(Clone)]
 pub struct RegisterPages(Arc<MmapRegion>);
 
 impl RegisterPages {
-    /// Allocates memory for this many windows.
+    /// Allocates memory for this many slots.
     ///
     /// # Errors
     /// If the host has no memory left.
-    pub fn new(windows: usize) -> io::Result<Self> {
-        let region = MmapRegion::new(windows * PAGE).map_err(io::Error::other)?;
+    pub fn new(slots: usize) -> io::Result<Self> {
+        let region = MmapRegion::new(slots * PAGE).map_err(io::Error::other)?;
         Ok(Self(Arc::new(region)))
     }
 
@@ -30,7 +30,7 @@ impl RegisterPages {
         &self.0
     }
 
-    /// The page of one window; `None` if there is no such window.
+    /// The page of one slot; `None` if there is no such slot.
     pub fn page(&self, index: usize) -> Option<RegisterPage> {
         let start = index.checked_mul(PAGE)?;
         (start < self.0.size()).then(|| RegisterPage {
@@ -40,7 +40,7 @@ impl RegisterPages {
     }
 }
 
-/// The registers of one window, shared by all clones: each is a little-endian word at its offset.
+/// The registers of one slot, shared by all clones: each is a little-endian word at its offset.
 #[derive(Clone)]
 pub struct RegisterPage {
     pages: Arc<MmapRegion>,
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_nothing_beyond_a_page_or_between_words() {
+    fn accesses_beyond_a_page_or_between_words_are_ignored() {
         let pages = RegisterPages::new(1).unwrap();
         let page = pages.page(0).unwrap();
         for offset in [0x1000, 0x72, u32::MAX - 3] {

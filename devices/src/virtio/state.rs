@@ -33,7 +33,7 @@ impl Schema {
 
     /// The same for architecture-specific state, such as CPU registers.
     #[must_use]
-    pub const fn of_this_architecture(self) -> Self {
+    pub const fn architecture_specific(self) -> Self {
         Self {
             architecture: Some(std::env::consts::ARCH),
             ..self
@@ -202,7 +202,7 @@ pub enum StateError {
     Encoding(#[source] serde_json::Error),
     /// The state does not fit the device's configuration.
     #[error("the state does not fit the device: {0}")]
-    Misfit(&'static str),
+    Mismatch(&'static str),
     /// The device could not resume.
     #[error("the device can't go on")]
     Resume(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -258,8 +258,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_architectures_stays_on_it() {
-        let schema = SCHEMA.of_this_architecture();
+    fn architecture_specific_state_is_refused_elsewhere() {
+        let schema = SCHEMA.architecture_specific();
         let mut payload = schema.encode(&7u64).unwrap();
         assert_eq!(schema.decode::<u64>(&payload).unwrap(), 7);
         payload.architecture = Some("pdp11".into());

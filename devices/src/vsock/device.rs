@@ -449,7 +449,7 @@ mod tests {
         let key = *guest.worker.muxer.connections_for_test().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let short = guest.rx.offer(&[Buffer::Writable(HEADER_SIZE)]);
-        let mut guest = crate::test_utils::ends(move || {
+        let mut guest = crate::test_utils::finishes(move || {
             guest.worker.serve().unwrap();
             guest
         });
@@ -473,7 +473,7 @@ mod tests {
         let flood = guest
             .tx
             .flood(&[Buffer::Readable(header.as_bytes().to_vec())]);
-        let mut guest = crate::test_utils::ends(move || {
+        let mut guest = crate::test_utils::finishes(move || {
             guest.worker.serve().unwrap();
             guest
         });

@@ -2,7 +2,7 @@
 
 use crate::arch::ArchError;
 use koya_devices::virtio::Memory;
-use koya_devices::virtio::mmio::WINDOW_SIZE;
+use koya_devices::virtio::mmio::MMIO_SLOT_SIZE;
 use koya_devices::virtio::registers::RegisterPages;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
@@ -102,7 +102,7 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// Maps the first `windows` of these register pages read-only at a guest address, so that reads do not
+    /// Maps the first `count` of these register pages read-only at a guest address, so that reads do not
     /// exit. Writes still do.
     ///
     /// # Errors
@@ -111,9 +111,9 @@ impl Machine {
         &self,
         pages: &RegisterPages,
         address: u64,
-        windows: usize,
+        count: usize,
     ) -> Result<(), kvm_ioctls::Error> {
-        let size = (windows as u64).saturating_mul(WINDOW_SIZE);
+        let size = (count as u64).saturating_mul(MMIO_SLOT_SIZE);
         let region = pages.region();
         if size > region.size() as u64 {
             return Err(kvm_ioctls::Error::new(libc::EINVAL));

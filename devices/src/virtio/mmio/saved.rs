@@ -20,7 +20,7 @@ impl MmioTransport {
     pub fn save(&mut self) -> Result<Payload, StateError> {
         // Tried first: a device that can't be saved must not be stopped.
         lock(&self.device).save()?;
-        self.stand_still();
+        self.stop_queues();
         let queues = self.queues.iter().map(|queue| QueueState {
             size: queue.size(),
             ready: queue.ready(),
@@ -62,15 +62,15 @@ impl MmioTransport {
         // Any other status might activate features that were never checked.
         let reached = state.status & !(VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED);
         if ![0, ACK, DRIVER, FEATURES, RUNNING].contains(&reached) {
-            return Err(StateError::Misfit("no driver reaches its device status"));
+            return Err(StateError::Mismatch("no driver reaches its device status"));
         }
         if state.queues.len() != self.queues.len() {
-            return Err(StateError::Misfit("it has another number of queues"));
+            return Err(StateError::Mismatch("it has another number of queues"));
         }
         for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
             let size = saved.size;
             if !size.is_power_of_two() || size > queue.max_size() {
-                return Err(StateError::Misfit("a queue has another size"));
+                return Err(StateError::Mismatch("a queue has another size"));
             }
             let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
             queue.set_size(size);
@@ -86,13 +86,13 @@ impl MmioTransport {
             // Addresses that are not aligned were ignored.
             let taken = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
             if taken != (saved.descriptors, saved.available, saved.used) {
-                return Err(StateError::Misfit("a queue's address is not aligned"));
+                return Err(StateError::Mismatch("a queue's address is not aligned"));
             }
         }
         lock(&self.device).restore(&state.device)?;
         self.driver_features = state.driver_features;
-        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_fit() {
-            return Err(StateError::Misfit(
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.are_features_valid() {
+            return Err(StateError::Mismatch(
                 "the driver accepted what is not offered here",
             ));
         }
@@ -103,7 +103,7 @@ impl MmioTransport {
         registers.store(VIRTIO_MMIO_STATUS, state.status);
         registers.store(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
         registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
-        self.show_selected();
+        self.write_selected_registers();
         Ok(())
     }
 
@@ -126,7 +126,7 @@ impl MmioTransport {
         Ok(())
     }
 
-    fn stand_still(&mut self) {
+    fn stop_queues(&mut self) {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
         if !std::mem::take(&mut self.active) {
             return;

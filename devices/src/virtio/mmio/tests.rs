@@ -14,7 +14,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        Self::of(Box::new(Rng::default()), own_page().unwrap())
+        Self::of(Box::new(Rng::default()), private_page().unwrap())
     }
 
     fn of(device: Box<dyn VirtioDevice>, registers: RegisterPage) -> Self {
@@ -71,7 +71,7 @@ impl Driver {
 const NEEDS_RESET: u32 = 64;
 
 #[test]
-fn the_device_says_what_it_is() {
+fn magic_version_and_device_id_are_read() {
     let mut driver = Driver::new();
     assert_eq!(driver.read(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
     assert_eq!(driver.read(VIRTIO_MMIO_VERSION), 2);
@@ -210,7 +210,7 @@ fn the_registers_of_a_running_device_do_not_change() {
 }
 
 #[test]
-fn a_fault_is_told_by_status_interrupt_and_generation() {
+fn a_fault_sets_status_interrupt_and_generation() {
     let mut driver = Driver::new();
     driver.negotiate();
     driver.set_queue(0x1000);
@@ -266,7 +266,7 @@ fn random_accesses_never_panic() {
 
 /// A guest with the page mapped reads it without asking the device.
 #[test]
-fn a_page_shows_what_a_read_would() {
+fn a_register_page_has_what_a_read_returns() {
     let pages = RegisterPages::new(1).unwrap();
     let device = || Box::new(Vsock::new(0x1_0000_0003, Ports::new().unwrap()));
     let config = device().config().unwrap();
@@ -297,7 +297,7 @@ fn a_page_shows_what_a_read_would() {
 
 /// Changes from either side are in the page before the interrupt is raised.
 #[test]
-fn a_page_shows_a_configuration_that_changes() {
+fn a_register_page_follows_configuration_changes() {
     let pages = RegisterPages::new(1).unwrap();
     let balloon = Balloon::new().unwrap();
     let handle = balloon.handle();
