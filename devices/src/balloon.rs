@@ -12,8 +12,8 @@
 //! The driver passes page frame numbers and ranges; those outside guest memory are ignored. A page that a
 //! guest gives up and continues to use reads as zero, which harms nobody else.
 
+use crate::discard;
 use crate::fault::guest_fault;
-use crate::give_back;
 use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, F_INDIRECT_DESC,
@@ -338,7 +338,7 @@ fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
     Some(all)
 }
 
-fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
+fn discard_inflated(chain: &Chain, memory: &Memory, shared: &Shared) {
     let metrics = &shared.metrics;
     let fault = || {
         guest_fault!("a balloon's request names what is not the guest's memory, or too much");
@@ -348,7 +348,7 @@ fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
         return fault();
     };
     for (start, len) in ranges {
-        match give_back::give_back(memory, GuestAddress(start), len) {
+        match discard::discard(memory, GuestAddress(start), len) {
             Ok(()) => {
                 metrics.inflated_bytes.fetch_add(len, Ordering::Relaxed);
             }
@@ -358,9 +358,9 @@ fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
     }
 }
 
-fn give_back_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
+fn discard_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
     for (start, len) in chain.writable_ranges() {
-        match give_back::give_back(memory, start, len) {
+        match discard::discard(memory, start, len) {
             Ok(()) => {
                 let reported = &shared.metrics.reported_bytes;
                 reported.fetch_add(len, Ordering::Relaxed);
@@ -421,7 +421,7 @@ impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
         self.inflate.serve_batch(TURN, |chain, memory| {
-            give_back_asked(chain, memory, shared);
+            discard_inflated(chain, memory, shared);
             0
         })?;
         self.deflate.serve_batch(TURN, |chain, _| {
@@ -432,7 +432,7 @@ impl BalloonWorker {
         })?;
         if let Some(queue) = &mut self.reporting {
             queue.serve_batch(TURN, |chain, memory| {
-                give_back_reported(chain, memory, shared);
+                discard_reported(chain, memory, shared);
                 0
             })?;
         }

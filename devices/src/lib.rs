@@ -23,9 +23,9 @@
 
 pub mod balloon;
 pub mod blk;
+mod discard;
 mod fault;
 pub mod fs;
-mod give_back;
 pub mod mem;
 pub mod net;
 pub mod rate_limit;

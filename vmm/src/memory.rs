@@ -464,7 +464,7 @@ mod tests {
             let memory = &guest.machine.memory().clone();
             let region = memory.find_region(GuestAddress(ROOM)).unwrap();
             let slice = region.mapping().unwrap();
-            koya_devices::sys::advise(&slice, Advice::GiveBackShared).unwrap();
+            koya_devices::sys::advise(&slice, Advice::PunchHole).unwrap();
             assert_eq!(guest.round(), (0xff, 2));
             assert!(!guest.is_held());
         }

@@ -2,8 +2,8 @@
 
 use super::slots::Slots;
 use super::{BLOCK_SIZE, Backing, remove_empty};
+use crate::discard::discard_mapped;
 use crate::fault::guest_fault;
-use crate::give_back::discard;
 use crate::virtio::Memory;
 use std::ops::Range;
 use std::time::Instant;
@@ -61,7 +61,7 @@ impl Region {
 
     pub(super) fn discard(&self, memory: &Memory, range: Range<usize>) {
         let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
-        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
+        if let Err(error) = discard_mapped(memory, start, range.len() as u64 * BLOCK_SIZE) {
             // The next sweep tries again.
             guest_fault!("cannot give unplugged memory back: {error}");
         }

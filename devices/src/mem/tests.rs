@@ -88,7 +88,7 @@ fn blocks_are_plugged_up_to_what_is_requested() {
 }
 
 #[test]
-fn unplugged_memory_goes_back() {
+fn unplugged_memory_is_discarded() {
     let mut setup = setup(8 << 20);
     setup.ask(REQUEST_PLUG, START, 4);
     let memory = setup.driver.memory().clone();
@@ -282,7 +282,7 @@ fn a_chain_into_unplugged_memory_is_the_guests_fault() {
 
 /// Memory that the guest touched in unplugged blocks of a registered slot is discarded.
 #[test]
-fn unplugged_blocks_are_given_back_again() {
+fn unplugged_blocks_are_discarded_again() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     setup.ask(REQUEST_PLUG, START, 2);
     setup.ask(REQUEST_UNPLUG, START, 1);

@@ -19,13 +19,13 @@ pub(super) fn worker(
 ) -> Box<dyn MutEventSubscriber + Send> {
     let name = "a network's control queue";
     Box::new(LoopWorker::new(name, queue, move |chain, memory| {
-        answer(chain, memory, &tap, pairs)
+        handle(chain, memory, &tap, pairs)
     }))
 }
 
 /// Executes the command of a chain and writes its status; returns the number of bytes written.
-fn answer(chain: &Chain, memory: &Memory, tap: &Tap, pairs: u16) -> u32 {
-    let ack = match obey(chain, memory, tap, pairs) {
+fn handle(chain: &Chain, memory: &Memory, tap: &Tap, pairs: u16) -> u32 {
+    let ack = match execute(chain, memory, tap, pairs) {
         true => VIRTIO_NET_OK,
         false => VIRTIO_NET_ERR,
     };
@@ -33,7 +33,7 @@ fn answer(chain: &Chain, memory: &Memory, tap: &Tap, pairs: u16) -> u32 {
 }
 
 /// Class, command and, for the supported command, the number of pairs. False if it cannot be executed.
-fn obey(chain: &Chain, memory: &Memory, tap: &Tap, most: u16) -> bool {
+fn execute(chain: &Chain, memory: &Memory, tap: &Tap, max_pairs: u16) -> bool {
     let mut command = [0; 4];
     if chain.read(memory, 0, &mut command).is_err() {
         return false;
@@ -42,7 +42,7 @@ fn obey(chain: &Chain, memory: &Memory, tap: &Tap, most: u16) -> bool {
     let pairs = u16::from_le_bytes([low, high]);
     let known = u32::from(class) == VIRTIO_NET_CTRL_MQ
         && u32::from(command) == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET;
-    if !known || pairs == 0 || pairs > most {
+    if !known || pairs == 0 || pairs > max_pairs {
         return false;
     }
     match tap.use_queues(pairs.into()) {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`Net`] | the device: features, configuration space, threads |
 //! | [`Tap`] | the tap interface |
-//! | `pair` | one thread per queue pair: frames to and from the tap |
+//! | `queue_pair` | one thread per queue pair: frames to and from the tap |
 //! | `control` | the control queue (section 5.1.6.5): number of pairs in use |
 //!
 //! **Offloads.** The tap uses virtio-net headers (IFF_VNET_HDR), so each frame passes with its header
@@ -24,7 +24,7 @@
 //! are returned empty.
 
 mod control;
-mod pair;
+mod queue_pair;
 mod tap;
 
 #[cfg(test)]
@@ -39,7 +39,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{Role, Threads};
-use pair::Pair;
+use queue_pair::QueuePair;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::str::FromStr;
@@ -305,7 +305,7 @@ impl Net {
         };
         let features = activation.features;
         let has = |bit: u32| features & (1 << bit) != 0;
-        let room = pair::Room::of(features, self.options.mtu);
+        let room = queue_pair::BufferNeeds::of(features, self.options.mtu);
         let several = has(VIRTIO_NET_F_MQ);
         self.tap.set_offload(offloads(features)).map_err(host)?;
         self.tap.use_queues(self.first_pairs).map_err(host)?;
@@ -323,8 +323,8 @@ impl Net {
                 (Err(error), _) | (_, Err(error)) if index == 0 => return Err(error),
                 _ => continue,
             };
-            let pair = Pair::new(
-                pair::Place {
+            let pair = QueuePair::new(
+                queue_pair::PairContext {
                     index,
                     tap: self.tap.clone(),
                     shared: self.shared.clone(),

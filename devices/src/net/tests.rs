@@ -96,7 +96,7 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_frame_of_the_guests_reaches_the_host_as_it_is() {
+fn a_frame_from_the_guest_reaches_the_host_unchanged() {
     let mut setup = Setup::new(MERGEABLE, options());
     for len in [60, 1514, 65_549] {
         let message = [vec![0; HEADER_SIZE], pattern(len)].concat();
@@ -308,7 +308,7 @@ fn addresses_are_parsed() {
 }
 
 #[test]
-fn a_network_goes_on_where_it_was() {
+fn a_restored_network_continues() {
     let (mut device, host) = device(options());
     let (mut receive, sender) = (Driver::new(256), Driver::new(256));
     let heads: Vec<u16> = (0..4)
@@ -316,7 +316,7 @@ fn a_network_goes_on_where_it_was() {
         .collect();
     let start = |device: &mut Net, receive: &Driver, at: (u16, u16)| {
         let queue = receive.queue_at(at);
-        let place = queue.position();
+        let position = queue.position();
         let activation = Activation {
             memory: receive.memory().clone(),
             interrupt: receive.recorder().clone(),
@@ -324,7 +324,7 @@ fn a_network_goes_on_where_it_was() {
             features: MERGEABLE,
         };
         device.activate(activation).unwrap();
-        place
+        position
     };
     let wait = |receive: &mut Driver, head: u16| {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -337,18 +337,18 @@ fn a_network_goes_on_where_it_was() {
         }
     };
     let frame = [&[0; HEADER_SIZE][..], b"a frame of the host's"].concat();
-    let place = start(&mut device, &receive, (0, 0));
+    let position = start(&mut device, &receive, (0, 0));
     send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
     wait(&mut receive, heads[0]);
 
     let state = device.save().unwrap();
     device.stop(None);
     // Buffers that the device had taken return to the driver.
-    assert_eq!(place.get(), (1, 1));
+    assert_eq!(position.get(), (1, 1));
     send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);
-    start(&mut device, &receive, place.get());
+    start(&mut device, &receive, position.get());
     wait(&mut receive, heads[1]);
 
     device.reset(None);
@@ -362,7 +362,7 @@ fn a_network_goes_on_where_it_was() {
 
 /// Each buffer is too short, and there is always another.
 #[test]
-fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+fn a_full_queue_does_not_delay_a_stop() {
     let mut setup = Setup::new(MERGEABLE, options());
     // In many parts, so that the device takes longer than the driver.
     let buffers = setup

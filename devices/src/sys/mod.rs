@@ -1,11 +1,11 @@
 //! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles and mount
 //! attributes. Every function here is safe to call; each `unsafe` block states why.
 
-mod pieces;
+mod iovecs;
 mod ring;
 mod tap;
 
-pub use pieces::Pieces;
+pub use iovecs::Iovecs;
 pub use ring::{Completion, Ring, Transfer};
 pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
@@ -17,16 +17,16 @@ use vm_memory::bitmap::BitmapSlice;
 
 /// Maximum number of iovecs of one call (IOV_MAX); the rest of a longer list is left to the caller's next
 /// call, as after any short read or write.
-const MAX_PIECES: usize = 1024;
+const MAX_IOVECS: usize = 1024;
 
 fn checked(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-fn pieces<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
+fn iovecs<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
     slices
         .iter()
-        .take(MAX_PIECES)
+        .take(MAX_IOVECS)
         .map(|slice| libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
             iov_len: slice.len(),
@@ -43,14 +43,14 @@ pub fn read_at<B: BitmapSlice>(
     slices: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: each iovec comes from a VolatileSlice, which borrows its mapping for longer than this call; the
     // kernel writes only inside them, and nobody holds references into them.
     checked(unsafe {
         libc::preadv(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
             offset as libc::off_t,
         )
     })
@@ -66,14 +66,14 @@ pub fn write_at<B: BitmapSlice>(
     offset: u64,
     append: bool,
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: each iovec comes from a VolatileSlice, which borrows its mapping for longer than this call; the
     // kernel only reads them.
     checked(unsafe {
         libc::pwritev2(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
             offset as libc::off_t,
             if append { libc::RWF_APPEND } else { 0 },
         )
@@ -119,9 +119,9 @@ pub fn wait_readable<const N: usize>(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
     /// Discard pages of private memory; they read as zero from then on.
-    GiveBackPrivate,
+    DiscardPrivate,
     /// Punch a hole into the file behind the memory.
-    GiveBackShared,
+    PunchHole,
     /// Use transparent huge pages if the host has them.
     HugePages,
     /// Leave the memory out of core dumps of this process.
@@ -142,8 +142,8 @@ pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> i
         return Ok(());
     }
     let advice = match advice {
-        Advice::GiveBackPrivate => libc::MADV_DONTNEED,
-        Advice::GiveBackShared => libc::MADV_REMOVE,
+        Advice::DiscardPrivate => libc::MADV_DONTNEED,
+        Advice::PunchHole => libc::MADV_REMOVE,
         Advice::HugePages => libc::MADV_HUGEPAGE,
         Advice::NoDump => libc::MADV_DONTDUMP,
     };
@@ -162,13 +162,13 @@ pub fn receive<B: BitmapSlice>(
     fd: impl AsFd,
     slices: &[VolatileSlice<'_, B>],
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: as in `read_at`.
     checked(unsafe {
         libc::readv(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
         )
     })
 }
@@ -178,13 +178,13 @@ pub fn receive<B: BitmapSlice>(
 /// # Errors
 /// The error from writev(2).
 pub fn write<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: as in `write_at`.
     checked(unsafe {
         libc::writev(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
         )
     })
 }
@@ -194,11 +194,11 @@ pub fn write<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> 
 /// # Errors
 /// The error from sendmsg(2).
 pub fn send<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
-    let mut pieces = pieces(slices);
+    let mut iovecs = iovecs(slices);
     // SAFETY: msghdr is plain data for which all zeroes is a valid value.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = pieces.as_mut_ptr();
-    message.msg_iovlen = pieces.len() as _;
+    message.msg_iov = iovecs.as_mut_ptr();
+    message.msg_iovlen = iovecs.len() as _;
     // SAFETY: the message points to `iovecs`, which outlives the call; the iovecs are as in `write_at`.
     checked(unsafe {
         libc::sendmsg(

@@ -3,7 +3,7 @@
 //! The ring owns what its requests point to (guest memory, the file, the iovecs), and dropping it waits for
 //! every request in flight, so its functions are safe to call.
 
-use super::pieces;
+use super::iovecs;
 use crate::virtio::{Chain, ChainError, Memory};
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -43,10 +43,10 @@ pub struct Transfer<'c> {
 }
 
 /// A request in flight and what it points to.
-struct Flight {
+struct InFlight {
     token: u64,
     /// Read by the kernel when the request is submitted, or later by old kernels.
-    pieces: Vec<libc::iovec>,
+    iovecs: Vec<libc::iovec>,
 }
 
 /// An io_uring; see the module's documentation.
@@ -54,14 +54,14 @@ pub struct Ring {
     uring: IoUring,
     memory: Arc<Memory>,
     file: Arc<File>,
-    flights: Vec<Option<Flight>>,
+    in_flight: Vec<Option<InFlight>>,
     free: Vec<usize>,
     watched: Vec<EventFd>,
     /// Why an event could not be watched.
     broken: Option<io::Error>,
 }
 
-// SAFETY: the raw pointers in `flights` point into guest memory, which `memory` keeps mapped and any thread
+// SAFETY: the raw pointers in `in_flight` point into guest memory, which `memory` keeps mapped and any thread
 // may use; nothing else in a ring belongs to one thread.
 unsafe impl Send for Ring {}
 
@@ -83,7 +83,7 @@ impl Ring {
             uring,
             memory,
             file,
-            flights: (0..entries).map(|_| None).collect(),
+            in_flight: (0..entries).map(|_| None).collect(),
             free: (0..usize::from(entries)).rev().collect(),
             watched: Vec::new(),
             broken: None,
@@ -97,7 +97,7 @@ impl Ring {
 
     /// Whether no request is in flight.
     pub fn is_idle(&self) -> bool {
-        self.free.len() == self.flights.len()
+        self.free.len() == self.in_flight.len()
     }
 
     /// Reports every write to `event` from now on as [`Completion::Event`] with the event's index, which is
@@ -132,12 +132,12 @@ impl Ring {
         let slices = transfer
             .chain
             .writable_slices(&self.memory, skip, len as usize)?;
-        let flight = Flight {
+        let request = InFlight {
             token,
-            pieces: pieces(&slices),
+            iovecs: iovecs(&slices),
         };
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(flight, |flight| match flight.pieces.as_slice() {
+        self.submit(request, |request| match request.iovecs.as_slice() {
             [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
                 .offset(at)
                 .build(),
@@ -166,13 +166,13 @@ impl Ring {
         let slices = transfer
             .chain
             .readable_slices(&self.memory, skip, len as usize)?;
-        let flight = Flight {
+        let request = InFlight {
             token,
-            pieces: pieces(&slices),
+            iovecs: iovecs(&slices),
         };
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(flight, |flight| match flight.pieces.as_slice() {
+        self.submit(request, |request| match request.iovecs.as_slice() {
             [one] => opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
                 .offset(at)
                 .rw_flags(flags)
@@ -191,7 +191,7 @@ impl Ring {
     /// If the ring is full.
     pub fn sync(&mut self, token: u64) {
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(Flight::plain(token), |_| {
+        self.submit(InFlight::plain(token), |_| {
             opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build()
@@ -204,7 +204,7 @@ impl Ring {
     /// If the ring is full.
     pub fn allocate(&mut self, token: u64, mode: i32, at: u64, len: u64) {
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(Flight::plain(token), |_| {
+        self.submit(InFlight::plain(token), |_| {
             opcode::Fallocate::new(fd, len)
                 .offset(at)
                 .mode(mode)
@@ -212,16 +212,16 @@ impl Ring {
         });
     }
 
-    fn fly(&mut self, flight: Flight, entry: impl FnOnce(&Flight) -> Entry) {
+    fn submit(&mut self, request: InFlight, entry: impl FnOnce(&InFlight) -> Entry) {
         let slot = self.free.pop().expect("the caller asked for room");
-        let flight = self.flights[slot].insert(flight);
-        let entry = entry(flight).user_data(slot as u64);
+        let request = self.in_flight[slot].insert(request);
+        let entry = entry(request).user_data(slot as u64);
         self.push(entry);
     }
 
     fn push(&mut self, entry: Entry) {
         loop {
-            // SAFETY: an entry points to iovecs in `flights` and, through them, into `memory`; both stay
+            // SAFETY: an entry points to iovecs in `in_flight` and, through them, into `memory`; both stay
             // until its completion was seen, since `drop` waits for that. The iovecs' bytes are only used
             // through volatile slices and by the kernel.
             match unsafe { self.uring.submission().push(&entry) } {
@@ -269,9 +269,9 @@ impl Ring {
             let entry = self.uring.completion().next()?;
             if entry.user_data() & WATCH == 0 {
                 let slot = entry.user_data() as usize;
-                let flight = self.flights[slot].take()?;
+                let request = self.in_flight[slot].take()?;
                 self.free.push(slot);
-                return Some(Completion::Request(flight.token, entry.result()));
+                return Some(Completion::Request(request.token, entry.result()));
             }
             if entry.user_data() == CANCEL {
                 continue;
@@ -290,11 +290,11 @@ impl Ring {
     }
 }
 
-impl Flight {
+impl InFlight {
     fn plain(token: u64) -> Self {
         Self {
             token,
-            pieces: Vec::new(),
+            iovecs: Vec::new(),
         }
     }
 }
@@ -311,7 +311,7 @@ impl Drop for Ring {
                 // The kernel may still write to guest memory, so it is never unmapped.
                 log::error!("io_uring: {error}; guest memory is left mapped");
                 std::mem::forget(self.memory.clone());
-                std::mem::forget(std::mem::take(&mut self.flights));
+                std::mem::forget(std::mem::take(&mut self.in_flight));
                 return;
             }
             while self.completed().is_some() {}

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 /// The writable parts of several chains as one list.
-pub struct Pieces {
+pub struct Iovecs {
     memory: Arc<Memory>,
     all: Vec<libc::iovec>,
     /// Those before it are used up.
@@ -15,9 +15,9 @@ pub struct Pieces {
 }
 
 // SAFETY: the pointers point into guest memory, which `memory` keeps mapped and any thread may use.
-unsafe impl Send for Pieces {}
+unsafe impl Send for Iovecs {}
 
-impl Pieces {
+impl Iovecs {
     /// An empty list for this memory.
     pub fn new(memory: Arc<Memory>) -> Self {
         Self {
@@ -37,8 +37,8 @@ impl Pieces {
             self.all.drain(..self.first);
             self.first = 0;
         }
-        self.all.extend(super::pieces(&slices));
-        Ok(slices.len().min(super::MAX_PIECES))
+        self.all.extend(super::iovecs(&slices));
+        Ok(slices.len().min(super::MAX_IOVECS))
     }
 
     /// Reads once from `fd` into the first `most` iovecs.
@@ -47,7 +47,7 @@ impl Pieces {
     /// The error from readv(2).
     pub fn read(&self, fd: impl AsFd, most: usize) -> io::Result<usize> {
         let left = &self.all[self.first..];
-        let count = left.len().min(most).min(super::MAX_PIECES);
+        let count = left.len().min(most).min(super::MAX_IOVECS);
         // SAFETY: each iovec lies in `memory`, which lives as long as this; nobody holds references into
         // guest memory, and the kernel writes inside the iovecs only.
         checked(unsafe { libc::readv(fd.as_fd().as_raw_fd(), left.as_ptr(), count as libc::c_int) })

@@ -10,10 +10,10 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 ///
 /// # Errors
 /// `InvalidInput` if part of it is not guest memory, otherwise the error from madvise(2).
-pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
+pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let count = usize::try_from(len).map_err(|_| outside())?;
     match memory.check_range(start, count) {
-        true => discard(memory, start, len),
+        true => discard_mapped(memory, start, len),
         false => Err(outside()),
     }
 }
@@ -22,7 +22,7 @@ pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::R
 ///
 /// # Errors
 /// `InvalidInput` if part of it is not mapped, otherwise the error from madvise(2).
-pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
+pub(crate) fn discard_mapped(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let (mut at, mut left) = (start, len);
     while left > 0 {
         let region = memory.find_region(at).ok_or_else(outside)?;
@@ -34,8 +34,8 @@ pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Res
         let part = left.min(region.len() - offset);
         let slice = region.mapped_slice(offset, part as usize);
         let advice = match region.file_offset() {
-            Some(_) => Advice::GiveBackShared,
-            None => Advice::GiveBackPrivate,
+            Some(_) => Advice::PunchHole,
+            None => Advice::DiscardPrivate,
         };
         sys::advise(&slice.map_err(|_| outside())?, advice)?;
         at = GuestAddress(at.0 + part);
@@ -65,7 +65,7 @@ mod tests {
             .write_slice(&vec![7; 1 << 20], GuestAddress(0))
             .unwrap();
         let before = copy.metadata().unwrap().blocks();
-        give_back(&memory, GuestAddress(0), 1 << 19).unwrap();
+        discard(&memory, GuestAddress(0), 1 << 19).unwrap();
         let after = copy.metadata().unwrap().blocks();
         assert!(after <= before / 2 + 16, "{before} blocks, then {after}");
         let byte: u8 = memory.read_obj(GuestAddress(77)).unwrap();
@@ -76,7 +76,7 @@ mod tests {
     fn what_is_no_memory_is_refused() {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for (start, len) in [(1 << 20, 4096), (0, (1 << 20) + 4096), (u64::MAX - 5, 4096)] {
-            let refused = give_back(&memory, GuestAddress(start), len).unwrap_err();
+            let refused = discard(&memory, GuestAddress(start), len).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
         }
     }
