@@ -18,7 +18,7 @@ const TX: u16 = 1;
 const EVENT: u16 = 2;
 
 /// Maximum number of packets per direction in a batch, after which the event loop's other sources are served.
-const TURN: usize = 64;
+const BATCH: usize = 64;
 
 /// The vsock device.
 pub struct Vsock {
@@ -82,10 +82,10 @@ impl VsockWorker {
     /// Moves packets in both directions until both queues are idle or the batch is complete; in the latter
     /// case the queue kicks itself, so that the loop returns after its other sources.
     fn serve(&mut self) -> Result<(), QueueError> {
-        let (mut tx_left, mut rx_left) = (TURN, TURN);
+        let (mut tx_left, mut rx_left) = (BATCH, BATCH);
         // Each round except the last moves a packet, or finds that an available packet has become obsolete,
         // which also counts towards the limit.
-        for _ in 0..TURN {
+        for _ in 0..BATCH {
             let more_tx = self.serve_tx(&mut tx_left)?;
             let at_rest = !self.muxer.may_receive();
             let more_rx = self.serve_rx(&mut rx_left)?;
@@ -214,7 +214,7 @@ impl MutEventSubscriber for VsockWorker {
         } else if fd == self.tx.kick().as_raw_fd() {
             self.tx.kick().read().ok();
         } else if fd == self.wake {
-            self.muxer.connect_wanted();
+            self.muxer.connect_requested();
         } else if let Some(key) = self.watched.get(&fd) {
             let set = events.event_set();
             // Closed in both directions: an end that only sends no more is no hang-up.
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn data_flows_both_ways_and_the_end_is_told() {
+    fn data_flows_both_ways_until_the_end() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
@@ -348,7 +348,7 @@ mod tests {
         assert_eq!(&got, b"hello host");
 
         host.write_all(b"hello guest").unwrap();
-        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        let key = *guest.worker.muxer.connection_keys().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let answer = guest.receive().unwrap();
         assert_eq!(
@@ -362,11 +362,11 @@ mod tests {
         guest.send(Op::Reset, 1000, &[]);
         // The stream is removed when it is next served.
         guest.receive();
-        assert!(guest.worker.muxer.connections_for_test().is_empty());
+        assert!(guest.worker.muxer.connection_keys().is_empty());
     }
 
     #[test]
-    fn a_packet_with_a_false_sender_is_refused() {
+    fn a_packet_with_a_wrong_sender_is_refused() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1).unwrap();
         let header = Header {
@@ -393,10 +393,10 @@ mod tests {
     }
 
     #[test]
-    fn streams_that_the_host_has_ended_give_their_places_to_others() {
+    fn a_new_stream_replaces_one_that_the_host_has_closed() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
-        guest.worker.muxer.set_limit_for_test(16);
+        guest.worker.muxer.set_limit(16);
         let request = |from: u32| Header {
             src_port: from.into(),
             ..packet(Op::Request, 1000)
@@ -422,7 +422,7 @@ mod tests {
         }
         assert!(ask(&mut guest, 101).is_some());
         let left = |guest: &Guest| {
-            let keys = guest.worker.muxer.connections_for_test().into_iter();
+            let keys = guest.worker.muxer.connection_keys().into_iter();
             let mut ports: Vec<u32> = keys.map(|key| key.guest).collect();
             ports.sort_unstable();
             ports
@@ -430,7 +430,7 @@ mod tests {
         let ports = left(&guest);
         assert!(!ports.contains(&5) && ports.contains(&3), "{ports:?}");
         let own = guest.ports.connect(7).unwrap();
-        guest.worker.muxer.connect_wanted();
+        guest.worker.muxer.connect_requested();
         let ports = left(&guest);
         assert!(!ports.contains(&3) && ports.contains(&7), "{ports:?}");
         assert_eq!(ports.len(), 16);
@@ -439,14 +439,14 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_with_room_for_a_header_alone_holds_nobody() {
+    fn a_buffer_for_a_header_only_does_not_block_streams() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Response));
         let mut host = listener.accept().unwrap();
         host.write_all(b"data").unwrap();
-        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        let key = *guest.worker.muxer.connection_keys().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let short = guest.rx.offer(&[Buffer::Writable(HEADER_SIZE)]);
         let mut guest = crate::test_utils::finishes(move || {
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_keeps_its_queue_full_gets_turns_and_no_more() {
+    fn a_full_queue_is_served_in_batches() {
         let mut guest = Guest::new();
         let _listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
@@ -478,15 +478,15 @@ mod tests {
             guest
         });
         drop(flood);
-        assert_eq!(guest.tx.used().len(), TURN);
+        assert_eq!(guest.tx.used().len(), BATCH);
         assert!(guest.tx.take_kick());
     }
 
     #[test]
-    fn a_guest_that_gives_no_room_cannot_make_the_host_remember_without_end() {
+    fn refusals_are_bounded_without_receive_buffers() {
         let mut guest = Guest::new();
         for _ in 0..5 {
-            for _ in 0..TURN {
+            for _ in 0..BATCH {
                 guest.offer(&packet(Op::Request, 5), &[]);
             }
             guest.worker.serve().unwrap();

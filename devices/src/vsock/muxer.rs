@@ -1,9 +1,9 @@
 //! All streams of one guest, and the round-robin queue of packets for it.
 
 use super::HOST_CID;
-use super::connection::{BUFFER_SIZE, Connection, LEAST_BUFFER_SIZE};
+use super::connection::{Connection, MAX_BUFFER_SIZE, MIN_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
-use super::ports::{Ports, VsockMetrics, Wanted};
+use super::ports::{Ports, Requested, VsockMetrics};
 use crate::sys;
 use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -20,11 +20,11 @@ pub const MAX_CONNECTIONS: usize = 4096;
 /// Total size of the receive buffers of all streams in bytes: a guest that fills them must not push its
 /// sandbox over the memory limit of the process. The host kernel may hold as much again in socket buffers,
 /// and at least 4 KiB per stream.
-const BUDGET: u32 = 14 << 20;
+const TOTAL_BUFFER_SIZE: u32 = 14 << 20;
 
 /// A new stream gets one part in this many of the remaining budget: the first gets 256 KiB, the hundredth 4
 /// KiB. The budget of a closed stream is available again.
-const SHARE: u32 = 24;
+const SHARE_DIVISOR: u32 = 24;
 
 /// Maximum number of refusals that wait for buffers in the receive queue. If a guest causes more without
 /// supplying buffers, its transmit queue is not served until it does.
@@ -60,7 +60,7 @@ pub struct Muxer {
     ports: Ports,
     connections: HashMap<Key, Connection>,
     /// Streams that have a packet for the guest, each once.
-    turns: VecDeque<Key>,
+    ready: VecDeque<Key>,
     queued: HashSet<Key>,
     refusals: VecDeque<Header>,
     watches: Vec<Watch>,
@@ -69,25 +69,25 @@ pub struct Muxer {
     next_port: u32,
     limit: usize,
     /// Total size of the receive buffers of all streams.
-    promised: u32,
+    allocated: u32,
     /// Number of host ends closed while the guest's end was open, to find the one closed first.
     closed: u64,
 }
 
 /// Receive buffer size of a new stream, given the number of existing streams and their total. The minimum
 /// that further streams need is kept in reserve.
-fn window(streams: usize, promised: u32) -> u32 {
+fn buffer_size(streams: usize, allocated: u32) -> u32 {
     let to_come = MAX_CONNECTIONS.saturating_sub(streams) as u32;
-    let free = BUDGET
-        .saturating_sub(promised)
-        .saturating_sub(to_come * LEAST_BUFFER_SIZE);
-    (free / SHARE).clamp(LEAST_BUFFER_SIZE, BUFFER_SIZE)
+    let free = TOTAL_BUFFER_SIZE
+        .saturating_sub(allocated)
+        .saturating_sub(to_come * MIN_BUFFER_SIZE);
+    (free / SHARE_DIVISOR).clamp(MIN_BUFFER_SIZE, MAX_BUFFER_SIZE)
 }
 
 /// Limits how much the host kernel buffers for a slow reader of a stream (SO_SNDBUF). The default is 208 KiB.
-fn limit_send_buffer(stream: &UnixStream, window: u32) {
+fn limit_send_buffer(stream: &UnixStream, buffer_size: u32) {
     // The kernel doubles this value for its own overhead, and has a minimum.
-    let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, window as usize / 2);
+    let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, buffer_size as usize / 2);
     if let Err(error) = bound {
         log::debug!("vsock: cannot set the send buffer size of a stream: {error}");
     }
@@ -107,20 +107,20 @@ impl Muxer {
             cid,
             ports,
             connections: HashMap::new(),
-            turns: VecDeque::new(),
+            ready: VecDeque::new(),
             queued: HashSet::new(),
             refusals: VecDeque::new(),
             watches: Vec::new(),
             closing: Vec::new(),
             next_port: FIRST_HOST_PORT,
             limit: connection_limit(),
-            promised: 0,
+            allocated: 0,
             closed: 0,
         }
     }
 
-    fn window(&self) -> u32 {
-        window(self.connections.len(), self.promised)
+    fn buffer_size(&self) -> u32 {
+        buffer_size(self.connections.len(), self.allocated)
     }
 
     /// The changes for epoll since the last call, to be made before [`close_ended`](Self::close_ended).
@@ -173,7 +173,7 @@ impl Muxer {
         };
         connection.take_credit(&header);
         if op == Op::ReadWrite {
-            pass_on(connection, chain, memory, len)?;
+            forward_data(connection, chain, memory, len)?;
             self.count(|metrics| &metrics.sent_bytes, len.into());
         } else {
             connection.receive_control(op, header.flags.get());
@@ -183,7 +183,7 @@ impl Muxer {
     }
 
     fn request(&mut self, key: Key, header: &Header) {
-        if self.connections.contains_key(&key) || !self.make_room() {
+        if self.connections.contains_key(&key) || !self.make_space() {
             self.refuse(header);
             return;
         }
@@ -196,18 +196,21 @@ impl Muxer {
             self.refuse(header);
             return;
         }
-        self.insert(key, Connection::accepted(stream, header, self.window()));
+        self.insert(
+            key,
+            Connection::accepted(stream, header, self.buffer_size()),
+        );
     }
 
     /// Starts the streams requested by the host.
-    pub fn connect_wanted(&mut self) {
-        for Wanted {
+    pub fn connect_requested(&mut self) {
+        for Requested {
             port: guest,
             stream,
-            is_line_wanted,
-        } in self.ports.take_wanted()
+            wants_reply,
+        } in self.ports.take_requested()
         {
-            if !self.make_room() || stream.set_nonblocking(true).is_err() {
+            if !self.make_space() || stream.set_nonblocking(true).is_err() {
                 continue; // Dropped: the host's end sees the end of its stream.
             }
             let mut key = Key {
@@ -218,8 +221,11 @@ impl Muxer {
                 key.host = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
             }
             self.next_port = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
-            let greeting = is_line_wanted.then(|| format!("OK {}\n", key.host));
-            self.insert(key, Connection::requested(stream, self.window(), greeting));
+            let greeting = wants_reply.then(|| format!("OK {}\n", key.host));
+            self.insert(
+                key,
+                Connection::requested(stream, self.buffer_size(), greeting),
+            );
         }
     }
 
@@ -228,8 +234,8 @@ impl Muxer {
     }
 
     fn insert(&mut self, key: Key, connection: Connection) {
-        self.promised += connection.window();
-        limit_send_buffer(connection.stream(), connection.window());
+        self.allocated += connection.buffer_size();
+        limit_send_buffer(connection.stream(), connection.buffer_size());
         self.count(|metrics| &metrics.streams, 1);
         let fd = connection.stream().as_raw_fd();
         self.watches.push(Watch::Add(fd, key));
@@ -239,7 +245,7 @@ impl Muxer {
 
     /// Whether another stream can be added. If there are too many, the stream whose host end was closed first
     /// is removed: a guest that keeps its own ends open must not block new streams.
-    fn make_room(&mut self) -> bool {
+    fn make_space(&mut self) -> bool {
         if self.connections.len() < self.limit {
             return true;
         }
@@ -263,7 +269,7 @@ impl Muxer {
                 op: (Op::Reset as u16).into(),
                 ..Header::default()
             });
-            self.forget(connection);
+            self.close(connection);
         }
         true
     }
@@ -294,14 +300,14 @@ impl Muxer {
         let Some(connection) = self.connections.get(&key) else {
             return;
         };
-        if (connection.has_packet() || connection.is_over()) && self.queued.insert(key) {
-            self.turns.push_back(key);
+        if (connection.has_packet() || connection.is_finished()) && self.queued.insert(key) {
+            self.ready.push_back(key);
         }
     }
 
     /// Whether there may be a packet for the guest.
     pub fn has_packet(&self) -> bool {
-        !self.refusals.is_empty() || !self.turns.is_empty()
+        !self.refusals.is_empty() || !self.ready.is_empty()
     }
 
     /// Writes the next packet to `chain`; returns its length, or `None` if there is no packet after all.
@@ -317,7 +323,7 @@ impl Muxer {
             chain.write(memory, 0, refusal.as_bytes())?;
             return Ok(Some(HEADER_SIZE));
         }
-        while let Some(key) = self.turns.pop_front() {
+        while let Some(key) = self.ready.pop_front() {
             self.queued.remove(&key);
             let sent = self.send_from(key, chain, memory);
             self.enqueue(key);
@@ -346,7 +352,7 @@ impl Muxer {
             kind: TYPE_STREAM.into(),
             ..Header::default()
         };
-        if let Some((op, flags)) = connection.take_owed() {
+        if let Some((op, flags)) = connection.take_control() {
             header.op = (op as u16).into();
             header.flags = flags.into();
             connection.put_credit(&mut header);
@@ -361,11 +367,11 @@ impl Muxer {
             // A retry with the same chain would end here again, forever.
             return Err(ChainError::TooShort);
         }
-        let count = room.min(connection.peer_room()).min(MAX_PACKET);
+        let count = room.min(connection.peer_free()).min(MAX_PACKET);
         let slices = chain.writable_slices(memory, HEADER_SIZE, count as usize)?;
         match sys::receive(connection.stream(), &slices) {
             Ok(0) => {
-                connection.host_ended();
+                connection.host_send_closed();
                 return self.send_from(key, chain, memory);
             }
             Ok(got) => {
@@ -379,7 +385,7 @@ impl Muxer {
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => connection.drained(),
             Err(_) => {
-                connection.host_gone();
+                connection.host_receive_closed();
                 return self.send_from(key, chain, memory);
             }
         }
@@ -388,27 +394,30 @@ impl Muxer {
 
     /// Removes a stream that has ended.
     fn sweep(&mut self, key: Key) {
-        if self.connections.get(&key).is_some_and(Connection::is_over)
+        if self
+            .connections
+            .get(&key)
+            .is_some_and(Connection::is_finished)
             && let Some(connection) = self.connections.remove(&key)
         {
-            self.forget(connection);
+            self.close(connection);
         }
     }
 
-    fn forget(&mut self, connection: Connection) {
-        self.promised -= connection.window();
+    fn close(&mut self, connection: Connection) {
+        self.allocated -= connection.buffer_size();
         self.watches
             .push(Watch::Remove(connection.stream().as_raw_fd()));
         self.closing.push(connection);
     }
 
     #[cfg(test)]
-    pub(super) fn set_limit_for_test(&mut self, limit: usize) {
+    pub(super) fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
     }
 
     #[cfg(test)]
-    pub(super) fn connections_for_test(&self) -> Vec<Key> {
+    pub(super) fn connection_keys(&self) -> Vec<Key> {
         self.connections.keys().copied().collect()
     }
 
@@ -428,29 +437,29 @@ impl Muxer {
 
 /// Forwards data from the guest to the host's end: directly as much as it accepts, the rest through the
 /// buffer.
-fn pass_on(
+fn forward_data(
     connection: &mut Connection,
     chain: &Chain,
     memory: &Memory,
     len: u32,
 ) -> Result<(), ChainError> {
     let mut passed = 0;
-    if connection.may_bypass(len) && len > 0 {
+    if connection.can_forward_directly(len) && len > 0 {
         let slices = chain.readable_slices(memory, HEADER_SIZE, len as usize)?;
         match sys::send(connection.stream(), &slices) {
             Ok(count) => {
                 passed = count as u32;
-                connection.passed_on(passed);
+                connection.add_forwarded(passed);
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => {
-                connection.host_gone();
+                connection.host_receive_closed();
                 return Ok(());
             }
         }
     }
     if passed < len {
-        let mut rest = vec![0; (len - passed).min(BUFFER_SIZE + 1) as usize];
+        let mut rest = vec![0; (len - passed).min(MAX_BUFFER_SIZE + 1) as usize];
         chain.read(memory, HEADER_SIZE + passed, &mut rest)?;
         connection.receive(&rest);
     }
@@ -462,30 +471,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_streams_together_have_a_bound() {
-        let mut promised = 0;
-        let windows: Vec<u32> = (0..MAX_CONNECTIONS)
+    fn all_buffers_together_are_bounded() {
+        let mut allocated = 0;
+        let sizes: Vec<u32> = (0..MAX_CONNECTIONS)
             .map(|streams| {
-                let window = window(streams, promised);
-                promised += window;
-                window
+                let buffer_size = buffer_size(streams, allocated);
+                allocated += buffer_size;
+                buffer_size
             })
             .collect();
-        assert!(promised <= BUDGET, "{promised}");
-        assert!(windows.is_sorted_by(|one, next| one >= next));
-        assert!(
-            windows[0] >= 250 << 10 && windows[50] >= 24 << 10,
-            "{windows:?}"
-        );
-        assert_eq!(windows[MAX_CONNECTIONS - 1], LEAST_BUFFER_SIZE);
+        assert!(allocated <= TOTAL_BUFFER_SIZE, "{allocated}");
+        assert!(sizes.is_sorted_by(|one, next| one >= next));
+        assert!(sizes[0] >= 250 << 10 && sizes[50] >= 24 << 10, "{sizes:?}");
+        assert_eq!(sizes[MAX_CONNECTIONS - 1], MIN_BUFFER_SIZE);
         // Whatever the order in which streams end and start.
-        let mut left = windows;
+        let mut left = sizes;
         for n in 0..10_000 {
-            promised -= left.swap_remove(n * 7919 % left.len());
-            let new = window(left.len(), promised);
-            promised += new;
+            allocated -= left.swap_remove(n * 7919 % left.len());
+            let new = buffer_size(left.len(), allocated);
+            allocated += new;
             left.push(new);
-            assert!(promised <= BUDGET, "{promised}");
+            assert!(allocated <= TOTAL_BUFFER_SIZE, "{allocated}");
         }
         assert!((16..=MAX_CONNECTIONS).contains(&connection_limit()));
     }

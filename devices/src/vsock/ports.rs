@@ -38,28 +38,28 @@ pub struct VsockMetrics {
     pub received_bytes: AtomicU64,
 }
 
-struct Inner {
+struct SharedPorts {
     metrics: VsockMetrics,
     targets: Mutex<HashMap<u32, Target>>,
     /// Prefix of the sockets for ports that are not in `targets`, to be followed by the port number.
     fallback: Mutex<Option<PathBuf>>,
-    wanted: Mutex<Vec<Wanted>>,
+    requested: Mutex<Vec<Requested>>,
     wake: EventFd,
 }
 
 /// A connection requested by the host that the device has not started yet.
-pub(super) struct Wanted {
+pub(super) struct Requested {
     /// Port in the guest.
     pub(super) port: u32,
     /// The device's end of the stream.
     pub(super) stream: UnixStream,
     /// Whether to write a line to the other end once the guest has accepted.
-    pub(super) is_line_wanted: bool,
+    pub(super) wants_reply: bool,
 }
 
 /// The host side of a guest's vsock device. Cheap to clone.
 #[derive(Clone)]
-pub struct Ports(Arc<Inner>);
+pub struct Ports(Arc<SharedPorts>);
 
 /// Accepts the guest's connections to one port in order. Dropping it closes the port.
 pub struct Listener {
@@ -74,11 +74,11 @@ impl Ports {
     /// # Errors
     /// If the host has no file descriptor left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(SharedPorts {
             metrics: VsockMetrics::default(),
             targets: Mutex::default(),
             fallback: Mutex::default(),
-            wanted: Mutex::default(),
+            requested: Mutex::default(),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         })))
     }
@@ -118,26 +118,26 @@ impl Ports {
     /// If the host has no sockets left, or the guest does not accept connections.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        self.want(port, theirs, false)?;
+        self.request(port, theirs, false)?;
         Ok(ours)
     }
 
     /// Connects an existing stream to a port of the guest; the line `OK PORT`, with the host's port, is
     /// written to its other end once the guest has accepted.
     pub(super) fn connect_stream(&self, port: u32, stream: UnixStream) -> io::Result<()> {
-        self.want(port, stream, true)
+        self.request(port, stream, true)
     }
 
-    fn want(&self, port: u32, stream: UnixStream, is_line_wanted: bool) -> io::Result<()> {
-        let mut wanted = lock(&self.0.wanted);
+    fn request(&self, port: u32, stream: UnixStream, wants_reply: bool) -> io::Result<()> {
+        let mut requested = lock(&self.0.requested);
         // A guest that does not accept connections must not make this process hold any number of them.
-        if wanted.len() >= BACKLOG {
+        if requested.len() >= BACKLOG {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        wanted.push(Wanted {
+        requested.push(Requested {
             port,
             stream,
-            is_line_wanted,
+            wants_reply,
         });
         self.0.wake.write(1)
     }
@@ -146,7 +146,7 @@ impl Ports {
     pub(super) fn set_fallback(&self, path: Option<PathBuf>) {
         if path.is_none() {
             // Those who wait for the line see the end of their stream.
-            lock(&self.0.wanted).retain(|wanted| !wanted.is_line_wanted);
+            lock(&self.0.requested).retain(|requested| !requested.wants_reply);
         }
         *lock(&self.0.fallback) = path;
     }
@@ -192,12 +192,12 @@ impl Ports {
     }
 
     /// The connections requested by the host since the last call.
-    pub(super) fn take_wanted(&self) -> Vec<Wanted> {
+    pub(super) fn take_requested(&self) -> Vec<Requested> {
         self.0.wake.read().ok();
-        std::mem::take(&mut *lock(&self.0.wanted))
+        std::mem::take(&mut *lock(&self.0.requested))
     }
 
-    /// Becomes readable when there are requested connections ([`take_wanted`](Self::take_wanted)).
+    /// Becomes readable when there are requested connections ([`take_requested`](Self::take_requested)).
     pub(super) fn wake(&self) -> &EventFd {
         &self.0.wake
     }

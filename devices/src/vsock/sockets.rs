@@ -24,7 +24,7 @@ const LISTENER: Role = Role::new("koya-vsock").without_signals();
 const CLIENT: Role = Role::new("koya-vsock-line").guest_facing();
 
 /// How long a client may take to send its connection request.
-const PATIENCE: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum length of a request: `CONNECT 4294967295` and a carriage return.
 const MAX_LINE: usize = 19;
@@ -155,7 +155,7 @@ fn connect(mut stream: UnixStream, ports: &Ports) -> io::Result<()> {
 
 /// Reads a line byte by byte, since what follows it is for the guest.
 fn read_line(stream: &mut UnixStream) -> io::Result<String> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + REQUEST_TIMEOUT;
     let mut line = Vec::new();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -202,12 +202,12 @@ mod tests {
         }
     }
 
-    fn wanted(ports: &Ports) -> Vec<super::super::ports::Wanted> {
+    fn requested(ports: &Ports) -> Vec<super::super::ports::Requested> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
-            let wanted = ports.take_wanted();
-            if !wanted.is_empty() || Instant::now() > deadline {
-                return wanted;
+            let requested = ports.take_requested();
+            if !requested.is_empty() || Instant::now() > deadline {
+                return requested;
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -223,9 +223,9 @@ mod tests {
         let _silent = UnixStream::connect(&path).unwrap();
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(b"CONNECT 7\nhello").unwrap();
-        let mut wanted = wanted(&ports);
-        let one = &mut wanted[0];
-        assert_eq!((one.port, one.is_line_wanted), (7, true));
+        let mut requested = requested(&ports);
+        let one = &mut requested[0];
+        assert_eq!((one.port, one.wants_reply), (7, true));
         let mut bytes = [0; 5];
         one.stream.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"hello");
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_anothers_by_now_is_left_alone() {
+    fn a_path_that_was_replaced_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_of_a_guest_that_takes_none_are_refused() {
+    fn clients_of_a_guest_that_accepts_none_are_refused() {
         let ports = Ports::new().unwrap();
         let connect = || {
             let (ours, theirs) = UnixStream::pair().unwrap();
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_was_left_is_replaced_and_others_are_not() {
+    fn a_stale_socket_is_replaced_and_others_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();
