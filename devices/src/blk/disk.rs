@@ -64,14 +64,14 @@ impl Disk {
                 ),
                 _ => error,
             })?;
-        Self::of(file, options)
+        Self::from_file(file, options)
     }
 
     /// As [`open`](Self::open), for a file that is already open, with O_DIRECT if `options` require it.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn of(file: File, options: DiskOptions) -> io::Result<Self> {
+    pub fn from_file(file: File, options: DiskOptions) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let text = "it is neither a file nor a block device";
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_disk_is_refused_with_the_reason() {
+    fn files_that_are_no_disks_are_refused_with_a_reason() {
         let odd = Disk::open(image(1000).path(), read_only()).unwrap_err();
         assert!(odd.to_string().contains("truncate -s 1024"), "{odd}");
         let none = Disk::open(Path::new("/dev/null"), read_only()).unwrap_err();
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_grew_is_noticed() {
+    fn a_grown_disk_is_noticed() {
         let file = image(4096);
         let disk = Disk::open(file.path(), read_only()).unwrap();
         assert_eq!(disk.sectors(), 8);

@@ -168,14 +168,14 @@ impl Engine {
             Step::Write { skip, len, at } => {
                 let part = &mut aligned[..MAX_BOUNCE.min(len as usize)];
                 chain.read(&self.memory, skip, part)?;
-                Ok(self.settle(file.write_at(part, at)))
+                Ok(self.make_durable(file.write_at(part, at)))
             }
             Step::Sync | Step::Allocate { .. } => self.call(chain, step),
         }
     }
 
     /// Flushes data written by a system call to stable storage, if required.
-    fn settle(&self, written: io::Result<usize>) -> io::Result<usize> {
+    fn make_durable(&self, written: io::Result<usize>) -> io::Result<usize> {
         match self.durable {
             true => written.and_then(|n| self.disk.file().sync_data().map(|()| n)),
             false => written,
@@ -192,7 +192,7 @@ impl Engine {
             }
             Step::Write { skip, len, at } => {
                 let slices = chain.readable_slices(&self.memory, skip, len as usize)?;
-                self.settle(sys::write_at(file, &slices, at, false))
+                self.make_durable(sys::write_at(file, &slices, at, false))
             }
             Step::Sync => file.sync_data().map(|()| 0),
             Step::Allocate { mode, at, len } => fallocate(file, mode, at, len)

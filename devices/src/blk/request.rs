@@ -93,7 +93,7 @@ pub(super) enum Parsed {
     /// A request to be executed.
     Request(Request),
     /// An immediate answer: the chain, the status, and the number of data bytes written.
-    Answered(Chain, Status, u32),
+    Completed(Chain, Status, u32),
 }
 
 impl Request {
@@ -124,7 +124,7 @@ impl Request {
             VIRTIO_BLK_T_GET_ID => {
                 let len = room.min(ID_SIZE as u32);
                 chain.write(memory, 0, &disk.id()[..len as usize])?;
-                return Ok(Parsed::Answered(chain, Status::Ok, len));
+                return Ok(Parsed::Completed(chain, Status::Ok, len));
             }
             VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
             _ if disk.is_read_only() => Err(Status::IoError),
@@ -148,7 +148,7 @@ impl Request {
         };
         Ok(match kind {
             Ok(kind) => Parsed::Request(Self { chain, kind }),
-            Err(status) => Parsed::Answered(chain, status, 0),
+            Err(status) => Parsed::Completed(chain, status, 0),
         })
     }
 
@@ -230,7 +230,7 @@ impl Request {
 }
 
 /// Writes the status of a chain; returns the length for the used ring.
-pub(super) fn answer(
+pub(super) fn write_status(
     chain: &Chain,
     memory: &Memory,
     status: Status,

@@ -122,7 +122,7 @@ fn data_goes_to_the_disk_and_comes_back() {
 }
 
 #[test]
-fn many_requests_are_under_way_at_once_and_each_is_answered_once() {
+fn many_requests_in_flight_are_each_answered_once() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 64);
         let mut heads = Vec::new();
@@ -149,7 +149,7 @@ fn many_requests_are_under_way_at_once_and_each_is_answered_once() {
 }
 
 #[test]
-fn what_lies_outside_or_is_no_block_is_an_error() {
+fn requests_outside_the_disk_or_of_partial_blocks_fail() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         for (sector, room) in [
@@ -182,7 +182,7 @@ fn a_truncated_image_is_an_error_and_nothing_else_stops() {
 }
 
 #[test]
-fn a_chain_without_room_for_a_status_comes_back() {
+fn a_chain_without_space_for_a_status_is_returned() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         let head = setup
@@ -225,7 +225,7 @@ fn a_read_only_disk_takes_no_writes() {
 }
 
 #[test]
-fn discard_gives_space_back_and_zeroes_are_zero() {
+fn discard_frees_space_and_zeroes_are_zero() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 2048);
         setup
@@ -297,7 +297,7 @@ fn a_grown_disk_is_announced() {
 }
 
 #[test]
-fn a_disk_that_grew_before_its_driver_was_ready_is_announced() {
+fn a_disk_that_grew_before_activation_is_announced() {
     let mut setup = Setup::new(IoEngine::Auto, 8, DiskOptions::default());
     setup.device.read_config(0, &mut [0; 8]);
     setup.file.as_file().set_len(16 * 512).unwrap();
@@ -380,7 +380,7 @@ fn a_limited_disk_is_slow_and_can_still_be_stopped() {
 
 /// With direct I/O, misaligned memory works too.
 #[test]
-fn direct_io_takes_any_memory() {
+fn direct_io_works_with_misaligned_memory() {
     let dir = std::env::var("CARGO_TARGET_TMPDIR").unwrap_or_else(|_| "/var/tmp".into());
     let path = Path::new(&dir).join(format!("koya-direct-{}", std::process::id()));
     let mut file = std::fs::File::create(&path).unwrap();
@@ -418,7 +418,7 @@ fn direct_io_takes_any_memory() {
 
 /// Each request is refused at once, and there is always another.
 #[test]
-fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+fn a_full_queue_does_not_delay_a_stop() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         let flood = setup
@@ -436,7 +436,7 @@ fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
 /// Reads in flight on the host may complete after the driver has requested a reset, but not after the reset
 /// is complete.
 #[test]
-fn a_reset_with_requests_under_way_leaves_memory_alone() {
+fn a_reset_with_requests_in_flight_ends_memory_accesses() {
     const SECTORS: u64 = 64 << 10;
     for (round, engine) in [IoEngine::Auto; 12].into_iter().chain(BOTH).enumerate() {
         let mut setup = Setup::new(engine, SECTORS, DiskOptions::default());

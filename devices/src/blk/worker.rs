@@ -2,7 +2,7 @@
 
 use super::engine::{Engine, IoEngine};
 use super::request::{self, Parsed, Request, Status, Step};
-use super::{BlockMetrics, Disk, MAX_UNDER_WAY};
+use super::{BlockMetrics, Disk, MAX_IN_FLIGHT};
 use crate::fault::guest_fault;
 use crate::rate_limit::RateLimiter;
 use crate::sys::Completion;
@@ -64,11 +64,11 @@ impl Worker {
                 [kick, stop],
             )
         });
-        let mut serving = match engine {
-            Ok(engine) => Serving {
+        let mut service = match engine {
+            Ok(engine) => QueueService {
                 requests: (0..queue.size()).map(|_| None).collect(),
                 free: (0..queue.size()).rev().collect(),
-                under_way: 0,
+                bytes_in_flight: 0,
                 queue,
                 engine,
                 shared,
@@ -78,14 +78,14 @@ impl Worker {
                 return queue.set_needs_reset();
             }
         };
-        if let Err(error) = serving.serve() {
+        if let Err(error) = service.serve() {
             guest_fault!("a disk's queue: {error:?}; the device needs a reset");
-            serving.queue.set_needs_reset();
+            service.queue.set_needs_reset();
         }
     }
 }
 
-struct Serving {
+struct QueueService {
     queue: ActiveQueue,
     engine: Engine,
     shared: Arc<Shared>,
@@ -93,15 +93,15 @@ struct Serving {
     requests: Vec<Option<Request>>,
     free: Vec<u16>,
     /// Bytes in flight.
-    under_way: u64,
+    bytes_in_flight: u64,
 }
 
-impl Serving {
+impl QueueService {
     fn serve(&mut self) -> Result<(), WorkerError> {
         let mut stopping = false;
         loop {
             let limit = match stopping {
-                false => self.take()?,
+                false => self.start_requests()?,
                 // Requests in flight are completed; they are not resubmitted.
                 true if self.free.len() == self.requests.len() => {
                     return Ok(self.queue.notify()?);
@@ -126,9 +126,12 @@ impl Serving {
     /// Starts available requests; returns how long to wait before more may be started. Takes no more than the
     /// queue holds at once: requests that are answered immediately because they are invalid must not delay a
     /// stop.
-    fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
+    fn start_requests(&mut self) -> Result<Option<Duration>, WorkerError> {
         for _ in 0..self.requests.len() {
-            if self.free.is_empty() || self.under_way >= MAX_UNDER_WAY || !self.engine.has_room() {
+            if self.free.is_empty()
+                || self.bytes_in_flight >= MAX_IN_FLIGHT
+                || !self.engine.has_room()
+            {
                 return Ok(None);
             }
             let wait = lock(&self.shared.limiter).wait(Instant::now());
@@ -156,7 +159,7 @@ impl Serving {
                     return Ok(());
                 };
                 let step = request.step();
-                self.under_way += request.bytes();
+                self.bytes_in_flight += request.bytes();
                 self.shared
                     .metrics
                     .in_flight
@@ -167,9 +170,9 @@ impl Serving {
                     None => self.end(token, Status::Ok)?,
                 }
             }
-            Ok(Parsed::Answered(chain, status, written)) => {
+            Ok(Parsed::Completed(chain, status, written)) => {
                 self.shared.metrics.count_answer(status);
-                let used = request::answer(&chain, &memory, status, written)?;
+                let used = request::write_status(&chain, &memory, status, written)?;
                 self.queue.complete(head, used)?;
             }
             Err(error) => {
@@ -208,21 +211,21 @@ impl Serving {
             return Ok(());
         };
         self.free.push(token);
-        self.under_way -= request.bytes();
+        self.bytes_in_flight -= request.bytes();
         self.shared
             .metrics
             .in_flight
             .fetch_sub(1, Ordering::Relaxed);
         self.shared.metrics.count(&request, status);
         let memory = self.queue.memory();
-        let used = request::answer(&request.chain, memory, status, request.written())?;
+        let used = request::write_status(&request.chain, memory, status, request.written())?;
         self.queue.complete(request.chain.head(), used)?;
         Ok(())
     }
 }
 
 /// Removes requests in flight from the metrics when the worker ends.
-impl Drop for Serving {
+impl Drop for QueueService {
     fn drop(&mut self) {
         let left = self.requests.iter().flatten().count() as u64;
         let in_flight = &self.shared.metrics.in_flight;
@@ -239,7 +242,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
     #[test]
-    fn requests_that_are_refused_are_answered_in_turns() {
+    fn invalid_requests_are_answered_in_batches() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
         let disk = Disk::open(file.path(), DiskOptions::default()).unwrap();
@@ -265,19 +268,19 @@ mod tests {
             false,
             [event(), event()],
         );
-        let mut serving = Serving {
+        let mut service = QueueService {
             // With so short a queue, its contents exceed one batch.
             requests: (0..32).map(|_| None).collect(),
             free: (0..32).rev().collect(),
-            under_way: 0,
+            bytes_in_flight: 0,
             queue,
             engine: engine.unwrap(),
             shared,
         };
         for _ in 0..2 {
-            assert_eq!(serving.take().unwrap(), Some(Duration::ZERO));
+            assert_eq!(service.start_requests().unwrap(), Some(Duration::ZERO));
             assert_eq!(driver.used().len(), 32);
         }
-        assert_eq!(serving.take().unwrap(), None);
+        assert_eq!(service.start_requests().unwrap(), None);
     }
 }

@@ -270,7 +270,7 @@ impl Inodes {
         }
         let fd = self.fd(inode)?;
         let own = Identity::of(&stat(&*fd)?, export);
-        let handle = FileHandle::of(&*fd).ok().zip(export.anchor());
+        let handle = FileHandle::from_fd(&*fd).ok().zip(export.anchor());
         let by_handle = handle
             .and_then(|(handle, anchor)| handle.open(&*anchor, HANDLE_FLAGS.bits() as i32).ok());
         let found = match by_handle {

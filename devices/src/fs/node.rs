@@ -73,7 +73,7 @@ impl Traces {
     /// Whether this is the same file, as far as its file system can tell.
     pub(super) fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
         match &self.handle {
-            Some((_, handle)) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
+            Some((_, handle)) => FileHandle::from_fd(fd).is_ok_and(|h| h == *handle),
             None => self.birth == birth(stat),
         }
     }
@@ -266,7 +266,7 @@ fn traces(inode: &Inode, fd: &OwnedFd) -> Option<Traces> {
         .exports()
         .iter()
         .any(|export| export.mount_id == mount);
-    let handle = same_mount.then(|| FileHandle::of(fd).ok()).flatten();
+    let handle = same_mount.then(|| FileHandle::from_fd(fd).ok()).flatten();
     Some(Traces {
         handle: handle.map(|handle| (mount, handle)),
         birth: birth(&stat),
@@ -286,7 +286,7 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
                 return false;
             };
             let traces = Traces {
-                handle: FileHandle::of(&*fd).ok().map(|handle| (mount, handle)),
+                handle: FileHandle::from_fd(&*fd).ok().map(|handle| (mount, handle)),
                 birth: birth(&stat),
             };
             *slot = Slot::Evicted(traces);

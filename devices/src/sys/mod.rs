@@ -229,7 +229,7 @@ impl FileHandle {
     ///
     /// # Errors
     /// EOPNOTSUPP if the file system has no handles.
-    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+    pub fn from_fd(fd: impl AsFd) -> io::Result<Self> {
         let mut raw = RawHandle {
             bytes: libc::MAX_HANDLE_SZ as u32,
             kind: 0,
