@@ -49,7 +49,7 @@ const S_CACHES: u16 = 7;
 const QUEUE_SIZES: &[u16] = &[128; 4];
 /// Chains of one queue per batch, before other event sources are served: each may take thousands of
 /// madvise(2) calls.
-const TURN: usize = 4;
+const BATCH: usize = 4;
 /// Maximum number of page frame numbers in a chain. Linux sends 256.
 const MAX_FRAMES: u32 = 16_384;
 /// Maximum number of statistics in a chain. Linux has 16.
@@ -110,7 +110,7 @@ struct Shared {
     published: PublishedConfig,
     statistics: Mutex<MemoryStatistics>,
     /// Wakes the worker when new statistics are requested.
-    ask: EventFd,
+    statistics_requested: EventFd,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: BalloonMetrics,
     /// Head of the statistics buffer, which the guest refills when it gets it back (section 5.5.6.3). Used by
@@ -171,8 +171,8 @@ impl BalloonHandle {
     }
 
     /// Requests new statistics from the guest.
-    pub fn ask_for_statistics(&self) {
-        self.shared.ask.write(1).ok();
+    pub fn request_statistics(&self) {
+        self.shared.statistics_requested.write(1).ok();
     }
 
     /// Metrics of the balloon.
@@ -193,7 +193,7 @@ impl Balloon {
                 actual: AtomicU32::new(0),
                 published: PublishedConfig::default(),
                 statistics: Mutex::default(),
-                ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+                statistics_requested: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
                 metrics: BalloonMetrics::default(),
                 held: Mutex::default(),
@@ -401,7 +401,7 @@ fn read_statistics(chain: &Chain, memory: &Memory) -> MemoryStatistics {
 
 /// Takes the statistics buffers that the guest offers, at most one batch.
 fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), QueueError> {
-    for _ in 0..TURN {
+    for _ in 0..BATCH {
         if let Some(chain) = queue.pop()? {
             *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
             // One at a time: if a driver offers several, the previous one goes back.
@@ -420,18 +420,18 @@ fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), Queue
 impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
-        self.inflate.serve_batch(TURN, |chain, memory| {
+        self.inflate.serve_batch(BATCH, |chain, memory| {
             discard_inflated(chain, memory, shared);
             0
         })?;
-        self.deflate.serve_batch(TURN, |chain, _| {
+        self.deflate.serve_batch(BATCH, |chain, _| {
             let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
             let deflated = &shared.metrics.deflated_bytes;
             deflated.fetch_add(bytes, Ordering::Relaxed);
             0
         })?;
         if let Some(queue) = &mut self.reporting {
-            queue.serve_batch(TURN, |chain, memory| {
+            queue.serve_batch(BATCH, |chain, memory| {
                 discard_reported(chain, memory, shared);
                 0
             })?;
@@ -443,7 +443,7 @@ impl BalloonWorker {
     }
 
     /// Returns the statistics buffer to the guest, which refills it.
-    fn ask(&mut self) -> Result<(), QueueError> {
+    fn return_statistics_buffer(&mut self) -> Result<(), QueueError> {
         let held = lock(&self.shared.held).take();
         if let (Some(queue), Some(head)) = (&mut self.statistics, held) {
             queue.complete(head, 0)?;
@@ -461,7 +461,7 @@ impl BalloonWorker {
 impl MutEventSubscriber for BalloonWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let kicks = self.queues().map(ActiveQueue::kick);
-        for event in kicks.chain([&self.shared.ask]) {
+        for event in kicks.chain([&self.shared.statistics_requested]) {
             if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
                 log::error!("a balloon's queue can't be watched: {error}");
             }
@@ -473,9 +473,9 @@ impl MutEventSubscriber for BalloonWorker {
         for queue in self.queues() {
             queue.kick().read().ok();
         }
-        let asked = self.shared.ask.read().is_ok();
+        let asked = self.shared.statistics_requested.read().is_ok();
         let served = match asked {
-            true => self.ask().and_then(|()| self.serve()),
+            true => self.return_statistics_buffer().and_then(|()| self.serve()),
             false => self.serve(),
         };
         if let Err(error) = served {
@@ -483,7 +483,7 @@ impl MutEventSubscriber for BalloonWorker {
             for event in self
                 .queues()
                 .map(ActiveQueue::kick)
-                .chain([&self.shared.ask])
+                .chain([&self.shared.statistics_requested])
             {
                 ops.remove(Events::empty(event)).ok();
             }

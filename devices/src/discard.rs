@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_memory_is_refused() {
+    fn ranges_outside_memory_are_refused() {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for (start, len) in [(1 << 20, 4096), (0, (1 << 20) + 4096), (u64::MAX - 5, 4096)] {
             let refused = discard(&memory, GuestAddress(start), len).unwrap_err();

@@ -391,10 +391,10 @@ impl Mem {
         };
         let memory = backing.memory.upgrade();
         let memory = memory.ok_or(StateError::Mismatch("its machine has ended"))?;
-        region.show(&memory, all, false);
+        region.set_visible(&memory, all, false);
         for run in runs {
             add_missing(&mut region.slots, Some(backing), &run).map_err(StateError::resume)?;
-            region.show(&memory, run, true);
+            region.set_visible(&memory, run, true);
         }
         region.sweep(Some(backing), &memory);
         Ok(())
@@ -428,7 +428,7 @@ fn remove_empty(slots: &mut Slots, backing: Option<&Backing>) {
 }
 
 /// Handles a request; returns response type and state.
-fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
+fn handle_request(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
     shared.metrics.requests.fetch_add(1, Ordering::Relaxed);
     let mut request = Request::new_zeroed();
     let whole = chain.read(memory, 0, request.as_mut_bytes()).is_ok();
@@ -473,7 +473,7 @@ fn plug(
     }
     let slots = &mut region.slots;
     let missing = slots.missing(&range).len();
-    if missing > 0 && slots.present() + missing > region.most_slots() {
+    if missing > 0 && slots.present() + missing > region.max_slots() {
         guest_fault!("the guest keeps blocks in more memory slots than its memory needs");
         return Some((RESPONSE_BUSY, 0));
     }
@@ -526,7 +526,7 @@ fn state(region: &Region, address: u64, count: u16) -> Option<(u16, u16)> {
 
 /// Serves one request; returns the number of bytes written.
 fn serve(shared: &Shared, chain: &Chain, memory: &Memory) -> u32 {
-    let (kind, state) = answer(shared, memory, chain);
+    let (kind, state) = handle_request(shared, memory, chain);
     let mut response = [0; RESPONSE_SIZE as usize];
     response[..2].copy_from_slice(&kind.to_le_bytes());
     response[8..].copy_from_slice(&state.to_le_bytes());

@@ -43,20 +43,20 @@ impl Region {
             true => self.plugged += len,
             false => self.plugged -= len,
         }
-        self.show(memory, range, plugged);
+        self.set_visible(memory, range, plugged);
     }
 
     /// Marks blocks as plugged or unplugged for devices.
-    pub(super) fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
+    pub(super) fn set_visible(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
         if let Some(region) = memory.find_region(GuestAddress(self.start)) {
             region.set_plugged(range, plugged);
         }
     }
 
     /// Maximum number of registered slots.
-    pub(super) fn most_slots(&self) -> usize {
+    pub(super) fn max_slots(&self) -> usize {
         self.slots
-            .holding(self.requested.saturating_add(self.slack))
+            .slots_for(self.requested.saturating_add(self.slack))
     }
 
     pub(super) fn discard(&self, memory: &Memory, range: Range<usize>) {
@@ -84,7 +84,7 @@ impl Region {
         self.plugged = 0;
         if let Some(memory) = memory {
             // Made inaccessible first, then discarded, so that the guest cannot touch it in between.
-            self.show(memory, all, false);
+            self.set_visible(memory, all, false);
             self.sweep(backing, memory);
         }
     }

@@ -4,13 +4,13 @@ use super::BLOCK_SIZE;
 use std::ops::Range;
 
 /// Minimum size of a slot in bytes: that of a Linux memory block, so that each is within one slot.
-const LEAST: u64 = 128 << 20;
+const MIN_SLOT_SIZE: u64 = 128 << 20;
 
-/// Slot size of a region of `size` bytes with at most `most` slots: the smallest power of two that is
+/// Slot size of a region of `size` bytes with at most `max_slots` slots: the smallest power of two that is
 /// sufficient.
-pub fn slot_size(size: u64, most: usize) -> u64 {
-    let wanted = size.div_ceil(most.max(1) as u64);
-    wanted.max(LEAST).next_power_of_two()
+pub fn slot_size(size: u64, max_slots: usize) -> u64 {
+    let wanted = size.div_ceil(max_slots.max(1) as u64);
+    wanted.max(MIN_SLOT_SIZE).next_power_of_two()
 }
 
 /// The slots of a region.
@@ -32,7 +32,7 @@ impl Slots {
     /// Marks blocks as plugged or unplugged. They must all be in the opposite state, unless they are the
     /// whole region.
     pub(super) fn set(&mut self, blocks: &Range<usize>, is_plugged: bool) {
-        for index in self.of(blocks) {
+        for index in self.slots_of(blocks) {
             let first = blocks.start.max(index * self.blocks);
             let end = blocks.end.min((index + 1) * self.blocks);
             let count = &mut self.slots[index].0;
@@ -49,7 +49,7 @@ impl Slots {
 
     /// The slots of these blocks that are not registered.
     pub(super) fn missing(&self, blocks: &Range<usize>) -> Vec<usize> {
-        let all = self.of(blocks);
+        let all = self.slots_of(blocks);
         all.filter(|index| !self.slots[*index].1).collect()
     }
 
@@ -71,11 +71,11 @@ impl Slots {
     }
 
     /// Number of slots needed for this many bytes.
-    pub(super) fn holding(&self, bytes: u64) -> usize {
+    pub(super) fn slots_for(&self, bytes: u64) -> usize {
         bytes.div_ceil(self.blocks as u64 * BLOCK_SIZE) as usize
     }
 
-    fn of(&self, blocks: &Range<usize>) -> Range<usize> {
+    fn slots_of(&self, blocks: &Range<usize>) -> Range<usize> {
         blocks.start / self.blocks..blocks.end.div_ceil(self.blocks)
     }
 }
@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn slots_are_few_and_hold_whole_memory_blocks() {
         const GIB: u64 = 1 << 30;
-        for (size, most, slot) in [
+        for (size, max_slots, slot) in [
             (128 << 20, 256, 128 << 20),
             (32 * GIB, 256, 128 << 20),
             (33 * GIB, 256, 256 << 20),
@@ -95,7 +95,7 @@ mod tests {
             (512 * GIB, 20, 32 * GIB),
             (512 * GIB, 0, 512 * GIB),
         ] {
-            assert_eq!(slot_size(size, most), slot, "{size:#x} in {most}");
+            assert_eq!(slot_size(size, max_slots), slot, "{size:#x} in {max_slots}");
         }
     }
 
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn slots_for_some_bytes_are_rounded_up() {
         let slots = Slots::new(8 * BLOCK_SIZE, 4 * BLOCK_SIZE);
-        let holding = |blocks: u64| slots.holding(blocks * BLOCK_SIZE);
-        assert_eq!([0, 1, 4, 5, 9].map(holding), [0, 1, 1, 2, 3]);
+        let slots_for = |blocks: u64| slots.slots_for(blocks * BLOCK_SIZE);
+        assert_eq!([0, 1, 4, 5, 9].map(slots_for), [0, 1, 1, 2, 3]);
     }
 }

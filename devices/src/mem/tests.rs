@@ -107,7 +107,7 @@ fn unplugged_memory_is_discarded() {
 }
 
 #[test]
-fn impossible_requests_are_errors_and_change_nothing() {
+fn invalid_requests_are_errors_and_change_nothing() {
     let mut setup = setup(8 << 20);
     setup.ask(REQUEST_PLUG, START, 1);
     let usable = START + (264 << 20);
@@ -156,7 +156,7 @@ fn a_new_size_is_announced_and_bounded() {
 }
 
 #[test]
-fn a_region_that_is_no_blocks_is_refused() {
+fn a_region_of_partial_blocks_is_refused() {
     for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
         assert!(Mem::new(start, size, MEMORY_BLOCK).is_err());
     }
@@ -245,7 +245,7 @@ fn setup_with_slots(requested: u64, slack: u64) -> (Setup, Recorder) {
 }
 
 #[test]
-fn the_guest_and_devices_reach_what_is_plugged() {
+fn the_guest_and_devices_access_plugged_blocks() {
     let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     let memory = setup.driver.memory().clone();
     let writes = |address: u64| memory.write_obj(1u8, GuestAddress(address)).is_ok();
@@ -267,7 +267,7 @@ fn the_guest_and_devices_reach_what_is_plugged() {
 }
 
 #[test]
-fn a_chain_into_unplugged_memory_is_the_guests_fault() {
+fn a_chain_into_unplugged_memory_is_a_guest_fault() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     setup.ask(REQUEST_PLUG, START, 1);
     // The last plugged byte and the first unplugged one.
@@ -309,7 +309,7 @@ fn unplugged_blocks_are_discarded_again() {
 }
 
 #[test]
-fn a_block_in_each_of_many_slots_does_not_help() {
+fn a_block_in_each_of_many_slots_gains_nothing() {
     let (mut setup, slots) = setup_with_slots(SIZE, 0);
     for slot in 0..4 {
         let address = START + slot * SLOT;
@@ -331,7 +331,7 @@ fn a_block_in_each_of_many_slots_does_not_help() {
 }
 
 #[test]
-fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
+fn refused_slots_leave_nothing_half_plugged() {
     let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     slots.refuses.store(true, Ordering::SeqCst);
     assert_eq!(setup.ask(REQUEST_PLUG, START, 1).0, RESPONSE_BUSY);
@@ -363,7 +363,7 @@ fn saved_with(plugged: [(u64, u16); 2]) -> Payload {
 }
 
 #[test]
-fn a_restored_device_has_the_slots_that_it_had() {
+fn a_restored_device_has_its_slots() {
     let state = saved_with([(START + BLOCK_SIZE, 3), (START + 2 * SLOT, 1)]);
     let memory = pluggable();
     let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
