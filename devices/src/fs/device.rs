@@ -92,7 +92,7 @@ impl Fs {
     }
 
     fn spawn(&mut self, queue: ActiveQueue, threads: usize, sweeps: bool) -> io::Result<()> {
-        let crew = Arc::new(Crew::new(
+        let crew = Arc::new(QueueThreads::new(
             queue,
             self.server.clone(),
             self.threads.stop_event(),
@@ -173,7 +173,7 @@ fn check_host() -> io::Result<()> {
 }
 
 /// A queue and the threads that serve it.
-struct Crew {
+struct QueueThreads {
     queue: Mutex<Shared>,
     /// Wakes one thread for each kick of the guest, and all of them permanently at the end.
     wake: Epoll,
@@ -190,7 +190,7 @@ struct Shared {
     idle: usize,
 }
 
-impl Crew {
+impl QueueThreads {
     fn new(
         queue: ActiveQueue,
         server: Arc<Server>,

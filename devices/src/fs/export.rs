@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 const MAX_NESTED: usize = 64;
 
 /// The descriptors that an export keeps open.
-struct Held {
+struct Descriptors {
     /// The root, an O_PATH descriptor.
     root: Arc<OwnedFd>,
     /// A descriptor on the same mount that is not O_PATH, for system calls that need one (file handles,
@@ -50,7 +50,7 @@ pub(super) struct Export {
     /// Whether its mounts are read-only although they are writable on the host.
     sealed: Mutex<bool>,
     /// `None` once closed: the guest may remember its nodes forever.
-    held: Mutex<Option<Held>>,
+    descriptors: Mutex<Option<Descriptors>>,
 }
 
 impl Export {
@@ -81,7 +81,7 @@ impl Export {
             detached,
             has_submounts: origin.is_some_and(Origin::has_submounts),
             sealed: Mutex::new(detached && options.read_only && is_more_read_only),
-            held: Mutex::new(Some(Held {
+            descriptors: Mutex::new(Some(Descriptors {
                 root: Arc::new(root),
                 anchor,
                 nested: HashMap::new(),
@@ -125,19 +125,21 @@ impl Export {
 
     /// Its root, an O_PATH descriptor, until it is closed.
     pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held).as_ref().map(|held| held.root.clone())
+        lock(&self.descriptors)
+            .as_ref()
+            .map(|descriptors| descriptors.root.clone())
     }
 
     /// A descriptor on its mount, if it is a directory.
     pub(super) fn anchor(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held)
+        lock(&self.descriptors)
             .as_ref()
-            .and_then(|held| held.anchor.clone())
+            .and_then(|descriptors| descriptors.anchor.clone())
     }
 
     /// Closes all descriptors.
     pub(super) fn close(&self) {
-        lock(&self.held).take();
+        lock(&self.descriptors).take();
     }
 
     /// Keeps a file of another file system below it open, for [`nested`](Self::nested).
@@ -146,26 +148,28 @@ impl Export {
         // since the host may want to unmount them.
         if matches!(kind, FileType::Directory | FileType::RegularFile)
             && !self.follows_mounts
-            && let Some(held) = &mut *lock(&self.held)
-            && held.nested.len() < MAX_NESTED
-            && !held.nested.contains_key(&which)
+            && let Some(descriptors) = &mut *lock(&self.descriptors)
+            && descriptors.nested.len() < MAX_NESTED
+            && !descriptors.nested.contains_key(&which)
             && let Ok(fd) = fd.try_clone()
         {
-            held.nested.insert(which, Arc::new(fd));
+            descriptors.nested.insert(which, Arc::new(fd));
         }
     }
 
     /// Closes these files when the guest is gone.
     pub(super) fn forget_nested(&self) {
-        if let Some(held) = &mut *lock(&self.held) {
-            held.nested.clear();
+        if let Some(descriptors) = &mut *lock(&self.descriptors) {
+            descriptors.nested.clear();
         }
     }
 
     /// A file or directory on each other file system that the guest has reached below it.
     pub(super) fn nested(&self) -> Vec<Arc<OwnedFd>> {
-        let held = lock(&self.held);
-        let nested = held.iter().flat_map(|held| held.nested.values());
+        let descriptors = lock(&self.descriptors);
+        let nested = descriptors
+            .iter()
+            .flat_map(|descriptors| descriptors.nested.values());
         nested.cloned().collect()
     }
 

@@ -13,7 +13,7 @@
 //! through which it was reached ([`Inode::is_writable`]).
 
 use super::export::Export;
-use super::node::{HANDLE_FLAGS, Slot, Traces, evict, is_kind, move_to, still_same};
+use super::node::{FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, still_same};
 use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sys::FileHandle;
@@ -191,11 +191,11 @@ impl Inodes {
     fn keep(
         &self,
         inode: &Inode,
-        traces: &Traces,
+        traces: &FileTraces,
         found: OwnedFd,
     ) -> Result<Option<Arc<OwnedFd>>, Errno> {
         let stat = stat(&found)?;
-        if !is_kind(inode, &stat) || !traces.fit(&found, &stat) {
+        if !is_kind(inode, &stat) || !traces.matches(&found, &stat) {
             return Err(Errno::STALE);
         }
         let fd = Arc::new(found);
@@ -225,7 +225,12 @@ impl Inodes {
         Ok(Some(fd))
     }
 
-    fn find_again(&self, inode: &Inode, traces: &Traces, ascent: u32) -> Result<OwnedFd, Errno> {
+    fn find_again(
+        &self,
+        inode: &Inode,
+        traces: &FileTraces,
+        ascent: u32,
+    ) -> Result<OwnedFd, Errno> {
         let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
         if let Some((mount, handle)) = &traces.handle {
             let mut exports = inode.exports().into_iter();
@@ -241,7 +246,7 @@ impl Inodes {
         {
             return Ok(fd);
         }
-        self.open_by_place(inode, ascent)
+        self.open_by_location(inode, ascent)
     }
 
     /// The root descriptor of the share of which this node is the root.
@@ -254,8 +259,8 @@ impl Inodes {
         })
     }
 
-    fn open_by_place(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
-        let (parent, name) = inode.place();
+    fn open_by_location(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
+        let (parent, name) = inode.location();
         let parent = self.get(parent)?;
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
@@ -275,7 +280,7 @@ impl Inodes {
             .and_then(|(handle, anchor)| handle.open(&*anchor, HANDLE_FLAGS.bits() as i32).ok());
         let found = match by_handle {
             Some(fd) => fd,
-            None => self.open_by_place(inode, MAX_ASCENT)?,
+            None => self.open_by_location(inode, MAX_ASCENT)?,
         };
         let there = stat(&found)?;
         match Identity::of(&there, export) == own && there.stx_mnt_id == export.mount_id {
@@ -326,7 +331,7 @@ impl Inodes {
             drop(tables);
             inode.is_root.fetch_or(is_root, Ordering::Relaxed);
             if !is_entry {
-                *lock(&inode.place) = (parent, name.to_owned());
+                *lock(&inode.location) = (parent, name.to_owned());
             }
             return Ok(inode);
         }
@@ -354,11 +359,11 @@ impl Inodes {
             is_root: AtomicBool::new(is_root),
             reach: Mutex::new(reach),
             file_system,
-            bare: AtomicBool::new(false),
+            has_no_capabilities: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(fd.clone())),
-            place: Mutex::new((parent, name.to_owned())),
-            told: AtomicU64::new(0),
-            is_leaving: AtomicBool::new(false),
+            location: Mutex::new((parent, name.to_owned())),
+            reported: AtomicU64::new(0),
+            is_unused: AtomicBool::new(false),
         });
         if let Found::In(parent) = found
             && parent.file_system != file_system
@@ -392,7 +397,7 @@ impl Inodes {
         }) else {
             return;
         };
-        *lock(&inode.place) = (to.id, name.to_owned());
+        *lock(&inode.location) = (to.id, name.to_owned());
         tables.change_reach(&inode, &from.reach(), &to.reach());
     }
 
@@ -448,7 +453,7 @@ impl Inodes {
                 && (inode.kind == FileType::RegularFile || pins_a_mount);
             // Dropped at the second sweep: a thread that is about to open the file has no counted descriptor
             // yet.
-            let was_leaving = inode.is_leaving.swap(is_nameless, Ordering::Relaxed);
+            let was_leaving = inode.is_unused.swap(is_nameless, Ordering::Relaxed);
             if is_nameless && was_leaving || pins_a_mount && !is_nameless {
                 gone.push((inode, is_nameless));
             }

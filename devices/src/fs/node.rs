@@ -57,21 +57,21 @@ pub(super) enum Slot {
     /// The file no longer exists, or the last share through which it was reached was removed.
     Gone,
     Open(Arc<OwnedFd>),
-    Evicted(Traces),
+    Evicted(FileTraces),
 }
 
 /// How to recognize the file of an evicted node, since inode numbers are reused.
 #[derive(Clone)]
-pub(super) struct Traces {
+pub(super) struct FileTraces {
     /// A file handle, and the mount on which to open it.
     pub(super) handle: Option<(u64, FileHandle)>,
     /// Time of creation in seconds and nanoseconds, if the file system records it.
     pub(super) birth: Option<(i64, u32)>,
 }
 
-impl Traces {
+impl FileTraces {
     /// Whether this is the same file, as far as its file system can tell.
-    pub(super) fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
+    pub(super) fn matches(&self, fd: &OwnedFd, stat: &Statx) -> bool {
         match &self.handle {
             Some((_, handle)) => FileHandle::from_fd(fd).is_ok_and(|h| h == *handle),
             None => self.birth == birth(stat),
@@ -88,7 +88,7 @@ fn birth(stat: &Statx) -> Option<(i64, u32)> {
 pub(super) type Reach = Arc<[Arc<Share>]>;
 
 /// Whether the share is among these.
-pub(super) fn leads(reach: &[Arc<Share>], share: &Arc<Share>) -> bool {
+pub(super) fn contains_share(reach: &[Arc<Share>], share: &Arc<Share>) -> bool {
     reach.iter().any(|own| Arc::ptr_eq(own, share))
 }
 
@@ -98,7 +98,7 @@ fn is_writable(reach: &Reach) -> bool {
 
 /// The union of both, without removed shares.
 pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
-    let added = more.iter().filter(|share| !leads(reach, share));
+    let added = more.iter().filter(|share| !contains_share(reach, share));
     let all = reach.iter().chain(added);
     all.filter(|share| !share.is_removed()).cloned().collect()
 }
@@ -121,20 +121,20 @@ pub(super) struct Inode {
     /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
     /// Known to have no capabilities set by the guest (see `Passthrough::drop_privileges`).
-    pub(super) bare: AtomicBool,
+    pub(super) has_no_capabilities: AtomicBool,
     pub(super) slot: Mutex<Slot>,
     /// Directory and name under which it was last seen.
-    pub(super) place: Mutex<(u64, CString)>,
+    pub(super) location: Mutex<(u64, CString)>,
     /// State of the contents last reported to the guest: see [`has_changed`](Self::has_changed).
-    pub(super) told: AtomicU64,
+    pub(super) reported: AtomicU64,
     /// Set if the last sweep found the file unlinked and unused.
-    pub(super) is_leaving: AtomicBool,
+    pub(super) is_unused: AtomicBool,
 }
 
 impl Inode {
     /// Attributes for the guest.
     pub(super) fn attr(&self, stat: &Statx) -> Attr {
-        self.told.store(contents(stat), Ordering::Relaxed);
+        self.reported.store(contents(stat), Ordering::Relaxed);
         Attr {
             ino: self.number(stat.stx_ino),
             ..Attr::from(stat)
@@ -143,7 +143,7 @@ impl Inode {
 
     /// Whether the contents have changed since they were last reported to the guest.
     pub(super) fn has_changed(&self, stat: &Statx) -> bool {
-        self.told.load(Ordering::Relaxed) != contents(stat)
+        self.reported.load(Ordering::Relaxed) != contents(stat)
     }
 
     pub(super) fn reach(&self) -> Reach {
@@ -180,7 +180,7 @@ impl Inode {
     /// Adds shares through which it can be reached. True if it becomes writable.
     pub(super) fn extend_reach(&self, more: &Reach) -> bool {
         let mut reach = lock(&self.reach);
-        if Arc::ptr_eq(&reach, more) || more.iter().all(|share| leads(&reach, share)) {
+        if Arc::ptr_eq(&reach, more) || more.iter().all(|share| contains_share(&reach, share)) {
             return false;
         }
         let before = is_writable(&reach);
@@ -206,8 +206,8 @@ impl Inode {
     }
 
     /// Directory and name under which it was last seen.
-    pub(super) fn place(&self) -> (u64, CString) {
-        lock(&self.place).clone()
+    pub(super) fn location(&self) -> (u64, CString) {
+        lock(&self.location).clone()
     }
 }
 
@@ -251,7 +251,7 @@ pub(super) fn evict(inode: &Inode) -> bool {
     if Arc::strong_count(fd) > 1 {
         return false;
     }
-    let Some(traces) = traces(inode, fd) else {
+    let Some(traces) = file_traces(inode, fd) else {
         return false;
     };
     *slot = Slot::Evicted(traces);
@@ -259,7 +259,7 @@ pub(super) fn evict(inode: &Inode) -> bool {
 }
 
 /// How to find the file again; `None` if it is unlinked.
-fn traces(inode: &Inode, fd: &OwnedFd) -> Option<Traces> {
+fn file_traces(inode: &Inode, fd: &OwnedFd) -> Option<FileTraces> {
     let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
     let mount = stat.stx_mnt_id;
     let same_mount = inode
@@ -267,7 +267,7 @@ fn traces(inode: &Inode, fd: &OwnedFd) -> Option<Traces> {
         .iter()
         .any(|export| export.mount_id == mount);
     let handle = same_mount.then(|| FileHandle::from_fd(fd).ok()).flatten();
-    Some(Traces {
+    Some(FileTraces {
         handle: handle.map(|handle| (mount, handle)),
         birth: birth(&stat),
     })
@@ -285,7 +285,7 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
             let Some(stat) = stat.ok().filter(|stat| stat.stx_nlink > 0) else {
                 return false;
             };
-            let traces = Traces {
+            let traces = FileTraces {
                 handle: FileHandle::from_fd(&*fd).ok().map(|handle| (mount, handle)),
                 birth: birth(&stat),
             };
@@ -307,7 +307,7 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
 pub(super) fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
     match &*lock(&inode.slot) {
         Slot::Open(_) => true,
-        Slot::Evicted(traces) => is_kind(inode, stat) && traces.fit(fd, stat),
+        Slot::Evicted(traces) => is_kind(inode, stat) && traces.matches(fd, stat),
         Slot::Gone => false,
     }
 }

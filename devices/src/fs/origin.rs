@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_mounted_below_must_be_the_same() {
+    fn mounts_below_must_be_the_same() {
         let outer = origin("/srv", "/srv", &[(7, "a/m"), (8, "b")]);
         assert_eq!(
             paths(&outer, &origin("/srv/a", "/srv/a", &[(7, "m")])),
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_directory_is_nowhere() {
+    fn a_removed_directory_has_no_location() {
         let dir = tempfile::tempdir().unwrap();
         let fd = rustix::fs::openat(CWD, dir.path(), OFlags::PATH, Mode::empty()).unwrap();
         let stat = super::super::inodes::stat(&fd).unwrap();

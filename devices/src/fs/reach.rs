@@ -2,7 +2,7 @@
 
 use super::export::Export;
 use super::inodes::{Inodes, Tables};
-use super::node::{Found, Identity, Inode, Reach, Slot, leads, move_to, stat, union};
+use super::node::{Found, Identity, Inode, Reach, Slot, contains_share, move_to, stat, union};
 use super::shares::{Move, Share};
 use super::wire::ROOT_ID;
 use koya_host::sync::lock;
@@ -81,7 +81,7 @@ impl Inodes {
         let reach: Reach = Arc::new([within.clone()]);
         let way = |inode: &Inode| {
             let reach = inode.reach();
-            moves.iter().find(|one| leads(&reach, &one.share))
+            moves.iter().find(|one| contains_share(&reach, &one.share))
         };
         let inodes = tables.by_id.values().map(|entry| entry.inode.clone());
         let moving: Vec<_> = inodes
@@ -132,7 +132,9 @@ impl Tables {
             return Ok(reach);
         }
         match self.roots.get(&Identity::of(stat, &first.export())) {
-            Some(own) if !own.iter().all(|share| leads(&reach, share)) => Ok(union(&reach, own)),
+            Some(own) if !own.iter().all(|share| contains_share(&reach, share)) => {
+                Ok(union(&reach, own))
+            }
             _ => Ok(reach),
         }
     }
@@ -149,7 +151,10 @@ impl Tables {
         }
         for inode in self.below(inode.id) {
             let before = inode.reach();
-            let kept = before.iter().filter(|share| !leads(from, share)).cloned();
+            let kept = before
+                .iter()
+                .filter(|share| !contains_share(from, share))
+                .cloned();
             let kept: Reach = kept.collect();
             match inode.kind {
                 FileType::Directory => inode.set_reach(&union(&kept, to)),
@@ -186,7 +191,7 @@ impl Tables {
                 known.insert(last, false);
                 way.push(last);
                 match self.by_id.get(&last) {
-                    Some(entry) => last = lock(&entry.inode.place).0,
+                    Some(entry) => last = lock(&entry.inode.location).0,
                     None => break false,
                 }
             };

@@ -175,7 +175,7 @@ impl Server {
             }
             op::BATCH_FORGET => self.batch_forget(&mut args),
             op::INTERRUPT => Ok(Reply::None),
-            op::LOOKUP => Ok(reply(&self.files.look(node, args.name()?)?)),
+            op::LOOKUP => Ok(reply(&self.files.lookup_or_absent(node, args.name()?)?)),
             op::GETATTR => Ok(reply(&self.files.getattr(node, &args.take()?)?)),
             op::SETATTR => Ok(reply(&self.files.setattr(node, &args.take()?)?)),
             op::STATX => Ok(reply(&self.files.statx(node, &args.take()?)?)),

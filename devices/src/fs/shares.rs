@@ -48,12 +48,12 @@ pub struct Share {
     /// Whether it is a directory or a file.
     pub(super) kind: FileType,
     read_only: bool,
-    place: Mutex<Place>,
+    location: Mutex<Location>,
     removed: AtomicBool,
 }
 
 /// The location of a share.
-struct Place {
+struct Location {
     export: Arc<Export>,
     /// Path from the root of the export.
     path: PathBuf,
@@ -98,7 +98,7 @@ impl Share {
                 false => FileType::Directory,
             },
             read_only: options.read_only,
-            place: Mutex::new(Place {
+            location: Mutex::new(Location {
                 export,
                 path,
                 root: Some(root),
@@ -110,12 +110,12 @@ impl Share {
 
     /// The export that contains it.
     pub(super) fn export(&self) -> Arc<Export> {
-        lock(&self.place).export.clone()
+        lock(&self.location).export.clone()
     }
 
     /// Its root, an O_PATH descriptor, until it is removed.
     pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.place).root.clone()
+        lock(&self.location).root.clone()
     }
 
     /// Whether it was removed by the owner.
@@ -135,10 +135,10 @@ impl Share {
             return None;
         }
         let (export, path) = {
-            let place = lock(&self.place);
-            (place.export.clone(), place.path.clone())
+            let location = lock(&self.location);
+            (location.export.clone(), location.path.clone())
         };
-        let above = lock(&outer.place);
+        let above = lock(&outer.location);
         let rest = path.strip_prefix(&above.path).ok()?;
         let is_above = !rest.as_os_str().is_empty() || outer.number < self.number;
         (Arc::ptr_eq(&export, &above.export) && is_above).then(|| rest.to_owned())
@@ -156,7 +156,7 @@ pub(super) trait Listener: Send + Sync {
     fn removed(&self, shares: &[Arc<Share>]);
 }
 
-struct Inner {
+struct SharedRoot {
     entries: Mutex<BTreeMap<String, Arc<Share>>>,
     changes: AtomicU64,
     listeners: Mutex<Vec<Weak<dyn Listener>>>,
@@ -164,11 +164,11 @@ struct Inner {
 
 /// The entries of the synthetic root. Cheap to clone; all clones are the same root.
 #[derive(Clone)]
-pub struct Shares(Arc<Inner>);
+pub struct Shares(Arc<SharedRoot>);
 
 impl Default for Shares {
     fn default() -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(SharedRoot {
             entries: Mutex::default(),
             changes: AtomicU64::new(0),
             listeners: Mutex::default(),
@@ -202,7 +202,7 @@ impl Shares {
             ..ShareOptions::default()
         };
         let export = Export::new(plain, options, None)?;
-        let share = Share::new(name, options, Arc::new(export), None).ok_or_else(gone)?;
+        let share = Share::new(name, options, Arc::new(export), None).ok_or_else(removed_error)?;
         let mut entries = lock(&self.0.entries);
         if entries.contains_key(name) {
             let text = format!("a share {name:?} exists");
@@ -229,15 +229,15 @@ impl Shares {
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
         if let Some(origin) = &origin
-            && let Some(share) = join(&entries, &name, options, origin)
+            && let Some(share) = share_within(&entries, &name, options, origin)
         {
             self.insert(&mut entries, share.clone());
             return Ok(shared(&entries, &share));
         }
         let export = Arc::new(Export::new(plain, options, origin.as_ref())?);
-        let share = Share::new(&name, options, export, origin).ok_or_else(gone)?;
+        let share = Share::new(&name, options, export, origin).ok_or_else(removed_error)?;
         self.insert(&mut entries, share.clone());
-        self.take_in(&entries, &share);
+        self.merge_nested(&entries, &share);
         Ok(shared(&entries, &share))
     }
 
@@ -254,13 +254,13 @@ impl Shares {
     fn insert(&self, entries: &mut Entries, share: Arc<Share>) {
         entries.insert(share.name.clone(), share.clone());
         self.0.changes.fetch_add(1, Ordering::SeqCst);
-        self.tell(|listener| listener.added(&share));
+        self.notify(|listener| listener.added(&share));
     }
 
     /// Merges exports that lie within a new one into it, as far as possible.
-    fn take_in(&self, entries: &Entries, outer: &Arc<Share>) {
+    fn merge_nested(&self, entries: &Entries, outer: &Arc<Share>) {
         let into = outer.export();
-        let Some((root, origin)) = into.root().zip(lock(&outer.place).origin.clone()) else {
+        let Some((root, origin)) = into.root().zip(lock(&outer.location).origin.clone()) else {
             return;
         };
         let mut others: Vec<_> = entries.values().map(|share| share.export()).collect();
@@ -285,7 +285,7 @@ impl Shares {
                 into.adopt_mount(one.mount_before, one.mount);
             }
             let apply = || moves.iter().for_each(|one| one.apply(&into));
-            self.tell(|listener| listener.merged(outer, &moves, &apply));
+            self.notify(|listener| listener.merged(outer, &moves, &apply));
             apply();
             from.close();
         }
@@ -304,7 +304,7 @@ impl Shares {
         let removed: Vec<_> = names.filter_map(|name| entries.remove(name)).collect();
         for share in &removed {
             share.removed.store(true, Ordering::Relaxed);
-            lock(&share.place).root.take();
+            lock(&share.location).root.take();
         }
         for export in removed.iter().map(|share| share.export()) {
             if !entries
@@ -320,12 +320,12 @@ impl Shares {
         // Closing open files may be slow.
         drop(entries);
         if !removed.is_empty() {
-            self.tell(|listener| listener.removed(&removed));
+            self.notify(|listener| listener.removed(&removed));
         }
         removed.len()
     }
 
-    fn tell(&self, what: impl Fn(&dyn Listener)) {
+    fn notify(&self, what: impl Fn(&dyn Listener)) {
         let mut all = lock(&self.0.listeners);
         all.retain(|listener| listener.strong_count() > 0);
         let listeners: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
@@ -374,7 +374,7 @@ impl Shares {
 }
 
 /// Creates a share within an existing export; `None` if there is none that contains it.
-fn join(
+fn share_within(
     entries: &Entries,
     name: &str,
     options: ShareOptions,
@@ -382,11 +382,11 @@ fn join(
 ) -> Option<Arc<Share>> {
     for outer in topmost(entries) {
         let (export, above, root, known) = {
-            let place = lock(&outer.place);
-            let Some((root, known)) = place.root.clone().zip(place.origin.clone()) else {
+            let location = lock(&outer.location);
+            let Some((root, known)) = location.root.clone().zip(location.origin.clone()) else {
                 continue;
             };
-            (place.export.clone(), place.path.clone(), root, known)
+            (location.export.clone(), location.path.clone(), root, known)
         };
         if export.follows_mounts != options.follow_mounts {
             continue;
@@ -428,11 +428,11 @@ impl Move {
     /// `None` if the share cannot be found there.
     fn of(share: &Arc<Share>, root: &OwnedFd, origin: &Origin, into: &Export) -> Option<Self> {
         let (export, before, own) = {
-            let place = lock(&share.place);
+            let location = lock(&share.location);
             (
-                place.export.clone(),
-                place.root.clone()?,
-                place.origin.clone()?,
+                location.export.clone(),
+                location.root.clone()?,
+                location.origin.clone()?,
             )
         };
         // Directories below a mount of their own would not be found by their current identity.
@@ -450,10 +450,10 @@ impl Move {
     }
 
     fn apply(&self, into: &Arc<Export>) {
-        let mut place = lock(&self.share.place);
-        place.export = into.clone();
-        place.path = self.path.clone();
-        place.root = Some(self.root.clone());
+        let mut location = lock(&self.share.location);
+        location.export = into.clone();
+        location.path = self.path.clone();
+        location.root = Some(self.root.clone());
     }
 }
 
@@ -507,7 +507,7 @@ fn free_name(entries: &Entries) -> String {
     }
 }
 
-fn gone() -> io::Error {
+fn removed_error() -> io::Error {
     io::ErrorKind::NotFound.into()
 }
 

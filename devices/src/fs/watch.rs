@@ -7,7 +7,7 @@
 //!
 //! # Changes made by the guest
 //! The host's inotify also reports what this server does on behalf of the guest, and the guest kernel has
-//! already reported that. So each operation records what it is about to change ([`Acting`]), and events that
+//! already reported that. So each operation records what it is about to change ([`ChangeGuard`]), and events that
 //! match the record are ignored. When an operation ends, all events in the host's queue are read before its
 //! record is removed. A change of the same kind to the same name by the host during the operation is ignored
 //! too, but not missed: the guest's own event is fired after the operation.
@@ -34,10 +34,10 @@ const MAX_WATCHES: usize = 1 << 16;
 
 /// The limit of watches of a user. A guest gets an eighth of it.
 const HOST_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
-const GUESTS: usize = 8;
+const USER_LIMIT_DIVISOR: usize = 8;
 
 /// How long events are collected before they are reported together.
-const GATHER: Duration = Duration::from_millis(10);
+const COLLECT_TIME: Duration = Duration::from_millis(10);
 
 /// Event types, as in `inotify(7)`.
 pub(super) mod kind {
@@ -54,7 +54,7 @@ pub(super) mod kind {
     pub(crate) const IS_DIR: u32 = 0x4000_0000;
     /// The types that are reported. Opening, reading and closing after reading are not: this server does the
     /// same for every access of the guest.
-    pub(crate) const TOLD: u32 =
+    pub(crate) const REPORTED: u32 =
         MODIFY | ATTRIB | CLOSE_WRITE | MOVED | CREATE | DELETE | DELETE_SELF | MOVE_SELF;
 }
 
@@ -99,7 +99,7 @@ impl HostEvents {
             if woken {
                 self.0.wake.read().ok();
             }
-            if sys::wait_readable([Some(&self.0.ended)], Some(GATHER))? == [true] {
+            if sys::wait_readable([Some(&self.0.ended)], Some(COLLECT_TIME))? == [true] {
                 return Ok(None);
             }
             let events = self.0.take()?;
@@ -119,7 +119,7 @@ impl Drop for HostEvents {
 
 /// What a watch descriptor of the host stands for.
 #[derive(Default)]
-struct Watched {
+struct HostWatch {
     /// Nodes that the guest watches: one directory can be several nodes through several exports.
     nodes: HashSet<u64>,
     /// Watched directories in it: a directory's own watch does not report its removal while it is held open,
@@ -140,18 +140,18 @@ type Key = (u64, Vec<u8>);
 
 /// Record of operations that are about to change something, and how.
 #[derive(Default)]
-struct Note {
+struct Change {
     kinds: u32,
-    under_way: u32,
+    in_progress: u32,
 }
 
 #[derive(Default)]
 struct State {
     nodes: HashMap<u64, Node>,
-    watched: HashMap<i32, Watched>,
+    watched: HashMap<i32, HostWatch>,
     /// Sequence number of the last watch request for each node: requests can overtake each other.
-    heard: HashMap<u64, u64>,
-    notes: HashMap<Key, Note>,
+    last_requests: HashMap<u64, u64>,
+    changes_in_progress: HashMap<Key, Change>,
     /// Events to be reported.
     pending: VecDeque<HostEvent>,
 }
@@ -168,15 +168,17 @@ pub(super) struct Watches {
     wanted: AtomicBool,
     refused: AtomicBool,
     /// Maximum number of files that the guest may watch.
-    most: OnceLock<usize>,
+    limit: OnceLock<usize>,
     count: AtomicUsize,
     state: Mutex<State>,
 }
 
-fn most_watches() -> usize {
+fn watch_limit() -> usize {
     let limit = std::fs::read_to_string(HOST_LIMIT).ok();
     let limit = limit.and_then(|text| text.trim().parse::<usize>().ok());
-    limit.map_or(MAX_WATCHES, |limit| (limit / GUESTS).min(MAX_WATCHES))
+    limit.map_or(MAX_WATCHES, |limit| {
+        (limit / USER_LIMIT_DIVISOR).min(MAX_WATCHES)
+    })
 }
 
 impl Watches {
@@ -189,7 +191,7 @@ impl Watches {
             ended: event()?,
             wanted: AtomicBool::new(false),
             refused: AtomicBool::new(false),
-            most: OnceLock::new(),
+            limit: OnceLock::new(),
             count: AtomicUsize::new(0),
             state: Mutex::default(),
         })
@@ -218,10 +220,10 @@ impl Watches {
         let mut state = lock(&self.state);
         // It may have been forgotten meanwhile, or its share removed.
         self.inodes.get(inode.id)?;
-        if !state.is_news(inode.id, number) {
+        if !state.is_newer(inode.id, number) {
             return Ok(());
         }
-        state.heard.insert(inode.id, number);
+        state.last_requests.insert(inode.id, number);
         let watched = self.add(&mut state, inode, mask);
         self.count.store(state.nodes.len(), Ordering::SeqCst);
         if let Err(error) = watched
@@ -238,8 +240,8 @@ impl Watches {
     /// The guest no longer watches the node.
     pub(super) fn unwatch(&self, nodeid: u64, number: u64) {
         let mut state = lock(&self.state);
-        if self.inodes.get(nodeid).is_ok() && state.is_news(nodeid, number) {
-            state.heard.insert(nodeid, number);
+        if self.inodes.get(nodeid).is_ok() && state.is_newer(nodeid, number) {
+            state.last_requests.insert(nodeid, number);
             self.remove(&mut state, nodeid);
         }
     }
@@ -248,24 +250,24 @@ impl Watches {
     pub(super) fn forget(&self, nodeid: u64) {
         if self.wanted() {
             let mut state = lock(&self.state);
-            state.heard.remove(&nodeid);
+            state.last_requests.remove(&nodeid);
             self.remove(&mut state, nodeid);
         }
     }
 
     /// Removes the watches of matching nodes.
-    pub(super) fn let_go(&self, gone: impl Fn(&Inode) -> bool) {
+    pub(super) fn remove_if(&self, gone: impl Fn(&Inode) -> bool) {
         let mut state = lock(&self.state);
         let nodes = state.nodes.iter().filter(|(_, node)| gone(&node.inode));
         for nodeid in nodes.map(|(id, _)| *id).collect::<Vec<_>>() {
-            state.heard.remove(&nodeid);
+            state.last_requests.remove(&nodeid);
             self.remove(&mut state, nodeid);
         }
     }
 
     /// Removes all watches: the guest is gone, or its events are no longer reported.
     pub(super) fn clear(&self) {
-        self.let_go(|_| true);
+        self.remove_if(|_| true);
         *lock(&self.state) = State::default();
     }
 
@@ -275,11 +277,11 @@ impl Watches {
             return Ok(());
         }
         let queue = self.queue()?;
-        if state.watched.len() >= *self.most.get_or_init(most_watches) {
+        if state.watched.len() >= *self.limit.get_or_init(watch_limit) {
             return Err(Errno::NOSPC);
         }
         let fd = self.inodes.fd(inode)?;
-        let descriptor = watch_file(queue, &*fd, kind::TOLD)?;
+        let descriptor = watch_file(queue, &*fd, kind::REPORTED)?;
         let watched = state.watched.entry(descriptor).or_default();
         watched.nodes.insert(inode.id);
         let node = Node {
@@ -336,7 +338,7 @@ impl Watches {
 
     /// Removes a watch of the host that is no longer needed.
     fn tidy(&self, state: &mut State, descriptor: i32) {
-        let idle = |watched: &Watched| watched.nodes.is_empty() && watched.children.is_empty();
+        let idle = |watched: &HostWatch| watched.nodes.is_empty() && watched.children.is_empty();
         if state.watched.get(&descriptor).is_some_and(idle) {
             state.watched.remove(&descriptor);
             if let Some(queue) = self.queue.get() {
@@ -347,21 +349,21 @@ impl Watches {
 
     /// Records that the guest is about to change the nodes or entries of `about`, and how. The record is
     /// removed when the guard is dropped.
-    pub(super) fn acting<const N: usize>(
+    pub(super) fn begin_change<const N: usize>(
         &self,
         about: impl FnOnce() -> [(Key, u32); N],
-    ) -> Option<Acting<'_>> {
+    ) -> Option<ChangeGuard<'_>> {
         if !self.any() {
             return None;
         }
         let about = about();
         let mut state = lock(&self.state);
         for (key, kinds) in &about {
-            let note = state.notes.entry(key.clone()).or_default();
-            note.kinds |= kinds;
-            note.under_way += 1;
+            let change = state.changes_in_progress.entry(key.clone()).or_default();
+            change.kinds |= kinds;
+            change.in_progress += 1;
         }
-        Some(Acting {
+        Some(ChangeGuard {
             watches: self,
             keys: about.into_iter().map(|(key, _)| key).collect(),
         })
@@ -369,23 +371,25 @@ impl Watches {
 }
 
 impl State {
-    fn is_news(&self, nodeid: u64, number: u64) -> bool {
-        self.heard.get(&nodeid).is_none_or(|last| *last < number)
+    fn is_newer(&self, nodeid: u64, number: u64) -> bool {
+        self.last_requests
+            .get(&nodeid)
+            .is_none_or(|last| *last < number)
     }
 
     /// Whether an event of this node, or of its entry `name`, was caused by the guest.
     fn is_own(&self, node: &Node, name: &[u8], kinds: u32) -> bool {
-        let noted = |key: &Key| {
-            let note = self.notes.get(key);
-            note.is_some_and(|note| note.kinds & kinds != 0)
+        let is_recorded = |key: &Key| {
+            let change = self.changes_in_progress.get(key);
+            change.is_some_and(|change| change.kinds & kinds != 0)
         };
-        if self.notes.is_empty() {
+        if self.changes_in_progress.is_empty() {
             return false;
         }
         if !name.is_empty() {
-            return noted(&(node.inode.id, name.to_owned()));
+            return is_recorded(&(node.inode.id, name.to_owned()));
         }
-        noted(&own_key(&node.inode)) || noted(&place_key(&node.inode))
+        is_recorded(&own_key(&node.inode)) || is_recorded(&location_key(&node.inode))
     }
 }
 
@@ -395,8 +399,8 @@ pub(super) fn own_key(inode: &Inode) -> Key {
 }
 
 /// Key for a change of a node as seen by the watch of its directory.
-pub(super) fn place_key(inode: &Inode) -> Key {
-    let (parent, name) = inode.place();
+pub(super) fn location_key(inode: &Inode) -> Key {
+    let (parent, name) = inode.location();
     (parent, name.into_bytes())
 }
 
@@ -405,13 +409,13 @@ pub(super) fn entry_key(directory: u64, name: &CStr) -> Key {
     (directory, name.to_bytes().to_owned())
 }
 
-/// Guard of an operation by which the guest changes something: see [`Watches::acting`].
-pub(super) struct Acting<'a> {
+/// Guard of an operation by which the guest changes something: see [`Watches::begin_change`].
+pub(super) struct ChangeGuard<'a> {
     watches: &'a Watches,
     keys: Vec<Key>,
 }
 
-impl Drop for Acting<'_> {
+impl Drop for ChangeGuard<'_> {
     fn drop(&mut self) {
         let state = &mut *lock(&self.watches.state);
         // All events of this operation are in the host's queue by now.
@@ -422,10 +426,10 @@ impl Drop for Acting<'_> {
             self.watches.wake.write(1).ok();
         }
         for key in &self.keys {
-            if let Some(note) = state.notes.get_mut(key) {
-                note.under_way = note.under_way.saturating_sub(1);
-                if note.under_way == 0 {
-                    state.notes.remove(key);
+            if let Some(change) = state.changes_in_progress.get_mut(key) {
+                change.in_progress = change.in_progress.saturating_sub(1);
+                if change.in_progress == 0 {
+                    state.changes_in_progress.remove(key);
                 }
             }
         }

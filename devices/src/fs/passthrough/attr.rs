@@ -132,7 +132,7 @@ impl Passthrough {
         let inode = self.writable(nodeid)?;
         // Changing the size opens the host's file temporarily.
         let kinds = kind::MODIFY | kind::ATTRIB | kind::CLOSE_WRITE;
-        let _acting = self.acting_on(&inode, kinds);
+        let _change = self.change_of(&inode, kinds);
         let fd = self.inodes.fd(&inode)?;
         let fh = (arg.valid & setattr::FH != 0).then_some(arg.fh);
         // The owner first: changing it clears set-user-ID bits, which a mode in the same request may set

@@ -1,7 +1,7 @@
 //! Directories: opendir, readdir, readdirplus.
 
 use super::Passthrough;
-use crate::fs::watch::{Acting, kind};
+use crate::fs::watch::{ChangeGuard, kind};
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
 use crate::fs::{Cache, handles::Handle, inodes::Inode};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, fcntl_getfl, seek};
@@ -157,8 +157,8 @@ impl Passthrough {
         let dots = [(0, "."), (1, "..")].map(|(n, dot)| (n, dot.to_owned(), FileType::Directory));
         let shares = self.shares.names().into_iter();
         let shares = shares.map(|(number, name, kind)| (number + dots.len() as u64, name, kind));
-        for (place, name, kind) in dots.iter().cloned().chain(shares) {
-            if place < offset {
+        for (number, name, kind) in dots.iter().cloned().chain(shares) {
+            if number < offset {
                 continue;
             }
             let Ok(c_name) = CString::new(name) else {
@@ -167,7 +167,7 @@ impl Passthrough {
             if !listing.has_room(&c_name) {
                 return;
             }
-            let found = if listing.plus && place >= dots.len() as u64 {
+            let found = if listing.plus && number >= dots.len() as u64 {
                 self.lookup(ROOT_ID, &c_name).unwrap_or_default()
             } else {
                 EntryOut::default()
@@ -178,7 +178,7 @@ impl Passthrough {
                 } else {
                     found.attr.ino
                 },
-                off: place + 1,
+                off: number + 1,
                 namelen: c_name.to_bytes().len() as u32,
                 kind: kind_number(kind),
             };
@@ -188,12 +188,12 @@ impl Passthrough {
 
     /// FUSE_RELEASEDIR and FUSE_RELEASE
     pub fn release(&self, nodeid: u64, fh: u64) {
-        let _acting = self.acting_on_close(nodeid, fh);
+        let _change = self.change_on_close(nodeid, fh);
         self.handles.remove(fh);
     }
 
     /// Closing a file that was open for writing is a change that watches report.
-    fn acting_on_close(&self, nodeid: u64, fh: u64) -> Option<Acting<'_>> {
+    fn change_on_close(&self, nodeid: u64, fh: u64) -> Option<ChangeGuard<'_>> {
         // The host is asked only if there are watches.
         if !self.watches.any() {
             return None;
@@ -202,7 +202,7 @@ impl Passthrough {
         let flags = fcntl_getfl(&handle.file).ok()?;
         let written = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
         let inode = written.then(|| self.inodes.get(nodeid).ok())??;
-        self.acting_on(&inode, kind::CLOSE_WRITE)
+        self.change_of(&inode, kind::CLOSE_WRITE)
     }
 }
 

@@ -50,7 +50,7 @@ impl Passthrough {
             self.writable(nodeid)?;
         }
         let truncates = flags.contains(OFlags::TRUNC);
-        let _acting = truncates.then(|| self.acting_on(&inode, kind::MODIFY | kind::ATTRIB));
+        let _change = truncates.then(|| self.change_of(&inode, kind::MODIFY | kind::ATTRIB));
         let file = match self.open_inode(&inode, flags) {
             // Only a file's owner may use that flag; the guest kernel has checked its own side.
             Err(Errno::PERM) if flags.contains(OFlags::NOATIME) => {
@@ -108,7 +108,7 @@ impl Passthrough {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
         super::names::check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
         let fd = self.inodes.fd(&directory)?;
         let flags = self.host_flags(arg.flags)
             | OFlags::CREATE
@@ -119,8 +119,8 @@ impl Passthrough {
         let made = self.with_umask(arg.umask, || openat(&fd, name, flags, mode));
         match made {
             Ok(file) => {
-                self.give_to(&file, caller, arg.mode, &directory)?;
-                self.made(file.into(), flags, &directory, name)
+                self.set_owner(&file, caller, arg.mode, &directory)?;
+                self.created(file.into(), flags, &directory, name)
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
                 let entry = self.lookup(parent, name)?;
@@ -156,14 +156,14 @@ impl Passthrough {
         let flags = self.host_flags(arg.flags) | OFlags::TMPFILE | OFlags::CLOEXEC | excl;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         let file = self.with_umask(arg.umask, || openat(&fd, c".", flags, mode))?;
-        self.give_to(&file, caller, arg.mode, &directory)?;
+        self.set_owner(&file, caller, arg.mode, &directory)?;
         // It has no name; this one cannot be that of another file.
-        self.made(file.into(), flags, &directory, c"?")
+        self.created(file.into(), flags, &directory, c"?")
     }
 
     /// Node and handle of a file that was just created and opened. The node gets its own descriptor, obtained
     /// from the file and not by name, since another file may have taken the name by now.
-    fn made(
+    fn created(
         &self,
         file: File,
         flags: OFlags,
@@ -212,7 +212,7 @@ impl Passthrough {
     ) -> Result<usize, Errno> {
         let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
-        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::MODIFY | kind::ATTRIB);
         let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
         self.drop_privileges(&inode, bits)?;
         let append = arg.flags & OFlags::APPEND.bits() != 0
@@ -283,7 +283,7 @@ impl Passthrough {
     pub fn fallocate(&self, nodeid: u64, arg: &FallocateIn) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
-        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::MODIFY | kind::ATTRIB);
         // The request does not name the caller, and changing the length of a program is rare.
         self.drop_privileges(&inode, true)?;
         let mode = FallocateFlags::from_bits(arg.mode).ok_or(Errno::OPNOTSUPP)?;
@@ -319,7 +319,7 @@ impl Passthrough {
         let from = self.handle(arg.fh_in, nodeid)?;
         let target = self.writable(arg.nodeid_out)?;
         let to = self.handles.get(arg.fh_out, arg.nodeid_out)?;
-        let _acting = self.acting_on(&target, kind::MODIFY | kind::ATTRIB);
+        let _change = self.change_of(&target, kind::MODIFY | kind::ATTRIB);
         self.drop_privileges(&target, true)?;
         let (mut from_at, mut to_at) = (arg.off_in, arg.off_out);
         // The count in the reply has 32 bits.
@@ -345,7 +345,7 @@ impl Passthrough {
 
     /// Gives a new file to the caller. In a directory with the set-group-ID bit, the host has already set the
     /// group to that of the directory. Without root, files always belong to the user.
-    pub(super) fn give_to(
+    pub(super) fn set_owner(
         &self,
         fd: impl AsFd,
         caller: Caller,

@@ -16,7 +16,7 @@ use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
-use super::watch::{self, Acting, HostEvents, Watches};
+use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -68,7 +68,7 @@ impl Listener for ShareListener {
     }
 
     fn removed(&self, shares: &[Arc<Share>]) {
-        self.watches.let_go(|inode| !inode.is_live());
+        self.watches.remove_if(|inode| !inode.is_live());
         self.handles.close_unreachable();
         self.inodes.shares_removed(shares);
     }
@@ -97,7 +97,7 @@ impl Passthrough {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
         let limit = match options.max_descriptors {
-            0 => descriptor_share(),
+            0 => default_max_descriptors(),
             given => given,
         };
         let max_nodes = match options.max_nodes {
@@ -151,7 +151,7 @@ impl Passthrough {
     ///
     /// # Errors
     /// As [`lookup`](Self::lookup).
-    pub fn look(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
+    pub fn lookup_or_absent(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
         let timeout = self.options.cache.timeout();
         match self.lookup(parent, name) {
             Err(Errno::NOENT) if parent != ROOT_ID && !timeout.is_zero() => Ok(EntryOut {
@@ -244,19 +244,19 @@ impl Passthrough {
     }
 
     /// Records that the guest changes this file in these ways, so that the host's watch does not report it.
-    fn acting_on(&self, inode: &Inode, kinds: u32) -> Option<Acting<'_>> {
-        self.watches.acting(|| {
+    fn change_of(&self, inode: &Inode, kinds: u32) -> Option<ChangeGuard<'_>> {
+        self.watches.begin_change(|| {
             [
                 (watch::own_key(inode), kinds),
-                (watch::place_key(inode), kinds),
+                (watch::location_key(inode), kinds),
             ]
         })
     }
 
     /// The same for an entry of a directory.
-    fn acting_at(&self, directory: u64, name: &CStr, kinds: u32) -> Option<Acting<'_>> {
+    fn change_at(&self, directory: u64, name: &CStr, kinds: u32) -> Option<ChangeGuard<'_>> {
         self.watches
-            .acting(|| [(watch::entry_key(directory, name), kinds)])
+            .begin_change(|| [(watch::entry_key(directory, name), kinds)])
     }
 
     fn attr_out(&self, attr: wire::Attr) -> AttrOut {
@@ -319,7 +319,7 @@ impl Passthrough {
 /// Maximum number of descriptors for nodes, and for open files: a sixth of the process's limit each. Nodes
 /// that cannot be evicted may exceed it by half, and an open file has two descriptors, so a guest takes 7
 /// twelfths at most; vsock takes an eighth, and the rest is for the monitor.
-fn descriptor_share() -> usize {
+fn default_max_descriptors() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.unwrap_or(1 << 20).min(1 << 20) as usize;
     (limit / 6).max(32)

@@ -38,13 +38,13 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
         // A directory keeps its mode bits when its owner changes.
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, 0, &directory)?;
+        self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
@@ -61,7 +61,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let kind = FileType::from_raw_mode(arg.mode);
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
@@ -71,7 +71,7 @@ impl Passthrough {
             rustix::fs::mknodat(&fd, name, kind, mode, device)
         })?;
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, arg.mode, &directory)?;
+        self.set_owner(&made, caller, arg.mode, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
@@ -88,11 +88,11 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         rustix::fs::symlinkat(target, &fd, name)?;
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, 0, &directory)?;
+        self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
@@ -116,9 +116,9 @@ impl Passthrough {
         let directory = self.writable(parent)?;
         let inode = self.writable(arg.oldnodeid)?;
         check(name)?;
-        let _acting = (
-            self.acting_at(parent, name, kind::CREATE),
-            self.acting_on(&inode, kind::ATTRIB),
+        let _change = (
+            self.change_at(parent, name, kind::CREATE),
+            self.change_of(&inode, kind::ATTRIB),
         );
         let from = self.inodes.fd(&inode)?;
         let to = self.inodes.fd(&directory)?;
@@ -146,7 +146,7 @@ impl Passthrough {
     pub fn unlink(&self, parent: u64, name: &CStr, is_directory: bool) -> Result<(), Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, ENDS);
+        let _change = self.change_at(parent, name, ENDS);
         let flags = if is_directory {
             AtFlags::REMOVEDIR
         } else {
@@ -172,9 +172,9 @@ impl Passthrough {
         check(name)?;
         check(new_name)?;
         let kinds = kind::MOVED | kind::MOVE_SELF | ENDS;
-        let _acting = (
-            self.acting_at(parent, name, kinds),
-            self.acting_at(new_parent, new_name, kinds),
+        let _change = (
+            self.change_at(parent, name, kinds),
+            self.change_at(new_parent, new_name, kinds),
         );
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);

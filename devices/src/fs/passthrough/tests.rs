@@ -43,7 +43,7 @@ fn fixture(limit: usize, read_only: bool) -> Fixture {
 }
 
 #[test]
-fn names_that_lead_elsewhere_are_refused() {
+fn names_that_leave_the_directory_are_refused() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     std::os::unix::fs::symlink("/etc", f.dir.path().join("out")).unwrap();
@@ -102,7 +102,7 @@ fn a_read_only_share_refuses_every_change() {
 }
 
 #[test]
-fn tables_hold_what_the_guest_remembers_and_no_more_descriptors_than_they_may() {
+fn descriptors_of_nodes_are_bounded() {
     const LIMIT: usize = 16;
     let f = fixture(LIMIT, false);
     let mut nodes = Vec::new();
@@ -179,7 +179,7 @@ fn a_handle_belongs_to_its_node() {
 }
 
 #[test]
-fn a_share_that_is_taken_away_is_stale() {
+fn a_removed_share_is_stale() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
@@ -197,7 +197,7 @@ fn a_share_that_is_taken_away_is_stale() {
 }
 
 #[test]
-fn files_without_a_name_are_bounded() {
+fn unlinked_files_are_bounded() {
     const LIMIT: usize = 16;
     let f = fixture(LIMIT, false);
     let mut nodes = Vec::new();
@@ -291,7 +291,7 @@ fn the_root_answers_statx() {
 }
 
 #[test]
-fn a_file_that_changes_loses_what_its_programs_would_get() {
+fn a_changed_file_loses_its_privileges() {
     use std::os::unix::fs::PermissionsExt;
     let f = fixture(0, false);
     let path = f.dir.path().join("x");
@@ -353,7 +353,7 @@ fn links_change_owners_and_files_are_written_whatever_their_mode() {
 }
 
 #[test]
-fn a_share_that_is_taken_away_holds_nothing_open() {
+fn a_removed_share_keeps_nothing_open() {
     use std::os::unix::fs::MetadataExt;
     let f = fixture(0, false);
     for name in ["a", "b"] {
@@ -411,24 +411,30 @@ fn the_roots_listing_does_not_shift() {
 
 /// Search paths are full of names that do not exist.
 #[test]
-fn that_a_name_is_not_there_is_remembered_as_long_as_it_may_be() {
+fn absent_names_are_cached_for_the_timeout() {
     let f = fixture(0, false);
-    let absent = f.files.look(f.root, c"absent").unwrap();
+    let absent = f.files.lookup_or_absent(f.root, c"absent").unwrap();
     assert_eq!((absent.nodeid, absent.entry_valid), (0, 1));
     // Not for shares, which the owner adds and removes.
-    assert_eq!(f.files.look(ROOT_ID, c"absent").unwrap_err(), Errno::NOENT);
+    assert_eq!(
+        f.files.lookup_or_absent(ROOT_ID, c"absent").unwrap_err(),
+        Errno::NOENT
+    );
     let never = Options {
         cache: Cache::Never,
         ..Options::default()
     };
     let files = Passthrough::new(f.shares.clone(), never).unwrap();
-    let root = files.look(ROOT_ID, c"s").unwrap().nodeid;
-    assert_eq!(files.look(root, c"absent").unwrap_err(), Errno::NOENT);
+    let root = files.lookup_or_absent(ROOT_ID, c"s").unwrap().nodeid;
+    assert_eq!(
+        files.lookup_or_absent(root, c"absent").unwrap_err(),
+        Errno::NOENT
+    );
 }
 
 /// The guest kernel first asks for the size, and then for that many bytes.
 #[test]
-fn an_attributes_size_can_be_asked_for() {
+fn an_attributes_size_can_be_queried() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
@@ -442,7 +448,7 @@ fn an_attributes_size_can_be_asked_for() {
 
 /// A size cached by the guest would truncate what it reads.
 #[test]
-fn a_file_that_changed_is_told_when_it_is_opened() {
+fn a_changed_file_is_reported_on_open() {
     use crate::fs::wire::fopen;
     let f = fixture(0, false);
     let path = f.dir.path().join("x");
@@ -458,7 +464,7 @@ fn a_file_that_changed_is_told_when_it_is_opened() {
 
 /// The guest remembers a removed file whose space the host wants back.
 #[test]
-fn what_was_removed_is_let_go() {
+fn removed_files_are_dropped() {
     let f = fixture(0, false);
     let held = |name: &str| {
         let node = f
@@ -495,7 +501,7 @@ fn what_was_removed_is_let_go() {
 
 /// A few at a time, and eventually all of them.
 #[test]
-fn every_file_is_looked_at_in_its_turn() {
+fn a_sweep_reaches_every_file() {
     let f = fixture(0, false);
     for n in 0..50 {
         std::fs::write(f.dir.path().join(n.to_string()), "").unwrap();
@@ -512,13 +518,13 @@ fn every_file_is_looked_at_in_its_turn() {
 
 /// Inode numbers are reused, and not every file system records more than that.
 #[test]
-fn an_evicted_file_is_of_the_kind_that_it_was() {
-    use crate::fs::node::{Slot, Traces, still_same};
+fn an_evicted_file_keeps_its_type() {
+    use crate::fs::node::{FileTraces, Slot, still_same};
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("a"), "").unwrap();
     let node = f.files.lookup(f.root, c"a").unwrap().nodeid;
     let inode = f.files.inodes.get(node).unwrap();
-    *koya_host::sync::lock(&inode.slot) = Slot::Evicted(Traces {
+    *koya_host::sync::lock(&inode.slot) = Slot::Evicted(FileTraces {
         handle: None,
         birth: None,
     });
@@ -533,7 +539,7 @@ fn an_evicted_file_is_of_the_kind_that_it_was() {
 }
 
 #[test]
-fn a_guest_remembers_no_more_files_than_it_may() {
+fn nodes_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let shares = Shares::default();
     shares.add("s", dir.path(), false).unwrap();

@@ -71,7 +71,7 @@ impl Passthrough {
         if inode.kind != FileType::RegularFile {
             return Ok(());
         }
-        if !inode.bare.swap(true, Ordering::SeqCst) {
+        if !inode.has_no_capabilities.swap(true, Ordering::SeqCst) {
             let (path, _fd) = self.xattr_path(inode)?;
             let name = mapped(CAPABILITY)?;
             // The host checks for write permission before it looks for the attribute: a file that is open for
@@ -81,7 +81,7 @@ impl Passthrough {
                 && !matches!(error, Errno::NODATA | Errno::OPNOTSUPP)
                 && there()
             {
-                inode.bare.store(false, Ordering::SeqCst);
+                inode.has_no_capabilities.store(false, Ordering::SeqCst);
                 return Err(error);
             }
         }
@@ -113,12 +113,12 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
-        let _acting = self.acting_on(&inode, kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::ATTRIB);
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
             let set = rustix::fs::setxattr(path, &*mapped(name)?, value, flags);
-            inode.bare.store(false, Ordering::SeqCst);
+            inode.has_no_capabilities.store(false, Ordering::SeqCst);
             return set;
         }
         rustix::fs::setxattr(path, name, value, flags)
@@ -186,7 +186,7 @@ impl Passthrough {
     pub fn removexattr(&self, nodeid: u64, name: &CStr) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
-        let _acting = self.acting_on(&inode, kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::ATTRIB);
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
             let removed = rustix::fs::removexattr(&*path, &*mapped(name)?);
@@ -220,13 +220,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mapped_names_are_shown_by_the_guests_names_and_once() {
+    fn mapped_names_are_listed_once_under_the_guests_names() {
         let list = b"user.a\0user.koya.trusted.overlay.opaque\0trusted.overlay.opaque\0";
         assert_eq!(guest_names(list), b"user.a\0trusted.overlay.opaque\0");
     }
 
     #[test]
-    fn the_guest_cannot_name_the_map() {
+    fn the_guest_cannot_name_the_prefix() {
         assert_eq!(check(c"user.koya.security.capability"), Err(Errno::PERM));
         assert_eq!(check(c"user.mine"), Ok(()));
     }

@@ -90,7 +90,7 @@ fn names_that_are_paths_are_refused() {
 }
 
 #[test]
-fn a_directory_that_does_not_exist_is_the_hosts_error() {
+fn a_missing_directory_is_an_error_of_the_host() {
     let shares = Shares::default();
     let error = shares.add("x", "/nonexistent", false).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::NotFound);
@@ -119,7 +119,7 @@ fn one_directory_is_exported_once() {
 }
 
 #[test]
-fn what_is_shared_later_takes_in_what_lies_within_it() {
+fn a_later_share_includes_those_within_it() {
     let f = fixture();
     let inner = f.share("one/two", READ_ONLY);
     let known = (
@@ -152,7 +152,7 @@ fn what_is_shared_later_takes_in_what_lies_within_it() {
 }
 
 #[test]
-fn each_part_may_be_changed_as_its_shares_say() {
+fn each_part_is_writable_as_its_shares_allow() {
     let f = fixture();
     let outer = f.share("one", READ_ONLY);
     let (top, two) = (
@@ -184,7 +184,7 @@ fn each_part_may_be_changed_as_its_shares_say() {
 }
 
 #[test]
-fn a_part_outlives_the_whole_and_is_taken_in_again() {
+fn a_nested_share_outlives_the_outer_one_and_is_merged_again() {
     let f = fixture();
     let outer = f.share(".", WRITABLE);
     let inner = f.share("one/two", WRITABLE);
@@ -296,7 +296,7 @@ fn a_read_only_share_that_is_not_detached_changes_nothing() {
 
 /// Threads look up names while exports are merged: a directory never gets two nodes.
 #[test]
-fn a_share_is_taken_in_while_it_is_used() {
+fn a_share_is_merged_while_in_use() {
     for _ in 0..50 {
         let f = fixture();
         let inner = f.share("one/two", WRITABLE);
@@ -337,7 +337,7 @@ fn a_share_is_taken_in_while_it_is_used() {
 
 /// A moved file has the shares of its new location, not those of the old one.
 #[test]
-fn what_is_moved_is_reached_as_its_new_place_is() {
+fn a_moved_file_has_the_shares_of_its_new_location() {
     let f = fixture();
     for name in ["one/a", "one/a/dir", "one/b"] {
         fs::create_dir_all(f.dir.path().join(name)).unwrap();
@@ -361,7 +361,7 @@ fn what_is_moved_is_reached_as_its_new_place_is() {
 }
 
 #[test]
-fn the_root_of_a_share_is_found_as_long_as_the_share_is_there() {
+fn the_root_of_a_share_is_found_while_the_share_exists() {
     let f = fixture();
     let options = Options {
         max_descriptors: 4,
@@ -397,7 +397,7 @@ fn a_single_file_that_the_host_replaces_stays() {
 
 /// Parts of two volumes that both lie within a later share.
 #[test]
-fn several_parts_are_taken_in_together() {
+fn several_nested_shares_are_merged_together() {
     let f = fixture();
     fs::create_dir_all(f.dir.path().join("other/part")).unwrap();
     let shares = [

@@ -14,7 +14,7 @@ use std::mem::MaybeUninit;
 const MAX_PENDING: usize = 4096;
 
 /// Maximum number of events that are reported together.
-const MAX_TOLD: usize = 1024;
+const MAX_REPORTED: usize = 1024;
 
 /// Added to the host's move cookies, which are small like the guest's, to distinguish them.
 pub(super) const HOST_COOKIE: u32 = 1 << 31;
@@ -24,7 +24,7 @@ impl Watches {
     pub(super) fn take(&self) -> io::Result<Vec<HostEvent>> {
         let state = &mut *lock(&self.state);
         self.drain(state)?;
-        let count = state.pending.len().min(MAX_TOLD);
+        let count = state.pending.len().min(MAX_REPORTED);
         let events = state.pending.drain(..count).collect();
         if !state.pending.is_empty() {
             self.wake.write(1).ok();
@@ -82,7 +82,7 @@ impl Watches {
         let cookie = if cookie == 0 { 0 } else { cookie | HOST_COOKIE };
         let dir = bits & kind::IS_DIR;
         // An event of the host may have several types; the guest kernel takes one at a time.
-        let mut left = bits & kind::TOLD;
+        let mut left = bits & kind::REPORTED;
         while left != 0 {
             let kind = left & left.wrapping_neg();
             left &= !kind;
