@@ -6,7 +6,7 @@ use crate::bus::Bus;
 use crate::config::{Serial, Spec};
 use crate::event_loop::{LoopHandle, LoopThread};
 use crate::exit::ExitReason;
-use crate::hotplug::{HotPlug, HotplugSlot};
+use crate::hotplug::{HotplugSlot, HotplugSlots};
 use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
 use crate::memory::{self, MemoryError};
 use crate::standard_devices::StandardDevices;
@@ -170,8 +170,8 @@ impl VmBuilder {
             event_loop: None,
             bus: Bus::default(),
         };
-        let marks = parts.bus.marks().clone();
-        marks.built("memory and KVM");
+        let boot_events = parts.bus.boot_events().clone();
+        boot_events.built("memory and KVM");
 
         let serial = self.make_serial()?;
         arch::attach_platform(parts.machine.fd(), &mut parts.bus, serial.as_ref())?;
@@ -183,7 +183,7 @@ impl VmBuilder {
         self.devices.extend(devices);
         let slots = parts.attach(kvm, self.devices)?;
         let hotplug = parts.add_hotplug_slots(slots.len(), self.spec.disk_slots)?;
-        marks.built("devices attached");
+        boot_events.built("devices attached");
 
         let hotplug_slots: Vec<_> = hotplug.iter().map(|slot| slot.place).collect();
         let info = BootInfo {
@@ -195,7 +195,7 @@ impl VmBuilder {
             hotplug_slots: &hotplug_slots,
         };
         let entry = arch::load(&parts.memory, info)?;
-        marks.built("kernel loaded");
+        boot_events.built("kernel loaded");
         let cpus = &self.spec.cpus;
         let kickers: Vec<_> = (0..cpus.count).map(|_| Kicker::default()).collect();
         let vcpus = make_vcpus(&features, &parts.machine, &kickers)?;
@@ -264,7 +264,7 @@ impl Parts {
             let transport = MmioTransport::with_registers(device, memory, looped, page)
                 .map_err(host("make a virtio device"))?;
             connect(&self.machine, &transport, slot)?;
-            let device = VirtioSlot::new(Some(transport), self.bus.marks());
+            let device = VirtioSlot::new(Some(transport), self.bus.boot_events());
             let added = self.bus.add_memory(addresses(slot), device);
             added.map_err(ArchError::from)?;
             slots.push(slot);
@@ -282,7 +282,7 @@ impl Parts {
         let mut slots = Vec::new();
         for index in 0..count {
             let place = arch::layout::hotplug_slot(index);
-            let device = VirtioSlot::new(None, self.bus.marks());
+            let device = VirtioSlot::new(None, self.bus.boot_events());
             let added = self.bus.add_memory(addresses(place), device.clone());
             added.map_err(ArchError::from)?;
             slots.push(HotplugSlot {
@@ -298,7 +298,7 @@ impl Parts {
         &mut self,
         slots: Vec<HotplugSlot>,
         cpus: u32,
-    ) -> Result<Option<HotPlug>, StartError> {
+    ) -> Result<Option<HotplugSlots>, StartError> {
         let Some(first) = slots.first() else {
             return Ok(None);
         };
@@ -309,7 +309,7 @@ impl Parts {
             .register_irqfd(&interrupt, first.place.irq)
             .map_err(ArchError::kvm("connect the hot-plug slots' interrupt"))?;
         self.event_loop()?;
-        Ok(Some(HotPlug::new(slots, interrupt, cpus, self)))
+        Ok(Some(HotplugSlots::new(slots, interrupt, cpus, self)))
     }
 
     fn event_loop(&mut self) -> Result<&Arc<LoopHandle>, StartError> {

@@ -4,7 +4,7 @@
 //! There are two address spaces: memory, and I/O ports where the architecture has them. The platform
 //! ([`crate::arch`]) decides which devices are in which.
 
-use crate::marks::Marks;
+use crate::boot_events::BootEvents;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -24,9 +24,9 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// The guest writes at an offset from the start of the range, at least one byte.
     fn write(&self, offset: u64, data: &[u8]) -> Effect;
-    /// Shuts the device down: when this returns, none of its threads run. `about` is called with what is
+    /// Shuts the device down: when this returns, none of its threads run. `report` is called with what is
     /// being waited for.
-    fn shut_down(&self, _about: &dyn Fn(&str)) {}
+    fn shut_down(&self, _report: &dyn Fn(&str)) {}
 }
 
 /// Two devices overlap at this address.
@@ -85,13 +85,13 @@ impl Ranges {
 pub struct Bus {
     memory: Ranges,
     ports: Ranges,
-    marks: Arc<Marks>,
+    boot_events: Arc<BootEvents>,
 }
 
 impl Bus {
     /// Boot events and exit counts recorded by the bus and others.
-    pub fn marks(&self) -> &Arc<Marks> {
-        &self.marks
+    pub fn boot_events(&self) -> &Arc<BootEvents> {
+        &self.boot_events
     }
 
     /// Adds a device at a range of guest physical addresses.
@@ -121,33 +121,33 @@ impl Bus {
 
     /// Handles a guest's read from a port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
-        self.marks.port_exit();
+        self.boot_events.port_exit();
         self.ports.read(port.into(), data);
     }
 
     /// Handles a guest's write to a port.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
-        self.marks.port_exit();
+        self.boot_events.port_exit();
         self.ports.write(port.into(), data)
     }
 
     /// Handles a guest's read of device memory.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.marks.mmio_exit();
+        self.boot_events.mmio_exit();
         self.memory.read(address, data);
     }
 
     /// Handles a guest's write to device memory.
     pub fn mmio_write(&self, address: u64, data: &[u8]) -> Effect {
-        self.marks.mmio_exit();
+        self.boot_events.mmio_exit();
         self.memory.write(address, data)
     }
 
-    /// Shuts all devices down. `about` is called with each before it is waited for.
-    pub fn shut_down(&self, about: impl Fn(&str)) {
+    /// Shuts all devices down. `report` is called with each before it is waited for.
+    pub fn shut_down(&self, report: impl Fn(&str)) {
         for (range, device) in self.memory.0.iter().chain(&self.ports.0) {
-            about(&format!("the device at {:#x}", range.start));
-            device.shut_down(&about);
+            report(&format!("the device at {:#x}", range.start));
+            device.shut_down(&report);
         }
     }
 }

@@ -32,16 +32,16 @@ pub(crate) struct LoopThread {
 }
 
 /// Converts event-manager's error into `std::io::Error`.
-struct Refused(event_manager::Error);
+struct LoopError(event_manager::Error);
 
-impl From<event_manager::Error> for Refused {
+impl From<event_manager::Error> for LoopError {
     fn from(error: event_manager::Error) -> Self {
         Self(error)
     }
 }
 
-impl From<Refused> for io::Error {
-    fn from(error: Refused) -> Self {
+impl From<LoopError> for io::Error {
+    fn from(error: LoopError) -> Self {
         Self::other(error.0)
     }
 }
@@ -93,7 +93,7 @@ impl EventLoop for LoopHandle {
     fn add(&self, worker: Subscriber) -> io::Result<u64> {
         let id = self
             .endpoint
-            .call_blocking(move |manager| Ok::<_, Refused>(manager.add_subscriber(worker)))?;
+            .call_blocking(move |manager| Ok::<_, LoopError>(manager.add_subscriber(worker)))?;
         let mut known = lock(&self.known);
         known.0 += 1;
         let number = known.0;
@@ -108,7 +108,7 @@ impl EventLoop for LoopHandle {
     fn remove(&self, number: u64) -> Option<Subscriber> {
         let id = lock(&self.known).1.remove(&number)?;
         self.endpoint
-            .call_blocking(move |manager| Ok::<_, Refused>(manager.remove_subscriber(id)?))
+            .call_blocking(move |manager| Ok::<_, LoopError>(manager.remove_subscriber(id)?))
             .ok()
     }
 }

@@ -61,7 +61,7 @@ fn clean(text: &str, line_end: char) -> String {
             '\n' | '\u{2028}' | '\u{2029}' => clean.push(line_end),
             '\t' if line_end == '\n' => clean.push('\t'),
             '\t' => clean.push(' '),
-            _ if char.is_control() || is_unseen(char) => {}
+            _ if char.is_control() || is_invisible(char) => {}
             _ => clean.push(char),
         }
     }
@@ -69,7 +69,7 @@ fn clean(text: &str, line_end: char) -> String {
 }
 
 /// Characters that change the direction of text or that are invisible.
-fn is_unseen(char: char) -> bool {
+fn is_invisible(char: char) -> bool {
     matches!(
         char,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
@@ -115,7 +115,7 @@ fn skip_control_sequence(chars: &mut Peekable<Chars<'_>>) {
 pub struct Warnings(AtomicU32);
 
 /// How often each warning is logged.
-const SHOWN: u32 = 20;
+const MAX_WARNINGS: u32 = 20;
 
 impl Warnings {
     /// No warning logged yet.
@@ -131,8 +131,8 @@ impl Warnings {
             .0
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
         match before.unwrap_or(u32::MAX) {
-            0..SHOWN => log::warn!("{text}"),
-            SHOWN => log::warn!("{text}; more of these are not shown"),
+            0..MAX_WARNINGS => log::warn!("{text}"),
+            MAX_WARNINGS => log::warn!("{text}; more of these are not shown"),
             _ => {}
         }
     }

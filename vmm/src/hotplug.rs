@@ -64,7 +64,7 @@ pub(crate) struct HotplugSlot {
 }
 
 /// A machine's hot-plug slots and the disks in them.
-pub(crate) struct HotPlug {
+pub(crate) struct HotplugSlots {
     slots: Vec<HotplugSlot>,
     /// Shared by all hot-plug slots: separate irqfds on one interrupt could lose an edge between them.
     interrupt: EventFd,
@@ -85,7 +85,7 @@ struct Attached {
     ended: bool,
 }
 
-impl HotPlug {
+impl HotplugSlots {
     /// The slots of a machine that is being built and already has an event loop.
     pub(crate) fn new(
         slots: Vec<HotplugSlot>,
@@ -154,13 +154,13 @@ impl HotPlug {
     }
 
     /// Removes the disk from a slot. If the guest has released it, the slot can be used again.
-    pub(crate) fn detach(&self, slot: usize, has_let_go: bool) -> Result<(), AttachError> {
+    pub(crate) fn detach(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
         let attached = &mut *lock(&self.disks);
         let place = self.slots.get(slot).ok_or(AttachError::NoDisk(slot))?;
         let disk = attached.disks.remove(&slot);
         disk.ok_or(AttachError::NoDisk(slot))?;
-        if !has_let_go {
+        if !is_released {
             attached.retired.insert(slot);
         }
         if let Some(mut transport) = place.device.take() {
@@ -177,7 +177,7 @@ mod tests {
     use crate::{Spec, Vm};
 
     #[test]
-    fn a_disk_that_is_pulled_gives_its_image_back_and_not_its_slot() {
+    fn a_pulled_disk_frees_its_image_but_not_its_slot() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
         let config = DiskConfig::new(image.path());

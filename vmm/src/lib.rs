@@ -83,6 +83,7 @@
 //! - the owner's threads: [`Vm`] and [`VmHandle`].
 
 mod arch;
+mod boot_events;
 mod builder;
 mod bus;
 mod config;
@@ -92,12 +93,11 @@ pub mod guest_text;
 mod hotplug;
 #[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
 pub mod kvm;
-mod marks;
 mod memory;
 mod panic_log;
 mod standard_devices;
 mod starter;
-mod take_down;
+mod teardown;
 mod vcpu;
 mod virtio_slot;
 mod vm;
@@ -108,6 +108,7 @@ pub mod devices {
 }
 
 pub use arch::ArchError;
+pub use boot_events::{BootEvent, BootEvents, Exits};
 pub use builder::{StartError, VmBuilder};
 pub use bus::Overlap;
 pub use config::{
@@ -117,7 +118,6 @@ pub use config::{
 pub use exit::ExitReason;
 pub use hotplug::{AttachError, AttachedDisk};
 pub use koya_host as host;
-pub use marks::{Exits, Mark, Marks};
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};
 

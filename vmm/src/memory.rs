@@ -116,12 +116,12 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     };
     let mut regions = Vec::new();
     let mut offset = 0;
-    for ((start, len), is_room) in ranges {
+    for ((start, len), is_hotpluggable) in ranges {
         let place = file.clone().map(|file| FileOffset::from_arc(file, offset));
         let mapping = map_aligned(start, len, place, spec.huge_pages)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start));
         let region = region.ok_or(io::ErrorKind::InvalidInput)?;
-        regions.push(match is_room {
+        regions.push(match is_hotpluggable {
             true => MemoryRegion::pluggable(region),
             false => MemoryRegion::new(region),
         });
@@ -142,7 +142,7 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
 }
 
 /// Maximum number of memory slots for the hot-pluggable range: KVM has some 500 at least.
-const MOST_SLOTS: usize = 256;
+const MAX_SLOTS: usize = 256;
 
 /// Creates the virtio-mem device; `None` without a hot-pluggable range.
 ///
@@ -157,8 +157,8 @@ pub(crate) fn device(
     if spec.hotplug_bytes == 0 {
         return Ok(None);
     }
-    let most = machine.most_parts(kvm).min(MOST_SLOTS);
-    let slots = Room {
+    let most = machine.max_slots(kvm).min(MAX_SLOTS);
+    let slots = HotplugRange {
         machine: Arc::downgrade(machine),
         start: arch::layout::hotplug_start(spec.bytes),
         len: spec.hotplug_bytes,
@@ -174,7 +174,7 @@ pub(crate) fn device(
 }
 
 /// The hot-pluggable range as memory slots of KVM.
-struct Room {
+struct HotplugRange {
     /// Weak: handles of the device must not keep guest memory alive after its machine.
     machine: Weak<Machine>,
     start: u64,
@@ -182,25 +182,25 @@ struct Room {
     slot_size: u64,
 }
 
-impl Room {
+impl HotplugRange {
     fn machine(&self) -> io::Result<Arc<Machine>> {
         let machine = self.machine.upgrade();
         machine.ok_or_else(|| io::Error::other("the virtual machine has ended"))
     }
 }
 
-impl MemorySlots for Room {
+impl MemorySlots for HotplugRange {
     fn add(&self, index: usize) -> io::Result<()> {
         let offset = self.slot_size.saturating_mul(index as u64);
         // The last slot may be smaller.
         let len = self.slot_size.min(self.len.saturating_sub(offset));
         let start = GuestAddress(self.start.saturating_add(offset));
-        let mapped = self.machine()?.map_part(index, start, len);
+        let mapped = self.machine()?.map_slot(index, start, len);
         mapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 
     fn remove(&self, index: usize) -> io::Result<()> {
-        let unmapped = self.machine()?.unmap_part(index);
+        let unmapped = self.machine()?.unmap_slot(index);
         unmapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 }
@@ -394,7 +394,7 @@ mod tests {
         struct Guest {
             vcpu: Vcpu,
             machine: Arc<Machine>,
-            room: Room,
+            room: HotplugRange,
             file: File,
         }
 
@@ -419,7 +419,7 @@ mod tests {
             arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
             Guest {
                 vcpu,
-                room: Room {
+                room: HotplugRange {
                     machine: Arc::downgrade(&machine),
                     start: ROOM,
                     len: 2 << 20,
@@ -472,7 +472,7 @@ mod tests {
         #[test]
         fn slots_come_and_go_while_the_guest_runs() {
             let mut guest = guest();
-            let room = Room {
+            let room = HotplugRange {
                 machine: guest.room.machine.clone(),
                 ..guest.room
             };
@@ -509,7 +509,7 @@ mod tests {
             // Outside the range, over an existing slot, and after the end of the machine.
             assert!(guest.room.add(2).is_err());
             guest.room.add(0).unwrap();
-            let over = Room {
+            let over = HotplugRange {
                 machine: guest.room.machine.clone(),
                 start: ROOM - 0x1000,
                 ..guest.room

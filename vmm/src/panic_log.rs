@@ -65,12 +65,14 @@ fn parse(record: &[u8]) -> Option<String> {
 }
 
 fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
-    const MARK: &str = "Kernel panic - not syncing: ";
+    const PANIC_PREFIX: &str = "Kernel panic - not syncing: ";
     let panic = logs.iter().find_map(|log| {
-        let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
+        let message = log
+            .lines()
+            .find_map(|l| Some(l.split_once(PANIC_PREFIX)?.1))?;
         Some(ExitReason::Panic {
             message: guest_text::line(message.trim()),
-            log: guest_text::lines(last_words(log)),
+            log: guest_text::lines(panic_excerpt(log)),
         })
     });
     match (panic, reason) {
@@ -80,7 +82,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
             details,
             log: logs
                 .last()
-                .map(|log| guest_text::lines(last_words(log)))
+                .map(|log| guest_text::lines(panic_excerpt(log)))
                 .unwrap_or_default(),
         },
         (None, reason) => reason,
@@ -91,7 +93,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
 const LINES_BEFORE: usize = 5;
 
 /// The part of a log from the first fault on. A record contains the whole kernel log since boot.
-fn last_words(log: &str) -> &str {
+fn panic_excerpt(log: &str) -> &str {
     const FAULTS: &[&str] = &[
         "BUG: ",
         "Oops: ",
@@ -142,13 +144,13 @@ mod tests {
             .collect();
         let fault = "<1>[ 1.0] BUG: kernel NULL pointer dereference\n<4>[ 1.0] RIP: 0010:f\n";
         let panic = "<0>[ 1.1] Kernel panic - not syncing: Fatal exception\n<0>[ 1.1] end";
-        let shown = last_words(&format!("{boot}{fault}{panic}")).to_owned();
+        let shown = panic_excerpt(&format!("{boot}{fault}{panic}")).to_owned();
         assert!(shown.starts_with("<6>[ 0.295] boot 295\n"), "{shown}");
         assert!(shown.ends_with(&format!("{fault}{panic}")));
         assert_eq!(shown.lines().count(), LINES_BEFORE + 4);
         // Short logs and logs without a fault are shown whole.
         for whole in [&format!("one\n{panic}"), "one\ntwo", ""] {
-            assert_eq!(last_words(whole), whole);
+            assert_eq!(panic_excerpt(whole), whole);
         }
     }
 
@@ -167,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guests_last_words_move_no_terminal() {
+    fn control_characters_are_removed_from_the_log() {
         let text =
             "Kernel panic - not syncing: \x1b]0;owned\x07\x1b[2Jdone\r\nCall Trace:\n\t<TASK>";
         let found = join(

@@ -2,7 +2,7 @@
 
 use crate::builder::{StartError, host};
 use crate::config::{DiskSpec, Spec};
-use crate::hotplug::HotPlug;
+use crate::hotplug::HotplugSlots;
 use crate::kvm::Machine;
 use crate::memory;
 use koya_devices::balloon::{Balloon, BalloonHandle};
@@ -23,7 +23,7 @@ pub(crate) struct Handles {
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) mem: Option<MemHandle>,
     pub(crate) entropy: Option<Arc<RngMetrics>>,
-    pub(crate) hotplug: Option<HotPlug>,
+    pub(crate) hotplug: Option<HotplugSlots>,
 }
 
 /// Devices and their handles.

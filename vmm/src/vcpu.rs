@@ -21,14 +21,14 @@ use std::sync::{Arc, Condvar, Mutex};
 
 /// The state that vCPUs must be in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Wanted {
+enum Target {
     Run,
     Pause,
     End(ExitReason),
 }
 
 struct State {
-    wanted: Wanted,
+    target: Target,
     /// vCPUs from this one on are held.
     online: usize,
     /// Number of waiting vCPU threads, paused or held.
@@ -39,10 +39,10 @@ struct State {
 impl State {
     /// Whether a vCPU must wait outside the guest.
     fn holds(&self, index: usize) -> bool {
-        match self.wanted {
-            Wanted::Run => index >= self.online,
-            Wanted::Pause => true,
-            Wanted::End(_) => false,
+        match self.target {
+            Target::Run => index >= self.online,
+            Target::Pause => true,
+            Target::End(_) => false,
         }
     }
 }
@@ -60,7 +60,7 @@ impl RunControl {
     pub(crate) fn new(kickers: Vec<Kicker>, online: usize) -> Self {
         Self {
             state: Mutex::new(State {
-                wanted: Wanted::Pause,
+                target: Target::Pause,
                 online,
                 parked: 0,
                 alive: kickers.len(),
@@ -73,35 +73,35 @@ impl RunControl {
     /// Ends the virtual machine; only the first reason is kept.
     pub(crate) fn end(&self, reason: ExitReason) {
         let mut state = lock(&self.state);
-        if !matches!(state.wanted, Wanted::End(_)) {
-            state.wanted = Wanted::End(reason);
+        if !matches!(state.target, Target::End(_)) {
+            state.target = Target::End(reason);
         }
         drop(state);
-        self.tell();
+        self.notify();
     }
 
     /// Pauses all vCPUs and waits until they have left the guest. False if the machine has ended.
     pub(crate) fn pause(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.wanted == Wanted::Run {
-            state.wanted = Wanted::Pause;
+        if state.target == Target::Run {
+            state.target = Target::Pause;
         }
         drop(state);
-        self.tell();
+        self.notify();
         let mut state = lock(&self.state);
-        while state.parked < state.alive && state.wanted == Wanted::Pause {
+        while state.parked < state.alive && state.target == Target::Pause {
             state = wait(&self.changed, state);
         }
-        state.wanted == Wanted::Pause
+        state.target == Target::Pause
     }
 
     /// Resumes the vCPUs. False if the machine has ended.
     pub(crate) fn resume(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.wanted == Wanted::Pause {
-            state.wanted = Wanted::Run;
+        if state.target == Target::Pause {
+            state.target = Target::Run;
         }
-        let running = state.wanted == Wanted::Run;
+        let running = state.target == Target::Run;
         drop(state);
         self.changed.notify_all();
         running
@@ -127,7 +127,7 @@ impl RunControl {
     pub(crate) fn wait(&self) -> ExitReason {
         let mut state = lock(&self.state);
         loop {
-            if let Wanted::End(reason) = &state.wanted {
+            if let Target::End(reason) = &state.target {
                 return reason.clone();
             }
             state = wait(&self.changed, state);
@@ -136,13 +136,13 @@ impl RunControl {
 
     /// Why the machine ended, if it has.
     pub(crate) fn ended(&self) -> Option<ExitReason> {
-        match &lock(&self.state).wanted {
-            Wanted::End(reason) => Some(reason.clone()),
+        match &lock(&self.state).target {
+            Target::End(reason) => Some(reason.clone()),
             _ => None,
         }
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         self.changed.notify_all();
         for kicker in &self.kickers {
             kicker.kick();
@@ -151,7 +151,7 @@ impl RunControl {
 
     /// Called by vCPU `index` outside the guest: waits while paused or held. Returns whether to go on, and
     /// whether it waited.
-    fn pass(&self, index: usize) -> (bool, bool) {
+    fn wait_until_runnable(&self, index: usize) -> (bool, bool) {
         let mut state = lock(&self.state);
         let mut waited = false;
         while state.holds(index) {
@@ -165,7 +165,7 @@ impl RunControl {
         if waited {
             state.parked -= 1;
         }
-        (state.wanted == Wanted::Run, waited)
+        (state.target == Target::Run, waited)
     }
 
     fn leave(&self) {
@@ -182,14 +182,14 @@ pub(crate) fn run(
     control: &Arc<RunControl>,
     bus: &Bus,
 ) {
-    let _left = Left(control);
+    let _guard = ThreadGuard(control);
     if let Err(error) = vcpu.enter_thread(thread) {
         let details = format!("cannot set a vCPU's signal mask: {error}");
         return control.end(ExitReason::RunError { details });
     }
     let mut first = true;
     loop {
-        let (go_on, has_waited) = control.pass(index);
+        let (go_on, has_waited) = control.wait_until_runnable(index);
         if !go_on {
             break;
         }
@@ -198,7 +198,7 @@ pub(crate) fn run(
             arch::after_pause(vcpu.fd());
         }
         if let Some(reason) = run_until_kicked(&mut vcpu, bus) {
-            bus.marks().guest(match &reason {
+            bus.boot_events().guest(match &reason {
                 ExitReason::Reset => "reset",
                 ExitReason::TripleFault { .. } => "triple fault",
                 _ => "cannot go on",
@@ -212,9 +212,9 @@ pub(crate) fn run(
 
 /// Records the end of a vCPU thread. If the thread panicked (an embedder's console may), it ends the machine
 /// too, since nobody would wait for it otherwise.
-struct Left<'g>(&'g RunControl);
+struct ThreadGuard<'g>(&'g RunControl);
 
-impl Drop for Left<'_> {
+impl Drop for ThreadGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let details = "its thread panicked".to_owned();
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_runs_while_the_owner_lets_it() {
+    fn a_cpu_runs_only_while_online() {
         let vm = start();
         let memory = vm.memory().clone();
         assert!(!counts(&memory));
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_cpu_is_in_nobodys_way() {
+    fn a_held_cpu_does_not_block_pause_and_stop() {
         let vm = start();
         let handle = vm.handle();
         for _ in 0..20 {

@@ -2,9 +2,9 @@
 //! queue notifications.
 
 use crate::arch::{self, ArchError, MmioSlot};
+use crate::boot_events::BootEvents;
 use crate::bus::{BusDevice, Effect};
 use crate::kvm::Machine;
-use crate::marks::Marks;
 use koya_devices::virtio::mmio::{self, MMIO_SLOT_SIZE, MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::registers::RegisterPages;
 use koya_host::sync::lock;
@@ -15,14 +15,17 @@ use std::sync::{Arc, Mutex};
 /// A slot that holds a device or is empty.
 pub(crate) struct VirtioSlot {
     transport: Mutex<Option<MmioTransport>>,
-    marks: Arc<Marks>,
+    boot_events: Arc<BootEvents>,
 }
 
 impl VirtioSlot {
-    pub(crate) fn new(transport: Option<MmioTransport>, marks: &Arc<Marks>) -> Arc<Self> {
+    pub(crate) fn new(
+        transport: Option<MmioTransport>,
+        boot_events: &Arc<BootEvents>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             transport: Mutex::new(transport),
-            marks: marks.clone(),
+            boot_events: boot_events.clone(),
         })
     }
 
@@ -50,17 +53,17 @@ impl BusDevice for VirtioSlot {
             let was_active = transport.is_active();
             transport.write(offset, data);
             if transport.is_active() && !was_active {
-                self.marks.guest(transport.kind().name());
+                self.boot_events.guest(transport.kind().name());
             }
         }
         Effect::None
     }
 
     /// Stops the device as a reset by its driver does.
-    fn shut_down(&self, about: &dyn Fn(&str)) {
+    fn shut_down(&self, report: &dyn Fn(&str)) {
         // Taken out, so that other references to the slot do not keep the device.
         if let Some(mut transport) = self.take() {
-            about(&format!("threads of a {} device", transport.kind().name()));
+            report(&format!("threads of a {} device", transport.kind().name()));
             transport.shutdown();
         }
     }
@@ -118,7 +121,7 @@ pub(crate) fn publish_registers(
     count: usize,
 ) -> Result<(), ArchError> {
     let first = arch::layout::device_slot(0).filter(|_| count > 0);
-    let Some(first) = first.filter(|_| arch::READS_MEMORY_OF_DEVICES) else {
+    let Some(first) = first.filter(|_| arch::CAN_MAP_REGISTERS) else {
         return Ok(());
     };
     if !kvm.check_extension(Cap::ReadonlyMem) {
@@ -145,7 +148,7 @@ mod tests {
     #[test]
     fn an_empty_slot_says_that_it_is_one() {
         let mut bus = Bus::default();
-        let slot = VirtioSlot::new(None, bus.marks());
+        let slot = VirtioSlot::new(None, bus.boot_events());
         let start = 0xd000_0000;
         bus.add_memory(start..start + MMIO_SLOT_SIZE, slot.clone())
             .unwrap();

@@ -1,16 +1,16 @@
 //! A running virtual machine: ownership and the order of teardown.
 
+use crate::boot_events::BootEvents;
 use crate::builder::{BuiltVcpu, Parts, StartError, VmBuilder};
 use crate::bus::Bus;
 use crate::config::{DiskConfig, Spec};
 use crate::exit::ExitReason;
-use crate::hotplug::{AttachError, AttachedDisk, HotPlug};
+use crate::hotplug::{AttachError, AttachedDisk, HotplugSlots};
 use crate::kvm::{Machine, Thread};
-use crate::marks::Marks;
 use crate::memory::{self, MemoryUsage};
 use crate::panic_log;
 use crate::standard_devices::Handles;
-use crate::take_down::TakeDown;
+use crate::teardown::Teardown;
 use crate::vcpu::{self, RunControl};
 use koya_devices::balloon::BalloonHandle;
 use koya_devices::blk::BlockHandle;
@@ -36,7 +36,7 @@ const VCPU: Role = Role::new("koya-vcpu").guest_facing();
 pub struct Vm {
     control: Arc<RunControl>,
     /// What must be torn down; `None` afterwards.
-    live: Option<TakeDown>,
+    live: Option<Teardown>,
     bus: Arc<Bus>,
     serial: Option<Arc<Mutex<SerialPort>>>,
     handles: Arc<Handles>,
@@ -53,7 +53,7 @@ pub struct VmHandle {
     handles: Arc<Handles>,
     /// Weak: guest memory must not outlive its machine.
     memory: Weak<Memory>,
-    marks: Arc<Marks>,
+    boot_events: Arc<BootEvents>,
 }
 
 impl Vm {
@@ -72,7 +72,7 @@ impl Vm {
         let (bus, handles) = (Arc::new(parts.bus), Arc::new(handles));
         Self {
             control,
-            live: Some(TakeDown::new(
+            live: Some(Teardown::new(
                 bus.clone(),
                 parts.event_loop,
                 handles.clone(),
@@ -93,7 +93,7 @@ impl Vm {
             if let Some(cpu) = pin {
                 stay_on(cpu);
             }
-            vcpu::run(index, vcpu, Thread::Own, &control, &bus);
+            vcpu::run(index, vcpu, Thread::Dedicated, &control, &bus);
         });
         let host = |source| StartError::Host {
             operation: "start a vCPU's thread",
@@ -109,7 +109,7 @@ impl Vm {
     /// Runs a vCPU on this thread until the machine ends, tears it down and returns the reason.
     pub(crate) fn run(self, here: Option<BuiltVcpu>) -> ExitReason {
         if let Some(BuiltVcpu { index, vcpu, .. }) = here {
-            vcpu::run(index, vcpu, Thread::Callers, &self.control, &self.bus);
+            vcpu::run(index, vcpu, Thread::Caller, &self.control, &self.bus);
         }
         self.wait()
     }
@@ -133,14 +133,14 @@ impl Vm {
             serial: self.serial.clone(),
             handles: self.handles.clone(),
             memory: Arc::downgrade(&self.memory),
-            marks: self.bus.marks().clone(),
+            boot_events: self.bus.boot_events().clone(),
         }
     }
 
     /// Waits until the virtual machine ends, tears it down and returns the reason.
     pub fn wait(mut self) -> ExitReason {
         let reason = self.control.wait();
-        self.take_down();
+        self.tear_down();
         panic_log::explain(reason, &self.memory)
     }
 
@@ -150,7 +150,7 @@ impl Vm {
         self.wait()
     }
 
-    fn take_down(&mut self) {
+    fn tear_down(&mut self) {
         if let Some(live) = self.live.take() {
             live.run();
         }
@@ -160,7 +160,7 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.control.end(ExitReason::Stopped);
-        self.take_down();
+        self.tear_down();
     }
 }
 
@@ -204,8 +204,8 @@ impl VmHandle {
     }
 
     /// Boot events and exit counts; also available after the machine's end.
-    pub fn marks(&self) -> &Arc<Marks> {
-        &self.marks
+    pub fn boot_events(&self) -> &Arc<BootEvents> {
+        &self.boot_events
     }
 
     /// Memory use of the machine and this process on the host; zero after the machine's end.
@@ -264,7 +264,7 @@ impl VmHandle {
     /// The disks attached at run time.
     pub fn attached_disks(&self) -> Vec<AttachedDisk> {
         let hotplug = self.handles.hotplug.as_ref();
-        hotplug.map(HotPlug::disks).unwrap_or_default()
+        hotplug.map(HotplugSlots::disks).unwrap_or_default()
     }
 
     /// The networks of the configuration, in order.

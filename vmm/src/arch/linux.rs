@@ -8,7 +8,7 @@ use crate::panic_log;
 const HOTPLUG: &str = " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// Parameters for the panic log, the number of CPUs to start and memory hotplug.
-pub(super) fn words(info: &BootInfo<'_>) -> String {
+pub(super) fn kernel_parameters(info: &BootInfo<'_>) -> String {
     let mut words = panic_log::cmdline();
     if info.cpus.online < info.cpus.count {
         words += &format!(" maxcpus={}", info.cpus.online);
@@ -21,14 +21,14 @@ pub(super) fn words(info: &BootInfo<'_>) -> String {
 
 /// Inserts kernel parameters behind the configured ones, because the kernel acts on them with what it has
 /// parsed by then (a console prints at the log level known so far); arguments for init come last.
-pub(super) fn before_init(own: &str, words: &str) -> String {
-    let (own, init) = own.split_at(words_for_init(own));
+pub(super) fn insert_before_init(own: &str, words: &str) -> String {
+    let (own, init) = own.split_at(init_arguments(own));
     format!("{own} {words} {init}")
 }
 
 /// Offset of the `--` that begins the arguments for init, or the length of the line. Parameters are split as
 /// the kernel does (`next_arg` in lib/cmdline.c): a quoted one may contain blanks.
-fn words_for_init(line: &str) -> usize {
+fn init_arguments(line: &str) -> usize {
     let mut is_quoted = false;
     let words = line.split(|c: char| {
         is_quoted ^= c == '"';
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_asked_for_when_it_is_known_how_many() {
+    fn parameters_are_inserted_before_the_arguments_of_init() {
         for (words, line) in [
             ("", " EARLY "),
             ("quiet", "quiet EARLY "),
@@ -59,7 +59,7 @@ mod tests {
             ("a=b-- c -- d", "a=b-- c  EARLY -- d"),
             ("a=\"b -- c\" d", "a=\"b -- c\" d EARLY "),
         ] {
-            assert_eq!(before_init(words, "EARLY"), line);
+            assert_eq!(insert_before_init(words, "EARLY"), line);
         }
     }
 }

@@ -55,7 +55,7 @@ pub(crate) struct BootInfo<'a> {
 
 impl BootInfo<'_> {
     /// The configured kernel parameters.
-    fn own_words(&self) -> &str {
+    fn configured_cmdline(&self) -> &str {
         match &self.boot {
             Boot::Linux { cmdline, .. } => cmdline,
             Boot::Flat(_) => "",

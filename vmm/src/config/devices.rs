@@ -1,6 +1,6 @@
 //! Device configurations.
 
-use super::{ConfigError, in_range, yes};
+use super::{ConfigError, default_true, in_range};
 use koya_devices::blk::{Disk, DiskOptions, IoEngine, MAX_QUEUES};
 use koya_devices::net::{MAX_PAIRS, MIN_MTU, MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
@@ -110,7 +110,7 @@ pub struct DiskConfig {
     #[serde(default)]
     pub queues: Option<u16>,
     /// Use io_uring if the host allows it. Default: true.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub io_uring: bool,
     /// Rate limits for requests. Default: none.
     #[serde(default)]

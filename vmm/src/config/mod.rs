@@ -74,11 +74,11 @@ pub struct VmConfig {
     #[serde(default)]
     pub serial: Serial,
     /// Whether the guest has an entropy device. Default: true.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub entropy: bool,
     /// Whether the guest has a balloon: memory that it frees goes back to the host (free page reporting), and
     /// the owner can reclaim more. Default: true.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub balloon: bool,
     /// Disks, in the order in which the guest sees them (`/dev/vda`, `/dev/vdb`, ...). Default: none.
     #[serde(default)]
@@ -142,7 +142,7 @@ fn default_memory() -> u64 {
     256
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 

@@ -46,22 +46,22 @@ impl Machine {
     /// # Errors
     /// EFAULT if the range is not within one region, otherwise the error from KVM: EEXIST if it overlaps
     /// another slot.
-    pub fn map_part(
+    pub fn map_slot(
         &self,
         index: usize,
         start: GuestAddress,
         len: u64,
     ) -> Result<(), kvm_ioctls::Error> {
-        self.map(self.first_part() + index, start, len)
+        self.map(self.first_slot() + index, start, len)
     }
 
     /// Removes pluggable slot `index`: when this returns, the guest can no longer access it.
     ///
     /// # Errors
     /// The error from KVM.
-    pub fn unmap_part(&self, index: usize) -> Result<(), kvm_ioctls::Error> {
+    pub fn unmap_slot(&self, index: usize) -> Result<(), kvm_ioctls::Error> {
         let region = kvm_userspace_memory_region {
-            slot: slot_number(self.first_part() + index)?,
+            slot: slot_number(self.first_slot() + index)?,
             // A size of zero removes the slot.
             memory_size: 0,
             ..Default::default()
@@ -71,12 +71,12 @@ impl Machine {
     }
 
     /// How many pluggable memory slots this host supports.
-    pub fn most_parts(&self, kvm: &Kvm) -> usize {
-        kvm.get_nr_memslots().saturating_sub(self.first_part())
+    pub fn max_slots(&self, kvm: &Kvm) -> usize {
+        kvm.get_nr_memslots().saturating_sub(self.first_slot())
     }
 
     /// Number of the first pluggable slot, after the slots of whole regions and of register pages.
-    fn first_part(&self) -> usize {
+    fn first_slot(&self) -> usize {
         self.memory.num_regions() + 1
     }
 

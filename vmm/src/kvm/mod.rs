@@ -17,7 +17,7 @@ use thiserror::Error;
 pub const DEVICE: &str = "/dev/kvm";
 
 /// KVM capabilities that Koya needs beyond running a guest.
-const NEEDED: &[(&str, Cap)] = &[
+const REQUIRED_CAPS: &[(&str, Cap)] = &[
     ("KVM_CAP_IRQCHIP", Cap::Irqchip),
     ("KVM_CAP_USER_MEMORY", Cap::UserMemory),
     ("KVM_CAP_IOEVENTFD", Cap::Ioeventfd),
@@ -78,7 +78,7 @@ pub(crate) fn open_device() -> Result<Kvm, KvmError> {
 pub(crate) fn missing(kvm: &Kvm) -> Option<&'static str> {
     // Cap is neither Copy nor Clone; KVM takes its number.
     let lacks = |cap: &Cap| kvm.check_extension_raw(cap_number(cap)) <= 0;
-    let (name, _) = NEEDED.iter().find(|(_, cap)| lacks(cap))?;
+    let (name, _) = REQUIRED_CAPS.iter().find(|(_, cap)| lacks(cap))?;
     Some(name)
 }
 

@@ -47,9 +47,9 @@ pub struct Vcpu {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
     /// The monitor's own thread: the process's signals go to other threads.
-    Own,
+    Dedicated,
     /// The caller's thread: it still receives the signals that it has not blocked, also while the guest runs.
-    Callers,
+    Caller,
 }
 
 /// Why KVM_RUN returned.
@@ -109,8 +109,8 @@ impl Vcpu {
     /// If KVM refuses the signal mask.
     pub fn enter_thread(&mut self, thread: Thread) -> io::Result<()> {
         let blocked = match thread {
-            Thread::Own => koya_host::sys::block_signals(),
-            Thread::Callers => *self.before.insert(block_kicks()),
+            Thread::Dedicated => koya_host::sys::block_signals(),
+            Thread::Caller => *self.before.insert(block_kicks()),
         };
         let mask = mask_in_guest(&blocked);
         // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
@@ -128,7 +128,7 @@ impl Vcpu {
         self.kicker.leave();
         if let Some(before) = self.before.take() {
             // Once the signal is unblocked, a pending kick would kill the process.
-            take_kicks();
+            consume_kicks();
             // SAFETY: the set is one that the C library wrote; only this thread's mask changes.
             unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
         }
@@ -165,7 +165,7 @@ impl Vcpu {
             Ok(VcpuExit::Intr) => Some(Exit::Kicked),
             Ok(other) => Some(Exit::Other(format!("{other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                take_kicks();
+                consume_kicks();
                 Some(Exit::Kicked)
             }
             Err(error) => return Err(error),
@@ -244,7 +244,7 @@ unsafe fn extend_mut<'a>(data: &mut [u8]) -> &'a mut [u8] {
 }
 
 /// Consumes pending kicks of this thread, which have had their effect.
-fn take_kicks() {
+fn consume_kicks() {
     let now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -345,7 +345,7 @@ mod tests {
         let (said, thread) = std::sync::mpsc::channel();
         let runs = std::thread::spawn(move || {
             let before = blocked();
-            vcpu.enter_thread(Thread::Callers).unwrap();
+            vcpu.enter_thread(Thread::Caller).unwrap();
             said.send(rustix::thread::gettid().as_raw_nonzero().get())
                 .unwrap();
             assert!(matches!(vcpu.run().unwrap(), Exit::Kicked));

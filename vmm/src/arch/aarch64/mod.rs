@@ -22,7 +22,7 @@ const CMDLINE_SIZE: usize = 2048;
 
 /// Whether host memory may be mapped read-only as device registers: guests map devices uncached and would not
 /// see what the host wrote to its caches.
-pub(crate) const READS_MEMORY_OF_DEVICES: bool = false;
+pub(crate) const CAN_MAP_REGISTERS: bool = false;
 
 const NOT_YET: &str = "booting a guest on aarch64";
 
@@ -143,11 +143,13 @@ fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
 
 fn cmdline(info: &BootInfo<'_>) -> String {
     use crate::config::Serial;
-    let line = format!("{BASE_CMDLINE} {} ", linux::words(info));
+    let line = format!("{BASE_CMDLINE} {} ", linux::kernel_parameters(info));
     match info.serial {
         // The device tree says where the port is.
-        Serial::Messages => line + &linux::before_init(info.own_words(), "earlycon keep_bootcon"),
-        Serial::None | Serial::Console => line + info.own_words(),
+        Serial::Messages => {
+            line + &linux::insert_before_init(info.configured_cmdline(), "earlycon keep_bootcon")
+        }
+        Serial::None | Serial::Console => line + info.configured_cmdline(),
     }
 }
 

@@ -19,19 +19,22 @@ pub(super) fn render(info: &BootInfo<'_>) -> String {
         // The driver would probe for ports that do not exist.
         Serial::None | Serial::Messages => "8250.nr_uarts=0",
     };
-    let mut line = format!("{BASE_CMDLINE} {console} {}", linux::words(info));
+    let mut line = format!(
+        "{BASE_CMDLINE} {console} {}",
+        linux::kernel_parameters(info)
+    );
     for slot in info.slots.iter().chain(info.hotplug_slots) {
-        line = line + " " + &slot_word(*slot);
+        line = line + " " + &slot_parameter(*slot);
     }
     line += " ";
     match info.serial {
-        Serial::Messages => line + &linux::before_init(info.own_words(), EARLYCON),
-        Serial::None | Serial::Console => line + info.own_words(),
+        Serial::Messages => line + &linux::insert_before_init(info.configured_cmdline(), EARLYCON),
+        Serial::None | Serial::Console => line + info.configured_cmdline(),
     }
 }
 
 /// Describes a slot to Linux (drivers/virtio/virtio_mmio.c).
-fn slot_word(slot: MmioSlot) -> String {
+fn slot_parameter(slot: MmioSlot) -> String {
     format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq)
 }
 
@@ -68,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_told_of_every_slot_and_its_owner_has_the_last_word() {
+    fn every_slot_is_described_and_configured_parameters_come_last() {
         let slots = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 \
                      virtio_mmio.device=4K@0xd0012000:23";
         let log = crate::panic_log::cmdline();

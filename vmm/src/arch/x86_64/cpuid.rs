@@ -43,7 +43,7 @@ impl Features {
     }
 
     /// The leaves of vCPU `index` of `cpus`: one package, one thread per core.
-    pub(super) fn of_vcpu(&self, index: u32, cpus: u32) -> CpuId {
+    pub(super) fn for_vcpu(&self, index: u32, cpus: u32) -> CpuId {
         let mut cpuid = self.cpuid.clone();
         for entry in cpuid.as_mut_slice() {
             set_entry(entry, index, cpus, self.deadline);

@@ -22,7 +22,7 @@ pub(crate) use platform::attach_platform;
 
 /// Whether host memory may be mapped read-only as device registers: x86 keeps caches and uncached reads
 /// coherent, so a guest sees what the host wrote whatever memory type its page tables select.
-pub(crate) const READS_MEMORY_OF_DEVICES: bool = true;
+pub(crate) const CAN_MAP_REGISTERS: bool = true;
 
 /// How a kernel file is booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ pub fn prepare_vcpu(
     index: u32,
     cpus: u32,
 ) -> Result<(), ArchError> {
-    vcpu.set_cpuid2(&features.of_vcpu(index, cpus))
+    vcpu.set_cpuid2(&features.for_vcpu(index, cpus))
         .map_err(ArchError::kvm("set a vCPU's features"))?;
     regs::set_msrs(vcpu)?;
     regs::set_fpu(vcpu)?;

@@ -7,14 +7,14 @@ use vm_superio::{I8042Device, Trigger};
 /// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is implemented: how a
 /// guest without ACPI shuts down.
 pub(super) struct ResetLine {
-    controller: I8042Device<Asked>,
+    controller: I8042Device<ResetRequest>,
 }
 
 /// Set when a reset is requested; only the vCPU that requested it reads it.
 #[derive(Default)]
-struct Asked(AtomicBool);
+struct ResetRequest(AtomicBool);
 
-impl Trigger for Asked {
+impl Trigger for ResetRequest {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
@@ -27,7 +27,7 @@ impl Default for ResetLine {
     /// A controller without a pending reset.
     fn default() -> Self {
         Self {
-            controller: I8042Device::new(Asked::default()),
+            controller: I8042Device::new(ResetRequest::default()),
         }
     }
 }

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 /// Maximum number of events: the builder's, and the first activation of each device.
-const KEPT: usize = 32;
+const MAX_EVENTS: usize = 32;
 
 /// A point in time during a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark {
+pub struct BootEvent {
     /// When it happened.
     pub at: Instant,
     /// What happened: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
@@ -33,16 +33,16 @@ pub struct Exits {
 
 /// The first events of a machine, and its exit counts.
 #[derive(Debug, Default)]
-pub struct Marks {
-    marks: Mutex<Vec<Mark>>,
+pub struct BootEvents {
+    events: Mutex<Vec<BootEvent>>,
     port_exits: AtomicU64,
     mmio_exits: AtomicU64,
 }
 
-impl Marks {
+impl BootEvents {
     /// The events so far, oldest first.
-    pub fn marks(&self) -> Vec<Mark> {
-        lock(&self.marks).clone()
+    pub fn events(&self) -> Vec<BootEvent> {
+        lock(&self.events).clone()
     }
 
     /// The exit counts so far.
@@ -76,13 +76,13 @@ impl Marks {
     }
 
     fn note(&self, name: &'static str, by_guest: bool) {
-        let mut marks = lock(&self.marks);
-        if marks.is_empty() {
-            marks.reserve_exact(KEPT);
+        let mut events = lock(&self.events);
+        if events.is_empty() {
+            events.reserve_exact(MAX_EVENTS);
         }
-        if marks.len() < KEPT {
+        if events.len() < MAX_EVENTS {
             let at = Instant::now();
-            marks.push(Mark { at, name, by_guest });
+            events.push(BootEvent { at, name, by_guest });
         }
     }
 }
@@ -92,15 +92,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_exits_are_marked_and_all_are_counted() {
-        let marks = Marks::default();
-        marks.built("kernel loaded");
+    fn first_exits_are_recorded_and_all_are_counted() {
+        let events = BootEvents::default();
+        events.built("kernel loaded");
         for _ in 0..3 {
-            marks.port_exit();
+            events.port_exit();
         }
-        marks.mmio_exit();
-        assert_eq!(marks.exits(), Exits { port: 3, mmio: 1 });
-        let names: Vec<_> = marks.marks().iter().map(|m| (m.name, m.by_guest)).collect();
+        events.mmio_exit();
+        assert_eq!(events.exits(), Exits { port: 3, mmio: 1 });
+        let names: Vec<_> = events
+            .events()
+            .iter()
+            .map(|m| (m.name, m.by_guest))
+            .collect();
         let expected = [
             ("kernel loaded", false),
             ("first port exit", true),
@@ -110,11 +114,11 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_goes_on_and_on_adds_nothing() {
-        let marks = Marks::default();
-        for _ in 0..10 * KEPT {
-            marks.guest("virtio-fs");
+    fn events_are_bounded() {
+        let events = BootEvents::default();
+        for _ in 0..10 * MAX_EVENTS {
+            events.guest("virtio-fs");
         }
-        assert_eq!(marks.marks().len(), KEPT);
+        assert_eq!(events.events().len(), MAX_EVENTS);
     }
 }

@@ -22,7 +22,7 @@ const ROLE: Role = Role::new("koya-end").without_signals();
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The parts of a machine that must be ended.
-pub(crate) struct TakeDown {
+pub(crate) struct Teardown {
     vcpus: Vec<(usize, JoinHandle<()>)>,
     sockets: Option<UnixSockets>,
     bus: Arc<Bus>,
@@ -33,7 +33,7 @@ pub(crate) struct TakeDown {
 /// What is being waited for.
 type Stage = Arc<Mutex<String>>;
 
-impl TakeDown {
+impl Teardown {
     pub(crate) fn new(
         bus: Arc<Bus>,
         event_loop: Option<LoopThread>,
@@ -62,7 +62,7 @@ impl TakeDown {
             // There is no thread that could hang, and no device: devices need the loop.
             return self.end(&Stage::default());
         }
-        within(LIMIT, |stage| self.end(stage));
+        run_with_timeout(LIMIT, |stage| self.end(stage));
     }
 
     /// vCPUs first, since they call devices; then devices, whose workers run on the loop; then the loop.
@@ -94,7 +94,7 @@ fn wait_for(stage: &Stage, what: String) {
 
 /// Runs `work` on a thread of its own and waits for it up to `limit`. On timeout, logs an error and returns
 /// false.
-fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
+fn run_with_timeout(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
     let stage = Stage::default();
     let shared = stage.clone();
     let (done, ended) = channel::<()>();
@@ -138,10 +138,10 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn what_does_not_end_is_not_waited_for_for_ever() {
+    fn a_hanging_thread_is_waited_for_up_to_the_limit() {
         let (hold, held) = channel::<()>();
         let started = Instant::now();
-        let ended = within(Duration::from_millis(50), move |stage| {
+        let ended = run_with_timeout(Duration::from_millis(50), move |stage| {
             wait_for(stage, "a call".into());
             held.recv().ok();
         });
@@ -150,10 +150,12 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_is_done_when_the_wait_is() {
+    fn finished_work_ends_the_wait() {
         let did = Arc::new(Mutex::new(false));
         let does = did.clone();
-        assert!(within(Duration::from_secs(20), move |_| *lock(&does) = true));
+        assert!(run_with_timeout(Duration::from_secs(20), move |_| *lock(
+            &does
+        ) = true));
         assert!(*lock(&did));
     }
 }
