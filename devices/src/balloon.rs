@@ -1,20 +1,19 @@
-//! The balloon: virtio 1.2, section 5.5. Memory that the guest does not need goes back to the host.
+//! The balloon: virtio 1.2, section 5.5. Returns memory that the guest does not need to the host.
 //!
-//! Two ways. **Free page reporting** (section 5.5.6.7) needs nobody's word: the guest's kernel tells
-//! of larger pieces of memory that have been free for a while, and the host takes them back; when the
-//! guest uses them again they are new pages of zeroes. **Inflation** is for an owner who wants memory
-//! back that the guest does use: [`BalloonHandle::set_target`] asks for so many pages, the guest gives
-//! up what it can, and takes it back itself rather than run out (`DEFLATE_ON_OOM`).
+//! There are two ways. **Free page reporting** (section 5.5.6.7) is automatic: the guest's kernel reports
+//! larger ranges that have been free for a while, and the host discards them; if the guest uses them again,
+//! they are new zeroed pages. **Inflation** is requested by the owner to reclaim memory that is in use:
+//! [`BalloonHandle::set_target`] sets the number of pages, the guest gives up what it can, and takes it back
+//! itself rather than run out of memory (`DEFLATE_ON_OOM`).
 //!
-//! Queues, in this order (those that the driver does not accept are left out): inflate, deflate,
-//! statistics, reporting. They are served on the event loop: giving pages back is one madvise(2) a
-//! range.
+//! Queues, in this order (queues of features that the driver does not accept are left out): inflate, deflate,
+//! statistics, reporting. They are served on the event loop; discarding pages takes one madvise(2) per range.
 //!
-//! The driver's numbers are page frames and ranges; what is not guest memory is left alone. A page
-//! that a guest gives back and goes on using reads as zero for it and harms nobody else.
+//! The driver passes page frame numbers and ranges; those outside guest memory are ignored. A page that a
+//! guest gives up and continues to use reads as zero, which harms nobody else.
 
+use crate::discard;
 use crate::fault::guest_fault;
-use crate::give_back;
 use crate::virtio::registers::{ConfigSpace, PublishedConfig};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, COMMON_FEATURES, Chain, DeviceKind, F_INDIRECT_DESC,
@@ -29,7 +28,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Size of a page in the device's numbers, in bytes, whatever the guest's own.
+/// Page size of the device in bytes, independent of the guest's page size.
 pub const PAGE_SIZE: u64 = 4096;
 
 // Feature bits (section 5.5.3).
@@ -48,18 +47,19 @@ const S_AVAIL: u16 = 6;
 const S_CACHES: u16 = 7;
 
 const QUEUE_SIZES: &[u16] = &[128; 4];
-/// Chains of one queue before others have their turn: each may be thousands of calls of madvise(2).
-const TURN: usize = 4;
-/// The most page frame numbers of one chain. Linux sends 256.
+/// Chains of one queue per batch, before other event sources are served: each may take thousands of
+/// madvise(2) calls.
+const BATCH: usize = 4;
+/// Maximum number of page frame numbers in a chain. Linux sends 256.
 const MAX_FRAMES: u32 = 16_384;
-/// The most statistics of one chain. Linux has 16.
+/// Maximum number of statistics in a chain. Linux has 16.
 const MAX_STATISTICS: u32 = 64;
-/// `struct virtio_balloon_stat`: a tag and a value.
+/// Size of `struct virtio_balloon_stat`: a tag and a value.
 const STATISTIC_SIZE: u32 = 10;
-/// Where the driver writes how many pages it has given up (section 5.5.4).
+/// Offset of the field in which the driver reports how many pages it has given up (section 5.5.4).
 const ACTUAL_OFFSET: u64 = 4;
 
-/// What the guest says of its memory, in bytes or counts, as far as it said so.
+/// Memory statistics reported by the guest; `None` for those that it did not report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct MemoryStatistics {
     /// Bytes swapped in.
@@ -70,37 +70,37 @@ pub struct MemoryStatistics {
     pub major_faults: Option<u64>,
     /// Minor faults.
     pub minor_faults: Option<u64>,
-    /// Bytes that are free.
+    /// Free bytes.
     pub free: Option<u64>,
-    /// Bytes in all.
+    /// Total bytes.
     pub total: Option<u64>,
-    /// Bytes that programs could get without swapping.
+    /// Bytes available to programs without swapping.
     pub available: Option<u64>,
-    /// Bytes of the page cache.
+    /// Bytes in the page cache.
     pub caches: Option<u64>,
 }
 
-/// What the balloon did so far.
+/// Metrics of the balloon.
 #[derive(Debug, Default, Serialize)]
 pub struct BalloonMetrics {
-    /// Bytes that the guest gave up when asked.
+    /// Bytes that the guest gave up by inflation.
     pub inflated_bytes: AtomicU64,
-    /// Bytes that it took back.
+    /// Bytes that the guest took back.
     pub deflated_bytes: AtomicU64,
-    /// Bytes that it reported free.
+    /// Bytes that the guest reported as free.
     pub reported_bytes: AtomicU64,
-    /// Requests that named what is not its memory, or too much.
+    /// Requests with too many page frames, or with addresses outside guest memory.
     pub faults: AtomicU64,
 }
 
-/// A balloon's state beyond its queues.
+/// State of a balloon apart from its queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// Pages that the guest is asked to give up.
+    /// Number of pages that the guest should give up.
     pub target: u32,
-    /// Pages that it says it has given up.
+    /// Number of pages that the guest reports as given up.
     pub actual: u32,
-    /// The chain that is kept until statistics are wanted.
+    /// Head of the statistics chain that is held until new statistics are requested.
     pub held: Option<u16>,
 }
 
@@ -109,12 +109,12 @@ struct Shared {
     actual: AtomicU32,
     published: PublishedConfig,
     statistics: Mutex<MemoryStatistics>,
-    /// Wakes the worker: new statistics are wanted.
-    ask: EventFd,
+    /// Wakes the worker when new statistics are requested.
+    statistics_requested: EventFd,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: BalloonMetrics,
-    /// The statistics' buffer: the guest fills it anew when it gets it back (section 5.5.6.3). Its
-    /// chain's head; the worker's, but outlives it.
+    /// Head of the statistics buffer, which the guest refills when it gets it back (section 5.5.6.3). Used by
+    /// the worker, but outlives it.
     held: Mutex<Option<u16>>,
 }
 
@@ -127,7 +127,7 @@ impl Shared {
             .concat()
     }
 
-    /// Sets one of its fields.
+    /// Changes a field of the configuration space.
     fn change(&self, field: &AtomicU32, value: u32) {
         let change = || field.store(value, Ordering::SeqCst);
         self.published.change(change, || self.config());
@@ -139,14 +139,14 @@ pub struct Balloon {
     shared: Arc<Shared>,
 }
 
-/// How a balloon's owner reaches it while the guest uses it.
+/// Controls a balloon while the guest uses it.
 #[derive(Clone)]
 pub struct BalloonHandle {
     shared: Arc<Shared>,
 }
 
 impl BalloonHandle {
-    /// Asks the guest to give up this many bytes in all, rounded down to pages.
+    /// Sets how much memory the guest should give up in total, in bytes, rounded down to pages.
     pub fn set_target(&self, bytes: u64) {
         let pages = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
         self.shared.change(&self.shared.target, pages);
@@ -155,27 +155,27 @@ impl BalloonHandle {
         }
     }
 
-    /// What the guest is asked to give up, in bytes.
+    /// How much memory the guest should give up, in bytes.
     pub fn target(&self) -> u64 {
         u64::from(self.shared.target.load(Ordering::SeqCst)) * PAGE_SIZE
     }
 
-    /// What it says it has given up, in bytes.
+    /// How much the guest reports as given up, in bytes.
     pub fn actual(&self) -> u64 {
         u64::from(self.shared.actual.load(Ordering::SeqCst)) * PAGE_SIZE
     }
 
-    /// The guest's last word on its memory.
+    /// The latest statistics from the guest.
     pub fn statistics(&self) -> MemoryStatistics {
         *lock(&self.shared.statistics)
     }
 
-    /// Asks the guest for new statistics.
-    pub fn ask_for_statistics(&self) {
-        self.shared.ask.write(1).ok();
+    /// Requests new statistics from the guest.
+    pub fn request_statistics(&self) {
+        self.shared.statistics_requested.write(1).ok();
     }
 
-    /// What the balloon did so far.
+    /// Metrics of the balloon.
     pub fn metrics(&self) -> &BalloonMetrics {
         &self.shared.metrics
     }
@@ -185,7 +185,7 @@ impl Balloon {
     /// An empty balloon.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             shared: Arc::new(Shared {
@@ -193,7 +193,7 @@ impl Balloon {
                 actual: AtomicU32::new(0),
                 published: PublishedConfig::default(),
                 statistics: Mutex::default(),
-                ask: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+                statistics_requested: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
                 interrupt: Mutex::new(None),
                 metrics: BalloonMetrics::default(),
                 held: Mutex::default(),
@@ -201,7 +201,7 @@ impl Balloon {
         })
     }
 
-    /// What its owner keeps.
+    /// A handle for the owner.
     pub fn handle(&self) -> BalloonHandle {
         BalloonHandle {
             shared: self.shared.clone(),
@@ -210,7 +210,7 @@ impl Balloon {
 }
 
 impl BalloonState {
-    /// A balloon's.
+    /// Schema of the state.
     pub const SCHEMA: Schema = Schema::new("virtio-balloon", 1);
 }
 
@@ -225,8 +225,8 @@ impl VirtioDevice for Balloon {
 
     fn features(&self) -> u64 {
         let bits = [F_STATS_VQ, F_DEFLATE_ON_OOM, F_PAGE_REPORTING];
-        // Without tables of descriptors: Linux takes none here (`virtballoon_validate`), and after having
-        // accepted them would write all features again.
+        // Without indirect descriptors: Linux refuses them here (`virtballoon_validate`), and would write all
+        // features a second time to clear them.
         let common = COMMON_FEATURES & !F_INDIRECT_DESC;
         bits.iter()
             .fold(common, |features, bit| features | 1 << bit)
@@ -312,7 +312,7 @@ struct BalloonWorker {
     reporting: Option<ActiveQueue>,
 }
 
-/// The page frames of a chain, as ranges in bytes; none if there are too many.
+/// Converts the page frames of a chain to byte ranges; `None` if there are too many.
 fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
     let count = chain.readable_len() / 4;
     if count > MAX_FRAMES {
@@ -324,7 +324,7 @@ fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
         .chunks_exact(4)
         .filter_map(|word| Some(u32::from_le_bytes(word.try_into().ok()?)))
         .collect();
-    // Linux takes pages from the top down: in order they are few ranges.
+    // Linux allocates pages from the top down: sorted, they form few ranges.
     frames.sort_unstable();
     frames.dedup();
     let mut all: Vec<(u64, u64)> = Vec::new();
@@ -338,7 +338,7 @@ fn ranges(chain: &Chain, memory: &Memory) -> Option<Vec<(u64, u64)>> {
     Some(all)
 }
 
-fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
+fn discard_inflated(chain: &Chain, memory: &Memory, shared: &Shared) {
     let metrics = &shared.metrics;
     let fault = || {
         guest_fault!("a balloon's request names what is not the guest's memory, or too much");
@@ -348,7 +348,7 @@ fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
         return fault();
     };
     for (start, len) in ranges {
-        match give_back::give_back(memory, GuestAddress(start), len) {
+        match discard::discard(memory, GuestAddress(start), len) {
             Ok(()) => {
                 metrics.inflated_bytes.fetch_add(len, Ordering::Relaxed);
             }
@@ -358,9 +358,9 @@ fn give_back_asked(chain: &Chain, memory: &Memory, shared: &Shared) {
     }
 }
 
-fn give_back_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
+fn discard_reported(chain: &Chain, memory: &Memory, shared: &Shared) {
     for (start, len) in chain.writable_ranges() {
-        match give_back::give_back(memory, start, len) {
+        match discard::discard(memory, start, len) {
             Ok(()) => {
                 let reported = &shared.metrics.reported_bytes;
                 reported.fetch_add(len, Ordering::Relaxed);
@@ -399,12 +399,12 @@ fn read_statistics(chain: &Chain, memory: &Memory) -> MemoryStatistics {
     all
 }
 
-/// Takes the statistics that the guest offers, a turn of them at most.
+/// Takes the statistics buffers that the guest offers, at most one batch.
 fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), QueueError> {
-    for _ in 0..TURN {
+    for _ in 0..BATCH {
         if let Some(chain) = queue.pop()? {
             *lock(&shared.statistics) = read_statistics(&chain, queue.memory());
-            // One at a time: what was held, if the driver is that odd, goes back.
+            // One at a time: if a driver offers several, the previous one goes back.
             let before = lock(&shared.held).replace(chain.head());
             if let Some(before) = before {
                 queue.complete(before, 0)?;
@@ -420,19 +420,19 @@ fn take_statistics(queue: &mut ActiveQueue, shared: &Shared) -> Result<(), Queue
 impl BalloonWorker {
     fn serve(&mut self) -> Result<(), QueueError> {
         let shared = &self.shared;
-        self.inflate.serve_turn(TURN, |chain, memory| {
-            give_back_asked(chain, memory, shared);
+        self.inflate.serve_batch(BATCH, |chain, memory| {
+            discard_inflated(chain, memory, shared);
             0
         })?;
-        self.deflate.serve_turn(TURN, |chain, _| {
+        self.deflate.serve_batch(BATCH, |chain, _| {
             let bytes = u64::from(chain.readable_len() / 4) * PAGE_SIZE;
             let deflated = &shared.metrics.deflated_bytes;
             deflated.fetch_add(bytes, Ordering::Relaxed);
             0
         })?;
         if let Some(queue) = &mut self.reporting {
-            queue.serve_turn(TURN, |chain, memory| {
-                give_back_reported(chain, memory, shared);
+            queue.serve_batch(BATCH, |chain, memory| {
+                discard_reported(chain, memory, shared);
                 0
             })?;
         }
@@ -442,8 +442,8 @@ impl BalloonWorker {
         Ok(())
     }
 
-    /// Gives the statistics' buffer back, so that the guest fills it.
-    fn ask(&mut self) -> Result<(), QueueError> {
+    /// Returns the statistics buffer to the guest, which refills it.
+    fn return_statistics_buffer(&mut self) -> Result<(), QueueError> {
         let held = lock(&self.shared.held).take();
         if let (Some(queue), Some(head)) = (&mut self.statistics, held) {
             queue.complete(head, 0)?;
@@ -461,7 +461,7 @@ impl BalloonWorker {
 impl MutEventSubscriber for BalloonWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let kicks = self.queues().map(ActiveQueue::kick);
-        for event in kicks.chain([&self.shared.ask]) {
+        for event in kicks.chain([&self.shared.statistics_requested]) {
             if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
                 log::error!("a balloon's queue can't be watched: {error}");
             }
@@ -473,9 +473,9 @@ impl MutEventSubscriber for BalloonWorker {
         for queue in self.queues() {
             queue.kick().read().ok();
         }
-        let asked = self.shared.ask.read().is_ok();
+        let asked = self.shared.statistics_requested.read().is_ok();
         let served = match asked {
-            true => self.ask().and_then(|()| self.serve()),
+            true => self.return_statistics_buffer().and_then(|()| self.serve()),
             false => self.serve(),
         };
         if let Err(error) = served {
@@ -483,7 +483,7 @@ impl MutEventSubscriber for BalloonWorker {
             for event in self
                 .queues()
                 .map(ActiveQueue::kick)
-                .chain([&self.shared.ask])
+                .chain([&self.shared.statistics_requested])
             {
                 ops.remove(Events::empty(event)).ok();
             }

@@ -1,30 +1,29 @@
-//! Memory that comes and goes: virtio 1.2, section 5.15 (virtio-mem). How a running guest gets more
-//! memory than it started with, and gives it up again.
+//! virtio-mem (virtio 1.2, section 5.15): adds memory to a running guest and removes it again.
 //!
-//! The device manages one region of the guest's addresses, in blocks of [`BLOCK_SIZE`]. At the start
-//! none of it is plugged. The owner asks for so much ([`MemHandle::set_requested`]); the guest's driver
-//! sees the new number in the configuration space, asks to plug or unplug block after block, and adds
-//! them to or takes them from its kernel. What can't be moved away stays plugged: a guest shrinks as
-//! far as it can, and [`MemHandle::plugged`] says how far that was.
+//! The device manages one region of guest physical addresses in blocks of [`BLOCK_SIZE`], none of which is
+//! plugged at start. The owner sets a size ([`MemHandle::set_requested`]). The guest's driver reads it from
+//! the configuration space, requests to plug or unplug blocks, and adds them to its kernel or removes them.
+//! Memory that the guest cannot migrate stays plugged: a guest shrinks as far as it can, and
+//! [`MemHandle::plugged`] says how far that was.
 //!
 //! ```text
 //! addr                       addr + usable_region_size      addr + region_size
-//!  │ plugged │ free │ plugged │ ...          │  not to be used yet  │
+//!  │ plugged │ free │ plugged │ ...          │   not usable yet     │
 //!  └──────── plugged_size → requested_size ──┘
 //! ```
 //!
-//! One queue with one request at a time, served on the event loop. A reset of the driver leaves plugged
-//! what is plugged (section 5.15.6): the memory may be in use by the guest's next driver.
+//! There is one queue, served on the event loop, one request at a time. A driver reset leaves plugged blocks
+//! plugged (section 5.15.6): the memory may be in use by the guest's next driver.
 //!
-//! A guest that uses blocks that it never plugged must not get the host's memory by it:
-//! - The region is divided into memory slots ([`MemorySlots`]). A slot is there while a block in it is plugged;
-//!   elsewhere in the region is nothing, as at any address without a device.
-//! - A slot is added only if all of them are then no more than what is requested and the slack, rounded up to
-//!   slots: to keep a block in each of many slots does not help.
-//! - Devices refuse addresses in blocks that are not plugged ([`crate::virtio::memory`]).
-//! - Unplugged blocks go back to the host at once. What the guest touches of them in a slot that is still there,
-//!   or what a device had under way, goes back when the owner asks for another size, when it asks for that
-//!   ([`MemHandle::discard_unplugged`]), and once a second while the guest unplugs.
+//! A guest that accesses blocks that it never plugged must not obtain host memory that way:
+//! - The region is divided into memory slots ([`MemorySlots`]). A slot is registered while a block in it is
+//!   plugged; accesses elsewhere in the region find no memory, as at any address without a device.
+//! - A slot is added only if the total size of slots then stays within the requested size plus the slack,
+//!   rounded up to slots: keeping one block in each of many slots gains a guest nothing.
+//! - Devices reject addresses in unplugged blocks ([`crate::virtio::memory`]).
+//! - Unplugged blocks are discarded at once. If the guest touches such a block in a slot that still exists,
+//!   or a device had I/O to it in flight, the memory is discarded when the owner sets another size, when the
+//!   owner asks for it ([`MemHandle::discard_unplugged`]), and once a second while the guest unplugs.
 
 mod region;
 mod slots;
@@ -51,7 +50,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 pub use crate::virtio::memory::BLOCK_SIZE;
 pub use slots::slot_size;
 
-/// Feature bit: memory that is not plugged is not to be read either (section 5.15.3).
+/// Feature bit: unplugged memory must not be read either (section 5.15.3).
 const F_UNPLUGGED_INACCESSIBLE: u32 = 1;
 
 /// `struct virtio_mem_req` (section 5.15.6).
@@ -83,55 +82,55 @@ const STATE_MIXED: u16 = 2;
 
 const QUEUE_SIZES: &[u16] = &[64];
 
-/// How often all that is not plugged goes back while the guest unplugs.
+/// How often all unplugged memory is discarded while the guest unplugs.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// How the region's memory becomes the guest's: by slots of one size that follow each other, the last of
-/// which may be smaller.
+/// Registers the region's memory with the hypervisor, in consecutive slots of one size; the last one may be
+/// smaller.
 pub trait MemorySlots: Send + Sync {
-    /// Lets the guest reach slot `index`.
+    /// Registers slot `index`, so that the guest can access it.
     ///
     /// # Errors
-    /// The host's answer; the guest does not reach it.
+    /// The error from the host; the guest cannot access the slot.
     fn add(&self, index: usize) -> io::Result<()>;
-    /// Takes slot `index` away: the guest does not reach it when this returns.
+    /// Removes slot `index`: when this returns, the guest can no longer access it.
     ///
     /// # Errors
-    /// The host's answer; the guest may reach it still.
+    /// The error from the host; the guest may still access the slot.
     fn remove(&self, index: usize) -> io::Result<()>;
 }
 
-/// Where the slots are, which end with their machine.
+/// The slots and the memory behind them, which do not outlive the machine.
 struct Backing {
     slots: Box<dyn MemorySlots>,
     memory: Weak<Memory>,
 }
 
-/// What the device did so far.
+/// Metrics of the device.
 #[derive(Debug, Default, Serialize)]
 pub struct MemMetrics {
-    /// Requests of the driver.
+    /// Requests from the driver.
     pub requests: AtomicU64,
-    /// Bytes that were plugged.
+    /// Bytes plugged.
     pub plugged_bytes: AtomicU64,
-    /// Bytes that were unplugged.
+    /// Bytes unplugged.
     pub unplugged_bytes: AtomicU64,
-    /// Requests that the device refused as impossible.
+    /// Invalid requests that were rejected.
     pub faults: AtomicU64,
 }
 
-/// A memory device's state beyond its queue.
+/// State of a memory device apart from its queue.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemState {
-    /// The region's first address.
+    /// Start address of the region.
     pub start: u64,
-    /// Its size in bytes.
+    /// Size of the region in bytes.
     pub size: u64,
-    /// How much of it the driver may look at, in bytes.
+    /// Size of the part that the driver may use, in bytes.
     pub usable: u64,
-    /// What the guest is asked to have, in bytes.
+    /// Requested size in bytes.
     pub requested: u64,
-    /// What is plugged: the first block and how many, run by run.
+    /// Plugged blocks as runs: first block and count.
     pub plugged: Vec<(u64, u64)>,
 }
 
@@ -139,7 +138,7 @@ struct Shared {
     region: Mutex<Region>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: MemMetrics,
-    /// Without it all of the region is memory from the start.
+    /// Without slots the whole region is memory from the start.
     backing: Option<Backing>,
 }
 
@@ -148,15 +147,15 @@ pub struct Mem {
     shared: Arc<Shared>,
 }
 
-/// How a memory device's owner reaches it while the guest uses it.
+/// Controls a memory device while the guest uses it.
 #[derive(Clone)]
 pub struct MemHandle {
     shared: Arc<Shared>,
 }
 
 impl MemHandle {
-    /// Asks the guest to have this many bytes of the region, rounded up to blocks and down to the
-    /// region's size. It does so in its own time; see [`plugged`](Self::plugged).
+    /// Sets the requested size in bytes, rounded up to blocks and down to the region's size. The guest
+    /// follows in its own time; see [`plugged`](Self::plugged).
     pub fn set_requested(&self, bytes: u64) {
         let mut region = lock(&self.shared.region);
         region.requested = match bytes.checked_next_multiple_of(BLOCK_SIZE) {
@@ -171,28 +170,28 @@ impl MemHandle {
         }
     }
 
-    /// What the guest is asked to have, in bytes.
+    /// Requested size in bytes.
     pub fn requested(&self) -> u64 {
         lock(&self.shared.region).requested
     }
 
-    /// What it has, in bytes.
+    /// Plugged size in bytes.
     pub fn plugged(&self) -> u64 {
         lock(&self.shared.region).plugged
     }
 
-    /// The most that it can have, in bytes.
+    /// Maximum size in bytes.
     pub fn size(&self) -> u64 {
         lock(&self.shared.region).size
     }
 
-    /// How much of it the guest can reach, in bytes: the slots in which a block is plugged.
+    /// Total size of registered slots in bytes: what the guest can access.
     pub fn reachable(&self) -> u64 {
         let region = lock(&self.shared.region);
         region.slots.present_bytes().min(region.size)
     }
 
-    /// Gives back to the host what the guest holds of blocks that are not plugged.
+    /// Discards whatever memory the guest has obtained in unplugged blocks.
     pub fn discard_unplugged(&self) {
         let backing = self.shared.backing.as_ref();
         if let Some(memory) = backing.and_then(|backing| backing.memory.upgrade()) {
@@ -200,28 +199,29 @@ impl MemHandle {
         }
     }
 
-    /// What the device did so far.
+    /// Metrics of the device.
     pub fn metrics(&self) -> &MemMetrics {
         &self.shared.metrics
     }
 }
 
-/// A region of guest memory that is the guest's slot by slot; see [`Mem::with_slots`].
+/// A region of guest memory that is registered slot by slot; see [`Mem::with_slots`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlottedRegion {
-    /// Its first address.
+    /// Start address.
     pub start: u64,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// What the guest's kernel adds memory in, in bytes.
+    /// Granularity in which the guest's kernel adds memory, in bytes.
     pub memory_block: u64,
-    /// A multiple of [`BLOCK_SIZE`].
+    /// Size of a slot in bytes, a multiple of [`BLOCK_SIZE`].
     pub slot_size: u64,
 }
 
 impl Mem {
-    /// A device for the region of guest memory at `start`, of which nothing is plugged. `memory_block` is
-    /// what the guest's kernel adds memory in: what it can't use of one has room in the next.
+    /// A device for the region of guest memory at `start`, with nothing plugged. `memory_block` is the
+    /// granularity in which the guest's kernel adds memory; the slack lets it use the next block if it cannot
+    /// use all of one.
     ///
     /// # Errors
     /// `InvalidInput` if start or size is not a multiple of [`BLOCK_SIZE`].
@@ -229,7 +229,7 @@ impl Mem {
         Self::make(start, size, memory_block, size, None)
     }
 
-    /// The same for a region of `memory` that is the guest's slot by slot.
+    /// The same for a region of `memory` that is registered slot by slot.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -288,7 +288,7 @@ impl Mem {
         })
     }
 
-    /// What its owner keeps.
+    /// A handle for the owner.
     pub fn handle(&self) -> MemHandle {
         MemHandle {
             shared: self.shared.clone(),
@@ -297,7 +297,7 @@ impl Mem {
 }
 
 impl MemState {
-    /// A memory device's.
+    /// Schema of the state.
     pub const SCHEMA: Schema = Schema::new("virtio-mem", 1);
 }
 
@@ -347,13 +347,13 @@ impl VirtioDevice for Mem {
         let mut region = lock(&self.shared.region);
         let bounds = state.usable.max(state.requested);
         if (state.start, state.size) != (region.start, region.size) || bounds > region.size {
-            return Err(StateError::Misfit("the region is another one"));
+            return Err(StateError::Mismatch("the region is another one"));
         }
         let mut blocks = vec![false; region.blocks.len()];
         for (first, count) in &state.plugged {
             let end = first.checked_add(*count).unwrap_or(u64::MAX);
             let run = blocks.get_mut(*first as usize..end as usize);
-            run.ok_or(StateError::Misfit("a block lies outside the region"))?
+            run.ok_or(StateError::Mismatch("a block lies outside the region"))?
                 .fill(true);
         }
         let before = (region.usable, region.requested);
@@ -363,7 +363,7 @@ impl VirtioDevice for Mem {
         region.requested = state.requested;
         let restored = self.restore_slots(&mut region);
         if restored.is_err() {
-            // No driver knows of any block.
+            // On failure nothing is plugged, and no driver knows of any block.
             (region.usable, region.requested) = before;
             let backing = self.shared.backing.as_ref();
             let memory = backing.and_then(|backing| backing.memory.upgrade());
@@ -378,7 +378,7 @@ impl VirtioDevice for Mem {
 }
 
 impl Mem {
-    /// Makes memory what is plugged, and nothing else.
+    /// Registers exactly the slots that have plugged blocks.
     fn restore_slots(&self, region: &mut Region) -> Result<(), StateError> {
         let all = 0..region.blocks.len();
         region.slots.set(&all, false);
@@ -390,18 +390,18 @@ impl Mem {
             return Ok(());
         };
         let memory = backing.memory.upgrade();
-        let memory = memory.ok_or(StateError::Misfit("its machine has ended"))?;
-        region.show(&memory, all, false);
+        let memory = memory.ok_or(StateError::Mismatch("its machine has ended"))?;
+        region.set_visible(&memory, all, false);
         for run in runs {
             add_missing(&mut region.slots, Some(backing), &run).map_err(StateError::resume)?;
-            region.show(&memory, run, true);
+            region.set_visible(&memory, run, true);
         }
         region.sweep(Some(backing), &memory);
         Ok(())
     }
 }
 
-/// Adds the slots of these blocks that are not there.
+/// Adds the missing slots of these blocks.
 fn add_missing(
     slots: &mut Slots,
     backing: Option<&Backing>,
@@ -416,7 +416,7 @@ fn add_missing(
     Ok(())
 }
 
-/// Removes the slots in which no block is plugged; those that the host does not take back stay known.
+/// Removes slots without plugged blocks; those that the host fails to remove remain listed.
 fn remove_empty(slots: &mut Slots, backing: Option<&Backing>) {
     for index in slots.empty() {
         let removed = backing.map_or(Ok(()), |backing| backing.slots.remove(index));
@@ -427,8 +427,8 @@ fn remove_empty(slots: &mut Slots, backing: Option<&Backing>) {
     }
 }
 
-/// The answer to one request: type and state.
-fn answer(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
+/// Handles a request; returns response type and state.
+fn handle_request(shared: &Shared, memory: &Memory, chain: &Chain) -> (u16, u16) {
     shared.metrics.requests.fetch_add(1, Ordering::Relaxed);
     let mut request = Request::new_zeroed();
     let whole = chain.read(memory, 0, request.as_mut_bytes()).is_ok();
@@ -473,7 +473,7 @@ fn plug(
     }
     let slots = &mut region.slots;
     let missing = slots.missing(&range).len();
-    if missing > 0 && slots.present() + missing > region.most_slots() {
+    if missing > 0 && slots.present() + missing > region.max_slots() {
         guest_fault!("the guest keeps blocks in more memory slots than its memory needs");
         return Some((RESPONSE_BUSY, 0));
     }
@@ -497,7 +497,7 @@ fn unplug(
     if region.blocks[range.clone()].contains(&false) {
         return None;
     }
-    // Out of reach first, then given back: the guest must not touch it again in between.
+    // Made inaccessible first, then discarded, so that the guest cannot touch it in between.
     region.set(memory, range.clone(), false);
     remove_empty(&mut region.slots, backing);
     match region.swept.elapsed() > SWEEP {
@@ -524,9 +524,9 @@ fn state(region: &Region, address: u64, count: u16) -> Option<(u16, u16)> {
     Some((RESPONSE_ACK, state))
 }
 
-/// Answers one request; how many bytes that took.
+/// Serves one request; returns the number of bytes written.
 fn serve(shared: &Shared, chain: &Chain, memory: &Memory) -> u32 {
-    let (kind, state) = answer(shared, memory, chain);
+    let (kind, state) = handle_request(shared, memory, chain);
     let mut response = [0; RESPONSE_SIZE as usize];
     response[..2].copy_from_slice(&kind.to_le_bytes());
     response[8..].copy_from_slice(&state.to_le_bytes());

@@ -1,22 +1,22 @@
-//! Token buckets: how much a device may do in a time, in bytes and in operations.
+//! Token buckets that limit a device's bytes and operations per second.
 //!
-//! A bucket fills at a steady rate up to its size. A request may start while the bucket is not
-//! empty and takes what it costs, if need be on credit: so a request larger than the bucket passes,
-//! and those after it wait the longer.
+//! A bucket fills at a constant rate up to its size. A request may start while the bucket is not empty and
+//! then takes what it costs, if necessary on credit: a request larger than the bucket passes, and those after
+//! it wait longer.
 
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// The most that one wait lasts; then the bucket is looked at again.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Maximum duration of one wait; then the bucket is checked again.
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// One bucket as a user describes it.
+/// Configuration of one bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rate {
-    /// Tokens (bytes or operations) that come back each second; 1 or more.
+    /// Tokens (bytes or operations) added per second; 1 or more.
     pub per_second: u64,
-    /// Tokens that a rested device may use at once; 1 or more. Default: as many as come in 0.1 s.
+    /// Tokens available at once to an idle device; 1 or more. Default: those of 0.1 s.
     #[serde(default)]
     pub burst: Option<u64>,
 }
@@ -33,7 +33,7 @@ pub struct RateLimits {
     pub operations: Option<Rate>,
 }
 
-/// What is left of a device's limits.
+/// The token buckets of a device.
 #[derive(Debug)]
 pub struct RateLimiter {
     bytes: Option<Bucket>,
@@ -60,20 +60,20 @@ impl Bucket {
         }
     }
 
-    /// How long until a request may start.
+    /// How long to wait until a request may start.
     fn wait(&mut self, now: Instant) -> Option<Duration> {
         let passed = now.saturating_duration_since(self.filled).as_secs_f64();
         self.tokens = (self.tokens + passed * self.per_second).min(self.size);
         self.filled = now;
-        // A whole token, or rounding would wake the device too early for ever.
+        // At least one whole token, or rounding errors would wake the device too early forever.
         let missing = 1.0_f64.min(self.size) - self.tokens;
         if missing <= 0.0 {
             return None;
         }
         let wait = Duration::try_from_secs_f64(missing / self.per_second);
         Some(
-            wait.unwrap_or(LONGEST_WAIT)
-                .clamp(Duration::from_micros(50), LONGEST_WAIT),
+            wait.unwrap_or(MAX_WAIT)
+                .clamp(Duration::from_micros(50), MAX_WAIT),
         )
     }
 }
@@ -88,7 +88,7 @@ impl RateLimiter {
         }
     }
 
-    /// Nothing if a request may start at `now`; else how long to wait.
+    /// `None` if a request may start at `now`, otherwise how long to wait.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         if !self.limits() {
             return None;
@@ -98,7 +98,7 @@ impl RateLimiter {
         waits.filter_map(|bucket| bucket.wait(now)).max()
     }
 
-    /// One request of `bytes` has started.
+    /// Charges for a request of `bytes` that has started.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bytes {
             bucket.tokens -= bytes as f64;
@@ -118,7 +118,7 @@ impl RateLimiter {
 mod tests {
     use super::*;
 
-    /// Bytes that pass in `seconds` when requests of `size` are offered without end.
+    /// Bytes that pass in `seconds` with an endless supply of requests of `size`.
     fn passed(limits: RateLimits, size: u64, seconds: u64) -> u64 {
         let mut limiter = RateLimiter::new(limits);
         let start = Instant::now();

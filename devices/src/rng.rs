@@ -1,8 +1,8 @@
-//! Entropy: virtio 1.2, section 5.4. One queue; the device fills what the driver offers with
-//! random bytes of the host.
+//! Entropy: virtio 1.2, section 5.4. One queue, whose buffers the device fills with random bytes from the
+//! host.
 //!
-//! Runs on the event loop. A request is answered with at most [`MAX_REQUEST`] bytes, so that
-//! no guest holds the loop for long; the driver asks again for more.
+//! Runs on the event loop. A request gets at most [`MAX_REQUEST`] bytes, so that no guest occupies the loop
+//! for long; the driver requests more if it needs them.
 
 use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{
@@ -15,21 +15,21 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The most random bytes for one request. Linux asks for 64 at a time, or a page.
+/// Maximum number of random bytes per request. Linux requests 64, or a page.
 pub const MAX_REQUEST: u32 = 4096;
 
 const QUEUE_SIZES: &[u16] = &[64];
 
 const SCHEMA: Schema = Schema::new("virtio-rng", 1);
 
-/// What the entropy device did so far.
+/// Metrics of the entropy device.
 #[derive(Debug, Default, Serialize)]
 pub struct RngMetrics {
-    /// Requests of the driver.
+    /// Requests from the driver.
     pub requests: AtomicU64,
-    /// Random bytes that it got.
+    /// Random bytes supplied.
     pub bytes: AtomicU64,
-    /// Requests that got none.
+    /// Failed requests.
     pub errors: AtomicU64,
 }
 
@@ -40,7 +40,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// What it did so far, also while it is used.
+    /// Metrics, also while the device is in use.
     pub fn metrics(&self) -> Arc<RngMetrics> {
         self.metrics.clone()
     }
@@ -69,7 +69,7 @@ impl VirtioDevice for Rng {
         ))))
     }
 
-    /// It has nothing but its queue.
+    /// The device has no state apart from its queue.
     fn save(&self) -> Result<Payload, StateError> {
         SCHEMA.encode(&())
     }
@@ -81,7 +81,7 @@ impl VirtioDevice for Rng {
     fn reset(&mut self, _worker: Option<Box<dyn MutEventSubscriber + Send>>) {}
 }
 
-/// Fills a chain with random bytes; how many.
+/// Fills a chain with random bytes; returns their number.
 fn fill(metrics: &RngMetrics, chain: &Chain, memory: &Memory) -> u32 {
     metrics.requests.fetch_add(1, Ordering::Relaxed);
     let mut bytes = [0; MAX_REQUEST as usize];

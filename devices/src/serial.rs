@@ -1,4 +1,4 @@
-//! A serial port: the 16550A's eight registers, wherever a platform has them. Called from vCPU threads.
+//! A 16550A serial port, independent of where a platform maps its eight registers. Called from vCPU threads.
 
 use crate::virtio::{Payload, Schema, StateError};
 use serde::{Deserialize, Serialize};
@@ -8,20 +8,20 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// An event descriptor as vm-superio wants it.
+/// An eventfd as a trigger for vm-superio.
 #[derive(Clone)]
 pub struct EventTrigger(Arc<EventFd>);
 
 impl EventTrigger {
-    /// A new event.
+    /// Creates an eventfd.
     ///
     /// # Errors
-    /// If the host gives no descriptor.
+    /// If the host has no file descriptor left.
     pub fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?)))
     }
 
-    /// The descriptor that is written to.
+    /// The eventfd.
     pub fn event(&self) -> &EventFd {
         &self.0
     }
@@ -35,10 +35,10 @@ impl Trigger for EventTrigger {
     }
 }
 
-/// Where a guest's console goes.
+/// Output of a guest's console.
 pub type ConsoleOutput = Box<dyn Write + Send>;
 
-/// A serial port's registers, by their names in the 16550A's data sheet.
+/// The registers of a serial port, named as in the 16550A data sheet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     /// Divisor latch, low and high byte.
@@ -57,16 +57,16 @@ pub struct SerialState {
     pub modem_status: u8,
     /// Scratch register.
     pub scratch: u8,
-    /// Input that the guest has not read.
+    /// Input that the guest has not read yet.
     pub input: Vec<u8>,
 }
 
 impl SerialState {
-    /// A serial port's.
+    /// Schema of the state.
     pub const SCHEMA: Schema = Schema::new("16550a", 1);
 }
 
-/// A 16550A serial port: eight registers, bytes out to a writer, bytes in from
+/// A 16550A serial port with eight registers. Output goes to a writer, input comes from
 /// [`SerialPort::input`].
 pub struct SerialPort {
     port: Serial<EventTrigger, NoEvents, ConsoleOutput>,
@@ -74,10 +74,10 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// A port that writes to `output`.
+    /// Creates a port that writes to `output`.
     ///
     /// # Errors
-    /// If the host gives no event descriptor.
+    /// If the host has no file descriptor left.
     pub fn new(output: ConsoleOutput) -> io::Result<Self> {
         let interrupt = EventTrigger::new()?;
         Ok(Self {
@@ -86,10 +86,10 @@ impl SerialPort {
         })
     }
 
-    /// Its registers and what the guest has not read yet.
+    /// Saves the registers and the input that the guest has not read yet.
     ///
     /// # Errors
-    /// None for a port that works.
+    /// None for a working port.
     pub fn save(&self) -> Result<Payload, StateError> {
         let state = self.port.state();
         SerialState::SCHEMA.encode(&SerialState {
@@ -105,10 +105,11 @@ impl SerialPort {
         })
     }
 
-    /// A port that is what another was, and writes to `output`.
+    /// Restores a port from saved state; it writes to `output`.
     ///
     /// # Errors
-    /// Another version's state, more input than the FIFO holds, or no event descriptor.
+    /// The state is of another version, has more input than the FIFO holds, or the host has no file
+    /// descriptor left.
     pub fn restore(state: &Payload, output: ConsoleOutput) -> Result<Self, StateError> {
         let state: SerialState = SerialState::SCHEMA.decode(state)?;
         let interrupt = EventTrigger::new().map_err(StateError::resume)?;
@@ -126,29 +127,29 @@ impl SerialPort {
             in_buffer: state.input,
         };
         let port = Serial::from_state(&registers, interrupt.clone(), NoEvents, output)
-            .map_err(|_| StateError::Misfit("it has more input than the port"))?;
+            .map_err(|_| StateError::Mismatch("it has more input than the port"))?;
         Ok(Self { port, interrupt })
     }
 
-    /// What raises its interrupt: an irqfd.
+    /// The eventfd that raises the port's interrupt, for an irqfd.
     pub fn interrupt_event(&self) -> &EventFd {
         self.interrupt.event()
     }
 
-    /// A read of register `offset` (0 to 7).
+    /// Reads register `offset` (0 to 7).
     pub fn read(&mut self, offset: u8) -> u8 {
         self.port.read(offset)
     }
 
-    /// A write to register `offset` (0 to 7). A console that can't be written to loses bytes;
-    /// the guest goes on.
+    /// Writes register `offset` (0 to 7). If the console cannot be written, bytes are lost and the guest
+    /// continues.
     pub fn write(&mut self, offset: u8, value: u8) {
         if let Err(error) = self.port.write(offset, value) {
             log::debug!("serial port: {error:?}");
         }
     }
 
-    /// Offers input to the guest; how many bytes the receive FIFO (64 bytes) had room for.
+    /// Sends input to the guest; returns how many bytes fitted into the receive FIFO (64 bytes).
     pub fn input(&mut self, bytes: &[u8]) -> usize {
         let room = self.port.fifo_capacity().min(bytes.len());
         self.port.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0)

@@ -1,5 +1,4 @@
-//! A virtio driver in memory: what a guest's driver does to a queue, for unit tests, benches
-//! and fuzz targets.
+//! A virtio driver for unit tests, benches and fuzz targets: accesses a queue as a guest's driver does.
 
 use crate::virtio::mmio::EventLoop;
 use crate::virtio::{ActiveQueue, Interrupt, Memory};
@@ -12,7 +11,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Size of a test guest's memory, in bytes.
+/// Size of a test guest's memory in bytes.
 pub const MEMORY_SIZE: usize = 16 << 20;
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x1_0000;
@@ -23,16 +22,16 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// One part of a chain that the driver offers.
+/// One buffer of a chain that the driver offers.
 #[derive(Clone, Debug)]
 pub enum Buffer {
-    /// The device may read this.
+    /// Readable by the device.
     Readable(Vec<u8>),
-    /// The device may write this many bytes.
+    /// Writable by the device, with this length in bytes.
     Writable(u32),
 }
 
-/// An interrupt that only remembers.
+/// Records interrupts.
 #[derive(Default)]
 pub struct Recorder {
     queues: AtomicU32,
@@ -41,12 +40,12 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Whether the device told its driver of a fault.
+    /// Whether the device reported a fault to its driver.
     pub fn needs_reset(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
     }
 
-    /// Whether the device announced a change of its configuration.
+    /// Whether the device reported a configuration change.
     pub fn config_changed(&self) -> bool {
         self.config.load(Ordering::SeqCst)
     }
@@ -66,7 +65,7 @@ impl Interrupt for Recorder {
     }
 }
 
-/// A driver of one queue.
+/// A driver for one queue.
 pub struct Driver {
     memory: Arc<Memory>,
     size: u16,
@@ -80,19 +79,19 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A driver of a queue of `size` descriptors in fresh memory.
+    /// A driver for a queue of `size` descriptors in new memory.
     ///
     /// # Panics
-    /// If the host has no memory or descriptors.
+    /// If the host has no memory or descriptors left.
     pub fn new(size: u16) -> Self {
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).expect("memory");
         Self::with_memory(Arc::new(memory), size)
     }
 
-    /// As [`new`](Self::new), in given memory of at least [`MEMORY_SIZE`].
+    /// As [`new`](Self::new), in existing memory of at least [`MEMORY_SIZE`].
     ///
     /// # Panics
-    /// If the host has no descriptors.
+    /// If the host has no descriptors left.
     pub fn with_memory(memory: Arc<Memory>, size: u16) -> Self {
         Self {
             memory,
@@ -107,27 +106,27 @@ impl Driver {
         }
     }
 
-    /// The guest's memory.
+    /// Guest memory.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
-    /// Where the queue's parts are: descriptors, available ring, used ring.
-    pub fn places(&self) -> [u64; 3] {
+    /// Addresses of the queue's parts: descriptor table, available ring, used ring.
+    pub fn ring_addresses(&self) -> [u64; 3] {
         [DESCRIPTORS, AVAILABLE, USED]
     }
 
-    /// Descriptors of the queue.
+    /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// What the device did to its interrupt.
+    /// The interrupts raised by the device.
     pub fn recorder(&self) -> &Arc<Recorder> {
         &self.recorder
     }
 
-    /// The device's side of the queue.
+    /// The device side of the queue.
     ///
     /// # Panics
     /// If `size` is not a power of two.
@@ -135,10 +134,10 @@ impl Driver {
         self.queue_at((0, 0))
     }
 
-    /// As [`queue`](Self::queue), of a device that is so far in the available and in the used ring.
+    /// As [`queue`](Self::queue), for a device at these positions in the available and the used ring.
     ///
     /// # Panics
-    /// If the host has no descriptors.
+    /// If the host has no descriptors left.
     pub fn queue_at(&self, (next_available, next_used): (u16, u16)) -> ActiveQueue {
         let mut queue = Queue::new(self.size).expect("a power of two");
         queue.set_size(self.size);
@@ -163,10 +162,10 @@ impl Driver {
         )
     }
 
-    /// Puts a chain into the available ring; its head.
+    /// Makes a chain available; returns its head.
     ///
     /// # Panics
-    /// If the test wants more than its memory holds.
+    /// If the test needs more than its memory holds.
     pub fn offer(&mut self, buffers: &[Buffer]) -> u16 {
         let head = self.next_descriptor;
         let mut room = Vec::new();
@@ -196,7 +195,7 @@ impl Driver {
         head
     }
 
-    /// Writes a raw descriptor: for chains that break the rules.
+    /// Writes a raw descriptor, for invalid chains.
     ///
     /// # Panics
     /// If `index` is beyond test memory.
@@ -219,7 +218,7 @@ impl Driver {
         self.set_descriptor(index, table, bytes, INDIRECT, 0);
     }
 
-    /// Puts a head into the available ring.
+    /// Makes a chain available by its head.
     ///
     /// # Panics
     /// Never with test memory.
@@ -234,7 +233,7 @@ impl Driver {
             .expect("test memory");
     }
 
-    /// Sets the available index to any value: a driver that lies.
+    /// Sets the available index to any value, as a misbehaving driver might.
     ///
     /// # Panics
     /// Never with test memory.
@@ -243,7 +242,7 @@ impl Driver {
         self.memory.write_obj(value, index).expect("test memory");
     }
 
-    /// The chains that came back since the last call: head and bytes written.
+    /// The chains used since the last call: head and number of bytes written.
     ///
     /// # Panics
     /// Never with test memory.
@@ -264,7 +263,7 @@ impl Driver {
         out
     }
 
-    /// The first `len` bytes of what the device may write in the chain at `head`.
+    /// The first `len` bytes of the writable part of the chain at `head`.
     ///
     /// # Panics
     /// If no such chain was offered.
@@ -286,17 +285,17 @@ impl Driver {
         self.recorder.queues.swap(0, Ordering::SeqCst) > 0
     }
 
-    /// Makes all memory for data free again; chains in flight are forgotten.
+    /// Makes all data memory available again; chains in flight are forgotten.
     pub fn recycle(&mut self) {
         self.next_data = DATA;
         self.writable.clear();
     }
 
-    /// Gives one chain for every place of the ring, and each time again as soon as it comes back, so that
-    /// the queue is never empty; until what is returned is dropped.
+    /// Fills the ring with chains and makes each available again as soon as it is used, so that the queue is
+    /// never empty, until the returned guard is dropped.
     ///
     /// # Panics
-    /// If the host has no thread left.
+    /// If the host cannot create a thread.
     pub fn flood(&mut self, buffers: &[Buffer]) -> Flood {
         let head = self.offer(buffers);
         for slot in 0..u64::from(self.size) {
@@ -312,7 +311,7 @@ impl Driver {
             let index = GuestAddress(AVAILABLE + 2);
             memory.write_obj(available, index).expect("test memory");
         };
-        // Full before the thread runs for the first time.
+        // Filled before the thread runs for the first time.
         fill();
         let thread = std::thread::spawn(move || {
             while !ends.load(Ordering::SeqCst) {
@@ -325,7 +324,7 @@ impl Driver {
         }
     }
 
-    /// Whether there is a kick that nobody has taken; it is taken.
+    /// Takes a pending kick; returns whether there was one.
     pub fn take_kick(&self) -> bool {
         self.kick.read().is_ok()
     }
@@ -351,11 +350,11 @@ impl Drop for Flood {
     }
 }
 
-/// Does `work` on a thread of its own.
+/// Runs `work` on a thread of its own.
 ///
 /// # Panics
-/// If it is not done after 30 s, or panics: a test of what must end.
-pub fn ends<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+/// If it does not finish within 30 s, or panics: for tests of things that must end.
+pub fn finishes<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, done) = std::sync::mpsc::channel();
     std::thread::spawn(move || sender.send(work()));
     let limit = std::time::Duration::from_secs(30);
@@ -378,25 +377,25 @@ fn write_descriptor(
     memory.write_slice(&bytes, at).expect("test memory");
 }
 
-/// Workers by the number that the loop gave them.
+/// Workers by ID.
 type Workers = HashMap<u64, Box<dyn MutEventSubscriber + Send>>;
 
-/// An event loop that keeps workers and never runs them; it starts devices where it is asked to.
+/// An event loop that keeps workers without running them; it activates devices on the calling thread.
 #[derive(Default)]
 pub struct IdleLoop {
     workers: Mutex<(u64, Workers)>,
 }
 
 impl IdleLoop {
-    /// How many workers it holds.
+    /// Number of workers.
     ///
     /// # Panics
-    /// If another test thread panicked meanwhile.
+    /// If another thread of the test panicked while holding the lock.
     pub fn len(&self) -> usize {
         self.workers.lock().expect("not poisoned").1.len()
     }
 
-    /// Whether it holds no worker.
+    /// Whether there are no workers.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -1,4 +1,4 @@
-//! Devices that are saved and restored behind their transport, and one of an embedder's own among them.
+//! Saving and restoring devices with their transport, including a custom device.
 
 use event_manager::MutEventSubscriber;
 use koya_devices::balloon::{Balloon, BalloonState};
@@ -30,7 +30,7 @@ fn read(transport: &mut MmioTransport, register: u32) -> u32 {
     u32::from_le_bytes(word)
 }
 
-/// What Linux does up to DRIVER_OK, with the first queue where `driver` has it.
+/// Initializes a device up to DRIVER_OK as Linux does, with the first queue of `driver`.
 fn start(transport: &mut MmioTransport, driver: &Driver) {
     write(transport, VIRTIO_MMIO_STATUS, 1);
     write(transport, VIRTIO_MMIO_STATUS, 3);
@@ -41,7 +41,7 @@ fn start(transport: &mut MmioTransport, driver: &Driver) {
         (F_VERSION_1 >> 32) as u32,
     );
     write(transport, VIRTIO_MMIO_STATUS, 11);
-    let [descriptors, available, used] = driver.places();
+    let [descriptors, available, used] = driver.ring_addresses();
     for (register, value) in [
         (VIRTIO_MMIO_QUEUE_SEL, 0),
         (VIRTIO_MMIO_QUEUE_NUM, driver.size().into()),
@@ -81,7 +81,7 @@ fn read_only(file: &tempfile::NamedTempFile) -> Block {
     Block::new(Disk::open(file.path(), options).unwrap(), 2).unwrap()
 }
 
-/// A sector's read and its answer, as the driver asks for it.
+/// Makes a read request for a sector available.
 fn read_sector(driver: &mut Driver, sector: u64) -> u16 {
     let mut header = [0; 16];
     header[8..].copy_from_slice(&sector.to_le_bytes());
@@ -103,7 +103,7 @@ fn wait_for(driver: &mut Driver, head: u16) -> Vec<u8> {
     panic!("no answer");
 }
 
-/// A disk that is saved goes on where it was, here and in another process's place.
+/// A saved disk continues where it was, in place and after a restore in another transport.
 #[test]
 fn a_disk_goes_on_where_it_was() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -121,7 +121,7 @@ fn a_disk_goes_on_where_it_was() {
         (state.queues[0].next_available, state.queues[0].next_used),
         (1, 1)
     );
-    // What is asked for while it is saved is served afterwards, once.
+    // A request made while the disk is saved is served once afterwards.
     let head = read_sector(&mut driver, 5);
     first.resume().unwrap();
     assert_eq!(wait_for(&mut driver, head)[0], 5);
@@ -210,14 +210,14 @@ fn what_does_not_fit_is_refused() {
         &|state| state.queues[0].size = 3,
         &|state| state.queues[0].descriptors = 8,
         &|state| (state.status, state.driver_features) = (15, 1),
-        // Running, with features that were never checked.
+        // Status of a running device, with features that were never checked.
         &|state| (state.status, state.driver_features) = (7, 1),
         &|state| state.status = 1 << 31,
     ];
     for misfit in misfits {
-        assert!(matches!(refused(&mut rng, misfit), StateError::Misfit(_)));
+        assert!(matches!(refused(&mut rng, misfit), StateError::Mismatch(_)));
     }
-    // A state that says that it runs, with rings that are no memory: nothing is started.
+    // State of a running device with rings outside memory: nothing is started.
     let mut state = good.clone();
     (state.status, state.driver_features) = (15, F_VERSION_1);
     state.queues[0] = QueueState {
@@ -230,7 +230,7 @@ fn what_does_not_fit_is_refused() {
     assert!(matches!(rng.resume(), Err(StateError::Resume(_))));
 }
 
-/// A device that this crate does not know: it counts what is written to its configuration space.
+/// A custom device, which counts writes to its configuration space.
 struct Counter(u32);
 
 const COUNTER: Schema = Schema::new("example.org/counter", 1);

@@ -84,7 +84,7 @@ pub fn block_requests(data: &[u8]) {
         read_only: data.first().is_some_and(|byte| byte % 4 == 0),
         ..DiskOptions::default()
     };
-    let disk = Disk::of(file.try_clone().expect("a descriptor"), options).expect("a disk");
+    let disk = Disk::from_file(file.try_clone().expect("a descriptor"), options).expect("a disk");
     let engine = match data.len() % 16 {
         0 => IoEngine::Auto,
         _ => IoEngine::Calls,

@@ -5,7 +5,7 @@
 //! connects to `localhost:PORT`, where a guest's services are not.
 
 use crate::{Error, Sandbox};
-use koya_vmm::host::sys::steer_loopback;
+use koya_vmm::host::sys::redirect_loopback;
 use koya_vmm::host::threads;
 use std::fs::File;
 use std::io;
@@ -43,7 +43,7 @@ impl Loopback {
             let four = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
             // The namespace may have no IPv6.
             let six = TcpListener::bind(SocketAddr::from((Ipv6Addr::LOCALHOST, 0))).ok();
-            let steered = steer_loopback(
+            let steered = redirect_loopback(
                 namespace.as_fd(),
                 four.as_fd(),
                 six.as_ref().map(AsFd::as_fd),

@@ -120,7 +120,7 @@ mod tests {
         let silence = Duration::from_millis(200);
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
-        let block = Block::new(Disk::of(file, DiskOptions::default()).unwrap(), 1).unwrap();
+        let block = Block::new(Disk::from_file(file, DiskOptions::default()).unwrap(), 1).unwrap();
         let disk = block.handle();
 
         let (hold, held) = channel::<()>();

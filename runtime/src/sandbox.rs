@@ -203,7 +203,7 @@ impl Sandbox {
             .device(fs)
             .console(console.clone());
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
-        timeline.machine_runs(vm.handle().marks());
+        timeline.machine_runs(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");
         let joined = Joined::of(&networks)?;
         for (network, device) in networks.iter().zip(vm.handle().networks()) {

@@ -1,11 +1,11 @@
-//! The monitor alone, as an embedder would write it: `boot KERNEL [INITRAMFS [WORDS]]` boots it with one
-//! CPU, 128 MiB and a serial port on standard output, and ends when it does. WORDS go to the kernel's
-//! command line. `cargo xtask bench monitor` and `cargo xtask bench peers` measure it.
+//! A minimal embedder: `boot KERNEL [INITRAMFS [PARAMETERS]]` boots a kernel with one CPU, 128 MiB and a
+//! serial port on standard output, and exits with it. PARAMETERS are added to the kernel command line. `cargo
+//! xtask bench monitor` and `cargo xtask bench peers` measure it.
 
 use koya_vmm::{Vm, VmConfig};
 use std::error::Error;
 
-/// As the `koya` command's.
+/// The allocator of the `koya` command.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;

@@ -1,5 +1,5 @@
-//! The calls of KVM that no monitor can do without, and nothing else: `cargo xtask bench monitor` holds
-//! them against monitors.
+//! The KVM calls that no monitor can do without, and nothing else: the baseline of `cargo xtask bench
+//! monitor`.
 
 use koya_devices::virtio::Memory;
 use koya_vmm::internals::Machine;
@@ -9,7 +9,7 @@ use std::error::Error;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
-/// Asks for a reset, in real mode.
+/// Requests a reset, in real mode.
 const CODE: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 
 fn main() -> Result<(), Box<dyn Error>> {

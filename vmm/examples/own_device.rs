@@ -1,6 +1,6 @@
-//! A machine with a virtio device of one's own, and a guest of a few instructions that drives it.
+//! A machine with a custom virtio device, and a guest of a few instructions that drives it.
 //!
-//! `cargo run -p koya-vmm --example own_device`, where there is `/dev/kvm`.
+//! `cargo run -p koya-vmm --example own_device`; requires `/dev/kvm`.
 
 use koya_vmm::devices::virtio::loop_worker::LoopWorker;
 use koya_vmm::devices::virtio::{
@@ -11,18 +11,18 @@ use koya_vmm::{ExitReason, Spec, StartError, Vm};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Fills whatever the driver offers with a greeting, on the event loop.
+/// Fills the buffers of its driver with a greeting, on the event loop.
 #[derive(Default)]
 struct Greeter {
     greetings: Arc<AtomicU32>,
 }
 
-/// How its state is written down when its machine is saved.
+/// Schema of its saved state.
 const SCHEMA: Schema = Schema::new("example.org/greeter", 1);
 
 impl VirtioDevice for Greeter {
     fn kind(&self) -> DeviceKind {
-        // No number of the specification's.
+        // Not a device ID of the specification.
         DeviceKind(0x1000)
     }
 
@@ -40,7 +40,7 @@ impl VirtioDevice for Greeter {
                     greetings.fetch_add(1, Ordering::SeqCst);
                     TEXT.len() as u32
                 }
-                // The driver gave too little room.
+                // The driver's buffer is too small.
                 Err(_) => 0,
             }
         });
@@ -60,7 +60,7 @@ impl VirtioDevice for Greeter {
     fn reset(&mut self, _worker: Option<EventWorker>) {}
 }
 
-/// Runs the machine to its end: why it ended, and how often its guest was greeted.
+/// Runs the machine to its end; returns the exit reason and the number of greetings.
 pub(crate) fn run() -> Result<(ExitReason, u32), StartError> {
     let greeter = Greeter::default();
     let greetings = greeter.greetings.clone();
@@ -76,8 +76,8 @@ fn main() -> Result<(), StartError> {
     Ok(())
 }
 
-/// A driver (x86, from real mode into protected mode): what virtio 1.2, section 3.1.1, asks for, then one
-/// buffer. It asks for a reset if the answer is the one that it expects, and faults otherwise.
+/// A driver (x86, from real mode to protected mode): the initialization of virtio 1.2, section 3.1.1, then
+/// one buffer. It requests a reset if the answer is as expected, and faults otherwise.
 #[rustfmt::skip]
 pub(crate) const GUEST: &[u8] = &[
     0xfa, 0x66, 0x0f, 0x01, 0x16, 0xf0, 0x00, // cli; lgdt [gdtr]

@@ -1,12 +1,12 @@
-//! From a checked [`Spec`] to a running [`Vm`]: a recipe of named steps. Every virtio device is
-//! attached by the one path in [`Parts::attach`].
+//! From a validated [`Spec`] to a running [`Vm`] in named steps. All virtio devices are attached by
+//! [`Parts::attach`].
 
 use crate::arch::{self, ArchError, BootInfo, MmioSlot};
 use crate::bus::Bus;
 use crate::config::{Serial, Spec};
 use crate::event_loop::{LoopHandle, LoopThread};
 use crate::exit::ExitReason;
-use crate::hotplug::{HotPlug, HotplugSlot};
+use crate::hotplug::{HotplugSlot, HotplugSlots};
 use crate::kvm::{self, Kicker, KvmError, Machine, Vcpu};
 use crate::memory::{self, MemoryError};
 use crate::standard_devices::StandardDevices;
@@ -27,29 +27,29 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// No KVM.
+    /// KVM is unavailable.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// No memory.
+    /// Guest memory could not be allocated.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM refused, or the kernel does not load.
+    /// KVM refused an operation, or the kernel cannot be loaded.
     #[error(transparent)]
     Arch(#[from] ArchError),
-    /// More devices than there are interrupts.
+    /// More devices than interrupts.
     #[error("a guest can have {max} virtio devices, {asked} were asked for")]
     TooManyDevices {
-        /// How many there are.
+        /// The number of devices requested.
         asked: usize,
-        /// How many there can be.
+        /// The maximum.
         max: usize,
     },
-    /// The host refused a thread or a descriptor.
+    /// The host could not create a thread or a descriptor.
     #[error("cannot {operation}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
-        /// The host's answer.
+        /// The error from the host.
         #[source]
         source: io::Error,
     },
@@ -59,24 +59,24 @@ pub(crate) fn host(operation: &'static str) -> impl FnOnce(io::Error) -> StartEr
     move |source| StartError::Host { operation, source }
 }
 
-/// What a virtual machine is built of.
+/// Builds a virtual machine.
 pub struct VmBuilder {
     spec: Spec,
     devices: Vec<Box<dyn VirtioDevice>>,
     console: Box<dyn Write + Send>,
 }
 
-/// A machine whose vCPUs no thread runs yet.
+/// A machine whose vCPU threads have not been started.
 struct Built {
     vm: Vm,
     vcpus: Vec<BuiltVcpu>,
 }
 
-/// A vCPU, and where it is to run.
+/// A vCPU that has no thread yet.
 pub(crate) struct BuiltVcpu {
     pub(crate) index: usize,
     pub(crate) vcpu: Vcpu,
-    /// The host's CPU that it stays on.
+    /// The host CPU that it is pinned to.
     pub(crate) pin: Option<u32>,
 }
 
@@ -89,26 +89,26 @@ impl VmBuilder {
         }
     }
 
-    /// Adds a virtio device; devices of a kind appear in the guest in the order in which they are added,
-    /// before those of the configuration.
+    /// Adds a virtio device. The guest sees devices of one kind in the order in which they are added, before
+    /// those of the configuration.
     #[must_use]
     pub fn device(mut self, device: impl VirtioDevice + 'static) -> Self {
         self.devices.push(Box::new(device));
         self
     }
 
-    /// Where the serial console's output goes. Default: nowhere. The writer is called by a vCPU's
-    /// thread: while it waits, that CPU stands still, and the machine can't be paused or stopped.
+    /// Sets the output of the serial console. Default: discarded. The writer is called by a vCPU thread:
+    /// while it blocks, that vCPU does not run, and the machine can't be paused or stopped.
     #[must_use]
     pub fn console(mut self, output: impl Write + Send + 'static) -> Self {
         self.console = Box::new(output);
         self
     }
 
-    /// Builds the virtual machine and lets it run.
+    /// Builds and starts the virtual machine.
     ///
     /// # Errors
-    /// What was missing or refused; nothing is left behind.
+    /// What is missing or was refused; nothing is left behind.
     pub fn start(self) -> Result<Vm, StartError> {
         let vm = self.start_paused()?;
         vm.handle().resume();
@@ -127,11 +127,12 @@ impl VmBuilder {
         Ok(vm)
     }
 
-    /// Builds the virtual machine, runs it to its end, and says why it ended. The first vCPU is the calling
-    /// thread's, which saves a small guest the start of another (a tenth of a millisecond): for programs that have
-    /// nothing else to do meanwhile. The thread gets the signals that it has not blocked; SIGRTMIN is.
+    /// Builds the virtual machine, runs it to its end and returns the reason. The first vCPU runs on the
+    /// calling thread, which saves the creation of a thread (a tenth of a millisecond): for programs that
+    /// have nothing else to do meanwhile. The thread still receives the signals that it has not blocked,
+    /// except SIGRTMIN, which is blocked.
     ///
-    /// vCPUs that are to stay on CPUs of the host have threads of their own here too.
+    /// Pinned vCPUs always have threads of their own.
     ///
     /// # Errors
     /// As [`start`](Self::start).
@@ -160,7 +161,7 @@ impl VmBuilder {
     fn build_with(mut self, kvm: &Kvm) -> Result<Built, StartError> {
         let memory = Arc::new(memory::reserve(&self.spec.memory)?);
         let machine = Machine::new(kvm, memory.clone())?;
-        // Interrupt controllers come before vCPUs and before anything that raises interrupts.
+        // Interrupt controllers must exist before vCPUs and anything that raises interrupts.
         let features = arch::features(kvm)?;
         arch::prepare_vm(&features, machine.fd())?;
         let mut parts = Parts {
@@ -169,8 +170,8 @@ impl VmBuilder {
             event_loop: None,
             bus: Bus::default(),
         };
-        let marks = parts.bus.marks().clone();
-        marks.built("memory and KVM");
+        let boot_events = parts.bus.boot_events().clone();
+        boot_events.built("memory and KVM");
 
         let serial = self.make_serial()?;
         arch::attach_platform(parts.machine.fd(), &mut parts.bus, serial.as_ref())?;
@@ -182,7 +183,7 @@ impl VmBuilder {
         self.devices.extend(devices);
         let slots = parts.attach(kvm, self.devices)?;
         let hotplug = parts.add_hotplug_slots(slots.len(), self.spec.disk_slots)?;
-        marks.built("devices attached");
+        boot_events.built("devices attached");
 
         let hotplug_slots: Vec<_> = hotplug.iter().map(|slot| slot.place).collect();
         let info = BootInfo {
@@ -194,7 +195,7 @@ impl VmBuilder {
             hotplug_slots: &hotplug_slots,
         };
         let entry = arch::load(&parts.memory, info)?;
-        marks.built("kernel loaded");
+        boot_events.built("kernel loaded");
         let cpus = &self.spec.cpus;
         let kickers: Vec<_> = (0..cpus.count).map(|_| Kicker::default()).collect();
         let vcpus = make_vcpus(&features, &parts.machine, &kickers)?;
@@ -226,17 +227,17 @@ impl VmBuilder {
     }
 }
 
-/// What a machine consists of while devices are attached to it.
+/// The parts of a machine while devices are attached to it.
 pub(crate) struct Parts {
     pub(crate) machine: Arc<Machine>,
     pub(crate) memory: Arc<Memory>,
-    /// It starts with the first that needs it: a machine without devices has none.
+    /// Created with the first device: a machine without devices has no event loop.
     pub(crate) event_loop: Option<LoopThread>,
     pub(crate) bus: Bus,
 }
 
 impl Parts {
-    /// Puts each device into a slot of its own; which slots are taken, in their order.
+    /// Attaches each device to a slot of its own and returns the slots in order.
     fn attach(
         &mut self,
         kvm: &Kvm,
@@ -245,7 +246,8 @@ impl Parts {
         if devices.is_empty() {
             return Ok(Vec::new());
         }
-        // Those whose registers the guest may read by itself come first: theirs are one slot of memory.
+        // Devices whose registers the guest may read without an exit come first, so that one memory slot
+        // holds them all.
         let (readable, others): (Vec<_>, Vec<_>) = devices
             .into_iter()
             .partition(|device| device.config().is_some());
@@ -262,7 +264,7 @@ impl Parts {
             let transport = MmioTransport::with_registers(device, memory, looped, page)
                 .map_err(host("make a virtio device"))?;
             connect(&self.machine, &transport, slot)?;
-            let device = VirtioSlot::new(Some(transport), self.bus.marks());
+            let device = VirtioSlot::new(Some(transport), self.bus.boot_events());
             let added = self.bus.add_memory(addresses(slot), device);
             added.map_err(ArchError::from)?;
             slots.push(slot);
@@ -271,7 +273,7 @@ impl Parts {
         Ok(slots)
     }
 
-    /// Slots without a device, after those that have one.
+    /// Adds empty slots after those that hold a device.
     fn add_hotplug_slots(
         &mut self,
         taken: usize,
@@ -280,7 +282,7 @@ impl Parts {
         let mut slots = Vec::new();
         for index in 0..count {
             let place = arch::layout::hotplug_slot(index);
-            let device = VirtioSlot::new(None, self.bus.marks());
+            let device = VirtioSlot::new(None, self.bus.boot_events());
             let added = self.bus.add_memory(addresses(place), device.clone());
             added.map_err(ArchError::from)?;
             slots.push(HotplugSlot {
@@ -296,7 +298,7 @@ impl Parts {
         &mut self,
         slots: Vec<HotplugSlot>,
         cpus: u32,
-    ) -> Result<Option<HotPlug>, StartError> {
+    ) -> Result<Option<HotplugSlots>, StartError> {
         let Some(first) = slots.first() else {
             return Ok(None);
         };
@@ -307,7 +309,7 @@ impl Parts {
             .register_irqfd(&interrupt, first.place.irq)
             .map_err(ArchError::kvm("connect the hot-plug slots' interrupt"))?;
         self.event_loop()?;
-        Ok(Some(HotPlug::new(slots, interrupt, cpus, self)))
+        Ok(Some(HotplugSlots::new(slots, interrupt, cpus, self)))
     }
 
     fn event_loop(&mut self) -> Result<&Arc<LoopHandle>, StartError> {

@@ -1,35 +1,35 @@
-//! Which device an address belongs to: ranges of addresses, with a device behind each. Fixed once the
-//! virtual machine is built; vCPU threads look devices up without a lock, and each device has its own.
+//! Maps guest addresses to devices. Fixed once the virtual machine is built: vCPU threads look up devices
+//! without a lock, and each device has its own lock.
 //!
-//! There are two address spaces: memory, and ports where the architecture has them. Which devices lie in
-//! which is the platform's to say ([`crate::arch`]).
+//! There are two address spaces: memory, and I/O ports where the architecture has them. The platform
+//! ([`crate::arch`]) decides which devices are in which.
 
-use crate::marks::Marks;
+use crate::boot_events::BootEvents;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What a guest's access asks of the virtual machine as a whole.
+/// The effect of a guest access on the virtual machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Nothing.
     None,
-    /// A reset of the CPU.
+    /// CPU reset.
     Reset,
 }
 
-/// What is behind a range of addresses. Called from vCPU threads, several at a time.
+/// A device on the bus. Called from vCPU threads, possibly several at a time.
 pub trait BusDevice: Send + Sync {
-    /// The guest reads at an offset from the range's start, at least one byte. What an access leaves as it
-    /// is reads as ones.
+    /// The guest reads at an offset from the start of the range, at least one byte. Bytes left unmodified
+    /// read as ones.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// The guest writes at an offset from the range's start, at least one byte.
+    /// The guest writes at an offset from the start of the range, at least one byte.
     fn write(&self, offset: u64, data: &[u8]) -> Effect;
-    /// The machine ends: no thread of the device's works when this returns. `about` hears of what is waited
-    /// for.
-    fn shut_down(&self, _about: &dyn Fn(&str)) {}
+    /// Shuts the device down: when this returns, none of its threads run. `report` is called with what is
+    /// being waited for.
+    fn shut_down(&self, _report: &dyn Fn(&str)) {}
 }
 
-/// Two devices at one address.
+/// Two devices overlap at this address.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("there is a device at {0:#x} already")]
 pub struct Overlap(pub u64);
@@ -54,7 +54,7 @@ impl Ranges {
         }
     }
 
-    /// The device at an address, and how far from its start that is.
+    /// The device at an address, and the offset within its range.
     fn find(&self, address: u64) -> Option<(u64, &dyn BusDevice)> {
         let after = self.0.partition_point(|(range, _)| range.start <= address);
         let (range, device) = self.0.get(after.checked_sub(1)?)?;
@@ -63,7 +63,7 @@ impl Ranges {
             .then(|| (address - range.start, device.as_ref()))
     }
 
-    /// An empty bus floats high.
+    /// Addresses without a device read as ones.
     fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some((offset, device)) = self.find(address) {
@@ -71,7 +71,7 @@ impl Ranges {
         }
     }
 
-    /// What is written to where there is nothing is lost.
+    /// Writes to addresses without a device are ignored.
     fn write(&self, address: u64, data: &[u8]) -> Effect {
         match self.find(address) {
             Some((offset, device)) => device.write(offset, data),
@@ -80,24 +80,24 @@ impl Ranges {
     }
 }
 
-/// Every device that an address reaches.
+/// All devices that the guest can address.
 #[derive(Default)]
 pub struct Bus {
     memory: Ranges,
     ports: Ranges,
-    marks: Arc<Marks>,
+    boot_events: Arc<BootEvents>,
 }
 
 impl Bus {
-    /// What came to pass by it, and by whoever else has it.
-    pub fn marks(&self) -> &Arc<Marks> {
-        &self.marks
+    /// Boot events and exit counts recorded by the bus and others.
+    pub fn boot_events(&self) -> &Arc<BootEvents> {
+        &self.boot_events
     }
 
-    /// Puts a device at a range of guest physical addresses.
+    /// Adds a device at a range of guest physical addresses.
     ///
     /// # Errors
-    /// If there is another.
+    /// If the range overlaps another device.
     pub fn add_memory(
         &mut self,
         range: Range<u64>,
@@ -106,10 +106,10 @@ impl Bus {
         self.memory.add(range, device)
     }
 
-    /// Puts a device at a range of ports.
+    /// Adds a device at a range of I/O ports.
     ///
     /// # Errors
-    /// If there is another.
+    /// If the range overlaps another device.
     pub fn add_ports(
         &mut self,
         range: Range<u16>,
@@ -119,35 +119,35 @@ impl Bus {
         self.ports.add(range, device)
     }
 
-    /// A guest reads from a port.
+    /// Handles a guest's read from a port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
-        self.marks.port_exit();
+        self.boot_events.port_exit();
         self.ports.read(port.into(), data);
     }
 
-    /// A guest writes to a port.
+    /// Handles a guest's write to a port.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Effect {
-        self.marks.port_exit();
+        self.boot_events.port_exit();
         self.ports.write(port.into(), data)
     }
 
-    /// A guest reads device memory.
+    /// Handles a guest's read of device memory.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.marks.mmio_exit();
+        self.boot_events.mmio_exit();
         self.memory.read(address, data);
     }
 
-    /// A guest writes device memory.
+    /// Handles a guest's write to device memory.
     pub fn mmio_write(&self, address: u64, data: &[u8]) -> Effect {
-        self.marks.mmio_exit();
+        self.boot_events.mmio_exit();
         self.memory.write(address, data)
     }
 
-    /// Shuts every device down. `about` hears of each before it is waited for.
-    pub fn shut_down(&self, about: impl Fn(&str)) {
+    /// Shuts all devices down. `report` is called with each before it is waited for.
+    pub fn shut_down(&self, report: impl Fn(&str)) {
         for (range, device) in self.memory.0.iter().chain(&self.ports.0) {
-            about(&format!("the device at {:#x}", range.start));
-            device.shut_down(&about);
+            report(&format!("the device at {:#x}", range.start));
+            device.shut_down(&report);
         }
     }
 }
@@ -156,7 +156,7 @@ impl Bus {
 mod tests {
     use super::*;
 
-    /// Reads as a number and the offset; resets if that number is written.
+    /// Reads as its number and the offset; resets if its number is written.
     struct Numbered(u8);
 
     impl BusDevice for Numbered {

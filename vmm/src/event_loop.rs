@@ -1,5 +1,5 @@
-//! The event loop: one thread, one epoll, the workers of active devices. Beside it is the thread that starts
-//! devices ([`Starter`]).
+//! The event loop: one thread with one epoll instance that runs the workers of active devices. It also owns
+//! the thread that activates devices ([`Starter`]).
 
 use crate::starter::Starter;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
@@ -13,11 +13,11 @@ use std::thread::JoinHandle;
 
 use koya_host::sync::lock;
 
-const ROLE: Role = Role::new("koya-loop").of_the_guest();
+const ROLE: Role = Role::new("koya-loop").guest_facing();
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 
-/// How vCPU threads and the owner reach the loop.
+/// Access to the loop for vCPU threads and the owner.
 pub(crate) struct LoopHandle {
     endpoint: RemoteEndpoint<Subscriber>,
     known: Mutex<(u64, HashMap<u64, SubscriberId>)>,
@@ -25,23 +25,23 @@ pub(crate) struct LoopHandle {
     starter: Starter,
 }
 
-/// The loop's thread; [`stop`](Self::stop) joins it.
+/// The thread of the loop; joined by [`stop`](Self::stop).
 pub(crate) struct LoopThread {
     pub(crate) handle: Arc<LoopHandle>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// event-manager's error, which is no `std::io::Error`.
-struct Refused(event_manager::Error);
+/// Converts event-manager's error into `std::io::Error`.
+struct LoopError(event_manager::Error);
 
-impl From<event_manager::Error> for Refused {
+impl From<event_manager::Error> for LoopError {
     fn from(error: event_manager::Error) -> Self {
         Self(error)
     }
 }
 
-impl From<Refused> for io::Error {
-    fn from(error: Refused) -> Self {
+impl From<LoopError> for io::Error {
+    fn from(error: LoopError) -> Self {
         Self::other(error.0)
     }
 }
@@ -70,7 +70,7 @@ impl LoopThread {
         })
     }
 
-    /// Ends the loop. Devices were shut down before, so it holds no worker.
+    /// Stops the loop. Devices have been shut down before, so it has no workers left.
     pub(crate) fn stop(&mut self) {
         self.handle.starter.stop();
         self.handle.ended.store(true, Ordering::SeqCst);
@@ -93,7 +93,7 @@ impl EventLoop for LoopHandle {
     fn add(&self, worker: Subscriber) -> io::Result<u64> {
         let id = self
             .endpoint
-            .call_blocking(move |manager| Ok::<_, Refused>(manager.add_subscriber(worker)))?;
+            .call_blocking(move |manager| Ok::<_, LoopError>(manager.add_subscriber(worker)))?;
         let mut known = lock(&self.known);
         known.0 += 1;
         let number = known.0;
@@ -108,7 +108,7 @@ impl EventLoop for LoopHandle {
     fn remove(&self, number: u64) -> Option<Subscriber> {
         let id = lock(&self.known).1.remove(&number)?;
         self.endpoint
-            .call_blocking(move |manager| Ok::<_, Refused>(manager.remove_subscriber(id)?))
+            .call_blocking(move |manager| Ok::<_, LoopError>(manager.remove_subscriber(id)?))
             .ok()
     }
 }

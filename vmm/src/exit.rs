@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// The first reason to end is the one that counts.
+/// Why a virtual machine ended; only the first reason counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitReason {
@@ -10,27 +10,27 @@ pub enum ExitReason {
     Reset,
     /// The guest's kernel panicked.
     Panic {
-        /// The panic's own line.
+        /// The text of the panic message.
         message: String,
-        /// The kernel's last words, oldest first.
+        /// The end of the kernel log, oldest line first.
         log: String,
     },
-    /// A CPU of the guest faulted while it handled a fault in handling a fault.
+    /// A vCPU faulted while handling a double fault.
     TripleFault {
-        /// The vCPU's registers. On AMD processors these are those of a CPU after reset: KVM
-        /// clears the others before it tells.
+        /// The vCPU's registers. On AMD processors these are the reset values: KVM clears the others before
+        /// it reports the fault.
         details: String,
-        /// What the kernel had kept in its panic log by then; mostly nothing.
+        /// What the panic log held by then; mostly empty.
         log: String,
     },
-    /// KVM met something it can't handle.
+    /// KVM could not emulate something.
     InternalError {
         /// KVM's details and the vCPU's registers.
         details: String,
     },
     /// A vCPU could not run.
     RunError {
-        /// The host's answer and the vCPU's registers.
+        /// The error from the host and the vCPU's registers.
         details: String,
     },
     /// The owner stopped it.
@@ -38,12 +38,12 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    /// Whether the guest or its owner ended the virtual machine in order.
+    /// Whether the guest or its owner ended the virtual machine in an orderly way.
     pub fn is_orderly(&self) -> bool {
         matches!(self, Self::Reset | Self::Stopped)
     }
 
-    /// The guest kernel's last words, oldest first, if it left any.
+    /// The end of the guest's kernel log, oldest line first, if there is one.
     pub fn log(&self) -> Option<&str> {
         match self {
             Self::Panic { log, .. } | Self::TripleFault { log, .. } => {

@@ -1,21 +1,21 @@
-//! Text that a guest wrote, made fit for a terminal, a log or an event: of bounded length, and without
-//! anything that a terminal obeys or that hides what is there.
+//! Sanitizes text written by a guest for terminals, logs and events: bounds its length and removes control
+//! sequences and invisible characters.
 //!
-//! Whatever takes text from a guest calls this before it shows it. What a container writes to its own
-//! streams, and the console for those who follow it, are the guest's business and pass as they are.
+//! Call this before showing any text from a guest. The exceptions are a container's own streams and the
+//! console of those who follow it, which are passed on unchanged.
 
 use std::fmt::Arguments;
 use std::iter::Peekable;
 use std::str::Chars;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The most that is kept of a single text, such as an error, in bytes.
+/// Maximum length of a single text, such as an error, in bytes.
 pub const MAX_LINE: usize = 4 << 10;
 
-/// The most that is kept of a log, in bytes: a kernel's last words are 80 lines.
+/// Maximum length of a log, in bytes; the excerpt of a panic log is 80 lines.
 pub const MAX_LINES: usize = 16 << 10;
 
-/// A single line: what breaks lines is a space, and what is too much at its end is left out.
+/// Sanitizes a single line: line breaks become spaces, and the end is cut off beyond [`MAX_LINE`].
 pub fn line(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     let cut = &bytes[..bytes.len().min(MAX_LINE)];
@@ -24,12 +24,12 @@ pub fn line(text: impl AsRef<[u8]>) -> String {
     line
 }
 
-/// Several lines, of which the last are kept.
+/// Sanitizes several lines and keeps the last ones.
 pub fn lines(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     let cut = &bytes[bytes.len().saturating_sub(MAX_LINES)..];
     let mut lines = clean(&String::from_utf8_lossy(cut), '\n');
-    // What replaces broken bytes is longer than they are.
+    // The replacements of invalid bytes are longer than the bytes.
     let mut excess = lines.len().saturating_sub(MAX_LINES);
     while !lines.is_char_boundary(excess) {
         excess += 1;
@@ -38,7 +38,7 @@ pub fn lines(text: impl AsRef<[u8]>) -> String {
     lines
 }
 
-/// All lines of a text whose length is bounded already.
+/// Sanitizes all lines of a text whose length is already bounded.
 pub fn whole(text: impl AsRef<[u8]>) -> String {
     clean(&String::from_utf8_lossy(text.as_ref()), '\n')
 }
@@ -61,15 +61,15 @@ fn clean(text: &str, line_end: char) -> String {
             '\n' | '\u{2028}' | '\u{2029}' => clean.push(line_end),
             '\t' if line_end == '\n' => clean.push('\t'),
             '\t' => clean.push(' '),
-            _ if char.is_control() || is_unseen(char) => {}
+            _ if char.is_control() || is_invisible(char) => {}
             _ => clean.push(char),
         }
     }
     clean
 }
 
-/// Characters that turn the direction of what follows, or that are there without being seen.
-fn is_unseen(char: char) -> bool {
+/// Characters that change the direction of text or that are invisible.
+fn is_invisible(char: char) -> bool {
     matches!(
         char,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}'
@@ -78,14 +78,14 @@ fn is_unseen(char: char) -> bool {
     )
 }
 
-/// What follows an escape character (ECMA-48, section 5.3).
+/// Skips what follows an escape character (ECMA-48, section 5.3).
 fn skip_escape(chars: &mut Peekable<Chars<'_>>) {
     match chars.peek() {
         Some('[') => {
             chars.next();
             skip_control_sequence(chars);
         }
-        // Strings, up to BEL or ST; one without an end takes no more than its line.
+        // Strings end at BEL or ST; an unterminated one ends with its line.
         Some(']' | 'P' | 'X' | '^' | '_') => {
             while let Some(char) = chars.next_if(|char| *char != '\n') {
                 if matches!(char, '\x07' | '\u{9c}') {
@@ -104,35 +104,35 @@ fn skip_escape(chars: &mut Peekable<Chars<'_>>) {
     }
 }
 
-/// Parameters and intermediate bytes, and the byte that ends them (ECMA-48, section 5.4).
+/// Skips parameter and intermediate bytes and the final byte (ECMA-48, section 5.4).
 fn skip_control_sequence(chars: &mut Peekable<Chars<'_>>) {
     while chars.next_if(|char| matches!(char, ' '..='?')).is_some() {}
     chars.next_if(|char| matches!(char, '@'..='~'));
 }
 
-/// A warning that a guest can cause as often as it likes.
+/// A rate-limited warning for events that a guest can cause at will.
 #[derive(Debug, Default)]
 pub struct Warnings(AtomicU32);
 
-/// How often one kind of warning is logged.
-const SHOWN: u32 = 20;
+/// How often each warning is logged.
+const MAX_WARNINGS: u32 = 20;
 
 impl Warnings {
-    /// None so far.
+    /// No warning logged yet.
     pub const fn new() -> Self {
         Self(AtomicU32::new(0))
     }
 
-    /// Logs one, until there were enough of them.
+    /// Logs a warning, up to the limit.
     pub fn warn(&self, text: Arguments<'_>) {
-        // It stays where it is, rather than to begin anew.
+        // Saturates rather than wraps, which would start logging again.
         let count = |count: u32| Some(count.saturating_add(1));
         let before = self
             .0
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
         match before.unwrap_or(u32::MAX) {
-            0..SHOWN => log::warn!("{text}"),
-            SHOWN => log::warn!("{text}; more of these are not shown"),
+            0..MAX_WARNINGS => log::warn!("{text}"),
+            MAX_WARNINGS => log::warn!("{text}; more of these are not shown"),
             _ => {}
         }
     }

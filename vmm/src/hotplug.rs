@@ -1,11 +1,11 @@
-//! Disks that come and go while the guest runs.
+//! Disks that are attached and detached while the guest runs.
 //!
-//! virtio-mmio has no hot plug of its own. A machine may have hot-plug slots
-//! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): MMIO slots that read as a device of kind 0, which the
-//! guest's driver leaves alone (virtio 1.2, section 4.2.3.1.1). A disk is put into one of them, and
-//! whoever is in charge of the guest has its kernel look again (on Linux: write `virtio-mmio.N` to
-//! `/sys/bus/platform/drivers/virtio-mmio/bind`; before a disk is taken away, to `unbind`). Interrupts
-//! are few, so hot-plug slots share one.
+//! virtio-mmio has no hot plug. A machine may have hot-plug slots
+//! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): MMIO slots that read as a device with ID 0, which
+//! the guest's driver ignores (virtio 1.2, section 4.2.3.1.1). After a disk is put into one, the owner has
+//! the guest's kernel probe the slot again (on Linux: write `virtio-mmio.N` to
+//! `/sys/bus/platform/drivers/virtio-mmio/bind`, and to `unbind` before the disk is removed). Interrupts are
+//! scarce, so hot-plug slots share one.
 
 use crate::arch::MmioSlot;
 use crate::builder::{Parts, StartError};
@@ -27,16 +27,16 @@ use vmm_sys_util::eventfd::EventFd;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// The disk's configuration.
+    /// The disk's configuration is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// No slot is left.
+    /// All hot-plug slots are in use.
     #[error("all {0} slots for further disks are taken")]
     NoSlot(usize),
-    /// There is no such disk.
+    /// There is no disk in this slot.
     #[error("no disk is attached in slot {0}")]
     NoDisk(usize),
-    /// The host refused.
+    /// The host refused an operation.
     #[error(transparent)]
     Host(#[from] StartError),
     /// The virtual machine has ended.
@@ -44,29 +44,29 @@ pub enum AttachError {
     Ended,
 }
 
-/// A disk that was attached to a running machine.
+/// A disk attached to a running machine.
 #[derive(Clone)]
 pub struct AttachedDisk {
-    /// Which slot it is in, from 0.
+    /// Index of its hot-plug slot, from 0.
     pub slot: usize,
-    /// The number of its MMIO slot among all of the machine: the N of Linux's `virtio-mmio.N`.
+    /// Number of its slot among all MMIO slots: the N of Linux's `virtio-mmio.N`.
     pub mmio_slot: usize,
     /// The disk itself.
     pub disk: BlockHandle,
 }
 
-/// An MMIO slot for a device that comes later.
+/// An MMIO slot for a device attached later.
 pub(crate) struct HotplugSlot {
-    /// Among all MMIO slots of the machine.
+    /// Number among all MMIO slots of the machine.
     pub(crate) number: usize,
     pub(crate) place: MmioSlot,
     pub(crate) device: Arc<VirtioSlot>,
 }
 
-/// A machine's hot-plug slots and what is in them.
-pub(crate) struct HotPlug {
+/// A machine's hot-plug slots and the disks in them.
+pub(crate) struct HotplugSlots {
     slots: Vec<HotplugSlot>,
-    /// Of all hot-plug slots: several events of one line could lose an edge between them.
+    /// Shared by all hot-plug slots: separate irqfds on one interrupt could lose an edge between them.
     interrupt: EventFd,
     cpus: u32,
     machine: Weak<Machine>,
@@ -78,15 +78,15 @@ pub(crate) struct HotPlug {
 #[derive(Default)]
 struct Attached {
     disks: BTreeMap<usize, AttachedDisk>,
-    /// Slots whose disk was taken away from a guest that had not let go of it: its driver may go on to use
-    /// the slot, so nothing else is put there.
+    /// Slots whose disk was removed before the guest released it. Its driver may still use the slot, so it is
+    /// not used again.
     retired: BTreeSet<usize>,
-    /// The machine is being taken down: nothing is put into a slot any more.
+    /// The machine is being torn down: no more disks are attached.
     ended: bool,
 }
 
-impl HotPlug {
-    /// Slots of the machine that is being built, which has an event loop by now.
+impl HotplugSlots {
+    /// The slots of a machine that is being built and already has an event loop.
     pub(crate) fn new(
         slots: Vec<HotplugSlot>,
         interrupt: EventFd,
@@ -109,7 +109,7 @@ impl HotPlug {
         lock(&self.disks).disks.values().cloned().collect()
     }
 
-    /// Puts nothing into a slot from now on.
+    /// Refuses further disks.
     pub(crate) fn close(&self) {
         lock(&self.disks).ended = true;
     }
@@ -118,9 +118,9 @@ impl HotPlug {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
         let memory = self.memory.upgrade().ok_or(AttachError::Ended)?;
         let event_loop = self.event_loop.upgrade().ok_or(AttachError::Ended)?;
-        // Before the lock: to open a file may take long.
+        // Before the lock is taken, because opening a file may take long.
         let spec = config.check(self.cpus)?;
-        // Held to the end: two disks must not want the same slot.
+        // Held to the end, so that two disks cannot take the same slot.
         let mut attached = lock(&self.disks);
         if attached.ended {
             return Err(AttachError::Ended);
@@ -153,14 +153,14 @@ impl HotPlug {
         Ok(attached)
     }
 
-    /// Takes the disk in a slot away. If the guest `has_let_go` of it, the slot is free for another.
-    pub(crate) fn detach(&self, slot: usize, has_let_go: bool) -> Result<(), AttachError> {
+    /// Removes the disk from a slot. If the guest has released it, the slot can be used again.
+    pub(crate) fn detach(&self, slot: usize, is_released: bool) -> Result<(), AttachError> {
         let machine = self.machine.upgrade().ok_or(AttachError::Ended)?;
         let attached = &mut *lock(&self.disks);
         let place = self.slots.get(slot).ok_or(AttachError::NoDisk(slot))?;
         let disk = attached.disks.remove(&slot);
         disk.ok_or(AttachError::NoDisk(slot))?;
-        if !has_let_go {
+        if !is_released {
             attached.retired.insert(slot);
         }
         if let Some(mut transport) = place.device.take() {
@@ -177,7 +177,7 @@ mod tests {
     use crate::{Spec, Vm};
 
     #[test]
-    fn a_disk_that_is_pulled_gives_its_image_back_and_not_its_slot() {
+    fn a_pulled_disk_frees_its_image_but_not_its_slot() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
         let config = DiskConfig::new(image.path());
@@ -186,14 +186,14 @@ mod tests {
         let vm = Vm::builder(spec).start().unwrap();
         let machine = vm.handle();
         let first = machine.attach_disk(&config).unwrap();
-        // One writer: the image is locked.
+        // The image is locked for one writer.
         assert!(machine.attach_disk(&config).is_err());
         machine.pull_disk(first.slot).unwrap();
         assert!(machine.attached_disks().is_empty());
         assert!(machine.pull_disk(first.slot).is_err());
         let second = machine.attach_disk(&config).unwrap();
         assert_ne!(second.slot, first.slot);
-        // One that the guest has let go of leaves room for the next.
+        // After a detach that the guest agreed to, the slot can be used again.
         machine.detach_disk(second.slot).unwrap();
         let third = machine.attach_disk(&config).unwrap();
         assert_eq!(third.slot, second.slot);

@@ -10,12 +10,12 @@
 //! # Ok(())
 //! # }
 //! ```
-//! [`VmBuilder::start`] returns at once, with a [`Vm`] to control it by: [`Vm::handle`] gives handles for
-//! other threads, by which it is paused, stopped and asked, and by which disks, memory and CPUs come and go.
+//! [`VmBuilder::start`] returns at once with a [`Vm`] that controls the machine. [`Vm::handle`] gives handles
+//! for other threads, which pause, stop and query it, attach disks and resize memory and CPUs.
 //!
 //! # Devices
-//! Those of the configuration are added by themselves. Others, of [`devices`] or of one's own, are added by
-//! [`VmBuilder::device`]: whatever implements [`VirtioDevice`](devices::virtio::VirtioDevice).
+//! Devices of the configuration are added automatically. [`VmBuilder::device`] adds others, from [`devices`]
+//! or your own: anything that implements [`VirtioDevice`](devices::virtio::VirtioDevice).
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,7 +25,7 @@
 //! };
 //! use koya_vmm::{Vm, VmConfig};
 //!
-//! /// Writes zeros into whatever its driver offers.
+//! Writes zeros into the buffers of its driver.
 //! struct Zeros;
 //!
 //! impl VirtioDevice for Zeros {
@@ -60,29 +60,30 @@
 //! `examples/own_device.rs` is a whole program, with a guest that drives its device; `examples/console.rs`
 //! boots Linux.
 //!
-//! # The way through
-//! [`VmConfig`] (plain data) → [`VmConfig::check`] → [`Spec`] (cannot be wrong) → [`VmBuilder`]
-//! (a recipe of steps) → [`Vm`] (owns everything) → one thread a vCPU and one event loop → the
-//! first [`ExitReason`] ends it → threads joined, descriptors closed, memory unmapped.
+//! # Life cycle
+//! [`VmConfig`] (plain data) → [`VmConfig::check`] → [`Spec`] (validated) → [`VmBuilder`] → [`Vm`] (owns
+//! everything) → one thread per vCPU and one event loop → the first [`ExitReason`] ends it → threads joined,
+//! descriptors closed, memory unmapped.
 //!
-//! Errors are one enum for each operation ([`ConfigError`], [`StartError`], [`AttachError`]); each says what was
-//! tried, and has the host's or KVM's answer as its [source](std::error::Error::source).
+//! There is one error enum per operation ([`ConfigError`], [`StartError`], [`AttachError`]); each names the
+//! operation, and has the error from the host or KVM as its [source](std::error::Error::source).
 //!
-//! # What the library never does
-//! It touches nothing process-wide: no signal handler, working directory, umask, resource limit
-//! or dumpable flag. vCPU threads are kicked by a signal that is blocked in them and open only
-//! inside KVM_RUN, so that no handler is needed.
+//! # Process-wide state
+//! The library changes nothing process-wide: no signal handler, working directory, umask, resource limit or
+//! dumpable flag. vCPU threads are kicked by a signal that is blocked in them and unblocked only inside
+//! KVM_RUN, so no handler is needed.
 //!
 //! # Threads and locks
-//! - vCPU threads, the first of which may be the caller's ([`VmBuilder::run`]): KVM_RUN, and on an
-//!   exit the bus to one device, under that device's lock.
-//! - the event loop: workers of active devices. It takes no device's bus lock, so that a vCPU
-//!   may wait for the loop while it holds one.
-//! - the starter: activates a device when its driver starts it, while the vCPU waits. Threads that serve a
-//!   guest start no others ([`host::threads`]).
+//! - vCPU threads, the first of which may be the caller's ([`VmBuilder::run`]): KVM_RUN, and on an exit one
+//!   device on the bus, under that device's lock.
+//! - the event loop: workers of active devices. It takes no device's bus lock, so a vCPU may wait for the
+//!   loop while it holds one.
+//! - the starter: activates a device when its driver sets DRIVER_OK, while the vCPU waits. Threads that serve
+//!   a guest create no others ([`host::threads`]).
 //! - the owner's threads: [`Vm`] and [`VmHandle`].
 
 mod arch;
+mod boot_events;
 mod builder;
 mod bus;
 mod config;
@@ -92,22 +93,22 @@ pub mod guest_text;
 mod hotplug;
 #[allow(unsafe_code)] // The one place for ioctls and per-thread signals.
 pub mod kvm;
-mod marks;
 mod memory;
 mod panic_log;
 mod standard_devices;
 mod starter;
-mod take_down;
+mod teardown;
 mod vcpu;
 mod virtio_slot;
 mod vm;
 
-/// Device models, for those who add devices of their own or hold a handle of one.
+/// Device models, for embedders that add their own devices or hold handles of existing ones.
 pub mod devices {
     pub use koya_devices::{balloon, blk, fs, mem, net, rate_limit, rng, serial, virtio, vsock};
 }
 
 pub use arch::ArchError;
+pub use boot_events::{BootEvent, BootEvents, Exits};
 pub use builder::{StartError, VmBuilder};
 pub use bus::Overlap;
 pub use config::{
@@ -117,12 +118,11 @@ pub use config::{
 pub use exit::ExitReason;
 pub use hotplug::{AttachError, AttachedDisk};
 pub use koya_host as host;
-pub use marks::{Exits, Mark, Marks};
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};
 
-/// The parts of a machine, for benches that measure one alone. They are no interface of this library: they
-/// change without notice.
+/// Parts of a machine, for benchmarks that measure one of them. Not part of the API: they change without
+/// notice.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::arch::{

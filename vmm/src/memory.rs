@@ -1,7 +1,7 @@
-//! Guest memory: private, not touched until the guest does, and never counted before.
+//! Guest memory: private mappings, populated only when the guest touches them.
 //!
-//! The room for more memory is mapped here from the start, and to KVM slot by slot as blocks are plugged
-//! ([`koya_devices::mem`]): to the guest there is nothing before.
+//! The hot-pluggable range is mapped into the process from the start, but registered with KVM slot by slot as
+//! blocks are plugged ([`koya_devices::mem`]): until then the guest finds nothing there.
 
 use crate::arch;
 use crate::config::{HugePages, MemoryBacking, MemorySpec};
@@ -18,22 +18,21 @@ use thiserror::Error;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-/// What a virtual machine holds of the host's memory, in bytes.
+/// Memory use of a virtual machine on the host, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryUsage {
-    /// Pages of guest memory that exist.
+    /// Resident pages of guest memory.
     pub guest: u64,
-    /// Private pages of the process beside them: the monitor, its devices, and whatever else the
-    /// process does.
+    /// Other private pages of the process: the monitor, its devices and whatever else the process does.
     pub overhead: u64,
 }
 
-/// All of it, in bytes.
+/// Total size in bytes.
 pub(crate) fn size(memory: &Memory) -> u64 {
     memory.iter().map(|region| region.len()).sum()
 }
 
-/// Reads from `/proc/self/smaps` (proc(5)) what this process holds.
+/// Reads the memory use of this process from `/proc/self/smaps` (proc(5)).
 pub(crate) fn usage(memory: &Memory) -> io::Result<MemoryUsage> {
     usage_of(memory.iter())
 }
@@ -61,7 +60,7 @@ fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
             && let (Ok(start), Ok(end)) =
                 (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         {
-            // The kernel may show one region as several mappings, or two as one.
+            // The kernel may show one region as several mappings, or two regions as one.
             is_guest = guest
                 .iter()
                 .any(|(first, last)| start < *last && end > *first);
@@ -77,7 +76,7 @@ fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
     usage
 }
 
-/// Why the guest could not have its memory.
+/// Why guest memory could not be allocated.
 #[derive(Debug, Error)]
 #[error("cannot reserve {mib} MiB of guest memory{hint}")]
 pub struct MemoryError {
@@ -87,12 +86,12 @@ pub struct MemoryError {
     source: io::Error,
 }
 
-/// The host's huge page, in bytes, as [`HugePages::Reserved`] asks for it.
+/// Size of the host's huge pages in bytes, as used by [`HugePages::Reserved`].
 const HUGE_PAGE: u64 = 2 << 20;
 
-/// Reserves guest memory at the architecture's addresses: what the guest starts with, and after it
-/// the room to grow, which is no memory for the guest until it is plugged. A page costs nothing until
-/// it is touched, but for huge pages, which the host sets aside.
+/// Reserves guest memory at the architecture's addresses: boot memory, and after it the hot-pluggable range,
+/// which is not guest memory until it is plugged. Pages cost nothing until they are touched, except reserved
+/// huge pages.
 pub(crate) fn reserve(spec: &MemorySpec) -> Result<Memory, MemoryError> {
     let mib = (spec.bytes + spec.hotplug_bytes) >> 20;
     try_reserve(spec).map_err(|source| MemoryError {
@@ -117,12 +116,12 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     };
     let mut regions = Vec::new();
     let mut offset = 0;
-    for ((start, len), is_room) in ranges {
+    for ((start, len), is_hotpluggable) in ranges {
         let place = file.clone().map(|file| FileOffset::from_arc(file, offset));
         let mapping = map_aligned(start, len, place, spec.huge_pages)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start));
         let region = region.ok_or(io::ErrorKind::InvalidInput)?;
-        regions.push(match is_room {
+        regions.push(match is_hotpluggable {
             true => MemoryRegion::pluggable(region),
             false => MemoryRegion::new(region),
         });
@@ -131,7 +130,7 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     let memory = Memory::from_regions(regions).map_err(io::Error::other)?;
     for region in memory.iter() {
         let slice = region.mapping().map_err(io::Error::other)?;
-        // A dump of this process would hold what is the guest's, and be as large.
+        // Guest memory would make core dumps huge and disclose the guest's data.
         koya_devices::sys::advise(&slice, Advice::NoDump)?;
         if spec.huge_pages == HugePages::Transparent
             && let Err(error) = koya_devices::sys::advise(&slice, Advice::HugePages)
@@ -142,13 +141,13 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     Ok(memory)
 }
 
-/// The most memory slots that the room for more is divided into: KVM has some 500 at least.
-const MOST_SLOTS: usize = 256;
+/// Maximum number of memory slots for the hot-pluggable range: KVM has some 500 at least.
+const MAX_SLOTS: usize = 256;
 
-/// The device by which memory grows; none without room for that.
+/// Creates the virtio-mem device; `None` without a hot-pluggable range.
 ///
 /// # Errors
-/// What the device says of the room.
+/// If the device rejects the range.
 pub(crate) fn device(
     spec: &MemorySpec,
     kvm: &Kvm,
@@ -158,8 +157,8 @@ pub(crate) fn device(
     if spec.hotplug_bytes == 0 {
         return Ok(None);
     }
-    let most = machine.most_parts(kvm).min(MOST_SLOTS);
-    let slots = Room {
+    let most = machine.max_slots(kvm).min(MAX_SLOTS);
+    let slots = HotplugRange {
         machine: Arc::downgrade(machine),
         start: arch::layout::hotplug_start(spec.bytes),
         len: spec.hotplug_bytes,
@@ -174,34 +173,34 @@ pub(crate) fn device(
     Mem::with_slots(region, memory, slots).map(Some)
 }
 
-/// The room for more memory, as KVM has it.
-struct Room {
-    /// Memory goes with its machine, whoever has a handle of the device.
+/// The hot-pluggable range as memory slots of KVM.
+struct HotplugRange {
+    /// Weak: handles of the device must not keep guest memory alive after its machine.
     machine: Weak<Machine>,
     start: u64,
     len: u64,
     slot_size: u64,
 }
 
-impl Room {
+impl HotplugRange {
     fn machine(&self) -> io::Result<Arc<Machine>> {
         let machine = self.machine.upgrade();
         machine.ok_or_else(|| io::Error::other("the virtual machine has ended"))
     }
 }
 
-impl MemorySlots for Room {
+impl MemorySlots for HotplugRange {
     fn add(&self, index: usize) -> io::Result<()> {
         let offset = self.slot_size.saturating_mul(index as u64);
-        // The last one may be smaller.
+        // The last slot may be smaller.
         let len = self.slot_size.min(self.len.saturating_sub(offset));
         let start = GuestAddress(self.start.saturating_add(offset));
-        let mapped = self.machine()?.map_part(index, start, len);
+        let mapped = self.machine()?.map_slot(index, start, len);
         mapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 
     fn remove(&self, index: usize) -> io::Result<()> {
-        let unmapped = self.machine()?.unmap_part(index);
+        let unmapped = self.machine()?.unmap_slot(index);
         unmapped.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 }
@@ -216,9 +215,10 @@ fn memory_file(spec: &MemorySpec) -> io::Result<File> {
     Ok(file)
 }
 
-/// Maps it where huge pages of the host are huge pages of the guest: both addresses must be as far from the
-/// begin of one. The kernel (since 6.7) sees to it for whole huge pages that begin with one; here what is in
-/// the way is measured, and a place holder takes as much, since mappings follow each other downwards.
+/// Maps memory such that huge pages of the host can back huge pages of the guest: both addresses must have
+/// the same offset from a huge page boundary. Since 6.7 the kernel does this for mappings of whole, aligned
+/// huge pages. Here the misalignment is measured, and a placeholder of that size is mapped, since mappings
+/// are placed downwards one after another.
 fn map_aligned(
     start: u64,
     len: u64,
@@ -234,7 +234,7 @@ fn map_aligned(
     let spare = beyond(&first);
     drop(first);
     let _holder = map(spare, None, HugePages::Host)?;
-    // Where another thread came in between, it costs time, and nothing else.
+    // If another thread maps memory in between, alignment is lost, which costs only speed.
     map(len, place, huge_pages)
 }
 
@@ -244,7 +244,7 @@ fn map(len: u64, place: Option<FileOffset>, huge_pages: HugePages) -> io::Result
         None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     };
     let kind = match huge_pages {
-        // Claimed now: a page that is missing later would be a signal in the middle of the guest.
+        // Claimed now: a huge page missing later would raise SIGBUS while the guest runs.
         HugePages::Reserved if place.is_some() => 0,
         HugePages::Reserved => {
             libc::MAP_HUGETLB | (HUGE_PAGE.ilog2() as i32) << libc::MAP_HUGE_SHIFT
@@ -292,7 +292,7 @@ mod tests {
         );
     }
 
-    /// The flags of the mapping at an address, of `/proc/self/smaps`.
+    /// The flags of the mapping at an address, from `/proc/self/smaps`.
     fn mapping_flags(address: u64) -> String {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut inside = false;
@@ -378,10 +378,10 @@ mod tests {
         use std::sync::atomic::{AtomicBool, Ordering};
         use vm_memory::Bytes;
 
-        /// Within real mode's reach, behind the guest's own memory.
+        /// Within the reach of real mode, after boot memory.
         const ROOM: u64 = 0x8_0000;
 
-        /// Writes to the room, reads it back, and says what it read, again and again.
+        /// Writes to the hot-pluggable range, reads it back, and reports what it read, in a loop.
         const CODE: &[u8] = &[
             0xb8, 0x00, 0x80, // mov ax, 0x8000
             0x8e, 0xd8, // mov ds, ax
@@ -394,7 +394,7 @@ mod tests {
         struct Guest {
             vcpu: Vcpu,
             machine: Arc<Machine>,
-            room: Room,
+            room: HotplugRange,
             file: File,
         }
 
@@ -419,7 +419,7 @@ mod tests {
             arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
             Guest {
                 vcpu,
-                room: Room {
+                room: HotplugRange {
                     machine: Arc::downgrade(&machine),
                     start: ROOM,
                     len: 2 << 20,
@@ -431,7 +431,7 @@ mod tests {
         }
 
         impl Guest {
-            /// What it read, and how many accesses were exits.
+            /// What it read, and how many accesses caused exits.
             fn round(&mut self) -> (u8, usize) {
                 let mut exits = 0;
                 loop {
@@ -464,7 +464,7 @@ mod tests {
             let memory = &guest.machine.memory().clone();
             let region = memory.find_region(GuestAddress(ROOM)).unwrap();
             let slice = region.mapping().unwrap();
-            koya_devices::sys::advise(&slice, Advice::GiveBackShared).unwrap();
+            koya_devices::sys::advise(&slice, Advice::PunchHole).unwrap();
             assert_eq!(guest.round(), (0xff, 2));
             assert!(!guest.is_held());
         }
@@ -472,7 +472,7 @@ mod tests {
         #[test]
         fn slots_come_and_go_while_the_guest_runs() {
             let mut guest = guest();
-            let room = Room {
+            let room = HotplugRange {
                 machine: guest.room.machine.clone(),
                 ..guest.room
             };
@@ -492,8 +492,7 @@ mod tests {
             // Changes that failed have ended.
             while plugged.min(unplugged) < 20 && !changes.is_finished() {
                 match guest.round().0 {
-                    // Nothing was there for the write, and a page of zeros was
-                    // there for the read.
+                    // The write found no memory, and the read found a page of zeros.
                     0x5a | 0 => plugged += 1,
                     0xff => unplugged += 1,
                     other => panic!("{other:#x}"),
@@ -507,10 +506,10 @@ mod tests {
         #[test]
         fn slots_that_can_not_be_are_refused() {
             let guest = guest();
-            // Beyond the room, over what is there, and after the machine's end.
+            // Outside the range, over an existing slot, and after the end of the machine.
             assert!(guest.room.add(2).is_err());
             guest.room.add(0).unwrap();
-            let over = Room {
+            let over = HotplugRange {
                 machine: guest.room.machine.clone(),
                 start: ROOM - 0x1000,
                 ..guest.room

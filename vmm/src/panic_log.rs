@@ -1,6 +1,6 @@
-//! The guest kernel's last words: ramoops (Documentation/admin-guide/ramoops.rst) in a piece of
-//! memory that the guest's memory map reserves. The guest writes it, so it is read as text of
-//! unknown origin and bounded by the region's size.
+//! The guest's panic log: ramoops (Documentation/admin-guide/ramoops.rst) in a range that the guest's memory
+//! map reserves. The guest can write anything there, so it is parsed as untrusted text bounded by the size of
+//! the range.
 
 use crate::arch::layout::{PANIC_LOG, PANIC_LOG_SIZE};
 use crate::exit::ExitReason;
@@ -14,7 +14,7 @@ const SIGNATURE: u32 = 0x4347_4244;
 const HEADER: usize = 12;
 const RECORDS: u64 = 2;
 
-/// Words for the guest's command line that make it use the region.
+/// Kernel parameters that make the guest use the range.
 pub(crate) fn cmdline() -> String {
     format!(
         "ramoops.mem_address={PANIC_LOG:#x} ramoops.mem_size={PANIC_LOG_SIZE:#x} \
@@ -24,8 +24,8 @@ pub(crate) fn cmdline() -> String {
     )
 }
 
-/// Adds what the guest left behind to the reason why it ended: a panicking kernel resets the
-/// machine, and only its last words tell that from an orderly end.
+/// Adds the panic log to the exit reason: a panicking kernel resets the machine, and only the log
+/// distinguishes that from an orderly shutdown.
 pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
     if !matches!(reason, ExitReason::Reset | ExitReason::TripleFault { .. }) {
         return reason;
@@ -33,8 +33,8 @@ pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
     let size = (PANIC_LOG_SIZE / RECORDS) as usize;
     let logs = (0..RECORDS).filter_map(|record| {
         let at = GuestAddress(PANIC_LOG + record * size as u64);
-        // First that alone: most guests leave nothing, and memory that they never touched is costly to
-        // read.
+        // Reads only the signature first: most guests leave no log, and reading memory that they never
+        // touched is costly.
         let signature: u32 = memory.read_obj(at).ok()?;
         if signature != SIGNATURE {
             return None;
@@ -46,7 +46,7 @@ pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
     join(reason, &logs.collect::<Vec<_>>())
 }
 
-/// The text of a record, if it is one.
+/// Parses a record; returns its text.
 fn parse(record: &[u8]) -> Option<String> {
     let word = |at: usize| {
         record
@@ -65,34 +65,35 @@ fn parse(record: &[u8]) -> Option<String> {
 }
 
 fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
-    const MARK: &str = "Kernel panic - not syncing: ";
+    const PANIC_PREFIX: &str = "Kernel panic - not syncing: ";
     let panic = logs.iter().find_map(|log| {
-        let message = log.lines().find_map(|l| Some(l.split_once(MARK)?.1))?;
+        let message = log
+            .lines()
+            .find_map(|l| Some(l.split_once(PANIC_PREFIX)?.1))?;
         Some(ExitReason::Panic {
             message: guest_text::line(message.trim()),
-            log: guest_text::lines(last_words(log)),
+            log: guest_text::lines(panic_excerpt(log)),
         })
     });
     match (panic, reason) {
         (Some(panic), _) => panic,
-        // An oops that was not survived: its text says more than the registers.
+        // A fatal oops: its text says more than the registers.
         (None, ExitReason::TripleFault { details, .. }) => ExitReason::TripleFault {
             details,
             log: logs
                 .last()
-                .map(|log| guest_text::lines(last_words(log)))
+                .map(|log| guest_text::lines(panic_excerpt(log)))
                 .unwrap_or_default(),
         },
         (None, reason) => reason,
     }
 }
 
-/// How many lines before the kernel's own words of its fault are shown: what led to it, such as the last words of
-/// its init.
+/// How many lines before the fault are shown: what led to it, such as the last output of init.
 const LINES_BEFORE: usize = 5;
 
-/// The part of a log from the first fault on. A record has all that the kernel said before, from its boot.
-fn last_words(log: &str) -> &str {
+/// The part of a log from the first fault on. A record contains the whole kernel log since boot.
+fn panic_excerpt(log: &str) -> &str {
     const FAULTS: &[&str] = &[
         "BUG: ",
         "Oops: ",
@@ -143,13 +144,13 @@ mod tests {
             .collect();
         let fault = "<1>[ 1.0] BUG: kernel NULL pointer dereference\n<4>[ 1.0] RIP: 0010:f\n";
         let panic = "<0>[ 1.1] Kernel panic - not syncing: Fatal exception\n<0>[ 1.1] end";
-        let shown = last_words(&format!("{boot}{fault}{panic}")).to_owned();
+        let shown = panic_excerpt(&format!("{boot}{fault}{panic}")).to_owned();
         assert!(shown.starts_with("<6>[ 0.295] boot 295\n"), "{shown}");
         assert!(shown.ends_with(&format!("{fault}{panic}")));
         assert_eq!(shown.lines().count(), LINES_BEFORE + 4);
-        // A short one, and one without a fault, are whole.
+        // Short logs and logs without a fault are shown whole.
         for whole in [&format!("one\n{panic}"), "one\ntwo", ""] {
-            assert_eq!(last_words(whole), whole);
+            assert_eq!(panic_excerpt(whole), whole);
         }
     }
 
@@ -162,13 +163,13 @@ mod tests {
             &["<1>BUG: bad".into()],
         );
         assert_eq!(found.log(), Some("<1>BUG: bad"));
-        // An oops that the guest survived is no reason for its end.
+        // An oops that the guest survived is not the reason for its end.
         let survived = join(ExitReason::Reset, &["<1>BUG: bad".into()]);
         assert_eq!(survived, ExitReason::Reset);
     }
 
     #[test]
-    fn a_guests_last_words_move_no_terminal() {
+    fn control_characters_are_removed_from_the_log() {
         let text =
             "Kernel panic - not syncing: \x1b]0;owned\x07\x1b[2Jdone\r\nCall Trace:\n\t<TASK>";
         let found = join(

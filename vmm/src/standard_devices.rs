@@ -1,8 +1,8 @@
-//! The devices that a configuration asks for, in the order in which the guest finds those of a kind.
+//! The devices of a configuration, in the order in which the guest sees those of one kind.
 
 use crate::builder::{StartError, host};
 use crate::config::{DiskSpec, Spec};
-use crate::hotplug::HotPlug;
+use crate::hotplug::HotplugSlots;
 use crate::kvm::Machine;
 use crate::memory;
 use koya_devices::balloon::{Balloon, BalloonHandle};
@@ -15,7 +15,7 @@ use koya_devices::vsock::{Ports, UnixSockets, Vsock};
 use kvm_ioctls::Kvm;
 use std::sync::Arc;
 
-/// What the owner of a running machine keeps of its devices.
+/// Handles of the devices of a running machine.
 #[derive(Default)]
 pub(crate) struct Handles {
     pub(crate) disks: Vec<BlockHandle>,
@@ -23,10 +23,10 @@ pub(crate) struct Handles {
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) mem: Option<MemHandle>,
     pub(crate) entropy: Option<Arc<RngMetrics>>,
-    pub(crate) hotplug: Option<HotPlug>,
+    pub(crate) hotplug: Option<HotplugSlots>,
 }
 
-/// Devices, and what is kept of them.
+/// Devices and their handles.
 #[derive(Default)]
 pub(crate) struct StandardDevices {
     pub(crate) devices: Vec<Box<dyn VirtioDevice>>,
@@ -35,10 +35,10 @@ pub(crate) struct StandardDevices {
 }
 
 impl StandardDevices {
-    /// Makes those of a configuration, whose open files they take over.
+    /// Creates the devices of a configuration and takes over its open files.
     ///
     /// # Errors
-    /// What the host refused.
+    /// The error from the host.
     pub(crate) fn make(
         spec: &mut Spec,
         kvm: &Kvm,
@@ -81,10 +81,10 @@ impl StandardDevices {
     }
 }
 
-/// A disk as its configuration has it.
+/// Creates a disk from its configuration.
 ///
 /// # Errors
-/// What the host refused.
+/// The error from the host.
 pub(crate) fn make_disk(spec: DiskSpec) -> Result<Block, StartError> {
     let disk = Block::new(spec.disk, spec.queues).map_err(host("make a disk"))?;
     Ok(disk.with_engine(spec.engine).with_limits(spec.limits))

@@ -1,10 +1,10 @@
-//! The thread that starts devices. A driver starts its device by a write to a register, so that a vCPU's
-//! thread does; but what a device needs threads for would then be started by the thread that runs the guest,
-//! and have no more rights than that. So the vCPU asks this thread, and waits: to the guest the write is as
-//! synchronous as before, and the device's lock is held meanwhile.
+//! The thread that activates devices. A driver activates its device by a register write, which is handled on
+//! a vCPU thread. Threads of the device must not be created there, because they would inherit the
+//! restrictions of a thread that runs the guest. So the vCPU has this thread do it and waits: for the guest
+//! the write stays synchronous, and the device's lock is held meanwhile.
 //!
-//! Nothing here waits for a vCPU, for the event loop or for whoever takes the machine down. So one that ends
-//! while a device starts is taken down as soon as the device has started, vCPUs first.
+//! This thread never waits for a vCPU, the event loop or the teardown. A machine that ends while a device is
+//! being activated is torn down as soon as the activation is complete, vCPUs first.
 
 use koya_host::sync::lock;
 use koya_host::threads::{self, Role};
@@ -14,15 +14,15 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-/// It touches nothing of the guest.
+/// Handles no guest data.
 const ROLE: Role = Role::new("koya-starter").without_signals();
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// What is to be done, and who hears when it is.
+/// The work, and where its completion is reported.
 type Job = (Work, Sender<()>);
 
-/// The thread, for whoever wants a device started; [`stop`](Self::stop) joins it.
+/// The starter thread; joined by [`stop`](Self::stop).
 pub(crate) struct Starter(Mutex<Option<(Sender<Job>, JoinHandle<()>)>>);
 
 impl Starter {
@@ -32,7 +32,7 @@ impl Starter {
         Ok(Self(Mutex::new(Some((sender, thread)))))
     }
 
-    /// Has `work` done there, and waits for it.
+    /// Runs `work` on the thread and waits for it.
     ///
     /// # Errors
     /// If the work panicked, or the thread has ended.
@@ -44,7 +44,7 @@ impl Starter {
         answer.ok_or_else(|| io::Error::other("the thread that starts devices did not do it"))
     }
 
-    /// Ends it, after what it is at.
+    /// Stops the thread after its current job.
     pub(crate) fn stop(&self) {
         let running = lock(&self.0).take();
         if let Some((sender, thread)) = running {
@@ -64,7 +64,7 @@ impl Drop for Starter {
 
 fn serve(jobs: &Receiver<Job>) {
     for (work, done) in jobs {
-        // The next device is started all the same.
+        // A panic must not prevent the activation of other devices.
         match catch_unwind(AssertUnwindSafe(work)) {
             Ok(()) => drop(done.send(())),
             Err(_) => log::error!("a device panicked while it was started"),

@@ -1,4 +1,4 @@
-//! The vCPU threads: run, handle the exit, run again, until there is a reason to end.
+//! vCPU threads: run the guest, handle the exit, run it again, until there is a reason to end.
 //!
 //! ```text
 //!              pause()                   all parked
@@ -8,9 +8,9 @@
 //!   any state ── end(reason) ──▶ Ended: threads return, the first reason is kept
 //! ```
 //!
-//! vCPUs that are not online are held: their threads wait here, as while paused, and do not enter
-//! KVM_RUN. What the guest sends them to start them (INIT, SIPI) KVM keeps until they do, so which CPUs
-//! run is the owner's to say, whatever the guest's kernel does.
+//! vCPUs that are not online are held: their threads wait here as while paused and do not enter KVM_RUN. KVM
+//! keeps the INIT and SIPI that the guest sends them until they do, so the owner decides which CPUs run,
+//! whatever the guest's kernel does.
 
 use crate::arch;
 use crate::bus::{Bus, Effect};
@@ -19,35 +19,35 @@ use crate::kvm::{Exit, Kicker, Thread, Vcpu};
 use koya_host::sync::{lock, wait};
 use std::sync::{Arc, Condvar, Mutex};
 
-/// What the vCPUs are to do.
+/// The state that vCPUs must be in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Wanted {
+enum Target {
     Run,
     Pause,
     End(ExitReason),
 }
 
 struct State {
-    wanted: Wanted,
+    target: Target,
     /// vCPUs from this one on are held.
     online: usize,
-    /// Those that wait, whatever for.
+    /// Number of waiting vCPU threads, paused or held.
     parked: usize,
     alive: usize,
 }
 
 impl State {
-    /// Whether a vCPU is to wait outside the guest.
+    /// Whether a vCPU must wait outside the guest.
     fn holds(&self, index: usize) -> bool {
-        match self.wanted {
-            Wanted::Run => index >= self.online,
-            Wanted::Pause => true,
-            Wanted::End(_) => false,
+        match self.target {
+            Target::Run => index >= self.online,
+            Target::Pause => true,
+            Target::End(_) => false,
         }
     }
 }
 
-/// What vCPU threads, the event loop and the owner share.
+/// Run control of the vCPUs, shared by vCPU threads, the event loop and the owner.
 pub(crate) struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
@@ -55,11 +55,12 @@ pub(crate) struct RunControl {
 }
 
 impl RunControl {
-    /// That of as many vCPUs, which do not run before [`resume`](Self::resume); then the first `online` do.
+    /// Run control of `kickers.len()` vCPUs. They start paused; after [`resume`](Self::resume) the first
+    /// `online` run.
     pub(crate) fn new(kickers: Vec<Kicker>, online: usize) -> Self {
         Self {
             state: Mutex::new(State {
-                wanted: Wanted::Pause,
+                target: Target::Pause,
                 online,
                 parked: 0,
                 alive: kickers.len(),
@@ -72,42 +73,42 @@ impl RunControl {
     /// Ends the virtual machine; only the first reason is kept.
     pub(crate) fn end(&self, reason: ExitReason) {
         let mut state = lock(&self.state);
-        if !matches!(state.wanted, Wanted::End(_)) {
-            state.wanted = Wanted::End(reason);
+        if !matches!(state.target, Target::End(_)) {
+            state.target = Target::End(reason);
         }
         drop(state);
-        self.tell();
+        self.notify();
     }
 
-    /// Stops every vCPU outside the guest and returns when all have. False if it has ended.
+    /// Pauses all vCPUs and waits until they have left the guest. False if the machine has ended.
     pub(crate) fn pause(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.wanted == Wanted::Run {
-            state.wanted = Wanted::Pause;
+        if state.target == Target::Run {
+            state.target = Target::Pause;
         }
         drop(state);
-        self.tell();
+        self.notify();
         let mut state = lock(&self.state);
-        while state.parked < state.alive && state.wanted == Wanted::Pause {
+        while state.parked < state.alive && state.target == Target::Pause {
             state = wait(&self.changed, state);
         }
-        state.wanted == Wanted::Pause
+        state.target == Target::Pause
     }
 
-    /// Lets the vCPUs go on. False if it has ended.
+    /// Resumes the vCPUs. False if the machine has ended.
     pub(crate) fn resume(&self) -> bool {
         let mut state = lock(&self.state);
-        if state.wanted == Wanted::Pause {
-            state.wanted = Wanted::Run;
+        if state.target == Target::Pause {
+            state.target = Target::Run;
         }
-        let running = state.wanted == Wanted::Run;
+        let running = state.target == Target::Run;
         drop(state);
         self.changed.notify_all();
         running
     }
 
-    /// Lets the first `online` vCPUs run, at least one and at most all, and holds the others: when this
-    /// returns, or soon after it, they are outside the guest.
+    /// Lets the first `online` vCPUs run, at least one and at most all, and holds the others: they are
+    /// outside the guest when this returns or soon after.
     pub(crate) fn set_online(&self, online: usize) {
         let online = online.clamp(1, self.kickers.len().max(1));
         lock(&self.state).online = online;
@@ -117,40 +118,40 @@ impl RunControl {
         }
     }
 
-    /// How many vCPUs may run.
+    /// Number of vCPUs that may run.
     pub(crate) fn online(&self) -> usize {
         lock(&self.state).online
     }
 
-    /// Waits for the end.
+    /// Waits until the machine ends.
     pub(crate) fn wait(&self) -> ExitReason {
         let mut state = lock(&self.state);
         loop {
-            if let Wanted::End(reason) = &state.wanted {
+            if let Target::End(reason) = &state.target {
                 return reason.clone();
             }
             state = wait(&self.changed, state);
         }
     }
 
-    /// The reason, if it has ended.
+    /// Why the machine ended, if it has.
     pub(crate) fn ended(&self) -> Option<ExitReason> {
-        match &lock(&self.state).wanted {
-            Wanted::End(reason) => Some(reason.clone()),
+        match &lock(&self.state).target {
+            Target::End(reason) => Some(reason.clone()),
             _ => None,
         }
     }
 
-    fn tell(&self) {
+    fn notify(&self) {
         self.changed.notify_all();
         for kicker in &self.kickers {
             kicker.kick();
         }
     }
 
-    /// Called by vCPU `index` outside the guest: waits while paused or held; false when it is time to end.
-    /// The second value says whether it waited.
-    fn pass(&self, index: usize) -> (bool, bool) {
+    /// Called by vCPU `index` outside the guest: waits while paused or held. Returns whether to go on, and
+    /// whether it waited.
+    fn wait_until_runnable(&self, index: usize) -> (bool, bool) {
         let mut state = lock(&self.state);
         let mut waited = false;
         while state.holds(index) {
@@ -164,7 +165,7 @@ impl RunControl {
         if waited {
             state.parked -= 1;
         }
-        (state.wanted == Wanted::Run, waited)
+        (state.target == Target::Run, waited)
     }
 
     fn leave(&self) {
@@ -173,7 +174,7 @@ impl RunControl {
     }
 }
 
-/// A vCPU's whole life, on this thread.
+/// Runs a vCPU on this thread until the machine ends.
 pub(crate) fn run(
     index: usize,
     mut vcpu: Vcpu,
@@ -181,40 +182,39 @@ pub(crate) fn run(
     control: &Arc<RunControl>,
     bus: &Bus,
 ) {
-    let _left = Left(control);
+    let _guard = ThreadGuard(control);
     if let Err(error) = vcpu.enter_thread(thread) {
         let details = format!("cannot set a vCPU's signal mask: {error}");
         return control.end(ExitReason::RunError { details });
     }
     let mut first = true;
     loop {
-        let (go_on, has_waited) = control.pass(index);
+        let (go_on, has_waited) = control.wait_until_runnable(index);
         if !go_on {
             break;
         }
         if has_waited && !std::mem::take(&mut first) {
-            // Tells the guest's watchdogs that time passed without it; refused by guests
-            // without a kvmclock, which have nobody to tell.
+            // Tells the guest's watchdogs that it was stopped; guests without kvmclock refuse this.
             arch::after_pause(vcpu.fd());
         }
         if let Some(reason) = run_until_kicked(&mut vcpu, bus) {
-            bus.marks().guest(match &reason {
+            bus.boot_events().guest(match &reason {
                 ExitReason::Reset => "reset",
                 ExitReason::TripleFault { .. } => "triple fault",
                 _ => "cannot go on",
             });
-            // It is over for this one: what tells the others need not kick it.
+            // This vCPU is done and needs no kick when the others are notified.
             vcpu.leave_thread();
             control.end(reason);
         }
     }
 }
 
-/// Says that a vCPU's thread is over; if it panicked (a console that an embedder wrote may), that
-/// is the machine's end too, since nobody would wait for it otherwise.
-struct Left<'g>(&'g RunControl);
+/// Records the end of a vCPU thread. If the thread panicked (an embedder's console may), it ends the machine
+/// too, since nobody would wait for it otherwise.
+struct ThreadGuard<'g>(&'g RunControl);
 
-impl Drop for Left<'_> {
+impl Drop for ThreadGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let details = "its thread panicked".to_owned();
@@ -283,7 +283,8 @@ mod tests {
     use std::time::{Duration, Instant};
     use vm_memory::{Bytes, GuestAddress};
 
-    /// By x2APIC, which real mode reaches: INIT and SIPI to the second CPU, then nothing.
+    /// Through the x2APIC, which is accessible in real mode: sends INIT and SIPI to the second CPU, then
+    /// halts.
     const START_SECOND: &[u8] = &[
         0x66, 0xb9, 0x1b, 0x00, 0x00, 0x00, // mov ecx, IA32_APIC_BASE
         0x0f, 0x32, // rdmsr
@@ -302,7 +303,7 @@ mod tests {
     const COUNT: &[u8] = &[0xff, 0x06, 0x00, 0x05, 0xeb, 0xfa];
     const COUNTER: GuestAddress = GuestAddress(0x500);
 
-    /// A guest that starts a CPU that it has and may not use.
+    /// A guest that starts a second CPU, which is held.
     fn start() -> Vm {
         let mut code = START_SECOND.to_vec();
         code.resize(SECOND, 0xf4);
@@ -329,12 +330,12 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_runs_while_the_owner_lets_it() {
+    fn a_cpu_runs_only_while_online() {
         let vm = start();
         let memory = vm.memory().clone();
         assert!(!counts(&memory));
         let handle = vm.handle();
-        // What the guest sent it meanwhile is not lost.
+        // The INIT and SIPI sent meanwhile are not lost.
         handle.set_online_cpus(2);
         assert!(counts_soon(&memory));
         handle.set_online_cpus(1);
@@ -348,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_cpu_is_in_nobodys_way() {
+    fn a_held_cpu_does_not_block_pause_and_stop() {
         let vm = start();
         let handle = vm.handle();
         for _ in 0..20 {
@@ -360,7 +361,7 @@ mod tests {
         assert!(!counts(vm.memory()));
         assert!(handle.resume());
         assert!(counts_soon(vm.memory()));
-        // With one held and one that runs.
+        // With one held vCPU and one that runs.
         handle.set_online_cpus(0);
         assert!(handle.pause() && handle.resume());
         assert_eq!(handle.online_cpus(), 1);

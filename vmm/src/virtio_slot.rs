@@ -1,37 +1,40 @@
-//! Virtio devices at their MMIO slots: the bus reaches each by its registers, KVM connects its interrupt
-//! and its queues' kicks.
+//! Virtio devices in MMIO slots: the bus dispatches register accesses, KVM connects the interrupt and the
+//! queue notifications.
 
 use crate::arch::{self, ArchError, MmioSlot};
+use crate::boot_events::BootEvents;
 use crate::bus::{BusDevice, Effect};
 use crate::kvm::Machine;
-use crate::marks::Marks;
-use koya_devices::virtio::mmio::{self, MmioTransport, QUEUE_NOTIFY_OFFSET, WINDOW_SIZE};
+use koya_devices::virtio::mmio::{self, MMIO_SLOT_SIZE, MmioTransport, QUEUE_NOTIFY_OFFSET};
 use koya_devices::virtio::registers::RegisterPages;
 use koya_host::sync::lock;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-/// A slot: a device, or none for now.
+/// A slot that holds a device or is empty.
 pub(crate) struct VirtioSlot {
     transport: Mutex<Option<MmioTransport>>,
-    marks: Arc<Marks>,
+    boot_events: Arc<BootEvents>,
 }
 
 impl VirtioSlot {
-    pub(crate) fn new(transport: Option<MmioTransport>, marks: &Arc<Marks>) -> Arc<Self> {
+    pub(crate) fn new(
+        transport: Option<MmioTransport>,
+        boot_events: &Arc<BootEvents>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             transport: Mutex::new(transport),
-            marks: marks.clone(),
+            boot_events: boot_events.clone(),
         })
     }
 
-    /// Puts a device there.
+    /// Puts a device into the slot.
     pub(crate) fn put(&self, transport: MmioTransport) {
         *lock(&self.transport) = Some(transport);
     }
 
-    /// Takes the device away.
+    /// Removes the device from the slot.
     pub(crate) fn take(&self) -> Option<MmioTransport> {
         lock(&self.transport).take()
     }
@@ -41,7 +44,7 @@ impl BusDevice for VirtioSlot {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match &mut *lock(&self.transport) {
             Some(transport) => transport.read(offset, data),
-            None => mmio::read_empty(offset, data),
+            None => mmio::read_empty_slot(offset, data),
         }
     }
 
@@ -50,29 +53,29 @@ impl BusDevice for VirtioSlot {
             let was_active = transport.is_active();
             transport.write(offset, data);
             if transport.is_active() && !was_active {
-                self.marks.guest(transport.kind().name());
+                self.boot_events.guest(transport.kind().name());
             }
         }
         Effect::None
     }
 
-    /// As a reset by its driver would stop it.
-    fn shut_down(&self, about: &dyn Fn(&str)) {
-        // Taken out: whoever still has the slot must not keep the device.
+    /// Stops the device as a reset by its driver does.
+    fn shut_down(&self, report: &dyn Fn(&str)) {
+        // Taken out, so that other references to the slot do not keep the device.
         if let Some(mut transport) = self.take() {
-            about(&format!("threads of a {} device", transport.kind().name()));
+            report(&format!("threads of a {} device", transport.kind().name()));
             transport.shutdown();
         }
     }
 }
 
-/// The addresses of a slot.
+/// The address range of a slot.
 pub(crate) fn addresses(slot: MmioSlot) -> Range<u64> {
-    slot.address..slot.address + WINDOW_SIZE
+    slot.address..slot.address + MMIO_SLOT_SIZE
 }
 
-/// Connects one device: its interrupt, and a kick for each queue that never leaves the kernel's
-/// side of KVM_RUN for longer than an eventfd write.
+/// Connects a device: its interrupt, and an ioeventfd for each queue, so that notifications do not exit to
+/// user space.
 pub(crate) fn connect(
     machine: &Machine,
     transport: &MmioTransport,
@@ -85,7 +88,7 @@ pub(crate) fn connect(
     connect_kicks(machine, transport, slot)
 }
 
-/// Connects a kick for each queue.
+/// Connects an ioeventfd for each queue.
 pub(crate) fn connect_kicks(
     machine: &Machine,
     transport: &MmioTransport,
@@ -101,7 +104,7 @@ pub(crate) fn connect_kicks(
     Ok(())
 }
 
-/// Takes back what [`connect_kicks`] did, as far as it got.
+/// Undoes [`connect_kicks`], also if it failed half-way.
 pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slot: MmioSlot) {
     let fd = machine.fd();
     let notify = IoEventAddress::Mmio(slot.address + QUEUE_NOTIFY_OFFSET);
@@ -110,7 +113,7 @@ pub(crate) fn disconnect_kicks(machine: &Machine, transport: &MmioTransport, slo
     }
 }
 
-/// Lets the guest read the registers of the first devices by itself, where it can.
+/// Lets the guest read the registers of the first devices without exits, if the architecture allows it.
 pub(crate) fn publish_registers(
     kvm: &Kvm,
     machine: &Machine,
@@ -118,7 +121,7 @@ pub(crate) fn publish_registers(
     count: usize,
 ) -> Result<(), ArchError> {
     let first = arch::layout::device_slot(0).filter(|_| count > 0);
-    let Some(first) = first.filter(|_| arch::READS_MEMORY_OF_DEVICES) else {
+    let Some(first) = first.filter(|_| arch::CAN_MAP_REGISTERS) else {
         return Ok(());
     };
     if !kvm.check_extension(Cap::ReadonlyMem) {
@@ -145,15 +148,15 @@ mod tests {
     #[test]
     fn an_empty_slot_says_that_it_is_one() {
         let mut bus = Bus::default();
-        let slot = VirtioSlot::new(None, bus.marks());
+        let slot = VirtioSlot::new(None, bus.boot_events());
         let start = 0xd000_0000;
-        bus.add_memory(start..start + WINDOW_SIZE, slot.clone())
+        bus.add_memory(start..start + MMIO_SLOT_SIZE, slot.clone())
             .unwrap();
         let mut words = [[0; 4]; 3];
         for (offset, word) in [0, 4, 8].into_iter().zip(&mut words) {
             bus.mmio_read(start + offset, word);
         }
-        // Magic, version, and no device.
+        // Magic value, version, device ID 0.
         assert_eq!(words, [*b"virt", [2, 0, 0, 0], [0; 4]]);
         bus.mmio_write(start + 0x70, &[1, 0, 0, 0]);
         slot.put(device());

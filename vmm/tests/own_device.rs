@@ -1,4 +1,4 @@
-//! Devices of an embedder's own, driven by a tiny guest on the machine's own `/dev/kvm`.
+//! Custom devices, driven by a tiny guest on the host's `/dev/kvm`.
 #![cfg(target_arch = "x86_64")]
 
 #[path = "../examples/own_device.rs"]
@@ -18,7 +18,7 @@ fn the_example_greets_its_guest() {
     assert_eq!((reason, greetings), (ExitReason::Reset, 1));
 }
 
-/// Says what happens to it, and waits for a word before it is active.
+/// Reports calls, and waits for permission before it becomes active.
 struct Slow {
     said: Sender<String>,
     go_on: Receiver<()>,
@@ -69,7 +69,7 @@ fn a_device_is_started_by_a_thread_that_may_start_others() {
     assert_eq!(hears.recv().unwrap(), "activated by koya-starter");
     word.send(()).unwrap();
     assert_eq!(hears.recv().unwrap(), "started Ok(true) by koya-starter");
-    // Its guest waits for an answer for ever.
+    // Its guest waits for an answer forever.
     assert_eq!(vm.stop(), ExitReason::Stopped);
     assert!(hears.recv().unwrap().starts_with("reset by"));
 }
@@ -86,7 +86,7 @@ fn a_machine_that_ends_while_a_device_starts_is_taken_down_after_it() {
     assert_eq!(handle.wait_ended(), ExitReason::Stopped);
     word.send(()).unwrap();
     assert_eq!(waits.join().unwrap(), ExitReason::Stopped);
-    // It was told to stop after it had started, and nothing holds it any more.
+    // It was stopped after it had started, and nothing holds it any more.
     let said: Vec<_> = hears.iter().collect();
     assert!(said[0].starts_with("started Ok(true)"), "{said:?}");
     assert!(said[1].starts_with("reset by"), "{said:?}");

@@ -1,11 +1,11 @@
-//! Tiny guests on the machine's own `/dev/kvm`, whatever it is: a few real-mode instructions
-//! each, so that a KVM that emulates guests in software runs them as well.
+//! Tiny guests on the host's `/dev/kvm`: a few real-mode instructions each, which also run on a KVM that
+//! emulates guests in software.
 #![cfg(target_arch = "x86_64")]
 
 use koya_vmm::{ExitReason, Spec, Vm};
 use std::time::{Duration, Instant};
 
-/// mov al, 0xfe; out 0x64, al; hlt: asks the keyboard controller for a reset.
+/// mov al, 0xfe; out 0x64, al; hlt: requests a reset from the keyboard controller.
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 /// jmp $
 const SPIN: &[u8] = &[0xeb, 0xfe];
@@ -49,11 +49,11 @@ fn a_guest_that_never_exits_is_stopped() {
 
 #[test]
 fn a_halted_guest_is_stopped() {
-    // cli; hlt: sleeps inside KVM for ever.
+    // cli; hlt: sleeps inside KVM forever.
     assert_eq!(start(&[0xfa, 0xf4]).stop(), ExitReason::Stopped);
 }
 
-/// in al, 0x60 adds up nothing, but each is an exit: the guest counts in a port that nobody has.
+/// The guest counts in memory, without exits.
 #[test]
 fn a_paused_guest_does_not_run() {
     // l: inc word [0x100]; jmp l
@@ -80,7 +80,7 @@ fn a_guest_that_was_never_resumed_can_be_dropped() {
     );
 }
 
-/// Ports that nobody has read as ones; the guest resets only if it sees them.
+/// Ports without a device read as ones; the guest resets only if it sees them.
 #[test]
 fn an_empty_port_floats_high() {
     // in al, 0x99; inc al; jnz $ ; then reset
@@ -95,21 +95,21 @@ fn entries(dir: &str) -> usize {
 
 fn mappings() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").expect("proc");
-    // What the allocator and thread stacks keep for the next time is not the guest's: guest
-    // memory and kvm_run are told by what they map.
+    // What the allocator and thread stacks cache does not count: guest memory and kvm_run are recognized by
+    // their mappings.
     maps.lines()
         .filter(|l| l.contains("kvm") || l.contains("anon_inode"))
         .count()
 }
 
-/// In a process of its own (see below): other tests' threads would be counted.
+/// Run in a process of its own (see below): the threads of other tests would be counted.
 fn start_and_stop_two_hundred() {
     let mut before = None;
     for round in 0..200 {
         let vm = start(if round % 2 == 0 { RESET } else { SPIN });
         let reason = if round % 2 == 0 { vm.wait() } else { vm.stop() };
         assert!(reason.is_orderly(), "{reason}");
-        // The first round fills what the process keeps for ever.
+        // The first round fills caches that the process keeps.
         let now = (
             entries("/proc/self/fd"),
             entries("/proc/self/task"),

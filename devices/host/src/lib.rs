@@ -1,14 +1,13 @@
-//! What Koya's libraries need of their host and what is no device's.
+//! Host support for Koya's libraries that is not part of a device.
 //!
 //! | module | what |
 //! |---|---|
 //! | [`process`] | what a program sets up at its start |
-//! | [`threads`] | how each thread is started, by its [role](threads::Role) |
+//! | [`threads`] | starts threads by [role](threads::Role) |
 //! | [`sync`] | locks |
-//! | [`sys`] | signals, the heap, connections that are steered by BPF |
+//! | [`sys`] | signals, the heap, BPF redirection of loopback connections |
 //!
-//! A process is divided by its threads: what a thread may do is a matter of its role, which is fixed when it
-//! starts and known by name. `unsafe` stands in [`sys`] alone.
+//! A role fixes what a thread may do when the thread starts, and names it. `unsafe` code is in [`sys`] only.
 
 pub mod process;
 pub mod sync;

@@ -1,9 +1,9 @@
-//! Threads: each is started by its role, which says what Linux shows as its name, which signals reach it, and
-//! whether it may start others. `docs/architecture.md` lists the roles there are.
+//! Starts threads by role. A role sets the name that Linux shows, the signals that reach the thread, and
+//! whether it may create threads. `docs/architecture.md` lists the roles.
 //!
-//! Filters of system calls and capabilities are a thread's own, and a thread that it starts inherits them. So
-//! a thread that serves a guest starts none: what it may do could not be less than what its children need.
-//! Whoever starts threads for others does nothing else.
+//! seccomp filters and capabilities are per thread and inherited by the threads it creates. A thread that
+//! serves a guest therefore creates none: otherwise it could not be more restricted than its children need. A
+//! thread that creates threads on behalf of others does nothing else.
 
 use crate::sys;
 use std::cell::Cell;
@@ -12,41 +12,41 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Address space for a thread's stack, in bytes: enough for all that Koya's threads do, and less than a huge
-/// page. Where the host makes huge pages for all, it makes one of a larger stack as soon as that is touched
-/// (glibc asks it not to, musl does not): 2 MiB for each thread instead of some KiB.
+/// Stack size of a thread in bytes: enough for everything Koya's threads do, and less than a huge page. If
+/// the host backs all memory with huge pages, it backs a larger stack with one as soon as it is touched
+/// (glibc disables that, musl does not): 2 MiB for each thread instead of a few KiB.
 pub const STACK: usize = 1 << 20;
 const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
 
 /// Which signals reach a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Signals {
-    /// Those of the thread that starts it.
+    /// Those of the thread that creates it.
     Inherited,
-    /// None: handlers belong to threads of the process's owner.
+    /// None: handlers run on threads of the process's owner.
     Blocked,
 }
 
-/// What a thread is for.
+/// The role of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Role {
     name: &'static str,
     signals: Signals,
-    may_start_others: bool,
+    may_create_threads: bool,
 }
 
 impl Role {
-    /// A role of this name, of which Linux shows 15 bytes. Signals reach its threads as they reach the one
-    /// that starts them.
+    /// A role with this name, of which Linux shows 15 bytes. Its threads inherit the signal mask of their
+    /// creator.
     pub const fn new(name: &'static str) -> Self {
         Self {
             name,
             signals: Signals::Inherited,
-            may_start_others: true,
+            may_create_threads: true,
         }
     }
 
-    /// The same, for threads that no signal reaches.
+    /// The same with all signals blocked.
     #[must_use]
     pub const fn without_signals(self) -> Self {
         Self {
@@ -55,22 +55,22 @@ impl Role {
         }
     }
 
-    /// The same, for threads that serve a guest: they start no others, and no signal reaches them.
+    /// The same for threads that serve a guest: they may not create threads, and all signals are blocked.
     #[must_use]
-    pub const fn of_the_guest(self) -> Self {
+    pub const fn guest_facing(self) -> Self {
         Self {
             signals: Signals::Blocked,
-            may_start_others: false,
+            may_create_threads: false,
             ..self
         }
     }
 
-    /// Its name.
+    /// The name.
     pub const fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Makes the calling thread one of this role.
+    /// Gives the calling thread this role.
     fn enter(self) {
         if self.signals == Signals::Blocked {
             sys::block_signals();
@@ -79,7 +79,7 @@ impl Role {
     }
 }
 
-/// A role of which nothing is known but its name.
+/// A role with a name and default properties.
 impl From<&'static str> for Role {
     fn from(name: &'static str) -> Self {
         Self::new(name)
@@ -90,7 +90,7 @@ thread_local! {
     static CURRENT: Cell<Option<Role>> = const { Cell::new(None) };
 }
 
-/// The role of the calling thread, if it was started here.
+/// The role of the calling thread, if it was started by this module.
 pub fn current_role() -> Option<Role> {
     CURRENT.get()
 }
@@ -98,7 +98,7 @@ pub fn current_role() -> Option<Role> {
 /// Starts a thread.
 ///
 /// # Errors
-/// The host has no thread left, or the calling thread's role starts none.
+/// If the host cannot create a thread, or the calling thread's role forbids it.
 pub fn spawn<T: Send + 'static>(
     role: impl Into<Role>,
     work: impl FnOnce() -> T + Send + 'static,
@@ -111,7 +111,7 @@ pub fn spawn<T: Send + 'static>(
     builder(role.name.to_owned())?.spawn(entered)
 }
 
-/// As [`spawn`], for one of several threads of a role: its number is part of its name.
+/// As [`spawn`], for one of several threads of a role: the number becomes part of its name.
 ///
 /// # Errors
 /// As [`spawn`].
@@ -127,7 +127,7 @@ pub fn spawn_numbered<T: Send + 'static>(
     builder(format!("{}{number}", role.name))?.spawn(entered)
 }
 
-/// As [`spawn`], for a thread that ends before the scope does.
+/// As [`spawn`], for a scoped thread.
 ///
 /// # Errors
 /// As [`spawn`].
@@ -146,7 +146,7 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
 
 fn builder(name: String) -> io::Result<Builder> {
     if let Some(role) = current_role()
-        && !role.may_start_others
+        && !role.may_create_threads
     {
         let text = format!(
             "a thread of {} starts no others, but {name} here",
@@ -157,7 +157,8 @@ fn builder(name: String) -> io::Result<Builder> {
     Ok(Builder::new().name(name).stack_size(STACK))
 }
 
-/// A device's threads. Dropping it does not end them: what they wait for besides is the device's.
+/// The threads of a device. Dropping this does not stop them: the device must wake them from whatever else
+/// they wait for.
 pub struct Threads {
     role: Role,
     stop: Arc<EventFd>,
@@ -165,10 +166,10 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// None yet; each will have this role.
+    /// No threads yet; each will have this role.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub fn new(role: Role) -> io::Result<Self> {
         Ok(Self {
             role,
@@ -177,12 +178,12 @@ impl Threads {
         })
     }
 
-    /// What becomes readable when they are to end. No thread reads it: it stays readable for all.
+    /// Becomes readable when the threads must stop. No thread reads it, so it stays readable for all.
     pub fn stop_event(&self) -> &Arc<EventFd> {
         &self.stop
     }
 
-    /// Starts one.
+    /// Starts a thread.
     ///
     /// # Errors
     /// As [`spawn`].
@@ -191,7 +192,7 @@ impl Threads {
         Ok(())
     }
 
-    /// Tells all of them to end and waits until they have.
+    /// Tells all threads to stop and waits until they have.
     pub fn stop(&mut self) {
         self.stop.write(1).ok();
         for thread in self.running.drain(..) {
@@ -202,7 +203,7 @@ impl Threads {
         self.stop.read().ok();
     }
 
-    /// Whether there are none.
+    /// Whether there are no threads.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty()
     }
@@ -212,7 +213,7 @@ impl Threads {
 mod tests {
     use super::*;
 
-    const LEAF: Role = Role::new("koya-leaf").of_the_guest();
+    const LEAF: Role = Role::new("koya-leaf").guest_facing();
 
     fn own(file: &str) -> String {
         std::fs::read_to_string(format!("/proc/thread-self/{file}")).unwrap()
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_has_its_name() {
+    fn a_thread_has_its_role_as_name() {
         let name = || own("comm");
         let plain = spawn("koya-test", name).unwrap().join().unwrap();
         assert_eq!(plain.trim(), "koya-test");
@@ -234,20 +235,20 @@ mod tests {
     }
 
     #[test]
-    fn a_roles_signals_are_its_threads() {
+    fn a_thread_has_the_signal_mask_of_its_role() {
         let before = blocked_signals();
         let inherited = spawn("koya-test", blocked_signals).unwrap();
         assert_eq!(inherited.join().unwrap(), before);
         let quiet = Role::new("koya-quiet").without_signals();
         for role in [quiet, LEAF] {
             let blocked = spawn(role, blocked_signals).unwrap().join().unwrap();
-            // All but SIGKILL and SIGSTOP, and the few that a C library keeps open for itself.
+            // All except SIGKILL, SIGSTOP and the few that a C library keeps for itself.
             assert!(blocked.count_ones() >= 59, "{blocked:#x}");
         }
     }
 
     #[test]
-    fn a_thread_that_serves_a_guest_starts_no_others() {
+    fn a_guest_facing_thread_creates_no_threads() {
         let refused = || {
             let plain = spawn("koya-other", || ()).map(drop);
             let scoped = std::thread::scope(|s| spawn_scoped(s, "koya-other", || ()).map(drop));

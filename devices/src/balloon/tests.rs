@@ -2,8 +2,8 @@ use super::*;
 use crate::test_utils::{Buffer, Driver};
 use vm_memory::Bytes;
 
-/// Where no other test data is.
-const PLACE: u64 = 8 << 20;
+/// An address without other test data.
+const TEST_DATA: u64 = 8 << 20;
 
 struct Setup {
     balloon: Balloon,
@@ -12,8 +12,8 @@ struct Setup {
 }
 
 fn setup() -> Setup {
-    // The queues of one device share its memory; each driver lays out its own, so only one of
-    // them is used in a test.
+    // The queues of a device share its memory. Each driver has its own layout, so a test uses only one of
+    // them.
     let drivers = [0; 4].map(|_| Driver::new(16));
     let balloon = Balloon::new().unwrap();
     let worker = BalloonWorker {
@@ -42,7 +42,7 @@ fn frames(frames: &[u32]) -> Buffer {
 fn filled(driver: &Driver, page: u64) -> bool {
     let byte: u8 = driver
         .memory()
-        .read_obj(GuestAddress(PLACE + page * PAGE_SIZE + 77))
+        .read_obj(GuestAddress(TEST_DATA + page * PAGE_SIZE + 77))
         .unwrap();
     byte == 0xaa
 }
@@ -51,15 +51,15 @@ fn fill(driver: &Driver) {
     let bytes = vec![0xaa; 8 * PAGE_SIZE as usize];
     driver
         .memory()
-        .write_slice(&bytes, GuestAddress(PLACE))
+        .write_slice(&bytes, GuestAddress(TEST_DATA))
         .unwrap();
 }
 
 #[test]
-fn pages_that_are_given_up_are_gone_and_others_stay() {
+fn inflated_pages_are_discarded_and_others_are_kept() {
     let mut setup = setup();
     fill(&setup.drivers[0]);
-    let first = (PLACE / PAGE_SIZE) as u32;
+    let first = (TEST_DATA / PAGE_SIZE) as u32;
     let head = setup.drivers[0].offer(&[frames(&[first + 3, first + 2, first + 5])]);
     setup.worker.serve().unwrap();
     assert_eq!(setup.drivers[0].used(), [(head, 0)]);
@@ -75,7 +75,7 @@ fn pages_that_are_given_up_are_gone_and_others_stay() {
 }
 
 #[test]
-fn what_is_no_memory_is_left_alone() {
+fn ranges_outside_memory_are_ignored() {
     let mut setup = setup();
     for list in [
         vec![u32::MAX, 1 << 20],
@@ -92,12 +92,18 @@ fn what_is_no_memory_is_left_alone() {
 }
 
 #[test]
-fn reported_memory_goes_back_in_whole_pages() {
+fn reported_memory_is_discarded_in_whole_pages() {
     let mut setup = setup();
     let driver = &mut setup.drivers[3];
     fill(driver);
-    // Two pages and, which no honest driver does, parts of those beside them.
-    driver.set_descriptor(0, PLACE + PAGE_SIZE - 100, 2 * PAGE_SIZE as u32 + 200, 2, 0);
+    // Two pages plus parts of the adjacent ones, which no correct driver reports.
+    driver.set_descriptor(
+        0,
+        TEST_DATA + PAGE_SIZE - 100,
+        2 * PAGE_SIZE as u32 + 200,
+        2,
+        0,
+    );
     driver.make_available(0);
     setup.worker.serve().unwrap();
     let left: Vec<u64> = (0..8)
@@ -107,7 +113,7 @@ fn reported_memory_goes_back_in_whole_pages() {
 }
 
 #[test]
-fn statistics_are_read_and_asked_for_again() {
+fn statistics_are_read_and_requested_again() {
     let mut setup = setup();
     let entry = |tag: u16, value: u64| {
         let mut bytes = tag.to_le_bytes().to_vec();
@@ -121,12 +127,12 @@ fn statistics_are_read_and_asked_for_again() {
     assert_eq!(handle.statistics().free, Some(1 << 20));
     assert_eq!(handle.statistics().total, None);
     assert_eq!(setup.drivers[2].used(), [], "it is held");
-    setup.worker.ask().unwrap();
+    setup.worker.return_statistics_buffer().unwrap();
     assert_eq!(setup.drivers[2].used(), [(head, 0)]);
 }
 
 #[test]
-fn the_target_is_announced_and_the_guests_word_is_kept() {
+fn the_target_is_announced_and_the_actual_size_is_kept() {
     let mut setup = setup();
     let handle = setup.balloon.handle();
     *lock(&setup.balloon.shared.interrupt) = Some(setup.drivers[0].recorder().clone());

@@ -1,4 +1,4 @@
-//! What is behind a block device: a raw image or a block device of the host.
+//! The backing of a block device: a raw image or a block device of the host.
 
 use super::{ID_SIZE, SECTOR_SIZE, foreign_format};
 use rustix::fs::{
@@ -11,19 +11,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How a disk is opened.
+/// Options for opening a disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskOptions {
-    /// Refuse writes.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// Past the host's page cache (O_DIRECT). The guest's logical blocks are then as large as the
-    /// host's direct I/O asks: 512 bytes on most disks, 4096 on some.
+    /// Bypass the host page cache (O_DIRECT). The guest's logical block size is then the one that direct I/O
+    /// requires on the host: 512 bytes on most disks, 4096 on some.
     pub direct: bool,
-    /// What the guest sees as the disk's serial number: up to 20 bytes. Default: empty.
+    /// Serial number that the guest sees: up to 20 bytes. Default: empty.
     pub serial: String,
-    /// Take a file for a raw image whatever is in it. Otherwise one that begins as qcow2, VHDX, VMDK or the like,
-    /// or is compressed, is refused: the guest would see that format itself, and its writes would destroy the
-    /// image. A block device is always raw.
+    /// Treat a file as a raw image whatever it contains. Otherwise files that look like qcow2, VHDX, VMDK and
+    /// similar images, or are compressed, are refused: the guest would see the container format itself, and
+    /// its writes would destroy the image. Block devices are always raw.
     pub raw: bool,
 }
 
@@ -40,11 +40,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens a raw image or a block device. Nobody else may have it open for writing, nor, if this
-    /// is for writing, open through Koya at all: two writers would destroy what is on it.
+    /// Opens a raw image or a block device and locks it: a disk that is open for writing must not be open
+    /// elsewhere through Koya, or two writers would destroy its contents.
     ///
     /// # Errors
-    /// The host's, and a file that is no disk, with what to do.
+    /// The error from the host, or why the file cannot be used as a disk and what to do.
     pub fn open(path: &Path, options: DiskOptions) -> io::Result<Self> {
         let direct = if options.direct {
             OFlags::DIRECT
@@ -54,7 +54,7 @@ impl Disk {
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
-            // A FIFO, which is none, must not be waited for.
+            // Opening a FIFO by mistake must not block.
             .custom_flags((direct | OFlags::CLOEXEC | OFlags::NONBLOCK).bits() as i32)
             .open(path)
             .map_err(|error| match error.kind() {
@@ -64,14 +64,14 @@ impl Disk {
                 ),
                 _ => error,
             })?;
-        Self::of(file, options)
+        Self::from_file(file, options)
     }
 
-    /// As [`open`](Self::open), of a file that is open already, with O_DIRECT if `options` say so.
+    /// As [`open`](Self::open), for a file that is already open, with O_DIRECT if `options` require it.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn of(file: File, options: DiskOptions) -> io::Result<Self> {
+    pub fn from_file(file: File, options: DiskOptions) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let text = "it is neither a file nor a block device";
@@ -120,12 +120,12 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Looks how large the disk is now; true if that changed.
+    /// Updates the size of the disk; true if it changed.
     ///
     /// # Errors
-    /// The host's, and a size that is not a whole number of blocks.
+    /// The error from the host, or if the size is not a whole number of blocks.
     pub fn refresh(&self) -> io::Result<bool> {
-        // Block devices have no length in their metadata.
+        // The metadata of block devices has no length.
         let bytes = (&*self.file).seek(SeekFrom::End(0))?;
         let block = u64::from(self.block_size);
         if !bytes.is_multiple_of(block) {
@@ -146,12 +146,12 @@ impl Disk {
         self.sectors.load(Ordering::SeqCst)
     }
 
-    /// The smallest piece that can be read or written, in bytes.
+    /// Logical block size in bytes.
     pub fn block_size(&self) -> u32 {
         self.block_size
     }
 
-    /// Whether writes are refused.
+    /// Whether the disk is read-only.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
@@ -164,7 +164,7 @@ impl Disk {
         self.direct
     }
 
-    /// What direct I/O asks of memory, in bytes.
+    /// Memory alignment that direct I/O requires, in bytes.
     pub(super) fn memory_alignment(&self) -> usize {
         self.memory_alignment as usize
     }
@@ -175,9 +175,9 @@ impl Disk {
 }
 
 /// # Errors
-/// If the file is of a format that says what it is, and is no raw image.
+/// If the file is recognized as a format other than a raw image.
 fn check_format(file: &File) -> io::Result<()> {
-    // Direct I/O would want aligned memory.
+    // Direct I/O would require aligned memory.
     let flags = fcntl_getfl(file)?;
     if flags.contains(OFlags::DIRECT) {
         fcntl_setfl(file, flags - OFlags::DIRECT)?;
@@ -191,10 +191,10 @@ fn check_format(file: &File) -> io::Result<()> {
     Err(io::Error::new(ErrorKind::InvalidInput, text))
 }
 
-/// What direct I/O asks of memory, and of offsets and lengths, where the host does not say.
+/// Alignment of memory, offsets and lengths for direct I/O if the host does not report it.
 const DIRECT_ALIGNMENT: u32 = 4096;
 
-/// What direct I/O asks: of memory, and of offsets and lengths (statx(2), since Linux 6.1).
+/// Alignment that direct I/O requires: of memory, and of offsets and lengths (statx(2), since Linux 6.1).
 fn direct_alignment(file: &File) -> [u32; 2] {
     let asked = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
     let said = asked.map(|stat| [stat.stx_dio_mem_align, stat.stx_dio_offset_align]);
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_disk_is_refused_with_the_reason() {
+    fn files_that_are_no_disks_are_refused_with_a_reason() {
         let odd = Disk::open(image(1000).path(), read_only()).unwrap_err();
         assert!(odd.to_string().contains("truncate -s 1024"), "{odd}");
         let none = Disk::open(Path::new("/dev/null"), read_only()).unwrap_err();
@@ -253,7 +253,7 @@ mod tests {
                 ..DiskOptions::default()
             };
             let refused = match Disk::open(file.path(), options.clone()) {
-                // A temporary directory may have no direct I/O.
+                // The temporary directory may not support direct I/O.
                 Err(error) if error.kind() == ErrorKind::Unsupported => continue,
                 other => other.unwrap_err(),
             };
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_grew_is_noticed() {
+    fn a_grown_disk_is_noticed() {
         let file = image(4096);
         let disk = Disk::open(file.path(), read_only()).unwrap();
         assert_eq!(disk.sectors(), 8);

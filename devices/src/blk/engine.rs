@@ -1,4 +1,5 @@
-//! How a queue's steps reach the host: by io_uring, or by plain calls where there is none.
+//! Submits the steps of a queue's requests to the host, by io_uring or, where it is unavailable, by system
+//! calls.
 
 use super::disk::Disk;
 use super::request::Step;
@@ -13,37 +14,37 @@ use std::sync::Arc;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
-/// The most bytes that go through aligned memory at once.
+/// Maximum size of a bounce buffer in bytes.
 const MAX_BOUNCE: usize = 256 << 10;
 
-/// Which way a disk's requests take.
+/// How a disk's requests are submitted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoEngine {
-    /// io_uring where the host allows it, else plain calls.
+    /// io_uring if the host allows it, otherwise plain system calls.
     #[default]
     Auto,
-    /// Plain calls: one request of a queue at a time.
+    /// Plain system calls: one request of a queue at a time.
     Calls,
 }
 
-/// What a worker hands its steps to and waits for.
+/// Executes the steps of a worker.
 pub(super) struct Engine {
     memory: Arc<Memory>,
     disk: Arc<Disk>,
-    /// Writes are stable before they are answered.
+    /// Writes must be on stable storage before they are completed.
     durable: bool,
     ring: Option<Ring>,
     events: [EventFd; 2],
-    /// What was done by calls.
+    /// Completions of system calls.
     done: VecDeque<Completion>,
 }
 
 impl Engine {
-    /// An engine for `room` requests at once that also reports writes to two `events`. It may read
-    /// the first, never the second.
+    /// Creates an engine for `room` concurrent requests that also reports writes to the two `events`. It may
+    /// read the first event, but never the second.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub(super) fn new(
         choice: IoEngine,
         memory: Arc<Memory>,
@@ -71,19 +72,19 @@ impl Engine {
         })
     }
 
-    /// Whether another request may start.
+    /// Whether another request can be started.
     pub(super) fn has_room(&self) -> bool {
         match &self.ring {
             Some(ring) => ring.has_room(),
-            // Who was served is told before the next one is.
+            // A completion is delivered before the next request starts.
             None => self.done.is_empty(),
         }
     }
 
-    /// Starts a step; its completion carries `token`.
+    /// Starts a step; its completion has this `token`.
     ///
     /// # Errors
-    /// The chain is shorter than the step.
+    /// If the chain is shorter than the step.
     pub(super) fn start(
         &mut self,
         token: u64,
@@ -145,8 +146,8 @@ impl Engine {
         }))
     }
 
-    /// Moves data between a direct file and memory that is not aligned as direct I/O asks, by memory
-    /// that is: the page cache must not come between. As much as fits; the rest is another step.
+    /// Transfers data between a file with direct I/O and misaligned guest memory through an aligned bounce
+    /// buffer, since the page cache must be bypassed. Transfers as much as fits; the rest is another step.
     fn bounce(&self, chain: &Chain, step: Step) -> Result<io::Result<usize>, ChainError> {
         let align = self.disk.memory_alignment();
         let mut room = vec![0; MAX_BOUNCE + align];
@@ -167,21 +168,21 @@ impl Engine {
             Step::Write { skip, len, at } => {
                 let part = &mut aligned[..MAX_BOUNCE.min(len as usize)];
                 chain.read(&self.memory, skip, part)?;
-                Ok(self.settle(file.write_at(part, at)))
+                Ok(self.make_durable(file.write_at(part, at)))
             }
             Step::Sync | Step::Allocate { .. } => self.call(chain, step),
         }
     }
 
-    /// Makes stable what was written by a call, if it must be.
-    fn settle(&self, written: io::Result<usize>) -> io::Result<usize> {
+    /// Flushes data written by a system call to stable storage, if required.
+    fn make_durable(&self, written: io::Result<usize>) -> io::Result<usize> {
         match self.durable {
             true => written.and_then(|n| self.disk.file().sync_data().map(|()| n)),
             false => written,
         }
     }
 
-    /// Does a step here and now.
+    /// Executes a step synchronously.
     fn call(&self, chain: &Chain, step: Step) -> Result<io::Result<usize>, ChainError> {
         let file = self.disk.file();
         Ok(match step {
@@ -191,7 +192,7 @@ impl Engine {
             }
             Step::Write { skip, len, at } => {
                 let slices = chain.readable_slices(&self.memory, skip, len as usize)?;
-                self.settle(sys::write_at(file, &slices, at, false))
+                self.make_durable(sys::write_at(file, &slices, at, false))
             }
             Step::Sync => file.sync_data().map(|()| 0),
             Step::Allocate { mode, at, len } => fallocate(file, mode, at, len)
@@ -200,10 +201,10 @@ impl Engine {
         })
     }
 
-    /// Waits until something is reported, at most for `limit`.
+    /// Waits up to `limit` for a completion or an event.
     ///
     /// # Errors
-    /// What the host's calls for waiting say.
+    /// The error from the host's wait.
     pub(super) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
         let limit = if self.done.is_empty() {
             limit
@@ -221,7 +222,7 @@ impl Engine {
         Ok(())
     }
 
-    /// What ended or happened.
+    /// The next completion or event.
     pub(super) fn completed(&mut self) -> Option<Completion> {
         let called = self.done.pop_front();
         called.or_else(|| self.ring.as_mut()?.completed())

@@ -1,21 +1,21 @@
-//! What a file says of itself that is no raw image: containers of virtual disks, which the guest would see as
-//! they are and its writes would destroy, and compressed files.
+//! Recognizes files that are not raw images: containers of virtual disks, which the guest would see as they
+//! are and destroy by writing, and compressed files.
 //!
-//! Only files that are about to be refused are told by this: nothing is ever read as another format by what
-//! is in it, since a guest writes its own disk's first bytes.
+//! This is only used to refuse files. Nothing is ever interpreted as another format because of its contents,
+//! since a guest can write the first bytes of its own disk.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Where formats have their marks, in bytes: at the beginning, and in the last sector.
+/// Sizes in bytes of the areas that contain signatures: the beginning of the file and the last sector.
 const HEAD: usize = 512;
 const TAIL: usize = 512;
 
-/// A format, where its mark is in the first bytes, and the mark.
-type Mark = (&'static str, usize, &'static [u8]);
+/// A format, the offset of its signature within the area, and the signature.
+type Signature = (&'static str, usize, &'static [u8]);
 
-const HEADS: &[Mark] = &[
+const HEAD_SIGNATURES: &[Signature] = &[
     ("a qcow2 image", 0, b"QFI\xfb"),
     ("a QED image", 0, b"QED\0"),
     ("a VHDX image", 0, b"vhdxfile"),
@@ -36,17 +36,18 @@ const HEADS: &[Mark] = &[
     ("compressed (7z)", 0, b"7z\xbc\xaf\x27\x1c"),
 ];
 
-/// Those with a mark at the beginning of the last sector. Before a fixed VHD's there is a raw image, but the
-/// last sector is not the disk's.
-const TAILS: &[Mark] = &[
+/// Formats with a signature at the beginning of the last sector. A fixed VHD is a raw image followed by such
+/// a sector, which is not part of the disk.
+const TAIL_SIGNATURES: &[Signature] = &[
     ("a VHD (vpc) image", 0, b"conectix"),
     ("an Apple disk image", 0, b"koly"),
 ];
 
-/// What a file is, if it is one of these. A CD's image (ISO 9660) is raw, as the file system of any disk.
+/// The format of a file, if it is one of these. A CD image (ISO 9660) is raw, like the file system of any
+/// disk.
 ///
 /// # Errors
-/// If it can't be read.
+/// If the file can't be read.
 pub fn foreign_format(file: &File) -> io::Result<Option<&'static str>> {
     let mut head = [0; HEAD];
     read(file, &mut head, 0)?;
@@ -54,7 +55,7 @@ pub fn foreign_format(file: &File) -> io::Result<Option<&'static str>> {
     if bzip2 {
         return Ok(Some("compressed (bzip2)"));
     }
-    if let Some(found) = find(HEADS, &head) {
+    if let Some(found) = find(HEAD_SIGNATURES, &head) {
         return Ok(Some(found));
     }
     let Some(at) = file.metadata()?.len().checked_sub(TAIL as u64) else {
@@ -62,16 +63,16 @@ pub fn foreign_format(file: &File) -> io::Result<Option<&'static str>> {
     };
     let mut tail = [0; TAIL];
     read(file, &mut tail, at)?;
-    Ok(find(TAILS, &tail))
+    Ok(find(TAIL_SIGNATURES, &tail))
 }
 
-fn find(marks: &[Mark], bytes: &[u8]) -> Option<&'static str> {
-    let mut marks = marks.iter();
-    let found = marks.find(|(_, at, mark)| bytes[*at..].starts_with(mark));
+fn find(signatures: &[Signature], bytes: &[u8]) -> Option<&'static str> {
+    let mut signatures = signatures.iter();
+    let found = signatures.find(|(_, at, signature)| bytes[*at..].starts_with(signature));
     found.map(|(name, ..)| *name)
 }
 
-/// As much as there is.
+/// Reads as many bytes as there are.
 fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
@@ -89,22 +90,22 @@ fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn file(len: u64, marks: &[(u64, &[u8])]) -> File {
+    fn file(len: u64, signatures: &[(u64, &[u8])]) -> File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(len).unwrap();
-        for (at, mark) in marks {
-            file.write_all_at(mark, *at).unwrap();
+        for (at, signature) in signatures {
+            file.write_all_at(signature, *at).unwrap();
         }
         file
     }
 
     #[test]
-    fn formats_are_told_by_their_marks() {
-        for (name, at, mark) in HEADS {
-            let found = foreign_format(&file(1 << 20, &[(*at as u64, mark)])).unwrap();
+    fn formats_are_recognized_by_their_signatures() {
+        for (name, at, signature) in HEAD_SIGNATURES {
+            let found = foreign_format(&file(1 << 20, &[(*at as u64, signature)])).unwrap();
             assert_eq!(found, Some(*name));
-            // Elsewhere the same bytes are data.
-            let found = foreign_format(&file(1 << 20, &[(*at as u64 + 4096, mark)])).unwrap();
+            // At another offset the same bytes are data.
+            let found = foreign_format(&file(1 << 20, &[(*at as u64 + 4096, signature)])).unwrap();
             assert_eq!(found, None, "{name}");
         }
         let bzip2 = foreign_format(&file(4096, &[(0, b"BZh91AY&SY")])).unwrap();
@@ -114,8 +115,8 @@ mod tests {
     }
 
     #[test]
-    fn what_disks_have_on_them_is_raw() {
-        for (at, mark) in [
+    fn disk_contents_are_raw() {
+        for (at, signature) in [
             (32_769, &b"CD001"[..]),
             (510, b"\x55\xaa"),
             (0, b"LUKS\xba\xbe"),
@@ -124,9 +125,9 @@ mod tests {
             (0, b"BZh"),
         ] {
             assert_eq!(
-                foreign_format(&file(1 << 20, &[(at, mark)])).unwrap(),
+                foreign_format(&file(1 << 20, &[(at, signature)])).unwrap(),
                 None,
-                "{mark:?}"
+                "{signature:?}"
             );
         }
         for len in [0, 1, 511] {

@@ -2,31 +2,31 @@
 //!
 //! | part | what |
 //! |---|---|
-//! | [`Block`] | the device: features, configuration space, one thread a queue |
-//! | [`Disk`] | what is behind it: a raw image or a block device of the host |
-//! | `format` | what is in a file that is no raw image |
-//! | `request` | a chain as a checked request, and the steps that serve it |
-//! | `engine` | how steps reach the host: io_uring, else plain calls |
-//! | `worker` | the thread of a queue: queue to engine and back |
+//! | [`Block`] | the device: features, configuration space, one thread per queue |
+//! | [`Disk`] | its backing: a raw image or a block device of the host |
+//! | `format` | recognizes files that are not raw images |
+//! | `request` | a validated request and the steps that execute it |
+//! | `engine` | submits steps to the host: by io_uring, otherwise by system calls |
+//! | `worker` | the thread of a queue |
 //!
-//! Data goes straight between guest memory and the file. Each queue has one thread; by io_uring it
-//! has as many requests under way as the queue has descriptors, and one system call takes new
-//! requests to the host and brings back what ended. Without io_uring it serves one after the other.
+//! Data is transferred directly between guest memory and the file. Each queue has one thread. With io_uring,
+//! it has as many requests in flight as the queue has descriptors, and one system call submits new requests
+//! and collects completions. Without io_uring it executes one request after the other.
 //!
-//! **Stable writes** (section 5.2.6.2): a write is answered when the host has it; a flush is answered
-//! after fdatasync(2), so after it the data outlives the host's own crash. A driver that does not
-//! accept `VIRTIO_BLK_F_FLUSH` gets every write stable (RWF_DSYNC). An error of the host is the
-//! guest's (`VIRTIO_BLK_S_IOERR`): a full file system, a truncated image, a broken medium.
+//! **Durability** (section 5.2.6.2): a write is completed when the host has accepted it. A flush is completed
+//! after fdatasync(2), so that the data survives a crash of the host. For a driver that does not accept
+//! `VIRTIO_BLK_F_FLUSH`, every write is durable (RWF_DSYNC). Errors on the host are returned to the guest as
+//! `VIRTIO_BLK_S_IOERR`: a full file system, a truncated image, a failed medium.
 //!
-//! **Discard and write-zeroes** (section 5.2.6, types 11 and 13) punch holes or zero ranges by
-//! fallocate(2); where the host's file system can't, the driver is told so and writes zeroes itself.
+//! **Discard and write-zeroes** (section 5.2.6, types 11 and 13) punch holes or zero ranges by fallocate(2);
+//! if the host's file system does not support that, the driver is told and writes zeroes itself.
 //!
-//! **Growing**: [`BlockHandle::refresh`] looks how large the image is now and tells the driver
-//! (section 5.2.5, change of configuration).
+//! **Resizing**: [`BlockHandle::refresh`] updates the size of the image and notifies the driver (section
+//! 5.2.5, configuration change).
 //!
-//! **Limits** on what a guest asks: a request of at most 64 MiB, ranges of at most 64 MiB, sixteen
-//! of them a request, 16 MiB under way a queue; a [rate limit](crate::rate_limit) if wanted. What lies outside the disk or is not
-//! whole blocks is refused with an error, a request without room for its answer comes back unanswered.
+//! **Limits** for guests: 64 MiB per request, 64 MiB per range, sixteen ranges per request, 16 MiB in flight
+//! per queue, and an optional [rate limit](crate::rate_limit). Requests outside the disk or of partial blocks
+//! fail with an error; a request without space for its status is returned without one.
 
 mod disk;
 mod engine;
@@ -62,47 +62,47 @@ pub use disk::{Disk, DiskOptions};
 pub use engine::IoEngine;
 pub use format::foreign_format;
 
-/// The unit of the device's numbers, in bytes, whatever the disk's block size.
+/// Unit of sector numbers in bytes, independent of the disk's block size.
 pub const SECTOR_SIZE: u64 = 512;
-/// The most queues of one disk.
+/// Maximum number of queues of a disk.
 pub const MAX_QUEUES: u16 = 16;
-/// Bytes of a serial number.
+/// Length of a serial number in bytes.
 pub const ID_SIZE: usize = 20;
 
-const ROLE: Role = Role::new("koya-blk").of_the_guest();
+const ROLE: Role = Role::new("koya-blk").guest_facing();
 
 const QUEUE_SIZE: u16 = 256;
-/// Parts of one request: all descriptors but header and status.
+/// Maximum number of data segments of a request: all descriptors except header and status.
 const MAX_PARTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Ranges of one discard or write-zeroes request.
+/// Maximum number of ranges of a discard or write-zeroes request.
 const MAX_SEGMENTS: u32 = 16;
-/// Sectors of one such range: 64 MiB.
+/// Maximum size of such a range in sectors: 64 MiB.
 const MAX_SEGMENT_SECTORS: u32 = 1 << 17;
-/// Bytes that one request may move.
+/// Maximum data size of a request in bytes.
 const MAX_REQUEST: u64 = 64 << 20;
-/// Bytes that the requests of one queue may move at once, beyond the first: so a stop waits for little.
-const MAX_UNDER_WAY: u64 = 16 << 20;
+/// Maximum number of bytes in flight per queue, beyond the first request: it bounds how long a stop takes.
+const MAX_IN_FLIGHT: u64 = 16 << 20;
 
-/// What a disk did so far.
+/// Metrics of a disk.
 #[derive(Debug, Default, Serialize)]
 pub struct BlockMetrics {
-    /// Reads that succeeded.
+    /// Successful reads.
     pub reads: AtomicU64,
-    /// Writes that succeeded.
+    /// Successful writes.
     pub writes: AtomicU64,
-    /// Bytes that reads moved.
+    /// Bytes read.
     pub read_bytes: AtomicU64,
-    /// Bytes that writes moved.
+    /// Bytes written.
     pub written_bytes: AtomicU64,
-    /// Flushes that succeeded.
+    /// Successful flushes.
     pub flushes: AtomicU64,
-    /// Discards and write-zeroes that succeeded.
+    /// Successful discards and write-zeroes requests.
     pub discards: AtomicU64,
-    /// Requests that were answered with an error.
+    /// Requests that failed with an error.
     pub errors: AtomicU64,
-    /// Chains that no answer fitted into.
+    /// Chains without space for a status.
     pub faults: AtomicU64,
-    /// Requests that the host is at work on.
+    /// Requests in flight on the host.
     pub in_flight: AtomicU64,
 }
 
@@ -130,7 +130,7 @@ impl BlockMetrics {
     }
 }
 
-/// `struct virtio_blk_config` (section 5.2.4) up to what this device announces.
+/// `struct virtio_blk_config` (section 5.2.4) up to the last field that the device offers.
 #[derive(FromZeros, IntoBytes, Immutable)]
 #[repr(C)]
 struct Config {
@@ -156,7 +156,7 @@ struct Config {
 pub struct Block {
     disk: Arc<Disk>,
     engine: IoEngine,
-    /// A driver that starts anew does not get full buckets.
+    /// Kept over a reset of the driver, which must not refill the buckets.
     limiter: Arc<Mutex<RateLimiter>>,
     queue_sizes: Vec<u16>,
     metrics: Arc<BlockMetrics>,
@@ -164,12 +164,11 @@ pub struct Block {
     /// The size that the driver last read, in sectors.
     told: AtomicU64,
     threads: Threads,
-    /// While there are threads.
+    /// Set while there are threads.
     serving: Option<Arc<Shared>>,
 }
 
-/// How a disk's owner reaches it while the guest uses it. The image is closed with the device, whoever
-/// has a handle.
+/// Controls a disk while the guest uses it. It does not keep the image open after the device is gone.
 #[derive(Clone)]
 pub struct BlockHandle {
     disk: Weak<Disk>,
@@ -178,7 +177,7 @@ pub struct BlockHandle {
 }
 
 impl BlockHandle {
-    /// Looks how large the image is now, and tells the guest if that changed.
+    /// Updates the size of the image, and notifies the guest if it changed.
     ///
     /// # Errors
     /// As [`Disk::refresh`].
@@ -192,22 +191,22 @@ impl BlockHandle {
         Ok(())
     }
 
-    /// Size in sectors of [`SECTOR_SIZE`] bytes; none after the device's end.
+    /// Size in sectors of [`SECTOR_SIZE`] bytes; zero after the device is gone.
     pub fn sectors(&self) -> u64 {
         self.disk.upgrade().map_or(0, |disk| disk.sectors())
     }
 
-    /// What the disk did so far.
+    /// Metrics of the disk.
     pub fn metrics(&self) -> &BlockMetrics {
         &self.metrics
     }
 }
 
 impl Block {
-    /// A device over `disk` with 1 to [`MAX_QUEUES`] queues.
+    /// A device for `disk` with 1 to [`MAX_QUEUES`] queues.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub fn new(disk: Disk, queues: u16) -> io::Result<Self> {
         let queues = queues.clamp(1, MAX_QUEUES);
         Ok(Self {
@@ -223,21 +222,21 @@ impl Block {
         })
     }
 
-    /// Limits what the guest may do with it.
+    /// Sets rate limits for the guest's requests.
     #[must_use]
     pub fn with_limits(mut self, limits: RateLimits) -> Self {
         self.limiter = Arc::new(Mutex::new(RateLimiter::new(limits)));
         self
     }
 
-    /// Takes another way to the host than [`IoEngine::Auto`].
+    /// Sets the engine. Default: [`IoEngine::Auto`].
     #[must_use]
     pub fn with_engine(mut self, engine: IoEngine) -> Self {
         self.engine = engine;
         self
     }
 
-    /// What its owner keeps.
+    /// A handle for the owner.
     pub fn handle(&self) -> BlockHandle {
         BlockHandle {
             disk: Arc::downgrade(&self.disk),
@@ -276,7 +275,7 @@ impl Block {
             operation: "start a disk's thread",
             source,
         };
-        // Without VIRTIO_BLK_F_MQ the driver enables the first alone.
+        // Without VIRTIO_BLK_F_MQ the driver enables only the first queue.
         let first = activation.take_queue(0)?;
         let others = activation.queues.into_iter().flatten();
         for queue in std::iter::once(first).chain(others) {
@@ -290,7 +289,7 @@ impl Block {
         let interrupt = activation.interrupt;
         *lock(&self.interrupt) = Some(interrupt.clone());
         if self.disk.sectors() != self.told.load(Ordering::SeqCst) {
-            // It grew after the driver had read its size, when nobody could be told.
+            // The disk grew after the driver had read its size, when no notification was possible.
             interrupt.config();
         }
         Ok(())
@@ -303,21 +302,21 @@ impl Block {
     }
 }
 
-/// A disk's state beyond its queues. The image is the configuration's.
+/// State of a disk apart from its queues. The image is part of the configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
-    /// Its size, in sectors.
+    /// Size in sectors.
     pub sectors: u64,
-    /// The size that the driver read last, in sectors.
+    /// The size that the driver last read, in sectors.
     pub told: u64,
-    /// Bytes of a block.
+    /// Block size in bytes.
     pub block_size: u32,
-    /// Whether writes are refused.
+    /// Whether the disk is read-only.
     pub read_only: bool,
 }
 
 impl BlockState {
-    /// A disk's.
+    /// Schema of the state.
     pub const SCHEMA: Schema = Schema::new("virtio-blk", 1);
 }
 
@@ -371,14 +370,14 @@ impl VirtioDevice for Block {
     fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
         let state: BlockState = BlockState::SCHEMA.decode(state)?;
         if state.read_only != self.disk.is_read_only() {
-            return Err(StateError::Misfit("one may be written to, the other not"));
+            return Err(StateError::Mismatch("one may be written to, the other not"));
         }
         if state.block_size != self.disk.block_size() {
-            return Err(StateError::Misfit("the disk has blocks of another size"));
+            return Err(StateError::Mismatch("the disk has blocks of another size"));
         }
-        // It may have grown meanwhile, of which the driver is told; what it knows of must be there.
+        // The disk may have grown, which the driver is notified of, but not shrunk below what it knows.
         if self.disk.sectors() < state.sectors {
-            return Err(StateError::Misfit("the disk is smaller than it was"));
+            return Err(StateError::Mismatch("the disk is smaller than it was"));
         }
         self.told.store(state.told, Ordering::SeqCst);
         Ok(())

@@ -1,4 +1,4 @@
-//! What a driver asks of a disk: parsing, checks, and the steps that serve it (section 5.2.6).
+//! Requests of a driver: parsing, validation, and the steps that execute them (section 5.2.6).
 
 use super::disk::Disk;
 use super::{ID_SIZE, MAX_REQUEST, MAX_SEGMENT_SECTORS, MAX_SEGMENTS, SECTOR_SIZE};
@@ -10,10 +10,10 @@ use virtio_bindings::virtio_blk::*;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Bytes of the answer: one status.
+/// Size of the status in bytes.
 const STATUS_SIZE: u32 = 1;
 
-/// What a request begins with (`struct virtio_blk_req`).
+/// Header of a request (`struct virtio_blk_req`).
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Header {
@@ -34,7 +34,7 @@ struct Segment {
 const HEADER_SIZE: u32 = size_of::<Header>() as u32;
 const SEGMENT_SIZE: u32 = size_of::<Segment>() as u32;
 
-/// How a request ends.
+/// Status of a completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Status {
@@ -43,14 +43,14 @@ pub(super) enum Status {
     Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
 }
 
-/// The next thing to do for a request.
+/// The next step of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Bytes of the file to the chain's writable part, from its start.
+    /// Read from the file into the chain's writable part, from its start.
     Read { skip: u32, len: u32, at: u64 },
-    /// Bytes of the chain's readable part to the file.
+    /// Write the chain's readable part to the file.
     Write { skip: u32, len: u32, at: u64 },
-    /// Make stable what was written.
+    /// Flush earlier writes to stable storage.
     Sync,
     /// fallocate(2).
     Allocate {
@@ -60,7 +60,7 @@ pub(super) enum Step {
     },
 }
 
-/// A request that was checked, and how far it is.
+/// A validated request and its progress.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) chain: Chain,
@@ -80,27 +80,27 @@ enum Kind {
         done: u32,
     },
     Flush,
-    /// What is left to do, last first.
+    /// Remaining steps, last first.
     Ranges {
         todo: Vec<Step>,
         zeroed: u64,
     },
 }
 
-/// What became of a chain from the queue.
+/// The result of parsing a chain.
 #[derive(Debug)]
 pub(super) enum Parsed {
-    /// There is something to do.
+    /// A request to be executed.
     Request(Request),
-    /// It is answered already: the chain, the status, the bytes of data that were written.
-    Answered(Chain, Status, u32),
+    /// An immediate answer: the chain, the status, and the number of data bytes written.
+    Completed(Chain, Status, u32),
 }
 
 impl Request {
-    /// Checks a chain. With `durable` what it does is stable when it is answered.
+    /// Validates a chain. With `durable`, its writes must be on stable storage when it is completed.
     ///
     /// # Errors
-    /// It has no header or no room for a status: it can't even be refused.
+    /// If it has no header or no space for a status, and thus cannot even fail with an error.
     pub(super) fn parse(
         chain: Chain,
         memory: &Memory,
@@ -124,7 +124,7 @@ impl Request {
             VIRTIO_BLK_T_GET_ID => {
                 let len = room.min(ID_SIZE as u32);
                 chain.write(memory, 0, &disk.id()[..len as usize])?;
-                return Ok(Parsed::Answered(chain, Status::Ok, len));
+                return Ok(Parsed::Completed(chain, Status::Ok, len));
             }
             VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
             _ if disk.is_read_only() => Err(Status::IoError),
@@ -148,27 +148,26 @@ impl Request {
         };
         Ok(match kind {
             Ok(kind) => Parsed::Request(Self { chain, kind }),
-            Err(status) => Parsed::Answered(chain, status, 0),
+            Err(status) => Parsed::Completed(chain, status, 0),
         })
     }
 
-    /// Which counter it belongs to.
+    /// Whether it counts as a read.
     pub(super) fn is_read(&self) -> bool {
         matches!(self.kind, Kind::Read { .. })
     }
 
-    /// See [`is_read`](Self::is_read).
+    /// Whether it counts as a write.
     pub(super) fn is_write(&self) -> bool {
         matches!(self.kind, Kind::Write { .. })
     }
 
-    /// See [`is_read`](Self::is_read).
+    /// Whether it counts as a flush.
     pub(super) fn is_flush(&self) -> bool {
         matches!(self.kind, Kind::Flush)
     }
 
-    /// Bytes that it moves, for rate limits and counters; zeroes that must be written count, holes do
-    /// not.
+    /// Bytes for rate limits and metrics; zeroes that must be written count, holes do not.
     pub(super) fn bytes(&self) -> u64 {
         match self.kind {
             Kind::Read { len, .. } | Kind::Write { len, .. } => len.into(),
@@ -177,7 +176,7 @@ impl Request {
         }
     }
 
-    /// What to do now; nothing if all was done.
+    /// The next step; `None` if all are done.
     pub(super) fn step(&self) -> Option<Step> {
         match &self.kind {
             Kind::Read { at, len, done } => (done < len).then(|| Step::Read {
@@ -195,11 +194,12 @@ impl Request {
         }
     }
 
-    /// Takes the result of a step: bytes, or the host's error. Nothing if there is another step.
+    /// Takes the result of a step: number of bytes, or the host's error. Returns `None` if there is another
+    /// step.
     pub(super) fn advance(&mut self, result: io::Result<u32>) -> Option<Status> {
         let got = match result {
             Ok(got) => got,
-            // A host's file system that can't: the driver then writes zeroes, or leaves it.
+            // Not supported by the host's file system: the driver writes zeroes itself, or does without.
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 return Some(Status::Unsupported);
             }
@@ -209,7 +209,7 @@ impl Request {
             }
         };
         match &mut self.kind {
-            // The file ends before the disk does: somebody truncated it.
+            // The file is shorter than the disk: it has been truncated.
             Kind::Read { .. } | Kind::Write { .. } if got == 0 => return Some(Status::IoError),
             Kind::Read { done, .. } | Kind::Write { done, .. } => *done += got,
             Kind::Flush => return Some(Status::Ok),
@@ -220,7 +220,7 @@ impl Request {
         self.step().is_none().then_some(Status::Ok)
     }
 
-    /// Bytes of data that are in the chain's writable part.
+    /// Number of data bytes in the chain's writable part.
     pub(super) fn written(&self) -> u32 {
         match self.kind {
             Kind::Read { done, .. } => done,
@@ -229,8 +229,8 @@ impl Request {
     }
 }
 
-/// Writes the status that ends a chain; the number for the used ring.
-pub(super) fn answer(
+/// Writes the status of a chain; returns the length for the used ring.
+pub(super) fn write_status(
     chain: &Chain,
     memory: &Memory,
     status: Status,
@@ -238,8 +238,8 @@ pub(super) fn answer(
 ) -> Result<u32, ChainError> {
     let last = chain.writable_len() - STATUS_SIZE;
     chain.write(memory, last, &[status as u8])?;
-    // Section 2.7.8: what a driver may rely on is the length from the start; after an error in
-    // the middle only the status behind it was written.
+    // Section 2.7.8: the used length counts contiguous bytes from the start; after a partial transfer only
+    // the status behind the data was written.
     Ok(if written == last {
         written + STATUS_SIZE
     } else {
@@ -247,7 +247,7 @@ pub(super) fn answer(
     })
 }
 
-/// Where `len` bytes from `sector` begin, if the disk has them and they are whole blocks.
+/// Byte offset of `len` bytes from `sector` on, if they are within the disk and whole blocks.
 fn byte_range(disk: &Disk, sector: u64, len: u32) -> Result<u64, Status> {
     let block = u64::from(disk.block_size());
     let len = u64::from(len);
@@ -266,7 +266,7 @@ fn byte_range(disk: &Disk, sector: u64, len: u32) -> Result<u64, Status> {
 }
 
 impl Step {
-    /// Zeroes that the host must write for it.
+    /// Number of zero bytes that the host must write for it.
     fn written(&self) -> u64 {
         match self {
             Self::Allocate { mode, len, .. } if mode.contains(FallocateFlags::ZERO_RANGE) => *len,

@@ -1,7 +1,7 @@
-//! The device behind a mock driver: every request, both engines, and what a driver does wrong.
+//! Tests of the device with a mock driver: every request, both engines, and faulty drivers.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver, MEMORY_SIZE, ends};
+use crate::test_utils::{Buffer, Driver, MEMORY_SIZE, finishes};
 use crate::virtio::Activation;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -51,7 +51,7 @@ impl Setup {
     }
 
     fn activate(&mut self, features: u64) {
-        // As drivers do.
+        // As drivers do at start.
         self.device.read_config(0, &mut [0; 8]);
         self.device
             .activate(Activation {
@@ -63,9 +63,9 @@ impl Setup {
             .unwrap();
     }
 
-    /// One request: its status, the number in the used ring, what was written to its room.
+    /// Sends one request; returns its status, the used length and the data written.
     fn ask(&mut self, readable: &[u8], room: u32) -> (u8, u32, Vec<u8>) {
-        // Header and data are cut where no driver would, which the device must not mind.
+        // Header and data are split where no driver would split them, which must not matter.
         let (first, second) = readable.split_at(readable.len() / 3);
         let head = self.driver.offer(&[
             Buffer::Readable(first.to_vec()),
@@ -122,7 +122,7 @@ fn data_goes_to_the_disk_and_comes_back() {
 }
 
 #[test]
-fn many_requests_are_under_way_at_once_and_each_is_answered_once() {
+fn many_requests_in_flight_are_each_answered_once() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 64);
         let mut heads = Vec::new();
@@ -149,7 +149,7 @@ fn many_requests_are_under_way_at_once_and_each_is_answered_once() {
 }
 
 #[test]
-fn what_lies_outside_or_is_no_block_is_an_error() {
+fn requests_outside_the_disk_or_of_partial_blocks_fail() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         for (sector, room) in [
@@ -182,7 +182,7 @@ fn a_truncated_image_is_an_error_and_nothing_else_stops() {
 }
 
 #[test]
-fn a_chain_without_room_for_a_status_comes_back() {
+fn a_chain_without_space_for_a_status_is_returned() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         let head = setup
@@ -225,7 +225,7 @@ fn a_read_only_disk_takes_no_writes() {
 }
 
 #[test]
-fn discard_gives_space_back_and_zeroes_are_zero() {
+fn discard_frees_space_and_zeroes_are_zero() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 2048);
         setup
@@ -241,7 +241,7 @@ fn discard_gives_space_back_and_zeroes_are_zero() {
         let zeroes = [header(VIRTIO_BLK_T_WRITE_ZEROES, 0), range(512, 256, 1)].concat();
         let zeroed = setup.ask(&zeroes, 0).0;
         if (status, zeroed) == (2, 2) {
-            // This machine's temporary files can't have holes; the driver was told so.
+            // The file system of temporary files has no holes here; the driver was told so.
             continue;
         }
         assert_eq!((status, zeroed), (0, 0));
@@ -297,7 +297,7 @@ fn a_grown_disk_is_announced() {
 }
 
 #[test]
-fn a_disk_that_grew_before_its_driver_was_ready_is_announced() {
+fn a_disk_that_grew_before_activation_is_announced() {
     let mut setup = Setup::new(IoEngine::Auto, 8, DiskOptions::default());
     setup.device.read_config(0, &mut [0; 8]);
     setup.file.as_file().set_len(16 * 512).unwrap();
@@ -314,7 +314,7 @@ fn a_disk_that_grew_before_its_driver_was_ready_is_announced() {
         })
         .unwrap();
     assert!(setup.driver.recorder().config_changed());
-    // Whoever keeps a handle does not keep the image.
+    // A handle does not keep the image open.
     let path = setup.file.path().to_owned();
     drop(setup.device);
     assert_eq!(handle.sectors(), 0);
@@ -378,9 +378,9 @@ fn a_limited_disk_is_slow_and_can_still_be_stopped() {
     }
 }
 
-/// Where direct I/O works, memory that is not aligned for it is served all the same.
+/// With direct I/O, misaligned memory works too.
 #[test]
-fn direct_io_takes_any_memory() {
+fn direct_io_works_with_misaligned_memory() {
     let dir = std::env::var("CARGO_TARGET_TMPDIR").unwrap_or_else(|_| "/var/tmp".into());
     let path = Path::new(&dir).join(format!("koya-direct-{}", std::process::id()));
     let mut file = std::fs::File::create(&path).unwrap();
@@ -401,7 +401,7 @@ fn direct_io_takes_any_memory() {
         let mut setup = Setup::new(engine, 8, DiskOptions::default());
         setup.device = Block::new(disk, 1).unwrap().with_engine(engine);
         setup.activate(setup.device.features());
-        // Not aligned: 16 bytes of header were before it.
+        // Not aligned: preceded by the 16-byte header.
         let (status, _, data) = setup.ask(&header(VIRTIO_BLK_T_IN, 8), 4096);
         assert_eq!((status, data), (0, vec![7; 4096]));
         let write = [header(VIRTIO_BLK_T_OUT, 0), vec![8; 4096]].concat();
@@ -418,7 +418,7 @@ fn direct_io_takes_any_memory() {
 
 /// Each request is refused at once, and there is always another.
 #[test]
-fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+fn a_full_queue_does_not_delay_a_stop() {
     for engine in BOTH {
         let mut setup = Setup::active(engine, 8);
         let flood = setup
@@ -427,16 +427,16 @@ fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
         setup.driver.kick();
         std::thread::sleep(Duration::from_millis(50));
         let mut device = setup.device;
-        ends(move || device.reset(None));
+        finishes(move || device.reset(None));
         drop(flood);
         assert!(!setup.driver.used().is_empty());
     }
 }
 
-/// Reads that the host has begun may still end after the driver has asked for a reset, but not after it
-/// was told that the reset is done.
+/// Reads in flight on the host may complete after the driver has requested a reset, but not after the reset
+/// is complete.
 #[test]
-fn a_reset_with_requests_under_way_leaves_memory_alone() {
+fn a_reset_with_requests_in_flight_ends_memory_accesses() {
     const SECTORS: u64 = 64 << 10;
     for (round, engine) in [IoEngine::Auto; 12].into_iter().chain(BOTH).enumerate() {
         let mut setup = Setup::new(engine, SECTORS, DiskOptions::default());
@@ -445,7 +445,7 @@ fn a_reset_with_requests_under_way_leaves_memory_alone() {
             .unwrap();
         setup.driver = Driver::new(256);
         setup.activate(setup.device.features());
-        // All that fits into memory at once: 80 requests of 128 KiB.
+        // As much as fits into memory at once: 80 requests of 128 KiB.
         let parts = [
             Buffer::Readable(Vec::new()),
             Buffer::Writable(128 << 10),
@@ -453,7 +453,7 @@ fn a_reset_with_requests_under_way_leaves_memory_alone() {
         ];
         let heads: Vec<u16> = (0..80_u64)
             .map(|n| {
-                // From all over the file, so that none is a continuation.
+                // Scattered over the file, so that reads are not sequential.
                 let sector = (n * 37 % 80) * 256;
                 let mut parts = parts.clone();
                 parts[0] = Buffer::Readable(header(VIRTIO_BLK_T_IN, sector));
@@ -461,7 +461,7 @@ fn a_reset_with_requests_under_way_leaves_memory_alone() {
             })
             .collect();
         setup.driver.kick();
-        // Sooner and later: none, some, all of them are begun.
+        // At different times: none, some or all of them have started.
         std::thread::sleep(Duration::from_micros(150 * round as u64));
         setup.device.reset(None);
         let memory = setup.driver.memory().clone();
@@ -474,7 +474,7 @@ fn a_reset_with_requests_under_way_leaves_memory_alone() {
         memory.read_slice(&mut after, data).unwrap();
         assert!(after == blank, "written after the reset");
         assert_eq!(setup.driver.used(), [], "{used} of {}", heads.len());
-        // The next driver finds a device that works.
+        // The next driver finds a working device.
         setup.driver = Driver::new(64);
         setup.activate(setup.device.features());
         let read = setup.ask(&header(VIRTIO_BLK_T_IN, 1), 512);

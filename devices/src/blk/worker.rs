@@ -2,7 +2,7 @@
 
 use super::engine::{Engine, IoEngine};
 use super::request::{self, Parsed, Request, Status, Step};
-use super::{BlockMetrics, Disk, MAX_UNDER_WAY};
+use super::{BlockMetrics, Disk, MAX_IN_FLIGHT};
 use crate::fault::guest_fault;
 use crate::rate_limit::RateLimiter;
 use crate::sys::Completion;
@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Of the two events that a worker waits for the second; the first is the driver's kick.
+/// Index of the stop event among the two that a worker waits for; the first is the driver's kick.
 const STOP: usize = 1;
 
-/// Why a worker ended before it was told to.
+/// Why a worker ended early.
 #[derive(Debug, Error)]
 enum WorkerError {
     #[error(transparent)]
@@ -29,15 +29,15 @@ enum WorkerError {
     Host(#[from] io::Error),
 }
 
-/// What all queues of a disk share.
+/// State shared by all queues of a disk.
 pub(super) struct Shared {
     pub(super) disk: Arc<Disk>,
     pub(super) metrics: Arc<BlockMetrics>,
     pub(super) limiter: Arc<Mutex<RateLimiter>>,
     pub(super) engine: IoEngine,
-    /// The driver does not flush: every write is stable before it is answered.
+    /// The driver does not flush: every write must be durable before it is completed.
     pub(super) durable: bool,
-    /// To stop is to answer what is under way first, not to let go of it.
+    /// Whether to complete requests in flight on a stop instead of dropping them.
     pub(super) drain: AtomicBool,
 }
 
@@ -64,45 +64,45 @@ impl Worker {
                 [kick, stop],
             )
         });
-        let mut serving = match engine {
-            Ok(engine) => Serving {
+        let mut service = match engine {
+            Ok(engine) => QueueService {
                 requests: (0..queue.size()).map(|_| None).collect(),
                 free: (0..queue.size()).rev().collect(),
-                under_way: 0,
+                bytes_in_flight: 0,
                 queue,
                 engine,
                 shared,
             },
             Err(error) => {
                 log::error!("a disk's queue can't be served: {error}");
-                return queue.ask_for_reset();
+                return queue.set_needs_reset();
             }
         };
-        if let Err(error) = serving.serve() {
+        if let Err(error) = service.serve() {
             guest_fault!("a disk's queue: {error:?}; the device needs a reset");
-            serving.queue.ask_for_reset();
+            service.queue.set_needs_reset();
         }
     }
 }
 
-struct Serving {
+struct QueueService {
     queue: ActiveQueue,
     engine: Engine,
     shared: Arc<Shared>,
-    /// Requests under way, by their token.
+    /// Requests in flight, by token.
     requests: Vec<Option<Request>>,
     free: Vec<u16>,
-    /// Bytes that they move.
-    under_way: u64,
+    /// Bytes in flight.
+    bytes_in_flight: u64,
 }
 
-impl Serving {
+impl QueueService {
     fn serve(&mut self) -> Result<(), WorkerError> {
         let mut stopping = false;
         loop {
             let limit = match stopping {
-                false => self.take()?,
-                // What the host was asked for is answered: nobody asks for it again.
+                false => self.start_requests()?,
+                // Requests in flight are completed; they are not resubmitted.
                 true if self.free.len() == self.requests.len() => {
                     return Ok(self.queue.notify()?);
                 }
@@ -123,12 +123,15 @@ impl Serving {
         }
     }
 
-    /// Starts what the driver has in the queue; how long to wait before more may start. No more than the
-    /// queue holds at once: what is answered here, since it can't be done, must not keep this thread from
-    /// being told to stop.
-    fn take(&mut self) -> Result<Option<Duration>, WorkerError> {
+    /// Starts available requests; returns how long to wait before more may be started. Takes no more than the
+    /// queue holds at once: requests that are answered immediately because they are invalid must not delay a
+    /// stop.
+    fn start_requests(&mut self) -> Result<Option<Duration>, WorkerError> {
         for _ in 0..self.requests.len() {
-            if self.free.is_empty() || self.under_way >= MAX_UNDER_WAY || !self.engine.has_room() {
+            if self.free.is_empty()
+                || self.bytes_in_flight >= MAX_IN_FLIGHT
+                || !self.engine.has_room()
+            {
                 return Ok(None);
             }
             let wait = lock(&self.shared.limiter).wait(Instant::now());
@@ -156,7 +159,7 @@ impl Serving {
                     return Ok(());
                 };
                 let step = request.step();
-                self.under_way += request.bytes();
+                self.bytes_in_flight += request.bytes();
                 self.shared
                     .metrics
                     .in_flight
@@ -167,9 +170,9 @@ impl Serving {
                     None => self.end(token, Status::Ok)?,
                 }
             }
-            Ok(Parsed::Answered(chain, status, written)) => {
+            Ok(Parsed::Completed(chain, status, written)) => {
                 self.shared.metrics.count_answer(status);
-                let used = request::answer(&chain, &memory, status, written)?;
+                let used = request::write_status(&chain, &memory, status, written)?;
                 self.queue.complete(head, used)?;
             }
             Err(error) => {
@@ -208,21 +211,21 @@ impl Serving {
             return Ok(());
         };
         self.free.push(token);
-        self.under_way -= request.bytes();
+        self.bytes_in_flight -= request.bytes();
         self.shared
             .metrics
             .in_flight
             .fetch_sub(1, Ordering::Relaxed);
         self.shared.metrics.count(&request, status);
         let memory = self.queue.memory();
-        let used = request::answer(&request.chain, memory, status, request.written())?;
+        let used = request::write_status(&request.chain, memory, status, request.written())?;
         self.queue.complete(request.chain.head(), used)?;
         Ok(())
     }
 }
 
-/// What was under way when the worker ends is not any more.
-impl Drop for Serving {
+/// Removes requests in flight from the metrics when the worker ends.
+impl Drop for QueueService {
     fn drop(&mut self) {
         let left = self.requests.iter().flatten().count() as u64;
         let in_flight = &self.shared.metrics.in_flight;
@@ -239,7 +242,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
     #[test]
-    fn requests_that_are_refused_are_answered_in_turns() {
+    fn invalid_requests_are_answered_in_batches() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(4096).unwrap();
         let disk = Disk::open(file.path(), DiskOptions::default()).unwrap();
@@ -265,19 +268,19 @@ mod tests {
             false,
             [event(), event()],
         );
-        let mut serving = Serving {
-            // Of a queue that is as short: what it has is more than one turn.
+        let mut service = QueueService {
+            // With so short a queue, its contents exceed one batch.
             requests: (0..32).map(|_| None).collect(),
             free: (0..32).rev().collect(),
-            under_way: 0,
+            bytes_in_flight: 0,
             queue,
             engine: engine.unwrap(),
             shared,
         };
         for _ in 0..2 {
-            assert_eq!(serving.take().unwrap(), Some(Duration::ZERO));
+            assert_eq!(service.start_requests().unwrap(), Some(Duration::ZERO));
             assert_eq!(driver.used().len(), 32);
         }
-        assert_eq!(serving.take().unwrap(), None);
+        assert_eq!(service.start_requests().unwrap(), None);
     }
 }

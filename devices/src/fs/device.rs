@@ -1,10 +1,10 @@
-//! The virtio device: a queue for urgent requests (FORGET), one or more for the others, and the
-//! threads that serve them.
+//! The virtio-fs device: a high-priority queue (FORGET), one or more request queues, and the threads that
+//! serve them.
 //!
-//! Each queue has a few threads of its own. Whoever takes a request out asks the guest to kick for
-//! the next one before it serves it, so that a slow request (an fsync, say) holds one thread and no
-//! other request; and whoever finds more than one wakes another. A guest that asks for one thing at
-//! a time is served by one thread, which costs a wait and an interrupt a request.
+//! Each queue has a few threads of its own. A thread that takes a request asks the guest to kick for the next
+//! one before it serves it, so that a slow request (such as fsync) blocks only this thread; and if more
+//! requests are available, it wakes another thread. A guest that sends one request at a time is served by one
+//! thread, at the cost of a wait and an interrupt per request.
 
 use super::passthrough::{Options, Passthrough};
 use super::server::{FsMetrics, Server};
@@ -25,18 +25,18 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-/// A request of 1 MiB takes 260 descriptors, or one that points to a table of them.
+/// A request of 1 MiB takes 260 descriptors, or one indirect descriptor.
 const QUEUE_SIZE: u16 = 512;
-/// The most request queues: as many as CPUs are any use.
+/// Maximum number of request queues: more than there are CPUs are of no use.
 pub const MAX_REQUEST_QUEUES: u32 = 16;
-/// Threads for each request queue.
+/// Number of threads per request queue.
 const THREADS: usize = 4;
-/// How often files that the guest remembers are looked at, for those that were removed, and how many
-/// of them at a time: some milliseconds of work at most.
+/// How often to look for removed files among those that the guest remembers, and how many files to check
+/// each time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
-const ROLE: Role = Role::new("koya-fs").of_the_guest();
-/// Bytes of a tag in the configuration space (section 5.11.4).
+const ROLE: Role = Role::new("koya-fs").guest_facing();
+/// Size of the tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 
 /// The file system device.
@@ -45,16 +45,16 @@ pub struct Fs {
     queue_sizes: Vec<u16>,
     server: Arc<Server>,
     threads: Threads,
-    /// For threads at work, which do not look at the event.
+    /// For threads that are serving requests and do not poll the stop event.
     stopping: Arc<AtomicBool>,
 }
 
 impl Fs {
-    /// A device that the guest mounts by `tag` (at most 36 bytes), with `request_queues` from 1 to
-    /// [`MAX_REQUEST_QUEUES`].
+    /// A device that the guest mounts by `tag` (at most 36 bytes), with 1 to [`MAX_REQUEST_QUEUES`] request
+    /// queues.
     ///
     /// # Errors
-    /// A tag that is too long; a host without `/proc` or event descriptors.
+    /// If the tag is too long, or the host has no `/proc` or no descriptors left.
     pub fn new(
         tag: &str,
         shares: Shares,
@@ -79,20 +79,20 @@ impl Fs {
         })
     }
 
-    /// What it did so far, also while it is used.
+    /// Metrics, also while the device is in use.
     pub fn metrics(&self) -> Arc<FsMetrics> {
         self.server.metrics().clone()
     }
 
-    /// What changes on the host, for a guest that watches it: whoever takes this makes the device
-    /// offer the guest to tell it. Before the machine starts. For guests with Koya's kernel; its
-    /// agent hands events to it (`guest-kernel/patches`).
+    /// Changes on the host to files that the guest watches. Calling this, before the machine starts, makes
+    /// the device offer the feature to the guest. It requires Koya's guest kernel, to which the agent passes
+    /// the events (`guest-kernel/patches`).
     pub fn host_events(&self) -> HostEvents {
         self.server.files().host_events()
     }
 
     fn spawn(&mut self, queue: ActiveQueue, threads: usize, sweeps: bool) -> io::Result<()> {
-        let crew = Arc::new(Crew::new(
+        let crew = Arc::new(QueueThreads::new(
             queue,
             self.server.clone(),
             self.threads.stop_event(),
@@ -135,7 +135,7 @@ impl VirtioDevice for Fs {
         for (index, queue) in queues.into_iter().enumerate() {
             let is_urgent = index == 0;
             let threads = if is_urgent { 1 } else { THREADS };
-            // The thread for what is urgent has nothing to do most of the time.
+            // The high-priority queue has little to do, so its thread also sweeps.
             if let Err(source) = self.spawn(queue, threads, is_urgent) {
                 self.stop_threads();
                 return Err(ActivateError::Host {
@@ -159,7 +159,7 @@ impl Drop for Fs {
     }
 }
 
-/// Whether threads here can have a file-mode mask of their own, as each of the device's needs.
+/// Checks that threads can have their own umask, which the device's threads need.
 fn check_host() -> io::Result<()> {
     let tried = threads::spawn(ROLE, sys::unshare_fs_state)?.join();
     match tried {
@@ -172,25 +172,25 @@ fn check_host() -> io::Result<()> {
     }
 }
 
-/// One queue and the threads that serve it.
-struct Crew {
+/// A queue and the threads that serve it.
+struct QueueThreads {
     queue: Mutex<Shared>,
-    /// Wakes one thread each time that the guest kicks; all of them, for good, at the end.
+    /// Wakes one thread for each kick of the guest, and all of them permanently at the end.
     wake: Epoll,
     kick: EventFd,
     server: Arc<Server>,
     stopping: Arc<AtomicBool>,
-    /// Whether its thread looks for files that were removed, when it has nothing else to do.
+    /// Whether its thread looks for removed files when it is idle.
     sweeps: bool,
 }
 
 struct Shared {
     queue: ActiveQueue,
-    /// Threads that wait, or were woken and are not here yet.
+    /// Threads that wait, or have been woken but do not run yet.
     idle: usize,
 }
 
-impl Crew {
+impl QueueThreads {
     fn new(
         queue: ActiveQueue,
         server: Arc<Server>,
@@ -200,7 +200,7 @@ impl Crew {
     ) -> io::Result<Self> {
         let kick = queue.kick().try_clone()?;
         let wake = Epoll::new()?;
-        // By its edge: nobody needs to read the event, and each kick wakes one thread.
+        // Edge-triggered: nobody needs to read the event, and each kick wakes one thread.
         let kicked = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         wake.ctl(ControlOperation::Add, kick.as_raw_fd(), kicked)?;
         let stopped = EpollEvent::new(EventSet::IN, 0);
@@ -217,10 +217,10 @@ impl Crew {
 
     fn run(&self) {
         if let Err(error) = sys::unshare_fs_state() {
-            // Then no request that makes files may run here: their masks would be the process's.
-            // It was possible when the device was made.
+            // No request that creates files may run on this thread, since it would use the umask of the
+            // process. This was possible when the device was created.
             log::error!("virtio-fs: a thread can't have a file-mode mask of its own: {error}");
-            lock(&self.queue).queue.ask_for_reset();
+            lock(&self.queue).queue.set_needs_reset();
             return;
         }
         rustix::process::umask(rustix::fs::Mode::empty());
@@ -232,7 +232,7 @@ impl Crew {
     fn serve(&self) -> Result<(), QueueError> {
         let memory = lock(&self.queue).queue.memory().clone();
         let mut swept = Instant::now();
-        // What the guest still has in the queue when the device stops is not waited for.
+        // When the device stops, requests left in the queue are not served.
         while !self.stopping.load(Ordering::SeqCst) {
             if self.sweeps && swept.elapsed() >= SWEEP {
                 self.server.files().sweep(SWEPT_FILES);
@@ -256,7 +256,7 @@ impl Crew {
         Ok(())
     }
 
-    /// A request; or none, and then this thread counts as idle and the guest will kick.
+    /// The next request; if there is none, this thread counts as idle and kicks are enabled.
     fn next(&self) -> Result<Option<Chain>, QueueError> {
         let mut shared = lock(&self.queue);
         loop {
@@ -286,7 +286,7 @@ impl Crew {
             && error.kind() != io::ErrorKind::Interrupted
         {
             log::error!("virtio-fs: a thread can't wait: {error}");
-            lock(&self.queue).queue.ask_for_reset();
+            lock(&self.queue).queue.set_needs_reset();
             self.stopping.store(true, Ordering::SeqCst);
         }
     }

@@ -1,5 +1,5 @@
-//! A tree of the host that is served to the guest: one for each place that is shared, and one for all
-//! places that lie within each other.
+//! A directory tree of the host that is exported to the guest: one for each shared path, or one for several
+//! shared paths that contain each other.
 
 use super::inodes::FileSystem;
 use super::origin::Origin;
@@ -15,47 +15,47 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// Of how many file systems below it an export remembers one file, a descriptor each. Data of further
-/// ones is the host's to write out in its own time.
+/// Maximum number of file systems below an export of which a file is kept open, one descriptor each. The host
+/// writes out data of further ones in its own time.
 const MAX_NESTED: usize = 64;
 
-/// What an export holds open.
-struct Held {
-    /// Its root, an O_PATH descriptor.
+/// The descriptors that an export keeps open.
+struct Descriptors {
+    /// The root, an O_PATH descriptor.
     root: Arc<OwnedFd>,
-    /// A descriptor on the same mount that is not O_PATH, for what needs one (file handles,
-    /// syncfs); none if it is a single file.
+    /// A descriptor on the same mount that is not O_PATH, for system calls that need one (file handles,
+    /// syncfs); `None` for a single file.
     anchor: Option<Arc<OwnedFd>>,
-    /// Other file systems that the guest came to below it: an O_PATH descriptor on each.
+    /// Other file systems that the guest has reached below it: an O_PATH descriptor on each.
     nested: HashMap<FileSystem, Arc<OwnedFd>>,
 }
 
-/// A host directory, or a single file, with all that is mounted below it.
+/// A host directory, or a single file, with everything that is mounted below it.
 ///
-/// Where the host lets us (CAP_SYS_ADMIN) it is a detached copy of the mounts, which nothing can leave
-/// and nothing of the host's own can change.
+/// If the host permits it (CAP_SYS_ADMIN), this is a detached copy of the mounts, which nothing can leave and
+/// which the host's later mount changes do not affect.
 pub(super) struct Export {
-    /// Tells its directories from the same directories in another export.
+    /// Distinguishes its directories from the same directories in another export.
     pub(super) view: u64,
-    /// The mount that its root is on.
+    /// The mount of its root.
     pub(super) mount_id: u64,
-    /// Mounts of exports that were made a part of this one, and where those parts are now.
+    /// Mounts of exports merged into this one, and the mounts of those parts now.
     adopted: Mutex<HashMap<u64, u64>>,
     pub(super) kind: FileType,
-    /// Whether the host's mounts that come later show in it.
+    /// Whether later mounts on the host appear in it.
     pub(super) follows_mounts: bool,
     detached: bool,
     /// Whether anything is mounted below it.
     has_submounts: bool,
-    /// Whether its mounts are read-only beyond what they are on the host.
+    /// Whether its mounts are read-only although they are writable on the host.
     sealed: Mutex<bool>,
-    /// Nothing once it is given up: the guest may remember its nodes for ever.
-    held: Mutex<Option<Held>>,
+    /// `None` once closed: the guest may remember its nodes forever.
+    descriptors: Mutex<Option<Descriptors>>,
 }
 
 impl Export {
-    /// Exports what `plain` refers to, on the host's own mount; with [`ShareOptions::read_only`] nothing can be
-    /// written through it at all until it is [`unsealed`](Self::unseal).
+    /// Exports the file of `plain`, a descriptor on the host's own mount. With [`ShareOptions::read_only`]
+    /// nothing can be written through it until it is [`unsealed`](Self::unseal).
     pub(super) fn new(
         plain: OwnedFd,
         options: ShareOptions,
@@ -68,7 +68,7 @@ impl Export {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
         let stat = super::inodes::stat(&root)?;
-        // Than it is on the host.
+        // Than on the host.
         let is_more_read_only =
             origin.is_none_or(|origin| !origin.on_read_only_mount() || origin.has_submounts());
         static VIEW: AtomicU64 = AtomicU64::new(1);
@@ -81,7 +81,7 @@ impl Export {
             detached,
             has_submounts: origin.is_some_and(Origin::has_submounts),
             sealed: Mutex::new(detached && options.read_only && is_more_read_only),
-            held: Mutex::new(Some(Held {
+            descriptors: Mutex::new(Some(Descriptors {
                 root: Arc::new(root),
                 anchor,
                 nested: HashMap::new(),
@@ -89,12 +89,12 @@ impl Export {
         })
     }
 
-    /// Lets writes through, as far as the host itself does: who may write where is then for the server alone
-    /// to say. False if that can't be: of a detached tree only the topmost mount can be changed, and what
-    /// of it the host has read-only would be lost.
+    /// Permits writes as far as the host does; the server alone then decides who may write where. False if
+    /// that is impossible: of a detached tree only the topmost mount can be changed, and mounts that are
+    /// read-only on the host would become writable.
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub(super) fn unseal(&self) -> io::Result<bool> {
         let mut sealed = lock(&self.sealed);
         if *sealed && self.has_submounts {
@@ -107,75 +107,79 @@ impl Export {
         Ok(true)
     }
 
-    /// Tells mounts within it apart; 0 is its own.
+    /// Identifies a mount within the export; 0 is the export's own mount.
     pub(super) fn mount_key(&self, mount: u64) -> u64 {
         let mount = self.adopted(mount).unwrap_or(mount);
         if mount == self.mount_id { 0 } else { mount }
     }
 
-    /// Where what was found on a mount is now, if that is another one.
+    /// The mount that replaces a mount of a merged export, if there is one.
     pub(super) fn adopted(&self, mount: u64) -> Option<u64> {
         lock(&self.adopted).get(&mount).copied()
     }
 
-    /// What was looked at through another mount is on this one now.
+    /// Records that files found on mount `before` are now on mount `now`.
     pub(super) fn adopt_mount(&self, before: u64, now: u64) {
         lock(&self.adopted).insert(before, now);
     }
 
-    /// Its root, an O_PATH descriptor, while it is there.
+    /// Its root, an O_PATH descriptor, until it is closed.
     pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held).as_ref().map(|held| held.root.clone())
+        lock(&self.descriptors)
+            .as_ref()
+            .map(|descriptors| descriptors.root.clone())
     }
 
     /// A descriptor on its mount, if it is a directory.
     pub(super) fn anchor(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.held)
+        lock(&self.descriptors)
             .as_ref()
-            .and_then(|held| held.anchor.clone())
+            .and_then(|descriptors| descriptors.anchor.clone())
     }
 
-    /// Closes all that it holds.
+    /// Closes all descriptors.
     pub(super) fn close(&self) {
-        lock(&self.held).take();
+        lock(&self.descriptors).take();
     }
 
-    /// Remembers another file system below it, for [`nested`](Self::nested).
+    /// Keeps a file of another file system below it open, for [`nested`](Self::nested).
     pub(super) fn add_nested(&self, which: FileSystem, kind: FileType, fd: &Arc<OwnedFd>) {
-        // To open anything else could have effects, or wait. What the host mounted meanwhile it may
-        // want to unmount.
+        // Opening any other kind of file could block or have effects. Later mounts of the host are not kept,
+        // since the host may want to unmount them.
         if matches!(kind, FileType::Directory | FileType::RegularFile)
             && !self.follows_mounts
-            && let Some(held) = &mut *lock(&self.held)
-            && held.nested.len() < MAX_NESTED
-            && !held.nested.contains_key(&which)
+            && let Some(descriptors) = &mut *lock(&self.descriptors)
+            && descriptors.nested.len() < MAX_NESTED
+            && !descriptors.nested.contains_key(&which)
             && let Ok(fd) = fd.try_clone()
         {
-            held.nested.insert(which, Arc::new(fd));
+            descriptors.nested.insert(which, Arc::new(fd));
         }
     }
 
-    /// Forgets them: the guest is gone.
+    /// Closes these files when the guest is gone.
     pub(super) fn forget_nested(&self) {
-        if let Some(held) = &mut *lock(&self.held) {
-            held.nested.clear();
+        if let Some(descriptors) = &mut *lock(&self.descriptors) {
+            descriptors.nested.clear();
         }
     }
 
-    /// A file or directory of each other file system that the guest came to below it.
+    /// A file or directory on each other file system that the guest has reached below it.
     pub(super) fn nested(&self) -> Vec<Arc<OwnedFd>> {
-        let held = lock(&self.held);
-        let nested = held.iter().flat_map(|held| held.nested.values());
+        let descriptors = lock(&self.descriptors);
+        let nested = descriptors
+            .iter()
+            .flat_map(|descriptors| descriptors.nested.values());
         nested.cloned().collect()
     }
 
-    /// Whether it has mounts of its own, which nothing can leave.
+    /// Whether it is a detached copy of the mounts, which nothing can leave.
     pub(super) fn is_detached(&self) -> bool {
         self.detached
     }
 }
 
-/// A copy of the mounts at `plain`, and whether it is one.
+/// Copies the mounts at `plain`; returns whether that was possible.
 fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -184,14 +188,14 @@ fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
     match open_tree(&plain, c"", flags) {
         Ok(tree) => match sys::restrict_mount(tree.as_fd(), read_only) {
             Ok(()) => Ok((tree, true)),
-            // Before Linux 5.12 the server alone holds what is read-only.
+            // Before Linux 5.12 only the server enforces read-only shares.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => match read_only {
                 true => Ok((plain, false)),
                 false => Ok((tree, true)),
             },
             Err(error) => Err(error),
         },
-        // Without the privilege (or the call) the directory itself has to do.
+        // Without the privilege (or the system call), uses the directory itself.
         Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((plain, false)),
         Err(error) => Err(error.into()),
     }

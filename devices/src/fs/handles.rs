@@ -1,4 +1,4 @@
-//! Open files and directories, by the number that the guest got for each.
+//! Open files and directories, by handle number.
 
 use super::inodes::Inode;
 use koya_host::sync::lock;
@@ -12,19 +12,18 @@ use std::sync::{Arc, Mutex};
 pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
-    /// Says by which shares it is reached.
+    /// Knows the shares through which the file is reached.
     inode: Arc<Inode>,
     /// Whether it is open for writing.
     writes: bool,
     pub(super) file: File,
-    /// Keeps the node's own descriptor: an open file may have lost its name by the time that the
-    /// node is asked for again.
+    /// Keeps the node's own descriptor open: the file may have lost its name before the node is used again.
     _node: Arc<OwnedFd>,
-    /// Serializes reading of a directory: its position is the descriptor's.
+    /// Serializes reads of a directory, which share the descriptor's position.
     pub(super) position: Mutex<()>,
 }
 
-/// All handles of one guest.
+/// All handles of a guest.
 pub(super) struct Handles {
     limit: usize,
     state: Mutex<State>,
@@ -37,7 +36,7 @@ struct State {
 }
 
 impl Handles {
-    /// No more than `limit` at once.
+    /// A table with at most `limit` handles.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -45,7 +44,7 @@ impl Handles {
         }
     }
 
-    /// Keeps an open file; ENFILE when the guest has as many as it may.
+    /// Adds an open file; ENFILE if the guest has reached its limit.
     pub(super) fn insert(
         &self,
         inode: &Arc<Inode>,
@@ -77,20 +76,20 @@ impl Handles {
         Ok(number)
     }
 
-    /// The handle of this number, if it was opened from `nodeid`.
+    /// The handle with this number, if it was opened from `nodeid`.
     pub(super) fn get(&self, number: u64, nodeid: u64) -> Result<Arc<Handle>, Errno> {
         let handle = lock(&self.state).open.get(&number).cloned();
         handle.filter(|h| h.nodeid == nodeid).ok_or(Errno::BADF)
     }
 
-    /// Forgets a handle.
+    /// Removes a handle.
     pub(super) fn remove(&self, number: u64) {
         let handle = lock(&self.state).open.remove(&number);
-        // Closing may take its time on some file systems: not under the lock.
+        // Not under the lock, because closing may be slow on some file systems.
         drop(handle);
     }
 
-    /// Closes what can't be reached any more, or not for writing, since a share was taken away.
+    /// Closes handles whose file is no longer reachable, or no longer writable, after a share was removed.
     pub(super) fn close_unreachable(&self) {
         let mut state = lock(&self.state);
         let gone = |handle: &Handle| match handle.writes {
@@ -99,11 +98,11 @@ impl Handles {
         };
         let gone: Vec<_> = state.open.extract_if(|_, handle| gone(handle)).collect();
         drop(state);
-        // Closing may take its time.
+        // Closing may be slow.
         drop(gone);
     }
 
-    /// Forgets all.
+    /// Removes all handles.
     pub(super) fn clear(&self) {
         let open = std::mem::take(&mut lock(&self.state).open);
         drop(open);

@@ -1,20 +1,19 @@
-//! What the guest has looked up: nodes, by the number that the guest got for each.
+//! Nodes that the guest has looked up, by node ID.
 //!
-//! A node holds an O_PATH descriptor, which keeps the host's file alive even when it is unlinked.
-//! The guest decides how many nodes it remembers, so descriptors are kept only for the most
-//! recent ones: a node that is evicted remembers how to find its file again, by a file handle
-//! (open_by_handle_at, where the host allows it) or by its parent and name, and is checked to be
-//! the same file when it is found. Nodes whose file has no name any more are never evicted; those that
-//! nobody has open are let go, so that the host gets their room back ([`Inodes::sweep`]).
+//! A node holds an O_PATH descriptor, which keeps the host's file alive even after it is unlinked. The guest
+//! decides how many nodes it remembers, so only the most recent nodes keep their descriptors. An evicted node
+//! records how to find its file again, by file handle (open_by_handle_at, if the host permits it) or by
+//! parent and name; when found, it is verified to be the same file. Nodes of unlinked files are never
+//! evicted. Those that are not open are dropped, so that the host can free their space ([`Inodes::sweep`]).
 //!
-//! # One file is one node
-//! A file that is not a directory is one node, wherever it was found: sockets, FIFOs, locks and memory
-//! maps are an inode's. A directory has one dentry in Linux, so it is one node within one export, and
-//! exports are merged as soon as one lies within another ([`shares`](super::shares)). A node knows the
-//! shares by which it was reached ([`Inode::is_writable`]).
+//! # One node per file
+//! A file other than a directory is one node, wherever it was found, because sockets, FIFOs, locks and memory
+//! maps belong to an inode. A directory has one dentry in Linux, so it is one node within one export, and
+//! exports are merged as soon as one lies within another ([`shares`](super::shares)). A node knows the shares
+//! through which it was reached ([`Inode::is_writable`]).
 
 use super::export::Export;
-use super::node::{HANDLE_FLAGS, Slot, Traces, evict, is_kind, move_to, still_same};
+use super::node::{FileTraces, HANDLE_FLAGS, Slot, evict, is_kind, move_to, still_same};
 use super::shares::Share;
 use super::wire::ROOT_ID;
 use crate::sys::FileHandle;
@@ -29,11 +28,11 @@ use std::sync::{Arc, Mutex};
 
 pub(super) use super::node::{FileSystem, Found, Identity, Inode, STATX_MASK, open_entry, stat};
 
-/// How many evicted directories may lie between a file and one that is open, when it is looked for
-/// by name: a guest decides how deep they are nested, and each is a step of recursion.
+/// How many evicted directories may lie between a file and an open one when it is looked up by name: the
+/// guest decides how deeply they are nested, and each is a recursion step.
 const MAX_ASCENT: u32 = 64;
 
-/// What is known of a node.
+/// A node in the tables.
 pub(super) struct Entry {
     pub(super) inode: Arc<Inode>,
     lookups: u64,
@@ -43,21 +42,21 @@ pub(super) struct Entry {
 pub(super) struct Tables {
     pub(super) by_id: HashMap<u64, Entry>,
     pub(super) by_identity: HashMap<Identity, u64>,
-    /// Directories that are shared, with their shares.
+    /// Roots of shares, with their shares.
     pub(super) roots: HashMap<Identity, Vec<Arc<Share>>>,
     /// Nodes with a descriptor, oldest first; some may be gone.
     recent: VecDeque<u64>,
-    /// Where in `recent` the next sweep begins.
+    /// Position in `recent` where the next sweep begins.
     swept: usize,
     pub(super) open: usize,
     next: u64,
-    /// The host's file systems, in the order in which the guest came to them.
+    /// File systems of the host, in the order in which the guest reached them.
     file_systems: Vec<FileSystem>,
 }
 
 impl Tables {
-    /// Another node is to get a descriptor: older ones give up theirs. What can't be given up
-    /// (open or nameless files) may exceed the limit by half.
+    /// Makes room for another descriptor by evicting older nodes. Nodes that cannot be evicted (open or
+    /// unlinked files) may exceed the limit by half.
     fn make_room(&mut self, limit: usize) -> Result<(), Errno> {
         let mut tries = 16;
         while self.open >= limit && tries > 0 {
@@ -80,8 +79,8 @@ impl Tables {
         Ok(())
     }
 
-    /// A file that is known was found again: its descriptor is as good as any, and the better one if it
-    /// `replaces` what there is.
+    /// A known file was found again: uses the new descriptor if there is none, or if it `replaces` the
+    /// existing one.
     pub(super) fn found_again(&mut self, inode: &Inode, fd: OwnedFd, limit: usize, replaces: bool) {
         let mut slot = lock(&inode.slot);
         match &*slot {
@@ -95,8 +94,8 @@ impl Tables {
         }
     }
 
-    /// Nothing leads to the file of this node any more. What is returned is to be dropped once these tables
-    /// are unlocked: to close the last descriptor of a file may take its time.
+    /// Marks the node as gone. Drop the returned slot only after these tables are unlocked: closing the last
+    /// descriptor of a file may be slow.
     #[must_use]
     pub(super) fn close(&mut self, inode: &Inode) -> Slot {
         let slot = std::mem::replace(&mut *lock(&inode.slot), Slot::Gone);
@@ -106,15 +105,14 @@ impl Tables {
         slot
     }
 
-    /// Leaves in `recent` what has a descriptor.
+    /// Removes nodes without a descriptor from `recent`.
     pub(super) fn tidy_recent(&mut self) {
         let Self { recent, by_id, .. } = self;
         let is_open = |entry: &Entry| matches!(*lock(&entry.inode.slot), Slot::Open(_));
         recent.retain(|id| by_id.get(id).is_some_and(is_open));
     }
 
-    /// The number of a file system, a new one if it was not seen before. Those beyond 65,535 share
-    /// the last.
+    /// The number of a file system, a new one on first sight. All beyond 65,535 share the last number.
     fn file_system(&mut self, wanted: FileSystem) -> u16 {
         let known = self.file_systems.iter().position(|known| *known == wanted);
         let index = known.unwrap_or_else(|| {
@@ -132,7 +130,7 @@ impl Tables {
     }
 }
 
-/// All nodes of one guest, but for the root of all, which is synthetic.
+/// All nodes of a guest except the synthetic root.
 pub(super) struct Inodes {
     limit: usize,
     max_nodes: usize,
@@ -140,7 +138,7 @@ pub(super) struct Inodes {
 }
 
 impl Inodes {
-    /// No more than `max_nodes` nodes, and descriptors for about `limit` of them at once.
+    /// Tables for at most `max_nodes` nodes, with descriptors for about `limit` of them at a time.
     pub(super) fn new(limit: usize, max_nodes: usize) -> Self {
         Self {
             limit,
@@ -158,7 +156,7 @@ impl Inodes {
         }
     }
 
-    /// The node of this number.
+    /// The node with this ID.
     pub(super) fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
         let tables = lock(&self.tables);
         let inode = tables.by_id.get(&id).map(|entry| entry.inode.clone());
@@ -166,13 +164,13 @@ impl Inodes {
         inode.filter(|inode| inode.is_live()).ok_or(Errno::STALE)
     }
 
-    /// The node's descriptor, opened again if it was evicted.
+    /// The node's descriptor, reopened if it was evicted.
     pub(super) fn fd(&self, inode: &Inode) -> Result<Arc<OwnedFd>, Errno> {
         self.fd_within(inode, MAX_ASCENT)
     }
 
     fn fd_within(&self, inode: &Inode, ascent: u32) -> Result<Arc<OwnedFd>, Errno> {
-        // Once more if the file's export became a part of another one meanwhile.
+        // Retried if the file's export was merged into another one meanwhile.
         const TRIES: usize = 3;
         for _ in 0..TRIES {
             let traces = match &*lock(&inode.slot) {
@@ -188,16 +186,16 @@ impl Inodes {
         Err(Errno::STALE)
     }
 
-    /// Keeps a descriptor that was found for an evicted node. None if it is on a mount that is not to be
-    /// used any more.
+    /// Stores a descriptor found for an evicted node. `None` if it is on a mount that must not be used any
+    /// more.
     fn keep(
         &self,
         inode: &Inode,
-        traces: &Traces,
+        traces: &FileTraces,
         found: OwnedFd,
     ) -> Result<Option<Arc<OwnedFd>>, Errno> {
         let stat = stat(&found)?;
-        if !is_kind(inode, &stat) || !traces.fit(&found, &stat) {
+        if !is_kind(inode, &stat) || !traces.matches(&found, &stat) {
             return Err(Errno::STALE);
         }
         let fd = Arc::new(found);
@@ -207,7 +205,7 @@ impl Inodes {
             return Ok(None);
         }
         let Some(entry) = tables.by_id.get(&inode.id) else {
-            // Forgotten meanwhile: good for this one use, and not counted.
+            // Forgotten meanwhile: usable once, and not counted.
             return Ok(Some(fd));
         };
         if entry.identity != Identity::of(&stat, &export) {
@@ -216,7 +214,7 @@ impl Inodes {
         tables.make_room(self.limit)?;
         let mut slot = lock(&inode.slot);
         match &*slot {
-            // Another thread was quicker; one descriptor is enough, and is counted once.
+            // Another thread was faster; one descriptor is enough, and it is already counted.
             Slot::Open(other) => return Ok(Some(other.clone())),
             Slot::Gone => return Err(Errno::STALE),
             Slot::Evicted(_) => {}
@@ -227,7 +225,12 @@ impl Inodes {
         Ok(Some(fd))
     }
 
-    fn find_again(&self, inode: &Inode, traces: &Traces, ascent: u32) -> Result<OwnedFd, Errno> {
+    fn find_again(
+        &self,
+        inode: &Inode,
+        traces: &FileTraces,
+        ascent: u32,
+    ) -> Result<OwnedFd, Errno> {
         let ascent = ascent.checked_sub(1).ok_or(Errno::STALE)?;
         if let Some((mount, handle)) = &traces.handle {
             let mut exports = inode.exports().into_iter();
@@ -243,10 +246,10 @@ impl Inodes {
         {
             return Ok(fd);
         }
-        self.open_by_place(inode, ascent)
+        self.open_by_location(inode, ascent)
     }
 
-    /// The descriptor of the share that has this node as its root.
+    /// The root descriptor of the share of which this node is the root.
     fn root_of(&self, inode: &Inode) -> Option<OwnedFd> {
         let identity = lock(&self.tables).by_id.get(&inode.id)?.identity;
         inode.reach().iter().find_map(|share| {
@@ -256,28 +259,28 @@ impl Inodes {
         })
     }
 
-    fn open_by_place(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
-        let (parent, name) = inode.place();
+    fn open_by_location(&self, inode: &Inode, ascent: u32) -> Result<OwnedFd, Errno> {
+        let (parent, name) = inode.location();
         let parent = self.get(parent)?;
         open_entry(self.fd_within(&parent, ascent)?, &name)
     }
 
-    /// The file of a node on the mount of one of its other exports: links are made within one mount only.
+    /// The file of a node on the mount of another export of it: links are possible only within one mount.
     ///
     /// # Errors
-    /// EXDEV if it is not to be found there.
+    /// EXDEV if the file cannot be found there.
     pub(super) fn fd_in(&self, inode: &Inode, export: &Arc<Export>) -> Result<OwnedFd, Errno> {
         if !inode.exports().iter().any(|own| Arc::ptr_eq(own, export)) {
             return Err(Errno::XDEV);
         }
         let fd = self.fd(inode)?;
         let own = Identity::of(&stat(&*fd)?, export);
-        let handle = FileHandle::of(&*fd).ok().zip(export.anchor());
+        let handle = FileHandle::from_fd(&*fd).ok().zip(export.anchor());
         let by_handle = handle
             .and_then(|(handle, anchor)| handle.open(&*anchor, HANDLE_FLAGS.bits() as i32).ok());
         let found = match by_handle {
             Some(fd) => fd,
-            None => self.open_by_place(inode, MAX_ASCENT)?,
+            None => self.open_by_location(inode, MAX_ASCENT)?,
         };
         let there = stat(&found)?;
         match Identity::of(&there, export) == own && there.stx_mnt_id == export.mount_id {
@@ -286,12 +289,12 @@ impl Inodes {
         }
     }
 
-    /// Counts one look-up of the file that `fd` refers to and returns its node, a new one if the
-    /// guest did not know the file.
+    /// Counts a lookup of the file that `fd` refers to and returns its node, a new one if the guest did not
+    /// know the file.
     ///
     /// # Errors
-    /// ENFILE when the guest holds more files without a name than there are descriptors for, or
-    /// remembers more files than it may; ESTALE if the share was taken away.
+    /// ENFILE if the guest holds more unlinked files than there are descriptors for, or has reached its limit
+    /// of nodes; ESTALE if the share was removed.
     pub(super) fn look_up(
         &self,
         fd: OwnedFd,
@@ -303,7 +306,7 @@ impl Inodes {
         let reach = tables.reach(stat, found)?;
         let export = reach[0].export();
         let identity = Identity::of(stat, &export);
-        // It was opened through an export that has become a part of this one meanwhile.
+        // It was opened through an export that was merged into this one meanwhile.
         let moved = export.adopted(stat.stx_mnt_id);
         let (parent, is_entry) = match found {
             Found::Root(_) => (ROOT_ID, true),
@@ -317,7 +320,7 @@ impl Inodes {
             entry.lookups += 1;
             let inode = entry.inode.clone();
             let is_placed = inode.kind == FileType::Directory && !is_entry;
-            // The descriptor that it has may be of a mount that lets nobody write.
+            // The existing descriptor may be on a mount that is read-only.
             let replaces = match is_placed {
                 true => inode.set_reach(&reach),
                 false => inode.extend_reach(&reach),
@@ -328,7 +331,7 @@ impl Inodes {
             drop(tables);
             inode.is_root.fetch_or(is_root, Ordering::Relaxed);
             if !is_entry {
-                *lock(&inode.place) = (parent, name.to_owned());
+                *lock(&inode.location) = (parent, name.to_owned());
             }
             return Ok(inode);
         }
@@ -356,11 +359,11 @@ impl Inodes {
             is_root: AtomicBool::new(is_root),
             reach: Mutex::new(reach),
             file_system,
-            bare: AtomicBool::new(false),
+            has_no_capabilities: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(fd.clone())),
-            place: Mutex::new((parent, name.to_owned())),
-            told: AtomicU64::new(0),
-            is_leaving: AtomicBool::new(false),
+            location: Mutex::new((parent, name.to_owned())),
+            reported: AtomicU64::new(0),
+            is_unused: AtomicBool::new(false),
         });
         if let Found::In(parent) = found
             && parent.file_system != file_system
@@ -384,8 +387,8 @@ impl Inodes {
         Ok(inode)
     }
 
-    /// A file moved from one directory to another: where it will be found again, and by which shares it, and
-    /// what is below it, is reached.
+    /// Updates the location of a moved file, and the shares through which it and everything below it is
+    /// reached.
     pub(super) fn moved(&self, identity: Identity, from: &Inode, to: &Inode, name: &CStr) {
         let mut tables = lock(&self.tables);
         let Some(inode) = tables.by_identity.get(&identity).and_then(|id| {
@@ -394,11 +397,11 @@ impl Inodes {
         }) else {
             return;
         };
-        *lock(&inode.place) = (to.id, name.to_owned());
+        *lock(&inode.location) = (to.id, name.to_owned());
         tables.change_reach(&inode, &from.reach(), &to.reach());
     }
 
-    /// Takes back `count` look-ups; a node without any is gone, and then this is true.
+    /// Subtracts `count` lookups; true if none are left and the node was removed.
     pub(super) fn forget(&self, id: u64, count: u64) -> bool {
         let mut tables = lock(&self.tables);
         let Some(entry) = tables.by_id.get_mut(&id) else {
@@ -418,7 +421,7 @@ impl Inodes {
         if matches!(*lock(&entry.inode.slot), Slot::Open(_)) {
             tables.open = tables.open.saturating_sub(1);
         }
-        // `recent` is cleaned when it is walked; bound what lies in it meanwhile.
+        // `recent` is cleaned up when it is walked; until then its size is bounded here.
         if tables.recent.len() > 2 * tables.open + 64 {
             let Tables { recent, by_id, .. } = &mut *tables;
             recent.retain(|id| by_id.contains_key(id));
@@ -428,9 +431,9 @@ impl Inodes {
         true
     }
 
-    /// Looks at up to `most` of the files that the guest remembers, and lets those go that have no name
-    /// any more and that nobody has open: their room is the host's again. What the host mounted below a
-    /// share is let go, too, as long as it is not in use: the host may want to unmount it.
+    /// Checks up to `most` of the nodes and drops those whose files are unlinked and not open, so that the
+    /// host can free their space. Descriptors on later mounts below a share are closed too if they are not in
+    /// use, since the host may want to unmount them.
     pub(super) fn sweep(&self, most: usize) {
         let mut gone = Vec::new();
         for inode in self.next_to_sweep(most) {
@@ -438,18 +441,19 @@ impl Inodes {
                 Slot::Open(fd) => fd.clone(),
                 _ => continue,
             };
-            // Without asking a server on the network.
+            // Without a request to a network file server.
             let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
             let Ok(stat) = statx(&fd, c"", flags, STATX_MASK) else {
                 continue;
             };
             let pins_a_mount = pins_a_mount(&inode, stat.stx_mnt_id);
-            // A share's root is mounted somewhere, and stays what it is.
+            // The root of a share is mounted somewhere and is kept.
             let is_nameless = stat.stx_nlink == 0
                 && !inode.is_root.load(Ordering::Relaxed)
                 && (inode.kind == FileType::RegularFile || pins_a_mount);
-            // Twice: who is about to open it has no descriptor yet, or none that is counted.
-            let was_leaving = inode.is_leaving.swap(is_nameless, Ordering::Relaxed);
+            // Dropped at the second sweep: a thread that is about to open the file has no counted descriptor
+            // yet.
+            let was_leaving = inode.is_unused.swap(is_nameless, Ordering::Relaxed);
             if is_nameless && was_leaving || pins_a_mount && !is_nameless {
                 gone.push((inode, is_nameless));
             }
@@ -460,7 +464,7 @@ impl Inodes {
         let mut closed = Vec::new();
         let mut tables = lock(&self.tables);
         for (inode, is_nameless) in gone {
-            // Whoever has the file open holds its descriptor, too.
+            // An open file holds the node's descriptor too.
             let is_idle = match &*lock(&inode.slot) {
                 Slot::Open(fd) => Arc::strong_count(fd) == 1,
                 _ => false,
@@ -493,7 +497,7 @@ impl Inodes {
         inodes
     }
 
-    /// Forgets all.
+    /// Removes all nodes.
     pub(super) fn clear(&self) {
         let mut tables = lock(&self.tables);
         tables.by_id.clear();
@@ -509,8 +513,8 @@ impl Inodes {
     }
 }
 
-/// Whether a file that is looked at through this mount keeps the host from unmounting something: one that is
-/// below a share which follows the host's mounts.
+/// Whether the descriptor of a file on this mount prevents the host from unmounting it: the file is below a
+/// share that follows the host's mounts.
 fn pins_a_mount(inode: &Inode, mount: u64) -> bool {
     let exports = inode.exports();
     let is_below = |export: &Arc<Export>| export.follows_mounts && export.mount_key(mount) != 0;

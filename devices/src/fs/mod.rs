@@ -1,30 +1,29 @@
-//! A host directory in the guest: virtio 1.2, section 5.11. The requests are FUSE's
-//! (include/uapi/linux/fuse.h), answered by a server of our own in this process.
+//! virtio-fs: virtio 1.2, section 5.11. Shares host directories with the guest. Requests use the FUSE
+//! protocol (include/uapi/linux/fuse.h) and are handled by a server in this process.
 //!
 //! | module | what |
 //! |---|---|
-//! | [`wire`] | the structures of the protocol, and nothing else |
-//! | [`shares`] | the synthetic root: directories that come and go while the guest runs |
-//! | `export`, `origin` | the host's trees behind them, and which lies within which |
+//! | [`wire`] | the structures of the protocol |
+//! | [`shares`] | the synthetic root, whose directories are added and removed while the guest runs |
+//! | `export`, `origin` | the host directories behind them, and which of them contain others |
 //! | `node`, `inodes`, `reach`, `handles` | what the guest has looked up and opened, within the host's limits |
 //! | [`passthrough`] | each operation on the host's file system |
 //! | [`server`] | requests in, replies out |
 //! | [`device`] | the virtio device and its worker threads |
 //!
-//! # What keeps a guest inside its directories
-//! Every name that a guest sends is one component: `/`, `.` and `..` are refused, and links are
-//! never followed on the host. A file is reached only from a descriptor that was reached before,
-//! down from a share's root. Where the host lets us (CAP_SYS_ADMIN), that root is a detached copy
-//! of the mount (`open_tree`), so even a descriptor can't climb out of it. Only regular files and
-//! directories are ever opened; the rest is names and attributes.
+//! # Confinement
+//! Every name from a guest is one path component: `/`, `.` and `..` are rejected, and symbolic links are
+//! never followed on the host. A file is reached only from a descriptor that was reached before, starting at
+//! the root of a share. If the host permits it (CAP_SYS_ADMIN), that root is a detached copy of the mount
+//! (`open_tree`), which even a descriptor cannot leave. Only regular files and directories are ever opened;
+//! for other files only names and attributes are available.
 //!
 //! # Watches
-//! A guest's inotify hears of changes on the host, if its kernel and somebody on the host see to it:
-//! [`Fs::host_events`].
+//! inotify in the guest reports changes on the host if the guest kernel supports it and the events are passed
+//! to it: [`Fs::host_events`].
 //!
 //! # Caches
-//! [`Cache`] says what the guest may remember; see there for what that means for files that
-//! change on the host.
+//! [`Cache`] sets what the guest may cache, and describes the effect on files that change on the host.
 
 pub mod device;
 mod export;
@@ -48,10 +47,9 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Raises this process's limit of descriptors: to what the host's kernel allows a process, or as far
-/// as this user may. For programs that share large trees: what a guest has looked up takes a
-/// descriptor each, and beyond the limit files are closed and found again, which takes time. The
-/// device leaves the limit alone.
+/// Raises this process's limit of open files as far as the kernel and this user's rights permit. For programs
+/// that share large trees: each file that a guest has looked up takes a descriptor; beyond the limit files
+/// are closed and found again, which takes time. The device itself does not change the limit.
 pub fn raise_descriptor_limit() {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
     let most = most.ok().and_then(|text| text.trim().parse().ok());
@@ -66,26 +64,26 @@ pub fn raise_descriptor_limit() {
     }
 }
 
-/// What the guest may remember of a file.
+/// What the guest may cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
-    /// Nothing: every access asks the host. Shared memory maps still work. For directories that
-    /// both sides write all the time.
+    /// Nothing: every access goes to the host. Shared memory maps still work. For directories that both sides
+    /// write all the time.
     Never,
-    /// Names and attributes for a second; data as long as the file's time and size on the host
-    /// do not change. A change on the host shows after at most a second.
+    /// Names and attributes for a second; data as long as the file's time and size on the host do not change.
+    /// A change on the host is visible after at most a second.
     #[default]
     Auto,
-    /// Everything, for as long as the guest likes. For directories that only this guest writes.
+    /// Everything, for any length of time. For directories that only this guest writes.
     Always,
-    /// As `Always`, and writes reach the host when the guest's kernel likes, or on fsync and close.
-    /// Holes in files are not told from data.
+    /// As `Always`, and writes reach the host when the guest kernel writes them back, or on fsync and close.
+    /// Holes in files are reported as data.
     Writeback,
 }
 
 impl Cache {
-    /// How long names and attributes may be remembered.
+    /// How long names and attributes may be cached.
     pub(crate) fn timeout(self) -> Duration {
         match self {
             Self::Never => Duration::ZERO,

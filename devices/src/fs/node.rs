@@ -1,4 +1,4 @@
-//! A node of the guest: a file of the host, and how it is found again.
+//! A node: a file of the host known to the guest, and how to find it again.
 
 use super::export::Export;
 use super::shares::Share;
@@ -13,12 +13,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// A file's identity on the host while it exists.
+/// Identity of an existing file on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
-    /// Of a directory: its export. Two that are not merged may show different mounts in it.
+    /// For a directory: its export. Two exports that are not merged may have different mounts in it.
     pub(super) view: u64,
-    /// Of a directory: the mount that it was found on, 0 for the export's own.
+    /// For a directory: the mount on which it was found, 0 for that of the export.
     pub(super) mount: u64,
     major: u32,
     minor: u32,
@@ -46,34 +46,34 @@ impl Identity {
     }
 }
 
-/// A file system of the host, by its device number.
+/// A file system of the host, identified by its device number.
 pub(super) type FileSystem = (u32, u32);
 
-/// Where the number of a file system stands in an inode number of the guest.
+/// Position of the file system number in an inode number of the guest.
 const FILE_SYSTEM_SHIFT: u32 = 48;
 
-/// Where a node's descriptor is, or how to get it back.
+/// A node's descriptor, or how to reopen its file.
 pub(super) enum Slot {
-    /// Its file, or the last share that it was reached by, is gone.
+    /// The file no longer exists, or the last share through which it was reached was removed.
     Gone,
     Open(Arc<OwnedFd>),
-    Evicted(Traces),
+    Evicted(FileTraces),
 }
 
-/// What an evicted node's file is known by: inode numbers are used again.
+/// How to recognize the file of an evicted node, since inode numbers are reused.
 #[derive(Clone)]
-pub(super) struct Traces {
-    /// A handle, and the mount that it can be opened on.
+pub(super) struct FileTraces {
+    /// A file handle, and the mount on which to open it.
     pub(super) handle: Option<(u64, FileHandle)>,
-    /// Seconds and nanoseconds, where the file system keeps it.
+    /// Time of creation in seconds and nanoseconds, if the file system records it.
     pub(super) birth: Option<(i64, u32)>,
 }
 
-impl Traces {
-    /// Whether this is the file, or may be as far as its file system can tell.
-    pub(super) fn fit(&self, fd: &OwnedFd, stat: &Statx) -> bool {
+impl FileTraces {
+    /// Whether this is the same file, as far as its file system can tell.
+    pub(super) fn matches(&self, fd: &OwnedFd, stat: &Statx) -> bool {
         match &self.handle {
-            Some((_, handle)) => FileHandle::of(fd).is_ok_and(|h| h == *handle),
+            Some((_, handle)) => FileHandle::from_fd(fd).is_ok_and(|h| h == *handle),
             None => self.birth == birth(stat),
         }
     }
@@ -84,11 +84,11 @@ fn birth(stat: &Statx) -> Option<(i64, u32)> {
     known.then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec))
 }
 
-/// The shares by which a node can be reached. Most nodes have those of their directory.
+/// The shares through which a node can be reached; for most nodes those of their directory.
 pub(super) type Reach = Arc<[Arc<Share>]>;
 
-/// Whether a share is among these.
-pub(super) fn leads(reach: &[Arc<Share>], share: &Arc<Share>) -> bool {
+/// Whether the share is among these.
+pub(super) fn contains_share(reach: &[Arc<Share>], share: &Arc<Share>) -> bool {
     reach.iter().any(|own| Arc::ptr_eq(own, share))
 }
 
@@ -96,9 +96,9 @@ fn is_writable(reach: &Reach) -> bool {
     reach.iter().any(|share| share.is_writable())
 }
 
-/// Both, without what was taken away.
+/// The union of both, without removed shares.
 pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
-    let added = more.iter().filter(|share| !leads(reach, share));
+    let added = more.iter().filter(|share| !contains_share(reach, share));
     let all = reach.iter().chain(added);
     all.filter(|share| !share.is_removed()).cloned().collect()
 }
@@ -106,7 +106,7 @@ pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
 /// Where a file was found.
 #[derive(Clone, Copy)]
 pub(super) enum Found<'a> {
-    /// It is the root of a share.
+    /// As the root of a share.
     Root(&'a Arc<Share>),
     In(&'a Inode),
 }
@@ -115,72 +115,72 @@ pub(super) enum Found<'a> {
 pub(super) struct Inode {
     pub(super) id: u64,
     pub(super) kind: FileType,
-    /// A share's own root, which has no parent to be found from.
+    /// Whether it is the root of a share, which has no parent to be found from.
     pub(super) is_root: AtomicBool,
     pub(super) reach: Mutex<Reach>,
-    /// Which file system of those that the guest sees.
+    /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
-    /// Known to have no capabilities of the guest's (see `Passthrough::drop_privileges`).
-    pub(super) bare: AtomicBool,
+    /// Known to have no capabilities set by the guest (see `Passthrough::drop_privileges`).
+    pub(super) has_no_capabilities: AtomicBool,
     pub(super) slot: Mutex<Slot>,
-    /// The directory and name that it was seen under last.
-    pub(super) place: Mutex<(u64, CString)>,
-    /// What the guest was told of its contents last: see [`has_changed`](Self::has_changed).
-    pub(super) told: AtomicU64,
-    /// The last sweep found it without a name and idle.
-    pub(super) is_leaving: AtomicBool,
+    /// Directory and name under which it was last seen.
+    pub(super) location: Mutex<(u64, CString)>,
+    /// State of the contents last reported to the guest: see [`has_changed`](Self::has_changed).
+    pub(super) reported: AtomicU64,
+    /// Set if the last sweep found the file unlinked and unused.
+    pub(super) is_unused: AtomicBool,
 }
 
 impl Inode {
-    /// Attributes as the guest gets them.
+    /// Attributes for the guest.
     pub(super) fn attr(&self, stat: &Statx) -> Attr {
-        self.told.store(contents(stat), Ordering::Relaxed);
+        self.reported.store(contents(stat), Ordering::Relaxed);
         Attr {
             ino: self.number(stat.stx_ino),
             ..Attr::from(stat)
         }
     }
 
-    /// Whether its contents are not those that the guest was told of last.
+    /// Whether the contents have changed since they were last reported to the guest.
     pub(super) fn has_changed(&self, stat: &Statx) -> bool {
-        self.told.load(Ordering::Relaxed) != contents(stat)
+        self.reported.load(Ordering::Relaxed) != contents(stat)
     }
 
     pub(super) fn reach(&self) -> Reach {
         lock(&self.reach).clone()
     }
 
-    /// Whether a share by which it was reached is still there.
+    /// Whether a share through which it was reached still exists.
     pub(super) fn is_live(&self) -> bool {
         lock(&self.reach).iter().any(|share| !share.is_removed())
     }
 
-    /// Whether one of them lets the guest change it.
+    /// Whether one of its shares is writable.
     pub(super) fn is_writable(&self) -> bool {
         is_writable(&lock(&self.reach))
     }
 
-    /// The trees that it is in.
+    /// The exports that contain it.
     pub(super) fn exports(&self) -> Vec<Arc<Export>> {
         let reach = self.reach();
         let live = reach.iter().filter(|share| !share.is_removed());
         live.map(|share| share.export()).collect()
     }
 
-    /// The tree that it is in; of a file the first of them.
+    /// The export that contains it; for a file that is in several, the first.
     ///
     /// # Errors
-    /// ESTALE if it was taken away.
+    /// ESTALE if its share was removed.
     pub(super) fn export(&self) -> Result<Arc<Export>, Errno> {
         let reach = lock(&self.reach);
         let live = reach.iter().find(|share| !share.is_removed());
         live.map(|share| share.export()).ok_or(Errno::STALE)
     }
 
-    /// Adds shares by which it can be reached. True if it was not writable before and is now.
+    /// Adds shares through which it can be reached. True if it becomes writable.
     pub(super) fn extend_reach(&self, more: &Reach) -> bool {
         let mut reach = lock(&self.reach);
-        if Arc::ptr_eq(&reach, more) || more.iter().all(|share| leads(&reach, share)) {
+        if Arc::ptr_eq(&reach, more) || more.iter().all(|share| contains_share(&reach, share)) {
             return false;
         }
         let before = is_writable(&reach);
@@ -188,7 +188,7 @@ impl Inode {
         !before && is_writable(&reach)
     }
 
-    /// The same for a directory, which has one place and so is reached as that is, and no other way.
+    /// The same for a directory: it has one location, so its shares are replaced by those of that location.
     pub(super) fn set_reach(&self, now: &Reach) -> bool {
         let mut reach = lock(&self.reach);
         let before = is_writable(&reach);
@@ -196,23 +196,22 @@ impl Inode {
         !before && is_writable(&reach)
     }
 
-    /// The guest's number for an inode of this node's file system. All that the guest sees is one
-    /// file system to it, so that a number alone must tell files apart.
+    /// The inode number for the guest. The guest sees all shares as one file system, so the number alone must
+    /// identify a file.
     ///
-    /// FUSE can announce other file systems as submounts instead. Linux (6.12) then takes such a
-    /// submount down without waiting for requests that are under way, and crashes when one of them
-    /// is answered.
+    /// FUSE could announce other file systems as submounts instead. But Linux (6.12) unmounts such a submount
+    /// without waiting for requests in flight, and crashes when one of them is answered.
     pub(super) fn number(&self, inode: u64) -> u64 {
         inode ^ u64::from(self.file_system) << FILE_SYSTEM_SHIFT
     }
 
-    /// The directory and name that it was seen under last.
-    pub(super) fn place(&self) -> (u64, CString) {
-        lock(&self.place).clone()
+    /// Directory and name under which it was last seen.
+    pub(super) fn location(&self) -> (u64, CString) {
+        lock(&self.location).clone()
     }
 }
 
-/// What of a file's attributes changes with its contents, in one number.
+/// Combines the attributes that change with the contents into one number.
 fn contents(stat: &Statx) -> u64 {
     let mut hasher = DefaultHasher::new();
     let time = |t: rustix::fs::StatxTimestamp| (t.tv_sec, t.tv_nsec);
@@ -220,27 +219,27 @@ fn contents(stat: &Statx) -> u64 {
     hasher.finish()
 }
 
-/// What every look at a file asks for.
+/// The fields requested by every statx.
 pub(super) const STATX_MASK: StatxFlags = StatxFlags::BASIC_STATS
     .union(StatxFlags::BTIME)
     .union(StatxFlags::MNT_ID);
 
-/// A file's attributes, of an O_PATH descriptor or any other.
+/// Attributes of a file, by an O_PATH or any other descriptor.
 pub(super) fn stat(fd: impl AsFd) -> Result<Statx, Errno> {
     statx(fd, c"", AtFlags::EMPTY_PATH, STATX_MASK)
 }
 
-/// Opens the entry `name` of a directory without following it and without opening the file.
+/// Opens the entry `name` of a directory with O_PATH, without following symbolic links.
 pub(super) fn open_entry(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(parent, name, flags, Mode::empty())
 }
 
-/// How a file is opened by its handle.
+/// Flags for opening a file by its handle.
 pub(super) const HANDLE_FLAGS: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW);
 
-/// Closes a node's descriptor if the file can be found again. False if it must stay: it is in use (open
-/// files are: see `Handle`), or only the descriptor leads to it.
+/// Closes a node's descriptor if its file can be found again. False if it must be kept: it is in use (as for
+/// open files, see `Handle`), or the file can be reached only through it.
 pub(super) fn evict(inode: &Inode) -> bool {
     if inode.is_root.load(Ordering::Relaxed) {
         return false;
@@ -252,42 +251,42 @@ pub(super) fn evict(inode: &Inode) -> bool {
     if Arc::strong_count(fd) > 1 {
         return false;
     }
-    let Some(traces) = traces(inode, fd) else {
+    let Some(traces) = file_traces(inode, fd) else {
         return false;
     };
     *slot = Slot::Evicted(traces);
     true
 }
 
-/// How a file is found again; none if it has no name.
-fn traces(inode: &Inode, fd: &OwnedFd) -> Option<Traces> {
+/// How to find the file again; `None` if it is unlinked.
+fn file_traces(inode: &Inode, fd: &OwnedFd) -> Option<FileTraces> {
     let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
     let mount = stat.stx_mnt_id;
     let same_mount = inode
         .exports()
         .iter()
         .any(|export| export.mount_id == mount);
-    let handle = same_mount.then(|| FileHandle::of(fd).ok()).flatten();
-    Some(Traces {
+    let handle = same_mount.then(|| FileHandle::from_fd(fd).ok()).flatten();
+    Some(FileTraces {
         handle: handle.map(|handle| (mount, handle)),
         birth: birth(&stat),
     })
 }
 
-/// A node is to be found through another mount of its file system from now on. True if that closed its
-/// descriptor. Who uses it at this moment goes on with the one that he has.
+/// Makes a node use another mount of its file system. True if that closed its descriptor. Threads that are
+/// using the old descriptor continue with it.
 pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
     let mut slot = lock(&inode.slot);
     match &mut *slot {
         Slot::Open(fd) => {
-            // Without asking a server on the network: all others wait.
+            // Without a request to a network file server, since all other threads wait.
             let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
             let stat = statx(&*fd, c"", flags, STATX_MASK);
             let Some(stat) = stat.ok().filter(|stat| stat.stx_nlink > 0) else {
                 return false;
             };
-            let traces = Traces {
-                handle: FileHandle::of(&*fd).ok().map(|handle| (mount, handle)),
+            let traces = FileTraces {
+                handle: FileHandle::from_fd(&*fd).ok().map(|handle| (mount, handle)),
                 birth: birth(&stat),
             };
             *slot = Slot::Evicted(traces);
@@ -303,12 +302,12 @@ pub(super) fn move_to(inode: &Inode, mount: u64) -> bool {
     }
 }
 
-/// Whether a file with a node's identity is the node's file: an evicted node's file may be gone,
-/// and its inode number another's.
+/// Whether a file with a node's identity is the node's file: the file of an evicted node may have been
+/// removed and its inode number reused.
 pub(super) fn still_same(inode: &Inode, fd: &OwnedFd, stat: &Statx) -> bool {
     match &*lock(&inode.slot) {
         Slot::Open(_) => true,
-        Slot::Evicted(traces) => is_kind(inode, stat) && traces.fit(fd, stat),
+        Slot::Evicted(traces) => is_kind(inode, stat) && traces.matches(fd, stat),
         Slot::Gone => false,
     }
 }

@@ -1,9 +1,9 @@
-//! Where a shared directory is on the host, and whether one lies inside another.
+//! Location of a shared directory on the host, and whether one contains another.
 //!
-//! A directory has one dentry in a file system of Linux, so a host directory must not be exported to a
-//! guest twice: two containers would look at it through two caches. Directories are compared by their
-//! paths on the host, and by their paths from the root of their file system: the kubelet's subPath is a
-//! bind mount elsewhere of what another container has whole.
+//! A directory has one dentry per file system in Linux, so a host directory must not be exported to a guest
+//! twice: two containers would see it through two caches. Directories are compared by their paths on the host
+//! and by their paths from the root of their file system, since a Kubernetes subPath is a bind mount of a
+//! part of what another container has as a whole.
 
 use super::inodes::FileSystem;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx, openat2};
@@ -15,15 +15,15 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-/// A line of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
+/// An entry of `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mount {
     id: u64,
-    /// Its file system.
+    /// Device number of its file system.
     device: Vec<u8>,
-    /// What of that is mounted.
+    /// The directory of the file system that is mounted.
     root: PathBuf,
-    /// Where.
+    /// The mount point.
     point: PathBuf,
     read_only: bool,
 }
@@ -46,7 +46,7 @@ impl Mount {
     }
 }
 
-/// Space, tab, newline and backslash are three octal digits after a backslash.
+/// Decodes space, tab, newline and backslash, which are written as backslash and three octal digits.
 fn unescaped(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -67,31 +67,31 @@ fn unescaped(field: &[u8]) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// The mounts of the calling thread's namespace.
+/// The mounts in the calling thread's namespace.
 fn mounts() -> Option<Vec<Mount>> {
     let text = fs::read("/proc/thread-self/mountinfo").ok()?;
     let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
     lines.map(Mount::parse).collect()
 }
 
-/// A directory on the host, as it was when it was shared.
+/// Location of a directory on the host at the time when it was shared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Origin {
-    /// Its path, without links.
+    /// Its path, without symbolic links.
     path: PathBuf,
-    /// The mount that it is on.
+    /// The mount that contains it.
     mount: u64,
     /// Its path from the root of its file system.
     in_file_system: PathBuf,
     file_system: FileSystem,
     inode: u64,
-    /// Whether the host's mount is read-only, whatever is asked for.
+    /// Whether the host's mount is read-only, regardless of the share's options.
     on_read_only_mount: bool,
-    /// What is mounted below it, by its path from here.
+    /// Mounts below it, by path relative to it.
     submounts: BTreeMap<PathBuf, Submount>,
 }
 
-/// A mount below a directory. The host uses numbers of mounts again.
+/// A mount below a directory. The host reuses mount IDs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Submount {
     id: u64,
@@ -100,12 +100,12 @@ struct Submount {
 }
 
 impl Origin {
-    /// Where the directory is that a descriptor on the host's own mount refers to; none if the host
-    /// can't say, and then it is like no other.
+    /// The location of the directory that a descriptor on the host's own mount refers to. `None` if the host
+    /// can't tell; the directory is then treated as separate from all others.
     pub(super) fn of(directory: impl AsFd, stat: &Statx) -> Option<Self> {
         let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
         let path = fs::read_link(link).ok()?;
-        // One that was removed, or that is outside of this process's root, has a path that leads nowhere.
+        // The path of a directory that was removed, or that is outside this process's root, leads nowhere.
         let there = super::inodes::stat(
             openat2(
                 CWD,
@@ -134,7 +134,7 @@ impl Origin {
             };
             is_below.then(|| (rest.to_owned(), submount()))
         };
-        // Of several in one place the last is seen.
+        // Of several mounts at one path, the last is visible.
         let submounts = mounts.iter().filter_map(below).collect();
         let (file_system, inode) = identity(stat);
         Some(Self {
@@ -148,8 +148,8 @@ impl Origin {
         })
     }
 
-    /// The paths below this directory at which `inner` may be found: the same files, and the same mounts
-    /// on them. Where both are `live`, mounts are what the host has at any time.
+    /// The paths below this directory at which `inner` may be found with the same files and the same mounts.
+    /// If both are `live`, they follow the host's mounts and need not be compared.
     fn paths_to(&self, inner: &Self, live: bool) -> Vec<PathBuf> {
         let mut found = Vec::new();
         if self.on_read_only_mount != inner.on_read_only_mount {
@@ -171,7 +171,7 @@ impl Origin {
         found
     }
 
-    /// Whether `inner`, which is at `rest` below this directory, is on the mount that is there, and has the
+    /// Whether `inner`, at `rest` below this directory, is on the mount that is visible there, and has the
     /// same mounts below.
     fn has_same_mounts(&self, rest: &Path, inner: &Self) -> bool {
         let above = self.submounts.iter().filter(|(at, _)| rest.starts_with(at));
@@ -185,7 +185,7 @@ impl Origin {
         own == inner.mount && below.eq(wanted)
     }
 
-    /// Whether the host itself lets nobody write here.
+    /// Whether the host's mount is read-only.
     pub(super) fn on_read_only_mount(&self) -> bool {
         self.on_read_only_mount
     }
@@ -195,8 +195,8 @@ impl Origin {
         !self.submounts.is_empty()
     }
 
-    /// Looks for `inner` below this directory, which `root` is on an export's mount: the path to it and its
-    /// descriptor there. Where both are `live` they follow the host's mounts.
+    /// Looks for `inner` below this directory, whose descriptor on an export's mount is `root`: returns the
+    /// path and the descriptor there. If both are `live`, they follow the host's mounts.
     pub(super) fn find(
         &self,
         root: impl AsFd,
@@ -215,7 +215,7 @@ fn identity(stat: &Statx) -> (FileSystem, u64) {
     ((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino)
 }
 
-/// Opens a directory by its path below another, without following links.
+/// Opens a directory by its path below another, without following symbolic links.
 fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno> {
     if path.as_os_str().is_empty() {
         return rustix::io::fcntl_dupfd_cloexec(root, 0);
@@ -294,14 +294,14 @@ mod tests {
         let mut elsewhere = sub.clone();
         elsewhere.file_system = (8, 2);
         assert!(paths(&whole, &elsewhere).is_empty());
-        // Who was given a read-only mount must not get at the writable one.
+        // A user of a read-only mount must not get access to the writable one.
         let mut read_only = sub;
         read_only.on_read_only_mount = true;
         assert!(paths(&whole, &read_only).is_empty());
     }
 
     #[test]
-    fn what_is_mounted_below_must_be_the_same() {
+    fn mounts_below_must_be_the_same() {
         let outer = origin("/srv", "/srv", &[(7, "a/m"), (8, "b")]);
         assert_eq!(
             paths(&outer, &origin("/srv/a", "/srv/a", &[(7, "m")])),
@@ -310,7 +310,7 @@ mod tests {
         assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[])).is_empty());
         assert!(paths(&outer, &origin("/srv/a", "/srv/a", &[(9, "m")])).is_empty());
         assert_eq!(paths(&outer, &origin("/srv/c", "/srv/c", &[])), ["c"]);
-        // Another file system, though its mount has the number of the one before.
+        // Another file system, although its mount reuses the ID of the one before.
         let mut replaced = origin("/srv/a", "/srv/a", &[(7, "m")]);
         replaced.submounts.get_mut(Path::new("m")).unwrap().device = b"0:51".to_vec();
         assert!(paths(&outer, &replaced).is_empty());
@@ -319,11 +319,11 @@ mod tests {
             1,
             "the host's, at any time"
         );
-        // Mounted on itself since then.
+        // Bind-mounted on itself since then.
         let mut own = origin("/srv/c", "/elsewhere", &[]);
         own.mount = 9;
         assert!(paths(&outer, &own).is_empty());
-        // Through another mount of the same directory, which does not have what is mounted here.
+        // Through another mount of the same directory, without the submount that is here.
         assert!(paths(&outer, &origin("/mnt/b", "/srv/b", &[])).is_empty());
     }
 
@@ -346,14 +346,14 @@ mod tests {
         let (path, fd) = outer.find(&root, &inner, false).unwrap();
         assert_eq!(path, Path::new("a/b"));
         assert_eq!(super::super::inodes::stat(fd).unwrap().stx_ino, inner.inode);
-        // Another one has its name meanwhile.
+        // Another directory has taken its name meanwhile.
         fs::rename(dir.path().join("a"), dir.path().join("c")).unwrap();
         fs::create_dir_all(dir.path().join("a/b")).unwrap();
         assert!(outer.find(&root, &inner, false).is_none());
     }
 
     #[test]
-    fn a_removed_directory_is_nowhere() {
+    fn a_removed_directory_has_no_location() {
         let dir = tempfile::tempdir().unwrap();
         let fd = rustix::fs::openat(CWD, dir.path(), OFlags::PATH, Mode::empty()).unwrap();
         let stat = super::super::inodes::stat(&fd).unwrap();

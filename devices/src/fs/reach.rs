@@ -1,8 +1,8 @@
-//! What shares that come, go and merge mean for the nodes that the guest knows.
+//! Updates nodes when shares are added, removed and merged.
 
 use super::export::Export;
 use super::inodes::{Inodes, Tables};
-use super::node::{Found, Identity, Inode, Reach, Slot, leads, move_to, stat, union};
+use super::node::{Found, Identity, Inode, Reach, Slot, contains_share, move_to, stat, union};
 use super::shares::{Move, Share};
 use super::wire::ROOT_ID;
 use koya_host::sync::lock;
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 impl Inodes {
-    /// Another share leads to what is below its root.
+    /// Adds a share to the nodes below its root.
     pub(super) fn share_added(&self, share: &Arc<Share>) {
         let Some(Ok(stat)) = share.root().map(stat) else {
             return;
@@ -39,7 +39,7 @@ impl Inodes {
         }
     }
 
-    /// Closes what is known only by shares that were taken away.
+    /// Closes nodes that were reached only through removed shares.
     pub(super) fn shares_removed(&self, removed: &[Arc<Share>]) {
         let mut closed = Vec::new();
         let mut tables = lock(&self.tables);
@@ -48,12 +48,12 @@ impl Inodes {
             shares.retain(stays);
             !shares.is_empty()
         });
-        // Most nodes have the same shares as their directories, and go on to have them together.
+        // Most nodes have the same shares as their directory, and continue to share one list.
         let mut known: HashMap<*const Arc<Share>, (Reach, Reach)> = HashMap::new();
         let inodes: Vec<_> = tables.by_id.values().map(|e| e.inode.clone()).collect();
         for inode in inodes {
             let mut reach = lock(&inode.reach);
-            // The first keeps the address from being used again.
+            // Keeping the first list alive prevents reuse of its address.
             let (_, rest) = known.entry(reach.as_ptr()).or_insert_with(|| {
                 let rest = match reach.iter().all(stays) {
                     true => reach.clone(),
@@ -68,21 +68,20 @@ impl Inodes {
                 *reach = rest.clone();
             }
         }
-        // Nothing of these can be evicted any more.
+        // Closed nodes cannot be evicted any more.
         tables.tidy_recent();
         drop(tables);
         drop(closed);
     }
 
-    /// An export becomes a part of another, which a new share of that one leads to: what the guest
-    /// knows of it stays what it is, and is reached through the other's mounts from now on. `apply` moves
-    /// the shares.
+    /// Merges an export into another, which the new share `within` belongs to: known nodes keep their IDs and
+    /// are reached through the mounts of the other export from now on. `apply` moves the shares.
     pub(super) fn merged(&self, within: &Arc<Share>, moves: &[Move], apply: &dyn Fn()) {
         let mut tables = lock(&self.tables);
         let reach: Reach = Arc::new([within.clone()]);
         let way = |inode: &Inode| {
             let reach = inode.reach();
-            moves.iter().find(|one| leads(&reach, &one.share))
+            moves.iter().find(|one| contains_share(&reach, &one.share))
         };
         let inodes = tables.by_id.values().map(|entry| entry.inode.clone());
         let moving: Vec<_> = inodes
@@ -93,7 +92,7 @@ impl Inodes {
         for (one, inode) in &moving {
             inode.extend_reach(&reach);
             tables.rekey(inode, &into, one.mount);
-            // A root gets its new descriptor below: it may have no other place to be found at.
+            // The root gets its new descriptor below: it may have no other location to be found at.
             if !inode.is_root.load(Ordering::Relaxed) && move_to(inode, one.mount) {
                 tables.open = tables.open.saturating_sub(1);
             }
@@ -118,7 +117,7 @@ impl Inodes {
 }
 
 impl Tables {
-    /// The shares by which a file is reached that was found there: never none.
+    /// The shares through which a file found there is reached; never empty.
     pub(super) fn reach(&self, stat: &Statx, found: Found<'_>) -> Result<Reach, Errno> {
         let mut reach: Reach = match found {
             Found::Root(share) => Arc::new([share.clone()]),
@@ -133,13 +132,15 @@ impl Tables {
             return Ok(reach);
         }
         match self.roots.get(&Identity::of(stat, &first.export())) {
-            Some(own) if !own.iter().all(|share| leads(&reach, share)) => Ok(union(&reach, own)),
+            Some(own) if !own.iter().all(|share| contains_share(&reach, share)) => {
+                Ok(union(&reach, own))
+            }
             _ => Ok(reach),
         }
     }
 
-    /// A file is in another directory: what led to the one leads to it no more, and what leads to the other does.
-    /// What has a place of its own besides, and not only that one, keeps both.
+    /// Updates the shares of a file that moved to another directory: those of the old directory are removed,
+    /// those of the new one are added. A file that has yet another location keeps both.
     pub(super) fn change_reach(&mut self, inode: &Inode, from: &Reach, to: &Reach) {
         if Arc::ptr_eq(from, to) {
             return;
@@ -150,7 +151,10 @@ impl Tables {
         }
         for inode in self.below(inode.id) {
             let before = inode.reach();
-            let kept = before.iter().filter(|share| !leads(from, share)).cloned();
+            let kept = before
+                .iter()
+                .filter(|share| !contains_share(from, share))
+                .cloned();
             let kept: Reach = kept.collect();
             match inode.kind {
                 FileType::Directory => inode.set_reach(&union(&kept, to)),
@@ -159,12 +163,12 @@ impl Tables {
         }
     }
 
-    /// The node and all that are below it.
+    /// The node and all nodes below it.
     pub(super) fn below(&self, top: u64) -> Vec<Arc<Inode>> {
         let mut known = HashMap::from([(top, true), (ROOT_ID, false)]);
         let top_shares = self.by_id.get(&top).map(|entry| entry.identity);
         let top_shares = top_shares.and_then(|identity| self.roots.get(&identity));
-        // Roots of shares that lie within it may have been found by their own names alone.
+        // The roots of shares within it may have been found only by their own names.
         for (identity, shares) in &self.roots {
             let is_within = |share: &Arc<Share>| {
                 let mut above = top_shares.into_iter().flatten();
@@ -183,11 +187,11 @@ impl Tables {
                 if let Some(answer) = known.get(&last) {
                     break *answer;
                 }
-                // What is met again, or was forgotten, leads nowhere.
+                // Cycles and forgotten nodes end the search.
                 known.insert(last, false);
                 way.push(last);
                 match self.by_id.get(&last) {
-                    Some(entry) => last = lock(&entry.inode.place).0,
+                    Some(entry) => last = lock(&entry.inode.location).0,
                     None => break false,
                 }
             };
@@ -199,8 +203,8 @@ impl Tables {
             .collect()
     }
 
-    /// A file may be written through this export, and its descriptor may be on the mount of another one that
-    /// forbids it.
+    /// Reopens a file that may be written through this export if its descriptor is on a read-only mount of
+    /// another one.
     fn reopen_in(&mut self, inode: &Inode, export: &Arc<Export>) {
         let mount = match &*lock(&inode.slot) {
             Slot::Open(fd) => stat(&**fd).map(|stat| stat.stx_mnt_id),
@@ -214,7 +218,7 @@ impl Tables {
         }
     }
 
-    /// A directory is in another export now.
+    /// Changes the identity of a directory that is now in another export.
     fn rekey(&mut self, inode: &Inode, into: &Export, mount: u64) {
         if inode.kind != FileType::Directory {
             return;
@@ -232,7 +236,7 @@ impl Tables {
         }
     }
 
-    /// A share's root has another identity now.
+    /// Changes the identity of a share's root.
     fn move_root(&mut self, share: &Arc<Share>, identity: Identity) {
         self.roots.retain(|_, shares| {
             shares.retain(|other| !Arc::ptr_eq(other, share));

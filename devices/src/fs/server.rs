@@ -1,7 +1,7 @@
-//! Requests in, replies out: what lies between a descriptor chain and an operation.
+//! Decodes requests from descriptor chains, dispatches them and encodes the replies.
 //!
-//! A request is a header, an argument, names or data; a reply is a header and a result. Data of
-//! READ and WRITE never passes through a buffer here.
+//! A request consists of a header, an argument, and names or data; a reply of a header and a result. Data of
+//! READ and WRITE is never copied to a buffer here.
 
 use super::Cache;
 use super::passthrough::{Caller, Passthrough};
@@ -17,20 +17,21 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 const IN_HEADER: u32 = size_of::<InHeader>() as u32;
 const OUT_HEADER: u32 = size_of::<OutHeader>() as u32;
 
-/// The longest request other than WRITE: a header, an argument, a name and the largest value of
-/// an extended attribute; or a page of nodes to forget.
+/// Maximum size of a request other than WRITE: a header, an argument, a name and the largest extended
+/// attribute; or a page of nodes to forget.
 const MAX_REQUEST: u32 = 128 << 10;
 
-/// How often the guest may ask at once, and when it thinks the host is busy.
+/// Maximum number of background requests of the guest; it considers the host congested at three quarters of
+/// it.
 const MAX_BACKGROUND: u16 = 128;
 
-/// What goes into the reply's body.
+/// The body of a reply.
 enum Reply {
     Empty,
     Bytes(Vec<u8>),
-    /// This much was written into the chain already.
+    /// The body, of this length, is already in the chain.
     Written(u32),
-    /// The protocol wants none.
+    /// There is no reply at all.
     None,
 }
 
@@ -38,7 +39,7 @@ fn reply<T: IntoBytes + Immutable>(value: &T) -> Reply {
     Reply::Bytes(value.as_bytes().to_vec())
 }
 
-/// The argument of a request, read piece by piece.
+/// The argument of a request, parsed from front to back.
 struct Args<'a>(&'a [u8]);
 
 impl<'a> Args<'a> {
@@ -61,29 +62,29 @@ impl<'a> Args<'a> {
     }
 }
 
-/// What a file system did so far.
+/// Metrics of a file system.
 #[derive(Debug, Default, Serialize)]
 pub struct FsMetrics {
-    /// Requests of the guest.
+    /// Requests from the guest.
     pub requests: AtomicU64,
-    /// Requests that were answered with an error.
+    /// Requests that failed with an error.
     pub errors: AtomicU64,
-    /// Bytes that it read from files.
+    /// Bytes read from files.
     pub read_bytes: AtomicU64,
-    /// Bytes that it wrote to files.
+    /// Bytes written to files.
     pub written_bytes: AtomicU64,
-    /// Chains that held no request, or had no room for its answer.
+    /// Chains without a valid request, or without space for the reply.
     pub faults: AtomicU64,
 }
 
-/// The file system behind one virtio device.
+/// The file server of a virtio-fs device.
 pub struct Server {
     files: Passthrough,
     metrics: Arc<FsMetrics>,
 }
 
 impl Server {
-    /// Serves these files.
+    /// A server for these files.
     pub fn new(files: Passthrough) -> Self {
         Self {
             files,
@@ -91,25 +92,25 @@ impl Server {
         }
     }
 
-    /// What it did so far.
+    /// Metrics of the server.
     pub fn metrics(&self) -> &Arc<FsMetrics> {
         &self.metrics
     }
 
-    /// What it serves.
+    /// The files that it serves.
     pub fn files(&self) -> &Passthrough {
         &self.files
     }
 
-    /// The guest is gone.
+    /// Drops all state of the guest, which is gone.
     pub fn clear(&self) {
         self.files.clear();
     }
 
-    /// Answers one request; how many bytes of the chain were written.
+    /// Serves one request; returns the number of bytes written to the chain.
     ///
     /// # Errors
-    /// A chain that holds no request, or has no room for a reply.
+    /// If the chain has no valid request, or no space for a reply.
     pub fn serve(&self, chain: &Chain, memory: &Memory) -> Result<u32, ChainError> {
         self.metrics.requests.fetch_add(1, Ordering::Relaxed);
         let served = self.try_serve(chain, memory);
@@ -174,7 +175,7 @@ impl Server {
             }
             op::BATCH_FORGET => self.batch_forget(&mut args),
             op::INTERRUPT => Ok(Reply::None),
-            op::LOOKUP => Ok(reply(&self.files.look(node, args.name()?)?)),
+            op::LOOKUP => Ok(reply(&self.files.lookup_or_absent(node, args.name()?)?)),
             op::GETATTR => Ok(reply(&self.files.getattr(node, &args.take()?)?)),
             op::SETATTR => Ok(reply(&self.files.setattr(node, &args.take()?)?)),
             op::STATX => Ok(reply(&self.files.statx(node, &args.take()?)?)),
@@ -330,8 +331,8 @@ impl Server {
                 self.files.watch(node, &args.take()?)?;
                 Ok(Reply::Empty)
             }
-            // Locks are the guest's own, checks of permission too; there is nothing to poll or to
-            // map to blocks. The guest's kernel does without.
+            // Locks and permission checks are handled by the guest kernel; polling and block mapping are not
+            // supported. The guest kernel does without them.
             _ => Err(Errno::NOSYS),
         }
     }
@@ -378,7 +379,7 @@ impl Server {
     fn batch_forget(&self, args: &mut Args<'_>) -> Result<Reply, Errno> {
         let arg: wire::BatchForgetIn = args.take()?;
         for _ in 0..arg.count {
-            // A count beyond what was sent ends with what was sent.
+            // A count larger than the list ends with the list.
             let Ok(one) = args.take::<wire::ForgetOne>() else {
                 break;
             };
@@ -440,7 +441,7 @@ impl Server {
     }
 }
 
-/// With no room in the request, the reply is only the size.
+/// If the request allows no data, the reply is only the size.
 fn sized(bytes: Vec<u8>, room: u32) -> Reply {
     if room == 0 {
         return reply(&wire::GetxattrOut {

@@ -1,11 +1,10 @@
-//! The synthetic root: a directory that exists only here, whose entries are host directories (or
-//! single files). They are added and removed while the guest runs, from any thread.
+//! The synthetic root: a directory that exists only here, whose entries are host directories or single files.
+//! Entries are added and removed while the guest runs, from any thread.
 //!
-//! What lies within what is shared already is not exported once more: whoever shares it is told the
-//! path by which the guest has it. So one directory is one directory to the guest, whichever of its
-//! containers look at it, and by whichever volumes. Of several shares that a file is reached by, the one
-//! that allows more decides what the guest may do to it; between the guest's containers its own mounts
-//! decide.
+//! A directory inside one that is already shared is not exported a second time: the caller is told the path
+//! at which the guest has it. So each directory is one directory for the guest, whichever of its containers
+//! and volumes use it. If a file is reached through several shares, the most permissive one determines what
+//! the guest may do; between containers, the guest's own mounts decide.
 
 use super::export::Export;
 use super::inodes;
@@ -19,48 +18,48 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-/// How a directory is shared.
+/// How to share a directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShareOptions {
-    /// Whether nothing in it can be changed by way of this share.
+    /// Whether nothing may be changed through this share.
     pub read_only: bool,
-    /// Whether mounts that the host makes and unmounts below it later show in the guest. Such a tree
-    /// is not detached from the host's mounts.
+    /// Whether later mounts and unmounts on the host below it are visible in the guest. Such a tree is not
+    /// detached from the host's mounts.
     pub follow_mounts: bool,
 }
 
-/// What [`Shares::share`] made.
+/// Result of [`Shares::share`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shared {
     /// Its name, for [`Shares::remove`].
     pub name: String,
-    /// Where the guest finds it now, from the root of the file system: see [`Shares::locate`].
+    /// Its current path in the guest, from the root of the file system: see [`Shares::locate`].
     pub path: PathBuf,
-    /// Whether nothing can be changed by way of it: as was asked for, or because the host's own mount
-    /// is read-only. The guest must mount it so, since the same files may be writable by other shares.
+    /// Whether nothing may be changed through it: as requested, or because the host's own mount is read-only.
+    /// The guest must mount it read-only, since the same files may be writable through other shares.
     pub read_only: bool,
 }
 
-/// One host directory or file that the guest was given.
+/// A host directory or file that is shared with the guest.
 pub struct Share {
-    /// Tells it from every other share there was.
+    /// Distinguishes it from all other shares, also earlier ones.
     pub(super) number: u64,
     name: String,
-    /// A directory's, or a single file's.
+    /// Whether it is a directory or a file.
     pub(super) kind: FileType,
     read_only: bool,
-    place: Mutex<Place>,
+    location: Mutex<Location>,
     removed: AtomicBool,
 }
 
-/// Where a share is.
-struct Place {
+/// The location of a share.
+struct Location {
     export: Arc<Export>,
-    /// Its path from the export's root.
+    /// Path from the root of the export.
     path: PathBuf,
-    /// An O_PATH descriptor on the export's mount; none once the share is taken away.
+    /// An O_PATH descriptor on the export's mount; `None` once the share is removed.
     root: Option<Arc<OwnedFd>>,
-    /// Where it is on the host; none if that is not known, or of no use.
+    /// Its location on the host; `None` if that is unknown or not needed.
     origin: Option<Origin>,
 }
 
@@ -99,7 +98,7 @@ impl Share {
                 false => FileType::Directory,
             },
             read_only: options.read_only,
-            place: Mutex::new(Place {
+            location: Mutex::new(Location {
                 export,
                 path,
                 root: Some(root),
@@ -109,55 +108,55 @@ impl Share {
         })
     }
 
-    /// The tree that it is in.
+    /// The export that contains it.
     pub(super) fn export(&self) -> Arc<Export> {
-        lock(&self.place).export.clone()
+        lock(&self.location).export.clone()
     }
 
-    /// Its root, an O_PATH descriptor, while it is there.
+    /// Its root, an O_PATH descriptor, until it is removed.
     pub(super) fn root(&self) -> Option<Arc<OwnedFd>> {
-        lock(&self.place).root.clone()
+        lock(&self.location).root.clone()
     }
 
-    /// Whether the owner has taken it away.
+    /// Whether it was removed by the owner.
     pub(super) fn is_removed(&self) -> bool {
         self.removed.load(Ordering::Relaxed)
     }
 
-    /// Whether the guest may change something by it.
+    /// Whether the guest may change files through it.
     pub(super) fn is_writable(&self) -> bool {
         !self.read_only && !self.is_removed()
     }
 
-    /// The path from `outer` to this share, if that is in the same tree and above it (or the same, and
-    /// older).
+    /// The path from `outer` to this share, if `outer` is in the same export and above it (or at the same
+    /// path, and older).
     pub(super) fn below(&self, outer: &Self) -> Option<PathBuf> {
         if std::ptr::eq(self, outer) {
             return None;
         }
         let (export, path) = {
-            let place = lock(&self.place);
-            (place.export.clone(), place.path.clone())
+            let location = lock(&self.location);
+            (location.export.clone(), location.path.clone())
         };
-        let above = lock(&outer.place);
+        let above = lock(&outer.location);
         let rest = path.strip_prefix(&above.path).ok()?;
         let is_above = !rest.as_os_str().is_empty() || outer.number < self.number;
         (Arc::ptr_eq(&export, &above.export) && is_above).then(|| rest.to_owned())
     }
 }
 
-/// Who wants to know of changes: the tables of a file system.
+/// Receives changes: the tables of a file system.
 pub(super) trait Listener: Send + Sync {
     /// A share was added.
     fn added(&self, share: &Arc<Share>);
-    /// An export is to be a part of another, which `within` leads to: `moves` are all of its shares. `apply`
-    /// moves them; at a time when nothing is looked up by them.
+    /// An export is merged into another, which `within` belongs to: `moves` are all of its shares. `apply` moves
+    /// them, and must be called while nothing is looked up through them.
     fn merged(&self, within: &Arc<Share>, moves: &[Move], apply: &dyn Fn());
-    /// Shares were taken away.
+    /// Shares were removed.
     fn removed(&self, shares: &[Arc<Share>]);
 }
 
-struct Inner {
+struct SharedRoot {
     entries: Mutex<BTreeMap<String, Arc<Share>>>,
     changes: AtomicU64,
     listeners: Mutex<Vec<Weak<dyn Listener>>>,
@@ -165,11 +164,11 @@ struct Inner {
 
 /// The entries of the synthetic root. Cheap to clone; all clones are the same root.
 #[derive(Clone)]
-pub struct Shares(Arc<Inner>);
+pub struct Shares(Arc<SharedRoot>);
 
 impl Default for Shares {
     fn default() -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(SharedRoot {
             entries: Mutex::default(),
             changes: AtomicU64::new(0),
             listeners: Mutex::default(),
@@ -180,13 +179,13 @@ impl Default for Shares {
 type Entries = BTreeMap<String, Arc<Share>>;
 
 impl Shares {
-    /// Puts the host's `path` under the root as `name`. The guest sees it at once.
+    /// Shares the host's `path` as `name`. The guest sees it at once.
     ///
-    /// For owners who choose the names and whose directories do not lie within each other: one that does
-    /// is exported twice. [`share`](Self::share) is for all others.
+    /// For owners that choose the names, and whose directories do not contain each other: a directory inside
+    /// another one is exported twice. Otherwise use [`share`](Self::share).
     ///
     /// # Errors
-    /// If the name is no single path component or is taken, or the host refuses the path.
+    /// If the name is not a single path component or is in use, or the error from the host.
     pub fn add(&self, name: &str, path: impl AsRef<Path>, read_only: bool) -> io::Result<()> {
         let proper = !name.is_empty()
             && name.len() <= super::wire::NAME_MAX
@@ -203,7 +202,7 @@ impl Shares {
             ..ShareOptions::default()
         };
         let export = Export::new(plain, options, None)?;
-        let share = Share::new(name, options, Arc::new(export), None).ok_or_else(gone)?;
+        let share = Share::new(name, options, Arc::new(export), None).ok_or_else(removed_error)?;
         let mut entries = lock(&self.0.entries);
         if entries.contains_key(name) {
             let text = format!("a share {name:?} exists");
@@ -213,11 +212,11 @@ impl Shares {
         Ok(())
     }
 
-    /// Shares the host's `path`. The guest sees it at once, at the path that is returned: under a name
-    /// of its own, or below what holds it.
+    /// Shares the host's `path`. The guest sees it at once at the path returned: under a name of its own, or
+    /// below the share that contains it.
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn share(&self, path: impl AsRef<Path>, options: ShareOptions) -> io::Result<Shared> {
         let plain = open_plain(path.as_ref())?;
         let options = ShareOptions {
@@ -230,22 +229,22 @@ impl Shares {
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
         if let Some(origin) = &origin
-            && let Some(share) = join(&entries, &name, options, origin)
+            && let Some(share) = share_within(&entries, &name, options, origin)
         {
             self.insert(&mut entries, share.clone());
             return Ok(shared(&entries, &share));
         }
         let export = Arc::new(Export::new(plain, options, origin.as_ref())?);
-        let share = Share::new(&name, options, export, origin).ok_or_else(gone)?;
+        let share = Share::new(&name, options, export, origin).ok_or_else(removed_error)?;
         self.insert(&mut entries, share.clone());
-        self.take_in(&entries, &share);
+        self.merge_nested(&entries, &share);
         Ok(shared(&entries, &share))
     }
 
-    /// Where the guest finds a share now. Other shares that come and go may move it; under its name it is
-    /// found at any time, and what the guest has mounted or opened stays. To look a directory up by its name
-    /// that is also found below another one makes the guest's kernel move its dentry for the time being, so
-    /// this is the path to prefer.
+    /// The current path of a share in the guest. It may change when other shares are added and removed; the
+    /// share's name always works, and what the guest has mounted or opened stays valid. Prefer this path: if
+    /// a directory is looked up by name although it is also found below another one, the guest kernel moves
+    /// its dentry for the time being.
     pub fn locate(&self, name: &str) -> Option<PathBuf> {
         let entries = lock(&self.0.entries);
         let share = entries.get(name)?;
@@ -255,13 +254,13 @@ impl Shares {
     fn insert(&self, entries: &mut Entries, share: Arc<Share>) {
         entries.insert(share.name.clone(), share.clone());
         self.0.changes.fetch_add(1, Ordering::SeqCst);
-        self.tell(|listener| listener.added(&share));
+        self.notify(|listener| listener.added(&share));
     }
 
-    /// Makes exports that lie within a new one a part of it, as far as that is possible.
-    fn take_in(&self, entries: &Entries, outer: &Arc<Share>) {
+    /// Merges exports that lie within a new one into it, as far as possible.
+    fn merge_nested(&self, entries: &Entries, outer: &Arc<Share>) {
         let into = outer.export();
-        let Some((root, origin)) = into.root().zip(lock(&outer.place).origin.clone()) else {
+        let Some((root, origin)) = into.root().zip(lock(&outer.location).origin.clone()) else {
             return;
         };
         let mut others: Vec<_> = entries.values().map(|share| share.export()).collect();
@@ -286,26 +285,26 @@ impl Shares {
                 into.adopt_mount(one.mount_before, one.mount);
             }
             let apply = || moves.iter().for_each(|one| one.apply(&into));
-            self.tell(|listener| listener.merged(outer, &moves, &apply));
+            self.notify(|listener| listener.merged(outer, &moves, &apply));
             apply();
             from.close();
         }
     }
 
-    /// Takes a share away. What the guest has open only by it is closed and answers ESTALE from now
-    /// on, whatever the guest does. False if there was none.
+    /// Removes a share. Files that the guest has open only through it are closed and return ESTALE from now
+    /// on, whatever the guest does. False if there is no such share.
     pub fn remove(&self, name: &str) -> bool {
         self.remove_all([name]) > 0
     }
 
-    /// The same of several; how many there were.
+    /// Removes several shares; returns how many there were.
     pub fn remove_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> usize {
         let mut entries = lock(&self.0.entries);
         let names = names.into_iter();
         let removed: Vec<_> = names.filter_map(|name| entries.remove(name)).collect();
         for share in &removed {
             share.removed.store(true, Ordering::Relaxed);
-            lock(&share.place).root.take();
+            lock(&share.location).root.take();
         }
         for export in removed.iter().map(|share| share.export()) {
             if !entries
@@ -318,15 +317,15 @@ impl Shares {
         if !removed.is_empty() {
             self.0.changes.fetch_add(1, Ordering::SeqCst);
         }
-        // To close what is open may take its time.
+        // Closing open files may be slow.
         drop(entries);
         if !removed.is_empty() {
-            self.tell(|listener| listener.removed(&removed));
+            self.notify(|listener| listener.removed(&removed));
         }
         removed.len()
     }
 
-    fn tell(&self, what: impl Fn(&dyn Listener)) {
+    fn notify(&self, what: impl Fn(&dyn Listener)) {
         let mut all = lock(&self.0.listeners);
         all.retain(|listener| listener.strong_count() > 0);
         let listeners: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
@@ -334,7 +333,7 @@ impl Shares {
         listeners.iter().for_each(|listener| what(&**listener));
     }
 
-    /// Has a listener hear of all shares that there are, and of every change.
+    /// Adds a listener and reports all existing shares to it.
     pub(super) fn listen(&self, listener: Weak<dyn Listener>) {
         let entries = lock(&self.0.entries);
         if let Some(listener) = listener.upgrade() {
@@ -343,14 +342,14 @@ impl Shares {
         lock(&self.0.listeners).push(listener);
     }
 
-    /// The share of this name.
+    /// The share with this name.
     pub(super) fn get(&self, name: &[u8]) -> Option<Arc<Share>> {
         let name = std::str::from_utf8(name).ok()?;
         lock(&self.0.entries).get(name).cloned()
     }
 
-    /// The number of every share that is not found within another, its name, and whether it is a directory or a file, in
-    /// the order in which they came.
+    /// Number, name and file type of every share that is not found within another, in the order in which they
+    /// were added.
     pub(super) fn names(&self) -> Vec<(u64, String, FileType)> {
         let entries = lock(&self.0.entries);
         let row = |share: Arc<Share>| (share.number, share.name.clone(), share.kind);
@@ -359,7 +358,7 @@ impl Shares {
         all
     }
 
-    /// Every tree that is exported.
+    /// All exports.
     pub(super) fn exports(&self) -> Vec<Arc<Export>> {
         let entries = lock(&self.0.entries);
         let mut all: Vec<_> = entries.values().map(|share| share.export()).collect();
@@ -368,14 +367,14 @@ impl Shares {
         all
     }
 
-    /// How often entries changed: the root's modification time, in a way.
+    /// Number of changes, used as modification time of the root.
     pub(super) fn changes(&self) -> u64 {
         self.0.changes.load(Ordering::SeqCst)
     }
 }
 
-/// A share of what lies within one that is there; none if there is no such.
-fn join(
+/// Creates a share within an existing export; `None` if there is none that contains it.
+fn share_within(
     entries: &Entries,
     name: &str,
     options: ShareOptions,
@@ -383,11 +382,11 @@ fn join(
 ) -> Option<Arc<Share>> {
     for outer in topmost(entries) {
         let (export, above, root, known) = {
-            let place = lock(&outer.place);
-            let Some((root, known)) = place.root.clone().zip(place.origin.clone()) else {
+            let location = lock(&outer.location);
+            let Some((root, known)) = location.root.clone().zip(location.origin.clone()) else {
                 continue;
             };
-            (place.export.clone(), place.path.clone(), root, known)
+            (location.export.clone(), location.path.clone(), root, known)
         };
         if export.follows_mounts != options.follow_mounts {
             continue;
@@ -404,7 +403,7 @@ fn join(
     None
 }
 
-/// Whether what is to be written can be a part of an export.
+/// Whether something writable can be part of this export.
 fn can_be_written(export: &Export) -> bool {
     export.unseal().unwrap_or_else(|error| {
         log::warn!(
@@ -414,29 +413,29 @@ fn can_be_written(export: &Export) -> bool {
     })
 }
 
-/// A share that is to be in another export.
+/// A share that moves to another export.
 pub(super) struct Move {
     pub(super) share: Arc<Share>,
     path: PathBuf,
-    /// Its root there.
+    /// Its root in that export.
     pub(super) root: Arc<OwnedFd>,
-    /// The mount that this is on.
+    /// The mount of that root.
     pub(super) mount: u64,
     mount_before: u64,
 }
 
 impl Move {
-    /// None if the share is not to be found there.
+    /// `None` if the share cannot be found there.
     fn of(share: &Arc<Share>, root: &OwnedFd, origin: &Origin, into: &Export) -> Option<Self> {
         let (export, before, own) = {
-            let place = lock(&share.place);
+            let location = lock(&share.location);
             (
-                place.export.clone(),
-                place.root.clone()?,
-                place.origin.clone()?,
+                location.export.clone(),
+                location.root.clone()?,
+                location.origin.clone()?,
             )
         };
-        // Directories below a mount of its own would not be known by their present identity.
+        // Directories below a mount of their own would not be found by their current identity.
         if export.follows_mounts != into.follows_mounts || own.has_submounts() {
             return None;
         }
@@ -451,14 +450,14 @@ impl Move {
     }
 
     fn apply(&self, into: &Arc<Export>) {
-        let mut place = lock(&self.share.place);
-        place.export = into.clone();
-        place.path = self.path.clone();
-        place.root = Some(self.root.clone());
+        let mut location = lock(&self.share.location);
+        location.export = into.clone();
+        location.path = self.path.clone();
+        location.root = Some(self.root.clone());
     }
 }
 
-/// Whether a share is an entry of the root, and not found within another.
+/// Whether a share is an entry of the root that is not found within another.
 fn is_topmost(entries: &Entries, share: &Share) -> bool {
     !entries.values().any(|other| share.below(other).is_some())
 }
@@ -468,7 +467,7 @@ fn topmost(entries: &Entries) -> impl Iterator<Item = Arc<Share>> + '_ {
     shares.cloned()
 }
 
-/// Where the guest finds a share.
+/// The result for a share with its current path.
 fn shared(entries: &Entries, share: &Arc<Share>) -> Shared {
     let above = topmost(entries)
         .find_map(|outer| Some(joined(Path::new(&outer.name), &share.below(&outer)?)));
@@ -479,7 +478,7 @@ fn shared(entries: &Entries, share: &Arc<Share>) -> Shared {
     }
 }
 
-/// What `path` leads to, on the host's own mount.
+/// Opens `path` on the host's own mount.
 fn open_plain(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     Ok(openat(CWD, path, flags, Mode::empty())?)
@@ -490,7 +489,7 @@ fn is_on_read_only_mount(plain: &OwnedFd) -> io::Result<bool> {
     Ok(flags.contains(StatVfsMountFlags::RDONLY))
 }
 
-/// A path below another, which it is itself if that is empty.
+/// Joins two paths; `rest` may be empty.
 fn joined(base: &Path, rest: &Path) -> PathBuf {
     match rest.as_os_str().is_empty() {
         true => base.to_owned(),
@@ -508,7 +507,7 @@ fn free_name(entries: &Entries) -> String {
     }
 }
 
-fn gone() -> io::Error {
+fn removed_error() -> io::Error {
     io::ErrorKind::NotFound.into()
 }
 

@@ -1,17 +1,16 @@
-//! Changes on the host, for a guest that watches its files (inotify).
+//! Reports changes on the host to files that the guest watches (inotify).
 //!
-//! A guest's inotify sees what the guest does, and nothing of what the host does to shared files.
-//! Koya's guest kernel (`guest-kernel/patches`) tells of each watch, the host's inotify watches the
-//! same file here, and what it sees goes back to the guest by whoever holds [`HostEvents`]: the
-//! sandbox's agent hands it to the guest's kernel, which fires its own watches.
+//! Without this, inotify in a guest reports only what the guest does, not what the host does to shared files.
+//! Koya's guest kernel (`guest-kernel/patches`) announces each watch, and the host's inotify watches the same
+//! file here. Events go to the owner of [`HostEvents`]: the sandbox passes them to its agent, which makes the
+//! guest kernel fire its watches.
 //!
-//! # What the guest did itself
-//! The host's inotify also sees what this server does for the guest, and the guest's kernel has
-//! told of that already. Each operation therefore notes what it is about to change ([`Acting`]); an
-//! event that fits such a note is the guest's own. When an operation ends, all that the host has
-//! queued is looked at, and then its note ends. A host's change of the same kind to the same name
-//! while an operation runs is dropped with it, and is not missed: the guest's own event is fired
-//! after the operation.
+//! # Changes made by the guest
+//! The host's inotify also reports what this server does on behalf of the guest, and the guest kernel has
+//! already reported that. So each operation records what it is about to change ([`ChangeGuard`]), and events that
+//! match the record are ignored. When an operation ends, all events in the host's queue are read before its
+//! record is removed. A change of the same kind to the same name by the host during the operation is ignored
+//! too, but not missed: the guest's own event is fired after the operation.
 
 mod translate;
 
@@ -30,17 +29,17 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// The most files that one guest may watch.
+/// Maximum number of files that a guest may watch.
 const MAX_WATCHES: usize = 1 << 16;
 
-/// What all processes of a user may watch together. One guest gets an eighth of it.
+/// The limit of watches of a user. A guest gets an eighth of it.
 const HOST_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
-const GUESTS: usize = 8;
+const USER_LIMIT_DIVISOR: usize = 8;
 
-/// How long events are gathered before they are told together.
-const GATHER: Duration = Duration::from_millis(10);
+/// How long events are collected before they are reported together.
+const COLLECT_TIME: Duration = Duration::from_millis(10);
 
-/// Kinds of events, as `inotify(7)` has them.
+/// Event types, as in `inotify(7)`.
 pub(super) mod kind {
     pub(crate) const MODIFY: u32 = 0x2;
     pub(crate) const ATTRIB: u32 = 0x4;
@@ -53,28 +52,28 @@ pub(super) mod kind {
     pub(crate) const Q_OVERFLOW: u32 = 0x4000;
     pub(crate) const IGNORED: u32 = 0x8000;
     pub(crate) const IS_DIR: u32 = 0x4000_0000;
-    /// What a guest is told of. Not of opening, reading and closing after that: this server does as
-    /// much for every access of the guest.
-    pub(crate) const TOLD: u32 =
+    /// The types that are reported. Opening, reading and closing after reading are not: this server does the
+    /// same for every access of the guest.
+    pub(crate) const REPORTED: u32 =
         MODIFY | ATTRIB | CLOSE_WRITE | MOVED | CREATE | DELETE | DELETE_SELF | MOVE_SELF;
 }
 
 /// A change on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostEvent {
-    /// The node, by the number that the guest has for it.
+    /// Node ID in the guest.
     pub nodeid: u64,
-    /// One of `IN_*` ([inotify(7)]), with `IN_ISDIR` where the host says so.
+    /// One of `IN_*` ([inotify(7)]), with `IN_ISDIR` if the host sets it.
     ///
     /// [inotify(7)]: https://man7.org/linux/man-pages/man7/inotify.7.html
     pub mask: u32,
-    /// The same for both halves of a move.
+    /// Equal for both halves of a move.
     pub cookie: u32,
-    /// The entry of the directory that it is about; empty: the node itself. At most 255 bytes.
+    /// The directory entry that changed, at most 255 bytes; empty for the node itself.
     pub name: Vec<u8>,
 }
 
-/// What changes on the host, as a guest that watches it is to be told. Ends with the device.
+/// Changes on the host to files that the guest watches. Ends with the device.
 pub struct HostEvents(Arc<Watches>);
 
 impl HostEvents {
@@ -83,12 +82,11 @@ impl HostEvents {
         Self(watches)
     }
 
-    /// Waits for events and returns those that there are, in the order in which they happened, 1,024
-    /// at most; none when the device is gone. What is not fetched waits in the host's queue, some
-    /// 16,000 events.
+    /// Waits for events and returns up to 1,024 of them in order; `None` when the device is gone. Events that
+    /// are not fetched stay in the host's queue, which holds some 16,000.
     ///
     /// # Errors
-    /// If the host can't wait or read.
+    /// If the host cannot wait or read.
     pub fn next(&self) -> io::Result<Option<Vec<HostEvent>>> {
         loop {
             let queue = self.0.queue.get();
@@ -101,7 +99,7 @@ impl HostEvents {
             if woken {
                 self.0.wake.read().ok();
             }
-            if sys::wait_readable([Some(&self.0.ended)], Some(GATHER))? == [true] {
+            if sys::wait_readable([Some(&self.0.ended)], Some(COLLECT_TIME))? == [true] {
                 return Ok(None);
             }
             let events = self.0.take()?;
@@ -119,13 +117,13 @@ impl Drop for HostEvents {
     }
 }
 
-/// What one descriptor of the host's queue stands for.
+/// What a watch descriptor of the host stands for.
 #[derive(Default)]
-struct Watched {
-    /// Nodes that the guest watches: one directory can be several, by way of several exports.
+struct HostWatch {
+    /// Nodes that the guest watches: one directory can be several nodes through several exports.
     nodes: HashSet<u64>,
-    /// Directories in it that the guest watches: a directory's own watch hears nothing of its end
-    /// while somebody holds it, and this server does.
+    /// Watched directories in it: a directory's own watch does not report its removal while it is held open,
+    /// as this server does.
     children: HashSet<u64>,
 }
 
@@ -133,52 +131,54 @@ struct Node {
     inode: Arc<Inode>,
     mask: u32,
     descriptor: i32,
-    /// Where its parent is watched, of a directory.
+    /// For a directory: the watch descriptor of its parent.
     parent: Option<i32>,
 }
 
-/// Which change is the guest's own: a node's, or that of an entry of it.
+/// Identifies a change made by the guest: to a node, or to an entry of it.
 type Key = (u64, Vec<u8>);
 
-/// Operations that are about to change something, and how.
+/// Record of operations that are about to change something, and how.
 #[derive(Default)]
-struct Note {
+struct Change {
     kinds: u32,
-    under_way: u32,
+    in_progress: u32,
 }
 
 #[derive(Default)]
 struct State {
     nodes: HashMap<u64, Node>,
-    watched: HashMap<i32, Watched>,
-    /// The number of what was heard last of each node: requests overtake each other.
-    heard: HashMap<u64, u64>,
-    notes: HashMap<Key, Note>,
-    /// Events that wait to be told.
+    watched: HashMap<i32, HostWatch>,
+    /// Sequence number of the last watch request for each node: requests can overtake each other.
+    last_requests: HashMap<u64, u64>,
+    changes_in_progress: HashMap<Key, Change>,
+    /// Events to be reported.
     pending: VecDeque<HostEvent>,
 }
 
-/// What the guest watches.
+/// The watches of a guest.
 pub(super) struct Watches {
     inodes: Arc<Inodes>,
-    /// The host's inotify instance, made for the first watch: a user has few of them.
+    /// The host's inotify instance, created with the first watch: a user can have only a few.
     queue: OnceLock<OwnedFd>,
-    /// The queue was made, or events wait to be told.
+    /// Signalled when the queue was created, or events are to be reported.
     wake: EventFd,
     ended: EventFd,
-    /// Somebody holds [`HostEvents`].
+    /// Whether [`HostEvents`] is in use.
     wanted: AtomicBool,
     refused: AtomicBool,
-    /// How many files the guest may watch.
-    most: OnceLock<usize>,
+    /// Maximum number of files that the guest may watch.
+    limit: OnceLock<usize>,
     count: AtomicUsize,
     state: Mutex<State>,
 }
 
-fn most_watches() -> usize {
+fn watch_limit() -> usize {
     let limit = std::fs::read_to_string(HOST_LIMIT).ok();
     let limit = limit.and_then(|text| text.trim().parse::<usize>().ok());
-    limit.map_or(MAX_WATCHES, |limit| (limit / GUESTS).min(MAX_WATCHES))
+    limit.map_or(MAX_WATCHES, |limit| {
+        (limit / USER_LIMIT_DIVISOR).min(MAX_WATCHES)
+    })
 }
 
 impl Watches {
@@ -191,13 +191,13 @@ impl Watches {
             ended: event()?,
             wanted: AtomicBool::new(false),
             refused: AtomicBool::new(false),
-            most: OnceLock::new(),
+            limit: OnceLock::new(),
             count: AtomicUsize::new(0),
             state: Mutex::default(),
         })
     }
 
-    /// Whether the guest is to be offered this.
+    /// Whether to offer watches to the guest.
     pub(super) fn wanted(&self) -> bool {
         self.wanted.load(Ordering::SeqCst)
     }
@@ -207,23 +207,23 @@ impl Watches {
         self.count.load(Ordering::SeqCst) > 0
     }
 
-    /// Whoever waits for events is told that there will be none.
+    /// Ends waits for events: there will be no more.
     pub(super) fn end(&self) {
         self.ended.write(1).ok();
     }
 
-    /// The guest watches a node for what is in `mask`. `number` orders what is said of watches.
+    /// Watches a node for the types in `mask`. `number` orders the watch requests.
     ///
     /// # Errors
-    /// What inotify_add_watch(2) says; ENOSPC beyond the most watches of a guest.
+    /// The error from inotify_add_watch(2); ENOSPC beyond the guest's limit.
     pub(super) fn watch(&self, inode: &Arc<Inode>, number: u64, mask: u32) -> Result<(), Errno> {
         let mut state = lock(&self.state);
-        // It may have been forgotten meanwhile, or its share taken away.
+        // It may have been forgotten meanwhile, or its share removed.
         self.inodes.get(inode.id)?;
-        if !state.is_news(inode.id, number) {
+        if !state.is_newer(inode.id, number) {
             return Ok(());
         }
-        state.heard.insert(inode.id, number);
+        state.last_requests.insert(inode.id, number);
         let watched = self.add(&mut state, inode, mask);
         self.count.store(state.nodes.len(), Ordering::SeqCst);
         if let Err(error) = watched
@@ -237,11 +237,11 @@ impl Watches {
         watched
     }
 
-    /// Nobody in the guest watches the node any more.
+    /// The guest no longer watches the node.
     pub(super) fn unwatch(&self, nodeid: u64, number: u64) {
         let mut state = lock(&self.state);
-        if self.inodes.get(nodeid).is_ok() && state.is_news(nodeid, number) {
-            state.heard.insert(nodeid, number);
+        if self.inodes.get(nodeid).is_ok() && state.is_newer(nodeid, number) {
+            state.last_requests.insert(nodeid, number);
             self.remove(&mut state, nodeid);
         }
     }
@@ -250,24 +250,24 @@ impl Watches {
     pub(super) fn forget(&self, nodeid: u64) {
         if self.wanted() {
             let mut state = lock(&self.state);
-            state.heard.remove(&nodeid);
+            state.last_requests.remove(&nodeid);
             self.remove(&mut state, nodeid);
         }
     }
 
-    /// Ends the watches of nodes that fit.
-    pub(super) fn let_go(&self, gone: impl Fn(&Inode) -> bool) {
+    /// Removes the watches of matching nodes.
+    pub(super) fn remove_if(&self, gone: impl Fn(&Inode) -> bool) {
         let mut state = lock(&self.state);
         let nodes = state.nodes.iter().filter(|(_, node)| gone(&node.inode));
         for nodeid in nodes.map(|(id, _)| *id).collect::<Vec<_>>() {
-            state.heard.remove(&nodeid);
+            state.last_requests.remove(&nodeid);
             self.remove(&mut state, nodeid);
         }
     }
 
-    /// Ends all of them: the guest is gone, or nobody tells it any more.
+    /// Removes all watches: the guest is gone, or its events are no longer reported.
     pub(super) fn clear(&self) {
-        self.let_go(|_| true);
+        self.remove_if(|_| true);
         *lock(&self.state) = State::default();
     }
 
@@ -277,11 +277,11 @@ impl Watches {
             return Ok(());
         }
         let queue = self.queue()?;
-        if state.watched.len() >= *self.most.get_or_init(most_watches) {
+        if state.watched.len() >= *self.limit.get_or_init(watch_limit) {
             return Err(Errno::NOSPC);
         }
         let fd = self.inodes.fd(inode)?;
-        let descriptor = watch_file(queue, &*fd, kind::TOLD)?;
+        let descriptor = watch_file(queue, &*fd, kind::REPORTED)?;
         let watched = state.watched.entry(descriptor).or_default();
         watched.nodes.insert(inode.id);
         let node = Node {
@@ -315,7 +315,7 @@ impl Watches {
         self.leave_parent(state, nodeid, node.parent);
     }
 
-    /// Watches the directory that a directory is in: where that is, if it can be watched.
+    /// Watches the parent of a directory; returns its watch descriptor, if it can be watched.
     fn join_parent(&self, state: &mut State, inode: &Inode) -> Option<i32> {
         if inode.kind != FileType::Directory {
             return None;
@@ -336,9 +336,9 @@ impl Watches {
         }
     }
 
-    /// Ends the host's watch that nobody needs any more.
+    /// Removes a watch of the host that is no longer needed.
     fn tidy(&self, state: &mut State, descriptor: i32) {
-        let idle = |watched: &Watched| watched.nodes.is_empty() && watched.children.is_empty();
+        let idle = |watched: &HostWatch| watched.nodes.is_empty() && watched.children.is_empty();
         if state.watched.get(&descriptor).is_some_and(idle) {
             state.watched.remove(&descriptor);
             if let Some(queue) = self.queue.get() {
@@ -347,23 +347,23 @@ impl Watches {
         }
     }
 
-    /// The guest is about to change what `about` lists: nodes or entries, and how. The note ends with
-    /// what is returned.
-    pub(super) fn acting<const N: usize>(
+    /// Records that the guest is about to change the nodes or entries of `about`, and how. The record is
+    /// removed when the guard is dropped.
+    pub(super) fn begin_change<const N: usize>(
         &self,
         about: impl FnOnce() -> [(Key, u32); N],
-    ) -> Option<Acting<'_>> {
+    ) -> Option<ChangeGuard<'_>> {
         if !self.any() {
             return None;
         }
         let about = about();
         let mut state = lock(&self.state);
         for (key, kinds) in &about {
-            let note = state.notes.entry(key.clone()).or_default();
-            note.kinds |= kinds;
-            note.under_way += 1;
+            let change = state.changes_in_progress.entry(key.clone()).or_default();
+            change.kinds |= kinds;
+            change.in_progress += 1;
         }
-        Some(Acting {
+        Some(ChangeGuard {
             watches: self,
             keys: about.into_iter().map(|(key, _)| key).collect(),
         })
@@ -371,52 +371,54 @@ impl Watches {
 }
 
 impl State {
-    fn is_news(&self, nodeid: u64, number: u64) -> bool {
-        self.heard.get(&nodeid).is_none_or(|last| *last < number)
+    fn is_newer(&self, nodeid: u64, number: u64) -> bool {
+        self.last_requests
+            .get(&nodeid)
+            .is_none_or(|last| *last < number)
     }
 
-    /// Whether an event of this node, or of its entry `name`, is of the guest's own doing.
+    /// Whether an event of this node, or of its entry `name`, was caused by the guest.
     fn is_own(&self, node: &Node, name: &[u8], kinds: u32) -> bool {
-        let noted = |key: &Key| {
-            let note = self.notes.get(key);
-            note.is_some_and(|note| note.kinds & kinds != 0)
+        let is_recorded = |key: &Key| {
+            let change = self.changes_in_progress.get(key);
+            change.is_some_and(|change| change.kinds & kinds != 0)
         };
-        if self.notes.is_empty() {
+        if self.changes_in_progress.is_empty() {
             return false;
         }
         if !name.is_empty() {
-            return noted(&(node.inode.id, name.to_owned()));
+            return is_recorded(&(node.inode.id, name.to_owned()));
         }
-        noted(&own_key(&node.inode)) || noted(&place_key(&node.inode))
+        is_recorded(&own_key(&node.inode)) || is_recorded(&location_key(&node.inode))
     }
 }
 
-/// A note's key for a change of a node itself.
+/// Key for a change of the node itself.
 pub(super) fn own_key(inode: &Inode) -> Key {
     (inode.id, Vec::new())
 }
 
-/// A note's key for a change of a node, as its directory's watch sees it.
-pub(super) fn place_key(inode: &Inode) -> Key {
-    let (parent, name) = inode.place();
+/// Key for a change of a node as seen by the watch of its directory.
+pub(super) fn location_key(inode: &Inode) -> Key {
+    let (parent, name) = inode.location();
     (parent, name.into_bytes())
 }
 
-/// A note's key for a change of an entry.
+/// Key for a change of a directory entry.
 pub(super) fn entry_key(directory: u64, name: &CStr) -> Key {
     (directory, name.to_bytes().to_owned())
 }
 
-/// The guest is changing something: see [`Watches::acting`].
-pub(super) struct Acting<'a> {
+/// Guard of an operation by which the guest changes something: see [`Watches::begin_change`].
+pub(super) struct ChangeGuard<'a> {
     watches: &'a Watches,
     keys: Vec<Key>,
 }
 
-impl Drop for Acting<'_> {
+impl Drop for ChangeGuard<'_> {
     fn drop(&mut self) {
         let state = &mut *lock(&self.watches.state);
-        // Whatever the host saw of this operation is in its queue by now.
+        // All events of this operation are in the host's queue by now.
         if let Err(error) = self.watches.drain(state) {
             log::debug!("virtio-fs: the host's watches can't be read: {error}");
         }
@@ -424,10 +426,10 @@ impl Drop for Acting<'_> {
             self.watches.wake.write(1).ok();
         }
         for key in &self.keys {
-            if let Some(note) = state.notes.get_mut(key) {
-                note.under_way = note.under_way.saturating_sub(1);
-                if note.under_way == 0 {
-                    state.notes.remove(key);
+            if let Some(change) = state.changes_in_progress.get_mut(key) {
+                change.in_progress = change.in_progress.saturating_sub(1);
+                if change.in_progress == 0 {
+                    state.changes_in_progress.remove(key);
                 }
             }
         }
@@ -436,12 +438,12 @@ impl Drop for Acting<'_> {
 
 fn watch_file(queue: &OwnedFd, fd: impl AsFd, kinds: u32) -> Result<i32, Errno> {
     let path = sys::proc_path(fd.as_fd());
-    // A file that is watched already keeps what it is watched for.
+    // If the file is already watched, the types are added.
     let flags = WatchFlags::from_bits_retain(kinds) | WatchFlags::MASK_ADD;
     inotify::add_watch(queue, path, flags)
 }
 
-/// Watches the directory that a directory is in. Without the right to do so, its end is not seen.
+/// Watches the parent of a directory. Without permission, the directory's removal is not seen.
 fn watch_parent(queue: &OwnedFd, directory: impl AsFd) -> Option<i32> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let parent = openat(&directory, c"..", flags, Mode::empty()).ok()?;

@@ -1,23 +1,23 @@
-//! The FUSE protocol as Linux speaks it: include/uapi/linux/fuse.h, version 7.38.
+//! The FUSE protocol of Linux: include/uapi/linux/fuse.h, version 7.38.
 //!
-//! All numbers are in the guest's byte order, which is ours. Field names are the header's.
+//! All numbers are in the guest's byte order, which is the host's. Field names are those of the header.
 
 #![allow(missing_docs)] // The header is the documentation; names are its names.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// The protocol's major version, and the minor that is implemented.
+/// Major version of the protocol, and the minor version that is implemented.
 pub const MAJOR: u32 = 7;
 pub const MINOR: u32 = 38;
 
-/// Node of the file system's root.
+/// Node ID of the root.
 pub const ROOT_ID: u64 = 1;
 
-/// The largest data part of one request: 1 MiB, which is 256 pages.
+/// Maximum data size of a request: 1 MiB, which is 256 pages.
 pub const MAX_DATA: u32 = 1 << 20;
 pub const MAX_PAGES: u16 = (MAX_DATA >> 12) as u16;
 
-/// The longest name of a directory entry (NAME_MAX), and of a link's target (PATH_MAX).
+/// Maximum length of a directory entry's name (NAME_MAX) and of a symbolic link's target (PATH_MAX).
 pub const NAME_MAX: usize = 255;
 pub const PATH_MAX: usize = 4096;
 
@@ -114,7 +114,7 @@ wire! {
     }
 }
 
-/// Operations, by their numbers.
+/// Operation codes.
 pub mod op {
     pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
@@ -156,11 +156,11 @@ pub mod op {
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
-    /// Of Koya's guest kernel (`guest-kernel/patches`), not of FUSE.
+    /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
     pub const HOST_WATCH: u32 = 3900;
 }
 
-/// Flags of INIT; those above bit 31 travel in `flags2`.
+/// Flags of INIT; those above bit 31 are in `flags2`.
 pub mod init {
     pub const ASYNC_READ: u64 = 1;
     pub const ATOMIC_O_TRUNC: u64 = 1 << 3;
@@ -178,21 +178,21 @@ pub mod init {
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
-    /// Of Koya's guest kernel (`guest-kernel/patches`), not of FUSE.
+    /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
     pub const HOST_WATCH: u64 = 1 << 62;
 }
 
-/// Flags of an open file's reply.
+/// Flags in the reply to OPEN.
 pub mod fopen {
     pub const DIRECT_IO: u32 = 1;
     pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CACHE_DIR: u32 = 1 << 3;
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
-    /// Not part of the protocol, for Koya's guest kernel: attributes that it remembers are old.
+    /// Not part of FUSE, an extension of Koya's guest kernel: its cached attributes are stale.
     pub const CHANGED: u32 = 1 << 31;
 }
 
-/// Which fields of SETATTR count.
+/// Valid fields of SETATTR.
 pub mod setattr {
     pub const MODE: u32 = 1;
     pub const UID: u32 = 1 << 1;
@@ -206,26 +206,26 @@ pub mod setattr {
     pub const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// `ForgetIn::nlookup`, of Koya's guest kernel: nobody watches the node any more; the other bits are
-/// the number of that.
+/// `ForgetIn::nlookup`, an extension of Koya's guest kernel: the node is no longer watched; the other bits
+/// are the sequence number.
 pub const HOST_UNWATCH: u64 = 1 << 63;
-/// `GetattrIn::getattr_flags`: `fh` counts.
+/// `GetattrIn::getattr_flags`: `fh` is valid.
 pub const GETATTR_FH: u32 = 1;
-/// `WriteIn::write_flags`: from the guest's page cache, not from a process.
+/// `WriteIn::write_flags`: written back from the guest's page cache, not by a process.
 pub const WRITE_CACHE: u32 = 1;
-/// `WriteIn::write_flags`: take set-user-ID and set-group-ID bits away.
+/// `WriteIn::write_flags`: clear set-user-ID and set-group-ID bits.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
-/// `OpenIn::open_flags` and `CreateIn::open_flags`: the same, when the file is truncated.
+/// `OpenIn::open_flags` and `CreateIn::open_flags`: the same if the file is truncated.
 pub const OPEN_KILL_SUIDGID: u32 = 1;
 /// `FsyncIn::fsync_flags`: data only.
 pub const FSYNC_FDATASYNC: u32 = 1;
 
-/// A device's number as Linux packs it into 32 bits (new_encode_dev).
+/// Encodes a device number in 32 bits like Linux (new_encode_dev).
 pub fn encode_device(major: u32, minor: u32) -> u32 {
     minor & 0xff | major << 8 | (minor & !0xff) << 12
 }
 
-/// The opposite of [`encode_device`].
+/// The inverse of [`encode_device`].
 pub fn decode_device(device: u32) -> (u32, u32) {
     (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xf_ff00)
 }

@@ -1,32 +1,32 @@
-//! The region's state: which blocks are plugged, what of it the driver may use, and what goes back to the host.
+//! State of the region: plugged blocks, the usable part, and memory to discard.
 
 use super::slots::Slots;
 use super::{BLOCK_SIZE, Backing, remove_empty};
+use crate::discard::discard_mapped;
 use crate::fault::guest_fault;
-use crate::give_back::discard;
 use crate::virtio::Memory;
 use std::ops::Range;
 use std::time::Instant;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-/// The region's state.
+/// State of the region.
 pub(super) struct Region {
     pub(super) start: u64,
     pub(super) size: u64,
     pub(super) usable: u64,
     pub(super) requested: u64,
     pub(super) plugged: u64,
-    /// How far beyond what is requested the driver may look for blocks.
+    /// How far beyond the requested size the driver may plug blocks.
     pub(super) slack: u64,
-    /// One a block: whether it is plugged.
+    /// Whether each block is plugged.
     pub(super) blocks: Vec<bool>,
     pub(super) slots: Slots,
-    /// When all that is not plugged last went back.
+    /// When all unplugged memory was last discarded.
     pub(super) swept: Instant,
 }
 
 impl Region {
-    /// The blocks that a request names, if it is one that a driver may make.
+    /// The blocks of a request, if the driver may name them.
     pub(super) fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset = address.checked_sub(self.start)?;
         let len = u64::from(count) * BLOCK_SIZE;
@@ -43,31 +43,31 @@ impl Region {
             true => self.plugged += len,
             false => self.plugged -= len,
         }
-        self.show(memory, range, plugged);
+        self.set_visible(memory, range, plugged);
     }
 
-    /// Lets devices use blocks, or has them refuse those.
-    pub(super) fn show(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
+    /// Marks blocks as plugged or unplugged for devices.
+    pub(super) fn set_visible(&self, memory: &Memory, range: Range<usize>, plugged: bool) {
         if let Some(region) = memory.find_region(GuestAddress(self.start)) {
             region.set_plugged(range, plugged);
         }
     }
 
-    /// How many slots there may be.
-    pub(super) fn most_slots(&self) -> usize {
+    /// Maximum number of registered slots.
+    pub(super) fn max_slots(&self) -> usize {
         self.slots
-            .holding(self.requested.saturating_add(self.slack))
+            .slots_for(self.requested.saturating_add(self.slack))
     }
 
     pub(super) fn discard(&self, memory: &Memory, range: Range<usize>) {
         let start = GuestAddress(self.start + range.start as u64 * BLOCK_SIZE);
-        if let Err(error) = discard(memory, start, range.len() as u64 * BLOCK_SIZE) {
+        if let Err(error) = discard_mapped(memory, start, range.len() as u64 * BLOCK_SIZE) {
             // The next sweep tries again.
             guest_fault!("cannot give unplugged memory back: {error}");
         }
     }
 
-    /// Gives back all that is not plugged.
+    /// Discards all unplugged memory.
     pub(super) fn sweep(&mut self, backing: Option<&Backing>, memory: &Memory) {
         self.swept = Instant::now();
         remove_empty(&mut self.slots, backing);
@@ -76,20 +76,20 @@ impl Region {
         }
     }
 
-    /// Takes all blocks away; `memory` is none once its machine has ended.
+    /// Unplugs all blocks; `memory` is `None` after the end of the machine.
     pub(super) fn unplug_all(&mut self, backing: Option<&Backing>, memory: Option<&Memory>) {
         let all = 0..self.blocks.len();
         self.blocks.fill(false);
         self.slots.set(&all, false);
         self.plugged = 0;
         if let Some(memory) = memory {
-            // Out of reach first, then given back: the guest must not touch it again in between.
-            self.show(memory, all, false);
+            // Made inaccessible first, then discarded, so that the guest cannot touch it in between.
+            self.set_visible(memory, all, false);
             self.sweep(backing, memory);
         }
     }
 
-    /// The blocks that are plugged, or that are not, run by run.
+    /// Runs of plugged or of unplugged blocks.
     pub(super) fn runs(&self, plugged: bool) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         let mut first = 0;
@@ -102,8 +102,8 @@ impl Region {
         runs
     }
 
-    /// It grows with what is requested. A driver that asks for what was usable a moment ago must not be
-    /// told that it never was, so it shrinks only when the driver has given all back (UNPLUG_ALL).
+    /// Grows the usable region with the requested size. It shrinks only when the driver has unplugged
+    /// everything (UNPLUG_ALL), since a driver must not be refused what was usable a moment ago.
     pub(super) fn grow_usable(&mut self) {
         let wanted = self.requested.saturating_add(self.slack).min(self.size);
         self.usable = self.usable.max(wanted);

@@ -1,23 +1,23 @@
-//! Which memory slots a region has, by the blocks that are plugged in them: plain arithmetic.
+//! Which memory slots must be registered, given the plugged blocks: plain arithmetic.
 
 use super::BLOCK_SIZE;
 use std::ops::Range;
 
-/// The least size of a slot, in bytes: Linux's memory block, so that one lies in one slot.
-const LEAST: u64 = 128 << 20;
+/// Minimum size of a slot in bytes: that of a Linux memory block, so that each is within one slot.
+const MIN_SLOT_SIZE: u64 = 128 << 20;
 
-/// How large the slots of a region of `size` bytes are, of which there can be `most`: the smallest power of
-/// two that is enough.
-pub fn slot_size(size: u64, most: usize) -> u64 {
-    let wanted = size.div_ceil(most.max(1) as u64);
-    wanted.max(LEAST).next_power_of_two()
+/// Slot size of a region of `size` bytes with at most `max_slots` slots: the smallest power of two that is
+/// sufficient.
+pub fn slot_size(size: u64, max_slots: usize) -> u64 {
+    let wanted = size.div_ceil(max_slots.max(1) as u64);
+    wanted.max(MIN_SLOT_SIZE).next_power_of_two()
 }
 
 /// The slots of a region.
 pub(super) struct Slots {
-    /// Blocks of one.
+    /// Blocks per slot.
     blocks: usize,
-    /// One a slot: how many blocks in it are plugged, and whether the guest reaches it.
+    /// For each slot the number of plugged blocks, and whether it is registered.
     slots: Vec<(usize, bool)>,
 }
 
@@ -29,9 +29,10 @@ impl Slots {
         }
     }
 
-    /// Counts blocks as plugged or not, that were not or were; all of a region may have been either.
+    /// Marks blocks as plugged or unplugged. They must all be in the opposite state, unless they are the
+    /// whole region.
     pub(super) fn set(&mut self, blocks: &Range<usize>, is_plugged: bool) {
-        for index in self.of(blocks) {
+        for index in self.slots_of(blocks) {
             let first = blocks.start.max(index * self.blocks);
             let end = blocks.end.min((index + 1) * self.blocks);
             let count = &mut self.slots[index].0;
@@ -46,35 +47,35 @@ impl Slots {
         self.slots[index].1 = is_present;
     }
 
-    /// The slots of these blocks that are not there.
+    /// The slots of these blocks that are not registered.
     pub(super) fn missing(&self, blocks: &Range<usize>) -> Vec<usize> {
-        let all = self.of(blocks);
+        let all = self.slots_of(blocks);
         all.filter(|index| !self.slots[*index].1).collect()
     }
 
-    /// The slots that are there, and in which no block is plugged.
+    /// The registered slots without plugged blocks.
     pub(super) fn empty(&self) -> Vec<usize> {
         let all = self.slots.iter().enumerate();
         let empty = all.filter(|(_, (plugged, is_present))| *plugged == 0 && *is_present);
         empty.map(|(index, _)| index).collect()
     }
 
-    /// How many are there.
+    /// Number of registered slots.
     pub(super) fn present(&self) -> usize {
         self.slots.iter().filter(|slot| slot.1).count()
     }
 
-    /// Their size, in bytes, if all were whole.
+    /// Total size of registered slots in bytes, the last one counted as if it were whole.
     pub(super) fn present_bytes(&self) -> u64 {
         (self.present() * self.blocks) as u64 * BLOCK_SIZE
     }
 
-    /// How many hold so many bytes.
-    pub(super) fn holding(&self, bytes: u64) -> usize {
+    /// Number of slots needed for this many bytes.
+    pub(super) fn slots_for(&self, bytes: u64) -> usize {
         bytes.div_ceil(self.blocks as u64 * BLOCK_SIZE) as usize
     }
 
-    fn of(&self, blocks: &Range<usize>) -> Range<usize> {
+    fn slots_of(&self, blocks: &Range<usize>) -> Range<usize> {
         blocks.start / self.blocks..blocks.end.div_ceil(self.blocks)
     }
 }
@@ -86,7 +87,7 @@ mod tests {
     #[test]
     fn slots_are_few_and_hold_whole_memory_blocks() {
         const GIB: u64 = 1 << 30;
-        for (size, most, slot) in [
+        for (size, max_slots, slot) in [
             (128 << 20, 256, 128 << 20),
             (32 * GIB, 256, 128 << 20),
             (33 * GIB, 256, 256 << 20),
@@ -94,12 +95,12 @@ mod tests {
             (512 * GIB, 20, 32 * GIB),
             (512 * GIB, 0, 512 * GIB),
         ] {
-            assert_eq!(slot_size(size, most), slot, "{size:#x} in {most}");
+            assert_eq!(slot_size(size, max_slots), slot, "{size:#x} in {max_slots}");
         }
     }
 
-    /// Five blocks in slots of two, in every state, and each change of a run of blocks in each: what is there
-    /// is what holds a plugged block.
+    /// Five blocks in slots of two, in every state, and every change of a run of blocks: a slot is registered
+    /// if it has a plugged block.
     #[test]
     fn a_slot_is_there_while_a_block_in_it_is_plugged() {
         const BLOCKS: usize = 5;
@@ -137,7 +138,7 @@ mod tests {
                         let gone: Vec<usize> = (0..3).filter(gone).collect();
                         assert_eq!(slots.empty(), gone, "{state:#b} without {blocks:?}");
                     }
-                    // All at once, whatever was.
+                    // All blocks at once, whatever their state.
                     slots.set(&(0..BLOCKS), false);
                     assert_eq!(slots.empty().len(), before);
                 }
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn slots_for_some_bytes_are_rounded_up() {
         let slots = Slots::new(8 * BLOCK_SIZE, 4 * BLOCK_SIZE);
-        let holding = |blocks: u64| slots.holding(blocks * BLOCK_SIZE);
-        assert_eq!([0, 1, 4, 5, 9].map(holding), [0, 1, 1, 2, 3]);
+        let slots_for = |blocks: u64| slots.slots_for(blocks * BLOCK_SIZE);
+        assert_eq!([0, 1, 4, 5, 9].map(slots_for), [0, 1, 1, 2, 3]);
     }
 }

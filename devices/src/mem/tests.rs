@@ -32,7 +32,7 @@ fn setup(requested: u64) -> Setup {
 }
 
 impl Setup {
-    /// Type and state of the answer.
+    /// Type and state of the response.
     fn ask(&mut self, kind: u16, address: u64, count: u16) -> (u16, u16) {
         let mut request = [0; size_of::<Request>()];
         request[..2].copy_from_slice(&kind.to_le_bytes());
@@ -50,7 +50,7 @@ impl Setup {
         let shared = self.handle.shared.clone();
         let answered = self
             .queue
-            .serve_turn(64, |chain, memory| serve(&shared, chain, memory));
+            .serve_batch(64, |chain, memory| serve(&shared, chain, memory));
         answered.unwrap();
         assert_eq!(self.driver.used(), [(head, RESPONSE_SIZE)]);
         let bytes = self.driver.written(head, RESPONSE_SIZE as usize);
@@ -88,7 +88,7 @@ fn blocks_are_plugged_up_to_what_is_requested() {
 }
 
 #[test]
-fn unplugged_memory_goes_back() {
+fn unplugged_memory_is_discarded() {
     let mut setup = setup(8 << 20);
     setup.ask(REQUEST_PLUG, START, 4);
     let memory = setup.driver.memory().clone();
@@ -107,7 +107,7 @@ fn unplugged_memory_goes_back() {
 }
 
 #[test]
-fn impossible_requests_are_errors_and_change_nothing() {
+fn invalid_requests_are_errors_and_change_nothing() {
     let mut setup = setup(8 << 20);
     setup.ask(REQUEST_PLUG, START, 1);
     let usable = START + (264 << 20);
@@ -142,7 +142,7 @@ fn a_new_size_is_announced_and_bounded() {
     assert_eq!(setup.handle.requested(), SIZE);
     setup.handle.set_requested(1);
     assert_eq!(setup.handle.requested(), BLOCK_SIZE);
-    // What was usable stays so.
+    // The usable region does not shrink.
     let device = Mem {
         shared: setup.handle.shared.clone(),
     };
@@ -156,18 +156,18 @@ fn a_new_size_is_announced_and_bounded() {
 }
 
 #[test]
-fn a_region_that_is_no_blocks_is_refused() {
+fn a_region_of_partial_blocks_is_refused() {
     for (start, size) in [(1, BLOCK_SIZE), (0, BLOCK_SIZE + 1), (0, 0)] {
         assert!(Mem::new(start, size, MEMORY_BLOCK).is_err());
     }
 }
 
-/// The host's side: which slots there are.
+/// The hypervisor side: which slots are registered.
 #[derive(Clone, Default)]
 struct Recorder {
     present: Arc<Mutex<BTreeSet<usize>>>,
     refuses: Arc<AtomicBool>,
-    /// A slot that is refused while others are not.
+    /// A single slot that is refused.
     refused_slot: Arc<Mutex<Option<usize>>>,
 }
 
@@ -245,12 +245,12 @@ fn setup_with_slots(requested: u64, slack: u64) -> (Setup, Recorder) {
 }
 
 #[test]
-fn the_guest_and_devices_reach_what_is_plugged() {
+fn the_guest_and_devices_access_plugged_blocks() {
     let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     let memory = setup.driver.memory().clone();
     let writes = |address: u64| memory.write_obj(1u8, GuestAddress(address)).is_ok();
     assert!(!writes(START));
-    // Across the edge of two slots.
+    // Across the border of two slots.
     let edge = START + SLOT - BLOCK_SIZE;
     assert_eq!(setup.ask(REQUEST_PLUG, edge, 2).0, RESPONSE_ACK);
     assert_eq!(slots.present(), [0, 1]);
@@ -267,10 +267,10 @@ fn the_guest_and_devices_reach_what_is_plugged() {
 }
 
 #[test]
-fn a_chain_into_unplugged_memory_is_the_guests_fault() {
+fn a_chain_into_unplugged_memory_is_a_guest_fault() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     setup.ask(REQUEST_PLUG, START, 1);
-    // The last byte of what is plugged, and the first of what is not.
+    // The last plugged byte and the first unplugged one.
     let edge = START + BLOCK_SIZE - 1;
     for (len, is_refused) in [(1, false), (2, true)] {
         setup.driver.set_descriptor(15, edge, len, 0, 0);
@@ -280,15 +280,15 @@ fn a_chain_into_unplugged_memory_is_the_guests_fault() {
     }
 }
 
-/// What the guest touched of unplugged blocks in a slot that is still there goes back.
+/// Memory that the guest touched in unplugged blocks of a registered slot is discarded.
 #[test]
-fn unplugged_blocks_are_given_back_again() {
+fn unplugged_blocks_are_discarded_again() {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     setup.ask(REQUEST_PLUG, START, 2);
     setup.ask(REQUEST_UNPLUG, START, 1);
     let memory = setup.driver.memory().clone();
     let region = memory.find_region(GuestAddress(START)).unwrap();
-    // As the guest reaches it, which asks nobody.
+    // As the guest accesses it, without checks.
     let touch = |offset: u64| {
         let slice = region.mapped_slice(offset, 1).unwrap();
         slice.copy_from(&[7u8]);
@@ -309,7 +309,7 @@ fn unplugged_blocks_are_given_back_again() {
 }
 
 #[test]
-fn a_block_in_each_of_many_slots_does_not_help() {
+fn a_block_in_each_of_many_slots_gains_nothing() {
     let (mut setup, slots) = setup_with_slots(SIZE, 0);
     for slot in 0..4 {
         let address = START + slot * SLOT;
@@ -323,7 +323,7 @@ fn a_block_in_each_of_many_slots_does_not_help() {
     let third = START + 2 * SLOT;
     assert_eq!(setup.ask(REQUEST_PLUG, third, 1).0, RESPONSE_BUSY);
     assert_eq!(slots.present(), [0, 1]);
-    // The rest of a slot that is there is nothing new.
+    // The rest of a registered slot needs no new slot.
     assert_eq!(
         setup.ask(REQUEST_PLUG, START + BLOCK_SIZE, 1).0,
         RESPONSE_ACK
@@ -331,14 +331,14 @@ fn a_block_in_each_of_many_slots_does_not_help() {
 }
 
 #[test]
-fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
+fn refused_slots_leave_nothing_half_plugged() {
     let (mut setup, slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     slots.refuses.store(true, Ordering::SeqCst);
     assert_eq!(setup.ask(REQUEST_PLUG, START, 1).0, RESPONSE_BUSY);
     assert_eq!((setup.handle.plugged(), setup.handle.reachable()), (0, 0));
     slots.refuses.store(false, Ordering::SeqCst);
     setup.ask(REQUEST_PLUG, START, 1);
-    // One that is not taken away is known, and is tried again.
+    // A slot that could not be removed remains listed, and is tried again.
     slots.refuses.store(true, Ordering::SeqCst);
     assert_eq!(setup.ask(REQUEST_UNPLUG, START, 1).0, RESPONSE_ACK);
     assert_eq!(
@@ -350,7 +350,7 @@ fn a_host_that_refuses_slots_leaves_nothing_half_plugged() {
     assert!(slots.present().is_empty());
 }
 
-/// What a device saves that has these blocks: first address and count.
+/// Saved state of a device with these blocks: first address and count.
 fn saved_with(plugged: [(u64, u16); 2]) -> Payload {
     let (mut setup, _slots) = setup_with_slots(SIZE, MEMORY_BLOCK);
     for (address, count) in plugged {
@@ -363,7 +363,7 @@ fn saved_with(plugged: [(u64, u16); 2]) -> Payload {
 }
 
 #[test]
-fn a_restored_device_has_the_slots_that_it_had() {
+fn a_restored_device_has_its_slots() {
     let state = saved_with([(START + BLOCK_SIZE, 3), (START + 2 * SLOT, 1)]);
     let memory = pluggable();
     let (mut device, slots) = with_slots(&memory, MEMORY_BLOCK);
@@ -388,7 +388,7 @@ fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
     let handle = device.handle();
     assert_eq!((handle.plugged(), handle.reachable()), (0, 0));
     assert!(!memory.check_range(GuestAddress(START), 1));
-    // What the host refused once may succeed later.
+    // What the host refused may succeed later.
     *lock(&slots.refused_slot) = None;
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);

@@ -1,30 +1,30 @@
-//! Networks: virtio 1.2, section 5.1, with a tap interface of the host behind it.
+//! Networks: virtio 1.2, section 5.1, connected to a tap interface on the host.
 //!
 //! | part | what |
 //! |---|---|
 //! | [`Net`] | the device: features, configuration space, threads |
-//! | [`Tap`] | the host's end |
-//! | `pair` | one thread a pair of queues: frames to and from the tap |
-//! | `control` | the control queue (section 5.1.6.5): how many pairs are in use |
+//! | [`Tap`] | the tap interface |
+//! | `queue_pair` | one thread per queue pair: frames to and from the tap |
+//! | `control` | the control queue (section 5.1.6.5): number of pairs in use |
 //!
-//! **Offloads.** The tap speaks virtio-net headers (IFF_VNET_HDR), so a frame passes as it is, with
-//! its header, by one system call and without a copy in this process: checksums may be missing and
-//! TCP or UDP segments up to 64 KiB go through whole, both ways. What the guest's driver accepts
-//! (`GUEST_CSUM`, `GUEST_TSO4`, ...) the tap is told (TUNSETOFFLOAD); what it offers the host takes
-//! always. Header and frame are checked by the host's kernel, as any tap's are.
+//! **Offloads.** The tap uses virtio-net headers (IFF_VNET_HDR), so each frame passes with its header
+//! unchanged, by one system call and without a copy in this process. Checksums may be partial, and TCP or UDP
+//! segments of up to 64 KiB pass unsegmented in both directions. The features that the guest's driver accepts
+//! (`GUEST_CSUM`, `GUEST_TSO4`, ...) are set on the tap (TUNSETOFFLOAD); the host accepts all offloads from
+//! the guest. The host kernel validates header and frame as for any tap.
 //!
-//! **Receiving.** With mergeable buffers (`MRG_RXBUF`, section 5.1.6.4) the thread reads into as many
-//! buffers as the largest frame needs and gives back those that were filled, all at once. While the
-//! guest has no buffers, frames wait in the tap's queue, and the host drops what does not fit there.
+//! **Receiving.** With mergeable buffers (`MRG_RXBUF`, section 5.1.6.4) the thread reads into as many buffers
+//! as the largest frame needs and returns those that were filled, all at once. While the guest has no
+//! buffers, frames wait in the tap's queue, and the host drops those that do not fit.
 //!
-//! **Link.** [`NetHandle::set_link`] takes the link down or up; the driver learns it from the
-//! configuration space (section 5.1.4). A tap that was removed takes it down for good.
+//! **Link.** [`NetHandle::set_link`] takes the link down or up; the driver is notified through the
+//! configuration space (section 5.1.4). The removal of the tap takes it down for good.
 //!
-//! **Limits**: a [rate limit](crate::rate_limit) each way if wanted. Buffers too short for a header
-//! come back empty.
+//! **Limits**: an optional [rate limit](crate::rate_limit) in each direction. Buffers too short for a header
+//! are returned empty.
 
 mod control;
-mod pair;
+mod queue_pair;
 mod tap;
 
 #[cfg(test)]
@@ -39,7 +39,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{Role, Threads};
-use pair::Pair;
+use queue_pair::QueuePair;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::str::FromStr;
@@ -51,19 +51,19 @@ use zerocopy::{Immutable, IntoBytes};
 
 pub use tap::{Tap, offload};
 
-/// The most pairs of queues.
+/// Maximum number of queue pairs.
 pub const MAX_PAIRS: u16 = 8;
-/// The least MTU: IPv4's (RFC 791).
+/// Minimum MTU: that of IPv4 (RFC 791).
 pub const MIN_MTU: u16 = 68;
 
-/// `struct virtio_net_hdr_v1` (section 5.1.6): what each frame begins with.
+/// Size of `struct virtio_net_hdr_v1` (section 5.1.6), with which each frame begins.
 const HEADER_SIZE: usize = 12;
-/// Where its number of buffers is.
+/// Offset of its number of buffers.
 const NUM_BUFFERS_OFFSET: u32 = 10;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
-const ROLE: Role = Role::new("koya-net").of_the_guest();
+const ROLE: Role = Role::new("koya-net").guest_facing();
 
 /// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,10 +71,10 @@ const ROLE: Role = Role::new("koya-net").of_the_guest();
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
-    /// One that nobody else should have: random, for a single host, of local administration.
+    /// A random, locally administered unicast address.
     ///
     /// # Errors
-    /// The host has no random numbers.
+    /// If the host has no random numbers.
     pub fn random() -> io::Result<Self> {
         let mut bytes = [0; 6];
         rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
@@ -123,7 +123,7 @@ impl From<MacAddr> for String {
     }
 }
 
-/// What a network device did so far. "Received" is what the guest received.
+/// Metrics of a network device. "Received" means received by the guest.
 #[derive(Debug, Default, Serialize)]
 pub struct NetMetrics {
     /// Frames to the guest.
@@ -134,20 +134,20 @@ pub struct NetMetrics {
     pub sent_frames: AtomicU64,
     /// Bytes from the guest.
     pub sent_bytes: AtomicU64,
-    /// Frames to the guest that were lost: the link was down.
+    /// Frames to the guest that were dropped because the link was down.
     pub received_drops: AtomicU64,
-    /// Frames from the guest that the host did not take: link down, queue full, broken header.
+    /// Frames from the guest that were dropped: link down, queue full, invalid header.
     pub sent_drops: AtomicU64,
     /// Buffers too short for a header.
     pub faults: AtomicU64,
 }
 
-/// What a device, its threads and its owner's handles share. Not the tap: that goes with the device,
-/// whoever has a handle.
+/// State shared by a device, its threads and its owner's handles. It does not include the tap, which is
+/// closed with the device even if handles remain.
 struct Shared {
     tap_name: String,
     link: AtomicBool,
-    /// What the driver reads beside the link's state.
+    /// The fields of the configuration space other than the link state.
     fixed: Config,
     published: PublishedConfig,
     metrics: NetMetrics,
@@ -163,7 +163,7 @@ impl Shared {
         }
     }
 
-    /// Whether it was another.
+    /// Sets the link state; returns whether it changed.
     fn change_link(&self, up: bool) -> bool {
         let change = || self.link.swap(up, Ordering::SeqCst) != up;
         self.published.change(change, || self.config())
@@ -190,7 +190,7 @@ fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
-/// `struct virtio_net_config` (section 5.1.4), as far as this device announces it.
+/// `struct virtio_net_config` (section 5.1.4), up to the last field that the device offers.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct Config {
@@ -200,16 +200,16 @@ struct Config {
     mtu: U16,
 }
 
-/// What a network device is like.
+/// Options of a network device.
 #[derive(Clone, Debug)]
 pub struct NetOptions {
-    /// The guest's address.
+    /// MAC address of the guest.
     pub mac: MacAddr,
-    /// The largest packet, in bytes, [`MIN_MTU`] or more; none leaves it to the guest (1500).
+    /// MTU in bytes, [`MIN_MTU`] or more; `None` leaves it to the guest (1500).
     pub mtu: Option<u16>,
-    /// Limits what the guest sends.
+    /// Rate limits for frames that the guest sends.
     pub send_limits: RateLimits,
-    /// Limits what the guest receives.
+    /// Rate limits for frames that the guest receives.
     pub receive_limits: RateLimits,
 }
 
@@ -218,15 +218,15 @@ pub struct Net {
     options: NetOptions,
     tap: Arc<Tap>,
     shared: Arc<Shared>,
-    /// What the guest receives and sends; a driver that starts anew does not get full buckets.
+    /// For receiving and sending; kept over a reset of the driver, which must not refill the buckets.
     limiters: [Arc<Mutex<RateLimiter>>; 2],
     queue_sizes: Vec<u16>,
     threads: Threads,
-    /// Pairs that are in use when a driver starts, or goes on.
+    /// Number of pairs in use when a driver starts or resumes.
     first_pairs: usize,
 }
 
-/// How a network device's owner reaches it while the guest uses it.
+/// Controls a network device while the guest uses it.
 #[derive(Clone)]
 pub struct NetHandle {
     shared: Arc<Shared>,
@@ -243,22 +243,22 @@ impl NetHandle {
         self.shared.link()
     }
 
-    /// The host's interface.
+    /// Name of the tap interface.
     pub fn tap_name(&self) -> &str {
         &self.shared.tap_name
     }
 
-    /// What the device did so far.
+    /// Metrics of the device.
     pub fn metrics(&self) -> &NetMetrics {
         &self.shared.metrics
     }
 }
 
 impl Net {
-    /// A device over `tap`, with a pair of queues for each of the tap's.
+    /// A device for `tap`, with one queue pair for each queue of the tap.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub fn new(tap: Tap, options: NetOptions) -> io::Result<Self> {
         let pairs = tap.queues().len();
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
@@ -291,7 +291,7 @@ impl Net {
         })
     }
 
-    /// What its owner keeps.
+    /// A handle for the owner.
     pub fn handle(&self) -> NetHandle {
         NetHandle {
             shared: self.shared.clone(),
@@ -305,7 +305,7 @@ impl Net {
         };
         let features = activation.features;
         let has = |bit: u32| features & (1 << bit) != 0;
-        let room = pair::Room::of(features, self.options.mtu);
+        let room = queue_pair::BufferNeeds::of(features, self.options.mtu);
         let several = has(VIRTIO_NET_F_MQ);
         self.tap.set_offload(offloads(features)).map_err(host)?;
         self.tap.use_queues(self.first_pairs).map_err(host)?;
@@ -313,7 +313,7 @@ impl Net {
         // Without VIRTIO_NET_F_MQ there is one pair, and the control queue follows it.
         let pairs = if several { self.tap.queues().len() } else { 1 };
         for index in 0..pairs {
-            // A driver may leave pairs out that it never uses.
+            // A driver may not enable pairs that it never uses.
             let number = 2 * index as u16;
             let (receive, send) = match (
                 activation.take_queue(number),
@@ -323,8 +323,8 @@ impl Net {
                 (Err(error), _) | (_, Err(error)) if index == 0 => return Err(error),
                 _ => continue,
             };
-            let pair = Pair::new(
-                pair::Place {
+            let pair = QueuePair::new(
+                queue_pair::PairContext {
                     index,
                     tap: self.tap.clone(),
                     shared: self.shared.clone(),
@@ -352,7 +352,7 @@ impl Net {
     }
 }
 
-/// What the tap may leave to a driver that accepted these features.
+/// The offloads that a driver with these features handles.
 fn offloads(features: u64) -> u32 {
     let pairs = [
         (VIRTIO_NET_F_GUEST_CSUM, offload::CSUM),
@@ -362,7 +362,7 @@ fn offloads(features: u64) -> u32 {
     ];
     let wanted = pairs.iter().filter(|(bit, _)| features & (1 << bit) != 0);
     let all = wanted.fold(0, |all, (_, offload)| all | offload);
-    // The kernel takes both or none.
+    // The kernel accepts both or neither.
     let both = 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
     match features & both == both {
         true => all | offload::USO4 | offload::USO6,
@@ -370,23 +370,23 @@ fn offloads(features: u64) -> u32 {
     }
 }
 
-/// A network's state beyond its queues. The tap is the configuration's.
+/// State of a network device apart from its queues. The tap is part of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// The guest's address.
+    /// MAC address of the guest.
     pub mac: MacAddr,
-    /// The largest packet, if it was said.
+    /// MTU, if configured.
     pub mtu: Option<u16>,
-    /// Pairs of queues that there are.
+    /// Number of queue pairs.
     pub pairs: u16,
-    /// Pairs that the driver uses.
+    /// Number of pairs that the driver uses.
     pub used_pairs: u16,
     /// Whether the link is up.
     pub link: bool,
 }
 
 impl NetState {
-    /// A network's.
+    /// Schema of the state.
     pub const SCHEMA: Schema = Schema::new("virtio-net", 1);
 }
 
@@ -461,7 +461,7 @@ impl VirtioDevice for Net {
             || usize::from(state.pairs) != pairs
             || !(1..=pairs).contains(&state.used_pairs.into())
         {
-            return Err(StateError::Misfit("address, MTU or queues are others"));
+            return Err(StateError::Mismatch("address, MTU or queues are others"));
         }
         self.first_pairs = state.used_pairs.into();
         self.shared.set_link(state.link);

@@ -1,4 +1,4 @@
-//! A tap interface of the host, as the device's other end.
+//! The tap interface on the host.
 
 use super::{HEADER_SIZE, MAX_PAIRS};
 use crate::sys;
@@ -16,17 +16,17 @@ pub struct Tap {
     name: String,
     queues: Vec<File>,
     udp_segments: bool,
-    /// How many queues the kernel was let use last.
+    /// Number of queues last enabled in the kernel.
     used: AtomicUsize,
 }
 
 impl Tap {
-    /// Opens the tap `name` of this thread's network namespace, or makes one that goes when it is
-    /// closed; an empty name lets the kernel choose. With more than one queue a tap that exists must
-    /// have been made for several (`ip tuntap add ... multi_queue`).
+    /// Opens the tap `name` in this thread's network namespace. If it does not exist, it is created and
+    /// removed again on close; with an empty name, the kernel chooses one. For more than one queue, an
+    /// existing tap must be multi-queue (`ip tuntap add ... multi_queue`).
     ///
     /// # Errors
-    /// No `/dev/net/tun`, no privilege (CAP_NET_ADMIN or an owner of the tap), in use.
+    /// No `/dev/net/tun`, no privilege (CAP_NET_ADMIN or ownership of the tap), or in use.
     pub fn open(name: &str, queues: u16) -> io::Result<Self> {
         let queues = queues.clamp(1, MAX_PAIRS);
         let mut tap = Self {
@@ -44,11 +44,12 @@ impl Tap {
         tap.prepare()
     }
 
-    /// A tap that somebody else opened, one descriptor a queue, with a virtio-net header of 12 bytes
-    /// (TUNSETVNETHDRSZ) before each frame; or a socket that keeps messages apart and carries the same.
+    /// A tap opened by the caller, one descriptor per queue, with a virtio-net header of 12 bytes
+    /// (TUNSETVNETHDRSZ) before each frame; or a socket that preserves message boundaries and carries the
+    /// same.
     ///
     /// # Errors
-    /// No descriptor, or too many.
+    /// No descriptors, or too many.
     pub fn from_queues(name: &str, queues: Vec<OwnedFd>) -> io::Result<Self> {
         if queues.is_empty() || queues.len() > usize::from(MAX_PAIRS) {
             let text = format!("a tap has 1 to {MAX_PAIRS} queues");
@@ -65,7 +66,7 @@ impl Tap {
 
     fn prepare(mut self) -> io::Result<Self> {
         if let Some(queue) = self.queues.first() {
-            // Linux has it from 6.2 on. What is asked for here lasts until there is a driver.
+            // Supported since Linux 6.2. These bits apply until a driver sets its own.
             let bits = offload::CSUM | offload::USO4 | offload::USO6;
             self.udp_segments = sys::set_tap_offload(queue.as_fd(), bits).is_ok();
         }
@@ -75,12 +76,12 @@ impl Tap {
         Ok(self)
     }
 
-    /// Its name.
+    /// The name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether the host's kernel can leave UDP segments to others.
+    /// Whether the host kernel supports UDP segmentation offload.
     pub(super) fn has_udp_segments(&self) -> bool {
         self.udp_segments
     }
@@ -89,11 +90,11 @@ impl Tap {
         &self.queues
     }
 
-    /// What the kernel may leave to the guest.
+    /// Sets the offloads that the guest handles.
     pub(super) fn set_offload(&self, bits: u32) -> io::Result<()> {
         match self.queues.first() {
             Some(queue) => match sys::set_tap_offload(queue.as_fd(), bits) {
-                // A socket: whoever sends to it knows what it may leave out.
+                // A socket: its peer decides about offloads.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
                 other => other,
             },
@@ -101,12 +102,12 @@ impl Tap {
         }
     }
 
-    /// How many the kernel was let use last.
+    /// Number of queues last enabled in the kernel.
     pub(super) fn used_queues(&self) -> usize {
         self.used.load(Ordering::SeqCst)
     }
 
-    /// Lets the kernel use the first `pairs` queues.
+    /// Enables the first `pairs` queues.
     pub(super) fn use_queues(&self, pairs: usize) -> io::Result<()> {
         self.used.store(pairs, Ordering::SeqCst);
         if self.queues.len() < 2 {
@@ -114,7 +115,7 @@ impl Tap {
         }
         for (index, queue) in self.queues.iter().enumerate() {
             match sys::use_tap_queue(queue, index < pairs) {
-                // It is as wanted already.
+                // Already in the requested state.
                 Err(error)
                     if [libc::EINVAL, libc::ENOTTY]
                         .contains(&error.raw_os_error().unwrap_or(0)) => {}

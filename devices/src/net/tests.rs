@@ -1,7 +1,7 @@
-//! The device behind a mock driver, with a socket pair for a tap.
+//! Tests of the device with a mock driver, and a socket pair instead of a tap.
 
 use super::*;
-use crate::test_utils::{Buffer, Driver, ends};
+use crate::test_utils::{Buffer, Driver, finishes};
 use crate::virtio::Activation;
 use crate::virtio::registers::{ConfigSpace, RegisterPages};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, send};
@@ -96,7 +96,7 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_frame_of_the_guests_reaches_the_host_as_it_is() {
+fn a_frame_from_the_guest_reaches_the_host_unchanged() {
     let mut setup = Setup::new(MERGEABLE, options());
     for len in [60, 1514, 65_549] {
         let message = [vec![0; HEADER_SIZE], pattern(len)].concat();
@@ -123,7 +123,7 @@ fn a_large_frame_fills_as_many_buffers_as_it_needs() {
     setup.receive.kick();
     let frame = pattern(20_000);
     setup.host_sends(&frame);
-    // 20,012 bytes with the header: thirteen of them whole, and 44 bytes.
+    // 20,012 bytes with the header: thirteen full buffers and 44 bytes.
     let got = used(&mut setup.receive, 14);
     assert_eq!(got.len(), 14);
     let mut message = Vec::new();
@@ -133,7 +133,7 @@ fn a_large_frame_fills_as_many_buffers_as_it_needs() {
     }
     assert_eq!(message[NUM_BUFFERS_OFFSET as usize..][..2], [14, 0]);
     assert_eq!(message[HEADER_SIZE..], frame);
-    // The next frame goes to the next buffer, and the same ones are not used twice.
+    // The next frame goes to the next buffer, and no buffer is used twice.
     setup.receive.offer(&[Buffer::Writable(30_000)]);
     setup.receive.kick();
     setup.host_sends(&pattern(60));
@@ -187,7 +187,7 @@ fn a_link_that_is_down_drops_frames_and_is_announced() {
     let handle = setup.device.handle();
     let page = RegisterPages::new(1).unwrap().page(0).unwrap();
     setup.device.publish_config(ConfigSpace::of(&page));
-    // The address's last two bytes, then the status.
+    // The last two bytes of the MAC address, then the status.
     let status = || page.load(VIRTIO_MMIO_CONFIG + 4) >> 16;
     assert_eq!(status(), VIRTIO_NET_S_LINK_UP);
     handle.set_link(false);
@@ -308,7 +308,7 @@ fn addresses_are_parsed() {
 }
 
 #[test]
-fn a_network_goes_on_where_it_was() {
+fn a_restored_network_continues() {
     let (mut device, host) = device(options());
     let (mut receive, sender) = (Driver::new(256), Driver::new(256));
     let heads: Vec<u16> = (0..4)
@@ -316,7 +316,7 @@ fn a_network_goes_on_where_it_was() {
         .collect();
     let start = |device: &mut Net, receive: &Driver, at: (u16, u16)| {
         let queue = receive.queue_at(at);
-        let place = queue.position();
+        let position = queue.position();
         let activation = Activation {
             memory: receive.memory().clone(),
             interrupt: receive.recorder().clone(),
@@ -324,7 +324,7 @@ fn a_network_goes_on_where_it_was() {
             features: MERGEABLE,
         };
         device.activate(activation).unwrap();
-        place
+        position
     };
     let wait = |receive: &mut Driver, head: u16| {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -337,18 +337,18 @@ fn a_network_goes_on_where_it_was() {
         }
     };
     let frame = [&[0; HEADER_SIZE][..], b"a frame of the host's"].concat();
-    let place = start(&mut device, &receive, (0, 0));
+    let position = start(&mut device, &receive, (0, 0));
     send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
     wait(&mut receive, heads[0]);
 
     let state = device.save().unwrap();
     device.stop(None);
-    // Buffers that the device had in hand are the driver's again.
-    assert_eq!(place.get(), (1, 1));
+    // Buffers that the device had taken return to the driver.
+    assert_eq!(position.get(), (1, 1));
     send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);
-    start(&mut device, &receive, place.get());
+    start(&mut device, &receive, position.get());
     wait(&mut receive, heads[1]);
 
     device.reset(None);
@@ -357,12 +357,12 @@ fn a_network_goes_on_where_it_was() {
         ..options()
     };
     let refused = self::device(other).0.restore(&state);
-    assert!(matches!(refused, Err(StateError::Misfit(_))));
+    assert!(matches!(refused, Err(StateError::Mismatch(_))));
 }
 
-/// Each buffer is no use, and there is always another.
+/// Each buffer is too short, and there is always another.
 #[test]
-fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
+fn a_full_queue_does_not_delay_a_stop() {
     let mut setup = Setup::new(MERGEABLE, options());
     // In many parts, so that the device takes longer than the driver.
     let buffers = setup
@@ -371,7 +371,7 @@ fn a_guest_that_keeps_its_queue_full_does_not_keep_the_device_from_ending() {
     setup.receive.kick();
     std::thread::sleep(Duration::from_millis(50));
     let mut device = setup.device;
-    ends(move || device.reset(None));
+    finishes(move || device.reset(None));
     drop(buffers);
     assert!(!setup.receive.used().is_empty());
 }

@@ -1,11 +1,11 @@
-//! Calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles and
-//! per-mount attributes. Every function here is safe to call; each `unsafe` block states why.
+//! System calls that no safe crate wraps: vectored I/O on guest memory, io_uring, file handles and mount
+//! attributes. Every function here is safe to call; each `unsafe` block states why.
 
-mod pieces;
+mod iovecs;
 mod ring;
 mod tap;
 
-pub use pieces::Pieces;
+pub use iovecs::Iovecs;
 pub use ring::{Completion, Ring, Transfer};
 pub use tap::{attach_tap, offload, set_tap_offload, use_tap_queue};
 
@@ -15,18 +15,18 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-/// The most pieces that one call takes (IOV_MAX); the rest of a longer list is left for the
-/// caller's next call, as with any short read or write.
-const MAX_PIECES: usize = 1024;
+/// Maximum number of iovecs of one call (IOV_MAX); the rest of a longer list is left to the caller's next
+/// call, as after any short read or write.
+const MAX_IOVECS: usize = 1024;
 
 fn checked(result: isize) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-fn pieces<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
+fn iovecs<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
     slices
         .iter()
-        .take(MAX_PIECES)
+        .take(MAX_IOVECS)
         .map(|slice| libc::iovec {
             iov_base: slice.ptr_guard_mut().as_ptr().cast(),
             iov_len: slice.len(),
@@ -34,66 +34,66 @@ fn pieces<B: BitmapSlice>(slices: &[VolatileSlice<'_, B>]) -> Vec<libc::iovec> {
         .collect()
 }
 
-/// Reads from `fd` at `offset` straight into guest memory.
+/// Reads from `fd` at `offset` directly into guest memory.
 ///
 /// # Errors
-/// What preadv(2) says.
+/// The error from preadv(2).
 pub fn read_at<B: BitmapSlice>(
     fd: impl AsFd,
     slices: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
-    // SAFETY: each piece comes from a VolatileSlice, which borrows its mapping for longer than
-    // this call; the kernel writes only inside them, and nobody holds references into them.
+    let iovecs = iovecs(slices);
+    // SAFETY: each iovec comes from a VolatileSlice, which borrows its mapping for longer than this call; the
+    // kernel writes only inside them, and nobody holds references into them.
     checked(unsafe {
         libc::preadv(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
             offset as libc::off_t,
         )
     })
 }
 
-/// Writes guest memory straight to `fd`, at `offset` or with `append` at the file's end.
+/// Writes guest memory directly to `fd`, at `offset` or with `append` at the end of the file.
 ///
 /// # Errors
-/// What pwritev2(2) says.
+/// The error from pwritev2(2).
 pub fn write_at<B: BitmapSlice>(
     fd: impl AsFd,
     slices: &[VolatileSlice<'_, B>],
     offset: u64,
     append: bool,
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
-    // SAFETY: each piece comes from a VolatileSlice, which borrows its mapping for longer than
-    // this call; the kernel only reads them.
+    let iovecs = iovecs(slices);
+    // SAFETY: each iovec comes from a VolatileSlice, which borrows its mapping for longer than this call; the
+    // kernel only reads them.
     checked(unsafe {
         libc::pwritev2(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
             offset as libc::off_t,
             if append { libc::RWF_APPEND } else { 0 },
         )
     })
 }
 
-/// Closes a descriptor and says what the file system says of it.
+/// Closes a descriptor and returns the file system's error, if any.
 ///
 /// # Errors
-/// What close(2) says; the descriptor is closed all the same.
+/// The error from close(2); the descriptor is closed all the same.
 pub fn close(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: the descriptor was owned and is given up.
     checked(unsafe { libc::close(fd.into_raw_fd()) } as isize).map(drop)
 }
 
-/// Waits until one of these descriptors is readable, at most for `limit`; those that are none are not
-/// waited for. Which ones are (or have failed); none after the limit or a signal.
+/// Waits up to `limit` until one of these descriptors is readable; `None` entries are ignored. Returns which
+/// ones are readable (or have failed); none after a timeout or a signal.
 ///
 /// # Errors
-/// What poll(2) says.
+/// The error from poll(2).
 pub fn wait_readable<const N: usize>(
     fds: [Option<&dyn AsRawFd>; N],
     limit: Option<Duration>,
@@ -103,7 +103,7 @@ pub fn wait_readable<const N: usize>(
         events: libc::POLLIN,
         revents: 0,
     });
-    // Up to a whole millisecond: less would be a busy loop.
+    // Rounded up to whole milliseconds: rounding down would cause a busy loop.
     let limit = limit.map_or(-1, |limit| {
         limit.as_micros().div_ceil(1000).min(i32::MAX as u128) as libc::c_int
     });
@@ -115,23 +115,23 @@ pub fn wait_readable<const N: usize>(
     }
 }
 
-/// Advice on guest memory that the host may take (madvise(2)).
+/// Advice to the host about guest memory (madvise(2)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// Private memory: its pages go back to the host and read as zero from then on.
-    GiveBackPrivate,
-    /// Memory of a file: a hole is made in the file.
-    GiveBackShared,
-    /// Use huge pages where the host has them (transparent huge pages).
+    /// Discard pages of private memory; they read as zero from then on.
+    DiscardPrivate,
+    /// Punch a hole into the file behind the memory.
+    PunchHole,
+    /// Use transparent huge pages if the host has them.
     HugePages,
-    /// Leave it out when this process's memory is written to a core dump.
+    /// Leave the memory out of core dumps of this process.
     NoDump,
 }
 
-/// Advises the host on the whole pages of guest memory in `slice`.
+/// Advises the host about the whole pages of guest memory in `slice`.
 ///
 /// # Errors
-/// What madvise(2) says.
+/// The error from madvise(2).
 pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> io::Result<()> {
     let page = rustix::param::page_size();
     let guard = slice.ptr_guard_mut();
@@ -142,65 +142,64 @@ pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> i
         return Ok(());
     }
     let advice = match advice {
-        Advice::GiveBackPrivate => libc::MADV_DONTNEED,
-        Advice::GiveBackShared => libc::MADV_REMOVE,
+        Advice::DiscardPrivate => libc::MADV_DONTNEED,
+        Advice::PunchHole => libc::MADV_REMOVE,
         Advice::HugePages => libc::MADV_HUGEPAGE,
         Advice::NoDump => libc::MADV_DONTDUMP,
     };
-    // SAFETY: the range lies inside the slice, so inside a mapping of guest memory, which is the
-    // guest's alone: at most its pages become zeroes, as if the guest had written them. Whether it is
-    // dumped changes nothing for whoever uses it.
+    // SAFETY: the range lies inside the slice and thus inside a mapping of guest memory, which belongs to the
+    // guest alone: at most its pages become zero, as if the guest had written them. Whether it is dumped
+    // makes no difference to its users.
     let result = unsafe { libc::madvise(first as *mut libc::c_void, end - first, advice) };
     checked(result as isize).map(drop)
 }
 
-/// Receives from a socket straight into guest memory.
+/// Receives from a socket directly into guest memory.
 ///
 /// # Errors
-/// What readv(2) says.
+/// The error from readv(2).
 pub fn receive<B: BitmapSlice>(
     fd: impl AsFd,
     slices: &[VolatileSlice<'_, B>],
 ) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: as in `read_at`.
     checked(unsafe {
         libc::readv(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
         )
     })
 }
 
-/// Writes guest memory straight to a descriptor that has no place in it, as one frame.
+/// Writes guest memory directly to a non-seekable descriptor, as one frame.
 ///
 /// # Errors
-/// What writev(2) says.
+/// The error from writev(2).
 pub fn write<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
-    let pieces = pieces(slices);
+    let iovecs = iovecs(slices);
     // SAFETY: as in `write_at`.
     checked(unsafe {
         libc::writev(
             fd.as_fd().as_raw_fd(),
-            pieces.as_ptr(),
-            pieces.len() as libc::c_int,
+            iovecs.as_ptr(),
+            iovecs.len() as libc::c_int,
         )
     })
 }
 
-/// Sends guest memory straight to a socket, without SIGPIPE.
+/// Sends guest memory directly to a socket, without SIGPIPE.
 ///
 /// # Errors
-/// What sendmsg(2) says.
+/// The error from sendmsg(2).
 pub fn send<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
-    let mut pieces = pieces(slices);
+    let mut iovecs = iovecs(slices);
     // SAFETY: msghdr is plain data for which all zeroes is a valid value.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = pieces.as_mut_ptr();
-    message.msg_iovlen = pieces.len() as _;
-    // SAFETY: the message points to `pieces`, which outlives the call; the pieces are as in
-    // `write_at`.
+    message.msg_iov = iovecs.as_mut_ptr();
+    message.msg_iovlen = iovecs.len() as _;
+    // SAFETY: the message points to `iovecs`, which outlives the call; the iovecs are as in `write_at`.
     checked(unsafe {
         libc::sendmsg(
             fd.as_fd().as_raw_fd(),
@@ -210,14 +209,14 @@ pub fn send<B: BitmapSlice>(fd: impl AsFd, slices: &[VolatileSlice<'_, B>]) -> i
     })
 }
 
-/// A file's identity beyond its lifetime, as name_to_handle_at(2) gives it.
+/// A persistent file handle, from name_to_handle_at(2).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FileHandle {
     kind: i32,
     bytes: Vec<u8>,
 }
 
-/// `struct file_handle` with room for the largest handle.
+/// `struct file_handle` with space for the largest handle.
 #[repr(C)]
 struct RawHandle {
     bytes: u32,
@@ -226,19 +225,19 @@ struct RawHandle {
 }
 
 impl FileHandle {
-    /// The handle of the file that `fd` (O_PATH will do) refers to.
+    /// The handle of the file that `fd` refers to, which may be an O_PATH descriptor.
     ///
     /// # Errors
-    /// EOPNOTSUPP where the file system has no handles.
-    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+    /// EOPNOTSUPP if the file system has no handles.
+    pub fn from_fd(fd: impl AsFd) -> io::Result<Self> {
         let mut raw = RawHandle {
             bytes: libc::MAX_HANDLE_SZ as u32,
             kind: 0,
             data: [0; libc::MAX_HANDLE_SZ as usize],
         };
         let mut mount_id = 0;
-        // SAFETY: RawHandle begins as struct file_handle does and says how much room follows;
-        // the kernel writes at most that much. The path is a static empty string.
+        // SAFETY: RawHandle begins like struct file_handle and states how much space follows; the kernel
+        // writes at most that much. The path is a static empty string.
         let result = unsafe {
             libc::name_to_handle_at(
                 fd.as_fd().as_raw_fd(),
@@ -256,10 +255,10 @@ impl FileHandle {
         })
     }
 
-    /// Opens the file again; needs CAP_DAC_READ_SEARCH. `mount` is any descriptor on the mount.
+    /// Reopens the file; requires CAP_DAC_READ_SEARCH. `mount` is any descriptor on the mount.
     ///
     /// # Errors
-    /// ESTALE if the file is gone, EPERM without the capability.
+    /// ESTALE if the file no longer exists, EPERM without the capability.
     pub fn open(&self, mount: impl AsFd, flags: i32) -> io::Result<OwnedFd> {
         let mut raw = RawHandle {
             bytes: self.bytes.len() as u32,
@@ -267,8 +266,8 @@ impl FileHandle {
             data: [0; libc::MAX_HANDLE_SZ as usize],
         };
         raw.data[..self.bytes.len()].copy_from_slice(&self.bytes);
-        // SAFETY: RawHandle is laid out as struct file_handle with its data following; the
-        // kernel only reads it.
+        // SAFETY: RawHandle has the layout of struct file_handle followed by its data; the kernel only reads
+        // it.
         let fd = unsafe {
             libc::open_by_handle_at(
                 mount.as_fd().as_raw_fd(),
@@ -282,7 +281,7 @@ impl FileHandle {
     }
 }
 
-/// Changes attributes of a detached mount, with `flags` also of everything under it.
+/// Changes attributes of a detached mount, depending on `flags` also of all mounts below it.
 fn change_mount(
     mount: BorrowedFd<'_>,
     flags: libc::c_int,
@@ -308,11 +307,11 @@ fn no_mount_change() -> libc::mount_attr {
     unsafe { std::mem::zeroed() }
 }
 
-/// Leaves a detached mount, with everything under it, what a server of files needs: nothing runs from
-/// it, no device node of it is opened, and the host's mounts neither come to it nor wait for it.
+/// Restricts a detached mount and all mounts below it to what a file server needs: no executables, no device
+/// nodes, and no propagation of mounts to or from the host.
 ///
 /// # Errors
-/// What mount_setattr(2) says.
+/// The error from mount_setattr(2).
 pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
     let mut attributes = no_mount_change();
     attributes.attr_set =
@@ -324,23 +323,23 @@ pub fn restrict_mount(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> 
     change_mount(mount, libc::AT_RECURSIVE, attributes)
 }
 
-/// Lets a detached mount be written again, and nothing under it.
+/// Makes a detached mount writable again, but no mount below it.
 ///
 /// # Errors
-/// What mount_setattr(2) says.
+/// The error from mount_setattr(2).
 pub fn make_mount_writable(mount: BorrowedFd<'_>) -> io::Result<()> {
     let mut attributes = no_mount_change();
     attributes.attr_clr = libc::MOUNT_ATTR_RDONLY;
     change_mount(mount, 0, attributes)
 }
 
-/// fchmodat2(2): one number on every architecture, which libc does not name on all.
+/// fchmodat2(2): the same number on every architecture, but libc does not define it for all.
 const FCHMODAT2: libc::c_long = 452;
 
-/// Changes a file's mode through an O_PATH descriptor, never through a link.
+/// Changes the mode of a file through an O_PATH descriptor, never following a symbolic link.
 ///
 /// # Errors
-/// What fchmodat2(2) says; ENOSYS before Linux 6.6.
+/// The error from fchmodat2(2); ENOSYS before Linux 6.6.
 pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     // SAFETY: the path is a static empty string; the other arguments are plain numbers.
     let result = unsafe {
@@ -355,19 +354,19 @@ pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     checked(result as isize).map(drop)
 }
 
-/// Gives this thread a file-mode mask (and a working directory) of its own, so that it can set
-/// the mask for one request without touching the process's.
+/// Gives this thread its own umask (and working directory), so that it can set the umask for one request
+/// without affecting the process.
 ///
 /// # Errors
-/// What unshare(2) says.
+/// The error from unshare(2).
 pub fn unshare_fs_state() -> io::Result<()> {
-    // SAFETY: CLONE_FS only unshares the thread's umask, working directory and root from the
-    // other threads'; no memory or descriptor is affected.
+    // SAFETY: CLONE_FS only unshares the umask, working directory and root of the thread from the others; no
+    // memory or descriptor is affected.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?;
     Ok(())
 }
 
-/// The path by which this process can reach an O_PATH descriptor's file.
+/// A path through which this process can open the file of an O_PATH descriptor.
 pub fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }

@@ -1,9 +1,9 @@
 //! An io_uring whose requests read and write guest memory.
 //!
-//! The ring owns what its requests point to (guest memory, the file, the lists of pieces), and its
-//! end waits for every request that is under way: so no call here needs care from its caller.
+//! The ring owns what its requests point to (guest memory, the file, the iovecs), and dropping it waits for
+//! every request in flight, so its functions are safe to call.
 
-use super::pieces;
+use super::iovecs;
 use crate::virtio::{Chain, ChainError, Memory};
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -14,64 +14,65 @@ use std::sync::Arc;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Completions of watched events carry this and their place; requests their slot.
+/// Marks completions of watched events; the rest is the event's index. Other completions carry the request's
+/// index.
 const WATCH: u64 = 1 << 63;
-/// The completion of the cancellation at the end.
+/// Token of the cancellation on drop.
 const CANCEL: u64 = u64::MAX;
 
 /// What a ring reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completion {
-    /// The request with this token ended: bytes, or a negative error number.
+    /// The request with this token has ended: number of bytes, or a negative error number.
     Request(u64, i32),
-    /// Something was written to the watched event with this number.
+    /// The watched event with this index was signalled.
     Event(usize),
 }
 
 /// A transfer between a chain's memory and the ring's file.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer<'c> {
-    /// Whose memory.
+    /// The chain.
     pub chain: &'c Chain,
-    /// The first byte of the chain's readable or writable part.
+    /// Offset in the chain's readable or writable part, in bytes.
     pub skip: u32,
-    /// How many bytes.
+    /// Length in bytes.
     pub len: u32,
-    /// Where in the file, in bytes.
+    /// Offset in the file, in bytes.
     pub at: u64,
 }
 
-/// A request that the kernel works on, and what it points to.
-struct Flight {
+/// A request in flight and what it points to.
+struct InFlight {
     token: u64,
     /// Read by the kernel when the request is submitted, or later by old kernels.
-    pieces: Vec<libc::iovec>,
+    iovecs: Vec<libc::iovec>,
 }
 
-/// See the module's text.
+/// An io_uring; see the module's documentation.
 pub struct Ring {
     uring: IoUring,
     memory: Arc<Memory>,
     file: Arc<File>,
-    flights: Vec<Option<Flight>>,
+    in_flight: Vec<Option<InFlight>>,
     free: Vec<usize>,
     watched: Vec<EventFd>,
-    /// Why an event can't be watched.
+    /// Why an event could not be watched.
     broken: Option<io::Error>,
 }
 
-// SAFETY: the raw pointers in `flights` point into guest memory, which `memory` keeps mapped and
-// which any thread may use; nothing else in a ring belongs to one thread.
+// SAFETY: the raw pointers in `in_flight` point into guest memory, which `memory` keeps mapped and any thread
+// may use; nothing else in a ring belongs to one thread.
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// A ring for up to `entries` requests at once on `file`.
+    /// Creates a ring for up to `entries` concurrent requests on `file`.
     ///
     /// # Errors
-    /// The kernel has no io_uring, or does not let this process use it.
+    /// If the kernel has no io_uring, or does not allow this process to use it.
     pub fn new(memory: Arc<Memory>, file: Arc<File>, entries: u16) -> io::Result<Self> {
         let size = u32::from(entries).next_power_of_two() + 8;
-        // From Linux 6.1 on the kernel does its part when we wait, not by interrupting us.
+        // From Linux 6.1 on, the kernel completes requests when we wait instead of interrupting us.
         let tuned = IoUring::builder()
             .setup_coop_taskrun()
             .setup_single_issuer()
@@ -82,28 +83,28 @@ impl Ring {
             uring,
             memory,
             file,
-            flights: (0..entries).map(|_| None).collect(),
+            in_flight: (0..entries).map(|_| None).collect(),
             free: (0..usize::from(entries)).rev().collect(),
             watched: Vec::new(),
             broken: None,
         })
     }
 
-    /// Whether another request fits.
+    /// Whether another request can be added.
     pub fn has_room(&self) -> bool {
         !self.free.is_empty()
     }
 
-    /// Whether no request is under way.
+    /// Whether no request is in flight.
     pub fn is_idle(&self) -> bool {
-        self.free.len() == self.flights.len()
+        self.free.len() == self.in_flight.len()
     }
 
-    /// Reports every write to `event` from now on, as [`Completion::Event`] with the number of
-    /// calls before this one.
+    /// Reports every write to `event` from now on as [`Completion::Event`] with the event's index, which is
+    /// the number of earlier calls.
     ///
     /// # Errors
-    /// The host has no descriptor left.
+    /// If the host has no file descriptor left.
     pub fn watch(&mut self, event: &EventFd) -> io::Result<()> {
         self.watched.push(event.try_clone()?);
         self.arm(self.watched.len() - 1);
@@ -112,31 +113,31 @@ impl Ring {
 
     fn arm(&mut self, index: usize) {
         let fd = types::Fd(self.watched[index].as_raw_fd());
-        // Multi-shot: each write wakes us, whether or not anyone reads the event.
+        // Multi-shot: each write completes, whether or not anyone reads the event.
         let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32)
             .multi(true)
             .build();
         self.push(entry.user_data(WATCH | index as u64));
     }
 
-    /// Reads from the file into a chain's writable part.
+    /// Reads from the file into the writable part of a chain.
     ///
     /// # Errors
-    /// The chain is shorter than that.
+    /// If the chain is too short.
     ///
     /// # Panics
-    /// Without room.
+    /// If the ring is full.
     pub fn read(&mut self, token: u64, transfer: Transfer<'_>) -> Result<(), ChainError> {
         let Transfer { skip, len, at, .. } = transfer;
         let slices = transfer
             .chain
             .writable_slices(&self.memory, skip, len as usize)?;
-        let flight = Flight {
+        let request = InFlight {
             token,
-            pieces: pieces(&slices),
+            iovecs: iovecs(&slices),
         };
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(flight, |flight| match flight.pieces.as_slice() {
+        self.submit(request, |request| match request.iovecs.as_slice() {
             [one] => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
                 .offset(at)
                 .build(),
@@ -147,13 +148,14 @@ impl Ring {
         Ok(())
     }
 
-    /// Writes a chain's readable part to the file; with `durable` it ends when the data is stable.
+    /// Writes the readable part of a chain to the file; with `durable` the request ends when the data is on
+    /// stable storage.
     ///
     /// # Errors
-    /// The chain is shorter than that.
+    /// If the chain is too short.
     ///
     /// # Panics
-    /// Without room.
+    /// If the ring is full.
     pub fn write(
         &mut self,
         token: u64,
@@ -164,13 +166,13 @@ impl Ring {
         let slices = transfer
             .chain
             .readable_slices(&self.memory, skip, len as usize)?;
-        let flight = Flight {
+        let request = InFlight {
             token,
-            pieces: pieces(&slices),
+            iovecs: iovecs(&slices),
         };
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(flight, |flight| match flight.pieces.as_slice() {
+        self.submit(request, |request| match request.iovecs.as_slice() {
             [one] => opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
                 .offset(at)
                 .rw_flags(flags)
@@ -183,13 +185,13 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes what was written before stable (fdatasync).
+    /// Flushes earlier writes to stable storage (fdatasync).
     ///
     /// # Panics
-    /// Without room.
+    /// If the ring is full.
     pub fn sync(&mut self, token: u64) {
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(Flight::plain(token), |_| {
+        self.submit(InFlight::plain(token), |_| {
             opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build()
@@ -199,10 +201,10 @@ impl Ring {
     /// fallocate(2) with `mode`.
     ///
     /// # Panics
-    /// Without room.
+    /// If the ring is full.
     pub fn allocate(&mut self, token: u64, mode: i32, at: u64, len: u64) {
         let fd = types::Fd(self.file.as_raw_fd());
-        self.fly(Flight::plain(token), |_| {
+        self.submit(InFlight::plain(token), |_| {
             opcode::Fallocate::new(fd, len)
                 .offset(at)
                 .mode(mode)
@@ -210,21 +212,21 @@ impl Ring {
         });
     }
 
-    fn fly(&mut self, flight: Flight, entry: impl FnOnce(&Flight) -> Entry) {
+    fn submit(&mut self, request: InFlight, entry: impl FnOnce(&InFlight) -> Entry) {
         let slot = self.free.pop().expect("the caller asked for room");
-        let flight = self.flights[slot].insert(flight);
-        let entry = entry(flight).user_data(slot as u64);
+        let request = self.in_flight[slot].insert(request);
+        let entry = entry(request).user_data(slot as u64);
         self.push(entry);
     }
 
     fn push(&mut self, entry: Entry) {
         loop {
-            // SAFETY: an entry points to pieces in `flights` and, through them, into `memory`; both
-            // stay until its completion was seen, for `drop` waits for that. The pieces' bytes are
-            // only ever used through volatile slices and by the kernel.
+            // SAFETY: an entry points to iovecs in `in_flight` and, through them, into `memory`; both stay
+            // until its completion was seen, since `drop` waits for that. The iovecs' bytes are only used
+            // through volatile slices and by the kernel.
             match unsafe { self.uring.submission().push(&entry) } {
                 Ok(()) => return,
-                // The kernel takes what is there, which makes room.
+                // Submitting the queued entries makes space.
                 Err(_) => {
                     self.uring.submit().ok();
                 }
@@ -232,11 +234,10 @@ impl Ring {
         }
     }
 
-    /// Hands new requests to the kernel and waits until something is reported, or for `limit`.
+    /// Submits new requests and waits up to `limit` for a completion.
     ///
     /// # Errors
-    /// What io_uring_enter(2) says, but signals and time-outs are no errors; why an event can't be
-    /// watched.
+    /// The error from io_uring_enter(2), except signals and timeouts; or why an event could not be watched.
     pub fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
         if let Some(error) = self.broken.take() {
             return Err(error);
@@ -262,15 +263,15 @@ impl Ring {
         }
     }
 
-    /// What ended or happened, oldest first.
+    /// The next completion, oldest first.
     pub fn completed(&mut self) -> Option<Completion> {
         loop {
             let entry = self.uring.completion().next()?;
             if entry.user_data() & WATCH == 0 {
                 let slot = entry.user_data() as usize;
-                let flight = self.flights[slot].take()?;
+                let request = self.in_flight[slot].take()?;
                 self.free.push(slot);
-                return Some(Completion::Request(flight.token, entry.result()));
+                return Some(Completion::Request(request.token, entry.result()));
             }
             if entry.user_data() == CANCEL {
                 continue;
@@ -281,7 +282,7 @@ impl Ring {
                 continue;
             }
             if !cqueue::more(entry.flags()) {
-                // A full ring ends a multi-shot watch.
+                // The kernel ends a multi-shot poll when the completion queue is full.
                 self.arm(index);
             }
             return Some(Completion::Event(index));
@@ -289,11 +290,11 @@ impl Ring {
     }
 }
 
-impl Flight {
+impl InFlight {
     fn plain(token: u64) -> Self {
         Self {
             token,
-            pieces: Vec::new(),
+            iovecs: Vec::new(),
         }
     }
 }
@@ -301,20 +302,20 @@ impl Flight {
 impl Drop for Ring {
     fn drop(&mut self) {
         if !self.is_idle() {
-            // What has not begun need not; what has is waited for.
+            // Requests that have not started are cancelled, the others are waited for.
             let all = types::CancelBuilder::any();
             self.push(opcode::AsyncCancel2::new(all).build().user_data(CANCEL));
         }
         while !self.is_idle() {
             if let Err(error) = self.wait(None) {
-                // The kernel may still write to guest memory: it is never given back.
+                // The kernel may still write to guest memory, so it is never unmapped.
                 log::error!("io_uring: {error}; guest memory is left mapped");
                 std::mem::forget(self.memory.clone());
-                std::mem::forget(std::mem::take(&mut self.flights));
+                std::mem::forget(std::mem::take(&mut self.in_flight));
                 return;
             }
             while self.completed().is_some() {}
-            // Watches end by the cancellation too.
+            // The cancellation ends the watches too.
             self.broken = None;
         }
     }

@@ -1,17 +1,17 @@
-//! Tap interfaces: `/dev/net/tun` (Linux's Documentation/networking/tuntap.rst).
+//! Tap interfaces: `/dev/net/tun` (Documentation/networking/tuntap.rst).
 
 use super::checked;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-// Linux's include/uapi/linux/if_tun.h, which libc does not have as a whole.
+// From include/uapi/linux/if_tun.h, of which libc lacks parts.
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
 
-/// What a tap's other side leaves for this one to do (`TUN_F_*`).
+/// Offloads that the reader of a tap handles (`TUN_F_*`).
 pub mod offload {
     /// Checksums.
     pub const CSUM: u32 = 0x01;
@@ -30,7 +30,7 @@ pub mod offload {
 fn request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
     // SAFETY: zeroes are a valid `ifreq`: arrays and a union of integers and addresses.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // One byte stays zero.
+    // The name needs a terminating zero.
     if name.len() >= request.ifr_name.len() || name.contains('\0') {
         let text = format!("{name:?} is no name for an interface");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -42,12 +42,12 @@ fn request(name: &str, flags: libc::c_int) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-/// Attaches an open `/dev/net/tun` to a tap, which is made if there is none of that name; one of
-/// several queues if `multi_queue`. Frames begin with a virtio-net header of `header` bytes. Returns
-/// the name, which the kernel chooses where `name` is empty or has a `%d`.
+/// Attaches an open `/dev/net/tun` to a tap, which is created if it does not exist; `multi_queue` attaches
+/// one of several queues. Frames begin with a virtio-net header of `header` bytes. Returns the name, which
+/// the kernel chooses if `name` is empty or contains `%d`.
 ///
 /// # Errors
-/// What the kernel says: no privilege (CAP_NET_ADMIN), in use, not a tap of this form.
+/// The error from the kernel: no privilege (CAP_NET_ADMIN), in use, or incompatible flags.
 pub fn attach_tap(
     tun: &File,
     name: &str,
@@ -69,20 +69,20 @@ pub fn attach_tap(
     Ok(name.map(|byte| char::from(*byte as u8)).collect())
 }
 
-/// Says what the kernel may leave to this side ([`offload`]).
+/// Sets the offloads that this side handles ([`offload`]).
 ///
 /// # Errors
-/// What the kernel says: a bit that it does not know.
+/// The error from the kernel: an unknown bit.
 pub fn set_tap_offload(tap: BorrowedFd<'_>, bits: u32) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes a number, no pointer.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(bits)) };
     checked(result as isize).map(drop)
 }
 
-/// Lets the kernel use one queue of a tap of several, or not.
+/// Enables or disables one queue of a multi-queue tap.
 ///
 /// # Errors
-/// What the kernel says: not a tap of several queues.
+/// The error from the kernel: not a multi-queue tap.
 pub fn use_tap_queue(queue: impl AsFd, on: bool) -> io::Result<()> {
     let flags = if on {
         libc::IFF_ATTACH_QUEUE

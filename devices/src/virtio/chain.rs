@@ -1,8 +1,8 @@
-//! A descriptor chain that was checked as a whole before anything acts on it.
+//! A descriptor chain that has been validated as a whole before use.
 //!
-//! virtio 1.2, section 2.7.5: a chain is what the driver made available at once, first the
-//! parts that the device may read, then those that it may write. Everything in it comes from
-//! the guest: the number of parts, their addresses, their lengths.
+//! virtio 1.2, section 2.7.5: a chain is a list of buffers that the driver makes available at once,
+//! device-readable ones before device-writable ones. Everything in it comes from the guest: the number of
+//! parts, their addresses, their lengths.
 
 use super::Memory;
 use std::ops::Deref;
@@ -11,43 +11,43 @@ use virtio_queue::DescriptorChain;
 use vm_memory::bitmap::BS;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-/// The most bytes that one chain may hold: more than any driver sends (Linux reports free memory in
-/// chains of up to 128 MiB), little enough that sums cannot overflow. No device may set memory aside by
-/// a chain's length without a bound of its own.
+/// Maximum size of a chain in bytes: more than any driver sends (Linux reports free memory in chains of up to
+/// 128 MiB), and small enough that sums cannot overflow. Devices must not allocate memory by a chain's length
+/// without a limit of their own.
 pub const MAX_CHAIN_BYTES: u64 = 1 << 30;
 
-/// The most parts of one chain. A queue bounds its own; this bounds indirect tables as well.
+/// Maximum number of parts in a chain. The queue size limits direct chains; this also limits indirect ones.
 pub const MAX_CHAIN_PARTS: usize = 1024;
 
-/// How a driver broke a chain.
+/// How a chain is invalid.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChainError {
-    /// A descriptor follows that does not exist, or the chain is a loop.
+    /// A descriptor refers to one that does not exist, or the chain loops.
     #[error("the chain does not end")]
     Endless,
-    /// A part for reading came after one for writing (section 2.7.4.2).
+    /// A readable part follows a writable one (section 2.7.4.2).
     #[error("a device-readable part follows a device-writable one")]
     Order,
-    /// A part lies outside guest memory.
+    /// A part is outside guest memory.
     #[error("part at {0:#x} is not guest memory")]
     Address(u64),
-    /// More than [`MAX_CHAIN_PARTS`] or [`MAX_CHAIN_BYTES`].
+    /// It exceeds [`MAX_CHAIN_PARTS`] or [`MAX_CHAIN_BYTES`].
     #[error("the chain is too large")]
     TooLarge,
-    /// Fewer bytes than the device's header needs.
+    /// It has fewer bytes than the device's header needs.
     #[error("the chain is too short")]
     TooShort,
 }
 
-/// One part of a chain, inside guest memory.
+/// A part of a chain, within guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Part {
     address: GuestAddress,
     len: u32,
 }
 
-/// A checked chain: the parts to read, the parts to write, and the index to give back.
+/// A validated chain: readable parts, writable parts and the index of its head.
 #[derive(Debug)]
 pub struct Chain {
     head: u16,
@@ -58,10 +58,10 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Walks and checks a whole chain.
+    /// Walks and validates a whole chain.
     ///
     /// # Errors
-    /// Any rule of section 2.7 that the driver broke.
+    /// The rule of section 2.7 that the driver violated.
     pub fn check<M>(chain: DescriptorChain<M>, memory: &Memory) -> Result<Self, ChainError>
     where
         M: Deref,
@@ -82,7 +82,7 @@ impl Chain {
                 address: descriptor.addr(),
                 len: descriptor.len(),
             };
-            // An empty part is legal and says nothing.
+            // Empty parts are legal and ignored.
             if part.len == 0 {
                 continue;
             }
@@ -110,25 +110,25 @@ impl Chain {
         Ok(checked)
     }
 
-    /// The index that goes into the used ring.
+    /// The index of its head, for the used ring.
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// Bytes that the device may read.
+    /// Number of readable bytes.
     pub fn readable_len(&self) -> u32 {
         self.readable_len
     }
 
-    /// Bytes that the device may write.
+    /// Number of writable bytes.
     pub fn writable_len(&self) -> u32 {
         self.writable_len
     }
 
-    /// Copies readable bytes from `offset` into the whole of `data`.
+    /// Fills `data` with readable bytes from `offset` on.
     ///
     /// # Errors
-    /// [`ChainError::TooShort`] if the chain ends before.
+    /// [`ChainError::TooShort`] if the chain ends before `data` is full.
     pub fn read(&self, memory: &Memory, offset: u32, data: &mut [u8]) -> Result<(), ChainError> {
         let mut at = 0;
         for slice in self.readable_slices(memory, offset, data.len())? {
@@ -137,10 +137,10 @@ impl Chain {
         Ok(())
     }
 
-    /// Copies the whole of `data` to the writable bytes from `offset`.
+    /// Writes all of `data` to the writable bytes from `offset` on.
     ///
     /// # Errors
-    /// [`ChainError::TooShort`] if the chain ends before.
+    /// [`ChainError::TooShort`] if the chain ends before that.
     pub fn write(&self, memory: &Memory, offset: u32, data: &[u8]) -> Result<(), ChainError> {
         let mut at = 0;
         for slice in self.writable_slices(memory, offset, data.len())? {
@@ -150,8 +150,8 @@ impl Chain {
         Ok(())
     }
 
-    /// The writable parts, for devices to which a chain is a list of places and not of contents:
-    /// first address and length in bytes.
+    /// Address and length in bytes of each writable part, for devices to which a chain is a list of memory
+    /// ranges rather than data.
     pub fn writable_ranges(&self) -> impl Iterator<Item = (GuestAddress, u64)> {
         let parts = self.writable.iter();
         parts.map(|part| (part.address, u64::from(part.len)))
@@ -160,7 +160,7 @@ impl Chain {
     /// The readable memory `[offset, offset + len)`, for I/O without a copy.
     ///
     /// # Errors
-    /// [`ChainError::TooShort`] if the chain ends before.
+    /// [`ChainError::TooShort`] if the chain ends before that.
     pub fn readable_slices<'m>(
         &self,
         memory: &'m Memory,
@@ -173,7 +173,7 @@ impl Chain {
     /// The writable memory `[offset, offset + len)`, for I/O without a copy.
     ///
     /// # Errors
-    /// [`ChainError::TooShort`] if the chain ends before.
+    /// [`ChainError::TooShort`] if the chain ends before that.
     pub fn writable_slices<'m>(
         &self,
         memory: &'m Memory,
@@ -204,7 +204,7 @@ fn slices<'m>(
         }
         let take = (part_len - skip).min(left);
         let start = GuestAddress(part.address.0 + skip);
-        // Regions may meet inside a part: it can be more than one piece of host memory.
+        // A part may span adjacent regions and thus several slices of host memory.
         for slice in memory.get_slices(start, take as usize) {
             out.push(slice.map_err(|_| ChainError::Address(start.0))?);
         }

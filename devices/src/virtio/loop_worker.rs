@@ -1,36 +1,36 @@
-//! Devices with one queue that the event loop serves: entropy, memory, a network's control queue, or an
-//! embedder's own.
+//! A worker for devices with one queue served on the event loop: entropy, virtio-mem, the control queue of a
+//! network, or an embedder's device.
 
 use super::{ActiveQueue, Chain, Memory, QueueError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-/// How many chains of a queue are answered before the loop's other sources have their turn: a driver that
-/// keeps its queue full must not have the loop for itself.
-pub const TURN: usize = 32;
+/// Number of chains per batch: then the loop's other event sources are served, so that a driver that keeps
+/// its queue full cannot occupy the loop.
+pub const BATCH: usize = 32;
 
-/// A queue, and what answers a chain: it says how many bytes it wrote into it.
+/// A queue and a function that handles a chain and returns the number of bytes written to it.
 pub struct LoopWorker<S> {
     queue: ActiveQueue,
     name: &'static str,
-    answer: S,
+    handler: S,
 }
 
 impl<S: FnMut(&Chain, &Memory) -> u32 + Send> LoopWorker<S> {
-    /// `name` is the device's, for what is logged.
-    pub fn new(name: &'static str, queue: ActiveQueue, answer: S) -> Self {
+    /// Creates a worker; `name` is the device's name in log messages.
+    pub fn new(name: &'static str, queue: ActiveQueue, handler: S) -> Self {
         Self {
             queue,
             name,
-            answer,
+            handler,
         }
     }
 
-    /// Answers what the driver has in the queue, a turn of it at most.
+    /// Handles the available chains, at most one batch.
     ///
     /// # Errors
-    /// The driver's faults; the queue can't be used any more.
+    /// A fault of the driver; the queue can't be used any more.
     pub fn serve(&mut self) -> Result<(), QueueError> {
-        self.queue.serve_turn(TURN, &mut self.answer)
+        self.queue.serve_batch(BATCH, &mut self.handler)
     }
 }
 
@@ -57,27 +57,27 @@ mod tests {
     use crate::test_utils::{Buffer, Driver};
 
     #[test]
-    fn a_driver_that_keeps_its_queue_full_gets_turns_and_no_more() {
+    fn a_full_queue_is_served_in_batches() {
         let mut driver = Driver::new(64);
-        for _ in 0..2 * TURN {
+        for _ in 0..2 * BATCH {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
         let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
-        assert_eq!(driver.used().len(), TURN);
-        // It comes back without its driver.
+        assert_eq!(driver.used().len(), BATCH);
+        // It is called again without a kick from the driver.
         assert!(driver.take_kick());
     }
 
     #[test]
-    fn a_queue_that_is_empty_is_left_to_its_driver() {
+    fn an_empty_queue_waits_for_its_driver() {
         let mut driver = Driver::new(64);
-        for _ in 0..TURN - 1 {
+        for _ in 0..BATCH - 1 {
             driver.offer(&[Buffer::Readable(vec![0; 8])]);
         }
         let mut worker = LoopWorker::new("test", driver.queue(), |_, _| 0);
         worker.serve().unwrap();
-        assert_eq!(driver.used().len(), TURN - 1);
+        assert_eq!(driver.used().len(), BATCH - 1);
         assert!(!driver.take_kick());
     }
 }

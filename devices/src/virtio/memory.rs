@@ -1,10 +1,9 @@
-//! Guest memory as devices see it: regions of host memory, some of which are plugged block by block.
+//! Guest memory as seen by devices: regions of host memory, some of which are plugged block by block.
 //!
-//! What is mapped here and what is memory to the guest are two things where memory comes and goes
-//! ([`crate::mem`]): the room for more is one mapping from the start, and a block of it is memory only
-//! while it is plugged. Whatever a device does with a guest's address goes through
-//! [`MemoryRegion::get_slice`], which refuses the others: else a device that is told to write there would make
-//! the host hold pages that nobody granted.
+//! With memory hotplug ([`crate::mem`]), not everything mapped here is memory of the guest: the hot-pluggable
+//! range is mapped from the start, but a block is memory only while it is plugged. All accesses by guest
+//! address go through [`MemoryRegion::get_slice`], which rejects unplugged blocks. Otherwise a guest could
+//! have a device write there and thus make the host allocate pages that nobody granted.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,17 +15,17 @@ use vm_memory::{
     GuestRegionCollection, GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
-/// What is plugged and unplugged at once, in bytes: a huge page of the host.
+/// Granularity of plugging in bytes: one huge page of the host.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
-/// Blocks in a word of the map of blocks.
+/// Blocks per word of the bitmap.
 const WORD: usize = u64::BITS as usize;
 
 /// One region of guest memory.
 #[derive(Debug)]
 pub struct MemoryRegion {
     mapping: GuestRegionMmap<()>,
-    /// One bit a block: whether it is plugged. None: all of it is memory, always.
+    /// One bit per block: whether it is plugged. `None`: all of the region is always memory.
     plugged: Option<Box<[AtomicU64]>>,
 }
 
@@ -39,7 +38,7 @@ impl MemoryRegion {
         }
     }
 
-    /// A region of which nothing is plugged.
+    /// A pluggable region with nothing plugged.
     pub fn pluggable(mapping: GuestRegionMmap<()>) -> Self {
         let words = (mapping.len().div_ceil(BLOCK_SIZE) as usize).div_ceil(WORD);
         Self {
@@ -53,11 +52,11 @@ impl MemoryRegion {
         self.plugged.is_some()
     }
 
-    /// Makes blocks, counted from the region's begin, memory, or no memory any more. Nothing happens in a
-    /// region that is memory as a whole.
+    /// Marks blocks as plugged or unplugged; block 0 is at the start of the region. Does nothing for a region
+    /// that is not pluggable.
     ///
     /// # Panics
-    /// If a block lies beyond the region.
+    /// If a block is outside the region.
     pub fn set_plugged(&self, blocks: Range<usize>, is_plugged: bool) {
         let Some(words) = &self.plugged else {
             return;
@@ -70,7 +69,7 @@ impl MemoryRegion {
         }
     }
 
-    /// Whether these bytes are memory now.
+    /// Whether all these bytes are memory now.
     fn is_memory(&self, offset: u64, count: usize) -> bool {
         let Some(words) = &self.plugged else {
             return true;
@@ -85,10 +84,10 @@ impl MemoryRegion {
         })
     }
 
-    /// A part of the mapping, whether or not it is plugged: to give it back.
+    /// Part of the mapping, plugged or not, to discard its pages.
     ///
     /// # Errors
-    /// If it lies beyond the region.
+    /// If it is outside the region.
     pub(crate) fn mapped_slice(
         &self,
         offset: u64,
@@ -97,16 +96,16 @@ impl MemoryRegion {
         self.mapping.get_slice(MemoryRegionAddress(offset), count)
     }
 
-    /// All of the mapping, whether or not it is plugged: to advise the host on it.
+    /// The whole mapping, plugged or not, to advise the host about it.
     ///
     /// # Errors
-    /// None for a region that is mapped.
+    /// None for a mapped region.
     pub fn mapping(&self) -> Result<VolatileSlice<'_, BS<'_, ()>>, GuestMemoryError> {
         self.mapping.as_volatile_slice()
     }
 }
 
-/// The words of the map that have bits of these blocks, and those bits.
+/// The words of the bitmap that cover these blocks, with a mask of their bits.
 fn words_of(blocks: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
     (blocks.start / WORD..blocks.end.div_ceil(WORD)).map(move |word| {
         let first = blocks.start.max(word * WORD) - word * WORD;
@@ -131,8 +130,8 @@ impl GuestMemoryRegion for MemoryRegion {
         self.mapping.bitmap()
     }
 
-    /// None: an address without a length can't be checked against the blocks that are plugged, nor stay
-    /// valid while they are unplugged.
+    /// Always fails: an address without a length cannot be checked against plugged blocks, nor does it stay
+    /// valid when they are unplugged.
     fn get_host_address(&self, _: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
         Err(GuestMemoryError::HostAddressNotAvailable)
     }
@@ -160,28 +159,28 @@ impl GuestMemoryRegion for MemoryRegion {
 
 impl GuestMemoryRegionBytes for MemoryRegion {}
 
-/// Guest memory as devices see it.
+/// Guest memory as seen by devices.
 #[derive(Debug)]
 pub struct Memory(GuestRegionCollection<MemoryRegion>);
 
 impl Memory {
-    /// Memory of these regions, which are sorted and do not overlap.
+    /// Memory of these regions, which must be sorted and must not overlap.
     ///
     /// # Errors
-    /// If they are not, or if there is none.
+    /// If the regions are not sorted, overlap, or there is none.
     pub fn from_regions(regions: Vec<MemoryRegion>) -> Result<Self, GuestRegionCollectionError> {
         GuestRegionCollection::from_regions(regions).map(Self)
     }
 
-    /// Anonymous memory at these addresses, of these sizes.
+    /// Anonymous memory with these addresses and sizes.
     ///
     /// # Errors
-    /// As [`from_regions`](Self::from_regions), and what mmap(2) says.
+    /// As [`from_regions`](Self::from_regions), and the error from mmap(2).
     pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self, FromRangesError> {
         Self::from_ranges_with_files(ranges.iter().map(|range| (range.0, range.1, None)))
     }
 
-    /// Memory at these addresses, of these sizes, of these files.
+    /// Memory with these addresses and sizes, backed by these files.
     ///
     /// # Errors
     /// As [`from_ranges`](Self::from_ranges).
@@ -227,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_range_is_memory_if_each_of_its_blocks_is_plugged() {
-        // All sets of five blocks that lie across two words, and all ranges of them.
+        // All sets of five blocks that span two words, and all ranges of them.
         const FIRST: usize = WORD - 2;
         let memory = pluggable(FIRST as u64 + 5);
         let region = memory.find_region(GuestAddress(START)).unwrap();
@@ -251,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_plugged_is_neither_read_nor_written() {
+    fn unplugged_blocks_are_neither_read_nor_written() {
         let memory = pluggable(4);
         let region = memory.find_region(GuestAddress(START)).unwrap();
         let edge = GuestAddress(START + 2 * BLOCK_SIZE - 4);

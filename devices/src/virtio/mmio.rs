@@ -1,8 +1,9 @@
 //! The MMIO transport: virtio 1.2, section 4.2, version 2 of the register layout.
 //!
-//! One window of [`WINDOW_SIZE`] bytes a device. [`MmioTransport`] is the register file and the
-//! status state machine; it is called from vCPU threads, one at a time. What a driver reads is in memory
-//! of the window's own ([`RegisterPage`]), which a guest may have, so that it reads without an exit.
+//! Each device has an MMIO slot of [`MMIO_SLOT_SIZE`] bytes. [`MmioTransport`] implements the registers and
+//! the status state machine; it is called from vCPU threads, one at a time. Registers that the driver reads
+//! are kept in a page of memory ([`RegisterPage`]) that can be mapped into the guest, so that reads do not
+//! exit.
 //!
 //! ```text
 //!            ACKNOWLEDGE      DRIVER        FEATURES_OK       DRIVER_OK
@@ -33,29 +34,29 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Size of a device's window in guest physical memory, in bytes.
-pub const WINDOW_SIZE: u64 = 0x1000;
+/// Size of a device's MMIO slot in bytes.
+pub const MMIO_SLOT_SIZE: u64 = 0x1000;
 
-/// Where the driver writes a queue's number to kick it (QueueNotify), from the window's start.
+/// Offset of QueueNotify, to which the driver writes a queue index to kick the queue.
 pub const QUEUE_NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
-/// "KOYA", little-endian: section 4.2.2 leaves the number to the vendor.
+/// "KOYA", little-endian: section 4.2.2 leaves the vendor ID to the vendor.
 const VENDOR: u32 = 0x4159_4f4b;
-/// First queue register that the bindings do not name (QueueReset, section 4.2.2).
+/// First queue register that the bindings do not define (QueueReset, section 4.2.2).
 const QUEUE_RESET: u32 = 0x0c0;
 
-// The values of the device status that a driver reaches in this order (section 3.1.1).
+// Values of the device status in the order in which a driver sets them (section 3.1.1).
 const ACK: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = ACK | VIRTIO_CONFIG_S_DRIVER;
 const FEATURES: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
 const RUNNING: u32 = FEATURES | VIRTIO_CONFIG_S_DRIVER_OK;
 
-/// What the driver reads from a window that has no device: magic, version, and device 0, which it
-/// leaves alone (section 4.2.3.1.1).
-pub fn read_empty(offset: u64, data: &mut [u8]) {
+/// Reads the registers of an empty slot: magic value, version, and device ID 0, which drivers ignore (section
+/// 4.2.3.1.1).
+pub fn read_empty_slot(offset: u64, data: &mut [u8]) {
     let word = match u32::try_from(offset) {
         Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
         Ok(VIRTIO_MMIO_VERSION) => VERSION,
@@ -67,41 +68,40 @@ pub fn read_empty(offset: u64, data: &mut [u8]) {
     }
 }
 
-/// Starts devices, and runs the workers of active ones: the monitor's event loop, or a test's.
+/// Activates devices and runs the workers of active ones: the monitor's event loop, or that of a test.
 pub trait EventLoop: Send + Sync {
-    /// Does what starts a device, on a thread that may start others; it is done when this returns.
+    /// Runs `work`, which activates a device, on a thread that may create threads, and waits for it.
     ///
     /// # Errors
-    /// If there is no such thread any more, or it panicked.
+    /// If the thread has ended, or `work` panicked.
     fn start(&self, work: Box<dyn FnOnce() + Send>) -> io::Result<()>;
-    /// Starts to run a worker.
+    /// Adds a worker and returns its ID.
     ///
     /// # Errors
     /// If the loop has ended.
     fn add(&self, worker: Box<dyn MutEventSubscriber + Send>) -> io::Result<u64>;
-    /// Stops a worker and gives it back; no call to it is under way when this returns.
+    /// Removes a worker and returns it; no call to it is in progress when this returns.
     fn remove(&self, id: u64) -> Option<Box<dyn MutEventSubscriber + Send>>;
 }
 
-/// A device's interrupt line, and its registers: reasons for an interrupt, and parts of the status, are
-/// other threads' to set.
-struct Line {
+/// A device's interrupt and its registers: other threads set interrupt reasons and parts of the status.
+struct InterruptLine {
     event: EventFd,
     registers: RegisterPage,
 }
 
-impl Line {
+impl InterruptLine {
     fn raise(&self, reason: u32) {
         self.registers
             .set_bits(VIRTIO_MMIO_INTERRUPT_STATUS, reason);
         if let Err(error) = self.event.write(1) {
-            // The counter is full only if the guest never took 2^64 - 1 interrupts.
+            // The counter overflows only if the guest never took 2^64 - 1 interrupts.
             log::error!("cannot raise a virtio interrupt: {error}");
         }
     }
 }
 
-impl Interrupt for Line {
+impl Interrupt for InterruptLine {
     fn queue(&self, _index: u16) {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
@@ -120,20 +120,20 @@ impl Interrupt for Line {
     }
 }
 
-/// Registers that no guest reads by itself.
-fn own_page() -> io::Result<RegisterPage> {
+/// A register page that is not mapped into the guest.
+fn private_page() -> io::Result<RegisterPage> {
     let page = RegisterPages::new(1)?.page(0);
     page.ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
-/// One device behind its MMIO window.
+/// A device and its MMIO registers.
 pub struct MmioTransport {
-    /// Shared with the thread that starts it, and no longer than that takes.
+    /// Shared with the thread that activates the device, only for as long as that takes.
     device: Arc<Mutex<Box<dyn VirtioDevice>>>,
     kind: DeviceKind,
     memory: Arc<Memory>,
     event_loop: Arc<dyn EventLoop>,
-    line: Arc<Line>,
+    line: Arc<InterruptLine>,
     kicks: Vec<EventFd>,
     queues: Vec<Queue>,
     queue_select: u32,
@@ -142,26 +142,26 @@ pub struct MmioTransport {
     driver_features: u64,
     worker: Option<u64>,
     active: bool,
-    /// How far the device is in each queue that it was given.
+    /// Ring positions of each queue that the device was given.
     positions: Vec<Option<Arc<RingPosition>>>,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind a window.
+    /// Creates a transport for `device`.
     ///
     /// # Errors
-    /// If the host gives no event descriptors and memory, or the device asks for a queue size that is not
-    /// a power of two up to 32768.
+    /// If the host has no event descriptors or memory left, or the device has a queue size that is not a
+    /// power of two up to 32768.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<Memory>,
         event_loop: Arc<dyn EventLoop>,
     ) -> io::Result<Self> {
-        Self::with_registers(device, memory, event_loop, own_page()?)
+        Self::with_registers(device, memory, event_loop, private_page()?)
     }
 
-    /// The same with its registers in memory that the guest may read by itself, if the device
-    /// [has its configuration as memory](VirtioDevice::config).
+    /// The same with a register page that can be mapped into the guest, if the device [provides its
+    /// configuration space](VirtioDevice::config).
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -185,7 +185,7 @@ impl MmioTransport {
             device: Arc::new(Mutex::new(device)),
             memory,
             event_loop,
-            line: Arc::new(Line {
+            line: Arc::new(InterruptLine {
                 event: event()?,
                 registers,
             }),
@@ -199,61 +199,61 @@ impl MmioTransport {
             active: false,
             positions: Vec::new(),
         };
-        transport.show_fixed();
-        transport.show_selected();
+        transport.write_fixed_registers();
+        transport.write_selected_registers();
         Ok(transport)
     }
 
-    /// Which device it is.
+    /// The kind of device.
     pub fn kind(&self) -> DeviceKind {
         self.kind
     }
 
-    /// Whether its driver has started it: DRIVER_OK was set, and the device took its queues.
+    /// Whether its driver has set DRIVER_OK and the device has been activated.
     pub fn is_active(&self) -> bool {
         self.active
     }
 
-    /// What raises the device's interrupt: an irqfd.
+    /// The eventfd that raises the device's interrupt, for an irqfd.
     pub fn interrupt_event(&self) -> &EventFd {
         &self.line.event
     }
 
-    /// Has the device raise another's interrupt instead, which may be that of several: before its driver
-    /// finds it.
+    /// Makes the device raise a different interrupt, which several devices may share. Must be called before
+    /// its driver probes it.
     ///
     /// # Errors
-    /// If the host gives no event descriptor.
+    /// If the host has no event descriptor left.
     pub fn share_interrupt(&mut self, event: &EventFd) -> io::Result<()> {
-        self.line = Arc::new(Line {
+        self.line = Arc::new(InterruptLine {
             event: event.try_clone()?,
             registers: self.line.registers.clone(),
         });
         Ok(())
     }
 
-    /// What each queue's kick writes to: ioeventfds at [`QUEUE_NOTIFY_OFFSET`], matched by the
-    /// queue's number.
+    /// The eventfds of the queues' kicks, for ioeventfds at [`QUEUE_NOTIFY_OFFSET`] that match the queue
+    /// index.
     pub fn kick_events(&self) -> &[EventFd] {
         &self.kicks
     }
 
-    /// A read of the window by the driver.
+    /// Handles a register read by the driver.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
             lock(&self.device).read_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
             return;
         }
         data.fill(0);
-        // Section 4.2.2.2: registers are read by aligned 32-bit accesses, anything else is a
-        // driver's fault and reads as zero.
+        // Section 4.2.2.2: registers are read by aligned 32-bit accesses; anything else is a fault of the
+        // driver and reads as zero.
         let Ok(word) = <&mut [u8; 4]>::try_from(data) else {
             return;
         };
         *word = self.line.registers.load(offset as u32).to_le_bytes();
     }
 
-    /// A write to the window by the driver.
+    /// Handles a register write by the driver.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if offset >= u64::from(VIRTIO_MMIO_CONFIG) {
             lock(&self.device).write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
@@ -265,7 +265,7 @@ impl MmioTransport {
         self.write_register(offset as u32, u32::from_le_bytes(word));
     }
 
-    /// Stops the device as a reset by its driver would: when the virtual machine ends.
+    /// Stops the device like a reset by its driver, when the virtual machine ends.
     pub fn shutdown(&mut self) {
         self.reset();
     }
@@ -274,14 +274,14 @@ impl MmioTransport {
         self.line.registers.load(VIRTIO_MMIO_STATUS)
     }
 
-    /// Puts what never changes into the registers.
-    fn show_fixed(&self) {
+    /// Writes the registers that never change.
+    fn write_fixed_registers(&self) {
         let fixed = [
             (VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
             (VIRTIO_MMIO_VERSION, VERSION),
             (VIRTIO_MMIO_DEVICE_ID, self.kind.0),
             (VIRTIO_MMIO_VENDOR_ID, VENDOR),
-            // No shared memory regions: section 4.2.2 says a length of -1.
+            // No shared memory regions: section 4.2.2 requires a length of -1.
             (VIRTIO_MMIO_SHM_LEN_LOW, u32::MAX),
             (VIRTIO_MMIO_SHM_LEN_HIGH, u32::MAX),
             (VIRTIO_MMIO_SHM_BASE_LOW, u32::MAX),
@@ -292,8 +292,8 @@ impl MmioTransport {
         }
     }
 
-    /// Puts those into the registers that the driver has selected.
-    fn show_selected(&self) {
+    /// Writes the registers that depend on the driver's selection.
+    fn write_selected_registers(&self) {
         let features = self.offered_features();
         let features = match self.features_select {
             0 => features as u32,
@@ -313,16 +313,16 @@ impl MmioTransport {
         match offset {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => {
                 self.features_select = value;
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
             VIRTIO_MMIO_QUEUE_SEL => {
                 self.queue_select = value;
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_QUEUE_NOTIFY => {
-                // Reached only where no ioeventfd caught the write.
+                // Reached only if no ioeventfd handles the write.
                 if let Some(kick) = self.kicks.get(value as usize) {
                     kick.write(1).ok();
                 }
@@ -336,7 +336,7 @@ impl MmioTransport {
         }
     }
 
-    /// Section 3.1.1, step 4: features are taken between DRIVER and FEATURES_OK.
+    /// Section 3.1.1, step 4: features are accepted between DRIVER and FEATURES_OK.
     fn accept_features(&mut self, value: u32) {
         let status = self.status();
         let negotiating =
@@ -352,7 +352,7 @@ impl MmioTransport {
         }
     }
 
-    /// Queues are set up between FEATURES_OK and DRIVER_OK, each until it is ready.
+    /// Queues are configured between FEATURES_OK and DRIVER_OK, each until it is ready.
     fn write_queue_register(&mut self, offset: u32, value: u32) {
         let status = self.status();
         let setting_up = status & VIRTIO_CONFIG_S_FEATURES_OK != 0
@@ -367,7 +367,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
             VIRTIO_MMIO_QUEUE_READY => {
                 queue.set_ready(value == 1);
-                self.show_selected();
+                self.write_selected_registers();
             }
             VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
@@ -381,7 +381,7 @@ impl MmioTransport {
         }
     }
 
-    /// The status state machine (section 2.1): each transition that a driver can ask for.
+    /// The status state machine (section 2.1): every transition that a driver can request.
     fn set_status(&mut self, value: u32) {
         let old = self.status();
         let known = old & !VIRTIO_CONFIG_S_NEEDS_RESET;
@@ -394,10 +394,10 @@ impl MmioTransport {
             (0, ACK) | (ACK, DRIVER) | (0, DRIVER) => {
                 self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
-            (DRIVER, FEATURES) if self.features_fit() => {
+            (DRIVER, FEATURES) if self.are_features_valid() => {
                 self.line.registers.store(VIRTIO_MMIO_STATUS, value);
             }
-            // The driver reads the status back and sees that FEATURES_OK is missing.
+            // The driver reads the status back and sees that FEATURES_OK is not set.
             (DRIVER, FEATURES) => guest_fault!(
                 "a driver accepted features {:#x}, which were not offered",
                 self.driver_features
@@ -415,7 +415,7 @@ impl MmioTransport {
         lock(&self.device).features()
     }
 
-    fn features_fit(&self) -> bool {
+    fn are_features_valid(&self) -> bool {
         let offered = self.offered_features();
         self.driver_features & !offered == 0 && self.driver_features & super::F_VERSION_1 != 0
     }
@@ -473,7 +473,7 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// Activates the device where it may start threads, which a vCPU's thread may not.
+    /// Activates the device on a thread that may create threads, which a vCPU thread may not.
     fn start_device(&self, activation: Activation) -> Result<Worker, ActivateError> {
         let (device, (sender, answer)) = (self.device.clone(), channel());
         let work = move || {
@@ -491,13 +491,13 @@ impl MmioTransport {
     fn reset(&mut self) {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
         self.active = false;
-        // Also of a device that stands still: what it kept was for the driver before.
+        // Also for a stopped device: state that it kept belongs to the previous driver.
         lock(&self.device).reset(worker);
         for queue in &mut self.queues {
             queue.reset();
         }
         for kick in &self.kicks {
-            // A stale kick must not wake the next driver's worker for nothing.
+            // A stale kick must not wake the next driver's worker.
             kick.read().ok();
         }
         self.queue_select = 0;
@@ -507,15 +507,15 @@ impl MmioTransport {
         let registers = &self.line.registers;
         registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, 0);
         registers.store(VIRTIO_MMIO_STATUS, 0);
-        self.show_selected();
+        self.write_selected_registers();
     }
 }
 
-/// Whether all three parts of a queue lie in guest memory, at their alignment.
+/// Whether all three parts of a queue are in guest memory and aligned.
 fn rings_in_memory(queue: &Queue, memory: &Memory) -> bool {
     use vm_memory::GuestMemoryBackend;
     let size = u64::from(queue.size());
-    // Section 2.7: 16 bytes a descriptor; flags, index, and an event index round each ring.
+    // Section 2.7: 16 bytes per descriptor; flags, index and event index around each ring.
     let parts = [
         (queue.desc_table(), 16 * size, 16),
         (queue.avail_ring(), 6 + 2 * size, 2),

@@ -1,9 +1,9 @@
-//! What every virtio device shares: the device trait, its interrupt, and its queues.
+//! Common parts of virtio devices: the device trait, interrupts and queues.
 //!
-//! A device does not know its transport. The transport ([`mmio`]) keeps the register file and
-//! the status state machine, and calls the device from a vCPU thread. When the driver is ready
-//! it has another thread, which may start others, give the device its queues ([`Activation`]); the
-//! device answers with the [`Worker`] that serves them, on the event loop or on threads of its own.
+//! A device does not know its transport. The transport ([`mmio`]) implements the registers and the status
+//! state machine, and calls the device from a vCPU thread. When the driver sets DRIVER_OK, another thread,
+//! which may create threads, passes the queues to the device ([`Activation`]). The device returns the
+//! [`Worker`] that serves them, on the event loop or on its own threads.
 
 pub mod chain;
 pub mod loop_worker;
@@ -23,18 +23,17 @@ pub use memory::{Memory, MemoryRegion};
 pub use queue::{ActiveQueue, QueueError};
 pub use state::{Payload, Schema, StateError};
 
-/// Feature bit: the device follows virtio 1.0 or later (virtio 1.2, section 6).
+/// Feature bit: the device complies with virtio 1.0 or later (virtio 1.2, section 6).
 pub const F_VERSION_1: u64 = 1 << 32;
-/// Feature bit: descriptors may point to tables of descriptors (section 2.7.5.3).
+/// Feature bit: indirect descriptors (section 2.7.5.3).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
-/// Feature bit: notifications are suppressed by index (section 2.7.7 and 2.7.8).
+/// Feature bit: notifications are suppressed by index (sections 2.7.7 and 2.7.8).
 pub const F_EVENT_IDX: u64 = 1 << 29;
 
 /// Features of the transport and the queues, offered by nearly every device.
 pub const COMMON_FEATURES: u64 = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
 
-/// Which device it is: its virtio device ID (virtio 1.2, section 5). An embedder's device has one of its
-/// own.
+/// The kind of a device: its virtio device ID (virtio 1.2, section 5). A custom device has an ID of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DeviceKind(pub u32);
 
@@ -54,7 +53,7 @@ impl DeviceKind {
     /// Section 5.11
     pub const FILE_SYSTEM: Self = Self(26);
 
-    /// As people name it; one name for all that are not in this crate.
+    /// A readable name; all kinds that are not in this crate share one.
     pub const fn name(self) -> &'static str {
         match self {
             Self::NET => "virtio-net",
@@ -75,25 +74,25 @@ impl std::fmt::Display for DeviceKind {
     }
 }
 
-/// How a device reaches its driver. Cheap, from any thread.
+/// Notifies the driver of a device. Cheap; may be called from any thread.
 pub trait Interrupt: Send + Sync {
-    /// The driver should look at queue `index`.
+    /// Queue `index` has used buffers.
     fn queue(&self, index: u16);
-    /// The device's configuration space changed.
+    /// The configuration space has changed.
     fn config(&self);
-    /// The device met a fault of its driver and stopped (DEVICE_NEEDS_RESET, section 2.1.2).
+    /// The device has stopped because of a fault (DEVICE_NEEDS_RESET, section 2.1.2).
     fn needs_reset(&self);
 }
 
-/// What a device gets when its driver has set DRIVER_OK.
+/// Resources passed to a device when its driver has set DRIVER_OK.
 pub struct Activation {
     /// Guest memory.
     pub memory: Arc<Memory>,
     /// The device's interrupt.
     pub interrupt: Arc<dyn Interrupt>,
-    /// The queues that the driver enabled, in their order; `None` where it did not.
+    /// The queues in order; `None` for those that the driver did not enable.
     pub queues: Vec<Option<ActiveQueue>>,
-    /// The features that both sides agreed on.
+    /// The negotiated features.
     pub features: u64,
 }
 
@@ -110,14 +109,14 @@ impl Activation {
     }
 }
 
-/// What the event loop runs for a device.
+/// A worker on the event loop.
 pub type EventWorker = Box<dyn MutEventSubscriber + Send>;
 
-/// Who serves an active device's queues.
+/// How an active device's queues are served.
 pub enum Worker {
-    /// The event loop.
+    /// On the event loop.
     EventLoop(EventWorker),
-    /// Threads that the device started and that [`VirtioDevice::reset`] joins.
+    /// By threads of the device, which [`VirtioDevice::reset`] joins.
     OwnThreads,
 }
 
@@ -131,75 +130,76 @@ pub enum ActivateError {
     /// The host refused a resource.
     #[error("cannot {operation}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         operation: &'static str,
-        /// The host's answer.
+        /// The error from the host.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// A virtio device, whatever its transport.
+/// A virtio device, independent of its transport.
 ///
-/// What it must have is its kind, its queues, [`activate`](Self::activate) and [`reset`](Self::reset); the
-/// rest is for configuration spaces, and for saving. Every method but those that read is called by one
-/// thread at a time.
+/// Only its kind, its queues, [`activate`](Self::activate) and [`reset`](Self::reset) are required; the rest
+/// is for configuration spaces and for saving. Methods that take `&mut self` are called by one thread at a
+/// time.
 pub trait VirtioDevice: Send {
-    /// Which device it is.
+    /// The kind of device.
     fn kind(&self) -> DeviceKind;
-    /// The largest size of each queue; its length is the number of queues.
+    /// The maximum size of each queue; the length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
-    /// The features that it offers: those of the transport and the queues ([`COMMON_FEATURES`], or fewer),
-    /// and its own.
+    /// The features offered: those of the transport and the queues ([`COMMON_FEATURES`], or fewer), and its
+    /// own.
     fn features(&self) -> u64 {
         COMMON_FEATURES
     }
-    /// The whole configuration space as it is, if a guest may have it as memory: the device need not know that
-    /// it is read, and a field that changes lies within one aligned word, so that none is read half changed.
+    /// The whole configuration space, if the guest may read it from mapped memory: reads then have no side
+    /// effects, and each field that changes is within one aligned word, so that it is never read
+    /// half-updated.
     fn config(&self) -> Option<Vec<u8>> {
         None
     }
-    /// Says once, before there is a driver, where one reads the configuration space. A device puts it there,
-    /// and again whenever it changes, before it raises the interrupt for that.
+    /// Sets where the driver reads the configuration space; called once, before there is a driver. The device
+    /// writes it there, and again on each change, before it raises the interrupt for the change.
     fn publish_config(&mut self, space: ConfigSpace) {
         space.publish(&self.config().unwrap_or_default());
     }
-    /// Reads the configuration space from `offset`; what lies beyond it reads as zero.
+    /// Reads the configuration space from `offset` on; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_space(&self.config().unwrap_or_default(), offset, data);
     }
-    /// The driver writes to the configuration space. Few devices have a field for that.
+    /// Handles a write to the configuration space. Few devices have writable fields.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-    /// Starts to serve the queues. Called by a thread that may start others, while the driver waits.
+    /// Starts serving the queues. Called on a thread that may create threads, while the driver waits.
     ///
     /// # Errors
-    /// The driver's faults and the host's; the transport reports both as DEVICE_NEEDS_RESET.
+    /// Faults of the driver and errors of the host; the transport reports both as DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<Worker, ActivateError>;
-    /// What it has beyond its queues, while nobody serves them.
+    /// Returns the state apart from the queues. Called while the queues are not served.
     ///
     /// # Errors
-    /// [`StateError::Unsupported`] for kinds whose state is not kept.
+    /// [`StateError::Unsupported`] for kinds whose state cannot be saved.
     fn save(&self) -> Result<Payload, StateError> {
         Err(StateError::Unsupported(self.kind()))
     }
-    /// Takes over what a device of its kind had, before it is activated.
+    /// Restores the state of a device of the same kind, before activation.
     ///
     /// # Errors
-    /// If that was another kind, or set up otherwise ([`StateError::Misfit`]).
+    /// If the state is of another kind or does not fit the configuration ([`StateError::Mismatch`]).
     fn restore(&mut self, _state: &Payload) -> Result<(), StateError> {
         Err(StateError::Unsupported(self.kind()))
     }
-    /// Stops to serve the queues, for a while: what is under way ends first and is answered. `worker`
-    /// is what the event loop gave back.
+    /// Stops serving the queues temporarily: requests in flight are completed first. `worker` is the one that
+    /// the event loop returned.
     fn stop(&mut self, worker: Option<EventWorker>) {
         self.reset(worker);
     }
-    /// Back to the state before [`activate`](Self::activate): no thread works on the queues when
-    /// this returns. `worker` is what the event loop gave back.
+    /// Returns to the state before [`activate`](Self::activate): no thread uses the queues when this returns.
+    /// `worker` is the one that the event loop returned.
     fn reset(&mut self, worker: Option<EventWorker>);
 }
 
-/// Copies the part of `space` that a configuration read asks for; zeroes beyond its end.
+/// Reads part of a configuration space; bytes beyond its end read as zero.
 pub fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let Ok(start) = usize::try_from(offset) else {

@@ -1,4 +1,4 @@
-//! A queue in use: what a device does with it, and nothing else.
+//! A queue as used by a device.
 
 use super::{Chain, ChainError, Interrupt, Memory};
 use crate::fault::guest_fault;
@@ -9,44 +9,43 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How a driver broke a queue. The device marks itself as needing reset and stops.
+/// How a driver broke a queue. The device stops and sets DEVICE_NEEDS_RESET.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum QueueError {
-    /// The rings lie outside memory, or an index in them is impossible.
+    /// The rings are outside guest memory, or an index in them is invalid.
     #[error("the rings of queue {index} are broken")]
     Rings {
-        /// Which queue.
+        /// Index of the queue.
         index: u16,
-        /// What is wrong with them.
+        /// What is wrong.
         #[source]
         source: virtio_queue::Error,
     },
-    /// A chain breaks the rules.
+    /// A chain is invalid.
     #[error("a chain of queue {index} is broken")]
     Chain {
-        /// Which queue.
+        /// Index of the queue.
         index: u16,
-        /// What is wrong with it.
+        /// What is wrong.
         #[source]
         source: ChainError,
     },
 }
 
-/// An enabled queue with the memory it lives in, the kick that the driver gives, and the
-/// interrupt that answers.
+/// An enabled queue with its guest memory, the eventfd of its kicks and the interrupt of its device.
 pub struct ActiveQueue {
     index: u16,
     queue: Queue,
     memory: Arc<Memory>,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
-    /// The used index when the driver was last told, or last did not want to know.
+    /// The used index when the driver was last notified, or last disabled notifications.
     announced: u16,
     position: Arc<RingPosition>,
 }
 
-/// How far the device is in a queue: known once the [`ActiveQueue`] is given up.
+/// The ring positions of a device; valid once the [`ActiveQueue`] has been dropped.
 #[derive(Debug, Default)]
 pub struct RingPosition {
     next_available: AtomicU16,
@@ -54,7 +53,7 @@ pub struct RingPosition {
 }
 
 impl RingPosition {
-    /// The next entries of the available and of the used ring.
+    /// The next entries of the available and the used ring.
     pub fn get(&self) -> (u16, u16) {
         let (available, used) = (&self.next_available, &self.next_used);
         (
@@ -79,7 +78,7 @@ impl Drop for ActiveQueue {
 const NO_INTERRUPT: u16 = 1;
 
 impl ActiveQueue {
-    /// Puts a queue to use; the transport checked that it is valid.
+    /// Wraps a queue that the transport has validated.
     pub fn new(
         index: u16,
         queue: Queue,
@@ -98,7 +97,7 @@ impl ActiveQueue {
         }
     }
 
-    /// How far the device is, once this queue is dropped.
+    /// The ring positions, to be read after this queue has been dropped.
     pub fn position(&self) -> Arc<RingPosition> {
         self.position.clone()
     }
@@ -108,27 +107,27 @@ impl ActiveQueue {
         &self.memory
     }
 
-    /// What the driver writes to when it has put something into the queue; non-blocking.
+    /// The non-blocking eventfd that is written when the driver kicks the queue.
     pub fn kick(&self) -> &EventFd {
         &self.kick
     }
 
-    /// How many descriptors it has.
+    /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// Which queue of its device this is.
+    /// Index of the queue within its device.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// The next chain that the driver made available, checked.
+    /// The next available chain, validated.
     ///
     /// # Errors
-    /// The driver's faults; the queue can't be used any more.
+    /// A fault of the driver; the queue can't be used any more.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        // `iter` reports broken rings, which `pop_descriptor_chain` would hide.
+        // `iter` reports invalid rings, which `pop_descriptor_chain` would hide.
         let next = self
             .queue
             .iter(self.memory.as_ref())
@@ -147,31 +146,31 @@ impl ActiveQueue {
         Ok(Some(chain))
     }
 
-    /// Gives back the chain that was popped last; it will be popped again.
+    /// Returns the chain that was popped last; it will be popped again.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Hands a chain back to the driver with `written` bytes in its writable part.
+    /// Returns a chain to the driver, with `written` bytes in its writable part.
     ///
     /// # Errors
-    /// Only if the used ring is outside memory, which the transport checked.
+    /// Only if the used ring is outside guest memory, which the transport has checked.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.queue
             .add_used(self.memory.as_ref(), head, written)
             .map_err(|source| self.rings(source))
     }
 
-    /// Hands several chains back at once: the driver sees all of them or none, as section 5.1.6.4
-    /// asks for the buffers of one frame.
+    /// Returns several chains at once: the driver sees all of them or none, as section 5.1.6.4 requires for
+    /// the buffers of one frame.
     ///
     /// # Errors
     /// As [`complete`](Self::complete).
-    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
+    pub fn complete_all(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
         let Some(((head, written), before)) = used.split_last() else {
             return Ok(());
         };
-        // Entries behind the index are the device's to write; the index covers them at the end.
+        // The device may write entries beyond the index; updating the index at the end publishes them.
         for (head, written) in before {
             let slot = u64::from(self.queue.next_used() % self.queue.size());
             let entry = GuestAddress(self.queue.used_ring() + 4 + 8 * slot);
@@ -185,23 +184,23 @@ impl ActiveQueue {
         self.complete(*head, *written)
     }
 
-    /// Interrupts the driver if it wants to know of what was completed: section 2.7.7.
+    /// Interrupts the driver if it wants to be notified of what was completed: section 2.7.7.
     ///
     /// # Errors
-    /// Only if the rings are outside memory, which the transport checked.
+    /// Only if the rings are outside guest memory, which the transport has checked.
     pub fn notify(&mut self) -> Result<(), QueueError> {
         let (old, new) = (self.announced, self.queue.next_used());
         if old == new {
             return Ok(());
         }
         self.announced = new;
-        // What was completed must be visible before the driver's wish is read.
+        // Completed chains must be visible before the driver's notification setting is read.
         fence(Ordering::SeqCst);
         let available = self.queue.avail_ring();
         let wanted = if self.queue.event_idx_enabled() {
-            // Behind the ring the driver says at which index it wants to know.
-            let place = available + 4 + 2 * u64::from(self.queue.size());
-            let event = self.read_ring(place)?;
+            // After the ring, the driver writes the index at which it wants to be notified.
+            let address = available + 4 + 2 * u64::from(self.queue.size());
+            let event = self.read_ring(address)?;
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
             self.read_ring(available)? & NO_INTERRUPT == 0
@@ -212,26 +211,25 @@ impl ActiveQueue {
         Ok(())
     }
 
-    fn read_ring(&self, place: u64) -> Result<u16, QueueError> {
-        let word = self.memory.load(GuestAddress(place), Ordering::Relaxed);
+    fn read_ring(&self, address: u64) -> Result<u16, QueueError> {
+        let word = self.memory.load(GuestAddress(address), Ordering::Relaxed);
         word.map(u16::from_le)
             .map_err(|error| self.rings(virtio_queue::Error::GuestMemory(error)))
     }
 
-    /// Serves what the driver has in the queue, until it is empty and the driver will kick, or for a
-    /// turn of `most` chains: then the queue kicks itself, and whoever waits for kicks comes back to it
-    /// after others have had their turn. Each chain is given back with the number of bytes that `serve`
-    /// says it wrote.
+    /// Serves the available chains until the queue is empty and kicks are enabled, or up to `max` chains. In
+    /// the latter case the queue kicks itself, so that whoever waits for kicks returns to it after serving
+    /// other event sources. `serve` returns the number of bytes that it wrote to a chain.
     ///
     /// # Errors
-    /// The driver's faults; the queue can't be used any more.
-    pub fn serve_turn(
+    /// A fault of the driver; the queue can't be used any more.
+    pub fn serve_batch(
         &mut self,
-        most: usize,
+        max: usize,
         mut serve: impl FnMut(&Chain, &Memory) -> u32,
     ) -> Result<(), QueueError> {
         let memory = self.memory.clone();
-        for _ in 0..most {
+        for _ in 0..max {
             if let Some(chain) = self.pop()? {
                 let written = serve(&chain, &memory);
                 self.complete(chain.head(), written)?;
@@ -247,33 +245,33 @@ impl ActiveQueue {
         Ok(())
     }
 
-    /// Has the kick come as if the driver had given it: there is more to do.
+    /// Signals the kick as if the driver had done so, because more work is left.
     pub fn kick_self(&self) {
-        // It fails only where the counter is full, and then it is readable.
+        // It fails only if the counter is at its maximum, and then it is readable.
         self.kick.write(1).ok();
     }
 
-    /// Asks the driver to kick when it adds something. True if it did already: then pop again.
+    /// Asks the driver to kick when it adds a chain. True if it already has: then pop again.
     ///
     /// # Errors
-    /// Only if the rings are outside memory, which the transport checked.
+    /// Only if the rings are outside guest memory, which the transport has checked.
     pub fn arm(&mut self) -> Result<bool, QueueError> {
         self.queue
             .enable_notification(self.memory.as_ref())
             .map_err(|source| self.rings(source))
     }
 
-    /// Tells the driver that its device stopped because of what the driver did.
+    /// Marks the device as needing reset because of a fault of the driver.
     pub fn fail(&self, error: &QueueError) {
         guest_fault!(
             "virtio queue {}: {error:?}; the device needs a reset",
             self.index
         );
-        self.ask_for_reset();
+        self.set_needs_reset();
     }
 
-    /// Tells the driver that its device stopped.
-    pub fn ask_for_reset(&self) {
+    /// Marks the device as needing reset.
+    pub fn set_needs_reset(&self) {
         self.interrupt.needs_reset();
     }
 

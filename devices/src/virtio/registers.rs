@@ -1,7 +1,6 @@
-//! What a driver reads of a device's window, as memory: where KVM has it in the guest, read-only, a read is
-//! no exit. A write is one either way.
+//! Device registers as memory: if KVM maps the page read-only into the guest, reads do not exit. Writes do.
 
-use super::mmio::WINDOW_SIZE;
+use super::mmio::MMIO_SLOT_SIZE;
 use koya_host::sync::lock;
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,28 +9,28 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use vm_memory::VolatileMemory;
 use vm_memory::mmap::MmapRegion;
 
-const PAGE: usize = WINDOW_SIZE as usize;
+const PAGE: usize = MMIO_SLOT_SIZE as usize;
 
-/// Memory for the registers of windows that follow each other, a page each. All zero at first.
+/// Memory for the registers of consecutive MMIO slots, one page each. Initially zero.
 #[derive(Clone)]
 pub struct RegisterPages(Arc<MmapRegion>);
 
 impl RegisterPages {
-    /// Memory for so many windows.
+    /// Allocates memory for this many slots.
     ///
     /// # Errors
-    /// If the host has none.
-    pub fn new(windows: usize) -> io::Result<Self> {
-        let region = MmapRegion::new(windows * PAGE).map_err(io::Error::other)?;
+    /// If the host has no memory left.
+    pub fn new(slots: usize) -> io::Result<Self> {
+        let region = MmapRegion::new(slots * PAGE).map_err(io::Error::other)?;
         Ok(Self(Arc::new(region)))
     }
 
-    /// All of it, as a hypervisor maps it.
+    /// The whole region, to be mapped by a hypervisor.
     pub fn region(&self) -> &Arc<MmapRegion> {
         &self.0
     }
 
-    /// That of one window; None if there are not so many.
+    /// The page of one slot; `None` if there is no such slot.
     pub fn page(&self, index: usize) -> Option<RegisterPage> {
         let start = index.checked_mul(PAGE)?;
         (start < self.0.size()).then(|| RegisterPage {
@@ -41,7 +40,7 @@ impl RegisterPages {
     }
 }
 
-/// The registers of one window, all copies of it the same ones: each a little-endian word at its offset, whoever reads it.
+/// The registers of one slot, shared by all clones: each is a little-endian word at its offset.
 #[derive(Clone)]
 pub struct RegisterPage {
     pages: Arc<MmapRegion>,
@@ -56,13 +55,13 @@ impl RegisterPage {
         word?.ok()
     }
 
-    /// What a register holds; zero where there is none: beyond the page, or not aligned.
+    /// Reads a register; zero if there is none: beyond the page, or unaligned.
     pub fn load(&self, offset: u32) -> u32 {
         let word = self.word(offset);
         word.map_or(0, |word| u32::from_le(word.load(Ordering::SeqCst)))
     }
 
-    /// Sets a register, where there is one.
+    /// Writes a register, if there is one.
     pub fn store(&self, offset: u32, value: u32) {
         if let Some(word) = self.word(offset) {
             word.store(value.to_le(), Ordering::SeqCst);
@@ -76,7 +75,7 @@ impl RegisterPage {
         }
     }
 
-    /// Adds to a register, which begins anew after its largest value.
+    /// Adds to a register, which wraps around.
     pub fn add(&self, offset: u32, count: u32) {
         if let Some(word) = self.word(offset) {
             let next = |value: u32| Some(u32::from_le(value).wrapping_add(count).to_le());
@@ -92,7 +91,7 @@ impl RegisterPage {
         }
     }
 
-    /// Sets what lies at an offset, a multiple of 4, up to the page's end.
+    /// Writes bytes at an offset that is a multiple of 4, up to the end of the page.
     pub fn store_bytes(&self, offset: u32, bytes: &[u8]) {
         for (index, chunk) in (0..).zip(bytes.chunks(size_of::<u32>())) {
             let mut word = [0; size_of::<u32>()];
@@ -102,35 +101,35 @@ impl RegisterPage {
     }
 }
 
-/// A device's configuration space, where its driver reads it.
+/// A device's configuration space as read by its driver.
 pub struct ConfigSpace(RegisterPage);
 
 impl ConfigSpace {
-    /// That of the window with these registers.
+    /// The configuration space in this register page.
     pub(crate) fn of(page: &RegisterPage) -> Self {
         Self(page.clone())
     }
 
-    /// Puts the whole of it there, a word after the other: what did not change may be read meanwhile.
+    /// Writes the whole space word by word; words that do not change may be read meanwhile.
     pub fn publish(&self, config: &[u8]) {
         self.0.store_bytes(VIRTIO_MMIO_CONFIG, config);
     }
 }
 
-/// A configuration that changes, shown where the driver reads it once that is said: a change and what is shown of it
-/// are under one lock, so that the last change is the one that is seen.
+/// A configuration that changes and, once its place is known, is published to the driver. A change and its
+/// publication are under one lock, so that the last change is the one published.
 #[derive(Default)]
 pub(crate) struct PublishedConfig(Mutex<Option<ConfigSpace>>);
 
 impl PublishedConfig {
-    /// Shows it there from now on.
+    /// Sets where the configuration is published, and publishes it.
     pub(crate) fn publish_in(&self, space: ConfigSpace, config: impl FnOnce() -> Vec<u8>) {
         let mut shown = lock(&self.0);
         space.publish(&config());
         *shown = Some(space);
     }
 
-    /// Changes something of it, and shows what it is then.
+    /// Changes the configuration and publishes the result.
     pub(crate) fn change<T>(
         &self,
         change: impl FnOnce() -> T,
@@ -172,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_nothing_beyond_a_page_or_between_words() {
+    fn accesses_beyond_a_page_or_between_words_are_ignored() {
         let pages = RegisterPages::new(1).unwrap();
         let page = pages.page(0).unwrap();
         for offset in [0x1000, 0x72, u32::MAX - 3] {

@@ -1,19 +1,18 @@
-//! What is kept of a device while its machine is saved: payloads, each of which says whose it is, and is
-//! put together with others by whoever saves the machine.
+//! Saved state of devices: payloads, each with its schema, which are assembled by whoever saves the machine.
 //!
-//! A device is saved when its machine is paused. The transport stops whoever serves the queues (what is
-//! under way ends first and is answered), notes how far each queue is, and asks the device for what it
-//! has beyond its queues ([`VirtioDevice::save`](super::VirtioDevice::save)). What the host's side is made
-//! of (files, taps) is configuration and not in here: it is there before a device is restored.
+//! A device is saved while its machine is paused. The transport stops serving the queues (requests in flight
+//! are completed first), records the ring positions, and asks the device for the rest of its state
+//! ([`VirtioDevice::save`](super::VirtioDevice::save)). Host resources (files, taps) are configuration and
+//! not part of the state: they exist before a device is restored.
 //!
-//! Nothing here knows a device: each states its own [`Schema`], beside the plain data that it describes.
+//! This module knows no device: each defines its own [`Schema`] next to the plain data that it describes.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// How the bytes of a payload are read: whose they are, in which version, and whether they mean something
-/// on one architecture alone.
+/// How to interpret the bytes of a payload: whose state it is, the version, and whether it is specific to one
+/// architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schema {
     name: &'static str,
@@ -22,7 +21,8 @@ pub struct Schema {
 }
 
 impl Schema {
-    /// A schema of this name, such as `virtio-blk`, whose version grows with each change of what it describes.
+    /// A schema with a name such as `virtio-blk` and a version, which is incremented with each change of the
+    /// data.
     pub const fn new(name: &'static str, version: u16) -> Self {
         Self {
             name,
@@ -31,19 +31,19 @@ impl Schema {
         }
     }
 
-    /// The same, for what is the architecture's, such as a CPU's registers.
+    /// The same for architecture-specific state, such as CPU registers.
     #[must_use]
-    pub const fn of_this_architecture(self) -> Self {
+    pub const fn architecture_specific(self) -> Self {
         Self {
             architecture: Some(std::env::consts::ARCH),
             ..self
         }
     }
 
-    /// State of this schema, as a payload.
+    /// Encodes state as a payload.
     ///
     /// # Errors
-    /// [`StateError::Encoding`] if it has no form as JSON.
+    /// [`StateError::Encoding`] if the state cannot be represented as JSON.
     pub fn encode(&self, state: &impl Serialize) -> Result<Payload, StateError> {
         Ok(Payload {
             schema: self.name.to_owned(),
@@ -53,10 +53,10 @@ impl Schema {
         })
     }
 
-    /// What a payload of this schema holds.
+    /// Decodes a payload of this schema.
     ///
     /// # Errors
-    /// If it is another's, of another version or architecture, or broken.
+    /// If the schema, version or architecture differs, or the bytes are invalid.
     pub fn decode<T: DeserializeOwned>(&self, payload: &Payload) -> Result<T, StateError> {
         if payload.schema != self.name {
             return Err(StateError::Schema {
@@ -82,24 +82,23 @@ impl Schema {
     }
 }
 
-/// What is kept of one thing. A device with a [`Schema`] writes and reads it by that; the bytes of
-/// another may be whatever it likes.
+/// Saved state. A device with a [`Schema`] encodes and decodes it with that; other devices may use any bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Payload {
-    /// Whose it is, and how its bytes are read.
+    /// Name of the schema.
     pub schema: String,
-    /// The schema's version.
+    /// Version of the schema.
     pub version: u16,
-    /// The architecture, if it is not the same on all.
+    /// Architecture, for state that is specific to one.
     pub architecture: Option<String>,
-    /// The state itself: base64 where the payload is written as text.
+    /// The state; base64 when the payload is written as text.
     #[serde(with = "as_base64")]
     pub bytes: Vec<u8>,
 }
 
-/// Bytes as text. As a JSON array of numbers they take four times their size, and sixteen times in a payload
-/// that is within another.
+/// Bytes as base64. As a JSON array of numbers they take four times their size, and sixteen times in a
+/// payload nested in another.
 mod as_base64 {
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD;
@@ -118,22 +117,22 @@ mod as_base64 {
     }
 }
 
-/// What is kept of a transport: its registers, its queues, and its device.
+/// State of a transport: its registers, its queues and its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
     /// The device status (virtio 1.2, section 2.1).
     pub status: u32,
     /// Features that the driver accepted.
     pub driver_features: u64,
-    /// Reasons of the interrupt that the driver has not acknowledged.
+    /// Interrupt reasons that the driver has not acknowledged.
     pub interrupt_status: u32,
-    /// How often the configuration changed.
+    /// Number of configuration changes.
     pub config_generation: u32,
-    /// The registers that select.
+    /// Selector register.
     pub queue_select: u32,
-    /// See `queue_select`.
+    /// Selector register.
     pub features_select: u32,
-    /// See `queue_select`.
+    /// Selector register.
     pub driver_features_select: u32,
     /// Each queue.
     pub queues: Vec<QueueState>,
@@ -142,22 +141,22 @@ pub struct TransportState {
 }
 
 impl TransportState {
-    /// That of a device behind MMIO registers.
+    /// Schema of a device with MMIO registers.
     pub const SCHEMA: Schema = Schema::new("virtio-mmio", 2);
 }
 
-/// A queue, and how far the device is in it.
+/// A queue and the device's position in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// Descriptors.
+    /// Number of descriptors.
     pub size: u16,
     /// Whether the driver enabled it.
     pub ready: bool,
     /// Guest physical address of the descriptor table.
     pub descriptors: u64,
-    /// Of the available ring.
+    /// Guest physical address of the available ring.
     pub available: u64,
-    /// Of the used ring.
+    /// Guest physical address of the used ring.
     pub used: u64,
     /// The next entry of the available ring.
     pub next_available: u16,
@@ -169,48 +168,48 @@ pub struct QueueState {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StateError {
-    /// A kind of device whose state is not kept yet.
+    /// The state of this kind of device cannot be saved yet.
     #[error("a {0} can't be saved")]
     Unsupported(super::DeviceKind),
-    /// The state of something else.
+    /// The state has another schema.
     #[error("the state is that of {found:?}, not of {wanted}")]
     Schema {
-        /// Whose it should be.
+        /// The expected schema.
         wanted: &'static str,
-        /// Whose it is.
+        /// The schema found.
         found: String,
     },
-    /// Written by another version.
+    /// The state has another version.
     #[error("the state of {schema} has version {found}, not {wanted}")]
     Version {
-        /// Whose it is.
+        /// The schema.
         schema: &'static str,
-        /// The version that is read here.
+        /// The supported version.
         wanted: u16,
-        /// The version that it has.
+        /// The version found.
         found: u16,
     },
-    /// Written on another architecture.
+    /// The state was saved on another architecture.
     #[error("the state of {schema} is of architecture {found}")]
     Architecture {
-        /// Whose it is.
+        /// The schema.
         schema: &'static str,
-        /// Where it was written.
+        /// The architecture found.
         found: String,
     },
-    /// Bytes that are no state.
+    /// The bytes cannot be encoded or decoded.
     #[error("the state can't be read or written")]
     Encoding(#[source] serde_json::Error),
-    /// The device was set up otherwise.
+    /// The state does not fit the device's configuration.
     #[error("the state does not fit the device: {0}")]
-    Misfit(&'static str),
-    /// The device could not go on.
+    Mismatch(&'static str),
+    /// The device could not resume.
     #[error("the device can't go on")]
     Resume(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl StateError {
-    /// Something that the host refused when a device was to go on.
+    /// A resource that the host refused on resume.
     pub fn resume(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Resume(source.into())
     }
@@ -259,14 +258,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_architectures_stays_on_it() {
-        let schema = SCHEMA.of_this_architecture();
+    fn architecture_specific_state_is_refused_elsewhere() {
+        let schema = SCHEMA.architecture_specific();
         let mut payload = schema.encode(&7u64).unwrap();
         assert_eq!(schema.decode::<u64>(&payload).unwrap(), 7);
         payload.architecture = Some("pdp11".into());
         let error = schema.decode::<u64>(&payload).unwrap_err();
         assert!(error.to_string().contains("pdp11"), "{error}");
-        // Nor is it read as if it were the same on all.
+        // It is not read as architecture-independent state either.
         assert!(SCHEMA.decode::<u64>(&payload).is_err());
     }
 }

@@ -1,5 +1,5 @@
-//! One stream between guest and host: the state machine and the credit arithmetic, on plain
-//! data. It owns the host's end and is polled by the [`muxer`](super::muxer).
+//! One stream between guest and host: the state machine and the credit accounting, on plain data. It owns the
+//! host's end of the stream and is driven by the [`muxer`](super::muxer).
 //!
 //! ```text
 //!            REQUEST from guest, host accepted          REQUEST to guest
@@ -10,13 +10,12 @@
 //!        │   guest SHUTDOWN(both) and our buffer is flushed, or RST, or host error
 //!        │                                │
 //!        │ RST after SHUTDOWN,            ▼
-//!        │ with a buffer left    Dead: a RST is owed unless the guest sent one
+//!        │ with a buffer left    Dead: a RST is sent unless the guest sent one
 //!        ▼                                ▲
 //!     Draining ───────────────────────────┘ our buffer is flushed, or host error
 //! ```
-//! A Linux guest that closes a stream waits 8 s for our reset and then sends one: Draining is for a
-//! host's end that is slower than that.
-//! Half closes are flags inside Established: each direction ends by itself.
+//! A Linux guest that closes a stream waits 8 s for a reset and then sends one. Draining is for a host end
+//! that is slower than that. Half-closes are flags within Established: each direction ends independently.
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use std::collections::VecDeque;
@@ -24,88 +23,89 @@ use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-/// The most that the host buffers for one stream, in bytes: the credit that the guest gets.
-pub const BUFFER_SIZE: u32 = 256 << 10;
+/// Maximum buffer of a stream on the host in bytes: the credit that the guest gets.
+pub const MAX_BUFFER_SIZE: u32 = 256 << 10;
 
-/// The least: of a stream that is made when there are very many.
-pub const LEAST_BUFFER_SIZE: u32 = 2 << 10;
+/// Minimum buffer, for streams opened when there are very many.
+pub const MIN_BUFFER_SIZE: u32 = 2 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The host asked; the guest has not answered.
+    /// Requested by the host; the guest has not answered.
     Connecting,
     /// Data flows.
     Established,
-    /// The guest is done and gone; the host's end has not taken everything yet.
+    /// The guest has closed the stream; the host's end has not read everything yet.
     Draining,
-    /// Nothing flows any more.
+    /// The stream has ended.
     Dead,
 }
 
-/// A stream.
+/// A stream between guest and host.
 pub struct Connection {
     state: State,
     stream: UnixStream,
-    /// The guest's credit, in bytes.
-    window: u32,
-    /// What the guest sent and the host's end has not taken yet.
+    /// Size of the receive buffer, which is the guest's credit, in bytes.
+    buffer_size: u32,
+    /// Data from the guest that the host's end has not taken yet.
     buffer: VecDeque<u8>,
-    /// Bytes passed on to the host's end, wrapping; what the guest was told last.
+    /// Bytes forwarded to the host's end (wrapping), and the value last reported to the guest.
     forwarded: u32,
-    forwarded_told: u32,
-    /// The guest's buffer and what it has passed on; what we sent to it.
+    forwarded_reported: u32,
+    /// Size of the guest's buffer, bytes that the guest has forwarded from it, and bytes sent to the guest.
     peer_buffer: u32,
     peer_forwarded: u32,
     sent: u32,
-    /// Control packets that are owed.
-    owed: VecDeque<(Op, u32)>,
-    /// The host's end may have something to read.
+    /// Pending control packets.
+    pending: VecDeque<(Op, u32)>,
+    /// The host's end may be readable.
     readable: bool,
-    /// The host's end has said that nothing more comes.
-    host_ended: bool,
-    /// The guest will send no more, receive no more.
-    guest_ended: bool,
-    guest_deaf: bool,
+    /// The host's end sends no more.
+    host_send_closed: bool,
+    /// The guest sends no more; the guest receives no more.
+    guest_send_closed: bool,
+    guest_receive_closed: bool,
     reset_received: bool,
-    /// The host's end was closed, both ways; its number among those that were.
+    /// Set when the host's end was closed in both directions: its position in the order of closing.
     closed: Option<u64>,
-    /// What the host's end is told once the guest has accepted.
+    /// Written to the host's end once the guest has accepted.
     greeting: Option<String>,
 }
 
 impl Connection {
-    /// The guest asked for it with `request`, and the host accepted.
-    pub fn accepted(stream: UnixStream, request: &Header, window: u32) -> Self {
-        let mut connection = Self::new(stream, State::Established, window);
+    /// A stream that the guest opened with `request` and the host accepted.
+    pub fn accepted(stream: UnixStream, request: &Header, buffer_size: u32) -> Self {
+        let mut connection = Self::new(stream, State::Established, buffer_size);
         connection.take_credit(request);
-        connection.owed.push_back((Op::Response, 0));
+        connection.pending.push_back((Op::Response, 0));
         connection
     }
 
-    /// The host asks for it. Its end gets `greeting`, if there is one, once the guest has accepted.
-    pub fn requested(stream: UnixStream, window: u32, greeting: Option<String>) -> Self {
-        let mut connection = Self::new(stream, State::Connecting, window);
+    /// A stream opened by the host. If there is a `greeting`, it is written to the host's end once the guest
+    /// has accepted.
+    pub fn requested(stream: UnixStream, buffer_size: u32, greeting: Option<String>) -> Self {
+        let mut connection = Self::new(stream, State::Connecting, buffer_size);
         connection.greeting = greeting;
-        connection.owed.push_back((Op::Request, 0));
+        connection.pending.push_back((Op::Request, 0));
         connection
     }
 
-    fn new(stream: UnixStream, state: State, window: u32) -> Self {
+    fn new(stream: UnixStream, state: State, buffer_size: u32) -> Self {
         Self {
             state,
             stream,
-            window,
+            buffer_size,
             buffer: VecDeque::new(),
             forwarded: 0,
-            forwarded_told: 0,
+            forwarded_reported: 0,
             peer_buffer: 0,
             peer_forwarded: 0,
             sent: 0,
-            owed: VecDeque::new(),
+            pending: VecDeque::new(),
             readable: true,
-            host_ended: false,
-            guest_ended: false,
-            guest_deaf: false,
+            host_send_closed: false,
+            guest_send_closed: false,
+            guest_receive_closed: false,
             reset_received: false,
             closed: None,
             greeting: None,
@@ -117,81 +117,83 @@ impl Connection {
         &self.stream
     }
 
-    /// What the host may have to buffer for it.
-    pub fn window(&self) -> u32 {
-        self.window
+    /// Size of the receive buffer in bytes.
+    pub fn buffer_size(&self) -> u32 {
+        self.buffer_size
     }
 
-    /// Whether nothing more will happen and nothing is owed: it can be forgotten.
-    pub fn is_over(&self) -> bool {
-        self.state == State::Dead && self.owed.is_empty()
+    /// Whether the stream has ended and no packet is pending, so that it can be removed.
+    pub fn is_finished(&self) -> bool {
+        self.state == State::Dead && self.pending.is_empty()
     }
 
-    /// Whether there is a packet for the guest: something owed, or data that may be there and
-    /// that the guest has room for.
+    /// Whether there is a packet for the guest: a control packet, or possibly data for which the guest has
+    /// credit.
     pub fn has_packet(&self) -> bool {
-        !self.owed.is_empty() || self.can_send()
+        !self.pending.is_empty() || self.can_send()
     }
 
     fn can_send(&self) -> bool {
         self.state == State::Established
             && self.readable
-            && !self.host_ended
-            && !self.guest_deaf
-            && self.peer_room() > 0
+            && !self.host_send_closed
+            && !self.guest_receive_closed
+            && self.peer_free() > 0
     }
 
-    /// Bytes that the guest has room for.
-    pub fn peer_room(&self) -> u32 {
+    /// The guest's free buffer space in bytes.
+    pub fn peer_free(&self) -> u32 {
         let in_flight = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_buffer.saturating_sub(in_flight)
     }
 
-    /// Bytes that the host still buffers for its end.
+    /// Bytes buffered for the host's end.
     pub fn buffered(&self) -> usize {
         self.buffer.len()
     }
 
-    /// The next control packet that is owed, with its flags.
-    pub fn take_owed(&mut self) -> Option<(Op, u32)> {
-        let owed = self.owed.pop_front();
-        if matches!(owed, Some((op, _)) if op != Op::Reset) {
-            self.forwarded_told = self.forwarded;
+    /// The next pending control packet, with its flags.
+    pub fn take_control(&mut self) -> Option<(Op, u32)> {
+        let pending = self.pending.pop_front();
+        if matches!(pending, Some((op, _)) if op != Op::Reset) {
+            self.forwarded_reported = self.forwarded;
         }
-        owed
+        pending
     }
 
-    /// Puts this side's credit into a header that goes to the guest.
+    /// Sets this side's credit fields in a header for the guest.
     pub fn put_credit(&mut self, header: &mut Header) {
-        header.buf_alloc = self.window.into();
+        header.buf_alloc = self.buffer_size.into();
         header.fwd_cnt = self.forwarded.into();
-        self.forwarded_told = self.forwarded;
+        self.forwarded_reported = self.forwarded;
     }
 
-    /// The guest's credit, from any of its packets.
+    /// Reads the guest's credit fields from any of its packets.
     pub fn take_credit(&mut self, header: &Header) {
         self.peer_buffer = header.buf_alloc.get();
         self.peer_forwarded = header.fwd_cnt.get();
     }
 
-    /// A packet of the guest's other than data or a request.
+    /// Handles a packet from the guest other than data or a request.
     pub fn receive_control(&mut self, op: Op, flags: u32) {
         match (self.state, op) {
             (State::Connecting, Op::Response) => self.accepted_by_guest(),
             (State::Draining | State::Dead, _) => {}
-            (State::Established, Op::Reset) if self.guest_ended && !self.buffer.is_empty() => {
+            (State::Established, Op::Reset)
+                if self.guest_send_closed && !self.buffer.is_empty() =>
+            {
                 self.reset_received = true;
                 self.state = State::Draining;
-                self.owed.clear();
+                self.pending.clear();
             }
             (_, Op::Reset) => {
                 self.reset_received = true;
                 self.kill();
             }
             (State::Established, Op::Shutdown) => self.receive_shutdown(flags),
-            (State::Established, Op::CreditRequest) => self.owe(Op::CreditUpdate, 0),
+            (State::Established, Op::CreditRequest) => self.queue_control(Op::CreditUpdate, 0),
             (State::Established, Op::CreditUpdate) => {}
-            // Anything else is out of turn.
+            // Anything else is a protocol error.
             _ => self.kill(),
         }
     }
@@ -199,62 +201,62 @@ impl Connection {
     fn accepted_by_guest(&mut self) {
         self.state = State::Established;
         if let Some(greeting) = self.greeting.take()
-            // Nothing was written before: there is room for a line.
+            // Nothing was written before, so the line fits into the socket buffer.
             && self.stream.write_all(greeting.as_bytes()).is_err()
         {
-            self.host_gone();
+            self.host_receive_closed();
         }
     }
 
     fn receive_shutdown(&mut self, flags: u32) {
-        self.guest_ended |= flags & SHUTDOWN_SEND != 0;
-        self.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
-        if self.guest_deaf {
-            // The host's end learns it from its next write.
+        self.guest_send_closed |= flags & SHUTDOWN_SEND != 0;
+        self.guest_receive_closed |= flags & SHUTDOWN_RECEIVE != 0;
+        if self.guest_receive_closed {
+            // The host's end gets an error on its next write.
             self.stream.shutdown(Shutdown::Read).ok();
         }
         self.after_flush();
     }
 
-    /// Data from the guest that the device could not pass on at once. False, and dead, if the
-    /// guest sent more than its credit or after it said that it would not.
+    /// Buffers data from the guest that could not be forwarded at once. Returns false, and the stream is
+    /// dead, if the guest exceeded its credit or had announced that it would send no more.
     pub fn receive(&mut self, data: &[u8]) -> bool {
         let allowed = self.state == State::Established
-            && !self.guest_ended
-            && self.buffer.len() + data.len() <= self.window as usize;
+            && !self.guest_send_closed
+            && self.buffer.len() + data.len() <= self.buffer_size as usize;
         if !allowed {
             self.kill();
             return false;
         }
         let (len, capacity) = (self.buffer.len() + data.len(), self.buffer.capacity());
         if len > capacity {
-            // As it grows by itself, but never beyond the window.
-            let wanted = len.max(2 * capacity).min(self.window as usize);
+            // Grows as a VecDeque would, but never beyond the receive buffer size.
+            let wanted = len.max(2 * capacity).min(self.buffer_size as usize);
             self.buffer.reserve_exact(wanted - self.buffer.len());
         }
         self.buffer.extend(data);
         true
     }
 
-    /// Whether data may go straight to the host's end: nothing is buffered before it.
-    pub fn may_bypass(&self, len: u32) -> bool {
+    /// Whether data may be forwarded directly to the host's end: nothing is buffered before it.
+    pub fn can_forward_directly(&self, len: u32) -> bool {
         self.state == State::Established
-            && !self.guest_ended
+            && !self.guest_send_closed
             && self.buffer.is_empty()
-            && len <= self.window
+            && len <= self.buffer_size
     }
 
-    /// The device wrote `count` bytes straight to the host's end.
-    pub fn passed_on(&mut self, count: u32) {
+    /// Accounts for `count` bytes forwarded directly to the host's end.
+    pub fn add_forwarded(&mut self, count: u32) {
         self.forwarded = self.forwarded.wrapping_add(count);
         if self.state == State::Established
-            && self.forwarded.wrapping_sub(self.forwarded_told) > self.window / 2
+            && self.forwarded.wrapping_sub(self.forwarded_reported) > self.buffer_size / 2
         {
-            self.owe(Op::CreditUpdate, 0);
+            self.queue_control(Op::CreditUpdate, 0);
         }
     }
 
-    /// Writes what is buffered to the host's end, as much as it takes.
+    /// Writes as much buffered data to the host's end as it accepts.
     pub fn flush(&mut self) {
         while !self.buffer.is_empty() {
             let (front, _) = self.buffer.as_slices();
@@ -262,87 +264,88 @@ impl Connection {
                 Ok(0) => return self.kill(),
                 Ok(count) => {
                     self.buffer.drain(..count);
-                    self.passed_on(count as u32);
+                    self.add_forwarded(count as u32);
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return self.host_gone(),
+                Err(_) => return self.host_receive_closed(),
             }
         }
-        // A burst's room is given back.
+        // Frees the memory of a burst.
         self.buffer = VecDeque::new();
         self.after_flush();
     }
 
-    /// Ends directions that were only waiting for the buffer.
+    /// Closes the directions that were waiting for the buffer to be flushed.
     fn after_flush(&mut self) {
         if !self.buffer.is_empty() {
             return;
         }
         if self.state == State::Draining {
             self.kill();
-        } else if self.state == State::Established && self.guest_ended {
+        } else if self.state == State::Established && self.guest_send_closed {
             self.stream.shutdown(Shutdown::Write).ok();
-            if self.guest_deaf {
+            if self.guest_receive_closed {
                 self.kill();
             }
         }
     }
 
-    /// The host's end takes no more data from the guest.
-    pub fn host_gone(&mut self) {
+    /// The host's end accepts no more data.
+    pub fn host_receive_closed(&mut self) {
         self.kill();
     }
 
-    /// The device sent `count` bytes of the host to the guest.
+    /// Accounts for `count` bytes sent to the guest.
     pub fn sent(&mut self, count: u32) {
         self.sent = self.sent.wrapping_add(count);
     }
 
-    /// The host's end has nothing to read now.
+    /// The host's end is not readable at present.
     pub fn drained(&mut self) {
         self.readable = false;
     }
 
-    /// The host's end was closed, as the `number`th.
+    /// Records that the host's end was closed, as the `number`th.
     pub fn set_closed(&mut self, number: u64) {
         self.closed.get_or_insert(number);
     }
 
-    /// Which of the host's ends that were closed this one was, if it was.
+    /// The position of the host's end in the order of closing, if it was closed.
     pub fn closed(&self) -> Option<u64> {
         self.closed
     }
 
-    /// The host's end may have something to read.
+    /// The host's end may be readable.
     pub fn set_readable(&mut self) {
         self.readable = true;
     }
 
-    /// The host's end will send no more.
-    pub fn host_ended(&mut self) {
-        if !std::mem::replace(&mut self.host_ended, true) && self.state == State::Established {
-            self.owe(Op::Shutdown, SHUTDOWN_SEND);
+    /// The host's end sends no more.
+    pub fn host_send_closed(&mut self) {
+        if !std::mem::replace(&mut self.host_send_closed, true) && self.state == State::Established
+        {
+            self.queue_control(Op::Shutdown, SHUTDOWN_SEND);
         }
     }
 
-    /// Ends it at once, and owes the guest a reset unless it sent one.
+    /// Ends the stream at once; a reset is sent unless the guest sent one.
     pub fn kill(&mut self) {
         if self.state == State::Dead {
             return;
         }
         self.state = State::Dead;
         self.buffer.clear();
-        self.owed.clear();
+        self.pending.clear();
         self.stream.shutdown(Shutdown::Both).ok();
         if !self.reset_received {
-            self.owed.push_back((Op::Reset, 0));
+            self.pending.push_back((Op::Reset, 0));
         }
     }
 
-    fn owe(&mut self, op: Op, flags: u32) {
-        if !self.owed.iter().any(|(owed, _)| *owed == op) {
-            self.owed.push_back((op, flags));
+    fn queue_control(&mut self, op: Op, flags: u32) {
+        if !self.pending.iter().any(|(pending, _)| *pending == op) {
+            self.pending.push_back((op, flags));
         }
     }
 }
@@ -352,10 +355,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hosts_process_is_told_when_the_guest_has_accepted() {
+    fn a_host_process_gets_a_line_when_the_guest_has_accepted() {
         use std::io::Read;
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut connection = Connection::requested(ours, BUFFER_SIZE, Some("OK 5\n".into()));
+        let mut connection = Connection::requested(ours, MAX_BUFFER_SIZE, Some("OK 5\n".into()));
         theirs.set_nonblocking(true).unwrap();
         let mut line = [0; 16];
         assert!(theirs.read(&mut line).is_err(), "nothing yet");
@@ -372,8 +375,8 @@ mod tests {
             buf_alloc: 1000.into(),
             ..Header::default()
         };
-        let mut connection = Connection::accepted(ours, &request, BUFFER_SIZE);
-        assert_eq!(connection.take_owed(), Some((Op::Response, 0)));
+        let mut connection = Connection::accepted(ours, &request, MAX_BUFFER_SIZE);
+        assert_eq!(connection.take_control(), Some((Op::Response, 0)));
         (connection, theirs)
     }
 
@@ -381,7 +384,7 @@ mod tests {
     fn the_guest_is_never_sent_more_than_its_credit() {
         let (mut connection, _host) = established();
         connection.sent(900);
-        assert_eq!(connection.peer_room(), 100);
+        assert_eq!(connection.peer_free(), 100);
         connection.sent(100);
         assert!(!connection.has_packet());
         let update = Header {
@@ -390,36 +393,36 @@ mod tests {
             ..Header::default()
         };
         connection.take_credit(&update);
-        assert_eq!(connection.peer_room(), 600);
+        assert_eq!(connection.peer_free(), 600);
     }
 
     #[test]
-    fn a_guest_that_shrinks_its_buffer_below_what_is_under_way_gets_nothing() {
+    fn a_guest_that_shrinks_its_buffer_below_what_is_in_flight_gets_nothing() {
         let (mut connection, _host) = established();
         connection.sent(900);
         connection.take_credit(&Header {
             buf_alloc: 10.into(),
             ..Header::default()
         });
-        assert_eq!(connection.peer_room(), 0);
+        assert_eq!(connection.peer_free(), 0);
     }
 
     #[test]
     fn a_guest_that_sends_beyond_its_credit_is_reset() {
         let (mut connection, _host) = established();
-        assert!(connection.receive(&vec![0; BUFFER_SIZE as usize]));
+        assert!(connection.receive(&vec![0; MAX_BUFFER_SIZE as usize]));
         assert!(!connection.receive(&[0]));
-        assert_eq!(connection.take_owed(), Some((Op::Reset, 0)));
-        assert!(connection.is_over());
+        assert_eq!(connection.take_control(), Some((Op::Reset, 0)));
+        assert!(connection.is_finished());
     }
 
     #[test]
-    fn a_buffer_takes_no_more_memory_than_its_window() {
+    fn a_buffer_takes_no_more_memory_than_its_limit() {
         let (mut connection, _host) = established();
-        let window = connection.window() as usize;
-        for _ in 0..window / 1000 {
+        let buffer_size = connection.buffer_size() as usize;
+        for _ in 0..buffer_size / 1000 {
             assert!(connection.receive(&[7; 1000]));
-            assert!(connection.buffer.capacity() <= window);
+            assert!(connection.buffer.capacity() <= buffer_size);
         }
     }
 
@@ -434,23 +437,23 @@ mod tests {
         assert_eq!(got, "last words");
         // The other direction still works.
         assert!(connection.has_packet());
-        assert!(!connection.is_over());
+        assert!(!connection.is_finished());
     }
 
     #[test]
     fn what_a_guest_sent_before_it_closed_reaches_a_slow_host() {
         let (mut connection, mut host) = established();
-        let sent: Vec<u8> = (0..BUFFER_SIZE).map(|n| n as u8).collect();
+        let sent: Vec<u8> = (0..MAX_BUFFER_SIZE).map(|n| n as u8).collect();
         assert!(connection.receive(&sent));
         connection.receive_control(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
-        // The guest has waited long enough.
+        // The guest gives up waiting.
         connection.receive_control(Op::Reset, 0);
-        assert!(!connection.has_packet() && !connection.is_over());
+        assert!(!connection.has_packet() && !connection.is_finished());
         let reader = std::thread::spawn(move || {
             let mut got = Vec::new();
             host.read_to_end(&mut got).map(|_| got)
         });
-        while !connection.is_over() {
+        while !connection.is_finished() {
             connection.flush();
             assert!(!connection.has_packet(), "nobody is there to hear");
             std::thread::yield_now();
@@ -462,32 +465,35 @@ mod tests {
     fn a_full_close_of_the_guest_is_answered_by_a_reset() {
         let (mut connection, _host) = established();
         connection.receive_control(Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
-        assert_eq!(connection.take_owed(), Some((Op::Reset, 0)));
+        assert_eq!(connection.take_control(), Some((Op::Reset, 0)));
     }
 
     #[test]
-    fn a_half_close_of_the_host_is_told_once() {
+    fn a_half_close_of_the_host_is_sent_once() {
         let (mut connection, _host) = established();
-        connection.host_ended();
-        connection.host_ended();
-        assert_eq!(connection.take_owed(), Some((Op::Shutdown, SHUTDOWN_SEND)));
-        assert_eq!(connection.take_owed(), None);
+        connection.host_send_closed();
+        connection.host_send_closed();
+        assert_eq!(
+            connection.take_control(),
+            Some((Op::Shutdown, SHUTDOWN_SEND))
+        );
+        assert_eq!(connection.take_control(), None);
         assert!(connection.receive(b"still fine"));
     }
 
     #[test]
-    fn credit_is_told_when_half_the_buffer_was_passed_on() {
+    fn credit_is_sent_when_half_the_buffer_was_forwarded() {
         let (mut connection, _host) = established();
-        connection.passed_on(BUFFER_SIZE / 2);
-        assert_eq!(connection.take_owed(), None);
-        connection.passed_on(1);
-        assert_eq!(connection.take_owed(), Some((Op::CreditUpdate, 0)));
+        connection.add_forwarded(MAX_BUFFER_SIZE / 2);
+        assert_eq!(connection.take_control(), None);
+        connection.add_forwarded(1);
+        assert_eq!(connection.take_control(), Some((Op::CreditUpdate, 0)));
     }
 
     #[test]
-    fn a_reset_of_the_guest_owes_nothing() {
+    fn a_reset_from_the_guest_is_not_answered() {
         let (mut connection, _host) = established();
         connection.receive_control(Op::Reset, 0);
-        assert!(connection.is_over());
+        assert!(connection.is_finished());
     }
 }

@@ -1,4 +1,4 @@
-//! The device around the muxer: three queues, and a descriptor for each stream, on the event
+//! The device: connects the muxer to its three queues and, for each stream, a file descriptor, on the event
 //! loop.
 
 use super::muxer::{Key, Muxer, Watch};
@@ -17,8 +17,8 @@ const RX: u16 = 0;
 const TX: u16 = 1;
 const EVENT: u16 = 2;
 
-/// How many packets each way are moved before the event loop's other sources have their turn.
-const TURN: usize = 64;
+/// Maximum number of packets per direction in a batch, after which the event loop's other sources are served.
+const BATCH: usize = 64;
 
 /// The vsock device.
 pub struct Vsock {
@@ -27,7 +27,7 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device for the guest at address `cid`, at least [`FIRST_GUEST_CID`].
+    /// A device for the guest with this CID, at least [`FIRST_GUEST_CID`].
     pub fn new(cid: u64, ports: Ports) -> Self {
         Self {
             cid: cid.max(FIRST_GUEST_CID),
@@ -61,7 +61,7 @@ impl VirtioDevice for Vsock {
         })))
     }
 
-    // Streams end with their descriptors when the worker is dropped.
+    // Streams are closed when the worker is dropped.
     fn reset(&mut self, worker: Option<Box<dyn MutEventSubscriber + Send>>) {
         drop(worker);
     }
@@ -70,7 +70,7 @@ impl VirtioDevice for Vsock {
 struct VsockWorker {
     rx: ActiveQueue,
     tx: ActiveQueue,
-    /// Transport events (section 5.10.6.7) come with live migration, which is not there.
+    /// Transport events (section 5.10.6.7) are for live migration, which is not supported.
     _event: ActiveQueue,
     muxer: Muxer,
     watched: HashMap<RawFd, Key>,
@@ -79,17 +79,17 @@ struct VsockWorker {
 }
 
 impl VsockWorker {
-    /// Moves packets both ways until neither queue has anything to do, or it has had its turn: then a
-    /// kick of its own brings it back, after the loop's other sources.
+    /// Moves packets in both directions until both queues are idle or the batch is complete; in the latter
+    /// case the queue kicks itself, so that the loop returns after its other sources.
     fn serve(&mut self) -> Result<(), QueueError> {
-        let (mut tx_left, mut rx_left) = (TURN, TURN);
-        // Each round but the last moves a packet, or the driver gave one that was gone when it was
-        // looked for: that, too, only so often.
-        for _ in 0..TURN {
+        let (mut tx_left, mut rx_left) = (BATCH, BATCH);
+        // Each round except the last moves a packet, or finds that an available packet has become obsolete,
+        // which also counts towards the limit.
+        for _ in 0..BATCH {
             let more_tx = self.serve_tx(&mut tx_left)?;
             let at_rest = !self.muxer.may_receive();
             let more_rx = self.serve_rx(&mut rx_left)?;
-            // What the receive queue took may have ended the transmit queue's rest.
+            // Progress on the receive queue may allow the transmit queue to continue.
             let woken = at_rest && self.muxer.may_receive();
             if !more_tx && !more_rx && !woken {
                 return Ok(());
@@ -102,7 +102,7 @@ impl VsockWorker {
         Ok(())
     }
 
-    /// True if the driver added something meanwhile, or there was more than what is `left` of the turn.
+    /// True if the driver added a packet meanwhile, or more are available than what is `left` of the batch.
     fn serve_tx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -111,7 +111,7 @@ impl VsockWorker {
         {
             *left -= 1;
             if let Err(error) = self.muxer.receive(&chain, self.tx.memory()) {
-                // One bad packet is dropped; its stream finds out by its credit.
+                // An invalid packet is dropped; its stream notices by its credit.
                 guest_fault!("vsock: a packet of the guest's is broken: {error}");
             }
             self.tx.complete(chain.head(), 0)?;
@@ -120,12 +120,12 @@ impl VsockWorker {
         if any {
             self.tx.notify()?;
         }
-        // At rest because of refusals: room in the receive queue wakes it.
+        // Stopped because of pending refusals: space in the receive queue resumes it.
         Ok(self.muxer.may_receive() && self.tx.arm()?)
     }
 
-    /// True if the driver gave room meanwhile and there is a packet for it, or there was more than what
-    /// is `left` of the turn.
+    /// True if the driver added buffers meanwhile and there is a packet for them, or more are available than
+    /// what is `left` of the batch.
     fn serve_rx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -200,7 +200,7 @@ impl MutEventSubscriber for VsockWorker {
                 log::error!("vsock: cannot watch a queue: {error}");
             }
         }
-        // What was put into the queues before they were watched.
+        // For what was put into the queues before they were registered with epoll.
         self.process(Events::empty(self.tx.kick()), ops);
     }
 
@@ -214,10 +214,10 @@ impl MutEventSubscriber for VsockWorker {
         } else if fd == self.tx.kick().as_raw_fd() {
             self.tx.kick().read().ok();
         } else if fd == self.wake {
-            self.muxer.connect_wanted();
+            self.muxer.connect_requested();
         } else if let Some(key) = self.watched.get(&fd) {
             let set = events.event_set();
-            // Both ways: an end that only sends no more is no hang-up.
+            // Closed in both directions: an end that only sends no more is no hang-up.
             if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
                 self.muxer.host_closed(*key);
             }
@@ -247,7 +247,7 @@ mod tests {
     use vm_memory::GuestAddress;
     use zerocopy::{FromBytes, IntoBytes};
 
-    /// Both queues of a guest at CID 3; each driver has memory of its own.
+    /// Both queues of a guest with CID 3; each driver has its own memory.
     struct Guest {
         rx: Driver,
         tx: Driver,
@@ -296,7 +296,7 @@ mod tests {
             self.worker.serve().unwrap();
         }
 
-        /// Offers a buffer; what the device put into it, if anything.
+        /// Offers a buffer; returns what the device wrote to it, if anything.
         fn receive(&mut self) -> Option<(Header, Vec<u8>)> {
             self.rx.offer(&[Buffer::Writable(4096)]);
             self.worker.serve().unwrap();
@@ -307,7 +307,7 @@ mod tests {
         }
     }
 
-    /// A packet without data from the guest's port 77.
+    /// A packet without data from port 77 of the guest.
     fn packet(op: Op, port: u32) -> Header {
         Header {
             src_cid: 3.into(),
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn data_flows_both_ways_and_the_end_is_told() {
+    fn data_flows_both_ways_until_the_end() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
@@ -348,7 +348,7 @@ mod tests {
         assert_eq!(&got, b"hello host");
 
         host.write_all(b"hello guest").unwrap();
-        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        let key = *guest.worker.muxer.connection_keys().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let answer = guest.receive().unwrap();
         assert_eq!(
@@ -360,13 +360,13 @@ mod tests {
         guest.worker.muxer.host_ready(key, true, true);
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Shutdown));
         guest.send(Op::Reset, 1000, &[]);
-        // The stream is forgotten once its turn comes.
+        // The stream is removed when it is next served.
         guest.receive();
-        assert!(guest.worker.muxer.connections_for_test().is_empty());
+        assert!(guest.worker.muxer.connection_keys().is_empty());
     }
 
     #[test]
-    fn a_packet_with_a_false_sender_is_refused() {
+    fn a_packet_with_a_wrong_sender_is_refused() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1).unwrap();
         let header = Header {
@@ -393,10 +393,10 @@ mod tests {
     }
 
     #[test]
-    fn streams_that_the_host_has_ended_give_their_places_to_others() {
+    fn a_new_stream_replaces_one_that_the_host_has_closed() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
-        guest.worker.muxer.set_limit_for_test(16);
+        guest.worker.muxer.set_limit(16);
         let request = |from: u32| Header {
             src_port: from.into(),
             ..packet(Op::Request, 1000)
@@ -412,7 +412,7 @@ mod tests {
             ask(&mut guest, 100).is_none(),
             "there are as many as may be"
         );
-        // The guest keeps its ends open and takes no packet.
+        // The guest keeps its ends open and receives no packet.
         for from in [5, 3] {
             hosts[from as usize] = None;
             guest.worker.muxer.host_closed(Key {
@@ -422,7 +422,7 @@ mod tests {
         }
         assert!(ask(&mut guest, 101).is_some());
         let left = |guest: &Guest| {
-            let keys = guest.worker.muxer.connections_for_test().into_iter();
+            let keys = guest.worker.muxer.connection_keys().into_iter();
             let mut ports: Vec<u32> = keys.map(|key| key.guest).collect();
             ports.sort_unstable();
             ports
@@ -430,7 +430,7 @@ mod tests {
         let ports = left(&guest);
         assert!(!ports.contains(&5) && ports.contains(&3), "{ports:?}");
         let own = guest.ports.connect(7).unwrap();
-        guest.worker.muxer.connect_wanted();
+        guest.worker.muxer.connect_requested();
         let ports = left(&guest);
         assert!(!ports.contains(&3) && ports.contains(&7), "{ports:?}");
         assert_eq!(ports.len(), 16);
@@ -439,21 +439,21 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_with_room_for_a_header_alone_holds_nobody() {
+    fn a_buffer_for_a_header_only_does_not_block_streams() {
         let mut guest = Guest::new();
         let listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
         assert_eq!(op(&guest.receive().unwrap()), Some(Op::Response));
         let mut host = listener.accept().unwrap();
         host.write_all(b"data").unwrap();
-        let key = *guest.worker.muxer.connections_for_test().first().unwrap();
+        let key = *guest.worker.muxer.connection_keys().first().unwrap();
         guest.worker.muxer.host_ready(key, true, false);
         let short = guest.rx.offer(&[Buffer::Writable(HEADER_SIZE)]);
-        let mut guest = crate::test_utils::ends(move || {
+        let mut guest = crate::test_utils::finishes(move || {
             guest.worker.serve().unwrap();
             guest
         });
-        // It comes back empty, and the data in the next one.
+        // It is returned empty, and the data goes to the next one.
         assert_eq!(guest.rx.used(), [(short, 0)]);
         let answer = guest.receive().unwrap();
         assert_eq!(
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_keeps_its_queue_full_gets_turns_and_no_more() {
+    fn a_full_queue_is_served_in_batches() {
         let mut guest = Guest::new();
         let _listener = guest.ports.listen(1000).unwrap();
         guest.send(Op::Request, 1000, &[]);
@@ -473,20 +473,20 @@ mod tests {
         let flood = guest
             .tx
             .flood(&[Buffer::Readable(header.as_bytes().to_vec())]);
-        let mut guest = crate::test_utils::ends(move || {
+        let mut guest = crate::test_utils::finishes(move || {
             guest.worker.serve().unwrap();
             guest
         });
         drop(flood);
-        assert_eq!(guest.tx.used().len(), TURN);
+        assert_eq!(guest.tx.used().len(), BATCH);
         assert!(guest.tx.take_kick());
     }
 
     #[test]
-    fn a_guest_that_gives_no_room_cannot_make_the_host_remember_without_end() {
+    fn refusals_are_bounded_without_receive_buffers() {
         let mut guest = Guest::new();
         for _ in 0..5 {
-            for _ in 0..TURN {
+            for _ in 0..BATCH {
                 guest.offer(&packet(Op::Request, 5), &[]);
             }
             guest.worker.serve().unwrap();

@@ -1,22 +1,22 @@
 //! Sockets between guest and host: virtio 1.2, section 5.10.
 //!
-//! The guest has an address (its CID), the host is CID 2, and both sides connect to ports. Here
-//! the host's side is this process: a guest that connects to a port reaches whoever listens on
-//! it ([`Ports::listen`]), and [`Ports::connect`] reaches a listener in the guest. Either way the
-//! host's end is an ordinary Unix stream, so that anything that can use a socket can use it.
+//! The guest has an address (its CID), the host has CID 2, and both sides connect to ports. The host's side
+//! is this process: a guest that connects to a port reaches its listener ([`Ports::listen`]), and
+//! [`Ports::connect`] reaches a listener in the guest. The host's end of a stream is always an ordinary Unix
+//! stream, which anything that can use a socket can use.
 //!
-//! For other processes of the host there are [`UnixSockets`].
+//! [`UnixSockets`] make this available to other processes on the host.
 //!
-//! # A stream's life
+//! # Life cycle of a stream
 //! ```text
-//! guest connects:  REQUEST → (handler found) RESPONSE → RW … RW → SHUTDOWN → RST
-//!                          → (nobody)        RST
+//! guest connects:  REQUEST → (listener found) RESPONSE → RW … RW → SHUTDOWN → RST
+//!                          → (no listener)    RST
 //! host connects:   REQUEST ← ; RESPONSE →  … as above
 //! ```
-//! Credit (section 5.10.6.3): each side says how much buffer it has and how much of what it got
-//! it has passed on; the other never sends more than that. [`connection`] is the arithmetic and
-//! the state machine on plain data; [`muxer`] owns the connections; [`device`] connects both to
-//! the queues and to epoll, on the event loop's thread.
+//! Credit (section 5.10.6.3): each side reports the size of its buffer and how many bytes it has forwarded
+//! from it; the other side never sends more than that allows. [`connection`] implements the accounting and
+//! the state machine on plain data; [`muxer`] owns the connections; [`device`] connects them to the queues
+//! and to epoll on the event loop.
 
 pub mod connection;
 pub mod device;
@@ -29,7 +29,7 @@ pub use device::Vsock;
 pub use ports::{Listener, Ports, VsockMetrics};
 pub use sockets::UnixSockets;
 
-/// The host's address (section 5.10.4).
+/// CID of the host (section 5.10.4).
 pub const HOST_CID: u64 = 2;
-/// The first address that a guest may have; those below are reserved.
+/// Lowest CID of a guest; those below are reserved.
 pub const FIRST_GUEST_CID: u64 = 3;

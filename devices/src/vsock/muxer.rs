@@ -1,9 +1,9 @@
-//! All streams of one guest, and what is owed to it, in turn.
+//! All streams of one guest, and the round-robin queue of packets for it.
 
 use super::HOST_CID;
-use super::connection::{BUFFER_SIZE, Connection, LEAST_BUFFER_SIZE};
+use super::connection::{Connection, MAX_BUFFER_SIZE, MIN_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
-use super::ports::{Ports, VsockMetrics, Wanted};
+use super::ports::{Ports, Requested, VsockMetrics};
 use crate::sys;
 use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -13,44 +13,44 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::IntoBytes;
 
-/// The most streams of one guest: each is a descriptor of this process, so it is less where the
-/// process may have few.
+/// Maximum number of streams of a guest. Each takes a file descriptor, so the limit is lower if the process
+/// may have few.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// The buffers of all streams together, in bytes: a guest that fills them must not push its sandbox over what its
-/// control group has for the process itself. The host's kernel may hold as much again, and 4 KiB a stream at
-/// least, on its way to who reads.
-const BUDGET: u32 = 14 << 20;
+/// Total size of the receive buffers of all streams in bytes: a guest that fills them must not push its
+/// sandbox over the memory limit of the process. The host kernel may hold as much again in socket buffers,
+/// and at least 4 KiB per stream.
+const TOTAL_BUFFER_SIZE: u32 = 14 << 20;
 
-/// Which part of what is left a new stream gets. The first gets 256 KiB, the hundredth 4 KiB, and as streams end,
-/// theirs are others' again.
-const SHARE: u32 = 24;
+/// A new stream gets one part in this many of the remaining budget: the first gets 256 KiB, the hundredth 4
+/// KiB. The budget of a closed stream is available again.
+const SHARE_DIVISOR: u32 = 24;
 
-/// The most refusals that wait for room in the receive queue. A guest that makes more without
-/// giving room finds its transmit queue at rest until it does.
+/// Maximum number of refusals that wait for buffers in the receive queue. If a guest causes more without
+/// supplying buffers, its transmit queue is not served until it does.
 const MAX_REFUSALS: usize = 256;
 
-/// The most data in one packet to the guest.
+/// Maximum data size of a packet to the guest.
 const MAX_PACKET: u32 = 64 << 10;
 
-/// First port that the host's own connections come from.
+/// First source port of connections from the host.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
-/// A stream: the host's port, the guest's port.
+/// Identifies a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// The host's port.
+    /// Port on the host.
     pub host: u32,
-    /// The guest's port.
+    /// Port in the guest.
     pub guest: u32,
 }
 
-/// A change of what epoll should watch, for the device to carry out.
+/// A change of the descriptors watched by epoll, to be made by the device.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Watch {
-    /// A new stream's descriptor.
+    /// Add the descriptor of a new stream.
     Add(i32, Key),
-    /// A descriptor that is about to be closed.
+    /// Remove a descriptor that is about to be closed.
     Remove(i32),
 }
 
@@ -60,40 +60,40 @@ pub struct Muxer {
     ports: Ports,
     connections: HashMap<Key, Connection>,
     /// Streams that have a packet for the guest, each once.
-    turns: VecDeque<Key>,
+    ready: VecDeque<Key>,
     queued: HashSet<Key>,
     refusals: VecDeque<Header>,
     watches: Vec<Watch>,
-    /// Streams that are over; their descriptors stay open until epoll has let go of them.
+    /// Streams that have ended; their descriptors stay open until epoll has removed them.
     closing: Vec<Connection>,
     next_port: u32,
     limit: usize,
-    /// The windows of all streams.
-    promised: u32,
-    /// How many host's ends were closed while the guest's was open: which was the first.
+    /// Total size of the receive buffers of all streams.
+    allocated: u32,
+    /// Number of host ends closed while the guest's end was open, to find the one closed first.
     closed: u64,
 }
 
-/// The buffer of a new stream when there are so many already, with so much promised to them. What the others that
-/// may come need at least is never given.
-fn window(streams: usize, promised: u32) -> u32 {
+/// Receive buffer size of a new stream, given the number of existing streams and their total. The minimum
+/// that further streams need is kept in reserve.
+fn buffer_size(streams: usize, allocated: u32) -> u32 {
     let to_come = MAX_CONNECTIONS.saturating_sub(streams) as u32;
-    let free = BUDGET
-        .saturating_sub(promised)
-        .saturating_sub(to_come * LEAST_BUFFER_SIZE);
-    (free / SHARE).clamp(LEAST_BUFFER_SIZE, BUFFER_SIZE)
+    let free = TOTAL_BUFFER_SIZE
+        .saturating_sub(allocated)
+        .saturating_sub(to_come * MIN_BUFFER_SIZE);
+    (free / SHARE_DIVISOR).clamp(MIN_BUFFER_SIZE, MAX_BUFFER_SIZE)
 }
 
-/// Limits what the host's kernel holds of a stream whose reader is slow (SO_SNDBUF). The default is 208 KiB.
-fn limit_send_buffer(stream: &UnixStream, window: u32) {
-    // The kernel takes half of what it is told as its own expense, and has a minimum.
-    let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, window as usize / 2);
+/// Limits how much the host kernel buffers for a slow reader of a stream (SO_SNDBUF). The default is 208 KiB.
+fn limit_send_buffer(stream: &UnixStream, buffer_size: u32) {
+    // The kernel doubles this value for its own overhead, and has a minimum.
+    let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, buffer_size as usize / 2);
     if let Err(error) = bound {
         log::debug!("vsock: cannot set the send buffer size of a stream: {error}");
     }
 }
 
-/// An eighth of the process's descriptors, up to [`MAX_CONNECTIONS`].
+/// An eighth of the process's descriptor limit, up to [`MAX_CONNECTIONS`].
 fn connection_limit() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let share = limit.map_or(MAX_CONNECTIONS as u64, |limit| limit / 8);
@@ -101,48 +101,47 @@ fn connection_limit() -> usize {
 }
 
 impl Muxer {
-    /// For the guest at `cid`.
+    /// A muxer for the guest with this CID.
     pub fn new(cid: u64, ports: Ports) -> Self {
         Self {
             cid,
             ports,
             connections: HashMap::new(),
-            turns: VecDeque::new(),
+            ready: VecDeque::new(),
             queued: HashSet::new(),
             refusals: VecDeque::new(),
             watches: Vec::new(),
             closing: Vec::new(),
             next_port: FIRST_HOST_PORT,
             limit: connection_limit(),
-            promised: 0,
+            allocated: 0,
             closed: 0,
         }
     }
 
-    fn window(&self) -> u32 {
-        window(self.connections.len(), self.promised)
+    fn buffer_size(&self) -> u32 {
+        buffer_size(self.connections.len(), self.allocated)
     }
 
-    /// What epoll should watch differently since the last call, to be carried out before
-    /// [`close_ended`](Self::close_ended).
+    /// The changes for epoll since the last call, to be made before [`close_ended`](Self::close_ended).
     pub fn take_watches(&mut self) -> Vec<Watch> {
         std::mem::take(&mut self.watches)
     }
 
-    /// Closes the descriptors of streams that are over, once epoll has let go of them.
+    /// Closes the descriptors of streams that have ended, after epoll has removed them.
     pub fn close_ended(&mut self) {
         self.closing.clear();
     }
 
-    /// Whether the guest may send: there is room to remember what it would be refused.
+    /// Whether the transmit queue may be served: the list of refusals is not full.
     pub fn may_receive(&self) -> bool {
         self.refusals.len() < MAX_REFUSALS
     }
 
-    /// Takes one packet of the guest.
+    /// Handles a packet from the guest.
     ///
     /// # Errors
-    /// A chain that is shorter than its header says.
+    /// If the chain is shorter than its header says.
     pub fn receive(&mut self, chain: &Chain, memory: &Memory) -> Result<(), ChainError> {
         let mut header = Header::default();
         chain.read(memory, 0, header.as_mut_bytes())?;
@@ -174,7 +173,7 @@ impl Muxer {
         };
         connection.take_credit(&header);
         if op == Op::ReadWrite {
-            pass_on(connection, chain, memory, len)?;
+            forward_data(connection, chain, memory, len)?;
             self.count(|metrics| &metrics.sent_bytes, len.into());
         } else {
             connection.receive_control(op, header.flags.get());
@@ -184,7 +183,7 @@ impl Muxer {
     }
 
     fn request(&mut self, key: Key, header: &Header) {
-        if self.connections.contains_key(&key) || !self.make_room() {
+        if self.connections.contains_key(&key) || !self.make_space() {
             self.refuse(header);
             return;
         }
@@ -197,18 +196,21 @@ impl Muxer {
             self.refuse(header);
             return;
         }
-        self.insert(key, Connection::accepted(stream, header, self.window()));
+        self.insert(
+            key,
+            Connection::accepted(stream, header, self.buffer_size()),
+        );
     }
 
-    /// Starts the streams that the host asked for.
-    pub fn connect_wanted(&mut self) {
-        for Wanted {
+    /// Starts the streams requested by the host.
+    pub fn connect_requested(&mut self) {
+        for Requested {
             port: guest,
             stream,
-            is_line_wanted,
-        } in self.ports.take_wanted()
+            wants_reply,
+        } in self.ports.take_requested()
         {
-            if !self.make_room() || stream.set_nonblocking(true).is_err() {
+            if !self.make_space() || stream.set_nonblocking(true).is_err() {
                 continue; // Dropped: the host's end sees the end of its stream.
             }
             let mut key = Key {
@@ -219,8 +221,11 @@ impl Muxer {
                 key.host = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
             }
             self.next_port = key.host.wrapping_add(1).max(FIRST_HOST_PORT);
-            let greeting = is_line_wanted.then(|| format!("OK {}\n", key.host));
-            self.insert(key, Connection::requested(stream, self.window(), greeting));
+            let greeting = wants_reply.then(|| format!("OK {}\n", key.host));
+            self.insert(
+                key,
+                Connection::requested(stream, self.buffer_size(), greeting),
+            );
         }
     }
 
@@ -229,8 +234,8 @@ impl Muxer {
     }
 
     fn insert(&mut self, key: Key, connection: Connection) {
-        self.promised += connection.window();
-        limit_send_buffer(connection.stream(), connection.window());
+        self.allocated += connection.buffer_size();
+        limit_send_buffer(connection.stream(), connection.buffer_size());
         self.count(|metrics| &metrics.streams, 1);
         let fd = connection.stream().as_raw_fd();
         self.watches.push(Watch::Add(fd, key));
@@ -238,13 +243,13 @@ impl Muxer {
         self.enqueue(key);
     }
 
-    /// Whether there is room for another stream. If there are too many, the one goes whose host's end was
-    /// closed first: a guest that keeps its own ends open must not take all places with them.
-    fn make_room(&mut self) -> bool {
+    /// Whether another stream can be added. If there are too many, the stream whose host end was closed first
+    /// is removed: a guest that keeps its own ends open must not block new streams.
+    fn make_space(&mut self) -> bool {
         if self.connections.len() < self.limit {
             return true;
         }
-        // The guest is told by a refusal, which has a bound of its own.
+        // The guest is notified by a refusal, whose number is limited.
         if !self.may_receive() {
             return false;
         }
@@ -264,12 +269,12 @@ impl Muxer {
                 op: (Op::Reset as u16).into(),
                 ..Header::default()
             });
-            self.forget(connection);
+            self.close(connection);
         }
         true
     }
 
-    /// The host's end of a stream was closed: nobody reads from it or writes to it any more.
+    /// The host's end of a stream was closed in both directions.
     pub fn host_closed(&mut self, key: Key) {
         if let Some(connection) = self.connections.get_mut(&key) {
             connection.set_closed(self.closed);
@@ -277,7 +282,7 @@ impl Muxer {
         }
     }
 
-    /// The host's end of a stream can be read or written again.
+    /// The host's end of a stream is readable or writable.
     pub fn host_ready(&mut self, key: Key, readable: bool, writable: bool) {
         let Some(connection) = self.connections.get_mut(&key) else {
             return;
@@ -295,22 +300,21 @@ impl Muxer {
         let Some(connection) = self.connections.get(&key) else {
             return;
         };
-        if (connection.has_packet() || connection.is_over()) && self.queued.insert(key) {
-            self.turns.push_back(key);
+        if (connection.has_packet() || connection.is_finished()) && self.queued.insert(key) {
+            self.ready.push_back(key);
         }
     }
 
     /// Whether there may be a packet for the guest.
     pub fn has_packet(&self) -> bool {
-        !self.refusals.is_empty() || !self.turns.is_empty()
+        !self.refusals.is_empty() || !self.ready.is_empty()
     }
 
-    /// Writes the next packet into `chain`; how many bytes, or none if there was no packet after
-    /// all.
+    /// Writes the next packet to `chain`; returns its length, or `None` if there is no packet after all.
     ///
     /// # Errors
-    /// A chain that has no room for a header, or for no data where that is next. The packet waits for
-    /// the next chain.
+    /// If the chain has no space for a header, or for no data when data is next. The packet waits for the
+    /// next chain.
     pub fn send(&mut self, chain: &Chain, memory: &Memory) -> Result<Option<u32>, ChainError> {
         if chain.writable_len() < HEADER_SIZE {
             return Err(ChainError::TooShort);
@@ -319,7 +323,7 @@ impl Muxer {
             chain.write(memory, 0, refusal.as_bytes())?;
             return Ok(Some(HEADER_SIZE));
         }
-        while let Some(key) = self.turns.pop_front() {
+        while let Some(key) = self.ready.pop_front() {
             self.queued.remove(&key);
             let sent = self.send_from(key, chain, memory);
             self.enqueue(key);
@@ -348,7 +352,7 @@ impl Muxer {
             kind: TYPE_STREAM.into(),
             ..Header::default()
         };
-        if let Some((op, flags)) = connection.take_owed() {
+        if let Some((op, flags)) = connection.take_control() {
             header.op = (op as u16).into();
             header.flags = flags.into();
             connection.put_credit(&mut header);
@@ -360,14 +364,14 @@ impl Muxer {
         }
         let room = chain.writable_len() - HEADER_SIZE;
         if room == 0 {
-            // Another try with the same chain would end here again, and so on for ever.
+            // A retry with the same chain would end here again, forever.
             return Err(ChainError::TooShort);
         }
-        let count = room.min(connection.peer_room()).min(MAX_PACKET);
+        let count = room.min(connection.peer_free()).min(MAX_PACKET);
         let slices = chain.writable_slices(memory, HEADER_SIZE, count as usize)?;
         match sys::receive(connection.stream(), &slices) {
             Ok(0) => {
-                connection.host_ended();
+                connection.host_send_closed();
                 return self.send_from(key, chain, memory);
             }
             Ok(got) => {
@@ -381,36 +385,39 @@ impl Muxer {
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => connection.drained(),
             Err(_) => {
-                connection.host_gone();
+                connection.host_receive_closed();
                 return self.send_from(key, chain, memory);
             }
         }
         Ok(None)
     }
 
-    /// Forgets a stream that is over.
+    /// Removes a stream that has ended.
     fn sweep(&mut self, key: Key) {
-        if self.connections.get(&key).is_some_and(Connection::is_over)
+        if self
+            .connections
+            .get(&key)
+            .is_some_and(Connection::is_finished)
             && let Some(connection) = self.connections.remove(&key)
         {
-            self.forget(connection);
+            self.close(connection);
         }
     }
 
-    fn forget(&mut self, connection: Connection) {
-        self.promised -= connection.window();
+    fn close(&mut self, connection: Connection) {
+        self.allocated -= connection.buffer_size();
         self.watches
             .push(Watch::Remove(connection.stream().as_raw_fd()));
         self.closing.push(connection);
     }
 
     #[cfg(test)]
-    pub(super) fn set_limit_for_test(&mut self, limit: usize) {
+    pub(super) fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
     }
 
     #[cfg(test)]
-    pub(super) fn connections_for_test(&self) -> Vec<Key> {
+    pub(super) fn connection_keys(&self) -> Vec<Key> {
         self.connections.keys().copied().collect()
     }
 
@@ -428,31 +435,31 @@ impl Muxer {
     }
 }
 
-/// Data of the guest to the host's end: straight there, and into the buffer what it does not
-/// take.
-fn pass_on(
+/// Forwards data from the guest to the host's end: directly as much as it accepts, the rest through the
+/// buffer.
+fn forward_data(
     connection: &mut Connection,
     chain: &Chain,
     memory: &Memory,
     len: u32,
 ) -> Result<(), ChainError> {
     let mut passed = 0;
-    if connection.may_bypass(len) && len > 0 {
+    if connection.can_forward_directly(len) && len > 0 {
         let slices = chain.readable_slices(memory, HEADER_SIZE, len as usize)?;
         match sys::send(connection.stream(), &slices) {
             Ok(count) => {
                 passed = count as u32;
-                connection.passed_on(passed);
+                connection.add_forwarded(passed);
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => {
-                connection.host_gone();
+                connection.host_receive_closed();
                 return Ok(());
             }
         }
     }
     if passed < len {
-        let mut rest = vec![0; (len - passed).min(BUFFER_SIZE + 1) as usize];
+        let mut rest = vec![0; (len - passed).min(MAX_BUFFER_SIZE + 1) as usize];
         chain.read(memory, HEADER_SIZE + passed, &mut rest)?;
         connection.receive(&rest);
     }
@@ -464,30 +471,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_streams_together_have_a_bound() {
-        let mut promised = 0;
-        let windows: Vec<u32> = (0..MAX_CONNECTIONS)
+    fn all_buffers_together_are_bounded() {
+        let mut allocated = 0;
+        let sizes: Vec<u32> = (0..MAX_CONNECTIONS)
             .map(|streams| {
-                let window = window(streams, promised);
-                promised += window;
-                window
+                let buffer_size = buffer_size(streams, allocated);
+                allocated += buffer_size;
+                buffer_size
             })
             .collect();
-        assert!(promised <= BUDGET, "{promised}");
-        assert!(windows.is_sorted_by(|one, next| one >= next));
-        assert!(
-            windows[0] >= 250 << 10 && windows[50] >= 24 << 10,
-            "{windows:?}"
-        );
-        assert_eq!(windows[MAX_CONNECTIONS - 1], LEAST_BUFFER_SIZE);
-        // Whatever ends and comes again in whatever order.
-        let mut left = windows;
+        assert!(allocated <= TOTAL_BUFFER_SIZE, "{allocated}");
+        assert!(sizes.is_sorted_by(|one, next| one >= next));
+        assert!(sizes[0] >= 250 << 10 && sizes[50] >= 24 << 10, "{sizes:?}");
+        assert_eq!(sizes[MAX_CONNECTIONS - 1], MIN_BUFFER_SIZE);
+        // Whatever the order in which streams end and start.
+        let mut left = sizes;
         for n in 0..10_000 {
-            promised -= left.swap_remove(n * 7919 % left.len());
-            let new = window(left.len(), promised);
-            promised += new;
+            allocated -= left.swap_remove(n * 7919 % left.len());
+            let new = buffer_size(left.len(), allocated);
+            allocated += new;
             left.push(new);
-            assert!(promised <= BUDGET, "{promised}");
+            assert!(allocated <= TOTAL_BUFFER_SIZE, "{allocated}");
         }
         assert!((16..=MAX_CONNECTIONS).contains(&connection_limit()));
     }

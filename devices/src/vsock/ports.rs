@@ -1,5 +1,5 @@
-//! Who listens on the host's ports, and how host code reaches ports of the guest. Shared between
-//! the device and any thread of the process.
+//! Listeners on ports of the host, and connections from the host to ports of the guest. Shared between the
+//! device and any thread of the process.
 
 use koya_host::sync::lock;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -14,23 +14,23 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How many connections wait for a listener; each is a descriptor.
+/// Maximum number of connections that wait for a listener; each takes a file descriptor.
 const BACKLOG: usize = 128;
 
-/// What a port of the host leads to.
+/// The target of a port of the host.
 enum Target {
-    /// Code in this process; each connection is the far end of a socket pair.
+    /// A listener in this process; each connection is one end of a socket pair.
     Process(SyncSender<UnixStream>),
-    /// A Unix socket that somebody listens on.
+    /// A listening Unix socket.
     Socket(PathBuf),
 }
 
-/// What a guest's vsock did so far.
+/// Metrics of a guest's vsock device.
 #[derive(Debug, Default, Serialize)]
 pub struct VsockMetrics {
-    /// Streams that were made, by either side.
+    /// Streams opened by either side.
     pub streams: AtomicU64,
-    /// Packets of the guest that were refused: nobody listens, too many streams, out of turn.
+    /// Packets from the guest that were refused: no listener, too many streams, protocol error.
     pub refused: AtomicU64,
     /// Bytes from the guest.
     pub sent_bytes: AtomicU64,
@@ -38,31 +38,30 @@ pub struct VsockMetrics {
     pub received_bytes: AtomicU64,
 }
 
-struct Inner {
+struct SharedPorts {
     metrics: VsockMetrics,
     targets: Mutex<HashMap<u32, Target>>,
-    /// Where ports lead that are not in `targets`: to sockets with this path and the port's number.
+    /// Prefix of the sockets for ports that are not in `targets`, to be followed by the port number.
     fallback: Mutex<Option<PathBuf>>,
-    wanted: Mutex<Vec<Wanted>>,
+    requested: Mutex<Vec<Requested>>,
     wake: EventFd,
 }
 
-/// A connection that the host asked for and the device has not taken up.
-pub(super) struct Wanted {
-    /// The guest's port.
+/// A connection requested by the host that the device has not started yet.
+pub(super) struct Requested {
+    /// Port in the guest.
     pub(super) port: u32,
-    /// The device's end.
+    /// The device's end of the stream.
     pub(super) stream: UnixStream,
-    /// Whether the other end is told when the guest has accepted.
-    pub(super) is_line_wanted: bool,
+    /// Whether to write a line to the other end once the guest has accepted.
+    pub(super) wants_reply: bool,
 }
 
-/// The host's side of a guest's vsock. Cheap to clone.
+/// The host side of a guest's vsock device. Cheap to clone.
 #[derive(Clone)]
-pub struct Ports(Arc<Inner>);
+pub struct Ports(Arc<SharedPorts>);
 
-/// Connections to one port, in the order in which the guest made them. Dropping it closes the
-/// port.
+/// Accepts the guest's connections to one port in order. Dropping it closes the port.
 pub struct Listener {
     port: u32,
     ports: Ports,
@@ -70,29 +69,29 @@ pub struct Listener {
 }
 
 impl Ports {
-    /// No port leads anywhere yet.
+    /// Without any listener.
     ///
     /// # Errors
-    /// If the host gives no event descriptor.
+    /// If the host has no file descriptor left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(SharedPorts {
             metrics: VsockMetrics::default(),
             targets: Mutex::default(),
             fallback: Mutex::default(),
-            wanted: Mutex::default(),
+            requested: Mutex::default(),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         })))
     }
 
-    /// What the guest's vsock did so far.
+    /// Metrics of the device.
     pub fn metrics(&self) -> &VsockMetrics {
         &self.0.metrics
     }
 
-    /// Listens on a port of the host, for connections from the guest.
+    /// Listens on a port of the host for connections from the guest.
     ///
     /// # Errors
-    /// If somebody listens there already.
+    /// If the port is in use.
     pub fn listen(&self, port: u32) -> io::Result<Listener> {
         let (sender, streams) = sync_channel(BACKLOG);
         self.add(port, Target::Process(sender))?;
@@ -103,50 +102,51 @@ impl Ports {
         })
     }
 
-    /// Leads a port of the host to a Unix socket; it is connected to when the guest connects.
+    /// Forwards connections to a port of the host to a Unix socket, which is connected to when the guest
+    /// connects.
     ///
     /// # Errors
-    /// If somebody listens there already.
+    /// If the port is in use.
     pub fn forward(&self, port: u32, socket: impl Into<PathBuf>) -> io::Result<()> {
         self.add(port, Target::Socket(socket.into()))
     }
 
-    /// Connects to a port of the guest. The stream is there at once; if nobody listens in the
-    /// guest, it ends at once.
+    /// Connects to a port of the guest. Returns the stream immediately; if there is no listener in the guest,
+    /// the stream ends.
     ///
     /// # Errors
-    /// If the host gives no sockets, or the guest takes no connections up.
+    /// If the host has no sockets left, or the guest does not accept connections.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        self.want(port, theirs, false)?;
+        self.request(port, theirs, false)?;
         Ok(ours)
     }
 
-    /// Connects a stream that is there to a port of the guest; its other end gets a line `OK PORT`,
-    /// with the host's port, once the guest has accepted.
+    /// Connects an existing stream to a port of the guest; the line `OK PORT`, with the host's port, is
+    /// written to its other end once the guest has accepted.
     pub(super) fn connect_stream(&self, port: u32, stream: UnixStream) -> io::Result<()> {
-        self.want(port, stream, true)
+        self.request(port, stream, true)
     }
 
-    fn want(&self, port: u32, stream: UnixStream, is_line_wanted: bool) -> io::Result<()> {
-        let mut wanted = lock(&self.0.wanted);
-        // A guest that takes none up must not make this process hold them all.
-        if wanted.len() >= BACKLOG {
+    fn request(&self, port: u32, stream: UnixStream, wants_reply: bool) -> io::Result<()> {
+        let mut requested = lock(&self.0.requested);
+        // A guest that does not accept connections must not make this process hold any number of them.
+        if requested.len() >= BACKLOG {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        wanted.push(Wanted {
+        requested.push(Requested {
             port,
             stream,
-            is_line_wanted,
+            wants_reply,
         });
         self.0.wake.write(1)
     }
 
-    /// Leads all ports that lead nowhere else to Unix sockets: port 52 to `path` and `_52`.
+    /// Forwards all ports without another target to Unix sockets: port 52 to `path` followed by `_52`.
     pub(super) fn set_fallback(&self, path: Option<PathBuf>) {
         if path.is_none() {
-            // Whoever waits sees the end.
-            lock(&self.0.wanted).retain(|wanted| !wanted.is_line_wanted);
+            // Those who wait for the line see the end of their stream.
+            lock(&self.0.requested).retain(|requested| !requested.wants_reply);
         }
         *lock(&self.0.fallback) = path;
     }
@@ -163,7 +163,7 @@ impl Ports {
         Ok(())
     }
 
-    /// The device's end of a stream to whoever listens on `port`.
+    /// Connects to the listener on `port`; returns the device's end of the stream.
     pub(super) fn accept(&self, port: u32) -> Option<UnixStream> {
         let mut targets = lock(&self.0.targets);
         let Some(target) = targets.get(&port) else {
@@ -177,7 +177,8 @@ impl Ports {
                 let (ours, theirs) = UnixStream::pair().ok()?;
                 match sender.try_send(theirs) {
                     Ok(()) => ours,
-                    // Slower than its guest: refused, as a full backlog of a socket is.
+                    // The listener is slower than the guest: refused, like a connection to a socket with a
+                    // full backlog.
                     Err(TrySendError::Full(_)) => return None,
                     Err(TrySendError::Disconnected(_)) => {
                         targets.remove(&port);
@@ -190,20 +191,19 @@ impl Ports {
         Some(stream)
     }
 
-    /// Connections that the host asked for since the last call.
-    pub(super) fn take_wanted(&self) -> Vec<Wanted> {
+    /// The connections requested by the host since the last call.
+    pub(super) fn take_requested(&self) -> Vec<Requested> {
         self.0.wake.read().ok();
-        std::mem::take(&mut *lock(&self.0.wanted))
+        std::mem::take(&mut *lock(&self.0.requested))
     }
 
-    /// Becomes readable when [`take_wanted`](Self::take_wanted) has something to give.
+    /// Becomes readable when there are requested connections ([`take_requested`](Self::take_requested)).
     pub(super) fn wake(&self) -> &EventFd {
         &self.0.wake
     }
 }
 
-/// Connects without waiting: this is the event loop's thread. A listener whose backlog is full
-/// refuses.
+/// Connects without blocking, because this runs on the event loop. A listener with a full backlog refuses.
 fn connect_at_once(path: &std::path::Path) -> io::Result<UnixStream> {
     let socket = socket_with(
         AddressFamily::UNIX,
@@ -216,17 +216,17 @@ fn connect_at_once(path: &std::path::Path) -> io::Result<UnixStream> {
 }
 
 impl Listener {
-    /// The next connection, waiting for it.
+    /// Waits for the next connection.
     ///
     /// # Errors
-    /// None while the listener lives; the form is the one of other listeners.
+    /// None while the listener exists; the signature is that of other listeners.
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.streams
             .recv()
             .map_err(|_| io::ErrorKind::NotConnected.into())
     }
 
-    /// The next connection, waiting no longer than `limit`.
+    /// Waits for the next connection, up to `limit`.
     ///
     /// # Errors
     /// `TimedOut`

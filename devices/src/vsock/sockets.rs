@@ -1,11 +1,11 @@
-//! A guest's vsock for other processes of the host, by Unix sockets. The convention is the one that
-//! Firecracker's users know (docs/vsock.md there):
+//! Connects a guest's vsock device to other processes on the host through Unix sockets, with the convention
+//! known from Firecracker (docs/vsock.md there):
 //!
-//! - **To the guest**: connect to the socket `PATH`, write `CONNECT PORT` and a line end, read a line
-//!   `OK HOST_PORT`; from then on the stream leads to the guest's port. If nobody listens there, the
-//!   stream ends without that line.
-//! - **From the guest**: a connection to port N of the host reaches the socket `PATH_N`, on which some
-//!   process of the host listens; if none does, it is refused.
+//! - **To the guest**: connect to the socket `PATH`, write `CONNECT PORT` and a newline, and read the line
+//!   `OK HOST_PORT`; then the stream is connected to the guest's port. If there is no listener in the guest,
+//!   the stream ends without that line.
+//! - **From the guest**: a connection to port N of the host is connected to the socket `PATH_N`. If no
+//!   process listens on it, the connection is refused.
 
 use super::Ports;
 use koya_host::threads::{self, Role};
@@ -19,23 +19,23 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Accepts clients, each of which has a thread until it has said what it wants.
+/// Accepts clients. Each has its own thread until it has sent its connection request.
 const LISTENER: Role = Role::new("koya-vsock").without_signals();
-const CLIENT: Role = Role::new("koya-vsock-line").of_the_guest();
+const CLIENT: Role = Role::new("koya-vsock-line").guest_facing();
 
-/// How long a client may take to say which port it wants.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client may take to send its connection request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The longest line of a client: `CONNECT 4294967295` and a carriage return.
+/// Maximum length of a request: `CONNECT 4294967295` and a carriage return.
 const MAX_LINE: usize = 19;
 
-/// How many clients may be about to say which port they want; others wait to be accepted.
+/// Maximum number of clients that have not sent their request; further ones wait to be accepted.
 const MAX_CLIENTS: usize = 64;
 
 /// The sockets of one guest. Dropping this closes `PATH` and removes it.
 pub struct UnixSockets {
     path: PathBuf,
-    /// The socket's file: another may have taken its place.
+    /// Identity of the socket file, which may have been replaced.
     file: (u64, u64),
     listener: Arc<UnixListener>,
     ports: Ports,
@@ -44,10 +44,10 @@ pub struct UnixSockets {
 }
 
 impl UnixSockets {
-    /// Listens at `path`, and leads the guest's connections to the sockets beside it.
+    /// Listens at `path`, and forwards the guest's connections to the sockets beside it.
     ///
     /// # Errors
-    /// If `path` exists (a socket that nobody listens on is replaced), or the host refuses it.
+    /// If `path` exists (a socket without a listener is replaced), or the error from the host.
     pub fn listen(ports: &Ports, path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
         let listener = Arc::new(bind(&path)?);
@@ -59,7 +59,7 @@ impl UnixSockets {
             ended: Arc::default(),
             thread: None,
         };
-        // From here on dropping `sockets` takes back what was done.
+        // From here on, dropping `sockets` undoes what was done.
         let (ports, ended) = (ports.clone(), sockets.ended.clone());
         ports.set_fallback(Some(sockets.path.clone()));
         let work = move || serve(&listener, &ports, &ended);
@@ -78,7 +78,7 @@ impl Drop for UnixSockets {
     fn drop(&mut self) {
         self.ports.set_fallback(None);
         self.ended.store(true, Ordering::SeqCst);
-        // Wakes the thread from its accept, wherever the path leads by now.
+        // Wakes the thread from accept(2), whatever the path refers to by now.
         rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both).ok();
         if identity(&self.path).is_ok_and(|file| file == self.file) {
             std::fs::remove_file(&self.path).ok();
@@ -91,7 +91,7 @@ impl Drop for UnixSockets {
     }
 }
 
-/// A socket at `path`; one that a killed process left is no obstacle.
+/// Creates a socket at `path`; replaces one left behind by a killed process.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -115,7 +115,7 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
             Ok((stream, _)) => stream,
             Err(_) if ended.load(Ordering::SeqCst) => return,
             Err(error) => {
-                // No descriptor left, say: not a reason to be deaf for ever, nor to spin.
+                // Out of descriptors, for example: continue later, without spinning.
                 log::warn!("vsock: cannot accept a connection: {error}");
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
@@ -139,7 +139,7 @@ fn serve(listener: &UnixListener, ports: &Ports, ended: &AtomicBool) {
     }
 }
 
-/// Reads a client's line and gives its stream to the device.
+/// Reads a client's request and passes its stream to the device.
 fn connect(mut stream: UnixStream, ports: &Ports) -> io::Result<()> {
     let port = read_line(&mut stream).and_then(|line| {
         parse(&line).ok_or_else(|| io::Error::other(format!("{line:?} is not CONNECT PORT")))
@@ -153,9 +153,9 @@ fn connect(mut stream: UnixStream, ports: &Ports) -> io::Result<()> {
     }
 }
 
-/// A line, byte by byte: what follows it is the guest's.
+/// Reads a line byte by byte, since what follows it is for the guest.
 fn read_line(stream: &mut UnixStream) -> io::Result<String> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + REQUEST_TIMEOUT;
     let mut line = Vec::new();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -202,12 +202,12 @@ mod tests {
         }
     }
 
-    fn wanted(ports: &Ports) -> Vec<super::super::ports::Wanted> {
+    fn requested(ports: &Ports) -> Vec<super::super::ports::Requested> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
-            let wanted = ports.take_wanted();
-            if !wanted.is_empty() || Instant::now() > deadline {
-                return wanted;
+            let requested = ports.take_requested();
+            if !requested.is_empty() || Instant::now() > deadline {
+                return requested;
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -219,20 +219,20 @@ mod tests {
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();
         let sockets = UnixSockets::listen(&ports, &path).unwrap();
-        // A client that says nothing keeps nobody waiting.
+        // A client that sends nothing does not delay others.
         let _silent = UnixStream::connect(&path).unwrap();
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(b"CONNECT 7\nhello").unwrap();
-        let mut wanted = wanted(&ports);
-        let one = &mut wanted[0];
-        assert_eq!((one.port, one.is_line_wanted), (7, true));
+        let mut requested = requested(&ports);
+        let one = &mut requested[0];
+        assert_eq!((one.port, one.wants_reply), (7, true));
         let mut bytes = [0; 5];
         one.stream.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"hello");
         let mut wrong = UnixStream::connect(&path).unwrap();
         wrong.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
         let mut rest = Vec::new();
-        // An end, or a reset if what it said was not read to the end.
+        // The end of the stream, or a reset if not all of the request was read.
         wrong.read_to_end(&mut rest).ok();
         assert_eq!(rest, b"");
         drop(sockets);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_anothers_by_now_is_left_alone() {
+    fn a_path_that_was_replaced_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let first = UnixSockets::listen(&Ports::new().unwrap(), &path).unwrap();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_of_a_guest_that_takes_none_are_refused() {
+    fn clients_of_a_guest_that_accepts_none_are_refused() {
         let ports = Ports::new().unwrap();
         let connect = || {
             let (ours, theirs) = UnixStream::pair().unwrap();
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_was_left_is_replaced_and_others_are_not() {
+    fn a_stale_socket_is_replaced_and_others_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
         let ports = Ports::new().unwrap();

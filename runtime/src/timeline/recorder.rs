@@ -4,7 +4,7 @@ use super::{Keep, Lane, Mark, Step, Timeline, VERSION, store};
 use crate::Error;
 use crate::agent::AgentTimes;
 use crate::sync::lock;
-use koya_vmm::Marks;
+use koya_vmm::BootEvents;
 use std::borrow::Cow;
 use std::error::Error as _;
 use std::fmt::Write;
@@ -27,7 +27,7 @@ pub(crate) struct Recorder {
     id: String,
     is_kept: bool,
     state: Mutex<State>,
-    machine: OnceLock<Arc<Marks>>,
+    machine: OnceLock<Arc<BootEvents>>,
     /// One writes the file at a time.
     writing: Mutex<()>,
 }
@@ -136,7 +136,7 @@ impl Recorder {
     }
 
     /// The machine runs, and has marks of its own.
-    pub(crate) fn machine_runs(&self, marks: &Arc<Marks>) {
+    pub(crate) fn machine_runs(&self, marks: &Arc<BootEvents>) {
         self.machine.set(marks.clone()).ok();
     }
 
@@ -207,7 +207,7 @@ impl Recorder {
         let began = began.unwrap_or_default().as_millis();
         let state = self.lock();
         let mut marks = state.marks.clone();
-        let machine = self.machine.get().map(|marks| marks.marks());
+        let machine = self.machine.get().map(|events| events.events());
         marks.extend(machine.into_iter().flatten().map(|mark| Mark {
             name: mark.name.into(),
             lane: match mark.by_guest {

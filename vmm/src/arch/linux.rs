@@ -1,14 +1,14 @@
-//! What Linux is told on its command line, whatever the architecture.
+//! Linux kernel parameters that do not depend on the architecture.
 
 use super::BootInfo;
 use crate::panic_log;
 
-/// Memory that is plugged is used at once, and as far as the kernel can do without it in a form that
-/// it can give up again (Documentation/admin-guide/mm/memory-hotplug.rst).
+/// Onlines plugged memory immediately, in movable zones as far as the kernel can, so that it can be unplugged
+/// again (Documentation/admin-guide/mm/memory-hotplug.rst).
 const HOTPLUG: &str = " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
-/// Where the last words go, how many CPUs to start, what to do with memory that comes.
-pub(super) fn words(info: &BootInfo<'_>) -> String {
+/// Parameters for the panic log, the number of CPUs to start and memory hotplug.
+pub(super) fn kernel_parameters(info: &BootInfo<'_>) -> String {
     let mut words = panic_log::cmdline();
     if info.cpus.online < info.cpus.count {
         words += &format!(" maxcpus={}", info.cpus.online);
@@ -19,16 +19,16 @@ pub(super) fn words(info: &BootInfo<'_>) -> String {
     words
 }
 
-/// The owner's words, then these, which the kernel takes by what it has read so far, and last what is
-/// init's.
-pub(super) fn before_init(own: &str, words: &str) -> String {
-    let (own, init) = own.split_at(words_for_init(own));
+/// Inserts kernel parameters behind the configured ones, because the kernel acts on them with what it has
+/// parsed by then (a console prints at the log level known so far); arguments for init come last.
+pub(super) fn insert_before_init(own: &str, words: &str) -> String {
+    let (own, init) = own.split_at(init_arguments(own));
     format!("{own} {words} {init}")
 }
 
-/// Where in a command line the word is that all behind is init's, else its end: words as the kernel
-/// divides them (`next_arg` in lib/cmdline.c), which may have blanks in quotes.
-fn words_for_init(line: &str) -> usize {
+/// Offset of the `--` that begins the arguments for init, or the length of the line. Parameters are split as
+/// the kernel does (`next_arg` in lib/cmdline.c): a quoted one may contain blanks.
+fn init_arguments(line: &str) -> usize {
     let mut is_quoted = false;
     let words = line.split(|c: char| {
         is_quoted ^= c == '"';
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_are_asked_for_when_it_is_known_how_many() {
+    fn parameters_are_inserted_before_the_arguments_of_init() {
         for (words, line) in [
             ("", " EARLY "),
             ("quiet", "quiet EARLY "),
@@ -59,7 +59,7 @@ mod tests {
             ("a=b-- c -- d", "a=b-- c  EARLY -- d"),
             ("a=\"b -- c\" d", "a=\"b -- c\" d EARLY "),
         ] {
-            assert_eq!(before_init(words, "EARLY"), line);
+            assert_eq!(insert_before_init(words, "EARLY"), line);
         }
     }
 }

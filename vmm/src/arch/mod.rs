@@ -1,17 +1,17 @@
-//! What differs between architectures, behind one small interface.
+//! Architecture-specific code behind one small interface.
 //!
-//! Both directories have the same file names and offer the same functions:
-//! - [`KernelFormat`], [`kernel_format`]: which kind of kernel a file's first bytes are
-//! - [`layout`]: the guest's physical memory, region by region, and the MMIO slots for virtio devices
-//! - [`features`]: what KVM offers to vCPUs
-//! - [`prepare_vm`]: what KVM needs before vCPUs exist (interrupt controller, clock)
-//! - [`attach_platform`]: the platform's own devices on the bus: the serial port, and what resets the CPU
-//! - [`prepare_vcpu`]: a vCPU's identity and features
-//! - [`load`]: a kernel into memory, and what it is told of its machine ([`BootInfo`]), as the platform has
-//!   it: a command line and tables, or a device tree
-//! - [`set_entry`]: where the first vCPU starts
+//! Each architecture's directory offers the same functions:
+//! - [`KernelFormat`], [`kernel_format`]: detects the kernel format from the first bytes of a file
+//! - [`layout`]: guest physical memory map and the MMIO slots for virtio devices
+//! - [`features`]: CPU features that KVM offers
+//! - [`prepare_vm`]: sets up what must exist before vCPUs are created (interrupt controller, clock)
+//! - [`attach_platform`]: attaches the platform's own devices to the bus (serial port, reset)
+//! - [`prepare_vcpu`]: sets the identity and features of a vCPU
+//! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
+//!   by device tree
+//! - [`set_entry`]: sets the entry point of the first vCPU
 //!
-//! `cfg(target_arch)` stands here and nowhere else in the crate.
+//! `cfg(target_arch)` is used only here in this crate.
 
 mod linux;
 
@@ -28,34 +28,34 @@ pub use aarch64::*;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;
 
-/// Where a virtio-mmio device may be.
+/// A slot for a virtio-mmio device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MmioSlot {
-    /// Guest physical address of the registers, a page of them.
+    /// Guest physical address of its registers, which take one page.
     pub(crate) address: u64,
-    /// The interrupt's number, as KVM's irqfd counts them (GSI).
+    /// Interrupt number (GSI, as used by KVM's irqfd).
     pub(crate) irq: u32,
 }
 
-/// A machine as its guest is to find it. How the guest is told is the platform's business.
+/// The machine that is described to the guest, independent of how the platform describes it.
 pub(crate) struct BootInfo<'a> {
-    /// Kernel, initial RAM file system, and the owner's words for the command line.
+    /// Kernel, initial RAM disk and configured kernel parameters.
     pub(crate) boot: &'a mut Boot,
-    /// What there is at the start, and whether there is room for more.
+    /// Boot memory, and how much can be hot-plugged.
     pub(crate) memory: MemorySpec,
-    /// How many there are, and how many of them the kernel starts.
+    /// Number of CPUs, and how many of them the kernel starts.
     pub(crate) cpus: &'a CpuSpec,
-    /// What the serial port is for.
+    /// Use of the serial port.
     pub(crate) serial: Serial,
-    /// The slots that have devices.
+    /// Slots that hold a device.
     pub(crate) slots: &'a [MmioSlot],
-    /// Those that are empty for now; the kernel counts them on.
+    /// Hot-plug slots, empty at first; the kernel numbers them after the others.
     pub(crate) hotplug_slots: &'a [MmioSlot],
 }
 
 impl BootInfo<'_> {
-    /// The owner's words for the command line.
-    fn own_words(&self) -> &str {
+    /// The configured kernel parameters.
+    fn configured_cmdline(&self) -> &str {
         match &self.boot {
             Boot::Linux { cmdline, .. } => cmdline,
             Boot::Flat(_) => "",
@@ -63,32 +63,32 @@ impl BootInfo<'_> {
     }
 }
 
-/// Why a virtual machine could not be made ready to boot.
+/// Why a virtual machine could not be prepared for boot.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArchError {
     /// KVM refused.
     #[error("KVM cannot {operation}")]
     Kvm {
-        /// What was asked of it.
+        /// The operation that failed.
         operation: &'static str,
-        /// Its answer.
+        /// The error from KVM.
         #[source]
         source: kvm_ioctls::Error,
     },
     /// The kernel or initramfs does not fit, or is broken.
     #[error("cannot load {what}")]
     Load {
-        /// Kernel, initramfs, command line.
+        /// What was being loaded: kernel, initramfs or command line.
         what: &'static str,
         /// What is wrong.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Two devices of the platform's in one place.
+    /// Two platform devices overlap.
     #[error(transparent)]
     Bus(#[from] Overlap),
-    /// Something that this architecture or this host does not have.
+    /// Not supported by this architecture or this host.
     #[error("{0} is not supported")]
     Unsupported(&'static str),
 }

@@ -1,6 +1,6 @@
-//! The devices of a configuration.
+//! Device configurations.
 
-use super::{ConfigError, in_range, yes};
+use super::{ConfigError, default_true, in_range};
 use koya_devices::blk::{Disk, DiskOptions, IoEngine, MAX_QUEUES};
 use koya_devices::net::{MAX_PAIRS, MIN_MTU, MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
@@ -8,15 +8,15 @@ use koya_devices::vsock::FIRST_GUEST_CID;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// A guest's vsock, for other processes of the host.
+/// A vsock device, connected to Unix sockets on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The guest's address, 3 or more. Every guest may have the same. Default: 3.
+    /// Context ID of the guest, 3 or more. Guests may share a CID. Default: 3.
     #[serde(default = "default_cid")]
     pub cid: u32,
-    /// The Unix socket by which processes of the host reach the guest, and beside which the guest
-    /// finds theirs; see [`UnixSockets`](koya_devices::vsock::UnixSockets). No default.
+    /// The Unix socket through which host processes connect to the guest; sockets for connections from the
+    /// guest lie beside it. See [`UnixSockets`](koya_devices::vsock::UnixSockets). No default.
     pub socket: PathBuf,
 }
 
@@ -31,34 +31,34 @@ fn default_cid() -> u32 {
     FIRST_GUEST_CID as u32
 }
 
-/// A network interface of a virtual machine.
+/// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap interface on the host, of the network namespace in which the configuration is checked.
-    /// One that does not exist is made, and goes with the virtual machine. Default: a new one, whose
-    /// name the kernel chooses.
+    /// The tap interface on the host, in the network namespace of the thread that checks the configuration.
+    /// If it does not exist, it is created, and removed with the virtual machine. Default: a new one, named
+    /// by the kernel.
     #[serde(default)]
     pub tap: String,
-    /// The guest's MAC address. Default: random, of local administration.
+    /// MAC address of the guest. Default: random, locally administered.
     #[serde(default)]
     pub mac: Option<MacAddr>,
-    /// The largest packet in bytes, 68 or more. Default: the guest's own choice (1500).
+    /// MTU in bytes, 68 or more. Default: chosen by the guest (1500).
     #[serde(default)]
     pub mtu: Option<u16>,
-    /// Pairs of queues, 1 to [`MAX_NET_QUEUES`], each with a thread of its own. A tap that exists must
-    /// have been made for several if this is more than one. Default: 1.
+    /// Number of queue pairs, 1 to [`MAX_NET_QUEUES`], each with its own thread. For more than one, an
+    /// existing tap must be multi-queue. Default: 1.
     #[serde(default)]
     pub queues: Option<u16>,
-    /// How much the guest may send in a time. Default: no limit.
+    /// Rate limits for frames the guest sends. Default: none.
     #[serde(default)]
     pub send_limits: RateLimits,
-    /// How much the guest may receive in a time. Default: no limit.
+    /// Rate limits for frames the guest receives. Default: none.
     #[serde(default)]
     pub receive_limits: RateLimits,
 }
 
-/// The most pairs of queues of a network interface.
+/// Maximum number of queue pairs of a network interface.
 pub const MAX_NET_QUEUES: u16 = MAX_PAIRS;
 
 impl NetConfig {
@@ -87,45 +87,45 @@ impl NetConfig {
     }
 }
 
-/// A disk of a virtual machine.
+/// A disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// A raw image or a block device. No default.
     pub path: PathBuf,
-    /// Refuse writes. Default: false.
+    /// Whether the disk is read-only. Default: false.
     #[serde(default)]
     pub read_only: bool,
-    /// Take a file for a raw image whatever is in it; see [`DiskOptions::raw`]. Default: false.
+    /// Treat a file as a raw image whatever it contains; see [`DiskOptions::raw`]. Default: false.
     #[serde(default)]
     pub raw: bool,
-    /// Past the host's page cache (O_DIRECT). Default: false.
+    /// Bypass the host page cache (O_DIRECT). Default: false.
     #[serde(default)]
     pub direct: bool,
-    /// The serial number that the guest sees, up to 20 bytes. Default: empty.
+    /// Serial number that the guest sees, up to 20 bytes. Default: empty.
     #[serde(default)]
     pub serial: String,
-    /// Queues, 1 to [`MAX_DISK_QUEUES`], each with a thread of its own. Default: one a vCPU, up to
+    /// Number of queues, 1 to [`MAX_DISK_QUEUES`], each with its own thread. Default: one per vCPU, up to
     /// four.
     #[serde(default)]
     pub queues: Option<u16>,
-    /// Use io_uring where the host allows it. Default: true.
-    #[serde(default = "yes")]
+    /// Use io_uring if the host allows it. Default: true.
+    #[serde(default = "default_true")]
     pub io_uring: bool,
-    /// How much the guest may do with it in a time. Default: no limit.
+    /// Rate limits for requests. Default: none.
     #[serde(default)]
     pub limits: RateLimits,
 }
 
-/// The most slots for disks that come later.
+/// Maximum number of slots for hot-plugged disks.
 pub const MAX_DISK_SLOTS: u32 = 16;
-/// The most queues of a disk.
+/// Maximum number of queues of a disk.
 pub const MAX_DISK_QUEUES: u16 = MAX_QUEUES;
-/// Queues of a disk whose configuration says nothing.
+/// Maximum number of queues if the configuration does not set one.
 const DISK_QUEUES: u32 = 4;
 
 impl DiskConfig {
-    /// Every default, and this image or device.
+    /// The default configuration for this image or device.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
@@ -134,10 +134,10 @@ impl DiskConfig {
         }
     }
 
-    /// Opens the disk and closes it again: whether a machine could have it now.
+    /// Opens the disk and closes it again, to check whether a machine could use it now.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Why the disk cannot be used.
     pub fn probe(&self) -> Result<(), ConfigError> {
         self.open().map(drop)
     }
@@ -170,7 +170,7 @@ impl DiskConfig {
     }
 }
 
-/// An open disk and how it is served.
+/// An open disk and its settings.
 pub(crate) struct DiskSpec {
     pub(crate) disk: Disk,
     pub(crate) queues: u16,

@@ -1,4 +1,4 @@
-//! What a user asks for ([`VmConfig`]) and what the rest of the crate works with ([`Spec`]).
+//! User configuration ([`VmConfig`]) and its validated form ([`Spec`]).
 
 mod devices;
 
@@ -16,14 +16,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// The most vCPUs of one virtual machine.
+/// Maximum number of vCPUs of a virtual machine.
 pub const MAX_CPUS: u32 = 32;
-/// The least memory, in MiB: less and Linux has no room to unpack itself.
+/// Minimum memory in MiB: with less, Linux cannot unpack itself.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// The most memory, in MiB: 512 GiB.
+/// Maximum memory in MiB: 512 GiB.
 pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
 
-/// What tells a kernel's format, in bytes: Linux's headers of all architectures end before.
+/// Bytes needed to detect a kernel's format: the headers of all architectures end before this.
 const KERNEL_HEAD: usize = 0x210;
 
 /// A virtual machine as a user describes it: in Rust, or as TOML.
@@ -42,95 +42,95 @@ pub struct VmConfig {
     /// The initial RAM file system, if the kernel needs one. Default: none.
     #[serde(default)]
     pub initramfs: Option<PathBuf>,
-    /// Words added to the kernel's command line after the monitor's own. Default: empty.
+    /// Kernel parameters added after those of the monitor. Default: empty.
     #[serde(default)]
     pub cmdline: String,
-    /// Virtual CPUs that the guest starts with, 1 to [`MAX_CPUS`]. Default: 1.
+    /// Number of vCPUs online at start, 1 to [`MAX_CPUS`]. Default: 1.
     #[serde(default = "default_cpus")]
     pub cpus: u32,
-    /// Virtual CPUs that the guest may turn on while it runs, once its owner lets it
-    /// ([`VmHandle::set_online_cpus`](crate::VmHandle::set_online_cpus)): `cpus` to [`MAX_CPUS`]. Each costs a
-    /// thread here, and memory in the guest. Default: as `cpus`.
+    /// Number of vCPUs that the guest may bring online later, once the owner allows it
+    /// ([`VmHandle::set_online_cpus`](crate::VmHandle::set_online_cpus)): `cpus` to [`MAX_CPUS`]. Each costs
+    /// a thread on the host and memory in the guest. Default: `cpus`.
     #[serde(default)]
     pub cpus_max: Option<u32>,
-    /// The CPU of the host that each virtual CPU stays on, in their order: none, or one for each.
-    /// Default: none.
+    /// Host CPUs to pin the vCPUs to, in order: empty, or one for each. Default: empty.
     #[serde(default)]
     pub cpu_pins: Vec<u32>,
     /// Memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`]. Default: 256.
     #[serde(default = "default_memory")]
     pub memory_mib: u64,
-    /// What memory may grow to while the guest runs (virtio-mem), in MiB. The room for more is rounded up
-    /// to whole memory blocks of Linux's, 128 MiB (2 GiB from 64 GiB on). Default: as `memory_mib`.
+    /// Maximum memory in MiB, up to which the guest may grow while it runs (virtio-mem). The hot-pluggable
+    /// part is rounded up to whole Linux memory blocks, 128 MiB (2 GiB from 64 GiB on). Default:
+    /// `memory_mib`.
     #[serde(default)]
     pub memory_max_mib: Option<u64>,
-    /// Whose memory it is. Default: anonymous.
+    /// How guest memory is allocated on the host. Default: anonymous.
     #[serde(default)]
     pub memory_backing: MemoryBacking,
-    /// The pages that it is made of. Default: as the host has it for every process.
+    /// Page size of guest memory on the host. Default: the host's setting.
     #[serde(default)]
     pub huge_pages: HugePages,
-    /// What the guest's serial port is for. Default: its console.
+    /// Use of the guest's serial port. Default: console.
     #[serde(default)]
     pub serial: Serial,
     /// Whether the guest has an entropy device. Default: true.
-    #[serde(default = "yes")]
+    #[serde(default = "default_true")]
     pub entropy: bool,
-    /// Whether the guest has a balloon: what it has not used for a while goes back to the host (free
-    /// page reporting), and the owner can ask for more. Default: true.
-    #[serde(default = "yes")]
+    /// Whether the guest has a balloon: memory that it frees goes back to the host (free page reporting), and
+    /// the owner can reclaim more. Default: true.
+    #[serde(default = "default_true")]
     pub balloon: bool,
-    /// Disks, which the guest sees in this order (`/dev/vda`, `/dev/vdb`, ...). Default: none.
+    /// Disks, in the order in which the guest sees them (`/dev/vda`, `/dev/vdb`, ...). Default: none.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
-    /// Slots for disks that come while the guest runs, up to [`MAX_DISK_SLOTS`]; each costs the
-    /// guest a look at an empty slot when it starts. Default: 0.
+    /// Number of slots for hot-plugged disks, up to [`MAX_DISK_SLOTS`]; the guest probes each empty slot when
+    /// it starts. Default: 0.
     #[serde(default)]
     pub disk_slots: u32,
-    /// Networks, which the guest sees in this order (`eth0`, `eth1`, ...). Default: none.
+    /// Networks, in the order in which the guest sees them (`eth0`, `eth1`, ...). Default: none.
     #[serde(default)]
     pub networks: Vec<NetConfig>,
-    /// Sockets between the guest and processes of the host. Default: none.
+    /// Sockets between the guest and host processes. Default: none.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
 }
 
-/// What a guest's serial port is for.
+/// Use of a guest's serial port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Serial {
-    /// There is none.
+    /// No serial port.
     None,
-    /// The kernel's messages, and nothing else: no driver has to find out what the port can do, which
-    /// are 64 exits of a start. The guest has no terminal for it.
+    /// Kernel messages only, without a driver: a driver that probes the port takes 64 exits during boot. The
+    /// guest has no terminal on it.
     Messages,
-    /// A terminal, which is the guest's `/dev/console` (the first serial terminal).
+    /// A terminal, the guest's `/dev/console` (the first serial terminal).
     #[default]
     Console,
 }
 
-/// Whose memory a guest's is on the host.
+/// How guest memory is allocated on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MemoryBacking {
-    /// This process's alone.
+    /// Anonymous memory of this process.
     #[default]
     Anonymous,
-    /// A memory file's (memfd_create(2)), which other processes can be given.
+    /// A memory file (memfd_create(2)), which can be shared with other processes.
     Memfd,
 }
 
-/// The pages that a guest's memory is made of on the host.
+/// Page size of guest memory on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HugePages {
-    /// As the host does it for every process.
+    /// The host's default for every process.
     #[default]
     Host,
-    /// Ask the host for transparent huge pages.
+    /// Request transparent huge pages.
     Transparent,
-    /// Pages of 2 MiB that the host has set aside (`vm.nr_hugepages`). They are claimed at the start,
-    /// up to the most that memory may grow to, and stay the guest's; sizes must be whole pages.
+    /// 2 MiB pages that the host has reserved (`vm.nr_hugepages`). All pages, up to the maximum memory, are
+    /// claimed at start and kept; sizes must be multiples of 2 MiB.
     Reserved,
 }
 
@@ -142,11 +142,11 @@ fn default_memory() -> u64 {
     256
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
-/// What is wrong with a configuration; each names the field.
+/// What is wrong with a configuration; each error names the field.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -158,20 +158,20 @@ pub enum ConfigError {
     Range {
         /// The field's name.
         field: &'static str,
-        /// What was given.
+        /// The value given.
         value: u64,
-        /// The least that is allowed.
+        /// The minimum.
         min: u64,
-        /// The most that is allowed.
+        /// The maximum.
         max: u64,
     },
     /// A CPU that this process may not use.
     #[error("cpu_pins: CPU {0} is not there, or not for this process")]
     Pin(u32),
-    /// The host does not say which CPUs there are.
+    /// The CPU affinity of this process could not be read.
     #[error("cpu_pins: cannot ask which CPUs this process may use")]
     Affinity(#[source] std::io::Error),
-    /// Memory that is no whole number of huge pages.
+    /// Memory size that is not a multiple of the huge page size.
     #[error("memory_mib = {0} is not a whole number of huge pages of 2 MiB")]
     HalfAPage(u64),
     /// A file that can't be opened or read.
@@ -181,11 +181,11 @@ pub enum ConfigError {
         field: &'static str,
         /// The file.
         path: PathBuf,
-        /// The host's answer.
+        /// The error from the host.
         #[source]
         source: std::io::Error,
     },
-    /// A disk that can't be opened or is none.
+    /// A disk that can't be opened or used.
     #[error("disks: cannot use {} as a disk", path.display())]
     Disk {
         /// The image or device.
@@ -194,7 +194,7 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
-    /// A network without a tap.
+    /// A network whose tap can't be opened.
     #[error("networks: cannot use the tap {tap:?}")]
     Network {
         /// Its name.
@@ -206,12 +206,12 @@ pub enum ConfigError {
     /// A kernel that this architecture can't boot.
     #[error("kernel = {}: {reason}", path.display())]
     Kernel {
-        /// The file.
+        /// The kernel file.
         path: PathBuf,
-        /// What it is instead.
+        /// What the file is instead.
         reason: String,
     },
-    /// A command line that the kernel could not take.
+    /// A command line that the kernel could not use.
     #[error("cmdline: {reason}")]
     Cmdline {
         /// What is wrong with it.
@@ -219,47 +219,47 @@ pub enum ConfigError {
     },
 }
 
-/// What the virtual machine starts with.
+/// What the virtual machine boots.
 pub(crate) enum Boot {
     /// A Linux kernel.
     Linux {
         /// The open kernel file.
         kernel: File,
-        /// Its form.
+        /// Its format.
         format: KernelFormat,
-        /// The open initial RAM file system.
+        /// The open initial RAM disk.
         initramfs: Option<File>,
-        /// The user's part of the command line.
+        /// The configured kernel parameters.
         cmdline: String,
     },
-    /// Real-mode code (x86_64) at guest address 0, for probes and tests: no kernel, no tables.
+    /// Real-mode code (x86_64) at guest address 0, for probes and tests: no kernel, no boot tables.
     Flat(Vec<u8>),
 }
 
-/// The virtual CPUs.
+/// The vCPUs.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuSpec {
-    /// How many there are.
+    /// Number of vCPUs.
     pub(crate) count: u32,
-    /// How many of them the guest's kernel starts.
+    /// Number of vCPUs that the guest's kernel starts.
     pub(crate) online: u32,
-    /// None, or one for each.
+    /// Host CPUs to pin them to: empty, or one for each.
     pub(crate) pins: Vec<u32>,
 }
 
 /// The guest's memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MemorySpec {
-    /// What it starts with, in bytes.
+    /// Size of boot memory in bytes.
     pub(crate) bytes: u64,
-    /// Room for more, in bytes.
+    /// Size of the hot-pluggable range in bytes.
     pub(crate) hotplug_bytes: u64,
     pub(crate) backing: MemoryBacking,
     pub(crate) huge_pages: HugePages,
 }
 
 impl MemorySpec {
-    /// As it is if nobody says more.
+    /// Memory with default settings.
     pub(crate) fn new(bytes: u64) -> Self {
         Self {
             bytes,
@@ -270,7 +270,7 @@ impl MemorySpec {
     }
 }
 
-/// A checked configuration: files are open, numbers are in range.
+/// A validated configuration: files are open, numbers are in range.
 pub struct Spec {
     pub(crate) boot: Boot,
     pub(crate) cpus: CpuSpec,
@@ -285,7 +285,7 @@ pub struct Spec {
 }
 
 impl VmConfig {
-    /// Every default, and this kernel.
+    /// The default configuration for this kernel.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kernel: kernel.into(),
@@ -311,7 +311,7 @@ impl VmConfig {
     /// Reads a configuration from TOML.
     ///
     /// # Errors
-    /// [`ConfigError::Toml`] names what is wrong and where.
+    /// [`ConfigError::Toml`] says what is wrong and where.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         Ok(toml::from_str(text)?)
     }
@@ -319,7 +319,7 @@ impl VmConfig {
     /// Checks every field and opens the files.
     ///
     /// # Errors
-    /// The first field that is wrong.
+    /// The first invalid field.
     pub fn check(&self) -> Result<Spec, ConfigError> {
         let cpus = self.check_cpus()?;
         let memory = self.check_memory()?;
@@ -423,7 +423,7 @@ impl VmConfig {
 }
 
 impl Spec {
-    /// A virtual machine that runs flat code: one vCPU, no devices, 2 MiB of memory.
+    /// A virtual machine for a flat binary: one vCPU, no devices, 2 MiB of memory.
     pub fn flat(code: impl Into<Vec<u8>>) -> Self {
         Self {
             boot: Boot::Flat(code.into()),

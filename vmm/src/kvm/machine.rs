@@ -1,16 +1,16 @@
-//! A virtual machine as KVM has it, and the memory that is mapped into it.
+//! A KVM virtual machine and the memory mapped into it.
 
 use crate::arch::ArchError;
 use koya_devices::virtio::Memory;
-use koya_devices::virtio::mmio::WINDOW_SIZE;
+use koya_devices::virtio::mmio::MMIO_SLOT_SIZE;
 use koya_devices::virtio::registers::RegisterPages;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use std::sync::{Arc, OnceLock};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// A virtual machine's descriptor and the memory that is mapped into it: the mapping lives at
-/// least as long as the slots that point to it.
+/// A VM's file descriptor and its guest memory: the memory stays mapped at least as long as the memory slots
+/// that refer to it.
 pub struct Machine {
     vm: VmFd,
     memory: Arc<Memory>,
@@ -18,10 +18,10 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes a virtual machine with this memory, but for what is plugged block by block.
+    /// Creates a virtual machine with this memory. Pluggable regions are not registered with KVM yet.
     ///
     /// # Errors
-    /// KVM's answer, with what it was asked for.
+    /// The error from KVM, with the operation that failed.
     pub fn new(kvm: &Kvm, memory: Arc<Memory>) -> Result<Self, ArchError> {
         let vm = kvm
             .create_vm()
@@ -41,41 +41,42 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Lets the guest reach a part of a region that is plugged block by block, as part `index` of all such.
+    /// Registers part of a pluggable region as memory slot `index` of all pluggable slots.
     ///
     /// # Errors
-    /// EFAULT if it is no part of one region, else KVM's answer: EEXIST if it overlaps another.
-    pub fn map_part(
+    /// EFAULT if the range is not within one region, otherwise the error from KVM: EEXIST if it overlaps
+    /// another slot.
+    pub fn map_slot(
         &self,
         index: usize,
         start: GuestAddress,
         len: u64,
     ) -> Result<(), kvm_ioctls::Error> {
-        self.map(self.first_part() + index, start, len)
+        self.map(self.first_slot() + index, start, len)
     }
 
-    /// Takes part `index` away: when this returns, the guest does not reach it any more.
+    /// Removes pluggable slot `index`: when this returns, the guest can no longer access it.
     ///
     /// # Errors
-    /// KVM's answer.
-    pub fn unmap_part(&self, index: usize) -> Result<(), kvm_ioctls::Error> {
+    /// The error from KVM.
+    pub fn unmap_slot(&self, index: usize) -> Result<(), kvm_ioctls::Error> {
         let region = kvm_userspace_memory_region {
-            slot: slot_number(self.first_part() + index)?,
-            // What takes a slot away.
+            slot: slot_number(self.first_slot() + index)?,
+            // A size of zero removes the slot.
             memory_size: 0,
             ..Default::default()
         };
-        // SAFETY: without a size it names no memory.
+        // SAFETY: with size zero the slot refers to no memory.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// How many parts can be mapped on this host.
-    pub fn most_parts(&self, kvm: &Kvm) -> usize {
-        kvm.get_nr_memslots().saturating_sub(self.first_part())
+    /// How many pluggable memory slots this host supports.
+    pub fn max_slots(&self, kvm: &Kvm) -> usize {
+        kvm.get_nr_memslots().saturating_sub(self.first_slot())
     }
 
-    /// The first slot behind those of whole regions and of registers.
-    fn first_part(&self) -> usize {
+    /// Number of the first pluggable slot, after the slots of whole regions and of register pages.
+    fn first_slot(&self) -> usize {
         self.memory.num_regions() + 1
     }
 
@@ -85,7 +86,7 @@ impl Machine {
         if len > region.len() - offset.raw_value() {
             return Err(fault());
         }
-        // Whatever of it is plugged: the device that plugs blocks says when a part is mapped.
+        // The whole mapping, plugged or not: the device decides when a slot is registered.
         let mapping = region.mapping().map_err(|_| fault())?;
         let host = mapping.offset(offset.raw_value() as usize);
         let host = host.map_err(|_| fault())?.ptr_guard_mut();
@@ -101,18 +102,18 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// Lets the guest read the first `windows` pages of these registers at an address without an exit.
-    /// What it writes there remains one.
+    /// Maps the first `count` of these register pages read-only at a guest address, so that reads do not
+    /// exit. Writes still do.
     ///
     /// # Errors
-    /// KVM's answer; EEXIST the second time.
+    /// The error from KVM; EEXIST on the second call.
     pub fn map_registers(
         &self,
         pages: &RegisterPages,
         address: u64,
-        windows: usize,
+        count: usize,
     ) -> Result<(), kvm_ioctls::Error> {
-        let size = (windows as u64).saturating_mul(WINDOW_SIZE);
+        let size = (count as u64).saturating_mul(MMIO_SLOT_SIZE);
         let region = pages.region();
         if size > region.size() as u64 {
             return Err(kvm_ioctls::Error::new(libc::EINVAL));
@@ -127,17 +128,17 @@ impl Machine {
             flags: KVM_MEM_READONLY,
         };
         // SAFETY: the host range is within the mapping of these pages, which `registers` keeps alive until
-        // the VM's descriptor is closed; the slot's number is none of memory's, and KVM itself refuses a
-        // range of the guest that overlaps another.
+        // the VM's descriptor is closed; the slot number is not used for memory, and KVM itself refuses a
+        // guest range that overlaps another.
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// Its memory.
+    /// The guest memory.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
-    /// The virtual machine's descriptor.
+    /// The VM's file descriptor.
     pub fn fd(&self) -> &VmFd {
         &self.vm
     }

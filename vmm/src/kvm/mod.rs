@@ -1,7 +1,7 @@
-//! Whether there is KVM to use, and why not.
+//! Opens KVM and explains why it is unavailable.
 //!
-//! The crate's `unsafe` stands in this directory: memory slots (a promise that a mapping outlives its slot),
-//! per-thread signals, and the parts of `kvm_run` that the bindings show as unions.
+//! The crate's `unsafe` code is in this directory: memory slots (a mapping must outlive its slot), per-thread
+//! signals, and the fields of `kvm_run` that the bindings expose as unions.
 
 pub(crate) mod machine;
 pub(crate) mod vcpu;
@@ -13,42 +13,42 @@ use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
 
-/// Where the host offers KVM.
+/// The KVM device file.
 pub const DEVICE: &str = "/dev/kvm";
 
-/// What Koya needs of KVM, beyond running a guest.
-const NEEDED: &[(&str, Cap)] = &[
+/// KVM capabilities that Koya needs beyond running a guest.
+const REQUIRED_CAPS: &[(&str, Cap)] = &[
     ("KVM_CAP_IRQCHIP", Cap::Irqchip),
     ("KVM_CAP_USER_MEMORY", Cap::UserMemory),
     ("KVM_CAP_IOEVENTFD", Cap::Ioeventfd),
     ("KVM_CAP_IRQFD", Cap::Irqfd),
 ];
 
-/// Why there is no KVM to use; each says what to do.
+/// Why KVM is unavailable; each message says what to do.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KvmError {
-    /// No such device.
+    /// The device file does not exist.
     #[error(
         "{DEVICE} does not exist: load the kvm_intel or kvm_amd module, or turn virtualization \
          on in the firmware (in a virtual machine: nested virtualization on its host)"
     )]
     NoDevice,
-    /// Not allowed to open it.
+    /// No permission to open it.
     #[error("no permission for {DEVICE}: join the group that owns it (usually kvm), or ask root")]
     NoPermission,
-    /// Something else.
+    /// It could not be opened for another reason.
     #[error("cannot open {DEVICE}")]
     Open(#[source] kvm_ioctls::Error),
-    /// An interface from another age.
+    /// Unsupported KVM API version.
     #[error("{DEVICE} speaks version {0} of its interface, not {KVM_API_VERSION}")]
     Version(i32),
-    /// A part of it is missing.
+    /// A required capability is missing.
     #[error("this host's KVM lacks {0}")]
     Missing(&'static str),
 }
 
-/// Opens KVM and checks that it has what Koya needs. A start does so by itself.
+/// Opens KVM and checks the capabilities that Koya needs. Not needed before a start, which checks by itself.
 ///
 /// # Errors
 /// What is missing and what to do about it.
@@ -60,7 +60,7 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
-/// Opens KVM. A start asks what is [`missing`] only when something failed.
+/// Opens KVM without checking; a start looks for [`missing`] capabilities only when something failed.
 pub(crate) fn open_device() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::NoDevice,
@@ -74,11 +74,11 @@ pub(crate) fn open_device() -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
-/// The first of what Koya needs that this KVM does not have.
+/// The first required capability that this KVM does not have.
 pub(crate) fn missing(kvm: &Kvm) -> Option<&'static str> {
-    // Cap is neither Copy nor Clone; its number is what KVM takes.
+    // Cap is neither Copy nor Clone; KVM takes its number.
     let lacks = |cap: &Cap| kvm.check_extension_raw(cap_number(cap)) <= 0;
-    let (name, _) = NEEDED.iter().find(|(_, cap)| lacks(cap))?;
+    let (name, _) = REQUIRED_CAPS.iter().find(|(_, cap)| lacks(cap))?;
     Some(name)
 }
 

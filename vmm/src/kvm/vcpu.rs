@@ -1,9 +1,9 @@
-//! One vCPU: KVM_RUN, its exits, and how another thread makes it stop.
+//! One vCPU: KVM_RUN, its exits, and how another thread interrupts it.
 //!
-//! A library must not install signal handlers. So the kick is a signal that stays blocked in the
-//! vCPU's thread and is open only while the CPU is inside KVM_RUN (KVM_SET_SIGNAL_MASK): KVM_RUN
-//! returns EINTR, nothing is delivered, and the thread takes the pending signal away itself. A
-//! kick that comes just before KVM_RUN is pending and ends it at once: none is lost.
+//! A library must not install signal handlers. The kick is therefore a signal that is blocked in the vCPU's
+//! thread and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK): KVM_RUN returns EINTR, no handler runs,
+//! and the thread consumes the pending signal itself. A kick that arrives just before KVM_RUN stays pending
+//! and ends it at once, so none is lost.
 
 use super::Machine;
 use koya_host::sync::lock;
@@ -20,10 +20,10 @@ ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 /// The kernel's first real-time signal.
 const FIRST_REALTIME: usize = 32;
 
-/// The kernel's signal set, in bytes.
+/// Size of the kernel's signal set in bytes.
 const KERNEL_SIGSET: usize = 8;
 
-/// `kvm_signal_mask` with its flexible part.
+/// `kvm_signal_mask` with its flexible array.
 #[repr(C)]
 struct SignalMask {
     len: u32,
@@ -34,57 +34,56 @@ fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// A vCPU, owned by the thread that runs it. Its machine, with the memory that is mapped into it, lives at
-/// least as long.
+/// A vCPU, owned by the thread that runs it. It keeps its machine, with the mapped memory, alive.
 pub struct Vcpu {
     fd: VcpuFd,
     _machine: Arc<Machine>,
     kicker: Kicker,
-    /// The signals that its thread, which is somebody else's, had blocked before.
+    /// The signal mask to restore when the vCPU leaves a thread that is the caller's.
     before: Option<libc::sigset_t>,
 }
 
-/// Whose thread runs a vCPU.
+/// Which kind of thread runs a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
-    /// The monitor's own: the process's signals are other threads'.
-    Own,
-    /// The caller's: it goes on to get the signals that it has not blocked, while its guest runs too.
-    Callers,
+    /// The monitor's own thread: the process's signals go to other threads.
+    Dedicated,
+    /// The caller's thread: it still receives the signals that it has not blocked, also while the guest runs.
+    Caller,
 }
 
-/// What made KVM_RUN return.
+/// Why KVM_RUN returned.
 #[derive(Debug)]
 pub enum Exit<'a> {
-    /// A read of one or more bytes from a port.
+    /// Read of one or more bytes from a port.
     PortRead(u16, &'a mut [u8]),
-    /// A write of one or more bytes to a port.
+    /// Write of one or more bytes to a port.
     PortWrite(u16, &'a [u8]),
-    /// A read of device memory.
+    /// Read of device memory.
     MmioRead(u64, &'a mut [u8]),
-    /// A write to device memory.
+    /// Write to device memory.
     MmioWrite(u64, &'a [u8]),
-    /// HLT, where KVM has no interrupt controller to wake it.
+    /// HLT without an in-kernel interrupt controller to wake the vCPU.
     Halt,
     /// Triple fault.
     Shutdown,
-    /// The guest asked the hypervisor for a system event (PSCI, Hyper-V).
+    /// System event requested by the guest (PSCI, Hyper-V).
     SystemEvent(u32),
-    /// KVM met something that it can't handle.
+    /// KVM could not emulate something.
     InternalError(String),
     /// The CPU refused to enter the guest.
     FailEntry(u64),
-    /// Somebody kicked, or a signal came: look at what is wanted.
+    /// Interrupted by a kick or a signal: check the run control.
     Kicked,
     /// Anything else.
     Other(String),
 }
 
 impl Vcpu {
-    /// Makes vCPU `index` of a machine.
+    /// Creates vCPU `index` of a machine.
     ///
     /// # Errors
-    /// What KVM refused.
+    /// The error from KVM.
     pub fn new(
         machine: &Arc<Machine>,
         index: u32,
@@ -98,20 +97,20 @@ impl Vcpu {
         })
     }
 
-    /// The descriptor, for registers.
+    /// The vCPU's file descriptor, for register access.
     pub fn fd(&self) -> &VcpuFd {
         &self.fd
     }
 
-    /// Makes the calling thread this vCPU's: from now on kicks reach it. To be called first in
-    /// the thread that calls [`run`](Self::run), where the vCPU is to be dropped, too.
+    /// Binds the vCPU to the calling thread: kicks reach it from now on. Call this first in the thread that
+    /// calls [`run`](Self::run); the vCPU must be dropped there too.
     ///
     /// # Errors
     /// If KVM refuses the signal mask.
     pub fn enter_thread(&mut self, thread: Thread) -> io::Result<()> {
         let blocked = match thread {
-            Thread::Own => koya_host::sys::block_signals(),
-            Thread::Callers => *self.before.insert(block_kicks()),
+            Thread::Dedicated => koya_host::sys::block_signals(),
+            Thread::Caller => *self.before.insert(block_kicks()),
         };
         let mask = mask_in_guest(&blocked);
         // SAFETY: KVM reads `len` and then `len` bytes: SignalMask holds both.
@@ -123,13 +122,13 @@ impl Vcpu {
         Ok(())
     }
 
-    /// From now on kicks do not reach the thread, which runs the guest no more. A caller's thread
-    /// has its signals as before.
+    /// Unbinds the vCPU from the thread: kicks no longer reach it, and it must not run the guest any more.
+    /// The signal mask of a caller's thread is restored.
     pub fn leave_thread(&mut self) {
         self.kicker.leave();
         if let Some(before) = self.before.take() {
-            // Once open again, a kick that is left would end the process.
-            take_kicks();
+            // Once the signal is unblocked, a pending kick would kill the process.
+            consume_kicks();
             // SAFETY: the set is one that the C library wrote; only this thread's mask changes.
             unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
         }
@@ -138,7 +137,7 @@ impl Vcpu {
     /// Runs the guest until it exits.
     ///
     /// # Errors
-    /// What KVM_RUN says, if it is not an exit.
+    /// The error from KVM_RUN, if it is not an exit.
     pub fn run(&mut self) -> Result<Exit<'_>, kvm_ioctls::Error> {
         // The internal-error details are read after the match, when no exit borrows the vCPU.
         let exit = match self.fd.run() {
@@ -166,7 +165,7 @@ impl Vcpu {
             Ok(VcpuExit::Intr) => Some(Exit::Kicked),
             Ok(other) => Some(Exit::Other(format!("{other:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                take_kicks();
+                consume_kicks();
                 Some(Exit::Kicked)
             }
             Err(error) => return Err(error),
@@ -197,7 +196,7 @@ impl Drop for Vcpu {
     }
 }
 
-/// Blocks kicks in this thread, and says which signals were blocked before.
+/// Blocks kicks in this thread and returns the previous signal mask.
 fn block_kicks() -> libc::sigset_t {
     // SAFETY: both sets live on this stack; only the calling thread's mask changes.
     unsafe {
@@ -209,8 +208,9 @@ fn block_kicks() -> libc::sigset_t {
     }
 }
 
-/// What is blocked while this thread runs the guest, of what is `blocked` in it: all but the kick and those
-/// below it, which are the C library's own: it waits for every thread to handle them (setuid is one reason).
+/// The signals to block inside KVM_RUN, given those `blocked` in this thread: all of them except the kick and
+/// the lower real-time signals, which belong to the C library: it waits for every thread to handle them (for
+/// setuid among others).
 fn mask_in_guest(blocked: &libc::sigset_t) -> SignalMask {
     let mut set = [0; KERNEL_SIGSET];
     for signal in 1..=8 * KERNEL_SIGSET {
@@ -227,7 +227,7 @@ fn mask_in_guest(blocked: &libc::sigset_t) -> SignalMask {
     }
 }
 
-/// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+/// Extends the lifetime of a slice of kvm_run to that of the vCPU's borrow.
 ///
 /// # SAFETY: the caller keeps the vCPU borrowed for 'a.
 unsafe fn extend<'a>(data: &[u8]) -> &'a [u8] {
@@ -235,7 +235,7 @@ unsafe fn extend<'a>(data: &[u8]) -> &'a [u8] {
     unsafe { std::slice::from_raw_parts(data.as_ptr(), data.len()) }
 }
 
-/// Gives a slice of kvm_run the lifetime of the vCPU's borrow.
+/// Extends the lifetime of a slice of kvm_run to that of the vCPU's borrow.
 ///
 /// # SAFETY: the caller keeps the vCPU borrowed for 'a and uses the slice nowhere else.
 unsafe fn extend_mut<'a>(data: &mut [u8]) -> &'a mut [u8] {
@@ -243,8 +243,8 @@ unsafe fn extend_mut<'a>(data: &mut [u8]) -> &'a mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) }
 }
 
-/// Takes away pending kicks of this thread; they have had their effect.
-fn take_kicks() {
+/// Consumes pending kicks of this thread, which have had their effect.
+fn consume_kicks() {
     let now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -258,7 +258,7 @@ fn take_kicks() {
     }
 }
 
-/// Makes a vCPU leave the guest, from any thread.
+/// Makes a vCPU leave the guest; may be used from any thread.
 #[derive(Clone, Default)]
 pub struct Kicker(Arc<Mutex<Option<libc::pid_t>>>);
 
@@ -272,13 +272,13 @@ impl Kicker {
         *lock(&self.0) = None;
     }
 
-    /// Ends the vCPU's current or next KVM_RUN. Nothing happens if its thread is gone.
+    /// Ends the vCPU's current or next KVM_RUN. Does nothing if its thread is gone.
     pub fn kick(&self) {
-        // The lock is held over the call: the thread can't end, and its number can't become
-        // another thread's, before the signal is sent.
+        // The lock is held over the call, so that the thread cannot end, and its ID cannot be reused, before
+        // the signal is sent.
         let thread = lock(&self.0);
         if let Some(thread) = *thread {
-            // SAFETY: plain numbers. The thread is ours, alive, and has the signal blocked.
+            // SAFETY: only integers are passed. The thread is ours, alive, and has the signal blocked.
             unsafe {
                 libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal());
             }
@@ -302,7 +302,7 @@ mod tests {
     use std::time::Duration;
     use vm_memory::{Bytes, GuestAddress};
 
-    /// A vCPU that will sleep: cli; hlt.
+    /// A vCPU that halts: cli; hlt.
     fn sleeper(kicker: Kicker) -> Vcpu {
         let kvm = open().unwrap();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
@@ -310,7 +310,7 @@ mod tests {
         let machine = Arc::new(Machine::new(&kvm, Arc::new(memory)).unwrap());
         let features = arch::features(&kvm).unwrap();
         arch::prepare_vm(&features, machine.fd()).unwrap();
-        // The vCPU keeps the machine.
+        // The vCPU keeps the machine alive.
         let vcpu = Vcpu::new(&machine, 0, kicker).unwrap();
         arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();
         arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();
@@ -345,19 +345,19 @@ mod tests {
         let (said, thread) = std::sync::mpsc::channel();
         let runs = std::thread::spawn(move || {
             let before = blocked();
-            vcpu.enter_thread(Thread::Callers).unwrap();
+            vcpu.enter_thread(Thread::Caller).unwrap();
             said.send(rustix::thread::gettid().as_raw_nonzero().get())
                 .unwrap();
             assert!(matches!(vcpu.run().unwrap(), Exit::Kicked));
             assert!(HANDLED.load(Ordering::SeqCst));
-            // The guest goes on until somebody kicks, who may do so twice.
+            // The guest runs until a kick; a second kick does no harm.
             assert!(matches!(vcpu.run().unwrap(), Exit::Kicked));
             vcpu.leave_thread();
             assert_eq!(blocked(), before);
         });
         let number = thread.recv().unwrap();
         while !HANDLED.load(Ordering::SeqCst) && !runs.is_finished() {
-            // SAFETY: plain numbers; the thread is joined below.
+            // SAFETY: only integers are passed; the thread is joined below.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), number, libc::SIGUSR1) };
             std::thread::sleep(Duration::from_millis(10));
         }

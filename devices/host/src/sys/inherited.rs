@@ -1,15 +1,15 @@
-//! Descriptors that a program was started with.
+//! File descriptors inherited by a program.
 
 use std::io;
 use std::os::fd::RawFd;
 
-/// Has every descriptor from `first` on closed when this process executes another program. For the start of a
-/// program, which knows of none of them; a library leaves that to the program.
+/// Sets close-on-exec on every descriptor from `first` on. Call it at the start of a program, before it opens
+/// descriptors of its own; libraries must leave it to the program.
 ///
 /// # Errors
-/// If the host lists no descriptors (an old kernel without /proc).
+/// If the descriptors can't be listed (an old kernel without /proc).
 pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
-    // SAFETY: no memory is passed; descriptors stay open in this process, and only a flag of theirs changes.
+    // SAFETY: no memory is passed; descriptors stay open in this process, and only a flag of them changes.
     let set = unsafe {
         libc::syscall(
             libc::SYS_close_range,
@@ -21,17 +21,17 @@ pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
     match set {
         0 => Ok(()),
         // Before Linux 5.11.
-        _ => one_by_one(first),
+        _ => set_each(first),
     }
 }
 
-fn one_by_one(first: RawFd) -> io::Result<()> {
+fn set_each(first: RawFd) -> io::Result<()> {
     let open: Vec<RawFd> = std::fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     for fd in open.into_iter().filter(|fd| *fd >= first) {
-        // SAFETY: no memory is passed. One that is closed by now (the listing itself) is an error, which
-        // changes nothing.
+        // SAFETY: no memory is passed. A descriptor that is closed by now (that of the listing itself) gives
+        // an error and changes nothing.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
     Ok(())
@@ -45,7 +45,7 @@ mod tests {
 
     #[test]
     fn inherited_descriptors_do_not_outlive_an_exec() {
-        for close in [close_on_exec_from, one_by_one] {
+        for close in [close_on_exec_from, set_each] {
             let (low, high) = std::io::pipe().unwrap();
             fcntl_setfd(&low, FdFlags::empty()).unwrap();
             fcntl_setfd(&high, FdFlags::empty()).unwrap();

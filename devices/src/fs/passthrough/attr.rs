@@ -15,10 +15,10 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::AsFd;
 
-/// The most links that the synthetic root shows.
+/// Maximum link count of the synthetic root.
 const ROOT_LINKS: u32 = 2;
 
-/// The fields of statx(2) that the protocol carries: the basic ones and the time of birth.
+/// The fields of statx(2) that the protocol carries: the basic ones and the creation time.
 const STATX_FIELDS: u32 = STATX_MASK.bits() & 0xfff;
 
 impl From<&Statx> for Attr {
@@ -27,7 +27,7 @@ impl From<&Statx> for Attr {
             ino: stat.stx_ino,
             size: stat.stx_size,
             blocks: stat.stx_blocks,
-            // The protocol's seconds are unsigned; the kernel reads them back as signed.
+            // Seconds are unsigned in the protocol; the kernel converts them back to signed.
             atime: stat.stx_atime.tv_sec as u64,
             mtime: stat.stx_mtime.tv_sec as u64,
             ctime: stat.stx_ctime.tv_sec as u64,
@@ -49,7 +49,7 @@ impl Passthrough {
     /// FUSE_GETATTR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn getattr(&self, nodeid: u64, arg: &GetattrIn) -> Result<AttrOut, Errno> {
         if nodeid == ROOT_ID {
             return Ok(self.attr_out(self.root_attr()));
@@ -59,10 +59,10 @@ impl Passthrough {
         Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
-    /// FUSE_STATX: what statx(2) knows beyond getattr, the time of birth above all.
+    /// FUSE_STATX: what statx(2) returns beyond getattr, above all the creation time.
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn statx(&self, nodeid: u64, arg: &StatxIn) -> Result<StatxOut, Errno> {
         let timeout = self.options.cache.timeout();
         let out = |stat| StatxOut {
@@ -116,7 +116,7 @@ impl Passthrough {
             ino: ROOT_ID,
             mode: (FileType::Directory.as_raw_mode()) | 0o755,
             nlink: ROOT_LINKS,
-            // A time that moves with every change, so that caches see it.
+            // A time that changes with every entry, so that caches notice.
             mtime: changes,
             ctime: changes,
             blksize: 4096,
@@ -127,16 +127,16 @@ impl Passthrough {
     /// FUSE_SETATTR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn setattr(&self, nodeid: u64, arg: &SetattrIn) -> Result<AttrOut, Errno> {
         let inode = self.writable(nodeid)?;
-        // To change the length the host's file is opened for a moment.
+        // Changing the size opens the host's file temporarily.
         let kinds = kind::MODIFY | kind::ATTRIB | kind::CLOSE_WRITE;
-        let _acting = self.acting_on(&inode, kinds);
+        let _change = self.change_of(&inode, kinds);
         let fd = self.inodes.fd(&inode)?;
         let fh = (arg.valid & setattr::FH != 0).then_some(arg.fh);
-        // The owner first: changing it drops set-user-ID bits, which a mode in the same request
-        // may set again.
+        // The owner first: changing it clears set-user-ID bits, which a mode in the same request may set
+        // again.
         if arg.valid & (setattr::UID | setattr::GID) != 0 {
             let given = |bit, number: u32| {
                 let wanted = arg.valid & bit != 0;
@@ -148,7 +148,8 @@ impl Passthrough {
             let uid = given(setattr::UID, arg.uid)?.map(Uid::from_raw);
             let gid = given(setattr::GID, arg.gid)?.map(Gid::from_raw);
             rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
-            // Bits are the host's to drop; the guest's capabilities lie where it can't see them.
+            // The host clears the mode bits; the guest's capabilities are stored in an attribute that the
+            // host does not interpret.
             self.drop_privileges(&inode, false)?;
         }
         if arg.valid & setattr::MODE != 0 {
@@ -187,12 +188,12 @@ impl Passthrough {
         Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
-    /// Changes a mode through an O_PATH descriptor.
+    /// Changes the mode through an O_PATH descriptor.
     pub(super) fn chmod(&self, fd: impl AsFd, mode: u32) -> Result<(), Errno> {
         let mode = mode & 0o7777;
         match crate::sys::change_mode(fd.as_fd(), mode) {
-            // Before Linux 6.6 the descriptor's link in /proc has to do. It is never a symbolic
-            // link's: Linux refuses to change those before it asks us.
+            // Before Linux 6.6, use the descriptor's link in /proc. The file is never a symbolic link: Linux
+            // refuses to change their mode before it asks the server.
             Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {
                 let name = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()).to_string();
                 rustix::fs::chmodat(
@@ -209,7 +210,7 @@ impl Passthrough {
     /// FUSE_STATFS
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn statfs(&self, nodeid: u64) -> Result<StatfsOut, Errno> {
         if nodeid == ROOT_ID {
             return Ok(StatfsOut {
@@ -235,7 +236,7 @@ impl Passthrough {
     }
 }
 
-/// The synthetic root, which was never born.
+/// Attributes of the synthetic root, which has no creation time.
 fn root_statx(attr: &Attr) -> FuseStatx {
     let time = |seconds: u64| SxTime {
         tv_sec: seconds as i64,
@@ -259,7 +260,7 @@ fn time(valid: u32, set: u32, now: u32, seconds: u64, nanoseconds: u32) -> Times
     } else if valid & now != 0 {
         UTIME_NOW
     } else {
-        // Larger values would mean UTIME_NOW or UTIME_OMIT.
+        // Larger values could be UTIME_NOW or UTIME_OMIT.
         nanoseconds.min(999_999_999).into()
     };
     Timespec {

@@ -1,7 +1,7 @@
 //! Directories: opendir, readdir, readdirplus.
 
 use super::Passthrough;
-use crate::fs::watch::{Acting, kind};
+use crate::fs::watch::{ChangeGuard, kind};
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
 use crate::fs::{Cache, handles::Handle, inodes::Inode};
 use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, fcntl_getfl, seek};
@@ -10,13 +10,13 @@ use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use zerocopy::IntoBytes;
 
-/// The handle of the synthetic root, which is not a directory of the host.
+/// Handle of the synthetic root, which is not a directory on the host.
 const ROOT_HANDLE: u64 = 0;
 
-/// One getdents64's buffer, in bytes.
+/// Buffer size for getdents64 in bytes.
 const BUFFER: usize = 32 << 10;
 
-/// A directory listing as it goes to the guest: entries until the guest's buffer is full.
+/// A directory listing in wire format: entries until the guest's buffer is full.
 pub struct Listing {
     bytes: Vec<u8>,
     room: usize,
@@ -63,7 +63,7 @@ impl Passthrough {
     /// FUSE_OPENDIR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn opendir(&self, nodeid: u64) -> Result<OpenOut, Errno> {
         if nodeid == ROOT_ID {
             return Ok(OpenOut {
@@ -89,10 +89,10 @@ impl Passthrough {
         })
     }
 
-    /// FUSE_READDIR, or FUSE_READDIRPLUS with a look-up of each entry
+    /// FUSE_READDIR, or FUSE_READDIRPLUS with a lookup of each entry
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn readdir(
         &self,
         nodeid: u64,
@@ -126,7 +126,7 @@ impl Passthrough {
         while let Some(entry) = directory.next() {
             let entry = match entry {
                 Ok(entry) => entry,
-                // What was listed is told, and the error by the next call.
+                // Returns the entries read so far; the next call returns the error.
                 Err(_) if !listing.bytes.is_empty() => break,
                 Err(error) => return Err(error),
             };
@@ -140,8 +140,8 @@ impl Passthrough {
                 namelen: name.to_bytes().len() as u32,
                 kind: kind_number(entry.file_type()),
             };
-            // Dots need no look-up; nor does what vanished meanwhile, or what may not be looked
-            // at: node 0 tells the guest to look for itself.
+            // Not for dots, entries that have vanished, or entries that must not be looked up: node 0 makes
+            // the guest look them up itself.
             let found = if listing.plus && name != c"." && name != c".." {
                 self.lookup(handle.nodeid, name).unwrap_or_default()
             } else {
@@ -152,13 +152,13 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Shares come and go between two calls, so an entry's place is its share's number.
+    /// Shares may be added and removed between two calls, so the offset of an entry is its share's number.
     fn list_root(&self, offset: u64, listing: &mut Listing) {
         let dots = [(0, "."), (1, "..")].map(|(n, dot)| (n, dot.to_owned(), FileType::Directory));
         let shares = self.shares.names().into_iter();
         let shares = shares.map(|(number, name, kind)| (number + dots.len() as u64, name, kind));
-        for (place, name, kind) in dots.iter().cloned().chain(shares) {
-            if place < offset {
+        for (number, name, kind) in dots.iter().cloned().chain(shares) {
+            if number < offset {
                 continue;
             }
             let Ok(c_name) = CString::new(name) else {
@@ -167,7 +167,7 @@ impl Passthrough {
             if !listing.has_room(&c_name) {
                 return;
             }
-            let found = if listing.plus && place >= dots.len() as u64 {
+            let found = if listing.plus && number >= dots.len() as u64 {
                 self.lookup(ROOT_ID, &c_name).unwrap_or_default()
             } else {
                 EntryOut::default()
@@ -178,7 +178,7 @@ impl Passthrough {
                 } else {
                     found.attr.ino
                 },
-                off: place + 1,
+                off: number + 1,
                 namelen: c_name.to_bytes().len() as u32,
                 kind: kind_number(kind),
             };
@@ -188,13 +188,13 @@ impl Passthrough {
 
     /// FUSE_RELEASEDIR and FUSE_RELEASE
     pub fn release(&self, nodeid: u64, fh: u64) {
-        let _acting = self.acting_on_close(nodeid, fh);
+        let _change = self.change_on_close(nodeid, fh);
         self.handles.remove(fh);
     }
 
-    /// To close a file that was open for writing is a change that watches hear of.
-    fn acting_on_close(&self, nodeid: u64, fh: u64) -> Option<Acting<'_>> {
-        // The host is asked only if it matters.
+    /// Closing a file that was open for writing is a change that watches report.
+    fn change_on_close(&self, nodeid: u64, fh: u64) -> Option<ChangeGuard<'_>> {
+        // The host is asked only if there are watches.
         if !self.watches.any() {
             return None;
         }
@@ -202,11 +202,11 @@ impl Passthrough {
         let flags = fcntl_getfl(&handle.file).ok()?;
         let written = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
         let inode = written.then(|| self.inodes.get(nodeid).ok())??;
-        self.acting_on(&inode, kind::CLOSE_WRITE)
+        self.change_of(&inode, kind::CLOSE_WRITE)
     }
 }
 
-/// The number of `d_type` (dirent.h).
+/// Numbers of `d_type` (dirent.h).
 fn kind_number(kind: FileType) -> u32 {
     match kind {
         FileType::Unknown => 0,

@@ -1,4 +1,4 @@
-//! Files: open, read, write, and what is done to an open file.
+//! Files: open, read, write, and operations on open files.
 
 use super::{Caller, Passthrough};
 use crate::fs::Cache;
@@ -19,9 +19,9 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-/// The flags of a guest's open that reach the host. O_APPEND does not: see [`Passthrough::write`].
-/// O_DIRECT does not: it would ask the guest's buffers for an alignment that the guest promised to
-/// another file system.
+/// The flags of a guest's open that are passed to the host. O_APPEND is not: see [`Passthrough::write`].
+/// Neither is O_DIRECT: it would require an alignment of the guest's buffers that the guest has not been
+/// told.
 const PASSED_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::TRUNC)
     .union(OFlags::SYNC)
@@ -36,7 +36,7 @@ impl Passthrough {
     /// FUSE_OPEN
     ///
     /// # Errors
-    /// The host's; EROFS for a write to a read-only share.
+    /// The error from the host; EROFS for a write to a read-only share.
     pub fn open(&self, nodeid: u64, arg: &OpenIn) -> Result<OpenOut, Errno> {
         if nodeid == ROOT_ID {
             return Err(Errno::ISDIR);
@@ -50,9 +50,9 @@ impl Passthrough {
             self.writable(nodeid)?;
         }
         let truncates = flags.contains(OFlags::TRUNC);
-        let _acting = truncates.then(|| self.acting_on(&inode, kind::MODIFY | kind::ATTRIB));
+        let _change = truncates.then(|| self.change_of(&inode, kind::MODIFY | kind::ATTRIB));
         let file = match self.open_inode(&inode, flags) {
-            // Only a file's owner may ask for that; the guest's kernel has checked its own side.
+            // Only a file's owner may use that flag; the guest kernel has checked its own side.
             Err(Errno::PERM) if flags.contains(OFlags::NOATIME) => {
                 self.open_inode(&inode, flags - OFlags::NOATIME)?
             }
@@ -62,7 +62,7 @@ impl Passthrough {
             let bits = arg.open_flags & OPEN_KILL_SUIDGID != 0;
             self.drop_privileges(&inode, bits)?;
         }
-        // The guest takes what it remembers of the size for true, and it would cut what it reads.
+        // The guest trusts its cached size, which would truncate what it reads.
         let is_old = self.options.cache == Cache::Auto && inode.has_changed(&inodes::stat(&file)?);
         let mut opened = self.opened(&inode, file, flags)?;
         if is_old {
@@ -88,7 +88,7 @@ impl Passthrough {
 
     fn host_flags(&self, flags: u32) -> OFlags {
         let mut flags = OFlags::from_bits_retain(flags) & PASSED_FLAGS;
-        // A guest that writes back whole pages reads what is round a small write.
+        // A guest in writeback mode reads the rest of a page around a small write.
         if self.options.cache == Cache::Writeback && flags & OFlags::ACCMODE == OFlags::WRONLY {
             flags = (flags - OFlags::ACCMODE) | OFlags::RDWR;
         }
@@ -98,7 +98,7 @@ impl Passthrough {
     /// FUSE_CREATE
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn create(
         &self,
         parent: u64,
@@ -108,7 +108,7 @@ impl Passthrough {
     ) -> Result<(EntryOut, OpenOut), Errno> {
         let directory = self.writable(parent)?;
         super::names::check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB | kind::MODIFY);
         let fd = self.inodes.fd(&directory)?;
         let flags = self.host_flags(arg.flags)
             | OFlags::CREATE
@@ -119,8 +119,8 @@ impl Passthrough {
         let made = self.with_umask(arg.umask, || openat(&fd, name, flags, mode));
         match made {
             Ok(file) => {
-                self.give_to(&file, caller, arg.mode, &directory)?;
-                self.made(file.into(), flags, &directory, name)
+                self.set_owner(&file, caller, arg.mode, &directory)?;
+                self.created(file.into(), flags, &directory, name)
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
                 let entry = self.lookup(parent, name)?;
@@ -140,10 +140,10 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_TMPFILE: a file without a name.
+    /// FUSE_TMPFILE: creates an unnamed file.
     ///
     /// # Errors
-    /// The host's; EOPNOTSUPP where its file system has no such files.
+    /// The error from the host; EOPNOTSUPP if its file system has no unnamed files.
     pub fn tmpfile(
         &self,
         parent: u64,
@@ -156,14 +156,14 @@ impl Passthrough {
         let flags = self.host_flags(arg.flags) | OFlags::TMPFILE | OFlags::CLOEXEC | excl;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         let file = self.with_umask(arg.umask, || openat(&fd, c".", flags, mode))?;
-        self.give_to(&file, caller, arg.mode, &directory)?;
-        // It has no name, and no other could have this one.
-        self.made(file.into(), flags, &directory, c"?")
+        self.set_owner(&file, caller, arg.mode, &directory)?;
+        // It has no name; this one cannot be that of another file.
+        self.created(file.into(), flags, &directory, c"?")
     }
 
-    /// The node and the handle of a file that was just made and opened. The node gets a descriptor
-    /// of its own, and by the file, not by the name, which may be another's by now.
-    fn made(
+    /// Node and handle of a file that was just created and opened. The node gets its own descriptor, obtained
+    /// from the file and not by name, since another file may have taken the name by now.
+    fn created(
         &self,
         file: File,
         flags: OFlags,
@@ -182,10 +182,10 @@ impl Passthrough {
         Ok((entry, opened?))
     }
 
-    /// FUSE_READ, straight into the guest's memory
+    /// FUSE_READ, directly into guest memory
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn read<B: BitmapSlice>(
         &self,
         nodeid: u64,
@@ -196,14 +196,14 @@ impl Passthrough {
         sys::read_at(&handle.file, into, arg.offset).map_err(errno)
     }
 
-    /// FUSE_WRITE, straight from the guest's memory
+    /// FUSE_WRITE, directly from guest memory
     ///
-    /// A file that the guest opened with O_APPEND is not open with O_APPEND here: pages that its
-    /// kernel writes back must go where they belong. A write of a process's appends by itself, so
-    /// that host and guest can append to one file.
+    /// A file opened with O_APPEND by the guest is not opened with O_APPEND here, because pages written back
+    /// from the guest's page cache have to go to their own offsets. A write by a process appends explicitly,
+    /// so that host and guest can append to the same file.
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn write<B: BitmapSlice>(
         &self,
         nodeid: u64,
@@ -212,7 +212,7 @@ impl Passthrough {
     ) -> Result<usize, Errno> {
         let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
-        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::MODIFY | kind::ATTRIB);
         let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
         self.drop_privileges(&inode, bits)?;
         let append = arg.flags & OFlags::APPEND.bits() != 0
@@ -221,11 +221,11 @@ impl Passthrough {
         sys::write_at(&handle.file, from, arg.offset, append).map_err(errno)
     }
 
-    /// FUSE_FLUSH: a close of one of the guest's descriptors. Closing a copy of ours makes
-    /// network file systems report what they could not write.
+    /// FUSE_FLUSH: the guest closes a descriptor. Closing a duplicate here makes network file systems report
+    /// failed writes.
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn flush(&self, nodeid: u64, fh: u64) -> Result<(), Errno> {
         let handle = self.handle(fh, nodeid)?;
         let copy = rustix::io::fcntl_dupfd_cloexec(&handle.file, 0)?;
@@ -235,7 +235,7 @@ impl Passthrough {
     /// FUSE_FSYNC and FUSE_FSYNCDIR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn fsync(&self, nodeid: u64, arg: &FsyncIn) -> Result<(), Errno> {
         if nodeid == ROOT_ID {
             return Ok(());
@@ -248,11 +248,11 @@ impl Passthrough {
         }
     }
 
-    /// FUSE_SYNCFS: the file system of a node; of the root, which is what Linux asks for, that of every export
-    /// and those below it that the guest came to.
+    /// FUSE_SYNCFS: syncs the file system of a node. Linux sends the root's node, for which the file systems
+    /// of all exports and those below them that the guest has reached are synced.
     ///
     /// # Errors
-    /// The host's, of the first that fails.
+    /// The first error from the host.
     pub fn syncfs(&self, nodeid: u64) -> Result<(), Errno> {
         if nodeid != ROOT_ID {
             let inode = self.inodes.get(nodeid)?;
@@ -279,12 +279,12 @@ impl Passthrough {
     /// FUSE_FALLOCATE
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn fallocate(&self, nodeid: u64, arg: &FallocateIn) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
-        let _acting = self.acting_on(&inode, kind::MODIFY | kind::ATTRIB);
-        // The request does not say who asks, and to change a program's length is no everyday thing.
+        let _change = self.change_of(&inode, kind::MODIFY | kind::ATTRIB);
+        // The request does not name the caller, and changing the length of a program is rare.
         self.drop_privileges(&inode, true)?;
         let mode = FallocateFlags::from_bits(arg.mode).ok_or(Errno::OPNOTSUPP)?;
         rustix::fs::fallocate(&handle.file, mode, arg.offset, arg.length)
@@ -293,8 +293,9 @@ impl Passthrough {
     /// FUSE_LSEEK: SEEK_DATA and SEEK_HOLE
     ///
     /// # Errors
-    /// The host's; ENOSYS under writeback, where the host does not know what the guest has written
-    /// and a copy by holes would lose it: the guest's kernel then takes files for data throughout.
+    /// The error from the host; ENOSYS with writeback, where the host does not know what the guest has
+    /// written and a copy that skips holes would lose it: the guest kernel then treats files as data
+    /// throughout.
     pub fn lseek(&self, nodeid: u64, arg: &LseekIn) -> Result<u64, Errno> {
         if self.options.cache == Cache::Writeback {
             return Err(Errno::NOSYS);
@@ -313,15 +314,15 @@ impl Passthrough {
     /// FUSE_COPY_FILE_RANGE
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn copy_file_range(&self, nodeid: u64, arg: &CopyFileRangeIn) -> Result<u32, Errno> {
         let from = self.handle(arg.fh_in, nodeid)?;
         let target = self.writable(arg.nodeid_out)?;
         let to = self.handles.get(arg.fh_out, arg.nodeid_out)?;
-        let _acting = self.acting_on(&target, kind::MODIFY | kind::ATTRIB);
+        let _change = self.change_of(&target, kind::MODIFY | kind::ATTRIB);
         self.drop_privileges(&target, true)?;
         let (mut from_at, mut to_at) = (arg.off_in, arg.off_out);
-        // The reply has 32 bits for the count.
+        // The count in the reply has 32 bits.
         let len = arg.len.min(1 << 30) as usize;
         let copied = rustix::fs::copy_file_range(
             &from.file,
@@ -333,9 +334,8 @@ impl Passthrough {
         Ok(copied as u32)
     }
 
-    /// Runs `make` with the guest process's mask, so that the host applies it as the guest's
-    /// kernel would: not at all where a directory has default ACLs. Worker threads have a mask of
-    /// their own.
+    /// Runs `make` with the umask of the guest's process, so that the host applies it like the guest kernel
+    /// would: not in directories with default ACLs. Worker threads have their own umask.
     pub(super) fn with_umask<T>(&self, umask: u32, make: impl FnOnce() -> T) -> T {
         rustix::process::umask(Mode::from_raw_mode(umask & 0o777));
         let made = make();
@@ -343,9 +343,9 @@ impl Passthrough {
         made
     }
 
-    /// Gives a new file to who asked for it. In a directory with the set-group-ID bit the group
-    /// is the directory's, which the host has seen to. Without root every file is the user's.
-    pub(super) fn give_to(
+    /// Gives a new file to the caller. In a directory with the set-group-ID bit, the host has already set the
+    /// group to that of the directory. Without root, files always belong to the user.
+    pub(super) fn set_owner(
         &self,
         fd: impl AsFd,
         caller: Caller,
@@ -362,7 +362,7 @@ impl Passthrough {
         let gid = (!inherited).then(|| rustix::fs::Gid::from_raw(caller.gid));
         let uid = Some(rustix::fs::Uid::from_raw(caller.uid));
         rustix::fs::chownat(&fd, c"", uid, gid, rustix::fs::AtFlags::EMPTY_PATH)?;
-        // The change of owner took these bits away.
+        // The change of owner cleared these bits.
         if mode & 0o6000 != 0 {
             let now = u32::from(inodes::stat(&fd)?.stx_mode);
             self.chmod(&fd, now | mode & 0o6000)?;

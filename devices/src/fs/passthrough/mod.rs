@@ -1,8 +1,8 @@
 //! Each FUSE operation on the host's file system.
 //!
-//! Called from worker threads, many at once. Nothing here knows queues or wire offsets; what the
-//! guest sent was decoded by the [`server`](super::server), and everything in it is bounded here
-//! or by the kernel that serves the host's files.
+//! Called from worker threads, many at a time. This module knows neither queues nor wire offsets: the
+//! [`server`](super::server) has decoded the requests. All values from the guest are bounded here or by the
+//! host kernel.
 
 mod attr;
 mod dir;
@@ -16,7 +16,7 @@ use super::Cache;
 use super::handles::{Handle, Handles};
 use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
-use super::watch::{self, Acting, HostEvents, Watches};
+use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -26,32 +26,32 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-/// Who asks: the user and group of the guest's process.
+/// The caller of an operation: user and group of the guest's process.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller {
-    /// User number.
+    /// User ID.
     pub uid: u32,
-    /// Group number.
+    /// Group ID.
     pub gid: u32,
 }
 
-/// How a file system is offered.
+/// Options of a file system.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// What the guest may remember.
+    /// What the guest may cache.
     pub cache: Cache,
-    /// How many nodes, and how many open files, may hold descriptors; 0 takes a share of the
-    /// process's limit. Several devices in one process divide it themselves.
+    /// Maximum number of descriptors for nodes, and for open files; 0 uses a part of the process's limit.
+    /// Several devices in one process must divide it themselves.
     pub max_descriptors: usize,
-    /// How many files the guest may remember, some 300 bytes each on the host; 0 is 4 million. Its own
-    /// kernel takes a KiB for each.
+    /// Maximum number of files that the guest may remember, some 300 bytes each on the host; 0 means 4
+    /// million. The guest kernel itself takes 1 KiB for each.
     pub max_nodes: usize,
 }
 
-/// The most files that a guest may remember if nobody says less.
+/// Default maximum number of files that a guest may remember.
 const MAX_NODES: usize = 4 << 20;
 
-/// What has to know that shares come and go.
+/// Passes on changes of shares.
 struct ShareListener {
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
@@ -68,36 +68,36 @@ impl Listener for ShareListener {
     }
 
     fn removed(&self, shares: &[Arc<Share>]) {
-        self.watches.let_go(|inode| !inode.is_live());
+        self.watches.remove_if(|inode| !inode.is_live());
         self.handles.close_unreachable();
         self.inodes.shares_removed(shares);
     }
 }
 
-/// The server's state for one guest.
+/// State of the server for one guest.
 pub struct Passthrough {
     options: Options,
     shares: Shares,
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
     watches: Arc<Watches>,
-    /// Hears of shares as long as this is here.
+    /// Keeps the listener alive.
     _listener: Arc<dyn Listener>,
-    /// `/proc/self/fd`, by which O_PATH descriptors are opened again.
+    /// `/proc/self/fd`, through which O_PATH descriptors are reopened.
     proc: OwnedFd,
     root_user: bool,
 }
 
 impl Passthrough {
-    /// Serves `shares`.
+    /// A server for `shares`.
     ///
     /// # Errors
-    /// If `/proc` is not mounted, or no descriptor is left.
+    /// If `/proc` is not mounted, or the host has no file descriptor left.
     pub fn new(shares: Shares, options: Options) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
         let limit = match options.max_descriptors {
-            0 => descriptor_share(),
+            0 => default_max_descriptors(),
             given => given,
         };
         let max_nodes = match options.max_nodes {
@@ -125,12 +125,12 @@ impl Passthrough {
         })
     }
 
-    /// How the file system is offered.
+    /// The options of the file system.
     pub fn options(&self) -> &Options {
         &self.options
     }
 
-    /// The guest is gone: nothing is open, nothing is known.
+    /// Drops all state of the guest, which is gone.
     pub fn clear(&self) {
         self.watches.clear();
         self.handles.clear();
@@ -140,17 +140,18 @@ impl Passthrough {
         }
     }
 
-    /// Gives the host the room of files that were removed, though the guest remembers them: looks at up
-    /// to `most` files. To be called every now and then.
+    /// Checks up to `most` files that the guest remembers, and releases removed ones so that the host can
+    /// free their space. To be called periodically.
     pub fn sweep(&self, most: usize) {
         self.inodes.sweep(most);
     }
 
-    /// FUSE_LOOKUP: node 0 says that the name is not there, and for how long the guest may believe it
+    /// FUSE_LOOKUP: node 0 means that the name does not exist, with the time for which the guest may cache
+    /// that
     ///
     /// # Errors
     /// As [`lookup`](Self::lookup).
-    pub fn look(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
+    pub fn lookup_or_absent(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
         let timeout = self.options.cache.timeout();
         match self.lookup(parent, name) {
             Err(Errno::NOENT) if parent != ROOT_ID && !timeout.is_zero() => Ok(EntryOut {
@@ -162,12 +163,12 @@ impl Passthrough {
         }
     }
 
-    /// Looks a name up.
+    /// Looks up a name.
     ///
     /// # Errors
-    /// The host's, and ENOENT for names that are none.
+    /// The error from the host, and ENOENT for invalid names.
     pub fn lookup(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
-        // Only a guest that means harm asks for these: its kernel resolves them itself.
+        // Only a malicious guest sends these: its kernel resolves them itself.
         if name.is_empty() || name == c"." || name == c".." || name.to_bytes().contains(&b'/') {
             return Err(Errno::NOENT);
         }
@@ -181,7 +182,7 @@ impl Passthrough {
         self.entry_in(fd, &directory, name)
     }
 
-    /// Counts a look-up of a file in a directory and describes it to the guest.
+    /// Counts a lookup of a file in a directory and returns its attributes for the guest.
     fn entry_in(&self, fd: OwnedFd, directory: &Inode, name: &CStr) -> Result<EntryOut, Errno> {
         self.entry(fd, Found::In(directory), name)
     }
@@ -189,7 +190,7 @@ impl Passthrough {
     fn entry(&self, fd: OwnedFd, found: Found<'_>, name: &CStr) -> Result<EntryOut, Errno> {
         let stat = inodes::stat(&fd)?;
         let inode = self.inodes.look_up(fd, &stat, found, name)?;
-        // That holds for a share too: once it is taken away its nodes are stale, and the guest asks anew.
+        // Also for shares: once a share is removed its nodes are stale, and the guest looks them up again.
         let timeout = self.options.cache.timeout();
         Ok(EntryOut {
             nodeid: inode.id,
@@ -209,53 +210,53 @@ impl Passthrough {
         }
     }
 
-    /// What changes on the host, once the guest watches anything. Before the guest mounts.
+    /// Changes on the host to files that the guest watches. To be called before the guest mounts.
     pub fn host_events(&self) -> HostEvents {
         HostEvents::new(self.watches.clone())
     }
 
-    /// Whether somebody asked for [`host_events`](Self::host_events).
+    /// Whether [`host_events`](Self::host_events) was called.
     pub fn watches_host(&self) -> bool {
         self.watches.wanted()
     }
 
-    /// No host events will come any more.
+    /// Ends the host events.
     pub fn end_host_events(&self) {
         self.watches.end();
     }
 
-    /// FUSE_HOST_WATCH_OP of Koya's guest kernel: a node is watched.
+    /// FUSE_HOST_WATCH_OP of Koya's guest kernel: watches a node.
     ///
     /// # Errors
-    /// The host's; ENOSPC for too many.
+    /// The error from the host; ENOSPC beyond the limit.
     pub fn watch(&self, nodeid: u64, arg: &HostWatchIn) -> Result<(), Errno> {
         if nodeid == ROOT_ID {
-            // Nothing of the host: shares come and go by their owner's hand.
+            // The synthetic root has no file on the host: only its owner changes it.
             return Ok(());
         }
         let inode = self.inodes.get(nodeid)?;
         self.watches.watch(&inode, arg.seq, arg.mask)
     }
 
-    /// FUSE_HOST_UNWATCH of Koya's guest kernel: nobody watches the node any more.
+    /// FUSE_HOST_UNWATCH of Koya's guest kernel: the node is no longer watched.
     pub fn unwatch(&self, nodeid: u64, number: u64) {
         self.watches.unwatch(nodeid, number);
     }
 
-    /// The guest changes this file in these ways: its host's watch is not to tell it.
-    fn acting_on(&self, inode: &Inode, kinds: u32) -> Option<Acting<'_>> {
-        self.watches.acting(|| {
+    /// Records that the guest changes this file in these ways, so that the host's watch does not report it.
+    fn change_of(&self, inode: &Inode, kinds: u32) -> Option<ChangeGuard<'_>> {
+        self.watches.begin_change(|| {
             [
                 (watch::own_key(inode), kinds),
-                (watch::place_key(inode), kinds),
+                (watch::location_key(inode), kinds),
             ]
         })
     }
 
     /// The same for an entry of a directory.
-    fn acting_at(&self, directory: u64, name: &CStr, kinds: u32) -> Option<Acting<'_>> {
+    fn change_at(&self, directory: u64, name: &CStr, kinds: u32) -> Option<ChangeGuard<'_>> {
         self.watches
-            .acting(|| [(watch::entry_key(directory, name), kinds)])
+            .begin_change(|| [(watch::entry_key(directory, name), kinds)])
     }
 
     fn attr_out(&self, attr: wire::Attr) -> AttrOut {
@@ -268,13 +269,13 @@ impl Passthrough {
         }
     }
 
-    /// An open file of a node whose share is still there.
+    /// An open file of a node whose share still exists.
     fn handle(&self, fh: u64, nodeid: u64) -> Result<Arc<Handle>, Errno> {
         self.inodes.get(nodeid)?;
         self.handles.get(fh, nodeid)
     }
 
-    /// A node that the guest wants to change.
+    /// A node that the guest may change.
     fn writable(&self, nodeid: u64) -> Result<Arc<Inode>, Errno> {
         if nodeid == ROOT_ID {
             return Err(Errno::ROFS);
@@ -286,8 +287,8 @@ impl Passthrough {
         }
     }
 
-    /// Opens a node's file itself: only what is a regular file or a directory, since opening
-    /// anything else on the host would act on the host.
+    /// Opens a node's file, which must be a regular file or a directory: opening anything else could affect
+    /// the host.
     fn open_inode(&self, inode: &Inode, flags: OFlags) -> Result<File, Errno> {
         match inode.kind {
             FileType::RegularFile | FileType::Directory => {}
@@ -295,19 +296,19 @@ impl Passthrough {
             _ => return Err(Errno::NXIO),
         }
         let fd = self.inodes.fd(inode)?;
-        // To read a file changes the time of its last access, where its mount does not forbid it.
+        // Reading a file changes its access time unless the mount prevents that.
         let still = !inode.is_writable() && !inode.export()?.is_detached();
         let quiet = still.then(|| self.reopen(&*fd, flags | OFlags::NOATIME));
         match quiet {
-            // Only a file's owner may ask for that.
+            // Only a file's owner may use that flag.
             None | Some(Err(Errno::PERM)) => Ok(self.reopen(&*fd, flags)?.into()),
             Some(opened) => Ok(opened?.into()),
         }
     }
 
-    /// Opens the file of a descriptor (O_PATH will do) once more, with other flags.
+    /// Reopens the file of a descriptor (which may be O_PATH) with other flags.
     fn reopen(&self, fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
-        // The link in /proc is to be followed: it is ours, and leads to the descriptor's file.
+        // The link in /proc must be followed: it is ours, and leads to the descriptor's file.
         let closed = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL;
         let flags = (flags - closed) | OFlags::CLOEXEC;
         let name = fd.as_fd().as_raw_fd().to_string();
@@ -315,10 +316,10 @@ impl Passthrough {
     }
 }
 
-/// How many nodes, and as many open files, may hold descriptors: a sixth of the process's each.
-/// Nodes that can't give theirs up may be half as many again, and an open file has two, so a guest
-/// reaches 7 twelfths at most; vsock takes an eighth, and the rest is the monitor's.
-fn descriptor_share() -> usize {
+/// Maximum number of descriptors for nodes, and for open files: a sixth of the process's limit each. Nodes
+/// that cannot be evicted may exceed it by half, and an open file has two descriptors, so a guest takes 7
+/// twelfths at most; vsock takes an eighth, and the rest is for the monitor.
+fn default_max_descriptors() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.unwrap_or(1 << 20).min(1 << 20) as usize;
     (limit / 6).max(32)

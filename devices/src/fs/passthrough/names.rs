@@ -1,4 +1,4 @@
-//! Names: what makes, moves and removes directory entries.
+//! Creating, moving and removing directory entries.
 
 use super::{Caller, Passthrough};
 use crate::fs::inodes::{self, Identity, Inode};
@@ -9,10 +9,10 @@ use rustix::io::Errno;
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// What a watch sees of a file that loses a name.
+/// Events that a watch reports for a file that loses a name.
 const ENDS: u32 = kind::DELETE | kind::DELETE_SELF | kind::ATTRIB;
 
-/// One component of a path, and nothing that leads elsewhere.
+/// Checks that a name is a single path component other than `.` and `..`.
 pub(super) fn check(name: &CStr) -> Result<(), Errno> {
     let bytes = name.to_bytes();
     if bytes.is_empty() || bytes == b"." || bytes == b".." || bytes.contains(&b'/') {
@@ -28,7 +28,7 @@ impl Passthrough {
     /// FUSE_MKDIR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn mkdir(
         &self,
         parent: u64,
@@ -38,20 +38,20 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
         self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
-        // A directory keeps its bits when its owner changes.
+        // A directory keeps its mode bits when its owner changes.
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, 0, &directory)?;
+        self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
     /// FUSE_MKNOD: files, sockets, FIFOs, and as root device nodes
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn mknod(
         &self,
         parent: u64,
@@ -61,7 +61,7 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let kind = FileType::from_raw_mode(arg.mode);
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
@@ -71,14 +71,14 @@ impl Passthrough {
             rustix::fs::mknodat(&fd, name, kind, mode, device)
         })?;
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, arg.mode, &directory)?;
+        self.set_owner(&made, caller, arg.mode, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
     /// FUSE_SYMLINK
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn symlink(
         &self,
         parent: u64,
@@ -88,18 +88,18 @@ impl Passthrough {
     ) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, kind::CREATE | kind::ATTRIB);
+        let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         rustix::fs::symlinkat(target, &fd, name)?;
         let made = inodes::open_entry(&fd, name)?;
-        self.give_to(&made, caller, 0, &directory)?;
+        self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
     /// FUSE_READLINK
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn readlink(&self, nodeid: u64) -> Result<CString, Errno> {
         if nodeid == ROOT_ID {
             return Err(Errno::INVAL);
@@ -111,25 +111,25 @@ impl Passthrough {
     /// FUSE_LINK
     ///
     /// # Errors
-    /// The host's; EXDEV between file systems.
+    /// The error from the host; EXDEV between file systems.
     pub fn link(&self, parent: u64, name: &CStr, arg: &LinkIn) -> Result<EntryOut, Errno> {
         let directory = self.writable(parent)?;
         let inode = self.writable(arg.oldnodeid)?;
         check(name)?;
-        let _acting = (
-            self.acting_at(parent, name, kind::CREATE),
-            self.acting_on(&inode, kind::ATTRIB),
+        let _change = (
+            self.change_at(parent, name, kind::CREATE),
+            self.change_of(&inode, kind::ATTRIB),
         );
         let from = self.inodes.fd(&inode)?;
         let to = self.inodes.fd(&directory)?;
         let made = rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH);
         match made {
-            // Without CAP_DAC_READ_SEARCH the descriptor's link in /proc has to do.
+            // Without CAP_DAC_READ_SEARCH, use the descriptor's link in /proc.
             Err(Errno::NOENT | Errno::PERM) => {
                 let link = from.as_raw_fd().to_string();
                 rustix::fs::linkat(&self.proc, link, &to, name, AtFlags::SYMLINK_FOLLOW)?;
             }
-            // It was found by way of another share, which is another mount.
+            // It was found through another share, which is another mount.
             Err(Errno::XDEV) => {
                 let from = self.inodes.fd_in(&inode, &directory.export()?)?;
                 rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH)?;
@@ -142,11 +142,11 @@ impl Passthrough {
     /// FUSE_UNLINK, and FUSE_RMDIR with `directory`
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn unlink(&self, parent: u64, name: &CStr, is_directory: bool) -> Result<(), Errno> {
         let directory = self.writable(parent)?;
         check(name)?;
-        let _acting = self.acting_at(parent, name, ENDS);
+        let _change = self.change_at(parent, name, ENDS);
         let flags = if is_directory {
             AtFlags::REMOVEDIR
         } else {
@@ -158,7 +158,7 @@ impl Passthrough {
     /// FUSE_RENAME and FUSE_RENAME2
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn rename(
         &self,
         parent: u64,
@@ -172,9 +172,9 @@ impl Passthrough {
         check(name)?;
         check(new_name)?;
         let kinds = kind::MOVED | kind::MOVE_SELF | ENDS;
-        let _acting = (
-            self.acting_at(parent, name, kinds),
-            self.acting_at(new_parent, new_name, kinds),
+        let _change = (
+            self.change_at(parent, name, kinds),
+            self.change_at(new_parent, new_name, kinds),
         );
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
@@ -186,7 +186,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Remembers where a moved file is found again, and by which shares.
+    /// Updates the location and the shares of a moved file.
     fn note_move(&self, from: &Inode, (to, fd): (&Inode, impl AsFd), name: &CStr) {
         if let Ok(stat) = inodes::open_entry(fd, name).and_then(inodes::stat)
             && let Ok(export) = to.export()

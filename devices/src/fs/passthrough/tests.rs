@@ -1,4 +1,4 @@
-//! The file system without a guest: what only a hostile one would ask, and what tables hold.
+//! The file system without a guest: requests that only a malicious guest sends, and the limits of the tables.
 
 use super::*;
 use crate::fs::wire::{
@@ -43,7 +43,7 @@ fn fixture(limit: usize, read_only: bool) -> Fixture {
 }
 
 #[test]
-fn names_that_lead_elsewhere_are_refused() {
+fn names_that_leave_the_directory_are_refused() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     std::os::unix::fs::symlink("/etc", f.dir.path().join("out")).unwrap();
@@ -60,7 +60,7 @@ fn names_that_lead_elsewhere_are_refused() {
                 .is_err()
         );
     }
-    // A link is itself, never what it points to.
+    // A symbolic link is itself, never its target.
     let link = f.files.lookup(f.root, c"out").unwrap();
     assert!(f.files.lookup(link.nodeid, c"passwd").is_err());
     assert_eq!(
@@ -102,7 +102,7 @@ fn a_read_only_share_refuses_every_change() {
 }
 
 #[test]
-fn tables_hold_what_the_guest_remembers_and_no_more_descriptors_than_they_may() {
+fn descriptors_of_nodes_are_bounded() {
     const LIMIT: usize = 16;
     let f = fixture(LIMIT, false);
     let mut nodes = Vec::new();
@@ -114,12 +114,12 @@ fn tables_hold_what_the_guest_remembers_and_no_more_descriptors_than_they_may() 
     let (known, open) = f.files.inodes.counts();
     assert_eq!(known, 201);
     assert!(open <= LIMIT + 1, "{open} descriptors");
-    // Every one of them is still the file that it was.
+    // Each of them is still the same file.
     for (n, node) in nodes.iter().enumerate() {
         let attr = f.files.getattr(*node, &GetattrIn::default()).unwrap().attr;
         assert_eq!(attr.size, n.to_string().len() as u64);
     }
-    // One that was removed meanwhile is stale, not another's.
+    // A file that was removed meanwhile is stale, not another file.
     std::fs::remove_file(f.dir.path().join("3")).unwrap();
     std::fs::write(f.dir.path().join("new"), "new").unwrap();
     let third = f.files.getattr(nodes[3], &GetattrIn::default());
@@ -179,7 +179,7 @@ fn a_handle_belongs_to_its_node() {
 }
 
 #[test]
-fn a_share_that_is_taken_away_is_stale() {
+fn a_removed_share_is_stale() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
@@ -197,7 +197,7 @@ fn a_share_that_is_taken_away_is_stale() {
 }
 
 #[test]
-fn files_without_a_name_are_bounded() {
+fn unlinked_files_are_bounded() {
     const LIMIT: usize = 16;
     let f = fixture(LIMIT, false);
     let mut nodes = Vec::new();
@@ -211,7 +211,7 @@ fn files_without_a_name_are_bounded() {
         assert!(nodes.len() < 100, "no limit");
     };
     assert_eq!(refused, Errno::NFILE);
-    // Those that are known stay what they are, and giving one back makes room.
+    // Known files stay valid, and releasing one makes room.
     let attr = f
         .files
         .getattr(nodes[0], &GetattrIn::default())
@@ -235,13 +235,13 @@ fn a_single_file_has_one_number() {
     assert_eq!(statx.unwrap().stat.ino, entry.attr.ino);
     let refused = f.files.open(entry.nodeid, &writing());
     assert_eq!(refused.unwrap_err(), Errno::ROFS);
-    // Inside its directory it is the same file, and there it may be written.
+    // Within its directory it is the same file, and writable.
     let inside = f.files.lookup(f.root, c"file").unwrap();
     assert_eq!(inside.nodeid, entry.nodeid);
     assert!(f.files.open(entry.nodeid, &writing()).is_ok());
 }
 
-/// Of one file system, numbers are the host's; those of others are told apart from them.
+/// Inode numbers on the first file system are the host's; those on others are distinguished from them.
 #[test]
 fn numbers_of_several_file_systems_differ() {
     use std::os::unix::fs::MetadataExt;
@@ -253,7 +253,7 @@ fn numbers_of_several_file_systems_differ() {
     let number = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr.ino;
     assert_eq!(number(c"again"), own);
     assert_eq!(number(c"proc"), proc | 1 << 48);
-    // A listing says the same as a look at the file.
+    // A listing has the same numbers as a lookup.
     let node = f.files.lookup(ROOT_ID, c"proc").unwrap().nodeid;
     let version = f.files.lookup(node, c"version").unwrap().attr.ino;
     let fh = f.files.opendir(node).unwrap().fh;
@@ -291,7 +291,7 @@ fn the_root_answers_statx() {
 }
 
 #[test]
-fn a_file_that_changes_loses_what_its_programs_would_get() {
+fn a_changed_file_loses_its_privileges() {
     use std::os::unix::fs::PermissionsExt;
     let f = fixture(0, false);
     let path = f.dir.path().join("x");
@@ -353,7 +353,7 @@ fn links_change_owners_and_files_are_written_whatever_their_mode() {
 }
 
 #[test]
-fn a_share_that_is_taken_away_holds_nothing_open() {
+fn a_removed_share_keeps_nothing_open() {
     use std::os::unix::fs::MetadataExt;
     let f = fixture(0, false);
     for name in ["a", "b"] {
@@ -362,7 +362,7 @@ fn a_share_that_is_taken_away_holds_nothing_open() {
         let node = f.files.lookup(f.root, &name).unwrap().nodeid;
         f.files.open(node, &OpenIn::default()).unwrap();
     }
-    // By what they are, since a detached mount's paths begin at its own root.
+    // By device and inode, since paths on a detached mount begin at its own root.
     let identity = |path: &std::path::Path| {
         let data = std::fs::metadata(path).ok()?;
         Some((data.dev(), data.ino()))
@@ -392,7 +392,7 @@ fn the_roots_listing_does_not_shift() {
         .readdir(ROOT_ID, 0, 0, 4096, false)
         .unwrap()
         .into_bytes();
-    // Room for the dots and the first share.
+    // Space for the dots and the first share.
     let part = f
         .files
         .readdir(ROOT_ID, 0, 0, 100, false)
@@ -409,26 +409,32 @@ fn the_roots_listing_does_not_shift() {
     assert_eq!(part.len() + rest.len(), whole.len(), "none is left out");
 }
 
-/// Search paths are full of names that are not there.
+/// Search paths are full of names that do not exist.
 #[test]
-fn that_a_name_is_not_there_is_remembered_as_long_as_it_may_be() {
+fn absent_names_are_cached_for_the_timeout() {
     let f = fixture(0, false);
-    let absent = f.files.look(f.root, c"absent").unwrap();
+    let absent = f.files.lookup_or_absent(f.root, c"absent").unwrap();
     assert_eq!((absent.nodeid, absent.entry_valid), (0, 1));
-    // Shares come and go by the owner's hand.
-    assert_eq!(f.files.look(ROOT_ID, c"absent").unwrap_err(), Errno::NOENT);
+    // Not for shares, which the owner adds and removes.
+    assert_eq!(
+        f.files.lookup_or_absent(ROOT_ID, c"absent").unwrap_err(),
+        Errno::NOENT
+    );
     let never = Options {
         cache: Cache::Never,
         ..Options::default()
     };
     let files = Passthrough::new(f.shares.clone(), never).unwrap();
-    let root = files.look(ROOT_ID, c"s").unwrap().nodeid;
-    assert_eq!(files.look(root, c"absent").unwrap_err(), Errno::NOENT);
+    let root = files.lookup_or_absent(ROOT_ID, c"s").unwrap().nodeid;
+    assert_eq!(
+        files.lookup_or_absent(root, c"absent").unwrap_err(),
+        Errno::NOENT
+    );
 }
 
-/// A guest's kernel asks for the size first, and then for as many bytes.
+/// The guest kernel first asks for the size, and then for that many bytes.
 #[test]
-fn an_attributes_size_can_be_asked_for() {
+fn an_attributes_size_can_be_queried() {
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("x"), "x").unwrap();
     let node = f.files.lookup(f.root, c"x").unwrap().nodeid;
@@ -440,9 +446,9 @@ fn an_attributes_size_can_be_asked_for() {
     }
 }
 
-/// What the guest remembers of a size would cut what it reads.
+/// A size cached by the guest would truncate what it reads.
 #[test]
-fn a_file_that_changed_is_told_when_it_is_opened() {
+fn a_changed_file_is_reported_on_open() {
     use crate::fs::wire::fopen;
     let f = fixture(0, false);
     let path = f.dir.path().join("x");
@@ -456,9 +462,9 @@ fn a_file_that_changed_is_told_when_it_is_opened() {
     assert_eq!(changed(), 0);
 }
 
-/// The guest remembers names, and the host wants the room back.
+/// The guest remembers a removed file whose space the host wants back.
 #[test]
-fn what_was_removed_is_let_go() {
+fn removed_files_are_dropped() {
     let f = fixture(0, false);
     let held = |name: &str| {
         let node = f
@@ -480,7 +486,7 @@ fn what_was_removed_is_let_go() {
         attr.map(|out| out.attr.nlink)
     };
     let (_, before) = f.files.inodes.counts();
-    // It may be about to be opened: nothing goes at the first look.
+    // It may be about to be opened: nothing is dropped at the first sweep.
     f.files.sweep(100);
     assert_eq!(f.files.inodes.counts().1, before);
     f.files.sweep(100);
@@ -493,9 +499,9 @@ fn what_was_removed_is_let_go() {
     assert_eq!(links(&open), Err(Errno::STALE));
 }
 
-/// A few at a time, and all of them in the end.
+/// A few at a time, and eventually all of them.
 #[test]
-fn every_file_is_looked_at_in_its_turn() {
+fn a_sweep_reaches_every_file() {
     let f = fixture(0, false);
     for n in 0..50 {
         std::fs::write(f.dir.path().join(n.to_string()), "").unwrap();
@@ -510,15 +516,15 @@ fn every_file_is_looked_at_in_its_turn() {
     assert_eq!(f.files.inodes.counts().1, 1, "the root is left");
 }
 
-/// Inode numbers are used again, and not every file system keeps more than that.
+/// Inode numbers are reused, and not every file system records more than that.
 #[test]
-fn an_evicted_file_is_of_the_kind_that_it_was() {
-    use crate::fs::node::{Slot, Traces, still_same};
+fn an_evicted_file_keeps_its_type() {
+    use crate::fs::node::{FileTraces, Slot, still_same};
     let f = fixture(0, false);
     std::fs::write(f.dir.path().join("a"), "").unwrap();
     let node = f.files.lookup(f.root, c"a").unwrap().nodeid;
     let inode = f.files.inodes.get(node).unwrap();
-    *koya_host::sync::lock(&inode.slot) = Slot::Evicted(Traces {
+    *koya_host::sync::lock(&inode.slot) = Slot::Evicted(FileTraces {
         handle: None,
         birth: None,
     });
@@ -533,7 +539,7 @@ fn an_evicted_file_is_of_the_kind_that_it_was() {
 }
 
 #[test]
-fn a_guest_remembers_no_more_files_than_it_may() {
+fn nodes_are_bounded() {
     let dir = tempfile::tempdir().unwrap();
     let shares = Shares::default();
     shares.add("s", dir.path(), false).unwrap();

@@ -1,9 +1,9 @@
 //! Extended attributes.
 //!
-//! Names in `trusted.` and `security.` mean something to the host's kernel: a guest that could
-//! set `security.capability` on a shared file would hand privileges to whoever runs it on the
-//! host. They are kept under [`PREFIX`] instead, and the guest sees them by its own names. What
-//! the host's files already have under those names shows through, but can't be changed.
+//! Names in `trusted.` and `security.` have a meaning for the host kernel: a guest that could set
+//! `security.capability` on a shared file would grant privileges to whoever runs it on the host. They are
+//! stored under [`PREFIX`] instead, and the guest sees them under their usual names. Attributes that the
+//! host's files already have under those names are visible, but can't be changed.
 
 use super::Passthrough;
 use crate::fs::inodes::{self, Inode};
@@ -16,19 +16,19 @@ use std::ffi::{CStr, CString};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
-/// Where the guest's privileged attributes are kept.
+/// Prefix under which the guest's privileged attributes are stored.
 const PREFIX: &[u8] = b"user.koya.";
 
-/// The capabilities that a program gets from its file (capabilities(7)).
+/// The capabilities of a program file (capabilities(7)).
 const CAPABILITY: &CStr = c"security.capability";
 
-/// Bits of a file's mode (inode(7)).
+/// Bits of a file mode (inode(7)).
 const SET_USER_ID: u32 = 0o4000;
 const SET_GROUP_ID: u32 = 0o2000;
-/// Without it set-group-ID means something else: mandatory locks.
+/// Without this bit, set-group-ID means mandatory locking.
 const GROUP_MAY_RUN: u32 = 0o010;
 
-/// The largest value (XATTR_SIZE_MAX) and list (XATTR_LIST_MAX), in bytes.
+/// Maximum size of a value (XATTR_SIZE_MAX) and of a list (XATTR_LIST_MAX) in bytes.
 const SIZE_MAX: usize = 65536;
 
 fn is_privileged(name: &CStr) -> bool {
@@ -42,7 +42,7 @@ fn mapped(name: &CStr) -> Result<CString, Errno> {
     CString::new(bytes).map_err(|_| Errno::INVAL)
 }
 
-/// A guest may not reach mapped names by their names on the host.
+/// Rejects names with the prefix: a guest must not access stored attributes directly.
 fn check(name: &CStr) -> Result<(), Errno> {
     if name.to_bytes().starts_with(PREFIX) {
         return Err(Errno::PERM);
@@ -50,38 +50,38 @@ fn check(name: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
-/// What most attributes fit into, in bytes.
+/// Buffer size that is sufficient for most attributes, in bytes.
 const SHORT: usize = 256;
 
 impl Passthrough {
-    /// The path of a node's file: attributes can't be reached through O_PATH descriptors.
+    /// A path to a node's file: attributes can't be accessed through O_PATH descriptors.
     fn xattr_path(&self, inode: &Inode) -> Result<(String, impl AsFd + use<>), Errno> {
         let fd = self.inodes.fd(inode)?;
         Ok((proc_path(fd.as_fd()), fd))
     }
 
-    /// A file changes, so it loses the capabilities that its programs would get, and with `bits`
-    /// also set-user-ID and set-group-ID: the guest leaves that to us (FUSE_HANDLE_KILLPRIV_V2).
-    /// What the host's files have of their own the host takes away.
+    /// Removes the capabilities of a file that changes, and with `bits` also set-user-ID and set-group-ID:
+    /// the guest leaves that to the server (FUSE_HANDLE_KILLPRIV_V2). The host itself does this for
+    /// attributes of its own.
     ///
     /// # Errors
-    /// The host's; then the file must not be changed.
+    /// The error from the host; the file must then not be changed.
     pub(super) fn drop_privileges(&self, inode: &Inode, bits: bool) -> Result<(), Errno> {
-        // Nothing else has either; `user.` attributes of links and device nodes are refused.
+        // Other files have neither; `user.` attributes are not permitted on symbolic links and device nodes.
         if inode.kind != FileType::RegularFile {
             return Ok(());
         }
-        if !inode.bare.swap(true, Ordering::SeqCst) {
+        if !inode.has_no_capabilities.swap(true, Ordering::SeqCst) {
             let (path, _fd) = self.xattr_path(inode)?;
             let name = mapped(CAPABILITY)?;
-            // The host checks who may write before it looks whether there is anything: a file that
-            // is open for writing may have a mode that forbids it.
+            // The host checks for write permission before it looks for the attribute: a file that is open for
+            // writing may have a mode that forbids it.
             let there = || rustix::fs::getxattr(&*path, name.as_c_str(), &mut [0u8; 0][..]).is_ok();
             if let Err(error) = rustix::fs::removexattr(&*path, name.as_c_str())
                 && !matches!(error, Errno::NODATA | Errno::OPNOTSUPP)
                 && there()
             {
-                inode.bare.store(false, Ordering::SeqCst);
+                inode.has_no_capabilities.store(false, Ordering::SeqCst);
                 return Err(error);
             }
         }
@@ -103,7 +103,7 @@ impl Passthrough {
     /// FUSE_SETXATTR
     ///
     /// # Errors
-    /// The host's; EPERM for names that are not the guest's.
+    /// The error from the host; EPERM for names that the guest must not use.
     pub fn setxattr(
         &self,
         nodeid: u64,
@@ -113,12 +113,12 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
-        let _acting = self.acting_on(&inode, kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::ATTRIB);
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
             let set = rustix::fs::setxattr(path, &*mapped(name)?, value, flags);
-            inode.bare.store(false, Ordering::SeqCst);
+            inode.has_no_capabilities.store(false, Ordering::SeqCst);
             return set;
         }
         rustix::fs::setxattr(path, name, value, flags)
@@ -127,7 +127,7 @@ impl Passthrough {
     /// FUSE_GETXATTR: the value, of at most `room` bytes
     ///
     /// # Errors
-    /// The host's; ERANGE if it is larger.
+    /// The error from the host; ERANGE if the value is larger.
     pub fn getxattr(&self, nodeid: u64, name: &CStr, room: u32) -> Result<Vec<u8>, Errno> {
         if nodeid == ROOT_ID {
             return Err(Errno::NODATA);
@@ -152,7 +152,7 @@ impl Passthrough {
         if room > 0 {
             return read(SIZE_MAX.min(room as usize));
         }
-        // The size is asked for. Most values are short.
+        // The guest asks for the size. Most values are short.
         match read(SHORT) {
             Err(Errno::RANGE) => read(SIZE_MAX),
             other => other,
@@ -162,7 +162,7 @@ impl Passthrough {
     /// FUSE_LISTXATTR: the names, each with its terminator
     ///
     /// # Errors
-    /// The host's; ERANGE if they are more than `room` bytes.
+    /// The error from the host; ERANGE if the list is longer than `room` bytes.
     pub fn listxattr(&self, nodeid: u64, room: u32) -> Result<Vec<u8>, Errno> {
         if nodeid == ROOT_ID {
             return Ok(Vec::new());
@@ -172,7 +172,7 @@ impl Passthrough {
         let mut list = vec![0; SIZE_MAX];
         let len = rustix::fs::listxattr(path, &mut list)?;
         let names = guest_names(&list[..len]);
-        // With no room the guest only wants to know the size.
+        // Zero means that the guest asks for the size.
         if room != 0 && names.len() > room as usize {
             return Err(Errno::RANGE);
         }
@@ -182,17 +182,17 @@ impl Passthrough {
     /// FUSE_REMOVEXATTR
     ///
     /// # Errors
-    /// The host's.
+    /// The error from the host.
     pub fn removexattr(&self, nodeid: u64, name: &CStr) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
         check(name)?;
-        let _acting = self.acting_on(&inode, kind::ATTRIB);
+        let _change = self.change_of(&inode, kind::ATTRIB);
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
             let removed = rustix::fs::removexattr(&*path, &*mapped(name)?);
-            // The host's own attribute is not the guest's to remove. The host takes capabilities
-            // away by itself when the file changes; to the guest's kernel, which would do the same
-            // before each change, they must look as if there were none to take.
+            // The guest must not remove the host's own attribute. The host removes capabilities itself when
+            // the file changes; to the guest kernel, which would do the same before each change, they must
+            // appear to be absent.
             let host_has = || rustix::fs::getxattr(&*path, name, &mut [0u8; 0][..]).is_ok();
             return match removed {
                 Err(Errno::NODATA) if host_has() => Err(Errno::OPNOTSUPP),
@@ -203,7 +203,7 @@ impl Passthrough {
     }
 }
 
-/// The host's names as the guest knows them, each once.
+/// The host's attribute names as seen by the guest, each once.
 fn guest_names(list: &[u8]) -> Vec<u8> {
     let mut names: Vec<&[u8]> = Vec::new();
     for name in list.split(|b| *b == 0).filter(|n| !n.is_empty()) {
@@ -220,13 +220,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mapped_names_are_shown_by_the_guests_names_and_once() {
+    fn mapped_names_are_listed_once_under_the_guests_names() {
         let list = b"user.a\0user.koya.trusted.overlay.opaque\0trusted.overlay.opaque\0";
         assert_eq!(guest_names(list), b"user.a\0trusted.overlay.opaque\0");
     }
 
     #[test]
-    fn the_guest_cannot_name_the_map() {
+    fn the_guest_cannot_name_the_prefix() {
         assert_eq!(check(c"user.koya.security.capability"), Err(Errno::PERM));
         assert_eq!(check(c"user.mine"), Ok(()));
     }

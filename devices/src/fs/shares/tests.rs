@@ -1,4 +1,4 @@
-//! Shares that lie within each other, as the guest sees them.
+//! Shares that contain each other, as seen by the guest.
 
 use super::*;
 use crate::fs::passthrough::{Caller, Options, Passthrough};
@@ -44,7 +44,7 @@ impl Fixture {
             .unwrap()
     }
 
-    /// The node at a path of the guest.
+    /// The node at a path in the guest.
     fn node(&self, path: impl AsRef<Path>) -> Result<u64, Errno> {
         let mut node = ROOT_ID;
         for name in path.as_ref() {
@@ -90,7 +90,7 @@ fn names_that_are_paths_are_refused() {
 }
 
 #[test]
-fn a_directory_that_does_not_exist_is_the_hosts_error() {
+fn a_missing_directory_is_an_error_of_the_host() {
     let shares = Shares::default();
     let error = shares.add("x", "/nonexistent", false).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::NotFound);
@@ -107,10 +107,10 @@ fn one_directory_is_exported_once() {
     assert_eq!(again.path, first.path);
     assert_eq!(below.path, first.path.join("two"));
     assert_eq!(f.shares.names().len(), 1, "the root shows one entry");
-    // By its name it is found all the same: the guest may have been told that before.
+    // It is found by name too: the guest may have been told that name before.
     assert_eq!(f.node(&again.name), f.node(&first.path));
     assert_eq!(f.shares.locate(&again.name), Some(first.path.clone()));
-    // Beside it, and a file of it, are entries of their own; the file is the same file.
+    // A directory beside it and a single file have entries of their own; the file is the same file.
     let file = f.share("one/two/file", READ_ONLY);
     assert_eq!(file.path, Path::new(&file.name));
     assert_eq!(f.node(&file.path), f.node(below.path.join("file")));
@@ -119,7 +119,7 @@ fn one_directory_is_exported_once() {
 }
 
 #[test]
-fn what_is_shared_later_takes_in_what_lies_within_it() {
+fn a_later_share_includes_those_within_it() {
     let f = fixture();
     let inner = f.share("one/two", READ_ONLY);
     let known = (
@@ -132,7 +132,7 @@ fn what_is_shared_later_takes_in_what_lies_within_it() {
     assert_eq!(f.node(within.join("file")), Ok(known.1));
     assert_eq!(f.shares.locate(&inner.name), Some(within.clone()));
     assert_eq!(f.node(&inner.name), Ok(known.0));
-    // All of it is on one mount: a rename and a link go from one part to the other.
+    // All of it is on one mount: renames and links work between its parts.
     let top = f.node(&outer.path).unwrap();
     f.files.rename(known.0, c"file", top, c"moved", 0).unwrap();
     let link = LinkIn { oldnodeid: known.1 };
@@ -146,13 +146,13 @@ fn what_is_shared_later_takes_in_what_lies_within_it() {
             .nlink(),
         2
     );
-    // Who had only the part may write there now.
+    // A node found through the part can be written now.
     let fh = f.open(known.1, OFlags::WRONLY).unwrap();
     assert_eq!(f.write(known.1, fh), Ok(0));
 }
 
 #[test]
-fn each_part_may_be_changed_as_its_shares_say() {
+fn each_part_is_writable_as_its_shares_allow() {
     let f = fixture();
     let outer = f.share("one", READ_ONLY);
     let (top, two) = (
@@ -168,7 +168,7 @@ fn each_part_may_be_changed_as_its_shares_say() {
     assert_eq!(mkdir(top, c"a").unwrap_err(), Errno::ROFS);
     let fh = f.open(file, OFlags::RDWR).unwrap();
     assert_eq!(f.write(file, fh), Ok(0));
-    // What is found below it later is as it is.
+    // Directories created later below it are writable too.
     fs::create_dir(f.dir.path().join("one/two/later")).unwrap();
     mkdir(f.node(outer.path.join("two/later")).unwrap(), c"b").unwrap();
     f.shares.remove(&inner.name);
@@ -184,7 +184,7 @@ fn each_part_may_be_changed_as_its_shares_say() {
 }
 
 #[test]
-fn a_part_outlives_the_whole_and_is_taken_in_again() {
+fn a_nested_share_outlives_the_outer_one_and_is_merged_again() {
     let f = fixture();
     let outer = f.share(".", WRITABLE);
     let inner = f.share("one/two", WRITABLE);
@@ -231,16 +231,17 @@ fn a_file_of_two_shares_is_one_file() {
         f.open(x, OFlags::WRONLY).is_ok(),
         "one of its places may be written"
     );
-    // A link where one of its shares leads, though it was found by the other, on another mount.
+    // A link is possible where one of its shares leads, although it was found through the other, on another
+    // mount.
     let dir = f.node(&second.path).unwrap();
     f.files.link(dir, c"z", &LinkIn { oldnodeid: x }).unwrap();
     assert_eq!(b.join("y").metadata().unwrap().nlink(), 3);
-    // But none where no share leads: it would outlive its own.
+    // But not outside its shares: it would outlive them.
     let z = f.share("one", WRITABLE);
     let two = f.node(z.path.join("two")).unwrap();
     let refused = f.files.link(two, c"z", &LinkIn { oldnodeid: x });
     assert_eq!(refused.unwrap_err(), Errno::XDEV);
-    // And it stays what it is when one of them goes.
+    // It stays valid when one of them is removed.
     let fh = f.open(x, OFlags::RDONLY).unwrap();
     f.shares.remove(&first.name);
     let arg = ReadIn {
@@ -253,7 +254,7 @@ fn a_file_of_two_shares_is_one_file() {
     assert_eq!(f.files.read(x, &arg, &NO_BYTES), Err(Errno::STALE));
 }
 
-/// A tree that follows the host's mounts is no detached one, which could not be written at all.
+/// A tree that follows the host's mounts must not be a detached one, which could not be written at all.
 #[test]
 fn a_read_only_share_that_is_not_detached_changes_nothing() {
     let f = fixture();
@@ -293,9 +294,9 @@ fn a_read_only_share_that_is_not_detached_changes_nothing() {
     );
 }
 
-/// Threads look names up while a share is taken in: nobody gets two nodes for one directory.
+/// Threads look up names while exports are merged: a directory never gets two nodes.
 #[test]
-fn a_share_is_taken_in_while_it_is_used() {
+fn a_share_is_merged_while_in_use() {
     for _ in 0..50 {
         let f = fixture();
         let inner = f.share("one/two", WRITABLE);
@@ -334,9 +335,9 @@ fn a_share_is_taken_in_while_it_is_used() {
     }
 }
 
-/// What a container moves is reached as its new place is, not as its old one was.
+/// A moved file has the shares of its new location, not those of the old one.
 #[test]
-fn what_is_moved_is_reached_as_its_new_place_is() {
+fn a_moved_file_has_the_shares_of_its_new_location() {
     let f = fixture();
     for name in ["one/a", "one/a/dir", "one/b"] {
         fs::create_dir_all(f.dir.path().join(name)).unwrap();
@@ -360,7 +361,7 @@ fn what_is_moved_is_reached_as_its_new_place_is() {
 }
 
 #[test]
-fn the_root_of_a_share_is_found_as_long_as_the_share_is_there() {
+fn the_root_of_a_share_is_found_while_the_share_exists() {
     let f = fixture();
     let options = Options {
         max_descriptors: 4,
@@ -380,7 +381,7 @@ fn the_root_of_a_share_is_found_as_long_as_the_share_is_there() {
     assert!(f.exists(two));
 }
 
-/// An editor replaces a file that a container has by itself: it keeps what it was given.
+/// An editor on the host replaces a file that is shared by itself: the container keeps the old one.
 #[test]
 fn a_single_file_that_the_host_replaces_stays() {
     let f = fixture();
@@ -394,9 +395,9 @@ fn a_single_file_that_the_host_replaces_stays() {
     assert!(f.exists(node) && f.open(node, OFlags::RDONLY).is_ok());
 }
 
-/// Parts of two volumes that both lie in what is shared later.
+/// Parts of two volumes that both lie within a later share.
 #[test]
-fn several_parts_are_taken_in_together() {
+fn several_nested_shares_are_merged_together() {
     let f = fixture();
     fs::create_dir_all(f.dir.path().join("other/part")).unwrap();
     let shares = [

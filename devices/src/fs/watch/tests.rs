@@ -1,4 +1,4 @@
-//! Watches without a guest: what the host does is told, what the guest did is not.
+//! Watches without a guest: changes by the host are reported, those by the guest are not.
 
 use super::translate::HOST_COOKIE;
 use super::*;
@@ -62,8 +62,8 @@ impl Fixture {
         dir
     }
 
-    /// What is told now: node, kind, name.
-    fn told(&self) -> Vec<(u64, u32, String)> {
+    /// The events reported now: node, type, name.
+    fn reported(&self) -> Vec<(u64, u32, String)> {
         let events = self.events.0.take().unwrap();
         let row = |e: &HostEvent| (e.nodeid, e.mask, String::from_utf8_lossy(&e.name).into());
         events.iter().map(row).collect()
@@ -71,7 +71,7 @@ impl Fixture {
 }
 
 #[test]
-fn what_the_host_does_is_told() {
+fn changes_by_the_host_are_reported() {
     let f = Fixture::new();
     f.watch(f.root, 1);
     fs::write(f.path("a"), "text").unwrap();
@@ -93,13 +93,13 @@ fn what_the_host_does_is_told() {
         ]
     );
     assert!(events.iter().all(|e| e.nodeid == f.root));
-    // Both halves of a move have one number, which no move of the guest has.
+    // Both halves of a move have the same cookie, which no move by the guest has.
     assert_eq!(events[4].cookie, events[5].cookie);
     assert_ne!(events[4].cookie & HOST_COOKIE, 0);
 }
 
 #[test]
-fn a_watch_says_only_what_it_was_asked_for() {
+fn a_watch_reports_only_the_types_in_its_mask() {
     let f = Fixture::new();
     let arg = HostWatchIn {
         seq: 1,
@@ -109,17 +109,17 @@ fn a_watch_says_only_what_it_was_asked_for() {
     f.files.watch(f.root, &arg).unwrap();
     fs::write(f.path("a"), "text").unwrap();
     fs::remove_file(f.path("a")).unwrap();
-    assert_eq!(f.told(), [(f.root, kind::DELETE, "a".into())]);
+    assert_eq!(f.reported(), [(f.root, kind::DELETE, "a".into())]);
 }
 
 #[test]
-fn what_the_guest_does_is_not_told_and_what_the_host_does_after_it_is() {
+fn changes_by_the_guest_are_not_reported_and_later_ones_by_the_host_are() {
     let f = Fixture::new();
     f.watch(f.root, 1);
     fs::write(f.path("file"), "").unwrap();
     let file = f.node(c"file");
     f.watch(file, 2);
-    f.told();
+    f.reported();
     let (made, open) = f
         .files
         .create(f.root, c"new", &CreateIn::default(), CALLER)
@@ -138,35 +138,39 @@ fn what_the_guest_does_is_not_told_and_what_the_host_does_after_it_is() {
     f.files.setattr(file, &truncate).unwrap();
     f.files.unlink(f.root, c"file", false).unwrap();
     f.files.unlink(f.root, c"dir", true).unwrap();
-    let told = f.told();
-    // An unlinked file that the guest watches is gone, whoever did it.
-    assert!(told.is_empty(), "{told:x?}");
+    let reported = f.reported();
+    // The removal of an unlinked file that the guest watches is reported whoever removed it.
+    assert!(reported.is_empty(), "{reported:x?}");
 
     fs::write(f.path("new"), "").unwrap();
-    let told = f.told();
-    assert_eq!(told[0], (f.root, kind::CREATE, "new".into()), "{told:x?}");
+    let reported = f.reported();
+    assert_eq!(
+        reported[0],
+        (f.root, kind::CREATE, "new".into()),
+        "{reported:x?}"
+    );
 }
 
-/// What the guest did without the host's queue getting anything hides nothing.
+/// An operation of the guest that causes no event on the host hides nothing.
 #[test]
-fn a_note_does_not_outlive_its_operation() {
+fn a_record_does_not_outlive_its_operation() {
     let f = Fixture::new();
     fs::write(f.path("file"), "").unwrap();
     let file = f.node(c"file");
     f.watch(file, 1);
     let open = f.files.open(file, &OpenIn::default()).unwrap();
     f.files.release(file, open.fh);
-    assert!(lock(&f.events.0.state).notes.is_empty());
+    assert!(lock(&f.events.0.state).changes_in_progress.is_empty());
     fs::write(f.path("file"), "").unwrap();
-    let told = f.told();
+    let reported = f.reported();
     assert!(
-        told.contains(&(file, kind::CLOSE_WRITE, String::new())),
-        "{told:x?}"
+        reported.contains(&(file, kind::CLOSE_WRITE, String::new())),
+        "{reported:x?}"
     );
 }
 
 #[test]
-fn the_end_of_a_file_and_of_a_directory_is_told() {
+fn the_removal_of_a_file_and_of_a_directory_is_reported() {
     let f = Fixture::new();
     fs::write(f.path("file"), "").unwrap();
     fs::create_dir(f.path("dir")).unwrap();
@@ -175,29 +179,32 @@ fn the_end_of_a_file_and_of_a_directory_is_told() {
     f.watch(dir, 2);
     fs::remove_file(f.path("file")).unwrap();
     fs::remove_dir(f.path("dir")).unwrap();
-    let told = f.told();
-    let ends: Vec<_> = told
+    let reported = f.reported();
+    let ends: Vec<_> = reported
         .iter()
         .filter(|(_, mask, _)| mask & kind::DELETE_SELF != 0)
         .map(|(node, ..)| *node)
         .collect();
-    assert_eq!(ends, [file, dir], "{told:x?}");
+    assert_eq!(ends, [file, dir], "{reported:x?}");
 }
 
 #[test]
 fn a_moved_directory_is_watched_where_it_is() {
     let f = Fixture::new();
     let dir = f.moved_directory();
-    assert!(f.told().contains(&(dir, kind::MOVE_SELF, String::new())));
+    assert!(
+        f.reported()
+            .contains(&(dir, kind::MOVE_SELF, String::new()))
+    );
     fs::remove_dir(f.path("other/dir")).unwrap();
-    let told = f.told();
+    let reported = f.reported();
     let gone = (dir, kind::DELETE_SELF | kind::IS_DIR, String::new());
-    assert!(told.contains(&gone), "{told:x?}");
+    assert!(reported.contains(&gone), "{reported:x?}");
 }
 
-/// What the guest did hides nothing that the host does just after it.
+/// A change by the guest hides nothing that the host does right after it.
 #[test]
-fn a_change_of_the_hosts_right_after_the_guests_is_told() {
+fn a_change_by_the_host_right_after_one_by_the_guest_is_reported() {
     let f = Fixture::new();
     f.watch(f.root, 1);
     f.files
@@ -206,35 +213,35 @@ fn a_change_of_the_hosts_right_after_the_guests_is_told() {
     f.files.unlink(f.root, c"dir", true).unwrap();
     fs::create_dir(f.path("dir")).unwrap();
     let made = (f.root, kind::CREATE | kind::IS_DIR, "dir".into());
-    assert_eq!(f.told(), [made]);
+    assert_eq!(f.reported(), [made]);
 }
 
 #[test]
-fn what_happens_in_a_directory_after_it_moved_is_told() {
+fn changes_in_a_moved_directory_are_reported() {
     let f = Fixture::new();
     let dir = f.moved_directory();
     fs::create_dir(f.path("other/dir/new")).unwrap();
     let made = (dir, kind::CREATE | kind::IS_DIR, "new".into());
-    assert!(f.told().contains(&made));
+    assert!(f.reported().contains(&made));
 }
 
 #[test]
-fn a_guest_that_speaks_of_nodes_that_it_has_not_takes_no_memory() {
+fn requests_for_unknown_nodes_take_no_memory() {
     let f = Fixture::new();
     for node in 1000..2000 {
         f.files.unwatch(node, 1);
     }
-    assert!(lock(&f.events.0.state).heard.is_empty());
+    assert!(lock(&f.events.0.state).last_requests.is_empty());
     f.watch(f.root, 1);
     f.files.unwatch(f.root, 2);
     f.files.clear();
-    assert!(lock(&f.events.0.state).heard.is_empty());
+    assert!(lock(&f.events.0.state).last_requests.is_empty());
 }
 
-/// A directory can be two nodes, by way of two exports: what the guest does in one is the host's doing to the
-/// other.
+/// A directory can be two nodes through two exports: a change by the guest through one is a change by the
+/// host for the other.
 #[test]
-fn two_shares_of_one_directory_are_told_apart() {
+fn two_shares_of_one_directory_are_distinguished() {
     let f = Fixture::new();
     f.shares.add("t", f.dir.path(), false).unwrap();
     let other = f.files.lookup(ROOT_ID, c"t").unwrap().nodeid;
@@ -244,24 +251,24 @@ fn two_shares_of_one_directory_are_told_apart() {
         .mkdir(f.root, c"dir", &MkdirIn::default(), CALLER)
         .unwrap();
     let made = (other, kind::CREATE | kind::IS_DIR, "dir".into());
-    assert_eq!(f.told(), [made]);
+    assert_eq!(f.reported(), [made]);
 }
 
 #[test]
-fn the_last_word_on_a_watch_counts() {
+fn the_last_watch_request_counts() {
     let f = Fixture::new();
     // The end of a watch overtakes its beginning.
     f.files.unwatch(f.root, 2);
     f.watch(f.root, 1);
     fs::write(f.path("a"), "").unwrap();
-    assert_eq!(f.told(), []);
+    assert_eq!(f.reported(), []);
     f.watch(f.root, 3);
     fs::remove_file(f.path("a")).unwrap();
-    assert_eq!(f.told().len(), 1);
+    assert_eq!(f.reported().len(), 1);
 }
 
 #[test]
-fn nothing_is_left_of_what_is_forgotten_or_taken_away() {
+fn watches_of_forgotten_and_removed_nodes_end() {
     let f = Fixture::new();
     fs::create_dir(f.path("dir")).unwrap();
     let dir = f.node(c"dir");
@@ -272,11 +279,11 @@ fn nothing_is_left_of_what_is_forgotten_or_taken_away() {
         let watches = &f.events.0;
         let state = lock(&watches.state);
         assert_eq!(state.nodes.len(), 1);
-        assert_eq!(state.heard.len(), 1);
+        assert_eq!(state.last_requests.len(), 1);
     }
     f.shares.remove("s");
     let state = lock(&f.events.0.state);
-    assert!(state.nodes.is_empty() && state.watched.is_empty() && state.heard.is_empty());
+    assert!(state.nodes.is_empty() && state.watched.is_empty() && state.last_requests.is_empty());
 }
 
 #[test]

@@ -10,21 +10,21 @@ use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
 
-/// Beyond so many events that wait to be told, the rest waits in the host's queue.
+/// Limit of collected events; further ones stay in the host's queue.
 const MAX_PENDING: usize = 4096;
 
-/// The most events that are told together.
-const MAX_TOLD: usize = 1024;
+/// Maximum number of events that are reported together.
+const MAX_REPORTED: usize = 1024;
 
-/// The host's numbers for pairs of moves are small, as the guest's are: this bit tells them apart.
+/// Added to the host's move cookies, which are small like the guest's, to distinguish them.
 pub(super) const HOST_COOKIE: u32 = 1 << 31;
 
 impl Watches {
-    /// What is to be told now.
+    /// The events to be reported now.
     pub(super) fn take(&self) -> io::Result<Vec<HostEvent>> {
         let state = &mut *lock(&self.state);
         self.drain(state)?;
-        let count = state.pending.len().min(MAX_TOLD);
+        let count = state.pending.len().min(MAX_REPORTED);
         let events = state.pending.drain(..count).collect();
         if !state.pending.is_empty() {
             self.wake.write(1).ok();
@@ -32,14 +32,14 @@ impl Watches {
         Ok(events)
     }
 
-    /// Reads the events that the host has queued.
+    /// Reads the events from the host's queue.
     pub(super) fn drain(&self, state: &mut State) -> io::Result<()> {
         let Some(queue) = self.queue.get() else {
             return Ok(());
         };
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(queue, &mut buffer);
-        // What is in the buffer can't go back.
+        // Events in the buffer can't be returned to the queue.
         while state.pending.len() < MAX_PENDING || !reader.is_buffer_empty() {
             let event = match reader.next() {
                 Ok(event) => event,
@@ -63,7 +63,7 @@ impl Watches {
     ) {
         let bits = flags.bits();
         if bits & kind::Q_OVERFLOW != 0 {
-            // What was lost is not known: whoever watches looks again.
+            // It is not known what was lost: watchers have to look again.
             log::warn!("virtio-fs: the host dropped events of files that the guest watches");
             let State { nodes, pending, .. } = state;
             for (nodeid, node) in nodes {
@@ -81,8 +81,8 @@ impl Watches {
         }
         let cookie = if cookie == 0 { 0 } else { cookie | HOST_COOKIE };
         let dir = bits & kind::IS_DIR;
-        // The host may say several kinds at once; the guest's kernel takes one.
-        let mut left = bits & kind::TOLD;
+        // An event of the host may have several types; the guest kernel takes one at a time.
+        let mut left = bits & kind::REPORTED;
         while left != 0 {
             let kind = left & left.wrapping_neg();
             left &= !kind;
@@ -110,7 +110,7 @@ impl Watches {
             let Some(node) = state.nodes.get(&nodeid) else {
                 continue;
             };
-            // Its own watch says no more than this of a file's end, since this server holds it.
+            // The file's own watch reports no more than this on its removal, since this server holds it open.
             let ends = name.is_empty()
                 && kind == kind::ATTRIB
                 && !state.is_own(node, name, kind::DELETE_SELF)
@@ -136,14 +136,14 @@ impl Watches {
         }
     }
 
-    /// Whether a file has no name any more. Of one that can't be looked at the host tells itself: nothing
-    /// here holds it.
+    /// Whether a file is unlinked. If it can't be examined, nothing here holds it open, and the host reports
+    /// the removal itself.
     fn is_gone(&self, inode: &Inode) -> bool {
         let stat = self.inodes.fd(inode).and_then(inodes::stat);
         stat.is_ok_and(|stat| stat.stx_nlink == 0)
     }
 
-    /// A watched directory has another parent now.
+    /// Updates the watches of a watched directory that has moved to another parent.
     fn moved(&self, state: &mut State, nodeid: u64) {
         let Some(inode) = state.nodes.get(&nodeid).map(|node| node.inode.clone()) else {
             return;

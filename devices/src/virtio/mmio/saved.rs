@@ -1,4 +1,4 @@
-//! A transport that stands still, is saved, is restored, and goes on.
+//! Saving, restoring and resuming a transport.
 
 use super::{ACK, DRIVER, FEATURES, MmioTransport, RUNNING};
 use crate::virtio::state::{Payload, QueueState, TransportState};
@@ -12,15 +12,15 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_queue::QueueT;
 
 impl MmioTransport {
-    /// Stops whoever serves the queues and says all that is to be kept. The device stands still until
-    /// [`resume`](Self::resume), or a reset by its driver.
+    /// Stops serving the queues and returns the state. The device stays stopped until
+    /// [`resume`](Self::resume) or a reset by its driver.
     ///
     /// # Errors
-    /// [`StateError::Unsupported`] for devices whose state is not kept; those go on.
+    /// [`StateError::Unsupported`] for devices whose state cannot be saved; they continue.
     pub fn save(&mut self) -> Result<Payload, StateError> {
-        // Asked first: a device that can't be saved is not to stand still.
+        // Tried first: a device that can't be saved must not be stopped.
         lock(&self.device).save()?;
-        self.stand_still();
+        self.stop_queues();
         let queues = self.queues.iter().map(|queue| QueueState {
             size: queue.size(),
             ready: queue.ready(),
@@ -44,10 +44,10 @@ impl MmioTransport {
         })
     }
 
-    /// Becomes what was saved. The device stands still until [`resume`](Self::resume).
+    /// Restores saved state. The device stays stopped until [`resume`](Self::resume).
     ///
     /// # Errors
-    /// What does not fit; the device is then as after a reset.
+    /// If the state does not fit the device, which is then reset.
     pub fn restore(&mut self, state: &Payload) -> Result<(), StateError> {
         self.reset();
         let state = TransportState::SCHEMA.decode(state);
@@ -59,18 +59,18 @@ impl MmioTransport {
     }
 
     fn try_restore(&mut self, state: &TransportState) -> Result<(), StateError> {
-        // Of any other status, features that nobody checked could come into use.
+        // Any other status might activate features that were never checked.
         let reached = state.status & !(VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED);
         if ![0, ACK, DRIVER, FEATURES, RUNNING].contains(&reached) {
-            return Err(StateError::Misfit("no driver reaches its device status"));
+            return Err(StateError::Mismatch("no driver reaches its device status"));
         }
         if state.queues.len() != self.queues.len() {
-            return Err(StateError::Misfit("it has another number of queues"));
+            return Err(StateError::Mismatch("it has another number of queues"));
         }
         for (queue, saved) in self.queues.iter_mut().zip(&state.queues) {
             let size = saved.size;
             if !size.is_power_of_two() || size > queue.max_size() {
-                return Err(StateError::Misfit("a queue has another size"));
+                return Err(StateError::Mismatch("a queue has another size"));
             }
             let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
             queue.set_size(size);
@@ -83,16 +83,16 @@ impl MmioTransport {
             queue.set_next_avail(saved.next_available);
             queue.set_next_used(saved.next_used);
             queue.set_ready(saved.ready);
-            // What is not aligned was not taken.
+            // Addresses that are not aligned were ignored.
             let taken = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
             if taken != (saved.descriptors, saved.available, saved.used) {
-                return Err(StateError::Misfit("a queue's address is not aligned"));
+                return Err(StateError::Mismatch("a queue's address is not aligned"));
             }
         }
         lock(&self.device).restore(&state.device)?;
         self.driver_features = state.driver_features;
-        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_fit() {
-            return Err(StateError::Misfit(
+        if state.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.are_features_valid() {
+            return Err(StateError::Mismatch(
                 "the driver accepted what is not offered here",
             ));
         }
@@ -103,12 +103,12 @@ impl MmioTransport {
         registers.store(VIRTIO_MMIO_STATUS, state.status);
         registers.store(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
         registers.store(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
-        self.show_selected();
+        self.write_selected_registers();
         Ok(())
     }
 
-    /// Goes on after [`save`](Self::save) or [`restore`](Self::restore): the queues are served again if
-    /// the driver had started the device.
+    /// Continues after [`save`](Self::save) or [`restore`](Self::restore): the queues are served again if the
+    /// driver had activated the device.
     ///
     /// # Errors
     /// If the queues are not in guest memory, or the host refuses a resource.
@@ -119,14 +119,14 @@ impl MmioTransport {
         if runs && !self.active {
             let activated = self.try_activate();
             activated.map_err(StateError::resume)?;
-            // Whoever changed the configuration meanwhile could tell nobody, and an interrupt may have
-            // been on its way. One too many does no harm.
+            // The configuration may have changed without a notification, and an interrupt may have been
+            // pending. A spurious interrupt does no harm.
             self.line.config();
         }
         Ok(())
     }
 
-    fn stand_still(&mut self) {
+    fn stop_queues(&mut self) {
         let worker = self.worker.take().and_then(|id| self.event_loop.remove(id));
         if !std::mem::take(&mut self.active) {
             return;

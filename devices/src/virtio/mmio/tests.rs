@@ -1,4 +1,4 @@
-//! The register file as a driver sees it, register by register: virtio 1.2, section 4.2.2 and 3.1.
+//! The registers as seen by a driver: virtio 1.2, sections 4.2.2 and 3.1.
 
 use super::*;
 use crate::balloon::Balloon;
@@ -14,7 +14,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        Self::of(Box::new(Rng::default()), own_page().unwrap())
+        Self::of(Box::new(Rng::default()), private_page().unwrap())
     }
 
     fn of(device: Box<dyn VirtioDevice>, registers: RegisterPage) -> Self {
@@ -71,7 +71,7 @@ impl Driver {
 const NEEDS_RESET: u32 = 64;
 
 #[test]
-fn the_device_says_what_it_is() {
+fn magic_version_and_device_id_are_read() {
     let mut driver = Driver::new();
     assert_eq!(driver.read(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
     assert_eq!(driver.read(VIRTIO_MMIO_VERSION), 2);
@@ -92,12 +92,12 @@ fn a_driver_that_follows_the_steps_gets_a_running_device() {
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1);
     assert_eq!(driver.status(15), 15);
     assert_eq!(driver.event_loop.len(), 1);
-    // A reset stops the worker and forgets everything.
+    // A reset stops the worker and clears all state.
     assert_eq!(driver.status(0), 0);
     assert!(driver.event_loop.is_empty());
     driver.write(VIRTIO_MMIO_QUEUE_SEL, 0);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
-    // And it can be driven again.
+    // The device can be initialized again.
     driver.negotiate();
     driver.set_queue(0x1000);
     assert_eq!(driver.status(15), 15);
@@ -198,7 +198,7 @@ fn the_registers_of_a_running_device_do_not_change() {
             assert_eq!(queue(&driver), before, "{register:#x} = {value:#x}");
         }
     }
-    // Nor what was agreed on, and no step back but a reset.
+    // Neither do the negotiated features, and only a reset lowers the status.
     driver.accept(0);
     assert_eq!(driver.transport.driver_features, F_VERSION_1 | F_EVENT_IDX);
     for value in [1, 3, 11] {
@@ -210,7 +210,7 @@ fn the_registers_of_a_running_device_do_not_change() {
 }
 
 #[test]
-fn a_fault_is_told_by_status_interrupt_and_generation() {
+fn a_fault_sets_status_interrupt_and_generation() {
     let mut driver = Driver::new();
     driver.negotiate();
     driver.set_queue(0x1000);
@@ -264,9 +264,9 @@ fn random_accesses_never_panic() {
     }
 }
 
-/// A guest that has the page reads it, and never asks the device.
+/// A guest with the page mapped reads it without asking the device.
 #[test]
-fn a_page_shows_what_a_read_would() {
+fn a_register_page_has_what_a_read_returns() {
     let pages = RegisterPages::new(1).unwrap();
     let device = || Box::new(Vsock::new(0x1_0000_0003, Ports::new().unwrap()));
     let config = device().config().unwrap();
@@ -295,9 +295,9 @@ fn a_page_shows_what_a_read_would() {
     assert_eq!(page.load(VIRTIO_MMIO_QUEUE_NUM_MAX), 256);
 }
 
-/// What changes it, whoever does, is in the page at once, and after it the interrupt.
+/// Changes from either side are in the page before the interrupt is raised.
 #[test]
-fn a_page_shows_a_configuration_that_changes() {
+fn a_register_page_follows_configuration_changes() {
     let pages = RegisterPages::new(1).unwrap();
     let balloon = Balloon::new().unwrap();
     let handle = balloon.handle();
@@ -315,7 +315,7 @@ fn a_page_shows_a_configuration_that_changes() {
     assert_eq!((page.load(target), page.load(actual)), (7, 0));
 }
 
-/// The guest kernel's driver writes none of it again (`guest-kernel/patches`, virtio-mmio).
+/// The patched driver of the guest kernel relies on it (`guest-kernel/patches`, virtio-mmio).
 #[test]
 fn a_reset_clears_all_that_was_written() {
     let mut driver = Driver::new();

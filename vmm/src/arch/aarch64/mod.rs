@@ -1,6 +1,6 @@
-//! aarch64: the same interface as x86_64's. What can be said already is here: the memory layout, which
-//! files are kernels, the command line. The interrupt controller, the vCPUs' registers and the device tree
-//! are not there yet; until then a guest is refused with one line.
+//! aarch64, with the same interface as x86_64. The parts that exist are the memory layout, kernel detection
+//! and the command line. The interrupt controller, vCPU registers and device tree are missing; until they
+//! exist, starting a guest fails with an error that says so.
 
 use super::{ArchError, BootInfo, linux};
 use crate::bus::Bus;
@@ -12,17 +12,17 @@ use std::sync::{Arc, Mutex};
 
 pub(crate) mod layout;
 
-/// What the guest's kernel is told in any case: how it ends, and where to unpack the initramfs. The
-/// console and the devices are the device tree's.
+/// Kernel parameters of every guest: what a panic does, and where to unpack the initramfs. The console and
+/// the devices are described by the device tree.
 pub const BASE_CMDLINE: &str =
     "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 rootfstype=ramfs";
 
-/// The longest command line, its terminator included (COMMAND_LINE_SIZE, arch/arm64).
+/// Maximum length of the command line including its terminator (COMMAND_LINE_SIZE, arch/arm64).
 const CMDLINE_SIZE: usize = 2048;
 
-/// Whether memory of the host can stand for registers that a guest reads: it reads them past the caches, and
-/// would not see what the host wrote.
-pub(crate) const READS_MEMORY_OF_DEVICES: bool = false;
+/// Whether host memory may be mapped read-only as device registers: guests map devices uncached and would not
+/// see what the host wrote to its caches.
+pub(crate) const CAN_MAP_REGISTERS: bool = false;
 
 const NOT_YET: &str = "booting a guest on aarch64";
 
@@ -33,10 +33,10 @@ pub(crate) enum KernelFormat {
     Image,
 }
 
-/// Which kind of kernel begins with `head`.
+/// Detects the kernel format from the first bytes of a file.
 ///
 /// # Errors
-/// A sentence for the user.
+/// A sentence for the user if the format is unknown.
 pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     match head.get(56..60) {
         Some(b"ARM\x64") => Ok(KernelFormat::Image),
@@ -44,7 +44,7 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     }
 }
 
-/// The interrupt controller.
+/// Creates the interrupt controller.
 ///
 /// # Errors
 /// Always, for now.
@@ -52,11 +52,11 @@ pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }
 
-/// Puts the platform's own devices on the bus. A reset is PSCI's, which KVM answers. A serial port has no
-/// interrupt controller to be connected to.
+/// Attaches the platform's own devices to the bus. Resets go through PSCI, which KVM handles. There is no
+/// interrupt controller yet to connect a serial port to.
 ///
 /// # Errors
-/// Whenever there is a serial port, for now.
+/// If a serial port is requested, for now.
 pub(crate) fn attach_platform(
     _vm: &VmFd,
     _bus: &mut Bus,
@@ -68,10 +68,10 @@ pub(crate) fn attach_platform(
     }
 }
 
-/// What KVM offers to every vCPU.
+/// CPU features that KVM offers to every vCPU.
 pub enum Features {}
 
-/// Asks KVM for them.
+/// Queries them from KVM.
 ///
 /// # Errors
 /// Always, for now.
@@ -79,7 +79,7 @@ pub fn features(_kvm: &Kvm) -> Result<Features, ArchError> {
     Err(ArchError::Unsupported(NOT_YET))
 }
 
-/// A vCPU's identity and features.
+/// Sets the identity and features of a vCPU.
 ///
 /// # Errors
 /// Always, for now.
@@ -94,15 +94,15 @@ pub enum Entry {}
 /// Sets the first vCPU's registers.
 ///
 /// # Errors
-/// None: there is no entry yet.
+/// None: there is no entry point yet.
 pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     match entry {}
 }
 
-/// Kernel and device tree into memory.
+/// Loads the kernel and the device tree into memory.
 ///
 /// # Errors
-/// What does not fit; else always, for now.
+/// If something does not fit; otherwise always, for now.
 pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
     let line = cmdline(&info);
     check_sizes(info.boot, info.memory.bytes)?;
@@ -110,13 +110,13 @@ pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchEr
         let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
         return Err(ArchError::load("the command line")(reason));
     }
-    // What the device tree's nodes will be made of.
+    // The device tree's nodes will be made from these.
     let (slots, later) = (info.slots, info.hotplug_slots);
     log::debug!("a device tree would have {slots:x?} and {later:x?}");
     Err(ArchError::Unsupported(NOT_YET))
 }
 
-/// Whether what is loaded has room in this much memory.
+/// Checks that kernel and initramfs fit into this much memory.
 fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
     let (files, format) = match boot {
         Boot::Linux {
@@ -143,18 +143,20 @@ fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
 
 fn cmdline(info: &BootInfo<'_>) -> String {
     use crate::config::Serial;
-    let line = format!("{BASE_CMDLINE} {} ", linux::words(info));
+    let line = format!("{BASE_CMDLINE} {} ", linux::kernel_parameters(info));
     match info.serial {
         // The device tree says where the port is.
-        Serial::Messages => line + &linux::before_init(info.own_words(), "earlycon keep_bootcon"),
-        Serial::None | Serial::Console => line + info.own_words(),
+        Serial::Messages => {
+            line + &linux::insert_before_init(info.configured_cmdline(), "earlycon keep_bootcon")
+        }
+        Serial::None | Serial::Console => line + info.configured_cmdline(),
     }
 }
 
-/// Nothing to tell: the architecture's timer stops with the vCPU.
+/// Nothing to do: the architected timer stops with the vCPU.
 pub(crate) fn after_pause(_vcpu: &VcpuFd) {}
 
-/// The registers that matter in a report of a failed vCPU.
+/// The registers to include in a report of a failed vCPU.
 pub(crate) fn describe_vcpu(_vcpu: &VcpuFd) -> String {
     "registers are not shown on aarch64".into()
 }

@@ -1,5 +1,5 @@
-//! Kernel, initramfs, command line and tables into guest memory:
-//! Documentation/arch/x86/boot.rst, the 64-bit boot protocol.
+//! Loads kernel, initramfs, command line and boot tables into guest memory, for the 64-bit boot protocol
+//! (Documentation/arch/x86/boot.rst).
 
 use super::super::{ArchError, BootInfo};
 use super::{Entry, KernelFormat, cmdline, layout, mptable, regs};
@@ -18,16 +18,15 @@ const E820_RESERVED: u32 = 2;
 /// "HdrS"
 const SETUP_MAGIC: u32 = 0x5372_6448;
 const BOOT_FLAG: u16 = 0xaa55;
-/// A boot loader without a number of its own.
+/// Type of a boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// Offset of the 64-bit entry in a bzImage's protected-mode part.
+/// Offset of the 64-bit entry point in the protected-mode part of a bzImage.
 const BZIMAGE_ENTRY_64: u64 = 0x200;
 
-/// Loads what the guest starts with, tells its kernel of the machine, and returns where its first vCPU
-/// enters.
+/// Loads kernel, initramfs, command line and boot tables, and returns the entry point of the first vCPU.
 ///
 /// # Errors
-/// What does not fit or is broken.
+/// If something does not fit or is malformed.
 pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
     let cmdline = cmdline::render(&info);
     let memory_bytes = info.memory.bytes;
@@ -64,7 +63,7 @@ pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchErr
     Ok(Entry::Linux64 { rip: entry })
 }
 
-/// The kernel into memory; its setup header, 64-bit entry, and first address behind it.
+/// Loads the kernel; returns its setup header, 64-bit entry point and the first address after it.
 fn load_kernel(
     memory: &Memory,
     file: &mut File,
@@ -89,7 +88,7 @@ fn load_kernel(
                 what: "the kernel",
                 source: "the bzImage has no setup header".into(),
             })?;
-            // It unpacks itself into init_size bytes from where it was put.
+            // It decompresses itself into the init_size bytes after its load address.
             let end = loaded.kernel_load.0 + u64::from(params.hdr.init_size);
             (loaded.kernel_load.0 + BZIMAGE_ENTRY_64, end)
         }
@@ -98,7 +97,7 @@ fn load_kernel(
     Ok((params, entry, end))
 }
 
-/// The initramfs as high as it fits below the hole, on a page of its own.
+/// Loads the initramfs as high as possible below the MMIO hole, page-aligned.
 fn load_initramfs(
     memory: &Memory,
     memory_bytes: u64,
@@ -137,7 +136,7 @@ fn write_cmdline(memory: &Memory, text: &str) -> Result<u32, ArchError> {
     Ok(text.trim().len() as u32)
 }
 
-/// The e820 map: memory, without what the guest must leave alone.
+/// Sets the e820 map: memory, except for the ranges that the guest must not use.
 fn set_memory_map(memory_bytes: u64, params: &mut boot_params) {
     let mut map = vec![
         (0, layout::MPTABLE, E820_RAM),
@@ -163,7 +162,7 @@ fn set_memory_map(memory_bytes: u64, params: &mut boot_params) {
     params.e820_entries = map.len() as u8;
 }
 
-/// MP table, boot GDT, and page tables that map the first GiB onto itself.
+/// Writes the MP table, the boot GDT, and page tables that identity-map the first GiB.
 fn write_tables(memory: &Memory, cpus: u32) -> Result<(), ArchError> {
     const PRESENT_WRITABLE: u64 = 3;
     const HUGE: u64 = 1 << 7;
@@ -210,7 +209,7 @@ mod tests {
                 assert!(pair[0].0 + pair[0].1 <= pair[1].0);
             }
             let total: u64 = map.iter().map(|e| e.1).sum();
-            // All but the PC's hole between 640 KiB and 1 MiB.
+            // All of it except the legacy hole between 640 KiB and 1 MiB.
             assert_eq!(total, (mib << 20) - 0x6_0000);
         }
     }

@@ -1,37 +1,40 @@
-//! The kernel's command line: what every guest is told, a word for each MMIO slot, and what this guest's
-//! owner has to say, which may be against what stands before it.
+//! The kernel command line: parameters of every guest, one for each MMIO slot, then the configured ones,
+//! which can override those before them.
 
 use super::super::{BootInfo, MmioSlot, linux};
 use crate::config::Serial;
 
-/// What the guest's kernel is told in any case: how it ends, what not to look for, to set no memory
-/// aside for devices that can't reach beyond 4 GiB (64 MiB; there are none), to leave its lock prefixes
-/// where there is one CPU, and to unpack the initramfs into the plainest of file systems.
+/// Kernel parameters of every guest: what a panic and a reset do, hardware not to probe for, no memory
+/// reserved for devices that can only address 4 GiB (64 MiB; there are no such devices), lock prefixes left
+/// in place on one CPU, and the initramfs unpacked into ramfs.
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
      random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs";
 
-/// How the kernel's messages get to the serial port with no driver for it.
+/// Sends kernel messages to the serial port without a driver.
 const EARLYCON: &str = "earlycon=uart8250,io,0x3f8 keep_bootcon";
 
 pub(super) fn render(info: &BootInfo<'_>) -> String {
     let console = match info.serial {
         Serial::Console => "console=ttyS0",
-        // The driver would probe for ports that are not there.
+        // The driver would probe for ports that do not exist.
         Serial::None | Serial::Messages => "8250.nr_uarts=0",
     };
-    let mut line = format!("{BASE_CMDLINE} {console} {}", linux::words(info));
+    let mut line = format!(
+        "{BASE_CMDLINE} {console} {}",
+        linux::kernel_parameters(info)
+    );
     for slot in info.slots.iter().chain(info.hotplug_slots) {
-        line = line + " " + &slot_word(*slot);
+        line = line + " " + &slot_parameter(*slot);
     }
     line += " ";
     match info.serial {
-        Serial::Messages => line + &linux::before_init(info.own_words(), EARLYCON),
-        Serial::None | Serial::Console => line + info.own_words(),
+        Serial::Messages => line + &linux::insert_before_init(info.configured_cmdline(), EARLYCON),
+        Serial::None | Serial::Console => line + info.configured_cmdline(),
     }
 }
 
-/// How Linux learns of a slot (drivers/virtio/virtio_mmio.c).
-fn slot_word(slot: MmioSlot) -> String {
+/// Describes a slot to Linux (drivers/virtio/virtio_mmio.c).
+fn slot_parameter(slot: MmioSlot) -> String {
     format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq)
 }
 
@@ -68,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_told_of_every_slot_and_its_owner_has_the_last_word() {
+    fn every_slot_is_described_and_configured_parameters_come_last() {
         let slots = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 \
                      virtio_mmio.device=4K@0xd0012000:23";
         let log = crate::panic_log::cmdline();

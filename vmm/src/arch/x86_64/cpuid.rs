@@ -1,4 +1,4 @@
-//! What a vCPU says of itself: KVM's supported set, with the topology of this guest.
+//! The CPUID leaves of a vCPU: KVM's supported set, with this guest's topology.
 //!
 //! Leaves: Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 
@@ -14,17 +14,17 @@ const HYPERVISOR: u32 = 1 << 31;
 const SVM: u32 = 1 << 2;
 const HTT: u32 = 1 << 28;
 
-/// What KVM offers to every vCPU. To list it takes a while, above all where KVM itself runs in a
-/// virtual machine: some 50 CPUID instructions, each of which its host emulates.
+/// CPU features that KVM offers to every vCPU. Listing them is slow, especially under nested virtualization:
+/// KVM executes some 50 CPUID instructions, each of which exits to the outer host.
 pub struct Features {
     cpuid: CpuId,
     deadline: bool,
 }
 
-/// Asks KVM for them.
+/// Queries them from KVM.
 ///
 /// # Errors
-/// What KVM refused.
+/// The error from KVM.
 pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -37,13 +37,13 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
 }
 
 impl Features {
-    /// Whether KVM's local APIC has a timer that the TSC sets off: without it a guest needs another.
+    /// Whether KVM's local APIC has a TSC-deadline timer; without it a guest needs a PIT.
     pub(super) fn has_deadline_timer(&self) -> bool {
         self.deadline
     }
 
-    /// The leaves of vCPU `index` of `cpus`: one package, one thread a core.
-    pub(super) fn of_vcpu(&self, index: u32, cpus: u32) -> CpuId {
+    /// The leaves of vCPU `index` of `cpus`: one package, one thread per core.
+    pub(super) fn for_vcpu(&self, index: u32, cpus: u32) -> CpuId {
         let mut cpuid = self.cpuid.clone();
         for entry in cpuid.as_mut_slice() {
             set_entry(entry, index, cpus, self.deadline);
@@ -52,8 +52,8 @@ impl Features {
     }
 }
 
-/// KVM's set has only the first level of each extended topology leaf, empty (since Linux 6.0); the
-/// guest reads on until a level has the type 0.
+/// Since Linux 6.0, KVM reports only an empty first level for each extended topology leaf; the guest reads
+/// levels until one has type 0.
 fn add_topology_levels(cpuid: &mut CpuId) -> Result<(), vmm_sys_util::fam::Error> {
     for function in [0xb, 0x1f] {
         let has = |cpuid: &CpuId, level| {
@@ -78,13 +78,13 @@ fn add_topology_levels(cpuid: &mut CpuId) -> Result<(), vmm_sys_util::fam::Error
 }
 
 fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool) {
-    // Bits that number a core inside the package.
+    // Bits of the APIC ID that number a core within the package.
     let core_bits = cpus.next_power_of_two().trailing_zeros();
     match entry.function {
         1 => {
-            // APIC number, number of APIC numbers in the package, CLFLUSH size as it is.
+            // APIC ID, number of APIC IDs in the package; the CLFLUSH size is kept.
             entry.ebx = entry.ebx & 0xff00 | index << 24 | (1 << core_bits) << 16;
-            // No guest inside the guest yet: nested virtualization is refused, not half there.
+            // Nested virtualization is not supported, so it is not advertised.
             entry.ecx &= !VMX;
             entry.ecx |= HYPERVISOR;
             if deadline {
@@ -96,7 +96,7 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
                 entry.edx &= !HTT;
             }
         }
-        // Deterministic cache parameters: caches up to L2 are a core's, L3 is the package's.
+        // Deterministic cache parameters: caches up to L2 are per core, L3 is per package.
         4 => {
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 {
@@ -116,7 +116,7 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
             };
         }
         0x8000_0001 => entry.ecx &= !SVM,
-        // Number of threads, and bits of the APIC number that number them.
+        // Number of threads, and size of the core part of the APIC ID.
         0x8000_0008 => entry.ecx = core_bits << 12 | (cpus - 1),
         // AMD cache topology.
         0x8000_001d => {
@@ -124,7 +124,7 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
             let sharing = if level >= 3 { cpus - 1 } else { 0 };
             entry.eax = entry.eax & 0x3fff | sharing << 14;
         }
-        // AMD extended APIC number, core number, node.
+        // AMD extended APIC ID, core ID, node ID.
         0x8000_001e => {
             entry.eax = index;
             entry.ebx = entry.ebx & !0xffff | index & 0xff;
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_topology_has_all_its_levels_whatever_kvm_lists() {
-        // As Linux 6.12 gives them: one empty entry each, and leaf 0x1f only on some hosts.
+        // As reported by Linux 6.12: one empty entry each, and leaf 0x1f only on some hosts.
         let mut cpuid = CpuId::from_entries(&[entry(1, 0), entry(0xb, 0)]).unwrap();
         add_topology_levels(&mut cpuid).unwrap();
         for entry in cpuid.as_mut_slice() {

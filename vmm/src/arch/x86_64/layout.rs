@@ -6,18 +6,18 @@
 //! 0x0000_8ff0  boot stack, growing down
 //! 0x0000_9000  page tables of the first GiB, three pages
 //! 0x0002_0000  kernel command line
-//! 0x0009_fc00  MP table; where kernels look for it (end of base memory)
-//! 0x000a_0000  hole of the PC's video memory and ROMs
-//! 0x0010_0000  panic log, reserved: the kernel's last words (ramoops)
+//! 0x0009_fc00  MP table, where kernels look for it (end of base memory)
+//! 0x000a_0000  legacy hole: video memory and ROMs
+//! 0x0010_0000  panic log (ramoops), reserved in the memory map
 //! 0x0020_0000  memory; the kernel is linked at 0x100_0000
-//! ............  the initramfs as high as it fits below the hole
-//! 0xc000_0000  hole for devices, up to 4 GiB
+//! ............  the initramfs, as high as possible below the hole
+//! 0xc000_0000  MMIO hole, up to 4 GiB
 //! 0xd000_0000  MMIO slots for virtio devices, 4 KiB each
 //! 0xfec0_0000  IOAPIC
 //! 0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and task state segment
 //! 0x1_0000_0000  the rest of memory
-//! ............  at the next GiB: room for memory that is plugged while the guest runs
+//! ............  at the next GiB: range for hot-plugged memory
 //! ```
 
 use super::super::MmioSlot;
@@ -30,22 +30,22 @@ pub(super) const PML4: u64 = 0x9000;
 pub(super) const PDPTE: u64 = 0xa000;
 pub(super) const PDE: u64 = 0xb000;
 pub(super) const CMDLINE: u64 = 0x2_0000;
-/// Room for the command line, its terminator included.
+/// Maximum length of the command line, including its terminator.
 pub(super) const CMDLINE_SIZE: usize = 0x1_0000;
 pub(super) const MPTABLE: u64 = 0x9_fc00;
 pub(super) const EBDA_END: u64 = 0xa_0000;
 pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 
-/// Where the kernel leaves its last words.
+/// Guest physical address of the panic log.
 pub(crate) const PANIC_LOG: u64 = HIGH_MEMORY;
-/// Size of the panic log, in bytes: two records of half of it.
+/// Size of the panic log in bytes: two records of half this size.
 pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
-/// Where a bzImage is loaded.
+/// Load address of a bzImage.
 pub(super) const BZIMAGE: u64 = 0x100_0000;
 
-/// First address that is not memory below 4 GiB.
+/// Start of the MMIO hole below 4 GiB.
 pub(crate) const HOLE_START: u64 = 0xc000_0000;
-/// Where memory goes on.
+/// End of the MMIO hole, where memory continues.
 pub(crate) const HOLE_END: u64 = 0x1_0000_0000;
 
 const MMIO_SLOTS: u64 = 0xd000_0000;
@@ -54,16 +54,16 @@ pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
 pub(super) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub(super) const KVM_TSS: u64 = 0xfffb_d000;
 
-/// First interrupt for a virtio device: 0 to 4 belong to the PC (timer, keyboard, cascade,
-/// serial ports).
+/// First interrupt for a virtio device: 0 to 4 are legacy PC interrupts (timer, keyboard, cascade, serial
+/// ports).
 const FIRST_IRQ: u32 = 5;
-/// The IOAPIC's last pin.
+/// Last pin of the IOAPIC.
 pub(super) const LAST_IRQ: u32 = 23;
-/// How many virtio devices a guest can have: one interrupt each, but for the last, which is that of the
-/// hot-plug slots.
+/// Maximum number of virtio devices of a guest: one per interrupt, except the last, which the hot-plug slots
+/// share.
 pub(crate) const MAX_DEVICES: usize = (LAST_IRQ - FIRST_IRQ) as usize;
 
-/// The slot of device `index`; none beyond [`MAX_DEVICES`].
+/// The slot of device `index`; `None` from [`MAX_DEVICES`] on.
 pub(crate) fn device_slot(index: usize) -> Option<MmioSlot> {
     (index < MAX_DEVICES).then(|| MmioSlot {
         address: MMIO_SLOTS + 0x1000 * index as u64,
@@ -71,7 +71,7 @@ pub(crate) fn device_slot(index: usize) -> Option<MmioSlot> {
     })
 }
 
-/// Hot-plug slot `index`, behind those of all devices. Hot-plug slots share an interrupt.
+/// Hot-plug slot `index`; they follow the slots of all devices and share one interrupt.
 pub(crate) fn hotplug_slot(index: usize) -> MmioSlot {
     MmioSlot {
         address: MMIO_SLOTS + 0x1000 * (MAX_DEVICES + index) as u64,
@@ -79,7 +79,7 @@ pub(crate) fn hotplug_slot(index: usize) -> MmioSlot {
     }
 }
 
-/// Where `bytes` of memory lie: below the hole, and above it what does not fit.
+/// The address ranges (start, length) of `bytes` of memory: below the hole, and the rest above it.
 pub(crate) fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     if bytes <= HOLE_START {
         return vec![(0, bytes)];
@@ -87,8 +87,8 @@ pub(crate) fn memory_ranges(bytes: u64) -> Vec<(u64, u64)> {
     vec![(0, HOLE_START), (HOLE_END, bytes - HOLE_START)]
 }
 
-/// Linux's memory block, in bytes, if there are `bytes` at the start (probe_memory_block_size() in
-/// arch/x86/mm/init_64.c): what the room for more memory is a multiple of.
+/// Size of a Linux memory block in bytes for a guest with `bytes` of boot memory (probe_memory_block_size()
+/// in arch/x86/mm/init_64.c); the hot-pluggable range is a multiple of it.
 pub(crate) fn memory_block(bytes: u64) -> u64 {
     match bytes {
         0..0x10_0000_0000 => 128 << 20,
@@ -96,7 +96,7 @@ pub(crate) fn memory_block(bytes: u64) -> u64 {
     }
 }
 
-/// Where the room for more memory begins, if there are `bytes` at the start.
+/// Start of the hot-pluggable range of a guest with `bytes` of boot memory.
 pub(crate) fn hotplug_start(bytes: u64) -> u64 {
     let last = memory_ranges(bytes).last().map_or(0, |r| r.0 + r.1);
     let align = memory_block(bytes).max(1 << 30);

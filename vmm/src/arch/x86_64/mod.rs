@@ -1,6 +1,6 @@
-//! x86_64: a PC without firmware, PCI or ACPI. The kernel is entered in long mode by the 64-bit
-//! Linux boot protocol (Documentation/arch/x86/boot.rst), and finds its CPUs and interrupts in
-//! an MP table, its devices on the command line.
+//! x86_64: a PC without firmware, PCI or ACPI. The kernel is entered in long mode by the 64-bit Linux boot
+//! protocol (Documentation/arch/x86/boot.rst). It finds CPUs and interrupts in an MP table and devices on its
+//! command line.
 
 mod boot;
 mod cmdline;
@@ -20,23 +20,23 @@ pub use cmdline::BASE_CMDLINE;
 pub use cpuid::{Features, features};
 pub(crate) use platform::attach_platform;
 
-/// Whether memory of the host can stand for registers that a guest reads: it sees there what the host wrote,
-/// whatever type of memory its page tables make of it. Caches and uncached reads are coherent here.
-pub(crate) const READS_MEMORY_OF_DEVICES: bool = true;
+/// Whether host memory may be mapped read-only as device registers: x86 keeps caches and uncached reads
+/// coherent, so a guest sees what the host wrote whatever memory type its page tables select.
+pub(crate) const CAN_MAP_REGISTERS: bool = true;
 
 /// How a kernel file is booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KernelFormat {
-    /// Uncompressed ELF, entered by the 64-bit Linux boot protocol.
+    /// Uncompressed ELF, entered by the 64-bit boot protocol.
     Elf,
-    /// A compressed image, entered at its 64-bit entry.
+    /// Compressed image, entered at its 64-bit entry point.
     BzImage,
 }
 
-/// Which kind of kernel begins with `head`; else what the file is.
+/// Detects the kernel format from the first bytes of a file.
 ///
 /// # Errors
-/// A sentence for the user.
+/// A sentence for the user that says what the file is instead.
 pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     const ELF: &[u8] = b"\x7fELF";
     const MACHINE_X86_64: u16 = 62;
@@ -57,10 +57,10 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     Err("is neither an ELF vmlinux nor a bzImage".into())
 }
 
-/// The interrupt controllers, and a PIT where the host's KVM has no TSC deadline timer.
+/// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer.
 ///
 /// # Errors
-/// What KVM refused.
+/// The error from KVM.
 pub fn prepare_vm(features: &Features, vm: &VmFd) -> Result<(), ArchError> {
     vm.set_tss_address(layout::KVM_TSS as usize)
         .map_err(ArchError::kvm("place its task state segment"))?;
@@ -79,39 +79,39 @@ pub fn prepare_vm(features: &Features, vm: &VmFd) -> Result<(), ArchError> {
     Ok(())
 }
 
-/// A vCPU's features, model-specific registers and local APIC: what it has at power-on.
+/// Sets the features, model-specific registers and local APIC of a vCPU to their power-on state.
 ///
 /// # Errors
-/// What KVM refused.
+/// The error from KVM.
 pub fn prepare_vcpu(
     features: &Features,
     vcpu: &VcpuFd,
     index: u32,
     cpus: u32,
 ) -> Result<(), ArchError> {
-    vcpu.set_cpuid2(&features.of_vcpu(index, cpus))
+    vcpu.set_cpuid2(&features.for_vcpu(index, cpus))
         .map_err(ArchError::kvm("set a vCPU's features"))?;
     regs::set_msrs(vcpu)?;
     regs::set_fpu(vcpu)?;
     regs::set_lapic(vcpu)
 }
 
-/// Where the first vCPU starts; the others wait for the kernel to wake them.
+/// Entry point of the first vCPU; the kernel starts the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// Long mode, by the 64-bit boot protocol.
+    /// Long mode, 64-bit boot protocol.
     Linux64 {
         /// Guest physical address of the first instruction.
         rip: u64,
     },
-    /// Real mode at address 0, for flat code.
+    /// Real mode at address 0, for flat binaries.
     Real,
 }
 
 /// Sets the first vCPU's registers.
 ///
 /// # Errors
-/// What KVM refused.
+/// The error from KVM.
 pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     match entry {
         Entry::Linux64 { rip } => regs::enter_long_mode(vcpu, rip),
@@ -119,15 +119,15 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     }
 }
 
-/// Tells a guest that goes on after a pause that time passed without it (KVM_KVMCLOCK_CTRL), so
-/// that its watchdogs stay calm. A guest without a kvmclock has nobody to tell.
+/// Tells a guest that resumes after a pause that it was stopped (KVM_KVMCLOCK_CTRL), so that its watchdogs do
+/// not fire. The error of a guest without kvmclock is ignored.
 pub(crate) fn after_pause(vcpu: &VcpuFd) {
     if let Err(error) = vcpu.kvmclock_ctrl() {
         log::debug!("KVM_KVMCLOCK_CTRL: {error}");
     }
 }
 
-/// The registers that matter in a report of a failed vCPU.
+/// The registers to include in a report of a failed vCPU.
 pub(crate) fn describe_vcpu(vcpu: &VcpuFd) -> String {
     match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(regs), Ok(sregs)) => format!(

@@ -1,16 +1,16 @@
-//! The MP table: Intel MultiProcessor Specification 1.4, chapter 4. How a guest without ACPI
-//! learns of its CPUs and of how interrupts reach them.
+//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), from which a guest without ACPI learns
+//! its CPUs and interrupt routing.
 
 use super::layout;
 
-/// Local APIC version: 0x14 is an integrated one.
+/// Local APIC version: 0x14 is an integrated APIC.
 const APIC_VERSION: u8 = 0x14;
 const ENABLED: u8 = 1;
 const BOOT_CPU: u8 = 2;
 const ISA_BUS: u8 = 0;
 const ALL_CPUS: u8 = 0xff;
 
-/// The floating pointer and the table after it, to be placed at [`layout::MPTABLE`].
+/// The floating pointer structure followed by the table, to be placed at [`layout::MPTABLE`].
 pub(super) fn build(cpus: u32) -> Vec<u8> {
     let ioapic_id = cpus as u8;
     let mut entries = Vec::new();
@@ -23,7 +23,7 @@ pub(super) fn build(cpus: u32) -> Vec<u8> {
         let flags = ENABLED | if cpu == 0 { BOOT_CPU } else { 0 };
         let mut bytes = [0; 20];
         bytes[..4].copy_from_slice(&[0, cpu, APIC_VERSION, flags]);
-        // Family 6 with an APIC and an FPU: signature and features are read from CPUID anyway.
+        // Family 6 with an APIC and an FPU; guests read signature and features from CPUID.
         bytes[4..8].copy_from_slice(&0x600u32.to_le_bytes());
         bytes[8..12].copy_from_slice(&0x201u32.to_le_bytes());
         entry(&bytes);
@@ -33,10 +33,10 @@ pub(super) fn build(cpus: u32) -> Vec<u8> {
     ioapic[4..].copy_from_slice(&layout::IOAPIC.to_le_bytes());
     entry(&ioapic);
     for irq in 0..=layout::LAST_IRQ as u8 {
-        // Type INT, polarity and trigger as the bus has them, pin by pin.
+        // Type INT, polarity and trigger mode of the bus, one entry per pin.
         entry(&[3, 0, 0, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
-    // LINT0 takes the PIC (ExtINT) on the first CPU, LINT1 the NMI on all.
+    // LINT0 receives PIC interrupts (ExtINT) on the first CPU, LINT1 the NMI on all.
     entry(&[4, 3, 0, 0, ISA_BUS, 0, 0, 0]);
     entry(&[4, 1, 0, 0, ISA_BUS, 0, ALL_CPUS, 1]);
 
@@ -51,7 +51,7 @@ fn floating_pointer(table: u32) -> Vec<u8> {
     let mut bytes = vec![0; 16];
     bytes[..4].copy_from_slice(b"_MP_");
     bytes[4..8].copy_from_slice(&table.to_le_bytes());
-    // Length in paragraphs, specification 1.4.
+    // Length in 16-byte paragraphs, specification revision 1.4.
     (bytes[8], bytes[9]) = (1, 4);
     bytes[10] = checksum(&bytes);
     bytes
@@ -72,7 +72,7 @@ fn header(entries: &[u8], count: u16) -> Vec<u8> {
     bytes
 }
 
-/// The byte that makes the sum of all zero.
+/// The byte that makes all bytes sum to zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, b| sum.wrapping_sub(*b))
 }

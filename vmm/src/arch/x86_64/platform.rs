@@ -1,5 +1,5 @@
-//! What a PC has beside its virtio devices: the first serial port and the keyboard controller's reset line,
-//! both behind ports. Their registers are bytes; a wider or repeated access is one of the same register again.
+//! Legacy PC devices: the first serial port and the keyboard controller's reset line, both on I/O ports.
+//! Registers are one byte wide; a wider or repeated access accesses the same register again.
 
 use super::super::ArchError;
 use super::reset_line::ResetLine;
@@ -15,10 +15,10 @@ const RESET_PORTS: Range<u16> = 0x60..0x65;
 /// The interrupt of the first serial port.
 pub(super) const SERIAL_IRQ: u32 = 4;
 
-/// Puts the platform's own devices on the bus, and connects their interrupts.
+/// Attaches the platform's own devices to the bus and connects their interrupts.
 ///
 /// # Errors
-/// What KVM refused.
+/// The error from KVM.
 pub(crate) fn attach_platform(
     vm: &VmFd,
     bus: &mut Bus,
@@ -34,7 +34,7 @@ pub(crate) fn attach_platform(
     Ok(())
 }
 
-/// A device whose registers are bytes, behind a lock.
+/// A device with byte-wide registers, behind a lock.
 struct ByteRegisters<D>(Arc<Mutex<D>>);
 
 trait ByteDevice: Send {

@@ -1,8 +1,7 @@
-//! The state in which a vCPU starts.
+//! Initial vCPU state.
 //!
-//! The registers are functions of their own, so that a test can hold them against the checks
-//! that VT-x makes at VM entry (Intel SDM volume 3, chapter 27.3.1): SVM forgives what VT-x
-//! refuses.
+//! Register values are computed by separate functions so that tests can apply the VM-entry checks of VT-x
+//! (Intel SDM volume 3, chapter 27.3.1), which are stricter than those of SVM.
 
 use super::super::ArchError;
 use super::layout;
@@ -23,7 +22,7 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 of RFLAGS is always one.
 const RFLAGS_RESERVED: u64 = 2;
 
-/// Model-specific registers as at power-on; without them KVM leaves what it likes.
+/// Model-specific registers at power-on; KVM leaves those that are not set undefined.
 pub(super) fn set_msrs(vcpu: &VcpuFd) -> Result<(), ArchError> {
     const IA32_SYSENTER_CS: u32 = 0x174;
     const IA32_SYSENTER_ESP: u32 = 0x175;
@@ -67,7 +66,7 @@ pub(super) fn set_msrs(vcpu: &VcpuFd) -> Result<(), ArchError> {
     Ok(())
 }
 
-/// The x87 and SSE control words as after FNINIT.
+/// The x87 and SSE control words after FNINIT.
 pub(super) fn set_fpu(vcpu: &VcpuFd) -> Result<(), ArchError> {
     let fpu = kvm_fpu {
         fcw: 0x37f,
@@ -78,7 +77,7 @@ pub(super) fn set_fpu(vcpu: &VcpuFd) -> Result<(), ArchError> {
         .map_err(ArchError::kvm("set a vCPU's floating-point state"))
 }
 
-/// Local interrupt pins: LINT0 takes the PIC's interrupts, LINT1 is the NMI.
+/// Local interrupt pins: LINT0 receives PIC interrupts, LINT1 the NMI.
 pub(super) fn set_lapic(vcpu: &VcpuFd) -> Result<(), ArchError> {
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;
@@ -104,7 +103,7 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
     }
 }
 
-/// Long mode at `rip`, with the boot parameters' address in RSI.
+/// Enters long mode at `rip`, with the address of the boot parameters in RSI.
 pub(super) fn enter_long_mode(vcpu: &VcpuFd, rip: u64) -> Result<(), ArchError> {
     let sregs = vcpu
         .get_sregs()
@@ -115,7 +114,7 @@ pub(super) fn enter_long_mode(vcpu: &VcpuFd, rip: u64) -> Result<(), ArchError> 
         .map_err(ArchError::kvm("set a vCPU's registers"))
 }
 
-/// Real mode at address 0.
+/// Enters real mode at address 0.
 pub(super) fn enter_real_mode(vcpu: &VcpuFd) -> Result<(), ArchError> {
     let mut sregs = vcpu
         .get_sregs()
@@ -154,7 +153,7 @@ fn long_mode_sregs(mut sregs: kvm_sregs) -> kvm_sregs {
     sregs.tr = kvm_segment {
         selector: 4 << 3,
         limit: 0x67,
-        // 64-bit TSS, busy: VM entry takes no other.
+        // 64-bit TSS, busy: VM entry accepts no other type.
         type_: 0xb,
         present: 1,
         ..Default::default()
@@ -192,7 +191,7 @@ fn segment(index: u16, type_: u8, code: bool) -> kvm_segment {
     }
 }
 
-/// The boot GDT: null, unused, code, data, and a task state segment of two entries.
+/// The boot GDT: null, unused, code, data, and a task state segment in two entries.
 pub(super) fn gdt() -> [u64; 6] {
     [
         0,
@@ -225,7 +224,7 @@ mod tests {
         assert_ne!(sregs.cr4 & CR4_PAE, 0);
         assert_eq!(sregs.efer, EFER_LME | EFER_LMA);
         assert_eq!(sregs.cr3 & 0xfff, 0);
-        // VMXE and reserved bits are KVM's business.
+        // VMXE and reserved bits are set by KVM.
         assert_eq!(sregs.cr4 >> 23, 0);
     }
 
@@ -279,7 +278,7 @@ mod tests {
         assert_eq!(regs.rflags & 1 << 17, 0);
     }
 
-    /// The descriptors that the guest would reload are the ones that the vCPU starts with.
+    /// The descriptors a guest would reload match the initial segment registers.
     #[test]
     fn the_table_agrees_with_the_registers() {
         let table = gdt();

@@ -4,17 +4,17 @@ use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::{I8042Device, Trigger};
 
-/// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is there:
-/// how a guest without ACPI ends.
+/// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is implemented: how a
+/// guest without ACPI shuts down.
 pub(super) struct ResetLine {
-    controller: I8042Device<Asked>,
+    controller: I8042Device<ResetRequest>,
 }
 
-/// That a reset was asked for: nobody but the vCPU that asked has to know.
+/// Set when a reset is requested; only the vCPU that requested it reads it.
 #[derive(Default)]
-struct Asked(AtomicBool);
+struct ResetRequest(AtomicBool);
 
-impl Trigger for Asked {
+impl Trigger for ResetRequest {
     type E = Infallible;
 
     fn trigger(&self) -> Result<(), Infallible> {
@@ -24,21 +24,21 @@ impl Trigger for Asked {
 }
 
 impl Default for ResetLine {
-    /// A controller that nobody has asked to reset yet.
+    /// A controller without a pending reset.
     fn default() -> Self {
         Self {
-            controller: I8042Device::new(Asked::default()),
+            controller: I8042Device::new(ResetRequest::default()),
         }
     }
 }
 
 impl ResetLine {
-    /// A read of port 0x60 + `offset`.
+    /// Reads port 0x60 + `offset`.
     pub(super) fn read(&mut self, offset: u8) -> u8 {
         self.controller.read(offset)
     }
 
-    /// A write to port 0x60 + `offset`. True if it asked for a reset of the CPU.
+    /// Writes port 0x60 + `offset`. True if it requests a CPU reset.
     pub(super) fn write(&mut self, offset: u8, value: u8) -> bool {
         if self.controller.write(offset, value).is_err() {
             return false;

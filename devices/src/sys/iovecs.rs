@@ -1,4 +1,4 @@
-//! Guest memory in a row, for a reader that does not know how much will come.
+//! Guest memory as a list of iovecs, for readers that do not know how much data will arrive.
 
 use super::checked;
 use crate::virtio::{Chain, ChainError, Memory};
@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-/// The writable parts of several chains, one after the other.
-pub struct Pieces {
+/// The writable parts of several chains as one list.
+pub struct Iovecs {
     memory: Arc<Memory>,
     all: Vec<libc::iovec>,
     /// Those before it are used up.
@@ -15,10 +15,10 @@ pub struct Pieces {
 }
 
 // SAFETY: the pointers point into guest memory, which `memory` keeps mapped and any thread may use.
-unsafe impl Send for Pieces {}
+unsafe impl Send for Iovecs {}
 
-impl Pieces {
-    /// None yet, of this memory.
+impl Iovecs {
+    /// An empty list for this memory.
     pub fn new(memory: Arc<Memory>) -> Self {
         Self {
             memory,
@@ -27,7 +27,7 @@ impl Pieces {
         }
     }
 
-    /// Adds a chain's whole writable part; how many pieces that are.
+    /// Appends the whole writable part of a chain; returns its number of iovecs.
     ///
     /// # Errors
     /// Never for a chain that was checked against the same memory.
@@ -37,23 +37,23 @@ impl Pieces {
             self.all.drain(..self.first);
             self.first = 0;
         }
-        self.all.extend(super::pieces(&slices));
-        Ok(slices.len().min(super::MAX_PIECES))
+        self.all.extend(super::iovecs(&slices));
+        Ok(slices.len().min(super::MAX_IOVECS))
     }
 
-    /// Reads once from `fd` into the first `most` pieces.
+    /// Reads once from `fd` into the first `most` iovecs.
     ///
     /// # Errors
-    /// What readv(2) says.
+    /// The error from readv(2).
     pub fn read(&self, fd: impl AsFd, most: usize) -> io::Result<usize> {
         let left = &self.all[self.first..];
-        let count = left.len().min(most).min(super::MAX_PIECES);
-        // SAFETY: each piece lies in `memory`, which lives as long as this; nobody holds references
-        // into guest memory, and the kernel writes inside the pieces only.
+        let count = left.len().min(most).min(super::MAX_IOVECS);
+        // SAFETY: each iovec lies in `memory`, which lives as long as this; nobody holds references into
+        // guest memory, and the kernel writes inside the iovecs only.
         checked(unsafe { libc::readv(fd.as_fd().as_raw_fd(), left.as_ptr(), count as libc::c_int) })
     }
 
-    /// The first `count` pieces are used up.
+    /// Drops the first `count` iovecs.
     pub fn drop_front(&mut self, count: usize) {
         self.first = (self.first + count).min(self.all.len());
     }

@@ -1,9 +1,9 @@
-//! One pair of queues and its thread: frames between guest memory and the tap.
+//! A queue pair and its thread, which moves frames between guest memory and the tap.
 
 use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, Shared, Tap, count};
 use crate::fault::guest_fault;
 use crate::rate_limit::RateLimiter;
-use crate::sys::{self, Pieces};
+use crate::sys::{self, Iovecs};
 use crate::virtio::{ActiveQueue, Chain, QueueError};
 use koya_host::sync::lock;
 use std::collections::VecDeque;
@@ -16,15 +16,15 @@ use thiserror::Error;
 use virtio_bindings::virtio_net::*;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Frames one way before the other way has its turn.
+/// Maximum number of frames in one direction before the other is served.
 const BATCH: usize = 64;
-/// The largest packet, whole before it is segmented, in bytes.
+/// Maximum size of an unsegmented packet in bytes.
 const LARGEST_PACKET: usize = 65_536;
-/// Ethernet's header and a VLAN tag.
+/// Ethernet header and VLAN tag.
 const LINK_HEADER: usize = 18;
 
 #[derive(Debug, Error)]
-enum PairError {
+enum QueuePairError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error("the host does not let a network's thread wait")]
@@ -34,38 +34,38 @@ enum PairError {
 /// Why a direction stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
-    /// There is nothing to move.
+    /// There is no frame to move.
     Idle,
-    /// It has had its turn.
-    Turn,
-    /// The guest has given no buffers.
+    /// It has moved a whole batch.
+    BatchDone,
+    /// The guest has supplied no buffers.
     Starved,
-    /// Its limit.
+    /// The rate limit is reached; it may go on after this time.
     Limited(Duration),
-    /// The tap is gone.
+    /// The tap no longer exists.
     Gone,
 }
 
-/// Where a pair belongs.
-pub(super) struct Place {
-    /// Which of the tap's queues is its.
+/// The tap queue and shared state that a pair works with.
+pub(super) struct PairContext {
+    /// Index of the tap's queue.
     pub(super) index: usize,
     pub(super) tap: Arc<Tap>,
     pub(super) shared: Arc<Shared>,
     pub(super) stop: EventFd,
 }
 
-/// What buffers a frame may take.
+/// Which buffers a received frame needs.
 #[derive(Clone, Copy)]
-pub(super) struct Room {
-    /// Several buffers.
+pub(super) struct BufferNeeds {
+    /// Whether a frame may span several buffers.
     mergeable: bool,
-    /// So many bytes at most.
+    /// Maximum size of a frame in bytes.
     frame: usize,
 }
 
-impl Room {
-    /// As the driver's features have it.
+impl BufferNeeds {
+    /// The requirements for a driver with these features.
     pub(super) fn of(features: u64, mtu: Option<u16>) -> Self {
         let has = |bit: u32| features & (1 << bit) != 0;
         let segments = [
@@ -85,8 +85,8 @@ impl Room {
     }
 }
 
-pub(super) struct Pair {
-    place: Place,
+pub(super) struct QueuePair {
+    context: PairContext,
     receiver: Receiver,
     sender: Sender,
 }
@@ -94,12 +94,12 @@ pub(super) struct Pair {
 struct Receiver {
     queue: ActiveQueue,
     limiter: Arc<Mutex<RateLimiter>>,
-    wanted: Room,
-    /// Buffers in hand, with the number of their pieces.
+    needs: BufferNeeds,
+    /// Available buffers, each with its number of iovecs.
     chains: VecDeque<(Chain, usize)>,
-    pieces: Pieces,
-    /// Bytes of the buffers in hand.
-    room: usize,
+    iovecs: Iovecs,
+    /// Total size of the available buffers in bytes.
+    available: usize,
 }
 
 struct Sender {
@@ -107,23 +107,23 @@ struct Sender {
     limiter: Arc<Mutex<RateLimiter>>,
 }
 
-impl Pair {
+impl QueuePair {
     pub(super) fn new(
-        place: Place,
+        context: PairContext,
         receive: ActiveQueue,
         send: ActiveQueue,
-        wanted: Room,
+        needs: BufferNeeds,
         [receive_limiter, send_limiter]: [Arc<Mutex<RateLimiter>>; 2],
     ) -> Self {
         Self {
-            place,
+            context,
             receiver: Receiver {
-                pieces: Pieces::new(receive.memory().clone()),
+                iovecs: Iovecs::new(receive.memory().clone()),
                 queue: receive,
                 limiter: receive_limiter,
-                wanted,
+                needs,
                 chains: VecDeque::new(),
-                room: 0,
+                available: 0,
             },
             sender: Sender {
                 queue: send,
@@ -135,17 +135,17 @@ impl Pair {
     pub(super) fn run(mut self) {
         if let Err(error) = self.serve() {
             guest_fault!("a network's queues: {error:?}; the device needs a reset");
-            self.sender.queue.ask_for_reset();
+            self.sender.queue.set_needs_reset();
         }
     }
 
-    fn serve(&mut self) -> Result<(), PairError> {
-        let (shared, all) = (self.place.shared.clone(), self.place.tap.clone());
-        let Some(tap) = all.queues().get(self.place.index) else {
+    fn serve(&mut self) -> Result<(), QueuePairError> {
+        let (shared, all) = (self.context.shared.clone(), self.context.tap.clone());
+        let Some(tap) = all.queues().get(self.context.index) else {
             return Ok(());
         };
         loop {
-            // What is sent may have its answer at once: one interrupt tells of both.
+            // Served first, since a sent frame may be answered at once: one interrupt covers both.
             let sent = self.sender.run(tap, &shared)?;
             let received = self.receiver.run(tap, &shared)?;
             self.receiver.queue.notify()?;
@@ -153,7 +153,7 @@ impl Pair {
             let mut limit = None;
             for pause in [received, sent] {
                 let wait = match pause {
-                    Pause::Turn => Duration::ZERO,
+                    Pause::BatchDone => Duration::ZERO,
                     Pause::Limited(wait) => wait,
                     _ => continue,
                 };
@@ -166,7 +166,7 @@ impl Pair {
             let limited = matches!(sent, Pause::Limited(_));
             let [stop, send, receive, _] = sys::wait_readable(
                 [
-                    Some(&self.place.stop as &dyn AsRawFd),
+                    Some(&self.context.stop as &dyn AsRawFd),
                     (!limited).then_some(send_kick as &dyn AsRawFd),
                     starved.then_some(receive_kick as &dyn AsRawFd),
                     waits_for_frames.then_some(tap as &dyn AsRawFd),
@@ -174,7 +174,7 @@ impl Pair {
                 limit,
             )?;
             if stop {
-                // Buffers in hand are the driver's again.
+                // Buffers that were taken but not used return to the driver.
                 for _ in self.receiver.chains.drain(..) {
                     self.receiver.queue.unpop();
                 }
@@ -190,46 +190,48 @@ impl Pair {
     }
 }
 
-/// Moves frames one way until `one` says why not, or the other way has its turn.
-fn turn(mut one: impl FnMut() -> Result<Option<Pause>, QueueError>) -> Result<Pause, QueueError> {
+/// Calls `move_frame` until it returns a reason to stop, or a batch is complete.
+fn run_batch(
+    mut move_frame: impl FnMut() -> Result<Option<Pause>, QueueError>,
+) -> Result<Pause, QueueError> {
     for _ in 0..BATCH {
-        if let Some(pause) = one()? {
+        if let Some(pause) = move_frame()? {
             return Ok(pause);
         }
     }
-    Ok(Pause::Turn)
+    Ok(Pause::BatchDone)
 }
 
 impl Receiver {
-    /// Moves frames from the tap to the guest, which is not told yet.
+    /// Moves frames from the tap to the guest, without notifying the guest yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        turn(|| self.one(tap, shared))
+        run_batch(|| self.move_frame(tap, shared))
     }
 
-    fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
+    fn move_frame(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
         if let Some(wait) = lock(&self.limiter).wait(Instant::now()) {
             return Ok(Some(Pause::Limited(wait)));
         }
         if let Some(pause) = self.refill(shared)? {
             return Ok(Some(pause));
         }
-        let first = self.chains.front().map_or(0, |(_, pieces)| *pieces);
-        let most = if self.wanted.mergeable {
+        let first = self.chains.front().map_or(0, |(_, iovecs)| *iovecs);
+        let most = if self.needs.mergeable {
             usize::MAX
         } else {
             first
         };
-        let bytes = match self.pieces.read(tap, most) {
+        let bytes = match self.iovecs.read(tap, most) {
             Ok(bytes) => bytes,
-            Err(error) => return Ok(Some(refused(&error, shared))),
+            Err(error) => return Ok(Some(handle_refusal(&error, shared))),
         };
         if bytes == 0 {
-            // A socket whose other end was closed.
+            // The peer of a socket has closed it.
             shared.set_link(false);
             return Ok(Some(Pause::Gone));
         }
         if bytes < HEADER_SIZE || !shared.link() {
-            // What was read is overwritten by the next frame.
+            // The data is overwritten by the next frame.
             count(&shared.metrics.received_drops, 1);
             return Ok(None);
         }
@@ -240,13 +242,14 @@ impl Receiver {
         Ok(None)
     }
 
-    /// Takes buffers into hand until any frame fits; if that is not to be, why. No more buffers than the
-    /// queue holds at once, and few that are no use: a guest may give new ones as fast as they come back.
+    /// Takes buffers from the queue until any frame fits; returns the reason if that is impossible. Takes no
+    /// more buffers than the queue holds at once, and limits the number of useless ones: a guest may supply
+    /// new ones as fast as they are returned.
     fn refill(&mut self, shared: &Shared) -> Result<Option<Pause>, QueueError> {
         let mut useless = 0;
         for _ in 0..=self.queue.size() {
-            let enough = match self.wanted.mergeable {
-                true => self.room >= self.wanted.frame,
+            let enough = match self.needs.mergeable {
+                true => self.available >= self.needs.frame,
                 false => !self.chains.is_empty(),
             };
             if enough {
@@ -259,11 +262,11 @@ impl Receiver {
                 return Ok(Some(Pause::Starved));
             };
             let len = chain.writable_len() as usize;
-            let pieces = match len >= HEADER_SIZE {
-                true => self.pieces.push(&chain).unwrap_or(0),
+            let iovecs = match len >= HEADER_SIZE {
+                true => self.iovecs.push(&chain).unwrap_or(0),
                 false => 0,
             };
-            if pieces == 0 {
+            if iovecs == 0 {
                 guest_fault!("a network's buffer has {len} bytes, less than a header");
                 count(&shared.metrics.faults, 1);
                 self.queue.complete(chain.head(), 0)?;
@@ -273,46 +276,46 @@ impl Receiver {
                 }
                 continue;
             }
-            self.room += len;
-            self.chains.push_back((chain, pieces));
+            self.available += len;
+            self.chains.push_back((chain, iovecs));
         }
-        Ok(Some(Pause::Turn))
+        Ok(Some(Pause::BatchDone))
     }
 
-    /// Gives the buffers back that hold a frame of `bytes`.
+    /// Returns the buffers that hold a frame of `bytes`.
     fn deliver(&mut self, bytes: usize) -> Result<(), QueueError> {
         let mut left = bytes;
         let mut filled = Vec::new();
         while left > 0 {
-            let Some((chain, pieces)) = self.chains.pop_front() else {
+            let Some((chain, iovecs)) = self.chains.pop_front() else {
                 break;
             };
             let len = chain.writable_len() as usize;
-            self.pieces.drop_front(pieces);
-            self.room -= len;
+            self.iovecs.drop_front(iovecs);
+            self.available -= len;
             let used = left.min(len);
             left -= used;
             filled.push((chain, used as u32));
         }
         let buffers = (filled.len() as u16).to_le_bytes();
         if let Some((first, _)) = filled.first() {
-            // It has room for a header.
+            // It has space for a header.
             first
                 .write(self.queue.memory(), NUM_BUFFERS_OFFSET, &buffers)
                 .ok();
         }
         let used: Vec<(u16, u32)> = filled.iter().map(|(c, n)| (c.head(), *n)).collect();
-        self.queue.complete_together(&used)
+        self.queue.complete_all(&used)
     }
 }
 
 impl Sender {
-    /// Moves frames from the guest to the tap; the guest is not told yet.
+    /// Moves frames from the guest to the tap, without notifying the guest yet.
     fn run(&mut self, tap: &File, shared: &Shared) -> Result<Pause, QueueError> {
-        turn(|| self.one(tap, shared))
+        run_batch(|| self.move_frame(tap, shared))
     }
 
-    fn one(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
+    fn move_frame(&mut self, tap: &File, shared: &Shared) -> Result<Option<Pause>, QueueError> {
         if let Some(wait) = lock(&self.limiter).wait(Instant::now()) {
             return Ok(Some(Pause::Limited(wait)));
         }
@@ -340,7 +343,7 @@ impl Sender {
             }
             Err(error) => {
                 count(&shared.metrics.sent_drops, 1);
-                refused(&error, shared);
+                handle_refusal(&error, shared);
             }
         }
         self.queue.complete(chain.head(), 0)?;
@@ -348,8 +351,8 @@ impl Sender {
     }
 }
 
-/// What the tap's refusal of a frame means.
-fn refused(error: &io::Error, shared: &Shared) -> Pause {
+/// Handles a frame that the tap refused.
+fn handle_refusal(error: &io::Error, shared: &Shared) -> Pause {
     match error.raw_os_error() {
         Some(libc::EBADFD | libc::ENODEV | libc::ENXIO) => {
             if shared.link() {
@@ -372,7 +375,7 @@ mod tests {
     use std::sync::atomic::Ordering;
 
     #[test]
-    fn buffers_that_are_no_use_are_given_back_in_turns() {
+    fn useless_buffers_are_returned_in_batches() {
         let flags = SocketFlags::CLOEXEC;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
         let (ours, _host) = pair.unwrap();
@@ -390,18 +393,18 @@ mod tests {
         }
         let limits = RateLimiter::new(RateLimits::default());
         let mut receiver = Receiver {
-            pieces: Pieces::new(driver.memory().clone()),
+            iovecs: Iovecs::new(driver.memory().clone()),
             queue: driver.queue(),
             limiter: Arc::new(Mutex::new(limits)),
-            wanted: Room::of(1 << VIRTIO_NET_F_MRG_RXBUF, None),
+            needs: BufferNeeds::of(1 << VIRTIO_NET_F_MRG_RXBUF, None),
             chains: VecDeque::new(),
-            room: 0,
+            available: 0,
         };
-        for turn in 1..=4 {
-            assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Turn));
+        for run_batch in 1..=4 {
+            assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::BatchDone));
             assert_eq!(driver.used().len(), BATCH);
             let faults = shared.metrics.faults.load(Ordering::Relaxed);
-            assert_eq!(faults, (turn * BATCH) as u64);
+            assert_eq!(faults, (run_batch * BATCH) as u64);
         }
         assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Starved));
     }

@@ -1,5 +1,5 @@
-//! Connections to a network namespace's loopback, steered to two listeners whatever their port
-//! (`BPF_PROG_TYPE_SK_LOOKUP`, Documentation/bpf/prog_sk_lookup.rst): Linux 5.9.
+//! Redirects connections to the loopback addresses of a network namespace to two listeners, whatever their
+//! port (`BPF_PROG_TYPE_SK_LOOKUP`, Documentation/bpf/prog_sk_lookup.rst; Linux 5.9).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -24,7 +24,7 @@ const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) ->
     }
 }
 
-// Codes of instructions: class, size or operation, mode or source (linux/bpf_common.h).
+// Instruction codes: class, size or operation, mode or source (linux/bpf_common.h).
 const LOAD_WORD: u8 = 0x61;
 const STORE_WORD: u8 = 0x62;
 const LOAD_WIDE: u8 = 0x18;
@@ -38,15 +38,15 @@ const JUMP_UNEQUAL: u8 = 0x55;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 
-/// That a wide value is a map's descriptor (`BPF_PSEUDO_MAP_FD`).
+/// Marks a 64-bit immediate as a map descriptor (`BPF_PSEUDO_MAP_FD`).
 const MAP_DESCRIPTOR: u8 = 1;
 
-// Helpers (enum bpf_func_id).
+// Helper functions (enum bpf_func_id).
 const MAP_LOOKUP: i32 = 1;
 const SOCKET_RELEASE: i32 = 86;
 const SOCKET_ASSIGN: i32 = 124;
 
-// Places in `struct bpf_sk_lookup`.
+// Offsets in `struct bpf_sk_lookup`.
 const FAMILY: i16 = 8;
 const PROTOCOL: i16 = 12;
 const LOCAL_IP4: i16 = 40;
@@ -55,8 +55,8 @@ const LOCAL_IP6: i16 = 44;
 /// `SK_PASS`
 const PASS: i32 = 1;
 
-/// The program: what goes to 127.0.0.0/8 or ::1 by TCP is for the map's first or second socket, and all
-/// else for whoever it finds.
+/// The program: TCP connections to 127.0.0.0/8 or ::1 go to the first or second socket of the map; all others
+/// are looked up as usual.
 fn program(map: i32) -> Vec<Instruction> {
     let octet = |value: u8, place: usize| {
         let mut bytes = [0; 4];
@@ -109,7 +109,8 @@ fn program(map: i32) -> Vec<Instruction> {
         instruction(MOVE_VALUE, 0, 0, 0, PASS),
         instruction(EXIT, 0, 0, 0, 0),
     ]);
-    // What does not match passes; the two ways on are marked by their kind.
+    // Resolves jump targets: jumps lead to the lookup in the map, the comparison with AF_INET to the IPv4
+    // part; all other comparisons lead to the end, where the connection passes.
     for (at, instruction) in all.iter_mut().enumerate() {
         let to = match (instruction.code, instruction.immediate) {
             (JUMP, _) => found,
@@ -122,7 +123,7 @@ fn program(map: i32) -> Vec<Instruction> {
     all
 }
 
-// Commands and kinds of bpf(2) (linux/bpf.h).
+// Commands and types of bpf(2) (linux/bpf.h).
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE: libc::c_int = 2;
 const PROGRAM_LOAD: libc::c_int = 5;
@@ -176,10 +177,10 @@ struct LinkAttributes {
 /// bpf(2).
 ///
 /// # Safety
-/// `T` is the command's part of `union bpf_attr`, and what it points to outlives the call.
-// SAFETY: each caller says which command's attributes it passes, and what keeps what they point to.
+/// `T` is the command's member of `union bpf_attr`, and what it points to outlives the call.
+// SAFETY: each caller states which command's attributes it passes, and what keeps alive what they point to.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes are read only, and their size goes with them; the caller vouches for what
+    // SAFETY: the attributes are only read, and their size is passed with them; the caller guarantees what
     // they point to.
     let result = unsafe {
         libc::syscall(
@@ -195,23 +196,23 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
     }
 }
 
-/// A command of bpf(2) that makes a descriptor.
+/// Runs a command of bpf(2) that returns a descriptor.
 ///
 /// # Safety
 /// As [`bpf`].
-// SAFETY: as there; and each caller's command is one that answers with a new descriptor.
+// SAFETY: as there; and each caller's command returns a new descriptor.
 unsafe fn bpf_descriptor<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: the command answers with a new descriptor that nobody else owns.
+    // SAFETY: the command returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(bpf(command, attributes)?) })
 }
 
-/// Has each TCP connection to the loopback of a network namespace, whatever its port, come to one of these
-/// listeners: `four` for 127.0.0.0/8, `six` for ::1. They must be the namespace's own. It stays so until
-/// what is returned is dropped.
+/// Redirects all TCP connections to the loopback addresses of a network namespace, whatever their port, to
+/// these listeners: `four` for 127.0.0.0/8, `six` for ::1. The listeners must be in the namespace. The
+/// redirection ends when the returned descriptor is closed.
 ///
 /// # Errors
-/// What bpf(2) says: EPERM without CAP_BPF and CAP_NET_ADMIN, EINVAL before Linux 5.9.
-pub fn steer_loopback(
+/// The error from bpf(2): EPERM without CAP_BPF and CAP_NET_ADMIN, EINVAL before Linux 5.9.
+pub fn redirect_loopback(
     namespace: BorrowedFd<'_>,
     four: BorrowedFd<'_>,
     six: Option<BorrowedFd<'_>>,
@@ -237,8 +238,8 @@ pub fn steer_loopback(
             value: (&raw const value).expose_provenance() as u64,
             flags: 0,
         };
-        // SAFETY: the attributes of MAP_UPDATE_ELEM; key and value have the map's sizes, and live on
-        // this stack.
+        // SAFETY: the attributes of MAP_UPDATE_ELEM; key and value have the map's sizes and live on this
+        // stack.
         unsafe { bpf(MAP_UPDATE, &entry)? };
     }
     let instructions = program(map.as_raw_fd());
@@ -259,8 +260,8 @@ pub fn steer_loopback(
         interface: 0,
         attach: ATTACH_SOCKET_LOOKUP,
     };
-    // SAFETY: the attributes of PROG_LOAD; instructions and license outlive the call. The kernel checks
-    // the program, and holds the map.
+    // SAFETY: the attributes of PROG_LOAD; instructions and license outlive the call. The kernel verifies the
+    // program and takes a reference to the map.
     let program = unsafe { bpf_descriptor(PROGRAM_LOAD, &load)? };
     let link = LinkAttributes {
         program: program.as_raw_fd() as u32,
@@ -268,7 +269,7 @@ pub fn steer_loopback(
         attach: ATTACH_SOCKET_LOOKUP,
         flags: 0,
     };
-    // SAFETY: the attributes of LINK_CREATE, without pointers. The link holds the program.
+    // SAFETY: the attributes of LINK_CREATE, without pointers. The link holds a reference to the program.
     unsafe { bpf_descriptor(LINK_CREATE, &link) }
 }
 
@@ -287,7 +288,7 @@ mod tests {
             }
         }
         let last = all.len() as i16 - 2;
-        // What is not TCP passes; IPv4 is looked at; an IPv6 address that fits leads to the map.
+        // Anything but TCP passes; IPv4 is checked; a matching IPv6 address leads to the map.
         assert_eq!(target(2), last);
         assert_eq!(all[target(5) as usize].offset, LOCAL_IP4);
         assert_eq!(all[target(16) as usize].code, LOAD_WIDE);

@@ -1,42 +1,41 @@
-//! Guest memory that goes back to the host, for the devices through which it does: the balloon and
-//! virtio-mem.
+//! Discards guest memory for the balloon and virtio-mem: the pages go back to the host.
 
 use crate::sys::{self, Advice};
 use crate::virtio::Memory;
 use std::io;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-/// Gives the whole pages in `[start, start + len)` back; they read as zero from then on. Pages that the
-/// host has set aside for the guest stay as they are.
+/// Discards the whole pages in `[start, start + len)`; they read as zero from then on. Reserved huge pages
+/// are kept.
 ///
 /// # Errors
-/// `InvalidInput` if a part of it is not guest memory, else what madvise(2) says.
-pub(crate) fn give_back(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
+/// `InvalidInput` if part of it is not guest memory, otherwise the error from madvise(2).
+pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let count = usize::try_from(len).map_err(|_| outside())?;
     match memory.check_range(start, count) {
-        true => discard(memory, start, len),
+        true => discard_mapped(memory, start, len),
         false => Err(outside()),
     }
 }
 
-/// The same, of memory that may be no guest's for now: what is not plugged.
+/// The same for mapped memory that is not guest memory at present because it is unplugged.
 ///
 /// # Errors
-/// `InvalidInput` if a part of it is not mapped, else what madvise(2) says.
-pub(crate) fn discard(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
+/// `InvalidInput` if part of it is not mapped, otherwise the error from madvise(2).
+pub(crate) fn discard_mapped(memory: &Memory, start: GuestAddress, len: u64) -> io::Result<()> {
     let (mut at, mut left) = (start, len);
     while left > 0 {
         let region = memory.find_region(at).ok_or_else(outside)?;
         if region.is_hugetlbfs() == Some(true) {
-            // Set aside for this guest: a page that went back might not be there when it is wanted.
+            // Reserved for this guest: a page that is released might not be available later.
             return Ok(());
         }
         let offset = at.0 - region.start_addr().0;
         let part = left.min(region.len() - offset);
         let slice = region.mapped_slice(offset, part as usize);
         let advice = match region.file_offset() {
-            Some(_) => Advice::GiveBackShared,
-            None => Advice::GiveBackPrivate,
+            Some(_) => Advice::PunchHole,
+            None => Advice::DiscardPrivate,
         };
         sys::advise(&slice.map_err(|_| outside())?, advice)?;
         at = GuestAddress(at.0 + part);
@@ -66,7 +65,7 @@ mod tests {
             .write_slice(&vec![7; 1 << 20], GuestAddress(0))
             .unwrap();
         let before = copy.metadata().unwrap().blocks();
-        give_back(&memory, GuestAddress(0), 1 << 19).unwrap();
+        discard(&memory, GuestAddress(0), 1 << 19).unwrap();
         let after = copy.metadata().unwrap().blocks();
         assert!(after <= before / 2 + 16, "{before} blocks, then {after}");
         let byte: u8 = memory.read_obj(GuestAddress(77)).unwrap();
@@ -74,10 +73,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_memory_is_refused() {
+    fn ranges_outside_memory_are_refused() {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for (start, len) in [(1 << 20, 4096), (0, (1 << 20) + 4096), (u64::MAX - 5, 4096)] {
-            let refused = give_back(&memory, GuestAddress(start), len).unwrap_err();
+            let refused = discard(&memory, GuestAddress(start), len).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
         }
     }

@@ -1,9 +1,8 @@
-//! The end of a virtual machine: what has to be ended, in which order, and for how long that is waited
-//! for.
+//! Teardown of a virtual machine: the order in which its parts are ended, and how long to wait for them.
 //!
-//! Nothing here waits for the guest: vCPUs are kicked out of it, and devices' threads look for a request
-//! to stop after a bounded turn. They may be in a call of the host's that does not return, so it happens
-//! on a thread of its own, which says what it waits for.
+//! Nothing here depends on the guest: vCPUs are kicked out of it, and device threads check for a stop request
+//! after each batch. They may hang in a system call of the host, so teardown runs on a thread of its own and
+//! records what it waits for.
 
 use crate::bus::Bus;
 use crate::event_loop::LoopThread;
@@ -18,12 +17,12 @@ use std::time::Duration;
 
 const ROLE: Role = Role::new("koya-end").without_signals();
 
-/// How long a machine's threads may take to end: longer than any disk that works takes for what is under
-/// way.
+/// How long the threads of a machine may take to end: longer than a working disk takes for requests in
+/// flight.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What of a machine has to be ended.
-pub(crate) struct TakeDown {
+/// The parts of a machine that must be ended.
+pub(crate) struct Teardown {
     vcpus: Vec<(usize, JoinHandle<()>)>,
     sockets: Option<UnixSockets>,
     bus: Arc<Bus>,
@@ -31,10 +30,10 @@ pub(crate) struct TakeDown {
     handles: Arc<Handles>,
 }
 
-/// What is waited for now.
+/// What is being waited for.
 type Stage = Arc<Mutex<String>>;
 
-impl TakeDown {
+impl Teardown {
     pub(crate) fn new(
         bus: Arc<Bus>,
         event_loop: Option<LoopThread>,
@@ -57,16 +56,16 @@ impl TakeDown {
         self.sockets = sockets;
     }
 
-    /// Ends all of it, or says what does not end.
+    /// Ends all parts, or logs which one does not end.
     pub(crate) fn run(self) {
         if self.vcpus.is_empty() && self.event_loop.is_none() {
-            // No thread that could be waited for, and no device: they need the loop.
+            // There is no thread that could hang, and no device: devices need the loop.
             return self.end(&Stage::default());
         }
-        within(LIMIT, |stage| self.end(stage));
+        run_with_timeout(LIMIT, |stage| self.end(stage));
     }
 
-    /// vCPUs first, since they call devices; then devices, whose workers the loop runs; then the loop.
+    /// vCPUs first, since they call devices; then devices, whose workers run on the loop; then the loop.
     fn end(self, stage: &Stage) {
         for (index, thread) in self.vcpus {
             wait_for(stage, format!("the thread koya-vcpu{index}"));
@@ -93,9 +92,9 @@ fn wait_for(stage: &Stage, what: String) {
     *lock(stage) = what;
 }
 
-/// Does `work` on a thread of its own and waits for it, no longer than `limit`. False, and a line in the
-/// log, if it was not done then.
-fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
+/// Runs `work` on a thread of its own and waits for it up to `limit`. On timeout, logs an error and returns
+/// false.
+fn run_with_timeout(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
     let stage = Stage::default();
     let shared = stage.clone();
     let (done, ended) = channel::<()>();
@@ -122,7 +121,7 @@ fn within(limit: Duration, work: impl FnOnce(&Stage) + Send + 'static) -> bool {
                 }
             }
         },
-        // A host without threads: here, then, for as long as it takes.
+        // No thread can be created: run it here, for as long as it takes.
         Err(error) => {
             log::warn!("cannot start a thread: {error}");
             if let Some(work) = lock(&cell).take() {
@@ -139,10 +138,10 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn what_does_not_end_is_not_waited_for_for_ever() {
+    fn a_hanging_thread_is_waited_for_up_to_the_limit() {
         let (hold, held) = channel::<()>();
         let started = Instant::now();
-        let ended = within(Duration::from_millis(50), move |stage| {
+        let ended = run_with_timeout(Duration::from_millis(50), move |stage| {
             wait_for(stage, "a call".into());
             held.recv().ok();
         });
@@ -151,10 +150,12 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_is_done_when_the_wait_is() {
+    fn finished_work_ends_the_wait() {
         let did = Arc::new(Mutex::new(false));
         let does = did.clone();
-        assert!(within(Duration::from_secs(20), move |_| *lock(&does) = true));
+        assert!(run_with_timeout(Duration::from_secs(20), move |_| *lock(
+            &does
+        ) = true));
         assert!(*lock(&did));
     }
 }
