@@ -111,7 +111,11 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
     if denied {
         return Err((CANNOT_RUN, format!("{name}: permission denied")));
     }
-    Err((NOT_FOUND, format!("{name}: not found in PATH ({path})")))
+    // Docker takes its exit status from these words, which are runc's.
+    Err((
+        NOT_FOUND,
+        format!("{name}: executable file not found in $PATH ({path})"),
+    ))
 }
 
 fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
@@ -207,7 +211,7 @@ mod tests {
         assert!(program.validate(&spec("nope")).is_err());
         let told = Refused::NotExecutable {
             exit_status: NOT_FOUND,
-            reason: "nope: not found in PATH (/none)".into(),
+            reason: "nope: executable file not found in $PATH (/none)".into(),
         };
         assert_eq!(reason.read(), Some(told));
         // Nothing was told, though the other end is still open.

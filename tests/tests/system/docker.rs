@@ -323,7 +323,7 @@ fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
     ensure!((200 << 10..400 << 10).contains(&total), "{said}");
 
     // Statuses are those of runc: what is not there, and what is no program.
-    for (command, status) in [("/nope", 127), ("/etc/passwd", 126)] {
+    for (command, status) in [("/nope", 127), ("nope", 127), ("/etc/passwd", 126)] {
         let (code, text) = ended(&docker.run(&["--rm"], &[command]).output()?);
         ensure!(code == Some(status), "{command}: {code:?} {text}");
     }
@@ -543,7 +543,8 @@ fn names_are_dockers(
     serve("web", &["--network", "names", "--network-alias", "alias"])?;
     let server = UdpSocket::bind((gateway, 53))?;
     std::thread::spawn(move || answer_names(&server));
-    let script = "grep nameserver /etc/resolv.conf; for name in web alias; do wget -qO- -T 20 http://$name/; done
+    let script = "grep nameserver /etc/resolv.conf; for name in web alias; do
+            wget -qO- -T 20 http://$(nslookup -type=a $name | sed -n 's/^Address: //p')/; done
         nslookup -type=a outside.example | grep 10.1.2.3; nslookup -type=a nowhere.example | grep NXDOMAIN";
     let options = ["--rm", "--network", "names", "--dns", gateway];
     let (code, said) = ended(&docker.run(&options, &["sh", "-c", script]).output()?);
