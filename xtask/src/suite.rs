@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every test there is, cheapest first.
 
 use crate::{apt, build, cache, lint, proc};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -116,12 +116,17 @@ pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
 /// Debian's suites whose Dockers can be tested with, 26 and 28, each with what has its containers' first process.
 const DOCKER_SUITES: [(&str, &str); 2] = [("trixie", "tini"), ("forky", "tini-static")];
 
-/// Their directories, with colons between them: of the first, since its tests take minutes, and of all if
-/// KOYA_TEST_DOCKERS is `all`.
+/// Chooses the Dockers: `first` or `all`. Their tests take minutes, so without it there are none.
+const WHICH_DOCKERS: &str = "KOYA_TEST_DOCKERS";
+
+/// The directories of those that are tested with, with colons between them.
 fn dockers() -> Result<OsString> {
-    let count = match std::env::var_os("KOYA_TEST_DOCKERS").is_some_and(|which| which == "all") {
-        true => DOCKER_SUITES.len(),
-        false => 1,
+    let which = std::env::var(WHICH_DOCKERS).unwrap_or_default();
+    let count = match which.as_str() {
+        "" => 0,
+        "first" => 1,
+        "all" => DOCKER_SUITES.len(),
+        other => bail!("{WHICH_DOCKERS} is {other:?}, not `first` or `all`"),
     };
     let directories = DOCKER_SUITES[..count].iter();
     let directories = directories.map(|(suite, init)| docker(suite, init));

@@ -26,8 +26,9 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         ("a_container_is_looked_after", a_container_is_looked_after),
         ("networks_are_dockers", networks_are_dockers),
     ];
-    let count =
-        std::env::var_os("KOYA_TEST_DOCKER").map_or(1, |all| std::env::split_paths(&all).count());
+    let all = std::env::var_os("KOYA_TEST_DOCKER").unwrap_or_default();
+    let count = std::env::split_paths(&all).filter(|tree| !tree.as_os_str().is_empty());
+    let count = count.count();
     let versions = VERSIONS.into_iter().enumerate().take(count);
     versions
         .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
@@ -288,7 +289,7 @@ fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
         echo forward=$(cat /proc/sys/net/ipv4/ip_forward)
         echo shm=$(df -k /dev/shm | tail -n 1 | awk '{print $2}')
         echo init=$(cat /proc/1/comm); echo host=$(hostname); echo other=$(grep other /etc/hosts)
-        echo dns=$(grep nameserver /etc/resolv.conf); echo told=$TOLD; echo cwd=$(pwd)
+        echo dns=$(grep ^nameserver /etc/resolv.conf); echo told=$TOLD; echo cwd=$(pwd)
         echo caps=$(grep CapBnd /proc/self/status); ls -l /dev/nil | cut -c1 | sed 's/^/device=/'
         echo limit=$(cat /sys/fs/cgroup/memory.max) pids $(cat /sys/fs/cgroup/pids.max)
         echo total=$(grep MemTotal /proc/meminfo | tr -dc 0-9); exit 7";
@@ -353,7 +354,7 @@ fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
 /// What is asked of a container while it runs.
 fn a_container_is_looked_after(docker: &Docker) -> Result<()> {
     let script = "trap 'echo bye; exit 5' INT; echo hello; n=0
-        while :; do n=$((n+1)); echo $n > /tmp/n; sleep 0.1; done";
+        while :; do n=$((n+1)); echo $n > /tmp/m; mv /tmp/m /tmp/n; sleep 0.1; done";
     let check = "test -e /tmp/n";
     let options = [
         "-d",
