@@ -25,7 +25,7 @@
 //! };
 //! use koya_vmm::{Vm, VmConfig};
 //!
-//! Writes zeros into the buffers of its driver.
+//! /// Writes zeros into the buffers of its driver.
 //! struct Zeros;
 //!
 //! impl VirtioDevice for Zeros {
