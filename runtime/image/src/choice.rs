@@ -123,13 +123,25 @@ impl Platform {
 
     /// What is not said is this machine's.
     pub(crate) fn fits(&self) -> bool {
-        let architecture = match self.architecture.to_ascii_lowercase().as_str() {
+        let is_linux = self.os.is_empty() || self.os.eq_ignore_ascii_case("linux");
+        is_linux && (self.is_native() || machine() == "amd64" && self.architecture() == "386")
+    }
+
+    /// Whether its programs are this machine's own, and not those that it runs besides.
+    pub(crate) fn is_native(&self) -> bool {
+        let architecture = self.architecture();
+        architecture.is_empty() || architecture == machine()
+    }
+
+    /// By Go's name.
+    fn architecture(&self) -> String {
+        let name = self.architecture.to_ascii_lowercase();
+        match name.as_str() {
             "x86_64" | "x86-64" => "amd64".to_owned(),
+            "i386" => "386".to_owned(),
             "aarch64" => "arm64".to_owned(),
-            other => other.to_owned(),
-        };
-        (self.os.is_empty() || self.os.eq_ignore_ascii_case("linux"))
-            && (architecture.is_empty() || architecture == machine())
+            _ => name,
+        }
     }
 
     pub(crate) fn name(&self) -> String {

@@ -120,7 +120,10 @@ impl Configuration {
         let config = self.config.clone().unwrap_or_default();
         let keys = |map: Option<BTreeMap<String, _>>| map.unwrap_or_default().into_keys();
         Defaults {
-            entrypoint: config.entrypoint,
+            // An empty word is how Dockerfiles take a base image's entrypoint away.
+            entrypoint: Some(config.entrypoint)
+                .filter(|words| *words != [""])
+                .unwrap_or_default(),
             command: config.cmd,
             env: config.env.unwrap_or_default(),
             user: config.user.unwrap_or_default(),

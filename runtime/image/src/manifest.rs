@@ -41,6 +41,13 @@ const LAYERS: [&str; 5] = [
     "application/vnd.docker.container.image.rootfs.diff+x-gtar",
 ];
 
+/// Configurations of images; and that of something else, which has none.
+const CONFIGURATIONS: [&str; 2] = [
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+];
+const EMPTY: &str = "application/vnd.oci.empty.v1+json";
+
 /// A list that may be missing or null.
 fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
@@ -70,11 +77,34 @@ struct Document {
     schema_version: Option<u32>,
     #[serde(default)]
     media_type: Option<String>,
+    #[serde(default)]
+    artifact_type: Option<String>,
     #[serde(default, deserialize_with = "list")]
     manifests: Vec<Descriptor>,
     config: Option<Descriptor>,
     #[serde(default, deserialize_with = "list")]
     layers: Vec<Descriptor>,
+}
+
+impl Document {
+    /// What a manifest is of, where that is no image: signatures and bills of materials are kept beside images, some by
+    /// manifests like an image's own.
+    fn artifact(&self) -> Option<&str> {
+        let kind = self.config.as_ref().map_or("", |config| &config.media_type);
+        let named = self
+            .artifact_type
+            .as_deref()
+            .filter(|kind| !kind.is_empty());
+        if kind == EMPTY || named.is_some() && !CONFIGURATIONS.contains(&kind) {
+            return Some(named.unwrap_or(kind));
+        }
+        let is_layer =
+            |layer: &Descriptor| LAYERS.iter().any(|of| layer.media_type.starts_with(of));
+        match self.layers.iter().any(is_layer) {
+            true => None,
+            false => self.layers.first().map(|layer| layer.media_type.as_str()),
+        }
+    }
 }
 
 /// One entry of `docker save`'s manifest.json.
@@ -196,8 +226,15 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
     };
     found.index(&index, &[], 0)?;
     let Search {
-        candidates, others, ..
+        mut candidates,
+        others,
+        ..
     } = found;
+    // What the machine runs besides is never taken for the image of the same name that is its own.
+    let is_native = |candidate: &Candidate| candidate.platform.is_native();
+    let native = candidates.iter().filter(|candidate| is_native(candidate));
+    let native: Vec<_> = native.map(|candidate| candidate.names.clone()).collect();
+    candidates.retain(|candidate| is_native(candidate) || !native.contains(&candidate.names));
     if candidates.is_empty() {
         let reason = format!("holds nothing for linux/{}", machine());
         return match others.is_empty() {
@@ -358,6 +395,10 @@ impl Search<'_> {
         let kind = manifest.media_type.as_deref().unwrap_or_default();
         if !kind.is_empty() && !MANIFESTS.contains(&kind) {
             return Err(Error::Unsupported(format!("manifests of type {kind:?}")));
+        }
+        if let Some(kind) = manifest.artifact() {
+            self.others.push(format!("{kind} ({})", descriptor.digest));
+            return Ok(());
         }
         let missing = || Error::invalid("a manifest names no configuration");
         let config = manifest.config.as_ref().ok_or_else(missing)?;

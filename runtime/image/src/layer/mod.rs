@@ -86,8 +86,8 @@ impl Unpacker {
         max_header: u64,
     ) -> io::Result<()> {
         if self.layer == 0 {
-            let mode = rustix::fs::fstat(&self.root)?.st_mode;
-            self.tree.finish = Some(Finish { mode, ..IMPLIED });
+            // The directory was made under the caller's umask, which is not the image's affair.
+            self.tree.finish = Some(IMPLIED);
         }
         self.layer += 1;
         let mut reader = Reader::new(source, max_header);

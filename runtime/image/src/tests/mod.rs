@@ -1,5 +1,6 @@
 //! Images as they come, and as somebody who means harm makes them.
 
+mod cases;
 mod differential;
 mod kinds;
 mod layers;

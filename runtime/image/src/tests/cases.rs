@@ -1,0 +1,187 @@
+//! What people met with other engines: docs/cases.md has the list.
+
+use super::writer::{Item, Tar, dir, file, item};
+use super::*;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+const KINDS: [&str; 3] = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
+
+/// A manifest of this machine's image with a file that says which it is.
+fn image(layout: &Layout, which: &str, more: Value) -> Value {
+    let layer = Tar::of(&[file("which", which)]);
+    layout.manifest(KINDS, &[(layer.clone(), &layer)], more)
+}
+
+fn which(layout: &Layout, tag: Option<&str>) -> Result<String, Error> {
+    let options = Options {
+        tag: tag.map(str::to_owned),
+        ..Options::default()
+    };
+    let (root, _) = unpack_with(layout.path(), &options)?;
+    Ok(fs::read_to_string(root.path().join("which")).unwrap())
+}
+
+/// What `cosign save` writes (sigstore/cosign 1040): signatures look like images for no platform.
+#[test]
+fn signatures_saved_with_an_image_are_no_images() {
+    let layout = Layout::new();
+    let signed = image(&layout, "image", json!({}));
+    let like_an_image = |kind: &str| {
+        let payload = kind.as_bytes().to_vec();
+        let kinds = [OCI_MANIFEST, OCI_CONFIG, kind];
+        let bare = json!({"architecture": "", "os": "", "created": "0001-01-01T00:00:00Z"});
+        layout.manifest(kinds, &[(payload.clone(), &payload)], bare)
+    };
+    let marked = |mut manifest: Value, kind: &str| {
+        manifest["annotations"] = json!({"kind": format!("dev.cosignproject.cosign/{kind}")});
+        manifest
+    };
+    let signatures = like_an_image("application/vnd.dev.cosign.simplesigning.v1+json");
+    let statements = like_an_image("application/vnd.dsse.envelope.v1+json");
+    layout.index(&[
+        marked(signed, "image"),
+        marked(signatures.clone(), "sigs"),
+        marked(statements, "atts"),
+    ]);
+    assert_eq!(which(&layout, None).unwrap(), "image");
+    layout.index(&[signatures]);
+    let said = refusal(which(&layout, None));
+    assert!(said.contains("simplesigning"), "{said}");
+}
+
+/// sigstore/cosign 4695: what refers to an image is in the index beside it, with a configuration that is none.
+#[test]
+fn what_refers_to_an_image_is_no_image() {
+    let layout = Layout::new();
+    let signed = image(&layout, "image", json!({}));
+    let artifact = |config: &str, more: Value| {
+        let mut manifest = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "subject": signed,
+            "config": layout.blob(config, b"{}"), "layers": [layout.blob("application/json", b"[]")]});
+        for (key, value) in more.as_object().unwrap() {
+            manifest[key] = value.clone();
+        }
+        layout.blob(OCI_MANIFEST, manifest.to_string().as_bytes())
+    };
+    let kind = json!({"artifactType": "application/vnd.dev.sigstore.bundle.v0.3+json"});
+    // A tar of something else is no layer either.
+    let packed =
+        json!({"artifactType": "application/vnd.chart", "layers": [layout.blob(OCI_LAYER, b"")]});
+    let mut others = vec![
+        artifact("application/vnd.oci.empty.v1+json", kind),
+        artifact("application/vnd.oci.empty.v1+json", json!({})),
+        artifact("application/vnd.cncf.helm.config.v1+json", packed),
+    ];
+    // Whose configuration is not JSON, and not there.
+    let blob = json!({"mediaType": "text/plain", "digest": digest(b"nowhere"), "size": 7});
+    others.push(artifact(
+        "text/plain",
+        json!({"artifactType": "text/plain", "config": blob}),
+    ));
+    layout.index(&[vec![signed], others].concat());
+    assert_eq!(which(&layout, None).unwrap(), "image");
+}
+
+/// containers/buildah 1305, moby/moby 12745: nobody but root could enter the container's root.
+#[test]
+fn the_root_is_open_whatever_the_callers_umask_is() {
+    let unpacked = |items: &[Item]| {
+        let layout = Layout::new();
+        layout.index(&[layout.plain(&[Tar::of(items)])]);
+        let (scratch, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let image = Image::open(layout.path(), scratch.path(), &Options::default()).unwrap();
+        image.unpack(root.path()).unwrap();
+        fs::metadata(root.path()).unwrap().mode() & 0o7777
+    };
+    assert_eq!(unpacked(&[file("a/b", "")]), 0o755);
+    assert_eq!(unpacked(&[]), 0o755);
+    let own = Item {
+        mode: 0o711,
+        ..dir("./")
+    };
+    assert_eq!(
+        unpacked(&[own, file("a", "")]),
+        0o711,
+        "its own entry says so"
+    );
+}
+
+/// containers/podman 9377: `ENTRYPOINT [""]` takes the base image's away.
+#[test]
+fn an_entrypoint_of_an_empty_word_is_none() {
+    let entrypoint = |words: Value| {
+        let layout = Layout::new();
+        let config = json!({"config": {"Entrypoint": words, "Cmd": ["nginx", ""]}});
+        layout.index(&[image(&layout, "", config)]);
+        let defaults = unpack(layout.path()).unwrap().1.defaults();
+        assert_eq!(defaults.command, ["nginx", ""]);
+        defaults.entrypoint
+    };
+    assert!(entrypoint(json!([""])).is_empty());
+    assert_eq!(entrypoint(json!(["", "x"])), ["", "x"]);
+    assert_eq!(entrypoint(json!(["x", ""])), ["x", ""]);
+}
+
+/// containers/crun 94: 32-bit images run here too; moby/buildkit 6843: one must not be taken where it comes first.
+#[test]
+fn an_image_of_32_bits_is_taken_where_there_is_no_other() {
+    if crate::choice::machine() != "amd64" {
+        println!("not run: this is of amd64");
+        return;
+    }
+    let layout = Layout::new();
+    let named = |name: &str, architecture: &str| {
+        let mut manifest = image(
+            &layout,
+            &format!("{name} {architecture}"),
+            json!({"architecture": architecture}),
+        );
+        manifest["platform"] = json!({"os": "linux", "architecture": architecture});
+        manifest["annotations"] = json!({"org.opencontainers.image.ref.name": name});
+        manifest
+    };
+    layout.index(&[named("a", "386"), named("a", "amd64")]);
+    assert_eq!(which(&layout, None).unwrap(), "a amd64");
+    layout.index(&[named("a", "386"), named("a", "arm64")]);
+    assert_eq!(which(&layout, None).unwrap(), "a 386");
+    // By another name it is another image.
+    layout.index(&[named("a", "amd64"), named("b", "i386")]);
+    assert_eq!(which(&layout, Some("b")).unwrap(), "b i386");
+    assert!(refusal(which(&layout, None)).contains("several images"));
+}
+
+/// moby/moby 35879: `VOLUME /` and `VOLUME .` were built, and did not start.
+#[test]
+fn a_volume_that_is_the_root_changes_nothing() {
+    let layout = Layout::new();
+    let config = json!({"config": {"Volumes": {"/": {}, ".": {}, "": {}, "/data/..": {}}}});
+    layout.index(&[image(&layout, "x", config)]);
+    let (root, image) = unpack(layout.path()).unwrap();
+    let before = snapshot::of(root.path());
+    for volume in image.defaults().volumes {
+        crate::make_directory(root.path(), &volume).unwrap();
+    }
+    assert_eq!(snapshot::of(root.path()), before);
+}
+
+/// PyO3/maturin 2576 and buildpacks/pack 184: builds that are to be the same each time give files odd times, Go's year 1
+/// among them. The host's file system keeps what it can.
+#[test]
+fn times_that_no_file_system_has_are_no_failure() {
+    let at = |name: &str, time: &str| file(name, "x").pax("mtime", time);
+    let items = [
+        at("year-1", "-62135596800"),
+        at("year-9999", "253402300799.999999999"),
+        at("ages", "9223372036854775807"),
+        at("before", "-9223372036854775807.5"),
+        Item {
+            mtime: 1 << 40,
+            ..item(b'5', "dir")
+        },
+    ];
+    let layout = Layout::new();
+    layout.index(&[layout.plain(&[Tar::of(&items)])]);
+    let (root, _) = unpack(layout.path()).unwrap();
+    assert_eq!(fs::read(root.path().join("ages")).unwrap(), b"x");
+    assert!(fs::metadata(root.path().join("year-1")).unwrap().mtime() < 0);
+}
