@@ -10,7 +10,8 @@ use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
-use rustix::fs::{FileType, Uid, fchown, fstat};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Uid, accessat, fchown, fstat};
+use rustix::io::Errno;
 use rustix::termios::isatty;
 use std::ffi::CString;
 use std::fs::File;
@@ -99,7 +100,8 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
     }
     let env = process.and_then(|p| p.env().as_ref());
     let path = env
-        .and_then(|e| e.iter().find_map(|v| v.strip_prefix("PATH=")))
+        // Of several the process has the last one.
+        .and_then(|e| e.iter().rev().find_map(|v| v.strip_prefix("PATH=")))
         .unwrap_or(DEFAULT_PATH);
     let mut denied = false;
     for directory in path.split(':') {
@@ -125,11 +127,40 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
         }
         Err(e) => Err((CANNOT_RUN, e.to_string())),
         Ok(data) if data.is_dir() => Err((CANNOT_RUN, "is a directory".into())),
-        Ok(data) if data.permissions().mode() & 0o111 == 0 => {
+        Ok(data) if data.permissions().mode() & 0o111 == 0 || is_denied(path) => {
             Err((CANNOT_RUN, "permission denied".into()))
         }
         Ok(_) => Ok(path.to_path_buf()),
     }
+}
+
+/// Whether this user may not run a program: further on in PATH there may be one that it may. What a filter of system
+/// calls does not let us ask for is found out by trying.
+fn is_denied(path: &Path) -> bool {
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) == Err(Errno::ACCESS)
+}
+
+/// Why a program that is there is not found: what the kernel misses is what it names to be run by.
+fn missing(path: &Path) -> Option<String> {
+    // As much as the kernel looks at (BINPRM_BUF_SIZE).
+    let mut start = Vec::new();
+    File::open(path)
+        .ok()?
+        .take(256)
+        .read_to_end(&mut start)
+        .ok()?;
+    if start.starts_with(b"\x7fELF") {
+        return Some("the loader that it names is not there".into());
+    }
+    let line = start
+        .strip_prefix(b"#!")?
+        .split(|byte| *byte == b'\n')
+        .next()?;
+    let is_blank = |byte: &u8| matches!(byte, b' ' | b'\t');
+    let mut words = line.split(is_blank).filter(|word| !word.is_empty());
+    let interpreter = String::from_utf8_lossy(words.next()?);
+    // A carriage return at its end, as editors on Windows leave it, is to be seen.
+    Some(format!("its interpreter {interpreter:?} is not there"))
 }
 
 impl Executor for Program {
@@ -144,7 +175,11 @@ impl Executor for Program {
         if let Some(confinement) = &self.confinement {
             confine(confinement)?;
         }
-        let path = find(spec).map_err(|(_, why)| ExecutorError::Other(why))?;
+        // As its user, who may run less than what was validated.
+        let path = find(spec).map_err(|(code, why)| {
+            self.tell(code, &why);
+            ExecutorError::Other(why)
+        })?;
         let args: Vec<CString> = spec
             .process()
             .iter()
@@ -154,10 +189,12 @@ impl Executor for Program {
         let c_path = CString::new(path.as_os_str().as_encoded_bytes())
             .map_err(|_| ExecutorError::InvalidArg)?;
         let error = crate::sys::exec(&c_path, &args);
+        let is_missing = error.kind() == ErrorKind::NotFound;
+        let why = is_missing.then(|| missing(&path)).flatten();
+        let why = why.unwrap_or_else(|| error.to_string());
         // Nobody listens any more but who reads the program's own output.
-        eprintln!("koya: cannot execute {}: {error}", path.display());
-        let missing = error.kind() == ErrorKind::NotFound;
-        std::process::exit(if missing { NOT_FOUND } else { CANNOT_RUN });
+        eprintln!("koya: cannot execute {}: {why}", path.display());
+        std::process::exit(if is_missing { NOT_FOUND } else { CANNOT_RUN });
     }
 }
 
@@ -227,5 +264,62 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    fn spec_of(program: &str, env: &[String]) -> Spec {
+        let process = serde_json::json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": [program], "env": env});
+        serde_json::from_value(serde_json::json!({"ociVersion": "1.0.2", "process": process}))
+            .unwrap()
+    }
+
+    /// moby/moby 29420, docker/cli 3993.
+    #[test]
+    fn what_a_program_lacks_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let lacks = |content: &[u8]| {
+            let path = dir.path().join("program");
+            std::fs::write(&path, content).unwrap();
+            missing(&path)
+        };
+        let named = |name: &str| Some(format!("its interpreter {name} is not there"));
+        assert_eq!(lacks(b"#!/bin/none -e\nexit"), named("\"/bin/none\""));
+        assert_eq!(lacks(b"#! \t/bin/sh\r\n"), named(r#""/bin/sh\r""#));
+        assert_eq!(lacks(b"#!/x"), named("\"/x\""));
+        assert!(lacks(b"\x7fELF\x02").unwrap().contains("loader"));
+        for other in [&b""[..], b"#!", b"#! \n", b"text"] {
+            assert_eq!(lacks(other), None);
+        }
+        assert_eq!(missing(&dir.path().join("nothing")), None);
+    }
+
+    /// apple/container 1212; opencontainers/runc 3926.
+    #[test]
+    fn a_program_is_looked_for_in_the_path_that_it_gets() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = |place: &str, mode: u32| {
+            let at = dir.path().join(place);
+            std::fs::create_dir(&at).unwrap();
+            std::fs::write(at.join("tool"), "").unwrap();
+            std::fs::set_permissions(at.join("tool"), std::fs::Permissions::from_mode(mode))
+                .unwrap();
+            at.to_str().unwrap().to_owned()
+        };
+        let (first, second, closed) = (
+            program("1", 0o755),
+            program("2", 0o755),
+            program("3", 0o644),
+        );
+        let found = |env: &[String]| find(&spec_of("tool", env)).unwrap();
+        let both = [format!("PATH={first}"), format!("PATH={second}")];
+        assert_eq!(found(&both), Path::new(&second).join("tool"));
+        assert_eq!(
+            found(&[format!("PATH={closed}:{first}")]),
+            Path::new(&first).join("tool")
+        );
+        let (status, why) = find(&spec_of("tool", &[format!("PATH={closed}")])).unwrap_err();
+        assert_eq!(
+            (status, why.as_str()),
+            (CANNOT_RUN, "tool: permission denied")
+        );
     }
 }

@@ -2,11 +2,12 @@
 //! trusted: any text is parsed, and no link in the tree leads out of it.
 
 use crate::Error;
+use crate::container_config::Volume;
 use koya_protocol::MAX_ACCOUNTS;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
 /// The text of `/etc/passwd` and `/etc/group`; empty where there is none.
@@ -20,8 +21,16 @@ impl Accounts {
     /// Those of a root file system on the host.
     pub(crate) fn read(rootfs: &Path) -> Self {
         Self {
-            passwd: database(rootfs, "etc/passwd"),
-            groups: database(rootfs, "etc/group"),
+            passwd: within(rootfs, "etc/passwd"),
+            groups: within(rootfs, "etc/group"),
+        }
+    }
+
+    /// These, but for what volumes are in their place.
+    pub(crate) fn with(self, volumes: &[Volume]) -> Self {
+        Self {
+            passwd: mounted(volumes, "/etc/passwd").unwrap_or(self.passwd),
+            groups: mounted(volumes, "/etc/group").unwrap_or(self.groups),
         }
     }
 }
@@ -36,7 +45,8 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// `USER[:GROUP]` by the container's own databases.
+    /// `USER[:GROUP]` by the container's own databases. Digits are a number, even if somebody has that name:
+    /// the databases are the image's, and who asks for user 1000 does not get the one that it calls so.
     ///
     /// # Errors
     /// Which user or group the container does not have.
@@ -46,66 +56,121 @@ impl Account {
             None => (text, None),
         };
         let user = if user.is_empty() { "0" } else { user };
-        let Accounts { passwd, groups } = accounts;
+        let id = number_in(user)?;
         // name:password:uid:gid:comment:home:shell
-        let entry = passwd
+        let entry = accounts
+            .passwd
             .lines()
-            .map(|l| l.split(':').collect::<Vec<_>>())
-            .find(|f| f.len() >= 6 && (f[0] == user || f[2] == user));
-        let unknown = |what| Error::invalid("user", format!("the container has no {what}"));
-        let number = |text: &str| text.parse::<u32>().ok().filter(|n| *n != u32::MAX);
-        let (uid, mut gid, home, name) = match &entry {
-            Some(f) => (
-                number(f[2]).ok_or_else(|| unknown(format!("proper user {user}")))?,
-                number(f[3]).unwrap_or(0),
-                f[5].to_owned(),
-                Some(f[0]),
-            ),
+            .map(|line| line.split(':').collect::<Vec<_>>())
+            .filter(|fields| fields.len() >= 4)
+            .find(|fields| match id {
+                Some(id) => number(fields[2]) == Some(id),
+                None => fields[0] == user,
+            });
+        let (uid, own, home) = match &entry {
+            Some(fields) => {
+                let uid =
+                    number(fields[2]).ok_or_else(|| unknown(format!("proper user {user}")))?;
+                let home = fields.get(5).filter(|home| !home.is_empty());
+                (uid, number(fields[3]).unwrap_or(0), *home.unwrap_or(&"/"))
+            }
             None => {
-                let uid = number(user).ok_or_else(|| unknown(format!("user {user}")))?;
-                let home = if uid == 0 { "/root" } else { "/" };
-                (uid, 0, home.to_owned(), None)
+                let uid = id.ok_or_else(|| unknown(format!("user {user}")))?;
+                (uid, 0, if uid == 0 { "/root" } else { "/" })
             }
         };
-        let mut additional = Vec::new();
-        // name:password:gid:member,member
-        for fields in groups.lines().map(|l| l.split(':').collect::<Vec<_>>()) {
-            let Some(number) = fields.get(2).and_then(|g| number(g)) else {
-                continue;
-            };
-            let member = fields
-                .get(3)
-                .is_some_and(|m| m.split(',').any(|m| Some(m) == name));
-            if group.is_none() && member && number != gid {
-                additional.push(number);
-            }
-            if group == Some(fields[0]) {
-                gid = number;
-            }
-        }
-        if let Some(group) = group {
-            let by_name = groups.lines().any(|l| l.split(':').next() == Some(group));
-            if !by_name {
-                gid = number(group).ok_or_else(|| unknown(format!("group {group}")))?;
-            }
-        }
+        let name = entry.as_ref().map(|fields| fields[0]);
+        let (gid, groups) = match group {
+            Some(group) => (group_named(accounts, group)?, Vec::new()),
+            None => (own, groups_of(accounts, name)),
+        };
         Ok(Self {
             uid,
             gid,
-            groups: additional,
-            home,
+            groups: groups.into_iter().filter(|group| *group != gid).collect(),
+            home: home.to_owned(),
         })
     }
 }
 
-/// A file of the container, read without leaving its root by a link.
-fn database(rootfs: &Path, name: &str) -> String {
+fn unknown(what: String) -> Error {
+    Error::invalid("user", format!("the container has no {what}"))
+}
+
+fn number(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|number| *number != u32::MAX)
+}
+
+/// What a user or group is by its number, if that is what a text says.
+///
+/// # Errors
+/// For a number that none can have.
+fn number_in(text: &str) -> Result<Option<u32>, Error> {
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Ok(None);
+    }
+    let wrong = || Error::invalid("user", format!("{text} is no number of a user or group"));
+    number(text).map(Some).ok_or_else(wrong)
+}
+
+/// The lines of /etc/group, name:password:gid:member,member, each with its number.
+fn groups(accounts: &Accounts) -> impl Iterator<Item = (Vec<&str>, u32)> {
+    let lines = accounts.groups.lines();
+    let fields = lines.map(|line| line.split(':').collect::<Vec<_>>());
+    fields.filter_map(|fields| {
+        let number = fields.get(2).and_then(|text| number(text))?;
+        Some((fields, number))
+    })
+}
+
+fn group_named(accounts: &Accounts, group: &str) -> Result<u32, Error> {
+    if let Some(number) = number_in(group)? {
+        return Ok(number);
+    }
+    let found = groups(accounts).find(|(fields, _)| fields[0] == group);
+    let (_, number) = found.ok_or_else(|| unknown(format!("group {group}")))?;
+    Ok(number)
+}
+
+/// The groups that have a user among their members.
+fn groups_of(accounts: &Accounts, name: Option<&str>) -> Vec<u32> {
+    let has = |fields: &[&str]| {
+        let members = fields.get(3).unwrap_or(&"");
+        members.split(',').any(|member| Some(member) == name)
+    };
+    let found = groups(accounts).filter(|(fields, _)| has(fields));
+    found.map(|(_, number)| number).collect()
+}
+
+/// A file that a volume has in the container: the deepest of those around it, and of several the last.
+fn mounted(volumes: &[Volume], path: &str) -> Option<String> {
+    let around = |volume: &&Volume| Path::new(path).starts_with(&volume.destination);
+    let depth = |volume: &&Volume| volume.destination.components().count();
+    let volume = volumes.iter().filter(around).max_by_key(depth)?;
+    let rest = Path::new(path).strip_prefix(&volume.destination).ok()?;
+    Some(match rest.as_os_str().is_empty() {
+        // The user named it, and links in its path are the host's.
+        true => read(openat(CWD, &volume.source, PATH_ONLY, Mode::empty())),
+        false => within(&volume.source, rest),
+    })
+}
+
+const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+
+/// A file of the container, found without leaving its root by a link.
+fn within(root: &Path, name: impl AsRef<Path>) -> String {
+    let root = openat(CWD, root, PATH_ONLY, Mode::empty());
+    let within = ResolveFlags::IN_ROOT;
+    read(root.and_then(|root| openat2(root, name.as_ref(), PATH_ONLY, Mode::empty(), within)))
+}
+
+/// A database; empty where there is none.
+fn read(found: rustix::io::Result<OwnedFd>) -> String {
     let read = || -> std::io::Result<String> {
-        let root = openat(CWD, rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let found = found?;
         // Looked at before it is opened: opening a device node acts on the host's device, and
         // containers can make some.
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let found = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
         if kind != FileType::RegularFile {
             return Err(std::io::ErrorKind::InvalidInput.into());
@@ -187,5 +252,92 @@ pub(crate) mod tests {
         let mode = Mode::from_raw_mode(0o600);
         rustix::fs::mknodat(CWD, &passwd, FileType::Fifo, mode, 0).unwrap();
         assert!(Account::find(&Accounts::read(dir.path()), "web").is_err());
+    }
+
+    fn accounts(passwd: &str, groups: &str) -> Accounts {
+        Accounts {
+            passwd: passwd.into(),
+            groups: groups.into(),
+        }
+    }
+
+    /// moby/moby 21436, CVE-2016-3697.
+    #[test]
+    fn a_number_is_a_number_even_if_somebody_is_called_so() {
+        let accounts = accounts(
+            "1000:x:0:0::/root:/bin/sh\nweb:x:33:33::/var/www:\n",
+            "1000:x:0:\n50:x:0:web\n",
+        );
+        let found = Account::find(&accounts, "1000:50").unwrap();
+        assert_eq!((found.uid, found.gid), (1000, 50));
+        // However it is written, it is the same user.
+        let found = Account::find(&accounts, "033").unwrap();
+        assert_eq!((found.uid, found.home.as_str()), (33, "/var/www"));
+        assert_eq!(found, Account::find(&accounts, "web").unwrap());
+    }
+
+    /// CVE-2026-46680 of containerd.
+    #[test]
+    fn a_number_that_is_too_large_is_no_name() {
+        let names = ["4294967296", "99999999999999999999", "4294967295", "-1"];
+        let lines = names.map(|name| format!("{name}:x:0:0::/root:/bin/sh\n"));
+        let accounts = accounts(&lines.concat(), "4294967296:x:0:\n");
+        for name in names {
+            let error = Account::find(&accounts, name).unwrap_err().to_string();
+            assert!(error.contains("no number of a user"), "{error}");
+        }
+        assert!(Account::find(&accounts, "5:4294967296").is_err());
+    }
+
+    /// containerd/containerd 11937.
+    #[test]
+    fn a_group_of_the_users_name_is_one_of_its_groups() {
+        let accounts = accounts(
+            "db:x:999:65534::/data/db:/usr/sbin/nologin\n",
+            "nogroup:x:65534:\ndb:x:999:db\n",
+        );
+        let found = Account::find(&accounts, "db").unwrap();
+        assert_eq!((found.gid, found.groups), (65534, vec![999]));
+    }
+
+    /// moby/sys 230: who makes small images leaves fields out, and lines empty.
+    #[test]
+    fn short_lines_are_lines() {
+        let accounts = accounts(
+            "\n#\n+\nroot:x:0\napp:x:7:8\nbare:x:9:9::\n",
+            "\n:\napp::8\n",
+        );
+        let found = Account::find(&accounts, "app").unwrap();
+        assert_eq!((found.uid, found.gid, found.home.as_str()), (7, 8, "/"));
+        assert_eq!(Account::find(&accounts, "bare").unwrap().home, "/");
+        assert_eq!(Account::find(&accounts, "bare:app").unwrap().gid, 8);
+    }
+
+    /// containers/podman 6953.
+    #[test]
+    fn a_user_of_a_mounted_file_is_found() {
+        let dir = rootfs();
+        let volumes = tempfile::tempdir().unwrap();
+        let at = |name: &str| volumes.path().join(name);
+        std::fs::create_dir(at("etc")).unwrap();
+        std::fs::write(at("etc/group"), "staff:x:50:me\n").unwrap();
+        std::fs::write(at("passwd"), "me:x:1234:1234::/home/me:/bin/sh\n").unwrap();
+        std::os::unix::fs::symlink(at("passwd"), at("link")).unwrap();
+        std::os::unix::fs::symlink(at("passwd"), at("etc/passwd")).unwrap();
+        let find = |volumes: &[Volume], name| {
+            let accounts = Accounts::read(dir.path()).with(volumes);
+            Account::find(&accounts, name)
+        };
+        let file = Volume::new(at("link"), "/etc/passwd");
+        let whole = Volume::new(at("etc"), "/etc/");
+        assert_eq!(find(&[], "web").unwrap().uid, 33);
+        let both = [file.clone(), whole.clone()];
+        let found = find(&both, "me").unwrap();
+        assert_eq!((found.uid, found.groups), (1234, vec![50]));
+        assert!(find(&both, "web").is_err(), "it is covered");
+        // The group file is the root's own still.
+        assert_eq!(find(&[file], "me:log").unwrap().gid, 40);
+        // A link in a directory leads out of it in the container alone.
+        assert!(find(&[whole], "me").is_err());
     }
 }

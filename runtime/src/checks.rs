@@ -50,7 +50,8 @@ impl ContainerConfig {
     pub fn check(&self) -> Result<(), Error> {
         let root = self.check_places()?;
         if root == Root::Directory {
-            oci::from_config::bundle("container", self, &Accounts::read(&self.rootfs))?;
+            let accounts = Accounts::read(&self.rootfs).with(&self.volumes);
+            oci::from_config::bundle("container", self, &accounts)?;
         }
         Ok(())
     }

@@ -239,11 +239,12 @@ impl Container {
         Self::make(inner, id, own, &config.rootfs, |making| {
             let root = config.check_places()?;
             let accounts = making.accounts(root, &config.rootfs)?;
+            let accounts = accounts.with(&config.volumes);
             let bundle = oci::from_config::bundle(id, config, &accounts)?;
             let needs = Needs {
                 devices: config.devices.iter().map(agent::block_device).collect(),
                 guest_devices: config.privileged,
-                files: oci::from_config::files(id, config),
+                files: oci::from_config::files(id, config)?,
                 ..Needs::default()
             };
             making.make(bundle, root, &accounts, needs, config.process.stdio)
@@ -412,13 +413,15 @@ impl Container {
         self.launch(name, &process, stdio)
     }
 
-    /// The users of its root as they are now.
+    /// The users of its root, and of volumes over it, as they are now.
     fn accounts(&self) -> Result<Accounts, Error> {
         let has_image = self.given().image.is_some();
-        match has_image {
-            true => self.process.inner.agent.accounts(&self.process.container),
-            false => Ok(Accounts::read(&self.rootfs)),
-        }
+        let accounts = match has_image {
+            true => self.process.inner.agent.accounts(&self.process.container)?,
+            false => Accounts::read(&self.rootfs),
+        };
+        let volumes = self.config.as_ref().map(|config| &*config.volumes);
+        Ok(accounts.with(volumes.unwrap_or_default()))
     }
 
     fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {

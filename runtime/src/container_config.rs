@@ -54,6 +54,25 @@ impl Volume {
     }
 }
 
+/// An empty directory in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tmpfs {
+    /// Where it is in the container.
+    pub destination: PathBuf,
+    /// As mount(8) has them: `size=64m`, `mode=0700`, `noexec`. Default: `nosuid`, `nodev`, `mode=1777`.
+    pub options: Vec<String>,
+}
+
+impl Tmpfs {
+    /// One without options.
+    pub fn new(destination: impl Into<PathBuf>) -> Self {
+        Self {
+            destination: destination.into(),
+            options: Vec::new(),
+        }
+    }
+}
+
 /// A disk of the sandbox in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -117,7 +136,7 @@ pub struct ContainerConfig {
     /// Disks of the sandbox in it.
     pub devices: Vec<Device>,
     /// Empty directories in memory.
-    pub tmpfs: Vec<PathBuf>,
+    pub tmpfs: Vec<Tmpfs>,
     /// Whether its root is read-only.
     pub read_only: bool,
     /// Every capability, every device, no masked paths: root of its guest.

@@ -59,7 +59,9 @@ pub mod timeline;
 pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
-pub use container_config::{ContainerConfig, Device, ProcessConfig, Rlimit, Stdio, User, Volume};
+pub use container_config::{
+    ContainerConfig, Device, ProcessConfig, Rlimit, Stdio, Tmpfs, User, Volume,
+};
 pub use error::{Error, ErrorKind};
 pub use koya_image as image;
 pub use koya_vmm as vmm;

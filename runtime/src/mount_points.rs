@@ -4,7 +4,7 @@
 //! tree, as runc does. The tree is not trusted: no link in it leads out of it.
 
 use crate::Error;
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, readlinkat};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fchmod, mkdirat, openat, openat2, readlinkat};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -102,9 +102,14 @@ fn make_one(root: &OwnedFd, destination: &Path, is_file: bool) -> Result<(), Err
             }
         } else if is_file && left.is_empty() {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
-            openat(&parent, &name, flags, Mode::from_raw_mode(0o644))?;
+            let made = openat(&parent, &name, flags, Mode::RUSR | Mode::WUSR)?;
+            fchmod(made, Mode::from_raw_mode(0o644))?;
         } else {
-            mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
+            // The caller's umask is not the container's: others in it may have to come through.
+            mkdirat(&parent, &name, Mode::RWXU)?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let made = openat(&parent, &name, flags, Mode::empty())?;
+            fchmod(made, Mode::from_raw_mode(0o755))?;
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! The user's streams and terminal, and a process's.
 
-use super::output::complain;
+use super::output::{Patient, complain};
 use koya::Process;
 use koya::vmm::host::threads::spawn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -36,8 +36,8 @@ impl UserStreams {
         let stdin = interactive.then(|| copy(std::io::stdin().as_fd()));
         Ok(Self {
             stdin: stdin.transpose()?,
-            stdout: Box::new(copy(std::io::stdout().as_fd())?),
-            stderr: Box::new(copy(std::io::stderr().as_fd())?),
+            stdout: Box::new(Patient(copy(std::io::stdout().as_fd())?)),
+            stderr: Box::new(Patient(copy(std::io::stderr().as_fd())?)),
         })
     }
 }
@@ -151,9 +151,9 @@ impl Pumps {
                 stdin.and_then(|stream| Some((user.stdin?, stream, true)))
             }
         };
-        if let Some((mut from, to, ends)) = input {
+        if let Some((from, to, ends)) = input {
             spawn("koya-input", move || {
-                std::io::copy(&mut from, &mut &to).ok();
+                std::io::copy(&mut Patient(from), &mut &to).ok();
                 if ends {
                     to.shutdown(Shutdown::Write).ok();
                 }
@@ -305,5 +305,52 @@ mod tests {
         let (read, write) = std::io::pipe().unwrap();
         drop(read);
         assert!(finish(Box::new(write)));
+    }
+
+    /// containers/buildah 785, travis-ci/travis-ci 4704; containerd/rust-extensions 353.
+    #[test]
+    fn streams_that_do_not_block_lose_nothing() {
+        let bytes: Vec<u8> = (0..600_000u32).map(|n| (n % 251) as u8).collect();
+        let (input, mut typed) = std::io::pipe().unwrap();
+        let (mut shown, output) = std::io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&input, true).unwrap();
+        rustix::io::ioctl_fionbio(&output, true).unwrap();
+        let [(stdin, mut read), (stdout, mut wrote)] =
+            [(); 2].map(|()| UnixStream::pair().unwrap());
+        let streams = ProcessStreams::Pipes {
+            stdin: Some(stdin),
+            stdout,
+            stderr: UnixStream::pair().unwrap().0,
+        };
+        let user = UserStreams {
+            stdin: Some(OwnedFd::from(input).into()),
+            stdout: Box::new(Patient(output)),
+            stderr: Box::new(std::io::sink()),
+        };
+        let pumps = Pumps::start(streams, user).unwrap();
+        let slow = std::time::Duration::from_millis(50);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(slow);
+                typed.write_all(&bytes).unwrap();
+                drop(typed);
+            });
+            scope.spawn(|| {
+                wrote.write_all(&bytes).unwrap();
+                drop(wrote);
+            });
+            let shown = scope.spawn(move || {
+                std::thread::sleep(slow);
+                let mut got = Vec::new();
+                shown.read_to_end(&mut got).unwrap();
+                got
+            });
+            let mut got = Vec::new();
+            read.read_to_end(&mut got).unwrap();
+            assert!(got == bytes, "{} bytes of input", got.len());
+            assert!(pumps.finish());
+            let got = shown.join().unwrap();
+            assert!(got == bytes, "{} bytes of output", got.len());
+        });
     }
 }

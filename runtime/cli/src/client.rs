@@ -4,7 +4,7 @@ use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_si
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::ignored::heeded;
 use super::output::{complain, say};
-use super::parse::{expand_env, parse_signal};
+use super::parse::{expand_env, parse_env, parse_signal};
 use super::run::check_terminal;
 use super::state::Directory;
 use super::wire::{Wire, send};
@@ -29,8 +29,9 @@ pub(super) struct ExecArgs {
     /// Keep standard input open
     #[arg(long, short)]
     interactive: bool,
-    /// Add an environment variable to those of the container; without a value, pass on that of the current environment
-    #[arg(long, short, value_name = "K[=V]")]
+    /// Add an environment variable to those of the container; without a value, pass on that of the current environment, or
+    /// remove the variable
+    #[arg(long, short, value_name = "K[=V]", value_parser = parse_env)]
     env: Vec<String>,
     /// Set the working directory (default: that of the container)
     #[arg(long, short, value_name = "DIR")]
@@ -43,6 +44,13 @@ pub(super) struct ExecArgs {
     /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     command: Vec<String>,
+}
+
+impl ExecArgs {
+    #[cfg(test)]
+    pub(super) fn words(&self) -> &[String] {
+        &self.command
+    }
 }
 
 #[derive(Args)]

@@ -184,4 +184,34 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    /// girder/girder_worker 114, phusion/baseimage-docker 206, GoogleContainerTools/distroless 56.
+    #[test]
+    fn the_words_of_a_program_reach_it_as_they_are() {
+        let parse = |words: &[&str]| {
+            Cli::try_parse_from([&["koya"], words].concat())
+                .unwrap()
+                .command
+        };
+        let program = ["sh", "", "--", "-v", "a b", "--rm", "--", ""];
+        for before in [
+            &["run", "--rootfs", "/"][..],
+            &["run", "--rootfs", "/", "--"],
+        ] {
+            let Command::Run(run) = parse(&[before, &program].concat()) else {
+                panic!("it is another command");
+            };
+            assert_eq!(run.words(), program, "{before:?}");
+        }
+        for before in [
+            &["exec", "name"][..],
+            &["exec", "name", "--"],
+            &["exec", "-i", "--", "name"],
+        ] {
+            let Command::Exec(exec) = parse(&[before, &program].concat()) else {
+                panic!("it is another command");
+            };
+            assert_eq!(exec.words(), program, "{before:?}");
+        }
+    }
 }

@@ -6,7 +6,8 @@
 use anyhow::Result;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fmt::{self, Arguments};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 
 /// The status of a command whose reader has gone: 128 and SIGPIPE.
 pub(super) const READER_GONE: u8 = 128 + libc::SIGPIPE as u8;
@@ -28,11 +29,50 @@ pub(super) struct Output;
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        io::stdout().write(bytes).map_err(explain)
+        Patient(io::stdout()).write(bytes).map_err(explain)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush().map_err(explain)
+        Patient(io::stdout()).flush().map_err(explain)
+    }
+}
+
+/// A stream of the user's. Whether it blocks is a matter of the open file, which other programs share: some of
+/// them (Node.js, ssh) leave it so that it does not. What would have been waited for is waited for here.
+pub(super) struct Patient<S>(pub(super) S);
+
+impl<S: AsFd> Patient<S> {
+    fn wait<T>(
+        &mut self,
+        flags: PollFlags,
+        mut act: impl FnMut(&mut S) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            match act(&mut self.0) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            match poll(&mut [PollFd::new(&self.0, flags)], None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl<S: Read + AsFd> Read for Patient<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.wait(PollFlags::IN, |stream| stream.read(buffer))
+    }
+}
+
+impl<S: Write + AsFd> Write for Patient<S> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait(PollFlags::OUT, |stream| stream.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.wait(PollFlags::OUT, S::flush)
     }
 }
 
@@ -88,7 +128,8 @@ pub(super) fn print(text: Arguments<'_>) -> Result<()> {
 
 /// As [`print`], to standard error. Nobody is left who could be told that it failed.
 pub(super) fn print_error(text: Arguments<'_>) {
-    io::stderr().write_all(format!("{text}\n").as_bytes()).ok();
+    let line = format!("{text}\n");
+    Patient(io::stderr()).write_all(line.as_bytes()).ok();
 }
 
 /// A line for standard output; an error if it can't be written.

@@ -1,6 +1,6 @@
 //! What words of the command line mean: disks, volumes, limits, signals, sizes, environment variables.
 
-use koya::{Cache, DiskConfig, Rlimit, Volume};
+use koya::{Cache, DiskConfig, Rlimit, Tmpfs, Volume};
 use std::path::{Path, PathBuf};
 
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
@@ -44,6 +44,27 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
         }
     }
     Ok(volume)
+}
+
+/// `DST[:OPTIONS]`: what the options may be is known where they are used.
+pub(super) fn parse_tmpfs(text: &str) -> Result<Tmpfs, String> {
+    let (destination, options) = text.split_once(':').unwrap_or((text, ""));
+    if !destination.starts_with('/') {
+        return Err(format!("{text:?}: DST must be an absolute path"));
+    }
+    let options = options.split(',').filter(|option| !option.is_empty());
+    Ok(Tmpfs {
+        destination: destination.into(),
+        options: options.map(str::to_owned).collect(),
+    })
+}
+
+/// `K[=V]`
+pub(super) fn parse_env(text: &str) -> Result<String, String> {
+    match text.split('=').next() {
+        None | Some("") => Err(format!("{text:?} has no name")),
+        Some(_) => Ok(text.to_owned()),
+    }
 }
 
 /// One `--security-opt`.
@@ -104,25 +125,30 @@ pub(super) fn parse_cache(text: &str) -> Result<Cache, String> {
     }
 }
 
-/// `K=V` as it is, `K` with this environment's value.
+/// `K=V` as it is, `K` with this environment's value, or as it is where that has none.
 pub(super) fn expand_env(env: &[String]) -> Vec<String> {
-    env.iter()
-        .filter_map(|entry| match entry.contains('=') {
-            true => Some(entry.clone()),
-            false => Some(format!("{entry}={}", std::env::var(entry).ok()?)),
-        })
-        .collect()
+    let expand = |entry: &String| match (entry.contains('='), std::env::var(entry)) {
+        (false, Ok(value)) => format!("{entry}={value}"),
+        _ => entry.clone(),
+    };
+    env.iter().map(expand).collect()
 }
 
-/// `env`, and what `base` has beside it.
-pub(super) fn merge_env(mut env: Vec<String>, base: &[String]) -> Vec<String> {
-    for entry in base {
-        let name = entry.split('=').next();
-        if !env.iter().any(|e| e.split('=').next() == name) {
-            env.push(entry.clone());
+/// `base`, as `env` changes it: of several values of one variable the last one counts, and a name without a value
+/// takes the variable away. One that is nameless stays for who refuses it.
+pub(super) fn merge_env(env: Vec<String>, base: &[String]) -> Vec<String> {
+    let mut merged: Vec<String> = Vec::new();
+    for entry in base.iter().cloned().chain(env) {
+        let name = |entry: &str| entry.split('=').next().map(str::to_owned);
+        let place = merged.iter().position(|other| name(other) == name(&entry));
+        match (entry.contains('='), place) {
+            (true, Some(place)) => merged[place] = entry,
+            (true, None) => merged.push(entry),
+            (false, Some(place)) => drop(merged.remove(place)),
+            (false, None) => {}
         }
     }
-    env
+    merged
 }
 
 /// A signal by its number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
@@ -138,8 +164,16 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
             )),
         };
     }
+    /// Those that signal-hook does not name, and other names of the same, as in Docker's list.
+    const MORE: &[(&str, i32)] = &[
+        ("CLD", libc::SIGCHLD),
+        ("IOT", libc::SIGABRT),
+        ("POLL", libc::SIGIO),
+        ("PWR", libc::SIGPWR),
+        ("STKFLT", libc::SIGSTKFLT),
+    ];
     let name = text.to_uppercase();
-    let name = name.trim_start_matches("SIG");
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
     let step = |rest: &str, sign: char| match rest {
         "" => Some(0),
         rest => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
@@ -154,9 +188,14 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
             signal_hook::low_level::signal_name(*n).is_some_and(|s| s == format!("SIG{name}"))
         })
     };
+    let more = || {
+        MORE.iter()
+            .find_map(|(more, number)| (*more == name).then_some(*number))
+    };
     real_time
         .filter(|number| (RTMIN..=RTMAX).contains(number))
         .or_else(named)
+        .or_else(more)
         .ok_or_else(|| format!("there is no signal {text}"))
 }
 
@@ -225,6 +264,49 @@ mod tests {
     }
 
     #[test]
+    fn directories_in_memory_are_parsed() {
+        assert_eq!(parse_tmpfs("/run"), Ok(Tmpfs::new("/run")));
+        let found = parse_tmpfs("/run:size=5k,,mode=700").unwrap();
+        assert_eq!(found.destination, Path::new("/run"));
+        assert_eq!(found.options, ["size=5k", "mode=700"]);
+        assert!(parse_tmpfs("run").is_err() && parse_tmpfs("").is_err());
+    }
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// apple/container 1212, containerd/containerd 7348.
+    #[test]
+    fn of_two_values_of_a_variable_the_last_one_counts() {
+        let merged = merge_env(
+            words("A=1 B=1 A=2 C=c=c"),
+            &words("B=0 PATH=/image B=00 D="),
+        );
+        assert_eq!(merged, words("B=1 PATH=/image D= A=2 C=c=c"));
+    }
+
+    /// moby/moby 10141, docker/cli 1780.
+    #[test]
+    fn a_variable_without_a_value_is_the_callers_or_gone() {
+        let merge = |env: &str| {
+            merge_env(
+                expand_env(&words(env)),
+                &words("UNSET_HERE=image B=b NOVALUE"),
+            )
+        };
+        assert_eq!(merge("UNSET_HERE"), ["B=b"]);
+        assert_eq!(merge("UNSET_HERE= B"), ["UNSET_HERE="]);
+        assert_eq!(merge("UNSET_HERE UNSET_HERE=x"), ["B=b", "UNSET_HERE=x"]);
+        let path = format!("PATH={}", std::env::var("PATH").unwrap());
+        assert!(merge("PATH").contains(&path));
+        for nameless in ["", "=", "=x"] {
+            assert!(parse_env(nameless).is_err(), "{nameless:?}");
+        }
+        assert_eq!(parse_env("A").unwrap() + &parse_env("B=").unwrap(), "AB=");
+    }
+
+    #[test]
     fn signals_have_names_and_numbers() {
         assert_eq!(parse_signal("9"), Ok(9));
         assert_eq!(parse_signal("term"), Ok(15));
@@ -234,6 +316,24 @@ mod tests {
         for bad in ["nope", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+x"] {
             assert!(parse_signal(bad).is_err(), "{bad}");
         }
+        // Incus and LXC end containers by it (g-pape/runit 51).
+        for (text, number) in [
+            ("SIGPWR", 30),
+            ("stkflt", 16),
+            ("SIGIOT", 6),
+            ("POLL", 29),
+            ("SIGCLD", 17),
+        ] {
+            assert_eq!(parse_signal(text), Ok(number), "{text}");
+        }
+        for number in 1..32 {
+            let name = signal_hook::low_level::signal_name(number);
+            assert!(
+                name.is_none_or(|name| parse_signal(name) == Ok(number)),
+                "{name:?}"
+            );
+        }
+        assert!(parse_signal("SIGSIGTERM").is_err());
         assert!(parse_signal("0").is_err());
         assert!(parse_signal("99").is_err());
     }

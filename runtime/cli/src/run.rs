@@ -6,8 +6,8 @@ use super::ignored::heeded;
 use super::net::NetArgs;
 use super::output::{complain, say};
 use super::parse::{
-    Security, expand_env, merge_env, parse_cache, parse_disk, parse_security, parse_signal,
-    parse_ulimit, parse_volume,
+    Security, expand_env, merge_env, parse_cache, parse_disk, parse_env, parse_security,
+    parse_signal, parse_tmpfs, parse_ulimit, parse_volume,
 };
 use super::size::SizeArgs;
 use super::state::{self, Directory, Owned, Record};
@@ -18,7 +18,7 @@ use koya::image::{Defaults, Image, Options};
 use koya::vmm::host::threads;
 use koya::{
     Cache, Container, ContainerConfig, Device, DiskConfig, Keep, ProcessConfig, Profile, Rlimit,
-    Sandbox, SandboxConfig, Seccomp, Stdio, User, Volume,
+    Sandbox, SandboxConfig, Seccomp, Stdio, Tmpfs, User, Volume,
 };
 use koya_tasks::send_signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
@@ -63,11 +63,12 @@ pub(super) struct RunArgs {
     /// connects to PATH_PORT on the host. Allows vsock sockets in the container
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
-    /// Mount a tmpfs
-    #[arg(long, value_name = "DST")]
-    tmpfs: Vec<PathBuf>,
-    /// Set an environment variable; without a value, pass on that of the current environment
-    #[arg(long, short, value_name = "K[=V]")]
+    /// Mount a tmpfs. Options, separated by commas: size=BYTES[k|m|g|%], mode=OCTAL, uid=ID, gid=ID, ro, noexec and others
+    /// of mount(8)
+    #[arg(long, value_name = "DST[:OPTIONS]", value_parser = parse_tmpfs)]
+    tmpfs: Vec<Tmpfs>,
+    /// Set an environment variable; without a value, pass on that of the current environment, or remove the variable
+    #[arg(long, short, value_name = "K[=V]", value_parser = parse_env)]
     env: Vec<String>,
     /// Set the working directory
     #[arg(long, short, value_name = "DIR")]
@@ -138,6 +139,11 @@ impl RunArgs {
             (false, true) => Stdio::Pipes,
             (false, false) => Stdio::Output,
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn words(&self) -> &[String] {
+        &self.command
     }
 
     /// What `koya stop` sends.

@@ -1,5 +1,7 @@
 //! The OCI configuration of a [`ContainerConfig`]: as an engine on this host would write it for an OCI runtime.
 
+mod own_mounts;
+
 use super::{Bundle, SharedPids, capabilities, process};
 use crate::account::Accounts;
 use crate::{ContainerConfig, Error};
@@ -31,7 +33,7 @@ pub(crate) fn bundle(
             "path": "rootfs",
             "readonly": config.read_only,
         },
-        "hostname": config.hostname.as_deref().unwrap_or(id),
+        "hostname": host_name(id, config)?,
         "mounts": mounts(config)?,
         "linux": {
             "namespaces": [
@@ -128,9 +130,32 @@ fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     Ok(all.into_iter().map(oci).collect())
 }
 
+/// How long a host's name may be, in bytes (HOST_NAME_MAX).
+const MAX_HOST_NAME: usize = 64;
+
+/// What the user says, or the container's own name as far as it goes.
+fn host_name<'c>(id: &'c str, config: &'c ContainerConfig) -> Result<&'c str, Error> {
+    let wanted = config.hostname.as_deref().filter(|name| !name.is_empty());
+    let Some(name) = wanted else {
+        return Ok(&id[..id.floor_char_boundary(MAX_HOST_NAME)]);
+    };
+    let wrong = |why: &str| Err(Error::invalid("hostname", format!("{name:?} {why}")));
+    if name.len() > MAX_HOST_NAME {
+        return wrong("has more than 64 bytes");
+    }
+    // It is a word of /etc/hosts. What else a name should not have is left to who uses it.
+    if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return wrong("has spaces or control characters in it");
+    }
+    Ok(name)
+}
+
 /// What programs look for and few roots have.
-pub(crate) fn files(id: &str, config: &ContainerConfig) -> Vec<File> {
-    let name = config.hostname.as_deref().unwrap_or(id);
+///
+/// # Errors
+/// If the container can't have its name.
+pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Error> {
+    let name = host_name(id, config)?;
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
     );
@@ -139,10 +164,10 @@ pub(crate) fn files(id: &str, config: &ContainerConfig) -> Vec<File> {
         content: content.into_bytes(),
         ..Default::default()
     };
-    vec![
+    Ok(vec![
         file("/etc/hosts", hosts),
         file("/etc/hostname", format!("{name}\n")),
-    ]
+    ])
 }
 
 fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
@@ -185,23 +210,7 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
         mount("/sys", "sysfs", "sysfs", &system),
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &system),
     ];
-    for path in &config.tmpfs {
-        let destination = absolute("tmpfs", path)?;
-        let options = ["nosuid", "nodev", "mode=1777"];
-        all.push(mount(destination, "tmpfs", "tmpfs", &options));
-    }
-    for volume in &config.volumes {
-        let destination = absolute("volume", &volume.destination)?;
-        let source = text("volume", &volume.source)?;
-        let propagation = if volume.follow_mounts {
-            "rslave"
-        } else {
-            "rprivate"
-        };
-        let access = if volume.read_only { "ro" } else { "rw" };
-        let options = ["rbind", propagation, access];
-        all.push(mount(destination, "bind", source, &options));
-    }
+    all.extend(own_mounts::of(config)?);
     Ok(all)
 }
 

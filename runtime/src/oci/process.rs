@@ -23,14 +23,15 @@ pub(crate) fn like(
     if is_terminal && !has(&env, "TERM=") {
         env.push("TERM=xterm".into());
     }
-    if !has(&env, "HOME=") {
-        env.push(format!("HOME={}", account.home));
-    }
+    set_home(&mut env, || account.home.clone());
     let cwd = config.cwd.as_deref().unwrap_or(Path::new("/"));
     let mut user = User::default();
     user.set_uid(account.uid);
     user.set_gid(account.gid);
-    user.set_additional_gids(Some(account.groups));
+    // The user's own group is one of them: a program that changes its group stays in it, and is not let in where
+    // a file's mode shuts that group out (CVE-2022-36109).
+    let primary = std::iter::once(account.gid);
+    user.set_additional_gids(Some(primary.chain(account.groups).collect()));
     let mut process = own.clone();
     process.set_terminal(Some(is_terminal));
     process.set_user(user);
@@ -60,6 +61,32 @@ fn capabilities_of(own: &LinuxCapabilities, uid: u32) -> LinuxCapabilities {
     capabilities
 }
 
+/// One that is empty is none, as for runc.
+fn set_home(env: &mut Vec<String>, home: impl FnOnce() -> String) {
+    let last = env.iter().rev().find_map(|var| var.strip_prefix("HOME="));
+    if last.is_none_or(str::is_empty) {
+        env.retain(|variable| !variable.starts_with("HOME="));
+        env.push(format!("HOME={}", home()));
+    }
+}
+
+/// What no process can have, and the guest would stumble over.
+fn check_words(process: &Process) -> Result<(), Error> {
+    let env = process.env().iter().flatten();
+    if let Some(nameless) = env.clone().find(|variable| variable.starts_with('=')) {
+        let reason = format!("the variable {nameless:?} has no name");
+        return Err(Error::invalid("process.env", reason));
+    }
+    let mut all = process.args().iter().flatten().chain(env);
+    match all.find(|word| word.contains('\0')) {
+        Some(word) => Err(Error::invalid(
+            "process",
+            format!("{word:?} has a NUL in it"),
+        )),
+        None => Ok(()),
+    }
+}
+
 fn has(env: &[String], name: &str) -> bool {
     env.iter().any(|variable| variable.starts_with(name))
 }
@@ -67,7 +94,7 @@ fn has(env: &[String], name: &str) -> bool {
 /// What a process has beyond what is said, and what is not the guest's of it.
 ///
 /// # Errors
-/// A process without a program.
+/// A process without a program, or with words that none can have.
 pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Error> {
     if process
         .args()
@@ -78,16 +105,16 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
     {
         return Err(Error::invalid("process.args", "no command was given"));
     }
+    check_words(process)?;
     let mut env = process.env().clone().unwrap_or_default();
     if !has(&env, "PATH=") {
         env.push(DEFAULT_PATH.into());
     }
     // Without HOME libcontainer would ask the C library, which would load code of the container.
-    if !has(&env, "HOME=") {
-        let user = process.user().uid().to_string();
-        let home = Account::find(accounts, &user).map_or("/".into(), |account| account.home);
-        env.push(format!("HOME={home}"));
-    }
+    let uid = process.user().uid().to_string();
+    set_home(&mut env, || {
+        Account::find(accounts, &uid).map_or("/".into(), |account| account.home)
+    });
     process.set_env(Some(env));
     process.set_exec_cpu_affinity(None);
     // Labels for the host's security modules, which a guest does not have.

@@ -352,7 +352,7 @@ fn an_added_process_may_what_the_first_one_may() {
     let web = like("web");
     assert_eq!(web["capabilities"]["effective"], json!([]));
     assert!(web["env"].to_string().contains("HOME=/var/www"));
-    assert_eq!(web["user"]["additionalGids"], json!([40]));
+    assert_eq!(web["user"]["additionalGids"], json!([33, 40]));
 }
 
 #[test]

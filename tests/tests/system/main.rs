@@ -5,6 +5,7 @@
 //! [`MAX_RIGS`], since each emulates one CPU, and each rig's tests share its one boot. It says which
 //! KVM it ran on; nothing is skipped.
 
+mod cases;
 mod command_line;
 mod confinement;
 mod containerd;
@@ -49,6 +50,7 @@ pub(crate) const SHARE: &str = "KOYA_TEST_SHARE";
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     let all = [
+        cases::trials(),
         command_line::trials(),
         run::trials(),
         torture::trials(),

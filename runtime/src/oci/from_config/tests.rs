@@ -4,7 +4,7 @@ use super::super::tests::mount;
 use super::super::{Root, adapt};
 use super::*;
 use crate::account::tests::rootfs;
-use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, User, Volume};
+use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, Tmpfs, User, Volume};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
@@ -33,7 +33,7 @@ fn a_containers_defaults_are_an_engines() {
     );
     assert_eq!(
         process["user"],
-        json!({"uid": 0, "gid": 0, "additionalGids": []})
+        json!({"uid": 0, "gid": 0, "additionalGids": [0]})
     );
     let env = process["env"].as_array().unwrap();
     assert!(env.contains(&"HOME=/root".into()), "{env:?}");
@@ -131,7 +131,7 @@ fn each_option_of_a_container_is_in_the_configuration() {
     let spec = of(|config| {
         config.hostname = Some("other".into());
         config.read_only = true;
-        config.tmpfs = vec!["/scratch".into()];
+        config.tmpfs = vec![Tmpfs::new("/scratch")];
         config.capabilities = vec!["net_admin".into(), "CAP_SYS_PTRACE".into()];
         config.seccomp = Seccomp::Unconfined;
         config.volumes = vec![
@@ -200,7 +200,7 @@ fn what_is_wrong_with_a_container_is_named() {
     assert!(error(|config| config.process.args = vec!["".into()]).contains("command"));
     assert!(error(|config| config.process.user.text = "nobody".into()).contains("nobody"));
     assert!(error(|config| config.process.cwd = Some("work".into())).contains("work"));
-    assert!(error(|config| config.tmpfs = vec!["x".into()]).contains("absolute"));
+    assert!(error(|config| config.tmpfs = vec![Tmpfs::new("x")]).contains("absolute"));
     assert!(error(|config| config.volumes = vec![Volume::new("/a", "b")]).contains("absolute"));
     let missing = Root::of(Path::new("/nonexistent")).unwrap_err().to_string();
     assert!(missing.starts_with("rootfs: /nonexistent"), "{missing}");
@@ -238,7 +238,7 @@ fn limits_of_resources_are_an_engines() {
 #[test]
 fn a_container_knows_localhost_and_its_own_name() {
     let config = ContainerConfig::new("/", ["true"]);
-    let files = files("c1", &config);
+    let files = files("c1", &config).unwrap();
     let text = |path: &str| {
         let file = files.iter().find(|file| file.path == path).unwrap();
         String::from_utf8(file.content.clone()).unwrap()
@@ -276,4 +276,84 @@ fn a_root_whose_name_is_no_text_is_one_too() {
     let rootfs = PathBuf::from(OsStr::from_bytes(b"/root\xff"));
     let bundle = bundle_of(|config| config.rootfs = rootfs.clone()).unwrap();
     assert_eq!(bundle.rootfs, rootfs);
+}
+
+/// cri-o/cri-o 8268, CVE-2022-36109 of moby.
+#[test]
+fn a_users_own_group_is_among_its_groups() {
+    let groups = |user: &str| {
+        let spec = of(|config| config.process.user.text = user.into());
+        spec["process"]["user"]["additionalGids"].clone()
+    };
+    assert_eq!(groups("web"), json!([33, 40]));
+    assert_eq!(groups("web:log"), json!([40]));
+    assert_eq!(groups("1000:50"), json!([50]));
+}
+
+/// moby/moby 21445.
+#[test]
+fn a_name_that_no_host_can_have_is_refused_before_a_start() {
+    let name = |hostname: Option<&str>| {
+        let set = bundle_of(|config| config.hostname = hostname.map(str::to_owned));
+        set.map(|bundle| bundle.spec.hostname().clone().unwrap_or_default())
+    };
+    let long = "n".repeat(64);
+    assert_eq!(name(Some(&long)).unwrap(), long);
+    assert_eq!(name(Some("under_score")).unwrap(), "under_score");
+    assert_eq!(name(Some("")).unwrap(), "c1");
+    for wrong in [&*"n".repeat(65), "a b", "a\n192.0.2.1 bank.example"] {
+        let said = name(Some(wrong)).unwrap_err().to_string();
+        assert!(
+            said.starts_with("hostname: ") && said.lines().count() == 1,
+            "{said}"
+        );
+    }
+    let config = ContainerConfig::default();
+    let id = "é".repeat(33);
+    assert_eq!(host_name(&id, &config).unwrap(), "é".repeat(32));
+}
+
+/// opencontainers/runc 4704; cloudfoundry/cloud_controller_ng 760.
+#[test]
+fn an_environment_is_one_that_a_process_can_have() {
+    let env = |words: &[&str]| {
+        let env = words.iter().map(|word| (*word).to_owned()).collect();
+        let set = bundle_of(|config| config.process.env = env);
+        set.map(|bundle| {
+            bundle
+                .spec
+                .process()
+                .clone()
+                .unwrap()
+                .env()
+                .clone()
+                .unwrap()
+        })
+    };
+    let found = env(&["HOME=", "A="]).unwrap();
+    assert!(
+        found.contains(&"HOME=/root".into()) && found.contains(&"A=".into()),
+        "{found:?}"
+    );
+    assert_eq!(
+        found
+            .iter()
+            .filter(|word| word.starts_with("HOME="))
+            .count(),
+        1
+    );
+    assert!(
+        env(&["HOME=/", "HOME=/own"])
+            .unwrap()
+            .contains(&"HOME=/own".into())
+    );
+    assert!(
+        env(&["=x"])
+            .unwrap_err()
+            .to_string()
+            .contains("has no name")
+    );
+    assert!(env(&["A=\0"]).unwrap_err().to_string().contains("NUL"));
+    let args = bundle_of(|config| config.process.args = vec!["sh".into(), "a\0b".into()]);
+    assert!(args.unwrap_err().to_string().contains("NUL"));
 }
