@@ -172,7 +172,7 @@ impl State {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
         }
         late_mounts::take(&mut spec)?;
-        let spec = match within::lacks_nothing(&spec, &request.files) {
+        let spec = match within::lacks_nothing(id, &spec, &request.files) {
             true => spec,
             // Its root may be slow.
             false => {

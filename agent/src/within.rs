@@ -1,25 +1,23 @@
-//! What a container finds in its root that the root does not have: files of the guest, and the working
-//! directory. A root is not trusted: no link in it leads out of it.
+//! What a container finds in its root that the root does not have: files of the guest, the working
+//! directory and, in an image that the host does not look into, mount points.
 
 use crate::configuration;
 use crate::helper::bundle;
 use anyhow::{Context, Result};
-use koya_protocol::messages;
-use oci_spec::runtime::Spec;
-use rustix::fs::{
-    CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, fstat, mkdirat, openat, openat2,
-};
+use koya_protocol::{image_root, messages};
+use koya_rootfs::{Kind, Rootfs};
+use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::{FileType, Gid, Uid, fchown, fstat};
 use rustix::io::Errno;
 use std::fs;
-use std::os::fd::OwnedFd;
-use std::path::{Component, Path, PathBuf};
-
-const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+use std::path::Path;
 
 /// Whether it is known without a look at its root that a container has all of it.
-pub(crate) fn lacks_nothing(spec: &Spec, files: &[messages::File]) -> bool {
+pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
     let process = spec.process().as_ref();
-    files.is_empty() && process.is_none_or(|process| process.cwd() == Path::new("/"))
+    files.is_empty()
+        && !is_image(id, spec)
+        && process.is_none_or(|process| process.cwd() == Path::new("/"))
 }
 
 /// Adds to a container's configuration what its root lacks.
@@ -30,8 +28,11 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
     let Some(path) = spec.root().as_ref().map(|root| root.path().clone()) else {
         return Ok(spec);
     };
-    let root = openat(CWD, &path, PATH_ONLY | OFlags::DIRECTORY, Mode::empty())
+    let root = Rootfs::open(&path)
         .with_context(|| format!("cannot open the root file system {}", path.display()))?;
+    if is_image(id, &spec) {
+        make_mount_points(&root, spec.mounts().as_deref().unwrap_or_default())?;
+    }
     let own = bundle(id).join("files");
     for (number, file) in files.iter().enumerate() {
         let place = Path::new(&file.path);
@@ -52,6 +53,35 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
     Ok(spec)
 }
 
+fn is_image(id: &str, spec: &Spec) -> bool {
+    let root = spec.root().as_ref();
+    root.is_some_and(|root| root.path() == Path::new(&image_root(id)))
+}
+
+/// Those that the host makes in other roots. libcontainer makes none where a link leads nowhere.
+fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
+    for (index, mount) in mounts.iter().enumerate() {
+        let place = mount.destination();
+        let mut earlier = mounts[..index].iter();
+        if earlier.any(|earlier| place.starts_with(earlier.destination())) {
+            continue;
+        }
+        let source = mount
+            .source()
+            .as_ref()
+            .filter(|_| mount.typ().as_deref() == Some("bind"));
+        let is_directory = source.is_none_or(|source| source.is_dir());
+        let kind = if is_directory {
+            Kind::Directory
+        } else {
+            Kind::File
+        };
+        root.make(place, kind)
+            .with_context(|| format!("cannot make the mount point {}", place.display()))?;
+    }
+    Ok(())
+}
+
 /// Whether one of the container's mounts is what it has at this path.
 fn is_mounted_over(spec: &Spec, path: &Path) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
@@ -59,12 +89,12 @@ fn is_mounted_over(spec: &Spec, path: &Path) -> bool {
 }
 
 /// Whether a directory is known to be there once the container's mounts are.
-fn is_there(spec: &Spec, root: &OwnedFd, path: &Path) -> bool {
+fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
     let mounts = spec.mounts().iter().flatten();
     let around = mounts.filter(|mount| path.starts_with(mount.destination()));
     // The deepest, and of several at one place the last.
     let Some(mount) = around.max_by_key(|mount| mount.destination().components().count()) else {
-        return is_directory(root, path);
+        return root.is_directory(path);
     };
     let within = path.strip_prefix(mount.destination()).unwrap_or(path);
     if within.as_os_str().is_empty() {
@@ -74,82 +104,29 @@ fn is_there(spec: &Spec, root: &OwnedFd, path: &Path) -> bool {
         .source()
         .as_ref()
         .filter(|_| mount.typ().as_deref() == Some("bind"));
-    let source = source.and_then(|source| openat(CWD, source, PATH_ONLY, Mode::empty()).ok());
-    source.is_some_and(|source| is_directory(&source, within))
-}
-
-fn open(root: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
-    openat2(root, path, PATH_ONLY, Mode::empty(), ResolveFlags::IN_ROOT)
-}
-
-fn is_directory(root: &OwnedFd, path: &Path) -> bool {
-    let found = open(root, path).and_then(|found| fstat(&found));
-    found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+    let source = source.and_then(|source| Rootfs::open(source).ok());
+    source.is_some_and(|source| source.is_directory(within))
 }
 
 /// Whether there is an empty file, as container engines leave them; or one could be made.
-fn can_be_mounted_over(root: &OwnedFd, path: &Path) -> bool {
-    match open(root, path).and_then(|found| fstat(&found)) {
+fn can_be_mounted_over(root: &Rootfs, path: &Path) -> bool {
+    match root.find(path).and_then(fstat) {
         Ok(found) => {
             FileType::from_raw_mode(found.st_mode) == FileType::RegularFile && found.st_size == 0
         }
-        Err(Errno::NOENT) => make_file(root, path).is_ok(),
+        Err(Errno::NOENT) => root.make(path, Kind::File).is_ok(),
         Err(_) => false,
     }
 }
 
-fn make_file(root: &OwnedFd, path: &Path) -> rustix::io::Result<()> {
-    let name = path.file_name().ok_or(Errno::INVAL)?;
-    let directory = make_directories(root, path.parent().ok_or(Errno::INVAL)?, None)?;
-    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
-    // A link that leads nowhere is the root's own affair.
-    openat(directory, name, flags, Mode::from_raw_mode(0o644)).map(drop)
-}
-
-/// Makes what is missing of a directory; the last one gets this owner, where it may.
-fn make_directories(
-    root: &OwnedFd,
-    path: &Path,
-    owner: Option<(u32, u32)>,
-) -> rustix::io::Result<OwnedFd> {
-    let mut names = Vec::new();
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => names.push(name),
-            Component::ParentDir => drop(names.pop()),
-            _ => {}
-        }
-    }
-    let mut whole = PathBuf::from("/");
-    let mut parent = open(root, &whole)?;
-    let last = names.len();
-    for (index, name) in names.into_iter().enumerate() {
-        whole.push(name);
-        parent = match open(root, &whole) {
-            Err(Errno::NOENT) => {
-                match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-                    // Another container of the same root was first, or a link leads nowhere.
-                    Ok(()) | Err(Errno::EXIST) => {}
-                    Err(error) => return Err(error),
-                }
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let made = openat(&parent, name, flags, Mode::empty())?;
-                if let Some((uid, gid)) = owner.filter(|_| index + 1 == last) {
-                    // A host's directory may be another user's to give.
-                    fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).ok();
-                }
-                made
-            }
-            found => found?,
-        };
-    }
-    Ok(parent)
-}
-
 /// Makes the working directory in a root whose mounts are there, for this user.
 pub(crate) fn make_working_directory(root: &str, path: &str, owner: (u32, u32)) -> Result<()> {
-    let root = openat(CWD, root, PATH_ONLY | OFlags::DIRECTORY, Mode::empty())?;
-    make_directories(&root, Path::new(path), Some(owner))?;
+    let made = Rootfs::open(Path::new(root))?.make(Path::new(path), Kind::Directory)?;
+    if let Some(made) = made {
+        let (uid, gid) = owner;
+        // A host's directory may be another user's to give.
+        fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).ok();
+    }
     Ok(())
 }
 
@@ -158,22 +135,20 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
 
-    fn root_of(dir: &Path) -> OwnedFd {
-        openat(CWD, dir, PATH_ONLY | OFlags::DIRECTORY, Mode::empty()).unwrap()
-    }
-
     #[test]
     fn a_file_goes_where_there_is_none_or_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
-        let root = root_of(dir.path());
+        let root = Rootfs::open(dir.path()).unwrap();
         let can = |path: &str| can_be_mounted_over(&root, Path::new(path));
         assert!(can("/etc/hosts"));
         assert_eq!(fs::read(dir.path().join("etc/hosts")).unwrap(), b"");
         assert!(can("/etc/hosts"));
         fs::write(dir.path().join("etc/own"), "127.0.0.1").unwrap();
         assert!(!can("/etc/own"));
-        symlink("/nowhere", dir.path().join("etc/link")).unwrap();
-        assert!(!can("/etc/link") && !can("/etc"));
+        // systemd-resolved's, before it runs.
+        symlink("../run/stub", dir.path().join("etc/link")).unwrap();
+        assert!(can("/etc/link") && dir.path().join("run/stub").is_file());
+        assert!(!can("/etc"));
     }
 
     #[test]
@@ -188,7 +163,7 @@ mod tests {
         ]);
         let spec = serde_json::json!({"ociVersion": "1.2.0", "mounts": mounts});
         let spec: Spec = serde_json::from_value(spec).unwrap();
-        let root = root_of(dir.path());
+        let root = Rootfs::open(dir.path()).unwrap();
         let there = |path: &str| is_there(&spec, &root, Path::new(path));
         assert!(there("/") && there("/own") && there("/own/data") && there("/own/data/sub"));
         assert!(there("/memory"));
@@ -221,7 +196,7 @@ mod tests {
             fs::metadata(dir.path().join("in/a")).unwrap().uid(),
             owner.uid()
         );
-        assert!(make_working_directory(root, "/out/x", (uid, gid)).is_err());
+        make_working_directory(root, "/out/x", (uid, gid)).unwrap();
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
     }
 }

@@ -5,11 +5,12 @@ use crate::{dependencies, proc, setup};
 use anyhow::Result;
 
 /// The crates that others embed.
-const LIBRARIES: [&str; 7] = [
+const LIBRARIES: [&str; 8] = [
     "koya-host",
     "koya-devices",
     "koya-vmm",
     "koya-protocol",
+    "koya-rootfs",
     "koya-image",
     "koya",
     "koya-tasks",

@@ -239,11 +239,10 @@ impl NetArgs {
             return Ok(None);
         }
         let etc = rootfs.join("etc");
-        // In an image's own layer of memory one can always be made.
+        // In an image's own layer of memory one can always be made; a link leads to a file, or one is made where it leads.
         let there = !rootfs.is_dir()
             || match etc.join("resolv.conf").symlink_metadata() {
-                // Only a file can be mounted over; where a link leads is the container's own affair.
-                Ok(data) => data.is_file(),
+                Ok(data) => data.is_file() || data.is_symlink(),
                 Err(_) => rustix::fs::access(&etc, rustix::fs::Access::WRITE_OK).is_ok(),
             };
         if !there {

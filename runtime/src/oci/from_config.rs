@@ -1,6 +1,7 @@
 //! The OCI configuration of a [`ContainerConfig`]: as an engine on this host would write it for an OCI runtime.
 
 mod own_mounts;
+mod resolver;
 
 use super::{Bundle, SharedPids, capabilities, process};
 use crate::account::Accounts;
@@ -167,6 +168,7 @@ pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Err
     Ok(vec![
         file("/etc/hosts", hosts),
         file("/etc/hostname", format!("{name}\n")),
+        file("/etc/resolv.conf", resolver::configuration()),
     ])
 }
 

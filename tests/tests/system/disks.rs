@@ -185,6 +185,15 @@ fn an_image_is_a_root() -> Result<()> {
     let tree = dir.join("tree");
     crate::tool::busybox(&tree)?;
     std::fs::write(tree.join("etc/motd"), "from the image\n")?;
+    // Links that lead nowhere, on the way to volumes.
+    std::fs::remove_file(tree.join("etc/resolv.conf"))?;
+    std::os::unix::fs::symlink("../stub/resolv.conf", tree.join("etc/resolv.conf"))?;
+    std::os::unix::fs::symlink("/run2", tree.join("link"))?;
+    let own = dir.join("own");
+    std::fs::create_dir(&own)?;
+    std::fs::write(own.join("file"), "of a volume\n")?;
+    let directory = format!("{}:/link/sub", own.display());
+    let file = format!("{}:/etc/resolv.conf", own.join("file").display());
     let (ext4, erofs) = (dir.join("root.ext4"), dir.join("root.erofs"));
     let made = Command::new("/sbin/mke2fs")
         .args(["-q", "-t", "ext4", "-d"])
@@ -209,6 +218,10 @@ fn an_image_is_a_root() -> Result<()> {
             &["sh", "-c", "touch /x || cat /etc/motd"],
         )?)?;
         ensure!(read_only == "from the image", "{read_only}");
+        let volumes = ["-v", &directory, "-v", &file];
+        let places = ["cat", "/run2/sub/file", "/stub/resolv.conf"];
+        let said = stdout(run_in(image, &volumes, &places)?)?;
+        ensure!(said == "of a volume\nof a volume", "{image:?}: {said}");
         ensure!(std::fs::read(image)? == before, "{image:?} was written to");
     }
     // One container of it runs, and another process in it knows its users.

@@ -51,7 +51,7 @@ fn streams_can_be_opened_by_every_user() -> Result<()> {
     Ok(())
 }
 
-/// Most images have neither file.
+/// Most images have none of these files.
 fn localhost_and_the_containers_name_are_known() -> Result<()> {
     let script = "cat /etc/hosts /etc/hostname; hostname";
     let mut root = std::path::PathBuf::new();
@@ -69,7 +69,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
         );
     }
     // Nothing of it is in the root.
-    for name in ["hosts", "hostname"] {
+    for name in ["hosts", "hostname", "resolv.conf"] {
         let file = root.join("etc").join(name);
         ensure!(
             file.metadata().map_or(0, |data| data.len()) == 0,
@@ -77,6 +77,18 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
             file.display()
         );
     }
+    // Name servers are the host's, but for those that only the host reaches.
+    let all = std::fs::read_to_string("/etc/resolv.conf")?;
+    let servers = all.lines().filter(|line| {
+        line.starts_with("nameserver") && !line.contains(" 127.") && !line.ends_with("::1")
+    });
+    let wanted = servers.collect::<Vec<_>>().join("\n");
+    let said = stdout(run_in(
+        &root,
+        &[],
+        &["grep", "nameserver", "/etc/resolv.conf"],
+    )?)?;
+    ensure!(said == wanted && !said.is_empty(), "{said}");
     // Of the container's own writing only the container knows.
     let write = "echo 192.0.2.1 other >> /etc/hosts && grep -c . /etc/hosts";
     ensure!(stdout(run_in(&root, &[], &["sh", "-c", write])?)? == "4");

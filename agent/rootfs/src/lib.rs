@@ -1,0 +1,218 @@
+//! Paths in a container's root file system, which is not trusted: no link in it leads out of it.
+//!
+//! The host makes mount points in roots that are its directories, and the agent in roots that only the guest can
+//! open; both look for files there.
+
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, readlinkat,
+};
+use rustix::io::{Errno, Result};
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+
+/// How many links that lead nowhere one path may have, as the kernel follows no more of others.
+const LINKS: usize = 40;
+
+/// How many parts of one path others may make meanwhile.
+const RACES: usize = 64;
+
+/// What is made where there is nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// An empty file, mode 0644.
+    File,
+    /// An empty directory, mode 0755.
+    Directory,
+}
+
+/// An open root file system.
+#[derive(Debug)]
+pub struct Rootfs(OwnedFd);
+
+impl Rootfs {
+    /// Opens the one in this directory.
+    ///
+    /// # Errors
+    /// Of the host or the guest whose directory it is.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let flags = PATH_ONLY | OFlags::DIRECTORY;
+        openat(CWD, directory, flags, Mode::empty()).map(Self)
+    }
+
+    /// What is at a path, for `fstat` and the like, not to be read (`O_PATH`).
+    ///
+    /// # Errors
+    /// As of `openat2(2)` with `RESOLVE_IN_ROOT`.
+    pub fn find(&self, path: &Path) -> Result<OwnedFd> {
+        openat2(
+            &self.0,
+            path,
+            PATH_ONLY,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT,
+        )
+    }
+
+    /// Whether there is a directory at a path.
+    pub fn is_directory(&self, path: &Path) -> bool {
+        let found = self.find(path).and_then(fstat);
+        found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+    }
+
+    /// Makes what is missing of a path, directories on the way included, and opens what is last if it was made.
+    /// Of a link that leads nowhere, what it names is made, as runc does. What is there stays as it is, of whatever kind.
+    /// Others may make the same at the same time.
+    ///
+    /// # Errors
+    /// Why it can't be made.
+    pub fn make(&self, path: &Path, kind: Kind) -> Result<Option<OwnedFd>> {
+        let mut made = Err(Errno::EXIST);
+        for _ in 0..RACES {
+            made = self.make_unless_raced(path, kind);
+            if !matches!(made, Err(Errno::EXIST)) {
+                break;
+            }
+        }
+        made
+    }
+
+    fn make_unless_raced(&self, path: &Path, kind: Kind) -> Result<Option<OwnedFd>> {
+        match self.find(path) {
+            Err(Errno::NOENT) => {}
+            other => return other.map(|_| None),
+        }
+        let mut left = VecDeque::from(plain_names(path));
+        let (mut done, mut links, mut made) = (PathBuf::from("/"), 0, None);
+        while let Some(name) = left.pop_front() {
+            let parent = self.find(&done)?;
+            done.push(&name);
+            match self.find(&done) {
+                Err(Errno::NOENT) => {}
+                found => {
+                    found?;
+                    continue;
+                }
+            }
+            if let Ok(target) = readlinkat(&parent, &name, Vec::new()) {
+                links += 1;
+                if links > LINKS {
+                    return Err(Errno::LOOP);
+                }
+                let target = Path::new(OsStr::from_bytes(target.as_bytes()));
+                done.pop();
+                if target.is_absolute() {
+                    done = PathBuf::from("/");
+                }
+                for component in target.components().rev() {
+                    match component {
+                        Component::Normal(name) => left.push_front(name.to_owned()),
+                        Component::ParentDir => left.push_front("..".into()),
+                        _ => {}
+                    }
+                }
+            } else if left.is_empty() && kind == Kind::File {
+                made = Some(make_file(&parent, &name)?);
+            } else {
+                made = Some(make_directory(&parent, &name)?);
+            }
+        }
+        Ok(made)
+    }
+}
+
+/// The names of a path from the root, `..` taken by the text, as mount destinations have it.
+fn plain_names(path: &Path) -> Vec<OsString> {
+    let mut names = Vec::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => names.push(name.to_owned()),
+            Component::ParentDir => drop(names.pop()),
+            _ => {}
+        }
+    }
+    names
+}
+
+// The caller's umask is not the container's: others in it may have to come through.
+
+fn make_file(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
+    let made = openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?;
+    fchmod(&made, Mode::from_raw_mode(0o644))?;
+    Ok(made)
+}
+
+fn make_directory(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
+    mkdirat(parent, name, Mode::RWXU)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = openat(parent, name, flags, Mode::empty())?;
+    fchmod(&made, Mode::from_raw_mode(0o755))?;
+    Ok(made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn those_who_make_the_same_do_not_mind_each_other() {
+        for _ in 0..50 {
+            let dir = tempfile::tempdir().unwrap();
+            let root = Rootfs::open(dir.path()).unwrap();
+            let together = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        together.wait();
+                        root.make(Path::new("/a/b/c"), Kind::Directory).unwrap();
+                        root.make(Path::new("/a/b/d"), Kind::File).unwrap();
+                    });
+                }
+            });
+            assert!(dir.path().join("a/b/c").is_dir() && dir.path().join("a/b/d").is_file());
+        }
+    }
+
+    #[test]
+    fn only_what_is_missing_is_made_and_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        let make = |path: &str, kind| root.make(Path::new(path), kind).unwrap().is_some();
+        assert!(make("/a/b", Kind::Directory));
+        assert!(!make("/a", Kind::File), "what is there stays");
+        assert!(!make("/", Kind::Directory));
+        assert!(make("/a/./x/../file", Kind::File));
+        assert!(dir.path().join("a/file").is_file() && !dir.path().join("a/x").exists());
+        let error = root.make(Path::new("/a/file/x"), Kind::Directory);
+        assert_eq!(error.unwrap_err(), Errno::NOTDIR);
+    }
+
+    #[test]
+    fn links_end_in_the_tree() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        let make = |path: &str, kind| root.make(Path::new(path), kind).map(drop);
+        symlink("/run", dir.path().join("var-run")).unwrap();
+        symlink("../../stub/file", dir.path().join("link")).unwrap();
+        symlink(outside.path(), dir.path().join("out")).unwrap();
+        symlink("loop", dir.path().join("loop")).unwrap();
+        symlink("deep/b", dir.path().join("a")).unwrap();
+        make("/var-run/one", Kind::Directory).unwrap();
+        make("/link", Kind::File).unwrap();
+        make("/a/c", Kind::Directory).unwrap();
+        make("/out/x", Kind::File).unwrap();
+        assert!(dir.path().join("run/one").is_dir());
+        assert!(dir.path().join("stub/file").is_file());
+        assert!(dir.path().join("deep/b/c").is_dir());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+        assert_eq!(make("/loop/x", Kind::File), Err(Errno::LOOP));
+        assert!(root.is_directory(Path::new("/var-run")) && !root.is_directory(Path::new("/link")));
+    }
+}
