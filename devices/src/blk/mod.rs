@@ -279,11 +279,8 @@ impl Block {
         let first = activation.take_queue(0)?;
         let others = activation.queues.into_iter().flatten();
         for queue in std::iter::once(first).chain(others) {
-            let worker = QueueWorker {
-                queue,
-                stop: self.threads.stop_event().try_clone().map_err(host)?,
-                shared: shared.clone(),
-            };
+            let stop = self.threads.stop_event();
+            let worker = QueueWorker::new(queue, stop, shared.clone()).map_err(host)?;
             self.threads.spawn(move || worker.run()).map_err(host)?;
         }
         let interrupt = activation.interrupt;
