@@ -7,10 +7,11 @@ use rustix::io::fcntl_dupfd_cloexec;
 /// The size of the descriptor table, in entries of 8 bytes: the default soft limit of a process.
 const DESCRIPTORS: i32 = 1024;
 
-/// Has all threads allocate from one heap, and makes the descriptor table as large as it usually gets. Libraries
-/// must leave it to the program.
+/// Has all threads allocate from one heap, makes the descriptor table as large as it usually gets, and has
+/// violations of seccomp filters reported. Libraries must leave it to the program.
 pub fn prepare_process() {
     sys::share_heap();
+    sys::report_violations();
     reserve_descriptors();
 }
 

@@ -45,6 +45,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{Role, Threads};
+use koya_host::walls::Filter;
 use request::{Request, Status};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -69,7 +70,9 @@ pub const MAX_QUEUES: u16 = 16;
 /// Length of a serial number in bytes.
 pub const ID_SIZE: usize = 20;
 
-const ROLE: Role = Role::new("koya-blk").guest_facing();
+const ROLE: Role = Role::new("koya-blk")
+    .guest_facing()
+    .confined_by(Filter::Block);
 
 const QUEUE_SIZE: u16 = 256;
 /// Maximum number of data segments of a request: all descriptors except header and status.

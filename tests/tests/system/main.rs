@@ -33,6 +33,7 @@ mod tool;
 mod torture;
 mod volumes;
 mod vsock;
+mod walls;
 mod watches;
 
 use anyhow::{Context, Result};
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
+        walls::trials(),
         watches::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
