@@ -140,6 +140,7 @@ const ATTEMPTS: &[Attempt] = &[
     }),
     ("KVM_CREATE_VM", || ioctl(0xae01)),
     ("KVM_CREATE_VCPU", || ioctl(0xae41)),
+    ("KVM_SET_USER_MEMORY_REGION", || ioctl(0xae46)),
     ("KVM_RUN", || ioctl(0xae80)),
     ("TUNSETIFF", || ioctl(0x4004_54ca)),
     ("TIOCSTI", || ioctl(0x5412)),

@@ -70,6 +70,10 @@ const fn fcntl(command: c_int) -> [Argument; 1] {
     [is(1, command as u32)]
 }
 
+const fn socket_option(option: c_int) -> [Argument; 2] {
+    [is(1, SOL_SOCKET as u32), is(2, option as u32)]
+}
+
 const fn prctl(operation: c_int) -> [Argument; 1] {
     [is(0, operation as u32)]
 }
@@ -166,7 +170,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_ioctl: VCPU, ioctl(0xaead) => "KVM_KVMCLOCK_CTRL: after a pause";
     SYS_ioctl: VCPU, ioctl(0xae81) => "KVM_GET_REGS: report of a failure";
     SYS_ioctl: VCPU, ioctl(0xae83) => "KVM_GET_SREGS: report of a failure";
-    SYS_ioctl: LOOP | STARTER | VCPU, ioctl(0xae46) => "KVM_SET_USER_MEMORY_REGION: slots of virtio-mem";
+    SYS_ioctl: LOOP, ioctl(0xae46) => "KVM_SET_USER_MEMORY_REGION: slots of virtio-mem";
     SYS_rt_sigtimedwait: VCPU => "kicks that have had their effect";
     SYS_sched_setaffinity: VCPU, [is(0, 0)] => "a pinned vCPU";
     // Taps.
@@ -181,8 +185,9 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_recvfrom: LOOP | SOCKETS => "streams: the request of a client";
     SYS_shutdown: LOOP | SOCKETS | STARTER | VCPU => "end of a stream";
     SYS_ioctl: LOOP | SOCKETS, ioctl(0x5421) => "FIONBIO: streams";
+    SYS_setsockopt: LOOP, socket_option(SO_SNDBUF) => "how much a stream holds";
     SYS_accept4: SOCKETS => "clients of the host";
-    SYS_setsockopt: SOCKETS, [is(1, SOL_SOCKET as u32), is(2, SO_RCVTIMEO as u32)] => "how long a client may take";
+    SYS_setsockopt: SOCKETS, socket_option(SO_RCVTIMEO) => "how long a client may take";
     // Disks.
     SYS_io_uring_enter: BLOCK => "requests on a restricted ring";
     SYS_io_uring_register: BLOCK, *ENABLE_RING => "a ring belongs to its thread";
@@ -190,6 +195,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_io_uring_register: STARTER => "restrictions of a disk's rings";
     SYS_io_uring_enter: STARTER => "for a disk's threads";
     SYS_preadv: BLOCK | FILES | STARTER => "into guest memory";
+    SYS_pwritev: BLOCK | FILES | STARTER => "from guest memory";
     SYS_pwritev2: BLOCK | FILES | STARTER => "from guest memory";
     SYS_pread64: BLOCK | FILES | STARTER => "bounce buffers";
     SYS_pwrite64: BLOCK | FILES | STARTER => "bounce buffers";
