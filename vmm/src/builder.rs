@@ -115,7 +115,8 @@ impl VmBuilder {
     ///
     /// The console and devices of the caller's own run on these threads. If they open files or make other
     /// system calls than [`host::walls`](crate::host::walls) allows there, they need an unconfined machine, or
-    /// threads of their own that were started before.
+    /// threads of their own that were started before. setuid(3) and its like, by which a C library changes all
+    /// threads of the process, are a violation while the machine runs.
     #[must_use]
     pub fn confined(mut self, on: bool) -> Self {
         self.confined = on;
