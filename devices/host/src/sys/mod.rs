@@ -4,7 +4,7 @@
 mod inherited;
 mod redirect;
 #[cfg(test)]
-mod traitor;
+mod traitor_tests;
 mod violation;
 
 pub use inherited::close_on_exec_from;
