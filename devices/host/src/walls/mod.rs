@@ -244,3 +244,36 @@ fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
     )?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Filters are inherited: what the starter may not do, the threads that it creates may not do either.
+    #[test]
+    fn the_starter_has_all_calls_of_device_threads() {
+        let starter = Filter::Starter.call_names();
+        for filter in [Filter::Block, Filter::Net, Filter::Files] {
+            let missing: Vec<_> = filter
+                .call_names()
+                .into_iter()
+                .filter(|name| !starter.contains(name))
+                .collect();
+            assert!(missing.is_empty(), "{filter:?}: {missing:?}");
+            let lacks = !Filter::Starter.capabilities() & filter.capabilities();
+            assert!(lacks.is_empty(), "{filter:?}: {lacks:?}");
+        }
+    }
+
+    #[test]
+    fn every_call_has_a_reason_and_every_filter_compiles() {
+        for row in rows() {
+            assert!(!row.reason.is_empty(), "{}", row.symbol);
+            assert_eq!(call_name(row.number), Some(name(row.symbol)));
+        }
+        for filter in Filter::ALL {
+            // BPF_MAXINSNS.
+            assert!((1..4096).contains(&filter.program().unwrap().len()));
+        }
+    }
+}
