@@ -51,6 +51,9 @@ pub struct SandboxConfig {
     /// shared files by their paths in their file systems (with the profile's flag `attach_disconnected`).
     /// Default: that of the thread that starts the sandbox.
     pub apparmor_profile: Option<String>,
+    /// Whether the threads that run the guest and serve its devices are confined: seccomp filters, and no
+    /// capabilities but those that serving files takes ([`koya_vmm::VmBuilder::confined`]). Default: yes.
+    pub confined: bool,
     /// The guest kernel; looked for if none is given.
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs; looked for if none is given.
@@ -80,6 +83,7 @@ impl Default for SandboxConfig {
             hostname: None,
             sysctls: BTreeMap::new(),
             apparmor_profile: None,
+            confined: true,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),

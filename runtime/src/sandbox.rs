@@ -24,7 +24,7 @@ use koya_vmm::devices::fs::passthrough::Options;
 use koya_vmm::devices::fs::{Fs, FsMetrics, HostEvents, Shares};
 use koya_vmm::devices::vsock::{FIRST_GUEST_CID, Listener, Ports, UnixSockets, Vsock};
 use koya_vmm::guest_text::{self, Warnings};
-use koya_vmm::host::threads;
+use koya_vmm::host::{threads, walls::confine_new_threads};
 use koya_vmm::{AttachedDisk, DiskConfig, ExitReason, Vm, VmHandle};
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -179,7 +179,8 @@ impl Sandbox {
         let streams = Streams::listen(&ports).map_err(Error::host("listen for streams"))?;
         let sockets = match &config.vsock {
             Some(path) => {
-                let sockets = UnixSockets::listen(&ports, path);
+                let sockets = confine_new_threads(config.confined)
+                    .and_then(|_confinement| UnixSockets::listen(&ports, path));
                 let what = || format!("listen on {}", path.display());
                 Some(sockets.map_err(|e| Error::host(what())(e))?)
             }
@@ -201,7 +202,8 @@ impl Sandbox {
         let machine = Vm::builder(spec)
             .device(Vsock::new(FIRST_GUEST_CID, ports))
             .device(fs)
-            .console(console.clone());
+            .console(console.clone())
+            .confined(config.confined);
         let vm = confined(config.apparmor_profile.as_deref(), || Ok(machine.start()?))?;
         timeline.machine_runs(vm.handle().boot_events());
         let running = timeline.next(Lane::Kernel, "kernel");

@@ -45,6 +45,9 @@ pub struct Settings {
     /// Whether a sandbox's process has the SELinux label of its first container's configuration, on a host
     /// with SELinux. Read from the machine's files: the process is there before containerd says of others.
     pub selinux: bool,
+    /// Whether a sandbox's threads that work for the guest are confined: a seccomp filter for each kind of
+    /// thread, and no capabilities but those that serving files takes (`docs/security.md`).
+    pub seccomp: bool,
     /// The guest kernel. Without it: `vmlinux` where Koya's files are looked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -69,6 +72,7 @@ impl Default for Settings {
             vsock: false,
             apparmor: true,
             selinux: true,
+            seccomp: true,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),
@@ -230,6 +234,7 @@ impl Settings {
             memory_max_mib: memory_max_mib.map(|max| max.max(memory_mib)),
             cache: self.cache,
             containers_vsock: self.vsock,
+            confined: self.seccomp,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),

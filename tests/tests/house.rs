@@ -175,7 +175,12 @@ fn files_stay_small_enough_to_read() {
 #[test]
 fn architecture_is_asked_for_in_one_place() {
     let word = ["target", "_arch"].concat();
-    let allowed = ["vmm/src/arch/mod.rs", "vmm/src/kvm/"];
+    // The table of system calls has those that only x86_64 has.
+    let allowed = [
+        "vmm/src/arch/mod.rs",
+        "vmm/src/kvm/",
+        "devices/host/src/walls/calls.rs",
+    ];
     for file in files("rs") {
         // Tests of one architecture may say so.
         let code = read(&file);

@@ -17,6 +17,7 @@ use koya_devices::serial::SerialPort;
 use koya_devices::virtio::mmio::MmioTransport;
 use koya_devices::virtio::registers::RegisterPages;
 use koya_devices::virtio::{Memory, VirtioDevice};
+use koya_host::walls::{self, ConfineNewThreads};
 use kvm_ioctls::Kvm;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -64,6 +65,7 @@ pub struct VmBuilder {
     spec: Spec,
     devices: Vec<Box<dyn VirtioDevice>>,
     console: Box<dyn Write + Send>,
+    confined: bool,
 }
 
 /// A machine whose vCPU threads have not been started.
@@ -86,6 +88,7 @@ impl VmBuilder {
             spec,
             devices: Vec::new(),
             console: Box::new(io::sink()),
+            confined: true,
         }
     }
 
@@ -105,6 +108,21 @@ impl VmBuilder {
         self
     }
 
+    /// Whether the threads that the machine creates are confined: seccomp filters by role, no new privileges,
+    /// no capabilities but those that serving files takes. Default: they are. Threads of the caller are left
+    /// alone, also the one that runs the first vCPU ([`run`](Self::run)). A violation kills the process, by
+    /// SIGSYS: the program may handle that signal ([`host::sys::report_violations`](crate::host::sys::report_violations)).
+    ///
+    /// The console and devices of the caller's own run on these threads. If they open files or make other
+    /// system calls than [`host::walls`](crate::host::walls) allows there, they need an unconfined machine, or
+    /// threads of their own that were started before. setuid(3) and its like, by which a C library changes all
+    /// threads of the process, are a violation while the machine runs.
+    #[must_use]
+    pub fn confined(mut self, on: bool) -> Self {
+        self.confined = on;
+        self
+    }
+
     /// Builds and starts the virtual machine.
     ///
     /// # Errors
@@ -120,6 +138,7 @@ impl VmBuilder {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_paused(self) -> Result<Vm, StartError> {
+        let _confinement = self.confine_new_threads()?;
         let Built { mut vm, vcpus } = self.build()?;
         for vcpu in vcpus {
             vm.spawn(vcpu)?;
@@ -137,6 +156,7 @@ impl VmBuilder {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn run(self) -> Result<ExitReason, StartError> {
+        let confinement = self.confine_new_threads()?;
         let Built { mut vm, vcpus } = self.build()?;
         let mut here = None;
         for vcpu in vcpus {
@@ -145,8 +165,13 @@ impl VmBuilder {
                 _ => vm.spawn(vcpu)?,
             }
         }
+        drop(confinement);
         vm.handle().resume();
         Ok(vm.run(here))
+    }
+
+    fn confine_new_threads(&self) -> Result<ConfineNewThreads, StartError> {
+        walls::confine_new_threads(self.confined).map_err(host("confine the machine's threads"))
     }
 
     fn build(self) -> Result<Built, StartError> {

@@ -5,6 +5,7 @@ use crate::starter::Starter;
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
 use koya_devices::virtio::mmio::EventLoop;
 use koya_host::threads::{self, Role};
+use koya_host::walls::Filter;
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,9 @@ use std::thread::JoinHandle;
 
 use koya_host::sync::lock;
 
-const ROLE: Role = Role::new("koya-loop").guest_facing();
+const ROLE: Role = Role::new("koya-loop")
+    .guest_facing()
+    .confined_by(Filter::EventLoop);
 
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 

@@ -8,6 +8,7 @@
 
 use koya_host::sync::lock;
 use koya_host::threads::{self, Role};
+use koya_host::walls::Filter;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -15,7 +16,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 /// Handles no guest data.
-const ROLE: Role = Role::new("koya-starter").without_signals();
+const ROLE: Role = Role::new("koya-starter")
+    .without_signals()
+    .confined_by(Filter::Starter);
 
 type Work = Box<dyn FnOnce() + Send>;
 

@@ -22,12 +22,15 @@ use koya_devices::virtio::Memory;
 use koya_devices::vsock::UnixSockets;
 use koya_host::sync::lock;
 use koya_host::threads::{self, Role};
+use koya_host::walls::Filter;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
 /// Runs the guest, so it must not create threads.
-const VCPU: Role = Role::new("koya-vcpu").guest_facing();
+const VCPU: Role = Role::new("koya-vcpu")
+    .guest_facing()
+    .confined_by(Filter::Vcpu);
 
 /// A virtual machine. Dropping it stops it and leaves nothing behind: no thread, descriptor or mapping. The
 /// guest cannot delay that. A host system call that does not return (a disk on a file server that is gone) is

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`process`] | what a program sets up at its start |
 //! | [`threads`] | starts threads by [role](threads::Role) |
+//! | [`walls`] | confines threads: seccomp filters and capabilities by role |
 //! | [`sync`] | locks |
 //! | [`sys`] | signals, the heap, BPF redirection of loopback connections |
 //!
@@ -14,3 +15,4 @@ pub mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 pub mod sys;
 pub mod threads;
+pub mod walls;

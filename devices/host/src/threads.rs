@@ -1,11 +1,12 @@
-//! Starts threads by role. A role sets the name that Linux shows, the signals that reach the thread, and
-//! whether it may create threads. `docs/architecture.md` lists the roles.
+//! Starts threads by role. A role sets the name that Linux shows, the signals that reach the thread,
+//! whether it may create threads, and how it is confined ([`walls`]). `docs/architecture.md` lists the roles.
 //!
 //! seccomp filters and capabilities are per thread and inherited by the threads it creates. A thread that
 //! serves a guest therefore creates none: otherwise it could not be more restricted than its children need. A
 //! thread that creates threads on behalf of others does nothing else.
 
 use crate::sys;
+use crate::walls::{self, Filter};
 use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub struct Role {
     name: &'static str,
     signals: Signals,
     may_create_threads: bool,
+    filter: Option<Filter>,
 }
 
 impl Role {
@@ -43,6 +45,7 @@ impl Role {
             name,
             signals: Signals::Inherited,
             may_create_threads: true,
+            filter: None,
         }
     }
 
@@ -65,17 +68,41 @@ impl Role {
         }
     }
 
+    /// The same with a filter, which threads get where confinement is on
+    /// ([`confine_new_threads`](walls::confine_new_threads)).
+    #[must_use]
+    pub const fn confined_by(self, filter: Filter) -> Self {
+        Self {
+            filter: Some(filter),
+            ..self
+        }
+    }
+
     /// The name.
     pub const fn name(&self) -> &'static str {
         self.name
     }
 
+    /// The filter that a thread gets if the calling thread creates it.
+    fn filter_here(self) -> Option<Filter> {
+        self.filter.filter(|_| walls::confines())
+    }
+
     /// Gives the calling thread this role.
-    fn enter(self) {
+    ///
+    /// # Panics
+    /// If the host cannot confine it: it must not do its work then. That the host has filters was checked when
+    /// confinement was turned on.
+    fn enter(self, filter: Option<Filter>) {
         if self.signals == Signals::Blocked {
             sys::block_signals();
         }
         CURRENT.set(Some(self));
+        if let Some(filter) = filter
+            && let Err(error) = walls::confine(filter)
+        {
+            panic!("cannot confine a thread of {}: {error}", self.name);
+        }
     }
 }
 
@@ -104,8 +131,9 @@ pub fn spawn<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     let role = role.into();
+    let filter = role.filter_here();
     let entered = move || {
-        role.enter();
+        role.enter(filter);
         work()
     };
     builder(role.name.to_owned())?.spawn(entered)
@@ -120,8 +148,9 @@ pub fn spawn_numbered<T: Send + 'static>(
     number: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
+    let filter = role.filter_here();
     let entered = move || {
-        role.enter();
+        role.enter(filter);
         work()
     };
     builder(format!("{}{number}", role.name))?.spawn(entered)
@@ -137,8 +166,9 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
     work: impl FnOnce() -> T + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, T>> {
     let role = role.into();
+    let filter = role.filter_here();
     let entered = move || {
-        role.enter();
+        role.enter(filter);
         work()
     };
     builder(role.name.to_owned())?.spawn_scoped(scope, entered)
@@ -242,8 +272,8 @@ mod tests {
         let quiet = Role::new("koya-quiet").without_signals();
         for role in [quiet, LEAF] {
             let blocked = spawn(role, blocked_signals).unwrap().join().unwrap();
-            // All except SIGKILL, SIGSTOP and the few that a C library keeps for itself.
-            assert!(blocked.count_ones() >= 59, "{blocked:#x}");
+            // All except SIGKILL, SIGSTOP, SIGSYS and the few that a C library keeps for itself.
+            assert!(blocked.count_ones() >= 58, "{blocked:#x}");
         }
     }
 

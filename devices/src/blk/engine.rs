@@ -41,7 +41,7 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Creates an engine for `room` concurrent requests that also reports writes to the two `events`. It may
-    /// read the first event, but never the second.
+    /// read the first event, but never the second. The thread that uses it must [`enter`](Self::enter) it first.
     ///
     /// # Errors
     /// If the host has no file descriptor left.
@@ -70,6 +70,14 @@ impl Engine {
             events,
             done: VecDeque::new(),
         })
+    }
+
+    /// Makes the calling thread the one that uses it.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        self.ring.as_ref().map_or(Ok(()), Ring::enable)
     }
 
     /// Whether another request can be started.

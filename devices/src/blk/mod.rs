@@ -45,6 +45,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{Role, Threads};
+use koya_host::walls::Filter;
 use request::{Request, Status};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -69,7 +70,9 @@ pub const MAX_QUEUES: u16 = 16;
 /// Length of a serial number in bytes.
 pub const ID_SIZE: usize = 20;
 
-const ROLE: Role = Role::new("koya-blk").guest_facing();
+const ROLE: Role = Role::new("koya-blk")
+    .guest_facing()
+    .confined_by(Filter::Block);
 
 const QUEUE_SIZE: u16 = 256;
 /// Maximum number of data segments of a request: all descriptors except header and status.
@@ -279,11 +282,8 @@ impl Block {
         let first = activation.take_queue(0)?;
         let others = activation.queues.into_iter().flatten();
         for queue in std::iter::once(first).chain(others) {
-            let worker = QueueWorker {
-                queue,
-                stop: self.threads.stop_event().try_clone().map_err(host)?,
-                shared: shared.clone(),
-            };
+            let stop = self.threads.stop_event();
+            let worker = QueueWorker::new(queue, stop, shared.clone()).map_err(host)?;
             self.threads.spawn(move || worker.run()).map_err(host)?;
         }
         let interrupt = activation.interrupt;

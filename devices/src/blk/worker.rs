@@ -42,30 +42,40 @@ pub(super) struct Shared {
 }
 
 pub(super) struct Worker {
-    pub(super) queue: ActiveQueue,
-    pub(super) stop: EventFd,
-    pub(super) shared: Arc<Shared>,
+    queue: ActiveQueue,
+    engine: Engine,
+    shared: Arc<Shared>,
 }
 
 impl Worker {
+    /// Prepares what the thread works with, which it may not make itself.
+    ///
+    /// # Errors
+    /// If the host has no file descriptor left.
+    pub(super) fn new(queue: ActiveQueue, stop: &EventFd, shared: Arc<Shared>) -> io::Result<Self> {
+        let engine = Engine::new(
+            shared.engine,
+            queue.memory().clone(),
+            shared.disk.clone(),
+            queue.size(),
+            shared.durable,
+            [queue.kick().try_clone()?, stop.try_clone()?],
+        )?;
+        Ok(Self {
+            queue,
+            engine,
+            shared,
+        })
+    }
+
     pub(super) fn run(self) {
         let Self {
             queue,
-            stop,
+            engine,
             shared,
         } = self;
-        let engine = queue.kick().try_clone().and_then(|kick| {
-            Engine::new(
-                shared.engine,
-                queue.memory().clone(),
-                shared.disk.clone(),
-                queue.size(),
-                shared.durable,
-                [kick, stop],
-            )
-        });
-        let mut service = match engine {
-            Ok(engine) => QueueService {
+        let mut service = match engine.enter() {
+            Ok(()) => QueueService {
                 requests: (0..queue.size()).map(|_| None).collect(),
                 free: (0..queue.size()).rev().collect(),
                 bytes_in_flight: 0,

@@ -17,6 +17,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{self, Role, Threads};
+use koya_host::walls::Filter;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +36,9 @@ const THREADS: usize = 4;
 /// each time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
-const ROLE: Role = Role::new("koya-fs").guest_facing();
+const ROLE: Role = Role::new("koya-fs")
+    .guest_facing()
+    .confined_by(Filter::Files);
 /// Size of the tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
 

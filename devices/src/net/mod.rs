@@ -39,6 +39,7 @@ use crate::virtio::{
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use koya_host::threads::{Role, Threads};
+use koya_host::walls::Filter;
 use queue_pair::QueuePair;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -63,7 +64,9 @@ const NUM_BUFFERS_OFFSET: u32 = 10;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
-const ROLE: Role = Role::new("koya-net").guest_facing();
+const ROLE: Role = Role::new("koya-net")
+    .guest_facing()
+    .confined_by(Filter::Net);
 
 /// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

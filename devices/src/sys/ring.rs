@@ -1,10 +1,15 @@
 //! An io_uring whose requests read and write guest memory.
 //!
+//! Requests of a ring are not subject to seccomp filters: one could open files and connect sockets. A ring is
+//! therefore made by a thread that may make one, with the few operations that a disk takes; the thread that
+//! uses it can neither make another nor lift the restrictions (io_uring_register(2)).
+//!
 //! The ring owns what its requests point to (guest memory, the file, the iovecs), and dropping it waits for
 //! every request in flight, so its functions are safe to call.
 
 use super::iovecs;
 use crate::virtio::{Chain, ChainError, Memory};
+use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, cqueue, opcode, types};
 use std::fs::File;
@@ -19,6 +24,18 @@ use vmm_sys_util::eventfd::EventFd;
 const WATCH: u64 = 1 << 63;
 /// Token of the cancellation on drop.
 const CANCEL: u64 = u64::MAX;
+
+/// What a ring may do.
+const OPERATIONS: [u8; 8] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel2::CODE,
+];
 
 /// What a ring reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,10 +83,12 @@ pub struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// Creates a ring for up to `entries` concurrent requests on `file`.
+    /// Creates a ring for up to `entries` concurrent requests on `file`. The thread that uses it must
+    /// [`enable`](Self::enable) it first.
     ///
     /// # Errors
-    /// If the kernel has no io_uring, or does not allow this process to use it.
+    /// If the kernel has no io_uring, does not allow this process to use it, or cannot restrict it (before
+    /// Linux 5.10).
     pub fn new(memory: Arc<Memory>, file: Arc<File>, entries: u16) -> io::Result<Self> {
         let size = u32::from(entries).next_power_of_two() + 8;
         // From Linux 6.1 on, the kernel completes requests when we wait instead of interrupting us.
@@ -77,8 +96,13 @@ impl Ring {
             .setup_coop_taskrun()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_r_disabled()
             .build(size);
-        let uring = tuned.or_else(|_| IoUring::new(size))?;
+        let plain = || IoUring::builder().setup_r_disabled().build(size);
+        let uring = tuned.or_else(|_| plain())?;
+        // No flags of entries and no registrations are allowed by default.
+        let mut allowed = OPERATIONS.map(Restriction::sqe_op);
+        uring.submitter().register_restrictions(&mut allowed)?;
         Ok(Self {
             uring,
             memory,
@@ -88,6 +112,15 @@ impl Ring {
             watched: Vec::new(),
             broken: None,
         })
+    }
+
+    /// Puts the restrictions into force and binds the ring to the calling thread, which alone may use it from
+    /// now on.
+    ///
+    /// # Errors
+    /// The error from io_uring_register(2).
+    pub fn enable(&self) -> io::Result<()> {
+        self.uring.submitter().register_enable_rings()
     }
 
     /// Whether another request can be added.

@@ -9,6 +9,7 @@
 
 use super::Ports;
 use koya_host::threads::{self, Role};
+use koya_host::walls::Filter;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -19,8 +20,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Accepts clients. Each has its own thread until it has sent its connection request.
-const LISTENER: Role = Role::new("koya-vsock").without_signals();
+/// Accepts clients. Each has its own thread, with the same filter, until it has sent its connection request.
+const LISTENER: Role = Role::new("koya-vsock")
+    .without_signals()
+    .confined_by(Filter::VsockSockets);
 const CLIENT: Role = Role::new("koya-vsock-line").guest_facing();
 
 /// How long a client may take to send its connection request.

@@ -23,6 +23,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
         json!({"path": path, "bytes": size})
     };
     let kvm = koya::vmm::kvm::open();
+    let confinement = koya::vmm::host::walls::check_host();
     let all = json!({
         "koya": {
             "version": env!("CARGO_PKG_VERSION"),
@@ -37,6 +38,10 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
             "machine": uname.machine().to_string_lossy(),
             "kvm": match &kvm {
                 Ok(_) => "usable".to_owned(),
+                Err(error) => error.to_string(),
+            },
+            "confinement": match confinement {
+                Ok(()) => "seccomp filters and capabilities by thread".to_owned(),
                 Err(error) => error.to_string(),
             },
         },

@@ -100,6 +100,10 @@ pub(super) struct RunArgs {
     /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
+    /// Do not confine the threads on the host that run the guest and serve its devices: by default each has a seccomp
+    /// filter, and no capabilities but those that serving files takes
+    #[arg(long)]
+    no_seccomp: bool,
     /// Set the cache policy of shared files in the guest: never, auto, always, writeback
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = parse_cache)]
     cache: Cache,
@@ -164,6 +168,7 @@ impl RunArgs {
             cache: self.cache,
             // The sockets beside it are looked for as long as the container runs.
             vsock: self.vsock.as_deref().map(absolute).transpose()?,
+            confined: !self.no_seccomp,
             kernel: self.kernel.clone(),
             cmdline: self.kernel_args.clone(),
             ..SandboxConfig::default()

@@ -158,6 +158,10 @@ fn start_log(bundle: &Path, debug: bool) {
     let Ok(fifo) = open.open(bundle.join("log")) else {
         return;
     };
+    // The end of this process is then told by containerd's log too, not only by its status.
+    if let Ok(log) = fifo.try_clone() {
+        koya::vmm::host::sys::report_violations_to(log.into());
+    }
     rustix::process::umask(Mode::from_raw_mode(0o022));
     // ttrpc's client takes an answer that comes after its limit for an error.
     let filters = match debug {

@@ -34,6 +34,7 @@ mod tool;
 mod torture;
 mod volumes;
 mod vsock;
+mod walls;
 mod watches;
 
 use anyhow::{Context, Result};
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
+        walls::trials(),
         watches::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();

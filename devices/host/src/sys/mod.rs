@@ -3,9 +3,15 @@
 
 mod inherited;
 mod redirect;
+#[cfg(test)]
+mod traitor_tests;
+mod violation;
 
 pub use inherited::close_on_exec_from;
 pub use redirect::redirect_loopback;
+pub use violation::{
+    VIOLATION_STATUS, has_seccomp_filters, report_violations, report_violations_to,
+};
 
 /// Makes all future threads of this process allocate from one heap: glibc otherwise gives each thread its
 /// own, which costs some pages and page tables per device thread. Call it at the start of a program;
@@ -18,13 +24,15 @@ pub fn share_heap() {
     }
 }
 
-/// Blocks all signals in this thread: handlers run on the owner's threads, and a blocked SIGXFSZ becomes the
-/// error EFBIG, which the guest gets. Returns the resulting signal mask.
+/// Blocks all signals in this thread but SIGSYS: handlers run on the owner's threads, and a blocked SIGXFSZ
+/// becomes the error EFBIG, which the guest gets. The kernel sends SIGSYS for what a seccomp filter does not
+/// allow, and kills the process without calling a handler if it is blocked. Returns the resulting signal mask.
 pub fn block_signals() -> libc::sigset_t {
     // SAFETY: both calls get a valid set on this stack; only the calling thread's mask changes.
     unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&mut all);
+        libc::sigdelset(&mut all, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
         all
     }

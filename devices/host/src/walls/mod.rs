@@ -1,0 +1,279 @@
+//! Confines threads: a seccomp filter for each role, no new privileges, and no capability that the role does
+//! not use.
+//!
+//! A thread is confined at its start if its [role](crate::threads::Role) names a [`Filter`] and its creator
+//! asked for it ([`confine_new_threads`]) or is confined itself. Filters are inherited: a thread that a
+//! confined one creates has both filters, and can do what both allow.
+//!
+//! All threads of a process share its memory. Code that a guest gets to run in one thread can therefore write
+//! to the stack of another one and act with that thread's privileges. What a filter holds at once is what the
+//! thread itself asks the kernel for; it is a wall against a confused device model, and one more step for
+//! somebody who has control of it.
+
+mod calls;
+
+use calls::{Argument, CALLS, Call, LEGACY_CALLS, OTHER_NAMES, Value};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::OnceLock;
+
+/// What a confined thread may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filter {
+    /// Runs a vCPU.
+    Vcpu,
+    /// Runs the workers of devices: vsock, balloon, memory, entropy.
+    EventLoop,
+    /// Activates devices and creates their threads.
+    Starter,
+    /// Serves a queue of a disk.
+    Block,
+    /// Serves a queue pair of a network.
+    Net,
+    /// Accepts clients of a vsock device's Unix socket.
+    VsockSockets,
+    /// Serves the requests of a virtio-fs device.
+    Files,
+}
+
+/// The capabilities that serving files takes: any owner, any mode, files by handle, device nodes.
+const OF_FILES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
+impl Filter {
+    /// All filters.
+    pub const ALL: [Self; 7] = [
+        Self::Vcpu,
+        Self::EventLoop,
+        Self::Starter,
+        Self::Block,
+        Self::Net,
+        Self::VsockSockets,
+        Self::Files,
+    ];
+
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+
+    /// Whether its threads create others.
+    const fn creates_threads(self) -> bool {
+        matches!(self, Self::Starter | Self::VsockSockets)
+    }
+
+    /// The capabilities that its threads keep of those that they have. The starter keeps those that a device
+    /// thread may need.
+    pub fn capabilities(self) -> CapabilitySet {
+        match self {
+            Self::Files | Self::Starter => OF_FILES,
+            _ => CapabilitySet::empty(),
+        }
+    }
+
+    /// The system calls that it allows, by name and in order.
+    pub fn call_names(self) -> Vec<&'static str> {
+        let allowed = rows().filter(|row| row.filters & self.bit() != 0);
+        let mut names: Vec<_> = allowed.map(|row| name(row.symbol)).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The compiled filter. It is the same for all threads, and compiled once.
+    fn program(self) -> io::Result<&'static BpfProgram> {
+        static PROGRAMS: [OnceLock<BpfProgram>; 7] = [const { OnceLock::new() }; 7];
+        let place = &PROGRAMS[self as usize];
+        match place.get() {
+            Some(program) => Ok(program),
+            None => {
+                let program = self.compile().map_err(io::Error::other)?;
+                Ok(place.get_or_init(|| program))
+            }
+        }
+    }
+
+    fn compile(self) -> Result<BpfProgram, seccompiler::BackendError> {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+        let rows = rows().filter(|row| row.filters & self.bit() != 0);
+        for row in rows {
+            let alternatives = rules.entry(row.number).or_default();
+            if !row.arguments.is_empty() {
+                let conditions = row.arguments.iter().map(condition);
+                let conditions = conditions.collect::<Result<_, _>>()?;
+                alternatives.push(SeccompRule::new(conditions)?);
+            }
+        }
+        let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch()?)?;
+        filter.try_into()
+    }
+}
+
+fn rows() -> impl Iterator<Item = &'static Call> {
+    CALLS.iter().chain(LEGACY_CALLS)
+}
+
+fn arch() -> Result<TargetArch, seccompiler::BackendError> {
+    std::env::consts::ARCH.try_into()
+}
+
+fn condition(argument: &Argument) -> Result<SeccompCondition, seccompiler::BackendError> {
+    let value = match argument.value {
+        Value::Number(number) => number,
+        Value::OwnProcess => rustix::process::getpid().as_raw_nonzero().get() as u64,
+    };
+    let is = SeccompCmpOp::MaskedEq(argument.mask);
+    SeccompCondition::new(argument.index, SeccompCmpArgLen::Qword, is, value)
+}
+
+/// clone3(2) has its flags in memory, where a filter cannot see them. C libraries use clone(2) instead if the
+/// kernel does not have it.
+fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let missing = SeccompAction::Errno(libc::ENOSYS as u32);
+    SeccompFilter::new(rules, SeccompAction::Allow, missing, arch()?)?.try_into()
+}
+
+/// The name of a system call, if it is one that a filter mentions.
+pub(crate) fn call_name(number: libc::c_long) -> Option<&'static str> {
+    let known = rows().map(|row| (row.symbol, row.number));
+    let mut known = known.chain(OTHER_NAMES.iter().copied());
+    let (symbol, _) = known.find(|(_, known)| *known == number)?;
+    Some(name(symbol))
+}
+
+/// The kernel's name of a system call.
+fn name(symbol: &'static str) -> &'static str {
+    symbol.strip_prefix("SYS_").unwrap_or(symbol)
+}
+
+thread_local! {
+    static CONFINES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether threads that this thread creates are confined by their roles.
+pub(crate) fn confines() -> bool {
+    CONFINES.get()
+}
+
+/// While this value lives, threads that the calling thread creates are confined by their roles, or are not.
+#[derive(Debug)]
+pub struct ConfineNewThreads {
+    before: bool,
+    /// It belongs to the thread.
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+/// Confines threads that this thread creates from now on, or leaves them alone, until the result is dropped.
+/// Confined threads pass it on to those that they create. By default threads are not confined.
+///
+/// # Errors
+/// If the kernel has no seccomp filters.
+pub fn confine_new_threads(on: bool) -> io::Result<ConfineNewThreads> {
+    if on {
+        check_host()?;
+    }
+    Ok(ConfineNewThreads {
+        before: CONFINES.replace(on),
+        _thread: std::marker::PhantomData,
+    })
+}
+
+impl Drop for ConfineNewThreads {
+    fn drop(&mut self) {
+        CONFINES.set(self.before);
+    }
+}
+
+/// Checks that the kernel has seccomp filters.
+///
+/// # Errors
+/// That it has none.
+pub fn check_host() -> io::Result<()> {
+    if crate::sys::has_seccomp_filters() {
+        return Ok(());
+    }
+    let text = "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)";
+    Err(io::Error::new(io::ErrorKind::Unsupported, text))
+}
+
+/// Confines the calling thread for good.
+///
+/// # Errors
+/// The error from the kernel. The thread may be confined in part, and must end.
+pub fn confine(filter: Filter) -> io::Result<()> {
+    keep_capabilities(filter.capabilities())?;
+    rustix::thread::set_no_new_privs(true)?;
+    if filter.creates_threads() {
+        let program = without_clone3().map_err(io::Error::other)?;
+        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
+    }
+    seccompiler::apply_filter(filter.program()?).map_err(io::Error::other)?;
+    CONFINES.set(true);
+    Ok(())
+}
+
+/// Drops all capabilities of this thread but these. Those of new programs (inheritable, ambient) go altogether:
+/// a confined thread runs none.
+fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
+    let had = capabilities(None)?;
+    if had.permitted.is_empty() && had.inheritable.is_empty() {
+        return Ok(());
+    }
+    // Fails before Linux 4.3, where there is nothing to clear.
+    clear_ambient_capability_set().ok();
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: had.effective & kept,
+            permitted: had.permitted & kept,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Filters are inherited: what the starter may not do, the threads that it creates may not do either.
+    #[test]
+    fn the_starter_has_all_calls_of_device_threads() {
+        let starter = Filter::Starter.call_names();
+        for filter in [Filter::Block, Filter::Net, Filter::Files] {
+            let missing: Vec<_> = filter
+                .call_names()
+                .into_iter()
+                .filter(|name| !starter.contains(name))
+                .collect();
+            assert!(missing.is_empty(), "{filter:?}: {missing:?}");
+            let lacks = !Filter::Starter.capabilities() & filter.capabilities();
+            assert!(lacks.is_empty(), "{filter:?}: {lacks:?}");
+        }
+    }
+
+    #[test]
+    fn every_call_has_a_reason_and_every_filter_compiles() {
+        for row in rows() {
+            assert!(!row.reason.is_empty(), "{}", row.symbol);
+            assert_eq!(call_name(row.number), Some(name(row.symbol)));
+        }
+        for filter in Filter::ALL {
+            // BPF_MAXINSNS.
+            assert!((1..4096).contains(&filter.program().unwrap().len()));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! How the threads on the host that a guest drives are confined.
+
+use crate::tool::{Background, koya, scratch, stdout};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+
+crate::trials![
+    threads_that_a_guest_drives_are_confined,
+    confinement_can_be_turned_off,
+    device_operations_of_all_kinds_pass_the_filters,
+];
+
+/// What a guest drives, by the beginnings of the threads' names.
+const DRIVEN: [&str; 6] = [
+    "koya-vcpu",
+    "koya-loop",
+    "koya-starter",
+    "koya-fs",
+    "koya-blk",
+    "koya-vsock",
+];
+
+/// The capabilities of `koya-fs`, by their bits: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD,
+/// SETFCAP.
+const OF_FILES: u64 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 27 | 1 << 31;
+
+struct Thread {
+    seccomp: bool,
+    no_new_privileges: bool,
+    capabilities: u64,
+}
+
+/// The threads of a process by their names.
+fn threads(pid: u32) -> Result<BTreeMap<String, Thread>> {
+    let mut found = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.map(str::trim).with_context(|| format!("no {name}"))
+        };
+        let thread = Thread {
+            seccomp: field("Seccomp:")? == "2",
+            no_new_privileges: field("NoNewPrivs:")? == "1",
+            capabilities: u64::from_str_radix(field("CapEff:")?, 16)?,
+        };
+        found.insert(field("Name:")?.to_owned(), thread);
+    }
+    Ok(found)
+}
+
+/// A container with a disk and a vsock socket.
+fn start(name: &str, more: &[&str]) -> Result<Background> {
+    let dir = scratch(name)?;
+    let (disk, socket) = (dir.join("disk"), dir.join("v.sock"));
+    File::create(&disk)?.set_len(16 << 20)?;
+    let (disk, socket) = (disk.to_string_lossy(), socket.to_string_lossy());
+    let options = [&["--disk", &disk, "--vsock", &socket], more].concat();
+    let container = Background::start(name, &options, &["sh", "-c", "echo ready; sleep 1000"])?;
+    container.wait_until("the container", |said| said.contains("ready"))?;
+    // The threads of a disk start with its driver, those of clients with a client.
+    let _client = UnixStream::connect(&*socket)?;
+    Ok(container)
+}
+
+fn threads_that_a_guest_drives_are_confined() -> Result<()> {
+    let container = start("walls", &[])?;
+    let threads = threads(container.pid()?)?;
+    for driven in DRIVEN {
+        let mut of_it = threads.iter().filter(|(name, _)| name.starts_with(driven));
+        let (_, thread) = of_it.next().with_context(|| format!("no {driven}"))?;
+        ensure!(thread.seccomp, "{driven} has no filter");
+        ensure!(thread.no_new_privileges, "{driven}");
+        let allowed = match driven {
+            "koya-fs" | "koya-starter" => OF_FILES,
+            _ => 0,
+        };
+        let has = thread.capabilities;
+        ensure!(has & !allowed == 0, "{driven} has {has:#x}");
+    }
+    let of_owner = &threads["koya-watch"];
+    ensure!(!of_owner.seccomp && !of_owner.no_new_privileges);
+    Ok(())
+}
+
+fn confinement_can_be_turned_off() -> Result<()> {
+    let container = start("no-walls", &["--no-seccomp"])?;
+    for (name, thread) in threads(container.pid()?)? {
+        ensure!(!thread.seccomp && !thread.no_new_privileges, "{name}");
+    }
+    let said = stdout(koya(["env", "--json"]).output()?)?;
+    ensure!(
+        said.contains("\"confinement\": \"seccomp filters"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// What a guest can ask of files, in a shell. Each line is a request of its own to the host.
+const FILE_OPERATIONS: &str = "set -e; cd /data
+    echo one > a; cat a; ln a b; ln -s a c; readlink c; mv b d; mkdir e; rmdir e; mkfifo f
+    mknod g c 1 3; chmod 600 a; chown 5:6 a; touch -d 2020-01-01 a; truncate -s 9 a; stat a
+    dd if=/dev/zero of=h bs=4096 count=4 conv=fsync 2>/dev/null; cp h i; sync; sync -f h
+    fallocate -l 65536 j; ls -la; df .; rm -f a c d f g h i j; ls -A";
+
+fn device_operations_of_all_kinds_pass_the_filters() -> Result<()> {
+    let dir = scratch("operations")?;
+    let volume = format!("{}:/data", dir.display());
+    let options = ["--volume", &volume, "--cpus", "1", "--cpus-max", "2"];
+    let options = [
+        &options[..],
+        &["--memory", "128m", "--memory-max", "512m", "--privileged"],
+    ];
+    let command = ["sh", "-c", "echo ready; sleep 1000"];
+    let container = Background::start("operations", &options.concat(), &command)?;
+    container.wait_until("the container", |said| said.contains("ready"))?;
+    let done = container.exec(&[], &["sh", "-c", FILE_OPERATIONS])?;
+    ensure!(done.status.success(), "{done:?}");
+    ensure!(fs::read_dir(&dir)?.next().is_none(), "something is left");
+    // Memory and CPUs come and go.
+    for (memory, cpus) in [("512m", "2"), ("128m", "1"), ("256m", "2")] {
+        let update = ["update", "operations", "--memory", memory, "--cpus", cpus];
+        // Not whether the guest gives all of it back at once.
+        koya(update).output()?;
+    }
+    let alive = container.exec(&[], &["echo", "alive"])?;
+    ensure!(alive.stdout == b"alive\n", "{alive:?}");
+    Ok(())
+}
