@@ -357,6 +357,9 @@ pub(crate) struct SpecArgs {
     /// Where it is written
     #[arg(long, short, value_name = "DIR", default_value = ".")]
     pub(crate) bundle: PathBuf,
+    /// Accepted: the file is the same, as root in the guest needs no root on the host
+    #[arg(long)]
+    pub(crate) rootless: bool,
 }
 
 #[cfg(test)]
@@ -398,6 +401,7 @@ mod tests {
             "exec --user 1:2 --additional-gids 3 --cap CAP_KILL -e A=b c ls -l",
             "run -d -b /b c",
             "features",
+            "spec --rootless --bundle /b",
             "exec --cgroup / --ignore-paused c true",
         ];
         for line in lines {

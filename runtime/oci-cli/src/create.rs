@@ -104,6 +104,7 @@ fn read_spec(args: &CreateArgs) -> Result<Spec> {
     spec.default_cgroup(&default_cgroup(&args.id));
     match spec.role(&args.id) {
         Role::Single => {
+            program::check_mount_points(&spec, &args.bundle)?;
             program::check(&spec, &args.bundle)?;
             Ok(spec)
         }

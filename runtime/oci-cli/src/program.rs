@@ -89,6 +89,27 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
     bail!("{name}: executable file not found in $PATH ({path})");
 }
 
+/// Checks that proc and sysfs come where the root has directories, and not by a link to somewhere else, as runc does.
+///
+/// # Errors
+/// Which does not.
+pub(crate) fn check_mount_points(spec: &Spec, bundle: &Path) -> Result<()> {
+    let Some(root) = spec.config().root() else {
+        return Ok(());
+    };
+    for mount in spec.config().mounts().iter().flatten() {
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        let within = mount.destination().strip_prefix("/");
+        let within = within.unwrap_or(mount.destination());
+        let place = bundle.join(root.path()).join(within);
+        let is_other = || place.symlink_metadata().is_ok_and(|data| !data.is_dir());
+        if matches!(kind, "proc" | "sysfs") && is_other() {
+            bail!("filesystem {kind:?} must be mounted on ordinary directory");
+        }
+    }
+    Ok(())
+}
+
 /// A container's root file system on the host, without what is mounted in it.
 struct Tree {
     root: PathBuf,
@@ -223,7 +244,9 @@ mod tests {
         change(&mut config, &root);
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         let spec = Spec::read(dir.path()).unwrap();
-        check(&spec, dir.path()).map_err(|error| error.to_string())
+        let checked = check_mount_points(&spec, dir.path());
+        let checked = checked.and_then(|()| check(&spec, dir.path()));
+        checked.map_err(|error| error.to_string())
     }
 
     fn runs(program: &str) -> Result<(), String> {
@@ -269,11 +292,11 @@ mod tests {
         type Change<'a> = &'a dyn Fn(&mut Value, &Path);
         let cases: [Change<'_>; 8] = [
             // A mount at the program, above it, and above it by a link.
-            &|c, _| c["mounts"][0]["destination"] = "/usr/bin/nope".into(),
-            &|c, _| c["mounts"][0]["destination"] = "/usr".into(),
+            &|c, _| c["mounts"][0] = json!({"destination": "/usr/bin/nope", "type": "tmpfs"}),
+            &|c, _| c["mounts"][0] = json!({"destination": "/usr", "type": "tmpfs"}),
             &|c, root| {
                 symlink("../bin", root.join("usr/sbin")).unwrap();
-                c["mounts"][0]["destination"] = "/usr/sbin".into();
+                c["mounts"][0] = json!({"destination": "/usr/sbin", "type": "tmpfs"});
             },
             // A mount that may have a link in it, and one at that link's place.
             &|c, _| {
@@ -298,6 +321,15 @@ mod tests {
             });
             assert_eq!(said, Ok(()), "{index}");
         }
+    }
+
+    #[test]
+    fn proc_is_mounted_on_a_directory() {
+        let directory = bundle(|_, root| fs::create_dir(root.join("proc")).unwrap());
+        assert_eq!(directory, Ok(()));
+        let link = bundle(|_, root| symlink("/bin", root.join("proc")).unwrap());
+        let expected = "filesystem \"proc\" must be mounted on ordinary directory";
+        assert_eq!(link, Err(expected.into()));
     }
 
     /// Nothing outside of the root is looked at.
