@@ -19,6 +19,7 @@ mod peers;
 mod proc;
 mod profile;
 mod rig;
+mod runc_tests;
 mod setup;
 mod suite;
 
@@ -51,6 +52,8 @@ enum Command {
     Demo,
     /// Run all tests: lints, unit tests, tiny guests, Linux guests in the rig
     Test(suite::TestArgs),
+    /// Run runc's own integration tests with koya-runtime in its place
+    RuncTests(runc_tests::RuncTestsArgs),
     /// Run benchmarks of Koya and its peers
     Bench(bench::BenchArgs),
     /// Check formatting, dependencies, clippy, documentation, packages and the aarch64 build
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Rig(args) => rig::run(args),
         Command::Demo => demo::run(),
         Command::Test(args) => suite::run(&args).map(|()| 0),
+        Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),
         Command::Lint => lint::run().map(|()| 0),
     };

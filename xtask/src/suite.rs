@@ -69,7 +69,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
 }
 
 /// A tar of Debian's minimal root file system with a C compiler, git and SQLite, made once.
-fn debian() -> Result<PathBuf> {
+pub(crate) fn debian() -> Result<PathBuf> {
     const SUITE: &str = "bookworm";
     const INCLUDE: &str = "--include=gcc,libc6-dev,make,git,sqlite3";
     let key = cache::key([SUITE, "minbase", INCLUDE]);

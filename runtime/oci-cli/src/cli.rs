@@ -3,14 +3,20 @@
 // What is accepted without a meaning is read by nobody.
 #![allow(dead_code)]
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 /// An OCI runtime: containers that each run in a virtual machine of their own.
 #[derive(Parser)]
 #[command(
     name = "koya-runtime",
-    version = concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"),
+    // The lines by which Docker and others read runc's.
+    version = concat!(
+        "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"
+    ),
+    help_template = "NAME:\n   {name} - Open Container Initiative runtime\n\n{about-with-newline}\n\
+                     USAGE:\n   {usage}\n\n{all-args}{after-help}",
     disable_version_flag = true,
     arg_required_else_help = true,
     after_help = "The commands and options are runc's. KOYA_SHARE, KOYA_KERNEL and KOYA_INITRAMFS say where the \
@@ -25,6 +31,27 @@ pub(crate) struct Cli {
     #[arg(short = 'v', long, action = clap::ArgAction::Version)]
     version: Option<bool>,
 }
+
+impl Cli {
+    /// Reads a command line. Where the program stands in for runc under that name, it goes by it.
+    ///
+    /// # Errors
+    /// If it is not understood, or asks for help or the version.
+    pub(crate) fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let words: Vec<OsString> = words.into_iter().collect();
+        let called = words.first().and_then(|word| Path::new(word).file_name());
+        let name = match called.is_some_and(|name| name == "runc") {
+            true => "runc",
+            false => "koya-runtime",
+        };
+        let command = Self::command().name(name).bin_name(name);
+        let command = command.mut_subcommands(|command| command.help_template(COMMAND_HELP));
+        Self::from_arg_matches(&command.try_get_matches_from(words)?)
+    }
+}
+
+/// As runc's help of a command begins.
+const COMMAND_HELP: &str = "NAME:\n   {usage}\n\n{about-with-newline}\n{all-args}";
 
 /// What is said before the command.
 #[derive(Args)]
@@ -108,7 +135,7 @@ pub(crate) struct IdArgs {
 #[derive(Args)]
 pub(crate) struct AnyArgs {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    _words: Vec<String>,
+    pub(crate) words: Vec<String>,
 }
 
 #[derive(Args)]
@@ -215,6 +242,12 @@ pub(crate) struct ExecArgs {
     /// Not supported beyond 0: descriptors can't be passed into a virtual machine
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
+    /// Not supported: a container's control groups are the guest's
+    #[arg(long, value_name = "PATH")]
+    pub(crate) cgroup: Vec<String>,
+    /// Not supported: the process would not come to its start
+    #[arg(long)]
+    pub(crate) ignore_paused: bool,
     /// The container
     pub(crate) id: String,
     /// The command and its arguments
@@ -324,6 +357,9 @@ pub(crate) struct SpecArgs {
     /// Where it is written
     #[arg(long, short, value_name = "DIR", default_value = ".")]
     pub(crate) bundle: PathBuf,
+    /// Accepted: the file is the same, as root in the guest needs no root on the host
+    #[arg(long)]
+    pub(crate) rootless: bool,
 }
 
 #[cfg(test)]
@@ -365,11 +401,52 @@ mod tests {
             "exec --user 1:2 --additional-gids 3 --cap CAP_KILL -e A=b c ls -l",
             "run -d -b /b c",
             "features",
+            "spec --rootless --bundle /b",
+            "exec --cgroup / --ignore-paused c true",
         ];
         for line in lines {
             let words = std::iter::once("koya-runtime").chain(line.split_whitespace());
             if let Err(error) = Cli::try_parse_from(words) {
                 panic!("{line}: {error}");
+            }
+        }
+    }
+
+    /// What the command prints that is no request: help and the version.
+    fn printed(words: &[&str]) -> String {
+        match Cli::read(words.iter().map(OsString::from)) {
+            Err(error) => error.to_string(),
+            Ok(_) => panic!("{words:?}"),
+        }
+    }
+
+    #[test]
+    fn help_and_version_begin_as_runcs() {
+        for (called, name) in [
+            ("/usr/bin/runc", "runc"),
+            ("/x/koya-runtime", "koya-runtime"),
+        ] {
+            let lines = |words: &[&str]| {
+                let text = printed(&[&[called], words].concat());
+                let lines = text.lines().filter(|line| !line.is_empty());
+                lines.map(str::to_owned).collect::<Vec<_>>()
+            };
+            let version = lines(&["--version"]);
+            let expected = format!("{name} version {}", env!("CARGO_PKG_VERSION"));
+            assert_eq!(version[0], expected);
+            assert!(version[1].starts_with("commit: ") && version[2].starts_with("spec: "));
+            let help = lines(&["-h"]);
+            let expected = format!("   {name} - Open Container Initiative runtime");
+            assert_eq!((help[0].as_str(), &help[1]), ("NAME:", &expected));
+            for command in ["create", "exec", "checkpoint", "restore", "ps", "features"] {
+                for option in ["-h", "--help"] {
+                    let help = lines(&[command, option]);
+                    let expected = format!("   {name} {command}");
+                    assert!(
+                        help[0] == "NAME:" && help[1].starts_with(&expected),
+                        "{help:?}"
+                    );
+                }
             }
         }
     }

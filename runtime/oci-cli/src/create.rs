@@ -4,7 +4,7 @@ use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, life, logging};
+use crate::{Outcome, life, logging, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
@@ -102,24 +102,16 @@ fn read_spec(args: &CreateArgs) -> Result<Spec> {
     state::check_id(&args.id)?;
     let mut spec = Spec::read(&args.bundle)?;
     spec.default_cgroup(&default_cgroup(&args.id));
-    refuse_namespace_hooks(&spec)?;
     match spec.role(&args.id) {
-        Role::Single => Ok(spec),
+        Role::Single => {
+            program::check_mount_points(&spec, &args.bundle)?;
+            program::check(&spec, &args.bundle)?;
+            Ok(spec)
+        }
         Role::Sandbox | Role::Member { .. } => bail!(
             "pods are not supported by koya-runtime: have containerd use io.containerd.koya.v2 for them"
         ),
     }
-}
-
-/// createContainer hooks are programs of the host that want to run in the container's namespaces, which are the guest's.
-/// They are refused before the guest is made.
-fn refuse_namespace_hooks(spec: &Spec) -> Result<()> {
-    let hooks = spec.config().hooks().as_ref();
-    let hooks = hooks.and_then(|hooks| hooks.create_container().as_ref());
-    if hooks.is_some_and(|hooks| !hooks.is_empty()) {
-        bail!("hooks: createContainer hooks are not supported");
-    }
-    Ok(())
 }
 
 /// Where a sandbox's process is if the configuration does not say it.

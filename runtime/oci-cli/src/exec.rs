@@ -40,6 +40,14 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs) -> Outcome {
             args.preserve_fds
         );
     }
+    if args.ignore_paused {
+        bail!(
+            "--ignore-paused is not supported: in a paused container no process comes to its start"
+        );
+    }
+    if let Some(group) = args.cgroup.first() {
+        bail!("--cgroup {group} is not supported: control groups in a container are the guest's");
+    }
     let container = root.find(&args.id)?;
     match container.status() {
         Status::Stopped => bail!("cannot exec in a stopped container"),

@@ -14,6 +14,7 @@ mod exec;
 mod life;
 mod list;
 mod logging;
+mod program;
 mod serve;
 mod signal;
 mod spec;
@@ -21,7 +22,7 @@ mod state;
 mod update;
 
 use anyhow::Context as _;
-use clap::Parser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use cli::{Cli, Command};
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -47,10 +48,16 @@ fn main() -> ExitCode {
         writeln!(std::io::stderr(), "koya-runtime: {error}").ok();
         return ExitCode::from(FAILED);
     }
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::read(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             error.print().ok();
+            if error.kind() == ErrorKind::InvalidSubcommand
+                && let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand)
+            {
+                // As runc says it.
+                writeln!(std::io::stderr(), "No help topic for '{name}'").ok();
+            }
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };

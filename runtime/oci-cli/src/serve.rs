@@ -110,7 +110,7 @@ pub(crate) fn serve() -> Outcome {
 
 fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
     let mut spec = Spec::read(&boot.bundle)?;
-    spec.take_host_hooks();
+    spec.drop_hooks_of_others();
     spec.default_cgroup(&default_cgroup(&boot.id));
     let group = spec.cgroup();
     if let Some(group) = &group

@@ -88,6 +88,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let args = SpecArgs {
             bundle: dir.path().into(),
+            rootless: true,
         };
         spec(&args).unwrap();
         koya_tasks::Spec::read(dir.path()).unwrap();

@@ -31,13 +31,15 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
 /// Which can't be shared.
 pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
     let mut namespaces = Vec::new();
+    let offsets = linux.time_offsets().as_ref();
+    let has_offsets = offsets.is_some_and(|offsets| !offsets.is_empty());
     for namespace in linux.namespaces().iter().flatten() {
-        // The sandbox's own, which all of its containers share; and a clock is a guest's anyway.
-        if matches!(
-            namespace.typ(),
-            LinuxNamespaceType::Network | LinuxNamespaceType::Time
-        ) {
-            continue;
+        match namespace.typ() {
+            // The sandbox's own, which all of its containers share.
+            LinuxNamespaceType::Network => continue,
+            // A clock is a guest's anyway, unless it is to show another time.
+            LinuxNamespaceType::Time if !has_offsets => continue,
+            _ => {}
         }
         // What containers share by a path of the host is the guest's own, which its first process has.
         let mut own = namespace.clone();

@@ -181,6 +181,24 @@ fn users_of_their_own_get_the_guests_sysfs() {
 }
 
 #[test]
+fn a_clock_of_its_own_is_made_where_it_is_to_show_another_time() {
+    let has_clock = |offsets: Value| {
+        let (_dir, bundle) = bundle(|spec| {
+            spec["linux"]["namespaces"] =
+                json!([{"type": "network"}, {"type": "mount"}, {"type": "time"}]);
+            spec["linux"]["timeOffsets"] = offsets;
+        });
+        let adapted = adapt_it("c", bundle).unwrap();
+        let linux = serde_json::to_value(adapted.spec.linux()).unwrap();
+        let namespaces = linux["namespaces"].as_array().unwrap().clone();
+        namespaces.contains(&json!({"type": "time"}))
+    };
+    assert!(has_clock(json!({"boottime": {"secs": 7}})));
+    assert!(!has_clock(json!({})));
+    assert!(!has_clock(Value::Null));
+}
+
+#[test]
 fn hooks_of_the_containers_own_files_are_the_guests() {
     let hooks = json!({"startContainer": [{"path": "/bin/x", "args": ["x", "y"], "timeout": 3}]});
     let (_dir, bundle) = bundle(|spec| spec["hooks"] = hooks.clone());

@@ -1,7 +1,9 @@
-//! Hooks of an OCI configuration that are programs of the host: prestart, createRuntime, poststart, poststop.
+//! Hooks of an OCI configuration that are programs of the host: prestart, createRuntime, createContainer, poststart,
+//! poststop.
 //!
 //! They run in the host's network namespace (a hook may set up the container's, and talks to daemons), and in the
-//! mount namespace of the sandbox's process, which sees the container's root as well as the host's mounts.
+//! mount namespace of the sandbox's process, which sees the container's root as well as the host's mounts. Only
+//! createContainer hooks run in the container's network namespace.
 //!
 //! What a hook prints goes to files in memory rather than to pipes: a program that it leaves running keeps them
 //! open, and would be waited for.
@@ -37,6 +39,8 @@ pub enum Kind {
     Prestart,
     /// As [`Prestart`](Self::Prestart), and after it.
     CreateRuntime,
+    /// As [`CreateRuntime`](Self::CreateRuntime), and after it: in the namespaces of the container that the host has.
+    CreateContainer,
     /// Its program was started.
     Poststart,
     /// It was deleted.
@@ -49,6 +53,7 @@ impl Kind {
         match self {
             Self::Prestart => "prestart",
             Self::CreateRuntime => "createRuntime",
+            Self::CreateContainer => "createContainer",
             Self::Poststart => "poststart",
             Self::Poststop => "poststop",
         }
@@ -59,6 +64,7 @@ impl Kind {
         let list = match self {
             Self::Prestart => hooks.prestart(),
             Self::CreateRuntime => hooks.create_runtime(),
+            Self::CreateContainer => hooks.create_container(),
             Self::Poststart => hooks.poststart(),
             Self::Poststop => hooks.poststop(),
         };
@@ -67,7 +73,9 @@ impl Kind {
 
     fn status(self) -> ContainerState {
         match self {
-            Self::Prestart | Self::CreateRuntime => ContainerState::Creating,
+            Self::Prestart | Self::CreateRuntime | Self::CreateContainer => {
+                ContainerState::Creating
+            }
             Self::Poststart => ContainerState::Running,
             Self::Poststop => ContainerState::Stopped,
         }
@@ -170,7 +178,12 @@ impl TaskSet {
     pub(crate) fn run_hooks(&self, task: &Task, kinds: &[Kind]) -> Result<(), Error> {
         for kind in kinds {
             let state = self.state_for(task, *kind);
-            run(*kind, kind.of(&task.hooks), &state, self.place_of(task))?;
+            run(
+                *kind,
+                kind.of(&task.hooks),
+                &state,
+                self.place_of(task, *kind),
+            )?;
         }
         Ok(())
     }
@@ -184,7 +197,10 @@ impl TaskSet {
             let due = due(task);
             fs::write(&due, "").with_context(|| format!("cannot write {}", due.display()))?;
         }
-        self.run_hooks(task, &[Kind::Prestart, Kind::CreateRuntime])
+        self.run_hooks(
+            task,
+            &[Kind::Prestart, Kind::CreateRuntime, Kind::CreateContainer],
+        )
     }
 
     /// Runs poststop hooks, if they are due.
@@ -195,7 +211,7 @@ impl TaskSet {
         }
         let state = self.state_for(task, Kind::Poststop);
         let hooks = Kind::Poststop.of(&task.hooks);
-        if let Err(error) = run_poststop(hooks, &state, self.place_of(task)) {
+        if let Err(error) = run_poststop(hooks, &state, self.place_of(task, Kind::Poststop)) {
             log::warn!("{error}");
         }
         match fs::remove_file(&due) {
@@ -206,10 +222,11 @@ impl TaskSet {
         }
     }
 
-    fn place_of<'a>(&'a self, task: &'a Task) -> Place<'a> {
+    fn place_of<'a>(&'a self, task: &'a Task, kind: Kind) -> Place<'a> {
+        let network = self.config.host_network.as_ref();
         Place {
             bundle: &task.bundle,
-            network: self.config.host_network.as_ref(),
+            network: network.filter(|_| kind != Kind::CreateContainer),
         }
     }
 

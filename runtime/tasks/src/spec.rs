@@ -6,7 +6,9 @@ use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
 use anyhow::Context;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
-use std::collections::BTreeMap;
+use serde::Deserialize as _;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
@@ -39,7 +41,8 @@ impl Spec {
         let path = bundle.join("config.json");
         let text =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let spec = serde_json::from_slice(&text);
+        let spec = serde_json::from_slice(&text)
+            .or_else(|error| without_unknown_capabilities(&text).ok_or(error));
         Ok(Self(spec.with_context(|| path.display().to_string())?))
     }
 
@@ -145,14 +148,24 @@ impl Spec {
         if let Some(hooks) = self.0.hooks_mut() {
             host.set_prestart(hooks.prestart().clone());
             host.set_create_runtime(hooks.create_runtime().clone());
+            host.set_create_container(hooks.create_container().clone());
             host.set_poststart(hooks.poststart().clone());
             host.set_poststop(hooks.poststop().clone());
             hooks.set_prestart(None);
             hooks.set_create_runtime(None);
+            hooks.set_create_container(None);
             hooks.set_poststart(None);
             hooks.set_poststop(None);
         }
         host
+    }
+
+    /// Takes out the hooks of the host that another process runs; the sandbox's own runs createContainer hooks.
+    pub fn drop_hooks_of_others(&mut self) {
+        let host = self.take_host_hooks();
+        if let Some(hooks) = self.0.hooks_mut() {
+            hooks.set_create_container(host.create_container().clone());
+        }
     }
 
     /// The container's state, as hooks and clients of OCI runtimes get it. `pid` is the process on the host that
@@ -229,6 +242,29 @@ impl Spec {
     }
 }
 
+/// The configuration without capabilities that are not known here, of which runc warns too: other kernels have others.
+/// `None` if that is not what is wrong with it.
+fn without_unknown_capabilities(text: &[u8]) -> Option<oci::Spec> {
+    let mut config: Value = serde_json::from_slice(text).ok()?;
+    let sets = config
+        .pointer_mut("/process/capabilities")?
+        .as_object_mut()?;
+    let mut unknown = BTreeSet::new();
+    for names in sets.values_mut().filter_map(Value::as_array_mut) {
+        names.retain(|name| {
+            let is_known = oci::Capability::deserialize(name).is_ok();
+            if !is_known {
+                unknown.insert(name.to_string());
+            }
+            is_known
+        });
+    }
+    let spec = serde_json::from_value(config).ok()?;
+    let unknown: Vec<_> = unknown.into_iter().collect();
+    log::warn!("ignoring unknown capabilities: {}", unknown.join(", "));
+    Some(spec)
+}
+
 /// Both ways of writing a name are sysctl(8)'s.
 fn is_network_sysctl(name: &str) -> bool {
     name.starts_with("net.") || name.starts_with("net/")
@@ -297,6 +333,27 @@ mod tests {
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
     }
 
+    #[test]
+    fn capabilities_of_other_kernels_are_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |process: Value| {
+            let config =
+                json!({"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": process});
+            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+            Spec::read(dir.path())
+        };
+        let mut process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]});
+        process["capabilities"] =
+            json!({"bounding": ["CAP_NEW", "CAP_KILL", "NEW"], "effective": ["CAP_KILL"]});
+        let spec = read(process.clone()).unwrap();
+        let kept = spec.config().process().as_ref().unwrap();
+        let bounding = kept.capabilities().as_ref().unwrap().bounding().clone();
+        let expected = [oci::Capability::Kill].into_iter().collect();
+        assert_eq!(bounding, Some(expected));
+        process["args"] = json!(7);
+        assert!(read(process).is_err(), "something else is wrong");
+    }
+
     /// podman and Docker set some of each container's network.
     #[test]
     fn sysctls_of_the_network_are_the_guests() {
@@ -312,11 +369,17 @@ mod tests {
     #[test]
     fn hooks_of_the_host_are_taken_out() {
         let hook = json!([{"path": "/bin/true"}]);
-        let mut spec = spec(json!({"hooks": {"prestart": hook, "startContainer": hook}}));
+        let hooks =
+            json!({"hooks": {"prestart": hook, "createContainer": hook, "startContainer": hook}});
+        let mut others = spec(hooks.clone());
+        others.drop_hooks_of_others();
+        let left = others.config().hooks().as_ref().unwrap();
+        assert!(left.prestart().is_none() && left.create_container().is_some());
+        let mut spec = spec(hooks);
         let host = spec.take_host_hooks();
-        assert!(host.prestart().is_some() && host.start_container().is_none());
+        assert!(host.create_container().is_some() && host.start_container().is_none());
         let left = spec.config().hooks().as_ref().unwrap();
-        assert!(left.prestart().is_none() && left.start_container().is_some());
+        assert!(left.create_container().is_none() && left.start_container().is_some());
     }
 
     #[test]

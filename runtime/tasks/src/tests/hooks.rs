@@ -8,7 +8,13 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::PathBuf;
 
-const KINDS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
+const KINDS: [&str; 5] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "poststart",
+    "poststop",
+];
 
 /// Where this rig's hooks write, in a line each: their kind, and the status and pid that they were told.
 fn log(rig: &Rig) -> PathBuf {
@@ -60,14 +66,14 @@ fn hooks_run_in_their_turn() {
     for is_late in [false, true] {
         let rig = Rig::new();
         rig.set.create(request(&rig, "c", "", is_late)).unwrap();
-        assert_eq!(said(&rig), lines(&KINDS[..2]));
+        assert_eq!(said(&rig), lines(&KINDS[..3]));
         // Interfaces come by these hooks, and are looked for later.
         assert_eq!(rig.guest.was_called("boot"), !is_late);
         rig.set.start("c", "").unwrap();
-        assert_eq!(said(&rig), lines(&KINDS[..3]));
+        assert_eq!(said(&rig), lines(&KINDS[..4]));
         rig.guest.ends("c", 3);
         rig.set.wait("c", "").unwrap();
-        assert_eq!(said(&rig), lines(&KINDS[..3]));
+        assert_eq!(said(&rig), lines(&KINDS[..4]));
         rig.set.delete("c", "").unwrap();
         assert_eq!(said(&rig), lines(&KINDS));
         assert_eq!(
@@ -81,7 +87,7 @@ fn hooks_run_in_their_turn() {
 
 #[test]
 fn a_hook_that_fails_before_the_start_leaves_no_task() {
-    for failing in &KINDS[..2] {
+    for failing in &KINDS[..3] {
         let rig = Rig::new();
         let error = rig.set.create(request(&rig, "c", failing, false));
         let error = error.unwrap_err().to_string();
@@ -124,7 +130,7 @@ fn poststop_hooks_that_a_killed_sandbox_owes_are_run() {
         .create(request(&rig, "c", "poststop", true))
         .unwrap();
     run_overdue("c", &bundle).unwrap();
-    let expected = lines(&["prestart", "createRuntime", "poststop"]);
+    let expected = lines(&["prestart", "createRuntime", "createContainer", "poststop"]);
     assert_eq!(said(&rig), expected);
     run_overdue("c", &bundle).unwrap();
     rig.set.delete("c", "").unwrap();

@@ -1,0 +1,345 @@
+//! Whether a container's program is there, as far as the host can say.
+//!
+//! The guest says it for sure, but may be made only at `start`, and podman takes its exit statuses 126 and 127
+//! from what `create` says. So `create` looks, and is silent wherever it could be wrong: where a mount, a hook or
+//! an image may bring the program.
+
+use anyhow::{Result, bail};
+use koya::oci_spec::runtime::Mount;
+use koya_tasks::Spec;
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// As many as the kernel follows (path_resolution(7)).
+const MAX_LINKS: usize = 40;
+
+/// File systems that begin with what the kernel has in them, and no links to programs.
+const KERNELS: [&str; 7] = [
+    "cgroup", "cgroup2", "devpts", "mqueue", "proc", "sysfs", "tmpfs",
+];
+
+/// What is known of a path of the container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Found {
+    /// A file that may be run.
+    Usable,
+    /// There is none.
+    Nothing,
+    /// There is, but it can't be run.
+    Unusable(&'static str),
+    /// Only the guest knows.
+    Unknown,
+}
+
+/// Checks that the program of a container is there. `bundle` is where its configuration is.
+///
+/// # Errors
+/// It is not there, or can't be run, for sure; in runc's words, by which callers tell the two apart.
+pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
+    let config = spec.config();
+    let Some(process) = config.process() else {
+        return Ok(());
+    };
+    let hooks = config.hooks().as_ref();
+    let has_hooks = hooks.is_some_and(|hooks| {
+        let lists = [
+            hooks.prestart(),
+            hooks.create_runtime(),
+            hooks.create_container(),
+            hooks.start_container(),
+        ];
+        lists.into_iter().flatten().any(|list| !list.is_empty())
+    });
+    let (Some(root), false) = (config.root(), has_hooks) else {
+        return Ok(());
+    };
+    let name = process.args().iter().flatten().next();
+    let Some(name) = name.filter(|name| !name.is_empty()) else {
+        return Ok(());
+    };
+    let mounts = config.mounts().iter().flatten();
+    let Some(tree) = Tree::new(bundle.join(root.path()), mounts) else {
+        return Ok(());
+    };
+    if name.contains('/') {
+        return match tree.find(&process.cwd().join(name)) {
+            Found::Nothing => bail!("{name}: no such file or directory"),
+            Found::Unusable(why) => bail!("{name}: {why}"),
+            Found::Usable | Found::Unknown => Ok(()),
+        };
+    }
+    let env = process.env().iter().flatten();
+    let path = env.filter_map(|entry| entry.strip_prefix("PATH=")).next();
+    let path = path.unwrap_or(DEFAULT_PATH);
+    let places = path
+        .split(':')
+        .map(|dir| process.cwd().join(dir).join(name));
+    let found: Vec<_> = places.map(|place| tree.find(&place)).collect();
+    if found.contains(&Found::Usable) || found.contains(&Found::Unknown) {
+        return Ok(());
+    }
+    if found.iter().any(|one| *one != Found::Nothing) {
+        bail!("{name}: permission denied");
+    }
+    bail!("{name}: executable file not found in $PATH ({path})");
+}
+
+/// Checks that proc and sysfs come where the root has directories, and not by a link to somewhere else, as runc does.
+///
+/// # Errors
+/// Which does not.
+pub(crate) fn check_mount_points(spec: &Spec, bundle: &Path) -> Result<()> {
+    let Some(root) = spec.config().root() else {
+        return Ok(());
+    };
+    for mount in spec.config().mounts().iter().flatten() {
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        let within = mount.destination().strip_prefix("/");
+        let within = within.unwrap_or(mount.destination());
+        let place = bundle.join(root.path()).join(within);
+        let is_other = || place.symlink_metadata().is_ok_and(|data| !data.is_dir());
+        if matches!(kind, "proc" | "sysfs") && is_other() {
+            bail!("filesystem {kind:?} must be mounted on ordinary directory");
+        }
+    }
+    Ok(())
+}
+
+/// A container's root file system on the host, without what is mounted in it.
+struct Tree {
+    root: PathBuf,
+    /// Where something is mounted.
+    mounts: Vec<PathBuf>,
+    /// Those of them whose content is not the kernel's: there may be links in it.
+    foreign: Vec<PathBuf>,
+}
+
+impl Tree {
+    /// `None` if the root is no directory, or where mounts are can't be known.
+    fn new<'a>(root: PathBuf, mounts: impl Iterator<Item = &'a Mount>) -> Option<Self> {
+        let mut tree = Self {
+            root,
+            mounts: Vec::new(),
+            foreign: Vec::new(),
+        };
+        if !tree.root.is_dir() {
+            return None;
+        }
+        for mount in mounts {
+            let place = tree.resolve(mount.destination(), &tree.foreign)?;
+            let kind = mount.typ().as_deref().unwrap_or_default();
+            if !KERNELS.contains(&kind) {
+                tree.foreign.push(place.clone());
+            }
+            tree.mounts.push(place);
+        }
+        Some(tree)
+    }
+
+    fn find(&self, path: &Path) -> Found {
+        let Some(place) = self.resolve(path, &self.mounts) else {
+            return Found::Unknown;
+        };
+        match self.at(&place).symlink_metadata() {
+            Ok(data) if data.is_dir() => Found::Unusable("permission denied: it is a directory"),
+            Ok(data) if data.permissions().mode() & 0o111 == 0 => {
+                Found::Unusable("permission denied")
+            }
+            Ok(_) => Found::Usable,
+            Err(error) => match error.kind() {
+                ErrorKind::NotFound | ErrorKind::NotADirectory => Found::Nothing,
+                _ => Found::Unknown,
+            },
+        }
+    }
+
+    fn at(&self, place: &Path) -> PathBuf {
+        self.root.join(place)
+    }
+
+    /// The place of a path, relative to the root, with no symbolic link in it; what is not there is as it is
+    /// written. `None` if one of `mounts` is met, or if it can't be told.
+    fn resolve(&self, path: &Path, mounts: &[PathBuf]) -> Option<PathBuf> {
+        let mut left: VecDeque<OsString> = parts(path);
+        let mut place = PathBuf::new();
+        let mut links = 0;
+        loop {
+            if mounts.contains(&place) {
+                return None;
+            }
+            let Some(part) = left.pop_front() else {
+                return Some(place);
+            };
+            if part == ".." {
+                place.pop();
+                continue;
+            }
+            place.push(part);
+            let data = match self.at(&place).symlink_metadata() {
+                Ok(data) => data,
+                Err(error) if is_absent(error.kind()) => continue,
+                Err(_) => return None,
+            };
+            if data.is_symlink() {
+                links += 1;
+                let target = self.at(&place).read_link().ok()?;
+                if links > MAX_LINKS {
+                    return None;
+                }
+                place.pop();
+                if target.is_absolute() {
+                    place.clear();
+                }
+                for part in parts(&target).into_iter().rev() {
+                    left.push_front(part);
+                }
+            }
+        }
+    }
+}
+
+fn is_absent(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// The names in a path, and `..`.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let parts = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    parts.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    /// A bundle with `/bin/sh`, `/bin/data`, which is no program, and the link `/usr/bin` to `/bin`.
+    fn bundle(change: impl FnOnce(&mut Value, &Path)) -> Result<(), String> {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("rootfs");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        fs::create_dir_all(root.join("usr")).unwrap();
+        fs::write(root.join("bin/sh"), "").unwrap();
+        fs::write(root.join("bin/data"), "").unwrap();
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(root.join("bin/sh"), executable).unwrap();
+        symlink("/bin", root.join("usr/bin")).unwrap();
+        let mut config = json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"], "env": ["PATH=/usr/bin"]},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        });
+        change(&mut config, &root);
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let spec = Spec::read(dir.path()).unwrap();
+        let checked = check_mount_points(&spec, dir.path());
+        let checked = checked.and_then(|()| check(&spec, dir.path()));
+        checked.map_err(|error| error.to_string())
+    }
+
+    fn runs(program: &str) -> Result<(), String> {
+        bundle(|config, _| config["process"]["args"] = json!([program]))
+    }
+
+    #[test]
+    fn a_program_is_found_as_in_the_guest() {
+        for program in [
+            "sh",
+            "/bin/sh",
+            "/usr/bin/sh",
+            "bin/sh",
+            "usr/../bin/sh",
+            "",
+        ] {
+            assert_eq!(runs(program), Ok(()), "{program}");
+        }
+    }
+
+    /// podman's 127 and 126 are told by these words.
+    #[test]
+    fn one_that_is_not_there_is_told_in_runcs_words() {
+        let cases = [
+            (
+                "nope",
+                "nope: executable file not found in $PATH (/usr/bin)",
+            ),
+            ("/nope", "/nope: no such file or directory"),
+            ("/bin/sh/x", "/bin/sh/x: no such file or directory"),
+            ("data", "data: permission denied"),
+            ("/usr/bin/data", "/usr/bin/data: permission denied"),
+            ("/bin", "/bin: permission denied: it is a directory"),
+        ];
+        for (program, why) in cases {
+            assert_eq!(runs(program), Err(why.into()), "{program}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_where_only_the_guest_knows() {
+        let hook = json!([{"path": "/bin/true"}]);
+        type Change<'a> = &'a dyn Fn(&mut Value, &Path);
+        let cases: [Change<'_>; 8] = [
+            // A mount at the program, above it, and above it by a link.
+            &|c, _| c["mounts"][0] = json!({"destination": "/usr/bin/nope", "type": "tmpfs"}),
+            &|c, _| c["mounts"][0] = json!({"destination": "/usr", "type": "tmpfs"}),
+            &|c, root| {
+                symlink("../bin", root.join("usr/sbin")).unwrap();
+                c["mounts"][0] = json!({"destination": "/usr/sbin", "type": "tmpfs"});
+            },
+            // A mount that may have a link in it, and one at that link's place.
+            &|c, _| {
+                c["mounts"] = json!([
+                    {"destination": "/a", "type": "bind", "source": "/a"},
+                    {"destination": "/a/x", "type": "bind", "source": "/x"},
+                ]);
+            },
+            &|c, _| c["hooks"] = json!({"createContainer": hook}),
+            &|c, _| c["hooks"] = json!({"startContainer": hook}),
+            // An image, and links without an end.
+            &|c, _| c["root"]["path"] = "rootfs/bin/data".into(),
+            &|c, root| {
+                symlink("loop", root.join("loop")).unwrap();
+                c["process"]["args"][0] = "/loop".into();
+            },
+        ];
+        for (index, change) in cases.into_iter().enumerate() {
+            let said = bundle(|config, root| {
+                config["process"]["args"] = json!(["nope"]);
+                change(config, root);
+            });
+            assert_eq!(said, Ok(()), "{index}");
+        }
+    }
+
+    #[test]
+    fn proc_is_mounted_on_a_directory() {
+        let directory = bundle(|_, root| fs::create_dir(root.join("proc")).unwrap());
+        assert_eq!(directory, Ok(()));
+        let link = bundle(|_, root| symlink("/bin", root.join("proc")).unwrap());
+        let expected = "filesystem \"proc\" must be mounted on ordinary directory";
+        assert_eq!(link, Err(expected.into()));
+    }
+
+    /// Nothing outside of the root is looked at.
+    #[test]
+    fn links_lead_nowhere_else() {
+        let said = bundle(|config, root| {
+            symlink("/etc/passwd", root.join("bin/passwd")).unwrap();
+            symlink("../../../../../bin", root.join("up")).unwrap();
+            config["process"]["args"] = json!(["/bin/passwd"]);
+        });
+        assert_eq!(said, Err("/bin/passwd: no such file or directory".into()));
+    }
+}
