@@ -8,6 +8,7 @@
 
 mod bundle;
 mod capabilities;
+mod copy_up;
 mod devices;
 pub(crate) mod from_config;
 mod mounts;
@@ -68,6 +69,7 @@ pub(crate) fn adapt(
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
+    copy_up::adapt(&mut spec, root.as_ref().map(|share| share.path.as_path()))?;
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {

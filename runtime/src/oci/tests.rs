@@ -180,6 +180,33 @@ fn users_of_their_own_get_the_guests_sysfs() {
     assert_eq!(guests["type"], "sysfs");
 }
 
+/// podman's `--tmpfs` has it.
+#[test]
+fn a_tmpfs_begins_with_a_copy_only_of_nothing() {
+    let with = |kind: &str, make: &dyn Fn(&Path)| {
+        let (dir, bundle) = bundle(|spec| {
+            spec["mounts"] = json!([{"destination": "/run/x", "type": kind, "source": kind,
+                "options": ["rw", "tmpcopyup"]}]);
+        });
+        make(&dir.path().join("rootfs"));
+        let adapted = adapt_it("c", bundle).map_err(|error| error.to_string())?;
+        let mounts = adapted.spec.mounts().clone().unwrap();
+        Ok::<_, String>(mounts[0].options().clone().unwrap())
+    };
+    let make = |root: &Path| std::fs::create_dir_all(root.join("run/x")).unwrap();
+    let fill = |root: &Path| std::fs::create_dir_all(root.join("run/x/y")).unwrap();
+    assert_eq!(with("tmpfs", &|_| ()).unwrap(), ["rw"]);
+    assert_eq!(with("tmpfs", &make).unwrap(), ["rw"]);
+    let refused = with("tmpfs", &fill).unwrap_err();
+    assert!(
+        refused.contains("/run/x: tmpcopyup of a directory with content"),
+        "{refused}"
+    );
+    // A link leads nowhere else than within the root.
+    let link = |root: &Path| std::os::unix::fs::symlink("/etc", root.join("run")).unwrap();
+    assert_eq!(with("tmpfs", &link).unwrap(), ["rw"]);
+}
+
 #[test]
 fn a_clock_of_its_own_is_made_where_it_is_to_show_another_time() {
     let has_clock = |offsets: Value| {
