@@ -15,13 +15,13 @@ pub(crate) const LAST_WORDS: usize = 80;
 #[non_exhaustive]
 pub enum Error {
     /// Kernel or agent are not where they are looked for.
-    #[error("no {what} found; looked in: {}. Build it with `cargo xtask build`, or set {variable}",
+    #[error("no {what} found; looked in: {}; {remedy}",
         looked.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
     Missing {
         /// Guest kernel or agent.
         what: &'static str,
-        /// The environment variable that names it.
-        variable: &'static str,
+        /// How one comes by it.
+        remedy: &'static str,
         /// Every place.
         looked: Vec<PathBuf>,
     },
@@ -273,7 +273,7 @@ mod tests {
         };
         let missing = Error::Missing {
             what: "guest kernel",
-            variable: "KOYA_KERNEL",
+            remedy: "",
             looked: Vec::new(),
         };
         let not_executable = Error::NotExecutable {

@@ -15,34 +15,75 @@ pub struct Files {
 impl Files {
     /// Looks, in this order: at what is given; at `KOYA_KERNEL` and `KOYA_INITRAMFS`; for
     /// `vmlinux` and `initramfs` in `KOYA_SHARE`, in `../share/koya` beside this program, in
-    /// `/usr/local/share/koya` and in `/usr/share/koya`.
+    /// `/usr/local/share/koya` and in `/usr/share/koya`. Where the kernel is named [`FULL_KERNEL`], it is
+    /// `vmlinux-full` in these directories.
     ///
     /// # Errors
     /// [`Error::Missing`] with every place.
     pub fn find(kernel: Option<PathBuf>, initramfs: Option<PathBuf>) -> Result<Self, Error> {
+        let named = kernel.or_else(|| from_environment("KOYA_KERNEL"));
+        let initramfs = initramfs.or_else(|| from_environment("KOYA_INITRAMFS"));
+        // What somebody names is taken as it is, so that an error names it too.
         Ok(Self {
-            kernel: find("guest kernel", kernel, "KOYA_KERNEL", "vmlinux")?,
-            initramfs: find("agent initramfs", initramfs, "KOYA_INITRAMFS", "initramfs")?,
+            kernel: match named {
+                Some(name) if name.as_os_str() == FULL_KERNEL => Self::full_kernel()?,
+                Some(path) => path,
+                None => find(&KERNEL)?,
+            },
+            initramfs: match initramfs {
+                Some(path) => path,
+                None => find(&INITRAMFS)?,
+            },
         })
+    }
+
+    /// Where the full kernel is.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] with every place.
+    pub fn full_kernel() -> Result<PathBuf, Error> {
+        find(&FULL)
     }
 }
 
-fn find(
+/// The name of the kernel with network file systems, tracing and more (docs/guest-kernel.md).
+pub const FULL_KERNEL: &str = "full";
+
+/// A file that is looked for, and how one comes by it.
+struct Wanted {
     what: &'static str,
-    given: Option<PathBuf>,
-    variable: &'static str,
-    name: &str,
-) -> Result<PathBuf, Error> {
-    // What somebody names is taken as it is, so that an error names it too.
-    if let Some(path) = given.or_else(|| std::env::var_os(variable).map(PathBuf::from)) {
-        return Ok(path);
-    }
-    let looked: Vec<PathBuf> = directories().into_iter().map(|d| d.join(name)).collect();
+    name: &'static str,
+    remedy: &'static str,
+}
+
+const KERNEL: Wanted = Wanted {
+    what: "guest kernel",
+    name: "vmlinux",
+    remedy: "build it with `cargo xtask build`, or set KOYA_KERNEL",
+};
+const FULL: Wanted = Wanted {
+    what: "full guest kernel (vmlinux-full)",
+    name: "vmlinux-full",
+    remedy: "build it with `cargo xtask kernel --full`",
+};
+const INITRAMFS: Wanted = Wanted {
+    what: "agent initramfs",
+    name: "initramfs",
+    remedy: "build it with `cargo xtask build`, or set KOYA_INITRAMFS",
+};
+
+fn from_environment(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).map(PathBuf::from)
+}
+
+fn find(wanted: &Wanted) -> Result<PathBuf, Error> {
+    let names = directories().into_iter().map(|d| d.join(wanted.name));
+    let looked: Vec<PathBuf> = names.collect();
     match looked.iter().find(|p| p.exists()) {
         Some(found) => Ok(found.clone()),
         None => Err(Error::Missing {
-            what,
-            variable,
+            what: wanted.what,
+            remedy: wanted.remedy,
             looked,
         }),
     }
@@ -61,4 +102,27 @@ fn directories() -> Vec<PathBuf> {
     all.push("/usr/local/share/koya".into());
     all.push("/usr/share/koya".into());
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_full_kernel_is_refused_by_its_name_where_it_is_not() {
+        let named = Files::find(Some(FULL_KERNEL.into()), Some("i".into()));
+        let error = named.unwrap_err().to_string();
+        assert!(
+            error.starts_with("no full guest kernel (vmlinux-full) found; looked in: ")
+                && error.ends_with("vmlinux-full; build it with `cargo xtask kernel --full`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_file_is_taken_as_it_is_named() {
+        let files = Files::find(Some("./full".into()), Some("i".into())).unwrap();
+        assert_eq!(files.kernel, PathBuf::from("./full"));
+        assert_eq!(files.initramfs, PathBuf::from("i"));
+    }
 }

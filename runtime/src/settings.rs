@@ -2,6 +2,7 @@
 //!
 //! They are read anew for each sandbox. docs/configuration.md is made from this file.
 
+use crate::files::{FULL_KERNEL, Files};
 use crate::{Cache, Error, SandboxConfig, Size};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -48,7 +49,8 @@ pub struct Settings {
     /// Whether a sandbox's threads that work for the guest are confined: a seccomp filter for each kind of
     /// thread, and no capabilities but those that serving files takes (`docs/security.md`).
     pub seccomp: bool,
-    /// The guest kernel. Without it: `vmlinux` where Koya's files are looked for.
+    /// The guest kernel: a file, or `full` for `vmlinux-full` where Koya's files are looked for (docs/guest-kernel.md).
+    /// Without it: `vmlinux` there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
     /// The agent's initramfs. Without it: `initramfs` where Koya's files are looked for.
@@ -200,8 +202,13 @@ impl Settings {
             in_range("memory_max_mib", max, self.memory_mib, most)?;
         }
         for (key, path) in [("kernel", &self.kernel), ("initramfs", &self.initramfs)] {
-            if let Some(path) = path.as_ref().filter(|path| !path.is_file()) {
-                return Err(format!("{key}: there is no file {}", path.display()));
+            let named = path.as_ref().filter(|path| !path.is_file());
+            match named {
+                Some(name) if key == "kernel" && name.as_os_str() == FULL_KERNEL => {
+                    Files::full_kernel().map_err(|error| format!("{key}: {error}"))?;
+                }
+                Some(path) => return Err(format!("{key}: there is no file {}", path.display())),
+                None => {}
             }
         }
         let known = toml::Table::try_from(Self {
@@ -295,6 +302,7 @@ mod tests {
             ("memory_mib = \"512\"", "memory_mib"),
             ("memory_max_mib = 100", "memory_max_mib"),
             ("kernel = \"/not/there\"", "/not/there"),
+            ("kernel = \"full\"", "cargo xtask kernel --full"),
             ("annotations = [\"cpsu\"]", "cpsu"),
             ("cache = \"some\"", "some"),
         ] {

@@ -353,6 +353,90 @@ fn threads_are_started_by_their_role() {
     }
 }
 
+/// The options that the fragments in a directory set to `y`, by their names without `CONFIG_`.
+fn kernel_options(directory: &str) -> BTreeSet<String> {
+    let fragments = files("config");
+    let fragments = fragments.iter().filter(|f| f.starts_with(directory));
+    let text: String = fragments.map(|file| read(file) + "\n").collect();
+    text.lines()
+        .filter_map(|line| line.trim().strip_prefix("CONFIG_")?.strip_suffix("=y"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The cells of the rows that name an option, for tables with this many columns.
+fn option_rows(text: &str, columns: usize) -> Vec<Vec<String>> {
+    text.lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| line.trim_matches('|').split('|'))
+        .map(|cells| cells.map(|cell| cell.trim().to_owned()).collect())
+        .filter(|row: &Vec<String>| row.len() == columns)
+        .collect()
+}
+
+/// What is said of an option that container engines ask for, against what is configured.
+#[test]
+fn the_guest_kernel_has_the_options_that_its_table_says() {
+    let set = kernel_options("guest-kernel/config/");
+    let text = read("docs/guest-kernel.md");
+    let (text, full) = text.split_once("\n## The full kernel\n").unwrap();
+    let asked = option_rows(text, 3);
+    for (engine, options) in [("Docker", 83), ("Kubernetes", 22), ("k3s", 62)] {
+        let rows = asked
+            .iter()
+            .filter(|row| row[1].split(", ").any(|e| e == engine));
+        assert_eq!(rows.count(), options, "{engine}");
+    }
+    for row in &asked {
+        let (option, here) = (row[0].trim_matches('`'), row[2].as_str());
+        if here == "set" {
+            assert!(set.contains(option), "{option} is not in the fragments");
+        } else if let Some(by) = here.strip_prefix("by ") {
+            assert!(set.contains(by.trim_matches('`')), "{option}: {here}");
+        } else {
+            let why = here.strip_prefix("left out: ").unwrap_or_default();
+            assert!(!why.is_empty(), "{option} has no reason: {here}");
+            assert!(!set.contains(option), "{option} is there");
+        }
+    }
+    let only_full = kernel_options("guest-kernel/config-full/");
+    for row in option_rows(text, 2) {
+        let option = row[0].trim_matches('`');
+        assert!(!set.contains(option) && !row[1].is_empty(), "{option}");
+        assert!(
+            !only_full.contains(option),
+            "{option} is in the full kernel"
+        );
+    }
+    let rows = option_rows(full, 2);
+    let named = rows.iter().map(|row| row[0].trim_matches('`').to_owned());
+    assert_eq!(named.collect::<BTreeSet<_>>(), only_full);
+    assert!(only_full.is_disjoint(&set));
+}
+
+/// Each patch is in the ledger with its gain, its risk and its end, and no other is.
+#[test]
+fn every_patch_of_the_guest_kernel_is_in_the_ledger() {
+    let ledger = read("guest-kernel/README.md");
+    let rows = ledger.lines().filter(|line| line.starts_with("| 00"));
+    let rows: Vec<Vec<&str>> = rows
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    for row in &rows {
+        assert!(
+            row.len() == 4 && row.iter().all(|c| !c.is_empty()),
+            "{row:?}"
+        );
+    }
+    let listed: Vec<&str> = rows.iter().filter_map(|row| row[0].get(..4)).collect();
+    let patches = files("patch");
+    let there: Vec<&str> = patches
+        .iter()
+        .filter_map(|file| file.strip_prefix("guest-kernel/patches/")?.get(..4))
+        .collect();
+    assert_eq!(listed, there);
+}
+
 /// All that koya-vmm offers: what is not in here is not public by accident.
 const OF_KOYA_VMM: &[&str] = &[
     "ArchError",

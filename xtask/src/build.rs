@@ -78,6 +78,15 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// Puts the full kernel where `--kernel full` looks for it.
+pub(crate) fn install_full(vmlinux: &Path) -> Result<PathBuf> {
+    let share = Products::places().share;
+    fs::create_dir_all(&share)?;
+    let full = share.join("vmlinux-full");
+    install(vmlinux, &full)?;
+    Ok(full)
+}
+
 /// Builds what is out of date and returns where it is.
 pub(crate) fn ensure() -> Result<Products> {
     setup::ensure()?;

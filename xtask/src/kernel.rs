@@ -1,7 +1,8 @@
 //! The guest kernel: Debian's Linux source, the patches in `guest-kernel/patches` and the fragments
-//! in `guest-kernel/config`. `guest-kernel/README.md` says how to move to another source.
+//! in `guest-kernel/config`; the full one has those in `guest-kernel/config-full` as well.
+//! `guest-kernel/README.md` says how to move to another source.
 
-use crate::{cache, proc, setup};
+use crate::{build, cache, proc, setup};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,6 +13,11 @@ const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// The package's version that the patches and the goals of the benches are for.
 const PINNED: &str = "6.12.117-1~deb12u1";
+
+/// The fragments of every guest kernel.
+const CONFIG: &str = "guest-kernel/config";
+/// What the full one has beside them.
+const FULL: &str = "guest-kernel/config-full";
 
 const SYMBOLS: &str = "System.map";
 
@@ -30,6 +36,10 @@ pub(crate) struct KernelArgs {
     /// Without the patches: the source as it is, with our configuration
     #[arg(long)]
     unpatched: bool,
+    /// The full kernel: network file systems, tracing and more (docs/guest-kernel.md); `koya run --kernel full`
+    /// takes it
+    #[arg(long)]
+    full: bool,
     /// Another source tree; it stays as it is (patches are applied to a copy)
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
@@ -43,25 +53,36 @@ pub(crate) fn run(args: &KernelArgs) -> Result<()> {
     } else {
         patches()?
     };
-    let kernel = of(&Source::find(args.source.as_deref(), patches)?)?;
+    let source = Source::find(args.source.as_deref(), patches)?;
+    let kernel = if args.full {
+        setup::ensure_these(&[("dwarves", "the types of the full kernel")])?;
+        of(
+            &source,
+            &with_overrides(fragments(CONFIG)?, fragments(FULL)?),
+        )?
+    } else {
+        of(&source, &fragments(CONFIG)?)?
+    };
     for file in [&kernel.vmlinux, &kernel.bzimage] {
         let mib = fs::metadata(file)?.len() as f64 / (1024.0 * 1024.0);
         println!("{} ({mib:.1} MiB)", file.display());
+    }
+    if args.full {
+        println!("{}", build::install_full(&kernel.vmlinux)?.display());
     }
     Ok(())
 }
 
 /// Builds the guest kernel if the cache does not have it.
 pub(crate) fn ensure() -> Result<Kernel> {
-    of(&Source::find(None, patches()?)?)
+    of(&Source::find(None, patches()?)?, &fragments(CONFIG)?)
 }
 
-/// The kernel of this source, from the cache or built.
-fn of(source: &Source) -> Result<Kernel> {
-    let wanted = fragments()?;
+/// The kernel of this source with these options, from the cache or built.
+fn of(source: &Source, wanted: &Options) -> Result<Kernel> {
     let compiler = proc::output(Command::new("gcc").arg("-dumpfullversion"))?;
-    let key = cache::key([source.identity.as_str(), &text(&wanted), &compiler, SYMBOLS]);
-    let dir = cache::ensure("kernel", &key, |dir| build(source, &wanted, &key, dir))?;
+    let key = cache::key([source.identity.as_str(), &text(wanted), &compiler, SYMBOLS]);
+    let dir = cache::ensure("kernel", &key, |dir| build(source, wanted, &key, dir))?;
     let file = |prefix: &str| -> Result<PathBuf> {
         fs::read_dir(&dir)?
             .filter_map(|e| e.ok().map(|e| e.path()))
@@ -213,10 +234,13 @@ pub(crate) fn source_version() -> Result<String> {
     proc::output(Command::new("dpkg-query").args(["-W", "-f=${Version}", SOURCE_PACKAGE]))
 }
 
-/// Every option of the fragments: name to value, where `n` means "must be off".
-fn fragments() -> Result<BTreeMap<String, String>> {
+/// Options: name to value, where `n` means "must be off".
+type Options = BTreeMap<String, String>;
+
+/// Every option of a directory's fragments.
+fn fragments(directory: &str) -> Result<Options> {
     let mut options = BTreeMap::new();
-    for file in files_with("guest-kernel/config", "config")? {
+    for file in files_with(directory, "config")? {
         for line in fs::read_to_string(&file)?.lines() {
             let line = line.trim();
             let (name, value) = if let Some(off) = line
@@ -240,7 +264,13 @@ fn fragments() -> Result<BTreeMap<String, String>> {
     Ok(options)
 }
 
-fn text(options: &BTreeMap<String, String>) -> String {
+/// What the full kernel has instead of the other's options, and beside them.
+fn with_overrides(mut options: Options, others: Options) -> Options {
+    options.extend(others);
+    options
+}
+
+fn text(options: &Options) -> String {
     options
         .iter()
         .map(|(name, value)| match value.as_str() {
@@ -250,7 +280,7 @@ fn text(options: &BTreeMap<String, String>) -> String {
         .collect()
 }
 
-fn build(source: &Source, wanted: &BTreeMap<String, String>, key: &str, out: &Path) -> Result<()> {
+fn build(source: &Source, wanted: &Options, key: &str, out: &Path) -> Result<()> {
     let tree = source.tree()?;
     let objects = out.join("objects");
     fs::create_dir_all(&objects)?;
@@ -301,7 +331,7 @@ fn build(source: &Source, wanted: &BTreeMap<String, String>, key: &str, out: &Pa
 }
 
 /// Kconfig drops what it does not know or cannot satisfy without a word; we do not.
-fn verify(wanted: &BTreeMap<String, String>, config: &str) -> Result<()> {
+fn verify(wanted: &Options, config: &str) -> Result<()> {
     let mut lost = Vec::new();
     for (name, value) in wanted {
         let set = config
@@ -400,8 +430,13 @@ mod tests {
 
     #[test]
     fn the_fragments_parse_and_do_not_contradict_each_other() {
-        let options = fragments().unwrap();
+        let options = fragments(CONFIG).unwrap();
         assert_eq!(options["CONFIG_VIRTIO_FS"], "y");
         assert_eq!(options["CONFIG_MODULES"], "n");
+        assert_eq!(options["CONFIG_FTRACE"], "n");
+        let full = with_overrides(options, fragments(FULL).unwrap());
+        assert_eq!(full["CONFIG_VIRTIO_FS"], "y");
+        assert_eq!(full["CONFIG_FTRACE"], "y");
+        assert_eq!(full["CONFIG_FUNCTION_TRACER"], "n");
     }
 }

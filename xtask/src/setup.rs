@@ -27,6 +27,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("e2fsprogs", "the rig's scratch disk"),
     ("dmsetup", "the tests' disks that fail"),
     ("erofs-utils", "the tests' image of a root file system"),
+    ("squashfs-tools", "the tests' images of squashfs"),
+    ("iptables", "the tests' packet filters"),
     ("debootstrap", "the tests' Debian root file system"),
     ("iproute2", "the tests' networks"),
     ("socat", "the tests' tap that a program serves"),

@@ -99,8 +99,12 @@ fn look() -> Vec<Finding> {
             what: "files",
             well: true,
             text: format!(
-                "kernel {}, agent {}",
+                "kernel {}{}, agent {}",
                 files.kernel.display(),
+                match koya::files::Files::full_kernel() {
+                    Ok(full) => format!(" and {}", full.display()),
+                    Err(_) => String::new(),
+                },
                 files.initramfs.display()
             ),
         },

@@ -30,6 +30,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
             "program": std::env::current_exe().ok(),
         },
         "kernel": file(files.as_ref().ok().map(|f| &f.kernel)),
+        "full_kernel": file(Files::full_kernel().ok().as_ref()),
         "initramfs": file(files.as_ref().ok().map(|f| &f.initramfs)),
         "containers": super::state::root().ok(),
         "missing": files.as_ref().err().map(ToString::to_string),

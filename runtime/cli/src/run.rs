@@ -122,8 +122,8 @@ pub(super) struct RunArgs {
     /// Remove a detached container when it exits (others always are)
     #[arg(long)]
     rm: bool,
-    /// Boot another guest kernel
-    #[arg(long, value_name = "FILE")]
+    /// Boot another guest kernel: a file, or `full` for the one with network file systems and tracing
+    #[arg(long, value_name = "FILE|full")]
     kernel: Option<PathBuf>,
     /// Set kernel parameters of the guest
     #[arg(long, value_name = "PARAMETERS", default_value = "quiet")]

@@ -19,6 +19,7 @@ mod faults;
 mod files;
 mod hooks;
 mod images;
+mod kernel;
 mod lent;
 mod life;
 mod memory;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         faults::trials(),
         files::trials(),
         images::trials(),
+        kernel::trials(),
         life::trials(),
         memory::trials(),
         network::trials(),

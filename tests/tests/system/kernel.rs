@@ -1,0 +1,176 @@
+//! What the guest's kernel has inside, used as programs in containers use it: it has no modules, so
+//! what is not there cannot be loaded.
+
+use crate::debian::debian;
+use crate::tool::{busybox, koya, run, run_in, scratch, stdout};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+crate::trials![
+    rules_of_meshes_and_firewalls_are_taken,
+    a_connection_keeps_its_mark,
+    squashfs_is_mounted_whatever_compressed_it,
+    links_of_container_networks_are_made,
+    userfaultfd_is_there,
+    the_full_kernel_is_taken_where_it_is_and_else_refused,
+];
+
+/// Copies a program of the host's into a root, with the libraries that it names.
+fn copy_program(root: &Path, program: &str) -> Result<()> {
+    let libraries = stdout(Command::new("ldd").arg(program).output()?)?;
+    let paths = libraries.split_whitespace().filter(|w| w.starts_with('/'));
+    for path in paths.chain([program]) {
+        let to = root.join(&path[1..]);
+        fs::create_dir_all(to.parent().context("a file is in a directory")?)?;
+        fs::copy(path, to)?;
+    }
+    Ok(())
+}
+
+/// A root with iptables, both the one of nftables and the old one.
+fn iptables(name: &str) -> Result<std::path::PathBuf> {
+    let root = scratch(name)?;
+    busybox(&root)?;
+    for kind in ["nft", "legacy"] {
+        copy_program(&root, &format!("/usr/sbin/xtables-{kind}-multi"))?;
+        let link = root.join(format!("usr/sbin/iptables-{kind}"));
+        symlink(format!("xtables-{kind}-multi"), link)?;
+    }
+    let extensions = "usr/lib/x86_64-linux-gnu/xtables";
+    fs::create_dir_all(root.join(extensions))?;
+    for entry in fs::read_dir(Path::new("/").join(extensions))? {
+        let entry = entry?;
+        fs::copy(entry.path(), root.join(extensions).join(entry.file_name()))?;
+    }
+    Ok(root)
+}
+
+fn privileged(root: &Path, script: &str) -> Result<String> {
+    stdout(run_in(root, &["--privileged"], &["sh", "-c", script])?)
+}
+
+/// One rule for each extension that Istio, Cilium, kube-proxy, Docker and firewalls ask for.
+const RULES: &str = "-t mangle -A PREROUTING -p tcp -j TPROXY --on-port 15006 --tproxy-mark 1
+-t mangle -A PREROUTING -p tcp -m socket --transparent -j MARK --set-mark 1
+-t mangle -A PREROUTING -m connmark --mark 1 -j ACCEPT
+-t mangle -A PREROUTING -j CONNMARK --restore-mark
+-t mangle -A FORWARD -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
+-t raw -A PREROUTING -j CT --notrack
+-t nat -A POSTROUTING -j MASQUERADE
+-t nat -A PREROUTING -p tcp -j REDIRECT --to-ports 1
+-t nat -A PREROUTING -d 10.1.0.0/24 -j NETMAP --to 10.2.0.0/24
+-A INPUT -m addrtype --dst-type LOCAL -m comment --comment why -j ACCEPT
+-A INPUT -p tcp -m multiport --dports 1,2 -j ACCEPT
+-A INPUT -m statistic --mode random --probability 0.5 -j ACCEPT
+-A INPUT -m recent --name seen --set
+-A INPUT -m hashlimit --hashlimit-above 5/sec --hashlimit-mode srcip --hashlimit-name h -j DROP
+-A INPUT -m connlimit --connlimit-above 3 -j DROP
+-A INPUT -m iprange --src-range 10.0.0.1-10.0.0.9 -j ACCEPT
+-A INPUT -m mac --mac-source 02:00:00:00:00:01 -j ACCEPT
+-A INPUT -m string --algo bm --string x -j DROP
+-A INPUT -j NFLOG --nflog-group 1
+-A INPUT -j NFQUEUE --queue-num 0 --queue-bypass";
+
+fn rules_of_meshes_and_firewalls_are_taken() -> Result<()> {
+    let root = iptables("kernel-rules")?;
+    fs::write(root.join("rules"), format!("{RULES}\n"))?;
+    let said = privileged(
+        &root,
+        "for kind in nft legacy; do while read -r rule; do
+             iptables-$kind $rule 2>&1 < /dev/null || echo \"$kind refuses $rule\"
+         done < /rules; iptables-$kind -t mangle -S PREROUTING | grep -c ^-A; done",
+    )?;
+    ensure!(said == "4\n4", "{said}");
+    Ok(())
+}
+
+fn a_connection_keeps_its_mark() -> Result<()> {
+    let root = iptables("kernel-mark")?;
+    let said = privileged(
+        &root,
+        "ip link set lo up
+         iptables-nft -t mangle -A OUTPUT -p icmp -j CONNMARK --set-mark 7 || exit
+         ping -c 1 -W 10 127.0.0.1 > /dev/null; grep -o mark=7 /proc/net/nf_conntrack",
+    )?;
+    ensure!(said == "mark=7", "{said}");
+    Ok(())
+}
+
+fn squashfs_is_mounted_whatever_compressed_it() -> Result<()> {
+    let root = scratch("kernel-squashfs")?;
+    busybox(&root)?;
+    let tree = scratch("kernel-squashfs-tree")?;
+    fs::write(tree.join("text"), "from squashfs\n".repeat(10_000))?;
+    let kinds = ["gzip", "lz4", "lzo", "xz", "zstd"];
+    for kind in kinds {
+        let made = Command::new("mksquashfs")
+            .arg(&tree)
+            .arg(root.join(kind))
+            .args(["-noappend", "-quiet", "-no-progress", "-comp", kind])
+            .output()?;
+        stdout(made)?;
+    }
+    let said = privileged(
+        &root,
+        "for kind in gzip lz4 lzo xz zstd; do
+             mount -t squashfs -o loop,ro /$kind /mnt && echo $kind $(grep -c 'from squashfs' /mnt/text); umount /mnt
+         done",
+    )?;
+    let wanted = kinds.map(|kind| format!("{kind} 10000")).join("\n");
+    ensure!(said == wanted, "{said}");
+    Ok(())
+}
+
+fn links_of_container_networks_are_made() -> Result<()> {
+    let root = scratch("kernel-links")?;
+    busybox(&root)?;
+    let said = privileged(
+        &root,
+        "for kind in wireguard dummy bridge; do
+             ip link add kc-$kind type $kind && ip link set kc-$kind up && ip -o link show kc-$kind | grep -o 'kc-[a-z]*'
+         done",
+    )?;
+    ensure!(said == "kc-wireguard\nkc-dummy\nkc-bridge", "{said}");
+    Ok(())
+}
+
+/// A descriptor, and the handshake on it; QEMU, CRIU and garbage collectors begin so.
+fn userfaultfd_is_there() -> Result<()> {
+    let root = debian()?;
+    let script = r#"$fd = syscall(323, 1); $api = pack("Q3", 0xAA, 0, 0);
+        die "no userfaultfd: $!" if $fd < 0;
+        die "no handshake: $!" if syscall(16, $fd, 0xc018aa3f, $api) < 0;
+        print "its ioctls: ", (unpack("Q3", $api))[2] ? "some" : "none";"#;
+    let said = stdout(run_in(&root, &["--privileged"], &["perl", "-e", script])?)?;
+    ensure!(said == "its ioctls: some", "{said}");
+    Ok(())
+}
+
+/// It is not built by `cargo xtask build`.
+fn the_full_kernel_is_taken_where_it_is_and_else_refused() -> Result<()> {
+    let there = stdout(koya(["env"]).output()?)?.contains("vmlinux-full");
+    let script = r#"uname -r | grep -o koya-full; grep -oE '(nfs4|cifs|xfs)$' /proc/filesystems | sort
+        test -s /sys/kernel/btf/vmlinux && echo types
+        mount -t tracefs tracefs /mnt && echo p:seen do_sys_openat2 > /mnt/kprobe_events &&
+        echo 1 > /mnt/events/kprobes/seen/enable && cat /etc/passwd > /dev/null
+        grep -m 1 -o 'cat-.*seen' /mnt/trace | sed 's/-.*:/ is/'"#;
+    let options = ["--privileged", "--kernel", "full"];
+    let ran = run(&options, &["sh", "-c", script])?;
+    if there {
+        let said = stdout(ran)?;
+        let wanted = "koya-full\ncifs\nnfs4\nxfs\ntypes\ncat is seen";
+        ensure!(said == wanted, "{said}");
+    } else {
+        let said = String::from_utf8(ran.stderr)?;
+        let refused = "vmlinux-full; build it with `cargo xtask kernel --full`\n";
+        ensure!(
+            ran.status.code() == Some(125) && said.ends_with(refused) && said.lines().count() == 1,
+            "{}: {said}",
+            ran.status
+        );
+    }
+    Ok(())
+}
