@@ -256,7 +256,12 @@ fn attempt() {
 
 fn command(filter: Filter, name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "sys::traitor_tests::attempt", "--nocapture", "-q"]);
+    command.args([
+        "--exact",
+        "sys::traitor_tests::attempt",
+        "--nocapture",
+        "-q",
+    ]);
     command.env(ATTEMPT, format!("{filter:?}\t{name}"));
     command
 }
