@@ -195,10 +195,38 @@ pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
 pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
     let mut found = Vec::new();
     nodes_in(dev, Path::new("/dev"), &mut found)?;
+    if found
+        .iter()
+        .any(|node| node.path() == Path::new("/dev/loop-control"))
+    {
+        add_loop_devices(&mut found)?;
+    }
     change_devices(spec, |nodes, _| {
         found.retain(|new| !nodes.iter().any(|node| node.path() == new.path()));
         nodes.append(&mut found);
     })
+}
+
+/// Loop devices come into being when one is asked of loop-control, and a container's `/dev` would not have them then.
+fn add_loop_devices(found: &mut Vec<LinuxDevice>) -> Result<()> {
+    const MAJOR: i64 = 7;
+    for minor in 0..8 {
+        let path = PathBuf::from(format!("/dev/loop{minor}"));
+        if found.iter().any(|node| *node.path() == path) {
+            continue;
+        }
+        let node = LinuxDeviceBuilder::default()
+            .typ(LinuxDeviceType::B)
+            .path(path)
+            .major(MAJOR)
+            .minor(minor)
+            .file_mode(0o660_u32)
+            .uid(0_u32)
+            .gid(0_u32)
+            .build()?;
+        found.push(node);
+    }
+    Ok(())
 }
 
 /// What is a container's own: terminals, and the file systems that it mounts.
@@ -318,6 +346,8 @@ mod tests {
             (at("/dev/null"), at("/dev/zero"), at("/dev/ptmx")),
             (1, 1, 0)
         );
+        let has_loops = Path::new("/dev/loop-control").exists();
+        assert!(!has_loops || at("/dev/loop0") == 1 && at("/dev/loop7") == 1);
         assert!(!nodes.iter().any(|node| node.path().starts_with("/dev/pts")));
         let null = nodes
             .iter()

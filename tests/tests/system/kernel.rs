@@ -34,6 +34,8 @@ fn copy_program(root: &Path, program: &str) -> Result<()> {
 fn iptables(name: &str) -> Result<std::path::PathBuf> {
     let root = scratch(name)?;
     busybox(&root)?;
+    // For the lock of the old one.
+    fs::create_dir_all(root.join("run"))?;
     for kind in ["nft", "legacy"] {
         copy_program(&root, &format!("/usr/sbin/xtables-{kind}-multi"))?;
         let link = root.join(format!("usr/sbin/iptables-{kind}"));
@@ -45,6 +47,9 @@ fn iptables(name: &str) -> Result<std::path::PathBuf> {
         let entry = entry?;
         fs::copy(entry.path(), root.join(extensions).join(entry.file_name()))?;
     }
+    // What an extension is linked with beyond the programs.
+    let statistic = Path::new("/").join(extensions).join("libxt_statistic.so");
+    copy_program(&root, statistic.to_str().context("it is text")?)?;
     Ok(root)
 }
 
