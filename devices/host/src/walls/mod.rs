@@ -11,15 +11,14 @@
 //! somebody who has control of it.
 
 mod calls;
+mod program;
 
-use calls::{Argument, CALLS, Call, LEGACY_CALLS, OTHER_NAMES, Value};
+use calls::{CALLS, Call, LEGACY_CALLS, OTHER_NAMES};
+use program::Verdict;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
 };
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
@@ -99,51 +98,37 @@ impl Filter {
         match place.get() {
             Some(program) => Ok(program),
             None => {
-                let program = self.compile().map_err(io::Error::other)?;
+                let program = program::of(&verdicts(self))?;
                 Ok(place.get_or_init(|| program))
             }
         }
     }
+}
 
-    fn compile(self) -> Result<BpfProgram, seccompiler::BackendError> {
-        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-        let rows = rows().filter(|row| row.filters & self.bit() != 0);
-        for row in rows {
-            let alternatives = rules.entry(row.number).or_default();
-            if !row.arguments.is_empty() {
-                let conditions = row.arguments.iter().map(condition);
-                let conditions = conditions.collect::<Result<_, _>>()?;
-                alternatives.push(SeccompRule::new(conditions)?);
+/// What a filter does with the calls that it does not trap.
+fn verdicts(filter: Filter) -> BTreeMap<u32, Verdict> {
+    let mut verdicts = BTreeMap::new();
+    for row in rows().filter(|row| row.filters & filter.bit() != 0) {
+        let number = row.number as u32;
+        let verdict = verdicts.entry(number).or_insert(Verdict::If(Vec::new()));
+        match verdict {
+            Verdict::If(alternatives) if !row.arguments.is_empty() => {
+                alternatives.push(row.arguments)
             }
+            other => *other = Verdict::Always(program::ALLOW),
         }
-        let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, arch()?)?;
-        filter.try_into()
     }
+    if filter.creates_threads() {
+        // clone3(2) has its flags in memory, where a filter cannot see them. C libraries use clone(2) instead if the
+        // kernel does not have it.
+        let missing = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+        verdicts.insert(libc::SYS_clone3 as u32, Verdict::Always(missing));
+    }
+    verdicts
 }
 
 fn rows() -> impl Iterator<Item = &'static Call> {
     CALLS.iter().chain(LEGACY_CALLS)
-}
-
-fn arch() -> Result<TargetArch, seccompiler::BackendError> {
-    std::env::consts::ARCH.try_into()
-}
-
-fn condition(argument: &Argument) -> Result<SeccompCondition, seccompiler::BackendError> {
-    let value = match argument.value {
-        Value::Number(number) => number,
-        Value::OwnProcess => rustix::process::getpid().as_raw_nonzero().get() as u64,
-    };
-    let is = SeccompCmpOp::MaskedEq(argument.mask);
-    SeccompCondition::new(argument.index, SeccompCmpArgLen::Qword, is, value)
-}
-
-/// clone3(2) has its flags in memory, where a filter cannot see them. C libraries use clone(2) instead if the
-/// kernel does not have it.
-fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let missing = SeccompAction::Errno(libc::ENOSYS as u32);
-    SeccompFilter::new(rules, SeccompAction::Allow, missing, arch()?)?.try_into()
 }
 
 /// The name of a system call, if it is one that a filter mentions.
@@ -216,10 +201,6 @@ pub fn check_host() -> io::Result<()> {
 pub fn confine(filter: Filter) -> io::Result<()> {
     keep_capabilities(filter.capabilities())?;
     rustix::thread::set_no_new_privs(true)?;
-    if filter.creates_threads() {
-        let program = without_clone3().map_err(io::Error::other)?;
-        seccompiler::apply_filter(&program).map_err(io::Error::other)?;
-    }
     seccompiler::apply_filter(filter.program()?).map_err(io::Error::other)?;
     CONFINES.set(true);
     Ok(())

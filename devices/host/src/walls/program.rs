@@ -1,0 +1,350 @@
+//! The program of a filter, in classic BPF (`linux/filter.h`, `linux/seccomp.h`).
+//!
+//! The kernel checks and translates a program anew for each thread that loads it, and runs it once for every
+//! number of a system call to learn which calls need no look at their arguments. Those who start a container wait
+//! for that. So a number is searched by halves, and what follows is shared: a quarter of the instructions that
+//! seccompiler makes of the same table (five for each call, asked one after the other), and a tenth of the steps.
+//! The tests compare both.
+
+use super::calls::{Argument, Value};
+use seccompiler::{BpfProgram, sock_filter};
+use std::collections::BTreeMap;
+use std::io;
+
+// BPF: loads, jumps, arithmetic and returns, as far as they are used here.
+const LD_W_ABS: u16 = 0x20;
+const ALU_AND_K: u16 = 0x54;
+const JMP_JA: u16 = 0x05;
+const JMP_JEQ_K: u16 = 0x15;
+const JMP_JGE_K: u16 = 0x35;
+const RET_K: u16 = 0x06;
+
+// struct seccomp_data, on machines whose low halves come first.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+const KILL_PROCESS: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+pub(super) const TRAP: u32 = libc::SECCOMP_RET_TRAP;
+pub(super) const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+
+/// A jump that depends on something reaches 255 instructions; one is left for the jump of another branch.
+const REACH: usize = 254;
+
+/// What a filter does with a system call.
+pub(super) enum Verdict {
+    /// A value of `SECCOMP_RET_*`.
+    Always(u32),
+    /// Allows it if one of these holds, each if all of its conditions do.
+    If(Vec<&'static [Argument]>),
+}
+
+/// The program that has these verdicts by the number of the call, and traps what is not there.
+///
+/// # Errors
+/// If there is no name for this machine's architecture.
+pub(super) fn of(verdicts: &BTreeMap<u32, Verdict>) -> io::Result<BpfProgram> {
+    let architecture = architecture()?;
+    let mut program = Backwards(Vec::new());
+    let kill = program.push(RET_K, KILL_PROCESS);
+    let trap = program.push(RET_K, TRAP);
+    // From which number on what is done.
+    let mut ranges: Vec<(u32, Label)> = vec![(0, trap)];
+    let mut shared = BTreeMap::from([(TRAP, trap)]);
+    for (number, verdict) in verdicts {
+        let label = match verdict {
+            Verdict::Always(value) => *shared
+                .entry(*value)
+                .or_insert_with(|| program.push(RET_K, *value)),
+            Verdict::If(_) => continue,
+        };
+        begin(&mut ranges, *number, label, trap);
+    }
+    let allow = *shared
+        .entry(ALLOW)
+        .or_insert_with(|| program.push(RET_K, ALLOW));
+    for (number, verdict) in verdicts {
+        if let Verdict::If(alternatives) = verdict {
+            let label = program.alternatives(alternatives, allow, trap);
+            begin(&mut ranges, *number, label, trap);
+        }
+    }
+    ranges.sort_unstable_by_key(|(number, _)| *number);
+    ranges.dedup_by_key(|(_, label)| *label);
+    let search = program.search(&ranges);
+    program.go_to(search);
+    let number = program.push(LD_W_ABS, NUMBER);
+    program.branch(JMP_JEQ_K, architecture, number, kill);
+    program.push(LD_W_ABS, ARCHITECTURE);
+    program.0.reverse();
+    Ok(program.0)
+}
+
+/// The name of this architecture for the kernel's audit (`linux/audit.h`).
+fn architecture() -> io::Result<u32> {
+    match std::env::consts::ARCH {
+        "x86_64" => Ok(0xc000_003e),
+        "aarch64" => Ok(0xc000_00b7),
+        other => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("there are no filters of system calls for {other}"),
+        )),
+    }
+}
+
+/// Adds a number to the ranges. What follows it is trapped, unless it has a verdict of its own.
+fn begin(ranges: &mut Vec<(u32, Label)>, number: u32, label: Label, trap: Label) {
+    match ranges.iter_mut().find(|(start, _)| *start == number) {
+        Some(range) => range.1 = label,
+        None => ranges.push((number, label)),
+    }
+    if !ranges.iter().any(|(start, _)| *start == number + 1) {
+        ranges.push((number + 1, trap));
+    }
+}
+
+/// An instruction, by how many come after it.
+type Label = usize;
+
+/// Jumps lead forward only, so the last instruction is made first.
+struct Backwards(Vec<sock_filter>);
+
+impl Backwards {
+    fn push(&mut self, code: u16, k: u32) -> Label {
+        self.jump(code, k, 0, 0)
+    }
+
+    fn jump(&mut self, code: u16, k: u32, jt: u8, jf: u8) -> Label {
+        self.0.push(sock_filter { code, jt, jf, k });
+        self.0.len() - 1
+    }
+
+    /// How many instructions the next one would skip to be there.
+    fn distance(&self, to: Label) -> usize {
+        self.0.len() - to - 1
+    }
+
+    /// Makes sure that the next instruction is this one, or leads there.
+    fn go_to(&mut self, to: Label) {
+        let distance = self.distance(to);
+        if distance > 0 {
+            self.push(JMP_JA, distance as u32);
+        }
+    }
+
+    /// A place near enough for a branch that leads there.
+    fn near(&mut self, to: Label) -> Label {
+        let distance = self.distance(to);
+        match distance > REACH {
+            true => self.push(JMP_JA, distance as u32),
+            false => to,
+        }
+    }
+
+    fn branch(&mut self, code: u16, k: u32, yes: Label, no: Label) -> Label {
+        let (yes, no) = (self.near(yes), self.near(no));
+        let (jt, jf) = (self.distance(yes), self.distance(no));
+        // `near` leaves room for what it pushes for the other.
+        self.jump(code, k, jt as u8, jf as u8)
+    }
+
+    /// The number is loaded: finds its range.
+    fn search(&mut self, ranges: &[(u32, Label)]) -> Label {
+        let (low, high) = ranges.split_at(ranges.len() / 2);
+        match (low, high) {
+            ([], [(_, label)]) => *label,
+            _ => {
+                let above = self.search(high);
+                let below = self.search(low);
+                self.branch(JMP_JGE_K, high[0].0, above, below)
+            }
+        }
+    }
+
+    fn alternatives(&mut self, all: &[&[Argument]], allow: Label, trap: Label) -> Label {
+        all.iter().rev().fold(trap, |otherwise, conditions| {
+            conditions.iter().rev().fold(allow, |then, condition| {
+                self.condition(condition, then, otherwise)
+            })
+        })
+    }
+
+    fn condition(&mut self, argument: &Argument, then: Label, otherwise: Label) -> Label {
+        let value = match argument.value {
+            Value::Number(number) => number,
+            Value::OwnProcess => rustix::process::getpid().as_raw_nonzero().get() as u64,
+        };
+        let place = ARGUMENTS + 8 * u32::from(argument.index);
+        let halves = [(place, 0), (place + 4, 32)];
+        halves.into_iter().fold(then, |then, (place, shift)| {
+            let mask = (argument.mask >> shift) as u32;
+            let value = (value >> shift) as u32 & mask;
+            if mask == 0 {
+                return then;
+            }
+            let mut start = self.branch(JMP_JEQ_K, value, then, otherwise);
+            if mask != u32::MAX {
+                start = self.push(ALU_AND_K, mask);
+            }
+            let load = self.push(LD_W_ABS, place);
+            debug_assert!(load > start);
+            load
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::calls::{CALLS, Call, LEGACY_CALLS};
+    use super::super::{Filter, rows, verdicts};
+    use super::*;
+    use seccompiler::{
+        SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    };
+
+    /// What the kernel does with a program, in steps.
+    fn run(program: &[sock_filter], number: u32, arguments: [u64; 6]) -> (u32, usize) {
+        let (mut accumulator, mut at, mut steps) = (0, 0, 0);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[at];
+            let branch = |holds: bool| usize::from(if holds { jt } else { jf });
+            steps += 1;
+            at += 1;
+            match code {
+                LD_W_ABS => {
+                    accumulator = match k {
+                        NUMBER => number,
+                        ARCHITECTURE => architecture().unwrap(),
+                        _ => {
+                            let argument = arguments[(k - ARGUMENTS) as usize / 8];
+                            (argument >> (8 * ((k - ARGUMENTS) % 8))) as u32
+                        }
+                    }
+                }
+                ALU_AND_K => accumulator &= k,
+                JMP_JA => at += k as usize,
+                JMP_JEQ_K => at += branch(accumulator == k),
+                JMP_JGE_K => at += branch(accumulator >= k),
+                RET_K => return (k, steps),
+                other => panic!("{other:#x}"),
+            }
+        }
+    }
+
+    fn value(argument: &Argument) -> u64 {
+        match argument.value {
+            Value::Number(number) => number,
+            Value::OwnProcess => u64::from(std::process::id()),
+        }
+    }
+
+    /// What seccompiler makes of the same rows.
+    fn theirs(filter: Filter) -> BpfProgram {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+        for row in rows().filter(|row| row.filters & filter.bit() != 0) {
+            let alternatives = rules.entry(row.number).or_default();
+            let conditions = row.arguments.iter().map(|argument| {
+                let is = SeccompCmpOp::MaskedEq(argument.mask);
+                let long = SeccompCmpArgLen::Qword;
+                SeccompCondition::new(argument.index, long, is, value(argument)).unwrap()
+            });
+            let conditions: Vec<_> = conditions.collect();
+            if !conditions.is_empty() {
+                alternatives.push(SeccompRule::new(conditions).unwrap());
+            }
+        }
+        let architecture = std::env::consts::ARCH.try_into().unwrap();
+        let (trap, allow) = (SeccompAction::Trap, SeccompAction::Allow);
+        let filter = SeccompFilter::new(rules, trap, allow, architecture).unwrap();
+        filter.try_into().unwrap()
+    }
+
+    /// The arguments that a row asks for, and others that differ in one bit.
+    fn arguments(row: &Call) -> Vec<[u64; 6]> {
+        let mut fitting = [0; 6];
+        for argument in row.arguments {
+            fitting[argument.index as usize] = value(argument);
+        }
+        let mut all = vec![fitting, [u64::MAX; 6], [0; 6]];
+        for index in 0..6 {
+            for bit in 0..64 {
+                let mut other = fitting;
+                other[index] ^= 1 << bit;
+                all.push(other);
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn programs_decide_as_seccompilers_do() {
+        let mut compared = 0;
+        for filter in Filter::ALL {
+            let (ours, theirs) = (of(&verdicts(filter)).unwrap(), theirs(filter));
+            let numbers = (0..1024).chain([1 << 30, 0x4000_0001, u32::MAX]);
+            let plain = numbers.map(|number| (number, vec![[0; 6], [u64::MAX; 6]]));
+            let with = rows().map(|row| (row.number as u32, arguments(row)));
+            for (number, arguments) in plain.chain(with) {
+                for arguments in arguments {
+                    let (ours, _) = run(&ours, number, arguments);
+                    let (mut theirs, _) = run(&theirs, number, arguments);
+                    if number == libc::SYS_clone3 as u32 && filter.creates_threads() {
+                        theirs = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+                    }
+                    assert_eq!(ours, theirs, "{filter:?}: {number} {arguments:x?}");
+                    compared += 1;
+                }
+            }
+        }
+        println!(
+            "{compared} calls of {} rows",
+            CALLS.len() + LEGACY_CALLS.len()
+        );
+    }
+
+    #[test]
+    fn a_number_is_found_in_few_steps() {
+        for filter in Filter::ALL {
+            let (ours, theirs) = (of(&verdicts(filter)).unwrap(), theirs(filter));
+            let steps = |program: &[sock_filter]| -> usize {
+                (0..512).map(|number| run(program, number, [0; 6]).1).sum()
+            };
+            println!(
+                "{filter:?}: {} instructions, {} steps; seccompiler's: {}, {}",
+                ours.len(),
+                steps(&ours) / 512,
+                theirs.len(),
+                steps(&theirs) / 512
+            );
+            assert!(ours.len() * 2 < theirs.len() && steps(&ours) * 2 < steps(&theirs));
+        }
+    }
+
+    #[test]
+    fn branches_that_are_too_long_go_by_way_of_a_jump() {
+        // Two hundred calls with conditions, none beside another.
+        const ODD: &[Argument] = &[Argument {
+            index: 0,
+            mask: 1,
+            value: Value::Number(1),
+        }];
+        let calls = (0..200).map(|call| (call * 3, Verdict::If(vec![ODD])));
+        let mut verdicts: BTreeMap<u32, Verdict> = calls.collect();
+        verdicts.insert(1, Verdict::Always(ALLOW));
+        let program = of(&verdicts).unwrap();
+        assert!(program.len() > 3 * REACH);
+        for number in 0..1000 {
+            for first in [0, 1] {
+                let conditional = number % 3 == 0 && number < 600 && first == 1;
+                let wanted = if conditional || number == 1 {
+                    ALLOW
+                } else {
+                    TRAP
+                };
+                let arguments = [first, 0, 0, 0, 0, 0];
+                assert_eq!(run(&program, number, arguments).0, wanted, "{number}");
+            }
+        }
+        assert_eq!(run(&of(&BTreeMap::new()).unwrap(), 1, [0; 6]).0, TRAP);
+    }
+}
