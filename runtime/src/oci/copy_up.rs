@@ -43,10 +43,8 @@ fn is_empty(rootfs: &Path, place: &Path) -> bool {
         .and_then(|found| Dir::read_from(&found));
     match names {
         Err(error) => error == Errno::NOENT,
-        Ok(names) => names
-            .map(|entry| {
-                entry.is_ok_and(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
-            })
-            .all(|is_itself| is_itself),
+        Ok(mut names) => names.all(|entry| {
+            entry.is_ok_and(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+        }),
     }
 }
