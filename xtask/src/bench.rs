@@ -126,7 +126,7 @@ struct BootArgs {
     /// Instead of figures, profile a start by functions of the guest kernel
     #[arg(long, conflicts_with_all = ["check", "record", "json", "trace"])]
     profile: bool,
-    /// Boot another guest kernel: an ELF image, with symbols for --profile
+    /// Boot another guest kernel: an ELF image; for --profile with symbols or a System.map beside it
     #[arg(long, value_name = "FILE", conflicts_with = "record")]
     kernel: Option<PathBuf>,
     /// Write the timeline of the last `koya run` to FILE as SVG
@@ -310,12 +310,22 @@ fn stripped(kernel: &Path) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The functions of a kernel: the project's, or another.
+/// The functions of a kernel: the project's, or another, which has them itself or in a System.map beside it.
 fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
-    let text = match kernel {
-        Some(kernel) => proc::output(Command::new("nm").arg(kernel))?,
-        None => fs::read_to_string(kernel::ensure()?.symbols)?,
+    let Some(kernel) = kernel else {
+        return Ok(Symbols::parse(&fs::read_to_string(
+            kernel::ensure()?.symbols,
+        )?));
     };
+    let beside = kernel.with_file_name("System.map");
+    let text = match beside.exists() {
+        true => fs::read_to_string(beside)?,
+        false => proc::output(Command::new("nm").arg(kernel))?,
+    };
+    if text.trim().is_empty() {
+        let kernel = kernel.display();
+        bail!("{kernel} has no symbols, and there is no System.map beside it");
+    }
     Ok(Symbols::parse(&text))
 }
 
