@@ -187,6 +187,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_ioctl: LOOP | SOCKETS, ioctl(0x5421) => "FIONBIO: streams";
     SYS_setsockopt: LOOP, socket_option(SO_SNDBUF) => "how much a stream holds";
     SYS_accept4: SOCKETS => "clients of the host";
+    SYS_accept: SOCKETS => "musl asks once more where accept4 fails with EINVAL, as on a socket that was shut down";
     SYS_setsockopt: SOCKETS, socket_option(SO_RCVTIMEO) => "how long a client may take";
     // Disks.
     SYS_io_uring_enter: BLOCK => "requests on a restricted ring";
