@@ -113,7 +113,7 @@ impl VmBuilder {
     /// alone, also the one that runs the first vCPU ([`run`](Self::run)). A violation kills the process, by
     /// SIGSYS: the program may handle that signal ([`host::sys::report_violations`](crate::host::sys::report_violations)).
     ///
-    /// The console and devices of the caller's own run on these threads. If they open files or make other
+    /// An embedder's console and devices run on these threads. If they open files or make other
     /// system calls than [`host::walls`](crate::host::walls) allows there, they need an unconfined machine, or
     /// threads of their own that were started before. setuid(3) and its like, by which a C library changes all
     /// threads of the process, are a violation while the machine runs.

@@ -18,7 +18,7 @@ crate::trials![
     the_full_kernel_is_taken_where_it_is_and_else_refused,
 ];
 
-/// Copies a program of the host's into a root, with the libraries that it names.
+/// Copies a program of the host and its shared libraries into a root.
 fn copy_program(root: &Path, program: &str) -> Result<()> {
     let libraries = stdout(Command::new("ldd").arg(program).output()?)?;
     let paths = libraries.split_whitespace().filter(|w| w.starts_with('/'));

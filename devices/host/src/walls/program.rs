@@ -25,7 +25,7 @@ const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
 
 const KILL_PROCESS: u32 = libc::SECCOMP_RET_KILL_PROCESS;
-pub(super) const TRAP: u32 = libc::SECCOMP_RET_TRAP;
+const TRAP: u32 = libc::SECCOMP_RET_TRAP;
 pub(super) const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 
 /// A jump that depends on something reaches 255 instructions; one is left for the jump of another branch.
@@ -42,34 +42,25 @@ pub(super) enum Verdict {
 /// The program that has these verdicts by the number of the call, and traps what is not there.
 ///
 /// # Errors
-/// If there is no name for this machine's architecture.
+/// On an architecture without filters.
 pub(super) fn of(verdicts: &BTreeMap<u32, Verdict>) -> io::Result<BpfProgram> {
     let architecture = architecture()?;
     let mut program = Backwards(Vec::new());
     let kill = program.push(RET_K, KILL_PROCESS);
     let trap = program.push(RET_K, TRAP);
+    let allow = program.push(RET_K, ALLOW);
     // From which number on what is done.
     let mut ranges: Vec<(u32, Label)> = vec![(0, trap)];
-    let mut shared = BTreeMap::from([(TRAP, trap)]);
     for (number, verdict) in verdicts {
         let label = match verdict {
-            Verdict::Always(value) => *shared
-                .entry(*value)
-                .or_insert_with(|| program.push(RET_K, *value)),
-            Verdict::If(_) => continue,
+            Verdict::Always(ALLOW) => allow,
+            Verdict::Always(value) => program.push(RET_K, *value),
+            Verdict::If(alternatives) => program.alternatives(alternatives, allow, trap),
         };
-        begin(&mut ranges, *number, label, trap);
+        // Its number may be where the last one's range ended.
+        ranges.pop_if(|(start, _)| start == number);
+        ranges.extend([(*number, label), (number + 1, trap)]);
     }
-    let allow = *shared
-        .entry(ALLOW)
-        .or_insert_with(|| program.push(RET_K, ALLOW));
-    for (number, verdict) in verdicts {
-        if let Verdict::If(alternatives) = verdict {
-            let label = program.alternatives(alternatives, allow, trap);
-            begin(&mut ranges, *number, label, trap);
-        }
-    }
-    ranges.sort_unstable_by_key(|(number, _)| *number);
     ranges.dedup_by_key(|(_, label)| *label);
     let search = program.search(&ranges);
     program.go_to(search);
@@ -89,17 +80,6 @@ fn architecture() -> io::Result<u32> {
             io::ErrorKind::Unsupported,
             format!("there are no filters of system calls for {other}"),
         )),
-    }
-}
-
-/// Adds a number to the ranges. What follows it is trapped, unless it has a verdict of its own.
-fn begin(ranges: &mut Vec<(u32, Label)>, number: u32, label: Label, trap: Label) {
-    match ranges.iter_mut().find(|(start, _)| *start == number) {
-        Some(range) => range.1 = label,
-        None => ranges.push((number, label)),
-    }
-    if !ranges.iter().any(|(start, _)| *start == number + 1) {
-        ranges.push((number + 1, trap));
     }
 }
 
@@ -182,13 +162,11 @@ impl Backwards {
             if mask == 0 {
                 return then;
             }
-            let mut start = self.branch(JMP_JEQ_K, value, then, otherwise);
+            self.branch(JMP_JEQ_K, value, then, otherwise);
             if mask != u32::MAX {
-                start = self.push(ALU_AND_K, mask);
+                self.push(ALU_AND_K, mask);
             }
-            let load = self.push(LD_W_ABS, place);
-            debug_assert!(load > start);
-            load
+            self.push(LD_W_ABS, place)
         })
     }
 }
