@@ -1,6 +1,7 @@
 //! What words of the command line mean: disks, volumes, limits, signals, sizes, environment variables.
 
 use koya::{Cache, DiskConfig, Rlimit, Tmpfs, Volume};
+use koya_tasks::signal::{LAST, by_name};
 use std::path::{Path, PathBuf};
 
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
@@ -153,50 +154,13 @@ pub(super) fn merge_env(env: Vec<String>, base: &[String]) -> Vec<String> {
 
 /// A signal by its number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
 pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
-    /// The first and the last real-time signal, as Docker and glibc count them.
-    const RTMIN: i32 = 34;
-    const RTMAX: i32 = 64;
-    if let Ok(number) = text.parse::<i32>() {
-        return match number {
-            1..=RTMAX => Ok(number),
-            _ => Err(format!(
-                "there is no signal {number}; 1 to {RTMAX} can be sent"
-            )),
-        };
+    match text.parse::<i32>() {
+        Ok(number @ 1..=LAST) => Ok(number),
+        Ok(number) => Err(format!(
+            "there is no signal {number}; 1 to {LAST} can be sent"
+        )),
+        Err(_) => by_name(text).ok_or_else(|| format!("there is no signal {text}")),
     }
-    /// Those that signal-hook does not name, and other names of the same, as in Docker's list.
-    const MORE: &[(&str, i32)] = &[
-        ("CLD", libc::SIGCHLD),
-        ("IOT", libc::SIGABRT),
-        ("POLL", libc::SIGIO),
-        ("PWR", libc::SIGPWR),
-        ("STKFLT", libc::SIGSTKFLT),
-    ];
-    let name = text.to_uppercase();
-    let name = name.strip_prefix("SIG").unwrap_or(&name);
-    let step = |rest: &str, sign: char| match rest {
-        "" => Some(0),
-        rest => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
-    };
-    let real_time = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
-        (Some(rest), _) => step(rest, '+').map(|n| RTMIN + n),
-        (_, Some(rest)) => step(rest, '-').map(|n| RTMAX - n),
-        _ => None,
-    };
-    let named = || {
-        (1..=31).find(|n| {
-            signal_hook::low_level::signal_name(*n).is_some_and(|s| s == format!("SIG{name}"))
-        })
-    };
-    let more = || {
-        MORE.iter()
-            .find_map(|(more, number)| (*more == name).then_some(*number))
-    };
-    real_time
-        .filter(|number| (RTMIN..=RTMAX).contains(number))
-        .or_else(named)
-        .or_else(more)
-        .ok_or_else(|| format!("there is no signal {text}"))
 }
 
 /// A size with a unit: `512m`, `2g`, `1024` (MiB when there is no unit).

@@ -56,6 +56,7 @@ mod process;
 mod relay;
 mod resize;
 mod set;
+pub mod signal;
 mod size;
 mod spec;
 mod stdio;

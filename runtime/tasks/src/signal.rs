@@ -1,0 +1,73 @@
+//! Signals by name, as Docker and runc have them.
+
+use nix::sys::signal::Signal;
+
+/// The first real-time signal, as glibc counts.
+const RTMIN: i32 = 34;
+/// The last signal.
+pub const LAST: i32 = 64;
+
+/// Other names of signals, from Docker's list.
+const ALIASES: [(&str, Signal); 3] = [
+    ("CLD", Signal::SIGCHLD),
+    ("IOT", Signal::SIGABRT),
+    ("POLL", Signal::SIGIO),
+];
+
+/// A signal by its name, in capitals or not, with `SIG` or without: `TERM`, `SIGHUP`, `RTMIN+3`.
+pub fn by_name(text: &str) -> Option<i32> {
+    let name = text.to_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let step = |rest: &str, sign: char| match rest {
+        "" => Some(0),
+        rest => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
+    };
+    let real_time = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
+        (Some(rest), _) => step(rest, '+').map(|n| RTMIN + n),
+        (_, Some(rest)) => step(rest, '-').map(|n| LAST - n),
+        _ => None,
+    };
+    let alias = || ALIASES.iter().find(|(alias, _)| *alias == name);
+    real_time
+        .filter(|number| (RTMIN..=LAST).contains(number))
+        .or_else(|| Some(format!("SIG{name}").parse::<Signal>().ok()? as i32))
+        .or_else(|| alias().map(|(_, signal)| *signal as i32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_names() {
+        for (text, number) in [
+            ("KILL", 9),
+            ("SIGTERM", 15),
+            ("term", 15),
+            ("SIGPWR", 30),
+            ("stkflt", 16),
+            ("SIGIOT", 6),
+            ("POLL", 29),
+            ("IO", 29),
+            ("SIGCLD", 17),
+            ("SIGRTMIN+3", 37),
+            ("RTMAX-1", 63),
+        ] {
+            assert_eq!(by_name(text), Some(number), "{text}");
+        }
+        for signal in Signal::iterator() {
+            assert_eq!(by_name(signal.as_str()), Some(signal as i32));
+        }
+        for bad in [
+            "",
+            "SIG",
+            "9",
+            "SIGSIGTERM",
+            "RTMIN+31",
+            "RTMIN-1",
+            "RTMAX-40",
+        ] {
+            assert_eq!(by_name(bad), None, "{bad}");
+        }
+    }
+}
