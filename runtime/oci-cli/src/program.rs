@@ -5,6 +5,7 @@
 //! an image may bring the program.
 
 use anyhow::{Result, bail};
+use koya::DEFAULT_PATH;
 use koya::oci_spec::runtime::Mount;
 use koya_tasks::Spec;
 use std::collections::VecDeque;
@@ -12,8 +13,6 @@ use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
-
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// As many as the kernel follows (path_resolution(7)).
 const MAX_LINKS: usize = 40;
@@ -74,7 +73,10 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
         };
     }
     let env = process.env().iter().flatten();
-    let path = env.filter_map(|entry| entry.strip_prefix("PATH=")).next();
+    // Of several the process has the last one.
+    let path = env
+        .filter_map(|entry| entry.strip_prefix("PATH="))
+        .next_back();
     let path = path.unwrap_or(DEFAULT_PATH);
     let places = path
         .split(':')
@@ -265,6 +267,14 @@ mod tests {
         ] {
             assert_eq!(runs(program), Ok(()), "{program}");
         }
+    }
+
+    #[test]
+    fn of_several_paths_the_last_one_counts() {
+        let with = |env: Value| bundle(|config, _| config["process"]["env"] = env);
+        assert_eq!(with(json!(["PATH=/none", "PATH=/bin"])), Ok(()));
+        let said = with(json!(["PATH=/bin", "PATH=/none"])).unwrap_err();
+        assert!(said.ends_with("not found in $PATH (/none)"), "{said}");
     }
 
     /// podman's 127 and 126 are told by these words.

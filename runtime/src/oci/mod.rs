@@ -19,6 +19,7 @@ mod shares;
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedPids};
 pub(crate) use devices::HostDisk;
+pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 
 use crate::Error;

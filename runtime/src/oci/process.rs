@@ -6,7 +6,8 @@ use crate::{Error, ProcessConfig, Stdio};
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
 use std::path::Path;
 
-const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where programs are looked for in a container whose environment has no PATH.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A process of `own`'s container: what it may is as that one's, what it is as this configuration says.
 ///
@@ -108,7 +109,7 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
     check_words(process)?;
     let mut env = process.env().clone().unwrap_or_default();
     if !has(&env, "PATH=") {
-        env.push(DEFAULT_PATH.into());
+        env.push(format!("PATH={DEFAULT_PATH}"));
     }
     // Without HOME libcontainer would ask the C library, which would load code of the container.
     let uid = process.user().uid().to_string();
