@@ -5,12 +5,10 @@
 
 use anyhow::{Context, Result, bail};
 use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use koya_rootfs::Rootfs;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -132,21 +130,12 @@ pub(crate) fn unmount_image(id: &str) -> Result<()> {
 
 /// A file of a container's root, empty if there is none. Links are followed inside the root only.
 pub(crate) fn read(id: &str, name: &str) -> Result<Vec<u8>> {
-    let root =
-        File::open(Parts::of(id).root).with_context(|| format!("container {id} has no image"))?;
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let Ok(found) = openat2(root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) else {
+    let root = Rootfs::open(&Parts::of(id).root);
+    let root = root.with_context(|| format!("container {id} has no image"))?;
+    let Ok(found) = root.find(Path::new(name)) else {
         return Ok(Vec::new());
     };
-    let found = File::from(found);
-    // To open anything else could wait, or act on a device.
-    if !found.metadata()?.is_file() {
-        return Ok(Vec::new());
-    }
-    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
-    let mut bytes = Vec::new();
-    file.take(MAX_ACCOUNTS).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(koya_rootfs::read(&found, MAX_ACCOUNTS)?.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@
 use crate::configuration;
 use crate::helper;
 use anyhow::{Context, Result};
+use koya_rootfs::Rootfs;
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use rustix::fs::{FileType, fstat};
 use rustix::mount::{
     MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind_recursive, mount_remount, move_mount,
     open_tree,
@@ -120,8 +121,7 @@ fn empty_dev() -> Mount {
 /// Makes them in the root of a container, which is not trusted: no link in it leads out of it.
 pub(crate) fn mount_all(root: &str, late: &str) -> Result<()> {
     let late: Vec<Late> = serde_json::from_str(late)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = openat(CWD, root, flags, Mode::empty())?;
+    let root = Rootfs::open(Path::new(root))?;
     for mount in late {
         let at = &mount.at;
         make(&root, &mount).with_context(|| format!("cannot mount {}", at.display()))?;
@@ -129,21 +129,17 @@ pub(crate) fn mount_all(root: &str, late: &str) -> Result<()> {
     Ok(())
 }
 
-fn make(root: &OwnedFd, late: &Late) -> Result<()> {
-    let open = |path: &Path| {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)
-    };
+fn make(root: &Rootfs, late: &Late) -> Result<()> {
     let tree = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::AT_EMPTY_PATH;
     let mut above = Vec::new();
     for path in &late.above {
-        above.push((path, open_tree(open(path)?, "", tree)?));
+        above.push((path, open_tree(root.find(path)?, "", tree)?));
     }
     let place = || -> Result<(OwnedFd, PathBuf)> {
-        let found = open(&late.at)?;
+        let found = root.find(&late.at)?;
         let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
         Ok((found, path))
     };
@@ -154,7 +150,7 @@ fn make(root: &OwnedFd, late: &Late) -> Result<()> {
     }
     for (path, mounted) in above {
         // What is mounted there may lack the place, and may not be changed for it.
-        let Ok(onto) = open(path) else { continue };
+        let Ok(onto) = root.find(path) else { continue };
         let is_directory = |fd: &OwnedFd| {
             fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
         };

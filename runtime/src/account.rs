@@ -4,10 +4,9 @@
 use crate::Error;
 use crate::container_config::Volume;
 use koya_protocol::MAX_ACCOUNTS;
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2};
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
+use koya_rootfs::{Rootfs, read};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// The text of `/etc/passwd` and `/etc/group`; empty where there is none.
@@ -151,41 +150,32 @@ fn mounted(volumes: &[Volume], path: &str) -> Option<String> {
     let rest = Path::new(path).strip_prefix(&volume.destination).ok()?;
     Some(match rest.as_os_str().is_empty() {
         // The user named it, and links in its path are the host's.
-        true => read(openat(CWD, &volume.source, PATH_ONLY, Mode::empty())),
+        true => text(openat(
+            CWD,
+            &volume.source,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )),
         false => within(&volume.source, rest),
     })
 }
 
-const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
-
-/// A file of the container, found without leaving its root by a link.
+/// A database of the container, found without leaving its root by a link.
 fn within(root: &Path, name: impl AsRef<Path>) -> String {
-    let root = openat(CWD, root, PATH_ONLY, Mode::empty());
-    let within = ResolveFlags::IN_ROOT;
-    read(root.and_then(|root| openat2(root, name.as_ref(), PATH_ONLY, Mode::empty(), within)))
+    text(Rootfs::open(root).and_then(|root| root.find(name.as_ref())))
 }
 
 /// A database; empty where there is none.
-fn read(found: rustix::io::Result<OwnedFd>) -> String {
-    let read = || -> std::io::Result<String> {
-        let found = found?;
-        // Looked at before it is opened: opening a device node acts on the host's device, and
-        // containers can make some.
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode);
-        if kind != FileType::RegularFile {
-            return Err(std::io::ErrorKind::InvalidInput.into());
-        }
-        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
-        let mut text = Vec::new();
-        file.take(MAX_ACCOUNTS).read_to_end(&mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
-    };
-    read().unwrap_or_default()
+fn text(found: rustix::io::Result<OwnedFd>) -> String {
+    let content = found.ok().and_then(|found| read(&found, MAX_ACCOUNTS).ok());
+    let content = content.flatten().unwrap_or_default();
+    String::from_utf8_lossy(&content).into_owned()
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use rustix::fs::FileType;
 
     /// A root file system with users.
     pub(crate) fn rootfs() -> tempfile::TempDir {

@@ -1,7 +1,7 @@
 //! Paths in a container's root file system, which is not trusted: no link in it leads out of it.
 //!
 //! The host makes mount points in roots that are its directories, and the agent in roots that only the guest can
-//! open; both look for files there.
+//! open; both look for files there, and read some.
 
 use rustix::fs::{
     CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, readlinkat,
@@ -9,7 +9,9 @@ use rustix::fs::{
 use rustix::io::{Errno, Result};
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -125,6 +127,21 @@ impl Rootfs {
     }
 }
 
+/// The first `limit` bytes of a file that was [found](Rootfs::find); `None` if it is something else. To open that could
+/// wait, or act on a device.
+///
+/// # Errors
+/// If it can't be opened or read.
+pub fn read(found: &OwnedFd, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    if FileType::from_raw_mode(fstat(found)?.st_mode) != FileType::RegularFile {
+        return Ok(None);
+    }
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let mut content = Vec::new();
+    file.take(limit).read_to_end(&mut content)?;
+    Ok(Some(content))
+}
+
 /// The names of a path from the root, `..` taken by the text, as mount destinations have it.
 fn plain_names(path: &Path) -> Vec<OsString> {
     let mut names = Vec::new();
@@ -191,6 +208,18 @@ mod tests {
         assert!(dir.path().join("a/file").is_file() && !dir.path().join("a/x").exists());
         let error = root.make(Path::new("/a/file/x"), Kind::Directory);
         assert_eq!(error.unwrap_err(), Errno::NOTDIR);
+    }
+
+    #[test]
+    fn only_files_are_read_and_not_beyond_a_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "content").unwrap();
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        let content = |path: &str| read(&root.find(Path::new(path)).unwrap(), 4).unwrap();
+        assert_eq!(content("/file").unwrap(), b"cont");
+        assert_eq!((content("/fifo"), content("/")), (None, None));
     }
 
     #[test]

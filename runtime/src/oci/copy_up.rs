@@ -3,8 +3,9 @@
 
 use super::refuse;
 use crate::Error;
+use koya_rootfs::Rootfs;
 use oci_spec::runtime::Spec;
-use rustix::fs::{Dir, Mode, OFlags, ResolveFlags, open, openat2};
+use rustix::fs::{Dir, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::path::Path;
 
@@ -38,9 +39,10 @@ pub(super) fn adapt(spec: &mut Spec, rootfs: Option<&Path>) -> Result<(), Error>
 /// Whether there is nothing in a directory of the container, or no directory.
 fn is_empty(rootfs: &Path, place: &Path) -> bool {
     let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let names = open(rootfs, flags, Mode::empty())
-        .and_then(|root| openat2(root, place, flags, Mode::empty(), ResolveFlags::IN_ROOT))
-        .and_then(|found| Dir::read_from(&found));
+    let names = Rootfs::open(rootfs)
+        .and_then(|root| root.find(place))
+        .and_then(|found| openat(found, ".", flags, Mode::empty()))
+        .and_then(Dir::new);
     match names {
         Err(error) => error == Errno::NOENT,
         Ok(mut names) => names.all(|entry| {
