@@ -6,6 +6,7 @@
 //! ours.
 
 mod host;
+mod hung;
 
 pub(crate) use host::Host;
 
@@ -31,6 +32,9 @@ const READY_LIMIT: Duration = Duration::from_secs(180);
 /// The emulated host says each few seconds that it is alive; after a silence as long as this it
 /// hangs. Its CPUs share ours with other rigs and with builds.
 const SILENCE_LIMIT: Duration = Duration::from_secs(240);
+
+/// The socket of QEMU's monitor, in the directory of a run.
+const MONITOR: &str = "monitor";
 
 #[derive(Args)]
 pub(crate) struct RigArgs {
@@ -146,14 +150,15 @@ pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits
     let started = Instant::now();
     let mut qemu = Qemu::start(&host, &run, limits, interactive)?;
     let watched = qemu.watch(started, limits.timeout);
+    let state = watched.is_err().then(|| hung::look(&run.path(MONITOR)));
     qemu.stop();
-    match watched {
-        Ok(code) => Ok(code),
-        Err(error) => Err(error.context(format!(
-            "the end of the rig's console:\n{}",
-            proc::tail(&run.path("console"), 70)
-        ))),
-    }
+    watched.map_err(|error| {
+        error.context(format!(
+            "the end of the rig's console:\n{}\n{}",
+            proc::tail(&run.path("console"), 70),
+            state.unwrap_or_default()
+        ))
+    })
 }
 
 /// The archive that is appended to the initramfs for one run: what to do.
@@ -260,7 +265,17 @@ impl Qemu {
             .arg(host.dir.join("vmlinuz"))
             .arg("-initrd")
             .arg(run.path("initrd"))
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
+            // A rig that hangs is sent an NMI, so that its kernel says where it is.
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 unknown_nmi_panic=1 mitigations=off",
+            ])
+            .arg("-chardev")
+            .arg(format!(
+                "socket,id=monitor,server=on,wait=off,path={}",
+                run.path(MONITOR).display()
+            ))
+            .args(["-mon", "chardev=monitor"])
             .arg("-serial")
             .arg(format!("file:{}", run.path("console").display()))
             .args([

@@ -1,6 +1,6 @@
 //! A containerd of a test's own, of any of the versions that the tests run with.
 
-use crate::SHARE;
+use crate::RIG;
 use crate::tool::{kill, saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
@@ -71,7 +71,8 @@ impl Containerd {
             .context("too few directories")?;
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         // Where rigs are one machine, each has numbers of its own.
-        let number = share() * 80 + NEXT.fetch_add(1, Ordering::SeqCst);
+        let rig: usize = std::env::var(RIG).map_or(Ok(0), |number| number.parse())?;
+        let number = rig * 80 + NEXT.fetch_add(1, Ordering::SeqCst);
         // Short: sockets' paths have 107 bytes.
         let dir = scratch("c")?;
         fs::write(dir.join("config.toml"), config(&dir, kind))?;
@@ -318,13 +319,6 @@ fn write_network(dir: &Path, number: usize, plugin: &serde_json::Value) -> Resul
         directory.join("10-pods.conflist"),
         list.to_string(),
     )?)
-}
-
-/// Which of several programs like this one it is.
-fn share() -> usize {
-    let share = std::env::var(SHARE).unwrap_or_default();
-    let index = share.split('/').next().and_then(|index| index.parse().ok());
-    index.unwrap_or(0)
 }
 
 fn launch(bin: &Path, dir: &Path) -> Result<Child> {

@@ -1,0 +1,221 @@
+//! This program once more, in rigs (`cargo xtask rig`), where the machine has no KVM on which Linux runs.
+//!
+//! The tests are dealt out in batches, each of which has a rig of its own: what one leaves behind (memory, page
+//! cache, loaded modules) does not reach the next, and no rig waits for the other one's share.
+//!
+//! An emulated host dies or hangs now and then, and so do the guests in it (its CPU loses interrupts under nested
+//! virtualization), which was never seen on hardware. So there, what a dead rig left undone, and a few tests that
+//! failed, are tried once more in a fresh rig. Each such test is named at the end.
+
+use crate::{RIG, is_wanted};
+use anyhow::{Context, Result};
+use libtest_mimic::{Arguments, Trial};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// The names of the tests to run, one a line; all without it.
+pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
+/// What `cargo xtask rig` says first where the machine's own KVM will not do.
+const EMULATED: &str = "rig: starting an emulated host";
+
+/// A rig has 6 GiB of memory.
+const MAX_RIGS: usize = 3;
+/// Tests of a batch: a rig takes as long to start as one test.
+const BATCH: usize = 20;
+/// If more tests than these fail, it is not by the emulation.
+const MAX_SECOND_TRIES: usize = 4;
+
+/// What became of a test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Passed,
+    Failed,
+    /// Its rig ended first.
+    Unfinished,
+}
+
+/// The tests to be run, and what became of those that were.
+#[derive(Default)]
+struct Board {
+    batches: VecDeque<Vec<String>>,
+    outcomes: BTreeMap<String, Outcome>,
+    /// Whether a rig said that its KVM is an emulated one.
+    emulated: bool,
+    /// A rig that failed without a test that did.
+    troubles: Vec<String>,
+}
+
+/// Runs the wanted ones of `trials`, by this program in rigs.
+pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode> {
+    let names: Vec<String> = trials
+        .iter()
+        .filter(|trial| is_wanted(trial, arguments))
+        .map(|trial| trial.name().to_owned())
+        .collect();
+    if names.is_empty() {
+        return Ok(libtest_mimic::run(arguments, trials).exit_code());
+    }
+    let built = xtask(&["build"]).stdout(Stdio::null()).status();
+    if !built.context("cannot start cargo")?.success() {
+        return Ok(ExitCode::FAILURE);
+    }
+    let started = Instant::now();
+    let board = Mutex::new(Board::default());
+    run_all(&board, &names)?;
+    let first = std::mem::take(&mut lock(&board).outcomes);
+    let again = second_tries(&first, lock(&board).emulated);
+    if !again.is_empty() {
+        eprintln!(
+            "system tests: once more, in a fresh rig: {}",
+            again.join(" ")
+        );
+        run_all(&board, &again)?;
+    }
+    let board = board.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut outcomes = first;
+    outcomes.extend(board.outcomes);
+    for name in &again {
+        eprintln!("system tests: second try of {name}: {:?}", outcomes[name]);
+    }
+    for trouble in &board.troubles {
+        eprintln!("system tests: {trouble}");
+    }
+    let passed = outcomes.values().filter(|o| **o == Outcome::Passed).count();
+    let failed = outcomes.len() - passed;
+    let well = failed == 0 && board.troubles.is_empty();
+    println!(
+        "\ntest result: {}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; finished in {:.2}s\n",
+        if well { "ok" } else { "FAILED" },
+        trials.len() - names.len(),
+        started.elapsed().as_secs_f64(),
+    );
+    Ok(if well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What is worth a second try.
+fn second_tries(outcomes: &BTreeMap<String, Outcome>, emulated: bool) -> Vec<String> {
+    let failed = outcomes.values().filter(|o| **o == Outcome::Failed).count();
+    let worth = |outcome| match outcome {
+        Outcome::Passed => false,
+        Outcome::Failed => failed <= MAX_SECOND_TRIES,
+        Outcome::Unfinished => true,
+    };
+    let again = outcomes.iter().filter(|(_, outcome)| worth(**outcome));
+    let again = again.map(|(name, _)| name.clone());
+    if emulated {
+        again.collect()
+    } else {
+        Vec::new()
+    }
+}
+
+fn lock(board: &Mutex<Board>) -> MutexGuard<'_, Board> {
+    board.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs `names` in as many rigs at once as the machine has CPUs: each emulates one.
+fn run_all(board: &Mutex<Board>, names: &[String]) -> Result<()> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let rigs = names.len().min(cpus).min(MAX_RIGS);
+    lock(board).batches = batches(names, rigs);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..rigs)
+            .map(|rig| {
+                scope.spawn(move || -> Result<()> {
+                    loop {
+                        let Some(batch) = lock(board).batches.pop_front() else {
+                            return Ok(());
+                        };
+                        run_batch(board, rig, &batch)?;
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().try_for_each(|worker| {
+            worker
+                .join()
+                .unwrap_or_else(|e| std::panic::resume_unwind(e))
+        })
+    })
+}
+
+/// Neighbours in the list are of one kind and take as long as each other, so each goes to another batch.
+fn batches(names: &[String], rigs: usize) -> VecDeque<Vec<String>> {
+    let count = names.len().div_ceil(BATCH).max(rigs);
+    let batch = |first| names.iter().skip(first).step_by(count).cloned().collect();
+    (0..count).map(batch).collect()
+}
+
+fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
+    // One emulated CPU each: QEMU's emulation of several can run stale copies of code that a kernel patches in
+    // itself, and then a kernel dies for no fault of ours.
+    let mut command = xtask(&["rig", "--no-build", "--cpus", "1", "--"]);
+    command.args(std::env::args_os());
+    command.env(RIG, rig.to_string());
+    command.env(ONLY, batch.join("\n"));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("cannot start the rig")?;
+    let label = format!("rig {}: ", rig + 1);
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        scope.spawn(|| relay(&label, out, |line| note(&mut lock(board), line)));
+        scope.spawn(|| {
+            relay(&label, err, |line| {
+                lock(board).emulated |= line.starts_with(EMULATED)
+            })
+        });
+    });
+    let status = child.wait()?;
+    let mut board = lock(board);
+    let mut bad = false;
+    for name in batch {
+        let outcome = board.outcomes.entry(name.clone());
+        bad |= *outcome.or_insert(Outcome::Unfinished) != Outcome::Passed;
+    }
+    if !status.success() && !bad {
+        let trouble = format!("all tests of a batch passed, and then its rig failed: {status}");
+        board.troubles.push(trouble);
+    }
+    Ok(())
+}
+
+/// Takes note of a line like `test files::links ... ok`.
+fn note(board: &mut Board, line: &str) {
+    let result = line
+        .strip_prefix("test ")
+        .and_then(|l| l.rsplit_once(" ... "));
+    let Some((name, outcome)) = result else {
+        return;
+    };
+    let outcome = match outcome {
+        "ok" => Outcome::Passed,
+        "FAILED" => Outcome::Failed,
+        _ => return,
+    };
+    board.outcomes.insert(name.trim_end().to_owned(), outcome);
+}
+
+fn xtask(words: &[&str]) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["run", "--quiet", "--package", "xtask", "--"]);
+    command.args(words);
+    command
+}
+
+/// Passes lines on as they come, each with who said it.
+fn relay(label: &str, from: Option<impl Read>, mut note: impl FnMut(&str)) {
+    let lines = from.map(|from| BufReader::new(from).split(b'\n'));
+    for line in lines.into_iter().flatten().map_while(|line| line.ok()) {
+        let line = String::from_utf8_lossy(&line);
+        note(&line);
+        println!("{label}{line}");
+    }
+}
