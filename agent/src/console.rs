@@ -4,7 +4,7 @@ use crate::sys;
 use anyhow::{Context, Result};
 use rustix::cmsg_space;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,4 +75,38 @@ pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
     };
     tcsetwinsize(master, size)?;
     Ok(())
+}
+
+/// Has a terminal print newlines as they are (without ONLCR), as runc has it for one in the foreground.
+pub(crate) fn keep_newlines(master: impl AsFd) -> Result<()> {
+    let mut attributes = tcgetattr(&master)?;
+    attributes.output_modes -= OutputModes::ONLCR;
+    tcsetattr(&master, OptionalActions::Now, &attributes)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn newlines_are_kept_where_that_is_asked_for() -> Result<()> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        unlockpt(&master)?;
+        let mut slave = File::from(ioctl_tiocgptpeer(&master, flags)?);
+        let mut master = File::from(master);
+        let mut read = [0; 3];
+        slave.write_all(b"a\n")?;
+        master.read_exact(&mut read)?;
+        assert_eq!(&read, b"a\r\n");
+        keep_newlines(&master)?;
+        slave.write_all(b"b\nc")?;
+        master.read_exact(&mut read)?;
+        assert_eq!(&read, b"b\nc");
+        Ok(())
+    }
 }

@@ -390,6 +390,9 @@ impl State {
 fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
     let master = console.receive()?;
     console::resize(&master, stdio.rows, stdio.columns)?;
+    if stdio.keep_newlines {
+        console::keep_newlines(&master)?;
+    }
     let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
     streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
     Ok(master)

@@ -83,19 +83,23 @@ impl Plan {
             Stdio::Terminal { .. } => (expect()?, None, None),
         };
         let token = |e: &Option<Expected>| e.as_ref().map(|e| e.token.clone()).unwrap_or_default();
-        let (terminal, rows, columns) = match stdio {
-            Stdio::Terminal { rows, columns } => (true, rows.into(), columns.into()),
-            _ => (false, 0, 0),
-        };
+        let mut message = messages::Stdio::new();
+        if let Stdio::Terminal {
+            rows,
+            columns,
+            keep_newlines,
+        } = stdio
+        {
+            message.terminal = true;
+            (message.rows, message.columns) = (rows.into(), columns.into());
+            message.keep_newlines = keep_newlines;
+        }
         Ok(Self {
             message: messages::Stdio {
                 stdin: token(&stdin),
                 stdout: token(&stdout),
                 stderr: token(&stderr),
-                terminal,
-                rows,
-                columns,
-                ..Default::default()
+                ..message
             },
             stdin,
             stdout,

@@ -19,6 +19,8 @@ pub enum Stdio {
         rows: u16,
         /// Columns.
         columns: u16,
+        /// Whether it prints newlines as they are. By default a terminal prints CR LF (ONLCR in termios(3)).
+        keep_newlines: bool,
     },
 }
 

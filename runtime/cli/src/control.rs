@@ -189,7 +189,11 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
             interactive,
         } => {
             let stdio = match (terminal, interactive) {
-                (Some((rows, columns)), _) => Stdio::Terminal { rows, columns },
+                (Some((rows, columns)), _) => Stdio::Terminal {
+                    rows,
+                    columns,
+                    keep_newlines: false,
+                },
                 (None, true) => Stdio::Pipes,
                 (None, false) => Stdio::Output,
             };

@@ -138,7 +138,11 @@ impl RunArgs {
         match (self.tty, self.interactive) {
             (true, _) => {
                 let (rows, columns) = terminal_size().unwrap_or((0, 0));
-                Stdio::Terminal { rows, columns }
+                Stdio::Terminal {
+                    rows,
+                    columns,
+                    keep_newlines: false,
+                }
             }
             (false, true) => Stdio::Pipes,
             (false, false) => Stdio::Output,

@@ -20,6 +20,8 @@ pub(crate) struct Boot {
     pub(crate) directory: PathBuf,
     pub(crate) bundle: PathBuf,
     pub(crate) is_terminal: bool,
+    /// Whether the terminal is this user's own, in the foreground.
+    pub(crate) is_own_terminal: bool,
     pub(crate) log: logging::Config,
 }
 
@@ -41,7 +43,10 @@ pub(crate) enum Request {
     Ooms,
     /// Run a process; its streams are beside this. Sizes of its terminal and signals follow; without who asked for
     /// it, it is killed.
-    Exec(serde_json::Value),
+    Exec {
+        process: serde_json::Value,
+        is_own_terminal: bool,
+    },
     Resize(u32, u32),
     Signal(u32),
 }

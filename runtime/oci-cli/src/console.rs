@@ -9,7 +9,7 @@ use rustix::net::{
 };
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{
-    OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
+    OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
 };
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Write};
@@ -125,6 +125,8 @@ impl Joined {
             let found = tcgetattr(&own)?;
             let mut raw = found.clone();
             raw.make_raw();
+            // The guest's terminal keeps newlines as they are; this one adds the carriage returns.
+            raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
             tcsetattr(&own, OptionalActions::Now, &raw)?;
             before = Some(found);
         }

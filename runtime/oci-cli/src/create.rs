@@ -31,7 +31,7 @@ pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outco
         _ => {}
     }
     let console = args.console_socket.as_deref().map(console::connect);
-    make(root, globals, args, spec, console.transpose()?)?;
+    make(root, globals, args, spec, console.transpose()?, false)?;
     Ok(0)
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs) -> Outcome {
     let has_terminal = console.is_some();
     // Before there is a thread, so that none takes a signal that is the container's.
     let signals = life::Forwarded::catch()?;
-    let mut child = make(root, globals, &args.create, spec, console)?;
+    let mut child = make(root, globals, &args.create, spec, console, has_terminal)?;
     let ran = attend(
         root,
         args,
@@ -124,13 +124,14 @@ fn is_terminal(spec: &Spec) -> bool {
     process.and_then(|process| process.terminal()) == Some(true)
 }
 
-/// Makes a container. The process that stays is this one's child until it ends.
+/// Makes a container, whose terminal is sent over `console`. The process that stays is this one's child until it ends.
 fn make(
     root: &Root,
     globals: &Globals,
     args: &CreateArgs,
     spec: Spec,
     console: Option<UnixStream>,
+    is_own_terminal: bool,
 ) -> Result<Child> {
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
@@ -141,6 +142,7 @@ fn make(
         directory: directory.clone(),
         bundle,
         is_terminal: console.is_some(),
+        is_own_terminal,
         log: logging::Config::of(globals)?,
     };
     let made = launch(&boot, console).and_then(|(mut child, stream)| {

@@ -134,9 +134,17 @@ fn console_size(process: &Value) -> Option<(u64, u64)> {
 }
 
 /// Asks for a process. The answer comes over the connection.
-fn request(stream: &UnixStream, process: &Value, pty: Option<&Pty>) -> Result<()> {
+fn request(
+    stream: &UnixStream,
+    process: &Value,
+    pty: Option<&Pty>,
+    is_own_terminal: bool,
+) -> Result<()> {
     let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let request = Request::Exec(process.clone());
+    let request = Request::Exec {
+        process: process.clone(),
+        is_own_terminal,
+    };
     match pty {
         Some(pty) => send(stream, &request, &[pty.slave.as_fd()]),
         None => {
@@ -156,12 +164,13 @@ fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome 
         pty.send_master(&console::connect(socket)?)?;
     }
     let signals = Signals::new(PASSED)?;
-    request(stream, process, pty.as_ref())?;
+    let is_own_terminal = pty.is_some() && args.console_socket.is_none();
+    request(stream, process, pty.as_ref(), is_own_terminal)?;
     let mut wire = Wire::new(stream.try_clone()?);
     hear(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
     let master = pty.map(|pty| pty.master);
-    let own = master.as_ref().filter(|_| args.console_socket.is_none());
+    let own = master.as_ref().filter(|_| is_own_terminal);
     let joined = own.map(Joined::start).transpose()?;
     let terminal = std::io::stdin().as_fd().try_clone_to_owned()?;
     pass_on(signals, stream, joined.is_some().then_some(terminal))?;
@@ -265,7 +274,10 @@ pub(crate) fn stub() -> Outcome {
 fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
     let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
     let sandbox = container.connect()?;
-    let request = Request::Exec(stubbed.process.clone());
+    let request = Request::Exec {
+        process: stubbed.process.clone(),
+        is_own_terminal: false,
+    };
     let mut wire = Wire::new(sandbox.try_clone()?);
     let signals = Signals::new(PASSED)?;
     if !stubbed.is_terminal {

@@ -201,13 +201,15 @@ fn streams(boot: &Boot, spec: &Spec, fds: Vec<OwnedFd>) -> Result<(StdioConfig, 
         console::control(&pty.slave)?;
         pty.send_master(&to)?;
         let watched = pty.slave.try_clone()?;
-        return Ok((descriptors(vec![pty.slave])?, Some(watched)));
+        let terminal = descriptors(vec![pty.slave], boot.is_own_terminal)?;
+        return Ok((terminal, Some(watched)));
     }
-    Ok((descriptors(fds.collect())?, None))
+    Ok((descriptors(fds.collect(), false)?, None))
 }
 
-/// One descriptor is a terminal, three are the standard streams.
-fn descriptors(fds: Vec<OwnedFd>) -> Result<StdioConfig> {
+/// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds the
+/// carriage returns itself, and what is no terminal gets none.
+fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<StdioConfig> {
     let mut fds = fds.into_iter();
     let open = match (fds.next(), fds.next(), fds.next()) {
         (Some(terminal), None, None) => StdioDescriptors {
@@ -215,12 +217,14 @@ fn descriptors(fds: Vec<OwnedFd>) -> Result<StdioConfig> {
             stdin: Some(terminal),
             stderr: None,
             terminal: true,
+            keep_newlines: is_own_terminal,
         },
         (Some(stdin), stdout @ Some(_), stderr @ Some(_)) => StdioDescriptors {
             stdin: Some(stdin),
             stdout,
             stderr,
             terminal: false,
+            keep_newlines: false,
         },
         _ => bail!("the streams did not come"),
     };
@@ -304,7 +308,13 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         }
         Request::Stats => return Ok(Answer::Stats(events::data(&tasks.stats(id)?))),
         Request::Ooms => return tell_ooms(stream, &served.told),
-        Request::Exec(process) => return exec(stream, wire, served, process, fds),
+        Request::Exec {
+            process,
+            is_own_terminal,
+        } => {
+            let stdio = descriptors(fds, is_own_terminal)?;
+            return exec(stream, wire, served, process, stdio);
+        }
         Request::Resize(..) | Request::Signal(_) => bail!("this connection has no process"),
     }
     Ok(Answer::Done)
@@ -332,7 +342,7 @@ fn exec(
     wire: Wire,
     served: &Arc<Served>,
     process: serde_json::Value,
-    fds: Vec<OwnedFd>,
+    stdio: StdioConfig,
 ) -> Result<Answer> {
     let (tasks, id) = (&served.tasks, served.id.as_str());
     let exec_id = format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst));
@@ -340,7 +350,7 @@ fn exec(
         id: id.into(),
         exec_id: exec_id.clone(),
         process: serde_json::from_value(process).context("the process is broken")?,
-        stdio: descriptors(fds)?,
+        stdio,
     })?;
     let ran = tasks.start(id, &exec_id).map_err(anyhow::Error::from);
     let exit = ran.and_then(|_| {

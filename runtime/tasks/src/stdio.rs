@@ -61,6 +61,8 @@ pub struct StdioDescriptors {
     pub stderr: Option<OwnedFd>,
     /// Whether the process has a terminal.
     pub terminal: bool,
+    /// Whether that prints newlines as they are, not as CR LF.
+    pub keep_newlines: bool,
 }
 
 impl StdioConfig {
@@ -99,16 +101,17 @@ impl StdioConfig {
 
     /// A terminal of the size that an open one has. Of one that is named the client says it once the process runs.
     fn terminal(&self) -> Stdio {
-        let size = match self {
-            Self::Descriptors(StdioDescriptors {
-                stdin: Some(terminal),
-                ..
-            }) => tcgetwinsize(terminal).ok(),
-            _ => None,
+        let (size, keep_newlines) = match self {
+            Self::Descriptors(open) => {
+                let size = open.stdin.as_ref().map(tcgetwinsize);
+                (size.and_then(|size| size.ok()), open.keep_newlines)
+            }
+            Self::Paths(_) => (None, false),
         };
         Stdio::Terminal {
             rows: size.map_or(0, |size| size.ws_row),
             columns: size.map_or(0, |size| size.ws_col),
+            keep_newlines,
         }
     }
 

@@ -190,6 +190,12 @@ fn streams_and_statuses() -> Result<()> {
     );
     ensure!(said == (Some(7), "in".into(), "err\n".into()), "{said:?}");
 
+    let tty = bundle("echo one; echo two >&2", |config| {
+        config["process"]["terminal"] = true.into();
+    })?;
+    let said = runtime.ok(&["run", "--bundle", text(&tty)?, "t"])?;
+    ensure!(said == "one\ntwo", "lines of a terminal: {said:?}");
+
     let long = bundle("exec sleep 1000", |_| ())?;
     let mut run = runtime.command(&["run", "--bundle", text(&long)?, "k"]);
     let mut child = run.spawn()?;

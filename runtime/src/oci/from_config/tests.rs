@@ -98,6 +98,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
             stdio: Stdio::Terminal {
                 rows: 24,
                 columns: 80,
+                keep_newlines: false,
             },
             ..config.process.clone()
         };
