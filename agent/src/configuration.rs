@@ -41,14 +41,15 @@ pub(crate) fn has_pids(spec: &Spec) -> bool {
     namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
-/// Has a container's processes in the pid namespace behind this descriptor of PID 1's.
-pub(crate) fn join_pids(spec: &mut Spec, descriptor: i32) {
+/// Has a container's processes in the namespace behind this descriptor of PID 1's, where they are to have one of
+/// that kind.
+pub(crate) fn join(spec: &mut Spec, kind: LinuxNamespaceType, descriptor: i32) {
     let Some(linux) = spec.linux_mut() else {
         return;
     };
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     for namespace in &mut namespaces {
-        if namespace.typ() == LinuxNamespaceType::Pid {
+        if namespace.typ() == kind {
             namespace.set_path(Some(format!("/proc/1/fd/{descriptor}").into()));
         }
     }
@@ -287,7 +288,7 @@ mod tests {
     fn the_agents_words_are_in_the_configuration() {
         let mut spec = spec(SPEC);
         adapt(&mut spec, "c");
-        join_pids(&mut spec, 7);
+        join(&mut spec, LinuxNamespaceType::Pid, 7);
         bind(&mut spec, Path::new("/f"), Path::new("/etc/hosts"));
         make_working_directory(&mut spec);
         let all = serde_json::to_value(&spec).unwrap();

@@ -17,7 +17,7 @@ use koya_protocol::messages::{
     BlockDevice, ContainerDeviceRequest, ContainerRequest, CreateContainerRequest, Empty,
     ExecProcessRequest, Process, SignalProcessRequest, Stdio,
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::fs::{Uid, fchown};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use std::cell::{Cell, RefCell};
@@ -145,13 +145,22 @@ impl State {
         request: &CreateContainerRequest,
     ) -> Result<Process> {
         // Open until it is joined: a number may be another process's by then.
-        let joined = match (request.sandbox_pidns, request.pidns_of.as_str()) {
-            (true, _) => Some(self.pause().await?),
-            (false, "") => None,
-            (false, of) => Some(namespace_of(self.running(of)?)?),
-        };
-        if let Some(joined) = &joined {
-            configuration::join_pids(&mut spec, joined.as_raw_fd());
+        let mut joined = Vec::new();
+        if request.sandbox_pidns {
+            joined.push((LinuxNamespaceType::Pid, self.pause().await?));
+        }
+        let others = [
+            (LinuxNamespaceType::Pid, "pid", &request.pidns_of),
+            (LinuxNamespaceType::Ipc, "ipc", &request.ipcns_of),
+            (LinuxNamespaceType::Uts, "uts", &request.utsns_of),
+        ];
+        for (kind, name, of) in others {
+            if !of.is_empty() {
+                joined.push((kind, namespace_of(self.running(of)?, name)?));
+            }
+        }
+        for (kind, namespace) in &joined {
+            configuration::join(&mut spec, *kind, namespace.as_raw_fd());
         }
         let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
         // Most containers have none, and need no further thread.
@@ -198,7 +207,8 @@ impl State {
             // A guest's kernel without that control.
             sys::kernel_log(&format!("koya-agent: {error:#}"));
         }
-        if joined.is_some() || !configuration::has_pids(&spec) {
+        let joins_pids = request.sandbox_pidns || !request.pidns_of.is_empty();
+        if joins_pids || !configuration::has_pids(&spec) {
             self.end_all_with_the_first(id)?;
         }
         Ok(made)
@@ -214,7 +224,7 @@ impl State {
         if end.borrow().is_some() {
             bail!("the pid namespace that the containers share has ended");
         }
-        namespace_of(*pid)
+        namespace_of(*pid, "pid")
     }
 
     /// The first process of a container that has not ended: its number may be another's later.
@@ -427,6 +437,7 @@ pub(crate) fn check_id(id: &str) -> Result<&str> {
     Ok(id)
 }
 
-fn namespace_of(pid: i32) -> Result<File> {
-    File::open(format!("/proc/{pid}/ns/pid")).context("there is no pid namespace to share")
+fn namespace_of(pid: i32, kind: &str) -> Result<File> {
+    File::open(format!("/proc/{pid}/ns/{kind}"))
+        .with_context(|| format!("there is no {kind} namespace to share"))
 }

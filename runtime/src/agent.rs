@@ -7,7 +7,7 @@ mod times;
 use crate::account::Accounts;
 use crate::container::Needs;
 use crate::container_config::Device;
-use crate::oci::SharedPids;
+use crate::oci::{SharedNamespaces, SharedPids};
 use crate::patience::WRITE_OUT_LIMIT;
 use crate::stats::ContainerStats;
 use crate::sync::Turns;
@@ -190,8 +190,9 @@ impl Agent {
             true => LIMIT,
             false => WRITE_OUT_LIMIT,
         };
-        let sandbox_pidns = needs.pids == SharedPids::Sandbox;
-        let pidns_of = match needs.pids {
+        let SharedNamespaces { pids, ipc, uts } = needs.namespaces;
+        let sandbox_pidns = pids == SharedPids::Sandbox;
+        let pidns_of = match pids {
             SharedPids::Container(id) => id,
             _ => String::new(),
         };
@@ -202,6 +203,8 @@ impl Agent {
             stdio: Some(stdio).into(),
             sandbox_pidns,
             pidns_of,
+            ipcns_of: ipc.unwrap_or_default(),
+            utsns_of: uts.unwrap_or_default(),
             ephemeral_volumes: needs.volumes,
             disk_volumes: needs.direct,
             shared_volumes: needs.shared,

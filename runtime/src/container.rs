@@ -7,7 +7,7 @@ use crate::container_config::{ContainerConfig, Device, ProcessConfig, Stdio};
 use crate::ends::Mark;
 use crate::given::Given;
 use crate::mount_points;
-use crate::oci::{self, Bundle, Root, SharedPids};
+use crate::oci::{self, Bundle, Root, SharedNamespaces};
 use crate::sandbox::Inner;
 use crate::stats::ContainerStats;
 use crate::streams::Expected;
@@ -132,7 +132,7 @@ pub(crate) struct Needs {
     pub(crate) volumes: Vec<messages::EphemeralVolume>,
     pub(crate) direct: Vec<messages::DiskVolume>,
     pub(crate) shared: Vec<messages::SharedVolume>,
-    pub(crate) pids: SharedPids,
+    pub(crate) namespaces: SharedNamespaces,
     /// Whether it has a device node for every device of the guest.
     pub(crate) guest_devices: bool,
     pub(crate) files: Vec<messages::File>,
@@ -197,7 +197,7 @@ impl Making<'_> {
     ) -> Result<(Process, OciProcess), Error> {
         let (inner, id) = (self.inner, self.id);
         let rootfs = bundle.rootfs.clone();
-        needs.pids = bundle.pids.clone();
+        needs.namespaces = bundle.shared.clone();
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
             let points = adapted.mount_points.iter();

@@ -71,7 +71,7 @@ pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use names::NameServer;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
-pub use oci::{Bundle, DEFAULT_PATH, SharedPids};
+pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPids};
 pub use oci_spec;
 pub use out_of_reach::host_addresses;
 pub use patience::DiskWrites;

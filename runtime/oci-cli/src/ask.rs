@@ -4,6 +4,7 @@
 use crate::logging;
 use crate::state::{Container, Status};
 use anyhow::{Context, Result, bail};
+use koya_tasks::Joins;
 use koya_tasks::wire::{Wire, send};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -22,7 +23,24 @@ pub(crate) struct Boot {
     pub(crate) is_terminal: bool,
     /// Whether the terminal is this user's own, in the foreground.
     pub(crate) is_own_terminal: bool,
+    /// The container whose virtual machine it joins.
+    pub(crate) joins: Option<Joins>,
     pub(crate) log: logging::Config,
+}
+
+/// What a command asks, and of which of the virtual machine's containers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Asked {
+    pub(crate) id: String,
+    pub(crate) request: Request,
+}
+
+/// What a container is made of that joins the virtual machine. Its streams are beside it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Create {
+    pub(crate) bundle: PathBuf,
+    pub(crate) joins: Joins,
+    pub(crate) is_own_terminal: bool,
 }
 
 /// What a command asks.
@@ -41,6 +59,8 @@ pub(crate) enum Request {
     Stats,
     /// Say each time that processes were killed for lack of memory.
     Ooms,
+    /// Make a container. Sizes of its terminal and signals follow; without who asked for it, it is killed.
+    Create(Create),
     /// Run a process; its streams are beside this. Sizes of its terminal and signals follow; without who asked for
     /// it, it is killed.
     Exec {
@@ -61,7 +81,7 @@ pub(crate) enum Answer {
     Oom,
     /// An exec process runs; its end follows.
     Started,
-    /// The end of an exec process.
+    /// The end of an exec process, or of a container's.
     Ended(u32),
     /// It was done. Of a new sandbox: its process is where it belongs, and next it is ready.
     Done,
@@ -72,12 +92,12 @@ pub(crate) enum Answer {
 ///
 /// # Errors
 /// If there is no answer, or why it was not done.
-pub(crate) fn ask(container: &Container, request: &Request) -> Result<Answer> {
+pub(crate) fn ask(container: &Container, request: Request) -> Result<Answer> {
     let stream = container.connect()?;
     if matches!(request, Request::Status) {
         stream.set_read_timeout(Some(STATUS_LIMIT))?;
     }
-    send(&stream, request, &[])?;
+    send(&stream, &container.asked(request), &[])?;
     hear(&mut Wire::new(stream))
 }
 

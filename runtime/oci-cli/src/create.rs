@@ -4,13 +4,13 @@ use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, life, logging, program};
+use crate::{Outcome, life, logging, member, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{Role, Spec, cgroup};
+use koya_tasks::{Joins, Role, Spec, cgroup};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -19,9 +19,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outcome {
-    let spec = read_spec(args)?;
-    let is_terminal = is_terminal(&spec);
-    match (&args.console_socket, is_terminal) {
+    let mut wanted = Wanted::read(root, args)?;
+    match (&args.console_socket, wanted.has_terminal()) {
         (None, true) => {
             bail!("cannot allocate tty if runc will detach without setting console socket")
         }
@@ -31,7 +30,8 @@ pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outco
         _ => {}
     }
     let console = args.console_socket.as_deref().map(console::connect);
-    make(root, globals, args, spec, console.transpose()?, false)?;
+    wanted.console = console.transpose()?;
+    make(root, globals, args, wanted)?;
     Ok(0)
 }
 
@@ -44,23 +44,18 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs) -> Outcome {
         }
         return started;
     }
-    let spec = read_spec(&args.create)?;
+    let mut wanted = Wanted::read(root, &args.create)?;
     if args.create.console_socket.is_some() {
         bail!("cannot use console socket if runc will not detach or allocate tty");
     }
     let (ours, theirs) = UnixStream::pair()?;
-    let console = is_terminal(&spec).then_some(theirs);
-    let has_terminal = console.is_some();
+    wanted.is_own_terminal = wanted.has_terminal();
+    wanted.console = wanted.is_own_terminal.then_some(theirs);
+    let console = wanted.is_own_terminal.then_some(ours);
     // Before there is a thread, so that none takes a signal that is the container's.
     let signals = life::Forwarded::catch()?;
-    let mut child = make(root, globals, &args.create, spec, console, has_terminal)?;
-    let ran = attend(
-        root,
-        args,
-        &mut child,
-        signals,
-        has_terminal.then_some(ours),
-    );
+    let mut child = make(root, globals, &args.create, wanted)?;
+    let ran = attend(root, args, &mut child, signals, console);
     if ran.is_err() || !args.keep {
         life::delete_by_force(root, &args.create.id)?;
     }
@@ -92,25 +87,48 @@ fn attend(
 /// The status of what was killed with its sandbox's process.
 pub(crate) const KILLED: i32 = 137;
 
-fn read_spec(args: &CreateArgs) -> Result<Spec> {
-    if args.preserve_fds > 0 {
-        bail!(
-            "--preserve-fds {}: descriptors can't be passed into a virtual machine",
-            args.preserve_fds
-        );
-    }
-    state::check_id(&args.id)?;
-    let mut spec = Spec::read(&args.bundle)?;
-    spec.default_cgroup(&default_cgroup(&args.id));
-    match spec.role(&args.id) {
-        Role::Single => {
-            program::check_mount_points(&spec, &args.bundle)?;
-            program::check(&spec, &args.bundle)?;
-            Ok(spec)
+/// A container that is to be made.
+struct Wanted {
+    spec: Spec,
+    /// The container whose virtual machine it joins.
+    joins: Option<Joins>,
+    /// Where its terminal is sent.
+    console: Option<UnixStream>,
+    /// Whether that is the user's own.
+    is_own_terminal: bool,
+}
+
+impl Wanted {
+    fn read(root: &Root, args: &CreateArgs) -> Result<Self> {
+        if args.preserve_fds > 0 {
+            bail!(
+                "--preserve-fds {}: descriptors can't be passed into a virtual machine",
+                args.preserve_fds
+            );
         }
-        Role::Sandbox | Role::Member { .. } => bail!(
-            "pods are not supported by koya-runtime: have containerd use io.containerd.koya.v2 for them"
-        ),
+        state::check_id(&args.id)?;
+        let mut spec = Spec::read(&args.bundle)?;
+        spec.default_cgroup(&default_cgroup(&args.id));
+        let joins = member::owner(root, &spec)?;
+        if joins.is_none() && spec.role(&args.id) != Role::Single {
+            bail!(
+                "the pods of Kubernetes are not supported by koya-runtime: have containerd use \
+                 io.containerd.koya.v2 for them"
+            );
+        }
+        program::check_mount_points(&spec, &args.bundle)?;
+        program::check(&spec, &args.bundle)?;
+        Ok(Self {
+            spec,
+            joins,
+            console: None,
+            is_own_terminal: false,
+        })
+    }
+
+    fn has_terminal(&self) -> bool {
+        let process = self.spec.config().process().as_ref();
+        process.and_then(|process| process.terminal()) == Some(true)
     }
 }
 
@@ -119,20 +137,14 @@ pub(crate) fn default_cgroup(id: &str) -> String {
     format!("koya-runtime/{id}")
 }
 
-fn is_terminal(spec: &Spec) -> bool {
-    let process = spec.config().process().as_ref();
-    process.and_then(|process| process.terminal()) == Some(true)
-}
-
-/// Makes a container, whose terminal is sent over `console`. The process that stays is this one's child until it ends.
-fn make(
-    root: &Root,
-    globals: &Globals,
-    args: &CreateArgs,
-    spec: Spec,
-    console: Option<UnixStream>,
-    is_own_terminal: bool,
-) -> Result<Child> {
+/// Makes a container. The process that stays is this one's child until it ends.
+fn make(root: &Root, globals: &Globals, args: &CreateArgs, wanted: Wanted) -> Result<Child> {
+    let Wanted {
+        spec,
+        joins,
+        console,
+        is_own_terminal,
+    } = wanted;
     let bundle = fs::canonicalize(&args.bundle)
         .with_context(|| format!("cannot find the bundle {}", args.bundle.display()))?;
     let (directory, lock) = root.make(&args.id)?;
@@ -143,6 +155,7 @@ fn make(
         bundle,
         is_terminal: console.is_some(),
         is_own_terminal,
+        joins,
         log: logging::Config::of(globals)?,
     };
     let made = launch(&boot, console).and_then(|(mut child, stream)| {
@@ -222,6 +235,7 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
         cgroup: spec.cgroup(),
         hooks,
+        owner: boot.joins.as_ref().map(|joins| joins.sandbox.clone()),
     })
 }
 
@@ -233,7 +247,7 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
         Status::Running => bail!("cannot start an already running container"),
         Status::Paused => bail!("cannot start a container in the paused state"),
     }
-    ask(container, &Request::Start)?;
+    ask(container, Request::Start)?;
     let state = state::told_to_hooks(&container.stored, ContainerState::Running)?;
     let Stored { hooks, .. } = &container.stored;
     let place = container.stored.place();
@@ -241,7 +255,7 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
     if ran.is_err() {
         ask(
             container,
-            &Request::Kill {
+            Request::Kill {
                 signal: 9,
                 all: false,
             },

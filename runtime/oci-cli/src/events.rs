@@ -60,7 +60,7 @@ fn print(kind: &str, id: &str, data: Option<Value>) -> Result<()> {
 }
 
 fn print_stats(container: &Container) -> Result<()> {
-    match ask(container, &Request::Stats)? {
+    match ask(container, Request::Stats)? {
         Answer::Stats(data) => print("stats", &container.stored.id, Some(data)),
         _ => bail!("the container's process answers something else"),
     }
@@ -69,7 +69,7 @@ fn print_stats(container: &Container) -> Result<()> {
 /// Prints each lack of memory, on a thread. The receiver is disconnected once there can be none any more.
 fn print_ooms(container: &Container) -> Result<Receiver<()>> {
     let stream = container.connect()?;
-    send(&stream, &Request::Ooms, &[])?;
+    send(&stream, &container.asked(Request::Ooms), &[])?;
     let (sender, over) = channel::<()>();
     let id = container.stored.id.clone();
     spawn("koya-ooms", move || {

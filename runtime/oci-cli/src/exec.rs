@@ -4,7 +4,7 @@
 //! are told its pid, and it exits with the process's status. It keeps none of the process's streams.
 
 use crate::Outcome;
-use crate::ask::{Answer, Request, hear};
+use crate::ask::{Answer, Asked, Request, hear};
 use crate::cli::ExecArgs;
 use crate::console::{self, Joined, Pty, size, spawn};
 use crate::create::{KILLED, write_pid};
@@ -136,14 +136,18 @@ fn console_size(process: &Value) -> Option<(u64, u64)> {
 /// Asks for a process. The answer comes over the connection.
 fn request(
     stream: &UnixStream,
+    id: &str,
     process: &Value,
     pty: Option<&Pty>,
     is_own_terminal: bool,
 ) -> Result<()> {
     let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let request = Request::Exec {
-        process: process.clone(),
-        is_own_terminal,
+    let request = Asked {
+        id: id.into(),
+        request: Request::Exec {
+            process: process.clone(),
+            is_own_terminal,
+        },
     };
     match pty {
         Some(pty) => send(stream, &request, &[pty.slave.as_fd()]),
@@ -165,7 +169,7 @@ fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome 
     }
     let signals = Signals::new(PASSED)?;
     let is_own_terminal = pty.is_some() && args.console_socket.is_none();
-    request(stream, process, pty.as_ref(), is_own_terminal)?;
+    request(stream, &args.id, process, pty.as_ref(), is_own_terminal)?;
     let mut wire = Wire::new(stream.try_clone()?);
     hear(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
@@ -182,7 +186,11 @@ fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome 
 }
 
 /// Tells the sandbox's process of signals, and the size of a terminal, now and at each change.
-fn pass_on(mut signals: Signals, stream: &UnixStream, terminal: Option<OwnedFd>) -> Result<()> {
+pub(crate) fn pass_on(
+    mut signals: Signals,
+    stream: &UnixStream,
+    terminal: Option<OwnedFd>,
+) -> Result<()> {
     let stream = stream.try_clone()?;
     spawn("koya-signals", move || {
         let tell_size = || match terminal.as_ref().map_or((0, 0), size) {
@@ -204,7 +212,7 @@ fn pass_on(mut signals: Signals, stream: &UnixStream, terminal: Option<OwnedFd>)
 }
 
 /// The status of the process. If its sandbox ends first, it was killed.
-fn end(wire: &mut Wire) -> u8 {
+pub(crate) fn end(wire: &mut Wire) -> u8 {
     match hear(wire) {
         Ok(Answer::Ended(status)) => status as u8,
         other => {
@@ -274,10 +282,10 @@ pub(crate) fn stub() -> Outcome {
 fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
     let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
     let sandbox = container.connect()?;
-    let request = Request::Exec {
+    let request = container.asked(Request::Exec {
         process: stubbed.process.clone(),
         is_own_terminal: false,
-    };
+    });
     let mut wire = Wire::new(sandbox.try_clone()?);
     let signals = Signals::new(PASSED)?;
     if !stubbed.is_terminal {

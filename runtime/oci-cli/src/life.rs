@@ -46,7 +46,7 @@ pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
         signal,
         all: args.all,
     };
-    match ask(&container, &request) {
+    match ask(&container, request) {
         Err(error) if !args.all && container.status() == Status::Stopped => {
             log::debug!("{error:#}");
             bail!("container not running")
@@ -59,7 +59,7 @@ pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
 pub(crate) fn pause(root: &Root, id: &str) -> Outcome {
     let (container, _lock) = root.lock(id)?;
     match container.status() {
-        Status::Running => ask(&container, &Request::Pause).map(|_| 0),
+        Status::Running => ask(&container, Request::Pause).map(|_| 0),
         status => bail!("container not running: it is {status}"),
     }
 }
@@ -67,7 +67,7 @@ pub(crate) fn pause(root: &Root, id: &str) -> Outcome {
 pub(crate) fn resume(root: &Root, id: &str) -> Outcome {
     let (container, _lock) = root.lock(id)?;
     match container.status() {
-        Status::Paused => ask(&container, &Request::Resume).map(|_| 0),
+        Status::Paused => ask(&container, Request::Resume).map(|_| 0),
         _ => bail!("container not paused"),
     }
 }
@@ -136,7 +136,7 @@ fn end(container: &Container) -> Result<()> {
         signal: 9,
         all: true,
     };
-    let limit = match ask(container, &request) {
+    let limit = match ask(container, request) {
         Err(error) if container.status() != Status::Stopped => {
             log::debug!("{error:#}");
             Duration::ZERO

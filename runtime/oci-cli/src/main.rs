@@ -14,6 +14,7 @@ mod exec;
 mod life;
 mod list;
 mod logging;
+mod member;
 mod program;
 mod serve;
 mod signal;

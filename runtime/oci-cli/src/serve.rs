@@ -4,12 +4,12 @@
 //! the container's streams. It enters the sandbox's namespaces while it has one thread, so that
 //! `/proc/PID/ns/net` of its pid is the sandbox's; then hooks may run, and then the container is made.
 
-use crate::ask::{Answer, Boot, Request};
+use crate::ask::{Answer, Asked, Boot, Request};
 use crate::console::{self, Pty, spawn};
 use crate::create::default_cgroup;
 use crate::signal::PASSED;
 use crate::state::{self, Status};
-use crate::{Outcome, events};
+use crate::{Outcome, events, member};
 use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
 use koya_tasks::wire::{Wire, send};
@@ -20,6 +20,7 @@ use koya_tasks::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -38,22 +39,26 @@ const LISTENS: Duration = Duration::from_millis(500);
 
 /// Where the end of the container's process is told, and each lack of memory is counted.
 struct Told {
+    id: String,
     end: Mutex<Sender<Exit>>,
-    ooms: Mutex<u64>,
+    /// By container.
+    ooms: Mutex<HashMap<String, u64>>,
     counted: Condvar,
 }
 
 impl EventSink for Told {
     fn send(&self, event: Event) {
         match event {
-            Event::Exited { exec_id, exit, .. } if exec_id.is_empty() => {
+            Event::Exited {
+                id, exec_id, exit, ..
+            } if exec_id.is_empty() && id == self.id => {
                 if let Ok(sender) = self.end.lock() {
                     sender.send(exit).ok();
                 }
             }
-            Event::OutOfMemory { .. } => {
+            Event::OutOfMemory { id, .. } => {
                 if let Ok(mut ooms) = self.ooms.lock() {
-                    *ooms += 1;
+                    *ooms.entry(id).or_default() += 1;
                 }
                 self.counted.notify_all();
             }
@@ -63,22 +68,29 @@ impl EventSink for Told {
 }
 
 impl Told {
-    /// Waits until there were more than so many, and no longer than [`LISTENS`].
-    fn ooms_after(&self, known: u64) -> u64 {
+    fn ooms(&self, id: &str) -> u64 {
+        let ooms = self.ooms.lock();
+        ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
+    }
+
+    /// Waits until a container had more than so many, and no longer than [`LISTENS`].
+    fn ooms_after(&self, id: &str, known: u64) -> u64 {
         let Ok(ooms) = self.ooms.lock() else {
             return known;
         };
-        let waited = self
-            .counted
-            .wait_timeout_while(ooms, LISTENS, |ooms| *ooms <= known);
-        waited.map_or(known, |(ooms, _)| *ooms)
+        let waited = self.counted.wait_timeout_while(ooms, LISTENS, |ooms| {
+            ooms.get(id).copied().unwrap_or(0) <= known
+        });
+        drop(waited);
+        self.ooms(id)
     }
 }
 
 /// What requests are about.
-struct Served {
+pub(crate) struct Served {
+    /// The container whose process this is; others may have joined its virtual machine.
     id: String,
-    tasks: Arc<TaskSet>,
+    pub(crate) tasks: Arc<TaskSet>,
     told: Arc<Told>,
     terminal: Option<OwnedFd>,
     next_exec: AtomicU64,
@@ -118,7 +130,10 @@ fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) ->
     {
         log::warn!("cannot enter {}: {error}", group.display());
     }
-    let served = enter_and_run(boot, spec, fds, stream, wire);
+    let served = match &boot.joins {
+        Some(joins) => member::stand(boot, joins, &spec, fds, stream, wire),
+        None => enter_and_run(boot, spec, fds, stream, wire),
+    };
     if let Some(group) = &group {
         cgroup::leave(group);
     }
@@ -145,8 +160,9 @@ fn enter_and_run(
         ..TaskSetConfig::default()
     };
     let told = Arc::new(Told {
+        id: boot.id.clone(),
         end: sender.into(),
-        ooms: Mutex::new(0),
+        ooms: Mutex::default(),
         counted: Condvar::new(),
     });
     let tasks = TaskSet::new(config, told.clone());
@@ -159,6 +175,7 @@ fn enter_and_run(
         spec,
         mounts: Vec::new(),
         stdio,
+        joins: None,
         settings: Settings::load()?,
     });
     if let Err(error) = created {
@@ -195,9 +212,7 @@ fn streams(boot: &Boot, spec: &Spec, fds: Vec<OwnedFd>) -> Result<(StdioConfig, 
     let mut fds = fds.into_iter();
     if boot.is_terminal {
         let to = UnixStream::from(fds.next().context("no console socket came")?);
-        let process = spec.config().process().as_ref();
-        let size = process.and_then(|process| process.console_size());
-        let pty = Pty::open(size.map(|size| (size.height(), size.width())))?;
+        let pty = Pty::open(spec.console_size())?;
         console::control(&pty.slave)?;
         pty.send_master(&to)?;
         let watched = pty.slave.try_clone()?;
@@ -209,7 +224,7 @@ fn streams(boot: &Boot, spec: &Spec, fds: Vec<OwnedFd>) -> Result<(StdioConfig, 
 
 /// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds the
 /// carriage returns itself, and what is no terminal gets none.
-fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<StdioConfig> {
+pub(crate) fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<StdioConfig> {
     let mut fds = fds.into_iter();
     let open = match (fds.next(), fds.next(), fds.next()) {
         (Some(terminal), None, None) => StdioDescriptors {
@@ -277,10 +292,10 @@ fn listen(listener: UnixListener, served: Arc<Served>) -> Result<()> {
 
 fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
     let mut wire = Wire::new(stream.try_clone()?);
-    let Some((request, fds)) = wire.receive()? else {
+    let Some((Asked { id, request }, fds)) = wire.receive()? else {
         bail!("nothing was asked");
     };
-    let (tasks, id) = (&served.tasks, served.id.as_str());
+    let (tasks, id) = (&served.tasks, id.as_str());
     match request {
         Request::Status => {
             let status = match tasks.state(id, "")?.status {
@@ -293,7 +308,9 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         }
         Request::Start => {
             tasks.start(id, "")?;
-            if let Some(terminal) = &served.terminal {
+            if let Some(terminal) = &served.terminal
+                && id == served.id
+            {
                 // It may have changed since the container was made.
                 resize(tasks, id, terminal)?;
             }
@@ -307,24 +324,27 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
             tasks.update(id, &resources)?;
         }
         Request::Stats => return Ok(Answer::Stats(events::data(&tasks.stats(id)?))),
-        Request::Ooms => return tell_ooms(stream, &served.told),
+        Request::Ooms => return tell_ooms(stream, &served.told, id),
         Request::Exec {
             process,
             is_own_terminal,
         } => {
             let stdio = descriptors(fds, is_own_terminal)?;
-            return exec(stream, wire, served, process, stdio);
+            return exec(stream, wire, served, id, process, stdio);
+        }
+        Request::Create(create) => {
+            return member::create(stream, wire, served, id.to_owned(), create, fds);
         }
         Request::Resize(..) | Request::Signal(_) => bail!("this connection has no process"),
     }
     Ok(Answer::Done)
 }
 
-/// Tells of each lack of memory, as long as somebody listens.
-fn tell_ooms(stream: &UnixStream, told: &Told) -> Result<Answer> {
-    let mut known = told.ooms.lock().map_or(0, |ooms| *ooms);
+/// Tells of each lack of memory of a container, as long as somebody listens.
+fn tell_ooms(stream: &UnixStream, told: &Told, id: &str) -> Result<Answer> {
+    let mut known = told.ooms(id);
     loop {
-        let ooms = told.ooms_after(known);
+        let ooms = told.ooms_after(id, known);
         for _ in known..ooms {
             send(stream, &Answer::Oom, &[])?;
         }
@@ -341,10 +361,11 @@ fn exec(
     stream: &UnixStream,
     wire: Wire,
     served: &Arc<Served>,
+    id: &str,
     process: serde_json::Value,
     stdio: StdioConfig,
 ) -> Result<Answer> {
-    let (tasks, id) = (&served.tasks, served.id.as_str());
+    let tasks = &served.tasks;
     let exec_id = format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst));
     tasks.exec(ExecTask {
         id: id.into(),
@@ -355,7 +376,7 @@ fn exec(
     let ran = tasks.start(id, &exec_id).map_err(anyhow::Error::from);
     let exit = ran.and_then(|_| {
         send(stream, &Answer::Started, &[]).ok();
-        follow(wire, served.clone(), exec_id.clone())?;
+        follow(wire, served.clone(), id.to_owned(), exec_id.clone())?;
         tasks.wait(id, &exec_id).map_err(|error| anyhow!("{error}"))
     });
     tasks.delete(id, &exec_id).ok();
@@ -363,10 +384,15 @@ fn exec(
 }
 
 /// Passes on sizes of a terminal and signals, until the connection ends: who stood for the process on the host was
-/// killed, or has heard of its end.
-fn follow(mut wire: Wire, served: Arc<Served>, exec_id: String) -> Result<()> {
+/// killed, or has heard of its end. The process is a container's own if `exec_id` is empty.
+pub(crate) fn follow(
+    mut wire: Wire,
+    served: Arc<Served>,
+    id: String,
+    exec_id: String,
+) -> Result<()> {
     spawn("koya-follow", move || {
-        let (tasks, id) = (&served.tasks, served.id.as_str());
+        let (tasks, id) = (&served.tasks, id.as_str());
         let signal = |signal| tasks.kill(id, &exec_id, signal, false);
         loop {
             let passed = match wire.receive() {

@@ -4,7 +4,7 @@
 //! Who changes a container holds a lock (flock(2)) on its directory. A directory without `state.json` is one of
 //! a container that is being made, or whose making was cut off.
 
-use crate::ask::{Answer, Request, ask};
+use crate::ask::{Answer, Asked, Request, ask};
 use crate::cli::Globals;
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -61,6 +61,9 @@ pub(crate) struct Stored {
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) hooks: Hooks,
+    /// The container in whose virtual machine it is, if that is another one's.
+    #[serde(default)]
+    pub(crate) owner: Option<String>,
 }
 
 impl Stored {
@@ -104,6 +107,12 @@ impl Root {
             path,
             is_default: false,
         }
+    }
+
+    /// The one that has a container of this directory.
+    pub(crate) fn of_container(directory: &Path) -> Result<Self> {
+        let path = directory.parent().context("a container's directory")?;
+        Ok(Self::at(path.into()))
     }
 
     /// All containers that were made.
@@ -226,11 +235,19 @@ impl Container {
         connect(&self.directory)
     }
 
+    /// A request about this container, as it is sent.
+    pub(crate) fn asked(&self, request: Request) -> Asked {
+        Asked {
+            id: self.stored.id.clone(),
+            request,
+        }
+    }
+
     pub(crate) fn status(&self) -> Status {
         if !self.is_alive() {
             return Status::Stopped;
         }
-        match ask(self, &Request::Status) {
+        match ask(self, Request::Status) {
             Ok(Answer::Status(status)) => status,
             // It ends, or is too busy to say: then it runs.
             _ if !self.is_alive() || !self.directory.join(SOCKET).exists() => Status::Stopped,
@@ -354,16 +371,22 @@ fn connect(directory: &Path) -> Result<UnixStream> {
     UnixStream::connect(path).context("the container's process does not answer")
 }
 
+/// Has those who connect to a container reach the process of another one, which has its virtual machine.
+pub(crate) fn listen_at(directory: &Path, of: &Path) -> Result<()> {
+    symlink(of.join(SOCKET), directory.join(SOCKET))
+        .with_context(|| format!("cannot make a link in {}", directory.display()))
+}
+
 /// Nobody connects any more.
 pub(crate) fn stop_listening(directory: &Path) {
     fs::remove_file(directory.join(SOCKET)).ok();
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn stored(id: &str) -> Stored {
+    pub(crate) fn stored(id: &str) -> Stored {
         let pid = std::process::id() as i32;
         Stored {
             id: id.into(),
@@ -376,6 +399,7 @@ mod tests {
             annotations: Default::default(),
             cgroup: None,
             hooks: Hooks::default(),
+            owner: None,
         }
     }
 

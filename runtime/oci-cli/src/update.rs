@@ -17,7 +17,7 @@ pub(crate) fn update(root: &Root, args: &UpdateArgs) -> Outcome {
     if container.status() == Status::Stopped {
         bail!("container not running");
     }
-    ask(&container, &Request::Update(resources))?;
+    ask(&container, Request::Update(resources))?;
     Ok(0)
 }
 

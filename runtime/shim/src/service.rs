@@ -123,6 +123,7 @@ fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
             stderr: request.stderr,
             terminal: request.terminal,
         }),
+        joins: None,
         settings,
     })
 }

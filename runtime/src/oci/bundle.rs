@@ -15,8 +15,20 @@ pub struct Bundle {
     /// Its root file system: a directory in which it is mounted, or a file (or block device) with a file
     /// system, which the guest mounts (see [`ContainerConfig::rootfs`](crate::ContainerConfig::rootfs)).
     pub rootfs: PathBuf,
-    /// Where its processes are, if its configuration names a pid namespace by path.
+    /// What namespaces mean that its configuration names by path.
+    pub shared: SharedNamespaces,
+}
+
+/// Whose namespaces a container has where its configuration names them by path: paths are the host's, processes the
+/// guest's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SharedNamespaces {
+    /// Where its processes are.
     pub pids: SharedPids,
+    /// The container whose IPC namespace it has; without one it is the sandbox's own.
+    pub ipc: Option<String>,
+    /// The same of the UTS namespace.
+    pub uts: Option<String>,
 }
 
 /// What a pid namespace that is given by its path means: paths are the host's, processes the guest's.

@@ -3,7 +3,7 @@
 mod own_mounts;
 mod resolver;
 
-use super::{Bundle, SharedPids, capabilities, process};
+use super::{Bundle, SharedNamespaces, capabilities, process};
 use crate::account::Accounts;
 use crate::{ContainerConfig, Error};
 use koya_protocol::messages::File;
@@ -65,7 +65,7 @@ pub(crate) fn bundle(
         // Paths in it are this process's.
         directory: PathBuf::new(),
         rootfs: config.rootfs.clone(),
-        pids: SharedPids::Unknown,
+        shared: SharedNamespaces::default(),
     })
 }
 

@@ -17,7 +17,7 @@ pub(crate) mod process;
 mod shares;
 
 pub(crate) use bundle::Root;
-pub use bundle::{Bundle, SharedPids};
+pub use bundle::{Bundle, SharedNamespaces, SharedPids};
 pub(crate) use devices::HostDisk;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
@@ -66,7 +66,7 @@ pub(crate) fn adapt(
         mut spec,
         directory,
         rootfs,
-        pids,
+        shared,
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
@@ -74,7 +74,7 @@ pub(crate) fn adapt(
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
-        namespaces::adapt(linux, &pids)?;
+        namespaces::adapt(linux, &shared.pids)?;
         let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
         linux.set_rootfs_propagation(propagation.transpose()?);
         devices = devices::adapt(linux)?;

@@ -37,7 +37,7 @@ fn bundle(change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, Bundle) {
         spec,
         directory,
         rootfs,
-        pids: SharedPids::Unknown,
+        shared: SharedNamespaces::default(),
     };
     (dir, bundle)
 }

@@ -11,10 +11,25 @@ use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
 use crate::spec::{Role, Spec};
 use crate::stdio::StdioConfig;
 use anyhow::anyhow;
-use koya::{Bundle, Settings, SharedPids};
+use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// A container whose virtual machine another one joins, and those of it whose namespaces that one has: its
+/// configuration names them by processes of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joins {
+    /// The container whose machine it is.
+    pub sandbox: String,
+    /// The one whose pid namespace it has.
+    pub pids: Option<String>,
+    /// The one whose IPC namespace it has.
+    pub ipc: Option<String>,
+    /// The one whose UTS namespace it has.
+    pub uts: Option<String>,
+}
 
 /// A task that is to be made.
 pub struct CreateTask {
@@ -29,6 +44,9 @@ pub struct CreateTask {
     pub mounts: Vec<Mount>,
     /// Where the streams of its init process go.
     pub stdio: StdioConfig,
+    /// Whose virtual machine it joins, if that is another container's of the set for another reason than the
+    /// annotations of Kubernetes.
+    pub joins: Option<Joins>,
     /// The sandbox's settings, which the configuration's annotations may change. Not heeded for one of a pod's
     /// containers: the sandbox is there.
     pub settings: Settings,
@@ -43,7 +61,12 @@ impl CreateTask {
             true => self.bundle.join(root),
             false => self.bundle.join("rootfs"),
         };
-        let role = self.spec.role(&self.id);
+        let role = match &self.joins {
+            Some(joins) => Role::Member {
+                sandbox: joins.sandbox.clone(),
+            },
+            None => self.spec.role(&self.id),
+        };
         let settings = match role {
             Role::Member { .. } => Settings::default(),
             Role::Single | Role::Sandbox => self
@@ -57,6 +80,7 @@ impl CreateTask {
             spec: self.spec,
             hooks,
             role,
+            joins: self.joins,
             settings,
             init: Process::new(self.stdio),
             pid_holder: PidHolder::new()?,
@@ -220,7 +244,7 @@ impl TaskSet {
             },
             directory: task.bundle.clone(),
             rootfs: task.rootfs.clone(),
-            pids: self.shared_pids(task),
+            shared: self.shared_namespaces(task),
         };
         let (container, streams) = machine.create(&task.id, &bundle, task.init.stdio)?;
         let relay = match task.init.take_io().connect(streams) {
@@ -247,7 +271,24 @@ impl TaskSet {
         Ok(container)
     }
 
-    /// Whose pid namespace a container is to have.
+    /// Whose namespaces a container is to have.
+    fn shared_namespaces(&self, task: &Task) -> SharedNamespaces {
+        let Some(joins) = task.joins.clone() else {
+            return SharedNamespaces {
+                pids: self.shared_pids(task),
+                ..SharedNamespaces::default()
+            };
+        };
+        SharedNamespaces {
+            pids: joins
+                .pids
+                .map_or(SharedPids::Unknown, SharedPids::Container),
+            ipc: joins.ipc,
+            uts: joins.uts,
+        }
+    }
+
+    /// Whose pid namespace one of Kubernetes' containers is to have.
     fn shared_pids(&self, task: &Task) -> SharedPids {
         let Some(wanted) = task.spec.pids_of() else {
             return SharedPids::Unknown;

@@ -24,6 +24,7 @@
 //!     bundle,
 //!     mounts: Vec::new(),
 //!     stdio: StdioConfig::default(),
+//!     joins: None,
 //!     settings: koya::Settings::load()?,
 //! })?;
 //! tasks.start("hello", "")?;
@@ -67,7 +68,7 @@ mod terminate;
 mod tests;
 pub mod wire;
 
-pub use create::CreateTask;
+pub use create::{CreateTask, Joins};
 pub use error::Error;
 pub use event::{Event, EventSink};
 pub use exec::ExecTask;

@@ -336,6 +336,12 @@ impl TaskSet {
                     Machine::Absent if state.is_stopping => {
                         return Err(anyhow!("the sandbox is being stopped").into());
                     }
+                    Machine::Absent if task.is_member() => {
+                        return Err(Error::FailedPrecondition(
+                            "the container whose virtual machine is to be joined has not started"
+                                .into(),
+                        ));
+                    }
                     Machine::Absent => break,
                 }
             }

@@ -73,10 +73,20 @@ impl Network {
                 if is_of_a_process(path) {
                     bail!(OTHERS_NETWORK);
                 }
-                setns(namespace, CloneFlags::CLONE_NEWNET)
-                    .with_context(|| format!("cannot enter {}", path.display()))
+                self.enter_named()
             }
         }
+    }
+
+    /// Enters that which is named by its path, if one is.
+    pub(crate) fn enter_named(&self) -> Result<()> {
+        let Self::Path(path) = self else {
+            return Ok(());
+        };
+        let namespace = File::open(path);
+        let entered = namespace.map(|namespace| setns(namespace, CloneFlags::CLONE_NEWNET));
+        let entered = entered.with_context(|| format!("cannot open {}", path.display()))?;
+        entered.with_context(|| format!("cannot enter {}", path.display()))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The tasks of one sandbox, and what they share.
 
 use crate::Error;
+use crate::create::Joins;
 use crate::event::{Event, EventSink};
 use crate::exec::Exec;
 use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
@@ -65,6 +66,7 @@ pub(crate) struct Task {
     /// Its hooks on the host.
     pub(crate) hooks: Hooks,
     pub(crate) role: Role,
+    pub(crate) joins: Option<Joins>,
     pub(crate) settings: Settings,
     pub(crate) init: Process,
     pub(crate) pid_holder: PidHolder,

@@ -54,8 +54,12 @@ impl Spec {
             .map(String::as_str)
     }
 
-    /// By the annotations of containerd's and CRI-O's Kubernetes interface.
+    /// By the annotations of containerd's and CRI-O's Kubernetes interface. podman has them, too, with a pod's name
+    /// for the sandbox: its pods are told by the namespaces that containers share.
     pub fn role(&self, id: &str) -> Role {
+        if self.annotation(&["io.container.manager"]) == Some("libpod") {
+            return Role::Single;
+        }
         let kind = [
             "io.kubernetes.cri.container-type",
             "io.kubernetes.cri-o.ContainerType",
@@ -84,6 +88,15 @@ impl Spec {
     /// Which can't be had.
     pub fn enter_namespaces(&self) -> Result<(), Error> {
         Ok(self.network().enter()?)
+    }
+
+    /// Has the calling thread, the only one of its process, enter the network namespace of another container, for
+    /// a process that stands for one in that one's sandbox.
+    ///
+    /// # Errors
+    /// If it can't be had.
+    pub fn enter_network_of_another(&self) -> Result<(), Error> {
+        Ok(self.network().enter_named()?)
     }
 
     /// The name server of Docker's user-defined networks, if the container is to ask that: on the loopback of its
@@ -126,6 +139,24 @@ impl Spec {
         let path = pid.path().as_ref()?.to_str()?;
         let number = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
         number.parse().ok()
+    }
+
+    /// Rows and columns of the terminal, if it is to have a size.
+    pub fn console_size(&self) -> Option<(u64, u64)> {
+        let size = self.0.process().as_ref()?.console_size()?;
+        Some((size.height(), size.width()))
+    }
+
+    /// The processes of the host whose namespaces it is to have, by `/proc/PID/ns/...`, and of which kinds.
+    pub fn named_processes(&self) -> Vec<(LinuxNamespaceType, u32)> {
+        let linux = self.0.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
+        let named = namespaces.into_iter().flatten().filter_map(|namespace| {
+            let path = namespace.path().as_ref()?.to_str()?;
+            let (pid, _) = path.strip_prefix("/proc/")?.split_once("/ns/")?;
+            Some((namespace.typ(), pid.parse().ok()?))
+        });
+        named.collect()
     }
 
     pub(crate) fn sysctls(&self) -> BTreeMap<String, String> {
@@ -304,6 +335,9 @@ mod tests {
                 sandbox: "p".into()
             }
         );
+        let podmans = json!({"annotations": {"io.kubernetes.cri-o.ContainerType": "container",
+            "io.kubernetes.cri-o.SandboxID": "p", "io.container.manager": "libpod"}});
+        assert_eq!(spec(podmans).role("a"), Role::Single);
     }
 
     #[test]
@@ -330,6 +364,13 @@ mod tests {
         assert_eq!(path.network(), Network::Path("/n".into()));
         let pids = of(json!([{"type": "pid", "path": "/proc/77/ns/pid"}]));
         assert_eq!(pids.pids_of(), Some(77));
+        assert_eq!(
+            pids.named_processes(),
+            [(LinuxNamespaceType::Pid, 77)],
+            "of another's"
+        );
+        let files = of(json!([{"type": "network", "path": "/run/netns/a"}, {"type": "ipc"}]));
+        assert!(files.named_processes().is_empty());
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
     }
 

@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 crate::trials!(
     podman_runs_containers_in_the_foreground,
     podman_keeps_containers_in_the_background,
+    a_podman_pod_is_one_virtual_machine,
 );
 
 /// podman, with storage of its own and an image called `bb`.
@@ -185,5 +186,74 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     podman.ok(&["rm", "d"])?;
     let state = Path::new("/run/koya-runtime").join(id);
     ensure!(!state.exists(), "its state is left");
+    Ok(())
+}
+
+/// The control groups of pods, as podman makes them here without systemd. podman 4.3 forbids all devices in them,
+/// /dev/null too, so no runtime can start anything there: that goes away with the group.
+fn allow_devices_in_pods() -> Result<()> {
+    for pod in std::fs::read_dir("/sys/fs/cgroup/libpod_parent")? {
+        let group = pod?.path();
+        if group.is_dir() {
+            std::fs::remove_dir(&group)?;
+            std::fs::create_dir(&group)?;
+        }
+    }
+    Ok(())
+}
+
+fn a_podman_pod_is_one_virtual_machine() -> Result<()> {
+    let podman = Podman::new()?;
+    let create = ["pod", "create", "--name", "p", "--hostname", "pod"];
+    let infra = ["--network", "none", "--infra-image", "bb"];
+    let command = ["--infra-command", "sleep 1000"];
+    podman.ok(&[&create[..], &infra, &command].concat())?;
+    allow_devices_in_pods()?;
+    let boot = "/proc/sys/kernel/random/boot_id";
+    let serve = "echo from a | nc -l -p 77; exec sleep 1000";
+    let first = ["run", "-d", "--pod", "p", "--name", "a", "bb", "sh", "-c"];
+    podman.ok(&[&first[..], &[serve]].concat())?;
+
+    let script = format!(
+        "until nc 127.0.0.1 77; do sleep 1; done; hostname; cat {boot}; \
+         readlink /proc/self/ns/ipc /proc/self/ns/uts; ps | grep -c sleep; exit 9"
+    );
+    let second = ["run", "--rm", "--pod", "p", "bb", "sh", "-c", &script];
+    let output = podman.call(&second)?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.code() == Some(9), "{output:?}");
+    let namespaces = "readlink /proc/self/ns/ipc /proc/self/ns/uts";
+    let script = format!("cat {boot}; {namespaces}");
+    let of_the_first = podman.ok(&["exec", "a", "sh", "-c", &script])?;
+    let wanted = format!("from a\npod\n{of_the_first}\n1\n");
+    ensure!(said == wanted, "{said:?} and not {wanted:?}");
+
+    // Its process on the host is one of its own, in the pod's network namespace.
+    let infra = podman.ok(&["ps", "--filter", "name=infra", "--quiet"])?;
+    let pids = [
+        &podman.inspect("a")?["Pid"],
+        &podman.inspect(&infra)?["Pid"],
+    ]
+    .map(Value::to_string);
+    ensure!(pids[0] != pids[1], "{pids:?}");
+    let network = |pid: &String| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    ensure!(network(&pids[0])? == network(&pids[1])?, "another network");
+
+    let words = ["run", "--rm", "-t", "--pod", "p", "bb", "tty"];
+    let (status, said) = on_terminal(&podman.command(&words))?;
+    ensure!(
+        status == Some(0) && said.contains("/dev/pts/0"),
+        "{status:?} {said}"
+    );
+    podman.ok(&["kill", "a"])?;
+    let status = podman.ok(&["wait", "a"])?;
+    ensure!(status == "137", "{status}");
+    ensure!(
+        podman.inspect(&infra)?["Status"] == "running",
+        "the pod ended"
+    );
+    podman.ok(&["pod", "rm", "--force", "--time", "5", "p"])?;
+    let left = podman.ok(&["ps", "--all", "--quiet"])?;
+    ensure!(left.is_empty(), "left: {left}");
     Ok(())
 }

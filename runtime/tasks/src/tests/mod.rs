@@ -363,6 +363,7 @@ impl Rig {
             bundle,
             mounts: Vec::new(),
             stdio: StdioConfig::default(),
+            joins: None,
             settings: Settings::default(),
         }
     }

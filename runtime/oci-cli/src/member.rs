@@ -1,0 +1,223 @@
+//! Containers that share another one's namespaces, and so its virtual machine: those of podman's pods, and
+//! `--network container:NAME`.
+//!
+//! Such a container has a process of its own, too, whose pid callers are told. It is in the same network namespace,
+//! and ends with the container's status; the container itself is in the virtual machine of the other one's process.
+
+use crate::Outcome;
+use crate::ask::{Answer, Asked, Boot, Create, Request, hear};
+use crate::console::{self, Pty};
+use crate::create::default_cgroup;
+use crate::exec::{end, pass_on};
+use crate::serve::{Served, descriptors, follow};
+use crate::signal::PASSED;
+use crate::state::{self, Container, Root, Stored};
+use anyhow::{Context, Result, bail};
+use koya::Settings;
+use koya::oci_spec::runtime::LinuxNamespaceType;
+use koya_tasks::wire::{Wire, send};
+use koya_tasks::{CreateTask, Joins, Spec};
+use nix::sched::{CloneFlags, setns, unshare};
+use signal_hook::iterator::Signals;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// Whose virtual machine a container is to join, if its configuration names namespaces of one.
+///
+/// # Errors
+/// If these are not all of one virtual machine, or its network is not among them.
+pub(crate) fn owner(root: &Root, spec: &Spec) -> Result<Option<Joins>> {
+    let named = spec.named_processes();
+    if named.is_empty() || !root.path.exists() {
+        return Ok(None);
+    }
+    let all = root.all()?;
+    joins(&named, |pid| {
+        let mut found = all.iter().filter(|c| c.is_alive());
+        let found = found.find(|container| container.stored.pid == pid as i32);
+        found.map(|container| &container.stored)
+    })
+}
+
+fn joins<'a>(
+    named: &[(LinuxNamespaceType, u32)],
+    find: impl Fn(u32) -> Option<&'a Stored>,
+) -> Result<Option<Joins>> {
+    let mut joins = Joins::default();
+    let mut has_network = false;
+    let mut last_kind = LinuxNamespaceType::Network;
+    for (kind, pid) in named {
+        let Some(stored) = find(*pid) else {
+            continue;
+        };
+        let sandbox = stored.owner.as_ref().unwrap_or(&stored.id);
+        if !joins.sandbox.is_empty() && joins.sandbox != *sandbox {
+            bail!(
+                "the {kind} namespace is of {}, others are of {}: these are two virtual machines",
+                stored.id,
+                joins.sandbox
+            );
+        }
+        joins.sandbox = sandbox.clone();
+        let of = Some(stored.id.clone());
+        match kind {
+            LinuxNamespaceType::Network => has_network = true,
+            LinuxNamespaceType::Pid => joins.pids = of,
+            LinuxNamespaceType::Ipc => joins.ipc = of,
+            LinuxNamespaceType::Uts => joins.uts = of,
+            other => bail!("the {other} namespace of {} can't be shared", stored.id),
+        }
+        last_kind = *kind;
+    }
+    match (joins.sandbox.is_empty(), has_network) {
+        (true, _) => Ok(None),
+        (false, true) => Ok(Some(joins)),
+        (false, false) => bail!(
+            "the {last_kind} namespace of {} can be shared only with its network: containers of one virtual \
+             machine have one network",
+            joins.sandbox
+        ),
+    }
+}
+
+/// The process that stands for such a container; the status that it ends with.
+pub(crate) fn stand(
+    boot: &Boot,
+    joins: &Joins,
+    spec: &Spec,
+    fds: Vec<OwnedFd>,
+    stream: &UnixStream,
+    wire: &mut Wire,
+) -> Outcome {
+    spec.enter_network_of_another()?;
+    let signals = Signals::new(PASSED)?;
+    send(stream, &Answer::Done, &[])?;
+    if wire.receive::<Request>()?.is_none() {
+        bail!("the command that made this ended");
+    }
+    let owner = Root::of_container(&boot.directory)?.find(&joins.sandbox)?;
+    let (fds, terminal) = match boot.is_terminal {
+        true => {
+            let to = fds.into_iter().next().context("no console socket came")?;
+            let pty = Pty::open(spec.console_size())?;
+            console::control(&pty.slave)?;
+            pty.send_master(&to.into())?;
+            let watched = pty.slave.try_clone()?;
+            (vec![pty.slave], Some(watched))
+        }
+        false => (fds, None),
+    };
+    let machine = ask_for(boot, joins, &owner, &fds)?;
+    drop(fds);
+    let mut end_of = Wire::new(machine.try_clone()?);
+    hear(&mut end_of)?;
+    pass_on(signals, &machine, terminal)?;
+    state::listen_at(&boot.directory, &owner.directory)?;
+    send(stream, &Answer::Done, &[])?;
+    if wire.receive::<Request>()?.is_none() {
+        state::stop_listening(&boot.directory);
+        // Who asked for it has gone: so it is killed.
+        machine.shutdown(std::net::Shutdown::Both).ok();
+        bail!("the command that made this ended");
+    }
+    let status = end(&mut end_of);
+    state::stop_listening(&boot.directory);
+    Ok(status)
+}
+
+fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Result<UnixStream> {
+    let machine = owner.connect()?;
+    let asked = Asked {
+        id: boot.id.clone(),
+        request: Request::Create(Create {
+            bundle: boot.bundle.clone(),
+            joins: joins.clone(),
+            is_own_terminal: boot.is_own_terminal,
+        }),
+    };
+    let mounts = File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
+    let mut beside = vec![mounts.as_fd()];
+    beside.extend(fds.iter().map(AsFd::as_fd));
+    send(&machine, &asked, &beside)?;
+    Ok(machine)
+}
+
+/// In the process that has the virtual machine, on a thread of the container's own: makes the container, and tells
+/// its end. If who asked for it goes first, it is killed.
+pub(crate) fn create(
+    stream: &UnixStream,
+    wire: Wire,
+    served: &Arc<Served>,
+    id: String,
+    create: Create,
+    mut fds: Vec<OwnedFd>,
+) -> Result<Answer> {
+    let tasks = &served.tasks;
+    if fds.is_empty() {
+        bail!("no mount namespace came");
+    }
+    // What was mounted after this process came to be need not be in its own.
+    enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
+    let mut spec = Spec::read(&create.bundle)?;
+    spec.drop_hooks_of_others();
+    spec.default_cgroup(&default_cgroup(&id));
+    tasks.create(CreateTask {
+        id: id.clone(),
+        bundle: create.bundle,
+        spec,
+        mounts: Vec::new(),
+        stdio: descriptors(fds, create.is_own_terminal)?,
+        joins: Some(create.joins),
+        settings: Settings::default(),
+    })?;
+    send(stream, &Answer::Done, &[]).ok();
+    follow(wire, served.clone(), id.clone(), String::new())?;
+    let exit = tasks.wait(&id, "");
+    // Its root is free once its end is told.
+    if let Err(error) = tasks.delete(&id, "") {
+        log::warn!("{id}: {error}");
+    }
+    Ok(Answer::Ended(exit?.status))
+}
+
+/// Has paths mean what they mean in another mount namespace, for this thread alone.
+fn enter_mounts(namespace: &OwnedFd) -> Result<()> {
+    unshare(CloneFlags::CLONE_FS)?;
+    Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::tests::stored;
+    use LinuxNamespaceType::{Ipc, Network, Pid, User, Uts};
+
+    #[test]
+    fn whose_virtual_machine_is_joined_is_told_by_pids() {
+        let (infra, mut member, other) = (stored("infra"), stored("member"), stored("other"));
+        member.owner = Some("infra".into());
+        let find = |pid| match pid {
+            1 => Some(&infra),
+            2 => Some(&member),
+            3 => Some(&other),
+            _ => None,
+        };
+        let of = |named: &[(LinuxNamespaceType, u32)]| joins(named, find);
+        let pod = of(&[(Network, 1), (Ipc, 1), (Uts, 1), (Pid, 2)]).unwrap();
+        let pod = pod.unwrap();
+        assert_eq!(pod.sandbox, "infra");
+        assert_eq!(pod.ipc.as_deref(), Some("infra"));
+        assert_eq!(pod.uts.as_deref(), Some("infra"));
+        assert_eq!(pod.pids.as_deref(), Some("member"));
+        let network = of(&[(Network, 2)]).unwrap().unwrap();
+        assert_eq!(network.sandbox, "infra");
+        assert_eq!(network.ipc, None);
+        assert!(of(&[(Network, 9)]).unwrap().is_none(), "nobody's we know");
+        let error = |named: &[_]| of(named).unwrap_err().to_string();
+        assert!(error(&[(Ipc, 1)]).contains("only with its network"));
+        assert!(error(&[(Network, 1), (Ipc, 3)]).contains("two virtual machines"));
+        assert!(error(&[(Network, 1), (User, 1)]).contains("can't be shared"));
+    }
+}
