@@ -61,8 +61,8 @@ impl Guest {
         write(&HANDLER.to_le_bytes(), VECTOR);
         let machine = Machine::new(&kvm, Arc::new(memory)).expect("a machine");
         let machine = Arc::new(machine);
-        let features = arch::features(&kvm).expect("features");
-        arch::prepare_vm(&features, machine.fd()).expect("interrupt controllers");
+        let mut features = arch::features(&kvm).expect("features");
+        arch::prepare_vm(&mut features, machine.fd()).expect("interrupt controllers");
         let vcpu = Vcpu::new(&machine, 0, Kicker::default()).expect("a vCPU");
         arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).expect("registers");
         arch::set_entry(vcpu.fd(), arch::Entry::Real).expect("registers");

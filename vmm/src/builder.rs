@@ -186,11 +186,16 @@ impl VmBuilder {
     fn build_with(mut self, kvm: &Kvm) -> Result<Built, StartError> {
         let memory = Arc::new(memory::reserve(&self.spec.memory)?);
         let machine = Machine::new(kvm, memory.clone())?;
-        // Interrupt controllers must exist before vCPUs and anything that raises interrupts.
-        let features = arch::features(kvm)?;
-        arch::prepare_vm(&features, machine.fd())?;
+        let machine = Arc::new(machine);
+        let mut features = arch::features(kvm)?;
+        arch::prepare_vm(&mut features, machine.fd())?;
+        let cpus = self.spec.cpus.count;
+        let kickers: Vec<_> = (0..cpus).map(|_| Kicker::default()).collect();
+        let vcpus = make_vcpus(&features, &machine, &kickers)?;
+        // Some interrupt controllers are complete only when all vCPUs exist. What raises interrupts comes after.
+        let interrupts = arch::finish_vm(machine.fd(), cpus)?;
         let mut parts = Parts {
-            machine: Arc::new(machine),
+            machine,
             memory,
             event_loop: None,
             bus: Bus::default(),
@@ -218,12 +223,11 @@ impl VmBuilder {
             serial: self.spec.serial,
             slots: &slots,
             hotplug_slots: &hotplug_slots,
+            interrupts,
         };
         let entry = arch::load(&parts.memory, info)?;
         boot_events.built("kernel loaded");
         let cpus = &self.spec.cpus;
-        let kickers: Vec<_> = (0..cpus.count).map(|_| Kicker::default()).collect();
-        let vcpus = make_vcpus(&features, &parts.machine, &kickers)?;
         arch::set_entry(vcpus[0].fd(), entry)?;
 
         handles.hotplug = parts.make_hotplug(hotplug, cpus.count)?;

@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitReason {
-    /// The guest reset its CPU: how a guest without ACPI shuts down.
+    /// The guest reset its CPU, which is how a guest without ACPI shuts down, or turned its machine off (PSCI).
     Reset,
     /// The guest's kernel panicked.
     Panic {

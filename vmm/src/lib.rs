@@ -126,7 +126,8 @@ pub use vm::{Vm, VmHandle};
 #[doc(hidden)]
 pub mod internals {
     pub use crate::arch::{
-        BASE_CMDLINE, Entry, Features, features, prepare_vcpu, prepare_vm, set_entry,
+        BASE_CMDLINE, Entry, Features, Interrupts, features, finish_vm, prepare_vcpu, prepare_vm,
+        set_entry,
     };
     pub use crate::bus::{Bus, BusDevice, Effect};
     pub use crate::kvm::machine::Machine;

@@ -412,8 +412,8 @@ mod tests {
             let memory = Arc::new(Memory::from_regions(regions).unwrap());
             memory.write_slice(CODE, GuestAddress(0)).unwrap();
             let machine = Arc::new(Machine::new(&kvm, memory).unwrap());
-            let features = arch::features(&kvm).unwrap();
-            arch::prepare_vm(&features, machine.fd()).unwrap();
+            let mut features = arch::features(&kvm).unwrap();
+            arch::prepare_vm(&mut features, machine.fd()).unwrap();
             let vcpu = Vcpu::new(&machine, 0, Kicker::default()).unwrap();
             arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();
             arch::set_entry(vcpu.fd(), arch::Entry::Real).unwrap();

@@ -17,6 +17,7 @@ use crate::bus::{Bus, Effect};
 use crate::exit::ExitReason;
 use crate::kvm::{Exit, Kicker, Thread, Vcpu};
 use koya_host::sync::{lock, wait};
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// The state that vCPUs must be in.
@@ -252,7 +253,14 @@ fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {
                 let log = String::new();
                 return Some(ExitReason::TripleFault { details, log });
             }
-            Exit::SystemEvent(_) => return Some(ExitReason::Reset),
+            // The guest turned the machine off, or reset it: both end it.
+            Exit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET) => {
+                return Some(ExitReason::Reset);
+            }
+            Exit::SystemEvent(kind) => {
+                let details = format!("system event {kind}; {}", arch::describe_vcpu(vcpu.fd()));
+                return Some(ExitReason::InternalError { details });
+            }
             Exit::InternalError(details) => {
                 let details = format!("{details}; {}", arch::describe_vcpu(vcpu.fd()));
                 return Some(ExitReason::InternalError { details });

@@ -4,15 +4,18 @@
 //! - [`KernelFormat`], [`kernel_format`]: detects the kernel format from the first bytes of a file
 //! - [`layout`]: guest physical memory map and the MMIO slots for virtio devices
 //! - [`features`]: CPU features that KVM offers
-//! - [`prepare_vm`]: sets up what must exist before vCPUs are created (interrupt controller, clock)
-//! - [`attach_platform`]: attaches the platform's own devices to the bus (serial port, reset)
+//! - [`prepare_vm`]: sets up what must exist before vCPUs are created
 //! - [`prepare_vcpu`]: sets the identity and features of a vCPU
+//! - [`finish_vm`]: sets up what needs all vCPUs, and returns the interrupt controller ([`Interrupts`]); interrupts
+//!   are connected after that
+//! - [`attach_platform`]: attaches the platform's own devices to the bus (serial port, reset)
 //! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
 //!   by device tree
 //! - [`set_entry`]: sets the entry point of the first vCPU
 //!
 //! `cfg(target_arch)` is used only here in this crate.
 
+mod byte_registers;
 mod linux;
 
 use crate::bus::Overlap;
@@ -51,6 +54,8 @@ pub(crate) struct BootInfo<'a> {
     pub(crate) slots: &'a [MmioSlot],
     /// Hot-plug slots, empty at first; the kernel numbers them after the others.
     pub(crate) hotplug_slots: &'a [MmioSlot],
+    /// The interrupt controller.
+    pub(crate) interrupts: Interrupts,
 }
 
 impl BootInfo<'_> {

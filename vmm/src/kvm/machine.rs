@@ -23,9 +23,7 @@ impl Machine {
     /// # Errors
     /// The error from KVM, with the operation that failed.
     pub fn new(kvm: &Kvm, memory: Arc<Memory>) -> Result<Self, ArchError> {
-        let vm = kvm
-            .create_vm()
-            .map_err(ArchError::kvm("make a virtual machine"))?;
+        let vm = create_vm(kvm).map_err(ArchError::kvm("make a virtual machine"))?;
         let machine = Self {
             vm,
             memory,
@@ -141,6 +139,21 @@ impl Machine {
     /// The VM's file descriptor.
     pub fn fd(&self) -> &VmFd {
         &self.vm
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    kvm.create_vm()
+}
+
+/// With guest physical addresses as wide as the host allows, up to the 48 bits that guests use: the default
+/// of 40 is too wide for some hosts, and too narrow for large guests.
+#[cfg(target_arch = "aarch64")]
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    match u32::try_from(kvm.get_host_ipa_limit()) {
+        Ok(limit @ 1..) => kvm.create_vm_with_ipa_size(limit.min(48)),
+        _ => kvm.create_vm(),
     }
 }
 

@@ -308,8 +308,8 @@ mod tests {
         let memory = Memory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         memory.write_slice(&[0xfa, 0xf4], GuestAddress(0)).unwrap();
         let machine = Arc::new(Machine::new(&kvm, Arc::new(memory)).unwrap());
-        let features = arch::features(&kvm).unwrap();
-        arch::prepare_vm(&features, machine.fd()).unwrap();
+        let mut features = arch::features(&kvm).unwrap();
+        arch::prepare_vm(&mut features, machine.fd()).unwrap();
         // The vCPU keeps the machine alive.
         let vcpu = Vcpu::new(&machine, 0, kicker).unwrap();
         arch::prepare_vcpu(&features, vcpu.fd(), 0, 1).unwrap();

@@ -1,30 +1,30 @@
-//! aarch64, with the same interface as x86_64. The parts that exist are the memory layout, kernel detection
-//! and the command line. The interrupt controller, vCPU registers and device tree are missing; until they
-//! exist, starting a guest fails with an error that says so.
+//! aarch64: a machine without firmware, PCI or ACPI, described by a device tree. Its CPUs are turned on and
+//! off by PSCI, and its interrupt controller and timers are those of the architecture: KVM emulates all three.
 
-use super::{ArchError, BootInfo, linux};
-use crate::bus::Bus;
-use crate::config::Boot;
-use koya_devices::serial::SerialPort;
-use koya_devices::virtio::Memory;
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use std::sync::{Arc, Mutex};
-
+mod boot;
+mod cmdline;
+mod device_tree;
+mod gic;
 pub(crate) mod layout;
+mod platform;
+mod regs;
 
-/// Kernel parameters of every guest: what a panic does, and where to unpack the initramfs. The console and
-/// the devices are described by the device tree.
-pub const BASE_CMDLINE: &str =
-    "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 rootfstype=ramfs";
+use super::ArchError;
+use kvm_bindings::{
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS,
+    KVM_ARM_VCPU_PTRAUTH_GENERIC, kvm_vcpu_init,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-/// Maximum length of the command line including its terminator (COMMAND_LINE_SIZE, arch/arm64).
-const CMDLINE_SIZE: usize = 2048;
+pub(crate) use boot::load;
+pub use cmdline::BASE_CMDLINE;
+pub use gic::Interrupts;
+pub(crate) use platform::attach_platform;
+pub(crate) use regs::describe_vcpu;
 
 /// Whether host memory may be mapped read-only as device registers: guests map devices uncached and would not
 /// see what the host wrote to its caches.
 pub(crate) const CAN_MAP_REGISTERS: bool = false;
-
-const NOT_YET: &str = "booting a guest on aarch64";
 
 /// How a kernel file is booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,119 +44,99 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     }
 }
 
-/// Creates the interrupt controller.
-///
-/// # Errors
-/// Always, for now.
-pub fn prepare_vm(_: &Features, _vm: &VmFd) -> Result<(), ArchError> {
-    Err(ArchError::Unsupported(NOT_YET))
-}
-
-/// Attaches the platform's own devices to the bus. Resets go through PSCI, which KVM handles. There is no
-/// interrupt controller yet to connect a serial port to.
-///
-/// # Errors
-/// If a serial port is requested, for now.
-pub(crate) fn attach_platform(
-    _vm: &VmFd,
-    _bus: &mut Bus,
-    serial: Option<&Arc<Mutex<SerialPort>>>,
-) -> Result<(), ArchError> {
-    match serial {
-        Some(_) => Err(ArchError::Unsupported(NOT_YET)),
-        None => Ok(()),
-    }
-}
-
 /// CPU features that KVM offers to every vCPU.
-pub enum Features {}
-
-/// Queries them from KVM.
-///
-/// # Errors
-/// Always, for now.
-pub fn features(_kvm: &Kvm) -> Result<Features, ArchError> {
-    Err(ArchError::Unsupported(NOT_YET))
+pub struct Features {
+    init: kvm_vcpu_init,
 }
 
-/// Sets the identity and features of a vCPU.
+/// Queries them from KVM. Guests have pointer authentication where the host has it, and neither a PMU nor SVE.
 ///
 /// # Errors
-/// Always, for now.
-pub fn prepare_vcpu(_: &Features, _: &VcpuFd, _index: u32, _cpus: u32) -> Result<(), ArchError> {
-    Err(ArchError::Unsupported(NOT_YET))
+/// If the host lacks what every guest needs.
+pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
+    if !kvm.check_extension(Cap::ArmPsci02) {
+        return Err(ArchError::Unsupported("a host without PSCI 0.2"));
+    }
+    let mut init = kvm_vcpu_init::default();
+    init.features[0] = 1 << KVM_ARM_VCPU_PSCI_0_2;
+    if kvm.check_extension(Cap::ArmPtrAuthAddress) && kvm.check_extension(Cap::ArmPtrAuthGeneric) {
+        init.features[0] |= 1 << KVM_ARM_VCPU_PTRAUTH_ADDRESS | 1 << KVM_ARM_VCPU_PTRAUTH_GENERIC;
+    }
+    Ok(Features { init })
 }
 
-/// Where the first vCPU starts.
+/// Asks which CPU the vCPUs will be: that of the host.
+///
+/// # Errors
+/// The error from KVM.
+pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
+    let mut preferred = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut preferred)
+        .map_err(ArchError::kvm("name the host's CPU"))?;
+    features.init.target = preferred.target;
+    Ok(())
+}
+
+/// Sets the identity and features of a vCPU. All but the first are off until the guest turns them on (PSCI).
+///
+/// # Errors
+/// The error from KVM.
+pub fn prepare_vcpu(
+    features: &Features,
+    vcpu: &VcpuFd,
+    index: u32,
+    _cpus: u32,
+) -> Result<(), ArchError> {
+    let mut init = features.init;
+    if index > 0 {
+        init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+    }
+    vcpu.vcpu_init(&init)
+        .map_err(ArchError::kvm("set a vCPU's features"))
+}
+
+/// Makes the interrupt controller: KVM initialises it for the vCPUs that exist, and connects nothing to it
+/// before.
+///
+/// # Errors
+/// The error from KVM, or that the host's controller is for fewer vCPUs.
+pub fn finish_vm(vm: &VmFd, cpus: u32) -> Result<Interrupts, ArchError> {
+    let interrupts = Interrupts::offered(vm, cpus)?;
+    interrupts.make(vm)?;
+    Ok(interrupts)
+}
+
+/// Where the first vCPU starts; the kernel starts the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {}
+pub struct Entry {
+    /// Guest physical address of the first instruction.
+    pub pc: u64,
+    /// Guest physical address of the device tree.
+    pub device_tree: u64,
+}
 
 /// Sets the first vCPU's registers.
 ///
 /// # Errors
-/// None: there is no entry point yet.
-pub fn set_entry(_vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
-    match entry {}
+/// The error from KVM.
+pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
+    regs::enter(vcpu, entry)
 }
 
-/// Loads the kernel and the device tree into memory.
-///
-/// # Errors
-/// If something does not fit; otherwise always, for now.
-pub(crate) fn load(_memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
-    let line = cmdline(&info);
-    check_sizes(info.boot, info.memory.bytes)?;
-    if line.len() >= CMDLINE_SIZE {
-        let reason = format!("{} bytes are more than {CMDLINE_SIZE}", line.len());
-        return Err(ArchError::load("the command line")(reason));
-    }
-    // The device tree's nodes will be made from these.
-    let (slots, later) = (info.slots, info.hotplug_slots);
-    log::debug!("a device tree would have {slots:x?} and {later:x?}");
-    Err(ArchError::Unsupported(NOT_YET))
-}
-
-/// Checks that kernel and initramfs fit into this much memory.
-fn check_sizes(boot: &Boot, memory_bytes: u64) -> Result<(), ArchError> {
-    let (files, format) = match boot {
-        Boot::Linux {
-            kernel,
-            format,
-            initramfs,
-            ..
-        } => ([Some(kernel), initramfs.as_ref()], format),
-        Boot::Flat(code) => {
-            let reason = format!("{} bytes of real-mode code are x86_64's", code.len());
-            return Err(ArchError::load("flat code")(reason));
-        }
-    };
-    let mut bytes = layout::PANIC_LOG_SIZE;
-    for file in files.into_iter().flatten() {
-        bytes += file.metadata().map_err(ArchError::load("a file"))?.len();
-    }
-    if bytes > memory_bytes {
-        let reason = format!("{format:?} and initramfs are {bytes} bytes, memory {memory_bytes}");
-        return Err(ArchError::load("the kernel")(reason));
-    }
-    Ok(())
-}
-
-fn cmdline(info: &BootInfo<'_>) -> String {
-    use crate::config::Serial;
-    let line = format!("{BASE_CMDLINE} {} ", linux::kernel_parameters(info));
-    match info.serial {
-        // The device tree says where the port is.
-        Serial::Messages => {
-            line + &linux::insert_before_init(info.configured_cmdline(), "earlycon keep_bootcon")
-        }
-        Serial::None | Serial::Console => line + info.configured_cmdline(),
-    }
-}
-
-/// Nothing to do: the architected timer stops with the vCPU.
+/// Nothing to do: guests have no watchdog that counts the time of the host.
 pub(crate) fn after_pause(_vcpu: &VcpuFd) {}
 
-/// The registers to include in a report of a failed vCPU.
-pub(crate) fn describe_vcpu(_vcpu: &VcpuFd) -> String {
-    "registers are not shown on aarch64".into()
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_apart() {
+        let mut image = [0; 64];
+        image[56..60].copy_from_slice(b"ARM\x64");
+        assert_eq!(kernel_format(&image), Ok(KernelFormat::Image));
+        for other in [b"\x7fELF".as_slice(), b""] {
+            assert!(kernel_format(other).unwrap_err().contains("aarch64 Image"));
+        }
+    }
 }

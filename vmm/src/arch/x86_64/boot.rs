@@ -2,7 +2,7 @@
 //! (Documentation/arch/x86/boot.rst).
 
 use super::super::{ArchError, BootInfo};
-use super::{Entry, KernelFormat, cmdline, layout, mptable, regs};
+use super::{Entry, Interrupts, KernelFormat, cmdline, layout, mptable, regs};
 use crate::config::Boot;
 use koya_devices::virtio::Memory;
 use linux_loader::cmdline::Cmdline;
@@ -29,6 +29,8 @@ const BZIMAGE_ENTRY_64: u64 = 0x200;
 /// If something does not fit or is malformed.
 pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
     let cmdline = cmdline::render(&info);
+    // The MP table knows of no others.
+    let Interrupts = info.interrupts;
     let memory_bytes = info.memory.bytes;
     let (kernel, format, initramfs) = match info.boot {
         Boot::Flat(code) => {

@@ -67,6 +67,7 @@ mod tests {
             serial,
             slots: &slots,
             hotplug_slots: &[layout::hotplug_slot(0)],
+            interrupts: crate::arch::Interrupts,
         })
     }
 

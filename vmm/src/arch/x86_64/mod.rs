@@ -61,7 +61,7 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
 ///
 /// # Errors
 /// The error from KVM.
-pub fn prepare_vm(features: &Features, vm: &VmFd) -> Result<(), ArchError> {
+pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
     vm.set_tss_address(layout::KVM_TSS as usize)
         .map_err(ArchError::kvm("place its task state segment"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -94,6 +94,18 @@ pub fn prepare_vcpu(
     regs::set_msrs(vcpu)?;
     regs::set_fpu(vcpu)?;
     regs::set_lapic(vcpu)
+}
+
+/// The interrupt controllers: always the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupts;
+
+/// Nothing is left to do when all vCPUs exist.
+///
+/// # Errors
+/// None.
+pub fn finish_vm(_vm: &VmFd, _cpus: u32) -> Result<Interrupts, ArchError> {
+    Ok(Interrupts)
 }
 
 /// Entry point of the first vCPU; the kernel starts the others.

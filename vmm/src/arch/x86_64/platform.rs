@@ -1,9 +1,9 @@
 //! Legacy PC devices: the first serial port and the keyboard controller's reset line, both on I/O ports.
-//! Registers are one byte wide; a wider or repeated access accesses the same register again.
 
 use super::super::ArchError;
+use super::super::byte_registers::{ByteDevice, ByteRegisters};
 use super::reset_line::ResetLine;
-use crate::bus::{Bus, BusDevice, Effect};
+use crate::bus::{Bus, Effect};
 use koya_devices::serial::SerialPort;
 use koya_host::sync::lock;
 use kvm_ioctls::VmFd;
@@ -34,25 +34,6 @@ pub(crate) fn attach_platform(
     Ok(())
 }
 
-/// A device with byte-wide registers, behind a lock.
-struct ByteRegisters<D>(Arc<Mutex<D>>);
-
-trait ByteDevice: Send {
-    fn read(&mut self, offset: u8) -> u8;
-    fn write(&mut self, offset: u8, value: u8) -> Effect;
-}
-
-impl ByteDevice for SerialPort {
-    fn read(&mut self, offset: u8) -> u8 {
-        SerialPort::read(self, offset)
-    }
-
-    fn write(&mut self, offset: u8, value: u8) -> Effect {
-        SerialPort::write(self, offset, value);
-        Effect::None
-    }
-}
-
 impl ByteDevice for ResetLine {
     fn read(&mut self, offset: u8) -> u8 {
         ResetLine::read(self, offset)
@@ -63,24 +44,6 @@ impl ByteDevice for ResetLine {
             true => Effect::Reset,
             false => Effect::None,
         }
-    }
-}
-
-impl<D: ByteDevice> BusDevice for ByteRegisters<D> {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        for byte in data {
-            *byte = lock(&self.0).read(offset as u8);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Effect {
-        let mut effect = Effect::None;
-        for byte in data {
-            if lock(&self.0).write(offset as u8, *byte) == Effect::Reset {
-                effect = Effect::Reset;
-            }
-        }
-        effect
     }
 }
 

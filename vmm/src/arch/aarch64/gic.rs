@@ -1,0 +1,90 @@
+//! The interrupt controller, which KVM emulates: GICv3, or GICv2 where the host's hardware has nothing else
+//! (Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic.rst).
+
+use super::super::ArchError;
+use super::layout;
+use kvm_bindings::{
+    KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
+    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V2_ADDR_TYPE_CPU,
+    KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+};
+use kvm_ioctls::{DeviceFd, VmFd};
+
+/// GICv2 addresses its CPUs by a byte with a bit for each.
+const MAX_V2_CPUS: u32 = 8;
+
+/// The interrupt controller of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupts {
+    /// GICv2, for up to 8 vCPUs.
+    GicV2,
+    /// GICv3.
+    GicV3,
+}
+
+impl Interrupts {
+    /// The one that this host offers to a machine.
+    pub(super) fn offered(vm: &VmFd, cpus: u32) -> Result<Self, ArchError> {
+        if Self::GicV3.device(vm, KVM_CREATE_DEVICE_TEST).is_ok() {
+            return Ok(Self::GicV3);
+        }
+        if cpus > MAX_V2_CPUS {
+            return Err(ArchError::Unsupported(
+                "a guest of more than 8 CPUs on this host, which has no GICv3,",
+            ));
+        }
+        Ok(Self::GicV2)
+    }
+
+    fn device(self, vm: &VmFd, flags: u32) -> Result<DeviceFd, kvm_ioctls::Error> {
+        let mut device = kvm_create_device {
+            type_: match self {
+                Self::GicV2 => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
+                Self::GicV3 => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+            },
+            fd: 0,
+            flags,
+        };
+        vm.create_device(&mut device)
+    }
+
+    /// Addresses of its registers, by the numbers of KVM's attributes.
+    fn addresses(self) -> [(u32, u64); 2] {
+        match self {
+            Self::GicV2 => [
+                (KVM_VGIC_V2_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR),
+                (KVM_VGIC_V2_ADDR_TYPE_CPU, layout::GIC_V2_CPU),
+            ],
+            Self::GicV3 => [
+                (KVM_VGIC_V3_ADDR_TYPE_DIST, layout::GIC_DISTRIBUTOR),
+                (KVM_VGIC_V3_ADDR_TYPE_REDIST, layout::GIC_REDISTRIBUTORS),
+            ],
+        }
+    }
+
+    /// Makes the controller for the vCPUs that exist. The machine keeps it when its descriptor is closed.
+    pub(super) fn make(self, vm: &VmFd) -> Result<(), ArchError> {
+        const WHAT: &str = "make the interrupt controller";
+        let device = self.device(vm, 0).map_err(ArchError::kvm(WHAT))?;
+        let set = |group: u32, attribute: u32, value: Option<&u64>| {
+            let attribute = kvm_device_attr {
+                group,
+                attr: attribute.into(),
+                addr: value.map_or(0, |value| std::ptr::from_ref(value) as u64),
+                flags: 0,
+            };
+            device
+                .set_device_attr(&attribute)
+                .map_err(ArchError::kvm(WHAT))
+        };
+        for (attribute, address) in self.addresses() {
+            set(KVM_DEV_ARM_VGIC_GRP_ADDR, attribute, Some(&address))?;
+        }
+        // KVM reads 32 bits of it: the lower ones, as aarch64 is little-endian.
+        let count = u64::from(layout::GIC_INTERRUPTS);
+        set(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, Some(&count))?;
+        set(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, None)
+    }
+}
