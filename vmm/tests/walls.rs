@@ -25,9 +25,13 @@ fn threads() -> BTreeMap<String, bool> {
 
 /// A thread confines itself after its creator has gone on.
 fn become_confined(name: &str) -> bool {
+    appears(name, true)
+}
+
+fn appears(name: &str, confined: bool) -> bool {
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(10) {
-        if threads().get(name) == Some(&true) {
+        if threads().get(name) == Some(&confined) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -55,7 +59,7 @@ fn a_machine_confines_its_own_threads_and_no_others() {
     let vm = machine().confined(false).start().unwrap();
     std::thread::sleep(Duration::from_millis(100));
     for name in DRIVEN {
-        assert!(unconfined(name), "{name} is confined");
+        assert!(appears(name, false), "{name} is confined");
     }
     assert_eq!(vm.stop(), ExitReason::Stopped);
 }

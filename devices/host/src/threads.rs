@@ -5,6 +5,7 @@
 //! serves a guest therefore creates none: otherwise it could not be more restricted than its children need. A
 //! thread that creates threads on behalf of others does nothing else.
 
+use crate::descriptors::Root;
 use crate::sys;
 use crate::walls::{self, Filter};
 use std::cell::Cell;
@@ -83,9 +84,12 @@ impl Role {
         self.name
     }
 
-    /// The filter that a thread gets if the calling thread creates it.
-    fn filter_here(self) -> Option<Filter> {
-        self.filter.filter(|_| walls::confines())
+    /// What a thread of this role gets of the calling thread if that creates it.
+    fn passed_on(self) -> PassedOn {
+        PassedOn {
+            filter: self.filter.filter(|_| walls::confines()),
+            root: Root::own(),
+        }
     }
 
     /// Gives the calling thread this role.
@@ -93,17 +97,25 @@ impl Role {
     /// # Panics
     /// If the host cannot confine it: it must not do its work then. That the host has filters was checked when
     /// confinement was turned on.
-    fn enter(self, filter: Option<Filter>) {
+    fn enter(self, passed_on: PassedOn) {
         if self.signals == Signals::Blocked {
             sys::block_signals();
         }
         CURRENT.set(Some(self));
-        if let Some(filter) = filter
+        Root::pass_on(passed_on.root);
+        if let Some(filter) = passed_on.filter
             && let Err(error) = walls::confine(filter)
         {
             panic!("cannot confine a thread of {}: {error}", self.name);
         }
     }
+}
+
+/// What a new thread gets of its creator.
+struct PassedOn {
+    /// The filter by which it is to be confined.
+    filter: Option<Filter>,
+    root: Option<Root>,
 }
 
 /// A role with a name and default properties.
@@ -131,9 +143,9 @@ pub fn spawn<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     let role = role.into();
-    let filter = role.filter_here();
+    let passed_on = role.passed_on();
     let entered = move || {
-        role.enter(filter);
+        role.enter(passed_on);
         work()
     };
     builder(role.name.to_owned())?.spawn(entered)
@@ -148,9 +160,9 @@ pub fn spawn_numbered<T: Send + 'static>(
     number: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    let filter = role.filter_here();
+    let passed_on = role.passed_on();
     let entered = move || {
-        role.enter(filter);
+        role.enter(passed_on);
         work()
     };
     builder(format!("{}{number}", role.name))?.spawn(entered)
@@ -166,9 +178,9 @@ pub fn spawn_scoped<'scope, T: Send + 'scope>(
     work: impl FnOnce() -> T + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, T>> {
     let role = role.into();
-    let filter = role.filter_here();
+    let passed_on = role.passed_on();
     let entered = move || {
-        role.enter(filter);
+        role.enter(passed_on);
         work()
     };
     builder(role.name.to_owned())?.spawn_scoped(scope, entered)
@@ -220,6 +232,11 @@ impl Threads {
     pub fn spawn(&mut self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
         self.running.push(spawn(self.role, work)?);
         Ok(())
+    }
+
+    /// Takes over a thread that waits for the [stop event](Self::stop_event) likewise.
+    pub fn adopt(&mut self, thread: JoinHandle<()>) {
+        self.running.push(thread);
     }
 
     /// Tells all threads to stop and waits until they have.

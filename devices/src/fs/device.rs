@@ -10,17 +10,18 @@ use super::passthrough::{Options, Passthrough};
 use super::server::{FsMetrics, Server};
 use super::{HostEvents, Shares};
 use crate::fault::guest_fault;
-use crate::sys;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Chain, DeviceKind, QueueError, VirtioDevice, Worker,
 };
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
+use koya_host::sys as host;
 use koya_host::threads::{self, Role, Threads};
 use koya_host::walls::Filter;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -36,8 +37,10 @@ const THREADS: usize = 4;
 /// each time: some milliseconds of work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
-const ROLE: Role = Role::new("koya-fs")
-    .guest_facing()
+const ROLE: Role = Role::new("koya-fs").guest_facing();
+/// The first thread creates the others. They inherit its filter, so that the host loads that once.
+const FIRST: Role = Role::new("koya-fs")
+    .without_signals()
     .confined_by(Filter::Files);
 /// Size of the tag in the configuration space (section 5.11.4).
 const TAG_SIZE: usize = 36;
@@ -77,7 +80,7 @@ impl Fs {
             config,
             queue_sizes: vec![QUEUE_SIZE; 1 + request_queues as usize],
             server: Arc::new(Server::new(Passthrough::new(shares, options)?)),
-            threads: Threads::new(ROLE)?,
+            threads: Threads::new(FIRST)?,
             stopping: Arc::default(),
         })
     }
@@ -94,17 +97,39 @@ impl Fs {
         self.server.files().host_events()
     }
 
-    fn spawn(&mut self, queue: ActiveQueue, threads: usize, sweeps: bool) -> io::Result<()> {
-        let crew = Arc::new(QueueThreads::new(
-            queue,
-            self.server.clone(),
-            self.threads.stop_event(),
-            self.stopping.clone(),
-            sweeps,
-        )?);
-        for _ in 0..threads {
-            let crew = crew.clone();
-            self.threads.spawn(move || crew.run())?;
+    /// Starts the threads of these queues. The first queue is urgent.
+    fn spawn(&mut self, queues: Vec<ActiveQueue>) -> io::Result<()> {
+        let mut crews = Vec::new();
+        for (index, queue) in queues.into_iter().enumerate() {
+            // The high-priority queue has little to do, so its thread also sweeps.
+            let is_urgent = index == 0;
+            let crew = Arc::new(QueueThreads::new(
+                queue,
+                self.server.clone(),
+                self.threads.stop_event(),
+                self.stopping.clone(),
+                is_urgent,
+            )?);
+            let threads = if is_urgent { 1 } else { THREADS };
+            crews.extend(std::iter::repeat_n(crew, threads));
+        }
+        let Some(own) = crews.pop() else {
+            return Ok(());
+        };
+        let (sender, created) = channel();
+        self.threads.spawn(move || {
+            for crew in crews {
+                let thread = threads::spawn(ROLE, move || crew.run());
+                let failed = thread.is_err();
+                if sender.send(thread).is_err() || failed {
+                    return;
+                }
+            }
+            drop(sender);
+            own.run();
+        })?;
+        for thread in created {
+            self.threads.adopt(thread?);
         }
         Ok(())
     }
@@ -135,17 +160,12 @@ impl VirtioDevice for Fs {
         for index in 0..self.queue_sizes.len() as u16 {
             queues.push(activation.take_queue(index)?);
         }
-        for (index, queue) in queues.into_iter().enumerate() {
-            let is_urgent = index == 0;
-            let threads = if is_urgent { 1 } else { THREADS };
-            // The high-priority queue has little to do, so its thread also sweeps.
-            if let Err(source) = self.spawn(queue, threads, is_urgent) {
-                self.stop_threads();
-                return Err(ActivateError::Host {
-                    operation: "start a virtio-fs thread",
-                    source,
-                });
-            }
+        if let Err(source) = self.spawn(queues) {
+            self.stop_threads();
+            return Err(ActivateError::Host {
+                operation: "start a virtio-fs thread",
+                source,
+            });
         }
         Ok(Worker::OwnThreads)
     }
@@ -164,7 +184,7 @@ impl Drop for Fs {
 
 /// Checks that threads can have their own umask, which the device's threads need.
 fn check_host() -> io::Result<()> {
-    let tried = threads::spawn(ROLE, sys::unshare_fs_state)?.join();
+    let tried = threads::spawn(ROLE, host::unshare_fs_state)?.join();
     match tried {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(io::Error::new(
@@ -219,7 +239,7 @@ impl QueueThreads {
     }
 
     fn run(&self) {
-        if let Err(error) = sys::unshare_fs_state() {
+        if let Err(error) = host::unshare_fs_state() {
             // No request that creates files may run on this thread, since it would use the umask of the
             // process. This was possible when the device was created.
             log::error!("virtio-fs: a thread can't have a file-mode mask of its own: {error}");

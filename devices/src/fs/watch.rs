@@ -16,6 +16,7 @@ mod translate;
 
 use super::inodes::{Inode, Inodes};
 use crate::sys;
+use koya_host::descriptors;
 use koya_host::sync::lock;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{FileType, Mode, OFlags, openat};
@@ -78,6 +79,8 @@ pub struct HostEvents(Arc<Watches>);
 
 impl HostEvents {
     pub(super) fn new(watches: Arc<Watches>) -> Self {
+        // Here, since the threads that watch may not see /proc.
+        watches.limit.get_or_init(watch_limit);
         watches.wanted.store(true, Ordering::SeqCst);
         Self(watches)
     }
@@ -437,7 +440,7 @@ impl Drop for ChangeGuard<'_> {
 }
 
 fn watch_file(queue: &OwnedFd, fd: impl AsFd, kinds: u32) -> Result<i32, Errno> {
-    let path = sys::proc_path(fd.as_fd());
+    let path = descriptors::path(fd.as_fd());
     // If the file is already watched, the types are added.
     let flags = WatchFlags::from_bits_retain(kinds) | WatchFlags::MASK_ADD;
     inotify::add_watch(queue, path, flags)

@@ -353,20 +353,3 @@ pub fn change_mode(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     };
     checked(result as isize).map(drop)
 }
-
-/// Gives this thread its own umask (and working directory), so that it can set the umask for one request
-/// without affecting the process.
-///
-/// # Errors
-/// The error from unshare(2).
-pub fn unshare_fs_state() -> io::Result<()> {
-    // SAFETY: CLONE_FS only unshares the umask, working directory and root of the thread from the others; no
-    // memory or descriptor is affected.
-    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?;
-    Ok(())
-}
-
-/// A path through which this process can open the file of an O_PATH descriptor.
-pub fn proc_path(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
-}

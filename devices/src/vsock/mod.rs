@@ -19,6 +19,7 @@
 //! and to epoll on the event loop.
 
 pub mod connection;
+mod connector;
 pub mod device;
 pub mod muxer;
 pub mod packet;

@@ -1,8 +1,8 @@
 //! Listeners on ports of the host, and connections from the host to ports of the guest. Shared between the
 //! device and any thread of the process.
 
+use super::connector::Connector;
 use koya_host::sync::lock;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::io;
@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -38,13 +38,30 @@ pub struct VsockMetrics {
     pub received_bytes: AtomicU64,
 }
 
-struct SharedPorts {
+pub(super) struct SharedPorts {
     metrics: VsockMetrics,
     targets: Mutex<HashMap<u32, Target>>,
     /// Prefix of the sockets for ports that are not in `targets`, to be followed by the port number.
     fallback: Mutex<Option<PathBuf>>,
+    /// Connects to the sockets; from the first one on.
+    connector: OnceLock<Connector>,
     requested: Mutex<Vec<Requested>>,
     wake: EventFd,
+}
+
+impl SharedPorts {
+    /// The socket to which a port is forwarded.
+    pub(super) fn socket(&self, port: u32) -> Option<PathBuf> {
+        if let Some(target) = lock(&self.targets).get(&port) {
+            return match target {
+                Target::Socket(path) => Some(path.clone()),
+                Target::Process(_) => None,
+            };
+        }
+        let mut path = lock(&self.fallback).clone()?.into_os_string();
+        path.push(format!("_{port}"));
+        Some(path.into())
+    }
 }
 
 /// A connection requested by the host that the device has not started yet.
@@ -78,6 +95,7 @@ impl Ports {
             metrics: VsockMetrics::default(),
             targets: Mutex::default(),
             fallback: Mutex::default(),
+            connector: OnceLock::new(),
             requested: Mutex::default(),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
         })))
@@ -103,11 +121,14 @@ impl Ports {
     }
 
     /// Forwards connections to a port of the host to a Unix socket, which is connected to when the guest
-    /// connects.
+    /// connects. A thread does that, which is confined if the caller [confines] those that it creates.
     ///
     /// # Errors
-    /// If the port is in use.
+    /// If the port is in use, or the host cannot create a thread.
+    ///
+    /// [confines]: koya_host::walls::confine_new_threads
     pub fn forward(&self, port: u32, socket: impl Into<PathBuf>) -> io::Result<()> {
+        self.start_connector()?;
         self.add(port, Target::Socket(socket.into()))
     }
 
@@ -143,12 +164,29 @@ impl Ports {
     }
 
     /// Forwards all ports without another target to Unix sockets: port 52 to `path` followed by `_52`.
-    pub(super) fn set_fallback(&self, path: Option<PathBuf>) {
-        if path.is_none() {
-            // Those who wait for the line see the end of their stream.
-            lock(&self.0.requested).retain(|requested| !requested.wants_reply);
+    ///
+    /// # Errors
+    /// If the host cannot create a thread.
+    pub(super) fn set_fallback(&self, path: PathBuf) -> io::Result<()> {
+        self.start_connector()?;
+        *lock(&self.0.fallback) = Some(path);
+        Ok(())
+    }
+
+    /// Ends that.
+    pub(super) fn clear_fallback(&self) {
+        // Those who wait for the line see the end of their stream.
+        lock(&self.0.requested).retain(|requested| !requested.wants_reply);
+        *lock(&self.0.fallback) = None;
+    }
+
+    fn start_connector(&self) -> io::Result<()> {
+        if self.0.connector.get().is_none() {
+            // Of two that are started at once, one is dropped.
+            let started = Connector::start(Arc::downgrade(&self.0))?;
+            self.0.connector.set(started).ok();
         }
-        *lock(&self.0.fallback) = path;
+        Ok(())
     }
 
     fn add(&self, port: u32, target: Target) -> io::Result<()> {
@@ -166,29 +204,21 @@ impl Ports {
     /// Connects to the listener on `port`; returns the device's end of the stream.
     pub(super) fn accept(&self, port: u32) -> Option<UnixStream> {
         let mut targets = lock(&self.0.targets);
-        let Some(target) = targets.get(&port) else {
+        let Some(Target::Process(sender)) = targets.get(&port) else {
             drop(targets);
-            let mut path = lock(&self.0.fallback).clone()?.into_os_string();
-            path.push(format!("_{port}"));
-            return connect_at_once(path.as_ref()).ok();
+            return self.0.connector.get()?.connect(port);
         };
-        let stream = match target {
-            Target::Process(sender) => {
-                let (ours, theirs) = UnixStream::pair().ok()?;
-                match sender.try_send(theirs) {
-                    Ok(()) => ours,
-                    // The listener is slower than the guest: refused, like a connection to a socket with a
-                    // full backlog.
-                    Err(TrySendError::Full(_)) => return None,
-                    Err(TrySendError::Disconnected(_)) => {
-                        targets.remove(&port);
-                        return None;
-                    }
-                }
+        let (ours, theirs) = UnixStream::pair().ok()?;
+        match sender.try_send(theirs) {
+            Ok(()) => Some(ours),
+            // The listener is slower than the guest: refused, like a connection to a socket with a full
+            // backlog.
+            Err(TrySendError::Full(_)) => None,
+            Err(TrySendError::Disconnected(_)) => {
+                targets.remove(&port);
+                None
             }
-            Target::Socket(path) => connect_at_once(path).ok()?,
-        };
-        Some(stream)
+        }
     }
 
     /// The connections requested by the host since the last call.
@@ -201,18 +231,6 @@ impl Ports {
     pub(super) fn wake(&self) -> &EventFd {
         &self.0.wake
     }
-}
-
-/// Connects without blocking, because this runs on the event loop. A listener with a full backlog refuses.
-fn connect_at_once(path: &std::path::Path) -> io::Result<UnixStream> {
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
-        None,
-    )?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket.into())
 }
 
 impl Listener {

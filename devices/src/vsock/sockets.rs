@@ -64,7 +64,7 @@ impl UnixSockets {
         };
         // From here on, dropping `sockets` undoes what was done.
         let (ports, ended) = (ports.clone(), sockets.ended.clone());
-        ports.set_fallback(Some(sockets.path.clone()));
+        ports.set_fallback(sockets.path.clone())?;
         let work = move || serve(&listener, &ports, &ended);
         sockets.thread = Some(threads::spawn(LISTENER, work)?);
         Ok(sockets)
@@ -79,7 +79,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 impl Drop for UnixSockets {
     fn drop(&mut self) {
-        self.ports.set_fallback(None);
+        self.ports.clear_fallback();
         self.ended.store(true, Ordering::SeqCst);
         // Wakes the thread from accept(2), whatever the path refers to by now.
         rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both).ok();

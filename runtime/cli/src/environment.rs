@@ -24,6 +24,7 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
     };
     let kvm = koya::vmm::kvm::open();
     let confinement = koya::vmm::host::walls::check_host();
+    let has_own_root = koya::vmm::host::descriptors::can_be_root();
     let all = json!({
         "koya": {
             "version": env!("CARGO_PKG_VERSION"),
@@ -42,7 +43,13 @@ pub(super) fn main(args: &EnvArgs) -> Outcome {
                 Err(error) => error.to_string(),
             },
             "confinement": match confinement {
-                Ok(()) => "seccomp filters and capabilities by thread".to_owned(),
+                Ok(()) if has_own_root => {
+                    "seccomp filters and capabilities by thread, no files of the host".to_owned()
+                }
+                Ok(()) => "seccomp filters and capabilities by thread; files of the host as far as this \
+                           user may open them, since without CAP_SYS_ADMIN and CAP_SYS_CHROOT threads \
+                           have no root directory of their own"
+                    .to_owned(),
                 Err(error) => error.to_string(),
             },
         },

@@ -101,7 +101,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices: by default each has a seccomp
-    /// filter, and no capabilities but those that serving files takes
+    /// filter, no capabilities but those that serving files takes, and, started by root, no way to files that are not shared
     #[arg(long)]
     no_seccomp: bool,
     /// Set the cache policy of shared files in the guest: never, auto, always, writeback

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 
 crate::trials![
     threads_that_a_guest_drives_are_confined,
@@ -13,30 +14,33 @@ crate::trials![
 ];
 
 /// What a guest drives, by the beginnings of the threads' names.
-const DRIVEN: [&str; 6] = [
+const DRIVEN: [&str; 7] = [
     "koya-vcpu",
     "koya-loop",
     "koya-starter",
     "koya-fs",
     "koya-blk",
     "koya-vsock",
+    "koya-vsock-out",
 ];
 
-/// The capabilities of `koya-fs`, by their bits: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, MKNOD,
-/// SETFCAP.
-const OF_FILES: u64 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 27 | 1 << 31;
+/// The capabilities of `koya-fs`, by their bits: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, MKNOD, SETFCAP.
+const OF_FILES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 27 | 1 << 31;
 
 struct Thread {
     seccomp: bool,
     no_new_privileges: bool,
     capabilities: u64,
+    /// Its root directory.
+    root: PathBuf,
 }
 
 /// The threads of a process by their names.
 fn threads(pid: u32) -> Result<BTreeMap<String, Thread>> {
     let mut found = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let status = fs::read_to_string(task?.path().join("status"))?;
+        let task = task?.path();
+        let status = fs::read_to_string(task.join("status"))?;
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name));
             line.map(str::trim).with_context(|| format!("no {name}"))
@@ -45,8 +49,36 @@ fn threads(pid: u32) -> Result<BTreeMap<String, Thread>> {
             seccomp: field("Seccomp:")? == "2",
             no_new_privileges: field("NoNewPrivs:")? == "1",
             capabilities: u64::from_str_radix(field("CapEff:")?, 16)?,
+            root: task.join("root"),
         };
         found.insert(field("Name:")?.to_owned(), thread);
+    }
+    Ok(found)
+}
+
+fn names(directory: &Path) -> Result<Vec<String>> {
+    let names = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name().display().to_string()));
+    names.collect()
+}
+
+/// The directories that a process has open on mounts of its namespace.
+fn directories_of_the_host(pid: u32) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    let mounts: Vec<_> = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    let mut found = Vec::new();
+    for number in names(format!("/proc/{pid}/fd").as_ref())? {
+        let link = PathBuf::from(format!("/proc/{pid}/fd/{number}"));
+        // Others may be closed meanwhile.
+        if link.metadata().is_ok_and(|data| data.is_dir()) {
+            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
+            let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+            if mounts.contains(&mount.context("no mnt_id")?.trim()) {
+                found.push(link.read_link()?);
+            }
+        }
     }
     Ok(found)
 }
@@ -79,7 +111,16 @@ fn threads_that_a_guest_drives_are_confined() -> Result<()> {
         };
         let has = thread.capabilities;
         ensure!(has & !allowed == 0, "{driven} has {has:#x}");
+        if matches!(driven, "koya-fs" | "koya-starter") {
+            let names = names(&thread.root)?;
+            ensure!(
+                names.iter().all(|name| name.parse::<u32>().is_ok()),
+                "{names:?}"
+            );
+        }
     }
+    let left = directories_of_the_host(container.pid()?)?;
+    ensure!(left.is_empty(), "koya-fs can leave its root by {left:?}");
     let of_owner = &threads["koya-watch"];
     ensure!(!of_owner.seccomp && !of_owner.no_new_privileges);
     Ok(())
@@ -89,6 +130,7 @@ fn confinement_can_be_turned_off() -> Result<()> {
     let container = start("no-walls", &["--no-seccomp"])?;
     for (name, thread) in threads(container.pid()?)? {
         ensure!(!thread.seccomp && !thread.no_new_privileges, "{name}");
+        ensure!(names(&thread.root)?.contains(&"proc".to_owned()), "{name}");
     }
     let said = stdout(koya(["env", "--json"]).output()?)?;
     ensure!(

@@ -1,8 +1,10 @@
-//! System calls and settings that no safe crate wraps: signal masks, BPF, the allocator. Every function here
+//! System calls and settings that no safe crate wraps: signal masks, BPF, the allocator, a thread's umask. Every function here
 //! is safe to call; each `unsafe` block states why.
 
 mod inherited;
 mod redirect;
+#[cfg(test)]
+mod traitor_ground;
 #[cfg(test)]
 mod traitor_tests;
 mod violation;
@@ -12,6 +14,8 @@ pub use redirect::redirect_loopback;
 pub use violation::{
     VIOLATION_STATUS, has_seccomp_filters, report_violations, report_violations_to,
 };
+
+use std::io;
 
 /// Makes all future threads of this process allocate from one heap: glibc otherwise gives each thread its
 /// own, which costs some pages and page tables per device thread. Call it at the start of a program;
@@ -36,4 +40,16 @@ pub fn block_signals() -> libc::sigset_t {
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
         all
     }
+}
+
+/// Gives this thread its own umask, working directory and root directory, so that it can set them without
+/// affecting the process.
+///
+/// # Errors
+/// The error from unshare(2).
+pub fn unshare_fs_state() -> io::Result<()> {
+    // SAFETY: CLONE_FS only unshares the umask, working directory and root of the thread from the others; no
+    // memory or descriptor is affected.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?;
+    Ok(())
 }

@@ -41,12 +41,15 @@ const LOOP: u8 = Filter::EventLoop.bit();
 const BLOCK: u8 = Filter::Block.bit();
 const NET: u8 = Filter::Net.bit();
 const SOCKETS: u8 = Filter::VsockSockets.bit();
+const CONNECTOR: u8 = Filter::VsockConnector.bit();
 const FILES: u8 = Filter::Files.bit();
 /// What the starter may do, its device threads may do until their own filter is in place.
 const STARTER: u8 = Filter::Starter.bit();
-/// Roles whose threads create others.
+/// Roles whose threads create others by whose filters these are confined.
 const CREATORS: u8 = STARTER | SOCKETS;
-const ALL: u8 = VCPU | LOOP | BLOCK | NET | SOCKETS | FILES | STARTER;
+/// Those, and a file system's, whose first thread creates others that inherit its filter.
+const PARENTS: u8 = CREATORS | FILES;
+const ALL: u8 = VCPU | LOOP | BLOCK | NET | SOCKETS | CONNECTOR | FILES | STARTER;
 
 /// A condition on the low 32 bits: the kernel ignores the others of an `int`.
 const fn is(index: u8, value: u32) -> Argument {
@@ -177,9 +180,9 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_ioctl: LOOP | STARTER, ioctl(0x54d9) => "TUNSETQUEUE: queue pairs in use";
     SYS_ioctl: STARTER, ioctl(0x54d0) => "TUNSETOFFLOAD: features of the driver";
     // vsock.
-    SYS_socket: LOOP, *UNIX_STREAM => "vsock ports that are Unix sockets";
+    SYS_socket: CONNECTOR, *UNIX_STREAM => "vsock ports that are Unix sockets";
     SYS_socketpair: LOOP, *UNIX_STREAM => "vsock ports with a listener in this process";
-    SYS_connect: LOOP => "vsock ports that are Unix sockets";
+    SYS_connect: CONNECTOR => "vsock ports that are Unix sockets";
     SYS_sendmsg: LOOP | SOCKETS, [is(2, (MSG_NOSIGNAL | MSG_DONTWAIT) as u32)] => "from guest memory to streams";
     SYS_sendto: LOOP | SOCKETS, [Argument { index: 4, mask: u64::MAX, value: Value::Number(0) }] => "streams: the reply to a client";
     SYS_recvfrom: LOOP | SOCKETS => "streams: the request of a client";
@@ -242,12 +245,12 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_inotify_rm_watch: FILES | STARTER | VCPU => "files that the guest watches; a reset of the device";
     SYS_inotify_init1: FILES | STARTER => "files that the guest watches";
     // The creation of threads, and how these confine themselves further.
-    SYS_clone: CREATORS, [masked(0, !0x0040_0000, THREAD)] => "threads";
-    SYS_clone3: CREATORS => "answered with ENOSYS, so that clone is used";
-    SYS_set_robust_list: CREATORS => "start of a thread";
-    SYS_rseq: CREATORS => "start of a thread";
-    SYS_set_tid_address: CREATORS => "start of a thread";
-    SYS_sched_getaffinity: CREATORS => "attributes of a thread's stack";
+    SYS_clone: PARENTS, [masked(0, !0x0040_0000, THREAD)] => "threads";
+    SYS_clone3: PARENTS => "answered with ENOSYS, so that clone is used";
+    SYS_set_robust_list: PARENTS => "start of a thread";
+    SYS_rseq: PARENTS => "start of a thread";
+    SYS_set_tid_address: PARENTS => "start of a thread";
+    SYS_sched_getaffinity: PARENTS => "attributes of a thread's stack";
     SYS_capget: CREATORS => "capabilities of the new thread";
     SYS_capset: CREATORS => "capabilities of the new thread";
     SYS_prctl: CREATORS, prctl(PR_SET_NO_NEW_PRIVS) => "filter of the new thread";

@@ -1,5 +1,5 @@
-//! Confines threads: a seccomp filter for each role, no new privileges, and no capability that the role does
-//! not use.
+//! Confines threads: a seccomp filter for each role, no new privileges, no capability that the role does not
+//! use, and for those that take names of files a root directory without any of the host.
 //!
 //! A thread is confined at its start if its [role](crate::threads::Role) names a [`Filter`] and its creator
 //! asked for it ([`confine_new_threads`]) or is confined itself. Filters are inherited: a thread that a
@@ -13,6 +13,7 @@
 mod calls;
 mod program;
 
+use crate::descriptors::Root;
 use calls::{CALLS, Call, LEGACY_CALLS, OTHER_NAMES};
 use program::Verdict;
 use rustix::thread::{
@@ -39,14 +40,16 @@ pub enum Filter {
     Net,
     /// Accepts clients of a vsock device's Unix socket.
     VsockSockets,
+    /// Connects to the Unix sockets of a vsock device's ports.
+    VsockConnector,
     /// Serves the requests of a virtio-fs device.
     Files,
 }
 
-/// The capabilities that serving files takes: any owner, any mode, files by handle, device nodes.
+/// The capabilities that serving files takes: any owner, any mode, device nodes. Not CAP_DAC_READ_SEARCH, which opens
+/// any file of a file system by its handle.
 const OF_FILES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::MKNOD)
@@ -54,13 +57,14 @@ const OF_FILES: CapabilitySet = CapabilitySet::CHOWN
 
 impl Filter {
     /// All filters.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Vcpu,
         Self::EventLoop,
         Self::Starter,
         Self::Block,
         Self::Net,
         Self::VsockSockets,
+        Self::VsockConnector,
         Self::Files,
     ];
 
@@ -70,7 +74,12 @@ impl Filter {
 
     /// Whether its threads create others.
     const fn creates_threads(self) -> bool {
-        matches!(self, Self::Starter | Self::VsockSockets)
+        matches!(self, Self::Starter | Self::VsockSockets | Self::Files)
+    }
+
+    /// Whether its threads take names of files, none of which leads to the host's.
+    const fn has_own_root(self) -> bool {
+        matches!(self, Self::Starter | Self::Files)
     }
 
     /// The capabilities that its threads keep of those that they have. The starter keeps those that a device
@@ -93,7 +102,7 @@ impl Filter {
 
     /// The compiled filter. It is the same for all threads, and compiled once.
     fn program(self) -> io::Result<&'static BpfProgram> {
-        static PROGRAMS: [OnceLock<BpfProgram>; 7] = [const { OnceLock::new() }; 7];
+        static PROGRAMS: [OnceLock<BpfProgram>; 8] = [const { OnceLock::new() }; 8];
         let place = &PROGRAMS[self as usize];
         match place.get() {
             Some(program) => Ok(program),
@@ -199,6 +208,9 @@ pub fn check_host() -> io::Result<()> {
 /// # Errors
 /// The error from the kernel. The thread may be confined in part, and must end.
 pub fn confine(filter: Filter) -> io::Result<()> {
+    if filter.has_own_root() {
+        Root::enter()?;
+    }
     keep_capabilities(filter.capabilities())?;
     rustix::thread::set_no_new_privs(true)?;
     seccompiler::apply_filter(filter.program()?).map_err(io::Error::other)?;

@@ -197,7 +197,7 @@ impl Passthrough {
             Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {
                 let name = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()).to_string();
                 rustix::fs::chmodat(
-                    &self.proc,
+                    &*self.descriptors,
                     name,
                     Mode::from_raw_mode(mode),
                     AtFlags::empty(),

@@ -18,7 +18,8 @@ use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
-use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
+use koya_host::descriptors::Directory;
+use rustix::fs::{FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
@@ -83,8 +84,8 @@ pub struct Passthrough {
     watches: Arc<Watches>,
     /// Keeps the listener alive.
     _listener: Arc<dyn Listener>,
-    /// `/proc/self/fd`, through which O_PATH descriptors are reopened.
-    proc: OwnedFd,
+    /// Through which O_PATH descriptors are reopened.
+    descriptors: Arc<Directory>,
     root_user: bool,
 }
 
@@ -94,8 +95,6 @@ impl Passthrough {
     /// # Errors
     /// If `/proc` is not mounted, or the host has no file descriptor left.
     pub fn new(shares: Shares, options: Options) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let proc = openat(CWD, "/proc/self/fd", flags, Mode::empty())?;
         let limit = match options.max_descriptors {
             0 => default_max_descriptors(),
             given => given,
@@ -120,7 +119,7 @@ impl Passthrough {
             handles,
             watches,
             _listener: listener,
-            proc,
+            descriptors: Directory::get()?,
             root_user: rustix::process::geteuid().is_root(),
         })
     }
@@ -312,7 +311,7 @@ impl Passthrough {
         let closed = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL;
         let flags = (flags - closed) | OFlags::CLOEXEC;
         let name = fd.as_fd().as_raw_fd().to_string();
-        openat(&self.proc, name, flags, Mode::empty())
+        openat(&*self.descriptors, name, flags, Mode::empty())
     }
 }
 

@@ -122,21 +122,27 @@ impl Passthrough {
         );
         let from = self.inodes.fd(&inode)?;
         let to = self.inodes.fd(&directory)?;
-        let made = rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH);
-        match made {
-            // Without CAP_DAC_READ_SEARCH, use the descriptor's link in /proc.
-            Err(Errno::NOENT | Errno::PERM) => {
-                let link = from.as_raw_fd().to_string();
-                rustix::fs::linkat(&self.proc, link, &to, name, AtFlags::SYMLINK_FOLLOW)?;
-            }
+        match self.link_descriptor(&*from, &*to, name) {
             // It was found through another share, which is another mount.
             Err(Errno::XDEV) => {
                 let from = self.inodes.fd_in(&inode, &directory.export()?)?;
-                rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH)?;
+                self.link_descriptor(from, &*to, name)?;
             }
-            other => other?,
+            made => made?,
         }
         self.lookup(parent, name)
+    }
+
+    fn link_descriptor(&self, from: impl AsFd, to: impl AsFd, name: &CStr) -> Result<(), Errno> {
+        match rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH) {
+            // Without CAP_DAC_READ_SEARCH, which confined threads don't have, by the descriptor's link in /proc.
+            Err(Errno::NOENT | Errno::PERM) => {
+                let link = from.as_fd().as_raw_fd().to_string();
+                let flags = AtFlags::SYMLINK_FOLLOW;
+                rustix::fs::linkat(&*self.descriptors, link, to, name, flags)
+            }
+            made => made,
+        }
     }
 
     /// FUSE_UNLINK, and FUSE_RMDIR with `directory`

@@ -5,6 +5,9 @@ use crate::fs::wire::{
     CreateIn, Dirent, GetattrIn, LinkIn, MkdirIn, OpenIn, ReadIn, StatxIn, WRITE_KILL_SUIDGID,
     WriteIn,
 };
+use koya_host::threads::{self, Role};
+use koya_host::walls::{Filter, confine_new_threads};
+use rustix::fs::CWD;
 use std::ffi::CString;
 use zerocopy::FromBytes;
 
@@ -144,6 +147,50 @@ fn a_renamed_file_is_found_again() {
     }
     let attr = f.files.getattr(node, &GetattrIn::default()).unwrap().attr;
     assert_eq!(attr.size, 5);
+}
+
+/// Without file handles, by parent and name; and what takes a path goes by the thread's own root.
+#[test]
+fn a_confined_thread_finds_evicted_files() {
+    let f = fixture(4, false);
+    for n in 0..40 {
+        std::fs::write(f.dir.path().join(n.to_string()), n.to_string()).unwrap();
+    }
+    let name = |n: usize| CString::new(n.to_string()).unwrap();
+    let role = Role::new("koya-fs").confined_by(Filter::Files);
+    let _confinement = confine_new_threads(true).unwrap();
+    let work = || {
+        let look = |n| f.files.lookup(f.root, &name(n)).unwrap().nodeid;
+        let nodes: Vec<_> = (0..40).map(look).collect();
+        for (n, node) in nodes.iter().enumerate() {
+            let arg = &GetattrIn::default();
+            let size = f.files.getattr(*node, arg).unwrap().attr.size;
+            assert_eq!(size, n.to_string().len() as u64);
+            f.files.setxattr(*node, c"user.n", b"1", 0).unwrap();
+            assert_eq!(f.files.getxattr(*node, c"user.n", 9).unwrap(), b"1");
+            let fh = f.files.open(*node, &writing()).unwrap().fh;
+            f.files.release(*node, fh);
+            let link = LinkIn { oldnodeid: *node };
+            let linked = f.files.link(f.root, &name(n + 100), &link).unwrap();
+            assert_eq!(linked.nodeid, *node);
+            let (from, to) = (name(n + 100), name(n + 200));
+            f.files.rename(f.root, &from, f.root, &to, 0).unwrap();
+        }
+        let links = |node: &u64| {
+            f.files
+                .getattr(*node, &GetattrIn::default())
+                .unwrap()
+                .attr
+                .nlink
+        };
+        assert!(nodes.iter().all(|node| links(node) == 2));
+    };
+    std::thread::scope(|scope| {
+        threads::spawn_scoped(scope, role, work)
+            .unwrap()
+            .join()
+            .unwrap()
+    });
 }
 
 #[test]

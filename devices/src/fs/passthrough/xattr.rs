@@ -9,7 +9,7 @@ use super::Passthrough;
 use crate::fs::inodes::{self, Inode};
 use crate::fs::watch::kind;
 use crate::fs::wire::ROOT_ID;
-use crate::sys::proc_path;
+use koya_host::descriptors;
 use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString};
@@ -57,7 +57,7 @@ impl Passthrough {
     /// A path to a node's file: attributes can't be accessed through O_PATH descriptors.
     fn xattr_path(&self, inode: &Inode) -> Result<(String, impl AsFd + use<>), Errno> {
         let fd = self.inodes.fd(inode)?;
-        Ok((proc_path(fd.as_fd()), fd))
+        Ok((descriptors::path(fd.as_fd()), fd))
     }
 
     /// Removes the capabilities of a file that changes, and with `bits` also set-user-ID and set-group-ID:

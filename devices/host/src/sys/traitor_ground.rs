@@ -1,0 +1,185 @@
+//! What the attempts of [`traitor_tests`](super::traitor_tests) are made on: what a process with a machine has
+//! open, and files of the host that are none of its business. Without the walls, root succeeds in each attempt.
+
+use super::traitor_tests::call;
+use crate::descriptors;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::ffi::{CString, c_char};
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+/// `struct file_handle` with as much room as any takes.
+#[repr(C)]
+struct Handle {
+    bytes: u32,
+    kind: i32,
+    data: [u8; libc::MAX_HANDLE_SZ as usize],
+}
+
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
+/// It is made before the thread that makes the attempt is confined.
+pub(super) struct Ground {
+    share: OwnedFd,
+    file: File,
+    new_file: CString,
+    old_file: CString,
+    handle: Handle,
+    address: libc::sockaddr_un,
+    _listener: UnixListener,
+    /// Descriptors of a virtual machine and its vCPU.
+    machine: Option<(i32, i32)>,
+}
+
+impl Ground {
+    /// That of an attempt, in an empty directory.
+    pub(super) fn new(dir: &Path, name: &str) -> Self {
+        let text = |name: &str| CString::new(dir.join(name).as_os_str().as_bytes()).unwrap();
+        fs::create_dir(dir.join("share")).unwrap();
+        // The null device. Only root can create it.
+        let device = rustix::fs::makedev(1, 3);
+        let at = dir.join("share/null");
+        mknodat(CWD, at, FileType::CharacterDevice, Mode::RWXU, device).ok();
+        fs::write(dir.join("file"), "text").unwrap();
+        fs::write(dir.join("old"), "text").unwrap();
+        Self {
+            share: share(&dir.join("share")),
+            file: File::open(dir.join("file")).unwrap(),
+            new_file: text("new"),
+            handle: handle(&text("old")),
+            old_file: text("old"),
+            address: address(&text("socket")),
+            _listener: UnixListener::bind(dir.join("socket")).unwrap(),
+            machine: name.starts_with("KVM_").then(machine),
+        }
+    }
+
+    /// A shared directory, on a mount like that of a share.
+    pub(super) fn share(&self) -> i32 {
+        self.share.as_raw_fd()
+    }
+
+    /// A file that the process has open to read.
+    pub(super) fn file(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    /// The path by which this thread can open it again.
+    pub(super) fn file_again(&self) -> CString {
+        CString::new(descriptors::path(self.file.as_fd())).unwrap()
+    }
+
+    pub(super) fn new_file(&self) -> *const c_char {
+        self.new_file.as_ptr()
+    }
+
+    pub(super) fn old_file(&self) -> *const c_char {
+        self.old_file.as_ptr()
+    }
+
+    /// That of the old file.
+    pub(super) fn handle(&self) -> *const u8 {
+        (&raw const self.handle).cast()
+    }
+
+    /// A socket on which somebody listens.
+    pub(super) fn address(&self) -> (*const u8, usize) {
+        ((&raw const self.address).cast(), size_of_val(&self.address))
+    }
+
+    pub(super) fn vm(&self) -> i32 {
+        self.machine.unwrap().0
+    }
+
+    pub(super) fn vcpu(&self) -> i32 {
+        self.machine.unwrap().1
+    }
+
+    /// `struct kvm_userspace_memory_region`: a page of this process as one of the guest's.
+    pub(super) fn memory_slot(number: u64) -> *const u8 {
+        let page = Box::leak(Box::new(Page([0; 4096])));
+        let address = page.0.as_ptr() as u64;
+        let slot: &[u64; 4] = Box::leak(Box::new([number, number * 4096, 4096, address]));
+        slot.as_ptr().cast()
+    }
+
+    /// `struct io_uring_params`, which the kernel fills.
+    pub(super) fn ring_parameters() -> *mut u8 {
+        Box::leak(Box::new([0_u64; 16])).as_mut_ptr().cast()
+    }
+}
+
+/// A mount of its own without devices, where the host permits that.
+fn share(path: &Path) -> OwnedFd {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    match open_tree(CWD, path, flags) {
+        Ok(mount) => {
+            let attributes = [libc::MOUNT_ATTR_NODEV, 0, 0, 0];
+            let (empty, size) = (c"".as_ptr(), size_of_val(&attributes));
+            let attributes = attributes.as_ptr();
+            let at = mount.as_raw_fd();
+            let set = call!(
+                SYS_mount_setattr,
+                at,
+                empty,
+                libc::AT_EMPTY_PATH,
+                attributes,
+                size
+            );
+            assert_eq!(set, 0);
+            mount
+        }
+        Err(_) => File::open(path).unwrap().into(),
+    }
+}
+
+fn handle(path: &CString) -> Handle {
+    let mut handle = Handle {
+        bytes: libc::MAX_HANDLE_SZ as u32,
+        kind: 0,
+        data: [0; libc::MAX_HANDLE_SZ as usize],
+    };
+    let mut mount = 0_i32;
+    let (handle_at, mount_at) = (&raw mut handle, &raw mut mount);
+    let made = call!(
+        SYS_name_to_handle_at,
+        libc::AT_FDCWD,
+        path.as_ptr(),
+        handle_at,
+        mount_at,
+        0
+    );
+    assert_eq!(made, 0);
+    handle
+}
+
+fn address(path: &CString) -> libc::sockaddr_un {
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::AF_UNIX as u16,
+        sun_path: [0; 108],
+    };
+    let bytes = path.as_bytes().iter().map(|byte| *byte as c_char);
+    address
+        .sun_path
+        .iter_mut()
+        .zip(bytes)
+        .for_each(|(to, from)| *to = from);
+    address
+}
+
+/// Left open until the process ends.
+fn machine() -> (i32, i32) {
+    let options = File::options().read(true).write(true).open("/dev/kvm");
+    let kvm = options.unwrap();
+    // KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION (there must be some to run) and KVM_CREATE_VCPU.
+    let vm = call!(SYS_ioctl, kvm.as_raw_fd(), 0xae01, 0) as i32;
+    let slot = call!(SYS_ioctl, vm, 0x4020_ae46_u64, Ground::memory_slot(0));
+    let vcpu = call!(SYS_ioctl, vm, 0xae41, 0) as i32;
+    assert!(slot == 0 && vcpu > 0);
+    (vm, vcpu)
+}
