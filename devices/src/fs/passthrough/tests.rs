@@ -154,7 +154,7 @@ fn a_renamed_file_is_found_again() {
 fn a_confined_thread_finds_evicted_files() {
     let f = fixture(4, false);
     for n in 0..40 {
-        std::fs::write(f.dir.path().join(n.to_string()), n.to_string()).unwrap();
+        std::fs::write(f.dir.path().join(n.to_string()), "").unwrap();
     }
     let name = |n: usize| CString::new(n.to_string()).unwrap();
     let role = Role::new("koya-fs").confined_by(Filter::Files);
@@ -163,18 +163,11 @@ fn a_confined_thread_finds_evicted_files() {
         let look = |n| f.files.lookup(f.root, &name(n)).unwrap().nodeid;
         let nodes: Vec<_> = (0..40).map(look).collect();
         for (n, node) in nodes.iter().enumerate() {
-            let arg = &GetattrIn::default();
-            let size = f.files.getattr(*node, arg).unwrap().attr.size;
-            assert_eq!(size, n.to_string().len() as u64);
             f.files.setxattr(*node, c"user.n", b"1", 0).unwrap();
             assert_eq!(f.files.getxattr(*node, c"user.n", 9).unwrap(), b"1");
-            let fh = f.files.open(*node, &writing()).unwrap().fh;
-            f.files.release(*node, fh);
             let link = LinkIn { oldnodeid: *node };
             let linked = f.files.link(f.root, &name(n + 100), &link).unwrap();
             assert_eq!(linked.nodeid, *node);
-            let (from, to) = (name(n + 100), name(n + 200));
-            f.files.rename(f.root, &from, f.root, &to, 0).unwrap();
         }
         let links = |node: &u64| {
             f.files
