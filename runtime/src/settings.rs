@@ -302,7 +302,6 @@ mod tests {
             ("memory_mib = \"512\"", "memory_mib"),
             ("memory_max_mib = 100", "memory_max_mib"),
             ("kernel = \"/not/there\"", "/not/there"),
-            ("kernel = \"full\"", "cargo xtask kernel --full"),
             ("annotations = [\"cpsu\"]", "cpsu"),
             ("cache = \"some\"", "some"),
         ] {
