@@ -207,7 +207,9 @@ impl State {
             // A guest's kernel without that control.
             sys::kernel_log(&format!("koya-agent: {error:#}"));
         }
-        let joins_pids = request.sandbox_pidns || !request.pidns_of.is_empty();
+        let joins_pids = joined
+            .iter()
+            .any(|(kind, _)| *kind == LinuxNamespaceType::Pid);
         if joins_pids || !configuration::has_pids(&spec) {
             self.end_all_with_the_first(id)?;
         }

@@ -6,18 +6,17 @@
 
 use crate::Outcome;
 use crate::ask::{Answer, Asked, Boot, Create, Request, hear};
-use crate::console::{self, Pty};
-use crate::create::default_cgroup;
 use crate::exec::{end, pass_on};
-use crate::serve::{Served, descriptors, follow};
+use crate::serve::{Served, descriptors, follow, read_spec, streams};
 use crate::signal::PASSED;
 use crate::state::{self, Container, Root, Stored};
 use anyhow::{Context, Result, bail};
 use koya::Settings;
 use koya::oci_spec::runtime::LinuxNamespaceType;
+use koya::vmm::host::sys::unshare_fs_state;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{CreateTask, Joins, Spec};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -98,17 +97,7 @@ pub(crate) fn stand(
         bail!("the command that made this ended");
     }
     let owner = Root::of_container(&boot.directory)?.find(&joins.sandbox)?;
-    let (fds, terminal) = match boot.is_terminal {
-        true => {
-            let to = fds.into_iter().next().context("no console socket came")?;
-            let pty = Pty::open(spec.console_size())?;
-            console::control(&pty.slave)?;
-            pty.send_master(&to.into())?;
-            let watched = pty.slave.try_clone()?;
-            (vec![pty.slave], Some(watched))
-        }
-        false => (fds, None),
-    };
+    let (fds, terminal) = streams(boot, spec, fds)?;
     let machine = ask_for(boot, joins, &owner, &fds)?;
     drop(fds);
     let mut end_of = Wire::new(machine.try_clone()?);
@@ -160,9 +149,7 @@ pub(crate) fn create(
     }
     // What was mounted after this process came to be need not be in its own.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
-    let mut spec = Spec::read(&create.bundle)?;
-    spec.drop_hooks_of_others();
-    spec.default_cgroup(&default_cgroup(&id));
+    let spec = read_spec(&create.bundle, &id)?;
     tasks.create(CreateTask {
         id: id.clone(),
         bundle: create.bundle,
@@ -184,7 +171,7 @@ pub(crate) fn create(
 
 /// Has paths mean what they mean in another mount namespace, for this thread alone.
 fn enter_mounts(namespace: &OwnedFd) -> Result<()> {
-    unshare(CloneFlags::CLONE_FS)?;
+    unshare_fs_state()?;
     Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)
 }
 

@@ -120,10 +120,16 @@ pub(crate) fn serve() -> Outcome {
     }
 }
 
-fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
-    let mut spec = Spec::read(&boot.bundle)?;
+/// A container's configuration, as the process makes the container that has the virtual machine.
+pub(crate) fn read_spec(bundle: &Path, id: &str) -> Result<Spec> {
+    let mut spec = Spec::read(bundle)?;
     spec.drop_hooks_of_others();
-    spec.default_cgroup(&default_cgroup(&boot.id));
+    spec.default_cgroup(&default_cgroup(id));
+    Ok(spec)
+}
+
+fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
+    let spec = read_spec(&boot.bundle, &boot.id)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)
@@ -153,7 +159,8 @@ fn enter_and_run(
     if wire.receive::<Request>()?.is_none() {
         bail!("the command that made this ended");
     }
-    let (stdio, terminal) = streams(boot, &spec, fds)?;
+    let (fds, terminal) = streams(boot, &spec, fds)?;
+    let stdio = descriptors(fds, boot.is_own_terminal)?;
     let (sender, ended) = channel();
     let config = TaskSetConfig {
         log_console: boot.log.is_debug(),
@@ -207,19 +214,22 @@ fn finish(tasks: &TaskSet, directory: &Path) {
     tasks.finish();
 }
 
-/// Where the streams of the container's process go; and its terminal, if it has one.
-fn streams(boot: &Boot, spec: &Spec, fds: Vec<OwnedFd>) -> Result<(StdioConfig, Option<OwnedFd>)> {
-    let mut fds = fds.into_iter();
-    if boot.is_terminal {
-        let to = UnixStream::from(fds.next().context("no console socket came")?);
-        let pty = Pty::open(spec.console_size())?;
-        console::control(&pty.slave)?;
-        pty.send_master(&to)?;
-        let watched = pty.slave.try_clone()?;
-        let terminal = descriptors(vec![pty.slave], boot.is_own_terminal)?;
-        return Ok((terminal, Some(watched)));
+/// Where the streams of the container's process go: a new terminal, whose master is sent, or what came. And that
+/// terminal once more.
+pub(crate) fn streams(
+    boot: &Boot,
+    spec: &Spec,
+    fds: Vec<OwnedFd>,
+) -> Result<(Vec<OwnedFd>, Option<OwnedFd>)> {
+    if !boot.is_terminal {
+        return Ok((fds, None));
     }
-    Ok((descriptors(fds.collect(), false)?, None))
+    let to = fds.into_iter().next().context("no console socket came")?;
+    let pty = Pty::open(spec.console_size())?;
+    console::control(&pty.slave)?;
+    pty.send_master(&to.into())?;
+    let watched = pty.slave.try_clone()?;
+    Ok((vec![pty.slave], Some(watched)))
 }
 
 /// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds the

@@ -60,8 +60,7 @@ impl Network {
                 unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")
             }
             Self::Path(path) => {
-                let namespace =
-                    File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+                let namespace = open(path)?;
                 let wanted = namespace.metadata()?.ino();
                 let hosts = ["/proc/1/ns/net", "/proc/self/ns/net"];
                 if hosts
@@ -73,21 +72,27 @@ impl Network {
                 if is_of_a_process(path) {
                     bail!(OTHERS_NETWORK);
                 }
-                self.enter_named()
+                enter_opened(&namespace, path)
             }
         }
     }
 
     /// Enters that which is named by its path, if one is.
     pub(crate) fn enter_named(&self) -> Result<()> {
-        let Self::Path(path) = self else {
-            return Ok(());
-        };
-        let namespace = File::open(path);
-        let entered = namespace.map(|namespace| setns(namespace, CloneFlags::CLONE_NEWNET));
-        let entered = entered.with_context(|| format!("cannot open {}", path.display()))?;
-        entered.with_context(|| format!("cannot enter {}", path.display()))
+        match self {
+            Self::Path(path) => enter_opened(&open(path)?, path),
+            Self::Host | Self::New => Ok(()),
+        }
     }
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn enter_opened(namespace: &File, path: &Path) -> Result<()> {
+    setns(namespace, CloneFlags::CLONE_NEWNET)
+        .with_context(|| format!("cannot enter {}", path.display()))
 }
 
 /// `/proc/PID/ns/net`, as Docker names the network of another container.

@@ -100,7 +100,7 @@ impl Ground {
         self.machine.unwrap().1
     }
 
-    /// `struct kvm_userspace_memory_region`: a page of this process as one of the guest's.
+    /// `struct kvm_userspace_memory_region`: a memory slot that maps a page of this process.
     pub(super) fn memory_slot(number: u64) -> *const u8 {
         let page = Box::leak(Box::new(Page([0; 4096])));
         let address = page.0.as_ptr() as u64;
