@@ -1,8 +1,7 @@
 //! What is fuzzed, as plain functions over bytes.
 //!
-//! `cargo +nightly fuzz run --features libfuzzer TARGET` (from cargo-fuzz, in this directory; a target is
-//! a file in `targets`) drives them with an engine; the tests below replay inputs that once mattered, and a
-//! few thousand random ones, on any machine.
+//! `cargo xtask fuzz` drives them with libFuzzer (a target is a file in `targets`); the tests below replay inputs that
+//! once mattered, and a few thousand random ones, on any machine.
 
 mod devices;
 mod images;

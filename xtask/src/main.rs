@@ -12,6 +12,7 @@ mod counting;
 mod criterion;
 mod demo;
 mod dependencies;
+mod fuzz;
 mod kernel;
 mod lint;
 mod monitor;
@@ -54,6 +55,8 @@ enum Command {
     Test(suite::TestArgs),
     /// Run runc's own integration tests with koya-runtime in its place
     RuncTests(runc_tests::RuncTestsArgs),
+    /// Run the fuzz targets; what they found is kept for the next run
+    Fuzz(fuzz::FuzzArgs),
     /// Run benchmarks of Koya and its peers
     Bench(bench::BenchArgs),
     /// Check formatting, dependencies, clippy, documentation, packages and the aarch64 build
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Test(args) => suite::run(&args).map(|()| 0),
         Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
+        Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),
         Command::Lint => lint::run().map(|()| 0),
     };

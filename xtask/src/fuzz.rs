@@ -1,0 +1,271 @@
+//! `cargo xtask fuzz`: the fuzz targets in turn, each driven by libFuzzer.
+//!
+//! Inputs that reached something new, inputs that failed, and how much was run stay in the cache, so that each run goes
+//! on where the last one ended. What drives it is in the crate libfuzzer-sys; the compiler need not be a nightly one.
+
+use crate::{cache, proc};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+/// What counts which branches were taken, and what was compared, in a form that libFuzzer reads.
+const FLAGS: [&str; 6] = [
+    "--cfg=fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+];
+
+/// An input that takes longer, in seconds, counts as one that failed.
+const INPUT_LIMIT: u32 = 25;
+/// The largest input, in bytes: enough for a full queue, or a layer of an image.
+const MAX_LEN: u32 = 8192;
+
+#[derive(Args)]
+pub(crate) struct FuzzArgs {
+    /// How long, in minutes, for all targets together
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    minutes: u32,
+    /// Targets that run at a time [default: one for each CPU]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
+    jobs: Option<u32>,
+    /// Print the targets
+    #[arg(long)]
+    list: bool,
+    /// Only these
+    targets: Vec<String>,
+}
+
+/// `cargo xtask fuzz`
+pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
+    let all = targets()?;
+    if args.list {
+        all.iter().for_each(|target| println!("{target}"));
+        return Ok(());
+    }
+    for target in &args.targets {
+        ensure!(
+            all.contains(target),
+            "no target {target}: there are {}",
+            all.join(", ")
+        );
+    }
+    let chosen = match args.targets.is_empty() {
+        true => all,
+        false => args.targets.clone(),
+    };
+    let programs = build()?;
+    let jobs = match args.jobs {
+        Some(jobs) => jobs,
+        None => std::thread::available_parallelism()?.get() as u32,
+    };
+    let jobs = jobs.min(chosen.len() as u32);
+    let seconds = (u64::from(args.minutes) * 60 * u64::from(jobs) / chosen.len() as u64).max(1);
+    eprintln!(
+        "fuzz: {} targets, {seconds} s each, {jobs} at a time",
+        chosen.len()
+    );
+    let (waiting, done) = (Mutex::new(VecDeque::from(chosen)), Mutex::new(Vec::new()));
+    let next = || waiting.lock().ok()?.pop_front();
+    let work = || -> Result<()> {
+        while let Some(target) = next() {
+            let row = fuzz(&programs, &target, seconds)?;
+            eprintln!("fuzz: {}", row.line());
+            done.lock().map(|mut rows| rows.push(row)).ok();
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(_) => bail!("a thread panicked"),
+            })
+    })?;
+    let mut rows = done.into_inner().unwrap_or_default();
+    rows.sort_by(|a, b| a.target.cmp(&b.target));
+    println!(
+        "| target | executions | in all | edges | inputs kept | failures |\n|---|---|---|---|---|---|"
+    );
+    rows.iter().for_each(|row| println!("{}", row.line()));
+    let failures: Vec<_> = rows.iter().flat_map(|row| &row.failures).collect();
+    for failure in &failures {
+        println!("failed: {}", failure.display());
+    }
+    ensure!(
+        failures.is_empty(),
+        "{} inputs failed; `{}/TARGET FILE` runs one again",
+        failures.len(),
+        programs.display()
+    );
+    Ok(())
+}
+
+/// The targets: a file each.
+fn targets() -> Result<Vec<String>> {
+    let directory = proc::checkout().join("fuzz/targets");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| format!("{}", directory.display()))? {
+        let path = entry?.path();
+        names.extend(
+            path.file_stem()
+                .map(|name| name.to_string_lossy().into_owned()),
+        );
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Builds all targets, in a directory of their own: what is instrumented is no other command's. Returns where they are.
+fn build() -> Result<PathBuf> {
+    let target = std::env::consts::ARCH.to_owned() + "-unknown-linux-gnu";
+    let directory = proc::checkout().join("target/fuzz");
+    proc::run(
+        proc::cargo()
+            .args(["build", "--package", "koya-fuzz", "--features", "libfuzzer"])
+            // With a target, build scripts and macros are not instrumented.
+            .args(["--profile", "fuzz", "--target", &target, "--target-dir"])
+            .arg(&directory)
+            .env("RUSTFLAGS", FLAGS.join(" ")),
+    )?;
+    Ok(directory.join(target).join("fuzz"))
+}
+
+/// What became of a target.
+struct Row {
+    target: String,
+    executions: u64,
+    total: u64,
+    edges: u64,
+    kept: usize,
+    failures: Vec<PathBuf>,
+}
+
+impl Row {
+    fn line(&self) -> String {
+        let Self {
+            target,
+            executions,
+            total,
+            edges,
+            kept,
+            failures,
+        } = self;
+        format!(
+            "| {target} | {executions} | {total} | {edges} | {kept} | {} |",
+            failures.len()
+        )
+    }
+}
+
+fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
+    let home = cache::root().join("fuzz").join(target);
+    let (inputs, failed) = (home.join("inputs"), home.join("failed"));
+    for directory in [&inputs, &failed] {
+        fs::create_dir_all(directory).with_context(|| format!("{}", directory.display()))?;
+    }
+    let before = files(&failed)?;
+    let log = home.join("log");
+    let output = File::create(&log).with_context(|| format!("{}", log.display()))?;
+    let status = Command::new(programs.join(target))
+        .arg(&inputs)
+        .arg(format!("-artifact_prefix={}/", failed.display()))
+        .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-timeout={INPUT_LIMIT}"))
+        .arg(format!("-max_len={MAX_LEN}"))
+        .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .status()
+        .with_context(|| format!("cannot run {target}"))?;
+    let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
+    let mut failures = files(&failed)?;
+    failures.retain(|file| !before.contains(file));
+    ensure!(
+        status.success() || !failures.is_empty(),
+        "{target} ended with {status} and left no input; the end of {}:\n{}",
+        log.display(),
+        proc::tail(&log, 20)
+    );
+    let executions = executions(&text).unwrap_or(0);
+    let count = home.join("executions");
+    let earlier = fs::read_to_string(&count).ok();
+    let earlier = earlier.and_then(|text| text.trim().parse::<u64>().ok());
+    let total = earlier.unwrap_or(0) + executions;
+    fs::write(&count, format!("{total}\n"))?;
+    Ok(Row {
+        target: target.into(),
+        executions,
+        total,
+        edges: edges(&text).unwrap_or(0),
+        kept: files(&inputs)?.len(),
+        failures,
+    })
+}
+
+fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory)?;
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// How many inputs a target says that it ran: at its end, or with the last line about its progress.
+fn executions(log: &str) -> Option<u64> {
+    let last = |prefix: &str| {
+        log.lines()
+            .rev()
+            .find_map(|line| line.trim().strip_prefix(prefix))
+    };
+    if let Some(count) = last("stat::number_of_executed_units:") {
+        return count.trim().parse().ok();
+    }
+    let line = last("#")?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// How many edges its inputs reach.
+fn edges(log: &str) -> Option<u64> {
+    log.lines().rev().find_map(|line| {
+        let (_, rest) = line.split_once(" cov: ")?;
+        rest.split_whitespace().next()?.parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROGRESS: &str = "INFO: Seed: 1
+#2\tINITED cov: 12 ft: 13 corp: 1/1b exec/s: 0 rss: 30Mb
+#4096\tpulse  cov: 212 ft: 513 corp: 40/1b lim: 4 exec/s: 2048 rss: 35Mb
+";
+
+    #[test]
+    fn a_log_is_read() {
+        assert_eq!(executions(PROGRESS), Some(4096));
+        assert_eq!(edges(PROGRESS), Some(212));
+        let ended = format!("{PROGRESS}Done 5000 runs\nstat::number_of_executed_units: 5000\n");
+        assert_eq!(executions(&ended), Some(5000));
+        assert_eq!(executions("INFO: Seed: 1\n"), None);
+        assert_eq!(edges(""), None);
+    }
+
+    #[test]
+    fn every_target_is_a_program_of_the_crate() {
+        let manifest = fs::read_to_string(proc::checkout().join("fuzz/Cargo.toml")).unwrap();
+        let targets = targets().unwrap();
+        assert!(targets.contains(&"descriptor_chain".to_owned()));
+        for target in &targets {
+            let path = format!("path = \"targets/{target}.rs\"");
+            assert!(manifest.contains(&path), "{target}");
+        }
+        assert_eq!(manifest.matches("path = \"targets/").count(), targets.len());
+    }
+}
