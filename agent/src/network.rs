@@ -5,17 +5,19 @@ use anyhow::{Context, Result};
 use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use koya_protocol::STREAM_PORT;
-use koya_protocol::messages::{Interface, Neighbour, Route};
+use koya_protocol::messages::{Interface, Neighbour};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::NeighbourState;
-use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkUnspec};
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+
+pub(crate) mod routes;
 
 /// How long a port of the loopback may take to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -150,58 +152,6 @@ fn holder(links: &[LinkMessage], name: &str) -> Option<u32> {
         attributes.any(|a| matches!(a, LinkAttribute::IfName(own) if own == name))
     };
     links.iter().find(has_name).map(|link| link.header.index)
-}
-
-/// Adds routes, in an order in which gateways are reachable when they are named.
-pub(crate) async fn update_routes(routes: &[Route]) -> Result<()> {
-    with_kernel(async |handle| {
-        let on_link = routes.iter().filter(|route| route.gateway.is_empty());
-        let beyond = routes.iter().filter(|route| !route.gateway.is_empty());
-        for route in on_link.chain(beyond) {
-            let added = add_route(&handle, route).await;
-            let Route {
-                dest,
-                gateway,
-                device,
-                ..
-            } = route;
-            added.with_context(|| format!("cannot route {dest} by {device} {gateway}"))?;
-        }
-        Ok(())
-    })
-    .await
-}
-
-async fn add_route(handle: &Handle, route: &Route) -> Result<()> {
-    let dest: IpNet = route.dest.parse()?;
-    let index = index_of(handle, &route.device).await?;
-    let mut message = RouteMessageBuilder::<IpAddr>::new()
-        .destination_prefix(dest.network(), dest.prefix_len())?
-        .output_interface(index);
-    if route.metric > 0 {
-        message = message.priority(route.metric);
-    }
-    if !route.source.is_empty() {
-        message = message.pref_source(route.source.parse()?)?;
-    }
-    message = match route.gateway.as_str() {
-        "" => message.scope(rtnetlink::packet_route::route::RouteScope::Link),
-        // The gateway may be outside of every prefix of ours.
-        gateway => message.gateway(gateway.parse()?)?.onlink(),
-    };
-    Ok(handle
-        .route()
-        .add(message.build())
-        .replace()
-        .execute()
-        .await?)
-}
-
-async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
-    let mut links = handle.link().get().match_name(name.to_owned()).execute();
-    let link = links.try_next().await?;
-    let link = link.with_context(|| format!("the guest has no interface {name}"))?;
-    Ok(link.header.index)
 }
 
 #[cfg(test)]

@@ -310,7 +310,7 @@ impl Agent for Service {
         request: UpdateRoutesRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
-            network::update_routes(&request.routes).await?;
+            network::routes::update(&request).await?;
             Ok(Empty::new())
         })
         .await

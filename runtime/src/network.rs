@@ -20,15 +20,17 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
-};
+use rtnetlink::packet_route::route::{RouteMessage, RouteType};
 use rtnetlink::packet_route::tc::TcMessage;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::Pin;
+
+mod routing;
+
+pub(crate) use routing::Routing;
 
 /// `ETH_P_ALL`, in the order of bytes that the kernel wants.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
@@ -69,7 +71,7 @@ pub struct NetworkConfig {
     pub device: NetConfig,
     /// The guest's addresses.
     pub addresses: Vec<IpNet>,
-    /// The guest's routes.
+    /// The guest's routes, beside those that an interface brings that is taken over.
     pub routes: Vec<Route>,
     /// Whom the guest need not ask for their MAC addresses.
     pub neighbours: Vec<Neighbour>,
@@ -142,7 +144,6 @@ impl NetworkConfig {
                 network.device.mac = found.mac.or(network.device.mac);
                 network.device.mtu = network.device.mtu.or(found.mtu);
                 network.addresses.extend(found.addresses);
-                network.routes.extend(found.routes);
                 network.neighbours.extend(found.neighbours);
             }
         }
@@ -171,18 +172,6 @@ impl NetworkConfig {
             ..Default::default()
         }
     }
-
-    /// What the agent is told of its routes.
-    pub(crate) fn routes(&self) -> impl Iterator<Item = messages::Route> {
-        self.routes.iter().map(|route| messages::Route {
-            dest: route.destination.to_string(),
-            gateway: route.gateway.map(|ip| ip.to_string()).unwrap_or_default(),
-            device: self.name.clone(),
-            metric: route.metric,
-            source: route.source.map(|ip| ip.to_string()).unwrap_or_default(),
-            ..Default::default()
-        })
-    }
 }
 
 fn neighbour_message(neighbour: &Neighbour) -> messages::Neighbour {
@@ -199,7 +188,6 @@ struct Found {
     mac: Option<MacAddr>,
     mtu: Option<u16>,
     addresses: Vec<IpNet>,
-    routes: Vec<Route>,
     neighbours: Vec<Neighbour>,
 }
 
@@ -367,22 +355,6 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
             found.addresses.push(net);
         }
     }
-    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        for message in routes_of(&handle, family).await? {
-            let header = &message.header;
-            let wanted = header.table == RouteHeader::RT_TABLE_MAIN
-                && header.kind == RouteType::Unicast
-                // Those the guest's kernel makes itself.
-                && header.protocol != RouteProtocol::Kernel;
-            let here = message
-                .attributes
-                .iter()
-                .any(|a| matches!(a, RouteAttribute::Oif(oif) if *oif == index));
-            if wanted && here {
-                found.routes.extend(route(&message, family));
-            }
-        }
-    }
     let mut neighbours = handle.neighbours().get().execute();
     while let Some(message) = neighbours.try_next().await.map_err(other)? {
         if message.header.ifindex == index && message.header.state == NeighbourState::Permanent {
@@ -409,37 +381,6 @@ fn neighbour(attributes: &[NeighbourAttribute]) -> Option<Neighbour> {
     Some(Neighbour {
         ip: ip?,
         mac: MacAddr(mac?),
-    })
-}
-
-fn route(
-    message: &rtnetlink::packet_route::route::RouteMessage,
-    family: AddressFamily,
-) -> Option<Route> {
-    let ip = |address: &RouteAddress| match address {
-        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
-        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
-        _ => None,
-    };
-    let mut destination = match family {
-        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    let (mut gateway, mut source, mut metric) = (None, None, 0);
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Destination(address) => destination = ip(address)?,
-            RouteAttribute::Gateway(address) => gateway = ip(address),
-            RouteAttribute::PrefSource(address) => source = ip(address),
-            RouteAttribute::Priority(priority) => metric = *priority,
-            _ => {}
-        }
-    }
-    let destination = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
-    Some(Route {
-        metric,
-        source,
-        ..Route::new(destination, gateway)
     })
 }
 

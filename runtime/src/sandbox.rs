@@ -11,7 +11,7 @@ use crate::container::Container;
 use crate::container_config::{ContainerConfig, Device, Stdio};
 use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
-use crate::network::{Joined, NetworkConfig};
+use crate::network::{Joined, NetworkConfig, Routing};
 use crate::oci::Bundle;
 use crate::patience::{DiskWork, DiskWrites, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
 use crate::size::Limits;
@@ -169,6 +169,7 @@ impl Sandbox {
         let called = timeline.next(Lane::Host, "devices");
         let networks = config.networks.iter().map(NetworkConfig::resolve);
         let networks = networks.collect::<Result<Vec<_>, _>>()?;
+        let routing = Routing::of(&networks)?;
         let machine = config.machine(networks.iter().map(|n| n.device.clone()).collect())?;
         let ram_mib = machine.memory_mib;
         let spec = machine.check()?;
@@ -254,21 +255,20 @@ impl Sandbox {
         sandbox.clock = Some(clock.map_err(Error::host("follow the clock"))?);
         let timeline = &sandbox.inner.timeline;
         timeline.agent_told(running, connected, &told);
-        sandbox.set_up_networks(&networks)?;
+        sandbox.set_up_networks(&networks, &routing)?;
         timeline.finish();
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         Ok(sandbox)
     }
 
-    fn set_up_networks(&self, networks: &[NetworkConfig]) -> Result<(), Error> {
+    fn set_up_networks(&self, networks: &[NetworkConfig], routing: &Routing) -> Result<(), Error> {
         for network in networks {
             self.inner.agent.update_interface(network.interface())?;
         }
-        let routes: Vec<_> = networks.iter().flat_map(NetworkConfig::routes).collect();
-        if routes.is_empty() {
+        if routing.is_empty() {
             return Ok(());
         }
-        self.inner.agent.update_routes(routes)
+        self.inner.agent.update_routes(&routing.request())
     }
 
     /// From the call of [`start`](Self::start) to the agent's.

@@ -3,8 +3,8 @@
 use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
 use crate::Error;
 use koya_protocol::messages::{
-    AskNameServerRequest, ConnectPortRequest, Interface, Route, ServeNamesRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest,
+    AskNameServerRequest, ConnectPortRequest, Interface, ServeNamesRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest,
 };
 use std::net::IpAddr;
 
@@ -70,14 +70,10 @@ impl Agent {
         .map(drop)
     }
 
-    /// Adds routes to the guest's.
-    pub(crate) fn update_routes(&self, routes: Vec<Route>) -> Result<(), Error> {
-        let request = UpdateRoutesRequest {
-            routes,
-            ..Default::default()
-        };
+    /// Adds routes and rules to the guest's.
+    pub(crate) fn update_routes(&self, request: &UpdateRoutesRequest) -> Result<(), Error> {
         self.ask("set up the guest's routes", LIMIT, |client, limit| {
-            client.update_routes(limit, &request)
+            client.update_routes(limit, request)
         })
         .map(drop)
     }

@@ -6,7 +6,7 @@ use crate::confinement::{
 };
 use crate::daemon::{Containerd, IMAGE, RUNTIME, Test, Use, ended, trials_of};
 use crate::hooks::hooks_run;
-use crate::lent::{a_network_is_lent, a_tap_is_lent};
+use crate::lent::{a_network_is_lent, a_tap_is_lent, routes_of_every_kind_are_lent};
 use crate::timeline::timeline;
 use crate::tool::{LIMIT, scratch, stdout, until};
 use anyhow::{Context, Result, bail, ensure};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// Every test, for each containerd.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-    let tests: [Test; 13] = [
+    let tests: [Test; 14] = [
         ("containers_run_and_end", containers_run_and_end),
         ("a_task_is_looked_after", a_task_is_looked_after),
         ("a_paused_task_is_killed", a_paused_task_is_killed),
@@ -28,6 +28,10 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
             killed_at_the_worst_moments_nothing_is_left,
         ),
         ("a_network_is_lent", a_network_is_lent),
+        (
+            "routes_of_every_kind_are_lent",
+            routes_of_every_kind_are_lent,
+        ),
         ("a_tap_is_lent", a_tap_is_lent),
         ("users_are_mapped", users_are_mapped),
         ("hooks_run", hooks_run),

@@ -123,6 +123,68 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
+/// Tables, rules, next hops, metrics and routes that lead nowhere, as plugins for several networks leave them.
+pub(crate) fn routes_of_every_kind_are_lent(containerd: &Containerd) -> Result<()> {
+    let [Namespace(name), Namespace(far)] = &namespaces("routes", containerd)?;
+    for (inside, outside, address) in [
+        ("eth0", "far0", "192.0.2.2/24"),
+        ("net1", "far1", "203.0.113.2/24"),
+    ] {
+        let setup = format!(
+            "link add {inside} type veth peer name {outside} netns {far}
+            address add {address} dev {inside}
+            link set {inside} up"
+        );
+        in_lines(name, &setup)?;
+    }
+    in_lines(
+        name,
+        "route add 10.50.0.0/16 via 192.0.2.9 advmss 1260
+        route add blackhole 10.66.0.0/16
+        route add 10.77.0.0/16 nexthop via 192.0.2.9 nexthop via 203.0.113.9
+        route add default via 203.0.113.9 dev net1 table 1000
+        rule add from 203.0.113.2 lookup 1000 priority 900
+        rule add iif net1 lookup 1000 priority 901
+        rule add from 198.51.100.0/24 lookup 1001 priority 902
+        -6 address add 2001:db8::2/64 dev net1 nodad
+        -6 route add 2001:db8:1::/48 via 2001:db8::9 metric 77 table 1000
+        -6 rule add from 2001:db8::2 lookup 1000 priority 903",
+    )?;
+    let script = "cat /proc/net/route; ip route; ip route show table 1000; ip rule; ip -6 rule
+        ip -6 route show table 1000
+        for i in $(seq 1 40); do ip route get 10.77.0.$i; done | grep -o 'dev [a-z0-9]*' | sort -u";
+    let namespace = format!("network:/run/netns/{name}");
+    let options = ["--rm", "--with-ns", &namespace];
+    let run = containerd.run(&options, "routed", &["sh", "-c", script]);
+    let said = stdout({ run }.output()?)?;
+    let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    for wanted in [
+        // The MTU column is that of the largest segment, with 40 for headers.
+        "eth0 0000320A 090200C0 0003 0 0 0 0000FFFF 1300",
+        "blackhole 10.66.0.0/16",
+        "default via 203.0.113.9 dev net1",
+        "from 203.0.113.2 lookup 1000",
+        "from all iif net1 lookup 1000",
+        "from 2001:db8::2 lookup 1000",
+        "2001:db8:1::/48 via 2001:db8::9 dev net1 metric 77",
+        "dev eth0 dev net1",
+    ] {
+        ensure!(words.contains(wanted), "no {wanted}: {said}");
+    }
+    // Its table is nobody's.
+    ensure!(!words.contains("lookup 1001"), "{said}");
+    containerd.nothing_is_left()
+}
+
+/// ip-netns(8) with the arguments of each line.
+fn in_lines(namespace: &str, lines: &str) -> Result<()> {
+    for line in lines.lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        ip(&[&["-n", namespace], &words[..]].concat())?;
+    }
+    Ok(())
+}
+
 /// Ends with the test.
 struct Killed(Child);
 

@@ -1,0 +1,262 @@
+//! The routes and rules of a sandbox's interfaces, as the guest gets them.
+//!
+//! Where an interface is taken over, its routes are the kernel's own messages (rtnetlink(7)), less what only the
+//! host's kernel can know. So a guest has all tables, metrics, next hops and MTUs that a container has.
+
+use super::{HostEnd, LOCAL_TABLE, NetworkConfig, Route, link, other, routes_of, with_kernel};
+use crate::Error;
+use futures::TryStreamExt as _;
+use koya_protocol::messages::UpdateRoutesRequest;
+use rtnetlink::packet_core::Emitable;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::{
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteProtocol,
+    RouteScope, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::IpAddr;
+
+/// The tables that every namespace has (`RT_TABLE_DEFAULT` among them).
+const STANDARD_TABLES: [u32; 3] = [253, RouteHeader::RT_TABLE_MAIN as u32, LOCAL_TABLE];
+
+/// The loopback is the same interface everywhere.
+const LOOPBACK: &str = "lo";
+
+/// Routes, in an order in which gateways are reachable when they are named, and rules. An interface's index in a
+/// route is the position of its network, from 1.
+#[derive(Debug, Default)]
+pub(crate) struct Routing {
+    interfaces: Vec<String>,
+    routes: Vec<RouteMessage>,
+    rules: Vec<RuleMessage>,
+}
+
+impl Routing {
+    /// Those of these networks: their own, and those that interfaces of the calling thread's network namespace have.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Self, Error> {
+        let mut routing = Self {
+            interfaces: networks.iter().map(|n| n.name.clone()).collect(),
+            ..Self::default()
+        };
+        let joined = || networks.iter().zip(1..).filter_map(joined);
+        if joined().next().is_some() {
+            let joined: Vec<(String, u32)> = joined().map(|(n, i)| (n.to_owned(), i)).collect();
+            let names = routing.interfaces.clone();
+            let found = with_kernel(|handle| Box::pin(look(handle, joined, names)));
+            (routing.routes, routing.rules) = found.map_err(Error::host("read the routes"))?;
+        }
+        for (network, index) in networks.iter().zip(1..) {
+            for route in &network.routes {
+                routing.routes.push(message(route, index)?);
+            }
+        }
+        routing.routes.sort_by_key(is_by_gateway);
+        Ok(routing)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.routes.is_empty() && self.rules.is_empty()
+    }
+
+    /// What the agent is asked.
+    pub(crate) fn request(&self) -> UpdateRoutesRequest {
+        UpdateRoutesRequest {
+            interfaces: self.interfaces.clone(),
+            routes: self.routes.iter().map(bytes).collect(),
+            rules: self.rules.iter().map(bytes).collect(),
+            ..Default::default()
+        }
+    }
+}
+
+fn joined((network, index): (&NetworkConfig, u32)) -> Option<(&str, u32)> {
+    match &network.host {
+        HostEnd::Join { interface } => Some((interface, index)),
+        HostEnd::Tap { .. } => None,
+    }
+}
+
+fn bytes(message: &impl Emitable) -> Vec<u8> {
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
+}
+
+/// A route by the interface with this index.
+fn message(route: &Route, index: u32) -> Result<RouteMessage, Error> {
+    let build = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+        let net = route.destination;
+        let mut message = RouteMessageBuilder::<IpAddr>::new()
+            .output_interface(index)
+            .destination_prefix(net.network(), net.prefix_len())?;
+        if route.metric > 0 {
+            message = message.priority(route.metric);
+        }
+        if let Some(source) = route.source {
+            message = message.pref_source(source)?;
+        }
+        Ok(match route.gateway {
+            // The gateway may be outside of every prefix of the guest.
+            Some(gateway) => message.gateway(gateway)?.onlink(),
+            None => message.scope(RouteScope::Link),
+        })
+    };
+    let route = build()
+        .map_err(|error| Error::invalid_by("routes", format!("{route:?}: {error}"))(error))?;
+    Ok(route.build())
+}
+
+fn is_by_gateway(route: &RouteMessage) -> bool {
+    let by = |attribute: &RouteAttribute| {
+        use RouteAttribute::{Gateway, MultiPath, Via};
+        matches!(attribute, Gateway(_) | Via(_) | MultiPath(_))
+    };
+    route.attributes.iter().any(by)
+}
+
+async fn look(
+    handle: Handle,
+    joined: Vec<(String, u32)>,
+    names: Vec<String>,
+) -> io::Result<(Vec<RouteMessage>, Vec<RuleMessage>)> {
+    let mut indices = HashMap::new();
+    for (interface, index) in &joined {
+        indices.insert(link(&handle, interface).await?.header.index, *index);
+    }
+    let mut routes = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let all = routes_of(&handle, family).await?;
+        routes.extend(all.into_iter().filter_map(|r| guests_route(r, &indices)));
+    }
+    let tables: HashSet<u32> = routes.iter().map(table).chain(STANDARD_TABLES).collect();
+    let guests: HashMap<&str, &str> = joined
+        .iter()
+        .filter_map(|(name, index)| Some((name.as_str(), names.get(*index as usize - 1)?.as_str())))
+        .chain([(LOOPBACK, LOOPBACK)])
+        .collect();
+    let mut rules = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let all: Vec<_> = handle
+            .rule()
+            .get(version)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(other)?;
+        rules.extend(
+            all.into_iter()
+                .filter_map(|r| guests_rule(r, &tables, &guests)),
+        );
+    }
+    Ok((routes, rules))
+}
+
+/// The table of a route, which has 32 bits in an attribute and eight in the header.
+fn table(route: &RouteMessage) -> u32 {
+    let mut attributes = route.attributes.iter();
+    let long = attributes.find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    long.unwrap_or_else(|| route.header.table.into())
+}
+
+/// A route of the namespace as the guest is given it; none if it is another interface's, or one that the guest's
+/// kernel makes itself. `indices` has the guest's index of each interface.
+fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<RouteMessage> {
+    let is_ours = table(&route) != LOCAL_TABLE
+        && route.header.protocol != RouteProtocol::Kernel
+        && !route.header.flags.contains(RouteFlags::Cloned);
+    // These have no next hop; IPv6 names the loopback's.
+    let is_end = match route.header.kind {
+        RouteType::Unicast => false,
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw => {
+            true
+        }
+        _ => return None,
+    };
+    if !is_ours {
+        return None;
+    }
+    route.attributes.retain(|attribute| {
+        use RouteAttribute::{
+            Destination, Encap, EncapType, Gateway, Metrics, MultiPath, Oif, PrefSource,
+            Preference, Priority, Realm, Source, Table, Via,
+        };
+        match attribute {
+            Destination(_) | Source(_) | Priority(_) | Table(_) => true,
+            Gateway(_) | Via(_) | Oif(_) | MultiPath(_) | PrefSource(_) | Preference(_)
+            | Realm(_) | Metrics(_) | Encap(_) | EncapType(_) => !is_end,
+            // Counters, ages, and numbers of next-hop objects, whose meaning is in their attributes, too.
+            _ => false,
+        }
+    });
+    route.header.flags = match is_by_gateway(&route) {
+        true => RouteFlags::Onlink,
+        false => RouteFlags::empty(),
+    };
+    let mut is_known = is_end;
+    for attribute in &mut route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => {
+                *index = *indices.get(index)?;
+                is_known = true;
+            }
+            RouteAttribute::MultiPath(hops) => {
+                // Each hop has the flag itself.
+                route.header.flags = RouteFlags::empty();
+                for hop in hops {
+                    hop.interface_index = *indices.get(&hop.interface_index)?;
+                    let has_gateway = hop.attributes.iter().any(|attribute| {
+                        matches!(
+                            attribute,
+                            RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
+                        )
+                    });
+                    hop.flags = match has_gateway {
+                        true => RouteNextHopFlags::Onlink,
+                        false => RouteNextHopFlags::empty(),
+                    };
+                }
+                is_known = true;
+            }
+            _ => {}
+        }
+    }
+    is_known.then_some(route)
+}
+
+/// A rule of the namespace as the guest is given it; none if the kernel made it, if it is about another interface,
+/// or about a table that the guest does not get. `names` has the guest's name of each interface.
+fn guests_rule(
+    mut rule: RuleMessage,
+    tables: &HashSet<u32>,
+    names: &HashMap<&str, &str>,
+) -> Option<RuleMessage> {
+    let mut table = u32::from(rule.header.table);
+    for attribute in &mut rule.attributes {
+        match attribute {
+            RuleAttribute::Protocol(RouteProtocol::Kernel) | RuleAttribute::L3MDev(true) => {
+                return None;
+            }
+            RuleAttribute::Iifname(name) | RuleAttribute::Oifname(name) => {
+                *name = (*names.get(name.as_str())?).to_owned();
+            }
+            RuleAttribute::Table(long) => table = *long,
+            _ => {}
+        }
+    }
+    // Whether its interfaces are there the kernel of the guest finds out.
+    rule.header.flags &= RuleFlags::Invert;
+    let is_answered = rule.header.action != RuleAction::ToTable || tables.contains(&table);
+    is_answered.then_some(rule)
+}
+
+#[cfg(test)]
+mod tests;
