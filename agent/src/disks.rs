@@ -16,8 +16,10 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-/// The driver of virtio-mmio windows, and what it drives.
+/// The driver of virtio-mmio windows.
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+/// Where its windows are, among other devices.
+const DEVICES: &str = "/sys/bus/platform/devices";
 
 /// A container that runs.
 pub(crate) struct Running<'a> {
@@ -26,16 +28,40 @@ pub(crate) struct Running<'a> {
     pub(crate) pid: i32,
 }
 
-fn window_name(window: u32) -> String {
-    format!("virtio-mmio.{window}")
+/// A window as the kernel calls it.
+fn window_name(window: u32) -> Result<String> {
+    let entries = fs::read_dir(DEVICES).with_context(|| format!("no {DEVICES}"))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let name = named(window, names);
+    name.ok_or_else(|| Refused::NotFound(format!("the guest has no window {window}")).into())
 }
 
-fn device_directory(window: u32) -> PathBuf {
-    Path::new("/sys/bus/platform/devices").join(window_name(window))
+/// The name of a window among those of all devices. The command line numbers windows; a device tree has them by
+/// their addresses, in the order of their numbers.
+fn named(window: u32, devices: impl Iterator<Item = String>) -> Option<String> {
+    let numbered = format!("virtio-mmio.{window}");
+    let mut placed = Vec::new();
+    for name in devices {
+        if name == numbered {
+            return Some(name);
+        }
+        if let Some(address) = name.strip_suffix(".virtio_mmio")
+            && let Ok(address) = u64::from_str_radix(address, 16)
+        {
+            placed.push((address, name));
+        }
+    }
+    placed.sort_unstable();
+    let (_, name) = placed.into_iter().nth(usize::try_from(window).ok()?)?;
+    Some(name)
+}
+
+fn device_directory(name: &str) -> PathBuf {
+    Path::new(DEVICES).join(name)
 }
 
 /// The disk behind a window, as the kernel calls it.
-fn name_of(window: u32) -> Result<String> {
+fn disk_of(window: &str) -> Result<String> {
     let entries = |dir: PathBuf, prefix: &'static str| -> Result<Vec<PathBuf>> {
         let entries = fs::read_dir(&dir).with_context(|| format!("no {}", dir.display()))?;
         Ok(entries
@@ -56,26 +82,23 @@ fn name_of(window: u32) -> Result<String> {
 
 /// Has the kernel look at a window that was empty, and returns the disk that it finds.
 pub(crate) fn attach(window: u32) -> Result<String> {
-    if !device_directory(window).exists() {
-        bail!(Refused::NotFound(format!(
-            "the guest has no window {window}"
-        )));
-    }
-    fs::write(format!("{DRIVER}/bind"), window_name(window))
+    let name = window_name(window)?;
+    fs::write(format!("{DRIVER}/bind"), &name)
         .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
     // A disk's own driver may have failed, which the window's does not say.
-    name_of(window).inspect_err(|_| {
-        unbind(window).ok();
+    disk_of(&name).inspect_err(|_| {
+        unbind(&name).ok();
     })
 }
 
 /// Has the kernel let go of the disk behind a window. One that is in use stays; one that is gone
 /// already is gone.
 pub(crate) fn detach(window: u32) -> Result<()> {
-    if !device_directory(window).join("driver").exists() {
+    let window = window_name(window)?;
+    if !device_directory(&window).join("driver").exists() {
         return Ok(());
     }
-    if let Ok(name) = name_of(window) {
+    if let Ok(name) = disk_of(&window) {
         // Refused while it is mounted, or part of something that is. What was written goes out first.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
         let disk =
@@ -87,11 +110,11 @@ pub(crate) fn detach(window: u32) -> Result<()> {
             })?;
         rustix::fs::fsync(&disk).with_context(|| format!("cannot write out {name}"))?;
     }
-    unbind(window)
+    unbind(&window)
 }
 
-fn unbind(window: u32) -> Result<()> {
-    fs::write(format!("{DRIVER}/unbind"), window_name(window))
+fn unbind(window: &str) -> Result<()> {
+    fs::write(format!("{DRIVER}/unbind"), window)
         .with_context(|| format!("the kernel does not let go of window {window}"))
 }
 
@@ -188,4 +211,27 @@ fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, Path
     let dir = openat2(root, dir, flags, Mode::empty(), ResolveFlags::IN_ROOT)
         .with_context(|| format!("the container has no {}", dir.display()))?;
     Ok((dir, name.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_found_by_number_or_by_the_order_of_their_addresses() {
+        let of = |window, names: &[&str]| named(window, names.iter().map(|name| (*name).into()));
+        let numbered = ["serial8250", "virtio-mmio.1", "virtio-mmio.10"];
+        assert_eq!(of(1, &numbered).as_deref(), Some("virtio-mmio.1"));
+        assert_eq!(of(0, &numbered), None);
+        let placed = [
+            "9000000.serial",
+            "100040000.virtio_mmio",
+            "40001000.virtio_mmio",
+            "40000000.virtio_mmio",
+            "timer",
+        ];
+        assert_eq!(of(0, &placed).as_deref(), Some("40000000.virtio_mmio"));
+        assert_eq!(of(2, &placed).as_deref(), Some("100040000.virtio_mmio"));
+        assert_eq!(of(3, &placed), None);
+    }
 }

@@ -175,7 +175,7 @@ fn files_stay_small_enough_to_read() {
 #[test]
 fn architecture_is_asked_for_in_one_place() {
     let word = ["target", "_arch"].concat();
-    // The table of system calls has those that only x86_64 has.
+    // The table of system calls has those that only one has.
     let allowed = [
         "vmm/src/arch/mod.rs",
         "vmm/src/kvm/",

@@ -3,9 +3,10 @@
 //! virtio-mmio has no hot plug. A machine may have hot-plug slots
 //! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): MMIO slots that read as a device with ID 0, which
 //! the guest's driver ignores (virtio 1.2, section 4.2.3.1.1). After a disk is put into one, the owner has
-//! the guest's kernel probe the slot again (on Linux: write `virtio-mmio.N` to
-//! `/sys/bus/platform/drivers/virtio-mmio/bind`, and to `unbind` before the disk is removed). Interrupts are
-//! scarce, so hot-plug slots share one.
+//! the guest's kernel probe the slot again (on Linux: write its name to
+//! `/sys/bus/platform/drivers/virtio-mmio/bind`, and to `unbind` before the disk is removed; the name is
+//! `virtio-mmio.N`, or `ADDRESS.virtio_mmio` with a device tree). Interrupts are scarce, so hot-plug slots share
+//! one.
 
 use crate::arch::MmioSlot;
 use crate::builder::{Parts, StartError};
@@ -49,7 +50,7 @@ pub enum AttachError {
 pub struct AttachedDisk {
     /// Index of its hot-plug slot, from 0.
     pub slot: usize,
-    /// Number of its slot among all MMIO slots: the N of Linux's `virtio-mmio.N`.
+    /// Number of its slot among all MMIO slots in the order of their addresses: the N of Linux's `virtio-mmio.N`.
     pub mmio_slot: usize,
     /// The disk itself.
     pub disk: BlockHandle,

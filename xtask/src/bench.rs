@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
 
+use crate::arch::Arch;
 use crate::archive::Archive;
 use crate::build::Products;
 use crate::profile::Symbols;
@@ -314,7 +315,7 @@ fn stripped(kernel: &Path) -> Result<PathBuf> {
 fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
     let Some(kernel) = kernel else {
         return Ok(Symbols::parse(&fs::read_to_string(
-            kernel::ensure()?.symbols,
+            kernel::ensure(Arch::of_this_machine())?.symbols,
         )?));
     };
     let beside = kernel.with_file_name("System.map");
@@ -334,7 +335,7 @@ fn boot(args: &BootArgs) -> Result<()> {
         bail!(
             "the figures in {BASELINE} are those of programs built with musl, whose library is not \
              here: rustup target add {}",
-            build::MUSL
+            Arch::of_this_machine().musl()
         );
     }
     let files = boot_files(args.kernel.as_deref())?;

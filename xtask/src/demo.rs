@@ -1,5 +1,6 @@
 //! `cargo xtask demo`: from a fresh clone to a container in a virtual machine.
 
+use crate::arch::{Arch, ArchArgs};
 use crate::{build, proc, rig};
 use anyhow::{Context, Result};
 use std::fs;
@@ -7,14 +8,25 @@ use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+#[derive(clap::Args)]
+pub(crate) struct DemoArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
+}
+
 /// Builds all that is needed, then asks a busybox container for its `uname -a`.
-pub(crate) fn run() -> Result<u8> {
+pub(crate) fn run(args: &DemoArgs) -> Result<u8> {
     let started = Instant::now();
-    let products = build::ensure()?;
+    let arch = args.arch.arch();
+    let products = build::ensure_for(arch)?;
     let built = started.elapsed();
 
-    let rootfs = proc::checkout().join("target/demo-rootfs");
-    make_busybox_rootfs(&rootfs)?;
+    let rootfs = match arch.is_native() {
+        true => "target/demo-rootfs".to_owned(),
+        false => format!("target/demo-rootfs-{}", arch.name()),
+    };
+    let rootfs = proc::checkout().join(rootfs);
+    make_busybox_rootfs(arch, &rootfs)?;
 
     let script = format!(
         "export KOYA_LOG=koya=info; start=$(date +%s%N); koya run --rootfs {} -- uname -a; code=$?; end=$(date +%s%N); \
@@ -26,7 +38,7 @@ pub(crate) fn run() -> Result<u8> {
     println!("host:  {}", proc::output(Command::new("uname").arg("-a"))?);
     println!("guest:");
     let running = Instant::now();
-    let code = if rig::hardware_kvm() {
+    let code = if rig::hardware_kvm(arch) {
         let status = Command::new(&command[0])
             .args(&command[1..])
             .envs(env)
@@ -38,7 +50,7 @@ pub(crate) fn run() -> Result<u8> {
             memory_mib: 4096,
             cpus: 2,
         };
-        rig::boot(&command, &env, &limits)?
+        rig::boot(arch, &command, &env, &limits)?
     };
     eprintln!(
         "building: {built:.1?}; starting the host, the guest and the container: {:.1?}",
@@ -48,7 +60,7 @@ pub(crate) fn run() -> Result<u8> {
 }
 
 /// A root file system of one static busybox and its names.
-pub(crate) fn make_busybox_rootfs(rootfs: &std::path::Path) -> Result<()> {
+pub(crate) fn make_busybox_rootfs(arch: Arch, rootfs: &std::path::Path) -> Result<()> {
     if rootfs.join("bin/sh").exists() {
         return Ok(());
     }
@@ -56,9 +68,14 @@ pub(crate) fn make_busybox_rootfs(rootfs: &std::path::Path) -> Result<()> {
         fs::create_dir_all(rootfs.join(dir))?;
     }
     let busybox = rootfs.join("bin/busybox");
-    fs::copy("/bin/busybox", &busybox).context("busybox-static is not installed")?;
+    let program = match arch.is_native() {
+        true => "/bin/busybox".into(),
+        false => rig::programs(arch)?.join("bin/busybox"),
+    };
+    fs::copy(program, &busybox).context("busybox-static is not installed")?;
     fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     fs::write(rootfs.join("etc/group"), "root:x:0:\n")?;
+    // One version of Debian's has the same names on all architectures.
     for name in proc::output(Command::new("/bin/busybox").arg("--list"))?.lines() {
         let link = rootfs.join("bin").join(name);
         if !link.exists() {

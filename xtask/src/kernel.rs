@@ -1,7 +1,9 @@
 //! The guest kernel: Debian's Linux source, the patches in `guest-kernel/patches` and the fragments
-//! in `guest-kernel/config`; the full one has those in `guest-kernel/config-full` as well.
+//! in `guest-kernel/config` and in the directory of its architecture; the full one has those in
+//! `guest-kernel/config-full` as well.
 //! `guest-kernel/README.md` says how to move to another source.
 
+use crate::arch::{Arch, ArchArgs};
 use crate::{build, cache, proc, setup};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
@@ -23,16 +25,18 @@ const SYMBOLS: &str = "System.map";
 
 /// A built guest kernel.
 pub(crate) struct Kernel {
-    /// Uncompressed ELF, for the 64-bit boot protocol.
-    pub(crate) vmlinux: PathBuf,
-    /// Compressed image.
-    pub(crate) bzimage: PathBuf,
+    /// What guests boot: an uncompressed ELF on x86_64, for the 64-bit boot protocol, an Image on aarch64.
+    pub(crate) image: PathBuf,
+    /// Compressed image, on x86_64.
+    pub(crate) compressed: Option<PathBuf>,
     /// The addresses of its functions.
     pub(crate) symbols: PathBuf,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct KernelArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
     /// Without the patches: the source as it is, with our configuration
     #[arg(long)]
     unpatched: bool,
@@ -48,6 +52,7 @@ pub(crate) struct KernelArgs {
 /// `cargo xtask kernel`
 pub(crate) fn run(args: &KernelArgs) -> Result<()> {
     setup::ensure()?;
+    let arch = args.arch.arch();
     let patches = if args.unpatched {
         Vec::new()
     } else {
@@ -56,33 +61,37 @@ pub(crate) fn run(args: &KernelArgs) -> Result<()> {
     let source = Source::find(args.source.as_deref(), patches)?;
     let kernel = if args.full {
         setup::ensure_these(&[("dwarves", "the types of the full kernel")])?;
-        of(
-            &source,
-            &with_overrides(fragments(CONFIG)?, fragments(FULL)?),
-        )?
+        let wanted = with_overrides(options(arch)?, fragments(&[FULL])?);
+        of(&source, arch, &wanted)?
     } else {
-        of(&source, &fragments(CONFIG)?)?
+        of(&source, arch, &options(arch)?)?
     };
-    for file in [&kernel.vmlinux, &kernel.bzimage] {
+    for file in std::iter::once(&kernel.image).chain(&kernel.compressed) {
         let mib = fs::metadata(file)?.len() as f64 / (1024.0 * 1024.0);
         println!("{} ({mib:.1} MiB)", file.display());
     }
     if args.full {
-        println!("{}", build::install_full(&kernel.vmlinux)?.display());
+        println!("{}", build::install_full(arch, &kernel.image)?.display());
     }
     Ok(())
 }
 
 /// Builds the guest kernel if the cache does not have it.
-pub(crate) fn ensure() -> Result<Kernel> {
-    of(&Source::find(None, patches()?)?, &fragments(CONFIG)?)
+pub(crate) fn ensure(arch: Arch) -> Result<Kernel> {
+    of(&Source::find(None, patches()?)?, arch, &options(arch)?)
 }
 
-/// The kernel of this source with these options, from the cache or built.
-fn of(source: &Source, wanted: &Options) -> Result<Kernel> {
-    let compiler = proc::output(Command::new("gcc").arg("-dumpfullversion"))?;
+/// The options of the kernel of an architecture.
+fn options(arch: Arch) -> Result<Options> {
+    fragments(&[CONFIG, arch.kernel().config])
+}
+
+/// The kernel of this source with these options, which are of this architecture, from the cache or built.
+fn of(source: &Source, arch: Arch, wanted: &Options) -> Result<Kernel> {
+    arch.ensure_tools()?;
+    let compiler = proc::output(arch.tool("gcc").arg("-dumpfullversion"))?;
     let key = cache::key([source.identity.as_str(), &text(wanted), &compiler, SYMBOLS]);
-    let dir = cache::ensure("kernel", &key, |dir| build(source, wanted, &key, dir))?;
+    let dir = cache::ensure("kernel", &key, |dir| build(source, arch, wanted, &key, dir))?;
     let file = |prefix: &str| -> Result<PathBuf> {
         fs::read_dir(&dir)?
             .filter_map(|e| e.ok().map(|e| e.path()))
@@ -97,11 +106,16 @@ fn of(source: &Source, wanted: &Options) -> Result<Kernel> {
                 )
             })
     };
+    let image = |path: &str| file(&format!("{}-", file_name(path)));
     Ok(Kernel {
-        vmlinux: file("vmlinux-")?,
-        bzimage: file("bzImage-")?,
+        image: image(arch.kernel().image)?,
+        compressed: arch.kernel().compressed.map(image).transpose()?,
         symbols: file(SYMBOLS)?,
     })
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 /// A kernel source tree and what identifies it.
@@ -237,10 +251,14 @@ pub(crate) fn source_version() -> Result<String> {
 /// Options: name to value, where `n` means "must be off".
 type Options = BTreeMap<String, String>;
 
-/// Every option of a directory's fragments.
-fn fragments(directory: &str) -> Result<Options> {
+/// Every option of the fragments in these directories.
+fn fragments(directories: &[&str]) -> Result<Options> {
     let mut options = BTreeMap::new();
-    for file in files_with(directory, "config")? {
+    let mut files = Vec::new();
+    for directory in directories {
+        files.extend(files_with(directory, "config")?);
+    }
+    for file in files {
         for line in fs::read_to_string(&file)?.lines() {
             let line = line.trim();
             let (name, value) = if let Some(off) = line
@@ -280,19 +298,21 @@ fn text(options: &Options) -> String {
         .collect()
 }
 
-fn build(source: &Source, wanted: &Options, key: &str, out: &Path) -> Result<()> {
+fn build(source: &Source, arch: Arch, wanted: &Options, key: &str, out: &Path) -> Result<()> {
     let tree = source.tree()?;
     let objects = out.join("objects");
     fs::create_dir_all(&objects)?;
     let all = objects.join("all.config");
     fs::write(&all, text(wanted))?;
     let log = out.with_extension("log");
+    let how = arch.kernel();
     let make = || {
         let mut make = Command::new("make");
         make.arg("-C")
             .arg(&tree)
             .arg(format!("O={}", objects.display()))
-            .arg("ARCH=x86_64")
+            .arg(format!("ARCH={}", how.arch))
+            .arg(format!("CROSS_COMPILE={}", arch.tools()))
             // The same inputs give the same image.
             .env("KBUILD_BUILD_TIMESTAMP", "2026-01-01")
             .env("KBUILD_BUILD_USER", "koya")
@@ -306,24 +326,28 @@ fn build(source: &Source, wanted: &Options, key: &str, out: &Path) -> Result<()>
     )?;
     verify(wanted, &fs::read_to_string(objects.join(".config"))?)?;
     let jobs = std::thread::available_parallelism()?.get();
+    let images = || std::iter::once(how.image).chain(how.compressed);
     proc::long(
-        "building the guest kernel (10 to 20 minutes on two cores, once)",
-        make().arg(format!("-j{jobs}")).args(["vmlinux", "bzImage"]),
+        &format!(
+            "building the guest kernel for {} (10 to 20 minutes on two cores, once)",
+            arch.name()
+        ),
+        make()
+            .arg(format!("-j{jobs}"))
+            .args(images().map(file_name)),
         &log,
     )?;
     let release = fs::read_to_string(objects.join("include/config/kernel.release"))?;
     let release = release.trim();
-    proc::run(
-        Command::new("strip")
-            .arg("-s")
-            .arg("-o")
-            .arg(out.join(format!("vmlinux-{release}-{key}")))
-            .arg(objects.join("vmlinux")),
-    )?;
-    fs::copy(
-        objects.join("arch/x86/boot/bzImage"),
-        out.join(format!("bzImage-{release}-{key}")),
-    )?;
+    for image in images() {
+        let to = out.join(format!("{}-{release}-{key}", file_name(image)));
+        let from = objects.join(image);
+        match image {
+            // Of the ELF, only what is loaded.
+            "vmlinux" => proc::run(arch.tool("strip").arg("-s").arg("-o").arg(to).arg(from))?,
+            _ => fs::copy(from, to).map(|_| ())?,
+        }
+    }
     fs::copy(objects.join(".config"), out.join("config"))?;
     fs::copy(objects.join(SYMBOLS), out.join(SYMBOLS))?;
     fs::remove_dir_all(&objects)?;
@@ -430,13 +454,17 @@ mod tests {
 
     #[test]
     fn the_fragments_parse_and_do_not_contradict_each_other() {
-        let options = fragments(CONFIG).unwrap();
-        assert_eq!(options["CONFIG_VIRTIO_FS"], "y");
-        assert_eq!(options["CONFIG_MODULES"], "n");
-        assert_eq!(options["CONFIG_FTRACE"], "n");
-        let full = with_overrides(options, fragments(FULL).unwrap());
-        assert_eq!(full["CONFIG_VIRTIO_FS"], "y");
-        assert_eq!(full["CONFIG_FTRACE"], "y");
-        assert_eq!(full["CONFIG_FUNCTION_TRACER"], "n");
+        for arch in [Arch::X86_64, Arch::Aarch64] {
+            let options = options(arch).unwrap();
+            assert_eq!(options["CONFIG_VIRTIO_FS"], "y");
+            assert_eq!(options["CONFIG_MODULES"], "n");
+            assert_eq!(options["CONFIG_FTRACE"], "n");
+            let of_x86_64 = options.contains_key("CONFIG_PVH");
+            assert_eq!(of_x86_64, arch == Arch::X86_64);
+            let full = with_overrides(options, fragments(&[FULL]).unwrap());
+            assert_eq!(full["CONFIG_VIRTIO_FS"], "y");
+            assert_eq!(full["CONFIG_FTRACE"], "y");
+            assert_eq!(full["CONFIG_FUNCTION_TRACER"], "n");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! costly in a cache outside the checkout, named by the hash of its inputs.
 
 mod apt;
+mod arch;
 mod archive;
 mod bench;
 mod build;
@@ -46,11 +47,11 @@ enum Command {
     /// Build the guest kernel: an ELF vmlinux and a bzImage
     Kernel(kernel::KernelArgs),
     /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
-    Build,
+    Build(build::BuildArgs),
     /// Run a command or a shell on a host with KVM: an emulated one, or this machine
     Rig(rig::RigArgs),
     /// Run a busybox container in a virtual machine and show its `uname -a`
-    Demo,
+    Demo(demo::DemoArgs),
     /// Run all tests: lints, unit tests, tiny guests, Linux guests in the rig
     Test(suite::TestArgs),
     /// Run runc's own integration tests with koya-runtime in its place
@@ -67,9 +68,9 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Setup => setup::run().map(|()| 0),
         Command::Kernel(args) => kernel::run(&args).map(|()| 0),
-        Command::Build => build::run().map(|()| 0),
+        Command::Build(args) => build::run(&args).map(|()| 0),
         Command::Rig(args) => rig::run(args),
-        Command::Demo => demo::run(),
+        Command::Demo(args) => demo::run(&args),
         Command::Test(args) => suite::run(&args).map(|()| 0),
         Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
         Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),

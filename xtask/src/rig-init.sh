@@ -25,9 +25,17 @@ for m in $($B cat /modules/order); do
 done
 $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro host /host \
     || finish "failed: no 9p root"
+# Programs of another architecture than that of the machine lie over its files.
+LOWER=/host
+if $B grep -q programs /sys/bus/virtio/devices/*/mount_tag; then
+    $B mkdir /programs
+    $B mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro programs /programs \
+        || finish "failed: no programs"
+    LOWER=/programs:/host
+fi
 $B mount -t tmpfs -o size=75% upper /upper
 $B mkdir /upper/up /upper/work
-$B mount -t overlay -o lowerdir=/host,upperdir=/upper/up,workdir=/upper/work new /new \
+$B mount -t overlay -o lowerdir=$LOWER,upperdir=/upper/up,workdir=/upper/work new /new \
     || finish "failed: no overlay"
 cd /new || finish "failed: no root"
 for d in proc sys dev; do $B mkdir -p $d; $B mount --move /$d $d; done
@@ -52,16 +60,18 @@ $B ip link set lo up
 $B hostname rig
 # As udev has it.
 $B chmod 0666 dev/kvm dev/net/tun
-# KVM patches its own code when the first virtual machine comes, when the last goes, and when
+# KVM of x86_64 patches its own code when the first virtual machine comes, when the last goes, and when
 # local APICs are switched on or off (static keys). QEMU's emulation of several CPUs can run a stale
 # copy of patched code, which the kernel takes for a stray breakpoint. One machine that is never
 # run keeps these keys where they are.
 # (A shell opens /dev/null for what it starts in the background, and /dev has moved.)
 $B mknod /dev/null c 1 3
-$B chroot . /usr/bin/perl -e '
-    open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
-    open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;
-    sleep' < dev/null > dev/null 2>&1 3>&- &
+if [ "$($B uname -m)" = x86_64 ]; then
+    $B chroot . /usr/bin/perl -e '
+        open(K, "+<", "/dev/kvm") or die; my $vm = ioctl(K, 0xae01, 0) or die;
+        open(V, "+<&=", $vm) or die; ioctl(V, 0xae60, 0) or die; ioctl(V, 0xae41, 0) or die;
+        sleep' < dev/null > dev/null 2>&1 3>&- &
+fi
 # A program that dies of a fault is noted by the kernel, which is told below.
 echo 1 > proc/sys/kernel/print-fatal-signals
 echo ready >&3

@@ -3,13 +3,15 @@
 //! Where the machine has no hardware virtualization, QEMU emulates a host that has it (TCG
 //! with nested SVM, Debian's kernel), over the machine's own file system with a throw-away
 //! layer on top. A command runs there as root, its output streams here, its exit status is
-//! ours.
+//! ours. A host of another architecture has programs of its own between the two.
 
 mod host;
 mod hung;
+mod platform;
 
-pub(crate) use host::Host;
+pub(crate) use host::{Host, programs};
 
+use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
 use crate::{build, cache, proc, setup};
 use anyhow::{Context, Result, bail};
@@ -38,6 +40,8 @@ const MONITOR: &str = "monitor";
 
 #[derive(Args)]
 pub(crate) struct RigArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
     /// Select the KVM: `auto` uses that of the machine if it is hardware virtualization
     #[arg(long, default_value = "auto")]
     kvm: Kvm,
@@ -71,13 +75,17 @@ enum Kvm {
 /// `cargo xtask rig`
 pub(crate) fn run(args: RigArgs) -> Result<u8> {
     setup::ensure()?;
+    let arch = args.arch.arch();
     let products = match args.no_build {
-        true => build::Products::places(),
-        false => build::ensure()?,
+        true => build::Products::places_of(arch),
+        false => build::ensure_for(arch)?,
     };
     let env = products.env();
     let host = match args.kvm {
-        Kvm::Auto => hardware_kvm(),
+        Kvm::Auto => hardware_kvm(arch),
+        Kvm::Host if !arch.is_native() => {
+            bail!("this machine's /dev/kvm runs no {} guests", arch.name())
+        }
         Kvm::Host => true,
         Kvm::Emulated => false,
     };
@@ -90,7 +98,7 @@ pub(crate) fn run(args: RigArgs) -> Result<u8> {
         memory_mib: args.memory,
         cpus: args.cpus,
     };
-    boot(&args.command, &env, &limits)
+    boot(arch, &args.command, &env, &limits)
 }
 
 /// What a rig may use.
@@ -100,20 +108,23 @@ pub(crate) struct Limits {
     pub(crate) cpus: u32,
 }
 
-/// Whether `/dev/kvm` here is hardware virtualization (a KVM vendor module on a CPU with
-/// VMX or SVM), not a software KVM.
-pub(crate) fn hardware_kvm() -> bool {
+/// Whether `/dev/kvm` here is hardware virtualization for guests of `arch` (on x86_64, a KVM vendor module on a CPU
+/// with VMX or SVM), not a software KVM.
+pub(crate) fn hardware_kvm(arch: Arch) -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo
         .lines()
         .find(|l| l.starts_with("flags"))
         .unwrap_or_default();
-    let cpu = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
-    cpu && File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok()
+    let x86 = flags.split_whitespace().any(|f| f == "vmx" || f == "svm");
+    let cpu = x86 || arch == Arch::Aarch64;
+    arch.is_native()
+        && cpu
+        && File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok()
 }
 
 fn run_here(command: &[String], env: &[(String, String)]) -> Result<u8> {
@@ -129,8 +140,13 @@ fn run_here(command: &[String], env: &[(String, String)]) -> Result<u8> {
 }
 
 /// Boots the emulated host and runs `command` in it; its exit status.
-pub(crate) fn boot(command: &[String], env: &[(String, String)], limits: &Limits) -> Result<u8> {
-    let host = Host::ensure()?;
+pub(crate) fn boot(
+    arch: Arch,
+    command: &[String],
+    env: &[(String, String)],
+    limits: &Limits,
+) -> Result<u8> {
+    let host = Host::ensure_for(arch)?;
     let run = RunDir::create()?;
     let interactive = command.is_empty() && std::io::stdin().is_terminal();
     let initrd = run.path("initrd");
@@ -239,6 +255,16 @@ impl Drop for RunDir {
     }
 }
 
+/// The options of QEMU that give a directory to the rig.
+fn shared(directory: &Path, tag: &str) -> [String; 2] {
+    let how = "security_model=none,readonly=on,multidevs=remap";
+    let directory = directory.display();
+    [
+        "-virtfs".into(),
+        format!("local,path={directory},mount_tag={tag},{how}"),
+    ]
+}
+
 struct Qemu {
     child: Child,
     status: mpsc::Receiver<String>,
@@ -256,7 +282,8 @@ impl Qemu {
 
         let mut command = host.qemu();
         command
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35"])
+            .args(["-accel", "tcg,thread=multi"])
+            .args(host.platform.machine)
             .args(["-smp", &limits.cpus.to_string()])
             .args(["-m", &limits.memory_mib.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
@@ -265,11 +292,7 @@ impl Qemu {
             .arg(host.dir.join("vmlinuz"))
             .arg("-initrd")
             .arg(run.path("initrd"))
-            // A rig that hangs is sent an NMI, so that its kernel says where it is.
-            .args([
-                "-append",
-                "console=ttyS0 quiet panic=-1 unknown_nmi_panic=1 mitigations=off",
-            ])
+            .args(["-append", host.platform.cmdline])
             .arg("-chardev")
             .arg(format!(
                 "socket,id=monitor,server=on,wait=off,path={}",
@@ -278,10 +301,12 @@ impl Qemu {
             .args(["-mon", "chardev=monitor"])
             .arg("-serial")
             .arg(format!("file:{}", run.path("console").display()))
-            .args([
-                "-virtfs",
-                "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
-            ])
+            .args(shared("/".as_ref(), "host"))
+            .args(
+                host.programs
+                    .iter()
+                    .flat_map(|root| shared(root, "programs")),
+            )
             .arg("-drive")
             .arg(format!(
                 "if=virtio,format=raw,cache=unsafe,discard=unmap,file={}",
@@ -304,7 +329,8 @@ impl Qemu {
                 .arg(format!("file,id=err,{}", pipe(&err_write)))
                 .args(["-device", "virtserialport,chardev=err,name=stderr"]);
         }
-        eprintln!("rig: starting an emulated host (QEMU TCG, nested SVM)");
+        let virtualization = host.platform.virtualization;
+        eprintln!("rig: starting an emulated host (QEMU TCG, {virtualization})");
         let child = command.spawn().context("cannot start QEMU")?;
 
         let (sender, status) = mpsc::channel();

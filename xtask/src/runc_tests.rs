@@ -4,6 +4,7 @@
 //! Each file of tests has a rig of its own, and its results are kept under `target/runc-tests`: what was stopped is
 //! continued, and a file is run again once its results are removed, or with `--again`.
 
+use crate::arch::Arch;
 use crate::{apt, build, cache, demo, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -114,7 +115,7 @@ fn tests(source: &Path) -> Result<PathBuf> {
         let integration = dir.join("tests/integration");
         fs::write(integration.join("get-images.sh"), IMAGES)?;
         let rootfs = dir.join("rootfs");
-        demo::make_busybox_rootfs(&rootfs)?;
+        demo::make_busybox_rootfs(Arch::of_this_machine(), &rootfs)?;
         // The image that runc's tests have is without them, and they put links there.
         for name in ["proc", "sys"] {
             fs::remove_dir(rootfs.join(name))?;

@@ -1,23 +1,30 @@
 //! `cargo xtask test`: every test there is, cheapest first.
 
+use crate::arch::{Arch, ArchArgs};
 use crate::{apt, build, cache, lint, proc};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::ffi::OsString;
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 #[derive(Args)]
 pub(crate) struct TestArgs {
+    #[command(flatten)]
+    arch: ArchArgs,
     /// Only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
-    /// Only tests whose name contains this
+    /// Only tests whose name contains this; `smoke` for a few Linux guests that show that all is well at large
     filter: Option<String>,
 }
 
 /// Lints, unit tests and tiny guests, then Linux guests in the rig.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
+    let arch = args.arch.arch();
+    if !arch.is_native() {
+        return run_foreign(arch, args);
+    }
     let products = build::ensure()?;
     if args.filter.is_none() {
         lint::run()?;
@@ -41,7 +48,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         eprintln!("test: host, devices and monitor, built with musl, as what is shipped");
         let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
         proc::run(&mut test(
-            &[packages.as_flattened(), &["--target", build::MUSL]].concat(),
+            &[
+                packages.as_flattened(),
+                &["--target", Arch::of_this_machine().musl()],
+            ]
+            .concat(),
         ))?;
     }
     if args.quick {
@@ -49,8 +60,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         return Ok(());
     }
     eprintln!("test: Linux guests");
-    let (debian, fsx) = (debian()?, fsx()?);
-    let (containerds, dockers) = (containerds()?, dockers()?);
+    let (debian, fsx) = (debian()?, fsx(arch)?);
+    let (containerds, dockers) = (containerds(arch)?, dockers()?);
     proc::run(cargo().args([
         "build",
         "--package",
@@ -66,6 +77,107 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         .env("KOYA_TEST_CONTAINERD", &containerds)
         .env("KOYA_TEST_DOCKER", &dockers);
     proc::run(&mut system)
+}
+
+/// The crates whose unit tests and tiny guests run on another architecture as well: those that know it.
+const FOREIGN_UNITS: [&str; 4] = ["koya-host", "koya-devices", "koya-vmm", "koya-agent"];
+
+/// The tests of another architecture than this machine's: its programs run in emulated hosts of it. Left out are the
+/// lints, the units of crates that know no architecture, and the tests that need a Debian root file system or
+/// Docker, which would have to be set up in such a host first.
+fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
+    let products = build::ensure_for(arch)?;
+    if args.filter.is_none() {
+        eprintln!(
+            "test: units and tiny guests for {}, each program in a rig",
+            arch.name()
+        );
+        let packages = FOREIGN_UNITS.map(|name| ["--package", name]);
+        let mut units = foreign_cargo(arch, &["test"])?;
+        units
+            .args(packages.as_flattened())
+            .args(["--lib", "--bins", "--tests"]);
+        let xtask = std::env::current_exe()?;
+        let runner = format!(
+            "{} rig --arch {} --no-build --cpus 1 --",
+            xtask.display(),
+            arch.name()
+        );
+        let variable = arch.gnu().to_uppercase().replace('-', "_");
+        units.env(format!("CARGO_TARGET_{variable}_RUNNER"), runner);
+        proc::run(&mut units)?;
+    }
+    if args.quick {
+        eprintln!("test: --quick: Linux guests were not run");
+        return Ok(());
+    }
+    eprintln!("test: Linux guests");
+    let program = system_tests(arch)?;
+    let examples = [
+        "build",
+        "--package",
+        "koya-vmm",
+        "--package",
+        "koya",
+        "--examples",
+    ];
+    proc::run(&mut foreign_cargo(arch, &examples)?)?;
+    let examples = format!("target/static/{}/debug/examples", arch.gnu());
+    let mut system = proc::cargo();
+    system.envs(products.env());
+    // Their names and their rigs are this machine's affair.
+    system.args(["test", "--package", "koya-tests", "--test", "system"]);
+    if let Some(filter) = &args.filter {
+        system.args(["--", filter]);
+    }
+    system
+        .env("KOYA_TEST_ARCH", arch.name())
+        .env("KOYA_TEST_PROGRAM", program)
+        .env("KOYA_TEST_EXAMPLES", proc::checkout().join(examples))
+        .env("KOYA_TEST_FSX", fsx(arch)?)
+        .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
+    proc::run(&mut system)
+}
+
+/// A cargo that builds static programs for another architecture.
+fn foreign_cargo(arch: Arch, words: &[&str]) -> Result<Command> {
+    let mut cargo = arch.cargo(arch.gnu())?;
+    cargo
+        .args(words)
+        .args(["--target", arch.gnu(), "--target-dir"]);
+    cargo.arg(proc::checkout().join("target/static"));
+    build::link_static(&mut cargo, arch, build::STATIC)?;
+    Ok(cargo)
+}
+
+/// The program of the system tests for another architecture.
+fn system_tests(arch: Arch) -> Result<PathBuf> {
+    let words = [
+        "test",
+        "--no-run",
+        "--package",
+        "koya-tests",
+        "--test",
+        "system",
+    ];
+    let mut cargo = foreign_cargo(arch, &words)?;
+    cargo.args(["--message-format", "json-render-diagnostics"]);
+    let out = cargo.stderr(Stdio::inherit()).output()?;
+    if !out.status.success() {
+        bail!("the system tests for {} do not build", arch.name());
+    }
+    let said = String::from_utf8(out.stdout)?;
+    said.lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| Some(message.get("executable")?.as_str()?.to_owned()))
+        .map(PathBuf::from)
+        .find(|program| is_system_tests(program))
+        .context("cargo names no program of the system tests")
+}
+
+fn is_system_tests(program: &Path) -> bool {
+    let name = program.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with("system-")
 }
 
 /// A tar of Debian's minimal root file system with a C compiler, git and SQLite, made once.
@@ -98,17 +210,25 @@ pub(crate) fn debian() -> Result<PathBuf> {
 pub(crate) const CONTAINERD_SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
 
 /// Their directories, with colons between them.
-fn containerds() -> Result<OsString> {
-    let directories = CONTAINERD_SUITES.into_iter().map(containerd);
+fn containerds(arch: Arch) -> Result<OsString> {
+    let directories = CONTAINERD_SUITES.into_iter();
+    let directories = directories.map(|suite| containerd_for(arch, suite));
     let directories = directories.collect::<Result<Vec<_>>>()?;
     Ok(std::env::join_paths(directories)?)
 }
 
 /// The directory of a suite's containerd, unpacked once.
 pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
-    let key = cache::key(["containerd", suite]);
-    let dir = cache::ensure("containerd", &key, |dir| {
-        apt::unpack(suite, &["containerd"], dir)
+    containerd_for(Arch::of_this_machine(), suite)
+}
+
+fn containerd_for(arch: Arch, suite: &str) -> Result<PathBuf> {
+    let mut inputs = vec!["containerd", suite];
+    if !arch.is_native() {
+        inputs.push(arch.debian());
+    }
+    let dir = cache::ensure("containerd", &cache::key(inputs), |dir| {
+        apt::unpack_for(arch, suite, &["containerd"], dir)
     })?;
     Ok(dir.join("usr/bin"))
 }
@@ -146,17 +266,22 @@ fn docker(suite: &str, init: &str) -> Result<PathBuf> {
 }
 
 /// The directory of the file-system exerciser, built once.
-fn fsx() -> Result<PathBuf> {
+fn fsx(arch: Arch) -> Result<PathBuf> {
     const VERSION: &str = "0.3.2";
-    let key = cache::key(["fsx", VERSION]);
-    let dir = cache::ensure("fsx", &key, |dir| {
-        proc::long(
-            "building fsx, which exercises file systems (once)",
-            proc::cargo()
-                .args(["install", "fsx", "--locked", "--version", VERSION, "--root"])
-                .arg(dir),
-            &dir.with_extension("log"),
-        )
+    let mut inputs = vec!["fsx", VERSION];
+    if !arch.is_native() {
+        inputs.push(arch.name());
+    }
+    let dir = cache::ensure("fsx", &cache::key(inputs), |dir| {
+        let mut cargo = arch.cargo(arch.gnu())?;
+        cargo.args(["install", "fsx", "--locked", "--version", VERSION, "--root"]);
+        cargo.arg(dir);
+        if !arch.is_native() {
+            cargo.args(["--target", arch.gnu()]);
+        }
+        let log = dir.with_extension("log");
+        let what = "building fsx, which exercises file systems (once)";
+        proc::long(what, &mut cargo, &log)
     })?;
     Ok(dir.join("bin"))
 }

@@ -58,10 +58,14 @@ pub(super) fn main(args: &CheckArgs) -> Outcome {
 fn look() -> Vec<Finding> {
     let mut findings = Vec::new();
     match kvm::open() {
-        Ok(_) => findings.push(Finding {
+        Ok(kvm) => findings.push(Finding {
             what: "kvm",
             well: true,
-            text: format!("{} is there, API 12, with all that is needed", kvm::DEVICE),
+            text: format!(
+                "{} is there, API 12, with all that is needed{}",
+                kvm::DEVICE,
+                kvm::offers(&kvm).map_or(String::new(), |what| format!("; {what}"))
+            ),
         }),
         Err(error) => {
             findings.push(Finding {
@@ -83,7 +87,7 @@ fn look() -> Vec<Finding> {
             well: false,
             text: format!(
                 "a tiny guest ran only {} instructions a second: this KVM emulates guest kernels \
-                 in software. Use a machine with hardware virtualization (VT-x or AMD-V), or \
+                 in software. Use a machine with hardware virtualization, or \
                  `cargo xtask rig` for an emulated one",
                 millions(rate)
             ),
@@ -142,11 +146,7 @@ fn measure() -> Result<f64, String> {
 }
 
 fn time_of(rounds: u32) -> Result<Duration, String> {
-    // mov ecx, rounds; l: dec ecx; jnz l; mov al, 0xfe; out 0x64, al; hlt
-    let mut code = vec![0x66, 0xb9];
-    code.extend(rounds.to_le_bytes());
-    code.extend([0x66, 0x49, 0x75, 0xfc, 0xb0, 0xfe, 0xe6, 0x64, 0xf4]);
-    let vm = Vm::builder(Spec::flat(code))
+    let vm = Vm::builder(Spec::countdown(rounds))
         .start_paused()
         .map_err(|e| format!("a tiny guest can't be made: {e}"))?;
     let handle = vm.handle();

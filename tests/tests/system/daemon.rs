@@ -1,7 +1,7 @@
 //! A containerd of a test's own, of any of the versions that the tests run with.
 
 use crate::RIG;
-use crate::tool::{kill, saved_image, scratch, stdout, until};
+use crate::tool::{architecture, kill, saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -369,7 +369,7 @@ fn make_image() -> Result<PathBuf> {
     saved_image(&scratch("image")?, Some(IMAGE), |layer| {
         let layer = format!("sha256:{layer}");
         let config = serde_json::json!({
-            "architecture": "amd64", "os": "linux",
+            "architecture": architecture(), "os": "linux",
             "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
             "rootfs": {"type": "layers", "diff_ids": [layer]},
         });

@@ -2,7 +2,7 @@
 //! the tests were given.
 
 use crate::daemon::{RUNTIME, ended};
-use crate::tool::{saved_image, scratch, stdout, until};
+use crate::tool::{architecture, saved_image, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -222,7 +222,7 @@ fn image() -> Result<&'static Path> {
     let path = saved_image(&scratch("image")?, Some(IMAGE), |layer| {
         let layer = format!("sha256:{layer}");
         let config = serde_json::json!({
-            "architecture": "amd64", "os": "linux",
+            "architecture": architecture(), "os": "linux",
             "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
             "rootfs": {"type": "layers", "diff_ids": [layer]},
         });

@@ -1,6 +1,8 @@
 //! What images say of their containers, and archives as other programs write them.
 
-use crate::tool::{Background, koya, saved_image, scratch, shared_rootfs, stdout, until};
+use crate::tool::{
+    Background, architecture, koya, saved_image, scratch, shared_rootfs, stdout, until,
+};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -22,7 +24,7 @@ crate::trials![
 fn image(name: &str, config: Value) -> Result<PathBuf> {
     let dir = scratch(name)?;
     saved_image(&dir, Some("koya/test:1"), |layer| {
-        json!({"architecture": "amd64", "os": "linux", "config": config,
+        json!({"architecture": architecture(), "os": "linux", "config": config,
             "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{layer}")]}})
         .to_string()
     })
@@ -148,7 +150,7 @@ fn a_layout_of_compressed_layers_runs() -> Result<()> {
     };
     let packed = Command::new("zstd").args(["-q", "-c"]).arg(&tar).output()?;
     ensure!(packed.status.success(), "zstd");
-    let config = json!({"architecture": "amd64", "os": "linux",
+    let config = json!({"architecture": architecture(), "os": "linux",
         "config": {"Cmd": ["sh", "-c", "echo by layout"], "Env": ["PATH=/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [digest(&fs::read(&tar)?)]}});
     let docker = "application/vnd.docker.distribution.manifest.v2+json";
@@ -156,9 +158,9 @@ fn a_layout_of_compressed_layers_runs() -> Result<()> {
         "config": blob("application/vnd.docker.container.image.v1+json", config.to_string().as_bytes())?,
         "layers": [blob("application/vnd.oci.image.layer.v1.tar+zstd", &packed.stdout)?]});
     let mut own = blob(docker, manifest.to_string().as_bytes())?;
-    own["platform"] = json!({"architecture": "amd64", "os": "linux"});
+    own["platform"] = json!({"architecture": architecture(), "os": "linux"});
     let mut other = own.clone();
-    other["platform"]["architecture"] = "arm64".into();
+    other["platform"]["architecture"] = "s390x".into();
     other["digest"] = digest(b"not here").into();
     let index = json!({"schemaVersion": 2, "manifests": [other, own]});
     fs::write(dir.join("layout/index.json"), index.to_string())?;

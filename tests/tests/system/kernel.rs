@@ -41,14 +41,14 @@ fn iptables(name: &str) -> Result<std::path::PathBuf> {
         let link = root.join(format!("usr/sbin/iptables-{kind}"));
         symlink(format!("xtables-{kind}-multi"), link)?;
     }
-    let extensions = "usr/lib/x86_64-linux-gnu/xtables";
-    fs::create_dir_all(root.join(extensions))?;
-    for entry in fs::read_dir(Path::new("/").join(extensions))? {
+    let extensions = format!("usr/lib/{}-linux-gnu/xtables", std::env::consts::ARCH);
+    fs::create_dir_all(root.join(&extensions))?;
+    for entry in fs::read_dir(Path::new("/").join(&extensions))? {
         let entry = entry?;
-        fs::copy(entry.path(), root.join(extensions).join(entry.file_name()))?;
+        fs::copy(entry.path(), root.join(&extensions).join(entry.file_name()))?;
     }
     // What an extension is linked with beyond the programs.
-    let statistic = Path::new("/").join(extensions).join("libxt_statistic.so");
+    let statistic = Path::new("/").join(&extensions).join("libxt_statistic.so");
     copy_program(&root, statistic.to_str().context("it is text")?)?;
     Ok(root)
 }

@@ -3,7 +3,7 @@
 use crate::tool::{Background, koya, run, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 crate::trials![
     one_process_a_sandbox,
@@ -218,10 +218,12 @@ fn check_says_that_this_kvm_will_do() -> Result<()> {
 }
 
 fn an_embedders_example_boots() -> Result<()> {
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/examples/console");
     let share = std::env::var("KOYA_SHARE")?;
-    let output = std::process::Command::new(example)
-        .arg(format!("{share}/bzImage"))
+    // The compressed one where there is one.
+    let kernels = ["bzImage", "vmlinux"].map(|name| Path::new(&share).join(name));
+    let kernel = kernels.into_iter().find(|path| path.exists());
+    let output = std::process::Command::new(example("console"))
+        .arg(kernel.context("a kernel")?)
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     // Without an initramfs there is no root: the kernel says so, and the monitor why it ended.
@@ -230,6 +232,13 @@ fn an_embedders_example_boots() -> Result<()> {
         "{said} {output:?}"
     );
     Ok(())
+}
+
+/// An example's program: where cargo has it, or in the directory that is named.
+fn example(name: &str) -> PathBuf {
+    let cargos = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/debug/examples");
+    let directory = std::env::var("KOYA_TEST_EXAMPLES");
+    Path::new(&directory.unwrap_or(cargos.into())).join(name)
 }
 
 /// The example holds README's lines, and runs.
@@ -247,7 +256,7 @@ fn the_readmes_five_lines_run() -> Result<()> {
     }
     let dir = scratch("hello")?;
     std::os::unix::fs::symlink(shared_rootfs(), dir.join("rootfs"))?;
-    let output = std::process::Command::new(root.join("target/debug/examples/hello"))
+    let output = std::process::Command::new(example("hello"))
         .current_dir(&dir)
         .output()?;
     let said = stdout(output)?;

@@ -28,6 +28,7 @@ mod pod_files;
 mod podman;
 mod rigs;
 mod run;
+mod smoke;
 mod surroundings;
 mod timeline;
 mod tool;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         watches::trials(),
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
+    smoke::select(&mut arguments, &mut trials);
     let Ok(rig) = std::env::var("KOYA_RIG") else {
         if arguments.list {
             return libtest_mimic::run(&arguments, trials).exit_code();

@@ -18,6 +18,9 @@ use std::time::Instant;
 
 /// The names of the tests to run, one a line; all without it.
 pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
+/// The architecture to test where it is not the machine's: its name, and this program as built for it.
+const ARCH: &str = "KOYA_TEST_ARCH";
+const PROGRAM: &str = "KOYA_TEST_PROGRAM";
 /// What `cargo xtask rig` says first where the machine's own KVM will not do.
 const EMULATED: &str = "rig: starting an emulated host";
 
@@ -58,7 +61,10 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
     if names.is_empty() {
         return Ok(libtest_mimic::run(arguments, trials).exit_code());
     }
-    let built = xtask(&["build"]).stdout(Stdio::null()).status();
+    let built = xtask(&["build"])
+        .args(arch())
+        .stdout(Stdio::null())
+        .status();
     if !built.context("cannot start cargo")?.success() {
         return Ok(ExitCode::FAILURE);
     }
@@ -156,8 +162,13 @@ fn batches(names: &[String], rigs: usize) -> VecDeque<Vec<String>> {
 fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
     // One emulated CPU each: QEMU's emulation of several can run stale copies of code that a kernel patches in
     // itself, and then a kernel dies for no fault of ours.
-    let mut command = xtask(&["rig", "--no-build", "--cpus", "1", "--"]);
-    command.args(std::env::args_os());
+    let mut command = xtask(&["rig", "--no-build", "--cpus", "1"]);
+    let mut words = std::env::args_os();
+    let own = words.next().unwrap_or_default();
+    command.args(arch()).arg("--");
+    command
+        .arg(std::env::var_os(PROGRAM).unwrap_or(own))
+        .args(words);
     command.env(RIG, rig.to_string());
     command.env(ONLY, batch.join("\n"));
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -200,6 +211,12 @@ fn note(board: &mut Board, line: &str) {
         _ => return,
     };
     board.outcomes.insert(name.trim_end().to_owned(), outcome);
+}
+
+/// `--arch` where it is not the machine's.
+fn arch() -> Vec<String> {
+    let arch = std::env::var(ARCH).map(|name| vec!["--arch".into(), name]);
+    arch.unwrap_or_default()
 }
 
 fn xtask(words: &[&str]) -> Command {

@@ -1,6 +1,8 @@
 //! `koya run`: streams, statuses, signals, terminals, and what a container is given.
 
-use crate::tool::{feed, koya, run, run_in, saved_image, scratch, sh, shared_rootfs, stdout};
+use crate::tool::{
+    architecture, feed, koya, run, run_in, saved_image, scratch, sh, shared_rootfs, stdout,
+};
 use anyhow::{Context, Result, ensure};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
@@ -389,10 +391,11 @@ fn a_missing_rootfs_is_named() -> Result<()> {
 /// What `docker save` writes, made by hand.
 fn an_image_says_how_it_runs() -> Result<()> {
     let dir = scratch("image")?;
-    let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},
-        "config":{"Entrypoint":["sh","-c"],"Cmd":["echo $GREETING; id -u; pwd"],
-        "Env":["GREETING=hello","PATH=/bin"],"User":"web","WorkingDir":"/tmp"}}"#;
-    let image = saved_image(&dir, None, |_| config.into())?;
+    let config = serde_json::json!({"architecture": architecture(), "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": []},
+        "config": {"Entrypoint": ["sh", "-c"], "Cmd": ["echo $GREETING; id -u; pwd"],
+        "Env": ["GREETING=hello", "PATH=/bin"], "User": "web", "WorkingDir": "/tmp"}});
+    let image = saved_image(&dir, None, |_| config.to_string())?;
     let run = |options: &[&str], command: &[&str]| -> Result<String> {
         let mut all = koya(["run", "--image"]);
         all.arg(&image).args(options).arg("--").args(command);

@@ -1,7 +1,9 @@
 //! What a container finds, as under other engines: streams that can be opened, its own name, a working directory,
 //! limits, devices.
 
-use crate::tool::{Background, busybox, koya, run, run_in, saved_image, scratch, sh, stdout};
+use crate::tool::{
+    Background, architecture, busybox, koya, run, run_in, saved_image, scratch, sh, stdout,
+};
 use anyhow::{Result, ensure};
 use std::os::unix::fs::MetadataExt;
 
@@ -130,8 +132,9 @@ fn a_missing_working_directory_is_made_for_the_user() -> Result<()> {
     let dir = scratch("workdir-image")?;
     let config = |digest: &str| {
         format!(
-            r#"{{"architecture":"amd64","os":"linux","config":{{"WorkingDir":"/srv/not/there"}},
-                "rootfs":{{"type":"layers","diff_ids":["sha256:{digest}"]}}}}"#
+            r#"{{"architecture":"{}","os":"linux","config":{{"WorkingDir":"/srv/not/there"}},
+                "rootfs":{{"type":"layers","diff_ids":["sha256:{digest}"]}}}}"#,
+            architecture()
         )
     };
     let image = saved_image(&dir, None, config)?;

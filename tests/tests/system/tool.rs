@@ -27,6 +27,14 @@ pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// The architecture as images name it.
+pub(crate) fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "aarch64" => "arm64",
+        _ => "amd64",
+    }
+}
+
 /// What ip(8) says to these words.
 pub(crate) fn ip(words: &[&str]) -> Result<String> {
     stdout(Command::new("ip").args(words).output()?)

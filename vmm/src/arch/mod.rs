@@ -12,6 +12,8 @@
 //! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
 //!   by device tree
 //! - [`set_entry`]: sets the entry point of the first vCPU
+//! - [`countdown`]: a tiny guest
+//! - [`offers`], [`NO_KVM`]: what KVM says of the host's virtualization, and what to do where there is none
 //!
 //! `cfg(target_arch)` is used only here in this crate.
 

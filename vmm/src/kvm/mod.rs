@@ -9,6 +9,7 @@ pub(crate) mod vcpu;
 pub(crate) use machine::Machine;
 pub(crate) use vcpu::{Exit, Kicker, Thread, Vcpu};
 
+use crate::arch;
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
@@ -29,10 +30,7 @@ const REQUIRED_CAPS: &[(&str, Cap)] = &[
 #[non_exhaustive]
 pub enum KvmError {
     /// The device file does not exist.
-    #[error(
-        "{DEVICE} does not exist: load the kvm_intel or kvm_amd module, or turn virtualization \
-         on in the firmware (in a virtual machine: nested virtualization on its host)"
-    )]
+    #[error("{DEVICE} does not exist: {}", arch::NO_KVM)]
     NoDevice,
     /// No permission to open it.
     #[error("no permission for {DEVICE}: join the group that owns it (usually kvm), or ask root")]
@@ -58,6 +56,11 @@ pub fn open() -> Result<Kvm, KvmError> {
         Some(name) => Err(KvmError::Missing(name)),
         None => Ok(kvm),
     }
+}
+
+/// What guests can have of this host's hardware, as a sentence for a report, where hosts differ in it.
+pub fn offers(kvm: &Kvm) -> Option<String> {
+    arch::offers(kvm)
 }
 
 /// Opens KVM without checking; a start looks for [`missing`] capabilities only when something failed.

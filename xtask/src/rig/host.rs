@@ -1,7 +1,9 @@
 //! The emulated host of a rig: its QEMU, its kernel and its initramfs, made once and kept in the cache.
 
+use super::platform::{PROGRAMS, Platform};
+use crate::arch::Arch;
 use crate::archive::Archive;
-use crate::{apt, cache, kernel, proc, setup};
+use crate::{apt, cache, kernel, proc};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,10 +11,9 @@ use std::process::Command;
 
 const INIT: &str = include_str!("../rig-init.sh");
 
-/// What the rig's kernel loads, in dependency order found by depmod: KVM, the root file
+/// What the rig's kernel loads beside what its platform has, in dependency order found by depmod: the root file
 /// system, the scratch disk, taps, and what redirects the traffic of one interface to another.
 const MODULES: &[&str] = &[
-    "kvm-amd",
     "9p",
     "9pnet_virtio",
     "overlay",
@@ -56,13 +57,15 @@ const DOCKER_MODULES: &[&str] = &[
 /// Where QEMU comes from: Debian 12's own, 7.2, can lose an interrupt of a host that runs virtual
 /// machines, and hangs. It stays installed for the libraries that both need.
 const QEMU_SUITE: &str = "bookworm-backports";
-const QEMU_PACKAGES: &[&str] = &["qemu-system-x86", "qemu-system-data", "seabios"];
 
 /// The emulated host: what emulates it, its kernel and its initramfs.
 pub(crate) struct Host {
+    pub(super) platform: &'static Platform,
     /// Where the newer QEMU is unpacked; none means the machine's own.
     qemu: Option<PathBuf>,
     pub(crate) dir: PathBuf,
+    /// Programs of its architecture that lie over the machine's own files.
+    pub(super) programs: Option<PathBuf>,
 }
 
 impl Host {
@@ -74,7 +77,7 @@ impl Host {
         match &self.qemu {
             Some(root) => {
                 command
-                    .arg(root.join("usr/bin/qemu-system-x86_64"))
+                    .arg(root.join("usr/bin").join(self.platform.qemu))
                     .arg("-L")
                     .arg(root.join("usr/share/qemu"))
                     .arg("-L")
@@ -82,52 +85,74 @@ impl Host {
                     .args(["-L", "/usr/share/qemu"]);
             }
             None => {
-                command.arg("qemu-system-x86_64");
+                command.arg(self.platform.qemu);
             }
         }
         command
     }
 
+    /// The one of this machine's architecture.
     pub(crate) fn ensure() -> Result<Self> {
+        Self::ensure_for(Arch::of_this_machine())
+    }
+
+    pub(crate) fn ensure_for(arch: Arch) -> Result<Self> {
+        let platform = Platform::of(arch);
+        let programs = match arch.is_native() {
+            true => None,
+            false => Some(programs(arch)?),
+        };
         // The same Debian version as the guest kernel's source: one number to know.
         let version = kernel::source_version()?;
         let upstream = version
             .split('-')
             .next()
             .context("a Debian version has an upstream part")?;
-        let package = format!("linux-image-{upstream}+deb12-amd64-unsigned");
-        let modules = [MODULES, DOCKER_MODULES].concat().join(" ");
-        let key = cache::key([&package, &version, INIT, &modules]);
-        let dir = cache::ensure("rig", &key, |dir| build_host(&package, dir))?;
-        let key = cache::key([&[QEMU_SUITE], QEMU_PACKAGES].concat());
-        let newer = cache::ensure("qemu", &key, |dir| {
-            apt::unpack(QEMU_SUITE, QEMU_PACKAGES, dir)
-        });
+        let package = format!("linux-image-{upstream}+deb12-{}-unsigned", arch.debian());
+        let modules = [platform.modules, MODULES].concat();
+        let names = [&modules, DOCKER_MODULES].concat().join(" ");
+        let key = cache::key([&package, &version, INIT, &names]);
+        let busybox = match &programs {
+            Some(root) => root.join("bin/busybox"),
+            None => "/bin/busybox".into(),
+        };
+        let dir = cache::ensure("rig", &key, |dir| {
+            build_host(arch, &package, &modules, &busybox, dir)
+        })?;
+        let packages = platform.qemu_packages;
+        let key = cache::key([&[QEMU_SUITE], packages].concat());
+        let newer = cache::ensure("qemu", &key, |dir| apt::unpack(QEMU_SUITE, packages, dir));
         let qemu = newer.map(Some).unwrap_or_else(|error| {
             eprintln!("rig: no newer QEMU to be had, so this machine's, which may hang: {error:#}");
             None
         });
-        Ok(Self { qemu, dir })
+        Ok(Self {
+            platform,
+            qemu,
+            dir,
+            programs,
+        })
     }
 }
 
-fn build_host(package: &str, out: &Path) -> Result<()> {
+/// The directory with the programs of a rig of another architecture, unpacked once.
+pub(crate) fn programs(arch: Arch) -> Result<PathBuf> {
+    let key = cache::key([&[apt::RELEASE, arch.debian()], PROGRAMS].concat());
+    cache::ensure("programs", &key, |dir| {
+        apt::unpack_root(arch, apt::RELEASE, PROGRAMS, dir)
+    })
+}
+
+fn build_host(
+    arch: Arch,
+    package: &str,
+    modules: &[&str],
+    busybox: &Path,
+    out: &Path,
+) -> Result<()> {
     let tree = out.join("package");
     fs::create_dir_all(&tree)?;
-    setup::package_lists()?;
-    let log = out.with_extension("log");
-    proc::long(
-        &format!("downloading {package} (110 MB, once)"),
-        Command::new("apt-get")
-            .args(["-q", "-o", "APT::Sandbox::User=root", "download", package])
-            .current_dir(out),
-        &log,
-    )?;
-    let deb = fs::read_dir(out)?
-        .filter_map(|e| e.ok().map(|e| e.path()))
-        .find(|p| p.extension().is_some_and(|e| e == "deb"))
-        .context("apt-get downloaded no package")?;
-    proc::run(Command::new("dpkg").arg("-x").arg(&deb).arg(&tree))?;
+    apt::unpack_for(arch, apt::RELEASE, &[package], &tree)?;
     let versions = tree.join("lib/modules");
     let release = fs::read_dir(&versions)?
         .next()
@@ -150,12 +175,15 @@ fn build_host(package: &str, out: &Path) -> Result<()> {
         archive.dir(dir)?;
     }
     archive.file("init", 0o755, INIT.as_bytes())?;
-    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox")?)?;
+    archive.file("bin/busybox", 0o755, &fs::read(busybox)?)?;
+    let builtin = fs::read_to_string(versions.join(&release).join("modules.builtin"))?;
     let mut order = Vec::new();
     let mut packed = 0;
-    for (list, modules) in [("order", MODULES), ("docker", DOCKER_MODULES)] {
+    for (list, modules) in [("order", modules), ("docker", DOCKER_MODULES)] {
         for module in modules {
-            load_order(module, &dep, &mut order)?;
+            if !builtin.lines().any(|path| is_named(path, module)) {
+                load_order(module, &dep, &mut order)?;
+            }
         }
         pack_modules(
             &mut archive,
@@ -167,7 +195,6 @@ fn build_host(package: &str, out: &Path) -> Result<()> {
     }
     fs::write(out.join("initrd"), archive.finish()?)?;
     fs::remove_dir_all(&tree)?;
-    fs::remove_file(&deb)?;
     Ok(())
 }
 
@@ -189,16 +216,22 @@ fn pack_modules(archive: &mut Archive, list: &str, paths: &[String], from: &Path
     archive.file(&format!("modules/{list}"), 0o644, names.as_bytes())
 }
 
+/// Whether a module's file has this name.
+fn is_named(path: &str, module: &str) -> bool {
+    path.rsplit('/')
+        .next()
+        .is_some_and(|f| f.split('.').next() == Some(module))
+}
+
 /// Appends `module` after everything that it needs.
 fn load_order(module: &str, dep: &str, order: &mut Vec<String>) -> Result<()> {
-    let named = |path: &str| {
-        path.rsplit('/')
-            .next()
-            .is_some_and(|f| f.split('.').next() == Some(module))
-    };
     let line = dep
         .lines()
-        .find(|l| l.split(':').next().is_some_and(named))
+        .find(|l| {
+            l.split(':')
+                .next()
+                .is_some_and(|path| is_named(path, module))
+        })
         .with_context(|| format!("the rig's kernel has no module {module}"))?;
     let (path, needs) = line.split_once(':').context("modules.dep has colons")?;
     // modules.dep lists the deepest dependency last.

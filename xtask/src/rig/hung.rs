@@ -25,7 +25,7 @@ pub(crate) fn look(monitor: &Path) -> String {
         let said = ask(&mut monitor, "info registers");
         for line in said
             .lines()
-            .filter(|l| l.contains("IP=") || l.starts_with("CR0"))
+            .filter(|l| l.contains("IP=") || l.contains("PC=") || l.starts_with("CR0"))
         {
             writeln!(text, "the rig's CPU: {}", line.trim()).ok();
         }

@@ -2,7 +2,7 @@
 //! listed for, its threads cannot do.
 //!
 //! Both C libraries and both architectures share the table: it has what either of them makes of a call. The
-//! calls that only x86_64 has are at its end.
+//! calls that only one architecture has are at its end.
 
 use super::Filter;
 use libc::*;
@@ -170,9 +170,6 @@ pub(super) const CALLS: &[Call] = calls! {
     // KVM.
     SYS_ioctl: VCPU, ioctl(0xae80) => "KVM_RUN";
     SYS_ioctl: VCPU, ioctl(0xae8b) => "KVM_SET_SIGNAL_MASK: kicks";
-    SYS_ioctl: VCPU, ioctl(0xaead) => "KVM_KVMCLOCK_CTRL: after a pause";
-    SYS_ioctl: VCPU, ioctl(0xae81) => "KVM_GET_REGS: report of a failure";
-    SYS_ioctl: VCPU, ioctl(0xae83) => "KVM_GET_SREGS: report of a failure";
     SYS_ioctl: LOOP, ioctl(0xae46) => "KVM_SET_USER_MEMORY_REGION: slots of virtio-mem";
     SYS_rt_sigtimedwait: VCPU => "kicks that have had their effect";
     SYS_sched_setaffinity: VCPU, [is(0, 0)] => "a pinned vCPU";
@@ -258,18 +255,23 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_seccomp: CREATORS, [is(0, SECCOMP_SET_MODE_FILTER)] => "filter of the new thread";
 };
 
-/// Calls that a C library makes on x86_64, and that no later architecture has.
+/// Calls that are only x86_64's: those that a C library makes and no later architecture has, and those of its KVM.
 #[cfg(target_arch = "x86_64")]
-pub(super) const LEGACY_CALLS: &[Call] = calls! {
+pub(super) const OWN_CALLS: &[Call] = calls! {
+    SYS_ioctl: VCPU, ioctl(0xaead) => "KVM_KVMCLOCK_CTRL: after a pause";
+    SYS_ioctl: VCPU, ioctl(0xae81) => "KVM_GET_REGS: report of a failure";
+    SYS_ioctl: VCPU, ioctl(0xae83) => "KVM_GET_SREGS: report of a failure";
     SYS_poll: STARTER | BLOCK | NET | SOCKETS | LOOP | FILES => "waits";
     SYS_epoll_wait: STARTER | LOOP | FILES => "waits";
     SYS_open: FILES | STARTER => "files, by /proc/self/fd";
     SYS_readlink: FILES | STARTER => "links of /proc";
 };
 
-/// None.
+/// Calls that later architectures have instead of some of x86_64's: what is KVM's there.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) const LEGACY_CALLS: &[Call] = &[];
+pub(super) const OWN_CALLS: &[Call] = calls! {
+    SYS_ioctl: VCPU, ioctl(0xaeab) => "KVM_GET_ONE_REG: report of a failure";
+};
 
 /// Calls that no filter allows, by their names in a report.
 pub(super) const OTHER_NAMES: &[(&str, c_long)] = &[

@@ -14,7 +14,7 @@ mod calls;
 mod program;
 
 use crate::descriptors::Root;
-use calls::{CALLS, Call, LEGACY_CALLS, OTHER_NAMES};
+use calls::{CALLS, Call, OTHER_NAMES, OWN_CALLS};
 use program::Verdict;
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set, set_capabilities,
@@ -137,7 +137,7 @@ fn verdicts(filter: Filter) -> BTreeMap<u32, Verdict> {
 }
 
 fn rows() -> impl Iterator<Item = &'static Call> {
-    CALLS.iter().chain(LEGACY_CALLS)
+    CALLS.iter().chain(OWN_CALLS)
 }
 
 /// The name of a system call, if it is one that a filter mentions.

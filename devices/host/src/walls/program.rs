@@ -173,7 +173,7 @@ impl Backwards {
 
 #[cfg(test)]
 mod tests {
-    use super::super::calls::{CALLS, Call, LEGACY_CALLS};
+    use super::super::calls::{CALLS, Call, OWN_CALLS};
     use super::super::{Filter, rows, verdicts};
     use super::*;
     use seccompiler::{
@@ -274,10 +274,7 @@ mod tests {
                 }
             }
         }
-        println!(
-            "{compared} calls of {} rows",
-            CALLS.len() + LEGACY_CALLS.len()
-        );
+        println!("{compared} calls of {} rows", CALLS.len() + OWN_CALLS.len());
     }
 
     #[test]

@@ -29,8 +29,13 @@ pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchErr
             ..
         } => (kernel, initramfs),
         Boot::Flat(code) => {
-            let reason = format!("{} bytes of real-mode code are x86_64's", code.len());
-            return Err(ArchError::load("flat code")(reason));
+            memory
+                .write_slice(code, GuestAddress(layout::FLAT))
+                .map_err(ArchError::load("flat code"))?;
+            return Ok(Entry {
+                pc: layout::FLAT,
+                device_tree: 0,
+            });
         }
     };
     let (pc, kernel_end) = load_kernel(memory, memory_bytes, kernel)?;

@@ -35,6 +35,9 @@ impl Interrupts {
                 "a guest of more than 8 CPUs on this host, which has no GICv3,",
             ));
         }
+        if Self::GicV2.device(vm, KVM_CREATE_DEVICE_TEST).is_err() {
+            return Err(ArchError::Unsupported("a host without GICv3 or GICv2"));
+        }
         Ok(Self::GicV2)
     }
 

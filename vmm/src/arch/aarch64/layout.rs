@@ -7,7 +7,7 @@
 //! 0x0900_0000  serial port
 //! 0x4000_0000  MMIO slots for virtio devices, 4 KiB each
 //! 0x8000_0000  panic log (ramoops), reserved in the device tree
-//! 0x8001_0000  device tree
+//! 0x8001_0000  device tree, or flat code
 //! 0x8020_0000  kernel
 //! ............  the initramfs, as high as possible in the first 16 GiB
 //! ............  at the next GiB: range for hot-plugged memory
@@ -41,6 +41,8 @@ pub(crate) const PANIC_LOG: u64 = MEMORY_START;
 pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
 /// Guest physical address of the device tree.
 pub(super) const DEVICE_TREE: u64 = PANIC_LOG + PANIC_LOG_SIZE;
+/// Guest physical address of flat code, which has no device tree.
+pub(super) const FLAT: u64 = DEVICE_TREE;
 /// Guest physical address of the kernel, 2 MiB-aligned as Documentation/arch/arm64/booting.rst demands.
 pub(super) const KERNEL: u64 = MEMORY_START + 0x20_0000;
 /// Room for the device tree.

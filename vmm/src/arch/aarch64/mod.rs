@@ -26,6 +26,49 @@ pub(crate) use regs::describe_vcpu;
 /// see what the host wrote to its caches.
 pub(crate) const CAN_MAP_REGISTERS: bool = false;
 
+/// What to do where there is no KVM.
+pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its option KVM and has to be started in \
+     EL2 (in a virtual machine: nested virtualization on its host)";
+
+/// What guests can have of the host's hardware, for a report. `None` if KVM makes no machine.
+pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
+    let vm = kvm.create_vm().ok()?;
+    let gic = match Interrupts::offered(&vm, 1) {
+        Ok(Interrupts::GicV3) => "GICv3",
+        Ok(Interrupts::GicV2) => "GICv2",
+        Err(_) => "no interrupt controller",
+    };
+    // Without the capability they have 40.
+    let bits = match kvm.get_host_ipa_limit() {
+        limit @ 1.. => limit,
+        _ => 40,
+    };
+    Some(format!(
+        "the host kernel is in EL2, guests have {gic} and addresses of {bits} bits"
+    ))
+}
+
+/// Flat code of a guest that counts down from `rounds`, by two instructions each time, and then resets the
+/// machine (PSCI's SYSTEM_RESET).
+pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
+    /// `movz w1` and `movk w1, lsl 16`, without the number.
+    const MOVZ_W1: u32 = 0x5280_0001;
+    const MOVK_W1: u32 = 0x72a0_0001;
+    [
+        MOVZ_W1 | (rounds & 0xffff) << 5,
+        MOVK_W1 | (rounds >> 16) << 5,
+        0x7100_0421, // l: subs w1, w1, #1
+        0x54ff_ffe1, // b.ne l
+        0x5280_0120, // movz w0, #9
+        0x72b0_8000, // movk w0, #0x8400, lsl 16
+        0xd400_0002, // hvc #0
+        0x1400_0000, // b .
+    ]
+    .into_iter()
+    .flat_map(u32::to_le_bytes)
+    .collect()
+}
+
 /// How a kernel file is booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KernelFormat {
@@ -111,7 +154,7 @@ pub fn finish_vm(vm: &VmFd, cpus: u32) -> Result<Interrupts, ArchError> {
 pub struct Entry {
     /// Guest physical address of the first instruction.
     pub pc: u64,
-    /// Guest physical address of the device tree.
+    /// Guest physical address of the device tree; 0 for flat code.
     pub device_tree: u64,
 }
 

@@ -13,7 +13,7 @@ mod reset_line;
 
 use super::ArchError;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub(crate) use boot::load;
 pub use cmdline::BASE_CMDLINE;
@@ -23,6 +23,25 @@ pub(crate) use platform::attach_platform;
 /// Whether host memory may be mapped read-only as device registers: x86 keeps caches and uncached reads
 /// coherent, so a guest sees what the host wrote whatever memory type its page tables select.
 pub(crate) const CAN_MAP_REGISTERS: bool = true;
+
+/// What to do where there is no KVM.
+pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn virtualization on in the firmware \
+     (in a virtual machine: nested virtualization on its host)";
+
+/// What guests can have of the host's hardware, for a report: nothing that differs between hosts.
+pub(crate) fn offers(_kvm: &Kvm) -> Option<String> {
+    None
+}
+
+/// Flat code of a guest that counts down from `rounds`, by two instructions each time, and then resets the
+/// machine.
+pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
+    // mov ecx, rounds; l: dec ecx; jnz l; mov al, 0xfe; out 0x64, al; hlt
+    let mut code = vec![0x66, 0xb9];
+    code.extend(rounds.to_le_bytes());
+    code.extend([0x66, 0x49, 0x75, 0xfc, 0xb0, 0xfe, 0xe6, 0x64, 0xf4]);
+    code
+}
 
 /// How a kernel file is booted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

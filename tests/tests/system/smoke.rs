@@ -1,0 +1,34 @@
+//! A few tests that show that all is well at large: one of each part that an architecture has a hand in. They take
+//! some minutes in emulated hosts, and are chosen by the word `smoke` in the place of a part of their names.
+
+use libtest_mimic::{Arguments, Trial};
+
+/// What they are chosen by.
+const WORD: &str = "smoke";
+
+const TESTS: &[&str] = &[
+    "run::the_kernel_is_koyas",
+    "run::the_exit_status_is_passed_through",
+    "run::every_cpu_is_there",
+    "run::volumes_and_tmpfs",
+    "run::dangerous_system_calls_are_refused",
+    "run::a_panic_is_reported_with_its_text",
+    "disks::a_disk_holds_a_file_system",
+    "disks::disks_come_and_go_while_a_container_runs",
+];
+
+/// Leaves only these where they are chosen.
+pub(crate) fn select(arguments: &mut Arguments, trials: &mut Vec<Trial>) {
+    if arguments.filter.as_deref() != Some(WORD) {
+        return;
+    }
+    arguments.filter = None;
+    let all = trials.len();
+    trials.retain(|trial| TESTS.contains(&trial.name()));
+    assert!(
+        trials.len() == TESTS.len(),
+        "{} of {all} tests, not {}",
+        trials.len(),
+        TESTS.len()
+    );
+}

@@ -1,0 +1,102 @@
+//! What the emulated hosts of the architectures have of their own.
+
+use crate::arch::Arch;
+
+/// The emulated host of an architecture.
+pub(super) struct Platform {
+    /// What emulates it.
+    pub(super) qemu: &'static str,
+    /// Debian's packages that it comes in.
+    pub(super) qemu_packages: &'static [&'static str],
+    /// Its machine and CPU.
+    pub(super) machine: &'static [&'static str],
+    /// Parameters of its kernel.
+    pub(super) cmdline: &'static str,
+    /// Modules of its kernel beside those of every architecture.
+    pub(super) modules: &'static [&'static str],
+    /// How its virtualization is called.
+    pub(super) virtualization: &'static str,
+}
+
+impl Platform {
+    pub(super) fn of(arch: Arch) -> &'static Self {
+        match arch {
+            Arch::X86_64 => &X86_64,
+            Arch::Aarch64 => &AARCH64,
+        }
+    }
+}
+
+const X86_64: Platform = Platform {
+    qemu: "qemu-system-x86_64",
+    qemu_packages: &["qemu-system-x86", "qemu-system-data", "seabios"],
+    machine: &["-M", "q35", "-cpu", "max"],
+    // A rig that hangs is sent an NMI, so that its kernel says where it is.
+    cmdline: "console=ttyS0 quiet panic=-1 unknown_nmi_panic=1 mitigations=off",
+    modules: &["kvm-amd"],
+    virtualization: "nested SVM",
+};
+
+/// KVM is a part of its kernel, which starts in EL2. Emulating pointer authentication makes everything three to
+/// four times as slow; with LPA2, addresses of guests have 52 bits instead of 48.
+const AARCH64: Platform = Platform {
+    qemu: "qemu-system-aarch64",
+    qemu_packages: &["qemu-system-arm", "qemu-system-data"],
+    machine: &[
+        "-M",
+        "virt,virtualization=on,gic-version=3",
+        "-cpu",
+        "max,pauth=off,lpa2=off",
+    ],
+    cmdline: "console=ttyAMA0 quiet panic=-1 mitigations=off",
+    modules: &["virtio_pci", "virtio_console"],
+    virtualization: "EL2",
+};
+
+/// What the machine has of Debian's packages and a rig of another architecture needs as well: their programs lie
+/// over the machine's own. `cargo xtask setup` says what each is for.
+pub(super) const PROGRAMS: &[&str] = &[
+    "apparmor",
+    "base-files",
+    "bash",
+    "bsdutils",
+    "busybox-static",
+    "conmon",
+    "containerd",
+    "containernetworking-plugins",
+    "coreutils",
+    "crun",
+    "dash",
+    "diffutils",
+    "dmsetup",
+    "e2fsprogs",
+    "erofs-utils",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "iproute2",
+    "iptables",
+    "kmod",
+    "libc-bin",
+    "mawk",
+    "mount",
+    "ncurses-bin",
+    "netbase",
+    "passt",
+    "perl-base",
+    "podman",
+    "procps",
+    "python3-minimal",
+    "runc",
+    "sed",
+    "socat",
+    "squashfs-tools",
+    "strace",
+    "stress-ng",
+    "tar",
+    "umoci",
+    "util-linux",
+    "xz-utils",
+    "zstd",
+];
