@@ -101,6 +101,10 @@ pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 /// The first argument of a helper that makes mounts which come late: `ROOT MOUNTS` follow.
 pub(crate) const LATE_MOUNTS: &str = "late-mounts";
 
+/// The first argument of a helper that makes a container's `/dev` read-only: `ROOT TERMINAL` follow, the latter true or
+/// false.
+pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
+
 /// Runs one operation: `create ID OUTCOME CONSOLE UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
 /// path, or `-`.
@@ -112,7 +116,10 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
         return working_directory(root, path, uid, gid);
     }
     if let [LATE_MOUNTS, root, mounts] = args.as_slice() {
-        return late_mounts(root, mounts);
+        return hook(|| crate::late_mounts::mount_all(root, mounts));
+    }
+    if let [READ_ONLY_DEV, root, terminal] = args.as_slice() {
+        return hook(|| crate::late_mounts::make_dev_read_only(root, terminal));
     }
     let (outcome, result) = match args.as_slice() {
         ["create", id, outcome, console, uid] => (outcome, create(id, console, uid)),
@@ -291,10 +298,11 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Without them the container is not made.
-fn late_mounts(root: &str, mounts: &str) -> ExitCode {
+/// Without what it does the container is not made.
+fn hook(work: impl FnOnce() -> Result<()>) -> ExitCode {
+    // libcontainer writes the container's state to it, and a broken pipe would end libcontainer.
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
-    match crate::late_mounts::mount_all(root, mounts) {
+    match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             crate::sys::kernel_log(&format!("koya-agent: {error:#}"));

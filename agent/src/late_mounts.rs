@@ -5,12 +5,12 @@
 use crate::configuration;
 use crate::helper;
 use anyhow::{Context, Result};
-use koya_rootfs::Rootfs;
+use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, StatVfs, StatVfsMountFlags, fstat, fstatvfs};
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind_recursive, mount_remount, move_mount,
-    open_tree,
+    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind, mount_bind_recursive, mount_remount,
+    move_mount, open_tree,
 };
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -90,14 +90,62 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
             // What libcontainer makes goes to what is covered then.
             true => (mount.destination() == Path::new("/dev")).then(empty_dev),
         });
-    let kept = kept.collect();
+    let kept: Vec<Mount> = kept.collect();
+    let is_read_only = |mount: &Mount| {
+        let mut options = mount.options().iter().flatten();
+        mount.destination() == Path::new("/dev") && options.any(|option| option == "ro")
+    };
+    let has_read_only_dev = kept.iter().any(is_read_only);
     spec.set_mounts(Some(kept));
-    if late.is_empty() {
-        return Ok(());
+    let root = root_of(spec);
+    if !late.is_empty() {
+        let text = serde_json::to_string(&late)?;
+        configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root, &text]);
     }
-    let text = serde_json::to_string(&late)?;
-    configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root_of(spec), &text]);
+    // libcontainer leaves it writable, since it makes nodes there.
+    if has_read_only_dev {
+        let process = spec.process().as_ref();
+        let terminal = process.and_then(|process| process.terminal());
+        let terminal = terminal.unwrap_or_default().to_string();
+        configuration::add_hook(spec, &[helper::READ_ONLY_DEV, &root, &terminal]);
+    }
     Ok(())
+}
+
+/// Makes a container's `/dev` read-only, once all that is made in it is there.
+pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
+    let root = Rootfs::open(Path::new(root))?;
+    let find = |path: &str| -> Result<(OwnedFd, PathBuf)> {
+        let found = root.find(Path::new(path))?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        Ok((found, path))
+    };
+    if terminal == "true" {
+        // libcontainer opens it to write, and mounts the terminal on it: what is no file can be opened even then.
+        root.make(Path::new("/dev/console"), Kind::File)?;
+        let (null, console) = (find("/dev/null")?, find("/dev/console")?);
+        mount_bind(&null.1, &console.1)?;
+    }
+    let dev = find("/dev")?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(&dev.0)?);
+    Ok(mount_remount(&dev.1, flags, "")?)
+}
+
+/// What a mount has, and would lose by a change that does not name it.
+fn kept_flags(found: &StatVfs) -> MountFlags {
+    use StatVfsMountFlags as Has;
+    let all = [
+        (Has::NOSUID, MountFlags::NOSUID),
+        (Has::NODEV, MountFlags::NODEV),
+        (Has::NOEXEC, MountFlags::NOEXEC),
+        (Has::NOATIME, MountFlags::NOATIME),
+        (Has::NODIRATIME, MountFlags::NODIRATIME),
+        (Has::RELATIME, MountFlags::RELATIME),
+    ];
+    let has = all
+        .into_iter()
+        .filter(|(has, _)| found.f_flag.contains(*has));
+    has.map(|(_, flag)| flag).collect()
 }
 
 fn root_of(spec: &Spec) -> String {

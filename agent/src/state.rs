@@ -10,7 +10,7 @@ use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
 use crate::streams;
-use crate::{cgroup, sys, volumes, within};
+use crate::{cgroup, sys, tmpfs, volumes, within};
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
 use koya_protocol::messages::{
@@ -179,6 +179,10 @@ impl State {
         }
         if request.guest_devices {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+        }
+        if tmpfs::concerns(&spec, within::is_image(id, &spec)) {
+            let of = id.to_owned();
+            spec = aside(move || tmpfs::prepare(&of, spec)).await?;
         }
         late_mounts::take(&mut spec)?;
         let spec = match within::lacks_nothing(id, &spec, &request.files) {

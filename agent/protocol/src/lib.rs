@@ -36,6 +36,9 @@ pub const SHARED_VOLUMES: u32 = 1 << 16;
 /// Where in the guest the sandbox's file systems in memory are, by their names.
 pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
 
+/// runc's option of a tmpfs: it begins with a copy of the directory that it covers.
+pub const COPY_UP: &str = "tmpcopyup";
+
 /// The virtio-fs tag of the shared directories.
 pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.

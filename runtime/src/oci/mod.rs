@@ -8,13 +8,13 @@
 
 mod bundle;
 mod capabilities;
-mod copy_up;
 mod devices;
 pub(crate) mod from_config;
 mod mounts;
 mod namespaces;
 pub(crate) mod process;
 mod shares;
+mod tmpfs;
 
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPids};
@@ -70,7 +70,8 @@ pub(crate) fn adapt(
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
-    copy_up::adapt(&mut spec, root.as_ref().map(|share| share.path.as_path()))?;
+    let rootfs = root.as_ref().map(|share| share.path.as_path());
+    tmpfs::adapt(&mut spec, &directory, rootfs);
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {

@@ -157,18 +157,18 @@ fn own_place(id: &str, number: usize) -> PathBuf {
     Path::new(VOLUMES_DIR).join(id).join(number.to_string())
 }
 
-fn has(mount: &Mount, name: &str) -> bool {
+pub(super) fn has(mount: &Mount, name: &str) -> bool {
     let mut options = mount.options().iter().flatten();
     options.any(|option| option == name)
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(super) fn is_bind(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
         || has(mount, "bind")
         || has(mount, "rbind")
 }
 
-fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Error> {
+pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Error> {
     let source = mount.source().as_ref().ok_or_else(|| {
         let destination = mount.destination().display();
         Error::invalid("mounts", format!("{destination}: no source"))
