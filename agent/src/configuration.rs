@@ -12,6 +12,7 @@ use oci_spec::runtime::{
     Spec,
 };
 use rustix::fs::{FileType, Gid, Uid, major, minor};
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,11 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) {
         linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
         // A label for the host's security module, which means nothing here.
         linux.set_mount_label(None);
+        // libcontainer would mask a path twice.
+        let mut masked = linux.masked_paths().clone().unwrap_or_default();
+        let mut known = HashSet::new();
+        masked.retain(|path| known.insert(path.clone()));
+        linux.set_masked_paths(Some(masked));
     }
     if let Some(process) = spec.process_mut() {
         process.set_apparmor_profile(None);

@@ -7,7 +7,7 @@ use crate::Error;
 use crate::direct_volume::{self, DirectVolume};
 use crate::ephemeral;
 use koya_protocol::messages::EphemeralVolume;
-use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
+use koya_protocol::{OWN_ROOT, SHARED_MEMORY_DIR, VOLUMES_DIR};
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
@@ -124,6 +124,9 @@ fn adapt_mount(
     }
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
+    if source.starts_with(OWN_ROOT) {
+        return Ok((adapted, Needs::Nothing));
+    }
     // Wherever it goes: a pod's own /dev/shm is often such a volume, with a size.
     if let Some(volume) = ephemeral::behind(&source, number as u32) {
         adapted.set_source(Some(own_place(id, number)));

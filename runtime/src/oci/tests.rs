@@ -238,6 +238,52 @@ fn a_tmpfs_has_the_mode_of_what_it_covers() {
 }
 
 #[test]
+fn what_an_earlier_mount_put_into_the_root_is_the_guests() {
+    let sources = |mounts: &dyn Fn(&str) -> Value| {
+        let (_dir, mut bundle) = bundle(|_| ());
+        let root = bundle.rootfs.to_str().unwrap().to_owned();
+        std::fs::create_dir_all(bundle.rootfs.join("mnt/x")).unwrap();
+        let mounts = serde_json::from_value(mounts(&root)).unwrap();
+        bundle.spec.set_mounts(Some(mounts));
+        let adapted = adapt_it("c", bundle).map_err(|error| error.to_string())?;
+        let mounts = adapted.spec.mounts().iter().flatten();
+        Ok::<_, String>(
+            mounts
+                .map(|mount| {
+                    let source = mount.source().as_ref().unwrap();
+                    let at = mount.destination();
+                    format!("{} at {}", source.display(), at.display())
+                })
+                .collect::<Vec<_>>(),
+        )
+    };
+    let tmpfs = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs"});
+    let of_root = |root: &str, source: &str, options: Value| json!({"source": format!("{root}{source}"), "destination": format!("{root}/final"), "options": options});
+    let guests = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind", "ro"]))]);
+    let own = "/run/koya/own-root/mnt/x at /final";
+    assert_eq!(sources(&guests).unwrap()[1], own);
+    let around = |root: &str| json!([tmpfs, of_root(root, "", json!(["rbind"]))]);
+    assert_eq!(
+        sources(&around).unwrap()[1],
+        "/run/koya/own-root/ at /final"
+    );
+    // What no mount covers is there on the host.
+    let hosts = |root: &str| json!([of_root(root, "/mnt/x", json!(["bind"])), tmpfs]);
+    assert_eq!(
+        sources(&hosts).unwrap()[0],
+        "/run/koya/shared/c.mount0 at /final"
+    );
+    let odd = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind", "noexec"]))]);
+    assert!(sources(&odd).unwrap_err().contains("noexec"));
+    let covered = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind"])), tmpfs]);
+    assert!(
+        sources(&covered)
+            .unwrap_err()
+            .contains("a later mount over it (/mnt)")
+    );
+}
+
+#[test]
 fn a_clock_of_its_own_is_made_where_it_is_to_show_another_time() {
     let has_clock = |offsets: Value| {
         let (_dir, bundle) = bundle(|spec| {
