@@ -8,7 +8,7 @@ use crate::common::{Common, Used};
 use crate::config::SandboxConfig;
 use crate::console::Console;
 use crate::container::Container;
-use crate::container_config::{ContainerConfig, Device, Stdio};
+use crate::container_config::{ContainerConfig, Device, ProcessStreams};
 use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
 use crate::network::{Joined, NetworkConfig};
@@ -311,8 +311,13 @@ impl Sandbox {
     ///
     /// # Errors
     /// What of the configuration can't be had, by name, or why the guest could not make it.
-    pub fn create_oci(&self, id: &str, bundle: &Bundle, stdio: Stdio) -> Result<Container, Error> {
-        Container::create_oci(self.inner.clone(), id, bundle, stdio)
+    pub fn create_oci(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        streams: impl Into<ProcessStreams>,
+    ) -> Result<Container, Error> {
+        Container::create_oci(self.inner.clone(), id, bundle, &streams.into())
     }
 
     /// What guest and agent use.
