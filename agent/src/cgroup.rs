@@ -13,7 +13,7 @@ use oci_spec::runtime::LinuxResources;
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,16 +68,26 @@ pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
     {
         groups.push(group);
     }
-    let open = |group: PathBuf| {
-        let path = group.join("cgroup.procs");
-        let door = OpenOptions::new().write(true).open(&path);
-        door.map(Arc::new)
-            .with_context(|| path.display().to_string())
-    };
     let mut groups = groups.into_iter().map(open);
     let own = groups.next().transpose()?;
     // The other may have gone meanwhile: its process moves as it likes.
     Ok(own.into_iter().chain(groups.flatten()).collect())
+}
+
+/// The file by which a process joins a control group in a container's own.
+pub(crate) fn door(id: &str, within: &str) -> Result<Arc<File>> {
+    let path = Path::new(within.trim_start_matches('/'));
+    if path.components().any(|part| part == Component::ParentDir) {
+        bail!(Refused::Invalid(format!("bad sub cgroup path {within}")));
+    }
+    open(directory(id).join(path)).with_context(|| format!("cgroup {within}"))
+}
+
+fn open(group: PathBuf) -> Result<Arc<File>> {
+    let path = group.join("cgroup.procs");
+    let door = OpenOptions::new().write(true).open(&path);
+    door.map(Arc::new)
+        .with_context(|| path.display().to_string())
 }
 
 /// What `/proc/PID/cgroup` says: `0::/koya/ID/init`.

@@ -11,7 +11,8 @@ use oci_spec::runtime::{
     LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, Mount, Process,
     Spec,
 };
-use rustix::fs::{FileType, major, minor};
+use rustix::fs::{FileType, Gid, Uid, major, minor};
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,11 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) {
         linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
         // A label for the host's security module, which means nothing here.
         linux.set_mount_label(None);
+        // libcontainer would mask a path twice.
+        let mut masked = linux.masked_paths().clone().unwrap_or_default();
+        let mut known = HashSet::new();
+        masked.retain(|path| known.insert(path.clone()));
+        linux.set_masked_paths(Some(masked));
     }
     if let Some(process) = spec.process_mut() {
         process.set_apparmor_profile(None);
@@ -87,16 +93,30 @@ pub(crate) fn take_capabilities(process: &mut Process) -> Option<LinuxCapabiliti
 
 /// A container's user as the agent's user namespace numbers it.
 pub(crate) fn guest_uid(spec: &Spec, process: &Process) -> u32 {
-    let uid = process.user().uid();
     let linux = spec.linux().as_ref();
     let mappings = linux.and_then(|linux| linux.uid_mappings().as_ref());
+    mapped(mappings, process.user().uid())
+}
+
+/// A container's root and its group, as the agent's user namespace numbers them.
+pub(crate) fn guest_root(spec: &Spec) -> (Uid, Gid) {
+    let linux = spec.linux().as_ref();
+    let uids = linux.and_then(|linux| linux.uid_mappings().as_ref());
+    let gids = linux.and_then(|linux| linux.gid_mappings().as_ref());
+    (
+        Uid::from_raw(mapped(uids, 0)),
+        Gid::from_raw(mapped(gids, 0)),
+    )
+}
+
+fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
     let find = |mapping: &LinuxIdMapping| {
-        let offset = uid.checked_sub(mapping.container_id())?;
+        let offset = id.checked_sub(mapping.container_id())?;
         (offset < mapping.size()).then(|| mapping.host_id().saturating_add(offset))
     };
     mappings
         .and_then(|all| all.iter().find_map(find))
-        .unwrap_or(uid)
+        .unwrap_or(id)
 }
 
 /// Bind-mounts a file of the guest into a container.

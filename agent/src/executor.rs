@@ -173,7 +173,12 @@ impl Executor for Program {
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         if let Some(confinement) = &self.confinement {
-            confine(confinement)?;
+            let confined = confine(confinement);
+            if let Err(ExecutorError::Other(why)) = &confined {
+                // As below.
+                eprintln!("koya: {why}");
+            }
+            confined?;
         }
         // As its user, who may run less than what was validated.
         let path = find(spec).map_err(|(code, why)| {
@@ -218,8 +223,10 @@ pub(crate) fn give_streams(uid: u32) {
 
 fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
     let doors = confinement.groups.iter().map(|door| &**door);
-    cgroup::join(doors)
-        .map_err(|e| ExecutorError::Other(format!("the container's control group: {e}")))?;
+    cgroup::join(doors).map_err(|e| {
+        let pid = std::process::id();
+        ExecutorError::Other(format!("adding pid {pid} to cgroups: {e}"))
+    })?;
     give_streams(confinement.uid);
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;

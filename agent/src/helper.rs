@@ -17,6 +17,7 @@ use rustix::fs::{Gid, Uid};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, unmount,
 };
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -101,9 +102,13 @@ pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 /// The first argument of a helper that makes mounts which come late: `ROOT MOUNTS` follow.
 pub(crate) const LATE_MOUNTS: &str = "late-mounts";
 
-/// Runs one operation: `create ID OUTCOME CONSOLE UID`, `start ID OUTCOME`,
-/// `exec ID OUTCOME CONSOLE PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
-/// path, or `-`.
+/// The first argument of a helper that makes a container's `/dev` read-only: `ROOT TERMINAL` follow, the latter true or
+/// false.
+pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
+
+/// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
+/// `exec ID OUTCOME CGROUP CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
+/// path, or `-`; FURTHER are the numbers that PID 1 has the process's descriptors from 3 on by.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -112,12 +117,19 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
         return working_directory(root, path, uid, gid);
     }
     if let [LATE_MOUNTS, root, mounts] = args.as_slice() {
-        return late_mounts(root, mounts);
+        return hook(|| crate::late_mounts::mount_all(root, mounts));
+    }
+    if let [READ_ONLY_DEV, root, terminal] = args.as_slice() {
+        return hook(|| crate::late_mounts::make_dev_read_only(root, terminal));
     }
     let (outcome, result) = match args.as_slice() {
-        ["create", id, outcome, console, uid] => (outcome, create(id, console, uid)),
+        ["create", id, outcome, console, further, uid] => {
+            (outcome, create(id, console, further, uid))
+        }
         ["start", id, outcome] => (outcome, start(id)),
-        ["exec", id, outcome, console, process] => (outcome, exec(id, console, process)),
+        ["exec", id, outcome, cgroup, console, further, process] => {
+            (outcome, exec(id, cgroup, console, further, process))
+        }
         ["delete", id, outcome] => (outcome, delete(id)),
         ["pause", _, outcome] => (outcome, pause()),
         _ => return ExitCode::FAILURE,
@@ -134,7 +146,23 @@ fn console_path(console: &str) -> Option<PathBuf> {
     (console != "-").then(|| PathBuf::from(console))
 }
 
-fn create(id: &str, console: &str, uid: &str) -> Result<i32> {
+/// Has the process's descriptors from 3 on at their numbers, before anything else is there; how many they are.
+fn take_further(numbers: &str) -> Result<i32> {
+    let numbers = numbers.split(',').filter(|number| !number.is_empty());
+    let numbers: Vec<i32> = numbers.map(str::parse).collect::<Result<_, _>>()?;
+    if numbers.is_empty() {
+        return Ok(0);
+    }
+    let first = pidfd_open(Pid::INIT, PidfdFlags::empty())?;
+    let take = |number: &i32| pidfd_getfd(&first, *number, PidfdGetfdFlags::empty());
+    let taken = numbers.iter().map(take).collect::<Result<Vec<_>, _>>()?;
+    drop(first);
+    crate::sys::leave_open_from(3, taken).context("cannot keep a descriptor")?;
+    Ok(i32::try_from(numbers.len())?)
+}
+
+fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
+    let further = take_further(further)?;
     std::fs::create_dir_all(STATE)?;
     executor::give_streams(uid.parse()?);
     let (program, reason) = Program::new(None)?;
@@ -142,6 +170,7 @@ fn create(id: &str, console: &str, uid: &str) -> Result<i32> {
         .with_root_path(STATE)?
         .with_console_socket(console_path(console))
         .with_executor(program)
+        .with_preserved_fds(further)
         .validate_id()?
         .as_init(bundle(id))
         .with_systemd(false)
@@ -204,14 +233,18 @@ impl Drop for Entry {
     }
 }
 
-fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
+fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> Result<i32> {
+    let further = take_further(further)?;
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
     let capabilities = configuration::take_capabilities(&mut wanted);
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let seccomp = std::fs::read(bundle(id).join(ADDED).join(SECCOMP))?;
     let (program, reason) = Program::new(Some(Confinement {
-        groups: cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
+        groups: match cgroup.is_empty() {
+            true => cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
+            false => vec![cgroup::door(id, cgroup)?],
+        },
         seccomp: serde_json::from_slice(&seccomp)?,
         capabilities,
         uid: wanted.user().uid(),
@@ -221,6 +254,7 @@ fn exec(id: &str, console: &str, process: &str) -> Result<i32> {
         .with_root_path(&entry.0)?
         .with_console_socket(console_path(console))
         .with_executor(program)
+        .with_preserved_fds(further)
         .as_tenant()
         .with_detach(true)
         .with_process(Some(process))
@@ -291,10 +325,11 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Without them the container is not made.
-fn late_mounts(root: &str, mounts: &str) -> ExitCode {
+/// Without what it does the container is not made.
+fn hook(work: impl FnOnce() -> Result<()>) -> ExitCode {
+    // libcontainer writes the container's state to it, and a broken pipe would end libcontainer.
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
-    match crate::late_mounts::mount_all(root, mounts) {
+    match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             crate::sys::kernel_log(&format!("koya-agent: {error:#}"));

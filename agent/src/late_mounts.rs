@@ -1,16 +1,18 @@
 //! Bind mounts that are made after libcontainer has filled the container's `/dev`: a whole `/dev`, and files over
 //! its default nodes. libcontainer makes nodes and links in `/dev` after all mounts, and fails where a name is taken;
-//! runc leaves such a `/dev` as it is. The mounts are made by a hook, in the container's mount namespace.
+//! runc leaves such a `/dev` as it is. So do those whose source is where another mount is in the container's own root:
+//! links in it must not lead out of it. The mounts are made by a hook, in the container's mount namespace.
 
 use crate::configuration;
 use crate::helper;
 use anyhow::{Context, Result};
-use koya_rootfs::Rootfs;
+use koya_protocol::OWN_ROOT;
+use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, StatVfs, StatVfsMountFlags, fstat, fstatvfs};
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind_recursive, mount_remount, move_mount,
-    open_tree,
+    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind, mount_bind_recursive, mount_remount,
+    move_mount, open_tree,
 };
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -38,6 +40,9 @@ struct Late {
     source: PathBuf,
     at: PathBuf,
     read_only: bool,
+    /// Whether the source is a path in the container's root.
+    is_own: bool,
+    is_recursive: bool,
     /// Mounts below it that the configuration has after it, which are there already.
     above: Vec<PathBuf>,
 }
@@ -55,24 +60,29 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
     let comes_late = |mount: &Mount| {
         let at = mount.destination();
         let is_made = || MADE.iter().any(|made| at == Path::new(made));
-        is_bind(mount) && (at == Path::new("/dev") || is_made())
+        is_bind(mount) && (at == Path::new("/dev") || is_made() || own_source(mount).is_some())
     };
     let mut late = Vec::new();
     let numbered = all.iter().enumerate();
     for (index, mount) in numbered.filter(|(_, mount)| comes_late(mount)) {
         let at = mount.destination();
-        let is_whole = at == Path::new("/dev");
+        let own = own_source(mount);
+        let is_whole = at == Path::new("/dev") || own.is_some();
         let mut options = mount.options().iter().flatten();
         // Those that come late themselves come after it.
-        let below = |other: &&Mount| {
-            is_whole && other.destination().starts_with("/dev") && !comes_late(other)
-        };
+        let below =
+            |other: &&Mount| is_whole && other.destination().starts_with(at) && !comes_late(other);
         let above = all[index + 1..].iter().filter(below);
         late.push(Late {
-            source: mount
-                .source()
-                .clone()
-                .context("a bind mount has no source")?,
+            source: match own {
+                Some(path) => path.to_owned(),
+                None => mount
+                    .source()
+                    .clone()
+                    .context("a bind mount has no source")?,
+            },
+            is_own: own.is_some(),
+            is_recursive: own.is_none() || options.clone().any(|option| option == "rbind"),
             at: at.clone(),
             read_only: options.any(|option| option == "ro" || option == "rro"),
             above: above.map(|other| other.destination().clone()).collect(),
@@ -90,14 +100,62 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
             // What libcontainer makes goes to what is covered then.
             true => (mount.destination() == Path::new("/dev")).then(empty_dev),
         });
-    let kept = kept.collect();
+    let kept: Vec<Mount> = kept.collect();
+    let is_read_only = |mount: &Mount| {
+        let mut options = mount.options().iter().flatten();
+        mount.destination() == Path::new("/dev") && options.any(|option| option == "ro")
+    };
+    let has_read_only_dev = kept.iter().any(is_read_only);
     spec.set_mounts(Some(kept));
-    if late.is_empty() {
-        return Ok(());
+    let root = root_of(spec);
+    if !late.is_empty() {
+        let text = serde_json::to_string(&late)?;
+        configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root, &text]);
     }
-    let text = serde_json::to_string(&late)?;
-    configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root_of(spec), &text]);
+    // libcontainer leaves it writable, since it makes nodes there.
+    if has_read_only_dev {
+        let process = spec.process().as_ref();
+        let terminal = process.and_then(|process| process.terminal());
+        let terminal = terminal.unwrap_or_default().to_string();
+        configuration::add_hook(spec, &[helper::READ_ONLY_DEV, &root, &terminal]);
+    }
     Ok(())
+}
+
+/// Makes a container's `/dev` read-only, once all that is made in it is there.
+pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
+    let root = Rootfs::open(Path::new(root))?;
+    let find = |path: &str| -> Result<(OwnedFd, PathBuf)> {
+        let found = root.find(Path::new(path))?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        Ok((found, path))
+    };
+    if terminal == "true" {
+        // libcontainer opens it to write, and mounts the terminal on it: what is no file can be opened even then.
+        root.make(Path::new("/dev/console"), Kind::File)?;
+        let (null, console) = (find("/dev/null")?, find("/dev/console")?);
+        mount_bind(&null.1, &console.1)?;
+    }
+    let dev = find("/dev")?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(&dev.0)?);
+    Ok(mount_remount(&dev.1, flags, "")?)
+}
+
+/// What a mount has, and would lose by a change that does not name it.
+fn kept_flags(found: &StatVfs) -> MountFlags {
+    use StatVfsMountFlags as Has;
+    let all = [
+        (Has::NOSUID, MountFlags::NOSUID),
+        (Has::NODEV, MountFlags::NODEV),
+        (Has::NOEXEC, MountFlags::NOEXEC),
+        (Has::NOATIME, MountFlags::NOATIME),
+        (Has::NODIRATIME, MountFlags::NODIRATIME),
+        (Has::RELATIME, MountFlags::RELATIME),
+    ];
+    let has = all
+        .into_iter()
+        .filter(|(has, _)| found.f_flag.contains(*has));
+    has.map(|(_, flag)| flag).collect()
 }
 
 fn root_of(spec: &Spec) -> String {
@@ -143,7 +201,25 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
         let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
         Ok((found, path))
     };
-    mount_bind_recursive(&late.source, place()?.1.as_path())?;
+    let own = match late.is_own {
+        true => Some(root.find(&late.source)?),
+        false => None,
+    };
+    let source = match &own {
+        Some(own) => {
+            let kind = match is_directory(own)? {
+                true => Kind::Directory,
+                false => Kind::File,
+            };
+            root.make(&late.at, kind)?;
+            PathBuf::from(format!("/proc/self/fd/{}", own.as_raw_fd()))
+        }
+        None => late.source.clone(),
+    };
+    match late.is_recursive {
+        true => mount_bind_recursive(&source, place()?.1.as_path())?,
+        false => mount_bind(&source, place()?.1.as_path())?,
+    }
     if late.read_only {
         let (_found, path) = place()?;
         mount_remount(&path, MountFlags::BIND | MountFlags::RDONLY, "")?;
@@ -151,9 +227,6 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
     for (path, mounted) in above {
         // What is mounted there may lack the place, and may not be changed for it.
         let Ok(onto) = root.find(path) else { continue };
-        let is_directory = |fd: &OwnedFd| {
-            fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
-        };
         if is_directory(&onto)? == is_directory(&mounted)? {
             let flags =
                 MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
@@ -161,6 +234,19 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn is_directory(fd: &OwnedFd) -> rustix::io::Result<bool> {
+    fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+}
+
+/// The path in the container's root that is a mount's source, if it is one.
+fn own_source(mount: &Mount) -> Option<&Path> {
+    let path = mount.source().as_ref()?.strip_prefix(OWN_ROOT).ok()?;
+    Some(match path.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => path,
+    })
 }
 
 #[cfg(test)]
@@ -178,6 +264,7 @@ mod tests {
                 {"destination": "/dev/null", "type": "bind", "source": "/file"},
                 {"destination": "/dev/net/tun", "type": "bind", "source": "/dev/net/tun"},
                 {"destination": "/etc/hosts", "type": "bind", "source": "/hosts"},
+                {"destination": "/own", "source": "/run/koya/own-root/a/b", "options": ["bind"]},
             ],
             "linux": {"devices": [
                 {"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200},
@@ -206,7 +293,9 @@ mod tests {
             (&helper::LATE_MOUNTS.into(), &"/r".into())
         );
         let late: Vec<Late> = serde_json::from_str(args[4].as_str().unwrap()).unwrap();
-        assert_eq!(late.len(), 2);
+        assert_eq!(late.len(), 3);
+        assert!(late[2].is_own && !late[2].is_recursive);
+        assert_eq!(late[2].source, Path::new("a/b"));
         assert!(late[0].read_only && !late[1].read_only);
         let above = ["/dev/shm", "/dev/net/tun"].map(PathBuf::from);
         assert_eq!(late[0].above, above);

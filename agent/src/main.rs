@@ -31,6 +31,7 @@ mod state;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;
+mod tmpfs;
 mod volumes;
 mod watches;
 mod within;

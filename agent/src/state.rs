@@ -10,7 +10,7 @@ use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
 use crate::streams;
-use crate::{cgroup, sys, volumes, within};
+use crate::{cgroup, sys, tmpfs, volumes, within};
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
 use koya_protocol::messages::{
@@ -85,6 +85,8 @@ pub(crate) struct Streams {
     stdin: std::process::Stdio,
     stdout: std::process::Stdio,
     stderr: std::process::Stdio,
+    /// Those from 3 on, which the helper takes by their numbers here.
+    further: Vec<OwnedFd>,
 }
 
 impl Streams {
@@ -93,6 +95,7 @@ impl Streams {
             stdin: std::process::Stdio::null(),
             stdout: std::process::Stdio::null(),
             stderr: std::process::Stdio::null(),
+            further: Vec::new(),
         }
     }
 
@@ -102,9 +105,15 @@ impl Streams {
                 stdin: streams::input(&stdio.stdin)?,
                 stdout: streams::output(&stdio.stdout)?,
                 stderr: streams::output(&stdio.stderr)?,
+                further: Vec::new(),
             })
         };
         open().context("cannot open a standard stream to the host")
+    }
+
+    fn numbers(&self) -> String {
+        let numbers = self.further.iter().map(|fd| fd.as_raw_fd().to_string());
+        numbers.collect::<Vec<_>>().join(",")
     }
 }
 
@@ -179,6 +188,10 @@ impl State {
         }
         if request.guest_devices {
             configuration::add_guest_devices(&mut spec, Path::new("/dev"))?;
+        }
+        if tmpfs::concerns(&spec, within::is_image(id, &spec)) {
+            let of = id.to_owned();
+            spec = aside(move || tmpfs::prepare(&of, spec)).await?;
         }
         late_mounts::take(&mut spec)?;
         let spec = match within::lacks_nothing(id, &spec, &request.files) {
@@ -264,7 +277,7 @@ impl State {
         fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
         let made = self
             .launch(
-                &["exec", id],
+                &["exec", id, &request.cgroup],
                 id,
                 exec_id,
                 &request.stdio,
@@ -298,15 +311,18 @@ impl State {
         } else {
             None
         };
-        let streams = match &console {
+        let mut streams = match &console {
             Some(_) => Streams::none(),
             None => Streams::open(stdio)?,
         };
+        let further: std::io::Result<_> = stdio.further.iter().map(streams::further).collect();
+        streams.further = further.context("cannot open a stream to the host")?;
         let socket = console
             .as_ref()
             .map_or("-".into(), |c| c.path().to_string_lossy());
         let mut args = operation.to_vec();
-        args.extend([&*socket, last]);
+        let numbers = streams.numbers();
+        args.extend([&*socket, &numbers, last]);
         let made = self.help(&args, streams).await?;
         let pid = made.pid;
         let end = self.reaper.follow(pid);

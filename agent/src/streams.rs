@@ -6,11 +6,14 @@
 
 use crate::sys;
 use koya_protocol::STREAM_PORT;
+use koya_protocol::messages::FurtherStream;
+use koya_protocol::messages::further_stream::Direction;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use vsock::VsockStream;
 
@@ -25,30 +28,62 @@ pub(crate) fn connect(token: &str) -> std::io::Result<VsockStream> {
 
 /// The process's end of its standard input.
 pub(crate) fn input(token: &str) -> std::io::Result<Stdio> {
-    if token.is_empty() {
-        return Ok(Stdio::null());
+    match token.is_empty() {
+        true => Ok(Stdio::null()),
+        false => input_pipe(token).map(Stdio::from),
     }
+}
+
+/// The process's end of its standard output or error.
+pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
+    match token.is_empty() {
+        true => Ok(Stdio::null()),
+        false => output_pipe(token).map(Stdio::from),
+    }
+}
+
+/// The process's end of another stream.
+pub(crate) fn further(stream: &FurtherStream) -> std::io::Result<OwnedFd> {
+    match stream.direction.enum_value_or_default() {
+        Direction::INPUT => input_pipe(&stream.token),
+        Direction::OUTPUT => output_pipe(&stream.token),
+        Direction::BOTH => socket(&stream.token),
+    }
+}
+
+fn input_pipe(token: &str) -> std::io::Result<OwnedFd> {
     let stream = connect(token)?;
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     spawn("stdin", move || {
         copy(&stream, &mut File::from(write));
         stream.shutdown(Shutdown::Both).ok();
     });
-    Ok(Stdio::from(read))
+    Ok(read)
 }
 
-/// The process's end of its standard output or error.
-pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
-    if token.is_empty() {
-        return Ok(Stdio::null());
-    }
+fn output_pipe(token: &str) -> std::io::Result<OwnedFd> {
     let mut stream = connect(token)?;
     let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
     spawn("stdout", move || {
         copy(File::from(read), &mut stream);
         stream.shutdown(Shutdown::Both).ok();
     });
-    Ok(Stdio::from(write))
+    Ok(write)
+}
+
+fn socket(token: &str) -> std::io::Result<OwnedFd> {
+    let stream = connect(token)?;
+    let (ours, theirs) = UnixStream::pair()?;
+    let (from_host, to_process) = (stream.try_clone()?, ours.try_clone()?);
+    spawn("socket-in", move || {
+        copy(&from_host, &mut &to_process);
+        to_process.shutdown(Shutdown::Write).ok();
+    });
+    spawn("socket-out", move || {
+        copy(&ours, &mut &stream);
+        stream.shutdown(Shutdown::Write).ok();
+    });
+    Ok(theirs.into())
 }
 
 /// Connects a terminal's master to the host, both ways.

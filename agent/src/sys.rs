@@ -2,7 +2,7 @@
 //! states why.
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -25,6 +25,21 @@ pub(crate) fn kernel_log(text: &str) {
     } else {
         eprintln!("{text}");
     }
+}
+
+/// Leaves descriptors to programs that are run, at numbers from this one on. The process has nothing else open there.
+pub(crate) fn leave_open_from(first: i32, fds: Vec<OwnedFd>) -> io::Result<()> {
+    let beyond = first + fds.len() as i32;
+    // None of them is in another's place then.
+    let copies = fds.iter().map(|fd| fcntl_dupfd_cloexec(fd, beyond));
+    let copies = copies.collect::<Result<Vec<_>, _>>()?;
+    drop(fds);
+    for (number, copy) in (first..).zip(&copies) {
+        // SAFETY: no memory is passed, and nobody owns a descriptor of this number: those that came are closed, and
+        // the caller has no others there.
+        checked(unsafe { libc::dup2(copy.as_raw_fd(), number) }.into())?;
+    }
+    Ok(())
 }
 
 /// Gives signals their default meaning again, as a program expects to find them: what is ignored stays so

@@ -135,6 +135,31 @@ fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
     Ok(())
 }
 
+/// Mounts a file system in memory as a container's volume of this number; where it is, and the options that are left
+/// to the container's mount of it.
+pub(crate) fn mount_memory(
+    id: &str,
+    number: u32,
+    all: &[String],
+) -> Result<(PathBuf, Vec<String>)> {
+    let at = place(id, number)?;
+    let parts = all.iter().flat_map(|all| all.split(','));
+    let (left, own): (Vec<_>, Vec<_>) = parts
+        .map(str::to_owned)
+        .partition(|option| is_of_mount(option));
+    let own = CString::new(own.join(","))?;
+    mount("tmpfs", &at, "tmpfs", MountFlags::empty(), &*own)?;
+    Ok((at, left))
+}
+
+/// Whether an option is one of a mount, not of the file system: a flag, also of all mounts below, or propagation.
+fn is_of_mount(option: &str) -> bool {
+    const PROPAGATION: [&str; 4] = ["shared", "slave", "private", "unbindable"];
+    let is_known =
+        |option: &str| PROPAGATION.contains(&option) || options(&[option.to_owned()]).1.is_empty();
+    is_known(option) || option.strip_prefix('r').is_some_and(is_known)
+}
+
 /// As mount(8) knows them: flags, and what the file system knows itself.
 fn options(all: &[String]) -> (MountFlags, String) {
     let mut flags = MountFlags::empty();
@@ -228,5 +253,11 @@ mod tests {
         let (flags, data) = options(&all);
         assert_eq!(flags, MountFlags::NOATIME | MountFlags::NOSUID);
         assert_eq!(data, "discard,data=ordered");
+        for of_mount in ["ro", "rro", "rprivate", "nosuid", "relatime", "slave"] {
+            assert!(is_of_mount(of_mount), "{of_mount}");
+        }
+        for own in ["size=1k", "mode=755", "huge=never", "rubbish"] {
+            assert!(!is_of_mount(own), "{own}");
+        }
     }
 }

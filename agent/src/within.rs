@@ -53,7 +53,7 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
     Ok(spec)
 }
 
-fn is_image(id: &str, spec: &Spec) -> bool {
+pub(crate) fn is_image(id: &str, spec: &Spec) -> bool {
     let root = spec.root().as_ref();
     root.is_some_and(|root| root.path() == Path::new(&image_root(id)))
 }

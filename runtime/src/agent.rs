@@ -235,6 +235,7 @@ impl Agent {
         exec_id: &str,
         process: Vec<u8>,
         stdio: Stdio,
+        cgroup: &str,
     ) -> Result<i32, Error> {
         check_size("process", &process)?;
         let request = ExecProcessRequest {
@@ -242,6 +243,7 @@ impl Agent {
             exec_id: exec_id.into(),
             process_json: process,
             stdio: Some(stdio).into(),
+            cgroup: cgroup.into(),
             ..Default::default()
         };
         // Those who wait for their turn are not what the limit is for.

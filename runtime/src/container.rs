@@ -3,14 +3,16 @@
 use crate::Error;
 use crate::account::Accounts;
 use crate::agent::{self, Agent};
-use crate::container_config::{ContainerConfig, Device, ProcessConfig, Stdio};
+use crate::container_config::{
+    ContainerConfig, Device, ExecOptions, ProcessConfig, ProcessStreams,
+};
 use crate::ends::Mark;
 use crate::given::Given;
 use crate::mount_points;
 use crate::oci::{self, Bundle, Root, SharedNamespaces};
+use crate::plan::Plan;
 use crate::sandbox::Inner;
 use crate::stats::ContainerStats;
-use crate::streams::Expected;
 use crate::sync::lock;
 use koya_protocol::messages;
 use koya_vmm::DiskConfig;
@@ -37,15 +39,17 @@ pub struct Container {
 
 /// A process of a container: its streams, and what can be done to it.
 pub struct Process {
-    inner: Arc<Inner>,
-    container: String,
-    exec: String,
+    pub(crate) inner: Arc<Inner>,
+    pub(crate) container: String,
+    pub(crate) exec: String,
     /// Writes to its standard input; both ways for a terminal. Dropping it is end of file.
     pub stdin: Option<UnixStream>,
     /// Reads its standard output.
     pub stdout: Option<UnixStream>,
     /// Reads its standard error.
     pub stderr: Option<UnixStream>,
+    /// The host's ends of its descriptors from 3 on.
+    pub further: Vec<UnixStream>,
 }
 
 /// What a finished process left.
@@ -57,72 +61,6 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: Vec<u8>,
-}
-
-/// The streams of a process that is about to be made.
-struct Plan {
-    message: messages::Stdio,
-    stdin: Option<Expected>,
-    stdout: Option<Expected>,
-    stderr: Option<Expected>,
-}
-
-impl Plan {
-    fn new(inner: &Inner, stdio: Stdio) -> Result<Self, Error> {
-        let expect = || {
-            inner
-                .streams
-                .expect()
-                .map(Some)
-                .map_err(Error::host("make a token"))
-        };
-        let (stdin, stdout, stderr) = match stdio {
-            Stdio::Null => (None, None, None),
-            Stdio::Output => (None, expect()?, expect()?),
-            Stdio::Pipes => (expect()?, expect()?, expect()?),
-            Stdio::Terminal { .. } => (expect()?, None, None),
-        };
-        let token = |e: &Option<Expected>| e.as_ref().map(|e| e.token.clone()).unwrap_or_default();
-        let mut message = messages::Stdio::new();
-        if let Stdio::Terminal {
-            rows,
-            columns,
-            keep_newlines,
-        } = stdio
-        {
-            message.terminal = true;
-            (message.rows, message.columns) = (rows.into(), columns.into());
-            message.keep_newlines = keep_newlines;
-        }
-        Ok(Self {
-            message: messages::Stdio {
-                stdin: token(&stdin),
-                stdout: token(&stdout),
-                stderr: token(&stderr),
-                ..message
-            },
-            stdin,
-            stdout,
-            stderr,
-        })
-    }
-
-    fn finish(self, inner: Arc<Inner>, container: &str, exec: &str) -> Result<Process, Error> {
-        let take = |expected: Option<Expected>| {
-            expected
-                .map(Expected::take)
-                .transpose()
-                .map_err(Error::host("connect a standard stream"))
-        };
-        Ok(Process {
-            inner,
-            container: container.into(),
-            exec: exec.into(),
-            stdin: take(self.stdin)?,
-            stdout: take(self.stdout)?,
-            stderr: take(self.stderr)?,
-        })
-    }
 }
 
 /// What a container in the guest needs beyond its configuration.
@@ -144,15 +82,15 @@ fn launch(
     id: &str,
     spec: &Spec,
     needs: Needs,
-    stdio: Stdio,
+    streams: &ProcessStreams,
 ) -> Result<Process, Error> {
-    let plan = Plan::new(inner, stdio)?;
+    let plan = Plan::new(inner, streams)?;
     let spec = serde_json::to_vec(spec).map_err(Error::invalid_by(
         "configuration",
         "it can't be written as JSON",
     ))?;
     inner.timeline.mark("asked the agent", id);
-    inner.agent.create(id, spec, needs, plan.message.clone())?;
+    inner.agent.create(id, spec, needs, plan.message())?;
     inner.timeline.mark("made in the guest", id);
     let finished = plan.finish(inner.clone(), id, "");
     if finished.is_err() {
@@ -193,7 +131,7 @@ impl Making<'_> {
         root: Root,
         accounts: &Accounts,
         mut needs: Needs,
-        stdio: Stdio,
+        streams: &ProcessStreams,
     ) -> Result<(Process, OciProcess), Error> {
         let (inner, id) = (self.inner, self.id);
         let rootfs = bundle.rootfs.clone();
@@ -217,7 +155,7 @@ impl Making<'_> {
         needs.volumes = adapted.volumes;
         needs.direct = self.given.attach_direct(inner, adapted.direct)?;
         needs.guest_devices |= adapted.has_guest_devices;
-        let process = launch(inner, id, &adapted.spec, needs, stdio)?;
+        let process = launch(inner, id, &adapted.spec, needs, streams)?;
         let first = adapted.spec.process().clone().unwrap_or_default();
         Ok((process, first))
     }
@@ -251,7 +189,7 @@ impl Container {
                 files: oci::from_config::files(id, config)?,
                 ..Needs::default()
             };
-            making.make(bundle, root, &accounts, needs, config.process.stdio)
+            making.make(bundle, root, &accounts, needs, &config.process.stdio.into())
         })
     }
 
@@ -259,12 +197,12 @@ impl Container {
         inner: Arc<Inner>,
         id: &str,
         bundle: &Bundle,
-        stdio: Stdio,
+        streams: &ProcessStreams,
     ) -> Result<Self, Error> {
         Self::make(inner, id, None, &bundle.rootfs, |making| {
             let root = Root::of(&bundle.rootfs)?;
             let accounts = making.accounts(root, &bundle.rootfs)?;
-            making.make(bundle.clone(), root, &accounts, Needs::default(), stdio)
+            making.make(bundle.clone(), root, &accounts, Needs::default(), streams)
         })
     }
 
@@ -398,7 +336,7 @@ impl Container {
     pub fn exec(&self, config: &ProcessConfig) -> Result<Process, Error> {
         let process = oci::process::like(&self.first, config, &self.accounts()?)?;
         let number = self.next_exec.fetch_add(1, Ordering::Relaxed);
-        self.launch(&format!("exec-{number}"), &process, config.stdio)
+        self.launch(&format!("exec-{number}"), &process, &config.stdio.into())
     }
 
     /// Runs another process in the container: an OCI configuration's `process`, under a name that no
@@ -410,11 +348,11 @@ impl Container {
         &self,
         name: &str,
         process: &OciProcess,
-        stdio: Stdio,
+        options: impl Into<ExecOptions>,
     ) -> Result<Process, Error> {
         let mut process = process.clone();
         oci::process::adapt(&mut process, &self.accounts()?)?;
-        self.launch(name, &process, stdio)
+        self.launch(name, &process, &options.into())
     }
 
     /// The users of its root, and of volumes over it, as they are now.
@@ -428,15 +366,21 @@ impl Container {
         Ok(accounts.with(volumes.unwrap_or_default()))
     }
 
-    fn launch(&self, exec: &str, process: &OciProcess, stdio: Stdio) -> Result<Process, Error> {
+    fn launch(
+        &self,
+        exec: &str,
+        process: &OciProcess,
+        options: &ExecOptions,
+    ) -> Result<Process, Error> {
         let inner = &self.process.inner;
         let process = serde_json::to_vec(process)
             .map_err(Error::invalid_by("process", "it can't be written as JSON"))?;
-        let plan = Plan::new(inner, stdio)?;
+        let plan = Plan::new(inner, &options.streams)?;
+        let cgroup = options.cgroup.as_deref().unwrap_or_default();
         let id = &self.process.container;
         inner
             .agent
-            .exec(id, exec, process, plan.message.clone())
+            .exec(id, exec, process, plan.message(), cgroup)
             .map_err(|e| inner.explain(e))?;
         plan.finish(inner.clone(), id, exec)
     }

@@ -24,6 +24,54 @@ pub enum Stdio {
     },
 }
 
+/// Which way a stream goes, as the process sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// It reads a pipe.
+    Input,
+    /// It writes to a pipe.
+    Output,
+    /// It has a socket.
+    Both,
+}
+
+/// The streams of a process that an OCI configuration describes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessStreams {
+    /// The standard ones.
+    pub stdio: Stdio,
+    /// Its descriptors from 3 on, which it finds open.
+    pub further: Vec<Direction>,
+}
+
+impl From<Stdio> for ProcessStreams {
+    fn from(stdio: Stdio) -> Self {
+        Self {
+            stdio,
+            further: Vec::new(),
+        }
+    }
+}
+
+/// How a process is added to a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExecOptions {
+    /// Its streams.
+    pub streams: ProcessStreams,
+    /// Its control group, as a path in the container's own. Without one it is in that, or in the one of the container's
+    /// first process if the container has made groups of its own.
+    pub cgroup: Option<String>,
+}
+
+impl From<Stdio> for ExecOptions {
+    fn from(stdio: Stdio) -> Self {
+        Self {
+            streams: stdio.into(),
+            cgroup: None,
+        }
+    }
+}
+
 /// A user, as numbers or as names of the container's own databases.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct User {

@@ -45,6 +45,7 @@ mod network;
 mod oci;
 mod out_of_reach;
 mod patience;
+mod plan;
 mod sandbox;
 mod seccomp;
 pub mod settings;
@@ -60,7 +61,8 @@ pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
-    ContainerConfig, Device, ProcessConfig, Rlimit, Stdio, Tmpfs, User, Volume,
+    ContainerConfig, Device, Direction, ExecOptions, ProcessConfig, ProcessStreams, Rlimit, Stdio,
+    Tmpfs, User, Volume,
 };
 pub use error::{Error, ErrorKind};
 pub use koya_image as image;

@@ -8,11 +8,10 @@ use crate::common::{Common, Used};
 use crate::config::SandboxConfig;
 use crate::console::Console;
 use crate::container::Container;
-use crate::container_config::{ContainerConfig, Device, Stdio};
+use crate::container_config::{ContainerConfig, Device};
 use crate::ends::{Ends, Patience};
 use crate::error::LAST_WORDS;
 use crate::network::{Joined, NetworkConfig, Routing};
-use crate::oci::Bundle;
 use crate::patience::{DiskWork, DiskWrites, SILENCE, WRITE_OUT_LIMIT, while_disks_work};
 use crate::size::Limits;
 use crate::streams::Streams;
@@ -145,7 +144,7 @@ impl End {
 
 /// A virtual machine in this process, with the agent as its init. Dropping it stops it.
 pub struct Sandbox {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
     ready_after: Duration,
     limits: Limits,
     clock: Option<Clock>,
@@ -304,15 +303,6 @@ impl Sandbox {
     /// What is wrong with the configuration, or why the guest could not make it.
     pub fn create(&self, id: &str, config: &ContainerConfig) -> Result<Container, Error> {
         Container::create(self.inner.clone(), id, config)
-    }
-
-    /// The same of an OCI bundle: its root file system must be mounted. Mount points and the working
-    /// directory that it lacks are made in it.
-    ///
-    /// # Errors
-    /// What of the configuration can't be had, by name, or why the guest could not make it.
-    pub fn create_oci(&self, id: &str, bundle: &Bundle, stdio: Stdio) -> Result<Container, Error> {
-        Container::create_oci(self.inner.clone(), id, bundle, stdio)
     }
 
     /// What guest and agent use.

@@ -36,6 +36,12 @@ pub const SHARED_VOLUMES: u32 = 1 << 16;
 /// Where in the guest the sandbox's file systems in memory are, by their names.
 pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
 
+/// runc's option of a tmpfs: it begins with a copy of the directory that it covers.
+pub const COPY_UP: &str = "tmpcopyup";
+
+/// Stands in a mount's source for the container's own root, of which the rest is a path: where an earlier mount is.
+pub const OWN_ROOT: &str = "/run/koya/own-root";
+
 /// The virtio-fs tag of the shared directories.
 pub const SHARED_TAG: &str = "koya";
 /// Where the shared directories are mounted in the guest.

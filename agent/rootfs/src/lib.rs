@@ -28,7 +28,7 @@ const RACES: usize = 64;
 pub enum Kind {
     /// An empty file, mode 0644.
     File,
-    /// An empty directory, mode 0755.
+    /// An empty directory, mode 0755, and with the set-group-ID bit of the directory that it is in.
     Directory,
 }
 
@@ -168,7 +168,9 @@ fn make_directory(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
     mkdirat(parent, name, Mode::RWXU)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let made = openat(parent, name, flags, Mode::empty())?;
-    fchmod(&made, Mode::from_raw_mode(0o755))?;
+    // The bit comes with being made there, and would go with a mode without it.
+    let inherited = Mode::from_raw_mode(fstat(&made)?.st_mode) & Mode::SGID;
+    fchmod(&made, Mode::from_raw_mode(0o755) | inherited)?;
     Ok(made)
 }
 
@@ -208,6 +210,22 @@ mod tests {
         assert!(dir.path().join("a/file").is_file() && !dir.path().join("a/x").exists());
         let error = root.make(Path::new("/a/file/x"), Kind::Directory);
         assert_eq!(error.unwrap_err(), Errno::NOTDIR);
+    }
+
+    /// opencontainers/runc 4401.
+    #[test]
+    fn a_directory_has_the_set_group_id_bit_of_the_one_it_is_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        std::fs::create_dir(dir.path().join("set")).unwrap();
+        let set = root.find(Path::new("/set")).unwrap();
+        let set = openat(set, ".", OFlags::DIRECTORY, Mode::empty()).unwrap();
+        fchmod(set, Mode::from_raw_mode(0o7755)).unwrap();
+        let modes = ["/set/a", "/set/a/b", "/plain"].map(|path| {
+            root.make(Path::new(path), Kind::Directory).unwrap();
+            fstat(root.find(Path::new(path)).unwrap()).unwrap().st_mode & 0o7777
+        });
+        assert_eq!(modes, [0o2755, 0o2755, 0o755]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! directory. A connection is one request.
 
 use crate::logging;
+use crate::preserved::Count;
 use crate::state::{Container, Status};
 use anyhow::{Context, Result, bail};
 use koya_tasks::Joins;
@@ -23,6 +24,8 @@ pub(crate) struct Boot {
     pub(crate) is_terminal: bool,
     /// Whether the terminal is this user's own, in the foreground.
     pub(crate) is_own_terminal: bool,
+    /// Further descriptors that came last.
+    pub(crate) preserved: Count,
     /// The container whose virtual machine it joins.
     pub(crate) joins: Option<Joins>,
     pub(crate) log: logging::Config,
@@ -41,6 +44,7 @@ pub(crate) struct Create {
     pub(crate) bundle: PathBuf,
     pub(crate) joins: Joins,
     pub(crate) is_own_terminal: bool,
+    pub(crate) preserved: Count,
 }
 
 /// What a command asks.
@@ -66,6 +70,8 @@ pub(crate) enum Request {
     Exec {
         process: serde_json::Value,
         is_own_terminal: bool,
+        preserved: Count,
+        cgroup: Option<String>,
     },
     Resize(u32, u32),
     Signal(u32),

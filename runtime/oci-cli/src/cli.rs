@@ -149,7 +149,7 @@ pub(crate) struct CreateArgs {
     /// Write the pid to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
-    /// Not supported beyond 0: descriptors can't be passed into a virtual machine
+    /// Leave the process so many descriptors from 3 on: pipes, FIFOs and stream sockets
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
     /// Accepted, without a meaning: the guest's root is its own
@@ -239,10 +239,10 @@ pub(crate) struct ExecArgs {
     /// A capability beside the container's
     #[arg(long, short, value_name = "CAP")]
     pub(crate) cap: Vec<String>,
-    /// Not supported beyond 0: descriptors can't be passed into a virtual machine
+    /// Leave the process so many descriptors from 3 on: pipes, FIFOs and stream sockets
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
-    /// Not supported: a container's control groups are the guest's
+    /// A control group in the container's own
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup: Vec<String>,
     /// Not supported: the process would not come to its start

@@ -3,6 +3,7 @@
 use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
+use crate::preserved::Given;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
 use crate::{Outcome, life, logging, member, program};
 use anyhow::{Context, Result, bail};
@@ -18,7 +19,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outcome {
+pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs, given: &Given) -> Outcome {
     let mut wanted = Wanted::read(root, args)?;
     match (&args.console_socket, wanted.has_terminal()) {
         (None, true) => {
@@ -31,13 +32,13 @@ pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs) -> Outco
     }
     let console = args.console_socket.as_deref().map(console::connect);
     wanted.console = console.transpose()?;
-    make(root, globals, args, wanted)?;
+    make(root, globals, args, wanted, given)?;
     Ok(0)
 }
 
-pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs) -> Outcome {
+pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given) -> Outcome {
     if args.detach {
-        create(root, globals, &args.create)?;
+        create(root, globals, &args.create, given)?;
         let started = life::start(root, &args.create.id);
         if started.is_err() {
             life::delete_by_force(root, &args.create.id)?;
@@ -54,7 +55,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs) -> Outcome {
     let console = wanted.is_own_terminal.then_some(ours);
     // Before there is a thread, so that none takes a signal that is the container's.
     let signals = life::Forwarded::catch()?;
-    let mut child = make(root, globals, &args.create, wanted)?;
+    let mut child = make(root, globals, &args.create, wanted, given)?;
     let ran = attend(root, args, &mut child, signals, console);
     if ran.is_err() || !args.keep {
         life::delete_by_force(root, &args.create.id)?;
@@ -100,12 +101,6 @@ struct Wanted {
 
 impl Wanted {
     fn read(root: &Root, args: &CreateArgs) -> Result<Self> {
-        if args.preserve_fds > 0 {
-            bail!(
-                "--preserve-fds {}: descriptors can't be passed into a virtual machine",
-                args.preserve_fds
-            );
-        }
         state::check_id(&args.id)?;
         let mut spec = Spec::read(&args.bundle)?;
         spec.default_cgroup(&default_cgroup(&args.id));
@@ -138,7 +133,13 @@ pub(crate) fn default_cgroup(id: &str) -> String {
 }
 
 /// Makes a container. The process that stays is this one's child until it ends.
-fn make(root: &Root, globals: &Globals, args: &CreateArgs, wanted: Wanted) -> Result<Child> {
+fn make(
+    root: &Root,
+    globals: &Globals,
+    args: &CreateArgs,
+    wanted: Wanted,
+    given: &Given,
+) -> Result<Child> {
     let Wanted {
         spec,
         joins,
@@ -155,10 +156,11 @@ fn make(root: &Root, globals: &Globals, args: &CreateArgs, wanted: Wanted) -> Re
         bundle,
         is_terminal: console.is_some(),
         is_own_terminal,
+        preserved: given.count,
         joins,
         log: logging::Config::of(globals)?,
     };
-    let made = launch(&boot, console).and_then(|(mut child, stream)| {
+    let made = launch(&boot, console, given).and_then(|(mut child, stream)| {
         let group = spec.cgroup();
         let finished = finish(&boot, args, spec, child.id(), &stream);
         if finished.is_err() {
@@ -178,7 +180,7 @@ fn make(root: &Root, globals: &Globals, args: &CreateArgs, wanted: Wanted) -> Re
 }
 
 /// Starts the process that stays, and sends it what it is to be.
-fn launch(boot: &Boot, console: Option<UnixStream>) -> Result<(Child, UnixStream)> {
+fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let child = Command::new("/proc/self/exe")
         .arg0("koya-runtime")
@@ -190,10 +192,10 @@ fn launch(boot: &Boot, console: Option<UnixStream>) -> Result<(Child, UnixStream
         .context("cannot start the container's process")?;
     let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     match &console {
-        Some(console) => send(&ours, boot, &[console.as_fd()])?,
+        Some(console) => send(&ours, boot, &given.beside(&[console.as_fd()]))?,
         None => {
             let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(&ours, boot, &fds)?;
+            send(&ours, boot, &given.beside(&fds))?;
         }
     }
     Ok((child, ours))

@@ -8,6 +8,7 @@ use crate::ask::{Answer, Asked, Request, hear};
 use crate::cli::ExecArgs;
 use crate::console::{self, Joined, Pty, size, spawn};
 use crate::create::{KILLED, write_pid};
+use crate::preserved::{Count, Given};
 use crate::signal::PASSED;
 use crate::state::{Root, Status};
 use anyhow::{Context, Result, bail};
@@ -21,7 +22,7 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What a stub is told. Beside it: the process's streams, or a console socket's connection.
@@ -31,30 +32,26 @@ struct Stubbed {
     id: String,
     process: Value,
     is_terminal: bool,
+    preserved: Count,
+    cgroup: Option<String>,
 }
 
-pub(crate) fn exec(root: &Root, args: &ExecArgs) -> Outcome {
-    if args.preserve_fds > 0 {
-        bail!(
-            "--preserve-fds {}: descriptors can't be passed into a virtual machine",
-            args.preserve_fds
-        );
-    }
+pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
     if args.ignore_paused {
         bail!(
             "--ignore-paused is not supported: in a paused container no process comes to its start"
         );
     }
-    if let Some(group) = args.cgroup.first() {
-        bail!("--cgroup {group} is not supported: control groups in a container are the guest's");
-    }
+    // Before anything else is done.
+    cgroup_of(args)?;
     let container = root.find(&args.id)?;
     match container.status() {
         Status::Stopped => bail!("cannot exec in a stopped container"),
         Status::Paused => bail!("cannot exec in a paused container"),
         Status::Created | Status::Running => {}
     }
-    let process = process_of(args, &container.stored.bundle)?;
+    let mut process = process_of(args, &container.stored.bundle)?;
+    add_environment(&mut process, given.count);
     let is_terminal = process["terminal"] == true;
     if args.detach && is_terminal != args.console_socket.is_some() {
         bail!(match is_terminal {
@@ -64,13 +61,33 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs) -> Outcome {
     }
     let console = args.console_socket.as_deref().map(console::connect);
     match args.detach {
-        true => detach(root, args, process, console.transpose()?),
-        false => foreground(&container.connect()?, args, &process),
+        true => detach(root, args, process, console.transpose()?, given),
+        false => foreground(&container.connect()?, args, &process, given),
     }
 }
 
+/// The control group that it asks for, in the container's own. Those of a guest are of version 2.
+fn cgroup_of(args: &ExecArgs) -> Result<Option<String>> {
+    let [group] = args.cgroup.as_slice() else {
+        return match args.cgroup.is_empty() {
+            true => Ok(None),
+            false => bail!("--cgroup: a process can be in one control group of version 2"),
+        };
+    };
+    if group.contains(':') {
+        bail!("--cgroup {group}: controllers of version 2 have no groups of their own");
+    }
+    if Path::new(group)
+        .components()
+        .any(|part| part == Component::ParentDir)
+    {
+        bail!("--cgroup {group}: bad sub cgroup path");
+    }
+    Ok(Some(group.clone()))
+}
+
 /// The process that is to run: from a file, or like the container's.
-fn process_of(args: &ExecArgs, bundle: &std::path::Path) -> Result<Value> {
+fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
     if let Some(file) = &args.process {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         let mut process: Value =
@@ -128,6 +145,14 @@ fn process_of(args: &ExecArgs, bundle: &std::path::Path) -> Result<Value> {
     Ok(process)
 }
 
+fn add_environment(process: &mut Value, count: Count) {
+    let added = count.environment().into_iter().map(Value::from);
+    match process["env"].as_array_mut() {
+        Some(all) => all.extend(added),
+        None => process["env"] = added.collect(),
+    }
+}
+
 fn console_size(process: &Value) -> Option<(u64, u64)> {
     let size = &process["consoleSize"];
     Some((size["height"].as_u64()?, size["width"].as_u64()?))
@@ -136,29 +161,32 @@ fn console_size(process: &Value) -> Option<(u64, u64)> {
 /// Asks for a process. The answer comes over the connection.
 fn request(
     stream: &UnixStream,
-    id: &str,
+    args: &ExecArgs,
     process: &Value,
     pty: Option<&Pty>,
     is_own_terminal: bool,
+    given: &Given,
 ) -> Result<()> {
     let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let request = Asked {
-        id: id.into(),
+        id: args.id.clone(),
         request: Request::Exec {
             process: process.clone(),
             is_own_terminal,
+            preserved: given.count,
+            cgroup: cgroup_of(args)?,
         },
     };
     match pty {
-        Some(pty) => send(stream, &request, &[pty.slave.as_fd()]),
+        Some(pty) => send(stream, &request, &given.beside(&[pty.slave.as_fd()])),
         None => {
             let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(stream, &request, &fds)
+            send(stream, &request, &given.beside(&fds))
         }
     }
 }
 
-fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome {
+fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value, given: &Given) -> Outcome {
     let open = || Pty::open(console_size(process));
     let pty = (process["terminal"] == true).then(open).transpose()?;
     if let Some(pty) = pty.as_ref().filter(|_| args.console_socket.is_none()) {
@@ -169,7 +197,7 @@ fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value) -> Outcome 
     }
     let signals = Signals::new(PASSED)?;
     let is_own_terminal = pty.is_some() && args.console_socket.is_none();
-    request(stream, &args.id, process, pty.as_ref(), is_own_terminal)?;
+    request(stream, args, process, pty.as_ref(), is_own_terminal, given)?;
     let mut wire = Wire::new(stream.try_clone()?);
     hear(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
@@ -222,7 +250,13 @@ pub(crate) fn end(wire: &mut Wire) -> u8 {
     }
 }
 
-fn detach(root: &Root, args: &ExecArgs, process: Value, console: Option<UnixStream>) -> Outcome {
+fn detach(
+    root: &Root,
+    args: &ExecArgs,
+    process: Value,
+    console: Option<UnixStream>,
+    given: &Given,
+) -> Outcome {
     let (ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("koya-runtime")
@@ -237,13 +271,15 @@ fn detach(root: &Root, args: &ExecArgs, process: Value, console: Option<UnixStre
         id: args.id.clone(),
         process,
         is_terminal: console.is_some(),
+        preserved: given.count,
+        cgroup: cgroup_of(args)?,
     };
     let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let sent = match &console {
-        Some(console) => send(&ours, &stubbed, &[console.as_fd()]),
+        Some(console) => send(&ours, &stubbed, &given.beside(&[console.as_fd()])),
         None => {
             let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(&ours, &stubbed, &fds)
+            send(&ours, &stubbed, &given.beside(&fds))
         }
     };
     let started = sent
@@ -285,6 +321,8 @@ fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
     let request = container.asked(Request::Exec {
         process: stubbed.process.clone(),
         is_own_terminal: false,
+        preserved: stubbed.preserved,
+        cgroup: stubbed.cgroup.clone(),
     });
     let mut wire = Wire::new(sandbox.try_clone()?);
     let signals = Signals::new(PASSED)?;
@@ -297,9 +335,13 @@ fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
     }
     let pty = Pty::open(console_size(&stubbed.process))?;
     console::control(&pty.slave)?;
-    let to = fds.into_iter().next().context("no console socket came")?;
+    let mut fds = fds.into_iter();
+    let to = fds.next().context("no console socket came")?;
     pty.send_master(&to.into())?;
-    send(&sandbox, &request, &[pty.slave.as_fd()])?;
+    let further: Vec<_> = fds.collect();
+    let mut beside = vec![pty.slave.as_fd()];
+    beside.extend(further.iter().map(AsFd::as_fd));
+    send(&sandbox, &request, &beside)?;
     hear(&mut wire)?;
     pass_on(signals, &sandbox, Some(pty.slave.try_clone()?))?;
     Ok(wire)

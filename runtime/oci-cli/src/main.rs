@@ -15,6 +15,7 @@ mod life;
 mod list;
 mod logging;
 mod member;
+mod preserved;
 mod program;
 mod serve;
 mod signal;
@@ -25,6 +26,7 @@ mod update;
 use anyhow::Context as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use cli::{Cli, Command};
+use preserved::Given;
 use std::io::Write as _;
 use std::process::ExitCode;
 
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
+    let given = Given::take(&cli.command);
     if let Err(error) = logging::start(&cli.globals) {
         writeln!(std::io::stderr(), "{error:#}").ok();
         return ExitCode::from(FAILED);
@@ -70,7 +73,7 @@ fn main() -> ExitCode {
         Command::Exec(_) => EXEC_FAILED,
         _ => FAILED,
     };
-    match carry_out(cli) {
+    match given.and_then(|given| carry_out(cli, &given)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             // The last error in the log is what callers show; without a log they show standard error.
@@ -83,18 +86,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn carry_out(cli: Cli) -> Outcome {
+fn carry_out(cli: Cli, given: &Given) -> Outcome {
     let root = state::Root::of(&cli.globals);
     let words = std::env::args().skip(1).collect::<Vec<_>>();
     log::debug!("koya-runtime {}", words.join(" "));
     match cli.command {
-        Command::Create(args) => create::create(&root, &cli.globals, &args),
-        Command::Run(args) => create::run(&root, &cli.globals, &args),
+        Command::Create(args) => create::create(&root, &cli.globals, &args, given),
+        Command::Run(args) => create::run(&root, &cli.globals, &args, given),
         Command::Start(args) => life::start(&root, &args.id),
         Command::State(args) => list::state(&root, &args.id),
         Command::Kill(args) => life::kill(&root, &args),
         Command::Delete(args) => life::delete(&root, &args),
-        Command::Exec(args) => exec::exec(&root, &args).context("exec failed"),
+        Command::Exec(args) => exec::exec(&root, &args, given).context("exec failed"),
         Command::Ps(args) => list::ps(&root, &args),
         Command::List(args) => list::list(&root, &args),
         Command::Pause(args) => life::pause(&root, &args.id),

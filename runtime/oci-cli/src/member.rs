@@ -124,6 +124,7 @@ fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Re
             bundle: boot.bundle.clone(),
             joins: joins.clone(),
             is_own_terminal: boot.is_own_terminal,
+            preserved: boot.preserved,
         }),
     };
     let mounts = File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
@@ -149,13 +150,13 @@ pub(crate) fn create(
     }
     // What was mounted after this process came to be need not be in its own.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
-    let spec = read_spec(&create.bundle, &id)?;
+    let spec = read_spec(&create.bundle, &id, create.preserved)?;
     tasks.create(CreateTask {
         id: id.clone(),
         bundle: create.bundle,
         spec,
         mounts: Vec::new(),
-        stdio: descriptors(fds, create.is_own_terminal)?,
+        stdio: descriptors(fds, create.is_own_terminal, create.preserved)?,
         joins: Some(create.joins),
         settings: Settings::default(),
     })?;

@@ -7,6 +7,7 @@
 use crate::ask::{Answer, Asked, Boot, Request};
 use crate::console::{self, Pty, spawn};
 use crate::create::default_cgroup;
+use crate::preserved::{self, Count};
 use crate::signal::PASSED;
 use crate::state::{self, Status};
 use crate::{Outcome, events, member};
@@ -121,15 +122,16 @@ pub(crate) fn serve() -> Outcome {
 }
 
 /// A container's configuration, as the process makes the container that has the virtual machine.
-pub(crate) fn read_spec(bundle: &Path, id: &str) -> Result<Spec> {
+pub(crate) fn read_spec(bundle: &Path, id: &str, preserved: Count) -> Result<Spec> {
     let mut spec = Spec::read(bundle)?;
     spec.drop_hooks_of_others();
     spec.default_cgroup(&default_cgroup(id));
+    spec.add_environment(preserved.environment());
     Ok(spec)
 }
 
 fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
-    let spec = read_spec(&boot.bundle, &boot.id)?;
+    let spec = read_spec(&boot.bundle, &boot.id, boot.preserved)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)
@@ -160,7 +162,7 @@ fn enter_and_run(
         bail!("the command that made this ended");
     }
     let (fds, terminal) = streams(boot, &spec, fds)?;
-    let stdio = descriptors(fds, boot.is_own_terminal)?;
+    let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
     let (sender, ended) = channel();
     let config = TaskSetConfig {
         log_console: boot.log.is_debug(),
@@ -224,17 +226,26 @@ pub(crate) fn streams(
     if !boot.is_terminal {
         return Ok((fds, None));
     }
-    let to = fds.into_iter().next().context("no console socket came")?;
+    let mut fds = fds.into_iter();
+    let to = fds.next().context("no console socket came")?;
     let pty = Pty::open(spec.console_size())?;
     console::control(&pty.slave)?;
     pty.send_master(&to.into())?;
     let watched = pty.slave.try_clone()?;
-    Ok((vec![pty.slave], Some(watched)))
+    Ok((
+        std::iter::once(pty.slave).chain(fds).collect(),
+        Some(watched),
+    ))
 }
 
 /// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds the
-/// carriage returns itself, and what is no terminal gets none.
-pub(crate) fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<StdioConfig> {
+/// carriage returns itself, and what is no terminal gets none. Those that the process has, too, come last.
+pub(crate) fn descriptors(
+    mut fds: Vec<OwnedFd>,
+    is_own_terminal: bool,
+    count: Count,
+) -> Result<StdioConfig> {
+    let preserved = preserved::split(&mut fds, count)?;
     let mut fds = fds.into_iter();
     let open = match (fds.next(), fds.next(), fds.next()) {
         (Some(terminal), None, None) => StdioDescriptors {
@@ -243,6 +254,7 @@ pub(crate) fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<St
             stderr: None,
             terminal: true,
             keep_newlines: is_own_terminal,
+            preserved,
         },
         (Some(stdin), stdout @ Some(_), stderr @ Some(_)) => StdioDescriptors {
             stdin: Some(stdin),
@@ -250,6 +262,7 @@ pub(crate) fn descriptors(fds: Vec<OwnedFd>, is_own_terminal: bool) -> Result<St
             stderr,
             terminal: false,
             keep_newlines: false,
+            preserved,
         },
         _ => bail!("the streams did not come"),
     };
@@ -338,9 +351,19 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         Request::Exec {
             process,
             is_own_terminal,
+            preserved,
+            cgroup,
         } => {
-            let stdio = descriptors(fds, is_own_terminal)?;
-            return exec(stream, wire, served, id, process, stdio);
+            let stdio = descriptors(fds, is_own_terminal, preserved)?;
+            let process = serde_json::from_value(process).context("the process is broken")?;
+            let task = ExecTask {
+                id: id.into(),
+                exec_id: format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst)),
+                process,
+                stdio,
+                cgroup,
+            };
+            return exec(stream, wire, served, task);
         }
         Request::Create(create) => {
             return member::create(stream, wire, served, id.to_owned(), create, fds);
@@ -367,22 +390,10 @@ fn tell_ooms(stream: &UnixStream, told: &Told, id: &str) -> Result<Answer> {
 }
 
 /// Runs a process and waits for its end.
-fn exec(
-    stream: &UnixStream,
-    wire: Wire,
-    served: &Arc<Served>,
-    id: &str,
-    process: serde_json::Value,
-    stdio: StdioConfig,
-) -> Result<Answer> {
-    let tasks = &served.tasks;
-    let exec_id = format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst));
-    tasks.exec(ExecTask {
-        id: id.into(),
-        exec_id: exec_id.clone(),
-        process: serde_json::from_value(process).context("the process is broken")?,
-        stdio,
-    })?;
+fn exec(stream: &UnixStream, wire: Wire, served: &Arc<Served>, task: ExecTask) -> Result<Answer> {
+    let (id, exec_id) = (task.id.clone(), task.exec_id.clone());
+    let (tasks, id) = (&served.tasks, id.as_str());
+    tasks.exec(task)?;
     let ran = tasks.start(id, &exec_id).map_err(anyhow::Error::from);
     let exit = ran.and_then(|_| {
         send(stream, &Answer::Started, &[]).ok();

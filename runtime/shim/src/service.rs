@@ -142,6 +142,7 @@ fn exec_of(request: ExecProcessRequest) -> Result<ExecTask, Error> {
             stderr: request.stderr,
             terminal: request.terminal,
         }),
+        cgroup: None,
     })
 }
 

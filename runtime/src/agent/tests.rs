@@ -7,7 +7,7 @@ use koya_protocol::Refused;
 fn what_does_not_fit_into_a_message_is_refused_before_it_is_sent() {
     use crate::test_agent::{Word, agent};
     let agent = agent(|_| Word::Ok);
-    let exec = |len| agent.exec("c", "e", vec![b' '; len], Stdio::default());
+    let exec = |len| agent.exec("c", "e", vec![b' '; len], Stdio::default(), "");
     assert!(exec(MAX_JSON).is_ok());
     let refused = exec(MAX_JSON + 1).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::InvalidConfiguration, "{refused}");

@@ -1,6 +1,6 @@
 //! What an OCI runtime gets of a container: a configuration and a root file system.
 
-use crate::Error;
+use crate::{Container, Error, ProcessStreams, Sandbox};
 use oci_spec::runtime::Spec;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,22 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// What namespaces mean that its configuration names by path.
     pub shared: SharedNamespaces,
+}
+
+impl Sandbox {
+    /// As [`create`](Self::create), of an OCI bundle: its root file system must be mounted. Mount points and the working
+    /// directory that it lacks are made in it.
+    ///
+    /// # Errors
+    /// What of the configuration can't be had, by name, or why the guest could not make it.
+    pub fn create_oci(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        streams: impl Into<ProcessStreams>,
+    ) -> Result<Container, Error> {
+        Container::create_oci(self.inner.clone(), id, bundle, &streams.into())
+    }
 }
 
 /// Whose namespaces a container has where its configuration names them by path: paths are the host's, processes the

@@ -8,13 +8,14 @@
 
 mod bundle;
 mod capabilities;
-mod copy_up;
 mod devices;
 pub(crate) mod from_config;
 mod mounts;
 mod namespaces;
+mod own_root;
 pub(crate) mod process;
 mod shares;
+mod tmpfs;
 
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPids};
@@ -69,8 +70,10 @@ pub(crate) fn adapt(
         shared,
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
+    own_root::adapt(&mut spec, &directory, &rootfs)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
-    copy_up::adapt(&mut spec, root.as_ref().map(|share| share.path.as_path()))?;
+    let rootfs = root.as_ref().map(|share| share.path.as_path());
+    tmpfs::adapt(&mut spec, &directory, rootfs);
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
@@ -136,6 +139,12 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     let linux = spec.linux().as_ref();
     if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
+    }
+    let devices = linux.and_then(|linux| linux.net_devices().as_ref());
+    if devices.is_some_and(|devices| !devices.is_empty()) {
+        let reason =
+            "interfaces become the guest's by the container's network namespace: put them there";
+        return Err(refuse("linux.netDevices", reason));
     }
     namespaces::check(spec)
 }

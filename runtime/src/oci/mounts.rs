@@ -7,7 +7,7 @@ use crate::Error;
 use crate::direct_volume::{self, DirectVolume};
 use crate::ephemeral;
 use koya_protocol::messages::EphemeralVolume;
-use koya_protocol::{SHARED_MEMORY_DIR, VOLUMES_DIR};
+use koya_protocol::{OWN_ROOT, SHARED_MEMORY_DIR, VOLUMES_DIR};
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
@@ -124,6 +124,9 @@ fn adapt_mount(
     }
     let source = source_of(directory, mount)?;
     let mut adapted = mount.clone();
+    if source.starts_with(OWN_ROOT) {
+        return Ok((adapted, Needs::Nothing));
+    }
     // Wherever it goes: a pod's own /dev/shm is often such a volume, with a size.
     if let Some(volume) = ephemeral::behind(&source, number as u32) {
         adapted.set_source(Some(own_place(id, number)));
@@ -157,18 +160,18 @@ fn own_place(id: &str, number: usize) -> PathBuf {
     Path::new(VOLUMES_DIR).join(id).join(number.to_string())
 }
 
-fn has(mount: &Mount, name: &str) -> bool {
+pub(super) fn has(mount: &Mount, name: &str) -> bool {
     let mut options = mount.options().iter().flatten();
     options.any(|option| option == name)
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(super) fn is_bind(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
         || has(mount, "bind")
         || has(mount, "rbind")
 }
 
-fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Error> {
+pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Error> {
     let source = mount.source().as_ref().ok_or_else(|| {
         let destination = mount.destination().display();
         Error::invalid("mounts", format!("{destination}: no source"))

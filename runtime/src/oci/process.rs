@@ -6,7 +6,7 @@ use crate::{Error, ProcessConfig, Stdio};
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
 use std::path::Path;
 
-/// Where programs are looked for in a container whose environment has no PATH.
+/// Where programs are looked for by a process whose environment has no PATH. One of an OCI configuration has none then.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A process of `own`'s container: what it may is as that one's, what it is as this configuration says.
@@ -23,6 +23,9 @@ pub(crate) fn like(
     let is_terminal = matches!(config.stdio, Stdio::Terminal { .. });
     if is_terminal && !has(&env, "TERM=") {
         env.push("TERM=xterm".into());
+    }
+    if !has(&env, "PATH=") {
+        env.push(format!("PATH={DEFAULT_PATH}"));
     }
     set_home(&mut env, || account.home.clone());
     let cwd = config.cwd.as_deref().unwrap_or(Path::new("/"));
@@ -108,9 +111,6 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
     }
     check_words(process)?;
     let mut env = process.env().clone().unwrap_or_default();
-    if !has(&env, "PATH=") {
-        env.push(format!("PATH={DEFAULT_PATH}"));
-    }
     // Without HOME libcontainer would ask the C library, which would load code of the container.
     let uid = process.user().uid().to_string();
     set_home(&mut env, || {

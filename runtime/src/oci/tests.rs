@@ -7,6 +7,7 @@ use crate::{ContainerConfig, ProcessConfig, User, Volume};
 use rustix::fs::FileType;
 use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 fn adapt_it(id: &str, bundle: Bundle) -> Result<Adapted, Error> {
@@ -180,31 +181,106 @@ fn users_of_their_own_get_the_guests_sysfs() {
     assert_eq!(guests["type"], "sysfs");
 }
 
+/// The options of the last of these mounts, whose root file system is made by `make`.
+fn last_options(mounts: Value, make: impl FnOnce(&Path)) -> Vec<String> {
+    let (dir, bundle) = bundle(|spec| spec["mounts"] = mounts);
+    make(&dir.path().join("rootfs"));
+    let adapted = adapt_it("c", bundle).unwrap();
+    let mounts = adapted.spec.mounts().clone().unwrap();
+    mounts.last().unwrap().options().clone().unwrap_or_default()
+}
+
+fn make_with_mode(directory: &Path, mode: u32) {
+    std::fs::create_dir_all(directory).unwrap();
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
 /// podman's `--tmpfs` has it.
 #[test]
-fn a_tmpfs_begins_with_a_copy_only_of_nothing() {
+fn a_tmpfs_begins_with_a_copy_where_there_is_something() {
     let with = |kind: &str, make: &dyn Fn(&Path)| {
-        let (dir, bundle) = bundle(|spec| {
-            spec["mounts"] = json!([{"destination": "/run/x", "type": kind, "source": kind,
-                "options": ["rw", "tmpcopyup"]}]);
-        });
-        make(&dir.path().join("rootfs"));
-        let adapted = adapt_it("c", bundle).map_err(|error| error.to_string())?;
-        let mounts = adapted.spec.mounts().clone().unwrap();
-        Ok::<_, String>(mounts[0].options().clone().unwrap())
+        let options = json!(["rw", "mode=755", "tmpcopyup"]);
+        let mounts =
+            json!([{"destination": "/run/x", "type": kind, "source": kind, "options": options}]);
+        let left = last_options(mounts, make);
+        left.iter().any(|option| option == "tmpcopyup")
     };
-    let make = |root: &Path| std::fs::create_dir_all(root.join("run/x")).unwrap();
-    let fill = |root: &Path| std::fs::create_dir_all(root.join("run/x/y")).unwrap();
-    assert_eq!(with("tmpfs", &|_| ()).unwrap(), ["rw"]);
-    assert_eq!(with("tmpfs", &make).unwrap(), ["rw"]);
-    let refused = with("tmpfs", &fill).unwrap_err();
-    assert!(
-        refused.contains("/run/x: tmpcopyup of a directory with content"),
-        "{refused}"
-    );
+    assert!(!with("tmpfs", &|_| ()));
+    assert!(!with("tmpfs", &|root| make_with_mode(
+        &root.join("run/x"),
+        0o755
+    )));
+    assert!(with("tmpfs", &|root| make_with_mode(
+        &root.join("run/x/y"),
+        0o755
+    )));
     // A link leads nowhere else than within the root.
     let link = |root: &Path| std::os::unix::fs::symlink("/etc", root.join("run")).unwrap();
-    assert_eq!(with("tmpfs", &link).unwrap(), ["rw"]);
+    assert!(!with("tmpfs", &link));
+}
+
+/// opencontainers/runc 4971.
+#[test]
+fn a_tmpfs_has_the_mode_of_what_it_covers() {
+    let tmpfs = |at: &str, options: Value| json!({"destination": at, "type": "tmpfs", "source": "tmpfs", "options": options});
+    let make = |root: &Path| make_with_mode(&root.join("x"), 0o1710);
+    let of = |options: Value| last_options(json!([tmpfs("/x", options)]), make);
+    assert_eq!(of(json!(["ro"])), ["ro", "mode=1710"]);
+    assert_eq!(of(json!(["size=1k,mode=700"])), ["size=1k,mode=700"]);
+    let elsewhere = last_options(json!([tmpfs("/y", json!([]))]), make);
+    assert!(elsewhere.is_empty(), "{elsewhere:?}");
+    // What an earlier mount covers is not covered again.
+    let within = json!([tmpfs("/", json!([])), tmpfs("/x", json!([]))]);
+    assert!(last_options(within, make).is_empty());
+    let bind = json!({"destination": "/b", "source": "rootfs", "options": ["bind"]});
+    let bound = last_options(json!([bind, tmpfs("/b/x", json!([]))]), make);
+    assert_eq!(bound, ["mode=1710"]);
+}
+
+#[test]
+fn what_an_earlier_mount_put_into_the_root_is_the_guests() {
+    let sources = |mounts: &dyn Fn(&str) -> Value| {
+        let (_dir, mut bundle) = bundle(|_| ());
+        let root = bundle.rootfs.to_str().unwrap().to_owned();
+        std::fs::create_dir_all(bundle.rootfs.join("mnt/x")).unwrap();
+        let mounts = serde_json::from_value(mounts(&root)).unwrap();
+        bundle.spec.set_mounts(Some(mounts));
+        let adapted = adapt_it("c", bundle).map_err(|error| error.to_string())?;
+        let mounts = adapted.spec.mounts().iter().flatten();
+        Ok::<_, String>(
+            mounts
+                .map(|mount| {
+                    let source = mount.source().as_ref().unwrap();
+                    let at = mount.destination();
+                    format!("{} at {}", source.display(), at.display())
+                })
+                .collect::<Vec<_>>(),
+        )
+    };
+    let tmpfs = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs"});
+    let of_root = |root: &str, source: &str, options: Value| json!({"source": format!("{root}{source}"), "destination": format!("{root}/final"), "options": options});
+    let guests = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind", "ro"]))]);
+    let own = "/run/koya/own-root/mnt/x at /final";
+    assert_eq!(sources(&guests).unwrap()[1], own);
+    let around = |root: &str| json!([tmpfs, of_root(root, "", json!(["rbind"]))]);
+    assert_eq!(
+        sources(&around).unwrap()[1],
+        "/run/koya/own-root/ at /final"
+    );
+    // What no mount covers is there on the host.
+    let hosts = |root: &str| json!([of_root(root, "/mnt/x", json!(["bind"])), tmpfs]);
+    assert_eq!(
+        sources(&hosts).unwrap()[0],
+        "/run/koya/shared/c.mount0 at /final"
+    );
+    let odd = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind", "noexec"]))]);
+    assert!(sources(&odd).unwrap_err().contains("noexec"));
+    let covered = |root: &str| json!([tmpfs, of_root(root, "/mnt/x", json!(["bind"])), tmpfs]);
+    assert!(
+        sources(&covered)
+            .unwrap_err()
+            .contains("a later mount over it (/mnt)")
+    );
 }
 
 #[test]

@@ -246,7 +246,7 @@ impl TaskSet {
             rootfs: task.rootfs.clone(),
             shared: self.shared_namespaces(task),
         };
-        let (container, streams) = machine.create(&task.id, &bundle, task.init.stdio)?;
+        let (container, streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
         let relay = match task.init.take_io().connect(streams) {
             Ok(relay) => Arc::new(relay),
             Err(error) => {

@@ -9,6 +9,7 @@ use crate::relay::Relay;
 use crate::set::{SIGKILL, Task, TaskSet};
 use crate::stdio::StdioConfig;
 use crate::sync::spawn;
+use koya::ExecOptions;
 use koya::oci_spec::runtime as oci;
 use std::sync::Arc;
 
@@ -22,6 +23,8 @@ pub struct ExecTask {
     pub process: oci::Process,
     /// Where its streams go.
     pub stdio: StdioConfig,
+    /// Its control group, as a path in the container's own (see [`koya::ExecOptions`]).
+    pub cgroup: Option<String>,
 }
 
 /// A process that was added to a task.
@@ -29,6 +32,7 @@ pub(crate) struct Exec {
     pub(crate) id: String,
     pub(crate) process: Process,
     spec: oci::Process,
+    cgroup: Option<String>,
 }
 
 impl TaskSet {
@@ -44,6 +48,7 @@ impl TaskSet {
             id: id.clone(),
             process: Process::new(request.stdio),
             spec: request.process,
+            cgroup: request.cgroup,
         };
         self.change(|state| {
             let missing = || Error::NotFound(format!("container {}", task.id));
@@ -123,7 +128,11 @@ impl TaskSet {
             .open_streams(&exec.id, &self.config.namespace)?;
         let mut spec = exec.spec.clone();
         spec.set_terminal(Some(exec.process.paths.terminal));
-        let (process, streams) = container.exec(&exec.id, &spec, exec.process.stdio)?;
+        let options = ExecOptions {
+            streams: exec.process.wanted.clone(),
+            cgroup: exec.cgroup.clone(),
+        };
+        let (process, streams) = container.exec(&exec.id, &spec, &options)?;
         let relay = exec.process.take_io().connect(streams)?;
         Ok((process, Arc::new(relay)))
     }

@@ -12,8 +12,8 @@ use anyhow::anyhow;
 use koya::oci_spec::runtime as oci;
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
-    Bundle, Container, ContainerStats, HostEnd, Keep, Loopback, NameServer, NetworkConfig, Sandbox,
-    SandboxConfig, Size, Stdio, Step,
+    Bundle, Container, ContainerStats, ExecOptions, HostEnd, Keep, Loopback, NameServer,
+    NetworkConfig, ProcessStreams, Sandbox, SandboxConfig, Size, Step,
 };
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -42,6 +42,7 @@ pub(crate) struct Streams {
     pub(crate) stdin: Option<UnixStream>,
     pub(crate) stdout: Option<UnixStream>,
     pub(crate) stderr: Option<UnixStream>,
+    pub(crate) further: Vec<UnixStream>,
 }
 
 impl Streams {
@@ -50,6 +51,7 @@ impl Streams {
             stdin: process.stdin.take(),
             stdout: process.stdout.take(),
             stderr: process.stderr.take(),
+            further: std::mem::take(&mut process.further),
         }
     }
 }
@@ -60,7 +62,7 @@ pub(crate) trait VirtualMachine: Send + Sync {
         &self,
         id: &str,
         bundle: &Bundle,
-        stdio: Stdio,
+        wanted: &ProcessStreams,
     ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error>;
     fn ended(&self) -> Option<ExitReason>;
     fn wait_ended(&self) -> ExitReason;
@@ -99,7 +101,7 @@ pub(crate) trait GuestContainer: GuestProcess {
         &self,
         name: &str,
         process: &oci::Process,
-        stdio: Stdio,
+        options: &ExecOptions,
     ) -> Result<(Arc<dyn GuestProcess>, Streams), koya::Error>;
     fn remove(&self) -> Result<(), koya::Error>;
 }
@@ -168,9 +170,9 @@ impl GuestContainer for Container {
         &self,
         name: &str,
         process: &oci::Process,
-        stdio: Stdio,
+        options: &ExecOptions,
     ) -> Result<(Arc<dyn GuestProcess>, Streams), koya::Error> {
-        let mut process = self.exec_oci(name, process, stdio)?;
+        let mut process = self.exec_oci(name, process, options.clone())?;
         let streams = Streams::take(&mut process);
         Ok((Arc::new(process), streams))
     }
@@ -192,9 +194,9 @@ impl VirtualMachine for WithGuest {
         &self,
         id: &str,
         bundle: &Bundle,
-        stdio: Stdio,
+        wanted: &ProcessStreams,
     ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error> {
-        let mut container = self.sandbox.create_oci(id, bundle, stdio)?;
+        let mut container = self.sandbox.create_oci(id, bundle, wanted.clone())?;
         let streams = Streams::take(container.process_mut());
         Ok((Arc::new(container), streams))
     }

@@ -5,7 +5,7 @@ use crate::machine::{GuestContainer, GuestProcess};
 use crate::relay::Relay;
 use crate::stdio::{Io, StdioConfig, StdioPaths};
 use crate::sync::{Level, Ordered};
-use koya::Stdio;
+use koya::ProcessStreams;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::sync::watch;
@@ -143,7 +143,7 @@ impl State {
 pub(crate) struct Process {
     pub(crate) paths: StdioPaths,
     /// What the guest is asked for.
-    pub(crate) stdio: Stdio,
+    pub(crate) wanted: ProcessStreams,
     state: Ordered<State>,
     exit: watch::Sender<Option<Exit>>,
 }
@@ -152,7 +152,7 @@ impl Process {
     pub(crate) fn new(stdio: StdioConfig) -> Self {
         Self {
             paths: stdio.paths(),
-            stdio: stdio.guest(),
+            wanted: stdio.wanted(),
             state: Ordered::new(
                 Level::Process,
                 State {

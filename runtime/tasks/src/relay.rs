@@ -5,14 +5,16 @@
 
 use crate::logger::Logger;
 use crate::machine::Streams;
+use crate::preserved::{self, Preserved};
 use crate::stdio::{Io, Output};
 use crate::sync::{Guard, Level, Ordered, spawn};
 use anyhow::Result;
+use koya::Direction;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -131,7 +133,17 @@ impl Io {
             (true, Some(stream)) => (Some(stream.try_clone()?), Some(stream), None),
             (_, stdin) => (stdin, streams.stdout, streams.stderr),
         };
-        for (from, output) in [(stdout, self.stdout), (stderr, self.stderr)] {
+        let mut outputs = vec![(stdout, self.stdout), (stderr, self.stderr)];
+        let mut inputs = Vec::new();
+        for (preserved, stream) in self.preserved.into_iter().zip(streams.further) {
+            if preserved.direction != Direction::Output {
+                inputs.push((preserved.file.try_clone()?, stream.try_clone()?));
+            }
+            if preserved.direction != Direction::Input {
+                outputs.push((Some(stream), Some(Output::Preserved(preserved))));
+            }
+        }
+        for (from, output) in outputs {
             let Some(from) = from else { continue };
             let source = Source {
                 guest: from.try_clone()?,
@@ -152,9 +164,15 @@ impl Io {
         }
         if let (Some(input), Some(to_guest)) = (self.stdin, to_guest) {
             shared.change(|state| state.keep = input.keep);
-            let terminal = self.terminal;
+            let (terminal, stopped) = (self.terminal, stopped.try_clone()?);
             spawn("koya-in", move || {
                 relay_input(input.from, to_guest, &stopped, terminal);
+            })?;
+        }
+        for (from, to_guest) in inputs {
+            let stopped = stopped.try_clone()?;
+            spawn("koya-in", move || {
+                relay_input(from, to_guest, &stopped, false);
             })?;
         }
         Ok(Relay(shared))
@@ -209,9 +227,10 @@ impl Relay {
 /// it, it is read all the same: the process must not wait.
 fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shared: &Shared) {
     let mut buffer = vec![0; BUFFER];
-    let mut writer = match &output {
-        Some(Output::Fifo(file, _) | Output::Open(file)) => Some(file),
-        None => None,
+    let (writer, is_needed) = match &output {
+        Some(Output::Fifo(file, _) | Output::Open(file)) => (Some(file), false),
+        Some(Output::Preserved(Preserved { file, .. })) => (Some(file), true),
+        None => (None, false),
     };
     loop {
         shared.change(|state| state.got(index, 0));
@@ -219,21 +238,32 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
             Ok(0) => break,
             Ok(count) => {
                 shared.lock().got(index, count);
-                // A process whose output can't be kept goes on all the same.
-                if let Some(writer) = &mut writer
-                    && writer.write_all(&buffer[..count]).is_ok()
-                {
-                    shared.change(|state| state.progress += 1);
+                let Some(writer) = writer else { continue };
+                match preserved::write_all(writer, &buffer[..count]) {
+                    Ok(()) => shared.change(|state| state.progress += 1),
+                    Err(_) if is_needed => {
+                        from.shutdown(Shutdown::Both).ok();
+                        break;
+                    }
+                    // A process whose standard output can't be kept goes on all the same.
+                    Err(_) => {}
                 }
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => break,
         }
     }
     shared.change(|state| state.reading -= 1);
-    if let Some(Output::Fifo(writer, reader)) = output {
-        drop(reader);
-        wait_until_read(&writer, shared);
+    match output {
+        Some(Output::Fifo(writer, reader)) => {
+            drop(reader);
+            wait_until_read(&writer, shared);
+        }
+        // The other direction of a socket may go on.
+        Some(Output::Preserved(preserved)) if preserved.direction == Direction::Both => {
+            rustix::net::shutdown(&preserved.file, rustix::net::Shutdown::Write).ok();
+        }
+        Some(Output::Open(_) | Output::Preserved(_)) | None => {}
     }
 }
 
@@ -281,7 +311,8 @@ fn relay_input(mut from: File, mut to: UnixStream, stop: &UnixStream, terminal: 
                     return;
                 }
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             Err(_) => break,
         }
     }
@@ -333,7 +364,7 @@ mod tests {
         std::thread::spawn(move || guest.write_all(&[7; 200_000]));
         let waiting = match &output {
             Output::Fifo(writer, _) => writer.try_clone().unwrap(),
-            Output::Open(_) => panic!("not a FIFO"),
+            _ => panic!("not a FIFO"),
         };
         relay_output(host, 0, Some(output), &reading_one());
         assert_eq!(rustix::io::ioctl_fionread(&waiting).unwrap(), 0);
@@ -394,6 +425,48 @@ mod tests {
             fs::read(dir.path().join("sub/log")).unwrap(),
             b"line\nline\n"
         );
+    }
+
+    #[test]
+    fn preserved_descriptors_are_passed_on_both_ways_and_their_ends_are_heard_of() {
+        let ((inputs, mut feed), (mut results, outputs)) =
+            (std::io::pipe().unwrap(), std::io::pipe().unwrap());
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let fds: [OwnedFd; 3] = [inputs.into(), outputs.into(), socket.into()];
+        let preserved = fds.into_iter().map(|fd| Preserved::new(3, fd).unwrap());
+        let io = Io {
+            preserved: preserved.collect(),
+            ..Io::default()
+        };
+        let (mut guest, host): (Vec<_>, Vec<_>) =
+            (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
+        let streams = Streams {
+            further: host,
+            ..Streams::default()
+        };
+        let relay = io.connect(streams).unwrap();
+        let mut text = [0; 4];
+        feed.write_all(b"into").unwrap();
+        guest[0].read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"into");
+        drop(feed);
+        assert_eq!(guest[0].read(&mut text).unwrap(), 0);
+        guest[1].write_all(b"from").unwrap();
+        results.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"from");
+        // The reader goes, and the guest hears of it.
+        drop(results);
+        guest[1].write_all(b"more").unwrap();
+        assert_eq!(guest[1].read(&mut text).unwrap(), 0);
+        peer.write_all(b"this").unwrap();
+        guest[2].read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"this");
+        guest[2].write_all(b"that").unwrap();
+        guest[2].shutdown(Shutdown::Write).unwrap();
+        peer.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"that");
+        assert_eq!(peer.read(&mut text).unwrap(), 0);
+        relay.finish();
     }
 
     fn connected(output: std::io::PipeWriter) -> (UnixStream, Relay) {

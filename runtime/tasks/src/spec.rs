@@ -81,6 +81,17 @@ impl Spec {
         Network::of(&self.0)
     }
 
+    /// Adds variables to the environment of its process.
+    pub fn add_environment(&mut self, added: Vec<String>) {
+        if let Some(process) = self.0.process_mut()
+            && !added.is_empty()
+        {
+            let mut all = process.env().clone().unwrap_or_default();
+            all.extend(added);
+            process.set_env(Some(all));
+        }
+    }
+
     /// Has the calling thread, the only one of its process, enter the namespaces of the container's sandbox: a
     /// mount namespace of its own, and its network namespace.
     ///

@@ -6,8 +6,9 @@
 //! a broken pipe.
 
 use crate::logger::{self, Logger};
+use crate::preserved::Preserved;
 use anyhow::{Context, Result, bail};
-use koya::Stdio;
+use koya::{ProcessStreams, Stdio};
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::Errno;
 use rustix::termios::tcgetwinsize;
@@ -63,6 +64,8 @@ pub struct StdioDescriptors {
     pub terminal: bool,
     /// Whether that prints newlines as they are, not as CR LF.
     pub keep_newlines: bool,
+    /// The process's descriptors from 3 on.
+    pub preserved: Vec<Preserved>,
 }
 
 impl StdioConfig {
@@ -78,7 +81,18 @@ impl StdioConfig {
     }
 
     /// What the guest is asked for.
-    pub(crate) fn guest(&self) -> Stdio {
+    pub(crate) fn wanted(&self) -> ProcessStreams {
+        let preserved = match self {
+            Self::Paths(_) => &[][..],
+            Self::Descriptors(open) => &open.preserved,
+        };
+        ProcessStreams {
+            stdio: self.guest(),
+            further: preserved.iter().map(|one| one.direction).collect(),
+        }
+    }
+
+    fn guest(&self) -> Stdio {
         let (terminal, input, output) = match self {
             Self::Paths(paths) => (
                 paths.terminal,
@@ -131,6 +145,7 @@ impl StdioConfig {
                 stderr: open.stderr.map(|stderr| Output::Open(stderr.into())),
                 logger: None,
                 terminal: open.terminal,
+                preserved: open.preserved,
             }),
         }
     }
@@ -168,12 +183,15 @@ pub(crate) struct Io {
     pub(crate) stderr: Option<Output>,
     pub(crate) logger: Option<Logger>,
     pub(crate) terminal: bool,
+    pub(crate) preserved: Vec<Preserved>,
 }
 
 pub(crate) enum Output {
     /// A FIFO, and our own reading end.
     Fifo(File, OwnedFd),
     Open(File),
+    /// One of the caller's descriptors. It is not read without it: the process is to hear of its end.
+    Preserved(Preserved),
 }
 
 impl Output {

@@ -17,8 +17,9 @@ use std::os::unix::net::UnixStream;
 /// The longest line, in bytes: an exec's arguments and environment, of which the guest's kernel takes 2 MiB. JSON
 /// has more bytes for some.
 const MAX_LINE: usize = 4 << 20;
-/// How many descriptors a line may bring: a process's three streams, and a mount namespace.
-const MAX_FDS: usize = 4;
+/// How many descriptors a line may bring: a process's three streams, a mount namespace, and those of the caller's that
+/// the process has, too.
+const MAX_FDS: usize = 4 + 64;
 
 /// The receiving side of a connection.
 pub struct Wire {

@@ -23,6 +23,8 @@ mod life;
 mod memory;
 mod network;
 mod oci;
+mod oci_descriptors;
+mod oci_mounts;
 mod pod;
 mod pod_files;
 mod podman;
@@ -65,6 +67,8 @@ fn main() -> ExitCode {
         memory::trials(),
         network::trials(),
         oci::trials(),
+        oci_descriptors::trials(),
+        oci_mounts::trials(),
         pod_files::trials(),
         podman::trials(),
         surroundings::trials(),

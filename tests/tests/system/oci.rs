@@ -19,12 +19,13 @@ crate::trials!(
     hooks_run_on_the_host,
     what_uses_it_is_asked_and_changed,
     a_terminal_is_sent_to_the_console_socket,
+    an_exec_may_join_a_control_group_of_the_containers,
 );
 
 /// A runtime with a `--root` of its own.
-struct Runtime {
+pub(crate) struct Runtime {
     program: &'static str,
-    root: PathBuf,
+    pub(crate) root: PathBuf,
 }
 
 impl Runtime {
@@ -33,7 +34,7 @@ impl Runtime {
         Ok(Self { program, root })
     }
 
-    fn koya() -> Result<Self> {
+    pub(crate) fn koya() -> Result<Self> {
         Self::new("koya-runtime")
     }
 
@@ -45,7 +46,7 @@ impl Runtime {
     }
 
     /// With standard output and error in files: what stays has them as long as it lives.
-    fn call(&self, words: &[&str]) -> Result<Output> {
+    pub(crate) fn call(&self, words: &[&str]) -> Result<Output> {
         let dir = scratch("oci-out")?;
         let (out, err) = (dir.join("out"), dir.join("err"));
         let mut command = self.command(words);
@@ -58,7 +59,7 @@ impl Runtime {
         })
     }
 
-    fn ok(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn ok(&self, words: &[&str]) -> Result<String> {
         stdout(self.call(words)?).with_context(|| format!("{words:?}"))
     }
 
@@ -73,7 +74,7 @@ impl Runtime {
 }
 
 /// A bundle that runs a shell script, after `change`.
-fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
+pub(crate) fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
     let dir = scratch("oci-bundle")?;
     busybox(&dir.join("rootfs"))?;
     let made = Command::new("koya-runtime")
@@ -90,7 +91,7 @@ fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
     Ok(dir)
 }
 
-fn text(path: &Path) -> Result<&str> {
+pub(crate) fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path in UTF-8")
 }
 
@@ -482,5 +483,46 @@ fn a_terminal_is_sent_to_the_console_socket() -> Result<()> {
         said.contains("33 99\n") && said.contains("got words\n"),
         "{said:?}"
     );
+    Ok(())
+}
+
+fn an_exec_may_join_a_control_group_of_the_containers() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("exec sleep 1000", |config| {
+        for mount in config["mounts"].as_array_mut().into_iter().flatten() {
+            if mount["destination"] == "/sys/fs/cgroup"
+                && let Some(options) = mount["options"].as_array_mut()
+            {
+                options.retain(|option| option != "ro");
+            }
+        }
+    })?;
+    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "g"])?;
+    runtime.ok(&["exec", "g", "mkdir", "/sys/fs/cgroup/sub"])?;
+    let group = |words: &[&str]| {
+        let whole = [&["exec"], words, &["g", "cat", "/proc/self/cgroup"]].concat();
+        runtime.call(&whole)
+    };
+    for (words, expected) in [
+        (&[][..], "0::/"),
+        (&["--cgroup", "/"], "0::/"),
+        (&["--cgroup", "sub"], "0::/sub"),
+    ] {
+        let said = stdout(group(words)?)?;
+        ensure!(said == expected, "{words:?}: {said}");
+    }
+    for (path, expected) in [
+        ("none", "cgroup none: No such file"),
+        ("../..", "bad sub cgroup path"),
+        ("cpu:sub", "have no groups of their own"),
+    ] {
+        let refused = group(&["--cgroup", path])?;
+        let said = String::from_utf8_lossy(&refused.stderr);
+        ensure!(
+            refused.status.code() == Some(255) && said.contains(expected),
+            "{path}: {said}"
+        );
+    }
+    runtime.ok(&["delete", "--force", "g"])?;
     Ok(())
 }

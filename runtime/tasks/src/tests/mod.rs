@@ -16,7 +16,7 @@ use crate::stdio::StdioConfig;
 use crate::sync::spawn;
 use koya::oci_spec::runtime as oci;
 use koya::vmm::ExitReason;
-use koya::{Bundle, ContainerStats, Settings, Size, Stdio, Step};
+use koya::{Bundle, ContainerStats, ExecOptions, ProcessStreams, Settings, Size, Step};
 use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, channel};
@@ -150,7 +150,7 @@ impl VirtualMachine for FakeMachine {
         &self,
         id: &str,
         _: &Bundle,
-        _: Stdio,
+        _: &ProcessStreams,
     ) -> Result<(Arc<dyn GuestContainer>, Streams), koya::Error> {
         let container = FakeProcess(self.0.clone(), id.into());
         container.ask("create")?;
@@ -276,7 +276,7 @@ impl GuestContainer for FakeProcess {
         &self,
         name: &str,
         _: &oci::Process,
-        _: Stdio,
+        _: &ExecOptions,
     ) -> Result<(Arc<dyn GuestProcess>, Streams), koya::Error> {
         let process = Self(self.0.clone(), format!("{}/{name}", self.1));
         process.ask("exec")?;
@@ -403,6 +403,7 @@ impl Rig {
             exec_id: exec_id.into(),
             process: oci::Process::default(),
             stdio: StdioConfig::default(),
+            cgroup: None,
         })
     }
 

@@ -1,0 +1,149 @@
+//! The caller's descriptors that a process is to have from 3 on: `--preserve-fds`, and those that systemd activates a
+//! service by (sd_listen_fds(3)), which come first.
+
+use crate::cli::Command;
+use anyhow::{Context, Result, bail};
+use koya_tasks::Preserved;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// The first one.
+const FIRST: usize = 3;
+/// More than any caller is known to pass; a message has room for some more.
+const MOST: usize = 64;
+
+/// How many they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Count {
+    pub(crate) all: usize,
+    /// Those by which systemd activates.
+    activated: usize,
+}
+
+impl Count {
+    fn of(command: &Command, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let wanted = match command {
+            Command::Create(args) => args.preserve_fds,
+            Command::Run(args) => args.create.preserve_fds,
+            Command::Exec(args) => args.preserve_fds,
+            _ => return Ok(Self::default()),
+        };
+        let number = |name: &str| variable(name)?.parse::<u32>().ok();
+        let is_ours = number("LISTEN_PID") == Some(std::process::id());
+        let activated = number("LISTEN_FDS").filter(|_| is_ours).unwrap_or(0);
+        let all = wanted as usize + activated as usize;
+        if all > MOST {
+            bail!("--preserve-fds {wanted}: a process can have no more than {MOST} of them");
+        }
+        Ok(Self {
+            all,
+            activated: activated as usize,
+        })
+    }
+
+    /// What a process that is activated knows of them, as runc says it.
+    pub(crate) fn environment(self) -> Vec<String> {
+        match self.activated {
+            0 => Vec::new(),
+            count => vec![format!("LISTEN_FDS={count}"), "LISTEN_PID=1".into()],
+        }
+    }
+}
+
+/// What a command was given.
+#[derive(Debug, Default)]
+pub(crate) struct Given {
+    pub(crate) count: Count,
+    fds: Vec<OwnedFd>,
+}
+
+impl Given {
+    /// Takes them, before anything is opened that could have their numbers.
+    ///
+    /// # Errors
+    /// Which is not open, or can't be passed on.
+    pub(crate) fn take(command: &Command) -> Result<Self> {
+        let count = Count::of(command, |name| std::env::var(name).ok())?;
+        if count.all == 0 {
+            return Ok(Self::default());
+        }
+        let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+        let not_open = own.as_raw_fd();
+        let mut fds = Vec::new();
+        for number in FIRST..FIRST + count.all {
+            let number = number as i32;
+            let taken = match number == not_open {
+                true => Err(rustix::io::Errno::BADF),
+                false => pidfd_getfd(&own, number, PidfdGetfdFlags::empty()),
+            };
+            let fd = taken.with_context(|| format!("descriptor {number} to preserve"))?;
+            // It is taken again where it goes.
+            Preserved::new(number as usize, fd.try_clone()?)?;
+            fds.push(fd);
+        }
+        Ok(Self { count, fds })
+    }
+
+    /// These, and then those.
+    pub(crate) fn beside<'a>(&'a self, streams: &[BorrowedFd<'a>]) -> Vec<BorrowedFd<'a>> {
+        let own = self.fds.iter().map(AsFd::as_fd);
+        streams.iter().copied().chain(own).collect()
+    }
+}
+
+/// Takes those that came after others.
+///
+/// # Errors
+/// If they did not all come.
+pub(crate) fn split(fds: &mut Vec<OwnedFd>, count: Count) -> Result<Vec<Preserved>> {
+    let streams = fds.len().checked_sub(count.all);
+    let own = fds.split_off(streams.context("not all descriptors came")?);
+    let numbered = own.into_iter().enumerate();
+    numbered
+        .map(|(index, fd)| Preserved::new(FIRST + index, fd))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+
+    fn count(line: &str, environment: &[(&str, u32)]) -> Result<Count> {
+        let words = std::iter::once("koya-runtime").chain(line.split_whitespace());
+        let cli = Cli::read(words.map(Into::into)).unwrap();
+        Count::of(&cli.command, |name| {
+            let found = environment.iter().find(|(known, _)| *known == name);
+            found.map(|(_, value)| value.to_string())
+        })
+    }
+
+    #[test]
+    fn those_of_systemd_are_counted_where_they_are_ours() {
+        let own = std::process::id();
+        let of =
+            |line: &str, pid: u32| count(line, &[("LISTEN_FDS", 2), ("LISTEN_PID", pid)]).unwrap();
+        let both = of("run --preserve-fds 3 c", own);
+        assert_eq!((both.all, both.activated), (5, 2));
+        assert_eq!(both.environment(), ["LISTEN_FDS=2", "LISTEN_PID=1"]);
+        let others = of("exec --preserve-fds 3 c true", own + 1);
+        assert_eq!((others.all, others.activated), (3, 0));
+        assert!(others.environment().is_empty());
+        assert_eq!(of("state c", own).all, 0);
+        assert!(count("create --preserve-fds 65 c", &[]).is_err());
+    }
+
+    #[test]
+    fn those_that_come_last_are_taken() {
+        let pipe = || OwnedFd::from(std::io::pipe().unwrap().0);
+        let count = Count {
+            all: 2,
+            activated: 0,
+        };
+        let mut fds = vec![pipe(), pipe(), pipe()];
+        assert_eq!(split(&mut fds, count).unwrap().len(), 2);
+        assert_eq!(fds.len(), 1);
+        assert!(split(&mut fds, count).is_err());
+    }
+}

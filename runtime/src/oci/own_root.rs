@@ -1,0 +1,82 @@
+//! Mounts within a container's root, as runc has them: a destination may be said with the path of the root before it, and
+//! a source that lies in the root is what the mounts before it have put there.
+
+use super::mounts::{has, is_bind, source_of};
+use super::refuse;
+use crate::Error;
+use koya_protocol::OWN_ROOT;
+use oci_spec::runtime::{Mount, Spec};
+use std::path::{Path, PathBuf};
+
+/// What the agent can do to such a mount.
+const OPTIONS: &[&str] = &[
+    "bind", "rbind", "ro", "rw", "private", "rprivate", "defaults",
+];
+
+/// Has destinations begin at the root, and marks the sources that only the guest has. `directory` is that of the bundle.
+///
+/// # Errors
+/// What can't be had of such a mount.
+pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: &Path) -> Result<(), Error> {
+    // A user who names a path means that one; an engine's bundle has conventions.
+    let is_literal = directory.as_os_str().is_empty();
+    let Some(mut mounts) = spec.mounts().clone() else {
+        return Ok(());
+    };
+    if is_literal || rootfs == Path::new("/") {
+        return Ok(());
+    }
+    for mount in &mut mounts {
+        if let Some(within) = within(mount.destination(), rootfs) {
+            mount.set_destination(within);
+        }
+    }
+    for index in 0..mounts.len() {
+        let (earlier, later) = mounts.split_at_mut(index);
+        let Some((mount, later)) = later.split_first_mut() else {
+            break;
+        };
+        if !is_bind(mount) {
+            continue;
+        }
+        let Some(source) = within(&source_of(directory, mount)?, rootfs) else {
+            continue;
+        };
+        let concerns = |other: &Mount| {
+            let at = other.destination();
+            source.starts_with(at) || (has(mount, "rbind") && at.starts_with(&source))
+        };
+        if !earlier.iter().any(concerns) {
+            continue;
+        }
+        check(mount, &source, later)?;
+        let rest = source.strip_prefix("/").unwrap_or(&source);
+        mount.set_source(Some(Path::new(OWN_ROOT).join(rest)));
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(())
+}
+
+fn within(path: &Path, rootfs: &Path) -> Option<PathBuf> {
+    let rest = path.strip_prefix(rootfs).ok()?;
+    Some(Path::new("/").join(rest))
+}
+
+/// It is mounted after all others.
+fn check(mount: &Mount, source: &Path, later: &[Mount]) -> Result<(), Error> {
+    let place = mount.destination().display();
+    let refused = |what: String| {
+        let reason = format!("{place}: {what} where the source is in the container's own root");
+        Err(refuse("mounts", reason))
+    };
+    let mut options = mount.options().iter().flatten();
+    if let Some(other) = options.find(|option| !OPTIONS.contains(&option.as_str())) {
+        return refused(format!("the option {other} is not supported"));
+    }
+    let covers = |later: &&Mount| source.starts_with(later.destination());
+    if let Some(later) = later.iter().find(covers) {
+        let over = later.destination().display();
+        return refused(format!("a later mount over it ({over}) is not supported"));
+    }
+    Ok(())
+}

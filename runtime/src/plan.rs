@@ -1,0 +1,116 @@
+//! The streams of a process, between the request for it and its answer.
+
+use crate::Error;
+use crate::container::Process;
+use crate::container_config::{Direction, ProcessStreams, Stdio};
+use crate::sandbox::Inner;
+use crate::streams::Expected;
+use koya_protocol::messages;
+use std::io;
+use std::sync::Arc;
+
+/// The streams of a process that is about to be made.
+pub(crate) struct Plan {
+    message: messages::Stdio,
+    stdin: Option<Expected>,
+    stdout: Option<Expected>,
+    stderr: Option<Expected>,
+    further: Vec<Expected>,
+}
+
+impl Plan {
+    /// # Errors
+    /// If the host has no random numbers.
+    pub(crate) fn new(inner: &Inner, streams: &ProcessStreams) -> Result<Self, Error> {
+        let stdio = streams.stdio;
+        let expect = || {
+            inner
+                .streams
+                .expect()
+                .map(Some)
+                .map_err(Error::host("make a token"))
+        };
+        let (stdin, stdout, stderr) = match stdio {
+            Stdio::Null => (None, None, None),
+            Stdio::Output => (None, expect()?, expect()?),
+            Stdio::Pipes => (expect()?, expect()?, expect()?),
+            Stdio::Terminal { .. } => (expect()?, None, None),
+        };
+        let token = |e: &Option<Expected>| e.as_ref().map(|e| e.token.clone()).unwrap_or_default();
+        let mut message = messages::Stdio::new();
+        if let Stdio::Terminal {
+            rows,
+            columns,
+            keep_newlines,
+        } = stdio
+        {
+            message.terminal = true;
+            (message.rows, message.columns) = (rows.into(), columns.into());
+            message.keep_newlines = keep_newlines;
+        }
+        let mut further = Vec::new();
+        for direction in &streams.further {
+            let expected = inner.streams.expect();
+            let expected = expected.map_err(Error::host("make a token"))?;
+            message.further.push(messages::FurtherStream {
+                direction: way(*direction).into(),
+                token: expected.token.clone(),
+                ..Default::default()
+            });
+            further.push(expected);
+        }
+        Ok(Self {
+            message: messages::Stdio {
+                stdin: token(&stdin),
+                stdout: token(&stdout),
+                stderr: token(&stderr),
+                ..message
+            },
+            stdin,
+            stdout,
+            stderr,
+            further,
+        })
+    }
+
+    /// What the agent is asked for.
+    pub(crate) fn message(&self) -> messages::Stdio {
+        self.message.clone()
+    }
+
+    /// The process with its streams, once the agent has answered.
+    ///
+    /// # Errors
+    /// Which stream did not come.
+    pub(crate) fn finish(
+        self,
+        inner: Arc<Inner>,
+        container: &str,
+        exec: &str,
+    ) -> Result<Process, Error> {
+        let take = |expected: Option<Expected>| {
+            expected
+                .map(Expected::take)
+                .transpose()
+                .map_err(Error::host("connect a standard stream"))
+        };
+        let further: io::Result<_> = self.further.into_iter().map(Expected::take).collect();
+        Ok(Process {
+            inner,
+            container: container.into(),
+            exec: exec.into(),
+            stdin: take(self.stdin)?,
+            stdout: take(self.stdout)?,
+            stderr: take(self.stderr)?,
+            further: further.map_err(Error::host("connect a stream"))?,
+        })
+    }
+}
+
+fn way(direction: Direction) -> messages::further_stream::Direction {
+    match direction {
+        Direction::Input => messages::further_stream::Direction::INPUT,
+        Direction::Output => messages::further_stream::Direction::OUTPUT,
+        Direction::Both => messages::further_stream::Direction::BOTH,
+    }
+}

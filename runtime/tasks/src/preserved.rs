@@ -1,0 +1,129 @@
+//! Descriptors of the caller's that a process has as its own from 3 on (`--preserve-fds`). Descriptors don't pass into
+//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe
+//! or a FIFO, and a socket for a stream socket.
+
+use anyhow::{Context, Result, bail};
+use koya::Direction;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::Errno;
+use rustix::net::{SocketType, sockopt};
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::os::fd::OwnedFd;
+
+/// One of them.
+#[derive(Debug)]
+pub struct Preserved {
+    pub(crate) direction: Direction,
+    pub(crate) file: File,
+}
+
+impl Preserved {
+    /// Takes the caller's descriptor of this number.
+    ///
+    /// # Errors
+    /// If it can't be passed on.
+    pub fn new(number: usize, fd: OwnedFd) -> Result<Self> {
+        let direction = direction_of(&fd).with_context(|| {
+            format!("descriptor {number} can't be passed into a virtual machine")
+        })?;
+        let file = fd.into();
+        Ok(Self { direction, file })
+    }
+}
+
+fn direction_of(fd: &OwnedFd) -> Result<Direction> {
+    match FileType::from_raw_mode(fstat(fd)?.st_mode) {
+        FileType::Fifo => match fcntl_getfl(fd)? & OFlags::RWMODE {
+            OFlags::RDONLY => Ok(Direction::Input),
+            OFlags::WRONLY => Ok(Direction::Output),
+            _ => bail!("it is a FIFO that is open both ways"),
+        },
+        FileType::Socket if sockopt::socket_type(fd)? != SocketType::STREAM => {
+            bail!("it is a socket, but no stream")
+        }
+        FileType::Socket if sockopt::socket_acceptconn(fd)? => {
+            bail!("it is a socket that listens")
+        }
+        FileType::Socket => Ok(Direction::Both),
+        FileType::RegularFile => bail!("it is a regular file"),
+        FileType::Directory => bail!("it is a directory"),
+        FileType::CharacterDevice | FileType::BlockDevice => bail!("it is a device"),
+        _ => bail!("it is no pipe, FIFO or stream socket"),
+    }
+}
+
+/// Writes all of it, also to one that does not wait by itself.
+///
+/// # Errors
+/// If nobody reads it any more.
+pub(crate) fn write_all(mut file: &File, mut bytes: &[u8]) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                match poll(&mut [PollFd::new(file, PollFlags::OUT)], None) {
+                    Err(Errno::INTR) | Ok(_) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, UdpSocket};
+    use std::os::unix::net::UnixStream;
+
+    fn of(fd: impl Into<OwnedFd>) -> Result<Direction, String> {
+        let preserved = Preserved::new(5, fd.into());
+        preserved
+            .map(|preserved| preserved.direction)
+            .map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn what_can_be_passed_on_is_told_from_what_cannot() {
+        let (read, write) = std::io::pipe().unwrap();
+        assert_eq!(of(read), Ok(Direction::Input));
+        assert_eq!(of(write), Ok(Direction::Output));
+        assert_eq!(of(UnixStream::pair().unwrap().0), Ok(Direction::Both));
+        let others: [(OwnedFd, &str); 5] = [
+            (tempfile::tempfile().unwrap().into(), "a regular file"),
+            (File::open("/").unwrap().into(), "a directory"),
+            (File::open("/dev/null").unwrap().into(), "a device"),
+            (TcpListener::bind("127.0.0.1:0").unwrap().into(), "listens"),
+            (UdpSocket::bind("127.0.0.1:0").unwrap().into(), "no stream"),
+        ];
+        for (fd, what) in others {
+            let refused = of(fd).unwrap_err();
+            assert!(
+                refused.starts_with("descriptor 5 can't be passed"),
+                "{refused}"
+            );
+            assert!(refused.contains(what), "{refused}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_wait_by_itself_is_waited_for() {
+        let (mut reader, writer) = UnixStream::pair().unwrap();
+        writer.set_nonblocking(true).unwrap();
+        let file = File::from(OwnedFd::from(writer));
+        let reading = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            std::io::Read::read_to_end(&mut reader, &mut all).unwrap();
+            all.len()
+        });
+        write_all(&file, &vec![7; 4 << 20]).unwrap();
+        drop(file);
+        assert_eq!(reading.join().unwrap(), 4 << 20);
+    }
+}

@@ -1,0 +1,104 @@
+//! `--preserve-fds`: descriptors of the caller's that a container's processes have.
+
+use crate::oci::{Runtime, bundle, text};
+use crate::tool::feed;
+use anyhow::{Context, Result, ensure};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+
+crate::trials!(
+    pipes_and_sockets_are_preserved,
+    descriptors_that_cannot_be_preserved_are_refused
+);
+
+/// A shell that becomes `koya-runtime` with these words, descriptors being as they say.
+fn shell(runtime: &Runtime, words: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.arg("-c");
+    command.arg(format!(
+        "exec koya-runtime --root '{}' {words}",
+        runtime.root.display()
+    ));
+    command
+}
+
+fn pipes_and_sockets_are_preserved() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let reads = bundle("read line <&3; echo \"got $line\" >&4; cat <&3 >&4", |_| ())?;
+    let words = format!(
+        "run --preserve-fds 2 --bundle {} p 3<&0 4>&1 </dev/null >/dev/null",
+        text(&reads)?
+    );
+    let output = feed(shell(&runtime, &words), b"this\nthat")?;
+    ensure!(output.stdout == b"got this\nthat", "{output:?}");
+
+    // What is detached holds nothing once the process has ended.
+    let writes = bundle(
+        "echo \"$LISTEN_FDS of $LISTEN_PID\" >&3; exec 3>&-; sleep 1",
+        |_| (),
+    )?;
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!(
+        "LISTEN_PID=$$ LISTEN_FDS=1 exec koya-runtime --root '{}' run -d --bundle {} d 3>&1 >/dev/null",
+        runtime.root.display(),
+        text(&writes)?
+    ));
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    let out = child.stdout.take();
+    out.context("no output")?.read_to_string(&mut said)?;
+    ensure!(child.wait()?.success() && said == "1 of 1\n", "{said:?}");
+    runtime.ok(&["delete", "--force", "d"])?;
+
+    let long = bundle("exec sleep 1000", |_| ())?;
+    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "e"])?;
+    for detach in ["", "--detach"] {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        let words = format!(
+            "exec {detach} --preserve-fds 1 e sh -c 'read line <&3; echo \"$line back\" >&3' 3<&0 </dev/null >/dev/null"
+        );
+        let mut exec = shell(&runtime, &words);
+        let mut exec = exec.stdin(OwnedFd::from(theirs)).spawn()?;
+        ours.write_all(b"there and\n")?;
+        let mut said = String::new();
+        ours.read_to_string(&mut said)?;
+        ensure!(said == "there and back\n", "{detach}: {said:?}");
+        ensure!(exec.wait()?.success(), "{detach}");
+    }
+    runtime.ok(&["delete", "--force", "e"])?;
+    Ok(())
+}
+
+fn descriptors_that_cannot_be_preserved_are_refused() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("true", |_| ())?;
+    let bundle = text(&bundle)?;
+    for (words, expected) in [
+        (
+            format!("run --preserve-fds 2 --bundle {bundle} r 3</dev/zero 4>&-"),
+            "descriptor 3 can't be passed into a virtual machine: it is a device",
+        ),
+        (
+            format!("create --preserve-fds 2 --bundle {bundle} r 3<&0 4<{bundle}/config.json"),
+            "descriptor 4 can't be passed into a virtual machine: it is a regular file",
+        ),
+        (
+            "exec --preserve-fds 2 r true 3<&0 4<&-".to_owned(),
+            "descriptor 4 to preserve: Bad file descriptor",
+        ),
+    ] {
+        let output = feed(shell(&runtime, &words), b"")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            said.lines().count() == 1 && said.contains(expected),
+            "{said}"
+        );
+        ensure!(!output.status.success(), "{words}");
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! What a container that `koya-runtime` makes finds mounted, where runc has rules of its own.
+
+use crate::oci::{Runtime, bundle, text};
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+
+crate::trials!(memory_begins_as_what_it_covers, a_dev_may_be_read_only);
+
+fn make(directory: &Path, mode: u32) -> Result<()> {
+    fs::create_dir_all(directory)?;
+    Ok(fs::set_permissions(
+        directory,
+        fs::Permissions::from_mode(mode),
+    )?)
+}
+
+fn add_mount(config: &mut Value, mount: Value) {
+    if let Some(mounts) = config["mounts"].as_array_mut() {
+        mounts.push(mount);
+    }
+}
+
+fn tmpfs(at: &str, options: &[&str]) -> Value {
+    json!({"destination": at, "type": "tmpfs", "source": "tmpfs", "options": options})
+}
+
+/// opencontainers/runc 3952, 3991, 4401 and 4971.
+fn memory_begins_as_what_it_covers() -> Result<()> {
+    let script = "stat -c %a /over /said /new/one; stat -c %a:%u /copied /copied/sub; cat /copied/sub/file; \
+                  readlink /copied/link; touch /copied/sub/more; cat /copied/under/deep";
+    let bundle = bundle(script, |config| {
+        config["root"]["readonly"] = false.into();
+        add_mount(config, tmpfs("/over", &["nosuid", "rprivate"]));
+        add_mount(config, tmpfs("/said", &["mode=0700"]));
+        add_mount(config, tmpfs("/new/one", &[]));
+        add_mount(
+            config,
+            tmpfs("/copied", &["rw", "noexec", "size=1m", "tmpcopyup"]),
+        );
+        add_mount(config, tmpfs("/copied/under", &["tmpcopyup"]));
+        add_mount(config, tmpfs("/set/a/b", &["ro"]));
+    })?;
+    let root = bundle.join("rootfs");
+    make(&root.join("over"), 0o1710)?;
+    make(&root.join("said"), 0o755)?;
+    make(&root.join("copied"), 0o751)?;
+    make(&root.join("copied/sub"), 0o701)?;
+    make(&root.join("copied/under"), 0o755)?;
+    make(&root.join("set"), 0o7755)?;
+    chown(root.join("copied/sub"), Some(7), Some(8))?;
+    fs::write(root.join("copied/sub/file"), "content\n")?;
+    fs::write(root.join("copied/under/deep"), "deep\n")?;
+    std::os::unix::fs::symlink("/nowhere", root.join("copied/link"))?;
+    let runtime = Runtime::koya()?;
+    let said = runtime.ok(&["run", "--bundle", text(&bundle)?, "m"])?;
+    let lines: Vec<_> = said.lines().collect();
+    let expected = [
+        "1710", "700", "1777", "751:0", "701:7", "content", "/nowhere", "deep",
+    ];
+    ensure!(lines == expected, "{said}");
+    ensure!(!root.join("copied/sub/more").exists(), "it was no copy");
+    for made in ["set/a", "set/a/b"] {
+        let mode = root.join(made).metadata()?.mode() & 0o7777;
+        ensure!(mode == 0o2755, "{made}: {mode:o}");
+    }
+    // More than it may have.
+    fs::write(root.join("copied/large"), vec![7; 2 << 20])?;
+    let full = runtime.call(&["run", "--bundle", text(&bundle)?, "f"])?;
+    let error = String::from_utf8_lossy(&full.stderr);
+    ensure!(
+        !full.status.success() && error.contains("tmpcopyup of /copied"),
+        "{error}"
+    );
+    ensure!(error.contains("/large"), "{error}");
+    ensure!(
+        fs::read_dir(&runtime.root)?.next().is_none(),
+        "something is left"
+    );
+    Ok(())
+}
+
+/// opencontainers/runc 3248.
+fn a_dev_may_be_read_only() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    for terminal in [false, true] {
+        let script = "grep ' /dev ' /proc/mounts; : > /dev/made || echo refused; echo x > /dev/null && echo written; \
+                      echo y > /dev/shm/made && cat /dev/shm/made; test -t 1 && echo z > /dev/console";
+        let bundle = bundle(script, |config| {
+            config["process"]["terminal"] = terminal.into();
+            for mount in config["mounts"].as_array_mut().into_iter().flatten() {
+                if mount["destination"] == "/dev"
+                    && let Some(options) = mount["options"].as_array_mut()
+                {
+                    options.push("ro".into());
+                }
+            }
+        })?;
+        let output = runtime.call(&["run", "--bundle", text(&bundle)?, "d"])?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines: Vec<_> = said
+            .lines()
+            .filter(|line| !line.contains("made:"))
+            .collect();
+        let first = lines.first().copied().unwrap_or_default();
+        ensure!(first.starts_with("tmpfs /dev tmpfs ro,nosuid"), "{said}");
+        let rest: &[&str] = match terminal {
+            true => &["refused", "written", "y", "z"],
+            false => &["refused", "written", "y"],
+        };
+        ensure!(lines[1..] == *rest, "{said}");
+    }
+    Ok(())
+}
