@@ -244,7 +244,7 @@ fn example(name: &str) -> PathBuf {
 /// The example holds README's lines, and runs.
 fn the_readmes_five_lines_run() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let example = std::fs::read_to_string(root.join("runtime/examples/hello.rs"))?;
+    let text = std::fs::read_to_string(root.join("runtime/examples/hello.rs"))?;
     let readme = std::fs::read_to_string(root.join("README.md"))?;
     let snippet = readme
         .split("```rust,no_run\n")
@@ -252,7 +252,7 @@ fn the_readmes_five_lines_run() -> Result<()> {
         .and_then(|rest| rest.split("\n```").next())
         .context("README has a snippet")?;
     for line in snippet.lines().filter(|l| !l.starts_with('#')) {
-        ensure!(example.contains(line), "not in the example: {line}");
+        ensure!(text.contains(line), "not in the example: {line}");
     }
     let dir = scratch("hello")?;
     std::os::unix::fs::symlink(shared_rootfs(), dir.join("rootfs"))?;
