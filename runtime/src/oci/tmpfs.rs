@@ -11,6 +11,9 @@ use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+/// The mode of one that covers nothing: the kernel's, which the mount point that is made for it would take the place of.
+const DEFAULT_MODE: &str = "mode=1777";
+
 /// Gives those that say no mode the one of what they cover, and takes the option out where there is nothing to copy.
 /// `rootfs` is the root, if it is a directory of the host, as it is before mount points are made; `directory` is that of
 /// the bundle.
@@ -32,8 +35,12 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
             continue;
         }
         let covered = find(mount.destination(), earlier, directory, root.as_ref());
-        if !says_mode && let Covered::There(found) = &covered {
-            options.extend(mode_of(found));
+        if !says_mode {
+            match &covered {
+                Covered::There(found) => options.extend(mode_of(found)),
+                Covered::Nothing => options.push(DEFAULT_MODE.into()),
+                Covered::Unknown => {}
+            }
         }
         let is_empty = match &covered {
             Covered::Nothing => true,

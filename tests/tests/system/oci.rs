@@ -512,7 +512,7 @@ fn an_exec_may_join_a_control_group_of_the_containers() -> Result<()> {
         ensure!(said == expected, "{words:?}: {said}");
     }
     for (path, expected) in [
-        ("none", "cgroup none: No such file"),
+        ("none", "none/cgroup.procs: No such file"),
         ("../..", "bad sub cgroup path"),
         ("cpu:sub", "have no groups of their own"),
     ] {

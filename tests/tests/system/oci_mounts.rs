@@ -86,7 +86,7 @@ fn memory_begins_as_what_it_covers() -> Result<()> {
 fn a_dev_may_be_read_only() -> Result<()> {
     let runtime = Runtime::koya()?;
     for terminal in [false, true] {
-        let script = "grep ' /dev ' /proc/mounts; : > /dev/made || echo refused; echo x > /dev/null && echo written; \
+        let script = "grep ' /dev ' /proc/mounts; echo x > /dev/made || echo refused; echo x > /dev/null && echo written; \
                       echo y > /dev/shm/made && cat /dev/shm/made; test -t 1 && echo z > /dev/console";
         let bundle = bundle(script, |config| {
             config["process"]["terminal"] = terminal.into();
