@@ -71,7 +71,7 @@ pub struct NetworkConfig {
     pub device: NetConfig,
     /// The guest's addresses.
     pub addresses: Vec<IpNet>,
-    /// The guest's routes, beside those that an interface brings that is taken over.
+    /// The guest's routes, beside those of an interface that is taken over.
     pub routes: Vec<Route>,
     /// Whom the guest need not ask for their MAC addresses.
     pub neighbours: Vec<Neighbour>,
@@ -126,6 +126,14 @@ impl NetworkConfig {
             routes: Vec::new(),
             neighbours: Vec::new(),
             out_of_reach: Vec::new(),
+        }
+    }
+
+    /// The interface of the host that the guest takes over, if it is of that kind.
+    fn joined(&self) -> Option<&str> {
+        match &self.host {
+            HostEnd::Join { interface } => Some(interface),
+            HostEnd::Tap { .. } => None,
         }
     }
 
@@ -201,11 +209,8 @@ pub(crate) struct Joined {
 impl Joined {
     /// Those of these networks, in the calling thread's network namespace; none if there are none.
     pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
-        let joined = networks.iter().filter_map(|network| match &network.host {
-            HostEnd::Join { interface } => Some(interface.clone()),
-            HostEnd::Tap { .. } => None,
-        });
-        let interfaces: Vec<_> = joined.collect();
+        let joined = networks.iter().filter_map(NetworkConfig::joined);
+        let interfaces: Vec<_> = joined.map(str::to_owned).collect();
         if interfaces.is_empty() {
             return Ok(None);
         }

@@ -3,7 +3,7 @@
 //! Where an interface is taken over, its routes are the kernel's own messages (rtnetlink(7)), less what only the
 //! host's kernel can know. So a guest has all tables, metrics, next hops and MTUs that a container has.
 
-use super::{HostEnd, LOCAL_TABLE, NetworkConfig, Route, link, other, routes_of, with_kernel};
+use super::{LOCAL_TABLE, NetworkConfig, Route, link, other, routes_of, with_kernel};
 use crate::Error;
 use futures::TryStreamExt as _;
 use koya_protocol::messages::UpdateRoutesRequest;
@@ -44,11 +44,16 @@ impl Routing {
             interfaces: networks.iter().map(|n| n.name.clone()).collect(),
             ..Self::default()
         };
-        let joined = || networks.iter().zip(1..).filter_map(joined);
-        if joined().next().is_some() {
-            let joined: Vec<(String, u32)> = joined().map(|(n, i)| (n.to_owned(), i)).collect();
-            let names = routing.interfaces.clone();
-            let found = with_kernel(|handle| Box::pin(look(handle, joined, names)));
+        let joined = networks.iter().zip(1..).filter_map(|(network, index)| {
+            Some(Interface {
+                interface: network.joined()?.to_owned(),
+                name: network.name.clone(),
+                index,
+            })
+        });
+        let joined: Vec<_> = joined.collect();
+        if !joined.is_empty() {
+            let found = with_kernel(|handle| Box::pin(look(handle, joined)));
             (routing.routes, routing.rules) = found.map_err(Error::host("read the routes"))?;
         }
         for (network, index) in networks.iter().zip(1..) {
@@ -56,7 +61,7 @@ impl Routing {
                 routing.routes.push(message(route, index)?);
             }
         }
-        routing.routes.sort_by_key(is_by_gateway);
+        routing.routes.sort_by_key(comes_later);
         Ok(routing)
     }
 
@@ -75,11 +80,12 @@ impl Routing {
     }
 }
 
-fn joined((network, index): (&NetworkConfig, u32)) -> Option<(&str, u32)> {
-    match &network.host {
-        HostEnd::Join { interface } => Some((interface, index)),
-        HostEnd::Tap { .. } => None,
-    }
+/// An interface that the guest takes over.
+struct Interface {
+    interface: String,
+    /// Its name and its index in the guest's routes.
+    name: String,
+    index: u32,
 }
 
 fn bytes(message: &impl Emitable) -> Vec<u8> {
@@ -112,22 +118,25 @@ fn message(route: &Route, index: u32) -> Result<RouteMessage, Error> {
     Ok(route.build())
 }
 
-fn is_by_gateway(route: &RouteMessage) -> bool {
-    let by = |attribute: &RouteAttribute| {
-        use RouteAttribute::{Gateway, MultiPath, Via};
-        matches!(attribute, Gateway(_) | Via(_) | MultiPath(_))
-    };
-    route.attributes.iter().any(by)
+/// Whether a route, or one of several next hops, leads by a gateway.
+fn has_gateway(attributes: &[RouteAttribute]) -> bool {
+    use RouteAttribute::{Gateway, Via};
+    attributes.iter().any(|a| matches!(a, Gateway(_) | Via(_)))
+}
+
+/// Whether what it leads by has to be reachable before it is added.
+fn comes_later(route: &RouteMessage) -> bool {
+    let mut all = route.attributes.iter();
+    has_gateway(&route.attributes) || all.any(|a| matches!(a, RouteAttribute::MultiPath(_)))
 }
 
 async fn look(
     handle: Handle,
-    joined: Vec<(String, u32)>,
-    names: Vec<String>,
+    joined: Vec<Interface>,
 ) -> io::Result<(Vec<RouteMessage>, Vec<RuleMessage>)> {
     let mut indices = HashMap::new();
-    for (interface, index) in &joined {
-        indices.insert(link(&handle, interface).await?.header.index, *index);
+    for one in &joined {
+        indices.insert(link(&handle, &one.interface).await?.header.index, one.index);
     }
     let mut routes = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -137,7 +146,7 @@ async fn look(
     let tables: HashSet<u32> = routes.iter().map(table).chain(STANDARD_TABLES).collect();
     let guests: HashMap<&str, &str> = joined
         .iter()
-        .filter_map(|(name, index)| Some((name.as_str(), names.get(*index as usize - 1)?.as_str())))
+        .map(|one| (one.interface.as_str(), one.name.as_str()))
         .chain([(LOOPBACK, LOOPBACK)])
         .collect();
     let mut rules = Vec::new();
@@ -170,9 +179,12 @@ fn table(route: &RouteMessage) -> u32 {
 /// A route of the namespace as the guest is given it; none if it is another interface's, or one that the guest's
 /// kernel makes itself. `indices` has the guest's index of each interface.
 fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<RouteMessage> {
-    let is_ours = table(&route) != LOCAL_TABLE
-        && route.header.protocol != RouteProtocol::Kernel
-        && !route.header.flags.contains(RouteFlags::Cloned);
+    let is_made_there = table(&route) == LOCAL_TABLE
+        || route.header.protocol == RouteProtocol::Kernel
+        || route.header.flags.contains(RouteFlags::Cloned);
+    if is_made_there {
+        return None;
+    }
     // These have no next hop; IPv6 names the loopback's.
     let is_end = match route.header.kind {
         RouteType::Unicast => false,
@@ -181,9 +193,6 @@ fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<
         }
         _ => return None,
     };
-    if !is_ours {
-        return None;
-    }
     route.attributes.retain(|attribute| {
         use RouteAttribute::{
             Destination, Encap, EncapType, Gateway, Metrics, MultiPath, Oif, PrefSource,
@@ -197,7 +206,8 @@ fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<
             _ => false,
         }
     });
-    route.header.flags = match is_by_gateway(&route) {
+    // Gateways may be outside of every prefix of the guest.
+    route.header.flags = match has_gateway(&route.attributes) {
         true => RouteFlags::Onlink,
         false => RouteFlags::empty(),
     };
@@ -209,17 +219,9 @@ fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<
                 is_known = true;
             }
             RouteAttribute::MultiPath(hops) => {
-                // Each hop has the flag itself.
-                route.header.flags = RouteFlags::empty();
                 for hop in hops {
                     hop.interface_index = *indices.get(&hop.interface_index)?;
-                    let has_gateway = hop.attributes.iter().any(|attribute| {
-                        matches!(
-                            attribute,
-                            RouteAttribute::Gateway(_) | RouteAttribute::Via(_)
-                        )
-                    });
-                    hop.flags = match has_gateway {
+                    hop.flags = match has_gateway(&hop.attributes) {
                         true => RouteNextHopFlags::Onlink,
                         false => RouteNextHopFlags::empty(),
                     };

@@ -120,6 +120,6 @@ fn a_route_of_two_families_is_refused() {
         ..Route::new("0.0.0.0/0".parse().unwrap(), Some(ip(1)))
     };
     let route = message(&route, 2).unwrap();
-    assert!(is_by_gateway(&route));
+    assert!(comes_later(&route));
     assert!(route.attributes.contains(&RouteAttribute::Oif(2)));
 }
