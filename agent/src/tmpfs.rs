@@ -6,11 +6,11 @@ use crate::configuration;
 use crate::volumes;
 use anyhow::{Context, Result};
 use koya_protocol::COPY_UP;
-use koya_rootfs::Rootfs;
+use koya_rootfs::{Rootfs, memory_mode, says_mode};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chmodat, chownat, fstat,
-    mkdirat, mknodat, open, openat, openat2, readlinkat, statat, symlinkat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chmodat, chownat, mkdirat,
+    mknodat, open, openat, openat2, readlinkat, statat, symlinkat,
 };
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -47,14 +47,8 @@ pub(crate) fn prepare(id: &str, mut spec: Spec) -> Result<Spec> {
         }
         let covered = covered(mount.destination(), earlier, &root);
         let mut options = mount.options().clone().unwrap_or_default();
-        let says_mode = |options: &[String]| {
-            let mut all = options.iter().flat_map(|option| option.split(','));
-            all.any(|option| option.starts_with("mode="))
-        };
-        if !says_mode(&options)
-            && let Some(covered) = &covered
-        {
-            options.push(format!("mode={:04o}", fstat(covered)?.st_mode & 0o7777));
+        if !says_mode(&options) {
+            options.push(memory_mode(covered.as_ref())?);
         }
         let is_copy = copies(mount);
         options.retain(|option| option != COPY_UP);

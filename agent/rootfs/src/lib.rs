@@ -23,6 +23,31 @@ const LINKS: usize = 40;
 /// How many parts of one path others may make meanwhile.
 const RACES: usize = 64;
 
+/// The mode of a file system in memory that covers nothing, as the kernel has it by itself.
+const MEMORY_MODE: u32 = 0o1777;
+
+/// Whether the options of a file system in memory say its mode.
+pub fn says_mode(options: &[String]) -> bool {
+    let mut all = options.iter().flat_map(|option| option.split(','));
+    all.any(|option| option.starts_with("mode="))
+}
+
+/// The option for the mode of a file system in memory that says none: that of the directory that it covers. If it covers
+/// nothing, it is the kernel's own, since the mount point that is made for it would give another one.
+///
+/// # Errors
+/// If it does not cover a directory.
+pub fn memory_mode(covered: Option<&OwnedFd>) -> Result<String> {
+    let mode = match covered.map(fstat).transpose()? {
+        Some(found) if FileType::from_raw_mode(found.st_mode) == FileType::Directory => {
+            found.st_mode & 0o7777
+        }
+        Some(_) => return Err(Errno::NOTDIR),
+        None => MEMORY_MODE,
+    };
+    Ok(format!("mode={mode:04o}"))
+}
+
 /// What is made where there is nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -226,6 +251,23 @@ mod tests {
             fstat(root.find(Path::new(path)).unwrap()).unwrap().st_mode & 0o7777
         });
         assert_eq!(modes, [0o2755, 0o2755, 0o755]);
+    }
+
+    /// opencontainers/runc 4971.
+    #[test]
+    fn memory_has_the_mode_of_what_it_covers() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        let set = root.make(Path::new("/set"), Kind::Directory);
+        set.unwrap();
+        let set = root.find(Path::new("/set")).unwrap();
+        assert_eq!(memory_mode(Some(&set)).as_deref(), Ok("mode=0755"));
+        assert_eq!(memory_mode(None).as_deref(), Ok("mode=1777"));
+        let file = root.find(Path::new("/file")).unwrap();
+        assert_eq!(memory_mode(Some(&file)), Err(Errno::NOTDIR));
+        let says = |options: &str| says_mode(&[options.to_owned()]);
+        assert!(says("size=1k,mode=700") && !says("ro"));
     }
 
     #[test]

@@ -4,15 +4,12 @@
 
 use super::mounts::{has, is_bind, source_of};
 use koya_protocol::COPY_UP;
-use koya_rootfs::Rootfs;
+use koya_rootfs::{Rootfs, memory_mode, says_mode};
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{Dir, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{Dir, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-
-/// The mode of one that covers nothing: the kernel's, which the mount point that is made for it would take the place of.
-const DEFAULT_MODE: &str = "mode=1777";
 
 /// Gives those that say no mode the one of what they cover, and takes the option out where there is nothing to copy.
 /// `rootfs` is the root, if it is a directory of the host, as it is before mount points are made; `directory` is that of
@@ -29,19 +26,18 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
             continue;
         }
         let mut options = mount.options().clone().unwrap_or_default();
-        let says_mode = options.iter().any(|option| says_mode(option));
-        let copies = has(mount, COPY_UP);
-        if says_mode && !copies {
+        let says_mode = says_mode(&options);
+        if says_mode && !has(mount, COPY_UP) {
             continue;
         }
         let covered = find(mount.destination(), earlier, directory, root.as_ref());
-        if !says_mode {
-            match &covered {
-                Covered::There(found) => options.extend(mode_of(found)),
-                Covered::Nothing => options.push(DEFAULT_MODE.into()),
-                Covered::Unknown => {}
-            }
-        }
+        let mode = match &covered {
+            Covered::Nothing => memory_mode(None).ok(),
+            // What is no directory can't be mounted over, which the guest says.
+            Covered::There(found) => memory_mode(Some(found)).ok(),
+            Covered::Unknown => None,
+        };
+        options.extend(mode.filter(|_| !says_mode));
         let is_empty = match &covered {
             Covered::Nothing => true,
             Covered::There(found) => is_empty(found),
@@ -83,16 +79,6 @@ fn find(place: &Path, earlier: &[Mount], directory: &Path, root: Option<&Rootfs>
         Err(Errno::NOENT) => Covered::Nothing,
         Err(_) => Covered::Unknown,
     }
-}
-
-fn says_mode(option: &str) -> bool {
-    option.split(',').any(|part| part.starts_with("mode="))
-}
-
-fn mode_of(directory: &OwnedFd) -> Option<String> {
-    let found = fstat(directory).ok()?;
-    let is_directory = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
-    is_directory.then(|| format!("mode={:04o}", found.st_mode & 0o7777))
 }
 
 /// Whether it is known that there is nothing in a directory.
