@@ -1,8 +1,9 @@
 //! The user's streams and terminal, and a process's.
 
-use super::output::{Patient, complain};
+use super::output::complain;
 use koya::Process;
 use koya::vmm::host::threads::spawn;
+use koya_tasks::Patient;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;

@@ -4,10 +4,10 @@
 //! SIGPIPE ended; any other failure to write, such as a full disk, is an error. Rust's own macros panic then.
 
 use anyhow::Result;
+use koya_tasks::Patient;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fmt::{self, Arguments};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, ErrorKind, Write};
 
 /// The status of a command whose reader has gone: 128 and SIGPIPE.
 pub(super) const READER_GONE: u8 = 128 + libc::SIGPIPE as u8;
@@ -34,45 +34,6 @@ impl Write for Output {
 
     fn flush(&mut self) -> io::Result<()> {
         Patient(io::stdout()).flush().map_err(explain)
-    }
-}
-
-/// A stream of the user's. Whether it blocks is a matter of the open file, which other programs share: some of
-/// them (Node.js, ssh) leave it so that it does not. What would have been waited for is waited for here.
-pub(super) struct Patient<S>(pub(super) S);
-
-impl<S: AsFd> Patient<S> {
-    fn wait<T>(
-        &mut self,
-        flags: PollFlags,
-        mut act: impl FnMut(&mut S) -> io::Result<T>,
-    ) -> io::Result<T> {
-        loop {
-            match act(&mut self.0) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                other => return other,
-            }
-            match poll(&mut [PollFd::new(&self.0, flags)], None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-}
-
-impl<S: Read + AsFd> Read for Patient<S> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.wait(PollFlags::IN, |stream| stream.read(buffer))
-    }
-}
-
-impl<S: Write + AsFd> Write for Patient<S> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.wait(PollFlags::OUT, |stream| stream.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.wait(PollFlags::OUT, S::flush)
     }
 }
 

@@ -190,14 +190,7 @@ fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Ch
         .stderr(Stdio::null())
         .spawn()
         .context("cannot start the container's process")?;
-    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    match &console {
-        Some(console) => send(&ours, boot, &given.beside(&[console.as_fd()]))?,
-        None => {
-            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(&ours, boot, &given.beside(&fds))?;
-        }
-    }
+    given.send(&ours, boot, console.as_ref().map(AsFd::as_fd))?;
     Ok((child, ours))
 }
 

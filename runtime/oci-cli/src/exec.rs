@@ -4,13 +4,13 @@
 //! are told its pid, and it exits with the process's status. It keeps none of the process's streams.
 
 use crate::Outcome;
-use crate::ask::{Answer, Asked, Request, hear};
+use crate::ask::{Answer, Request, hear};
 use crate::cli::ExecArgs;
 use crate::console::{self, Joined, Pty, size, spawn};
 use crate::create::{KILLED, write_pid};
 use crate::preserved::{Count, Given};
 use crate::signal::PASSED;
-use crate::state::{Root, Status};
+use crate::state::{Container, Root, Status};
 use anyhow::{Context, Result, bail};
 use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
@@ -30,10 +30,27 @@ use std::process::{Command, Stdio};
 struct Stubbed {
     root: PathBuf,
     id: String,
-    process: Value,
     is_terminal: bool,
+    added: Added,
+}
+
+/// A process that is to be added to a container.
+#[derive(Serialize, Deserialize)]
+struct Added {
+    process: Value,
     preserved: Count,
     cgroup: Option<String>,
+}
+
+impl Added {
+    fn request(&self, is_own_terminal: bool) -> Request {
+        Request::Exec {
+            process: self.process.clone(),
+            is_own_terminal,
+            preserved: self.preserved,
+            cgroup: self.cgroup.clone(),
+        }
+    }
 }
 
 pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
@@ -42,8 +59,7 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
             "--ignore-paused is not supported: in a paused container no process comes to its start"
         );
     }
-    // Before anything else is done.
-    cgroup_of(args)?;
+    let cgroup = cgroup_of(args)?;
     let container = root.find(&args.id)?;
     match container.status() {
         Status::Stopped => bail!("cannot exec in a stopped container"),
@@ -60,9 +76,14 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
         });
     }
     let console = args.console_socket.as_deref().map(console::connect);
+    let added = Added {
+        process,
+        preserved: given.count,
+        cgroup,
+    };
     match args.detach {
-        true => detach(root, args, process, console.transpose()?, given),
-        false => foreground(&container.connect()?, args, &process, given),
+        true => detach(root, args, added, console.transpose()?, given),
+        false => foreground(&container, args, &added, given),
     }
 }
 
@@ -158,35 +179,9 @@ fn console_size(process: &Value) -> Option<(u64, u64)> {
     Some((size["height"].as_u64()?, size["width"].as_u64()?))
 }
 
-/// Asks for a process. The answer comes over the connection.
-fn request(
-    stream: &UnixStream,
-    args: &ExecArgs,
-    process: &Value,
-    pty: Option<&Pty>,
-    is_own_terminal: bool,
-    given: &Given,
-) -> Result<()> {
-    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let request = Asked {
-        id: args.id.clone(),
-        request: Request::Exec {
-            process: process.clone(),
-            is_own_terminal,
-            preserved: given.count,
-            cgroup: cgroup_of(args)?,
-        },
-    };
-    match pty {
-        Some(pty) => send(stream, &request, &given.beside(&[pty.slave.as_fd()])),
-        None => {
-            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(stream, &request, &given.beside(&fds))
-        }
-    }
-}
-
-fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value, given: &Given) -> Outcome {
+fn foreground(container: &Container, args: &ExecArgs, added: &Added, given: &Given) -> Outcome {
+    let stream = &container.connect()?;
+    let process = &added.process;
     let open = || Pty::open(console_size(process));
     let pty = (process["terminal"] == true).then(open).transpose()?;
     if let Some(pty) = pty.as_ref().filter(|_| args.console_socket.is_none()) {
@@ -197,7 +192,9 @@ fn foreground(stream: &UnixStream, args: &ExecArgs, process: &Value, given: &Giv
     }
     let signals = Signals::new(PASSED)?;
     let is_own_terminal = pty.is_some() && args.console_socket.is_none();
-    request(stream, args, process, pty.as_ref(), is_own_terminal, given)?;
+    let asked = container.asked(added.request(is_own_terminal));
+    let slave = pty.as_ref().map(|pty| pty.slave.as_fd());
+    given.send(stream, &asked, slave)?;
     let mut wire = Wire::new(stream.try_clone()?);
     hear(&mut wire)?;
     write_pid(args.pid_file.as_deref(), std::process::id())?;
@@ -253,7 +250,7 @@ pub(crate) fn end(wire: &mut Wire) -> u8 {
 fn detach(
     root: &Root,
     args: &ExecArgs,
-    process: Value,
+    added: Added,
     console: Option<UnixStream>,
     given: &Given,
 ) -> Outcome {
@@ -269,19 +266,10 @@ fn detach(
     let stubbed = Stubbed {
         root: std::path::absolute(&root.path)?,
         id: args.id.clone(),
-        process,
         is_terminal: console.is_some(),
-        preserved: given.count,
-        cgroup: cgroup_of(args)?,
+        added,
     };
-    let streams = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let sent = match &console {
-        Some(console) => send(&ours, &stubbed, &given.beside(&[console.as_fd()])),
-        None => {
-            let fds = [streams.0.as_fd(), streams.1.as_fd(), streams.2.as_fd()];
-            send(&ours, &stubbed, &given.beside(&fds))
-        }
-    };
+    let sent = given.send(&ours, &stubbed, console.as_ref().map(AsFd::as_fd));
     let started = sent
         .and_then(|()| hear(&mut Wire::new(ours)))
         .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
@@ -315,34 +303,27 @@ pub(crate) fn stub() -> Outcome {
 }
 
 /// Has the process run; the answer is the connection that tells its end.
-fn start_stubbed(stubbed: &Stubbed, fds: Vec<OwnedFd>) -> Result<Wire> {
+fn start_stubbed(stubbed: &Stubbed, mut fds: Vec<OwnedFd>) -> Result<Wire> {
     let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
     let sandbox = container.connect()?;
-    let request = container.asked(Request::Exec {
-        process: stubbed.process.clone(),
-        is_own_terminal: false,
-        preserved: stubbed.preserved,
-        cgroup: stubbed.cgroup.clone(),
-    });
     let mut wire = Wire::new(sandbox.try_clone()?);
     let signals = Signals::new(PASSED)?;
-    if !stubbed.is_terminal {
-        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        send(&sandbox, &request, &fds)?;
-        hear(&mut wire)?;
-        pass_on(signals, &sandbox, None)?;
-        return Ok(wire);
+    let mut terminal = None;
+    if stubbed.is_terminal {
+        let first = fds.first_mut().context("no console socket came")?;
+        let pty = Pty::open(console_size(&stubbed.added.process))?;
+        console::control(&pty.slave)?;
+        let to = std::mem::replace(first, pty.slave.try_clone()?);
+        pty.send_master(&to.into())?;
+        terminal = Some(pty.slave);
     }
-    let pty = Pty::open(console_size(&stubbed.process))?;
-    console::control(&pty.slave)?;
-    let mut fds = fds.into_iter();
-    let to = fds.next().context("no console socket came")?;
-    pty.send_master(&to.into())?;
-    let further: Vec<_> = fds.collect();
-    let mut beside = vec![pty.slave.as_fd()];
-    beside.extend(further.iter().map(AsFd::as_fd));
-    send(&sandbox, &request, &beside)?;
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    send(
+        &sandbox,
+        &container.asked(stubbed.added.request(false)),
+        &fds,
+    )?;
     hear(&mut wire)?;
-    pass_on(signals, &sandbox, Some(pty.slave.try_clone()?))?;
+    pass_on(signals, &sandbox, terminal)?;
     Ok(wire)
 }

@@ -1,17 +1,17 @@
-//! The caller's descriptors that a process is to have from 3 on: `--preserve-fds`, and those that systemd activates a
-//! service by (sd_listen_fds(3)), which come first.
+//! Descriptors that a process inherits from the caller, from 3 on: those of socket activation by systemd
+//! (sd_listen_fds(3)) come first, then those of `--preserve-fds`.
 
 use crate::cli::Command;
 use anyhow::{Context, Result, bail};
 use koya_tasks::Preserved;
+use koya_tasks::wire::send;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 /// The first one.
 const FIRST: usize = 3;
-/// More than any caller is known to pass; a message has room for some more.
-const MOST: usize = 64;
 
 /// How many they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +33,11 @@ impl Count {
         let is_ours = number("LISTEN_PID") == Some(std::process::id());
         let activated = number("LISTEN_FDS").filter(|_| is_ours).unwrap_or(0);
         let all = wanted as usize + activated as usize;
-        if all > MOST {
-            bail!("--preserve-fds {wanted}: a process can have no more than {MOST} of them");
+        if all > Preserved::MAX {
+            bail!(
+                "--preserve-fds {wanted}: a process can have no more than {} of them",
+                Preserved::MAX
+            );
         }
         Ok(Self {
             all,
@@ -85,10 +88,21 @@ impl Given {
         Ok(Self { count, fds })
     }
 
-    /// These, and then those.
-    pub(crate) fn beside<'a>(&'a self, streams: &[BorrowedFd<'a>]) -> Vec<BorrowedFd<'a>> {
-        let own = self.fds.iter().map(AsFd::as_fd);
-        streams.iter().copied().chain(own).collect()
+    /// Sends a message with the descriptors of a process: a terminal or a connection for one, or else the streams of this
+    /// process, and then these.
+    pub(crate) fn send(
+        &self,
+        to: &UnixStream,
+        message: &impl Serialize,
+        terminal: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+        let mut fds = match terminal {
+            Some(terminal) => vec![terminal],
+            None => vec![stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        };
+        fds.extend(self.fds.iter().map(AsFd::as_fd));
+        send(to, message, &fds)
     }
 }
 

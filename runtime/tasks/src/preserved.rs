@@ -1,15 +1,12 @@
-//! Descriptors of the caller's that a process has as its own from 3 on (`--preserve-fds`). Descriptors don't pass into
+//! `--preserve-fds`: descriptors that a process inherits from the caller, from 3 on. Descriptors don't pass into
 //! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe
 //! or a FIFO, and a socket for a stream socket.
 
 use anyhow::{Context, Result, bail};
 use koya::Direction;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
-use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use std::fs::File;
-use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
 
 /// One of them.
@@ -20,6 +17,9 @@ pub struct Preserved {
 }
 
 impl Preserved {
+    /// How many a process can have: more than any caller is known to pass.
+    pub const MAX: usize = 64;
+
     /// Takes the caller's descriptor of this number.
     ///
     /// # Errors
@@ -52,28 +52,6 @@ fn direction_of(fd: &OwnedFd) -> Result<Direction> {
         FileType::CharacterDevice | FileType::BlockDevice => bail!("it is a device"),
         _ => bail!("it is no pipe, FIFO or stream socket"),
     }
-}
-
-/// Writes all of it, also to one that does not wait by itself.
-///
-/// # Errors
-/// If nobody reads it any more.
-pub(crate) fn write_all(mut file: &File, mut bytes: &[u8]) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(count) => bytes = &bytes[count..],
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                match poll(&mut [PollFd::new(file, PollFlags::OUT)], None) {
-                    Err(Errno::INTR) | Ok(_) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -110,20 +88,5 @@ mod tests {
             );
             assert!(refused.contains(what), "{refused}");
         }
-    }
-
-    #[test]
-    fn what_does_not_wait_by_itself_is_waited_for() {
-        let (mut reader, writer) = UnixStream::pair().unwrap();
-        writer.set_nonblocking(true).unwrap();
-        let file = File::from(OwnedFd::from(writer));
-        let reading = std::thread::spawn(move || {
-            let mut all = Vec::new();
-            std::io::Read::read_to_end(&mut reader, &mut all).unwrap();
-            all.len()
-        });
-        write_all(&file, &vec![7; 4 << 20]).unwrap();
-        drop(file);
-        assert_eq!(reading.join().unwrap(), 4 << 20);
     }
 }

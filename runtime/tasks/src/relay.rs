@@ -5,7 +5,8 @@
 
 use crate::logger::Logger;
 use crate::machine::Streams;
-use crate::preserved::{self, Preserved};
+use crate::patient::Patient;
+use crate::preserved::Preserved;
 use crate::stdio::{Io, Output};
 use crate::sync::{Guard, Level, Ordered, spawn};
 use anyhow::Result;
@@ -239,7 +240,7 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
             Ok(count) => {
                 shared.lock().got(index, count);
                 let Some(writer) = writer else { continue };
-                match preserved::write_all(writer, &buffer[..count]) {
+                match Patient(writer).write_all(&buffer[..count]) {
                     Ok(()) => shared.change(|state| state.progress += 1),
                     Err(_) if is_needed => {
                         from.shutdown(Shutdown::Both).ok();

@@ -190,7 +190,7 @@ pub(crate) enum Output {
     /// A FIFO, and our own reading end.
     Fifo(File, OwnedFd),
     Open(File),
-    /// One of the caller's descriptors. It is not read without it: the process is to hear of its end.
+    /// An inherited descriptor. Once it is closed, the process is not read from either, so that it learns of that.
     Preserved(Preserved),
 }
 

@@ -1,6 +1,7 @@
 //! Lines of JSON over a Unix socket, with descriptors beside them: how the commands of a command line talk to the
 //! processes of their sandboxes.
 
+use crate::preserved::Preserved;
 use anyhow::{Context, Result, ensure};
 use rustix::cmsg_space;
 use rustix::net::{
@@ -17,9 +18,9 @@ use std::os::unix::net::UnixStream;
 /// The longest line, in bytes: an exec's arguments and environment, of which the guest's kernel takes 2 MiB. JSON
 /// has more bytes for some.
 const MAX_LINE: usize = 4 << 20;
-/// How many descriptors a line may bring: a process's three streams, a mount namespace, and those of the caller's that
-/// the process has, too.
-const MAX_FDS: usize = 4 + 64;
+/// How many descriptors a line may bring: the three streams of a process, a mount namespace, and those that the process
+/// inherits beside its streams.
+const MAX_FDS: usize = 4 + Preserved::MAX;
 
 /// The receiving side of a connection.
 pub struct Wire {
