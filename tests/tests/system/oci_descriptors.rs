@@ -1,4 +1,4 @@
-//! `--preserve-fds`: descriptors of the caller's that a container's processes have.
+//! `--preserve-fds`: descriptors that processes of a container inherit from the caller.
 
 use crate::oci::{Runtime, bundle, text};
 use crate::tool::feed;

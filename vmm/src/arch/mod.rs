@@ -13,7 +13,7 @@
 //!   by device tree
 //! - [`set_entry`]: sets the entry point of the first vCPU
 //! - [`countdown`]: a tiny guest
-//! - [`offers`], [`NO_KVM`]: what KVM says of the host's virtualization, and what to do where there is none
+//! - [`offers`], [`NO_KVM`]: the host's virtualization features, and how to get KVM on a host without it
 //!
 //! `cfg(target_arch)` is used only here in this crate.
 

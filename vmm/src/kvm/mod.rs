@@ -58,7 +58,7 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
-/// What guests can have of this host's hardware, as a sentence for a report, where hosts differ in it.
+/// The host's virtualization features, as a sentence for a report; `None` where hosts do not differ in them.
 pub fn offers(kvm: &Kvm) -> Option<String> {
     arch::offers(kvm)
 }

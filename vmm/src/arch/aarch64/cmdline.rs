@@ -5,8 +5,10 @@ use super::super::{BootInfo, linux};
 use super::layout;
 use crate::config::Serial;
 
-/// Kernel parameters of every guest: what a panic does, and where to unpack the initramfs.
-pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce rootfstype=ramfs dummy.numdummies=0";
+/// Kernel parameters of every guest: what a panic does, where to unpack the initramfs, and no `dummy0` beside the
+/// interfaces asked for.
+pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 \
+     swiotlb=noforce rootfstype=ramfs dummy.numdummies=0";
 
 /// Maximum length of the command line including its terminator (COMMAND_LINE_SIZE, arch/arm64).
 pub(super) const CMDLINE_SIZE: usize = 2048;

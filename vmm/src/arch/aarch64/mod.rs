@@ -26,11 +26,11 @@ pub(crate) use regs::describe_vcpu;
 /// see what the host wrote to its caches.
 pub(crate) const CAN_MAP_REGISTERS: bool = false;
 
-/// What to do where there is no KVM.
+/// How to get KVM on a host without it.
 pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its option KVM and has to be started in \
      EL2 (in a virtual machine: nested virtualization on its host)";
 
-/// What guests can have of the host's hardware, for a report. `None` if KVM makes no machine.
+/// The host's virtualization features, for a report. `None` if KVM cannot create a virtual machine.
 pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
     let vm = kvm.create_vm().ok()?;
     let gic = match Interrupts::offered(&vm, 1) {

@@ -24,11 +24,11 @@ pub(crate) use platform::attach_platform;
 /// coherent, so a guest sees what the host wrote whatever memory type its page tables select.
 pub(crate) const CAN_MAP_REGISTERS: bool = true;
 
-/// What to do where there is no KVM.
+/// How to get KVM on a host without it.
 pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn virtualization on in the firmware \
      (in a virtual machine: nested virtualization on its host)";
 
-/// What guests can have of the host's hardware, for a report: nothing that differs between hosts.
+/// The host's virtualization features, for a report. `None`: guests have the same ones on every host.
 pub(crate) fn offers(_kvm: &Kvm) -> Option<String> {
     None
 }
