@@ -75,6 +75,22 @@ impl Arch {
         }
     }
 
+    /// The key in the cache of what is made of these inputs for it; for this machine it is that of the inputs alone.
+    pub(crate) fn key(self, inputs: &[&str]) -> String {
+        let own = (!self.is_native()).then_some(self.name());
+        cache::key(inputs.iter().copied().chain(own))
+    }
+
+    /// A directory of the checkout's `target` with what is made for it: that of another architecture than this machine's
+    /// has its name.
+    pub(crate) fn target(self, name: &str) -> PathBuf {
+        let own = match self.is_native() {
+            true => name.to_owned(),
+            false => format!("{name}-{}", self.name()),
+        };
+        proc::checkout().join("target").join(own)
+    }
+
     /// How its guests' kernel is built.
     pub(crate) fn kernel(self) -> KernelBuild {
         match self {

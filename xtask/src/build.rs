@@ -48,13 +48,9 @@ impl Products {
         Self::places_of(Arch::of_this_machine())
     }
 
-    /// Where those of an architecture are once they are built: those of another than this machine's have its name.
+    /// Where those of an architecture are once they are built.
     pub(crate) fn places_of(arch: Arch) -> Self {
-        let out = match arch.is_native() {
-            true => "target/koya".to_owned(),
-            false => format!("target/koya-{}", arch.name()),
-        };
-        let out = proc::checkout().join(out);
+        let out = arch.target("koya");
         Self {
             bin: out.join("bin"),
             share: out.join("share/koya"),

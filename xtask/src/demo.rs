@@ -21,11 +21,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<u8> {
     let products = build::ensure_for(arch)?;
     let built = started.elapsed();
 
-    let rootfs = match arch.is_native() {
-        true => "target/demo-rootfs".to_owned(),
-        false => format!("target/demo-rootfs-{}", arch.name()),
-    };
-    let rootfs = proc::checkout().join(rootfs);
+    let rootfs = arch.target("demo-rootfs");
     make_busybox_rootfs(arch, &rootfs)?;
 
     let script = format!(

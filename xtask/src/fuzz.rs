@@ -3,6 +3,7 @@
 //! Inputs that reached something new, inputs that failed, and how much was run stay in the cache, so that each run goes
 //! on where the last one ended. What drives it is in the crate libfuzzer-sys; the compiler need not be a nightly one.
 
+use crate::arch::Arch;
 use crate::{cache, proc};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -126,13 +127,13 @@ fn targets() -> Result<Vec<String>> {
 
 /// Builds all targets, in a directory of their own: what is instrumented is no other command's. Returns where they are.
 fn build() -> Result<PathBuf> {
-    let target = std::env::consts::ARCH.to_owned() + "-unknown-linux-gnu";
-    let directory = proc::checkout().join("target/fuzz");
+    let here = Arch::of_this_machine();
+    let (target, directory) = (here.gnu(), here.target("fuzz"));
     proc::run(
         proc::cargo()
             .args(["build", "--package", "koya-fuzz", "--features", "libfuzzer"])
             // With a target, build scripts and macros are not instrumented.
-            .args(["--profile", "fuzz", "--target", &target, "--target-dir"])
+            .args(["--profile", "fuzz", "--target", target, "--target-dir"])
             .arg(&directory)
             .env("RUSTFLAGS", FLAGS.join(" ")),
     )?;

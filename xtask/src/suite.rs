@@ -19,6 +19,16 @@ pub(crate) struct TestArgs {
     filter: Option<String>,
 }
 
+/// What cargo builds the examples by, which system tests run.
+const EXAMPLES: [&str; 6] = [
+    "build",
+    "--package",
+    "koya-vmm",
+    "--package",
+    "koya",
+    "--examples",
+];
+
 /// Lints, unit tests and tiny guests, then Linux guests in the rig.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
     let arch = args.arch.arch();
@@ -62,14 +72,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     eprintln!("test: Linux guests");
     let (debian, fsx) = (debian()?, fsx(arch)?);
     let (containerds, dockers) = (containerds(arch)?, dockers()?);
-    proc::run(cargo().args([
-        "build",
-        "--package",
-        "koya-vmm",
-        "--package",
-        "koya",
-        "--examples",
-    ]))?;
+    proc::run(cargo().args(EXAMPLES))?;
     let mut system = test(&["--package", "koya-tests"]);
     system
         .env("KOYA_TEST_DEBIAN", &debian)
@@ -113,15 +116,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     }
     eprintln!("test: Linux guests");
     let program = system_tests(arch)?;
-    let examples = [
-        "build",
-        "--package",
-        "koya-vmm",
-        "--package",
-        "koya",
-        "--examples",
-    ];
-    proc::run(&mut foreign_cargo(arch, &examples)?)?;
+    proc::run(&mut foreign_cargo(arch, &EXAMPLES)?)?;
     let examples = format!("target/static/{}/debug/examples", arch.gnu());
     let mut system = proc::cargo();
     system.envs(products.env());
@@ -223,11 +218,7 @@ pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
 }
 
 fn containerd_for(arch: Arch, suite: &str) -> Result<PathBuf> {
-    let mut inputs = vec!["containerd", suite];
-    if !arch.is_native() {
-        inputs.push(arch.debian());
-    }
-    let dir = cache::ensure("containerd", &cache::key(inputs), |dir| {
+    let dir = cache::ensure("containerd", &arch.key(&["containerd", suite]), |dir| {
         apt::unpack_for(arch, suite, &["containerd"], dir)
     })?;
     Ok(dir.join("usr/bin"))
@@ -268,11 +259,7 @@ fn docker(suite: &str, init: &str) -> Result<PathBuf> {
 /// The directory of the file-system exerciser, built once.
 fn fsx(arch: Arch) -> Result<PathBuf> {
     const VERSION: &str = "0.3.2";
-    let mut inputs = vec!["fsx", VERSION];
-    if !arch.is_native() {
-        inputs.push(arch.name());
-    }
-    let dir = cache::ensure("fsx", &cache::key(inputs), |dir| {
+    let dir = cache::ensure("fsx", &arch.key(&["fsx", VERSION]), |dir| {
         let mut cargo = arch.cargo(arch.gnu())?;
         cargo.args(["install", "fsx", "--locked", "--version", VERSION, "--root"]);
         cargo.arg(dir);
