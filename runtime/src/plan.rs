@@ -24,17 +24,14 @@ impl Plan {
     pub(crate) fn new(inner: &Inner, streams: &ProcessStreams) -> Result<Self, Error> {
         let stdio = streams.stdio;
         let expect = || {
-            inner
-                .streams
-                .expect()
-                .map(Some)
-                .map_err(Error::host("make a token"))
+            let expected = inner.streams.expect();
+            expected.map_err(Error::host("make a token"))
         };
         let (stdin, stdout, stderr) = match stdio {
             Stdio::Null => (None, None, None),
-            Stdio::Output => (None, expect()?, expect()?),
-            Stdio::Pipes => (expect()?, expect()?, expect()?),
-            Stdio::Terminal { .. } => (expect()?, None, None),
+            Stdio::Output => (None, Some(expect()?), Some(expect()?)),
+            Stdio::Pipes => (Some(expect()?), Some(expect()?), Some(expect()?)),
+            Stdio::Terminal { .. } => (Some(expect()?), None, None),
         };
         let token = |e: &Option<Expected>| e.as_ref().map(|e| e.token.clone()).unwrap_or_default();
         let mut message = messages::Stdio::new();
@@ -50,8 +47,7 @@ impl Plan {
         }
         let mut further = Vec::new();
         for direction in &streams.further {
-            let expected = inner.streams.expect();
-            let expected = expected.map_err(Error::host("make a token"))?;
+            let expected = expect()?;
             message.further.push(messages::FurtherStream {
                 direction: way(*direction).into(),
                 token: expected.token.clone(),

@@ -155,8 +155,8 @@ pub(crate) fn routes_of_every_kind_are_lent(containerd: &Containerd) -> Result<(
         for i in $(seq 1 40); do ip route get 10.77.0.$i; done | grep -o 'dev [a-z0-9]*' | sort -u";
     let namespace = format!("network:/run/netns/{name}");
     let options = ["--rm", "--with-ns", &namespace];
-    let run = containerd.run(&options, "routed", &["sh", "-c", script]);
-    let said = stdout({ run }.output()?)?;
+    let mut run = containerd.run(&options, "routed", &["sh", "-c", script]);
+    let said = stdout(run.output()?)?;
     let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
     for wanted in [
         // The MTU column is that of the largest segment, with 40 for headers.

@@ -91,6 +91,16 @@ pub(crate) fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<Pa
     Ok(dir)
 }
 
+/// The options of the mounts at a place.
+pub(crate) fn mount_options<'a>(
+    config: &'a mut Value,
+    at: &'a str,
+) -> impl Iterator<Item = &'a mut Vec<Value>> {
+    let mounts = config["mounts"].as_array_mut().into_iter().flatten();
+    let there = mounts.filter(move |mount| mount["destination"] == at);
+    there.filter_map(|mount| mount["options"].as_array_mut())
+}
+
 pub(crate) fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path in UTF-8")
 }
@@ -489,12 +499,8 @@ fn a_terminal_is_sent_to_the_console_socket() -> Result<()> {
 fn an_exec_may_join_a_control_group_of_the_containers() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle("exec sleep 1000", |config| {
-        for mount in config["mounts"].as_array_mut().into_iter().flatten() {
-            if mount["destination"] == "/sys/fs/cgroup"
-                && let Some(options) = mount["options"].as_array_mut()
-            {
-                options.retain(|option| option != "ro");
-            }
+        for options in mount_options(config, "/sys/fs/cgroup") {
+            options.retain(|option| option != "ro");
         }
     })?;
     runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "g"])?;

@@ -1,6 +1,6 @@
 //! What a container that `koya-runtime` makes finds mounted, where runc has rules of its own.
 
-use crate::oci::{Runtime, bundle, text};
+use crate::oci::{Runtime, bundle, mount_options, text};
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -90,12 +90,8 @@ fn a_dev_may_be_read_only() -> Result<()> {
                       echo y > /dev/shm/made && cat /dev/shm/made; test -t 1 && echo z > /dev/console";
         let bundle = bundle(script, |config| {
             config["process"]["terminal"] = terminal.into();
-            for mount in config["mounts"].as_array_mut().into_iter().flatten() {
-                if mount["destination"] == "/dev"
-                    && let Some(options) = mount["options"].as_array_mut()
-                {
-                    options.push("ro".into());
-                }
+            for options in mount_options(config, "/dev") {
+                options.push("ro".into());
             }
         })?;
         let output = runtime.call(&["run", "--bundle", text(&bundle)?, "d"])?;
