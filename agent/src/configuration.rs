@@ -119,6 +119,12 @@ fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
         .unwrap_or(id)
 }
 
+/// Whether a mount is a bind mount: by its type, or, whatever its type says, by an option.
+pub(crate) fn is_bind(mount: &Mount) -> bool {
+    let mut options = mount.options().iter().flatten();
+    mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
+}
+
 /// Bind-mounts a file of the guest into a container.
 pub(crate) fn bind(spec: &mut Spec, source: &Path, destination: &Path) {
     let mut mount = Mount::default();

@@ -3,7 +3,7 @@
 //! runc leaves such a `/dev` as it is. So do those whose source is where another mount is in the container's own root:
 //! links in it must not lead out of it. The mounts are made by a hook, in the container's mount namespace.
 
-use crate::configuration;
+use crate::configuration::{self, is_bind};
 use crate::helper;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
@@ -52,10 +52,6 @@ struct Late {
 pub(crate) fn take(spec: &mut Spec) -> Result<()> {
     let Some(all) = spec.mounts_mut().take() else {
         return Ok(());
-    };
-    let is_bind = |mount: &Mount| {
-        let mut options = mount.options().iter().flatten();
-        mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
     };
     let comes_late = |mount: &Mount| {
         let at = mount.destination();

@@ -2,7 +2,7 @@
 //! is, among its volumes, and the container's mount becomes a bind mount of it. In a root that the host does not look
 //! into, those that say no mode get the one of what they cover, as the host sees to elsewhere.
 
-use crate::configuration;
+use crate::configuration::{self, is_bind};
 use crate::volumes;
 use anyhow::{Context, Result};
 use koya_protocol::COPY_UP;
@@ -74,7 +74,7 @@ pub(crate) fn prepare(id: &str, mut spec: Spec) -> Result<Spec> {
 }
 
 fn is_tmpfs(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("tmpfs")
+    mount.typ().as_deref() == Some("tmpfs") && !is_bind(mount)
 }
 
 fn copies(mount: &Mount) -> bool {
@@ -90,8 +90,7 @@ fn covered(place: &Path, earlier: &[Mount], root: &Rootfs) -> Option<OwnedFd> {
     let found = match around {
         None => root.find(place),
         Some(mount) => {
-            let is_bind = mount.typ().as_deref() == Some("bind");
-            let source = mount.source().as_ref().filter(|_| is_bind)?;
+            let source = mount.source().as_ref().filter(|_| is_bind(mount))?;
             let within = place.strip_prefix(mount.destination()).ok()?;
             Rootfs::open(source).and_then(|source| source.find(within))
         }
@@ -227,6 +226,10 @@ mod tests {
         assert!(is_there("/x/y", &[]) && !is_there("/x/y/z", &[]));
         let bind = mount("bind", "/x", &dir.path().join("other"));
         assert!(is_there("/x/y/z", std::slice::from_ref(&bind)));
+        // The type of a bind mount means nothing.
+        let mut by_option = mount("none", "/x", &dir.path().join("other"));
+        by_option.set_options(Some(vec!["rbind".into()]));
+        assert!(is_there("/x/y/z", &[by_option]));
         let tmpfs = mount("tmpfs", "/x", Path::new("tmpfs"));
         assert!(!is_there("/x/y", &[bind, tmpfs]));
     }
