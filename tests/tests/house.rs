@@ -74,6 +74,7 @@ fn crates_depend_only_on_those_below_them() {
         ("runtime/cli/Cargo.toml", &["koya", "koya-tasks"]),
         ("runtime/oci-cli/Cargo.toml", &["koya", "koya-tasks"]),
         ("runtime/shim/Cargo.toml", &["koya", "koya-tasks"]),
+        ("runtime/pages/Cargo.toml", &["koya-cli", "koya-oci"]),
         (
             "benches/Cargo.toml",
             &["koya-devices", "koya-vmm", "koya", "koya-protocol"],

@@ -34,7 +34,7 @@ fn host_target(arch: Arch) -> &'static str {
 }
 
 /// What runs on the host.
-const PROGRAMS: [&str; 3] = ["koya", "koya-runtime", "containerd-shim-koya-v2"];
+pub(crate) const PROGRAMS: [&str; 3] = ["koya", "koya-runtime", "containerd-shim-koya-v2"];
 
 /// Where the products are.
 pub(crate) struct Products {

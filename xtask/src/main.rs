@@ -11,9 +11,11 @@ mod build;
 mod cache;
 mod counting;
 mod criterion;
+mod deb;
 mod demo;
 mod dependencies;
 mod fuzz;
+mod install;
 mod kernel;
 mod lint;
 mod monitor;
@@ -48,6 +50,10 @@ enum Command {
     Kernel(kernel::KernelArgs),
     /// Build everything that is needed to run a container: koya, agent, initramfs, kernel
     Build(build::BuildArgs),
+    /// Install Koya below a prefix, with manual pages and completions; or remove it
+    Install(install::InstallArgs),
+    /// Make a Debian package
+    Deb(deb::DebArgs),
     /// Run a command or a shell on a host with KVM: an emulated one, or this machine
     Rig(rig::RigArgs),
     /// Run a busybox container in a virtual machine and show its `uname -a`
@@ -69,6 +75,8 @@ fn main() -> ExitCode {
         Command::Setup => setup::run().map(|()| 0),
         Command::Kernel(args) => kernel::run(&args).map(|()| 0),
         Command::Build(args) => build::run(&args).map(|()| 0),
+        Command::Install(args) => install::run(&args).map(|()| 0),
+        Command::Deb(args) => deb::run(&args).map(|()| 0),
         Command::Rig(args) => rig::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => suite::run(&args).map(|()| 0),

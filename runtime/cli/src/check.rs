@@ -2,6 +2,7 @@
 
 use super::Outcome;
 use super::output::say;
+use super::programs;
 use clap::Args;
 use koya::vmm::{ExitReason, Spec, Vm, kvm};
 use serde_json::json;
@@ -118,7 +119,61 @@ fn look() -> Vec<Finding> {
             text: error.to_string(),
         },
     });
+    findings.push(programs());
     findings
+}
+
+/// Koya's other programs, as engines find them, each with the option that prints its version.
+const PROGRAMS: [(&str, &str, &str); 2] = [
+    (
+        "containerd-shim-koya-v2",
+        "-v",
+        "for containerd, Docker and Kubernetes",
+    ),
+    ("koya-runtime", "--version", "for podman"),
+];
+
+/// Whether Koya's other programs are there, and of this version.
+fn programs() -> Finding {
+    let mut texts = Vec::new();
+    let mut well = true;
+    for (name, option, purpose) in PROGRAMS {
+        let Some(path) = programs::find(name) else {
+            // Who needs none of these engines does without.
+            texts.push(format!("{name} ({purpose}) is not installed"));
+            continue;
+        };
+        let asked = programs::command(&path).arg(option).output();
+        let said = asked.map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
+        match said.as_deref().map(version_in) {
+            Ok(Some(env!("CARGO_PKG_VERSION"))) => {
+                texts.push(path.display().to_string());
+            }
+            Ok(version) => {
+                well = false;
+                texts.push(format!(
+                    "{} is of version {}, this is {}: install both of one build",
+                    path.display(),
+                    version.unwrap_or("unknown"),
+                    env!("CARGO_PKG_VERSION")
+                ));
+            }
+            Err(error) => {
+                well = false;
+                texts.push(format!("{} does not start: {error}", path.display()));
+            }
+        }
+    }
+    Finding {
+        what: "programs",
+        well,
+        text: texts.join("; "),
+    }
+}
+
+/// The version in the first line of what a program prints as its own: its last word.
+fn version_in(said: &str) -> Option<&str> {
+    said.lines().next()?.split_whitespace().last()
 }
 
 fn millions(rate: f64) -> String {
@@ -166,6 +221,16 @@ mod tests {
     use super::*;
 
     /// `fastest` of these rates, and how many of them it asked for.
+    #[test]
+    fn versions_are_read_as_the_programs_print_them() {
+        assert_eq!(version_in("containerd-shim-koya-v2 0.1.0\n"), Some("0.1.0"));
+        assert_eq!(
+            version_in("koya-runtime version 0.1.0\ncommit: 0.1.0\n"),
+            Some("0.1.0")
+        );
+        assert_eq!(version_in(""), None);
+    }
+
     fn fastest_of(rates: &[f64]) -> (f64, usize) {
         let mut asked = 0;
         let best = fastest(|| {

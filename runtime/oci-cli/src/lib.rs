@@ -1,0 +1,116 @@
+//! `koya-runtime`: the command line of OCI runtimes, as runc has it, for podman and others that drive a runtime
+//! by its commands.
+//!
+//! `create` leaves a process behind ([`serve`]) that has the virtual machine in it: callers are told its pid, it
+//! owns the sandbox's network namespace, and it exits with the container's status. The other commands find it by
+//! what is stored under `--root` ([`state`]) and ask it over a socket ([`ask`]).
+
+mod ask;
+mod cli;
+mod console;
+mod create;
+mod events;
+mod exec;
+mod life;
+mod list;
+mod logging;
+mod member;
+mod preserved;
+mod program;
+mod serve;
+mod signal;
+mod spec;
+mod state;
+mod update;
+
+use anyhow::Context as _;
+use clap::CommandFactory as _;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use cli::{Cli, Command};
+use preserved::Given;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+/// The status of a command that could not be carried out, as runc's.
+const FAILED: u8 = 1;
+
+/// As runc's, where `exec` could not be carried out.
+const EXEC_FAILED: u8 = 255;
+
+/// What a command ends with.
+type Outcome = anyhow::Result<u8>;
+
+/// The definition of the command line, for its manual pages.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// The whole command, with the arguments of this process.
+pub fn main() -> ExitCode {
+    koya::prepare_process();
+    // What the caller has open is not for the processes that stay.
+    if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
+        writeln!(std::io::stderr(), "koya-runtime: {error}").ok();
+        return ExitCode::from(FAILED);
+    }
+    let cli = match Cli::read(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            error.print().ok();
+            if error.kind() == ErrorKind::InvalidSubcommand
+                && let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand)
+            {
+                // As runc says it.
+                writeln!(std::io::stderr(), "No help topic for '{name}'").ok();
+            }
+            return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
+        }
+    };
+    let given = Given::take(&cli.command);
+    if let Err(error) = logging::start(&cli.globals) {
+        writeln!(std::io::stderr(), "{error:#}").ok();
+        return ExitCode::from(FAILED);
+    }
+    let failed = match cli.command {
+        Command::Exec(_) => EXEC_FAILED,
+        _ => FAILED,
+    };
+    match given.and_then(|given| carry_out(cli, &given)) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            // The last error in the log is what callers show; without a log they show standard error.
+            log::error!("{error:#}");
+            if logging::is_to_file() {
+                writeln!(std::io::stderr(), "{error:#}").ok();
+            }
+            ExitCode::from(failed)
+        }
+    }
+}
+
+fn carry_out(cli: Cli, given: &Given) -> Outcome {
+    let root = state::Root::of(&cli.globals);
+    let words = std::env::args().skip(1).collect::<Vec<_>>();
+    log::debug!("koya-runtime {}", words.join(" "));
+    match cli.command {
+        Command::Create(args) => create::create(&root, &cli.globals, &args, given),
+        Command::Run(args) => create::run(&root, &cli.globals, &args, given),
+        Command::Start(args) => life::start(&root, &args.id),
+        Command::State(args) => list::state(&root, &args.id),
+        Command::Kill(args) => life::kill(&root, &args),
+        Command::Delete(args) => life::delete(&root, &args),
+        Command::Exec(args) => exec::exec(&root, &args, given).context("exec failed"),
+        Command::Ps(args) => list::ps(&root, &args),
+        Command::List(args) => list::list(&root, &args),
+        Command::Pause(args) => life::pause(&root, &args.id),
+        Command::Resume(args) => life::resume(&root, &args.id),
+        Command::Update(args) => update::update(&root, &args),
+        Command::Events(args) => events::events(&root, &args),
+        Command::Spec(args) => spec::spec(&args),
+        Command::Features => spec::features(),
+        Command::Checkpoint(_) => anyhow::bail!("checkpoint is not supported"),
+        Command::Restore(_) => anyhow::bail!("restore is not supported"),
+        Command::Serve => serve::serve(),
+        Command::Stub => exec::stub(),
+    }
+}
