@@ -59,6 +59,9 @@ fn make(arch: Arch, full: bool) -> Result<PathBuf> {
             install::write(&tree, PODMAN.1, &content, file.mode)?;
         }
         install::write(&usr, &file.at, &content, file.mode)?;
+        if file.at.starts_with("bin/") {
+            proc::run(arch.tool("strip").arg(usr.join(&file.at)))?;
+        }
     }
     let overrides = install::packaging("lintian-overrides")?;
     let place = "share/lintian/overrides/koya";
