@@ -3,6 +3,7 @@
 
 use crate::Error;
 use crate::account::Accounts;
+use crate::block_volume::BlockVolume;
 use crate::config::SandboxConfig;
 use crate::container_config::{ContainerConfig, Volume};
 use crate::files::Files;
@@ -60,6 +61,7 @@ impl ContainerConfig {
     pub(crate) fn check_places(&self) -> Result<Root, Error> {
         let root = root(&self.rootfs)?;
         self.volumes.iter().try_for_each(Volume::check)?;
+        self.block_volumes.iter().try_for_each(BlockVolume::check)?;
         Ok(root)
     }
 }

@@ -1,5 +1,6 @@
 //! What a user wants of a container. [`crate::oci`] makes an OCI configuration of it.
 
+use crate::block_volume::BlockVolume;
 use crate::seccomp::Seccomp;
 use std::path::{Path, PathBuf};
 
@@ -187,6 +188,8 @@ pub struct ContainerConfig {
     pub devices: Vec<Device>,
     /// Empty directories in memory.
     pub tmpfs: Vec<Tmpfs>,
+    /// File systems of its own.
+    pub block_volumes: Vec<BlockVolume>,
     /// Whether its root is read-only.
     pub read_only: bool,
     /// Every capability, every device, no masked paths: root of its guest.

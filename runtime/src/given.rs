@@ -1,8 +1,8 @@
 //! What a sandbox holds for a container: shares of host directories, and disks.
 
 use crate::Error;
+use crate::block_volume::GuestVolume;
 use crate::common::Used;
-use crate::direct_volume::DirectVolume;
 use crate::oci::{self, HostDisk, Share, SharedPlace};
 use crate::sandbox::{Disk, Inner};
 use koya_protocol::{SHARED_VOLUMES, VOLUMES_DIR, messages};
@@ -106,10 +106,13 @@ impl Given {
     pub(crate) fn attach_direct(
         &mut self,
         inner: &Inner,
-        volumes: Vec<(u32, DirectVolume)>,
+        volumes: Vec<(u32, GuestVolume)>,
     ) -> Result<Vec<messages::DiskVolume>, Error> {
         let mut messages = Vec::new();
         for (number, volume) in volumes {
+            // Holds what was made until the disk has it.
+            let made = volume.make()?;
+            let volume = made.volume.clone();
             let mut options = volume.options.iter().flat_map(|options| options.split(','));
             let read_only = options.any(|option| option == "ro");
             messages.push(messages::DiskVolume {

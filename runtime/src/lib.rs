@@ -24,6 +24,7 @@
 mod account;
 mod agent;
 mod apparmor;
+pub mod block_volume;
 mod checks;
 mod clock;
 mod common;

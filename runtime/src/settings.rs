@@ -2,9 +2,11 @@
 //!
 //! They are read anew for each sandbox. docs/configuration.md is made from this file.
 
+use crate::block_volume::{self, BlockVolume};
 use crate::files::{FULL_KERNEL, Files};
 use crate::{Cache, Error, SandboxConfig, Size};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +16,9 @@ pub const FILE: &str = "/etc/koya/config.toml";
 pub const DROP_INS: &str = "/etc/koya/config.d";
 /// What the annotations of pods begin with that are settings.
 pub const ANNOTATIONS: &str = "io.koya.";
+
+/// What allows [`block_volume::ANNOTATION`].
+const BLOCK_VOLUMES: &str = "block_volumes";
 
 /// What a sandbox is made of, where its containers do not say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +64,8 @@ pub struct Settings {
     /// Words for the guest kernel's command line.
     pub cmdline: String,
     /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. An annotation
-    /// that is not allowed is refused by its name.
+    /// that is not allowed is refused by its name. `block_volumes` allows the annotation `io.koya.block_volumes`, by which
+    /// containers have file systems of their own (docs/docker-in-koya.md), and so the host's disk as far as these say.
     pub annotations: Vec<String>,
 }
 
@@ -157,9 +163,10 @@ impl Settings {
             let Some(key) = name.strip_prefix(ANNOTATIONS) else {
                 continue;
             };
-            if !self.annotations.iter().any(|allowed| allowed == key) {
-                let reason = format!("{key:?} is not among the `annotations` of {FILE}");
-                return Err(wrong(name, reason));
+            self.allow(name, key)?;
+            if name == block_volume::ANNOTATION {
+                // It is of a container's, not of its sandbox's.
+                continue;
             }
             // A number is a number, and what is nothing else is text.
             let parsed = format!("value = {value}").parse::<toml::Table>();
@@ -177,6 +184,32 @@ impl Settings {
         let settings = Self::deserialize(all).map_err(|error| wrong(last, error))?;
         settings.check().map_err(|reason| wrong(last, reason))?;
         Ok(settings)
+    }
+
+    /// The volumes that the annotations of a container ask for.
+    ///
+    /// # Errors
+    /// If that is not allowed, or is not understood.
+    pub fn block_volumes(
+        &self,
+        annotations: Option<&HashMap<String, String>>,
+    ) -> Result<Vec<BlockVolume>, Error> {
+        let name = block_volume::ANNOTATION;
+        let Some(text) = annotations.and_then(|all| all.get(name)) else {
+            return Ok(Vec::new());
+        };
+        self.allow(name, BLOCK_VOLUMES)?;
+        let volumes = text.split_whitespace().map(str::parse);
+        volumes.collect()
+    }
+
+    /// Whether an annotation may be there at all.
+    fn allow(&self, name: &str, key: &str) -> Result<(), Error> {
+        if self.annotations.iter().any(|allowed| allowed == key) {
+            return Ok(());
+        }
+        let reason = format!("{key:?} is not among the `annotations` of {FILE}");
+        Err(wrong(name, reason))
     }
 
     /// What the types do not say.
@@ -220,7 +253,8 @@ impl Settings {
         });
         let known = known.unwrap_or_default();
         let allowed = self.annotations.iter();
-        match allowed.into_iter().find(|key| !known.contains_key(*key)) {
+        let is_known = |key: &str| known.contains_key(key) || key == BLOCK_VOLUMES;
+        match allowed.into_iter().find(|key| !is_known(key)) {
             Some(key) => Err(format!("annotations: there is no key {key:?}")),
             None => Ok(()),
         }
@@ -282,7 +316,6 @@ impl std::fmt::Display for Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashMap;
 
     fn parse(texts: &[(&str, &str)]) -> Result<Settings, String> {
         let texts = texts.iter();
@@ -290,6 +323,23 @@ mod tests {
             .map(|(place, text)| ((*place).to_owned(), (*text).to_owned()))
             .collect();
         Settings::parse(&texts).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn volumes_of_annotations_are_allowed_by_name() {
+        let asked = HashMap::from([(
+            block_volume::ANNOTATION.to_owned(),
+            "/var/lib/docker:size=1g /data".to_owned(),
+        )]);
+        let refused = Settings::default();
+        let error = refused.block_volumes(Some(&asked)).unwrap_err().to_string();
+        assert!(error.contains("\"block_volumes\" is not among"), "{error}");
+        assert!(refused.clone().annotated(&asked).is_err());
+        let allowed = parse(&[("a", "annotations = ['block_volumes']")]).unwrap();
+        let volumes = allowed.block_volumes(Some(&asked)).unwrap();
+        assert_eq!((volumes.len(), volumes[0].size), (2, 1 << 30));
+        assert_eq!(allowed.clone().annotated(&asked).unwrap(), allowed);
+        assert_eq!(allowed.block_volumes(None).unwrap(), []);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::state::{self, Directory, Owned, Record};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use koya::block_volume::BlockVolume;
 use koya::image::{Defaults, Image, Options};
 use koya::vmm::host::threads;
 use koya::{
@@ -63,6 +64,11 @@ pub(super) struct RunArgs {
     /// connects to PATH_PORT on the host. Allows vsock sockets in the container
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
+    /// Mount an ext4 file system of the container's own, in a sparse file of the host; Docker and podman keep their layers on
+    /// one. Options, separated by commas: size=SIZE[k|m|g|t] (default: 32g); file=PATH (the file that keeps it, made if it is
+    /// not there; without it the volume ends with the container)
+    #[arg(long, value_name = "DST[:OPTIONS]")]
+    block_volume: Vec<BlockVolume>,
     /// Mount a tmpfs. Options, separated by commas: size=BYTES[k|m|g|%], mode=OCTAL, uid=ID, gid=ID, ro, noexec and others
     /// of mount(8)
     #[arg(long, value_name = "DST[:OPTIONS]", value_parser = parse_tmpfs)]
@@ -225,6 +231,7 @@ impl RunArgs {
             volumes,
             devices,
             tmpfs: self.tmpfs.clone(),
+            block_volumes: self.block_volume.clone(),
             read_only: self.read_only,
             privileged: self.privileged,
             capabilities: self.cap_add.clone(),

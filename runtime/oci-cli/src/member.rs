@@ -158,7 +158,7 @@ pub(crate) fn create(
         mounts: Vec::new(),
         stdio: descriptors(fds, create.is_own_terminal, create.preserved)?,
         joins: Some(create.joins),
-        settings: Settings::default(),
+        settings: Settings::load()?,
     })?;
     send(stream, &Answer::Done, &[]).ok();
     follow(wire, served.clone(), id.clone(), String::new())?;

@@ -17,9 +17,8 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
-use koya::Settings;
 use koya_tasks::{
-    CreateTask, Error, ExecTask, Mount, Role, Spec, Status, StdioConfig, StdioPaths, TaskSet,
+    CreateTask, Error, ExecTask, Mount, Spec, Status, StdioConfig, StdioPaths, TaskSet,
 };
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
@@ -102,10 +101,7 @@ fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
     }
     let bundle = PathBuf::from(request.bundle);
     let spec = Spec::read(&bundle)?;
-    let settings = match spec.role(&request.id) {
-        Role::Member { .. } => Settings::default(),
-        Role::Single | Role::Sandbox => settings(request.options.as_ref())?,
-    };
+    let settings = settings(request.options.as_ref())?;
     let mounts = request.rootfs.into_iter().map(|mount| Mount {
         kind: mount.type_,
         source: mount.source,

@@ -25,7 +25,7 @@ pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 
 use crate::Error;
 use crate::account::Accounts;
-use crate::direct_volume::DirectVolume;
+use crate::block_volume::GuestVolume;
 use koya_protocol::messages::EphemeralVolume;
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
@@ -42,7 +42,7 @@ pub(crate) struct Adapted {
     /// Whether it has a device node for every device of the guest.
     pub(crate) has_guest_devices: bool,
     /// Those whose file systems the guest is to mount, by the numbers of their mounts.
-    pub(crate) direct: Vec<(u32, DirectVolume)>,
+    pub(crate) direct: Vec<(u32, GuestVolume)>,
     /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
     /// directory of a read-only one.
     pub(crate) mount_points: Vec<(PathBuf, bool)>,

@@ -4,7 +4,8 @@ use super::devices::{device_number, guest_node};
 use super::shares::{Share, guest_path};
 use super::{namespaces, refuse};
 use crate::Error;
-use crate::direct_volume::{self, DirectVolume};
+use crate::block_volume::GuestVolume;
+use crate::direct_volume;
 use crate::ephemeral;
 use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{OWN_ROOT, SHARED_MEMORY_DIR, VOLUMES_DIR};
@@ -19,7 +20,7 @@ pub(super) struct Adapted {
     pub(super) shares: Vec<Share>,
     pub(super) volumes: Vec<EphemeralVolume>,
     /// Disks whose file systems the guest is to mount, by the numbers of their mounts.
-    pub(super) direct: Vec<(u32, DirectVolume)>,
+    pub(super) direct: Vec<(u32, GuestVolume)>,
     /// Where mounts go, each with whether that is a file.
     pub(super) points: Vec<(PathBuf, bool)>,
 }
@@ -31,7 +32,7 @@ enum Needs {
     Device,
     Share(Share),
     Volume(EphemeralVolume),
-    Direct(DirectVolume),
+    Direct(GuestVolume),
 }
 
 /// File systems that a guest mounts by itself.
@@ -115,6 +116,16 @@ fn adapt_mount(
         return Err(refuse("mounts", reason));
     }
     if !is_bind(mount) {
+        if let Some(volume) = GuestVolume::of(directory, mount)? {
+            let options = mount.options().iter().flatten();
+            let flags = options.filter(|option| *option == "ro" || *option == "rro");
+            let flags = flags.cloned().chain(["rbind".to_owned()]).collect();
+            let mut adapted = mount.clone();
+            adapted.set_typ(Some("bind".into()));
+            adapted.set_source(Some(own_place(id, number)));
+            adapted.set_options(Some(flags));
+            return Ok((adapted, Needs::Direct(volume)));
+        }
         let kind = mount.typ().as_deref().unwrap_or_default();
         if GUEST_MOUNTS.contains(&kind) {
             return Ok((mount.clone(), Needs::Nothing));
@@ -198,7 +209,7 @@ fn adapt_bind(
     }
     if let Some(volume) = direct_volume::find(&source)? {
         adapted.set_source(Some(own_place(id, number)));
-        return Ok((adapted, Needs::Direct(volume)));
+        return Ok((adapted, Needs::Direct(GuestVolume::Device(volume))));
     }
     let wrong = |why: String| refuse("mounts", format!("{}: {why}", source.display()));
     let found = source.metadata();

@@ -47,8 +47,8 @@ pub struct CreateTask {
     /// Whose virtual machine it joins, if that is another container's of the set for another reason than the
     /// annotations of Kubernetes.
     pub joins: Option<Joins>,
-    /// The sandbox's settings, which the configuration's annotations may change. Not heeded for one of a pod's
-    /// containers: the sandbox is there.
+    /// The sandbox's settings, which the configuration's annotations may change. For one of a pod's containers, whose
+    /// sandbox is there, they only say which annotations are allowed.
     pub settings: Settings,
 }
 
@@ -67,6 +67,9 @@ impl CreateTask {
             },
             None => self.spec.role(&self.id),
         };
+        if role != Role::Sandbox {
+            self.spec.add_block_volumes(&self.settings)?;
+        }
         let settings = match role {
             Role::Member { .. } => Settings::default(),
             Role::Single | Role::Sandbox => self

@@ -5,6 +5,8 @@ use crate::cgroup;
 use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
 use anyhow::Context;
+use koya::Settings;
+use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
 use serde::Deserialize as _;
 use serde_json::Value;
@@ -75,6 +77,17 @@ impl Spec {
             },
             _ => Role::Single,
         }
+    }
+
+    /// Adds a mount for each volume that its annotations ask for.
+    pub(crate) fn add_block_volumes(&mut self, settings: &Settings) -> Result<(), Error> {
+        let volumes = settings.block_volumes(self.0.annotations().as_ref())?;
+        if !volumes.is_empty() {
+            let mut mounts = self.0.mounts().clone().unwrap_or_default();
+            mounts.extend(volumes.iter().map(BlockVolume::mount));
+            self.0.set_mounts(Some(mounts));
+        }
+        Ok(())
     }
 
     pub(crate) fn network(&self) -> Network {

@@ -14,6 +14,7 @@ crate::trials![
     a_disk_is_for_one_writer,
     an_image_is_a_root,
     disks_come_and_go_while_a_container_runs,
+    a_block_volume_is_a_containers_own,
 ];
 
 fn image(dir: &Path, mib: u64) -> Result<PathBuf> {
@@ -59,6 +60,45 @@ fn a_disk_holds_a_file_system() -> Result<()> {
         "mkdir /mnt/d; mount -o ro,noload /dev/vda /mnt/d; cd /mnt/d; sha256sum file* direct; echo clean",
     )?;
     ensure!(again == said, "{again}\n---\n{said}");
+    Ok(())
+}
+
+fn a_block_volume_is_a_containers_own() -> Result<()> {
+    let dir = scratch("block-volume")?;
+    let file = dir.join("kept.img");
+    // overlayfs takes it for its upper layer, which a share of the host's files can't be.
+    let kept = format!("/srv:size=1g,file={}", file.display());
+    let volumes = ["--block-volume", "/mnt:size=2g", "--block-volume", &kept];
+    let options = [&["--privileged", "--read-only"][..], &volumes].concat();
+    let said = stdout(run_in(
+        Path::new("/"),
+        &options,
+        &[
+            "sh",
+            "-ec",
+            "mkdir -p /mnt/u /mnt/w /mnt/m; mount -t overlay -o lowerdir=/etc,upperdir=/mnt/u,workdir=/mnt/w none /mnt/m
+             echo mine > /mnt/m/passwd; head -n 1 /mnt/u/passwd; cp /mnt/u/passwd /srv/
+             head -c 40000000 /dev/urandom > /mnt/big; sync; rm /mnt/big
+             stat -f -c %T /mnt; df -k --output=size /mnt | tail -n 1",
+        ],
+    )?)?;
+    let lines: Vec<_> = said.lines().collect();
+    let size: u64 = lines[2].trim().parse()?;
+    ensure!(
+        lines[..2] == ["mine", "ext2/ext3"] && (1_900_000..2 << 20).contains(&size),
+        "{said}"
+    );
+    // What was kept is there for the next one, the other is gone, and the file is sparse.
+    let again = stdout(run_in(
+        Path::new("/"),
+        &options,
+        &["sh", "-c", "cat /srv/passwd; ls /mnt"],
+    )?)?;
+    ensure!(again.trim() == "mine\nlost+found", "{again}");
+    let taken = file.metadata()?.blocks() * 512;
+    ensure!(taken < 32 << 20, "{taken} bytes");
+    let here = std::fs::read_dir(&dir)?.count();
+    ensure!(here == 1, "{here} files");
     Ok(())
 }
 

@@ -21,7 +21,16 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
         Ok::<_, Error>((place, "volume", bind(volume)?))
     });
     let mut all: Vec<(PathBuf, Value)> = Vec::new();
-    for mount in memory.chain(volumes) {
+    let blocks = config.block_volumes.iter().map(|volume| {
+        let place = place("block volume", &volume.destination)?;
+        let mount = serde_json::to_value(volume.mount());
+        let mount = mount.map_err(Error::invalid_by(
+            "block volume",
+            place.display().to_string(),
+        ))?;
+        Ok::<_, Error>((place, "block volume", mount))
+    });
+    for mount in memory.chain(volumes).chain(blocks) {
         let (place, field, mut mount) = mount?;
         mount["destination"] = json!(text(field, &place)?);
         match all.iter().find(|(other, _)| *other == place) {
