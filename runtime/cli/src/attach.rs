@@ -13,12 +13,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const BUFFER: usize = 64 << 10;
 
 /// How long a stream may be silent once its process has ended, in seconds, before nobody waits for
 /// its end any more: what the process left running may hold it open for ever.
-const SILENCE: i64 = 2;
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// How long it may go on for all that in small pieces, while the user's side takes them: what was left running may
+/// write now and then for ever.
+const LINGERING: Duration = Duration::from_secs(5);
+
+/// More than there can be under way between a process and this one, in bytes: what comes after that was not written by the
+/// process that has ended.
+const UNDER_WAY: usize = 64 << 20;
 
 /// The user's three streams.
 pub(super) struct UserStreams {
@@ -173,16 +182,19 @@ impl Pumps {
     }
 }
 
-/// Copies until the end of `from`, or until `ended` is closed and nothing comes for a while.
+/// Copies until the end of `from`, or until `ended` is closed and what was under way has come.
 ///
 /// # Errors
 /// What `to` says.
 fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> std::io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     let mut over = false;
+    // Since then: bytes, and time in which this side did not wait for the user's.
+    let (mut after, mut waited) = (0, Duration::ZERO);
     loop {
+        let began = Instant::now();
         let timeout = Timespec {
-            tv_sec: SILENCE,
+            tv_sec: SILENCE.as_secs() as i64,
             tv_nsec: 0,
         };
         let mut fds = [
@@ -202,7 +214,18 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> st
         }
         match from.read(&mut buffer) {
             Ok(0) => return Ok(()),
-            Ok(count) => to.write_all(&buffer[..count]).and_then(|()| to.flush())?,
+            Ok(count) => {
+                if over {
+                    waited += began.elapsed();
+                    after += count;
+                }
+                to.write_all(&buffer[..count]).and_then(|()| to.flush())?;
+                // A full buffer says that more was there already.
+                let is_late = waited > LINGERING && count < BUFFER;
+                if is_late || after > UNDER_WAY {
+                    return Ok(());
+                }
+            }
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(_) => return Ok(()),
         }
@@ -291,6 +314,35 @@ mod tests {
         let mut got = String::new();
         read.read_to_string(&mut got).unwrap();
         assert_eq!(got, "last words");
+    }
+
+    /// moby/moby 33039, ddev/ddev 732.
+    #[test]
+    fn output_that_goes_on_for_ever_is_not_waited_for() {
+        struct Counted(std::sync::mpsc::Sender<usize>);
+        impl Write for Counted {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.send(bytes.len()).ok();
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        for (piece, pause) in [(1 << 20, Duration::ZERO), (2, Duration::from_millis(200))] {
+            let (count, counts) = std::sync::mpsc::channel();
+            let (pumps, mut theirs) = output_to(Box::new(Counted(count)));
+            let writer = std::thread::spawn(move || {
+                let piece = vec![b'y'; piece];
+                while theirs.write_all(&piece).is_ok() {
+                    std::thread::sleep(pause);
+                }
+            });
+            counts.recv().unwrap();
+            assert!(pumps.finish());
+            // Its stream is shut, so that it is told.
+            writer.join().unwrap();
+        }
     }
 
     #[test]

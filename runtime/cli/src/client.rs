@@ -2,7 +2,7 @@
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::{Answer, KILL_LIMIT, Request};
-use super::ignored::heeded;
+use super::ignored::passed_on;
 use super::output::{complain, say};
 use super::parse::{expand_env, parse_env, parse_signal};
 use super::run::check_terminal;
@@ -12,7 +12,7 @@ use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use koya::vmm::host::threads;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::consts::SIGWINCH;
 use signal_hook::iterator::Signals;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -166,7 +166,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         interactive: args.interactive,
     };
     // Before any thread exists, so that none misses it.
-    let signals = Signals::new(heeded(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT]))?;
+    let signals = Signals::new(passed_on())?;
     signals.add_signal(SIGWINCH)?;
     send(&stream, &request, &[])?;
     let mut wire = Wire::new(stream.try_clone()?);

@@ -3,12 +3,33 @@
 
 use std::sync::OnceLock;
 
-/// Of `signals`, those that are not ignored.
-pub(super) fn heeded(signals: &[i32]) -> Vec<i32> {
+/// The signals that a command passes on to a process in a container: all that are not ignored, but for those that
+/// can't be caught, that tell of faults, and that are about this command's own children, terminal and streams.
+pub(super) fn passed_on() -> Vec<i32> {
+    const OWN: [i32; 17] = [
+        libc::SIGILL,
+        libc::SIGTRAP,
+        libc::SIGABRT,
+        libc::SIGBUS,
+        libc::SIGFPE,
+        libc::SIGKILL,
+        libc::SIGSEGV,
+        libc::SIGPIPE,
+        libc::SIGCHLD,
+        libc::SIGCONT,
+        libc::SIGSTOP,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+        libc::SIGURG,
+        libc::SIGWINCH,
+        libc::SIGSYS,
+    ];
+    // Between both ranges are the C library's.
+    let all = (1..=libc::SIGSYS).chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
     let ignored = mask();
-    let mut heeded = signals.to_vec();
-    heeded.retain(|signal| ignored & bit(*signal) == 0);
-    heeded
+    all.filter(|signal| !OWN.contains(signal) && ignored & bit(*signal) == 0)
+        .collect()
 }
 
 fn bit(signal: i32) -> u64 {
@@ -44,6 +65,18 @@ mod tests {
         );
         assert_eq!(parse("Name:\tkoya\n"), 0);
         // Rust's runtime ignores SIGPIPE in every program.
-        assert_eq!(heeded(&[libc::SIGPIPE, libc::SIGUSR1]), [libc::SIGUSR1]);
+        // containers/podman 10462: systemd is stopped by SIGRTMIN+3.
+        let all = passed_on();
+        for signal in [
+            libc::SIGUSR1,
+            libc::SIGALRM,
+            libc::SIGRTMIN() + 3,
+            libc::SIGRTMAX(),
+        ] {
+            assert!(all.contains(&signal), "{signal}");
+        }
+        assert!(!all.contains(&libc::SIGPIPE) && !all.contains(&libc::SIGCHLD));
+        // All of them can be caught.
+        signal_hook::iterator::Signals::new(&all).unwrap();
     }
 }

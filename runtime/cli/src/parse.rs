@@ -126,10 +126,11 @@ pub(super) fn parse_cache(text: &str) -> Result<Cache, String> {
     }
 }
 
-/// `K=V` as it is, `K` with this environment's value, or as it is where that has none.
+/// `K=V` as it is, `K` with this environment's value, or as it is where that has none. Bytes of a value that are not
+/// UTF-8 become U+FFFD, as with Docker: an OCI configuration can't hold them.
 pub(super) fn expand_env(env: &[String]) -> Vec<String> {
-    let expand = |entry: &String| match (entry.contains('='), std::env::var(entry)) {
-        (false, Ok(value)) => format!("{entry}={value}"),
+    let expand = |entry: &String| match (entry.contains('='), std::env::var_os(entry)) {
+        (false, Some(value)) => format!("{entry}={}", value.to_string_lossy()),
         _ => entry.clone(),
     };
     env.iter().map(expand).collect()

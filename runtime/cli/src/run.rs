@@ -2,7 +2,7 @@
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::container_log::LogWriter;
-use super::ignored::heeded;
+use super::ignored::passed_on;
 use super::net::NetArgs;
 use super::output::{complain, say};
 use super::parse::{
@@ -22,7 +22,7 @@ use koya::{
     Sandbox, SandboxConfig, Seccomp, Stdio, Tmpfs, User, Volume,
 };
 use koya_tasks::send_signal;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -365,8 +365,7 @@ impl Live {
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
     // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
     args.net.enter()?;
-    let passed_on = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
-    let signals = Signals::new(heeded(&passed_on))?;
+    let signals = Signals::new(passed_on())?;
     signals.add_signal(SIGWINCH)?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.directory.clone())?;
@@ -545,7 +544,10 @@ mod tests {
         assert_eq!(plain.stop_signal(&Defaults::default()).unwrap(), SIGTERM);
         assert_eq!(plain.stop_signal(&image("SIGRTMIN+3")).unwrap(), 37);
         let own = args(&["--stop-signal", "USR1"]);
-        assert_eq!(own.stop_signal(&image("SIGRTMIN+3")).unwrap(), SIGUSR1);
+        assert_eq!(
+            own.stop_signal(&image("SIGRTMIN+3")).unwrap(),
+            libc::SIGUSR1
+        );
         let error = plain.stop_signal(&image("NOPE")).unwrap_err().to_string();
         assert!(
             error.contains("StopSignal") && error.contains("NOPE"),
