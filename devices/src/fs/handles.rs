@@ -20,7 +20,25 @@ pub(super) struct Handle {
     /// Keeps the node's own descriptor open: the file may have lost its name before the node is used again.
     _node: Arc<OwnedFd>,
     /// Serializes reads of a directory, which share the descriptor's position.
-    pub(super) position: Mutex<()>,
+    pub(super) position: Mutex<Position>,
+}
+
+/// Where the descriptor of a directory stands.
+pub(super) struct Position {
+    /// Before the entry with this cookie, if that is known.
+    pub(super) at: Option<u64>,
+    /// Whether all cookies so far were offsets for lseek(2), and there was one. Some file systems (NFS of some servers)
+    /// have others, of all 64 bits: who lists their directories must go on where it was.
+    pub(super) seeks: bool,
+}
+
+impl Default for Position {
+    fn default() -> Self {
+        Self {
+            at: Some(0),
+            seeks: false,
+        }
+    }
 }
 
 /// All handles of a guest.

@@ -24,6 +24,7 @@ mod config;
 mod digest;
 mod error;
 mod files;
+mod json;
 mod layer;
 mod limits;
 mod manifest;

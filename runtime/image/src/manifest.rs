@@ -1,14 +1,14 @@
 //! The documents of an image, and which of the images in a file is meant: image-spec's layouts with
 //! OCI's media types or Docker's, and `docker save`'s manifest.json.
 //!
-//! Documents are read leniently, as other engines do: fields that nobody needs may be missing or null.
+//! Documents are read leniently, as other engines do ([`json`]): fields that nobody needs may be missing.
 
 use crate::choice::{Named, Platform, machine, wanted};
 use crate::config::Configuration;
 use crate::digest::Digest;
 use crate::files::{Blob, Files};
 use crate::limits::{Budget, Limits, MAX_DOCUMENTS};
-use crate::{Error, Options};
+use crate::{Error, Options, json};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
@@ -183,9 +183,7 @@ pub(crate) fn choose(files: &Files, options: &Options) -> Result<Chosen, Error> 
 }
 
 fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, Error> {
-    // Some programs on Windows begin with a mark of the byte order.
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-    serde_json::from_slice(text).map_err(|e| Error::invalid(format!("{name}: {e}")))
+    json::from_slice(text).map_err(|e| Error::invalid(format!("{name}: {e}")))
 }
 
 /// A document by its descriptor, held against it.

@@ -43,6 +43,14 @@ impl Listing {
         self.bytes.len() + self.size(name) <= self.room
     }
 
+    /// How many bytes of the host's entries are sure to fit: those with the shortest names grow most.
+    fn sure_to_fit(&self) -> usize {
+        /// An entry of getdents64(2) with the longest name.
+        const LONGEST: usize = 280;
+        const SHORTEST: usize = 24;
+        (self.room * SHORTEST / self.size(c"a")).clamp(LONGEST, BUFFER)
+    }
+
     fn push(&mut self, entry: &EntryOut, dirent: &Dirent, name: &CStr) {
         if self.plus {
             self.bytes.extend_from_slice(entry.as_bytes());
@@ -119,11 +127,22 @@ impl Passthrough {
         offset: u64,
         listing: &mut Listing,
     ) -> Result<(), Errno> {
-        let _position = koya_host::sync::lock(&handle.position);
-        seek(&handle.file, SeekFrom::Start(offset))?;
-        let mut buffer = vec![MaybeUninit::uninit(); BUFFER.min(listing.room.max(1024))];
+        let mut position = koya_host::sync::lock(&handle.position);
+        // Not where the guest only goes on: what is no offset for lseek(2) can't be sought.
+        if position.at != Some(offset) || offset == 0 {
+            position.at = None;
+            seek(&handle.file, SeekFrom::Start(offset))?;
+        }
+        let size = match position.seeks {
+            true => BUFFER.min(listing.room.max(1024)),
+            false => listing.sure_to_fit(),
+        };
+        let mut buffer = vec![MaybeUninit::uninit(); size];
         let mut directory = RawDir::new(&handle.file, &mut buffer);
+        let mut all_seek = true;
         while let Some(entry) = directory.next() {
+            // Unless all that was read of the host is delivered.
+            position.at = None;
             let entry = match entry {
                 Ok(entry) => entry,
                 // Returns the entries read so far; the next call returns the error.
@@ -148,6 +167,13 @@ impl Passthrough {
                 EntryOut::default()
             };
             listing.push(&found, &dirent, name);
+            all_seek &= i64::try_from(dirent.off).is_ok();
+            if directory.is_buffer_empty() {
+                position.at = Some(dirent.off);
+                if !std::mem::replace(&mut position.seeks, all_seek) {
+                    break;
+                }
+            }
         }
         Ok(())
     }

@@ -11,6 +11,8 @@ use rustix::fs::CWD;
 use std::ffi::CString;
 use zerocopy::FromBytes;
 
+mod listing;
+
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
 
 fn writing() -> OpenIn {
@@ -282,40 +284,6 @@ fn a_single_file_has_one_number() {
 }
 
 /// Inode numbers on the first file system are the host's; those on others are distinguished from them.
-#[test]
-fn numbers_of_several_file_systems_differ() {
-    use std::os::unix::fs::MetadataExt;
-    let f = fixture(0, false);
-    f.shares.add("proc", "/proc", true).unwrap();
-    f.shares.add("again", f.dir.path(), true).unwrap();
-    let own = f.dir.path().metadata().unwrap().ino();
-    let proc = std::fs::metadata("/proc").unwrap().ino();
-    let number = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr.ino;
-    assert_eq!(number(c"again"), own);
-    assert_eq!(number(c"proc"), proc | 1 << 48);
-    // A listing has the same numbers as a lookup.
-    let node = f.files.lookup(ROOT_ID, c"proc").unwrap().nodeid;
-    let version = f.files.lookup(node, c"version").unwrap().attr.ino;
-    let fh = f.files.opendir(node).unwrap().fh;
-    let mut offset = 0;
-    loop {
-        let listing = f.files.readdir(node, fh, offset, 4096, false).unwrap();
-        let bytes = listing.into_bytes();
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let (dirent, names) = Dirent::read_from_prefix(rest).unwrap();
-            let len = dirent.namelen as usize;
-            if &names[..len] == b"version" {
-                assert_eq!(dirent.ino, version);
-                return;
-            }
-            offset = dirent.off;
-            rest = &rest[(size_of::<Dirent>() + len).next_multiple_of(8)..];
-        }
-        assert!(!bytes.is_empty(), "/proc/version is listed");
-    }
-}
-
 #[test]
 fn the_root_answers_statx() {
     let f = fixture(0, false);

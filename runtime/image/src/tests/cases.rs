@@ -122,6 +122,21 @@ fn an_entrypoint_of_an_empty_word_is_none() {
     assert_eq!(entrypoint(json!(["x", ""])), ["x", ""]);
 }
 
+/// skopeo 1287, h33333333/xray 4: documents as programs in Go read them.
+#[test]
+fn documents_are_read_as_go_reads_them() {
+    let layout = Layout::new();
+    let config =
+        json!({"config": {"cmd": ["x"], "Env": null, "labels": {"k": null}}, "ROOTFS": null});
+    let mut manifest = image(&layout, "image", config);
+    manifest["annotations"] = json!({"k": null});
+    manifest["platform"]["os.version"] = Value::Null;
+    layout.index(&[manifest]);
+    let defaults = unpack(layout.path()).unwrap().1.defaults();
+    assert_eq!(defaults.command, ["x"]);
+    assert_eq!(defaults.labels["k"], "");
+}
+
 /// containers/crun 94: 32-bit images run here too; moby/buildkit 6843: one must not be taken where it comes first.
 #[test]
 fn an_image_of_32_bits_is_taken_where_there_is_no_other() {

@@ -1,0 +1,92 @@
+//! What listings of directories have in them.
+
+use super::*;
+
+/// The names in a directory, by answers of this size.
+fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> Vec<String> {
+    let fh = f.files.opendir(node).unwrap().fh;
+    let (mut names, mut offset) = (Vec::new(), 0);
+    loop {
+        each(fh);
+        let listing = f.files.readdir(node, fh, offset, room, plus).unwrap();
+        let bytes = listing.into_bytes();
+        let mut rest = bytes.as_slice();
+        if rest.is_empty() {
+            return names;
+        }
+        while !rest.is_empty() {
+            let skipped = if plus { size_of::<EntryOut>() } else { 0 };
+            let (dirent, after) = Dirent::read_from_prefix(&rest[skipped..]).unwrap();
+            let len = dirent.namelen as usize;
+            names.push(String::from_utf8(after[..len].to_vec()).unwrap());
+            offset = dirent.off;
+            rest = &rest[skipped + (size_of::<Dirent>() + len).next_multiple_of(8)..];
+        }
+    }
+}
+
+/// kata-containers/kata-containers 12749: cookies of some NFS servers are no offsets for lseek(2).
+#[test]
+fn a_directory_is_listed_without_seeking() {
+    let f = fixture(0, false);
+    let node = f.files.lookup(ROOT_ID, c"s").unwrap().nodeid;
+    let mut expected = vec![".".to_owned(), "..".to_owned()];
+    for n in 0..300 {
+        // Of every length.
+        let name = format!("{n:03}{}", "x".repeat(n % 250));
+        std::fs::write(f.dir.path().join(&name), "").unwrap();
+        expected.push(name);
+    }
+    expected.sort();
+    for plus in [false, true] {
+        for room in [512, 4096, 128 << 10] {
+            // As if none of the cookies so far could be sought; what is sought after all is nowhere.
+            let no_seeks = |fh| {
+                let handle = f.files.handles.get(fh, node).unwrap();
+                let mut position = koya_host::sync::lock(&handle.position);
+                position.seeks = false;
+                // Less than a page is no guest of Linux's.
+                assert!(position.at.is_some() || room < 4096, "room {room}");
+            };
+            for each in [&no_seeks as &dyn Fn(u64), &|_| ()] {
+                let mut found = names(&f, node, room, plus, each);
+                found.sort();
+                assert_eq!(found, expected, "room {room}, plus {plus}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_of_several_file_systems_differ() {
+    use std::os::unix::fs::MetadataExt;
+    let f = fixture(0, false);
+    f.shares.add("proc", "/proc", true).unwrap();
+    f.shares.add("again", f.dir.path(), true).unwrap();
+    let own = f.dir.path().metadata().unwrap().ino();
+    let proc = std::fs::metadata("/proc").unwrap().ino();
+    let number = |name: &CStr| f.files.lookup(ROOT_ID, name).unwrap().attr.ino;
+    assert_eq!(number(c"again"), own);
+    assert_eq!(number(c"proc"), proc | 1 << 48);
+    // A listing has the same numbers as a lookup.
+    let node = f.files.lookup(ROOT_ID, c"proc").unwrap().nodeid;
+    let version = f.files.lookup(node, c"version").unwrap().attr.ino;
+    let fh = f.files.opendir(node).unwrap().fh;
+    let mut offset = 0;
+    loop {
+        let listing = f.files.readdir(node, fh, offset, 4096, false).unwrap();
+        let bytes = listing.into_bytes();
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let (dirent, names) = Dirent::read_from_prefix(rest).unwrap();
+            let len = dirent.namelen as usize;
+            if &names[..len] == b"version" {
+                assert_eq!(dirent.ino, version);
+                return;
+            }
+            offset = dirent.off;
+            rest = &rest[(size_of::<Dirent>() + len).next_multiple_of(8)..];
+        }
+        assert!(!bytes.is_empty(), "/proc/version is listed");
+    }
+}
