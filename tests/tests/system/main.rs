@@ -79,6 +79,9 @@ fn main() -> ExitCode {
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
     smoke::select(&mut arguments, &mut trials);
+    if std::env::var_os(rigs::ONLY).is_none() {
+        daemon::select(&arguments, &mut trials);
+    }
     let Ok(rig) = std::env::var("KOYA_RIG") else {
         if arguments.list {
             return libtest_mimic::run(&arguments, trials).exit_code();
