@@ -70,6 +70,56 @@ impl Write for LogWriter {
     }
 }
 
+/// How much of a line is kept for its end, in bytes, as other engines' logs have it.
+const MAX_LINE: usize = 16 << 10;
+
+/// A stream of a container on its way into a log: lines of one do not get into those of the other.
+pub(super) struct Lines {
+    log: LogWriter,
+    /// A line that has not ended.
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    pub(super) fn new(log: LogWriter) -> Self {
+        let rest = Vec::new();
+        Self { log, rest }
+    }
+
+    fn log_rest(&mut self) {
+        self.log.write_all(&self.rest).ok();
+        self.rest.clear();
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n');
+        let (whole, rest) = bytes.split_at(whole.map_or(0, |end| end + 1));
+        if !whole.is_empty() {
+            // In one piece: between two, the other stream may have its turn.
+            self.rest.extend_from_slice(whole);
+            self.log_rest();
+        }
+        self.rest.extend_from_slice(rest);
+        if self.rest.len() > MAX_LINE {
+            self.log_rest();
+        }
+        Ok(bytes.len())
+    }
+
+    /// A line that has not ended waits on.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        self.log_rest();
+    }
+}
+
 /// Reads a log from its beginning, also while it grows and changes files.
 pub(super) struct LogReader {
     path: PathBuf,
@@ -113,6 +163,25 @@ impl LogReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_of_two_streams_stay_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = LogWriter::create(&path).unwrap();
+        let (mut out, mut err) = (Lines::new(log.clone()), Lines::new(log));
+        let read = || std::fs::read_to_string(&path).unwrap();
+        out.write_all(b"one\ntw").unwrap();
+        err.write_all(b"error").unwrap();
+        out.write_all(b"o\nthree").unwrap();
+        err.write_all(b"s\n").unwrap();
+        assert_eq!(read(), "one\ntwo\nerrors\n");
+        // Who writes no line ends is read all the same, and at the end nothing is missing.
+        err.write_all(&[b'.'; MAX_LINE + 1]).unwrap();
+        drop(out);
+        assert_eq!(read().len(), "one\ntwo\nerrors\nthree".len() + MAX_LINE + 1);
+        assert!(read().ends_with(".three"));
+    }
 
     #[test]
     fn a_log_is_bounded_and_followed_across_files() {

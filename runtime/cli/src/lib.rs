@@ -18,6 +18,7 @@ mod net;
 mod output;
 mod parse;
 mod programs;
+mod publish;
 mod removal;
 mod run;
 mod size;
@@ -145,7 +146,8 @@ pub fn main() -> ExitCode {
 /// Shows the help that was asked for, or what is wrong with the arguments.
 fn usage(error: &clap::Error) -> ExitCode {
     let shown = error.print().and_then(|()| std::io::stdout().flush());
-    let status = u8::try_from(error.exit_code()).unwrap_or(FAILED);
+    // Of a wrong command line, too, Koya says that it failed: clap's own 2 may be a program's.
+    let status = if error.use_stderr() { FAILED } else { 0 };
     ExitCode::from(match shown {
         Err(_) if error.use_stderr() => status,
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => output::READER_GONE,

@@ -134,7 +134,8 @@ pub(super) fn rm(args: &RmArgs) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
     for name in &args.names {
         match rm_one(name, args.force) {
-            Ok(()) => said = said.and(say!("{name}")),
+            Ok(true) => said = said.and(say!("{name}")),
+            Ok(false) => {}
             Err(error) => {
                 complain!("koya: {error:#}");
                 worst = FAILED;
@@ -145,8 +146,14 @@ pub(super) fn rm(args: &RmArgs) -> Outcome {
     Ok(worst)
 }
 
-fn rm_one(name: &str, force: bool) -> Result<()> {
-    let directory = Directory::find(name)?;
+/// Whether there was one.
+fn rm_one(name: &str, force: bool) -> Result<bool> {
+    let directory = match Directory::look_for(name)? {
+        Some(directory) => directory,
+        // As with Docker: it need not be there for --force.
+        None if force => return Ok(false),
+        None => bail!("container {name} does not exist"),
+    };
     if directory.is_running() {
         if !force {
             bail!("container {name} is running; stop it, or use --force");
@@ -155,5 +162,5 @@ fn rm_one(name: &str, force: bool) -> Result<()> {
         killed.with_context(|| format!("cannot end container {name}"))?;
     }
     directory.remove();
-    Ok(())
+    Ok(true)
 }

@@ -6,6 +6,7 @@
 
 use super::alone::{self, Alone};
 use super::programs;
+use super::publish::{self, Ports};
 use super::state::Directory;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -19,7 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -42,9 +43,9 @@ pub(super) struct NetArgs {
     /// Set the network: none, user (pasta, unprivileged), tap, or tap:NAME with --ip
     #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = parse_kind)]
     net: Kind,
-    /// Publish a port of the guest on the host (--net user)
-    #[arg(long, short, value_name = "HOST:GUEST[/udp]", value_parser = parse_port)]
-    publish: Vec<Port>,
+    /// Publish a port of the guest, or a range (8000-8010:8000-8010), on all addresses of the host or on ADDRESS (--net user)
+    #[arg(long, short, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    publish: Vec<Ports>,
     /// Set the IP address of the guest (--net tap; default: a link-local pair with the host)
     #[arg(long, value_name = "ADDRESS/PREFIX")]
     ip: Option<IpNet>,
@@ -105,28 +106,6 @@ fn parse_kind(text: &str) -> Result<Kind, String> {
         None if text == "tap" => Ok(Kind::Tap(String::new())),
         Some(("tap", name)) if !name.is_empty() => Ok(Kind::Tap(name.to_owned())),
         _ => Err(format!("{text:?} is none of none, user, tap, tap:NAME")),
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Port {
-    host: u16,
-    guest: u16,
-    udp: bool,
-}
-
-fn parse_port(text: &str) -> Result<Port, String> {
-    let wrong = || format!("{text:?} is not HOST:GUEST[/tcp|/udp]");
-    let (ports, udp) = match text.split_once('/') {
-        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), false),
-        Some((ports, "udp")) => (ports, true),
-        Some(_) => return Err(wrong()),
-    };
-    let (host, guest) = ports.split_once(':').ok_or_else(wrong)?;
-    let number = |text: &str| text.parse().ok().filter(|port| *port != 0);
-    match (number(host), number(guest)) {
-        (Some(host), Some(guest)) => Ok(Port { host, guest, udp }),
-        _ => Err(wrong()),
     }
 }
 
@@ -206,8 +185,7 @@ impl NetArgs {
     /// outside straight to the guest, but what is addressed to the host's loopback to the loopback of
     /// our namespace, where we listen.
     pub(super) fn serve_ports(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
-        let tcp = self.publish.iter().filter(|port| !port.udp);
-        let ports: BTreeSet<u16> = tcp.map(|port| port.guest).collect();
+        let ports: BTreeSet<u16> = self.publish.iter().flat_map(Ports::tcp_of_guest).collect();
         let connections = Connections::new(connection_limit(getrlimit(Resource::Nofile).current));
         for guest in ports {
             // Which of the namespace's addresses pasta calls differs between its versions; what comes
@@ -379,21 +357,9 @@ fn pair(process: u32) -> [IpNet; 2] {
     [1, 2].map(|n| IpNet::new_assert(Ipv4Addr::from(first + n).into(), 30))
 }
 
-/// Whether published ports are free: pasta says so only if none of them is.
-fn check_ports(publish: &[Port]) -> Result<()> {
-    for Port { host, udp, .. } in publish {
-        let free = match udp {
-            true => UdpSocket::bind((Ipv4Addr::UNSPECIFIED, *host)).map(drop),
-            false => TcpListener::bind((Ipv4Addr::UNSPECIFIED, *host)).map(drop),
-        };
-        free.with_context(|| format!("cannot publish port {host} of the host"))?;
-    }
-    Ok(())
-}
-
 /// Moves this process into a network namespace with pasta's interface in it.
-fn enter_user(publish: &[Port], host: &Outside) -> Result<()> {
-    check_ports(publish)?;
+fn enter_user(publish: &[Ports], host: &Outside) -> Result<()> {
+    publish::check(publish)?;
     let mut pasta = Pasta::prepare(publish, host)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -454,19 +420,11 @@ struct Pasta {
 }
 
 impl Pasta {
-    fn prepare(publish: &[Port], host: &Outside) -> Result<Self> {
+    fn prepare(publish: &[Ports], host: &Outside) -> Result<Self> {
         let Some(program) = programs::find("pasta") else {
             bail!("--net user needs pasta, which is not there; `apt-get install passt` has it");
         };
         let shell = programs::find("sh").context("--net user needs sh, which is not there")?;
-        let ports = |udp| {
-            let ports = publish.iter().filter(|port| port.udp == udp);
-            let words: Vec<String> = ports.map(|p| format!("{}:{}", p.host, p.guest)).collect();
-            match words.is_empty() {
-                true => "none".to_owned(),
-                false => words.join(","),
-            }
-        };
         let ready =
             TempDir::with_prefix_in("koya-pasta-", "/tmp").context("no directory in /tmp")?;
         let keeper = programs::command(&shell)
@@ -481,7 +439,7 @@ impl Pasta {
             ])
             .args(["--dns-forward", &host.resolver.to_string()])
             .args(host.alone.iter().flat_map(Alone::options))
-            .args(["--tcp-ports", &ports(false), "--udp-ports", &ports(true)])
+            .args(publish::options(publish))
             .args(["--tcp-ns", "none", "--udp-ns", "none", "--pid"])
             .arg(ready.path().join(PID_FILE))
             .stdin(Stdio::piped())
@@ -532,17 +490,6 @@ mod tests {
         assert_eq!(parse_kind("user"), Ok(Kind::User));
         for bad in ["", "tap:", "bridge", "none:x"] {
             assert!(parse_kind(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn ports_are_parsed() {
-        let port = |host, guest, udp| Ok(Port { host, guest, udp });
-        assert_eq!(parse_port("8080:80"), port(8080, 80, false));
-        assert_eq!(parse_port("8080:80/tcp"), port(8080, 80, false));
-        assert_eq!(parse_port("53:5353/udp"), port(53, 5353, true));
-        for bad in ["80", "80:", "0:80", "80:70000", "80:80/sctp", "x:80"] {
-            assert!(parse_port(bad).is_err(), "{bad}");
         }
     }
 

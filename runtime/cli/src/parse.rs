@@ -41,10 +41,19 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
             "rw" => volume.read_only = false,
             "rslave" | "slave" => volume.follow_mounts = true,
             "rprivate" | "private" => volume.follow_mounts = false,
+            // They say what is so, or, for Docker on a Mac, how its files are shared.
+            "bind" | "rbind" | "cached" | "delegated" | "consistent" => {}
+            // A label for files, which means nothing without SELinux.
+            "z" | "Z" if !has_selinux() => {}
             _ => return Err(format!("{text:?}: the option {option:?} is not supported")),
         }
     }
     Ok(volume)
+}
+
+/// Whether this host has SELinux, in force or not.
+fn has_selinux() -> bool {
+    Path::new("/sys/fs/selinux/enforce").exists()
 }
 
 /// `DST[:OPTIONS]`: what the options may be is known where they are used.
@@ -223,6 +232,8 @@ mod tests {
         assert!(follows.follow_mounts && follows.read_only);
         assert!(parse_volume("/a:/b:rshared").is_err());
         assert!(!parse_volume("a:/b").unwrap().read_only);
+        assert_eq!(parse_volume("/a:/b:cached,rbind"), parse_volume("/a:/b"));
+        assert_eq!(parse_volume("/a:/b:Z").is_ok(), !has_selinux());
         for bad in ["/a", "/a:b", ":/b", "/a:/b:rx", "/a:/b:ro:x"] {
             assert!(parse_volume(bad).is_err(), "{bad}");
         }

@@ -1,7 +1,7 @@
 //! `koya run`
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
-use super::container_log::LogWriter;
+use super::container_log::{Lines, LogWriter};
 use super::ignored::passed_on;
 use super::net::NetArgs;
 use super::output::{complain, say};
@@ -494,8 +494,8 @@ fn detached_streams(owned: &Owned) -> Result<UserStreams> {
     let log = LogWriter::create(&owned.directory.log())?;
     Ok(UserStreams {
         stdin: None,
-        stdout: Box::new(log.clone()),
-        stderr: Box::new(log),
+        stdout: Box::new(Lines::new(log.clone())),
+        stderr: Box::new(Lines::new(log)),
     })
 }
 

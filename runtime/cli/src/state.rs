@@ -99,14 +99,20 @@ fn check_name(name: &str) -> Result<()> {
 impl Directory {
     /// The directory of a container that exists.
     pub(super) fn find(name: &str) -> Result<Self> {
+        let found = Self::look_for(name)?;
+        found.with_context(|| format!("container {name} does not exist"))
+    }
+
+    /// The same, or none.
+    pub(super) fn look_for(name: &str) -> Result<Option<Self>> {
         check_name(name)?;
         let root = root()?;
         let path = root.join(name);
         if !path.join("record.json").exists() {
-            bail!("container {name} does not exist");
+            return Ok(None);
         }
         check_private(&root)?;
-        Ok(Self(path))
+        Ok(Some(Self(path)))
     }
 
     /// Every container's directory.

@@ -55,6 +55,25 @@ fn a_full_disk_is_an_error_with_its_reason() {
 }
 
 #[test]
+fn a_wrong_option_is_the_commands_own_failure() {
+    for command in [&["run", "--foo"][..], &["exec"], &["nonsense"], &[]] {
+        let output = koya(command, Stdio::piped());
+        assert_eq!(output.status.code(), Some(125), "{command:?}: {output:?}");
+    }
+}
+
+#[test]
+fn what_is_not_there_may_be_removed_by_force() {
+    let output = koya(&["rm", "--force", "koya-test-none"], Stdio::piped());
+    assert!(
+        output.status.success() && output.stdout.is_empty(),
+        "{output:?}"
+    );
+    let output = koya(&["rm", "koya-test-none"], Stdio::piped());
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+}
+
+#[test]
 fn an_error_that_nobody_reads_is_one_all_the_same() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);

@@ -1,0 +1,185 @@
+//! `koya run --publish`: which ports of the guest are ports of the host.
+
+use anyhow::{Context, Result};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
+use std::str::FromStr;
+
+/// Ports of the guest on the host, each on the one of the same place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ports {
+    /// The address of the host that they are published on; all without one.
+    address: Option<IpAddr>,
+    /// The first of each, and how many.
+    host: u16,
+    guest: u16,
+    count: u16,
+    udp: bool,
+}
+
+/// `[ADDRESS:]HOST:GUEST[/tcp|/udp]`, with ports or ranges of as many.
+impl FromStr for Ports {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not [ADDRESS:]HOST:GUEST[/tcp|/udp]");
+        let (ports, udp) = match text.split_once('/') {
+            None => (text, false),
+            Some((ports, "tcp")) => (ports, false),
+            Some((ports, "udp")) => (ports, true),
+            Some(_) => return Err(wrong()),
+        };
+        let (rest, guest) = ports.rsplit_once(':').ok_or_else(wrong)?;
+        let (address, host) = match rest.rsplit_once(':') {
+            None => (None, rest),
+            Some((address, host)) => {
+                let bare = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+                let address = bare.unwrap_or(address).parse().map_err(|_| wrong())?;
+                (Some(address), host)
+            }
+        };
+        let (host, of_host) = range(host).ok_or_else(wrong)?;
+        let (guest, of_guest) = range(guest).ok_or_else(wrong)?;
+        if of_host != of_guest {
+            return Err(format!(
+                "{text:?}: {of_host} ports of the host for {of_guest} of the guest"
+            ));
+        }
+        Ok(Self {
+            address,
+            host,
+            guest,
+            count: of_host,
+            udp,
+        })
+    }
+}
+
+/// The first port, and how many there are.
+fn range(text: &str) -> Option<(u16, u16)> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let first = first.parse::<u16>().ok().filter(|port| *port != 0)?;
+    let more = last.parse::<u16>().ok()?.checked_sub(first)?;
+    Some((first, more.checked_add(1)?))
+}
+
+impl Ports {
+    /// The guest's, as far as they are TCP's.
+    pub(super) fn tcp_of_guest(&self) -> impl Iterator<Item = u16> {
+        let count = if self.udp { 0 } else { self.count };
+        (0..count).map(|n| self.guest + n)
+    }
+
+    /// As options of pasta.
+    fn options(&self) -> [String; 2] {
+        let option = match self.udp {
+            true => "--udp-ports",
+            false => "--tcp-ports",
+        };
+        let address = self.address.map_or_else(String::new, |a| format!("{a}/"));
+        let range = |first: u16| match self.count {
+            1 => first.to_string(),
+            count => format!("{first}-{}", first + (count - 1)),
+        };
+        let ports = format!("{address}{}:{}", range(self.host), range(self.guest));
+        [option.to_owned(), ports]
+    }
+}
+
+/// What pasta is told of all of them.
+pub(super) fn options(publish: &[Ports]) -> Vec<String> {
+    let mut options: Vec<String> = publish.iter().flat_map(Ports::options).collect();
+    for option in ["--tcp-ports", "--udp-ports"] {
+        // Its default is all ports that are in use.
+        if !options.iter().any(|word| word == option) {
+            options.extend([option, "none"].map(str::to_owned));
+        }
+    }
+    options
+}
+
+/// Whether published ports are free: pasta says so only if none of them is.
+pub(super) fn check(publish: &[Ports]) -> Result<()> {
+    for ports in publish {
+        let address = ports.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+        for port in (0..ports.count).map(|n| ports.host + n) {
+            let free = match ports.udp {
+                true => UdpSocket::bind((address, port)).map(drop),
+                false => TcpListener::bind((address, port)).map(drop),
+            };
+            free.with_context(|| match ports.address {
+                Some(address) => format!("cannot publish port {port} of the host's {address}"),
+                None => format!("cannot publish port {port} of the host"),
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Ports {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn ports_are_parsed() {
+        let plain = parse("8080:80");
+        assert_eq!(
+            (plain.host, plain.guest, plain.count, plain.udp),
+            (8080, 80, 1, false)
+        );
+        assert_eq!(plain, parse("8080:80/tcp"));
+        assert_eq!(plain.tcp_of_guest().collect::<Vec<_>>(), [80]);
+        let names = parse("53:5353/udp");
+        assert!(names.udp && names.tcp_of_guest().count() == 0);
+        let range = parse("8000-8002:9000-9002");
+        assert_eq!(range.tcp_of_guest().collect::<Vec<_>>(), [9000, 9001, 9002]);
+        assert_eq!(
+            parse("65535:65535").tcp_of_guest().collect::<Vec<_>>(),
+            [65535]
+        );
+        for bad in [
+            "80",
+            "80:",
+            "0:80",
+            "80:70000",
+            "80:80/sctp",
+            "x:80",
+            "x:80:80",
+            "1-2:80",
+            "2-1:2-1",
+            "::1:80:80:x",
+        ] {
+            assert!(bad.parse::<Ports>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn pasta_is_told_of_addresses_and_ranges() {
+        let all = [
+            "127.0.0.1:8080:80",
+            "[::1]:8080:80",
+            "53:53/udp",
+            "8000-8002:9000-9002",
+        ];
+        let all = all.map(parse);
+        assert_eq!(
+            options(&all).join(" "),
+            "--tcp-ports 127.0.0.1/8080:80 --tcp-ports ::1/8080:80 --udp-ports 53:53 --tcp-ports 8000-8002:9000-9002"
+        );
+        assert_eq!(options(&[]).join(" "), "--tcp-ports none --udp-ports none");
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let error = check(&[parse(&format!("127.0.0.1:{port}:80"))]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("cannot publish port {port} of the host's 127.0.0.1")
+        );
+    }
+}
