@@ -3,6 +3,7 @@
 //! libcontainer's own executor loses the reason when that fails, and a process that is added to a
 //! container does not get the container's seccomp filter from it. Here both are seen to.
 
+use crate::affinity::Affinity;
 use crate::cgroup;
 use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
@@ -82,6 +83,8 @@ impl Program {
 pub(crate) struct Confinement {
     /// The files by which it joins the container's control group.
     pub(crate) groups: Vec<Arc<File>>,
+    /// The CPUs to have in there.
+    pub(crate) affinity: Affinity,
     pub(crate) seccomp: Option<LinuxSeccomp>,
     pub(crate) capabilities: Option<LinuxCapabilities>,
     /// The user whose its streams are.
@@ -227,6 +230,8 @@ fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
         let pid = std::process::id();
         ExecutorError::Other(format!("adding pid {pid} to cgroups: {e}"))
     })?;
+    let kept = confinement.affinity.end();
+    kept.map_err(|e| ExecutorError::Other(format!("{e:#}")))?;
     give_streams(confinement.uid);
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;

@@ -3,6 +3,7 @@
 //! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
 //! when the helper has ended: an [`Outcome`].
 
+use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::configuration;
 use crate::executor::{self, Confinement, Program, Reason};
@@ -238,6 +239,11 @@ fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> 
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
     let capabilities = configuration::take_capabilities(&mut wanted);
+    let affinity = Affinity::take(
+        &mut wanted,
+        Spec::load(bundle(id).join(CONFIG))?.process().as_ref(),
+    );
+    affinity.begin()?;
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let seccomp = std::fs::read(bundle(id).join(ADDED).join(SECCOMP))?;
     let (program, reason) = Program::new(Some(Confinement {
@@ -246,6 +252,7 @@ fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> 
             false => vec![cgroup::door(id, cgroup)?],
         },
         seccomp: serde_json::from_slice(&seccomp)?,
+        affinity,
         capabilities,
         uid: wanted.user().uid(),
     }))?;

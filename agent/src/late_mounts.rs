@@ -132,9 +132,13 @@ pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
         let (null, console) = (find("/dev/null")?, find("/dev/console")?);
         mount_bind(&null.1, &console.1)?;
     }
-    let dev = find("/dev")?;
-    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(&dev.0)?);
-    Ok(mount_remount(&dev.1, flags, "")?)
+    make_read_only(&find("/dev")?)
+}
+
+/// A mount, by its root and that one's path.
+fn make_read_only((mount, path): &(OwnedFd, PathBuf)) -> Result<()> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(mount)?);
+    Ok(mount_remount(path, flags, "")?)
 }
 
 /// What a mount has, and would lose by a change that does not name it.
@@ -217,8 +221,7 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
         false => mount_bind(&source, place()?.1.as_path())?,
     }
     if late.read_only {
-        let (_found, path) = place()?;
-        mount_remount(&path, MountFlags::BIND | MountFlags::RDONLY, "")?;
+        make_read_only(&place()?)?;
     }
     for (path, mounted) in above {
         // What is mounted there may lack the place, and may not be changed for it.

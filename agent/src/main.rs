@@ -9,6 +9,7 @@
 //! PID 1 must not end: if it does, the kernel panics and the monitor reports the panic's text as
 //! the reason. That is the intended way for a fatal error here.
 
+mod affinity;
 mod boot;
 mod cgroup;
 mod clock;

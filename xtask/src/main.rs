@@ -6,6 +6,7 @@
 mod apt;
 mod arch;
 mod archive;
+mod bats;
 mod bench;
 mod build;
 mod cache;
@@ -20,6 +21,7 @@ mod kernel;
 mod lint;
 mod monitor;
 mod peers;
+mod podman_tests;
 mod proc;
 mod profile;
 mod rig;
@@ -61,7 +63,9 @@ enum Command {
     /// Run all tests: lints, unit tests, tiny guests, Linux guests in the rig
     Test(suite::TestArgs),
     /// Run runc's own integration tests with koya-runtime in its place
-    RuncTests(runc_tests::RuncTestsArgs),
+    RuncTests(bats::BatsArgs),
+    /// Run podman's own system tests with koya-runtime
+    PodmanTests(podman_tests::PodmanTestsArgs),
     /// Run the fuzz targets; what they found is kept for the next run
     Fuzz(fuzz::FuzzArgs),
     /// Run benchmarks of Koya and its peers
@@ -81,6 +85,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => suite::run(&args).map(|()| 0),
         Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
+        Command::PodmanTests(args) => podman_tests::run(&args).map(|()| 0),
         Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),
         Command::Lint => lint::run().map(|()| 0),

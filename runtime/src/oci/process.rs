@@ -3,6 +3,7 @@
 use super::from_config::absolute;
 use crate::account::{Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
+use koya_protocol::cpus;
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
 use std::path::Path;
 
@@ -91,6 +92,18 @@ fn check_words(process: &Process) -> Result<(), Error> {
     }
 }
 
+/// The CPUs are the guest's, which finds out which of them there are.
+fn check_affinity(process: &Process) -> Result<(), Error> {
+    let Some(affinity) = process.exec_cpu_affinity() else {
+        return Ok(());
+    };
+    let lists = [affinity.initial(), affinity.cpu_affinity_final()];
+    for list in lists.into_iter().flatten() {
+        cpus::parse(list).map_err(|why| Error::invalid("process.execCPUAffinity", why))?;
+    }
+    Ok(())
+}
+
 fn has(env: &[String], name: &str) -> bool {
     env.iter().any(|variable| variable.starts_with(name))
 }
@@ -117,7 +130,7 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
         Account::find(accounts, &uid).map_or("/".into(), |account| account.home)
     });
     process.set_env(Some(env));
-    process.set_exec_cpu_affinity(None);
+    check_affinity(process)?;
     // Labels for the host's security modules, which a guest does not have.
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);

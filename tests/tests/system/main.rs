@@ -23,6 +23,7 @@ mod life;
 mod memory;
 mod network;
 mod oci;
+mod oci_cpus;
 mod oci_descriptors;
 mod oci_mounts;
 mod pod;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         memory::trials(),
         network::trials(),
         oci::trials(),
+        oci_cpus::trials(),
         oci_descriptors::trials(),
         oci_mounts::trials(),
         pod_files::trials(),

@@ -1,0 +1,44 @@
+//! Lists of CPUs, as in `process.execCPUAffinity`.
+
+/// CPUs have numbers below this one.
+pub const MAX_CPUS: usize = 1024;
+
+/// The CPUs of a list like `0-3,7`.
+///
+/// # Errors
+/// What in it is no CPU.
+pub fn parse(list: &str) -> Result<Vec<usize>, String> {
+    let number = |text: &str| {
+        let number = text.trim().parse::<usize>().ok();
+        number
+            .filter(|cpu| *cpu < MAX_CPUS)
+            .ok_or_else(|| format!("{text:?} is no CPU's number"))
+    };
+    let mut cpus = Vec::new();
+    for part in list.split(',').filter(|part| !part.trim().is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("the range {part:?} has its end first"));
+        }
+        cpus.extend(first..=last);
+    }
+    match cpus.is_empty() {
+        true => Err(format!("{list:?} names no CPU")),
+        false => Ok(cpus),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_has_numbers_and_ranges() {
+        assert_eq!(parse("0-2,7, 9 ,").unwrap(), [0, 1, 2, 7, 9]);
+        assert!(parse("3-1").unwrap_err().contains("3-1"));
+        for wrong in ["", ",", "a", "-1", "1-", "0-1024", "0-99999999999999999999"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Other projects' integration tests that bats runs, each file in a rig of its own.
+//!
+//! What they print is kept under `target`: what was stopped is continued, and a file is run again once its
+//! results are removed, or with `--again`.
+
+use crate::{build, proc};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What such tests need.
+pub(crate) const PACKAGES: [(&str, &str); 2] = [
+    ("bats", "runs the tests"),
+    ("jq", "is what they read and change JSON with"),
+];
+
+/// How long a file of tests may take, in seconds.
+const LIMIT: &str = "3600";
+
+#[derive(Args)]
+pub(crate) struct BatsArgs {
+    /// A checkout of the project
+    #[arg(long, value_name = "DIR")]
+    pub(crate) source: PathBuf,
+    /// Run also what there are results of
+    #[arg(long)]
+    again: bool,
+    /// Only these files, without `.bats`
+    files: Vec<String>,
+}
+
+/// A project's tests.
+pub(crate) struct Project<'a> {
+    /// Where its results are, below `target`.
+    pub(crate) name: &'a str,
+    /// The directory of its files.
+    pub(crate) tests: PathBuf,
+    /// A script of the shell that runs a file in the rig: the directory of the tests, the file, and what follows.
+    pub(crate) script: &'a str,
+    pub(crate) further: Vec<String>,
+}
+
+/// What became of the tests of a file.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Results {
+    passed: usize,
+    skipped: usize,
+    failed: Vec<String>,
+    /// As the file says how many there are.
+    planned: usize,
+}
+
+impl Project<'_> {
+    /// Runs what there are no results of, and prints a table of all results.
+    pub(crate) fn run(&self, args: &BatsArgs) -> Result<()> {
+        build::ensure()?;
+        let results = proc::checkout().join("target").join(self.name);
+        fs::create_dir_all(&results)?;
+        let files = match args.files.is_empty() {
+            true => all_files(&self.tests)?,
+            false => args.files.clone(),
+        };
+        for file in &files {
+            let kept = results.join(format!("{file}.tap"));
+            if args.again || !kept.exists() {
+                self.run_file(file, &kept)?;
+            }
+        }
+        println!("| file | passed | skipped | failed |\n|---|---|---|---|");
+        for file in &files {
+            let text = fs::read_to_string(results.join(format!("{file}.tap")))?;
+            println!("{}", row(file, &read(&text)));
+        }
+        Ok(())
+    }
+
+    /// Runs a file's tests in a rig; what they print is kept if all of them were run.
+    fn run_file(&self, file: &str, kept: &Path) -> Result<()> {
+        let partial = kept.with_extension("partial");
+        let mut rig = Command::new(std::env::current_exe()?);
+        rig.args(["rig", "--no-build", "--timeout", LIMIT, "--"]);
+        rig.args(["sh", "-c", self.script, "sh"]).arg(&self.tests);
+        rig.arg(format!("{file}.bats")).args(&self.further);
+        rig.stdout(File::create(&partial)?);
+        eprintln!("{}: {file} (results: {})", self.name, partial.display());
+        // A failed test is a status, too.
+        rig.status().context("cannot start a rig")?;
+        let found = read(&fs::read_to_string(&partial)?);
+        let run = found.passed + found.skipped + found.failed.len();
+        if found.planned == 0 || run < found.planned {
+            bail!("{file}: {run} of {} tests were run", found.planned);
+        }
+        Ok(fs::rename(partial, kept)?)
+    }
+}
+
+fn all_files(tests: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(tests)? {
+        let name = entry?.file_name();
+        files.extend(
+            name.to_str()
+                .and_then(|name| name.strip_suffix(".bats"))
+                .map(str::to_owned),
+        );
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Copies a tree.
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    proc::run(Command::new("cp").arg("-a").arg(from).arg(to))
+}
+
+/// Packs a tree.
+pub(crate) fn pack(tree: &Path, archive: &Path) -> Result<()> {
+    let mut tar = Command::new("tar");
+    proc::run(tar.arg("-C").arg(tree).arg("-cf").arg(archive).arg("."))
+}
+
+/// Reads what bats prints (Test Anything Protocol).
+fn read(text: &str) -> Results {
+    let mut results = Results::default();
+    for line in text.lines() {
+        if let Some(count) = line.strip_prefix("1..") {
+            results.planned = count.parse().unwrap_or_default();
+        } else if let Some(name) = line.strip_prefix("not ok ") {
+            let name = name.split_once(' ').map_or(name, |(_, name)| name);
+            results.failed.push(name.to_owned());
+        } else if line.starts_with("ok ") {
+            match line.contains(" # skip") {
+                true => results.skipped += 1,
+                false => results.passed += 1,
+            }
+        }
+    }
+    results
+}
+
+fn row(file: &str, results: &Results) -> String {
+    let Results {
+        passed, skipped, ..
+    } = results;
+    let run = results.planned - skipped.min(&results.planned);
+    let failed = results.failed.join("; ");
+    format!("| `{file}` | {passed} of {run} | {skipped} | {failed} |")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted() {
+        let text = "1..4\nok 1 runc exec\nok 2 runc x # skip test requires criu\n\
+                    not ok 3 runc exec --cgroup [v2]\n# (in test file exec.bats, line 1)\nok 4 y # z\n";
+        let results = read(text);
+        assert_eq!(
+            (results.passed, results.skipped, results.planned),
+            (2, 1, 4)
+        );
+        assert_eq!(results.failed, ["runc exec --cgroup [v2]"]);
+        assert_eq!(
+            row("exec", &results),
+            "| `exec` | 2 of 3 | 1 | runc exec --cgroup [v2] |"
+        );
+        assert_eq!(read("").planned, 0);
+    }
+}
