@@ -278,9 +278,12 @@ pub(super) fn output_columns() -> Option<usize> {
     (columns > 0).then_some(columns.into())
 }
 
-/// The size of the terminal that is standard input: rows and columns.
+/// The size of the user's terminal, whichever of the streams is one: rows and columns.
 pub(super) fn terminal_size() -> Option<(u16, u16)> {
-    let size = tcgetwinsize(std::io::stdin()).ok()?;
+    let size = tcgetwinsize(std::io::stdin())
+        .or_else(|_| tcgetwinsize(std::io::stdout()))
+        .or_else(|_| tcgetwinsize(std::io::stderr()));
+    let size = size.ok()?;
     Some((size.ws_row, size.ws_col))
 }
 

@@ -11,6 +11,7 @@ crate::trials![
     mounts_are_as_they_were_asked_for,
     a_callers_umask_and_closed_streams_shut_nobody_out,
     users_and_programs_are_found_as_the_container_has_them,
+    a_user_serves_low_ports_and_may_ping,
 ];
 
 /// A file that a container can run or read.
@@ -170,6 +171,17 @@ fn of_32_bits() -> Vec<u8> {
         elf.extend(u32::to_le_bytes(word));
     }
     [elf, code].concat()
+}
+
+/// moby/moby 41030: the network is the container's own.
+fn a_user_serves_low_ports_and_may_ping() -> Result<()> {
+    let root = scratch("cases-ports")?;
+    busybox(&root)?;
+    let script = "echo served | nc -l -p 80 & sleep 2; nc 127.0.0.1 80 < /dev/null; cat /proc/sys/net/ipv4/ping_group_range";
+    let said = stdout(run_in(&root, &["-u", "1000"], &["sh", "-c", script])?)?;
+    let words: Vec<_> = said.split_whitespace().collect();
+    ensure!(words == ["served", "0", "2147483647"], "{said}");
+    Ok(())
 }
 
 fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
