@@ -44,7 +44,8 @@ pub struct SandboxConfig {
     /// `-`, `.` and `_`, at most 64. Default: the kernel's.
     pub hostname: Option<String>,
     /// The guest kernel's settings by their names (`net.ipv4.ip_unprivileged_port_start`), which all of
-    /// its containers have where they have no namespace of their own for them.
+    /// its containers have where they have no namespace of their own for them. Default: any user may serve port 80, and
+    /// ping (`net.ipv4.ip_unprivileged_port_start`, `net.ipv4.ping_group_range`).
     pub sysctls: BTreeMap<String, String>,
     /// The AppArmor profile of the threads that run the guest and serve its devices; `unconfined` is
     /// none. What they open has to be in it: the host's devices, the guest's kernel and initramfs, and
@@ -81,7 +82,9 @@ impl Default for SandboxConfig {
             vsock: None,
             containers_vsock: false,
             hostname: None,
-            sysctls: BTreeMap::new(),
+            sysctls: SYSCTLS
+                .map(|(name, value)| (name.into(), value.into()))
+                .into(),
             apparmor_profile: None,
             confined: true,
             kernel: None,
@@ -92,9 +95,15 @@ impl Default for SandboxConfig {
     }
 }
 
+/// As other engines have it where the network is a container's own: any user may serve port 80, and ping.
+const SYSCTLS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
+
 impl SandboxConfig {
     pub(crate) fn whole_cmdline(&self) -> Result<String, Error> {
-        let mut words = self.cmdline.clone();
+        let mut words = String::new();
         if self.containers_vsock || self.vsock.is_some() {
             words += " vsock.containers=1";
         }
@@ -109,7 +118,7 @@ impl SandboxConfig {
             words += &format!(" sysctl.{name}=\"{value}\"");
         }
         let Some(name) = &self.hostname else {
-            return Ok(words);
+            return Ok(self.after(words));
         };
         let proper = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
         if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
@@ -118,7 +127,12 @@ impl SandboxConfig {
                 format!("{name:?} is no host name"),
             ));
         }
-        Ok(format!("{words} hostname={name}"))
+        Ok(self.after(format!("{words} hostname={name}")))
+    }
+
+    /// The parameters that a user names come last: of two values of one the later one counts.
+    fn after(&self, words: String) -> String {
+        format!("{words} {}", self.cmdline).trim_start().to_owned()
     }
 
     /// How many files the guest may remember: its kernel takes a KiB of its memory for each.
@@ -131,6 +145,23 @@ impl SandboxConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_user_says_to_the_kernel_counts_last() {
+        let words = SandboxConfig {
+            cmdline: "quiet sysctl.net.ipv4.ip_unprivileged_port_start=1024".into(),
+            ..SandboxConfig::default()
+        };
+        let words = words.whole_cmdline().unwrap();
+        assert!(
+            words.starts_with("sysctl.net.ipv4.ip_unprivileged_port_start=\"0\" "),
+            "{words}"
+        );
+        assert!(
+            words.ends_with(" quiet sysctl.net.ipv4.ip_unprivileged_port_start=1024"),
+            "{words}"
+        );
+    }
 
     #[test]
     fn the_kernel_lets_containers_open_vsock_sockets_where_that_is_asked_for() {

@@ -42,11 +42,6 @@ pub(crate) fn bundle(
                 {"type": "cgroup"}, {"type": "network"},
             ],
             "resources": {"devices": [{"allow": privileged, "access": "rwm"}]},
-            // The network is its own, so any user may serve port 80 there, and ping, as with other engines.
-            "sysctl": {
-                "net.ipv4.ip_unprivileged_port_start": "0",
-                "net.ipv4.ping_group_range": "0 2147483647",
-            },
             "seccomp": config.seccomp.oci(privileged, &capabilities),
             "maskedPaths": masked,
             "readonlyPaths": read_only,
