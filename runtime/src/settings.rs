@@ -65,7 +65,7 @@ pub struct Settings {
     pub cmdline: String,
     /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. An annotation
     /// that is not allowed is refused by its name. `block_volumes` allows the annotation `io.koya.block_volumes`, by which
-    /// containers have file systems of their own (docs/docker-in-koya.md), and so the host's disk as far as these say.
+    /// containers have file systems of their own (docs/devices.md), and so the host's disk as far as these say.
     pub annotations: Vec<String>,
 }
 
