@@ -2,7 +2,7 @@
 //!
 //! They are for what a share of the host's files can't be: overlayfs, as Docker and podman use it, keeps its upper
 //! layers only where trusted attributes are. In an OCI configuration a mount of type `ext4` stands for one, whose
-//! options say what is to be made ([`SIZE`], [`FILE`]); without these its source is a block device or an image.
+//! options say what is to be made (`x-koya.size`, `x-koya.file`); without these its source is a block device or an image.
 
 use crate::Error;
 use crate::direct_volume::DirectVolume;
