@@ -28,7 +28,7 @@ fn in_namespace(name: &str, script: &str) -> Result<String> {
     )?;
     let prelude = "set -e; ip link set lo up\n";
     let output = Command::new("timeout")
-        .args(["120", "unshare", "--net", "sh", "-c"])
+        .args(["400", "unshare", "--net", "sh", "-c"])
         .arg(format!("{prelude}{script}"))
         .env("R", shared_rootfs())
         .env("D", &dir)
