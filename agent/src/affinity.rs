@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use koya_protocol::{Refused, cpus};
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{ExecCPUAffinity, Process};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -15,11 +15,10 @@ pub(crate) struct Affinity {
 
 impl Affinity {
     /// Takes it from a process; one that has none has the container's.
-    pub(crate) fn take(process: &mut Process, container: Option<&Process>) -> Self {
+    pub(crate) fn take(process: &mut Process, containers: Option<ExecCPUAffinity>) -> Self {
         let own = process.exec_cpu_affinity().clone();
         process.set_exec_cpu_affinity(None);
-        let of_all = || container.and_then(|process| process.exec_cpu_affinity().clone());
-        let found = own.or_else(of_all).unwrap_or_default();
+        let found = own.or(containers).unwrap_or_default();
         Self {
             initial: found.initial().clone(),
             last: found.cpu_affinity_final().clone(),
@@ -67,14 +66,15 @@ mod tests {
     #[test]
     fn a_process_has_its_own_or_the_containers() {
         let container = process(json!({"initial": "0", "final": "1"}));
+        let container = || container.exec_cpu_affinity().clone();
         let mut own = process(json!({"final": "2-3"}));
-        let found = Affinity::take(&mut own, Some(&container));
+        let found = Affinity::take(&mut own, container());
         assert_eq!(
             (found.initial.as_deref(), found.last.as_deref()),
             (None, Some("2-3"))
         );
         assert!(own.exec_cpu_affinity().is_none());
-        let found = Affinity::take(&mut own, Some(&container));
+        let found = Affinity::take(&mut own, container());
         assert_eq!(
             (found.initial.as_deref(), found.last.as_deref()),
             (Some("0"), Some("1"))

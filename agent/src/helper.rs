@@ -38,10 +38,11 @@ pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
 /// Where they have what libcontainer is told of their container.
 const ENTRIES: &str = "/run/koya/entries";
 
-/// A bundle's configuration, the directory beside it for added processes, and their filter in there.
+/// A bundle's configuration, the directory beside it for added processes, and in there what they have of the container:
+/// its filter, and the CPUs of those that name none.
 const CONFIG: &str = "config.json";
 const ADDED: &str = "added";
-const SECCOMP: &str = "seccomp.json";
+const SHARED: &str = "shared.json";
 
 /// A container's bundle.
 pub(crate) fn bundle(id: &str) -> PathBuf {
@@ -55,9 +56,11 @@ pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
     spec.save(bundle(id).join(CONFIG))?;
     configuration::for_added(spec).save(added.join(CONFIG))?;
     let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let process = spec.process().as_ref();
+    let affinity = process.and_then(|process| process.exec_cpu_affinity().as_ref());
     Ok(std::fs::write(
-        added.join(SECCOMP),
-        serde_json::to_vec(&seccomp)?,
+        added.join(SHARED),
+        serde_json::to_vec(&(seccomp, affinity))?,
     )?)
 }
 
@@ -239,19 +242,17 @@ fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> 
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
     let capabilities = configuration::take_capabilities(&mut wanted);
-    let affinity = Affinity::take(
-        &mut wanted,
-        Spec::load(bundle(id).join(CONFIG))?.process().as_ref(),
-    );
+    let shared = std::fs::read(bundle(id).join(ADDED).join(SHARED))?;
+    let (seccomp, affinity) = serde_json::from_slice(&shared)?;
+    let affinity = Affinity::take(&mut wanted, affinity);
     affinity.begin()?;
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
-    let seccomp = std::fs::read(bundle(id).join(ADDED).join(SECCOMP))?;
     let (program, reason) = Program::new(Some(Confinement {
         groups: match cgroup.is_empty() {
             true => cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
             false => vec![cgroup::door(id, cgroup)?],
         },
-        seccomp: serde_json::from_slice(&seccomp)?,
+        seccomp,
         affinity,
         capabilities,
         uid: wanted.user().uid(),
