@@ -1,19 +1,21 @@
 //! Volumes that are file systems of a container's own: ext4 in a sparse file of the host, mounted by the guest.
 //!
-//! They are for what a share of the host's files can't be: overlayfs, as Docker and podman use it, keeps its upper
+//! They are for what virtio-fs does not serve: overlayfs, as Docker and podman use it, keeps its upper
 //! layers only where trusted attributes are. In an OCI configuration a mount of type `ext4` stands for one, whose
 //! options say what is to be made (`x-koya.size`, `x-koya.file`); without these its source is a block device or an image.
 
 use crate::Error;
 use crate::direct_volume::DirectVolume;
+use crate::{directories, size};
 use oci_spec::runtime::Mount;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
+use tempfile::NamedTempFile;
 
 /// The annotation of a container that asks for such volumes: as many as there are words in it, each as
 /// [`BlockVolume::from_str`] reads it. Settings must allow it, as they allow others.
@@ -158,17 +160,17 @@ impl FromStr for BlockVolume {
 }
 
 fn bytes(text: &str) -> Result<u64, Error> {
-    let lower = text.to_ascii_lowercase();
-    let digits = lower.trim_end_matches("ib").trim_end_matches('b');
-    let (digits, shift) = match digits.strip_suffix(['k', 'm', 'g', 't']) {
-        Some(number) => (
-            number,
-            10 * (1 + "kmgt".find(&digits[number.len()..]).unwrap_or(0)),
-        ),
-        None => (digits, 0),
-    };
-    let number = digits.parse::<u64>().ok();
-    let bytes = number.and_then(|number| number.checked_mul(1 << shift));
+    let bytes = size::parse(text).and_then(|(number, unit)| {
+        let shift = match unit.as_str() {
+            "" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            _ => return None,
+        };
+        number.checked_mul(1 << shift)
+    });
     bytes.ok_or_else(|| Error::invalid("block volume", format!("{text:?} is not a size")))
 }
 
@@ -179,13 +181,6 @@ pub(crate) enum GuestVolume {
     Device(DirectVolume),
     /// On what is made for it.
     Made(BlockVolume),
-}
-
-/// What is attached for a volume while it is held.
-pub(crate) struct Attachable {
-    pub(crate) volume: DirectVolume,
-    /// Has the file, which may have no other name.
-    _file: Option<File>,
 }
 
 impl GuestVolume {
@@ -212,18 +207,14 @@ impl GuestVolume {
         Ok(Some(Self::Device(volume)))
     }
 
-    /// Makes what is not there.
+    /// Makes what is not there. The file that was made is to be kept open until the disk is attached: it may have no
+    /// other name.
     ///
     /// # Errors
     /// If the host refuses.
-    pub(crate) fn make(self) -> Result<Attachable, Error> {
+    pub(crate) fn make(self) -> Result<(DirectVolume, Option<File>), Error> {
         let made = match self {
-            Self::Device(volume) => {
-                return Ok(Attachable {
-                    volume,
-                    _file: None,
-                });
-            }
+            Self::Device(volume) => return Ok((volume, None)),
             Self::Made(made) => made,
         };
         let file = made.open()?;
@@ -234,27 +225,16 @@ impl GuestVolume {
         let mut volume = DirectVolume::new(path, FILE_SYSTEM);
         // The file is full of zeroes: the kernel need not write more of them, which would be kept.
         volume.options = ["discard", "noinit_itable"].map(str::to_owned).into();
-        Ok(Attachable {
-            volume,
-            _file: Some(file),
-        })
+        Ok((volume, Some(file)))
     }
 }
 
 /// Where volumes without a name are: below `/var/lib/koya`, or with the user's data.
 fn directory() -> Result<PathBuf, Error> {
-    let variable = |name| {
-        let value = std::env::var_os(name).filter(|value| !value.is_empty());
-        value.map(PathBuf::from)
-    };
-    let base = match rustix::process::geteuid().is_root() {
-        true => Some(PathBuf::from("/var/lib")),
-        false => variable("XDG_DATA_HOME")
-            .or_else(|| Some(variable("HOME")?.join(".local/share")))
-            .filter(|base| base.is_absolute()),
-    };
-    let none = || Error::invalid("block volume", "neither XDG_DATA_HOME nor HOME is set");
-    let directory = base.ok_or_else(none)?.join("koya/volumes");
+    let data = directories::data();
+    let directory = data
+        .map_err(Error::host("find a place for volumes"))?
+        .join("volumes");
     let mut builder = DirBuilder::new();
     let made = builder.recursive(true).mode(0o700).create(&directory);
     made.map_err(|error| Error::host(format!("create {}", directory.display()))(error))?;
@@ -270,24 +250,13 @@ fn unnamed(directory: &Path, size: u64) -> io::Result<File> {
 
 /// A new file with a file system, whole or not at all.
 fn kept(path: &Path, size: u64) -> io::Result<File> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)?;
-    let made = file
-        .set_len(size)
-        .and_then(|()| format(&file, true))
-        .and_then(|()| file.sync_all())
-        // Somebody else's that came to be meanwhile is not replaced.
-        .and_then(|()| fs::hard_link(&new, path));
-    fs::remove_file(&new)?;
-    made.map(|()| file)
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let new = NamedTempFile::new_in(directory)?;
+    new.as_file().set_len(size)?;
+    format(new.as_file(), true)?;
+    new.as_file().sync_all()?;
+    // Somebody else's that came to be meanwhile is not replaced.
+    Ok(new.persist_noclobber(path)?)
 }
 
 /// Makes a file system on a file.
@@ -324,6 +293,7 @@ fn format(file: &File, journal: bool) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     #[test]

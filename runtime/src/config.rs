@@ -117,22 +117,18 @@ impl SandboxConfig {
             }
             words += &format!(" sysctl.{name}=\"{value}\"");
         }
-        let Some(name) = &self.hostname else {
-            return Ok(self.after(words));
-        };
-        let proper = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-        if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
-            return Err(Error::invalid(
-                "hostname",
-                format!("{name:?} is no host name"),
-            ));
+        if let Some(name) = &self.hostname {
+            let proper = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+            if name.is_empty() || name.len() > 64 || !name.chars().all(proper) {
+                return Err(Error::invalid(
+                    "hostname",
+                    format!("{name:?} is no host name"),
+                ));
+            }
+            words += &format!(" hostname={name}");
         }
-        Ok(self.after(format!("{words} hostname={name}")))
-    }
-
-    /// The parameters that a user names come last: of two values of one the later one counts.
-    fn after(&self, words: String) -> String {
-        format!("{words} {}", self.cmdline).trim_start().to_owned()
+        // Of two values of one parameter the later one counts.
+        Ok(format!("{words} {}", self.cmdline).trim_start().to_owned())
     }
 
     /// How many files the guest may remember: its kernel takes a KiB of its memory for each.

@@ -110,9 +110,7 @@ impl Given {
     ) -> Result<Vec<messages::DiskVolume>, Error> {
         let mut messages = Vec::new();
         for (number, volume) in volumes {
-            // Holds what was made until the disk has it.
-            let made = volume.make()?;
-            let volume = made.volume.clone();
+            let (volume, _made) = volume.make()?;
             let mut options = volume.options.iter().flat_map(|options| options.split(','));
             let read_only = options.any(|option| option == "ro");
             messages.push(messages::DiskVolume {

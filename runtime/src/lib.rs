@@ -34,6 +34,7 @@ mod container;
 mod container_config;
 mod detach;
 pub mod direct_volume;
+pub mod directories;
 mod ends;
 mod ephemeral;
 mod error;
@@ -81,7 +82,7 @@ pub use patience::DiskWrites;
 pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
-pub use size::Size;
+pub use size::{Size, parse as parse_size};
 pub use stats::{ContainerStats, CpuStats, DeviceIo};
 pub use timeline::{Keep, Step, Timeline};
 

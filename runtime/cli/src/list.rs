@@ -148,12 +148,11 @@ pub(super) fn rm(args: &RmArgs) -> Outcome {
 
 /// Whether there was one.
 fn rm_one(name: &str, force: bool) -> Result<bool> {
-    let directory = match Directory::look_for(name)? {
-        Some(directory) => directory,
-        // As with Docker: it need not be there for --force.
-        None if force => return Ok(false),
-        None => bail!("container {name} does not exist"),
-    };
+    // As with Docker: it need not be there for --force.
+    if force && Directory::look_for(name)?.is_none() {
+        return Ok(false);
+    }
+    let directory = Directory::find(name)?;
     if directory.is_running() {
         if !force {
             bail!("container {name} is running; stop it, or use --force");

@@ -175,13 +175,9 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
 
 /// A size with a unit: `512m`, `2g`, `1024` (MiB when there is no unit).
 pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
-    let lower = text.trim().to_lowercase();
-    let digits: String = lower.chars().take_while(char::is_ascii_digit).collect();
-    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no size"))?;
-    let mib = match lower[digits.len()..]
-        .trim_end_matches("ib")
-        .trim_end_matches('b')
-    {
+    let parsed = koya::parse_size(text.trim());
+    let (number, unit) = parsed.ok_or_else(|| format!("{text:?} is no size"))?;
+    let mib = match unit.as_str() {
         "" | "m" => Some(number),
         "g" => number.checked_mul(1024),
         "k" => Some(number / 1024),

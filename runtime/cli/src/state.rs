@@ -51,19 +51,7 @@ pub(super) struct Owned {
 
 /// The directory of all directories.
 pub(super) fn root() -> Result<PathBuf> {
-    let base = if rustix::process::geteuid().is_root() {
-        PathBuf::from("/var/lib")
-    } else if let Some(data) = std::env::var_os("XDG_DATA_HOME").filter(|data| !data.is_empty()) {
-        // An empty one counts as none (XDG Base Directory Specification).
-        data.into()
-    } else {
-        let home = std::env::var_os("HOME").context("neither XDG_DATA_HOME nor HOME is set")?;
-        PathBuf::from(home).join(".local/share")
-    };
-    if !base.is_absolute() {
-        bail!("{} is not an absolute path", base.display());
-    }
-    Ok(base.join("koya/containers"))
+    Ok(koya::directories::data()?.join("containers"))
 }
 
 /// Nobody else may have made it, or look into it: control sockets and set-user-ID files lie there.

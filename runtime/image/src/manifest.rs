@@ -9,8 +9,8 @@ use crate::digest::Digest;
 use crate::files::{Blob, Files};
 use crate::limits::{Budget, Limits, MAX_DOCUMENTS};
 use crate::{Error, Options, json};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 
 /// How deep indices may point to indices.
@@ -48,11 +48,6 @@ const CONFIGURATIONS: [&str; 2] = [
 ];
 const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
-/// A list that may be missing or null.
-fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or_default())
-}
-
 #[derive(Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Descriptor {
@@ -79,10 +74,10 @@ struct Document {
     media_type: Option<String>,
     #[serde(default)]
     artifact_type: Option<String>,
-    #[serde(default, deserialize_with = "list")]
+    #[serde(default)]
     manifests: Vec<Descriptor>,
     config: Option<Descriptor>,
-    #[serde(default, deserialize_with = "list")]
+    #[serde(default)]
     layers: Vec<Descriptor>,
 }
 
@@ -112,9 +107,9 @@ impl Document {
 #[serde(rename_all = "PascalCase")]
 struct Saved {
     config: String,
-    #[serde(default, deserialize_with = "list")]
+    #[serde(default)]
     repo_tags: Vec<String>,
-    #[serde(default, deserialize_with = "list")]
+    #[serde(default)]
     layers: Vec<String>,
 }
 

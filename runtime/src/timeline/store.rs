@@ -1,6 +1,7 @@
 //! Timelines as files: one a sandbox, the newest ones are kept.
 
 use super::{Timeline, VERSION};
+use crate::directories::{user_data, variable};
 use serde::Deserialize;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -17,14 +18,7 @@ pub fn directory() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Some("/run/koya/timelines".into());
     }
-    // An empty one counts as none (XDG Base Directory Specification).
-    let variable = |name| {
-        let value = std::env::var_os(name).filter(|value| !value.is_empty());
-        value.map(PathBuf::from)
-    };
-    let base = variable("XDG_RUNTIME_DIR")
-        .or_else(|| variable("XDG_DATA_HOME"))
-        .or_else(|| Some(variable("HOME")?.join(".local/share")))?;
+    let base = variable("XDG_RUNTIME_DIR").or_else(user_data)?;
     base.is_absolute().then(|| base.join("koya/timelines"))
 }
 

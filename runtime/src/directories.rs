@@ -1,0 +1,34 @@
+//! Where the host keeps what is Koya's.
+
+use std::io;
+use std::path::PathBuf;
+
+/// What lasts: `/var/lib/koya` as root; else `koya` with the user's data, in `XDG_DATA_HOME` or `~/.local/share`.
+///
+/// # Errors
+/// If there is no such place, or its path is not an absolute one.
+pub fn data() -> io::Result<PathBuf> {
+    let base = match rustix::process::geteuid().is_root() {
+        true => "/var/lib".into(),
+        false => {
+            user_data().ok_or_else(|| io::Error::other("neither XDG_DATA_HOME nor HOME is set"))?
+        }
+    };
+    if !base.is_absolute() {
+        let reason = format!("{} is not an absolute path", base.display());
+        return Err(io::Error::other(reason));
+    }
+    Ok(base.join("koya"))
+}
+
+/// Where a user keeps what programs store.
+pub(crate) fn user_data() -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share"));
+    variable("XDG_DATA_HOME").or_else(home)
+}
+
+/// A directory that a variable names. An empty one counts as none (XDG Base Directory Specification).
+pub(crate) fn variable(name: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(PathBuf::from)
+}
