@@ -237,7 +237,7 @@ fn install(from: &Path, to: &Path) -> Result<()> {
 
 /// Writes a file beside its place and moves it there: never half a file, and never
 /// "text file busy". Equal content is left alone.
-fn replace(to: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn replace(to: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(to).is_ok_and(|old| old == bytes) {
         return Ok(());
     }

@@ -102,7 +102,7 @@ fn changelog(version: &str) -> Result<String> {
 
 /// A PATH on which cargo finds `cargo-deb`.
 fn with_cargo_deb() -> Result<String> {
-    let key = cache::key([CARGO_DEB, "3"]);
+    let key = cache::key([CARGO_DEB]);
     let root = cache::ensure("cargo-deb", &key, |out| {
         let mut install = proc::cargo();
         install.args([

@@ -193,18 +193,17 @@ fn below(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Writes a file beside its place and moves it there, so that a program that runs stays what it is.
+/// Writes a file, whole or not at all; a program that runs stays what it is.
 pub(crate) fn write(place: &Path, at: &str, content: &[u8], mode: u32) -> Result<()> {
     let path = place.join(at);
     let directory = path.parent().context("a file without a directory")?;
-    let new = directory.join(".koya-new");
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(directory)?;
-        fs::write(&new, content)?;
-        fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
-        fs::rename(&new, &path)
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    fs::create_dir_all(directory)
+        .with_context(|| format!("cannot create {}", directory.display()))?;
+    build::replace(&path, content)?;
+    Ok(fs::set_permissions(
+        &path,
+        fs::Permissions::from_mode(mode),
+    )?)
 }
 
 /// Removes the files of an installation, and the directories that it leaves empty.

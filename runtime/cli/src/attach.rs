@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 const BUFFER: usize = 64 << 10;
 
-/// How long a stream may be silent once its process has ended, in seconds, before nobody waits for
+/// How long a stream may be silent once its process has ended before nobody waits for
 /// its end any more: what the process left running may hold it open for ever.
 const SILENCE: Duration = Duration::from_secs(2);
 

@@ -220,7 +220,6 @@ fn time_of(rounds: u32) -> Result<Duration, String> {
 mod tests {
     use super::*;
 
-    /// `fastest` of these rates, and how many of them it asked for.
     #[test]
     fn versions_are_read_as_the_programs_print_them() {
         assert_eq!(version_in("containerd-shim-koya-v2 0.1.0\n"), Some("0.1.0"));
@@ -231,6 +230,7 @@ mod tests {
         assert_eq!(version_in(""), None);
     }
 
+    /// `fastest` of these rates, and how many of them it asked for.
     fn fastest_of(rates: &[f64]) -> (f64, usize) {
         let mut asked = 0;
         let best = fastest(|| {

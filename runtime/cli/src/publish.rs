@@ -107,7 +107,7 @@ pub(super) fn check(publish: &[Ports]) -> Result<()> {
                 false => TcpListener::bind((address, port)).map(drop),
             };
             free.with_context(|| match ports.address {
-                Some(address) => format!("cannot publish port {port} of the host's {address}"),
+                Some(address) => format!("cannot publish port {port} at {address}"),
                 None => format!("cannot publish port {port} of the host"),
             })?;
         }
@@ -179,7 +179,7 @@ mod tests {
         let error = check(&[parse(&format!("127.0.0.1:{port}:80"))]).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("cannot publish port {port} of the host's 127.0.0.1")
+            format!("cannot publish port {port} at 127.0.0.1")
         );
     }
 }

@@ -28,7 +28,6 @@ pub(crate) enum Use {
 /// A test, and its name.
 pub(crate) type Test = (&'static str, fn(&Containerd) -> Result<()>);
 
-/// Each test with each version.
 /// Tests that every version runs, since containerd's part in them differs. What the others ask of the shim is the same
 /// by each: where all tests are run, these are left to the newest version.
 const OF_EVERY_VERSION: [&str; 2] = ["containers_run_and_end", "a_pod_lives"];
@@ -55,6 +54,7 @@ pub(crate) fn select(arguments: &Arguments, trials: &mut Vec<Trial>) {
     );
 }
 
+/// Each test with each version.
 pub(crate) fn trials_of<const N: usize>(module: &str, kind: Use, tests: [Test; N]) -> Vec<Trial> {
     let versions = VERSIONS.into_iter().enumerate();
     versions

@@ -66,7 +66,7 @@ fn a_disk_holds_a_file_system() -> Result<()> {
 fn a_block_volume_is_a_containers_own() -> Result<()> {
     let dir = scratch("block-volume")?;
     let file = dir.join("kept.img");
-    // overlayfs takes it for its upper layer, which a share of the host's files can't be.
+    // overlayfs takes it for its upper layer, as it does not take virtio-fs.
     let kept = format!("/srv:size=1g,file={}", file.display());
     let volumes = ["--block-volume", "/mnt:size=2g", "--block-volume", &kept];
     let options = [&["--privileged", "--read-only"][..], &volumes].concat();

@@ -43,7 +43,7 @@ impl Listing {
         self.bytes.len() + self.size(name) <= self.room
     }
 
-    /// How many bytes of the host's entries are sure to fit: those with the shortest names grow most.
+    /// The size of a getdents64(2) buffer whose entries all fit into the reply: those with the shortest names grow most.
     fn sure_to_fit(&self) -> usize {
         /// An entry of getdents64(2) with the longest name.
         const LONGEST: usize = 280;

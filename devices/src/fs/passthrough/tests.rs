@@ -283,7 +283,6 @@ fn a_single_file_has_one_number() {
     assert!(f.files.open(entry.nodeid, &writing()).is_ok());
 }
 
-/// Inode numbers on the first file system are the host's; those on others are distinguished from them.
 #[test]
 fn the_root_answers_statx() {
     let f = fixture(0, false);

@@ -57,6 +57,7 @@ fn a_directory_is_listed_without_seeking() {
     }
 }
 
+/// Inode numbers on the first file system are the host's; those on others are distinguished from them.
 #[test]
 fn numbers_of_several_file_systems_differ() {
     use std::os::unix::fs::MetadataExt;
