@@ -2,9 +2,11 @@
 
 use crate::sys;
 use anyhow::{Context, Result};
+use koya_protocol::messages::Stdio;
 use rustix::cmsg_space;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
+use serde::{Deserialize, Serialize};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -62,6 +64,33 @@ impl Drop for ConsoleSocket {
     }
 }
 
+/// What a terminal is to be like before its program sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    rows: u32,
+    columns: u32,
+    keep_newlines: bool,
+}
+
+impl Settings {
+    pub(crate) fn of(stdio: &Stdio) -> Self {
+        Self {
+            rows: stdio.rows,
+            columns: stdio.columns,
+            keep_newlines: stdio.keep_newlines,
+        }
+    }
+
+    /// Sets them on either end of a terminal.
+    pub(crate) fn apply(&self, terminal: impl AsFd) -> Result<()> {
+        resize(&terminal, self.rows, self.columns)?;
+        if self.keep_newlines {
+            keep_newlines(&terminal)?;
+        }
+        Ok(())
+    }
+}
+
 /// Sets a terminal's size; a size of zero leaves it.
 pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
     if rows == 0 || columns == 0 {
@@ -78,7 +107,7 @@ pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
 }
 
 /// Has a terminal print newlines as they are (without ONLCR), as runc has it for one in the foreground.
-pub(crate) fn keep_newlines(master: impl AsFd) -> Result<()> {
+fn keep_newlines(master: impl AsFd) -> Result<()> {
     let mut attributes = tcgetattr(&master)?;
     attributes.output_modes -= OutputModes::ONLCR;
     tcsetattr(&master, OptionalActions::Now, &attributes)?;
@@ -89,11 +118,12 @@ pub(crate) fn keep_newlines(master: impl AsFd) -> Result<()> {
 mod tests {
     use super::*;
     use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+    use rustix::termios::tcgetwinsize;
     use std::fs::File;
     use std::io::{Read, Write};
 
     #[test]
-    fn newlines_are_kept_where_that_is_asked_for() -> Result<()> {
+    fn a_terminal_has_the_size_and_the_newlines_that_are_asked_for() -> Result<()> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags)?;
         unlockpt(&master)?;
@@ -103,10 +133,17 @@ mod tests {
         slave.write_all(b"a\n")?;
         master.read_exact(&mut read)?;
         assert_eq!(&read, b"a\r\n");
-        keep_newlines(&master)?;
+        let settings = Settings {
+            rows: 33,
+            columns: 99,
+            keep_newlines: true,
+        };
+        settings.apply(&slave)?;
         slave.write_all(b"b\nc")?;
         master.read_exact(&mut read)?;
         assert_eq!(&read, b"b\nc");
+        let size = tcgetwinsize(&master)?;
+        assert_eq!((size.ws_row, size.ws_col), (33, 99));
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::affinity::Affinity;
 use crate::cgroup;
+use crate::console;
 use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
@@ -26,7 +27,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// What a shell says of a program that is not there, and of one that can't be run.
 const NOT_FOUND: i32 = 127;
-const CANNOT_RUN: i32 = 126;
+pub(crate) const CANNOT_RUN: i32 = 126;
 
 /// How much of a reason is told, in characters: less than what a pipe holds, so that who tells it does not wait.
 const MAX_REASON: usize = 2048;
@@ -89,6 +90,8 @@ pub(crate) struct Confinement {
     pub(crate) capabilities: Option<LinuxCapabilities>,
     /// The user whose its streams are.
     pub(crate) uid: u32,
+    /// How its terminal is to be, if it has one: nothing else holds it back until that is set.
+    pub(crate) terminal: Option<console::Settings>,
 }
 
 /// The program's path, or the exit status and reason that a shell would give.
@@ -233,6 +236,10 @@ fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
     let kept = confinement.affinity.end();
     kept.map_err(|e| ExecutorError::Other(format!("{e:#}")))?;
     give_streams(confinement.uid);
+    if let Some(settings) = &confinement.terminal {
+        let set = settings.apply(stdin());
+        set.map_err(|e| ExecutorError::Other(format!("terminal: {e:#}")))?;
+    }
     if let Some(seccomp) = &confinement.seccomp {
         initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;
     }

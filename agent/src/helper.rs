@@ -6,7 +6,7 @@
 use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::configuration;
-use crate::executor::{self, Confinement, Program, Reason};
+use crate::executor::{self, Confinement, Program};
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
 use libcontainer::container::builder::ContainerBuilder;
@@ -111,8 +111,8 @@ pub(crate) const LATE_MOUNTS: &str = "late-mounts";
 pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
 
 /// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
-/// `exec ID OUTCOME CGROUP CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. CONSOLE is a socket's
-/// path, or `-`; FURTHER are the numbers that PID 1 has the process's descriptors from 3 on by.
+/// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. TERMINAL are
+/// [`console::Settings`] as JSON, for a process that has one; CONSOLE is a socket's path, or `-`; FURTHER are the numbers that PID 1 has the process's descriptors from 3 on by.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -131,9 +131,19 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
             (outcome, create(id, console, further, uid))
         }
         ["start", id, outcome] => (outcome, start(id)),
-        ["exec", id, outcome, cgroup, console, further, process] => {
-            (outcome, exec(id, cgroup, console, further, process))
-        }
+        [
+            "exec",
+            id,
+            outcome,
+            cgroup,
+            terminal,
+            console,
+            further,
+            process,
+        ] => (
+            outcome,
+            exec(id, cgroup, terminal, console, further, process),
+        ),
         ["delete", id, outcome] => (outcome, delete(id)),
         ["pause", _, outcome] => (outcome, pause()),
         _ => return ExitCode::FAILURE,
@@ -180,16 +190,16 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
         .with_systemd(false)
         .with_detach(true)
         .build();
-    let container = built.map_err(|error| why(error, reason))?;
+    let container = built.map_err(|error| why(error, reason.read()))?;
     Ok(container
         .pid()
         .context("the container has no process")?
         .as_raw())
 }
 
-/// Why libcontainer failed: the program's fault, the configuration's, or another error.
-fn why(error: LibcontainerError, reason: Reason) -> anyhow::Error {
-    match (reason.read(), error) {
+/// Why libcontainer failed: what is known of it, the configuration's fault, or another error.
+fn why(error: LibcontainerError, known: Option<Refused>) -> anyhow::Error {
+    match (known, error) {
         (Some(refused), _) => refused.into(),
         (None, error @ (LibcontainerError::InvalidSpec(_) | LibcontainerError::MissingSpec(_))) => {
             Refused::Invalid(format!("{:#}", anyhow!(error))).into()
@@ -237,7 +247,14 @@ impl Drop for Entry {
     }
 }
 
-fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> Result<i32> {
+fn exec(
+    id: &str,
+    cgroup: &str,
+    terminal: &str,
+    console: &str,
+    further: &str,
+    process: &str,
+) -> Result<i32> {
     let further = take_further(further)?;
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
@@ -256,6 +273,10 @@ fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> 
         affinity,
         capabilities,
         uid: wanted.user().uid(),
+        terminal: match console_path(console) {
+            Some(_) => Some(serde_json::from_str(terminal)?),
+            None => None,
+        },
     }))?;
     let entry = Entry::make(id)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
@@ -267,8 +288,26 @@ fn exec(id: &str, cgroup: &str, console: &str, further: &str, process: &str) -> 
         .with_detach(true)
         .with_process(Some(process))
         .build();
-    let pid = built.map_err(|error| why(error, reason))?;
+    let pid = built.map_err(|error| {
+        let told = reason.read();
+        why(error, told.or_else(|| no_directory(id, wanted.cwd())))
+    })?;
     Ok(pid.as_raw())
+}
+
+/// That a process could not enter its working directory, if it is not there: libcontainer does not say.
+fn no_directory(id: &str, cwd: &Path) -> Option<Refused> {
+    let first = load(id).ok()?.pid()?.as_raw();
+    let root = koya_rootfs::Rootfs::open(Path::new(&format!("/proc/{first}/root"))).ok()?;
+    let reason = match root.find(cwd) {
+        Ok(_) if root.is_directory(cwd) => return None,
+        Ok(_) => "it is not a directory".into(),
+        Err(error) => format!("{error:#}"),
+    };
+    Some(Refused::NotExecutable {
+        exit_status: executor::CANNOT_RUN,
+        reason: format!("the working directory {}: {reason}", cwd.display()),
+    })
 }
 
 /// A process in a pid namespace of its own, which this one leaves to PID 1.

@@ -213,6 +213,12 @@ impl State {
         // libcontainer takes device rules and, without its own BPF feature, ignores them.
         device_rules::apply(id, &spec)?;
         let key = (id.to_owned(), String::new());
+        // It waits for its start; an added process sets its terminal itself.
+        let settings = console::Settings::of(&request.stdio);
+        self.with(&key, |tracked| {
+            let terminal = tracked.terminal.as_ref();
+            terminal.map_or(Ok(()), |terminal| settings.apply(terminal))
+        })??;
         if let Err(error) = self.with(&key, |tracked| give_terminal(tracked, uid))? {
             sys::kernel_log(&format!("koya-agent: a terminal stays root's: {error:#}"));
         }
@@ -275,9 +281,10 @@ impl State {
         self.running(id)?;
         let path = bundle(id).join(format!("process-{exec_id}.json"));
         fs::write(&path, &request.process_json).with_context(|| format!("no container {id}"))?;
+        let terminal = serde_json::to_string(&console::Settings::of(&request.stdio))?;
         let made = self
             .launch(
-                &["exec", id, &request.cgroup],
+                &["exec", id, &request.cgroup, &terminal],
                 id,
                 exec_id,
                 &request.stdio,
@@ -417,10 +424,6 @@ impl State {
 /// Takes the terminal that a helper made, and connects it to the host.
 fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
     let master = console.receive()?;
-    console::resize(&master, stdio.rows, stdio.columns)?;
-    if stdio.keep_newlines {
-        console::keep_newlines(&master)?;
-    }
     let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
     streams::terminal(copy, &stdio.stdin).context("cannot open a terminal's stream")?;
     Ok(master)

@@ -29,8 +29,11 @@ use std::time::{Duration, Instant};
 const PERIOD: Duration = Duration::from_secs(5 * 60);
 /// How soon again if the guest did not answer.
 const RETRY: Duration = Duration::from_secs(10);
-/// What is left as it is: less than what programs see between two hosts.
-const TOLERANCE: Duration = Duration::from_millis(20);
+/// What a guest may be ahead: less than what programs see between two hosts.
+const LEAD: Duration = Duration::from_millis(20);
+/// What it may be behind. Times of files on the host's file systems are the host's, and programs such as make find a
+/// file that is newer than the clock.
+const LAG: Duration = Duration::from_millis(2);
 /// An answer that took longer is asked for again, a few times: it says too little.
 const PROMPT: Duration = Duration::from_millis(200);
 const TRIES: usize = 3;
@@ -62,7 +65,8 @@ impl Reading {
 
     /// What the guest's clock is to be moved by; nothing if it is right as far as anybody can say.
     fn correction(&self) -> Option<i64> {
-        let known = self.doubt.max(TOLERANCE);
+        let tolerance = if self.behind_ns > 0 { LAG } else { LEAD };
+        let known = self.doubt.max(tolerance);
         (self.behind_ns.unsigned_abs() > known.as_nanos() as u64).then_some(self.behind_ns)
     }
 }
@@ -201,6 +205,8 @@ mod tests {
         // The answer was on its way for half of that time.
         assert_eq!(reading(1000, 1005, 10), None);
         assert_eq!(reading(1000, 955, 10), Some(50));
+        // Behind: files on the host would be newer than it.
+        assert_eq!(reading(1000, 995, 2), Some(6));
     }
 
     #[test]

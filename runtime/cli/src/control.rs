@@ -20,7 +20,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long the console is still shown once nothing more is typed.
@@ -84,6 +84,40 @@ pub(super) enum Answer {
     Failed { status: i32, reason: String },
 }
 
+/// How many processes other commands run in the container at this moment.
+#[derive(Clone, Default)]
+pub(super) struct Execs(Arc<(Mutex<usize>, Condvar)>);
+
+impl Execs {
+    /// Counts one until what is returned is dropped.
+    fn begin(&self) -> Running {
+        *self.count() += 1;
+        Running(self.clone())
+    }
+
+    /// Waits until all have their status, so long at most. They end with the container, and whoever waits for them
+    /// is to hear that before this process ends.
+    pub(super) fn wait(&self, limit: Duration) {
+        let ended = self.0.1.wait_timeout_while(self.count(), limit, |n| *n > 0);
+        if ended.is_ok_and(|(_, limit)| limit.timed_out()) {
+            log::warn!("some added processes have not ended with the container");
+        }
+    }
+
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Running(Execs);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        *self.0.count() -= 1;
+        self.0.0.1.notify_all();
+    }
+}
+
 /// Starts to answer. It ends with this process. `stop_signal` asks the container to end.
 ///
 /// # Errors
@@ -93,14 +127,16 @@ pub(super) fn serve(
     container: Arc<Container>,
     sandbox: Arc<Sandbox>,
     stop_signal: i32,
-) -> Result<()> {
+) -> Result<Execs> {
     let directory: &Directory = &owned.directory;
     let listener = directory.listen()?;
+    let execs = Execs::default();
     let served = Arc::new(Served {
         container,
         sandbox,
         disks: Disks::default(),
         stop_signal,
+        execs: execs.clone(),
     });
     spawn("koya-control", move || {
         for stream in listener.incoming().flatten() {
@@ -110,7 +146,8 @@ pub(super) fn serve(
                 log::warn!("{error:#}");
             }
         }
-    })
+    })?;
+    Ok(execs)
 }
 
 fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -124,10 +161,13 @@ struct Served {
     sandbox: Arc<Sandbox>,
     disks: Disks,
     stop_signal: i32,
+    execs: Execs,
 }
 
 fn answer(stream: &UnixStream, served: &Served) {
-    let answer = match carry_out(stream, served) {
+    // Until the answer is sent.
+    let mut counted = None;
+    let answer = match carry_out(stream, served, &mut counted) {
         Ok(status) => Answer::Done(status),
         Err(error) => Answer::Failed {
             status: super::failure_status(&error).into(),
@@ -139,12 +179,13 @@ fn answer(stream: &UnixStream, served: &Served) {
     }
 }
 
-fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
+fn carry_out(stream: &UnixStream, served: &Served, counted: &mut Option<Running>) -> Result<i32> {
     let Served {
         container,
         sandbox,
         disks,
         stop_signal,
+        execs,
     } = served;
     let mut wire = Wire::new(stream.try_clone()?);
     let Some((request, _)) = wire.receive()? else {
@@ -206,6 +247,7 @@ fn carry_out(stream: &UnixStream, served: &Served) -> Result<i32> {
                 user: user.map_or_else(|| own.user.clone(), |text| User { text }),
                 stdio,
             };
+            *counted = Some(execs.begin());
             return exec(stream, wire, container, &process);
         }
     }
@@ -267,6 +309,21 @@ fn follow(mut wire: Wire, process: &Arc<Process>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// moby/moby 13907, containers/podman 10825.
+    #[test]
+    fn an_end_waits_for_those_who_are_still_to_hear_of_theirs() {
+        let execs = Execs::default();
+        execs.wait(Duration::ZERO);
+        let (first, second) = (execs.begin(), execs.begin());
+        drop(first);
+        let began = std::time::Instant::now();
+        execs.wait(Duration::from_millis(20));
+        assert!(began.elapsed() >= Duration::from_millis(20));
+        let waiter = std::thread::spawn(move || execs.wait(Duration::from_secs(60)));
+        drop(second);
+        waiter.join().unwrap();
+    }
 
     /// Containers are killed and stopped by a koya of another version: what version 0.1 says and understands.
     #[test]

@@ -2,6 +2,7 @@
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::container_log::{Lines, LogWriter};
+use super::control::Execs;
 use super::ignored::passed_on;
 use super::net::NetArgs;
 use super::output::{complain, say};
@@ -29,7 +30,7 @@ use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How often a user must ask before the sandbox is stopped without asking the container.
 const INSIST: u32 = 3;
@@ -340,12 +341,16 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     outcome
 }
 
+/// How long processes that were added to a container may take to end after it.
+const EXEC_LIMIT: Duration = Duration::from_secs(1);
+
 /// A container that runs.
 struct Live {
     sandbox: Arc<Sandbox>,
     container: Arc<Container>,
     pumps: Pumps,
     raw: Option<RawTerminal>,
+    execs: Execs,
 }
 
 impl Live {
@@ -354,6 +359,7 @@ impl Live {
         let status = self.container.wait();
         let delivered = self.pumps.finish();
         drop(self.raw);
+        self.execs.wait(EXEC_LIMIT);
         self.sandbox.stop();
         match status? as u8 {
             0 if !delivered => Ok(FAILED),
@@ -399,7 +405,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let container = Arc::new(container);
     *running.lock().unwrap_or_else(PoisonError::into_inner) =
         Some((container.clone(), sandbox.clone()));
-    super::control::serve(owned, container.clone(), sandbox.clone(), stop_signal)?;
+    let execs = super::control::serve(owned, container.clone(), sandbox.clone(), stop_signal)?;
     container.start()?;
     if args.detach {
         announce(&record.name)?;
@@ -409,6 +415,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         container,
         pumps,
         raw,
+        execs,
     })
 }
 

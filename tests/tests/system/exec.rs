@@ -70,6 +70,21 @@ fn an_exec_is_as_its_container_and_ends_with_its_process() -> Result<()> {
         refused.status.code() == Some(125) && why.contains("terminal"),
         "{why}"
     );
+    let refused = container.exec(&["-w", "/nowhere"], &["true"])?;
+    let why = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        refused.status.code() == Some(126) && why.contains("working directory /nowhere"),
+        "{refused:?}"
+    );
+    // What runs when the container ends, ends with it, and its command hears that.
+    let mut added = koya(["exec", "exec-as", "sh", "-c", "echo up; sleep 500"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let mut up = [0; 3];
+    std::io::Read::read_exact(added.stdout.as_mut().context("a pipe")?, &mut up)?;
+    stdout(koya(["stop", "-t", "0", "exec-as"]).output()?)?;
+    let status = added.wait()?;
+    ensure!(status.code() == Some(137), "{status:?}");
     Ok(())
 }
 
