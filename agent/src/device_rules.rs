@@ -6,11 +6,14 @@
 //! container has.
 
 use crate::cgroup;
-use crate::sys::Instruction;
+use crate::sys::{Instruction, attach_device_program};
 use anyhow::{Context, Result};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 /// Bits of the request's access, upper half of the first word.
 const MKNOD: u32 = 1;
@@ -63,14 +66,32 @@ pub(crate) fn of(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
         .unwrap_or_default()
 }
 
+/// The programs that are in force, by which they are replaced: there may be others of the container's own making.
+static PROGRAMS: Mutex<BTreeMap<String, OwnedFd>> = Mutex::new(BTreeMap::new());
+
 /// Puts the device rules of a container's configuration in force.
 pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     let program = compile(&decode(&of(spec)));
     let cgroup = cgroup::directory(id);
     let directory =
         File::open(&cgroup).with_context(|| format!("cannot open {}", cgroup.display()))?;
-    crate::sys::attach_device_program(directory.as_fd(), &program)
-        .context("cannot put the device rules in force")
+    let mut programs = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = programs.get(id).map(AsFd::as_fd);
+    let attach = |before| attach_device_program(directory.as_fd(), &program, before);
+    let attached = match attach(before) {
+        // A privileged container has removed it.
+        Err(error) if before.is_some() && error.kind() == ErrorKind::NotFound => attach(None),
+        attached => attached,
+    };
+    let attached = attached.context("cannot put the device rules in force")?;
+    programs.insert(id.to_owned(), attached);
+    Ok(())
+}
+
+/// The container is gone, and its control group with it.
+pub(crate) fn forget(id: &str) {
+    let mut programs = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    programs.remove(id);
 }
 
 fn decode(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {

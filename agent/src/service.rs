@@ -6,6 +6,7 @@ use crate::clock;
 use crate::console;
 use crate::cpus;
 use crate::details;
+use crate::device_rules;
 use crate::disks;
 use crate::helper::bundle;
 use crate::images;
@@ -209,6 +210,7 @@ impl Agent for Service {
             let deleted = state.help(&["delete", id], Streams::none()).await;
             state.processes.borrow_mut().retain(|key, _| key.0 != *id);
             state.ooms.forget(id);
+            device_rules::forget(id);
             let unmounted = volumes::unmount_aside(id).await;
             fs::remove_dir_all(bundle(id)).ok();
             deleted?;

@@ -141,6 +141,7 @@ impl State {
             // As far as it was made.
             self.processes.borrow_mut().retain(|key, _| key.0 != id);
             self.help(&["delete", id], Streams::none()).await.ok();
+            device_rules::forget(id);
             volumes::unmount_aside(id).await.ok();
             fs::remove_dir_all(&dir).ok();
         }

@@ -282,6 +282,8 @@ const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
+const BPF_F_REPLACE: u32 = 1 << 2;
 
 /// The head of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes a shorter one for zeroes.
 #[repr(C)]
@@ -304,13 +306,16 @@ struct AttachAttributes {
     program: u32,
     kind: u32,
     flags: u32,
+    replaced: u32,
 }
 
-/// Loads a cgroup-device program and attaches it to a cgroup.
+/// Loads a cgroup-device program and attaches it to a cgroup, in place of another one if there is one. Control groups
+/// below may have programs of their own: a device has to be allowed by all of them.
 pub(crate) fn attach_device_program(
     cgroup: BorrowedFd<'_>,
     program: &[Instruction],
-) -> io::Result<()> {
+    replaced: Option<BorrowedFd<'_>>,
+) -> io::Result<OwnedFd> {
     let license = c"Apache-2.0";
     let load = LoadAttributes {
         program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
@@ -339,7 +344,8 @@ pub(crate) fn attach_device_program(
         target: cgroup.as_raw_fd() as u32,
         program: fd.as_raw_fd() as u32,
         kind: BPF_CGROUP_DEVICE,
-        flags: 0,
+        flags: BPF_F_ALLOW_MULTI | replaced.map_or(0, |_| BPF_F_REPLACE),
+        replaced: replaced.map_or(0, |program| program.as_raw_fd() as u32),
     };
     // SAFETY: the attributes live on this stack and are only read. The cgroup holds the program
     // from then on.
@@ -351,7 +357,7 @@ pub(crate) fn attach_device_program(
             size_of::<AttachAttributes>(),
         )
     })?;
-    Ok(())
+    Ok(fd)
 }
 
 #[cfg(test)]
