@@ -3,23 +3,38 @@
 //! Its packages come from the host's package cache; in the rig there is no network, so the tree is
 //! made before (`cargo xtask test` does it once and keeps it).
 
-use crate::tool::{run_in, scratch, stdout};
+use crate::tool::{run_in, scratch_base, stdout};
 use anyhow::{Context, Result, ensure};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-crate::trials![apt_and_dpkg_work, a_build_gives_the_same_files];
+crate::trials![
+    apt_and_dpkg_work,
+    a_build_gives_the_same_files,
+    groups_of_a_container_have_device_rules_of_their_own
+];
 
-/// A copy of the tree, since tests write to it.
+/// The tree, unpacked once on each host. Tests write to it, each in places of its own that it clears before.
 pub(crate) fn debian() -> Result<PathBuf> {
     let kept = std::env::var("KOYA_TEST_DEBIAN")
         .context("KOYA_TEST_DEBIAN names no tree; `cargo xtask test` makes one")?;
-    let dir = scratch("debian")?;
-    let status = Command::new("tar")
-        .args(["-xf", &kept, "-C"])
-        .arg(&dir)
-        .status()?;
-    ensure!(status.success(), "cannot unpack {kept}");
+    let version = Path::new(&kept).parent().and_then(Path::file_name);
+    let version = version.context("it is in no directory")?.to_string_lossy();
+    let base = scratch_base();
+    let dir = base.join(format!("debian-{version}"));
+    let alone = File::create(base.join(format!("debian-{version}.lock")))?;
+    alone.lock()?;
+    let whole = base.join(format!("debian-{version}.whole"));
+    if !whole.exists() {
+        std::fs::create_dir_all(&dir)?;
+        let status = Command::new("tar")
+            .args(["-xf", &kept, "-C"])
+            .arg(&dir)
+            .status()?;
+        ensure!(status.success(), "cannot unpack {kept}");
+        File::create(whole)?;
+    }
     Ok(dir)
 }
 
@@ -35,7 +50,8 @@ fn apt_and_dpkg_work() -> Result<()> {
     let root = debian()?;
     let said = sh(
         &root,
-        "mkdir -p /repo /build/DEBIAN /build/usr/bin
+        "rm -rf /repo /build
+         mkdir -p /repo /build/DEBIAN /build/usr/bin
          printf 'Package: koya-hello\nVersion: 1.0\nArchitecture: all\nMaintainer: K <k@k>\nDescription: hello\n' > /build/DEBIAN/control
          printf '#!/bin/sh\necho hello from a package\n' > /build/usr/bin/koya-hello
          chmod 755 /build/usr/bin/koya-hello
@@ -60,6 +76,7 @@ fn apt_and_dpkg_work() -> Result<()> {
 fn a_build_gives_the_same_files() -> Result<()> {
     let root = debian()?;
     let make = r#"
+        rm -rf /srv/origin /srv/inside /srv/outside
         mkdir -p /srv/origin /srv/inside /srv/outside; cd /srv/origin
         mkdir -p src include; umask 022
         for n in 1 2 3 4 5 6; do echo "int f$n(int x) { return x * $n; }" > src/f$n.c; done
@@ -102,5 +119,33 @@ fn a_build_gives_the_same_files() -> Result<()> {
         host == inside,
         "the host sees other files:\n{host}\n---\n{inside}"
     );
+    Ok(())
+}
+
+/// As runc and systemd in a container give them to containers and services: what one forbids is forbidden, and what
+/// the container itself may not use stays so.
+fn groups_of_a_container_have_device_rules_of_their_own() -> Result<()> {
+    // A program that forbids all, and what a process in its group then may do.
+    let script = r#"
+        use strict;
+        my $number = `uname -m` =~ /x86_64/ ? 321 : 280;
+        sub bpf { my ($command, $attributes) = @_; my $got = syscall($number, $command, $attributes, length $attributes);
+            die "bpf($command): $!" if $got < 0; $got }
+        sub at { unpack "Q", pack "P", $_[0] }
+        my $code = pack("CCsl", 0xb7, 0, 0, 0) . pack("CCsl", 0x95, 0, 0, 0);
+        my $license = "GPL\0";
+        my $program = bpf(5, pack "LLQQLLQLL", 15, 2, at($code), at($license), 0, 0, 0, 0, 0);
+        my $group = "/sys/fs/cgroup/own";
+        mkdir $group or die "mkdir: $!";
+        opendir my $directory, $group or die "open: $!";
+        bpf(8, pack "LLLL", fileno $directory, $program, 6, 2);
+        print open(my $zero, "<", "/dev/zero") ? "before " : "never ";
+        open my $members, ">", "$group/cgroup.procs" or die "enter: $!"; print $members $$; close $members;
+        print open(my $again, "<", "/dev/zero") ? "still" : "after: $!";
+    "#;
+    let root = debian()?;
+    let options = ["--memory", "1g", "--privileged"];
+    let said = stdout(run_in(&root, &options, &["perl", "-e", script])?)?;
+    ensure!(said == "before after: Operation not permitted", "{said}");
     Ok(())
 }

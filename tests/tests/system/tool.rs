@@ -17,14 +17,18 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 /// A directory of its own for each caller: on the rig's ext4 scratch disk where there is one.
 pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let base = match Path::new("/run/scratch").is_dir() {
-        true => PathBuf::from("/run/scratch"),
-        false => std::env::temp_dir(),
-    };
     let number = NEXT.fetch_add(1, Ordering::SeqCst);
-    let dir = base.join(format!("{name}-{}-{number}", std::process::id()));
+    let dir = scratch_base().join(format!("{name}-{}-{number}", std::process::id()));
     fs::create_dir_all(&dir)?;
     Ok(dir)
+}
+
+/// Where such directories are.
+pub(crate) fn scratch_base() -> PathBuf {
+    match Path::new("/run/scratch").is_dir() {
+        true => PathBuf::from("/run/scratch"),
+        false => std::env::temp_dir(),
+    }
 }
 
 /// The architecture as images name it.
