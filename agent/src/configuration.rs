@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{
     Hook, LinuxCapabilities, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup,
-    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, Mount, Process,
-    Spec,
+    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp,
+    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, Process, Spec,
 };
 use rustix::fs::{FileType, Gid, Uid, major, minor};
 use std::collections::HashSet;
@@ -18,7 +18,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// What must be as the guest has it, whatever the configuration says.
-pub(crate) fn adapt(spec: &mut Spec, id: &str) {
+pub(crate) fn adapt(spec: &mut Spec, id: &str) -> Result<()> {
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
         // A label for the host's security module, which means nothing here.
@@ -28,6 +28,9 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) {
         let mut known = HashSet::new();
         masked.retain(|path| known.insert(path.clone()));
         linux.set_masked_paths(Some(masked));
+        if let Some(seccomp) = linux.seccomp_mut() {
+            exchange_masks(seccomp)?;
+        }
     }
     if let Some(process) = spec.process_mut() {
         process.set_apparmor_profile(None);
@@ -37,6 +40,36 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) {
             process.set_no_new_privileges(None);
         }
     }
+    Ok(())
+}
+
+/// A masked comparison has the mask first and then what it is to leave. libcontainer takes them the other way round: where
+/// nothing is to be left, as in the rule of usual profiles on the namespaces that clone(2) may make, all would match.
+fn exchange_masks(seccomp: &mut LinuxSeccomp) -> Result<()> {
+    let mut syscalls = seccomp.syscalls().clone().unwrap_or_default();
+    for syscall in &mut syscalls {
+        let args = syscall.args().iter().flatten();
+        let args = args.copied().map(exchange_mask);
+        let args: Vec<_> = args.collect::<Result<_>>()?;
+        if !args.is_empty() {
+            syscall.set_args(Some(args));
+        }
+    }
+    seccomp.set_syscalls(Some(syscalls));
+    Ok(())
+}
+
+fn exchange_mask(arg: LinuxSeccompArg) -> Result<LinuxSeccompArg> {
+    if arg.op() != LinuxSeccompOperator::ScmpCmpMaskedEq {
+        return Ok(arg);
+    }
+    let exchanged = LinuxSeccompArgBuilder::default()
+        .index(arg.index())
+        .op(arg.op())
+        .value(arg.value_two().unwrap_or(0))
+        .value_two(arg.value())
+        .build();
+    Ok(exchanged?)
 }
 
 /// Whether the container has a pid namespace that is not the agent's.
@@ -313,7 +346,7 @@ mod tests {
     #[test]
     fn the_agents_words_are_in_the_configuration() {
         let mut spec = spec(SPEC);
-        adapt(&mut spec, "c");
+        adapt(&mut spec, "c").unwrap();
         join(&mut spec, LinuxNamespaceType::Pid, 7);
         bind(&mut spec, Path::new("/f"), Path::new("/etc/hosts"));
         make_working_directory(&mut spec);
@@ -332,9 +365,30 @@ mod tests {
     }
 
     #[test]
+    fn masked_comparisons_are_as_libcontainer_reads_them() {
+        let mut spec = spec(
+            r#"{"ociVersion": "1.2.0", "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+                {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [
+                    {"index": 0, "value": 2114060288, "op": "SCMP_CMP_MASKED_EQ"},
+                    {"index": 1, "value": 6, "valueTwo": 4, "op": "SCMP_CMP_MASKED_EQ"},
+                    {"index": 2, "value": 7, "op": "SCMP_CMP_EQ"}]},
+                {"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}}}"#,
+        );
+        adapt(&mut spec, "c").unwrap();
+        let all = serde_json::to_value(&spec).unwrap();
+        let syscalls = &all["linux"]["seccomp"]["syscalls"];
+        let value = |index: usize, name: &str| syscalls[0]["args"][index][name].as_u64();
+        let both = |index| (value(index, "value"), value(index, "valueTwo"));
+        assert_eq!(both(0), (Some(0), Some(2_114_060_288)));
+        assert_eq!(both(1), (Some(4), Some(6)));
+        assert_eq!(both(2), (Some(7), None));
+        assert!(syscalls[1]["args"].is_null());
+    }
+
+    #[test]
     fn what_an_added_process_needs_of_its_container_is_kept() {
         let mut whole = spec(SPEC);
-        adapt(&mut whole, "c");
+        adapt(&mut whole, "c").unwrap();
         let added = serde_json::to_value(for_added(&whole)).unwrap();
         assert_eq!(added["linux"]["cgroupsPath"], helper::ENTRY_CGROUP);
         assert_eq!(added["linux"]["namespaces"].as_array().unwrap().len(), 3);

@@ -134,8 +134,8 @@ impl State {
         if dir.exists() {
             bail!(Refused::AlreadyExists(format!("container {id} exists")));
         }
+        configuration::adapt(&mut spec, id)?;
         fs::create_dir_all(&dir)?;
-        configuration::adapt(&mut spec, id);
         let made = self.make(id, spec, &request).await;
         if made.is_err() {
             // As far as it was made.

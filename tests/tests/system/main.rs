@@ -26,6 +26,7 @@ mod oci;
 mod oci_cpus;
 mod oci_descriptors;
 mod oci_mounts;
+mod oci_seccomp;
 mod pod;
 mod pod_files;
 mod podman;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         oci_cpus::trials(),
         oci_descriptors::trials(),
         oci_mounts::trials(),
+        oci_seccomp::trials(),
         pod_files::trials(),
         podman::trials(),
         surroundings::trials(),

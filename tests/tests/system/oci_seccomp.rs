@@ -1,0 +1,32 @@
+//! What filters of system calls that `koya-runtime` is given do in the guest.
+
+use crate::oci::{Runtime, bundle, text};
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+crate::trials!(a_filter_compares_what_its_mask_leaves);
+
+/// Usual profiles have such a rule for the namespaces that clone(2) may make.
+fn a_filter_compares_what_its_mask_leaves() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let script = "cd /dev/shm; touch a; chmod 4755 a && echo allowed; chmod 755 a 2>/dev/null || echo denied; \
+                  chmod 4700 a; stat -c %a a";
+    let filtered = |script: &str| {
+        bundle(script, |config| {
+            let set_user = 0o4000;
+            let rule =
+                json!({"index": 1, "op": "SCMP_CMP_MASKED_EQ", "value": set_user, "valueTwo": 0});
+            config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                {"names": ["chmod"], "action": "SCMP_ACT_ERRNO", "args": [rule]}]});
+        })
+    };
+    let all = "allowed\ndenied\n4700";
+    let first = runtime.ok(&["run", "--bundle", text(&filtered(script)?)?, "m"])?;
+    ensure!(first.trim() == all, "{first}");
+    let long = filtered("exec sleep 1000")?;
+    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "l"])?;
+    let added = runtime.ok(&["exec", "l", "sh", "-c", script])?;
+    ensure!(added.trim() == all, "{added}");
+    runtime.ok(&["delete", "--force", "l"])?;
+    Ok(())
+}
