@@ -6,6 +6,7 @@
 use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::console;
+use crate::start_hooks::StartHooks;
 use koya_protocol::Refused;
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::initialize_seccomp;
@@ -40,6 +41,8 @@ pub(crate) struct Program {
     /// For a process that is added to a container: the container's control group, its filter, and the
     /// capabilities to keep, in this order, since each needs what the next takes away.
     confinement: Option<Confinement>,
+    /// What runs before the program of a container.
+    hooks: Option<StartHooks>,
 }
 
 /// What the helper reads.
@@ -63,8 +66,14 @@ impl Program {
         let program = Self {
             reason: Arc::new(writer),
             confinement,
+            hooks: None,
         };
         Ok((program, Reason(reader)))
+    }
+
+    /// A container's own, which these run before.
+    pub(crate) fn after(self, hooks: Option<StartHooks>) -> Self {
+        Self { hooks, ..self }
     }
 
     /// In the container's own process, which shares the pipe with the helper.
@@ -185,6 +194,11 @@ impl Executor for Program {
                 eprintln!("koya: {why}");
             }
             confined?;
+        }
+        if let Some(Err(error)) = self.hooks.as_ref().map(StartHooks::run) {
+            // As below.
+            eprintln!("koya: {error:#}");
+            std::process::exit(1);
         }
         // As its user, who may run less than what was validated.
         let path = find(spec).map_err(|(code, why)| {

@@ -7,6 +7,7 @@ use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::configuration;
 use crate::executor::{self, Confinement, Program};
+use crate::start_hooks::StartHooks;
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
 use libcontainer::container::builder::ContainerBuilder;
@@ -180,6 +181,7 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
     std::fs::create_dir_all(STATE)?;
     executor::give_streams(uid.parse()?);
     let (program, reason) = Program::new(None)?;
+    let program = program.after(StartHooks::load(&bundle(id))?);
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(STATE)?
         .with_console_socket(console_path(console))

@@ -28,6 +28,7 @@ mod network;
 mod oom;
 mod reaper;
 mod service;
+mod start_hooks;
 mod state;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.

@@ -9,6 +9,7 @@ use crate::late_mounts;
 use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
+use crate::start_hooks::StartHooks;
 use crate::streams;
 use crate::{cgroup, sys, tmpfs, volumes, within};
 use anyhow::{Context, Result, bail};
@@ -195,7 +196,7 @@ impl State {
             spec = aside(move || tmpfs::prepare(&of, spec)).await?;
         }
         late_mounts::take(&mut spec)?;
-        let spec = match within::lacks_nothing(id, &spec, &request.files) {
+        let mut spec = match within::lacks_nothing(id, &spec, &request.files) {
             true => spec,
             // Its root may be slow.
             false => {
@@ -203,6 +204,9 @@ impl State {
                 aside(move || within::complete(&of, spec, &files)).await?
             }
         };
+        if let Some(hooks) = StartHooks::take(&mut spec, id, &bundle(id)) {
+            hooks.save(&bundle(id))?;
+        }
         helper::save(id, &spec)?;
         let uid = spec
             .process()

@@ -68,7 +68,7 @@ impl Runtime {
     }
 
     /// Something, if it does that.
-    fn is(&self, id: &str, status: &str) -> Result<Option<()>> {
+    pub(crate) fn is(&self, id: &str, status: &str) -> Result<Option<()>> {
         Ok((self.state(id)?["status"] == status).then_some(()))
     }
 }
@@ -378,6 +378,16 @@ fn hooks_run_on_the_host() -> Result<()> {
     })?;
     let said = runtime.ok(&["run", "--bundle", text(&guests)?, "g"])?;
     ensure!(said.trim() == "in the guest", "{said}");
+    let bad = bundle("echo it runs", |config| {
+        config["hooks"]["startContainer"] = json!([{"path": "/bin/true"}, {"path": "/bin/false"}]);
+    })?;
+    let failed = runtime.call(&["run", "--bundle", text(&bad)?, "f"])?;
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    ensure!(
+        failed.status.code() == Some(1) && said.contains("startContainer hook #1: /bin/false"),
+        "{failed:?}"
+    );
+    ensure!(failed.stdout.is_empty(), "{failed:?}");
     ensure!(
         fs::read_dir(&runtime.root)?.next().is_none(),
         "something is left"
@@ -415,8 +425,8 @@ fn what_uses_it_is_asked_and_changed() -> Result<()> {
     Ok(())
 }
 
-/// The terminal that a runtime sends.
-fn receive_terminal(listener: &UnixListener) -> Result<fs::File> {
+/// The descriptor that a runtime sends: a terminal, or a process.
+pub(crate) fn receive_descriptor(listener: &UnixListener) -> Result<fs::File> {
     let (stream, _) = listener.accept()?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -431,7 +441,7 @@ fn receive_terminal(listener: &UnixListener) -> Result<fs::File> {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    Ok(fds.context("no terminal came")?.into())
+    Ok(fds.context("no descriptor came")?.into())
 }
 
 /// All that is written to a terminal until its last user is gone.
@@ -465,7 +475,7 @@ fn a_terminal_is_sent_to_the_console_socket() -> Result<()> {
         console,
         "t",
     ])?;
-    let mut terminal = receive_terminal(&listener)?;
+    let mut terminal = receive_descriptor(&listener)?;
     runtime.ok(&["start", "t"])?;
     terminal.write_all(b"words\n")?;
     // Without a user, as some clients write it.
@@ -483,7 +493,7 @@ fn a_terminal_is_sent_to_the_console_socket() -> Result<()> {
         "t",
     ];
     runtime.ok(&words)?;
-    let said = rest_of(receive_terminal(&listener)?);
+    let said = rest_of(receive_descriptor(&listener)?);
     ensure!(said == "7 70\n", "{said:?}");
     let reader = std::thread::spawn(move || rest_of(terminal));
     runtime.ok(&["exec", "t", "sleep", "1"])?;
