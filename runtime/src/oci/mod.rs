@@ -146,6 +146,10 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
             "interfaces become the guest's by the container's network namespace: put them there";
         return Err(refuse("linux.netDevices", reason));
     }
+    if linux.is_some_and(|linux| linux.memory_policy().is_some()) {
+        let reason = "a guest's memory is one node, and the host's nodes are not its to choose";
+        return Err(refuse("linux.memoryPolicy", reason));
+    }
     namespaces::check(spec)
 }
 

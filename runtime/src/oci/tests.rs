@@ -325,6 +325,10 @@ fn what_cannot_be_had_is_refused_by_name() {
             json!([{"path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0}]);
     };
     assert!(error(device).contains("/dev/nvidia0"));
+    let policy = |spec: &mut Value| {
+        spec["linux"]["memoryPolicy"] = json!({"mode": "MPOL_BIND", "nodes": "0"});
+    };
+    assert!(error(policy).contains("linux.memoryPolicy"));
     let overlay = |spec: &mut Value| {
         spec["mounts"] = json!([{"destination": "/x", "type": "overlay", "source": "overlay"}]);
     };
