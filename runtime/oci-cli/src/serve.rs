@@ -16,7 +16,7 @@ use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
     CreateTask, Event, EventSink, ExecTask, Exit, Spec, StdioConfig, StdioDescriptors, TaskSet,
-    TaskSetConfig, cgroup,
+    TaskSetConfig, cgroup, read_process,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -355,7 +355,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
             cgroup,
         } => {
             let stdio = descriptors(fds, is_own_terminal, preserved)?;
-            let process = serde_json::from_value(process).context("the process is broken")?;
+            let process = read_process(process.to_string().as_bytes())?;
             let task = ExecTask {
                 id: id.into(),
                 exec_id: format!("exec-{}", served.next_exec.fetch_add(1, Ordering::SeqCst)),

@@ -19,6 +19,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::{Task, create_task};
 use koya_tasks::{
     CreateTask, Error, ExecTask, Mount, Spec, Status, StdioConfig, StdioPaths, TaskSet,
+    read_process,
 };
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
@@ -129,7 +130,7 @@ fn exec_of(request: ExecProcessRequest) -> Result<ExecTask, Error> {
     let spec = request.spec.as_ref();
     let spec = spec.ok_or_else(|| anyhow!("the request has no process"))?;
     Ok(ExecTask {
-        process: serde_json::from_slice(&spec.value).context("the process is broken")?,
+        process: read_process(&spec.value)?,
         id: request.id,
         exec_id: request.exec_id,
         stdio: StdioConfig::Paths(StdioPaths {

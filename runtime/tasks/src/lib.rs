@@ -69,6 +69,7 @@ mod terminate;
 #[cfg(test)]
 mod tests;
 pub mod wire;
+mod words;
 
 pub use create::{CreateTask, Joins};
 pub use error::Error;
@@ -82,3 +83,4 @@ pub use set::{TaskSet, TaskSetConfig, TaskState};
 pub use spec::{Role, Spec};
 pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
 pub use terminate::{send_signal, terminate};
+pub use words::read_process;

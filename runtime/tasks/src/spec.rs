@@ -4,13 +4,12 @@ use crate::Error;
 use crate::cgroup;
 use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
+use crate::words;
 use anyhow::Context;
 use koya::Settings;
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
-use serde::Deserialize as _;
-use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
@@ -43,8 +42,7 @@ impl Spec {
         let path = bundle.join("config.json");
         let text =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let spec = serde_json::from_slice(&text)
-            .or_else(|error| without_unknown_capabilities(&text).ok_or(error));
+        let spec = words::read_spec(&text);
         Ok(Self(spec.with_context(|| path.display().to_string())?))
     }
 
@@ -297,29 +295,6 @@ impl Spec {
     }
 }
 
-/// The configuration without capabilities that are not known here, of which runc warns too: other kernels have others.
-/// `None` if that is not what is wrong with it.
-fn without_unknown_capabilities(text: &[u8]) -> Option<oci::Spec> {
-    let mut config: Value = serde_json::from_slice(text).ok()?;
-    let sets = config
-        .pointer_mut("/process/capabilities")?
-        .as_object_mut()?;
-    let mut unknown = BTreeSet::new();
-    for names in sets.values_mut().filter_map(Value::as_array_mut) {
-        names.retain(|name| {
-            let is_known = oci::Capability::deserialize(name).is_ok();
-            if !is_known {
-                unknown.insert(name.to_string());
-            }
-            is_known
-        });
-    }
-    let spec = serde_json::from_value(config).ok()?;
-    let unknown: Vec<_> = unknown.into_iter().collect();
-    log::warn!("ignoring unknown capabilities: {}", unknown.join(", "));
-    Some(spec)
-}
-
 /// Both ways of writing a name are sysctl(8)'s.
 fn is_network_sysctl(name: &str) -> bool {
     name.starts_with("net.") || name.starts_with("net/")
@@ -396,27 +371,6 @@ mod tests {
         let files = of(json!([{"type": "network", "path": "/run/netns/a"}, {"type": "ipc"}]));
         assert!(files.named_processes().is_empty());
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
-    }
-
-    #[test]
-    fn capabilities_of_other_kernels_are_ignored() {
-        let dir = tempfile::tempdir().unwrap();
-        let read = |process: Value| {
-            let config =
-                json!({"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": process});
-            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-            Spec::read(dir.path())
-        };
-        let mut process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]});
-        process["capabilities"] =
-            json!({"bounding": ["CAP_NEW", "CAP_KILL", "NEW"], "effective": ["CAP_KILL"]});
-        let spec = read(process.clone()).unwrap();
-        let kept = spec.config().process().as_ref().unwrap();
-        let bounding = kept.capabilities().as_ref().unwrap().bounding().clone();
-        let expected = [oci::Capability::Kill].into_iter().collect();
-        assert_eq!(bounding, Some(expected));
-        process["args"] = json!(7);
-        assert!(read(process).is_err(), "something else is wrong");
     }
 
     /// podman and Docker set some of each container's network.

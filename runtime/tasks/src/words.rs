@@ -1,0 +1,134 @@
+//! Words of OCI configurations that are not read as they are written: capabilities that only other kernels have, and flags
+//! of schedulers, which the library that reads configurations spells otherwise than the specification.
+
+use anyhow::Context as _;
+use koya::oci_spec::runtime as oci;
+use serde::Deserialize as _;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+/// As the specification has them, and as the library does.
+const FLAGS: [(&str, &str); 2] = [
+    ("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"),
+    ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
+];
+
+/// A process that is to be added to a container, from its JSON.
+///
+/// # Errors
+/// If it is broken.
+pub fn read_process(text: &[u8]) -> anyhow::Result<oci::Process> {
+    read(text, "").context("the process is broken")
+}
+
+/// A container's configuration.
+pub(crate) fn read_spec(text: &[u8]) -> serde_json::Result<oci::Spec> {
+    read(text, "/process")
+}
+
+/// What has a process at this place. Few have such words.
+fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T> {
+    serde_json::from_slice(text).or_else(|error| {
+        let understood = || {
+            let mut value: Value = serde_json::from_slice(text).ok()?;
+            let process = value.pointer_mut(process)?;
+            drop_unknown_capabilities(process);
+            respell_flags(process);
+            serde_json::from_value(value).ok()
+        };
+        understood().ok_or(error)
+    })
+}
+
+/// runc warns of them, too.
+fn drop_unknown_capabilities(process: &mut Value) {
+    let sets = process["capabilities"].as_object_mut();
+    let sets = sets.into_iter().flat_map(|sets| sets.values_mut());
+    let mut unknown = BTreeSet::new();
+    for names in sets.filter_map(Value::as_array_mut) {
+        names.retain(|name| {
+            let is_known = oci::Capability::deserialize(name).is_ok();
+            if !is_known {
+                unknown.insert(name.to_string());
+            }
+            is_known
+        });
+    }
+    if !unknown.is_empty() {
+        let unknown: Vec<_> = unknown.into_iter().collect();
+        log::warn!("ignoring unknown capabilities: {}", unknown.join(", "));
+    }
+}
+
+fn respell_flags(process: &mut Value) {
+    let flags = process.pointer_mut("/scheduler/flags");
+    let flags = flags.and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        let known = FLAGS.iter().find(|(word, _)| flag == word);
+        if let Some((_, known)) = known {
+            *flag = (*known).into();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn process(more: Value) -> Value {
+        let mut process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]});
+        process
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        process
+    }
+
+    #[test]
+    fn capabilities_of_other_kernels_are_ignored() {
+        let sets = json!({"bounding": ["CAP_NEW", "CAP_KILL", "NEW"], "effective": ["CAP_KILL"]});
+        let mut process = process(json!({"capabilities": sets}));
+        let config = |process: &Value| {
+            json!({"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": process})
+                .to_string()
+        };
+        let spec = read_spec(config(&process).as_bytes()).unwrap();
+        let added = read_process(process.to_string().as_bytes()).unwrap();
+        for kept in [spec.process().as_ref().unwrap(), &added] {
+            let bounding = kept.capabilities().as_ref().unwrap().bounding().clone();
+            let expected = [oci::Capability::Kill].into_iter().collect();
+            assert_eq!(bounding, Some(expected));
+        }
+        process["args"] = json!(7);
+        assert!(
+            read_spec(config(&process).as_bytes()).is_err(),
+            "something else is wrong"
+        );
+    }
+
+    #[test]
+    fn flags_of_schedulers_are_spelt_as_the_specification_has_them() {
+        // https://github.com/opencontainers/runtime-spec/blob/v1.2.0/config.md#process
+        let flags = [
+            "SCHED_FLAG_RESET_ON_FORK",
+            "SCHED_FLAG_RECLAIM",
+            "SCHED_FLAG_DL_OVERRUN",
+            "SCHED_FLAG_KEEP_POLICY",
+            "SCHED_FLAG_KEEP_PARAMS",
+            "SCHED_FLAG_UTIL_CLAMP_MIN",
+            "SCHED_FLAG_UTIL_CLAMP_MAX",
+        ];
+        let with = |flags: Value| {
+            let scheduler = json!({"policy": "SCHED_DEADLINE", "flags": flags});
+            let text = process(json!({"scheduler": scheduler})).to_string();
+            read_process(text.as_bytes())
+        };
+        let read = with(json!(flags)).unwrap();
+        let scheduler = read.scheduler().as_ref().unwrap();
+        assert_eq!(scheduler.flags().as_ref().unwrap().len(), flags.len());
+        let error = format!("{:#}", with(json!(["SCHED_FLAG_NEW"])).unwrap_err());
+        assert!(error.starts_with("the process is broken: "), "{error}");
+    }
+}
