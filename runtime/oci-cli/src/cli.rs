@@ -149,6 +149,9 @@ pub(crate) struct CreateArgs {
     /// Write the pid to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
+    /// A socket that a descriptor of the container's process is sent to, a pidfd
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) pidfd_socket: Option<PathBuf>,
     /// Leave the process so many descriptors from 3 on: pipes, FIFOs and stream sockets
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
@@ -227,6 +230,9 @@ pub(crate) struct ExecArgs {
     /// Write the pid to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
+    /// A socket that a descriptor of the process is sent to, a pidfd
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) pidfd_socket: Option<PathBuf>,
     /// Accepted: SELinux labels are the sandbox's process's
     #[arg(long, value_name = "LABEL")]
     process_label: Option<String>,

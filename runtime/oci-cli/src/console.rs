@@ -14,7 +14,7 @@ use rustix::termios::{
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
@@ -59,15 +59,23 @@ impl Pty {
 
     /// Sends the master over a connection, as runc does: beside its name.
     pub(crate) fn send_master(&self, to: &UnixStream) -> Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [self.master.as_fd()];
-        control.push(SendAncillaryMessage::ScmRights(&fds));
-        let name = [IoSlice::new(&self.name)];
-        sendmsg(to, &name, &mut control, SendFlags::NOSIGNAL)
-            .context("cannot send the terminal to the console socket")?;
-        Ok(())
+        send_descriptor(to, &self.name, self.master.as_fd())
+            .context("cannot send the terminal to the console socket")
     }
+}
+
+/// Sends a descriptor beside its name.
+pub(crate) fn send_descriptor(
+    to: &UnixStream,
+    name: &[u8],
+    descriptor: BorrowedFd<'_>,
+) -> rustix::io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [descriptor];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let name = [IoSlice::new(name)];
+    sendmsg(to, &name, &mut control, SendFlags::NOSIGNAL).map(drop)
 }
 
 /// Receives what [`Pty::send_master`] sends.

@@ -3,6 +3,7 @@
 use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
+use crate::pidfd::Receiver;
 use crate::preserved::Given;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
 use crate::{Outcome, life, logging, member, program};
@@ -95,6 +96,8 @@ struct Wanted {
     joins: Option<Joins>,
     /// Where its terminal is sent.
     console: Option<UnixStream>,
+    /// Where a descriptor of its process is sent.
+    pidfd: Option<Receiver>,
     /// Whether that is the user's own.
     is_own_terminal: bool,
 }
@@ -117,6 +120,7 @@ impl Wanted {
             spec,
             joins,
             console: None,
+            pidfd: Receiver::connect(args.pidfd_socket.as_deref())?,
             is_own_terminal: false,
         })
     }
@@ -144,6 +148,7 @@ fn make(
         spec,
         joins,
         console,
+        pidfd,
         is_own_terminal,
     } = wanted;
     let bundle = fs::canonicalize(&args.bundle)
@@ -162,7 +167,8 @@ fn make(
     };
     let made = launch(&boot, console, given).and_then(|(mut child, stream)| {
         let group = spec.cgroup();
-        let finished = finish(&boot, args, spec, child.id(), &stream);
+        let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
+        let finished = told.and_then(|()| finish(&boot, args, spec, child.id(), &stream));
         if finished.is_err() {
             child.kill().ok();
             child.wait().ok();

@@ -8,6 +8,7 @@ use crate::ask::{Answer, Request, hear};
 use crate::cli::ExecArgs;
 use crate::console::{self, Joined, Pty, size, spawn};
 use crate::create::{KILLED, write_pid};
+use crate::pidfd::Receiver;
 use crate::preserved::{Count, Given};
 use crate::signal::PASSED;
 use crate::state::{Container, Root, Status};
@@ -76,14 +77,20 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
         });
     }
     let console = args.console_socket.as_deref().map(console::connect);
+    let pidfd = Receiver::connect(args.pidfd_socket.as_deref())?;
     let added = Added {
         process,
         preserved: given.count,
         cgroup,
     };
     match args.detach {
-        true => detach(root, args, added, console.transpose()?, given),
-        false => foreground(&container, args, &added, given),
+        true => detach(root, args, added, console.transpose()?, (given, pidfd)),
+        false => {
+            if let Some(receiver) = pidfd {
+                receiver.send(std::process::id())?;
+            }
+            foreground(&container, args, &added, given)
+        }
     }
 }
 
@@ -252,7 +259,7 @@ fn detach(
     args: &ExecArgs,
     added: Added,
     console: Option<UnixStream>,
-    given: &Given,
+    (given, pidfd): (&Given, Option<Receiver>),
 ) -> Outcome {
     let (ours, theirs) = UnixStream::pair()?;
     let mut child = Command::new("/proc/self/exe")
@@ -269,8 +276,10 @@ fn detach(
         is_terminal: console.is_some(),
         added,
     };
-    let sent = given.send(&ours, &stubbed, console.as_ref().map(AsFd::as_fd));
-    let started = sent
+    let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
+    let console = console.as_ref().map(AsFd::as_fd);
+    let started = told
+        .and_then(|()| given.send(&ours, &stubbed, console))
         .and_then(|()| hear(&mut Wire::new(ours)))
         .and_then(|_| write_pid(args.pid_file.as_deref(), child.id()));
     if started.is_err() {

@@ -15,6 +15,7 @@ mod life;
 mod list;
 mod logging;
 mod member;
+mod pidfd;
 mod preserved;
 mod program;
 mod serve;

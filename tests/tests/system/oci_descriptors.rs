@@ -1,16 +1,20 @@
-//! `--preserve-fds`: descriptors that processes of a container inherit from the caller.
+//! Descriptors that processes of a container inherit from the caller (`--preserve-fds`), and those of processes that the
+//! caller gets (`--pidfd-socket`).
 
-use crate::oci::{Runtime, bundle, text};
-use crate::tool::feed;
+use crate::oci::{Runtime, bundle, receive_descriptor, text};
+use crate::tool::{feed, scratch, until};
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Signal, pidfd_send_signal};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 crate::trials!(
     pipes_and_sockets_are_preserved,
-    descriptors_that_cannot_be_preserved_are_refused
+    descriptors_that_cannot_be_preserved_are_refused,
+    a_descriptor_of_its_process_is_sent
 );
 
 /// A shell that becomes `koya-runtime` with these words, descriptors being as they say.
@@ -100,5 +104,52 @@ fn descriptors_that_cannot_be_preserved_are_refused() -> Result<()> {
         );
         ensure!(!output.status.success(), "{words}");
     }
+    Ok(())
+}
+
+fn a_descriptor_of_its_process_is_sent() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("exec sleep 1000", |_| ())?;
+    let socket = scratch("pidfd")?.join("socket");
+    let listener = UnixListener::bind(&socket)?;
+    let (bundle, socket) = (text(&bundle)?, text(&socket)?);
+    runtime.ok(&["create", "--pidfd-socket", socket, "--bundle", bundle, "p"])?;
+    let process = receive_descriptor(&listener)?;
+    runtime.ok(&["start", "p"])?;
+    let script = "exec sleep 1000";
+    runtime.ok(&[
+        "exec",
+        "-d",
+        "--pidfd-socket",
+        socket,
+        "p",
+        "sh",
+        "-c",
+        script,
+    ])?;
+    let added = receive_descriptor(&listener)?;
+    let count = || runtime.ok(&["exec", "p", "sh", "-c", "pidof sleep | wc -w"]);
+    ensure!(
+        count()?.trim() == "2",
+        "the one that was added does not run"
+    );
+    pidfd_send_signal(&added, Signal::KILL)?;
+    until("the end of the process that was added", || {
+        Ok((count()?.trim() == "1").then_some(()))
+    })?;
+    pidfd_send_signal(&process, Signal::KILL)?;
+    until("the end of the container", || runtime.is("p", "stopped"))?;
+    runtime.ok(&["delete", "p"])?;
+    drop(listener);
+    let refused = runtime.call(&["create", "--pidfd-socket", socket, "--bundle", bundle, "q"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        !refused.status.success() && said.contains("cannot connect to the pidfd socket"),
+        "{said}"
+    );
+    ensure!(
+        fs::read_dir(&runtime.root)?.next().is_none(),
+        "something is left"
+    );
     Ok(())
 }

@@ -1,0 +1,38 @@
+//! `--pidfd-socket`: who listens there gets a descriptor of the process that stands for a container's, by which it can
+//! be signalled and awaited when its number may be another's.
+
+use crate::console::send_descriptor;
+use anyhow::{Context, Result};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+/// What runc sends beside it.
+const NAME: &[u8] = b"pidfd";
+
+/// A connection to such a socket.
+pub(crate) struct Receiver(UnixStream);
+
+impl Receiver {
+    /// Connects, if it is asked for.
+    ///
+    /// # Errors
+    /// If nobody listens.
+    pub(crate) fn connect(socket: Option<&Path>) -> Result<Option<Self>> {
+        let connect = |socket: &Path| {
+            let stream = UnixStream::connect(socket);
+            stream
+                .with_context(|| format!("cannot connect to the pidfd socket {}", socket.display()))
+        };
+        Ok(socket.map(connect).transpose()?.map(Self))
+    }
+
+    /// Sends the descriptor of a process of this one's, or this one's own.
+    pub(crate) fn send(self, pid: u32) -> Result<()> {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let process = pidfd_open(pid.context("no process")?, PidfdFlags::empty())?;
+        send_descriptor(&self.0, NAME, process.as_fd())
+            .context("cannot send a descriptor to the pidfd socket")
+    }
+}
