@@ -7,7 +7,11 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-crate::trials!(memory_begins_as_what_it_covers, a_dev_may_be_read_only);
+crate::trials!(
+    memory_begins_as_what_it_covers,
+    a_dev_may_be_read_only,
+    a_read_only_mount_keeps_what_its_source_has
+);
 
 fn make(directory: &Path, mode: u32) -> Result<()> {
     fs::create_dir_all(directory)?;
@@ -107,6 +111,38 @@ fn a_dev_may_be_read_only() -> Result<()> {
             false => &["refused", "written", "y"],
         };
         ensure!(lines[1..] == *rest, "{said}");
+    }
+    Ok(())
+}
+
+/// What is in the container's own root already is mounted last, and made read-only by a change of the mount.
+fn a_read_only_mount_keeps_what_its_source_has() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle(
+        "grep -E ' /(data|own) ' /proc/mounts; echo x > /own/made || echo refused",
+        |_| (),
+    )?;
+    let path = bundle.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    config["root"]["readonly"] = false.into();
+    let flags = ["nosuid", "nodev", "noexec", "noatime"];
+    add_mount(&mut config, tmpfs("/data", &flags));
+    let source = bundle.join("rootfs/data");
+    add_mount(
+        &mut config,
+        json!({"destination": "/own", "type": "bind", "source": source, "options": ["bind", "ro"]}),
+    );
+    fs::write(&path, config.to_string())?;
+    let output = runtime.call(&["run", "--bundle", text(&bundle)?, "o"])?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let lines: Vec<_> = said.lines().collect();
+    let options = |line: &str| line.split(' ').nth(3).unwrap_or_default().to_owned();
+    ensure!(lines.len() == 3 && lines[2] == "refused", "{output:?}");
+    for (line, access) in [(lines[0], "rw"), (lines[1], "ro")] {
+        let options = options(line);
+        let words: Vec<_> = options.split(',').collect();
+        let has_all = flags.iter().all(|flag| words.contains(flag));
+        ensure!(words[0] == access && has_all, "{said}");
     }
     Ok(())
 }
