@@ -27,6 +27,9 @@ pub(crate) struct BatsArgs {
     /// Run also what there are results of
     #[arg(long)]
     again: bool,
+    /// Only tests whose name matches, of files that are named; such results are printed and not kept
+    #[arg(long, value_name = "REGEX", requires = "files")]
+    filter: Option<String>,
     /// Only these files, without `.bats`
     files: Vec<String>,
 }
@@ -37,7 +40,8 @@ pub(crate) struct Project<'a> {
     pub(crate) name: &'a str,
     /// The directory of its files.
     pub(crate) tests: PathBuf,
-    /// A script of the shell that runs a file in the rig: the directory of the tests, the file, and what follows.
+    /// A script of the shell that runs a file in the rig: the directory of the tests, the file, which of its tests (all
+    /// if that is empty), and what follows.
     pub(crate) script: &'a str,
     pub(crate) further: Vec<String>,
 }
@@ -62,10 +66,20 @@ impl Project<'_> {
             true => all_files(&self.tests)?,
             false => args.files.clone(),
         };
+        if let Some(filter) = &args.filter {
+            return files.iter().try_for_each(|file| {
+                let printed = results.join(format!("{file}.filtered"));
+                let found = self.run_file(file, filter, &printed)?;
+                println!("{}", row(file, &found));
+                Ok(())
+            });
+        }
         for file in &files {
             let kept = results.join(format!("{file}.tap"));
             if args.again || !kept.exists() {
-                self.run_file(file, &kept)?;
+                let partial = kept.with_extension("partial");
+                self.run_file(file, "", &partial)?;
+                fs::rename(partial, kept)?;
             }
         }
         println!("| file | passed | skipped | failed |\n|---|---|---|---|");
@@ -76,23 +90,22 @@ impl Project<'_> {
         Ok(())
     }
 
-    /// Runs a file's tests in a rig; what they print is kept if all of them were run.
-    fn run_file(&self, file: &str, kept: &Path) -> Result<()> {
-        let partial = kept.with_extension("partial");
+    /// Runs a file's tests in a rig, all of them if the filter is empty, and keeps what they print.
+    fn run_file(&self, file: &str, filter: &str, printed: &Path) -> Result<Results> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--"]);
         rig.args(["sh", "-c", self.script, "sh"]).arg(&self.tests);
-        rig.arg(format!("{file}.bats")).args(&self.further);
-        rig.stdout(File::create(&partial)?);
-        eprintln!("{}: {file} (results: {})", self.name, partial.display());
+        rig.arg(format!("{file}.bats")).arg(filter);
+        rig.args(&self.further).stdout(File::create(printed)?);
+        eprintln!("{}: {file} (results: {})", self.name, printed.display());
         // A failed test is a status, too.
         rig.status().context("cannot start a rig")?;
-        let found = read(&fs::read_to_string(&partial)?);
+        let found = read(&fs::read_to_string(printed)?);
         let run = found.passed + found.skipped + found.failed.len();
         if found.planned == 0 || run < found.planned {
             bail!("{file}: {run} of {} tests were run", found.planned);
         }
-        Ok(fs::rename(partial, kept)?)
+        Ok(found)
     }
 }
 

@@ -39,21 +39,21 @@ graphroot = \"$scratch/storage\"
 END
 cat > /etc/containers/containers.conf.d/zz-tests.conf <<END
 [engine]
-runtime = \"$3\"
+runtime = \"$4\"
 cgroup_manager = \"cgroupfs\"
 events_logger = \"file\"
 runtime_supports_json = [\"crun\", \"runc\", \"koya-runtime\"]
 runtime_supports_kvm = [\"koya-runtime\"]
 [engine.runtimes]
-$3 = [\"$(command -v \"$3\")\"]
+$4 = [\"$(command -v \"$4\")\"]
 END
 export TMPDIR=$scratch/tmp PODMAN_TIMEOUT=240
 ip link set lo up
 podman import --quiet --change 'WORKDIR /home/podman' \\
     --change 'CMD [\"/bin/echo\", \"This container is intended for podman CI testing\"]' \\
     --change 'LABEL created_by=test/system/build-testimage' --change 'LABEL created_at=2022-06-15T00:00:00Z' \\
-    \"$1/testimage.tar\" \"$4\" >&2
-cd \"$1\" && exec bats --tap \"$2\"
+    \"$1/testimage.tar\" \"$5\" >&2
+cd \"$1\" && exec bats --tap ${3:+--filter \"$3\"} \"$2\"
 ";
 
 #[derive(Args)]
