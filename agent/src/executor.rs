@@ -141,7 +141,10 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
             Err((NOT_FOUND, "no such file or directory".into()))
         }
         Err(e) => Err((CANNOT_RUN, e.to_string())),
-        Ok(data) if data.is_dir() => Err((CANNOT_RUN, "is a directory".into())),
+        // podman and Docker take the exit status from the first words.
+        Ok(data) if data.is_dir() => {
+            Err((CANNOT_RUN, "permission denied: it is a directory".into()))
+        }
         Ok(data) if data.permissions().mode() & 0o111 == 0 || is_denied(path) => {
             Err((CANNOT_RUN, "permission denied".into()))
         }
@@ -349,6 +352,9 @@ mod tests {
             found(&[format!("PATH={closed}:{first}")]),
             Path::new(&first).join("tool")
         );
+        let (status, why) = find(&spec_of(&first, &[])).unwrap_err();
+        let directory = format!("{first}: permission denied: it is a directory");
+        assert_eq!((status, why), (CANNOT_RUN, directory));
         let (status, why) = find(&spec_of("tool", &[format!("PATH={closed}")])).unwrap_err();
         assert_eq!(
             (status, why.as_str()),

@@ -27,7 +27,8 @@ echo \"Confirmed: testimage pause invoked as $0\"
 while :; do sleep 0.1; done
 ";
 
-/// What runs in the rig, whose files are gone with it. Containers have storage on a disk.
+/// What runs in the rig, whose files are gone with it. Containers have storage on a disk, and no network unless a test
+/// asks for one: the rig has no iptables for podman's own.
 const RUN: &str = "set -e
 scratch=/run/scratch
 mkdir -p $scratch/tmp /etc/containers/containers.conf.d
@@ -38,6 +39,8 @@ runroot = \"/run/containers/storage\"
 graphroot = \"$scratch/storage\"
 END
 cat > /etc/containers/containers.conf.d/zz-tests.conf <<END
+[containers]
+netns = \"none\"
 [engine]
 runtime = \"$4\"
 cgroup_manager = \"cgroupfs\"
