@@ -28,7 +28,7 @@ while :; do sleep 0.1; done
 ";
 
 /// What runs in the rig, whose files are gone with it. Containers have storage on a disk, and no network unless a test
-/// asks for one: the rig has no iptables for podman's own.
+/// asks for one, which is quicker.
 const RUN: &str = "set -e
 scratch=/run/scratch
 mkdir -p $scratch/tmp /etc/containers/containers.conf.d
@@ -52,6 +52,8 @@ $4 = [\"$(command -v \"$4\")\"]
 END
 export TMPDIR=$scratch/tmp PODMAN_TIMEOUT=240
 ip link set lo up
+modules=/run/koya-rig/modules
+for module in $(cat $modules/docker); do busybox insmod $modules/$module || true; done
 podman import --quiet --change 'WORKDIR /home/podman' \\
     --change 'CMD [\"/bin/echo\", \"This container is intended for podman CI testing\"]' \\
     --change 'LABEL created_by=test/system/build-testimage' --change 'LABEL created_at=2022-06-15T00:00:00Z' \\
