@@ -277,13 +277,18 @@ mod tests {
         assert_eq!((usage.guest, usage.overhead), (8 << 10, 5 << 10));
     }
 
+    /// An address in boot memory, wherever that begins.
+    fn boot_memory(offset: u64) -> GuestAddress {
+        GuestAddress(arch::layout::memory_ranges(64 << 20)[0].0 + offset)
+    }
+
     #[test]
     fn touched_memory_is_seen() {
         use vm_memory::Bytes;
         let memory = reserve(&MemorySpec::new(64 << 20)).unwrap();
         let before = usage(&memory).unwrap();
         memory
-            .write_slice(&vec![1; 8 << 20], GuestAddress(16 << 20))
+            .write_slice(&vec![1; 8 << 20], boot_memory(16 << 20))
             .unwrap();
         let after = usage(&memory).unwrap();
         assert!(
@@ -348,10 +353,11 @@ mod tests {
                 assert!(memory.write_obj(2u64, GuestAddress(more)).is_err());
                 let room = memory.find_region(GuestAddress(more)).unwrap();
                 room.set_plugged(0..1, true);
-                for (address, word) in [(16 << 20, 1u64), (more, 2)] {
-                    memory.write_obj(word, GuestAddress(address)).unwrap();
+                let boot = boot_memory(16 << 20);
+                for (address, word) in [(boot, 1u64), (GuestAddress(more), 2)] {
+                    memory.write_obj(word, address).unwrap();
                 }
-                let word: u64 = memory.read_obj(GuestAddress(16 << 20)).unwrap();
+                let word: u64 = memory.read_obj(boot).unwrap();
                 assert_eq!(word, 1, "{spec:?}");
             }
         }

@@ -99,6 +99,9 @@ fn panic_excerpt(log: &str) -> &str {
         "Oops: ",
         "general protection fault",
         "kernel BUG at",
+        // Of arm64.
+        "Unable to handle kernel ",
+        "Internal error: ",
         "Kernel panic - not syncing: ",
     ];
     let is_fault = |line: &str| FAULTS.iter().any(|fault| line.contains(fault));
@@ -151,6 +154,24 @@ mod tests {
         // Short logs and logs without a fault are shown whole.
         for whole in [&format!("one\n{panic}"), "one\ntwo", ""] {
             assert_eq!(panic_excerpt(whole), whole);
+        }
+    }
+
+    /// Of a fault, arm64 says more in the lines before the one with "Oops".
+    #[test]
+    fn a_fault_of_arm64_is_shown_from_its_first_line() {
+        let boot = "a line of the boot\n".repeat(50);
+        let before = "a line of the boot\n".repeat(LINES_BEFORE);
+        for fault in [
+            "Unable to handle kernel paging request at virtual address 0f\n",
+            "Internal error: synchronous external abort: 0000000096000010\n",
+        ] {
+            let more = "Mem abort info:\n".repeat(LINES_BEFORE + 1);
+            let fault = format!(
+                "{fault}{more}Internal error: Oops: 04\nKernel panic - not syncing: Oops\n"
+            );
+            let shown = panic_excerpt(&format!("{boot}{fault}")).to_owned();
+            assert_eq!(shown, format!("{before}{fault}"));
         }
     }
 

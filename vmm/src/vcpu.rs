@@ -283,7 +283,6 @@ fn run_until_kicked(vcpu: &mut Vcpu, bus: &Bus) -> Option<ExitReason> {
 }
 
 #[cfg(test)]
-#[cfg(target_arch = "x86_64")] // Its guests are code of that one.
 mod tests {
     use crate::config::Spec;
     use crate::{ExitReason, Vm};
@@ -291,38 +290,76 @@ mod tests {
     use std::time::{Duration, Instant};
     use vm_memory::{Bytes, GuestAddress};
 
-    /// Through the x2APIC, which is accessible in real mode: sends INIT and SIPI to the second CPU, then
-    /// halts.
-    const START_SECOND: &[u8] = &[
-        0x66, 0xb9, 0x1b, 0x00, 0x00, 0x00, // mov ecx, IA32_APIC_BASE
-        0x0f, 0x32, // rdmsr
-        0x0d, 0x00, 0x0c, // or ax, 0xc00: x2APIC
-        0x0f, 0x30, // wrmsr
-        0x66, 0xb9, 0x30, 0x08, 0x00, 0x00, // mov ecx, IA32_X2APIC_ICR
-        0x66, 0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1
-        0x66, 0xb8, 0x00, 0x45, 0x00, 0x00, // mov eax, INIT
-        0x0f, 0x30, // wrmsr
-        0x66, 0xb8, 0x01, 0x46, 0x00, 0x00, // mov eax, SIPI to SECOND
-        0x0f, 0x30, // wrmsr
-        0xfa, 0xf4, // cli; hlt
-    ];
-    const SECOND: usize = 0x1000;
-    /// again: inc word [COUNTER]; jmp again
-    const COUNT: &[u8] = &[0xff, 0x06, 0x00, 0x05, 0xeb, 0xfa];
-    const COUNTER: GuestAddress = GuestAddress(0x500);
+    #[cfg(target_arch = "x86_64")]
+    mod guest {
+        /// Through the x2APIC, which is accessible in real mode: sends INIT and SIPI to the second CPU, then
+        /// halts.
+        pub(super) const START_SECOND: &[u8] = &[
+            0x66, 0xb9, 0x1b, 0x00, 0x00, 0x00, // mov ecx, IA32_APIC_BASE
+            0x0f, 0x32, // rdmsr
+            0x0d, 0x00, 0x0c, // or ax, 0xc00: x2APIC
+            0x0f, 0x30, // wrmsr
+            0x66, 0xb9, 0x30, 0x08, 0x00, 0x00, // mov ecx, IA32_X2APIC_ICR
+            0x66, 0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1
+            0x66, 0xb8, 0x00, 0x45, 0x00, 0x00, // mov eax, INIT
+            0x0f, 0x30, // wrmsr
+            0x66, 0xb8, 0x01, 0x46, 0x00, 0x00, // mov eax, SIPI to SECOND
+            0x0f, 0x30, // wrmsr
+            0xfa, 0xf4, // cli; hlt
+        ];
+        pub(super) const SECOND: usize = 0x1000;
+        /// again: inc word [COUNTER]; jmp again
+        pub(super) const COUNT: &[u8] = &[0xff, 0x06, 0x00, 0x05, 0xeb, 0xfa];
+        pub(super) const COUNTER: u64 = 0x500;
+        /// hlt
+        pub(super) const FILL: u8 = 0xf4;
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    mod guest {
+        /// By PSCI: turns on the second CPU, then sleeps.
+        pub(super) const START_SECOND: &[u8] = &[
+            0x60, 0x00, 0x80, 0xd2, // movz x0, #3: CPU_ON
+            0x00, 0x80, 0xb8, 0xf2, // movk x0, #0xc400, lsl 16
+            0x21, 0x00, 0x80, 0xd2, // movz x1, #1: the second CPU
+            0xa2, 0x7f, 0x00, 0x10, // adr x2, SECOND
+            0x03, 0x00, 0x80, 0xd2, // movz x3, #0
+            0x02, 0x00, 0x00, 0xd4, // hvc #0
+            0x7f, 0x20, 0x03, 0xd5, // l: wfi
+            0xff, 0xff, 0xff, 0x17, // b l
+        ];
+        pub(super) const SECOND: usize = 0x1000;
+        /// Counts in memory, and has the host's caches forget what they have of it: without address translation, a
+        /// guest writes past caches.
+        pub(super) const COUNT: &[u8] = &[
+            0x01, 0x80, 0x00, 0x10, // adr x1, COUNTER
+            0x20, 0x00, 0x40, 0xb9, // again: ldr w0, [x1]
+            0x00, 0x04, 0x00, 0x11, // add w0, w0, #1
+            0x20, 0x00, 0x00, 0xb9, // str w0, [x1]
+            0x21, 0x7e, 0x0b, 0xd5, // dc civac, x1
+            0xfc, 0xff, 0xff, 0x17, // b again
+        ];
+        /// Flat code is loaded to 0x8001_0000.
+        pub(super) const COUNTER: u64 = 0x8001_2000;
+        pub(super) const FILL: u8 = 0;
+    }
 
     /// A guest that starts a second CPU, which is held.
     fn start() -> Vm {
-        let mut code = START_SECOND.to_vec();
-        code.resize(SECOND, 0xf4);
-        code.extend(COUNT);
+        let mut code = guest::START_SECOND.to_vec();
+        code.resize(guest::SECOND, guest::FILL);
+        code.extend(guest::COUNT);
         let mut spec = Spec::flat(code);
         (spec.cpus.count, spec.cpus.online) = (2, 1);
         Vm::builder(spec).start().unwrap()
     }
 
     fn counts(memory: &Memory) -> bool {
-        let read = || memory.read_obj::<u16>(COUNTER).unwrap();
+        let read = || {
+            memory
+                .read_obj::<u16>(GuestAddress(guest::COUNTER))
+                .unwrap()
+        };
         let (first, began) = (read(), Instant::now());
         while began.elapsed() < Duration::from_millis(200) {
             if read() != first {

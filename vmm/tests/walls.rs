@@ -1,13 +1,13 @@
 //! Which threads of a process are confined while a machine runs.
-#![cfg(target_arch = "x86_64")]
 
+mod guests;
+
+use guests::SPIN;
 use koya_vmm::devices::rng::Rng;
 use koya_vmm::{ExitReason, Spec, Vm};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// jmp $
-const SPIN: &[u8] = &[0xeb, 0xfe];
 const DRIVEN: [&str; 3] = ["koya-loop", "koya-starter", "koya-vcpu0"];
 
 /// The threads of this process, and whether each has a filter.

@@ -85,9 +85,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
 /// The crates whose unit tests and tiny guests run on another architecture as well: those that know it.
 const FOREIGN_UNITS: [&str; 4] = ["koya-host", "koya-devices", "koya-vmm", "koya-agent"];
 
+/// The filter that chooses a few tests, which need nothing but Koya (`tests/tests/system/smoke.rs`).
+const SMOKE: &str = "smoke";
+
 /// The tests of another architecture than this machine's: its programs run in emulated hosts of it. Left out are the
-/// lints, the units of crates that know no architecture, and the tests that need a Debian root file system or
-/// Docker, which would have to be set up in such a host first.
+/// lints, the units of crates that know no architecture, and the tests of Docker.
 fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     let products = build::ensure_for(arch)?;
     if args.filter.is_none() {
@@ -101,8 +103,9 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
             .args(packages.as_flattened())
             .args(["--lib", "--bins", "--tests"]);
         let xtask = std::env::current_exe()?;
+        // Files of a rig's root have no handles, which tests of files take.
         let runner = format!(
-            "{} rig --arch {} --no-build --cpus 1 --",
+            "{} rig --arch {} --no-build --cpus 1 -- env TMPDIR=/run/scratch",
             xtask.display(),
             arch.name()
         );
@@ -128,9 +131,13 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     system
         .env("KOYA_TEST_ARCH", arch.name())
         .env("KOYA_TEST_PROGRAM", program)
-        .env("KOYA_TEST_EXAMPLES", proc::checkout().join(examples))
-        .env("KOYA_TEST_FSX", fsx(arch)?)
-        .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
+        .env("KOYA_TEST_EXAMPLES", proc::checkout().join(examples));
+    if args.filter.as_deref() != Some(SMOKE) {
+        system
+            .env("KOYA_TEST_DEBIAN", debian_for(arch)?)
+            .env("KOYA_TEST_FSX", fsx(arch)?)
+            .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
+    }
     proc::run(&mut system)
 }
 
@@ -177,28 +184,56 @@ fn is_system_tests(program: &Path) -> bool {
 
 /// A tar of Debian's minimal root file system with a C compiler, git and SQLite, made once.
 pub(crate) fn debian() -> Result<PathBuf> {
+    debian_for(Arch::of_this_machine())
+}
+
+/// As [`debian`], for an architecture.
+fn debian_for(arch: Arch) -> Result<PathBuf> {
     const SUITE: &str = "bookworm";
     const INCLUDE: &str = "--include=gcc,libc6-dev,make,git,sqlite3";
-    let key = cache::key([SUITE, "minbase", INCLUDE]);
+    let key = arch.key(&[SUITE, "minbase", INCLUDE]);
     let dir = cache::ensure("debian", &key, |dir| {
         let root = dir.join("root");
-        proc::long(
-            "making a Debian root file system (once)",
-            Command::new("/usr/sbin/debootstrap")
-                .args(["--variant=minbase", INCLUDE, SUITE])
-                .arg(&root),
-            &dir.with_extension("log"),
-        )?;
-        proc::run(
-            Command::new("tar")
-                .args(["--exclude=./var/cache/apt/archives/*.deb", "-cf"])
-                .arg(dir.join("root.tar"))
-                .arg(".")
-                .current_dir(&root),
-        )?;
+        let log = dir.with_extension("log");
+        let mut debootstrap = Command::new("/usr/sbin/debootstrap");
+        debootstrap.args(["--variant=minbase", INCLUDE]);
+        debootstrap.arg(format!("--arch={}", arch.debian()));
+        if !arch.is_native() {
+            debootstrap.arg("--foreign");
+        }
+        let what = "making a Debian root file system (once)";
+        proc::long(what, debootstrap.arg(SUITE).arg(&root), &log)?;
+        let tar = std::fs::File::create(dir.join("root.tar"))?;
+        let mut pack = match arch.is_native() {
+            true => {
+                let mut pack = Command::new("tar");
+                pack.args(PACK).current_dir(&root);
+                pack
+            }
+            false => configured(arch, &root)?,
+        };
+        proc::run(pack.stdout(tar))?;
         Ok(std::fs::remove_dir_all(&root)?)
     })?;
     Ok(dir.join("root.tar"))
+}
+
+/// What has tar pack a root file system without the packages that it was made of.
+const PACK: [&str; 3] = ["--exclude=./var/cache/apt/archives/*.deb", "-c", "."];
+
+/// What configures the packages of another architecture, where its programs run, and packs them.
+fn configured(arch: Arch, root: &Path) -> Result<Command> {
+    let script = format!(
+        "cp -a '{}' /run/scratch/root && cd /run/scratch/root && \
+         chroot . /debootstrap/debootstrap --second-stage >&2 && exec tar {}",
+        root.display(),
+        PACK.join(" ")
+    );
+    eprintln!("configuring it in a rig, which takes some minutes");
+    let mut rig = Command::new(std::env::current_exe()?);
+    rig.args(["rig", "--arch", arch.name(), "--no-build", "--cpus", "1"]);
+    rig.args(["--", "/bin/sh", "-c", &script]);
+    Ok(rig)
 }
 
 /// Debian's suites whose containerds are tested with: 1.6, 1.7 and 2.

@@ -218,11 +218,18 @@ fn every_cpu_is_there() -> Result<()> {
     for cpus in ["1", "4"] {
         ensure!(sh(&["--cpus", cpus], "nproc")? == cpus);
     }
+    // One emulated CPU takes longer than an agent is waited for to start 32 of arm64's. The seventeenth is the first of
+    // the second cluster there.
+    let emulated = std::env::var("KOYA_RIG").is_ok_and(|rig| rig == "emulated");
+    let many = match emulated && architecture() == "arm64" {
+        true => "17",
+        false => "32",
+    };
     let all = sh(
-        &["--cpus", "32", "--memory", "1g"],
+        &["--cpus", many, "--memory", "1g"],
         "nproc; grep -c ^processor /proc/cpuinfo",
     )?;
-    ensure!(all == "32\n32", "{all}");
+    ensure!(all == format!("{many}\n{many}"), "{all}");
     Ok(())
 }
 

@@ -475,10 +475,12 @@ fn open(field: &'static str, path: &Path) -> Result<File, ConfigError> {
 mod tests {
     use super::*;
 
-    fn elf_file() -> tempfile::NamedTempFile {
+    /// Begins as a kernel of either architecture does.
+    fn kernel_file() -> tempfile::NamedTempFile {
         let mut head = vec![0u8; 64];
         head[..5].copy_from_slice(b"\x7fELF\x02");
         head[18] = 62;
+        head[56..60].copy_from_slice(b"ARM\x64");
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), head).unwrap();
         file
@@ -495,7 +497,7 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_name_their_field() {
-        let file = elf_file();
+        let file = kernel_file();
         for (cpus, memory_mib, field) in
             [(0, 256, "cpus"), (33, 256, "cpus"), (1, 31, "memory_mib")]
         {
@@ -511,7 +513,7 @@ mod tests {
 
     #[test]
     fn room_to_grow_is_checked() {
-        let file = elf_file();
+        let file = kernel_file();
         let check = |change: &dyn Fn(&mut VmConfig)| {
             let mut config = VmConfig::new(file.path());
             change(&mut config);
@@ -546,7 +548,7 @@ mod tests {
 
     #[test]
     fn a_disk_is_named_when_it_is_wrong() {
-        let file = elf_file();
+        let file = kernel_file();
         let mut config = VmConfig::from_toml(&format!(
             "kernel = '{}'\n[[disks]]\npath = '/nonexistent/disk'\n[disks.limits.bytes]\nper_second = 1000",
             file.path().display()
@@ -568,7 +570,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn a_kernel_of_another_architecture_is_refused() {
-        let file = elf_file();
+        let file = kernel_file();
         let mut head = std::fs::read(file.path()).unwrap();
         head[18] = 183;
         std::fs::write(file.path(), head).unwrap();

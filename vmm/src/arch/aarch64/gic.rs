@@ -4,11 +4,10 @@
 use super::super::ArchError;
 use super::layout;
 use kvm_bindings::{
-    KVM_CREATE_DEVICE_TEST, KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR,
-    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V2_ADDR_TYPE_CPU,
-    KVM_VGIC_V2_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
-    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V2_ADDR_TYPE_CPU, KVM_VGIC_V2_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
@@ -25,30 +24,31 @@ pub enum Interrupts {
 }
 
 impl Interrupts {
-    /// The one that this host offers to a machine.
-    pub(super) fn offered(vm: &VmFd, cpus: u32) -> Result<Self, ArchError> {
-        if Self::GicV3.device(vm, KVM_CREATE_DEVICE_TEST).is_ok() {
-            return Ok(Self::GicV3);
+    /// Creates the one that this host offers to a machine. (KVM can also be asked without that, but then it makes no
+    /// descriptor, and kvm-ioctls takes the number 0 for one, which is closed with it.)
+    pub(super) fn create(vm: &VmFd, cpus: u32) -> Result<(Self, DeviceFd), ArchError> {
+        if let Ok(device) = Self::GicV3.device(vm) {
+            return Ok((Self::GicV3, device));
         }
         if cpus > MAX_V2_CPUS {
             return Err(ArchError::Unsupported(
                 "a guest of more than 8 CPUs on this host, which has no GICv3,",
             ));
         }
-        if Self::GicV2.device(vm, KVM_CREATE_DEVICE_TEST).is_err() {
-            return Err(ArchError::Unsupported("a host without GICv3 or GICv2"));
+        match Self::GicV2.device(vm) {
+            Ok(device) => Ok((Self::GicV2, device)),
+            Err(_) => Err(ArchError::Unsupported("a host without GICv3 or GICv2")),
         }
-        Ok(Self::GicV2)
     }
 
-    fn device(self, vm: &VmFd, flags: u32) -> Result<DeviceFd, kvm_ioctls::Error> {
+    fn device(self, vm: &VmFd) -> Result<DeviceFd, kvm_ioctls::Error> {
         let mut device = kvm_create_device {
             type_: match self {
                 Self::GicV2 => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V2,
                 Self::GicV3 => kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
             },
             fd: 0,
-            flags,
+            flags: 0,
         };
         vm.create_device(&mut device)
     }
@@ -67,10 +67,9 @@ impl Interrupts {
         }
     }
 
-    /// Makes the controller for the vCPUs that exist. The machine keeps it when its descriptor is closed.
-    pub(super) fn make(self, vm: &VmFd) -> Result<(), ArchError> {
+    /// Initialises the controller for the vCPUs that exist. The machine keeps it when its descriptor is closed.
+    pub(super) fn initialise(self, device: &DeviceFd) -> Result<(), ArchError> {
         const WHAT: &str = "make the interrupt controller";
-        let device = self.device(vm, 0).map_err(ArchError::kvm(WHAT))?;
         let set = |group: u32, attribute: u32, value: Option<&u64>| {
             let attribute = kvm_device_attr {
                 group,

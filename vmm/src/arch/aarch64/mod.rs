@@ -33,9 +33,9 @@ pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its op
 /// The host's virtualization features, for a report. `None` if KVM cannot create a virtual machine.
 pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
     let vm = kvm.create_vm().ok()?;
-    let gic = match Interrupts::offered(&vm, 1) {
-        Ok(Interrupts::GicV3) => "GICv3",
-        Ok(Interrupts::GicV2) => "GICv2",
+    let gic = match Interrupts::create(&vm, 1) {
+        Ok((Interrupts::GicV3, _)) => "GICv3",
+        Ok((Interrupts::GicV2, _)) => "GICv2",
         Err(_) => "no interrupt controller",
     };
     // Without the capability they have 40.
@@ -144,8 +144,8 @@ pub fn prepare_vcpu(
 /// # Errors
 /// The error from KVM, or that the host's controller is for fewer vCPUs.
 pub fn finish_vm(vm: &VmFd, cpus: u32) -> Result<Interrupts, ArchError> {
-    let interrupts = Interrupts::offered(vm, cpus)?;
-    interrupts.make(vm)?;
+    let (interrupts, device) = Interrupts::create(vm, cpus)?;
+    interrupts.initialise(&device)?;
     Ok(interrupts)
 }
 
