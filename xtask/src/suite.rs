@@ -19,14 +19,17 @@ pub(crate) struct TestArgs {
     filter: Option<String>,
 }
 
-/// What cargo builds the examples by, which system tests run.
-const EXAMPLES: [&str; 6] = [
+/// What cargo builds the examples by that system tests run. Others are for one architecture.
+const EXAMPLES: [&str; 9] = [
     "build",
     "--package",
     "koya-vmm",
     "--package",
     "koya",
-    "--examples",
+    "--example",
+    "console",
+    "--example",
+    "hello",
 ];
 
 /// Lints, unit tests and tiny guests, then Linux guests in the rig.
