@@ -415,10 +415,12 @@ fn threads_without_signals_report_violations_too() {
     assert_eq!(blocked, 0);
 }
 
-/// The table has the numbers of x86_64, which has some calls of its own.
-#[cfg(target_arch = "x86_64")]
 #[test]
 fn a_filter_has_as_many_calls_as_documented() {
+    // The table has the numbers of x86_64, which has some calls of its own.
+    if std::env::consts::ARCH != "x86_64" {
+        return;
+    }
     let mut table = "| thread | system calls | capabilities |\n|---|---|---|\n".to_owned();
     for (filter, name) in COLUMNS {
         let calls = filter.call_names().len();
