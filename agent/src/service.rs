@@ -6,15 +6,12 @@ use crate::clock;
 use crate::console;
 use crate::cpus;
 use crate::details;
-use crate::device_rules;
 use crate::disks;
-use crate::helper::bundle;
 use crate::images;
 use crate::names;
 use crate::network;
 use crate::reaper;
 use crate::state::{State, Streams, check_id};
-use crate::volumes;
 use crate::watches;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -30,7 +27,6 @@ use koya_protocol::messages::{
     UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, Refused, create_agent};
-use std::fs;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -206,15 +202,7 @@ impl Agent for Service {
         request: RemoveContainerRequest,
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |state: State| {
-            let id = &request.container_id;
-            let deleted = state.help(&["delete", id], Streams::none()).await;
-            state.processes.borrow_mut().retain(|key, _| key.0 != *id);
-            state.ooms.forget(id);
-            device_rules::forget(id);
-            let unmounted = volumes::unmount_aside(id).await;
-            fs::remove_dir_all(bundle(id)).ok();
-            deleted?;
-            unmounted?;
+            state.remove(&request.container_id).await?;
             Ok(Empty::new())
         })
         .await

@@ -140,13 +140,24 @@ impl State {
         let made = self.make(id, spec, &request).await;
         if made.is_err() {
             // As far as it was made.
-            self.processes.borrow_mut().retain(|key, _| key.0 != id);
-            self.help(&["delete", id], Streams::none()).await.ok();
-            device_rules::forget(id);
-            volumes::unmount_aside(id).await.ok();
-            fs::remove_dir_all(&dir).ok();
+            self.remove(id).await.ok();
         }
         made
+    }
+
+    /// Removes a container, with all that is kept of it.
+    ///
+    /// # Errors
+    /// Something could not be removed; the rest was.
+    pub(crate) async fn remove(&self, id: &str) -> Result<()> {
+        let deleted = self.help(&["delete", id], Streams::none()).await;
+        self.processes.borrow_mut().retain(|key, _| key.0 != id);
+        self.ooms.forget(id);
+        device_rules::forget(id);
+        let unmounted = volumes::unmount_aside(id).await;
+        fs::remove_dir_all(bundle(id)).ok();
+        deleted?;
+        unmounted
     }
 
     async fn make(
