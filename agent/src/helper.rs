@@ -113,7 +113,8 @@ pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
 
 /// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. TERMINAL are
-/// [`console::Settings`] as JSON, for a process that has one; CONSOLE is a socket's path, or `-`; FURTHER are the numbers that PID 1 has the process's descriptors from 3 on by.
+/// [`console::Settings`] as JSON, for a process that has one; CONSOLE is a socket's path, or `-`; FURTHER are the
+/// numbers that PID 1 has the process's descriptors from 3 on by.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -275,10 +276,9 @@ fn exec(
         affinity,
         capabilities,
         uid: wanted.user().uid(),
-        terminal: match console_path(console) {
-            Some(_) => Some(serde_json::from_str(terminal)?),
-            None => None,
-        },
+        terminal: console_path(console)
+            .map(|_| serde_json::from_str(terminal))
+            .transpose()?,
     }))?;
     let entry = Entry::make(id)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
