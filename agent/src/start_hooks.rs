@@ -3,12 +3,13 @@
 //! libcontainer would run them at the same point, but does not say which one failed.
 
 use anyhow::{Context, Result, bail};
+use koya_protocol::hook;
 use oci_spec::runtime::{ContainerState, Hook, Spec, State};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Beside a bundle's configuration.
@@ -70,9 +71,7 @@ impl StartHooks {
         state.set_pid(i32::try_from(std::process::id()).ok());
         let state = serde_json::to_vec(&state)?;
         for (index, hook) in self.hooks.iter().enumerate() {
-            // Callers look for these words, which are runc's.
-            let path = hook.path().display();
-            let name = || format!("error running startContainer hook #{index}: {path}");
+            let name = || hook::failure("startContainer", index, hook);
             run_one(hook, &state).with_context(name)?;
         }
         Ok(())
@@ -80,17 +79,7 @@ impl StartHooks {
 }
 
 fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
-    if !hook.path().is_absolute() {
-        bail!("its path is not absolute");
-    }
-    let limit = match hook.timeout() {
-        None => None,
-        Some(seconds) => match u64::try_from(seconds) {
-            Ok(seconds @ 1..) => Some(Duration::from_secs(seconds)),
-            _ => bail!("a timeout of {seconds} s"),
-        },
-    };
-    let mut command = command(hook);
+    let (mut command, limit) = hook::program(hook).map_err(anyhow::Error::msg)?;
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -113,19 +102,6 @@ fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
         true => Ok(()),
         false => bail!("{status}"),
     }
-}
-
-fn command(hook: &Hook) -> Command {
-    use std::os::unix::process::CommandExt as _;
-    let mut command = Command::new(hook.path());
-    if let Some((name, args)) = hook.args().as_ref().and_then(|args| args.split_first()) {
-        command.arg0(name).args(args);
-    }
-    if let Some(env) = hook.env() {
-        let variables = env.iter().filter_map(|variable| variable.split_once('='));
-        command.env_clear().envs(variables);
-    }
-    command
 }
 
 fn within(child: &mut Child, limit: Duration) -> Result<ExitStatus> {

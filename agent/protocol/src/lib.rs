@@ -13,6 +13,7 @@ mod generated {
 }
 
 pub mod cpus;
+pub mod hook;
 pub mod names;
 mod refusal;
 

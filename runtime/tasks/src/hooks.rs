@@ -13,6 +13,7 @@ use crate::logger::has_ended_within;
 use crate::set::{Task, TaskSet};
 use crate::spec::Spec;
 use anyhow::{Context, Result, anyhow, bail};
+use koya::hook;
 use koya::oci_spec::runtime::{ContainerState, Hook, Hooks, State};
 use koya::vmm::host::threads;
 use nix::sched::{CloneFlags, setns};
@@ -23,7 +24,7 @@ use std::io::{ErrorKind, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 /// How much of what a failed hook printed is part of the error, in bytes: the end of it.
@@ -125,9 +126,7 @@ fn each(
     let state = serde_json::to_vec(state).context("cannot write the container's state")?;
     let run_all = || {
         hooks.iter().enumerate().try_for_each(|(index, hook)| {
-            // Callers look for these words, which are runc's.
-            let path = hook.path().display();
-            let name = || format!("error running {} hook #{index}: {path}", kind.name());
+            let name = || hook::failure(kind.name(), index, hook);
             judge(run_one(hook, &state, place.bundle).with_context(name))
         })
     };
@@ -241,20 +240,12 @@ fn due(task: &Task) -> PathBuf {
 }
 
 fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
-    if !hook.path().is_absolute() {
-        bail!("its path is not absolute");
-    }
-    let limit = match hook.timeout() {
-        None => None,
-        Some(seconds) => match u64::try_from(seconds) {
-            Ok(seconds @ 1..) => Some(Duration::from_secs(seconds)),
-            _ => bail!("a timeout of {seconds} s"),
-        },
-    };
+    let (mut command, limit) = hook::program(hook).map_err(anyhow::Error::msg)?;
     let (mut input, output) = (memory("hook-in")?, memory("hook-out")?);
     input.write_all(state)?;
     input.seek(SeekFrom::Start(0))?;
-    let mut child = command(hook)
+    let mut child = command
+        .process_group(0)
         .current_dir(directory)
         .stdin(input)
         .stdout(output.try_clone()?)
@@ -269,20 +260,6 @@ fn run_one(hook: &Hook, state: &[u8], directory: &Path) -> Result<()> {
         bail!("{status}{}", tail(&output));
     }
     Ok(())
-}
-
-/// The hook's program. Without `env` it gets this process's environment, as under runc and crun.
-fn command(hook: &Hook) -> Command {
-    let mut command = Command::new(hook.path());
-    if let Some([name, args @ ..]) = hook.args().as_deref() {
-        command.arg0(name).args(args);
-    }
-    if let Some(env) = hook.env() {
-        let pairs = env.iter().filter_map(|pair| pair.split_once('='));
-        command.env_clear().envs(pairs);
-    }
-    command.process_group(0);
-    command
 }
 
 /// Waits for a hook's end; `None` if it took longer than `limit` and was killed.
