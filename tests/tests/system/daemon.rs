@@ -2,6 +2,7 @@
 
 use crate::RIG;
 use crate::tool::{architecture, kill, saved_image, scratch, stdout, until};
+use crate::trial;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::{Arguments, Trial};
 use std::fs;
@@ -61,12 +62,9 @@ pub(crate) fn trials_of<const N: usize>(module: &str, kind: Use, tests: [Test; N
         .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
         .map(|(index, version, name, test)| {
             let name = format!("{module}::v{version}::{name}");
-            Trial::test(name, move || {
-                let run = || {
-                    let containerd = Containerd::start(index, version, kind)?;
-                    test(&containerd).with_context(|| containerd.last_words())
-                };
-                run().map_err(|error| format!("{error:#}").into())
+            trial(name, move || {
+                let containerd = Containerd::start(index, version, kind)?;
+                test(&containerd).with_context(|| containerd.last_words())
             })
         })
         .collect()

@@ -35,12 +35,9 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     versions
         .flat_map(|(index, version)| tests.map(|(name, test)| (index, version, name, test)))
         .map(|(index, version, name, test)| {
-            libtest_mimic::Trial::test(format!("docker::v{version}::{name}"), move || {
-                let run = || {
-                    let docker = Docker::start(index, version)?;
-                    test(&docker).with_context(|| docker.last_words())
-                };
-                run().map_err(|error| format!("{error:#}").into())
+            crate::trial(format!("docker::v{version}::{name}"), move || {
+                let docker = Docker::start(index, version)?;
+                test(&docker).with_context(|| docker.last_words())
             })
         })
         .collect()

@@ -44,6 +44,7 @@ mod watches;
 
 use libtest_mimic::{Arguments, Trial};
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// Which of the programs like this one that run at a time it is, by number.
 pub(crate) const RIG: &str = "KOYA_TEST_RIG";
@@ -112,15 +113,30 @@ fn is_wanted(trial: &Trial, arguments: &Arguments) -> bool {
     }
 }
 
+/// A test, which says at its end how long it took.
+pub(crate) fn trial(
+    name: impl Into<String>,
+    test: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+) -> Trial {
+    let name = name.into();
+    Trial::test(name.clone(), move || {
+        let started = Instant::now();
+        let result = test();
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!("{}{name} {seconds:.1}", rigs::TOOK);
+        result.map_err(|error| format!("{error:#}").into())
+    })
+}
+
 /// A test by its function's name.
 #[macro_export]
 macro_rules! trials {
     ($($name:ident),* $(,)?) => {
         /// This file's tests.
         pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
-            vec![$(libtest_mimic::Trial::test(
+            vec![$($crate::trial(
                 concat!(module_path!(), "::", stringify!($name)).trim_start_matches("system::"),
-                || $name().map_err(|error| format!("{error:#}").into()),
+                $name,
             )),*]
         }
     };

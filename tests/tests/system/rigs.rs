@@ -21,13 +21,17 @@ pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
 /// The architecture to test where it is not the machine's: its name, and this program as built for it.
 const ARCH: &str = "KOYA_TEST_ARCH";
 const PROGRAM: &str = "KOYA_TEST_PROGRAM";
+/// What a test says at its end, before its name and the seconds that it took.
+pub(crate) const TOOK: &str = "system tests: seconds of ";
+/// How many of the slowest tests are named.
+const SLOWEST: usize = 30;
 /// What `cargo xtask rig` says first where the machine's own KVM will not do.
 const EMULATED: &str = "rig: starting an emulated host";
 
 /// A rig has 6 GiB of memory.
 const MAX_RIGS: usize = 3;
 /// Tests of a batch: a rig takes as long to start as one test.
-const BATCH: usize = 20;
+const BATCH: usize = 40;
 /// If more tests than these fail, it is not by the emulation.
 const MAX_SECOND_TRIES: usize = 4;
 
@@ -47,6 +51,8 @@ struct Board {
     outcomes: BTreeMap<String, Outcome>,
     /// Whether a rig said that its KVM is an emulated one.
     emulated: bool,
+    /// How many seconds each test took, beside others in its rig.
+    seconds: BTreeMap<String, f64>,
     /// A rig that failed without a test that did.
     troubles: Vec<String>,
 }
@@ -88,6 +94,9 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
     }
     for trouble in &board.troubles {
         eprintln!("system tests: {trouble}");
+    }
+    if names.len() > 1 {
+        print_slowest(&board.seconds);
     }
     let passed = outcomes.values().filter(|o| **o == Outcome::Passed).count();
     let failed = outcomes.len() - passed;
@@ -179,7 +188,9 @@ fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
         scope.spawn(|| relay(&label, out, |line| note(&mut lock(board), line)));
         scope.spawn(|| {
             relay(&label, err, |line| {
-                lock(board).emulated |= line.starts_with(EMULATED)
+                let board = &mut lock(board);
+                board.emulated |= line.starts_with(EMULATED);
+                note_seconds(board, line);
             })
         });
     });
@@ -211,6 +222,27 @@ fn note(board: &mut Board, line: &str) {
         _ => return,
     };
     board.outcomes.insert(name.trim_end().to_owned(), outcome);
+}
+
+/// Takes note of how long a test took.
+fn note_seconds(board: &mut Board, line: &str) {
+    let took = line.strip_prefix(TOOK).and_then(|l| l.rsplit_once(' '));
+    if let Some((name, seconds)) = took
+        && let Ok(seconds) = seconds.parse()
+    {
+        board.seconds.insert(name.to_owned(), seconds);
+    }
+}
+
+/// Names the tests that took longest, which are where a run can be made shorter.
+fn print_slowest(seconds: &BTreeMap<String, f64>) {
+    let mut all: Vec<_> = seconds.iter().collect();
+    all.sort_by(|a, b| b.1.total_cmp(a.1));
+    let sum: f64 = all.iter().map(|(_, seconds)| **seconds).sum();
+    eprintln!("system tests: {sum:.0} seconds in all, of which the longest:");
+    for (name, seconds) in all.iter().take(SLOWEST) {
+        eprintln!("{seconds:8.1} {name}");
+    }
 }
 
 /// `--arch` where it is not the machine's.
