@@ -20,6 +20,7 @@ mod images;
 mod kernel;
 mod lent;
 mod life;
+mod long;
 mod memory;
 mod network;
 mod oci;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
     ];
     let mut trials: Vec<Trial> = all.into_iter().flatten().collect();
     smoke::select(&mut arguments, &mut trials);
+    long::select(&mut arguments, &mut trials);
     if std::env::var_os(rigs::ONLY).is_none() {
         daemon::select(&arguments, &mut trials);
     }

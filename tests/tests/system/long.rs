@@ -1,0 +1,45 @@
+//! Tests that take minutes each where the KVM is an emulated one. A run of all tests leaves them out; the word `long` in the
+//! place of a part of their names chooses them, and so does their own name.
+
+use libtest_mimic::{Arguments, Trial};
+
+/// What they are chosen by.
+const WORD: &str = "long";
+
+const TESTS: &[&str] = &[
+    "containerd::v1.7::containers_run_and_end",
+    "cri::v1.6::a_pod_lives",
+    "cri::v2::networks_of_other_kinds",
+    "debian::a_build_gives_the_same_files",
+    "exec::two_hundred_execs_at_once_have_their_own_output",
+    "files::a_tree_survives_tar",
+    "memory::memory_comes_and_goes_again",
+    "network::many_connections_at_once_reach_a_host_without_routes",
+    "vsock::thousands_of_streams_at_once",
+];
+
+/// Leaves only these where they are chosen, and none of them where nothing is.
+pub(crate) fn select(arguments: &mut Arguments, trials: &mut Vec<Trial>) {
+    let all = trials.len();
+    let is_long = |trial: &Trial| TESTS.contains(&trial.name());
+    match arguments.filter.as_deref() {
+        Some(WORD) => {
+            arguments.filter = None;
+            trials.retain(is_long);
+            assert_eq!(trials.len(), TESTS.len(), "of {all} tests");
+        }
+        Some(_) => {}
+        None if arguments.list => {}
+        None => {
+            trials.retain(|trial| !is_long(trial));
+            // Said once, not in each rig.
+            if std::env::var_os(crate::rigs::ONLY).is_some() {
+                return;
+            }
+            eprintln!(
+                "system tests: {} long tests are left out; `cargo xtask test {WORD}` runs them",
+                all - trials.len()
+            );
+        }
+    }
+}
