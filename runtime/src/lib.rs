@@ -71,7 +71,7 @@ pub use koya_image as image;
 pub use koya_protocol::hook;
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
-pub use koya_vmm::host::process::prepare_process;
+pub use koya_vmm::host::process::{keep_cores_apart, prepare_process};
 pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use names::NameServer;

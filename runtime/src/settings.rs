@@ -54,6 +54,9 @@ pub struct Settings {
     /// Whether a sandbox's threads that work for the guest are confined: a seccomp filter for each kind of
     /// thread, and no capabilities but those that serving files takes (`docs/security.md`).
     pub seccomp: bool,
+    /// Whether a core of the CPU runs threads of one sandbox at a time, where cores have several hyperthreads (core
+    /// scheduling; docs/security.md). Read from the machine's files. containerd's environment variable `SCHED_CORE` asks for it, too.
+    pub core_scheduling: bool,
     /// The guest kernel: a file, or `full` for `vmlinux-full` where Koya's files are looked for (docs/guest-kernel.md).
     /// Without it: `vmlinux` there.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -81,6 +84,7 @@ impl Default for Settings {
             apparmor: true,
             selinux: true,
             seccomp: true,
+            core_scheduling: false,
             kernel: None,
             initramfs: None,
             cmdline: "quiet".into(),

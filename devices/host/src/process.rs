@@ -2,8 +2,10 @@
 
 use crate::sys;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::fcntl_dupfd_cloexec;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::process::{Resource, Rlimit, getpid, getrlimit, setrlimit};
+use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
+use std::io;
 
 /// The size of the descriptor table, in entries of 8 bytes: the default soft limit of a process.
 const DESCRIPTORS: i32 = 1024;
@@ -16,6 +18,27 @@ pub fn prepare_process() {
     sys::report_violations();
     dump_no_core();
     reserve_descriptors();
+}
+
+/// Has the threads of this process, and those that they create, share the cores of the CPU with each other alone: what runs on the other
+/// hyperthread of a core at the same time is of this process as well, or nothing (core scheduling, Linux 5.14). Then a guest
+/// learns nothing of other processes by what two hyperthreads share. A host without hyperthreads has nothing to keep apart. Libraries must
+/// leave it to the program.
+///
+/// # Errors
+/// The kernel has no core scheduling.
+pub fn keep_cores_apart() -> io::Result<()> {
+    create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup).or_else(|error| {
+        match error {
+            Errno::NODEV => Ok(()),
+            Errno::INVAL => {
+                let text =
+                    "the host's kernel has no core scheduling (CONFIG_SCHED_CORE, Linux 5.14)";
+                Err(io::Error::new(io::ErrorKind::Unsupported, text))
+            }
+            other => Err(other.into()),
+        }
+    })
 }
 
 /// Guest memory is left out of core dumps, but not what devices and streams hold of it. Programs that this
@@ -52,6 +75,23 @@ mod tests {
         assert_eq!(after.current, Some(0));
         assert_eq!(after.maximum, before.maximum);
         setrlimit(Resource::Core, before).unwrap();
+    }
+
+    /// Whether a host can do it is another matter; that it is asked for right shows where it can.
+    #[test]
+    fn cores_are_kept_apart_where_the_host_can() {
+        let cookie = || {
+            let scope = CoreSchedulingScope::Thread;
+            rustix::thread::core_scheduling_cookie(getpid(), scope)
+        };
+        match (keep_cores_apart(), cookie()) {
+            (Ok(()), Ok(cookie)) => assert_ne!(cookie, 0),
+            (Ok(()), Err(Errno::NODEV)) => {}
+            (Err(error), Err(Errno::INVAL)) => {
+                assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}");
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

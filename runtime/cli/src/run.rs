@@ -111,6 +111,9 @@ pub(super) struct RunArgs {
     /// filter, no capabilities but those that serving files takes, and, started by root, no way to files that are not shared
     #[arg(long)]
     no_seccomp: bool,
+    /// Share no core of the CPU with other processes: its hyperthreads run threads of this container or none
+    #[arg(long)]
+    core_scheduling: bool,
     /// Set the cache policy of shared files in the guest: never, auto, always, writeback
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = parse_cache)]
     cache: Cache,
@@ -306,7 +309,10 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
         log::debug!("no session of its own: {error}");
     }
     args.check()?;
-    // The library leaves limits alone; this process is ours.
+    // The library leaves limits and scheduling alone; this process is ours.
+    if args.core_scheduling {
+        koya::keep_cores_apart().context("--core-scheduling")?;
+    }
     koya::vmm::devices::fs::raise_descriptor_limit();
     let (mut record, owned) = state::create(args.name.as_deref(), |name, directory| Record {
         name: name.to_owned(),

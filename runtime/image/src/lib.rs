@@ -82,7 +82,8 @@ impl Image {
     }
 
     /// Unpacks every layer, lowest first, into the empty directory `root`. Owners and device nodes
-    /// need root; without, files are this user's, and device nodes are left out.
+    /// need root; without, files are this user's, and who they belong to is kept in an extended attribute, by which
+    /// virtio-fs shows it. Files stand for device nodes and FIFOs.
     ///
     /// # Errors
     /// A blob that is not what its digest says; an entry that can't be unpacked.

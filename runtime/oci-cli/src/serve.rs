@@ -174,6 +174,10 @@ fn enter_and_run(
         ooms: Mutex::default(),
         counted: Condvar::new(),
     });
+    let settings = Settings::load()?;
+    if settings.core_scheduling {
+        koya::keep_cores_apart().context("core_scheduling")?;
+    }
     let tasks = TaskSet::new(config, told.clone());
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
@@ -185,7 +189,7 @@ fn enter_and_run(
         mounts: Vec::new(),
         stdio,
         joins: None,
-        settings: Settings::load()?,
+        settings,
     });
     if let Err(error) = created {
         tasks.finish();

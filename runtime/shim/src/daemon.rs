@@ -6,6 +6,7 @@ use crate::flags::Flags;
 use crate::launch;
 use crate::service::{self, Service};
 use anyhow::{Context, Result};
+use koya::Settings;
 use koya::vmm::host::threads;
 use koya_tasks::{Spec, TaskSet, TaskSetConfig, cgroup};
 use rustix::fs::{Mode, OFlags};
@@ -44,7 +45,8 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     let spec = Spec::read(bundle)?;
     let host_network = File::open("/proc/self/ns/net").context("the host's network namespace")?;
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
-    let ready = spec.enter_namespaces();
+    let ready = spec.enter_namespaces().map_err(anyhow::Error::from);
+    let ready = ready.and_then(|()| keep_cores_apart());
     if let Some(group) = spec.cgroup()
         && let Err(error) = cgroup::enter(&group)
     {
@@ -57,7 +59,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     let config = TaskSetConfig {
         namespace: flags.namespace.clone(),
         log_console: flags.debug,
-        unready: ready.err().map(|error| error.to_string()),
+        unready: ready.err().map(|error| format!("{error:#}")),
         host_network: Some(host_network),
     };
     let tasks = TaskSet::new(config, events.clone());
@@ -105,6 +107,15 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     }
     // Threads that wait for what will not come any more end with the process.
     std::process::exit(0);
+}
+
+/// Shares no core of the CPU with other processes, where the machine's settings want that or containerd says so for all its shims.
+fn keep_cores_apart() -> Result<()> {
+    let asked = std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty());
+    if asked || Settings::load()?.core_scheduling {
+        koya::keep_cores_apart().context("core_scheduling")?;
+    }
+    Ok(())
 }
 
 /// Starts a thread that nobody waits for.

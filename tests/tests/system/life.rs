@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 crate::trials![
     one_process_a_sandbox,
     no_root_is_needed,
+    a_user_has_users,
     nothing_is_left_after_the_end,
     nothing_is_left_after_a_kill,
     a_detached_container_is_listed_logged_stopped_removed,
@@ -88,13 +89,79 @@ fn no_root_is_needed() -> Result<()> {
     ensure!(said == "0\ntext\nrefused", "{said}");
     use std::os::unix::fs::MetadataExt;
     let file = home.join("file").metadata()?;
+    // Nothing on the host is set-user-ID.
     ensure!(
-        (file.uid(), file.mode() & 0o7777) == (USER, 0o4750),
+        (file.uid(), file.mode() & 0o7777) == (USER, 0o750),
         "{file:?}"
     );
     ensure!(std::fs::read_to_string(home.join("once"))? == "once\n");
     ensure!(as_user(&["ps", "--json"])? == "[]", "nothing runs any more");
     ensure!(as_user(&["timeline"])?.contains("\nkernel "), "no timeline");
+    Ok(())
+}
+
+/// A container of a user of the host has users of its own: what they own, device nodes and modes last.
+fn a_user_has_users() -> Result<()> {
+    const USER: u32 = 65534;
+    let home = scratch("users")?;
+    let rootfs = home.join("rootfs");
+    let mut copy = std::process::Command::new("cp");
+    stdout(copy.arg("-a").arg(shared_rootfs()).arg(&rootfs).output()?)?;
+    let owner = format!("{USER}:{USER}");
+    stdout(
+        std::process::Command::new("chown")
+            .args(["-hR", &owner])
+            .arg(&home)
+            .output()?,
+    )?;
+    let as_user = |options: &[&str], script: &str| -> Result<String> {
+        let user = USER.to_string();
+        let output = std::process::Command::new("setpriv")
+            .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
+            .args(["koya", "run", "--rootfs"])
+            .arg(&rootfs)
+            .args(options)
+            .args(["--", "sh", "-c", script])
+            .env("HOME", &home)
+            .env_remove("XDG_DATA_HOME")
+            .env_remove("XDG_RUNTIME_DIR")
+            .output()?;
+        stdout(output)
+    };
+    let said = as_user(
+        &[],
+        "set -e; stat -c %u:%g /bin; mkdir -m 700 /private; echo secret > /private/text; chown -R 33:44 /private; \
+         echo run > /program; chmod 6711 /program; mknod -m 666 /null c 1 3; echo gone > /null; \
+         mkfifo /pipe; (echo through > /pipe &); cat /pipe; chmod 555 /home; touch /home/x; ln -s x /link; chown -h 5 /link; \
+         stat -c '%u:%g %a' /private/text /program; stat -c '%F %t,%T' /null",
+    )?;
+    ensure!(
+        said == "0:0\nthrough\n33:44 644\n0:0 6711\ncharacter special file 1,3",
+        "{said}"
+    );
+    // Later, for others.
+    let said = as_user(
+        &["--user", "33:44"],
+        "id -u; cat /private/text; echo more >> /private/text && wc -l < /private/text; touch /new 2>&1; \
+         echo gone > /null && cat /null; find / -xdev -maxdepth 1 -type c",
+    )?;
+    ensure!(
+        said == "33\nsecret\n2\ntouch: /new: Permission denied\n/null",
+        "{said}"
+    );
+    let said = as_user(
+        &["--user", "34:44"],
+        "cat /private/text 2>&1; cat /program 2>&1",
+    )?;
+    ensure!(said.matches("Permission denied").count() == 2, "{said}");
+    use std::os::unix::fs::MetadataExt;
+    for name in ["private/text", "program", "null", "pipe"] {
+        let data = rootfs.join(name).symlink_metadata()?;
+        ensure!(
+            data.uid() == USER && data.is_file() && data.mode() & 0o6000 == 0,
+            "{name}: {data:?}"
+        );
+    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// Maximum link count of the synthetic root.
 const ROOT_LINKS: u32 = 2;
@@ -105,9 +105,14 @@ impl Passthrough {
 
     fn stat(&self, inode: &inodes::Inode, fh: Option<u64>) -> Result<Statx, Errno> {
         match fh {
-            Some(fh) => inodes::stat(self.handle(fh, inode.id)?.file.as_fd()),
-            None => inodes::stat(self.inodes.fd(inode)?),
+            Some(fh) => self.stat_of(&self.handle(fh, inode.id)?.file),
+            None => self.stat_of(self.inodes.fd(inode)?),
         }
+    }
+
+    pub(super) fn stat_of(&self, fd: impl AsFd) -> Result<Statx, Errno> {
+        let stat = inodes::stat(&fd)?;
+        Ok(self.shown(fd, stat))
     }
 
     fn root_attr(&self) -> Attr {
@@ -145,9 +150,9 @@ impl Passthrough {
                     _ => Ok(wanted.then_some(number)),
                 }
             };
-            let uid = given(setattr::UID, arg.uid)?.map(Uid::from_raw);
-            let gid = given(setattr::GID, arg.gid)?.map(Gid::from_raw);
-            rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+            let uid = given(setattr::UID, arg.uid)?;
+            let gid = given(setattr::GID, arg.gid)?;
+            self.chown(&fd, uid, gid)?;
             // The host clears the mode bits; the guest's capabilities are stored in an attribute that the
             // host does not interpret.
             self.drop_privileges(&inode, false)?;
@@ -188,14 +193,40 @@ impl Passthrough {
         Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
+    /// Changes the owner through an O_PATH descriptor, as chown(2) does: without set-user-ID bits of a file.
+    fn chown(&self, fd: impl AsFd, uid: Option<u32>, gid: Option<u32>) -> Result<(), Errno> {
+        let Some(owners) = &self.owners else {
+            let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+            return rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH);
+        };
+        let fd = fd.as_fd();
+        let chmod = |mode| self.change_host_mode(fd, mode);
+        owners.change(fd, chmod, |shown| {
+            shown.uid = uid.unwrap_or(shown.uid);
+            shown.gid = gid.unwrap_or(shown.gid);
+            if shown.kind != FileType::Directory {
+                shown.mode &= !super::xattr::privileged_bits(shown.mode);
+            }
+        })
+    }
+
     /// Changes the mode through an O_PATH descriptor.
     pub(super) fn chmod(&self, fd: impl AsFd, mode: u32) -> Result<(), Errno> {
-        let mode = mode & 0o7777;
-        match crate::sys::change_mode(fd.as_fd(), mode) {
+        let (fd, mode) = (fd.as_fd(), mode & 0o7777);
+        let chmod = |mode| self.change_host_mode(fd, mode);
+        match &self.owners {
+            None => chmod(mode),
+            Some(owners) => owners.change(fd, chmod, |shown| shown.mode = mode),
+        }
+    }
+
+    /// The same for the host's file.
+    pub(super) fn change_host_mode(&self, fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
+        match crate::sys::change_mode(fd, mode) {
             // Before Linux 6.6, use the descriptor's link in /proc. The file is never a symbolic link: Linux
             // refuses to change their mode before it asks the server.
             Err(error) if error.raw_os_error() == Some(Errno::NOSYS.raw_os_error()) => {
-                let name = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd()).to_string();
+                let name = std::os::fd::AsRawFd::as_raw_fd(&fd).to_string();
                 rustix::fs::chmodat(
                     &*self.descriptors,
                     name,

@@ -166,6 +166,10 @@ impl Passthrough {
             } else {
                 EntryOut::default()
             };
+            let dirent = Dirent {
+                kind: self.shown_kind(dirent.kind, &found),
+                ..dirent
+            };
             listing.push(&found, &dirent, name);
             all_seek &= i64::try_from(dirent.off).is_ok();
             if directory.is_buffer_empty() {
@@ -176,6 +180,19 @@ impl Passthrough {
             }
         }
         Ok(())
+    }
+
+    /// The kind of an entry, of which a file may stand for another one where owners are kept apart: then it is known of
+    /// those that were looked up.
+    fn shown_kind(&self, host: u32, found: &EntryOut) -> u32 {
+        match (&self.owners, found.nodeid) {
+            (None, _) => host,
+            (Some(_), 0) if host == kind_number(FileType::RegularFile) => {
+                kind_number(FileType::Unknown)
+            }
+            (Some(_), 0) => host,
+            (Some(_), _) => found.attr.mode >> 12,
+        }
     }
 
     /// Shares may be added and removed between two calls, so the offset of an entry is its share's number.

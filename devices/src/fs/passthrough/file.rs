@@ -1,5 +1,6 @@
 //! Files: open, read, write, and operations on open files.
 
+use super::owners::{self, Owners};
 use super::{Caller, Passthrough};
 use crate::fs::Cache;
 use crate::fs::inodes::{self, Inode};
@@ -14,7 +15,7 @@ use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -115,8 +116,10 @@ impl Passthrough {
             | OFlags::EXCL
             | OFlags::NOFOLLOW
             | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(arg.mode & 0o7777);
-        let made = self.with_umask(arg.umask, || openat(&fd, name, flags, mode));
+        let mode = self.mode_to_create(arg.mode);
+        let made = self.with_umask(arg.umask, || {
+            self.opening_up(&[&directory], || openat(&fd, name, flags, mode))
+        });
         match made {
             Ok(file) => {
                 self.set_owner(&file, caller, arg.mode, &directory)?;
@@ -154,8 +157,10 @@ impl Passthrough {
         let fd = self.inodes.fd(&directory)?;
         let excl = OFlags::from_bits_retain(arg.flags) & OFlags::EXCL;
         let flags = self.host_flags(arg.flags) | OFlags::TMPFILE | OFlags::CLOEXEC | excl;
-        let mode = Mode::from_raw_mode(arg.mode & 0o7777);
-        let file = self.with_umask(arg.umask, || openat(&fd, c".", flags, mode))?;
+        let mode = self.mode_to_create(arg.mode);
+        let file = self.with_umask(arg.umask, || {
+            self.opening_up(&[&directory], || openat(&fd, c".", flags, mode))
+        })?;
         self.set_owner(&file, caller, arg.mode, &directory)?;
         // It has no name; this one cannot be that of another file.
         self.created(file.into(), flags, &directory, c"?")
@@ -343,8 +348,17 @@ impl Passthrough {
         made
     }
 
+    /// The mode with which the host creates a file.
+    pub(super) fn mode_to_create(&self, mode: u32) -> Mode {
+        let privileged = match self.owners {
+            None => 0,
+            Some(_) => 0o6000,
+        };
+        Mode::from_raw_mode(mode & 0o7777 & !privileged)
+    }
+
     /// Gives a new file to the caller. In a directory with the set-group-ID bit, the host has already set the
-    /// group to that of the directory. Without root, files always belong to the user.
+    /// group to that of the directory.
     pub(super) fn set_owner(
         &self,
         fd: impl AsFd,
@@ -352,7 +366,10 @@ impl Passthrough {
         mode: u32,
         directory: &Inode,
     ) -> Result<(), Errno> {
-        if !self.root_user || (caller.uid == 0 && caller.gid == 0) {
+        if let Some(owners) = &self.owners {
+            return self.keep_owner(owners, fd.as_fd(), caller, mode, directory);
+        }
+        if caller.uid == 0 && caller.gid == 0 {
             return Ok(());
         }
         if caller.uid == u32::MAX || caller.gid == u32::MAX {
@@ -368,5 +385,27 @@ impl Passthrough {
             self.chmod(&fd, now | mode & 0o6000)?;
         }
         Ok(())
+    }
+    /// The same where owners are kept apart: those of a file system that can't keep them are the user's.
+    fn keep_owner(
+        &self,
+        owners: &Owners,
+        fd: BorrowedFd<'_>,
+        caller: Caller,
+        mode: u32,
+        directory: &Inode,
+    ) -> Result<(), Errno> {
+        let parent = self.inodes.fd(directory)?;
+        let parent = owners.shown(&parent, &inodes::stat(&parent)?);
+        let chmod = |mode| self.change_host_mode(fd, mode);
+        let kept = owners.change(fd, chmod, |shown| {
+            let (gid, more) = owners::inherited(&parent, shown.kind, caller.gid);
+            (shown.uid, shown.gid) = (caller.uid, gid);
+            shown.mode |= mode & 0o6000 | more;
+        });
+        match kept {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            other => other,
+        }
     }
 }

@@ -8,6 +8,7 @@ mod attr;
 mod dir;
 mod file;
 mod names;
+mod owners;
 #[cfg(test)]
 mod tests;
 mod xattr;
@@ -19,7 +20,8 @@ use super::shares::{Listener, Move, Share, Shares};
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use koya_host::descriptors::Directory;
-use rustix::fs::{FileType, Mode, OFlags, openat};
+use owners::Owners;
+use rustix::fs::{FileType, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
@@ -86,7 +88,8 @@ pub struct Passthrough {
     _listener: Arc<dyn Listener>,
     /// Through which O_PATH descriptors are reopened.
     descriptors: Arc<Directory>,
-    root_user: bool,
+    /// Where this process can't give files away.
+    owners: Option<Owners>,
 }
 
 impl Passthrough {
@@ -120,7 +123,7 @@ impl Passthrough {
             watches,
             _listener: listener,
             descriptors: Directory::get()?,
-            root_user: rustix::process::geteuid().is_root(),
+            owners: Owners::needed(),
         })
     }
 
@@ -177,7 +180,8 @@ impl Passthrough {
             return self.entry(fd, Found::Root(&share), name);
         }
         let directory = self.inodes.get(parent)?;
-        let fd = inodes::open_entry(self.inodes.fd(&directory)?, name)?;
+        let parent = self.inodes.fd(&directory)?;
+        let fd = self.opening_up(&[&directory], || inodes::open_entry(&parent, name))?;
         self.entry_in(fd, &directory, name)
     }
 
@@ -188,6 +192,7 @@ impl Passthrough {
 
     fn entry(&self, fd: OwnedFd, found: Found<'_>, name: &CStr) -> Result<EntryOut, Errno> {
         let stat = inodes::stat(&fd)?;
+        let shown = self.shown(&fd, stat);
         let inode = self.inodes.look_up(fd, &stat, found, name)?;
         // Also for shares: once a share is removed its nodes are stale, and the guest looks them up again.
         let timeout = self.options.cache.timeout();
@@ -198,7 +203,7 @@ impl Passthrough {
             entry_valid_nsec: timeout.subsec_nanos(),
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
-            attr: inode.attr(&stat),
+            attr: inode.attr(&shown),
         })
     }
 
@@ -295,13 +300,50 @@ impl Passthrough {
             _ => return Err(Errno::NXIO),
         }
         let fd = self.inodes.fd(inode)?;
+        self.opening_up(&[inode], || self.open_node(inode, &fd, flags))
+    }
+
+    fn open_node(&self, inode: &Inode, fd: &OwnedFd, flags: OFlags) -> Result<File, Errno> {
         // Reading a file changes its access time unless the mount prevents that.
         let still = !inode.is_writable() && !inode.export()?.is_detached();
-        let quiet = still.then(|| self.reopen(&*fd, flags | OFlags::NOATIME));
+        let quiet = still.then(|| self.reopen(fd, flags | OFlags::NOATIME));
         match quiet {
             // Only a file's owner may use that flag.
-            None | Some(Err(Errno::PERM)) => Ok(self.reopen(&*fd, flags)?.into()),
+            None | Some(Err(Errno::PERM)) => Ok(self.reopen(fd, flags)?.into()),
             Some(opened) => Ok(opened?.into()),
+        }
+    }
+
+    /// The attributes of a file as the guest sees them.
+    fn shown(&self, fd: impl AsFd, stat: Statx) -> Statx {
+        match &self.owners {
+            None => stat,
+            Some(owners) => owners.overlay(fd, &stat),
+        }
+    }
+
+    /// Runs an operation on the host. If that shuts the user out of files of their own, which the guest's root may always use,
+    /// the modes of those are kept apart, and the operation runs once more.
+    fn opening_up<T>(
+        &self,
+        inodes: &[&Inode],
+        operation: impl Fn() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let result = operation();
+        let (Err(Errno::ACCESS), Some(owners)) = (&result, &self.owners) else {
+            return result;
+        };
+        let mut opened = false;
+        for inode in inodes.iter().filter(|inode| inode.is_writable()) {
+            let fd = self.inodes.fd(inode)?;
+            if owners.is_shut(&inodes::stat(&fd)?) {
+                let chmod = |mode| self.change_host_mode(fd.as_fd(), mode);
+                opened |= owners.change(&fd, chmod, |_| {}).is_ok();
+            }
+        }
+        match opened {
+            true => operation(),
+            false => result,
         }
     }
 

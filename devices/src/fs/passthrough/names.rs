@@ -41,14 +41,17 @@ impl Passthrough {
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let mode = Mode::from_raw_mode(arg.mode & 0o7777);
-        self.with_umask(arg.umask, || rustix::fs::mkdirat(&fd, name, mode))?;
+        self.with_umask(arg.umask, || {
+            self.opening_up(&[&directory], || rustix::fs::mkdirat(&fd, name, mode))
+        })?;
         // A directory keeps its mode bits when its owner changes.
         let made = inodes::open_entry(&fd, name)?;
         self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
     }
 
-    /// FUSE_MKNOD: files, sockets, FIFOs, and as root device nodes
+    /// FUSE_MKNOD: files, sockets, FIFOs and device nodes. Where owners are kept apart, an empty file stands for each that
+    /// is no file.
     ///
     /// # Errors
     /// The error from the host.
@@ -64,13 +67,39 @@ impl Passthrough {
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
         let kind = FileType::from_raw_mode(arg.mode);
-        let mode = Mode::from_raw_mode(arg.mode & 0o7777);
+        let mode = self.mode_to_create(arg.mode);
         let (major, minor) = decode_device(arg.rdev);
         let device = rustix::fs::makedev(major, minor);
-        self.with_umask(arg.umask, || {
-            rustix::fs::mknodat(&fd, name, kind, mode, device)
-        })?;
-        let made = inodes::open_entry(&fd, name)?;
+        let make = |kind| {
+            self.with_umask(arg.umask, || {
+                let make = || rustix::fs::mknodat(&fd, name, kind, mode, device);
+                self.opening_up(&[&directory], make)
+            })?;
+            inodes::open_entry(&fd, name)
+        };
+        let made = match (&self.owners, kind) {
+            (Some(owners), FileType::CharacterDevice | FileType::BlockDevice)
+            | (Some(owners), FileType::Fifo | FileType::Socket) => {
+                let made = make(FileType::RegularFile)?;
+                let chmod = |mode| self.change_host_mode(made.as_fd(), mode);
+                let kept = owners.change(&made, chmod, |shown| {
+                    (shown.kind, shown.device) = (kind, (major, minor));
+                });
+                match kept {
+                    Ok(()) => made,
+                    Err(error) => {
+                        rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
+                        match (error, kind) {
+                            // The file system has no attributes.
+                            (Errno::OPNOTSUPP, FileType::Fifo | FileType::Socket) => make(kind)?,
+                            (Errno::OPNOTSUPP, _) => return Err(Errno::PERM),
+                            _ => return Err(error),
+                        }
+                    }
+                }
+            }
+            _ => make(kind)?,
+        };
         self.set_owner(&made, caller, arg.mode, &directory)?;
         self.entry_in(made, &directory, name)
     }
@@ -90,7 +119,7 @@ impl Passthrough {
         check(name)?;
         let _change = self.change_at(parent, name, kind::CREATE | kind::ATTRIB);
         let fd = self.inodes.fd(&directory)?;
-        rustix::fs::symlinkat(target, &fd, name)?;
+        self.opening_up(&[&directory], || rustix::fs::symlinkat(target, &fd, name))?;
         let made = inodes::open_entry(&fd, name)?;
         self.set_owner(&made, caller, 0, &directory)?;
         self.entry_in(made, &directory, name)
@@ -122,7 +151,8 @@ impl Passthrough {
         );
         let from = self.inodes.fd(&inode)?;
         let to = self.inodes.fd(&directory)?;
-        match self.link_descriptor(&*from, &*to, name) {
+        let link = || self.link_descriptor(&*from, &*to, name);
+        match self.opening_up(&[&directory], link) {
             // It was found through another share, which is another mount.
             Err(Errno::XDEV) => {
                 let from = self.inodes.fd_in(&inode, &directory.export()?)?;
@@ -158,7 +188,8 @@ impl Passthrough {
         } else {
             AtFlags::empty()
         };
-        rustix::fs::unlinkat(self.inodes.fd(&directory)?, name, flags)
+        let fd = self.inodes.fd(&directory)?;
+        self.opening_up(&[&directory], || rustix::fs::unlinkat(&fd, name, flags))
     }
 
     /// FUSE_RENAME and FUSE_RENAME2
@@ -184,7 +215,9 @@ impl Passthrough {
         );
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
-        rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)?;
+        self.opening_up(&[&from, &to], || {
+            rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)
+        })?;
         self.note_move(&from, (&to, &*to_fd), new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
             self.note_move(&to, (&from, &*from_fd), name);

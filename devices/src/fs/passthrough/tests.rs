@@ -12,6 +12,7 @@ use std::ffi::CString;
 use zerocopy::FromBytes;
 
 mod listing;
+mod owners;
 
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
 

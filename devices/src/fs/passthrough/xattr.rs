@@ -6,7 +6,8 @@
 //! host's files already have under those names are visible, but can't be changed.
 
 use super::Passthrough;
-use crate::fs::inodes::{self, Inode};
+use super::owners::ATTRIBUTE;
+use crate::fs::inodes::Inode;
 use crate::fs::watch::kind;
 use crate::fs::wire::ROOT_ID;
 use koya_host::descriptors;
@@ -31,6 +32,14 @@ const GROUP_MAY_RUN: u32 = 0o010;
 /// Maximum size of a value (XATTR_SIZE_MAX) and of a list (XATTR_LIST_MAX) in bytes.
 const SIZE_MAX: usize = 65536;
 
+/// The bits of a mode that go when a file changes.
+pub(super) fn privileged_bits(mode: u32) -> u32 {
+    match mode & GROUP_MAY_RUN {
+        0 => mode & SET_USER_ID,
+        _ => mode & (SET_USER_ID | SET_GROUP_ID),
+    }
+}
+
 fn is_privileged(name: &CStr) -> bool {
     let bytes = name.to_bytes();
     bytes.starts_with(b"trusted.") || bytes.starts_with(b"security.")
@@ -42,18 +51,23 @@ fn mapped(name: &CStr) -> Result<CString, Errno> {
     CString::new(bytes).map_err(|_| Errno::INVAL)
 }
 
-/// Rejects names with the prefix: a guest must not access stored attributes directly.
-fn check(name: &CStr) -> Result<(), Errno> {
-    if name.to_bytes().starts_with(PREFIX) {
-        return Err(Errno::PERM);
-    }
-    Ok(())
+/// Whether this is the name of an attribute in which something else is kept.
+fn is_stored(name: &[u8], has_owners: bool) -> bool {
+    name.starts_with(PREFIX) || has_owners && name == ATTRIBUTE.to_bytes()
 }
 
 /// Buffer size that is sufficient for most attributes, in bytes.
 const SHORT: usize = 256;
 
 impl Passthrough {
+    /// Rejects names of stored attributes: a guest must not access those directly.
+    fn check_attribute(&self, name: &CStr) -> Result<(), Errno> {
+        match is_stored(name.to_bytes(), self.owners.is_some()) {
+            true => Err(Errno::PERM),
+            false => Ok(()),
+        }
+    }
+
     /// A path to a node's file: attributes can't be accessed through O_PATH descriptors.
     fn xattr_path(&self, inode: &Inode) -> Result<(String, impl AsFd + use<>), Errno> {
         let fd = self.inodes.fd(inode)?;
@@ -89,11 +103,8 @@ impl Passthrough {
             return Ok(());
         }
         let fd = self.inodes.fd(inode)?;
-        let mode = u32::from(inodes::stat(&fd)?.stx_mode);
-        let kill = match mode & GROUP_MAY_RUN {
-            0 => mode & SET_USER_ID,
-            _ => mode & (SET_USER_ID | SET_GROUP_ID),
-        };
+        let mode = u32::from(self.stat_of(&fd)?.stx_mode);
+        let kill = privileged_bits(mode);
         if kill == 0 {
             return Ok(());
         }
@@ -112,16 +123,21 @@ impl Passthrough {
         flags: u32,
     ) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
-        check(name)?;
+        self.check_attribute(name)?;
         let _change = self.change_of(&inode, kind::ATTRIB);
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
-            let set = rustix::fs::setxattr(path, &*mapped(name)?, value, flags);
+            let name = mapped(name)?;
+            let set = self.opening_up(&[&inode], || {
+                rustix::fs::setxattr(path.as_str(), name.as_c_str(), value, flags)
+            });
             inode.has_no_capabilities.store(false, Ordering::SeqCst);
             return set;
         }
-        rustix::fs::setxattr(path, name, value, flags)
+        self.opening_up(&[&inode], || {
+            rustix::fs::setxattr(path.as_str(), name, value, flags)
+        })
     }
 
     /// FUSE_GETXATTR: the value, of at most `room` bytes
@@ -133,7 +149,7 @@ impl Passthrough {
             return Err(Errno::NODATA);
         }
         let inode = self.inodes.get(nodeid)?;
-        check(name)?;
+        self.check_attribute(name)?;
         let (path, _fd) = self.xattr_path(&inode)?;
         let read = |room: usize| -> Result<Vec<u8>, Errno> {
             let mut value = vec![0; room];
@@ -171,7 +187,7 @@ impl Passthrough {
         let (path, _fd) = self.xattr_path(&inode)?;
         let mut list = vec![0; SIZE_MAX];
         let len = rustix::fs::listxattr(path, &mut list)?;
-        let names = guest_names(&list[..len]);
+        let names = guest_names(&list[..len], self.owners.is_some());
         // Zero means that the guest asks for the size.
         if room != 0 && names.len() > room as usize {
             return Err(Errno::RANGE);
@@ -185,7 +201,7 @@ impl Passthrough {
     /// The error from the host.
     pub fn removexattr(&self, nodeid: u64, name: &CStr) -> Result<(), Errno> {
         let inode = self.writable(nodeid)?;
-        check(name)?;
+        self.check_attribute(name)?;
         let _change = self.change_of(&inode, kind::ATTRIB);
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
@@ -204,10 +220,13 @@ impl Passthrough {
 }
 
 /// The host's attribute names as seen by the guest, each once.
-fn guest_names(list: &[u8]) -> Vec<u8> {
+fn guest_names(list: &[u8], has_owners: bool) -> Vec<u8> {
     let mut names: Vec<&[u8]> = Vec::new();
     for name in list.split(|b| *b == 0).filter(|n| !n.is_empty()) {
         let name = name.strip_prefix(PREFIX).unwrap_or(name);
+        if is_stored(name, has_owners) {
+            continue;
+        }
         if !names.contains(&name) {
             names.push(name);
         }
@@ -222,12 +241,15 @@ mod tests {
     #[test]
     fn mapped_names_are_listed_once_under_the_guests_names() {
         let list = b"user.a\0user.koya.trusted.overlay.opaque\0trusted.overlay.opaque\0";
-        assert_eq!(guest_names(list), b"user.a\0trusted.overlay.opaque\0");
+        assert_eq!(guest_names(list, true), b"user.a\0trusted.overlay.opaque\0");
+        let owned = b"user.containers.override_stat\0user.a\0";
+        assert_eq!(guest_names(owned, true), b"user.a\0");
+        assert_eq!(guest_names(owned, false), owned);
     }
 
     #[test]
     fn the_guest_cannot_name_the_prefix() {
-        assert_eq!(check(c"user.koya.security.capability"), Err(Errno::PERM));
-        assert_eq!(check(c"user.mine"), Ok(()));
+        assert!(is_stored(b"user.koya.security.capability", false));
+        assert!(!is_stored(b"user.mine", true));
     }
 }

@@ -1,6 +1,6 @@
 //! Owners, modes, extended attributes and times, in the order in which none undoes another.
 
-use crate::archive::Entry;
+use crate::archive::{Entry, Kind};
 use crate::error::invalid;
 use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -13,6 +13,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 /// guests, see `koya_devices::fs::passthrough`.
 const PREFIX: &str = "user.koya.";
 
+/// Where owners, modes and kinds are kept that only root can give, as virtio-fs keeps and shows them (see
+/// `koya_devices::fs::passthrough`), and containers/storage does: `UID:GID:MODE` and, for device nodes and FIFOs, the kind.
+const OVERRIDE: &str = "user.containers.override_stat";
+
 pub(super) fn owner(entry: &Entry) -> io::Result<(Option<Uid>, Option<Gid>)> {
     let number = |n: u64| {
         let number = u32::try_from(n).ok().filter(|n| *n != u32::MAX);
@@ -22,14 +26,16 @@ pub(super) fn owner(entry: &Entry) -> io::Result<(Option<Uid>, Option<Gid>)> {
     Ok((Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))))
 }
 
+const SET_ID: Mode = Mode::SUID.union(Mode::SGID);
+
 /// A mode as the host's file has it. Without owners all files are this user's, who reads and writes
-/// them for the guest's root: modes do not hold that back.
+/// them for the guest's root: modes do not hold that back, and nothing is set-user-ID.
 pub(super) fn mode(mode: u32, owners: bool, is_directory: bool) -> Mode {
     let mode = Mode::from_raw_mode(mode & 0o7777);
     match (owners, is_directory) {
         (true, _) => mode,
-        (false, true) => mode | Mode::RWXU,
-        (false, false) => mode | Mode::RUSR | Mode::WUSR,
+        (false, true) => (mode | Mode::RWXU) - SET_ID,
+        (false, false) => (mode | Mode::RUSR | Mode::WUSR) - SET_ID,
     }
 }
 
@@ -73,16 +79,43 @@ pub(super) fn dress(
     )?)
 }
 
+/// What is kept of an entry's owner, mode and kind without root; `None` where the host's file says it all.
+fn kept(entry: &Entry) -> io::Result<Option<String>> {
+    owner(entry)?;
+    let (major, minor) = entry.device;
+    let kind = match entry.kind {
+        Kind::CharacterDevice => format!(":char-{major}-{minor}"),
+        Kind::BlockDevice => format!(":block-{major}-{minor}"),
+        Kind::Fifo => ":pipe".to_owned(),
+        _ => String::new(),
+    };
+    let is_directory = entry.kind == Kind::Directory;
+    let bits = entry.mode & 0o7777;
+    let is_plain = (entry.uid, entry.gid) == (0, 0)
+        && kind.is_empty()
+        && mode(bits, false, is_directory).as_raw_mode() == bits;
+    let (uid, gid) = (entry.uid, entry.gid);
+    Ok((!is_plain).then(|| format!("{uid}:{gid}:{bits:04o}{kind}")))
+}
+
 /// A file's or directory's owner and attributes.
 pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()> {
     if owners {
         let (uid, gid) = owner(entry)?;
         rustix::fs::fchown(&file, uid, gid)?;
+    } else if let Some(kept) = kept(entry)? {
+        match rustix::fs::fsetxattr(&file, OVERRIDE, kept.as_bytes(), XattrFlags::empty()) {
+            Err(Errno::OPNOTSUPP) => {}
+            other => other?,
+        }
     }
     for (name, value) in &entry.xattrs {
         let Some(stored) = stored(name)? else {
             continue;
         };
+        if !owners && stored == OVERRIDE {
+            continue;
+        }
         match rustix::fs::fsetxattr(&file, &stored, value, XattrFlags::empty()) {
             // A file system without attributes loses them, as with other tools.
             Err(Errno::OPNOTSUPP) => {}
@@ -132,7 +165,54 @@ pub(super) fn clear(file: impl AsFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::mode;
+    use super::{kept, mode};
+    use crate::archive::{Entry, Kind};
+
+    #[test]
+    fn what_root_alone_can_give_is_kept_apart() {
+        let of = |kind, (uid, gid), mode, device| {
+            let entry = Entry {
+                kind,
+                name: b"x".to_vec(),
+                link: Vec::new(),
+                mode,
+                uid,
+                gid,
+                mtime: (0, 0),
+                device,
+                size: 0,
+                sparse: None,
+                xattrs: Vec::new(),
+            };
+            kept(&entry).map(|kept| kept.unwrap_or_default())
+        };
+        for (kind, owner, mode, device, expected) in [
+            (Kind::Regular, (0, 0), 0o644, (0, 0), ""),
+            (Kind::Directory, (0, 0), 0o1777, (0, 0), ""),
+            (Kind::Regular, (0, 42), 0o640, (0, 0), "0:42:0640"),
+            (Kind::Regular, (0, 0), 0o4755, (0, 0), "0:0:4755"),
+            (Kind::Regular, (0, 0), 0o444, (0, 0), "0:0:0444"),
+            (Kind::Directory, (0, 0), 0o555, (0, 0), "0:0:0555"),
+            (
+                Kind::CharacterDevice,
+                (0, 5),
+                0o620,
+                (5, 1),
+                "0:5:0620:char-5-1",
+            ),
+            (
+                Kind::BlockDevice,
+                (0, 6),
+                0o660,
+                (8, 0),
+                "0:6:0660:block-8-0",
+            ),
+            (Kind::Fifo, (0, 0), 0o600, (0, 0), "0:0:0600:pipe"),
+        ] {
+            assert_eq!(of(kind, owner, mode, device).unwrap(), expected, "{kind:?}");
+        }
+        assert!(of(Kind::Regular, (u64::MAX, 0), 0o644, (0, 0)).is_err());
+    }
 
     #[test]
     fn a_user_can_write_and_remove_what_belongs_to_root_elsewhere() {
@@ -141,7 +221,9 @@ mod tests {
             (0o40555, false, true, 0o755),
             (0o100_000, true, false, 0),
             (0o100_000, false, false, 0o600),
-            (0o104_755, false, false, 0o4755),
+            (0o104_755, false, false, 0o755),
+            (0o104_755, true, false, 0o4755),
+            (0o41777, false, true, 0o1777),
         ] {
             assert_eq!(mode(stored, owners, is_directory).as_raw_mode(), expected);
         }

@@ -198,9 +198,10 @@ impl Unpacker {
                     self.links.insert(path.clone(), target);
                 }
             }
-            Kind::CharacterDevice | Kind::BlockDevice if !self.owners => {
-                // Nobody but root can make it.
-                log::debug!("{} is left out", String::from_utf8_lossy(&entry.name));
+            // Nobody but root can make it, so a file stands for it.
+            Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo if !self.owners => {
+                check_device(entry)?;
+                make_file(reader, entry, dir, name, self.owners)?;
             }
             Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo => {
                 make_node(entry, dir, name)?;
@@ -387,17 +388,23 @@ pub(crate) fn write_data<S: Source>(
     file.set_len(entry.size)
 }
 
+fn check_device(entry: &Entry) -> io::Result<()> {
+    let (major, minor) = entry.device;
+    // What the kernel has room for: 12 and 20 bits.
+    match major >= 1 << 12 || minor >= 1 << 20 {
+        true => Err(invalid(format!("there is no device {major}:{minor}"))),
+        false => Ok(()),
+    }
+}
+
 fn make_node(entry: &Entry, dir: impl AsFd, name: &OsStr) -> io::Result<()> {
     let kind = match entry.kind {
         Kind::Fifo => FileType::Fifo,
         Kind::BlockDevice => FileType::BlockDevice,
         _ => FileType::CharacterDevice,
     };
+    check_device(entry)?;
     let (major, minor) = entry.device;
-    // What the kernel has room for: 12 and 20 bits.
-    if major >= 1 << 12 || minor >= 1 << 20 {
-        return Err(invalid(format!("there is no device {major}:{minor}")));
-    }
     let device = rustix::fs::makedev(major, minor);
     let mode = Mode::RUSR | Mode::WUSR;
     Ok(rustix::fs::mknodat(dir, name, kind, mode, device)?)

@@ -25,6 +25,23 @@ fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> V
     }
 }
 
+/// The entries of a directory of a few, with their kinds (`d_type`).
+pub(super) fn kinds(f: &Fixture, node: u64, plus: bool) -> std::collections::HashMap<String, u32> {
+    let fh = f.files.opendir(node).unwrap().fh;
+    let listing = f.files.readdir(node, fh, 0, 64 << 10, plus).unwrap();
+    let bytes = listing.into_bytes();
+    let (mut rest, mut kinds) = (bytes.as_slice(), std::collections::HashMap::new());
+    while !rest.is_empty() {
+        let skipped = if plus { size_of::<EntryOut>() } else { 0 };
+        let (dirent, after) = Dirent::read_from_prefix(&rest[skipped..]).unwrap();
+        let len = dirent.namelen as usize;
+        let name = String::from_utf8(after[..len].to_vec()).unwrap();
+        kinds.insert(name, dirent.kind);
+        rest = &rest[skipped + (size_of::<Dirent>() + len).next_multiple_of(8)..];
+    }
+    kinds
+}
+
 /// kata-containers/kata-containers 12749: cookies of some NFS servers are no offsets for lseek(2).
 #[test]
 fn a_directory_is_listed_without_seeking() {
