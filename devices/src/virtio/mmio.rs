@@ -363,21 +363,44 @@ impl MmioTransport {
         if !setting_up || (queue.ready() && offset != VIRTIO_MMIO_QUEUE_READY) {
             return;
         }
-        match offset {
-            VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+        // By `try_`: the others of these functions log each value that they refuse, without a limit.
+        let address = |old: u64, low: Option<u32>, high: Option<u32>| {
+            let high = high.unwrap_or((old >> 32) as u32);
+            GuestAddress(u64::from(high) << 32 | u64::from(low.unwrap_or(old as u32)))
+        };
+        let (table, available, used) = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
+        let low = Some(value);
+        let set = match offset {
+            VIRTIO_MMIO_QUEUE_NUM => queue.try_set_size(u16::try_from(value).unwrap_or(0)),
             VIRTIO_MMIO_QUEUE_READY => {
                 queue.set_ready(value == 1);
-                self.write_selected_registers();
+                return self.write_selected_registers();
             }
-            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => {
+                queue.try_set_desc_table_address(address(table, low, None))
+            }
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => {
+                queue.try_set_desc_table_address(address(table, None, low))
+            }
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => {
+                queue.try_set_avail_ring_address(address(available, low, None))
+            }
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => {
+                queue.try_set_avail_ring_address(address(available, None, low))
+            }
+            VIRTIO_MMIO_QUEUE_USED_LOW => queue.try_set_used_ring_address(address(used, low, None)),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => {
+                queue.try_set_used_ring_address(address(used, None, low))
+            }
             // VIRTIO_F_RING_RESET is not offered.
-            QUEUE_RESET => {}
-            _ => log::debug!("a driver wrote {value:#x} to register {offset:#x}"),
+            QUEUE_RESET => Ok(()),
+            _ => {
+                log::debug!("a driver wrote {value:#x} to register {offset:#x}");
+                Ok(())
+            }
+        };
+        if let Err(error) = set {
+            guest_fault!("a driver wrote {value:#x} to queue register {offset:#x}: {error}");
         }
     }
 
