@@ -286,7 +286,8 @@ impl QueueThreads {
             let chain = shared.queue.pop()?;
             let more = shared.queue.arm()?;
             if chain.is_none() {
-                if more {
+                // A driver that changes its index back and forth may have it both ways for as long as it likes.
+                if more && !self.stopping.load(Ordering::SeqCst) {
                     continue;
                 }
                 shared.idle += 1;

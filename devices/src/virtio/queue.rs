@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How a driver broke a queue. The device stops and sets DEVICE_NEEDS_RESET.
@@ -127,6 +127,14 @@ impl ActiveQueue {
     /// # Errors
     /// A fault of the driver; the queue can't be used any more.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        // An entry in memory that was unplugged meanwhile would pass for an empty queue, while `arm` finds that
+        // there is more: a thread that goes on until both agree would never end.
+        let ring = GuestAddress(self.queue.avail_ring());
+        let ring_size = 6 + 2 * usize::from(self.queue.size());
+        if !self.memory.check_range(ring, ring_size) {
+            let gone = vm_memory::GuestMemoryError::InvalidGuestAddress(ring);
+            return Err(self.rings(virtio_queue::Error::GuestMemory(gone)));
+        }
         // `iter` reports invalid rings, which `pop_descriptor_chain` would hide.
         let next = self
             .queue
@@ -280,5 +288,48 @@ impl ActiveQueue {
             index: self.index,
             source,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_utils::Recorder;
+    use crate::virtio::MemoryRegion;
+    use crate::virtio::memory::BLOCK_SIZE;
+    use vm_memory::GuestRegionMmap;
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
+
+    #[test]
+    fn a_ring_whose_memory_was_unplugged_is_broken_and_not_empty() {
+        const START: u64 = 1 << 32;
+        let size = 2 * BLOCK_SIZE as usize;
+        let mapping = GuestRegionMmap::from_range(GuestAddress(START), size, None).unwrap();
+        let memory = Memory::from_regions(vec![MemoryRegion::pluggable(mapping)]).unwrap();
+        let plug = |blocks, plugged| {
+            let region = memory.find_region(GuestAddress(START)).unwrap();
+            region.set_plugged(blocks, plugged);
+        };
+        plug(0..2, true);
+        let memory = Arc::new(memory);
+        // Flags and index are in the first block, entries in the second.
+        let available = START + BLOCK_SIZE - 4;
+        let mut ring = Queue::new(16).unwrap();
+        ring.set_size(16);
+        ring.set_desc_table_address(Some(0x1000), Some(1));
+        ring.set_avail_ring_address(Some(available as u32), Some(1));
+        ring.set_used_ring_address(Some(0x2000), Some(1));
+        ring.set_ready(true);
+        let kick = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap();
+        let mut queue = ActiveQueue::new(0, ring, memory.clone(), kick, Arc::<Recorder>::default());
+        assert!(queue.pop().unwrap().is_none());
+        memory.write_obj(1u16, GuestAddress(available + 2)).unwrap();
+        let region = memory.find_region(GuestAddress(START)).unwrap();
+        region.set_plugged(1..2, false);
+        assert!(queue.arm().unwrap());
+        assert!(matches!(
+            queue.pop(),
+            Err(QueueError::Rings { index: 0, .. })
+        ));
     }
 }
