@@ -1,4 +1,5 @@
-//! The CPUID leaves of a vCPU: KVM's supported set, with this guest's topology.
+//! The CPUID leaves of a vCPU: KVM's supported set, with this guest's topology, and without what a guest has no use
+//! for: nested virtualization, enclaves, performance counters and traces, serial numbers.
 //!
 //! Leaves: Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 
@@ -12,6 +13,32 @@ const VMX: u32 = 1 << 5;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const SVM: u32 = 1 << 2;
+/// Performance capabilities, debug store.
+const PDCM: u32 = 1 << 15;
+const DTES64: u32 = 1 << 2;
+const DEBUG_STORE: u32 = 1 << 21;
+const SERIAL_NUMBER: u32 = 1 << 18;
+/// Leaf 7: enclaves and their launch control, processor trace, architectural branch records.
+const SGX: u32 = 1 << 2;
+const SGX_LAUNCH: u32 = 1 << 30;
+const PROCESSOR_TRACE: u32 = 1 << 25;
+const BRANCH_RECORDS: u32 = 1 << 19;
+/// Leaf 0x8000_0001: instruction sampling, and performance counters of core, northbridge, time and cache.
+const AMD_COUNTERS: u32 = 1 << 10 | 1 << 23 | 1 << 24 | 1 << 27 | 1 << 28;
+/// Leaves of which guests see nothing: serial number, performance counters, enclaves, processor trace, branch records,
+/// performance counters again; nested virtualization, instruction sampling, memory encryption, performance counters.
+const HIDDEN: &[u32] = &[
+    3,
+    0xa,
+    0x12,
+    0x14,
+    0x1c,
+    0x23,
+    0x8000_000a,
+    0x8000_001b,
+    0x8000_001f,
+    0x8000_0022,
+];
 const HTT: u32 = 1 << 28;
 
 /// CPU features that KVM offers to every vCPU. Listing them is slow, especially under nested virtualization:
@@ -81,11 +108,15 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
     // Bits of the APIC ID that number a core within the package.
     let core_bits = cpus.next_power_of_two().trailing_zeros();
     match entry.function {
+        hidden if HIDDEN.contains(&hidden) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
         1 => {
             // APIC ID, number of APIC IDs in the package; the CLFLUSH size is kept.
             entry.ebx = entry.ebx & 0xff00 | index << 24 | (1 << core_bits) << 16;
             // Nested virtualization is not supported, so it is not advertised.
-            entry.ecx &= !VMX;
+            entry.ecx &= !(VMX | PDCM | DTES64);
+            entry.edx &= !(SERIAL_NUMBER | DEBUG_STORE);
             entry.ecx |= HYPERVISOR;
             if deadline {
                 entry.ecx |= TSC_DEADLINE;
@@ -106,6 +137,11 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
             };
             entry.eax = entry.eax & 0x3fff | sharing << 14 | ((1 << core_bits) - 1) << 26;
         }
+        7 if entry.index == 0 => {
+            entry.ebx &= !(SGX | PROCESSOR_TRACE);
+            entry.ecx &= !SGX_LAUNCH;
+            entry.edx &= !BRANCH_RECORDS;
+        }
         // Extended topology: level 0 threads, level 1 cores.
         0xb | 0x1f => {
             entry.edx = index;
@@ -115,7 +151,7 @@ fn set_entry(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, deadline: bool
                 n => (0, 0, n),
             };
         }
-        0x8000_0001 => entry.ecx &= !SVM,
+        0x8000_0001 => entry.ecx &= !(SVM | AMD_COUNTERS),
         // Number of threads, and size of the core part of the APIC ID.
         0x8000_0008 => entry.ecx = core_bits << 12 | (cpus - 1),
         // AMD cache topology.
@@ -174,6 +210,30 @@ mod tests {
         let mut leaf = entry(0x8000_0001, 0);
         set_entry(&mut leaf, 0, 1, false);
         assert_eq!(leaf.ecx & SVM, 0);
+    }
+
+    #[test]
+    fn a_guest_sees_no_counters_serial_numbers_or_enclaves() {
+        // A host that has everything.
+        let seen = |function: u32| {
+            let mut leaf = entry(function, 0);
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
+            set_entry(&mut leaf, 0, 1, false);
+            leaf
+        };
+        for hidden in HIDDEN {
+            let leaf = seen(*hidden);
+            let registers = (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx);
+            assert_eq!(registers, (0, 0, 0, 0), "{hidden:#x}");
+        }
+        assert_eq!(seen(1).ecx & (1 << 15 | 1 << 2 | 1 << 5), 0);
+        assert_eq!(seen(1).edx & (1 << 18 | 1 << 21), 0);
+        assert_eq!((seen(7).ebx >> 2 & 1, seen(7).ebx >> 25 & 1), (0, 0));
+        assert_eq!((seen(7).ecx >> 30 & 1, seen(7).edx >> 19 & 1), (0, 0));
+        assert_eq!(seen(0x8000_0001).ecx & 0x1980_0404, 0);
+        // What it does see is unharmed.
+        assert_eq!(seen(0xd).ecx, u32::MAX);
+        assert_eq!(seen(7).ebx >> 5 & 1, 1);
     }
 
     #[test]

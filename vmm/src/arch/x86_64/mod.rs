@@ -12,7 +12,10 @@ mod regs;
 mod reset_line;
 
 use super::ArchError;
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_NOTIFY_VMEXIT, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
+    KVM_X86_NOTIFY_VMEXIT_ENABLED, kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 pub(crate) use boot::load;
@@ -76,7 +79,8 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     Err("is neither an ELF vmlinux nor a bzImage".into())
 }
 
-/// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer.
+/// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer; limits what vCPUs learn of the
+/// host.
 ///
 /// # Errors
 /// The error from KVM.
@@ -87,6 +91,8 @@ pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
         .map_err(ArchError::kvm("place its identity map"))?;
     vm.create_irq_chip()
         .map_err(ArchError::kvm("make the interrupt controllers"))?;
+    turn_off_pmu(vm)?;
+    bound_interrupt_windows(vm)?;
     if !features.has_deadline_timer() {
         let config = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
@@ -96,6 +102,38 @@ pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
             .map_err(ArchError::kvm("make the interval timer"))?;
     }
     Ok(())
+}
+
+/// Some loops of exceptions keep a CPU from interrupts for good, the host's timer included. CPUs that can leave the guest
+/// then (Intel's since Sapphire Rapids) do.
+fn bound_interrupt_windows(vm: &VmFd) -> Result<(), ArchError> {
+    if vm.check_extension_raw(KVM_CAP_X86_NOTIFY_VMEXIT.into()) <= 0 {
+        return Ok(());
+    }
+    let mut on = kvm_enable_cap {
+        cap: KVM_CAP_X86_NOTIFY_VMEXIT,
+        ..Default::default()
+    };
+    // The upper half is what the CPU's own margin is extended by.
+    on.args[0] = KVM_X86_NOTIFY_VMEXIT_ENABLED.into();
+    vm.enable_cap(&on)
+        .map_err(ArchError::kvm("bound the time without interrupts"))
+}
+
+/// Performance counters count what the host and other guests do on the same core, too. Hosts before Linux 5.18
+/// have only the leaves of CPUID for it.
+fn turn_off_pmu(vm: &VmFd) -> Result<(), ArchError> {
+    let known = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if known & KVM_PMU_CAP_DISABLE as i32 == 0 {
+        return Ok(());
+    }
+    let mut off = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        ..Default::default()
+    };
+    off.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&off)
+        .map_err(ArchError::kvm("turn off performance counters"))
 }
 
 /// Sets the features, model-specific registers and local APIC of a vCPU to their power-on state.
