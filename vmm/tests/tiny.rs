@@ -36,6 +36,23 @@ fn a_triple_fault_is_told_apart() {
     );
 }
 
+/// A guest that can't handle its faults reads the time-stamp counter, and then what guests may not read: an inventory
+/// number of the processor, a performance counter, what it counts, and the same of AMD.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn other_model_specific_registers_are_a_fault() {
+    let reads = |msr: u32| {
+        let begin = [0x0f, 0x01, 0x1e, 0x20, 0x00, 0x66, 0xb9]; // lidt [0x20]; mov ecx, msr
+        let code = [&begin[..], &msr.to_le_bytes(), &[0x0f, 0x32], RESET].concat(); // rdmsr
+        start(&code).wait()
+    };
+    assert_eq!(reads(0x10), ExitReason::Reset);
+    for msr in [0x4e, 0xc1, 0x186, 0xc001_0200] {
+        let reason = reads(msr);
+        assert!(!reason.is_orderly(), "{msr:#x}: {reason}");
+    }
+}
+
 #[test]
 fn a_guest_that_never_exits_is_stopped() {
     let vm = start(SPIN);

@@ -7,6 +7,7 @@ mod cmdline;
 mod cpuid;
 pub(crate) mod layout;
 mod mptable;
+mod msrs;
 mod platform;
 mod regs;
 mod reset_line;
@@ -93,6 +94,7 @@ pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
         .map_err(ArchError::kvm("make the interrupt controllers"))?;
     turn_off_pmu(vm)?;
     bound_interrupt_windows(vm)?;
+    msrs::filter(vm)?;
     if !features.has_deadline_timer() {
         let config = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
