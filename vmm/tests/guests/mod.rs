@@ -1,5 +1,10 @@
 //! Tiny guests: a few instructions each, in real mode on x86_64 and at EL1 without address translation on aarch64.
-#![allow(dead_code, reason = "no test uses all of them")]
+#![allow(dead_code, unused_imports, reason = "no test uses all of them")]
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod attacks;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod program;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64::*;
