@@ -18,6 +18,7 @@ mod files;
 mod hooks;
 mod images;
 mod kernel;
+mod kills;
 mod lent;
 mod life;
 mod long;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         files::trials(),
         images::trials(),
         kernel::trials(),
+        kills::trials(),
         life::trials(),
         memory::trials(),
         network::trials(),
