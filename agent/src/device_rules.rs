@@ -326,4 +326,64 @@ mod tests {
         assert!(!ask(&program, READ | WRITE, CHARACTER, 10, 232));
         assert!(ask(&program, READ, CHARACTER, 10, 232));
     }
+
+    /// Every list of up to two rules over few numbers, and every request: the last rule that matches decides, and
+    /// nothing is allowed without one.
+    #[test]
+    fn programs_decide_as_their_rules_do() {
+        let mut all = Vec::new();
+        for allow in [false, true] {
+            for kind in [None, Some(BLOCK), Some(CHARACTER)] {
+                for (major, minor) in [
+                    (None, None),
+                    (Some(1), None),
+                    (None, Some(3)),
+                    (Some(1), Some(3)),
+                ] {
+                    all.extend([READ, READ | WRITE, ALL].map(|access| Rule {
+                        allow,
+                        kind,
+                        major,
+                        minor,
+                        access,
+                    }));
+                }
+            }
+        }
+        let mut lists = vec![Vec::new()];
+        lists.extend(all.iter().map(|rule| vec![*rule]));
+        let pairs = all
+            .iter()
+            .flat_map(|one| all.iter().map(|two| vec![*one, *two]));
+        lists.extend(pairs);
+        let mut requests = 0;
+        for rules in &lists {
+            let program = compile(rules);
+            for (access, kind) in
+                (1..=ALL).flat_map(|access| [(access, BLOCK), (access, CHARACTER)])
+            {
+                for (major, minor) in [(1, 3), (1, 0), (8, 3), (8, 0)] {
+                    let matching = rules.iter().rev().find(|rule| {
+                        let is = |wanted: Option<u32>, value| wanted.is_none_or(|w| w == value);
+                        let bits = match rule.allow {
+                            true => access & !rule.access == 0,
+                            false => access & rule.access != 0,
+                        };
+                        is(rule.kind, kind)
+                            && is(rule.major, major)
+                            && is(rule.minor, minor)
+                            && bits
+                    });
+                    let allowed = matching.is_some_and(|rule| rule.allow);
+                    let told = ask(&program, access, kind, major, minor);
+                    assert_eq!(
+                        told, allowed,
+                        "{access} {kind} {major}:{minor} of {rules:?}"
+                    );
+                    requests += 1;
+                }
+            }
+        }
+        println!("{requests} requests to {} programs", lists.len());
+    }
 }

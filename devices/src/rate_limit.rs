@@ -176,4 +176,56 @@ mod tests {
         assert_eq!(limiter.wait(Instant::now()), None);
         assert!(!limiter.limits());
     }
+
+    /// Every bucket of a small world, and every way to use it three times, against whole numbers.
+    #[test]
+    fn buckets_hold_what_whole_numbers_say() {
+        /// A token is a thousand of these, so that a millisecond adds whole ones.
+        const TOKEN: i64 = 1000;
+        /// By how much the two may differ after a few roundings.
+        const DRIFT: i64 = 4;
+        let (sizes, delays) = (0..=6u64, [0u64, 100, 300, 1000]);
+        let uses: Vec<(u64, u64)> = sizes
+            .flat_map(|size| delays.map(|delay| (size, delay)))
+            .collect();
+        let mut cases = 0;
+        let start = Instant::now();
+        for (per_second, burst) in (1..=6u64).flat_map(|rate| (1..=5u64).map(move |b| (rate, b))) {
+            let rate = Rate {
+                per_second,
+                burst: Some(burst),
+            };
+            let most = burst as i64 * TOKEN;
+            for number in 0..uses.len().pow(3) {
+                let mut bucket = Bucket::new(rate, start);
+                let (mut now, mut tokens, mut left) = (start, most, number);
+                for _ in 0..3 {
+                    let (size, delay) = uses[left % uses.len()];
+                    left /= uses.len();
+                    now += Duration::from_millis(delay);
+                    tokens = most.min(tokens + (delay * per_second) as i64);
+                    match bucket.wait(now) {
+                        None => assert!(tokens >= TOKEN - DRIFT, "{rate:?}: {tokens}"),
+                        Some(wait) => {
+                            assert!(tokens <= TOKEN + DRIFT, "{rate:?}: {tokens}");
+                            let missing = (TOKEN - tokens).max(0) as u64;
+                            let enough = Duration::from_millis(missing.div_ceil(per_second) + 1);
+                            assert!(wait <= enough, "{rate:?}: {wait:?} for {missing}");
+                            // Who waits that long may start.
+                            now += wait + Duration::from_micros(1);
+                            assert_eq!(bucket.wait(now), None);
+                            let passed = (wait.as_secs_f64() * 1e3 * per_second as f64) as i64;
+                            tokens = most.min(tokens + passed);
+                        }
+                    }
+                    bucket.tokens -= size as f64;
+                    tokens -= size as i64 * TOKEN;
+                    let drift = bucket.tokens * TOKEN as f64 - tokens as f64;
+                    assert!(drift.abs() < DRIFT as f64, "{rate:?}: {drift}");
+                    cases += 1;
+                }
+            }
+        }
+        println!("{cases} requests to {} buckets", 6 * 5);
+    }
 }

@@ -126,6 +126,18 @@ impl Driver {
         &self.recorder
     }
 
+    /// Begins both rings at this index, as if that many chains had been used: for what wraps round.
+    ///
+    /// # Panics
+    /// Never with test memory.
+    pub fn begin_at(&mut self, index: u16) {
+        (self.next_available, self.seen_used) = (index, index);
+        for ring in [AVAILABLE, USED] {
+            let at = GuestAddress(ring + 2);
+            self.memory.write_obj(index, at).expect("test memory");
+        }
+    }
+
     /// The device side of the queue.
     ///
     /// # Panics

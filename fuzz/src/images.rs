@@ -1,5 +1,6 @@
 //! Images: whatever is in one, it is unpacked or refused, and nothing beside its root changes.
 
+use crate::input::Input;
 use koya_image::{Image, Limits, Options};
 use std::fs;
 use std::io::Write;
@@ -57,6 +58,123 @@ pub fn image_files(data: &[u8]) {
     assert_eq!(outside, b"outside");
 }
 
+/// Layers of entries that an input chooses, in compressions that it chooses, over a root that has something in it.
+///
+/// # Panics
+/// If something beside the root changes, or the host has no room for a directory.
+pub fn image_layers(data: &[u8]) {
+    let mut input = Input::new(data);
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    for name in ["image", "scratch", "root"] {
+        fs::create_dir(at(name)).expect("a directory");
+    }
+    fs::write(at("outside"), "outside").expect("a file");
+    let mut names = Vec::new();
+    for number in 0..=input.byte() % 3 {
+        let (packing, entries) = (input.byte() % 3 + 4, input.byte() % 8);
+        let mut blocks = Vec::new();
+        for _ in 0..entries {
+            blocks.extend(entry(&mut input));
+        }
+        let name = format!("l{number}");
+        fs::write(at("image").join(&name), layer(packing, &blocks)).expect("a file");
+        names.push(name);
+    }
+    let manifest = serde_json::json!([{"Config": "c", "Layers": names}]);
+    fs::write(at("image/manifest.json"), manifest.to_string()).expect("a file");
+    fs::write(at("image/c"), "{}").expect("a file");
+    unpack(&at("image"), &at("scratch"), &at("root"));
+    let outside = fs::read(at("outside")).expect("the file");
+    assert_eq!(outside, b"outside");
+    let mut beside: Vec<_> = fs::read_dir(dir.path())
+        .expect("the directory")
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
+    beside.sort();
+    assert_eq!(beside, ["image", "outside", "root", "scratch"]);
+}
+
+/// A header and what follows it.
+fn entry(input: &mut Input<'_>) -> Vec<u8> {
+    const NAMES: [&str; 14] = [
+        "a",
+        "a/b",
+        "a/b/c",
+        "b",
+        "b/../a",
+        "../outside",
+        ".wh.a",
+        "a/.wh.b",
+        "a/.wh..wh..opq",
+        "/b",
+        "./a/",
+        ".",
+        "c/d/e",
+        "",
+    ];
+    const LINKS: [&str; 9] = ["a", "b", "/", "..", "../outside", "../..", "a/b", "/a", ""];
+    const RECORDS: [&str; 12] = [
+        "path=a/b\n",
+        "path=../outside\n",
+        "linkpath=/\n",
+        "size=5\n",
+        "size=99999999999999\n",
+        "uid=1000\n",
+        "mtime=1.5\n",
+        "mtime=-1\n",
+        "SCHILY.xattr.user.a=b\n",
+        "GNU.sparse.map=0,1,9,4294967\n",
+        "GNU.sparse.major=1\n",
+        "hdrcharset=BINARY\n",
+    ];
+    let kind = input.pick(b"0001222255567xgLKSV34");
+    let mut content = match kind {
+        b'x' | b'g' => {
+            let mut records = String::new();
+            for _ in 0..=input.byte() % 3 {
+                let record = input.pick(&RECORDS);
+                // Its own length is part of it.
+                let len = record.len() + if record.len() < 7 { 2 } else { 3 };
+                records += &format!("{len} {record}");
+            }
+            records.into_bytes()
+        }
+        b'L' | b'K' => input.pick(&NAMES).as_bytes().to_vec(),
+        b'0' => input.bytes(40).to_vec(),
+        _ => Vec::new(),
+    };
+    let name = input.pick(&NAMES);
+    let mut block = header(kind, name, input.pick(&LINKS), content.len());
+    let odd = input.byte();
+    if odd >= 200 {
+        // Of the header one byte is another: it may be a number in base 256.
+        block[100 + usize::from(odd % 64)] = input.byte();
+    }
+    block[100..107].copy_from_slice(format!("{:07o}", input.word() & 0o7777).as_bytes());
+    content = filled(&content);
+    [block, content].concat()
+}
+
+/// A header that gets its checksum later.
+fn header(kind: u8, name: &str, link: &str, size: usize) -> Vec<u8> {
+    let mut block = vec![0; 512];
+    block[..name.len()].copy_from_slice(name.as_bytes());
+    block[100..107].copy_from_slice(b"0000644");
+    block[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
+    block[156] = kind;
+    block[157..157 + link.len()].copy_from_slice(link.as_bytes());
+    block[257..265].copy_from_slice(b"ustar\x0000");
+    block[511] = SEAL;
+    block
+}
+
+fn filled(bytes: &[u8]) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    out.resize(out.len().next_multiple_of(512), 0);
+    out
+}
+
 fn layer(kind: u8, rest: &[u8]) -> Vec<u8> {
     match kind {
         4 => sealed(rest),
@@ -103,25 +221,6 @@ fn sealed(data: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// A header that gets its checksum later.
-    fn header(kind: u8, name: &str, link: &str, size: usize) -> Vec<u8> {
-        let mut block = vec![0; 512];
-        block[..name.len()].copy_from_slice(name.as_bytes());
-        block[100..107].copy_from_slice(b"0000644");
-        block[124..135].copy_from_slice(format!("{size:011o}").as_bytes());
-        block[156] = kind;
-        block[157..157 + link.len()].copy_from_slice(link.as_bytes());
-        block[257..265].copy_from_slice(b"ustar\x0000");
-        block[511] = SEAL;
-        block
-    }
-
-    fn filled(bytes: &[u8]) -> Vec<u8> {
-        let mut out = bytes.to_vec();
-        out.resize(out.len().next_multiple_of(512), 0);
-        out
-    }
-
     /// The layer of these blocks in each compression.
     fn in_each(layer: &[u8]) -> [Vec<u8>; 3] {
         [4, 5, 6].map(|kind| [&[kind], layer].concat())
@@ -167,6 +266,11 @@ mod tests {
             b"\x07\x28\xb5\x2f\xfd\xff\xff\xff\xff",
         ];
         documents.into_iter().for_each(image_files);
+    }
+
+    #[test]
+    fn random_layers() {
+        crate::tests::random(400, image_layers);
     }
 
     #[test]

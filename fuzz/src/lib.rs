@@ -4,16 +4,41 @@
 //! once mattered, and a few thousand random ones, on any machine.
 
 mod devices;
+mod files;
+mod host;
+mod hosts;
 mod images;
+mod input;
+mod lives;
+mod machine;
+mod requests;
+mod saved;
+mod streams;
 
 pub use devices::{
     balloon_requests, block_requests, entropy_requests, fs_requests, mem_requests, net_buffers,
     transport_registers, vsock_packets,
 };
-pub use images::image_files;
+pub use files::fs_state;
+pub use host::{agent_answers, host_texts, oci_configurations, settings};
+pub use images::{image_files, image_layers};
+pub use lives::{life_block, life_files, life_memory, life_net, life_vsock};
+pub use machine::{panic_logs, serial_ports};
+pub use streams::vsock_streams;
 
 use koya_devices::test_utils::{Driver, MEMORY_SIZE};
 use koya_devices::virtio::Chain;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Makes writes to a closed socket errors, as they are in programs that Rust's own `main` starts.
+///
+/// # Panics
+/// If the host refuses a signal handler.
+pub fn without_sigpipe() {
+    let seen = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGPIPE, seen).expect("a handler");
+}
 
 /// A driver that writes anything into descriptors, indirect tables and the available ring: the
 /// device must end each chain, stay inside memory, and never panic.
@@ -151,6 +176,37 @@ mod tests {
     #[test]
     fn random_vsock_packets() {
         random(300, vsock_packets);
+    }
+
+    #[test]
+    fn random_vsock_streams() {
+        random(400, vsock_streams);
+    }
+
+    #[test]
+    fn random_lives() {
+        for life in [life_block, life_files, life_memory, life_net, life_vsock] {
+            random(150, life);
+        }
+    }
+
+    #[test]
+    fn random_texts() {
+        for target in [
+            agent_answers,
+            host_texts,
+            oci_configurations,
+            panic_logs,
+            serial_ports,
+            settings,
+        ] {
+            random(400, target);
+        }
+    }
+
+    #[test]
+    fn random_requests_about_files() {
+        random(300, fs_state);
     }
 
     #[test]

@@ -1,4 +1,4 @@
 //! Buffers and frames of a network.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::net_buffers(data));
+libfuzzer_sys::fuzz_target!(init: koya_fuzz::without_sigpipe(), |data: &[u8]| koya_fuzz::net_buffers(data));

@@ -1,4 +1,4 @@
 //! vsock packets.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::vsock_packets(data));
+libfuzzer_sys::fuzz_target!(init: koya_fuzz::without_sigpipe(), |data: &[u8]| koya_fuzz::vsock_packets(data));

@@ -78,7 +78,7 @@ pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
 }
 
 /// Its file system, where the kubelet mounted that, and the path within it.
-fn find(table: &str, source: &Path) -> Option<(String, PathBuf, PathBuf)> {
+pub(crate) fn find(table: &str, source: &Path) -> Option<(String, PathBuf, PathBuf)> {
     let mounts: Vec<Mount> = table.lines().filter_map(Mount::parse).collect();
     // The deepest, and of several at one place the last.
     let around = mounts.iter().filter(|mount| source.starts_with(&mount.at));

@@ -40,6 +40,8 @@ mod ephemeral;
 mod error;
 pub mod files;
 mod given;
+#[doc(hidden)]
+pub mod internals;
 mod loopback;
 mod mount_points;
 mod names;

@@ -121,10 +121,11 @@ pub use koya_host as host;
 pub use memory::{MemoryError, MemoryUsage};
 pub use vm::{Vm, VmHandle};
 
-/// Parts of a machine, for benchmarks that measure one of them. Not part of the API: they change without
+/// Parts of a machine, for benchmarks and fuzz targets of one of them. Not part of the API: they change without
 /// notice.
 #[doc(hidden)]
 pub mod internals {
+    pub use crate::arch::layout::PANIC_LOG;
     pub use crate::arch::{
         BASE_CMDLINE, Entry, Features, Interrupts, features, finish_vm, prepare_vcpu, prepare_vm,
         set_entry,
@@ -132,4 +133,5 @@ pub mod internals {
     pub use crate::bus::{Bus, BusDevice, Effect};
     pub use crate::kvm::machine::Machine;
     pub use crate::kvm::vcpu::{Exit, Kicker, Thread, Vcpu};
+    pub use crate::panic_log::explain;
 }

@@ -26,7 +26,7 @@ pub(crate) fn cmdline() -> String {
 
 /// Adds the panic log to the exit reason: a panicking kernel resets the machine, and only the log
 /// distinguishes that from an orderly shutdown.
-pub(crate) fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
+pub fn explain(reason: ExitReason, memory: &Memory) -> ExitReason {
     if !matches!(reason, ExitReason::Reset | ExitReason::TripleFault { .. }) {
         return reason;
     }

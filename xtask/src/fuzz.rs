@@ -3,6 +3,8 @@
 //! Inputs that reached something new, inputs that failed, and how much was run stay in the cache, so that each run goes
 //! on where the last one ended. What drives it is in the crate libfuzzer-sys; the compiler need not be a nightly one.
 
+mod coverage;
+
 use crate::arch::Arch;
 use crate::{cache, proc};
 use anyhow::{Context, Result, bail, ensure};
@@ -39,6 +41,9 @@ pub(crate) struct FuzzArgs {
     /// Print the targets
     #[arg(long)]
     list: bool,
+    /// Instead of looking for further inputs, print which lines those reach that were kept
+    #[arg(long, conflicts_with_all = ["minutes", "jobs", "list"])]
+    coverage: bool,
     /// Only these
     targets: Vec<String>,
 }
@@ -61,6 +66,9 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
         true => all,
         false => args.targets.clone(),
     };
+    if args.coverage {
+        return coverage::run(&chosen);
+    }
     let programs = build()?;
     let jobs = match args.jobs {
         Some(jobs) => jobs,
@@ -128,16 +136,36 @@ fn targets() -> Result<Vec<String>> {
 /// Builds all targets, in a directory of their own: what is instrumented is no other command's. Returns where they are.
 fn build() -> Result<PathBuf> {
     let here = Arch::of_this_machine();
-    let (target, directory) = (here.gnu(), here.target("fuzz"));
-    proc::run(
-        proc::cargo()
-            .args(["build", "--package", "koya-fuzz", "--features", "libfuzzer"])
-            // With a target, build scripts and macros are not instrumented.
-            .args(["--profile", "fuzz", "--target", target, "--target-dir"])
-            .arg(&directory)
-            .env("RUSTFLAGS", FLAGS.join(" ")),
-    )?;
-    Ok(directory.join(target).join("fuzz"))
+    let directory = here.target("fuzz");
+    proc::run(build_command(&directory).env("RUSTFLAGS", FLAGS.join(" ")))?;
+    Ok(directory.join(here.gnu()).join("fuzz"))
+}
+
+fn build_command(directory: &Path) -> Command {
+    let mut cargo = proc::cargo();
+    cargo
+        .args(["build", "--package", "koya-fuzz", "--features", "libfuzzer"])
+        // With a target, build scripts and macros are not instrumented.
+        .args(["--profile", "fuzz", "--target"])
+        .arg(Arch::of_this_machine().gnu())
+        .arg("--target-dir")
+        .arg(directory);
+    cargo
+}
+
+/// Where a target's inputs are kept, those that failed, its log, and how much was run.
+fn home(target: &str) -> PathBuf {
+    cache::root().join("fuzz").join(target)
+}
+
+/// Runs a target. Its files are in memory where the host has such a directory: many targets make some for each input.
+fn target_command(programs: &Path, target: &str) -> Command {
+    const IN_MEMORY: &str = "/dev/shm";
+    let mut command = Command::new(programs.join(target));
+    if Path::new(IN_MEMORY).is_dir() {
+        command.env("TMPDIR", IN_MEMORY);
+    }
+    command
 }
 
 /// What became of a target.
@@ -168,7 +196,7 @@ impl Row {
 }
 
 fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
-    let home = cache::root().join("fuzz").join(target);
+    let home = home(target);
     let (inputs, failed) = (home.join("inputs"), home.join("failed"));
     for directory in [&inputs, &failed] {
         fs::create_dir_all(directory).with_context(|| format!("{}", directory.display()))?;
@@ -176,7 +204,7 @@ fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
     let before = files(&failed)?;
     let log = home.join("log");
     let output = File::create(&log).with_context(|| format!("{}", log.display()))?;
-    let status = Command::new(programs.join(target))
+    let status = target_command(programs, target)
         .arg(&inputs)
         .arg(format!("-artifact_prefix={}/", failed.display()))
         .arg(format!("-max_total_time={seconds}"))

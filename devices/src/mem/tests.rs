@@ -393,3 +393,64 @@ fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);
 }
+
+/// Six blocks in every state, with every size requested, and every request for a run of them.
+#[test]
+fn every_request_has_its_answer_in_every_state() {
+    const BLOCKS: usize = 6;
+    let mut setup = setup(0);
+    let shared = setup.handle.shared.clone();
+    let mut cases = 0;
+    for (before, requested) in (0..1usize << BLOCKS).flat_map(|b| (0..=BLOCKS).map(move |r| (b, r)))
+    {
+        let mut requests = vec![(REQUEST_UNPLUG_ALL, 0, 0)];
+        for kind in [REQUEST_PLUG, REQUEST_UNPLUG, REQUEST_STATE] {
+            for first in 0..=BLOCKS {
+                requests.extend((0..=BLOCKS + 1).map(|count| (kind, first, count)));
+            }
+        }
+        for (kind, first, count) in requests {
+            let mut region = lock(&shared.region);
+            region.blocks.fill(false);
+            let all = 0..region.blocks.len();
+            region.slots.set(&all, false);
+            (region.plugged, region.slack) = (0, 0);
+            region.usable = BLOCKS as u64 * BLOCK_SIZE;
+            region.requested = requested as u64 * BLOCK_SIZE;
+            for block in (0..BLOCKS).filter(|block| before >> block & 1 == 1) {
+                region.set(setup.driver.memory(), block..block + 1, true);
+            }
+            drop(region);
+            let run = ((1 << count) - 1) << first;
+            let inside = count > 0 && first + count <= BLOCKS;
+            let (answer, after) = match kind {
+                REQUEST_UNPLUG_ALL => ((RESPONSE_ACK, 0), 0),
+                _ if !inside => ((RESPONSE_ERROR, 0), before),
+                REQUEST_STATE if before & run == run => ((RESPONSE_ACK, STATE_PLUGGED), before),
+                REQUEST_STATE if before & run == 0 => ((RESPONSE_ACK, STATE_UNPLUGGED), before),
+                REQUEST_STATE => ((RESPONSE_ACK, STATE_MIXED), before),
+                REQUEST_PLUG if before & run != 0 => ((RESPONSE_ERROR, 0), before),
+                REQUEST_PLUG if before.count_ones() as usize + count > requested => {
+                    ((RESPONSE_NACK, 0), before)
+                }
+                REQUEST_PLUG => ((RESPONSE_ACK, 0), before | run),
+                _ if before & run != run => ((RESPONSE_ERROR, 0), before),
+                _ => ((RESPONSE_ACK, 0), before & !run),
+            };
+            let address = START + first as u64 * BLOCK_SIZE;
+            let case = format!("{kind} of {count} at {first}, {before:#b}, {requested} requested");
+            assert_eq!(setup.ask(kind, address, count as u16), answer, "{case}");
+            setup.driver.recycle();
+            let region = lock(&shared.region);
+            let there = region.blocks.iter().enumerate().filter(|(_, on)| **on);
+            assert_eq!(there.map(|(at, _)| 1 << at).sum::<usize>(), after, "{case}");
+            assert_eq!(
+                region.plugged,
+                u64::from(after.count_ones()) * BLOCK_SIZE,
+                "{case}"
+            );
+            cases += 1;
+        }
+    }
+    println!("{cases} requests");
+}

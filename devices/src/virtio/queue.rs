@@ -294,11 +294,14 @@ impl ActiveQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_utils::Recorder;
+    use crate::test_utils::{Buffer, Driver, Recorder};
     use crate::virtio::MemoryRegion;
     use crate::virtio::memory::BLOCK_SIZE;
+    use std::collections::VecDeque;
     use vm_memory::GuestRegionMmap;
     use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
+
+    const SIZE: u16 = 4;
 
     #[test]
     fn a_ring_whose_memory_was_unplugged_is_broken_and_not_empty() {
@@ -331,5 +334,87 @@ mod tests {
             queue.pop(),
             Err(QueueError::Rings { index: 0, .. })
         ));
+    }
+
+    /// Whatever the driver asks for, it is interrupted if the entry after which it wants to be was among the last
+    /// ones: section 2.7.10.1.
+    #[test]
+    fn interrupts_come_where_they_were_asked_for() {
+        let mut cases = 0;
+        let driver = Driver::new(SIZE);
+        let mut queue = driver.queue();
+        queue.queue.set_event_idx(true);
+        let [_, available, _] = driver.ring_addresses();
+        let asked = GuestAddress(available + 4 + 2 * u64::from(SIZE));
+        for old in (0..12).chain(65_524..=u16::MAX) {
+            for (count, distance) in (0..=SIZE).flat_map(|c| (0..16u16).map(move |d| (c, d))) {
+                let event = old.wrapping_add(distance).wrapping_sub(8);
+                driver.memory().write_obj(event, asked).unwrap();
+                queue.announced = old;
+                queue.queue.set_next_used(old.wrapping_add(count));
+                queue.notify().unwrap();
+                let wanted = (0..count).any(|entry| old.wrapping_add(entry) == event);
+                assert_eq!(
+                    driver.interrupted(),
+                    wanted,
+                    "{old} + {count}, after {event}"
+                );
+                cases += 1;
+            }
+        }
+        println!("{cases} pairs of indices");
+    }
+
+    /// Every order of a few steps, from indices that wrap round on: chains come once and in their order, one that
+    /// was put back comes again, and what the device has used is what the driver sees.
+    #[test]
+    fn chains_come_once_in_every_order_of_steps() {
+        const STEPS: u32 = 7;
+        let mut orders = 0;
+        for (first, number) in [0, 65_534, 65_535]
+            .into_iter()
+            .flat_map(|first| (0..4u32.pow(STEPS)).map(move |number| (first, number)))
+        {
+            let mut driver = Driver::new(2);
+            driver.begin_at(first);
+            let mut queue = driver.queue_at((first, first));
+            let (mut waiting, mut taken) = (VecDeque::new(), Vec::new());
+            let mut used = Vec::new();
+            let mut may_put_back = false;
+            for step in 0..STEPS {
+                match number >> (2 * step) & 3 {
+                    0 if waiting.len() + taken.len() < 2 => {
+                        waiting.push_back(driver.offer(&[Buffer::Writable(8)]));
+                    }
+                    1 => {
+                        let popped = queue.pop().unwrap().map(|chain| chain.head());
+                        assert_eq!(popped, waiting.pop_front(), "{number:#x} from {first}");
+                        may_put_back = popped.is_some();
+                        taken.extend(popped);
+                    }
+                    // Only what was taken last.
+                    2 if std::mem::take(&mut may_put_back) => {
+                        queue.unpop();
+                        waiting.extend(taken.pop());
+                        waiting.rotate_right(1);
+                    }
+                    3 if !taken.is_empty() => {
+                        let head = taken.remove(0);
+                        may_put_back &= !taken.is_empty();
+                        queue.complete(head, step).unwrap();
+                        used.push((head, step));
+                    }
+                    _ => continue,
+                }
+            }
+            assert_eq!(driver.used(), used, "{number:#x} from {first}");
+            let position = queue.position();
+            drop(queue);
+            let moved = |count: usize| first.wrapping_add(count as u16);
+            let expected = (moved(used.len() + taken.len()), moved(used.len()));
+            assert_eq!(position.get(), expected, "{number:#x} from {first}");
+            orders += 1;
+        }
+        println!("{orders} orders of {STEPS} steps");
     }
 }

@@ -496,4 +496,97 @@ mod tests {
         connection.receive_control(Op::Reset, 0);
         assert!(connection.is_finished());
     }
+
+    /// What either side may do next in a small world: a guest with room for two bytes, a device with room for four.
+    #[derive(Clone, Copy, Debug)]
+    enum Act {
+        GuestSends(u32),
+        HostTakes(u32),
+        /// The device's next control packet.
+        Tells,
+        DeviceSends,
+        GuestReads,
+        GuestTells,
+    }
+
+    /// Every order of a few acts, with counters that wrap round: neither side exceeds the other's room, and a guest
+    /// that waits for room is told of it.
+    #[test]
+    fn credit_is_kept_in_every_order() {
+        const ACTS: [Act; 8] = [
+            Act::GuestSends(1),
+            Act::GuestSends(3),
+            Act::HostTakes(1),
+            Act::HostTakes(4),
+            Act::Tells,
+            Act::DeviceSends,
+            Act::GuestReads,
+            Act::GuestTells,
+        ];
+        const LENGTH: u32 = 6;
+        const FIRST: u32 = u32::MAX - 1;
+        const GUEST_ROOM: u32 = 2;
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut connection = Connection::accepted(ours, &Header::default(), 4);
+        let mut orders = 0;
+        for number in 0..(ACTS.len() as u32).pow(LENGTH) {
+            connection.buffer.clear();
+            connection.pending.clear();
+            (connection.forwarded, connection.forwarded_reported) = (FIRST, FIRST);
+            (connection.sent, connection.peer_forwarded) = (FIRST, FIRST);
+            connection.peer_buffer = GUEST_ROOM;
+            // What the guest sent, what it knows of the device's end, what it received and what of that it read.
+            let (mut sent, mut known, mut received, mut read) = (FIRST, FIRST, FIRST, FIRST);
+            let mut left = number;
+            for _ in 0..LENGTH {
+                let act = ACTS[left as usize % ACTS.len()];
+                left /= ACTS.len() as u32;
+                let mut header = Header::default();
+                match act {
+                    Act::GuestSends(most) => {
+                        let count = most.min(4 - sent.wrapping_sub(known));
+                        sent = sent.wrapping_add(count);
+                        assert!(connection.receive(&vec![0; count as usize]), "{number}");
+                    }
+                    Act::HostTakes(most) => {
+                        let count = most.min(connection.buffered() as u32);
+                        connection.buffer.drain(..count as usize);
+                        connection.add_forwarded(count);
+                    }
+                    Act::Tells => {
+                        if connection.take_control().is_some() {
+                            connection.put_credit(&mut header);
+                            known = header.fwd_cnt.get();
+                        }
+                    }
+                    Act::DeviceSends => {
+                        let count = connection.peer_free().min(1);
+                        connection.sent(count);
+                        received = received.wrapping_add(count);
+                        if count > 0 {
+                            connection.put_credit(&mut header);
+                            known = header.fwd_cnt.get();
+                        }
+                    }
+                    Act::GuestReads => read = received,
+                    Act::GuestTells => {
+                        header.buf_alloc = GUEST_ROOM.into();
+                        header.fwd_cnt = read.into();
+                        connection.take_credit(&header);
+                    }
+                }
+                assert_eq!(connection.state, State::Established);
+                assert!(connection.buffered() <= 4);
+                assert!(
+                    received.wrapping_sub(read) <= GUEST_ROOM,
+                    "{number}: {act:?}"
+                );
+                let waits = sent.wrapping_sub(known) == 4;
+                let told = !connection.pending.is_empty();
+                assert!(!waits || told || connection.buffered() > 0, "{number}");
+            }
+            orders += 1;
+        }
+        println!("{orders} orders of {LENGTH} acts");
+    }
 }

@@ -36,7 +36,7 @@ pub(super) const SERIAL_IRQ: u32 = HOTPLUG_IRQ + 1;
 pub(super) const GIC_INTERRUPTS: u32 = (32 + SERIAL_IRQ + 1).next_multiple_of(32);
 
 /// Guest physical address of the panic log.
-pub(crate) const PANIC_LOG: u64 = MEMORY_START;
+pub const PANIC_LOG: u64 = MEMORY_START;
 /// Size of the panic log, in bytes.
 pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
 /// Guest physical address of the device tree.

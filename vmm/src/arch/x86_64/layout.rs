@@ -37,7 +37,7 @@ pub(super) const EBDA_END: u64 = 0xa_0000;
 pub(super) const HIGH_MEMORY: u64 = 0x10_0000;
 
 /// Guest physical address of the panic log.
-pub(crate) const PANIC_LOG: u64 = HIGH_MEMORY;
+pub const PANIC_LOG: u64 = HIGH_MEMORY;
 /// Size of the panic log in bytes: two records of half this size.
 pub(crate) const PANIC_LOG_SIZE: u64 = 0x1_0000;
 /// Load address of a bzImage.

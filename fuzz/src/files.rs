@@ -1,0 +1,481 @@
+//! Shared files over many requests, with what a guest learns from the replies: nodes and handles that there are, some
+//! that are forgotten, few descriptors, a host that changes the same files, shares that come and go, and requests of
+//! which two are served at a time.
+//!
+//! Whatever is asked, what lies beside the shares stays as it is, and so does what is shared read-only.
+
+use crate::input::Input;
+use koya_devices::fs::passthrough::{Options, Passthrough};
+use koya_devices::fs::server::Server;
+use koya_devices::fs::wire::op;
+use koya_devices::fs::{Cache, ShareOptions, Shares};
+use koya_devices::test_utils::{Buffer, Driver};
+use koya_devices::virtio::ActiveQueue;
+use rustix::fs::{Mode, OFlags, open};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+const QUEUE: u16 = 16;
+
+/// A file that holds nothing but this is a secret of the host's.
+const SECRET: &[u8] = b"not the guest's";
+
+/// What a guest knows.
+struct Known {
+    nodes: Vec<u64>,
+    /// Each with the node that it was opened by.
+    handles: Vec<(u64, u64)>,
+}
+
+/// One guest thread's way to the server.
+struct Asker {
+    driver: Driver,
+    queue: ActiveQueue,
+}
+
+impl Asker {
+    fn new() -> Self {
+        let driver = Driver::new(QUEUE);
+        let queue = driver.queue();
+        Self { driver, queue }
+    }
+
+    /// The body of the reply, if there is one.
+    fn ask(&mut self, server: &Server, buffers: &[Buffer]) -> Option<Vec<u8>> {
+        self.driver.recycle();
+        let head = self.driver.offer(buffers);
+        let chain = self.queue.pop().ok()??;
+        let served = server.serve(&chain, self.driver.memory());
+        let len = served.unwrap_or(0);
+        assert!(len <= chain.writable_len());
+        self.queue.complete(chain.head(), len).expect("a ring");
+        let reply = self.driver.written(head, len as usize);
+        let said = u32::from_le_bytes(reply.get(..4)?.try_into().ok()?);
+        assert_eq!(said, len, "the length in the header of a reply");
+        let error = i32::from_le_bytes(reply.get(4..8)?.try_into().ok()?);
+        assert!((-4095..=0).contains(&error), "{error}");
+        assert!(
+            !contains(&reply, SECRET),
+            "the guest reads what is not shared"
+        );
+        (error == 0).then(|| reply[16..].to_vec())
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    shares: Shares,
+    server: Server,
+    known: Mutex<Known>,
+}
+
+/// What there is below a directory: modes, owners, and contents or targets.
+fn tree(directory: &Path) -> BTreeMap<PathBuf, (u32, u32, u64, Vec<u8>)> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(found) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let content = match found.file_type() {
+            kind if kind.is_dir() => {
+                all.extend(tree(&path));
+                Vec::new()
+            }
+            kind if kind.is_file() => fs::read(&path).unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        all.insert(path, (found.mode(), found.uid(), found.nlink(), content));
+    }
+    all
+}
+
+impl World {
+    fn new(input: &mut Input<'_>) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        for name in ["rw/dir/deep", "ro/dir", "outside/dir", "late"] {
+            fs::create_dir_all(at(name)).expect("a directory");
+        }
+        fs::write(at("rw/file"), "text").expect("a file");
+        fs::write(at("ro/file"), "read only").expect("a file");
+        fs::write(at("ro/dir/x"), "x").expect("a file");
+        fs::write(at("outside/file"), SECRET).expect("a file");
+        symlink("../outside/file", at("rw/link")).expect("a link");
+        symlink("/", at("ro/link")).expect("a link");
+        let choice = input.byte();
+        let shares = Shares::default();
+        shares.add("rw", at("rw"), false).expect("a share");
+        shares.add("ro", at("ro"), true).expect("a share");
+        let cache = [Cache::Never, Cache::Auto, Cache::Always, Cache::Writeback];
+        let options = Options {
+            cache: cache[usize::from(choice % 4)],
+            max_descriptors: [8, 12, 64, 1024][usize::from(choice / 4 % 4)],
+            max_nodes: [8, 32, 1024, 0][usize::from(choice / 16 % 4)],
+        };
+        let files = Passthrough::new(shares.clone(), options).expect("a server");
+        if choice >= 128 {
+            // So that watches are served.
+            drop(files.host_events());
+        }
+        Self {
+            dir,
+            shares,
+            server: Server::new(files),
+            known: Mutex::new(Known {
+                nodes: vec![1],
+                handles: vec![(1, 0)],
+            }),
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A request of the guest, and what it learns.
+    fn ask(&self, asker: &mut Asker, input: &mut Input<'_>) {
+        let request = self.request(input);
+        let opcode = u32::from_le_bytes(request[4..8].try_into().expect("four bytes"));
+        let node = u64::from_le_bytes(request[16..24].try_into().expect("eight bytes"));
+        let size = input.byte();
+        let room = [4096, 160, 144, 128, 16, 80, 65_552, 24][usize::from(size % 8)];
+        let mut buffers = Vec::new();
+        // In one part, or cut somewhere.
+        let cut = usize::from(size / 8) * 4;
+        match request.split_at_checked(cut) {
+            Some((first, second)) if cut > 0 => {
+                buffers.push(Buffer::Readable(first.to_vec()));
+                buffers.push(Buffer::Readable(second.to_vec()));
+            }
+            _ => buffers.push(Buffer::Readable(request)),
+        }
+        buffers.push(Buffer::Writable(room / 3 + 3));
+        buffers.push(Buffer::Writable(room));
+        let Some(reply) = asker.ask(&self.server, &buffers) else {
+            return;
+        };
+        let number = |at: usize| {
+            let bytes = reply.get(at..at + 8)?;
+            bytes.try_into().ok().map(u64::from_le_bytes)
+        };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = |known: &mut Known| {
+            // Zero is a name that does not exist.
+            if let Some(node) = number(0).filter(|node| *node != 0) {
+                known.nodes.push(node);
+            }
+        };
+        match opcode {
+            op::LOOKUP | op::MKNOD | op::MKDIR | op::SYMLINK | op::LINK => entry(&mut known),
+            op::CREATE | op::TMPFILE => {
+                entry(&mut known);
+                if let (Some(node), Some(handle)) = (number(0), number(128)) {
+                    known.handles.push((node, handle));
+                }
+            }
+            op::OPEN | op::OPENDIR => {
+                if let Some(handle) = number(0) {
+                    known.handles.push((node, handle));
+                }
+            }
+            _ => {}
+        }
+        let excess = known.nodes.len().saturating_sub(24);
+        known.nodes.drain(1..1 + excess);
+        let excess = known.handles.len().saturating_sub(12);
+        known.handles.drain(..excess);
+    }
+
+    fn request(&self, input: &mut Input<'_>) -> Vec<u8> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let opcode = match input.byte() {
+            byte @ 0..=99 => input_opcode(byte),
+            byte => u32::from(byte % 55),
+        };
+        let opcode = if opcode == 54 { op::HOST_WATCH } else { opcode };
+        let mut node = input.pick(&known.nodes);
+        let (opened, handle) = input.pick(&known.handles);
+        let uses_handle = matches!(
+            opcode,
+            op::READ
+                | op::WRITE
+                | op::RELEASE
+                | op::RELEASEDIR
+                | op::FSYNC
+                | op::FSYNCDIR
+                | op::FLUSH
+                | op::READDIR
+                | op::READDIRPLUS
+                | op::FALLOCATE
+                | op::LSEEK
+                | op::COPY_FILE_RANGE
+        );
+        let mut body = Vec::new();
+        let long = |body: &mut Vec<u8>, value: u64| body.extend(value.to_le_bytes());
+        if uses_handle {
+            if input.byte() < 240 {
+                node = opened;
+            }
+            long(&mut body, handle);
+            match opcode {
+                op::READ | op::WRITE | op::READDIR | op::READDIRPLUS => {
+                    long(&mut body, input.number());
+                    let size = [4, 64, 4096, 1 << 20, u32::MAX][usize::from(input.byte() % 5)];
+                    let size = if opcode == op::WRITE { 64 } else { size };
+                    body.extend(size.to_le_bytes());
+                    body.extend(u32::from(input.byte() % 8).to_le_bytes());
+                    long(&mut body, 0);
+                    let flags = input.pick(&[0u32, 0x400, 0x4000]);
+                    body.extend(flags.to_le_bytes());
+                    body.extend([0; 4]);
+                    if opcode == op::WRITE {
+                        body.extend([0x5a; 64]);
+                    }
+                }
+                op::COPY_FILE_RANGE => {
+                    long(&mut body, input.number());
+                    let (node, handle) = input.pick(&known.handles);
+                    long(&mut body, node);
+                    long(&mut body, handle);
+                    long(&mut body, input.number());
+                    long(&mut body, u64::from(input.word()));
+                    long(&mut body, 0);
+                }
+                _ => {
+                    long(&mut body, input.number());
+                    // A file of any length fills no disk.
+                    long(&mut body, u64::from(input.word()));
+                    long(&mut body, u64::from(input.byte()));
+                }
+            }
+        } else {
+            self.named(opcode, &known, input, &mut body);
+        }
+        let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
+        request.extend(opcode.to_le_bytes());
+        request.extend(7u64.to_le_bytes());
+        request.extend(node.to_le_bytes());
+        let user = u32::from(input.byte() / 128) * 1000;
+        request.extend(user.to_le_bytes());
+        request.extend(user.to_le_bytes());
+        request.extend([0; 8]);
+        request.extend(body);
+        request
+    }
+
+    /// Arguments of requests that are about names, nodes and attributes.
+    fn named(&self, opcode: u32, known: &Known, input: &mut Input<'_>, body: &mut Vec<u8>) {
+        let mode = 0o644 | u32::from(input.word() & 0o7777);
+        let words = |body: &mut Vec<u8>, values: &[u32]| {
+            body.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        };
+        match opcode {
+            op::FORGET => body.extend(u64::from(input.byte() % 3).to_le_bytes()),
+            op::BATCH_FORGET => {
+                words(body, &[u32::from(input.byte() % 4), 0]);
+                for _ in 0..2 {
+                    body.extend(input.pick(&known.nodes).to_le_bytes());
+                    body.extend(1u64.to_le_bytes());
+                }
+            }
+            op::MKNOD => {
+                let kind = input.pick(&[0o100_000u32, 0o010_000, 0o140_000, 0o020_000]);
+                words(body, &[mode | kind, 0, 0o22, 0]);
+            }
+            op::MKDIR => words(body, &[mode, 0o22]),
+            op::RENAME | op::LINK => body.extend(input.pick(&known.nodes).to_le_bytes()),
+            op::RENAME2 => {
+                body.extend(input.pick(&known.nodes).to_le_bytes());
+                words(body, &[u32::from(input.byte() % 8), 0]);
+            }
+            op::OPEN => words(body, &[open_flags(input), 0]),
+            op::CREATE | op::TMPFILE => words(body, &[open_flags(input), mode, 0o22, 0]),
+            op::SETATTR => {
+                words(body, &[u32::from(input.word()), 0]);
+                let (_, handle) = input.pick(&known.handles);
+                body.extend(handle.to_le_bytes());
+                body.extend(u64::from(input.word()).to_le_bytes());
+                body.extend([0; 8]);
+                (0..3).for_each(|_| body.extend(input.number().to_le_bytes()));
+                (0..3).for_each(|_| words(body, &[u32::from(input.word()) << 16]));
+                words(body, &[mode, 0, 1000, 1000, 0]);
+            }
+            op::SETXATTR => {
+                let size = u32::from(input.byte() % 64);
+                words(body, &[size, u32::from(input.byte() % 3)]);
+                body.extend_from_slice(input.pick(&ATTRIBUTES));
+                body.extend(vec![1; size as usize]);
+            }
+            op::GETXATTR | op::LISTXATTR => {
+                words(body, &[u32::from(input.byte()), 0]);
+                body.extend_from_slice(input.pick(&ATTRIBUTES));
+            }
+            op::REMOVEXATTR => body.extend_from_slice(input.pick(&ATTRIBUTES)),
+            op::HOST_WATCH => {
+                body.extend(u64::from(input.byte()).to_le_bytes());
+                words(body, &[input.long(), 0]);
+            }
+            op::INIT => {
+                words(body, &[7, 38, 0, u32::MAX, u32::MAX]);
+                body.extend([0; 44]);
+            }
+            _ => {}
+        }
+        for _ in 0..2 {
+            body.extend_from_slice(input.pick(&NAMES));
+        }
+    }
+
+    /// Something that the host does meanwhile: never through a link, which may lead outside.
+    fn change(&self, input: &mut Input<'_>) {
+        let names = ["rw/file", "rw/dir", "rw/new", "rw/link", "rw/other"];
+        let (one, two) = (self.at(input.pick(&names)), self.at(input.pick(&names)));
+        let open = |path: &Path| {
+            let mut options = fs::File::options();
+            let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+            options.write(true).custom_flags(flags).open(path).ok()
+        };
+        match input.byte() % 14 {
+            0 => fs::remove_file(one).ok(),
+            1 => fs::remove_dir_all(one).ok(),
+            2 => fs::rename(one, two).ok(),
+            3 => open(&one).and_then(|mut file| file.write_all(input.bytes(9)).ok()),
+            4 => fs::create_dir(one).ok(),
+            5 => symlink(self.at("outside"), one).ok(),
+            6 => symlink("../outside/file", one).ok(),
+            7 => fs::hard_link(one, two).ok(),
+            8 => {
+                let name = input.pick(&["rw", "ro", "late", "1"]);
+                self.shares.remove(name).then_some(())
+            }
+            9 => self.shares.add("rw", self.at("rw"), false).ok(),
+            10 => self.shares.add("ro", self.at("ro"), true).ok(),
+            11 => {
+                let read_only = input.byte().is_multiple_of(2);
+                self.share(input.pick(&["rw/dir", "late", "rw"]), read_only)
+            }
+            12 => {
+                self.server.files().sweep(64);
+                None
+            }
+            _ => {
+                let mode = fs::Permissions::from_mode(0o4755);
+                open(&one).and_then(|file| file.set_permissions(mode).ok())
+            }
+        };
+    }
+
+    /// Shares a directory, if the name is not that of a link by now.
+    fn share(&self, name: &str, read_only: bool) -> Option<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = open(self.at(name), flags, Mode::empty()).ok()?;
+        let options = ShareOptions {
+            read_only,
+            ..ShareOptions::default()
+        };
+        let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
+        self.shares.share(path, options).ok().map(drop)
+    }
+}
+
+const NAMES: [&[u8]; 14] = [
+    b"rw\0",
+    b"ro\0",
+    b"file\0",
+    b"dir\0",
+    b"new\0",
+    b"deep\0",
+    b"link\0",
+    b"other\0",
+    b"x\0",
+    b"late\0",
+    b"..\0",
+    b".\0",
+    b"../outside/file\0",
+    b"\0",
+];
+
+const ATTRIBUTES: [&[u8]; 6] = [
+    b"user.a\0",
+    b"user.b\0",
+    b"trusted.a\0",
+    b"security.capability\0",
+    b"system.posix_acl_access\0",
+    b"\0",
+];
+
+fn open_flags(input: &mut Input<'_>) -> u32 {
+    let mode = u32::from(input.byte() % 3);
+    // O_EXCL, O_TRUNC, O_APPEND, O_NOATIME, O_DIRECT, O_SYNC
+    let others = [0, 0x80, 0x200, 0x400, 0o1_000_000, 0o40_000, 0o4_010_000];
+    mode | input.pick(&others) | input.pick(&others)
+}
+
+/// The requests that lead somewhere.
+fn input_opcode(byte: u8) -> u32 {
+    const OFTEN: [u32; 13] = [
+        op::LOOKUP,
+        op::LOOKUP,
+        op::LOOKUP,
+        op::OPEN,
+        op::OPENDIR,
+        op::CREATE,
+        op::READ,
+        op::WRITE,
+        op::READDIRPLUS,
+        op::READDIR,
+        op::GETATTR,
+        op::SETATTR,
+        op::RENAME2,
+    ];
+    OFTEN[usize::from(byte) % OFTEN.len()]
+}
+
+/// Requests about files.
+///
+/// # Panics
+/// If the server has a bug, or the host no room for files.
+pub fn fs_state(data: &[u8]) {
+    let mut input = Input::new(data);
+    let world = World::new(&mut input);
+    let untouched = || (tree(&world.at("ro")), tree(&world.at("outside")));
+    let before = untouched();
+    let mut asker = Asker::new();
+    for _ in 0..150 {
+        if input.is_empty() {
+            break;
+        }
+        match input.byte() {
+            0..=199 => world.ask(&mut asker, &mut input),
+            200..=246 => world.change(&mut input),
+            247 => world.server.clear(),
+            _ => {
+                let (mut one, mut two) = (Input::new(input.bytes(96)), Input::new(input.bytes(96)));
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        let mut asker = Asker::new();
+                        while !one.is_empty() {
+                            world.ask(&mut asker, &mut one);
+                        }
+                    });
+                    while !two.is_empty() {
+                        world.ask(&mut asker, &mut two);
+                        world.change(&mut two);
+                    }
+                });
+            }
+        }
+    }
+    world.server.clear();
+    assert_eq!(untouched(), before, "something that is not to be changed");
+}

@@ -1,0 +1,245 @@
+//! A machine with a vsock device, and what both ends of each stream know.
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
+use koya_devices::test_utils::{Buffer, Driver};
+use koya_devices::virtio::{Activation, VirtioDevice, Worker};
+use koya_devices::vsock::{Listener, Ports, Vsock};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+pub(super) const QUEUE: u16 = 64;
+pub(super) const CID: u64 = 3;
+/// The port on which the host listens.
+pub(super) const SERVED: u32 = 1;
+/// Guest memory that packets may take before both ends rest.
+pub(super) const ROOM: usize = 12 << 20;
+
+pub(super) const REQUEST: u16 = 1;
+pub(super) const RESPONSE: u16 = 2;
+pub(super) const RESET: u16 = 3;
+pub(super) const SHUTDOWN: u16 = 4;
+pub(super) const DATA: u16 = 5;
+pub(super) const CREDIT: u16 = 6;
+pub(super) const CREDIT_REQUEST: u16 = 7;
+
+pub(super) const NO_MORE_RECEIVED: u32 = 1;
+pub(super) const NO_MORE_SENT: u32 = 2;
+
+pub(super) type Loop = EventManager<Box<dyn MutEventSubscriber + Send>>;
+
+/// A stream as its two ends see it.
+pub(super) struct Stream {
+    /// The host's end.
+    pub(super) host: Option<UnixStream>,
+    pub(super) host_port: u32,
+    pub(super) established: bool,
+    /// An end has said that it sends no more.
+    pub(super) guest_ended: bool,
+    pub(super) host_ended: bool,
+    /// Nothing is promised any more: an end was closed with data on the way.
+    pub(super) over: bool,
+    /// Bytes that the guest sent, and those that the host's end has read.
+    pub(super) sent: u32,
+    pub(super) read: u32,
+    /// Bytes that the host's end wrote, those that the guest received, and those of which the device knows.
+    pub(super) written: u32,
+    pub(super) received: u32,
+    pub(super) acknowledged: u32,
+    /// The guest's room, and what the device told about its own.
+    pub(super) room: u32,
+    pub(super) credit: u32,
+    pub(super) forwarded: u32,
+}
+
+/// What the byte at a place of a stream is.
+pub(super) fn pattern(guest_port: u32, at: u32) -> u8 {
+    (guest_port.wrapping_mul(31) ^ at ^ at >> 8) as u8
+}
+
+pub(super) struct Packet {
+    pub(super) host_port: u32,
+    pub(super) guest_port: u32,
+    pub(super) op: u16,
+    pub(super) flags: u32,
+    pub(super) credit: u32,
+    pub(super) forwarded: u32,
+    pub(super) data: Vec<u8>,
+}
+
+pub(super) struct Machine {
+    pub(super) device: Vsock,
+    pub(super) ports: Ports,
+    pub(super) listener: Listener,
+    pub(super) events: Loop,
+    pub(super) worker: Option<SubscriberId>,
+    pub(super) sends: Driver,
+    pub(super) receive: Driver,
+    /// Buffers that the device has.
+    pub(super) waiting: usize,
+    /// Packets that the device has not looked at.
+    pub(super) unsent: usize,
+    /// Guest memory that packets and buffers have taken.
+    pub(super) taken: usize,
+    pub(super) streams: BTreeMap<u32, Stream>,
+    /// Streams that the guest ended by itself: packets of theirs may be on the way.
+    pub(super) forgotten: BTreeSet<u32>,
+    /// Requests that were not accepted yet, in their order.
+    pub(super) asked: Vec<u32>,
+    pub(super) next_port: u32,
+}
+
+impl Machine {
+    pub(super) fn new() -> Self {
+        let ports = Ports::new().expect("a descriptor");
+        let listener = ports.listen(SERVED).expect("a port");
+        let mut machine = Self {
+            device: Vsock::new(CID, ports.clone()),
+            ports,
+            listener,
+            events: Loop::new().expect("epoll"),
+            worker: None,
+            sends: Driver::new(QUEUE),
+            receive: Driver::new(QUEUE),
+            waiting: 0,
+            unsent: 0,
+            taken: 0,
+            streams: BTreeMap::new(),
+            forgotten: BTreeSet::new(),
+            asked: Vec::new(),
+            next_port: 100,
+        };
+        machine.activate();
+        machine
+    }
+
+    pub(super) fn activate(&mut self) {
+        let queues = [
+            self.receive.queue(),
+            self.sends.queue(),
+            Driver::new(16).queue(),
+        ];
+        let activated = self.device.activate(Activation {
+            memory: self.sends.memory().clone(),
+            interrupt: self.sends.recorder().clone(),
+            queues: queues.into_iter().map(Some).collect(),
+            features: self.device.features(),
+        });
+        if let Ok(Worker::EventLoop(worker)) = activated {
+            self.worker = Some(self.events.add_subscriber(worker));
+        }
+    }
+
+    /// A driver that starts again: the host's ends of all streams are closed.
+    pub(super) fn reset(&mut self) {
+        let worker = self.worker.take();
+        let worker = worker.and_then(|id| self.events.remove_subscriber(id).ok());
+        self.device.reset(worker);
+        self.forgotten.extend(self.streams.keys());
+        self.streams.clear();
+        self.asked.clear();
+        // What was accepted and never taken is closed too.
+        while self.listener.accept_timeout(Duration::ZERO).is_ok() {}
+        self.sends = Driver::new(QUEUE);
+        self.receive = Driver::new(QUEUE);
+        (self.waiting, self.unsent, self.taken) = (0, 0, 0);
+        self.activate();
+    }
+
+    /// Serves until nothing happens, or for long enough.
+    pub(super) fn run(&mut self) {
+        for _ in 0..16 {
+            if self.events.run_with_timeout(0).unwrap_or(0) == 0 {
+                break;
+            }
+        }
+        self.unsent -= self.sends.used().len().min(self.unsent);
+    }
+
+    pub(super) fn offer(&mut self, len: u32) {
+        if self.waiting < usize::from(QUEUE) / 2 && self.taken < ROOM {
+            self.receive.offer(&[Buffer::Writable(len)]);
+            self.receive.kick();
+            self.waiting += 1;
+            self.taken += len.next_multiple_of(16) as usize;
+        }
+    }
+
+    /// Sends a packet as bytes; a split one has its data in a buffer of its own.
+    pub(super) fn send_raw(&mut self, header: Vec<u8>, data: Vec<u8>, split: bool) {
+        if !data.is_empty() && self.taken + data.len() > ROOM {
+            return;
+        }
+        if self.unsent >= usize::from(QUEUE) / 2 - 1 {
+            self.run();
+        }
+        self.unsent += 1;
+        self.taken += 64 + data.len();
+        match split {
+            true => self
+                .sends
+                .offer(&[Buffer::Readable(header), Buffer::Readable(data)]),
+            false => self
+                .sends
+                .offer(&[Buffer::Readable([header, data].concat())]),
+        };
+        self.sends.kick();
+    }
+
+    pub(super) fn send(&mut self, guest_port: u32, op: u16, flags: u32, data: Vec<u8>) {
+        let Some(stream) = self.streams.get_mut(&guest_port) else {
+            return;
+        };
+        stream.acknowledged = stream.received;
+        let ports = (guest_port, stream.host_port);
+        let header = header(
+            ports,
+            op,
+            flags,
+            data.len() as u32,
+            (stream.room, stream.received),
+        );
+        self.send_raw(header, data, op % 2 == 1);
+    }
+
+    /// What the device has written since the last call.
+    pub(super) fn packets(&mut self) -> Vec<Packet> {
+        let used = self.receive.used();
+        self.waiting -= used.len().min(self.waiting);
+        let read = |(head, len): (u16, u32)| {
+            let bytes = self.receive.written(head, len as usize);
+            let number = |at: usize| {
+                let part = bytes.get(at..at + 4)?;
+                part.try_into().ok().map(u32::from_le_bytes)
+            };
+            Some(Packet {
+                host_port: number(16)?,
+                guest_port: number(20)?,
+                op: (number(28)? >> 16) as u16,
+                flags: number(32)?,
+                credit: number(36)?,
+                forwarded: number(40)?,
+                data: bytes.get(44..)?.to_vec(),
+            })
+        };
+        used.into_iter().filter_map(read).collect()
+    }
+}
+
+pub(super) fn header(
+    (guest_port, host_port): (u32, u32),
+    op: u16,
+    flags: u32,
+    len: u32,
+    (room, forwarded): (u32, u32),
+) -> Vec<u8> {
+    let mut bytes = CID.to_le_bytes().to_vec();
+    bytes.extend(2u64.to_le_bytes());
+    for word in [guest_port, host_port, len, 1 | u32::from(op) << 16] {
+        bytes.extend(word.to_le_bytes());
+    }
+    for word in [flags, room, forwarded] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes
+}

@@ -1,0 +1,4 @@
+//! A network behind its registers.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: koya_fuzz::without_sigpipe(), |data: &[u8]| koya_fuzz::life_net(data));

@@ -1,0 +1,4 @@
+//! What a kernel leaves that panicked.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::panic_logs(data));
