@@ -146,7 +146,7 @@ mod tests {
             "ociVersion": "1.2.0",
             "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "capabilities": {"bounding": ["CAP_KILL"]}},
             "linux": {"seccomp": {"defaultAction": action,
-                "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}},
+                "syscalls": [{"names": ["write"], "action": "SCMP_ACT_ALLOW"}]}},
         }))
         .unwrap()
     }

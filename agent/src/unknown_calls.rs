@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn filters_that_refuse_what_they_do_not_name_are_concerned() {
-        let rule = json!([{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]);
+        let rule = json!([{"names": ["write"], "action": "SCMP_ACT_ALLOW"}]);
         let of = |action: &str, number: Option<u32>, rules: &Value| {
             let mut value = json!({"defaultAction": action, "syscalls": rules});
             if let Some(number) = number {
@@ -196,7 +196,7 @@ mod tests {
         assert!(!of("SCMP_ACT_KILL", None, &rule));
         let none = json!([{"names": ["none_such"], "action": "SCMP_ACT_ALLOW"}]);
         assert!(!of("SCMP_ACT_ERRNO", None, &none));
-        let kills = json!([{"names": ["read", "seccomp"], "action": "SCMP_ACT_KILL"}]);
+        let kills = json!([{"names": ["write", "seccomp"], "action": "SCMP_ACT_KILL"}]);
         assert!(!of("SCMP_ACT_ERRNO", None, &kills));
     }
 
