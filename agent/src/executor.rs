@@ -188,7 +188,15 @@ fn missing(path: &Path) -> Option<String> {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let found = self.privileges.as_if_given_up(|| find(spec));
+        let found = match &self.confinement {
+            Some(_) => self.privileges.as_if_given_up(|| find(spec)),
+            // It may wait for its start for long, seen by others.
+            None => {
+                let given_up = self.privileges.give_up();
+                given_up.map_err(|e| ExecutorValidationError::ArgValidationError(e.to_string()))?;
+                find(spec)
+            }
+        };
         found.map(drop).map_err(|(code, why)| {
             self.tell(code, &why);
             ExecutorValidationError::ArgValidationError(why)
@@ -196,13 +204,14 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let confined = self.confinement.as_ref().map_or(Ok(()), confine);
-        let confined = confined.and_then(|()| self.privileges.give_up());
-        if let Err(ExecutorError::Other(why)) = &confined {
-            // As below.
-            eprintln!("koya: {why}");
+        if let Some(confinement) = &self.confinement {
+            let confined = confine(confinement).and_then(|()| self.privileges.give_up());
+            if let Err(ExecutorError::Other(why)) = &confined {
+                // As below.
+                eprintln!("koya: {why}");
+            }
+            confined?;
         }
-        confined?;
         if let Some(Err(error)) = self.hooks.as_ref().map(StartHooks::run) {
             // As below.
             eprintln!("koya: {error:#}");
