@@ -58,7 +58,7 @@ podman import --quiet --change 'WORKDIR /home/podman' \\
     --change 'CMD [\"/bin/echo\", \"This container is intended for podman CI testing\"]' \\
     --change 'LABEL created_by=test/system/build-testimage' --change 'LABEL created_at=2022-06-15T00:00:00Z' \\
     \"$1/testimage.tar\" \"$5\" >&2
-# A test passes on the descriptor that bats has for its output: a pipe instead of the console.
+# A test may pass on the descriptor that bats has for its output: a pipe instead of the console.
 cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
 ";
 

@@ -28,7 +28,7 @@ echo \"BUSYBOX_IMAGE=$here/busybox.tar HELLO_IMAGE=$here/busybox.tar DEBIAN_IMAG
 const RUN: &str = "mkdir -p /run/scratch/bin /run/scratch/tmp
 ln -s \"$(command -v koya-runtime)\" /run/scratch/bin/runc
 export PATH=/run/scratch/bin:$PATH RUNC=/run/scratch/bin/runc TMPDIR=/run/scratch/tmp
-# A test passes on the descriptor that bats has for its output: a pipe instead of the console.
+# A test may pass on the descriptor that bats has for its output: a pipe instead of the console.
 cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
 ";
 
