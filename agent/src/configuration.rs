@@ -7,9 +7,9 @@ use crate::helper;
 use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{
-    Hook, LinuxCapabilities, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup,
-    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp,
-    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, Process, Spec,
+    Hook, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder,
+    LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompArg,
+    LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, Process, Spec,
 };
 use rustix::fs::{FileType, Gid, Uid, major, minor};
 use std::collections::HashSet;
@@ -115,13 +115,6 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
         .set_readonly_paths(None);
     added.set_linux(Some(linux));
     added
-}
-
-/// Takes what the program of an added process drops itself, after its filter (see [`crate::executor`]).
-pub(crate) fn take_capabilities(process: &mut Process) -> Option<LinuxCapabilities> {
-    let capabilities = process.capabilities().clone();
-    process.set_capabilities(None);
-    capabilities
 }
 
 /// A container's user as the agent's user namespace numbers it.
@@ -403,9 +396,6 @@ mod tests {
         ] {
             assert!(added.pointer(left_out).is_none(), "{left_out}");
         }
-        let mut process = whole.process().clone().unwrap();
-        assert!(take_capabilities(&mut process).is_some_and(|all| all.bounding().is_some()));
-        assert!(process.capabilities().is_none());
     }
 
     #[test]

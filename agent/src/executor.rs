@@ -1,18 +1,16 @@
 //! The last step of a container's process: find the program and become it.
 //!
 //! libcontainer's own executor loses the reason when that fails, and a process that is added to a
-//! container does not get the container's seccomp filter from it. Here both are seen to.
+//! container does not get all of its confinement from it. Here both are seen to.
 
 use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::console;
+use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
 use koya_protocol::Refused;
-use libcontainer::capabilities::drop_privileges;
-use libcontainer::seccomp::initialize_seccomp;
-use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Spec};
+use oci_spec::runtime::Spec;
 use rustix::fs::{Access, AtFlags, CWD, FileType, Uid, accessat, fchown, fstat};
 use rustix::io::Errno;
 use rustix::termios::isatty;
@@ -38,9 +36,10 @@ const MAX_REASON: usize = 2048;
 pub(crate) struct Program {
     /// To the helper, which reads why the program can't be run once libcontainer has failed.
     reason: Arc<PipeWriter>,
-    /// For a process that is added to a container: the container's control group, its filter, and the
-    /// capabilities to keep, in this order, since each needs what the next takes away.
+    /// For a process that is added to a container, before it gives up its privileges, which all of it needs.
     confinement: Option<Confinement>,
+    /// What libcontainer leaves for the process itself to give up.
+    privileges: Privileges,
     /// What runs before the program of a container.
     hooks: Option<StartHooks>,
 }
@@ -61,11 +60,15 @@ impl Reason {
 }
 
 impl Program {
-    pub(crate) fn new(confinement: Option<Confinement>) -> std::io::Result<(Self, Reason)> {
+    pub(crate) fn new(
+        confinement: Option<Confinement>,
+        privileges: Privileges,
+    ) -> std::io::Result<(Self, Reason)> {
         let (reader, writer) = std::io::pipe()?;
         let program = Self {
             reason: Arc::new(writer),
             confinement,
+            privileges,
             hooks: None,
         };
         Ok((program, Reason(reader)))
@@ -95,8 +98,6 @@ pub(crate) struct Confinement {
     pub(crate) groups: Vec<Arc<File>>,
     /// The CPUs to have in there.
     pub(crate) affinity: Affinity,
-    pub(crate) seccomp: Option<LinuxSeccomp>,
-    pub(crate) capabilities: Option<LinuxCapabilities>,
     /// The user whose its streams are.
     pub(crate) uid: u32,
     /// How its terminal is to be, if it has one: nothing else holds it back until that is set.
@@ -111,7 +112,11 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
         return Err((NOT_FOUND, "no command was given".into()));
     };
     if name.contains('/') {
-        return usable(Path::new(name)).map_err(|(code, why)| (code, format!("{name}: {why}")));
+        return usable(Path::new(name)).map_err(|(code, why)| match code {
+            // As runc and crun begin it.
+            CANNOT_RUN => (code, format!("exec {name}: {why}")),
+            _ => (code, format!("{name}: {why}")),
+        });
     }
     let env = process.and_then(|p| p.env().as_ref());
     let path = env
@@ -126,7 +131,7 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
         }
     }
     if denied {
-        return Err((CANNOT_RUN, format!("{name}: permission denied")));
+        return Err((CANNOT_RUN, format!("exec {name}: permission denied")));
     }
     // Docker takes its exit status from these words, which are runc's.
     Err((
@@ -183,7 +188,16 @@ fn missing(path: &Path) -> Option<String> {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        find(spec).map(drop).map_err(|(code, why)| {
+        let found = match &self.confinement {
+            Some(_) => self.privileges.as_if_given_up(|| find(spec)),
+            // It may wait for its start for long, seen by others.
+            None => {
+                let given_up = self.privileges.give_up();
+                given_up.map_err(|e| ExecutorValidationError::ArgValidationError(e.to_string()))?;
+                find(spec)
+            }
+        };
+        found.map(drop).map_err(|(code, why)| {
             self.tell(code, &why);
             ExecutorValidationError::ArgValidationError(why)
         })
@@ -191,7 +205,7 @@ impl Executor for Program {
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         if let Some(confinement) = &self.confinement {
-            let confined = confine(confinement);
+            let confined = confine(confinement).and_then(|()| self.privileges.give_up());
             if let Err(ExecutorError::Other(why)) = &confined {
                 // As below.
                 eprintln!("koya: {why}");
@@ -257,14 +271,6 @@ fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
         let set = settings.apply(stdin());
         set.map_err(|e| ExecutorError::Other(format!("terminal: {e:#}")))?;
     }
-    if let Some(seccomp) = &confinement.seccomp {
-        initialize_seccomp(seccomp).map_err(|e| ExecutorError::Other(format!("seccomp: {e}")))?;
-    }
-    if let Some(capabilities) = &confinement.capabilities {
-        let syscall = create_syscall();
-        drop_privileges(capabilities, syscall.as_ref())
-            .map_err(|e| ExecutorError::Other(format!("capabilities: {e}")))?;
-    }
     Ok(())
 }
 
@@ -274,7 +280,7 @@ mod tests {
 
     #[test]
     fn the_helper_reads_why_a_program_cannot_be_run() {
-        let (program, reason) = Program::new(None).unwrap();
+        let (program, reason) = Program::new(None, Privileges::default()).unwrap();
         let spec = |args: &str| -> Spec {
             let text = format!(
                 r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","user":{{"uid":0,"gid":0}},"args":["{args}"],"env":["PATH=/none"]}}}}"#
@@ -288,10 +294,10 @@ mod tests {
         };
         assert_eq!(reason.read(), Some(told));
         // Nothing was told, though the other end is still open.
-        let (program, reason) = Program::new(None).unwrap();
+        let (program, reason) = Program::new(None, Privileges::default()).unwrap();
         assert!(program.validate(&spec("/proc/self/exe")).is_ok());
         assert_eq!(reason.read(), None);
-        let (program, reason) = Program::new(None).unwrap();
+        let (program, reason) = Program::new(None, Privileges::default()).unwrap();
         program.tell(CANNOT_RUN, &"x".repeat(1 << 20));
         assert!(matches!(
             reason.read(),
@@ -353,12 +359,12 @@ mod tests {
             Path::new(&first).join("tool")
         );
         let (status, why) = find(&spec_of(&first, &[])).unwrap_err();
-        let directory = format!("{first}: permission denied: it is a directory");
+        let directory = format!("exec {first}: permission denied: it is a directory");
         assert_eq!((status, why), (CANNOT_RUN, directory));
         let (status, why) = find(&spec_of("tool", &[format!("PATH={closed}")])).unwrap_err();
         assert_eq!(
             (status, why.as_str()),
-            (CANNOT_RUN, "tool: permission denied")
+            (CANNOT_RUN, "exec tool: permission denied")
         );
     }
 }

@@ -7,6 +7,7 @@ use crate::affinity::Affinity;
 use crate::cgroup;
 use crate::configuration;
 use crate::executor::{self, Confinement, Program};
+use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
@@ -44,6 +45,8 @@ const ENTRIES: &str = "/run/koya/entries";
 const CONFIG: &str = "config.json";
 const ADDED: &str = "added";
 const SHARED: &str = "shared.json";
+/// What its own process gives up by itself.
+const PRIVILEGES: &str = "privileges.json";
 
 /// A container's bundle.
 pub(crate) fn bundle(id: &str) -> PathBuf {
@@ -54,7 +57,13 @@ pub(crate) fn bundle(id: &str) -> PathBuf {
 pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
     let added = bundle(id).join(ADDED);
     std::fs::create_dir_all(&added)?;
-    spec.save(bundle(id).join(CONFIG))?;
+    let mut own = spec.clone();
+    let privileges = Privileges::take(&mut own);
+    own.save(bundle(id).join(CONFIG))?;
+    std::fs::write(
+        bundle(id).join(PRIVILEGES),
+        serde_json::to_vec(&privileges)?,
+    )?;
     configuration::for_added(spec).save(added.join(CONFIG))?;
     let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
     let process = spec.process().as_ref();
@@ -181,7 +190,8 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
     let further = take_further(further)?;
     std::fs::create_dir_all(STATE)?;
     executor::give_streams(uid.parse()?);
-    let (program, reason) = Program::new(None)?;
+    let privileges = serde_json::from_slice(&std::fs::read(bundle(id).join(PRIVILEGES))?)?;
+    let (program, reason) = Program::new(None, privileges)?;
     let program = program.after(StartHooks::load(&bundle(id))?);
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(STATE)?
@@ -261,25 +271,24 @@ fn exec(
     let further = take_further(further)?;
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
-    let capabilities = configuration::take_capabilities(&mut wanted);
     let shared = std::fs::read(bundle(id).join(ADDED).join(SHARED))?;
     let (seccomp, affinity) = serde_json::from_slice(&shared)?;
+    let privileges = Privileges::of_added(&mut wanted, seccomp);
     let affinity = Affinity::take(&mut wanted, affinity);
     affinity.begin()?;
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
-    let (program, reason) = Program::new(Some(Confinement {
+    let confinement = Confinement {
         groups: match cgroup.is_empty() {
             true => cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
             false => vec![cgroup::door(id, cgroup)?],
         },
-        seccomp,
         affinity,
-        capabilities,
         uid: wanted.user().uid(),
         terminal: console_path(console)
             .map(|_| serde_json::from_str(terminal))
             .transpose()?,
-    }))?;
+    };
+    let (program, reason) = Program::new(Some(confinement), privileges)?;
     let entry = Entry::make(id)?;
     let built = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(&entry.0)?

@@ -26,6 +26,7 @@ mod late_mounts;
 mod names;
 mod network;
 mod oom;
+mod privileges;
 mod reaper;
 mod service;
 mod start_hooks;
@@ -34,6 +35,7 @@ mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;
 mod tmpfs;
+mod unknown_calls;
 mod volumes;
 mod watches;
 mod within;

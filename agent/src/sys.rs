@@ -1,6 +1,7 @@
 //! System calls that no safe crate wraps. Every function is safe to call; each `unsafe` block
 //! states why.
 
+use crate::unknown_calls::Step;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::fs::OpenOptions;
@@ -358,6 +359,35 @@ pub(crate) fn attach_device_program(
         )
     })?;
     Ok(fd)
+}
+
+/// Adds a filter of system calls to the calling thread's.
+pub(crate) fn filter_calls(program: &[Step], flags: u32) -> io::Result<()> {
+    const SET_MODE_FILTER: libc::c_uint = 1;
+    let instruction = |&(code, jt, jf, k): &Step| libc::sock_filter { code, jt, jf, k };
+    let mut instructions: Vec<_> = program.iter().map(instruction).collect();
+    let program = libc::sock_fprog {
+        len: instructions.len() as u16,
+        filter: instructions.as_mut_ptr(),
+    };
+    // SAFETY: the program points to the instructions, which outlive the call; the kernel checks and copies them.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })?;
+    Ok(())
+}
+
+/// The error that a system call without arguments has.
+#[cfg(test)]
+pub(crate) fn answer_to_call(number: i64) -> Option<i32> {
+    // SAFETY: the test asks for numbers that no kernel has.
+    let answer = unsafe { libc::syscall(number) };
+    checked(answer).err()?.raw_os_error()
 }
 
 #[cfg(test)]

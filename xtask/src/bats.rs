@@ -30,6 +30,9 @@ pub(crate) struct BatsArgs {
     /// Only tests whose name matches, of files that are named; such results are printed and not kept
     #[arg(long, value_name = "REGEX", requires = "files")]
     filter: Option<String>,
+    /// CPUs of the rig. With more than one, guests in an emulated host may hang
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
     /// Only these files, without `.bats`
     files: Vec<String>,
 }
@@ -69,7 +72,7 @@ impl Project<'_> {
         if let Some(filter) = &args.filter {
             return files.iter().try_for_each(|file| {
                 let printed = results.join(format!("{file}.filtered"));
-                let found = self.run_file(file, filter, &printed)?;
+                let found = self.run_file(file, filter, args.cpus, &printed)?;
                 println!("{}", row(file, &found));
                 Ok(())
             });
@@ -78,7 +81,7 @@ impl Project<'_> {
             let kept = results.join(format!("{file}.tap"));
             if args.again || !kept.exists() {
                 let partial = kept.with_extension("partial");
-                self.run_file(file, "", &partial)?;
+                self.run_file(file, "", args.cpus, &partial)?;
                 fs::rename(partial, kept)?;
             }
         }
@@ -91,9 +94,10 @@ impl Project<'_> {
     }
 
     /// Runs a file's tests in a rig, all of them if the filter is empty, and keeps what they print.
-    fn run_file(&self, file: &str, filter: &str, printed: &Path) -> Result<Results> {
+    fn run_file(&self, file: &str, filter: &str, cpus: u32, printed: &Path) -> Result<Results> {
         let mut rig = Command::new(std::env::current_exe()?);
-        rig.args(["rig", "--no-build", "--timeout", LIMIT, "--"]);
+        rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
+        rig.args([&cpus.to_string(), "--"]);
         rig.args(["sh", "-c", self.script, "sh"]).arg(&self.tests);
         rig.arg(format!("{file}.bats")).arg(filter);
         rig.args(&self.further).stdout(File::create(printed)?);

@@ -152,7 +152,7 @@ pub(crate) struct CreateArgs {
     /// A socket that a descriptor of the container's process is sent to, a pidfd
     #[arg(long, value_name = "SOCKET")]
     pub(crate) pidfd_socket: Option<PathBuf>,
-    /// Leave the process so many descriptors from 3 on: pipes, FIFOs and stream sockets
+    /// Leave the process so many descriptors from 3 on: pipes, FIFOs, stream sockets, and files that are open one way
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
     /// Accepted, without a meaning: the guest's root is its own
@@ -245,7 +245,7 @@ pub(crate) struct ExecArgs {
     /// A capability beside the container's
     #[arg(long, short, value_name = "CAP")]
     pub(crate) cap: Vec<String>,
-    /// Leave the process so many descriptors from 3 on: pipes, FIFOs and stream sockets
+    /// Leave the process so many descriptors from 3 on: pipes, FIFOs, stream sockets, and files that are open one way
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
     /// A control group in the container's own

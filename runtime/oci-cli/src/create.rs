@@ -165,8 +165,13 @@ fn make(
         joins,
         log: logging::Config::of(globals)?,
     };
-    let made = launch(&boot, console, given).and_then(|(mut child, stream)| {
-        let group = spec.cgroup();
+    let group = spec.cgroup();
+    // Not before its name is its own: that one is taken is the better reason.
+    let is_unused = group.as_deref().map_or(Ok(()), cgroup::check_unused);
+    let launched = is_unused
+        .map_err(anyhow::Error::from)
+        .and_then(|()| launch(&boot, console, given));
+    let made = launched.and_then(|(mut child, stream)| {
         let told = pidfd.map_or(Ok(()), |receiver| receiver.send(child.id()));
         let finished = told.and_then(|()| finish(&boot, args, spec, child.id(), &stream));
         if finished.is_err() {

@@ -148,8 +148,12 @@ fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
     if args.no_new_privs {
         process["noNewPrivileges"] = true.into();
     }
+    // As runc has it: ambient capabilities are those that are inherited.
+    let inherits = process["capabilities"]["inheritable"].is_array();
+    let sets = ["bounding", "effective", "permitted", "ambient"];
+    let sets = &sets[..if inherits { 4 } else { 3 }];
     for cap in &args.cap {
-        for set in ["bounding", "effective", "permitted"] {
+        for set in sets {
             match process["capabilities"][set].as_array_mut() {
                 Some(list) => list.push(json!(cap)),
                 None => process["capabilities"][set] = json!([cap]),

@@ -68,7 +68,7 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
     if name.contains('/') {
         return match tree.find(&process.cwd().join(name)) {
             Found::Nothing => bail!("{name}: no such file or directory"),
-            Found::Unusable(why) => bail!("{name}: {why}"),
+            Found::Unusable(why) => bail!("exec {name}: {why}"),
             Found::Usable | Found::Unknown => Ok(()),
         };
     }
@@ -86,7 +86,7 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
         return Ok(());
     }
     if found.iter().any(|one| *one != Found::Nothing) {
-        bail!("{name}: permission denied");
+        bail!("exec {name}: permission denied");
     }
     bail!("{name}: executable file not found in $PATH ({path})");
 }
@@ -287,9 +287,9 @@ mod tests {
             ),
             ("/nope", "/nope: no such file or directory"),
             ("/bin/sh/x", "/bin/sh/x: no such file or directory"),
-            ("data", "data: permission denied"),
-            ("/usr/bin/data", "/usr/bin/data: permission denied"),
-            ("/bin", "/bin: permission denied: it is a directory"),
+            ("data", "exec data: permission denied"),
+            ("/usr/bin/data", "exec /usr/bin/data: permission denied"),
+            ("/bin", "exec /bin: permission denied: it is a directory"),
         ];
         for (program, why) in cases {
             assert_eq!(runs(program), Err(why.into()), "{program}");

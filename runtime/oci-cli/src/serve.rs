@@ -138,6 +138,7 @@ fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) ->
     {
         log::warn!("cannot enter {}: {error}", group.display());
     }
+    cgroup::have_all_cpus();
     let served = match &boot.joins {
         Some(joins) => member::stand(boot, joins, &spec, fds, stream, wire),
         None => enter_and_run(boot, spec, fds, stream, wire),

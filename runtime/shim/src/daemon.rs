@@ -52,6 +52,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     {
         log::warn!("cannot enter {}: {error}", group.display());
     }
+    cgroup::have_all_cpus();
     koya::vmm::devices::fs::raise_descriptor_limit();
 
     let (end, ended) = channel();

@@ -2,7 +2,10 @@
 //! `linux.cgroupsPath`. The sandbox's process lives in it, with limits for all of it: what the container may
 //! have, and what a virtual machine takes beyond that.
 
+use crate::Error;
+use anyhow::anyhow;
 use koya::oci_spec::runtime as oci;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -80,6 +83,29 @@ fn is_in(groups: &str, group: &Path) -> bool {
     path.is_some_and(|path| Path::new(ROOT).join(path) == group)
 }
 
+/// Checks that a group is free for a sandbox, if it is there already: in one that is frozen its process would stand still,
+/// and in one that others are in their limits would be its own.
+///
+/// # Errors
+/// In runc's words.
+pub fn check_unused(group: &Path) -> Result<(), Error> {
+    let events = fs::read_to_string(group.join("cgroup.events")).unwrap_or_default();
+    let freeze = fs::read_to_string(group.join("cgroup.freeze")).unwrap_or_default();
+    match why_used(&events, &freeze) {
+        Some(why) => Err(anyhow!("container's cgroup {why}: {}", group.display()).into()),
+        None => Ok(()),
+    }
+}
+
+/// By what its files say (Linux, admin-guide/cgroup-v2).
+fn why_used(events: &str, freeze: &str) -> Option<&'static str> {
+    let holds = |line: &str| events.lines().any(|known| known == line);
+    if holds("populated 1") {
+        return Some("is not empty");
+    }
+    (holds("frozen 1") || freeze.trim() == "1").then_some("unexpectedly frozen")
+}
+
 /// Moves this process into the group, made if it is not there: all of its threads.
 ///
 /// # Errors
@@ -87,6 +113,19 @@ fn is_in(groups: &str, group: &Path) -> bool {
 pub fn enter(group: &Path) -> io::Result<()> {
     make(group)?;
     fs::write(group.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// Lets the calling thread, and those that it starts, have all CPUs of its control group. Those that its parent was bound to are
+/// the parent's own matter, as with runc: an engine that is bound to a few (`CPUAffinity=` of its service) has
+/// containers that are not.
+pub fn have_all_cpus() {
+    let mut all = CpuSet::new();
+    for cpu in 0..CpuSet::MAX_CPU {
+        all.set(cpu);
+    }
+    if let Err(error) = sched_setaffinity(None, &all) {
+        log::debug!("the CPUs of the caller stay: {error}");
+    }
 }
 
 /// With the controllers that limits need, as far as the groups above have them.
@@ -195,6 +234,37 @@ pub fn remove(group: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_that_are_frozen_or_not_empty_are_told() {
+        let said = |events: &str, freeze: &str| why_used(events, freeze);
+        assert_eq!(said("populated 0\nfrozen 0\n", "0\n"), None);
+        // There is none yet, or no way to know.
+        assert_eq!(said("", ""), None);
+        assert_eq!(said("populated 1\nfrozen 0\n", "0\n"), Some("is not empty"));
+        let frozen = Some("unexpectedly frozen");
+        assert_eq!(said("populated 0\nfrozen 1\n", "0\n"), frozen);
+        assert_eq!(said("populated 0\nfrozen 0\n", "1\n"), frozen);
+    }
+
+    #[test]
+    fn a_bound_parent_has_sandboxes_that_are_not() {
+        use rustix::thread::sched_getaffinity;
+        let all = sched_getaffinity(None).unwrap();
+        let first = (0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).unwrap();
+        let mut one = CpuSet::new();
+        one.set(first);
+        let thread = std::thread::spawn(move || {
+            sched_setaffinity(None, &one).unwrap();
+            have_all_cpus();
+            let own = std::thread::spawn(|| sched_getaffinity(None).unwrap());
+            own.join().unwrap()
+        });
+        let own = thread.join().unwrap();
+        for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)) {
+            assert!(own.is_set(cpu), "{cpu}");
+        }
+    }
 
     #[test]
     fn groups_are_found_by_both_ways_of_naming_them() {

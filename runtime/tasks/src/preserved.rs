@@ -1,6 +1,6 @@
 //! `--preserve-fds`: descriptors that a process inherits from the caller, from 3 on. Descriptors don't pass into
-//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe
-//! or a FIFO, and a socket for a stream socket.
+//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe,
+//! a FIFO or a file that is open one way, and a socket for a stream socket.
 
 use anyhow::{Context, Result, bail};
 use koya::Direction;
@@ -35,11 +35,14 @@ impl Preserved {
 
 fn direction_of(fd: &OwnedFd) -> Result<Direction> {
     match FileType::from_raw_mode(fstat(fd)?.st_mode) {
-        FileType::Fifo => match fcntl_getfl(fd)? & OFlags::RWMODE {
-            OFlags::RDONLY => Ok(Direction::Input),
-            OFlags::WRONLY => Ok(Direction::Output),
-            _ => bail!("it is a FIFO that is open both ways"),
-        },
+        kind @ (FileType::Fifo | FileType::RegularFile) => {
+            match (fcntl_getfl(fd)? & OFlags::RWMODE, kind) {
+                (OFlags::RDONLY, _) => Ok(Direction::Input),
+                (OFlags::WRONLY, _) => Ok(Direction::Output),
+                (_, FileType::Fifo) => bail!("it is a FIFO that is open both ways"),
+                _ => bail!("it is a regular file that is open both ways"),
+            }
+        }
         FileType::Socket if sockopt::socket_type(fd)? != SocketType::STREAM => {
             bail!("it is a socket, but no stream")
         }
@@ -47,7 +50,6 @@ fn direction_of(fd: &OwnedFd) -> Result<Direction> {
             bail!("it is a socket that listens")
         }
         FileType::Socket => Ok(Direction::Both),
-        FileType::RegularFile => bail!("it is a regular file"),
         FileType::Directory => bail!("it is a directory"),
         FileType::CharacterDevice | FileType::BlockDevice => bail!("it is a device"),
         _ => bail!("it is no pipe, FIFO or stream socket"),
@@ -73,8 +75,12 @@ mod tests {
         assert_eq!(of(read), Ok(Direction::Input));
         assert_eq!(of(write), Ok(Direction::Output));
         assert_eq!(of(UnixStream::pair().unwrap().0), Ok(Direction::Both));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(of(File::open(&file).unwrap()), Ok(Direction::Input));
+        assert_eq!(of(File::create(&file).unwrap()), Ok(Direction::Output));
+        let both = "a regular file that is open both ways";
         let others: [(OwnedFd, &str); 5] = [
-            (tempfile::tempfile().unwrap().into(), "a regular file"),
+            (file.into_file().into(), both),
             (File::open("/").unwrap().into(), "a directory"),
             (File::open("/dev/null").unwrap().into(), "a device"),
             (TcpListener::bind("127.0.0.1:0").unwrap().into(), "listens"),

@@ -16,6 +16,7 @@ crate::trials!(
     streams_and_statuses,
     execs_have_a_process_of_their_own,
     a_killed_sandbox_is_a_stopped_container,
+    a_control_group_that_is_not_free_is_refused,
     hooks_run_on_the_host,
     what_uses_it_is_asked_and_changed,
     a_terminal_is_sent_to_the_console_socket,
@@ -301,6 +302,34 @@ fn execs_have_a_process_of_their_own() -> Result<()> {
             .then_some(()))
     })?;
     runtime.ok(&["delete", "--force", "e"])?;
+    Ok(())
+}
+
+/// In a group that is frozen the command would wait for ever.
+fn a_control_group_that_is_not_free_is_refused() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("true", |config| {
+        config["linux"]["cgroupsPath"] = "/koya-oci-used".into();
+    })?;
+    let group = Path::new("/sys/fs/cgroup/koya-oci-used");
+    let refused = || -> Result<String> {
+        let run = runtime.call(&["run", "--bundle", text(&bundle)?, "u"])?;
+        ensure!(!run.status.success());
+        Ok(String::from_utf8_lossy(&run.stderr).into_owned())
+    };
+    fs::create_dir(group)?;
+    fs::write(group.join("cgroup.freeze"), "1")?;
+    let said = refused()?;
+    ensure!(said.contains("cgroup unexpectedly frozen"), "{said}");
+    fs::write(group.join("cgroup.freeze"), "0")?;
+    let mut other = Command::new("sleep").arg("1000").spawn()?;
+    fs::write(group.join("cgroup.procs"), other.id().to_string())?;
+    let said = refused()?;
+    other.kill()?;
+    other.wait()?;
+    ensure!(said.contains("cgroup is not empty"), "{said}");
+    until("its end", || Ok(fs::remove_dir(group).ok()))?;
+    runtime.ok(&["run", "--bundle", text(&bundle)?, "u"])?;
     Ok(())
 }
 

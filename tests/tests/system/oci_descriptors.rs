@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 
 crate::trials!(
     pipes_and_sockets_are_preserved,
+    files_are_preserved_one_way,
     descriptors_that_cannot_be_preserved_are_refused,
     a_descriptor_of_its_process_is_sent
 );
@@ -78,6 +79,29 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     Ok(())
 }
 
+/// They are read from where they stand, and what is written comes where they stand.
+fn files_are_preserved_one_way() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let dir = scratch("preserved-files")?;
+    let (from, to) = (dir.join("from"), dir.join("to"));
+    let content = format!("first\n{}", "line\n".repeat(100_000));
+    fs::write(&from, &content)?;
+    fs::write(&to, "before\n")?;
+    let copies = bundle("cat /proc/self/fd/3 >&4", |_| ())?;
+    let words = format!(
+        "run --preserve-fds 2 --bundle {} f 3<&0 4>>{} </dev/null",
+        text(&copies)?,
+        text(&to)?
+    );
+    let mut file = fs::File::open(&from)?;
+    file.read_exact(&mut [0; 6])?;
+    let mut run = shell(&runtime, &words);
+    ensure!(run.stdin(file).status()?.success());
+    let expected = content.replacen("first", "before", 1);
+    ensure!(fs::read_to_string(&to)? == expected, "{}", to.display());
+    Ok(())
+}
+
 fn descriptors_that_cannot_be_preserved_are_refused() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle("true", |_| ())?;
@@ -88,8 +112,8 @@ fn descriptors_that_cannot_be_preserved_are_refused() -> Result<()> {
             "descriptor 3 can't be passed into a virtual machine: it is a device",
         ),
         (
-            format!("create --preserve-fds 2 --bundle {bundle} r 3<&0 4<{bundle}/config.json"),
-            "descriptor 4 can't be passed into a virtual machine: it is a regular file",
+            format!("create --preserve-fds 2 --bundle {bundle} r 3<&0 4<>{bundle}/config.json"),
+            "descriptor 4 can't be passed into a virtual machine: it is a regular file that is open both ways",
         ),
         (
             "exec --preserve-fds 2 r true 3<&0 4<&-".to_owned(),

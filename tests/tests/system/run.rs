@@ -33,6 +33,7 @@ crate::trials![
     host_modules_are_out_of_reach,
     dangerous_system_calls_are_refused,
     a_profile_in_dockers_format_applies,
+    a_call_that_a_profile_does_not_know_is_not_there,
     a_read_only_root_gets_its_mount_points,
     a_panic_is_reported_with_its_text,
     an_agent_that_dies_ends_the_machine,
@@ -449,6 +450,38 @@ fn a_profile_in_dockers_format_applies() -> Result<()> {
         said.contains("Seccomp:\t0") && said.ends_with("0 0 0"),
         "{said}"
     );
+    Ok(())
+}
+
+/// moby/moby 42680 and others: to what they don't name profiles answer EPERM, where C libraries would do without a new
+/// call if it were ENOSYS. What a process may is the same with such a profile and without.
+fn a_call_that_a_profile_does_not_know_is_not_there() -> Result<()> {
+    let text = std::fs::read("/usr/share/containers/seccomp.json")?;
+    let mut profile: serde_json::Value = serde_json::from_slice(&text)?;
+    let default = profile.as_object_mut().context("no profile")?;
+    default.remove("defaultErrnoRet");
+    default.remove("defaultErrno");
+    let file = scratch("unknown-calls")?.join("profile.json");
+    std::fs::write(&file, profile.to_string())?;
+    let script = r#"
+        sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
+        # personality: PER_BSD is not among those that are allowed.
+        print join(' ', map { try_call(@$_) } [135, 6], [1000]), "\n";
+        open(S, '<', '/proc/self/status'); print grep { /^(Uid|Cap|NoNewPrivs)/ } <S>;"#;
+    let profile = format!("seccomp={}", file.display());
+    for options in [&[][..], &["-u", "1000"], &["--cap-add", "CAP_SYS_ADMIN"]] {
+        let run = |more: &[&str]| -> Result<(String, String)> {
+            let all = [&["--read-only"], options, more].concat();
+            let said = stdout(run_in(Path::new("/"), &all, &["perl", "-e", script])?)?;
+            let (calls, status) = said.split_once('\n').context("nothing was said")?;
+            Ok((calls.to_owned(), status.to_owned()))
+        };
+        let (calls, status) = run(&["--security-opt", &profile])?;
+        ensure!(calls == "1 38", "{options:?}: {calls}");
+        let (calls, free) = run(&["--security-opt", "seccomp=unconfined"])?;
+        ensure!(calls == "0 38", "{options:?}: {calls}");
+        ensure!(status == free, "{options:?}: {status} is not {free}");
+    }
     Ok(())
 }
 
