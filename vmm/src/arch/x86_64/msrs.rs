@@ -81,7 +81,10 @@ pub(super) fn filter(vm: &VmFd) -> Result<(), ArchError> {
 fn bitmap((base, count): (u32, u32)) -> Vec<u8> {
     let mut bits = vec![0; count.div_ceil(8) as usize];
     for range in ALLOWED {
-        let (first, last) = (*range.start().max(&base), *range.end().min(&(base + count - 1)));
+        let (first, last) = (
+            *range.start().max(&base),
+            *range.end().min(&(base + count - 1)),
+        );
         for offset in (first..=last).map(|msr| msr - base) {
             bits[offset as usize / 8] |= 1 << (offset % 8);
         }
