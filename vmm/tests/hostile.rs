@@ -317,7 +317,8 @@ fn neighbours_live_on_beside_hostile_guests() {
     let (probe, mut other) = (Probe::default(), Other::start());
     let beside = neighbour(&probe);
     let during = |probe: &Probe, other: &mut Other| {
-        (probe.take(), other.take());
+        probe.take();
+        other.take();
         std::thread::sleep(lasts);
         let mut seen = [probe.take(), other.take()];
         // However slow the host is, they go on.

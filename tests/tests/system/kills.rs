@@ -16,6 +16,8 @@ crate::trials![
 ];
 
 const GROUP: &str = "/koya-kills";
+/// The name of the container that `koya run` starts.
+const RUN: &str = "kills-of-a-run";
 
 fn number(variable: &str, default: u64) -> u64 {
     let text = std::env::var(variable).ok();
@@ -42,51 +44,54 @@ fn names(directory: &str) -> Result<BTreeSet<String>> {
         .collect())
 }
 
-/// What sandboxes could leave on the host: mounts, interfaces, sockets with a name, named namespaces, control groups,
-/// processes.
-fn traces() -> Result<Vec<(&'static str, BTreeSet<String>)>> {
-    let lines = |file: &str| -> Result<BTreeSet<String>> {
-        Ok(fs::read_to_string(file)?
-            .lines()
-            .map(str::to_owned)
-            .collect())
+/// The processes whose command lines or environment have these words in them, by number: those of other tests run beside them.
+fn processes(words: &str) -> Result<Vec<i32>> {
+    let numbers = names("/proc")?.into_iter();
+    let numbers = numbers.filter_map(|name| name.parse::<i32>().ok());
+    let is_meant = |pid: &i32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let is_own = ["cmdline", "environ"].iter().any(|file| {
+            let text = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            String::from_utf8_lossy(&text).contains(words)
+        });
+        name.starts_with("koya") && is_own
     };
-    let sockets = lines("/proc/net/unix")?.into_iter();
-    let sockets = sockets.filter_map(|line| Some(line.split_once(" /")?.1.to_owned()));
+    Ok(numbers.filter(is_meant).collect())
+}
+
+/// What the sandboxes of a test could leave on the host, by what its paths and command lines have in them: mounts, sockets with
+/// a name, control groups, directories of containers, processes.
+fn traces(words: &str) -> Result<Vec<(&'static str, BTreeSet<String>)>> {
+    let lines = |file: &str| -> Result<BTreeSet<String>> {
+        let all = fs::read_to_string(file)?;
+        let own = all.lines().filter(|line| line.contains(words));
+        Ok(own.map(str::to_owned).collect())
+    };
+    let own_names = |directory: &str| -> Result<BTreeSet<String>> {
+        let own = names(directory)?.into_iter();
+        Ok(own.filter(|name| name.contains(words)).collect())
+    };
     let group = format!("/sys/fs/cgroup{GROUP}");
     let is_group = |name: &String| Path::new(&group).join(name).is_dir();
-    let groups = names(&group)?.into_iter().filter(is_group).collect();
-    let mut processes = BTreeSet::new();
-    for pid in names("/proc")?
-        .iter()
-        .filter(|name| name.parse::<u32>().is_ok())
-    {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if name.starts_with("koya") || name.starts_with("pasta") {
-            processes.insert(format!("{pid} {}", name.trim()));
-        }
-    }
+    let processes = processes(words)?.iter().map(i32::to_string).collect();
     Ok(vec![
         ("mounts", lines("/proc/self/mountinfo")?),
-        ("interfaces", names("/sys/class/net")?),
-        ("sockets", sockets.collect()),
-        ("namespaces", names("/run/netns")?),
-        ("control groups", groups),
-        ("containers", names("/var/lib/koya/containers")?),
+        ("sockets", lines("/proc/net/unix")?),
+        (
+            "control groups",
+            names(&group)?.into_iter().filter(is_group).collect(),
+        ),
+        ("containers", own_names("/var/lib/koya/containers")?),
         ("processes", processes),
     ])
 }
 
-fn nothing_is_left(before: &[(&'static str, BTreeSet<String>)], of: &str) -> Result<()> {
+fn nothing_is_left(words: &str, of: &str) -> Result<()> {
     // A process that was killed takes a moment to be gone.
     let mut last = None;
     let gone = until("nothing is left", || {
-        let now = traces()?;
-        let left = now
-            .into_iter()
-            .zip(before)
-            .find(|(now, before)| now != *before);
-        last = left.map(|(now, _)| now);
+        let mut now = traces(words)?.into_iter();
+        last = now.find(|(_, left)| !left.is_empty());
         Ok(last.is_none().then_some(()))
     });
     gone.with_context(|| format!("{of}: {last:?}"))
@@ -96,13 +101,12 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
     let volume = scratch("kills")?;
     let option = format!("{}:/data", volume.display());
     let start = || {
-        let mut command = koya(["run", "--name", "kills", "-v", &option, "--rootfs"]);
+        let mut command = koya(["run", "--name", RUN, "-v", &option, "--rootfs"]);
         command.arg(shared_rootfs());
         command.args(["--", "sh", "-c", "echo up > /data/up; sleep 1000"]);
         command.stdin(Stdio::null()).spawn()
     };
-    stdout(koya(["ps"]).output()?)?;
-    let before = traces()?;
+    nothing_is_left(RUN, "before the first")?;
     // How long a start takes here; the first also falls behind its end.
     let began = Instant::now();
     let mut child = start()?;
@@ -116,7 +120,7 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
         child.wait()?;
         // Whatever command comes next clears the rest away.
         stdout(koya(["ps"]).output()?)?;
-        nothing_is_left(&before, &format!("kill {turn}"))?;
+        nothing_is_left(RUN, &format!("kill {turn}"))?;
         child = start()?;
         let after = chance.below(whole + whole / 4);
         std::thread::sleep(after);
@@ -125,21 +129,12 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
     child.kill()?;
     child.wait()?;
     stdout(koya(["ps"]).output()?)?;
-    nothing_is_left(&before, "the last kill")
+    nothing_is_left(RUN, "the last kill")
 }
 
-/// Kills every process of the runtime and its sandbox, or one of them; returns how many.
-fn kill_some(chance: &mut Chance, all: bool) -> Result<usize> {
-    let mut pids = Vec::new();
-    for pid in names("/proc")?
-        .iter()
-        .filter_map(|name| name.parse::<i32>().ok())
-    {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if name.trim() == "koya-runtime" {
-            pids.push(pid);
-        }
-    }
+/// Kills every process of the runtime under this root and of its sandbox, or one of them; returns how many.
+fn kill_some(root: &str, chance: &mut Chance, all: bool) -> Result<usize> {
+    let mut pids = processes(root)?;
     if !all && !pids.is_empty() {
         let chosen = chance.below(Duration::from_micros(pids.len() as u64));
         pids = vec![pids[chosen.as_micros() as usize]];
@@ -159,20 +154,20 @@ fn what_a_runtime_leaves_when_killed_at_any_point_is_deleted() -> Result<()> {
     let (directory, root) = (text(&bundle)?, text(&runtime.root)?);
     let group = format!("/sys/fs/cgroup{GROUP}");
     fs::create_dir_all(&group)?;
-    let before = traces()?;
     let life = |id: &str| {
         let script = format!(
             "r='koya-runtime --root {root}'; $r create --bundle {directory} {id} && $r start {id} && \
              $r exec {id} true && $r kill {id} KILL && sleep 0.2; $r delete --force {id}"
         );
         let mut shell = Command::new("sh");
-        shell.args(["-c", &script]).stdin(Stdio::null());
+        shell.args(["-c", &script]).env("KOYA_TEST_ROOT", root);
+        shell.stdin(Stdio::null());
         shell.stdout(Stdio::null()).stderr(Stdio::null()).spawn()
     };
     let began = Instant::now();
     ensure!(life("whole")?.wait()?.success(), "a life without kills");
     let whole = began.elapsed();
-    nothing_is_left(&before, "a life without kills")?;
+    nothing_is_left(root, "a life without kills")?;
     let mut chance = Chance(number("KOYA_SEED", 1));
     for turn in 0..number("KOYA_KILLS", 3) {
         let id = format!("k{turn}");
@@ -181,7 +176,7 @@ fn what_a_runtime_leaves_when_killed_at_any_point_is_deleted() -> Result<()> {
         std::thread::sleep(after);
         shell.kill()?;
         shell.wait()?;
-        let killed = kill_some(&mut chance, turn % 2 == 0)?;
+        let killed = kill_some(root, &mut chance, turn % 2 == 0)?;
         let deleted = runtime.call(&["delete", "--force", &id])?;
         let said = String::from_utf8_lossy(&deleted.stderr).into_owned();
         println!(
@@ -189,7 +184,7 @@ fn what_a_runtime_leaves_when_killed_at_any_point_is_deleted() -> Result<()> {
             said.trim()
         );
         ensure!(deleted.status.success(), "delete: {said}");
-        nothing_is_left(&before, &id)?;
+        nothing_is_left(root, &id)?;
         ensure!(
             fs::read_dir(&runtime.root)?.next().is_none(),
             "{id} is left in {root}"

@@ -129,7 +129,7 @@ fn chains(target: &Target) -> Program {
             [one(inner.into(), 24, INDIRECT, 0), Descriptor::default()],
             [one(inner.into(), 0, INDIRECT, 0), Descriptor::default()],
             [
-                one(inner.into(), u32::MAX & !15, INDIRECT | NEXT, 1),
+                one(inner.into(), !15, INDIRECT | NEXT, 1),
                 one(inner.into(), 32, INDIRECT, 0),
             ],
             [one(end, 32, INDIRECT, 0), Descriptor::default()],
@@ -236,7 +236,7 @@ fn indexes(target: &Target) -> Program {
         guest.bring_up(target);
         for (index, rings) in (0..).zip(&target.queues) {
             // The driver's event index too, and heads that are no descriptors.
-            guest.store16(rings.available + 4 + 2 * rings.size as u32, jump);
+            guest.store16(rings.available + 4 + 2 * rings.size, jump);
             guest.store16(rings.available + 4, jump);
             guest.store16(rings.available + 2, jump);
             guest.notify(index);
