@@ -114,6 +114,9 @@ fn a_user_has_users() -> Result<()> {
             .arg(&home)
             .output()?,
     )?;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    // As in Fedora's images.
+    std::fs::set_permissions(rootfs.join("bin"), std::fs::Permissions::from_mode(0o555))?;
     let as_user = |options: &[&str], script: &str| -> Result<String> {
         let user = USER.to_string();
         let output = std::process::Command::new("setpriv")
@@ -132,7 +135,7 @@ fn a_user_has_users() -> Result<()> {
         &[],
         "set -e; stat -c %u:%g /bin; mkdir -m 700 /private; echo secret > /private/text; chown -R 33:44 /private; \
          echo run > /program; chmod 6711 /program; mknod -m 666 /null c 1 3; echo gone > /null; \
-         mkfifo /pipe; (echo through > /pipe &); cat /pipe; chmod 555 /home; touch /home/x; ln -s x /link; chown -h 5 /link; \
+         mkfifo /pipe; (echo through > /pipe &); cat /pipe; touch /bin/x; ln -s x /link; chown -h 5 /link; \
          stat -c '%u:%g %a' /private/text /program; stat -c '%F %t,%T' /null",
     )?;
     ensure!(
@@ -154,7 +157,6 @@ fn a_user_has_users() -> Result<()> {
         "cat /private/text 2>&1; cat /program 2>&1",
     )?;
     ensure!(said.matches("Permission denied").count() == 2, "{said}");
-    use std::os::unix::fs::MetadataExt;
     for name in ["private/text", "program", "null", "pipe"] {
         let data = rootfs.join(name).symlink_metadata()?;
         ensure!(
