@@ -154,7 +154,7 @@ fn a_user_has_users() -> Result<()> {
     );
     let said = as_user(
         &["--user", "34:44"],
-        "cat /private/text 2>&1; cat /program 2>&1",
+        "cat /private/text 2>&1; cat /program 2>&1; true",
     )?;
     ensure!(said.matches("Permission denied").count() == 2, "{said}");
     for name in ["private/text", "program", "null", "pipe"] {
