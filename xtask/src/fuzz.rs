@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::collections::VecDeque;
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -137,20 +139,43 @@ fn targets() -> Result<Vec<String>> {
 fn build() -> Result<PathBuf> {
     let here = Arch::of_this_machine();
     let directory = here.target("fuzz");
-    proc::run(build_command(&directory).env("RUSTFLAGS", FLAGS.join(" ")))?;
+    proc::run(&mut build_command(&directory, &FLAGS)?)?;
     Ok(directory.join(here.gnu()).join("fuzz"))
 }
 
-fn build_command(directory: &Path) -> Command {
+/// Builds the targets, with these flags for the crates of the workspace alone: instrumenting those that they depend on would take
+/// an hour, and lead the search into code of others.
+fn build_command(directory: &Path, flags: &[&str]) -> Result<Command> {
+    let wrapper = wrapper(directory, flags)?;
     let mut cargo = proc::cargo();
+    cargo.env("RUSTC_WORKSPACE_WRAPPER", wrapper);
     cargo
         .args(["build", "--package", "koya-fuzz", "--features", "libfuzzer"])
-        // With a target, build scripts and macros are not instrumented.
         .args(["--profile", "fuzz", "--target"])
         .arg(Arch::of_this_machine().gnu())
         .arg("--target-dir")
         .arg(directory);
-    cargo
+    Ok(cargo)
+}
+
+/// A script that cargo runs in the compiler's place. Its name tells the flags: cargo builds anew what another script built. What is not
+/// built for a target are build scripts and macros, which are not instrumented.
+fn wrapper(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
+    let flags = flags.join(" ");
+    let mut hasher = DefaultHasher::new();
+    flags.hash(&mut hasher);
+    let path = directory.join(format!("rustc-{:016x}", hasher.finish()));
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' --target '*) exec \"$@\" {flags} ;; esac\nexec \"$@\"\n"
+    );
+    fs::create_dir_all(directory)?;
+    // As it is where it is: cargo looks at its time.
+    if fs::read_to_string(&path).is_ok_and(|there| there == script) {
+        return Ok(path);
+    }
+    fs::write(&path, script).with_context(|| format!("{}", path.display()))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
 }
 
 /// Where a target's inputs are kept, those that failed, its log, and how much was run.

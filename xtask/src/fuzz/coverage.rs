@@ -57,8 +57,8 @@ pub(super) fn run(targets: &[String]) -> Result<()> {
     let tools = tools()?;
     let here = Arch::of_this_machine();
     let directory = here.target("fuzz-coverage");
-    let flags = "--cfg=fuzzing -Cinstrument-coverage";
-    proc::run(super::build_command(&directory).env("RUSTFLAGS", flags))?;
+    let flags = ["--cfg=fuzzing", "-Cinstrument-coverage"];
+    proc::run(&mut super::build_command(&directory, &flags)?)?;
     let programs = directory.join(here.gnu()).join("fuzz");
     let profiles = directory.join("profiles");
     if profiles.exists() {
