@@ -199,9 +199,7 @@ impl Passthrough {
             let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
             return rustix::fs::chownat(fd, c"", uid, gid, AtFlags::EMPTY_PATH);
         };
-        let fd = fd.as_fd();
-        let chmod = |mode| self.change_host_mode(fd, mode);
-        owners.change(fd, chmod, |shown| {
+        self.change_shown(owners, fd, |shown| {
             shown.uid = uid.unwrap_or(shown.uid);
             shown.gid = gid.unwrap_or(shown.gid);
             if shown.kind != FileType::Directory {
@@ -212,15 +210,14 @@ impl Passthrough {
 
     /// Changes the mode through an O_PATH descriptor.
     pub(super) fn chmod(&self, fd: impl AsFd, mode: u32) -> Result<(), Errno> {
-        let (fd, mode) = (fd.as_fd(), mode & 0o7777);
-        let chmod = |mode| self.change_host_mode(fd, mode);
+        let mode = mode & 0o7777;
         match &self.owners {
-            None => chmod(mode),
-            Some(owners) => owners.change(fd, chmod, |shown| shown.mode = mode),
+            None => self.change_host_mode(fd.as_fd(), mode),
+            Some(owners) => self.change_shown(owners, fd, |shown| shown.mode = mode),
         }
     }
 
-    /// The same for the host's file.
+    /// The same for the file on the host.
     pub(super) fn change_host_mode(&self, fd: BorrowedFd<'_>, mode: u32) -> Result<(), Errno> {
         match crate::sys::change_mode(fd, mode) {
             // Before Linux 6.6, use the descriptor's link in /proc. The file is never a symbolic link: Linux

@@ -15,7 +15,7 @@ use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -367,7 +367,7 @@ impl Passthrough {
         directory: &Inode,
     ) -> Result<(), Errno> {
         if let Some(owners) = &self.owners {
-            return self.keep_owner(owners, fd.as_fd(), caller, mode, directory);
+            return self.keep_owner(owners, fd, caller, mode, directory);
         }
         if caller.uid == 0 && caller.gid == 0 {
             return Ok(());
@@ -386,19 +386,19 @@ impl Passthrough {
         }
         Ok(())
     }
+
     /// The same where owners are kept apart: those of a file system that can't keep them are the user's.
     fn keep_owner(
         &self,
         owners: &Owners,
-        fd: BorrowedFd<'_>,
+        fd: impl AsFd,
         caller: Caller,
         mode: u32,
         directory: &Inode,
     ) -> Result<(), Errno> {
         let parent = self.inodes.fd(directory)?;
         let parent = owners.shown(&parent, &inodes::stat(&parent)?);
-        let chmod = |mode| self.change_host_mode(fd, mode);
-        let kept = owners.change(fd, chmod, |shown| {
+        let kept = self.change_shown(owners, fd, |shown| {
             let (gid, more) = owners::inherited(&parent, shown.kind, caller.gid);
             (shown.uid, shown.gid) = (caller.uid, gid);
             shown.mode |= mode & 0o6000 | more;

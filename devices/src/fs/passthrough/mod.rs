@@ -20,7 +20,7 @@ use super::shares::{Listener, Move, Share, Shares};
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
 use koya_host::descriptors::Directory;
-use owners::Owners;
+use owners::{Owners, Shown};
 use rustix::fs::{FileType, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
@@ -322,6 +322,17 @@ impl Passthrough {
         }
     }
 
+    /// Changes what the guest is shown of a file.
+    fn change_shown(
+        &self,
+        owners: &Owners,
+        fd: impl AsFd,
+        change: impl FnOnce(&mut Shown),
+    ) -> Result<(), Errno> {
+        let fd = fd.as_fd();
+        owners.change(fd, |mode| self.change_host_mode(fd, mode), change)
+    }
+
     /// Runs an operation on the host. If that shuts the user out of files of their own, which the guest's root may always use,
     /// the modes of those are kept apart, and the operation runs once more.
     fn opening_up<T>(
@@ -337,8 +348,7 @@ impl Passthrough {
         for inode in inodes.iter().filter(|inode| inode.is_writable()) {
             let fd = self.inodes.fd(inode)?;
             if owners.is_shut(&inodes::stat(&fd)?) {
-                let chmod = |mode| self.change_host_mode(fd.as_fd(), mode);
-                opened |= owners.change(&fd, chmod, |_| {}).is_ok();
+                opened |= self.change_shown(owners, &fd, |_| {}).is_ok();
             }
         }
         match opened {

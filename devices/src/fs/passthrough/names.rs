@@ -77,28 +77,26 @@ impl Passthrough {
             })?;
             inodes::open_entry(&fd, name)
         };
-        let made = match (&self.owners, kind) {
-            (Some(owners), FileType::CharacterDevice | FileType::BlockDevice)
-            | (Some(owners), FileType::Fifo | FileType::Socket) => {
+        let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+        let is_special = is_device || matches!(kind, FileType::Fifo | FileType::Socket);
+        let made = match self.owners.as_ref().filter(|_| is_special) {
+            None => make(kind)?,
+            Some(owners) => {
                 let made = make(FileType::RegularFile)?;
-                let chmod = |mode| self.change_host_mode(made.as_fd(), mode);
-                let kept = owners.change(&made, chmod, |shown| {
+                let kept = self.change_shown(owners, &made, |shown| {
                     (shown.kind, shown.device) = (kind, (major, minor));
                 });
+                if kept.is_err() {
+                    rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
+                }
                 match kept {
                     Ok(()) => made,
-                    Err(error) => {
-                        rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
-                        match (error, kind) {
-                            // The file system has no attributes.
-                            (Errno::OPNOTSUPP, FileType::Fifo | FileType::Socket) => make(kind)?,
-                            (Errno::OPNOTSUPP, _) => return Err(Errno::PERM),
-                            _ => return Err(error),
-                        }
-                    }
+                    // The file system has no attributes.
+                    Err(Errno::OPNOTSUPP) if is_device => return Err(Errno::PERM),
+                    Err(Errno::OPNOTSUPP) => make(kind)?,
+                    Err(error) => return Err(error),
                 }
             }
-            _ => make(kind)?,
         };
         self.set_owner(&made, caller, arg.mode, &directory)?;
         self.entry_in(made, &directory, name)

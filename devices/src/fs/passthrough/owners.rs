@@ -11,6 +11,7 @@
 //! A file without it has its own mode, and belongs to root where it is the user's: so nothing is written for most files. On the
 //! host all of them can be read and written by the user, whatever the guest's mode says, and have no set-user-ID bits.
 
+use super::xattr::SET_GROUP_ID;
 use crate::fs::inodes;
 use koya_host::descriptors;
 use koya_host::sync::lock;
@@ -30,7 +31,6 @@ const LONGEST: usize = 128;
 const PERMISSIONS: u32 = 0o7777;
 /// Of those, what a file of the host may have as well.
 const HARMLESS: u32 = 0o1777;
-const SET_GROUP_ID: u32 = 0o2000;
 
 /// What the guest sees of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Shown {
             && self.mode & user == user
     }
 
-    /// The mode of the host's file.
+    /// The mode of the file on the host.
     fn host_mode(&self, host: FileType) -> u32 {
         self.mode & HARMLESS | user_bits(host)
     }
@@ -126,10 +126,9 @@ pub(super) struct Owners {
 impl Owners {
     /// None where this process can give files to anybody.
     pub(super) fn needed() -> Option<Self> {
-        let user = rustix::process::geteuid();
-        let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-        (!user.is_root() || maps_one(&map))
-            .then(|| Self::of(user.as_raw(), rustix::process::getegid().as_raw()))
+        let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+        let map = || std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        (!user.is_root() || maps_one(&map())).then(|| Self::of(user.as_raw(), group.as_raw()))
     }
 
     /// For files of this user and group.
@@ -255,10 +254,8 @@ fn maps_one(map: &str) -> bool {
     let counts = map
         .lines()
         .filter_map(|line| line.split_whitespace().nth(2));
-    counts
-        .filter_map(|count| count.parse::<u64>().ok())
-        .sum::<u64>()
-        == 1
+    let sum: u64 = counts.filter_map(|count| count.parse::<u64>().ok()).sum();
+    sum == 1
 }
 
 fn kind(stat: &Statx) -> FileType {

@@ -25,7 +25,7 @@ const CAPABILITY: &CStr = c"security.capability";
 
 /// Bits of a file mode (inode(7)).
 const SET_USER_ID: u32 = 0o4000;
-const SET_GROUP_ID: u32 = 0o2000;
+pub(super) const SET_GROUP_ID: u32 = 0o2000;
 /// Without this bit, set-group-ID means mandatory locking.
 const GROUP_MAY_RUN: u32 = 0o010;
 

@@ -1,6 +1,21 @@
 //! What listings of directories have in them.
 
 use super::*;
+use std::collections::HashMap;
+
+/// The entries of an answer, in their order.
+fn entries(listing: dir::Listing, plus: bool) -> Vec<(String, Dirent)> {
+    let bytes = listing.into_bytes();
+    let (mut rest, mut entries) = (bytes.as_slice(), Vec::new());
+    while !rest.is_empty() {
+        let skipped = if plus { size_of::<EntryOut>() } else { 0 };
+        let (dirent, after) = Dirent::read_from_prefix(&rest[skipped..]).unwrap();
+        let len = dirent.namelen as usize;
+        entries.push((String::from_utf8(after[..len].to_vec()).unwrap(), dirent));
+        rest = &rest[skipped + (size_of::<Dirent>() + len).next_multiple_of(8)..];
+    }
+    entries
+}
 
 /// The names in a directory, by answers of this size.
 fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> Vec<String> {
@@ -9,37 +24,21 @@ fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> V
     loop {
         each(fh);
         let listing = f.files.readdir(node, fh, offset, room, plus).unwrap();
-        let bytes = listing.into_bytes();
-        let mut rest = bytes.as_slice();
-        if rest.is_empty() {
+        let entries = entries(listing, plus);
+        let Some((_, last)) = entries.last() else {
             return names;
-        }
-        while !rest.is_empty() {
-            let skipped = if plus { size_of::<EntryOut>() } else { 0 };
-            let (dirent, after) = Dirent::read_from_prefix(&rest[skipped..]).unwrap();
-            let len = dirent.namelen as usize;
-            names.push(String::from_utf8(after[..len].to_vec()).unwrap());
-            offset = dirent.off;
-            rest = &rest[skipped + (size_of::<Dirent>() + len).next_multiple_of(8)..];
-        }
+        };
+        offset = last.off;
+        names.extend(entries.into_iter().map(|(name, _)| name));
     }
 }
 
-/// The entries of a directory of a few, with their kinds (`d_type`).
-pub(super) fn kinds(f: &Fixture, node: u64, plus: bool) -> std::collections::HashMap<String, u32> {
+/// The kinds (`d_type`) of the entries of a directory of a few.
+pub(super) fn kinds(f: &Fixture, node: u64, plus: bool) -> HashMap<String, u32> {
     let fh = f.files.opendir(node).unwrap().fh;
     let listing = f.files.readdir(node, fh, 0, 64 << 10, plus).unwrap();
-    let bytes = listing.into_bytes();
-    let (mut rest, mut kinds) = (bytes.as_slice(), std::collections::HashMap::new());
-    while !rest.is_empty() {
-        let skipped = if plus { size_of::<EntryOut>() } else { 0 };
-        let (dirent, after) = Dirent::read_from_prefix(&rest[skipped..]).unwrap();
-        let len = dirent.namelen as usize;
-        let name = String::from_utf8(after[..len].to_vec()).unwrap();
-        kinds.insert(name, dirent.kind);
-        rest = &rest[skipped + (size_of::<Dirent>() + len).next_multiple_of(8)..];
-    }
-    kinds
+    let entries = entries(listing, plus).into_iter();
+    entries.map(|(name, dirent)| (name, dirent.kind)).collect()
 }
 
 /// kata-containers/kata-containers 12749: cookies of some NFS servers are no offsets for lseek(2).
