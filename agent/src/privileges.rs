@@ -70,10 +70,7 @@ impl Privileges {
             return Ok(());
         };
         initialize_seccomp(seccomp).map_err(|error| failed(error.to_string()))?;
-        if unknown_calls::concerns(seccomp) {
-            unknown_calls::answer(seccomp).map_err(|error| failed(error.to_string()))?;
-        }
-        Ok(())
+        unknown_calls::answer(seccomp).map_err(|error| failed(error.to_string()))
     }
 
     fn drop_capabilities(&self) -> Result<(), ExecutorError> {

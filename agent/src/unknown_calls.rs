@@ -41,11 +41,17 @@ pub(crate) type Step = (u16, u8, u8, u32);
 /// Whether calls that a filter does not know get another answer than ENOSYS from it, and one that a second filter
 /// can change: of two errors the kernel takes that of the newer filter.
 pub(crate) fn concerns(filter: &LinuxSeccomp) -> bool {
+    refused_after(filter).is_some()
+}
+
+/// The calls after which such a filter knows none, by architecture; `None` if it does not concern us.
+fn refused_after(filter: &LinuxSeccomp) -> Option<Vec<(u32, u32)>> {
     let answers_enosys = filter.default_errno_ret() == Some(libc::ENOSYS as u32);
-    filter.default_action() == LinuxSeccompAction::ScmpActErrno
+    let is_concerned = filter.default_action() == LinuxSeccompAction::ScmpActErrno
         && !answers_enosys
-        && !last_calls(filter).is_empty()
-        && !forbids_filters(filter)
+        && !forbids_filters(filter);
+    let last = is_concerned.then(|| last_calls(filter));
+    last.filter(|last| !last.is_empty())
 }
 
 /// Whether a second filter could not even be tried without harm.
@@ -59,8 +65,11 @@ fn forbids_filters(filter: &LinuxSeccomp) -> bool {
 }
 
 /// Has the calling thread, which has the filter and may still add another, answer ENOSYS to calls that the filter does not
-/// know. One that forbids the call for that stays as it is.
+/// know, if that concerns it. One that forbids the call for that stays as it is.
 pub(crate) fn answer(filter: &LinuxSeccomp) -> io::Result<()> {
+    let Some(last) = refused_after(filter) else {
+        return Ok(());
+    };
     let mut flags = 0;
     for flag in filter.flags().iter().flatten() {
         flags |= match flag {
@@ -69,7 +78,7 @@ pub(crate) fn answer(filter: &LinuxSeccomp) -> io::Result<()> {
             _ => 0,
         };
     }
-    match sys::filter_calls(&program(&last_calls(filter)), flags) {
+    match sys::filter_calls(&program(&last), flags) {
         // Nobody is there to be told.
         Err(error) if is_forbidden(&error) => Ok(()),
         set => set,
