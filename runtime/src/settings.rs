@@ -4,7 +4,7 @@
 
 use crate::block_volume::{self, BlockVolume};
 use crate::files::{FULL_KERNEL, Files};
-use crate::{Cache, Error, SandboxConfig, Size};
+use crate::{Cache, Error, SandboxConfig, Size, keep_cores_apart};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs;
@@ -55,7 +55,7 @@ pub struct Settings {
     /// thread, and no capabilities but those that serving files takes (`docs/security.md`).
     pub seccomp: bool,
     /// Whether a core of the CPU runs threads of one sandbox at a time, where cores have several hyperthreads (core
-    /// scheduling; docs/security.md). Read from the machine's files. containerd's environment variable `SCHED_CORE` asks for it, too.
+    /// scheduling; docs/security.md). containerd's environment variable `SCHED_CORE` asks for it, too.
     pub core_scheduling: bool,
     /// The guest kernel: a file, or `full` for `vmlinux-full` where Koya's files are looked for (docs/guest-kernel.md).
     /// Without it: `vmlinux` there.
@@ -261,6 +261,17 @@ impl Settings {
         match allowed.into_iter().find(|key| !is_known(key)) {
             Some(key) => Err(format!("annotations: there is no key {key:?}")),
             None => Ok(()),
+        }
+    }
+
+    /// Applies what of these is about the whole process (`core_scheduling`), which libraries leave to their program.
+    ///
+    /// # Errors
+    /// The host has no core scheduling.
+    pub fn prepare_process(&self) -> Result<(), Error> {
+        match self.core_scheduling {
+            true => keep_cores_apart().map_err(|error| wrong("core_scheduling", error)),
+            false => Ok(()),
         }
     }
 

@@ -176,9 +176,7 @@ fn enter_and_run(
         counted: Condvar::new(),
     });
     let settings = Settings::load()?;
-    if settings.core_scheduling {
-        koya::keep_cores_apart().context("core_scheduling")?;
-    }
+    settings.prepare_process()?;
     let tasks = TaskSet::new(config, told.clone());
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;

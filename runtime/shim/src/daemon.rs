@@ -6,7 +6,6 @@ use crate::flags::Flags;
 use crate::launch;
 use crate::service::{self, Service};
 use anyhow::{Context, Result};
-use koya::Settings;
 use koya::vmm::host::threads;
 use koya_tasks::{Spec, TaskSet, TaskSetConfig, cgroup};
 use rustix::fs::{Mode, OFlags};
@@ -46,7 +45,10 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     let host_network = File::open("/proc/self/ns/net").context("the host's network namespace")?;
     // Whatever can go wrong here is the answer to Create: containerd has its address already.
     let ready = spec.enter_namespaces().map_err(anyhow::Error::from);
-    let ready = ready.and_then(|()| keep_cores_apart());
+    let ready = ready.and_then(|()| match is_core_scheduling_asked() {
+        true => koya::keep_cores_apart().context("SCHED_CORE"),
+        false => Ok(()),
+    });
     if let Some(group) = spec.cgroup()
         && let Err(error) = cgroup::enter(&group)
     {
@@ -110,13 +112,9 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     std::process::exit(0);
 }
 
-/// Shares no core of the CPU with other processes, where the machine's settings want that or containerd says so for all its shims.
-fn keep_cores_apart() -> Result<()> {
-    let asked = std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty());
-    if asked || Settings::load()?.core_scheduling {
-        koya::keep_cores_apart().context("core_scheduling")?;
-    }
-    Ok(())
+/// Whether containerd has all its shims share no core of the CPU with other processes.
+fn is_core_scheduling_asked() -> bool {
+    std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty())
 }
 
 /// Starts a thread that nobody waits for.

@@ -176,7 +176,11 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let pid = self
-            .work(move |tasks| tasks.create(task_of(request)?))
+            .work(move |tasks| {
+                let task = task_of(request)?;
+                task.settings.prepare_process()?;
+                tasks.create(task)
+            })
             .await?;
         Ok(CreateTaskResponse {
             pid,
