@@ -3,6 +3,7 @@
 //! What is in a queue when a device is activated is served before it looks whether it is to stop, so
 //! activation and reset together serve an input, by the device's own threads.
 
+use crate::requests::{GUEST_CID, vsock_header};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use koya_devices::balloon::Balloon;
 use koya_devices::blk::{Block, Disk, DiskOptions, IoEngine};
@@ -220,9 +221,9 @@ pub fn fs_requests(data: &[u8]) {
     let mut driver = Driver::new(QUEUE);
     // The guest knows the share, the file and the directory.
     let mut requests: Vec<Vec<u8>> = vec![
-        fuse(1, 1, b"share\0"),
-        fuse(1, 2, b"file\0"),
-        fuse(1, 2, b"dir\0"),
+        fuse(1, 1, 0, b"share\0"),
+        fuse(1, 2, 0, b"file\0"),
+        fuse(1, 2, 0, b"dir\0"),
     ];
     for bytes in data.chunks_exact(24).take(usize::from(QUEUE) / 2 - 4) {
         let mut body = bytes[2..].to_vec();
@@ -241,6 +242,7 @@ pub fn fs_requests(data: &[u8]) {
                 opcode => opcode,
             },
             u64::from(bytes[1] % 6),
+            0,
             &body,
         ));
     }
@@ -260,12 +262,15 @@ pub fn fs_requests(data: &[u8]) {
 }
 
 /// A FUSE request: `struct fuse_in_header` and a body.
-fn fuse(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+/// A FUSE request of this user, whose group has the same number.
+pub(crate) fn fuse(opcode: u32, node: u64, user: u32, body: &[u8]) -> Vec<u8> {
     let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
     request.extend(opcode.to_le_bytes());
     request.extend(7u64.to_le_bytes());
     request.extend(node.to_le_bytes());
-    request.extend([0; 16]);
+    request.extend(user.to_le_bytes());
+    request.extend(user.to_le_bytes());
+    request.extend([0; 8]);
     request.extend_from_slice(body);
     request
 }
@@ -285,22 +290,18 @@ pub fn vsock_packets(data: &[u8]) {
             255 => u32::MAX,
             _ => payload.len() as u32,
         };
-        let mut packet = 3u64.to_le_bytes().to_vec();
-        packet.extend(2u64.to_le_bytes());
-        packet.extend(u32::from(bytes[0] % 3).to_le_bytes());
-        packet.extend(u32::from(bytes[1] % 3).to_le_bytes());
-        packet.extend(len.to_le_bytes());
-        packet.extend(u16::from(1 + bytes[2] / 250).to_le_bytes());
-        packet.extend(u16::from(bytes[3] % 9).to_le_bytes());
-        packet.extend(u32::from(bytes[4] % 4).to_le_bytes());
-        packet.extend((u32::from(bytes[5]) << 8).to_le_bytes());
-        packet.extend(u32::from(bytes[6]).to_le_bytes());
+        let ports = (u32::from(bytes[0] % 3), u32::from(bytes[1] % 3));
+        let (op, flags) = (u16::from(bytes[3] % 9), u32::from(bytes[4] % 4));
+        let credit = (u32::from(bytes[5]) << 8, bytes[6].into());
+        let mut packet = vsock_header(ports, op, flags, len, credit);
+        // The type, of which there is one.
+        packet[28] = 1 + bytes[2] / 250;
         sends.offer(&[Buffer::Readable(packet), Buffer::Readable(payload)]);
     }
     for _ in 0..QUEUE / 4 {
         receive.offer(&[Buffer::Writable(4096)]);
     }
-    let mut device = Vsock::new(3, ports);
+    let mut device = Vsock::new(GUEST_CID, ports);
     let queues = vec![receive.queue(), sends.queue(), Driver::new(QUEUE).queue()];
     serve(&mut device, &sends, queues);
     drop(listener);

@@ -4,6 +4,7 @@
 //!
 //! Whatever is asked, what lies beside the shares stays as it is, and so does what is shared read-only.
 
+use crate::devices::fuse;
 use crate::input::Input;
 use koya_devices::fs::passthrough::{Options, Passthrough};
 use koya_devices::fs::server::Server;
@@ -22,7 +23,7 @@ use std::sync::{Mutex, PoisonError};
 
 const QUEUE: u16 = 16;
 
-/// A file that holds nothing but this is a secret of the host's.
+/// The contents of a host file that is not shared.
 const SECRET: &[u8] = b"not the guest's";
 
 /// What a guest knows.
@@ -261,16 +262,7 @@ impl World {
         } else {
             self.named(opcode, &known, input, &mut body);
         }
-        let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
-        request.extend(opcode.to_le_bytes());
-        request.extend(7u64.to_le_bytes());
-        request.extend(node.to_le_bytes());
-        let user = u32::from(input.byte() / 128) * 1000;
-        request.extend(user.to_le_bytes());
-        request.extend(user.to_le_bytes());
-        request.extend([0; 8]);
-        request.extend(body);
-        request
+        fuse(opcode, node, u32::from(input.byte() / 128) * 1000, &body)
     }
 
     /// Arguments of requests that are about names, nodes and attributes.

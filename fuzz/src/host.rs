@@ -359,7 +359,5 @@ pub fn host_texts(data: &[u8]) {
     koya_vmm::guest_text::line(data);
     let lines = koya_vmm::guest_text::lines(data);
     assert!(lines.len() <= koya_vmm::guest_text::MAX_LINES);
-    let shown = koya_vmm::guest_text::whole(data);
-    let plain = |char: char| !char.is_control() || char == '\n' || char == '\t';
-    assert!(shown.chars().all(plain), "{shown:?}");
+    crate::assert_plain(&koya_vmm::guest_text::whole(data));
 }

@@ -40,6 +40,15 @@ pub fn without_sigpipe() {
     signal_hook::flag::register(signal_hook::consts::SIGPIPE, seen).expect("a handler");
 }
 
+/// Checks that a text has nothing that a terminal obeys.
+///
+/// # Panics
+/// If it has.
+pub(crate) fn assert_plain(text: &str) {
+    let is_plain = |char: char| !char.is_control() || char == '\n' || char == '\t';
+    assert!(text.chars().all(is_plain), "{text:?}");
+}
+
 /// A driver that writes anything into descriptors, indirect tables and the available ring: the
 /// device must end each chain, stay inside memory, and never panic.
 ///

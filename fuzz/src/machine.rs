@@ -162,8 +162,7 @@ pub fn panic_logs(data: &[u8]) {
         let explained = explain(reason, &memory);
         let log = explained.log().unwrap_or_default();
         assert!(log.len() <= guest_text::MAX_LINES);
-        let plain = |char: char| !char.is_control() || char == '\n' || char == '\t';
-        assert!(log.chars().all(plain), "{log:?}");
+        crate::assert_plain(log);
         if let ExitReason::Panic { message, .. } = &explained {
             assert!(!message.contains(char::is_control), "{message:?}");
             assert!(message.len() <= guest_text::MAX_LINE);

@@ -1,5 +1,6 @@
 //! Requests as drivers make them, more or less.
 
+use crate::devices::fuse;
 use crate::input::Input;
 use koya_devices::fs::wire::op;
 use koya_devices::test_utils::Buffer;
@@ -87,21 +88,41 @@ pub(crate) fn memory(input: &mut Input<'_>, start: u64) -> Vec<Buffer> {
 /// A packet of a stream.
 pub(crate) fn packet(input: &mut Input<'_>) -> Vec<Buffer> {
     let data = vec![0x5a; usize::from(input.word() % 5000)];
-    let mut packet = 3u64.to_le_bytes().to_vec();
-    packet.extend(2u64.to_le_bytes());
-    packet.extend(u32::from(input.byte() % 4).to_le_bytes());
-    packet.extend(input.pick(&[1u32, 1, 2, 1 << 30]).to_le_bytes());
+    let ports = (
+        u32::from(input.byte() % 4),
+        input.pick(&[1u32, 1, 2, 1 << 30]),
+    );
     let len = match input.byte() {
         250.. => input.number() as u32,
         _ => data.len() as u32,
     };
-    packet.extend(len.to_le_bytes());
-    packet.extend(1u16.to_le_bytes());
-    packet.extend(u16::from(input.byte() % 9).to_le_bytes());
-    packet.extend(u32::from(input.byte() % 4).to_le_bytes());
-    packet.extend((input.number() as u32).to_le_bytes());
-    packet.extend(u32::from(input.byte()).to_le_bytes());
-    vec![Buffer::Readable(packet), Buffer::Readable(data)]
+    let (op, flags) = (u16::from(input.byte() % 9), u32::from(input.byte() % 4));
+    let credit = (input.number() as u32, u32::from(input.byte()));
+    let header = vsock_header(ports, op, flags, len, credit);
+    vec![Buffer::Readable(header), Buffer::Readable(data)]
+}
+
+/// The CID of the guest whose packets these are.
+pub(crate) const GUEST_CID: u64 = 3;
+
+/// The header of a guest's packet (virtio 1.2, section 5.10.6): from its port to one of the host, with its room and what it
+/// has forwarded.
+pub(crate) fn vsock_header(
+    (guest_port, host_port): (u32, u32),
+    op: u16,
+    flags: u32,
+    len: u32,
+    (room, forwarded): (u32, u32),
+) -> Vec<u8> {
+    let mut bytes = GUEST_CID.to_le_bytes().to_vec();
+    bytes.extend(2u64.to_le_bytes());
+    for word in [guest_port, host_port, len, 1 | u32::from(op) << 16] {
+        bytes.extend(word.to_le_bytes());
+    }
+    for word in [flags, room, forwarded] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes
 }
 
 /// A FUSE request, of a node and a handle that there may be.
@@ -122,11 +143,6 @@ pub(crate) fn file(input: &mut Input<'_>) -> Vec<Buffer> {
     for _ in 0..input.byte() % 3 {
         body.extend_from_slice(input.pick(&NAMES));
     }
-    let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
-    request.extend(opcode.to_le_bytes());
-    request.extend(7u64.to_le_bytes());
-    request.extend(node.to_le_bytes());
-    request.extend([0; 16]);
-    request.extend(body);
+    let request = fuse(opcode, node, 0, &body);
     vec![Buffer::Readable(request), Buffer::Writable(4096)]
 }

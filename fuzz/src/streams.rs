@@ -7,6 +7,7 @@
 mod machine;
 
 use crate::input::Input;
+use crate::requests::vsock_header;
 use event_manager::SubscriberOps;
 use koya_devices::virtio::VirtioDevice;
 use machine::*;
@@ -354,7 +355,7 @@ fn hostile_step(machine: &mut Machine, input: &mut Input<'_>) {
                 15 => input.number() as u32,
                 _ => data.len() as u32,
             };
-            let mut header = header(ports, op, u32::from(lie / 16), len, sizes);
+            let mut header = vsock_header(ports, op, u32::from(lie / 16), len, sizes);
             match lie {
                 250 => header.truncate(43),
                 251 => header[0] = 9,
@@ -408,7 +409,7 @@ fn hostile_step(machine: &mut Machine, input: &mut Input<'_>) {
     }
 }
 
-/// Keeps one of the host's ends, of which there are at most eight.
+/// Keeps the end of a stream on the host, of which there are at most eight.
 fn keep(machine: &mut Machine, host: UnixStream) {
     host.set_nonblocking(true).expect("a socket");
     let port = 100 + machine.next_port % 8;

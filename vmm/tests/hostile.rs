@@ -76,8 +76,7 @@ impl VirtioDevice for Probe {
 fn neighbour(probe: &Probe) -> Vm {
     let target = Target::of(probe, vec![vec![0; 64]]);
     let queue = target.queues[0];
-    let mut guest = Program::new();
-    guest.fill(queue, &target.requests);
+    let mut guest = Program::filled(&target);
     guest.bring_up(&target);
     let again = guest.here();
     guest.add16(queue.available + 2, 1);

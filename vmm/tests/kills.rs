@@ -42,8 +42,7 @@ fn machine(dir: &Path, phase: &dyn Fn(u8)) {
     let disk = Disk::open(&dir.join("disk"), DiskOptions::default()).unwrap();
     let disk = Block::new(disk, 1).unwrap();
     let target = Target::of(&disk, vec![vec![0; 16]]);
-    let mut guest = Program::new();
-    guest.fill(target.queues[0], &target.requests);
+    let mut guest = Program::filled(&target);
     let again = guest.here();
     guest.bring_up(&target);
     guest.store16(target.queues[0].used + 2, 0);

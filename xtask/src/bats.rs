@@ -16,6 +16,10 @@ pub(crate) const PACKAGES: [(&str, &str); 2] = [
     ("jq", "is what they read and change JSON with"),
 ];
 
+/// Runs the file. A test may pass on the descriptor that bats has for its output: a pipe instead of the console.
+const BATS: &str = "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
+";
+
 /// How long a file of tests may take, in seconds.
 const LIMIT: &str = "3600";
 
@@ -43,7 +47,7 @@ pub(crate) struct Project<'a> {
     pub(crate) name: &'a str,
     /// The directory of its files.
     pub(crate) tests: PathBuf,
-    /// A script of the shell that runs a file in the rig: the directory of the tests, the file, which of its tests (all
+    /// A script of the shell that prepares the rig for a file: the directory of the tests, the file, which of its tests (all
     /// if that is empty), and what follows.
     pub(crate) script: &'a str,
     pub(crate) further: Vec<String>,
@@ -98,7 +102,8 @@ impl Project<'_> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
         rig.args([&cpus.to_string(), "--"]);
-        rig.args(["sh", "-c", self.script, "sh"]).arg(&self.tests);
+        let script = [self.script, BATS].concat();
+        rig.args(["sh", "-c", &script, "sh"]).arg(&self.tests);
         rig.arg(format!("{file}.bats")).arg(filter);
         rig.args(&self.further).stdout(File::create(printed)?);
         eprintln!("{}: {file} (results: {})", self.name, printed.display());

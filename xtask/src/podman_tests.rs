@@ -27,7 +27,7 @@ echo \"Confirmed: testimage pause invoked as $0\"
 while :; do sleep 0.1; done
 ";
 
-/// What runs in the rig, whose files are gone with it. Containers have storage on a disk, and no network unless a test
+/// What runs before them in the rig, whose files are gone with it. Containers have storage on a disk, and no network unless a test
 /// asks for one, which is quicker.
 const RUN: &str = "set -e
 scratch=/run/scratch
@@ -58,8 +58,6 @@ podman import --quiet --change 'WORKDIR /home/podman' \\
     --change 'CMD [\"/bin/echo\", \"This container is intended for podman CI testing\"]' \\
     --change 'LABEL created_by=test/system/build-testimage' --change 'LABEL created_at=2022-06-15T00:00:00Z' \\
     \"$1/testimage.tar\" \"$5\" >&2
-# A test may pass on the descriptor that bats has for its output: a pipe instead of the console.
-cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
 ";
 
 #[derive(Args)]

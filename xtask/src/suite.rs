@@ -15,7 +15,8 @@ pub(crate) struct TestArgs {
     /// Only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
-    /// Only tests whose name contains this; `smoke` for a few Linux guests that show that all is well at large, `long` for those that take minutes each, which are left out otherwise
+    /// Only tests whose name contains this; `smoke` for a few Linux guests that show that all is well at large, `long` for those
+    /// that take minutes each, which are left out otherwise
     filter: Option<String>,
 }
 

@@ -1,5 +1,6 @@
 //! A machine with a vsock device, and what both ends of each stream know.
 
+use crate::requests::{GUEST_CID, vsock_header};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use koya_devices::test_utils::{Buffer, Driver};
 use koya_devices::virtio::{Activation, VirtioDevice, Worker};
@@ -9,7 +10,6 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 pub(super) const QUEUE: u16 = 64;
-pub(super) const CID: u64 = 3;
 /// The port on which the host listens.
 pub(super) const SERVED: u32 = 1;
 /// Guest memory that packets may take before both ends rest.
@@ -94,7 +94,7 @@ impl Machine {
         let ports = Ports::new().expect("a descriptor");
         let listener = ports.listen(SERVED).expect("a port");
         let mut machine = Self {
-            device: Vsock::new(CID, ports.clone()),
+            device: Vsock::new(GUEST_CID, ports.clone()),
             ports,
             listener,
             events: Loop::new().expect("epoll"),
@@ -192,7 +192,7 @@ impl Machine {
         };
         stream.acknowledged = stream.received;
         let ports = (guest_port, stream.host_port);
-        let header = header(
+        let header = vsock_header(
             ports,
             op,
             flags,
@@ -224,22 +224,4 @@ impl Machine {
         };
         used.into_iter().filter_map(read).collect()
     }
-}
-
-pub(super) fn header(
-    (guest_port, host_port): (u32, u32),
-    op: u16,
-    flags: u32,
-    len: u32,
-    (room, forwarded): (u32, u32),
-) -> Vec<u8> {
-    let mut bytes = CID.to_le_bytes().to_vec();
-    bytes.extend(2u64.to_le_bytes());
-    for word in [guest_port, host_port, len, 1 | u32::from(op) << 16] {
-        bytes.extend(word.to_le_bytes());
-    }
-    for word in [flags, room, forwarded] {
-        bytes.extend(word.to_le_bytes());
-    }
-    bytes
 }

@@ -4,6 +4,7 @@ use crate::tool::{Background, koya, run, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 crate::trials![
     one_process_a_sandbox,
@@ -62,21 +63,25 @@ fn one_process_a_sandbox() -> Result<()> {
     Ok(())
 }
 
+/// koya, as a user of the host to whom /dev/kvm is open.
+fn koya_as(user: u32, home: &Path) -> Command {
+    let user = user.to_string();
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid", &user, "--regid", &user, "--clear-groups", "koya"])
+        .env("HOME", home)
+        .env_remove("XDG_DATA_HOME")
+        .env_remove("XDG_RUNTIME_DIR");
+    command
+}
+
 /// A user to whom /dev/kvm is open: root in the container, itself on the host.
 fn no_root_is_needed() -> Result<()> {
     const USER: u32 = 65534;
     let home = scratch("user")?;
     std::os::unix::fs::chown(&home, Some(USER), Some(USER))?;
     let as_user = |arguments: &[&str]| -> Result<String> {
-        let user = USER.to_string();
-        let output = std::process::Command::new("setpriv")
-            .args(["--reuid", &user, "--regid", &user, "--clear-groups", "koya"])
-            .args(arguments)
-            .env("HOME", &home)
-            .env_remove("XDG_DATA_HOME")
-            .env_remove("XDG_RUNTIME_DIR")
-            .output()?;
-        stdout(output)
+        stdout(koya_as(USER, &home).args(arguments).output()?)
     };
     let rootfs = shared_rootfs().to_string_lossy();
     let volume = format!("{}:/data", home.display());
@@ -105,11 +110,11 @@ fn a_user_has_users() -> Result<()> {
     const USER: u32 = 65534;
     let home = scratch("users")?;
     let rootfs = home.join("rootfs");
-    let mut copy = std::process::Command::new("cp");
+    let mut copy = Command::new("cp");
     stdout(copy.arg("-a").arg(shared_rootfs()).arg(&rootfs).output()?)?;
     let owner = format!("{USER}:{USER}");
     stdout(
-        std::process::Command::new("chown")
+        Command::new("chown")
             .args(["-hR", &owner])
             .arg(&home)
             .output()?,
@@ -118,18 +123,9 @@ fn a_user_has_users() -> Result<()> {
     // As in Fedora's images.
     std::fs::set_permissions(rootfs.join("bin"), std::fs::Permissions::from_mode(0o555))?;
     let as_user = |options: &[&str], script: &str| -> Result<String> {
-        let user = USER.to_string();
-        let output = std::process::Command::new("setpriv")
-            .args(["--reuid", &user, "--regid", &user, "--clear-groups"])
-            .args(["koya", "run", "--rootfs"])
-            .arg(&rootfs)
-            .args(options)
-            .args(["--", "sh", "-c", script])
-            .env("HOME", &home)
-            .env_remove("XDG_DATA_HOME")
-            .env_remove("XDG_RUNTIME_DIR")
-            .output()?;
-        stdout(output)
+        let mut command = koya_as(USER, &home);
+        command.args(["run", "--rootfs"]).arg(&rootfs).args(options);
+        stdout(command.args(["--", "sh", "-c", script]).output()?)
     };
     let said = as_user(
         &[],
@@ -255,9 +251,7 @@ fn a_detached_container_that_cannot_start_has_its_status() -> Result<()> {
 fn a_sandbox_that_hangs_is_stopped_after_the_limit() -> Result<()> {
     let container = Background::start("life-hangs", &[], &["sleep", "1000"])?;
     let pid = container.pid()?.to_string();
-    let stopped = std::process::Command::new("kill")
-        .args(["-STOP", &pid])
-        .status()?;
+    let stopped = Command::new("kill").args(["-STOP", &pid]).status()?;
     ensure!(stopped.success());
     let began = std::time::Instant::now();
     let said = stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
@@ -291,7 +285,7 @@ fn an_embedders_example_boots() -> Result<()> {
     // The compressed one where there is one.
     let kernels = ["bzImage", "vmlinux"].map(|name| Path::new(&share).join(name));
     let kernel = kernels.into_iter().find(|path| path.exists());
-    let output = std::process::Command::new(example("console"))
+    let output = Command::new(example("console"))
         .arg(kernel.context("a kernel")?)
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -325,9 +319,7 @@ fn the_readmes_five_lines_run() -> Result<()> {
     }
     let dir = scratch("hello")?;
     std::os::unix::fs::symlink(shared_rootfs(), dir.join("rootfs"))?;
-    let output = std::process::Command::new(example("hello"))
-        .current_dir(&dir)
-        .output()?;
+    let output = Command::new(example("hello")).current_dir(&dir).output()?;
     let said = stdout(output)?;
     ensure!(said.contains("-koya"), "{said}");
     Ok(())

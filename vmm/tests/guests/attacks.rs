@@ -38,9 +38,7 @@ fn kicks(target: &Target) -> Program {
     let mut guest = Program::new();
     guest.bring_up(target);
     let again = guest.here();
-    for queue in 0..target.queues.len() as u32 {
-        guest.notify(queue);
-    }
+    guest.notify_all(target);
     // Queues that there are not.
     guest.notify(0xffff);
     guest.again(again);
@@ -48,10 +46,7 @@ fn kicks(target: &Target) -> Program {
 }
 
 fn resets(target: &Target) -> Program {
-    let mut guest = Program::new();
-    for rings in &target.queues {
-        guest.fill(*rings, &target.requests);
-    }
+    let mut guest = Program::filled(target);
     let again = guest.here();
     guest.bring_up(target);
     for (index, rings) in (0..).zip(&target.queues) {
@@ -64,10 +59,7 @@ fn resets(target: &Target) -> Program {
 }
 
 fn live(target: &Target) -> Program {
-    let mut guest = Program::new();
-    for rings in &target.queues {
-        guest.fill(*rings, &target.requests);
-    }
+    let mut guest = Program::filled(target);
     guest.bring_up(target);
     let again = guest.here();
     for (index, rings) in (0..).zip(&target.queues) {
@@ -145,9 +137,7 @@ fn chains(target: &Target) -> Program {
             }
             guest.descriptor(inner, 0, one(inner.into(), 32, INDIRECT, 0));
             guest.descriptor(inner, 1, one(data, 16, NEXT, 0));
-            for index in 0..target.queues.len() as u32 {
-                guest.notify(index);
-            }
+            guest.notify_all(target);
             guest.delay(20_000);
         }
     }
@@ -217,9 +207,7 @@ fn rings(target: &Target) -> Program {
         guest.register(register::STATUS, 15);
         guest.store(usual.table, 0);
         guest.store(usual.available, 1 << 16);
-        for index in 0..target.queues.len() as u32 {
-            guest.notify(index);
-        }
+        guest.notify_all(target);
         guest.delay(20_000);
     }
     guest.again(again);
@@ -227,10 +215,7 @@ fn rings(target: &Target) -> Program {
 }
 
 fn indexes(target: &Target) -> Program {
-    let mut guest = Program::new();
-    for rings in &target.queues {
-        guest.fill(*rings, &target.requests);
-    }
+    let mut guest = Program::filled(target);
     let again = guest.here();
     for jump in [16u16, 17, 0x8000, 0xffff, 0x7fff] {
         guest.bring_up(target);
@@ -252,10 +237,7 @@ fn indexes(target: &Target) -> Program {
 }
 
 fn requests(target: &Target) -> Program {
-    let mut guest = Program::new();
-    for rings in &target.queues {
-        guest.fill(*rings, &target.requests);
-    }
+    let mut guest = Program::filled(target);
     guest.bring_up(target);
     let again = guest.here();
     for (index, rings) in (0..).zip(&target.queues) {

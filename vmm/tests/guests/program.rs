@@ -98,6 +98,15 @@ impl Program {
         }
     }
 
+    /// One whose memory begins with full queues of the requests of this target.
+    pub(crate) fn filled(target: &Target) -> Self {
+        let mut guest = Self::new();
+        for rings in &target.queues {
+            guest.fill(*rings, &target.requests);
+        }
+        guest
+    }
+
     fn op(&mut self, code: &[u8], words: &[u32]) {
         self.code.extend(code);
         self.code
@@ -167,6 +176,12 @@ impl Program {
 
     pub(crate) fn notify(&mut self, queue: u32) {
         self.register(register::NOTIFY, queue);
+    }
+
+    pub(crate) fn notify_all(&mut self, target: &Target) {
+        for queue in 0..target.queues.len() as u32 {
+            self.notify(queue);
+        }
     }
 
     /// Up to FEATURES_OK.
