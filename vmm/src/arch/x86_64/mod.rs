@@ -156,7 +156,7 @@ pub fn prepare_vcpu(
 }
 
 /// The interrupt controllers: always the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interrupts;
 
 /// Nothing is left to do when all vCPUs exist.
