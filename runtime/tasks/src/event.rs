@@ -48,7 +48,7 @@ pub enum Event {
         /// Exit of its init process.
         exit: Exit,
     },
-    /// The guest's kernel killed one of its processes for its memory.
+    /// The guest's OOM killer killed one of its processes.
     OutOfMemory {
         /// ID of the task.
         id: String,
