@@ -71,7 +71,7 @@ impl BootInfo<'_> {
     }
 }
 
-/// Why a virtual machine could not be prepared for boot.
+/// Errors while a virtual machine is prepared for boot.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArchError {
