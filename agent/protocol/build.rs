@@ -11,13 +11,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
-        // The host's calls block a thread each; the guest serves many with one.
+        // Each call of the host blocks a thread; the guest serves all of them with one.
         .customize(Customize {
             async_server: true,
             ..Default::default()
         })
         .run()?;
-    // Ordinary modules may begin with inner attributes, included text may not.
+    // Ordinary modules may begin with inner attributes, included text must not.
     std::fs::write(out.join("mod.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")?;
     Ok(())
 }

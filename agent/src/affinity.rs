@@ -1,4 +1,4 @@
-//! The CPUs of the guest on which a process runs that is added to a container (`process.execCPUAffinity`).
+//! CPU affinity of exec processes (`process.execCPUAffinity`).
 
 use anyhow::{Context, Result};
 use koya_protocol::{Refused, cpus};
@@ -6,7 +6,7 @@ use oci_spec::runtime::{ExecCPUAffinity, Process};
 use rustix::io::Errno;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// Before the process is in the container's control group, and from then on.
+/// CPUs before the process joins the container's control group, and afterwards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Affinity {
     initial: Option<String>,
@@ -14,7 +14,7 @@ pub(crate) struct Affinity {
 }
 
 impl Affinity {
-    /// Takes it from a process; one that has none has the container's.
+    /// Takes it from the configuration of a process; the default is the container's.
     pub(crate) fn take(process: &mut Process, containers: Option<ExecCPUAffinity>) -> Self {
         let own = process.exec_cpu_affinity().clone();
         process.set_exec_cpu_affinity(None);
@@ -25,12 +25,12 @@ impl Affinity {
         }
     }
 
-    /// For this process and those that it starts.
+    /// Sets the initial affinity for this process and those that it starts.
     pub(crate) fn begin(&self) -> Result<()> {
         self.initial.as_deref().map_or(Ok(()), set)
     }
 
-    /// For this process, which is in the container's control group.
+    /// Sets the final affinity for this process, which is in the container's control group.
     pub(crate) fn end(&self) -> Result<()> {
         self.last.as_deref().map_or(Ok(()), set)
     }

@@ -1,4 +1,4 @@
-//! The guest's start, as an ordered list.
+//! The start of the guest, as an ordered list of steps.
 
 use anyhow::{Context, Result};
 use koya_protocol::messages::{GuestMark, GuestTimes};
@@ -9,14 +9,14 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs;
 use std::path::Path;
 
-/// Open files of a process that nobody gave another limit: containerd's default.
+/// Default limit of open files of a process: that of containerd.
 const NOFILE: u64 = 1 << 20;
 
-/// Memory mappings of a process: databases and JVMs refuse to start with the kernel's 65530, which their hosts are
-/// told to raise (Elasticsearch wants 262144; Fedora and Ubuntu have this).
+/// Maximum number of memory mappings of a process: databases and JVMs refuse to start with the kernel's 65530, and ask for a
+/// higher setting on the host (Elasticsearch requires 262144; this is the value of Fedora and Ubuntu).
 const MAX_MAP_COUNT: &str = "1048576";
 
-/// Everything before the host is called.
+/// Everything before connecting to the host.
 pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     leave_rootfs().context("cannot leave the initial root file system")?;
     mount_kernel_file_systems()?;
@@ -33,7 +33,7 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     Ok(())
 }
 
-/// Notes what is done now: told with the first answer, and until then a matter of nanoseconds.
+/// Records a completed step, to be sent with the first reply; takes nanoseconds.
 fn mark(times: &mut GuestTimes, name: &str) {
     times.marks.push(GuestMark {
         name: name.into(),
@@ -42,8 +42,8 @@ fn mark(times: &mut GuestTimes, name: &str) {
     });
 }
 
-/// The kernel's first root can't be pivoted away from, which is what containers do. A bind mount
-/// of it, moved over it, can.
+/// Containers use pivot_root(2), which is not possible from the kernel's initial root. It is possible from a bind mount of
+/// it, moved over it.
 fn leave_rootfs() -> Result<()> {
     fs::create_dir_all("/root")?;
     mount_bind("/", "/root")?;
@@ -105,7 +105,7 @@ fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, data: &st
         .with_context(|| format!("cannot mount {kind} at {target}"))
 }
 
-/// Containers get limits only for controllers that the root hands down.
+/// Containers have limits only for controllers that the root group enables.
 fn enable_cgroup_controllers() -> Result<()> {
     let available = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
     for controller in available.split_whitespace() {
@@ -118,8 +118,8 @@ fn enable_cgroup_controllers() -> Result<()> {
     Ok(())
 }
 
-/// What the kernel gives to PID 1 goes by the size of the guest: processes that know nothing else would have
-/// 993 processes of a user in a small one. Control groups are what bounds containers.
+/// The kernel derives the limits of PID 1 from the size of the guest: by default, a user would have at most 993 processes in
+/// a small one. Containers are bounded by control groups instead.
 fn raise_limits() -> Result<()> {
     let both = |most| Rlimit {
         current: most,

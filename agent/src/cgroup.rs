@@ -1,4 +1,4 @@
-//! A container's control group (Documentation/admin-guide/cgroup-v2.rst): stopping, limits, figures.
+//! A container's control group (Documentation/admin-guide/cgroup-v2.rst): freezing, limits, statistics.
 
 use crate::helper;
 use crate::state::broken;
@@ -19,14 +19,14 @@ use std::time::Duration;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Processes and threads that containers leave to the agent and the kernel, but no more than a quarter of all.
+/// Processes and threads reserved for the agent and the kernel, at most a quarter of all.
 const RESERVE: u64 = 512;
 
-/// How often, every ten milliseconds, it is looked whether processes that were killed have ended.
+/// Number of checks, ten milliseconds apart, for the end of killed processes.
 const PATIENCE: u32 = 500;
 
-/// Makes the group in which all containers are. Together they have fewer processes than the guest can have:
-/// whatever they do, the agent can still end them, and bring a process into them.
+/// Creates the parent group of all containers. Its limit of processes is lower than that of the guest: whatever containers
+/// do, the agent can still end them, and add a process to them.
 pub(crate) fn set_up() -> Result<()> {
     let all = Path::new(ROOT).join(helper::CGROUPS.trim_start_matches('/'));
     fs::create_dir_all(&all)?;
@@ -41,22 +41,22 @@ pub(crate) fn set_up() -> Result<()> {
     let limits = limits.map(|path| fs::read_to_string(path).map(|text| single(&text)));
     let most = containers_pids(limits.into_iter().flatten());
     let limit = all.join("pids.max");
-    // A guest's kernel may be without that controller.
+    // A guest kernel may lack that controller.
     if let Some(most) = most.filter(|_| limit.exists()) {
         fs::write(limit, most.to_string())?;
     }
     Ok(())
 }
 
-/// How many processes and threads containers may have where the kernel has these limits.
+/// Maximum number of processes and threads of containers, given the kernel's limits.
 fn containers_pids(limits: impl Iterator<Item = u64>) -> Option<u64> {
     let most = limits.filter(|limit| *limit > 0).min()?;
     Some(most - RESERVE.min(most / 4))
 }
 
-/// The files by which a process joins a container, the first that lets it in: its control group; and the one
-/// of its first process, for containers that have made groups of their own. Then their own group may have no
-/// processes (cgroup-v2.rst, "No Internal Process Constraint").
+/// The files by which a process joins a container, to be tried in order: its control group; and that of its first process,
+/// for containers that have created groups of their own. In that case the container's own group may have no processes
+/// (cgroup-v2.rst, "No Internal Process Constraint").
 pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
     let own = directory(id);
     let mut groups = vec![own.clone()];
@@ -70,11 +70,11 @@ pub(crate) fn doors(id: &str, first: Option<i32>) -> Result<Vec<Arc<File>>> {
     }
     let mut groups = groups.into_iter().map(open);
     let own = groups.next().transpose()?;
-    // The other may have gone meanwhile: its process moves as it likes.
+    // The second may have disappeared: its process can move to other groups.
     Ok(own.into_iter().chain(groups.flatten()).collect())
 }
 
-/// The file by which a process joins a control group in a container's own.
+/// The file by which a process joins a control group below a container's.
 pub(crate) fn door(id: &str, within: &str) -> Result<Arc<File>> {
     let path = Path::new(within.trim_start_matches('/'));
     if path.components().any(|part| part == Component::ParentDir) {
@@ -90,20 +90,20 @@ fn open(group: PathBuf) -> Result<Arc<File>> {
         .with_context(|| path.display().to_string())
 }
 
-/// What `/proc/PID/cgroup` says: `0::/koya/ID/init`.
+/// Parses `/proc/PID/cgroup`: `0::/koya/ID/init`.
 fn group_of(text: &str) -> Option<PathBuf> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     let path = path.strip_suffix(" (deleted)").unwrap_or(path);
     Some(Path::new(ROOT).join(path))
 }
 
-/// Joins the first group that lets this process in. The kernel goes by who has opened the file.
+/// Joins the first group that accepts this process. The kernel checks the credentials of the opener of the file.
 pub(crate) fn join<'a, W: Write + 'a>(doors: impl IntoIterator<Item = W>) -> io::Result<()> {
     let mut refused = io::Error::from(io::ErrorKind::NotFound);
     for mut door in doors {
-        // Itself.
+        // The writing process itself.
         match door.write_all(b"0") {
-            // It has controllers for groups in it, or is a group of threads.
+            // It has enabled controllers for child groups, or is a threaded group.
             Err(error)
                 if [libc::EBUSY, libc::EOPNOTSUPP]
                     .map(Some)
@@ -117,14 +117,14 @@ pub(crate) fn join<'a, W: Write + 'a>(doors: impl IntoIterator<Item = W>) -> io:
     Err(refused)
 }
 
-/// Ends what runs in a container, and removes the groups that it made in its own.
+/// Kills the processes of a container, and removes the groups that it created below its own.
 pub(crate) fn end_nested(id: &str) -> Result<()> {
     let own = directory(id);
     if nested(&own).is_empty() {
         return Ok(());
     }
     signal_all(id, libc::SIGKILL)?;
-    // What was killed is in its group until it has ended.
+    // A killed process is in its group until it has ended.
     for _ in 0..PATIENCE {
         nested(&own).into_iter().for_each(remove);
         if nested(&own).is_empty() {
@@ -146,7 +146,7 @@ fn remove(group: PathBuf) {
     fs::remove_dir(group).ok();
 }
 
-/// Where it is.
+/// Directory of a container's group.
 pub(crate) fn directory(id: &str) -> PathBuf {
     Path::new(ROOT).join(helper::cgroup(id).trim_start_matches('/'))
 }
@@ -159,7 +159,7 @@ fn config(id: &str) -> CgroupConfig {
     }
 }
 
-/// Stops every process of a container, or lets them go on.
+/// Freezes all processes of a container, or thaws them.
 pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
     let state = match frozen {
         true => FreezerState::Frozen,
@@ -168,13 +168,13 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
     let manager = create_cgroup_manager(config(id))?;
     let done = manager.freeze(state);
     if done.is_err() && frozen {
-        // As far as it came: what can't be stopped whole goes on whole.
+        // Reverts a partial freeze.
         manager.freeze(FreezerState::Thawed).ok();
     }
     Ok(done?)
 }
 
-/// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.
+/// Sets the limits in `linux.resources` of an OCI configuration; absent ones are not changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     let resources: LinuxResources =
         serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
@@ -187,14 +187,14 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
 }
 
-/// Signals every process of a container, those in groups that it made itself too.
+/// Signals every process of a container, including those in groups that it created.
 pub(crate) fn signal_all(id: &str, signal: i32) -> Result<()> {
     let directory = directory(id);
     if signal == libc::SIGKILL {
         return fs::write(directory.join("cgroup.kill"), "1").context("cgroup.kill");
     }
     for pid in processes(&directory)? {
-        // One that has ended meanwhile needs none.
+        // Errors for processes that have ended meanwhile are ignored.
         sys::kill(pid, signal).ok();
     }
     Ok(())
@@ -212,10 +212,10 @@ fn processes(directory: &Path) -> Result<Vec<i32>> {
     Ok(all)
 }
 
-/// What a container uses, and what it may.
+/// Resource usage and limits of a container.
 pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let directory = directory(id);
-    // Figures of a controller that a kernel lacks are zero.
+    // Values of missing controllers are zero.
     let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
     text_stats(&text, directory.is_dir())
         .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
@@ -262,7 +262,7 @@ pub(crate) fn keyed(text: &str) -> HashMap<String, u64> {
     text.lines().filter_map(pair).collect()
 }
 
-/// Lines of a device and what was done to it: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`.
+/// Lines of a device and its I/O statistics: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`.
 fn device_io(text: &str) -> Vec<DeviceIo> {
     let device = |line: &str| {
         let mut words = line.split(' ');
@@ -289,7 +289,7 @@ fn device_io(text: &str) -> Vec<DeviceIo> {
 mod tests {
     use super::*;
 
-    /// A control group's file that answers with this error.
+    /// A mock of a control group's file that returns this error.
     struct Door(Option<i32>, bool);
 
     impl Write for &mut Door {
@@ -319,7 +319,7 @@ mod tests {
         assert_eq!(joined(Some(libc::EBUSY), None), (Ok(()), [false, true]));
         let busy = Err(Some(libc::EBUSY));
         assert_eq!(joined(Some(libc::EBUSY), Some(libc::EBUSY)).0, busy);
-        // Other errors are no reason to be elsewhere.
+        // Other errors do not lead to the next group.
         assert_eq!(
             joined(Some(libc::EIO), None),
             (Err(Some(libc::EIO)), [false, false])

@@ -1,15 +1,14 @@
-//! The guest's real time, which the host compares with its own and moves.
+//! The guest's real-time clock, which the host compares with its own and adjusts.
 //!
-//! A container with CAP_SYS_TIME can set the clock too; the host sets it back within minutes. There is one such
-//! clock for all time namespaces.
+//! A container with CAP_SYS_TIME can set the clock too; the host corrects it within minutes. Time namespaces do not have a
+//! real-time clock of their own.
 
 use crate::sys;
 use anyhow::{Context, Result};
 use koya_protocol::messages::GuestClock;
 use rustix::time::{ClockId, clock_gettime};
 
-/// What is moved gradually, so that time never goes back and no timer is late: the kernel makes 0.5 ms of it in a
-/// second.
+/// Limit for gradual adjustments, by which time never goes back and no timer is late: the kernel slews by 0.5 ms per second.
 const SLEW_LIMIT_NS: i64 = 100_000_000;
 
 const NANOSECONDS: i64 = 1_000_000_000;
@@ -25,12 +24,12 @@ pub(crate) fn read() -> GuestClock {
     }
 }
 
-/// How the clock is moved.
+/// A way to adjust the clock.
 #[derive(Debug, PartialEq, Eq)]
 enum Move {
-    /// By so many microseconds, gradually.
+    /// By this many microseconds, gradually.
     Slew(i64),
-    /// By seconds and nanoseconds, of which only the former are negative.
+    /// By seconds and nanoseconds; only the seconds may be negative.
     Step(i64, i64),
 }
 
@@ -43,7 +42,7 @@ impl Move {
     }
 }
 
-/// Moves the clock. What a former call left to be moved gradually is forgotten.
+/// Adjusts the clock. A gradual adjustment in progress is cancelled.
 pub(crate) fn adjust(by_ns: i64) -> Result<()> {
     let moved = match Move::by(by_ns) {
         Move::Slew(microseconds) => sys::slew_clock(microseconds),

@@ -1,5 +1,5 @@
-//! What the agent changes in a container's OCI configuration: what only the guest knows, and what libcontainer
-//! wants to be told otherwise.
+//! Changes of the agent to a container's OCI configuration: values known only in the guest, and workarounds for
+//! libcontainer.
 
 use crate::device_rules;
 use crate::disks;
@@ -17,13 +17,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What must be as the guest has it, whatever the configuration says.
+/// Sets the values that the guest determines, whatever the configuration contains.
 pub(crate) fn adapt(spec: &mut Spec, id: &str) -> Result<()> {
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(Some(PathBuf::from(helper::cgroup(id))));
-        // A label for the host's security module, which means nothing here.
+        // A label for the host's security module, without meaning in the guest.
         linux.set_mount_label(None);
-        // libcontainer would mask a path twice.
+        // libcontainer would mask a duplicate path twice.
         let mut masked = linux.masked_paths().clone().unwrap_or_default();
         let mut known = HashSet::new();
         masked.retain(|path| known.insert(path.clone()));
@@ -35,7 +35,7 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) -> Result<()> {
     if let Some(process) = spec.process_mut() {
         process.set_apparmor_profile(None);
         process.set_selinux_label(None);
-        // libcontainer takes "false" as a reason to load the seccomp filter too late.
+        // With "false", libcontainer loads the seccomp filter too late.
         if process.no_new_privileges() == Some(false) {
             process.set_no_new_privileges(None);
         }
@@ -43,8 +43,8 @@ pub(crate) fn adapt(spec: &mut Spec, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// A masked comparison has the mask first and then what it is to leave. libcontainer takes them the other way round: where
-/// nothing is to be left, as in the rule of usual profiles on the namespaces that clone(2) may make, all would match.
+/// A masked comparison has the mask first and then the expected value. libcontainer exchanges the two: with an expected
+/// value of zero, as in the usual rule on the namespaces of clone(2), everything would match.
 fn exchange_masks(seccomp: &mut LinuxSeccomp) -> Result<()> {
     let mut syscalls = seccomp.syscalls().clone().unwrap_or_default();
     for syscall in &mut syscalls {
@@ -72,7 +72,7 @@ fn exchange_mask(arg: LinuxSeccompArg) -> Result<LinuxSeccompArg> {
     Ok(exchanged?)
 }
 
-/// Whether the container has a pid namespace that is not the agent's.
+/// Whether the container has a pid namespace other than the agent's.
 pub(crate) fn has_pids(spec: &Spec) -> bool {
     let linux = spec.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
@@ -80,8 +80,7 @@ pub(crate) fn has_pids(spec: &Spec) -> bool {
     namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
-/// Has a container's processes in the namespace behind this descriptor of PID 1's, where they are to have one of
-/// that kind.
+/// Makes a container join the namespace behind this descriptor of PID 1, if its configuration has a namespace of that kind.
 pub(crate) fn join(spec: &mut Spec, kind: LinuxNamespaceType, descriptor: i32) {
     let Some(linux) = spec.linux_mut() else {
         return;
@@ -95,9 +94,9 @@ pub(crate) fn join(spec: &mut Spec, kind: LinuxNamespaceType, descriptor: i32) {
     linux.set_namespaces(Some(namespaces));
 }
 
-/// The configuration by which processes are added to a container. libcontainer reads it each time: it has what
-/// that needs. They are forked in another control group, since the container's own can forbid that when it has
-/// no process left to give; the program joins it as its last step, which no limit forbids.
+/// The configuration for exec processes. libcontainer reads it each time, so it is reduced to what they need. They are
+/// forked in another control group, since the pids limit of the container's own may forbid a fork; the program joins the
+/// container's group as its last step, which no limit forbids.
 pub(crate) fn for_added(spec: &Spec) -> Spec {
     let mut added = Spec::default();
     added.set_version(spec.version().clone());
@@ -117,14 +116,14 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
     added
 }
 
-/// A container's user as the agent's user namespace numbers it.
+/// UID of a container's user in the agent's user namespace.
 pub(crate) fn guest_uid(spec: &Spec, process: &Process) -> u32 {
     let linux = spec.linux().as_ref();
     let mappings = linux.and_then(|linux| linux.uid_mappings().as_ref());
     mapped(mappings, process.user().uid())
 }
 
-/// A container's root and its group, as the agent's user namespace numbers them.
+/// UID and GID of a container's root in the agent's user namespace.
 pub(crate) fn guest_root(spec: &Spec) -> (Uid, Gid) {
     let linux = spec.linux().as_ref();
     let uids = linux.and_then(|linux| linux.uid_mappings().as_ref());
@@ -145,7 +144,7 @@ fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
         .unwrap_or(id)
 }
 
-/// Whether a mount is a bind mount: by its type, or, whatever its type says, by an option.
+/// Whether a mount is a bind mount: by its type, or, with any type, by an option.
 pub(crate) fn is_bind(mount: &Mount) -> bool {
     let mut options = mount.options().iter().flatten();
     mount.typ().as_deref() == Some("bind") || options.any(|o| o == "bind" || o == "rbind")
@@ -162,7 +161,7 @@ pub(crate) fn bind(spec: &mut Spec, source: &Path, destination: &Path) {
     spec.set_mounts(Some(mounts.into_iter().chain([mount]).collect()));
 }
 
-/// Has a helper make the working directory once the container's mounts are there.
+/// Adds a hook that creates the working directory after the container's mounts.
 pub(crate) fn make_working_directory(spec: &mut Spec) {
     let (Some(process), Some(root)) = (spec.process(), spec.root()) else {
         return;
@@ -183,8 +182,8 @@ pub(crate) fn make_working_directory(spec: &mut Spec) {
     add_hook(spec, &all);
 }
 
-/// Has a helper with these arguments run in the container's mount namespace, once its mounts are there; after
-/// those that were added before.
+/// Adds a hook that runs a helper with these arguments in the container's mount namespace, after the container's mounts and
+/// earlier hooks.
 pub(crate) fn add_hook(spec: &mut Spec, args: &[&str]) {
     let all = [helper::ARGUMENT, helper::ARGUMENT].iter().chain(args);
     let mut hook = Hook::default();
@@ -214,7 +213,7 @@ pub(crate) fn change_devices(
     Ok(())
 }
 
-/// Adds a disk of the guest to the configuration: only the guest knows its device number.
+/// Adds a disk of the guest to the configuration, with its device number in the guest.
 pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
     let (major, minor) = disks::number(device)?;
     let node = LinuxDeviceBuilder::default()
@@ -238,7 +237,7 @@ pub(crate) fn add_disk(spec: &mut Spec, device: &BlockDevice) -> Result<()> {
         .build()?;
     change_devices(spec, |nodes, rules| {
         nodes.push(node);
-        // The last match wins, and one that allows everything must stay the last.
+        // The last match wins, so a rule that allows everything must stay the last.
         let at = rules.len() - usize::from(rules.last().is_some_and(|r| r.allow()));
         rules.insert(at, rule);
     })
@@ -260,7 +259,7 @@ pub(crate) fn add_guest_devices(spec: &mut Spec, dev: &Path) -> Result<()> {
     })
 }
 
-/// Loop devices come into being when one is asked of loop-control, and a container's `/dev` would not have them then.
+/// Loop devices are created on demand by loop-control, and would then be missing in a container's `/dev`.
 fn add_loop_devices(found: &mut Vec<LinuxDevice>) -> Result<()> {
     const MAJOR: i64 = 7;
     for minor in 0..8 {
@@ -282,7 +281,7 @@ fn add_loop_devices(found: &mut Vec<LinuxDevice>) -> Result<()> {
     Ok(())
 }
 
-/// What is a container's own: terminals, and the file systems that it mounts.
+/// Names in `/dev` that belong to the container: terminals, and its own mounts.
 const OWN: &[&str] = &["console", "mqueue", "ptmx", "pts", "shm"];
 
 fn nodes_in(dir: &Path, at: &Path, found: &mut Vec<LinuxDevice>) -> Result<()> {
@@ -293,7 +292,7 @@ fn nodes_in(dir: &Path, at: &Path, found: &mut Vec<LinuxDevice>) -> Result<()> {
             continue;
         }
         let (path, place) = (entry.path(), at.join(&name));
-        // A disk may go meanwhile.
+        // A disk may be removed meanwhile.
         let Ok(data) = path.symlink_metadata() else {
             continue;
         };
@@ -404,7 +403,7 @@ mod tests {
             r#"{"ociVersion": "1.2.0", "linux": {"devices": [{"path": "/dev/null", "type": "c",
             "major": 1, "minor": 3, "fileMode": 384}]}}"#,
         );
-        // The test's own machine has these.
+        // The test machine has these.
         add_guest_devices(&mut spec, Path::new("/dev")).unwrap();
         let nodes = spec.linux().as_ref().unwrap().devices().clone().unwrap();
         let at = |path: &str| {

@@ -1,4 +1,4 @@
-//! A container's terminal: the socket by which libcontainer hands over the master.
+//! Terminal of a container: the socket over which libcontainer sends the master.
 
 use crate::sys;
 use anyhow::{Context, Result};
@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-/// Waits for one terminal.
+/// A socket that receives one terminal.
 pub(crate) struct ConsoleSocket {
     path: PathBuf,
     listener: UnixListener,
@@ -30,7 +30,7 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// The master. libcontainer has connected before it returned, so this does not wait.
+    /// Receives the master. libcontainer connected before it returned, so this does not block.
     pub(crate) fn receive(self) -> Result<OwnedFd> {
         self.listener.set_nonblocking(true)?;
         let (socket, _) = self
@@ -64,7 +64,7 @@ impl Drop for ConsoleSocket {
     }
 }
 
-/// What a terminal is to be like before its program sees it.
+/// Settings of a terminal, applied before its program starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Settings {
     rows: u32,
@@ -81,7 +81,7 @@ impl Settings {
         }
     }
 
-    /// Sets them on either end of a terminal.
+    /// Applies them to either end of a terminal.
     pub(crate) fn apply(&self, terminal: impl AsFd) -> Result<()> {
         resize(&terminal, self.rows, self.columns)?;
         if self.keep_newlines {
@@ -91,7 +91,7 @@ impl Settings {
     }
 }
 
-/// Sets a terminal's size; a size of zero leaves it.
+/// Sets the size of a terminal; a size of zero leaves it unchanged.
 pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
     if rows == 0 || columns == 0 {
         return Ok(());
@@ -106,7 +106,7 @@ pub(crate) fn resize(master: impl AsFd, rows: u32, columns: u32) -> Result<()> {
     Ok(())
 }
 
-/// Has a terminal print newlines as they are (without ONLCR), as runc has it for one in the foreground.
+/// Makes a terminal output newlines unchanged (without ONLCR), as runc does in the foreground.
 fn keep_newlines(master: impl AsFd) -> Result<()> {
     let mut attributes = tcgetattr(&master)?;
     attributes.output_modes -= OutputModes::ONLCR;

@@ -1,4 +1,4 @@
-//! The guest's CPUs, by /sys/devices/system/cpu (Documentation/core-api/cpu_hotplug.rst).
+//! The guest's CPUs, through /sys/devices/system/cpu (Documentation/core-api/cpu_hotplug.rst).
 
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
@@ -6,7 +6,7 @@ use std::fs;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 
-/// A list of the kernel: `0-3,5`.
+/// Parses a CPU list of the kernel: `0-3,5`.
 fn parse_list(text: &str) -> Option<Vec<u32>> {
     let mut all = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
@@ -23,7 +23,7 @@ fn list(name: &str) -> Result<Vec<u32>> {
     parse_list(&text).with_context(|| format!("{path} says {text:?}"))
 }
 
-/// How many are on.
+/// Number of online CPUs.
 pub(crate) fn online() -> Result<u32> {
     Ok(list("online")?.len() as u32)
 }

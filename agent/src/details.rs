@@ -1,17 +1,17 @@
-//! What the guest and the agent use.
+//! Resource usage of the guest and the agent.
 
 use crate::cpus;
 use anyhow::Result;
 use koya_protocol::messages::GuestDetails;
 use std::fs;
 
-/// Nanoseconds from the kernel's start.
+/// Nanoseconds since the kernel's start.
 pub(crate) fn uptime_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// As it is now.
+/// Reads the current values.
 pub(crate) fn read() -> Result<GuestDetails> {
     let uname = rustix::system::uname();
     let meminfo = fs::read_to_string("/proc/meminfo")?;

@@ -1,9 +1,8 @@
 //! Device rules of a container: `linux.resources.devices` of the OCI configuration, as a program
-//! that the kernel asks on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
+//! that the kernel runs on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
 //!
-//! The rules are a list in which the last match wins, so the program looks from the last to the
-//! first. Before all of them stands "deny"; after all of them stand the devices that every
-//! container has.
+//! The last matching rule wins, so the program checks rules from the last to the first. An implicit "deny" precedes all of
+//! them; rules for the devices available to every container follow them.
 
 use crate::cgroup;
 use crate::sys::{Instruction, attach_device_program};
@@ -29,7 +28,7 @@ const CHARACTER: u32 = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rule {
     allow: bool,
-    /// None matches both.
+    /// `None` matches both.
     kind: Option<u32>,
     major: Option<u32>,
     minor: Option<u32>,
@@ -42,8 +41,8 @@ impl Rule {
     }
 }
 
-/// What every container may use: null, zero, full, random, urandom, tty, ptmx and ptys; and it
-/// may make any node, which is of no use without one of the others.
+/// Devices available to every container: null, zero, full, random, urandom, tty, ptmx and ptys. Also mknod of any device,
+/// which is useless without access to it.
 const ALWAYS: &[(u32, Option<u32>, Option<u32>, u32)] = &[
     (CHARACTER, None, None, MKNOD),
     (BLOCK, None, None, MKNOD),
@@ -66,10 +65,10 @@ pub(crate) fn of(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
         .unwrap_or_default()
 }
 
-/// The programs that are in force, by which they are replaced: there may be others of the container's own making.
+/// The attached programs, so that they can be replaced: containers may attach others.
 static PROGRAMS: Mutex<BTreeMap<String, OwnedFd>> = Mutex::new(BTreeMap::new());
 
-/// Puts the device rules of a container's configuration in force.
+/// Applies the device rules of a container's configuration.
 pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     let program = compile(&decode(&of(spec)));
     let cgroup = cgroup::directory(id);
@@ -79,7 +78,7 @@ pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     let before = programs.get(id).map(AsFd::as_fd);
     let attach = |before| attach_device_program(directory.as_fd(), &program, before);
     let attached = match attach(before) {
-        // A privileged container has removed it.
+        // The program was removed by a privileged container.
         Err(error) if before.is_some() && error.kind() == ErrorKind::NotFound => attach(None),
         attached => attached,
     };
@@ -88,7 +87,7 @@ pub(crate) fn apply(id: &str, spec: &Spec) -> Result<()> {
     Ok(())
 }
 
-/// The container is gone, and its control group with it.
+/// Forgets a removed container, whose control group no longer exists.
 pub(crate) fn forget(id: &str) {
     let mut programs = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
     programs.remove(id);
@@ -96,7 +95,7 @@ pub(crate) fn forget(id: &str) {
 
 fn decode(rules: &[LinuxDeviceCgroup]) -> Vec<Rule> {
     let mut decoded: Vec<Rule> = rules.iter().map(decode_one).collect();
-    // A privileged container says "allow all" and means it.
+    // A privileged container really is allowed everything.
     let allows_all = decoded.last().is_some_and(|r| r.allow && r.matches_all());
     if !allows_all {
         decoded.extend(ALWAYS.iter().map(|(kind, major, minor, access)| Rule {
@@ -176,7 +175,7 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     program
 }
 
-/// Tests that jump over the rule's answer when they fail.
+/// Tests that jump over the rule's verdict when they fail.
 fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     let mut tests = Vec::new();
     let mut equal = |register, value: Option<u32>| {
@@ -188,7 +187,7 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     equal(MAJOR, rule.major);
     equal(MINOR, rule.minor);
     let mut body: Vec<Instruction> = Vec::new();
-    // Allowing needs every bit of the request to be in the rule; denying needs one.
+    // To allow, every bit of the request must be in the rule; to deny, one.
     let needs_access = rule.access != ALL;
     let answer = [
         instruction(MOVE_VALUE, RESULT, 0, 0, rule.allow.into()),
@@ -199,7 +198,7 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
             return Vec::new();
         }
         if rule.allow {
-            // Bits beyond the rule's must be none.
+            // No bits other than the rule's may be set.
             return vec![
                 instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
                 instruction(AND_VALUE, SCRATCH, 0, 0, (ALL & !rule.access) as i32),
@@ -294,7 +293,7 @@ mod tests {
         assert!(ask(&program, READ, CHARACTER, 10, 232));
     }
 
-    /// The kernel's verifier refuses what can't be reached.
+    /// The kernel's verifier refuses unreachable instructions.
     #[test]
     fn nothing_follows_a_rule_that_matches_everything() {
         for json in [
@@ -327,7 +326,7 @@ mod tests {
         assert!(ask(&program, READ, CHARACTER, 10, 232));
     }
 
-    /// Every list of up to two rules over few numbers, and every request: the last rule that matches decides, and
+    /// All lists of up to two rules over a few numbers, and all requests: the last rule that matches decides, and
     /// nothing is allowed without one.
     #[test]
     fn programs_decide_as_their_rules_do() {

@@ -1,4 +1,4 @@
-//! The guest's disks: those that come and go, and who may use them.
+//! Disks of the guest: attaching, detaching, and access of containers.
 
 use crate::configuration;
 use crate::device_rules;
@@ -16,19 +16,19 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-/// The driver of virtio-mmio windows.
+/// Directory of the driver for virtio-mmio slots.
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
-/// Where its windows are, among other devices.
+/// Directory of its slots, among other devices.
 const DEVICES: &str = "/sys/bus/platform/devices";
 
-/// A container that runs.
+/// A running container.
 pub(crate) struct Running<'a> {
     pub(crate) id: &'a str,
     /// Its first process.
     pub(crate) pid: i32,
 }
 
-/// A window as the kernel calls it.
+/// The kernel's name of a slot.
 fn window_name(window: u32) -> Result<String> {
     let entries = fs::read_dir(DEVICES).with_context(|| format!("no {DEVICES}"))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -36,8 +36,8 @@ fn window_name(window: u32) -> Result<String> {
     name.ok_or_else(|| Refused::NotFound(format!("the guest has no window {window}")).into())
 }
 
-/// The name of a window among those of all devices. The command line numbers windows; a device tree has them by
-/// their addresses, in the order of their numbers.
+/// The name of a slot, found in a list of all devices. With a command line, slots are numbered; with a device tree, they are
+/// named by address, in the order of their numbers.
 fn named(window: u32, devices: impl Iterator<Item = String>) -> Option<String> {
     let numbered = format!("virtio-mmio.{window}");
     let mut placed = Vec::new();
@@ -60,7 +60,7 @@ fn device_directory(name: &str) -> PathBuf {
     Path::new(DEVICES).join(name)
 }
 
-/// The disk behind a window, as the kernel calls it.
+/// The kernel's name of the disk in a slot.
 fn disk_of(window: &str) -> Result<String> {
     let entries = |dir: PathBuf, prefix: &'static str| -> Result<Vec<PathBuf>> {
         let entries = fs::read_dir(&dir).with_context(|| format!("no {}", dir.display()))?;
@@ -80,26 +80,25 @@ fn disk_of(window: &str) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Has the kernel look at a window that was empty, and returns the disk that it finds.
+/// Makes the kernel probe an empty slot, and returns the disk that it finds.
 pub(crate) fn attach(window: u32) -> Result<String> {
     let name = window_name(window)?;
     fs::write(format!("{DRIVER}/bind"), &name)
         .with_context(|| format!("the kernel finds no disk behind window {window}"))?;
-    // A disk's own driver may have failed, which the window's does not say.
+    // The disk's own driver may have failed, which the slot's driver does not report.
     disk_of(&name).inspect_err(|_| {
         unbind(&name).ok();
     })
 }
 
-/// Has the kernel let go of the disk behind a window. One that is in use stays; one that is gone
-/// already is gone.
+/// Makes the kernel release the disk in a slot. A disk in use stays; a missing one is not an error.
 pub(crate) fn detach(window: u32) -> Result<()> {
     let window = window_name(window)?;
     if !device_directory(&window).join("driver").exists() {
         return Ok(());
     }
     if let Ok(name) = disk_of(&window) {
-        // Refused while it is mounted, or part of something that is. What was written goes out first.
+        // Refused while it is mounted, or part of something that is. Unwritten data is flushed first.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
         let disk =
             rustix::fs::open(format!("/dev/{name}"), flags, Mode::empty()).map_err(|error| {
@@ -118,7 +117,7 @@ fn unbind(window: &str) -> Result<()> {
         .with_context(|| format!("the kernel does not let go of window {window}"))
 }
 
-/// The number by which the kernel knows it.
+/// The kernel's device number of a disk.
 pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     let name = check_id(&device.guest_name)?;
     let number = fs::read_to_string(format!("/sys/class/block/{name}/dev"))
@@ -127,7 +126,7 @@ pub(crate) fn number(device: &BlockDevice) -> Result<(i64, i64)> {
     Ok((major.parse()?, minor.parse()?))
 }
 
-/// Gives a running container a disk: all of it, or nothing.
+/// Adds a disk to a running container, completely or not at all.
 pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let path = config(to);
     let mut spec = Spec::load(&path)?;
@@ -139,8 +138,8 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
         bail!(Refused::AlreadyExists(reason));
     }
     let (dir, name) = place(to, device)?;
-    // The node first: without the rule it opens nothing, and a container that put something in its
-    // place does not get the rule.
+    // The node first: without the rule it opens nothing, and a container that put something else in its place does not get
+    // the rule.
     let mode = Mode::from_raw_mode(0o660);
     let node = makedev(u32::try_from(major)?, u32::try_from(minor)?);
     mknodat(&dir, &name, FileType::BlockDevice, mode, node)
@@ -156,12 +155,12 @@ pub(crate) fn give(to: &Running<'_>, device: &BlockDevice) -> Result<()> {
     given
 }
 
-/// Takes a disk from a running container. What has it open keeps it open.
+/// Removes a disk from a running container. Processes that have it open keep it.
 pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
     let path = config(from);
     let mut spec = Spec::load(&path)?;
     let place_of_it = Path::new(&device.path);
-    // The disk itself may be gone already: its number stands in the configuration.
+    // The disk itself may be gone already: its number is in the configuration.
     configuration::change_devices(&mut spec, |nodes, rules| {
         let number = |node: &LinuxDevice| (Some(node.major()), Some(node.minor()));
         let gone = nodes.iter().find(|node| node.path() == place_of_it);
@@ -174,7 +173,7 @@ pub(crate) fn take(from: &Running<'_>, device: &BlockDevice) -> Result<()> {
     })?;
     save(&spec, &path)?;
     device_rules::apply(from.id, &spec)?;
-    // What the container did to its own tree is its own affair: the node opens nothing any more.
+    // Errors in the container's own tree are ignored: the node is useless without the rule.
     if let Ok((dir, name)) = place(from, device) {
         unlinkat(dir, name, AtFlags::empty()).ok();
     }
@@ -185,15 +184,15 @@ fn config(container: &Running<'_>) -> PathBuf {
     bundle(container.id).join("config.json")
 }
 
-/// Writes a configuration anew: others read it meanwhile, and there may be no room.
+/// Replaces a configuration atomically: others may read it meanwhile, and there may be no space.
 fn save(spec: &Spec, path: &Path) -> Result<()> {
     let new = path.with_extension("new");
     spec.save(&new)?;
     Ok(fs::rename(&new, path)?)
 }
 
-/// The directory of a device in the container, and its name there. The container may have made any of
-/// it a link: it is followed inside the container's root only.
+/// The directory of a device in the container, and its name there. The container may have replaced any component by a link,
+/// which is resolved inside the container's root.
 fn place(container: &Running<'_>, device: &BlockDevice) -> Result<(OwnedFd, PathBuf)> {
     let path = Path::new(&device.path);
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {

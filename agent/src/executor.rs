@@ -1,7 +1,7 @@
-//! The last step of a container's process: find the program and become it.
+//! The last step of a container's process: finding the program and executing it.
 //!
-//! libcontainer's own executor loses the reason when that fails, and a process that is added to a
-//! container does not get all of its confinement from it. Here both are seen to.
+//! libcontainer's own executor loses the reason of a failure, and does not apply all of the confinement to exec processes.
+//! This one does both.
 
 use crate::affinity::Affinity;
 use crate::cgroup;
@@ -24,36 +24,36 @@ use std::sync::Arc;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What a shell says of a program that is not there, and of one that can't be run.
+/// A shell's exit status for a missing program, and for one that can't be executed.
 const NOT_FOUND: i32 = 127;
 pub(crate) const CANNOT_RUN: i32 = 126;
 
-/// How much of a reason is told, in characters: less than what a pipe holds, so that who tells it does not wait.
+/// Maximum length of a reason in characters: less than the capacity of a pipe, so that writing it does not block.
 const MAX_REASON: usize = 2048;
 
-/// Becomes the container's program.
+/// Executes the container's program.
 #[derive(Clone)]
 pub(crate) struct Program {
-    /// To the helper, which reads why the program can't be run once libcontainer has failed.
+    /// Pipe to the helper, which reads the reason of a failure after libcontainer has returned.
     reason: Arc<PipeWriter>,
-    /// For a process that is added to a container, before it gives up its privileges, which all of it needs.
+    /// For an exec process, applied before it gives up its privileges, which this requires.
     confinement: Option<Confinement>,
-    /// What libcontainer leaves for the process itself to give up.
+    /// Privileges that libcontainer leaves to the process to give up.
     privileges: Privileges,
-    /// What runs before the program of a container.
+    /// Hooks that run before the program of a container.
     hooks: Option<StartHooks>,
 }
 
-/// What the helper reads.
+/// The helper's end of the pipe.
 pub(crate) struct Reason(PipeReader);
 
 impl Reason {
-    /// Why the program can't be run, if that is why libcontainer has failed.
+    /// The reason why the program can't be executed, if there is one.
     pub(crate) fn read(mut self) -> Option<Refused> {
-        // Whoever else has the other end says nothing any more.
+        // Other holders of the other end write nothing any more.
         rustix::io::ioctl_fionbio(&self.0, true).ok()?;
         let mut bytes = Vec::new();
-        // Ends with an error where there is no more, since the other end is open.
+        // Ends with an error at the end of the data, since the other end is still open.
         self.0.read_to_end(&mut bytes).ok();
         serde_json::from_slice(&bytes).ok()
     }
@@ -74,12 +74,12 @@ impl Program {
         Ok((program, Reason(reader)))
     }
 
-    /// A container's own, which these run before.
+    /// The program of a container, after these hooks.
     pub(crate) fn after(self, hooks: Option<StartHooks>) -> Self {
         Self { hooks, ..self }
     }
 
-    /// In the container's own process, which shares the pipe with the helper.
+    /// Called in the container's process, which shares the pipe with the helper.
     fn tell(&self, exit_status: i32, reason: &str) {
         let told = Refused::NotExecutable {
             exit_status,
@@ -91,20 +91,20 @@ impl Program {
     }
 }
 
-/// What libcontainer leaves to us for added processes.
+/// Confinement of exec processes that libcontainer does not apply.
 #[derive(Clone)]
 pub(crate) struct Confinement {
     /// The files by which it joins the container's control group.
     pub(crate) groups: Vec<Arc<File>>,
-    /// The CPUs to have in there.
+    /// The CPU affinity in that group.
     pub(crate) affinity: Affinity,
-    /// The user whose its streams are.
+    /// The user that owns its streams.
     pub(crate) uid: u32,
-    /// How its terminal is to be, if it has one: nothing else holds it back until that is set.
+    /// Settings of its terminal, if it has one: it must not start before they are set.
     pub(crate) terminal: Option<console::Settings>,
 }
 
-/// The program's path, or the exit status and reason that a shell would give.
+/// Finds the program; on failure returns the exit status and reason of a shell.
 fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
     let process = spec.process().as_ref();
     let args = process.and_then(|p| p.args().as_ref());
@@ -113,14 +113,14 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
     };
     if name.contains('/') {
         return usable(Path::new(name)).map_err(|(code, why)| match code {
-            // As runc and crun begin it.
+            // The prefix used by runc and crun.
             CANNOT_RUN => (code, format!("exec {name}: {why}")),
             _ => (code, format!("{name}: {why}")),
         });
     }
     let env = process.and_then(|p| p.env().as_ref());
     let path = env
-        // Of several the process has the last one.
+        // Of several, the last one counts.
         .and_then(|e| e.iter().rev().find_map(|v| v.strip_prefix("PATH=")))
         .unwrap_or(DEFAULT_PATH);
     let mut denied = false;
@@ -133,7 +133,7 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
     if denied {
         return Err((CANNOT_RUN, format!("exec {name}: permission denied")));
     }
-    // Docker takes its exit status from these words, which are runc's.
+    // Docker derives its exit status from this wording, which is runc's.
     Err((
         NOT_FOUND,
         format!("{name}: executable file not found in $PATH ({path})"),
@@ -146,7 +146,7 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
             Err((NOT_FOUND, "no such file or directory".into()))
         }
         Err(e) => Err((CANNOT_RUN, e.to_string())),
-        // podman and Docker take the exit status from the first words.
+        // podman and Docker derive the exit status from the first words.
         Ok(data) if data.is_dir() => {
             Err((CANNOT_RUN, "permission denied: it is a directory".into()))
         }
@@ -157,15 +157,15 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
     }
 }
 
-/// Whether this user may not run a program: further on in PATH there may be one that it may. What a filter of system
-/// calls does not let us ask for is found out by trying.
+/// Whether this user may not execute a program: a later directory in PATH may contain one that it may. If a seccomp filter
+/// denies the check, the program is tried.
 fn is_denied(path: &Path) -> bool {
     accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) == Err(Errno::ACCESS)
 }
 
-/// Why a program that is there is not found: what the kernel misses is what it names to be run by.
+/// Why an existing program is reported as missing: the kernel did not find its loader or interpreter.
 fn missing(path: &Path) -> Option<String> {
-    // As much as the kernel looks at (BINPRM_BUF_SIZE).
+    // The part read by the kernel (BINPRM_BUF_SIZE).
     let mut start = Vec::new();
     File::open(path)
         .ok()?
@@ -182,7 +182,7 @@ fn missing(path: &Path) -> Option<String> {
     let is_blank = |byte: &u8| matches!(byte, b' ' | b'\t');
     let mut words = line.split(is_blank).filter(|word| !word.is_empty());
     let interpreter = String::from_utf8_lossy(words.next()?);
-    // A carriage return at its end, as editors on Windows leave it, is to be seen.
+    // Quoted, so that a carriage return at its end, from an editor on Windows, is visible.
     Some(format!("its interpreter {interpreter:?} is not there"))
 }
 
@@ -190,7 +190,7 @@ impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let found = match &self.confinement {
             Some(_) => self.privileges.as_if_given_up(|| find(spec)),
-            // It may wait for its start for long, seen by others.
+            // The process may wait for its start for a long time, visible to others.
             None => {
                 let given_up = self.privileges.give_up();
                 given_up.map_err(|e| ExecutorValidationError::ArgValidationError(e.to_string()))?;
@@ -217,7 +217,7 @@ impl Executor for Program {
             eprintln!("koya: {error:#}");
             std::process::exit(1);
         }
-        // As its user, who may run less than what was validated.
+        // Repeated with the final user, who may have fewer permissions than at the validation.
         let path = find(spec).map_err(|(code, why)| {
             self.tell(code, &why);
             ExecutorError::Other(why)
@@ -234,14 +234,14 @@ impl Executor for Program {
         let is_missing = error.kind() == ErrorKind::NotFound;
         let why = is_missing.then(|| missing(&path)).flatten();
         let why = why.unwrap_or_else(|| error.to_string());
-        // Nobody listens any more but who reads the program's own output.
+        // The error can now only be printed to the program's own output.
         eprintln!("koya: cannot execute {}: {why}", path.display());
         std::process::exit(if is_missing { NOT_FOUND } else { CANNOT_RUN });
     }
 }
 
-/// A process's streams are its user's, who may open them by other names (/dev/stdout), as runc has it: pipes and
-/// terminals that were made for it, and no devices. In a user namespace what is not its own stays as it is.
+/// Gives the streams of a process to its user, who may open them by other names (/dev/stdout), as runc does: only pipes and
+/// terminals created for it, not devices. In a user namespace, foreign files stay as they are.
 pub(crate) fn give_streams(uid: u32) {
     let streams = [
         stdin().as_fd().try_clone_to_owned(),
@@ -293,7 +293,7 @@ mod tests {
             reason: "nope: executable file not found in $PATH (/none)".into(),
         };
         assert_eq!(reason.read(), Some(told));
-        // Nothing was told, though the other end is still open.
+        // No reason was written, and the other end is still open.
         let (program, reason) = Program::new(None, Privileges::default()).unwrap();
         assert!(program.validate(&spec("/proc/self/exe")).is_ok());
         assert_eq!(reason.read(), None);

@@ -1,7 +1,7 @@
 //! The single-threaded process that calls libcontainer: `koya-agent helper OPERATION ...`.
 //!
-//! Standard streams 0 to 2 are the container's. The outcome goes to a file, which PID 1 reads
-//! when the helper has ended: an [`Outcome`].
+//! Standard streams 0 to 2 are the container's. The result is an [`Outcome`] in a file, which PID 1 reads after the helper
+//! has ended.
 
 use crate::affinity::Affinity;
 use crate::cgroup;
@@ -29,31 +29,31 @@ use std::process::{Command, ExitCode};
 /// The first argument of a helper.
 pub(crate) const ARGUMENT: &str = "helper";
 
-/// Where libcontainer keeps what it knows of containers.
+/// Directory of libcontainer's state.
 const STATE: &str = "/run/koya/state";
-/// Where containers' bundles are.
+/// Directory of containers' bundles.
 const BUNDLES: &str = "/run/koya/bundles";
 /// The cgroup under which containers' cgroups are.
 pub(crate) const CGROUPS: &str = "/koya";
 /// The cgroup of processes on their way into a container.
 pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
-/// Where they have what libcontainer is told of their container.
+/// Directory of the container states that libcontainer reads for them.
 const ENTRIES: &str = "/run/koya/entries";
 
-/// A bundle's configuration, the directory beside it for added processes, and in there what they have of the container:
-/// its filter, and the CPUs of those that name none.
+/// A bundle's configuration, the directory beside it for exec processes, and the container's properties in there that apply
+/// to them: its seccomp filter, and the CPUs of processes without an affinity.
 const CONFIG: &str = "config.json";
 const ADDED: &str = "added";
 const SHARED: &str = "shared.json";
-/// What its own process gives up by itself.
+/// Privileges that the container's own process gives up by itself.
 const PRIVILEGES: &str = "privileges.json";
 
-/// A container's bundle.
+/// Path of a container's bundle.
 pub(crate) fn bundle(id: &str) -> PathBuf {
     Path::new(BUNDLES).join(id)
 }
 
-/// Where what the host said of a container is, and what processes that are added need of it.
+/// Writes a container's bundle, with the data for exec processes.
 pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
     let added = bundle(id).join(ADDED);
     std::fs::create_dir_all(&added)?;
@@ -74,18 +74,18 @@ pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
     )?)
 }
 
-/// A container's cgroup, as the configuration names it.
+/// Path of a container's cgroup in its configuration.
 pub(crate) fn cgroup(id: &str) -> String {
     format!("{CGROUPS}/{id}")
 }
 
-/// The first argument of the first process of the pid namespace that a sandbox's containers share.
+/// The first argument of the process that is PID 1 in the pid namespace shared by a sandbox's containers.
 pub(crate) const PAUSE: &str = "pause";
 
-/// What a helper tells PID 1.
+/// Result of a helper for PID 1.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {
-    /// It has made this process, or done what it was to do.
+    /// It has created this process, or succeeded otherwise.
     Made(i32),
     Refused(Refused),
     Failed(String),
@@ -100,7 +100,7 @@ impl Outcome {
         }
     }
 
-    /// The process, or why there is none.
+    /// The process, or the error.
     pub(crate) fn made(self) -> Result<i32> {
         match self {
             Self::Made(pid) => Ok(pid),
@@ -110,10 +110,10 @@ impl Outcome {
     }
 }
 
-/// The first argument of a helper that makes a working directory: `ROOT DIRECTORY UID GID` follow.
+/// The first argument of a helper that creates a working directory: `ROOT DIRECTORY UID GID` follow.
 pub(crate) const WORKING_DIRECTORY: &str = "working-directory";
 
-/// The first argument of a helper that makes mounts which come late: `ROOT MOUNTS` follow.
+/// The first argument of a helper that makes late mounts: `ROOT MOUNTS` follow.
 pub(crate) const LATE_MOUNTS: &str = "late-mounts";
 
 /// The first argument of a helper that makes a container's `/dev` read-only: `ROOT TERMINAL` follow, the latter true or
@@ -123,7 +123,7 @@ pub(crate) const READ_ONLY_DEV: &str = "read-only-dev";
 /// Runs one operation: `create ID OUTCOME CONSOLE FURTHER UID`, `start ID OUTCOME`,
 /// `exec ID OUTCOME CGROUP TERMINAL CONSOLE FURTHER PROCESS`, `delete ID OUTCOME`, `pause - OUTCOME`. TERMINAL are
 /// [`console::Settings`] as JSON, for a process that has one; CONSOLE is a socket's path, or `-`; FURTHER are the
-/// numbers that PID 1 has the process's descriptors from 3 on by.
+/// numbers in PID 1 of the process's descriptors 3 and up.
 pub(crate) fn main(args: &[String]) -> ExitCode {
     crate::sys::reset_signals();
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -171,7 +171,7 @@ fn console_path(console: &str) -> Option<PathBuf> {
     (console != "-").then(|| PathBuf::from(console))
 }
 
-/// Has the process's descriptors from 3 on at their numbers, before anything else is there; how many they are.
+/// Moves the process's descriptors 3 and up to their numbers, before any other is opened; returns their count.
 fn take_further(numbers: &str) -> Result<i32> {
     let numbers = numbers.split(',').filter(|number| !number.is_empty());
     let numbers: Vec<i32> = numbers.map(str::parse).collect::<Result<_, _>>()?;
@@ -210,7 +210,7 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
         .as_raw())
 }
 
-/// Why libcontainer failed: what is known of it, the configuration's fault, or another error.
+/// The reason why libcontainer failed: a known reason, an invalid configuration, or another error.
 fn why(error: LibcontainerError, known: Option<Refused>) -> anyhow::Error {
     match (known, error) {
         (Some(refused), _) => refused.into(),
@@ -231,20 +231,20 @@ fn start(id: &str) -> Result<i32> {
     Ok(container.pid().map_or(0, |p| p.as_raw()))
 }
 
-/// A container's state by which a process is added to it: as it is, but with another bundle (see
-/// [`configuration::for_added`]), and in a directory of this helper's own.
+/// A copy of a container's state for adding a process: with another bundle (see [`configuration::for_added`]), in a separate
+/// directory of this helper.
 struct Entry(PathBuf);
 
 impl Entry {
     fn make(id: &str) -> Result<Self> {
         let entry = Self(Path::new(ENTRIES).join(std::process::id().to_string()));
-        // Numbers are used again, and a helper may have been killed.
+        // PIDs are reused, and a helper may have been killed.
         std::fs::remove_dir_all(&entry.0).ok();
         let own = entry.0.join(id);
         std::fs::create_dir_all(&own)?;
         let mut container = load(id)?;
         container.state.bundle = bundle(id).join(ADDED);
-        // One that waits for its start has all that a process needs; libcontainer refuses it by its status.
+        // A container that waits for its start is ready for exec processes, but libcontainer refuses it by its status.
         if container.status() == ContainerStatus::Created {
             container.set_status(ContainerStatus::Running);
         }
@@ -306,7 +306,7 @@ fn exec(
     Ok(pid.as_raw())
 }
 
-/// That a process could not enter its working directory, if it is not there: libcontainer does not say.
+/// The error for a missing working directory of a process, which libcontainer does not report.
 fn no_directory(id: &str, cwd: &Path) -> Option<Refused> {
     let first = load(id).ok()?.pid()?.as_raw();
     let root = koya_rootfs::Rootfs::open(Path::new(&format!("/proc/{first}/root"))).ok()?;
@@ -321,7 +321,7 @@ fn no_directory(id: &str, cwd: &Path) -> Option<Refused> {
     })
 }
 
-/// A process in a pid namespace of its own, which this one leaves to PID 1.
+/// Creates a process in a new pid namespace, which is reparented to PID 1.
 fn pause() -> Result<i32> {
     crate::sys::new_pids().context("cannot make a pid namespace")?;
     let mut first = Command::new("/proc/self/exe");
@@ -329,8 +329,8 @@ fn pause() -> Result<i32> {
     Ok(first.context("cannot start a process")?.id() as i32)
 }
 
-/// What it does: whatever becomes its child is collected. It is the first process that containers see, so
-/// it has nothing: no files, no privileges.
+/// Main function of that process: it reaps its children. It is the first process that containers see, so it has no files and
+/// no privileges.
 pub(crate) fn hold() -> ! {
     crate::sys::collect_children();
     if let Err(error) = let_go() {
@@ -344,9 +344,9 @@ pub(crate) fn hold() -> ! {
 
 fn let_go() -> Result<()> {
     const NOBODY: u32 = 65_535;
-    // With it all of its namespace would end.
+    // If it were killed, the whole namespace would end.
     std::fs::write("/proc/self/oom_score_adj", "-1000")?;
-    // Not before: the helper still writes to its mounts what it has made.
+    // Not earlier: the helper still writes its outcome to its mounts.
     crate::sys::new_mounts()?;
     mount_change(
         "/",
@@ -355,7 +355,7 @@ fn let_go() -> Result<()> {
     let empty = Path::new("/pause");
     std::fs::create_dir_all(empty)?;
     mount("empty", empty, "tmpfs", MountFlags::RDONLY, c"size=4k")?;
-    // All that is below the root of the initramfs, which itself can't be left by pivot_root(2).
+    // Everything below the root of the initramfs, which itself can't be left by pivot_root(2).
     for mounted in ["/run", "/dev", "/sys", "/proc"] {
         unmount(mounted, UnmountFlags::DETACH).with_context(|| mounted.to_owned())?;
     }
@@ -366,14 +366,14 @@ fn let_go() -> Result<()> {
     let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    // The privileges go with it.
+    // This drops the privileges.
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
     Ok(())
 }
 
-/// Without it the container's start says that it can't be entered.
+/// On failure, the start of the container reports that it can't be entered.
 fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
-    // libcontainer writes the container's state to it, and a broken pipe would end libcontainer.
+    // libcontainer writes the container's state to standard input, and a broken pipe would end it.
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
     if let (Ok(uid), Ok(gid)) = (uid.parse(), gid.parse())
         && let Err(error) = crate::within::make_working_directory(root, path, (uid, gid))
@@ -383,9 +383,9 @@ fn working_directory(root: &str, path: &str, uid: &str, gid: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Without what it does the container is not made.
+/// On failure, the container is not created.
 fn hook(work: impl FnOnce() -> Result<()>) -> ExitCode {
-    // libcontainer writes the container's state to it, and a broken pipe would end libcontainer.
+    // libcontainer writes the container's state to standard input, and a broken pipe would end it.
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).ok();
     match work() {
         Ok(()) => ExitCode::SUCCESS,
@@ -400,7 +400,7 @@ fn delete(id: &str) -> Result<i32> {
     if !Path::new(STATE).join(id).exists() {
         bail!(Refused::NotFound(format!("no container {id}")));
     }
-    // libcontainer removes the container's own, which has to be empty for that.
+    // libcontainer removes the container's own group, which must be empty.
     let ended = cgroup::end_nested(id);
     let deleted = load(id)?.delete(true);
     ended?;

@@ -1,7 +1,7 @@
-//! Roots that are images of file systems: a disk of the guest, mounted read-only, and a layer in
-//! memory on top of it that takes what the container writes (overlayfs).
+//! Roots that are file system images: a disk of the guest, mounted read-only, with an overlayfs layer in memory for the
+//! changes of the container.
 //!
-//! An image is not trusted by the host, which never looks into it: the guest's kernel does.
+//! An image is not trusted by the host, which never mounts it: only the guest's kernel does.
 
 use anyhow::{Context, Result, bail};
 use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};
@@ -12,11 +12,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Where the parts of a container's root are mounted.
+/// Mount points of the parts of a container's root.
 struct Parts {
     /// The image.
     lower: PathBuf,
-    /// Memory for what is written: `upper` and `work` are in it.
+    /// Memory for changes, with `upper` and `work`.
     memory: PathBuf,
     root: PathBuf,
 }
@@ -32,7 +32,7 @@ impl Parts {
         }
     }
 
-    /// In the order in which they are mounted.
+    /// All parts, in mount order.
     fn all(&self) -> [&Path; 3] {
         [&self.lower, &self.memory, &self.root]
     }
@@ -74,7 +74,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     for dir in [&upper, &work] {
         fs::create_dir(dir)?;
     }
-    // The root directory itself is the upper layer's: as it is below.
+    // The root directory itself is that of the upper layer: it gets the attributes of the lower one.
     let like = fs::metadata(&parts.lower)?;
     std::os::unix::fs::chown(&upper, Some(like.uid()), Some(like.gid()))?;
     fs::set_permissions(&upper, like.permissions())?;
@@ -94,7 +94,7 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     .context("cannot mount an overlay")
 }
 
-/// Which file system it is, of those that the kernel has for images.
+/// Detects the file system of an image.
 fn kind(device: &str) -> Result<&'static str> {
     let mut head = [0; 2048];
     let file = File::open(device).with_context(|| format!("the guest has no {device}"))?;
@@ -104,7 +104,7 @@ fn kind(device: &str) -> Result<&'static str> {
     kind.ok_or_else(|| Refused::Unsupported("the image is neither erofs nor ext4".into()).into())
 }
 
-/// By the magic numbers of the superblocks, both at 1024.
+/// The file system, by the magic numbers of the superblocks, both at offset 1024.
 fn kind_of(head: &[u8; 2048]) -> Option<&'static str> {
     let superblock = &head[1024..];
     if superblock.starts_with(&0xe0f5_e1e2u32.to_le_bytes()) {
@@ -113,11 +113,11 @@ fn kind_of(head: &[u8; 2048]) -> Option<&'static str> {
     (superblock[56..58] == 0xef53u16.to_le_bytes()).then_some("ext4")
 }
 
-/// Takes a container's root away; a container that is still in it keeps it until it ends.
+/// Unmounts a container's root; a container that still uses it keeps it until it ends.
 pub(crate) fn unmount_image(id: &str) -> Result<()> {
     let parts = Parts::of(id);
     for part in parts.all().into_iter().rev() {
-        // What is not mounted needs nothing.
+        // Errors for parts that are not mounted are ignored.
         unmount(part, UnmountFlags::DETACH).ok();
         fs::remove_dir(part).ok();
     }
@@ -128,7 +128,7 @@ pub(crate) fn unmount_image(id: &str) -> Result<()> {
     }
 }
 
-/// A file of a container's root, empty if there is none. Links are followed inside the root only.
+/// A file in a container's root, empty if missing. Links are followed inside the root only.
 pub(crate) fn read(id: &str, name: &str) -> Result<Vec<u8>> {
     let root = Rootfs::open(&Parts::of(id).root);
     let root = root.with_context(|| format!("container {id} has no image"))?;

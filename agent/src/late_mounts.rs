@@ -1,7 +1,7 @@
-//! Bind mounts that are made after libcontainer has filled the container's `/dev`: a whole `/dev`, and files over
-//! its default nodes. libcontainer makes nodes and links in `/dev` after all mounts, and fails where a name is taken;
-//! runc leaves such a `/dev` as it is. So do those whose source is where another mount is in the container's own root:
-//! links in it must not lead out of it. The mounts are made by a hook, in the container's mount namespace.
+//! Bind mounts that are made after libcontainer has populated the container's `/dev`: a whole `/dev`, and files over its
+//! default nodes. libcontainer creates nodes and links in `/dev` after all mounts, and fails if a name is taken; runc leaves
+//! such a `/dev` as it is. Also mounts whose source is within another mount in the container's own root: links in it must
+//! not lead out of it. A hook makes these mounts in the container's mount namespace.
 
 use crate::configuration::{self, is_bind};
 use crate::helper;
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// The nodes and links that libcontainer makes in each `/dev`.
+/// The nodes and links that libcontainer creates in each `/dev`.
 const MADE: &[&str] = &[
     "/dev/null",
     "/dev/zero",
@@ -34,7 +34,7 @@ const MADE: &[&str] = &[
     "/dev/kcore",
 ];
 
-/// One mount, in the order in which they are made.
+/// A late mount.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Late {
     source: PathBuf,
@@ -43,12 +43,12 @@ struct Late {
     /// Whether the source is a path in the container's root.
     is_own: bool,
     is_recursive: bool,
-    /// Mounts below it that the configuration has after it, which are there already.
+    /// Mounts below it that follow in the configuration, and have already been made.
     above: Vec<PathBuf>,
 }
 
-/// Takes out of a configuration what must come late, and has a helper mount it. A node that a mount covers
-/// is not made.
+/// Removes late mounts from a configuration, and adds a hook that makes them. A node that is covered by a mount is not
+/// created.
 pub(crate) fn take(spec: &mut Spec) -> Result<()> {
     let Some(all) = spec.mounts_mut().take() else {
         return Ok(());
@@ -65,7 +65,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         let own = own_source(mount);
         let is_whole = at == Path::new("/dev") || own.is_some();
         let mut options = mount.options().iter().flatten();
-        // Those that come late themselves come after it.
+        // Those that are late mounts themselves are made after it.
         let below =
             |other: &&Mount| is_whole && other.destination().starts_with(at) && !comes_late(other);
         let above = all[index + 1..].iter().filter(below);
@@ -93,7 +93,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         .into_iter()
         .filter_map(|mount| match comes_late(&mount) {
             false => Some(mount),
-            // What libcontainer makes goes to what is covered then.
+            // The nodes of libcontainer are then created in the covered directory.
             true => (mount.destination() == Path::new("/dev")).then(empty_dev),
         });
     let kept: Vec<Mount> = kept.collect();
@@ -108,7 +108,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
         let text = serde_json::to_string(&late)?;
         configuration::add_hook(spec, &[helper::LATE_MOUNTS, &root, &text]);
     }
-    // libcontainer leaves it writable, since it makes nodes there.
+    // libcontainer leaves it writable, since it creates nodes there.
     if has_read_only_dev {
         let process = spec.process().as_ref();
         let terminal = process.and_then(|process| process.terminal());
@@ -118,7 +118,7 @@ pub(crate) fn take(spec: &mut Spec) -> Result<()> {
     Ok(())
 }
 
-/// Makes a container's `/dev` read-only, once all that is made in it is there.
+/// Makes a container's `/dev` read-only, after everything in it has been created.
 pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
     let root = Rootfs::open(Path::new(root))?;
     let find = |path: &str| -> Result<(OwnedFd, PathBuf)> {
@@ -127,7 +127,7 @@ pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
         Ok((found, path))
     };
     if terminal == "true" {
-        // libcontainer opens it to write, and mounts the terminal on it: what is no file can be opened even then.
+        // libcontainer opens it for writing, and mounts the terminal on it; existing special files can still be opened.
         root.make(Path::new("/dev/console"), Kind::File)?;
         let (null, console) = (find("/dev/null")?, find("/dev/console")?);
         mount_bind(&null.1, &console.1)?;
@@ -135,13 +135,13 @@ pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
     make_read_only(&find("/dev")?)
 }
 
-/// A mount, by its root and that one's path.
+/// Makes a mount read-only, given its root and path.
 fn make_read_only((mount, path): &(OwnedFd, PathBuf)) -> Result<()> {
     let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(mount)?);
     Ok(mount_remount(path, flags, "")?)
 }
 
-/// What a mount has, and would lose by a change that does not name it.
+/// The current flags of a mount, which a remount would clear if they were not repeated.
 fn kept_flags(found: &StatVfs) -> MountFlags {
     use StatVfsMountFlags as Has;
     let all = [
@@ -176,7 +176,7 @@ fn empty_dev() -> Mount {
     mount
 }
 
-/// Makes them in the root of a container, which is not trusted: no link in it leads out of it.
+/// Makes late mounts in the root of a container, which is not trusted: links cannot lead out of it.
 pub(crate) fn mount_all(root: &str, late: &str) -> Result<()> {
     let late: Vec<Late> = serde_json::from_str(late)?;
     let root = Rootfs::open(Path::new(root))?;
@@ -224,7 +224,7 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
         make_read_only(&place()?)?;
     }
     for (path, mounted) in above {
-        // What is mounted there may lack the place, and may not be changed for it.
+        // The new mount may lack the mount point, and must not be changed to add it.
         let Ok(onto) = root.find(path) else { continue };
         if is_directory(&onto)? == is_directory(&mounted)? {
             let flags =
@@ -239,7 +239,7 @@ fn is_directory(fd: &OwnedFd) -> rustix::io::Result<bool> {
     fstat(fd).map(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
 }
 
-/// The path in the container's root that is a mount's source, if it is one.
+/// The path in the container's root that a mount's source refers to, if any.
 fn own_source(mount: &Mount) -> Option<&Path> {
     let path = mount.source().as_ref()?.strip_prefix(OWN_ROOT).ok()?;
     Some(match path.as_os_str().is_empty() {

@@ -1,10 +1,9 @@
 //! PID 1 of a Koya guest: runs containers for the host.
 //!
-//! The same binary has two lives. As `/init` it sets the guest up ([`boot`]), connects to the
-//! host, and serves the [`service`] with one thread. For each container or process it makes, it
-//! starts itself again as a [`helper`]: libcontainer forks and changes process-wide state, which
-//! only a single-threaded process may do. What the helper leaves behind becomes PID 1's child,
-//! and the [`reaper`] collects it.
+//! The same binary has two roles. As `/init` it sets the guest up ([`boot`]), connects to the host, and serves the
+//! [`service`] with one thread. For each container or process it executes itself again as a [`helper`]: libcontainer forks
+//! and changes process-wide state, which only a single-threaded process may do. Processes that the helper leaves behind
+//! become children of PID 1, and the [`reaper`] collects them.
 //!
 //! PID 1 must not end: if it does, the kernel panics and the monitor reports the panic's text as
 //! the reason. That is the intended way for a fatal error here.
@@ -60,7 +59,7 @@ fn main() -> ExitCode {
         ..Default::default()
     };
     if let Err(error) = run(times) {
-        // The kernel's log is what the monitor shows of a guest that ended.
+        // The monitor shows the kernel's log of a guest that has ended.
         sys::kernel_log(&format!("koya-agent: {error:#}"));
     }
     ExitCode::FAILURE

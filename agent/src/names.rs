@@ -1,7 +1,7 @@
-//! A name server at an address of the guest's loopback, whose questions the host answers: Docker's for user-defined
+//! A name server at an address of the guest's loopback, whose queries are answered by the host: Docker's for user-defined
 //! networks, 127.0.0.11, which listens in the network namespace on the host.
 //!
-//! Questions and answers are messages of DNS (RFC 1035, section 4) in frames of one stream
+//! Queries and answers are DNS messages (RFC 1035, section 4) in frames of one stream
 //! ([`koya_protocol::names`]).
 
 use anyhow::{Context, Result};
@@ -21,23 +21,23 @@ use tokio::time::timeout;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 const PORT: u16 = 53;
-/// How many questions may wait for an answer; of more the oldest gets none.
+/// Maximum number of pending queries; beyond that the oldest one is dropped.
 const WAITING: usize = 256;
-/// How many clients may be connected.
+/// Maximum number of connected clients.
 const CLIENTS: usize = 32;
-/// How long a client may be silent, and an answer may take for one that is connected.
+/// Time limit for a silent client, and for an answer to a connected one.
 const LIMIT: Duration = Duration::from_secs(15);
 
-/// How long another name server may take: less than Docker, which asks.
+/// Time limit for another name server: less than that of Docker, which sends the query.
 const SERVER_LIMIT: Duration = Duration::from_secs(3);
 
-/// Who asked.
+/// The client of a query.
 enum Asker {
     Datagram(SocketAddr),
     Client(oneshot::Sender<Vec<u8>>),
 }
 
-/// Questions that wait for their answers, and the way to the host.
+/// Pending queries, and the channel to the host.
 struct Questions {
     next: u32,
     waiting: VecDeque<(u32, Asker)>,
@@ -45,7 +45,7 @@ struct Questions {
 }
 
 impl Questions {
-    /// Asks the host, unless it is behind: then the question is lost, as a datagram may be.
+    /// Sends a query to the host. If the channel is full, it is dropped, like a lost datagram.
     fn ask(&mut self, message: &[u8], asker: Asker) {
         let over_tcp = match asker {
             Asker::Datagram(_) => 0,
@@ -73,7 +73,7 @@ impl Questions {
 
 type Shared = Rc<RefCell<Questions>>;
 
-/// Listens at `address`, and has the host answer over the stream with this token, as long as that lasts.
+/// Listens at `address`, and forwards queries to the host over the stream with this token, until it ends.
 pub(crate) async fn serve(address: IpAddr, token: &str) -> Result<()> {
     let at = SocketAddr::from((address, PORT));
     let bound = || format!("cannot listen at {at}");
@@ -105,7 +105,7 @@ pub(crate) async fn serve(address: IpAddr, token: &str) -> Result<()> {
             from_host.read_exact(&mut message).await?;
             let asker = shared.borrow_mut().asker(id);
             match asker {
-                // Who does not take it asks again.
+                // A client that does not receive it will retry.
                 Some(Asker::Datagram(peer)) => drop(replies.send_to(&message, peer).await),
                 Some(Asker::Client(client)) => drop(client.send(message)),
                 None => {}
@@ -125,7 +125,7 @@ pub(crate) async fn serve(address: IpAddr, token: &str) -> Result<()> {
     Ok(())
 }
 
-/// What another name server answers, by the guest's network.
+/// Sends a query to another name server over the guest's network; returns the answer.
 pub(crate) async fn ask(address: IpAddr, question: &[u8]) -> Result<Vec<u8>> {
     let server = SocketAddr::from((address, PORT));
     let any: IpAddr = match address {
@@ -145,7 +145,7 @@ pub(crate) async fn ask(address: IpAddr, question: &[u8]) -> Result<Vec<u8>> {
 async fn take_datagrams(socket: Rc<UdpSocket>, questions: Shared) {
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
-        // An error is that of an earlier answer, whose client is gone.
+        // An error refers to an earlier answer, whose client is gone.
         if let Ok((len, peer)) = socket.recv_from(&mut buffer).await {
             let mut questions = questions.borrow_mut();
             questions.ask(&buffer[..len], Asker::Datagram(peer));
@@ -166,13 +166,13 @@ async fn accept(listener: TcpListener, questions: Shared) {
         let questions = questions.clone();
         spawn_local(async move {
             let _place = place;
-            // Its end is what ends this.
+            // Errors end only this client.
             serve_client(client, &questions).await.ok();
         });
     }
 }
 
-/// Messages with their lengths before them (RFC 1035, section 4.2.2).
+/// Serves a TCP client: messages with a length prefix (RFC 1035, section 4.2.2).
 async fn serve_client(mut client: TcpStream, questions: &Shared) -> Result<()> {
     loop {
         let len = timeout(LIMIT, client.read_u16()).await??;

@@ -1,5 +1,4 @@
-//! The guest's interfaces and routes, as the host wants them (rtnetlink(7)), and connections to its
-//! ports.
+//! The guest's interfaces and routes, as configured by the host (rtnetlink(7)), and connections to its ports.
 
 use anyhow::{Context, Result};
 use futures::TryStreamExt as _;
@@ -19,7 +18,7 @@ use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 pub(crate) mod routes;
 
-/// How long a port of the loopback may take to accept a connection.
+/// Time limit for a port of the loopback to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs `work` with a connection to the kernel that ends with it.
@@ -32,7 +31,7 @@ async fn with_kernel<T>(work: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T
     result
 }
 
-/// Names the interface with this MAC address, gives it its addresses, and takes it up.
+/// Sets name and addresses of the interface with this MAC address, and brings it up.
 pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
     let addresses: Vec<IpNet> = wanted
         .ip_addresses
@@ -45,7 +44,7 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
     with_kernel(async |handle| {
         let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
         let index = find(&links, &wanted.hw_addr)?;
-        // Another interface that has this name gets its own later.
+        // Another interface with this name gets its own later.
         if let Some(other) = holder(&links, &wanted.name).filter(|other| *other != index) {
             let aside = LinkUnspec::new_with_index(other).name(format!("koya-net{other}"));
             let renamed = handle.link().set(aside.build()).execute().await;
@@ -66,7 +65,7 @@ pub(crate) async fn update_interface(wanted: &Interface) -> Result<()> {
                 .address()
                 .add(index, address.addr(), address.prefix_len());
             if address.addr().is_ipv6() {
-                // Nobody else has it: whoever gave it made sure. Looking would take a second.
+                // Duplicate address detection is skipped: it is unnecessary, and would take a second.
                 let message = add.message_mut();
                 message.header.flags |= AddressHeaderFlags::Nodad;
                 let flags = AddressAttribute::Flags(AddressFlags::Nodad);
@@ -102,13 +101,13 @@ async fn add_neighbour(handle: &Handle, index: u32, neighbour: &Neighbour) -> Re
     Ok(add.replace().execute().await?)
 }
 
-/// Joins a TCP port of the loopback to a stream of the host.
+/// Connects a TCP port of the loopback to a stream of the host.
 pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     let both = [
         SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
         SocketAddr::from((Ipv6Addr::LOCALHOST, port)),
     ];
-    // A listener that accepts nobody leaves a connection waiting for minutes.
+    // A listener with a full backlog would leave a connection waiting for minutes.
     let mut socket = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(both.as_slice()))
         .await
         .with_context(|| format!("port {port} of the guest does not answer"))?
@@ -118,7 +117,7 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     let mut stream = VsockStream::connect(address).await?;
     stream.write_all(token.as_bytes()).await?;
     tokio::task::spawn_local(async move {
-        // Its end is whoever's who closed it.
+        // Either side may close the connection.
         tokio::io::copy_bidirectional(&mut socket, &mut stream)
             .await
             .ok();
@@ -126,8 +125,8 @@ pub(crate) async fn connect_port(port: u16, token: &str) -> Result<()> {
     Ok(())
 }
 
-/// The interface with this MAC address. Networks on one interface of the host (ipvlan) have one address: of
-/// several, the first that is not set up yet, since both sides have them in one order.
+/// The interface with this MAC address. Networks on one host interface (ipvlan) share an address: of several, the first one
+/// that is not set up yet, since both sides have them in the same order.
 fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
     let has_address = |link: &&LinkMessage| {
         link.attributes.iter().any(|attribute| {
@@ -145,7 +144,7 @@ fn find(links: &[LinkMessage], hw_addr: &str) -> Result<u32> {
     first.with_context(|| format!("the guest has no interface with the address {hw_addr}"))
 }
 
-/// The interface that has this name.
+/// The interface with this name.
 fn holder(links: &[LinkMessage], name: &str) -> Option<u32> {
     let has_name = |link: &&LinkMessage| {
         let mut attributes = link.attributes.iter();

@@ -1,5 +1,5 @@
-//! Processes of containers that the kernel killed for their memory: what `memory.events` says, looked at
-//! whenever it changes (Documentation/admin-guide/cgroup-v2.rst, inotify(7)).
+//! OOM kills in containers, from `memory.events`, read whenever it changes (Documentation/admin-guide/cgroup-v2.rst,
+//! inotify(7)).
 
 use crate::cgroup;
 use crate::sys;
@@ -14,7 +14,7 @@ use std::rc::Rc;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-/// Cheap to clone; for the agent's one thread.
+/// Cheap to clone; only for the agent's main thread.
 #[derive(Clone, Default)]
 pub(crate) struct Ooms(Rc<Inner>);
 
@@ -22,7 +22,7 @@ pub(crate) struct Ooms(Rc<Inner>);
 struct Inner {
     inotify: RefCell<Option<Rc<AsyncFd<OwnedFd>>>>,
     containers: RefCell<HashMap<i32, Watched>>,
-    /// What the host was not told yet.
+    /// Counts not reported to the host yet.
     news: RefCell<HashMap<String, u64>>,
     changed: Notify,
     opened: Notify,
@@ -34,7 +34,7 @@ struct Watched {
 }
 
 impl Ooms {
-    /// Looks after a container until it is forgotten.
+    /// Watches a container until it is forgotten.
     pub(crate) fn watch(&self, id: &str) -> Result<()> {
         let path = cgroup::directory(id).join("memory.events");
         let inotify = self.inotify()?;
@@ -66,16 +66,16 @@ impl Ooms {
         if let Some(number) = number.map(|(number, _)| *number) {
             containers.remove(&number);
             if let Some(inotify) = &*self.0.inotify.borrow() {
-                // It went with the group, if that is gone.
+                // The watch disappears with the group.
                 remove_watch(inotify.get_ref(), number).ok();
             }
         }
         self.0.news.borrow_mut().remove(id);
     }
 
-    /// Notes what happens, for ever.
+    /// Records events, forever.
     pub(crate) async fn run(self) -> Result<()> {
-        // Until there is a container there is nothing to watch with.
+        // The inotify instance is created with the first container.
         self.0.opened.notified().await;
         let inotify = self.inotify()?;
         let mut buffer = [MaybeUninit::uninit(); 512];
@@ -104,7 +104,7 @@ impl Ooms {
         }
     }
 
-    /// Waits for the next container in which processes were killed, and how many were so far.
+    /// Waits for the next container with OOM kills; returns its total.
     pub(crate) async fn next(&self) -> (String, u64) {
         loop {
             {

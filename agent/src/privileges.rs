@@ -1,7 +1,7 @@
-//! What a process gives up last: all system calls but those of its filter, and capabilities.
+//! The last privileges that a process gives up: system calls outside its filter, and capabilities.
 //!
-//! libcontainer does that for a container's own process, but not for one that is added, and it has no filter for calls
-//! that a filter does not know ([`unknown_calls`]).
+//! libcontainer does that for a container's own process, but not for exec processes, and it has no answer for calls unknown
+//! to a filter ([`unknown_calls`]).
 
 use crate::unknown_calls;
 use libcontainer::capabilities::{CapabilityExt as _, drop_privileges};
@@ -20,8 +20,8 @@ pub(crate) struct Privileges {
 }
 
 impl Privileges {
-    /// Takes what a container's own process is to give up by itself out of the configuration, if libcontainer would not
-    /// do all of it.
+    /// Removes the privileges that a container's own process gives up by itself from the configuration, if libcontainer
+    /// would not handle all of them.
     pub(crate) fn take(spec: &mut Spec) -> Self {
         let linux = spec.linux().as_ref();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
@@ -41,7 +41,7 @@ impl Privileges {
         }
     }
 
-    /// Takes an added process's out of its configuration; the filter is its container's.
+    /// Removes the privileges of an exec process from its configuration; the filter is its container's.
     pub(crate) fn of_added(process: &mut Process, seccomp: Option<LinuxSeccomp>) -> Self {
         Self {
             seccomp,
@@ -49,8 +49,8 @@ impl Privileges {
         }
     }
 
-    /// Gives them up. Without capabilities only a process that gains no privileges may add a filter, and with one it may
-    /// be unable to give up capabilities.
+    /// Gives them up. Without capabilities, only a process with no_new_privs may add a filter; and a filter may prevent
+    /// dropping capabilities.
     pub(crate) fn give_up(&self) -> Result<(), ExecutorError> {
         match no_new_privs() {
             Ok(true) => {
@@ -85,7 +85,7 @@ impl Privileges {
             .map_err(|error| failed(error.to_string()))
     }
 
-    /// Does something with no more rights to files than there will be.
+    /// Runs `work` with the access rights to files that will be left.
     pub(crate) fn as_if_given_up<T>(&self, work: impl FnOnce() -> T) -> T {
         let Some((wanted, own)) = self.capabilities.as_ref().zip(capabilities(None).ok()) else {
             return work();
@@ -108,8 +108,8 @@ impl Privileges {
     }
 }
 
-/// Whether there are inheritable capabilities that are not permitted. libcontainer could not set them any more once it has
-/// taken the others away.
+/// Whether there are inheritable capabilities that are not permitted. libcontainer could not set them after it has dropped
+/// the others.
 fn inherits_more(capabilities: &LinuxCapabilities) -> bool {
     let permitted = capabilities.permitted().iter().flatten();
     let permitted: Vec<_> = permitted.collect();
@@ -126,7 +126,7 @@ fn inherit<'a>(wanted: impl IntoIterator<Item = &'a Capability>) -> rustix::io::
     set_capabilities(None, sets)
 }
 
-/// Without them libcontainer leaves a process all that it has.
+/// Removes the capabilities from a configuration; libcontainer then does not change those of the process.
 fn take_capabilities(process: &mut Process) -> Option<LinuxCapabilities> {
     let capabilities = process.capabilities().clone();
     process.set_capabilities(None);

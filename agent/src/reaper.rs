@@ -1,5 +1,5 @@
-//! PID 1's children: helpers, containers' processes, and orphans. Every one is collected; who
-//! waits for one learns its status.
+//! PID 1's children: helpers, containers' processes, and orphans. Each of them is reaped, and its status reported to those
+//! who wait for it.
 
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use std::cell::RefCell;
@@ -8,11 +8,10 @@ use std::rc::Rc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// How many ended processes are remembered that nobody has asked for: a container's process can
-/// end before its number is known.
+/// Maximum number of remembered exits that nothing has asked for: a container's process can end before its PID is known.
 const REMEMBERED: usize = 4096;
 
-/// An exit status as a shell has it.
+/// The exit status in the form of a shell.
 pub(crate) fn shell_status(status: WaitStatus) -> i32 {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => code,
@@ -28,7 +27,7 @@ struct State {
     order: VecDeque<i32>,
 }
 
-/// Cheap to clone; for the agent's one thread.
+/// Cheap to clone; only for the agent's main thread.
 #[derive(Clone, Default)]
 pub(crate) struct Reaper(Rc<RefCell<State>>);
 
@@ -36,7 +35,7 @@ pub(crate) struct Reaper(Rc<RefCell<State>>);
 pub(crate) type End = watch::Receiver<Option<i32>>;
 
 impl Reaper {
-    /// Collects children for ever.
+    /// Reaps children, forever.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
         let mut signals = signal(SignalKind::child())?;
         loop {
@@ -70,8 +69,7 @@ impl Reaper {
         }
     }
 
-    /// Forgets the ends that nobody has asked for: called when no number is awaited, since numbers
-    /// are used again.
+    /// Forgets the exits that nothing has asked for: called when no PID is awaited, since PIDs are reused.
     pub(crate) fn forget(&self) {
         let mut state = self.0.borrow_mut();
         state.ended.clear();
@@ -94,7 +92,7 @@ impl Reaper {
     }
 }
 
-/// Waits for the end; the status as a shell has it.
+/// Waits for the end; returns the status in the form of a shell.
 pub(crate) async fn wait(mut end: End) -> i32 {
     match end.wait_for(Option::is_some).await {
         Ok(status) => status.unwrap_or(255),

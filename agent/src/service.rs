@@ -1,5 +1,5 @@
-//! What the host asks for: `agent/protocol/proto/agent.proto`, served on the one connection that
-//! the agent makes before any container exists.
+//! The service for the host (`agent/protocol/proto/agent.proto`), on the one connection that the agent makes before any
+//! container exists.
 
 use crate::cgroup;
 use crate::clock;
@@ -36,14 +36,14 @@ use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 
-/// An answer in the making, on the agent's thread.
+/// A request to be executed on the agent's main thread.
 type Work = Box<dyn FnOnce(State) -> Pin<Box<dyn Future<Output = ()>>> + Send>;
 
-/// ttrpc wants a service that can move between threads; the state can't. So the service sends
-/// work to the task that has the state, which runs each piece as a task of its own.
+/// ttrpc requires a service that can move between threads; the state can't. So the service sends work to the task that owns
+/// the state, which runs each piece as a separate task.
 struct Service {
     work: mpsc::UnboundedSender<Work>,
-    /// How long the start took.
+    /// Times of the start.
     times: GuestTimes,
 }
 
@@ -81,7 +81,7 @@ pub(crate) async fn serve(mut times: GuestTimes) -> Result<()> {
         .context("cannot reach the host over vsock")?;
     times.agent_connected_ns = details::uptime_ns();
     let (work, mut pieces) = mpsc::unbounded_channel::<Work>();
-    // The stream of connections yields one and never ends: a server whose listener ends stops.
+    // The stream of connections yields one and never ends, since a server stops at the end of its listener.
     let one = futures::stream::iter([std::io::Result::Ok(control)]);
     let listener = Listener::new(one.chain(futures::stream::pending()));
     let mut server = Server::new()
@@ -167,8 +167,7 @@ impl Agent for Service {
             let key = (request.container_id, request.exec_id);
             let end = state.with(&key, |p| p.end.clone())?;
             let status = reaper::wait(end).await;
-            // An added process is forgotten once somebody knows its end; a container's first
-            // process with the container.
+            // An exec process is forgotten once its exit has been reported; a container's first process with the container.
             if !key.1.is_empty() {
                 state.processes.borrow_mut().remove(&key);
             }
@@ -486,7 +485,7 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async |_: State| {
             tokio::task::spawn_local(async {
-                // The answer goes first.
+                // The reply is sent first.
                 tokio::time::sleep(std::time::Duration::from_millis(5)).await;
                 rustix::fs::sync();
                 if let Err(error) = rustix::system::reboot(rustix::system::RebootCommand::Restart) {
@@ -499,8 +498,8 @@ impl Agent for Service {
     }
 }
 
-/// Does what may wait for a disk, or for a container's own files, on another thread: meanwhile others
-/// are served.
+/// Runs work that may wait for a disk, or for a container's own files, on another thread, so that other requests are served
+/// meanwhile.
 pub(crate) async fn aside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -1,6 +1,6 @@
-//! startContainer hooks: programs of the container that run before its own, in the process that becomes that.
+//! startContainer hooks: programs of the container that run before its own program, in the same process.
 //!
-//! libcontainer would run them at the same point, but does not say which one failed.
+//! libcontainer would run them at the same point, but does not report which one failed.
 
 use anyhow::{Context, Result, bail};
 use koya_protocol::hook;
@@ -12,13 +12,13 @@ use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// Beside a bundle's configuration.
+/// File beside a bundle's configuration.
 const NAME: &str = "start-hooks.json";
 
-/// How often a hook that has a timeout is looked at.
+/// Polling interval for a hook with a timeout.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// A container's, with the state that they get on their standard input.
+/// The hooks of a container, with the state for their standard input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StartHooks {
     hooks: Vec<Hook>,
@@ -26,7 +26,7 @@ pub(crate) struct StartHooks {
 }
 
 impl StartHooks {
-    /// Takes them out of a container's configuration, if it has any.
+    /// Removes them from a container's configuration, if it has any.
     pub(crate) fn take(spec: &mut Spec, id: &str, bundle: &Path) -> Option<Self> {
         let mut all = spec.hooks().clone()?;
         let hooks = all.start_container().clone()?;
@@ -45,7 +45,7 @@ impl StartHooks {
         Some(Self { hooks, state })
     }
 
-    /// Keeps them for the process that will run them.
+    /// Stores them for the process that will run them.
     pub(crate) fn save(&self, bundle: &Path) -> Result<()> {
         Ok(std::fs::write(
             bundle.join(NAME),
@@ -53,7 +53,7 @@ impl StartHooks {
         )?)
     }
 
-    /// Those of a bundle, if there are any.
+    /// The hooks stored in a bundle, if any.
     pub(crate) fn load(bundle: &Path) -> Result<Option<Self>> {
         match File::open(bundle.join(NAME)) {
             Ok(file) => Ok(Some(serde_json::from_reader(file)?)),
@@ -62,10 +62,10 @@ impl StartHooks {
         }
     }
 
-    /// Runs them one after the other. Those that have no environment of their own have this process's.
+    /// Runs them one after the other. Hooks without an environment inherit that of this process.
     ///
     /// # Errors
-    /// One fails, by its number and path.
+    /// The hook that fails, with its number and path.
     pub(crate) fn run(&self) -> Result<()> {
         let mut state = self.state.clone();
         state.set_pid(i32::try_from(std::process::id()).ok());
@@ -85,7 +85,7 @@ fn run_one(hook: &Hook, state: &[u8]) -> Result<()> {
         .stdout(Stdio::null())
         .spawn()?;
     let mut input = child.stdin.take().context("it has no standard input")?;
-    // What does not read it ends without it.
+    // A hook need not read it.
     match input.write_all(state) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             child.kill().ok();

@@ -1,4 +1,4 @@
-//! What the agent knows of containers and their processes, for its one thread.
+//! State of containers and their processes, for the agent's main thread.
 
 use crate::configuration;
 use crate::console::{self, ConsoleSocket};
@@ -30,7 +30,7 @@ use std::process::Command;
 use std::rc::Rc;
 use tokio::sync::OnceCell;
 
-/// A process of a container: container, and exec's name or nothing for the first process.
+/// Key of a process: container ID, and exec ID (empty for the first process).
 pub(crate) type Key = (String, String);
 
 pub(crate) struct Tracked {
@@ -39,29 +39,28 @@ pub(crate) struct Tracked {
     pub(crate) terminal: Option<OwnedFd>,
 }
 
-/// The agent's state, for its one thread.
+/// The agent's state, only for its main thread.
 #[derive(Clone, Default)]
 pub(crate) struct State {
     pub(crate) reaper: Reaper,
     pub(crate) processes: Rc<RefCell<HashMap<Key, Tracked>>>,
     pub(crate) ooms: Ooms,
-    /// The first process of the pid namespace that the sandbox's containers share, and its end.
+    /// The first process of the pid namespace shared by the sandbox's containers, and its exit.
     pause: Rc<OnceCell<(i32, End)>>,
-    /// Helpers that run, and how many there were: outcomes' names.
+    /// Number of running helpers, and counter for the names of outcome files.
     helping: Rc<Cell<u32>>,
     helpers: Rc<Cell<u64>>,
-    /// How many terminals there were: their sockets' names.
+    /// Counter for the names of console sockets.
     consoles: Rc<Cell<u64>>,
 }
 
-/// A helper is at work; what it makes may end before its number is known, so ends are remembered
-/// while there is one of these.
+/// Guard of a running helper. Its process may end before the PID is known, so exits are remembered while any helper runs.
 struct Helping(State);
 
 impl Helping {
     fn new(state: &State) -> Self {
         if state.helping.get() == 0 {
-            // Orphans that ended since: nobody asks for them, and their numbers are used again.
+            // Exits of orphans: nothing will ask for them, and PIDs are reused.
             state.reaper.forget();
         }
         state.helping.set(state.helping.get() + 1);
@@ -75,18 +74,18 @@ impl Drop for Helping {
     }
 }
 
-/// The process that a helper made.
+/// The process created by a helper.
 pub(crate) struct Made {
     pub(crate) pid: i32,
     _helping: Helping,
 }
 
-/// What a helper is started with.
+/// Streams passed to a helper.
 pub(crate) struct Streams {
     stdin: std::process::Stdio,
     stdout: std::process::Stdio,
     stderr: std::process::Stdio,
-    /// Those from 3 on, which the helper takes by their numbers here.
+    /// Descriptors 3 and up, which the helper takes by their numbers in this process.
     further: Vec<OwnedFd>,
 }
 
@@ -139,16 +138,16 @@ impl State {
         fs::create_dir_all(&dir)?;
         let made = self.make(id, spec, &request).await;
         if made.is_err() {
-            // As far as it was made.
+            // Removes a partially created container.
             self.remove(id).await.ok();
         }
         made
     }
 
-    /// Removes a container, with all that is kept of it.
+    /// Removes a container, with all of its state.
     ///
     /// # Errors
-    /// Something could not be removed; the rest was.
+    /// If something could not be removed; everything else was.
     pub(crate) async fn remove(&self, id: &str) -> Result<()> {
         let deleted = self.help(&["delete", id], Streams::none()).await;
         self.processes.borrow_mut().retain(|key, _| key.0 != id);
@@ -166,7 +165,7 @@ impl State {
         mut spec: Spec,
         request: &CreateContainerRequest,
     ) -> Result<Process> {
-        // Open until it is joined: a number may be another process's by then.
+        // Open until they are joined: a PID could have been reused by then.
         let mut joined = Vec::new();
         if request.sandbox_pidns {
             joined.push((LinuxNamespaceType::Pid, self.pause().await?));
@@ -185,7 +184,7 @@ impl State {
             configuration::join(&mut spec, *kind, namespace.as_raw_fd());
         }
         let (memory, disks) = (&request.ephemeral_volumes, &request.disk_volumes);
-        // Most containers have none, and need no further thread.
+        // Most containers have none, and need no additional thread.
         let shared = &request.shared_volumes;
         if !memory.is_empty() || !disks.is_empty() || !shared.is_empty() {
             let (of, memory, disks) = (id.to_owned(), memory.clone(), disks.clone());
@@ -209,7 +208,7 @@ impl State {
         late_mounts::take(&mut spec)?;
         let mut spec = match within::lacks_nothing(id, &spec, &request.files) {
             true => spec,
-            // Its root may be slow.
+            // Access to its root may be slow.
             false => {
                 let (of, files) = (id.to_owned(), request.files.clone());
                 aside(move || within::complete(&of, spec, &files)).await?
@@ -226,10 +225,10 @@ impl State {
         let made = self
             .launch(&["create", id], id, "", &request.stdio, &uid.to_string())
             .await?;
-        // libcontainer takes device rules and, without its own BPF feature, ignores them.
+        // libcontainer accepts device rules but, without its BPF feature, ignores them.
         device_rules::apply(id, &spec)?;
         let key = (id.to_owned(), String::new());
-        // It waits for its start; an added process sets its terminal itself.
+        // It waits for its start; an exec process sets up its terminal itself.
         let settings = console::Settings::of(&request.stdio);
         self.with(&key, |tracked| {
             let terminal = tracked.terminal.as_ref();
@@ -239,7 +238,7 @@ impl State {
             sys::kernel_log(&format!("koya-agent: a terminal stays root's: {error:#}"));
         }
         if let Err(error) = self.ooms.watch(id) {
-            // A guest's kernel without that control.
+            // A guest kernel without that controller.
             sys::kernel_log(&format!("koya-agent: {error:#}"));
         }
         let joins_pids = joined
@@ -251,7 +250,7 @@ impl State {
         Ok(made)
     }
 
-    /// The pid namespace that the sandbox's containers share, made when the first one wants it.
+    /// The pid namespace shared by the sandbox's containers, created on first use.
     async fn pause(&self) -> Result<File> {
         let made = self.pause.get_or_try_init(async || {
             let made = self.help(&["pause", "-"], Streams::none()).await?;
@@ -264,7 +263,7 @@ impl State {
         namespace_of(*pid, "pid")
     }
 
-    /// The first process of a container that has not ended: its number may be another's later.
+    /// The PID of a container's first process while it is alive: it may be reused later.
     fn running(&self, id: &str) -> Result<i32> {
         let key = (id.to_owned(), String::new());
         let (pid, ended) = self.with(&key, |p| (p.pid, p.end.borrow().is_some()))?;
@@ -274,8 +273,7 @@ impl State {
         Ok(pid)
     }
 
-    /// In a pid namespace of its own a container's processes end with the first; in another's they
-    /// are ended.
+    /// In its own pid namespace, a container's processes end with the first one; in a shared one they are killed here.
     fn end_all_with_the_first(&self, id: &str) -> Result<()> {
         let key = (id.to_owned(), String::new());
         let end = self.with(&key, |p| p.end.clone())?;
@@ -308,15 +306,14 @@ impl State {
             )
             .await;
         fs::remove_file(&path).ok();
-        // The first process may have ended meanwhile, and what ends with it was ended then.
+        // The first process may have ended meanwhile, after the others were killed.
         if self.running(id).is_err() {
             cgroup::signal_all(id, libc::SIGKILL).ok();
         }
         made
     }
 
-    /// Starts a helper that makes a process, with its streams or terminal and its last argument, and follows
-    /// what it made.
+    /// Runs a helper that creates a process, with its streams or terminal and its last argument, and follows the process.
     async fn launch(
         &self,
         operation: &[&str],
@@ -326,7 +323,7 @@ impl State {
         last: &str,
     ) -> Result<Process> {
         let console = if stdio.terminal {
-            // Names may be longer than a socket's path: 64 characters each under Kubernetes.
+            // IDs may exceed the length of a socket path: 64 characters each under Kubernetes.
             fs::create_dir_all("/run/koya/consoles")?;
             let number = self.consoles.replace(self.consoles.get() + 1);
             let path = format!("/run/koya/consoles/{number}.sock");
@@ -368,7 +365,7 @@ impl State {
         })
     }
 
-    /// Runs a helper to its end and returns what it made.
+    /// Runs a helper to its end and returns the created process.
     pub(crate) async fn help(&self, args: &[&str], streams: Streams) -> Result<Made> {
         let _helping = Helping::new(self);
         fs::create_dir_all("/run/koya/outcomes")?;
@@ -408,7 +405,7 @@ impl State {
         Ok(Empty::new())
     }
 
-    /// Stops what runs in a container, or lets it go on.
+    /// Freezes or thaws a container.
     pub(crate) async fn freeze(&self, request: ContainerRequest, frozen: bool) -> Result<Empty> {
         let id = check_id(&request.container_id)?.to_owned();
         self.running(&id)?;
@@ -426,7 +423,7 @@ impl State {
         let sent = match request.all {
             true => cgroup::signal_all(&key.0, number),
             false => match sys::kill(pid, number) {
-                // Its end is on the way to whoever waits for it.
+                // It has ended, and its exit will be reported.
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
                     bail!(Refused::NoProcess("the process has ended".into()));
                 }
@@ -437,7 +434,7 @@ impl State {
     }
 }
 
-/// Takes the terminal that a helper made, and connects it to the host.
+/// Receives the terminal created by a helper, and connects it to the host.
 fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
     let master = console.receive()?;
     let copy = rustix::io::fcntl_dupfd_cloexec(&master, 0)?;
@@ -445,7 +442,7 @@ fn connect_terminal(console: ConsoleSocket, stdio: &Stdio) -> Result<OwnedFd> {
     Ok(master)
 }
 
-/// The user of a container's first process opens its terminal by other names, too (/dev/stdout).
+/// Gives the terminal to the user of a container's first process, who may open it by other names (/dev/stdout).
 fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
     if let Some(master) = &process.terminal {
         let terminal = ioctl_tiocgptpeer(master, OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
@@ -454,12 +451,12 @@ fn give_terminal(process: &Tracked, uid: u32) -> Result<()> {
     Ok(())
 }
 
-/// A part of a request that is not what it has to be.
+/// The error for an invalid part of a request.
 pub(crate) fn broken(what: &str, error: &serde_json::Error) -> Refused {
     Refused::Invalid(format!("the {what} is broken: {error}"))
 }
 
-/// A name that is one component of a path.
+/// Checks that an ID is a single path component.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
     let proper = !id.is_empty()
         && id.len() <= 128

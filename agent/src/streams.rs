@@ -1,8 +1,7 @@
 //! Standard streams: vsock streams to the host, pipes or a terminal to the process, a thread for
 //! each direction.
 //!
-//! A process gets pipes rather than sockets, since `/dev/stdout` can't be opened when it is a
-//! socket.
+//! A process gets pipes instead of sockets, since `/dev/stdout` can't be opened if it is a socket.
 
 use crate::sys;
 use koya_protocol::STREAM_PORT;
@@ -86,7 +85,7 @@ fn socket(token: &str) -> std::io::Result<OwnedFd> {
     Ok(theirs.into())
 }
 
-/// Connects a terminal's master to the host, both ways.
+/// Connects a terminal's master to the host, in both directions.
 pub(crate) fn terminal(master: OwnedFd, token: &str) -> std::io::Result<()> {
     let stream = connect(token)?;
     let master = File::from(master);
@@ -112,7 +111,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Until the end of either; why it ended is the other side's business.
+/// Copies until either side ends. The reason does not matter here.
 fn copy(from: impl Read, to: &mut impl Write) {
     let mut from = BufReader::with_capacity(BUFFER, from);
     std::io::copy(&mut from, to).ok();

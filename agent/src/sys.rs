@@ -20,7 +20,7 @@ fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
 /// Writes a line to the kernel's log.
 pub(crate) fn kernel_log(text: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        // Level 2, critical: shown on the console even when the kernel is quiet. Each write is a message
+        // Level 2, critical: shown on the console even with "quiet". Each write is a message
         // of its own, with a level of its own.
         log.write_all(format!("<2>{text}\n").as_bytes()).ok();
     } else {
@@ -28,27 +28,27 @@ pub(crate) fn kernel_log(text: &str) {
     }
 }
 
-/// Leaves descriptors to programs that are run, at numbers from this one on. The process has nothing else open there.
+/// Makes executed programs inherit descriptors, at numbers from `first` on, where the process has nothing else open.
 pub(crate) fn leave_open_from(first: i32, fds: Vec<OwnedFd>) -> io::Result<()> {
     let beyond = first + fds.len() as i32;
-    // None of them is in another's place then.
+    // Moved out of the way, so that none is overwritten.
     let copies = fds.iter().map(|fd| fcntl_dupfd_cloexec(fd, beyond));
     let copies = copies.collect::<Result<Vec<_>, _>>()?;
     drop(fds);
     for (number, copy) in (first..).zip(&copies) {
-        // SAFETY: no memory is passed, and nobody owns a descriptor of this number: those that came are closed, and
+        // SAFETY: no memory is passed, and nobody owns a descriptor with this number: the original ones are closed, and
         // the caller has no others there.
         checked(unsafe { libc::dup2(copy.as_raw_fd(), number) }.into())?;
     }
     Ok(())
 }
 
-/// Gives signals their default meaning again, as a program expects to find them: what is ignored stays so
-/// across exec, as SIGPIPE does by Rust's runtime, and glibc's two signals of its own in what it spawns.
+/// Resets signals to their default dispositions, as programs expect: ignored signals stay ignored across exec, such as
+/// SIGPIPE by Rust's runtime, and two internal signals of glibc in processes that it spawns.
 pub(crate) fn reset_signals() {
-    /// The kernel's `struct sigaction`, of which zeros are the default (SIG_DFL, no flags, no mask).
+    /// The kernel's `struct sigaction`; zeros are the default (SIG_DFL, no flags, no mask).
     const DEFAULT: [u64; 4] = [0; 4];
-    /// Bytes of the kernel's set of signals.
+    /// Size of the kernel's signal set in bytes.
     const SET: usize = 8;
     for signal in 1..=64 {
         // SAFETY: the kernel reads 32 bytes at most, which are there, and no handler is involved. SIGKILL and
@@ -71,14 +71,14 @@ pub(crate) fn reset_signals() {
     }
 }
 
-/// Moves the clock gradually, as adjtime(3) does; instead of what was asked for before.
+/// Adjusts the clock gradually, like adjtime(3); replaces an adjustment in progress.
 pub(crate) fn slew_clock(microseconds: i64) -> io::Result<()> {
     adjust_clock(libc::ADJ_OFFSET_SINGLESHOT, |time| {
         time.offset = microseconds;
     })
 }
 
-/// Moves the clock at once; nanoseconds are less than a second.
+/// Adjusts the clock at once; nanoseconds are less than a second.
 pub(crate) fn step_clock(seconds: i64, nanoseconds: i64) -> io::Result<()> {
     adjust_clock(libc::ADJ_SETOFFSET | libc::ADJ_NANO, |time| {
         time.time.tv_sec = seconds;
@@ -95,14 +95,14 @@ fn adjust_clock(modes: libc::c_uint, set: impl FnOnce(&mut libc::timex)) -> io::
     checked(unsafe { libc::adjtimex(&raw mut time) }.into()).map(drop)
 }
 
-/// A descriptor whose readiness to be read can be awaited.
+/// A descriptor that can be awaited for readability.
 pub(crate) fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor stays open and the same as long as its owner, which what is returned owns
     // until it is no longer registered.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
-/// Has the kernel collect this process's children as they end.
+/// Makes the kernel reap this process's children.
 pub(crate) fn collect_children() {
     // SAFETY: a disposition is set; no handler is involved.
     unsafe {
@@ -110,12 +110,12 @@ pub(crate) fn collect_children() {
     }
 }
 
-/// The next children are in a new pid namespace.
+/// Puts future children into a new pid namespace.
 pub(crate) fn new_pids() -> io::Result<()> {
     unshare(libc::CLONE_NEWPID)
 }
 
-/// This process has mounts of its own.
+/// Moves this process into a new mount namespace.
 pub(crate) fn new_mounts() -> io::Result<()> {
     unshare(libc::CLONE_NEWNS)
 }
@@ -126,7 +126,7 @@ fn unshare(namespace: libc::c_int) -> io::Result<()> {
     checked(made.into()).map(drop)
 }
 
-/// Signals one process, with any signal, real-time ones too.
+/// Sends any signal, including real-time ones, to one process.
 pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     // Other numbers would mean a group of processes, or all.
     if pid <= 0 {
@@ -149,7 +149,7 @@ pub(crate) fn exec(path: &std::ffi::CStr, args: &[std::ffi::CString]) -> io::Err
     io::Error::last_os_error()
 }
 
-/// `struct ifreq` as SIOCSIFFLAGS takes it.
+/// `struct ifreq` for SIOCSIFFLAGS.
 #[repr(C)]
 struct InterfaceFlags {
     name: [u8; 16],
@@ -193,8 +193,8 @@ struct HostEvent {
 const FUSE_IOC_HOST_EVENT: u32 =
     1 << 30 | (size_of::<HostEvent>() as u32) << 16 | (b'K' as u32) << 8 | 0x59;
 
-/// Has the kernel fire what watches a node, or its entry `name` unless that is empty, of the FUSE file
-/// system that `root` is on. False if nothing does.
+/// Makes the kernel fire watches for a node, or for its entry `name` if not empty, of the FUSE file system of `root`. False
+/// if there are none.
 pub(crate) fn fire_host_event(
     root: BorrowedFd<'_>,
     nodeid: u64,
@@ -221,7 +221,7 @@ pub(crate) fn fire_host_event(
     Ok(checked(result.into())? != 0)
 }
 
-/// Does a call again as long as a signal interrupts it: the agent gets one for each process that ends.
+/// Repeats a call while it is interrupted by signals: the agent gets one for each process that ends.
 pub(crate) fn retried<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
     loop {
         match call() {
@@ -231,8 +231,8 @@ pub(crate) fn retried<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rus
     }
 }
 
-/// Connects to a port of the host. Linux gives up a vsock connection whose connect(2) is interrupted by a
-/// signal (net/vmw_vsock/af_vsock.c), so connect(2) does not wait here: poll(2) does, which can be repeated.
+/// Connects to a port of the host. Linux gives up a vsock connection whose connect(2) is interrupted by a signal
+/// (net/vmw_vsock/af_vsock.c), so connect(2) does not block here: poll(2) does, and can be repeated.
 pub(crate) fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: no memory is passed.
@@ -261,7 +261,7 @@ pub(crate) fn connect_to_host(port: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Waits for a connection that is being made. The kernel has a limit for that, two seconds by default.
+/// Waits for a connection in progress. The kernel has a time limit for that, two seconds by default.
 pub(crate) fn wait_connected(socket: &OwnedFd) -> io::Result<()> {
     let mut wanted = [PollFd::new(socket, PollFlags::OUT)];
     retried(|| poll(&mut wanted, None))?;
@@ -286,7 +286,7 @@ const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
 const BPF_F_REPLACE: u32 = 1 << 2;
 
-/// The head of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes a shorter one for zeroes.
+/// The head of `union bpf_attr` for BPF_PROG_LOAD; the kernel treats missing fields as zero.
 #[repr(C)]
 struct LoadAttributes {
     program_type: u32,
@@ -310,8 +310,8 @@ struct AttachAttributes {
     replaced: u32,
 }
 
-/// Loads a cgroup-device program and attaches it to a cgroup, in place of another one if there is one. Control groups
-/// below may have programs of their own: a device has to be allowed by all of them.
+/// Loads a cgroup-device program and attaches it to a cgroup, replacing another one if given. Child groups may have their
+/// own programs: a device must be allowed by all of them.
 pub(crate) fn attach_device_program(
     cgroup: BorrowedFd<'_>,
     program: &[Instruction],
@@ -361,7 +361,7 @@ pub(crate) fn attach_device_program(
     Ok(fd)
 }
 
-/// Adds a filter of system calls to the calling thread's.
+/// Adds a seccomp filter to those of the calling thread.
 pub(crate) fn filter_calls(program: &[Step], flags: u32) -> io::Result<()> {
     const SET_MODE_FILTER: libc::c_uint = 1;
     let instruction = |&(code, jt, jf, k): &Step| libc::sock_filter { code, jt, jf, k };
@@ -382,10 +382,10 @@ pub(crate) fn filter_calls(program: &[Step], flags: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// The error that a system call without arguments has.
+/// The error of a system call without arguments.
 #[cfg(test)]
 pub(crate) fn answer_to_call(number: i64) -> Option<i32> {
-    // SAFETY: the test asks for numbers that no kernel has.
+    // SAFETY: the test uses numbers that no kernel implements.
     let answer = unsafe { libc::syscall(number) };
     checked(answer).err()?.raw_os_error()
 }

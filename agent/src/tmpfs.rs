@@ -1,6 +1,6 @@
-//! File systems in memory that begin with a copy of what they cover (`tmpcopyup`). Each is made before the container
-//! is, among its volumes, and the container's mount becomes a bind mount of it. In a root that the host does not look
-//! into, those that say no mode get the one of what they cover, as the host sees to elsewhere.
+//! tmpfs mounts that begin with a copy of the covered directory (`tmpcopyup`). Each is created before the container, among
+//! its volumes, and the container's mount becomes a bind mount of it. In a root that the host does not mount, tmpfs mounts
+//! without a mode get that of the covered directory, which the host does for other roots.
 
 use crate::configuration::{self, is_bind};
 use crate::volumes;
@@ -23,16 +23,16 @@ const DIRECTORY: OFlags = OFlags::DIRECTORY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Whether a container has such a mount, as is known without a look at its root.
+/// Whether a container has such a mount, as far as is known without accessing its root.
 pub(crate) fn concerns(spec: &Spec, is_image: bool) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
     mounts.any(|mount| is_tmpfs(mount) && (is_image || copies(mount)))
 }
 
-/// Makes them.
+/// Creates the tmpfs mounts, and adapts the configuration.
 ///
 /// # Errors
-/// Which can't be made, for example because the content is more than it may have.
+/// The mount that can't be made, for example because the contents exceed its size.
 pub(crate) fn prepare(id: &str, mut spec: Spec) -> Result<Spec> {
     let root = spec.root().as_ref().context("no root")?.path().clone();
     let root = Rootfs::open(&root).context("cannot open the root file system")?;
@@ -99,7 +99,7 @@ fn covered(place: &Path, earlier: &[Mount], root: &Rootfs) -> Option<OwnedFd> {
     readable.ok()
 }
 
-/// Copies what is in a directory: kinds, owners, modes and content. Neither tree is trusted: no link is followed.
+/// Copies the contents of a directory with types, owners and modes. Neither tree is trusted: no link is followed.
 fn copy_all(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
     let mut left = vec![PathBuf::new()];
     while let Some(directory) = left.pop() {
@@ -130,7 +130,7 @@ fn open_within(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
     openat2(root, path, DIRECTORY, Mode::empty(), resolve)
 }
 
-/// Copies one entry, of a directory itself alone; whether it is one.
+/// Copies one entry, without the contents of a directory; returns whether it is one.
 fn copy(from: &OwnedFd, to: &OwnedFd, name: &OsStr) -> Result<bool> {
     let found = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let kind = FileType::from_raw_mode(found.st_mode);
@@ -153,7 +153,7 @@ fn copy_file(from: &OwnedFd, to: &OwnedFd, name: &OsStr) -> Result<()> {
     Ok(())
 }
 
-/// The owner first: a change of it takes set-user-ID bits away.
+/// The owner first: changing it clears set-user-ID bits.
 fn give(directory: impl AsFd, name: &OsStr, like: &Stat) -> Result<(), Errno> {
     let owner = (Uid::from_raw(like.st_uid), Gid::from_raw(like.st_gid));
     let flags = AtFlags::SYMLINK_NOFOLLOW;
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(fs::read(to.path().join("a/b/file")).unwrap(), b"content");
         let link = fs::read_link(to.path().join("link")).unwrap();
         assert_eq!(link, Path::new("/nowhere"));
-        // What is there already is not written to.
+        // Existing files are not overwritten.
         assert!(copy_all(&opened(&from), &opened(&to)).is_err());
     }
 
@@ -226,7 +226,7 @@ mod tests {
         assert!(is_there("/x/y", &[]) && !is_there("/x/y/z", &[]));
         let bind = mount("bind", "/x", &dir.path().join("other"));
         assert!(is_there("/x/y/z", std::slice::from_ref(&bind)));
-        // The type of a bind mount means nothing.
+        // The type of a bind mount is ignored.
         let mut by_option = mount("none", "/x", &dir.path().join("other"));
         by_option.set_options(Some(vec!["rbind".into()]));
         assert!(is_there("/x/y/z", &[by_option]));

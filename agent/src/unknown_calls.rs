@@ -1,8 +1,8 @@
-//! System calls that are newer than all that a filter names.
+//! System calls that are newer than a filter.
 //!
-//! The authors of such a filter did not refuse them, they did not know them. C libraries try new calls and fall back to old ones
-//! if the answer is ENOSYS; EPERM they take for the answer. runc therefore answers ENOSYS to calls whose number is
-//! above all that the filter names, and so does this: by a filter of its own, which is asked first.
+//! The authors of a filter did not refuse such calls, they did not know them. C libraries try new calls and fall back to old
+//! ones on ENOSYS, but accept EPERM as the result. runc therefore returns ENOSYS for calls with numbers above all that the
+//! filter names, and so does this: by a second filter.
 
 use crate::sys;
 use libseccomp::{ScmpArch, ScmpSyscall};
@@ -15,7 +15,7 @@ const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_ARM: u32 = 0x4000_0028;
 const AUDIT_ARCH_AARCH64: u32 = 0xc000_00b7;
 
-/// From here on numbers are those of another table (x32), of which the filter itself decides.
+/// First number of another table (x32), which is left to the filter itself.
 const OTHER_TABLE: u32 = 0x4000_0000;
 
 // linux/seccomp.h
@@ -31,20 +31,20 @@ const IF_GREATER: u16 = 0x25;
 const IF_NOT_LESS: u16 = 0x35;
 const RETURN: u16 = 0x06;
 
-/// Where a program finds the number of a call, and its architecture (`struct seccomp_data`).
+/// Offsets of the number of a call, and of its architecture (`struct seccomp_data`).
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 
-/// An instruction: what it does, where it goes if its comparison holds and if it does not, and its operand.
+/// An instruction: operation, jump if its comparison is true, jump if it is false, operand.
 pub(crate) type Step = (u16, u8, u8, u32);
 
-/// Whether calls that a filter does not know get another answer than ENOSYS from it, and one that a second filter
-/// can change: of two errors the kernel takes that of the newer filter.
+/// Whether a filter returns an error other than ENOSYS for unknown calls, one that a second filter can override: of two
+/// errors the kernel takes that of the newer filter.
 pub(crate) fn concerns(filter: &LinuxSeccomp) -> bool {
     refused_after(filter).is_some()
 }
 
-/// The calls after which such a filter knows none, by architecture; `None` if it does not concern us.
+/// The last known call of such a filter, by architecture; `None` if nothing has to be done.
 fn refused_after(filter: &LinuxSeccomp) -> Option<Vec<(u32, u32)>> {
     let answers_enosys = filter.default_errno_ret() == Some(libc::ENOSYS as u32);
     let is_concerned = filter.default_action() == LinuxSeccompAction::ScmpActErrno
@@ -54,7 +54,7 @@ fn refused_after(filter: &LinuxSeccomp) -> Option<Vec<(u32, u32)>> {
     last.filter(|last| !last.is_empty())
 }
 
-/// Whether a second filter could not even be tried without harm.
+/// Whether installing a second filter would have side effects.
 fn forbids_filters(filter: &LinuxSeccomp) -> bool {
     use LinuxSeccompAction::{ScmpActAllow, ScmpActErrno, ScmpActLog};
     let mut rules = filter.syscalls().iter().flatten();
@@ -64,8 +64,8 @@ fn forbids_filters(filter: &LinuxSeccomp) -> bool {
     })
 }
 
-/// Has the calling thread, which has the filter and may still add another, answer ENOSYS to calls that the filter does not
-/// know, if that concerns it. One that forbids the call for that stays as it is.
+/// Makes the calling thread, which has the filter and may add another, return ENOSYS for unknown calls, if necessary. If the
+/// filter forbids adding one, it stays as it is.
 pub(crate) fn answer(filter: &LinuxSeccomp) -> io::Result<()> {
     let Some(last) = refused_after(filter) else {
         return Ok(());
@@ -79,13 +79,13 @@ pub(crate) fn answer(filter: &LinuxSeccomp) -> io::Result<()> {
         };
     }
     match sys::filter_calls(&program(&last), flags) {
-        // Nobody is there to be told.
+        // There is no one to report this to.
         Err(error) if is_forbidden(&error) => Ok(()),
         set => set,
     }
 }
 
-/// Whether it is the filter that answers, with an error of its own.
+/// Whether the error comes from the filter itself.
 fn is_forbidden(error: &io::Error) -> bool {
     !matches!(
         error.raw_os_error(),
@@ -93,7 +93,7 @@ fn is_forbidden(error: &io::Error) -> bool {
     )
 }
 
-/// The largest number that a filter names, by architecture.
+/// The largest call number in a filter, by architecture.
 fn last_calls(filter: &LinuxSeccomp) -> Vec<(u32, u32)> {
     let mut architectures = vec![ScmpArch::native()];
     for architecture in filter.architectures().iter().flatten() {
@@ -119,7 +119,7 @@ fn last_calls(filter: &LinuxSeccomp) -> Vec<(u32, u32)> {
         };
         let calls = rules().flat_map(|rule| rule.names()).filter_map(|name| {
             let call = ScmpSyscall::from_name_by_arch(name, *architecture).ok()?;
-            // Negative numbers are libseccomp's own, for calls that the architecture does not have.
+            // libseccomp uses negative numbers for calls that the architecture does not have.
             u32::try_from(call.as_raw_syscall()).ok()
         });
         Some((number, calls.max().filter(|last| *last > 0)?))
@@ -153,7 +153,7 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    /// What the program answers, by the kernel's rules.
+    /// Runs the program like the kernel.
     fn run(program: &[Step], architecture: u32, number: u32) -> u32 {
         let (mut at, mut loaded) = (0, 0);
         loop {
@@ -209,7 +209,7 @@ mod tests {
         assert!(!of("SCMP_ACT_ERRNO", None, &kills));
     }
 
-    /// By the kernel itself, in a thread that has all calls that this libseccomp knows but one.
+    /// In the real kernel, on a thread that is allowed all calls known to this libseccomp except one.
     #[test]
     fn the_kernel_takes_the_newer_error() {
         let known = (0..400).filter_map(|number| {

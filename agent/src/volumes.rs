@@ -1,5 +1,4 @@
-//! Volumes that the guest has itself: in memory, which containers of the sandbox share, and on disks, each
-//! container's own mount.
+//! Volumes in the guest: in memory, shared by containers of the sandbox, and on disks, each mounted for one container.
 
 use crate::service::aside;
 use crate::state::check_id;
@@ -17,20 +16,20 @@ use std::sync::{Mutex, PoisonError};
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// How a path below the shared root is followed.
+/// Resolution of paths below the shared root.
 const WITHIN: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS);
 
-/// One volume is made at a time: containers that are made together may have it in common.
+/// Serializes the creation of volumes, which may be shared by containers created at the same time.
 static MAKING: Mutex<()> = Mutex::new(());
 
-/// Makes the volumes that a container needs, as far as they are not there, and its mounts of them.
+/// Creates the missing volumes of a container, and its mounts of them.
 pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolume]) -> Result<()> {
     for volume in memory {
         let directory = ensure(volume)?;
         let at = place(id, volume.number)?;
-        // By its descriptor: containers that have the volume could put something else there meanwhile.
+        // By its descriptor: containers that use the volume could replace the directory meanwhile.
         let from = format!("/proc/self/fd/{}", directory.as_raw_fd());
         mount_bind(from, &at)
             .with_context(|| format!("cannot mount the volume {}", volume.name))?;
@@ -38,13 +37,13 @@ pub(crate) fn mount_all(id: &str, memory: &[EphemeralVolume], disks: &[DiskVolum
     mount_disks(id, disks)
 }
 
-/// Makes a container's mounts of directories within shared ones. What another container puts in the way
-/// meanwhile is not followed.
+/// Makes a container's mounts of directories within shared ones. Links that another container creates meanwhile are not
+/// followed.
 pub(crate) fn mount_shared(id: &str, volumes: &[SharedVolume]) -> Result<()> {
     let root = rustix::fs::open(SHARED_DIR, DIRECTORY, Mode::empty())?;
     for volume in volumes {
         let path = OsStr::from_bytes(&volume.path);
-        // What it was within may have been taken away, or moved: its own name stays.
+        // The outer share may have been removed or moved: its own name remains valid.
         let found = open_within(&root, path).or_else(|_| open_within(&root, volume.name.as_ref()));
         let found = found.with_context(|| format!("cannot find the shared {path:?}"))?;
         let at = place(id, volume.number)?;
@@ -58,7 +57,7 @@ fn open_within(root: impl AsFd, path: &OsStr) -> rustix::io::Result<OwnedFd> {
     openat2(root, path, DIRECTORY, Mode::empty(), WITHIN)
 }
 
-/// Where a container's mount goes, as a directory.
+/// Creates the mount point of a container's volume.
 fn place(id: &str, number: u32) -> Result<PathBuf> {
     let at = Path::new(VOLUMES_DIR).join(id).join(number.to_string());
     fs::create_dir_all(&at)?;
@@ -107,7 +106,7 @@ fn ensure(volume: &EphemeralVolume) -> Result<OwnedFd> {
                 volume.name
             ),
         }
-        // What containers put there is not followed.
+        // Links created by containers are not followed.
         let next = rustix::fs::openat(&directory, name, flags, Mode::empty());
         directory = next.with_context(|| format!("{:?} is no directory", volume.directory))?;
     }
@@ -135,8 +134,8 @@ fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
     Ok(())
 }
 
-/// Mounts a file system in memory as a container's volume of this number; where it is, and the options that are left
-/// to the container's mount of it.
+/// Mounts a tmpfs as a container's volume with this number; returns its path, and the options that apply to the container's
+/// mount of it.
 pub(crate) fn mount_memory(
     id: &str,
     number: u32,
@@ -152,7 +151,7 @@ pub(crate) fn mount_memory(
     Ok((at, left))
 }
 
-/// Whether an option is one of a mount, not of the file system: a flag, also of all mounts below, or propagation.
+/// Whether an option applies to a mount and not to the file system: a flag (possibly recursive), or propagation.
 fn is_of_mount(option: &str) -> bool {
     const PROPAGATION: [&str; 4] = ["shared", "slave", "private", "unbindable"];
     let is_known =
@@ -160,7 +159,7 @@ fn is_of_mount(option: &str) -> bool {
     is_known(option) || option.strip_prefix('r').is_some_and(is_known)
 }
 
-/// As mount(8) knows them: flags, and what the file system knows itself.
+/// Splits options of mount(8) into flags and options of the file system.
 fn options(all: &[String]) -> (MountFlags, String) {
     let mut flags = MountFlags::empty();
     let mut own = Vec::new();
@@ -186,10 +185,10 @@ fn options(all: &[String]) -> (MountFlags, String) {
     (flags, own.join(","))
 }
 
-/// Takes a container's mounts down, as many as can be: what was written is on the disks then.
+/// Unmounts as many of a container's mounts as possible, which flushes the disks.
 pub(crate) async fn unmount_aside(id: &str) -> Result<()> {
     let directory = Path::new(VOLUMES_DIR).join(id);
-    // Most containers have none, and need no further thread.
+    // Most containers have none, and need no additional thread.
     if !directory.exists() {
         return Ok(());
     }
@@ -200,7 +199,7 @@ fn unmount_all(directory: &Path) -> Result<()> {
     let mut result = Ok(());
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
-        // Where the mount failed there is none. What was written to a shared directory is on the host.
+        // A failed mount is missing. Data in a shared directory is already on the host.
         let flags = match mounted_is_shared(&path) {
             true => UnmountFlags::DETACH,
             false => UnmountFlags::empty(),
@@ -224,7 +223,7 @@ fn mounted_is_shared(path: &Path) -> bool {
 mod tests {
     use super::*;
 
-    /// Another container may put links where a directory was.
+    /// Another container may replace a directory by a link.
     #[test]
     fn a_shared_directory_is_found_without_links() {
         let dir = tempfile::tempdir().unwrap();

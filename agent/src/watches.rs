@@ -1,4 +1,4 @@
-//! Changes on the host to shared files that the guest watches: the kernel fires its watches for them.
+//! Changes on the host to shared files that the guest watches: makes the kernel fire its watches.
 
 use crate::sys;
 use anyhow::{Context, Result};
@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-/// Fires each event, in order. One that comes too late for its node is nobody's loss.
+/// Fires each event, in order. Events that are too late for their node are dropped.
 pub(crate) fn fire(events: &[HostEvent]) -> Result<()> {
     let root = File::open(SHARED_DIR).with_context(|| format!("cannot open {SHARED_DIR}"))?;
     let mut first = Ok(());

@@ -1,5 +1,5 @@
-//! What a container finds in its root that the root does not have: files of the guest, the working
-//! directory and, in an image that the host does not look into, mount points.
+//! Additions to a container's root: files provided by the host, the working directory and, in an image that the host does
+//! not mount, mount points.
 
 use crate::configuration;
 use crate::helper::bundle;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use std::fs;
 use std::path::Path;
 
-/// Whether it is known without a look at its root that a container has all of it.
+/// Whether a container is known to need none of them, without accessing its root.
 pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
     let process = spec.process().as_ref();
     files.is_empty()
@@ -20,10 +20,10 @@ pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> 
         && process.is_none_or(|process| process.cwd() == Path::new("/"))
 }
 
-/// Adds to a container's configuration what its root lacks.
+/// Adds the missing parts of its root to a container's configuration.
 ///
 /// # Errors
-/// If the guest has no room. Where nothing can be put into the root, the container does without.
+/// If the guest has no space. Files that can't be put into the root are left out.
 pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Result<Spec> {
     let Some(path) = spec.root().as_ref().map(|root| root.path().clone()) else {
         return Ok(spec);
@@ -58,7 +58,7 @@ pub(crate) fn is_image(id: &str, spec: &Spec) -> bool {
     root.is_some_and(|root| root.path() == Path::new(&image_root(id)))
 }
 
-/// Those that the host makes in other roots. libcontainer makes none where a link leads nowhere.
+/// Creates mount points, as the host does in other roots. libcontainer creates none at dangling links.
 fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
     for (index, mount) in mounts.iter().enumerate() {
         let place = mount.destination();
@@ -82,17 +82,17 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Whether one of the container's mounts is what it has at this path.
+/// Whether one of the container's mounts covers this path.
 fn is_mounted_over(spec: &Spec, path: &Path) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
     mounts.any(|mount| path.starts_with(mount.destination()))
 }
 
-/// Whether a directory is known to be there once the container's mounts are.
+/// Whether a directory is known to exist after the container's mounts.
 fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
     let mounts = spec.mounts().iter().flatten();
     let around = mounts.filter(|mount| path.starts_with(mount.destination()));
-    // The deepest, and of several at one place the last.
+    // The deepest mount counts, and of several at one path the last.
     let Some(mount) = around.max_by_key(|mount| mount.destination().components().count()) else {
         return root.is_directory(path);
     };
@@ -108,7 +108,7 @@ fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
     source.is_some_and(|source| source.is_directory(within))
 }
 
-/// Whether there is an empty file, as container engines leave them; or one could be made.
+/// Whether the path is an empty file, as left by container engines, or can be created.
 fn can_be_mounted_over(root: &Rootfs, path: &Path) -> bool {
     match root.find(path).and_then(fstat) {
         Ok(found) => {
@@ -119,12 +119,12 @@ fn can_be_mounted_over(root: &Rootfs, path: &Path) -> bool {
     }
 }
 
-/// Makes the working directory in a root whose mounts are there, for this user.
+/// Creates the working directory for this user, in a root with its mounts.
 pub(crate) fn make_working_directory(root: &str, path: &str, owner: (u32, u32)) -> Result<()> {
     let made = Rootfs::open(Path::new(root))?.make(Path::new(path), Kind::Directory)?;
     if let Some(made) = made {
         let (uid, gid) = owner;
-        // A host's directory may be another user's to give.
+        // In a host directory this may not be permitted.
         fchown(&made, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).ok();
     }
     Ok(())
@@ -145,7 +145,7 @@ mod tests {
         assert!(can("/etc/hosts"));
         fs::write(dir.path().join("etc/own"), "127.0.0.1").unwrap();
         assert!(!can("/etc/own"));
-        // systemd-resolved's, before it runs.
+        // The link of systemd-resolved, before it runs.
         symlink("../run/stub", dir.path().join("etc/link")).unwrap();
         assert!(can("/etc/link") && dir.path().join("run/stub").is_file());
         assert!(!can("/etc"));
@@ -181,7 +181,7 @@ mod tests {
         symlink("/in", dir.path().join("link")).unwrap();
         let root = dir.path().to_str().unwrap();
         let owner = fs::metadata(dir.path()).unwrap();
-        // Who is not root gives nothing away.
+        // Only root can change the owner.
         let (uid, gid) = match owner.uid() {
             0 => (1234, 1235),
             uid => (uid, owner.gid()),

@@ -1,6 +1,6 @@
-//! Requests through a queue to a device and back, without a guest: a mock driver, the real device with its
-//! threads or its turn on the event loop, a real file, socket or share behind it. Each figure is one
-//! request at a time: what a guest waits for, without exits and interrupts.
+//! Requests through a queue to a device and back, without a guest: a mock driver, the real device with its threads or on an
+//! event loop, and a real file, socket or share behind it. Each figure is the latency of a single request for a guest,
+//! without exits and interrupts.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -27,12 +27,12 @@ type Loop = EventManager<Box<dyn MutEventSubscriber + Send>>;
 
 const PAGE: u32 = 4096;
 const QUEUE: u16 = 256;
-/// The guest's address and ports in the vsock's figures.
+/// Address and ports of the guest in the vsock benches.
 const CID: u64 = 3;
 const GUEST_PORT: u32 = 77;
 const HOST_PORT: u32 = 1000;
 
-/// Starts a device on these queues; those without threads of their own come onto an event loop.
+/// Starts a device on these queues; a device without its own threads runs on an event loop.
 fn activate(device: &mut dyn VirtioDevice, drivers: &[&Driver], features: u64) -> Loop {
     device.read_config(0, &mut [0; 8]);
     let worker = device.activate(Activation {
@@ -48,7 +48,7 @@ fn activate(device: &mut dyn VirtioDevice, drivers: &[&Driver], features: u64) -
     manager
 }
 
-/// Waits for one chain to come back: its head and the bytes in it.
+/// Waits for a used chain; returns its head and the number of bytes written.
 fn used(driver: &mut Driver) -> (u16, u32) {
     loop {
         if let Some(one) = driver.used().pop() {
@@ -58,7 +58,7 @@ fn used(driver: &mut Driver) -> (u16, u32) {
     }
 }
 
-/// A directory that goes with the bench.
+/// A directory that is removed with the bench.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -112,7 +112,7 @@ fn disk(c: &mut Criterion) {
     device.reset(None);
 }
 
-/// A FUSE request and its answer.
+/// A FUSE request and its reply.
 struct Fuse {
     driver: Driver,
 }
@@ -267,7 +267,7 @@ fn vsock(c: &mut Criterion) {
     };
     let mut turn = |bytes: Vec<u8>| {
         tx.offer(&[Buffer::Readable(bytes)]);
-        // What the device said of its credit makes room for more.
+        // The credit updates from the device allow more data.
         for _ in rx.used() {
             rx.offer(&[Buffer::Writable(PAGE)]);
         }

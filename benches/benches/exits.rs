@@ -1,5 +1,5 @@
-//! What an exit of the guest costs: real KVM, guests of a few instructions, no Linux. On a KVM that
-//! emulates guest kernels in software the figures say more of that than of Koya.
+//! Cost of an exit of the guest: real KVM, guests of a few instructions, no Linux. On a KVM that emulates guest kernels in
+//! software, the figures measure that rather than Koya.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-/// All of it; what lies above is a device's.
+/// Size of the guest's memory; addresses above it belong to a device.
 const MEMORY: usize = 64 << 10;
-/// The main program, behind the interrupt vectors; the jump to it, at 0.
+/// The main program, behind the interrupt vectors; a jump at 0 leads to it.
 const CODE: u64 = 0x1100;
 const JUMP: &[u8] = &[0xe9, 0xfd, 0x10];
-/// What handles the interrupt, and its vector: line 4, where the first controller's begin at 8.
+/// The interrupt handler, and its vector: line 4 of the first controller, whose vectors begin at 8.
 const HANDLER: u16 = 0x1200;
 const VECTOR: u64 = 4 * (8 + 4);
 const LINE: u32 = 4;
-/// A port that stops in the kernel.
+/// A port whose writes are handled in the kernel (ioeventfd).
 const KICK_PORT: u64 = 0x90;
 
 /// L: out 0x80, al; jmp L
@@ -32,7 +32,7 @@ const READ_PORT: &[u8] = &[0xe4, 0x80, 0xeb, 0xfc];
 const WRITE_MEMORY: &[u8] = &[0xb8, 0x00, 0x20, 0x8e, 0xd8, 0xa2, 0x00, 0x00, 0xeb, 0xfb];
 /// L: out 0x90, al; out 0x80, al; jmp L
 const KICK: &[u8] = &[0xe6, 0x90, 0xe6, 0x80, 0xeb, 0xfa];
-/// The interrupt controller: vectors from 8, end of interrupt by itself, line 4 alone.
+/// Setup of the interrupt controller: vectors from 8, automatic end of interrupt, only line 4.
 const CONTROLLER: &[u8] = &[
     0xb0, 0x11, 0xe6, 0x20, 0xb0, 0x08, 0xe6, 0x21, 0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x03, 0xe6, 0x21,
     0xb0, 0xef, 0xe6, 0x21,
@@ -73,7 +73,7 @@ impl Guest {
         }
     }
 
-    /// To the next exit, and what the monitor does about it.
+    /// Runs to the next exit, and handles it like the monitor.
     fn turn(&mut self) {
         match self.vcpu.run().expect("KVM_RUN") {
             Exit::PortWrite(port, data) => {
@@ -108,7 +108,7 @@ fn bench(c: &mut Criterion) {
         group.bench_function(name, |b| b.iter(|| guest.turn()));
     }
 
-    // Beside the first: what a kick adds that never leaves the kernel.
+    // In addition to the port write: a kick that never leaves the kernel.
     let mut guest = Guest::new(&[KICK]);
     let kick = event();
     let port = IoEventAddress::Pio(KICK_PORT);
@@ -123,7 +123,7 @@ fn bench(c: &mut Criterion) {
     let interrupt = event();
     let fd = guest.machine.fd();
     fd.register_irqfd(&interrupt, LINE).expect("irqfd");
-    // The controller is set up: what it forgets then would be waited for without end.
+    // The controller is set up first: an interrupt lost during the setup would be awaited forever.
     guest.turn();
     group.bench_function("irqfd to the guest's handler and back", |b| {
         b.iter(|| {
@@ -136,7 +136,7 @@ fn bench(c: &mut Criterion) {
     group.finish();
 }
 
-/// A driver's whole turn: a kick to a device's thread, which answers by an interrupt.
+/// A round trip of a driver: a kick to a device's thread, which replies with an interrupt.
 fn round_trip(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTime>) {
     let mut guest = Guest::new(&[CONTROLLER, KICK_AND_WAIT]);
     let (kick, interrupt) = (event(), event());

@@ -1,5 +1,5 @@
-//! A virtual machine's start and end inside a process: a guest whose first instructions ask for a reset.
-//! The end waits for the kernel (RCU), so it is most of the whole.
+//! Start and end of a virtual machine inside a process: the first instructions of the guest request a reset. The end waits
+//! for the kernel (RCU), which is most of the total.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use criterion::{Criterion, criterion_group, criterion_main};

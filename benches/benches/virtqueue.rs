@@ -1,11 +1,11 @@
-//! The path of one request through a queue, without a guest: the mock driver offers chains, the
-//! device's side checks, reads, completes.
+//! The path of one request through a queue, without a guest: the mock driver offers chains; the device's side checks, reads
+//! and completes them.
 #![allow(missing_docs)] // criterion's macros make public items.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use koya_devices::test_utils::{Buffer, Driver};
 
-/// Chains in flight for each measured turn.
+/// Number of chains in flight per iteration.
 const BATCH: u16 = 64;
 
 fn bench(c: &mut Criterion) {

@@ -1,4 +1,4 @@
-//! What a process costs, from exec to exit.
+//! Cost of a process, from exec to exit.
 
 use crate::counts::cpu_us;
 use nix::sys::resource::UsageWho;
@@ -10,7 +10,7 @@ use std::time::Instant;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// One run of a process.
+/// Cost of one run of a process.
 #[derive(Clone, Copy, Debug)]
 pub struct Cost {
     /// User and system time of it and its children, in microseconds.
@@ -19,7 +19,7 @@ pub struct Cost {
     pub wall_us: f64,
 }
 
-/// Runs a command in silence and says what that took.
+/// Runs a command with its output discarded and returns its cost.
 ///
 /// # Errors
 /// If it can't be run, or ends with another status than `expected`.
@@ -38,11 +38,11 @@ pub fn cost_of(command: &mut Command, expected: i32) -> Result<Cost> {
     Ok(Cost { cpu_us, wall_us })
 }
 
-/// The most memory that a command has, in KiB. It is started by GNU time, which is small (1 MiB): what
-/// starts a process counts as its own.
+/// Peak memory of a command, in KiB. It is started by GNU time, which is small (1 MiB): the memory of the starting process
+/// is counted as well.
 ///
 /// # Errors
-/// If it can't be run, or time does not say.
+/// If it can't be run, or time does not report the figure.
 pub fn peak_rss(command: &Command) -> Result<f64> {
     let mut time = Command::new("time");
     time.args(["--format", "peak %M"]);
@@ -54,14 +54,14 @@ pub fn peak_rss(command: &Command) -> Result<f64> {
     Ok(peak)
 }
 
-/// What strace saw of a process.
+/// Results of strace for a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Calls {
     /// System calls between execve's return and the first KVM_RUN, of all threads.
     pub before_run: u32,
     /// All of them.
     pub all: u32,
-    /// Threads and processes that were alive at once, the first included.
+    /// Maximum number of threads and processes alive at once, including the first.
     pub threads: u32,
 }
 
@@ -79,14 +79,14 @@ pub fn calls_of(command: &Command, log: &Path) -> Result<Calls> {
     Ok(count(&fs::read_to_string(log)?))
 }
 
-/// Each line is `PID call(...) = result`; a call that another one interrupts has a second line.
+/// Each line is `PID call(...) = result`; an interrupted call has a second line.
 fn count(log: &str) -> Calls {
     let mut calls = Calls {
         threads: 1,
         ..Calls::default()
     };
     let (mut alive, mut runs) = (1, false);
-    // What strace itself did before the program's first instruction is the first line.
+    // The first line is strace's own, before the program's first instruction.
     for line in log.lines().skip(1) {
         let Some((_, call)) = line.split_once(' ') else {
             continue;
@@ -110,7 +110,7 @@ fn count(log: &str) -> Calls {
     calls
 }
 
-/// Whether a line has a call's result, and that is a process's number.
+/// Whether a line contains the result of a call, and that is a PID.
 fn makes_one(call: &str) -> bool {
     let result = call.rsplit_once(") = ").map(|(_, result)| result);
     result.is_some_and(|result| result.trim().parse::<u32>().is_ok_and(|pid| pid > 0))

@@ -1,4 +1,4 @@
-//! What the host counts: its clock, CPU time, and what KVM did for a virtual machine.
+//! Counters of the host: its clock, CPU time, and KVM's statistics of a virtual machine.
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
@@ -9,7 +9,7 @@ use std::fs;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Nanoseconds of the clock that all processes, and KVM's traces, share.
+/// Nanoseconds of the clock shared by all processes and KVM's traces.
 ///
 /// # Errors
 /// If the host has no such clock.
@@ -18,10 +18,10 @@ pub fn now_ns() -> Result<u64> {
     Ok(u64::try_from(now.num_nanoseconds())?)
 }
 
-/// Microseconds of CPU time, user's and system's, guests' included.
+/// Microseconds of CPU time, user and system, including guests.
 ///
 /// # Errors
-/// If the host does not say.
+/// If the host does not provide the figure.
 pub fn cpu_us(who: UsageWho) -> Result<u64> {
     let usage = getrusage(who)?;
     let times = [usage.user_time(), usage.system_time()];
@@ -29,10 +29,10 @@ pub fn cpu_us(who: UsageWho) -> Result<u64> {
     Ok(u64::try_from(micros)?)
 }
 
-/// What KVM has counted so far of a process's virtual machine, by the names of debugfs; `exits` is there.
+/// KVM's statistics of a process's virtual machine, by the names in debugfs, including `exits`.
 ///
 /// # Errors
-/// If debugfs has nothing of this process.
+/// If debugfs has no entry for this process.
 pub fn of_kvm(pid: u32) -> Result<BTreeMap<String, u64>> {
     let prefix = format!("{pid}-");
     let directories = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten();

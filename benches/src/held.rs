@@ -1,4 +1,4 @@
-//! What a process holds of the host's memory beside its guest's, by kind.
+//! Host memory used by a process in addition to its guest's, by kind.
 
 use koya_vmm::host::threads;
 use std::collections::BTreeMap;
@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Sizes of thread stacks, in KiB: Koya's own, and Rust's default for those of libraries.
 const STACKS_KIB: [u64; 2] = [(threads::STACK >> 10) as u64, 2048];
-/// What musl may put into a stack's mapping beside it: the thread's own variables.
+/// Additional size of a stack's mapping in musl, for thread-local variables.
 const BESIDE_STACK_KIB: u64 = 64;
 
 fn is_stack(kib: u64) -> bool {
@@ -19,22 +19,22 @@ fn is_stack(kib: u64) -> bool {
 /// Memory of one process, in KiB.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Held {
-    /// Pages that no other process has, without the guest's.
+    /// Private pages, without the guest's.
     pub private: u64,
     /// The same by kind.
     pub kinds: BTreeMap<&'static str, u64>,
-    /// Pages in memory, shared ones and the guest's included.
+    /// Resident pages, including shared ones and the guest's.
     pub rss: u64,
     /// The guest's pages.
     pub guest: u64,
-    /// Page tables of the process, the guest's memory included.
+    /// Page tables of the process, including those for the guest's memory.
     pub page_tables: u64,
 }
 
-/// What a process holds whose guest has so much memory (KiB).
+/// Memory of a process whose guest has this much memory (KiB).
 ///
 /// # Errors
-/// If it is gone, or not ours.
+/// If the process has ended, or is not accessible.
 pub fn of(pid: u32, guest_kib: u64) -> io::Result<Held> {
     let proc = Path::new("/proc").join(pid.to_string());
     let mut held = sum(&fs::read_to_string(proc.join("smaps"))?, guest_kib);
@@ -91,14 +91,14 @@ fn sum(smaps: &str, guest_kib: u64) -> Held {
     held
 }
 
-/// A control group of its own for a process, so that the kernel's memory can be told.
+/// A separate control group for a process, to measure the kernel's memory for it.
 pub struct Group(std::path::PathBuf);
 
 impl Group {
-    /// Makes it and puts the process in.
+    /// Creates the group and moves the process into it.
     ///
     /// # Errors
-    /// If there is no cgroup2 with a memory controller for us.
+    /// If there is no accessible cgroup2 with a memory controller.
     pub fn with(pid: u32) -> io::Result<Self> {
         let root = Path::new("/sys/fs/cgroup");
         fs::write(root.join("cgroup.subtree_control"), "+memory")?;
@@ -111,7 +111,7 @@ impl Group {
     /// The kernel's memory for it, page tables included, in KiB.
     ///
     /// # Errors
-    /// If the host does not say.
+    /// If the host does not provide the figure.
     pub fn kernel(&self) -> io::Result<u64> {
         let stat = fs::read_to_string(self.0.join("memory.stat"))?;
         let kernel = stat.lines().find_map(|line| line.strip_prefix("kernel "));

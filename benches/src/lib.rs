@@ -1,5 +1,5 @@
-//! Benches of Koya; see `benches/benches` and `benches/src/bin` for what is measured. Here is what they
-//! share: medians, and rows of figures beside those of peers.
+//! Benches of Koya: the measurements are in `benches/benches` and `benches/src/bin`. Here are the common parts: medians, and
+//! rows of figures compared with those of peers.
 
 pub mod cost;
 pub mod counts;
@@ -8,27 +8,27 @@ pub mod tiny;
 
 use serde_json::{Map, Value, json};
 
-/// As the programs that are measured.
+/// As in the measured programs.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
-/// The middle one; of an even number the higher of the two.
+/// The median; of an even number of values the higher of the two middle ones.
 ///
 /// # Panics
-/// If there is none.
+/// If there are no values.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
 }
 
-/// To three places.
+/// Rounds to three decimal places.
 pub fn round(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// A row: Koya's figure, and each peer's. A ratio above 1 always means that Koya is better.
+/// A row: Koya's figure, and that of each peer. A ratio above 1 always means that Koya is better.
 pub fn row(
     name: &str,
     unit: &str,
@@ -48,10 +48,10 @@ pub fn row(
     json!({"name": name, "unit": unit, "koya": round(koya), "peers": beside, "ratio": ratios})
 }
 
-/// Prints rows for `cargo xtask`, which finds them in a console by how the line begins, and as a table.
+/// Prints rows for `cargo xtask`, with a prefix by which they are found in a console, and as a table.
 ///
 /// # Errors
-/// If a row can't be written as JSON, which none is.
+/// If a row can't be written as JSON, which does not happen.
 pub fn print_marked(rows: &[Value]) -> serde_json::Result<()> {
     print_table(rows);
     println!("rows: {}", serde_json::to_string(rows)?);

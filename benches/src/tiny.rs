@@ -1,5 +1,4 @@
-//! The smallest guest and the smallest program, as ELF files: what is left of a start is the
-//! monitor's.
+//! The smallest guest and the smallest program, as ELF files: the rest of a start is the monitor's.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -20,9 +19,9 @@ const GUEST: &[u8] = &[
 ];
 /// Waits without end: cli; L: hlt; jmp L
 const IDLE_GUEST: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
-/// Where they are loaded, in guest physical memory.
+/// Load address in guest physical memory.
 const GUEST_ADDRESS: u64 = 16 << 20;
-/// What QEMU's isa-debug-exit makes of the guest's 1.
+/// Exit status of QEMU after the guest wrote 1 to isa-debug-exit.
 pub const QEMU_STATUS: i32 = 3;
 
 /// exit(0)
@@ -37,7 +36,7 @@ const PROGRAM_ADDRESS: u64 = 4 << 20;
 const CODE: u64 = 0x100;
 const NOTE: u64 = 64 + 2 * 56;
 
-/// Writes a kernel for every monitor: entered by the 64-bit Linux boot protocol or as PVH, it ends.
+/// Writes a kernel for every monitor, for the 64-bit Linux boot protocol and PVH, that ends at once.
 ///
 /// # Errors
 /// If the file can't be written.
@@ -62,8 +61,7 @@ pub fn write_program(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(0o755))
 }
 
-/// An ELF file of one segment at `address`, entered at `code`, with a note that says the same to
-/// those who start guests by PVH.
+/// An ELF file with one segment at `address` and the entry point `code`, which is repeated in a note for PVH.
 fn elf(code: &[u8], address: u64) -> Vec<u8> {
     let entry = address + CODE;
     let end = CODE + code.len() as u64;
@@ -83,7 +81,7 @@ fn elf(code: &[u8], address: u64) -> Vec<u8> {
     doubles(&mut file, &[entry, 64, 0]);
     words(&mut file, &[0]);
     halves(&mut file, &[64, 56, 2, 0, 0, 0]);
-    // PT_LOAD, readable and executable: the file as it is.
+    // PT_LOAD, readable and executable: the whole file.
     words(&mut file, &[1, 5]);
     doubles(&mut file, &[0, address, address, end, end, 0x1000]);
     // PT_NOTE

@@ -3,14 +3,14 @@
 //! There are two ways. **Free page reporting** (section 5.5.6.7) is automatic: the guest's kernel reports
 //! larger ranges that have been free for a while, and the host discards them; if the guest uses them again,
 //! they are new zeroed pages. **Inflation** is requested by the owner to reclaim memory that is in use:
-//! [`BalloonHandle::set_target`] sets the number of pages, the guest gives up what it can, and takes it back
-//! itself rather than run out of memory (`DEFLATE_ON_OOM`).
+//! [`BalloonHandle::set_target`] sets the number of pages, the guest gives up as many as it can, and takes them back rather
+//! than run out of memory (`DEFLATE_ON_OOM`).
 //!
 //! Queues, in this order (queues of features that the driver does not accept are left out): inflate, deflate,
 //! statistics, reporting. They are served on the event loop; discarding pages takes one madvise(2) per range.
 //!
 //! The driver passes page frame numbers and ranges; those outside guest memory are ignored. A page that a
-//! guest gives up and continues to use reads as zero, which harms nobody else.
+//! guest gives up and continues to use reads as zero, which affects only that guest.
 
 use crate::discard;
 use crate::fault::guest_fault;
@@ -56,7 +56,7 @@ const MAX_FRAMES: u32 = 16_384;
 const MAX_STATISTICS: u32 = 64;
 /// Size of `struct virtio_balloon_stat`: a tag and a value.
 const STATISTIC_SIZE: u32 = 10;
-/// Offset of the field in which the driver reports how many pages it has given up (section 5.5.4).
+/// Offset of the driver's count of pages given up (section 5.5.4).
 const ACTUAL_OFFSET: u64 = 4;
 
 /// Memory statistics reported by the guest; `None` for those that it did not report.
@@ -113,7 +113,7 @@ struct Shared {
     statistics_requested: EventFd,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     metrics: BalloonMetrics,
-    /// Head of the statistics buffer, which the guest refills when it gets it back (section 5.5.6.3). Used by
+    /// Head of the statistics buffer, which the guest refills after its return (section 5.5.6.3). Used by
     /// the worker, but outlives it.
     held: Mutex<Option<u16>>,
 }
@@ -146,7 +146,7 @@ pub struct BalloonHandle {
 }
 
 impl BalloonHandle {
-    /// Sets how much memory the guest should give up in total, in bytes, rounded down to pages.
+    /// Sets the amount of memory that the guest should give up in total, in bytes, rounded down to pages.
     pub fn set_target(&self, bytes: u64) {
         let pages = u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX);
         self.shared.change(&self.shared.target, pages);
@@ -155,12 +155,12 @@ impl BalloonHandle {
         }
     }
 
-    /// How much memory the guest should give up, in bytes.
+    /// Amount of memory that the guest should give up, in bytes.
     pub fn target(&self) -> u64 {
         u64::from(self.shared.target.load(Ordering::SeqCst)) * PAGE_SIZE
     }
 
-    /// How much the guest reports as given up, in bytes.
+    /// Amount of memory that the guest reports as given up, in bytes.
     pub fn actual(&self) -> u64 {
         u64::from(self.shared.actual.load(Ordering::SeqCst)) * PAGE_SIZE
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// How often one kind of guest fault is logged; a guest can cause any number of them.
+/// Number of warnings logged for one kind of guest fault; a guest can cause any number of faults.
 const MAX_WARNINGS: u32 = 20;
 
 /// Implements [`guest_fault`]: logs a warning, up to a limit per process.

@@ -1,6 +1,6 @@
 //! Device models for Koya's virtual machines.
 //!
-//! A device knows guest memory, an [`Interrupt`](virtio::Interrupt) and the host resource that it serves. It
+//! A device has access to guest memory, an [`Interrupt`](virtio::Interrupt) and the host resource that it serves. It
 //! does not know KVM, configuration files or containers: `koya-vmm` connects it to a virtual machine, tests
 //! connect it to a mock driver.
 //!

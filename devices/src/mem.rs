@@ -4,7 +4,7 @@
 //! plugged at start. The owner sets a size ([`MemHandle::set_requested`]). The guest's driver reads it from
 //! the configuration space, requests to plug or unplug blocks, and adds them to its kernel or removes them.
 //! Memory that the guest cannot migrate stays plugged: a guest shrinks as far as it can, and
-//! [`MemHandle::plugged`] says how far that was.
+//! [`MemHandle::plugged`] returns the size reached.
 //!
 //! ```text
 //! addr                       addr + usable_region_size      addr + region_size
@@ -82,7 +82,7 @@ const STATE_MIXED: u16 = 2;
 
 const QUEUE_SIZES: &[u16] = &[64];
 
-/// How often all unplugged memory is discarded while the guest unplugs.
+/// Interval at which all unplugged memory is discarded while the guest unplugs.
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// Registers the region's memory with the hypervisor, in consecutive slots of one size; the last one may be
@@ -185,13 +185,13 @@ impl MemHandle {
         lock(&self.shared.region).size
     }
 
-    /// Total size of registered slots in bytes: what the guest can access.
+    /// Total size of registered slots, which is the memory accessible to the guest, in bytes.
     pub fn reachable(&self) -> u64 {
         let region = lock(&self.shared.region);
         region.slots.present_bytes().min(region.size)
     }
 
-    /// Discards whatever memory the guest has obtained in unplugged blocks.
+    /// Discards all memory that the guest has obtained in unplugged blocks.
     pub fn discard_unplugged(&self) {
         let backing = self.shared.backing.as_ref();
         if let Some(memory) = backing.and_then(|backing| backing.memory.upgrade()) {
@@ -363,7 +363,7 @@ impl VirtioDevice for Mem {
         region.requested = state.requested;
         let restored = self.restore_slots(&mut region);
         if restored.is_err() {
-            // On failure nothing is plugged, and no driver knows of any block.
+            // On failure nothing is plugged, and no driver has used any block.
             (region.usable, region.requested) = before;
             let backing = self.shared.backing.as_ref();
             let memory = backing.and_then(|backing| backing.memory.upgrade());

@@ -1,7 +1,7 @@
 //! Token buckets that limit a device's bytes and operations per second.
 //!
 //! A bucket fills at a constant rate up to its size. A request may start while the bucket is not empty and
-//! then takes what it costs, if necessary on credit: a request larger than the bucket passes, and those after
+//! then takes its cost, if necessary on credit: a request larger than the bucket passes, and those after
 //! it wait longer.
 
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,7 @@ impl Bucket {
         }
     }
 
-    /// How long to wait until a request may start.
+    /// Time to wait until a request may start.
     fn wait(&mut self, now: Instant) -> Option<Duration> {
         let passed = now.saturating_duration_since(self.filled).as_secs_f64();
         self.tokens = (self.tokens + passed * self.per_second).min(self.size);
@@ -88,7 +88,7 @@ impl RateLimiter {
         }
     }
 
-    /// `None` if a request may start at `now`, otherwise how long to wait.
+    /// `None` if a request may start at `now`, otherwise the time to wait.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         if !self.limits() {
             return None;
@@ -177,12 +177,12 @@ mod tests {
         assert!(!limiter.limits());
     }
 
-    /// Every bucket of a small world, and every way to use it three times, against whole numbers.
+    /// All small buckets, and all sequences of three requests, compared with integer arithmetic.
     #[test]
     fn buckets_hold_what_whole_numbers_say() {
         /// A token is a thousand of these, so that a millisecond adds whole ones.
         const TOKEN: i64 = 1000;
-        /// By how much the two may differ after a few roundings.
+        /// Maximum difference between the two after a few roundings.
         const DRIFT: i64 = 4;
         let (sizes, delays) = (0..=6u64, [0u64, 100, 300, 1000]);
         let uses: Vec<(u64, u64)> = sizes
@@ -211,7 +211,7 @@ mod tests {
                             let missing = (TOKEN - tokens).max(0) as u64;
                             let enough = Duration::from_millis(missing.div_ceil(per_second) + 1);
                             assert!(wait <= enough, "{rate:?}: {wait:?} for {missing}");
-                            // Who waits that long may start.
+                            // After that wait, the request may start.
                             now += wait + Duration::from_micros(1);
                             assert_eq!(bucket.wait(now), None);
                             let passed = (wait.as_secs_f64() * 1e3 * per_second as f64) as i64;

@@ -1,4 +1,4 @@
-//! A 16550A serial port, independent of where a platform maps its eight registers. Called from vCPU threads.
+//! A 16550A serial port, independent of the address at which a platform maps its eight registers. Called from vCPU threads.
 
 use crate::virtio::{Payload, Schema, StateError};
 use serde::{Deserialize, Serialize};
@@ -86,7 +86,7 @@ impl SerialPort {
         })
     }
 
-    /// Saves the registers and the input that the guest has not read yet.
+    /// Saves the registers and the unread input.
     ///
     /// # Errors
     /// None for a working port.
@@ -149,7 +149,7 @@ impl SerialPort {
         }
     }
 
-    /// Sends input to the guest; returns how many bytes fitted into the receive FIFO (64 bytes).
+    /// Sends input to the guest; returns the number of bytes that fitted into the receive FIFO (64 bytes).
     pub fn input(&mut self, bytes: &[u8]) -> usize {
         let room = self.port.fifo_capacity().min(bytes.len());
         self.port.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0)

@@ -126,7 +126,7 @@ impl Driver {
         &self.recorder
     }
 
-    /// Begins both rings at this index, as if that many chains had been used: for what wraps round.
+    /// Begins both rings at this index, as if that many chains had been used, to test wrap-around.
     ///
     /// # Panics
     /// Never with test memory.
@@ -365,7 +365,7 @@ impl Drop for Flood {
 /// Runs `work` on a thread of its own.
 ///
 /// # Panics
-/// If it does not finish within 30 s, or panics: for tests of things that must end.
+/// If it does not finish within 30 s, or panics.
 pub fn finishes<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, done) = std::sync::mpsc::channel();
     std::thread::spawn(move || sender.send(work()));

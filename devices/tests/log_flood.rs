@@ -1,4 +1,4 @@
-//! What a driver can make the host log. A test of its own, because a process has one logger.
+//! Limits on log messages caused by a driver. A separate test, because a process has one logger.
 
 use koya_devices::rng::Rng;
 use koya_devices::test_utils::{Driver, IdleLoop};
@@ -7,7 +7,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts lines that a shim or a runtime would write to its log, whichever crate they are from.
+/// Counts lines that a shim or a runtime would write to its log, from any crate.
 struct Lines(AtomicUsize);
 
 static LINES: Lines = Lines(AtomicUsize::new(0));
@@ -53,7 +53,7 @@ fn a_driver_that_writes_nonsense_does_not_fill_the_log() {
                 write(register, value);
             }
         }
-        // Ready, with nothing that it takes; then a status that does not follow, and one that fails.
+        // QueueReady without its prerequisites; then an invalid status transition, and one that fails.
         for (register, value) in [(0x44, 1), (STATUS, 7), (STATUS, 15), (STATUS, 0xffff)] {
             write(register, value);
         }

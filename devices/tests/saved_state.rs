@@ -103,7 +103,7 @@ fn wait_for(driver: &mut Driver, head: u16) -> Vec<u8> {
     panic!("no answer");
 }
 
-/// A saved disk continues where it was, in place and after a restore in another transport.
+/// A saved disk continues at its position, in place and after a restore in another transport.
 #[test]
 fn a_disk_goes_on_where_it_was() {
     let file = tempfile::NamedTempFile::new().unwrap();

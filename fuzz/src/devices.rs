@@ -1,7 +1,7 @@
-//! Whole devices behind a driver that asks for anything.
+//! Whole devices with a driver that makes arbitrary requests.
 //!
-//! What is in a queue when a device is activated is served before it looks whether it is to stop, so
-//! activation and reset together serve an input, by the device's own threads.
+//! A device serves the contents of a queue at activation before it checks whether it has to stop, so activation and reset
+//! together serve an input, on the device's own threads.
 
 use crate::requests::{GUEST_CID, vsock_header};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
@@ -27,7 +27,7 @@ use vm_memory::GuestAddress;
 const QUEUE: u16 = 64;
 const DISK_BYTES: u64 = 64 << 10;
 
-/// Gives a device its queues and takes them away.
+/// Activates a device with its queues, and resets it.
 fn serve(device: &mut dyn VirtioDevice, driver: &Driver, queues: Vec<ActiveQueue>) {
     let activated = device.activate(Activation {
         memory: driver.memory().clone(),
@@ -48,11 +48,11 @@ fn serve(device: &mut dyn VirtioDevice, driver: &Driver, queues: Vec<ActiveQueue
     device.reset(worker);
 }
 
-/// Requests to a disk, eight bytes each: kind, sector, sizes of what is readable and writable, and
-/// how much of header and status is there.
+/// Requests to a disk, eight bytes each: type, sector, sizes of the readable and writable buffers, and the lengths of header
+/// and status.
 ///
 /// # Panics
-/// If the device has a bug, or the host no memory.
+/// If the device has a bug, or the host is out of memory.
 pub fn block_requests(data: &[u8]) {
     let mut driver = Driver::new(QUEUE);
     let chunks = data.chunks_exact(8);
@@ -95,10 +95,10 @@ pub fn block_requests(data: &[u8]) {
     assert_eq!(file.metadata().expect("a file").len(), DISK_BYTES);
 }
 
-/// Buffers for frames both ways, two bytes each, and frames from the host.
+/// Buffers for frames in both directions, two bytes each, and frames from the host.
 ///
 /// # Panics
-/// If the device has a bug, or the host no sockets.
+/// If the device has a bug, or the host is out of sockets.
 pub fn net_buffers(data: &[u8]) {
     let mut receive = Driver::new(QUEUE);
     let mut sends = Driver::new(QUEUE);
@@ -133,7 +133,7 @@ pub fn net_buffers(data: &[u8]) {
     serve(&mut device, &receive, vec![receive.queue(), sends.queue()]);
 }
 
-/// Page frames, ranges that are said to be free, and statistics, all of them any bytes.
+/// Page frames, ranges reported as free, and statistics, all of arbitrary bytes.
 ///
 /// # Panics
 /// If the device has a bug.
@@ -151,7 +151,7 @@ pub fn balloon_requests(data: &[u8]) {
     serve(&mut device, &drivers[0], queues);
 }
 
-/// Requests to plug, unplug and look at memory, eight bytes each.
+/// Requests to plug, unplug and query memory, eight bytes each.
 ///
 /// # Panics
 /// If the device has a bug.
@@ -204,11 +204,10 @@ pub fn entropy_requests(data: &[u8]) {
     serve(&mut Rng::default(), &driver, vec![driver.queue()]);
 }
 
-/// FUSE requests, 24 bytes each: what is asked, of which node, and the rest as it is. The share is a
-/// directory of this process's own.
+/// FUSE requests, 24 bytes each: opcode, node, and the body. The share is a directory of this process.
 ///
 /// # Panics
-/// If the device has a bug, or the host no room for a directory.
+/// If the device has a bug, or the host cannot create a directory.
 pub fn fs_requests(data: &[u8]) {
     const NAMES: [&[u8]; 6] = [b"file\0", b"dir\0", b"link\0", b"..\0", b"a/b\0", b"\0"];
     let dir = tempfile::tempdir().expect("a directory");
@@ -227,7 +226,7 @@ pub fn fs_requests(data: &[u8]) {
     ];
     for bytes in data.chunks_exact(24).take(usize::from(QUEUE) / 2 - 4) {
         let mut body = bytes[2..].to_vec();
-        // Small numbers are handles and sizes that mean something.
+        // Small numbers are valid handles and sizes.
         for byte in body.iter_mut().skip(1).filter(|byte| **byte > 8) {
             *byte = if *byte % 3 == 0 { *byte } else { 0 };
         }
@@ -237,7 +236,7 @@ pub fn fs_requests(data: &[u8]) {
         }
         requests.push(fuse(
             match u32::from(bytes[0] % 54) {
-                // The last of FUSE's own is 52.
+                // FUSE's own opcodes end at 52.
                 53 => op::HOST_WATCH,
                 opcode => opcode,
             },
@@ -252,17 +251,16 @@ pub fn fs_requests(data: &[u8]) {
     let shares = Shares::default();
     shares.add("share", &place, false).expect("a share");
     let mut device = Fs::new("fuzz", shares, Options::default(), 1).expect("a device");
-    // So that watches are served.
+    // Keeps watches enabled.
     let _events = device.host_events();
-    // The queue for urgent requests has none.
+    // The high-priority queue has no requests.
     let queues = vec![Driver::new(QUEUE).queue(), driver.queue()];
     serve(&mut device, &driver, queues);
     let text = std::fs::read(&outside).expect("the file outside");
     assert_eq!(text, b"not the guest's");
 }
 
-/// A FUSE request: `struct fuse_in_header` and a body.
-/// A FUSE request of this user, whose group has the same number.
+/// A FUSE request of this user, whose group has the same number: `struct fuse_in_header` and a body.
 pub(crate) fn fuse(opcode: u32, node: u64, user: u32, body: &[u8]) -> Vec<u8> {
     let mut request = (40 + body.len() as u32).to_le_bytes().to_vec();
     request.extend(opcode.to_le_bytes());
@@ -275,10 +273,10 @@ pub(crate) fn fuse(opcode: u32, node: u64, user: u32, body: &[u8]) -> Vec<u8> {
     request
 }
 
-/// Packets of the guest, twelve bytes each, to a port that is served and to ones that are not.
+/// Packets of the guest, twelve bytes each, to a port with a listener and to others.
 ///
 /// # Panics
-/// If the device has a bug, or the host no descriptors.
+/// If the device has a bug, or the host is out of descriptors.
 pub fn vsock_packets(data: &[u8]) {
     let ports = Ports::new().expect("a descriptor");
     let listener = ports.listen(1).expect("a port");
@@ -294,7 +292,7 @@ pub fn vsock_packets(data: &[u8]) {
         let (op, flags) = (u16::from(bytes[3] % 9), u32::from(bytes[4] % 4));
         let credit = (u32::from(bytes[5]) << 8, bytes[6].into());
         let mut packet = vsock_header(ports, op, flags, len, credit);
-        // The type, of which there is one.
+        // The type: only 1 is defined.
         packet[28] = 1 + bytes[2] / 250;
         sends.offer(&[Buffer::Readable(packet), Buffer::Readable(payload)]);
     }
@@ -307,8 +305,8 @@ pub fn vsock_packets(data: &[u8]) {
     drop(listener);
 }
 
-/// Accesses to a window, four bytes each: reads, and writes of small numbers; then what it has become
-/// is saved, restored and taken up again.
+/// Accesses to a register window, four bytes each: reads, and writes of small numbers; then the resulting state is saved,
+/// restored and resumed.
 ///
 /// # Panics
 /// If the transport has a bug.

@@ -1,8 +1,7 @@
-//! Shared files over many requests, with what a guest learns from the replies: nodes and handles that there are, some
-//! that are forgotten, few descriptors, a host that changes the same files, shares that come and go, and requests of
-//! which two are served at a time.
+//! Shared files over many requests, by a guest that learns from the replies: valid nodes and handles, forgotten ones, few
+//! descriptors, a host that changes the same files, shares added and removed meanwhile, and two requests at a time.
 //!
-//! Whatever is asked, what lies beside the shares stays as it is, and so does what is shared read-only.
+//! No request changes anything outside the shares, nor anything shared read-only.
 
 use crate::devices::fuse;
 use crate::input::Input;
@@ -26,14 +25,14 @@ const QUEUE: u16 = 16;
 /// The contents of a host file that is not shared.
 const SECRET: &[u8] = b"not the guest's";
 
-/// What a guest knows.
+/// Nodes and handles known to the guest.
 struct Known {
     nodes: Vec<u64>,
-    /// Each with the node that it was opened by.
+    /// Each with the node that was opened.
     handles: Vec<(u64, u64)>,
 }
 
-/// One guest thread's way to the server.
+/// A thread of the guest, with its connection to the server.
 struct Asker {
     driver: Driver,
     queue: ActiveQueue,
@@ -46,7 +45,7 @@ impl Asker {
         Self { driver, queue }
     }
 
-    /// The body of the reply, if there is one.
+    /// Sends a request; returns the body of the reply, if any.
     fn ask(&mut self, server: &Server, buffers: &[Buffer]) -> Option<Vec<u8>> {
         self.driver.recycle();
         let head = self.driver.offer(buffers);
@@ -79,7 +78,7 @@ struct World {
     known: Mutex<Known>,
 }
 
-/// What there is below a directory: modes, owners, and contents or targets.
+/// The contents of a directory tree: modes, owners, and file contents or link targets.
 fn tree(directory: &Path) -> BTreeMap<PathBuf, (u32, u32, u64, Vec<u8>)> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -125,7 +124,7 @@ impl World {
         };
         let files = Passthrough::new(shares.clone(), options).expect("a server");
         if choice >= 128 {
-            // So that watches are served.
+            // Keeps watches enabled.
             drop(files.host_events());
         }
         Self {
@@ -143,7 +142,7 @@ impl World {
         self.dir.path().join(name)
     }
 
-    /// A request of the guest, and what it learns.
+    /// Sends a request of the guest and records the nodes and handles of the reply.
     fn ask(&self, asker: &mut Asker, input: &mut Input<'_>) {
         let request = self.request(input);
         let opcode = u32::from_le_bytes(request[4..8].try_into().expect("four bytes"));
@@ -151,7 +150,7 @@ impl World {
         let size = input.byte();
         let room = [4096, 160, 144, 128, 16, 80, 65_552, 24][usize::from(size % 8)];
         let mut buffers = Vec::new();
-        // In one part, or cut somewhere.
+        // In one part, or in two.
         let cut = usize::from(size / 8) * 4;
         match request.split_at_checked(cut) {
             Some((first, second)) if cut > 0 => {
@@ -171,7 +170,7 @@ impl World {
         };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = |known: &mut Known| {
-            // Zero is a name that does not exist.
+            // Zero is a negative entry.
             if let Some(node) = number(0).filter(|node| *node != 0) {
                 known.nodes.push(node);
             }
@@ -254,7 +253,7 @@ impl World {
                 }
                 _ => {
                     long(&mut body, input.number());
-                    // A file of any length fills no disk.
+                    // Short enough not to fill the disk.
                     long(&mut body, u64::from(input.word()));
                     long(&mut body, u64::from(input.byte()));
                 }
@@ -265,7 +264,7 @@ impl World {
         fuse(opcode, node, u32::from(input.byte() / 128) * 1000, &body)
     }
 
-    /// Arguments of requests that are about names, nodes and attributes.
+    /// Arguments of requests on names, nodes and attributes.
     fn named(&self, opcode: u32, known: &Known, input: &mut Input<'_>, body: &mut Vec<u8>) {
         let mode = 0o644 | u32::from(input.word() & 0o7777);
         let words = |body: &mut Vec<u8>, values: &[u32]| {
@@ -328,7 +327,7 @@ impl World {
         }
     }
 
-    /// Something that the host does meanwhile: never through a link, which may lead outside.
+    /// A concurrent change on the host: never through a link, which may lead outside.
     fn change(&self, input: &mut Input<'_>) {
         let names = ["rw/file", "rw/dir", "rw/new", "rw/link", "rw/other"];
         let (one, two) = (self.at(input.pick(&names)), self.at(input.pick(&names)));
@@ -367,7 +366,7 @@ impl World {
         };
     }
 
-    /// Shares a directory, if the name is not that of a link by now.
+    /// Shares a directory, unless the name has become that of a link.
     fn share(&self, name: &str, read_only: bool) -> Option<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = open(self.at(name), flags, Mode::empty()).ok()?;
@@ -413,7 +412,7 @@ fn open_flags(input: &mut Input<'_>) -> u32 {
     mode | input.pick(&others) | input.pick(&others)
 }
 
-/// The requests that lead somewhere.
+/// Opcodes that create most of the guest's state.
 fn input_opcode(byte: u8) -> u32 {
     const OFTEN: [u32; 13] = [
         op::LOOKUP,
@@ -433,10 +432,10 @@ fn input_opcode(byte: u8) -> u32 {
     OFTEN[usize::from(byte) % OFTEN.len()]
 }
 
-/// Requests about files.
+/// Requests on files.
 ///
 /// # Panics
-/// If the server has a bug, or the host no room for files.
+/// If the server has a bug, or the host is out of disk space.
 pub fn fs_state(data: &[u8]) {
     let mut input = Input::new(data);
     let world = World::new(&mut input);

@@ -1,4 +1,4 @@
-//! What the host reads of others: an agent's answers, configurations, settings, tables of mounts.
+//! Data that the host reads from others: replies of an agent, configurations, settings, tables of mounts.
 
 use crate::input::Input;
 use koya::internals::{adapted, ask_agent, volume_in_memory};
@@ -17,10 +17,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use ttrpc::proto::{Any, Response, Status};
 
-/// Longer than any message about an agent, and shorter than what one may say.
+/// Above the length of any message about an agent, and below that of a text from the agent.
 const MAX_TEXT: usize = 6 << 10;
 
-/// An agent that answers whatever it likes, and hangs up.
+/// An agent with arbitrary replies, which hangs up at some point.
 ///
 /// # Panics
 /// If the host's side has a bug.
@@ -39,7 +39,7 @@ pub fn agent_answers(data: &[u8]) {
     }
 }
 
-/// Answers one request; none if the agent hangs up after that.
+/// Answers one request; returns `None` if the agent hangs up after it.
 fn answer(mut stream: &UnixStream, input: &mut Input<'_>) -> Option<()> {
     let mut header = [0; 10];
     stream.read_exact(&mut header).ok()?;
@@ -53,7 +53,7 @@ fn answer(mut stream: &UnixStream, input: &mut Input<'_>) -> Option<()> {
         0 => input.bytes(64).to_vec(),
         _ => response(input).write_to_bytes().ok()?,
     };
-    // Of the length, the number of the stream, and the type, one may be wrong.
+    // One byte of the length, the stream number or the type may be wrong.
     let odd = kind >= 224;
     header[..4].copy_from_slice(&(payload.len() as u32).to_be_bytes());
     header[8] = 2;
@@ -117,7 +117,7 @@ fn response(input: &mut Input<'_>) -> Response {
     response
 }
 
-/// Text with what terminals obey, and as long as a message may be.
+/// Text with control characters, up to the maximum length of a message.
 fn text(input: &mut Input<'_>) -> String {
     let kind = input.byte();
     let bytes = input.bytes(usize::from(kind % 32));
@@ -129,7 +129,7 @@ fn text(input: &mut Input<'_>) -> String {
     }
 }
 
-/// Values that mean something somewhere.
+/// A value that is valid for some field.
 fn value(input: &mut Input<'_>) -> Value {
     let kind = input.byte();
     match kind % 20 {
@@ -231,7 +231,7 @@ const FIELDS: [&str; 42] = [
     "/linux/seccomp",
 ];
 
-/// Sets a field, wherever there is something to set it in.
+/// Sets a field, if its parent exists.
 fn set(document: &mut Value, pointer: &str, value: Value) {
     let Some((parent, name)) = pointer.rsplit_once('/') else {
         return;
@@ -250,10 +250,10 @@ fn set(document: &mut Value, pointer: &str, value: Value) {
     }
 }
 
-/// OCI configurations, whose fields are whatever they like, and the accounts of an image.
+/// OCI configurations with arbitrary fields, and the accounts of an image.
 ///
 /// # Panics
-/// If the host's side has a bug, or the host no room for a directory.
+/// If the host's side has a bug, or the host cannot create a directory.
 pub fn oci_configurations(data: &[u8]) {
     let mut input = Input::new(data);
     let mut document = json!({
@@ -300,10 +300,10 @@ pub fn oci_configurations(data: &[u8]) {
     }
 }
 
-/// Settings of a machine, and annotations that may change some of them: never others.
+/// Settings of a machine, and annotations that may change only some of them.
 ///
 /// # Panics
-/// If that is not so.
+/// If an annotation changes another setting.
 pub fn settings(data: &[u8]) {
     let mut input = Input::new(data);
     let len = usize::from(input.byte());
@@ -346,10 +346,10 @@ pub fn settings(data: &[u8]) {
         .ok();
 }
 
-/// Tables of mounts, and lists and sizes as people write them.
+/// Tables of mounts, and lists and sizes as written by users.
 ///
 /// # Panics
-/// If what is found is not there.
+/// If a result is invalid.
 pub fn host_texts(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let source = Path::new("/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/fast/a");

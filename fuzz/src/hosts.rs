@@ -1,4 +1,4 @@
-//! Devices of every kind, and what of the host is behind them.
+//! Devices of every kind, with their resources on the host.
 
 use koya_devices::balloon::{Balloon, BalloonHandle};
 use koya_devices::blk::{Block, Disk, DiskOptions, IoEngine};
@@ -20,7 +20,7 @@ pub(crate) const DISK_BYTES: u64 = 64 << 10;
 pub(crate) const MEM_START: u64 = 1 << 32;
 pub(crate) const MEM_SIZE: u64 = 64 << 20;
 
-/// Which device lives.
+/// The kind of the device.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Kind {
     Block,
@@ -32,7 +32,7 @@ pub(crate) enum Kind {
     Vsock,
 }
 
-/// What of the host is behind a device.
+/// Resources of a device on the host.
 pub(crate) enum Host {
     Disk(File),
     Net(Vec<OwnedFd>),
@@ -43,7 +43,7 @@ pub(crate) enum Host {
     None,
 }
 
-/// What is decided once: a machine that is restored has the same configuration.
+/// Configuration of a device, also used after a restore.
 #[derive(Clone, Copy)]
 pub(crate) struct Choices {
     pub(crate) kind: Kind,
@@ -64,7 +64,7 @@ fn limits(choice: u8) -> RateLimits {
     }
 }
 
-/// A device on what of the host there is, or on something new.
+/// Creates a device on these resources, or on new ones.
 pub(crate) fn device(choices: Choices, host: Option<Host>) -> (Box<dyn VirtioDevice>, Host) {
     let option = |bit: u8| choices.options >> bit & 1 != 0;
     match choices.kind {

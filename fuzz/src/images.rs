@@ -1,4 +1,4 @@
-//! Images: whatever is in one, it is unpacked or refused, and nothing beside its root changes.
+//! Images: each is unpacked or rejected, and nothing outside its root changes.
 
 use crate::input::Input;
 use koya_image::{Image, Limits, Options};
@@ -6,14 +6,14 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-/// What the rest of an input is.
+/// Number of kinds of images (first byte of an input).
 const KINDS: u8 = 8;
 
-/// A block that ends like this gets the checksum of a header: a search would hardly find it.
+/// The last byte of a block that gets a header's checksum: the fuzzer would hardly find one.
 const SEAL: u8 = 1;
 
-/// An image of which the first byte says what the rest is: an index, a manifest, a configuration, a
-/// whole archive, or a layer that is plain, packed here, or packed already.
+/// An image of the kind in the first byte: an index, a manifest, a configuration, a whole archive, or a layer that is
+/// uncompressed, compressed here, or compressed in the input.
 pub fn image_files(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else {
         return;
@@ -58,10 +58,10 @@ pub fn image_files(data: &[u8]) {
     assert_eq!(outside, b"outside");
 }
 
-/// Layers of entries that an input chooses, in compressions that it chooses, over a root that has something in it.
+/// Layers with entries and compressions chosen by the input, over a root that is not empty.
 ///
 /// # Panics
-/// If something beside the root changes, or the host has no room for a directory.
+/// If anything outside the root changes, or the host cannot create a directory.
 pub fn image_layers(data: &[u8]) {
     let mut input = Input::new(data);
     let dir = tempfile::tempdir().expect("a directory");
@@ -95,7 +95,7 @@ pub fn image_layers(data: &[u8]) {
     assert_eq!(beside, ["image", "outside", "root", "scratch"]);
 }
 
-/// A header and what follows it.
+/// A header and its data.
 fn entry(input: &mut Input<'_>) -> Vec<u8> {
     const NAMES: [&str; 14] = [
         "a",
@@ -134,7 +134,7 @@ fn entry(input: &mut Input<'_>) -> Vec<u8> {
             let mut records = String::new();
             for _ in 0..=input.byte() % 3 {
                 let record = input.pick(&RECORDS);
-                // Its own length is part of it.
+                // The length includes its own digits.
                 let len = record.len() + if record.len() < 7 { 2 } else { 3 };
                 records += &format!("{len} {record}");
             }
@@ -148,7 +148,7 @@ fn entry(input: &mut Input<'_>) -> Vec<u8> {
     let mut block = header(kind, name, input.pick(&LINKS), content.len());
     let odd = input.byte();
     if odd >= 200 {
-        // Of the header one byte is another: it may be a number in base 256.
+        // One byte of the header is changed: a number may become base 256.
         block[100 + usize::from(odd % 64)] = input.byte();
     }
     block[100..107].copy_from_slice(format!("{:07o}", input.word() & 0o7777).as_bytes());
@@ -156,7 +156,7 @@ fn entry(input: &mut Input<'_>) -> Vec<u8> {
     [block, content].concat()
 }
 
-/// A header that gets its checksum later.
+/// A header without its checksum.
 fn header(kind: u8, name: &str, link: &str, size: usize) -> Vec<u8> {
     let mut block = vec![0; 512];
     block[..name.len()].copy_from_slice(name.as_bytes());
@@ -206,7 +206,7 @@ fn unpack(path: &Path, scratch: &Path, root: &Path) {
     }
 }
 
-/// An archive whose headers have right checksums.
+/// Computes the checksums of an archive's headers.
 fn sealed(data: &[u8]) -> Vec<u8> {
     let mut out = data.to_vec();
     for block in out.chunks_exact_mut(512).filter(|block| block[511] == SEAL) {
@@ -221,7 +221,7 @@ fn sealed(data: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// The layer of these blocks in each compression.
+    /// A layer of these blocks in each compression.
     fn in_each(layer: &[u8]) -> [Vec<u8>; 3] {
         [4, 5, 6].map(|kind| [&[kind], layer].concat())
     }
@@ -277,7 +277,7 @@ mod tests {
     fn random_images() {
         crate::tests::random(400, |data| {
             image_files(data);
-            // Most of what is random is no header: some of these are.
+            // Random blocks are rarely headers: these are more often.
             for kind in [3, 4] {
                 let mut blocks = vec![kind];
                 for (at, byte) in data.iter().enumerate().take(6) {

@@ -1,6 +1,6 @@
-//! An input, read from front to back as decisions: what comes after its end is zero.
+//! An input, read from front to back as decisions; zero after its end.
 
-/// What is left of an input.
+/// The rest of an input.
 #[derive(Clone, Copy)]
 pub(crate) struct Input<'a>(&'a [u8]);
 
@@ -9,7 +9,7 @@ impl<'a> Input<'a> {
         Self(data)
     }
 
-    /// Whether nothing is left.
+    /// Whether the input is used up.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -32,7 +32,7 @@ impl<'a> Input<'a> {
         u32::from(self.word()) | u32::from(self.word()) << 16
     }
 
-    /// A number that is small, near a power of two, or anything: what limits are tested with.
+    /// A number that is small, near a power of two, or arbitrary: for tests of limits.
     pub(crate) fn number(&mut self) -> u64 {
         let (kind, byte) = (self.byte(), self.byte());
         let near = |shift: u32| (1u64 << (shift % 64)).wrapping_add(u64::from(byte % 5));
@@ -51,14 +51,14 @@ impl<'a> Input<'a> {
         from[usize::from(self.byte()) % from.len()]
     }
 
-    /// The next bytes, at most this many.
+    /// The next bytes, at most `most`.
     pub(crate) fn bytes(&mut self, most: usize) -> &'a [u8] {
         let (first, rest) = self.0.split_at(most.min(self.0.len()));
         self.0 = rest;
         first
     }
 
-    /// All that is left.
+    /// The remaining bytes.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         self.bytes(usize::MAX)
     }

@@ -1,7 +1,7 @@
-//! What is fuzzed, as plain functions over bytes.
+//! The fuzz targets, as plain functions over bytes.
 //!
-//! `cargo xtask fuzz` drives them with libFuzzer (a target is a file in `targets`); the tests below replay inputs that
-//! once mattered, and a few thousand random ones, on any machine.
+//! `cargo xtask fuzz` runs them with libFuzzer (one file in `targets` each); the tests below replay inputs of past bugs, and
+//! a few thousand random ones, on any machine.
 
 mod devices;
 mod files;
@@ -31,29 +31,29 @@ use koya_devices::virtio::Chain;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-/// Makes writes to a closed socket errors, as they are in programs that Rust's own `main` starts.
+/// Makes writes to a closed socket return an error, as in programs started by Rust's own `main`.
 ///
 /// # Panics
-/// If the host refuses a signal handler.
+/// If the signal handler cannot be set.
 pub fn without_sigpipe() {
     let seen = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGPIPE, seen).expect("a handler");
 }
 
-/// Checks that a text has nothing that a terminal obeys.
+/// Checks that a text has no control characters.
 ///
 /// # Panics
-/// If it has.
+/// If it has any.
 pub(crate) fn assert_plain(text: &str) {
     let is_plain = |char: char| !char.is_control() || char == '\n' || char == '\t';
     assert!(text.chars().all(is_plain), "{text:?}");
 }
 
-/// A driver that writes anything into descriptors, indirect tables and the available ring: the
-/// device must end each chain, stay inside memory, and never panic.
+/// A driver that writes arbitrary descriptors, indirect tables and available rings: the device must end each chain, stay
+/// inside memory, and never panic.
 ///
-/// Each 16 bytes are one descriptor, as the driver would write it, but for what keeps the search
-/// interesting: addresses are brought near memory's end, indices near the table's.
+/// Each 16 bytes are one descriptor as written by the driver, except that addresses are moved near the end of memory, and
+/// indices near that of the table, to keep the search effective.
 pub fn descriptor_chain(data: &[u8]) {
     const QUEUE: u16 = 16;
     let mut driver = Driver::new(QUEUE);
@@ -93,7 +93,7 @@ pub fn descriptor_chain(data: &[u8]) {
     }
 }
 
-/// Reads and writes all that a checked chain offers, and asks for more than it has.
+/// Reads and writes everything in a checked chain, and tries to access more.
 fn use_chain(chain: &Chain, memory: &koya_devices::virtio::Memory) {
     let readable = chain.readable_len().min(1 << 16);
     let mut bytes = vec![0; readable as usize];
@@ -126,10 +126,10 @@ mod tests {
             vec![0xff; 16 * 40],
             // A chain that points to itself.
             descriptor(0x1000, 1, 1, 0),
-            // A part that crosses the end of memory, and one that wraps round the address space.
+            // A buffer that crosses the end of memory, and one that wraps around the address space.
             descriptor(MEMORY_SIZE as u64 - 1, 2, 0, 0),
             descriptor(u64::MAX, 4, 0, 0),
-            // Readable after writable.
+            // A readable descriptor after a writable one.
             [descriptor(0x1000, 8, 3, 1), descriptor(0x2000, 8, 0, 0)].concat(),
         ];
         for input in inputs {
@@ -137,7 +137,7 @@ mod tests {
         }
     }
 
-    /// Feeds `target` with `rounds` inputs, the same ones each time.
+    /// Calls `target` with `rounds` pseudorandom inputs, the same in each run.
     pub(crate) fn random(rounds: u64, target: fn(&[u8])) {
         let mut state = 0x2545_f491_4f6c_dd1du64;
         for round in 0..rounds {

@@ -1,5 +1,5 @@
-//! Devices behind their registers: a driver sets one up, uses it, breaks it, resets it while it is busy, and has it
-//! saved and restored, in any order.
+//! Devices behind their registers: a driver sets one up, uses it, breaks it, resets it during requests, and has it saved and
+//! restored, in any order.
 
 use crate::hosts::{Choices, DISK_BYTES, Host, Kind, MEM_SIZE, MEM_START, device};
 use crate::input::Input;
@@ -33,7 +33,7 @@ mod register {
     pub(super) const CONFIG: u64 = 0x100;
 }
 
-/// An event loop that runs when it is told to.
+/// An event loop driven by the test.
 struct Steps(
     Mutex<EventManager<Box<dyn MutEventSubscriber + Send>>>,
     Mutex<Ids>,
@@ -88,13 +88,13 @@ struct Guest {
     events: Arc<Steps>,
     window: MmioTransport,
     host: Host,
-    /// The next descriptor and the next place in the available ring, for each queue; and its size.
+    /// The next descriptor, the next entry of the available ring, and the size of each queue.
     queues: Vec<(u16, u16, u16)>,
-    /// Where the next buffer goes.
+    /// Address of the next buffer.
     room: u64,
 }
 
-/// The rings of a queue are in a part of memory of its own.
+/// Addresses of a queue's rings: each queue has its own part of memory.
 const fn rings(queue: u64) -> [u64; 3] {
     let base = 0x1_0000 + (queue << 14);
     [base, base + 0x2000, base + 0x3000]
@@ -139,7 +139,7 @@ impl Guest {
         self.write(register + 4, (value >> 32) as u32);
     }
 
-    /// All steps up to DRIVER_OK, as a driver takes them that accepts what it likes.
+    /// All steps up to DRIVER_OK, by a driver that accepts arbitrary features.
     fn start(&mut self, input: &mut Input<'_>) {
         let (refused, oddity) = (input.byte(), input.byte());
         self.write(register::STATUS, 1);
@@ -147,7 +147,7 @@ impl Guest {
         for half in [0, 1] {
             self.write(register::FEATURES_SELECT, half);
             let offered = self.read(register::FEATURES);
-            // Version 1 of the standard is in the upper half.
+            // VIRTIO_F_VERSION_1 is in the upper half.
             let keep = if half == 0 {
                 !(u32::from(refused) * 0x0101_0101)
             } else {
@@ -180,7 +180,7 @@ impl Guest {
         self.write(register::STATUS, 15);
     }
 
-    /// Makes a chain available in a queue.
+    /// Adds a chain to the available ring of a queue.
     fn offer(&mut self, queue: usize, buffers: &[Buffer], indirect: bool) {
         let [table, available, _] = rings(queue as u64);
         let (mut next, mut ring, size) = self.queues[queue];
@@ -242,7 +242,7 @@ impl Guest {
         self.memory.write_obj(word, GuestAddress(at + 8)).ok();
     }
 
-    /// A request as the device expects it, for this queue of it.
+    /// A request in the format of this queue.
     fn request(&mut self, queue: usize, input: &mut Input<'_>) -> Vec<Buffer> {
         match self.choices.kind {
             Kind::Block => requests::block(input),
@@ -259,11 +259,11 @@ impl Guest {
         }
     }
 
-    /// Something happens on the host.
+    /// An event on the host.
     fn happens(&mut self, input: &mut Input<'_>) {
         match &mut self.host {
             Host::Disk(file) => {
-                // Grows and shrinks; the device finds out, or does not.
+                // Grows or shrinks the file; the device may notice.
                 let len = DISK_BYTES + (u64::from(input.byte() % 3) << 12);
                 file.set_len(len).expect("memory");
             }
@@ -305,7 +305,7 @@ impl Guest {
         }
     }
 
-    /// Another process takes the machine over, perhaps with a state that was changed on the way.
+    /// Moves the machine to another process, optionally with a modified state.
     fn moves(&mut self, stay: bool, odd: Option<&mut Input<'_>>) {
         let Ok(mut state) = self.window.save() else {
             return;
@@ -327,7 +327,7 @@ impl Guest {
         let restored = self.window.restore(&state);
         if restored.is_ok() && self.window.resume().is_err() {
             assert!(!is_own, "what ran before does not go on");
-            // No machine starts with such a device; its next driver begins anew.
+            // A machine would not start with such a device; the next driver resets it.
             self.write(register::STATUS, 0);
         }
     }
@@ -372,7 +372,7 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
             guest.write(register::NOTIFY, queue as u32);
             guest.events.run();
         }
-        // Without a word to the device.
+        // No notification to the device.
         5 | 6 => {
             let request = guest.request(queue, input);
             guest.offer(queue, &request, false);
@@ -433,32 +433,32 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
                 .ok();
         }
         _ => {
-            // Threads of the device have a chance.
+            // Lets the device's threads run.
             std::thread::yield_now();
             guest.events.run();
         }
     }
 }
 
-/// A disk's life.
+/// Life cycle of a disk.
 ///
 /// # Panics
-/// If the device has a bug, or the host no memory or descriptors: so do all below.
+/// If the device has a bug, or the host is out of memory or descriptors; likewise below.
 pub fn life_block(data: &[u8]) {
     live(Kind::Block, data);
 }
 
-/// A network's life.
+/// Life cycle of a network device.
 pub fn life_net(data: &[u8]) {
     live(Kind::Net, data);
 }
 
-/// The life of shared files.
+/// Life cycle of shared files.
 pub fn life_files(data: &[u8]) {
     live(Kind::Files, data);
 }
 
-/// The life of a balloon, a memory device or an entropy device.
+/// Life cycle of a balloon, a memory device or an entropy device.
 pub fn life_memory(data: &[u8]) {
     if let Some((first, rest)) = data.split_first() {
         live(
@@ -468,7 +468,7 @@ pub fn life_memory(data: &[u8]) {
     }
 }
 
-/// The life of sockets between guest and host.
+/// Life cycle of vsock.
 pub fn life_vsock(data: &[u8]) {
     live(Kind::Vsock, data);
 }

@@ -1,4 +1,4 @@
-//! What of a machine is not virtio: its serial port, its bus, and what a kernel leaves that panicked.
+//! Parts of a machine other than virtio: serial port, bus, and the kernel's log after a panic.
 
 use crate::input::Input;
 use koya_devices::serial::SerialPort;
@@ -12,10 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
-/// How many bytes a port takes at a time.
+/// Size of a port's FIFO in bytes.
 const FIFO: usize = 64;
 
-/// Counts what a guest writes, and fails now and then.
+/// Discards the guest's output, and fails now and then.
 struct Output {
     left: u32,
 }
@@ -55,10 +55,10 @@ impl BusDevice for Port {
     }
 }
 
-/// A bus with serial ports at places that an input chooses, and accesses to it; ports are saved and restored.
+/// A bus with serial ports at addresses chosen by the input, and accesses to it; ports are saved and restored.
 ///
 /// # Panics
-/// If the bus or a port has a bug, or the host no descriptors.
+/// If the bus or a port has a bug, or the host is out of descriptors.
 pub fn serial_ports(data: &[u8]) {
     let mut input = Input::new(data);
     let mut bus = Bus::default();
@@ -107,7 +107,7 @@ pub fn serial_ports(data: &[u8]) {
                 let state = port.save().expect("a port is saved");
                 let mut again = SerialPort::restore(&state, Box::new(io::sink())).expect("its own");
                 assert_eq!(again.save().expect("a port is saved"), state);
-                // Reading it may take input, from both alike.
+                // A read may consume input, on both alike.
                 let register = place % 8;
                 assert_eq!(port.read(register), again.read(register));
             }
@@ -124,10 +124,10 @@ pub fn serial_ports(data: &[u8]) {
     }
 }
 
-/// What a guest's kernel left in the range for its last words.
+/// The memory range in which the guest's kernel leaves its log after a panic.
 ///
 /// # Panics
-/// If reading that has a bug, or shows what a terminal obeys.
+/// If the parser has a bug, or its result has control characters.
 pub fn panic_logs(data: &[u8]) {
     let ranges = [(GuestAddress(PANIC_LOG & !0xfff_ffff), MEMORY_SIZE)];
     let memory = Memory::from_ranges(&ranges).expect("memory");

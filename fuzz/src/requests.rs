@@ -1,11 +1,11 @@
-//! Requests as drivers make them, more or less.
+//! Requests of drivers, mostly valid.
 
 use crate::devices::fuse;
 use crate::input::Input;
 use koya_devices::fs::wire::op;
 use koya_devices::test_utils::Buffer;
 
-/// To a disk.
+/// A request to a disk.
 pub(crate) fn block(input: &mut Input<'_>) -> Vec<Buffer> {
     let any = u32::from(input.byte());
     let kind = input.pick(&[0, 1, 0, 1, 4, 8, 11, 13, 14, any]);
@@ -13,7 +13,7 @@ pub(crate) fn block(input: &mut Input<'_>) -> Vec<Buffer> {
     request.extend([0; 4]);
     let sector = match input.byte() % 4 {
         0 => input.number(),
-        // The disk has 128.
+        // The disk has 128 sectors.
         _ => u64::from(input.byte() % 132),
     };
     request.extend(sector.to_le_bytes());
@@ -40,7 +40,7 @@ pub(crate) fn block(input: &mut Input<'_>) -> Vec<Buffer> {
     buffers
 }
 
-/// A frame that the guest sends, in one part or two.
+/// A transmitted frame, in one buffer or two.
 pub(crate) fn frame(input: &mut Input<'_>) -> Vec<Buffer> {
     let mut bytes = input.bytes(12).to_vec();
     let len = usize::from(input.word()) % 4096;
@@ -50,7 +50,7 @@ pub(crate) fn frame(input: &mut Input<'_>) -> Vec<Buffer> {
     vec![Buffer::Readable(bytes), Buffer::Readable(second)]
 }
 
-/// A command that sets the number of queue pairs, or another.
+/// A control command: mostly one that sets the number of queue pairs.
 pub(crate) fn pairs(input: &mut Input<'_>) -> Vec<Buffer> {
     let any = input.byte();
     let class = input.pick(&[4, 4, 4, any]);
@@ -64,7 +64,7 @@ pub(crate) fn pairs(input: &mut Input<'_>) -> Vec<Buffer> {
     vec![Buffer::Readable(command.to_vec()), Buffer::Writable(room)]
 }
 
-/// To plug, unplug and look at memory.
+/// A request to plug, unplug or query memory.
 pub(crate) fn memory(input: &mut Input<'_>, start: u64) -> Vec<Buffer> {
     let mut request = u16::from(input.byte() % 5).to_le_bytes().to_vec();
     request.extend([0; 6]);
@@ -102,11 +102,11 @@ pub(crate) fn packet(input: &mut Input<'_>) -> Vec<Buffer> {
     vec![Buffer::Readable(header), Buffer::Readable(data)]
 }
 
-/// The CID of the guest whose packets these are.
+/// The guest's CID in all packets.
 pub(crate) const GUEST_CID: u64 = 3;
 
-/// The header of a guest's packet (virtio 1.2, section 5.10.6): from its port to one of the host, with its room and what it
-/// has forwarded.
+/// The header of a guest's packet (virtio 1.2, section 5.10.6): ports of guest and host, operation, flags, length, and
+/// credit (`buf_alloc` and `fwd_cnt`).
 pub(crate) fn vsock_header(
     (guest_port, host_port): (u32, u32),
     op: u16,
@@ -125,7 +125,7 @@ pub(crate) fn vsock_header(
     bytes
 }
 
-/// A FUSE request, of a node and a handle that there may be.
+/// A FUSE request on a node and a handle that may exist.
 pub(crate) fn file(input: &mut Input<'_>) -> Vec<Buffer> {
     const NAMES: [&[u8]; 8] = [
         b"share\0", b"file\0", b"dir\0", b"new\0", b"..\0", b".\0", b"a/b\0", b"",

@@ -1,11 +1,11 @@
-//! Saved state that is another than what was saved.
+//! Modified saved state.
 
 use crate::input::Input;
 use koya_devices::virtio::Payload;
 use koya_devices::virtio::state::TransportState;
 use serde_json::{Value, json};
 
-/// The same state with some of it changed: of the registers, the queues or the device.
+/// A copy of the state with random changes: in the registers, the queues or the device.
 pub(crate) fn changed(state: &Payload, input: &mut Input<'_>) -> Payload {
     let Ok(mut transport) = TransportState::SCHEMA.decode::<TransportState>(state) else {
         return state.clone();
@@ -67,7 +67,7 @@ fn count(value: &Value, leaves: &mut usize) {
     }
 }
 
-/// Replaces the part at this place, counted from the outside.
+/// Replaces the value at this position in pre-order.
 fn put(value: &mut Value, at: &mut usize, new: &Value) -> bool {
     if *at == 0 {
         *value = new.clone();

@@ -1,8 +1,8 @@
-//! Streams between guest and host, over many rounds: both ends send, read, close and forget.
+//! Streams between guest and host over many rounds: both ends send, read, close, and drop streams without notice.
 //!
-//! An input whose first byte is even has a guest that keeps to the rules, for which more is checked: each end gets
-//! the bytes that the other has sent, in their order, the device never sends more than the guest has room for, and at
-//! the end nothing is left on the way. The other guests send any packets.
+//! With an even first byte the guest follows the protocol, and more is checked: each end receives the bytes sent by the
+//! other in order, the device never exceeds the guest's credit, and at the end no data is left in transit. Other guests send
+//! arbitrary packets.
 
 mod machine;
 
@@ -19,7 +19,7 @@ use std::time::Duration;
 /// Streams over many rounds.
 ///
 /// # Panics
-/// If the device has a bug, or the host no descriptors.
+/// If the device has a bug, or the host is out of descriptors.
 pub fn vsock_streams(data: &[u8]) {
     let mut input = Input::new(data);
     let honest = input.byte().is_multiple_of(2);
@@ -41,7 +41,7 @@ pub fn vsock_streams(data: &[u8]) {
     machine.device.reset(worker);
 }
 
-/// One thing that either end does.
+/// One action of either end.
 fn step(machine: &mut Machine, input: &mut Input<'_>) {
     let action = input.byte();
     let ports: Vec<u32> = machine.streams.keys().copied().collect();
@@ -62,7 +62,7 @@ fn step(machine: &mut Machine, input: &mut Input<'_>) {
         8 => machine.offer(45 + u32::from(input.word())),
         9 => guest_shuts(machine, port, u32::from(input.byte() % 3) + 1),
         10 => {
-            // Only what has not ended in this direction: no end writes into a closed stream.
+            // Only while this direction is open: neither end writes to a closed stream.
             if let Some(stream) = machine.streams.get_mut(&port)
                 && let Some(host) = &stream.host
             {
@@ -88,7 +88,7 @@ fn step(machine: &mut Machine, input: &mut Input<'_>) {
         14 if action == 254 => machine.reset(),
         _ => {}
     }
-    // Several things may happen at once.
+    // Several actions may precede the device's turn.
     if action < 192 {
         serve(machine);
     }
@@ -171,7 +171,7 @@ fn guest_shuts(machine: &mut Machine, port: u32, flags: u32) {
     }
     if let Some(stream) = machine.streams.get_mut(&port) {
         stream.guest_ended |= flags & NO_MORE_SENT != 0;
-        // What is on the way to it may be lost; and so may all when both directions end.
+        // Data in transit to the guest may be lost; all data, if both directions end.
         stream.over |= flags & NO_MORE_RECEIVED != 0;
     }
     machine.send(port, SHUTDOWN, flags, Vec::new());
@@ -218,7 +218,7 @@ fn host_reads(machine: &mut Machine, port: u32, len: usize) {
     }
 }
 
-/// The device serves, the host accepts, and the guest reads what there is.
+/// The device serves its queues, the host accepts, and the guest reads its packets.
 fn serve(machine: &mut Machine) {
     machine.run();
     while let Ok(host) = machine.listener.accept_timeout(Duration::ZERO) {
@@ -247,7 +247,7 @@ fn take(machine: &mut Machine, packet: Packet) {
         panic!("a packet of kind {} of a stream that is no more", packet.op);
     };
     if packet.op != RESET {
-        // Of a refusal, both are zero.
+        // Both are zero in a refusal.
         stream.credit = packet.credit;
         let left = stream.sent.wrapping_sub(packet.forwarded);
         assert!(left <= stream.sent, "it forwarded more than was sent");
@@ -296,7 +296,7 @@ fn take(machine: &mut Machine, packet: Packet) {
     }
 }
 
-/// Both ends read until nothing comes any more: then nothing may be missing.
+/// Both ends read until nothing more arrives; then nothing may be missing.
 fn settle(machine: &mut Machine) {
     serve(machine);
     for round in 0.. {
@@ -338,7 +338,7 @@ fn settle(machine: &mut Machine) {
     }
 }
 
-/// A guest that sends anything, of any stream.
+/// One action of a guest with arbitrary packets on any stream.
 fn hostile_step(machine: &mut Machine, input: &mut Input<'_>) {
     let action = input.byte();
     match action % 8 {
@@ -370,7 +370,7 @@ fn hostile_step(machine: &mut Machine, input: &mut Input<'_>) {
             machine.offer(len);
         }
         4 => {
-            // The guest's ports are few, so that it may answer.
+            // Few ports of the guest, so that it may reply.
             if let Ok(host) = machine.ports.connect(u32::from(input.byte() % 4)) {
                 keep(machine, host);
             }
@@ -403,13 +403,13 @@ fn hostile_step(machine: &mut Machine, input: &mut Input<'_>) {
         while let Ok(host) = machine.listener.accept_timeout(Duration::ZERO) {
             keep(machine, host);
         }
-        // Not read: a head may be one that was never offered.
+        // Not read: a head may never have been offered.
         machine.receive.used();
         machine.waiting = 0;
     }
 }
 
-/// Keeps the end of a stream on the host, of which there are at most eight.
+/// Keeps the host's end of a stream, at most eight of them.
 fn keep(machine: &mut Machine, host: UnixStream) {
     host.set_nonblocking(true).expect("a socket");
     let port = 100 + machine.next_port % 8;

@@ -1,4 +1,4 @@
-//! What a kernel leaves that panicked.
+//! The kernel's log after a panic.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| koya_fuzz::panic_logs(data));

@@ -1,4 +1,4 @@
-//! README's five lines: a container in a virtual machine, in this process.
+//! The README example: a container in a virtual machine, in this process.
 
 fn main() -> Result<(), koya::Error> {
     let sandbox = koya::Sandbox::start(&koya::SandboxConfig::default())?;

@@ -1,5 +1,5 @@
-//! Who a container's user is, by the container's own databases. They are the container's, and not
-//! trusted: any text is parsed, and no link in the tree leads out of it.
+//! Users of a container, looked up in its own `/etc/passwd` and `/etc/group`. These files are not trusted: any text is
+//! parsed, and symbolic links cannot lead out of the root.
 
 use crate::Error;
 use crate::container_config::Volume;
@@ -9,7 +9,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// The text of `/etc/passwd` and `/etc/group`; empty where there is none.
+/// The contents of `/etc/passwd` and `/etc/group`; empty if missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Accounts {
     pub(crate) passwd: String,
@@ -17,7 +17,7 @@ pub(crate) struct Accounts {
 }
 
 impl Accounts {
-    /// Those of a root file system on the host.
+    /// Reads them from a root file system on the host.
     pub(crate) fn read(rootfs: &Path) -> Self {
         Self {
             passwd: within(rootfs, "etc/passwd"),
@@ -25,7 +25,7 @@ impl Accounts {
         }
     }
 
-    /// These, but for what volumes are in their place.
+    /// Replaces the files that volumes mount over.
     pub(crate) fn with(self, volumes: &[Volume]) -> Self {
         Self {
             passwd: mounted(volumes, "/etc/passwd").unwrap_or(self.passwd),
@@ -34,7 +34,7 @@ impl Accounts {
     }
 }
 
-/// A user as numbers.
+/// A user, resolved to numbers.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) uid: u32,
@@ -44,11 +44,11 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// `USER[:GROUP]` by the container's own databases. Digits are a number, even if somebody has that name:
-    /// the databases are the image's, and who asks for user 1000 does not get the one that it calls so.
+    /// Resolves `USER[:GROUP]` in the container's files. Digits are always a number, even if a user has that name: the files
+    /// are part of the image, and must not redefine user 1000.
     ///
     /// # Errors
-    /// Which user or group the container does not have.
+    /// The user or group that the container lacks.
     pub(crate) fn find(accounts: &Accounts, text: &str) -> Result<Self, Error> {
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
@@ -100,10 +100,10 @@ fn number(text: &str) -> Option<u32> {
     text.parse().ok().filter(|number| *number != u32::MAX)
 }
 
-/// What a user or group is by its number, if that is what a text says.
+/// The ID of a user or group if the text is a number.
 ///
 /// # Errors
-/// For a number that none can have.
+/// If the number is out of range.
 fn number_in(text: &str) -> Result<Option<u32>, Error> {
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -113,7 +113,7 @@ fn number_in(text: &str) -> Result<Option<u32>, Error> {
     number(text).map(Some).ok_or_else(wrong)
 }
 
-/// The lines of /etc/group, name:password:gid:member,member, each with its number.
+/// The lines of /etc/group (name:password:gid:member,member), each with its group ID.
 fn groups(accounts: &Accounts) -> impl Iterator<Item = (Vec<&str>, u32)> {
     let lines = accounts.groups.lines();
     let fields = lines.map(|line| line.split(':').collect::<Vec<_>>());
@@ -132,7 +132,7 @@ fn group_named(accounts: &Accounts, group: &str) -> Result<u32, Error> {
     Ok(number)
 }
 
-/// The groups that have a user among their members.
+/// The groups with this member.
 fn groups_of(accounts: &Accounts, name: Option<&str>) -> Vec<u32> {
     let has = |fields: &[&str]| {
         let members = fields.get(3).unwrap_or(&"");
@@ -142,14 +142,15 @@ fn groups_of(accounts: &Accounts, name: Option<&str>) -> Vec<u32> {
     found.map(|(_, number)| number).collect()
 }
 
-/// A file that a volume has in the container: the deepest of those around it, and of several the last.
+/// Contents of a file that a volume provides: the deepest volume around the path counts, and of several at one path the
+/// last.
 fn mounted(volumes: &[Volume], path: &str) -> Option<String> {
     let around = |volume: &&Volume| Path::new(path).starts_with(&volume.destination);
     let depth = |volume: &&Volume| volume.destination.components().count();
     let volume = volumes.iter().filter(around).max_by_key(depth)?;
     let rest = Path::new(path).strip_prefix(&volume.destination).ok()?;
     Some(match rest.as_os_str().is_empty() {
-        // The user named it, and links in its path are the host's.
+        // The path was given by the user, so symbolic links in it are followed.
         true => text(openat(
             CWD,
             &volume.source,
@@ -160,12 +161,12 @@ fn mounted(volumes: &[Volume], path: &str) -> Option<String> {
     })
 }
 
-/// A database of the container, found without leaving its root by a link.
+/// Reads a file below the container's root, without following a link out of it.
 fn within(root: &Path, name: impl AsRef<Path>) -> String {
     text(Rootfs::open(root).and_then(|root| root.find(name.as_ref())))
 }
 
-/// A database; empty where there is none.
+/// Contents of a file; empty if missing.
 fn text(found: rustix::io::Result<OwnedFd>) -> String {
     let content = found.ok().and_then(|found| read(&found, MAX_ACCOUNTS).ok());
     let content = content.flatten().unwrap_or_default();
@@ -219,7 +220,7 @@ pub(crate) mod tests {
             Account::find(&Accounts::read(dir.path()), "").unwrap().home,
             "/root"
         );
-        // An empty group is none.
+        // An empty group counts as no group.
         assert_eq!(
             Account::find(&Accounts::read(dir.path()), "33:").unwrap(),
             web
@@ -237,7 +238,7 @@ pub(crate) mod tests {
         std::fs::remove_file(&passwd).unwrap();
         std::os::unix::fs::symlink(secret.path(), &passwd).unwrap();
         assert!(Account::find(&Accounts::read(dir.path()), "web").is_err());
-        // Nor is anything that is no file: this would wait for ever.
+        // Only regular files are read: a FIFO would block forever.
         std::fs::remove_file(&passwd).unwrap();
         let mode = Mode::from_raw_mode(0o600);
         rustix::fs::mknodat(CWD, &passwd, FileType::Fifo, mode, 0).unwrap();
@@ -260,7 +261,7 @@ pub(crate) mod tests {
         );
         let found = Account::find(&accounts, "1000:50").unwrap();
         assert_eq!((found.uid, found.gid), (1000, 50));
-        // However it is written, it is the same user.
+        // Leading zeroes do not change the number.
         let found = Account::find(&accounts, "033").unwrap();
         assert_eq!((found.uid, found.home.as_str()), (33, "/var/www"));
         assert_eq!(found, Account::find(&accounts, "web").unwrap());
@@ -290,7 +291,7 @@ pub(crate) mod tests {
         assert_eq!((found.gid, found.groups), (65534, vec![999]));
     }
 
-    /// moby/sys 230: who makes small images leaves fields out, and lines empty.
+    /// moby/sys 230: small images omit fields and contain empty lines.
     #[test]
     fn short_lines_are_lines() {
         let accounts = accounts(
@@ -325,9 +326,9 @@ pub(crate) mod tests {
         let found = find(&both, "me").unwrap();
         assert_eq!((found.uid, found.groups), (1234, vec![50]));
         assert!(find(&both, "web").is_err(), "it is covered");
-        // The group file is the root's own still.
+        // The group file is still that of the root.
         assert_eq!(find(&[file], "me:log").unwrap().gid, 40);
-        // A link in a directory leads out of it in the container alone.
+        // A symbolic link in a directory volume is not followed out of it.
         assert!(find(&[whole], "me").is_err());
     }
 }

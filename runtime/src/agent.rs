@@ -1,4 +1,4 @@
-//! The agent's end of the control connection, as the host sees it.
+//! The host's side of the control connection to the agent.
 
 mod answer;
 mod network;
@@ -34,34 +34,34 @@ use std::time::{Duration, Instant, SystemTime};
 pub(crate) use times::AgentTimes;
 use ttrpc::context::{Context, with_duration};
 
-/// How long the agent may take for what does not wait for a container.
+/// Time limit for calls that do not wait for a container.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// When the agent is first asked again for an end that may take for ever, and how long is at most between twice:
-/// a question that is on its way just while the agent hangs up is never answered.
+/// First and longest interval between repeated waits for a process without a time limit: a request that is in flight when
+/// the agent hangs up is never answered.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(3600);
 
-/// How long it may take for what people do to a guest that may hang.
+/// Time limit for user requests to a guest that may hang.
 const SHORT_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long it may take to tell what it knows.
+/// Time limit for queries of the agent's state.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long it may take for what holds up a container's removal.
+/// Time limit for calls that delay the removal of a container.
 const ORDER_LIMIT: Duration = Duration::from_secs(15);
 
-/// How many processes it is asked to make at a time: each takes it several processes of its own.
+/// Maximum number of processes being created at a time: the agent needs several helper processes for each.
 const MAX_EXECS: usize = 16;
 
-/// How large an OCI configuration or process may be as JSON, in bytes: the rest of ttrpc's 4 MiB for a message is
-/// for what is beside it.
+/// Maximum size of an OCI configuration or process as JSON, in bytes: the rest of ttrpc's message limit of 4 MiB is for the
+/// other fields.
 const MAX_JSON: usize = (4 << 20) - (64 << 10);
 
-/// How many connections it is asked to make at a time: fewer than may wait to be taken up here.
+/// Maximum number of connections being made at a time: lower than the number that may wait for acceptance here.
 const MAX_CONNECTS: usize = 64;
 
-/// Calls to the agent, from any thread. Each call blocks its own.
+/// Client of the agent, for any thread. Each call blocks the calling thread.
 #[derive(Clone)]
 pub(crate) struct Agent {
     client: AgentClient,
@@ -79,7 +79,7 @@ impl Drop for Connection {
     }
 }
 
-/// A name of a disk: it becomes part of paths.
+/// Validates the name of a disk, which becomes part of paths.
 fn disk_name(name: String) -> Result<String, Error> {
     let proper = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     if name.is_empty() || name.len() > 16 || !name.bytes().all(proper) {
@@ -126,7 +126,7 @@ fn device_request(id: &str, device: &Device) -> ContainerDeviceRequest {
 
 impl Agent {
     pub(crate) fn connect(stream: UnixStream) -> io::Result<(Self, Connection)> {
-        // The client polls by itself and wants a socket that blocks.
+        // The client does its own polling and requires a blocking socket.
         stream.set_nonblocking(false)?;
         let own = Arc::new(stream.try_clone()?);
         let connection = Connection(own.clone());
@@ -142,8 +142,8 @@ impl Agent {
         Ok((agent, connection))
     }
 
-    /// An agent that sends no more has hung up, also if it still takes requests: nobody reads its answers, so
-    /// both directions are shut, and each request fails at once.
+    /// An agent that has closed its sending side has hung up, even if it still accepts requests: there will be no replies,
+    /// so both directions are shut down and each request fails at once.
     fn check_hung_up(&self) {
         let mut polled = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
         let now = Timespec::default();
@@ -152,7 +152,7 @@ impl Agent {
         }
     }
 
-    /// Carries out one call, which takes no longer than `limit`; `Duration::MAX` is as long as it takes.
+    /// Makes a call with a time limit; `Duration::MAX` means no limit.
     fn ask<T>(
         &self,
         operation: &'static str,
@@ -185,7 +185,7 @@ impl Agent {
         stdio: Stdio,
     ) -> Result<i32, Error> {
         check_size("configuration", &spec)?;
-        // Of a disk that was not taken out in order, the journal comes first.
+        // The journal of a disk that was not unmounted cleanly is replayed first.
         let limit = match needs.direct.is_empty() {
             true => LIMIT,
             false => WRITE_OUT_LIMIT,
@@ -246,7 +246,7 @@ impl Agent {
             cgroup: cgroup.into(),
             ..Default::default()
         };
-        // Those who wait for their turn are not what the limit is for.
+        // Time spent waiting for a turn does not count towards the limit.
         self.execs.take(MAX_EXECS, || {
             self.ask("run a process in the container", LIMIT, |client, limit| {
                 client.exec_process(limit, &request)
@@ -312,14 +312,14 @@ impl Agent {
         .map(drop)
     }
 
-    /// Waits as long as it takes.
+    /// Waits without a time limit.
     pub(crate) fn wait(&self, id: &str, exec_id: &str) -> Result<i32, Error> {
         let request = WaitProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
             ..Default::default()
         };
-        // Who is told of an added process's end has it forgotten, so that is asked once.
+        // The exit status of an exec process is forgotten once it is reported, so there is only one request for it.
         let mut limit = match exec_id.is_empty() {
             true => ASK_AGAIN,
             false => Duration::MAX,
@@ -330,7 +330,7 @@ impl Agent {
                 client.wait_process(limit, &request)
             });
             match answer {
-                // It is the limit that has passed, and not the agent that says so at once.
+                // Only an expired limit counts, not an immediate error from the agent.
                 Err(Error::Overdue { .. }) if asked.elapsed() > limit / 2 => {
                     limit = ASK_AGAIN_MAX.min(limit * 2);
                 }
@@ -339,10 +339,10 @@ impl Agent {
         }
     }
 
-    /// Whether a container's first process has ended, asked without waiting for it for long.
+    /// Checks whether a container's first process has ended, with a short wait.
     ///
     /// # Errors
-    /// If the agent does not say so.
+    /// If the agent does not confirm it.
     pub(crate) fn has_ended(&self, id: &str) -> Result<(), Error> {
         let request = WaitProcessRequest {
             container_id: id.into(),
@@ -387,8 +387,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Sets the guest's clock, which has none of its own that survives; returns what the agent tells of
-    /// its start.
+    /// Sets the guest's clock, which has no persistent time; returns the agent's start-up times.
     pub(crate) fn set_time(&self) -> Result<AgentTimes, Error> {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -412,7 +411,7 @@ impl Agent {
         .map(|clock| clock.now_ns)
     }
 
-    /// Moves it.
+    /// Adjusts the guest's clock.
     pub(crate) fn adjust_clock(&self, by_ns: i64) -> Result<(), Error> {
         let request = AdjustClockRequest {
             by_ns,
@@ -437,7 +436,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Takes it away.
+    /// Unmounts it.
     pub(crate) fn unmount_image(&self, id: &str) -> Result<(), Error> {
         self.ask("unmount the image", ORDER_LIMIT, |client, limit| {
             client.unmount_image(limit, &container_request(id))
@@ -445,7 +444,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Who the users in it are.
+    /// The user databases in it.
     pub(crate) fn accounts(&self, id: &str) -> Result<Accounts, Error> {
         let found = self.ask("read the image's users", LIMIT, |client, limit| {
             client.get_accounts(limit, &container_request(id))
@@ -457,7 +456,7 @@ impl Agent {
         })
     }
 
-    /// Has the guest's kernel look at a window that was empty, and returns its name of the disk there.
+    /// Makes the guest's kernel probe a hot-plug slot; returns the guest's name of the disk in it.
     pub(crate) fn attach_disk(&self, window: usize) -> Result<String, Error> {
         let request = AttachDiskRequest {
             window: window as u32,
@@ -469,7 +468,7 @@ impl Agent {
         .and_then(|disk| disk_name(disk.guest_name))
     }
 
-    /// Has the guest's kernel let go of the disk behind a window.
+    /// Makes the guest's kernel release the disk in a hot-plug slot.
     pub(crate) fn detach_disk(&self, window: usize) -> Result<(), Error> {
         let request = DetachDiskRequest {
             window: window as u32,
@@ -483,7 +482,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Gives a running container a disk.
+    /// Adds a disk to a running container.
     pub(crate) fn add_device(&self, id: &str, device: &Device) -> Result<(), Error> {
         self.ask("give the container a disk", LIMIT, |client, limit| {
             client.add_device(limit, &device_request(id, device))
@@ -491,7 +490,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Takes it away.
+    /// Removes a disk from a running container.
     pub(crate) fn remove_device(&self, id: &str, device: &Device) -> Result<(), Error> {
         self.ask(
             "take the disk from the container",
@@ -501,7 +500,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Turns CPUs on or off until so many are on.
+    /// Turns CPUs on or off until this number is online.
     pub(crate) fn set_online_cpus(&self, count: u32) -> Result<(), Error> {
         let request = SetOnlineCpusRequest {
             count,
@@ -513,8 +512,8 @@ impl Agent {
         .map(drop)
     }
 
-    /// Waits for the next container in which the guest's kernel killed processes for their memory: its
-    /// name, and how many it killed there so far.
+    /// Waits for the next container with processes killed by the guest's OOM killer: returns its name and the number killed
+    /// so far.
     pub(crate) fn next_oom(&self) -> Result<(String, u64), Error> {
         let event = self.ask(
             "wait for a lack of memory",
@@ -524,7 +523,7 @@ impl Agent {
         Ok((guest_text::line(event.container_id), event.oom_kills))
     }
 
-    /// Tells the guest's watches of changes on the host.
+    /// Reports changes on the host to the guest's watches.
     pub(crate) fn report_host_events(&self, events: Vec<HostEvent>) -> Result<(), Error> {
         let told = |event: HostEvent| messages::HostEvent {
             nodeid: event.nodeid,

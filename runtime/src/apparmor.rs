@@ -1,9 +1,8 @@
 //! AppArmor on the host: the profile of the threads that work for the guest.
 //!
-//! A process of many threads can't change its profile as a whole, and need not: the threads that
-//! answer to containerd and mount are trusted, those that run the guest and serve its devices are
-//! not. A thread hands its profile on to those that it makes, so the one that builds the machine
-//! takes it first.
+//! The profile of a multi-threaded process can't be changed as a whole, and need not be: threads that serve containerd and
+//! mount are trusted, threads that run the guest and serve its devices are not. A thread passes its profile on to the
+//! threads that it creates, so the thread that builds the machine changes its profile first.
 
 use crate::Error;
 use koya_vmm::host::threads;
@@ -12,17 +11,18 @@ use std::io;
 use std::panic::resume_unwind;
 use std::path::Path;
 
-/// `Y` where the kernel enforces profiles.
+/// Contains `Y` if the kernel enforces profiles.
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
-/// Where a thread asks for its profile: of its own since Linux 5.8, before that any security module's.
+/// Files by which a thread changes its profile: AppArmor's own since Linux 5.8, before that the one shared by security
+/// modules.
 const CURRENT: [&str; 2] = [
     "/proc/thread-self/attr/apparmor/current",
     "/proc/thread-self/attr/current",
 ];
-/// The name of having none.
+/// The name for no profile.
 const UNCONFINED: &str = "unconfined";
 
-/// Does the work with this profile, on a thread of its own; without a profile, here and now.
+/// Runs `work` with this profile on a separate thread; without a profile, on the calling thread.
 pub(crate) fn confined<T: Send>(
     profile: Option<&str>,
     work: impl FnOnce() -> Result<T, Error> + Send,

@@ -1,8 +1,8 @@
-//! Volumes that are file systems of a container's own: ext4 in a sparse file of the host, mounted by the guest.
+//! Block volumes: private ext4 file systems of a container, in a sparse file on the host, mounted by the guest.
 //!
-//! They are for what virtio-fs does not serve: overlayfs, as Docker and podman use it, keeps its upper
-//! layers only where trusted attributes are. In an OCI configuration a mount of type `ext4` stands for one, whose
-//! options say what is to be made (`x-koya.size`, `x-koya.file`); without these its source is a block device or an image.
+//! They support features that virtio-fs lacks: overlayfs, as used by Docker and podman, requires trusted extended attributes
+//! for its upper layers. In an OCI configuration, a block volume is a mount of type `ext4` with options for its creation
+//! (`x-koya.size`, `x-koya.file`); without these options, the source is a block device or an image.
 
 use crate::Error;
 use crate::direct_volume::DirectVolume;
@@ -17,36 +17,36 @@ use std::process::{Command, Stdio};
 use std::str::FromStr;
 use tempfile::NamedTempFile;
 
-/// The annotation of a container that asks for such volumes: as many as there are words in it, each as
-/// [`BlockVolume::from_str`] reads it. Settings must allow it, as they allow others.
+/// The annotation of a container that requests block volumes: a list of words, each in the syntax of
+/// [`BlockVolume::from_str`]. Settings must allow it, like other annotations.
 pub const ANNOTATION: &str = "io.koya.block_volumes";
 
 const FILE_SYSTEM: &str = "ext4";
-/// Options of a mount: `x-` is what mount(8) leaves to others.
+/// Mount options: mount(8) ignores those that begin with `x-`.
 const SIZE: &str = "x-koya.size=";
 const FILE: &str = "x-koya.file=";
 const PROGRAM: &str = "mkfs.ext4";
 
 const DEFAULT_SIZE: u64 = 32 << 30;
-/// mke2fs makes no smaller journal.
+/// mke2fs creates no smaller journal.
 const MIN_SIZE: u64 = 16 << 20;
-/// What ext4 reaches with blocks of 4 KiB on every kernel.
+/// Maximum size of ext4 with blocks of 4 KiB on every kernel.
 const MAX_SIZE: u64 = 16 << 40;
 
-/// A file system of a container's own.
+/// A private file system of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockVolume {
-    /// Where it is in the container.
+    /// Mount point in the container.
     pub destination: PathBuf,
-    /// Its size in bytes, 16 MiB to 16 TiB. On the host it takes what is written to it, and gives back what is deleted.
+    /// Size in bytes, 16 MiB to 16 TiB. On the host it takes only the space in use; deleted data is released.
     pub size: u64,
-    /// The file of the host that keeps it, which is made if it is not there; one that is there keeps its size. Without
-    /// one the volume ends with its container.
+    /// The backing file on the host; created if missing, otherwise it keeps its size. Without a file, the volume is removed
+    /// with its container.
     pub file: Option<PathBuf>,
 }
 
 impl BlockVolume {
-    /// One of 32 GiB that ends with its container.
+    /// A volume of 32 GiB that is removed with its container.
     pub fn new(destination: impl Into<PathBuf>) -> Self {
         Self {
             destination: destination.into(),
@@ -55,7 +55,7 @@ impl BlockVolume {
         }
     }
 
-    /// As a mount of an OCI configuration.
+    /// The mount for an OCI configuration.
     pub fn mount(&self) -> Mount {
         let mut options = vec![format!("{SIZE}{}", self.size)];
         let file = self.file.as_ref();
@@ -68,7 +68,7 @@ impl BlockVolume {
         mount
     }
 
-    /// What a mount asks for to be made; none if it is another's, or names what is there.
+    /// The block volume that a mount requests; `None` for other mounts, and for existing devices or images.
     fn of(mount: &Mount) -> Result<Option<Self>, Error> {
         let option = |name: &str| {
             let mut options = mount.options().iter().flatten();
@@ -87,10 +87,10 @@ impl BlockVolume {
         Ok(Some(volume))
     }
 
-    /// Whether it can be had, as far as that is known before it is made.
+    /// Validates the volume, as far as possible before it is created.
     ///
     /// # Errors
-    /// If not.
+    /// If it is invalid.
     pub fn check(&self) -> Result<(), Error> {
         let wrong = |reason: String| Err(Error::invalid("block volume", reason));
         let destination = self.destination.display();
@@ -114,7 +114,7 @@ impl BlockVolume {
         }
     }
 
-    /// Makes what is not there; the file is open until it is dropped.
+    /// Creates the file if missing, and returns it open.
     fn open(&self) -> Result<File, Error> {
         let Some(path) = &self.file else {
             let directory = directory()?;
@@ -177,17 +177,17 @@ fn bytes(text: &str) -> Result<u64, Error> {
 /// A file system that the guest mounts by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GuestVolume {
-    /// On what the host has.
+    /// On a device or image of the host.
     Device(DirectVolume),
-    /// On what is made for it.
+    /// In a file created for it.
     Made(BlockVolume),
 }
 
 impl GuestVolume {
-    /// What stands behind a mount whose type is that of a file system on a disk; none of other mounts.
+    /// The volume of a mount whose type is a disk file system; `None` for other mounts.
     ///
     /// # Errors
-    /// If it can't be had.
+    /// If it is invalid.
     pub(crate) fn of(directory: &Path, mount: &Mount) -> Result<Option<Self>, Error> {
         if mount.typ().as_deref() != Some(FILE_SYSTEM) {
             return Ok(None);
@@ -202,13 +202,12 @@ impl GuestVolume {
         };
         let mut volume = DirectVolume::new(directory.join(source), FILE_SYSTEM);
         let options = mount.options().iter().flatten();
-        // As mount(8) has it, these are for others.
+        // Like mount(8), ignores these.
         volume.options = options.filter(|o| !o.starts_with("x-")).cloned().collect();
         Ok(Some(Self::Device(volume)))
     }
 
-    /// Makes what is not there. The file that was made is to be kept open until the disk is attached: it may have no
-    /// other name.
+    /// Creates the file if missing. It must be kept open until the disk is attached, because it may be unnamed.
     ///
     /// # Errors
     /// If the host refuses.
@@ -223,13 +222,13 @@ impl GuestVolume {
             None => format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
         };
         let mut volume = DirectVolume::new(path, FILE_SYSTEM);
-        // The file is full of zeroes: the kernel need not write more of them, which would be kept.
+        // The file is all zeroes: the kernel need not zero inode tables, which would allocate space.
         volume.options = ["discard", "noinit_itable"].map(str::to_owned).into();
         Ok((volume, Some(file)))
     }
 }
 
-/// Where volumes without a name are: below `/var/lib/koya`, or with the user's data.
+/// Directory of unnamed volumes: below `/var/lib/koya`, or in the user's data directory.
 fn directory() -> Result<PathBuf, Error> {
     let data = directories::data();
     let directory = data
@@ -241,25 +240,25 @@ fn directory() -> Result<PathBuf, Error> {
     Ok(directory)
 }
 
-/// A file of zeroes that nobody can name: nothing is left of it when its last user ends.
+/// An unnamed file of zeroes: it is deleted with its last reference.
 fn unnamed(directory: &Path, size: u64) -> io::Result<File> {
     let file = tempfile::tempfile_in(directory)?;
     file.set_len(size)?;
     Ok(file)
 }
 
-/// A new file with a file system, whole or not at all.
+/// Creates a file with a file system atomically.
 fn kept(path: &Path, size: u64) -> io::Result<File> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     let new = NamedTempFile::new_in(directory)?;
     new.as_file().set_len(size)?;
     format(new.as_file(), true)?;
     new.as_file().sync_all()?;
-    // Somebody else's that came to be meanwhile is not replaced.
+    // A file created by someone else meanwhile is not replaced.
     Ok(new.persist_noclobber(path)?)
 }
 
-/// Makes a file system on a file.
+/// Creates a file system in a file.
 fn format(file: &File, journal: bool) -> io::Result<()> {
     let mut command = Command::new(PROGRAM);
     command.args([
@@ -271,10 +270,10 @@ fn format(file: &File, journal: bool) -> io::Result<()> {
         "lazy_itable_init=1,lazy_journal_init=1,nodiscard",
     ]);
     if !journal {
-        // Nothing outlives the machine, so there is nothing to replay.
+        // The volume does not outlive the machine, so a journal would never be replayed.
         command.args(["-O", "^has_journal"]);
     }
-    // Whatever its name is.
+    // Passed by descriptor, since the file may be unnamed.
     command.arg("/proc/self/fd/0").stdin(file.try_clone()?);
     let output = command.stdout(Stdio::null()).output();
     let output = output.map_err(|error| match error.kind() {

@@ -1,5 +1,5 @@
-//! What can be known to be wrong before a virtual machine is made. A start does all of it anyway; who calls it
-//! before has the answer without one.
+//! Validation that is possible before a virtual machine is created. A start repeats all of it; callers can get the errors
+//! earlier, without a machine.
 
 use crate::Error;
 use crate::account::Accounts;
@@ -16,11 +16,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 impl SandboxConfig {
-    /// Looks for what the machine is made of: kernel, agent, disks, and whether all numbers are possible. Its
-    /// networks are looked at by its start alone.
+    /// Validates the configuration: kernel, agent and disks exist, and all numbers are in range. Networks are only checked
+    /// at the start.
     ///
     /// # Errors
-    /// What is missing or wrong.
+    /// The problem, with the offending field.
     pub fn check(&self) -> Result<(), Error> {
         self.machine(Vec::new())?.check()?;
         Ok(())
@@ -43,11 +43,10 @@ impl SandboxConfig {
 }
 
 impl ContainerConfig {
-    /// Looks for what the host is to have of the container: its root and volumes, and its user where the
-    /// root is a directory.
+    /// Validates the resources on the host: root and volumes, and the user if the root is a directory.
     ///
     /// # Errors
-    /// What is missing or wrong.
+    /// The problem, with the offending field.
     pub fn check(&self) -> Result<(), Error> {
         let root = self.check_places()?;
         if root == Root::Directory {
@@ -57,7 +56,7 @@ impl ContainerConfig {
         Ok(())
     }
 
-    /// Only that everything is there.
+    /// Checks only that everything exists.
     pub(crate) fn check_places(&self) -> Result<Root, Error> {
         let root = root(&self.rootfs)?;
         self.volumes.iter().try_for_each(Volume::check)?;
@@ -67,10 +66,10 @@ impl ContainerConfig {
 }
 
 impl Volume {
-    /// Whether the host has it.
+    /// Checks that the source exists on the host.
     ///
     /// # Errors
-    /// If not.
+    /// If it does not.
     pub fn check(&self) -> Result<(), Error> {
         let found = self.source.metadata();
         found.map(drop).map_err(|error| {
@@ -80,11 +79,10 @@ impl Volume {
     }
 }
 
-/// Whether a path can be a container's root: a directory, or a raw image or block device with a file system that
-/// guests mount.
+/// Checks that a path can be a container's root: a directory, or a raw image or block device with a supported file system.
 ///
 /// # Errors
-/// If not.
+/// If it can't.
 pub fn check_root(path: &Path) -> Result<(), Error> {
     root(path).map(drop)
 }
@@ -109,7 +107,7 @@ fn root(path: &Path) -> Result<Root, Error> {
     Ok(root)
 }
 
-/// By the magic numbers of the superblocks, both at 1024; nothing else of an image is looked at on the host.
+/// Checks the magic numbers of the superblocks, both at offset 1024; the host reads nothing else of an image.
 fn check_file_system(path: &Path) -> io::Result<()> {
     const EROFS: [u8; 4] = 0xe0f5_e1e2u32.to_le_bytes();
     const EXT4: [u8; 2] = 0xef53u16.to_le_bytes();
@@ -185,7 +183,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str| {
             let path = dir.path().join(name);
-            // As an ELF kernel begins: 64 bits, little endian, executable, x86-64.
+            // The beginning of an ELF kernel: 64 bits, little endian, executable, x86-64.
             let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
             elf.resize(64, 0);
             (elf[16], elf[18]) = (2, 62);

@@ -1,14 +1,13 @@
-//! The guest's clock follows the host's.
+//! Synchronization of the guest's clock with the host's.
 //!
-//! The guest's kernel counts time by the CPU's counter, as the host does, but knows of none of the host's
-//! corrections: a step of the host's clock is not seen there, nor its slewing, and what a machine that was
-//! stopped misses may be lost. So the host compares the two, after a step of its own clock (which a timer of the
-//! kernel's tells, also after the host's suspend), after its process was stopped and continued, and every few
-//! minutes for drift. In between nothing wakes an idle guest.
+//! The guest's kernel counts time by the CPU's counter, as the host does, but does not see corrections on the host: neither
+//! steps nor slewing; and the time that a stopped machine misses may be lost. So the host compares the clocks after a step
+//! of its own clock (reported by a kernel timer, also after a suspend), after its process was stopped and continued, and
+//! every few minutes because of drift. In between nothing wakes an idle guest.
 //!
-//! Called by a thread of its own for each sandbox. What is sent is a difference, which an answer that comes late
-//! does not make wrong. A guest may answer anything, or nothing: it is waited for within the agent's limits, by
-//! this thread alone, and what it gets wrong is its own clock.
+//! Each sandbox has a thread for this. Corrections are sent as a difference, so a late reply does not make them wrong. The
+//! guest is not trusted: a reply is awaited within the agent's limits, by this thread alone, and a wrong one affects only
+//! the guest's own clock.
 
 use crate::Error;
 use crate::agent::Agent;
@@ -25,16 +24,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// How often the clocks are compared when nothing happened.
+/// Interval between comparisons without an event.
 const PERIOD: Duration = Duration::from_secs(5 * 60);
-/// How soon again if the guest did not answer.
+/// Interval after a guest did not reply.
 const RETRY: Duration = Duration::from_secs(10);
-/// What a guest may be ahead: less than what programs see between two hosts.
+/// Tolerated lead of the guest: less than the usual difference between two hosts.
 const LEAD: Duration = Duration::from_millis(20);
-/// What it may be behind. Times of files on the host's file systems are the host's, and programs such as make find a
-/// file that is newer than the clock.
+/// Tolerated lag of the guest. Timestamps of shared files come from the host, and programs such as make notice files newer
+/// than the clock.
 const LAG: Duration = Duration::from_millis(2);
-/// An answer that took longer is asked for again, a few times: it says too little.
+/// A slower reply is too inaccurate, and the request is repeated a few times.
 const PROMPT: Duration = Duration::from_millis(200);
 const TRIES: usize = 3;
 
@@ -46,14 +45,14 @@ pub(crate) struct Clock {
 /// One comparison of the clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Reading {
-    /// By how much the guest is behind the host, in nanoseconds.
+    /// Lag of the guest's clock behind the host's, in nanoseconds.
     behind_ns: i64,
-    /// By how much that may be wrong.
+    /// Uncertainty of the lag.
     doubt: Duration,
 }
 
 impl Reading {
-    /// From the host's clock before the guest was asked, the guest's, and how long the answer took.
+    /// Computes a reading from the host's time of the request, the guest's time, and the duration of the request.
     fn new(asked_ns: i64, guest_ns: i64, took: Duration) -> Self {
         let half = took / 2;
         let middle = asked_ns.saturating_add(nanoseconds(half));
@@ -63,7 +62,7 @@ impl Reading {
         }
     }
 
-    /// What the guest's clock is to be moved by; nothing if it is right as far as anybody can say.
+    /// The required adjustment of the guest's clock; `None` if it is right within the uncertainty.
     fn correction(&self) -> Option<i64> {
         let tolerance = if self.behind_ns > 0 { LAG } else { LEAD };
         let known = self.doubt.max(tolerance);
@@ -83,7 +82,7 @@ fn now_ns() -> i64 {
 }
 
 impl Clock {
-    /// Starts to follow, for a guest whose clock was set just now.
+    /// Starts the synchronization for a guest whose clock has just been set.
     ///
     /// # Errors
     /// If the host has no descriptor or thread left.
@@ -92,7 +91,7 @@ impl Clock {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = timerfd_create(TimerfdClockId::Realtime, flags)?;
         arm(&timer, PERIOD)?;
-        // It tells of a process that goes on after it was stopped (signal(7)); poll(2) does not.
+        // epoll_wait(2) returns when a stopped process continues (signal(7)); poll(2) does not.
         let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let number = epoll::EventData::new_u64;
         epoll::add(&events, &timer, number(TIMER), epoll::EventFlags::IN)?;
@@ -105,11 +104,11 @@ impl Clock {
     }
 }
 
-/// What the thread waits for.
+/// Event sources of the thread.
 const TIMER: u64 = 0;
 const END: u64 = 1;
 
-/// Has the timer go off after a while, and as soon as the host's clock is set.
+/// Sets the timer, which also fires when the host's clock is set.
 fn arm(timer: &OwnedFd, after: Duration) -> io::Result<()> {
     let now = clock_gettime(ClockId::Realtime);
     let setting = Itimerspec {
@@ -121,7 +120,7 @@ fn arm(timer: &OwnedFd, after: Duration) -> io::Result<()> {
     };
     let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
     match timerfd_settime(timer, flags, &setting) {
-        // The clock was set before; the timer runs all the same.
+        // The clock was set before; the timer runs nevertheless.
         Ok(_) | Err(Errno::CANCELED) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -130,7 +129,7 @@ fn arm(timer: &OwnedFd, after: Duration) -> io::Result<()> {
 fn run(events: &OwnedFd, timer: &OwnedFd, agent: &Agent) {
     let silent = Warnings::new();
     while wait(events, timer) {
-        // First that, so that a step meanwhile is seen.
+        // Armed first, so that a step meanwhile is noticed.
         let compared = arm(timer, PERIOD)
             .map_err(Error::host("set a timer"))
             .and_then(|()| compare(agent));
@@ -147,11 +146,11 @@ fn run(events: &OwnedFd, timer: &OwnedFd, agent: &Agent) {
     }
 }
 
-/// Until there is a reason to compare the clocks; false at the end.
+/// Waits for a reason to compare the clocks; false at the end of the sandbox.
 fn wait(events: &OwnedFd, timer: &OwnedFd) -> bool {
     let mut seen = Vec::with_capacity(2);
     match epoll::wait(events, spare_capacity(&mut seen), None) {
-        // A signal, or this process goes on after it was stopped.
+        // A signal, or the process was stopped and continued.
         Err(Errno::INTR) => return true,
         Err(error) => {
             log::warn!("the guest's clock follows no more: {error}");
@@ -159,12 +158,12 @@ fn wait(events: &OwnedFd, timer: &OwnedFd) -> bool {
         }
         Ok(_) => {}
     }
-    // Makes it wait anew; that the clock was set (ECANCELED) and that time is up are the same here.
+    // Resets the timer; a set clock (ECANCELED) and an expired timer are treated alike.
     rustix::io::read(timer, &mut [0; 8]).ok();
     !seen.iter().any(|event| event.data.u64() == END)
 }
 
-/// Compares the clocks, and has the guest's moved if it is wrong.
+/// Compares the clocks, and adjusts the guest's if it is wrong.
 fn compare(agent: &Agent) -> Result<(), Error> {
     let mut best: Option<Reading> = None;
     for _ in 0..TRIES {
@@ -202,7 +201,7 @@ mod tests {
     fn a_clock_that_is_off_is_moved_by_the_difference() {
         assert_eq!(reading(1_000_000, 700_001, 2), Some(300_000));
         assert_eq!(reading(1_000_000, 1_300_001, 2), Some(-300_000));
-        // The answer was on its way for half of that time.
+        // The reply took half of that time.
         assert_eq!(reading(1000, 1005, 10), None);
         assert_eq!(reading(1000, 955, 10), Some(50));
         // Behind: files on the host would be newer than it.
@@ -212,7 +211,7 @@ mod tests {
     #[test]
     fn what_nobody_can_tell_is_left() {
         assert_eq!(reading(1000, 1015, 0), None);
-        // An answer after two seconds: the guest may be right.
+        // A reply after two seconds: the guest may be right.
         assert_eq!(reading(1000, 2900, 2000), None);
         assert_eq!(reading(1000, 9000, 2000), Some(-7000));
     }
@@ -232,7 +231,7 @@ mod tests {
         use crate::test_agent::{Word, agent};
         use std::sync::mpsc::channel;
         let (sender, asked) = channel();
-        // It says that the year is 1970.
+        // The guest reports the year 1970.
         let wrong = agent(move |method| {
             sender.send(method.to_owned()).ok();
             Word::Ok

@@ -1,4 +1,4 @@
-//! What several containers have in common: made for the first of them, ended with the last.
+//! Resources shared by containers: created for the first user, released with the last.
 
 use crate::sync::lock;
 use std::collections::HashMap;
@@ -6,10 +6,10 @@ use std::hash::Hash;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 
-/// Values that containers have in common, by what they are.
+/// Shared values by key.
 ///
-/// To make or end one takes as long as the guest does, which may be minutes: only who wants the same
-/// one waits for it.
+/// Creating and releasing a value takes as long as the guest needs, possibly minutes: only users of the same key wait for
+/// it.
 pub(crate) struct Common<K, V>(Mutex<HashMap<K, Place<V>>>);
 
 type Place<V> = Arc<Mutex<Held<V>>>;
@@ -19,18 +19,18 @@ struct Held<V> {
     users: usize,
 }
 
-/// One user's hold of a value: to be [given back](Self::give_back).
+/// A reference to a shared value, to be [given back](Self::give_back).
 pub(crate) struct Used<V> {
     place: Place<V>,
     value: Arc<V>,
 }
 
 impl<V> Used<V> {
-    /// One user less; `end`s the value with the last.
+    /// Drops the reference; `end`s the value if it was the last.
     ///
     /// # Errors
     ///
-    /// What `end` says. The value stays then: whoever wants it next has it.
+    /// The error from `end`. The value is kept then, for the next user.
     pub(crate) fn give_back<E>(self, end: impl FnOnce(&V) -> Result<(), E>) -> Result<(), E> {
         let mut held = lock(&self.place);
         held.users -= 1;
@@ -57,11 +57,11 @@ impl<K, V> Default for Common<K, V> {
 }
 
 impl<K: Eq + Hash, V> Common<K, V> {
-    /// The value that this is the key of: made if it is not there.
+    /// Returns the value for a key, and creates it if missing.
     ///
     /// # Errors
     ///
-    /// What `make` says.
+    /// The error from `make`.
     pub(crate) fn take<E>(
         &self,
         key: K,
@@ -69,7 +69,7 @@ impl<K: Eq + Hash, V> Common<K, V> {
     ) -> Result<Used<V>, E> {
         let place = {
             let mut places = lock(&self.0);
-            // Nobody else can have the lock of a place that only the table knows.
+            // A place without other references cannot be locked by anyone else.
             places.retain(|_, place| Arc::strong_count(place) > 1 || lock(place).value.is_some());
             let new = || {
                 Arc::new(Mutex::new(Held {

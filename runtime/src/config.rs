@@ -1,4 +1,4 @@
-//! What a sandbox is to be.
+//! The configuration of a sandbox.
 
 use crate::network::NetworkConfig;
 use crate::timeline::Keep;
@@ -7,61 +7,60 @@ use koya_vmm::{DiskConfig, HugePages, MemoryBacking};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// What a sandbox's virtual machine has.
+/// Resources and options of a sandbox's virtual machine.
 #[derive(Clone, Debug)]
 pub struct SandboxConfig {
-    /// Virtual CPUs at the start, 1 to 32. Default: 1.
+    /// Number of virtual CPUs at the start, 1 to 32. Default: 1.
     pub cpus: u32,
-    /// Virtual CPUs that it may have while it runs. Default: as `cpus`.
+    /// Maximum number of virtual CPUs while it runs. Default: `cpus`.
     pub cpus_max: Option<u32>,
-    /// The host's CPU for each virtual CPU; see [`VmConfig::cpu_pins`](koya_vmm::VmConfig::cpu_pins). Default: none.
+    /// The host CPU for each virtual CPU; see [`VmConfig::cpu_pins`](koya_vmm::VmConfig::cpu_pins). Default: none.
     pub cpu_pins: Vec<u32>,
-    /// Memory at the start in MiB, as the guest's programs see it (`MemTotal`): what the guest's
-    /// kernel keeps for itself comes on top. Default: 256.
+    /// Memory at the start in MiB, as visible to programs in the guest (`MemTotal`): the memory that the guest's kernel
+    /// keeps for itself is added. Default: 256.
     pub memory_mib: u64,
-    /// What it may grow to while it runs. Default: as `memory_mib`.
+    /// Maximum memory in MiB while it runs. Default: `memory_mib`.
     pub memory_max_mib: Option<u64>,
-    /// Whose memory it is on the host.
+    /// How the memory is allocated on the host.
     pub memory_backing: MemoryBacking,
-    /// The pages that it is made of on the host.
+    /// Page size of the memory on the host.
     pub huge_pages: HugePages,
-    /// The guest's disks; a container has those that its own configuration names.
+    /// Disks of the guest; a container gets those that its own configuration names.
     pub disks: Vec<DiskConfig>,
-    /// Slots for disks that come while it runs, up to 16. Default: 4.
+    /// Number of slots for hot-plugged disks, up to 16. Default: 4.
     pub disk_slots: u32,
-    /// The guest's networks, set up in the network namespace of the thread that starts the sandbox.
-    /// Default: none but the guest's own loopback.
+    /// Networks of the guest, set up in the network namespace of the thread that starts the sandbox.
+    /// Default: only the guest's loopback.
     pub networks: Vec<NetworkConfig>,
-    /// What the guest may remember of shared files.
+    /// Cache policy of the guest for shared files.
     pub cache: Cache,
-    /// The Unix socket by which processes of the host reach vsock ports of the guest; see
+    /// The Unix socket through which host processes connect to vsock ports of the guest; see
     /// [`UnixSockets`](koya_vmm::devices::vsock::UnixSockets). Default: none.
     pub vsock: Option<PathBuf>,
     /// Whether processes of containers may open vsock sockets (AF_VSOCK). Koya's guest kernel refuses them
-    /// otherwise, to privileged containers too. Default: only where there is a socket by `vsock`.
+    /// otherwise, also for privileged containers. Default: only if `vsock` is set.
     pub containers_vsock: bool,
-    /// The guest's own host name, which containers that share its uts namespace have: letters, digits,
+    /// Host name of the guest, used by containers that share its UTS namespace: letters, digits,
     /// `-`, `.` and `_`, at most 64. Default: the kernel's.
     pub hostname: Option<String>,
-    /// The guest kernel's settings by their names (`net.ipv4.ip_unprivileged_port_start`), which all of
-    /// its containers have where they have no namespace of their own for them. Default: any user may serve port 80, and
-    /// ping (`net.ipv4.ip_unprivileged_port_start`, `net.ipv4.ping_group_range`).
+    /// Kernel parameters of the guest by name (`net.ipv4.ip_unprivileged_port_start`), which apply to containers without a
+    /// namespace of their own for them. Default: every user may bind to port 80, and ping
+    /// (`net.ipv4.ip_unprivileged_port_start`, `net.ipv4.ping_group_range`).
     pub sysctls: BTreeMap<String, String>,
-    /// The AppArmor profile of the threads that run the guest and serve its devices; `unconfined` is
-    /// none. What they open has to be in it: the host's devices, the guest's kernel and initramfs, and
-    /// shared files by their paths in their file systems (with the profile's flag `attach_disconnected`).
-    /// Default: that of the thread that starts the sandbox.
+    /// The AppArmor profile of the threads that run the guest and serve its devices; `unconfined` means none. It must allow
+    /// the files that they open: devices of the host, kernel and initramfs, and shared files by their paths in their file
+    /// systems (with the profile flag `attach_disconnected`). Default: that of the thread that starts the sandbox.
     pub apparmor_profile: Option<String>,
     /// Whether the threads that run the guest and serve its devices are confined: seccomp filters, and no
-    /// capabilities but those that serving files takes ([`koya_vmm::VmBuilder::confined`]). Default: yes.
+    /// capabilities except those for serving files ([`koya_vmm::VmBuilder::confined`]). Default: true.
     pub confined: bool,
-    /// The guest kernel; looked for if none is given.
+    /// The guest kernel. Default: searched ([`Files::find`](crate::files::Files::find)).
     pub kernel: Option<PathBuf>,
-    /// The agent's initramfs; looked for if none is given.
+    /// The agent's initramfs. Default: searched, like the kernel.
     pub initramfs: Option<PathBuf>,
-    /// Words for the guest kernel's command line. Default: "quiet".
+    /// Kernel parameters appended to the guest kernel's command line. Default: "quiet".
     pub cmdline: String,
-    /// Has the start's timeline written down on the host. Default: no.
+    /// Stores the timeline of the start on the host. Default: none.
     pub timeline: Option<Keep>,
 }
 
@@ -95,7 +94,7 @@ impl Default for SandboxConfig {
     }
 }
 
-/// As other engines have it where the network is a container's own: any user may serve port 80, and ping.
+/// The defaults of other engines for a private network namespace: every user may bind to port 80, and ping.
 const SYSCTLS: [(&str, &str); 2] = [
     ("net.ipv4.ip_unprivileged_port_start", "0"),
     ("net.ipv4.ping_group_range", "0 2147483647"),
@@ -107,7 +106,7 @@ impl SandboxConfig {
         if self.containers_vsock || self.vsock.is_some() {
             words += " vsock.containers=1";
         }
-        // Other letters could say anything to the kernel.
+        // Other characters could inject kernel parameters.
         for (name, value) in &self.sysctls {
             let proper = |c: char| c.is_ascii_alphanumeric() || "-._/".contains(c);
             let plain = |c: char| c == ' ' || c == '\t' || c.is_ascii_graphic() && c != '"';
@@ -127,11 +126,11 @@ impl SandboxConfig {
             }
             words += &format!(" hostname={name}");
         }
-        // Of two values of one parameter the later one counts.
+        // If a parameter is repeated, the last value counts.
         Ok(format!("{words} {}", self.cmdline).trim_start().to_owned())
     }
 
-    /// How many files the guest may remember: its kernel takes a KiB of its memory for each.
+    /// Maximum number of files that the guest may remember: its kernel needs 1 KiB of guest memory for each.
     pub(crate) fn max_nodes(&self) -> usize {
         let memory_mib = self.memory_max_mib.unwrap_or(0).max(self.memory_mib);
         (memory_mib << 10).try_into().unwrap_or(usize::MAX)

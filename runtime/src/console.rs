@@ -1,4 +1,4 @@
-//! The guest's console: the last of it is kept for reports, and all of it goes to whoever asks.
+//! The guest's console: the end of the output is kept for reports, and followers receive all of it.
 
 use crate::sync::{lock, wait};
 use koya_vmm::guest_text;
@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-/// How much is kept, in bytes.
+/// Size of the kept output in bytes.
 const KEPT: usize = 64 << 10;
 
 #[derive(Default)]
@@ -16,8 +16,7 @@ struct State {
     followers: Vec<Follower>,
 }
 
-/// A writer with a thread of its own: a slow one must not make the guest wait, whose vCPU it is
-/// that writes to the console.
+/// A writer with its own thread: a slow writer must not delay the guest, whose vCPU thread writes to the console.
 struct Follower(Arc<Queue>);
 
 #[derive(Default)]
@@ -38,7 +37,7 @@ impl Queue {
         lock(&self.pending)
     }
 
-    /// What has come; nothing when no more will.
+    /// The next output; `None` after the end.
     fn next(&self) -> Option<Vec<u8>> {
         let mut pending = self.lock();
         while pending.bytes.is_empty() {
@@ -83,7 +82,7 @@ impl Console {
         lock(&self.0)
     }
 
-    /// The last `lines` lines, fit for a terminal.
+    /// The last `lines` lines, sanitized for a terminal.
     pub(crate) fn tail(&self, lines: usize) -> String {
         let state = self.lock();
         let bytes: Vec<u8> = state.last.iter().copied().collect();
@@ -91,7 +90,7 @@ impl Console {
         last_lines(&guest_text::lines(bytes), lines)
     }
 
-    /// Sends what was kept, and all that comes, to a writer until it fails.
+    /// Sends the kept output and all further output to a writer until it fails.
     pub(crate) fn follow(&self, mut writer: impl Write + Send + 'static) {
         let queue = Arc::new(Queue::default());
         let shared = queue.clone();
@@ -118,7 +117,7 @@ impl Console {
     }
 }
 
-/// The last `lines` lines of a text that are not blank.
+/// The last `lines` non-blank lines of a text.
 pub(crate) fn last_lines(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     if all.is_empty() {
@@ -152,7 +151,7 @@ mod tests {
         let mut console = Console::default();
         console.write_all(b"before\n").unwrap();
         console.follow(writer);
-        // Far more than a pipe and a queue hold, and nobody reads yet.
+        // Far more than a pipe and a queue can hold, without a reader.
         for _ in 0..1000 {
             console.write_all(&[b'x'; 1000]).unwrap();
         }

@@ -24,20 +24,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// A container of a sandbox. Its first process's streams are in [`process`](Self::process).
+/// A container of a sandbox. [`process`](Self::process) has the streams of its first process.
 pub struct Container {
     process: Process,
-    /// What it was made of, unless that was an OCI bundle.
+    /// Its configuration, unless it was created from an OCI bundle.
     config: Option<Box<ContainerConfig>>,
     rootfs: PathBuf,
-    /// Its first process: those that are added may what that one may.
+    /// Its first process, whose privileges apply to added processes.
     first: OciProcess,
     given: Mutex<Given>,
     next_exec: AtomicU64,
     mark: Arc<Mark>,
 }
 
-/// A process of a container: its streams, and what can be done to it.
+/// A process of a container, with its streams.
 pub struct Process {
     pub(crate) inner: Arc<Inner>,
     pub(crate) container: String,
@@ -48,11 +48,11 @@ pub struct Process {
     pub stdout: Option<UnixStream>,
     /// Reads its standard error.
     pub stderr: Option<UnixStream>,
-    /// The host's ends of its descriptors from 3 on.
+    /// The host's ends of its descriptors 3 and up.
     pub further: Vec<UnixStream>,
 }
 
-/// What a finished process left.
+/// The result of a finished process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
     /// The exit code, or 128 and the signal.
@@ -63,7 +63,7 @@ pub struct Output {
     pub stderr: Vec<u8>,
 }
 
-/// What a container in the guest needs beyond its configuration.
+/// Requirements of a container in the guest beyond its OCI configuration.
 #[derive(Default)]
 pub(crate) struct Needs {
     pub(crate) devices: Vec<messages::BlockDevice>,
@@ -76,7 +76,7 @@ pub(crate) struct Needs {
     pub(crate) files: Vec<messages::File>,
 }
 
-/// Makes a container's first process, which waits to be started.
+/// Creates a container's first process, which waits to be started.
 fn launch(
     inner: &Arc<Inner>,
     id: &str,
@@ -94,13 +94,13 @@ fn launch(
     inner.timeline.mark("made in the guest", id);
     let finished = plan.finish(inner.clone(), id, "");
     if finished.is_err() {
-        // It is there, and nobody would know it.
+        // Otherwise it would exist without an owner.
         inner.remove_container(id).ok();
     }
     finished
 }
 
-/// A container in the making.
+/// A container being created.
 struct Making<'a> {
     inner: &'a Arc<Inner>,
     id: &'a str,
@@ -108,7 +108,7 @@ struct Making<'a> {
 }
 
 impl Making<'_> {
-    /// The users of the root file system, which the guest mounts now unless it is a directory.
+    /// The user databases of the root file system; the guest mounts it now unless it is a directory.
     fn accounts(&mut self, root: Root, rootfs: &Path) -> Result<Accounts, Error> {
         if root == Root::Directory {
             return Ok(Accounts::read(rootfs));
@@ -124,7 +124,7 @@ impl Making<'_> {
         self.inner.agent.accounts(self.id)
     }
 
-    /// Makes the first process, which waits to be started; and says what it is in the guest.
+    /// Creates the first process, which waits to be started; returns it with its configuration in the guest.
     fn make(
         &mut self,
         bundle: Bundle,
@@ -161,8 +161,8 @@ impl Making<'_> {
     }
 }
 
-/// Places for files that the guest can't make, in a root that is read-only for it. Without one of them a
-/// container runs too.
+/// Creates the mount points of files that the guest can't create because the root is read-only for it. Failures are ignored:
+/// a container runs without them.
 fn make_optional(rootfs: &Path, files: &[messages::File]) {
     for file in files {
         if let Err(error) = mount_points::make(rootfs, &[(Path::new(&file.path), true)]) {
@@ -214,7 +214,7 @@ impl Container {
         make: impl FnOnce(&mut Making<'_>) -> Result<(Process, OciProcess), Error>,
     ) -> Result<Self, Error> {
         let mut given = Given::default();
-        // It counts among those that live as soon as it is made.
+        // It counts as alive from its creation on.
         let mark = inner.ends.add();
         let begun = inner.timeline.begin("create", id);
         let made = make(&mut Making {
@@ -244,7 +244,7 @@ impl Container {
         }
     }
 
-    /// Lets the first process run.
+    /// Starts the first process.
     ///
     /// # Errors
     /// If the guest can't.
@@ -258,12 +258,12 @@ impl Container {
             return started;
         }
         inner.timeline.end(begun);
-        // It runs: nobody waits for it any more.
+        // Written after the start, so that it does not delay it.
         inner.timeline.keep();
         Ok(())
     }
 
-    /// What it was made of; none if that is an OCI bundle.
+    /// The configuration; `None` for an OCI bundle.
     pub fn config(&self) -> Option<&ContainerConfig> {
         self.config.as_deref()
     }
@@ -273,16 +273,16 @@ impl Container {
         &self.process
     }
 
-    /// The first process, to take its streams.
+    /// The first process, for taking its streams.
     pub fn process_mut(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// Waits for the first process: the exit code, or 128 and the signal. One that was
-    /// [killed](Self::kill) has ended by that, whether the guest said so or the machine ended.
+    /// Waits for the first process and returns its exit code, or 128 plus the signal number. A process that was
+    /// [killed](Self::kill) counts as ended by SIGKILL, whether the guest reported its end or the machine ended.
     ///
     /// # Errors
-    /// Why the virtual machine ended, if it did.
+    /// The reason why the virtual machine ended, if it did.
     pub fn wait(&self) -> Result<i32, Error> {
         let inner = &self.process.inner;
         let ended = self.mark.follow(|| self.process.wait());
@@ -296,9 +296,8 @@ impl Container {
         }
     }
 
-    /// Ends it: SIGKILL for its first process. This does not wait for the end, nor for long for the guest:
-    /// the host notes it. If the guest does not report the end within ten seconds, the virtual machine is
-    /// ended, with all of its containers.
+    /// Sends SIGKILL to the first process. Does not wait for its end, and only briefly for the guest. If the guest does not
+    /// report the end within ten seconds, the virtual machine is ended, with all of its containers.
     ///
     /// # Errors
     /// If it has ended.
@@ -306,7 +305,7 @@ impl Container {
         self.kill_some(false)
     }
 
-    /// As [`kill`](Self::kill), with SIGKILL for every process in it.
+    /// As [`kill`](Self::kill), but sends SIGKILL to every process of the container.
     ///
     /// # Errors
     /// If it has ended.
@@ -329,7 +328,7 @@ impl Container {
         Ok(output)
     }
 
-    /// Runs another process in the container. It may what the first process may.
+    /// Runs another process in the container, with the privileges of the first one.
     ///
     /// # Errors
     /// If the container has ended, or the program can't be found.
@@ -339,8 +338,8 @@ impl Container {
         self.launch(&format!("exec-{number}"), &process, &config.stdio.into())
     }
 
-    /// Runs another process in the container: an OCI configuration's `process`, under a name that no
-    /// other process of the container has.
+    /// Runs another process in the container from the `process` of an OCI configuration, under a name that is unique in the
+    /// container.
     ///
     /// # Errors
     /// If the container has ended, or the program can't be found.
@@ -355,7 +354,7 @@ impl Container {
         self.launch(name, &process, &options.into())
     }
 
-    /// The users of its root, and of volumes over it, as they are now.
+    /// The user databases of its root and of volumes over it, as they are now.
     fn accounts(&self) -> Result<Accounts, Error> {
         let has_image = self.given().image.is_some();
         let accounts = match has_image {
@@ -385,23 +384,23 @@ impl Container {
         plan.finish(inner.clone(), id, exec)
     }
 
-    /// Stops all of its processes where they are.
+    /// Freezes all of its processes.
     ///
     /// # Errors
-    /// If the guest can't.
+    /// If the guest fails to.
     pub fn pause(&self) -> Result<(), Error> {
         self.ask(|agent, id| agent.pause(id))
     }
 
-    /// Lets them go on.
+    /// Thaws them.
     ///
     /// # Errors
-    /// If the guest can't.
+    /// If the guest fails to.
     pub fn resume(&self) -> Result<(), Error> {
         self.ask(|agent, id| agent.resume(id))
     }
 
-    /// What it uses, by its control group.
+    /// Resource usage of its control group.
     ///
     /// # Errors
     /// If the agent does not answer.
@@ -409,11 +408,11 @@ impl Container {
         self.ask(|agent, id| agent.container_stats(id))
     }
 
-    /// Changes its limits: an OCI configuration's `linux.resources`, of which what is there is set.
-    /// What only a host has (CPU sets, its disks) is left out.
+    /// Changes its limits to those in the `linux.resources` of an OCI configuration; absent ones stay as they are. Limits
+    /// that exist only on a host (CPU sets, host disks) are ignored.
     ///
     /// # Errors
-    /// If the guest can't.
+    /// If the guest fails to.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
         let mut resources = resources.clone();
         oci::only_the_guests(&mut resources);
@@ -424,7 +423,7 @@ impl Container {
         self.ask(|agent, id| agent.update_container(id, text))
     }
 
-    /// Signals every process in it, by number.
+    /// Sends a signal, by number, to every process in it.
     ///
     /// # Errors
     /// If it has ended.
@@ -437,31 +436,31 @@ impl Container {
         what(&inner.agent, &self.process.container).map_err(|error| inner.explain(error))
     }
 
-    /// Gives the running container a disk of its sandbox's.
+    /// Adds a disk of the sandbox to the running container.
     ///
     /// # Errors
-    /// If there is no such disk, or something stands where it is to be.
+    /// If there is no such disk, or its path exists already.
     pub fn add_device(&self, device: &Device) -> Result<(), Error> {
         let inner = &self.process.inner;
         let added = inner.agent.add_device(&self.process.container, device);
         added.map_err(|e| inner.explain(e))
     }
 
-    /// Takes a disk from the running container. A process that has it open keeps it.
+    /// Removes a disk from the running container. A process that has it open keeps it.
     ///
     /// # Errors
-    /// If the guest can't.
+    /// If the guest fails to.
     pub fn remove_device(&self, device: &Device) -> Result<(), Error> {
         let inner = &self.process.inner;
         let removed = inner.agent.remove_device(&self.process.container, device);
         removed.map_err(|e| inner.explain(e))
     }
 
-    /// Removes the container, killing what still runs in it. Nothing can be done to it after that. As long as
-    /// its disks are being written out it is waited for; a guest that says nothing for fifteen seconds is ended.
+    /// Removes the container and kills the processes left in it. It is unusable afterwards. Waits while its disks are being
+    /// written out; a guest that does not respond for fifteen seconds is ended.
     ///
     /// # Errors
-    /// If the guest can't; what the sandbox holds for the container is given up all the same.
+    /// If the guest fails to; the sandbox's resources for the container are released nevertheless.
     pub fn remove(&self) -> Result<(), Error> {
         let inner = &self.process.inner;
         let id = &self.process.container;
@@ -477,16 +476,16 @@ impl Container {
 }
 
 impl Process {
-    /// Waits for its end: the exit code, or 128 and the signal.
+    /// Waits for its end and returns the exit code, or 128 plus the signal number.
     ///
     /// # Errors
-    /// Why the virtual machine ended, if it did.
+    /// The reason why the virtual machine ended, if it did.
     pub fn wait(&self) -> Result<i32, Error> {
         let status = self.inner.agent.wait(&self.container, &self.exec);
         status.map_err(|e| self.inner.explain(e))
     }
 
-    /// Sends it a signal, by number.
+    /// Sends a signal, by number.
     ///
     /// # Errors
     /// If it has ended.
@@ -496,7 +495,7 @@ impl Process {
             .signal(&self.container, &self.exec, number, false)
     }
 
-    /// Tells its terminal a new size.
+    /// Sets the size of its terminal.
     ///
     /// # Errors
     /// If it has no terminal.

@@ -1,18 +1,18 @@
-//! What a user wants of a container. [`crate::oci`] makes an OCI configuration of it.
+//! The configuration of a container, which [`crate::oci`] converts to an OCI configuration.
 
 use crate::block_volume::BlockVolume;
 use crate::seccomp::Seccomp;
 use std::path::{Path, PathBuf};
 
-/// Where a process's standard streams go.
+/// Connection of a process's standard streams.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Stdio {
-    /// Nowhere: /dev/null.
+    /// Connected to /dev/null.
     Null,
-    /// Output and error to the host, no input.
+    /// Output and error are connected to the host; no input.
     #[default]
     Output,
-    /// All three to the host.
+    /// All three are connected to the host.
     Pipes,
     /// A terminal of this size; zeroes leave it to the guest.
     Terminal {
@@ -20,28 +20,28 @@ pub enum Stdio {
         rows: u16,
         /// Columns.
         columns: u16,
-        /// Whether it prints newlines as they are. By default a terminal prints CR LF (ONLCR in termios(3)).
+        /// Whether to output newlines unchanged. By default a terminal outputs CR LF (ONLCR in termios(3)).
         keep_newlines: bool,
     },
 }
 
-/// Which way a stream goes, as the process sees it.
+/// Direction of a stream, from the point of view of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// It reads a pipe.
+    /// A pipe that it reads.
     Input,
-    /// It writes to a pipe.
+    /// A pipe that it writes to.
     Output,
-    /// It has a socket.
+    /// A socket.
     Both,
 }
 
-/// The streams of a process that an OCI configuration describes.
+/// Streams of a process from an OCI configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessStreams {
     /// The standard ones.
     pub stdio: Stdio,
-    /// Its descriptors from 3 on, which it finds open.
+    /// Inherited descriptors, 3 and up.
     pub further: Vec<Direction>,
 }
 
@@ -54,13 +54,13 @@ impl From<Stdio> for ProcessStreams {
     }
 }
 
-/// How a process is added to a container.
+/// Options of an exec process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExecOptions {
     /// Its streams.
     pub streams: ProcessStreams,
-    /// Its control group, as a path in the container's own. Without one it is in that, or in the one of the container's
-    /// first process if the container has made groups of its own.
+    /// Its control group, as a path below the container's. Default: the container's own, or that of the container's first
+    /// process if the container has created groups of its own.
     pub cgroup: Option<String>,
 }
 
@@ -73,28 +73,28 @@ impl From<Stdio> for ExecOptions {
     }
 }
 
-/// A user, as numbers or as names of the container's own databases.
+/// A user, by numbers or by names from the container's `/etc/passwd` and `/etc/group`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct User {
     /// `USER[:GROUP]`, each a name or a number. Empty: root.
     pub text: String,
 }
 
-/// A host directory (or file) in the container.
+/// A host directory or file in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
-    /// The host's path.
+    /// Path on the host.
     pub source: PathBuf,
-    /// Where it is in the container.
+    /// Path in the container.
     pub destination: PathBuf,
-    /// Whether the container may only read it.
+    /// Whether it is read-only in the container.
     pub read_only: bool,
-    /// Whether what the host mounts and unmounts below it later shows in the container.
+    /// Whether later mounts and unmounts below it on the host are visible in the container.
     pub follow_mounts: bool,
 }
 
 impl Volume {
-    /// A volume that the container may write, with the mounts that the host has below it now.
+    /// A writable volume, with the current mounts of the host below it.
     pub fn new(source: impl Into<PathBuf>, destination: impl Into<PathBuf>) -> Self {
         Self {
             source: source.into(),
@@ -108,14 +108,14 @@ impl Volume {
 /// An empty directory in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tmpfs {
-    /// Where it is in the container.
+    /// Path in the container.
     pub destination: PathBuf,
-    /// As mount(8) has them: `size=64m`, `mode=0700`, `noexec`. Default: `nosuid`, `nodev`, `mode=1777`.
+    /// Options of mount(8): `size=64m`, `mode=0700`, `noexec`. Default: `nosuid`, `nodev`, `mode=1777`.
     pub options: Vec<String>,
 }
 
 impl Tmpfs {
-    /// One without options.
+    /// A directory without options.
     pub fn new(destination: impl Into<PathBuf>) -> Self {
         Self {
             destination: destination.into(),
@@ -127,17 +127,17 @@ impl Tmpfs {
 /// A disk of the sandbox in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// What the guest's kernel calls it: `vda`.
+    /// Name of the disk in the guest's kernel: `vda`.
     pub name: String,
-    /// Where it is in the container.
+    /// Path in the container.
     pub path: PathBuf,
-    /// Whether the container may only read it.
+    /// Whether it is read-only in the container.
     pub read_only: bool,
 }
 
 impl Device {
-    /// Disk number `disk`, from 0, of [`SandboxConfig::disks`](crate::SandboxConfig::disks), where the
-    /// guest itself has it: `/dev/vda` for 0, after `/dev/vdz` `/dev/vdaa`.
+    /// Disk number `disk` (from 0) of [`SandboxConfig::disks`](crate::SandboxConfig::disks), at its path in the guest:
+    /// `/dev/vda` for 0; `/dev/vdaa` follows `/dev/vdz`.
     pub fn new(disk: usize, read_only: bool) -> Self {
         let letter = |n: usize| char::from(b'a' + (n % 26) as u8);
         let name = match disk / 26 {
@@ -147,7 +147,7 @@ impl Device {
         Self::named(name, read_only)
     }
 
-    /// The disk that the guest's kernel calls `name`, where the guest itself has it.
+    /// The disk with this name in the guest's kernel, at its path in the guest.
     pub(crate) fn named(name: String, read_only: bool) -> Self {
         Self {
             path: Path::new("/dev").join(&name),
@@ -162,7 +162,7 @@ impl Device {
 pub struct ProcessConfig {
     /// The program and its arguments.
     pub args: Vec<String>,
-    /// `NAME=VALUE`; PATH and HOME have defaults.
+    /// Environment as `NAME=VALUE`; PATH and HOME have defaults.
     pub env: Vec<String>,
     /// The working directory. Default: `/`.
     pub cwd: Option<PathBuf>,
@@ -175,49 +175,49 @@ pub struct ProcessConfig {
 /// A container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ContainerConfig {
-    /// Its root: a directory of the host, or a file (or block device) with a file system, erofs or
-    /// ext4, which is not written to: what the container writes is kept in the guest's memory.
+    /// Root file system: a directory of the host, or a file (or block device) with an erofs or ext4 file system, which is
+    /// not modified: changes are kept in the guest's memory.
     pub rootfs: PathBuf,
     /// Its first process.
     pub process: ProcessConfig,
-    /// Its host name. Default: its name.
+    /// Host name. Default: the container's name.
     pub hostname: Option<String>,
-    /// Host directories in it.
+    /// Host directories.
     pub volumes: Vec<Volume>,
-    /// Disks of the sandbox in it.
+    /// Disks of the sandbox.
     pub devices: Vec<Device>,
     /// Empty directories in memory.
     pub tmpfs: Vec<Tmpfs>,
-    /// File systems of its own.
+    /// Block volumes.
     pub block_volumes: Vec<BlockVolume>,
-    /// Whether its root is read-only.
+    /// Whether the root is read-only.
     pub read_only: bool,
-    /// Every capability, every device, no masked paths: root of its guest.
+    /// Whether it has all capabilities, all devices and no masked paths: full control of its guest.
     pub privileged: bool,
     /// Capabilities beyond the default ones, with or without `CAP_`.
     pub capabilities: Vec<String>,
-    /// The system calls that it may make.
+    /// Filter of its system calls.
     pub seccomp: Seccomp,
-    /// Whether its programs can't gain privileges by set-user-ID files and the like.
+    /// Whether programs are prevented from gaining privileges, by set-user-ID files for example.
     pub no_new_privileges: bool,
-    /// Limits of its processes' resources. Default: 1048576 open files, and of the rest what the kernel gives; no
-    /// limit of processes.
+    /// Resource limits of its processes. Default: 1048576 open files, the kernel's defaults for the rest, and no limit on
+    /// the number of processes.
     pub rlimits: Vec<Rlimit>,
 }
 
-/// A limit of a process's resources: setrlimit(2).
+/// A resource limit of a process: setrlimit(2).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rlimit {
-    /// Which, with or without `RLIMIT_`: `nofile`.
+    /// The resource, with or without `RLIMIT_`: `nofile`.
     pub resource: String,
-    /// What is in force; `u64::MAX` is no limit.
+    /// The soft limit; `u64::MAX` means no limit.
     pub soft: u64,
-    /// What it may be raised to.
+    /// The hard limit.
     pub hard: u64,
 }
 
 impl ContainerConfig {
-    /// A container of this root file system and program, with every default.
+    /// A container with this root file system and program, and defaults for everything else.
     pub fn new<S: Into<String>>(
         rootfs: impl Into<PathBuf>,
         args: impl IntoIterator<Item = S>,

@@ -1,4 +1,4 @@
-//! How a disk is taken from a running guest: with its consent, or without it after a while.
+//! Removal of a disk from a running guest: with its consent, or by force after a timeout.
 
 use crate::Error;
 use crate::patience::{SILENCE, while_disks_work};
@@ -6,11 +6,11 @@ use crate::sandbox::{Disk, Inner, LOOK};
 use koya_vmm::AttachedDisk;
 use std::time::{Duration, Instant};
 
-/// How long a guest may go on to use a disk of a container that has ended, or that is detached by force.
+/// Time for which a guest may keep using a disk of an ended container, or one that is detached by force.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
 impl Inner {
-    /// Has the guest's kernel let go of a disk, once it has written out what it has of it.
+    /// Makes the guest's kernel release a disk, after unwritten data has been flushed.
     pub(crate) fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
         let (agent, window) = (self.agent.clone(), attached.mmio_slot);
         let disks = std::slice::from_ref(&attached.disk);
@@ -19,7 +19,7 @@ impl Inner {
         })
     }
 
-    /// A guest that uses it keeps it; one that says nothing, and does nothing to it, loses it.
+    /// A guest that still uses the disk keeps it; one that neither responds nor accesses it loses it.
     pub(crate) fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         let slot = disk.attached.slot;
         match self.have_let_go(&disk.attached) {
@@ -34,8 +34,8 @@ impl Inner {
         }
     }
 
-    /// Who used it is gone, or has no say: what the guest's answer is changes nothing after a while, or an
-    /// image would be locked for as long as the guest likes.
+    /// The users of the disk are gone, or have no say. The guest's reply does not matter after a timeout: otherwise a guest
+    /// could keep an image locked forever.
     pub(crate) fn force_detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         let deadline = Instant::now() + BUSY_LIMIT;
         loop {

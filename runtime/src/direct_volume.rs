@@ -1,8 +1,8 @@
-//! Direct volumes: file systems on block devices or disk images of the host that the guest mounts by
-//! itself, instead of a share of what the host has mounted.
+//! Direct volumes: file systems on block devices or disk images of the host that the guest mounts by itself, instead of a
+//! share of a mount on the host.
 //!
-//! Who prepares a volume (a storage driver) writes down that its path stands for a device. The file is as
-//! Kata Containers' drivers write it, and theirs are found too: `DIRECTORY/BASE64URL(path)/mountInfo.json`.
+//! A storage driver that prepares a volume records the device for its path. The format is that of Kata Containers, whose
+//! records are found too: `DIRECTORY/BASE64URL(path)/mountInfo.json`.
 
 use crate::Error;
 use base64::Engine as _;
@@ -13,24 +13,24 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
-/// Where they are written down.
+/// Directory of the records.
 pub const DIRECTORY: &str = "/run/koya/direct-volumes";
-/// Where Kata Containers' drivers write theirs.
+/// Directory of the records of Kata Containers' drivers.
 const KATA_DIRECTORY: &str = "/run/kata-containers/shared/direct-volumes";
 const FILE: &str = "mountInfo.json";
-/// As drivers name the kinds that are a device with a file system.
+/// Volume types of drivers that mean a device with a file system.
 const KINDS: &[&str] = &["", "block", "directvol"];
 
-/// What a path stands for.
+/// A volume recorded for a path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectVolume {
     #[serde(rename = "volume-type", default)]
     kind: String,
-    /// The block device, or an image of one.
+    /// The block device or disk image.
     pub device: PathBuf,
-    /// Its file system, as mount(8) names it.
+    /// Its file system type, as in mount(8).
     pub fstype: String,
-    /// Options of the mount.
+    /// Mount options.
     #[serde(default)]
     pub options: Vec<String>,
 }
@@ -46,10 +46,10 @@ impl DirectVolume {
         }
     }
 
-    /// Writes down that `path` stands for this, until [`forget`] or the host's next start.
+    /// Records this volume for `path`, until [`forget`] or a reboot of the host.
     ///
     /// # Errors
-    /// If the host refuses.
+    /// The error from the host.
     pub fn add(&self, path: &Path) -> Result<(), Error> {
         let what = || format!("write down the volume {}", path.display());
         let add = || -> io::Result<()> {
@@ -63,10 +63,10 @@ impl DirectVolume {
     }
 }
 
-/// That a path stands for a device is forgotten.
+/// Removes the record for a path.
 ///
 /// # Errors
-/// If it was not known.
+/// If there is none.
 pub fn forget(path: &Path) -> Result<(), Error> {
     let what = || format!("forget the volume {}", path.display());
     let dir = entry(Path::new(DIRECTORY), path);
@@ -74,7 +74,7 @@ pub fn forget(path: &Path) -> Result<(), Error> {
     forgotten.map_err(|error| Error::host(what())(error))
 }
 
-/// Every path that stands for a device.
+/// All recorded paths and volumes.
 pub fn all() -> Vec<(PathBuf, DirectVolume)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(DIRECTORY).into_iter().flatten().flatten() {
@@ -90,7 +90,7 @@ pub fn all() -> Vec<(PathBuf, DirectVolume)> {
     all
 }
 
-/// What a path stands for, if it is a volume.
+/// The volume recorded for a path, if any.
 pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
     for directory in [DIRECTORY, KATA_DIRECTORY] {
         if let Some(volume) = read(Path::new(directory), path)? {
@@ -100,7 +100,7 @@ pub(crate) fn find(path: &Path) -> Result<Option<DirectVolume>, Error> {
     Ok(None)
 }
 
-/// A path's name, however it is written: `/a/` is `/a`.
+/// The record of a path, in normalized form: `/a/` is `/a`.
 fn entry(directory: &Path, path: &Path) -> PathBuf {
     let path: PathBuf = path.components().collect();
     directory.join(URL_SAFE.encode(path.as_os_str().as_bytes()))
@@ -110,7 +110,8 @@ fn read(directory: &Path, path: &Path) -> Result<Option<DirectVolume>, Error> {
     let shown = path.display();
     let text = match fs::read(entry(directory, path).join(FILE)) {
         Ok(text) => text,
-        // A path that is too long to be a name is none's, and what only root may read is nothing to others.
+        // A path that is too long for a file name has no record, and records that only root may read are ignored for other
+        // users.
         Err(error)
             if matches!(
                 error.kind(),
@@ -146,7 +147,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = Path::new("/var/lib/kubelet/pods/u/volumes/csi/pvc/mount");
         assert_eq!(read(dir.path(), path).unwrap(), None);
-        // As Kata's drivers name it and write it.
+        // Name and contents as written by Kata's drivers.
         let own = "L3Zhci9saWIva3ViZWxldC9wb2RzL3Uvdm9sdW1lcy9jc2kvcHZjL21vdW50";
         fs::create_dir(dir.path().join(own)).unwrap();
         let file = dir.path().join(own).join(FILE);

@@ -1,12 +1,12 @@
-//! Where the host keeps what is Koya's.
+//! Koya's directories on the host.
 
 use std::io;
 use std::path::PathBuf;
 
-/// What lasts: `/var/lib/koya` as root; else `koya` with the user's data, in `XDG_DATA_HOME` or `~/.local/share`.
+/// Persistent data: `/var/lib/koya` for root, otherwise `koya` in `XDG_DATA_HOME` or `~/.local/share`.
 ///
 /// # Errors
-/// If there is no such place, or its path is not an absolute one.
+/// If there is no such directory, or its path is not absolute.
 pub fn data() -> io::Result<PathBuf> {
     let base = match rustix::process::geteuid().is_root() {
         true => "/var/lib".into(),
@@ -21,13 +21,13 @@ pub fn data() -> io::Result<PathBuf> {
     Ok(base.join("koya"))
 }
 
-/// Where a user keeps what programs store.
+/// The user's data directory.
 pub(crate) fn user_data() -> Option<PathBuf> {
     let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share"));
     variable("XDG_DATA_HOME").or_else(home)
 }
 
-/// A directory that a variable names. An empty one counts as none (XDG Base Directory Specification).
+/// A directory named by an environment variable. An empty one counts as unset (XDG Base Directory Specification).
 pub(crate) fn variable(name: &str) -> Option<PathBuf> {
     let value = std::env::var_os(name).filter(|value| !value.is_empty());
     value.map(PathBuf::from)

@@ -1,13 +1,13 @@
-//! Containers that end, whatever their guest does.
+//! Reliable termination of containers, independent of the guest.
 //!
-//! SIGKILL goes to the guest's agent, and a guest may say nothing to it, or say that it was done. So the host
-//! notes it, and ends the virtual machine if the container has not ended after [`Patience::end`], or after
-//! [`Patience::end_beside_others`] where another one lives that was not killed; or as soon as the agent fails to
-//! answer, where no such container is left.
+//! SIGKILL is sent by the guest's agent, which may not respond, or may claim that it was sent. So the host records the
+//! request, and ends the virtual machine if the container has not ended after [`Patience::end`], or after
+//! [`Patience::end_beside_others`] while another container is alive that was not killed; or as soon as the agent fails to
+//! respond, if no such container is left.
 //!
-//! What is still written to the machine's disks is waited for.
+//! The limits are extended while data is still being written to the machine's disks.
 //!
-//! One thread a kill asks the agent, `koya-kill`; one a container that was killed waits, `koya-overdue`.
+//! Threads: `koya-kill` for each request to the agent, `koya-overdue` for each killed container.
 
 use crate::Error;
 use crate::agent::Agent;
@@ -20,18 +20,18 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-/// How often a wait looks.
+/// Polling interval.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How long the guest is given.
+/// Time limits of the guest.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// To answer whoever asks for a signal; after that it is the host that answers.
+    /// For the reply to a signal; after that the host replies.
     pub(crate) answer: Duration,
-    /// To report the end of a container that was sent SIGKILL.
+    /// For reporting the end of a container that was sent SIGKILL.
     pub(crate) end: Duration,
-    /// The same while another container lives that was not killed, and would end with the machine: a process
-    /// that waits for a slow file system of the host's does not die before that answers, by nobody's fault.
+    /// The same while another container is alive that was not killed and would end with the machine: a process that waits
+    /// for a slow file system of the host dies only when that responds, which is not the guest's fault.
     pub(crate) end_beside_others: Duration,
 }
 
@@ -45,12 +45,12 @@ impl Default for Patience {
     }
 }
 
-/// What is known of one container's end.
+/// The state of one container's end.
 #[derive(Default)]
 pub(crate) struct Mark {
     killed: AtomicBool,
     ended: AtomicBool,
-    /// Threads that wait for the guest's word.
+    /// Number of threads waiting for the guest's report.
     waiting: AtomicUsize,
 }
 
@@ -69,7 +69,7 @@ impl Mark {
         self.ended.load(Ordering::SeqCst)
     }
 
-    /// Waits for the guest's word by `wait`.
+    /// Calls `wait`, which waits for the guest's report.
     pub(crate) fn follow<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let word = wait();
@@ -79,14 +79,14 @@ impl Mark {
     }
 }
 
-/// The containers of a sandbox.
+/// Ends of the containers of a sandbox.
 pub(crate) struct Ends {
     agent: Agent,
     patience: Patience,
     marks: Mutex<Vec<Weak<Mark>>>,
-    /// The machine's disks, which are written out before a process ends that waits for that.
+    /// The machine's disks, which are flushed before a process that waits for that ends.
     disks: Box<dyn Fn() -> Vec<BlockHandle> + Send + Sync>,
-    /// Ends the virtual machine, and says why.
+    /// Ends the virtual machine with this reason.
     end_machine: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -106,7 +106,7 @@ impl Ends {
         })
     }
 
-    /// A new container.
+    /// Adds a container.
     pub(crate) fn add(&self) -> Arc<Mark> {
         let mark = Arc::new(Mark::default());
         let mut marks = lock(&self.marks);
@@ -115,16 +115,16 @@ impl Ends {
         mark
     }
 
-    /// Ends the virtual machine, since the guest does not do what it must.
+    /// Ends the virtual machine because the guest fails to do its duty.
     pub(crate) fn give_up(&self, why: &str) {
         (self.end_machine)(why);
     }
 
-    /// Sends SIGKILL to a container's first process, or to all of its processes. It is answered soon, whatever
+    /// Sends SIGKILL to a container's first process, or to all of its processes. Returns soon, whatever
     /// the guest does.
     ///
     /// # Errors
-    /// If it has ended already, by the agent's word, or if the host has no thread left.
+    /// If the agent reports that it has already ended, or the host cannot create a thread.
     pub(crate) fn kill(
         self: &Arc<Self>,
         mark: &Arc<Mark>,
@@ -137,7 +137,7 @@ impl Ends {
             let (ends, mark, id) = (self.clone(), Arc::downgrade(mark), id.to_owned());
             let watched = threads::spawn("koya-overdue", move || ends.watch(&mark, &id));
             watched.map_err(|error| {
-                // So that the next one tries again.
+                // Lets the next call try again.
                 unwatched.killed.store(false, Ordering::SeqCst);
                 threads_error()(error)
             })?;
@@ -148,7 +148,7 @@ impl Ends {
             sender.send(ends.ask_for_kill(&id, all)).ok();
         });
         asked.map_err(threads_error())?;
-        // Without an answer it is still noted, and the host sees to it.
+        // Without a reply, the host still enforces it.
         answer.recv_timeout(self.patience.answer).unwrap_or(Ok(()))
     }
 
@@ -160,7 +160,7 @@ impl Ends {
             Err(error) => error,
         };
         log::warn!("container {id} is killed, and the guest does not do it: {error}");
-        // It has answered: its end may come all the same.
+        // It has replied: the container may still end.
         if matches!(error, Error::Agent { .. }) {
             return Ok(());
         }
@@ -171,14 +171,14 @@ impl Ends {
         Ok(())
     }
 
-    /// Those of containers that have not ended.
+    /// The marks of containers that have not ended.
     fn live(&self) -> Vec<Arc<Mark>> {
         let marks = lock(&self.marks);
         let marks = marks.iter().filter_map(Weak::upgrade);
         marks.filter(|mark| !mark.has_ended()).collect()
     }
 
-    /// How long a container that was killed may take now.
+    /// Time limit for a killed container, given the others.
     fn limit(&self) -> Duration {
         match self.live().iter().all(|mark| mark.is_killed()) {
             true => self.patience.end,
@@ -186,10 +186,10 @@ impl Ends {
         }
     }
 
-    /// Sees to it that a container that was killed ends.
+    /// Enforces the end of a killed container.
     fn watch(&self, mark: &Weak<Mark>, id: &str) {
         let mut work = DiskWork::new((self.disks)());
-        // Looks, not a clock: while this process is stopped the guest does not run either.
+        // Counted in polls instead of clock time: while this process is stopped, the guest does not run either.
         let (mut silent, mut whole) = (Duration::ZERO, Duration::ZERO);
         loop {
             let Some(mark) = mark.upgrade() else { return };
@@ -202,7 +202,7 @@ impl Ends {
                 silent = Duration::ZERO;
             }
             if silent >= limit || whole >= WRITE_OUT_LIMIT {
-                // Where nobody has asked for its end, the guest had nobody to tell.
+                // If nobody waits for the container, the guest had no reason to report its end.
                 let is_awaited = mark.waiting.load(Ordering::SeqCst) > 0;
                 if is_awaited || self.agent.has_ended(id).is_err() {
                     self.give_up(&format!(
@@ -231,7 +231,7 @@ mod tests {
         end: Duration::from_millis(400),
         end_beside_others: Duration::from_secs(3),
     };
-    /// Longer than all of that, and than what the agent may take for a signal.
+    /// Longer than all limits above, and than the limit for a signal call.
     const LIMIT: Duration = Duration::from_secs(20);
 
     fn ends(word: impl Fn(&str) -> Word + Send + 'static) -> (Arc<Ends>, Receiver<()>) {
@@ -250,7 +250,7 @@ mod tests {
         ends.kill(&killed, "a", false).unwrap();
         assert!(started.elapsed() < PATIENCE.end, "{:?}", started.elapsed());
         std::thread::scope(|scope| {
-            // Somebody waits for its end, and does not hear of it.
+            // A thread waits for its end without a reply.
             let (sender, hold) = channel::<()>();
             scope.spawn(|| killed.follow(move || hold.recv().ok()));
             ended.recv_timeout(LIMIT).unwrap();
@@ -264,7 +264,7 @@ mod tests {
     fn a_machine_with_a_container_that_lives_has_more_time_until_that_ends_too() {
         let (ends, ended) = ends(|_| Word::Ok);
         let (killed, other) = (ends.add(), ends.add());
-        // As of somebody who waits and has not heard.
+        // As if a thread waited without a reply.
         killed.waiting.store(1, Ordering::SeqCst);
         let started = Instant::now();
         ends.kill(&killed, "a", false).unwrap();
@@ -292,13 +292,13 @@ mod tests {
         let killed = ends.add();
         ends.kill(&killed, "a", false).unwrap();
         killed.follow(|| ());
-        // Another's end was reported, but nobody here had asked for it.
+        // A container that has ended, but whose end nobody here waited for.
         let unasked = ends.add();
         ends.kill(&unasked, "b", false).unwrap();
         assert!(ended.recv_timeout(PATIENCE.end * 3).is_err());
     }
 
-    /// It has answered, so it may still do it.
+    /// An agent that has replied may still do it.
     #[test]
     fn an_agent_that_refuses_has_its_time() {
         let (ends, ended) = ends(|_| Word::Error);

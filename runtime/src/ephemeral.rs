@@ -1,9 +1,8 @@
-//! Kubernetes' volumes in memory (an `emptyDir` with `medium: Memory`): a file system in the guest's memory
-//! instead of the host, so that what is in it counts where the containers' memory does.
+//! Kubernetes volumes in memory (`emptyDir` with `medium: Memory`): a tmpfs in the guest instead of on the host, so that its
+//! contents count towards the containers' memory.
 //!
-//! The kubelet mounts a tmpfs of the volume's size on the host, and gives containers that, or directories of it
-//! (`subPath`). Both are told by the host's table of mounts: all that is on one such tmpfs is on one tmpfs
-//! of the guest.
+//! The kubelet mounts a tmpfs of the volume's size on the host, and gives containers that tmpfs or directories of it
+//! (`subPath`). Both are recognized by the host's mount table: all paths on one such tmpfs map to one tmpfs in the guest.
 
 use koya_protocol::messages::EphemeralVolume;
 use rustix::fs::StatFs;
@@ -11,15 +10,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
-/// Where the kubelet mounts them, in its directory of the pod.
+/// Mount points of such volumes, in the kubelet's directory of the pod.
 const VOLUMES: &str = "/volumes/kubernetes.io~empty-dir/";
 
-/// A line of `/proc/self/mountinfo` (proc(5)), as far as it matters.
+/// A line of `/proc/self/mountinfo` (proc(5)), with the fields used here.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
-    /// The file system.
+    /// Device number of the file system.
     device: String,
-    /// What of it is mounted.
+    /// The mounted directory of the file system.
     root: PathBuf,
     at: PathBuf,
     kind: String,
@@ -38,7 +37,7 @@ impl Mount {
     }
 }
 
-/// `\040` is a blank.
+/// Decodes escapes: `\040` is a space.
 fn unescaped(text: &str) -> String {
     let pairs = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n")];
     let text = pairs
@@ -47,19 +46,19 @@ fn unescaped(text: &str) -> String {
     text.replace("\\134", "\\")
 }
 
-/// Whether this is a file system in memory.
+/// Whether this is an in-memory file system.
 pub(crate) fn is_in_memory(found: &StatFs) -> bool {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     found.f_type == TMPFS_MAGIC
 }
 
-/// The volume in memory that a path of the host is on, if it is one of Kubernetes', as a container's
-/// mount with this number.
+/// The in-memory volume that contains a path of the host, if it is a Kubernetes volume; for the container's mount with this
+/// number.
 pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
     if !is_in_memory(&rustix::fs::statfs(source).ok()?) {
         return None;
     }
-    // The table has no links, and names that are not text elsewhere in it do not matter.
+    // The table has resolved paths, and other entries that are not valid UTF-8 do not matter.
     let source = fs::canonicalize(source).ok()?;
     let table = fs::read("/proc/self/mountinfo").ok()?;
     let (device, volume, within) = find(&String::from_utf8_lossy(&table), &source)?;
@@ -77,10 +76,10 @@ pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
     })
 }
 
-/// Its file system, where the kubelet mounted that, and the path within it.
+/// Its file system, the kubelet's mount point, and the path within it.
 pub(crate) fn find(table: &str, source: &Path) -> Option<(String, PathBuf, PathBuf)> {
     let mounts: Vec<Mount> = table.lines().filter_map(Mount::parse).collect();
-    // The deepest, and of several at one place the last.
+    // The deepest mount counts, and of several at one path the last.
     let around = mounts.iter().filter(|mount| source.starts_with(&mount.at));
     let own = around.max_by_key(|mount| mount.at.components().count())?;
     let is_volume = |mount: &&Mount| {

@@ -1,4 +1,4 @@
-//! What can go wrong, in terms of what was tried.
+//! Errors of the library.
 
 use crate::console::{Console, last_lines};
 use koya_vmm::{AttachError, ConfigError, ExitReason, StartError};
@@ -7,60 +7,60 @@ use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
 
-/// How many lines of a guest that died are shown.
+/// Number of console lines of a dead guest that are shown.
 pub(crate) const LAST_WORDS: usize = 80;
 
-/// Why a sandbox or container could not do what it was asked.
+/// Errors of sandboxes and containers.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Kernel or agent are not where they are looked for.
+    /// Kernel or agent was not found in any of the searched places.
     #[error("no {what} found; looked in: {}; {remedy}",
         looked.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))]
     Missing {
         /// Guest kernel or agent.
         what: &'static str,
-        /// How one comes by it.
+        /// How to obtain it.
         remedy: &'static str,
-        /// Every place.
+        /// All searched places.
         looked: Vec<PathBuf>,
     },
-    /// The virtual machine's configuration.
+    /// Invalid configuration of the virtual machine.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A disk of a running sandbox.
+    /// A disk could not be attached to or detached from a running sandbox.
     #[error(transparent)]
     Attach(#[from] AttachError),
-    /// A size that a running sandbox can't have.
+    /// A size outside the limits of a sandbox.
     #[error("{asked} {what} are outside what this sandbox can have: {min} to {max}")]
     Size {
         /// CPUs or MiB of memory.
         what: &'static str,
-        /// What was asked for.
+        /// The requested value.
         asked: u64,
-        /// The least.
+        /// The minimum.
         min: u64,
-        /// The most.
+        /// The maximum.
         max: u64,
     },
-    /// The virtual machine.
+    /// The virtual machine could not be started.
     #[error("cannot start the virtual machine")]
     Start(#[from] StartError),
-    /// The agent did not call.
+    /// The agent did not connect.
     #[error(
         "the guest's agent did not connect within {waited:.1?}; the end of the guest's console:\n\
          {console}"
     )]
     AgentSilent {
-        /// How long it was waited for.
+        /// Time spent waiting.
         waited: Duration,
-        /// What the guest printed last.
+        /// End of the guest's console output.
         console: String,
     },
     /// The virtual machine ended by itself.
     #[error("the virtual machine ended: {reason}; the guest's last words:\n{last_words}")]
     Ended {
-        /// Why.
+        /// The reason.
         reason: ExitReason,
         /// Its kernel's panic log if there is one, else the end of its console.
         last_words: String,
@@ -68,76 +68,76 @@ pub enum Error {
     /// The container's program can't be found or run.
     #[error("{reason}")]
     NotExecutable {
-        /// What a shell would exit with: 127 not found, 126 can't be run.
+        /// Exit status as of a shell: 127 not found, 126 not executable.
         status: i32,
-        /// Which program, and why.
+        /// The program and the reason.
         reason: String,
     },
-    /// The agent refused.
+    /// The agent reported an error.
     #[error("cannot {operation}: {reason}")]
     Agent {
-        /// What was asked.
+        /// The requested operation.
         operation: &'static str,
-        /// What it says that the reason is: [`ErrorKind::Guest`] if nothing that is known.
+        /// The kind of error reported; [`ErrorKind::Guest`] if unknown.
         kind: ErrorKind,
-        /// What it said.
+        /// The agent's message.
         reason: String,
     },
-    /// The process has ended, or there never was one.
+    /// The process has ended, or never existed.
     #[error("cannot {operation}: {reason}")]
     NoProcess {
-        /// What was asked.
+        /// The requested operation.
         operation: &'static str,
-        /// What the agent said.
+        /// The agent's message.
         reason: String,
     },
     /// The agent's connection has ended.
     #[error("cannot {operation}: the guest's agent has hung up")]
     HungUp {
-        /// What was asked.
+        /// The requested operation.
         operation: &'static str,
     },
-    /// The agent did not answer.
+    /// The agent did not reply in time.
     #[error("cannot {operation}: the guest's agent did not answer within {waited:.0?}")]
     Overdue {
-        /// What was asked.
+        /// The requested operation.
         operation: &'static str,
-        /// How long it was waited for.
+        /// Time spent waiting.
         waited: Duration,
     },
-    /// The settings of sandboxes.
+    /// Invalid settings of sandboxes.
     #[error("{place}: {reason}")]
     Settings {
-        /// Which file or annotation.
+        /// The file or annotation.
         place: String,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
-    /// A configuration, of a sandbox or a container.
+    /// Invalid configuration of a sandbox or a container.
     #[error("{field}: {reason}")]
     Invalid {
-        /// Which part of it.
+        /// The invalid field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
-        /// What was found out, if that was another's to say.
+        /// The underlying error, if any.
         #[source]
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
-    /// What a configuration asks for and a virtual machine's guest can't have.
+    /// The configuration requests something that a guest does not support.
     #[error("{field}: {reason}")]
     Unsupported {
-        /// Which part of it.
+        /// The field.
         field: &'static str,
-        /// What it is.
+        /// The unsupported feature.
         reason: String,
     },
-    /// The host refused.
+    /// An operation failed on the host.
     #[error("cannot {operation}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         operation: String,
-        /// The host's answer.
+        /// The error from the host.
         #[source]
         source: io::Error,
     },
@@ -165,7 +165,7 @@ impl Error {
         }
     }
 
-    /// The same, and what says so.
+    /// As `invalid`, with the underlying error.
     pub(crate) fn invalid_by<E>(
         field: &'static str,
         reason: impl Into<String>,
@@ -188,7 +188,7 @@ impl Error {
         }
     }
 
-    /// What kind of error it is.
+    /// The kind of error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Missing { .. } => ErrorKind::NotFound,
@@ -213,31 +213,31 @@ impl Error {
     }
 }
 
-/// What callers act on.
+/// Kinds of errors, for callers to act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// There is no such thing: a container, a disk, the guest's kernel.
+    /// Not found: a container, a disk, the guest's kernel.
     NotFound,
-    /// There is one already.
+    /// Already exists.
     AlreadyExists,
-    /// What was asked for is wrong, and will be the next time.
+    /// Invalid configuration; a retry will fail again.
     InvalidConfiguration,
-    /// The container's program can't be found or run.
+    /// The container's program can't be found or executed.
     NotExecutable,
-    /// The process has ended, or there never was one.
+    /// The process has ended, or never existed.
     NoProcess,
-    /// Somebody uses it.
+    /// In use.
     InUse,
     /// The virtual machine has ended.
     GuestEnded,
-    /// The guest did not answer in time.
+    /// The guest did not reply in time.
     TimedOut,
-    /// A guest can't have it.
+    /// Not supported by guests.
     Unsupported,
-    /// The guest failed to do it, for a reason of its own.
+    /// The guest failed for a reason of its own.
     Guest,
-    /// The host refused.
+    /// An operation failed on the host.
     Host,
 }
 

@@ -1,9 +1,9 @@
-//! Where the guest kernel and the agent's initramfs are.
+//! Locations of the guest kernel and the agent's initramfs.
 
 use crate::Error;
 use std::path::PathBuf;
 
-/// What a guest starts from.
+/// The files that a guest is booted from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Files {
     /// The guest kernel.
@@ -13,17 +13,16 @@ pub struct Files {
 }
 
 impl Files {
-    /// Looks, in this order: at what is given; at `KOYA_KERNEL` and `KOYA_INITRAMFS`; for
-    /// `vmlinux` and `initramfs` in `KOYA_SHARE`, in `../share/koya` beside this program, in
-    /// `/usr/local/share/koya` and in `/usr/share/koya`. Where the kernel is named [`FULL_KERNEL`], it is
-    /// `vmlinux-full` in these directories.
+    /// Searches in this order: the given paths; `KOYA_KERNEL` and `KOYA_INITRAMFS`; `vmlinux` and `initramfs` in
+    /// `KOYA_SHARE`, in `../share/koya` beside this program, in `/usr/local/share/koya` and in `/usr/share/koya`. If the
+    /// kernel is [`FULL_KERNEL`], `vmlinux-full` is searched in these directories.
     ///
     /// # Errors
-    /// [`Error::Missing`] with every place.
+    /// [`Error::Missing`] with all searched places.
     pub fn find(kernel: Option<PathBuf>, initramfs: Option<PathBuf>) -> Result<Self, Error> {
         let named = kernel.or_else(|| from_environment("KOYA_KERNEL"));
         let initramfs = initramfs.or_else(|| from_environment("KOYA_INITRAMFS"));
-        // What somebody names is taken as it is, so that an error names it too.
+        // Explicit paths are used as they are, so that errors name them.
         Ok(Self {
             kernel: match named {
                 Some(name) if name.as_os_str() == FULL_KERNEL => Self::full_kernel()?,
@@ -37,10 +36,10 @@ impl Files {
         })
     }
 
-    /// Where the full kernel is.
+    /// Location of the full kernel.
     ///
     /// # Errors
-    /// [`Error::Missing`] with every place.
+    /// [`Error::Missing`] with all searched places.
     pub fn full_kernel() -> Result<PathBuf, Error> {
         find(&FULL)
     }
@@ -49,7 +48,7 @@ impl Files {
 /// The name of the kernel with network file systems, tracing and more (docs/guest-kernel.md).
 pub const FULL_KERNEL: &str = "full";
 
-/// A file that is looked for, and how one comes by it.
+/// A file to search for, and how to obtain it.
 struct Wanted {
     what: &'static str,
     name: &'static str,

@@ -1,4 +1,4 @@
-//! What a sandbox holds for a container: shares of host directories, and disks.
+//! Resources that a sandbox holds for a container: shares of host directories, and disks.
 
 use crate::Error;
 use crate::block_volume::GuestVolume;
@@ -12,19 +12,19 @@ use std::collections::HashMap;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
-/// What the sandbox holds for a container.
+/// Resources that the sandbox holds for a container.
 #[derive(Default)]
 pub(crate) struct Given {
-    /// By their names.
+    /// Names of its shares.
     shares: Vec<String>,
     pub(crate) disks: Vec<Used<Disk>>,
-    /// The disk that is its root, and whether the guest has mounted it.
+    /// The disk with its root, and whether the guest has mounted it.
     pub(crate) image: Option<(Disk, bool)>,
 }
 
 impl Given {
-    /// Shares what a configuration names, and says in it where the guest has it. Returns what the guest
-    /// must look for itself, since it lies within what other containers have.
+    /// Shares the host paths of a configuration, and sets their guest paths in it. Returns the volumes that the guest must
+    /// look up itself, since they lie within shares of other containers.
     pub(crate) fn share(
         &mut self,
         inner: &Inner,
@@ -43,7 +43,7 @@ impl Given {
         let mut places = HashMap::new();
         let mut within = Vec::new();
         for (share, shared) in shares.into_iter().zip(shared) {
-            // A later one may hold it.
+            // A later share may contain it.
             let path = inner.shares.locate(&shared.name).unwrap_or(shared.path);
             let path = match path.components().count() {
                 1 => oci::guest_path(&path),
@@ -89,11 +89,11 @@ impl Given {
         Ok(devices)
     }
 
-    /// The guest's name of it.
+    /// Returns the guest's name of the disk.
     fn attach_one(&mut self, inner: &Inner, host: &Path, read_only: bool) -> Result<String, Error> {
         let attached = inner.share_disk(&DiskConfig {
             read_only,
-            // What it holds was declared, and a guest may write the first bytes of another format there.
+            // The format is known, and the guest may write bytes there that look like another format.
             raw: true,
             ..DiskConfig::new(host)
         })?;
@@ -102,7 +102,7 @@ impl Given {
         Ok(name)
     }
 
-    /// The same for those whose file systems the guest is to mount.
+    /// Attaches disks whose file systems the guest mounts.
     pub(crate) fn attach_direct(
         &mut self,
         inner: &Inner,
@@ -148,7 +148,7 @@ impl Given {
     }
 }
 
-/// Disks of a container that is gone are not the guest's to keep.
+/// A guest must not keep the disks of a removed container: one that does not respond is ended.
 fn end_if_overdue(inner: &Inner, id: &str, error: &Error) {
     if matches!(error, Error::Overdue { .. }) {
         inner

@@ -1,4 +1,4 @@
-//! Parts of the library, for what searches them for faults. Not part of the API: they change without notice.
+//! Parts of the library, for fuzz targets. Not part of the API: they change without notice.
 
 use crate::account::Accounts;
 use crate::agent::Agent;
@@ -10,11 +10,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// The guest's configuration of a container, as JSON, and the host's directories that it shares. `passwd` and `groups`
-/// are the texts of its root's `/etc/passwd` and `/etc/group`.
+/// The guest's configuration of a container as JSON, and the host directories that it shares. `passwd` and `groups` are the
+/// contents of `/etc/passwd` and `/etc/group` in its root.
 ///
 /// # Errors
-/// What of the bundle can't be had, by name.
+/// The unsupported part of the bundle.
 pub fn adapted(
     id: &str,
     bundle: Bundle,
@@ -28,20 +28,20 @@ pub fn adapted(
     Ok((text, shares.collect()))
 }
 
-/// The volume in memory in which a path lies, given the table of mounts, and the path within it.
+/// The in-memory volume that contains a path, according to a mount table, and the path within it.
 pub fn volume_in_memory(table: &str, source: &Path) -> Option<(PathBuf, PathBuf)> {
     let (_, volume, within) = crate::ephemeral::find(table, source)?;
     Some((volume, within))
 }
 
-/// Asks the agent at the other end of `stream` for one thing after another, as the numbers say, until one of them
-/// fails because it has hung up. Returns the texts of the others' refusals.
+/// Sends the agent at the other end of `stream` a sequence of requests, selected by these numbers, until one fails because
+/// the agent has hung up. Returns the error messages of the others.
 pub fn ask_agent(stream: UnixStream, what: &[u8]) -> Vec<String> {
     let Ok((agent, _connection)) = Agent::connect(stream) else {
         return Vec::new();
     };
-    // The reader in ttrpc's client uses its descriptor by the number, perhaps still when the last client closes it:
-    // then it would take bytes of the next connection.
+    // The reader in ttrpc's client uses its descriptor by number, possibly even after the last client has closed it: it
+    // would then take bytes of the next connection.
     static RECENT: Mutex<VecDeque<Agent>> = Mutex::new(VecDeque::new());
     let mut recent = lock(&RECENT);
     recent.push_back(agent.clone());

@@ -12,14 +12,14 @@
 //! ```
 //!
 //! A [`Sandbox`] is a virtual machine inside this process, with Koya's agent as its init. A
-//! [`Container`] in it is what an OCI runtime would make: namespaces, cgroups, capabilities,
-//! seccomp. Its files come from host directories by virtio-fs; nothing is mounted on the host.
+//! [`Container`] in it has the properties of any OCI container: namespaces, cgroups, capabilities,
+//! seccomp. Host directories are shared by virtio-fs; nothing is mounted on the host.
 //!
-//! # Where the kernel and the agent are found
+//! # Locations of kernel and agent
 //! See [`files::Files::find`]: by `KOYA_KERNEL` and `KOYA_INITRAMFS`, in `KOYA_SHARE`, in
 //! `../share/koya` beside the program, or in `/usr/local/share/koya` and `/usr/share/koya`.
 //!
-//! The library touches nothing process-wide; `koya`, its command line, does.
+//! The library changes no process-wide state; `koya`, the command, does.
 
 mod account;
 mod agent;
@@ -89,7 +89,7 @@ pub use size::{Size, parse as parse_size};
 pub use stats::{ContainerStats, CpuStats, DeviceIo};
 pub use timeline::{Keep, Step, Timeline};
 
-/// README's snippet, compiled.
+/// The README's snippets, compiled.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;

@@ -1,8 +1,8 @@
-//! The host's side of a sandbox's loopback: what connects to `localhost` in the sandbox's network namespace
-//! on the host reaches the guest's own.
+//! The host's side of a sandbox's loopback: connections to `localhost` in the sandbox's network namespace on the host are
+//! forwarded to the guest's loopback.
 //!
-//! Kubernetes' port forward works like that: the kubelet's server enters a pod's network namespace and
-//! connects to `localhost:PORT`, where a guest's services are not.
+//! Kubernetes port forwarding requires this: the CRI server enters a pod's network namespace and connects to
+//! `localhost:PORT`, but the services are in the guest.
 
 use crate::{Error, Sandbox};
 use koya_vmm::host::sys::redirect_loopback;
@@ -17,26 +17,25 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Connections at once; further ones wait for their turn.
+/// Maximum number of concurrent connections; further ones wait for their turn.
 const CONNECTIONS: usize = 256;
-/// How often one that waits looks.
+/// Polling interval of waiting connections.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// As long as this lives, each TCP connection to 127.0.0.0/8 or ::1 in a network namespace, whatever its
-/// port, is one to the same port of a guest's loopback.
+/// While this lives, each TCP connection to 127.0.0.0/8 or ::1 in a network namespace, on any port, is forwarded to the same
+/// port of a guest's loopback.
 pub struct Loopback {
-    // Dropped first, so that nothing comes any more.
+    // Dropped first, so that no more connections arrive.
     _steered: OwnedFd,
     listeners: Vec<Arc<TcpListener>>,
     is_over: Arc<AtomicBool>,
 }
 
 impl Loopback {
-    /// Joins the loopback of the calling thread's network namespace to a guest's. Nothing else may listen
-    /// there.
+    /// Forwards the loopback of the calling thread's network namespace to a guest's. Nothing else may listen there.
     ///
     /// # Errors
-    /// If the host's kernel can't: it takes Linux 5.9 and privileges (CAP_BPF, CAP_NET_ADMIN).
+    /// If the host's kernel does not support it (Linux 5.9) or privileges are missing (CAP_BPF, CAP_NET_ADMIN).
     pub fn join(sandbox: &Arc<Sandbox>) -> Result<Self, Error> {
         let joined = || -> io::Result<Self> {
             let namespace = File::open("/proc/thread-self/ns/net")?;
@@ -72,7 +71,7 @@ impl Drop for Loopback {
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::SeqCst);
         for listener in &self.listeners {
-            // Its thread wakes, and finds that it is over.
+            // Wakes its thread, which then ends.
             rustix::net::shutdown(listener, rustix::net::Shutdown::Both).ok();
         }
     }
@@ -84,7 +83,7 @@ fn thread<T: Send + 'static>(
     threads::spawn("koya-loopback", work)
 }
 
-/// A connection that is counted as long as this lives.
+/// Counts a connection while this lives.
 struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {
@@ -101,7 +100,7 @@ fn serve(
 ) {
     while !is_over.load(Ordering::SeqCst) {
         let Ok((client, _)) = listener.accept() else {
-            // Over, or the host lacks something for now.
+            // At the end, or if the host temporarily lacks resources.
             std::thread::sleep(LOOK);
             continue;
         };
@@ -124,12 +123,12 @@ fn serve(
 }
 
 fn relay(client: TcpStream, sandbox: &Sandbox) -> io::Result<()> {
-    // The listener's own port is not what was asked for.
+    // A connection to the listener's own port was not redirected.
     let port = client.local_addr()?.port();
     let guest = match sandbox.connect(port) {
         Ok(guest) => guest,
         Err(error) => {
-            // As if nobody listened: an end without a word would be an answer.
+            // Sends a reset, as if nothing listened: an orderly close would look like a reply.
             rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
             return Err(io::Error::other(error));
         }

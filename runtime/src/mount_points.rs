@@ -1,22 +1,22 @@
-//! The places at which a container's mounts go in a root that is a directory of the host.
+//! Mount points of a container in a root that is a directory of the host.
 //!
-//! A read-only root is read-only for the whole guest, so the host makes what is missing before it shares the
-//! tree, as runc does. The tree is not trusted: no link in it leads out of it.
+//! A read-only root is read-only for the whole guest, so the host creates missing mount points before it shares the tree, as
+//! runc does. The tree is not trusted: symbolic links cannot lead out of it.
 
 use crate::Error;
 use koya_rootfs::{Kind, Rootfs};
 use std::path::Path;
 
-/// Makes the mount points that `rootfs` lacks. `mounts` are destinations in the container in the
-/// order in which they are mounted, each with whether a file goes there, not a directory.
+/// Creates the mount points that `rootfs` lacks. `mounts` are destinations in the container in mount order, each with a flag
+/// for files (instead of directories).
 ///
 /// # Errors
-/// Which is missing and why it can't be made.
+/// The mount point that can't be created, and the reason.
 pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error> {
     let root = Rootfs::open(rootfs);
     let root = root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))?;
     for (index, (destination, is_file)) in mounts.iter().enumerate() {
-        // What lies in an earlier mount is not in this tree.
+        // A destination within an earlier mount is not in this tree.
         if mounts[..index]
             .iter()
             .any(|(earlier, _)| destination.starts_with(earlier))
@@ -62,7 +62,7 @@ mod tests {
         assert!(root.join("a/c").is_dir() && !root.join("a/b").exists());
         assert!(root.join("there/in").is_dir());
         assert!(root.join("etc/resolv.conf").is_file());
-        // The link's target is looked for inside the tree, and made there.
+        // The link's target is resolved inside the tree, and created there.
         make(root, &[(Path::new("/out/x"), false)]).unwrap();
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let inside = outside.path().strip_prefix("/").unwrap();

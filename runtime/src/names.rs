@@ -1,9 +1,9 @@
-//! A name server that listens on the loopback of a network namespace of the host, lent to a guest: Docker's for
-//! user-defined networks, which a container expects at 127.0.0.11 of its own loopback.
+//! A name server that listens on the loopback of a network namespace of the host, made available to a guest: Docker's for
+//! user-defined networks, which a container expects at 127.0.0.11 on its own loopback.
 //!
-//! What that does not know itself it asks others, from the same namespace, whose addresses are the guest's: their
-//! answers would go there. So all IPv4 addresses are made the namespace's own, and what comes to port 53 of any is
-//! asked by the guest, over the network that the container has.
+//! The name server forwards queries that it cannot answer to others, from the same namespace, whose addresses belong to the
+//! guest: replies would go to the guest. So all IPv4 addresses are made local to the namespace, and queries to port 53 of
+//! any address are sent by the guest, over the container's network.
 
 use crate::agent::Agent;
 use crate::network::own_all_addresses;
@@ -26,19 +26,19 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const PORT: u16 = 53;
-/// How long the name server, and a guest that is to take its answers, may take.
+/// Time limit for the name server, and for a guest to take its replies.
 const LIMIT: Duration = Duration::from_secs(10);
-/// How many questions may be with it at a time. Further ones are lost, and are asked again by who needs the answer.
+/// Maximum number of pending queries. Further ones are dropped, and retried by the resolver.
 const QUESTIONS: usize = 64;
 
-/// As long as this lives, a guest's questions to a name server at an address of its loopback are answered by the
-/// one at this address of the host's.
+/// While this lives, a guest's queries to an address of its loopback are answered by the name server at the same address of
+/// the host namespace.
 pub struct NameServer {
     stream: UnixStream,
 }
 
 impl NameServer {
-    /// Lends a guest the name server at port 53 of `address`, in the calling thread's network namespace.
+    /// Makes the name server at port 53 of `address`, in the calling thread's network namespace, available to a guest.
     ///
     /// # Errors
     /// If the guest can't listen there.
@@ -73,7 +73,7 @@ impl Drop for NameServer {
     }
 }
 
-/// Until the stream ends. Each question has a thread, so that a slow answer holds up no other.
+/// Forwards queries until the stream ends. Each query has a thread, so that a slow reply delays no other.
 fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) -> io::Result<()> {
     let asked = Arc::new(AtomicUsize::new(0));
     loop {
@@ -91,7 +91,7 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
             let answered = ask(server, &question, id & OVER_TCP != 0).and_then(|answer| {
                 let framed = frame(id, &answer).ok_or(io::ErrorKind::InvalidData)?;
                 let mut to = lock(&to);
-                // Half a frame would spoil the next one.
+                // A partial frame would corrupt the next one.
                 let written = to.write_all(&framed);
                 written.inspect_err(|_| drop(to.shutdown(Shutdown::Both)))
             });
@@ -107,7 +107,7 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
     }
 }
 
-/// Where questions to other name servers come, each with its destination.
+/// Socket for queries to other name servers, each with its destination.
 fn others() -> io::Result<UdpSocket> {
     own_all_addresses()?;
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
@@ -116,7 +116,7 @@ fn others() -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Until the stream ends.
+/// Forwards queries to other name servers until the stream ends.
 fn serve_others(others: &UdpSocket, until: &UnixStream, agent: &Agent) -> io::Result<()> {
     let asked = Arc::new(AtomicUsize::new(0));
     loop {
@@ -156,7 +156,7 @@ fn serve_others(others: &UdpSocket, until: &UnixStream, agent: &Agent) -> io::Re
     }
 }
 
-/// A question to another name server.
+/// A query to another name server.
 struct Question {
     message: Vec<u8>,
     from: SockaddrIn,
@@ -186,7 +186,7 @@ fn receive(socket: &UdpSocket) -> Option<Question> {
 }
 
 impl Question {
-    /// Sends an answer as if it came from the server.
+    /// Sends a reply as if it came from the server.
     fn answer(&self, socket: &UdpSocket, answer: &[u8]) {
         let info = libc::in_pktinfo {
             ipi_ifindex: 0,
@@ -208,7 +208,7 @@ impl Question {
     }
 }
 
-/// The answer that there is none (SERVFAIL): the question, with the bits of an answer (RFC 1035, section 4.1.1).
+/// The reply for a failure (SERVFAIL): the question, with the bits of a response (RFC 1035, section 4.1.1).
 fn failure(question: &[u8]) -> Vec<u8> {
     let mut answer = question.to_vec();
     if let [_, _, flags, code, ..] = answer.as_mut_slice() {
@@ -218,7 +218,7 @@ fn failure(question: &[u8]) -> Vec<u8> {
     answer
 }
 
-/// What the name server answers.
+/// Sends a query to the name server and returns its reply.
 fn ask(server: SocketAddr, question: &[u8], over_tcp: bool) -> io::Result<Vec<u8>> {
     if over_tcp {
         let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
@@ -251,7 +251,7 @@ mod tests {
     use super::*;
     use std::net::TcpListener;
 
-    /// One that answers with the question in capitals, to a client by its datagram or its connection.
+    /// A server that replies with the query in capitals, by datagram or connection.
     fn server() -> SocketAddr {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let at = socket.local_addr().unwrap();
@@ -259,7 +259,7 @@ mod tests {
         std::thread::spawn(move || {
             let mut buffer = [0; 512];
             while let Ok((len, peer)) = socket.recv_from(&mut buffer) {
-                // Some are lost.
+                // Some datagrams are lost.
                 if &buffer[..len] != b"lost" {
                     let answer = buffer[..len].to_ascii_uppercase();
                     socket.send_to(&answer, peer).unwrap();
@@ -294,7 +294,7 @@ mod tests {
         let port = socket.local_addr().unwrap().port();
         let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         client.set_read_timeout(Some(LIMIT)).unwrap();
-        // Another address of the loopback than the kernel would choose to answer from.
+        // Not the loopback address that the kernel would choose as source of the reply.
         let server = Ipv4Addr::new(127, 9, 9, 9);
         client.connect((server, port)).unwrap();
         client.send(&[7, 7, 1, 0, 0, 1, 9]).unwrap();

@@ -1,9 +1,8 @@
-//! A sandbox's networks: the host's end of each, and what the guest is told.
+//! Networks of a sandbox: the host's end of each, and the configuration of the guest's.
 //!
-//! Every network of a guest is a tap interface of the host. [`HostEnd`] says what is on its other
-//! side: the host itself, or an interface that is there already (a container network's veth, pasta's
-//! tap) and whose traffic then goes to the guest and back by two redirections (tc's `mirred`). All
-//! of it happens in the network namespace of the thread that starts the sandbox.
+//! Every network of a guest is a tap interface on the host. [`HostEnd`] is the other side of the tap: the host itself, or an
+//! existing interface (a container network's veth, pasta's tap) whose traffic is exchanged with the guest by two
+//! redirections (tc's `mirred`). All of it happens in the network namespace of the thread that starts the sandbox.
 
 use crate::Error;
 use crate::out_of_reach::{destinations, refuse};
@@ -32,24 +31,24 @@ mod routing;
 
 pub(crate) use routing::Routing;
 
-/// `ETH_P_ALL`, in the order of bytes that the kernel wants.
+/// `ETH_P_ALL` in network byte order.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
-/// The parent of what happens to frames that arrive (`TC_H_INGRESS`).
+/// The parent of filters for arriving frames (`TC_H_INGRESS`).
 pub(crate) const INGRESS: u32 = 0xffff_0000;
 /// The priority of the filter that sends frames to a guest.
 const REDIRECTION: u16 = 9;
 
-/// The table of routes that is asked first (`RT_TABLE_LOCAL`).
+/// The routing table that is consulted first (`RT_TABLE_LOCAL`).
 const LOCAL_TABLE: u32 = 255;
 
-/// What is behind a network's tap on the host.
+/// The other side of a network's tap on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostEnd {
-    /// The host.
+    /// The host itself.
     Tap {
-        /// The tap's name: one that exists, or a new one; empty lets the kernel choose.
+        /// Name of the tap, existing or new; if empty, the kernel chooses one.
         name: String,
-        /// The host's address on it.
+        /// Address of the host on it.
         address: Option<IpNet>,
     },
     /// An interface of the namespace: the guest takes its place, with its MAC address, MTU,
@@ -63,48 +62,48 @@ pub enum HostEnd {
 /// A network of a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
-    /// What is on the other side.
+    /// The other side of the tap.
     pub host: HostEnd,
     /// The interface's name in the guest. Default: `eth0`.
     pub name: String,
-    /// The tap and its device: MAC address, MTU, queues, limits. The tap's name is `host`'s.
+    /// The tap and its device: MAC address, MTU, queues, limits. The name of the tap comes from `host`.
     pub device: NetConfig,
-    /// The guest's addresses.
+    /// Addresses of the guest.
     pub addresses: Vec<IpNet>,
-    /// The guest's routes, beside those of an interface that is taken over.
+    /// Routes of the guest, in addition to those of an interface that is taken over.
     pub routes: Vec<Route>,
-    /// Whom the guest need not ask for their MAC addresses.
+    /// Static neighbours: no address resolution is needed for them.
     pub neighbours: Vec<Neighbour>,
-    /// Destinations that the guest's frames must not have, beside the host's loopback and the guest's
-    /// own addresses: of [`HostEnd::Join`], whose other side may be a process that connects to whatever
-    /// a frame names. See [`host_addresses`](crate::host_addresses). Default: none.
+    /// Destinations that the guest's frames must not have, in addition to the host's loopback and the guest's own addresses:
+    /// for [`HostEnd::Join`], whose other side may be a process that connects to any destination of a frame. See
+    /// [`host_addresses`](crate::host_addresses). Default: none.
     pub out_of_reach: Vec<IpNet>,
 }
 
-/// A neighbour of a guest that is always there.
+/// A static neighbour of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    /// Its address.
+    /// IP address.
     pub ip: IpAddr,
-    /// Its MAC address.
+    /// MAC address.
     pub mac: MacAddr,
 }
 
 /// A route of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Where it leads to.
+    /// Destination.
     pub destination: IpNet,
-    /// By whom; none if that is on the link itself.
+    /// Gateway; `None` if the destination is on the link itself.
     pub gateway: Option<IpAddr>,
-    /// Which of several routes to one destination is preferred: the lower. 0 is the kernel's default.
+    /// Metric: of several routes to one destination the lowest is preferred. 0 is the kernel's default.
     pub metric: u32,
-    /// The address that packets come from, of those that the guest has; none leaves it to the kernel.
+    /// Source address of packets, one of the guest's; `None` leaves it to the kernel.
     pub source: Option<IpAddr>,
 }
 
 impl Route {
-    /// A route with this destination and gateway, and every default.
+    /// A route with this destination and gateway, and defaults for everything else.
     pub fn new(destination: IpNet, gateway: Option<IpAddr>) -> Self {
         Self {
             destination,
@@ -116,7 +115,7 @@ impl Route {
 }
 
 impl NetworkConfig {
-    /// A network with this end on the host, and every default.
+    /// A network with this end on the host, and defaults for everything else.
     pub fn new(host: HostEnd) -> Self {
         Self {
             host,
@@ -129,7 +128,7 @@ impl NetworkConfig {
         }
     }
 
-    /// The interface of the host that the guest takes over, if it is of that kind.
+    /// The host interface that the guest takes over, if any.
     fn joined(&self) -> Option<&str> {
         match &self.host {
             HostEnd::Join { interface } => Some(interface),
@@ -137,7 +136,7 @@ impl NetworkConfig {
         }
     }
 
-    /// Fills in what is asked of the host, before there is a device.
+    /// Fills in the properties of a host interface, before the device is created.
     pub(crate) fn resolve(&self) -> Result<Self, Error> {
         let mut network = self.clone();
         if network.device.mac.is_none() {
@@ -158,14 +157,14 @@ impl NetworkConfig {
         Ok(network)
     }
 
-    /// Connects the tap to what is behind it.
+    /// Connects the tap to its other side.
     pub(crate) fn connect(&self, tap: &str) -> Result<(), Error> {
         let (network, tap_name) = (self.clone(), tap.to_owned());
         with_kernel(|handle| Box::pin(connect(handle, network, tap_name)))
             .map_err(Error::host(format!("set up the tap {tap}")))
     }
 
-    /// What the agent is told of the interface.
+    /// The interface configuration for the agent.
     pub(crate) fn interface(&self) -> messages::Interface {
         messages::Interface {
             hw_addr: self
@@ -190,7 +189,7 @@ fn neighbour_message(neighbour: &Neighbour) -> messages::Neighbour {
     }
 }
 
-/// What is read from an interface.
+/// Properties read from an interface.
 #[derive(Default)]
 struct Found {
     mac: Option<MacAddr>,
@@ -199,15 +198,15 @@ struct Found {
     neighbours: Vec<Neighbour>,
 }
 
-/// The interfaces of a network namespace that guests took over; they are given back when this is dropped,
-/// for whoever has the namespace next.
+/// The interfaces of a network namespace that were taken over by guests; dropping this gives them back, for the next user of
+/// the namespace.
 pub(crate) struct Joined {
     namespace: File,
     interfaces: Vec<String>,
 }
 
 impl Joined {
-    /// Those of these networks, in the calling thread's network namespace; none if there are none.
+    /// The interfaces of these networks, in the calling thread's network namespace; `None` if there are none.
     pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
         let joined = networks.iter().filter_map(NetworkConfig::joined);
         let interfaces: Vec<_> = joined.map(str::to_owned).collect();
@@ -228,7 +227,7 @@ impl Drop for Joined {
         let given_back = in_namespace(Some(&self.namespace), |handle| {
             Box::pin(async move {
                 for name in interfaces {
-                    // It may be gone already.
+                    // It may no longer exist.
                     if let Ok(link) = link(&handle, &name).await {
                         stop_redirection(&handle, link.header.index).await?;
                     }
@@ -242,15 +241,15 @@ impl Drop for Joined {
     }
 }
 
-/// Runs `work` with a connection to the kernel (rtnetlink(7)), on a thread of its own: the caller may
-/// be in an asynchronous runtime. The thread is in the caller's network namespace.
+/// Runs `work` with an rtnetlink(7) connection to the kernel on a separate thread, because the caller may be in an
+/// asynchronous runtime. The thread is in the caller's network namespace.
 fn with_kernel<T: Send>(
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
 ) -> io::Result<T> {
     in_namespace(None, work)
 }
 
-/// The same in another network namespace.
+/// As [`with_kernel`], in another network namespace.
 fn in_namespace<T: Send>(
     namespace: Option<&File>,
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>> + Send,
@@ -267,7 +266,7 @@ fn in_namespace<T: Send>(
     })
 }
 
-/// The same on the calling thread, in its network namespace; no other is started.
+/// As [`with_kernel`], on the calling thread and in its network namespace; no other thread is started.
 pub(crate) fn on_this_thread<T>(
     work: impl FnOnce(Handle) -> Pin<Box<dyn Future<Output = io::Result<T>>>>,
 ) -> io::Result<T> {
@@ -283,7 +282,7 @@ pub(crate) fn on_this_thread<T>(
     })
 }
 
-/// Makes every IPv4 address one of the calling thread's network namespace.
+/// Makes all IPv4 addresses local to the calling thread's network namespace.
 pub(crate) fn own_all_addresses() -> io::Result<()> {
     with_kernel(|handle| {
         Box::pin(async move {
@@ -313,7 +312,7 @@ async fn link(handle: &Handle, name: &str) -> io::Result<LinkMessage> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no interface {name}")))
 }
 
-/// All routes of a family, of every table.
+/// All routes of an address family, from all tables.
 pub(crate) async fn routes_of(
     handle: &Handle,
     family: AddressFamily,
@@ -352,7 +351,7 @@ async fn look_at(handle: Handle, name: String) -> io::Result<Found> {
                 AddressAttribute::Address(ip) if ip.is_ipv6() => Some(*ip),
                 _ => None,
             });
-        // A link-local address is the guest's own affair.
+        // The guest assigns link-local addresses itself.
         let own = |ip: &IpAddr| matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
         if let Some(ip) = ip.filter(|ip| !own(ip))
             && let Ok(net) = IpNet::new(ip, prefix)
@@ -397,7 +396,7 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
         change = change.mtu(mtu.into());
     }
     if !is_ready(&tap_link, network.device.mtu) {
-        // Who owns a tap may use it, but not change it.
+        // The owner of a tap may use it, but not change it.
         let set = handle.link().set(change.build()).execute().await;
         set.map_err(other)?;
     }
@@ -433,7 +432,7 @@ fn is_ready(link: &LinkMessage, mtu: Option<u16>) -> bool {
     fits && link.header.flags.contains(LinkFlags::Up)
 }
 
-/// Gives an interface the place where what arrives is looked at.
+/// Adds the ingress qdisc to an interface, for filters on arriving frames.
 pub(crate) async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
     let added = handle.qdisc().add(index as i32).ingress().execute().await;
     match added.map_err(other) {
@@ -442,10 +441,10 @@ pub(crate) async fn ingress(handle: &Handle, index: u32) -> io::Result<()> {
     }
 }
 
-/// Sends what arrives at one interface out by another.
+/// Sends frames that arrive at one interface out through another.
 async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
     ingress(handle, from).await?;
-    // One that a sandbox left that could not take it back would go first, to where nobody is.
+    // A leftover redirection of a killed sandbox would take precedence and lead nowhere.
     stop_redirection(handle, from).await?;
     handle
         .traffic_filter(from as i32)
@@ -460,7 +459,7 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> io::Result<()> {
         .map_err(other)
 }
 
-/// Takes back [`redirect`].
+/// Removes the redirection of [`redirect`].
 async fn stop_redirection(handle: &Handle, from: u32) -> io::Result<()> {
     let mut filter = TcMessage::with_index(from as i32);
     filter.header.parent = INGRESS.into();
@@ -473,7 +472,7 @@ async fn stop_redirection(handle: &Handle, from: u32) -> io::Result<()> {
             && error.code.is_some()
         {
             let error = error.to_io();
-            // There is none, or nothing that could have one.
+            // There is no filter, or no qdisc for one.
             let none = [libc::ENOENT, libc::EINVAL];
             if !error
                 .raw_os_error()

@@ -1,5 +1,5 @@
-//! What a guest must not reach by who speaks for it on the host: which addresses are the host's own, and the
-//! rules that drop frames for them.
+//! Destinations that a guest must not reach through a process on the host that connects on its behalf: detection of the
+//! host's own addresses, and rules that drop frames to them.
 
 use crate::Error;
 use crate::network::{INGRESS, ingress, on_this_thread, other, routes_of};
@@ -17,18 +17,18 @@ use rtnetlink::packet_route::tc::{
 use std::io;
 use std::net::IpAddr;
 
-/// The kernel's table of what is its own (linux/rtnetlink.h).
+/// The kernel's table of local addresses (linux/rtnetlink.h).
 const RT_TABLE_LOCAL: u8 = 255;
 /// IPv4 and IPv6 in an Ethernet header (linux/if_ether.h).
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 
-/// What the host takes for itself in the calling thread's network namespace: all addresses of all of its
-/// interfaces, IPv4 and IPv6, those of a link included, and what its table of local routes has beside them;
-/// as few networks as hold them. No thread is started, and none of an asynchronous runtime may call this.
+/// Local addresses of the host in the calling thread's network namespace: IPv4 and IPv6 addresses of all interfaces,
+/// including link-local ones, and further entries of the local routing table; aggregated to as few networks as possible.
+/// Starts no thread; must not be called from an asynchronous runtime.
 ///
 /// # Errors
-/// If the kernel does not say.
+/// The error from the kernel.
 pub fn host_addresses() -> Result<Vec<IpNet>, Error> {
     let found = on_this_thread(|handle| Box::pin(look(handle)));
     found.map_err(Error::host("read the host's addresses"))
@@ -48,7 +48,7 @@ async fn look(handle: Handle) -> io::Result<Vec<IpNet>> {
     Ok(IpNet::aggregate(&all))
 }
 
-/// Its own: of a link between two, the other attribute is its peer's.
+/// The local address: on a point-to-point link, the other attribute is the peer's.
 fn address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     let local = attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(ip) => Some(*ip),
@@ -62,8 +62,8 @@ fn address(attributes: &[AddressAttribute]) -> Option<IpAddr> {
     })
 }
 
-/// What a route of the kernel's local table leads to; other tables have such routes for some packets only
-/// (transparent proxies), and one to everywhere says nothing.
+/// Destination of a route in the kernel's local table; other tables have such routes for some packets only (transparent
+/// proxies), and a default route is not informative.
 fn local_route(message: &RouteMessage) -> Option<IpNet> {
     let header = &message.header;
     let own = header.table == RT_TABLE_LOCAL
@@ -78,8 +78,8 @@ fn local_route(message: &RouteMessage) -> Option<IpNet> {
     IpNet::new(found.next()?, header.destination_prefix_length).ok()
 }
 
-/// Destinations that a guest must not reach by who speaks for it on the host: pasta connects to
-/// whatever a frame names, and these are the host itself.
+/// All destinations that a guest must not reach through a process on the host: pasta connects to any destination of a frame,
+/// and these are the host itself.
 pub(crate) fn destinations(own: &[IpNet], further: &[IpNet]) -> Vec<IpNet> {
     let fixed = [
         "0.0.0.0/8",
@@ -90,11 +90,11 @@ pub(crate) fn destinations(own: &[IpNet], further: &[IpNet]) -> Vec<IpNet> {
     ];
     let fixed = fixed.iter().filter_map(|text| text.parse().ok());
     let all = fixed.chain(own.iter().map(|net| net.addr().into()));
-    // Each is a rule that every frame is compared with: as few as there can be.
+    // Every frame is compared with each rule, so the list is minimized.
     IpNet::aggregate(&all.chain(further.iter().copied()).collect())
 }
 
-/// Drops what a guest sends to such destinations, before it is passed on.
+/// Drops frames from a guest to these destinations, before they are forwarded.
 pub(crate) async fn refuse(handle: &Handle, tap: u32, destinations: &[IpNet]) -> io::Result<()> {
     ingress(handle, tap).await?;
     let gact = {
@@ -141,7 +141,7 @@ pub(crate) async fn refuse(handle: &Handle, tap: u32, destinations: &[IpNet]) ->
     Ok(())
 }
 
-/// What of an IP header must be as in `destination`: words, with their place in the header.
+/// The part of an IP header that must match `destination`: words, with their offsets in the header.
 fn u32_keys(destination: IpNet) -> Vec<TcU32Key> {
     let (bytes, first) = match destination {
         IpNet::V4(net) => (net.network().octets().to_vec(), 16),
@@ -216,7 +216,7 @@ mod tests {
         ] {
             assert!(!refused(ip), "{ip}");
         }
-        // What another holds is no rule of its own, and `::` and `::1` are one.
+        // A network contained in another has no rule, and `::` and `::1` are merged.
         assert_eq!(all.len(), 7, "{all:?}");
     }
 
@@ -254,7 +254,7 @@ mod tests {
             all.iter().any(|net| net.contains(&ip))
         };
         assert!(has("127.0.0.1") && has("127.200.0.1"), "{all:?}");
-        // Others say the same of this machine: each has the address that it would send from.
+        // Cross-check: the list contains the source address of an outgoing connection.
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
         if socket.connect("192.0.2.1:9").is_ok() {
             assert!(

@@ -1,4 +1,4 @@
-//! What the guest may take its time for: to write out what it has not written to a disk yet.
+//! Waits for a guest that flushes unwritten data to its disks.
 
 use crate::Error;
 use koya_vmm::devices::blk::BlockHandle;
@@ -7,21 +7,20 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
-/// How long it may take for that at most: a guest that writes for ever is not waited for.
+/// Maximum time for that: a guest that writes forever is not waited for.
 pub(crate) const WRITE_OUT_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long the guest may take for nothing that the host can see.
+/// Time limit for a guest without visible activity.
 pub(crate) const SILENCE: Duration = Duration::from_secs(15);
 
-/// How often the disks are looked at.
+/// Interval at which the disks are checked.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Has the agent do something that ends with its disks written out, on a thread of its own. It is waited for as
-/// long as the disks are written to or the host is at work on them, which may be slow, and beyond that for
-/// `silence`.
+/// Makes an agent call that ends with the disks flushed, on a separate thread. Waits for it as long as the disks are being
+/// written to or the host is processing a request, which may be slow, and beyond that for `silence`.
 ///
 /// # Errors
-/// What `call` says, or [`Error::Overdue`]; the call goes on behind, until its own limit.
+/// The error from `call`, or [`Error::Overdue`]; the call continues in the background, until its own limit.
 pub(crate) fn while_disks_work<T: Send + 'static>(
     operation: &'static str,
     disks: &[BlockHandle],
@@ -55,12 +54,12 @@ pub(crate) fn while_disks_work<T: Send + 'static>(
     }
 }
 
-/// How much was written to a sandbox's disks.
+/// Write activity of a sandbox's disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskWrites {
-    /// Requests so far by which something was written.
+    /// Number of completed requests that write: writes, flushes and discards.
     pub done: u64,
-    /// Whether the host is at work on a request.
+    /// Whether the host is processing a request.
     pub is_host_at_work: bool,
 }
 
@@ -73,7 +72,7 @@ impl DiskWrites {
     }
 }
 
-/// Whether disks are being written to.
+/// Detects write activity of disks.
 pub(crate) struct DiskWork {
     disks: Vec<BlockHandle>,
     written: u64,
@@ -85,14 +84,14 @@ impl DiskWork {
         Self { disks, written }
     }
 
-    /// Whether something was written since the last look, or the host is at work on a request.
+    /// Whether there was a write since the last call, or the host is processing a request.
     pub(crate) fn goes_on(&mut self) -> bool {
         let before = std::mem::replace(&mut self.written, written(&self.disks));
         self.written != before || is_host_at_work(&self.disks)
     }
 }
 
-/// What was done so far by which something is written.
+/// Number of completed requests that write.
 fn written(disks: &[BlockHandle]) -> u64 {
     let of = |disk: &BlockHandle| {
         let metrics = disk.metrics();

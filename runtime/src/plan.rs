@@ -1,4 +1,4 @@
-//! The streams of a process, between the request for it and its answer.
+//! The streams of a process, between the request for it and the reply.
 
 use crate::Error;
 use crate::container::Process;
@@ -9,7 +9,7 @@ use koya_protocol::messages;
 use std::io;
 use std::sync::Arc;
 
-/// The streams of a process that is about to be made.
+/// The streams of a process that is about to be created.
 pub(crate) struct Plan {
     message: messages::Stdio,
     stdin: Option<Expected>,
@@ -69,15 +69,15 @@ impl Plan {
         })
     }
 
-    /// What the agent is asked for.
+    /// The request for the agent.
     pub(crate) fn message(&self) -> messages::Stdio {
         self.message.clone()
     }
 
-    /// The process with its streams, once the agent has answered.
+    /// Completes the process with its streams, once the agent has replied.
     ///
     /// # Errors
-    /// Which stream did not come.
+    /// The stream that did not arrive.
     pub(crate) fn finish(
         self,
         inner: Arc<Inner>,

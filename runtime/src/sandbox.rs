@@ -32,28 +32,28 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// How long the guest may take from its first instruction to the agent's call.
+/// Time limit for the guest from its first instruction to the agent's connection.
 const AGENT_LIMIT: Duration = Duration::from_secs(60);
-/// How long a guest may take to end in order before it is stopped, while it writes nothing to a disk.
+/// Time limit for an orderly shutdown of a guest that writes nothing to a disk; then it is stopped.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// How long a guest may take to panic whose agent has ended.
+/// Time limit for the kernel panic of a guest whose agent has ended.
 const PANIC_LIMIT: Duration = Duration::from_secs(2);
-/// The most request queues for files: the guest's kernel divides them among its CPUs, and each has
-/// threads of its own here.
+/// Maximum number of virtio-fs request queues: the guest's kernel divides them among its CPUs, and each has its own threads
+/// here.
 const FS_QUEUES: u32 = 4;
-/// How often a wait looks whether the virtual machine is still there.
+/// Interval at which a wait checks whether the virtual machine still runs.
 pub(crate) const LOOK: Duration = Duration::from_millis(50);
 
-/// What guest and agent use.
+/// Resource usage of guest and agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SandboxStats {
     /// The guest kernel's release.
     pub kernel_release: String,
-    /// From the guest kernel's start to now.
+    /// Time since the guest kernel's start.
     pub uptime: Duration,
-    /// The guest's memory, and what of it is available, in bytes.
+    /// Memory of the guest, in bytes.
     pub memory_total: u64,
-    /// See `memory_total`.
+    /// Available part of it, in bytes.
     pub memory_available: u64,
     /// CPUs that are online.
     pub cpus_online: u32,
@@ -65,7 +65,7 @@ pub struct SandboxStats {
     pub agent_threads: u32,
 }
 
-/// A disk that a running sandbox got.
+/// A disk attached to a running sandbox.
 #[derive(Clone)]
 pub struct Disk {
     pub(crate) device: Device,
@@ -73,18 +73,18 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// How a container gets it: by the guest's name, in `/dev`.
+    /// The device for a container's configuration: the guest's name, at its path in `/dev`.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Its counters, and its growing.
+    /// Handle of the disk, for metrics and resizing.
     pub fn handle(&self) -> &BlockHandle {
         &self.attached.disk
     }
 }
 
-/// What a sandbox's containers share with it.
+/// State shared by a sandbox and its containers.
 pub(crate) struct Inner {
     pub(crate) agent: Agent,
     pub(crate) shares: Shares,
@@ -92,20 +92,20 @@ pub(crate) struct Inner {
     pub(crate) streams: Streams,
     pub(crate) console: Console,
     pub(crate) handle: VmHandle,
-    /// Containers that are to end.
+    /// Ends of containers.
     pub(crate) ends: Arc<Ends>,
     cpus: Mutex<()>,
-    // Ends the agent's connection when the sandbox goes.
+    // Ends the agent's connection when the sandbox is dropped.
     _connection: Connection,
     /// Given back when the sandbox stops.
     joined: Mutex<Option<Joined>>,
     pub(crate) timeline: Arc<Recorder>,
-    /// Disks that containers have in common, by what they are on the host.
+    /// Disks shared by containers, by path and mode.
     disks: Common<(PathBuf, bool), Disk>,
     end: Arc<End>,
 }
 
-/// The virtual machine's end: known once it is taken down.
+/// The exit reason of the virtual machine, known after the teardown.
 #[derive(Default)]
 struct End {
     reason: Mutex<Option<ExitReason>>,
@@ -113,8 +113,7 @@ struct End {
 }
 
 impl End {
-    /// Takes the machine down as soon as it ends, by whatever reason: streams end then, and
-    /// whoever waits for the agent's answer learns that none will come.
+    /// Tears the machine down as soon as it ends for any reason: streams end then, and pending calls to the agent fail.
     fn watch(vm: Vm, sockets: Option<UnixSockets>) -> io::Result<Arc<Self>> {
         let end = Arc::new(Self::default());
         let shared = end.clone();
@@ -154,7 +153,7 @@ impl Sandbox {
     /// Starts a virtual machine and waits for its agent.
     ///
     /// # Errors
-    /// What is missing, what the host refused, or what the guest's console said last.
+    /// The missing resource, the error from the host, or the last output on the guest's console.
     pub fn start(config: &SandboxConfig) -> Result<Self, Error> {
         let timeline = Arc::new(Recorder::new(config.timeline.as_ref()));
         let started = Self::try_start(config, timeline.clone());
@@ -213,7 +212,7 @@ impl Sandbox {
         }
         let (vm, stream) = wait_for_agent(vm, &control, &console)?;
         let connected = timeline.next(Lane::Host, "settings");
-        // Nobody but the agent can have connected: there is no container yet. The port closes.
+        // Only the agent can have connected: there is no container yet. The port closes.
         drop(control);
         let (agent, connection) =
             Agent::connect(stream).map_err(Error::host("talk to the agent"))?;
@@ -270,23 +269,23 @@ impl Sandbox {
         self.inner.agent.update_routes(&routing.request())
     }
 
-    /// From the call of [`start`](Self::start) to the agent's.
+    /// Time from the call of [`start`](Self::start) to the agent's connection.
     pub fn ready_after(&self) -> Duration {
         self.ready_after
     }
 
-    /// Where the time of its start went, and of its first containers'.
+    /// Timeline of its start, and of the starts of its first containers.
     pub fn timeline(&self) -> Timeline {
         self.inner.timeline.timeline()
     }
 
-    /// Writes the timeline down as it is, if the configuration asks for that. It happens by itself when
-    /// a container has started, when something fails, and when the sandbox ends in order.
+    /// Stores the current timeline, if the configuration requests that. This happens automatically when a container has
+    /// started, when something fails, and at an orderly end of the sandbox.
     pub fn keep_timeline(&self) {
         self.inner.timeline.keep();
     }
 
-    /// Makes and starts a container.
+    /// Creates and starts a container.
     ///
     /// # Errors
     /// As [`create`](Self::create) and [`Container::start`].
@@ -296,16 +295,15 @@ impl Sandbox {
         Ok(container)
     }
 
-    /// Makes a container that waits to be started. Its streams are as the configuration says;
-    /// pipes are there at once.
+    /// Creates a container that waits to be started. Its streams are as configured; pipes are available at once.
     ///
     /// # Errors
-    /// What is wrong with the configuration, or why the guest could not make it.
+    /// The invalid field of the configuration, or the reason why the guest could not create the container.
     pub fn create(&self, id: &str, config: &ContainerConfig) -> Result<Container, Error> {
         Container::create(self.inner.clone(), id, config)
     }
 
-    /// What guest and agent use.
+    /// Resource usage of guest and agent.
     ///
     /// # Errors
     /// If the agent does not answer.
@@ -327,7 +325,7 @@ impl Sandbox {
         self.limits
     }
 
-    /// Held by who changes how many CPUs are on.
+    /// Lock for changes of the number of online CPUs.
     pub(crate) fn turn_cpus(&self) -> MutexGuard<'_, ()> {
         lock(&self.inner.cpus)
     }
@@ -336,53 +334,51 @@ impl Sandbox {
         &self.inner.agent
     }
 
-    /// The virtual machine: its disks, networks, balloon, and what it holds of the host's memory.
+    /// The virtual machine: disks, networks, balloon, and memory use on the host.
     pub fn machine(&self) -> &VmHandle {
         &self.inner.handle
     }
 
-    /// What the guest did with shared files so far.
+    /// Metrics of shared files.
     pub fn file_metrics(&self) -> &FsMetrics {
         &self.inner.files
     }
 
-    /// Gives the running guest a further disk. It is the guest's, and a container's once it is given
-    /// to one ([`Container::add_device`]).
+    /// Attaches a disk to the running guest. A container gets it by [`Container::add_device`].
     ///
     /// # Errors
-    /// What is wrong with the disk, that no slot is left, or that the guest does not find it.
+    /// The problem with the disk, the lack of a free slot, or a failure of the guest to find it.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<Disk, Error> {
         self.inner.attach_disk(config)
     }
 
-    /// Takes a disk from the running guest, once the guest's kernel has let go of it. Containers that
-    /// it was given to must give it up before ([`Container::remove_device`]): the next disk may get its
-    /// number. From a guest that neither answers nor writes to it for 30 s it is taken all the same.
+    /// Detaches a disk from the running guest, once the guest's kernel has released it. It must be removed from containers
+    /// first ([`Container::remove_device`]), since the next disk may get its number. If a guest neither replies nor writes
+    /// to it for 30 s, it is detached nevertheless.
     ///
     /// # Errors
-    /// If the guest says that it uses it: then it stays.
+    /// If the guest reports that it is in use; it stays attached.
     pub fn detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         self.inner.detach_disk(disk)
     }
 
-    /// The same, but a guest that still uses it after 10 s loses it all the same, with what it has not
-    /// written.
+    /// As [`detach_disk`](Self::detach_disk), but a guest that still uses it after 10 s loses it, with its unwritten data.
     ///
     /// # Errors
-    /// If it was not attached.
+    /// If it is not attached.
     pub fn force_detach_disk(&self, disk: &Disk) -> Result<(), Error> {
         self.inner.force_detach_disk(disk)
     }
 
-    /// How much was written to its disks, also after the machine's end: a guest that ends has its time for that.
+    /// Write activity of its disks, also after the machine's end: an ending guest gets time to flush them.
     pub fn disk_writes(&self) -> DiskWrites {
         DiskWrites::of(&all_disks(&self.inner.handle))
     }
 
-    /// Connects to a TCP port of the guest's loopback. The guest needs no network for it.
+    /// Connects to a TCP port on the guest's loopback. This requires no network.
     ///
     /// # Errors
-    /// If nobody listens there.
+    /// If nothing listens on it.
     pub fn connect(&self, port: u16) -> Result<UnixStream, Error> {
         let expected = self.inner.streams.expect();
         let expected = expected.map_err(Error::host("make a token"))?;
@@ -392,7 +388,7 @@ impl Sandbox {
         stream.map_err(Error::host("connect to a port of the guest's"))
     }
 
-    /// The stream by which the guest sends what it is asked as a name server at this address, and who serves there.
+    /// Makes the guest a name server at this address; returns the stream of its queries, and the agent.
     pub(crate) fn name_server(&self, address: IpAddr) -> Result<(UnixStream, Agent), Error> {
         let expected = self.inner.streams.expect();
         let expected = expected.map_err(Error::host("make a token"))?;
@@ -403,36 +399,35 @@ impl Sandbox {
         Ok((stream, self.inner.agent.clone()))
     }
 
-    /// Waits for the next container in which the guest's kernel killed processes for their memory: its
-    /// name, and how many it killed there so far. One caller at a time hears of each.
-    ///
+    /// Waits for the next container with processes killed by the guest's OOM killer: returns its name and the number killed
+    /// so far. Each event is delivered to one caller.
     /// # Errors
-    /// Why the virtual machine ended, if it did.
+    /// The reason why the virtual machine ended, if it did.
     pub fn next_oom(&self) -> Result<(String, u64), Error> {
         let next = self.inner.agent.next_oom();
         next.map_err(|error| self.inner.explain(error))
     }
 
-    /// Sends the guest's console to a writer: what is kept of it (64 KiB), and all that comes. A
-    /// writer that is slow misses what does not fit into 64 KiB; one that fails is dropped.
+    /// Sends the guest's console to a writer: the kept output (64 KiB), and all further output. A slow writer loses output
+    /// that does not fit into 64 KiB; a writer that fails is dropped.
     pub fn follow_console(&self, writer: impl Write + Send + 'static) {
         self.inner.console.follow(writer);
     }
 
-    /// Types on the guest's console; how many bytes were taken.
+    /// Sends input to the guest's console; returns the number of bytes taken.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.inner.handle.console_input(bytes)
     }
 
-    /// Ends the guest: its file systems are synced, then the machine is taken down. Returns why
-    /// the machine ended.
+    /// Shuts the guest down: its file systems are synced, then the machine is torn down. Returns the reason why the machine
+    /// ended.
     pub fn stop(&self) -> ExitReason {
         self.inner.stop()
     }
 }
 
 impl Sandbox {
-    /// Takes the machine down at once, as pulling the plug would.
+    /// Tears the machine down at once, as if powered off.
     pub fn kill(&self) {
         self.inner.handle.stop();
     }
@@ -441,7 +436,7 @@ impl Sandbox {
 impl Drop for Sandbox {
     fn drop(&mut self) {
         self.clock = None;
-        // Containers may still hold the inner part; the machine goes all the same.
+        // Containers may still hold the inner part; the machine is stopped nevertheless.
         self.inner.handle.stop();
         self.inner.end.wait();
         self.inner.timeline.keep();
@@ -478,7 +473,7 @@ impl Inner {
                 attached,
             }),
             Err(error) => {
-                // A slot whose window the guest may still use stays taken until the end.
+                // A slot that the guest may still use stays taken until the end.
                 if self.have_let_go(&attached).is_ok() {
                     self.handle.detach_disk(attached.slot).ok();
                 }
@@ -487,19 +482,18 @@ impl Inner {
         }
     }
 
-    /// As [`attach_disk`](Self::attach_disk), but one that is there already is not attached again.
+    /// As [`attach_disk`](Self::attach_disk), but reuses a disk that is already attached.
     pub(crate) fn share_disk(&self, config: &DiskConfig) -> Result<Used<Disk>, Error> {
         let key = (config.path.clone(), config.read_only);
         self.disks.take(key, || self.attach_disk(config))
     }
 
-    /// Detaches it with the last of those who have it.
+    /// Drops a reference to a disk, and detaches it with the last one.
     pub(crate) fn release_disk(&self, disk: Used<Disk>) -> Result<(), Error> {
         disk.give_back(|disk| self.force_detach_disk(disk))
     }
 
-    /// Removes a container. A guest that does not do it is ended: what of the container's would still run there
-    /// is nobody's.
+    /// Removes a container. A guest that fails to do so is ended: processes of the container might still be running in it.
     pub(crate) fn remove_container(&self, id: &str) -> Result<(), Error> {
         let (agent, asked) = (self.agent.clone(), id.to_owned());
         let disks = all_disks(&self.handle);
@@ -513,8 +507,8 @@ impl Inner {
         removed
     }
 
-    /// Why the machine ended whose agent has hung up. Nobody is left who could do anything with it, so it does
-    /// not go on without: an agent that dies takes it along with a panic, for which there is a moment.
+    /// The error for a machine whose agent has hung up. Such a machine is unusable, so it is ended; when the agent dies, the
+    /// kernel panics, which gets a moment to appear as the reason.
     pub(crate) fn end_without_agent(&self, error: Error) -> Error {
         let started = Instant::now();
         while self.handle.ended().is_none() && started.elapsed() < PANIC_LIMIT {
@@ -524,7 +518,7 @@ impl Inner {
         self.explain(error)
     }
 
-    /// If the machine has ended, why: what to say instead of "the agent does not answer".
+    /// Replaces an error by the reason why the machine ended, if it has.
     pub(crate) fn explain(&self, error: Error) -> Error {
         if self.handle.ended().is_none() || matches!(error, Error::NotExecutable { .. }) {
             return error;
@@ -533,14 +527,14 @@ impl Inner {
     }
 }
 
-/// Those that the machine started with, and those that came later.
+/// The disks of the configuration and those attached later.
 fn all_disks(machine: &VmHandle) -> Vec<BlockHandle> {
     let attached = machine.attached_disks().into_iter();
     let attached = attached.map(|attached| attached.disk);
     machine.disks().iter().cloned().chain(attached).collect()
 }
 
-/// Tells the guest of changes on the host to files that it watches, until the machine is taken down.
+/// Reports changes on the host to files that the guest watches, until the machine is torn down.
 fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
     let told = move || {
         let missed = Warnings::new();
@@ -564,7 +558,7 @@ fn tell(host_events: HostEvents, agent: Agent) -> io::Result<()> {
     threads::spawn("koya-events", told).map(drop)
 }
 
-/// Gives the machine back with the agent's connection.
+/// Waits for the agent; returns the machine with the agent's connection.
 fn wait_for_agent(
     vm: Vm,
     control: &Listener,

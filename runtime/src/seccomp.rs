@@ -1,24 +1,24 @@
-//! Which system calls a container may make: Koya's default, or a profile in the format that Docker
-//! and podman use (`seccomp/default.json`), turned into the OCI's for one container.
+//! System call filters of containers: Koya's default, or a profile in the format of Docker and podman
+//! (`seccomp/default.json`), converted to the OCI format for one container.
 
 use crate::Error;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// The largest profile that is read, in bytes; Docker's has some 15 KiB.
+/// Maximum size of a profile in bytes; Docker's has some 15 KiB.
 const MAX_PROFILE: u64 = 1 << 20;
 
-/// A container's system calls.
+/// The system call filter of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Seccomp {
-    /// All but those that no program in a container has a use for and that reach deep into its
-    /// guest's kernel. A privileged container has all.
+    /// All system calls except those that are useless in a container and reach deep into the guest's kernel. A privileged
+    /// container may make all.
     #[default]
     Default,
-    /// All.
+    /// All system calls.
     Unconfined,
-    /// As a profile says.
+    /// The system calls of a profile.
     Profile(Profile),
 }
 
@@ -43,7 +43,7 @@ struct Rule {
     includes: Condition,
     #[serde(default)]
     excludes: Condition,
-    // For readers; podman writes the name of `errnoRet` too.
+    // For readers; podman also writes the name of `errnoRet`.
     #[serde(default, rename = "comment")]
     _comment: String,
     #[serde(default, rename = "errno")]
@@ -67,7 +67,7 @@ struct Condition {
     caps: Vec<String>,
     #[serde(default)]
     arches: Vec<String>,
-    /// Met by every guest kernel that Koya has: profiles ask for 4.8 at most.
+    /// Satisfied by every guest kernel of Koya: profiles ask for 4.8 at most.
     min_kernel: Option<String>,
 }
 
@@ -79,7 +79,7 @@ struct Mapped {
     sub_architectures: Vec<String>,
 }
 
-/// This machine's architecture in the words of profiles: Go's, and libseccomp's.
+/// Names of this architecture in profiles: Go's and libseccomp's.
 fn native() -> (&'static str, &'static str) {
     match std::env::consts::ARCH {
         "aarch64" => ("arm64", "SCMP_ARCH_AARCH64"),
@@ -91,8 +91,7 @@ impl Profile {
     /// Reads a profile.
     ///
     /// # Errors
-    /// If the file can't be read, or has what is not understood: a filter that is followed in part
-    /// is none.
+    /// If the file can't be read or contains unknown parts: a filter must not be applied partially.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let wrong =
             |why: String| Error::invalid("seccomp profile", format!("{}: {why}", path.display()));
@@ -168,7 +167,7 @@ impl Profile {
     }
 }
 
-/// What capabilities already refuse is not repeated.
+/// Calls that require a capability are not repeated.
 const REFUSED_CALLS: &[&str] = &[
     "acct",
     "add_key",
@@ -192,7 +191,7 @@ const REFUSED_CALLS: &[&str] = &[
 ];
 
 impl Seccomp {
-    /// The OCI's `linux.seccomp` for a container with these capabilities; null for none.
+    /// `linux.seccomp` of the OCI configuration for a container with these capabilities; null for no filter.
     pub(crate) fn oci(&self, privileged: bool, capabilities: &[String]) -> Value {
         let architectures: &[&str] = match native().1 {
             arm @ "SCMP_ARCH_AARCH64" => &[arm, "SCMP_ARCH_ARM"],
@@ -249,7 +248,7 @@ mod tests {
         assert_eq!(plain["architectures"].as_array().unwrap().len(), 2);
         let admin = profile.oci(false, &["CAP_SYS_ADMIN".into()]);
         assert_eq!(names(&admin), ["read", "mount", "ptrace", "personality"]);
-        // What it says is what the OCI's own types understand.
+        // The result is valid for the OCI types.
         serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(plain).unwrap();
     }
 

@@ -1,6 +1,6 @@
-//! Settings of sandboxes that other programs ask for: `/etc/koya/config.toml` and drop-ins.
+//! Settings of sandboxes under containerd and other engines: `/etc/koya/config.toml` and drop-ins.
 //!
-//! They are read anew for each sandbox. docs/configuration.md is made from this file.
+//! They are read for each sandbox. docs/configuration.md is generated from this file.
 
 use crate::block_volume::{self, BlockVolume};
 use crate::files::{FULL_KERNEL, Files};
@@ -10,65 +10,63 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The machine's settings.
+/// The host's settings file.
 pub const FILE: &str = "/etc/koya/config.toml";
-/// Files here that end in `.toml` are read after it, in the order of their names.
+/// Directory of further files, which end in `.toml` and are read after it, in the order of their names.
 pub const DROP_INS: &str = "/etc/koya/config.d";
-/// What the annotations of pods begin with that are settings.
+/// Prefix of pod annotations that are settings.
 pub const ANNOTATIONS: &str = "io.koya.";
 
-/// What allows [`block_volume::ANNOTATION`].
+/// The name in `annotations` that allows [`block_volume::ANNOTATION`].
 const BLOCK_VOLUMES: &str = "block_volumes";
 
-/// What a sandbox is made of, where its containers do not say.
+/// Defaults and limits of sandboxes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Virtual CPUs of a container without a CPU limit, 1 to 32. One with a limit has as many as it needs.
+    /// Virtual CPUs of a container without a CPU limit, 1 to 32. With a limit, as many as the limit requires.
     pub cpus: u32,
-    /// Memory in MiB of a container without a memory limit, 32 or more. One with a limit has that, and
-    /// 32 MiB for the agent and the kernel's tables.
+    /// Memory in MiB of a container without a memory limit, 32 or more. With a limit, that limit plus 32 MiB for the agent
+    /// and the kernel's tables.
     pub memory_mib: u64,
-    /// Virtual CPUs that a sandbox may grow to, `cpus` to 32. Without it: a pod's, as many as the host has;
-    /// another's, those that it starts with.
+    /// Maximum number of virtual CPUs of a sandbox, `cpus` to 32. Default: for a pod, the number of CPUs of the host;
+    /// otherwise, the number at its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpus_max: Option<u32>,
-    /// Memory in MiB that a sandbox may grow to. Without it: a pod's, as much as the host has; another's,
-    /// what it starts with.
+    /// Maximum memory of a sandbox in MiB. Default: for a pod, the memory of the host; otherwise, the memory at its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_max_mib: Option<u64>,
-    /// What the guest may remember of shared files: `never`, `auto`, `always` or `writeback`
-    /// (docs/devices.md).
+    /// Cache policy of the guest for shared files: `never`, `auto`, `always` or `writeback` (docs/devices.md).
     #[cfg_attr(test, schemars(with = "String"))]
     pub cache: Cache,
-    /// Whether processes of a sandbox's containers may open vsock sockets (AF_VSOCK). Without it Koya's guest
-    /// kernel refuses them, to privileged containers too (docs/devices.md).
+    /// Whether processes of a sandbox's containers may open vsock sockets (AF_VSOCK). If not, Koya's guest kernel refuses
+    /// them, also for privileged containers (docs/devices.md).
     pub vsock: bool,
-    /// Whether a sandbox's threads that work for the guest have the AppArmor profile of its first container's
-    /// configuration (`docs/containerd.md`).
+    /// Whether the threads of a sandbox that serve the guest have the AppArmor profile in the configuration of its first
+    /// container (`docs/containerd.md`).
     pub apparmor: bool,
-    /// Whether a sandbox's process has the SELinux label of its first container's configuration, on a host
-    /// with SELinux. Read from the machine's files: the process is there before containerd says of others.
+    /// Whether the process of a sandbox has the SELinux label in the configuration of its first container, on a host with
+    /// SELinux. Read from the host's files only: the process exists before containerd passes other settings.
     pub selinux: bool,
-    /// Whether a sandbox's threads that work for the guest are confined: a seccomp filter for each kind of
-    /// thread, and no capabilities but those that serving files takes (`docs/security.md`).
+    /// Whether the threads of a sandbox that serve the guest are confined: a seccomp filter for each kind of thread, and no
+    /// capabilities except those for serving files (`docs/security.md`).
     pub seccomp: bool,
-    /// Whether a core of the CPU runs threads of one sandbox at a time, where cores have several hyperthreads (core
-    /// scheduling; docs/security.md). containerd's environment variable `SCHED_CORE` asks for it, too.
+    /// Whether a CPU core with several hyperthreads runs threads of only one sandbox at a time (core scheduling;
+    /// docs/security.md). containerd's environment variable `SCHED_CORE` enables it, too.
     pub core_scheduling: bool,
-    /// The guest kernel: a file, or `full` for `vmlinux-full` where Koya's files are looked for (docs/guest-kernel.md).
-    /// Without it: `vmlinux` there.
+    /// The guest kernel: a file, or `full` for `vmlinux-full` in the directories that are searched for Koya's files
+    /// (docs/guest-kernel.md). Default: `vmlinux` there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
-    /// The agent's initramfs. Without it: `initramfs` where Koya's files are looked for.
+    /// The agent's initramfs. Default: `initramfs` in the directories that are searched for Koya's files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
-    /// Words for the guest kernel's command line.
+    /// Kernel parameters appended to the guest kernel's command line.
     pub cmdline: String,
-    /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. An annotation
-    /// that is not allowed is refused by its name. `block_volumes` allows the annotation `io.koya.block_volumes`, by which
-    /// containers have file systems of their own (docs/devices.md), and so the host's disk as far as these say.
+    /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. Other annotations are refused
+    /// by name. `block_volumes` allows the annotation `io.koya.block_volumes`, which requests block volumes for containers
+    /// (docs/devices.md); their size on the host's disk is set by the annotation.
     pub annotations: Vec<String>,
 }
 
@@ -101,15 +99,15 @@ fn wrong(place: &str, reason: impl ToString) -> Error {
 }
 
 impl Settings {
-    /// The machine's: those of [`FILE`] and the drop-ins.
+    /// The host's settings: those of [`FILE`] and the drop-ins.
     ///
     /// # Errors
-    /// Which file, which key.
+    /// The file and key at fault.
     pub fn load() -> Result<Self, Error> {
         Self::read(&Self::files())
     }
 
-    /// The machine's files, as far as they are there.
+    /// The host's settings files that exist.
     pub fn files() -> Vec<PathBuf> {
         let drop_ins = fs::read_dir(DROP_INS).into_iter().flatten().flatten();
         let mut drop_ins: Vec<PathBuf> = drop_ins.map(|entry| entry.path()).collect();
@@ -120,10 +118,10 @@ impl Settings {
         first.into_iter().chain(drop_ins).collect()
     }
 
-    /// Those of these files: later ones win, key by key.
+    /// Reads settings from these files: later ones win, key by key.
     ///
     /// # Errors
-    /// Which file, which key.
+    /// The file and key at fault.
     pub fn read(files: &[PathBuf]) -> Result<Self, Error> {
         let mut texts = Vec::new();
         for path in files {
@@ -134,16 +132,16 @@ impl Settings {
         Self::parse(&texts)
     }
 
-    /// Those of these texts, each with where it is from: later ones win, key by key.
+    /// Parses settings from these texts, each with its origin: later ones win, key by key.
     ///
     /// # Errors
-    /// Which text, which key.
+    /// The text and key at fault.
     pub fn parse(texts: &[(String, String)]) -> Result<Self, Error> {
         let mut all = toml::Table::new();
         let mut last = "the settings";
         for (place, text) in texts {
             let table: toml::Table = text.parse().map_err(|error| wrong(place, error))?;
-            // Each on its own, so that an error is blamed on the right one.
+            // Each text separately, so that an error names the right one.
             Self::deserialize(table.clone()).map_err(|error| wrong(place, error))?;
             all.extend(table);
             last = place;
@@ -153,10 +151,10 @@ impl Settings {
         Ok(settings)
     }
 
-    /// With what a pod's annotations say, where that is allowed.
+    /// These settings with the annotations of a pod, where allowed.
     ///
     /// # Errors
-    /// Which annotation is not allowed, or is no value for its key.
+    /// The annotation that is not allowed or has an invalid value.
     pub fn annotated<'a>(
         self,
         annotations: impl IntoIterator<Item = (&'a String, &'a String)>,
@@ -169,10 +167,10 @@ impl Settings {
             };
             self.allow(name, key)?;
             if name == block_volume::ANNOTATION {
-                // It is of a container's, not of its sandbox's.
+                // This one is for a container, not for its sandbox.
                 continue;
             }
-            // A number is a number, and what is nothing else is text.
+            // Values that are not valid TOML are strings.
             let parsed = format!("value = {value}").parse::<toml::Table>();
             let parsed = parsed.ok().and_then(|mut table| table.remove("value"));
             let value = parsed.unwrap_or_else(|| toml::Value::String(value.clone()));
@@ -190,10 +188,10 @@ impl Settings {
         Ok(settings)
     }
 
-    /// The volumes that the annotations of a container ask for.
+    /// The block volumes requested by the annotations of a container.
     ///
     /// # Errors
-    /// If that is not allowed, or is not understood.
+    /// If they are not allowed or invalid.
     pub fn block_volumes(
         &self,
         annotations: Option<&HashMap<String, String>>,
@@ -207,7 +205,7 @@ impl Settings {
         volumes.collect()
     }
 
-    /// Whether an annotation may be there at all.
+    /// Checks that an annotation is allowed.
     fn allow(&self, name: &str, key: &str) -> Result<(), Error> {
         if self.annotations.iter().any(|allowed| allowed == key) {
             return Ok(());
@@ -216,7 +214,7 @@ impl Settings {
         Err(wrong(name, reason))
     }
 
-    /// What the types do not say.
+    /// Checks that the types do not make.
     fn check(&self) -> Result<(), String> {
         let in_range = |key: &str, value: u64, least: u64, most: u64| {
             let fits = (least..=most).contains(&value);
@@ -264,10 +262,10 @@ impl Settings {
         }
     }
 
-    /// Applies what of these is about the whole process (`core_scheduling`), which libraries leave to their program.
+    /// Applies the process-wide settings (`core_scheduling`), which libraries leave to their program.
     ///
     /// # Errors
-    /// The host has no core scheduling.
+    /// If the host has no core scheduling.
     pub fn prepare_process(&self) -> Result<(), Error> {
         match self.core_scheduling {
             true => keep_cores_apart().map_err(|error| wrong("core_scheduling", error)),
@@ -275,10 +273,10 @@ impl Settings {
         }
     }
 
-    /// A sandbox of this size; one that grows has room for more.
+    /// The configuration of a sandbox of this size; `grows` leaves room for more.
     pub fn sandbox(&self, size: Size, grows: bool) -> SandboxConfig {
         let cpus_max = self.cpus_max.or_else(|| grows.then(host_cpus));
-        // More than there are, or than it may grow to, is of no use to anybody.
+        // More CPUs than the host has, or than the maximum, are of no use.
         let most = cpus_max.unwrap_or(koya_vmm::MAX_CPUS).max(self.cpus);
         let cpus = size.cpus.unwrap_or(self.cpus).min(most);
         let memory_mib = size.memory_mib.unwrap_or(self.memory_mib);
@@ -294,7 +292,7 @@ impl Settings {
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             cmdline: self.cmdline.clone(),
-            // Volumes come with containers.
+            // Volumes are attached with their containers.
             disk_slots: match grows {
                 true => koya_vmm::MAX_DISK_SLOTS,
                 false => SandboxConfig::default().disk_slots,
@@ -304,7 +302,7 @@ impl Settings {
     }
 }
 
-/// Those that are on: what a process may use of them is another matter, and may change.
+/// Number of online CPUs: those that a process may use differ, and may change.
 fn host_cpus() -> u32 {
     let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
     let ranges = online.trim().split(',').filter_map(|range| {
@@ -320,7 +318,7 @@ fn host_memory_mib() -> u64 {
     (bytes >> 20).min(koya_vmm::MAX_MEMORY_MIB)
 }
 
-/// As they would be written in a file.
+/// In the format of a settings file.
 impl std::fmt::Display for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let text = toml::to_string(self).map_err(|_| std::fmt::Error)?;
@@ -420,7 +418,7 @@ mod tests {
         assert_eq!(parse(&[("b", &settings.to_string())]).unwrap(), settings);
     }
 
-    /// `KOYA_WRITE_DOCS=1 cargo test -p koya settings` writes it anew.
+    /// `KOYA_WRITE_DOCS=1 cargo test -p koya settings` regenerates it.
     #[test]
     fn the_reference_page_is_made_from_this_file() {
         let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");

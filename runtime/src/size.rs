@@ -1,4 +1,4 @@
-//! How large a guest is: what its programs see of what it gets, and how that changes while it runs.
+//! Size of a guest: the part visible to its programs, and changes while it runs.
 
 use crate::agent::Agent;
 use crate::config::SandboxConfig;
@@ -6,18 +6,18 @@ use crate::{Error, Sandbox};
 use koya_vmm::{VmConfig, VmHandle};
 use std::time::{Duration, Instant};
 
-/// How long a guest may refuse to turn a CPU off: it may be busy with another change.
+/// Time for which a guest may refuse to turn a CPU off: it may be busy with another change.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long it may go without a step towards the memory that it was asked to have. On a loaded host its kernel
-/// takes seconds to describe a block of memory.
+/// Time limit for progress towards the requested memory. On a loaded host, the guest's kernel takes seconds to initialize a
+/// memory block.
 const STEP_LIMIT: Duration = Duration::from_secs(8);
-/// How often it is looked at.
+/// Polling interval.
 const LOOK: Duration = Duration::from_millis(10);
-/// How often a guest that does not turn a CPU off is asked again.
+/// Interval between repeated requests to turn a CPU off.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
-/// A size as people write it, as its number and its unit in lower case: `512m`, `2GiB` and `2gb` have `m` and `g`, `1024`
-/// has none. None if it does not begin with a number.
+/// Parses a size into its number and its unit in lower case: `512m`, `2GiB` and `2gb` have `m` and `g`, `1024` has none.
+/// `None` if it does not begin with a number.
 pub fn parse(text: &str) -> Option<(u64, String)> {
     let lower = text.to_lowercase();
     let end = lower
@@ -31,29 +31,29 @@ pub fn parse(text: &str) -> Option<(u64, String)> {
 /// The size of a running guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// CPUs that are on. As a wish: none leaves them as they are.
+    /// Number of online CPUs. In a request, `None` leaves it unchanged.
     pub cpus: Option<u32>,
-    /// Memory in MiB, as [`SandboxConfig::memory_mib`] counts it. As a wish: none leaves it as it is.
+    /// Memory in MiB, counted as in [`SandboxConfig::memory_mib`]. In a request, `None` leaves it unchanged.
     pub memory_mib: Option<u64>,
 }
 
-/// What the guest's kernel keeps for itself of all memory, so that it is not in `MemTotal`. Measured
-/// with Koya's kernel from 96 MiB to 8 GiB, to the page; another kernel differs in the first figure.
+/// Memory that the guest's kernel keeps for itself, which is not part of `MemTotal`. Measured with Koya's kernel from 96 MiB
+/// to 8 GiB, to the page; another kernel differs in the first figure.
 mod kernel {
     /// Image, tables, panic log, the PC's hole, in KiB.
     pub(super) const FIXED_KIB: u64 = 12_752 - CPU_KIB;
-    /// Each CPU's own variables, in KiB.
+    /// Per-CPU variables, in KiB for each CPU.
     pub(super) const CPU_KIB: u64 = 176;
-    /// Linux's memory section, in MiB, and what describes its pages (64 bytes each), in KiB.
+    /// Linux's memory section in MiB, and its page descriptors (64 bytes each) in KiB.
     pub(super) const SECTION_MIB: u64 = 128;
     pub(super) const SECTION_KIB: u64 = 2048;
-    /// Hash tables of names and inodes: bytes for each KiB of what else is free, before rounding up.
+    /// Hash tables of names and inodes: bytes for each KiB that would otherwise be free, before rounding up.
     pub(super) const HASHES: u64 = 3;
-    /// From this on they grow more slowly, in MiB (ADAPT_SCALE_BASE in mm/mm_init.c).
+    /// Size from which they grow more slowly, in MiB (ADAPT_SCALE_BASE in mm/mm_init.c).
     pub(super) const SLOWER_MIB: u64 = 64 << 10;
 }
 
-/// `MemTotal` in KiB of a guest with so much memory.
+/// `MemTotal` in KiB of a guest with this much memory.
 fn mem_total_kib(ram_mib: u64, cpus: u32) -> u64 {
     use kernel::*;
     let sections = ram_mib.div_ceil(SECTION_MIB);
@@ -69,7 +69,7 @@ fn mem_total_kib(ram_mib: u64, cpus: u32) -> u64 {
     free_kib.saturating_sub(hashes_kib)
 }
 
-/// The least memory, in MiB and in whole steps, of which `total_mib` are left to the guest.
+/// The smallest memory size in MiB, a multiple of `step`, that leaves `total_mib` to the guest.
 fn ram_for(total_mib: u64, cpus: u32, step: u64) -> u64 {
     let mut ram = total_mib.next_multiple_of(step);
     while mem_total_kib(ram, cpus) < total_mib.saturating_mul(1024) {
@@ -80,10 +80,10 @@ fn ram_for(total_mib: u64, cpus: u32, step: u64) -> u64 {
 }
 
 impl SandboxConfig {
-    /// Sets what the virtual machine is to have, so that the guest has what was asked for.
+    /// Sets the size of the virtual machine such that the guest has the configured size.
     ///
     /// # Errors
-    /// [`Error::Size`] for a most memory that is less than the least, or more than any guest's.
+    /// [`Error::Size`] if the maximum memory is less than the minimum, or exceeds the limit of guests.
     pub(crate) fn size(&self, machine: &mut VmConfig) -> Result<(), Error> {
         let least = self.memory_mib.min(koya_vmm::MAX_MEMORY_MIB);
         if let Some(max) = self.memory_max_mib
@@ -96,10 +96,10 @@ impl SandboxConfig {
                 max: koya_vmm::MAX_MEMORY_MIB,
             });
         }
-        // Whole huge pages, of whatever kind.
+        // Whole huge pages of either kind.
         let step = 2;
         let cpus = self.cpus_max.unwrap_or(self.cpus);
-        // What is out of range is the configuration's to refuse, by its own name.
+        // Values out of range are refused by the check of the configuration, with the field's name.
         let ram = match self.memory_mib {
             koya_vmm::MIN_MEMORY_MIB..=koya_vmm::MAX_MEMORY_MIB => {
                 ram_for(self.memory_mib, cpus, step).min(koya_vmm::MAX_MEMORY_MIB)
@@ -121,19 +121,17 @@ impl SandboxConfig {
 }
 
 impl Sandbox {
-    /// Makes the running guest larger or smaller, and returns what it is then: a guest gives up only
-    /// what it can do without. If the CPUs can't be changed, memory may have been.
+    /// Resizes the running guest, and returns the resulting size: a guest gives up only memory that it can do without. If
+    /// the CPUs can't be changed, memory may have been.
     ///
     /// Memory above [`SandboxConfig::memory_mib`] is plugged and unplugged (virtio-mem); below it, a
-    /// balloon takes what is to be given up.
+    /// balloon reclaims it.
     ///
-    /// The host has the last word on CPUs: those that are to be off do not run from then on, also if the guest
-    /// has not turned them off a few seconds after it was asked to. That is an error, and a guest that goes
-    /// on to count on such a CPU hangs.
+    /// The host has the last word on CPUs: removed CPUs stop running, even if the guest has not turned them off a few
+    /// seconds after the request. That is an error, and a guest that continues to rely on such a CPU hangs.
     ///
     /// # Errors
-    /// [`Error::Size`] for what is beyond the configuration's limits; nothing is changed then. What the agent
-    /// says of CPUs.
+    /// [`Error::Size`] outside the configured limits; nothing is changed then. The agent's error for CPUs.
     pub fn update(&self, wish: Size) -> Result<Size, Error> {
         let limits = self.limits();
         if let Some(cpus) = wish.cpus
@@ -165,7 +163,7 @@ impl Sandbox {
             set_memory(machine, limits.memory_mib, mib);
         }
         if let Some(cpus) = wish.cpus {
-            // One at a time: what one lets run the other must not hold.
+            // One at a time: concurrent changes could hold a CPU that the other lets run.
             let _turning = self.turn_cpus();
             let change = Change {
                 before: machine.online_cpus(),
@@ -179,14 +177,14 @@ impl Sandbox {
         if wish.memory_mib.is_some() {
             settle(machine);
             if let Some(mem) = machine.mem() {
-                // What the guest touched of what it had given up.
+                // Memory that the guest touched after giving it up.
                 mem.discard_unplugged();
             }
         }
         self.size()
     }
 
-    /// How large the guest may become.
+    /// Maximum size of the guest.
     pub fn max_size(&self) -> Size {
         let limits = self.limits();
         Size {
@@ -195,21 +193,21 @@ impl Sandbox {
         }
     }
 
-    /// What the guest's kernel keeps for itself: MiB of the guest's memory beyond its size.
+    /// Memory that the guest's kernel keeps for itself: MiB of guest memory beyond its size.
     pub fn kernel_mib(&self) -> u64 {
         self.limits().kernel_mib
     }
 
-    /// MiB of memory that the guest may have of its host, without what its kernel keeps: what it started with,
-    /// and what it was last asked to have beyond that, or still has of what it was asked to have before. What a
-    /// balloon holds is in it: the guest may take that back.
+    /// Memory in MiB that the guest may use on its host, without the part that its kernel keeps: the memory at its start,
+    /// plus the amount last requested beyond that, or the larger amount that is still plugged from an earlier request.
+    /// Memory in a balloon is included: the guest may take it back.
     pub fn granted_mib(&self) -> u64 {
         let mem = self.machine().mem();
         let plugged = mem.map_or(0, |mem| mem.plugged().max(mem.requested()));
         self.limits().memory_mib + plugged.div_ceil(1 << 20)
     }
 
-    /// How large the guest is.
+    /// Size of the guest.
     ///
     /// # Errors
     /// If the agent does not answer.
@@ -225,13 +223,13 @@ impl Sandbox {
     }
 }
 
-/// What a guest's size may be.
+/// Limits of a guest's size.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) cpus_max: u32,
     pub(crate) memory_mib: u64,
     pub(crate) memory_max_mib: u64,
-    /// What the guest's kernel keeps of its memory.
+    /// Memory that the guest's kernel keeps for itself.
     pub(crate) kernel_mib: u64,
 }
 
@@ -259,7 +257,7 @@ fn set_memory(machine: &VmHandle, start_mib: u64, wish_mib: u64) {
     }
 }
 
-/// A change of how many CPUs are on.
+/// A change of the number of online CPUs.
 struct Change {
     before: u32,
     after: u32,
@@ -267,9 +265,9 @@ struct Change {
 }
 
 impl Change {
-    /// More CPUs run before the guest is asked to turn them on, fewer after it was asked to turn the others
-    /// off. A guest that says nothing loses them; one that says that it can't turn them off keeps them: its
-    /// kernel would wait for a CPU that does not run any more.
+    /// Additional CPUs run before the guest is asked to turn them on; removed CPUs run until the guest was asked to turn
+    /// them off. A guest that does not reply loses them; one that replies with an error keeps them: its kernel would wait
+    /// for a CPU that no longer runs.
     fn turn<E>(
         self,
         mut allow: impl FnMut(u32),
@@ -282,7 +280,7 @@ impl Change {
         }
         let since = Instant::now();
         let mut asked = ask();
-        // It may be busy with another change.
+        // The guest may be busy with another change.
         while asked.is_err() && since.elapsed() < self.patience {
             std::thread::sleep(ASK_AGAIN.min(self.patience));
             asked = ask();
@@ -294,7 +292,7 @@ impl Change {
     }
 }
 
-/// Waits while the guest gets nearer to what it is asked for.
+/// Waits while the guest approaches the requested size.
 fn settle(machine: &VmHandle) {
     let look = || {
         let plugged = machine.mem().map(|m| (m.plugged(), m.requested()));
@@ -305,7 +303,7 @@ fn settle(machine: &VmHandle) {
         let pairs = look().into_iter().flatten();
         pairs.map(|(is, wish)| is.abs_diff(wish)).sum()
     };
-    // Only what is nearer than ever counts: the guest's word alone must not keep anybody waiting.
+    // Only a new minimum counts as progress: a guest must not be able to prolong the wait by its reports.
     let (mut least, mut nearer) = (distance(), Instant::now());
     while least > 0 && nearer.elapsed() < STEP_LIMIT && machine.ended().is_none() {
         std::thread::sleep(LOOK);
@@ -322,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_guests_total_is_as_measured() {
-        // Memory in MiB, CPUs, and what a guest said.
+        // Memory in MiB, CPUs, and the total reported by a guest.
         for (ram, cpus, total) in [
             (96, 1, 83_312),
             (154, 1, 140_464),
@@ -340,7 +338,7 @@ mod tests {
         }
     }
 
-    /// What was done, in order, if the guest refuses so often.
+    /// The actions in order, for a guest that refuses this many times.
     fn turned(before: u32, after: u32, refusals: usize) -> (Result<(), ()>, Vec<String>) {
         turned_by(before, after, refusals, false)
     }

@@ -1,28 +1,28 @@
-//! What a container uses.
+//! Resource usage of a container.
 
 use koya_protocol::messages;
 use std::collections::BTreeMap;
 
-/// A container's control group in the guest. No limit is [`u64::MAX`].
+/// Statistics of a container's control group in the guest. [`u64::MAX`] means no limit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ContainerStats {
-    /// Processes and threads.
+    /// Number of processes and threads.
     pub pids: u64,
-    /// The most of them.
+    /// Maximum of `pids`.
     pub pids_limit: u64,
     /// CPU time.
     pub cpu: CpuStats,
-    /// Bytes of memory.
+    /// Memory in bytes.
     pub memory: u64,
-    /// The most of them.
+    /// Maximum of `memory`.
     pub memory_limit: u64,
-    /// Bytes of swap.
+    /// Swap in bytes.
     pub swap: u64,
-    /// The most of them.
+    /// Maximum of `swap`.
     pub swap_limit: u64,
-    /// What the memory is used for, by the kernel's names (`memory.stat`), in bytes or events.
+    /// Breakdown of memory by the kernel's names (`memory.stat`), in bytes or events.
     pub memory_details: BTreeMap<String, u64>,
-    /// What happened at its limits, by the kernel's names (`memory.events`).
+    /// Events at memory limits, by the kernel's names (`memory.events`).
     pub memory_events: BTreeMap<String, u64>,
     /// Requests to the guest's disks.
     pub io: Vec<DeviceIo>,
@@ -31,34 +31,34 @@ pub struct ContainerStats {
 /// CPU time, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuStats {
-    /// All.
+    /// Total.
     pub usage: u64,
-    /// In programs.
+    /// In user mode.
     pub user: u64,
     /// In the guest's kernel.
     pub system: u64,
-    /// Periods of its quota that began.
+    /// Number of elapsed quota periods.
     pub periods: u64,
-    /// Those in which it was stopped.
+    /// Number of periods in which it was throttled.
     pub throttled_periods: u64,
-    /// For how long it was stopped.
+    /// Time for which it was throttled.
     pub throttled: u64,
 }
 
-/// What was asked of one disk.
+/// I/O statistics of one disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceIo {
-    /// The device's number in the guest.
+    /// Major number of the device in the guest.
     pub major: u64,
-    /// See `major`.
+    /// Minor number.
     pub minor: u64,
-    /// Bytes.
+    /// Bytes read.
     pub read_bytes: u64,
-    /// Bytes.
+    /// Bytes written.
     pub written_bytes: u64,
-    /// Requests.
+    /// Read requests.
     pub reads: u64,
-    /// Requests.
+    /// Write requests.
     pub writes: u64,
 }
 

@@ -1,7 +1,7 @@
-//! Standard streams from the guest: which vsock stream is which.
+//! Standard streams from the guest: assignment of vsock streams.
 //!
-//! Any process of the guest can connect to the stream port, so a connection counts only if it
-//! begins with a token that was given to the agent over the control connection, once.
+//! Any process in the guest can connect to the stream port, so a connection is accepted only if it begins with a one-time
+//! token that was sent to the agent over the control connection.
 
 use crate::sync::lock;
 use koya_protocol::{STREAM_PORT, TOKEN_LEN};
@@ -15,26 +15,26 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-/// How long a stream that was asked for may take to come.
+/// Time limit for a requested stream to arrive.
 const STREAM_LIMIT: Duration = Duration::from_secs(30);
-/// How long a connection may take to say its token, which follows at once.
+/// Time limit for a connection to send its token, which follows at once.
 const TOKEN_LIMIT: Duration = Duration::from_secs(10);
-/// How many connections may be in that state; of more the oldest is ended.
+/// Maximum number of connections without a token; beyond that the oldest is closed.
 const MAX_PENDING: usize = 256;
-/// How often who waits for a token looks for further connections.
+/// Interval at which new connections are looked for while connections without a token are pending.
 const LOOK: Duration = Duration::from_millis(2);
-/// How many connections are accepted before those that are there have their turn.
+/// Maximum number of connections accepted before the pending ones are served.
 const BATCH: usize = 64;
 
 type Waiting = Arc<Mutex<HashMap<String, SyncSender<UnixStream>>>>;
 
-/// Streams that are expected.
+/// Expected streams.
 #[derive(Clone)]
 pub(crate) struct Streams {
     waiting: Waiting,
 }
 
-/// One stream that is expected.
+/// An expected stream.
 pub(crate) struct Expected {
     pub(crate) token: String,
     stream: Receiver<UnixStream>,
@@ -53,7 +53,7 @@ impl Streams {
         Ok(Self { waiting })
     }
 
-    /// Makes a token and expects its stream.
+    /// Creates a token and registers its stream as expected.
     pub(crate) fn expect(&self) -> io::Result<Expected> {
         let mut bytes = [0; TOKEN_LEN / 2];
         rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
@@ -69,7 +69,7 @@ impl Streams {
 }
 
 impl Expected {
-    /// The stream; it has come before the agent's answer, or comes with it.
+    /// The stream; it has arrived before the agent's reply, or arrives with it.
     pub(crate) fn take(self) -> io::Result<UnixStream> {
         self.stream
             .recv_timeout(STREAM_LIMIT)
@@ -83,7 +83,7 @@ impl Drop for Expected {
     }
 }
 
-/// A connection that has not said its token, or not all of it.
+/// A connection without a complete token.
 struct Pending {
     stream: UnixStream,
     since: Instant,
@@ -91,9 +91,9 @@ struct Pending {
     got: usize,
 }
 
-/// What became of one.
+/// State of a pending connection.
 enum Look {
-    /// It may still say its token.
+    /// The token may still arrive.
     Waits,
     Over,
     Token(String),
@@ -130,8 +130,8 @@ impl Pending {
     }
 }
 
-/// Hands connections to who expects them, until nobody does. Connections that say nothing keep nobody from
-/// that: a guest may make as many as it likes.
+/// Assigns connections to expected streams until none are expected any more. Connections that send nothing do not delay
+/// others: a guest may make any number of them.
 fn serve(
     accept: impl Fn(Duration) -> io::Result<UnixStream>,
     expected: &Weak<Mutex<HashMap<String, SyncSender<UnixStream>>>>,
@@ -152,7 +152,7 @@ fn serve(
         let Some(waiting) = expected.upgrade() else {
             return;
         };
-        // Before any is ended: who has said its token by now is none of those.
+        // Before any is closed: connections whose token has arrived by now are not affected.
         pending = pending
             .into_iter()
             .filter_map(|mut one| match one.look() {
@@ -171,7 +171,7 @@ fn serve(
     }
 }
 
-/// Waits until one of them can be read, a little while at most; not at all if there is none.
+/// Waits briefly until one of them is readable; not at all if there is none.
 fn wait_readable(pending: &VecDeque<Pending>) {
     let streams = pending.iter().map(|one| &one.stream);
     let mut polled: Vec<_> = streams
@@ -200,7 +200,7 @@ mod tests {
     use std::io::Write;
     use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 
-    /// Streams without a guest: what is sent connects.
+    /// Streams without a guest: streams sent to the channel count as connections.
     fn streams() -> (Streams, Sender<UnixStream>) {
         let (guest, connections) = channel();
         let waiting = Waiting::default();
@@ -237,7 +237,7 @@ mod tests {
         let mut got = [0; 5];
         stream.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"hello");
-        // The others are ended, the oldest first.
+        // The others are closed, the oldest first.
         for one in &mut idle {
             one.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             assert_eq!(one.read(&mut [0]).unwrap(), 0);

@@ -3,7 +3,7 @@
 pub(crate) use koya_vmm::host::sync::{lock, wait};
 use std::sync::{Condvar, Mutex};
 
-/// Who does something, of many who want to.
+/// Limits the number of concurrent operations.
 #[derive(Default)]
 pub(crate) struct Turns {
     taken: Mutex<usize>,
@@ -11,7 +11,7 @@ pub(crate) struct Turns {
 }
 
 impl Turns {
-    /// Waits for a turn and takes it.
+    /// Waits until fewer than `limit` operations run, and runs `work`.
     pub(crate) fn take<T>(&self, limit: usize, work: impl FnOnce() -> T) -> T {
         let mut taken = lock(&self.taken);
         while *taken >= limit {

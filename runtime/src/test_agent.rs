@@ -1,29 +1,29 @@
-//! An agent that does as a test wants.
+//! A mock agent for tests.
 
 use crate::agent::Agent;
 use protobuf::Message as _;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
-/// What it answers.
+/// Reply of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Word {
     Silence,
-    /// With an empty message.
+    /// An empty message.
     Ok,
     Error,
-    /// And never again.
+    /// Closes the connection.
     HangUp,
-    /// The same, but requests are still taken.
+    /// Closes only its sending side, and still accepts requests.
     HalfClose,
 }
 
-/// A connection to an agent that answers each request by its method's name.
+/// A connection to an agent that replies to each request according to its method name.
 pub(crate) fn agent(word: impl Fn(&str) -> Word + Send + 'static) -> Agent {
     let (ours, theirs) = UnixStream::pair().unwrap();
     std::thread::spawn(move || while answer(&theirs, &word).is_some() {});
     let (agent, connection) = Agent::connect(ours).unwrap();
-    // As long as the test's process: what ends it is the other end.
+    // Kept open until the end of the process; the other end closes it.
     std::mem::forget(connection);
     agent
 }
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_sends_no_more_has_hung_up_for_all_who_come_later() {
-        // It goes on to take requests.
+        // It still accepts requests.
         let half = agent(|_| Word::HalfClose);
         assert!(matches!(half.has_ended("a"), Err(Error::HungUp { .. })));
         let (sender, answer) = std::sync::mpsc::channel();

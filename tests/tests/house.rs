@@ -1,5 +1,5 @@
-//! The rules of the house, as tests: who may depend on whom, where `unsafe` may stand, and that
-//! documents name what exists.
+//! Rules of the repository, as tests: permitted dependencies between crates, permitted places for `unsafe`, and names in
+//! documents that must exist.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,7 @@ fn root() -> PathBuf {
         .to_path_buf()
 }
 
-/// Every file of the repository with this extension, by its path from the root.
+/// Every file of the repository with this extension, as a path from the root.
 fn files(extension: &str) -> Vec<String> {
     fn walk(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(dir).expect("a readable directory").flatten() {
@@ -40,7 +40,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
 }
 
-/// The crates of ours that a manifest names outside its dev-dependencies.
+/// Crates of this workspace in a manifest, except dev-dependencies.
 fn dependencies(manifest: &str) -> Vec<String> {
     let mut section = String::new();
     let mut found = Vec::new();
@@ -98,7 +98,7 @@ fn unsafe_stands_only_where_it_is_named() {
         "vmm/src/kvm/",
         "agent/src/sys.rs",
     ];
-    // Put together here, so that this file does not match itself.
+    // Concatenated here, so that this file does not match itself.
     let word = ["un", "safe"].concat();
     for file in files("rs") {
         if allowed.iter().any(|a| file.starts_with(a)) {
@@ -176,14 +176,14 @@ fn files_stay_small_enough_to_read() {
 #[test]
 fn architecture_is_asked_for_in_one_place() {
     let word = ["target", "_arch"].concat();
-    // The table of system calls has those that only one has.
+    // The table of system calls includes those of a single architecture.
     let allowed = [
         "vmm/src/arch/mod.rs",
         "vmm/src/kvm/",
         "devices/host/src/walls/calls.rs",
     ];
     for file in files("rs") {
-        // Tests of one architecture may say so.
+        // Tests may be specific to an architecture.
         let code = read(&file);
         let code = without_tests(&code);
         let named = code
@@ -196,7 +196,7 @@ fn architecture_is_asked_for_in_one_place() {
     }
 }
 
-/// What stands before a file's module of tests; one that is another file's is no end.
+/// Text before a file's inline module of tests; a declaration of one in another file does not end it.
 fn without_tests(text: &str) -> &str {
     let begins = |at: &usize| {
         let item = text[*at..].split_inclusive(['{', ';']).next();
@@ -208,10 +208,10 @@ fn without_tests(text: &str) -> &str {
     &text[..end.unwrap_or(text.len())]
 }
 
-/// What only platforms with a 16550 have.
+/// Names specific to platforms with a 16550.
 const OF_A_16550: &[&str] = &["ttyS0", "8250"];
 
-/// What only a PC has, by the names by which code would use it.
+/// Names specific to a PC, as used in code.
 const OF_A_PC: &[&str] = &[
     "0x3f8",
     "0x60..",
@@ -235,7 +235,7 @@ fn what_is_of_one_platform_stays_with_it() {
         .filter(|file| !file.starts_with("vmm/src/kvm/"));
     for file in ours {
         let text = read(file);
-        // Tests bring tiny guests, which are code of one architecture.
+        // Tests contain small guests, which are code of one architecture.
         let code = without_tests(&text);
         for (number, line) in code.lines().enumerate() {
             for name in OF_A_PC {
@@ -257,7 +257,7 @@ fn what_is_of_one_platform_stays_with_it() {
     }
 }
 
-/// The modules of `devices/src` that are devices, each of which stands by itself.
+/// Modules of `devices/src` that are devices and independent of one another.
 const DEVICES: &[&str] = &[
     "balloon", "blk", "fs", "mem", "net", "rng", "serial", "vsock",
 ];
@@ -295,8 +295,7 @@ fn a_device_has_little_to_implement() {
     assert!((1..=12).contains(&methods), "{methods} methods");
 }
 
-/// The names of threads that a program starts, in what is no test: `Role::new("...")`, or a name that
-/// stands for a role, as the first word of a `spawn`.
+/// Names of threads started outside tests: `Role::new("...")`, or a literal as the first argument of a `spawn` function.
 fn thread_names() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for file in files("rs") {
@@ -343,7 +342,7 @@ fn every_thread_has_a_row_in_the_table() {
 
 #[test]
 fn threads_are_started_by_their_role() {
-    // Put together here, so that this file does not match itself.
+    // Concatenated here, so that this file does not match itself.
     let forms = ["thread::spawn(", "thread::Builder"].map(|form| format!("std::{form}"));
     for file in files("rs") {
         let is_library = ["devices/", "vmm/src/"]
@@ -363,7 +362,7 @@ fn threads_are_started_by_their_role() {
     }
 }
 
-/// The options that the fragments in a directory set to `y`, by their names without `CONFIG_`.
+/// Options set to `y` by the fragments in a directory, without `CONFIG_`.
 fn kernel_options(directory: &str) -> BTreeSet<String> {
     let fragments = files("config");
     let fragments = fragments.iter().filter(|f| f.starts_with(directory));
@@ -374,7 +373,7 @@ fn kernel_options(directory: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The cells of the rows that name an option, for tables with this many columns.
+/// Cells of rows for an option, in tables with this many columns.
 fn option_rows(text: &str, columns: usize) -> Vec<Vec<String>> {
     text.lines()
         .filter(|line| line.starts_with("| `"))
@@ -384,7 +383,7 @@ fn option_rows(text: &str, columns: usize) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// What is said of an option that container engines ask for, against what is configured.
+/// Compares the table of options needed by container engines with the configuration.
 #[test]
 fn the_guest_kernel_has_the_options_that_its_table_says() {
     let set = kernel_options("guest-kernel/config/");
@@ -424,7 +423,7 @@ fn the_guest_kernel_has_the_options_that_its_table_says() {
     assert!(only_full.is_disjoint(&set));
 }
 
-/// Each patch is in the ledger with its gain, its risk and its end, and no other is.
+/// The ledger lists each patch, and no other, with its gain, its risk and the condition for its removal.
 #[test]
 fn every_patch_of_the_guest_kernel_is_in_the_ledger() {
     let ledger = read("guest-kernel/README.md");
@@ -447,7 +446,7 @@ fn every_patch_of_the_guest_kernel_is_in_the_ledger() {
     assert_eq!(listed, there);
 }
 
-/// All that koya-vmm offers: what is not in here is not public by accident.
+/// The complete public interface of koya-vmm, so that nothing becomes public by accident.
 const OF_KOYA_VMM: &[&str] = &[
     "ArchError",
     "AttachError",
@@ -495,8 +494,8 @@ const OF_KOYA_VMM: &[&str] = &[
     "kvm",
 ];
 
-/// The names of `pub use` and `pub mod` items, those of a module written out with its name before them. What
-/// is hidden from documentation is named, and not what is in it.
+/// Names of `pub use` and `pub mod` items, with the module's name before those of an inline module. For `#[doc(hidden)]`
+/// modules, the name but not the contents.
 fn public_names(text: &str) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut module: Option<String> = None;

@@ -14,9 +14,9 @@ const MAX_EVENTS: usize = 32;
 /// A point in time during a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootEvent {
-    /// When it happened.
+    /// Time of the event.
     pub at: Instant,
-    /// What happened: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
+    /// Name of the event: `kernel loaded`, `first MMIO exit`, `virtio-fs`, ...
     pub name: &'static str,
     /// Whether the guest caused it.
     pub by_guest: bool,
@@ -58,7 +58,7 @@ impl BootEvents {
         self.note(name, false);
     }
 
-    /// Records something that the guest did.
+    /// Records an action of the guest.
     pub(crate) fn guest(&self, name: &'static str) {
         self.note(name, true);
     }

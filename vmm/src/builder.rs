@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Why a virtual machine did not start.
+/// Errors when a virtual machine is started.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -126,7 +126,7 @@ impl VmBuilder {
     /// Builds and starts the virtual machine.
     ///
     /// # Errors
-    /// What is missing or was refused; nothing is left behind.
+    /// The missing or refused resource; nothing is left behind.
     pub fn start(self) -> Result<Vm, StartError> {
         let vm = self.start_paused()?;
         vm.handle().resume();
@@ -192,7 +192,7 @@ impl VmBuilder {
         let cpus = self.spec.cpus.count;
         let kickers: Vec<_> = (0..cpus).map(|_| Kicker::default()).collect();
         let vcpus = make_vcpus(&features, &machine, &kickers)?;
-        // Some interrupt controllers are complete only when all vCPUs exist. What raises interrupts comes after.
+        // Some interrupt controllers are complete only when all vCPUs exist. Interrupt sources are connected after that.
         let interrupts = arch::finish_vm(machine.fd(), cpus)?;
         let mut parts = Parts {
             machine,

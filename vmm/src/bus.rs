@@ -24,8 +24,8 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// The guest writes at an offset from the start of the range, at least one byte.
     fn write(&self, offset: u64, data: &[u8]) -> Effect;
-    /// Shuts the device down: when this returns, none of its threads run. `report` is called with what is
-    /// being waited for.
+    /// Shuts the device down: when this returns, none of its threads run. `report` is called with the name of each part that
+    /// is waited for.
     fn shut_down(&self, _report: &dyn Fn(&str)) {}
 }
 
@@ -143,7 +143,7 @@ impl Bus {
         self.memory.write(address, data)
     }
 
-    /// Shuts all devices down. `report` is called with each before it is waited for.
+    /// Shuts all devices down. `report` is called with the name of each device before the wait for it.
     pub fn shut_down(&self, report: impl Fn(&str)) {
         for (range, device) in self.memory.0.iter().chain(&self.ports.0) {
             report(&format!("the device at {:#x}", range.start));

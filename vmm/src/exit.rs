@@ -1,12 +1,12 @@
-//! Why a virtual machine ended.
+//! The reasons why a virtual machine ended.
 
 use std::fmt;
 
-/// Why a virtual machine ended; only the first reason counts.
+/// The reason why a virtual machine ended; only the first one counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitReason {
-    /// The guest reset its CPU, which is how a guest without ACPI shuts down, or turned its machine off (PSCI).
+    /// The guest reset its CPU (the shutdown of a guest without ACPI), or turned its machine off (PSCI).
     Reset,
     /// The guest's kernel panicked.
     Panic {
@@ -20,7 +20,7 @@ pub enum ExitReason {
         /// The vCPU's registers. On AMD processors these are the reset values: KVM clears the others before
         /// it reports the fault.
         details: String,
-        /// What the panic log held by then; mostly empty.
+        /// Contents of the panic log at that time; mostly empty.
         log: String,
     },
     /// KVM could not emulate something.

@@ -2,7 +2,7 @@
 //! sequences and invisible characters.
 //!
 //! Call this before showing any text from a guest. The exceptions are a container's own streams and the
-//! console of those who follow it, which are passed on unchanged.
+//! console of its followers, which are passed on unchanged.
 
 use std::fmt::Arguments;
 use std::iter::Peekable;
@@ -29,7 +29,7 @@ pub fn lines(text: impl AsRef<[u8]>) -> String {
     let bytes = text.as_ref();
     let cut = &bytes[bytes.len().saturating_sub(MAX_LINES)..];
     let mut lines = clean(&String::from_utf8_lossy(cut), '\n');
-    // The replacements of invalid bytes are longer than the bytes.
+    // The replacement of an invalid byte is longer than the byte.
     let mut excess = lines.len().saturating_sub(MAX_LINES);
     while !lines.is_char_boundary(excess) {
         excess += 1;
@@ -78,7 +78,7 @@ fn is_invisible(char: char) -> bool {
     )
 }
 
-/// Skips what follows an escape character (ECMA-48, section 5.3).
+/// Skips the rest of an escape sequence (ECMA-48, section 5.3).
 fn skip_escape(chars: &mut Peekable<Chars<'_>>) {
     match chars.peek() {
         Some('[') => {
@@ -114,7 +114,7 @@ fn skip_control_sequence(chars: &mut Peekable<Chars<'_>>) {
 #[derive(Debug, Default)]
 pub struct Warnings(AtomicU32);
 
-/// How often each warning is logged.
+/// Number of times that each warning is logged.
 const MAX_WARNINGS: u32 = 20;
 
 impl Warnings {

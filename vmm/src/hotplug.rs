@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, Weak};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Why a disk could not be attached or detached.
+/// Errors when a disk is attached or detached.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AttachError {

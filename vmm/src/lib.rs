@@ -66,7 +66,7 @@
 //! descriptors closed, memory unmapped.
 //!
 //! There is one error enum per operation ([`ConfigError`], [`StartError`], [`AttachError`]); each names the
-//! operation, and has the error from the host or KVM as its [source](std::error::Error::source).
+//! operation, and has the error from the host or KVM, if any, as its [source](std::error::Error::source).
 //!
 //! # Process-wide state
 //! The library changes nothing process-wide: no signal handler, working directory, umask, resource limit or

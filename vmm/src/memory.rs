@@ -23,7 +23,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
 pub struct MemoryUsage {
     /// Resident pages of guest memory.
     pub guest: u64,
-    /// Other private pages of the process: the monitor, its devices and whatever else the process does.
+    /// Other private pages of the process: the monitor, its devices and the rest of the program.
     pub overhead: u64,
 }
 
@@ -76,7 +76,7 @@ fn sum(smaps: &str, guest: &[(u64, u64)]) -> MemoryUsage {
     usage
 }
 
-/// Why guest memory could not be allocated.
+/// The error when guest memory is allocated.
 #[derive(Debug, Error)]
 #[error("cannot reserve {mib} MiB of guest memory{hint}")]
 pub struct MemoryError {
@@ -141,7 +141,7 @@ fn try_reserve(spec: &MemorySpec) -> io::Result<Memory> {
     Ok(memory)
 }
 
-/// Maximum number of memory slots for the hot-pluggable range: KVM has some 500 at least.
+/// Maximum number of memory slots for the hot-pluggable range: KVM supports at least some 500.
 const MAX_SLOTS: usize = 256;
 
 /// Creates the virtio-mem device; `None` without a hot-pluggable range.
@@ -277,7 +277,7 @@ mod tests {
         assert_eq!((usage.guest, usage.overhead), (8 << 10, 5 << 10));
     }
 
-    /// An address in boot memory, wherever that begins.
+    /// An address in boot memory, by its offset from the start.
     fn boot_memory(offset: u64) -> GuestAddress {
         GuestAddress(arch::layout::memory_ranges(64 << 20)[0].0 + offset)
     }
@@ -367,7 +367,7 @@ mod tests {
     fn huge_pages_that_the_host_does_not_have_are_refused_at_once() {
         let spec = MemorySpec {
             huge_pages: HugePages::Reserved,
-            // More than any host has.
+            // More than any host.
             ..MemorySpec::new(1 << 46)
         };
         for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
@@ -384,10 +384,10 @@ mod tests {
         use std::sync::atomic::{AtomicBool, Ordering};
         use vm_memory::Bytes;
 
-        /// Within the reach of real mode, after boot memory.
+        /// Accessible in real mode, after boot memory.
         const ROOM: u64 = 0x8_0000;
 
-        /// Writes to the hot-pluggable range, reads it back, and reports what it read, in a loop.
+        /// Writes to the hot-pluggable range, reads it back, and reports the value, in a loop.
         const CODE: &[u8] = &[
             0xb8, 0x00, 0x80, // mov ax, 0x8000
             0x8e, 0xd8, // mov ds, ax
@@ -437,7 +437,7 @@ mod tests {
         }
 
         impl Guest {
-            /// What it read, and how many accesses caused exits.
+            /// The value read, and the number of accesses that caused exits.
             fn round(&mut self) -> (u8, usize) {
                 let mut exits = 0;
                 loop {

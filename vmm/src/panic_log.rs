@@ -77,7 +77,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
     });
     match (panic, reason) {
         (Some(panic), _) => panic,
-        // A fatal oops: its text says more than the registers.
+        // A fatal oops: its text is more useful than the registers.
         (None, ExitReason::TripleFault { details, .. }) => ExitReason::TripleFault {
             details,
             log: logs
@@ -89,7 +89,7 @@ fn join(reason: ExitReason, logs: &[String]) -> ExitReason {
     }
 }
 
-/// How many lines before the fault are shown: what led to it, such as the last output of init.
+/// Number of lines shown before the fault: its context, such as the last output of init.
 const LINES_BEFORE: usize = 5;
 
 /// The part of a log from the first fault on. A record contains the whole kernel log since boot.
@@ -99,7 +99,7 @@ fn panic_excerpt(log: &str) -> &str {
         "Oops: ",
         "general protection fault",
         "kernel BUG at",
-        // Of arm64.
+        // arm64
         "Unable to handle kernel ",
         "Internal error: ",
         "Kernel panic - not syncing: ",
@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    /// Of a fault, arm64 says more in the lines before the one with "Oops".
+    /// On a fault, arm64 prints more in the lines before the one with "Oops".
     #[test]
     fn a_fault_of_arm64_is_shown_from_its_first_line() {
         let boot = "a line of the boot\n".repeat(50);

@@ -22,7 +22,7 @@ const ROLE: Role = Role::new("koya-starter")
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// The work, and where its completion is reported.
+/// The work, and the channel for its completion.
 type Job = (Work, Sender<()>);
 
 /// The starter thread; joined by [`stop`](Self::stop).

@@ -1,8 +1,8 @@
-//! Teardown of a virtual machine: the order in which its parts are ended, and how long to wait for them.
+//! Teardown of a virtual machine: the order in which its parts are ended, and the time limit for them.
 //!
 //! Nothing here depends on the guest: vCPUs are kicked out of it, and device threads check for a stop request
 //! after each batch. They may hang in a system call of the host, so teardown runs on a thread of its own and
-//! records what it waits for.
+//! records the part that it waits for.
 
 use crate::bus::Bus;
 use crate::event_loop::LoopThread;
@@ -17,11 +17,10 @@ use std::time::Duration;
 
 const ROLE: Role = Role::new("koya-end").without_signals();
 
-/// How long the threads of a machine may take to end: longer than a working disk takes for requests in
-/// flight.
+/// Time limit for the threads of a machine to end: longer than a working disk takes for requests in flight.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The parts of a machine that must be ended.
+/// The parts of a machine to tear down.
 pub(crate) struct Teardown {
     vcpus: Vec<(usize, JoinHandle<()>)>,
     sockets: Option<UnixSockets>,
@@ -30,7 +29,7 @@ pub(crate) struct Teardown {
     handles: Arc<Handles>,
 }
 
-/// What is being waited for.
+/// The part that is being waited for.
 type Stage = Arc<Mutex<String>>;
 
 impl Teardown {
@@ -56,7 +55,7 @@ impl Teardown {
         self.sockets = sockets;
     }
 
-    /// Ends all parts, or logs which one does not end.
+    /// Ends all parts, or logs the one that does not end.
     pub(crate) fn run(self) {
         if self.vcpus.is_empty() && self.event_loop.is_none() {
             // There is no thread that could hang, and no device: devices need the loop.

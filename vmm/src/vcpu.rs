@@ -135,7 +135,7 @@ impl RunControl {
         }
     }
 
-    /// Why the machine ended, if it has.
+    /// The reason why the machine ended, if it has.
     pub(crate) fn ended(&self) -> Option<ExitReason> {
         match &lock(&self.state).target {
             Target::End(reason) => Some(reason.clone()),
@@ -329,8 +329,8 @@ mod tests {
             0xff, 0xff, 0xff, 0x17, // b l
         ];
         pub(super) const SECOND: usize = 0x1000;
-        /// Counts in memory, and has the host's caches forget what they have of it: without address translation, a
-        /// guest writes past caches.
+        /// Counts in memory, and cleans and invalidates the host's cache line: without address translation, a guest's writes
+        /// bypass the caches.
         pub(super) const COUNT: &[u8] = &[
             0x01, 0x80, 0x00, 0x10, // adr x1, COUNTER
             0x20, 0x00, 0x40, 0xb9, // again: ldr w0, [x1]

@@ -33,12 +33,12 @@ const VCPU: Role = Role::new("koya-vcpu")
     .confined_by(Filter::Vcpu);
 
 /// A virtual machine. Dropping it stops it and leaves nothing behind: no thread, descriptor or mapping. The
-/// guest cannot delay that. A host system call that does not return (a disk on a file server that is gone) is
-/// waited for up to 30 s; then an error is logged that says what was waited for, and the thread and what it
-/// uses remain until the call returns.
+/// guest cannot delay that. If a host system call does not return (a disk on a file server that is gone), the drop waits for
+/// up to 30 s and then logs an error with the part that it waited for; that thread and its resources remain until the call
+/// returns.
 pub struct Vm {
     control: Arc<RunControl>,
-    /// What must be torn down; `None` afterwards.
+    /// The parts to tear down; `None` afterwards.
     live: Option<Teardown>,
     bus: Arc<Bus>,
     serial: Option<Arc<Mutex<SerialPort>>>,
@@ -195,7 +195,7 @@ impl VmHandle {
         self.control.end(ExitReason::Stopped);
     }
 
-    /// Why it ended, if it has. A kernel panic appears here as the reset that follows it; only [`Vm::wait`]
+    /// The reason why it ended, if it has. A kernel panic appears here as the reset that follows it; only [`Vm::wait`]
     /// reads the panic log.
     pub fn ended(&self) -> Option<ExitReason> {
         self.control.ended()
@@ -236,7 +236,7 @@ impl VmHandle {
     /// Attaches a disk to a hot-plug slot. The guest's kernel does not see it until it probes the slot again.
     ///
     /// # Errors
-    /// Why the disk cannot be used, or that no slot is free.
+    /// The reason why the disk cannot be used, or the lack of a free slot.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<AttachedDisk, AttachError> {
         let hotplug = self.handles.hotplug.as_ref();
         hotplug.ok_or(AttachError::NoSlot(0))?.attach(config)

@@ -1,4 +1,4 @@
-//! The tiny guest that every architecture has, on the host's `/dev/kvm`.
+//! The tiny guest common to all architectures, on the host's `/dev/kvm`.
 
 use koya_vmm::{ExitReason, Spec, Vm};
 

@@ -1,6 +1,6 @@
-//! Guests that break the rules on purpose, each beside good neighbours: a machine of the same process and one of another
-//! process. `cargo test -p koya-vmm --test hostile -- --nocapture` prints what the neighbours noticed. `KOYA_ATTACK_MS`
-//! is how long each attack lasts.
+//! Guests that break the rules on purpose, each beside well-behaved neighbours: a machine in the same process and one in
+//! another. `cargo test -p koya-vmm --test hostile -- --nocapture` prints the latency of the neighbours. `KOYA_ATTACK_MS`
+//! sets the duration of each attack.
 #![cfg(target_arch = "x86_64")]
 
 mod guests;
@@ -28,7 +28,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What a neighbour's requests took: how many there were, all together, and the longest.
+/// Latency of a neighbour's requests: their number, total and maximum.
 #[derive(Clone, Copy, Default)]
 struct Latency {
     count: u32,
@@ -36,7 +36,7 @@ struct Latency {
     longest: Duration,
 }
 
-/// A neighbour's device: its driver has one request at a time, and the next as soon as that is answered.
+/// A neighbour's device: its driver has one request in flight at a time.
 #[derive(Clone, Default)]
 struct Probe(Arc<Mutex<Latency>>);
 
@@ -90,7 +90,7 @@ fn neighbour(probe: &Probe) -> Vm {
 const CHILD: &str = "KOYA_NEIGHBOUR";
 const TEST: &str = "neighbours_live_on_beside_hostile_guests";
 
-/// The neighbour in a process of its own: answers each line with what it noticed since the last one.
+/// The neighbour in a separate process: answers each line with its latency since the last one.
 fn be_a_neighbour() {
     let probe = Probe::default();
     let vm = neighbour(&probe);
@@ -151,7 +151,7 @@ fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// FUSE: a header with this operation on this node, and its argument.
+/// A FUSE request: a header with this operation and node, and its argument.
 fn fuse(operation: u32, node: u64, argument: &[u32]) -> Vec<u8> {
     let [low, high] = [node as u32, (node >> 32) as u32];
     words(&[&[4096, operation, 7, 0, low, high, 0, 0, 0, 0], argument].concat())
@@ -174,7 +174,7 @@ fn packet(operation: u32, from: u32, to: u32, len: u32) -> Vec<u8> {
     ])
 }
 
-/// The longest that a machine takes to stop, and what it had to be gone.
+/// Time limit for a machine to stop and for its resources to be released.
 const LIMIT: Duration = Duration::from_secs(30);
 
 const ALL: u32 = u32::MAX;
@@ -202,11 +202,11 @@ fn attack(attack: Attack, device: &str, dir: &Path) -> Vm {
             shares.add("share", dir.join("share"), false).unwrap();
             let fs = Fs::new("koya", shares, Options::default(), 1).unwrap();
             let requests = vec![
-                fuse(26, 0, &[7, 38, 0, ALL, ALL]), // INIT, again and again
+                fuse(26, 0, &[7, 38, 0, ALL, ALL]), // INIT, repeatedly
                 fuse(1, 1, &[u32::from_le_bytes(*b"shar"), u32::from(b'e')]), // LOOKUP
                 fuse(27, 1, &[0, 0]),               // OPENDIR, never released
-                fuse(2, 1, &[ALL, ALL]),            // FORGET more than there is
-                fuse(42, 0, &[ALL, 0, 2, 0, ALL, ALL]), // BATCH_FORGET with a count that lies
+                fuse(2, 1, &[ALL, ALL]),            // FORGET of more references than exist
+                fuse(42, 0, &[ALL, 0, 2, 0, ALL, ALL]), // BATCH_FORGET with a false count
                 fuse(28, 1, &[0, 0, 0, 0, ALL, 0, 0, 0, 0, 0]), // READDIR of 4 GiB
                 fuse(16, 1, &[0, 0, ALL, ALL, ALL, 0, 0, 0, 0, 0]), // WRITE of 4 GiB
                 fuse(38, ALL.into(), &[0]),         // DESTROY
@@ -240,7 +240,7 @@ fn attack(attack: Attack, device: &str, dir: &Path) -> Vm {
         "memory" => {
             let mem = Mem::new(4 << 30, 256 << 20, 128 << 20).unwrap();
             mem.handle().set_requested(128 << 20);
-            // Plug, unplug, unplug all, state: of what is there, and of what is not.
+            // Plug, unplug, unplug all, state: of existing and of non-existent blocks.
             let of =
                 |kind: u32, low: u32, high: u32, count: u32| words(&[kind, 0, low, high, count, 0]);
             let requests = vec![
@@ -299,8 +299,8 @@ fn row(name: &str, seen: &[Latency]) {
     println!("| {name} | {} |", cells.collect::<Vec<_>>().join(" | "));
 }
 
-/// What neighbours notice, as µs of a request: on average, and at most. What a host does with its CPUs is none of
-/// this test's business: it holds that they go on, and that nothing grows or is left.
+/// Latency of neighbours in µs per request, on average and at most. The host's scheduling is outside the scope of this test:
+/// it checks that the neighbours make progress, and that nothing grows or is left behind.
 #[test]
 fn neighbours_live_on_beside_hostile_guests() {
     if std::env::var_os(CHILD).is_some() {
@@ -320,7 +320,7 @@ fn neighbours_live_on_beside_hostile_guests() {
         other.take();
         std::thread::sleep(lasts);
         let mut seen = [probe.take(), other.take()];
-        // However slow the host is, they go on.
+        // They make progress, however slow the host is.
         let began = Instant::now();
         while seen.iter().any(|one| one.count == 0) {
             assert!(
@@ -334,7 +334,7 @@ fn neighbours_live_on_beside_hostile_guests() {
     };
     println!("| attack | same process | another process |\n|---|---|---|");
     row("none", &during(&probe, &mut other));
-    // What a guest takes that only spins.
+    // The baseline: a guest that only spins.
     let spins = Vm::builder(Spec::flat(guests::SPIN)).start().unwrap();
     row("none: it spins", &during(&probe, &mut other));
     assert_eq!(spins.stop(), ExitReason::Stopped);
@@ -366,7 +366,7 @@ fn neighbours_live_on_beside_hostile_guests() {
             }
             let counts = || (entries("/proc/self/fd"), entries("/proc/self/task"));
             let (there, resident) = *before.get_or_insert_with(|| (counts(), resident_kib()));
-            // A thread that was waited for takes a moment to be gone.
+            // A joined thread takes a moment to disappear from /proc.
             while counts() != there {
                 let took = began.elapsed();
                 assert!(

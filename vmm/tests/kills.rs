@@ -1,6 +1,6 @@
-//! SIGKILL at any point of a machine's life: what the kernel does not take back by itself must not keep the next
-//! machine from starting. `KOYA_KILLS=500 KOYA_SEED=7 cargo test -p koya-vmm --test kills -- --nocapture` kills 500 times
-//! and prints in which phases.
+//! SIGKILL at any point in the life of a machine: resources that the kernel does not reclaim must not keep the next machine
+//! from starting. `KOYA_KILLS=500 KOYA_SEED=7 cargo test -p koya-vmm --test kills -- --nocapture` kills 500 times and prints
+//! the phases.
 #![cfg(target_arch = "x86_64")]
 
 mod guests;
@@ -36,7 +36,7 @@ const PHASES: [&str; 5] = [
     "stopping",
 ];
 
-/// A machine with a device of each kind, whose guest brings up and resets its disk without end.
+/// A machine with a device of each kind, whose guest brings up and resets its disk in an endless loop.
 fn machine(dir: &Path, phase: &dyn Fn(u8)) {
     phase(1);
     let disk = Disk::open(&dir.join("disk"), DiskOptions::default()).unwrap();
@@ -59,7 +59,7 @@ fn machine(dir: &Path, phase: &dyn Fn(u8)) {
         .device(Vsock::new(3, ports))
         .device(Balloon::new().unwrap())
         .device(Rng::default());
-    // A tap of its own, where this user may have one, and not always: it takes longer than all the rest.
+    // A new tap, where this user may create one, and only sometimes: it takes longer than all the rest.
     if std::process::id().is_multiple_of(4)
         && let Ok(tap) = Tap::open("", 1)
     {
@@ -123,8 +123,8 @@ fn names(dir: &str) -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// What there is on the host that a monitor could leave: mounts, interfaces, listening sockets, children and
-/// descriptors of this process.
+/// Resources on the host that a monitor could leave behind: mounts, interfaces, listening sockets, children and descriptors
+/// of this process.
 fn surroundings(dir: &Path) -> Vec<(&'static str, BTreeSet<PathBuf>)> {
     let lines = |file: &str, with: &str| {
         let text = fs::read_to_string(file).unwrap();
@@ -146,7 +146,7 @@ fn surroundings(dir: &Path) -> Vec<(&'static str, BTreeSet<PathBuf>)> {
     ]
 }
 
-/// Others of this host may add and remove mounts and interfaces meanwhile.
+/// Other programs on this host may add and remove mounts and interfaces meanwhile.
 fn nothing_is_left(dir: &Path, before: &[(&str, BTreeSet<PathBuf>)], after: &str) {
     let began = Instant::now();
     while surroundings(dir) != before {
@@ -180,7 +180,7 @@ fn a_monitor_killed_at_any_point_leaves_nothing_in_the_way() {
     for kill in 0..kills {
         fs::write(dir.join("phase"), [0]).unwrap();
         let mut child = monitor(dir, false);
-        // Knuth's generator: any spread does, and the same seed spreads the same.
+        // Knuth's generator: any distribution will do, but it must be reproducible.
         seed = seed
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
@@ -197,7 +197,7 @@ fn a_monitor_killed_at_any_point_leaves_nothing_in_the_way() {
             .or_insert(0) += 1;
         nothing_is_left(dir, &before, &format!("kill {kill}"));
     }
-    // Neither the socket nor the disk of those that were killed is in the way.
+    // Neither the socket nor the disk of the killed monitors is in the way.
     assert!(monitor(dir, true).wait().unwrap().success());
     for (phase, count) in phases {
         println!("| {} | {count} |", PHASES[usize::from(phase)]);
@@ -210,7 +210,7 @@ fn a_monitor_killed_at_any_point_leaves_nothing_in_the_way() {
     assert_eq!(left, ["disk", "phase", "share"]);
 }
 
-/// Calls of the host that fail, and how. `strace(1)` makes the n-th of each thread fail.
+/// Host system calls and the errors injected into them. `strace(1)` makes the n-th call of each thread fail.
 const FAULTS: &[(&str, &str)] = &[
     ("openat", "EMFILE"),
     ("openat", "ENOMEM"),
@@ -241,7 +241,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("unlink", "EIO"),
 ];
 
-/// Each call fails at its first, second, ... time, up to this one.
+/// Maximum n: each call fails at its first, second, ... invocation.
 const TIMES: u64 = 24;
 const FAULT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -259,7 +259,7 @@ fn a_host_that_fails_at_any_call_is_an_error_and_leaves_nothing() {
             fs::write(dir.join("phase"), [0]).unwrap();
             let mut strace = Command::new("strace");
             strace.args(["-f", "-qq", "-o", "/dev/null", "--trace", call]);
-            // Another call stands in for the one that fails: a filter would see none, which is a violation.
+            // Another call stands in for the one that fails: a seccomp filter would see the number -1, which is a violation.
             let how = format!("--inject={call}:error={error}:when={time}:syscall=gettid");
             strace.arg(how).env_remove("RUST_BACKTRACE");
             strace.arg(std::env::current_exe().unwrap());
@@ -276,7 +276,7 @@ fn a_host_that_fails_at_any_call_is_an_error_and_leaves_nothing() {
                 std::thread::sleep(Duration::from_millis(5));
             };
             nothing_is_left(dir, &before, &format!("{call}: {error} at {time}"));
-            // What failed while the program was loaded says nothing about it.
+            // A failure while the program was being loaded tells nothing about it.
             if fs::read(dir.join("phase")).unwrap() == [0] {
                 continue;
             }

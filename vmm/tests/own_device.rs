@@ -86,7 +86,7 @@ fn a_machine_that_ends_while_a_device_starts_is_taken_down_after_it() {
     assert_eq!(handle.wait_ended(), ExitReason::Stopped);
     word.send(()).unwrap();
     assert_eq!(waits.join().unwrap(), ExitReason::Stopped);
-    // It was stopped after it had started, and nothing holds it any more.
+    // It was stopped after it had started, and no references to it remain.
     let said: Vec<_> = hears.iter().collect();
     assert!(said[0].starts_with("started Ok(true)"), "{said:?}");
     assert!(said[1].starts_with("reset by"), "{said:?}");

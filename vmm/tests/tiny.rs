@@ -24,7 +24,7 @@ fn a_guest_can_be_run_by_the_caller() {
 }
 
 #[test]
-#[cfg(target_arch = "x86_64")] // A guest that can't handle its faults takes one after the other elsewhere.
+#[cfg(target_arch = "x86_64")] // Elsewhere, a guest that can't handle its faults takes one after the other.
 fn a_triple_fault_is_told_apart() {
     let reason = start(guests::TRIPLE_FAULT).wait();
     assert!(
@@ -36,8 +36,8 @@ fn a_triple_fault_is_told_apart() {
     );
 }
 
-/// A guest that can't handle its faults reads the time-stamp counter, and then what guests may not read: an inventory
-/// number of the processor, a performance counter, what it counts, and the same of AMD.
+/// A guest that can't handle its faults reads the time-stamp counter, and then registers that are off limits: a processor
+/// inventory number, a performance counter, its event selection, and the same for AMD.
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn other_model_specific_registers_are_a_fault() {
@@ -89,7 +89,7 @@ fn a_guest_that_was_never_resumed_can_be_dropped() {
     );
 }
 
-/// Where there is no device, a guest reads ones; this one resets only if it sees them.
+/// Addresses without a device read as ones; this one resets only if it sees them.
 #[test]
 fn an_empty_address_floats_high() {
     let code = [EMPTY_READS_AS_ONES, RESET].concat();
@@ -102,7 +102,7 @@ fn entries(dir: &str) -> usize {
 
 fn mappings() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").expect("proc");
-    // What the allocator and thread stacks cache does not count: guest memory and kvm_run are recognized by
+    // Memory cached by the allocator and for thread stacks does not count: guest memory and kvm_run are recognized by
     // their mappings.
     maps.lines()
         .filter(|l| l.contains("kvm") || l.contains("anon_inode"))

@@ -1,4 +1,4 @@
-//! Which threads of a process are confined while a machine runs.
+//! Confinement of the threads of a process while a machine runs.
 
 mod guests;
 
@@ -13,7 +13,7 @@ const DRIVEN: [&str; 3] = ["koya-loop", "koya-starter", "koya-vcpu0"];
 /// The threads of this process, and whether each has a filter.
 fn threads() -> BTreeMap<String, bool> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-    // One that has ended meanwhile has no status.
+    // A thread that has ended meanwhile has no status.
     let statuses = tasks.filter_map(|t| std::fs::read_to_string(t.path().join("status")).ok());
     let field = |status: &str, name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));

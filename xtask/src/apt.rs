@@ -1,5 +1,5 @@
-//! Packages of another suite of Debian or of another architecture, unpacked into a directory: the machine's own
-//! package configuration stays as it is.
+//! Packages of another suite of Debian or another architecture, unpacked into a directory: the machine's own package
+//! configuration is not changed.
 
 use crate::arch::Arch;
 use crate::{proc, setup};
@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Downloads `packages` of `suite` from the mirror that the machine's own Debian packages come
-/// from, and unpacks them into `out`. What they depend on is not looked for.
+/// Downloads `packages` of `suite` from the mirror of the machine's own Debian packages, and unpacks them into `out`,
+/// without their dependencies.
 pub(crate) fn unpack(suite: &str, packages: &[&str], out: &Path) -> Result<()> {
     unpack_for(Arch::of_this_machine(), suite, packages, out)
 }
@@ -23,8 +23,8 @@ pub(crate) fn unpack_for(arch: Arch, suite: &str, packages: &[&str], out: &Path)
     apt.remove()
 }
 
-/// As [`unpack_for`], with all that they need, as a root file system. Nothing is configured: what packages would do
-/// once they are installed is left undone.
+/// As [`unpack_for`], with all dependencies, as a root file system. The packages are not configured: maintainer scripts do
+/// not run.
 pub(crate) fn unpack_root(arch: Arch, suite: &str, packages: &[&str], out: &Path) -> Result<()> {
     let apt = Apt::new(arch, suite, out)?;
     let what = format!("downloading programs for {} (once)", arch.name());
@@ -43,14 +43,14 @@ pub(crate) fn unpack_root(arch: Arch, suite: &str, packages: &[&str], out: &Path
     apt.remove()
 }
 
-/// An apt of its own: lists, cache and sources.
+/// An apt with separate lists, cache and sources.
 struct Apt {
     own: PathBuf,
     log: PathBuf,
 }
 
 impl Apt {
-    /// One with the lists of `suite`, in a directory of `out`.
+    /// An apt with the lists of `suite`, in a directory of `out`.
     fn new(arch: Arch, suite: &str, out: &Path) -> Result<Self> {
         let own = out.join("apt");
         for dir in ["lists", "cache/archives/partial"] {
@@ -64,7 +64,7 @@ impl Apt {
             sources += &source(&format!("{suite}-security"), &mirror(SECURITY)?);
         }
         fs::write(own.join("sources.list"), sources)?;
-        // It knows of no installed package, so that all of a package's needs are downloaded with it.
+        // No package counts as installed, so that all dependencies are downloaded.
         fs::write(own.join("status"), "")?;
         let text = format!(
             "Dir::State::Lists \"{0}/lists\";\nDir::State::Status \"{0}/status\";\nDir::Cache \"{0}/cache\";\n\
@@ -103,8 +103,7 @@ impl Apt {
     }
 }
 
-/// Unpacks a package as dpkg does it on a machine: a link to a directory stays a link, as `bin` where `usr/bin` is
-/// meant.
+/// Unpacks a package like dpkg: an existing link to a directory is kept, such as `bin` for `usr/bin`.
 fn unpack_package(package: &Path, out: &Path) -> Result<()> {
     let mut unpacking = Command::new("dpkg-deb");
     unpacking.arg("--fsys-tarfile").arg(package);
@@ -122,7 +121,7 @@ fn unpack_package(package: &Path, out: &Path) -> Result<()> {
 /// The machine's own release.
 pub(crate) const RELEASE: &str = "bookworm";
 
-/// A part of the machine's own packages: the name of its suite, and apt's label for it.
+/// A component of the machine's package sources: name of the suite, and apt's label for it.
 type Part = (&'static str, &'static str);
 const DEBIAN: Part = (RELEASE, "Label: Debian");
 const SECURITY: Part = ("bookworm-security", "Label: Debian-Security");

@@ -1,11 +1,11 @@
-//! The architectures that Koya is built for, with the facts in which their builds and their rigs differ.
+//! The architectures that Koya is built for, and the differences in their builds and rigs.
 
 use crate::{apt, cache, proc, setup};
 use anyhow::{Result, bail};
 use std::path::PathBuf;
 use std::process::Command;
 
-/// An architecture of hosts and of their guests, which are of the same one.
+/// An architecture of hosts and guests, which is always the same for both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Arch {
     /// 64-bit x86
@@ -30,7 +30,7 @@ impl ArchArgs {
 }
 
 impl Arch {
-    /// That of this machine.
+    /// The architecture of this machine.
     pub(crate) fn of_this_machine() -> Self {
         match std::env::consts::ARCH {
             "aarch64" => Self::Aarch64,
@@ -75,14 +75,14 @@ impl Arch {
         }
     }
 
-    /// The key in the cache of what is made of these inputs for it; for this machine it is that of the inputs alone.
+    /// Cache key for a result of these inputs on this architecture; for the native one, that of the inputs alone.
     pub(crate) fn key(self, inputs: &[&str]) -> String {
         let own = (!self.is_native()).then_some(self.name());
         cache::key(inputs.iter().copied().chain(own))
     }
 
-    /// A directory of the checkout's `target` with what is made for it: that of another architecture than this machine's
-    /// has its name.
+    /// A directory of the checkout's `target` for results of this architecture; for a foreign one, the name includes the
+    /// architecture.
     pub(crate) fn target(self, name: &str) -> PathBuf {
         let own = match self.is_native() {
             true => name.to_owned(),
@@ -91,7 +91,7 @@ impl Arch {
         proc::checkout().join("target").join(own)
     }
 
-    /// How its guests' kernel is built.
+    /// Build parameters of its guest kernel.
     pub(crate) fn kernel(self) -> KernelBuild {
         match self {
             Self::X86_64 => KernelBuild {
@@ -109,7 +109,7 @@ impl Arch {
         }
     }
 
-    /// What the names of the C compiler and its tools begin with: nothing where they are this machine's.
+    /// Prefix of the C compiler and its tools; empty for the native ones.
     pub(crate) fn tools(self) -> String {
         if self.is_native() {
             return String::new();
@@ -117,12 +117,12 @@ impl Arch {
         format!("{}-linux-gnu-", self.name())
     }
 
-    /// A tool of the C compiler's.
+    /// A tool of the C compiler.
     pub(crate) fn tool(self, name: &str) -> Command {
         Command::new(format!("{}{name}", self.tools()))
     }
 
-    /// Gets the compiler and the C library for it where they are not this machine's.
+    /// Installs the compiler and the C library for a foreign architecture.
     pub(crate) fn ensure_tools(self) -> Result<()> {
         if self.is_native() {
             return Ok(());
@@ -139,7 +139,7 @@ impl Arch {
         }
     }
 
-    /// A cargo that can build for `target`, one of its two, whose library is looked for.
+    /// A cargo command that can build for `target`, one of its two; checks that its standard library is installed.
     pub(crate) fn cargo(self, target: &str) -> Result<Command> {
         let mut cargo = proc::cargo();
         if self.is_native() {
@@ -157,7 +157,7 @@ impl Arch {
         Ok(cargo)
     }
 
-    /// Where the static libseccomp for it is: this machine's own, or Debian's package unpacked.
+    /// Directory of the static libseccomp: the machine's own, or Debian's package unpacked.
     pub(crate) fn seccomp_library(self) -> Result<PathBuf> {
         let multiarch = format!("usr/lib/{}-linux-gnu", self.name());
         if self.is_native() {
@@ -172,14 +172,14 @@ impl Arch {
     }
 }
 
-/// How the guest's kernel is built for an architecture.
+/// Build parameters of the guest kernel for an architecture.
 pub(crate) struct KernelBuild {
     /// `ARCH`.
     pub(crate) arch: &'static str,
-    /// What guests boot, in the build's directory.
+    /// The bootable image, in the build directory.
     pub(crate) image: &'static str,
-    /// The compressed image, for loaders that only take that.
+    /// The compressed image, for loaders that require it.
     pub(crate) compressed: Option<&'static str>,
-    /// The fragments beside those of every architecture.
+    /// Additional configuration fragments for this architecture.
     pub(crate) config: &'static str,
 }

@@ -1,10 +1,10 @@
-//! A cpio archive in the form that the kernel unpacks as an initramfs.
+//! A cpio archive in the initramfs format of the kernel.
 
 use anyhow::Result;
 use cpio::{NewcBuilder, newc};
 use std::io::Write;
 
-/// An archive that is being written.
+/// An archive under construction.
 #[derive(Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,
@@ -20,7 +20,7 @@ impl Archive {
         self.entry(name, 0o100_000 | mode, content)
     }
 
-    /// A character device.
+    /// Adds a character device.
     pub(crate) fn node(&mut self, name: &str, mode: u32, device: (u32, u32)) -> Result<()> {
         let entry = NewcBuilder::new(name).mode(0o020_000 | mode);
         self.add(entry.rdev_major(device.0).rdev_minor(device.1), &[])
@@ -44,13 +44,13 @@ impl Archive {
         Ok(())
     }
 
-    /// How many zeros more than one end the name, for the content to begin on a page: Koya's guest
-    /// kernel then takes it where it lies, instead of a copy.
+    /// Number of extra zeros after the name, so that the content begins on a page boundary: Koya's guest kernel then uses it
+    /// in place instead of copying it.
     fn padding(&self, name: &str, content: &[u8]) -> usize {
-        /// Of an entry: `Documentation/driver-api/early-userspace/buffer-format.rst`.
+        /// Size of an entry's header: `Documentation/driver-api/early-userspace/buffer-format.rst`.
         const HEADER: usize = 110;
         const PAGE: usize = 4096;
-        /// The longest name that Linux takes, the zero at its end included.
+        /// Maximum length of a name in Linux, including the terminator.
         const PATH_MAX: usize = 4096;
         let named = self.bytes.len() + HEADER + name.len() + 1;
         let padding = named.next_multiple_of(PAGE) - named;
@@ -62,7 +62,7 @@ impl Archive {
 
     pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
         newc::trailer(&mut self.bytes)?;
-        // The kernel wants each archive of a row to start on four bytes.
+        // The kernel requires concatenated archives to start at a multiple of four bytes.
         self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
         Ok(self.bytes)
     }

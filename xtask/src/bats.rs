@@ -1,7 +1,7 @@
-//! Other projects' integration tests that bats runs, each file in a rig of its own.
+//! Integration tests of other projects, run by bats, each file in its own rig.
 //!
-//! What they print is kept under `target`: what was stopped is continued, and a file is run again once its
-//! results are removed, or with `--again`.
+//! Their output is kept under `target`: an interrupted run is continued, and a file is run again once its results are
+//! removed, or with `--again`.
 
 use crate::{build, proc};
 use anyhow::{Context, Result, bail};
@@ -10,17 +10,17 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What such tests need.
+/// Packages for such tests.
 pub(crate) const PACKAGES: [(&str, &str); 2] = [
     ("bats", "runs the tests"),
     ("jq", "is what they read and change JSON with"),
 ];
 
-/// Runs the file. A test may pass on the descriptor that bats has for its output: a pipe instead of the console.
+/// Runs the file. A test may pass on bats's output descriptor, which is therefore a pipe instead of the console.
 const BATS: &str = "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
 ";
 
-/// How long a file of tests may take, in seconds.
+/// Time limit for a file of tests, in seconds.
 const LIMIT: &str = "3600";
 
 #[derive(Args)]
@@ -28,43 +28,43 @@ pub(crate) struct BatsArgs {
     /// A checkout of the project
     #[arg(long, value_name = "DIR")]
     pub(crate) source: PathBuf,
-    /// Run also what there are results of
+    /// Also run files that already have results
     #[arg(long)]
     again: bool,
-    /// Only tests whose name matches, of files that are named; such results are printed and not kept
+    /// Run only tests whose name matches, of the named files; the results are printed and not kept
     #[arg(long, value_name = "REGEX", requires = "files")]
     filter: Option<String>,
-    /// CPUs of the rig. With more than one, guests in an emulated host may hang
+    /// Set the CPUs of the rig. With more than one, guests in an emulated host may hang
     #[arg(long, default_value_t = 1)]
     cpus: u32,
-    /// Only these files, without `.bats`
+    /// Run only these files, without `.bats`
     files: Vec<String>,
 }
 
 /// A project's tests.
 pub(crate) struct Project<'a> {
-    /// Where its results are, below `target`.
+    /// Directory of its results, below `target`.
     pub(crate) name: &'a str,
     /// The directory of its files.
     pub(crate) tests: PathBuf,
-    /// A script of the shell that prepares the rig for a file: the directory of the tests, the file, which of its tests (all
-    /// if that is empty), and what follows.
+    /// A shell script that prepares the rig for a file: the directory of the tests, the file, a filter of its tests (empty
+    /// for all), and the following steps.
     pub(crate) script: &'a str,
     pub(crate) further: Vec<String>,
 }
 
-/// What became of the tests of a file.
+/// Results of the tests of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Results {
     passed: usize,
     skipped: usize,
     failed: Vec<String>,
-    /// As the file says how many there are.
+    /// Number of tests announced by the file.
     planned: usize,
 }
 
 impl Project<'_> {
-    /// Runs what there are no results of, and prints a table of all results.
+    /// Runs files without results, and prints a table of all results.
     pub(crate) fn run(&self, args: &BatsArgs) -> Result<()> {
         build::ensure()?;
         let results = proc::checkout().join("target").join(self.name);
@@ -97,7 +97,7 @@ impl Project<'_> {
         Ok(())
     }
 
-    /// Runs a file's tests in a rig, all of them if the filter is empty, and keeps what they print.
+    /// Runs the tests of a file in a rig, all of them if the filter is empty, and keeps their output.
     fn run_file(&self, file: &str, filter: &str, cpus: u32, printed: &Path) -> Result<Results> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
@@ -107,7 +107,7 @@ impl Project<'_> {
         rig.arg(format!("{file}.bats")).arg(filter);
         rig.args(&self.further).stdout(File::create(printed)?);
         eprintln!("{}: {file} (results: {})", self.name, printed.display());
-        // A failed test is a status, too.
+        // A failed test also gives an error status.
         rig.status().context("cannot start a rig")?;
         let found = read(&fs::read_to_string(printed)?);
         let run = found.passed + found.skipped + found.failed.len();
@@ -143,7 +143,7 @@ pub(crate) fn pack(tree: &Path, archive: &Path) -> Result<()> {
     proc::run(tar.arg("-C").arg(tree).arg("-cf").arg(archive).arg("."))
 }
 
-/// Reads what bats prints (Test Anything Protocol).
+/// Parses the output of bats (Test Anything Protocol).
 fn read(text: &str) -> Results {
     let mut results = Results::default();
     for line in text.lines() {

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: Koya beside others, measured where there is a KVM.
+//! `cargo xtask bench`: benchmarks of Koya and its peers, on a host with KVM.
 
 use crate::arch::Arch;
 use crate::archive::Archive;
@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What benches need beyond builds and tests.
+/// Packages for benches, in addition to those for builds and tests.
 const PACKAGES: &[(&str, &str)] = &[
     ("fio", "the benches' disk load"),
     ("iperf3", "the benches' network load"),
@@ -21,7 +21,7 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 const INIT: &str = include_str!("../../benches/guest/init.sh");
-/// What guests run, by name.
+/// Scripts for guests, by name.
 const SCRIPTS: &[(&str, &str)] = &[
     ("lib.sh", include_str!("../../benches/guest/lib.sh")),
     (
@@ -92,7 +92,7 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// Run the criterion benchmarks of paths inside the process: queues, devices, exits, start and teardown
+    /// Run the criterion benchmarks of code inside the process: queues, devices, exits, start and teardown
     Criterion {
         /// Take fewer samples, for a rough estimate
         #[arg(long)]
@@ -173,7 +173,7 @@ fn devices(rounds: u32, unconfined: bool, only: Option<&str>, json: Option<&Path
     let program = program("devices")?;
     let tools = tools()?;
     let rounds = rounds.to_string();
-    // Whoever's host it is, its network stays as it is.
+    // The network of the host is not changed.
     let mut command: Vec<&OsStr> = vec!["unshare".as_ref(), "--net".as_ref()];
     let peer = if unconfined { "unconfined" } else { "qemu" };
     command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
@@ -207,7 +207,7 @@ fn memory(check: bool, json: Option<&Path>) -> Result<()> {
     }
 }
 
-/// Fails if a figure is beyond the goal that stands beside it as a peer's would.
+/// Fails if a figure misses its goal, which is listed in the column of a peer.
 pub(crate) fn check_goals(rows: &Value) -> Result<()> {
     let goals = rows.as_array().into_iter().flatten().filter_map(|row| {
         let ratio = row["ratio"]["goal"].as_f64()?;
@@ -252,12 +252,12 @@ fn many(counts: &str, check: bool, json: Option<&Path>) -> Result<()> {
     }
 }
 
-/// What Koya's start cost when it was last put on record.
+/// The recorded baseline of the cost of a start.
 const BASELINE: &str = "benches/baseline/boot.json";
-/// What the picture begins with, as a JSON string.
+/// Prefix of the line with the diagram, as a JSON string.
 const PICTURE: &str = "picture: ";
 
-/// What the counted host has for any guest: its kernel and initramfs, a root file system, a shell.
+/// Files of the counted host for any guest: kernel and initramfs, a root file system, a shell.
 pub(crate) fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
     let products = Products::places();
     let mut files = Archive::default();
@@ -307,7 +307,7 @@ fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
     Ok(files)
 }
 
-/// A kernel as it is shipped.
+/// A kernel without symbols, as shipped.
 fn stripped(kernel: &Path) -> Result<PathBuf> {
     let directory = proc::checkout().join("target/koya");
     fs::create_dir_all(&directory)?;
@@ -321,7 +321,7 @@ fn stripped(kernel: &Path) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The functions of a kernel: the project's, or another, which has them itself or in a System.map beside it.
+/// Symbols of a kernel: the project's, or another one with symbols in the file or in a System.map beside it.
 fn symbols(kernel: Option<&Path>) -> Result<Symbols> {
     let Some(kernel) = kernel else {
         return Ok(Symbols::parse(&fs::read_to_string(
@@ -384,14 +384,14 @@ fn boot(args: &BootArgs) -> Result<()> {
     Ok(())
 }
 
-/// What runc and crun run: one process, with what `koya run` gives its own, system call filter included.
+/// Configuration for runc and crun: one process with the defaults of `koya run`, including the seccomp filter.
 const OCI_CONFIG: &str = include_str!("../../benches/guest/config.json");
 const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
 
-/// Exits and faults, which have no unit, come and go by so many with where a timer's tick falls.
+/// Tolerance for counts of exits and faults, which vary by this much with the timing of a tick.
 const FEW: f64 = 8.0;
 
-/// Writes a file that somebody asked for.
+/// Writes a requested output file.
 pub(crate) fn save(file: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     fs::write(file, content).with_context(|| format!("cannot write {}", file.display()))
 }
@@ -400,7 +400,7 @@ pub(crate) fn save_rows(file: &Path, rows: &Value) -> Result<()> {
     save(file, serde_json::to_string_pretty(rows)? + "\n")
 }
 
-/// Fails if a figure is worse than it was by more than so many per cent.
+/// Fails if a figure is worse than before by more than `share` per cent.
 fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
     let figure = |rows: &Value, name: &str| {
         let mut rows = rows.as_array().into_iter().flatten();
@@ -410,7 +410,7 @@ fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
     let mut worse = Vec::new();
     for row in before.as_array().into_iter().flatten() {
         let name = row["name"].as_str().unwrap_or_default();
-        // Steps are parts of what is compared.
+        // Steps are parts of the compared figures.
         let (Some(before), Some(now)) = (row["koya"].as_f64(), figure(now, name)) else {
             bail!("{name}: no such figure any more; --record puts the new ones on record");
         };
@@ -426,16 +426,16 @@ fn compare(before: &Value, now: &Value, share: f64) -> Result<()> {
     bail!("worse by more than {share} %:\n{}", worse.join("\n"))
 }
 
-/// Builds a program of the benches, and what it measures.
+/// Builds a program of the benches, and the programs that it measures.
 fn program(name: &str) -> Result<PathBuf> {
     build::ensure()?;
     build::bench(name)
 }
 
-/// Measures where there is a KVM. The rows come on standard output, all else on standard error.
+/// Runs a measurement on a host with KVM. Rows are printed on standard output, everything else on standard error.
 fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<Value> {
     let mut rig = Command::new(std::env::current_exe()?);
-    // One CPU: the emulation of several can kill a host that runs virtual machines.
+    // One CPU: with several, the emulation may crash a host that runs virtual machines.
     rig.args(["rig", "--no-build", "--cpus", "1", "--memory", "8192"])
         .args(["--timeout", "14400", "--"])
         .args(command)
@@ -455,7 +455,7 @@ fn in_rig(command: &[&OsStr], json: Option<&Path>) -> Result<Value> {
     serde_json::from_slice(&out.stdout).context("no rows")
 }
 
-/// The directory with a guest's initramfs and the image of its tools, made once.
+/// The directory with a guest's initramfs and the image of its tools, created once.
 fn tools() -> Result<PathBuf> {
     let load = build::vsock_load()?;
     let mut inputs = vec![INIT.to_owned()];
@@ -522,7 +522,7 @@ fn tools() -> Result<PathBuf> {
     })
 }
 
-/// A tar as of a project's sources: 2,000 files of 0 to 18 KiB in 100 directories.
+/// A tar that resembles a source tree: 2,000 files of 0 to 18 KiB in 100 directories.
 fn source_tree(dir: &Path, root: &Path) -> Result<()> {
     let tree = dir.join("tree");
     for directory in 0..100 {
@@ -545,7 +545,7 @@ fn source_tree(dir: &Path, root: &Path) -> Result<()> {
     Ok(fs::remove_dir_all(&tree)?)
 }
 
-/// Copies what a program is linked with, its loader where it looks for it.
+/// Copies the libraries of a program, and the loader to its expected path.
 fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
     for (to, path) in libraries_of(program)? {
         fs::copy(path, root.join(to))?;
@@ -553,7 +553,7 @@ fn copy_libraries(program: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a program is linked with: where it finds that, and where it is here. A static one has nothing.
+/// The libraries of a program: path at run time, and path here. Empty for a static one.
 pub(crate) fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut all = Vec::new();
     let ldd = Command::new("ldd").arg(program).output();

@@ -1,6 +1,6 @@
-//! What it takes to run a container: the koya command, containerd's shim, the agent in its
-//! initramfs, the guest kernel. They are put together in `target/koya` as they would be installed:
-//! `bin/koya`, `bin/koya-runtime`, `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
+//! Everything that is needed to run a container: the koya command, containerd's shim, the agent in its initramfs, the guest
+//! kernel. They are laid out in `target/koya` as in an installation: `bin/koya`, `bin/koya-runtime`,
+//! `bin/containerd-shim-koya-v2`, `share/koya/vmlinux`, `share/koya/initramfs`.
 
 use crate::arch::{Arch, ArchArgs};
 use crate::archive::Archive;
@@ -11,15 +11,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Whether what runs on this machine is built with musl.
+/// Whether programs for this machine are built with musl.
 pub(crate) fn has_musl() -> bool {
     let here = Arch::of_this_machine();
     host_target(here) == here.musl()
 }
 
-/// What runs on the host is built for: a static program of musl's asks the CPU nothing before main, and each
-/// answer is an exit where the host is a virtual machine itself; it holds less memory. Where its library
-/// can't be had, what guests have will do.
+/// Target of programs for the host: a static musl program executes no CPUID instruction before main, each of which exits if
+/// the host is itself a virtual machine; it also uses less memory. Without the musl target, the target of guest programs is
+/// used.
 fn host_target(arch: Arch) -> &'static str {
     static MUSL: [OnceLock<bool>; 2] = [OnceLock::new(), OnceLock::new()];
     let musl = arch.musl();
@@ -33,22 +33,22 @@ fn host_target(arch: Arch) -> &'static str {
     if *there { musl } else { arch.gnu() }
 }
 
-/// What runs on the host.
+/// Programs that run on the host.
 pub(crate) const PROGRAMS: [&str; 3] = ["koya", "koya-runtime", "containerd-shim-koya-v2"];
 
-/// Where the products are.
+/// Paths of the build products.
 pub(crate) struct Products {
     pub(crate) bin: PathBuf,
     pub(crate) share: PathBuf,
 }
 
 impl Products {
-    /// Where this machine's are once they are built.
+    /// Paths of this machine's products once they are built.
     pub(crate) fn places() -> Self {
         Self::places_of(Arch::of_this_machine())
     }
 
-    /// Where those of an architecture are once they are built.
+    /// Paths of an architecture's products once they are built.
     pub(crate) fn places_of(arch: Arch) -> Self {
         let out = arch.target("koya");
         Self {
@@ -57,7 +57,7 @@ impl Products {
         }
     }
 
-    /// The environment in which the products are found.
+    /// Environment variables by which the products are found.
     pub(crate) fn env(&self) -> Vec<(String, String)> {
         let path = std::env::var("PATH").unwrap_or_default();
         vec![
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &BuildArgs) -> Result<()> {
     Ok(())
 }
 
-/// Puts the full kernel where `--kernel full` looks for it.
+/// Installs the full kernel at the path for `--kernel full`.
 pub(crate) fn install_full(arch: Arch, image: &Path) -> Result<PathBuf> {
     let share = Products::places_of(arch).share;
     fs::create_dir_all(&share)?;
@@ -97,7 +97,7 @@ pub(crate) fn install_full(arch: Arch, image: &Path) -> Result<PathBuf> {
     Ok(full)
 }
 
-/// Builds what is out of date for this machine and returns where it is.
+/// Builds outdated products for this machine and returns their paths.
 pub(crate) fn ensure() -> Result<Products> {
     ensure_for(Arch::of_this_machine())
 }
@@ -109,7 +109,7 @@ pub(crate) fn ensure_for(arch: Arch) -> Result<Products> {
     let products = Products::places_of(arch);
     fs::create_dir_all(&products.bin)?;
     fs::create_dir_all(&products.share)?;
-    // One name for what guests boot, whatever its format.
+    // The same name for boot images of all formats.
     install(&kernel.image, &products.share.join("vmlinux"))?;
     if let Some(compressed) = &kernel.compressed {
         install(compressed, &products.share.join("bzImage"))?;
@@ -124,7 +124,7 @@ pub(crate) fn ensure_for(arch: Arch) -> Result<Products> {
     eprintln!("building the agent");
     let agent = for_guests(arch, "koya-agent", "koya-agent")?;
     let mut archive = Archive::default();
-    // The guest has no terminal: what init and its helpers say goes to the kernel's log.
+    // The guest has no terminal: output of init and its helpers goes to the kernel's log.
     archive.node("dev/kmsg", 0o600, (1, 11))?;
     archive.symlink("dev/console", "kmsg")?;
     archive.file(
@@ -141,31 +141,31 @@ pub(crate) fn vsock_load() -> Result<PathBuf> {
     for_guests(Arch::of_this_machine(), "koya-benches", "vsock_load")
 }
 
-/// The monitor's examples, static: what benches of the monitor start. Where they are.
+/// Builds the static examples of the monitor, for its benches; returns their directory.
 pub(crate) fn examples() -> Result<PathBuf> {
     let arch = Arch::of_this_machine();
     for_host(arch, &["koya-vmm"], &["--examples"])?;
     Ok(released(arch, "examples"))
 }
 
-/// A program of the benches for the host, linked as koya is. Where it is.
+/// Builds a program of the benches for the host, linked like koya; returns its path.
 pub(crate) fn bench(program: &str) -> Result<PathBuf> {
     let arch = Arch::of_this_machine();
     for_host(arch, &["koya-benches"], &["--bin", program])?;
     Ok(released(arch, program))
 }
 
-/// What says that a guest is up.
+/// The init that reports that a guest is up.
 pub(crate) fn up() -> Result<PathBuf> {
     for_guests(Arch::of_this_machine(), "koya-benches", "up")
 }
 
-/// Looks for no libraries at its start, and runs on any distribution.
+/// Static: no libraries are loaded at its start, and it runs on any distribution.
 pub(crate) const STATIC: &str = "-C target-feature=+crt-static";
-/// What a program for the host relocates of its own is listed by the bit (DT_RELR): else that is half a megabyte
-/// to read. Debian 12's linker has it for x86 alone.
+/// Relative relocations of a host program are packed in a bitmap (DT_RELR), which saves half a megabyte of reads. Debian
+/// 12's linker supports this only for x86.
 const RELOCATIONS: &str = " -C link-arg=-Wl,-z,pack-relative-relocs";
-/// A program for guests has nothing to relocate at its start; it aborts on a panic, so nobody unwinds.
+/// A guest program needs no relocation at its start, and aborts on a panic, so no unwind tables are needed.
 const OF_GUESTS: &str = " -C relocation-model=static -C force-unwind-tables=no";
 
 /// A program that runs in any guest.
@@ -177,7 +177,7 @@ fn for_guests(arch: Arch, package: &str, program: &str) -> Result<PathBuf> {
     Ok(linked(target, "agent", program))
 }
 
-/// Programs that run on the host; [`released`] says where they are.
+/// Builds programs for the host; [`released`] returns their paths.
 fn for_host(arch: Arch, packages: &[&str], what: &[&str]) -> Result<()> {
     let relocations = match arch {
         Arch::X86_64 => RELOCATIONS,
@@ -187,7 +187,7 @@ fn for_host(arch: Arch, packages: &[&str], what: &[&str]) -> Result<()> {
     linked_static(arch, host_target(arch), packages, "release", what, &flags)
 }
 
-/// Where a program for the host is.
+/// Path of a program for the host.
 fn released(arch: Arch, program: &str) -> PathBuf {
     linked(host_target(arch), "release", program)
 }
@@ -213,13 +213,13 @@ fn linked_static(
             .args(["build", "--profile", profile])
             .args(packages)
             .args(what)
-            // Always with a target named: else the flag would reach procedural macros.
+            // Always with an explicit target: otherwise the flag would apply to procedural macros.
             .args(["--target", target, "--target-dir"])
             .arg(proc::checkout().join("target/static")),
     )
 }
 
-/// Has cargo link programs with these flags and with the static seccomp library.
+/// Makes cargo link programs with these flags and with the static seccomp library.
 pub(crate) fn link_static(cargo: &mut Command, arch: Arch, flags: &str) -> Result<()> {
     cargo
         .env("RUSTFLAGS", flags)
@@ -235,8 +235,7 @@ fn install(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file beside its place and moves it there: never half a file, and never
-/// "text file busy". Equal content is left alone.
+/// Writes a file atomically, through a temporary file, which also avoids "text file busy". Equal content is left alone.
 pub(crate) fn replace(to: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(to).is_ok_and(|old| old == bytes) {
         return Ok(());

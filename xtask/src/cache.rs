@@ -1,8 +1,7 @@
 //! The cache of costly results: `$KOYA_CACHE/KIND/KEY`, outside the checkout.
 //!
-//! A result is built in a directory of its own and moved into place when it is whole, so an
-//! interrupted build leaves nothing that looks finished. A lock file a result keeps two
-//! builds of the same thing from racing.
+//! A result is built in a separate directory and moved into place when it is complete, so an interrupted build leaves
+//! nothing that looks finished. A lock file for each result prevents concurrent builds of the same result.
 
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
@@ -10,7 +9,7 @@ use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where the cache is: `$KOYA_CACHE`, else `$XDG_CACHE_HOME/koya`, else `~/.cache/koya`.
+/// Directory of the cache: `$KOYA_CACHE`, else `$XDG_CACHE_HOME/koya`, else `~/.cache/koya`.
 pub(crate) fn root() -> PathBuf {
     if let Some(dir) = std::env::var_os("KOYA_CACHE") {
         return dir.into();

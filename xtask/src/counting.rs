@@ -1,7 +1,7 @@
-//! An emulated host whose clock is the instructions that it executes (QEMU's `-icount shift=0`): what is
-//! measured there is the same on every run and every machine, a nanosecond an instruction.
+//! An emulated host whose clock is the number of executed instructions (QEMU's `-icount shift=0`): measurements are
+//! identical on every run and every machine, a nanosecond per instruction.
 //!
-//! It knows no caches and no TLB, and an exit of a guest is one instruction to it. Waits advance its clock too.
+//! It has no caches and no TLB, and an exit of a guest counts as one instruction. Waits also advance its clock.
 
 use crate::archive::Archive;
 use crate::bench::libraries_of;
@@ -17,38 +17,38 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const INIT: &str = include_str!("counting-init.sh");
-/// What its last line begins with.
+/// Prefix of its last line.
 const END: &str = "counting: exit ";
 /// Without fast string instructions, long or short: each step of one would count.
 const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
 
-/// How much room an emulated host has.
+/// Memory sizes of an emulated host.
 #[derive(Clone, Copy)]
 pub(crate) struct Room {
     /// Its memory, in MiB.
     memory: u32,
-    /// What QEMU may keep of its programs, the guests' kernels among them, translated: in MiB, 2047 at most,
-    /// else what it takes by itself. Where it runs out, QEMU forgets all and begins anew.
+    /// QEMU's cache of translated code, including the guests' kernels, in MiB: 2047 at most, `None` for QEMU's default. When
+    /// it is full, QEMU discards it and starts again.
     translations: Option<u32>,
 }
 
-/// For one guest after the other.
+/// For one guest at a time.
 pub(crate) const ONE_GUEST: Room = Room {
     memory: 3072,
     translations: None,
 };
-/// For fifty guests at once: each has its own copy of its kernel, and some 60 MiB. Without enough the host looks
-/// for memory for ever.
+/// For fifty guests at once: each has its own copy of its kernel, and some 60 MiB. Without enough memory the host keeps
+/// reclaiming forever.
 pub(crate) const MANY_GUESTS: Room = Room {
     memory: 8192,
     translations: Some(2047),
 };
 const LIMIT: Duration = Duration::from_secs(1200);
 
-/// What the line begins with that has a bench's rows (`koya_benches::print_marked`).
+/// Prefix of the line with a bench's rows (`koya_benches::print_marked`).
 const ROWS: &str = "rows: ";
 
-/// The rows that a bench told, all its parts' together; all else that it said goes to standard error.
+/// The rows printed by all parts of a bench; its other output goes to standard error.
 ///
 /// # Errors
 /// If there are none.
@@ -66,7 +66,7 @@ pub(crate) fn rows(said: &str) -> Result<Value> {
     Ok(rows.into())
 }
 
-/// Puts programs into `bin` and the libraries that they are linked with where they are looked for.
+/// Adds programs to `bin`, and their libraries at the paths where they are looked for.
 pub(crate) fn add_programs(
     files: &mut Archive,
     programs: &[(impl AsRef<str>, PathBuf)],
@@ -83,7 +83,7 @@ pub(crate) fn add_programs(
     Ok(())
 }
 
-/// Boots it with so much room and these files, runs `/bin/boot ARGUMENTS` in it, and returns what that said.
+/// Boots it with this much memory and these files, runs `/bin/boot ARGUMENTS` in it, and returns the output.
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
@@ -91,7 +91,7 @@ pub(crate) fn run(files: Archive, arguments: &str, room: Room) -> Result<String>
     Ok(boot(files, arguments, room, None)?.0)
 }
 
-/// As [`run`], and where the instructions went between two words of the program.
+/// As [`run`], with a profile of the instructions between two messages of the program.
 pub(crate) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
     let (_, profile) = boot(files, arguments, ONE_GUEST, Some(symbols))?;
     profile.context("no profile")
@@ -107,7 +107,7 @@ fn boot(
     let run = RunDir::create()?;
     files.file("init", 0o755, INIT.as_bytes())?;
     files.file("arguments", 0o644, arguments.as_bytes())?;
-    // Archives follow each other, and what comes later wins.
+    // The archives are concatenated, and later entries win.
     let mut initrd = fs::read(host.dir.join("initrd"))?;
     initrd.extend(files.finish()?);
     fs::write(run.path("initrd"), initrd)?;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench criterion`: paths inside the process, measured by criterion on this machine.
+//! `cargo xtask bench criterion`: code inside the process, measured by criterion on this machine.
 
 use crate::{bench, proc, setup};
 use anyhow::{Context, Result};
@@ -7,9 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::time::SystemTime;
 
-/// By name: cargo would give criterion's options to unit tests too.
+/// Listed by name: otherwise cargo would pass criterion's options to unit tests too.
 const BENCHES: &[&str] = &["virtqueue", "devices", "exits", "monitor"];
-/// Where criterion keeps what it measured, below the checkout.
+/// Directory of criterion's results, below the checkout.
 const KEPT: &str = "target/criterion";
 
 /// `cargo xtask bench criterion`

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const CARGO_DEB: &str = "3.8.0";
-/// Where podman looks for configuration beside its own.
+/// Drop-in directory of podman's configuration.
 const PODMAN: (&str, &str) = (
     "share/doc/koya/examples/podman.conf",
     "etc/containers/containers.conf.d/koya.conf",
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &DebArgs) -> Result<()> {
     if args.lint {
         setup::ensure_these(&[("lintian", "checking the Debian package")])?;
         let mut lintian = Command::new("lintian");
-        // Root may run it as well.
+        // Allows a run as root.
         lintian.args(["--allow-root", "--fail-on", "error,warning"]);
         proc::run(lintian.arg(&package))?;
         println!("lintian: nothing but what runtime/packaging/lintian-overrides explains");
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &DebArgs) -> Result<()> {
     Ok(())
 }
 
-/// Makes the package of an architecture, and says where it is.
+/// Builds the package for an architecture, and returns its path.
 fn make(arch: Arch, full: bool) -> Result<PathBuf> {
     let work = proc::checkout().join("target/deb");
     let tree = work.join("tree");
@@ -87,7 +87,7 @@ fn make(arch: Arch, full: bool) -> Result<PathBuf> {
     Ok(package)
 }
 
-/// Debian's form of CHANGELOG.md, which has no entry of a version before there is a release.
+/// CHANGELOG.md in Debian's format; before a release it has no entry for the version.
 fn changelog(version: &str) -> Result<String> {
     let mut date = Command::new("git");
     date.args(["log", "-1", "--format=%cD"])

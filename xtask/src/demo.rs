@@ -14,7 +14,7 @@ pub(crate) struct DemoArgs {
     arch: ArchArgs,
 }
 
-/// Builds all that is needed, then asks a busybox container for its `uname -a`.
+/// Builds everything, then runs `uname -a` in a busybox container.
 pub(crate) fn run(args: &DemoArgs) -> Result<u8> {
     let started = Instant::now();
     let arch = args.arch.arch();
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<u8> {
     Ok(code)
 }
 
-/// A root file system of one static busybox and its names.
+/// A root file system with a static busybox and links for its applets.
 pub(crate) fn make_busybox_rootfs(arch: Arch, rootfs: &std::path::Path) -> Result<()> {
     if rootfs.join("bin/sh").exists() {
         return Ok(());
@@ -71,7 +71,7 @@ pub(crate) fn make_busybox_rootfs(arch: Arch, rootfs: &std::path::Path) -> Resul
     fs::copy(program, &busybox).context("busybox-static is not installed")?;
     fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n")?;
     fs::write(rootfs.join("etc/group"), "root:x:0:\n")?;
-    // One version of Debian's has the same names on all architectures.
+    // The same version in Debian has the same applets on all architectures.
     for name in proc::output(Command::new("/bin/busybox").arg("--list"))?.lines() {
         let link = rootfs.join("bin").join(name);
         if !link.exists() {

@@ -1,7 +1,7 @@
-//! What the dependencies may be: `deny.toml`, checked without a program that has to be installed first.
+//! Rules for dependencies: `deny.toml`, checked without an additional program.
 //!
-//! The file is cargo-deny's. Checked here is what needs no database of advisories: licences, sources, and how
-//! many versions there are of a crate.
+//! The file format is cargo-deny's. This checks everything that needs no database of advisories: licences, sources, and
+//! duplicate versions of a crate.
 
 use crate::proc;
 use anyhow::{Context, Result, anyhow, bail};
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use spdx::{Expression, Licensee, ParseMode};
 use std::collections::BTreeMap;
 
-/// What is read of `deny.toml`.
+/// The fields used of `deny.toml`.
 #[derive(Deserialize)]
 struct Rules {
     graph: Graph,
@@ -30,7 +30,7 @@ struct Licenses {
     clarify: Vec<Clarification>,
 }
 
-/// More licences, for one crate.
+/// Additional licences for one crate.
 #[derive(Deserialize)]
 struct Exception {
     #[serde(rename = "crate")]
@@ -57,7 +57,7 @@ struct Bans {
     skip: Vec<Skip>,
 }
 
-/// A version beside a newer one.
+/// An allowed duplicate version.
 #[derive(Deserialize)]
 struct Skip {
     /// `NAME@VERSION`
@@ -65,7 +65,7 @@ struct Skip {
     package: String,
 }
 
-/// What is read of `cargo metadata`.
+/// The fields used of `cargo metadata`.
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
@@ -76,14 +76,14 @@ struct Package {
     name: String,
     version: String,
     license: Option<String>,
-    /// None for a crate of this workspace.
+    /// `None` for a crate of this workspace.
     source: Option<String>,
 }
 
-/// Checks all that the workspace builds for its targets.
+/// Checks all dependencies of the workspace for its targets.
 ///
 /// # Errors
-/// One line for each thing that is not allowed.
+/// One line for each violation.
 pub(crate) fn check() -> Result<()> {
     let text = std::fs::read_to_string(proc::checkout().join("deny.toml"));
     let rules: Rules = toml::from_str(&text.context("cannot read deny.toml")?)?;

@@ -1,7 +1,7 @@
 //! `cargo xtask fuzz`: the fuzz targets in turn, each driven by libFuzzer.
 //!
-//! Inputs that reached something new, inputs that failed, and how much was run stay in the cache, so that each run goes
-//! on where the last one ended. What drives it is in the crate libfuzzer-sys; the compiler need not be a nightly one.
+//! Inputs that reached new code, failing inputs and statistics are kept in the cache, so that each run continues where the
+//! last one ended. The libfuzzer-sys crate contains the engine; a nightly compiler is not required.
 
 mod coverage;
 
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-/// What counts which branches were taken, and what was compared, in a form that libFuzzer reads.
+/// Instrumentation of branches and comparisons in libFuzzer's format.
 const FLAGS: [&str; 6] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -27,26 +27,26 @@ const FLAGS: [&str; 6] = [
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
 
-/// An input that takes longer, in seconds, counts as one that failed.
+/// Time limit for an input in seconds; a slower one counts as a failure.
 const INPUT_LIMIT: u32 = 25;
-/// The largest input, in bytes: enough for a full queue, or a layer of an image.
+/// Maximum size of an input in bytes: enough for a full queue, or a layer of an image.
 const MAX_LEN: u32 = 8192;
 
 #[derive(Args)]
 pub(crate) struct FuzzArgs {
-    /// How long, in minutes, for all targets together
+    /// Set the duration in minutes, for all targets together
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     minutes: u32,
-    /// Targets that run at a time [default: one for each CPU]
+    /// Set the number of targets that run at a time [default: one for each CPU]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: Option<u32>,
     /// Print the targets
     #[arg(long)]
     list: bool,
-    /// Instead of looking for further inputs, print which lines those reach that were kept
+    /// Instead of fuzzing, print the lines that are covered by the kept inputs
     #[arg(long, conflicts_with_all = ["minutes", "jobs", "list"])]
     coverage: bool,
-    /// Only these
+    /// Run only these targets
     targets: Vec<String>,
 }
 
@@ -120,7 +120,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
     Ok(())
 }
 
-/// The targets: a file each.
+/// The targets: one file for each.
 fn targets() -> Result<Vec<String>> {
     let directory = proc::checkout().join("fuzz/targets");
     let mut names = Vec::new();
@@ -135,7 +135,7 @@ fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds all targets, in a directory of their own: what is instrumented is no other command's. Returns where they are.
+/// Builds all targets in a separate directory, since they are instrumented; returns the directory.
 fn build() -> Result<PathBuf> {
     let here = Arch::of_this_machine();
     let directory = here.target("fuzz");
@@ -143,8 +143,8 @@ fn build() -> Result<PathBuf> {
     Ok(directory.join(here.gnu()).join("fuzz"))
 }
 
-/// Builds the targets, with these flags for the crates of the workspace alone: instrumenting those that they depend on would take
-/// an hour, and lead the search into code of others.
+/// Builds the targets, with these flags only for the crates of the workspace: instrumenting dependencies would take an hour,
+/// and lead the search into foreign code.
 fn build_command(directory: &Path, flags: &[&str]) -> Result<Command> {
     let wrapper = wrapper(directory, flags)?;
     let mut cargo = proc::cargo();
@@ -158,8 +158,8 @@ fn build_command(directory: &Path, flags: &[&str]) -> Result<Command> {
     Ok(cargo)
 }
 
-/// A script that cargo runs in the compiler's place. Its name tells the flags: cargo builds anew what another script built. What is not
-/// built for a target are build scripts and macros, which are not instrumented.
+/// A script that cargo runs as a wrapper of the compiler. Its name identifies the flags: cargo rebuilds for a different
+/// wrapper. Build scripts and macros, which are not built for a target, are not instrumented.
 fn wrapper(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
     let flags = flags.join(" ");
     let mut hasher = DefaultHasher::new();
@@ -169,7 +169,7 @@ fn wrapper(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
         "#!/bin/sh\ncase \" $* \" in *' --target '*) exec \"$@\" {flags} ;; esac\nexec \"$@\"\n"
     );
     fs::create_dir_all(directory)?;
-    // As it is where it is: cargo looks at its time.
+    // Not rewritten if unchanged: cargo checks its modification time.
     if fs::read_to_string(&path).is_ok_and(|there| there == script) {
         return Ok(path);
     }
@@ -178,12 +178,12 @@ fn wrapper(directory: &Path, flags: &[&str]) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Where a target's inputs are kept, those that failed, its log, and how much was run.
+/// Directory of a target's inputs, failing inputs, log and statistics.
 fn home(target: &str) -> PathBuf {
     cache::root().join("fuzz").join(target)
 }
 
-/// Runs a target. Its files are in memory where the host has such a directory: many targets make some for each input.
+/// Runs a target. Its temporary files are in memory if possible: many targets create some for each input.
 fn target_command(programs: &Path, target: &str) -> Command {
     const IN_MEMORY: &str = "/dev/shm";
     let mut command = Command::new(programs.join(target));
@@ -193,7 +193,7 @@ fn target_command(programs: &Path, target: &str) -> Command {
     command
 }
 
-/// What became of a target.
+/// Result of a target.
 struct Row {
     target: String,
     executions: u64,
@@ -270,7 +270,7 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     entries.map(|entry| Ok(entry?.path())).collect()
 }
 
-/// How many inputs a target says that it ran: at its end, or with the last line about its progress.
+/// Number of inputs that a target has run: from its last line, or from the last progress line.
 fn executions(log: &str) -> Option<u64> {
     let last = |prefix: &str| {
         log.lines()
@@ -284,7 +284,7 @@ fn executions(log: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// How many edges its inputs reach.
+/// Number of edges reached by its inputs.
 fn edges(log: &str) -> Option<u64> {
     log.lines().rev().find_map(|line| {
         let (_, rest) = line.split_once(" cov: ")?;

@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The files that were installed, a line each, below the prefix: what `--remove` takes away.
+/// List of the installed files, one per line, below the prefix, for `--remove`.
 const MANIFEST: &str = "share/koya/installed";
 const PACKAGING: &str = "runtime/packaging";
 
@@ -18,10 +18,10 @@ pub(crate) struct InstallArgs {
     /// Install below this directory
     #[arg(long, value_name = "DIR", default_value = "/usr/local")]
     prefix: PathBuf,
-    /// Put the files below DIR instead of the root of the file system, as packagers need it
+    /// Put the files below DIR instead of the root of the file system, for packaging
     #[arg(long, value_name = "DIR")]
     destdir: Option<PathBuf>,
-    /// Remove what an earlier installation below the same prefix put there
+    /// Remove the files of an earlier installation below the same prefix
     #[arg(long)]
     remove: bool,
 }
@@ -40,7 +40,7 @@ pub(crate) fn run(args: &InstallArgs) -> Result<()> {
     }
     let files = lay_out(Arch::of_this_machine(), &args.prefix)?;
     if place.join(MANIFEST).exists() {
-        // An earlier version may have had others.
+        // An earlier version may have had other files.
         remove(&place)?;
     }
     let names: Vec<&str> = files.iter().map(|file| file.at.as_str()).collect();
@@ -60,13 +60,13 @@ pub(crate) fn run(args: &InstallArgs) -> Result<()> {
 
 /// A file of an installation.
 pub(crate) struct Installed {
-    /// Where it is, below the prefix.
+    /// Path below the prefix.
     pub(crate) at: String,
     pub(crate) mode: u32,
     from: From,
 }
 
-/// What it has in it.
+/// Source of its contents.
 enum From {
     File(PathBuf),
     Text(String),
@@ -83,7 +83,7 @@ impl Installed {
     }
 }
 
-/// Builds what is out of date, and says which files make an installation below `prefix`.
+/// Builds outdated products, and returns the files of an installation below `prefix`.
 pub(crate) fn lay_out(arch: Arch, prefix: &Path) -> Result<Vec<Installed>> {
     let products = build::ensure_for(arch)?;
     let mut files = programs(&products)?;
@@ -103,7 +103,7 @@ fn programs(products: &Products) -> Result<Vec<Installed>> {
     }
     for name in ["vmlinux", "initramfs", "vmlinux-full"] {
         let path = products.share.join(name);
-        // The full kernel is there where somebody built it.
+        // The full kernel is included if it has been built.
         if path.exists() || name != "vmlinux-full" {
             files.push(Installed {
                 at: format!("share/koya/{name}"),
@@ -128,7 +128,7 @@ fn pages(prefix: &Path) -> Result<Vec<Installed>> {
     let mut files = Vec::new();
     for path in below(&out)? {
         let place = path.strip_prefix(&out)?.display().to_string();
-        // Debian's zsh looks elsewhere for what packages bring than for what is installed by hand.
+        // Debian's zsh has different directories for packages and for local installations.
         let place = match prefix == Path::new("/usr") {
             true => place,
             false => place.replace("zsh/vendor-completions", "zsh/site-functions"),
@@ -165,13 +165,13 @@ fn documents(prefix: &Path) -> Result<Vec<Installed>> {
     Ok(files)
 }
 
-/// A file that is the same in every installation but for its paths.
+/// A file that is the same in every installation except for its paths.
 pub(crate) fn packaging(name: &str) -> Result<String> {
     let path = proc::checkout().join(PACKAGING).join(name);
     fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Its paths are those of a package.
+/// Replaces the paths in a file, which are those of a package, by those below a prefix.
 fn for_prefix(text: &str, prefix: &Path) -> String {
     let own = prefix.display();
     text.replace("/usr/bin/", &format!("{own}/bin/"))
@@ -193,7 +193,7 @@ fn below(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Writes a file, whole or not at all; a program that runs stays what it is.
+/// Writes a file atomically; running programs keep the old one.
 pub(crate) fn write(place: &Path, at: &str, content: &[u8], mode: u32) -> Result<()> {
     let path = place.join(at);
     let directory = path.parent().context("a file without a directory")?;
@@ -221,7 +221,7 @@ fn remove(place: &Path) -> Result<()> {
         }
         let ours = path.ancestors().skip(1).take_while(|dir| *dir != place);
         for directory in ours {
-            // One that has something else in it stays, and so do those above.
+            // A directory with other contents is kept, and so are its parents.
             if fs::remove_dir(directory).is_err() {
                 break;
             }

@@ -1,7 +1,7 @@
 //! The guest kernel: Debian's Linux source, the patches in `guest-kernel/patches` and the fragments
 //! in `guest-kernel/config` and in the directory of its architecture; the full one has those in
 //! `guest-kernel/config-full` as well.
-//! `guest-kernel/README.md` says how to move to another source.
+//! `guest-kernel/README.md` describes how to move to another source.
 
 use crate::arch::{Arch, ArchArgs};
 use crate::{build, cache, proc, setup};
@@ -13,19 +13,19 @@ use std::process::Command;
 
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
-/// The package's version that the patches and the goals of the benches are for.
+/// The package version for the patches and the goals of the benches.
 const PINNED: &str = "6.12.117-1~deb12u1";
 
 /// The fragments of every guest kernel.
 const CONFIG: &str = "guest-kernel/config";
-/// What the full one has beside them.
+/// The additional fragments of the full one.
 const FULL: &str = "guest-kernel/config-full";
 
 const SYMBOLS: &str = "System.map";
 
 /// A built guest kernel.
 pub(crate) struct Kernel {
-    /// What guests boot: an uncompressed ELF on x86_64, for the 64-bit boot protocol, an Image on aarch64.
+    /// The boot image: an uncompressed ELF on x86_64, for the 64-bit boot protocol, an Image on aarch64.
     pub(crate) image: PathBuf,
     /// Compressed image, on x86_64.
     pub(crate) compressed: Option<PathBuf>,
@@ -37,14 +37,13 @@ pub(crate) struct Kernel {
 pub(crate) struct KernelArgs {
     #[command(flatten)]
     arch: ArchArgs,
-    /// Without the patches: the source as it is, with our configuration
+    /// Build without the patches: the unmodified source with Koya's configuration
     #[arg(long)]
     unpatched: bool,
-    /// The full kernel: network file systems, tracing and more (docs/guest-kernel.md); `koya run --kernel full`
-    /// takes it
+    /// Build the full kernel: network file systems, tracing and more (docs/guest-kernel.md), for `koya run --kernel full`
     #[arg(long)]
     full: bool,
-    /// Another source tree; it stays as it is (patches are applied to a copy)
+    /// Use another source tree; it is not modified (patches are applied to a copy)
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
 }
@@ -81,12 +80,12 @@ pub(crate) fn ensure(arch: Arch) -> Result<Kernel> {
     of(&Source::find(None, patches()?)?, arch, &options(arch)?)
 }
 
-/// The options of the kernel of an architecture.
+/// Configuration options of the kernel for an architecture.
 fn options(arch: Arch) -> Result<Options> {
     fragments(&[CONFIG, arch.kernel().config])
 }
 
-/// The kernel of this source with these options, which are of this architecture, from the cache or built.
+/// The kernel built from this source for this architecture with these options, from the cache if possible.
 fn of(source: &Source, arch: Arch, wanted: &Options) -> Result<Kernel> {
     arch.ensure_tools()?;
     let compiler = proc::output(arch.tool("gcc").arg("-dumpfullversion"))?;
@@ -118,7 +117,7 @@ fn file_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// A kernel source tree and what identifies it.
+/// A kernel source tree with its identification.
 struct Source {
     identity: String,
     given: Option<PathBuf>,
@@ -157,7 +156,7 @@ impl Source {
         cache::ensure("source", &cache::key([&self.identity]), |dir| {
             let mut fill = Command::new(if self.given.is_some() { "cp" } else { "tar" });
             match &self.given {
-                // Somebody's own tree stays as it is.
+                // The user's tree is not modified.
                 Some(given) => fill.args(["-a", "--reflink=auto"]).arg(given.join(".")),
                 None => fill.args(["-xf", SOURCE_TAR, "--strip-components=1", "-C"]),
             };
@@ -174,7 +173,7 @@ impl Source {
     }
 }
 
-/// What a tree holds now: names, sizes and times of its files, in one word.
+/// Hash of the names, sizes and times of a tree's files.
 fn state_of(tree: &Path) -> Result<String> {
     let files = proc::output(
         Command::new("find")
@@ -187,7 +186,7 @@ fn state_of(tree: &Path) -> Result<String> {
     Ok(cache::key(lines))
 }
 
-/// What to say where the installed source is not the one that the patches are for.
+/// Warning if the installed source is not the version that the patches are for.
 fn other_version(installed: &str) -> Option<String> {
     (installed != PINNED).then(|| {
         format!(
@@ -197,8 +196,7 @@ fn other_version(installed: &str) -> Option<String> {
     })
 }
 
-/// Applies a patch that fits exactly, or is there already: what only nearly fits may change
-/// something else than it was written for.
+/// Applies a patch that fits exactly, or is already applied: an inexact match could change the wrong code.
 fn apply(tree: &Path, patch: &Path) -> Result<()> {
     let run = |more: &[&str]| {
         Command::new("patch")
@@ -226,12 +224,12 @@ fn apply(tree: &Path, patch: &Path) -> Result<()> {
     )
 }
 
-/// What is changed in Linux, in the order of the names.
+/// The patches for Linux, in the order of their names.
 fn patches() -> Result<Vec<PathBuf>> {
     files_with("guest-kernel/patches", "patch")
 }
 
-/// A directory's files with this extension, in the order of their names.
+/// The files of a directory with this extension, in the order of their names.
 fn files_with(directory: &str, extension: &str) -> Result<Vec<PathBuf>> {
     let dir = proc::checkout().join(directory);
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
@@ -251,7 +249,7 @@ pub(crate) fn source_version() -> Result<String> {
 /// Options: name to value, where `n` means "must be off".
 type Options = BTreeMap<String, String>;
 
-/// Every option of the fragments in these directories.
+/// All options of the fragments in these directories.
 fn fragments(directories: &[&str]) -> Result<Options> {
     let mut options = BTreeMap::new();
     let mut files = Vec::new();
@@ -282,7 +280,7 @@ fn fragments(directories: &[&str]) -> Result<Options> {
     Ok(options)
 }
 
-/// What the full kernel has instead of the other's options, and beside them.
+/// Merges the options of the full kernel, which override the others.
 fn with_overrides(mut options: Options, others: Options) -> Options {
     options.extend(others);
     options
@@ -313,7 +311,7 @@ fn build(source: &Source, arch: Arch, wanted: &Options, key: &str, out: &Path) -
             .arg(format!("O={}", objects.display()))
             .arg(format!("ARCH={}", how.arch))
             .arg(format!("CROSS_COMPILE={}", arch.tools()))
-            // The same inputs give the same image.
+            // Makes the image reproducible.
             .env("KBUILD_BUILD_TIMESTAMP", "2026-01-01")
             .env("KBUILD_BUILD_USER", "koya")
             .env("KBUILD_BUILD_HOST", "koya");
@@ -343,7 +341,7 @@ fn build(source: &Source, arch: Arch, wanted: &Options, key: &str, out: &Path) -
         let to = out.join(format!("{}-{release}-{key}", file_name(image)));
         let from = objects.join(image);
         match image {
-            // Of the ELF, only what is loaded.
+            // Strips everything that is not loaded.
             "vmlinux" => proc::run(arch.tool("strip").arg("-s").arg("-o").arg(to).arg(from))?,
             _ => fs::copy(from, to).map(|_| ())?,
         }
@@ -354,7 +352,7 @@ fn build(source: &Source, arch: Arch, wanted: &Options, key: &str, out: &Path) -
     Ok(())
 }
 
-/// Kconfig drops what it does not know or cannot satisfy without a word; we do not.
+/// Kconfig silently drops options that are unknown or have unmet dependencies; this reports them.
 fn verify(wanted: &Options, config: &str) -> Result<()> {
     let mut lost = Vec::new();
     for (name, value) in wanted {
@@ -417,7 +415,7 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
     }
 
-    /// `patch` by itself would apply it: two lines of context are enough for it.
+    /// `patch` by itself would apply it with only two lines of context.
     #[test]
     fn a_patch_whose_context_changed_is_refused() {
         let (dir, patch) = tree_and_patch("patch-fuzz", "two");

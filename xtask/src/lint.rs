@@ -1,10 +1,10 @@
-//! Formatting, dependencies, clippy and the documentation of what others embed with warnings denied, what would be
-//! published, and a check of the aarch64 build.
+//! Formatting, dependencies, clippy and the documentation of the library crates with warnings denied, the contents of the
+//! published packages, and a check of the aarch64 build.
 
 use crate::{dependencies, proc, setup};
 use anyhow::Result;
 
-/// The crates that others embed.
+/// The library crates for embedders.
 const LIBRARIES: [&str; 8] = [
     "koya-host",
     "koya-devices",
@@ -37,11 +37,11 @@ pub(crate) fn run() -> Result<()> {
     doc.args(["doc", "--no-deps"]).args(packages.as_flattened());
     proc::run(doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     eprintln!("lint: packages of the libraries");
-    // Not built again from their archives: that takes as long as all of them.
+    // Without the build from the archives, which takes as long as everything else.
     let mut package = proc::cargo();
     package.args(["package", "--quiet", "--no-verify", "--allow-dirty"]);
     proc::run(package.args(packages.as_flattened()))?;
-    // Without the target's standard library nothing can be checked: said, not hidden.
+    // Without the target's standard library this check is impossible, which is reported.
     let target = "aarch64-unknown-linux-gnu";
     if !setup::rust_target(target, "a check of its build") {
         eprintln!("lint: NOT CHECKED: {target} can't be had (rustup target add {target})");

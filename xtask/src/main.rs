@@ -1,7 +1,7 @@
-//! `cargo xtask`: the one front door for Koya's builds and tests.
+//! `cargo xtask`: the single entry point for builds and tests.
 //!
-//! Each command sets up what it needs, tells what it waits for, and keeps what is
-//! costly in a cache outside the checkout, named by the hash of its inputs.
+//! Each command installs what it needs, shows what it waits for, and keeps expensive results in a cache outside the
+//! checkout, named by the hash of their inputs.
 
 mod apt;
 mod arch;
@@ -35,8 +35,7 @@ use std::process::ExitCode;
 /// Builds, runs and tests Koya.
 ///
 /// A newcomer needs two commands: `cargo xtask demo` and `cargo xtask test`.
-/// What is costly to make (kernels, the rig) is kept under $KOYA_CACHE, by default
-/// ~/.cache/koya.
+/// Expensive results (kernels, the rig) are kept under $KOYA_CACHE, by default ~/.cache/koya.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -54,7 +53,7 @@ enum Command {
     Build(build::BuildArgs),
     /// Install Koya below a prefix, with manual pages and completions; or remove it
     Install(install::InstallArgs),
-    /// Make a Debian package
+    /// Build a Debian package
     Deb(deb::DebArgs),
     /// Run a command or a shell on a host with KVM: an emulated one, or this machine
     Rig(rig::RigArgs),
@@ -66,7 +65,7 @@ enum Command {
     RuncTests(bats::BatsArgs),
     /// Run podman's own system tests with koya-runtime
     PodmanTests(podman_tests::PodmanTestsArgs),
-    /// Run the fuzz targets; what they found is kept for the next run
+    /// Run the fuzz targets; their inputs are kept for the next run
     Fuzz(fuzz::FuzzArgs),
     /// Run benchmarks of Koya and its peers
     Bench(bench::BenchArgs),

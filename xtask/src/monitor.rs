@@ -1,4 +1,4 @@
-//! `cargo xtask bench monitor`: what a start of the monitor costs beside its peers'.
+//! `cargo xtask bench monitor`: cost of a start of the monitor, compared with its peers.
 
 use crate::peers::{self, QEMU};
 use crate::{bench, build, counting, setup};
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
     }
 }
 
-/// Measures on this machine; what the bench says.
+/// Measures on this machine; returns the output of the bench.
 fn here(args: &MonitorArgs) -> Result<String> {
     let examples = build::examples()?;
     let mut bench = Command::new(build::bench("monitor")?);
@@ -75,14 +75,14 @@ fn here(args: &MonitorArgs) -> Result<String> {
     Ok(String::from_utf8(out.stdout)?)
 }
 
-/// Rounds that are enough where each is the same.
+/// Number of rounds when all of them are identical.
 const COUNTED_ROUNDS: u32 = 3;
-/// What GNU time and strace are for is there, too.
+/// Tools added for the counted host.
 const TOOLS: [(&str, &str); 2] = [("strace", "/usr/bin/strace"), ("time", "/usr/bin/time")];
-/// Where the examples are in that host: not beside the bench, which has the name of one.
+/// Directory of the examples in that host: not that of the bench, which has the same name as one of them.
 const EXAMPLES: &str = "examples";
 
-/// Measures in an emulated host; what the bench says.
+/// Measures in an emulated host; returns the output of the bench.
 fn counted(args: &MonitorArgs) -> Result<String> {
     build::ensure()?;
     let examples = build::examples()?;

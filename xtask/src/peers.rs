@@ -1,5 +1,5 @@
-//! `cargo xtask bench peers`: Koya's monitor beside others where instructions are counted, with one kernel
-//! for all; and a whole sandbox beside what others make of a distribution's kernel.
+//! `cargo xtask bench peers`: Koya's monitor compared with others by counted instructions, with one kernel for all; and a
+//! whole sandbox compared with others that run a distribution's kernel.
 
 use crate::archive::Archive;
 use crate::bench;
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub(crate) const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// Where QEMU's firmware is, and what of it the microvm machine takes.
+/// Directories of QEMU's firmware, and the files for the microvm machine.
 const FIRMWARE: &[&str] = &["/usr/share/qemu", "/usr/share/seabios"];
 const FIRMWARE_FILES: &[&str] = &[
     "qboot.rom",
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
         }
         let (program, words) = command.split_once(' ').unwrap_or((command, ""));
         let program = PathBuf::from(program);
-        // None of the bench's own names, and none of another's.
+        // A name that collides with none of the bench's own.
         let own = format!("monitor-{}", others.len());
         others.push((name, format!("/bin/{own} {words}")));
         programs.push((own, program));
@@ -103,7 +103,7 @@ pub(crate) fn save(file: &Path, rows: &Value, programs: &[(String, PathBuf)]) ->
     bench::save_rows(file, &all)
 }
 
-/// What columns are called without being asked for.
+/// Names of columns that exist without `--monitor`.
 const KNOWN: &[&str] = &["", "goal", "Firecracker", "QEMU", "Cloud Hypervisor"];
 
 /// `NAME=COMMAND`
@@ -131,7 +131,7 @@ fn files(programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
     Ok(files)
 }
 
-/// Puts what QEMU's microvm machine starts with where the benches look for it.
+/// Adds the firmware of QEMU's microvm machine at the path used by the benches.
 pub(crate) fn add_firmware(files: &mut Archive) -> Result<()> {
     files.dir("share/qemu")?;
     for name in FIRMWARE_FILES {
@@ -143,7 +143,7 @@ pub(crate) fn add_firmware(files: &mut Archive) -> Result<()> {
     Ok(())
 }
 
-/// The kernel in a bzImage, as monitors take it that don't unpack it (Documentation/arch/x86/boot.rst).
+/// The ELF kernel in a bzImage, for monitors that do not unpack it (Documentation/arch/x86/boot.rst).
 fn elf_of(image: &[u8]) -> Result<Vec<u8>> {
     let word = |at: usize| {
         let bytes = image.get(at..at + 4)?;
@@ -152,7 +152,7 @@ fn elf_of(image: &[u8]) -> Result<Vec<u8>> {
     let payload = || {
         let sectors = usize::from(*image.get(0x1f1)?);
         let start = (sectors + 1) * 512 + word(0x248)?;
-        // Its last four bytes are the kernel's size.
+        // The last four bytes are the size of the kernel.
         image.get(start..start + word(0x24c)?.checked_sub(4)?)
     };
     let payload = payload().context("Debian's kernel is no bzImage")?;
@@ -175,7 +175,7 @@ fn elf_of(image: &[u8]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// What the figures were taken on; where instructions are counted they are the same elsewhere.
+/// Description of the machine; figures of counted instructions do not depend on it.
 fn machine() -> Value {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpus.lines().find(|line| line.starts_with("model name"));

@@ -1,4 +1,5 @@
-//! `cargo xtask podman-tests`: podman's own system tests (bats) with `koya-runtime`, or with another runtime beside it, as
+//! `cargo xtask podman-tests`: podman's own system tests (bats) with `koya-runtime`, or with another runtime for comparison,
+//! as
 //! root, without systemd and without the internet.
 
 use crate::arch::Arch;
@@ -15,20 +16,20 @@ const PACKAGES: [(&str, &str); 2] = [
     ("procps", "is what they look for processes with"),
 ];
 
-/// The tag that the tests' image has in its registry, which is what a file in it says, too.
+/// Tag of the tests' image in its registry, which is also stored in a file in it.
 const TAG: &str = "20220615";
 
-/// That file's time of change, which a test knows.
+/// Modification time of that file, which a test checks.
 const CHANGED: &str = "@1600000000";
 
-/// Prints its name and waits, in the place of a pod's own program.
+/// Replacement for the program of a pod's infra container: prints its name and waits.
 const PAUSE: &str = "#!/bin/sh
 echo \"Confirmed: testimage pause invoked as $0\"
 while :; do sleep 0.1; done
 ";
 
-/// What runs before them in the rig, whose files are gone with it. Containers have storage on a disk, and no network unless a test
-/// asks for one, which is quicker.
+/// Preparation in the rig, whose files are discarded afterwards. Containers have storage on a disk, and no network unless a
+/// test requests one, which is faster.
 const RUN: &str = "set -e
 scratch=/run/scratch
 mkdir -p $scratch/tmp /etc/containers/containers.conf.d
@@ -64,7 +65,7 @@ podman import --quiet --change 'WORKDIR /home/podman' \\
 pub(crate) struct PodmanTestsArgs {
     #[command(flatten)]
     bats: BatsArgs,
-    /// The runtime that podman is to have, a program on PATH: what others can't do either is not Koya's
+    /// Set the runtime for podman, a program on PATH: failures of other runtimes too are not Koya's
     #[arg(long, default_value = "koya-runtime")]
     runtime: String,
 }
@@ -84,7 +85,7 @@ pub(crate) fn run(args: &PodmanTestsArgs) -> Result<()> {
     project.run(&args.bats)
 }
 
-/// podman's tests, and the content of their image.
+/// podman's tests, and the contents of their image.
 fn tests(source: &Path) -> Result<PathBuf> {
     let system = source.join("test/system");
     let helpers = fs::read_to_string(system.join("helpers.bash"))
@@ -123,7 +124,7 @@ fn tests(source: &Path) -> Result<PathBuf> {
             fs::create_dir_all(rootfs.join(directory))?;
         }
         fs::set_permissions(rootfs.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-        // As the root of their own image has it, which a test knows.
+        // The mode of the root in their own image, which a test checks.
         fs::set_permissions(&rootfs, fs::Permissions::from_mode(0o555))?;
         pack(&rootfs, &dir.join("test/system/testimage.tar"))
     })?;

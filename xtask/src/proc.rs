@@ -1,4 +1,4 @@
-//! Running other programs: quietly with a log, or loudly, always with a clear error.
+//! Running other programs, with output to a log or to the terminal, and with clear errors.
 
 use anyhow::{Context, Result, bail};
 use std::fs::File;
@@ -15,14 +15,14 @@ pub(crate) fn checkout() -> PathBuf {
         .to_path_buf()
 }
 
-/// The cargo that runs this, at the root of the checkout.
+/// The cargo that runs this program, at the root of the checkout.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(checkout());
     cargo
 }
 
-/// The command line as a person would type it, for messages.
+/// The command line as typed in a shell, for messages.
 fn shown(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
     for arg in command.get_args() {
@@ -43,7 +43,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` and returns what it printed, without the last line end.
+/// Runs `command` and returns its output, without the final newline.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let out = command
         .stderr(Stdio::inherit())
@@ -55,8 +55,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&out.stdout).trim_end().to_owned())
 }
 
-/// Runs a long `command` with its output in `log`, one progress line meanwhile, and the
-/// log's tail if it fails.
+/// Runs a long `command` with its output in `log`; shows a progress line meanwhile, and the end of the log on failure.
 pub(crate) fn long(what: &str, command: &mut Command, log: &Path) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut child = command
@@ -107,7 +106,7 @@ fn last_line(log: &Path) -> String {
     line.chars().take(70).collect()
 }
 
-/// The last `lines` lines of a file, as well as they can be read.
+/// The last `lines` lines of a file, as far as it can be read.
 pub(crate) fn tail(file: &Path, lines: usize) -> String {
     let bytes = std::fs::read(file).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);

@@ -1,5 +1,5 @@
-//! Where the instructions of a counted start go: QEMU logs each one that it executes, and here they are
-//! put down to the guest's and the host's kernel and programs, and to the kernels' functions.
+//! Profile of the instructions of a counted start: QEMU logs each executed instruction, and they are attributed here to the
+//! kernels and programs of guest and host, and to the kernels' functions.
 
 use crate::proc;
 use anyhow::{Context, Result, bail};
@@ -11,25 +11,25 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// What the measuring program says on the second serial port, and waits for an answer.
+/// Message of the measuring program on the second serial port, which waits for a reply.
 const BEGIN: &str = "begin";
 const END: &str = "end";
-/// What the log ends with; before it may be a part of a line.
+/// End marker of the log; a partial line may precede it.
 const LAST_LINE: &[u8] = b"\nthe end\n";
-/// What ends each line in which it says which of the host's functions has an address that it was asked for.
+/// End of each line in which the program names the host function for an address.
 const ANSWER: &str = "!";
-/// How many addresses of the host's kernel it is asked for, those of most instructions first.
+/// Maximum number of addresses of the host's kernel that are looked up, those with the most instructions first.
 const ASKED: usize = 4000;
 
-/// In the flags of a logged block: the guest of an SVM guest runs (QEMU's `HF_GUEST_MASK`).
+/// Flag of a logged block: it was executed in an SVM guest (QEMU's `HF_GUEST_MASK`).
 const IN_GUEST: u32 = 1 << 21;
 /// Privilege level (`HF_CPL_MASK`).
 const LEVEL: u32 = 3;
-/// How many functions are listed.
+/// Number of functions listed.
 const SHOWN: usize = 60;
-/// Deeper than a kernel's stack ever is.
+/// Maximum depth, more than a kernel's stack ever has.
 const DEEPEST: usize = 256;
-/// How long QEMU may take to open its monitor.
+/// Time limit for QEMU to open its monitor.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A kernel's functions, by their addresses.
@@ -40,7 +40,7 @@ pub(crate) struct Symbols {
 }
 
 impl Symbols {
-    /// Of a System.map, or what nm(1) says: `ffffffff81000000 T _text`.
+    /// Parses a System.map, or the output of nm(1): `ffffffff81000000 T _text`.
     pub(crate) fn parse(text: &str) -> Self {
         let mut all: Vec<(u64, String)> = text
             .lines()
@@ -58,7 +58,7 @@ impl Symbols {
         Self { starts, names }
     }
 
-    /// The number of the function that has this address.
+    /// Index of the function at this address.
     fn find(&self, address: u64) -> Option<usize> {
         self.starts
             .partition_point(|s| *s <= address)
@@ -66,23 +66,22 @@ impl Symbols {
     }
 }
 
-/// What was executed between two points.
+/// Instructions executed between two points.
 #[derive(Default)]
 pub(crate) struct Profile {
     host_programs: u64,
     guest_programs: u64,
     guest_kernel: u64,
-    /// Of the guest kernel's functions: their own instructions, and with those of what they called.
+    /// For each function of the guest kernel: its own instructions, and those including its callees.
     own: HashMap<usize, u64>,
     whole: HashMap<usize, u64>,
-    /// Of the host's kernel, by address: its symbols come last, for the most of them.
+    /// Instructions of the host's kernel; symbols are looked up at the end, for the most frequent addresses.
     host_kernel_all: u64,
     host_kernel: HashMap<u64, u64>,
     host_symbols: Symbols,
 }
 
-/// The functions that have been entered and not left, as far as addresses tell: where an address is the
-/// begin of a function, it was called.
+/// The call stack, as far as it can be inferred from addresses: an address at the start of a function is a call.
 #[derive(Default)]
 struct Stack(Vec<(usize, u64)>);
 
@@ -95,7 +94,7 @@ impl Stack {
         if is_begin && self.0.len() < DEEPEST {
             return self.0.push((function, now));
         }
-        // A return: to whoever is nearest.
+        // A return, to the nearest caller.
         let depth = self.0.iter().rposition(|entered| entered.0 == function);
         self.leave(depth.map_or(0, |depth| depth + 1), now, whole);
         if depth.is_none() {
@@ -108,7 +107,7 @@ impl Stack {
             let Some((function, since)) = self.0.pop() else {
                 return;
             };
-            // One that called itself counts once, when the first call ends.
+            // A recursive function counts once, when its first call ends.
             if self.0.iter().all(|entered| entered.0 != function) {
                 *whole.entry(function).or_default() += now - since;
             }
@@ -117,11 +116,11 @@ impl Stack {
 }
 
 impl Profile {
-    /// Of a log with one line for each instruction.
+    /// Reads a log with one line for each instruction.
     fn read(log: impl Read, symbols: &Symbols) -> Result<Self> {
         let mut log = BufReader::with_capacity(1 << 20, log);
         let (mut all, mut stack, mut line) = (Self::default(), Stack::default(), Vec::new());
-        // The function that the last address was in.
+        // The function of the last address.
         let mut last = (0..0, 0);
         while log.read_until(b'\n', &mut line)? > 0 {
             if let Some((address, flags)) = block(&line) {
@@ -202,7 +201,7 @@ fn print_table(title: &str, symbols: &Symbols, counts: &HashMap<usize, u64>) {
     }
 }
 
-/// `Trace 0: 0x7f52 [cs/address/flags/cflags] symbol`: address and flags.
+/// `Trace 0: 0x7f52 [cs/address/flags/cflags] symbol`: returns address and flags.
 fn block(line: &[u8]) -> Option<(u64, u32)> {
     let text = std::str::from_utf8(line).ok()?.strip_prefix("Trace ")?;
     let mut fields = text.split_once('[')?.1.split('/').skip(1);
@@ -210,7 +209,7 @@ fn block(line: &[u8]) -> Option<(u64, u32)> {
     Some((address, u32::from_str_radix(fields.next()?, 16).ok()?))
 }
 
-/// Answers the measuring program, and has QEMU log what it executes between its words.
+/// Replies to the measuring program, and makes QEMU log the instructions between its messages.
 pub(crate) fn watch(
     serial: &Path,
     monitor: &Path,
@@ -228,7 +227,7 @@ pub(crate) fn watch(
         monitor.say("log exec,nochain")?;
         serial.write_all(b"\n")?;
         wait_for(&mut serial, END)?;
-        // QEMU closes its log when it gets to it, which may be at its end.
+        // QEMU may close its log with a delay, possibly only at its end.
         monitor.say("log none")?;
         File::options()
             .write(true)
@@ -264,7 +263,7 @@ fn connect(path: &Path) -> Result<UnixStream> {
     }
 }
 
-/// Reads until this was said.
+/// Reads until this text.
 fn wait_for(stream: &mut UnixStream, word: &str) -> Result<String> {
     let (mut said, mut byte) = (String::new(), [0]);
     while !said.ends_with(word) {
@@ -276,7 +275,7 @@ fn wait_for(stream: &mut UnixStream, word: &str) -> Result<String> {
     Ok(said)
 }
 
-/// QEMU's monitor for people.
+/// QEMU's human monitor.
 struct Monitor(UnixStream);
 
 impl Monitor {
@@ -337,7 +336,7 @@ mod tests {
     #[test]
     fn what_a_function_calls_is_its_own_too() {
         let guest = IN_GUEST;
-        // first, second, third, back to second, back to first; and first once more, by itself.
+        // first, second, third, back to second, back to first; then first again, on its own.
         let path = [
             0x1000, 0x1100, 0x1200, 0x1204, 0x1104, 0x1004, 0x1000, 0x1004,
         ];

@@ -1,9 +1,8 @@
 //! The rig: a real KVM anywhere.
 //!
-//! Where the machine has no hardware virtualization, QEMU emulates a host that has it (TCG
-//! with nested SVM, Debian's kernel), over the machine's own file system with a throw-away
-//! layer on top. A command runs there as root, its output streams here, its exit status is
-//! ours. A host of another architecture has programs of its own between the two.
+//! If the machine has no hardware virtualization, QEMU emulates a host that has it (TCG with nested SVM, Debian's kernel),
+//! over the machine's own file system with a temporary overlay. A command runs there as root; its output is streamed here,
+//! and its exit status is returned. A host of another architecture has its own programs in between.
 
 mod host;
 mod hung;
@@ -28,11 +27,11 @@ use std::time::{Duration, Instant};
 /// Size of the scratch disk: sparse, for file-system tests.
 const SCRATCH_BYTES: u64 = 10 << 30;
 
-/// How long the rig may take to be ready before it counts as hung.
+/// Time limit for the rig to become ready, after which it counts as hung.
 const READY_LIMIT: Duration = Duration::from_secs(180);
 
-/// The emulated host says each few seconds that it is alive; after a silence as long as this it
-/// hangs. Its CPUs share ours with other rigs and with builds.
+/// Time without a heartbeat of the emulated host, sent every few seconds, after which it counts as hung. Its CPUs share ours
+/// with other rigs and with builds.
 const SILENCE_LIMIT: Duration = Duration::from_secs(240);
 
 /// The socket of QEMU's monitor, in the directory of a run.
@@ -66,7 +65,7 @@ pub(crate) struct RigArgs {
 enum Kvm {
     /// That of the machine if it is hardware virtualization, else the emulated host
     Auto,
-    /// /dev/kvm of the machine, of whatever kind
+    /// /dev/kvm of the machine, of any kind
     Host,
     /// The emulated host
     Emulated,
@@ -101,7 +100,7 @@ pub(crate) fn run(args: RigArgs) -> Result<u8> {
     boot(arch, &args.command, &env, &limits)
 }
 
-/// What a rig may use.
+/// Limits of a rig.
 pub(crate) struct Limits {
     pub(crate) timeout: Duration,
     pub(crate) memory_mib: u32,
@@ -139,7 +138,7 @@ fn run_here(command: &[String], env: &[(String, String)]) -> Result<u8> {
     Ok(status.code().map_or(128, |c| c as u8))
 }
 
-/// Boots the emulated host and runs `command` in it; its exit status.
+/// Boots the emulated host and runs `command` in it; returns its exit status.
 pub(crate) fn boot(
     arch: Arch,
     command: &[String],
@@ -177,7 +176,7 @@ pub(crate) fn boot(
     })
 }
 
-/// The archive that is appended to the initramfs for one run: what to do.
+/// The archive appended to the initramfs for one run, with the command.
 fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Result<Vec<u8>> {
     let mut script = String::from("export HOME=/root LANG=C.UTF-8 KOYA_RIG=emulated\n");
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -199,7 +198,7 @@ fn job(command: &[String], env: &[(String, String)], interactive: bool) -> Resul
     let cwd = std::env::current_dir()?;
     script.push_str(&format!("cd {}\n", quoted(&cwd.to_string_lossy())));
     if command.is_empty() {
-        // The emulated console does not know how large this terminal is.
+        // The emulated console does not know the size of this terminal.
         if let Ok(size) = rustix::termios::tcgetwinsize(std::io::stdin()) {
             let (rows, columns) = (size.ws_row, size.ws_col);
             script.push_str(&format!("stty rows {rows} cols {columns}\n"));
@@ -255,7 +254,7 @@ impl Drop for RunDir {
     }
 }
 
-/// The options of QEMU that give a directory to the rig.
+/// The options of QEMU for sharing a directory with the rig.
 fn shared(directory: &Path, tag: &str) -> [String; 2] {
     let how = "security_model=none,readonly=on,multidevs=remap";
     let directory = directory.display();
@@ -357,7 +356,7 @@ impl Qemu {
         Ok(qemu)
     }
 
-    /// Closes our write ends once QEMU holds its own, so that its end is the pipes' end.
+    /// Closes our write ends once QEMU has its own, so that the pipes end with QEMU.
     fn release(&mut self, ends: [OwnedFd; 3], interactive: bool) -> Result<()> {
         let wanted = if interactive { 1 } else { 3 };
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -366,7 +365,7 @@ impl Qemu {
             .filter_map(|e| fs::read_link(format!("/proc/self/fd/{}", e.as_raw_fd())).ok())
             .collect();
         while Instant::now() < deadline {
-            // Until it is QEMU, the child still has our own ends.
+            // Until it executes QEMU, the child still has our own ends.
             let process = fs::read_to_string(format!("/proc/{}/comm", self.child.id()));
             let is_qemu = process.is_ok_and(|name| name.starts_with("qemu"));
             let held = fs::read_dir(format!("/proc/{}/fd", self.child.id()))
@@ -421,7 +420,7 @@ impl Qemu {
     }
 
     fn stop(&mut self) {
-        // It powers itself off once it has told its status; give it a moment.
+        // It powers itself off after reporting its status; give it a moment.
         let deadline = Instant::now() + Duration::from_secs(5);
         while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(20));

@@ -9,22 +9,22 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The suite whose Go is new enough for runc's test programs, and the packages.
+/// The suite with a Go that is new enough for runc's test programs, and the packages.
 const GO_SUITE: &str = "forky";
 const GO: [&str; 2] = ["golang-1.27-go", "golang-1.27-src"];
 
-/// What runc's tests call, which are programs in Go of its own.
+/// Go programs of runc that its tests use.
 const PROGRAMS: [&str; 4] = ["recvtty", "remap-rootfs", "fs-idmap", "pidfd-kill"];
 
 const PACKAGES: [(&str, &str); 1] = [("gawk", "is what they read tables with")];
 
-/// Takes the place of the script that downloads root file systems.
+/// Replaces the script that downloads root file systems.
 const IMAGES: &str = "#!/bin/sh
 here=$(dirname \"$(readlink -f \"$0\")\")/testdata
 echo \"BUSYBOX_IMAGE=$here/busybox.tar HELLO_IMAGE=$here/busybox.tar DEBIAN_IMAGE=$here/debian.tar\"
 ";
 
-/// What runs before them in the rig: the tests want a program called runc.
+/// Preparation in the rig: the tests require a program named runc.
 const RUN: &str = "mkdir -p /run/scratch/bin /run/scratch/tmp
 ln -s \"$(command -v koya-runtime)\" /run/scratch/bin/runc
 export PATH=/run/scratch/bin:$PATH RUNC=/run/scratch/bin/runc TMPDIR=/run/scratch/tmp
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &BatsArgs) -> Result<()> {
     project.run(args)
 }
 
-/// runc's tests with what they need, made once.
+/// runc's tests with everything that they need, built once.
 fn tests(source: &Path) -> Result<PathBuf> {
     let version = fs::read_to_string(source.join("VERSION"))
         .with_context(|| format!("{} is no checkout of runc", source.display()))?;
@@ -70,7 +70,7 @@ fn tests(source: &Path) -> Result<PathBuf> {
         fs::write(integration.join("get-images.sh"), IMAGES)?;
         let rootfs = dir.join("rootfs");
         demo::make_busybox_rootfs(Arch::of_this_machine(), &rootfs)?;
-        // The image that runc's tests have is without them, and they put links there.
+        // runc's image lacks these directories, and the tests put links there.
         for name in ["proc", "sys"] {
             fs::remove_dir(rootfs.join(name))?;
         }
@@ -82,7 +82,7 @@ fn tests(source: &Path) -> Result<PathBuf> {
     Ok(dir.join("tests/integration"))
 }
 
-/// The directory of a Go, unpacked once.
+/// The directory of a Go toolchain, unpacked once.
 fn go() -> Result<PathBuf> {
     let key = cache::key([&[GO_SUITE], &GO[..]].concat());
     let dir = cache::ensure("go", &key, |dir| apt::unpack(GO_SUITE, &GO, dir))?;

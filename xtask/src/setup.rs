@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Package, and why it is needed.
+/// A package, and the reason why it is needed.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "the guest kernel, linking"),
     ("make", "the guest kernel"),
@@ -52,7 +52,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ),
 ];
 
-/// Installs what is missing when root; otherwise says what to type.
+/// Installs missing packages if root; otherwise prints the command.
 pub(crate) fn run() -> Result<()> {
     let missing = missing(PACKAGES)?;
     if missing.is_empty() {
@@ -62,12 +62,12 @@ pub(crate) fn run() -> Result<()> {
     install(PACKAGES, &missing)
 }
 
-/// As [`run`], but silent when nothing is missing: the first step of other commands.
+/// As [`run`], but silent if nothing is missing: the first step of other commands.
 pub(crate) fn ensure() -> Result<()> {
     ensure_these(PACKAGES)
 }
 
-/// As [`ensure`], for packages that one command needs: each with why.
+/// As [`ensure`], for packages needed by one command, each with the reason.
 pub(crate) fn ensure_these(packages: &[(&'static str, &str)]) -> Result<()> {
     let missing = missing(packages)?;
     if missing.is_empty() {
@@ -76,8 +76,7 @@ pub(crate) fn ensure_these(packages: &[(&'static str, &str)]) -> Result<()> {
     install(packages, &missing)
 }
 
-/// Whether the Rust standard library for `target` is there; gets it with rustup when it is not, and says what
-/// for.
+/// Whether the Rust standard library for `target` is installed; otherwise installs it with rustup, and prints the reason.
 pub(crate) fn rust_target(target: &str, why: &str) -> bool {
     let there = Command::new("rustc")
         .args(["--print", "target-libdir", "--target", target])
@@ -88,15 +87,14 @@ pub(crate) fn rust_target(target: &str, why: &str) -> bool {
         return true;
     }
     eprintln!("setup: getting Rust's library for {target} ({why})");
-    // Some seconds of downloads; without a network rustup tries for long.
+    // A few seconds of downloads; without a network, rustup would retry for a long time.
     let got = Command::new("timeout")
         .args(["120", "rustup", "target", "add", target])
         .status();
     got.is_ok_and(|status| status.success())
 }
 
-/// Has apt fetch its lists of packages where there are none, as on an image whose makers removed
-/// them.
+/// Makes apt fetch its package lists if there are none, as in images without them.
 pub(crate) fn package_lists() -> Result<()> {
     let there = std::fs::read_dir("/var/lib/apt/lists").is_ok_and(|lists| {
         lists

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test there is, cheapest first.
+//! `cargo xtask test`: all tests, cheapest first.
 
 use crate::arch::{Arch, ArchArgs};
 use crate::{apt, build, cache, lint, proc};
@@ -12,15 +12,15 @@ use std::process::{Command, Stdio};
 pub(crate) struct TestArgs {
     #[command(flatten)]
     arch: ArchArgs,
-    /// Only the tests that need no Linux guest
+    /// Run only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
-    /// Only tests whose name contains this; `smoke` for a few Linux guests that show that all is well at large, `long` for those
+    /// Run only tests whose name contains this; `smoke` for a few Linux guests that cover the essentials, `long` for tests
     /// that take minutes each, which are left out otherwise
     filter: Option<String>,
 }
 
-/// What cargo builds the examples by that system tests run. Others are for one architecture.
+/// Options of cargo for the examples used by system tests. Other examples are for one architecture.
 const EXAMPLES: [&str; 9] = [
     "build",
     "--package",
@@ -86,14 +86,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     proc::run(&mut system)
 }
 
-/// The crates whose unit tests and tiny guests run on another architecture as well: those that know it.
+/// The crates whose unit tests and tiny guests also run on another architecture: those with code for it.
 const FOREIGN_UNITS: [&str; 4] = ["koya-host", "koya-devices", "koya-vmm", "koya-agent"];
 
-/// The filter that chooses a few tests, which need nothing but Koya (`tests/tests/system/smoke.rs`).
+/// The filter for a few tests that need only Koya (`tests/tests/system/smoke.rs`).
 const SMOKE: &str = "smoke";
 
-/// The tests of another architecture than this machine's: its programs run in emulated hosts of it. Left out are the
-/// lints, the units of crates that know no architecture, and the tests of Docker.
+/// The tests for another architecture than this machine's, in emulated hosts. Lints, unit tests of architecture-independent
+/// crates, and tests of Docker are left out.
 fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     let products = build::ensure_for(arch)?;
     if args.filter.is_none() {
@@ -107,7 +107,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
             .args(packages.as_flattened())
             .args(["--lib", "--bins", "--tests"]);
         let xtask = std::env::current_exe()?;
-        // Files of a rig's root have no handles, which tests of files take.
+        // The file system of a rig's root has no file handles, which file tests need.
         let runner = format!(
             "{} rig --arch {} --no-build --cpus 1 -- env TMPDIR=/run/scratch",
             xtask.display(),
@@ -127,7 +127,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     let examples = format!("target/static/{}/debug/examples", arch.gnu());
     let mut system = proc::cargo();
     system.envs(products.env());
-    // Their names and their rigs are this machine's affair.
+    // The program for this machine selects the tests and starts their rigs.
     system.args(["test", "--package", "koya-tests", "--test", "system"]);
     if let Some(filter) = &args.filter {
         system.args(["--", filter]);
@@ -145,7 +145,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     proc::run(&mut system)
 }
 
-/// A cargo that builds static programs for another architecture.
+/// A cargo command that builds static programs for another architecture.
 fn foreign_cargo(arch: Arch, words: &[&str]) -> Result<Command> {
     let mut cargo = arch.cargo(arch.gnu())?;
     cargo
@@ -186,7 +186,7 @@ fn is_system_tests(program: &Path) -> bool {
     name.starts_with("system-")
 }
 
-/// A tar of Debian's minimal root file system with a C compiler, git and SQLite, made once.
+/// A tar of Debian's minimal root file system with a C compiler, git and SQLite, created once.
 pub(crate) fn debian() -> Result<PathBuf> {
     debian_for(Arch::of_this_machine())
 }
@@ -222,10 +222,10 @@ fn debian_for(arch: Arch) -> Result<PathBuf> {
     Ok(dir.join("root.tar"))
 }
 
-/// What has tar pack a root file system without the packages that it was made of.
+/// Options of tar for packing a root file system without the downloaded packages.
 const PACK: [&str; 3] = ["--exclude=./var/cache/apt/archives/*.deb", "-c", "."];
 
-/// What configures the packages of another architecture, where its programs run, and packs them.
+/// The command that configures the packages of another architecture in an emulated host, and packs them.
 fn configured(arch: Arch, root: &Path) -> Result<Command> {
     let script = format!(
         "cp -a '{}' /run/scratch/root && cd /run/scratch/root && \
@@ -240,10 +240,10 @@ fn configured(arch: Arch, root: &Path) -> Result<Command> {
     Ok(rig)
 }
 
-/// Debian's suites whose containerds are tested with: 1.6, 1.7 and 2.
+/// Debian suites with the tested versions of containerd: 1.6, 1.7 and 2.
 pub(crate) const CONTAINERD_SUITES: [&str; 3] = ["bookworm", "trixie", "forky"];
 
-/// Their directories, with colons between them.
+/// Their directories, separated by colons.
 fn containerds(arch: Arch) -> Result<OsString> {
     let directories = CONTAINERD_SUITES.into_iter();
     let directories = directories.map(|suite| containerd_for(arch, suite));
@@ -251,7 +251,7 @@ fn containerds(arch: Arch) -> Result<OsString> {
     Ok(std::env::join_paths(directories)?)
 }
 
-/// The directory of a suite's containerd, unpacked once.
+/// The directory of containerd from a suite, unpacked once.
 pub(crate) fn containerd(suite: &str) -> Result<PathBuf> {
     containerd_for(Arch::of_this_machine(), suite)
 }
@@ -263,13 +263,13 @@ fn containerd_for(arch: Arch, suite: &str) -> Result<PathBuf> {
     Ok(dir.join("usr/bin"))
 }
 
-/// Debian's suites whose Dockers can be tested with, 26 and 28, each with what has its containers' first process.
+/// Debian suites with the tested versions of Docker, 26 and 28, each with the package of its init program.
 const DOCKER_SUITES: [(&str, &str); 2] = [("trixie", "tini"), ("forky", "tini-static")];
 
-/// Chooses the Dockers: `first` or `all`. Their tests take minutes, so without it there are none.
+/// Selects versions of Docker: `first` or `all`. Without it, these tests are left out, since they take minutes.
 const WHICH_DOCKERS: &str = "KOYA_TEST_DOCKERS";
 
-/// The directories of those that are tested with, with colons between them.
+/// The directories of the selected versions, separated by colons.
 fn dockers() -> Result<OsString> {
     let which = std::env::var(WHICH_DOCKERS).unwrap_or_default();
     let count = match which.as_str() {
@@ -285,7 +285,7 @@ fn dockers() -> Result<OsString> {
     )?)
 }
 
-/// The directory of a suite's Docker, unpacked once. Its runc is Debian 12's, whose C library the machine has.
+/// The directory of Docker from a suite, unpacked once. Its runc is Debian 12's, which fits the machine's C library.
 fn docker(suite: &str, init: &str) -> Result<PathBuf> {
     let packages = ["docker.io", "docker-cli", "containerd", init];
     let key = cache::key([&[suite, "runc"], &packages[..]].concat());
@@ -295,7 +295,7 @@ fn docker(suite: &str, init: &str) -> Result<PathBuf> {
     })
 }
 
-/// The directory of the file-system exerciser, built once.
+/// The directory of fsx, the file system exerciser, built once.
 fn fsx(arch: Arch) -> Result<PathBuf> {
     const VERSION: &str = "0.3.2";
     let dir = cache::ensure("fsx", &arch.key(&["fsx", VERSION]), |dir| {

@@ -1,4 +1,4 @@
-//! Hooks of an OCI configuration as programs, wherever they run: on the host, or in the container.
+//! Programs of OCI hooks, on the host or in the container.
 //! (`https://github.com/opencontainers/runtime-spec/blob/v1.2.0/config.md#posix-platform-hooks`)
 
 use oci_spec::runtime::Hook;
@@ -6,11 +6,11 @@ use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::time::Duration;
 
-/// A hook's program, and how long it may take, in whole seconds from 1 on. Without `env` it has the environment of
-/// this process, as under runc and crun.
+/// A hook's program, and its timeout, in whole seconds from 1. Without `env` it has the environment of
+/// this process, as in runc and crun.
 ///
 /// # Errors
-/// Its path is not absolute, or its timeout is not positive.
+/// If its path is not absolute, or its timeout is not positive.
 pub fn program(hook: &Hook) -> Result<(Command, Option<Duration>), String> {
     if !hook.path().is_absolute() {
         return Err("its path is not absolute".into());
@@ -33,7 +33,7 @@ pub fn program(hook: &Hook) -> Result<(Command, Option<Duration>), String> {
     Ok((command, limit))
 }
 
-/// What is said of one that fails, before the reason. Callers look for these words, which are runc's.
+/// The beginning of the error message of a failed hook. Callers match this wording, which is runc's.
 pub fn failure(kind: &str, index: usize, hook: &Hook) -> String {
     format!(
         "error running {kind} hook #{index}: {}",

@@ -1,11 +1,10 @@
-//! What the runtime and the agent in the guest agree on: the messages (see
-//! `agent/protocol/proto/agent.proto`), the ports, and where things are in the guest.
+//! Common definitions of the runtime and the agent in the guest: the messages (see `agent/protocol/proto/agent.proto`), the
+//! ports, and paths in the guest.
 //!
-//! # Who may pose as whom
-//! vsock knows no namespaces: a process in a container can connect to the host's ports as the
-//! agent can. So the control port takes one connection, which the agent makes before there is
-//! any container, and a stream is only taken if it begins with the token that was sent over that
-//! connection for it.
+//! # Authentication
+//! vsock is not namespaced: a process in a container can connect to the host's ports just as the agent can. So the control
+//! port accepts one connection, which the agent makes before any container exists, and a stream is only accepted if it
+//! begins with its token, which was sent over that connection.
 
 #[allow(missing_docs, unreachable_pub, clippy::all)]
 mod generated {
@@ -26,36 +25,35 @@ pub const CONTROL_PORT: u32 = 1024;
 /// The host's port for standard streams.
 pub const STREAM_PORT: u32 = 1025;
 
-/// Bytes of a stream's token, as hexadecimal digits.
+/// Length of a stream's token in hexadecimal digits.
 pub const TOKEN_LEN: usize = 32;
 
-/// Where in the guest the file systems of disks are that are a container's volumes: in its directory, by
-/// number.
+/// Directory in the guest for a container's volumes that are file systems of disks: below it, a directory for each
+/// container, with entries by number.
 pub const VOLUMES_DIR: &str = "/run/koya/volumes";
-/// From this number on a container's volumes are directories within shared ones; those below are numbered as
-/// its mounts.
+/// First number of volumes that are directories within shared ones; those with lower numbers are numbered like the
+/// container's mounts.
 pub const SHARED_VOLUMES: u32 = 1 << 16;
-/// Where in the guest the sandbox's file systems in memory are, by their names.
+/// Directory in the guest for the sandbox's in-memory file systems, by name.
 pub const EPHEMERAL_DIR: &str = "/run/koya/ephemeral";
 
-/// runc's option of a tmpfs: it begins with a copy of the directory that it covers.
+/// runc's tmpfs option: initialize it with a copy of the covered directory.
 pub const COPY_UP: &str = "tmpcopyup";
 
-/// Stands in a mount's source for the container's own root, of which the rest is a path: where an earlier mount is.
+/// Placeholder for the container's own root in a mount's source; the rest is a path in it, where an earlier mount is.
 pub const OWN_ROOT: &str = "/run/koya/own-root";
 
 /// The virtio-fs tag of the shared directories.
 pub const SHARED_TAG: &str = "koya";
-/// Where the shared directories are mounted in the guest.
+/// Mount point of the shared directories in the guest.
 pub const SHARED_DIR: &str = "/run/koya/shared";
-/// Where the guest has the memory that containers of one sandbox share as `/dev/shm`.
+/// Directory in the guest that containers of one sandbox share as `/dev/shm`.
 pub const SHARED_MEMORY_DIR: &str = "/dev/shm";
 
-/// The most that is read of a container's `/etc/passwd` or `/etc/group`, in bytes: two of them fit into
-/// a message.
+/// Maximum number of bytes read of a container's `/etc/passwd` or `/etc/group`: both fit into one message.
 pub const MAX_ACCOUNTS: u64 = 1 << 20;
 
-/// Where the guest has the root of a container whose root is an image of a file system.
+/// Path in the guest of a container's root that is a file system image.
 pub fn image_root(container: &str) -> String {
     format!("/run/koya/images/{container}/root")
 }

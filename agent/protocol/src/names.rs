@@ -1,19 +1,19 @@
-//! Frames of a stream that carries questions to a name server of the host's, and the answers: a number, by which an
-//! answer finds its question, the message's length, and the message. Numbers are in network byte order.
+//! Framing of a stream that carries queries to a name server of the host, and its answers: an ID that matches answers to
+//! queries, the length of the message, and the message. Numbers are in network byte order.
 
-/// The length of what is before each message.
+/// Length of the header before each message.
 pub const HEADER_LEN: usize = 6;
 
-/// In the number of a question whose client is connected: the answer may be of any length.
+/// Flag in the ID of a query from a connected client: the answer may have any length.
 pub const OVER_TCP: u32 = 1 << 31;
 
-/// A message in its frame; none if it is longer than one may be.
+/// Frames a message; `None` if it is too long.
 pub fn frame(id: u32, message: &[u8]) -> Option<Vec<u8>> {
     let len = u16::try_from(message.len()).ok()?;
     Some([&id.to_be_bytes()[..], &len.to_be_bytes(), message].concat())
 }
 
-/// The number, and the length of the message that follows.
+/// The ID, and the length of the message that follows.
 pub fn parse_header(header: [u8; HEADER_LEN]) -> (u32, usize) {
     let [a, b, c, d, e, f] = header;
     let len = u16::from_be_bytes([e, f]);

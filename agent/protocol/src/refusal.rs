@@ -1,4 +1,4 @@
-//! Why the agent refused a request, in kinds that the host tells apart.
+//! Reasons of refused requests, in the kinds that the host distinguishes.
 
 use crate::messages::Refusal;
 use crate::messages::refusal::Kind;
@@ -8,30 +8,30 @@ use std::fmt;
 use ttrpc::proto::Any;
 use ttrpc::{Code, Status};
 
-/// The name of a [`Refusal`] among a status's details.
+/// Type name of a [`Refusal`] in the details of a status.
 const NAME: &str = "koya.Refusal";
 
-/// A reason on which the host acts, with words for people.
+/// A reason that the host acts on, with a human-readable message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refused {
-    /// The process has ended, or there never was one.
+    /// The process has ended, or never existed.
     NoProcess(String),
-    /// The container's program can't be found or run.
+    /// The container's program can't be found or executed.
     NotExecutable {
-        /// What a shell would exit with.
+        /// Exit status of a shell.
         exit_status: i32,
-        /// Which program, and why.
+        /// The program and the reason.
         reason: String,
     },
-    /// There is no such container, disk or the like.
+    /// No such container, disk or other object.
     NotFound(String),
-    /// There is one already.
+    /// It already exists.
     AlreadyExists(String),
-    /// What was asked for is wrong.
+    /// The request is invalid.
     Invalid(String),
-    /// Somebody uses it.
+    /// It is in use.
     InUse(String),
-    /// The guest can't do that.
+    /// Not supported by the guest.
     Unsupported(String),
 }
 
@@ -56,7 +56,7 @@ impl Refused {
         }
     }
 
-    /// The status that answers a request, with a text that may say more.
+    /// The status for a reply, with a text that may be more detailed.
     pub fn status(&self, text: &str) -> Status {
         let (kind, code) = match self {
             Self::NoProcess(_) => (Kind::NO_PROCESS, Code::NOT_FOUND),
@@ -77,7 +77,7 @@ impl Refused {
             ..Default::default()
         };
         let mut status = ttrpc::get_status(code, text);
-        // Nothing in it fails to be written; the text is there in any case.
+        // Encoding does not fail; in any case there is the text.
         if let Ok(value) = refusal.write_to_bytes() {
             status.details.push(Any {
                 type_url: NAME.into(),
@@ -89,7 +89,7 @@ impl Refused {
     }
 }
 
-/// The kind of a status, if it has one that is known.
+/// The reason in a status, if it has a known one.
 pub fn refused(status: &Status) -> Option<Refused> {
     let detail = status.details.iter().find(|any| any.type_url == NAME)?;
     let refusal = Refusal::parse_from_bytes(&detail.value).ok()?;

@@ -1,7 +1,7 @@
-//! Paths in a container's root file system, which is not trusted: no link in it leads out of it.
+//! Paths in a container's root file system, which is not trusted: symbolic links cannot lead out of it.
 //!
-//! The host makes mount points in roots that are its directories, and the agent in roots that only the guest can
-//! open; both look for files there, and read some.
+//! The host creates mount points in roots that are directories of the host, and the agent in roots that only the guest can
+//! open; both look up files there, and read some.
 
 use rustix::fs::{
     CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, readlinkat,
@@ -17,23 +17,23 @@ use std::path::{Component, Path, PathBuf};
 
 const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
-/// How many links that lead nowhere one path may have, as the kernel follows no more of others.
+/// Maximum number of dangling links in one path, as the kernel limits other links.
 const LINKS: usize = 40;
 
-/// How many parts of one path others may make meanwhile.
+/// Maximum number of components of one path that may be created concurrently by others.
 const RACES: usize = 64;
 
-/// The mode of a file system in memory that covers nothing, as the kernel has it by itself.
+/// Mode of a tmpfs that covers nothing: the kernel's default.
 const MEMORY_MODE: u32 = 0o1777;
 
-/// Whether the options of a file system in memory say its mode.
+/// Whether the options of a tmpfs set its mode.
 pub fn says_mode(options: &[String]) -> bool {
     let mut all = options.iter().flat_map(|option| option.split(','));
     all.any(|option| option.starts_with("mode="))
 }
 
-/// The option for the mode of a file system in memory that says none: that of the directory that it covers. If it covers
-/// nothing, it is the kernel's own, since the mount point that is made for it would give another one.
+/// The mode option for a tmpfs without one: that of the covered directory. If it covers nothing, it is the kernel's default,
+/// since the mount point that is created for it would have another one.
 ///
 /// # Errors
 /// If it does not cover a directory.
@@ -48,12 +48,12 @@ pub fn memory_mode(covered: Option<&OwnedFd>) -> Result<String> {
     Ok(format!("mode={mode:04o}"))
 }
 
-/// What is made where there is nothing.
+/// Kind of file to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// An empty file, mode 0644.
     File,
-    /// An empty directory, mode 0755, and with the set-group-ID bit of the directory that it is in.
+    /// An empty directory, mode 0755, with the set-group-ID bit of its parent directory.
     Directory,
 }
 
@@ -62,19 +62,19 @@ pub enum Kind {
 pub struct Rootfs(OwnedFd);
 
 impl Rootfs {
-    /// Opens the one in this directory.
+    /// Opens the root file system in this directory.
     ///
     /// # Errors
-    /// Of the host or the guest whose directory it is.
+    /// The error from the kernel.
     pub fn open(directory: &Path) -> Result<Self> {
         let flags = PATH_ONLY | OFlags::DIRECTORY;
         openat(CWD, directory, flags, Mode::empty()).map(Self)
     }
 
-    /// What is at a path, for `fstat` and the like, not to be read (`O_PATH`).
+    /// Opens a path with `O_PATH`, for `fstat` and similar calls.
     ///
     /// # Errors
-    /// As of `openat2(2)` with `RESOLVE_IN_ROOT`.
+    /// The error from `openat2(2)` with `RESOLVE_IN_ROOT`.
     pub fn find(&self, path: &Path) -> Result<OwnedFd> {
         openat2(
             &self.0,
@@ -91,12 +91,12 @@ impl Rootfs {
         found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
     }
 
-    /// Makes what is missing of a path, directories on the way included, and opens what is last if it was made.
-    /// Of a link that leads nowhere, what it names is made, as runc does. What is there stays as it is, of whatever kind.
-    /// Others may make the same at the same time.
+    /// Creates a path if missing, including parent directories, and opens the last component if it was created. For a
+    /// dangling link, its target is created, as runc does. Existing files of any kind are left as they are. Others may
+    /// create the same path concurrently.
     ///
     /// # Errors
-    /// Why it can't be made.
+    /// The reason why it can't be created.
     pub fn make(&self, path: &Path, kind: Kind) -> Result<Option<OwnedFd>> {
         let mut made = Err(Errno::EXIST);
         for _ in 0..RACES {
@@ -152,8 +152,8 @@ impl Rootfs {
     }
 }
 
-/// The first `limit` bytes of a file that was [found](Rootfs::find); `None` if it is something else. To open that could
-/// wait, or act on a device.
+/// The first `limit` bytes of a file that was [found](Rootfs::find); `None` if it is not a regular file. Opening other kinds
+/// could block, or have effects on a device.
 ///
 /// # Errors
 /// If it can't be opened or read.
@@ -167,7 +167,7 @@ pub fn read(found: &OwnedFd, limit: u64) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(content))
 }
 
-/// The names of a path from the root, `..` taken by the text, as mount destinations have it.
+/// The components of a path from the root, with `..` removed lexically, as in mount destinations.
 fn plain_names(path: &Path) -> Vec<OsString> {
     let mut names = Vec::new();
     for component in path.components() {
@@ -180,7 +180,7 @@ fn plain_names(path: &Path) -> Vec<OsString> {
     names
 }
 
-// The caller's umask is not the container's: others in it may have to come through.
+// The caller's umask must not apply: other users in the container may need access.
 
 fn make_file(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::WRONLY;
@@ -193,7 +193,7 @@ fn make_directory(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
     mkdirat(parent, name, Mode::RWXU)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let made = openat(parent, name, flags, Mode::empty())?;
-    // The bit comes with being made there, and would go with a mode without it.
+    // The bit is inherited on creation, and would be cleared by setting a mode without it.
     let inherited = Mode::from_raw_mode(fstat(&made)?.st_mode) & Mode::SGID;
     fchmod(&made, Mode::from_raw_mode(0o755) | inherited)?;
     Ok(made)

@@ -1,4 +1,4 @@
-//! Routes and rules, which the host gives as messages of the kernel.
+//! Routes and rules, sent by the host as rtnetlink messages.
 
 use super::with_kernel;
 use anyhow::{Context, Result};
@@ -11,7 +11,7 @@ use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage,
 use rtnetlink::packet_route::rule::RuleMessage;
 use std::io::ErrorKind;
 
-/// Adds routes and rules in their order.
+/// Adds routes and rules in order.
 pub(crate) async fn update(request: &UpdateRoutesRequest) -> Result<()> {
     let routes = request.routes.iter();
     let routes = routes.map(|bytes| RouteMessage::parse(bytes).context("not a route"));
@@ -52,7 +52,7 @@ async fn index_of(handle: &Handle, name: &str) -> Result<u32> {
     Ok(link.header.index)
 }
 
-/// Puts the guest's indices of interfaces in the place of positions.
+/// Replaces positions by the guest's interface indexes.
 fn place(route: &mut RouteMessage, indices: &[u32]) -> Result<()> {
     let index = |position: u32| {
         let index = indices.get((position as usize).wrapping_sub(1));
@@ -74,7 +74,7 @@ fn place(route: &mut RouteMessage, indices: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// As ip-route(8) would, the part that tells one route from others.
+/// Describes a route in the style of ip-route(8): the part that identifies it.
 fn describe(route: &RouteMessage, interfaces: &[String]) -> String {
     let ip = |address: &RouteAddress| match address {
         RouteAddress::Inet(ip) => ip.to_string(),

@@ -1,8 +1,8 @@
-//! What a cold start costs where instructions are counted: `cargo xtask bench boot`.
+//! Cost of a cold start in counted instructions: `cargo xtask bench boot`.
 //!
-//! `boot` measures, and starts itself again as `boot once`, which is what is measured: one sandbox, from
-//! exec to its first container's end. Beside it whole runs of `koya run`, `runc run` and `crun run` with one
-//! root file system. Virtual time and executed instructions are given apart: a wait advances the first.
+//! `boot` measures, and starts itself again as `boot once`, the measured process: one sandbox, from exec to the end of its
+//! first container. For comparison, complete runs of `koya run`, `runc run` and `crun run` with one root file system.
+//! Virtual time and executed instructions are listed separately: a wait advances only the former.
 
 use koya::{ContainerConfig, Sandbox, SandboxConfig};
 use koya_benches::counts::{self, cpu_us, now_ns};
@@ -16,18 +16,18 @@ use std::process::{Command, Stdio};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// The first argument of the process that is measured.
+/// The first argument of the measured process.
 const ONCE: &str = "once";
-/// What its guest's programs have, in MiB, of 128 in all: as other monitors count memory.
+/// Memory of the guest's programs, in MiB, of 128 in total, which is how other monitors count memory.
 const MEMORY_MIB: u64 = 112;
-/// The first run of each fills caches; the last counts.
+/// Number of runs of each: the first fills caches; the last counts.
 const RUNS: usize = 3;
-/// Where the init has put what is run.
+/// Bundle directory, prepared by init.
 const BUNDLE: &str = "/run/bundle";
 const ROOTFS: &str = "/run/bundle/rootfs";
-/// How many lines of each kind a trace shows.
+/// Number of lines of each kind in a trace.
 const SHOWN: usize = 40;
-/// What of KVM's counts is shown: all exits; those to the monitor; faults of memory, interrupts, halts.
+/// KVM counters that are shown: all exits; those to the monitor; page faults, interrupts, halts.
 const KINDS: &[&str] = &[
     "exits",
     "io_exits",
@@ -37,17 +37,17 @@ const KINDS: &[&str] = &[
     "halt_exits",
     "insn_emulation",
 ];
-/// The monitor's own, which are few: the guest's memory is huge pages.
+/// Page faults of the monitor, which are few: the guest's memory consists of huge pages.
 const FAULTS: &str = "page faults";
-/// Where who logs each instruction listens (`xtask/src/profile.rs`).
+/// Serial port of the instruction logger (`xtask/src/profile.rs`).
 const LOGGER: &str = "/dev/ttyS1";
-/// What the picture of the last `koya run` begins with, as a JSON string.
+/// Prefix of the line with the diagram of the last `koya run`, as a JSON string.
 const PICTURE: &str = "picture: ";
 /// The name of its container.
 const RUN: &str = "hello";
 
 fn main() -> Result<()> {
-    // As koya does.
+    // Like koya.
     koya::prepare_process();
     match std::env::args().nth(1).as_deref() {
         Some(ONCE) => once(),
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// One start between two words to whoever logs what is executed, after others that fill caches.
+/// Runs one start between two messages to the instruction logger, after others that fill caches.
 fn profile() -> Result<()> {
     let own = std::env::current_exe()?;
     for _ in 1..RUNS {
@@ -70,7 +70,7 @@ fn profile() -> Result<()> {
     tell_symbols()
 }
 
-/// Answers with the host's function that has an address, as /proc/kallsyms has it, until an empty line.
+/// Replies to addresses with the host function from /proc/kallsyms, until an empty line.
 fn tell_symbols() -> Result<()> {
     let all = fs::read_to_string("/proc/kallsyms")?;
     let address = |line: &str| u64::from_str_radix(line.split(' ').next()?, 16).ok();
@@ -95,7 +95,7 @@ fn tell_symbols() -> Result<()> {
     }
 }
 
-/// Says a word on the second serial port, and waits for a line.
+/// Writes a word to the second serial port and waits for a reply line.
 fn say(word: &str) -> Result<()> {
     let mut port = File::options().read(true).write(true).open(LOGGER)?;
     writeln!(port, "{word}")?;
@@ -103,11 +103,11 @@ fn say(word: &str) -> Result<()> {
     Ok(())
 }
 
-/// The guest kernel's init calls by what they took, and the longest gaps between its messages.
+/// The guest kernel's initcalls by duration, and the longest gaps between its messages.
 fn trace() -> Result<()> {
     let config = SandboxConfig {
         memory_mib: MEMORY_MIB,
-        // Quiet: else each letter would wait for the serial port.
+        // Quiet: otherwise each character would wait for the serial port.
         cmdline: "quiet printk.time=1 initcall_debug log_buf_len=256K".into(),
         ..SandboxConfig::default()
     };
@@ -159,7 +159,7 @@ fn message(line: &str) -> Option<(f64, &str)> {
     Some((time.trim().parse().ok()?, text))
 }
 
-/// How many huge pages the host has made for processes' memory since it began.
+/// Number of huge pages that the host has allocated for processes since its start.
 fn huge_pages() -> Result<u64> {
     let all = fs::read_to_string("/proc/vmstat")?;
     let count = all
@@ -203,7 +203,7 @@ fn once() -> Result<()> {
     Ok(())
 }
 
-/// Virtual milliseconds and millions of instructions of a command, and what it said.
+/// Virtual milliseconds and millions of instructions of a command, and its output.
 fn cost_of(command: &mut Command) -> Result<(f64, f64, String)> {
     let (before, from) = (cpu_us(UsageWho::RUSAGE_CHILDREN)?, now_ns()?);
     let output = command

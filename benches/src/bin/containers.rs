@@ -1,7 +1,7 @@
-//! How long `ctr run` of a container takes under Koya, runc and crun, in turns, and where Koya's time goes.
+//! Duration of `ctr run` under Koya, runc and crun, alternating, with the steps of Koya's start.
 //!
-//! `containers ROUNDS DIRECTORY`: DIRECTORY has containerd and ctr. Run by `cargo xtask bench containers`, in the
-//! rig. Rows of JSON come on standard output, a table on standard error.
+//! `containers ROUNDS DIRECTORY`: DIRECTORY contains containerd and ctr. Run by `cargo xtask bench containers`, in the rig.
+//! Rows are printed as JSON on standard output, and a table on standard error.
 
 use koya_benches::{median, print_table, row};
 use serde_json::Value;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// What stands side by side: name, and how ctr is told.
+/// The compared runtimes: name, and options of ctr.
 const RUNTIMES: &[(&str, &[&str])] = &[
     ("koya", &["--runtime", "io.containerd.koya.v2"]),
     ("runc", &["--runtime", "io.containerd.runc.v2"]),
@@ -28,11 +28,11 @@ const RUNTIMES: &[(&str, &[&str])] = &[
         ],
     ),
 ];
-/// The steps that the shim tells of, in their order.
+/// The steps reported by the shim, in order.
 const STEPS: &[&str] = &[
     "devices", "machine", "kernel", "agent", "settings", "create", "start",
 ];
-/// How long containerd may take to be there.
+/// Time limit for the start of containerd.
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> Result<()> {
@@ -87,7 +87,7 @@ fn rows(times: &[Vec<f64>], log: &str) -> Vec<Value> {
     rows
 }
 
-/// What the shim says: `the start of NAME: devices 3.1 ms, machine 20.4 ms, ...`.
+/// Parses the shim's log line: `the start of NAME: devices 3.1 ms, machine 20.4 ms, ...`.
 fn steps<'a>(log: &'a str, step: &'a str) -> impl Iterator<Item = f64> + 'a {
     let lines = log
         .lines()
@@ -109,7 +109,7 @@ struct Containerd {
 
 impl Containerd {
     fn start(bin: &Path) -> Result<Self> {
-        // On the rig's disk where there is one.
+        // On the rig's disk, if there is one.
         let base = match Path::new("/run/scratch").is_dir() {
             true => PathBuf::from("/run/scratch"),
             false => std::env::temp_dir(),
@@ -161,7 +161,7 @@ impl Containerd {
         ctr
     }
 
-    /// Milliseconds from `ctr run` to its end.
+    /// Duration of `ctr run` in milliseconds.
     fn run(&self, runtime: &[&str], name: &str) -> Result<f64> {
         let mut ctr = self.ctr(&["run", "--rm", "--env", "PATH=/bin"]);
         ctr.args(runtime).arg("--rootfs").arg(&self.rootfs);

@@ -1,13 +1,13 @@
-//! What sandboxes hold of the host's memory, and what it costs to make many: `cargo xtask bench memory`
-//! runs it where Linux guests run, `cargo xtask bench many` where instructions are counted.
+//! Host memory used by sandboxes, and the cost of creating many: `cargo xtask bench memory` runs it on a host for Linux
+//! guests, `cargo xtask bench many` on the instruction-counting host.
 //!
 //! - `memory held DIRECTORY`: the monitor with a serial port (the example `boot` of `koya-vmm`, in DIRECTORY), and
 //!   whole sandboxes, at rest and after work
-//! - `memory many COUNTS`: as many whole sandboxes at once, one made after the other
-//! - `memory sandbox SET`: one of them; a line on standard input has it work, the end ends it
+//! - `memory many COUNTS`: this many whole sandboxes at once, created one after the other
+//! - `memory sandbox SET`: one of them; a line on standard input makes it work, end of file ends it
 //!
-//! A table comes on standard error, rows of JSON on standard output. Where instructions are the clock, each
-//! counts as a nanosecond of CPU time.
+//! A table is printed on standard error, rows as JSON on standard output. If instructions are the clock, each counts as a
+//! nanosecond of CPU time.
 
 use koya::{ContainerConfig, DiskConfig, HostEnd, NetworkConfig, Sandbox, SandboxConfig};
 use koya_benches::held::{self, Group, Held};
@@ -25,18 +25,18 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Memory of each guest, in MiB.
 const MEMORY_MIB: u64 = 128;
-/// What private memory and page tables may come to, in KiB: of the monitor with a serial port, of a whole
-/// sandbox with network, files and vsock.
+/// Goals for private memory and page tables, in KiB: of the monitor with a serial port, and of a whole sandbox with network,
+/// files and vsock.
 const MONITOR_GOAL: f64 = 3.0 * 1024.0;
 const SANDBOX_GOAL: f64 = 5.0 * 1024.0;
-/// What a sandbox may cost among fifty, beside one alone.
+/// Goal for the cost of a sandbox among fifty, relative to one alone.
 const MANY_GOAL: f64 = 1.1;
-/// How long a guest at rest is left alone before it is looked at.
+/// Time for a guest to come to rest before its memory is measured.
 const REST: Duration = Duration::from_secs(3);
 
 type Change = fn(&mut SandboxConfig);
 
-/// What a sandbox may have beyond files, vsock, a balloon, entropy and a console.
+/// Configurations of a sandbox beyond files, vsock, a balloon, entropy and a console.
 const SETS: &[(&str, Change)] = &[
     ("files, vsock", |_| {}),
     ("files, vsock, network", |config| {
@@ -56,14 +56,14 @@ const SETS: &[(&str, Change)] = &[
     }),
     ("files, vsock, 4 CPUs", |config| config.cpus = 4),
 ];
-/// The one that the goals are for.
+/// Index of the configuration that the goals apply to.
 const WHOLE: usize = 1;
-/// What a container does for work: reads files, starts processes.
+/// Work of a container: reads files, starts processes.
 const WORK: &str = "for n in 1 2 3; do cat /bin/busybox > /dev/null; done; \
                     for n in 1 2 3 4 5; do ls -lR / > /dev/null 2>&1; done; true";
 
 fn main() -> Result<()> {
-    // As koya does.
+    // Like koya.
     koya::prepare_process();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -78,7 +78,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// One sandbox, told by its standard input what to do.
+/// Runs one sandbox, controlled by standard input.
 fn sandbox(set: usize) -> Result<()> {
     let mut config = SandboxConfig {
         memory_mib: MEMORY_MIB,
@@ -97,7 +97,7 @@ fn sandbox(set: usize) -> Result<()> {
     Ok(())
 }
 
-/// A sandbox in a process of its own.
+/// A sandbox in a separate process.
 struct Running {
     process: Child,
     input: Option<ChildStdin>,
@@ -144,12 +144,12 @@ impl Running {
         Ok(held::of(self.process.id(), MEMORY_MIB << 10)?)
     }
 
-    /// The kernel's memory for it, in KiB, where the host tells that.
+    /// Kernel memory of the process, in KiB, if the host provides it.
     fn kernel(&self) -> Option<u64> {
         self.group.as_ref()?.kernel().ok()
     }
 
-    /// CPU time so far, and the part of it that the guest ran, in milliseconds.
+    /// CPU time so far, and the guest's part of it, in milliseconds.
     fn cpu_ms(&self) -> Result<(f64, f64)> {
         let proc = PathBuf::from(format!("/proc/{}", self.process.id()));
         let mut nanos = 0;
@@ -218,7 +218,7 @@ fn memory(directory: &Path) -> Result<Vec<Value>> {
     Ok(rows)
 }
 
-/// The monitor alone, with a guest that halts.
+/// The monitor without a sandbox, with a guest that halts.
 fn monitor(directory: &Path, dir: &Path, rows: &mut Vec<Value>) -> Result<()> {
     let guest = dir.join("guest");
     tiny::write_idle_guest(&guest)?;
@@ -263,8 +263,8 @@ fn add(rows: &mut Vec<Value>, name: &str, held: &Held, goal: Option<f64>, kernel
     figure("the guest's pages", held.guest, None);
 }
 
-/// What each of so many costs that are alive at once: one is made after the other, none ends before the last.
-/// (Where guests ended, an emulated host is slow for long: it had translated what lay in their memory.)
+/// Cost per sandbox when this many run at once: they are created one after the other, and none ends before the last one.
+/// (After guests have ended, an emulated host is slow for a long time, since it had translated code in their memory.)
 fn many(counts: &str) -> Result<Vec<Value>> {
     let mut counts = counts
         .split(',')
@@ -273,7 +273,7 @@ fn many(counts: &str) -> Result<Vec<Value>> {
     counts.sort_unstable();
     let mut rows = Vec::new();
     let mut first: Option<[f64; 3]> = None;
-    // The very first fills the host's caches.
+    // The first one fills the host's caches.
     drop(Running::start(WHOLE)?);
     let mut all = Vec::new();
     let (mut cpu, mut guest) = (0.0, 0.0);

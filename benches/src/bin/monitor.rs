@@ -1,15 +1,15 @@
-//! What a start of the monitor costs, exec to exit, with a guest that ends at once: the machine's own
-//! `/dev/kvm`, 128 MiB, one CPU, a serial port. `cargo xtask bench monitor` runs it.
+//! Cost of a start of the monitor, exec to exit, with a guest that ends at once: this machine's `/dev/kvm`, 128 MiB, one
+//! CPU, a serial port. Run by `cargo xtask bench monitor`.
 //!
-//! `monitor ROUNDS DIRECTORY [--qemu QEMU] [--firecracker FIRECRACKER] [--small-pages]`: DIRECTORY has the examples `boot` and
-//! `floor` of `koya-vmm`. Rows of JSON come on standard output, a
-//! table on standard error. Wall time has the kernel's waits when a virtual machine is taken down in it.
+//! `monitor ROUNDS DIRECTORY [--qemu QEMU] [--firecracker FIRECRACKER] [--small-pages]`: DIRECTORY contains the examples
+//! `boot` and `floor` of `koya-vmm`. Rows are printed as JSON on standard output, and a table on standard error. Wall time
+//! includes waits in the kernel when a virtual machine is torn down.
 //!
-//! With `--small-pages` the host makes huge pages only for those that ask: where it makes them for all, every monitor
-//! has two for such a guest, and to clear them is as much as the rest.
+//! With `--small-pages` the host uses huge pages only for processes that request them: otherwise every monitor has two for
+//! such a guest, and clearing them takes as long as everything else.
 //!
-//! Programs are copied first, as an installation does: what a linker has just written lies in the page cache in
-//! smaller pieces, which are more page faults.
+//! Programs are copied first, as in an installation: the page cache has the output of a linker in smaller pieces, which
+//! cause more page faults.
 
 use koya_benches::cost::{Calls, Cost, calls_of, cost_of, peak_rss};
 use koya_benches::{median, print_marked, row, tiny};
@@ -22,14 +22,14 @@ use std::process::Command;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// What is measured under a name, how it is started, and with which status it ends.
+/// A measured program: name, command, and expected exit status.
 struct Kind {
     name: &'static str,
     words: Vec<std::ffi::OsString>,
     status: i32,
 }
 
-/// What came of it.
+/// Results of a program.
 struct Seen {
     name: &'static str,
     costs: Vec<Cost>,
@@ -118,15 +118,15 @@ fn kinds(
 
 const FIRECRACKER_BARE: &str = "Firecracker without seccomp";
 const QEMU: &str = "QEMU";
-/// What share of a peer's CPU time a start may take.
+/// Goals: maximum CPU time of a start relative to a peer's.
 const SHARES: [(&str, f64); 2] = [(FIRECRACKER_BARE, 0.7), (QEMU, 0.06)];
-/// How many system calls may come before the guest.
+/// Goal: maximum number of system calls before the guest runs.
 const CALLS: f64 = 110.0;
 
-/// Where a host without Debian's QEMU package has its firmware.
+/// Directory of the firmware on a host without Debian's QEMU package.
 const FIRMWARE: &str = "/share/qemu";
 
-/// A copy of a program in this directory.
+/// Copies a program into this directory.
 fn installed(program: &Path, dir: &Path) -> Result<PathBuf> {
     let copy = dir.join(program.file_name().ok_or("no program")?);
     fs::copy(program, &copy)?;
@@ -142,7 +142,7 @@ fn command(kind: &Kind) -> Command {
 fn measure(kinds: &[Kind], rounds: usize, dir: &Path) -> Result<Vec<Value>> {
     let mut seen = Vec::new();
     for kind in kinds {
-        // This one fills caches.
+        // The first run fills caches.
         cost_of(&mut command(kind), kind.status)?;
         seen.push(Seen {
             name: kind.name,

@@ -1,4 +1,4 @@
-//! The first program of a guest whose start is measured: says that it runs, and waits for the end.
+//! Init of a guest whose start is measured: reports that it runs, and waits for the end.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! What a guest measures of its vsock, against the server in `devices`: prints `RESULT name value`.
+//! vsock measurements in a guest, with the server in `devices`: prints `RESULT name value`.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -6,7 +6,7 @@ use std::time::Instant;
 use vsock::{VMADDR_CID_HOST, VsockStream};
 
 const PORT: u32 = 7000;
-/// What goes each way, in MiB.
+/// Amount of data in each direction, in MiB.
 const MIB: u8 = 96;
 const ROUND_TRIPS: u32 = 2000;
 const CONNECTIONS: u32 = 300;
@@ -41,7 +41,7 @@ fn connect(wish: u8, mib: u8) -> io::Result<VsockStream> {
     Ok(stream)
 }
 
-/// Ends this side and waits until the other has all.
+/// Shuts this side down and waits until the other side has received everything.
 fn finish(mut stream: VsockStream) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
     stream.read_exact(&mut [0])

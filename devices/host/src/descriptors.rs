@@ -1,13 +1,12 @@
-//! `/proc/self/fd`, through which a process opens its own descriptors again with other flags.
+//! `/proc/self/fd`, by which a process reopens its own descriptors with other flags.
 //!
-//! A process that may mount has it on a mount of its own, which is not attached anywhere: `..` of its root is
-//! the root, so neither `/proc/self/mem` nor anything else of the host can be reached from it. Confined threads
-//! that take names of files have this directory as their root ([`walls`](crate::walls)): an absolute path leads
-//! them to a descriptor that the process has open, or nowhere.
+//! A process that may mount has it on a detached mount: `..` of its root is the root, so neither `/proc/self/mem` nor
+//! anything else of the host can be reached from it. Confined threads that use file names have this directory as their root
+//! ([`walls`](crate::walls)): an absolute path leads them to an open descriptor of the process, or nowhere.
 //!
-//! What the process has open is within their reach. A descriptor of a directory on a mount of the host would
-//! lead them out again, by `..`. So whatever a machine keeps open must be a file, or be detached likewise, as
-//! the shares of virtio-fs are.
+//! All open descriptors of the process are within their reach. A descriptor of a directory on a mount of the host would lead
+//! them out again, by `..`. So every descriptor that a machine keeps open must be a file, or be detached likewise, as the
+//! shares of virtio-fs are.
 
 use crate::sync::lock;
 use crate::sys;
@@ -30,7 +29,7 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// The directory of this process. All of its users share it, since unmounting takes the host some time.
+    /// The directory of this process. It is shared, since unmounting takes the host some time.
     ///
     /// # Errors
     /// If `/proc` is not mounted, or the process has no descriptor left.
@@ -57,7 +56,7 @@ impl Directory {
                 fd,
                 is_detached: true,
             }),
-            // Without the privilege (or the system call), the host's own.
+            // Without the privilege (or the system call), the host's mount of /proc is used.
             Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => {
                 let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
                 Ok(Self {
@@ -69,7 +68,7 @@ impl Directory {
         }
     }
 
-    /// Whether this thread may have it as its root.
+    /// Whether this thread may use it as its root.
     fn can_be_root(&self) -> bool {
         let may = || capabilities(None).is_ok_and(|own| own.effective.contains(ENTERS));
         self.is_detached && may()
@@ -82,33 +81,33 @@ impl AsFd for Directory {
     }
 }
 
-/// The capability to change one's root.
+/// The capability to change the root directory.
 const ENTERS: CapabilitySet = CapabilitySet::SYS_CHROOT;
 
 thread_local! {
-    /// What this thread has as its root, which also keeps that mounted.
+    /// Root directory of this thread, which it also keeps mounted.
     static ROOT: RefCell<Option<Root>> = const { RefCell::new(None) };
 }
 
-/// A thread's root, to be [passed on](Root::pass_on) to those that it creates.
+/// The root directory of a thread, to be [passed on](Root::pass_on) to the threads that it creates.
 #[derive(Clone, Debug)]
 pub(crate) struct Root {
     _mounted: Arc<Directory>,
 }
 
 impl Root {
-    /// That of the calling thread, if it has one of its own.
+    /// The root of the calling thread, if it is not that of the process.
     pub(crate) fn own() -> Option<Self> {
         ROOT.with_borrow(Clone::clone)
     }
 
-    /// Notes that the calling thread has inherited this root, as the kernel passes it on.
+    /// Records that the calling thread has inherited this root from its creator.
     pub(crate) fn pass_on(root: Option<Self>) {
         ROOT.set(root);
     }
 
-    /// Makes the directory the root of this thread, and of those that it creates. False where that takes
-    /// privileges that it does not have.
+    /// Makes the directory the root of this thread and of the threads that it creates. False without the required
+    /// privileges.
     ///
     /// # Errors
     /// The error from the kernel.
@@ -119,7 +118,7 @@ impl Root {
         let directory = match Directory::get() {
             Ok(directory) if directory.can_be_root() => directory,
             Ok(_) => return Ok(false),
-            // No thread opens anything by that directory then.
+            // No thread opens anything by that directory then. =>
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
@@ -137,7 +136,7 @@ impl Root {
     }
 }
 
-/// Whether confined threads that take names of files have a root of their own.
+/// Whether confined threads that use file names have a root of their own.
 pub fn can_be_root() -> bool {
     Directory::open().is_ok_and(|directory| directory.can_be_root())
 }
@@ -156,7 +155,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// On a thread that ends with its root.
+    /// Runs `work` on a thread of its own with the directory as its root.
     fn within<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
         std::thread::scope(|scope| {
             let entered = || Root::enter().unwrap().then(work);
@@ -207,7 +206,7 @@ mod tests {
             assert_eq!(path(fd.as_fd()), format!("/{}", fd.as_raw_fd()));
             assert_eq!(fs::read(path(fd.as_fd())).unwrap(), b"text");
         });
-        // The root is the thread's own.
+        // Only the thread has the new root.
         assert!(fs::exists("/proc/self/fd").unwrap());
     }
 

@@ -2,14 +2,14 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`process`] | what a program sets up at its start |
+//! | [`process`] | settings at the start of a program |
 //! | [`threads`] | starts threads by [role](threads::Role) |
 //! | [`walls`] | confines threads: seccomp filters and capabilities by role |
-//! | [`descriptors`] | opens descriptors again, by `/proc/self/fd` |
+//! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
 //! | [`sync`] | locks |
 //! | [`sys`] | signals, the heap, BPF redirection of loopback connections |
 //!
-//! A role fixes what a thread may do when the thread starts, and names it. `unsafe` code is in [`sys`] only.
+//! A role sets the name and the permissions of a thread at its start. `unsafe` code is in [`sys`] only.
 
 pub mod descriptors;
 pub mod process;

@@ -1,4 +1,4 @@
-//! What a program that holds sandboxes sets up at its start, while it has one thread.
+//! Settings of a program that holds sandboxes, made at its start while it has one thread.
 
 use crate::sys;
 use rustix::event::{EventfdFlags, eventfd};
@@ -10,9 +10,8 @@ use std::io;
 /// The size of the descriptor table, in entries of 8 bytes: the default soft limit of a process.
 const DESCRIPTORS: i32 = 1024;
 
-/// Has all threads allocate from one heap, makes the descriptor table as large as it usually gets, has
-/// violations of seccomp filters reported, and has no core dumped unless somebody asks for one (prlimit(1)).
-/// Libraries must leave it to the program.
+/// Makes all threads allocate from one heap, gives the descriptor table its usual size, enables reports of seccomp
+/// violations, and disables core dumps unless requested (prlimit(1)). Libraries must leave it to the program.
 pub fn prepare_process() {
     sys::share_heap();
     sys::report_violations();
@@ -20,13 +19,13 @@ pub fn prepare_process() {
     reserve_descriptors();
 }
 
-/// Has the threads of this process, and those that they create, share the cores of the CPU with each other alone: what runs on the other
-/// hyperthread of a core at the same time is of this process as well, or nothing (core scheduling, Linux 5.14). Then a guest
-/// learns nothing of other processes by what two hyperthreads share. A host without hyperthreads has nothing to keep apart. Libraries must
-/// leave it to the program.
+/// Lets the threads of this process, and those that they create, share CPU cores only with each other: the other hyperthread
+/// of a core runs a thread of this process or nothing (core scheduling, Linux 5.14). A guest then learns nothing about other
+/// processes from state that two hyperthreads share. Has no effect on a host without hyperthreads. Libraries must leave it
+/// to the program.
 ///
 /// # Errors
-/// The kernel has no core scheduling.
+/// If the kernel has no core scheduling.
 pub fn keep_cores_apart() -> io::Result<()> {
     create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup).or_else(|error| {
         match error {
@@ -41,7 +40,7 @@ pub fn keep_cores_apart() -> io::Result<()> {
     })
 }
 
-/// Guest memory is left out of core dumps, but not what devices and streams hold of it. Programs that this
+/// Guest memory is left out of core dumps, but not the copies held by devices and streams. Programs that this
 /// process starts inherit the limit, and can raise it again.
 fn dump_no_core() {
     let limit = getrlimit(Resource::Core);
@@ -53,9 +52,8 @@ fn dump_no_core() {
     setrlimit(Resource::Core, none).ok();
 }
 
-/// In a process with several threads the kernel enlarges the table only after an RCU grace period
-/// (`expand_fdtable()` in `fs/file.c`), and whoever opened the descriptor waits for it: 10 ms in the middle of a
-/// start, when the 65th is opened. The table never shrinks.
+/// In a process with several threads, the kernel enlarges the table only after an RCU grace period (`expand_fdtable()` in
+/// `fs/file.c`): opening the 65th descriptor would take 10 ms in the middle of a start. The table never shrinks.
 fn reserve_descriptors() {
     // Where the limit is lower, or no descriptor is left, the table grows as it is used.
     if let Ok(any) = eventfd(0, EventfdFlags::CLOEXEC) {
@@ -77,7 +75,7 @@ mod tests {
         setrlimit(Resource::Core, before).unwrap();
     }
 
-    /// Whether a host can do it is another matter; that it is asked for right shows where it can.
+    /// The call may fail on this host, but where core scheduling is available it must succeed.
     #[test]
     fn cores_are_kept_apart_where_the_host_can() {
         let cookie = || {

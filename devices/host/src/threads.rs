@@ -1,5 +1,5 @@
-//! Starts threads by role. A role sets the name that Linux shows, the signals that reach the thread,
-//! whether it may create threads, and how it is confined ([`walls`]). `docs/architecture.md` lists the roles.
+//! Starts threads by role. A role sets the name shown by Linux, the signals that reach the thread, its right to create
+//! threads, and its confinement ([`walls`]). `docs/architecture.md` lists the roles.
 //!
 //! seccomp filters and capabilities are per thread and inherited by the threads it creates. A thread that
 //! serves a guest therefore creates none: otherwise it could not be more restricted than its children need. A
@@ -20,10 +20,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub const STACK: usize = 1 << 20;
 const _: () = assert!(STACK < 2 << 20, "as large as a huge page");
 
-/// Which signals reach a thread.
+/// The signals that reach a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Signals {
-    /// Those of the thread that creates it.
+    /// Those of the creating thread.
     Inherited,
     /// None: handlers run on threads of the process's owner.
     Blocked,
@@ -39,7 +39,7 @@ pub struct Role {
 }
 
 impl Role {
-    /// A role with this name, of which Linux shows 15 bytes. Its threads inherit the signal mask of their
+    /// A role with this name; Linux shows 15 bytes of it. Its threads inherit the signal mask of their
     /// creator.
     pub const fn new(name: &'static str) -> Self {
         Self {
@@ -50,7 +50,7 @@ impl Role {
         }
     }
 
-    /// The same with all signals blocked.
+    /// This role with all signals blocked.
     #[must_use]
     pub const fn without_signals(self) -> Self {
         Self {
@@ -59,7 +59,7 @@ impl Role {
         }
     }
 
-    /// The same for threads that serve a guest: they may not create threads, and all signals are blocked.
+    /// This role for threads that serve a guest: they may not create threads, and all signals are blocked.
     #[must_use]
     pub const fn guest_facing(self) -> Self {
         Self {
@@ -69,7 +69,7 @@ impl Role {
         }
     }
 
-    /// The same with a filter, which threads get where confinement is on
+    /// This role with a filter, applied to threads where confinement is on
     /// ([`confine_new_threads`](walls::confine_new_threads)).
     #[must_use]
     pub const fn confined_by(self, filter: Filter) -> Self {
@@ -84,7 +84,7 @@ impl Role {
         self.name
     }
 
-    /// What a thread of this role gets of the calling thread if that creates it.
+    /// The state that a thread of this role inherits from the calling thread.
     fn passed_on(self) -> PassedOn {
         PassedOn {
             filter: self.filter.filter(|_| walls::confines()),
@@ -95,7 +95,7 @@ impl Role {
     /// Gives the calling thread this role.
     ///
     /// # Panics
-    /// If the host cannot confine it: it must not do its work then. That the host has filters was checked when
+    /// If the host cannot confine it: it must not do its work then. The presence of filters was checked when
     /// confinement was turned on.
     fn enter(self, passed_on: PassedOn) {
         if self.signals == Signals::Blocked {
@@ -111,9 +111,9 @@ impl Role {
     }
 }
 
-/// What a new thread gets of its creator.
+/// State inherited by a new thread from its creator.
 struct PassedOn {
-    /// The filter by which it is to be confined.
+    /// The filter that confines it.
     filter: Option<Filter>,
     root: Option<Root>,
 }
@@ -199,8 +199,7 @@ fn builder(name: String) -> io::Result<Builder> {
     Ok(Builder::new().name(name).stack_size(STACK))
 }
 
-/// The threads of a device. Dropping this does not stop them: the device must wake them from whatever else
-/// they wait for.
+/// The threads of a device. Dropping this does not stop them: the device must wake them from other waits.
 pub struct Threads {
     role: Role,
     stop: Arc<EventFd>,
@@ -239,7 +238,7 @@ impl Threads {
         self.running.push(thread);
     }
 
-    /// Tells all threads to stop and waits until they have.
+    /// Signals all threads to stop and joins them.
     pub fn stop(&mut self) {
         self.stop.write(1).ok();
         for thread in self.running.drain(..) {

@@ -44,7 +44,7 @@ impl Disk {
     /// elsewhere through Koya, or two writers would destroy its contents.
     ///
     /// # Errors
-    /// The error from the host, or why the file cannot be used as a disk and what to do.
+    /// The error from the host, or the reason why the file cannot be used as a disk, with a remedy.
     pub fn open(path: &Path, options: DiskOptions) -> io::Result<Self> {
         let direct = if options.direct {
             OFlags::DIRECT

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// Maximum size of a bounce buffer in bytes.
 const MAX_BOUNCE: usize = 256 << 10;
 
-/// How a disk's requests are submitted.
+/// Method of submitting a disk's requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoEngine {
     /// io_uring if the host allows it, otherwise plain system calls.
@@ -72,7 +72,7 @@ impl Engine {
         })
     }
 
-    /// Makes the calling thread the one that uses it.
+    /// Binds the engine to the calling thread.
     ///
     /// # Errors
     /// If the host refuses.

@@ -1,5 +1,5 @@
-//! Recognizes files that are not raw images: containers of virtual disks, which the guest would see as they
-//! are and destroy by writing, and compressed files.
+//! Recognizes files that are not raw images: virtual disk containers, whose format the guest would see and destroy by
+//! writing, and compressed files.
 //!
 //! This is only used to refuse files. Nothing is ever interpreted as another format because of its contents,
 //! since a guest can write the first bytes of its own disk.
@@ -72,7 +72,7 @@ fn find(signatures: &[Signature], bytes: &[u8]) -> Option<&'static str> {
     found.map(|(name, ..)| *name)
 }
 
-/// Reads as many bytes as there are.
+/// Reads up to the end of the file.
 fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {

@@ -83,7 +83,7 @@ const MAX_SEGMENTS: u32 = 16;
 const MAX_SEGMENT_SECTORS: u32 = 1 << 17;
 /// Maximum data size of a request in bytes.
 const MAX_REQUEST: u64 = 64 << 20;
-/// Maximum number of bytes in flight per queue, beyond the first request: it bounds how long a stop takes.
+/// Maximum number of bytes in flight per queue, beyond the first request: it bounds the duration of a stop.
 const MAX_IN_FLIGHT: u64 = 16 << 20;
 
 /// Metrics of a disk.

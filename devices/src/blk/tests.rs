@@ -51,7 +51,7 @@ impl Setup {
     }
 
     fn activate(&mut self, features: u64) {
-        // As drivers do at start.
+        // As drivers do during initialization.
         self.device.read_config(0, &mut [0; 8]);
         self.device
             .activate(Activation {
@@ -65,7 +65,7 @@ impl Setup {
 
     /// Sends one request; returns its status, the used length and the data written.
     fn ask(&mut self, readable: &[u8], room: u32) -> (u8, u32, Vec<u8>) {
-        // Header and data are split where no driver would split them, which must not matter.
+        // Header and data are split at an unusual position, which must not matter.
         let (first, second) = readable.split_at(readable.len() / 3);
         let head = self.driver.offer(&[
             Buffer::Readable(first.to_vec()),
@@ -241,7 +241,7 @@ fn discard_frees_space_and_zeroes_are_zero() {
         let zeroes = [header(VIRTIO_BLK_T_WRITE_ZEROES, 0), range(512, 256, 1)].concat();
         let zeroed = setup.ask(&zeroes, 0).0;
         if (status, zeroed) == (2, 2) {
-            // The file system of temporary files has no holes here; the driver was told so.
+            // The file system of temporary files has no holes here; the driver was notified.
             continue;
         }
         assert_eq!((status, zeroed), (0, 0));
@@ -416,7 +416,7 @@ fn direct_io_works_with_misaligned_memory() {
     assert!(content[4096..].iter().all(|byte| *byte == 7));
 }
 
-/// Each request is refused at once, and there is always another.
+/// Each request is refused at once, and the next one is always available.
 #[test]
 fn a_full_queue_does_not_delay_a_stop() {
     for engine in BOTH {

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// Index of the stop event among the two that a worker waits for; the first is the driver's kick.
 const STOP: usize = 1;
 
-/// Why a worker ended early.
+/// Errors that end a worker early.
 #[derive(Debug, Error)]
 enum WorkerError {
     #[error(transparent)]
@@ -48,7 +48,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Prepares what the thread works with, which it may not make itself.
+    /// Prepares resources that the thread may not create itself.
     ///
     /// # Errors
     /// If the host has no file descriptor left.
@@ -133,7 +133,7 @@ impl QueueService {
         }
     }
 
-    /// Starts available requests; returns how long to wait before more may be started. Takes no more than the
+    /// Starts available requests; returns the waiting time until more may be started. Takes no more than the
     /// queue holds at once: requests that are answered immediately because they are invalid must not delay a
     /// stop.
     fn start_requests(&mut self) -> Result<Option<Duration>, WorkerError> {

@@ -29,16 +29,16 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// A request of 1 MiB takes 260 descriptors, or one indirect descriptor.
 const QUEUE_SIZE: u16 = 512;
-/// Maximum number of request queues: more than there are CPUs are of no use.
+/// Maximum number of request queues: more than the number of CPUs are of no use.
 pub const MAX_REQUEST_QUEUES: u32 = 16;
 /// Number of threads per request queue.
 const THREADS: usize = 4;
-/// How often to look for removed files among those that the guest remembers, and how many files to check
-/// each time: some milliseconds of work at most.
+/// Interval between scans for removed files that the guest remembers, and the number of files per scan: some milliseconds of
+/// work at most.
 const SWEEP: Duration = Duration::from_secs(2);
 const SWEPT_FILES: usize = 4096;
 const ROLE: Role = Role::new("koya-fs").guest_facing();
-/// The first thread creates the others. They inherit its filter, so that the host loads that once.
+/// The first thread creates the others. They inherit its filter, which is therefore loaded only once.
 const FIRST: Role = Role::new("koya-fs")
     .without_signals()
     .confined_by(Filter::Files);
@@ -286,7 +286,7 @@ impl QueueThreads {
             let chain = shared.queue.pop()?;
             let more = shared.queue.arm()?;
             if chain.is_none() {
-                // A driver that changes its index back and forth may have it both ways for as long as it likes.
+                // A driver that keeps changing its index could keep this loop going.
                 if more && !self.stopping.load(Ordering::SeqCst) {
                     continue;
                 }

@@ -32,8 +32,8 @@ struct Descriptors {
 
 /// A host directory, or a single file, with everything that is mounted below it.
 ///
-/// If the host permits it (CAP_SYS_ADMIN), this is a detached copy of the mounts, which nothing can leave and
-/// which the host's later mount changes do not affect.
+/// If the host permits it (CAP_SYS_ADMIN), this is a detached copy of the mounts, which cannot be left and
+/// is not affected by later mount changes on the host.
 pub(super) struct Export {
     /// Distinguishes its directories from the same directories in another export.
     pub(super) view: u64,
@@ -68,7 +68,7 @@ impl Export {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
         let stat = super::inodes::stat(&root)?;
-        // Than on the host.
+        // Compared with the host.
         let is_more_read_only =
             origin.is_none_or(|origin| !origin.on_read_only_mount() || origin.has_submounts());
         static VIEW: AtomicU64 = AtomicU64::new(1);
@@ -89,7 +89,7 @@ impl Export {
         })
     }
 
-    /// Permits writes as far as the host does; the server alone then decides who may write where. False if
+    /// Permits writes as far as the host does; from then on only the server enforces read-only shares. False if
     /// that is impossible: of a detached tree only the topmost mount can be changed, and mounts that are
     /// read-only on the host would become writable.
     ///
@@ -173,7 +173,7 @@ impl Export {
         nested.cloned().collect()
     }
 
-    /// Whether it is a detached copy of the mounts, which nothing can leave.
+    /// Whether it is a detached copy of the mounts, which cannot be left.
     pub(super) fn is_detached(&self) -> bool {
         self.detached
     }

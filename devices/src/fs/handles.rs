@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 pub(super) struct Handle {
     /// The node that it was opened from.
     pub(super) nodeid: u64,
-    /// Knows the shares through which the file is reached.
+    /// The inode, with the shares through which the file is reached.
     inode: Arc<Inode>,
     /// Whether it is open for writing.
     writes: bool,
@@ -23,12 +23,12 @@ pub(super) struct Handle {
     pub(super) position: Mutex<Position>,
 }
 
-/// Where the descriptor of a directory stands.
+/// Read position of a directory descriptor.
 pub(super) struct Position {
     /// Before the entry with this cookie, if that is known.
     pub(super) at: Option<u64>,
-    /// Whether all cookies so far were offsets for lseek(2), and there was one. Some file systems (NFS of some servers)
-    /// have others, of all 64 bits: who lists their directories must go on where it was.
+    /// Whether all cookies so far were offsets for lseek(2), and there was one. Some file systems (NFS from some servers)
+    /// use other cookies of all 64 bits: listings of their directories can only continue from the current position.
     pub(super) seeks: bool,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A node holds an O_PATH descriptor, which keeps the host's file alive even after it is unlinked. The guest
 //! decides how many nodes it remembers, so only the most recent nodes keep their descriptors. An evicted node
-//! records how to find its file again, by file handle (open_by_handle_at, if the host permits it) or by
+//! records the means to find its file again, by file handle (open_by_handle_at, if the host permits it) or by
 //! parent and name; when found, it is verified to be the same file. Nodes of unlinked files are never
 //! evicted. Those that are not open are dropped, so that the host can free their space ([`Inodes::sweep`]).
 //!
@@ -28,8 +28,8 @@ use std::sync::{Arc, Mutex};
 
 pub(super) use super::node::{FileSystem, Found, Identity, Inode, STATX_MASK, open_entry, stat};
 
-/// How many evicted directories may lie between a file and an open one when it is looked up by name: the
-/// guest decides how deeply they are nested, and each is a recursion step.
+/// Maximum number of evicted directories between a file and an open one when it is looked up by name: the
+/// guest controls the depth of nesting, and each is a recursion step.
 const MAX_ASCENT: u32 = 64;
 
 /// A node in the tables.
@@ -249,7 +249,7 @@ impl Inodes {
         self.open_by_location(inode, ascent)
     }
 
-    /// The root descriptor of the share of which this node is the root.
+    /// The root descriptor of the share that this node is the root of.
     fn root_of(&self, inode: &Inode) -> Option<OwnedFd> {
         let identity = lock(&self.tables).by_id.get(&inode.id)?.identity;
         inode.reach().iter().find_map(|share| {
@@ -447,7 +447,7 @@ impl Inodes {
                 continue;
             };
             let pins_a_mount = pins_a_mount(&inode, stat.stx_mnt_id);
-            // The root of a share is mounted somewhere and is kept.
+            // The root of a share is mounted, so it is kept.
             let is_nameless = stat.stx_nlink == 0
                 && !inode.is_root.load(Ordering::Relaxed)
                 && (inode.kind == FileType::RegularFile || pins_a_mount);

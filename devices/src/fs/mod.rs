@@ -5,8 +5,8 @@
 //! |---|---|
 //! | [`wire`] | the structures of the protocol |
 //! | [`shares`] | the synthetic root, whose directories are added and removed while the guest runs |
-//! | `export`, `origin` | the host directories behind them, and which of them contain others |
-//! | `node`, `inodes`, `reach`, `handles` | what the guest has looked up and opened, within the host's limits |
+//! | `export`, `origin` | the host directories behind them, and their nesting |
+//! | `node`, `inodes`, `reach`, `handles` | files that the guest has looked up and opened, within the host's limits |
 //! | [`passthrough`] | each operation on the host's file system |
 //! | [`server`] | requests in, replies out |
 //! | [`device`] | the virtio device and its worker threads |
@@ -23,7 +23,7 @@
 //! to it: [`Fs::host_events`].
 //!
 //! # Caches
-//! [`Cache`] sets what the guest may cache, and describes the effect on files that change on the host.
+//! [`Cache`] is the cache policy of the guest, with its effect on files that change on the host.
 
 pub mod device;
 mod export;
@@ -64,7 +64,7 @@ pub fn raise_descriptor_limit() {
     }
 }
 
-/// What the guest may cache.
+/// Cache policy of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
@@ -83,7 +83,7 @@ pub enum Cache {
 }
 
 impl Cache {
-    /// How long names and attributes may be cached.
+    /// Time for which names and attributes may be cached.
     pub(crate) fn timeout(self) -> Duration {
         match self {
             Self::Never => Duration::ZERO,

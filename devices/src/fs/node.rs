@@ -1,4 +1,4 @@
-//! A node: a file of the host known to the guest, and how to find it again.
+//! A node: a file of the host known to the guest, with the means to find it again.
 
 use super::export::Export;
 use super::shares::Share;
@@ -52,7 +52,7 @@ pub(super) type FileSystem = (u32, u32);
 /// Position of the file system number in an inode number of the guest.
 const FILE_SYSTEM_SHIFT: u32 = 48;
 
-/// A node's descriptor, or how to reopen its file.
+/// A node's descriptor, or the means to reopen its file.
 pub(super) enum Slot {
     /// The file no longer exists, or the last share through which it was reached was removed.
     Gone,
@@ -60,7 +60,7 @@ pub(super) enum Slot {
     Evicted(FileTraces),
 }
 
-/// How to recognize the file of an evicted node, since inode numbers are reused.
+/// Identification of an evicted node's file, since inode numbers are reused.
 #[derive(Clone)]
 pub(super) struct FileTraces {
     /// A file handle, and the mount on which to open it.
@@ -103,7 +103,7 @@ pub(super) fn union(reach: &[Arc<Share>], more: &[Arc<Share>]) -> Reach {
     all.filter(|share| !share.is_removed()).cloned().collect()
 }
 
-/// Where a file was found.
+/// The location at which a file was found.
 #[derive(Clone, Copy)]
 pub(super) enum Found<'a> {
     /// As the root of a share.
@@ -258,7 +258,7 @@ pub(super) fn evict(inode: &Inode) -> bool {
     true
 }
 
-/// How to find the file again; `None` if it is unlinked.
+/// The means to find the file again; `None` if it is unlinked.
 fn file_traces(inode: &Inode, fd: &OwnedFd) -> Option<FileTraces> {
     let stat = stat(fd).ok().filter(|stat| stat.stx_nlink > 0)?;
     let mount = stat.stx_mnt_id;

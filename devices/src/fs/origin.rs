@@ -1,9 +1,9 @@
-//! Location of a shared directory on the host, and whether one contains another.
+//! Location of a shared directory on the host, and nesting of shared directories.
 //!
 //! A directory has one dentry per file system in Linux, so a host directory must not be exported to a guest
 //! twice: two containers would see it through two caches. Directories are compared by their paths on the host
 //! and by their paths from the root of their file system, since a Kubernetes subPath is a bind mount of a
-//! part of what another container has as a whole.
+//! part of a volume that another container has as a whole.
 
 use super::inodes::FileSystem;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Statx, openat2};

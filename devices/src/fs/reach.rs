@@ -117,7 +117,7 @@ impl Inodes {
 }
 
 impl Tables {
-    /// The shares through which a file found there is reached; never empty.
+    /// The shares through which a file found there can be reached; never empty.
     pub(super) fn reach(&self, stat: &Statx, found: Found<'_>) -> Result<Reach, Errno> {
         let mut reach: Reach = match found {
             Found::Root(share) => Arc::new([share.clone()]),

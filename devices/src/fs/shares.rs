@@ -1,10 +1,10 @@
 //! The synthetic root: a directory that exists only here, whose entries are host directories or single files.
 //! Entries are added and removed while the guest runs, from any thread.
 //!
-//! A directory inside one that is already shared is not exported a second time: the caller is told the path
-//! at which the guest has it. So each directory is one directory for the guest, whichever of its containers
-//! and volumes use it. If a file is reached through several shares, the most permissive one determines what
-//! the guest may do; between containers, the guest's own mounts decide.
+//! A directory inside one that is already shared is not exported a second time: the caller gets its path within the outer
+//! share. So each directory is one directory for the guest, whichever of its containers and volumes use it. If a file is
+//! reached through several shares, the most permissive one determines the guest's access; between containers, the guest's
+//! own mounts decide.
 
 use super::export::Export;
 use super::inodes;
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-/// How to share a directory.
+/// Options of a shared directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShareOptions {
     /// Whether nothing may be changed through this share.
@@ -242,7 +242,7 @@ impl Shares {
     }
 
     /// The current path of a share in the guest. It may change when other shares are added and removed; the
-    /// share's name always works, and what the guest has mounted or opened stays valid. Prefer this path: if
+    /// share's name always works, and mounts and open files of the guest stay valid. Prefer this path: if
     /// a directory is looked up by name although it is also found below another one, the guest kernel moves
     /// its dentry for the time being.
     pub fn locate(&self, name: &str) -> Option<PathBuf> {
@@ -297,7 +297,7 @@ impl Shares {
         self.remove_all([name]) > 0
     }
 
-    /// Removes several shares; returns how many there were.
+    /// Removes several shares; returns the number removed.
     pub fn remove_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> usize {
         let mut entries = lock(&self.0.entries);
         let names = names.into_iter();
@@ -403,7 +403,7 @@ fn share_within(
     None
 }
 
-/// Whether something writable can be part of this export.
+/// Whether a writable share can be part of this export.
 fn can_be_written(export: &Export) -> bool {
     export.unseal().unwrap_or_else(|error| {
         log::warn!(

@@ -1,14 +1,14 @@
 //! Reports changes on the host to files that the guest watches (inotify).
 //!
-//! Without this, inotify in a guest reports only what the guest does, not what the host does to shared files.
+//! Without this, inotify in a guest reports only the guest's own changes, not those of the host to shared files.
 //! Koya's guest kernel (`guest-kernel/patches`) announces each watch, and the host's inotify watches the same
 //! file here. Events go to the owner of [`HostEvents`]: the sandbox passes them to its agent, which makes the
 //! guest kernel fire its watches.
 //!
 //! # Changes made by the guest
-//! The host's inotify also reports what this server does on behalf of the guest, and the guest kernel has
-//! already reported that. So each operation records what it is about to change ([`ChangeGuard`]), and events that
-//! match the record are ignored. When an operation ends, all events in the host's queue are read before its
+//! The host's inotify also reports changes that this server makes on behalf of the guest, which the guest kernel has already
+//! reported. So each operation records its changes in advance ([`ChangeGuard`]), and events that match the record are
+//! ignored. When an operation ends, all events in the host's queue are read before its
 //! record is removed. A change of the same kind to the same name by the host during the operation is ignored
 //! too, but not missed: the guest's own event is fired after the operation.
 
@@ -37,7 +37,7 @@ const MAX_WATCHES: usize = 1 << 16;
 const HOST_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
 const USER_LIMIT_DIVISOR: usize = 8;
 
-/// How long events are collected before they are reported together.
+/// Time for which events are collected before they are reported together.
 const COLLECT_TIME: Duration = Duration::from_millis(10);
 
 /// Event types, as in `inotify(7)`.
@@ -79,7 +79,7 @@ pub struct HostEvents(Arc<Watches>);
 
 impl HostEvents {
     pub(super) fn new(watches: Arc<Watches>) -> Self {
-        // Here, since the threads that watch may not see /proc.
+        // Read here, since the watching threads may have no access to /proc.
         watches.limit.get_or_init(watch_limit);
         watches.wanted.store(true, Ordering::SeqCst);
         Self(watches)
@@ -120,7 +120,7 @@ impl Drop for HostEvents {
     }
 }
 
-/// What a watch descriptor of the host stands for.
+/// Meaning of a watch descriptor of the host.
 #[derive(Default)]
 struct HostWatch {
     /// Nodes that the guest watches: one directory can be several nodes through several exports.
@@ -141,7 +141,7 @@ struct Node {
 /// Identifies a change made by the guest: to a node, or to an entry of it.
 type Key = (u64, Vec<u8>);
 
-/// Record of operations that are about to change something, and how.
+/// Record of a pending operation and the kinds of change that it makes.
 #[derive(Default)]
 struct Change {
     kinds: u32,
@@ -350,7 +350,7 @@ impl Watches {
         }
     }
 
-    /// Records that the guest is about to change the nodes or entries of `about`, and how. The record is
+    /// Records pending changes by the guest, by node or entry and kind of change. The record is
     /// removed when the guard is dropped.
     pub(super) fn begin_change<const N: usize>(
         &self,

@@ -16,17 +16,17 @@ pub(super) struct Region {
     pub(super) usable: u64,
     pub(super) requested: u64,
     pub(super) plugged: u64,
-    /// How far beyond the requested size the driver may plug blocks.
+    /// Maximum excess of plugged blocks over the requested size.
     pub(super) slack: u64,
     /// Whether each block is plugged.
     pub(super) blocks: Vec<bool>,
     pub(super) slots: Slots,
-    /// When all unplugged memory was last discarded.
+    /// Time at which all unplugged memory was last discarded.
     pub(super) swept: Instant,
 }
 
 impl Region {
-    /// The blocks of a request, if the driver may name them.
+    /// The blocks of a request, if it is valid.
     pub(super) fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset = address.checked_sub(self.start)?;
         let len = u64::from(count) * BLOCK_SIZE;
@@ -103,7 +103,7 @@ impl Region {
     }
 
     /// Grows the usable region with the requested size. It shrinks only when the driver has unplugged
-    /// everything (UNPLUG_ALL), since a driver must not be refused what was usable a moment ago.
+    /// everything (UNPLUG_ALL), since usable blocks must not become unusable under a driver.
     pub(super) fn grow_usable(&mut self) {
         let wanted = self.requested.saturating_add(self.slack).min(self.size);
         self.usable = self.usable.max(wanted);

@@ -1,4 +1,4 @@
-//! Which memory slots must be registered, given the plugged blocks: plain arithmetic.
+//! The memory slots to be registered for the plugged blocks: plain arithmetic.
 
 use super::BLOCK_SIZE;
 use std::ops::Range;

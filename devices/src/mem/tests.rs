@@ -162,7 +162,7 @@ fn a_region_of_partial_blocks_is_refused() {
     }
 }
 
-/// The hypervisor side: which slots are registered.
+/// The hypervisor side: the registered slots.
 #[derive(Clone, Default)]
 struct Recorder {
     present: Arc<Mutex<BTreeSet<usize>>>,
@@ -288,7 +288,7 @@ fn unplugged_blocks_are_discarded_again() {
     setup.ask(REQUEST_UNPLUG, START, 1);
     let memory = setup.driver.memory().clone();
     let region = memory.find_region(GuestAddress(START)).unwrap();
-    // As the guest accesses it, without checks.
+    // Access as by the guest, without checks.
     let touch = |offset: u64| {
         let slice = region.mapped_slice(offset, 1).unwrap();
         slice.copy_from(&[7u8]);
@@ -388,7 +388,7 @@ fn a_restore_that_fails_half_way_leaves_nothing_plugged() {
     let handle = device.handle();
     assert_eq!((handle.plugged(), handle.reachable()), (0, 0));
     assert!(!memory.check_range(GuestAddress(START), 1));
-    // What the host refused may succeed later.
+    // A slot that the host refused may succeed later.
     *lock(&slots.refused_slot) = None;
     device.restore(&state).unwrap();
     assert_eq!(device.save().unwrap(), state);

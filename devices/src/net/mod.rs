@@ -14,7 +14,7 @@
 //! the guest. The host kernel validates header and frame as for any tap.
 //!
 //! **Receiving.** With mergeable buffers (`MRG_RXBUF`, section 5.1.6.4) the thread reads into as many buffers
-//! as the largest frame needs and returns those that were filled, all at once. While the guest has no
+//! as the largest frame needs and returns the filled ones all at once. While the guest has no
 //! buffers, frames wait in the tap's queue, and the host drops those that do not fit.
 //!
 //! **Link.** [`NetHandle::set_link`] takes the link down or up; the driver is notified through the

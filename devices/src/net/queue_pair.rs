@@ -31,7 +31,7 @@ enum QueuePairError {
     Host(#[from] io::Error),
 }
 
-/// Why a direction stopped.
+/// The reason why a direction stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pause {
     /// There is no frame to move.
@@ -40,7 +40,7 @@ enum Pause {
     BatchDone,
     /// The guest has supplied no buffers.
     Starved,
-    /// The rate limit is reached; it may go on after this time.
+    /// The rate limit is reached; it may continue after this time.
     Limited(Duration),
     /// The tap no longer exists.
     Gone,
@@ -55,7 +55,7 @@ pub(super) struct PairContext {
     pub(super) stop: EventFd,
 }
 
-/// Which buffers a received frame needs.
+/// Requirements on the buffers for a received frame.
 #[derive(Clone, Copy)]
 pub(super) struct BufferNeeds {
     /// Whether a frame may span several buffers.

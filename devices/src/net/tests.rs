@@ -360,7 +360,7 @@ fn a_restored_network_continues() {
     assert!(matches!(refused, Err(StateError::Mismatch(_))));
 }
 
-/// Each buffer is too short, and there is always another.
+/// Each buffer is too short, and the next one is always available.
 #[test]
 fn a_full_queue_does_not_delay_a_stop() {
     let mut setup = Setup::new(MERGEABLE, options());

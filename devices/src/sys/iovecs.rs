@@ -1,4 +1,4 @@
-//! Guest memory as a list of iovecs, for readers that do not know how much data will arrive.
+//! Guest memory as a list of iovecs, for reads of unknown length.
 
 use super::checked;
 use crate::virtio::{Chain, ChainError, Memory};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub struct Iovecs {
     memory: Arc<Memory>,
     all: Vec<libc::iovec>,
-    /// Those before it are used up.
+    /// Index of the first unused one.
     first: usize,
 }
 

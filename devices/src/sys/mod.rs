@@ -148,8 +148,8 @@ pub fn advise<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, advice: Advice) -> i
         Advice::NoDump => libc::MADV_DONTDUMP,
     };
     // SAFETY: the range lies inside the slice and thus inside a mapping of guest memory, which belongs to the
-    // guest alone: at most its pages become zero, as if the guest had written them. Whether it is dumped
-    // makes no difference to its users.
+    // guest alone: at most its pages become zero, as if the guest had written them. Exclusion from core dumps makes no
+    // difference to its users.
     let result = unsafe { libc::madvise(first as *mut libc::c_void, end - first, advice) };
     checked(result as isize).map(drop)
 }
@@ -307,7 +307,7 @@ fn no_mount_change() -> libc::mount_attr {
     unsafe { std::mem::zeroed() }
 }
 
-/// Restricts a detached mount and all mounts below it to what a file server needs: no executables, no device
+/// Restricts a detached mount and all mounts below it to the needs of a file server: no executables, no device
 /// nodes, and no propagation of mounts to or from the host.
 ///
 /// # Errors

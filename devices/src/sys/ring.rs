@@ -1,10 +1,10 @@
 //! An io_uring whose requests read and write guest memory.
 //!
 //! Requests of a ring are not subject to seccomp filters: one could open files and connect sockets. A ring is
-//! therefore made by a thread that may make one, with the few operations that a disk takes; the thread that
-//! uses it can neither make another nor lift the restrictions (io_uring_register(2)).
+//! therefore created by a thread that may create one, with the few operations that a disk needs; the thread that
+//! uses it can neither create another nor lift the restrictions (io_uring_register(2)).
 //!
-//! The ring owns what its requests point to (guest memory, the file, the iovecs), and dropping it waits for
+//! The ring owns the memory and the file of its requests (guest memory, the iovecs), and dropping it waits for
 //! every request in flight, so its functions are safe to call.
 
 use super::iovecs;
@@ -25,7 +25,7 @@ const WATCH: u64 = 1 << 63;
 /// Token of the cancellation on drop.
 const CANCEL: u64 = u64::MAX;
 
-/// What a ring may do.
+/// Operations allowed on a ring.
 const OPERATIONS: [u8; 8] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
@@ -37,7 +37,7 @@ const OPERATIONS: [u8; 8] = [
     opcode::AsyncCancel2::CODE,
 ];
 
-/// What a ring reports.
+/// Completions reported by a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completion {
     /// The request with this token has ended: number of bytes, or a negative error number.
@@ -59,7 +59,7 @@ pub struct Transfer<'c> {
     pub at: u64,
 }
 
-/// A request in flight and what it points to.
+/// A request in flight, with the memory that it points to.
 struct InFlight {
     token: u64,
     /// Read by the kernel when the request is submitted, or later by old kernels.
@@ -74,7 +74,7 @@ pub struct Ring {
     in_flight: Vec<Option<InFlight>>,
     free: Vec<usize>,
     watched: Vec<EventFd>,
-    /// Why an event could not be watched.
+    /// Error on arming a watch.
     broken: Option<io::Error>,
 }
 
@@ -270,7 +270,7 @@ impl Ring {
     /// Submits new requests and waits up to `limit` for a completion.
     ///
     /// # Errors
-    /// The error from io_uring_enter(2), except signals and timeouts; or why an event could not be watched.
+    /// The error from io_uring_enter(2), except signals and timeouts; or the error on watching an event.
     pub fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
         if let Some(error) = self.broken.take() {
             return Err(error);

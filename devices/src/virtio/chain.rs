@@ -19,7 +19,7 @@ pub const MAX_CHAIN_BYTES: u64 = 1 << 30;
 /// Maximum number of parts in a chain. The queue size limits direct chains; this also limits indirect ones.
 pub const MAX_CHAIN_PARTS: usize = 1024;
 
-/// How a chain is invalid.
+/// The rule of virtio that a chain violates.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChainError {

@@ -3,7 +3,7 @@
 //! With memory hotplug ([`crate::mem`]), not everything mapped here is memory of the guest: the hot-pluggable
 //! range is mapped from the start, but a block is memory only while it is plugged. All accesses by guest
 //! address go through [`MemoryRegion::get_slice`], which rejects unplugged blocks. Otherwise a guest could
-//! have a device write there and thus make the host allocate pages that nobody granted.
+//! make a device write there and thus make the host allocate pages beyond the granted size.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

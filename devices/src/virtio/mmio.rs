@@ -363,7 +363,7 @@ impl MmioTransport {
         if !setting_up || (queue.ready() && offset != VIRTIO_MMIO_QUEUE_READY) {
             return;
         }
-        // By `try_`: the others of these functions log each value that they refuse, without a limit.
+        // `try_` functions, because the others log each refused value, without a limit.
         let address = |old: u64, low: Option<u32>, high: Option<u32>| {
             let high = high.unwrap_or((old >> 32) as u32);
             GuestAddress(u64::from(high) << 32 | u64::from(low.unwrap_or(old as u32)))

@@ -112,7 +112,7 @@ impl Activation {
 /// A worker on the event loop.
 pub type EventWorker = Box<dyn MutEventSubscriber + Send>;
 
-/// How an active device's queues are served.
+/// The way in which an active device's queues are served.
 pub enum Worker {
     /// On the event loop.
     EventLoop(EventWorker),
@@ -120,7 +120,7 @@ pub enum Worker {
     OwnThreads,
 }
 
-/// Why a device could not be activated.
+/// Errors when a device is activated.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ActivateError {
@@ -159,7 +159,7 @@ pub trait VirtioDevice: Send {
     fn config(&self) -> Option<Vec<u8>> {
         None
     }
-    /// Sets where the driver reads the configuration space; called once, before there is a driver. The device
+    /// Sets the memory from which the driver reads the configuration space; called once, before a driver exists. The device
     /// writes it there, and again on each change, before it raises the interrupt for the change.
     fn publish_config(&mut self, space: ConfigSpace) {
         space.publish(&self.config().unwrap_or_default());

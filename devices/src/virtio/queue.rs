@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How a driver broke a queue. The device stops and sets DEVICE_NEEDS_RESET.
+/// Errors of a driver in a queue. The device stops and sets DEVICE_NEEDS_RESET.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum QueueError {
@@ -18,7 +18,7 @@ pub enum QueueError {
     Rings {
         /// Index of the queue.
         index: u16,
-        /// What is wrong.
+        /// The problem.
         #[source]
         source: virtio_queue::Error,
     },
@@ -27,7 +27,7 @@ pub enum QueueError {
     Chain {
         /// Index of the queue.
         index: u16,
-        /// What is wrong.
+        /// The problem.
         #[source]
         source: ChainError,
     },
@@ -127,8 +127,8 @@ impl ActiveQueue {
     /// # Errors
     /// A fault of the driver; the queue can't be used any more.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        // An entry in memory that was unplugged meanwhile would pass for an empty queue, while `arm` finds that
-        // there is more: a thread that goes on until both agree would never end.
+        // An entry in memory that was unplugged meanwhile would look like an empty queue, while `arm` finds more entries: a
+        // thread that continues until both agree would never end.
         let ring = GuestAddress(self.queue.avail_ring());
         let ring_size = 6 + 2 * usize::from(self.queue.size());
         if !self.memory.check_range(ring, ring_size) {
@@ -192,7 +192,7 @@ impl ActiveQueue {
         self.complete(*head, *written)
     }
 
-    /// Interrupts the driver if it wants to be notified of what was completed: section 2.7.7.
+    /// Interrupts the driver if it wants to be notified of the completed chains: section 2.7.7.
     ///
     /// # Errors
     /// Only if the rings are outside guest memory, which the transport has checked.
@@ -226,7 +226,7 @@ impl ActiveQueue {
     }
 
     /// Serves the available chains until the queue is empty and kicks are enabled, or up to `max` chains. In
-    /// the latter case the queue kicks itself, so that whoever waits for kicks returns to it after serving
+    /// the latter case the queue kicks itself, so that the thread waiting for kicks returns to it after serving
     /// other event sources. `serve` returns the number of bytes that it wrote to a chain.
     ///
     /// # Errors
@@ -259,7 +259,7 @@ impl ActiveQueue {
         self.kick.write(1).ok();
     }
 
-    /// Asks the driver to kick when it adds a chain. True if it already has: then pop again.
+    /// Asks the driver to kick when it adds a chain. True if it already has added one: then pop again.
     ///
     /// # Errors
     /// Only if the rings are outside guest memory, which the transport has checked.
@@ -336,8 +336,8 @@ mod tests {
         ));
     }
 
-    /// Whatever the driver asks for, it is interrupted if the entry after which it wants to be was among the last
-    /// ones: section 2.7.10.1.
+    /// Whatever notification the driver requests, it is interrupted if the entry after which it wants to be was among the
+    /// last ones: section 2.7.10.1.
     #[test]
     fn interrupts_come_where_they_were_asked_for() {
         let mut cases = 0;
@@ -365,8 +365,8 @@ mod tests {
         println!("{cases} pairs of indices");
     }
 
-    /// Every order of a few steps, from indices that wrap round on: chains come once and in their order, one that
-    /// was put back comes again, and what the device has used is what the driver sees.
+    /// Every order of a few steps, from indices close to the wrap-around: chains come once and in order, a chain that was
+    /// put back comes again, and the driver sees the chains that the device has used.
     #[test]
     fn chains_come_once_in_every_order_of_steps() {
         const STEPS: u32 = 7;
@@ -392,7 +392,7 @@ mod tests {
                         may_put_back = popped.is_some();
                         taken.extend(popped);
                     }
-                    // Only what was taken last.
+                    // Only the chain taken last.
                     2 if std::mem::take(&mut may_put_back) => {
                         queue.unpop();
                         waiting.extend(taken.pop());

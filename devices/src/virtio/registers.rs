@@ -116,13 +116,13 @@ impl ConfigSpace {
     }
 }
 
-/// A configuration that changes and, once its place is known, is published to the driver. A change and its
+/// A configuration that changes and, once its address is known, is published to the driver. A change and its
 /// publication are under one lock, so that the last change is the one published.
 #[derive(Default)]
 pub(crate) struct PublishedConfig(Mutex<Option<ConfigSpace>>);
 
 impl PublishedConfig {
-    /// Sets where the configuration is published, and publishes it.
+    /// Sets the place where the configuration is published, and publishes it.
     pub(crate) fn publish_in(&self, space: ConfigSpace, config: impl FnOnce() -> Vec<u8>) {
         let mut shown = lock(&self.0);
         space.publish(&config());

@@ -1,4 +1,4 @@
-//! Saved state of devices: payloads, each with its schema, which are assembled by whoever saves the machine.
+//! Saved state of devices: payloads, each with its schema, to be assembled into the saved state of a machine.
 //!
 //! A device is saved while its machine is paused. The transport stops serving the queues (requests in flight
 //! are completed first), records the ring positions, and asks the device for the rest of its state
@@ -11,8 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// How to interpret the bytes of a payload: whose state it is, the version, and whether it is specific to one
-/// architecture.
+/// Interpretation of a payload's bytes: the kind of state, the version, and the architecture if it is specific to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schema {
     name: &'static str,
@@ -164,7 +163,7 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
-/// Why a device can't be saved or restored.
+/// Errors when a device is saved or restored.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StateError {

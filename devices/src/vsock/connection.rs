@@ -497,20 +497,20 @@ mod tests {
         assert!(connection.is_finished());
     }
 
-    /// What either side may do next in a small world: a guest with room for two bytes, a device with room for four.
+    /// Possible next actions of either side in a small model: a guest with room for two bytes, a device with room for four.
     #[derive(Clone, Copy, Debug)]
     enum Act {
         GuestSends(u32),
         HostTakes(u32),
-        /// The device's next control packet.
+        /// The device sends its next control packet.
         Tells,
         DeviceSends,
         GuestReads,
         GuestTells,
     }
 
-    /// Every order of a few acts, with counters that wrap round: neither side exceeds the other's room, and a guest
-    /// that waits for room is told of it.
+    /// Every order of a few actions, with counters that wrap around: neither side exceeds the other's room, and a guest that
+    /// waits for room gets an update.
     #[test]
     fn credit_is_kept_in_every_order() {
         const ACTS: [Act; 8] = [
@@ -535,7 +535,7 @@ mod tests {
             (connection.forwarded, connection.forwarded_reported) = (FIRST, FIRST);
             (connection.sent, connection.peer_forwarded) = (FIRST, FIRST);
             connection.peer_buffer = GUEST_ROOM;
-            // What the guest sent, what it knows of the device's end, what it received and what of that it read.
+            // Counters of the guest: bytes sent, last known count of the device's end, bytes received, bytes read.
             let (mut sent, mut known, mut received, mut read) = (FIRST, FIRST, FIRST, FIRST);
             let mut left = number;
             for _ in 0..LENGTH {

@@ -1,5 +1,5 @@
-//! The thread that connects to Unix sockets of the host: the event loop, which a guest drives, can make no sockets
-//! and name no files. It asks by the number of a port alone; where that leads, the owner of the device has said.
+//! The thread that connects to Unix sockets of the host. The event loop, which is driven by a guest, can create no sockets
+//! and use no file names. It passes only the port number; the owner of the device has configured the socket for it.
 
 use super::ports::SharedPorts;
 use koya_host::threads::{self, Role};
@@ -16,7 +16,7 @@ const ROLE: Role = Role::new("koya-vsock-out")
     .guest_facing()
     .confined_by(Filter::VsockConnector);
 
-/// A port, and where the stream goes.
+/// A port, and the channel for the stream.
 type Request = (u32, Sender<Option<UnixStream>>);
 
 /// The thread. Dropping this ends it.
@@ -29,7 +29,7 @@ impl Connector {
         Ok(Self(Some((sender, thread))))
     }
 
-    /// Connects to the socket of a port. `None` if it has none, or nobody accepts there.
+    /// Connects to the socket of a port. `None` without a socket, or if nothing listens on it.
     pub(super) fn connect(&self, port: u32) -> Option<UnixStream> {
         let (sender, _) = self.0.as_ref()?;
         let (answer, answered) = channel();
@@ -51,7 +51,7 @@ impl Drop for Connector {
 
 fn serve(requests: &Receiver<Request>, ports: &Weak<SharedPorts>) {
     for (port, answer) in requests {
-        // Dropped before the answer: whoever waits for that drops the ports last, and joins this thread.
+        // Dropped before the reply: otherwise this thread could drop the last reference to the ports, and join itself.
         let path = ports.upgrade().and_then(|ports| ports.socket(port));
         let stream = path.and_then(|path| connect_at_once(&path).ok());
         answer.send(stream).ok();

@@ -102,7 +102,7 @@ impl VsockWorker {
         Ok(())
     }
 
-    /// True if the driver added a packet meanwhile, or more are available than what is `left` of the batch.
+    /// True if the driver added a packet meanwhile, or more are available than `left` in the batch.
     fn serve_tx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -125,7 +125,7 @@ impl VsockWorker {
     }
 
     /// True if the driver added buffers meanwhile and there is a packet for them, or more are available than
-    /// what is `left` of the batch.
+    /// `left` in the batch.
     fn serve_rx(&mut self, left: &mut usize) -> Result<bool, QueueError> {
         let mut any = false;
         while *left > 0
@@ -200,7 +200,7 @@ impl MutEventSubscriber for VsockWorker {
                 log::error!("vsock: cannot watch a queue: {error}");
             }
         }
-        // For what was put into the queues before they were registered with epoll.
+        // For entries that were added to the queues before they were registered with epoll.
         self.process(Events::empty(self.tx.kick()), ops);
     }
 
@@ -217,7 +217,7 @@ impl MutEventSubscriber for VsockWorker {
             self.muxer.connect_requested();
         } else if let Some(key) = self.watched.get(&fd) {
             let set = events.event_set();
-            // Closed in both directions: an end that only sends no more is no hang-up.
+            // Closed in both directions: an end that only stops sending is not a hang-up.
             if set.intersects(EventSet::HANG_UP | EventSet::ERROR) {
                 self.muxer.host_closed(*key);
             }

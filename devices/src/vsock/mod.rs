@@ -3,7 +3,7 @@
 //! The guest has an address (its CID), the host has CID 2, and both sides connect to ports. The host's side
 //! is this process: a guest that connects to a port reaches its listener ([`Ports::listen`]), and
 //! [`Ports::connect`] reaches a listener in the guest. The host's end of a stream is always an ordinary Unix
-//! stream, which anything that can use a socket can use.
+//! stream, usable by any code that can use a socket.
 //!
 //! [`UnixSockets`] make this available to other processes on the host.
 //!
@@ -13,8 +13,8 @@
 //!                          → (no listener)    RST
 //! host connects:   REQUEST ← ; RESPONSE →  … as above
 //! ```
-//! Credit (section 5.10.6.3): each side reports the size of its buffer and how many bytes it has forwarded
-//! from it; the other side never sends more than that allows. [`connection`] implements the accounting and
+//! Credit (section 5.10.6.3): each side reports the size of its buffer and the number of bytes it has forwarded
+//! from it; the other side never exceeds that. [`connection`] implements the accounting and
 //! the state machine on plain data; [`muxer`] owns the connections; [`device`] connects them to the queues
 //! and to epoll on the event loop.
 

@@ -84,7 +84,7 @@ fn buffer_size(streams: usize, allocated: u32) -> u32 {
     (free / SHARE_DIVISOR).clamp(MIN_BUFFER_SIZE, MAX_BUFFER_SIZE)
 }
 
-/// Limits how much the host kernel buffers for a slow reader of a stream (SO_SNDBUF). The default is 208 KiB.
+/// Limits the amount that the host kernel buffers for a slow reader of a stream (SO_SNDBUF). The default is 208 KiB.
 fn limit_send_buffer(stream: &UnixStream, buffer_size: u32) {
     // The kernel doubles this value for its own overhead, and has a minimum.
     let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, buffer_size as usize / 2);

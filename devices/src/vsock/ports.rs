@@ -43,7 +43,7 @@ pub(super) struct SharedPorts {
     targets: Mutex<HashMap<u32, Target>>,
     /// Prefix of the sockets for ports that are not in `targets`, to be followed by the port number.
     fallback: Mutex<Option<PathBuf>>,
-    /// Connects to the sockets; from the first one on.
+    /// Connects to the sockets; started with the first one.
     connector: OnceLock<Connector>,
     requested: Mutex<Vec<Requested>>,
     wake: EventFd,
@@ -86,7 +86,7 @@ pub struct Listener {
 }
 
 impl Ports {
-    /// Without any listener.
+    /// Ports without any listener.
     ///
     /// # Errors
     /// If the host has no file descriptor left.
@@ -120,8 +120,8 @@ impl Ports {
         })
     }
 
-    /// Forwards connections to a port of the host to a Unix socket, which is connected to when the guest
-    /// connects. A thread does that, which is confined if the caller [confines] those that it creates.
+    /// Forwards connections to a port of the host to a Unix socket, which is opened when the guest
+    /// connects. A thread does that; it is confined if the caller [confines] the threads that it creates.
     ///
     /// # Errors
     /// If the port is in use, or the host cannot create a thread.
@@ -173,9 +173,9 @@ impl Ports {
         Ok(())
     }
 
-    /// Ends that.
+    /// Ends the forwarding of ports without a target.
     pub(super) fn clear_fallback(&self) {
-        // Those who wait for the line see the end of their stream.
+        // Clients that wait for the line see the end of their stream.
         lock(&self.0.requested).retain(|requested| !requested.wants_reply);
         *lock(&self.0.fallback) = None;
     }

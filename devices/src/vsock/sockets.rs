@@ -26,7 +26,7 @@ const LISTENER: Role = Role::new("koya-vsock")
     .confined_by(Filter::VsockSockets);
 const CLIENT: Role = Role::new("koya-vsock-line").guest_facing();
 
-/// How long a client may take to send its connection request.
+/// Time limit for a client to send its connection request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum length of a request: `CONNECT 4294967295` and a carriage return.

@@ -1,4 +1,4 @@
-//! A machine with a vsock device, and what both ends of each stream know.
+//! A machine with a vsock device, and the state of both ends of each stream.
 
 use crate::requests::{GUEST_CID, vsock_header};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
@@ -12,7 +12,7 @@ use std::time::Duration;
 pub(super) const QUEUE: u16 = 64;
 /// The port on which the host listens.
 pub(super) const SERVED: u32 = 1;
-/// Guest memory that packets may take before both ends rest.
+/// Limit on guest memory for packets; beyond it, both ends pause.
 pub(super) const ROOM: usize = 12 << 20;
 
 pub(super) const REQUEST: u16 = 1;
@@ -28,31 +28,31 @@ pub(super) const NO_MORE_SENT: u32 = 2;
 
 pub(super) type Loop = EventManager<Box<dyn MutEventSubscriber + Send>>;
 
-/// A stream as its two ends see it.
+/// A stream, with the state of both ends.
 pub(super) struct Stream {
     /// The host's end.
     pub(super) host: Option<UnixStream>,
     pub(super) host_port: u32,
     pub(super) established: bool,
-    /// An end has said that it sends no more.
+    /// This end has shut down sending.
     pub(super) guest_ended: bool,
     pub(super) host_ended: bool,
-    /// Nothing is promised any more: an end was closed with data on the way.
+    /// No guarantees any more: an end was closed with data in transit.
     pub(super) over: bool,
-    /// Bytes that the guest sent, and those that the host's end has read.
+    /// Bytes sent by the guest, and read by the host's end.
     pub(super) sent: u32,
     pub(super) read: u32,
-    /// Bytes that the host's end wrote, those that the guest received, and those of which the device knows.
+    /// Bytes written by the host's end, received by the guest, and acknowledged to the device.
     pub(super) written: u32,
     pub(super) received: u32,
     pub(super) acknowledged: u32,
-    /// The guest's room, and what the device told about its own.
+    /// The guest's buffer space, and that of the device as reported.
     pub(super) room: u32,
     pub(super) credit: u32,
     pub(super) forwarded: u32,
 }
 
-/// What the byte at a place of a stream is.
+/// The byte at a position of a stream.
 pub(super) fn pattern(guest_port: u32, at: u32) -> u8 {
     (guest_port.wrapping_mul(31) ^ at ^ at >> 8) as u8
 }
@@ -75,16 +75,16 @@ pub(super) struct Machine {
     pub(super) worker: Option<SubscriberId>,
     pub(super) sends: Driver,
     pub(super) receive: Driver,
-    /// Buffers that the device has.
+    /// Number of buffers held by the device.
     pub(super) waiting: usize,
-    /// Packets that the device has not looked at.
+    /// Number of packets not processed by the device yet.
     pub(super) unsent: usize,
-    /// Guest memory that packets and buffers have taken.
+    /// Guest memory used by packets and buffers.
     pub(super) taken: usize,
     pub(super) streams: BTreeMap<u32, Stream>,
-    /// Streams that the guest ended by itself: packets of theirs may be on the way.
+    /// Streams ended by the guest: packets may still be in transit.
     pub(super) forgotten: BTreeSet<u32>,
-    /// Requests that were not accepted yet, in their order.
+    /// Requests not accepted yet, in order.
     pub(super) asked: Vec<u32>,
     pub(super) next_port: u32,
 }
@@ -130,7 +130,7 @@ impl Machine {
         }
     }
 
-    /// A driver that starts again: the host's ends of all streams are closed.
+    /// Starts the driver again: the host's ends of all streams are closed.
     pub(super) fn reset(&mut self) {
         let worker = self.worker.take();
         let worker = worker.and_then(|id| self.events.remove_subscriber(id).ok());
@@ -138,7 +138,7 @@ impl Machine {
         self.forgotten.extend(self.streams.keys());
         self.streams.clear();
         self.asked.clear();
-        // What was accepted and never taken is closed too.
+        // Connections not accepted yet are closed too.
         while self.listener.accept_timeout(Duration::ZERO).is_ok() {}
         self.sends = Driver::new(QUEUE);
         self.receive = Driver::new(QUEUE);
@@ -146,7 +146,7 @@ impl Machine {
         self.activate();
     }
 
-    /// Serves until nothing happens, or for long enough.
+    /// Runs the event loop until it is idle, at most 16 times.
     pub(super) fn run(&mut self) {
         for _ in 0..16 {
             if self.events.run_with_timeout(0).unwrap_or(0) == 0 {
@@ -165,7 +165,7 @@ impl Machine {
         }
     }
 
-    /// Sends a packet as bytes; a split one has its data in a buffer of its own.
+    /// Sends a packet as bytes; with `split`, the data is in a separate buffer.
     pub(super) fn send_raw(&mut self, header: Vec<u8>, data: Vec<u8>, split: bool) {
         if !data.is_empty() && self.taken + data.len() > ROOM {
             return;
@@ -202,7 +202,7 @@ impl Machine {
         self.send_raw(header, data, op % 2 == 1);
     }
 
-    /// What the device has written since the last call.
+    /// Packets written by the device since the last call.
     pub(super) fn packets(&mut self) -> Vec<Packet> {
         let used = self.receive.used();
         self.waiting -= used.len().min(self.waiting);

@@ -1,19 +1,18 @@
-//! `--net user` on a host without a route to anywhere: published ports work there too.
+//! `--net user` on a host without a default route, where published ports work too.
 //!
-//! pasta gives the guest the addresses of the host's interface with the default route, and fails without one (later
-//! versions give it link-local ones). It is told what to use then: two link-local addresses that are not the
-//! host's own.
+//! pasta gives the guest the addresses of the host's interface with the default route, and fails without one (later versions
+//! use link-local ones). Without a route it is given two link-local addresses that the host does not use.
 
 use anyhow::{Context, Result};
 use std::fs;
 use std::net::Ipv4Addr;
 
-/// The first pair, outside the network of the resolver (169.254.1.0/24).
+/// First candidate pair, outside the network of the resolver (169.254.1.0/24).
 const FIRST: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 1);
-/// Of pasta's end: locally administered.
+/// MAC address of pasta's end, locally administered.
 const GATEWAY_MAC: &str = "02:6b:6f:79:61:01";
 
-/// A network of the guest and pasta.
+/// A network between the guest and pasta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alone {
     gateway: Ipv4Addr,
@@ -21,7 +20,7 @@ pub(super) struct Alone {
 }
 
 impl Alone {
-    /// One whose addresses are both free.
+    /// A network with two free addresses.
     pub(super) fn find(is_free: impl Fn(&Ipv4Addr) -> bool) -> Result<Self> {
         let pairs = (0..253).map(|n| {
             let gateway = u32::from(FIRST) + (n << 8);
@@ -35,7 +34,7 @@ impl Alone {
             .context("all of 169.254.0.0/16 is the host's own")
     }
 
-    /// What pasta is told.
+    /// The options for pasta.
     pub(super) fn options(&self) -> Vec<String> {
         let (guest, gateway) = (self.guest.to_string(), self.gateway.to_string());
         let words = [
@@ -55,10 +54,10 @@ impl Alone {
     }
 }
 
-/// Whether this network namespace has a route to everywhere.
+/// Whether this network namespace has a default route.
 pub(super) fn has_default_route() -> bool {
     let has = |path: &str, is_default: fn(&str) -> bool| {
-        // Without IPv6 there is no such file.
+        // Without IPv6 this file does not exist.
         let routes = fs::read_to_string(path).unwrap_or_default();
         routes.lines().any(is_default)
     };

@@ -1,4 +1,4 @@
-//! The user's streams and terminal, and a process's.
+//! Streams and terminal of the user, connected to those of a process.
 
 use super::output::complain;
 use koya::Process;
@@ -17,28 +17,28 @@ use std::time::{Duration, Instant};
 
 const BUFFER: usize = 64 << 10;
 
-/// How long a stream may be silent once its process has ended before nobody waits for
-/// its end any more: what the process left running may hold it open for ever.
+/// Silence of a stream, after the end of its process, that ends the wait for its end: background processes may hold it open
+/// forever.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// How long it may go on for all that in small pieces, while the user's side takes them: what was left running may
-/// write now and then for ever.
+/// Time for which a stream may continue in small pieces nevertheless, while the user's side accepts them: background
+/// processes may write occasionally forever.
 const LINGERING: Duration = Duration::from_secs(5);
 
-/// More than there can be under way between a process and this one, in bytes: what comes after that was not written by the
+/// More than the amount of data in transit between a process and this one, in bytes: data beyond that was not written by the
 /// process that has ended.
 const UNDER_WAY: usize = 64 << 20;
 
 /// The user's three streams.
 pub(super) struct UserStreams {
-    /// Nothing if the process is to get no input.
+    /// `None` if the process gets no input.
     pub(super) stdin: Option<File>,
     pub(super) stdout: Box<dyn Write + Send>,
     pub(super) stderr: Box<dyn Write + Send>,
 }
 
 impl UserStreams {
-    /// This process's own, input only if the process is to get it.
+    /// The streams of this process; input only if `interactive`.
     pub(super) fn own(interactive: bool) -> std::io::Result<Self> {
         let copy = |fd: BorrowedFd<'_>| -> std::io::Result<File> {
             Ok(File::from(fd.try_clone_to_owned()?))
@@ -54,7 +54,7 @@ impl UserStreams {
 
 /// The host's ends of a process's streams.
 pub(super) enum ProcessStreams {
-    /// One, both ways.
+    /// One stream for both directions.
     Terminal(UnixStream),
     /// Up to three.
     Pipes {
@@ -65,7 +65,7 @@ pub(super) enum ProcessStreams {
 }
 
 impl ProcessStreams {
-    /// Takes them from a process; nothing if it has none.
+    /// Takes the streams of a process; `None` if it has none.
     pub(super) fn take(process: &mut Process) -> Option<Self> {
         let stdin = process.stdin.take();
         match (process.stdout.take(), process.stderr.take()) {
@@ -78,7 +78,7 @@ impl ProcessStreams {
         }
     }
 
-    /// In the order in which [`from_fds`](Self::from_fds) takes them.
+    /// The descriptors, in the order for [`from_fds`](Self::from_fds).
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         match self {
             Self::Terminal(stream) => vec![stream.as_fd()],
@@ -95,7 +95,7 @@ impl ProcessStreams {
         }
     }
 
-    /// From descriptors that the sandbox's process sent: one, or two and perhaps a third.
+    /// Streams from descriptors sent by the sandbox's process: one, two or three.
     pub(super) fn from_fds(fds: Vec<OwnedFd>) -> Option<Self> {
         let mut fds = fds.into_iter().map(UnixStream::from);
         let first = fds.next()?;
@@ -110,17 +110,16 @@ impl ProcessStreams {
     }
 }
 
-/// Threads that carry a process's output.
+/// Threads that copy a process's output.
 pub(super) struct Pumps {
-    /// Each says whether all of its stream was written, unless the user's side went away.
+    /// Each returns whether all of its stream was written; a closed reader on the user's side does not count as a failure.
     threads: Vec<JoinHandle<bool>>,
     /// Closed when the process has ended.
     alive: std::io::PipeWriter,
 }
 
 impl Pumps {
-    /// Connects a process to the user. Input is carried by a thread that nobody waits for: it may
-    /// hang in a read for ever.
+    /// Connects a process to the user. Input is copied by a detached thread, since it may block in a read forever.
     ///
     /// # Errors
     /// If the host has no more threads or descriptors.
@@ -132,10 +131,10 @@ impl Pumps {
             let ended = ended.clone();
             threads.push(spawn("koya-output", move || {
                 let pumped = pump(&from, &mut to, ended.as_fd());
-                // If the user's end broke, the process is told so by its own.
+                // If the user's end is broken, the process's end is closed as well.
                 from.shutdown(Shutdown::Both).ok();
                 match pumped {
-                    // A reader that goes is the user's own affair.
+                    // A reader that closes its end is not an error.
                     Err(error) if error.kind() != ErrorKind::BrokenPipe => {
                         complain!("koya: cannot write the container's output: {error}");
                         false
@@ -157,7 +156,7 @@ impl Pumps {
             } => {
                 output(stdout, user.stdout)?;
                 output(stderr, user.stderr)?;
-                // Without input of the user's the stream is closed here: end of file.
+                // Without input from the user, the stream is closed here: end of file.
                 stdin.and_then(|stream| Some((user.stdin?, stream, true)))
             }
         };
@@ -172,7 +171,7 @@ impl Pumps {
         Ok(Self { threads, alive })
     }
 
-    /// The process has ended: waits until all of its output has arrived. False if some of it could not be
+    /// Waits after the end of the process until all of its output has arrived. False if some of it could not be
     /// written, on a full disk, say.
     pub(super) fn finish(self) -> bool {
         drop(self.alive);
@@ -182,14 +181,14 @@ impl Pumps {
     }
 }
 
-/// Copies until the end of `from`, or until `ended` is closed and what was under way has come.
+/// Copies until the end of `from`, or until `ended` is closed and the data in transit has arrived.
 ///
 /// # Errors
-/// What `to` says.
+/// The error from `to`.
 fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> std::io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     let mut over = false;
-    // Since then: bytes, and time in which this side did not wait for the user's.
+    // Since the end: bytes, and time spent waiting for `from` and not for the user.
     let (mut after, mut waited) = (0, Duration::ZERO);
     loop {
         let began = Instant::now();
@@ -220,7 +219,7 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> st
                     after += count;
                 }
                 to.write_all(&buffer[..count]).and_then(|()| to.flush())?;
-                // A full buffer says that more was there already.
+                // A full buffer means that more data was waiting.
                 let is_late = waited > LINGERING && count < BUFFER;
                 if is_late || after > UNDER_WAY {
                     return Ok(());
@@ -232,14 +231,14 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> st
     }
 }
 
-/// The user's terminal in raw mode; as it was when this is dropped.
+/// The user's terminal in raw mode; restored on drop.
 pub(super) struct RawTerminal;
 
-/// What the terminal was; also for the panic hook, which no drop can be relied on for.
+/// The original settings of the terminal; also for the panic hook, since a drop is not guaranteed.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 
 impl RawTerminal {
-    /// Takes over the terminal that is standard input, if it is one.
+    /// Switches the terminal on standard input to raw mode, if it is one.
     pub(super) fn enter() -> std::io::Result<Self> {
         let stdin = std::io::stdin();
         let before = tcgetattr(&stdin)?;
@@ -264,7 +263,7 @@ impl Drop for RawTerminal {
     }
 }
 
-/// Gives the terminal back as it was.
+/// Restores the terminal.
 pub(super) fn restore() {
     let saved = SAVED.try_lock().ok().and_then(|mut s| s.take());
     if let Some(saved) = saved {
@@ -272,13 +271,13 @@ pub(super) fn restore() {
     }
 }
 
-/// How wide what reads standard output is, if that is a terminal.
+/// Width of the terminal on standard output, if it is one.
 pub(super) fn output_columns() -> Option<usize> {
     let columns = tcgetwinsize(std::io::stdout()).ok()?.ws_col;
     (columns > 0).then_some(columns.into())
 }
 
-/// The size of the user's terminal, whichever of the streams is one: rows and columns.
+/// Size of the user's terminal on any of the streams: rows and columns.
 pub(super) fn terminal_size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(std::io::stdin())
         .or_else(|_| tcgetwinsize(std::io::stdout()))
@@ -291,7 +290,7 @@ pub(super) fn terminal_size() -> Option<(u16, u16)> {
 mod tests {
     use super::*;
 
-    /// The streams of a process whose standard output goes there, and its end of that.
+    /// Pumps from a process's standard output to `stdout`, and the process's end.
     fn output_to(stdout: Box<dyn Write + Send>) -> (Pumps, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let streams = ProcessStreams::Pipes {
@@ -312,7 +311,7 @@ mod tests {
         let (mut read, write) = std::io::pipe().unwrap();
         let (pumps, mut theirs) = output_to(Box::new(write));
         theirs.write_all(b"last words").unwrap();
-        // What the process left running still has the other end.
+        // A background process still has the other end.
         assert!(pumps.finish());
         let mut got = String::new();
         read.read_to_string(&mut got).unwrap();
@@ -343,7 +342,7 @@ mod tests {
             });
             counts.recv().unwrap();
             assert!(pumps.finish());
-            // Its stream is shut, so that it is told.
+            // Its stream is shut down, so that it notices.
             writer.join().unwrap();
         }
     }

@@ -1,4 +1,4 @@
-//! `koya check`: whether this machine can run Koya, found out by running a tiny guest.
+//! `koya check`: checks whether this machine can run Koya, by running a tiny guest.
 
 use super::Outcome;
 use super::output::say;
@@ -15,20 +15,19 @@ pub(super) struct CheckArgs {
     json: bool,
 }
 
-/// How often the tiny guest goes round its loop of two instructions: 0.1 ms on hardware, a
-/// fraction of a second where each instruction is emulated.
+/// Iterations of the tiny guest's loop of two instructions: 0.1 ms on hardware, a fraction of a second if each instruction
+/// is emulated.
 const ROUNDS: u32 = 60_000;
 
-/// Below this rate (instructions a second) no Linux guest gets anywhere. Hardware does thousands
-/// of millions, emulated hardware (nested in an emulator) hundreds of millions, a software KVM
-/// half a million: this is the middle of the last two, as far from either.
+/// At a lower rate (instructions per second) no Linux guest is usable. Hardware reaches billions, emulated hardware (nested
+/// in an emulator) hundreds of millions, a software KVM half a million: this is the geometric middle of the last two.
 const SLOWEST: f64 = 10e6;
 
-/// How often the tiny guest is timed before its rate is called too low: on a busy machine another
-/// process may have had the CPU for most of the first time.
+/// Maximum number of measurements before the rate counts as too low: on a busy machine another process may have had the CPU
+/// during the first one.
 const TRIES: usize = 3;
 
-/// What was looked at, whether it is well, and what to do if not.
+/// A result: description, success, and the remedy if it failed.
 struct Finding {
     what: &'static str,
     well: bool,
@@ -123,7 +122,7 @@ fn look() -> Vec<Finding> {
     findings
 }
 
-/// Koya's other programs, as engines find them, each with the option that prints its version.
+/// Koya's other programs, by the names that engines use, each with its version option.
 const PROGRAMS: [(&str, &str, &str); 2] = [
     (
         "containerd-shim-koya-v2",
@@ -133,13 +132,13 @@ const PROGRAMS: [(&str, &str, &str); 2] = [
     ("koya-runtime", "--version", "for podman"),
 ];
 
-/// Whether Koya's other programs are there, and of this version.
+/// Checks that Koya's other programs are installed, and have this version.
 fn programs() -> Finding {
     let mut texts = Vec::new();
     let mut well = true;
     for (name, option, purpose) in PROGRAMS {
         let Some(path) = programs::find(name) else {
-            // Who needs none of these engines does without.
+            // Without these engines, they are not needed.
             texts.push(format!("{name} ({purpose}) is not installed"));
             continue;
         };
@@ -171,7 +170,7 @@ fn programs() -> Finding {
     }
 }
 
-/// The version in the first line of what a program prints as its own: its last word.
+/// The version in a program's version output: the last word of the first line.
 fn version_in(said: &str) -> Option<&str> {
     said.lines().next()?.split_whitespace().last()
 }
@@ -180,7 +179,7 @@ fn millions(rate: f64) -> String {
     format!("{:.1} million", rate / 1e6)
 }
 
-/// The highest of up to [`TRIES`] rates, the first that is high enough ending the trying.
+/// The highest of up to [`TRIES`] rates; stops at the first one that is high enough.
 fn fastest(mut measure: impl FnMut() -> Result<f64, String>) -> Result<f64, String> {
     let mut best = 0.0_f64;
     for _ in 0..TRIES {
@@ -192,7 +191,7 @@ fn fastest(mut measure: impl FnMut() -> Result<f64, String>) -> Result<f64, Stri
     Ok(best)
 }
 
-/// Instructions a second of a guest that only counts. The time without any counting is taken off.
+/// Instructions per second of a guest that only counts, without the time of an empty run.
 fn measure() -> Result<f64, String> {
     let empty = time_of(1)?;
     let full = time_of(ROUNDS)?;
@@ -230,7 +229,7 @@ mod tests {
         assert_eq!(version_in(""), None);
     }
 
-    /// `fastest` of these rates, and how many of them it asked for.
+    /// `fastest` of these rates, and the number of measurements.
     fn fastest_of(rates: &[f64]) -> (f64, usize) {
         let mut asked = 0;
         let best = fastest(|| {

@@ -1,4 +1,4 @@
-//! Commands that ask a running container's process for something.
+//! Commands that send requests to a running container's process.
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::{Answer, KILL_LIMIT, Request};
@@ -79,17 +79,17 @@ pub(super) struct ConsoleArgs {
     name: String,
 }
 
-/// How long a sandbox may take to go once its container has ended, or once it was killed.
+/// Time limit for a sandbox to end once its container has ended, or once it was killed.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
-/// How long it may take to take up a connection.
+/// Time limit for it to accept a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How long it may take to answer, beyond what it waits for itself.
+/// Time limit for its reply, beyond its own waiting time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
-/// How long a sandbox that ends may write nothing to its disks: it has such a limit itself, which ends before this.
+/// Time for which an ending sandbox may write nothing to its disks: the sandbox has such a limit itself, which is shorter.
 const WRITE_PAUSE: Duration = Duration::from_secs(15);
-/// How long it may take to write them out, the same.
+/// Time limit for flushing them; the sandbox's own limit is shorter.
 const WRITE_OUT_LIMIT: Duration = Duration::from_secs(620);
-/// The status of a container that ended by SIGKILL.
+/// Status of a container killed by SIGKILL.
 const KILLED: i32 = 128 + libc::SIGKILL;
 
 fn find(name: &str) -> Result<Directory> {
@@ -108,11 +108,11 @@ pub(super) fn connect(name: &str) -> Result<(Directory, UnixStream)> {
     Ok((directory, stream))
 }
 
-/// One request and its one answer.
+/// Sends one request and returns the reply.
 pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
     let (_, stream) = connect(name)?;
     if matches!(request, Request::Stats) {
-        // Of several containers, one that hangs is not to hide the others.
+        // One hanging container must not hide the others.
         stream.set_read_timeout(Some(KILL_LIMIT))?;
     }
     send(&stream, request, &[])?;
@@ -124,7 +124,7 @@ pub(super) fn ask(name: &str, request: &Request) -> Result<Answer> {
     }
 }
 
-/// What a container's process answers.
+/// A reply of a container's process.
 enum Heard {
     Started(Vec<OwnedFd>),
     Over(u8),
@@ -165,7 +165,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         terminal: args.tty.then(|| terminal_size().unwrap_or((0, 0))),
         interactive: args.interactive,
     };
-    // Before any thread exists, so that none misses it.
+    // Before any thread exists, so that no signal is lost.
     let signals = Signals::new(passed_on())?;
     signals.add_signal(SIGWINCH)?;
     send(&stream, &request, &[])?;
@@ -192,7 +192,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
     }
 }
 
-/// Passes signals on; once the process is over, they are this command's own.
+/// Forwards signals; once the process has ended, they apply to this command.
 fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBool>) -> Result<()> {
     threads::spawn("koya-signals", move || {
         for signal in signals.forever() {
@@ -213,26 +213,27 @@ fn forward_signals(mut signals: Signals, stream: UnixStream, over: Arc<AtomicBoo
     Ok(())
 }
 
-/// What containers are told to do.
+/// A request to several containers, and its time limits.
 struct Order {
     request: Request,
-    /// How long the answer may take.
+    /// Time limit for the reply.
     limit: Duration,
-    /// The same of a process that is stopped (SIGSTOP) or takes up no connections: it does nothing meanwhile.
+    /// Time limit if the process is stopped (SIGSTOP) or accepts no connections, and thus makes no progress.
     limit_if_stopped: Duration,
-    /// They are to end: one whose process does not answer is killed.
+    /// Whether the containers are to end: one whose process does not reply is killed.
     is_end: bool,
-    /// How long the process may write nothing to the container's disks before it is gone. None: it need not go.
+    /// Time for which the process may write nothing to the container's disks before it must have ended; `None` if it need
+    /// not end.
     write_pause: Option<Duration>,
 }
 
-/// A sandbox that ends, and may still have to write to its disks.
+/// An ending sandbox, which may still have to write to its disks.
 struct Ending<'a> {
     directory: &'a Directory,
-    /// How long it may write nothing.
+    /// Maximum time without a write.
     pause: Duration,
     began: Instant,
-    /// How much it had written at the last look.
+    /// Number of writes at the last check.
     written: Option<u64>,
 }
 
@@ -246,7 +247,7 @@ impl<'a> Ending<'a> {
         })
     }
 
-    /// Whether it has written since the last look, or is at work on that. One that does not say so has not.
+    /// Whether it has written since the last check, or is about to. Without a reply it has not.
     fn writes(&mut self) -> bool {
         if self.began.elapsed() > WRITE_OUT_LIMIT {
             return false;
@@ -262,12 +263,12 @@ impl<'a> Ending<'a> {
         self.written.replace(done) != Some(done) || is_host_at_work
     }
 
-    /// Waits until its process has ended; false if it does nothing that is waited for.
+    /// Waits until its process has ended; false if it is not making progress.
     fn wait(&mut self) -> bool {
         let mut limit = GONE_LIMIT.min(self.pause * 2);
         while !self.directory.wait_ended(limit) {
             if !self.writes() {
-                // It may have gone just now.
+                // It may have ended just now.
                 return !self.directory.is_running();
             }
             limit = self.pause;
@@ -276,7 +277,7 @@ impl<'a> Ending<'a> {
     }
 }
 
-/// How much was written to a container's disks, and whether the host is at work on more.
+/// Number of writes to a container's disks, and whether the host is processing more.
 fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
     let stream = directory.connect(limit)?;
     stream.set_read_timeout(Some(limit))?;
@@ -293,12 +294,12 @@ fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
     }
 }
 
-/// Asks each container, and goes on when one can't.
+/// Sends the request to each container, and continues on failures.
 fn for_each(names: &[String], order: &Order) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
     for name in names {
         match find(name).and_then(|directory| ask_one(name, &directory, order)) {
-            // The others are asked all the same if nobody reads of this one.
+            // Continues with the others even if the output can't be written.
             Ok(0) => said = said.and(say!("{name}")),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
@@ -336,7 +337,7 @@ fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {
     Ok(0)
 }
 
-/// The answer to an order, or that nothing came within its limit. What ends may write to its disks beyond that.
+/// The reply to a request, or a timeout. An ending sandbox may take longer while it writes to its disks.
 fn hear_in_time(
     name: &str,
     directory: &Directory,
@@ -363,7 +364,7 @@ fn hear_in_time(
     answer
 }
 
-/// Nothing came within the limit.
+/// Whether the time limit has expired.
 fn is_silence(error: &anyhow::Error) -> bool {
     let timed_out = |error: &std::io::Error| error.kind() == std::io::ErrorKind::TimedOut;
     error.downcast_ref().is_some_and(timed_out)
@@ -371,7 +372,7 @@ fn is_silence(error: &anyhow::Error) -> bool {
 }
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
-    // The sandbox has these limits itself, and ends the machine after them.
+    // The sandbox applies these limits itself, and ends the machine after them.
     let term = Duration::from_secs(args.time);
     let own = term.saturating_add(KILL_LIMIT);
     for_each(
@@ -393,7 +394,7 @@ pub(super) fn kill(args: &KillArgs) -> Outcome {
         &Order {
             request: Request::Signal(args.signal),
             limit: KILL_LIMIT,
-            // Another signal may come when the process goes on.
+            // Another signal may arrive when the process continues.
             limit_if_stopped: if is_end { ANSWER_LIMIT } else { KILL_LIMIT },
             is_end,
             write_pause: None,
@@ -413,7 +414,7 @@ pub(super) fn console(args: &ConsoleArgs) -> Outcome {
         .next()
         .context("the console has no stream")?;
     let console = UnixStream::from(console);
-    // The end of what is typed is told by closing that direction.
+    // The end of the input is signalled by closing that direction.
     let streams = ProcessStreams::Pipes {
         stdin: Some(console.try_clone()?),
         stdout: console,
@@ -439,7 +440,7 @@ mod tests {
             let path = dir.path().join("c");
             std::fs::create_dir(&path).unwrap();
             let (directory, mut child) = hanging(&path, keep);
-            // Connections are taken up by the kernel, and nobody reads.
+            // The kernel accepts connections, and nothing reads from them.
             let _listener = directory.listen().unwrap();
             let pid = rustix::process::Pid::from_child(&child);
             rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
@@ -503,7 +504,7 @@ mod tests {
         }
     }
 
-    /// The next connection, for which a test does not wait for ever.
+    /// The next connection, with a time limit.
     fn accept(listener: &UnixListener) -> UnixStream {
         let limit = Timespec {
             tv_sec: 20,
@@ -514,7 +515,7 @@ mod tests {
         listener.accept().unwrap().0
     }
 
-    /// Answers one question about disks.
+    /// Replies to one request about disk writes.
     fn answer_writes(listener: &UnixListener, done: u64) {
         let asked = accept(listener);
         let request = Wire::new(asked.try_clone().unwrap()).receive::<Request>();
@@ -535,7 +536,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let stopped = accept(&listener);
-                // Its container ends slowly, and so does its machine then.
+                // Its container ends slowly, and then its machine.
                 (0..4).for_each(|done| answer_writes(&listener, done));
                 send(&stopped, &Answer::Done(0), &[]).unwrap();
                 (4..7).for_each(|done| answer_writes(&listener, done));

@@ -1,4 +1,4 @@
-//! `koya config`: the settings of sandboxes that other programs ask for.
+//! `koya config`: the settings of sandboxes under containerd and other engines.
 
 use super::Outcome;
 use super::output::{self, complain, say};

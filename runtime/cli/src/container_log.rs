@@ -1,6 +1,6 @@
-//! A detached container's log: its standard output and error, up to a bound.
+//! Log of a detached container: its standard output and error, with a size limit.
 //!
-//! When `log` is full it becomes `log.old`, and what was `log.old` is gone.
+//! When `log` is full, it replaces `log.old`.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// How large each of the two files may be, in bytes.
+/// Maximum size of each of the two files in bytes.
 const MAX_FILE: u64 = 16 << 20;
 
 struct State {
@@ -18,7 +18,7 @@ struct State {
     limit: u64,
 }
 
-/// Writes the log. Clones write to the same one. A full disk loses lines, but does not disturb the
+/// Writes the log. Clones write to the same log. A full disk loses lines, but does not disturb the
 /// container.
 #[derive(Clone)]
 pub(super) struct LogWriter(Arc<Mutex<State>>);
@@ -70,13 +70,13 @@ impl Write for LogWriter {
     }
 }
 
-/// How much of a line is kept for its end, in bytes, as other engines' logs have it.
+/// Maximum length of a line that is buffered until its end, in bytes, as in the logs of other engines.
 const MAX_LINE: usize = 16 << 10;
 
-/// A stream of a container on its way into a log: lines of one do not get into those of the other.
+/// A stream of a container that is written to the log, such that lines of several streams are not mixed.
 pub(super) struct Lines {
     log: LogWriter,
-    /// A line that has not ended.
+    /// An incomplete line.
     rest: Vec<u8>,
 }
 
@@ -97,7 +97,7 @@ impl Write for Lines {
         let whole = bytes.iter().rposition(|byte| *byte == b'\n');
         let (whole, rest) = bytes.split_at(whole.map_or(0, |end| end + 1));
         if !whole.is_empty() {
-            // In one piece: between two, the other stream may have its turn.
+            // In one write: between two, the other stream could be written.
             self.rest.extend_from_slice(whole);
             self.log_rest();
         }
@@ -108,7 +108,7 @@ impl Write for Lines {
         Ok(bytes.len())
     }
 
-    /// A line that has not ended waits on.
+    /// Keeps an incomplete line.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -127,7 +127,7 @@ pub(super) struct LogReader {
 }
 
 impl LogReader {
-    /// Of the log at `path`, whether or not it is there yet.
+    /// A reader for the log at `path`, which need not exist yet.
     pub(super) fn new(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
@@ -135,12 +135,12 @@ impl LogReader {
         }
     }
 
-    /// Copies all that has come since the last call.
+    /// Copies everything written since the last call.
     pub(super) fn copy_new(&mut self, to: &mut impl Write) -> io::Result<()> {
         if self.current.is_none() {
             self.current = File::open(old(&self.path)).ok();
         }
-        // Opened before the former file is read: once it is another, nothing more comes to that.
+        // Opened before the previous file is read: once it has been replaced, nothing more is written to the latter.
         let newest = match File::open(&self.path) {
             Ok(file) => Some(file),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
@@ -176,7 +176,7 @@ mod tests {
         out.write_all(b"o\nthree").unwrap();
         err.write_all(b"s\n").unwrap();
         assert_eq!(read(), "one\ntwo\nerrors\n");
-        // Who writes no line ends is read all the same, and at the end nothing is missing.
+        // Output without line breaks is read too, and is complete at the end.
         err.write_all(&[b'.'; MAX_LINE + 1]).unwrap();
         drop(out);
         assert_eq!(read().len(), "one\ntwo\nerrors\nthree".len() + MAX_LINE + 1);
@@ -205,7 +205,7 @@ mod tests {
         );
         let sizes = [path.clone(), old(&path)].map(|p| p.metadata().unwrap().len());
         assert!(sizes.iter().all(|size| *size <= 100), "{sizes:?}");
-        // Who comes late gets the newest part, from the beginning of a line.
+        // A late reader gets the newest part, from the beginning of a line.
         let mut late = Vec::new();
         LogReader::new(&path).copy_new(&mut late).unwrap();
         assert!(late.len() > 100 && all.ends_with(&late));

@@ -1,9 +1,8 @@
-//! A sandbox's control socket: how other commands reach a container that this process runs.
+//! Control socket of a sandbox, by which other commands reach a container that this process runs.
 //!
-//! A connection is one request, a line of JSON. Lines that follow belong to the same process
-//! (signals, sizes). The answer is a line too; for what has streams, a line before it brings their
-//! descriptors, so that the user's terminal is read by the user's own command and by nobody else.
-//! Who may connect is whom the directory's mode lets in.
+//! Each connection carries one request, a line of JSON. Further lines belong to the same process (signals, sizes). The reply
+//! is a line, too; for requests with streams, an earlier line carries their descriptors, so that only the user's command
+//! reads the user's terminal. Access is controlled by the mode of the directory.
 
 use super::attach::ProcessStreams;
 use super::disk::{DiskRequest, Disks};
@@ -23,18 +22,18 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How long the console is still shown once nothing more is typed.
+/// Time for which the console is still shown after the end of the input.
 const CONSOLE_GRACE: Duration = Duration::from_millis(500);
 
-/// How long a container may take to end after SIGKILL, but for its disks' being written out: its virtual machine
-/// ends before that if it does not.
+/// Time limit for a container to end after SIGKILL, not counting the flushing of its disks: the virtual machine is ended
+/// earlier if the container does not end.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(12);
 
-/// What a command asks of a running container.
+/// A request to a running container.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Request {
-    /// Run a process. What is not given is as the container's own.
+    /// Run a process. Missing properties are those of the container.
     Exec {
         args: Vec<String>,
         env: Vec<String>,
@@ -43,60 +42,60 @@ pub(super) enum Request {
         terminal: Option<(u16, u16)>,
         interactive: bool,
     },
-    /// Signal the first process, or the one that this connection runs.
+    /// Send a signal to the first process, or to the process of this connection.
     Signal(i32),
-    /// A new size for the terminal of the one that this connection runs.
+    /// Resize the terminal of the process of this connection.
     Resize(u16, u16),
-    /// End the container: SIGTERM, and SIGKILL after so many seconds.
+    /// End the container: SIGTERM, and SIGKILL after this many seconds.
     Stop(u64),
-    /// How much was written to its disks: what an end waits for.
+    /// Report the number of writes to its disks, for a wait for its end.
     Writes,
     /// Connect a stream to the guest's console.
     Console,
-    /// What guest and host use.
+    /// Report the resource usage in the guest and on the host.
     Stats,
     /// Change its disks.
     Disk(DiskRequest),
-    /// Make the guest larger or smaller.
+    /// Resize the guest.
     Update {
         cpus: Option<u32>,
         memory_mib: Option<u64>,
     },
 }
 
-/// The answer.
+/// A reply.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Answer {
-    /// It runs; its streams' descriptors are beside this, and another answer follows.
+    /// The process runs; the descriptors of its streams are attached, and another reply follows.
     Started,
-    /// What was asked for; another answer follows.
+    /// Resource usage; another reply follows.
     Stats(Box<Stats>),
-    /// How much was written so far, and whether the host is at work on more; another answer follows.
+    /// Number of writes so far, and whether the host is processing more; another reply follows.
     Writes { done: u64, is_host_at_work: bool },
-    /// Where the container has it now; another answer follows.
+    /// Path of the disk in the container; another reply follows.
     Device(PathBuf),
-    /// How large the guest is now; another answer follows.
+    /// Size of the guest; another reply follows.
     Size { cpus: u32, memory_mib: u64 },
-    /// It was done; for a process, its exit status.
+    /// Success; for a process, its exit status.
     Done(i32),
-    /// It was not.
+    /// Failure.
     Failed { status: i32, reason: String },
 }
 
-/// How many processes other commands run in the container at this moment.
+/// Number of processes that other commands are running in the container.
 #[derive(Clone, Default)]
 pub(super) struct Execs(Arc<(Mutex<usize>, Condvar)>);
 
 impl Execs {
-    /// Counts one until what is returned is dropped.
+    /// Increments the count until the returned value is dropped.
     fn begin(&self) -> Running {
         *self.count() += 1;
         Running(self.clone())
     }
 
-    /// Waits until all have their status, so long at most. They end with the container, and whoever waits for them
-    /// is to hear that before this process ends.
+    /// Waits up to `limit` until all have been sent their status. They end with the container, and their commands must get
+    /// the status before this process ends.
     pub(super) fn wait(&self, limit: Duration) {
         let ended = self.0.1.wait_timeout_while(self.count(), limit, |n| *n > 0);
         if ended.is_ok_and(|(_, limit)| limit.timed_out()) {
@@ -118,7 +117,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts to answer. It ends with this process. `stop_signal` asks the container to end.
+/// Starts serving, until the end of this process. `stop_signal` asks the container to end.
 ///
 /// # Errors
 /// If the host refuses the socket or the thread.
@@ -155,7 +154,7 @@ fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()>
     Ok(())
 }
 
-/// What requests are about.
+/// The objects that requests act on.
 struct Served {
     container: Arc<Container>,
     sandbox: Arc<Sandbox>,
@@ -165,7 +164,7 @@ struct Served {
 }
 
 fn answer(stream: &UnixStream, served: &Served) {
-    // Until the answer is sent.
+    // Until the reply is sent.
     let mut counted = None;
     let answer = match carry_out(stream, served, &mut counted) {
         Ok(status) => Answer::Done(status),
@@ -254,7 +253,7 @@ fn carry_out(stream: &UnixStream, served: &Served, counted: &mut Option<Running>
     Ok(0)
 }
 
-/// Runs a process, whose streams go to the other side; its exit status.
+/// Runs a process with its streams passed to the other side; returns its exit status.
 fn exec(
     stream: &UnixStream,
     wire: Wire,
@@ -264,14 +263,14 @@ fn exec(
     let mut process = container.exec(process)?;
     let streams = ProcessStreams::take(&mut process).context("it has no streams")?;
     send(stream, &Answer::Started, &streams.fds()).ok();
-    // The other side has its own now; the guest sees the end when that goes.
+    // The other side has its own copies now; the guest sees the end of the stream when those are closed.
     drop(streams);
     let process = Arc::new(process);
     follow(wire, &process)?;
     Ok(process.wait()?)
 }
 
-/// Types what comes from the other side, until it hangs up.
+/// Forwards input from the other side to the console, until it hangs up.
 fn console(stream: &UnixStream, sandbox: &Sandbox) -> Result<()> {
     let (mut ours, theirs) = UnixStream::pair()?;
     sandbox.follow_console(ours.try_clone()?);
@@ -281,7 +280,7 @@ fn console(stream: &UnixStream, sandbox: &Sandbox) -> Result<()> {
     loop {
         let count = ours.read(&mut bytes)?;
         if count == 0 {
-            // What was kept goes out first; then nobody follows any more.
+            // The kept output is sent first; then the follower ends.
             std::thread::sleep(CONSOLE_GRACE);
             ours.shutdown(std::net::Shutdown::Both).ok();
             return Ok(());
@@ -290,8 +289,7 @@ fn console(stream: &UnixStream, sandbox: &Sandbox) -> Result<()> {
     }
 }
 
-/// Carries signals and sizes from the connection to the process; a connection that breaks is a
-/// user who hung up.
+/// Forwards signals and sizes from the connection to the process; a broken connection means that the user has hung up.
 fn follow(mut wire: Wire, process: &Arc<Process>) -> Result<()> {
     let process = process.clone();
     spawn("koya-follow", move || {
@@ -325,7 +323,7 @@ mod tests {
         waiter.join().unwrap();
     }
 
-    /// Containers are killed and stopped by a koya of another version: what version 0.1 says and understands.
+    /// Containers may be killed and stopped by another version of koya: the format of version 0.1.
     #[test]
     fn requests_of_other_versions_are_understood() {
         let request = |text: &str| serde_json::from_str::<Request>(text).unwrap();

@@ -49,7 +49,7 @@ enum Command {
     },
 }
 
-/// What a command asks of a running container's disks.
+/// A request for a running container's disks.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum DiskRequest {
@@ -87,12 +87,12 @@ pub(super) fn main(args: &DiskArgs) -> Outcome {
     Ok(0)
 }
 
-/// The disks that a container got while it ran.
+/// Disks attached to a running container.
 #[derive(Default)]
 pub(super) struct Disks(Mutex<Vec<Disk>>);
 
 impl Disks {
-    /// Carries a request out; where the container has what it got.
+    /// Executes a request; returns the path of an attached disk in the container.
     pub(super) fn carry_out(
         &self,
         request: &DiskRequest,
@@ -105,7 +105,7 @@ impl Disks {
                 let disk = sandbox.attach_disk(config)?;
                 if let Err(error) = container.add_device(disk.device()) {
                     if sandbox.detach_disk(&disk).is_err() {
-                        // Something in the guest uses it: it can be detached by name later.
+                        // It is in use in the guest: it can be detached by name later.
                         disks.push(disk);
                     }
                     return Err(error.into());
@@ -139,7 +139,7 @@ impl Disks {
     }
 }
 
-/// A disk that the container had from the start.
+/// A disk that was attached at the start.
 fn from_start(
     container: &Container,
     sandbox: &Sandbox,

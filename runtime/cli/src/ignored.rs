@@ -1,10 +1,10 @@
-//! Signals that this command was started to ignore, as nohup(1) and a shell's background jobs ask it to.
-//! They stay ignored; the container's own processes start with every signal at its default.
+//! Signals that were already ignored when this command was started, by nohup(1) or for background jobs of a shell.
+//! They stay ignored; processes of the container start with default handling of all signals.
 
 use std::sync::OnceLock;
 
-/// The signals that a command passes on to a process in a container: all that are not ignored, but for those that
-/// can't be caught, that tell of faults, and that are about this command's own children, terminal and streams.
+/// Signals that a command forwards to a process in a container: all that are not ignored, except those that can't be caught,
+/// report faults, or concern this command's own children, terminal and streams.
 pub(super) fn passed_on() -> Vec<i32> {
     const OWN: [i32; 17] = [
         libc::SIGILL,
@@ -25,7 +25,7 @@ pub(super) fn passed_on() -> Vec<i32> {
         libc::SIGWINCH,
         libc::SIGSYS,
     ];
-    // Between both ranges are the C library's.
+    // Those between the two ranges belong to the C library.
     let all = (1..=libc::SIGSYS).chain(libc::SIGRTMIN()..=libc::SIGRTMAX());
     let ignored = mask();
     all.filter(|signal| !OWN.contains(signal) && ignored & bit(*signal) == 0)
@@ -36,7 +36,7 @@ fn bit(signal: i32) -> u64 {
     1 << (signal - 1)
 }
 
-/// As it was when it was first asked for: before this process has handlers of its own.
+/// The mask at the first call, before this process installs handlers.
 fn mask() -> u64 {
     static MASK: OnceLock<u64> = OnceLock::new();
     *MASK.get_or_init(|| {

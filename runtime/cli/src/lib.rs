@@ -1,7 +1,7 @@
 //! The `koya` command: thin front ends over the `koya` library.
 //!
-//! Exit statuses: that of the container's program for `run` and `exec`; 125 if Koya itself could
-//! not do it, 126 and 127 if the program can't be run or found, as with other container tools.
+//! Exit statuses: that of the container's program for `run` and `exec`; 125 if Koya itself failed, 126 and 127 if the
+//! program can't be run or found, as with other container tools.
 
 mod alone;
 mod attach;
@@ -33,10 +33,10 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// The status of a command that Koya itself could not carry out.
+/// Exit status of a command if Koya itself failed.
 const FAILED: u8 = 125;
 
-/// What is logged, in env_logger's words: `koya=info`, `koya_devices=debug`, ...
+/// Environment variable for the log filter, in env_logger's syntax: `koya=info`, `koya_devices=debug`, ...
 const LOG_VARIABLE: &str = "KOYA_LOG";
 
 /// Containers that each run in a virtual machine of their own.
@@ -89,7 +89,7 @@ enum Command {
     Env(environment::EnvArgs),
 }
 
-/// What a command ends with.
+/// Exit status of a command, or its error.
 type Outcome = anyhow::Result<u8>;
 
 /// The definition of the command line, for its manual pages and completions.
@@ -101,7 +101,7 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let began = Instant::now();
     koya::prepare_process();
-    // What the caller has open is for neither helpers nor a container's process in the background.
+    // Open descriptors of the caller must not leak to helpers or to the process of a detached container.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         output::complain!("koya: cannot keep what is open from other programs: {error}");
         return ExitCode::from(FAILED);
@@ -112,7 +112,7 @@ pub fn main() -> ExitCode {
     };
     log_to_stderr();
     if let Err(error) = state::sweep() {
-        // A command that needs the directories says so itself.
+        // A command that needs the directories reports the error itself.
         log::debug!("cannot clear away what killed containers left: {error:#}");
     }
     let outcome = match cli.command {
@@ -143,10 +143,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Shows the help that was asked for, or what is wrong with the arguments.
+/// Prints the requested help, or the error in the arguments.
 fn usage(error: &clap::Error) -> ExitCode {
     let shown = error.print().and_then(|()| std::io::stdout().flush());
-    // Of a wrong command line, too, Koya says that it failed: clap's own 2 may be a program's.
+    // An invalid command line is a failure of Koya, too: clap's status 2 could be a program's.
     let status = if error.use_stderr() { FAILED } else { 0 };
     ExitCode::from(match shown {
         Err(_) if error.use_stderr() => status,
@@ -159,7 +159,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     })
 }
 
-/// Warnings of Koya's own crates, or what `KOYA_LOG` asks for.
+/// Logs warnings of Koya's own crates, or as set by `KOYA_LOG`.
 fn log_to_stderr() {
     let filter = env_logger::Env::new().filter_or(LOG_VARIABLE, "koya=warn");
     env_logger::Builder::from_env(filter)
@@ -170,7 +170,7 @@ fn log_to_stderr() {
         .init();
 }
 
-/// A program that can't be found is the user's slip, everything else is ours.
+/// Exit status for an error: 126 or 127 for a program that can't be executed, 125 for everything else.
 fn failure_status(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<koya::Error>() {
         Some(koya::Error::NotExecutable { status, .. }) => *status as u8,

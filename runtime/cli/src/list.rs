@@ -1,4 +1,4 @@
-//! Commands that only look at what is written down.
+//! Commands that only read stored state.
 
 use super::container_log::LogReader;
 use super::output::{self, Output, complain, say};
@@ -10,15 +10,15 @@ use serde_json::json;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
 
-/// How long a sandbox may take to go after SIGKILL: its memory is given back.
+/// Time limit for a sandbox to end after SIGKILL: its memory is being freed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How often a log that is followed is looked at, in milliseconds.
+/// Polling interval for a followed log, in milliseconds.
 const LOG_LOOK_MS: i64 = 100;
 
 #[derive(Args)]
 pub(super) struct PsArgs {
-    /// Show all containers, also those that have exited
+    /// Show all containers, including those that have exited
     #[arg(long, short)]
     all: bool,
     /// Print JSON
@@ -119,7 +119,7 @@ pub(super) fn logs(args: &LogsArgs) -> Outcome {
     }
     let mut log = LogReader::new(&directory.log());
     loop {
-        // Looked at before the last read, so that nothing written before the end is missed.
+        // Checked before the last read, so that nothing written before the end is missed.
         let running = directory.is_running();
         log.copy_new(&mut Output)?;
         Output.flush()?;
@@ -146,9 +146,9 @@ pub(super) fn rm(args: &RmArgs) -> Outcome {
     Ok(worst)
 }
 
-/// Whether there was one.
+/// Removes a container; returns whether it existed.
 fn rm_one(name: &str, force: bool) -> Result<bool> {
-    // As with Docker: it need not be there for --force.
+    // As in Docker, it need not exist with --force.
     if force && Directory::look_for(name)?.is_none() {
         return Ok(false);
     }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// musl's own gives memory back to the kernel, and asks for it again, with each buffer that comes and goes.
+/// musl's allocator returns memory to the kernel, and requests it again, for each buffer.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;

@@ -1,8 +1,8 @@
-//! `koya run --net`: which network the guest has.
+//! `koya run --net`: the network of the guest.
 //!
-//! `user` needs no privilege. The process moves into a network namespace of its own (and, without
-//! root, a user namespace), and pasta gives that namespace an interface whose traffic it speaks for
-//! with ordinary sockets on the host. The guest takes the place of that interface.
+//! `user` needs no privilege. The process moves into a new network namespace (and, without root, a user namespace), and
+//! pasta gives that namespace an interface whose traffic it forwards by ordinary sockets on the host. The guest takes the
+//! place of that interface.
 
 use super::alone::{self, Alone};
 use super::programs;
@@ -30,10 +30,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// What pasta calls its interface in the namespace.
+/// Name of pasta's interface in the namespace.
 const PASTA_INTERFACE: &str = "eth0";
-/// Where guests with `--net user` ask for names; pasta passes it on to the host's resolver. A
-/// link-local address, so that it is nobody's; if it is the host's, the next one.
+/// Address of the name server for guests with `--net user`; pasta forwards it to the host's resolver. A link-local address,
+/// so that it is not in use elsewhere; if the host uses it, the next one is taken.
 const RESOLVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -58,24 +58,24 @@ pub(super) struct NetArgs {
     /// Set the MTU, in bytes (--net tap and user)
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     mtu: Option<u16>,
-    /// What was learnt of the host before this process moved away.
+    /// Properties of the host, read before this process changed its namespace.
     #[arg(skip)]
     host: OnceLock<Outside>,
 }
 
-/// The host, as a guest with `--net user` has to know it.
+/// Properties of the host that a guest with `--net user` depends on.
 #[derive(Clone, Debug)]
 struct Outside {
-    /// Addresses that are the host's own.
+    /// Addresses of the host.
     addresses: Vec<IpNet>,
-    /// Where the guest asks for names.
+    /// Address of the name server for the guest.
     resolver: Ipv4Addr,
-    /// The network that the guest has if the host has no route to others.
+    /// The guest's network if the host has no default route.
     alone: Option<Alone>,
 }
 
 impl Outside {
-    /// Of a host with these addresses, and with a default route or without.
+    /// For a host with these addresses, with or without a default route.
     fn of(addresses: Vec<IpNet>, is_routed: bool) -> Result<Self> {
         let is_free = |ip: &Ipv4Addr| !addresses.iter().any(|net| net.contains(&IpAddr::V4(*ip)));
         let alone = match is_routed {
@@ -110,7 +110,7 @@ fn parse_kind(text: &str) -> Result<Kind, String> {
 }
 
 impl NetArgs {
-    /// Makes what the network needs of this process, which must have one thread.
+    /// Prepares this process, which must be single-threaded, for the network.
     pub(super) fn enter(&self) -> Result<()> {
         if self.net != Kind::User && !self.publish.is_empty() {
             bail!("--publish needs --net user");
@@ -143,7 +143,7 @@ impl NetArgs {
         }
     }
 
-    /// What the sandbox is to have.
+    /// The networks for the sandbox.
     pub(super) fn networks(&self) -> Vec<NetworkConfig> {
         let network = match &self.net {
             Kind::None => return Vec::new(),
@@ -166,7 +166,7 @@ impl NetArgs {
     fn tap(&self, name: String) -> NetworkConfig {
         let [host, guest] = pair(std::process::id());
         let address = match self.ip {
-            // Who gives the guest's address knows the network; the host's end is theirs.
+            // A user who sets the guest's address also configures the host's end.
             Some(_) => None,
             None => Some(host),
         };
@@ -181,19 +181,18 @@ impl NetArgs {
         network
     }
 
-    /// Serves published ports for those who call from the host itself: pasta brings what comes from
-    /// outside straight to the guest, but what is addressed to the host's loopback to the loopback of
-    /// our namespace, where we listen.
+    /// Serves published ports for connections from the host itself: pasta forwards connections from outside straight to the
+    /// guest, but those to the host's loopback go to the loopback of this namespace, where this listens.
     pub(super) fn serve_ports(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let ports: BTreeSet<u16> = self.publish.iter().flat_map(Ports::tcp_of_guest).collect();
         let connections = Connections::new(connection_limit(getrlimit(Resource::Nofile).current));
         for guest in ports {
-            // Which of the namespace's addresses pasta calls differs between its versions; what comes
-            // from the network never arrives here, since it is redirected before.
+            // pasta's destination address in the namespace depends on its version; connections from the network never arrive
+            // here, since they are redirected before.
             let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, guest))
                 .or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, guest)))
                 .with_context(|| format!("cannot listen at port {guest}"))?;
-            // The standard library's own is 128.
+            // The backlog of the standard library is 128.
             rustix::net::listen(&listener, BACKLOG)?;
             let (sandbox, connections) = (sandbox.clone(), connections.clone());
             threads::spawn("koya-port", move || {
@@ -203,7 +202,7 @@ impl NetArgs {
         Ok(())
     }
 
-    /// The guest's /etc/resolv.conf, where its network has a resolver of its own.
+    /// The guest's /etc/resolv.conf, if its network has its own name server.
     pub(super) fn resolver(
         &self,
         rootfs: &Path,
@@ -217,7 +216,8 @@ impl NetArgs {
             return Ok(None);
         }
         let etc = rootfs.join("etc");
-        // In an image's own layer of memory one can always be made; a link leads to a file, or one is made where it leads.
+        // With an image, it can be created in the writable layer in memory; a link leads to a file, or to the place where
+        // one is created.
         let there = !rootfs.is_dir()
             || match etc.join("resolv.conf").symlink_metadata() {
                 Ok(data) => data.is_file() || data.is_symlink(),
@@ -238,11 +238,11 @@ impl NetArgs {
     }
 }
 
-/// How many connections may wait to be taken up: as many as the host's kernel keeps by default.
+/// Backlog of listening sockets: the default of the host's kernel.
 const BACKLOG: i32 = 4096;
 
-/// The most connections through published ports from the host itself at a time: an eighth of the process's
-/// descriptors, of which each takes three, up to what the guest's vsock has room for.
+/// Maximum number of concurrent connections from the host itself through published ports: an eighth of the process's
+/// descriptors, three per connection, up to the capacity of the guest's vsock.
 fn connection_limit(descriptors: Option<u64>) -> usize {
     let share = descriptors.map_or(MAX_CONNECTIONS, |all| {
         usize::try_from(all / 8).unwrap_or(MAX_CONNECTIONS)
@@ -250,7 +250,7 @@ fn connection_limit(descriptors: Option<u64>) -> usize {
     share.clamp(1, MAX_CONNECTIONS)
 }
 
-/// What all published ports have in common.
+/// State shared by all published ports.
 #[derive(Clone)]
 struct Connections {
     limit: usize,
@@ -258,7 +258,7 @@ struct Connections {
     refused: Arc<Warnings>,
 }
 
-/// One of them, as long as it lives.
+/// A connection, counted as long as this lives.
 struct Held(Arc<AtomicUsize>);
 
 impl Drop for Held {
@@ -276,7 +276,7 @@ impl Connections {
         }
     }
 
-    /// One more; nothing if there are too many.
+    /// Counts one more connection; `None` if there are too many.
     fn take(&self) -> Option<Held> {
         self.live.fetch_add(1, Ordering::SeqCst);
         let held = Held(self.live.clone());
@@ -296,7 +296,7 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>, connections
             Ok(socket) => socket,
             Err(error) => {
                 refuse(&error);
-                // No descriptors, say: others may go.
+                // Out of descriptors, for example: other connections may end.
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             }
@@ -313,7 +313,7 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>, connections
             let _held = held;
             match sandbox.connect(port) {
                 Ok(stream) => join(&socket, &stream),
-                // Most often nobody listens there.
+                // Usually nothing listens on that port.
                 Err(error) => log::debug!("port {port}: {error}"),
             }
         });
@@ -323,7 +323,7 @@ fn accept(listener: &TcpListener, port: u16, sandbox: &Arc<Sandbox>, connections
     }
 }
 
-/// Copies both ways until both have ended.
+/// Copies in both directions until both have ended.
 fn join(socket: &TcpStream, stream: &UnixStream) {
     socket.set_nodelay(true).ok();
     std::thread::scope(|scope| {
@@ -348,8 +348,8 @@ fn default_route(gateway: IpAddr) -> Route {
     Route::new(IpNet::new_assert(everywhere, 0), Some(gateway))
 }
 
-/// Two link-local addresses of a network of their own, for the host and for a guest: from the
-/// process's number, so that sandboxes of one host differ.
+/// Two link-local addresses in a separate network, for the host and for a guest: derived from the process ID, so that they
+/// differ between sandboxes.
 fn pair(process: u32) -> [IpNet; 2] {
     // 169.254.0.0/24 and 169.254.255.0/24 are reserved (RFC 3927).
     let block = 64 + process % (254 * 64);
@@ -372,7 +372,7 @@ fn enter_user(publish: &[Ports], host: &Outside) -> Result<()> {
         false => "cannot make a network namespace (are user namespaces switched off?)",
     })?;
     if !root {
-        // We stay who we are; one user and one group is all that is allowed without privilege.
+        // The user stays the same; only one user and one group can be mapped without privileges.
         for (file, text) in [
             ("setgroups", "deny".to_owned()),
             ("uid_map", format!("{0} {0} 1", uid.as_raw())),
@@ -385,8 +385,8 @@ fn enter_user(publish: &[Ports], host: &Outside) -> Result<()> {
     pasta.join()
 }
 
-/// Waits for our namespace outside of it, runs pasta there, and ends it when our end of its input is
-/// closed, however we ended: pasta itself would stay.
+/// Waits outside our namespace for it to exist, runs pasta in it, and ends pasta when our end of its input is closed for any
+/// reason: pasta itself would stay.
 const KEEPER: &str = r#"
     exec 3<&0
     program=$1
@@ -406,16 +406,16 @@ const KEEPER: &str = r#"
     kill $watch
     exit $status"#;
 
-/// How long pasta may take to set up its interface.
+/// Time limit for pasta to set up its interface.
 const PASTA_LIMIT: Duration = Duration::from_secs(20);
 
 const PID_FILE: &str = "pasta.pid";
 
-/// pasta and what keeps it.
+/// pasta and its supervisor.
 struct Pasta {
     keeper: Child,
-    /// It writes its number there once the interface is there. In /tmp: Debian's AppArmor profile lets
-    /// pasta write there and to the user's home.
+    /// File to which pasta writes its PID once the interface exists. In /tmp: Debian's AppArmor profile only lets pasta
+    /// write there and to the user's home.
     ready: TempDir,
 }
 
@@ -445,14 +445,14 @@ impl Pasta {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            // The terminal's signals are for the container.
+            // Signals from the terminal are for the container.
             .process_group(0)
             .spawn()
             .context("cannot start pasta")?;
         Ok(Self { keeper, ready })
     }
 
-    /// Lets it join our namespace, and waits for its interface.
+    /// Makes pasta join our namespace, and waits for its interface.
     fn join(&mut self) -> Result<()> {
         let mut input = self.keeper.stdin.take().context("pasta has no input")?;
         writeln!(input, "{}", std::process::id())?;
@@ -474,7 +474,7 @@ impl Pasta {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        // It stays open as long as this process lives; its end is pasta's.
+        // It stays open as long as this process lives; closing it ends pasta.
         std::mem::forget(input);
         Ok(())
     }

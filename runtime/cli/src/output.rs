@@ -1,7 +1,7 @@
-//! What this command says itself, on standard output and standard error.
+//! Output of this command itself, on standard output and standard error.
 //!
-//! A reader that goes away (`koya ps | head -1`) ends the command quietly, with the status of a program that
-//! SIGPIPE ended; any other failure to write, such as a full disk, is an error. Rust's own macros panic then.
+//! If the reader closes standard output (`koya ps | head -1`), the command ends silently, with the status of a program ended
+//! by SIGPIPE; any other write error, such as a full disk, is reported. Rust's own macros would panic.
 
 use anyhow::Result;
 use koya_tasks::Patient;
@@ -9,10 +9,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use std::fmt::{self, Arguments};
 use std::io::{self, ErrorKind, Write};
 
-/// The status of a command whose reader has gone: 128 and SIGPIPE.
+/// Status of a command whose reader has closed the output: 128 plus SIGPIPE.
 pub(super) const READER_GONE: u8 = 128 + libc::SIGPIPE as u8;
 
-/// Nobody reads standard output any more.
+/// The reader of standard output has closed it.
 #[derive(Debug)]
 struct ReaderGone;
 
@@ -45,7 +45,7 @@ fn explain(error: io::Error) -> io::Error {
     }
 }
 
-/// Whether an error is that the reader of standard output has gone.
+/// Whether the error means that the reader of standard output has closed it.
 pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let cause = cause.downcast_ref::<io::Error>();
@@ -55,23 +55,23 @@ pub(super) fn is_reader_gone(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Waits a moment for more to say.
+/// Waits for a while between outputs.
 ///
 /// # Errors
-/// If the reader goes meanwhile.
+/// If the reader closes the output meanwhile.
 pub(super) fn wait(milliseconds: i64) -> io::Result<()> {
     let limit = rustix::event::Timespec {
         tv_sec: milliseconds / 1000,
         tv_nsec: milliseconds % 1000 * 1_000_000,
     };
     let stdout = io::stdout();
-    // Nothing is asked for: an error is told of in any case.
+    // No events are requested: errors are always reported.
     let mut fds = [PollFd::new(&stdout, PollFlags::empty())];
     match poll(&mut fds, Some(&limit)) {
         Ok(0) | Err(rustix::io::Errno::INTR) => Ok(()),
         Ok(_) if fds[0].revents().contains(PollFlags::ERR) => Err(io::Error::other(ReaderGone)),
         Ok(_) => {
-            // A terminal that was hung up, say: writes to it fail by themselves.
+            // A terminal that was hung up, for example: writes to it will fail.
             std::thread::sleep(std::time::Duration::from_millis(milliseconds as u64));
             Ok(())
         }
@@ -79,7 +79,7 @@ pub(super) fn wait(milliseconds: i64) -> io::Result<()> {
     }
 }
 
-/// Writes it all at once, to the last byte.
+/// Writes all of the text at once.
 pub(super) fn print(text: Arguments<'_>) -> Result<()> {
     let mut out = Output;
     out.write_all(text.to_string().as_bytes())?;
@@ -87,20 +87,20 @@ pub(super) fn print(text: Arguments<'_>) -> Result<()> {
     Ok(())
 }
 
-/// As [`print`], to standard error. Nobody is left who could be told that it failed.
+/// As [`print`], to standard error. Errors can't be reported anywhere.
 pub(super) fn print_error(text: Arguments<'_>) {
     let line = format!("{text}\n");
     Patient(io::stderr()).write_all(line.as_bytes()).ok();
 }
 
-/// A line for standard output; an error if it can't be written.
+/// Prints a line to standard output; an error if it can't be written.
 macro_rules! say {
     ($($words:tt)*) => {
         $crate::output::print(format_args!("{}\n", format_args!($($words)*)))
     };
 }
 
-/// A line for standard error.
+/// Prints a line to standard error.
 macro_rules! complain {
     ($($words:tt)*) => {
         $crate::output::print_error(format_args!($($words)*))
@@ -120,7 +120,7 @@ mod tests {
         assert!(is_reader_gone(&anyhow::Error::from(gone)));
         let gone: Result<()> = Err(explain(ErrorKind::BrokenPipe.into())).context("list");
         assert!(is_reader_gone(&gone.unwrap_err()));
-        // That of a socket is no reader of ours.
+        // A broken socket is not the reader of standard output.
         let socket = anyhow::Error::from(io::Error::from(ErrorKind::BrokenPipe));
         assert!(!is_reader_gone(&socket));
         let full = anyhow::Error::from(explain(ErrorKind::StorageFull.into()));

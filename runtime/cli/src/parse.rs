@@ -1,4 +1,4 @@
-//! What words of the command line mean: disks, volumes, limits, signals, sizes, environment variables.
+//! Parsers for arguments: disks, volumes, limits, signals, sizes, environment variables.
 
 use koya::{Cache, DiskConfig, Rlimit, Tmpfs, Volume};
 use koya_tasks::signal::{LAST, by_name};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 pub(super) fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let known = |words: &str| words.split(',').all(|w| matches!(w, "ro" | "rw" | "raw"));
     let (mut path, mut disk) = (text, DiskConfig::new(""));
-    // A path may have colons of its own.
+    // A path may contain colons.
     while let Some((before, words)) = path.rsplit_once(':').filter(|(_, words)| known(words)) {
         for word in words.split(',') {
             match word {
@@ -41,9 +41,9 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
             "rw" => volume.read_only = false,
             "rslave" | "slave" => volume.follow_mounts = true,
             "rprivate" | "private" => volume.follow_mounts = false,
-            // They say what is so, or, for Docker on a Mac, how its files are shared.
+            // These are the default, or settings for file sharing in Docker on a Mac.
             "bind" | "rbind" | "cached" | "delegated" | "consistent" => {}
-            // A label for files, which means nothing without SELinux.
+            // Labels for files, which have no meaning without SELinux.
             "z" | "Z" if !has_selinux() => {}
             _ => return Err(format!("{text:?}: the option {option:?} is not supported")),
         }
@@ -51,12 +51,12 @@ pub(super) fn parse_volume(text: &str) -> Result<Volume, String> {
     Ok(volume)
 }
 
-/// Whether this host has SELinux, in force or not.
+/// Whether this host has SELinux, enforcing or not.
 fn has_selinux() -> bool {
     Path::new("/sys/fs/selinux/enforce").exists()
 }
 
-/// `DST[:OPTIONS]`: what the options may be is known where they are used.
+/// `DST[:OPTIONS]`; the options are validated later.
 pub(super) fn parse_tmpfs(text: &str) -> Result<Tmpfs, String> {
     let (destination, options) = text.split_once(':').unwrap_or((text, ""));
     if !destination.starts_with('/') {
@@ -80,7 +80,7 @@ pub(super) fn parse_env(text: &str) -> Result<String, String> {
 /// One `--security-opt`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Security {
-    /// A profile, or none at all.
+    /// A profile, or `None` for unconfined.
     Seccomp(Option<PathBuf>),
     NoNewPrivileges,
 }
@@ -135,7 +135,7 @@ pub(super) fn parse_cache(text: &str) -> Result<Cache, String> {
     }
 }
 
-/// `K=V` as it is, `K` with this environment's value, or as it is where that has none. Bytes of a value that are not
+/// `K=V` is unchanged; `K` gets the value of the current environment, or is unchanged if it has none. Bytes that are not
 /// UTF-8 become U+FFFD, as with Docker: an OCI configuration can't hold them.
 pub(super) fn expand_env(env: &[String]) -> Vec<String> {
     let expand = |entry: &String| match (entry.contains('='), std::env::var_os(entry)) {
@@ -145,8 +145,8 @@ pub(super) fn expand_env(env: &[String]) -> Vec<String> {
     env.iter().map(expand).collect()
 }
 
-/// `base`, as `env` changes it: of several values of one variable the last one counts, and a name without a value
-/// takes the variable away. One that is nameless stays for who refuses it.
+/// Applies `env` to `base`: the last of several values of a variable counts, and a name without a value removes the
+/// variable. Entries without a name are kept, to be refused later.
 pub(super) fn merge_env(env: Vec<String>, base: &[String]) -> Vec<String> {
     let mut merged: Vec<String> = Vec::new();
     for entry in base.iter().cloned().chain(env) {
@@ -162,7 +162,7 @@ pub(super) fn merge_env(env: Vec<String>, base: &[String]) -> Vec<String> {
     merged
 }
 
-/// A signal by its number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
+/// Parses a signal number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
 pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
     match text.parse::<i32>() {
         Ok(number @ 1..=LAST) => Ok(number),
@@ -173,7 +173,7 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
     }
 }
 
-/// A size with a unit: `512m`, `2g`, `1024` (MiB when there is no unit).
+/// Parses a size: `512m`, `2g`, `1024` (MiB without a unit).
 pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
     let parsed = koya::parse_size(text.trim());
     let (number, unit) = parsed.ok_or_else(|| format!("{text:?} is no size"))?;
@@ -288,7 +288,7 @@ mod tests {
         for bad in ["nope", "RTMIN+31", "RTMIN-1", "RTMAX+1", "RTMIN+x"] {
             assert!(parse_signal(bad).is_err(), "{bad}");
         }
-        // Incus and LXC end containers by it (g-pape/runit 51).
+        // Used by Incus and LXC to stop containers (g-pape/runit 51).
         for (text, number) in [
             ("SIGPWR", 30),
             ("stkflt", 16),

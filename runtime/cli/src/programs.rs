@@ -1,15 +1,15 @@
-//! Programs of the host that a command starts: whose they are, and what they inherit.
+//! Programs of the host that a command starts: their location and their environment.
 
 use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Where root's programs come from, and what is `PATH` for all that are started: what a caller's says must
-/// not be root's to run.
+/// Search path of root's programs, and `PATH` of all programs that are started: root must not run programs from a caller's
+/// path.
 const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin";
 
-/// Where a program is. Users that are not root may have it elsewhere, by their own `PATH`.
+/// Location of a program. Users other than root may have it elsewhere, on their own `PATH`.
 pub(super) fn find(name: &str) -> Option<PathBuf> {
     let own = env::var_os("PATH").filter(|_| !rustix::process::geteuid().is_root());
     let system = find_in(OsStr::new(SYSTEM_PATH), name);
@@ -21,8 +21,8 @@ fn find_in(path: &OsStr, name: &str) -> Option<PathBuf> {
     places.find_map(|dir| Some(dir.join(name)).filter(|place| place.is_file()))
 }
 
-/// Starts it with nothing of this process's environment: variables of the dynamic linker, say, are nothing
-/// to this program, which is static, and orders to others.
+/// A command without the environment of this process: variables of the dynamic linker, for example, do not affect this
+/// static program, but would affect others.
 pub(super) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", SYSTEM_PATH);
@@ -53,7 +53,7 @@ mod tests {
         let shell = find("sh").unwrap();
         let said = command(&shell).args(["-c", "set"]).output().unwrap();
         let said = String::from_utf8_lossy(&said.stdout).into_owned();
-        // Cargo sets it for tests.
+        // Set by cargo for tests.
         assert!(
             env::var_os("CARGO_MANIFEST_DIR").is_some() && !said.contains("CARGO"),
             "{said}"

@@ -1,22 +1,22 @@
-//! `koya run --publish`: which ports of the guest are ports of the host.
+//! `koya run --publish`: ports of the guest that are published on the host.
 
 use anyhow::{Context, Result};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::str::FromStr;
 
-/// Ports of the guest on the host, each on the one of the same place.
+/// A range of host ports and the range of guest ports that they are mapped to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ports {
-    /// The address of the host that they are published on; all without one.
+    /// The host address that they are published on; `None` means all.
     address: Option<IpAddr>,
-    /// The first of each, and how many.
+    /// First port of each range, and their length.
     host: u16,
     guest: u16,
     count: u16,
     udp: bool,
 }
 
-/// `[ADDRESS:]HOST:GUEST[/tcp|/udp]`, with ports or ranges of as many.
+/// `[ADDRESS:]HOST:GUEST[/tcp|/udp]`, with ports or ranges of equal length.
 impl FromStr for Ports {
     type Err = String;
 
@@ -54,7 +54,7 @@ impl FromStr for Ports {
     }
 }
 
-/// The first port, and how many there are.
+/// Parses a port or range into the first port and the length.
 fn range(text: &str) -> Option<(u16, u16)> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let first = first.parse::<u16>().ok().filter(|port| *port != 0)?;
@@ -63,13 +63,13 @@ fn range(text: &str) -> Option<(u16, u16)> {
 }
 
 impl Ports {
-    /// The guest's, as far as they are TCP's.
+    /// The TCP ports of the guest.
     pub(super) fn tcp_of_guest(&self) -> impl Iterator<Item = u16> {
         let count = if self.udp { 0 } else { self.count };
         (0..count).map(|n| self.guest + n)
     }
 
-    /// As options of pasta.
+    /// The options for pasta.
     fn options(&self) -> [String; 2] {
         let option = match self.udp {
             true => "--udp-ports",
@@ -85,11 +85,11 @@ impl Ports {
     }
 }
 
-/// What pasta is told of all of them.
+/// The options for pasta for all published ports.
 pub(super) fn options(publish: &[Ports]) -> Vec<String> {
     let mut options: Vec<String> = publish.iter().flat_map(Ports::options).collect();
     for option in ["--tcp-ports", "--udp-ports"] {
-        // Its default is all ports that are in use.
+        // Its default is all ports in use.
         if !options.iter().any(|word| word == option) {
             options.extend([option, "none"].map(str::to_owned));
         }
@@ -97,7 +97,7 @@ pub(super) fn options(publish: &[Ports]) -> Vec<String> {
     options
 }
 
-/// Whether published ports are free: pasta says so only if none of them is.
+/// Checks that published ports are free: pasta reports an error only if none of them is.
 pub(super) fn check(publish: &[Ports]) -> Result<()> {
     for ports in publish {
         let address = ports.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());

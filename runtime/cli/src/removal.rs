@@ -1,5 +1,5 @@
-//! Removes a directory whatever a container's processes left in it: directories without permissions,
-//! which another user than root can't look into, and directories in each other as deep as they liked.
+//! Removes a directory with any contents left by a container's processes: directories without permissions, which a user
+//! other than root can't read, and directories nested to any depth.
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
@@ -8,13 +8,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// Removes `path` and all that is in it. One that is not there is removed.
+/// Removes `path` and its contents. A missing path is not an error.
 ///
 /// No more than two directories are open at once, and the stack does not grow with their depth:
 /// directories inside others are moved to `path` first.
 ///
 /// # Errors
-/// The host's: what is in use as a mount point, and what this user may not remove.
+/// The error from the host: a mount point, or a file that this user may not remove.
 pub(super) fn remove_tree(path: &Path) -> io::Result<()> {
     let top = match open(CWD, path) {
         Err(Errno::NOENT) => return Ok(()),
@@ -27,7 +27,7 @@ pub(super) fn remove_tree(path: &Path) -> io::Result<()> {
             open_fully(&inner, child)?;
             loop {
                 match renameat(&inner, child, &top, format!(".{moved}")) {
-                    // Left by a removal that was cut short.
+                    // Left by an interrupted removal.
                     Err(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => moved += 1,
                     other => return other,
                 }
@@ -38,13 +38,13 @@ pub(super) fn remove_tree(path: &Path) -> io::Result<()> {
     Ok(unlinkat(CWD, path, AtFlags::REMOVEDIR)?)
 }
 
-/// Removes all files of a directory, and has `directory` take its directories away.
+/// Removes all files in a directory, and calls `directory` to remove its subdirectories.
 fn empty(
     dir: &OwnedFd,
     mut directory: impl FnMut(&CStr) -> Result<(), Errno>,
 ) -> Result<(), Errno> {
     loop {
-        // What changes while it is read may be skipped.
+        // Entries that change during the read may be skipped.
         let mut is_empty = true;
         for entry in Dir::read_from(dir)? {
             let entry = entry?;
@@ -76,7 +76,7 @@ fn open(dir: impl AsFd, path: impl rustix::path::Arg) -> Result<OwnedFd, Errno> 
     openat(dir, path, flags, Mode::empty())
 }
 
-/// Opens a directory after its owner was given every permission. To move one takes that, too.
+/// Opens a directory after giving its owner all permissions, which moving it also requires.
 fn open_fully(dir: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let mode = Mode::from_raw_mode(statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode);
     if !mode.contains(Mode::RWXU) {
@@ -109,7 +109,7 @@ mod tests {
         }
         fs::set_permissions(&closed, fs::Permissions::from_mode(0o000))?;
 
-        // Much deeper than a path can say, or a process hold open.
+        // Much deeper than the limits of a path, or of open descriptors.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut deep = openat(rustix::fs::CWD, top.join("root"), flags, Mode::empty())?;
         for _ in 0..5000 {

@@ -32,10 +32,10 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often a user must ask before the sandbox is stopped without asking the container.
+/// Number of interrupts after which the sandbox is stopped without asking the container.
 const INSIST: u32 = 3;
 
-/// Set for the process that a detached container lives in.
+/// Environment variable of the process of a detached container.
 const DETACHED: &str = "KOYA_DETACHED";
 
 #[derive(Args)]
@@ -65,9 +65,9 @@ pub(super) struct RunArgs {
     /// connects to PATH_PORT on the host. Allows vsock sockets in the container
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
-    /// Mount an ext4 file system of the container's own, in a sparse file of the host; Docker and podman keep their layers on
-    /// one. Options, separated by commas: size=SIZE[k|m|g|t] (default: 32g); file=PATH (the file that keeps it, made if it is
-    /// not there; without it the volume ends with the container)
+    /// Mount a private ext4 file system in a sparse file of the host, for example for the layers of Docker or podman.
+    /// Options, separated by commas: size=SIZE[k|m|g|t] (default: 32g); file=PATH (the backing file, created if missing;
+    /// without it the volume is removed with the container)
     #[arg(long, value_name = "DST[:OPTIONS]")]
     block_volume: Vec<BlockVolume>,
     /// Mount a tmpfs. Options, separated by commas: size=BYTES[k|m|g|%], mode=OCTAL, uid=ID, gid=ID, ro, noexec and others
@@ -107,11 +107,13 @@ pub(super) struct RunArgs {
     /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
-    /// Do not confine the threads on the host that run the guest and serve its devices: by default each has a seccomp
-    /// filter, no capabilities but those that serving files takes, and, started by root, no way to files that are not shared
+    /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
+    /// filter, no capabilities except those for serving files, and, if started by root, no access to files that are not
+    /// shared
     #[arg(long)]
     no_seccomp: bool,
-    /// Share no core of the CPU with other processes: its hyperthreads run threads of this container or none
+    /// Do not share CPU cores with other processes (core scheduling): their hyperthreads run threads of this container or
+    /// none
     #[arg(long)]
     core_scheduling: bool,
     /// Set the cache policy of shared files in the guest: never, auto, always, writeback
@@ -164,7 +166,7 @@ impl RunArgs {
         &self.command
     }
 
-    /// What `koya stop` sends.
+    /// The signal sent by `koya stop`.
     fn stop_signal(&self, image: &Defaults) -> Result<i32> {
         match (self.stop_signal, &image.stop_signal) {
             (Some(signal), _) => Ok(signal),
@@ -180,7 +182,7 @@ impl RunArgs {
             disks: self.disk.clone(),
             networks: self.net.networks(),
             cache: self.cache,
-            // The sockets beside it are looked for as long as the container runs.
+            // Absolute, since the sockets beside it are opened while the container runs.
             vsock: self.vsock.as_deref().map(absolute).transpose()?,
             confined: !self.no_seccomp,
             kernel: self.kernel.clone(),
@@ -191,7 +193,7 @@ impl RunArgs {
         Ok(config)
     }
 
-    /// Looks for all that is named, before anything is made.
+    /// Validates all arguments before anything is created.
     fn check(&self) -> Result<()> {
         if let Some(rootfs) = &self.rootfs {
             koya::check_root(rootfs)?;
@@ -200,7 +202,7 @@ impl RunArgs {
         Ok(self.sandbox()?.check()?)
     }
 
-    /// What the container is, from the image's defaults and the user's words.
+    /// The container's configuration, from the image's defaults and the user's arguments.
     fn container(
         &self,
         rootfs: &Path,
@@ -254,8 +256,8 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("no path: {}", path.display()))
 }
 
-/// The program and its arguments, as Docker has them: a program of the user's replaces the image's,
-/// arguments included, and an empty one takes it away.
+/// The program and its arguments, as in Docker: an entrypoint of the user replaces the image's,
+/// including its arguments, and an empty one removes it.
 fn arguments(entrypoint: Option<&str>, command: &[String], image: &Defaults) -> Vec<String> {
     match entrypoint {
         Some("") => command.to_vec(),
@@ -265,8 +267,8 @@ fn arguments(entrypoint: Option<&str>, command: &[String], image: &Defaults) -> 
     }
 }
 
-/// Unpacks an image into a root file system for this container alone, with the directories that it and
-/// the user say it works in.
+/// Unpacks an image into a root file system for this container only, with the working directories of the image and of the
+/// user.
 fn unpack(image: &Path, args: &RunArgs, directory: &Directory) -> Result<Defaults> {
     let (root, scratch) = (directory.unpacked(), directory.scratch());
     for dir in [&root, &scratch] {
@@ -289,7 +291,7 @@ fn unpack(image: &Path, args: &RunArgs, directory: &Directory) -> Result<Default
     Ok(defaults)
 }
 
-/// A terminal with input needs one here.
+/// Checks that a terminal with input has one on this side.
 pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
     if tty && interactive && !std::io::stdin().is_terminal() {
         bail!("-t with -i needs a terminal as standard input; leave one of them out");
@@ -297,19 +299,19 @@ pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
     Ok(())
 }
 
-/// `began` is when this process did.
+/// `began` is the start time of this process.
 pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     if !args.detach {
         check_terminal(args.tty, args.interactive)?;
     } else if std::env::var_os(DETACHED).is_none() {
         return detach();
     } else if let Err(error) = rustix::process::setsid() {
-        // A session of its own: the terminal's end is not the container's. A child leads no group; whoever
-        // set the variable by hand may.
+        // A new session, so that hanging up the terminal does not end the container. It fails for a group leader, which
+        // happens only if the variable was set by hand.
         log::debug!("no session of its own: {error}");
     }
     args.check()?;
-    // The library leaves limits and scheduling alone; this process is ours.
+    // The library does not change limits and scheduling; this program may.
     if args.core_scheduling {
         koya::keep_cores_apart().context("--core-scheduling")?;
     }
@@ -338,7 +340,7 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
         return outcome;
     }
     if let Err(error) = &outcome {
-        // Nobody else is there to be told.
+        // There is no terminal to print errors to.
         let mut log = LogWriter::create(&owned.directory.log())?;
         writeln!(log, "koya: {error:#}")?;
     }
@@ -347,10 +349,10 @@ pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     outcome
 }
 
-/// How long processes that were added to a container may take to end after it.
+/// Time limit for exec processes to end after their container.
 const EXEC_LIMIT: Duration = Duration::from_secs(1);
 
-/// A container that runs.
+/// A running container.
 struct Live {
     sandbox: Arc<Sandbox>,
     container: Arc<Container>,
@@ -375,7 +377,7 @@ impl Live {
 }
 
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
-    // Before any thread exists: namespaces are a thread's, and signals must be missed by none.
+    // Before any thread exists: namespaces are per thread, and no signal must be lost.
     args.net.enter()?;
     let signals = Signals::new(passed_on())?;
     signals.add_signal(SIGWINCH)?;
@@ -425,7 +427,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     })
 }
 
-/// What signals go to; nothing while the sandbox is still starting.
+/// The receiver of signals; `None` while the sandbox is still starting.
 type Running = Arc<Mutex<Option<(Arc<Container>, Arc<Sandbox>)>>>;
 
 fn forward_signals(mut signals: Signals, running: Running, directory: Directory) -> Result<()> {
@@ -438,7 +440,7 @@ fn forward_signals(mut signals: Signals, running: Running, directory: Directory)
                 .clone();
             let Some((container, sandbox)) = target else {
                 if matches!(signal, SIGINT | SIGTERM | SIGHUP | SIGQUIT) {
-                    // The machine goes with the process; the rest is in the directory.
+                    // The machine ends with the process; everything else is in the directory.
                     directory.remove();
                     std::process::exit(128 + signal);
                 }
@@ -455,7 +457,7 @@ fn forward_signals(mut signals: Signals, running: Running, directory: Directory)
                 sandbox.kill();
                 continue;
             }
-            // A program that is PID 1 ignores what it has no handler for.
+            // PID 1 ignores signals without a handler.
             let insists = asked == INSIST && matches!(signal, SIGINT | SIGTERM);
             let signal = if insists { SIGKILL } else { signal };
             send_signal(&container, signal).ok();
@@ -464,7 +466,7 @@ fn forward_signals(mut signals: Signals, running: Running, directory: Directory)
     Ok(())
 }
 
-/// Starts this command again in the background and waits for its word.
+/// Starts this command again in the background and waits until it is ready.
 fn detach() -> Outcome {
     let (read, write) = std::io::pipe()?;
     let mut child = Command::new(std::env::current_exe()?)
@@ -490,8 +492,8 @@ fn detach() -> Outcome {
     Ok(code.filter(|code| *code != 0).unwrap_or(FAILED))
 }
 
-/// Tells the waiting command, and lets go of its streams and of the directory that it was called in: every path
-/// that is still used is absolute.
+/// Notifies the waiting command, and closes its streams and leaves its working directory: all paths that are still used are
+/// absolute.
 fn announce(name: &str) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "running {name}")?;

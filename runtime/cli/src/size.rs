@@ -1,4 +1,4 @@
-//! How large a container's guest is: options of `koya run`, and `koya update`.
+//! Size of a container's guest: options of `koya run`, and `koya update`.
 
 use super::client;
 use super::control::{Answer, Request};
@@ -14,7 +14,7 @@ pub(super) struct SizeArgs {
     /// Set the number of virtual CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// Set the largest number of virtual CPUs for `koya update` (default: that of --cpus)
+    /// Set the maximum number of virtual CPUs for `koya update` (default: that of --cpus)
     #[arg(long, value_name = "N")]
     cpus_max: Option<u32>,
     /// Pin each virtual CPU to a CPU of the host, such as 0,2
@@ -23,7 +23,7 @@ pub(super) struct SizeArgs {
     /// Set the memory, in MiB or with a unit (512m, 2g); that of the guest kernel is added
     #[arg(long, short, value_name = "SIZE", default_value = "256m", value_parser = parse_mib)]
     memory: u64,
-    /// Set the largest amount of memory for `koya update` (default: that of --memory)
+    /// Set the maximum memory for `koya update` (default: that of --memory)
     #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     memory_max: Option<u64>,
     /// Set how guest memory is allocated on the host
@@ -90,7 +90,7 @@ pub(super) struct UpdateArgs {
     name: String,
 }
 
-/// What the guest's memory grows and shrinks by, in MiB.
+/// Granularity of the guest's memory in MiB.
 const MEMORY_BLOCK_MIB: u64 = koya::vmm::devices::mem::BLOCK_SIZE >> 20;
 
 /// `koya update`
@@ -105,7 +105,7 @@ pub(super) fn update(args: &UpdateArgs) -> Outcome {
         other => bail!("container {} answers {other:?}", args.name),
     };
     say!("{got_cpus} CPUs, {got_memory} MiB of memory")?;
-    let fell_short = cpus.is_some_and(|wish| wish != got_cpus) // Memory comes and goes in blocks.
+    let fell_short = cpus.is_some_and(|wish| wish != got_cpus) // Memory is plugged in blocks.
         || memory.is_some_and(|wish| wish.abs_diff(got_memory) >= MEMORY_BLOCK_MIB);
     if fell_short {
         complain!("koya: that is as far as the guest goes now; it uses what it does not give up");

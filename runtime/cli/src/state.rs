@@ -1,10 +1,10 @@
-//! What is known of containers between commands: a directory each, `containers/NAME` under
-//! `/var/lib/koya` (as root) or the user's data, with all that the host keeps of it: record, log,
-//! control socket, and the root file system of an image.
+//! State of containers shared by commands: a directory for each, `containers/NAME` in `/var/lib/koya` (for root) or in the
+//! user's data directory, with everything that the host stores for it: record, log, control socket, and the root file system
+//! of an image.
 //!
-//! The sandbox's process holds a lock on its directory's `lock` file as long as it lives. A directory
-//! whose lock is free belongs to a container that has ended: in order, if it says with which
-//! status; else it was killed, and whatever command comes next clears it away.
+//! The sandbox's process holds a lock on the `lock` file of its directory as long as it lives. If the lock is free, the
+//! container has ended: in an orderly way if an exit status is recorded; otherwise it was killed, and the next command
+//! removes the directory.
 
 use crate::removal::remove_tree;
 use anyhow::{Context, Result, bail};
@@ -20,12 +20,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Directories that are being made or removed have names that no container can have.
+/// Prefix of directories that are being created or removed, which is not valid in container names.
 const UNFINISHED: &str = ".new-";
-/// How long a directory may be in that state before it counts as left behind.
+/// Time after which such a directory counts as left behind.
 const UNFINISHED_LIMIT: Duration = Duration::from_secs(60);
 
-/// What is written down of a container.
+/// The stored record of a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) name: String,
@@ -33,9 +33,9 @@ pub(super) struct Record {
     pub(super) created: SystemTime,
     pub(super) command: Vec<String>,
     pub(super) rootfs: PathBuf,
-    /// Kept after its end until it is removed.
+    /// Whether to keep the directory after the end, until it is removed.
     pub(super) keep: bool,
-    /// The exit status, once it has ended in order.
+    /// The exit status after an orderly end.
     pub(super) status: Option<i32>,
 }
 
@@ -43,18 +43,18 @@ pub(super) struct Record {
 #[derive(Clone, Debug)]
 pub(super) struct Directory(PathBuf);
 
-/// A directory that this process owns: locked while it lives.
+/// A directory owned by this process: locked while the process lives.
 pub(super) struct Owned {
     pub(super) directory: Directory,
     _lock: File,
 }
 
-/// The directory of all directories.
+/// The directory that contains all of them.
 pub(super) fn root() -> Result<PathBuf> {
     Ok(koya::directories::data()?.join("containers"))
 }
 
-/// Nobody else may have made it, or look into it: control sockets and set-user-ID files lie there.
+/// Checks that no other user owns it or has access: it contains control sockets and set-user-ID files.
 fn check_private(path: &Path) -> Result<()> {
     let data =
         fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -70,7 +70,7 @@ fn check_private(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A name that is one component of a path.
+/// Checks that a name is a single path component.
 fn check_name(name: &str) -> Result<()> {
     let proper = !name.is_empty()
         && name.len() <= 64
@@ -91,7 +91,7 @@ impl Directory {
         found.with_context(|| format!("container {name} does not exist"))
     }
 
-    /// The same, or none.
+    /// As [`find`](Self::find); `None` if it does not exist.
     pub(super) fn look_for(name: &str) -> Result<Option<Self>> {
         check_name(name)?;
         let root = root()?;
@@ -103,7 +103,7 @@ impl Directory {
         Ok(Some(Self(path)))
     }
 
-    /// Every container's directory.
+    /// The directories of all containers.
     pub(super) fn all() -> Result<Vec<Self>> {
         Ok(entries()?
             .into_iter()
@@ -116,22 +116,22 @@ impl Directory {
         self.0.join(name)
     }
 
-    /// Where an image's root file system is unpacked.
+    /// Directory for the unpacked root file system of an image.
     pub(super) fn unpacked(&self) -> PathBuf {
         self.path("root")
     }
 
-    /// The container's /etc/resolv.conf, if its network has a resolver of its own.
+    /// The container's /etc/resolv.conf, if its network has its own name server.
     pub(super) fn resolver(&self) -> PathBuf {
         self.path("resolv.conf")
     }
 
-    /// Where an image's archive is unpacked meanwhile.
+    /// Temporary directory for an image's archive.
     pub(super) fn scratch(&self) -> PathBuf {
         self.path("image")
     }
 
-    /// Where a detached container's output goes.
+    /// Log of a detached container.
     pub(super) fn log(&self) -> PathBuf {
         self.path("log")
     }
@@ -142,11 +142,11 @@ impl Directory {
             .with_context(|| format!("cannot listen in {}", self.0.display()))
     }
 
-    /// Connects to the control socket. A process that takes up no connections has room for so many, and then
-    /// for none: that is waited for, but not for longer than `limit`.
+    /// Connects to the control socket. If a process accepts no connections, its backlog fills up: waits for a free place, up
+    /// to `limit`.
     ///
     /// # Errors
-    /// `TimedOut` then, or that there is no socket.
+    /// `TimedOut`, or an error if the socket does not exist.
     pub(super) fn connect(&self, limit: Duration) -> std::io::Result<UnixStream> {
         let started = Instant::now();
         self.socket(|path| {
@@ -171,7 +171,7 @@ impl Directory {
         })
     }
 
-    /// The directory's path may be longer than a socket's address can be.
+    /// Calls `act` with a short path: that of the directory may exceed the limit of socket addresses.
     fn socket<T>(&self, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
         let directory = File::open(&self.0)?;
         act(Path::new(&format!(
@@ -193,7 +193,7 @@ impl Directory {
             .with_context(|| format!("cannot write {}", new.display()))
     }
 
-    /// Whether its process lives.
+    /// Whether its process is alive.
     pub(super) fn is_running(&self) -> bool {
         let Ok(lock) = File::open(self.path("lock")) else {
             return false;
@@ -201,21 +201,21 @@ impl Directory {
         flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
     }
 
-    /// Whether its process was stopped by a signal, and does nothing until another one. One that a debugger
-    /// holds does not count: that may be for a moment.
+    /// Whether its process is stopped by a signal (SIGSTOP). A stop by a debugger
+    /// does not count: it may be brief.
     pub(super) fn is_stopped(&self) -> bool {
         let stat = self
             .read()
             .ok()
             .and_then(|record| fs::read_to_string(format!("/proc/{}/stat", record.pid)).ok());
-        // The state is behind the name, which may have anything in it (proc_pid_stat(5)).
+        // The state follows the name, which may contain any character (proc_pid_stat(5)).
         let state = stat
             .as_deref()
             .and_then(|stat| Some(stat.rsplit_once(") ")?.1));
         self.is_running() && state.is_some_and(|state| state.starts_with('T'))
     }
 
-    /// Waits until its process is gone; false if it is not after `limit`.
+    /// Waits until its process has ended; false after `limit`.
     pub(super) fn wait_ended(&self, limit: Duration) -> bool {
         let started = Instant::now();
         while self.is_running() {
@@ -227,15 +227,15 @@ impl Directory {
         true
     }
 
-    /// Ends its process at once, whatever it does or does not do, and waits for that.
+    /// Kills its process and waits for its end.
     ///
     /// # Errors
-    /// If it may not be, or if it is still there after `limit`.
+    /// If that is not permitted, or the process still exists after `limit`.
     pub(super) fn kill(&self, limit: Duration) -> Result<()> {
         let number = i32::try_from(self.read()?.pid)?;
         let pid = Pid::from_raw(number).context("its record names no process")?;
         match pidfd_open(pid, PidfdFlags::empty()) {
-            // The number is its own as long as it lives, which it still does after it was looked up.
+            // The PID cannot be reused while the process lives, and it is still alive after the lookup.
             Ok(process) if self.is_running() => pidfd_send_signal(process, Signal::KILL)?,
             Ok(_) | Err(Errno::SRCH) => {}
             Err(error) => return Err(error).context("cannot find its process"),
@@ -246,10 +246,10 @@ impl Directory {
         Ok(())
     }
 
-    /// Leaves of a container whose process was killed what the process itself would have left.
+    /// Brings the directory of a killed container into the state that the process would have left.
     ///
     /// # Errors
-    /// If that can't be written.
+    /// If the record can't be written.
     pub(super) fn settle(&self, status: i32) -> Result<()> {
         let mut record = self.read()?;
         if !record.keep {
@@ -261,10 +261,10 @@ impl Directory {
         Ok(())
     }
 
-    /// Removes all that is there of the container.
+    /// Removes everything stored for the container.
     ///
-    /// It loses its name first: a removal that is cut short leaves nothing that looks like a
-    /// container, and the next command goes on with it.
+    /// It is renamed first: an interrupted removal leaves nothing that looks like a container, and the next command
+    /// continues it.
     pub(super) fn remove(&self) {
         let mut going = self.0.clone();
         if !is_unfinished(&going)
@@ -299,7 +299,7 @@ fn is_unfinished(path: &Path) -> bool {
     name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
 }
 
-/// Takes a name, or makes one, and its directory, with what `record` says of it by its name.
+/// Reserves the given name, or a generated one, and creates its directory with the record returned by `record`.
 pub(super) fn create(
     name: Option<&str>,
     record: impl Fn(&str, &Directory) -> Record,
@@ -322,8 +322,7 @@ pub(super) fn create(
             }
             None => random_name()?,
         };
-        // It gets its name when it is locked and says what it is, so no other command sees half
-        // of it.
+        // It is renamed to its name once it is locked and complete, so other commands never see an incomplete one.
         let unfinished = Directory(root.join(format!("{UNFINISHED}{}", random_name()?)));
         builder
             .create(&unfinished.0)
@@ -366,7 +365,7 @@ fn random_name() -> Result<String> {
     Ok(format!("koya-{:08x}", u32::from_le_bytes(bytes)))
 }
 
-/// Clears away what killed containers left.
+/// Removes the directories of killed containers.
 pub(super) fn sweep() -> Result<()> {
     for path in entries()? {
         let directory = Directory(path);
@@ -380,7 +379,7 @@ pub(super) fn sweep() -> Result<()> {
             }
             continue;
         }
-        // The lock first: its owner writes the status down before it lets go.
+        // The lock first: its owner writes the status before releasing it.
         if !directory.is_running() && directory.read().is_ok_and(|record| record.status.is_none()) {
             directory.remove();
         }
@@ -393,8 +392,8 @@ pub(super) mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A newer koya lists what an older one started, and the other way round: a record as version 0.1
-    /// writes it, with something of a later version's.
+    /// A newer koya lists containers of an older one, and vice versa: a record as written by version 0.1, with an additional
+    /// field of a later version.
     #[test]
     fn records_of_other_versions_are_read() {
         let text = r#"{"name": "web", "pid": 7, "created": {"secs_since_epoch": 1700000000,
@@ -405,13 +404,13 @@ pub(super) mod tests {
         assert!(record.keep && record.status.is_none());
     }
 
-    /// A container whose process holds the lock and does nothing else; with that process.
+    /// A container whose process only holds the lock; returns the process, too.
     pub(in super::super) fn hanging(dir: &Path, keep: bool) -> (Directory, std::process::Child) {
         let directory = Directory(dir.to_path_buf());
         let lock = File::create(directory.path("lock")).unwrap();
         flock(&lock, FlockOperation::LockExclusive).unwrap();
         let mut sleep = std::process::Command::new("sleep");
-        // Its standard input is the lock, which ends with it.
+        // Its standard input is the lock, which is released with it.
         let child = sleep.arg("1000").stdin(lock).spawn().unwrap();
         let record = Record {
             name: "hangs".into(),

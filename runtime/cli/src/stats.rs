@@ -1,4 +1,4 @@
-//! `koya stats`: what containers use, of the guest and of the host.
+//! `koya stats`: resource usage of containers, in the guest and on the host.
 
 use super::client;
 use super::control::{Answer, Request};
@@ -22,34 +22,34 @@ pub(super) struct StatsArgs {
     names: Vec<String>,
 }
 
-/// What one sandbox uses. Sizes in bytes.
+/// Resource usage of a sandbox. Sizes in bytes.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Stats {
     /// CPU time of the sandbox's process, guest included, in milliseconds.
     cpu_ms: u64,
-    /// The guest's memory, as its kernel sees it.
+    /// Memory of the guest, as seen by its kernel.
     guest_total: u64,
-    /// What of it programs and kernel use.
+    /// Part of it used by programs and kernel.
     guest_used: u64,
-    /// What of it exists on the host.
+    /// Part of it that is resident on the host.
     host_guest: u64,
-    /// What the sandbox's process holds beyond that.
+    /// Memory of the sandbox's process beyond that.
     host_overhead: u64,
     /// Processes in the guest.
     processes: u32,
-    /// Bytes that went to the guest by its networks.
+    /// Bytes received by the guest over its networks.
     net_received: u64,
-    /// Bytes that came from it.
+    /// Bytes sent by the guest.
     net_sent: u64,
-    /// Bytes that it read from its disks.
+    /// Bytes read from its disks.
     disk_read: u64,
-    /// Bytes that it wrote.
+    /// Bytes written to its disks.
     disk_written: u64,
-    /// Requests about shared files.
+    /// Requests for shared files.
     file_requests: u64,
-    /// Bytes that it read from shared files.
+    /// Bytes read from shared files.
     file_read: u64,
-    /// Bytes that it wrote to them.
+    /// Bytes written to shared files.
     file_written: u64,
 }
 
@@ -105,7 +105,7 @@ pub(super) fn main(args: &StatsArgs) -> Outcome {
     for name in names {
         match ask(&name) {
             Ok(stats) => rows.push((name, stats)),
-            // One that ended just now is no failure where none was named.
+            // A container that has just ended is an error only if it was named.
             Err(error) if named => {
                 complain!("koya: {error:#}");
                 worst = FAILED;
@@ -176,7 +176,7 @@ fn print(rows: &[(String, Stats)]) -> Result<()> {
     Ok(())
 }
 
-/// A size with three digits and its unit.
+/// Formats a size with three digits and a unit.
 fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {

@@ -1,9 +1,9 @@
-//! What commands do whose output goes nowhere. No guest is needed for that.
+//! Commands whose output can't be written. These tests need no guest.
 
 use std::fs::File;
 use std::process::{Command, Output, Stdio};
 
-/// Commands that print something wherever they run.
+/// Commands that print something on every host.
 const COMMANDS: &[&[&str]] = &[
     &["ps", "--all"],
     &["ps", "--json"],
@@ -17,7 +17,7 @@ const COMMANDS: &[&[&str]] = &[
     &["--version"],
 ];
 
-/// As a user who has no containers.
+/// Runs koya as a user without containers.
 fn koya(arguments: &[&str], stdout: Stdio) -> Output {
     let home = tempfile::tempdir().unwrap();
     Command::new(env!("CARGO_BIN_EXE_koya"))

@@ -1,4 +1,4 @@
-//! `unpack IMAGE DIRECTORY [TAG]`: unpacks an image into an empty directory and says how it would run.
+//! `unpack IMAGE DIRECTORY [TAG]`: unpacks an image into an empty directory and prints its default command and settings.
 
 use koya_image::{Image, Options};
 use std::path::PathBuf;

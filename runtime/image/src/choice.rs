@@ -1,10 +1,10 @@
-//! Which of the images in a file is meant: by the user's word, and for this machine.
+//! Selection of one of the images in a file: by the name given by the user, and for this machine.
 
 use crate::Error;
 use crate::config::Configuration;
 use serde::Deserialize;
 
-/// What an image is for, by Go's names.
+/// The platform of an image, in Go's names.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct Platform {
@@ -13,15 +13,15 @@ pub(crate) struct Platform {
     pub(crate) variant: Option<String>,
 }
 
-/// An image as a user would know it.
+/// An image with its names.
 pub(crate) struct Named {
     pub(crate) names: Vec<String>,
-    /// What makes it another one than the next.
+    /// Distinguishes it from other images.
     pub(crate) id: String,
     pub(crate) variant: Option<String>,
 }
 
-/// Which of several images is meant. Several may be left that are the same, or variants of one.
+/// Selects among several images. Several may remain that are identical, or variants of one.
 pub(crate) fn wanted(images: Vec<Named>, tag: Option<&str>) -> Result<Vec<usize>, Error> {
     let all = || {
         let mut all = Vec::new();
@@ -66,8 +66,7 @@ pub(crate) fn wanted(images: Vec<Named>, tag: Option<&str>) -> Result<Vec<usize>
     Ok(found)
 }
 
-/// Whether an image of this name is what a user means: by the whole name, the name without what Docker
-/// adds, or the tag alone.
+/// Whether this name of an image matches the user's: the whole name, the name without Docker's defaults, or the tag alone.
 fn is_named(name: &str, wanted: &str) -> bool {
     let short = |name: &str| {
         let name = name.strip_prefix("docker.io/").unwrap_or(name);
@@ -94,7 +93,7 @@ fn is_named(name: &str, wanted: &str) -> bool {
         || tag(name).as_deref() == Some(wanted)
 }
 
-/// This machine as Go calls it.
+/// Go's name of this architecture.
 pub(crate) fn machine() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -116,24 +115,24 @@ impl Platform {
         self.os.is_empty() && self.architecture.is_empty()
     }
 
-    /// BuildKit's attestations are for no platform.
+    /// BuildKit's attestations have an unknown platform.
     pub(crate) fn is_unknown(&self) -> bool {
         self.os == "unknown" && self.architecture == "unknown"
     }
 
-    /// What is not said is this machine's.
+    /// Whether this machine can run it. Missing fields match.
     pub(crate) fn fits(&self) -> bool {
         let is_linux = self.os.is_empty() || self.os.eq_ignore_ascii_case("linux");
         is_linux && (self.is_native() || machine() == "amd64" && self.architecture() == "386")
     }
 
-    /// Whether its programs are this machine's own, and not those that it runs besides.
+    /// Whether it is for this machine's native architecture, instead of a compatible one.
     pub(crate) fn is_native(&self) -> bool {
         let architecture = self.architecture();
         architecture.is_empty() || architecture == machine()
     }
 
-    /// By Go's name.
+    /// The architecture in Go's names.
     fn architecture(&self) -> String {
         let name = self.architecture.to_ascii_lowercase();
         match name.as_str() {
@@ -152,7 +151,7 @@ impl Platform {
         name
     }
 
-    /// The first level of an architecture comes first.
+    /// Sort key for variants: the baseline of an architecture comes first.
     pub(crate) fn rank(&self) -> (bool, &str) {
         let variant = self.variant.as_deref().unwrap_or_default();
         (!matches!(variant, "" | "v1" | "v8"), variant)

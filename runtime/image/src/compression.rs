@@ -1,5 +1,5 @@
-//! The compressions of layers and of whole archives, by their first bytes: what a media type says of
-//! it is often wrong, and a layer's `diff_id` is of what comes out.
+//! Decompression of layers and whole archives. The format is detected from the first bytes: media types are often wrong, and
+//! a layer's `diff_id` covers the decompressed data.
 
 use crate::error::{cut_short, invalid};
 use crate::zstd;
@@ -9,7 +9,7 @@ use std::io::{self, BufRead, Read};
 /// Trailing zeros after a gzip stream are padding.
 const PADDING: u8 = 0;
 
-/// What is compressed, or is not.
+/// A decompressor, or a reader of uncompressed data.
 pub(crate) enum Decoder<R: BufRead> {
     Plain(R),
     Gzip(Box<Gzip<R>>),
@@ -38,7 +38,7 @@ impl<R: BufRead> Decoder<R> {
         matches!(self, Self::Plain(_))
     }
 
-    /// What is decompressed.
+    /// The underlying reader.
     pub(crate) fn source(&mut self) -> &mut R {
         match self {
             Self::Plain(source) => source,
@@ -68,7 +68,7 @@ impl<R: BufRead> Read for Decoder<R> {
 pub(crate) enum Gzip<R: BufRead> {
     Member(GzDecoder<R>),
     End(R),
-    /// Between the two.
+    /// During the transition between the two.
     Broken,
 }
 
@@ -93,7 +93,7 @@ impl<R: BufRead> Gzip<R> {
         };
     }
 
-    /// At a member's end: whether another one follows.
+    /// At the end of a member: whether another one follows.
     fn enter(&mut self) -> io::Result<bool> {
         self.advance();
         let mut padded = false;

@@ -1,4 +1,4 @@
-//! What an image says of containers that run it (image-spec, config.md).
+//! Image configuration: defaults for containers (image-spec, config.md).
 
 use crate::Error;
 use crate::digest::Digest;
@@ -39,7 +39,7 @@ struct Execution {
     stop_signal: Option<String>,
 }
 
-/// A list of words; a single text is a list of one, as in images of old Dockers.
+/// A list of strings; a single string is a list of one, as in images of old versions of Docker.
 fn words<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -56,12 +56,12 @@ fn words<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     })
 }
 
-/// What an image wants of a container that runs it.
+/// Defaults of an image for its containers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Defaults {
     /// The program and its first arguments.
     pub entrypoint: Vec<String>,
-    /// Arguments, if the user gives none.
+    /// Default arguments.
     pub command: Vec<String>,
     /// `NAME=VALUE`
     pub env: Vec<String>,
@@ -69,19 +69,19 @@ pub struct Defaults {
     pub user: String,
     /// The working directory.
     pub workdir: Option<PathBuf>,
-    /// The signal that asks it to end, by name or number.
+    /// Stop signal, by name or number.
     pub stop_signal: Option<String>,
-    /// Directories whose content is data of the container's own.
+    /// Directories for the container's own data.
     pub volumes: Vec<PathBuf>,
-    /// Ports that it serves: `PORT` or `PORT/PROTOCOL`.
+    /// Exposed ports: `PORT` or `PORT/PROTOCOL`.
     pub ports: Vec<String>,
-    /// What else its makers say of it.
+    /// Labels.
     pub labels: BTreeMap<String, String>,
 }
 
 impl Configuration {
     /// # Errors
-    /// If it does not fit an image of so many layers.
+    /// If it does not fit an image with this number of layers.
     pub(crate) fn check(&self, layers: usize) -> Result<(), Error> {
         let Some(rootfs) = &self.rootfs else {
             return Ok(());
@@ -106,7 +106,7 @@ impl Configuration {
         ids.iter().try_for_each(|id| Digest::parse(id).map(drop))
     }
 
-    /// What layer `number`, from 0, holds, if the configuration says.
+    /// Digest of the decompressed layer `number`, from 0, if the configuration has one.
     pub(crate) fn diff_id(&self, number: usize) -> Result<Option<Digest>, Error> {
         let ids = self
             .rootfs
@@ -120,7 +120,7 @@ impl Configuration {
         let config = self.config.clone().unwrap_or_default();
         let keys = |map: Option<BTreeMap<String, _>>| map.unwrap_or_default().into_keys();
         Defaults {
-            // An empty word is how Dockerfiles take a base image's entrypoint away.
+            // Dockerfiles remove a base image's entrypoint by an empty string.
             entrypoint: Some(config.entrypoint)
                 .filter(|words| *words != [""])
                 .unwrap_or_default(),

@@ -1,17 +1,17 @@
-//! Digests of blobs and of what they hold (image-spec, descriptor.md).
+//! Digests of blobs and of their decompressed contents (image-spec, descriptor.md).
 
 use crate::Error;
 use sha2::{Digest as _, Sha256, Sha512};
 use std::fmt::{self, Display, Formatter};
 use std::io::{self, Read};
 
-/// A digest of an algorithm that is known here, as its text says.
+/// A digest with a supported algorithm, in text form.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Digest(String);
 
 impl Digest {
     /// # Errors
-    /// If it is none, or of another algorithm.
+    /// If it is invalid, or has another algorithm.
     pub(crate) fn parse(text: &str) -> Result<Self, Error> {
         let (name, hex) = text.split_once(':').unwrap_or(("", text));
         let len = match name {
@@ -29,12 +29,12 @@ impl Digest {
         Ok(Self(text.to_owned()))
     }
 
-    /// A SHA-256 of which only the digits are there.
+    /// A SHA-256 digest from its digits.
     pub(crate) fn of_hex(hex: &str) -> Option<Self> {
         (is_hex(hex) && hex.len() == 64).then(|| Self(format!("sha256:{hex}")))
     }
 
-    /// Where a layout has the blob.
+    /// Path of the blob in a layout.
     pub(crate) fn path(&self) -> String {
         format!("blobs/{}", self.0.replacen(':', "/", 1))
     }
@@ -61,7 +61,7 @@ impl Display for Digest {
     }
 }
 
-/// A digest in the making.
+/// A digest being computed.
 #[derive(Clone)]
 pub(crate) enum Hasher {
     Sha256(Sha256),
@@ -86,7 +86,7 @@ impl Hasher {
     }
 }
 
-/// A reader that digests what it passes on, if there is something to hold it against.
+/// A reader that computes the digest of the data that it returns, if there is one to compare with.
 pub(crate) struct Hashing<R> {
     pub(crate) source: R,
     hasher: Option<Hasher>,
@@ -98,7 +98,7 @@ impl<R: Read> Hashing<R> {
         Self { source, hasher }
     }
 
-    /// Reads what is left, which may turn out to be cut or broken, and gives the digest of all.
+    /// Reads the remaining data, which may be truncated or invalid, and returns the digest of everything.
     pub(crate) fn digest(&mut self) -> io::Result<Option<Digest>> {
         io::copy(self, &mut io::sink())?;
         Ok(self.hasher.take().map(Hasher::finish))

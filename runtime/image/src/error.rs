@@ -1,31 +1,31 @@
-//! What can be wrong with an image.
+//! Errors in images.
 
 use std::io;
 
-/// Why an image can't be opened or unpacked.
+/// Errors when an image is opened or unpacked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The image contradicts itself or its format.
     #[error("image: {0}")]
     Invalid(String),
-    /// What Koya does not support.
+    /// A feature that Koya does not support.
     #[error("image: {0}")]
     Unsupported(String),
-    /// It holds several images, or none of the name that was asked for.
+    /// It contains several images, or none with the requested name.
     #[error("image: {reason}; it holds: {}", .names.join(", "))]
     Choice {
-        /// What was asked for, and why nothing was taken.
+        /// The request, and the reason why nothing was selected.
         reason: String,
-        /// What there is.
+        /// Names of the images.
         names: Vec<String>,
     },
-    /// The host refused.
+    /// An operation failed on the host.
     #[error("cannot {operation}")]
     Host {
-        /// What was tried.
+        /// The operation that failed.
         operation: String,
-        /// The host's answer.
+        /// The error from the host.
         #[source]
         source: io::Error,
     },
@@ -41,12 +41,12 @@ impl Error {
         move |source| Self::Host { operation, source }
     }
 
-    /// An error in a part of the image: what that holds is the image's fault, all else the host's.
+    /// An error on reading a part of the image: invalid data is the image's fault, everything else the host's.
     pub(crate) fn reading(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         Self::in_part("read", what.into())
     }
 
-    /// As [`Self::reading`], of what is made of it.
+    /// As [`Self::reading`], on unpacking.
     pub(crate) fn unpacking(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         Self::in_part("unpack", what.into())
     }
@@ -65,12 +65,12 @@ impl Error {
     }
 }
 
-/// An error of a reader or of an entry: the image's fault.
+/// An error in the data or in an entry: the image's fault.
 pub(crate) fn invalid(reason: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason.into())
 }
 
-/// The archive or stream ends where more must come.
+/// The archive or stream is truncated.
 pub(crate) fn cut_short() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "it ends too early")
 }

@@ -1,5 +1,5 @@
-//! Where an image's files lie: in a directory, or in an archive, whose entries are found by their
-//! place in it instead of being unpacked. Nothing that an archive names becomes a name on the host.
+//! The files of an image: in a directory, or in an archive, whose entries are read in place by offset instead of being
+//! unpacked. No name in an archive becomes a name on the host.
 
 use crate::Error;
 use crate::archive::{End, Entry, Kind, Reader, Source};
@@ -17,11 +17,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-/// How many links lead to a file at most.
+/// Maximum number of links followed to a file.
 const MAX_LINKS: usize = 16;
-/// How many entries an image's archive has at most: some for each layer, for each image in it.
+/// Maximum number of entries in an image's archive: a few for each layer, for each image in it.
 const MAX_ENTRIES: usize = 100_000;
-/// How many bytes all their names have at most: they are kept in memory.
+/// Maximum total size of their names in bytes: they are kept in memory.
 const MAX_NAMES: u64 = 32 << 20;
 
 /// A file of the image.
@@ -41,7 +41,7 @@ impl Blob {
         }
     }
 
-    /// All of it, if it is no larger than a document may be.
+    /// The whole file, if it is within the size limit of documents.
     pub(crate) fn document(&self, name: &str, limits: &Limits) -> Result<Vec<u8>, Error> {
         if self.size > limits.document {
             let text = format!(
@@ -99,8 +99,8 @@ enum Kept {
 }
 
 impl Files {
-    /// A directory as it is; an archive where it is, or, if it is compressed as a whole or no regular
-    /// file, by a copy in `scratch`.
+    /// Opens a directory, or an archive. An archive is read in place, or, if it is compressed as a whole or not a regular
+    /// file, copied to `scratch`.
     pub(crate) fn open(path: &Path, scratch: &Path, limits: &Limits) -> Result<Self, Error> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(CWD, path, flags, Mode::empty());
@@ -119,7 +119,7 @@ impl Files {
         Ok(Self(Kept::Archive(without_top(entries))))
     }
 
-    /// The file of this name, if there is one. Links lead where they lead inside.
+    /// The file with this name, if it exists. Links are resolved inside.
     pub(crate) fn find(&self, name: &str) -> Result<Option<Blob>, Error> {
         match &self.0 {
             Kept::Directory(dir) => in_directory(dir, name).map_err(Error::reading(name)),
@@ -136,7 +136,7 @@ impl Files {
 }
 
 fn in_directory(dir: &OwnedFd, name: &str) -> io::Result<Option<Blob>> {
-    // Whoever made the directory may have planted a link, or a FIFO that would be waited for.
+    // The directory may contain a hostile symbolic link, or a FIFO that would block.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let file = match rustix::fs::openat2(dir, name, flags, Mode::empty(), within) {
@@ -167,7 +167,7 @@ fn in_archive(entries: &HashMap<PathBuf, Place>, name: &str) -> io::Result<Optio
     Err(invalid("links lead to links without end"))
 }
 
-/// A path inside the archive: what would lead out of it stays at its root.
+/// Normalizes a path inside the archive: `..` cannot lead out of its root.
 fn clean(path: &Path) -> PathBuf {
     let mut out = PathBuf::new();
     for part in path.components() {
@@ -182,10 +182,10 @@ fn clean(path: &Path) -> PathBuf {
     out
 }
 
-/// The archive as a regular file that is not compressed.
+/// The archive as an uncompressed regular file.
 fn plain(mut file: File, kind: FileType, scratch: &Path, limits: &Limits) -> io::Result<File> {
     if kind != FileType::RegularFile {
-        // What it is, its first bytes tell: a pipe may give them one by one.
+        // The format is detected from the first bytes, which a pipe may return one by one.
         file = copy(file, &scratch.join("pipe"), limits)?;
         file.rewind()?;
     }
@@ -208,7 +208,7 @@ fn copy(source: impl Read, path: &Path, limits: &Limits) -> io::Result<File> {
     Ok(copy)
 }
 
-/// Where in the archive each of its files is. Of entries with the same name the last one counts.
+/// Offsets of the archive's files. Of entries with the same name the last one counts.
 fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<PathBuf, Place>> {
     let file = Arc::new(file);
     let end = file.metadata()?.len();
@@ -254,7 +254,7 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
                 Place::Link(clean(&from.join(link)))
             }
             Kind::HardLink => Place::Link(clean(link)),
-            // Nothing that an image could need.
+            // Types of entries that images do not need.
             _ => continue,
         };
         entries.insert(path, place);
@@ -265,7 +265,7 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
     Ok(entries)
 }
 
-/// A sparse file of the archive, with its holes, in a file of its own.
+/// Extracts a sparse file of the archive, with its holes, to a separate file.
 fn expand(reader: &mut Reader<Section>, entry: &Entry, path: &Path) -> io::Result<Blob> {
     let mut file = File::options()
         .read(true)
@@ -280,8 +280,7 @@ fn expand(reader: &mut Reader<Section>, entry: &Entry, path: &Path) -> io::Resul
     })
 }
 
-/// Without the one directory that everything lies in, where a directory was put into an archive by
-/// its name.
+/// Removes a single top directory, as in an archive made from a directory by its name.
 fn without_top(entries: HashMap<PathBuf, Place>) -> HashMap<PathBuf, Place> {
     let marks = ["index.json", "manifest.json", "repositories"];
     if marks

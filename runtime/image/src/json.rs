@@ -1,5 +1,5 @@
-//! JSON as Go's `encoding/json` reads it, since images are written and read by programs in Go: names of a structure's
-//! members match in any case, null changes nothing, the last of several members counts, and what is not UTF-8 is U+FFFD.
+//! JSON as parsed by Go's `encoding/json`, since images are written and read by Go programs: names of fields match in any
+//! case, null changes nothing, the last of several equal fields counts, and invalid UTF-8 becomes U+FFFD.
 
 use serde::de::value::{MapDeserializer, SeqDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
@@ -10,14 +10,14 @@ use serde_json::{Error, Value};
 /// # Errors
 /// If it is not JSON, or not a `T`.
 pub(crate) fn from_slice<T: DeserializeOwned>(text: &[u8]) -> Result<T, Error> {
-    // Some programs on Windows begin with a mark of the byte order.
+    // Some Windows programs write a byte order mark.
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let text = String::from_utf8_lossy(text);
     let value = serde_json::from_str(&with_whole_surrogates(&text))?;
     T::deserialize(AsGo(value))
 }
 
-/// Halves of surrogate pairs on their own, `\ud83d`, become `\ufffd`.
+/// Unpaired surrogates (`\ud83d`) become `\ufffd`.
 fn with_whole_surrogates(text: &str) -> String {
     const HIGH: std::ops::Range<u32> = 0xd800..0xdc00;
     const LOW: std::ops::Range<u32> = 0xdc00..0xe000;
@@ -37,7 +37,7 @@ fn with_whole_surrogates(text: &str) -> String {
             },
             Some(low) if LOW.contains(&low) => (6, true),
             Some(_) => (6, false),
-            // Another escape: its next character is none of ours, even if it is a backslash.
+            // Another escape: its next character is skipped, even if it is a backslash.
             None => (
                 1 + text[at + 1..].chars().next().map_or(0, char::len_utf8),
                 false,
@@ -53,7 +53,7 @@ fn with_whole_surrogates(text: &str) -> String {
     whole
 }
 
-/// A value, read by these rules.
+/// A value, deserialized by these rules.
 struct AsGo(Value);
 
 impl IntoDeserializer<'_, Error> for AsGo {
@@ -64,7 +64,7 @@ impl IntoDeserializer<'_, Error> for AsGo {
     }
 }
 
-/// What null leaves a field of a type at: its zero value.
+/// Deserializes null as the zero value of these types.
 macro_rules! zero_for_null {
     ($($method:ident => $visit:ident($zero:expr)),* $(,)?) => {
         $(fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -115,7 +115,7 @@ impl<'de> Deserializer<'de> for AsGo {
             other => return AsGo(other).deserialize_any(visitor),
         };
         let mut known = serde_json::Map::new();
-        // A member of the very name goes before others.
+        // A field with the exact name takes precedence.
         let (exact, folded): (Vec<_>, Vec<_>) = members
             .into_iter()
             .partition(|(name, _)| fields.contains(&name.as_str()));
@@ -195,7 +195,7 @@ mod tests {
             (outer.media_type.as_str(), &inner.cmd[..]),
             ("a", &["x".to_owned()][..])
         );
-        // Keys of a map are what they are.
+        // Keys of a map are case-sensitive.
         assert_eq!(inner.labels.len(), 2);
         assert_eq!(
             read(r#"{"mediatype": "other", "mediaType": "its own"}"#).media_type,

@@ -1,10 +1,8 @@
-//! Container images from files: an OCI image layout (a directory or an archive of one), or what
-//! `docker save` writes.
+//! Container images from files: an OCI image layout (a directory or an archive of one), or the output of `docker save`.
 //!
-//! Everything in an image is somebody else's word: blobs are held against their digests, what layers
-//! hold against the configuration's `diff_ids`, sizes against [`Limits`]; layers are unpacked without
-//! leaving the directory that they are unpacked to. `docs/images.md` says what is supported and what
-//! decides where specifications don't.
+//! Nothing in an image is trusted: blobs are compared with their digests, decompressed layers with the configuration's
+//! `diff_ids`, sizes with [`Limits`]; layers are unpacked without leaving the target directory. `docs/images.md` lists the
+//! supported formats, and the rules where specifications have none.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), koya_image::Error> {
@@ -43,31 +41,31 @@ use manifest::{Chosen, Layer};
 use std::io::{self, BufReader};
 use std::path::Path;
 
-/// Which of an archive's images is meant, and what it may take.
+/// Selection among an archive's images, and resource limits.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// The image's name: the whole one, one without what Docker adds (`docker.io/library/`, `:latest`),
-    /// or the tag alone. Default: the only image.
+    /// Name of the image: in full, without Docker's defaults (`docker.io/library/`, `:latest`), or the tag alone. Default:
+    /// the only image.
     pub tag: Option<String>,
-    /// Bounds.
+    /// Resource limits.
     pub limits: Limits,
 }
 
-/// An image's files on this host.
+/// The files of an image on this host.
 pub struct Image {
     chosen: Chosen,
     limits: Limits,
 }
 
-/// What layers are read through: the blob, decompressed, with both digested.
+/// The reader of a layer: the blob, decompressed, with digests of both.
 type LayerReader<'b> = Hashing<Metered<'b, Decoder<BufReader<Hashing<Metered<'b, Section>>>>>>;
 
 impl Image {
-    /// Opens an image. An archive is read where it is, unless it is compressed as a whole or no regular
-    /// file: then a copy is made in the directory `scratch`, which has to stay until it is unpacked.
+    /// Opens an image. An archive is read in place, unless it is compressed as a whole or not a regular file: then it is
+    /// copied to the directory `scratch`, which must exist until the image is unpacked.
     ///
     /// # Errors
-    /// What is missing, broken or not supported; several images where one is not chosen.
+    /// The missing, invalid or unsupported part; the names if there are several images and none is selected.
     pub fn open(path: &Path, scratch: &Path, options: &Options) -> Result<Self, Error> {
         let files = Files::open(path, scratch, &options.limits)?;
         Ok(Self {
@@ -76,22 +74,22 @@ impl Image {
         })
     }
 
-    /// What the image wants of its container.
+    /// Defaults of the image for its containers.
     pub fn defaults(&self) -> Defaults {
         self.chosen.config.defaults()
     }
 
-    /// Unpacks every layer, lowest first, into the empty directory `root`. Owners and device nodes
-    /// need root; without, files are this user's, and who they belong to is kept in an extended attribute, by which
-    /// virtio-fs shows it. Files stand for device nodes and FIFOs.
+    /// Unpacks every layer, lowest first, into the empty directory `root`. Owners and device nodes require root; otherwise
+    /// files belong to this user, their owners are kept in an extended attribute that virtio-fs applies, and files represent
+    /// device nodes and FIFOs.
     ///
     /// # Errors
-    /// A blob that is not what its digest says; an entry that can't be unpacked.
+    /// A blob that does not match its digest; an entry that can't be unpacked.
     pub fn unpack(&self, root: &Path) -> Result<(), Error> {
         let mut unpacker = Unpacker::new(root, &self.limits)
             .map_err(Error::host(format!("open {}", root.display())))?;
         let mut budget = Budget::new("bytes in all", self.limits.total);
-        // Padding and empty members are decompressed to nothing.
+        // Padding and empty members produce no output.
         let mut read = Budget::new("compressed bytes in all", self.limits.total);
         for (number, layer) in self.chosen.layers.iter().enumerate() {
             let diff_id = self.chosen.config.diff_id(number)?;
@@ -126,10 +124,10 @@ impl Image {
         let source = Decoder::new(BufReader::with_capacity(1 << 16, blob))?;
         let metered = Metered { source, budget };
         let mut reader: LayerReader<'_> = Hashing::new(metered, diff_id);
-        // Whatever is digested is whole when its digest is right, however it ends.
+        // Data with a correct digest is complete, even without an end marker.
         let is_digested = layer.digest.is_some() || diff_id.is_some();
         let unpacked = unpacker.layer(&mut reader, is_digested, self.limits.header);
-        // That a blob is not what it should be says more than what is wrong with what it holds.
+        // A digest mismatch is a better error than its consequences in the contents.
         let inner = match &unpacked {
             Ok(()) => reader.digest(),
             Err(_) => Ok(None),
@@ -157,11 +155,11 @@ fn hold(found: Option<Digest>, expected: &Digest) -> io::Result<()> {
 
 impl archive::Source for &mut LayerReader<'_> {}
 
-/// Makes a directory, and those on the way to it, inside an unpacked root: links in it lead nowhere
-/// else. One that is there stays as it is.
+/// Creates a directory and its parents inside an unpacked root; links in it cannot lead out of it. An existing directory is
+/// left as it is.
 ///
 /// # Errors
-/// The host's; if something else is in the way.
+/// The error from the host; if something else is in the way.
 pub fn make_directory(root: &Path, path: &Path) -> Result<(), Error> {
     let make = || {
         let mut unpacker = Unpacker::new(root, &Limits::default())?;

@@ -1,20 +1,20 @@
-//! What an image may take of the host.
+//! Resource limits of an image on the host.
 
 use crate::error::invalid;
 use std::io::{self, Read};
 
-/// Bounds of what is read from an image. Whatever is beyond is refused.
+/// Limits for data read from an image. Larger images are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of an index, manifest or configuration. Default: 4 MiB, which registries also allow.
+    /// Bytes of an index, manifest or configuration. Default: 4 MiB, as in registries.
     pub document: u64,
     /// Bytes of one extended header: a pax header, a long name, a map of a sparse file. Default: 1 MiB,
-    /// as for other container engines.
+    /// as in other container engines.
     pub header: u64,
-    /// Bytes that all layers, and before them an archive that is compressed as a whole, may have after
-    /// decompression. Holes of sparse files take none. Default: 64 GiB.
+    /// Total bytes of all layers after decompression, plus those of an archive that is compressed as a whole. Holes of
+    /// sparse files do not count. Default: 64 GiB.
     pub total: u64,
-    /// Entries of all layers, with directories that no entry names. Default: 2 million.
+    /// Entries of all layers, including implied directories. Default: 2 million.
     pub entries: u64,
     /// Layers. Default: 512.
     pub layers: usize,
@@ -32,19 +32,19 @@ impl Default for Limits {
     }
 }
 
-/// How deep a path may be, in components: a directory is held open for each while a tree is removed.
+/// Maximum number of components of a path: one directory is held open for each while a tree is removed.
 pub(crate) const MAX_DEPTH: usize = 512;
-/// The longest name in an archive, in bytes: PATH_MAX.
+/// Maximum length of a name in an archive, in bytes: PATH_MAX.
 pub(crate) const MAX_NAME: usize = 4096;
 
-/// How many bytes of manifests and configurations an index may lead to: many may name one.
+/// Maximum total bytes of manifests and configurations reached from an index: many entries may refer to one document.
 pub(crate) const MAX_DOCUMENTS: u64 = 16 << 20;
-/// How many components of paths with links in them are looked at, in all: each is a system call or some.
+/// Maximum total number of components of paths with symbolic links: each takes at least one system call.
 pub(crate) const MAX_ALL_STEPS: u64 = 50_000_000;
-/// How many bytes the names of hard links may take that wait for their targets.
+/// Maximum total bytes of the names of hard links that wait for their targets.
 pub(crate) const MAX_WAITING: u64 = 256 << 20;
 
-/// Counts down from a limit over several readers.
+/// A limit shared by several readers.
 #[derive(Debug)]
 pub(crate) struct Budget {
     what: &'static str,
@@ -61,10 +61,10 @@ impl Budget {
         }
     }
 
-    /// Takes `count` of it.
+    /// Subtracts `count`.
     ///
     /// # Errors
-    /// If there is not so much left.
+    /// If less is left.
     pub(crate) fn take(&mut self, count: u64) -> io::Result<()> {
         self.left = self
             .left
@@ -74,7 +74,7 @@ impl Budget {
     }
 }
 
-/// A reader whose bytes come off a budget.
+/// A reader that charges a budget for its bytes.
 pub(crate) struct Metered<'b, R> {
     pub(crate) source: R,
     pub(crate) budget: &'b mut Budget,

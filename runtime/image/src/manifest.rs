@@ -1,7 +1,7 @@
-//! The documents of an image, and which of the images in a file is meant: image-spec's layouts with
-//! OCI's media types or Docker's, and `docker save`'s manifest.json.
+//! The documents of an image, and the selection of an image in a file: OCI layouts with media types of OCI or Docker, and
+//! the manifest.json of `docker save`.
 //!
-//! Documents are read leniently, as other engines do ([`json`]): fields that nobody needs may be missing.
+//! Documents are read leniently, as other engines do ([`json`]): unused fields may be missing.
 
 use crate::choice::{Named, Platform, machine, wanted};
 use crate::config::Configuration;
@@ -13,15 +13,15 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 
-/// How deep indices may point to indices.
+/// Maximum nesting depth of indices.
 const MAX_DEPTH: u32 = 4;
-/// How many manifests are looked at for one of this machine.
+/// Maximum number of manifests that are examined.
 const MAX_MANIFESTS: usize = 1024;
 
-/// An image's name in a layout: image-spec's annotation, and containerd's, which is the whole name.
+/// An image's name in a layout: the annotation of image-spec, and that of containerd with the full name.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const IMAGE_NAME: &str = "io.containerd.image.name";
-/// BuildKit's mark of what is no image but says how one was built.
+/// BuildKit's annotation for attestations, which are not images.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
 const INDICES: [&str; 2] = [
@@ -37,11 +37,11 @@ const LAYERS: [&str; 5] = [
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
     "application/vnd.docker.image.rootfs.diff.tar",
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
-    // What old versions of Docker wrote for its own diff.
+    // Written by old versions of Docker.
     "application/vnd.docker.container.image.rootfs.diff+x-gtar",
 ];
 
-/// Configurations of images; and that of something else, which has none.
+/// Media types of image configurations; and that of an empty one, for artifacts.
 const CONFIGURATIONS: [&str; 2] = [
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
@@ -65,7 +65,7 @@ struct Layout {
     version: String,
 }
 
-/// An index or a manifest: which of them, its fields tell where no media type does.
+/// An index or a manifest; without a media type, the fields distinguish them.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Document {
@@ -82,8 +82,8 @@ struct Document {
 }
 
 impl Document {
-    /// What a manifest is of, where that is no image: signatures and bills of materials are kept beside images, some by
-    /// manifests like an image's own.
+    /// The type of an artifact that is not an image: signatures and bills of materials are stored beside images, some with
+    /// manifests like those of images.
     fn artifact(&self) -> Option<&str> {
         let kind = self.config.as_ref().map_or("", |config| &config.media_type);
         let named = self
@@ -116,17 +116,17 @@ struct Saved {
 /// A layer as stored.
 pub(crate) struct Layer {
     pub(crate) blob: Blob,
-    /// Of the blob, where the image names one.
+    /// Digest of the blob, if the image has one.
     pub(crate) digest: Option<Digest>,
 }
 
-/// What was chosen.
+/// The selected image.
 pub(crate) struct Chosen {
     pub(crate) config: Configuration,
     pub(crate) layers: Vec<Layer>,
 }
 
-/// A manifest that may be meant.
+/// A candidate for the selection.
 struct Candidate {
     names: Vec<String>,
     digest: Digest,
@@ -135,7 +135,7 @@ struct Candidate {
     platform: Platform,
 }
 
-/// Looks at what kind of image this is and chooses.
+/// Detects the kind of image and selects one.
 pub(crate) fn choose(files: &Files, options: &Options) -> Result<Chosen, Error> {
     let limits = &options.limits;
     if let Some(blob) = files.find("oci-layout")? {
@@ -181,7 +181,7 @@ fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, Error> {
     json::from_slice(text).map_err(|e| Error::invalid(format!("{name}: {e}")))
 }
 
-/// A document by its descriptor, held against it.
+/// Checks a document against its digest.
 fn check(name: &str, text: &[u8], digest: &Digest) -> Result<(), Error> {
     let mut hasher = digest.hasher();
     hasher.update(text);
@@ -223,7 +223,7 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
         others,
         ..
     } = found;
-    // What the machine runs besides is never taken for the image of the same name that is its own.
+    // An image for a compatible architecture is never preferred to a native one of the same name.
     let is_native = |candidate: &Candidate| candidate.platform.is_native();
     let native = candidates.iter().filter(|candidate| is_native(candidate));
     let native: Vec<_> = native.map(|candidate| candidate.names.clone()).collect();
@@ -244,7 +244,7 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
         variant: c.platform.variant.clone(),
     });
     let wanted = wanted(named.collect(), options.tag.as_deref())?;
-    // Of several variants of this machine the plainest: it runs on every one.
+    // Of several variants for this architecture the baseline, which runs on every machine.
     let chosen = candidates
         .into_iter()
         .enumerate()
@@ -264,7 +264,7 @@ fn from_layout(files: &Files, index: Document, options: &Options) -> Result<Chos
     })
 }
 
-/// A manifest's layers, whose blobs are found by their descriptors.
+/// The layers of a manifest, whose blobs are found by their descriptors.
 fn layers(
     manifest: &Document,
     find: impl Fn(&Descriptor) -> Result<(Blob, Digest), Error>,
@@ -292,21 +292,21 @@ fn check_layer_type(kind: &str) -> Result<(), Error> {
     Err(Error::Unsupported(text))
 }
 
-/// The manifests of an index, and of those that it points to.
+/// Collects the manifests of an index and of nested indices.
 struct Search<'f> {
     files: &'f Files,
     limits: &'f Limits,
-    /// Bytes of documents.
+    /// Limit for bytes of documents.
     documents: Budget,
-    /// Those for this machine.
+    /// Manifests for this machine.
     candidates: Vec<Candidate>,
-    /// What the others are for.
+    /// Platforms of the others.
     others: Vec<String>,
     seen: usize,
 }
 
 impl Search<'_> {
-    /// A manifest or a configuration.
+    /// Reads a manifest or a configuration.
     fn document<T: DeserializeOwned>(&mut self, descriptor: &Descriptor) -> Result<T, Error> {
         let (blob, digest) = blob(self.files, descriptor)?;
         let name = digest.path();
@@ -353,7 +353,7 @@ impl Search<'_> {
             return Ok(());
         }
         if !kind.is_empty() && !INDICES.contains(&kind) && !MANIFESTS.contains(&kind) {
-            // Signatures and other things that are no images; of an older schema is a manifest too.
+            // Signatures and other artifacts; also manifests of an older schema.
             self.others.push(format!("{kind} ({})", descriptor.digest));
             return Ok(());
         }
@@ -362,7 +362,7 @@ impl Search<'_> {
             && !platform.fits()
             && !(is_index && platform.is_empty())
         {
-            // Its blobs need not be there: registries are often copied for one platform alone.
+            // Its blobs may be missing: registries are often copied for only one platform.
             if !platform.is_unknown() {
                 self.others.push(platform.name());
             }
@@ -417,7 +417,7 @@ impl Search<'_> {
     }
 }
 
-/// A manifest beside its blobs, which are named by their digests' digits (skopeo's `dir:`).
+/// A manifest beside its blobs, which are named by the digits of their digests (skopeo's `dir:`).
 fn from_blobs(files: &Files, manifest: &Document, options: &Options) -> Result<Chosen, Error> {
     if manifest.schema_version != Some(2) || options.tag.is_some() {
         let reason = "manifest.json is a manifest of another schema, or has no tags".to_owned();
@@ -479,7 +479,7 @@ fn from_saved(files: &Files, saved: Vec<Saved>, options: &Options) -> Result<Cho
     let layers = image.layers.iter().map(|name| {
         Ok(Layer {
             blob: files.get(name)?,
-            // Others are named by what they hold, which the configuration says too.
+            // Other names are those of the decompressed data, which the configuration contains, too.
             digest: named_digest(name).filter(|_| name.starts_with("blobs/")),
         })
     });
@@ -489,7 +489,7 @@ fn from_saved(files: &Files, saved: Vec<Saved>, options: &Options) -> Result<Cho
     })
 }
 
-/// The digest that a file's name is: of a layout, of `docker save`, or as others write it.
+/// The digest in a file's name: of a layout, of `docker save`, or of other programs.
 fn named_digest(name: &str) -> Option<Digest> {
     if let Some(hex) = name.strip_prefix("blobs/sha256/") {
         return Digest::of_hex(hex);

@@ -1,11 +1,11 @@
-//! A zstd stream (RFC 8878) from its frames: seekable images have many, and frames between them
-//! that are to be skipped (section 3.1.2).
+//! Decoder of a zstd stream (RFC 8878), frame by frame: seekable images have many frames, with skippable frames between them
+//! (section 3.1.2).
 
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use std::io::{self, BufRead, Read};
 
-/// Reads what a zstd stream holds. The decoder bounds a frame's window.
+/// Decompresses a zstd stream. The decoder limits the window size of a frame.
 pub(super) struct Decoder<R> {
     source: R,
     frame: FrameDecoder,
@@ -21,12 +21,12 @@ impl<R: BufRead> Decoder<R> {
         }
     }
 
-    /// What is decompressed.
+    /// The underlying reader.
     pub(super) fn source(&mut self) -> &mut R {
         &mut self.source
     }
 
-    /// Goes to the next frame that holds something. False at the end of the stream.
+    /// Goes to the next frame that is not skippable. False at the end of the stream.
     fn enter(&mut self) -> io::Result<bool> {
         while !self.source.fill_buf()?.is_empty() {
             match self.frame.reset(&mut self.source) {

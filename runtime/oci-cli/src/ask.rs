@@ -1,5 +1,5 @@
-//! What commands ask a sandbox's process, and its answers: lines of JSON over the socket in the container's
-//! directory. A connection is one request.
+//! Requests of commands to a sandbox's process, and its replies: lines of JSON over the socket in the container's
+//! directory. Each connection carries one request.
 
 use crate::logging;
 use crate::preserved::Count;
@@ -11,34 +11,34 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long a status may take, which waits for nothing.
+/// Time limit for a status request, which does not block.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
 
-/// The first line that a sandbox's process gets, from the command that made it. Beside it: the streams of the
-/// container's process, or the connection that its terminal is sent to.
+/// The first line to a sandbox's process, from the command that created it. Attached: the streams of the container's
+/// process, or the connection for its terminal.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Boot {
     pub(crate) id: String,
     pub(crate) directory: PathBuf,
     pub(crate) bundle: PathBuf,
     pub(crate) is_terminal: bool,
-    /// Whether the terminal is this user's own, in the foreground.
+    /// Whether the terminal is the user's own, in the foreground.
     pub(crate) is_own_terminal: bool,
-    /// Further descriptors that came last.
+    /// Inherited descriptors, attached last.
     pub(crate) preserved: Count,
     /// The container whose virtual machine it joins.
     pub(crate) joins: Option<Joins>,
     pub(crate) log: logging::Config,
 }
 
-/// What a command asks, and of which of the virtual machine's containers.
+/// A request of a command, and the container that it applies to.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Asked {
     pub(crate) id: String,
     pub(crate) request: Request,
 }
 
-/// What a container is made of that joins the virtual machine. Its streams are beside it.
+/// A container that joins the virtual machine. Its streams are attached.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Create {
     pub(crate) bundle: PathBuf,
@@ -47,7 +47,7 @@ pub(crate) struct Create {
     pub(crate) preserved: Count,
 }
 
-/// What a command asks.
+/// A request of a command.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Request {
@@ -61,12 +61,12 @@ pub(crate) enum Request {
     Resume,
     Update(serde_json::Value),
     Stats,
-    /// Say each time that processes were killed for lack of memory.
+    /// Report each OOM kill.
     Ooms,
-    /// Make a container. Sizes of its terminal and signals follow; without who asked for it, it is killed.
+    /// Create a container. Sizes of its terminal and signals follow; if the connection breaks, it is killed.
     Create(Create),
-    /// Run a process; its streams are beside this. Sizes of its terminal and signals follow; without who asked for
-    /// it, it is killed.
+    /// Run a process; its streams are attached. Sizes of its terminal and signals follow; if the connection breaks, it is
+    /// killed.
     Exec {
         process: serde_json::Value,
         is_own_terminal: bool,
@@ -77,27 +77,27 @@ pub(crate) enum Request {
     Signal(u32),
 }
 
-/// The answer.
+/// A reply.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Answer {
     Status(Status),
     Stats(serde_json::Value),
-    /// Processes were killed for lack of memory.
+    /// The OOM killer has killed processes.
     Oom,
     /// An exec process runs; its end follows.
     Started,
-    /// The end of an exec process, or of a container's.
+    /// Exit status of an exec process, or of a container's process.
     Ended(u32),
-    /// It was done. Of a new sandbox: its process is where it belongs, and next it is ready.
+    /// Success. From a new sandbox: first its process is in its namespaces, then it is ready.
     Done,
     Failed(String),
 }
 
-/// One request and its one answer.
+/// Sends one request and returns its reply.
 ///
 /// # Errors
-/// If there is no answer, or why it was not done.
+/// If there is no reply, or the reason of a failure.
 pub(crate) fn ask(container: &Container, request: Request) -> Result<Answer> {
     let stream = container.connect()?;
     if matches!(request, Request::Status) {
@@ -107,10 +107,10 @@ pub(crate) fn ask(container: &Container, request: Request) -> Result<Answer> {
     hear(&mut Wire::new(stream))
 }
 
-/// The next answer.
+/// Receives the next reply.
 ///
 /// # Errors
-/// If there is none, or why it was not done.
+/// If there is none, or the reason of a failure.
 pub(crate) fn hear(wire: &mut Wire) -> Result<Answer> {
     let answer = wire
         .receive()

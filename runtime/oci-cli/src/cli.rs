@@ -1,6 +1,6 @@
-//! The commands and options: runc's, so that what drives runc drives this.
+//! The commands and options: those of runc, so that the same callers can use this program.
 
-// What is accepted without a meaning is read by nobody.
+// Options that are accepted without effect are not read.
 #![allow(dead_code)]
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 #[derive(Parser)]
 #[command(
     name = "koya-runtime",
-    // The lines by which Docker and others read runc's.
+    // The version lines of runc that Docker and others parse.
     version = concat!(
         "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"
     ),
@@ -33,10 +33,10 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// Reads a command line. Where the program stands in for runc under that name, it goes by it.
+    /// Parses a command line. If the program is called under the name runc, help and version use that name.
     ///
     /// # Errors
-    /// If it is not understood, or asks for help or the version.
+    /// If it is invalid, or a request for help or the version.
     pub(crate) fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let words: Vec<OsString> = words.into_iter().collect();
         let called = words.first().and_then(|word| Path::new(word).file_name());
@@ -50,34 +50,34 @@ impl Cli {
     }
 }
 
-/// As runc's help of a command begins.
+/// The beginning of the help text of a runc command.
 const COMMAND_HELP: &str = "NAME:\n   {usage}\n\n{about-with-newline}\n{all-args}";
 
-/// What is said before the command.
+/// Options before the command.
 #[derive(Args)]
 pub(crate) struct Globals {
-    /// Where the state of containers is (default: /run/koya-runtime, or koya-runtime in $XDG_RUNTIME_DIR without
-    /// root)
+    /// Set the directory for the state of containers (default: /run/koya-runtime, or koya-runtime in $XDG_RUNTIME_DIR
+    /// without root)
     #[arg(long, value_name = "DIR")]
     pub(crate) root: Option<PathBuf>,
     /// Write the log to this file (default: standard error)
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
-    /// The format of the log
+    /// Set the format of the log
     #[arg(long, value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,
-    /// Log more
+    /// Log debug messages
     #[arg(long)]
     pub(crate) debug: bool,
-    /// Accepted: a control group is made as cgroupsPath says it, in systemd's form or not
+    /// Accepted without effect: cgroupsPath may have the systemd form or not
     #[arg(long)]
     systemd_cgroup: bool,
-    /// Accepted: without root what needs it is left out
+    /// Accepted without effect: without root, steps that require it are skipped
     #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false|auto")]
     rootless: Option<Option<String>>,
 }
 
-/// How a line of the log looks.
+/// Format of the log.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
     Text,
@@ -88,33 +88,33 @@ pub(crate) enum LogFormat {
 pub(crate) enum Command {
     /// Create a container from a bundle; its process waits to be started
     Create(CreateArgs),
-    /// Create a container and start it
+    /// Create and start a container
     Run(RunArgs),
-    /// Start the process of a container that was created
+    /// Start the process of a created container
     Start(IdArgs),
-    /// Print a container's state as JSON
+    /// Print the state of a container as JSON
     State(IdArgs),
-    /// Send a signal to a container's process
+    /// Send a signal to the process of a container
     Kill(KillArgs),
-    /// Delete a container that has stopped
+    /// Delete a stopped container
     Delete(DeleteArgs),
     /// Run a process in a container
     Exec(Box<ExecArgs>),
-    /// List the host's processes that a container is
+    /// List the processes on the host that represent a container
     Ps(PsArgs),
     /// List containers
     List(ListArgs),
-    /// Stop all processes of a container where they are
+    /// Suspend all processes of a container
     Pause(IdArgs),
-    /// Let them go on
+    /// Resume all processes of a container
     Resume(IdArgs),
-    /// Change a container's limits
+    /// Update the resource limits of a container
     Update(Box<UpdateArgs>),
-    /// Print what a container uses
+    /// Print the resource usage of a container, and out-of-memory events
     Events(EventsArgs),
-    /// Write a config.json to begin with
+    /// Write a config.json as a starting point
     Spec(SpecArgs),
-    /// Print what is supported, as JSON
+    /// Print the supported features as JSON
     Features,
     /// Not supported
     Checkpoint(AnyArgs),
@@ -143,25 +143,25 @@ pub(crate) struct CreateArgs {
     /// The bundle: the directory of config.json
     #[arg(long, short, value_name = "DIR", default_value = ".")]
     pub(crate) bundle: PathBuf,
-    /// A socket that the terminal's descriptor is sent to
+    /// Send the descriptor of the terminal to this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) console_socket: Option<PathBuf>,
-    /// Write the pid to this file
+    /// Write the PID to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
-    /// A socket that a descriptor of the container's process is sent to, a pidfd
+    /// Send a pidfd of the container's process to this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) pidfd_socket: Option<PathBuf>,
-    /// Leave the process so many descriptors from 3 on: pipes, FIFOs, stream sockets, and files that are open one way
+    /// Pass this many descriptors, 3 and up, to the process: pipes, FIFOs, stream sockets, and files open in one direction
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
-    /// Accepted, without a meaning: the guest's root is its own
+    /// Accepted without effect: the guest has its own root
     #[arg(long)]
     no_pivot: bool,
-    /// Accepted, without a meaning: the guest's keyrings are its own
+    /// Accepted without effect: the guest has its own keyrings
     #[arg(long)]
     no_new_keyring: bool,
-    /// The container's name, which no other has
+    /// The ID of the container, which must be unique
     pub(crate) id: String,
 }
 
@@ -169,20 +169,20 @@ pub(crate) struct CreateArgs {
 pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) create: CreateArgs,
-    /// Return once it runs
+    /// Return once the process runs
     #[arg(long, short)]
     pub(crate) detach: bool,
-    /// Do not delete it when it has ended
+    /// Do not delete the container when it has ended
     #[arg(long)]
     pub(crate) keep: bool,
-    /// Accepted, without a meaning: no process of the guest is a child of this command
+    /// Accepted without effect: processes in the guest are not children of this command
     #[arg(long)]
     no_subreaper: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct KillArgs {
-    /// Signal all of its processes
+    /// Signal all processes of the container
     #[arg(long, short)]
     pub(crate) all: bool,
     /// The container
@@ -194,7 +194,7 @@ pub(crate) struct KillArgs {
 
 #[derive(Args)]
 pub(crate) struct DeleteArgs {
-    /// Kill it first if it runs; it need not exist
+    /// Kill the container first if it runs; it need not exist
     #[arg(long, short)]
     pub(crate) force: bool,
     /// The container
@@ -203,55 +203,55 @@ pub(crate) struct DeleteArgs {
 
 #[derive(Args)]
 pub(crate) struct ExecArgs {
-    /// A socket that the terminal's descriptor is sent to
+    /// Send the descriptor of the terminal to this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) console_socket: Option<PathBuf>,
-    /// The working directory (default: the container's)
+    /// Set the working directory (default: that of the container)
     #[arg(long, value_name = "DIR")]
     pub(crate) cwd: Option<PathBuf>,
-    /// An environment variable, beside the container's
+    /// Add an environment variable to those of the container
     #[arg(long, short, value_name = "K=V")]
     pub(crate) env: Vec<String>,
-    /// Give it a terminal
+    /// Allocate a terminal
     #[arg(long, short)]
     pub(crate) tty: bool,
-    /// The user and the group, by number
+    /// Set the user and group, by ID
     #[arg(long, short, value_name = "UID[:GID]")]
     pub(crate) user: Option<String>,
-    /// More groups
+    /// Add supplementary groups, by ID
     #[arg(long, short = 'g', value_name = "GID")]
     pub(crate) additional_gids: Vec<u32>,
-    /// A file with the process, as in config.json
+    /// Read the process from a file, in the form of config.json
     #[arg(long, short, value_name = "FILE")]
     pub(crate) process: Option<PathBuf>,
-    /// Return once it runs
+    /// Return once the process runs
     #[arg(long, short)]
     pub(crate) detach: bool,
-    /// Write the pid to this file
+    /// Write the PID to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
-    /// A socket that a descriptor of the process is sent to, a pidfd
+    /// Send a pidfd of the process to this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) pidfd_socket: Option<PathBuf>,
-    /// Accepted: SELinux labels are the sandbox's process's
+    /// Accepted without effect: SELinux labels apply to the process of the sandbox
     #[arg(long, value_name = "LABEL")]
     process_label: Option<String>,
-    /// Accepted: AppArmor's profile is the sandbox's process's
+    /// Accepted without effect: AppArmor profiles apply to the process of the sandbox
     #[arg(long, value_name = "PROFILE")]
     apparmor: Option<String>,
-    /// It gains no privileges by execve(2)
+    /// Prevent the process from gaining privileges by execve(2)
     #[arg(long)]
     pub(crate) no_new_privs: bool,
-    /// A capability beside the container's
+    /// Add a capability to those of the container
     #[arg(long, short, value_name = "CAP")]
     pub(crate) cap: Vec<String>,
-    /// Leave the process so many descriptors from 3 on: pipes, FIFOs, stream sockets, and files that are open one way
+    /// Pass this many descriptors, 3 and up, to the process: pipes, FIFOs, stream sockets, and files open in one direction
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) preserve_fds: u32,
-    /// A control group in the container's own
+    /// Set the control group, as a path below that of the container
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup: Vec<String>,
-    /// Not supported: the process would not come to its start
+    /// Not supported: the process would never start
     #[arg(long)]
     pub(crate) ignore_paused: bool,
     /// The container
@@ -261,7 +261,7 @@ pub(crate) struct ExecArgs {
     pub(crate) args: Vec<String>,
 }
 
-/// How a list is printed.
+/// Output format of a list.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     Table,
@@ -270,7 +270,7 @@ pub(crate) enum Format {
 
 #[derive(Args)]
 pub(crate) struct PsArgs {
-    /// How it is printed
+    /// Set the output format
     #[arg(long, short, value_enum, default_value = "table")]
     pub(crate) format: Format,
     /// The container
@@ -282,51 +282,51 @@ pub(crate) struct PsArgs {
 
 #[derive(Args)]
 pub(crate) struct ListArgs {
-    /// How it is printed
+    /// Set the output format
     #[arg(long, short, value_enum, default_value = "table")]
     pub(crate) format: Format,
-    /// Print names alone
+    /// Print only IDs
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct UpdateArgs {
-    /// A file of JSON: config.json's linux.resources, of which what is there is set; - is standard input
+    /// Read limits from a JSON file in the form of linux.resources in config.json (- for standard input); absent ones stay
     #[arg(long, short, value_name = "FILE")]
     pub(crate) resources: Option<String>,
-    /// Microseconds of a CPU's time in each period
+    /// Set the CPU time per period, in microseconds
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) cpu_quota: Option<i64>,
-    /// The period, in microseconds
+    /// Set the period, in microseconds
     #[arg(long)]
     pub(crate) cpu_period: Option<u64>,
-    /// The share of CPU time among containers
+    /// Set the relative share of CPU time
     #[arg(long)]
     pub(crate) cpu_share: Option<u64>,
-    /// The CPUs that it may use
+    /// Set the allowed CPUs
     #[arg(long)]
     pub(crate) cpuset_cpus: Option<String>,
-    /// The memory nodes that it may use
+    /// Set the allowed memory nodes
     #[arg(long)]
     pub(crate) cpuset_mems: Option<String>,
-    /// Memory: bytes, or with a unit (k, m, g); -1 is no limit
+    /// Set the memory limit: bytes, or with a unit (k, m, g); -1 for no limit
     #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory: Option<i64>,
-    /// Memory that is kept for it
+    /// Set the memory reservation
     #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_reservation: Option<i64>,
-    /// Memory and swap
+    /// Set the limit of memory and swap together
     #[arg(long, allow_hyphen_values = true, value_parser = bytes)]
     pub(crate) memory_swap: Option<i64>,
-    /// How many processes and threads it may have
+    /// Set the maximum number of processes and threads
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) pids_limit: Option<i64>,
     /// The container
     pub(crate) id: String,
 }
 
-/// As runc's callers write sizes: `1024`, `50M`, `1g`, `2GiB`, `-1`.
+/// A size in the syntax of runc: `1024`, `50M`, `1g`, `2GiB`, `-1`.
 fn bytes(text: &str) -> Result<i64, String> {
     let lower = text.to_lowercase();
     let number = lower.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -348,10 +348,10 @@ fn bytes(text: &str) -> Result<i64, String> {
 
 #[derive(Args)]
 pub(crate) struct EventsArgs {
-    /// How often
+    /// Set the interval
     #[arg(long, default_value = "5s", value_name = "TIME")]
     pub(crate) interval: String,
-    /// Print it once
+    /// Print the statistics once and exit
     #[arg(long)]
     pub(crate) stats: bool,
     /// The container
@@ -360,10 +360,10 @@ pub(crate) struct EventsArgs {
 
 #[derive(Args)]
 pub(crate) struct SpecArgs {
-    /// Where it is written
+    /// The directory of the file
     #[arg(long, short, value_name = "DIR", default_value = ".")]
     pub(crate) bundle: PathBuf,
-    /// Accepted: the file is the same, as root in the guest needs no root on the host
+    /// Accepted without effect: the file is the same, since root in the guest does not need root on the host
     #[arg(long)]
     pub(crate) rootless: bool,
 }
@@ -418,7 +418,7 @@ mod tests {
         }
     }
 
-    /// What the command prints that is no request: help and the version.
+    /// Output of the command for help and the version.
     fn printed(words: &[&str]) -> String {
         match Cli::read(words.iter().map(OsString::from)) {
             Err(error) => error.to_string(),

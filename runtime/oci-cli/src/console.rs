@@ -1,6 +1,6 @@
-//! Terminals: a pty for a process, whose master goes to `--console-socket`, or to the user's own terminal.
+//! Terminals: a pty for a process; the master is sent to `--console-socket`, or connected to the user's own terminal.
 //!
-//! The guest has the terminal that programs see; the pty's slave is its end on the host, and raw.
+//! Programs use the guest's terminal; the pty's slave is its end on the host, in raw mode.
 
 use anyhow::{Context, Result};
 use rustix::net::{
@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-/// The longest name of a pty that is read.
+/// Maximum length of a pty's name.
 const MAX_NAME: usize = 4096;
 
 pub(crate) struct Pty {
@@ -30,10 +30,10 @@ pub(crate) struct Pty {
 }
 
 impl Pty {
-    /// One of so many rows and columns, if that is known.
+    /// Opens a pty with this number of rows and columns, if given.
     ///
     /// # Errors
-    /// If the host has none left.
+    /// If the host has no pty left.
     pub(crate) fn open(size: Option<(u64, u64)>) -> Result<Self> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags).context("cannot make a terminal")?;
@@ -57,14 +57,14 @@ impl Pty {
         })
     }
 
-    /// Sends the master over a connection, as runc does: beside its name.
+    /// Sends the master over a connection, attached to its name, as runc does.
     pub(crate) fn send_master(&self, to: &UnixStream) -> Result<()> {
         send_descriptor(to, &self.name, self.master.as_fd())
             .context("cannot send the terminal to the console socket")
     }
 }
 
-/// Sends a descriptor beside its name.
+/// Sends a descriptor attached to its name.
 pub(crate) fn send_descriptor(
     to: &UnixStream,
     name: &[u8],
@@ -97,7 +97,7 @@ pub(crate) fn receive_master(from: &UnixStream) -> Result<OwnedFd> {
     fd.context("the container's process sent no terminal")
 }
 
-/// Makes a slave the terminal of this process, which leads its session: it hears of new sizes by SIGWINCH.
+/// Makes a slave the controlling terminal of this process, a session leader: it gets SIGWINCH for new sizes.
 pub(crate) fn control(slave: &OwnedFd) -> Result<()> {
     rustix::process::ioctl_tiocsctty(slave).context("cannot have the terminal")
 }
@@ -113,14 +113,14 @@ pub(crate) fn connect(socket: &Path) -> Result<UnixStream> {
     stream.with_context(|| format!("cannot connect to the console socket {}", socket.display()))
 }
 
-/// The user's terminal, joined to a pty's master until this is dropped.
+/// The user's terminal, connected to a pty's master until this is dropped.
 pub(crate) struct Joined {
     before: Option<Termios>,
-    /// Ends when all output was copied.
+    /// Disconnected when all output has been copied.
     copied: Receiver<()>,
 }
 
-/// How long the last output may take to be copied.
+/// Time limit for copying the last output.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
 impl Joined {
@@ -133,7 +133,7 @@ impl Joined {
             let found = tcgetattr(&own)?;
             let mut raw = found.clone();
             raw.make_raw();
-            // The guest's terminal keeps newlines as they are; this one adds the carriage returns.
+            // The guest's terminal outputs newlines unchanged; this one adds carriage returns.
             raw.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
             tcsetattr(&own, OptionalActions::Now, &raw)?;
             before = Some(found);
@@ -151,7 +151,7 @@ impl Joined {
         Ok(Self { before, copied })
     }
 
-    /// The process has ended, and nobody has the slave any more.
+    /// Waits for the last output, after the process has ended and the slave is closed everywhere.
     pub(crate) fn finish(self) {
         self.copied.recv_timeout(LAST_OUTPUT).ok();
     }
@@ -185,7 +185,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write) {
     }
 }
 
-/// The name that ps(1) shows: it was started by way of `/proc/self/exe`.
+/// Sets the name shown by ps(1), since the process was started through `/proc/self/exe`.
 pub(crate) fn name_process() {
     rustix::thread::set_name(c"koya-runtime").ok();
 }

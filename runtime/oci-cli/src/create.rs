@@ -1,4 +1,4 @@
-//! `create` and `run`: starts the process that stays ([`crate::serve`]), runs hooks, stores the state.
+//! `create` and `run`: starts the long-lived process ([`crate::serve`]), runs hooks, stores the state.
 
 use crate::ask::{Boot, Request, ask, hear};
 use crate::cli::{CreateArgs, Globals, RunArgs};
@@ -54,7 +54,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given)
     wanted.is_own_terminal = wanted.has_terminal();
     wanted.console = wanted.is_own_terminal.then_some(theirs);
     let console = wanted.is_own_terminal.then_some(ours);
-    // Before there is a thread, so that none takes a signal that is the container's.
+    // Before any thread exists, so that no thread takes a signal for the container.
     let signals = life::Forwarded::catch()?;
     let mut child = make(root, globals, &args.create, wanted, given)?;
     let ran = attend(root, args, &mut child, signals, console);
@@ -64,7 +64,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given)
     ran
 }
 
-/// Starts a container in the foreground, and waits for its end. Its terminal comes over `console`.
+/// Starts a container in the foreground, and waits for its end. Its terminal arrives over `console`.
 fn attend(
     root: &Root,
     args: &RunArgs,
@@ -86,19 +86,19 @@ fn attend(
     Ok(status.code().unwrap_or(KILLED) as u8)
 }
 
-/// The status of what was killed with its sandbox's process.
+/// Status of a container whose sandbox process was killed.
 pub(crate) const KILLED: i32 = 137;
 
-/// A container that is to be made.
+/// A container to be created.
 struct Wanted {
     spec: Spec,
     /// The container whose virtual machine it joins.
     joins: Option<Joins>,
-    /// Where its terminal is sent.
+    /// Connection for its terminal.
     console: Option<UnixStream>,
-    /// Where a descriptor of its process is sent.
+    /// Connection for a pidfd of its process.
     pidfd: Option<Receiver>,
-    /// Whether that is the user's own.
+    /// Whether the terminal is the user's own.
     is_own_terminal: bool,
 }
 
@@ -131,12 +131,12 @@ impl Wanted {
     }
 }
 
-/// Where a sandbox's process is if the configuration does not say it.
+/// The control group of a sandbox's process if the configuration has none.
 pub(crate) fn default_cgroup(id: &str) -> String {
     format!("koya-runtime/{id}")
 }
 
-/// Makes a container. The process that stays is this one's child until it ends.
+/// Creates a container. The long-lived process is a child of this one until this one ends.
 fn make(
     root: &Root,
     globals: &Globals,
@@ -166,7 +166,7 @@ fn make(
         log: logging::Config::of(globals)?,
     };
     let group = spec.cgroup();
-    // Not before its name is its own: that one is taken is the better reason.
+    // Only after its ID is reserved: an ID in use is the more helpful error.
     let is_unused = group.as_deref().map_or(Ok(()), cgroup::check_unused);
     let launched = is_unused
         .map_err(anyhow::Error::from)
@@ -190,7 +190,7 @@ fn make(
     made
 }
 
-/// Starts the process that stays, and sends it what it is to be.
+/// Starts the long-lived process, and sends it the request.
 fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let child = Command::new("/proc/self/exe")
@@ -205,7 +205,7 @@ fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Ch
     Ok((child, ours))
 }
 
-/// Has the container made, between hooks and the state.
+/// Makes the process create the container, between running hooks and storing the state.
 fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStream) -> Result<()> {
     let mut wire = Wire::new(stream.try_clone()?);
     hear(&mut wire)?;
@@ -218,7 +218,7 @@ fn finish(boot: &Boot, args: &CreateArgs, spec: Spec, pid: u32, stream: &UnixStr
     hear(&mut wire)?;
     write_pid(args.pid_file.as_deref(), pid)?;
     state::store(&boot.directory, &stored)?;
-    // It stays from here on.
+    // From here on it continues without this command.
     send(stream, &Request::Status, &[])
 }
 
@@ -245,7 +245,7 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
     })
 }
 
-/// Asks one that was made to start, after what runc checks.
+/// Starts a created container, after the checks that runc makes.
 pub(crate) fn start_made(container: &Container) -> Result<()> {
     match container.status() {
         Status::Created => {}
@@ -271,7 +271,7 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
     Ok(ran?)
 }
 
-/// Writes the pid that the caller is told, if it wants to know.
+/// Writes the PID for the caller, if requested.
 pub(crate) fn write_pid(file: Option<&Path>, pid: u32) -> Result<()> {
     file.map_or(Ok(()), |file| {
         state::replace(file, pid.to_string().as_bytes())

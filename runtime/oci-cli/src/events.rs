@@ -1,4 +1,4 @@
-//! `events`: what a container uses, in the form of runc's.
+//! `events`: resource usage of a container, in runc's format.
 
 use crate::Outcome;
 use crate::ask::{Answer, Request, ask, hear};
@@ -14,7 +14,7 @@ use std::io::Write;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// How long the last events may take to be told once the container has ended.
+/// Time limit for reporting the last events after the end of the container.
 const LAST_EVENT: Duration = Duration::from_secs(2);
 
 pub(crate) fn events(root: &Root, args: &EventsArgs) -> Outcome {
@@ -42,7 +42,7 @@ pub(crate) fn events(root: &Root, args: &EventsArgs) -> Outcome {
     Ok(0)
 }
 
-/// An event as runc prints it.
+/// An event in runc's format.
 #[derive(Serialize)]
 struct Event<'a> {
     #[serde(rename = "type")]
@@ -66,7 +66,7 @@ fn print_stats(container: &Container) -> Result<()> {
     }
 }
 
-/// Prints each lack of memory, on a thread. The receiver is disconnected once there can be none any more.
+/// Prints OOM events on a thread. The receiver is disconnected after the last one.
 fn print_ooms(container: &Container) -> Result<Receiver<()>> {
     let stream = container.connect()?;
     send(&stream, &container.asked(Request::Ooms), &[])?;
@@ -84,7 +84,7 @@ fn print_ooms(container: &Container) -> Result<Receiver<()>> {
     Ok(over)
 }
 
-/// A time as Go writes it: `5s`, `500ms`, `1m`.
+/// A duration in Go's syntax: `5s`, `500ms`, `1m`.
 fn duration(text: &str) -> Result<Duration> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -103,7 +103,7 @@ fn duration(text: &str) -> Result<Duration> {
     parsed.with_context(|| format!("--interval {text}: a time like 5s or 500ms is expected"))
 }
 
-/// What go-runc reads (its `Stats`).
+/// The statistics in the format of go-runc (`Stats`).
 pub(crate) fn data(stats: &ContainerStats) -> Value {
     let nanoseconds = |microseconds: u64| microseconds.saturating_mul(1000);
     let cpu = &stats.cpu;
@@ -129,7 +129,7 @@ pub(crate) fn data(stats: &ContainerStats) -> Value {
     })
 }
 
-/// No limit is 0 there.
+/// Zero means no limit there.
 fn pids_limit(limit: u64) -> u64 {
     match limit {
         u64::MAX => 0,

@@ -1,7 +1,7 @@
-//! `exec`: a process that is added to a container.
+//! `exec`: adds a process to a container.
 //!
-//! In the foreground the command itself stands for it; detached, a process that stays does ([`stub`]): callers
-//! are told its pid, and it exits with the process's status. It keeps none of the process's streams.
+//! In the foreground the command itself represents the process; detached, a long-lived process does ([`stub`]): callers get
+//! its PID, and it exits with the process's status. It keeps none of the process's streams open.
 
 use crate::Outcome;
 use crate::ask::{Answer, Request, hear};
@@ -26,7 +26,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What a stub is told. Beside it: the process's streams, or a console socket's connection.
+/// Request to a stub. Attached: the process's streams, or a connection to a console socket.
 #[derive(Serialize, Deserialize)]
 struct Stubbed {
     root: PathBuf,
@@ -35,7 +35,7 @@ struct Stubbed {
     added: Added,
 }
 
-/// A process that is to be added to a container.
+/// A process to be added to a container.
 #[derive(Serialize, Deserialize)]
 struct Added {
     process: Value,
@@ -94,7 +94,7 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
     }
 }
 
-/// The control group that it asks for, in the container's own. Those of a guest are of version 2.
+/// The requested control group below the container's. Guests have control groups of version 2.
 fn cgroup_of(args: &ExecArgs) -> Result<Option<String>> {
     let [group] = args.cgroup.as_slice() else {
         return match args.cgroup.is_empty() {
@@ -114,7 +114,7 @@ fn cgroup_of(args: &ExecArgs) -> Result<Option<String>> {
     Ok(Some(group.clone()))
 }
 
-/// The process that is to run: from a file, or like the container's.
+/// The process to run: from a file, or derived from the container's.
 fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
     if let Some(file) = &args.process {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
@@ -123,7 +123,7 @@ fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
         if args.tty {
             process["terminal"] = true.into();
         }
-        // Who is left out is root, for programs in Go.
+        // Missing IDs mean root, as in Go programs.
         for id in ["uid", "gid"] {
             if process["user"][id].is_null() {
                 process["user"][id] = 0.into();
@@ -148,7 +148,7 @@ fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
     if args.no_new_privs {
         process["noNewPrivileges"] = true.into();
     }
-    // As runc has it: ambient capabilities are those that are inherited.
+    // As in runc: ambient capabilities are set only if there are inheritable ones.
     let inherits = process["capabilities"]["inheritable"].is_array();
     let sets = ["bounding", "effective", "permitted", "ambient"];
     let sets = &sets[..if inherits { 4 } else { 3 }];
@@ -221,7 +221,7 @@ fn foreground(container: &Container, args: &ExecArgs, added: &Added, given: &Giv
     Ok(status)
 }
 
-/// Tells the sandbox's process of signals, and the size of a terminal, now and at each change.
+/// Forwards signals to the sandbox's process, and the size of a terminal, now and at each change.
 pub(crate) fn pass_on(
     mut signals: Signals,
     stream: &UnixStream,
@@ -247,7 +247,7 @@ pub(crate) fn pass_on(
     })
 }
 
-/// The status of the process. If its sandbox ends first, it was killed.
+/// The exit status of the process. If its sandbox ends first, it counts as killed.
 pub(crate) fn end(wire: &mut Wire) -> u8 {
     match hear(wire) {
         Ok(Answer::Ended(status)) => status as u8,
@@ -293,7 +293,7 @@ fn detach(
     started.map(|()| 0)
 }
 
-/// The process that stands for one that was added to a container.
+/// The main function of a process that represents an exec process.
 pub(crate) fn stub() -> Outcome {
     console::name_process();
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
@@ -315,7 +315,7 @@ pub(crate) fn stub() -> Outcome {
     Ok(end(&mut sandbox))
 }
 
-/// Has the process run; the answer is the connection that tells its end.
+/// Starts the process; returns the connection that reports its end.
 fn start_stubbed(stubbed: &Stubbed, mut fds: Vec<OwnedFd>) -> Result<Wire> {
     let container = Root::at(stubbed.root.clone()).find(&stubbed.id)?;
     let sandbox = container.connect()?;

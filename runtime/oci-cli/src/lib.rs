@@ -1,9 +1,9 @@
-//! `koya-runtime`: the command line of OCI runtimes, as runc has it, for podman and others that drive a runtime
+//! `koya-runtime`: the command line of OCI runtimes, compatible with runc, for podman and others that drive a runtime
 //! by its commands.
 //!
-//! `create` leaves a process behind ([`serve`]) that has the virtual machine in it: callers are told its pid, it
-//! owns the sandbox's network namespace, and it exits with the container's status. The other commands find it by
-//! what is stored under `--root` ([`state`]) and ask it over a socket ([`ask`]).
+//! `create` leaves a process behind ([`serve`]) that contains the virtual machine: callers get its PID, it owns the
+//! sandbox's network namespace, and it exits with the container's status. The other commands find it by the state stored
+//! under `--root` ([`state`]) and send it requests over a socket ([`ask`]).
 
 mod ask;
 mod cli;
@@ -32,13 +32,13 @@ use preserved::Given;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-/// The status of a command that could not be carried out, as runc's.
+/// Exit status of a command that failed, as in runc.
 const FAILED: u8 = 1;
 
-/// As runc's, where `exec` could not be carried out.
+/// Exit status if `exec` failed, as in runc.
 const EXEC_FAILED: u8 = 255;
 
-/// What a command ends with.
+/// Exit status of a command, or its error.
 type Outcome = anyhow::Result<u8>;
 
 /// The definition of the command line, for its manual pages.
@@ -49,7 +49,7 @@ pub fn command() -> clap::Command {
 /// The whole command, with the arguments of this process.
 pub fn main() -> ExitCode {
     koya::prepare_process();
-    // What the caller has open is not for the processes that stay.
+    // Open descriptors of the caller must not leak to long-lived processes.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         writeln!(std::io::stderr(), "koya-runtime: {error}").ok();
         return ExitCode::from(FAILED);
@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
             if error.kind() == ErrorKind::InvalidSubcommand
                 && let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidSubcommand)
             {
-                // As runc says it.
+                // In runc's wording.
                 writeln!(std::io::stderr(), "No help topic for '{name}'").ok();
             }
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
@@ -79,7 +79,7 @@ pub fn main() -> ExitCode {
     match given.and_then(|given| carry_out(cli, &given)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            // The last error in the log is what callers show; without a log they show standard error.
+            // Callers show the last error in the log, or standard error without a log.
             log::error!("{error:#}");
             if logging::is_to_file() {
                 writeln!(std::io::stderr(), "{error:#}").ok();

@@ -17,10 +17,9 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// How long a sandbox may take to go by itself once its container was killed: what its guest has for disks is
-/// written meanwhile.
+/// Time limit for a sandbox to end by itself once its container was killed: the guest flushes its disks meanwhile.
 const GONE_LIMIT: Duration = Duration::from_secs(30);
-/// How long the kernel may take to see that nobody is in a control group.
+/// Time limit for the kernel to notice that a control group is empty.
 const GROUP_LIMIT: Duration = Duration::from_secs(2);
 
 pub(crate) fn start(root: &Root, id: &str) -> Outcome {
@@ -33,7 +32,7 @@ pub(crate) fn kill(root: &Root, args: &KillArgs) -> Outcome {
     let container = root.find(&args.id)?;
     let signal = signal::parse(&args.signal)?;
     if container.status() == Status::Stopped {
-        // Callers that end all of a container's processes mean that none is left.
+        // Callers that kill all processes of a container expect that none is left.
         if args.all {
             return Ok(0);
         }
@@ -88,12 +87,12 @@ pub(crate) fn delete(root: &Root, args: &DeleteArgs) -> Outcome {
     Ok(0)
 }
 
-/// Deletes a container whatever it does. One that is not there is no error.
+/// Deletes a container in any state. A missing one is not an error.
 pub(crate) fn delete_by_force(root: &Root, id: &str) -> Result<()> {
     state::check_id(id)?;
     match root.lock(id) {
         Ok((container, _lock)) => remove(&container),
-        // What a command left that was cut off has no state.
+        // The leftovers of an interrupted command have no state.
         Err(_) => match root.make(id) {
             Ok((directory, _lock)) => Ok(fs::remove_dir_all(directory)?),
             Err(error) => Err(error),
@@ -101,7 +100,7 @@ pub(crate) fn delete_by_force(root: &Root, id: &str) -> Result<()> {
     }
 }
 
-/// Ends what is left of it, and takes away what is stored.
+/// Ends the remaining processes, and removes the stored state.
 fn remove(container: &Container) -> Result<()> {
     end(container)?;
     if let Some(group) = &container.stored.cgroup {
@@ -122,13 +121,13 @@ fn remove(container: &Container) -> Result<()> {
     Ok(())
 }
 
-/// Ends its process: by the container's end if it can, else by SIGKILL.
+/// Ends its process: by ending the container if possible, otherwise by SIGKILL.
 fn end(container: &Container) -> Result<()> {
     let pid = Pid::from_raw(container.stored.pid).context("no pid is stored")?;
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
         return Ok(());
     };
-    // Asked once there is a descriptor: the pid is not used again while that is open.
+    // Checked after the pidfd was opened: the PID is not reused while that is open.
     if !container.is_alive() {
         return Ok(());
     }
@@ -162,7 +161,7 @@ fn has_ended(process: &OwnedFd, limit: Duration) -> bool {
     poll(&mut polled, Some(&limit)).is_ok_and(|count| count > 0)
 }
 
-/// Signals to a command in the foreground, which are the container's.
+/// Signals to a foreground command, to be forwarded to the container.
 pub(crate) struct Forwarded(Signals);
 
 impl Forwarded {
@@ -170,7 +169,7 @@ impl Forwarded {
         Ok(Self(Signals::new(signal::PASSED)?))
     }
 
-    /// Passes them on to the container's process; new sizes of the user's terminal to its own.
+    /// Forwards signals to the container's process, and new sizes of the user's terminal to its terminal.
     pub(crate) fn to(mut self, pid: u32, master: Option<OwnedFd>) -> Result<()> {
         spawn("koya-signals", move || {
             for signal in self.0.forever() {

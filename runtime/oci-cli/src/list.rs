@@ -35,7 +35,7 @@ pub(crate) fn list(root: &Root, args: &ListArgs) -> Outcome {
     let states = containers.iter().map(Container::listed);
     let states: Vec<State<'_>> = states.collect();
     if args.format == Format::Json {
-        // Without any, null: as runc.
+        // An empty list is null, as in runc.
         let list = (!states.is_empty()).then_some(states);
         print(&format!("{}\n", serde_json::to_string(&list)?))?;
         return Ok(0);
@@ -93,7 +93,7 @@ pub(crate) fn ps(root: &Root, args: &PsArgs) -> Outcome {
     Ok(0)
 }
 
-/// Of what ps(1) printed, the head and the lines of these processes.
+/// The header of ps(1) output, and the lines of these processes.
 fn lines_of(text: &str, pids: &[i32]) -> Result<String> {
     let head = text.lines().next().unwrap_or_default();
     let place = head.split_whitespace().position(|title| title == "PID");

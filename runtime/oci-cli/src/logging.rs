@@ -1,4 +1,4 @@
-//! The log, in the formats of runc's: text, or an object of JSON on each line.
+//! The log, in runc's formats: text, or a JSON object on each line.
 
 use crate::cli::{Globals, LogFormat};
 use anyhow::{Context, Result};
@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 static LOG: OnceLock<Lines> = OnceLock::new();
 
-/// Where the log is, for the processes that stay.
+/// Configuration of the log, for long-lived processes.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Config {
     file: Option<PathBuf>,
@@ -63,7 +63,7 @@ pub(crate) fn start(globals: &Globals) -> Result<()> {
     Config::of(globals)?.start()
 }
 
-/// Whether the log is a file's.
+/// Whether the log goes to a file.
 pub(crate) fn is_to_file() -> bool {
     LOG.get().is_some_and(|lines| lines.file.is_some())
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// As the `koya` command's.
+/// As in the `koya` command.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;

@@ -1,8 +1,8 @@
-//! Containers that share another one's namespaces, and so its virtual machine: those of podman's pods, and
+//! Containers that share another container's namespaces, and thus its virtual machine: those of podman's pods, and of
 //! `--network container:NAME`.
 //!
-//! Such a container has a process of its own, too, whose pid callers are told. It is in the same network namespace,
-//! and ends with the container's status; the container itself is in the virtual machine of the other one's process.
+//! Such a container has its own process, whose PID callers get. It is in the same network namespace, and ends with the
+//! container's status; the container itself is in the virtual machine of the other one's process.
 
 use crate::Outcome;
 use crate::ask::{Answer, Asked, Boot, Create, Request, hear};
@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// Whose virtual machine a container is to join, if its configuration names namespaces of one.
+/// The owner of the virtual machine that a container joins, if its configuration names namespaces of another container.
 ///
 /// # Errors
 /// If these are not all of one virtual machine, or its network is not among them.
@@ -81,7 +81,7 @@ fn joins<'a>(
     }
 }
 
-/// The process that stands for such a container; the status that it ends with.
+/// The main function of the process that represents such a container; returns its exit status.
 pub(crate) fn stand(
     boot: &Boot,
     joins: &Joins,
@@ -107,7 +107,7 @@ pub(crate) fn stand(
     send(stream, &Answer::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
         state::stop_listening(&boot.directory);
-        // Who asked for it has gone: so it is killed.
+        // The requesting command has gone, so the container is killed.
         machine.shutdown(std::net::Shutdown::Both).ok();
         bail!("the command that made this ended");
     }
@@ -134,8 +134,8 @@ fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Re
     Ok(machine)
 }
 
-/// In the process that has the virtual machine, on a thread of the container's own: makes the container, and tells
-/// its end. If who asked for it goes first, it is killed.
+/// Runs in the process with the virtual machine, on a separate thread: creates the container, and reports its end. If the
+/// requesting process goes first, the container is killed.
 pub(crate) fn create(
     stream: &UnixStream,
     wire: Wire,
@@ -148,7 +148,7 @@ pub(crate) fn create(
     if fds.is_empty() {
         bail!("no mount namespace came");
     }
-    // What was mounted after this process came to be need not be in its own.
+    // Mounts made after the start of this process may be missing in its own mount namespace.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
     let spec = read_spec(&create.bundle, &id, create.preserved)?;
     tasks.create(CreateTask {
@@ -163,14 +163,14 @@ pub(crate) fn create(
     send(stream, &Answer::Done, &[]).ok();
     follow(wire, served.clone(), id.clone(), String::new())?;
     let exit = tasks.wait(&id, "");
-    // Its root is free once its end is told.
+    // Its root must be free once its end is reported.
     if let Err(error) = tasks.delete(&id, "") {
         log::warn!("{id}: {error}");
     }
     Ok(Answer::Ended(exit?.status))
 }
 
-/// Has paths mean what they mean in another mount namespace, for this thread alone.
+/// Makes this thread resolve paths in another mount namespace.
 fn enter_mounts(namespace: &OwnedFd) -> Result<()> {
     unshare_fs_state()?;
     Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)

@@ -1,5 +1,5 @@
-//! `--pidfd-socket`: who listens there gets a descriptor of the process that stands for a container's, by which it can
-//! be signalled and awaited when its number may be another's.
+//! `--pidfd-socket`: sends a pidfd of the process that represents a container's process to a listener, which can signal and
+//! await it even if the PID is reused.
 
 use crate::console::send_descriptor;
 use anyhow::{Context, Result};
@@ -8,17 +8,17 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// What runc sends beside it.
+/// The name that runc sends with it.
 const NAME: &[u8] = b"pidfd";
 
 /// A connection to such a socket.
 pub(crate) struct Receiver(UnixStream);
 
 impl Receiver {
-    /// Connects, if it is asked for.
+    /// Connects, if requested.
     ///
     /// # Errors
-    /// If nobody listens.
+    /// If nothing listens on the socket.
     pub(crate) fn connect(socket: Option<&Path>) -> Result<Option<Self>> {
         let connect = |socket: &Path| {
             let stream = UnixStream::connect(socket);
@@ -28,7 +28,7 @@ impl Receiver {
         Ok(socket.map(connect).transpose()?.map(Self))
     }
 
-    /// Sends the descriptor of a process of this one's, or this one's own.
+    /// Sends a pidfd of a child process, or of this process.
     pub(crate) fn send(self, pid: u32) -> Result<()> {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let process = pidfd_open(pid.context("no process")?, PidfdFlags::empty())?;

@@ -1,5 +1,5 @@
-//! Descriptors that a process inherits from the caller, from 3 on: those of socket activation by systemd
-//! (sd_listen_fds(3)) come first, then those of `--preserve-fds`.
+//! Descriptors that a process inherits from the caller, 3 and up: first those of systemd's socket activation
+//! (sd_listen_fds(3)), then those of `--preserve-fds`.
 
 use crate::cli::Command;
 use anyhow::{Context, Result, bail};
@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-/// The first one.
+/// Number of the first one.
 const FIRST: usize = 3;
 
-/// How many they are.
+/// Number of inherited descriptors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Count {
     pub(crate) all: usize,
-    /// Those by which systemd activates.
+    /// Those of socket activation.
     activated: usize,
 }
 
@@ -45,7 +45,7 @@ impl Count {
         })
     }
 
-    /// What a process that is activated knows of them, as runc says it.
+    /// The environment variables of an activated process, as set by runc.
     pub(crate) fn environment(self) -> Vec<String> {
         match self.activated {
             0 => Vec::new(),
@@ -54,7 +54,7 @@ impl Count {
     }
 }
 
-/// What a command was given.
+/// The descriptors given to a command.
 #[derive(Debug, Default)]
 pub(crate) struct Given {
     pub(crate) count: Count,
@@ -62,10 +62,10 @@ pub(crate) struct Given {
 }
 
 impl Given {
-    /// Takes them, before anything is opened that could have their numbers.
+    /// Takes them over, before anything is opened that could get their numbers.
     ///
     /// # Errors
-    /// Which is not open, or can't be passed on.
+    /// The descriptor that is not open, or can't be forwarded.
     pub(crate) fn take(command: &Command) -> Result<Self> {
         let count = Count::of(command, |name| std::env::var(name).ok())?;
         if count.all == 0 {
@@ -81,7 +81,7 @@ impl Given {
                 false => pidfd_getfd(&own, number, PidfdGetfdFlags::empty()),
             };
             let fd = taken.with_context(|| format!("descriptor {number} to preserve"))?;
-            // It is taken again where it goes.
+            // Only a check: it is taken over by the receiving process.
             Preserved::new(number as usize, fd.try_clone()?)?;
             fds.push(fd);
         }
@@ -89,7 +89,7 @@ impl Given {
     }
 
     /// Sends a message with the descriptors of a process: a terminal or a connection for one, or else the streams of this
-    /// process, and then these.
+    /// process, followed by the inherited descriptors.
     pub(crate) fn send(
         &self,
         to: &UnixStream,
@@ -106,10 +106,10 @@ impl Given {
     }
 }
 
-/// Takes those that came after others.
+/// Splits off the inherited descriptors at the end of a list.
 ///
 /// # Errors
-/// If they did not all come.
+/// If some of them are missing.
 pub(crate) fn split(fds: &mut Vec<OwnedFd>, count: Count) -> Result<Vec<Preserved>> {
     let streams = fds.len().checked_sub(count.all);
     let own = fds.split_off(streams.context("not all descriptors came")?);

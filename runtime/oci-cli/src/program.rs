@@ -1,8 +1,8 @@
-//! Whether a container's program is there, as far as the host can say.
+//! Checks whether a container's program exists, as far as the host can tell.
 //!
-//! The guest says it for sure, but may be made only at `start`, and podman takes its exit statuses 126 and 127
-//! from what `create` says. So `create` looks, and is silent wherever it could be wrong: where a mount, a hook or
-//! an image may bring the program.
+//! Only the guest knows for certain, but the container may be created in it only at `start`, and podman derives the exit
+//! statuses 126 and 127 from the errors of `create`. So `create` checks, and reports nothing where it could be wrong: where
+//! a mount, a hook or an image may provide the program.
 
 use anyhow::{Result, bail};
 use koya::DEFAULT_PATH;
@@ -14,31 +14,31 @@ use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-/// As many as the kernel follows (path_resolution(7)).
+/// The kernel's limit (path_resolution(7)).
 const MAX_LINKS: usize = 40;
 
-/// File systems that begin with what the kernel has in them, and no links to programs.
+/// File systems with contents from the kernel, without links to programs.
 const KERNELS: [&str; 7] = [
     "cgroup", "cgroup2", "devpts", "mqueue", "proc", "sysfs", "tmpfs",
 ];
 
-/// What is known of a path of the container.
+/// The result of looking up a path of the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Found {
-    /// A file that may be run.
+    /// An executable file.
     Usable,
-    /// There is none.
+    /// Does not exist.
     Nothing,
-    /// There is, but it can't be run.
+    /// Exists, but can't be executed.
     Unusable(&'static str),
     /// Only the guest knows.
     Unknown,
 }
 
-/// Checks that the program of a container is there. `bundle` is where its configuration is.
+/// Checks that the program of a container exists. `bundle` is the directory of its configuration.
 ///
 /// # Errors
-/// It is not there, or can't be run, for sure; in runc's words, by which callers tell the two apart.
+/// If it certainly does not exist or can't be executed; in runc's wording, by which callers distinguish the two.
 pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
     let config = spec.config();
     let Some(process) = config.process() else {
@@ -73,7 +73,7 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
         };
     }
     let env = process.env().iter().flatten();
-    // Of several the process has the last one.
+    // Of several, the last one counts.
     let path = env
         .filter_map(|entry| entry.strip_prefix("PATH="))
         .next_back();
@@ -91,10 +91,10 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
     bail!("{name}: executable file not found in $PATH ({path})");
 }
 
-/// Checks that proc and sysfs come where the root has directories, and not by a link to somewhere else, as runc does.
+/// Checks, like runc, that proc and sysfs are mounted on directories of the root, and not through a symbolic link.
 ///
 /// # Errors
-/// Which does not.
+/// The mount that is not.
 pub(crate) fn check_mount_points(spec: &Spec, bundle: &Path) -> Result<()> {
     let Some(root) = spec.config().root() else {
         return Ok(());
@@ -115,14 +115,14 @@ pub(crate) fn check_mount_points(spec: &Spec, bundle: &Path) -> Result<()> {
 /// A container's root file system on the host, without what is mounted in it.
 struct Tree {
     root: PathBuf,
-    /// Where something is mounted.
+    /// Paths of mount points.
     mounts: Vec<PathBuf>,
-    /// Those of them whose content is not the kernel's: there may be links in it.
+    /// Mount points with arbitrary contents, which may include links.
     foreign: Vec<PathBuf>,
 }
 
 impl Tree {
-    /// `None` if the root is no directory, or where mounts are can't be known.
+    /// `None` if the root is not a directory, or mount points can't be determined.
     fn new<'a>(root: PathBuf, mounts: impl Iterator<Item = &'a Mount>) -> Option<Self> {
         let mut tree = Self {
             root,
@@ -164,8 +164,8 @@ impl Tree {
         self.root.join(place)
     }
 
-    /// The place of a path, relative to the root, with no symbolic link in it; what is not there is as it is
-    /// written. `None` if one of `mounts` is met, or if it can't be told.
+    /// Resolves symbolic links in a path relative to the root; missing components are kept as they are. `None` if the path
+    /// enters one of `mounts`, or can't be resolved.
     fn resolve(&self, path: &Path, mounts: &[PathBuf]) -> Option<PathBuf> {
         let mut left: VecDeque<OsString> = parts(path);
         let mut place = PathBuf::new();
@@ -209,7 +209,7 @@ fn is_absent(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-/// The names in a path, and `..`.
+/// The components of a path, including `..`.
 fn parts(path: &Path) -> VecDeque<OsString> {
     let parts = path.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name.to_owned()),
@@ -226,7 +226,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// A bundle with `/bin/sh`, `/bin/data`, which is no program, and the link `/usr/bin` to `/bin`.
+    /// A bundle with `/bin/sh`, `/bin/data`, which is not executable, and the link `/usr/bin` to `/bin`.
     fn bundle(change: impl FnOnce(&mut Value, &Path)) -> Result<(), String> {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("rootfs");
@@ -277,7 +277,7 @@ mod tests {
         assert!(said.ends_with("not found in $PATH (/none)"), "{said}");
     }
 
-    /// podman's 127 and 126 are told by these words.
+    /// podman recognizes 127 and 126 by this wording.
     #[test]
     fn one_that_is_not_there_is_told_in_runcs_words() {
         let cases = [
@@ -301,14 +301,14 @@ mod tests {
         let hook = json!([{"path": "/bin/true"}]);
         type Change<'a> = &'a dyn Fn(&mut Value, &Path);
         let cases: [Change<'_>; 8] = [
-            // A mount at the program, above it, and above it by a link.
+            // A mount at the program, above it, and above it through a link.
             &|c, _| c["mounts"][0] = json!({"destination": "/usr/bin/nope", "type": "tmpfs"}),
             &|c, _| c["mounts"][0] = json!({"destination": "/usr", "type": "tmpfs"}),
             &|c, root| {
                 symlink("../bin", root.join("usr/sbin")).unwrap();
                 c["mounts"][0] = json!({"destination": "/usr/sbin", "type": "tmpfs"});
             },
-            // A mount that may have a link in it, and one at that link's place.
+            // A mount that may contain a link, and one at the place of that link.
             &|c, _| {
                 c["mounts"] = json!([
                     {"destination": "/a", "type": "bind", "source": "/a"},
@@ -317,7 +317,7 @@ mod tests {
             },
             &|c, _| c["hooks"] = json!({"createContainer": hook}),
             &|c, _| c["hooks"] = json!({"startContainer": hook}),
-            // An image, and links without an end.
+            // An image, and an endless chain of links.
             &|c, _| c["root"]["path"] = "rootfs/bin/data".into(),
             &|c, root| {
                 symlink("loop", root.join("loop")).unwrap();
@@ -342,7 +342,7 @@ mod tests {
         assert_eq!(link, Err(expected.into()));
     }
 
-    /// Nothing outside of the root is looked at.
+    /// Nothing outside the root is accessed.
     #[test]
     fn links_lead_nowhere_else() {
         let said = bundle(|config, root| {

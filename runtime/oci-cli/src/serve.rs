@@ -1,8 +1,8 @@
-//! The process that stays: it has the sandbox in it, and ends with the container's status.
+//! The long-lived process: it contains the sandbox, and ends with the container's status.
 //!
-//! Its standard input is a connection to the command that made it, which sends what it is to be ([`Boot`]) with
-//! the container's streams. It enters the sandbox's namespaces while it has one thread, so that
-//! `/proc/PID/ns/net` of its pid is the sandbox's; then hooks may run, and then the container is made.
+//! Its standard input is a connection to the command that created it, which sends the request ([`Boot`]) with the
+//! container's streams. It enters the sandbox's namespaces while it is single-threaded, so that `/proc/PID/ns/net` of its
+//! PID is the sandbox's; then hooks may run, and then the container is created.
 
 use crate::ask::{Answer, Asked, Boot, Request};
 use crate::console::{self, Pty, spawn};
@@ -32,13 +32,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 const SIGKILL: u32 = 9;
-/// How long the last answers may take to be sent.
+/// Time limit for sending the last replies.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
 
-/// How often it is looked whether anybody still wants to hear of a lack of memory.
+/// Interval of checks whether a client still waits for OOM events.
 const LISTENS: Duration = Duration::from_millis(500);
 
-/// Where the end of the container's process is told, and each lack of memory is counted.
+/// Receiver of the end of the container's process, and counter of OOM events.
 struct Told {
     id: String,
     end: Mutex<Sender<Exit>>,
@@ -74,7 +74,7 @@ impl Told {
         ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
     }
 
-    /// Waits until a container had more than so many, and no longer than [`LISTENS`].
+    /// Waits until a container has had more OOM events than `known`, no longer than [`LISTENS`].
     fn ooms_after(&self, id: &str, known: u64) -> u64 {
         let Ok(ooms) = self.ooms.lock() else {
             return known;
@@ -87,9 +87,9 @@ impl Told {
     }
 }
 
-/// What requests are about.
+/// The objects that requests act on.
 pub(crate) struct Served {
-    /// The container whose process this is; others may have joined its virtual machine.
+    /// The container that this process represents; others may have joined its virtual machine.
     id: String,
     pub(crate) tasks: Arc<TaskSet>,
     told: Arc<Told>,
@@ -113,7 +113,7 @@ pub(crate) fn serve() -> Outcome {
     match make(&boot, fds, &stream, &mut wire) {
         Ok(status) => Ok(status),
         Err(error) => {
-            // The command says it.
+            // Printed by the command.
             send(&stream, &Answer::Failed(format!("{error:#}")), &[]).ok();
             state::stop_listening(&boot.directory);
             Ok(crate::FAILED)
@@ -121,7 +121,7 @@ pub(crate) fn serve() -> Outcome {
     }
 }
 
-/// A container's configuration, as the process makes the container that has the virtual machine.
+/// Reads a container's configuration, for the container that owns the virtual machine.
 pub(crate) fn read_spec(bundle: &Path, id: &str, preserved: Count) -> Result<Spec> {
     let mut spec = Spec::read(bundle)?;
     spec.drop_hooks_of_others();
@@ -212,15 +212,15 @@ fn enter_and_run(
     Ok(exit.status as u8)
 }
 
-/// The next command must not find a process that is ending.
+/// Ends the sandbox; the next command must not find an ending process.
 fn finish(tasks: &TaskSet, directory: &Path) {
     state::stop_listening(directory);
     std::thread::sleep(LAST_ANSWER);
     tasks.finish();
 }
 
-/// Where the streams of the container's process go: a new terminal, whose master is sent, or what came. And that
-/// terminal once more.
+/// The streams of the container's process: a new terminal, whose master is sent, or the received descriptors. Also returns
+/// that terminal again.
 pub(crate) fn streams(
     boot: &Boot,
     spec: &Spec,
@@ -241,8 +241,8 @@ pub(crate) fn streams(
     ))
 }
 
-/// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds the
-/// carriage returns itself, and what is no terminal gets none. Those that the process has, too, come last.
+/// One descriptor is a terminal, three are the standard streams. As with runc, the user's own terminal adds carriage returns
+/// itself, and streams that are not terminals get none. Inherited descriptors come last.
 pub(crate) fn descriptors(
     mut fds: Vec<OwnedFd>,
     is_own_terminal: bool,
@@ -272,7 +272,7 @@ pub(crate) fn descriptors(
     Ok(StdioConfig::Descriptors(open))
 }
 
-/// Signals to this process are the container's; a new size of its terminal, too.
+/// Forwards signals of this process to the container, and new sizes of its terminal.
 fn pass_signals(id: &str, tasks: &Arc<TaskSet>, terminal: Option<OwnedFd>) -> Result<()> {
     let mut caught = Signals::new(PASSED)?;
     let (id, tasks) = (id.to_owned(), tasks.clone());
@@ -337,7 +337,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
             if let Some(terminal) = &served.terminal
                 && id == served.id
             {
-                // It may have changed since the container was made.
+                // It may have changed since the container was created.
                 resize(tasks, id, terminal)?;
             }
         }
@@ -376,7 +376,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
     Ok(Answer::Done)
 }
 
-/// Tells of each lack of memory of a container, as long as somebody listens.
+/// Reports the OOM events of a container until the client disconnects.
 fn tell_ooms(stream: &UnixStream, told: &Told, id: &str) -> Result<Answer> {
     let mut known = told.ooms(id);
     loop {
@@ -407,8 +407,8 @@ fn exec(stream: &UnixStream, wire: Wire, served: &Arc<Served>, task: ExecTask) -
     Ok(Answer::Ended(exit?.status))
 }
 
-/// Passes on sizes of a terminal and signals, until the connection ends: who stood for the process on the host was
-/// killed, or has heard of its end. The process is a container's own if `exec_id` is empty.
+/// Forwards sizes of a terminal and signals until the connection ends: the process that represents it on the host was
+/// killed, or has been told of its end. An empty `exec_id` means the container's own process.
 pub(crate) fn follow(
     mut wire: Wire,
     served: Arc<Served>,

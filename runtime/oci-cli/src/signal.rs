@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 use koya_tasks::signal::{LAST, by_name};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
-/// What a process on the host passes on to the one in the guest that it stands for; a new size of the terminal as such.
+/// Signals that a process on the host forwards to the process in the guest; SIGWINCH becomes a new terminal size.
 pub(crate) const PASSED: [i32; 7] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGWINCH];
 
-/// `9`, `KILL`, `SIGKILL`, `RTMIN+3`; 0 asks whether there is a process.
+/// `9`, `KILL`, `SIGKILL`, `RTMIN+3`; 0 checks whether the process exists.
 ///
 /// # Errors
 /// If there is no such signal.

@@ -22,7 +22,7 @@ pub(crate) fn spec(args: &SpecArgs) -> Outcome {
     Ok(0)
 }
 
-/// What runc's own has, as far as it has a meaning in a guest.
+/// The default of runc, as far as it applies to a guest.
 fn default_spec() -> Value {
     let capabilities = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
     let mount = |at: &str, kind: &str, options: &[&str]| json!({"destination": at, "type": kind, "source": kind, "options": options});

@@ -1,8 +1,8 @@
-//! What is stored of containers: a directory for each under `--root`, with `state.json` and the socket of its
-//! sandbox's process. It survives that process, however that ends.
+//! Stored state of containers: a directory for each under `--root`, with `state.json` and the socket of its sandbox's
+//! process. It survives that process, however it ends.
 //!
-//! Who changes a container holds a lock (flock(2)) on its directory. A directory without `state.json` is one of
-//! a container that is being made, or whose making was cut off.
+//! A command that changes a container holds a lock (flock(2)) on its directory. A directory without `state.json` belongs to
+//! a container that is being created, or whose creation was interrupted.
 
 use crate::ask::{Answer, Asked, Request, ask};
 use crate::cli::Globals;
@@ -21,12 +21,12 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
-/// The version of the runtime specification that the state follows.
+/// Version of the runtime specification for the state.
 pub(crate) const OCI_VERSION: &str = "1.0.2";
-/// A name of a directory is no longer.
+/// Maximum length of a directory's name.
 const MAX_ID: usize = 255;
 
-/// What a container is doing.
+/// Status of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Status {
@@ -47,12 +47,12 @@ impl std::fmt::Display for Status {
     }
 }
 
-/// What is stored of a container.
+/// Stored state of a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Stored {
     pub(crate) id: String,
     pub(crate) pid: i32,
-    /// When that process started, by its `/proc/PID/stat`: pids are used again.
+    /// Start time of that process from `/proc/PID/stat`, since PIDs are reused.
     pub(crate) pid_start: u64,
     pub(crate) bundle: PathBuf,
     pub(crate) rootfs: PathBuf,
@@ -61,13 +61,13 @@ pub(crate) struct Stored {
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) hooks: Hooks,
-    /// The container in whose virtual machine it is, if that is another one's.
+    /// The container that owns its virtual machine, if that is another one.
     #[serde(default)]
     pub(crate) owner: Option<String>,
 }
 
 impl Stored {
-    /// Where its hooks run. This process has entered no namespace.
+    /// The environment of its hooks. This process has not changed its namespaces.
     pub(crate) fn place(&self) -> Place<'_> {
         Place {
             bundle: &self.bundle,
@@ -76,10 +76,10 @@ impl Stored {
     }
 }
 
-/// The directory of all containers' state.
+/// Directory with the state of all containers.
 pub(crate) struct Root {
     pub(crate) path: PathBuf,
-    /// Nobody named it: it is made with the first container.
+    /// Whether it is the default one, which is created with the first container.
     is_default: bool,
 }
 
@@ -109,13 +109,13 @@ impl Root {
         }
     }
 
-    /// The one that has a container of this directory.
+    /// The root that contains this directory of a container.
     pub(crate) fn of_container(directory: &Path) -> Result<Self> {
         let path = directory.parent().context("a container's directory")?;
         Ok(Self::at(path.into()))
     }
 
-    /// All containers that were made.
+    /// All created containers.
     pub(crate) fn all(&self) -> Result<Vec<Container>> {
         let entries = match fs::read_dir(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound && self.is_default => {
@@ -131,7 +131,7 @@ impl Root {
         Ok(names.iter().filter_map(|id| self.find(id).ok()).collect())
     }
 
-    /// A container that was made.
+    /// Finds a created container.
     ///
     /// # Errors
     /// If there is none of this name.
@@ -149,7 +149,7 @@ impl Root {
         Ok(Container { directory, stored })
     }
 
-    /// As [`find`](Self::find), to change it: nobody else does meanwhile.
+    /// As [`find`](Self::find), with a lock for changes.
     pub(crate) fn lock(&self, id: &str) -> Result<(Container, Lock)> {
         let directory = self.find(id)?.directory;
         let Some(lock) = Lock::take(&directory)? else {
@@ -158,7 +158,7 @@ impl Root {
         Ok((self.find(id)?, lock))
     }
 
-    /// Makes the directory of a new container.
+    /// Creates the directory of a new container.
     ///
     /// # Errors
     /// If there is a container of this name.
@@ -181,7 +181,7 @@ impl Root {
             match Lock::take(&directory)? {
                 // It was deleted meanwhile.
                 None => {}
-                // One that was left without a state can be had by whoever locks it.
+                // A leftover without a state belongs to the process that locks it.
                 Some(lock) if !directory.join(STATE).exists() => return Ok((directory, lock)),
                 Some(_) => bail!("container with given ID already exists"),
             }
@@ -189,7 +189,7 @@ impl Root {
     }
 }
 
-/// As runc: letters, digits and `_+-.`, and no name of a directory that is there already.
+/// As in runc: letters, digits and `_+-.`, except `.` and `..`.
 pub(crate) fn check_id(id: &str) -> Result<()> {
     if id.is_empty() {
         bail!("container id cannot be empty");
@@ -205,7 +205,7 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
 pub(crate) struct Lock(#[allow(dead_code)] OwnedFd);
 
 impl Lock {
-    /// None if the directory went away before.
+    /// `None` if the directory was removed before.
     fn take(directory: &Path) -> Result<Option<Self>> {
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let opened = match open(directory, flags, Mode::empty()) {
@@ -219,14 +219,14 @@ impl Lock {
     }
 }
 
-/// A container that was made.
+/// A created container.
 pub(crate) struct Container {
     pub(crate) directory: PathBuf,
     pub(crate) stored: Stored,
 }
 
 impl Container {
-    /// Whether its sandbox's process is there, and has not ended.
+    /// Whether its sandbox's process is alive.
     pub(crate) fn is_alive(&self) -> bool {
         start_of(self.stored.pid) == Some(self.stored.pid_start)
     }
@@ -235,7 +235,7 @@ impl Container {
         connect(&self.directory)
     }
 
-    /// A request about this container, as it is sent.
+    /// A request for this container, in the form that is sent.
     pub(crate) fn asked(&self, request: Request) -> Asked {
         Asked {
             id: self.stored.id.clone(),
@@ -249,13 +249,13 @@ impl Container {
         }
         match ask(self, Request::Status) {
             Ok(Answer::Status(status)) => status,
-            // It ends, or is too busy to say: then it runs.
+            // It is ending, or too busy to reply: then it is running.
             _ if !self.is_alive() || !self.directory.join(SOCKET).exists() => Status::Stopped,
             _ => Status::Running,
         }
     }
 
-    /// The state as it is printed.
+    /// The state for output.
     pub(crate) fn state(&self, status: Status) -> State<'_> {
         let stored = &self.stored;
         State {
@@ -274,7 +274,7 @@ impl Container {
         }
     }
 
-    /// The same as a list has it: runc names the owner only there.
+    /// The state for a list: runc prints the owner only there.
     pub(crate) fn listed(&self) -> State<'_> {
         State {
             owner: owner(self.stored.uid),
@@ -283,7 +283,7 @@ impl Container {
     }
 }
 
-/// A container's state: the runtime specification's, and what runc adds, in runc's order.
+/// State of a container: the fields of the runtime specification and those of runc, in runc's order.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct State<'a> {
@@ -299,7 +299,7 @@ pub(crate) struct State<'a> {
     pub(crate) owner: String,
 }
 
-/// What hooks are told of a container.
+/// The state passed to hooks.
 pub(crate) fn told_to_hooks(stored: &Stored, status: ContainerState) -> Result<oci::State> {
     let mut state = StateBuilder::default();
     if !stored.annotations.is_empty() {
@@ -319,7 +319,7 @@ pub(crate) fn told_to_hooks(stored: &Stored, status: ContainerState) -> Result<o
     state.context("a state for hooks")
 }
 
-/// The name of a user, as runc prints it: empty if it has none.
+/// The name of a user, as printed by runc: empty if there is none.
 fn owner(uid: u32) -> String {
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let named = users.lines().find_map(|line| {
@@ -330,7 +330,7 @@ fn owner(uid: u32) -> String {
     named.unwrap_or_default()
 }
 
-/// When a process started, unless it is gone or has ended (proc_pid_stat(5)).
+/// Start time of a process, unless it is gone or has ended (proc_pid_stat(5)).
 pub(crate) fn start_of(pid: i32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = text.rsplit_once(')')?.1.split_whitespace();
@@ -340,7 +340,7 @@ pub(crate) fn start_of(pid: i32) -> Option<u64> {
     }
 }
 
-/// Writes a file that is there whole or not at all.
+/// Writes a file atomically.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().context("a file has a name")?;
     let new = path.with_file_name(format!(".{}.new", name.to_string_lossy()));
@@ -352,7 +352,7 @@ pub(crate) fn store(directory: &Path, stored: &Stored) -> Result<()> {
     replace(&directory.join(STATE), &serde_json::to_vec(stored)?)
 }
 
-/// A path to the socket that is short enough for its address, as long as the descriptor is open.
+/// A path to the socket that is short enough for a socket address, valid while the descriptor is open.
 fn short_path(directory: &Path) -> Result<(OwnedFd, PathBuf)> {
     let opened = open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .with_context(|| format!("cannot open {}", directory.display()))?;
@@ -371,13 +371,13 @@ fn connect(directory: &Path) -> Result<UnixStream> {
     UnixStream::connect(path).context("the container's process does not answer")
 }
 
-/// Has those who connect to a container reach the process of another one, which has its virtual machine.
+/// Makes connections to a container reach the process of another one, which owns its virtual machine.
 pub(crate) fn listen_at(directory: &Path, of: &Path) -> Result<()> {
     symlink(of.join(SOCKET), directory.join(SOCKET))
         .with_context(|| format!("cannot make a link in {}", directory.display()))
 }
 
-/// Nobody connects any more.
+/// Prevents further connections.
 pub(crate) fn stop_listening(directory: &Path) {
     fs::remove_file(directory.join(SOCKET)).ok();
 }

@@ -1,4 +1,4 @@
-//! `update`: other limits for a container that runs.
+//! `update`: changes the limits of a running container.
 
 use crate::Outcome;
 use crate::ask::{Request, ask};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::io::Read;
 
-/// More than any configuration has.
+/// Maximum size of the input: larger than any configuration.
 const MAX_RESOURCES: u64 = 1 << 20;
 
 pub(crate) fn update(root: &Root, args: &UpdateArgs) -> Outcome {

@@ -1,5 +1,5 @@
 //! Writes the manual pages of `koya` and `koya-runtime`, and the shell completions of `koya`, from the definitions
-//! of their command lines: `koya-pages DIRECTORY`, which then is laid out like `/usr/share`.
+//! of their command lines: `koya-pages DIRECTORY`, with a layout like `/usr/share`.
 
 use anyhow::{Context, Result};
 use clap::Command;
@@ -8,7 +8,7 @@ use clap_mangen::Man;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Where each shell looks for completions, below `/usr/share`.
+/// Paths of completions for each shell, below `/usr/share`.
 const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Bash, "bash-completion/completions/koya"),
     (Shell::Fish, "fish/vendor_completions.d/koya.fish"),
@@ -23,7 +23,7 @@ fn main() -> Result<()> {
 
 fn write_all(out: &Path) -> Result<()> {
     let koya = koya_cli::command();
-    // What it prints as its version has lines of other things as well.
+    // Its version output has further lines.
     let runtime = koya_oci::command().version(env!("CARGO_PKG_VERSION"));
     manual(&koya, "1", &out.join("man/man1"))?;
     manual(&runtime, "8", &out.join("man/man8"))?;
@@ -79,7 +79,7 @@ mod tests {
         for (_, place) in COMPLETIONS {
             assert!(text(place).contains("timeline"), "{place}");
         }
-        // What the programs call themselves by is nobody's command.
+        // Commands that the programs only use internally are hidden.
         let hidden = koya_oci::command();
         let hidden = hidden.get_subcommands().find(|c| c.is_hide_set()).unwrap();
         let page = format!("man/man8/koya-runtime-{}.8", hidden.get_name());

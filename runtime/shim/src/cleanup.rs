@@ -1,8 +1,7 @@
 //! `delete`: containerd's last call for a container, after every end, orderly or not.
 //!
-//! The shim may be gone, may be about to go, or may serve other containers of its pod: only one that is
-//! this container's own and does not answer is ended here. What it mounted is gone with it: it mounts only
-//! where it has a mount namespace of its own.
+//! The shim may have ended, may be about to end, or may serve other containers of its pod: only a shim that belongs to this
+//! container and does not reply is killed here. Its mounts disappear with it: it mounts only in its own mount namespace.
 
 use crate::events::timestamp;
 use crate::flags::Flags;
@@ -20,10 +19,10 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long a shim may take to answer, and to go.
+/// Time limit for a shim to reply, and to end.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 const GONE_LIMIT: Duration = Duration::from_millis(1500);
-/// The status of a container whose end nobody saw: killed.
+/// Status of a container whose end was not observed: killed.
 const KILLED: u32 = 137;
 
 pub(crate) fn delete(flags: &Flags) -> Result<()> {
@@ -35,7 +34,7 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
         let client = Client::connect(&format!("unix://{}", socket.display())).ok();
         let answers = |client: &Client| asks(client, "Connect", &connect(&flags.id));
         match client.filter(answers) {
-            // It goes if it has no container, which it may not know to be its last.
+            // It ends if it has no container left.
             Some(client) => {
                 is_gone = false;
                 _ = asks(&client, "Shutdown", &ShutdownRequest::new());
@@ -48,11 +47,11 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
             }
         }
     }
-    // A shim that is there runs them itself.
+    // A living shim runs them itself.
     if is_gone && let Err(error) = hooks::run_overdue(&flags.id, &bundle) {
         eprintln!("{error}");
     }
-    // A process can't remove the group that it is in, and the kernel takes a moment to see that it has left.
+    // A process can't remove its own group, and the kernel takes a moment to notice that it has left.
     if let Some(group) = Spec::read(&bundle).ok().and_then(|spec| spec.cgroup()) {
         let started = Instant::now();
         while group.exists() && started.elapsed() < GONE_LIMIT {
@@ -69,13 +68,13 @@ pub(crate) fn delete(flags: &Flags) -> Result<()> {
     Ok(std::io::stdout().write_all(&response.write_to_bytes()?)?)
 }
 
-/// The shim that was started for the container, if that process is still a shim.
+/// The shim that was started for the container, if the process is still a shim.
 fn shim_of(bundle: &Path) -> Option<Pid> {
     let text = fs::read_to_string(bundle.join(PID_FILE)).ok()?;
     let pid = Pid::from_raw(text.trim().parse().ok()?)?;
     let program = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).ok()?;
     let name = program.file_name()?.to_str()?;
-    // A newer version may have taken its file's place.
+    // Its file may have been replaced by a newer version.
     name.starts_with("containerd-shim-koya-v2").then_some(pid)
 }
 
@@ -86,9 +85,9 @@ fn connect(id: &str) -> ConnectRequest {
     }
 }
 
-/// Whether a shim answers.
+/// Sends a request to a shim; true if it replies.
 fn asks(client: &Client, method: &str, request: &impl Message) -> bool {
-    // The crate's own client asks for the service by another name.
+    // The crate's own client uses another service name.
     let call = ttrpc::Request {
         service: SERVED_AS.into(),
         method: method.into(),
@@ -99,7 +98,7 @@ fn asks(client: &Client, method: &str, request: &impl Message) -> bool {
     client.request(call).is_ok()
 }
 
-/// Kills it, and waits until it is gone.
+/// Kills the process, and waits for its end.
 fn end(pid: Pid) {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
         return;

@@ -1,5 +1,5 @@
-//! The process that stays: it becomes a process of its own, enters the namespaces of its sandbox while it
-//! has one thread, and serves until there is nothing left to serve.
+//! The long-lived process: it detaches from its creator, enters the namespaces of its sandbox while it is single-threaded,
+//! and serves until nothing is left to serve.
 
 use crate::events::Events;
 use crate::flags::Flags;
@@ -19,13 +19,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How long the last answer may take to reach containerd: nothing tells when it has.
+/// Time for the last reply to reach containerd: there is no notification of that.
 const LAST_ANSWER: Duration = Duration::from_millis(50);
 
-/// How long events may take to be sent at the end.
+/// Time limit for sending the remaining events.
 const EVENTS_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long a shim may be without a container, and how often that is looked at: not to the second.
+/// Time after which a shim without a container ends, and interval of the check.
 const FORGOTTEN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -43,7 +43,7 @@ pub(crate) fn serve(flags: &Flags) -> Result<()> {
 fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let spec = Spec::read(bundle)?;
     let host_network = File::open("/proc/self/ns/net").context("the host's network namespace")?;
-    // Whatever can go wrong here is the answer to Create: containerd has its address already.
+    // Errors from here on are the reply to Create: containerd already has the address.
     let ready = spec.enter_namespaces().map_err(anyhow::Error::from);
     let ready = ready.and_then(|()| match is_core_scheduling_asked() {
         true => koya::keep_cores_apart().context("SCHED_CORE"),
@@ -88,7 +88,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
         }
     })?;
 
-    // containerd may die before its first request, or before its last: nobody else knows this process.
+    // containerd may die before its first request, or before its last one: no other program knows of this process.
     let mut without = None;
     while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(LOOK) {
         without = match tasks.is_empty() {
@@ -100,7 +100,7 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
             break;
         }
     }
-    // First of all: the next container of this name must not find a shim that is ending.
+    // First of all: the next container with this ID must not find an ending shim.
     fs::remove_file(launch::socket(flags, &flags.id)).ok();
     std::thread::sleep(LAST_ANSWER);
     tasks.finish();
@@ -108,29 +108,29 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     if let Some(group) = spec.cgroup() {
         cgroup::leave(&group);
     }
-    // Threads that wait for what will not come any more end with the process.
+    // Threads that are still waiting end with the process.
     std::process::exit(0);
 }
 
-/// Whether containerd has all its shims share no core of the CPU with other processes.
+/// Whether containerd requests core scheduling for all of its shims.
 fn is_core_scheduling_asked() -> bool {
     std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty())
 }
 
-/// Starts a thread that nobody waits for.
+/// Starts a detached thread.
 fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())
 }
 
-/// Takes the listener from standard input and lets go of whoever started this process.
+/// Takes the listener from standard input and detaches from the process that started this one.
 fn become_daemon() -> Result<UnixListener> {
     let listener = io::stdin().as_fd().try_clone_to_owned()?;
     let null = File::open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     drop(null);
     rustix::process::setsid()?;
-    // What containerd left open for its children by mistake.
+    // Descriptors that containerd leaked to its children.
     let open = fs::read_dir("/proc/self/fd")?.flatten();
     let open: Vec<i32> = open
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
@@ -144,8 +144,8 @@ fn become_daemon() -> Result<UnixListener> {
     Ok(listener.into())
 }
 
-/// containerd's FIFO for a shim's log. While containerd is away nobody reads it, and it must never hold
-/// up who writes: then lines are lost.
+/// containerd's FIFO for a shim's log. While containerd is away nothing reads it, and writers must never block: lines are
+/// lost then.
 struct Log(File);
 
 impl Write for Log {
@@ -161,19 +161,19 @@ impl Write for Log {
 
 fn start_log(bundle: &Path, debug: bool) {
     let mut open = OpenOptions::new();
-    // Both ways, so that it can be opened while containerd is away.
+    // Read and write, so that it can be opened while containerd is away.
     open.read(true)
         .write(true)
         .custom_flags(OFlags::NONBLOCK.bits() as i32);
     let Ok(fifo) = open.open(bundle.join("log")) else {
         return;
     };
-    // The end of this process is then told by containerd's log too, not only by its status.
+    // Violations are then reported in containerd's log, too, not only by the exit status.
     if let Ok(log) = fifo.try_clone() {
         koya::vmm::host::sys::report_violations_to(log.into());
     }
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    // ttrpc's client takes an answer that comes after its limit for an error.
+    // ttrpc's client logs a late reply as an error.
     let filters = match debug {
         true => "debug",
         false => "info,ttrpc::sync::client=off",
@@ -183,7 +183,7 @@ fn start_log(bundle: &Path, debug: bool) {
         .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
         .try_init()
         .ok();
-    // Standard error leads nowhere, and a panic is this process's end.
+    // Standard error is not connected, and a panic ends this process.
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
         log::error!("thread {}: {info}", thread.name().unwrap_or("unnamed"));

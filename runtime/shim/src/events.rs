@@ -1,4 +1,4 @@
-//! Events for containerd, in order: one queue, one thread that publishes.
+//! Events for containerd, in order: one queue and one publishing thread.
 
 use anyhow::{Context, Result};
 use containerd_shim_protos::api::ForwardRequest;
@@ -13,20 +13,20 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use ttrpc::context::with_duration;
 
-/// How often an event is tried, for how long each time, and what lies between: containerd may be starting anew.
+/// Number of attempts for an event, time limit of each, and pause between them: containerd may be restarting.
 const TRIES: u32 = 5;
 const TRY_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The queue's end for those who have events.
+/// The sending end of the queue.
 pub(crate) struct Events {
-    /// None: no more come.
+    /// `None` after the end.
     queue: Mutex<Option<Sender<(String, Any)>>>,
-    /// Disconnected once all are sent.
+    /// Disconnected once all events have been sent.
     sent: Mutex<Receiver<()>>,
 }
 
-/// A time as the protocol has it.
+/// A timestamp in protocol form.
 pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
     let since = time
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -38,7 +38,7 @@ pub(crate) fn timestamp(time: SystemTime) -> Timestamp {
     }
 }
 
-/// A message in an envelope, by the bare name that containerd's registry has for it.
+/// A message as `Any`, with the bare type name of containerd's registry.
 pub(crate) fn any(name: &str, message: &impl Message) -> Result<Any> {
     Ok(Any {
         type_url: name.into(),
@@ -48,7 +48,7 @@ pub(crate) fn any(name: &str, message: &impl Message) -> Result<Any> {
 }
 
 impl Events {
-    /// Sends to the socket that containerd names in TTRPC_ADDRESS; without one (CRI-O), to the log.
+    /// Starts publishing to the socket in TTRPC_ADDRESS; without one (CRI-O), to the log.
     pub(crate) fn start(namespace: &str) -> Result<Self> {
         let (queue, events) = channel();
         let (done, sent) = channel::<()>();
@@ -67,7 +67,7 @@ impl Events {
         })
     }
 
-    /// Queues one. It is sent after all that were queued before.
+    /// Queues an event, to be sent after all earlier ones.
     pub(crate) fn publish<E: MessageFull>(&self, topic: &str, event: &E) {
         let name = E::descriptor().full_name().to_owned();
         match any(&name, event) {
@@ -81,7 +81,7 @@ impl Events {
         }
     }
 
-    /// Waits until all are sent, and no longer than this.
+    /// Waits until all events have been sent, up to `limit`.
     pub(crate) fn finish(&self, limit: Duration) {
         drop(
             self.queue

@@ -1,4 +1,4 @@
-//! The command line, as containerd writes it: Go's flags, then an action.
+//! The command line in containerd's form: Go flags, then an action.
 
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ Usage of the shim itself: [-namespace N] [-address SOCKET] [-publish-binary P] [
 [-debug] start|delete, or -v, -info
 ";
 
-/// What is to be done.
+/// The action of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Action {
     #[default]
@@ -27,19 +27,19 @@ pub(crate) enum Action {
     Info,
     Start,
     Delete,
-    /// The process that stays, which `start` makes.
+    /// The long-lived process, started by `start`.
     Serve,
 }
 
-/// What containerd says of a container.
+/// The flags of a call.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Flags {
     pub(crate) action: Action,
     pub(crate) namespace: String,
-    /// containerd's own socket.
+    /// Socket of containerd.
     pub(crate) address: String,
     pub(crate) id: String,
-    /// The container's directory; the working directory if it is not named.
+    /// The container's bundle; the working directory if not given.
     pub(crate) bundle: Option<PathBuf>,
     pub(crate) debug: bool,
 }
@@ -74,7 +74,7 @@ impl Flags {
                 "address" => flags.address = value()?,
                 "id" => flags.id = value()?,
                 "bundle" => flags.bundle = Some(value()?.into()),
-                // containerd's program for events, which nobody calls: events go by its socket.
+                // containerd's program for publishing events, which is not used: events are sent over its socket.
                 "publish-binary" | "socket" => drop(value()?),
                 "debug" => flags.debug = true,
                 "v" | "version" => flags.action = Action::Version,
@@ -90,7 +90,7 @@ impl Flags {
         Ok(flags)
     }
 
-    /// The container's directory.
+    /// The container's bundle directory.
     pub(crate) fn bundle(&self) -> Result<PathBuf> {
         match &self.bundle {
             Some(bundle) if !bundle.as_os_str().is_empty() => Ok(bundle.clone()),

@@ -1,5 +1,4 @@
-//! `start`: makes the shim's process, or finds the one of the container's pod, and says where it
-//! listens.
+//! `start`: creates the shim's process, or finds that of the container's pod, and prints its address.
 
 use crate::flags::Flags;
 use crate::selinux;
@@ -14,13 +13,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Where all shims of containerd's have their sockets.
+/// Directory of the sockets of all containerd shims.
 const SOCKETS: &str = "/run/containerd/s";
-/// In the bundle: the shim's process, for `delete`.
+/// File in the bundle with the PID of the shim, for `delete`.
 pub(crate) const PID_FILE: &str = "shim.pid";
 const ADDRESS_FILE: &str = "address";
 
-/// Where the shim of a container, or of its pod, listens.
+/// Socket of the shim of a container, or of its pod.
 pub(crate) fn socket(flags: &Flags, group: &str) -> PathBuf {
     let name = format!("{}/{}/{group}", flags.address, flags.namespace);
     let hash = Sha256::digest(name.as_bytes());
@@ -47,20 +46,20 @@ pub(crate) fn start(flags: &Flags) -> Result<()> {
         }
         Role::Single | Role::Sandbox => {
             let socket = socket(flags, &flags.id);
-            // Before there is a process: nobody cleans up after a start that failed.
+            // Before the process is created: nothing cleans up after a failed start.
             let address = note(&socket)?;
             launch(flags, &bundle, &socket, spec.selinux_label())?;
             address
         }
     };
-    // Every version of containerd understands this form.
+    // Understood by every version of containerd.
     print!("{address}");
     Ok(())
 }
 
 fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> Result<()> {
     let Some(listener) = listen(socket)? else {
-        // It runs already: containerd asks again after a failure of its own.
+        // It is already running: containerd repeats the call after a failure of its own.
         return Ok(());
     };
     let launched = label_process(label).and_then(|()| spawn(flags, bundle, listener));
@@ -70,8 +69,7 @@ fn launch(flags: &Flags, bundle: &Path, socket: &Path, label: Option<&str>) -> R
     launched
 }
 
-/// The process that stays has this SELinux label, where the host has SELinux and the machine's settings
-/// want that.
+/// Sets the SELinux label of the long-lived process, if the host has SELinux and the host's settings enable it.
 fn label_process(label: Option<&str>) -> Result<()> {
     match label {
         Some(label) if selinux::is_there() && Settings::load()?.selinux => {
@@ -81,7 +79,7 @@ fn label_process(label: Option<&str>) -> Result<()> {
     }
 }
 
-/// None if somebody listens there.
+/// Listens on the socket; `None` if another process does.
 fn listen(socket: &Path) -> Result<Option<UnixListener>> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -103,8 +101,8 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>> {
     Ok(Some(listener))
 }
 
-/// The process that stays. It has the listener as its standard input; containerd reads ours to its end,
-/// so it has none of them. containerd may connect before it is ready: the listener keeps who waits.
+/// Starts the long-lived process. Its standard input is the listener; containerd reads our output to its end, so it inherits
+/// none of it. containerd may connect before it is ready: the backlog holds the connection.
 fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["-namespace", &flags.namespace]);
@@ -131,7 +129,7 @@ fn spawn(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<()> {
     noted
 }
 
-/// When memory runs out, the shim goes before containerd does.
+/// If memory runs out, the shim is to be killed before containerd.
 fn protect_containerd(shim: u32) -> Result<()> {
     let parent = rustix::process::getppid().map_or(1, |pid| pid.as_raw_nonzero().get());
     let score = fs::read_to_string(format!("/proc/{parent}/oom_score_adj"))?;

@@ -1,11 +1,10 @@
-//! `containerd-shim-koya-v2`: what containerd starts to run a container, or a pod, with Koya.
+//! `containerd-shim-koya-v2`: the program that containerd starts to run a container or a pod with Koya.
 //!
-//! containerd calls `start` once for each container. For the first one of a sandbox that makes the
-//! shim itself, a process that stays ([`daemon`]): the virtual machine is in it, and it answers
-//! containerd's task API ([`service`]) until the last container is gone. `delete` cleans up
-//! ([`cleanup`]).
+//! containerd calls `start` once for each container. For the first one of a sandbox, that creates the shim, a long-lived
+//! process ([`daemon`]): it contains the virtual machine, and serves containerd's task API ([`service`]) until the last
+//! container is gone. `delete` cleans up ([`cleanup`]).
 //!
-//! Which calls mean what is containerd's `core/runtime/v2/README.md`.
+//! The calls are described in containerd's `core/runtime/v2/README.md`.
 
 mod cleanup;
 mod daemon;
@@ -25,10 +24,10 @@ use protobuf::Message as _;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-/// The name by which containerd knows this runtime.
+/// Name of this runtime in containerd.
 const RUNTIME: &str = "io.containerd.koya.v2";
 
-/// As the `koya` command's.
+/// As in the `koya` command.
 #[cfg(target_env = "musl")]
 #[global_allocator]
 static HEAP: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
@@ -37,7 +36,7 @@ fn main() -> ExitCode {
     koya::prepare_process();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
-        // containerd shows this to its user, after words of its own.
+        // containerd shows this to its user, with a prefix.
         Err(error) => {
             eprintln!("koya: {error:#}");
             ExitCode::FAILURE
@@ -64,8 +63,7 @@ fn run() -> Result<()> {
     }
 }
 
-/// `-info`: what containerd 2 asks of a runtime. That it says nothing of features means that containerd
-/// assumes none beyond the usual ones.
+/// `-info`: containerd 2 queries a runtime's features. Without features, containerd assumes only the usual ones.
 fn info() -> Result<()> {
     let info = RuntimeInfo {
         name: RUNTIME.into(),

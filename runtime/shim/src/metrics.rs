@@ -1,11 +1,11 @@
-//! A container's figures in the form of containerd's for control groups, version 2.
+//! Statistics of a container in containerd's format for control groups, version 2.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use koya::ContainerStats;
 
-/// The name that containerd and its clients look for.
+/// Type name used by containerd and its clients.
 pub(crate) const NAME: &str = "io.containerd.cgroups.v2.Metrics";
 
 pub(crate) fn metrics(stats: &ContainerStats) -> Metrics {
@@ -55,7 +55,7 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Metrics {
     }
 }
 
-/// In this form no limit of processes is zero.
+/// Here zero means no limit of processes.
 fn limit(value: u64) -> u64 {
     if value == u64::MAX { 0 } else { value }
 }

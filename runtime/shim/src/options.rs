@@ -1,4 +1,4 @@
-//! Settings: the machine's, or what containerd's configuration names instead.
+//! Settings: those of the host, or a file named by containerd's configuration.
 
 use anyhow::{Context, Result};
 use koya::Settings;
@@ -6,13 +6,13 @@ use protobuf::CodedInputStream;
 use protobuf::well_known_types::any::Any;
 use std::path::PathBuf;
 
-/// The type of the options that are for any runtime; others are for other runtimes.
+/// Type of the generic options; other types are for other runtimes.
 const TYPE: &str = "runtimeoptions.v1.Options";
 
-/// Those of a container that came with these options.
+/// The settings for a container created with these options.
 ///
 /// # Errors
-/// Which file, which key.
+/// The file and key at fault.
 pub(crate) fn settings(options: Option<&Any>) -> Result<Settings> {
     let given = match options.filter(|any| any.type_url.ends_with(TYPE)) {
         Some(any) => RuntimeOptions::parse(&any.value).context("the runtime's options")?,
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn containerds_options_are_read() {
-        // As `ctr run --runtime-config-path /etc/koya.toml` sends them.
+        // As sent by `ctr run --runtime-config-path /etc/koya.toml`.
         let bytes = b"\x12\x0e/etc/koya.toml";
         let options = RuntimeOptions::parse(bytes).unwrap();
         assert_eq!(options.config_path, "/etc/koya.toml");

@@ -1,17 +1,17 @@
-//! SELinux on the host: the label of the process that is the sandbox.
+//! SELinux on the host: the label of the sandbox's process.
 
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 
-/// There where the kernel enforces a policy, or would.
+/// Exists if the kernel has an SELinux policy, enforcing or permissive.
 const ENFORCE: &str = "/sys/fs/selinux/enforce";
-/// The label of what this thread, and its children, execute next (proc_pid_attr(5)).
+/// The label for the next execve(2) of this thread and its children (proc_pid_attr(5)).
 const NEXT_EXEC: &str = "/proc/thread-self/attr/exec";
-/// Which policy the machine has, and where policies are.
+/// Configuration with the name of the policy, and directory of policies.
 const CONFIG: &str = "/etc/selinux/config";
 const POLICIES: &str = "/etc/selinux";
-/// Where a policy says which types containers have, and virtual machines that are containers.
+/// File of a policy with the types for containers, and for virtual machines that act as containers.
 const CONTEXTS: &str = "contexts/lxc_contexts";
 
 /// Whether the host has SELinux.
@@ -19,10 +19,10 @@ pub(crate) fn is_there() -> bool {
     Path::new(ENFORCE).exists()
 }
 
-/// What is executed next has this label.
+/// Sets the label for the next execve(2).
 ///
 /// # Errors
-/// The policy does not know the label, or does not let this process give it.
+/// If the policy does not contain the label, or does not allow this process to set it.
 pub(crate) fn label_next_exec(label: &str) -> Result<()> {
     let label = for_virtual_machine(label, &contexts().unwrap_or_default());
     fs::write(NEXT_EXEC, &label).with_context(|| {
@@ -34,7 +34,7 @@ pub(crate) fn label_next_exec(label: &str) -> Result<()> {
     })
 }
 
-/// The policy's own list of contexts.
+/// The policy's list of contexts.
 fn contexts() -> Option<String> {
     let config = fs::read_to_string(CONFIG).ok()?;
     let name = config
@@ -48,8 +48,8 @@ fn type_of(label: &str) -> Option<&str> {
     label.split(':').nth(2)
 }
 
-/// containerd gives a container's type to what it does not know as a virtual machine; the policy has
-/// another for those, which may use /dev/kvm. User, role and categories stay.
+/// containerd uses the container type for runtimes that it does not know as virtual machines; the policy has another type
+/// for those, which may use /dev/kvm. User, role and categories stay.
 fn for_virtual_machine(label: &str, contexts: &str) -> String {
     let context = |key: &str| {
         let mut lines = contexts.lines().filter_map(|line| line.split_once('='));
@@ -79,7 +79,7 @@ mod tests {
         let machine = "system_u:system_r:container_kvm_t:s0:c12,c34";
         assert_eq!(for_virtual_machine(label, FEDORA), machine);
         assert_eq!(for_virtual_machine(machine, FEDORA), machine);
-        // One that somebody chose, and a policy that has no such type.
+        // A label chosen by the user, and a policy without such a type.
         let own = "system_u:system_r:my_t:s0";
         assert_eq!(for_virtual_machine(own, FEDORA), own);
         assert_eq!(for_virtual_machine(label, ""), label);

@@ -1,8 +1,7 @@
 //! containerd's task API, version 2, over ttrpc.
 //!
-//! What is quick is answered at once, and must be: containerd gives State two seconds. What asks the guest
-//! or the host runs on a thread of its own, so that it is finished even if containerd goes away: the
-//! library drops an answer that nobody waits for any more.
+//! Quick requests are answered at once, and must be: containerd gives State two seconds. Requests that call the guest or the
+//! host run on a separate thread, so that they complete even if containerd goes away: the library then drops the reply.
 
 use crate::events::{any, timestamp};
 use crate::metrics;
@@ -30,8 +29,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service as TtrpcService, TtrpcContext};
 
-/// The service as containerd from 1.6 on calls it, and as the crate names it, which follows containerd 2;
-/// the two have the same messages.
+/// The service name used by containerd since 1.6; the crate uses the name of containerd 2. Both have the same messages.
 pub(crate) const SERVED_AS: &str = "containerd.task.v2.Task";
 const GENERATED_AS: &str = "containerd.task.v3.Task";
 
@@ -60,14 +58,14 @@ fn services(service: Service) -> Result<HashMap<String, TtrpcService>> {
     Ok(services)
 }
 
-/// What containerd's requests are about.
+/// State of the service.
 pub(crate) struct Service {
     pub(crate) tasks: Arc<TaskSet>,
     /// Ends the shim.
     pub(crate) end: Sender<()>,
 }
 
-/// As containerd's clients tell errors apart.
+/// Converts an error to the codes of containerd's clients.
 fn refused(error: Error) -> ttrpc::Error {
     let code = match &error {
         Error::NotFound(_) | Error::Finished(_) => Code::NOT_FOUND,
@@ -80,7 +78,7 @@ fn refused(error: Error) -> ttrpc::Error {
 }
 
 impl Service {
-    /// Does what may take its time.
+    /// Runs a blocking operation.
     async fn work<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<TaskSet>) -> Result<T, Error> + Send + 'static,
@@ -95,7 +93,7 @@ impl Service {
     }
 }
 
-/// What a request says of a container that is to be made.
+/// The task to create, from a request.
 fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
     if !request.checkpoint.is_empty() {
         return Err(Error::Unsupported("checkpoints are not supported"));
@@ -125,7 +123,7 @@ fn task_of(request: CreateTaskRequest) -> Result<CreateTask, Error> {
     })
 }
 
-/// What a request says of a process that is to be added.
+/// The exec process to add, from a request.
 fn exec_of(request: ExecProcessRequest) -> Result<ExecTask, Error> {
     let spec = request.spec.as_ref();
     let spec = spec.ok_or_else(|| anyhow!("the request has no process"))?;

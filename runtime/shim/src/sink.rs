@@ -1,4 +1,4 @@
-//! What comes to pass with tasks, in containerd's words.
+//! Converts events of tasks to containerd's.
 
 use crate::events::{Events, timestamp};
 use containerd_shim_protos::api::Mount;
@@ -102,7 +102,7 @@ fn started(id: String, pid: u32) -> TaskStart {
     }
 }
 
-/// containerd names the init process as its container.
+/// In containerd, the ID of the init process is that of its container.
 fn exited(id: String, exec_id: String, pid: u32, exit: Exit) -> TaskExit {
     let name = match exec_id.is_empty() {
         true => id.clone(),

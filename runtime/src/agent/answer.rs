@@ -1,11 +1,11 @@
-//! What the agent answers when it does not do what it is asked.
+//! Errors returned by the agent.
 
 use crate::{Error, ErrorKind};
 use koya_protocol::{Refused, refused};
 use koya_vmm::guest_text;
 use std::time::Duration;
 
-/// What the agent answered, in the caller's terms.
+/// Converts an error from the agent to the caller's terms.
 pub(super) fn failed(
     operation: &'static str,
     error: ttrpc::Error,
@@ -24,7 +24,7 @@ pub(super) fn failed(
     };
     let Some(refused) = refused(&status) else {
         return match status.code() {
-            // The agent's side has the same limit, and may have been the first to see it pass.
+            // The agent has the same limit, and may have noticed its expiry first.
             ttrpc::Code::DEADLINE_EXCEEDED => Error::Overdue {
                 operation,
                 waited: overdue.unwrap_or_default(),
@@ -32,7 +32,7 @@ pub(super) fn failed(
             _ => agent(ErrorKind::Guest, status.message()),
         };
     };
-    // The text may say more than the reason.
+    // The text may contain more detail than the reason.
     let text = match status.message() {
         "" => refused.to_string(),
         text => text.to_owned(),
@@ -46,7 +46,7 @@ pub(super) fn failed(
             exit_status,
             reason,
         } => Error::NotExecutable {
-            // A shell's, and no other: a guest could say that all went well.
+            // Only the two statuses of a shell: a guest could report success.
             status: if exit_status == 126 { 126 } else { 127 },
             reason: guest_text::line(reason),
         },

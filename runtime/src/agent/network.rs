@@ -1,4 +1,4 @@
-//! What the agent is asked about the guest's network.
+//! Agent calls for the guest's network.
 
 use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
 use crate::Error;
@@ -9,7 +9,7 @@ use koya_protocol::messages::{
 use std::net::IpAddr;
 
 impl Agent {
-    /// Joins a TCP port of the guest's loopback to the stream with this token.
+    /// Connects a TCP port of the guest's loopback to the stream with this token.
     pub(crate) fn connect_port(&self, port: u16, token: &str) -> Result<(), Error> {
         let request = ConnectPortRequest {
             port: port.into(),
@@ -26,7 +26,7 @@ impl Agent {
         self.connects.take(MAX_CONNECTS, asked).map(drop)
     }
 
-    /// Has the guest listen as a name server, and send questions by the stream with this token.
+    /// Makes the guest listen as a name server and forward queries over the stream with this token.
     pub(crate) fn serve_names(&self, address: IpAddr, token: &str) -> Result<(), Error> {
         let request = ServeNamesRequest {
             address: address.to_string(),
@@ -40,7 +40,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// What a name server answers that the guest asks over its network.
+    /// Sends a query to a name server over the guest's network; returns the answer.
     pub(crate) fn ask_name_server(
         &self,
         address: IpAddr,
@@ -70,7 +70,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Adds routes and rules to the guest's.
+    /// Adds routes and rules to those of the guest.
     pub(crate) fn update_routes(&self, request: &UpdateRoutesRequest) -> Result<(), Error> {
         self.ask("set up the guest's routes", LIMIT, |client, limit| {
             client.update_routes(limit, request)

@@ -1,4 +1,4 @@
-//! What is made of an agent's answers, and of none.
+//! Handling of an agent's replies, and of missing ones.
 
 use super::*;
 use koya_protocol::Refused;

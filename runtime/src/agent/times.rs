@@ -1,20 +1,20 @@
-//! What the agent tells of its start. A guest may say anything.
+//! Start-up times reported by the agent. They are not trusted.
 
 use koya_protocol::messages::GuestTimes;
 use std::time::Duration;
 
-/// How many marks of its start it may tell of.
+/// Maximum number of marks that are accepted.
 const MAX_MARKS: usize = 16;
 
-/// How long a mark's name may be, in bytes.
+/// Maximum length of a mark's name in bytes.
 const MAX_MARK_NAME: usize = 32;
 
-/// What the agent tells of its start: each time is how long before its connection that was.
+/// Start-up times reported by the agent, each as the time before its connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct AgentTimes {
-    /// Its first instruction.
+    /// Time of its first instruction.
     pub(crate) took: Duration,
-    /// Parts of its start that were done then.
+    /// Completed parts of its start.
     pub(crate) marks: Vec<(String, Duration)>,
 }
 
@@ -22,7 +22,7 @@ impl From<GuestTimes> for AgentTimes {
     fn from(times: GuestTimes) -> Self {
         let connected = times.agent_connected_ns;
         let before = |at_ns: u64| Duration::from_nanos(connected.saturating_sub(at_ns));
-        // A guest may say anything: little of it is taken, and nothing that a terminal obeys.
+        // Not trusted: the number is limited, and names contain no control characters.
         let proper = |name: &str| {
             let plain = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
             name.len() <= MAX_MARK_NAME && name.bytes().all(plain)

@@ -1,7 +1,7 @@
-//! The routes and rules of a sandbox's interfaces, as the guest gets them.
+//! Routes and rules of a sandbox's interfaces, for the guest.
 //!
-//! Where an interface is taken over, its routes are the kernel's own messages (rtnetlink(7)), less what only the
-//! host's kernel can know. So a guest has all tables, metrics, next hops and MTUs that a container has.
+//! If an interface is taken over, its routes are the kernel's own messages (rtnetlink(7)), without attributes that are
+//! meaningful only on the host. So a guest has all tables, metrics, next hops and MTUs of a container.
 
 use super::{LOCAL_TABLE, NetworkConfig, Route, link, other, routes_of, with_kernel};
 use crate::Error;
@@ -19,14 +19,14 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 
-/// The tables that every namespace has (`RT_TABLE_DEFAULT` among them).
+/// Tables that exist in every namespace (including `RT_TABLE_DEFAULT`).
 const STANDARD_TABLES: [u32; 3] = [253, RouteHeader::RT_TABLE_MAIN as u32, LOCAL_TABLE];
 
-/// The loopback is the same interface everywhere.
+/// The loopback has the same name everywhere.
 const LOOPBACK: &str = "lo";
 
-/// Routes, in an order in which gateways are reachable when they are named, and rules. An interface's index in a
-/// route is the position of its network, from 1.
+/// Routes in an order in which gateways are reachable when they are used, and rules. An interface index in a route is the
+/// position of its network, from 1.
 #[derive(Debug, Default)]
 pub(crate) struct Routing {
     interfaces: Vec<String>,
@@ -35,10 +35,10 @@ pub(crate) struct Routing {
 }
 
 impl Routing {
-    /// Those of these networks: their own, and those that interfaces of the calling thread's network namespace have.
+    /// The routing of these networks: configured routes, and those of interfaces in the calling thread's network namespace.
     ///
     /// # Errors
-    /// If the kernel does not say.
+    /// The error from the kernel.
     pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Self, Error> {
         let mut routing = Self {
             interfaces: networks.iter().map(|n| n.name.clone()).collect(),
@@ -69,7 +69,7 @@ impl Routing {
         self.routes.is_empty() && self.rules.is_empty()
     }
 
-    /// What the agent is asked.
+    /// The request for the agent.
     pub(crate) fn request(&self) -> UpdateRoutesRequest {
         UpdateRoutesRequest {
             interfaces: self.interfaces.clone(),
@@ -83,7 +83,7 @@ impl Routing {
 /// An interface that the guest takes over.
 struct Interface {
     interface: String,
-    /// Its name and its index in the guest's routes.
+    /// Name, and index in the guest's routes.
     name: String,
     index: u32,
 }
@@ -94,7 +94,7 @@ fn bytes(message: &impl Emitable) -> Vec<u8> {
     bytes
 }
 
-/// A route by the interface with this index.
+/// The message for a route through the interface with this index.
 fn message(route: &Route, index: u32) -> Result<RouteMessage, Error> {
     let build = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
         let net = route.destination;
@@ -118,13 +118,13 @@ fn message(route: &Route, index: u32) -> Result<RouteMessage, Error> {
     Ok(route.build())
 }
 
-/// Whether a route, or one of several next hops, leads by a gateway.
+/// Whether a route, or one of several next hops, has a gateway.
 fn has_gateway(attributes: &[RouteAttribute]) -> bool {
     use RouteAttribute::{Gateway, Via};
     attributes.iter().any(|a| matches!(a, Gateway(_) | Via(_)))
 }
 
-/// Whether what it leads by has to be reachable before it is added.
+/// Whether the route's gateway must be reachable before the route is added.
 fn comes_later(route: &RouteMessage) -> bool {
     let mut all = route.attributes.iter();
     has_gateway(&route.attributes) || all.any(|a| matches!(a, RouteAttribute::MultiPath(_)))
@@ -166,7 +166,7 @@ async fn look(
     Ok((routes, rules))
 }
 
-/// The table of a route, which has 32 bits in an attribute and eight in the header.
+/// The table of a route: 32 bits in an attribute, eight in the header.
 fn table(route: &RouteMessage) -> u32 {
     let mut attributes = route.attributes.iter();
     let long = attributes.find_map(|attribute| match attribute {
@@ -176,8 +176,8 @@ fn table(route: &RouteMessage) -> u32 {
     long.unwrap_or_else(|| route.header.table.into())
 }
 
-/// A route of the namespace as the guest is given it; none if it is another interface's, or one that the guest's
-/// kernel makes itself. `indices` has the guest's index of each interface.
+/// Converts a route of the namespace for the guest; `None` if it belongs to another interface, or if the guest's kernel
+/// creates it by itself. `indices` maps interface indexes to the guest's.
 fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<RouteMessage> {
     let is_made_there = table(&route) == LOCAL_TABLE
         || route.header.protocol == RouteProtocol::Kernel
@@ -202,7 +202,7 @@ fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<
             Destination(_) | Source(_) | Priority(_) | Table(_) => true,
             Gateway(_) | Via(_) | Oif(_) | MultiPath(_) | PrefSource(_) | Preference(_)
             | Realm(_) | Metrics(_) | Encap(_) | EncapType(_) => !is_end,
-            // Counters, ages, and numbers of next-hop objects, whose meaning is in their attributes, too.
+            // Counters, ages, and IDs of next-hop objects, which are also resolved in other attributes.
             _ => false,
         }
     });
@@ -234,8 +234,8 @@ fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<
     is_known.then_some(route)
 }
 
-/// A rule of the namespace as the guest is given it; none if the kernel made it, if it is about another interface,
-/// or about a table that the guest does not get. `names` has the guest's name of each interface.
+/// Converts a rule of the namespace for the guest; `None` if it is the kernel's, or concerns another interface or a table
+/// that the guest does not get. `names` maps interface names to the guest's.
 fn guests_rule(
     mut rule: RuleMessage,
     tables: &HashSet<u32>,
@@ -254,7 +254,7 @@ fn guests_rule(
             _ => {}
         }
     }
-    // Whether its interfaces are there the kernel of the guest finds out.
+    // The guest's kernel sets the flags for missing interfaces itself.
     rule.header.flags &= RuleFlags::Invert;
     let is_answered = rule.header.action != RuleAction::ToTable || tables.contains(&table);
     is_answered.then_some(rule)

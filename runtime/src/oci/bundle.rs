@@ -1,30 +1,30 @@
-//! What an OCI runtime gets of a container: a configuration and a root file system.
+//! The input of an OCI runtime for a container: a configuration and a root file system.
 
 use crate::{Container, Error, ProcessStreams, Sandbox};
 use oci_spec::runtime::Spec;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-/// A container's configuration and files, as an OCI runtime gets them.
+/// Configuration and files of a container, as passed to an OCI runtime.
 #[derive(Clone, Debug)]
 pub struct Bundle {
     /// `config.json`.
     pub spec: Spec,
-    /// The directory that relative paths in it start from.
+    /// Base directory of relative paths in it.
     pub directory: PathBuf,
-    /// Its root file system: a directory in which it is mounted, or a file (or block device) with a file
-    /// system, which the guest mounts (see [`ContainerConfig::rootfs`](crate::ContainerConfig::rootfs)).
+    /// Root file system: a directory in which it is mounted, or a file (or block device) with a file system, which the guest
+    /// mounts (see [`ContainerConfig::rootfs`](crate::ContainerConfig::rootfs)).
     pub rootfs: PathBuf,
-    /// What namespaces mean that its configuration names by path.
+    /// Meaning of namespaces that the configuration names by path.
     pub shared: SharedNamespaces,
 }
 
 impl Sandbox {
-    /// As [`create`](Self::create), of an OCI bundle: its root file system must be mounted. Mount points and the working
-    /// directory that it lacks are made in it.
+    /// As [`create`](Self::create), for an OCI bundle, whose root file system must be mounted. Missing mount points and a
+    /// missing working directory are created in it.
     ///
     /// # Errors
-    /// What of the configuration can't be had, by name, or why the guest could not make it.
+    /// The unsupported part of the configuration, or the reason why the guest could not create the container.
     pub fn create_oci(
         &self,
         id: &str,
@@ -35,31 +35,31 @@ impl Sandbox {
     }
 }
 
-/// Whose namespaces a container has where its configuration names them by path: paths are the host's, processes the
-/// guest's.
+/// Owners of the namespaces that a container's configuration names by path: such paths are of the host, the processes are in
+/// the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SharedNamespaces {
-    /// Where its processes are.
+    /// The pid namespace.
     pub pids: SharedPids,
-    /// The container whose IPC namespace it has; without one it is the sandbox's own.
+    /// The container whose IPC namespace it joins; `None` is that of the sandbox.
     pub ipc: Option<String>,
-    /// The same of the UTS namespace.
+    /// The same for the UTS namespace.
     pub uts: Option<String>,
 }
 
-/// What a pid namespace that is given by its path means: paths are the host's, processes the guest's.
+/// Meaning of a pid namespace that is named by path: such paths are of the host, the processes are in the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SharedPids {
-    /// Nothing that is known: it is refused.
+    /// Unknown: it is refused.
     #[default]
     Unknown,
-    /// The one that the sandbox's containers share.
+    /// The one shared by the sandbox's containers.
     Sandbox,
-    /// That of another container.
+    /// That of this container.
     Container(String),
 }
 
-/// What a container's root is made of.
+/// Kind of a container's root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// A directory of the host, shared.

@@ -1,8 +1,8 @@
-//! Which capabilities a container has.
+//! The capabilities of a container.
 
 use crate::{ContainerConfig, Error};
 
-/// The capabilities that containers have by default: Docker's.
+/// Default capabilities of containers: those of Docker.
 const DEFAULT: &[&str] = &[
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -69,10 +69,10 @@ fn all() -> Vec<String> {
     ALL.iter().map(|name| format!("CAP_{name}")).collect()
 }
 
-/// Those that a container may have, in the OCI's spelling.
+/// The capabilities allowed for a container, in OCI spelling.
 ///
 /// # Errors
-/// Which there is not.
+/// The unknown capability.
 pub(super) fn of(config: &ContainerConfig) -> Result<Vec<String>, Error> {
     if config.privileged {
         return Ok(all());

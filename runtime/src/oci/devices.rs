@@ -1,4 +1,4 @@
-//! Device nodes and device rules: of the host's those that are disks, and the guest's own.
+//! Device nodes and device rules: disks of the host, and the guest's own devices.
 
 use super::refuse;
 use crate::Error;
@@ -8,10 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A block device of the host, and where a container has it.
+/// A block device of the host, with its path in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HostDisk {
-    /// Major and minor.
+    /// Major and minor number.
     pub(crate) number: (i64, i64),
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
@@ -36,14 +36,14 @@ impl HostDisk {
         }
     }
 
-    /// Whether the host has a node of the same disk at the same path, as when all of the host's were listed. A
-    /// disk may have several nodes.
+    /// Whether the host has a node of the same disk at the same path, as in a list of all host devices. A disk may have
+    /// several nodes.
     fn is_listing(&self) -> bool {
         let is_its_name = self.host().is_ok_and(|host| host == self.path);
         is_its_name || block_number(&self.path) == Some(self.number)
     }
 
-    /// Where it is on the host: as its kernel names it.
+    /// Path on the host, by the kernel's name.
     pub(crate) fn host(&self) -> io::Result<PathBuf> {
         let (major, minor) = self.number;
         let about = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))?;
@@ -53,20 +53,20 @@ impl HostDisk {
     }
 }
 
-/// Major and minor of the block device at a path of the host, if there is one.
+/// Major and minor number of the block device at a path of the host, if there is one.
 pub(super) fn block_number(path: &Path) -> Option<(i64, i64)> {
     let found = rustix::fs::stat(path).ok()?;
     let is_block = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
     is_block.then_some(device_number(found.st_rdev))
 }
 
-/// Major and minor of a device number (makedev(3)).
+/// Major and minor number of a device number (makedev(3)).
 pub(super) fn device_number(device: u64) -> (i64, i64) {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     (major.into(), minor.into())
 }
 
-/// Character devices that every guest has, by number, and their nodes: memory, terminals, TUN, FUSE.
+/// Character devices of every guest, by number, with their nodes: memory, terminals, TUN, FUSE.
 const GUEST_DEVICES: &[((i64, i64), &str)] = &[
     ((1, 3), "/dev/null"),
     ((1, 5), "/dev/zero"),
@@ -80,25 +80,25 @@ const GUEST_DEVICES: &[((i64, i64), &str)] = &[
     ((10, 229), "/dev/fuse"),
 ];
 
-/// Where the guest has the character device with this number, if it has it.
+/// Path of the character device with this number in the guest, if it exists there.
 pub(super) fn guest_node(number: (i64, i64)) -> Option<&'static str> {
     let mut all = GUEST_DEVICES.iter();
     all.find_map(|(own, node)| (*own == number).then_some(*node))
 }
 
-/// The devices of a container beyond those that its configuration has for the guest.
+/// Devices of a container that its configuration for the guest does not contain.
 #[derive(Debug, Default)]
 pub(super) struct Adapted {
-    /// Disks of the host that it asks for.
+    /// Disks of the host that it requests.
     pub(super) disks: Vec<HostDisk>,
-    /// Whether it is given all that its host has: of a guest, that is all that the guest has.
+    /// Whether it requests all devices of the host: it then gets all devices of the guest.
     pub(super) lists_the_hosts: bool,
 }
 
-/// Leaves the guest's own nodes in a configuration.
+/// Reduces a configuration to the guest's own device nodes.
 ///
 /// # Errors
-/// Which can't be had.
+/// The device that a guest does not have.
 pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
     let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
         let rules = resources.devices().iter().flatten();
@@ -120,8 +120,8 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
             .and_then(|r| r.devices().as_ref());
         let disk = matches!(device.typ(), LinuxDeviceType::B)
             .then(|| HostDisk::of(device, rules.into_iter().flatten()));
-        // Privileged containers get all nodes of the host, each by its path there; a volume has a path that
-        // is not the host's node of the same disk.
+        // Privileged containers get all nodes of the host, each at its path there; a volume is a disk at a path that is not
+        // one of its nodes on the host.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
         if is_pipe || is_character && guest_node(number).is_some() {
@@ -147,7 +147,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
     Ok(adapted)
 }
 
-/// The host's numbers of disks are others' in the guest.
+/// Removes rules for disks: the host's numbers belong to other disks in the guest.
 fn leave_out_disks(resources: &mut oci::LinuxResources) {
     let rules = resources.devices().clone().unwrap_or_default();
     let is_disk = |rule: &oci::LinuxDeviceCgroup| {
@@ -161,7 +161,7 @@ fn leave_out_disks(resources: &mut oci::LinuxResources) {
     resources.set_devices(Some(rules));
 }
 
-/// Whether these rules let a block device be written: the last that fits counts.
+/// Whether these rules allow writes to a block device: the last matching rule counts.
 fn may_write<'a>(
     rules: impl Iterator<Item = &'a oci::LinuxDeviceCgroup>,
     number: (i64, i64),

@@ -1,4 +1,4 @@
-//! The OCI configuration of a [`ContainerConfig`]: as an engine on this host would write it for an OCI runtime.
+//! The OCI configuration of a [`ContainerConfig`], as an engine on this host would write it for an OCI runtime.
 
 mod own_mounts;
 mod resolver;
@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// What is made of a container's configuration. Its user is one of these accounts.
+/// Builds the bundle for a container's configuration. Its user is looked up in these accounts.
 ///
 /// # Errors
-/// What is wrong with it, by name.
+/// The problem, with the offending field.
 pub(crate) fn bundle(
     id: &str,
     config: &ContainerConfig,
@@ -30,7 +30,7 @@ pub(crate) fn bundle(
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": {
-            // The guest's path takes its place.
+            // Replaced by the guest's path.
             "path": "rootfs",
             "readonly": config.read_only,
         },
@@ -49,7 +49,7 @@ pub(crate) fn bundle(
     });
     let wrong =
         |error: serde_json::Error| Error::invalid_by("configuration", "it is not the OCI's")(error);
-    // What all of the container's processes may.
+    // Privileges of all processes of the container.
     let allowed = json!({
         "user": {},
         "cwd": "/",
@@ -62,14 +62,14 @@ pub(crate) fn bundle(
     spec.set_process(Some(process::like(&allowed, &config.process, accounts)?));
     Ok(Bundle {
         spec,
-        // Paths in it are this process's.
+        // Paths in it are relative to this process.
         directory: PathBuf::new(),
         rootfs: config.rootfs.clone(),
         shared: SharedNamespaces::default(),
     })
 }
 
-/// What a container must not see or change of its guest's kernel: the OCI's usual lists.
+/// Paths of the guest's kernel that a container must not see or change: the usual OCI lists.
 const MASKED: &[&str] = &[
     "/proc/acpi",
     "/proc/asound",
@@ -90,10 +90,10 @@ const READ_ONLY: &[&str] = &[
     "/proc/sysrq-trigger",
 ];
 
-/// As containerd has it by default. The guest's own of processes is none: control groups are what bounds them.
+/// The default of containerd. There is no limit on the number of processes: control groups bound it.
 const OPEN_FILES: u64 = 1 << 20;
 
-/// As setrlimit(2) names them, without what all have in common.
+/// Names of setrlimit(2), without the common prefix.
 const RESOURCES: &[&str] = &[
     "AS",
     "CORE",
@@ -131,10 +131,10 @@ fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     Ok(all.into_iter().map(oci).collect())
 }
 
-/// How long a host's name may be, in bytes (HOST_NAME_MAX).
+/// Maximum length of a host name in bytes (HOST_NAME_MAX).
 const MAX_HOST_NAME: usize = 64;
 
-/// What the user says, or the container's own name as far as it goes.
+/// The configured host name, or as much of the container's name as fits.
 fn host_name<'c>(id: &'c str, config: &'c ContainerConfig) -> Result<&'c str, Error> {
     let wanted = config.hostname.as_deref().filter(|name| !name.is_empty());
     let Some(name) = wanted else {
@@ -144,17 +144,17 @@ fn host_name<'c>(id: &'c str, config: &'c ContainerConfig) -> Result<&'c str, Er
     if name.len() > MAX_HOST_NAME {
         return wrong("has more than 64 bytes");
     }
-    // It is a word of /etc/hosts. What else a name should not have is left to who uses it.
+    // It becomes a word of /etc/hosts. Other restrictions are left to the user.
     if name.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return wrong("has spaces or control characters in it");
     }
     Ok(name)
 }
 
-/// What programs look for and few roots have.
+/// Files that programs expect and few roots contain.
 ///
 /// # Errors
-/// If the container can't have its name.
+/// If the host name is invalid.
 pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Error> {
     let name = host_name(id, config)?;
     let hosts = format!(
@@ -224,7 +224,7 @@ pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p st
     text(field, path)
 }
 
-/// JSON is text.
+/// A path as text, since JSON is text.
 fn text<'p>(field: &'static str, path: &'p Path) -> Result<&'p str, Error> {
     let reason = || format!("{path:?} is not UTF-8");
     path.to_str().ok_or_else(|| Error::invalid(field, reason()))

@@ -1,10 +1,10 @@
-//! A container from an OCI configuration that was written for the host: what of it is the guest's,
-//! what must be shared with the guest, and what can't be had.
+//! Converts an OCI configuration that was written for the host: parts for the guest, files to be shared with the guest, and
+//! unsupported parts.
 //!
 //! Follows the OCI runtime specification 1.2. Paths of the host become shares; namespaces that are
-//! the sandbox's own (network, and those given by path) are the guest's; limits that only the host can
-//! set are left out; what the guest can't do is refused by name. A [`ContainerConfig`](crate::ContainerConfig)
-//! comes this way too ([`from_config`]).
+//! shared within the sandbox (network, and those given by path) are the guest's; limits that only the host can
+//! set are left out; unsupported features are refused by name. A [`ContainerConfig`](crate::ContainerConfig)
+//! is converted to an OCI configuration first ([`from_config`]).
 
 mod bundle;
 mod capabilities;
@@ -32,31 +32,31 @@ use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 use shares::root_share;
 use std::path::PathBuf;
 
-/// What a container in the guest is made of.
+/// The parts from which the guest creates a container.
 pub(crate) struct Adapted {
     pub(crate) spec: Spec,
     pub(crate) shares: Vec<Share>,
     pub(crate) volumes: Vec<EphemeralVolume>,
-    /// Block devices of the host that it is to have.
+    /// Block devices of the host that it requests.
     pub(crate) disks: Vec<HostDisk>,
     /// Whether it has a device node for every device of the guest.
     pub(crate) has_guest_devices: bool,
-    /// Those whose file systems the guest is to mount, by the numbers of their mounts.
+    /// Volumes with file systems that the guest mounts, by mount number.
     pub(crate) direct: Vec<(u32, GuestVolume)>,
-    /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
-    /// directory of a read-only one.
+    /// Mount points in a root that is a directory, each with a flag for files; and the working directory if the root is
+    /// read-only.
     pub(crate) mount_points: Vec<(PathBuf, bool)>,
 }
 
-/// What is well said and can't be had.
+/// The error for a valid but unsupported request.
 fn refuse(field: &'static str, reason: impl Into<String>) -> Error {
     Error::unsupported(field, reason)
 }
 
-/// The guest's side of a container's configuration.
+/// Converts a container's configuration for the guest.
 ///
 /// # Errors
-/// What can't be had, by name.
+/// The unsupported part, by name.
 pub(crate) fn adapt(
     id: &str,
     bundle: Bundle,
@@ -89,8 +89,8 @@ pub(crate) fn adapt(
     let has_mapped_users = namespaces::all(&spec).any(|n| n.typ() == LinuxNamespaceType::User);
     let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
     if let Some(process) = spec.process_mut() {
-        // The guest makes it where it may, and gives it to its user. It may not in a root that is read-only, nor
-        // as a root of mapped users, whose tree is another's.
+        // The guest creates it if possible, and gives it to its user. That is impossible in a read-only root, and as root in
+        // a user namespace that does not own the tree.
         if is_read_only || has_mapped_users {
             mount_points.push((process.cwd().clone(), false));
         }
@@ -107,7 +107,7 @@ pub(crate) fn adapt(
     })
 }
 
-/// The share that is the root, unless the guest mounts it.
+/// The share of the root, unless the guest mounts it.
 fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<Share> {
     let of = spec.root().as_ref();
     let read_only = of.and_then(oci::Root::readonly).unwrap_or(false);
@@ -153,7 +153,7 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     namespaces::check(spec)
 }
 
-/// The only hooks of a guest are those that the container's own files have.
+/// Checks hooks: a guest can only run those from the container's own files.
 fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
     let of_the_host = "those of the host are run by whoever makes the container";
     let elsewhere = "a program of the host can't run in the guest";
@@ -173,8 +173,8 @@ fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
     Ok(())
 }
 
-/// How mounts propagate to and from a container's root, without what runc and the kubelet put before it
-/// ("rslave"): it is recursive anyway.
+/// Mount propagation of a container's root, without the "r" prefix that runc and the kubelet use ("rslave"): it is recursive
+/// anyway.
 fn root_propagation(wanted: &str) -> Result<String, Error> {
     let plain = wanted.strip_prefix('r').unwrap_or(wanted);
     match ["shared", "slave", "private", "unbindable"].contains(&plain) {
@@ -186,8 +186,7 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
     }
 }
 
-/// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
-/// pages.
+/// Reduces limits to those that the guest's control groups support. Its CPUs, disks and huge pages are not the host's.
 pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);

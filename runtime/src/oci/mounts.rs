@@ -1,4 +1,4 @@
-//! Mounts: paths of the host become shares, volumes that the guest has itself, or disks.
+//! Mounts: paths of the host become shares, volumes in the guest's memory, or disks.
 
 use super::devices::{device_number, guest_node};
 use super::shares::{Share, guest_path};
@@ -14,38 +14,38 @@ use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-/// What a container's mounts need in the guest.
+/// Resources that a container's mounts need in the guest.
 #[derive(Debug, Default)]
 pub(super) struct Adapted {
     pub(super) shares: Vec<Share>,
     pub(super) volumes: Vec<EphemeralVolume>,
-    /// Disks whose file systems the guest is to mount, by the numbers of their mounts.
+    /// Volumes with file systems that the guest mounts, by mount number.
     pub(super) direct: Vec<(u32, GuestVolume)>,
-    /// Where mounts go, each with whether that is a file.
+    /// Mount points, each with a flag for files.
     pub(super) points: Vec<(PathBuf, bool)>,
 }
 
-/// What a mount of the guest's needs.
+/// The resource that a mount in the guest needs.
 enum Needs {
     Nothing,
-    /// It is a device of the guest's own.
+    /// A device of the guest.
     Device,
     Share(Share),
     Volume(EphemeralVolume),
     Direct(GuestVolume),
 }
 
-/// File systems that a guest mounts by itself.
+/// File system types that a guest mounts by itself.
 const GUEST_MOUNTS: &[&str] = &[
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
 ];
 
-/// Makes a configuration's mounts the guest's.
+/// Converts a configuration's mounts for the guest.
 ///
 /// # Errors
-/// Which can't be had.
+/// The unsupported mount.
 pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapted, Error> {
-    // A user who names a path means that one; an engine's bundle has conventions.
+    // Paths given by a user are literal; the bundles of engines follow conventions.
     let is_literal = directory.as_os_str().is_empty();
     let shared_ipc = namespaces::is_joined(spec, LinuxNamespaceType::Ipc);
     let mut adapted = Adapted::default();
@@ -58,7 +58,7 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
         let is_file = match &needs {
             Needs::Share(share) => !share.path.is_dir(),
             Needs::Device => true,
-            // "tmpfs" is no path.
+            // "tmpfs" is not a path.
             _ => mount
                 .source()
                 .as_ref()
@@ -81,17 +81,17 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
     Ok(adapted)
 }
 
-/// The size of the file system in memory that a path is on, in bytes; none if it is on another.
+/// Size of the in-memory file system with this path as its root, in bytes; `None` for any other path.
 fn memory_behind(path: &Path) -> Option<u64> {
     let found = rustix::fs::statfs(path).ok()?;
-    // Kubernetes and others mount it there themselves; a directory of the host in memory is a directory.
+    // Kubernetes and others mount it there themselves; a subdirectory of a host tmpfs is shared as a directory.
     let is_its_root =
         rustix::fs::stat(path).ok()?.st_dev != rustix::fs::stat(path.parent()?).ok()?.st_dev;
     (ephemeral::is_in_memory(&found) && is_its_root).then(|| found.f_blocks * found.f_bsize as u64)
 }
 
-/// sysfs may be mounted anew only by who owns the network namespace, which is the guest's: users of another
-/// namespace get the guest's.
+/// Only the owner of the network namespace, which is the guest's, may mount a new sysfs: containers with a user namespace
+/// get a bind mount of the guest's.
 fn bind_sysfs(mount: &mut Mount) {
     if mount.typ().as_deref() == Some("sysfs") {
         mount.set_typ(Some("bind".into()));
@@ -102,7 +102,7 @@ fn bind_sysfs(mount: &mut Mount) {
     }
 }
 
-/// A mount as the guest makes it, and what must be shared for it.
+/// Converts a mount for the guest; returns it with the resource that it needs.
 fn adapt_mount(
     id: &str,
     number: usize,
@@ -138,12 +138,12 @@ fn adapt_mount(
     if source.starts_with(OWN_ROOT) {
         return Ok((adapted, Needs::Nothing));
     }
-    // Wherever it goes: a pod's own /dev/shm is often such a volume, with a size.
+    // At any destination: a pod's own /dev/shm is often such a volume, with a size.
     if let Some(volume) = ephemeral::behind(&source, number as u32) {
         adapted.set_source(Some(own_place(id, number)));
         return Ok((adapted, Needs::Volume(volume)));
     }
-    // Memory that processes share is the guest's: the sandbox's, where containers share ipc.
+    // Shared memory is in the guest; containers that share IPC use the sandbox's.
     if mount.destination() == Path::new("/dev/shm")
         && let Some(bytes) = memory_behind(&source)
     {
@@ -158,7 +158,7 @@ fn adapt_mount(
         adapted.set_options(Some(options.into_iter().chain([size]).collect()));
         return Ok((adapted, Needs::Nothing));
     }
-    // What the host's kernel makes up, the guest's does too.
+    // Kernel file systems exist in the guest as well.
     let is_kernels = ["/proc", "/sys"].iter().any(|dir| source.starts_with(dir));
     if is_kernels || source == Path::new("/dev") {
         return Ok((adapted, Needs::Nothing));
@@ -166,7 +166,7 @@ fn adapt_mount(
     adapt_bind(id, number, directory, mount)
 }
 
-/// Where the guest has what it mounts itself.
+/// Mount point in the guest of a volume that the guest mounts itself.
 fn own_place(id: &str, number: usize) -> PathBuf {
     Path::new(VOLUMES_DIR).join(id).join(number.to_string())
 }
@@ -190,7 +190,7 @@ pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Erro
     Ok(directory.join(source))
 }
 
-/// A directory or a file of the host, or what stands for a block device.
+/// Converts a bind mount: a directory or file of the host, or a path recorded for a block device.
 fn adapt_bind(
     id: &str,
     number: usize,

@@ -1,17 +1,17 @@
-//! Namespaces: which are the container's own, which the sandbox's, and which can't be had.
+//! Namespaces: those of the container, those of the sandbox, and unsupported ones.
 
 use super::{SharedPids, refuse};
 use crate::Error;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
 
-/// Refuses a container without a namespace of its own where it would have the agent's.
+/// Refuses a container that lacks a required namespace and would use the agent's.
 ///
 /// # Errors
-/// Which it lacks.
+/// The missing namespace.
 pub(super) fn check(spec: &Spec) -> Result<(), Error> {
     let needed = [
         (LinuxNamespaceType::Network, "network"),
-        // Without one it would be in the agent's.
+        // Otherwise it would be in the agent's.
         (LinuxNamespaceType::Mount, "mount"),
     ];
     for (kind, name) in needed {
@@ -25,29 +25,29 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
     Ok(())
 }
 
-/// Makes the host's namespaces the guest's.
+/// Converts a configuration's namespaces for the guest.
 ///
 /// # Errors
-/// Which can't be shared.
+/// The namespace that can't be shared.
 pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Error> {
     let mut namespaces = Vec::new();
     let offsets = linux.time_offsets().as_ref();
     let has_offsets = offsets.is_some_and(|offsets| !offsets.is_empty());
     for namespace in linux.namespaces().iter().flatten() {
         match namespace.typ() {
-            // The sandbox's own, which all of its containers share.
+            // That of the sandbox, shared by all of its containers.
             LinuxNamespaceType::Network => continue,
-            // A clock is a guest's anyway, unless it is to show another time.
+            // Clocks are the guest's anyway; only offsets require a namespace.
             LinuxNamespaceType::Time if !has_offsets => continue,
             _ => {}
         }
-        // What containers share by a path of the host is the guest's own, which its first process has.
+        // A namespace shared by a path of the host is that of the guest's first process.
         let mut own = namespace.clone();
         own.set_path(match (is_shared(namespace), namespace.typ()) {
             (false, _) => None,
             (true, LinuxNamespaceType::Ipc) => Some("/proc/1/ns/ipc".into()),
             (true, LinuxNamespaceType::Uts) => Some("/proc/1/ns/uts".into()),
-            // The agent knows its path.
+            // The agent fills in its path.
             (true, LinuxNamespaceType::Pid) if *pids != SharedPids::Unknown => None,
             (true, other) => {
                 let reason = format!("containers can't share this {other} namespace");
@@ -60,7 +60,7 @@ pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Err
     Ok(())
 }
 
-/// Whether a namespace is one that exists, and not the container's own.
+/// Whether this is an existing namespace instead of a new one.
 fn is_shared(namespace: &oci::LinuxNamespace) -> bool {
     let path = namespace.path().as_ref();
     path.is_some_and(|path| !path.as_os_str().is_empty())
@@ -72,7 +72,7 @@ pub(super) fn all(spec: &Spec) -> impl Iterator<Item = &oci::LinuxNamespace> {
     all.into_iter().flatten()
 }
 
-/// Whether it has one that exists.
+/// Whether the container joins an existing namespace of this kind.
 pub(super) fn is_joined(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     all(spec).any(|n| n.typ() == kind && is_shared(n))
 }

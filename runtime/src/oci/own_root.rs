@@ -1,5 +1,5 @@
-//! Mounts within a container's root, as runc has them: a destination may be said with the path of the root before it, and
-//! a source that lies in the root is what the mounts before it have put there.
+//! Mounts within a container's root, as in runc: a destination may begin with the path of the root, and a source within the
+//! root means the contents left there by earlier mounts.
 
 use super::mounts::{has, is_bind, source_of};
 use super::refuse;
@@ -8,17 +8,18 @@ use koya_protocol::OWN_ROOT;
 use oci_spec::runtime::{Mount, Spec};
 use std::path::{Path, PathBuf};
 
-/// What the agent can do to such a mount.
+/// Options that the agent supports for such a mount.
 const OPTIONS: &[&str] = &[
     "bind", "rbind", "ro", "rw", "private", "rprivate", "defaults",
 ];
 
-/// Has destinations begin at the root, and marks the sources that only the guest has. `directory` is that of the bundle.
+/// Makes destinations relative to the root, and marks sources that exist only in the guest. `directory` is that of the
+/// bundle.
 ///
 /// # Errors
-/// What can't be had of such a mount.
+/// The unsupported part of such a mount.
 pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: &Path) -> Result<(), Error> {
-    // A user who names a path means that one; an engine's bundle has conventions.
+    // Paths given by a user are literal; the bundles of engines follow conventions.
     let is_literal = directory.as_os_str().is_empty();
     let Some(mut mounts) = spec.mounts().clone() else {
         return Ok(());
@@ -62,7 +63,7 @@ fn within(path: &Path, rootfs: &Path) -> Option<PathBuf> {
     Some(Path::new("/").join(rest))
 }
 
-/// It is mounted after all others.
+/// Checks such a mount, which is made after all others.
 fn check(mount: &Mount, source: &Path, later: &[Mount]) -> Result<(), Error> {
     let place = mount.destination().display();
     let refused = |what: String| {

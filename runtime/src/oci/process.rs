@@ -1,4 +1,4 @@
-//! Processes: a container's first one, and those that are added.
+//! Processes: the first one of a container, and exec processes.
 
 use super::from_config::absolute;
 use crate::account::{Account, Accounts};
@@ -7,13 +7,14 @@ use koya_protocol::cpus;
 use oci_spec::runtime::{LinuxCapabilities, Process, User};
 use std::path::Path;
 
-/// Where programs are looked for by a process whose environment has no PATH. One of an OCI configuration has none then.
+/// Search path of programs for a process whose environment has no PATH. In an OCI configuration it is not added to the
+/// environment.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A process of `own`'s container: what it may is as that one's, what it is as this configuration says.
+/// A process with the privileges of `own`, a process of the same container, and the other properties of this configuration.
 ///
 /// # Errors
-/// What is wrong with it, by name.
+/// The problem, with the offending field.
 pub(crate) fn like(
     own: &Process,
     config: &ProcessConfig,
@@ -33,8 +34,8 @@ pub(crate) fn like(
     let mut user = User::default();
     user.set_uid(account.uid);
     user.set_gid(account.gid);
-    // The user's own group is one of them: a program that changes its group stays in it, and is not let in where
-    // a file's mode shuts that group out (CVE-2022-36109).
+    // The primary group is among them: a program that changes its group stays in it, so a file mode that denies access to
+    // that group still applies (CVE-2022-36109).
     let primary = std::iter::once(account.gid);
     user.set_additional_gids(Some(primary.chain(account.groups).collect()));
     let mut process = own.clone();
@@ -49,7 +50,7 @@ pub(crate) fn like(
     Ok(process)
 }
 
-/// A user other than root has what programs give it, not what the container may have.
+/// A user other than root only has the capabilities of program files, not all that the container may have.
 fn capabilities_of(own: &LinuxCapabilities, uid: u32) -> LinuxCapabilities {
     let all = own.bounding().clone().unwrap_or_default();
     let effective = if uid == 0 {
@@ -66,7 +67,7 @@ fn capabilities_of(own: &LinuxCapabilities, uid: u32) -> LinuxCapabilities {
     capabilities
 }
 
-/// One that is empty is none, as for runc.
+/// An empty HOME counts as unset, as for runc.
 fn set_home(env: &mut Vec<String>, home: impl FnOnce() -> String) {
     let last = env.iter().rev().find_map(|var| var.strip_prefix("HOME="));
     if last.is_none_or(str::is_empty) {
@@ -75,7 +76,7 @@ fn set_home(env: &mut Vec<String>, home: impl FnOnce() -> String) {
     }
 }
 
-/// What no process can have, and the guest would stumble over.
+/// Rejects strings that no process can have, which would cause obscure errors in the guest.
 fn check_words(process: &Process) -> Result<(), Error> {
     let env = process.env().iter().flatten();
     if let Some(nameless) = env.clone().find(|variable| variable.starts_with('=')) {
@@ -92,7 +93,7 @@ fn check_words(process: &Process) -> Result<(), Error> {
     }
 }
 
-/// The CPUs are the guest's, which finds out which of them there are.
+/// Affinity refers to the guest's CPUs, and the guest validates it.
 fn check_affinity(process: &Process) -> Result<(), Error> {
     let Some(affinity) = process.exec_cpu_affinity() else {
         return Ok(());
@@ -108,10 +109,10 @@ fn has(env: &[String], name: &str) -> bool {
     env.iter().any(|variable| variable.starts_with(name))
 }
 
-/// What a process has beyond what is said, and what is not the guest's of it.
+/// Adds defaults to a process, and removes properties that do not apply in the guest.
 ///
 /// # Errors
-/// A process without a program, or with words that none can have.
+/// A process without a program, or with invalid strings.
 pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Error> {
     if process
         .args()
@@ -124,7 +125,7 @@ pub(crate) fn adapt(process: &mut Process, accounts: &Accounts) -> Result<(), Er
     }
     check_words(process)?;
     let mut env = process.env().clone().unwrap_or_default();
-    // Without HOME libcontainer would ask the C library, which would load code of the container.
+    // Without HOME, libcontainer would ask the C library, which would load code from the container.
     let uid = process.user().uid().to_string();
     set_home(&mut env, || {
         Account::find(accounts, &uid).map_or("/".into(), |account| account.home)

@@ -1,4 +1,4 @@
-//! Paths of the host in a configuration, until it is known where the guest has them.
+//! Host paths in a configuration, until their paths in the guest are known.
 
 use koya_protocol::SHARED_DIR;
 use koya_vmm::devices::fs::ShareOptions;
@@ -6,8 +6,8 @@ use oci_spec::runtime::Spec;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// What the guest gets of the host's files. The name stands for its place in a configuration until it
-/// is shared ([`place_shares`]).
+/// A host path to be shared with the guest. The name is a placeholder in the configuration until the path is shared
+/// ([`place_shares`]).
 #[derive(Clone, Debug)]
 pub(crate) struct Share {
     pub(crate) name: String,
@@ -15,18 +15,18 @@ pub(crate) struct Share {
     pub(crate) options: ShareOptions,
 }
 
-/// Where the guest has what is at this path of the shared root.
+/// Path in the guest of this path in the shared root.
 pub(crate) fn guest_path(path: impl AsRef<Path>) -> PathBuf {
     Path::new(SHARED_DIR).join(path)
 }
 
-/// Where the guest has a share, and whether it is to mount it read-only.
+/// Path of a share in the guest, and whether it must be mounted read-only there.
 pub(crate) struct SharedPlace {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
 }
 
-/// Says in a configuration where the guest has each share, by the name that it has in the configuration.
+/// Replaces the placeholder of each share in a configuration by its path in the guest.
 pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, SharedPlace>) {
     let place = |path: &Path| {
         let name = path.strip_prefix(SHARED_DIR).ok()?.to_str()?;

@@ -1,4 +1,4 @@
-//! What an OCI configuration becomes in the guest.
+//! Conversion of OCI configurations for the guest.
 
 use super::devices::block_number;
 use super::*;
@@ -85,7 +85,7 @@ fn what_is_the_hosts_becomes_the_guests() {
     assert!(adapted.mount_points.contains(&("/etc/hosts".into(), true)));
 }
 
-/// The kubelet says so of a pod with a volume that follows the host's mounts.
+/// The kubelet requests this for a pod with a volume that follows the host's mounts.
 #[test]
 fn mounts_of_the_root_propagate_as_runc_names_it() {
     let with = |wanted: &str| {
@@ -111,7 +111,7 @@ fn mounts_of_the_root_propagate_as_runc_names_it() {
     );
 }
 
-/// What a privileged container gets of a list of devices: disks by their paths, and nodes of the guest.
+/// Devices of a privileged container with this list of devices: paths of its disks, and number of guest nodes.
 fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
     let (_dir, bundle) = bundle(|spec| {
         spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
@@ -126,10 +126,10 @@ fn privileged(devices: Value) -> (Vec<PathBuf>, usize) {
 #[test]
 fn a_privileged_container_has_the_disks_that_are_named_and_not_the_hosts_list() {
     let block = |path: &Path, (major, minor): (i64, i64)| json!({"path": path, "type": "b", "major": major, "minor": minor});
-    // A disk that the host does not have is a volume, whatever its path is.
+    // A disk that the host does not have is a volume, whatever its path.
     let volume = block(Path::new("/dev/xvdz"), (4095, 7));
     assert_eq!(privileged(json!([volume])), (vec!["/dev/xvdz".into()], 0));
-    // Second nodes of the same disk, wherever this is allowed.
+    // Second nodes of the same disk, where mknod is allowed.
     let dir = tempfile::tempdir().unwrap();
     let node = dir.path().join("second");
     let made = rustix::fs::mknodat(
@@ -181,7 +181,7 @@ fn users_of_their_own_get_the_guests_sysfs() {
     assert_eq!(guests["type"], "sysfs");
 }
 
-/// The options of the last of these mounts, whose root file system is made by `make`.
+/// Options of the last of these mounts, with a root file system prepared by `make`.
 fn last_options(mounts: Value, make: impl FnOnce(&Path)) -> Vec<String> {
     let (dir, bundle) = bundle(|spec| spec["mounts"] = mounts);
     make(&dir.path().join("rootfs"));
@@ -195,7 +195,7 @@ fn make_with_mode(directory: &Path, mode: u32) {
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// podman's `--tmpfs` has it.
+/// podman uses it for `--tmpfs`.
 #[test]
 fn a_tmpfs_begins_with_a_copy_where_there_is_something() {
     let with = |kind: &str, make: &dyn Fn(&Path)| {
@@ -214,7 +214,7 @@ fn a_tmpfs_begins_with_a_copy_where_there_is_something() {
         &root.join("run/x/y"),
         0o755
     )));
-    // A link leads nowhere else than within the root.
+    // A symbolic link is resolved within the root.
     let link = |root: &Path| std::os::unix::fs::symlink("/etc", root.join("run")).unwrap();
     assert!(!with("tmpfs", &link));
 }
@@ -228,9 +228,9 @@ fn a_tmpfs_has_the_mode_of_what_it_covers() {
     assert_eq!(of(json!(["ro"])), ["ro", "mode=1710"]);
     assert_eq!(of(json!(["size=1k,mode=700"])), ["size=1k,mode=700"]);
     let elsewhere = last_options(json!([tmpfs("/y", json!([]))]), make);
-    // Else the mount point, which is made for it, would give its own.
+    // Otherwise it would get the mode of the mount point, which is created for it.
     assert_eq!(elsewhere, ["mode=1777"]);
-    // What an earlier mount covers is not covered again.
+    // A path within an earlier mount does not count as covered.
     let within = json!([tmpfs("/", json!([])), tmpfs("/x", json!([]))]);
     assert_eq!(last_options(within, make), ["mode=1777"]);
     let bind = json!({"destination": "/b", "source": "rootfs", "options": ["bind"]});
@@ -268,7 +268,7 @@ fn what_an_earlier_mount_put_into_the_root_is_the_guests() {
         sources(&around).unwrap()[1],
         "/run/koya/own-root/ at /final"
     );
-    // What no mount covers is there on the host.
+    // A path that no mount covers exists on the host.
     let hosts = |root: &str| json!([of_root(root, "/mnt/x", json!(["bind"])), tmpfs]);
     assert_eq!(
         sources(&hosts).unwrap()[0],
@@ -363,7 +363,7 @@ fn the_guests_configuration_names_guest_paths_only() {
     let mut adapted = adapt_it("c1", bundle).unwrap();
     let text = serde_json::to_string(&adapted.spec).unwrap();
     assert!(!text.contains(dir.path().to_str().unwrap()), "{text}");
-    // The host's own mount of the second is read-only.
+    // The host's own mount of the second share is read-only.
     let place = |(number, share): (usize, &Share)| {
         let path = format!("/place/{number}").into();
         (
@@ -382,7 +382,7 @@ fn the_guests_configuration_names_guest_paths_only() {
         mount(&spec, "/data"),
         ["bind", "/place/1", "rbind", "rprivate", "ro"]
     );
-    // What is missing of it is an error before anything is asked of the guest.
+    // A missing volume is an error before any request to the guest.
     config.volumes.push(Volume::new("/nonexistent", "/x"));
     let bundle = from_config::bundle("c1", &config, &Accounts::default()).unwrap();
     let missing = adapt_it("c1", bundle).err().unwrap().to_string();
@@ -495,7 +495,7 @@ fn who_is_given_all_of_the_hosts_devices_has_all_of_the_guests() {
     assert!(!devices(json!([fuse])) && devices(json!([fuse, watchdog])));
 }
 
-/// The guest makes it for its user; where the root is read-only, the host does.
+/// The guest creates it for its user; if the root is read-only, the host does.
 #[test]
 fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {
     let points = |read_only: bool| {

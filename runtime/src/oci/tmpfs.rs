@@ -1,6 +1,6 @@
-//! File systems in memory that begin as what they cover, as runc has it: with its mode, unless the configuration says
-//! one, and by the option `tmpcopyup` with a copy of its content. podman asks for the latter with each `--tmpfs`, mostly
-//! of a directory that is empty or not there, where it means nothing; else the agent copies.
+//! tmpfs mounts that inherit properties of the covered directory, as in runc: its mode, unless the configuration sets one,
+//! and with the option `tmpcopyup` a copy of its contents. podman sets that option for each `--tmpfs`, mostly over a
+//! directory that is empty or missing, where it has no effect; otherwise the agent makes the copy.
 
 use super::mounts::{has, is_bind, source_of};
 use koya_protocol::COPY_UP;
@@ -11,9 +11,9 @@ use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// Gives those that say no mode the one of what they cover, and takes the option out where there is nothing to copy.
-/// `rootfs` is the root, if it is a directory of the host, as it is before mount points are made; `directory` is that of
-/// the bundle.
+/// Sets the mode of mounts without one to that of the covered directory, and removes the option if there is nothing to copy.
+/// `rootfs` is the root if it is a directory of the host, before mount points are created; `directory` is that of the
+/// bundle.
 pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
     let Some(mut mounts) = spec.mounts().clone() else {
         return;
@@ -33,7 +33,7 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
         let covered = find(mount.destination(), earlier, directory, root.as_ref());
         let mode = match &covered {
             Covered::Nothing => memory_mode(None).ok(),
-            // What is no directory can't be mounted over, which the guest says.
+            // Only a directory can be mounted over; the guest reports the error.
             Covered::There(found) => memory_mode(Some(found)).ok(),
             Covered::Unknown => None,
         };
@@ -51,11 +51,11 @@ pub(super) fn adapt(spec: &mut Spec, directory: &Path, rootfs: Option<&Path>) {
     spec.set_mounts(Some(mounts));
 }
 
-/// What a mount covers.
+/// The directory that a mount covers.
 enum Covered {
     Nothing,
     There(OwnedFd),
-    /// Only the guest can tell.
+    /// Known only in the guest.
     Unknown,
 }
 
@@ -70,7 +70,7 @@ fn find(place: &Path, earlier: &[Mount], directory: &Path, root: Option<&Rootfs>
             let source = source.and_then(|source| Rootfs::open(&source).ok());
             source.map_or(Err(Errno::NOENT), |source| source.find(within))
         }
-        // It may have copied what it covers.
+        // It may contain a copy of the covered directory.
         (Some(mount), _) if has(mount, COPY_UP) => return Covered::Unknown,
         (Some(_), _) => return Covered::Nothing,
     };
@@ -81,7 +81,7 @@ fn find(place: &Path, earlier: &[Mount], directory: &Path, root: Option<&Rootfs>
     }
 }
 
-/// Whether it is known that there is nothing in a directory.
+/// Whether a directory is known to be empty.
 fn is_empty(directory: &OwnedFd) -> bool {
     let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
     let names = openat(directory, ".", flags, Mode::empty()).and_then(Dir::new);

@@ -1,9 +1,8 @@
-//! Where the time of a start goes: its steps and marks, on one clock.
+//! Timeline of a start: its steps and marks, on one clock.
 //!
-//! A [`Timeline`] is a picture of a start so far. The library draws none by itself: `koya timeline`
-//! does, of what [`Keep`] has had written down, and [`Sandbox::timeline`](crate::Sandbox::timeline)
-//! has a living sandbox's. Times are the host's; what the agent tells of itself is put where the host
-//! saw the agent connect.
+//! A [`Timeline`] is a snapshot of a start. The library does not draw it: `koya timeline` does, from files written by
+//! [`Keep`]; [`Sandbox::timeline`](crate::Sandbox::timeline) returns that of a running sandbox. Times are the host's; times
+//! reported by the agent are relative to its connection as seen by the host.
 
 mod recorder;
 mod store;
@@ -16,10 +15,10 @@ use std::fmt;
 use std::time::{Duration, Instant};
 pub use store::{KEPT, all, directory};
 
-/// The version of the format that timelines are written down in.
+/// Version of the file format.
 pub const VERSION: u32 = 1;
 
-/// Who takes the time.
+/// The component that spends the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Lane {
@@ -29,32 +28,32 @@ pub enum Lane {
     Kernel,
     /// The agent.
     Agent,
-    /// A container: host, kernel and agent all work for it.
+    /// A container; host, kernel and agent are all involved.
     Container,
 }
 
-/// A part of a start that takes time.
+/// A part of a start with a duration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
-    /// What was done: `prepare` (if the caller says when it began), `devices`, `machine`, `kernel`,
-    /// `agent`, `settings`; then of each container `create` and `start`.
+    /// Name: `prepare` (if the caller provides its start time), `devices`, `machine`, `kernel`, `agent`, `settings`; then
+    /// `create` and `start` for each container.
     pub name: Cow<'static, str>,
-    /// Who did it.
+    /// The component.
     pub lane: Lane,
-    /// Which container; empty for the sandbox itself.
+    /// The container; empty for the sandbox itself.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub container: String,
-    /// Its begin, in microseconds.
+    /// Start in microseconds.
     pub from_us: u64,
-    /// Its end, in microseconds; none while it is under way.
+    /// End in microseconds; `None` while it is in progress.
     pub to_us: Option<u64>,
-    /// Why it failed, if it did.
+    /// The error, if it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
 impl Step {
-    /// How long it took; nothing while it is under way.
+    /// Duration; zero while it is in progress.
     pub fn took(&self) -> Duration {
         let to = self.to_us.unwrap_or(self.from_us);
         Duration::from_micros(to.saturating_sub(self.from_us))
@@ -71,14 +70,14 @@ impl fmt::Display for Step {
 /// A point in time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// What came to pass.
+    /// Name of the event.
     pub name: Cow<'static, str>,
-    /// By whom.
+    /// The component.
     pub lane: Lane,
-    /// Which container; empty for the sandbox itself.
+    /// The container; empty for the sandbox itself.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub container: String,
-    /// When, in microseconds.
+    /// Time in microseconds.
     pub at_us: u64,
 }
 
@@ -87,22 +86,22 @@ pub struct Mark {
 pub struct Timeline {
     /// [`VERSION`].
     pub version: u32,
-    /// Whose; empty if [`Keep`] did not say.
+    /// ID of the sandbox; empty without a [`Keep`].
     pub id: String,
-    /// Where all times count from: milliseconds since 1970.
+    /// Origin of all times: milliseconds since 1970.
     pub began_unix_ms: u64,
-    /// In the order of their begins.
+    /// Steps in order of their start.
     pub steps: Vec<Step>,
-    /// In the order of their times.
+    /// Marks in order of time.
     pub marks: Vec<Mark>,
-    /// How often the guest left for this process until the agent had told of its start, if it did.
+    /// Guest exits to this process until the agent had reported its start, if it did.
     pub exits: Option<ExitCounts>,
 }
 
-/// How often the guest left KVM_RUN for this process: what KVM answers by itself is not counted.
+/// Number of exits from KVM_RUN to this process; exits that KVM handles itself are not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitCounts {
-    /// For a port.
+    /// For I/O ports.
     pub port: u64,
     /// For device memory.
     pub mmio: u64,
@@ -118,44 +117,43 @@ impl From<Exits> for ExitCounts {
 }
 
 impl Timeline {
-    /// The last time of all, in microseconds.
+    /// The latest time in microseconds.
     pub fn total_us(&self) -> u64 {
         let steps = self.steps.iter().map(|s| s.to_us.unwrap_or(s.from_us));
         let marks = self.marks.iter().map(|mark| mark.at_us);
         steps.chain(marks).max().unwrap_or(0)
     }
 
-    /// When the agent had connected, in microseconds, if it did.
+    /// Time of the agent's connection in microseconds, if it has connected.
     pub fn ready_us(&self) -> Option<u64> {
         let agent = self.steps.iter().find(|s| s.lane == Lane::Agent);
         agent?.to_us
     }
 
-    /// When the first container's first process was let run, in microseconds, if one was.
+    /// Time of the start of the first container's first process in microseconds, if one was started.
     pub fn started_us(&self) -> Option<u64> {
         let mut starts = self.steps.iter().filter(|s| s.name == "start");
         starts.find(|s| s.error.is_none())?.to_us
     }
 
-    /// The step that failed last, if one did.
+    /// The last failed step, if any.
     pub fn failed(&self) -> Option<&Step> {
         self.steps.iter().rev().find(|step| step.error.is_some())
     }
 
-    /// Whether it is this sandbox's, or has a container of this name.
+    /// Whether it is the timeline of this sandbox, or has a container with this name.
     pub fn is_of(&self, id: &str) -> bool {
         self.id == id || self.steps.iter().any(|step| step.container == id)
     }
 }
 
-/// Has a sandbox's timeline written down on the host, in the newest of [`KEPT`] files in [`directory`]:
-/// once its first container has started, after each further one, at its end, and where something
-/// fails. Where that can't be done it is not, and nothing else fails for it.
+/// Stores the timeline of a sandbox on the host, in one of at most [`KEPT`] files in [`directory`]: once its first container
+/// has started, after each further one, at its end, and on a failure. Errors on storing it are ignored.
 #[derive(Clone, Debug)]
 pub struct Keep {
     /// The file's name: letters, digits, `-`, `_` and `.`, at most 128, the first a letter or digit.
     /// An older timeline of this name is replaced.
     pub id: String,
-    /// When the caller began; its own work is the step `prepare` then.
+    /// Start time of the caller, whose own work becomes the step `prepare`.
     pub began: Option<Instant>,
 }

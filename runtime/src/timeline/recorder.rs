@@ -1,4 +1,4 @@
-//! Writes down a start while it happens: what it costs is a clock's reading and a few words a step.
+//! Records a start while it happens, at the cost of a clock reading and a few words per step.
 
 use super::{Keep, Lane, Mark, Step, Timeline, VERSION, store};
 use crate::Error;
@@ -11,12 +11,12 @@ use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How many steps are kept, and how many marks: those of the first containers.
+/// Maximum number of steps, and of marks: those of the first containers are kept.
 const KEPT: usize = 64;
-/// The most that is kept of an error, in bytes: a guest's last words may be in it.
+/// Maximum length of an error in bytes: it may contain a guest's console output.
 const MAX_ERROR: usize = 8 << 10;
 
-/// A step that is under way; none if there were too many before it.
+/// A step in progress; `None` beyond the maximum number.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Begun(Option<usize>);
 
@@ -28,7 +28,7 @@ pub(crate) struct Recorder {
     is_kept: bool,
     state: Mutex<State>,
     machine: OnceLock<Arc<BootEvents>>,
-    /// One writes the file at a time.
+    /// Serializes writes of the file.
     writing: Mutex<()>,
 }
 
@@ -37,9 +37,9 @@ struct State {
     steps: Vec<Step>,
     marks: Vec<Mark>,
     exits: Option<super::ExitCounts>,
-    /// The sandbox's own step that is under way.
+    /// The sandbox's own step in progress.
     own: Begun,
-    /// Whether there is something that is not written down.
+    /// Whether something has not been written yet.
     is_new: bool,
 }
 
@@ -48,7 +48,7 @@ fn micros(time: Duration) -> u64 {
 }
 
 impl Recorder {
-    /// From now on, or from when the caller began.
+    /// Starts now, or at the caller's start time.
     pub(crate) fn new(keep: Option<&Keep>) -> Self {
         let (now, today) = (Instant::now(), SystemTime::now());
         let began = keep.and_then(|keep| keep.began);
@@ -83,7 +83,7 @@ impl Recorder {
         self.origin.elapsed()
     }
 
-    /// Ends the sandbox's own step that is under way, and begins the next: when that is.
+    /// Ends the sandbox's own step in progress, and begins the next; returns the time.
     pub(crate) fn next(&self, lane: Lane, name: &'static str) -> Duration {
         let now = self.finish();
         let begun = self.begin_at(lane, name, "", now);
@@ -91,7 +91,7 @@ impl Recorder {
         now
     }
 
-    /// Ends the sandbox's own step that is under way: when that is.
+    /// Ends the sandbox's own step in progress; returns the time.
     pub(crate) fn finish(&self) -> Duration {
         let now = self.elapsed();
         let own = std::mem::replace(&mut self.lock().own, Begun(None));
@@ -99,17 +99,17 @@ impl Recorder {
         now
     }
 
-    /// A container's step begins.
+    /// Begins a step of a container.
     pub(crate) fn begin(&self, name: &'static str, container: &str) -> Begun {
         self.begin_at(Lane::Container, name, container, self.elapsed())
     }
 
-    /// It ends.
+    /// Ends a step.
     pub(crate) fn end(&self, begun: Begun) {
         self.end_at(begun, self.elapsed());
     }
 
-    /// It failed: that is written down at once.
+    /// Ends a step with an error, which is written at once.
     pub(crate) fn fail(&self, begun: Begun, error: &Error) {
         self.end(begun);
         if let Some(step) = self.lock().step(begun) {
@@ -118,13 +118,13 @@ impl Recorder {
         self.keep();
     }
 
-    /// The sandbox's own step failed, if one is under way.
+    /// Ends the sandbox's own step in progress, if any, with an error.
     pub(crate) fn fail_start(&self, error: &Error) {
         let own = self.lock().own;
         self.fail(own, error);
     }
 
-    /// Something came to pass for a container.
+    /// Records an event of a container.
     pub(crate) fn mark(&self, name: &'static str, container: &str) {
         let at_us = micros(self.elapsed());
         self.lock().mark(Mark {
@@ -135,19 +135,19 @@ impl Recorder {
         });
     }
 
-    /// The machine runs, and has marks of its own.
+    /// Adds the events of the running machine.
     pub(crate) fn machine_runs(&self, marks: &Arc<BootEvents>) {
         self.machine.set(marks.clone()).ok();
     }
 
-    /// Puts what the agent says of itself where the host saw it: `kernel`, which was under way from
-    /// `running` to `connected`, gives its last part to the agent.
+    /// Inserts the times reported by the agent, relative to its connection: the last part of `kernel`, which lasted from
+    /// `running` to `connected`, becomes the agent's.
     pub(crate) fn agent_told(&self, running: Duration, connected: Duration, told: &AgentTimes) {
         let exits = self.machine.get().map(|marks| marks.exits().into());
         let mut state = self.lock();
         state.exits = exits;
-        // By the agent's word, within what the host saw. No more is made of the guest's clock: until its
-        // kernel has chosen one it counts ticks, of which a busy host loses some.
+        // As reported by the agent, within the bounds seen by the host. The guest's clock is not used beyond that: until its
+        // kernel has chosen a clock source it counts ticks, some of which are lost on a busy host.
         let at = |before: Duration| micros(connected.saturating_sub(before).max(running));
         let agent_began = at(told.took);
         let kernel = state.steps.iter().position(|s| s.lane == Lane::Kernel);
@@ -201,7 +201,7 @@ impl Recorder {
         }
     }
 
-    /// As it is now.
+    /// The current timeline.
     pub(crate) fn timeline(&self) -> Timeline {
         let began = self.began.duration_since(SystemTime::UNIX_EPOCH);
         let began = began.unwrap_or_default().as_millis();
@@ -228,12 +228,12 @@ impl Recorder {
         }
     }
 
-    /// Writes it down if that is asked for, and there is something new.
+    /// Writes the timeline if that is requested and there is something new.
     pub(crate) fn keep(&self) {
         if !self.is_kept {
             return;
         }
-        // Containers of one sandbox may start at the same time: the last to write has all.
+        // Containers of one sandbox may start at the same time: the last writer has all of them.
         let _one = lock(&self.writing);
         if !std::mem::take(&mut self.lock().is_new) {
             return;
@@ -257,7 +257,7 @@ impl State {
     }
 }
 
-/// The error and its causes, as far as there is room.
+/// The error and its causes, truncated to the maximum length.
 fn whole(error: &Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -338,7 +338,7 @@ mod tests {
         let marks: Vec<_> = timeline.marks.iter().map(|m| (&*m.name, m.at_us)).collect();
         let expected = [("late", 80_000), ("shares mounted", 95_000)];
         assert_eq!(marks, expected);
-        // One that claims to have run before the guest did.
+        // An agent that claims to have run before the guest did.
         let recorder = Recorder::new(None);
         let kernel = recorder.begin_at(Lane::Kernel, "kernel", "", ms(10));
         recorder.end_at(kernel, ms(100));

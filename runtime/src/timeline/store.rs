@@ -1,4 +1,4 @@
-//! Timelines as files: one a sandbox, the newest ones are kept.
+//! Files of timelines: one for each sandbox; the newest ones are kept.
 
 use super::{Timeline, VERSION};
 use crate::directories::{user_data, variable};
@@ -8,12 +8,12 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// How many files are kept; whoever writes one removes older ones.
+/// Maximum number of files; each writer removes older ones.
 pub const KEPT: usize = 64;
-/// The largest file that is read, in bytes: several times what any is.
+/// Maximum size of a file that is read, in bytes: several times the usual size.
 const MAX_SIZE: u64 = 1 << 20;
 
-/// Where they are: `/run/koya/timelines` as root; else in `XDG_RUNTIME_DIR`, or with the user's data.
+/// Directory of the files: `/run/koya/timelines` for root; otherwise in `XDG_RUNTIME_DIR`, or in the user's data directory.
 pub fn directory() -> Option<PathBuf> {
     if rustix::process::geteuid().is_root() {
         return Some("/run/koya/timelines".into());
@@ -22,10 +22,10 @@ pub fn directory() -> Option<PathBuf> {
     base.is_absolute().then(|| base.join("koya/timelines"))
 }
 
-/// Those that are there and can be read, the newest first.
+/// All readable timelines, newest first.
 ///
 /// # Errors
-/// If the directory can't be read; that there is none is no error.
+/// If the directory can't be read; a missing directory is not an error.
 pub fn all() -> io::Result<Vec<Timeline>> {
     match directory() {
         Some(directory) => all_in(&directory),
@@ -60,7 +60,7 @@ fn all_in(directory: &Path) -> io::Result<Vec<Timeline>> {
 }
 
 fn read(path: &Path) -> io::Result<Timeline> {
-    /// What every version has.
+    /// Fields common to all versions.
     #[derive(Deserialize)]
     struct Any {
         version: u32,
@@ -99,7 +99,7 @@ fn write_in(directory: &Path, timeline: &Timeline) -> io::Result<()> {
         let reason = format!("{} is not this user's alone", directory.display());
         return Err(io::Error::other(reason));
     }
-    // Never half a file. Two processes of one name are two writers.
+    // Written atomically. Two processes with the same name do not share a temporary file.
     let new = directory.join(format!(".{id}.{}", std::process::id()));
     let mut options = OpenOptions::new();
     let mut file = options
@@ -113,7 +113,7 @@ fn write_in(directory: &Path, timeline: &Timeline) -> io::Result<()> {
     prune(directory)
 }
 
-/// Removes the oldest, whatever they are: half a file of a process that was killed, too.
+/// Removes the oldest files of any kind, including partial files of killed processes.
 fn prune(directory: &Path) -> io::Result<()> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(directory)? {
@@ -181,7 +181,7 @@ mod tests {
         let directory = dir.path().join("t");
         for number in 0..KEPT as u64 + 3 {
             write_in(&directory, &timeline(&format!("c{number}"), number)).unwrap();
-            // As if they had been written a second apart.
+            // As if written a second apart.
             let file = fs::File::open(directory.join(format!("c{number}.json"))).unwrap();
             let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number);
             file.set_modified(time).unwrap();
@@ -197,7 +197,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.json"), r#"{"version": 2, "steps": 7}"#).unwrap();
         fs::write(dir.path().join("b.json"), "{").unwrap();
-        // With something of a later time of the same version.
+        // With an additional field of a later release.
         let text = r#"{"version": 1, "id": "c", "began_unix_ms": 5, "marks": [], "exits": null,
             "steps": [{"name": "kernel", "lane": "kernel", "from_us": 1, "to_us": null}], "new": 1}"#;
         fs::write(dir.path().join("c.json"), text).unwrap();

@@ -1,6 +1,6 @@
-//! The control group of a sandbox on the host (version 2): what a client says in
-//! `linux.cgroupsPath`. The sandbox's process lives in it, with limits for all of it: what the container may
-//! have, and what a virtual machine takes beyond that.
+//! The control group of a sandbox on the host (version 2), from `linux.cgroupsPath` of a configuration. The sandbox's
+//! process is in it, with limits for the sandbox as a whole: the limits of the container, plus the overhead of a virtual
+//! machine.
 
 use crate::Error;
 use anyhow::anyhow;
@@ -12,19 +12,19 @@ use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What a sandbox takes on the host beyond its guest's memory, in MiB: the monitor and shared files on
-/// their way. What it holds at rest is a few MiB (`docs/devices.md`).
+/// Overhead of a sandbox on the host beyond its guest's memory, in MiB: the monitor, and file data in transit. At rest it
+/// takes a few MiB (`docs/devices.md`).
 const MONITOR_MIB: u64 = 32;
-/// Page tables for a MiB of guest memory, the process's and KVM's, with pages of 4 KiB: two of 512, and
-/// what is above them.
+/// Guest memory per unit of page tables, those of the process and of KVM with pages of 4 KiB: two of 512, and the levels
+/// above them.
 const TABLES: u64 = 128;
-/// Shared files that the guest remembers, as a part of its memory: a node takes some 400 bytes here, and
-/// an inode and a descriptor of the host's kernel beside that, while the guest's own kernel takes a KiB for it.
+/// Memory for the files that the guest remembers, as a fraction of its memory: a node takes some 400 bytes here, plus an
+/// inode and a descriptor in the host's kernel, while the guest's kernel takes 1 KiB for it.
 const NODES: u64 = 4;
 
-/// Where a configuration's group is. `slice:prefix:name` is systemd's way to say it.
+/// Directory of a configuration's group. `slice:prefix:name` is the systemd form.
 ///
-/// None for a path that leads elsewhere, and on a host without control groups of version 2.
+/// `None` for a path that leads outside, and on a host without control groups of version 2.
 pub(crate) fn directory(path: &Path) -> Option<PathBuf> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         return None;
@@ -55,7 +55,7 @@ fn below(root: &Path, path: &Path) -> Option<PathBuf> {
     (group != root).then_some(group)
 }
 
-/// `a-b.slice` is in `a.slice` (systemd.slice(5)).
+/// Path of a slice: `a-b.slice` is in `a.slice` (systemd.slice(5)).
 fn slices(slice: &str) -> PathBuf {
     let mut path = PathBuf::new();
     let name = slice.strip_suffix(".slice").unwrap_or(slice);
@@ -70,24 +70,24 @@ fn slices(slice: &str) -> PathBuf {
     path
 }
 
-/// Whether this process is in the group, so that its limits are the sandbox's. Without root, or where somebody
-/// else moved it, it may not be.
+/// Whether this process is in the group, so that its limits are the sandbox's. It may not be, without root or if another
+/// process moved it.
 pub(crate) fn is_ours(group: &Path) -> bool {
     let groups = fs::read_to_string("/proc/self/cgroup");
     groups.is_ok_and(|groups| is_in(&groups, group))
 }
 
-/// By what `/proc/PID/cgroup` says (cgroups(7)).
+/// The same, from the contents of `/proc/PID/cgroup` (cgroups(7)).
 fn is_in(groups: &str, group: &Path) -> bool {
     let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
     path.is_some_and(|path| Path::new(ROOT).join(path) == group)
 }
 
-/// Checks that a group is free for a sandbox, if it is there already: in one that is frozen its process would stand still,
-/// and in one that others are in their limits would be its own.
+/// Checks that an existing group is free for a sandbox: in a frozen group the process would not run, and in one with other
+/// processes it would share their limits.
 ///
 /// # Errors
-/// In runc's words.
+/// The error in runc's wording.
 pub fn check_unused(group: &Path) -> Result<(), Error> {
     let events = fs::read_to_string(group.join("cgroup.events")).unwrap_or_default();
     let freeze = fs::read_to_string(group.join("cgroup.freeze")).unwrap_or_default();
@@ -97,7 +97,7 @@ pub fn check_unused(group: &Path) -> Result<(), Error> {
     }
 }
 
-/// By what its files say (Linux, admin-guide/cgroup-v2).
+/// The reason from the contents of its files (Linux, admin-guide/cgroup-v2).
 fn why_used(events: &str, freeze: &str) -> Option<&'static str> {
     let holds = |line: &str| events.lines().any(|known| known == line);
     if holds("populated 1") {
@@ -106,18 +106,18 @@ fn why_used(events: &str, freeze: &str) -> Option<&'static str> {
     (holds("frozen 1") || freeze.trim() == "1").then_some("unexpectedly frozen")
 }
 
-/// Moves this process into the group, made if it is not there: all of its threads.
+/// Moves this process with all of its threads into the group, which is created if missing.
 ///
 /// # Errors
-/// What the host refused.
+/// The error from the host.
 pub fn enter(group: &Path) -> io::Result<()> {
     make(group)?;
     fs::write(group.join("cgroup.procs"), std::process::id().to_string())
 }
 
-/// Lets the calling thread, and those that it starts, have all CPUs of its control group. Those that its parent was bound to are
-/// the parent's own matter, as with runc: an engine that is bound to a few (`CPUAffinity=` of its service) has
-/// containers that are not.
+/// Allows the calling thread, and those that it starts, to use all CPUs of its control group. An affinity of the parent is
+/// not inherited, as with runc: the containers of an engine with restricted CPUs (`CPUAffinity=` of its service) are not
+/// restricted.
 pub fn have_all_cpus() {
     let mut all = CpuSet::new();
     for cpu in 0..CpuSet::MAX_CPU {
@@ -128,7 +128,7 @@ pub fn have_all_cpus() {
     }
 }
 
-/// With the controllers that limits need, as far as the groups above have them.
+/// Creates the group with the controllers for limits, as far as the parent groups have them.
 fn make(group: &Path) -> io::Result<()> {
     let Ok(below) = group.strip_prefix(ROOT) else {
         return Ok(());
@@ -136,7 +136,7 @@ fn make(group: &Path) -> io::Result<()> {
     let mut at = PathBuf::from(ROOT);
     for name in below {
         for controller in ["+memory", "+cpu", "+cpuset", "+pids"] {
-            // A group with processes of its own can't pass them on.
+            // A group that contains processes can't enable controllers for children.
             fs::write(at.join("cgroup.subtree_control"), controller).ok();
         }
         at.push(name);
@@ -148,8 +148,8 @@ fn make(group: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The limits of a sandbox whose guest counts so much memory, beyond what its kernel keeps: files and values.
-/// A guest is not to be swapped out: it has as much as it may have, or is smaller.
+/// The memory limits of a sandbox whose guest has this much memory, not counting its kernel's part: files and values. A
+/// guest is not swapped out: it has all of its memory, or is made smaller.
 pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
     let guest = mib + kernel_mib;
     let (tables, nodes) = (guest.div_ceil(TABLES), guest / NODES);
@@ -164,7 +164,7 @@ pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
     ]
 }
 
-/// Sets what [`memory`] says, in a group that is this process's. Elsewhere the guest has limits of its own.
+/// Sets the limits from [`memory`] if the group is this process's. Otherwise the guest's own limits apply.
 pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
     if !is_ours(group) {
         log::debug!("no limit of memory: {} is not ours", group.display());
@@ -180,7 +180,7 @@ pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
     apply(group, &there);
 }
 
-/// The limits of CPU time, and the host's CPUs: files and values.
+/// The limits of CPU time, and the allowed CPUs of the host: files and values.
 pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)> {
     let mut all = Vec::new();
     let Some(cpu) = resources.cpu() else {
@@ -193,7 +193,7 @@ pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)
         ));
     }
     if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
-        // As runc does: 2 to 262144 onto 1 to 10000.
+        // As in runc: maps 2..262144 to 1..10000.
         let weight = 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
         all.push(("cpu.weight", weight.to_string()));
     }
@@ -205,7 +205,7 @@ pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)
     all
 }
 
-/// Sets them. One that can't be set is said, and the sandbox goes on: the guest has limits of its own.
+/// Sets limits. Failures are logged and ignored: the guest has limits of its own.
 pub(crate) fn apply(group: &Path, limits: &[(&str, String)]) {
     for (file, value) in limits {
         match fs::write(group.join(file), value) {
@@ -215,7 +215,7 @@ pub(crate) fn apply(group: &Path, limits: &[(&str, String)]) {
     }
 }
 
-/// Moves this process out of the group, so that nothing is left of it.
+/// Moves this process out of the group, so that the group can be removed.
 pub fn leave(group: &Path) {
     let root = Path::new(ROOT).join("cgroup.procs");
     if let Err(error) = fs::write(root, std::process::id().to_string()) {
@@ -224,7 +224,7 @@ pub fn leave(group: &Path) {
     remove(group);
 }
 
-/// Removes the group, once nothing is in it.
+/// Removes the group, once it is empty.
 pub fn remove(group: &Path) {
     if let Err(error) = fs::remove_dir(group) {
         log::debug!("{}: {error}", group.display());
@@ -239,7 +239,7 @@ mod tests {
     fn groups_that_are_frozen_or_not_empty_are_told() {
         let said = |events: &str, freeze: &str| why_used(events, freeze);
         assert_eq!(said("populated 0\nfrozen 0\n", "0\n"), None);
-        // There is none yet, or no way to know.
+        // The files are missing, or have no such line.
         assert_eq!(said("", ""), None);
         assert_eq!(said("populated 1\nfrozen 0\n", "0\n"), Some("is not empty"));
         let frozen = Some("unexpectedly frozen");

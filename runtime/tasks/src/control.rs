@@ -1,4 +1,4 @@
-//! What is asked of a task that is there: signals, pause, limits, figures, its terminal.
+//! Requests to an existing task: signals, pause, limits, statistics, terminal size.
 
 use crate::Error;
 use crate::cgroup;
@@ -31,7 +31,7 @@ impl TaskSet {
             return Err(anyhow!("there is no signal {signal}").into());
         }
         let Some(handle) = process.handle() else {
-            // Nothing of it is in the guest: a pod's own container, or one that was never started.
+            // It has no process in the guest: a pod sandbox container, or one that was never started.
             if ![SIGINT, SIGKILL, SIGTERM].contains(&signal) {
                 return Ok(());
             }
@@ -57,19 +57,19 @@ impl TaskSet {
         }
     }
 
-    /// Stops all processes of a task where they are.
+    /// Freezes all processes of a task.
     ///
     /// # Errors
-    /// If it does not run, or if the guest can't.
+    /// If it does not run, or the guest fails.
     pub fn pause(&self, id: &str) -> Result<(), Error> {
         let event = Event::Paused { id: id.into() };
         self.freeze(id, Action::Pause, event, |container| container.pause())
     }
 
-    /// Lets them go on.
+    /// Thaws them.
     ///
     /// # Errors
-    /// If it is not paused, or if the guest can't.
+    /// If it is not paused, or the guest fails.
     pub fn resume(&self, id: &str) -> Result<(), Error> {
         let event = Event::Resumed { id: id.into() };
         self.freeze(id, Action::Resume, event, |container| container.resume())
@@ -87,15 +87,15 @@ impl TaskSet {
         task.init.status().allow(action)?;
         change(&*task.running()?)?;
         task.init.set_paused(action == Action::Pause);
-        // In this turn: a change that comes next is told next.
+        // During this turn, so that events of later changes follow.
         self.publish(event);
         Ok(())
     }
 
-    /// Changes a task's limits: a configuration's `linux.resources`, of which what is there is set.
+    /// Changes a task's limits to those in `linux.resources` of a configuration; absent ones stay as they are.
     ///
     /// # Errors
-    /// If the guest can't be made as large, or can't set them.
+    /// If the guest can't be enlarged accordingly, or can't set them.
     pub fn update(
         self: &Arc<Self>,
         id: &str,
@@ -124,7 +124,7 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Room first, then the limit; where it is less, the other way round.
+    /// Enlarges the guest before raising a limit, and shrinks it after lowering one.
     fn change_limits(
         self: &Arc<Self>,
         task: &Task,
@@ -144,7 +144,7 @@ impl TaskSet {
         if is_less {
             limit()?;
             self.set_limits(task, after);
-            // What is given up takes its time, and is nobody's to wait for.
+            // Giving up memory takes time, so it is done in the background.
             self.resize_behind();
             return Ok(());
         }
@@ -166,10 +166,10 @@ impl TaskSet {
         });
     }
 
-    /// What a task uses; of a pod's own container, nothing.
+    /// Resource usage of a task; empty for a pod sandbox container.
     ///
     /// # Errors
-    /// If it does not run, or if the guest does not answer.
+    /// If it does not run, or the guest does not reply.
     pub fn stats(&self, id: &str) -> Result<ContainerStats, Error> {
         let task = self.task(id)?;
         if task.is_pod() {
@@ -178,10 +178,10 @@ impl TaskSet {
         Ok(task.running()?.stats()?)
     }
 
-    /// Tells a process's terminal a new size. One that has none, or has ended, is not told.
+    /// Resizes the terminal of a process. Does nothing without a terminal, or after the end of the process.
     ///
     /// # Errors
-    /// If there is no such process, or if the guest can't.
+    /// If there is no such process, or the guest fails.
     pub fn resize(&self, id: &str, exec_id: &str, rows: u32, columns: u32) -> Result<(), Error> {
         let task = self.task(id)?;
         let process = self.process(&task, exec_id)?;
@@ -190,7 +190,7 @@ impl TaskSet {
             u16::try_from(columns).unwrap_or(0),
         );
         match process.handle() {
-            // Clients say sizes of what has no terminal, and of what has just ended.
+            // Clients send sizes also for processes without a terminal, and for ones that have just ended.
             Some(handle) if process.paths.terminal => {
                 match handle.process().resize(size.0, size.1) {
                     Err(koya::Error::NoProcess { .. }) => Ok(()),
@@ -201,7 +201,7 @@ impl TaskSet {
         }
     }
 
-    /// The client has no more input for a process.
+    /// Closes the standard input of a process.
     ///
     /// # Errors
     /// If there is no such process.

@@ -1,4 +1,4 @@
-//! How a task comes to be.
+//! Creation of tasks.
 
 use crate::Error;
 use crate::event::Event;
@@ -17,38 +17,36 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A container whose virtual machine another one joins, and those of it whose namespaces that one has: its
-/// configuration names them by processes of the host.
+/// The container whose virtual machine a container joins, and those whose namespaces it shares: its configuration refers to
+/// them by processes of the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joins {
-    /// The container whose machine it is.
+    /// The container that owns the virtual machine.
     pub sandbox: String,
-    /// The one whose pid namespace it has.
+    /// The container whose pid namespace it shares.
     pub pids: Option<String>,
-    /// The one whose IPC namespace it has.
+    /// The container whose IPC namespace it shares.
     pub ipc: Option<String>,
-    /// The one whose UTS namespace it has.
+    /// The container whose UTS namespace it shares.
     pub uts: Option<String>,
 }
 
-/// A task that is to be made.
+/// A request to create a task.
 pub struct CreateTask {
-    /// Its name, which no other task of the set has.
+    /// ID, unique in the set.
     pub id: String,
     /// The bundle: the directory of `config.json`.
     pub bundle: PathBuf,
     /// The bundle's configuration.
     pub spec: Spec,
-    /// What to mount as its root file system, at `rootfs` in the bundle. Without any it is where the
-    /// configuration says.
+    /// Mounts of its root file system, at `rootfs` in the bundle. If empty, the root is that of the configuration.
     pub mounts: Vec<Mount>,
-    /// Where the streams of its init process go.
+    /// Streams of its init process.
     pub stdio: StdioConfig,
-    /// Whose virtual machine it joins, if that is another container's of the set for another reason than the
-    /// annotations of Kubernetes.
+    /// The container of the set whose virtual machine it joins, if that does not follow from Kubernetes annotations.
     pub joins: Option<Joins>,
-    /// The sandbox's settings, which the configuration's annotations may change. For one of a pod's containers, whose
-    /// sandbox is there, they only say which annotations are allowed.
+    /// The sandbox's settings, which the configuration's annotations may change. For a member of an existing pod, they only
+    /// determine the allowed annotations.
     pub settings: Settings,
 }
 
@@ -93,15 +91,14 @@ impl CreateTask {
 }
 
 impl TaskSet {
-    /// Makes a task, whose init process waits to be started. The answer is the process on the host that stands
-    /// for it.
+    /// Creates a task, whose init process waits to be started. Returns the PID on the host that represents it.
     ///
     /// # Errors
-    /// [`Error::AlreadyExists`], or why it can't be made; nothing is left of it then.
+    /// [`Error::AlreadyExists`], or the reason why it can't be created; nothing is left behind.
     pub fn create(self: &Arc<Self>, request: CreateTask) -> Result<u32, Error> {
         let (task, mounts) = request.task()?;
         let task = Arc::new(task);
-        // Who deletes it meanwhile waits until it is made.
+        // A concurrent deletion waits until it has been created.
         let _turn = {
             let mut state = self.lock();
             if state.entries.contains_key(&task.id) {
@@ -130,7 +127,7 @@ impl TaskSet {
             stdio: task.init.paths.clone(),
             pid: task.pid(),
         });
-        // Not before: its end may have come already.
+        // Not earlier: its end may have been reported already.
         let followed = match task.is_pod() || task.container().is_some() {
             true => self.follow_behind(&task),
             false => Ok(()),
@@ -145,7 +142,7 @@ impl TaskSet {
         Ok(task.pid())
     }
 
-    /// Has the end of a task published once it comes.
+    /// Starts a thread that publishes the end of a task.
     pub(crate) fn follow_behind(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
         let (set, own) = (self.clone(), task.clone());
         task.pid_holder.run(move || match own.is_pod() {
@@ -155,7 +152,7 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Waits for the virtual machine's end, which is that of a pod's own container.
+    /// Waits for the virtual machine's end, which is that of a pod sandbox container.
     fn follow_machine(&self, task: &Task) {
         let Some(machine) = self.lock().machine() else {
             return;
@@ -193,19 +190,19 @@ impl TaskSet {
         }
         task.init.open_streams(&task.id, &self.config.namespace)?;
         self.run_hooks_of_creation(task)?;
-        // Into a new network namespace somebody may put an interface before the start.
+        // Interfaces may still be added to a new network namespace before the start.
         if task.spec.network() != Network::New {
             self.make(task)?;
         }
         Ok(())
     }
 
-    /// Takes back a task as far as it was made.
+    /// Reverts a partially created task.
     pub(crate) fn undo(self: &Arc<Self>, task: &Task) {
         if let Some(container) = task.container() {
             container.remove().ok();
         }
-        // What is shared holds the mount.
+        // Shares keep the mount busy.
         self.unmount(task);
         self.run_poststop_hooks(task);
         let is_last = self.change(|state| {
@@ -221,7 +218,7 @@ impl TaskSet {
         }
     }
 
-    /// Takes away what was mounted for it.
+    /// Unmounts the task's file systems.
     pub(crate) fn unmount(&self, task: &Task) {
         let mut state = self.lock();
         let is_mounted = state.entry(task).map(|entry| &mut entry.is_mounted);
@@ -232,7 +229,7 @@ impl TaskSet {
         }
     }
 
-    /// Makes the container in the guest; its init process waits to be started, and nobody waits for its end yet
+    /// Creates the container in the guest; its init process waits to be started, and its end is not awaited yet
     /// ([`follow_behind`](Self::follow_behind)).
     pub(crate) fn make(
         self: &Arc<Self>,
@@ -261,7 +258,7 @@ impl TaskSet {
         Ok(container)
     }
 
-    /// The container in the guest, made now if it waited for interfaces. The caller has the task's turn.
+    /// The container in the guest, created now if it waited for interfaces. The caller has the task's turn.
     pub(crate) fn made(
         self: &Arc<Self>,
         task: &Arc<Task>,
@@ -274,7 +271,7 @@ impl TaskSet {
         Ok(container)
     }
 
-    /// Whose namespaces a container is to have.
+    /// The containers whose namespaces a container shares.
     fn shared_namespaces(&self, task: &Task) -> SharedNamespaces {
         let Some(joins) = task.joins.clone() else {
             return SharedNamespaces {
@@ -291,7 +288,7 @@ impl TaskSet {
         }
     }
 
-    /// Whose pid namespace one of Kubernetes' containers is to have.
+    /// The container whose pid namespace a Kubernetes container shares.
     fn shared_pids(&self, task: &Task) -> SharedPids {
         let Some(wanted) = task.spec.pids_of() else {
             return SharedPids::Unknown;

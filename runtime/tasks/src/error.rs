@@ -1,6 +1,6 @@
-//! Why something could not be done to a task, in the kinds that clients of runtimes tell apart.
+//! Errors of task operations, in the kinds that clients of runtimes distinguish.
 
-/// Why a request was refused, or what failed.
+/// Errors of requests.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such task or process.
@@ -9,16 +9,16 @@ pub enum Error {
     /// The process has ended.
     #[error("{0}")]
     Finished(&'static str),
-    /// A task or process of this name is there.
+    /// A task or process with this name exists.
     #[error("{0} already exists")]
     AlreadyExists(String),
-    /// Not in the state that the task or process is in.
+    /// Not possible in the current state of the task or process.
     #[error("{0}")]
     FailedPrecondition(String),
-    /// Not here at all.
+    /// Not supported.
     #[error("{0}")]
     Unsupported(&'static str),
-    /// It was tried. The text has every cause, so none of them is named as this one's source.
+    /// The operation failed. The text includes all causes, so there is no separate source.
     #[error("{0:#}")]
     Failed(anyhow::Error),
 }

@@ -1,92 +1,91 @@
-//! What comes to pass with tasks, for whoever wants to know.
+//! Events of tasks.
 
 use crate::mounts::Mount;
 use crate::process::Exit;
 use crate::stdio::StdioPaths;
 use std::path::PathBuf;
 
-/// Something that came to pass. `id` is the task's; `exec_id` names a process that was added to it, and is empty
-/// for the init process.
+/// An event of a task. `id` is the task's; `exec_id` identifies an exec process, and is empty for the init process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A task was made.
+    /// A task was created.
     Created {
-        /// Which.
+        /// ID of the task.
         id: String,
         /// Its bundle.
         bundle: PathBuf,
-        /// The mounts that its root file system was made of.
+        /// The mounts of its root file system.
         mounts: Vec<Mount>,
-        /// Where the streams of its init process go.
+        /// Streams of its init process.
         stdio: StdioPaths,
-        /// The process on the host that stands for it.
+        /// The PID on the host that represents it.
         pid: u32,
     },
-    /// Its init process runs.
+    /// Its init process was started.
     Started {
-        /// Which.
+        /// ID of the task.
         id: String,
-        /// The process on the host that stands for it.
+        /// The PID on the host that represents it.
         pid: u32,
     },
     /// A process has ended.
     Exited {
-        /// Of which task.
+        /// ID of the task.
         id: String,
-        /// Which process.
+        /// ID of the process.
         exec_id: String,
-        /// The process on the host that stands for the task.
+        /// The PID on the host that represents the task.
         pid: u32,
-        /// How.
+        /// Exit status and time.
         exit: Exit,
     },
-    /// A task is gone.
+    /// A task was deleted.
     Deleted {
-        /// Which.
+        /// ID of the task.
         id: String,
-        /// The process on the host that stood for it.
+        /// The PID on the host that represented it.
         pid: u32,
-        /// How its init process had ended.
+        /// Exit of its init process.
         exit: Exit,
     },
-    /// The guest's kernel killed one of its processes for its memory.
+    /// The guest's OOM killer killed one of its processes.
     OutOfMemory {
-        /// Which task.
+        /// ID of the task.
         id: String,
     },
-    /// Its processes were stopped where they are.
+    /// Its processes were frozen.
     Paused {
-        /// Which task.
+        /// ID of the task.
         id: String,
     },
-    /// They go on.
+    /// They were thawed.
     Resumed {
-        /// Which task.
+        /// ID of the task.
         id: String,
     },
-    /// A process is known that is to run in it.
+    /// An exec process was added.
     ExecAdded {
-        /// Which task.
+        /// ID of the task.
         id: String,
-        /// Which process.
+        /// ID of the process.
         exec_id: String,
     },
-    /// That process runs.
+    /// An exec process was started.
     ExecStarted {
-        /// Which task.
+        /// ID of the task.
         id: String,
-        /// Which process.
+        /// ID of the process.
         exec_id: String,
-        /// The process on the host that stands for the task.
+        /// The PID on the host that represents the task.
         pid: u32,
     },
 }
 
-/// Where events go.
+/// Receiver of events.
 ///
-/// They come in order: a start before the exit, exits of added processes before that of the init process, and the
+/// Events arrive in order: a start before the exit, exits of exec processes before that of the init process, and the
 /// deletion last.
 pub trait EventSink: Send + Sync {
-    /// Takes one. It is called with a lock held: it may neither wait nor ask the task set.
+    /// Receives an event. Called with a lock held, so it must neither block nor call the task set.
     fn send(&self, event: Event);
 }

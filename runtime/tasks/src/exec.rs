@@ -1,4 +1,4 @@
-//! Exec processes: those that are added to a container that runs.
+//! Exec processes: processes added to a running container.
 
 use crate::Error;
 use crate::event::Event;
@@ -13,21 +13,21 @@ use koya::ExecOptions;
 use koya::oci_spec::runtime as oci;
 use std::sync::Arc;
 
-/// A process that is to be added to a task.
+/// A request to add a process to a task.
 pub struct ExecTask {
     /// The task.
     pub id: String,
-    /// Its name, which no other process of the task has.
+    /// ID of the process, unique in the task.
     pub exec_id: String,
-    /// What it is.
+    /// The process in OCI form.
     pub process: oci::Process,
-    /// Where its streams go.
+    /// Its streams.
     pub stdio: StdioConfig,
-    /// Its control group, as a path in the container's own (see [`koya::ExecOptions`]).
+    /// Its control group, as a path below the container's (see [`koya::ExecOptions`]).
     pub cgroup: Option<String>,
 }
 
-/// A process that was added to a task.
+/// An exec process of a task.
 pub(crate) struct Exec {
     pub(crate) id: String,
     pub(crate) process: Process,
@@ -57,7 +57,7 @@ impl TaskSet {
                 return Err(Error::AlreadyExists(format!("process {id:?}")));
             }
             execs.insert(id.clone(), Arc::new(exec));
-            // Who finds it, and starts it, is not to be told first.
+            // Published under the lock, so that the start of the process is not published first.
             self.publish(Event::ExecAdded {
                 id: task.id.clone(),
                 exec_id: id,
@@ -74,12 +74,12 @@ impl TaskSet {
     ) -> Result<(), Error> {
         let exec = self.exec_process(task, exec_id)?;
         exec.process.status().allow(Action::Start)?;
-        // In one that is paused it would never come to its start.
+        // In a paused container it would never start.
         Self::check_usable(task)?;
         let (process, relay) = match self.launch(task, &exec) {
             Ok(launched) => launched,
             Err(error) => {
-                // Who waits for it hears of it by the answer.
+                // Waiting clients get this status with the reply.
                 if exec.process.ended(Exit::now(failed_status(&error)), || ()) {
                     self.notify();
                 }
@@ -89,7 +89,7 @@ impl TaskSet {
         let handle = Handle::Exec(process.clone());
         exec.process.made(handle, relay.clone());
         if let Err(error) = exec.process.start() {
-            // It was killed while it was made.
+            // It was killed while it was being created.
             process.signal(SIGKILL as i32).ok();
             spawn("koya-wait", move || {
                 process.wait().ok();
@@ -121,7 +121,7 @@ impl TaskSet {
     ) -> Result<(Arc<dyn GuestProcess>, Arc<Relay>), Error> {
         let container = match task.is_pod() {
             true => task.running()?,
-            // It may be the first that is run in it.
+            // It may be the first process in the container.
             false => self.made(task)?,
         };
         exec.process

@@ -1,12 +1,12 @@
-//! Hooks of an OCI configuration that are programs of the host: prestart, createRuntime, createContainer, poststart,
+//! Hooks of an OCI configuration that run on the host: prestart, createRuntime, createContainer, poststart,
 //! poststop.
 //!
 //! They run in the host's network namespace (a hook may set up the container's, and talks to daemons), and in the
 //! mount namespace of the sandbox's process, which sees the container's root as well as the host's mounts. Only
 //! createContainer hooks run in the container's network namespace.
 //!
-//! What a hook prints goes to files in memory rather than to pipes: a program that it leaves running keeps them
-//! open, and would be waited for.
+//! The output of a hook goes to memory files instead of pipes: a background process of the hook would keep a pipe open, and
+//! the wait for its end would block.
 
 use crate::Error;
 use crate::logger::has_ended_within;
@@ -27,29 +27,29 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
-/// How much of what a failed hook printed is part of the error, in bytes: the end of it.
+/// Maximum number of bytes of a failed hook's output in the error: the end of it.
 const TAIL: u64 = 2048;
 
-/// In the bundle, while a container's poststop hooks are still to be run.
+/// File in the bundle while a container's poststop hooks are pending.
 const POSTSTOP_DUE: &str = "koya-poststop";
 
-/// When a hook runs.
+/// Kind of a hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The container's namespaces are there, its program was not started.
+    /// After the container's namespaces have been created, before its program is started.
     Prestart,
-    /// As [`Prestart`](Self::Prestart), and after it.
+    /// As [`Prestart`](Self::Prestart), after those hooks.
     CreateRuntime,
-    /// As [`CreateRuntime`](Self::CreateRuntime), and after it: in the namespaces of the container that the host has.
+    /// As [`CreateRuntime`](Self::CreateRuntime), after those hooks, in the container's namespaces on the host.
     CreateContainer,
-    /// Its program was started.
+    /// After its program has been started.
     Poststart,
-    /// It was deleted.
+    /// After it has been deleted.
     Poststop,
 }
 
 impl Kind {
-    /// As the configuration names it.
+    /// Name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             Self::Prestart => "prestart",
@@ -60,7 +60,7 @@ impl Kind {
         }
     }
 
-    /// Those of this kind.
+    /// The hooks of this kind.
     pub fn of(self, hooks: &Hooks) -> &[Hook] {
         let list = match self {
             Self::Prestart => hooks.prestart(),
@@ -83,27 +83,27 @@ impl Kind {
     }
 }
 
-/// Where hooks run.
+/// Environment in which hooks run.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// The container's bundle, their working directory.
     pub bundle: &'a Path,
-    /// The network namespace that they are in, if not the calling thread's.
+    /// The network namespace, if not that of the calling thread.
     pub network: Option<&'a File>,
 }
 
 /// Runs hooks one after the other until one fails. Each gets the container's state on its standard input.
 ///
 /// # Errors
-/// A hook can't be run, fails, or takes longer than its timeout (then it and its process group are killed).
+/// A hook that can't be run, fails, or exceeds its timeout (then it and its process group are killed).
 pub fn run(kind: Kind, hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
     each(kind, hooks, state, place, |failed| failed)
 }
 
-/// Runs poststop hooks, all of them: it is too late for any to fail.
+/// Runs all poststop hooks, even if some of them fail.
 ///
 /// # Errors
-/// None can be run at all.
+/// If no hook can be run at all.
 pub fn run_poststop(hooks: &[Hook], state: &State, place: Place<'_>) -> Result<(), Error> {
     each(Kind::Poststop, hooks, state, place, |ran| {
         if let Err(error) = ran {
@@ -133,7 +133,7 @@ fn each(
     let Some(network) = place.network else {
         return Ok(run_all()?);
     };
-    // A network namespace is a thread's.
+    // Network namespaces are per thread.
     let ran = std::thread::scope(|scope| {
         let entered = || {
             setns(network, CloneFlags::CLONE_NEWNET).context("cannot enter the host's network")?;
@@ -148,8 +148,8 @@ fn each(
     Ok(ran?)
 }
 
-/// Runs the poststop hooks of a container whose sandbox was killed before it could. Nothing happens where they
-/// have run already, or are not due.
+/// Runs the pending poststop hooks of a container whose sandbox was killed. Does nothing if they have already run, or are
+/// not due.
 ///
 /// # Errors
 /// If they can't be run.
@@ -173,7 +173,7 @@ impl TaskSet {
     /// Runs a task's hooks.
     ///
     /// # Errors
-    /// One fails.
+    /// The hook that fails.
     pub(crate) fn run_hooks(&self, task: &Task, kinds: &[Kind]) -> Result<(), Error> {
         for kind in kinds {
             let state = self.state_for(task, *kind);
@@ -187,10 +187,10 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Runs those of a task that is to be started; from now on its poststop hooks are due.
+    /// Runs the hooks before a task's start; from now on its poststop hooks are due.
     ///
     /// # Errors
-    /// One fails.
+    /// The hook that fails.
     pub(crate) fn run_hooks_of_creation(&self, task: &Task) -> Result<(), Error> {
         if !Kind::Poststop.of(&task.hooks).is_empty() {
             let due = due(task);
@@ -278,7 +278,7 @@ fn memory(name: &str) -> Result<File> {
     Ok(file.context("cannot make a file in memory")?.into())
 }
 
-/// The end of what was printed, as the end of an error.
+/// The end of the output, to be appended to an error.
 fn tail(output: &File) -> String {
     let length = output.metadata().map_or(0, |metadata| metadata.len());
     let mut bytes = vec![0; length.min(TAIL) as usize];
@@ -395,7 +395,7 @@ mod tests {
         }
     }
 
-    /// A pipe would be full, or kept open by what the hook left running.
+    /// A pipe would be full, or kept open by a background process of the hook.
     #[test]
     fn neither_much_input_nor_output_nor_a_daemon_is_waited_for() {
         let started = Instant::now();

@@ -1,8 +1,8 @@
-//! Tasks: the containers of one sandbox, and their life cycle as runtimes have it.
+//! Tasks: the containers of one sandbox, with the life cycle of OCI runtimes.
 //!
-//! A [`TaskSet`] is what containerd's shim serves, and what another runtime would: tasks are created from OCI
-//! bundles, started, signalled, paused, deleted; processes are added to them. The first task brings the virtual
-//! machine, which ends with it. What comes to pass goes to an [`EventSink`].
+//! A [`TaskSet`] is the core of containerd's shim and of other runtimes: tasks are created from OCI bundles, started,
+//! signalled, paused and deleted; exec processes are added to them. The first task starts the virtual machine, which ends
+//! with it. Events go to an [`EventSink`].
 //!
 //! ```no_run
 //! use koya_tasks::{CreateTask, Event, EventSink, Spec, StdioConfig, TaskSet, TaskSetConfig};
@@ -35,10 +35,10 @@
 //! # Ok::<(), koya_tasks::Error>(())
 //! ```
 //!
-//! A request blocks its thread while the guest or the host works, but holds no lock: the state is behind one lock,
-//! each process and its streams behind one of their own (`sync::Level` has their order), and whoever changes
-//! a task has its turn (`set::Turn`). Nothing here is the whole process's but what its name says:
-//! [`cgroup::enter`] and [`cgroup::leave`] move the process, and [`Spec::enter_namespaces`] its only thread.
+//! A request blocks its thread while the guest or the host works, but holds no lock: the state has one lock, each process
+//! and its streams have their own (`sync::Level` defines the order), and a request that changes a task takes its turn
+//! (`set::Turn`). Process-wide effects are limited to functions whose names say so: [`cgroup::enter`] and [`cgroup::leave`]
+//! move the process, and [`Spec::enter_namespaces`] its only thread.
 
 pub mod cgroup;
 mod control;

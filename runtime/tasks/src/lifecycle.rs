@@ -1,4 +1,4 @@
-//! How a task's init process starts and ends, and how the task is deleted.
+//! Start and end of a task's init process, and deletion of the task.
 
 use crate::Error;
 use crate::event::Event;
@@ -12,11 +12,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 impl TaskSet {
-    /// Starts a process: the init process, if `exec_id` is empty. The answer is the process on the host that
-    /// stands for its task.
+    /// Starts a process: the init process, if `exec_id` is empty. Returns the PID on the host that represents its task.
     ///
     /// # Errors
-    /// If it was started, or why it can't be: then it has ended.
+    /// If it was already started, or the reason why it can't be started: it counts as ended then.
     pub fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, Error> {
         let task = self.task(id)?;
         let _turn = self.turn(&task)?;
@@ -35,14 +34,14 @@ impl TaskSet {
             self.started(&task);
             let machine = self.lock().machine();
             if let Some(machine) = machine {
-                // Its containers may come late, or never.
+                // Its containers may be created late, or never.
                 machine.keep_timeline();
             }
             return Ok(task.pid());
         }
         let started = self.start_init(&task);
         if let Err(error) = &started {
-            // Clients delete only what has ended.
+            // Clients delete only tasks that have ended.
             self.end(&task, Exit::now(failed_status(error)));
         }
         started.map(|()| task.pid())
@@ -50,7 +49,7 @@ impl TaskSet {
 
     fn start_init(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
         let container = self.made(task)?;
-        // It may have been killed while it was made.
+        // It may have been killed while it was being created.
         if let Err(error) = task.init.start() {
             container.kill(false).ok();
             return Err(error);
@@ -60,7 +59,7 @@ impl TaskSet {
             return Err(error.into());
         }
         if let Err(error) = self.run_hooks(task, &[Kind::Poststart]) {
-            // As under runc: a container that is not as it was to be ends.
+            // As with runc, the container is killed if a hook fails.
             container.kill(true).ok();
             task.init.not_started();
             return Err(error);
@@ -70,7 +69,7 @@ impl TaskSet {
         Ok(())
     }
 
-    /// Publishes a start, and the end after it if that has come already.
+    /// Publishes a start, and the end after it if that has already happened.
     fn started(&self, task: &Task) {
         let event = Event::Started {
             id: task.id.clone(),
@@ -81,7 +80,7 @@ impl TaskSet {
         }
     }
 
-    /// Where the time went, in one line.
+    /// Logs the durations of the steps in one line.
     fn log_steps(&self, task: &Task) {
         let (machine, is_start_logged) = self.change(|state| {
             let was_logged = std::mem::replace(&mut state.is_start_logged, true);
@@ -114,7 +113,7 @@ impl TaskSet {
         if status == KILLED
             && let Ok(stats) = container.stats()
         {
-            // Clients want to hear of it before its end.
+            // Clients expect this event before the exit.
             let kills = stats.memory_events.get("oom_kill").copied();
             self.out_of_memory(task, kills.unwrap_or(0));
         }
@@ -125,13 +124,13 @@ impl TaskSet {
         self.end(task, exit);
     }
 
-    /// Processes that were added end with the init process, and are reported before it.
+    /// Exec processes end with the init process, and are reported before it.
     fn end_execs(&self, task: &Task, at: SystemTime) {
         let runs = |exec: &Arc<Exec>| exec.process.status() == Status::Running;
         self.wait_for(self.patience.execs, |state| {
             (!state.execs(task).iter().any(runs)).then_some(())
         });
-        // The guest still has to report the others, and nobody is to wait for it.
+        // The guest has not reported the others yet; their clients must not wait for that.
         let left = self.lock().execs(task);
         for exec in left.iter().filter(|exec| runs(exec)) {
             let exit = Exit { status: KILLED, at };
@@ -139,13 +138,13 @@ impl TaskSet {
         }
     }
 
-    /// Publishes that the guest's kernel has killed so many of a container's processes for their memory.
+    /// Publishes the total number of a container's processes killed by the guest's OOM killer, if it has grown.
     pub(crate) fn out_of_memory(&self, task: &Task, kills: u64) {
         let is_news = self.change(|state| {
             let entry = state.entry(task).filter(|entry| kills > entry.oom_kills);
             let is_news = entry.map(|entry| entry.oom_kills = kills).is_some();
             if is_news {
-                // Who finds it published, and goes on to the end, is not to be the first.
+                // Published under the lock, so that the exit is not published before it.
                 let id = task.id.clone();
                 self.publish(Event::OutOfMemory { id });
             }
@@ -162,7 +161,7 @@ impl TaskSet {
             Ok(status) => status as u32,
             Err(_) if self.was_stopped() => KILLED,
             Err(error) => {
-                // A guest's last words are its own: they are not this log's, but where one asks.
+                // The guest's console output does not belong in this log, except at debug level.
                 log::debug!("{error}");
                 log::error!("the virtual machine ended by itself");
                 LOST
@@ -170,7 +169,7 @@ impl TaskSet {
         }
     }
 
-    /// The init process has ended. If its task is the sandbox's own, the virtual machine ends too.
+    /// Handles the end of the init process. If its task owns the sandbox, the virtual machine ends too.
     pub(crate) fn end(&self, task: &Task, exit: Exit) {
         if !task
             .init
@@ -184,7 +183,7 @@ impl TaskSet {
         }
     }
 
-    /// A process that was added has ended.
+    /// Handles the end of an exec process.
     pub(crate) fn end_exec(&self, task: &Task, exec: &Exec, exit: Exit) {
         let publish = || self.publish_exit(task, exec.id.clone(), exit);
         if exec.process.ended(exit, publish) {
@@ -227,8 +226,8 @@ impl TaskSet {
         }
     }
 
-    /// Deletes a task, or a process that was added to it, which must have ended or never run. The answer is the
-    /// process on the host that stood for the task, and how the process ended.
+    /// Deletes a task or an exec process, which must have ended or never run. Returns the PID on the host that represented
+    /// the task, and the exit of the process.
     ///
     /// # Errors
     /// If it runs.
@@ -251,7 +250,7 @@ impl TaskSet {
             self.wait_for(self.patience.kill, |_| process.exit());
         }
         let exit = process.exit().unwrap_or_else(never_started);
-        // Whoever still waits for one that never ran.
+        // Wakes those who wait for a process that never ran.
         if process.ended(exit, || ()) {
             self.notify();
         }
@@ -265,7 +264,7 @@ impl TaskSet {
     }
 }
 
-/// The status of a process that could not be started: a shell's, where it is the program's fault.
+/// The status of a process that could not be started: that of a shell if the program is at fault.
 pub(crate) fn failed_status(error: &Error) -> u32 {
     match error {
         Error::Failed(error) => match error.downcast_ref() {

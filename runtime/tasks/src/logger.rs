@@ -1,4 +1,4 @@
-//! Loggers: programs that get what a process writes.
+//! Loggers: programs that receive the output of a process.
 
 use crate::sync::spawn;
 use anyhow::{Context, Result, bail};
@@ -11,11 +11,11 @@ use std::fs::File;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-/// How long a logger may take to say that it is ready, and to end.
+/// Time limit for a logger to become ready, and to end.
 const READY_LIMIT: Duration = Duration::from_secs(10);
 const END_LIMIT: Duration = Duration::from_secs(12);
 
-/// A logger that runs. It is ended with what it logs, whatever becomes of that.
+/// A running logger. It is ended with the process that it logs.
 pub(crate) struct Logger(Option<Child>);
 
 impl Drop for Logger {
@@ -26,8 +26,8 @@ impl Drop for Logger {
     }
 }
 
-/// `binary:///program?key=value`: a program that gets both outputs as descriptors 3 and 4, and closes or
-/// writes to 5 when it is ready.
+/// `binary:///program?key=value`: a program that receives both outputs as descriptors 3 and 4, and closes or writes to 5
+/// when it is ready.
 pub(crate) fn start(program: &str, name: &str, namespace: &str) -> Result<(File, File, Logger)> {
     let (path, query) = program.split_once('?').unwrap_or((program, ""));
     let mut command = Command::new(path);
@@ -62,7 +62,7 @@ pub(crate) fn start(program: &str, name: &str, namespace: &str) -> Result<(File,
         .spawn()
         .with_context(|| format!("cannot start the logger {path}"))?;
     let logger = Logger(Some(child));
-    // Its copies of the descriptors are its own; ours would keep the pipes open.
+    // The child has its own copies of the descriptors; ours would keep the pipes open.
     drop(command);
     let mut polled = [PollFd::new(&ready_reader, PollFlags::IN)];
     let limit = Timespec {
@@ -71,7 +71,7 @@ pub(crate) fn start(program: &str, name: &str, namespace: &str) -> Result<(File,
     };
     let ready = loop {
         match poll(&mut polled, Some(&limit)) {
-            // By a signal, of which a shim gets one: it is ending.
+            // Interrupted by a signal: the shim is ending.
             Err(Errno::INTR) => {}
             ready => break ready?,
         }
@@ -82,7 +82,7 @@ pub(crate) fn start(program: &str, name: &str, namespace: &str) -> Result<(File,
     Ok((out_writer.into(), err_writer.into(), logger))
 }
 
-/// SIGTERM, and SIGKILL after `limit`.
+/// Ends a logger by SIGTERM, and by SIGKILL after `limit`.
 fn end(mut logger: Child, limit: Duration) {
     let pid = Pid::from_child(&logger);
     kill_process(pid, Signal::TERM).ok();
@@ -92,8 +92,8 @@ fn end(mut logger: Child, limit: Duration) {
     logger.wait().ok();
 }
 
-/// Waits for the end of a child that nobody has waited for yet; false if it lives after `limit`, or if the host
-/// can't tell.
+/// Waits for the end of a child that has not been waited for yet; false if it is alive after `limit`, or if the host can't
+/// tell.
 pub(crate) fn has_ended_within(pid: Pid, limit: Duration) -> bool {
     let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
         return false;

@@ -1,5 +1,5 @@
-//! The virtual machine of a task set: made of what its first task says. What tasks ask of it goes by traits,
-//! behind which tests have one without a guest.
+//! The virtual machine of a task set, configured by its first task. Tasks access it through traits, which tests implement
+//! without a guest.
 
 use crate::Error;
 use crate::cgroup;
@@ -20,17 +20,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long the guest is not asked after it reported a lack of memory: one that reports ever more is not
-/// listened to all the time.
+/// Time without further queries after the guest has reported an OOM kill: limits the rate of a guest that reports them all
+/// the time.
 const OOM_PAUSE: Duration = Duration::from_millis(100);
 
 /// The virtual machine of a task set.
 #[derive(Default)]
 pub(crate) enum Machine {
-    /// It was never started, or could not be.
+    /// It was never started, or failed to start.
     #[default]
     Absent,
-    /// A request starts it, without a lock.
+    /// A request is starting it, without holding a lock.
     Starting,
     /// It runs, or has ended.
     Running(Arc<dyn VirtualMachine>),
@@ -56,7 +56,7 @@ impl Streams {
     }
 }
 
-/// What a task set asks of a [`Sandbox`].
+/// The operations of a [`Sandbox`] used by a task set.
 pub(crate) trait VirtualMachine: Send + Sync {
     fn create(
         &self,
@@ -74,23 +74,23 @@ pub(crate) trait VirtualMachine: Send + Sync {
     fn granted_mib(&self) -> u64;
     fn kernel_mib(&self) -> u64;
     fn update(&self, size: Size) -> Result<Size, koya::Error>;
-    /// Takes it down once what the guest has for its disks is written.
+    /// Shuts it down after the guest has flushed its disks.
     fn stop(&self);
-    /// Takes it down at once.
+    /// Tears it down at once.
     fn kill(&self);
 }
 
-/// What is asked of a [`koya::Process`].
+/// The operations of a [`koya::Process`] used here.
 pub(crate) trait GuestProcess: Send + Sync {
     fn wait(&self) -> Result<i32, koya::Error>;
     fn signal(&self, signal: i32) -> Result<(), koya::Error>;
     fn resize(&self, rows: u16, columns: u16) -> Result<(), koya::Error>;
 }
 
-/// What is asked of a [`Container`]; what is a process's is its init process's.
+/// The operations of a [`Container`] used here; those of a process apply to its init process.
 pub(crate) trait GuestContainer: GuestProcess {
     fn start(&self) -> Result<(), koya::Error>;
-    /// SIGKILL for the init process, or for all: the host sees to the end, whatever the guest says.
+    /// Sends SIGKILL to the init process, or to all: the host enforces the end.
     fn kill(&self, all: bool) -> Result<(), koya::Error>;
     fn signal_all(&self, signal: i32) -> Result<(), koya::Error>;
     fn pause(&self) -> Result<(), koya::Error>;
@@ -182,7 +182,7 @@ impl GuestContainer for Container {
     }
 }
 
-/// A virtual machine with a guest.
+/// A real virtual machine.
 struct WithGuest {
     sandbox: Arc<Sandbox>,
     _loopback: Option<Loopback>,
@@ -250,16 +250,16 @@ impl VirtualMachine for WithGuest {
     }
 }
 
-/// What a sandbox is to have beside its configuration.
+/// Properties of a sandbox beyond its configuration.
 pub(crate) struct BootOptions {
     pub(crate) log_console: bool,
-    /// Whether connections to the loopback of its network namespace are the guest's.
+    /// Whether connections to the loopback of its network namespace are forwarded to the guest.
     pub(crate) joins_loopback: bool,
-    /// A name server on that loopback, which the guest is to have on its own.
+    /// A name server on that loopback, made available on the guest's loopback.
     pub(crate) name_server: Option<IpAddr>,
 }
 
-/// Starts a virtual machine.
+/// Function that starts a virtual machine.
 pub(crate) type Boot = Box<
     dyn Fn(&SandboxConfig, &BootOptions) -> Result<Arc<dyn VirtualMachine>, koya::Error>
         + Send
@@ -289,7 +289,7 @@ pub(crate) fn boot_sandbox(
     }))
 }
 
-/// The start of a virtual machine that others wait for.
+/// A start in progress, which other requests wait for.
 struct Starting<'a>(&'a TaskSet);
 
 impl Drop for Starting<'_> {
@@ -303,7 +303,7 @@ impl Drop for Starting<'_> {
 }
 
 impl Starting<'_> {
-    /// It runs, unless it was to end meanwhile.
+    /// Marks the machine as running, unless it was stopped meanwhile.
     fn finish(&self, machine: &Arc<dyn VirtualMachine>, size: Size) -> Result<(), Error> {
         let is_stopping = self.0.change(|state| {
             if !state.is_stopping {
@@ -313,7 +313,7 @@ impl Starting<'_> {
             state.is_stopping
         });
         if is_stopping {
-            // It has done nothing yet.
+            // It has not done anything yet.
             machine.kill();
             return Err(anyhow!("the sandbox was stopped while it started").into());
         }
@@ -322,7 +322,7 @@ impl Starting<'_> {
 }
 
 impl TaskSet {
-    /// The virtual machine, started if it is not there. No lock is held meanwhile: a stop has its limits.
+    /// The virtual machine, started if necessary. No lock is held meanwhile, so that a stop meets its time limits.
     pub(crate) fn boot(self: &Arc<Self>, task: &Task) -> Result<Arc<dyn VirtualMachine>, Error> {
         let limits = {
             let mut state = self.lock();
@@ -372,7 +372,7 @@ impl TaskSet {
         Ok(machine)
     }
 
-    /// Publishes in which containers the guest's kernel killed processes for their memory.
+    /// Publishes OOM kills in the guest's containers.
     fn publish_ooms(
         self: &Arc<Self>,
         machine: Arc<dyn VirtualMachine>,
@@ -398,7 +398,7 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
         config.apparmor_profile = task.spec.apparmor_profile();
     }
     if task.is_pod() {
-        // Its containers have the guest's own namespaces, which nothing else sets up.
+        // Its containers use the guest's own namespaces, which nothing else sets up.
         config.hostname = task.spec.0.hostname().clone();
         config.sysctls = task.spec.sysctls();
     } else {

@@ -1,4 +1,4 @@
-//! The mounts that snapshotters ask for: a container's root file system.
+//! Mounts of a container's root file system, as provided by snapshotters.
 
 use anyhow::{Context, Result, bail};
 use rustix::mount::{
@@ -8,23 +8,23 @@ use std::ffi::CString;
 use std::fs;
 use std::path::Path;
 
-/// The kernel takes a page of options.
+/// Maximum length of mount options: a page, with the terminator.
 const MAX_DATA: usize = 4095;
 
-/// One mount of a root file system, as containerd writes it.
+/// A mount of a root file system, in containerd's form.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mount {
-    /// The file system's type, or `bind`.
+    /// File system type, or `bind`.
     pub kind: String,
-    /// What is mounted.
+    /// Source of the mount.
     pub source: String,
-    /// Where, below the root file system; mostly empty.
+    /// Target below the root file system; usually empty.
     pub target: String,
-    /// As mount(8) takes them.
+    /// Options of mount(8).
     pub options: Vec<String>,
 }
 
-/// What options mean to mount(2): flags, and the rest for the file system.
+/// Options for mount(2): flags, and the rest for the file system.
 #[derive(Debug, PartialEq, Eq)]
 struct Options {
     flags: MountFlags,
@@ -58,7 +58,7 @@ impl Options {
     }
 }
 
-/// Mounts all of them, in order, at `target`. What was mounted is taken away again if one fails.
+/// Mounts all of them, in order, at `target`. If one fails, the others are unmounted again.
 pub(crate) fn mount_all(mounts: &[Mount], target: &Path) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("cannot make {}", target.display()))?;
     for (index, wanted) in mounts.iter().enumerate() {
@@ -111,7 +111,7 @@ fn mount_one(wanted: &Mount, at: &Path) -> Result<()> {
     )?)
 }
 
-/// Takes one mount away at once, whoever uses it.
+/// Unmounts one mount lazily, even if it is in use.
 pub(crate) fn unmount_all(target: &Path) {
     if let Err(error) = unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         log::debug!("cannot unmount {}: {error}", target.display());

@@ -1,4 +1,4 @@
-//! The namespaces on the host that a sandbox's process is in: mount and network.
+//! Namespaces of a sandbox's process on the host: mount and network.
 
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -11,14 +11,14 @@ use std::path::{Path, PathBuf};
 pub(crate) const HOST_NETWORK: &str = "the host's network can't be a virtual machine's: give the \
                                        container a network namespace of its own";
 
-/// By a process's path only containers of one machine are told to share: Docker's `--network container:NAME`.
+/// A path of a process is used only for sharing between containers: Docker's `--network container:NAME`.
 const OTHERS_NETWORK: &str = "the network of another container can't be shared: each has a virtual machine \
                               of its own";
 
-/// How many interfaces a sandbox takes.
+/// Maximum number of interfaces of a sandbox.
 const MAX_INTERFACES: usize = 8;
 
-/// What the kernel makes by itself in each network namespace, and carries nothing.
+/// Interfaces that the kernel creates in each network namespace, and that carry no traffic.
 const KERNELS: [&str; 10] = [
     "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
     "ip6gre0",
@@ -46,12 +46,11 @@ impl Network {
         }
     }
 
-    /// Enters it, and a mount namespace of its own, with the calling thread: what is mounted there ends with its
-    /// last thread. Threads that are made later are in the same namespaces; of a process with one thread
-    /// `/proc/PID/ns/net` is the sandbox's.
+    /// Moves the calling thread into it, and into a new mount namespace: mounts made there end with its last thread. Threads
+    /// created later are in the same namespaces; for a single-threaded process, `/proc/PID/ns/net` is the sandbox's.
     pub(crate) fn enter(&self) -> Result<()> {
         unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
-        // What the host mounts later still comes in (volumes), nothing goes out.
+        // Later mounts of the host still propagate here (volumes), but not vice versa.
         let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         mount_change("/", flags).context("cannot make mounts private")?;
         match self {
@@ -77,7 +76,7 @@ impl Network {
         }
     }
 
-    /// Enters that which is named by its path, if one is.
+    /// Enters the namespace if it is named by a path.
     pub(crate) fn enter_named(&self) -> Result<()> {
         match self {
             Self::Path(path) => enter_opened(&open(path)?, path),
@@ -95,7 +94,7 @@ fn enter_opened(namespace: &File, path: &Path) -> Result<()> {
         .with_context(|| format!("cannot enter {}", path.display()))
 }
 
-/// `/proc/PID/ns/net`, as Docker names the network of another container.
+/// Whether this is `/proc/PID/ns/net`, Docker's way to name the network of another container.
 fn is_of_a_process(path: &Path) -> bool {
     let number = path
         .to_str()
@@ -103,7 +102,7 @@ fn is_of_a_process(path: &Path) -> bool {
     number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
-/// The interfaces of this process's network namespace that a guest can have.
+/// The interfaces of this process's network namespace that a guest can take over.
 pub(crate) fn interfaces() -> Result<Vec<String>> {
     let text = fs::read_to_string("/proc/net/dev").context("cannot read /proc/net/dev")?;
     let names = interfaces_in(&text);
@@ -116,7 +115,7 @@ pub(crate) fn interfaces() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// By what `/proc/net/dev` says (proc_pid_net(5)).
+/// The same, from the contents of `/proc/net/dev` (proc_pid_net(5)).
 fn interfaces_in(text: &str) -> Vec<String> {
     let names = text.lines().skip(2).filter_map(|line| line.split_once(':'));
     let names = names.map(|(name, _)| name.trim());

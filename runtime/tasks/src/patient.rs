@@ -1,11 +1,11 @@
-//! Streams that other programs may have left so that they do not block.
+//! Streams that other programs may have set to non-blocking mode.
 
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 
-/// A stream of the user. Whether it blocks is a matter of the open file, which other programs share: some of
-/// them (Node.js, ssh) leave it so that it does not. What would have been waited for is waited for here.
+/// A stream of the user. Blocking mode is a property of the open file description, which is shared with other programs, and
+/// some of them (Node.js, ssh) leave it non-blocking. This waits where a blocking stream would.
 #[derive(Debug)]
 pub struct Patient<S>(pub S);
 

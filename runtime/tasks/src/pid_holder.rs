@@ -1,8 +1,7 @@
-//! A thread that gives a task a pid on the host.
+//! A thread that provides a task's PID on the host.
 //!
-//! Kubernetes names namespaces by `/proc/PID/ns/...` of a container's process. All containers of a pod are
-//! one process here, but each has a thread, whose id no other has: `/proc` knows it, and signals to it
-//! are the process's.
+//! Kubernetes refers to namespaces by `/proc/PID/ns/...` of a container's process. All containers of a pod are one process
+//! here, but each has a thread with a unique ID: `/proc` contains it, and signals to it go to the process.
 
 use crate::sync::spawn;
 use anyhow::{Context, Result};
@@ -10,7 +9,7 @@ use std::sync::mpsc::{Sender, channel};
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// The thread lives as long as this does.
+/// Keeps the thread alive.
 pub(crate) struct PidHolder {
     pid: u32,
     work: Sender<Work>,
@@ -35,15 +34,15 @@ impl PidHolder {
         })
     }
 
-    /// The thread's id.
+    /// The thread ID.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Has it do something, after what it does now.
+    /// Runs `work` on the thread, after its current work.
     ///
     /// # Errors
-    /// If the thread is gone.
+    /// If the thread has ended.
     pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) -> Result<()> {
         let sent = self.work.send(Box::new(work));
         sent.map_err(|_| anyhow::anyhow!("the container's thread is gone"))

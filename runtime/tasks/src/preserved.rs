@@ -1,6 +1,6 @@
-//! `--preserve-fds`: descriptors that a process inherits from the caller, from 3 on. Descriptors don't pass into
-//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe,
-//! a FIFO or a file that is open one way, and a socket for a stream socket.
+//! `--preserve-fds`: descriptors that a process inherits from the caller, 3 and up. Descriptors can't be passed into a
+//! guest: their data is forwarded, as for the standard streams. The process has a pipe in place of a pipe, a FIFO or a file
+//! that is open in one direction, and a socket in place of a stream socket.
 
 use anyhow::{Context, Result, bail};
 use koya::Direction;
@@ -9,7 +9,7 @@ use rustix::net::{SocketType, sockopt};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-/// One of them.
+/// An inherited descriptor.
 #[derive(Debug)]
 pub struct Preserved {
     pub(crate) direction: Direction,
@@ -17,13 +17,13 @@ pub struct Preserved {
 }
 
 impl Preserved {
-    /// How many a process can have: more than any caller is known to pass.
+    /// Maximum number for a process: more than any known caller passes.
     pub const MAX: usize = 64;
 
-    /// Takes the caller's descriptor of this number.
+    /// Takes over the caller's descriptor with this number.
     ///
     /// # Errors
-    /// If it can't be passed on.
+    /// If its data can't be forwarded.
     pub fn new(number: usize, fd: OwnedFd) -> Result<Self> {
         let direction = direction_of(&fd).with_context(|| {
             format!("descriptor {number} can't be passed into a virtual machine")

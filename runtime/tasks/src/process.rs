@@ -1,4 +1,4 @@
-//! A process of a task as clients see it: its status, what may be done to it, how it ended.
+//! A process of a task as seen by clients: status, allowed operations, exit.
 
 use crate::Error;
 use crate::machine::{GuestContainer, GuestProcess};
@@ -10,25 +10,25 @@ use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::sync::watch;
 
-/// What a process is doing.
+/// Status of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// It waits to be started.
+    /// Waiting to be started.
     Created,
-    /// It runs.
+    /// Running.
     Running,
-    /// It was stopped where it is, with all of its container.
+    /// Frozen, with all of its container.
     Paused,
-    /// It has ended.
+    /// Ended.
     Stopped,
 }
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// The exit code, or 128 and the signal.
+    /// The exit code, or 128 plus the signal.
     pub status: u32,
-    /// When.
+    /// Time of the exit.
     pub at: SystemTime,
 }
 
@@ -39,7 +39,7 @@ impl Exit {
     }
 }
 
-/// What is to be done to a process.
+/// An operation on a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Start,
@@ -47,12 +47,12 @@ pub(crate) enum Action {
     Delete,
     Pause,
     Resume,
-    /// To add another process to its container, or to look at that.
+    /// Adding another process to its container, or querying the container.
     Use,
 }
 
 impl Status {
-    /// Whether it may be done: the rules of containerd's own shims.
+    /// Checks that an operation is allowed, by the rules of containerd's own shims.
     pub(crate) fn allow(self, action: Action) -> Result<(), Error> {
         use Status::{Created, Paused, Running, Stopped};
         let allowed = match action {
@@ -82,7 +82,7 @@ impl Status {
     }
 }
 
-/// What of the guest is behind a process.
+/// The guest's object behind a process.
 #[derive(Clone)]
 pub(crate) enum Handle {
     Init(Arc<dyn GuestContainer>),
@@ -108,10 +108,10 @@ enum Streams {
     Connected(Arc<Relay>),
 }
 
-/// What a process is doing, and what clients are not told.
+/// Internal state of a process.
 enum Phase {
     Created,
-    /// The guest is asked to start it, and it may have ended already: nobody hears of that before the start.
+    /// The guest is starting it. It may already have ended, which is not published before the start.
     Starting {
         ended: Option<Exit>,
     },
@@ -124,7 +124,7 @@ struct State {
     phase: Phase,
     handle: Option<Handle>,
     streams: Streams,
-    /// The client has no more input; it may say so before there is a process.
+    /// The client has closed the input, possibly before the process exists.
     is_stdin_closed: bool,
 }
 
@@ -139,10 +139,10 @@ impl State {
     }
 }
 
-/// The init process of a task, or one that was added.
+/// The init process of a task, or an exec process.
 pub(crate) struct Process {
     pub(crate) paths: StdioPaths,
-    /// What the guest is asked for.
+    /// The streams to request from the guest.
     pub(crate) wanted: ProcessStreams,
     state: Ordered<State>,
     exit: watch::Sender<Option<Exit>>,
@@ -175,15 +175,15 @@ impl Process {
         match (&state.phase, is_paused) {
             (Phase::Running, true) => state.phase = Phase::Paused,
             (Phase::Paused, false) => state.phase = Phase::Running,
-            // Nothing comes back from its end.
+            // There is no way back from the end.
             _ => {}
         }
     }
 
-    /// Opens the host's ends of its streams, which wait to be connected then.
+    /// Opens the host's ends of its streams, to be connected later.
     ///
     /// # Errors
-    /// Which can't be opened.
+    /// The stream that can't be opened.
     pub(crate) fn open_streams(&self, name: &str, namespace: &str) -> anyhow::Result<()> {
         let Streams::Wanted(stdio) = std::mem::take(&mut self.state.lock().streams) else {
             return Ok(());
@@ -205,7 +205,7 @@ impl Process {
         }
     }
 
-    /// It is there in the guest.
+    /// Records that it has been created in the guest.
     pub(crate) fn made(&self, handle: Handle, relay: Arc<Relay>) {
         let mut state = self.state.lock();
         state.handle = Some(handle);
@@ -215,7 +215,7 @@ impl Process {
         state.streams = Streams::Connected(relay);
     }
 
-    /// It is about to be started. Its end is not told until [`started`](Self::started).
+    /// Records that it is about to be started. Its end is not published until [`started`](Self::started).
     ///
     /// # Errors
     /// If it has ended meanwhile.
@@ -226,7 +226,8 @@ impl Process {
         Ok(())
     }
 
-    /// It was started: `publish` tells it before anybody hears of its end, which is returned if it has come.
+    /// Records that it was started: `publish` is called before its end becomes visible. Returns the exit if it has already
+    /// ended.
     pub(crate) fn started(&self, publish: impl FnOnce()) -> Option<Exit> {
         let mut state = self.state.lock();
         match std::mem::replace(&mut state.phase, Phase::Running) {
@@ -241,7 +242,7 @@ impl Process {
         }
     }
 
-    /// It could not be started.
+    /// Records that it could not be started.
     pub(crate) fn not_started(&self) {
         let mut state = self.state.lock();
         if let Phase::Starting { .. } = state.phase {
@@ -249,7 +250,7 @@ impl Process {
         }
     }
 
-    /// The client has no more input.
+    /// Closes its input.
     pub(crate) fn close_stdin(&self) {
         let mut state = self.state.lock();
         state.is_stdin_closed = true;
@@ -269,8 +270,8 @@ impl Process {
         }
     }
 
-    /// It has ended: `publish` tells it, and those who wait hear of it. False if that was known, or if its start
-    /// is to be told first.
+    /// Records its end: calls `publish`, and wakes those who wait. False if the end was already known, or if the start has
+    /// to be published first.
     pub(crate) fn ended(&self, exit: Exit, publish: impl FnOnce()) -> bool {
         let mut state = self.state.lock();
         match &mut state.phase {
@@ -299,17 +300,17 @@ impl Process {
     }
 }
 
-/// The end of a process that is to come, or has come.
+/// Watches for the exit of a process, past or future.
 pub struct ExitWatch(watch::Receiver<Option<Exit>>);
 
 impl ExitWatch {
-    /// Waits for it. None if the process is gone, and did not run.
+    /// Waits for the exit. `None` if the process was deleted without having run.
     pub async fn wait(&mut self) -> Option<Exit> {
         let exit = self.0.wait_for(Option::is_some).await;
         exit.ok().and_then(|exit| *exit)
     }
 
-    /// What is known now.
+    /// The exit, if it is known.
     pub fn now(&self) -> Option<Exit> {
         *self.0.borrow()
     }

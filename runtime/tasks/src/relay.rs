@@ -1,7 +1,7 @@
-//! Threads between a process's streams in the guest and the host's ends of them.
+//! Threads that copy between a process's streams in the guest and their ends on the host.
 //!
-//! A process's end is announced only when what it wrote has been read ([`Relay::finish`]): clients close their
-//! ends as soon as they hear of it.
+//! The exit of a process is published only after its output has been read ([`Relay::finish`]): clients close their ends as
+//! soon as they learn of it.
 
 use crate::logger::Logger;
 use crate::machine::Streams;
@@ -22,24 +22,24 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
-/// How long nothing may happen to what a process that has ended wrote, before it is given up: by the thread of
-/// a FIFO, and by who waits for all of them.
+/// Time without progress after which the remaining output of an ended process is given up: by the thread of a FIFO, and by
+/// the wait for all of them.
 const SILENCE: Duration = Duration::from_secs(3);
 const SILENCE_OF_ALL: Duration = Duration::from_millis(4500);
-/// How long what a process that has ended left behind may go on writing to its streams.
+/// Time for which background processes of an ended process may continue to write to its streams.
 const LEFT_BEHIND: Duration = Duration::from_secs(2);
-/// How much of what the process wrote may still be on its way to a slow reader then, in bytes: more than pipes and
-/// sockets hold; and how long that may take.
+/// Maximum amount of the process's own output in transit to a slow reader after that, in bytes: more than the capacity of
+/// pipes and sockets; and the time limit for it.
 const ON_THE_WAY: u64 = 1 << 20;
 const SLOW_READER: Duration = Duration::from_secs(60);
-/// How often a FIFO is looked at whose reader is slow: nothing tells that one is empty.
+/// Polling interval for a FIFO with a slow reader: there is no event for an empty FIFO.
 const LOOK: Duration = Duration::from_millis(2);
 const BUFFER: usize = 64 << 10;
 
-/// The streams of a process that runs.
+/// The streams of a running process.
 pub(crate) struct Relay(Arc<Shared>);
 
-/// What the threads share with who waits for them.
+/// State shared by the threads and the wait for them.
 struct Shared {
     state: Ordered<State>,
     changed: Condvar,
@@ -47,34 +47,34 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Counts what was passed on, and what was read of that.
+    /// Counts data that was forwarded, and data that was read by clients.
     progress: u64,
-    /// Output threads that are at work.
+    /// Number of running output threads.
     writing: usize,
-    /// Output threads that have not come to their stream's end.
+    /// Number of output threads that have not reached the end of their stream.
     reading: usize,
-    /// Our own writing end of the input's FIFO.
+    /// Our own write end of the input FIFO.
     keep: Option<OwnedFd>,
-    /// Closed to end the reading of input.
+    /// Closed to stop the reading of input.
     stop: Option<UnixStream>,
     outputs: Vec<Source>,
-    /// The process has ended.
+    /// Whether the process has ended.
     has_ended: bool,
     logger: Option<Logger>,
 }
 
-/// Where an output comes from.
+/// Source of an output.
 struct Source {
-    /// The guest's end, to be cut off.
+    /// The guest's end, which may be shut down.
     guest: UnixStream,
-    /// Its thread is not busy with passing something on.
+    /// Whether its thread is not forwarding data.
     is_idle: bool,
-    /// How many bytes came since the process's end.
+    /// Number of bytes received since the process's end.
     since_end: u64,
 }
 
 impl State {
-    /// An output's thread has got so many bytes, or waits for some.
+    /// Records that an output thread has received `count` bytes, or waits (0).
     fn got(&mut self, index: usize, count: usize) {
         if let Some(source) = self.outputs.get_mut(index) {
             source.is_idle = count == 0;
@@ -84,7 +84,7 @@ impl State {
         }
     }
 
-    /// Cuts off what can't come from the process any more.
+    /// Shuts down streams whose data can no longer come from the process itself.
     fn cut_left_behind(&mut self, since_end: Duration) {
         for source in &self.outputs {
             let is_dry = || rustix::io::ioctl_fionread(&source.guest).unwrap_or(0) == 0;
@@ -119,7 +119,7 @@ impl Shared {
 }
 
 impl Io {
-    /// Joins them to the process's streams, each by a thread.
+    /// Connects them to the process's streams, with a thread for each.
     ///
     /// # Errors
     /// If the host has no thread left.
@@ -181,20 +181,19 @@ impl Io {
 }
 
 impl Relay {
-    /// The client has no more input: what it wrote so far still comes.
+    /// Closes the input: data already written is still forwarded.
     pub(crate) fn close_stdin(&self) {
         self.0.lock().keep.take();
     }
 
-    /// The process has ended: waits until its output has been read, as long as something moves.
+    /// Waits, after the end of the process, until its output has been read, as long as there is progress.
     pub(crate) fn finish(&self) {
         let ended = Instant::now();
         let mut state = self.0.lock();
         state.keep.take();
         state.stop.take();
         state.has_ended = true;
-        // What the process wrote is on its way; what it left behind, with its streams open, may go on
-        // for ever.
+        // The process's own output is in transit; background processes that hold its streams may write forever.
         let mut last = (state.progress, ended);
         while state.writing > 0 {
             let left_behind = LEFT_BEHIND.saturating_sub(ended.elapsed());
@@ -224,8 +223,8 @@ impl Relay {
     }
 }
 
-/// Passes all that comes on, then waits until it is read, as long as something moves. Where nobody wants
-/// it, it is read all the same: the process must not wait.
+/// Forwards all output, then waits until it has been read, as long as there is progress. Without a reader it is discarded:
+/// the process must not block.
 fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shared: &Shared) {
     let mut buffer = vec![0; BUFFER];
     let (writer, is_needed) = match &output {
@@ -246,7 +245,7 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
                         from.shutdown(Shutdown::Both).ok();
                         break;
                     }
-                    // A process whose standard output can't be kept goes on all the same.
+                    // A process continues even if its standard output can't be written.
                     Err(_) => {}
                 }
             }
@@ -260,7 +259,7 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
             drop(reader);
             wait_until_read(&writer, shared);
         }
-        // The other direction of a socket may go on.
+        // The other direction of a socket may continue.
         Some(Output::Preserved(preserved)) if preserved.direction == Direction::Both => {
             rustix::net::shutdown(&preserved.file, rustix::net::Shutdown::Write).ok();
         }
@@ -268,7 +267,7 @@ fn relay_output(mut from: UnixStream, index: usize, output: Option<Output>, shar
     }
 }
 
-/// Until a FIFO is empty, or nobody reads it, or its reader stands still.
+/// Waits until a FIFO is empty, has no reader, or its reader makes no progress.
 fn wait_until_read(writer: &File, shared: &Shared) {
     let mut last = (u64::MAX, Instant::now());
     loop {
@@ -317,7 +316,7 @@ fn relay_input(mut from: File, mut to: UnixStream, stop: &UnixStream, terminal: 
             Err(_) => break,
         }
     }
-    // A terminal has no end of file but the one that is typed.
+    // On a terminal, end of file is a typed character.
     if !terminal {
         to.shutdown(Shutdown::Write).ok();
     }
@@ -455,7 +454,7 @@ mod tests {
         guest[1].write_all(b"from").unwrap();
         results.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"from");
-        // The reader goes, and the guest hears of it.
+        // The reader closes its end, which the guest must notice.
         drop(results);
         guest[1].write_all(b"more").unwrap();
         assert_eq!(guest[1].read(&mut text).unwrap(), 0);
@@ -502,7 +501,7 @@ mod tests {
         let (_read, write) = std::io::pipe().unwrap();
         let (mut guest, relay) = connected(write);
         let started = Instant::now();
-        // It has the stream open, and says nothing.
+        // It keeps the stream open without writing.
         relay.finish();
         assert!(started.elapsed() >= LEFT_BEHIND);
         assert!(started.elapsed() < LEFT_BEHIND * 5);
@@ -516,7 +515,7 @@ mod tests {
         let (mut read, write) = std::io::pipe().unwrap();
         let (mut guest, relay) = connected(write);
         std::thread::scope(|scope| {
-            // The guest has more than the host's sockets hold, and its process has ended.
+            // The guest has more data than fits into the host's sockets, and its process has ended.
             scope.spawn(move || {
                 guest.write_all(&vec![7; LEN]).unwrap();
             });

@@ -1,4 +1,4 @@
-//! A guest becomes larger and smaller as its containers come and go.
+//! Resizes a guest as its containers are created and deleted.
 
 use crate::Error;
 use crate::cgroup;
@@ -11,11 +11,11 @@ use koya::Size;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a pod keeps the room of a container that has ended: longer than kubelet's first two restarts
-/// of one that crashes take (at once, then after 10 s), since to plug memory again costs more than to keep it.
+/// Time for which a pod keeps the resources of an ended container: longer than the kubelet's first two restarts of a
+/// crashing container (immediately, then after 10 s), since plugging memory again costs more than keeping it.
 const SETTLED: Duration = Duration::from_secs(15);
 
-/// The turn of who resizes the guest, which nobody holds a lock for.
+/// The turn of a thread that resizes the guest, without holding a lock.
 struct Resizing<'a>(&'a TaskSet);
 
 impl Drop for Resizing<'_> {
@@ -24,16 +24,16 @@ impl Drop for Resizing<'_> {
     }
 }
 
-/// What is to be done to the guest.
+/// A pending resize of the guest.
 struct Resize {
     machine: Arc<dyn VirtualMachine>,
-    /// The task that brought it.
+    /// The task that started the machine.
     first: Arc<Task>,
     size: Size,
 }
 
 impl State {
-    /// How large the guest is to be, if it is not.
+    /// The required size of the guest, if it differs.
     fn resize(&self) -> Option<Resize> {
         let Machine::Running(machine) = &self.machine else {
             return None;
@@ -56,10 +56,10 @@ impl State {
 }
 
 impl TaskSet {
-    /// Makes the guest as large as its containers' limits, where they are not what they were.
+    /// Resizes the guest to its containers' limits, if they have changed.
     ///
     /// # Errors
-    /// If it can't be made as large.
+    /// If it can't be enlarged accordingly.
     pub(crate) fn resize_guest(&self) -> Result<(), Error> {
         let resize = {
             let mut state = self.lock();
@@ -82,13 +82,13 @@ impl TaskSet {
         Ok(())
     }
 
-    /// The same behind whoever made room.
+    /// The same in the background.
     pub(crate) fn resize_behind(self: &Arc<Self>) {
         let set = self.clone();
         spawn("koya-resize", move || set.resize_or_log()).ok();
     }
 
-    /// The same when a container has ended that may be started again soon.
+    /// The same with a delay, after the end of a container that may be restarted soon.
     pub(crate) fn resize_later(self: &Arc<Self>) {
         let is_awaited = self.change(|state| state.last_end.replace(Instant::now()).is_some());
         if is_awaited {
@@ -101,7 +101,7 @@ impl TaskSet {
                     return set.resize_or_log();
                 };
                 drop(set);
-                // Only a later end changes anything, and that makes it longer.
+                // Only another end could change the delay, and only prolong it.
                 std::thread::sleep(left);
             }
         };
@@ -111,8 +111,8 @@ impl TaskSet {
         }
     }
 
-    /// How long the room of the container that ended last is still kept. None: no longer, and whoever asked
-    /// is to resize the guest.
+    /// Remaining time for which the resources of the container that ended last are kept. `None`: expired, and the caller
+    /// must resize the guest.
     fn unsettled(&self) -> Option<Duration> {
         self.change(|state| {
             let left = SETTLED.checked_sub(state.last_end?.elapsed());
@@ -138,7 +138,7 @@ fn carry_out(resize: &Resize) -> Result<(), Error> {
     } = resize;
     let now = machine.size()?;
     let grows = size.memory_mib > now.memory_mib;
-    // Before the guest has more, and after it has less.
+    // Before the guest grows, and after it has shrunk.
     if grows {
         bound_memory(first, &**machine, size.memory_mib);
     }
@@ -157,8 +157,8 @@ fn carry_out(resize: &Resize) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sets the host's limit for a sandbox whose guest may have so much memory, but never less than it was granted:
-/// what it is slow to give back, or to take, it may still use.
+/// Sets the host's limit for a sandbox whose guest may have this much memory, but never less than was granted: memory that
+/// it is slow to give back, or to take, may still be used.
 pub(crate) fn bound_memory(task: &Task, machine: &dyn VirtualMachine, mib: Option<u64>) {
     match task.spec.cgroup() {
         Some(group) => {

@@ -1,4 +1,4 @@
-//! The tasks of one sandbox, and what they share.
+//! The tasks of one sandbox, and their shared state.
 
 use crate::Error;
 use crate::create::Joins;
@@ -19,22 +19,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar};
 use std::time::{Duration, Instant};
 
-/// How long a task set waits for what.
+/// Time limits of a task set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// The guest may hold a request about a container that has ended, and that is to be deleted.
+    /// For a request about an ended container that holds up its deletion.
     pub(crate) held: Duration,
-    /// The same where another container runs, which may have asked for something that takes its time.
+    /// The same while another container runs, whose requests may take long.
     pub(crate) held_beside_others: Duration,
-    /// Exec processes may take to be reported before the init process.
+    /// For exec processes to be reported before the init process.
     pub(crate) execs: Duration,
-    /// A container that is deleted before it was started may take to end. If it does not, its virtual
-    /// machine ends before that or, where other containers live in it, with the removal that follows.
+    /// For the end of a container that is deleted before it was started. If it does not end, its virtual machine is ended
+    /// earlier or, if other containers are alive in it, by the removal that follows.
     pub(crate) kill: Duration,
-    /// At the end a virtual machine that starts may take to be taken back: it has done nothing yet.
+    /// For the cancellation of a starting virtual machine at the end: it has not done anything yet.
     pub(crate) start: Duration,
-    /// At the end a guest may take to write out what it has not written yet: the sandbox has limits of its
-    /// own, which end before this.
+    /// For a guest to flush its disks at the end: the sandbox's own limits are shorter.
     pub(crate) stop: Duration,
 }
 
@@ -51,13 +50,13 @@ impl Default for Patience {
     }
 }
 
-/// The status of a process whose virtual machine ended.
+/// Status of a process whose virtual machine ended.
 pub(crate) const LOST: u32 = 255;
 pub(crate) const SIGKILL: u32 = 9;
-/// The status of a process that was killed.
+/// Status of a killed process.
 pub(crate) const KILLED: u32 = 128 + SIGKILL;
 
-/// A container of the sandbox: what of it stays as it is. What changes is in its [`Entry`] and its [`Process`].
+/// The constant part of a container of the sandbox. The variable parts are its [`Entry`] and its [`Process`].
 pub(crate) struct Task {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
@@ -73,8 +72,8 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// The process on the host that clients are told. A pod's own container is this process, whose
-    /// namespaces the pod's containers name; they have pids of their own.
+    /// The PID on the host that clients get. That of a pod sandbox container is this process, whose namespaces the pod's
+    /// containers refer to; they have PIDs of their own.
     pub(crate) fn pid(&self) -> u32 {
         match self.is_member() {
             true => self.pid_holder.pid(),
@@ -82,12 +81,12 @@ impl Task {
         }
     }
 
-    /// One of a pod's containers, and not the pod's own.
+    /// Whether it is a member of a pod, and not the pod sandbox container.
     pub(crate) fn is_member(&self) -> bool {
         matches!(self.role, Role::Member { .. })
     }
 
-    /// A pod's own: nothing of it runs in the guest.
+    /// Whether it is a pod sandbox container: nothing of it runs in the guest.
     pub(crate) fn is_pod(&self) -> bool {
         self.role == Role::Sandbox
     }
@@ -105,40 +104,40 @@ impl Task {
     }
 }
 
-/// What changes of a task, beside its processes.
+/// The variable state of a task, apart from its processes.
 pub(crate) struct Entry {
     pub(crate) task: Arc<Task>,
-    /// What it may have now.
+    /// Its current limits.
     pub(crate) limits: Limits,
     pub(crate) execs: HashMap<String, Arc<Exec>>,
     pub(crate) is_mounted: bool,
-    /// Whether a request changes it: one at a time does.
+    /// Whether a request is changing it; one at a time may.
     pub(crate) is_busy: bool,
-    /// How many of its processes the guest's kernel killed for their memory, as far as that was published.
+    /// Number of its processes killed by the guest's OOM killer, as published so far.
     pub(crate) oom_kills: u64,
 }
 
-/// What changes of a task set. Whoever changes it wakes those who wait for a change.
+/// The variable state of a task set. Every change wakes the threads that wait for one.
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) entries: HashMap<String, Entry>,
     pub(crate) machine: Machine,
-    /// The virtual machine is to end, or has ended by that.
+    /// Whether the virtual machine has been stopped or is being stopped.
     pub(crate) is_stopping: bool,
-    /// It had ended by itself before that.
+    /// Whether it had ended by itself before that.
     pub(crate) has_died: bool,
-    /// Whether somebody makes the guest larger or smaller: one at a time does.
+    /// Whether the guest is being resized; one thread at a time may.
     pub(crate) is_resizing: bool,
-    /// The size that was last asked of the guest.
+    /// The size last requested of the guest.
     pub(crate) size: Option<Size>,
-    /// When a container last ended; none if the guest was resized since, or need not be.
+    /// Time of the last end of a container; `None` if the guest was resized since, or need not be.
     pub(crate) last_end: Option<Instant>,
-    /// Whether the log says how the sandbox started.
+    /// Whether the start of the sandbox has been logged.
     pub(crate) is_start_logged: bool,
 }
 
 impl State {
-    /// Of a task, unless it was deleted: its name may be another's by now.
+    /// The entry of a task, unless it was deleted: its name may have been reused.
     pub(crate) fn entry(&mut self, task: &Task) -> Option<&mut Entry> {
         let entry = self.entries.get_mut(&task.id)?;
         std::ptr::eq(Arc::as_ptr(&entry.task), task).then_some(entry)
@@ -156,14 +155,14 @@ impl State {
         }
     }
 
-    /// Whether the turn was free, and is the caller's now.
+    /// Takes the turn; false if it is taken.
     fn take_turn(&mut self, task: &Task) -> Result<bool, Error> {
         let missing = || Error::NotFound(format!("container {}", task.id));
         let entry = self.entry(task).ok_or_else(missing)?;
         Ok(!std::mem::replace(&mut entry.is_busy, true))
     }
 
-    /// How long a request about a task may hold up its deletion.
+    /// Time for which a request about a task may hold up its deletion.
     fn held_limit(&self, task: &Task, patience: &Patience) -> Duration {
         let others = self.entries.values().map(|entry| &entry.task);
         let mut others = others.filter(|other| other.id != task.id && !other.is_pod());
@@ -174,23 +173,23 @@ impl State {
     }
 }
 
-/// What a task set is told at its start.
+/// Configuration of a task set.
 #[derive(Debug, Default)]
 pub struct TaskSetConfig {
-    /// What loggers are told beside a container's name.
+    /// Namespace passed to loggers.
     pub namespace: String,
     /// Whether the guest's console goes to the log, at its level `debug`.
     pub log_console: bool,
-    /// Why there can be no sandbox, if that is known: the answer to whoever wants one.
+    /// Reason why a sandbox can't be created, if known: the reply to requests for one.
     pub unready: Option<String>,
-    /// The network namespace in which hooks run: the host's, where this process is in another by now.
+    /// The network namespace in which hooks run: the host's, if this process is now in another one.
     pub host_network: Option<File>,
 }
 
-/// The tasks of one sandbox: a container, or a pod. The first one brings the virtual machine.
+/// The tasks of one sandbox: a container, or a pod. The first one starts the virtual machine.
 ///
-/// Requests may come from any thread, and block it while the guest or the host works. It lives until
-/// [`finish`](Self::finish): threads of it wait for containers.
+/// Requests may come from any thread, and block it while the guest or the host works. It exists until
+/// [`finish`](Self::finish): its threads wait for containers.
 pub struct TaskSet {
     pub(crate) config: TaskSetConfig,
     pub(crate) boot: Boot,
@@ -200,23 +199,23 @@ pub struct TaskSet {
     pub(crate) changed: Condvar,
 }
 
-/// A task or one of its processes, as it is now.
+/// Current state of a task or one of its processes.
 #[derive(Clone, Debug)]
 pub struct TaskState {
-    /// The process on the host that stands for the task.
+    /// The PID on the host that represents the task.
     pub pid: u32,
     /// The task's bundle.
     pub bundle: PathBuf,
-    /// What the process is doing.
+    /// Status of the process.
     pub status: Status,
-    /// Where its streams go.
+    /// Its streams.
     pub stdio: StdioPaths,
-    /// How it ended.
+    /// Its exit.
     pub exit: Option<Exit>,
 }
 
-/// The turn of a request that changes a task. Others wait for it, also while the guest is asked: it is no lock,
-/// and is taken before any.
+/// The turn of a request that changes a task. Other requests wait for it, also during calls to the guest: it is not a lock,
+/// and is taken before any lock.
 pub(crate) struct Turn<'a> {
     set: &'a TaskSet,
     task: Arc<Task>,
@@ -232,7 +231,7 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// A process, with what keeps it.
+/// A process, with its owner.
 pub(crate) enum ProcessOf {
     Init(Arc<Task>),
     Exec(Arc<Exec>),
@@ -250,7 +249,7 @@ impl std::ops::Deref for ProcessOf {
 }
 
 impl TaskSet {
-    /// Without tasks, and without a virtual machine.
+    /// A set without tasks and without a virtual machine.
     pub fn new(config: TaskSetConfig, events: Arc<dyn EventSink>) -> Arc<Self> {
         Self::with(config, events, Box::new(boot_sandbox), Patience::default())
     }
@@ -271,12 +270,12 @@ impl TaskSet {
         })
     }
 
-    /// Whether it has no task.
+    /// Whether it has no tasks.
     pub fn is_empty(&self) -> bool {
         self.lock().entries.is_empty()
     }
 
-    /// The process on the host that stands for a task.
+    /// The PID on the host that represents a task.
     ///
     /// # Errors
     /// If there is no such task.
@@ -284,7 +283,7 @@ impl TaskSet {
         Ok(self.task(id)?.pid())
     }
 
-    /// What a process is doing: the init process, if `exec_id` is empty.
+    /// State of a process: the init process, if `exec_id` is empty.
     ///
     /// # Errors
     /// If there is no such process.
@@ -300,7 +299,7 @@ impl TaskSet {
         })
     }
 
-    /// The end of a process, which is to come or has come.
+    /// Watches for the exit of a process, past or future.
     ///
     /// # Errors
     /// If there is no such process.
@@ -313,14 +312,14 @@ impl TaskSet {
         self.state.lock()
     }
 
-    /// Changes the state, and wakes those who wait for that.
+    /// Changes the state, and wakes the threads that wait for a change.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let changed = change(&mut self.lock());
         self.changed.notify_all();
         changed
     }
 
-    /// Waits until `ready` finds something, which it looks for at each change; no longer than `limit`.
+    /// Waits until `ready`, called at each change, returns a value; no longer than `limit`.
     pub(crate) fn wait_for<T>(
         &self,
         limit: Duration,
@@ -349,7 +348,7 @@ impl TaskSet {
         task.ok_or_else(|| Error::NotFound(format!("container {id}")))
     }
 
-    /// One of a task's processes; the init process has no name.
+    /// A process of a task; the ID of the init process is empty.
     pub(crate) fn process(&self, task: &Arc<Task>, exec_id: &str) -> Result<ProcessOf, Error> {
         if exec_id.is_empty() {
             return Ok(ProcessOf::Init(task.clone()));
@@ -374,13 +373,13 @@ impl TaskSet {
         Ok(self.turn_of(task))
     }
 
-    /// The turn that was taken for the caller.
+    /// The guard of a turn that was taken for the caller.
     pub(crate) fn turn_of(&self, task: &Arc<Task>) -> Turn<'_> {
         let task = task.clone();
         Turn { set: self, task }
     }
 
-    /// The same for a deletion. What is asked of the guest meanwhile ends first, by itself or with the guest.
+    /// Waits for the turn to delete a task. Pending calls to the guest end first, by themselves or with the guest.
     pub(crate) fn turn_to_delete(&self, task: &Arc<Task>) -> Result<Turn<'_>, Error> {
         let started = Instant::now();
         let machine = {
@@ -408,7 +407,7 @@ impl TaskSet {
         self.turn(task)
     }
 
-    /// Whether another process may be added to a task's container, or that be looked at.
+    /// Checks that a process may be added to a task's container, or that it may be queried.
     pub(crate) fn check_usable(task: &Task) -> Result<(), Error> {
         task.init.status().allow(Action::Use)
     }

@@ -1,8 +1,8 @@
-//! Signals by name, as Docker and runc have them.
+//! Signals by name, as in Docker and runc.
 
 use nix::sys::signal::Signal;
 
-/// The first real-time signal, as glibc counts.
+/// The first real-time signal of glibc.
 const RTMIN: i32 = 34;
 /// The last signal.
 pub const LAST: i32 = 64;
@@ -14,7 +14,7 @@ const ALIASES: [(&str, Signal); 3] = [
     ("POLL", Signal::SIGIO),
 ];
 
-/// A signal by its name, in capitals or not, with `SIG` or without: `TERM`, `SIGHUP`, `RTMIN+3`.
+/// A signal by name, in upper or lower case, with or without `SIG`: `TERM`, `SIGHUP`, `RTMIN+3`.
 pub fn by_name(text: &str) -> Option<i32> {
     let name = text.to_uppercase();
     let name = name.strip_prefix("SIG").unwrap_or(&name);

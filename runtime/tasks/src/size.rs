@@ -1,14 +1,14 @@
-//! How large a sandbox is to be for its containers.
+//! Size of a sandbox for its containers.
 
 use koya::oci_spec::runtime as oci;
 use koya::{Settings, Size};
 
-/// What the agent and tables take in the guest is not the containers'.
+/// Memory for the agent and tables in the guest, added to that of the containers.
 const ROOM_MIB: u64 = 32;
-/// Less than this much memory is no guest.
+/// Minimum memory of a guest.
 const LEAST_MIB: u64 = 64;
 
-/// What a container may have: bytes of memory, and CPU time in thousandths of a CPU.
+/// Limits of a container: bytes of memory, and CPU time in thousandths of a CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
     pub(crate) memory: Option<u64>,
@@ -16,7 +16,7 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    /// As a container's configuration says, where these do not.
+    /// Fills in missing limits from a container's configuration.
     pub(crate) fn or(self, resources: Option<&oci::LinuxResources>) -> Self {
         let own = || resources?.memory().as_ref()?.limit();
         let memory = self.memory.or_else(|| u64::try_from(own()?).ok());
@@ -29,17 +29,16 @@ impl Limits {
     }
 }
 
-/// The kernel's default, in microseconds.
+/// The kernel's default quota period, in microseconds.
 pub(crate) const PERIOD: u64 = 100_000;
 
-/// Thousandths of a CPU; none without a limit.
+/// Thousandths of a CPU; `None` without a limit.
 pub(crate) fn milli_cpus(quota: i64, period: u64) -> Option<u64> {
     let quota = u64::try_from(quota).ok().filter(|quota| *quota > 0)?;
     (quota.saturating_mul(1000)).div_ceil(period.max(1)).into()
 }
 
-/// Room for all of these: as much as they may have together, and what the settings say for those without
-/// a limit.
+/// Sum of these limits, with the defaults of the settings for containers without a limit.
 pub(crate) fn sum_of_limits(settings: &Settings, all: &[Limits]) -> Size {
     let (mut mib, mut milli_cpus) = (0_u64, 0_u64);
     for limits in all {
@@ -63,20 +62,20 @@ pub(crate) fn sum_of_limits(settings: &Settings, all: &[Limits]) -> Size {
     }
 }
 
-/// What a sandbox is to have that started with `own`, and whose containers may have `all` together.
+/// Size of a sandbox that started with `own`, and whose containers may use `all` together.
 pub(crate) fn target(own: Size, all: Size, most: Size) -> Size {
-    // The kernel's tables of memory that is plugged are in the memory that was there before.
+    // The kernel's page tables for plugged memory are in the initial memory.
     const TABLES: u64 = 64;
     let (own_mib, all_mib) = (own.memory_mib.unwrap_or(0), all.memory_mib.unwrap_or(0));
     let mut mib = own_mib.max(all_mib);
     mib += (mib - own_mib).div_ceil(TABLES);
-    // What is for the agent and tables can do with less, the containers' limits can't.
+    // The part for the agent and tables may be reduced, but not the containers' limits.
     let most_mib = most.memory_mib.unwrap_or(u64::MAX);
     if mib > most_mib && mib - ROOM_MIB <= most_mib {
         mib = most_mib;
     }
     Size {
-        // What was said of a pod as a whole is there from its start.
+        // Limits of a pod as a whole are available from its start.
         cpus: own.cpus.max(all.cpus).min(most.cpus),
         memory_mib: Some(mib),
     }
@@ -101,7 +100,7 @@ mod tests {
         assert_eq!(size(&[limits(256, 500)]), (1, 288));
         assert_eq!(size(&[limits(1, 1)]), (1, 96));
         assert_eq!(size(&[limits(400, 700), limits(600, 700)]), (2, 1032));
-        // One without limits has what it would have alone.
+        // A container without limits counts as it would alone.
         assert_eq!(size(&[limits(400, 700), Limits::default()]), (2, 944));
     }
 
@@ -114,7 +113,7 @@ mod tests {
         let most = size(4, 4096);
         assert_eq!(target(size(1, 512), size(1, 100), most), size(1, 512));
         assert_eq!(target(size(1, 512), size(8, 1152), most), size(4, 1162));
-        // The containers' limits fit, if not all that is beside them.
+        // The containers' limits fit, but not all of the overhead.
         assert_eq!(
             target(size(1, 512), size(1, 532), size(1, 512)),
             size(1, 512)

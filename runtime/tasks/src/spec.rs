@@ -1,4 +1,4 @@
-//! A bundle's `config.json`, as far as it says what a task and its sandbox are to be.
+//! A bundle's `config.json`: the parts that determine a task and its sandbox.
 
 use crate::Error;
 use crate::cgroup;
@@ -13,19 +13,19 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
-/// Where Docker's own name server listens.
+/// Address of Docker's own name server.
 const DOCKERS_NAMES: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11));
 
-/// What a container is to its sandbox.
+/// Role of a container in its sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Its only one.
+    /// The only container.
     Single,
-    /// A pod's own, of which nothing runs: the sandbox is the virtual machine.
+    /// A pod sandbox container, without processes: the sandbox is the virtual machine.
     Sandbox,
-    /// One of a pod's.
+    /// A container of a pod.
     Member {
-        /// The pod's own container.
+        /// The pod sandbox container.
         sandbox: String,
     },
 }
@@ -37,7 +37,7 @@ impl Spec {
     /// Reads it from a bundle.
     ///
     /// # Errors
-    /// If it is not there, or broken.
+    /// If it is missing or invalid.
     pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join("config.json");
         let text =
@@ -54,8 +54,8 @@ impl Spec {
             .map(String::as_str)
     }
 
-    /// By the annotations of containerd's and CRI-O's Kubernetes interface. podman has them, too, with a pod's name
-    /// for the sandbox: its pods are told by the namespaces that containers share.
+    /// From the annotations of containerd's and CRI-O's Kubernetes interface. podman sets them too, with a pod's name as the
+    /// sandbox: its pods are recognized by their shared namespaces.
     pub fn role(&self, id: &str) -> Role {
         if self.annotation(&["io.container.manager"]) == Some("libpod") {
             return Role::Single;
@@ -77,7 +77,7 @@ impl Spec {
         }
     }
 
-    /// Adds a mount for each volume that its annotations ask for.
+    /// Adds a mount for each block volume requested by its annotations.
     pub(crate) fn add_block_volumes(&mut self, settings: &Settings) -> Result<(), Error> {
         let volumes = settings.block_volumes(self.0.annotations().as_ref())?;
         if !volumes.is_empty() {
@@ -103,26 +103,26 @@ impl Spec {
         }
     }
 
-    /// Has the calling thread, the only one of its process, enter the namespaces of the container's sandbox: a
-    /// mount namespace of its own, and its network namespace.
+    /// Moves the calling thread, the only one of its process, into the namespaces of the container's sandbox: a new mount
+    /// namespace, and its network namespace.
     ///
     /// # Errors
-    /// Which can't be had.
+    /// The namespace that can't be entered.
     pub fn enter_namespaces(&self) -> Result<(), Error> {
         Ok(self.network().enter()?)
     }
 
-    /// Has the calling thread, the only one of its process, enter the network namespace of another container, for
-    /// a process that stands for one in that one's sandbox.
+    /// Moves the calling thread, the only one of its process, into the network namespace of another container, for a process
+    /// that represents a container in the other one's sandbox.
     ///
     /// # Errors
-    /// If it can't be had.
+    /// If it can't be entered.
     pub fn enter_network_of_another(&self) -> Result<(), Error> {
         Ok(self.network().enter_named()?)
     }
 
-    /// The name server of Docker's user-defined networks, if the container is to ask that: on the loopback of its
-    /// network namespace on the host.
+    /// The name server of Docker's user-defined networks, if the container uses it: on the loopback of its network namespace
+    /// on the host.
     pub(crate) fn name_server(&self) -> Option<IpAddr> {
         let mut mounts = self.0.mounts().iter().flatten();
         let own = |mount: &&oci::Mount| mount.destination() == Path::new("/etc/resolv.conf");
@@ -135,7 +135,7 @@ impl Spec {
         servers.find(|address| *address == DOCKERS_NAMES)
     }
 
-    /// What it may have: a pod's as Kubernetes says it, else the container's own.
+    /// Its limits: for a pod those set by Kubernetes, otherwise the container's own.
     pub(crate) fn limits(&self) -> Limits {
         let number = |name: &str| self.annotation(&[name])?.parse::<i64>().ok();
         let memory = number("io.kubernetes.cri.sandbox-memory");
@@ -153,7 +153,7 @@ impl Spec {
         .or(self.resources())
     }
 
-    /// The process whose pid namespace it is to have, by that process's path in /proc.
+    /// The process whose pid namespace it shares, from a path in /proc.
     pub(crate) fn pids_of(&self) -> Option<u32> {
         let linux = self.0.linux().as_ref()?;
         let mut namespaces = linux.namespaces().iter().flatten();
@@ -163,13 +163,13 @@ impl Spec {
         number.parse().ok()
     }
 
-    /// Rows and columns of the terminal, if it is to have a size.
+    /// Rows and columns of the terminal, if configured.
     pub fn console_size(&self) -> Option<(u64, u64)> {
         let size = self.0.process().as_ref()?.console_size()?;
         Some((size.height(), size.width()))
     }
 
-    /// The processes of the host whose namespaces it is to have, by `/proc/PID/ns/...`, and of which kinds.
+    /// The processes of the host whose namespaces it shares by `/proc/PID/ns/...`, with the kinds of namespaces.
     pub fn named_processes(&self) -> Vec<(LinuxNamespaceType, u32)> {
         let linux = self.0.linux().as_ref();
         let namespaces = linux.and_then(|linux| linux.namespaces().as_ref());
@@ -194,8 +194,7 @@ impl Spec {
             .collect()
     }
 
-    /// The hooks that are programs of the host, which the runtime runs: they are taken out, and what is left is
-    /// the guest's.
+    /// Removes the hooks that run on the host from the configuration, and returns them; the others run in the guest.
     pub fn take_host_hooks(&mut self) -> oci::Hooks {
         let mut host = oci::Hooks::default();
         if let Some(hooks) = self.0.hooks_mut() {
@@ -213,7 +212,7 @@ impl Spec {
         host
     }
 
-    /// Takes out the hooks of the host that another process runs; the sandbox's own runs createContainer hooks.
+    /// Removes the hooks that another process runs on the host; the sandbox's process runs createContainer hooks.
     pub fn drop_hooks_of_others(&mut self) {
         let host = self.take_host_hooks();
         if let Some(hooks) = self.0.hooks_mut() {
@@ -221,8 +220,8 @@ impl Spec {
         }
     }
 
-    /// The container's state, as hooks and clients of OCI runtimes get it. `pid` is the process on the host that
-    /// stands for it.
+    /// The container's state, as passed to hooks and clients of OCI runtimes. `pid` is the PID on the host that represents
+    /// it.
     pub fn state(
         &self,
         id: &str,
@@ -240,14 +239,14 @@ impl Spec {
         state
     }
 
-    /// Those of its network namespace. A single container's is the guest's own, which the guest's kernel sets up.
+    /// The sysctls of its network namespace. For a single container they are kernel parameters of the guest.
     pub(crate) fn network_sysctls(&self) -> BTreeMap<String, String> {
         let mut sysctls = self.sysctls();
         sysctls.retain(|name, _| is_network_sysctl(name));
         sysctls
     }
 
-    /// The configuration without them.
+    /// The configuration without these sysctls.
     pub(crate) fn without_network_sysctls(&self) -> oci::Spec {
         let mut spec = self.0.clone();
         if let Some(linux) = spec.linux_mut()
@@ -264,7 +263,7 @@ impl Spec {
         cgroup::directory(path)
     }
 
-    /// Has the sandbox live in a control group of this name, if the configuration names none.
+    /// Sets the sandbox's control group, if the configuration names none.
     pub fn default_cgroup(&mut self, name: &str) {
         let mut linux = self.0.linux().clone().unwrap_or_default();
         if linux.cgroups_path().is_none() {
@@ -278,13 +277,13 @@ impl Spec {
         &self.0
     }
 
-    /// The AppArmor profile that its process is to have.
+    /// The AppArmor profile of its process.
     pub(crate) fn apparmor_profile(&self) -> Option<String> {
         let profile = self.0.process().as_ref()?.apparmor_profile().clone();
         profile.filter(|name| !name.is_empty())
     }
 
-    /// The SELinux label that its process is to have.
+    /// The SELinux label of its process.
     pub fn selinux_label(&self) -> Option<&str> {
         let label = self.0.process().as_ref()?.selinux_label().as_deref();
         label.filter(|label| !label.is_empty())
@@ -295,7 +294,7 @@ impl Spec {
     }
 }
 
-/// Both ways of writing a name are sysctl(8)'s.
+/// A name may be written in both forms of sysctl(8).
 fn is_network_sysctl(name: &str) -> bool {
     name.starts_with("net.") || name.starts_with("net/")
 }
@@ -373,7 +372,7 @@ mod tests {
         assert_eq!(of(json!([{"type": "pid"}])).pids_of(), None);
     }
 
-    /// podman and Docker set some of each container's network.
+    /// podman and Docker set some for the network of each container.
     #[test]
     fn sysctls_of_the_network_are_the_guests() {
         let spec = spec(

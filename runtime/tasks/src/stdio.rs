@@ -1,9 +1,8 @@
-//! Where a process's streams go on the host: the FIFOs, files and loggers that clients name, or descriptors.
+//! The host's ends of a process's streams: FIFOs, files and loggers named by clients, or descriptors.
 //!
-//! The rules for FIFOs are those of containerd's own shims. A client opens its ends before the container
-//! is made and closes them as soon as it hears of the end. A client may also go and come back, or another may
-//! come: an end of each FIFO stays open here, so that a process neither sees an end of file nor is killed by
-//! a broken pipe.
+//! The rules for FIFOs are those of containerd's own shims. A client opens its ends before the container is created and
+//! closes them as soon as it learns of the end. A client may also disconnect and reconnect, or be replaced: an end of each
+//! FIFO stays open here, so that a process neither sees an end of file nor is killed by a broken pipe.
 
 use crate::logger::{self, Logger};
 use crate::preserved::Preserved;
@@ -17,18 +16,18 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a client may take to open its end of a FIFO.
+/// Time limit for a client to open its end of a FIFO.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
-/// How often that is tried: Linux tells who opens a FIFO only to those who wait in open(2), without a limit.
+/// Polling interval for that: Linux only reports the opening of a FIFO to a blocking open(2), which has no time limit.
 const OPEN_AGAIN: Duration = Duration::from_millis(2);
 
-/// Where a process's streams go.
+/// Targets of a process's streams.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum StdioConfig {
     /// By name.
     Paths(StdioPaths),
-    /// To what is open.
+    /// Open descriptors.
     Descriptors(StdioDescriptors),
 }
 
@@ -38,7 +37,7 @@ impl Default for StdioConfig {
     }
 }
 
-/// FIFOs, files, `file://PATH`, and for outputs `binary://PROGRAM`. An empty one: nowhere.
+/// FIFOs, files, `file://PATH`, and for outputs `binary://PROGRAM`. Empty: no stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StdioPaths {
     /// Standard input.
@@ -51,7 +50,7 @@ pub struct StdioPaths {
     pub terminal: bool,
 }
 
-/// Descriptors that block. None: nowhere.
+/// Descriptors in blocking mode. `None`: no stream.
 #[derive(Debug, Default)]
 pub struct StdioDescriptors {
     /// Standard input.
@@ -62,14 +61,14 @@ pub struct StdioDescriptors {
     pub stderr: Option<OwnedFd>,
     /// Whether the process has a terminal.
     pub terminal: bool,
-    /// Whether that prints newlines as they are, not as CR LF.
+    /// Whether the terminal outputs newlines unchanged, not as CR LF.
     pub keep_newlines: bool,
-    /// The process's descriptors from 3 on.
+    /// Descriptors 3 and up of the process.
     pub preserved: Vec<Preserved>,
 }
 
 impl StdioConfig {
-    /// What a client is told; of descriptors, whether there is a terminal.
+    /// The paths for clients; for descriptors, only whether there is a terminal.
     pub(crate) fn paths(&self) -> StdioPaths {
         match self {
             Self::Paths(paths) => paths.clone(),
@@ -80,7 +79,7 @@ impl StdioConfig {
         }
     }
 
-    /// What the guest is asked for.
+    /// The streams to request from the guest.
     pub(crate) fn wanted(&self) -> ProcessStreams {
         let preserved = match self {
             Self::Paths(_) => &[][..],
@@ -113,7 +112,7 @@ impl StdioConfig {
         }
     }
 
-    /// A terminal of the size that an open one has. Of one that is named the client says it once the process runs.
+    /// A terminal with the size of an open one. For a named one, the client sends the size once the process runs.
     fn terminal(&self) -> Stdio {
         let (size, keep_newlines) = match self {
             Self::Descriptors(open) => {
@@ -132,7 +131,7 @@ impl StdioConfig {
     /// Opens the host's ends. `name` and `namespace` are for loggers.
     ///
     /// # Errors
-    /// Which can't be opened; a client that does not open its end.
+    /// The stream that can't be opened, or a client that does not open its end.
     pub(crate) fn open(self, name: &str, namespace: &str) -> Result<Io> {
         match self {
             Self::Paths(paths) => paths.open(name, namespace),
@@ -161,7 +160,7 @@ impl StdioPaths {
             io.logger = Some(logger);
         } else {
             io.stdout = Output::at(&self.stdout)?;
-            // Appended to by both, where both name one file.
+            // Both append, if both name the same file.
             io.stderr = match (&io.stdout, self.stderr == self.stdout) {
                 (Some(Output::Open(file)), true) => Some(Output::Open(file.try_clone()?)),
                 _ => Output::at(&self.stderr)?,
@@ -187,10 +186,10 @@ pub(crate) struct Io {
 }
 
 pub(crate) enum Output {
-    /// A FIFO, and our own reading end.
+    /// A FIFO, and our own read end.
     Fifo(File, OwnedFd),
     Open(File),
-    /// An inherited descriptor. Once it is closed, the process is not read from either, so that it learns of that.
+    /// An inherited descriptor. Once its reader is gone, the guest's end is closed too, so that the process notices.
     Preserved(Preserved),
 }
 
@@ -215,7 +214,7 @@ impl Output {
         }
         let started = Instant::now();
         let flags = OFlags::NONBLOCK | OFlags::CLOEXEC;
-        // Somebody else must read: what goes into a FIFO with no reader but us is lost with us.
+        // Another reader must exist: data in a FIFO that only this process reads would be lost.
         let writer = loop {
             match open(path, flags | OFlags::WRONLY, Mode::empty()) {
                 Err(Errno::NXIO) if started.elapsed() < OPEN_LIMIT => {
@@ -241,7 +240,7 @@ fn append_to(path: &Path) -> Result<Output> {
 
 pub(crate) struct Input {
     pub(crate) from: File,
-    /// Our own writing end of a FIFO.
+    /// Our own write end of a FIFO.
     pub(crate) keep: Option<OwnedFd>,
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-/// How a thread is started that nobody waits for.
+/// Function that starts a detached thread.
 pub(crate) type Start = fn(&'static str, Box<dyn FnOnce() + Send>) -> Result<()>;
 
 fn spawn_thread(name: &'static str, work: Box<dyn FnOnce() + Send>) -> Result<()> {
@@ -16,24 +16,24 @@ fn spawn_thread(name: &'static str, work: Box<dyn FnOnce() + Send>) -> Result<()
 }
 
 impl TaskSet {
-    /// Whether the virtual machine ends, or has ended, because it was to: its containers are killed by that.
+    /// Whether the virtual machine was stopped on purpose: its containers count as killed.
     pub(crate) fn was_stopped(&self) -> bool {
         let state = self.lock();
         state.is_stopping && !state.has_died
     }
 
-    /// Wakes those who wait for a change, after one of a process.
+    /// Wakes the threads that wait for a change, after a change of a process.
     pub(crate) fn notify(&self) {
         self.change(|_| ());
     }
 
-    /// Takes the virtual machine down on a thread of its own: nothing waits for it. One that starts is taken
-    /// down once that is over.
+    /// Shuts the virtual machine down on a separate thread, without waiting. A starting machine is shut down after its
+    /// start.
     pub fn stop(&self) {
         self.stop_by(spawn_thread);
     }
 
-    /// The same by threads that this starts. False if the host has none for it: then it goes on.
+    /// The same with threads started by `spawn`. False if the host can't create one: the machine continues then.
     fn stop_by(&self, spawn: Start) -> bool {
         let machine = self.change(|state| match &state.machine {
             Machine::Absent => None,
@@ -61,8 +61,7 @@ impl TaskSet {
         started.is_ok()
     }
 
-    /// The last thing that is asked of it: ends the virtual machine, once the guest has written out what it has,
-    /// and takes away what was mounted.
+    /// Final call: ends the virtual machine after the guest has flushed its disks, and unmounts everything.
     pub fn finish(&self) {
         self.finish_by(spawn_thread);
     }
@@ -76,7 +75,7 @@ impl TaskSet {
         });
         if let Some(machine) = machine.flatten() {
             if !is_ending {
-                // It has limits of its own.
+                // It has its own time limits.
                 self.change(|state| state.is_stopping = true);
                 machine.stop();
             }
@@ -93,7 +92,7 @@ impl TaskSet {
     }
 }
 
-/// Waits for a virtual machine's end, and no longer than `limit`.
+/// Waits for a virtual machine's end, up to `limit`.
 fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, spawn: Start) {
     if machine.ended().is_some() {
         return;
@@ -108,7 +107,7 @@ fn wait_ended(machine: &Arc<dyn VirtualMachine>, limit: Duration, spawn: Start) 
         ended.recv_timeout(limit).ok();
         return;
     }
-    // Without a thread it is looked at again and again.
+    // Without a thread, its state is polled.
     let begun = Instant::now();
     while machine.ended().is_none() && begun.elapsed() < limit {
         std::thread::sleep(Duration::from_millis(10));

@@ -6,19 +6,19 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The locks of this crate, in the order in which a thread takes them. None is held over a call to the guest, to
-/// the host's file system, or to anything else that may take its time.
+/// The locks of this crate, in the order in which a thread takes them. None is held during a call to the guest, to the
+/// host's file system, or to anything else that may block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Level {
     /// The task set: [`crate::set::State`].
     Set = 1,
-    /// One process: its status, and what of the guest is behind it.
+    /// One process: its status, and its object in the guest.
     Process = 2,
     /// The streams of one process.
     Relay = 3,
 }
 
-/// A lock of some level. Debug builds panic if a thread that holds it or a later one takes it.
+/// A lock with a level. Debug builds panic if a thread takes it while holding the same or a later level.
 pub(crate) struct Ordered<T> {
     level: Level,
     mutex: Mutex<T>,
@@ -30,7 +30,7 @@ impl<T> Ordered<T> {
         Self { level, mutex }
     }
 
-    /// Takes it. A panic of another thread does not spoil it.
+    /// Takes the lock, ignoring poisoning.
     pub(crate) fn lock(&self) -> Guard<'_, T> {
         let held = Held::new(self.level);
         let inner = self.mutex.lock().unwrap_or_else(PoisonError::into_inner);
@@ -38,14 +38,14 @@ impl<T> Ordered<T> {
     }
 }
 
-/// A lock that is held.
+/// A held lock.
 pub(crate) struct Guard<'a, T> {
     inner: MutexGuard<'a, T>,
     held: Held,
 }
 
 impl<T> Guard<'_, T> {
-    /// Waits for a change of what it guards.
+    /// Waits for a change of the guarded data.
     pub(crate) fn wait(self, changed: &Condvar) -> Self {
         let Self { inner, held } = self;
         held.check_alone();
@@ -54,7 +54,7 @@ impl<T> Guard<'_, T> {
         Self { inner, held }
     }
 
-    /// The same, and no longer than `limit`.
+    /// The same, up to `limit`.
     pub(crate) fn wait_timeout(self, changed: &Condvar, limit: Duration) -> Self {
         let Self { inner, held } = self;
         held.check_alone();
@@ -80,11 +80,11 @@ impl<T> DerefMut for Guard<'_, T> {
 
 #[cfg(debug_assertions)]
 thread_local! {
-    /// The levels of the locks that this thread holds, a bit each.
+    /// The levels of the locks held by this thread, one bit each.
     static HELD: std::cell::Cell<u8> = const { std::cell::Cell::new(0) };
 }
 
-/// A level that this thread holds.
+/// A level held by this thread.
 struct Held {
     #[cfg(debug_assertions)]
     bit: u8,
@@ -107,7 +107,7 @@ impl Held {
         Self {}
     }
 
-    /// Whoever waits holds nothing else.
+    /// A waiting thread must hold no other lock.
     fn check_alone(&self) {
         #[cfg(debug_assertions)]
         HELD.with(|held| assert_eq!(held.get(), self.bit, "a wait with other locks held"));
@@ -121,10 +121,10 @@ impl Drop for Held {
     }
 }
 
-/// Starts a thread that nobody waits for.
+/// Starts a detached thread.
 ///
 /// # Errors
-/// If the host has none left.
+/// If the host can't create one.
 pub(crate) fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     threads::spawn(name, work).context("cannot start a thread")?;
     Ok(())

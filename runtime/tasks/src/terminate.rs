@@ -1,4 +1,4 @@
-//! How a container is told to end, and seen to do it.
+//! Termination of containers.
 
 use crate::Error;
 use crate::machine::GuestContainer;
@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// Sends a signal to a container's init process. With SIGKILL the host sees to its end, whatever the guest says
-/// to it ([`Container::kill`]).
+/// Sends a signal to a container's init process. After SIGKILL, the host enforces the end ([`Container::kill`]).
 ///
 /// # Errors
 /// If it has ended.
@@ -31,11 +30,11 @@ pub(crate) fn send(
     }
 }
 
-/// Ends a container: `signal` (SIGTERM, unless its image or its user wants another) for its init process, and SIGKILL
+/// Ends a container: sends `signal` (SIGTERM, or another one set by its image or user) to its init process, and SIGKILL
 /// after `grace`. Returns when it has ended.
 ///
-/// That has no limit here: a guest that does not end it loses its virtual machine ([`Container::kill`]), once it
-/// has nothing left to write to its disks.
+/// There is no time limit here: a guest that does not end the container loses its virtual machine ([`Container::kill`]),
+/// after it has flushed its disks.
 ///
 /// # Errors
 /// If the host has no thread left.
@@ -55,13 +54,13 @@ pub(crate) fn end(
         waiting.wait().ok();
         drop(sender);
     })?;
-    // A guest that does not answer uses up its own time.
+    // A guest that does not reply uses up its grace period.
     let asked = container.clone();
     spawn("koya-term", move || {
         asked.signal(signal).ok();
     })?;
     if ended.recv_timeout(grace) == Err(RecvTimeoutError::Timeout) {
-        // It may have ended by the guest's word, but not by that of its wait: that is overdue then, too.
+        // The guest may claim that it has ended without completing the wait, which is overdue then, too.
         container.kill(false).ok();
         ended.recv().ok();
     }

@@ -1,5 +1,5 @@
-//! Lines of JSON over a Unix socket, with descriptors beside them: how the commands of a command line talk to the
-//! processes of their sandboxes.
+//! Lines of JSON over a Unix socket, with descriptors attached: the protocol between commands and the processes of their
+//! sandboxes.
 
 use crate::preserved::Preserved;
 use anyhow::{Context, Result, ensure};
@@ -15,11 +15,11 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-/// The longest line, in bytes: an exec's arguments and environment, of which the guest's kernel takes 2 MiB. JSON
-/// has more bytes for some.
+/// Maximum length of a line in bytes: an exec's arguments and environment, which the guest's kernel limits to 2 MiB. JSON
+/// takes more bytes for some characters.
 const MAX_LINE: usize = 4 << 20;
-/// How many descriptors a line may bring: the three streams of a process, a mount namespace, and those that the process
-/// inherits beside its streams.
+/// Maximum number of descriptors attached to a line: the three streams of a process, a mount namespace, and the inherited
+/// descriptors of the process.
 const MAX_FDS: usize = 4 + Preserved::MAX;
 
 /// The receiving side of a connection.
@@ -39,11 +39,10 @@ impl Wire {
         }
     }
 
-    /// The next line, and the descriptors that came until its end; nothing at the end of the
-    /// stream.
+    /// The next line, and the descriptors that arrived with it; `None` at the end of the stream.
     ///
     /// # Errors
-    /// If it is no line of this kind, or too long.
+    /// If the line is invalid or too long.
     pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Option<(T, Vec<OwnedFd>)>> {
         loop {
             if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
@@ -80,10 +79,10 @@ impl Wire {
     }
 }
 
-/// Sends a line, with descriptors beside its first byte.
+/// Sends a line, with descriptors attached to its first byte.
 ///
 /// # Errors
-/// If nobody is there any more.
+/// If the other side has closed the connection.
 pub fn send(
     mut stream: &UnixStream,
     message: &impl Serialize,

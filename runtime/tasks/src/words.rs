@@ -1,5 +1,5 @@
-//! Words of OCI configurations that are not read as they are written: capabilities that only other kernels have, and flags
-//! of schedulers, which the library that reads configurations spells otherwise than the specification.
+//! Values in OCI configurations that can't be parsed directly: capabilities that exist only in other kernels, and scheduler
+//! flags, which the configuration library spells differently from the specification.
 
 use anyhow::Context as _;
 use koya::oci_spec::runtime as oci;
@@ -8,26 +8,26 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// As the specification has them, and as the library does.
+/// Spelling in the specification, and in the library.
 const FLAGS: [(&str, &str); 2] = [
     ("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"),
     ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
 ];
 
-/// A process that is to be added to a container, from its JSON.
+/// Parses an exec process from its JSON.
 ///
 /// # Errors
-/// If it is broken.
+/// If it is invalid.
 pub fn read_process(text: &[u8]) -> anyhow::Result<oci::Process> {
     read(text, "").context("the process is broken")
 }
 
-/// A container's configuration.
+/// Parses a container's configuration.
 pub(crate) fn read_spec(text: &[u8]) -> serde_json::Result<oci::Spec> {
     read(text, "/process")
 }
 
-/// What has a process at this place. Few have such words.
+/// Parses a document with a process at this JSON path. Most documents need no changes.
 fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T> {
     serde_json::from_slice(text).or_else(|error| {
         let understood = || {
@@ -41,7 +41,7 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
     })
 }
 
-/// runc warns of them, too.
+/// Removes unknown capabilities with a warning, like runc.
 fn drop_unknown_capabilities(process: &mut Value) {
     let sets = process["capabilities"].as_object_mut();
     let sets = sets.into_iter().flat_map(|sets| sets.values_mut());

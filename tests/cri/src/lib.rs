@@ -1,7 +1,7 @@
-//! A client of Kubernetes' Container Runtime Interface (CRI), as the kubelet is one: typed calls over gRPC
-//! on a Unix socket, and the streams behind exec, attach and port forward over WebSocket.
+//! A client of Kubernetes' Container Runtime Interface (CRI) in place of the kubelet: typed calls over gRPC on a Unix
+//! socket, and the streams of exec, attach and port forward over WebSocket.
 //!
-//! All calls block. Whoever tests sees what a kubelet would see.
+//! All calls block, and return the same data as the kubelet would receive.
 
 use anyhow::{Context, Result, bail};
 use hyper_util::rt::TokioIo;
@@ -16,7 +16,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 mod stream;
 pub use stream::{Forward, Streamed};
 
-/// How long one call may take.
+/// Time limit for a call.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A connection to a CRI server's runtime service.
@@ -29,7 +29,7 @@ impl Cri {
     /// Connects to the server behind a Unix socket.
     ///
     /// # Errors
-    /// If nobody listens there.
+    /// If there is no server on the socket.
     pub fn connect(socket: &Path) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -41,7 +41,7 @@ impl Cri {
             async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
         });
         let channel = runtime.block_on(async {
-            // The address is for HTTP's sake only.
+            // Only for the HTTP header; never resolved.
             let endpoint = Endpoint::try_from("http://cri.invalid")?.timeout(LIMIT);
             endpoint.connect_with_connector(connector).await
         });
@@ -55,7 +55,7 @@ impl Cri {
     /// One call: `cri.call(async |client| client.version(VersionRequest::default()).await)`.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn call<T, F>(&self, call: impl FnOnce(RuntimeServiceClient<Channel>) -> F) -> Result<T>
     where
         F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
@@ -70,7 +70,7 @@ impl Cri {
     /// Starts a pod and returns its ID.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn run_pod(&self, config: &v1::PodSandboxConfig, handler: &str) -> Result<String> {
         let request = v1::RunPodSandboxRequest {
             config: Some(config.clone()),
@@ -80,10 +80,10 @@ impl Cri {
         Ok(answer.pod_sandbox_id)
     }
 
-    /// What the server knows of a pod.
+    /// Returns the status of a pod.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn pod_status(&self, pod: &str) -> Result<v1::PodSandboxStatus> {
         let request = v1::PodSandboxStatusRequest {
             pod_sandbox_id: pod.into(),
@@ -93,10 +93,10 @@ impl Cri {
         answer.status.context("a status without a status")
     }
 
-    /// Stops and removes a pod with all that is in it.
+    /// Stops and removes a pod with its containers.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn remove_pod(&self, pod: &str) -> Result<()> {
         let pod_sandbox_id = pod.to_owned();
         let stop = v1::StopPodSandboxRequest {
@@ -108,10 +108,10 @@ impl Cri {
         Ok(())
     }
 
-    /// Makes a container in a pod, and returns its ID.
+    /// Creates a container in a pod and returns its ID.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn create(
         &self,
         pod: &str,
@@ -127,10 +127,10 @@ impl Cri {
         Ok(answer.container_id)
     }
 
-    /// Starts it.
+    /// Starts a container.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn start(&self, container: &str) -> Result<()> {
         let container_id = container.into();
         let request = v1::StartContainerRequest { container_id };
@@ -138,10 +138,10 @@ impl Cri {
             .map(drop)
     }
 
-    /// Stops it: by its stop signal, after `timeout` seconds by SIGKILL.
+    /// Stops a container: by its stop signal, and after `timeout` seconds by SIGKILL.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn stop(&self, container: &str, timeout: i64) -> Result<()> {
         let container_id = container.into();
         let request = v1::StopContainerRequest {
@@ -152,10 +152,10 @@ impl Cri {
             .map(drop)
     }
 
-    /// Removes it.
+    /// Removes a container.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn remove(&self, container: &str) -> Result<()> {
         let container_id = container.into();
         let request = v1::RemoveContainerRequest { container_id };
@@ -163,10 +163,10 @@ impl Cri {
             .map(drop)
     }
 
-    /// What the server knows of a container.
+    /// Returns the status of a container.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn status(&self, container: &str) -> Result<v1::ContainerStatus> {
         let request = v1::ContainerStatusRequest {
             container_id: container.into(),
@@ -176,10 +176,10 @@ impl Cri {
         answer.status.context("a status without a status")
     }
 
-    /// What a container uses.
+    /// Returns the resource usage of a container.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn stats(&self, container: &str) -> Result<v1::ContainerStats> {
         let container_id = container.into();
         let request = v1::ContainerStatsRequest { container_id };
@@ -187,10 +187,10 @@ impl Cri {
         answer.stats.context("an answer without stats")
     }
 
-    /// Changes its limits.
+    /// Changes the limits of a container.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn update(&self, container: &str, linux: v1::LinuxContainerResources) -> Result<()> {
         let request = v1::UpdateContainerResourcesRequest {
             container_id: container.into(),
@@ -201,10 +201,10 @@ impl Cri {
             .map(drop)
     }
 
-    /// Runs a command in a container, as a probe does: exit code and outputs.
+    /// Runs a command in a container, as a probe does; returns exit code and output.
     ///
     /// # Errors
-    /// What the server answers.
+    /// The error from the server.
     pub fn exec_sync(&self, container: &str, command: &[&str]) -> Result<v1::ExecSyncResponse> {
         let request = v1::ExecSyncRequest {
             container_id: container.into(),
@@ -217,7 +217,7 @@ impl Cri {
     /// Runs a command in a container with `input` as its standard input, over the server's streams.
     ///
     /// # Errors
-    /// What the server answers, or a stream that breaks.
+    /// The error from the server, or a broken stream.
     pub fn exec(
         &self,
         container: &str,
@@ -238,10 +238,10 @@ impl Cri {
         self.runtime.block_on(stream::exchange(&url, input, done))
     }
 
-    /// Attaches to a container's first process, gives it `input`, and reads until `done`.
+    /// Attaches to the first process of a container, sends `input`, and reads until `done`.
     ///
     /// # Errors
-    /// What the server answers, or a stream that breaks.
+    /// The error from the server, or a broken stream.
     pub fn attach(
         &self,
         container: &str,
@@ -261,10 +261,10 @@ impl Cri {
         self.runtime.block_on(stream::exchange(&url, input, done))
     }
 
-    /// Opens a stream to a TCP port of a pod's, sends `request`, and returns what came back until its end.
+    /// Opens a stream to a TCP port of a pod, sends `request`, and returns all data up to the end of the stream.
     ///
     /// # Errors
-    /// What the server answers, or a stream that breaks.
+    /// The error from the server, or a broken stream.
     pub fn forward(&self, pod: &str, port: u16, request: &[u8]) -> Result<Forward> {
         let ask = v1::PortForwardRequest {
             pod_sandbox_id: pod.into(),

@@ -1,7 +1,7 @@
 //! Kubernetes' streaming protocols over WebSocket: each message begins with the number of its channel.
 //!
-//! Remote commands: `v4.channel.k8s.io` (kubelet's `remotecommand`). Port forward: `v4.channel.k8s.io` too,
-//! with a channel for data and one for errors of each port, which both begin with the port's number.
+//! Remote commands: `v4.channel.k8s.io` (the kubelet's `remotecommand`). Port forward: `v4.channel.k8s.io` too, with a data
+//! channel and an error channel for each port, both of which begin with the port number.
 
 use anyhow::{Context, Result, bail};
 use futures::SinkExt as _;
@@ -13,7 +13,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 const PROTOCOL: &str = "v4.channel.k8s.io";
-/// How long a stream may last.
+/// Time limit for a stream.
 const LIMIT: Duration = Duration::from_secs(120);
 
 const STDIN: u8 = 0;
@@ -21,21 +21,21 @@ const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const STATUS: u8 = 3;
 
-/// What came over the streams of a command.
+/// Output and status of a command.
 #[derive(Debug, Default)]
 pub struct Streamed {
-    /// Its standard output.
+    /// Standard output.
     pub stdout: String,
-    /// Its standard error.
+    /// Standard error.
     pub stderr: String,
-    /// How it ended, as Kubernetes says it in JSON; none if it did not.
+    /// Exit status in Kubernetes' JSON format; `None` if the command did not end.
     pub status: Option<String>,
 }
 
-/// What came back from a port.
+/// Data from a forwarded port.
 #[derive(Debug, Default)]
 pub struct Forward {
-    /// From who listens there.
+    /// From the port.
     pub data: String,
     /// From the server, if it could not reach the port.
     pub error: String,
@@ -54,7 +54,7 @@ async fn open(url: &str) -> Result<Socket> {
     Ok(connected.with_context(|| format!("no stream at {url}"))?.0)
 }
 
-/// The next message: its channel, and what it says. None at the end.
+/// The next message: channel and payload. `None` at the end.
 async fn next(socket: &mut Socket) -> Result<Option<(u8, Vec<u8>)>> {
     loop {
         let message = tokio::time::timeout(LIMIT, socket.next()).await;
@@ -66,7 +66,7 @@ async fn next(socket: &mut Socket) -> Result<Option<(u8, Vec<u8>)>> {
                 }
             }
             Some(Ok(_)) => {}
-            // Servers end without the protocol's farewell.
+            // Servers close the connection without a closing handshake.
             Some(Err(_)) => return Ok(None),
         }
     }
@@ -100,7 +100,7 @@ pub(crate) async fn exchange(
 }
 
 pub(crate) async fn forward(url: &str, port: u16, request: &[u8]) -> Result<Forward> {
-    // Over WebSocket the ports are the client's to say.
+    // With WebSocket, the client names the ports in the URL.
     let mark = if url.contains('?') { '&' } else { '?' };
     let mut socket = open(&format!("{url}{mark}port={port}")).await?;
     let message = [&[0][..], request].concat();
@@ -112,7 +112,7 @@ pub(crate) async fn forward(url: &str, port: u16, request: &[u8]) -> Result<Forw
         stream.extend(bytes);
     }
     let texts = all.map(|bytes| {
-        // The first two bytes of each are the port's number.
+        // The first two bytes are the port number.
         let text = bytes.get(2..).unwrap_or_default();
         String::from_utf8_lossy(text).into_owned()
     });

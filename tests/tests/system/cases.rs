@@ -1,4 +1,4 @@
-//! What people met with other container runtimes, as far as it takes a guest: `docs/cases.md` has the list.
+//! Known problems of other container runtimes, as far as a test needs a guest: listed in `docs/cases.md`.
 
 use crate::tool::{Background, busybox, koya, run_in, scratch, sh, shared_rootfs, stdout, until};
 use anyhow::{Result, ensure};
@@ -14,13 +14,13 @@ crate::trials![
     a_user_serves_low_ports_and_may_ping,
 ];
 
-/// A file that a container can run or read.
+/// Writes a file, for a container to run or read.
 fn write(at: &Path, mode: u32, content: &[u8]) -> Result<()> {
     fs::write(at, content)?;
     Ok(fs::set_permissions(at, fs::Permissions::from_mode(mode))?)
 }
 
-/// A tmpfs on the host, unmounted when the test is over.
+/// A tmpfs on the host, unmounted on drop.
 struct Mounted<'p>(&'p Path);
 
 impl<'p> Mounted<'p> {
@@ -37,7 +37,7 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// Each line of what a script says is `CASE: RESULT`.
+/// Checks lines of a script's output, each in the form `CASE: RESULT`.
 fn expect(said: &str, wanted: &[(&str, &str)]) -> Result<()> {
     for (case, result) in wanted {
         let line = format!("{case}: {result}");
@@ -66,7 +66,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
     let options = [
         "--tmpfs".into(),
         "/data/cache:size=64k,mode=0711,noexec".into(),
-        // It is there in the root, with another mode.
+        // The directory exists in the root, with another mode.
         "--tmpfs".into(),
         "/root:mode=0750,uid=33".into(),
         "-v".into(),
@@ -79,7 +79,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
         volume(&blank, "/with blank \\ ünd"),
     ];
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    // `t` says whether something was done.
+    // `t` prints whether a command succeeded.
     let script = "t() { if \"$@\" 2>/dev/null; then echo done; else echo refused; fi; }
         echo tmpfs-in-volume: $(ls /data/cache | wc -l) $(stat -f -c %T /data/cache)
         head -c 1m /dev/zero > /data/cache/big 2>/dev/null
@@ -110,7 +110,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
         ],
     )?;
     ensure!(!tree.join("inner/x").exists() && data.join("new").exists());
-    // What can't be mounted is known before a machine is made.
+    // A mount that cannot be made is refused before the machine is created.
     let root = run_in(shared_rootfs(), &["-v", "/srv:/"], &["true"])?;
     let said = String::from_utf8_lossy(&root.stderr).into_owned();
     ensure!(
@@ -125,7 +125,7 @@ fn mounts_are_as_they_were_asked_for() -> Result<()> {
 fn a_callers_umask_and_closed_streams_shut_nobody_out() -> Result<()> {
     let (root, own) = (scratch("cases-umask")?, scratch("cases-umask-volume")?);
     busybox(&root)?;
-    // Only root may enter its working directory, and is in it before it is another user.
+    // Only root may enter the working directory, which is entered before the change of user.
     fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700))?;
     write(&own.join("file"), 0o644, b"read\n")?;
     let script = "pwd; cat /opt/deep/name/file /opt/one; umask; id -u";
@@ -146,7 +146,7 @@ fn a_callers_umask_and_closed_streams_shut_nobody_out() -> Result<()> {
     Ok(())
 }
 
-/// A program of 32 bits that says so: write(1, "32 bits\n", 8) and exit(0), by `int 0x80`.
+/// A 32-bit program: write(1, "32 bits\n", 8) and exit(0), by `int 0x80`.
 fn of_32_bits() -> Vec<u8> {
     const BASE: u32 = 0x0800_0000;
     const HEADERS: u32 = 52 + 32;
@@ -159,7 +159,7 @@ fn of_32_bits() -> Vec<u8> {
     ]
     .concat();
     let size = HEADERS + code.len() as u32;
-    // ELFCLASS32, little endian, executable, i386; one segment, all of the file.
+    // ELFCLASS32, little endian, executable, i386; one segment with the whole file.
     let mut elf = b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0".to_vec();
     for word in [1, BASE + HEADERS, 52, 0, 0] {
         elf.extend(u32::to_le_bytes(word));
@@ -173,7 +173,7 @@ fn of_32_bits() -> Vec<u8> {
     [elf, code].concat()
 }
 
-/// moby/moby 41030: the network is the container's own.
+/// moby/moby 41030: the container has its own network.
 fn a_user_serves_low_ports_and_may_ping() -> Result<()> {
     let root = scratch("cases-ports")?;
     busybox(&root)?;
@@ -223,7 +223,7 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
     );
 
     let exec = |options: &[&str], command: &[&str]| stdout(container.exec(options, command)?);
-    // Who was added since; a number, though somebody is called so; and a user's own group among the others.
+    // A user added after the start; a number, which is also the name of a user; and supplementary groups.
     let add = "echo later:x:77:33::/tmp: >> /etc/passwd";
     exec(&["-u", "0"], &["sh", "-c", add])?;
     ensure!(exec(&["-u", "later"], &["sh", "-c", "id -u; echo $HOME"])? == "77\n/tmp");
@@ -232,7 +232,7 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
     ensure!(exec(&["-u", "later:40"], &["sh", "-c", status])? == "77\n 40");
 
     ensure!(exec(&[], &["small"])? == "32 bits");
-    // One that this user may not run hides none that it may.
+    // A program without permission in PATH does not hide a later one.
     ensure!(exec(&["-e", "PATH=/closed:/bin"], &["id", "-u"])? == "1234");
     let closed = container.exec(&["-e", "PATH=/closed"], &["id"])?;
     ensure!(closed.status.code() == Some(126), "{closed:?}");

@@ -1,5 +1,4 @@
-//! The command as a citizen of its host: signals, descriptors, readers that go, and what is refused before a
-//! machine is made.
+//! The command's behaviour on its host: signals, descriptors, closed pipes, and errors before a machine is created.
 
 use crate::tool::{Background, koya, run, scratch, sh, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, ensure};
@@ -17,7 +16,7 @@ crate::trials![
     the_clock_follows_the_hosts,
 ];
 
-/// A script of the host's shell; `$R` is a root file system, `$D` a directory.
+/// A script for the host's shell; `$R` is a root file system, `$D` a directory.
 fn host(dir: &PathBuf, script: &str) -> Result<Output> {
     let mut shell = Command::new("sh");
     shell.args(["-c", script]).stdin(Stdio::null());
@@ -38,7 +37,7 @@ fn ignored_signals_stay_ignored() -> Result<()> {
         wait $guest; echo $?; cat $D/said"#,
     )?)?;
     ensure!(said == "3\nusr1", "{said}");
-    // What the caller ignores is nothing to the container's programs. (A shell that is PID 1 ignores SIGQUIT.)
+    // Signals ignored by the caller are not ignored in the container. (A shell as PID 1 ignores SIGQUIT.)
     let said = stdout(host(
         &dir,
         r#"trap '' HUP PIPE; koya run --rootfs $R -- grep SigIgn /proc/self/status"#,
@@ -94,20 +93,20 @@ fn a_reader_that_goes_ends_the_command_quietly() -> Result<()> {
         "timeline --svg -",
         "exec line-readers yes",
     ] {
-        // The reader is gone before a word is said.
+        // The reader exits before any output.
         let script = format!(
             "{{ sleep 0.5; timeout 100 koya {command} 2> $D/error; echo $? > $D/status; }} | true"
         );
         stdout(host(&dir, &script)?)?;
         let said = fs::read_to_string(dir.join("error"))?;
         let status = fs::read_to_string(dir.join("status"))?;
-        // 141: as SIGPIPE's, of the command itself or of the container's program.
+        // 141: death by SIGPIPE, of the command itself or of the container's program.
         ensure!(
             said.is_empty() && status.trim() == "141",
             "{command}: {status}{said}"
         );
     }
-    // One that follows a log that has nothing new notices too.
+    // A command that follows a log without new lines notices too.
     let follow = "{ timeout 60 koya logs -f line-readers; echo $? > $D/status; } | head -n 1";
     ensure!(stdout(host(&dir, follow)?)? == "y");
     let status = fs::read_to_string(dir.join("status"))?;
@@ -185,7 +184,7 @@ fn what_is_missing_is_said_in_one_line() -> Result<()> {
             said.lines().count() == 1 && wanted.iter().all(|word| said.contains(word)),
             "{options:?}: {said}"
         );
-        // No start is known of what never began.
+        // There is no timeline of a start that never began.
         let listed = stdout(koya(["timeline", "--list"]).output()?)?;
         ensure!(!listed.contains(name), "{listed}");
     }
@@ -218,7 +217,7 @@ fn images_of_other_formats_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// Seconds by which the guest is ahead of the host.
+/// Seconds by which the guest's clock is ahead of the host's.
 fn ahead(container: &Background) -> Result<i64> {
     let guest: i64 = stdout(container.exec(&[], &["date", "+%s"])?)?.parse()?;
     let host: i64 = stdout(Command::new("date").arg("+%s").output()?)?.parse()?;
@@ -239,12 +238,12 @@ fn the_clock_follows_the_hosts() -> Result<()> {
         Ok(())
     };
     let right = |why: &str| until(why, || Ok((ahead(&container)?.abs() <= 3).then_some(())));
-    // The host's clock is set, to what it is: its kernel tells of that all the same.
+    // Sets the host's clock to its own time: the kernel notifies anyway.
     wrong(300)?;
     let set = "date -s @$(date +%s.%N)";
     stdout(Command::new("sh").args(["-c", set]).output()?)?;
     right("after the host's clock was set")?;
-    // The sandbox was stopped, and goes on.
+    // Stops and continues the sandbox's process.
     wrong(-300)?;
     for signal in ["-STOP", "-CONT"] {
         let sent = Command::new("kill").args([signal, &pid]).status()?;

@@ -1,5 +1,4 @@
-//! What a container under containerd may not do: by its users, its AppArmor profile and its limits, in the
-//! guest and on the host.
+//! Confinement of a container under containerd, by users, AppArmor profile and limits, in the guest and on the host.
 
 use crate::daemon::{Containerd, RUNTIME, ended};
 use crate::tool::{scratch, shared_rootfs, stdout, until};
@@ -7,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::process::Command;
 
-/// A configuration with a user namespace, and with limits of its processes.
+/// A configuration with a user namespace and process limits.
 pub(crate) fn users_are_mapped(containerd: &Containerd) -> Result<()> {
     let spec = stdout(containerd.ctr(["oci", "spec"]).output()?)?;
     let mut spec: serde_json::Value = serde_json::from_str(&spec)?;
@@ -40,16 +39,15 @@ pub(crate) fn users_are_mapped(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// The threads that work for the guest have the container's profile on the host, and what that denies the
-/// guest can't have.
+/// The threads that serve the guest have the container's profile on the host, and the profile's denials apply to the guest.
 pub(crate) fn an_apparmor_profile_holds(containerd: &Containerd) -> Result<()> {
     let profile = format!("koya-test-{}", containerd.number);
     let shared = scratch("apparmor")?;
     for name in ["allowed", "denied"] {
         fs::write(shared.join(name), name)?;
     }
-    // What matters of the profile that container engines give by default, and one file: by its path in
-    // its file system, for a share's mount is attached nowhere.
+    // The relevant rules of the container engines' default profile, and one file: by its path within its file system, since
+    // the mount of a share is not attached anywhere.
     let text = format!(
         "profile {profile} flags=(attach_disconnected,mediate_deleted) {{\n\
          file,\nnetwork,\ncapability,\nsignal,\ndeny mount,\ndeny /**/denied r,\n}}\n"
@@ -125,7 +123,7 @@ pub(crate) fn an_apparmor_profile_holds(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// The container's limit is its group's in the guest; the host's group has room for the machine too.
+/// The container's limit applies to its control group in the guest; the host's group has additional memory for the machine.
 pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<()> {
     const LIMIT_MIB: u64 = 100;
     let bytes = (LIMIT_MIB << 20).to_string();
@@ -156,7 +154,7 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
         (LIMIT_MIB + 32..LIMIT_MIB + 160).contains(&outside),
         "{outside} MiB on the host"
     );
-    // One without a limit has one on the host all the same, and neither is swapped out.
+    // Without a limit, the host's group has one all the same; neither group may swap.
     stdout(
         containerd
             .run(&["-d"], "free", &["sleep", "1000"])
@@ -166,7 +164,7 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
     let free = free.trim().parse::<u64>()? >> 20;
     ensure!((512..1024).contains(&free), "{free} MiB on the host");
     for name in ["limited", "free"] {
-        // A kernel without swap has no such file.
+        // A kernel without swap does not have this file.
         let swap = containerd.groups().join(name).join("memory.swap.max");
         if swap.exists() {
             let swap = fs::read_to_string(swap)?;
@@ -175,12 +173,12 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
     }
     stdout(containerd.ctr(["task", "rm", "-f", "free"]).output()?)?;
     containerd.remove("free")?;
-    // Beyond the limit the guest's kernel kills what takes too much, and nothing else.
+    // At the limit, the guest's kernel kills only the process that exceeds it.
     let greedy = "head -c 120m /dev/zero | tail > /dev/null; echo $?";
     let (code, text) = ended(&containerd.exec("limited", "greedy", greedy).output()?);
     ensure!(code == Some(0) && text.contains("137"), "{code:?} {text}");
     ensure!(exec("after", "echo alive")? == "alive");
-    // It has had all that it may have: what the host gave beyond that is what `overhead.podFixed` is for.
+    // The container has used its whole limit: memory beyond that on the host is the share of `overhead.podFixed`.
     let peak = fs::read_to_string(containerd.groups().join("limited/memory.peak"))?;
     let beyond = (peak.trim().parse::<u64>()? >> 20).checked_sub(LIMIT_MIB);
     let beyond = beyond.context("the container never had its limit")?;

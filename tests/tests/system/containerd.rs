@@ -1,5 +1,4 @@
-//! `containerd-shim-koya-v2` under the real containerd, by its own `ctr`: each test with each version of
-//! containerd that Debian has.
+//! `containerd-shim-koya-v2` under the real containerd, by `ctr`: each test with each version of containerd in Debian.
 
 use crate::confinement::{
     an_apparmor_profile_holds, limits_hold_inside_and_outside, users_are_mapped,
@@ -73,7 +72,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         "{start}"
     );
 
-    // A reader that is slow misses nothing.
+    // A slow reader loses no output.
     let script = "i=0; while [ $i -lt 3000 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123; i=$((i+1)); done";
     let mut child = containerd
         .run(&["--rm"], "slow", &["sh", "-c", script])
@@ -89,7 +88,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         text.len()
     );
 
-    // What is typed comes in, and its end: later than at once, which ctr 1.6 does not tell.
+    // Standard input and its end are forwarded: after a delay, since ctr 1.6 does not report an end at once.
     let mut cat = containerd.run(&["--rm"], "cat", &["cat"]);
     let mut cat = cat.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut stdin = cat.stdin.take().context("a pipe")?;
@@ -100,7 +99,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
     let out = cat.wait_with_output()?;
     ensure!(out.status.success() && out.stdout == b"typed\n", "{out:?}");
 
-    // A terminal, which ctr takes only from a terminal.
+    // A terminal, which ctr requires on its own standard input.
     let ctr = containerd.run(
         &["--rm", "-t"],
         "tty",
@@ -121,7 +120,7 @@ fn containers_run_and_end(containerd: &Containerd) -> Result<()> {
         "{code:?} {text}"
     );
 
-    // What can't be had is said in one line, and nothing stays behind.
+    // An unsupported option is reported in one line, and nothing is left behind.
     let (code, text) = ended(
         &containerd
             .run(&["--rm", "--net-host"], "net", &["true"])
@@ -219,7 +218,7 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
     let (code, text) = exec("second", "echo again")?;
     ensure!(code == Some(0) && text == "again", "{code:?} {text}");
 
-    // A signal that it has no handler for, and can't be hit by: it is its namespace's init.
+    // A signal without a handler has no effect on the init of a namespace.
     stdout(
         containerd
             .ctr(["task", "kill", "-s", "TERM", "life"])
@@ -239,7 +238,7 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// What is stopped where it is ends by SIGKILL all the same, and by itself: not with its machine.
+/// A paused task ends by SIGKILL of the task itself, not of its machine.
 fn a_paused_task_is_killed(containerd: &Containerd) -> Result<()> {
     let mut run = containerd.run(&["-d"], "paused", &["sleep", "1000"]);
     stdout(run.output()?)?;
@@ -267,7 +266,7 @@ fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
             .output()?,
     )?;
     containerd.kill_and_remove("hit")?;
-    // And its name can be used again.
+    // The name can be used again.
     let out = containerd
         .run(&["--rm"], "hit", &["echo", "again"])
         .output()?;
@@ -275,9 +274,9 @@ fn a_killed_shim_leaves_nothing(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// While a container is made: the shim dies, or containerd, or both.
+/// Kills the shim, containerd, or both during the creation of a container.
 fn killed_at_the_worst_moments_nothing_is_left(containerd: &Containerd) -> Result<()> {
-    // Milliseconds after the shim is there: before its virtual machine, while that boots, and later.
+    // Milliseconds after the start of the shim: before its virtual machine, during boot, and later.
     let moments = [
         (true, false, 0),
         (true, false, 700),
@@ -294,7 +293,7 @@ fn killed_at_the_worst_moments_nothing_is_left(containerd: &Containerd) -> Resul
         let pid = until("a shim", || containerd.shim_of(&name))?;
         std::thread::sleep(Duration::from_millis(millis));
         if shim {
-            // It may have given up already.
+            // The process may have exited already.
             Command::new("kill").args(["-KILL", &pid]).status()?;
         }
         if daemon {
@@ -315,7 +314,7 @@ fn killed_at_the_worst_moments_nothing_is_left(containerd: &Containerd) -> Resul
     containerd.nothing_is_left()
 }
 
-/// KOYA_TEST_CONTAINERS is how many (default 3).
+/// KOYA_TEST_CONTAINERS sets the number (default 3).
 fn many_start_at_once(containerd: &Containerd) -> Result<()> {
     let count: usize = std::env::var("KOYA_TEST_CONTAINERS").map_or(Ok(3), |n| n.parse())?;
     let started = Instant::now();
@@ -340,7 +339,7 @@ fn many_start_at_once(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// As Kubernetes' interface makes pods: by annotations.
+/// By annotations, as containerd's CRI plugin creates pods.
 fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
     let of = |kind: &str| {
         let pairs = [("container-type", kind), ("sandbox-id", "pod")];
@@ -358,12 +357,12 @@ fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
             .args(command);
         ctr
     };
-    // What a pod's own container is told to run is not run.
+    // The command of a pod's own container is not run.
     stdout(run("sandbox", &["-d"], "pod", &["sh", "-c", "exit 1"]).output()?)?;
     ensure!(containerd.state("pod")?.as_deref() == Some("RUNNING"));
     let script = "mkdir /www; echo pong > /www/index.html; exec httpd -f -p 8080 -h /www";
     stdout(run("container", &["-d"], "web", &["sh", "-c", script]).output()?)?;
-    // One process, of which each container has a thread.
+    // One process, with a thread for each container.
     let process = |name: &str| -> Result<String> {
         let status = fs::read_to_string(format!("/proc/{}/status", containerd.pid(name)?))?;
         let line = status.lines().find(|line| line.starts_with("Tgid:"));

@@ -1,5 +1,5 @@
-//! Pods as the kubelet makes them, over the Container Runtime Interface of the real containerd: each test
-//! with each version of containerd that Debian has.
+//! Pods over the Container Runtime Interface of the real containerd, as the kubelet creates them: each test with each
+//! version of containerd in Debian.
 
 use crate::daemon::{Containerd, Test, Use, trials_of};
 use crate::pod::{Pod, linux};
@@ -40,7 +40,7 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
         Ok((pod.log("web")? == "serving").then_some(()))
     })?;
 
-    // Containers of a pod talk over localhost, and have processes of their own.
+    // Containers of a pod share localhost, and have separate processes.
     let script = "until wget -qO- http://127.0.0.1:8080/; do sleep 0.2; done; hostname; ls /www";
     let client = pod.run("client", &["sh", "-c", script], |_| {})?;
     let ended = pod.wait_for_end(&client)?;
@@ -49,7 +49,7 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
     ensure!(said.starts_with("pong\nlife\n"), "{said}");
     cri.remove(&client)?;
 
-    // A probe, and its failure.
+    // A probe, and a failing one.
     ensure!(pod.exec(&web, "cat /www/index.html")? == "pong");
     let out = cri.exec_sync(&web, &["sh", "-c", "echo no >&2; exit 5"])?;
     ensure!(out.exit_code == 5 && out.stderr == b"no\n", "{out:?}");
@@ -94,13 +94,13 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
     let limit = pod.exec(&web, "cat /sys/fs/cgroup/memory.max")?;
     ensure!(limit == (80 << 20).to_string(), "{limit}");
 
-    // The kubelet's way to the pod's own loopback.
+    // Port forwarding to the pod's loopback.
     let answer = cri.forward(&pod.id, 8080, b"GET / HTTP/1.0\r\n\r\n")?;
     ensure!(answer.data.ends_with("pong\n"), "{answer:?}");
     let answer = cri.forward(&pod.id, 8081, b"GET / HTTP/1.0\r\n\r\n")?;
     ensure!(answer.data.is_empty(), "{answer:?}");
 
-    // One that is added to look at another, and sees its processes.
+    // A debug container, which sees the processes of another one.
     let debug = pod.run("debug", &["sh", "-c", "ps; exit 0"], |config| {
         let options = linux(config).security_context.get_or_insert_default();
         let options = options.namespace_options.get_or_insert_default();
@@ -117,7 +117,7 @@ fn a_pod_lives(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// Two pods, one of which serves: the other gets its answer by each of its addresses.
+/// Two pods: one fetches a page from the other, by each of its addresses.
 fn reach(cri: &Cri, containerd: &Containerd) -> Result<()> {
     let one = Pod::start(cri, containerd, "one", |_| {})?;
     let script = "mkdir /www; echo of one > /www/index.html; exec httpd -f -p '[::]:80' -h /www";
@@ -152,7 +152,7 @@ fn pods_reach_each_other(containerd: &Containerd) -> Result<()> {
     reach(&Cri::connect(&containerd.socket())?, containerd)
 }
 
-/// Interfaces that are parts of another one.
+/// Subinterfaces of another interface.
 fn networks_of_other_kinds(containerd: &Containerd) -> Result<()> {
     let (master, other) = (
         format!("m{}", containerd.number),
@@ -201,7 +201,7 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
     };
     let room = 30..110;
     let has_room = |guest: u64| -> Result<()> {
-        // A quarter is for the files that the guest remembers.
+        // A quarter is for the guest's page cache of shared files.
         let beyond = bound()?.checked_sub(guest + guest / 4);
         let fits = beyond.is_some_and(|beyond| room.contains(&beyond));
         ensure!(fits, "{} MiB on the host, {guest} in the guest", bound()?);
@@ -209,7 +209,7 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
     };
     has_room(at_first)?;
 
-    // One more, and its limit raised.
+    // A second container, and a higher limit.
     let second = pod.run("second", &["sleep", "1000"], |config| {
         linux(config).resources = Some(limits(300));
     })?;
@@ -219,8 +219,8 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
     cri.update(&second, limits(600))?;
     let raised = total()?;
     ensure!((700..850).contains(&raised), "{raised} MiB when raised");
-    // Lowered: its own limit at once, the guest's size behind that. More than the host has is refused, and
-    // leaves all as it was.
+    // A lower limit: in the container at once, in the guest's size later. More memory than the host's is refused, without
+    // side effects.
     cri.update(&second, limits(500))?;
     let own = || pod.exec(&second, "cat /sys/fs/cgroup/memory.max");
     ensure!(own()? == (500 << 20).to_string(), "{}", own()?);
@@ -238,7 +238,7 @@ fn a_pod_has_room_and_limits(containerd: &Containerd) -> Result<()> {
         Ok((total()? < 300).then_some(()))
     })?;
 
-    // Its limit is the guest's to enforce, on it alone.
+    // The guest enforces the limit, on this container only.
     let greedy = pod.run("greedy", &["sh", "-c", "exec tail /dev/zero"], |config| {
         linux(config).resources = Some(limits(50));
     })?;
@@ -278,7 +278,7 @@ fn containers_share_processes(containerd: &Containerd) -> Result<()> {
     );
     let first = seen.lines().find(|line| line.trim().starts_with("1 "));
     ensure!(first.is_some_and(|line| line.contains("pause")), "{seen}");
-    // What a container leaves behind ends with it.
+    // Processes left by a container end with it.
     let three = run("three", "sleep 3333 & exit 4")?;
     ensure!(pod.wait_for_end(&three)?.exit_code == 4);
     until("the rest of it to end", || {
@@ -293,7 +293,7 @@ fn containers_share_processes(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// A handler's own settings, and what of them its pods may set.
+/// Settings of a runtime handler, and annotations that its pods may set.
 fn settings_and_annotations_count(containerd: &Containerd) -> Result<()> {
     let cri = Cri::connect(&containerd.socket())?;
     let start = |name: &str, key: &str, value: &str| {
@@ -319,7 +319,7 @@ fn settings_and_annotations_count(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// The process of a pod dies, and containerd with it: what the kubelet does then clears all away.
+/// Kills the process of a pod and containerd; the kubelet's usual calls then clean up.
 fn a_killed_sandbox_is_cleared_away(containerd: &Containerd) -> Result<()> {
     let cri = Cri::connect(&containerd.socket())?;
     let pod = Pod::start(&cri, containerd, "killed", |_| {})?;
@@ -337,7 +337,7 @@ fn a_killed_sandbox_is_cleared_away(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// What a pod says of security is so in the guest.
+/// The pod's security configuration is in effect in the guest.
 fn a_configuration_holds(containerd: &Containerd) -> Result<()> {
     let cri = Cri::connect(&containerd.socket())?;
     let pod = Pod::start(&cri, containerd, "secure", |config| {

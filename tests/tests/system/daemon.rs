@@ -1,4 +1,4 @@
-//! A containerd of a test's own, of any of the versions that the tests run with.
+//! A containerd for each test, of any of the tested versions.
 
 use crate::RIG;
 use crate::tool::{architecture, kill, saved_image, scratch, stdout, until};
@@ -11,29 +11,29 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The image that its containers are made of.
+/// Image of the test containers.
 pub(crate) const IMAGE: &str = "docker.io/library/busybox:test";
 pub(crate) const RUNTIME: &str = "io.containerd.koya.v2";
 /// In the order of the directories in KOYA_TEST_CONTAINERD.
 const VERSIONS: [&str; 3] = ["1.6", "1.7", "2"];
 
-/// What a containerd is for.
+/// The client of a containerd.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Use {
-    /// Its own client.
+    /// `ctr`.
     Ctr,
-    /// Kubernetes' interface.
+    /// Kubernetes' Container Runtime Interface.
     Cri,
 }
 
-/// A test, and its name.
+/// A test, with its name.
 pub(crate) type Test = (&'static str, fn(&Containerd) -> Result<()>);
 
-/// Tests that every version runs, since containerd's part in them differs. What the others ask of the shim is the same
-/// by each: where all tests are run, these are left to the newest version.
+/// Tests for every version, since they depend on containerd itself. The others depend on requests to the shim that are the
+/// same in all versions: in a complete run they are only for the newest version.
 const OF_EVERY_VERSION: [&str; 2] = ["containers_run_and_end", "a_pod_lives"];
 
-/// Leaves out what older versions need not run, where no test was asked for by name. It says so.
+/// Removes tests not needed with older versions, unless a filter is given, and prints a note.
 pub(crate) fn select(arguments: &Arguments, trials: &mut Vec<Trial>) {
     if arguments.filter.is_some() {
         return;
@@ -70,15 +70,15 @@ pub(crate) fn trials_of<const N: usize>(module: &str, kind: Use, tests: [Test; N
         .collect()
 }
 
-/// A containerd of this test's own.
+/// A containerd of this test.
 pub(crate) struct Containerd {
     pub(crate) dir: PathBuf,
     bin: PathBuf,
-    /// Of its containers.
+    /// Namespace of the containers.
     namespace: String,
-    /// What their control groups on the host are in: others run beside it.
+    /// Parent of the containers' control groups on the host: other tests run at the same time.
     pub(crate) group: String,
-    /// Unlike others' in this machine.
+    /// Unique number on this machine.
     pub(crate) number: usize,
     daemon: std::sync::Mutex<Child>,
 }
@@ -91,10 +91,10 @@ impl Containerd {
             .nth(index)
             .context("too few directories")?;
         static NEXT: AtomicUsize = AtomicUsize::new(0);
-        // Where rigs are one machine, each has numbers of its own.
+        // Rigs on one machine have separate ranges of numbers.
         let rig: usize = std::env::var(RIG).map_or(Ok(0), |number| number.parse())?;
         let number = rig * 80 + NEXT.fetch_add(1, Ordering::SeqCst);
-        // Short: sockets' paths have 107 bytes.
+        // Short, since socket paths are limited to 107 bytes.
         let dir = scratch("c")?;
         fs::write(dir.join("config.toml"), config(&dir, kind))?;
         let group = format!("koya-test{number}");
@@ -108,7 +108,7 @@ impl Containerd {
                 }),
             )?;
         }
-        // What the second handler's pods have.
+        // Settings of the second handler's pods.
         fs::write(
             dir.join("koya.toml"),
             "cmdline = \"quiet loglevel=3\"\nannotations = [\"memory_mib\"]\n",
@@ -131,7 +131,7 @@ impl Containerd {
         Ok(containerd)
     }
 
-    /// Gives its pods another network, from its next start on.
+    /// Sets another network for the pods, from the next start on.
     pub(crate) fn set_network(&self, plugin: &serde_json::Value) -> Result<()> {
         write_network(&self.dir, self.number, plugin)
     }
@@ -172,7 +172,7 @@ impl Containerd {
         self.ctr(["task", "exec", "--exec-id", id, name, "sh", "-c", script])
     }
 
-    /// What `ctr task ls` says of a container: its process on the host, and its state.
+    /// Process on the host and state of a container, from `ctr task ls`.
     fn task(&self, name: &str) -> Result<Option<(String, String)>> {
         let list = stdout(self.ctr(["task", "ls"]).output()?)?;
         let words = list.lines().map(|line| line.split_whitespace());
@@ -193,12 +193,12 @@ impl Containerd {
         })
     }
 
-    /// The process on the host that a container has.
+    /// PID of a container on the host.
     pub(crate) fn pid(&self, name: &str) -> Result<String> {
         Ok(self.task(name)?.context("no such task")?.0)
     }
 
-    /// The process of a container's shim, if it has one that stays.
+    /// PID of a container's shim, without the short-lived `start` process.
     pub(crate) fn shim_of(&self, name: &str) -> Result<Option<String>> {
         let mine = self.socket();
         let id = format!("-id {name} ");
@@ -210,14 +210,14 @@ impl Containerd {
         Ok(own.and_then(|line| Some(line.split(' ').next()?.to_owned())))
     }
 
-    /// Kills the process that a container has on the host, and has containerd forget both.
+    /// Kills the process of a container on the host, and deletes task and container in containerd.
     pub(crate) fn kill_and_remove(&self, name: &str) -> Result<()> {
         kill(&self.pid(name)?)?;
         until("its end", || {
             let state = self.state(name)?;
             Ok(state.is_none_or(|state| state == "STOPPED").then_some(()))
         })?;
-        // containerd may know the task still, as one that ended.
+        // containerd may still have the task, as stopped.
         self.ctr(["task", "rm", "-f", name]).output()?;
         self.remove(name)
     }
@@ -226,7 +226,7 @@ impl Containerd {
         stdout(self.ctr(["container", "rm", name]).output()?).map(drop)
     }
 
-    /// As if the machine had no memory left for it.
+    /// Simulates an OOM kill of containerd.
     pub(crate) fn kill_and_start_again(&self) -> Result<()> {
         let mut daemon = self
             .daemon
@@ -239,7 +239,7 @@ impl Containerd {
         self.wait_until_ready()
     }
 
-    /// What there may not be any more once all containers are gone: shims of this containerd's.
+    /// Checks that no shims, mounts or control groups of this containerd are left.
     pub(crate) fn nothing_is_left(&self) -> Result<()> {
         let mine = self.socket();
         let mine = mine.to_string_lossy();
@@ -253,7 +253,7 @@ impl Containerd {
             let left = groups.filter(|entry| entry.path().is_dir()).count();
             Ok((left == 0).then_some(()))
         })?;
-        // The shim's own, which must not reach others'.
+        // The shim's mounts must not propagate to other namespaces.
         let mounts = fs::read_to_string("/proc/self/mounts")?;
         let state = self.dir.join("state/io.containerd.runtime.v2.task");
         let left = mounts
@@ -263,7 +263,7 @@ impl Containerd {
         Ok(())
     }
 
-    /// Where the control groups of its containers are.
+    /// Parent directory of the containers' control groups.
     pub(crate) fn groups(&self) -> PathBuf {
         Path::new("/sys/fs/cgroup").join(&self.group)
     }
@@ -284,7 +284,7 @@ impl Drop for Containerd {
             daemon.kill().ok();
             daemon.wait().ok();
         }
-        // What the bridge plugin has made, for all pods.
+        // The bridge plugin's interface, for all pods.
         let bridge = format!("koya-br{}", self.number);
         let mut ip = Command::new("ip");
         ip.args(["link", "del", &bridge]).stderr(Stdio::null());
@@ -300,7 +300,7 @@ impl Drop for Containerd {
     }
 }
 
-/// Without what a test has no use for.
+/// Configuration without plugins not needed by the tests.
 fn config(dir: &Path, kind: Use) -> String {
     let at = dir.display();
     let unused = match kind {
@@ -322,7 +322,7 @@ fn config(dir: &Path, kind: Use) -> String {
     )
 }
 
-/// The network of its pods, by a plugin of the Container Network Interface (CNI): both families.
+/// Network of the pods, by a plugin of the Container Network Interface (CNI): IPv4 and IPv6.
 fn write_network(dir: &Path, number: usize, plugin: &serde_json::Value) -> Result<()> {
     let range = |subnet: String| serde_json::json!([{ "subnet": subnet }]);
     let mut plugin = plugin.clone();
@@ -359,7 +359,7 @@ fn launch(bin: &Path, dir: &Path) -> Result<Child> {
         .context("cannot start containerd")
 }
 
-/// `PID arguments` of each process whose program has this name.
+/// `PID arguments` of each process of a program with this name.
 fn processes_with(name: &str) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
@@ -379,7 +379,7 @@ fn processes_with(name: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// A tar as `docker save` makes it, of the tests' root file system.
+/// A tar in the format of `docker save`, with the tests' root file system.
 fn image() -> Result<&'static Path> {
     static IMAGE_TAR: OnceLock<Option<PathBuf>> = OnceLock::new();
     let made = IMAGE_TAR.get_or_init(|| make_image().inspect_err(|e| eprintln!("{e:#}")).ok());
@@ -398,7 +398,7 @@ fn make_image() -> Result<PathBuf> {
     })
 }
 
-/// The exit code and all that was printed.
+/// Exit code and all output.
 pub(crate) fn ended(output: &Output) -> (Option<i32>, String) {
     let text = [&output.stdout[..], &output.stderr[..]].concat();
     (

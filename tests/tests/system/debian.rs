@@ -1,7 +1,7 @@
-//! A real distribution as root file system: Debian's own tree, made by debootstrap on the host.
+//! A real distribution as root file system: Debian's tree, created by debootstrap on the host.
 //!
-//! Its packages come from the host's package cache; in the rig there is no network, so the tree is
-//! made before (`cargo xtask test` does it once and keeps it).
+//! Its packages come from the host's package cache; the rig has no network, so the tree is created in advance (`cargo xtask
+//! test` does so once and keeps it).
 
 use crate::tool::{run_in, scratch_base, stdout};
 use anyhow::{Context, Result, ensure};
@@ -15,7 +15,7 @@ crate::trials![
     groups_of_a_container_have_device_rules_of_their_own
 ];
 
-/// The tree, unpacked once on each host. Tests write to it, each in places of its own that it clears before.
+/// The tree, unpacked once on each host. Tests write only to their own paths, which they clear first.
 pub(crate) fn debian() -> Result<PathBuf> {
     let kept = std::env::var("KOYA_TEST_DEBIAN")
         .context("KOYA_TEST_DEBIAN names no tree; `cargo xtask test` makes one")?;
@@ -71,8 +71,8 @@ fn apt_and_dpkg_work() -> Result<()> {
     Ok(())
 }
 
-/// `git clone` and a build of a C project in the tree as root file system, by Koya over virtio-fs
-/// and by chroot: names, modes, owners, links, sizes and content agree.
+/// `git clone` and a build of a C project in the tree, by Koya over virtio-fs and by chroot: names, modes, owners, links,
+/// sizes and contents are equal.
 fn a_build_gives_the_same_files() -> Result<()> {
     let root = debian()?;
     let make = r#"
@@ -92,7 +92,7 @@ fn a_build_gives_the_same_files() -> Result<()> {
         chmod 755 src/f1.c; ln -s src/main.c main.c
         export HOME=/root GIT_AUTHOR_DATE=2020-01-01T00:00:00Z GIT_COMMITTER_DATE=2020-01-01T00:00:00Z
         git init -q -b main . && git add . && git -c user.name=k -c user.email=k@k commit -qm all"#;
-    // git's index and logs hold times and inode numbers.
+    // git's index and logs contain times and inode numbers.
     let list = "cd project; find . ! -path ./.git/index ! -path './.git/logs*' -printf '%P %m %U:%G %y %l ' \\( -type f -printf '%n %s' \\) -printf '\\n' | sort
         find . -type f ! -path ./.git/index ! -path './.git/logs*' | sort | xargs sha256sum";
     let both = format!(
@@ -113,7 +113,7 @@ fn a_build_gives_the_same_files() -> Result<()> {
         inside == outside,
         "inside:\n{inside}\n---\noutside:\n{outside}"
     );
-    // And what the guest says is what the host has.
+    // The host sees the same attributes.
     let host = chroot(&format!("cd /srv/inside; {list}"))?;
     ensure!(
         host == inside,
@@ -122,10 +122,10 @@ fn a_build_gives_the_same_files() -> Result<()> {
     Ok(())
 }
 
-/// As runc and systemd in a container give them to containers and services: what one forbids is forbidden, and what
-/// the container itself may not use stays so.
+/// Device programs attached by runc and systemd inside a container: they restrict a group further, and the container's own
+/// restrictions remain.
 fn groups_of_a_container_have_device_rules_of_their_own() -> Result<()> {
-    // A program that forbids all, and what a process in its group then may do.
+    // A program that denies all devices, and the accesses of a process in its group.
     let script = r#"
         use strict;
         my $number = `uname -m` =~ /x86_64/ ? 321 : 280;

@@ -23,7 +23,7 @@ fn image(dir: &Path, mib: u64) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A script with this machine's tools, and these disks.
+/// Runs a script with this machine's tools and these disks.
 fn with_disks(options: &[&str], disks: &[&str], script: &str) -> Result<String> {
     let mut all = vec!["--read-only", "--tmpfs", "/mnt", "--tmpfs", "/tmp"];
     all.extend(disks.iter().flat_map(|disk| ["--disk", disk]));
@@ -53,7 +53,7 @@ fn a_disk_holds_a_file_system() -> Result<()> {
         .arg(&path)
         .output()?;
     ensure!(check.status.success(), "{check:?}");
-    // And another sandbox reads the same bytes.
+    // Another sandbox reads the same bytes.
     let again = with_disks(
         &["--cap-add", "sys_admin"],
         &[&format!("{disk}:ro")],
@@ -66,7 +66,7 @@ fn a_disk_holds_a_file_system() -> Result<()> {
 fn a_block_volume_is_a_containers_own() -> Result<()> {
     let dir = scratch("block-volume")?;
     let file = dir.join("kept.img");
-    // overlayfs takes it for its upper layer, as it does not take virtio-fs.
+    // overlayfs accepts it as its upper layer, unlike virtio-fs.
     let kept = format!("/srv:size=1g,file={}", file.display());
     let volumes = ["--block-volume", "/mnt:size=2g", "--block-volume", &kept];
     let options = [&["--privileged", "--read-only"][..], &volumes].concat();
@@ -88,7 +88,7 @@ fn a_block_volume_is_a_containers_own() -> Result<()> {
         lines[..2] == ["mine", "ext2/ext3"] && (1_900_000..2 << 20).contains(&size),
         "{said}"
     );
-    // What was kept is there for the next one, the other is gone, and the file is sparse.
+    // The persistent data is there in the next container, the rest is gone, and the file is sparse.
     let again = stdout(run_in(
         Path::new("/"),
         &options,
@@ -175,7 +175,7 @@ fn disks_come_and_go_while_a_container_runs() -> Result<()> {
         File::create(&path)?.set_len(mib << 20)?;
         images.push(path.to_str().context("a path in UTF-8")?.to_owned());
     }
-    // Twice: a slot that was used is as good as new.
+    // Twice: a used slot is reusable.
     for round in ["first", "second"] {
         ensure!(stdout(disk(&["attach", name, &images[0]])?)? == "/dev/vda");
         ensure!(stdout(disk(&["attach", name, &images[1]])?)? == "/dev/vdb");
@@ -197,7 +197,7 @@ fn disks_come_and_go_while_a_container_runs() -> Result<()> {
             .output()?;
         ensure!(check.status.success(), "{check:?}");
     }
-    // One that grows, one that may only be read, and one too many.
+    // A disk that grows, a read-only one, and one too many.
     ensure!(stdout(disk(&["attach", name, &images[0]])?)? == "/dev/vda");
     File::options()
         .write(true)
@@ -219,13 +219,13 @@ fn disks_come_and_go_while_a_container_runs() -> Result<()> {
     Ok(())
 }
 
-/// A root file system in a file: erofs, and ext4. What the container writes is gone with it.
+/// A root file system in an image file: erofs and ext4. Changes by the container are discarded.
 fn an_image_is_a_root() -> Result<()> {
     let dir = scratch("disk-root")?;
     let tree = dir.join("tree");
     crate::tool::busybox(&tree)?;
     std::fs::write(tree.join("etc/motd"), "from the image\n")?;
-    // Links that lead nowhere, on the way to volumes.
+    // Dangling links on the paths of volumes.
     std::fs::remove_file(tree.join("etc/resolv.conf"))?;
     std::os::unix::fs::symlink("../stub/resolv.conf", tree.join("etc/resolv.conf"))?;
     std::os::unix::fs::symlink("/run2", tree.join("link"))?;
@@ -264,7 +264,7 @@ fn an_image_is_a_root() -> Result<()> {
         ensure!(said == "of a volume\nof a volume", "{image:?}: {said}");
         ensure!(std::fs::read(image)? == before, "{image:?} was written to");
     }
-    // One container of it runs, and another process in it knows its users.
+    // A container runs from it, and a second process in it resolves its users.
     let name = "disk-root";
     let mut run = koya(["run", "-d", "--name", name, "--rootfs"]);
     run.arg(&erofs).args(["--", "sleep", "1000"]);

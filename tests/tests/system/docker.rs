@@ -1,5 +1,5 @@
-//! Docker with containerd's shim as a runtime, by its own command line: each test with each version of Docker that
-//! the tests were given.
+//! Docker with containerd's shim as a runtime, by its command line: each test with each version of Docker given to the
+//! tests.
 
 use crate::daemon::{RUNTIME, ended};
 use crate::tool::{architecture, saved_image, scratch, stdout, until};
@@ -13,12 +13,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 const IMAGE: &str = "busybox:test";
-/// In the order of the directories in KOYA_TEST_DOCKER. Which versions those are is `cargo xtask test`'s choice.
+/// In the order of the directories in KOYA_TEST_DOCKER. Versions are chosen by `cargo xtask test`.
 const VERSIONS: [&str; 2] = ["26", "28"];
 
 type Test = (&'static str, fn(&Docker) -> Result<()>);
 
-/// Each test with each version that is there.
+/// Each test with each available version.
 pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
     let tests: [Test; 3] = [
         (
@@ -43,7 +43,7 @@ pub(crate) fn trials() -> Vec<libtest_mimic::Trial> {
         .collect()
 }
 
-/// A Docker of this test's own. One runs at a time: its networks are the machine's.
+/// A Docker of this test. Only one runs at a time: its networks are those of the machine.
 struct Docker {
     dir: PathBuf,
     path: String,
@@ -111,7 +111,7 @@ impl Docker {
         docker
     }
 
-    /// What a command that must succeed prints.
+    /// Output of a command that must succeed.
     fn said<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<String> {
         stdout(self.docker(args).output()?)
     }
@@ -123,13 +123,13 @@ impl Docker {
         docker
     }
 
-    /// What a container printed that runs a script.
+    /// Output of a container that runs a script.
     fn sh(&self, options: &[&str], script: &str) -> Result<String> {
         let options = [&["--rm"], options].concat();
         stdout(self.run(&options, &["sh", "-c", script]).output()?)
     }
 
-    /// A container that can't be had: why.
+    /// Checks that a container is refused, with this reason.
     fn refused(&self, options: &[&str], why: &str) -> Result<()> {
         let options = [&["--rm"], options].concat();
         let (code, text) = ended(&self.run(&options, &["true"]).output()?);
@@ -151,7 +151,7 @@ impl Docker {
         self.said(["exec", name, "sh", "-c", script])
     }
 
-    /// No container, and no shim.
+    /// Checks that no container and no shim is left.
     fn nothing_is_left(&self) -> Result<()> {
         let left = self.said(["ps", "-aq"])?;
         ensure!(left.is_empty(), "containers: {left}");
@@ -177,7 +177,7 @@ impl Drop for Docker {
         if let Ok(all) = self.said(["ps", "-aq"]) {
             self.docker(["rm", "-f"]).args(all.lines()).output().ok();
         }
-        // Its containerd ends with it.
+        // containerd ends with it.
         let pid = self.daemon.id().to_string();
         Command::new("kill").args(["-TERM", &pid]).status().ok();
         let ended = until("dockerd's end", || Ok(self.daemon.try_wait()?));
@@ -188,7 +188,7 @@ impl Drop for Docker {
     }
 }
 
-/// The rig has what Docker's networks need in a directory; elsewhere Docker loads it by itself.
+/// The rig has the modules for Docker's networks in a directory; elsewhere Docker loads them by itself.
 fn load_modules() -> Result<()> {
     let directory = Path::new("/run/koya-rig/modules");
     let Ok(order) = fs::read_to_string(directory.join("docker")) else {
@@ -209,7 +209,7 @@ fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// The tests' image, as `docker save` makes it.
+/// The tests' image, in the format of `docker save`.
 fn image() -> Result<&'static Path> {
     static IMAGE_TAR: Mutex<Option<&Path>> = Mutex::new(None);
     let mut made = IMAGE_TAR.lock().unwrap_or_else(PoisonError::into_inner);
@@ -230,14 +230,14 @@ fn image() -> Result<&'static Path> {
     Ok(path)
 }
 
-/// A line of a script's output that begins with `name=`.
+/// Value of the line `name=` in a script's output.
 fn line<'a>(said: &'a str, name: &str) -> Result<&'a str> {
     let mut lines = said.lines().map(str::trim_end);
     let found = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
     found.with_context(|| format!("no {name} in {said}"))
 }
 
-/// `docker run` and its options, many in one container.
+/// Options of `docker run`, many in one container.
 fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
     let shared = scratch("volume")?;
     fs::write(shared.join("file"), "of the host")?;
@@ -322,12 +322,12 @@ fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
     let total: u64 = line(&said, "total")?.parse()?;
     ensure!((200 << 10..400 << 10).contains(&total), "{said}");
 
-    // Statuses are those of runc: what is not there, and what is no program.
+    // Exit statuses as with runc: command not found, and not executable.
     for (command, status) in [("/nope", 127), ("nope", 127), ("/etc/passwd", 126)] {
         let (code, text) = ended(&docker.run(&["--rm"], &[command]).output()?);
         ensure!(code == Some(status), "{command}: {code:?} {text}");
     }
-    // A terminal, which Docker's client takes from a terminal.
+    // A terminal, which Docker's client requires on its own standard input.
     let run = docker.run(&["--rm", "-it"], &["sh", "-c", "tty; stty size; exit 4"]);
     let words = std::iter::once(run.get_program()).chain(run.get_args());
     let words: Vec<_> = words
@@ -344,13 +344,13 @@ fn containers_get_what_was_asked(docker: &Docker) -> Result<()> {
         "{code:?} {text}"
     );
     ensure!(text.contains("33 77"), "{text}");
-    // Privileged, it has its machine's devices; the host's it has not.
+    // A privileged container has the devices of its machine, not those of the host.
     let said = docker.sh(&["--privileged"], "grep CapEff /proc/self/status; ls /dev")?;
     ensure!(said.contains("000001ffffffffff"), "{said}");
     docker.nothing_is_left()
 }
 
-/// What is asked of a container while it runs.
+/// Requests to a running container.
 fn a_container_is_looked_after(docker: &Docker) -> Result<()> {
     let script = "trap 'echo bye; exit 5' INT; echo hello; n=0
         while :; do n=$((n+1)); echo $n > /tmp/m; mv /tmp/m /tmp/n; sleep 0.1; done";
@@ -436,7 +436,7 @@ fn a_container_is_looked_after(docker: &Docker) -> Result<()> {
     ensure!(docker.said(["diff", "life"])?.contains("A /root/file"));
     docker.said(["commit", "life", "committed:test"])?;
 
-    // Its own signal, and its own status; then again, by the same name.
+    // Its stop signal and exit status; then a new start by the same name.
     docker.said(["stop", "-t", "60", "life"])?;
     ensure!(docker.inspect("life", "{{.State.ExitCode}}")? == "5");
     ensure!(docker.said(["logs", "life"])? == "hello\nbye");
@@ -457,7 +457,7 @@ fn a_container_is_looked_after(docker: &Docker) -> Result<()> {
     let mut committed = docker.docker(["run", "--rm", "--runtime", "koya", "committed:test"]);
     ensure!(stdout(committed.args(["cat", "/root/file"]).output()?)? == "changed");
 
-    // One that fails is started again; what is typed comes in.
+    // A failed container is restarted; standard input is forwarded.
     let again = ["-d", "--name", "again", "--restart", "on-failure:1"];
     stdout(
         docker
@@ -474,7 +474,7 @@ fn a_container_is_looked_after(docker: &Docker) -> Result<()> {
     docker.nothing_is_left()
 }
 
-/// Docker's own networks: the default one with a published port, one with names, none; and what can't be had.
+/// Docker's own networks: the default one with a published port, one with names, none; and unsupported options.
 fn networks_are_dockers(docker: &Docker) -> Result<()> {
     let script = "mkdir /www; echo pong > /www/index.html; exec httpd -f -p 80 -h /www";
     let serve = |name: &str, options: &[&str]| {
@@ -482,7 +482,7 @@ fn networks_are_dockers(docker: &Docker) -> Result<()> {
         stdout(docker.run(&options, &["sh", "-c", script]).output()?)
     };
     serve("web", &["-p", "18080:80"])?;
-    // Not by the machine's busybox: its static C library looks for libraries of the name service, and may end there.
+    // Not by the machine's busybox: its static C library needs shared libraries for name lookups, and may crash.
     let fetch =
         |address: &str| Ok((page(address).unwrap_or_default().ends_with("pong\n")).then_some(()));
     let address = docker.inspect(
@@ -518,7 +518,7 @@ fn networks_are_dockers(docker: &Docker) -> Result<()> {
     docker.nothing_is_left()
 }
 
-/// What an HTTP server answers.
+/// Response of an HTTP server.
 fn page(address: &str) -> Result<String> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address.parse()?, limit)?;
@@ -529,10 +529,10 @@ fn page(address: &str) -> Result<String> {
     Ok(said)
 }
 
-/// The same of a container's shell.
+/// The same in a container's shell.
 const PAGE: &str = r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
 
-/// Of containers, and of outside as another name server of the container's network has it.
+/// Names of containers, and external names from another name server in the container's network.
 fn names_are_dockers(
     docker: &Docker,
     serve: impl Fn(&str, &[&str]) -> Result<String>,
@@ -568,14 +568,14 @@ fn names_are_dockers(
     Ok(())
 }
 
-/// A name server that knows the address of `outside.example`, and no other name (RFC 1035, section 4.1).
+/// A name server for the address of `outside.example` only (RFC 1035, section 4.1).
 fn answer_names(socket: &UdpSocket) {
     let mut question = [0; 512];
     while let Ok((len, peer)) = socket.recv_from(&mut question) {
         let asked = &question[..len];
         let is_known = asked.windows(8).any(|label| label == b"\x07outside");
         let (code, count) = if is_known { (0x80, 1) } else { (0x83, 0) };
-        // The name, its end, its type and class; what follows is not answered.
+        // The name, its terminator, type and class; the rest is not answered.
         let end = 12 + asked[12..].iter().position(|byte| *byte == 0).unwrap_or(0) + 5;
         let mut answer = [
             &asked[..2],

@@ -53,10 +53,10 @@ fn an_exec_is_as_its_container_and_ends_with_its_process() -> Result<()> {
     let container = Background::start("exec-as", &options, &["sleep", "1000"])?;
     let said = stdout(container.exec(&["-e", "B=2"], &["sh", "-c", "id -u; pwd; echo $A$B"])?)?;
     ensure!(said == "33\n/tmp\n12", "{said}");
-    // What it leaves running holds its output open, and nobody waits for that.
+    // A background process holds the output open, and nothing waits for it.
     let said = stdout(container.exec(&[], &["sh", "-c", "sleep 500 & echo done"])?)?;
     ensure!(said == "done", "{said}");
-    // Input that nobody asked to connect is not touched; a terminal needs one.
+    // Without `-i`, standard input is not read; a terminal requires it.
     let mut child = std::process::Command::new("sh")
         .args(["-c", "koya exec exec-as true; cat"])
         .stdin(std::process::Stdio::piped())
@@ -76,7 +76,7 @@ fn an_exec_is_as_its_container_and_ends_with_its_process() -> Result<()> {
         refused.status.code() == Some(126) && why.contains("working directory /nowhere"),
         "{refused:?}"
     );
-    // What runs when the container ends, ends with it, and its command hears that.
+    // An added process ends with the container, and its command returns the status.
     let mut added = koya(["exec", "exec-as", "sh", "-c", "echo up; sleep 500"])
         .stdout(std::process::Stdio::piped())
         .spawn()?;
@@ -88,7 +88,7 @@ fn an_exec_is_as_its_container_and_ends_with_its_process() -> Result<()> {
     Ok(())
 }
 
-/// What a process and its threads hold on the host.
+/// Host resources of a process: descriptors, threads, and anonymous memory.
 fn held(pid: u32) -> Result<(usize, usize, u64)> {
     let count = |dir: &str| -> Result<usize> {
         Ok(std::fs::read_dir(format!("/proc/{pid}/{dir}"))?.count())
@@ -121,8 +121,7 @@ fn quick_execs_leave_nothing() -> Result<()> {
     for _ in 0..20 {
         stdout(container.exec(&[], &["true"])?)?;
     }
-    // The guest remembers what it looks at, and the host keeps a descriptor for it: so everything
-    // is looked at once before anything is counted.
+    // The guest caches inodes, and the host keeps a descriptor for each: so all files are accessed once before the count.
     inside()?;
     let (processes, available) = inside()?;
     let pid = container.pid()?;
@@ -139,7 +138,7 @@ fn quick_execs_leave_nothing() -> Result<()> {
         processes_after == processes,
         "{processes} processes, then {processes_after}"
     );
-    // Guest memory is in the process's too: what it touches first stays touched.
+    // The process's memory includes the guest's, which stays allocated once touched.
     let grown = after.2.saturating_sub(memory);
     ensure!(
         grown < 24 << 10,
@@ -185,11 +184,11 @@ fn two_hundred_execs_at_once_have_their_own_output() -> Result<()> {
     Ok(())
 }
 
-/// Processes of a container that make others for as long as the guest has room, and go on trying.
+/// Processes that fork until the guest's limit is reached, and keep trying.
 fn a_container_with_no_process_left_is_entered_and_stopped() -> Result<()> {
-    // They try again every half a minute: an emulated CPU has its limits, too.
+    // One try every 30 seconds: an emulated CPU is slow.
     let bomb = "while (1) { fork // select(undef, undef, undef, 30) }";
-    // The guest's kernel has room for a thousand.
+    // The guest's kernel has a limit of 1000.
     let options = [
         "--memory",
         "512m",
@@ -221,18 +220,18 @@ fn a_container_with_no_process_left_is_entered_and_stopped() -> Result<()> {
     let listed = stdout(koya(["ps", "--all"]).output()?)?;
     let mut lines = listed.lines();
     let line = lines.find(|line| line.starts_with(&container.name));
-    // The first process takes no SIGTERM, and ends by SIGKILL: not with its machine, which is 125.
+    // The first process ignores SIGTERM and ends by SIGKILL: not with its machine, which would be 125.
     ensure!(line.context("listed")?.contains("exited (137)"), "{listed}");
     Ok(())
 }
 
-/// As docker:dind and systemd do.
+/// As in docker:dind and with systemd.
 fn a_container_with_control_groups_of_its_own_is_entered() -> Result<()> {
     let container = Background::start("exec-nested", &["--privileged"], &["sleep", "1000"])?;
     let script = "cd /sys/fs/cgroup && mkdir -p init/deeper other \
         && while read pid; do echo $pid > init/cgroup.procs || true; done < cgroup.procs 2>/dev/null; \
         echo +memory +pids > cgroup.subtree_control && cat cgroup.subtree_control";
-    // The shell itself is among those that are moved; who comes in meanwhile is moved with the next try.
+    // The shell itself is moved too; processes added meanwhile are moved by the next try.
     crate::tool::until("the container has enabled controllers", || {
         let said = container.exec(&[], &["sh", "-c", script])?;
         let controllers = String::from_utf8_lossy(&said.stdout).into_owned();
@@ -242,7 +241,7 @@ fn a_container_with_control_groups_of_its_own_is_entered() -> Result<()> {
         let said = stdout(container.exec(options, &["cat", "/proc/self/cgroup"])?)?;
         ensure!(said == "0::/init", "{said}");
     }
-    // It is still the container's: stopped, counted and ended with it.
+    // It still belongs to the container: stopped, counted and ended with it.
     stdout(container.exec(&[], &["sh", "-c", "sleep 2000 & echo started"])?)?;
     let stats = stdout(koya(["stats", "--json", &container.name]).output()?)?;
     let stats: serde_json::Value = serde_json::from_str(&stats)?;
@@ -253,7 +252,7 @@ fn a_container_with_control_groups_of_its_own_is_entered() -> Result<()> {
 
 fn a_megabyte_of_arguments_and_environment_arrives() -> Result<()> {
     let container = Background::start("exec-long", &[], &["sleep", "1000"])?;
-    // The kernel's limit for one is 128 KiB, with its end.
+    // The kernel's limit for a single argument is 128 KiB, including its terminator.
     let long = "x".repeat((128 << 10) - 16);
     let mut command = koya(["exec", "-e"]);
     command.arg(format!("LONG={long}")).arg(&container.name);

@@ -1,4 +1,4 @@
-//! Hosts fail: the guest sees an error or waits, nothing that was flushed is lost, nothing else stops.
+//! Faults of the host: the guest sees an error or waits, no flushed data is lost, and everything else goes on.
 
 use crate::tool::{Background, koya, run, run_in, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
@@ -18,12 +18,12 @@ crate::trials![
     a_share_whose_directory_is_deleted_is_empty,
 ];
 
-/// How long a backend hangs: longer than any time limit on the way that should not be there.
+/// Duration of a hang: longer than any unintended time limit along the path.
 const HANG: Duration = Duration::from_secs(30);
 
 fn host(program: &str, args: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
-    // Nobody runs udev in the rig.
+    // There is no udev in the rig.
     command.args(args).env("DM_DISABLE_UDEV", "1");
     let output = command.output().with_context(|| program.to_owned())?;
     stdout(output).with_context(|| format!("{program} {args:?}"))
@@ -47,7 +47,7 @@ fn exec(container: &Background, script: &str) -> Result<String> {
     stdout(container.exec(&[], &["sh", "-c", script])?)
 }
 
-/// The container serves others as before, and its process does not spin.
+/// The container responds, and its process does not spin.
 fn is_well(container: &Background) -> Result<()> {
     ensure!(exec(container, "echo well")? == "well");
     let ticks = || -> Result<u64> {
@@ -105,7 +105,7 @@ fn a_full_host_is_an_error_of_one_disk() -> Result<()> {
         "{said}"
     );
     ensure!(fill("/dev/vdb")?.contains("16777216 bytes"));
-    // With room again, it is a disk again.
+    // With free space, the disk works again.
     host("mount", &["-o", "remount,size=64m", place])?;
     ensure!(fill("/dev/vda")?.contains("16777216 bytes"));
     is_well(&container)?;
@@ -114,7 +114,7 @@ fn a_full_host_is_an_error_of_one_disk() -> Result<()> {
     Ok(())
 }
 
-/// A device of the host that can be made to fail: device mapper on a loop device. Gone with this.
+/// A block device that can be made to fail: device mapper on a loop device. Removed on drop.
 struct Mapped {
     name: &'static str,
     loop_device: String,
@@ -140,7 +140,7 @@ impl Mapped {
         format!("0 {} linear {} 0", self.sectors, self.loop_device)
     }
 
-    /// Every write is an error, reads are not.
+    /// A table with which every write fails, but no read.
     fn failing(&self) -> String {
         let (sectors, device) = (self.sectors, &self.loop_device);
         format!("0 {sectors} flakey {device} 0 0 1000 1 error_writes")
@@ -176,7 +176,7 @@ fn a_disk_that_fails_loses_nothing_that_was_flushed() -> Result<()> {
     {
         let container = start("fault-write", &["--disk", &disk.to_string_lossy()])?;
         let put = |at: u32, text: &str| {
-            // By the page cache of the guest, then a flush.
+            // Through the guest's page cache, then a flush.
             exec(
                 &container,
                 &format!(
@@ -192,7 +192,7 @@ fn a_disk_that_fails_loses_nothing_that_was_flushed() -> Result<()> {
         ensure!(put(3, "after")?.contains("1048576 bytes"));
         is_well(&container)?;
     }
-    // What a second sandbox finds.
+    // The contents in a second sandbox.
     let options = ["--disk", &format!("{}:ro", disk.display()), "--read-only"];
     let script = "for at in 1 3; do dd if=/dev/vda bs=1M skip=$at count=1 2> /dev/null | uniq | head -n 1; done";
     let found = stdout(run_in(Path::new("/"), &options, &["sh", "-c", script])?)?;
@@ -232,7 +232,7 @@ fn a_disk_that_hangs_is_waited_for() -> Result<()> {
     is_well(&container)
 }
 
-/// A file system of the host that is frozen: who writes to it waits.
+/// A frozen file system on the host: writers wait.
 fn a_share_that_hangs_is_waited_for() -> Result<()> {
     let dir = scratch("fault-freeze")?;
     let image = dir.join("image");
@@ -252,7 +252,7 @@ fn a_share_that_hangs_is_waited_for() -> Result<()> {
         );
         let started = Instant::now();
         while frozen.is_ok() && started.elapsed() < HANG {
-            // Other files, and reads of this one's directory, are served.
+            // Other files, and reads of this directory, are served.
             exec(&container, "ls /data /bin > /dev/null")?;
             std::thread::sleep(Duration::from_secs(3));
         }
@@ -297,7 +297,7 @@ fn files_that_shrink_are_the_readers_errors() -> Result<()> {
     let disk = image.to_string_lossy();
     let volume = format!("{}:/data", dir.display());
     let container = start("fault-shrink", &["-v", &volume, "--disk", &disk])?;
-    // A program that has the file open and mapped, and looks at its end when it is told.
+    // A program that has the file open and mapped, and on request reads beyond its end.
     let source = dir.join("look.c");
     std::fs::write(&source, LOOK)?;
     let (source, program) = (source.to_string_lossy(), dir.join("look"));
@@ -349,6 +349,6 @@ fn a_share_whose_directory_is_deleted_is_empty() -> Result<()> {
     ensure!(said.ends_with("refused"), "{said}");
     is_well(&container)?;
     drop(container);
-    // And the machine is as it was for the next one.
+    // The next machine is not affected.
     stdout(run(&[], &["true"])?).map(drop)
 }

@@ -1,7 +1,6 @@
-//! virtio-fs with a real kernel's driver: what programs rely on, and what a guest must not do.
+//! virtio-fs with a real kernel's driver: behaviour that programs rely on, and limits of the guest.
 //!
-//! The tests that need more than a shell use the machine's own root file system, read-only, for
-//! its perl.
+//! Tests that need more than a shell use the machine's own root file system, read-only, with its perl.
 
 use crate::tool::{run, run_in, scratch, stdout, until};
 use anyhow::{Result, ensure};
@@ -33,13 +32,12 @@ fn perl(dir: &Path, options: &[&str], script: &str) -> Result<String> {
     let volume = format!("{}:/mnt", dir.display());
     let mut all = vec!["--read-only", "-v", &volume, "--workdir", "/mnt"];
     all.extend(options);
-    // Perl passes numbers by value and strings by address, which it wants to be a variable's.
+    // Perl passes numbers by value and strings by address, which must be those of variables.
     let script = format!("sub sc {{ my ($n, @a) = @_; syscall($n, @a) }}\n{script}");
     stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)
 }
 
-/// A file that the host overwrites with a longer text, and one that it replaces by rename: what the guest
-/// reads is one of the host's texts, whole.
+/// A file overwritten on the host with a longer text, and one replaced by rename: the guest always reads a complete version.
 fn what_the_host_replaces_is_read_whole() -> Result<()> {
     let dir = scratch("replaced")?;
     let texts = ('a'..='j').enumerate().map(|(n, letter)| {
@@ -50,7 +48,7 @@ fn what_the_host_replaces_is_read_whole() -> Result<()> {
     for name in ["grown", "replaced"] {
         fs::write(dir.join(name), &texts[0])?;
     }
-    // Every text is a number of times forty of one letter, by the letter's place in the alphabet.
+    // Every text is a multiple of 40 copies of one letter, by its position in the alphabet.
     let script = r#"touch /data/go
         while [ ! -e /data/over ]; do cat /data/grown; cat /data/replaced; done |
         awk '{ letter = substr($0, 1, 1); n = 40 * index("abcdefghij", letter); seen[letter]++
@@ -82,7 +80,7 @@ fn what_the_host_replaces_is_read_whole() -> Result<()> {
     Ok(())
 }
 
-/// A volume, a part of it, and the part's parent, in one container.
+/// A volume, a subdirectory of it, and the parent of that, in one container.
 fn volumes_that_overlap_are_the_same_files() -> Result<()> {
     let dir = scratch("overlap")?;
     fs::create_dir_all(dir.join("one/two"))?;
@@ -145,7 +143,7 @@ fn names_links_and_modes() -> Result<()> {
     Ok(())
 }
 
-/// The idiom that 9p breaks: open, unlink, fstat, read, ftruncate.
+/// An idiom that fails on 9p: open, unlink, fstat, read, ftruncate.
 fn open_but_unlinked_files_work() -> Result<()> {
     let dir = scratch("unlinked")?;
     perl(
@@ -314,8 +312,7 @@ fn links_do_not_lead_out() -> Result<()> {
         secret.display()
     );
     let volume = format!("{}:/mnt", dir.display());
-    // The container's root is another directory, so a link that is followed in the guest finds
-    // nothing there.
+    // The container has another root, so a link followed in the guest leads nowhere.
     let rootfs = crate::tool::shared_rootfs();
     let shell = format!(
         "cd /mnt; cat out/s up{0}/s ..{0}/s 2>/dev/null; echo $?; cat up/etc/shadow 2>/dev/null; echo $?",
@@ -341,7 +338,7 @@ fn changes_on_the_host_are_seen() -> Result<()> {
     })
 }
 
-/// A guest that looks at more files than the process may have open.
+/// A guest that accesses more files than the process may have open.
 fn more_nodes_than_descriptors() -> Result<()> {
     let dir = scratch("nodes")?;
     for n in 0..600 {
@@ -392,7 +389,7 @@ fn appends_of_both_sides_are_kept() -> Result<()> {
     Ok(())
 }
 
-/// The same tree, packed inside and outside: names, modes, owners, links and content.
+/// The same tree, packed inside and outside: names, modes, owners, links and contents.
 fn a_tree_survives_tar() -> Result<()> {
     let dir = scratch("tree")?;
     let from = scratch("tree-from")?;
@@ -421,7 +418,7 @@ fn a_tree_survives_tar() -> Result<()> {
             .current_dir(root)
             .output()?;
         let text = String::from_utf8(output.stdout)?;
-        // Directories' sizes and times are the file system's own business.
+        // Sizes and times of directories depend on the file system.
         Ok(text
             .lines()
             .filter(|l| !l.contains(" 41ed "))

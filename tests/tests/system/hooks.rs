@@ -1,4 +1,4 @@
-//! Hooks of a container's configuration, under containerd.
+//! Hooks in a container's configuration, under containerd.
 
 use crate::daemon::{Containerd, RUNTIME, ended};
 use crate::tool::{busybox, scratch};
@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Runs a container with these hooks, which gets its control group from its name.
+/// Runs a container with these hooks, and a control group named after it.
 fn run(
     containerd: &Containerd,
     root: &Path,
@@ -32,8 +32,8 @@ fn run(
     Ok(ended(&ctr.arg(&config).arg(name).output()?))
 }
 
-/// A hook of the host may set up the container's network and files; one of the container's own runs in the guest.
-/// One that fails is the start's end, and leaves nothing.
+/// Hooks on the host may set up the container's network and files; `startContainer` hooks run in the guest. A failing hook
+/// fails the start, and leaves nothing behind.
 pub(crate) fn hooks_run(containerd: &Containerd) -> Result<()> {
     let (root, dir) = (scratch("hooks-root")?, scratch("hooks")?);
     busybox(&root)?;
@@ -47,7 +47,7 @@ pub(crate) fn hooks_run(containerd: &Containerd) -> Result<()> {
             "s=$(cat); echo {kind} $(echo \"$s\" | grep -o '\"id\":\"[^\"]*') {links} >> {at}; "
         )
     };
-    // As Docker's hook does: it makes an interface on the host, and moves it to where the pid's network is.
+    // Like Docker's hook: creates an interface on the host and moves it to the network namespace of the pid.
     let network = "pid=$(echo \"$s\" | sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/'); \
         ip link add koya-hook1 type veth peer name koya-hook2; \
         ip link set koya-hook1 address 02:00:00:00:00:77 netns $pid";
@@ -68,7 +68,7 @@ pub(crate) fn hooks_run(containerd: &Containerd) -> Result<()> {
     let expected = [
         ("prestart", 0),
         ("createRuntime", 1),
-        // In the network of the container, which has the other end.
+        // In the network namespace of the container, which has the other end.
         ("createContainer", 1),
         ("poststart", 1),
         ("poststop", 1),

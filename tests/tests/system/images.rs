@@ -1,4 +1,4 @@
-//! What images say of their containers, and archives as other programs write them.
+//! Configurations of images, and archives in the formats of other programs.
 
 use crate::tool::{
     Background, architecture, koya, saved_image, scratch, shared_rootfs, stdout, until,
@@ -169,7 +169,7 @@ fn a_layout_of_compressed_layers_runs() -> Result<()> {
         r#"{"imageLayoutVersion":"1.0.0"}"#,
     )?;
     ensure!(run(&dir.join("layout"), &[], &[])? == "by layout");
-    // And as an archive that is compressed as a whole.
+    // An archive that is compressed as a whole.
     let archive = dir.join("layout.tar.gz");
     let mut tar = Command::new("tar");
     tar.arg("-C")

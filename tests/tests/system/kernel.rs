@@ -1,5 +1,5 @@
-//! What the guest's kernel has inside, used as programs in containers use it: it has no modules, so
-//! what is not there cannot be loaded.
+//! Features of the guest's kernel, as used by programs in containers: it has no modules, so a missing feature cannot be
+//! loaded.
 
 use crate::debian::debian;
 use crate::tool::{busybox, koya, run, run_in, scratch, stdout};
@@ -30,11 +30,11 @@ fn copy_program(root: &Path, program: &str) -> Result<()> {
     Ok(())
 }
 
-/// A root with iptables, both the one of nftables and the old one.
+/// A root with iptables, both nft and legacy.
 fn iptables(name: &str) -> Result<std::path::PathBuf> {
     let root = scratch(name)?;
     busybox(&root)?;
-    // For the lock of the old one.
+    // For the lock of the legacy one.
     fs::create_dir_all(root.join("run"))?;
     for kind in ["nft", "legacy"] {
         copy_program(&root, &format!("/usr/sbin/xtables-{kind}-multi"))?;
@@ -47,7 +47,7 @@ fn iptables(name: &str) -> Result<std::path::PathBuf> {
         let entry = entry?;
         fs::copy(entry.path(), root.join(&extensions).join(entry.file_name()))?;
     }
-    // What an extension is linked with beyond the programs.
+    // Additional shared libraries of an extension.
     let statistic = Path::new("/").join(&extensions).join("libxt_statistic.so");
     copy_program(&root, statistic.to_str().context("it is text")?)?;
     Ok(root)
@@ -57,7 +57,7 @@ fn privileged(root: &Path, script: &str) -> Result<String> {
     stdout(run_in(root, &["--privileged"], &["sh", "-c", script])?)
 }
 
-/// One rule for each extension that Istio, Cilium, kube-proxy, Docker and firewalls ask for.
+/// One rule for each extension used by Istio, Cilium, kube-proxy, Docker and firewalls.
 const RULES: &str = "-t mangle -A PREROUTING -p tcp -j TPROXY --on-port 15006 --tproxy-mark 1
 -t mangle -A PREROUTING -p tcp -m socket --transparent -j MARK --set-mark 1
 -t mangle -A PREROUTING -m connmark --mark 1 -j ACCEPT
@@ -139,12 +139,12 @@ fn links_of_container_networks_are_made() -> Result<()> {
              ip link add kc-$kind type $kind && ip link set kc-$kind up && ip -o link show kc-$kind | grep -o 'kc-[a-z]*'
          done",
     )?;
-    // Where no network was asked for, none of a driver's own is there either.
+    // Without a network, no driver adds an interface of its own.
     ensure!(said == "lo\nkc-wireguard\nkc-dummy\nkc-bridge", "{said}");
     Ok(())
 }
 
-/// A descriptor, and the handshake on it; QEMU, CRIU and garbage collectors begin so.
+/// A descriptor and its API handshake, as in QEMU, CRIU and garbage collectors.
 fn userfaultfd_is_there() -> Result<()> {
     let root = debian()?;
     let script = r#"$fd = syscall(323, 1); $api = pack("Q3", 0xAA, 0, 0);
@@ -156,7 +156,7 @@ fn userfaultfd_is_there() -> Result<()> {
     Ok(())
 }
 
-/// It is not built by `cargo xtask build`.
+/// This kernel is not part of `cargo xtask build`.
 fn the_full_kernel_is_taken_where_it_is_and_else_refused() -> Result<()> {
     let there = stdout(koya(["env"]).output()?)?.contains("vmlinux-full");
     let script = r#"uname -r | grep -o koya-full; grep -oE '(nfs4|cifs|xfs)$' /proc/filesystems | sort

@@ -1,5 +1,5 @@
-//! SIGKILL at random points of a container's life: whatever was killed, the next command or `delete` clears the rest away.
-//! `KOYA_KILLS` is how many there are of each kind, `KOYA_SEED` where they fall.
+//! SIGKILL at random points of a container's life cycle: the next command or `delete` cleans up in each case. `KOYA_KILLS`
+//! is the number of kills of each kind, `KOYA_SEED` the seed of their times.
 
 use crate::oci::{Runtime, bundle, text};
 use crate::tool::{kill, koya, scratch, shared_rootfs, stdout, until};
@@ -16,7 +16,7 @@ crate::trials![
 ];
 
 const GROUP: &str = "/koya-kills";
-/// The name of the container that `koya run` starts.
+/// Name of the container of `koya run`.
 const RUN: &str = "kills-of-a-run";
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -24,7 +24,7 @@ fn number(variable: &str, default: u64) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Points in time.
+/// A generator of random times.
 struct Chance(u64);
 
 impl Chance {
@@ -44,7 +44,7 @@ fn names(directory: &str) -> Result<BTreeSet<String>> {
         .collect())
 }
 
-/// The processes whose command lines or environment have these words in them, by number: those of other tests run beside them.
+/// PIDs of processes with these words in their command line or environment: those of other tests run at the same time.
 fn processes(words: &str) -> Result<Vec<i32>> {
     let numbers = names("/proc")?.into_iter();
     let numbers = numbers.filter_map(|name| name.parse::<i32>().ok());
@@ -59,8 +59,8 @@ fn processes(words: &str) -> Result<Vec<i32>> {
     Ok(numbers.filter(is_meant).collect())
 }
 
-/// What the sandboxes of a test could leave on the host, by what its paths and command lines have in them: mounts, sockets with
-/// a name, control groups, directories of containers, processes.
+/// Everything that the sandboxes of a test could leave on the host, by words in its paths and command lines: mounts, named
+/// sockets, control groups, directories of containers, processes.
 fn traces(words: &str) -> Result<Vec<(&'static str, BTreeSet<String>)>> {
     let lines = |file: &str| -> Result<BTreeSet<String>> {
         let all = fs::read_to_string(file)?;
@@ -87,7 +87,7 @@ fn traces(words: &str) -> Result<Vec<(&'static str, BTreeSet<String>)>> {
 }
 
 fn nothing_is_left(words: &str, of: &str) -> Result<()> {
-    // A process that was killed takes a moment to be gone.
+    // A killed process takes a moment to disappear.
     let mut last = None;
     let gone = until("nothing is left", || {
         let mut now = traces(words)?.into_iter();
@@ -107,7 +107,7 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
         command.stdin(Stdio::null()).spawn()
     };
     nothing_is_left(RUN, "before the first")?;
-    // How long a start takes here; the first also falls behind its end.
+    // Duration of a start on this machine; the first kill may also come after its end.
     let began = Instant::now();
     let mut child = start()?;
     until("the container runs", || {
@@ -118,7 +118,7 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
     for turn in 0..number("KOYA_KILLS", 3) {
         child.kill()?;
         child.wait()?;
-        // Whatever command comes next clears the rest away.
+        // Any next command cleans up.
         stdout(koya(["ps"]).output()?)?;
         nothing_is_left(RUN, &format!("kill {turn}"))?;
         child = start()?;
@@ -132,7 +132,7 @@ fn a_run_killed_at_any_point_leaves_nothing() -> Result<()> {
     nothing_is_left(RUN, "the last kill")
 }
 
-/// Kills every process of the runtime under this root and of its sandbox, or one of them; returns how many.
+/// Kills every process of the runtime under this root and of its sandbox, or one of them; returns their number.
 fn kill_some(root: &str, chance: &mut Chance, all: bool) -> Result<usize> {
     let mut pids = processes(root)?;
     if !all && !pids.is_empty() {
@@ -140,7 +140,7 @@ fn kill_some(root: &str, chance: &mut Chance, all: bool) -> Result<usize> {
         pids = vec![pids[chosen.as_micros() as usize]];
     }
     for pid in &pids {
-        // It may have ended meanwhile.
+        // The process may have ended already.
         kill(&pid.to_string()).ok();
     }
     Ok(pids.len())

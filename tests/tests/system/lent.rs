@@ -1,4 +1,4 @@
-//! Networks that are there before and after their containers: `ctr` lends them by a namespace.
+//! Networks that exist before and after their containers: `ctr` passes them by network namespace.
 
 use crate::daemon::Containerd;
 use crate::tool::{ip, scratch, stdout, until};
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use std::fs;
 use std::process::{Child, Command};
 
-/// Ends with the test.
+/// Removed on drop.
 struct Namespace(String);
 
 impl Drop for Namespace {
@@ -15,8 +15,8 @@ impl Drop for Namespace {
     }
 }
 
-/// The container's, and one for the other end: in the host's own, tests beside this one have the same
-/// addresses, and an answer would take the other's way.
+/// A namespace for the container, and one for the other end: in the host's own namespace, concurrent tests with the same
+/// addresses would receive each other's replies.
 fn namespaces(what: &str, containerd: &Containerd) -> Result<[Namespace; 2]> {
     let own = Namespace(format!("{what}{}", containerd.number));
     let far = Namespace(format!("{what}far{}", containerd.number));
@@ -26,14 +26,14 @@ fn namespaces(what: &str, containerd: &Containerd) -> Result<[Namespace; 2]> {
     Ok([own, far])
 }
 
-/// A network namespace that is there before and after the container: what its interface has is the guest's,
-/// and the interface is as it was afterwards.
+/// A network namespace that exists before and after the container: the guest takes over the addresses of its interface,
+/// which is unchanged afterwards.
 pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("lent", containerd)?;
     let (inside, outside) = ("eth0", "far0");
     let own = |words: &[&str]| ip(&[&["-n", name], words].concat());
     let fars = |words: &[&str]| ip(&[&["-n", far], words].concat());
-    // Made before the other one, as who attaches networks may.
+    // Created before the other interface, as a network plugin may do.
     own(&[
         "link", "add", "eth1", "type", "veth", "peer", "name", "far1", "netns", far,
     ])?;
@@ -61,8 +61,8 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
         "100",
     ];
     own(&[&["route", "add"], &by[..]].concat())?;
-    // A second network, whose name is the first one's in the guest until both have theirs. The same destination
-    // by it is worse, and stays.
+    // A second network, whose interface has the first one's name in the guest until both have their final names. Its route
+    // to the same destination has a higher metric, and stays.
     own(&["link", "set", "eth1", "up"])?;
     own(&["address", "add", "203.0.113.2/24", "dev", "eth1"])?;
     let worse = ["198.51.100.0/24", "via", "203.0.113.9", "metric", "200"];
@@ -104,7 +104,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     ];
     let filters = ip(&filters)?;
     ensure!(filters.is_empty(), "{filters}");
-    // A shim that dies can't take them back: the next one's come first.
+    // A killed shim cannot remove its filters: those of the next one come first.
     stdout(
         containerd
             .run(&["-d", "--with-ns", &namespace], "dies", &["sleep", "1000"])
@@ -123,7 +123,7 @@ pub(crate) fn a_network_is_lent(containerd: &Containerd) -> Result<()> {
     containerd.nothing_is_left()
 }
 
-/// Tables, rules, next hops, metrics and routes that lead nowhere, as plugins for several networks leave them.
+/// Tables, rules, next hops, metrics and blackhole routes, as left by plugins for several networks.
 pub(crate) fn routes_of_every_kind_are_lent(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("routes", containerd)?;
     for (inside, outside, address) in [
@@ -159,26 +159,26 @@ pub(crate) fn routes_of_every_kind_are_lent(containerd: &Containerd) -> Result<(
     let said = stdout(run.output()?)?;
     let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
     for wanted in [
-        // The MTU column is that of the largest segment, with 40 for headers.
+        // The MTU column is the maximum segment size plus 40 for headers.
         "eth0 0000320A 090200C0 0003 0 0 0 0000FFFF 1300",
         "blackhole 10.66.0.0/16",
         "default via 203.0.113.9 dev net1",
         "from 203.0.113.2 lookup 1000",
         "from all iif net1 lookup 1000",
         "from 2001:db8::2 lookup 1000",
-        // To, from, by whom, and the metric, of all tables: busybox shows no other than the main one.
+        // Destination, source, next hop, and metric, of all tables: busybox shows only the main one.
         "20010db8000100000000000000000000 30 00000000000000000000000000000000 00 \
          20010db8000000000000000000000009 0000004d",
         "dev eth0 dev net1",
     ] {
         ensure!(words.contains(wanted), "no {wanted}: {said}");
     }
-    // Its table is nobody's.
+    // Table 1001 has no routes, so its rule is not copied.
     ensure!(!words.contains("lookup 1001"), "{said}");
     containerd.nothing_is_left()
 }
 
-/// ip-netns(8) with the arguments of each line.
+/// Runs ip-netns(8) with the arguments of each line.
 fn in_lines(namespace: &str, lines: &str) -> Result<()> {
     for line in lines.lines() {
         let words: Vec<_> = line.split_whitespace().collect();
@@ -187,7 +187,7 @@ fn in_lines(namespace: &str, lines: &str) -> Result<()> {
     Ok(())
 }
 
-/// Ends with the test.
+/// Killed on drop.
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -197,11 +197,11 @@ impl Drop for Killed {
     }
 }
 
-/// A tap whose other end is a program's, as the CNI plugin `tap` and slirp4netns leave them.
+/// A tap with a program at its other end, as left by the CNI plugin `tap` and slirp4netns.
 pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
     let [Namespace(name), Namespace(far)] = &namespaces("tap", containerd)?;
-    // Two programs, with a frame of the one's tap in each datagram to the other: no frame is there before
-    // both have a socket, which they make behind their taps, since the taps are down.
+    // Two programs that exchange the frames of their taps in datagrams: no frame is lost, since the taps are down until both
+    // have created their sockets.
     let sockets = scratch("tap")?;
     let carry = |namespace: &str, own: &str, other: &str| -> Result<Killed> {
         let socket = |name: &str| sockets.join(name).display().to_string();
@@ -223,7 +223,7 @@ pub(crate) fn a_tap_is_lent(containerd: &Containerd) -> Result<()> {
     })?;
     for (namespace, address) in [(name, "203.0.113.2/24"), (far, "203.0.113.1/24")] {
         let in_it = |words: &[&str]| ip(&[&["-n", namespace], words].concat());
-        // IPv6 would speak before both taps are up.
+        // IPv6 would send packets before both taps are up.
         let mute = "echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6";
         ip(&["netns", "exec", namespace, "sh", "-c", mute])?;
         in_it(&["address", "add", address, "dev", "eth0"])?;

@@ -1,4 +1,4 @@
-//! A container's life on the host: what is there while it runs, and what is left.
+//! Life cycle of a container on the host: processes and files while it runs, and afterwards.
 
 use crate::tool::{Background, koya, run, scratch, shared_rootfs, stdout, until};
 use anyhow::{Context, Result, ensure};
@@ -21,7 +21,7 @@ crate::trials![
     the_readmes_five_lines_run,
 ];
 
-/// Everything that a sandbox could leave: mounts, files of its state, processes.
+/// Everything that a sandbox could leave: mounts, state files, processes.
 fn traces() -> Result<(String, BTreeSet<String>, usize)> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     let files = std::fs::read_dir("/var/lib/koya/containers")
@@ -33,7 +33,7 @@ fn traces() -> Result<(String, BTreeSet<String>, usize)> {
     Ok((mounts, files, processes("koya")?.len()))
 }
 
-/// Numbers of processes with this name.
+/// PIDs of processes with this name.
 fn processes(name: &str) -> Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.filter_map(|e| e.ok()) {
@@ -63,7 +63,7 @@ fn one_process_a_sandbox() -> Result<()> {
     Ok(())
 }
 
-/// koya, as a user of the host to whom /dev/kvm is open.
+/// koya, run by a user of the host with access to /dev/kvm.
 fn koya_as(user: u32, home: &Path) -> Command {
     let user = user.to_string();
     let mut command = Command::new("setpriv");
@@ -75,7 +75,7 @@ fn koya_as(user: u32, home: &Path) -> Command {
     command
 }
 
-/// A user to whom /dev/kvm is open: root in the container, itself on the host.
+/// A user with access to /dev/kvm: root in the container, itself on the host.
 fn no_root_is_needed() -> Result<()> {
     const USER: u32 = 65534;
     let home = scratch("user")?;
@@ -94,7 +94,7 @@ fn no_root_is_needed() -> Result<()> {
     ensure!(said == "0\ntext\nrefused", "{said}");
     use std::os::unix::fs::MetadataExt;
     let file = home.join("file").metadata()?;
-    // Nothing on the host is set-user-ID.
+    // No file on the host is set-user-ID.
     ensure!(
         (file.uid(), file.mode() & 0o7777) == (USER, 0o750),
         "{file:?}"
@@ -105,7 +105,7 @@ fn no_root_is_needed() -> Result<()> {
     Ok(())
 }
 
-/// A container of a user of the host has users of its own: what they own, device nodes and modes last.
+/// A container of an unprivileged user has several users: owners, device nodes and modes persist.
 fn a_user_has_users() -> Result<()> {
     const USER: u32 = 65534;
     let home = scratch("users")?;
@@ -138,7 +138,7 @@ fn a_user_has_users() -> Result<()> {
         said == "0:0\nthrough\n33:44 644\n0:0 6711\ncharacter special file 1,3",
         "{said}"
     );
-    // Later, for others.
+    // Later, in another container.
     let said = as_user(
         &["--user", "33:44"],
         "id -u; cat /private/text; echo more >> /private/text && wc -l < /private/text; touch /new 2>&1; \
@@ -186,7 +186,7 @@ fn nothing_is_left_after_a_kill() -> Result<()> {
     })?;
     child.kill()?;
     child.wait()?;
-    // Whatever command comes next clears the rest away.
+    // Any next command cleans up.
     stdout(koya(["ps"]).output()?)?;
     let (after, files, _) = traces()?;
     ensure!(mounts == after, "mounts: {after}");
@@ -209,7 +209,7 @@ fn a_detached_container_is_listed_logged_stopped_removed() -> Result<()> {
     })?;
     let busy = koya(["rm", name]).output()?;
     ensure!(busy.status.code() == Some(125), "{busy:?}");
-    // It is over when the command returns.
+    // The container has ended when the command returns.
     stdout(koya(["stop", name]).output()?)?;
     let listed = stdout(koya(["ps", "--all"]).output()?)?;
     let line = listed.lines().find(|l| l.starts_with(name));
@@ -247,7 +247,7 @@ fn a_detached_container_that_cannot_start_has_its_status() -> Result<()> {
     Ok(())
 }
 
-/// Whose process does nothing any more: no answer, and no limit of its own.
+/// The process is stopped by a signal: no reply, and no time limit of its own.
 fn a_sandbox_that_hangs_is_stopped_after_the_limit() -> Result<()> {
     let container = Background::start("life-hangs", &[], &["sleep", "1000"])?;
     let pid = container.pid()?.to_string();
@@ -257,10 +257,10 @@ fn a_sandbox_that_hangs_is_stopped_after_the_limit() -> Result<()> {
     let said = stdout(koya(["stop", "-t", "1", &container.name]).output()?)?;
     ensure!(said == container.name, "{said}");
     let took = began.elapsed();
-    // 1 s, and 3 for the answer; a process that works would have 12 more to end its machine.
+    // 1 s, and 3 s for the reply; a working process would have 12 s more to end its machine.
     ensure!(took < std::time::Duration::from_secs(12), "{took:?}");
     ensure!(!Path::new(&format!("/proc/{pid}/root")).exists());
-    // It is there as any other that was stopped, with its log.
+    // Listed like any other stopped container, with its log.
     let listed = stdout(koya(["ps", "--all"]).output()?)?;
     let mut lines = listed.lines();
     let line = lines.find(|line| line.starts_with(&container.name));
@@ -282,14 +282,14 @@ fn check_says_that_this_kvm_will_do() -> Result<()> {
 
 fn an_embedders_example_boots() -> Result<()> {
     let share = std::env::var("KOYA_SHARE")?;
-    // The compressed one where there is one.
+    // The compressed kernel, if there is one.
     let kernels = ["bzImage", "vmlinux"].map(|name| Path::new(&share).join(name));
     let kernel = kernels.into_iter().find(|path| path.exists());
     let output = Command::new(example("console"))
         .arg(kernel.context("a kernel")?)
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    // Without an initramfs there is no root: the kernel says so, and the monitor why it ended.
+    // Without an initramfs there is no root: the kernel panics, and the monitor reports the reason.
     ensure!(
         said.contains("Linux version 6.") && said.contains("the guest ended: guest kernel panic"),
         "{said} {output:?}"
@@ -297,14 +297,14 @@ fn an_embedders_example_boots() -> Result<()> {
     Ok(())
 }
 
-/// An example's program: where cargo has it, or in the directory that is named.
+/// Path of an example's program: in cargo's directory, or in the given one.
 fn example(name: &str) -> PathBuf {
     let cargos = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/debug/examples");
     let directory = std::env::var("KOYA_TEST_EXAMPLES");
     Path::new(&directory.unwrap_or(cargos.into())).join(name)
 }
 
-/// The example holds README's lines, and runs.
+/// The example contains the lines in the README, and runs.
 fn the_readmes_five_lines_run() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let text = std::fs::read_to_string(root.join("runtime/examples/hello.rs"))?;

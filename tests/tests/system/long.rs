@@ -1,9 +1,9 @@
-//! Tests that take minutes each where the KVM is an emulated one. A run of all tests leaves them out; the word `long` in the
-//! place of a part of their names chooses them, and so does their own name.
+//! Tests that take minutes each on an emulated KVM. A complete run omits them; they are selected by the filter `long`, or by
+//! their own names.
 
 use libtest_mimic::{Arguments, Trial};
 
-/// What they are chosen by.
+/// Filter that selects them.
 const WORD: &str = "long";
 
 const TESTS: &[&str] = &[
@@ -18,7 +18,7 @@ const TESTS: &[&str] = &[
     "vsock::thousands_of_streams_at_once",
 ];
 
-/// Leaves only these where they are chosen, and none of them where nothing is.
+/// Keeps only these tests if they are selected, and removes them if there is no filter.
 pub(crate) fn select(arguments: &mut Arguments, trials: &mut Vec<Trial>) {
     let all = trials.len();
     let is_long = |trial: &Trial| TESTS.contains(&trial.name());
@@ -32,7 +32,7 @@ pub(crate) fn select(arguments: &mut Arguments, trials: &mut Vec<Trial>) {
         None if arguments.list => {}
         None => {
             trials.retain(|trial| !is_long(trial));
-            // Said once, not in each rig.
+            // Printed once, not in each rig.
             if std::env::var_os(crate::rigs::ONLY).is_some() {
                 return;
             }

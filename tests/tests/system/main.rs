@@ -1,7 +1,7 @@
-//! Linux guests, by the `koya` command as a user has it.
+//! Linux guests, by the `koya` command as installed.
 //!
-//! The tests need a KVM on which Linux runs. Where the machine has none, this program starts itself once more in rigs
-//! ([`rigs`]). It says which KVM it ran on; nothing is skipped.
+//! The tests need a KVM for Linux guests. Without one, this program starts itself again in rigs ([`rigs`]). It prints which
+//! KVM it used; nothing is skipped.
 
 mod cases;
 mod command_line;
@@ -48,7 +48,7 @@ use libtest_mimic::{Arguments, Trial};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Which of the programs like this one that run at a time it is, by number.
+/// Number of this instance among those that run at the same time.
 pub(crate) const RIG: &str = "KOYA_TEST_RIG";
 
 fn main() -> ExitCode {
@@ -104,7 +104,7 @@ fn main() -> ExitCode {
         trials.retain(|trial| only.lines().any(|name| name == trial.name()));
     }
     eprintln!("system tests: on the {rig} KVM");
-    // Each test has a machine to itself, and much of its time it waits.
+    // Each test has its own machine, and spends most of its time waiting.
     arguments.test_threads.get_or_insert(2);
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -117,7 +117,7 @@ fn is_wanted(trial: &Trial, arguments: &Arguments) -> bool {
     }
 }
 
-/// A test, which says at its end how long it took.
+/// A test that prints its duration at the end.
 pub(crate) fn trial(
     name: impl Into<String>,
     test: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
@@ -132,7 +132,7 @@ pub(crate) fn trial(
     })
 }
 
-/// A test by its function's name.
+/// Tests, by the names of their functions.
 #[macro_export]
 macro_rules! trials {
     ($($name:ident),* $(,)?) => {

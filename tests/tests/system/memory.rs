@@ -1,4 +1,4 @@
-//! Memory and CPU as guest and host see them.
+//! Memory and CPUs as seen by guest and host.
 
 use crate::tool::{Background, koya, sh, stdout, until};
 use anyhow::{Context, Result, ensure};
@@ -68,13 +68,13 @@ fn a_guest_grows_and_shrinks() -> Result<()> {
     let update = |size: &str| koya(["update", "--memory", size, name]).output();
     ensure!(stdout(update("1g")?)? == "1 CPUs, 1024 MiB of memory");
     ensure!((1024..=1032).contains(&total()?), "{}", total()?);
-    // It is memory: more than there was before fits into it.
+    // The memory is usable: it holds more than the initial size.
     let fill = "dd if=/dev/zero bs=400M count=1 | md5sum";
     let sum = stdout(container.exec(&[], &["sh", "-c", fill])?)?;
     ensure!(sum.starts_with("61eabaf2bf278703738b433ff884c91f"), "{sum}");
     ensure!(stdout(update("512m")?)? == "1 CPUs, 512 MiB of memory");
     ensure!((512..=520).contains(&total()?), "{}", total()?);
-    // Below what it started with a balloon takes the rest.
+    // Below the initial size, a balloon takes the rest.
     ensure!(stdout(update("160m")?)? == "1 CPUs, 160 MiB of memory");
     until("the rest is the host's", || {
         Ok((number(&stats(name)?, "host_guest")? < 170 * MIB).then_some(()))
@@ -99,7 +99,7 @@ fn memory_comes_and_goes_again() -> Result<()> {
         let fill = "dd if=/dev/zero bs=400M count=1 | md5sum";
         let sum = stdout(container.exec(&[], &["sh", "-c", fill])?)?;
         ensure!(sum.starts_with("61eabaf2bf278703738b433ff884c91f"), "{sum}");
-        // Its kernel may keep some blocks that it can't move.
+        // The guest's kernel may keep some blocks that it can't migrate.
         let out = koya(["update", "--memory", "192m", name]).output()?;
         let said = String::from_utf8_lossy(&out.stdout);
         let left = said

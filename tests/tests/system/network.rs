@@ -1,6 +1,6 @@
-//! virtio-net: guests that reach their host, the world outside, and are reached.
+//! virtio-net: guests that reach their host and the outside world, and are reached themselves.
 //!
-//! Each test has network namespaces of its own, so the machine's network stays as it is.
+//! Each test has its own network namespaces, so the machine's network is not changed.
 
 use crate::tool::{scratch, shared_rootfs, stdout};
 use anyhow::{Result, ensure};
@@ -17,8 +17,8 @@ crate::trials![
     what_does_not_fit_is_refused,
 ];
 
-/// A script in a network namespace of its own; `$R` is a root file system, `$D` a directory with 20 MB
-/// of random bytes in `blob`.
+/// Runs a script in a network namespace of its own; `$R` is a root file system, `$D` a directory with 20 MB of random bytes
+/// in `blob`.
 fn in_namespace(name: &str, script: &str) -> Result<String> {
     let dir = scratch(name)?;
     let blob = File::create(dir.join("blob"))?;
@@ -119,7 +119,7 @@ fn user_networks_need_no_root() -> Result<()> {
     Ok(())
 }
 
-/// A guest that sends frames to the host's loopback out of its interface, which pasta would connect.
+/// A guest that sends frames for the host's loopback out of its interface, which pasta would connect.
 fn the_host_itself_is_out_of_reach() -> Result<()> {
     let said = in_namespace(
         "net-local",
@@ -149,7 +149,7 @@ fn the_host_itself_is_out_of_reach() -> Result<()> {
     Ok(())
 }
 
-/// Answers each line, and says so when its client sends no more.
+/// Answers each line, and sends `end` when the client shuts down.
 const LINES: &str = r#"
     use IO::Socket::INET; use IO::Select;
     my $l = IO::Socket::INET->new(Listen => 1024, LocalPort => 80) or die $!;
@@ -162,7 +162,7 @@ const LINES: &str = r#"
         }
     }"#;
 
-/// Opens so many connections, and ends them once all have an answer.
+/// Opens this many connections, and closes them once all have a reply.
 const CALLS: &str = r#"
     use IO::Socket::INET;
     my $count = shift;
@@ -173,8 +173,8 @@ const CALLS: &str = r#"
     for my $h (@all) { my $line = <$h> // ""; $line eq "end\n" or die "<$line>" }
     print "all $count\n";"#;
 
-/// The namespace has a loopback and nothing else. So many connections take more than the 1024 descriptors that a
-/// process has by default, on both sides.
+/// The namespace has only a loopback interface. The number of connections exceeds the default limit of 1024 descriptors, on
+/// both sides.
 fn many_connections_at_once_reach_a_host_without_routes() -> Result<()> {
     let script = r#"
         koya run --net user --publish 8080:80 --rootfs / --read-only -v $D:/mnt -- sh -ec '

@@ -1,4 +1,4 @@
-//! `koya-runtime`: the command line of OCI runtimes, with runc beside it on the same bundles.
+//! `koya-runtime`: the command line of OCI runtimes, compared with runc on the same bundles.
 
 use crate::tool::{busybox, feed, kill, scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
@@ -23,7 +23,7 @@ crate::trials!(
     an_exec_may_join_a_control_group_of_the_containers,
 );
 
-/// A runtime with a `--root` of its own.
+/// A runtime with its own `--root`.
 pub(crate) struct Runtime {
     program: &'static str,
     pub(crate) root: PathBuf,
@@ -46,7 +46,7 @@ impl Runtime {
         command
     }
 
-    /// With standard output and error in files: what stays has them as long as it lives.
+    /// With standard output and error in files, since remaining processes keep them open.
     pub(crate) fn call(&self, words: &[&str]) -> Result<Output> {
         let dir = scratch("oci-out")?;
         let (out, err) = (dir.join("out"), dir.join("err"));
@@ -68,13 +68,13 @@ impl Runtime {
         Ok(serde_json::from_str(&self.ok(&["state", id])?)?)
     }
 
-    /// Something, if it does that.
+    /// `Some` if the container has this status.
     pub(crate) fn is(&self, id: &str, status: &str) -> Result<Option<()>> {
         Ok((self.state(id)?["status"] == status).then_some(()))
     }
 }
 
-/// A bundle that runs a shell script, after `change`.
+/// A bundle that runs a shell script, with a changed configuration.
 pub(crate) fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
     let dir = scratch("oci-bundle")?;
     busybox(&dir.join("rootfs"))?;
@@ -92,7 +92,7 @@ pub(crate) fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<Pa
     Ok(dir)
 }
 
-/// The options of the mounts at a place.
+/// The options of the mounts at a destination.
 pub(crate) fn mount_options<'a>(
     config: &'a mut Value,
     at: &'a str,
@@ -106,7 +106,7 @@ pub(crate) fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path in UTF-8")
 }
 
-/// Exit statuses and states through a container's life.
+/// Exit statuses and states over a container's life cycle.
 fn life(runtime: &Runtime, bundle: &Path) -> Result<Vec<String>> {
     let bundle = text(bundle)?;
     let mut told = Vec::new();
@@ -121,7 +121,7 @@ fn life(runtime: &Runtime, bundle: &Path) -> Result<Vec<String>> {
             ensure!(state["bundle"] == bundle, "{state}");
             ensure!(state["id"] == "c", "{state}");
             let rootfs = match runtime.program {
-                // As the configuration has it.
+                // As in the configuration.
                 "crun" => "rootfs".to_owned(),
                 _ => format!("{bundle}/rootfs"),
             };
@@ -166,7 +166,7 @@ fn life(runtime: &Runtime, bundle: &Path) -> Result<Vec<String>> {
     Ok(told)
 }
 
-/// Of each command in each state, the exit status and the state that follows.
+/// Exit status and resulting state of each command in each state.
 fn life_is_as_runcs() -> Result<()> {
     let bundle = bundle("exec sleep 1000", |_| ())?;
     let koya = life(&Runtime::koya()?, &bundle)?;
@@ -178,7 +178,7 @@ fn life_is_as_runcs() -> Result<()> {
     let crun = life(&Runtime::new("crun")?, &bundle)?;
     ensure!(koya.len() == crun.len(), "{koya:?}\n{crun:?}");
     let differences: Vec<_> = koya.iter().zip(&crun).filter(|(k, c)| k != c).collect();
-    // What crun accepts that runc refuses, and its status of an exec that fails.
+    // Requests accepted by crun but not by runc, and crun's status of a failed exec.
     let known = [
         r#"["exec", "absent", "true"]: 1"#,
         r#"["kill", "c", "NOTHING"]: 0"#,
@@ -305,7 +305,7 @@ fn execs_have_a_process_of_their_own() -> Result<()> {
     Ok(())
 }
 
-/// In a group that is frozen the command would wait for ever.
+/// In a frozen group the command would wait forever.
 fn a_control_group_that_is_not_free_is_refused() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle("true", |config| {
@@ -454,7 +454,7 @@ fn what_uses_it_is_asked_and_changed() -> Result<()> {
     Ok(())
 }
 
-/// The descriptor that a runtime sends: a terminal, or a process.
+/// Receives the descriptor sent by a runtime: a terminal, or a process.
 pub(crate) fn receive_descriptor(listener: &UnixListener) -> Result<fs::File> {
     let (stream, _) = listener.accept()?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -473,10 +473,10 @@ pub(crate) fn receive_descriptor(listener: &UnixListener) -> Result<fs::File> {
     Ok(fds.context("no descriptor came")?.into())
 }
 
-/// All that is written to a terminal until its last user is gone.
+/// Reads a terminal until its last user has closed it.
 fn rest_of(mut terminal: fs::File) -> String {
     let mut bytes = Vec::new();
-    // Its end is an error.
+    // Its end is reported as an error.
     terminal.read_to_end(&mut bytes).ok();
     String::from_utf8_lossy(&bytes).replace("\r\n", "\n")
 }
@@ -507,7 +507,7 @@ fn a_terminal_is_sent_to_the_console_socket() -> Result<()> {
     let mut terminal = receive_descriptor(&listener)?;
     runtime.ok(&["start", "t"])?;
     terminal.write_all(b"words\n")?;
-    // Without a user, as some clients write it.
+    // Without a user, as written by some clients.
     let process = json!({"args": ["stty", "size"], "cwd": "/", "env": ["PATH=/bin"],
         "terminal": true, "consoleSize": {"height": 7, "width": 70}});
     let file = bundle.join("process");

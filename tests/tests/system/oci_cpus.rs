@@ -22,7 +22,7 @@ fn an_exec_has_the_cpus_that_it_asks_for() -> Result<()> {
         fs::write(&file, process.to_string())?;
         runtime.call(&["exec", "--process", text(&file)?, "c"])
     };
-    // Its first process has all.
+    // The first process may use all.
     let first = runtime.ok(&["exec", "c", "grep", "Cpus_allowed_list", "/proc/1/status"])?;
     ensure!(first.ends_with("\t0-1"), "{first}");
     let like_the_containers = [

@@ -1,5 +1,4 @@
-//! Descriptors that processes of a container inherit from the caller (`--preserve-fds`), and those of processes that the
-//! caller gets (`--pidfd-socket`).
+//! Descriptors inherited from the caller (`--preserve-fds`), and pidfds sent to the caller (`--pidfd-socket`).
 
 use crate::oci::{Runtime, bundle, receive_descriptor, text};
 use crate::tool::{feed, scratch, until};
@@ -18,7 +17,7 @@ crate::trials!(
     a_descriptor_of_its_process_is_sent
 );
 
-/// A shell that becomes `koya-runtime` with these words, descriptors being as they say.
+/// A shell that executes `koya-runtime` with these arguments and redirections.
 fn shell(runtime: &Runtime, words: &str) -> Command {
     let mut command = Command::new("sh");
     command.arg("-c");
@@ -39,7 +38,7 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     let output = feed(shell(&runtime, &words), b"this\nthat")?;
     ensure!(output.stdout == b"got this\nthat", "{output:?}");
 
-    // What is detached holds nothing once the process has ended.
+    // A detached runtime keeps no descriptor once the process has ended.
     let writes = bundle(
         "echo \"$LISTEN_FDS of $LISTEN_PID\" >&3; exec 3>&-; sleep 1",
         |_| (),
@@ -79,7 +78,7 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     Ok(())
 }
 
-/// They are read from where they stand, and what is written comes where they stand.
+/// Reads and writes use the file's current offset.
 fn files_are_preserved_one_way() -> Result<()> {
     let runtime = Runtime::koya()?;
     let dir = scratch("preserved-files")?;

@@ -1,4 +1,4 @@
-//! What a container that `koya-runtime` makes finds mounted, where runc has rules of its own.
+//! Mounts of a container of `koya-runtime`, where runc has rules of its own.
 
 use crate::oci::{Runtime, bundle, mount_options, text};
 use anyhow::{Result, ensure};
@@ -70,7 +70,7 @@ fn memory_begins_as_what_it_covers() -> Result<()> {
         let mode = root.join(made).metadata()?.mode() & 0o7777;
         ensure!(mode == 0o2755, "{made}: {mode:o}");
     }
-    // More than it may have.
+    // More data than the tmpfs may have.
     fs::write(root.join("copied/large"), vec![7; 2 << 20])?;
     let full = runtime.call(&["run", "--bundle", text(&bundle)?, "f"])?;
     let error = String::from_utf8_lossy(&full.stderr);
@@ -115,7 +115,7 @@ fn a_dev_may_be_read_only() -> Result<()> {
     Ok(())
 }
 
-/// What is in the container's own root already is mounted last, and made read-only by a change of the mount.
+/// A mount with its source in the container's own root is made last, and becomes read-only by a remount.
 fn a_read_only_mount_keeps_what_its_source_has() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle(

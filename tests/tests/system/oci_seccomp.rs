@@ -1,4 +1,4 @@
-//! What filters of system calls that `koya-runtime` is given do in the guest.
+//! Effects of seccomp filters in the guest, under `koya-runtime`.
 
 use crate::oci::{Runtime, bundle, text};
 use anyhow::{Result, ensure};
@@ -6,7 +6,7 @@ use serde_json::json;
 
 crate::trials!(a_filter_compares_what_its_mask_leaves);
 
-/// Usual profiles have such a rule for the namespaces that clone(2) may make.
+/// Default profiles have such a rule for clone(2)'s namespace flags.
 fn a_filter_compares_what_its_mask_leaves() -> Result<()> {
     let runtime = Runtime::koya()?;
     let script = "cd /dev/shm; touch a; chmod 4755 a && echo allowed; chmod 755 a 2>/dev/null || echo denied; \

@@ -1,4 +1,4 @@
-//! A pod as the kubelet makes it, and its containers.
+//! A pod as created by the kubelet, and its containers.
 
 use crate::daemon::{Containerd, IMAGE};
 use crate::tool::until;
@@ -7,7 +7,7 @@ use koya_test_cri::{Cri, v1};
 use std::fs;
 use std::path::PathBuf;
 
-/// A pod, and the client that made it.
+/// A pod, with its client.
 pub(crate) struct Pod<'a> {
     cri: &'a Cri,
     pub(crate) id: String,
@@ -25,7 +25,7 @@ impl<'a> Pod<'a> {
         Self::start_by("koya", cri, containerd, name, change)
     }
 
-    /// By another handler, as RuntimeClasses name them.
+    /// With another handler, as named by a RuntimeClass.
     pub(crate) fn start_by(
         handler: &str,
         cri: &'a Cri,
@@ -63,7 +63,7 @@ impl<'a> Pod<'a> {
         })
     }
 
-    /// The same pod, by a client of a containerd that was started again.
+    /// The same pod, with a client of the restarted containerd.
     pub(crate) fn by(self, cri: &Cri) -> Pod<'_> {
         Pod {
             cri,
@@ -73,7 +73,7 @@ impl<'a> Pod<'a> {
         }
     }
 
-    /// A container that runs, with what the kubelet would say of it.
+    /// Creates and starts a container, with a configuration like the kubelet's.
     pub(crate) fn run(
         &self,
         name: &str,
@@ -106,7 +106,7 @@ impl<'a> Pod<'a> {
         Ok(id)
     }
 
-    /// What it said, by the log that the kubelet reads: without time, stream and mark.
+    /// Log of a container, in the kubelet's format without time, stream and tag.
     pub(crate) fn log(&self, name: &str) -> Result<String> {
         let text = fs::read_to_string(self.logs.join(format!("{name}.log")))?;
         let lines = text
@@ -123,7 +123,7 @@ impl<'a> Pod<'a> {
         })
     }
 
-    /// The output of a command that must succeed.
+    /// Output of a command that must succeed.
     pub(crate) fn exec(&self, container: &str, script: &str) -> Result<String> {
         let out = self.cri.exec_sync(container, &["sh", "-c", script])?;
         let stdout = String::from_utf8_lossy(&out.stdout).trim_end().to_owned();
@@ -137,7 +137,7 @@ impl<'a> Pod<'a> {
     }
 }
 
-/// What the kubelet says where processes are not shared.
+/// Namespace options for unshared processes.
 fn own_pids() -> v1::NamespaceOption {
     v1::NamespaceOption {
         pid: v1::NamespaceMode::Container as i32,
@@ -145,7 +145,7 @@ fn own_pids() -> v1::NamespaceOption {
     }
 }
 
-/// How a container's own settings are reached.
+/// The Linux section of a container's configuration.
 pub(crate) fn linux(config: &mut v1::ContainerConfig) -> &mut v1::LinuxContainerConfig {
     config.linux.get_or_insert_default()
 }

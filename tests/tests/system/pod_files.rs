@@ -1,4 +1,4 @@
-//! Files that the containers of a pod share: what works between processes of one kernel works between them.
+//! Files shared between the containers of a pod: whatever works between processes of one kernel works between them.
 
 use crate::daemon::{Containerd, Test, Use, trials_of};
 use crate::debian::debian;
@@ -39,9 +39,8 @@ fn mount(words: &[&str], at: &Path) -> Result<()> {
     stdout(Command::new("mount").args(words).arg(at).output()?).map(drop)
 }
 
-/// Two containers that have one volume: the second also a part of it by itself, as the kubelet's subPath
-/// mounts it, and all of it once more read-only. The first has a second volume with a link to a file of
-/// the other.
+/// Two containers with a common volume: the second also has a subdirectory of it as a separate mount, like the kubelet's
+/// subPath, and the whole volume once more read-only. The first has a second volume with a link to a file of the other.
 struct Two<'a> {
     pod: Pod<'a>,
     one: String,
@@ -100,8 +99,8 @@ impl<'a> Two<'a> {
         })
     }
 
-    /// Both at once, each with its name in `$WHO` and its own way to the part in `$PART`. What they
-    /// print comes back when both have ended.
+    /// Runs a script in both at the same time, with the container's name in `$WHO` and its path to the subdirectory in
+    /// `$PART`. Returns the output of both after their end.
     fn at_once(&self, script: &str) -> Result<[String; 2]> {
         for (id, who, part) in [
             (&self.one, "one", "/mnt/part"),
@@ -144,7 +143,7 @@ impl<'a> Two<'a> {
         self.pod.exec(&self.two, script)
     }
 
-    /// Starts something in the first container, and waits until it says that it is there.
+    /// Starts a background process in the first container, and waits for its ready file.
     fn one_goes_on(&self, script: &str) -> Result<()> {
         let ready = self.shared.join("ready");
         fs::remove_file(&ready).ok();
@@ -154,7 +153,7 @@ impl<'a> Two<'a> {
     }
 }
 
-/// Takes each kind of lock on a file, and says which it got.
+/// Takes each kind of lock on a file, and prints those acquired.
 const LOCKS: &str = r#"use Fcntl qw(:DEFAULT :flock);
     sub try { my ($kind, $got) = @_; print $kind, $got ? " got " : " busy "; }
     my @files = map { open(my $f, "+>>", "$ARGV[0].$_") or die "$_: $!"; $f } 1..3;
@@ -197,7 +196,7 @@ fn one_file_is_one_file(containerd: &Containerd) -> Result<()> {
     both.one_goes_on(&perl(LOCKS, "/mnt/part/l /mnt/ready"))?;
     let tried = both.two(&perl(LOCKS, "/media/l"))?;
     ensure!(tried == "flock busy posix busy ofd busy", "{tried}");
-    // What is held goes with who held it.
+    // Locks are released with their owner.
     both.one("killall perl")?;
     let tried = both.two(&perl(LOCKS, "/media/l"))?;
     ensure!(tried == "flock got posix got ofd got", "{tried}");
@@ -219,7 +218,7 @@ fn containers_work_on_one_volume(containerd: &Containerd) -> Result<()> {
     both.end(containerd)
 }
 
-/// Adds to a number in a file, under one kind of lock.
+/// Increments a number in a file, under one kind of lock.
 const COUNT: &str = r#"use Fcntl qw(:DEFAULT :flock); my ($file, $kind, $times) = @ARGV;
     for (1..$times) {
         open(my $f, "+<", $file) or die "$!";
@@ -231,7 +230,7 @@ const COUNT: &str = r#"use Fcntl qw(:DEFAULT :flock); my ($file, $kind, $times) 
         sysread($f, my $text, 100); sysseek($f, 0, 0); syswrite($f, ($text + 1) . "\n"); close($f);
     }"#;
 
-/// What a lock guards adds up.
+/// Increments under a lock are not lost.
 fn counters(both: &Two<'_>) -> Result<()> {
     const EACH: u32 = 40;
     let kinds = ["flock", "posix", "ofd"];
@@ -247,7 +246,7 @@ fn counters(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Replaces a file again and again, or reads it meanwhile: it is always there, and always whole.
+/// Replaces a file repeatedly, or reads it meanwhile: it always exists and is complete.
 const REPLACE: &str = r#"my ($who, $dir) = @ARGV; my $size = 0; my $end = time + 100;
     if ($who eq "one") {
         for my $n (1..100) {
@@ -272,12 +271,11 @@ fn replaced_names(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// renameat2() with no replacing, and with an exchange.
+/// renameat2() with RENAME_NOREPLACE and RENAME_EXCHANGE.
 const RENAME: &str = r#"my ($from, $to, $flags) = @ARGV;
     print syscall(316, -100, $from, -100, $to, $flags + 0) == 0 ? "done" : "$!";"#;
 
-/// A directory that one container moves: the other's working directory moves along, and names are as
-/// they became.
+/// One container moves a directory: the other's working directory follows, and the new names are visible.
 fn renamed_directories(both: &Two<'_>) -> Result<()> {
     both.one("cd /deb/mnt/part; mkdir -p a/deep b; echo a > a/deep/file; echo b > b/file")?;
     let rename = |to: &str, flags: u32| {
@@ -315,13 +313,13 @@ fn renamed_directories(both: &Two<'_>) -> Result<()> {
     ensure!(rename("b", 2)? == "done");
     let seen = both.two("cd /deb/media; cat a/file b/deep/file")?;
     ensure!(seen == "b\na", "{seen}");
-    // Between volumes it is another mount, as it is between any two.
+    // Between volumes it is a cross-mount rename, as between any two.
     let moved = both.one(&perl(RENAME, "/mnt/part/b /srv/b 0"))?;
     ensure!(moved.contains("cross-device"), "{moved}");
     Ok(())
 }
 
-/// Clones of one repository, and pushes to it at the same time.
+/// Clones of one repository, and concurrent pushes to it.
 fn git(both: &Two<'_>) -> Result<()> {
     const EACH: u32 = 1;
     both.one(
@@ -359,7 +357,7 @@ fn git(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// An overlay whose layers lie on the volume, while the other container uses the same files.
+/// An overlay with its layers on the volume, while the other container uses the same files.
 fn overlays(both: &Two<'_>) -> Result<()> {
     both.one(
         "cd /deb/mnt/part; mkdir -p lower/dir upper work; mkdir /tmp/merged
@@ -379,7 +377,7 @@ fn overlays(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A name that was not there is there at once when the other container has made it.
+/// A new file is visible in the other container at once, despite an earlier negative lookup.
 fn fresh_names(both: &Two<'_>) -> Result<()> {
     let makes = "mkfifo /deb/mnt/turn; touch /deb/mnt/ready
         for n in $(seq 20); do
@@ -427,7 +425,7 @@ fn write_ahead(both: &Two<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The host has the room of a removed file again, whoever removed it, though the guest remembers it.
+/// The host's disk space of a removed file is freed, regardless of who removes it and despite the guest's cache.
 fn removed_files_leave(containerd: &Containerd, both: &Two<'_>) -> Result<()> {
     for name in ["big1", "big2"] {
         both.one(&format!("head -c 1000000 /dev/zero > /deb/mnt/part/{name}"))?;
@@ -448,7 +446,7 @@ fn removed_files_leave(containerd: &Containerd, both: &Two<'_>) -> Result<()> {
     until("the files' descriptors", held)
 }
 
-/// Kubernetes' HostToContainer, beside a volume that stays as it is.
+/// Kubernetes' HostToContainer, with a second volume without propagation.
 fn mounts_of_the_host_come_later(containerd: &Containerd) -> Result<()> {
     let cri = Cri::connect(&containerd.socket())?;
     let base = containerd.dir.join("later");
@@ -480,7 +478,7 @@ fn mounts_of_the_host_come_later(containerd: &Containerd) -> Result<()> {
     })?;
     let seen = pod.exec(&id, "ls /stays/late")?;
     ensure!(seen.is_empty(), "{seen}");
-    // Nothing there is open, so the host gets it back.
+    // The mount is not in use, so the host can unmount it.
     until("its end", || {
         let out = Command::new("umount").arg(follows.join("late")).output()?;
         Ok(out.status.success().then_some(()))

@@ -12,7 +12,7 @@ crate::trials!(
     a_podman_pod_is_one_virtual_machine,
 );
 
-/// podman, with storage of its own and an image called `bb`.
+/// podman, with its own storage and an image called `bb`.
 struct Podman {
     dir: PathBuf,
 }
@@ -41,7 +41,7 @@ impl Podman {
         command.arg("--root").arg(self.dir.join("root"));
         command.arg("--runroot").arg(self.dir.join("run"));
         command.args(["--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
-        // Found on PATH only if containers.conf knows its name.
+        // By path: a name is found on PATH only if it is in containers.conf.
         command.arg("--runtime").arg(runtime());
         command.args(words).stdin(Stdio::null());
         command
@@ -63,7 +63,7 @@ impl Podman {
     }
 }
 
-/// The path of the program.
+/// Path of `koya-runtime`.
 fn runtime() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join("koya-runtime"));
@@ -73,7 +73,7 @@ fn runtime() -> PathBuf {
         .unwrap_or_default()
 }
 
-/// What a command prints on a terminal of 33 by 99, and its status.
+/// Output and status of a command on a terminal of 33 rows and 99 columns.
 fn on_terminal(command: &Command) -> Result<(Option<i32>, String)> {
     let words: Vec<_> = std::iter::once(command.get_program())
         .chain(command.get_args())
@@ -128,7 +128,7 @@ fn podman_runs_containers_in_the_foreground() -> Result<()> {
         "run", "--rm", network, "bb", "ip", "address", "show", "inside",
     ])?;
     ensure!(said.contains("10.99.0.2/24"), "{said}");
-    // In a network namespace of its own it is made at `start`, but podman takes its status from `create`.
+    // With its own network namespace the machine is created at `start`, but podman takes the status from `create`.
     for (program, status) in [("no-such-program", 127), ("/etc", 126), ("/none", 127)] {
         let output = podman.call(&["run", "--rm", "--network", "none", "bb", program])?;
         let said = String::from_utf8_lossy(&output.stderr);
@@ -189,8 +189,8 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     Ok(())
 }
 
-/// The control groups of pods, as podman makes them here without systemd. podman 4.3 forbids all devices in them,
-/// /dev/null too, so no runtime can start anything there: that goes away with the group.
+/// Recreates the control groups of pods, as created by podman without systemd. podman 4.3 denies all devices in them, even
+/// /dev/null, so no runtime can start anything there; the rules are removed with the group.
 fn allow_devices_in_pods() -> Result<()> {
     for pod in std::fs::read_dir("/sys/fs/cgroup/libpod_parent")? {
         let group = pod?.path();
@@ -222,11 +222,11 @@ fn a_podman_pod_is_one_virtual_machine() -> Result<()> {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.code() == Some(9), "{output:?}");
     let of_the_first = podman.ok(&["exec", "a", "sh", "-c", &same])?;
-    // It has a pid namespace of its own.
+    // The container has its own pid namespace.
     let wanted = format!("from a\npod\n{of_the_first}\n1\n");
     ensure!(said == wanted, "{said:?} and not {wanted:?}");
 
-    // Its process on the host is one of its own, in the pod's network namespace.
+    // It has its own process on the host, in the pod's network namespace.
     let infra = podman.ok(&["ps", "--filter", "name=infra", "--quiet"])?;
     let pids = [
         &podman.inspect("a")?["Pid"],

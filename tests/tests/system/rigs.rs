@@ -1,11 +1,11 @@
-//! This program once more, in rigs (`cargo xtask rig`), where the machine has no KVM on which Linux runs.
+//! Starts this program again in rigs (`cargo xtask rig`) on a machine without a KVM for Linux guests.
 //!
-//! The tests are dealt out in batches, each of which has a rig of its own: what one leaves behind (memory, page
-//! cache, loaded modules) does not reach the next, and no rig waits for the other one's share.
+//! The tests are divided into batches with a rig each: side effects (memory, page cache, loaded modules) do not reach the
+//! next batch, and rigs do not wait for one another.
 //!
-//! An emulated host dies or hangs now and then, and so do the guests in it (its CPU loses interrupts under nested
-//! virtualization), which was never seen on hardware. So there, what a dead rig left undone, and a few tests that
-//! failed, are tried once more in a fresh rig. Each such test is named at the end.
+//! An emulated host sometimes crashes or hangs, and so do its guests (the CPU loses interrupts under nested virtualization),
+//! which was never seen on hardware. So on such a host, tests that a crashed rig did not finish, and a few failed ones, are
+//! run once more in a fresh rig. Each such test is listed at the end.
 
 use crate::{RIG, is_wanted};
 use anyhow::{Context, Result};
@@ -16,48 +16,48 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// The names of the tests to run, one a line; all without it.
+/// Names of the tests to run, one on each line; without it, all.
 pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
-/// The architecture to test where it is not the machine's: its name, and this program as built for it.
+/// Architecture to test if not the machine's: its name, and the path of this program built for it.
 const ARCH: &str = "KOYA_TEST_ARCH";
 const PROGRAM: &str = "KOYA_TEST_PROGRAM";
-/// What a test says at its end, before its name and the seconds that it took.
+/// Prefix of a test's duration line, before name and seconds.
 pub(crate) const TOOK: &str = "system tests: seconds of ";
-/// How many of the slowest tests are named.
+/// Number of slowest tests to print.
 const SLOWEST: usize = 30;
-/// What `cargo xtask rig` says first where the machine's own KVM will not do.
+/// First line of `cargo xtask rig` on a machine without a suitable KVM.
 const EMULATED: &str = "rig: starting an emulated host";
 
 /// A rig has 6 GiB of memory.
 const MAX_RIGS: usize = 3;
-/// Tests of a batch: a rig takes as long to start as one test.
+/// Number of tests in a batch: a rig takes as long to start as one test.
 const BATCH: usize = 40;
-/// If more tests than these fail, it is not by the emulation.
+/// If more tests than these fail, emulation is not the cause.
 const MAX_SECOND_TRIES: usize = 4;
 
-/// What became of a test.
+/// Result of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Passed,
     Failed,
-    /// Its rig ended first.
+    /// The rig ended before the test.
     Unfinished,
 }
 
-/// The tests to be run, and what became of those that were.
+/// Remaining tests and results.
 #[derive(Default)]
 struct Board {
     batches: VecDeque<Vec<String>>,
     outcomes: BTreeMap<String, Outcome>,
-    /// Whether a rig said that its KVM is an emulated one.
+    /// Whether a rig has reported an emulated KVM.
     emulated: bool,
-    /// How many seconds each test took, beside others in its rig.
+    /// Duration of each test in seconds, with others in the same rig.
     seconds: BTreeMap<String, f64>,
-    /// A rig that failed without a test that did.
+    /// Failures of rigs without a failed test.
     troubles: Vec<String>,
 }
 
-/// Runs the wanted ones of `trials`, by this program in rigs.
+/// Runs the selected tests of `trials` with this program in rigs.
 pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode> {
     let names: Vec<String> = trials
         .iter()
@@ -114,7 +114,7 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
     })
 }
 
-/// What is worth a second try.
+/// Tests to be run again.
 fn second_tries(outcomes: &BTreeMap<String, Outcome>, emulated: bool) -> Vec<String> {
     let failed = outcomes.values().filter(|o| **o == Outcome::Failed).count();
     let worth = |outcome| match outcome {
@@ -135,7 +135,7 @@ fn lock(board: &Mutex<Board>) -> MutexGuard<'_, Board> {
     board.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `names` in as many rigs at once as the machine has CPUs: each emulates one.
+/// Runs `names` in as many concurrent rigs as the machine has CPUs: each emulates one.
 fn run_all(board: &Mutex<Board>, names: &[String]) -> Result<()> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let rigs = names.len().min(cpus).min(MAX_RIGS);
@@ -161,7 +161,7 @@ fn run_all(board: &Mutex<Board>, names: &[String]) -> Result<()> {
     })
 }
 
-/// Neighbours in the list are of one kind and take as long as each other, so each goes to another batch.
+/// Adjacent tests are of one kind and take similar times, so they go to different batches.
 fn batches(names: &[String], rigs: usize) -> VecDeque<Vec<String>> {
     let count = names.len().div_ceil(BATCH).max(rigs);
     let batch = |first| names.iter().skip(first).step_by(count).cloned().collect();
@@ -169,8 +169,8 @@ fn batches(names: &[String], rigs: usize) -> VecDeque<Vec<String>> {
 }
 
 fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
-    // One emulated CPU each: QEMU's emulation of several can run stale copies of code that a kernel patches in
-    // itself, and then a kernel dies for no fault of ours.
+    // One emulated CPU each: with several, QEMU may run stale code after the kernel has patched itself, and the kernel
+    // crashes.
     let mut command = xtask(&["rig", "--no-build", "--cpus", "1"]);
     let mut words = std::env::args_os();
     let own = words.next().unwrap_or_default();
@@ -208,7 +208,7 @@ fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Takes note of a line like `test files::links ... ok`.
+/// Parses a line like `test files::links ... ok`.
 fn note(board: &mut Board, line: &str) {
     let result = line
         .strip_prefix("test ")
@@ -224,7 +224,7 @@ fn note(board: &mut Board, line: &str) {
     board.outcomes.insert(name.trim_end().to_owned(), outcome);
 }
 
-/// Takes note of how long a test took.
+/// Parses a test's duration line.
 fn note_seconds(board: &mut Board, line: &str) {
     let took = line.strip_prefix(TOOK).and_then(|l| l.rsplit_once(' '));
     if let Some((name, seconds)) = took
@@ -234,7 +234,7 @@ fn note_seconds(board: &mut Board, line: &str) {
     }
 }
 
-/// Names the tests that took longest, which are where a run can be made shorter.
+/// Prints the slowest tests, as candidates for a shorter run.
 fn print_slowest(seconds: &BTreeMap<String, f64>) {
     let mut all: Vec<_> = seconds.iter().collect();
     all.sort_by(|a, b| b.1.total_cmp(a.1));
@@ -245,7 +245,7 @@ fn print_slowest(seconds: &BTreeMap<String, f64>) {
     }
 }
 
-/// `--arch` where it is not the machine's.
+/// The option `--arch`, if not the machine's architecture.
 fn arch() -> Vec<String> {
     let arch = std::env::var(ARCH).map(|name| vec!["--arch".into(), name]);
     arch.unwrap_or_default()
@@ -259,7 +259,7 @@ fn xtask(words: &[&str]) -> Command {
     command
 }
 
-/// Passes lines on as they come, each with who said it.
+/// Forwards lines as they arrive, with a label.
 fn relay(label: &str, from: Option<impl Read>, mut note: impl FnMut(&str)) {
     let lines = from.map(|from| BufReader::new(from).split(b'\n'));
     for line in lines.into_iter().flatten().map_while(|line| line.ok()) {

@@ -1,4 +1,4 @@
-//! `koya run`: streams, statuses, signals, terminals, and what a container is given.
+//! `koya run`: streams, exit statuses, signals, terminals, and options of a container.
 
 use crate::tool::{
     architecture, feed, koya, run, run_in, saved_image, scratch, sh, shared_rootfs, stdout,
@@ -63,7 +63,7 @@ fn output_and_error_are_apart() -> Result<()> {
 }
 
 fn a_killed_program_is_128_and_the_signal() -> Result<()> {
-    // The container's first process is not killed by its own hand; a child is, and passes it on.
+    // The first process of a container does not die by its own signal; a child does, and the shell passes on its status.
     let output = run(&[], &["sh", "-c", "sh -c 'kill -9 $$'; exit $?"])?;
     ensure!(output.status.code() == Some(137), "{output:?}");
     Ok(())
@@ -93,7 +93,7 @@ fn standard_input_ends() -> Result<()> {
     command.arg(shared_rootfs()).args(["--", "cat"]);
     let output = feed(command, b"three\nlittle\nwords\n")?;
     ensure!(output.stdout == b"three\nlittle\nwords\n", "{output:?}");
-    // Without -i there is none.
+    // Without -i, standard input is empty.
     ensure!(sh(&[], "wc -c")? == "0");
     Ok(())
 }
@@ -114,8 +114,7 @@ fn signals_are_forwarded() -> Result<()> {
     Ok(())
 }
 
-/// Bytes that no run-length or repetition would forgive: a random block, over and over, each time
-/// with its number in it.
+/// Incompressible data without repetition: a random block over and over, with a counter in each copy.
 fn noise(len: usize) -> Result<Vec<u8>> {
     const BLOCK: usize = 1 << 20;
     let mut block = vec![0; BLOCK];
@@ -177,7 +176,7 @@ fn a_terminal_follows_its_size_and_is_restored() -> Result<()> {
             .open(path.to_str()?)?)
     };
     let before = tcgetattr(&master)?;
-    // setsid gives the command the terminal as its own, so that it hears of new sizes.
+    // setsid makes the terminal the command's controlling terminal, for SIGWINCH.
     let mut child = std::process::Command::new("setsid")
         .args(["--ctty", "--wait", "koya", "run", "-it", "--rootfs"])
         .arg(shared_rootfs())
@@ -204,7 +203,7 @@ fn a_terminal_follows_its_size_and_is_restored() -> Result<()> {
     };
     line("33 77")?;
     tcsetwinsize(&again, size(44, 99))?;
-    // The new size is on its way; the answer comes after it.
+    // Time for the new size to arrive before the reply.
     std::thread::sleep(std::time::Duration::from_millis(500));
     (&again).write_all(b"\n")?;
     line("44 99")?;
@@ -219,8 +218,8 @@ fn every_cpu_is_there() -> Result<()> {
     for cpus in ["1", "4"] {
         ensure!(sh(&["--cpus", cpus], "nproc")? == cpus);
     }
-    // One emulated CPU takes longer than an agent is waited for to start 32 of arm64's. The seventeenth is the first of
-    // the second cluster there.
+    // A single emulated CPU cannot start 32 CPUs of arm64 within the agent's time limit. The seventeenth is the first of the
+    // second cluster there.
     let emulated = std::env::var("KOYA_RIG").is_ok_and(|rig| rig == "emulated");
     let many = match emulated && architecture() == "arm64" {
         true => "17",
@@ -241,7 +240,7 @@ fn memory_is_what_was_asked_for() -> Result<()> {
     )?
     .parse()?;
     ensure!((440 << 10..=520 << 10).contains(&total), "{total} KiB");
-    // Across the hole below 4 GiB.
+    // Beyond the hole below 4 GiB.
     let total: u64 = sh(
         &["--memory", "5g"],
         "awk '/MemTotal/ {print $2}' /proc/meminfo",
@@ -317,7 +316,7 @@ fn capabilities_are_few_and_can_be_added() -> Result<()> {
     Ok(())
 }
 
-/// libcontainer's pure cgroup v2 takes device rules and ignores them: they are ours.
+/// libcontainer's pure cgroup v2 accepts device rules and ignores them: they are implemented here.
 fn a_disk_is_refused() -> Result<()> {
     let rootfs = scratch("devices")?;
     crate::tool::busybox(&rootfs)?;
@@ -396,7 +395,7 @@ fn a_missing_rootfs_is_named() -> Result<()> {
     Ok(())
 }
 
-/// What `docker save` writes, made by hand.
+/// An image in the format of `docker save`, created by hand.
 fn an_image_says_how_it_runs() -> Result<()> {
     let dir = scratch("image")?;
     let config = serde_json::json!({"architecture": architecture(), "os": "linux",
@@ -423,7 +422,7 @@ fn an_image_says_how_it_runs() -> Result<()> {
     Ok(())
 }
 
-/// podman's default profile, which is Docker's with another default answer.
+/// podman's default profile, which is Docker's with another default action.
 fn a_profile_in_dockers_format_applies() -> Result<()> {
     let script = r#"
         open(S, '<', '/proc/self/status'); print grep { /^(Seccomp|NoNewPrivs):/ } <S>;
@@ -453,8 +452,8 @@ fn a_profile_in_dockers_format_applies() -> Result<()> {
     Ok(())
 }
 
-/// moby/moby 42680 and others: to what they don't name profiles answer EPERM, where C libraries would do without a new
-/// call if it were ENOSYS. What a process may is the same with such a profile and without.
+/// moby/moby 42680 and others: profiles answer EPERM to unknown system calls, where C libraries would fall back on ENOSYS. A
+/// process may do the same with such a profile and without.
 fn a_call_that_a_profile_does_not_know_is_not_there() -> Result<()> {
     let text = std::fs::read("/usr/share/containers/seccomp.json")?;
     let mut profile: serde_json::Value = serde_json::from_slice(&text)?;

@@ -1,9 +1,9 @@
-//! A few tests that show that all is well at large: one of each part that an architecture has a hand in. They take
-//! some minutes in emulated hosts, and are chosen by the word `smoke` in the place of a part of their names.
+//! A quick overall check: tests of each architecture-dependent part. They take some minutes on emulated hosts, and are
+//! selected by the filter `smoke`.
 
 use libtest_mimic::{Arguments, Trial};
 
-/// What they are chosen by.
+/// Filter that selects them.
 const WORD: &str = "smoke";
 
 const TESTS: &[&str] = &[
@@ -17,7 +17,7 @@ const TESTS: &[&str] = &[
     "disks::disks_come_and_go_while_a_container_runs",
 ];
 
-/// Leaves only these where they are chosen.
+/// Keeps only these tests if they are selected.
 pub(crate) fn select(arguments: &mut Arguments, trials: &mut Vec<Trial>) {
     if arguments.filter.as_deref() != Some(WORD) {
         return;

@@ -1,5 +1,5 @@
-//! What a container finds, as under other engines: streams that can be opened, its own name, a working directory,
-//! limits, devices.
+//! A container's environment, compared with other engines: streams that can be opened, host name, working directory, limits,
+//! devices.
 
 use crate::tool::{
     Background, architecture, busybox, koya, run, run_in, saved_image, scratch, sh, stdout,
@@ -47,13 +47,13 @@ fn streams_can_be_opened_by_every_user() -> Result<()> {
         let said = String::from_utf8_lossy(&output.stdout).replace('\r', "");
         ensure!(said == "out\nerr\n", "exec -t {user}: {output:?}");
     }
-    // Others' devices are not given away with them.
+    // Devices of others keep their owner.
     let owner = stdout(container.exec(&["-u", "1000"], &["stat", "-c", "%u", "/dev/null"])?)?;
     ensure!(owner == "0", "/dev/null is {owner}'s");
     Ok(())
 }
 
-/// Most images have none of these files.
+/// Most images do not contain these files.
 fn localhost_and_the_containers_name_are_known() -> Result<()> {
     let script = "cat /etc/hosts /etc/hostname; hostname";
     let mut root = std::path::PathBuf::new();
@@ -70,7 +70,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
             "{said}"
         );
     }
-    // Nothing of it is in the root.
+    // The root itself is not changed.
     for name in ["hosts", "hostname", "resolv.conf"] {
         let file = root.join("etc").join(name);
         ensure!(
@@ -79,7 +79,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
             file.display()
         );
     }
-    // Name servers are the host's, but for those that only the host reaches.
+    // The host's name servers, except those reachable only from the host.
     let all = std::fs::read_to_string("/etc/resolv.conf")?;
     let servers = all.lines().filter(|line| {
         line.starts_with("nameserver") && !line.contains(" 127.") && !line.ends_with("::1")
@@ -91,7 +91,7 @@ fn localhost_and_the_containers_name_are_known() -> Result<()> {
         &["grep", "nameserver", "/etc/resolv.conf"],
     )?)?;
     ensure!(said == wanted && !said.is_empty(), "{said}");
-    // Of the container's own writing only the container knows.
+    // Changes by a container are visible only in it.
     let write = "echo 192.0.2.1 other >> /etc/hosts && grep -c . /etc/hosts";
     ensure!(stdout(run_in(&root, &[], &["sh", "-c", write])?)? == "4");
     ensure!(stdout(run_in(&root, &[], &["sh", "-c", "grep -c . /etc/hosts"])?)? == "3");
@@ -109,9 +109,9 @@ fn a_roots_own_files_stay() -> Result<()> {
         &["sh", "-c", "cat /etc/hosts; readlink /etc/hostname"],
     )?)?;
     ensure!(said == "192.0.2.1 own\n/nowhere/hostname", "{said}");
-    // Where a link leads is a place for a mount, and nothing is written there.
+    // The target of a link becomes a mount point, and its file is not written.
     ensure!(std::fs::read(root.join("nowhere/hostname"))?.is_empty());
-    // Nor is what a volume is in its place.
+    // Nor is the file of a volume at this path.
     let own = scratch("own-volume")?.join("hosts");
     std::fs::write(&own, "a volume's\n")?;
     let volume = format!("{}:/etc/hosts", own.display());
@@ -128,7 +128,7 @@ fn a_missing_working_directory_is_made_for_the_user() -> Result<()> {
     let said = stdout(run_in(&root, &options, &["sh", "-c", WHERE])?)?;
     ensure!(said == "/made/by/the/runtime\n33:33:755\nwritten", "{said}");
     ensure!(root.join("made").metadata()?.uid() == 0);
-    // An image's own.
+    // Working directory of an image.
     let dir = scratch("workdir-image")?;
     let config = |digest: &str| {
         format!(
@@ -144,7 +144,7 @@ fn a_missing_working_directory_is_made_for_the_user() -> Result<()> {
     Ok(())
 }
 
-/// Where only the guest can make it.
+/// In a mount, only the guest can create it.
 fn a_working_directory_in_a_mount_is_made() -> Result<()> {
     let options = [
         "--tmpfs",
@@ -180,7 +180,7 @@ fn a_read_only_root_gets_its_working_directory() -> Result<()> {
 const LIMITS: &str =
     "awk '/Max processes/ {print $3, $4} /Max open files/ {print $4, $5}' /proc/self/limits";
 
-/// A guest's size is no limit of its users' processes.
+/// The guest's size does not limit the number of its users' processes.
 fn limits_are_an_engines() -> Result<()> {
     for user in ["0", "1000:1000"] {
         let said = sh(&["-u", user, "--memory", "128m"], LIMITS)?;
@@ -216,9 +216,9 @@ fn a_privileged_container_has_the_guests_devices() -> Result<()> {
         head -c 1 /dev/zero | wc -c; exec 3<> /dev/net/tun && echo opened; ls /dev/pts | head -n 1";
     let said = sh(&["--privileged"], script)?;
     ensure!(said.starts_with("1\nopened"), "{said}");
-    // Others have what every container has.
+    // Without privileges, only the standard devices.
     ensure!(sh(&[], "ls /dev/fuse /dev/kmsg 2>/dev/null | wc -l")? == "0");
-    // A disk of its own is where it was put, and as it was given.
+    // A container's disk has its usual name and mode.
     let disk = scratch("privileged-disk")?.join("disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
     let option = format!("{}:ro", disk.display());
@@ -242,7 +242,7 @@ fn a_volume_that_cannot_be_one_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// `/var/run` of many images leads to a `/run` that they do not have.
+/// In many images `/var/run` is a link to a `/run` that does not exist.
 fn volumes_go_where_links_lead() -> Result<()> {
     let root = scratch("links")?;
     busybox(&root)?;
@@ -281,7 +281,7 @@ fn node(at: &std::path::Path, major: u32, minor: u32) -> Result<()> {
     .map(drop)
 }
 
-/// As pods ask for them: hostPath volumes of the type CharDevice.
+/// As in pods: hostPath volumes of the type CharDevice.
 fn devices_as_volumes_are_the_guests() -> Result<()> {
     let dir = scratch("nodes")?;
     let numbers = [
@@ -306,7 +306,7 @@ fn devices_as_volumes_are_the_guests() -> Result<()> {
         [ -c /etc/covered ] && cat /etc/covered /dev/urandom; head -c 1 /dev/zero | wc -c";
     let said = sh(&[&["--privileged"], &volumes[..]].concat(), script)?;
     ensure!(said == "net/tun\nfuse\na file\n1", "{said}");
-    // Its node is there without privileges, too: to open it is not allowed, as elsewhere.
+    // Without privileges the node exists too, but cannot be opened, as with other engines.
     let said = sh(
         &volumes,
         "[ -c /dev/net/tun ] && cat /etc/covered /dev/urandom",

@@ -1,4 +1,4 @@
-//! `koya timeline`: where the time of a start went, also of one that failed.
+//! `koya timeline`: the steps of a start and their times, also after a failure.
 
 use crate::tool::{koya, run, scratch, stdout};
 use anyhow::{Context, Result, ensure};
@@ -9,13 +9,13 @@ crate::trials![
     a_start_that_failed_says_where_and_why,
 ];
 
-/// What is kept of a start.
+/// The stored timeline of a start.
 pub(crate) fn timeline(id: &str) -> Result<Value> {
     let text = stdout(koya(["timeline", id, "--json"]).output()?)?;
     Ok(serde_json::from_str(&text)?)
 }
 
-/// Names of steps or marks, in their order.
+/// Names of steps or marks, in order.
 fn names<'t>(timeline: &'t Value, of: &str) -> Vec<&'t str> {
     let all = timeline[of].as_array().into_iter().flatten();
     all.filter_map(|one| one["name"].as_str()).collect()
@@ -29,7 +29,7 @@ fn a_start_is_kept_and_drawn() -> Result<()> {
         "prepare", "devices", "machine", "kernel", "agent", "settings", "create", "start",
     ];
     ensure!(steps == expected, "{kept}");
-    // One clock: each begins where the one before ends, or later.
+    // One clock: each step begins at the end of the previous one, or later.
     let steps = kept["steps"].as_array().context("steps")?;
     let time = |step: &Value, name: &str| step[name].as_u64().with_context(|| kept.to_string());
     for two in steps.windows(2) {
@@ -38,7 +38,7 @@ fn a_start_is_kept_and_drawn() -> Result<()> {
             "{kept}"
         );
     }
-    // Of the builder, of exits, of drivers, and of the agent.
+    // Of the builder, exits, drivers, and the agent.
     let marks = names(&kept, "marks");
     let expected = [
         "kernel loaded",
@@ -54,7 +54,7 @@ fn a_start_is_kept_and_drawn() -> Result<()> {
     }
     ensure!(kept["exits"]["mmio"].as_u64() > Some(10), "{kept}");
 
-    // By how its name begins, as lines, as a picture, and in the list.
+    // By a prefix of its name, as text, as SVG, and in the list.
     let text = stdout(koya(["timeline", "timeline-on"]).output()?)?;
     ensure!(
         text.contains("\nkernel ") && text.contains("MMIO exits"),
@@ -96,7 +96,7 @@ fn a_start_that_failed_says_where_and_why() -> Result<()> {
         "{text}"
     );
 
-    // A root or volume that is not there is refused before there is a start to tell of.
+    // A missing root or volume is an error before a start is recorded.
     let missing = "/bin/busybox/timeline";
     let volume = format!("/etc:{missing}");
     let options = ["--name", "timeline-root", "-v", &volume];

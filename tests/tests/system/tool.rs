@@ -1,4 +1,4 @@
-//! What the tests use: a root file system, the `koya` command, waiting by progress.
+//! Test utilities: a root file system, the `koya` command, waiting for conditions.
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
@@ -11,10 +11,10 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long anything may take that a test waits for.
+/// Time limit for any wait.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
-/// A directory of its own for each caller: on the rig's ext4 scratch disk where there is one.
+/// A new directory for each caller: on the rig's ext4 scratch disk, if present.
 pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::SeqCst);
@@ -23,7 +23,7 @@ pub(crate) fn scratch(name: &str) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Where such directories are.
+/// Parent of such directories.
 pub(crate) fn scratch_base() -> PathBuf {
     match Path::new("/run/scratch").is_dir() {
         true => PathBuf::from("/run/scratch"),
@@ -31,7 +31,7 @@ pub(crate) fn scratch_base() -> PathBuf {
     }
 }
 
-/// The architecture as images name it.
+/// The architecture, as named in images.
 pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "aarch64" => "arm64",
@@ -39,12 +39,12 @@ pub(crate) fn architecture() -> &'static str {
     }
 }
 
-/// What ip(8) says to these words.
+/// Runs ip(8) and returns its output.
 pub(crate) fn ip(words: &[&str]) -> Result<String> {
     stdout(Command::new("ip").args(words).output()?)
 }
 
-/// A root file system of one static busybox; tests that write have one of their own.
+/// A root file system of a single static busybox; tests that write have one of their own.
 pub(crate) fn busybox(at: &Path) -> Result<()> {
     for dir in [
         "bin", "etc", "proc", "sys", "dev", "tmp", "root", "data", "mnt",
@@ -68,7 +68,7 @@ pub(crate) fn busybox(at: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One that all tests share, which must not write to it.
+/// One shared by all tests, which must not write to it.
 pub(crate) fn shared_rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
@@ -90,11 +90,10 @@ pub(crate) fn run(options: &[&str], command: &[&str]) -> Result<Output> {
     run_in(shared_rootfs(), options, command)
 }
 
-/// As [`run`], on another root file system.
+/// Like [`run`], on another root file system.
 ///
-/// In the emulated rig, a guest's kernel dies now and then in the middle of anything (a fault in an
-/// interrupt, a triple fault), which was never seen elsewhere. Such a run is tried once more, and
-/// said; on hardware it is a failure.
+/// In the emulated rig, a guest's kernel sometimes crashes at an arbitrary point (a fault in an interrupt, a triple fault),
+/// which was never seen elsewhere. Such a run is repeated once, with a message; on hardware it is a failure.
 pub(crate) fn run_in(rootfs: &Path, options: &[&str], command: &[&str]) -> Result<Output> {
     let run = || {
         koya(["run", "--rootfs"])
@@ -116,7 +115,7 @@ pub(crate) fn run_in(rootfs: &Path, options: &[&str], command: &[&str]) -> Resul
     Ok(output)
 }
 
-/// The output of a command that must succeed, without the last line end.
+/// Output of a command that must succeed, without the trailing newline.
 pub(crate) fn stdout(output: Output) -> Result<String> {
     ensure!(
         output.status.success(),
@@ -128,7 +127,7 @@ pub(crate) fn stdout(output: Output) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
 }
 
-/// Kills a process that is there.
+/// Kills a running process.
 pub(crate) fn kill(pid: &str) -> Result<()> {
     let killed = Command::new("kill").args(["-KILL", pid]).status()?;
     ensure!(killed.success(), "no process {pid}");
@@ -140,7 +139,7 @@ pub(crate) fn sh(options: &[&str], script: &str) -> Result<String> {
     stdout(run(options, &["sh", "-c", script])?)
 }
 
-/// Feeds `input` to a command and returns its output.
+/// Runs a command with `input` on its standard input, and returns its output.
 pub(crate) fn feed(mut command: Command, input: &[u8]) -> Result<Output> {
     let mut child = command
         .stdin(Stdio::piped())
@@ -157,8 +156,8 @@ pub(crate) fn feed(mut command: Command, input: &[u8]) -> Result<Output> {
     Ok(output)
 }
 
-/// A tar as `docker save` makes it, of the tests' root file system. `config` makes the image's own from
-/// the digest of its layer.
+/// Creates a tar in the format of `docker save`, with the tests' root file system. `config` returns the image's
+/// configuration for the digest of its layer.
 pub(crate) fn saved_image(
     dir: &Path,
     tag: Option<&str>,
@@ -168,7 +167,7 @@ pub(crate) fn saved_image(
         let path = dir.join(name);
         let mut tar = Command::new("tar");
         tar.arg("-C").arg(from).arg("-cf").arg(&path).args(what);
-        // What changes while it is read is read again.
+        // Files that change during the run of tar are read again.
         let is_whole = (0..5).any(|_| tar.status().is_ok_and(|status| status.success()));
         ensure!(is_whole, "tar -cf {name}");
         Ok(path)
@@ -183,12 +182,12 @@ pub(crate) fn saved_image(
     tar("image.tar", dir, &["c.json", "manifest.json", "l"])
 }
 
-/// Waits until `look` finds something.
+/// Waits until `look` returns a value.
 pub(crate) fn until<T>(what: &str, look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     until_within(LIMIT, what, look)
 }
 
-/// [`until`] for what takes long on an emulated CPU that others use too.
+/// Like [`until`], for operations that are slow on a shared emulated CPU.
 pub(crate) fn until_within<T>(
     limit: Duration,
     what: &str,
@@ -204,7 +203,7 @@ pub(crate) fn until_within<T>(
     bail!("{what}: not after {limit:?}")
 }
 
-/// A container in the background, killed and removed when the test is over.
+/// A container in the background, killed and removed on drop.
 pub(crate) struct Background {
     pub(crate) name: String,
 }
@@ -218,12 +217,12 @@ impl Background {
         Ok(Self { name: name.into() })
     }
 
-    /// What it printed so far.
+    /// The output so far.
     pub(crate) fn said(&self) -> Result<String> {
         stdout(koya(["logs", &self.name]).output()?)
     }
 
-    /// Waits until what it printed is as `look` wants it.
+    /// Waits until `look` accepts the output.
     pub(crate) fn wait_until(&self, what: &str, look: impl Fn(&str) -> bool) -> Result<()> {
         until(what, || Ok(look(&self.said()?).then_some(())))
             .with_context(|| format!("it said {:?}", self.said()))
@@ -237,7 +236,7 @@ impl Background {
             .output()?)
     }
 
-    /// The process of its sandbox on the host.
+    /// PID of the sandbox on the host.
     pub(crate) fn pid(&self) -> Result<u32> {
         let list: serde_json::Value =
             serde_json::from_str(&stdout(koya(["ps", "--json"]).output()?)?)?;

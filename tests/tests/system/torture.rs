@@ -1,8 +1,8 @@
-//! virtio-fs under load, under every cache policy: fsx, which checks each byte that it reads
-//! against its own copy, and stress-ng's file-system stressors, which check what they can.
+//! virtio-fs under load, with every cache policy: fsx, which checks each byte read against its own copy, and stress-ng's
+//! file-system stressors with their own checks.
 //!
-//! `KOYA_TEST_TORTURE` is how many seconds in all (default 20). stress-ng takes half a minute of
-//! its own in an emulated machine, so it takes part from 120 seconds on.
+//! `KOYA_TEST_TORTURE` is the total time in seconds (default 20). stress-ng needs half a minute on an emulated machine, so
+//! it is included from 120 seconds on.
 
 use crate::tool::{run_in, scratch, stdout};
 use anyhow::{Context, Result, ensure};
@@ -12,8 +12,8 @@ crate::trials![files_hold_under_torture];
 
 const POLICIES: [&str; 4] = ["auto", "never", "always", "writeback"];
 
-/// Small and large files; every operation of fsx. Each has its own seed, so a failure is found
-/// again by the command that it prints.
+/// Small and large files; every operation of fsx. Each run has its own seed, so a failure can be reproduced with the printed
+/// command.
 const SMALL: &str = "flen = 1048576\n[weights]\nclose_open = 1\ninvalidate = 1\nfsync = 0.5\n\
     fdatasync = 0.5\npunch_hole = 3\nposix_fallocate = 3\nsendfile = 5\nposix_fadvise = 2\n\
     copy_file_range = 5\n";

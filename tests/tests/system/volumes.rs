@@ -1,4 +1,4 @@
-//! The volumes that the kubelet gives a pod, over the real containerd.
+//! The kubelet's volumes for a pod, over the real containerd.
 
 use crate::daemon::Containerd;
 use crate::pod::Pod;
@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-/// A directory as the kubelet makes it for a ConfigMap: what is read goes by a link that is replaced.
+/// A directory in the kubelet's format for a ConfigMap: files are read through a link that is replaced.
 fn write_config(dir: &Path, version: &str) -> Result<()> {
     let versioned = dir.join(format!("..{version}"));
     fs::create_dir_all(&versioned)?;
@@ -28,7 +28,7 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
     let (config, disk) = (kubelet.join("config"), kubelet.join("disk"));
     let memory = kubelet.join("volumes/kubernetes.io~empty-dir/memory");
     let part = kubelet.join("volume-subpaths/memory/two/0");
-    // The kubelet makes directories of volumes (subPath) before they are asked for.
+    // The kubelet creates directories of volumes (subPath) before they are used.
     for dir in [&config, &disk.join("sub"), &memory, &part] {
         fs::create_dir_all(dir)?;
     }
@@ -50,7 +50,7 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
             .output()?,
     )?;
 
-    // A path that stands for a file system of the guest's own.
+    // A marker path for a file system on the guest's own disk.
     let (direct, own) = (kubelet.join("direct"), kubelet.join("own.ext4"));
     fs::create_dir_all(&direct)?;
     fs::File::create(&own)?.set_len(16 << 20)?;
@@ -93,7 +93,7 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
             bind(&direct, "/direct", false),
         ];
     })?;
-    // What the host changes is seen.
+    // Changes by the host are visible.
     ensure!(pod.exec(&one, "cat /config/key")? == "one");
     write_config(&config, "two")?;
     until("the new version", || {
@@ -103,11 +103,11 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
         pod.exec(&one, "touch /config/x 2>&1 || echo refused")?
             .ends_with("refused")
     );
-    // On the host's disk, and a part of it in another container.
+    // On the host's disk, with a subdirectory in another container.
     pod.exec(&one, "echo shared > /disk/sub/file")?;
     ensure!(pod.exec(&two, "cat /sub/file")? == "shared");
     ensure!(fs::read_to_string(disk.join("sub/file"))? == "shared\n");
-    // In the guest's memory: shared, and no larger than it may be.
+    // In the guest's memory: shared, and within its size limit.
     pod.exec(&one, "echo fast > /memory/part/file")?;
     ensure!(pod.exec(&two, "cat /part/file /dev/shm/part/file")? == "fast\nfast");
     let size = pod.exec(&two, "df -k /dev/shm | awk 'END { print $2 }'")?;
@@ -127,7 +127,7 @@ pub(crate) fn volumes_of_every_kind(containerd: &Containerd) -> Result<()> {
     // A block device.
     pod.exec(&one, "echo block data > /dev/block; sync")?;
     ensure!(pod.exec(&one, "head -n 1 /dev/block")? == "block data");
-    // The guest's own file system, on one disk for both.
+    // The guest's own file system, on a single disk for both.
     ensure!(
         pod.exec(&one, "grep ' /direct ' /proc/mounts")?
             .contains("ext4")

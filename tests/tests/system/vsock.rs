@@ -1,4 +1,4 @@
-//! vsock between the guest and processes of the host, by Unix sockets.
+//! vsock between the guest and processes of the host, over Unix sockets.
 
 use crate::debian::debian;
 use crate::tool::{Background, LIMIT, koya, scratch, stdout, until};
@@ -13,8 +13,7 @@ crate::trials![
     containers_open_no_vsock_sockets_by_themselves,
 ];
 
-/// The guest's side, in Perl, which Debian's smallest tree has: 40 is AF_VSOCK, and the address is
-/// `struct sockaddr_vm`.
+/// The guest's side, in Perl, which is in Debian's smallest tree: 40 is AF_VSOCK, and the address is `struct sockaddr_vm`.
 const GUEST: &str = r#"
     use Socket; $| = 1;
     sub address { pack("SSLLx4", 40, 0, @_) }
@@ -44,7 +43,7 @@ impl Guest {
     }
 }
 
-/// A stream to a port of the guest, once the guest has accepted it.
+/// Connects to a port of the guest; returns once the guest has accepted.
 fn connect(socket: &Path, port: u32) -> Result<BufReader<UnixStream>> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(LIMIT))?;
@@ -58,7 +57,7 @@ fn connect(socket: &Path, port: u32) -> Result<BufReader<UnixStream>> {
 
 fn thousands_of_streams_at_once() -> Result<()> {
     const COUNT: usize = 2000;
-    // This process holds them too.
+    // This process has the other ends.
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let raised = rustix::process::Rlimit {
         current: limit.maximum,
@@ -89,7 +88,7 @@ fn thousands_of_streams_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Whatever its privileges and its filter of system calls; EAFNOSUPPORT is 97.
+/// Regardless of its privileges and its seccomp filter; EAFNOSUPPORT is 97.
 fn containers_open_no_vsock_sockets_by_themselves() -> Result<()> {
     let script = "print socket(my $s, 40, 1, 0) ? 0 : $! + 0, qq(\n)";
     let perl = ["perl", "-e", script];
@@ -117,8 +116,8 @@ fn containers_open_no_vsock_sockets_by_themselves() -> Result<()> {
     Ok(())
 }
 
-/// The guest dials two ports of the host, one of which nobody listens on, and sends back what it gets;
-/// the host dials a port that nobody listens on.
+/// The guest connects to two ports of the host, one of them without a listener, and echoes its input; the host connects to a
+/// port without a listener.
 fn both_sides_connect() -> Result<()> {
     const SIZE: usize = 8 << 20;
     let socket = scratch("vsock")?.join("v.sock");

@@ -1,4 +1,4 @@
-//! How the threads on the host that a guest drives are confined.
+//! Confinement of host threads driven by the guest.
 
 use crate::tool::{Background, koya, scratch, stdout};
 use anyhow::{Context, Result, ensure};
@@ -13,7 +13,7 @@ crate::trials![
     device_operations_of_all_kinds_pass_the_filters,
 ];
 
-/// What a guest drives, by the beginnings of the threads' names.
+/// Threads driven by the guest, by prefixes of their names.
 const DRIVEN: [&str; 7] = [
     "koya-vcpu",
     "koya-loop",
@@ -31,11 +31,11 @@ struct Thread {
     seccomp: bool,
     no_new_privileges: bool,
     capabilities: u64,
-    /// Its root directory.
+    /// Root directory.
     root: PathBuf,
 }
 
-/// The threads of a process by their names.
+/// The threads of a process, by name.
 fn threads(pid: u32) -> Result<BTreeMap<String, Thread>> {
     let mut found = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -61,7 +61,7 @@ fn names(directory: &Path) -> Result<Vec<String>> {
     names.collect()
 }
 
-/// The directories that a process has open on mounts of its namespace.
+/// Open directories of a process on mounts of its namespace.
 fn directories_of_the_host(pid: u32) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
     let mounts: Vec<_> = mounts
@@ -71,7 +71,7 @@ fn directories_of_the_host(pid: u32) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for number in names(format!("/proc/{pid}/fd").as_ref())? {
         let link = PathBuf::from(format!("/proc/{pid}/fd/{number}"));
-        // Others may be closed meanwhile.
+        // Other descriptors may be closed meanwhile.
         if link.metadata().is_ok_and(|data| data.is_dir()) {
             let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
             let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
@@ -92,7 +92,7 @@ fn start(name: &str, more: &[&str]) -> Result<Background> {
     let options = [&["--disk", &disk, "--vsock", &socket], more].concat();
     let container = Background::start(name, &options, &["sh", "-c", "echo ready; sleep 1000"])?;
     container.wait_until("the container", |said| said.contains("ready"))?;
-    // The threads of a disk start with its driver, those of clients with a client.
+    // Threads of a disk start with its driver, those of vsock clients with a client.
     let _client = UnixStream::connect(&*socket)?;
     Ok(container)
 }
@@ -140,7 +140,7 @@ fn confinement_can_be_turned_off() -> Result<()> {
     Ok(())
 }
 
-/// What a guest can ask of files, in a shell. Each line is a request of its own to the host.
+/// File operations of a guest, in a shell. Each line is a separate request to the host.
 const FILE_OPERATIONS: &str = "set -e; cd /data
     echo one > a; cat a; ln a b; ln -s a c; readlink c; mv b d; mkdir e; rmdir e; mkfifo f
     mknod g c 1 3; chmod 600 a; chown 5:6 a; touch -d 2020-01-01 a; truncate -s 9 a; stat a
@@ -161,10 +161,10 @@ fn device_operations_of_all_kinds_pass_the_filters() -> Result<()> {
     let done = container.exec(&[], &["sh", "-c", FILE_OPERATIONS])?;
     ensure!(done.status.success(), "{done:?}");
     ensure!(fs::read_dir(&dir)?.next().is_none(), "something is left");
-    // Memory and CPUs come and go.
+    // Memory and CPUs are added and removed.
     for (memory, cpus) in [("512m", "2"), ("128m", "1"), ("256m", "2")] {
         let update = ["update", "operations", "--memory", memory, "--cpus", cpus];
-        // Not whether the guest gives all of it back at once.
+        // The guest may not return all of it at once.
         koya(update).output()?;
     }
     let alive = container.exec(&[], &["echo", "alive"])?;

@@ -1,4 +1,4 @@
-//! inotify in the guest, of files that the host changes.
+//! inotify in the guest, on files changed by the host.
 
 use crate::tool::{Background, koya, scratch, stdout};
 use anyhow::{Result, ensure};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 crate::trials![changes_on_the_host_reach_inotify, ends_of_what_is_watched];
 
-/// Watches what the arguments name for all that changes, and says each event: the watched path, the
-/// kind, the entry. Ends with the entry `end`. 294 and 254 are inotify_init1 and inotify_add_watch.
+/// Watches its arguments for all changes, and prints each event: watched path, kind, entry. Ends with the entry `end`. 294
+/// and 254 are inotify_init1 and inotify_add_watch.
 const WATCH: &str = r#"
     $| = 1; my %path;
     my $fd = syscall(294, 0); $fd >= 0 or die "inotify: $!";
@@ -69,7 +69,7 @@ impl Watcher {
         self.0.wait_until(line, there)
     }
 
-    /// All that it said, once it has seen `end`.
+    /// All output up to the entry `end`.
     fn all(&self, dir: &Path) -> Result<Vec<String>> {
         fs::write(dir.join("end"), "")?;
         self.wait_for(".: CREATE end")?;
@@ -81,7 +81,7 @@ fn changes_on_the_host_reach_inotify() -> Result<()> {
     let dir = scratch("watches")?;
     fs::write(dir.join("file"), "old")?;
     let watcher = Watcher::start("watches", &dir, &[".", "file"])?;
-    // So that the guest remembers what it is to forget.
+    // Makes the guest cache the file.
     let seen = watcher.0.exec(&[], &["cat", "/mnt/file"])?;
     ensure!(stdout(seen)? == "old");
 
@@ -98,7 +98,7 @@ fn changes_on_the_host_reach_inotify() -> Result<()> {
     watcher.wait_for(".: DELETE dir moved")?;
     fs::write(dir.join("go"), "")?;
     watcher.wait_for(".: DELETE own")?;
-    // What the server did for the guest comes back within this time, if it does.
+    // Events caused by the guest's own requests would arrive within this time.
     std::thread::sleep(Duration::from_millis(500));
     let said = watcher.all(&dir)?;
     let count = |line: &str| said.iter().filter(|l| *l == line).count();
@@ -126,7 +126,7 @@ fn changes_on_the_host_reach_inotify() -> Result<()> {
     Ok(())
 }
 
-/// What programs do that watch one file: it is replaced, or goes, and the watch with it.
+/// Events for programs that watch one file: it is replaced or removed, and the watch with it.
 fn ends_of_what_is_watched() -> Result<()> {
     let dir = scratch("ends")?;
     fs::write(dir.join("file"), "old")?;

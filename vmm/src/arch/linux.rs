@@ -19,8 +19,8 @@ pub(super) fn kernel_parameters(info: &BootInfo<'_>) -> String {
     words
 }
 
-/// Inserts kernel parameters behind the configured ones, because the kernel acts on them with what it has
-/// parsed by then (a console prints at the log level known so far); arguments for init come last.
+/// Inserts kernel parameters behind the configured ones, because the kernel acts on each parameter as soon as it is parsed
+/// (a console prints at the log level set so far); arguments for init come last.
 pub(super) fn insert_before_init(own: &str, words: &str) -> String {
     let (own, init) = own.split_at(init_arguments(own));
     format!("{own} {words} {init}")

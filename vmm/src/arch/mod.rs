@@ -4,10 +4,10 @@
 //! - [`KernelFormat`], [`kernel_format`]: detects the kernel format from the first bytes of a file
 //! - [`layout`]: guest physical memory map and the MMIO slots for virtio devices
 //! - [`features`]: CPU features that KVM offers
-//! - [`prepare_vm`]: sets up what must exist before vCPUs are created
+//! - [`prepare_vm`]: sets up the parts that must exist before vCPUs are created
 //! - [`prepare_vcpu`]: sets the identity and features of a vCPU
-//! - [`finish_vm`]: sets up what needs all vCPUs, and returns the interrupt controller ([`Interrupts`]); interrupts
-//!   are connected after that
+//! - [`finish_vm`]: sets up the parts that require all vCPUs, and returns the interrupt controller ([`Interrupts`]);
+//!   interrupts are connected after that
 //! - [`attach_platform`]: attaches the platform's own devices to the bus (serial port, reset)
 //! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
 //!   by device tree
@@ -70,7 +70,7 @@ impl BootInfo<'_> {
     }
 }
 
-/// Why a virtual machine could not be prepared for boot.
+/// Errors while a virtual machine is prepared for boot.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArchError {
@@ -86,9 +86,9 @@ pub enum ArchError {
     /// The kernel or initramfs does not fit, or is broken.
     #[error("cannot load {what}")]
     Load {
-        /// What was being loaded: kernel, initramfs or command line.
+        /// The file or text being loaded: kernel, initramfs or command line.
         what: &'static str,
-        /// What is wrong.
+        /// The problem.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },

@@ -137,7 +137,7 @@ impl DiskConfig {
     /// Opens the disk and closes it again, to check whether a machine could use it now.
     ///
     /// # Errors
-    /// Why the disk cannot be used.
+    /// The reason why the disk cannot be used.
     pub fn probe(&self) -> Result<(), ConfigError> {
         self.open().map(drop)
     }

@@ -18,7 +18,7 @@ use thiserror::Error;
 
 /// Maximum number of vCPUs of a virtual machine.
 pub const MAX_CPUS: u32 = 32;
-/// Minimum memory in MiB: with less, Linux cannot unpack itself.
+/// Minimum memory in MiB; Linux cannot unpack itself with less.
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// Maximum memory in MiB: 512 GiB.
 pub const MAX_MEMORY_MIB: u64 = 512 * 1024;
@@ -146,7 +146,7 @@ fn default_true() -> bool {
     true
 }
 
-/// What is wrong with a configuration; each error names the field.
+/// Errors in a configuration; each names the field.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -190,7 +190,7 @@ pub enum ConfigError {
     Disk {
         /// The image or device.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -199,7 +199,7 @@ pub enum ConfigError {
     Network {
         /// Its name.
         tap: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -208,18 +208,18 @@ pub enum ConfigError {
     Kernel {
         /// The kernel file.
         path: PathBuf,
-        /// What the file is instead.
+        /// The actual type of the file.
         reason: String,
     },
     /// A command line that the kernel could not use.
     #[error("cmdline: {reason}")]
     Cmdline {
-        /// What is wrong with it.
+        /// The problem.
         reason: String,
     },
 }
 
-/// What the virtual machine boots.
+/// The software to boot.
 pub(crate) enum Boot {
     /// A Linux kernel.
     Linux {
@@ -311,7 +311,7 @@ impl VmConfig {
     /// Reads a configuration from TOML.
     ///
     /// # Errors
-    /// [`ConfigError::Toml`] says what is wrong and where.
+    /// [`ConfigError::Toml`], with the problem and its position.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         Ok(toml::from_str(text)?)
     }
@@ -444,8 +444,8 @@ impl Spec {
         }
     }
 
-    /// A tiny guest, for a test of the host: it counts down from `rounds` by two instructions each time, and then
-    /// resets the machine.
+    /// A tiny guest, for a test of the host: it counts down from `rounds` by two instructions per round, and then resets the
+    /// machine.
     pub fn countdown(rounds: u32) -> Self {
         Self::flat(arch::countdown(rounds))
     }
@@ -475,7 +475,7 @@ fn open(field: &'static str, path: &Path) -> Result<File, ConfigError> {
 mod tests {
     use super::*;
 
-    /// Begins as a kernel of either architecture does.
+    /// A file with the header of a kernel for either architecture.
     fn kernel_file() -> tempfile::NamedTempFile {
         let mut head = vec![0u8; 64];
         head[..5].copy_from_slice(b"\x7fELF\x02");

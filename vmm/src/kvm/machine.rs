@@ -68,7 +68,7 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }
     }
 
-    /// How many pluggable memory slots this host supports.
+    /// Number of pluggable memory slots that this host supports.
     pub fn max_slots(&self, kvm: &Kvm) -> usize {
         kvm.get_nr_memslots().saturating_sub(self.first_slot())
     }

@@ -1,4 +1,4 @@
-//! Opens KVM and explains why it is unavailable.
+//! Access to KVM, with explanations if it is unavailable.
 //!
 //! The crate's `unsafe` code is in this directory: memory slots (a mapping must outlive its slot), per-thread
 //! signals, and the fields of `kvm_run` that the bindings expose as unions.
@@ -25,7 +25,7 @@ const REQUIRED_CAPS: &[(&str, Cap)] = &[
     ("KVM_CAP_IRQFD", Cap::Irqfd),
 ];
 
-/// Why KVM is unavailable; each message says what to do.
+/// The reason why KVM is unavailable; each message names the remedy.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KvmError {
@@ -35,7 +35,7 @@ pub enum KvmError {
     /// No permission to open it.
     #[error("no permission for {DEVICE}: join the group that owns it (usually kvm), or ask root")]
     NoPermission,
-    /// It could not be opened for another reason.
+    /// Another error on opening it.
     #[error("cannot open {DEVICE}")]
     Open(#[source] kvm_ioctls::Error),
     /// Unsupported KVM API version.
@@ -49,7 +49,7 @@ pub enum KvmError {
 /// Opens KVM and checks the capabilities that Koya needs. Not needed before a start, which checks by itself.
 ///
 /// # Errors
-/// What is missing and what to do about it.
+/// The missing feature and the remedy.
 pub fn open() -> Result<Kvm, KvmError> {
     let kvm = open_device()?;
     match missing(&kvm) {
@@ -58,7 +58,7 @@ pub fn open() -> Result<Kvm, KvmError> {
     }
 }
 
-/// The host's virtualization features, as a sentence for a report; `None` where hosts do not differ in them.
+/// The host's virtualization features, as a sentence for a report; `None` where all hosts have the same.
 pub fn offers(kvm: &Kvm) -> Option<String> {
     arch::offers(kvm)
 }
@@ -77,9 +77,9 @@ pub(crate) fn open_device() -> Result<Kvm, KvmError> {
     Ok(kvm)
 }
 
-/// The first required capability that this KVM does not have.
+/// The first required capability that this KVM lacks.
 pub(crate) fn missing(kvm: &Kvm) -> Option<&'static str> {
-    // Cap is neither Copy nor Clone; KVM takes its number.
+    // Cap is neither Copy nor Clone; KVM's interface takes its number.
     let lacks = |cap: &Cap| kvm.check_extension_raw(cap_number(cap)) <= 0;
     let (name, _) = REQUIRED_CAPS.iter().find(|(_, cap)| lacks(cap))?;
     Some(name)

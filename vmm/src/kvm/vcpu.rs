@@ -1,4 +1,4 @@
-//! One vCPU: KVM_RUN, its exits, and how another thread interrupts it.
+//! One vCPU: KVM_RUN, its exits, and kicks from other threads.
 //!
 //! A library must not install signal handlers. The kick is therefore a signal that is blocked in the vCPU's
 //! thread and unblocked only inside KVM_RUN (KVM_SET_SIGNAL_MASK): KVM_RUN returns EINTR, no handler runs,
@@ -39,11 +39,11 @@ pub struct Vcpu {
     fd: VcpuFd,
     _machine: Arc<Machine>,
     kicker: Kicker,
-    /// The signal mask to restore when the vCPU leaves a thread that is the caller's.
+    /// The signal mask to restore when the vCPU leaves a thread of the caller.
     before: Option<libc::sigset_t>,
 }
 
-/// Which kind of thread runs a vCPU.
+/// The kind of thread that runs a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
     /// The monitor's own thread: the process's signals go to other threads.
@@ -52,7 +52,7 @@ pub enum Thread {
     Caller,
 }
 
-/// Why KVM_RUN returned.
+/// The reason why KVM_RUN returned.
 #[derive(Debug)]
 pub enum Exit<'a> {
     /// Read of one or more bytes from a port.

@@ -1,4 +1,4 @@
-//! Drivers that break the rules of virtio, one after the other, without end.
+//! Drivers that violate the virtio specification, one after the other, in an endless loop.
 
 use super::program::{Descriptor, MEMORY, Program, Rings, SLOT, Target, register};
 
@@ -39,7 +39,7 @@ fn kicks(target: &Target) -> Program {
     guest.bring_up(target);
     let again = guest.here();
     guest.notify_all(target);
-    // Queues that there are not.
+    // Queues that do not exist.
     guest.notify(0xffff);
     guest.again(again);
     guest
@@ -247,7 +247,7 @@ fn requests(target: &Target) -> Program {
     guest
 }
 
-/// Ports and addresses that nobody serves, slots for devices that are not there, and a page at a time to a port.
+/// Ports and addresses without a device, empty slots, and a page at a time to a port.
 fn nowhere(_: &Target) -> Program {
     let mut guest = Program::new();
     let again = guest.here();

@@ -1,5 +1,5 @@
-//! Guests of any length: machine code in 32-bit protected mode without paging, put together from stores and loads,
-//! and the memory that it begins with.
+//! Guests of any length: machine code in 32-bit protected mode without paging, assembled from stores and loads, with its
+//! initial memory.
 #![allow(dead_code, reason = "no test uses all of them")]
 
 use koya_vmm::devices::virtio::VirtioDevice;
@@ -25,7 +25,7 @@ pub(crate) mod register {
     pub(crate) const USED: u32 = 0xa0;
 }
 
-/// Where a queue's parts are, and its number of descriptors.
+/// Addresses of the parts of a queue, and its number of descriptors.
 #[derive(Clone, Copy)]
 pub(crate) struct Rings {
     pub(crate) table: u32,
@@ -35,7 +35,7 @@ pub(crate) struct Rings {
 }
 
 impl Rings {
-    /// Those of queue `index`, in a place of its own. There is room for an indirect table 0x3000 above it.
+    /// Rings of queue `index`, in separate memory. There is room for an indirect table at offset 0x3000.
     pub(crate) fn of(index: u32, size: u32) -> Self {
         let table = 0x10_0000 + 0x4000 * index;
         let (available, used) = (table + 0x1000, table + 0x2000);
@@ -48,11 +48,11 @@ impl Rings {
     }
 }
 
-/// What a driver has to know of its device.
+/// Device properties that the driver needs.
 pub(crate) struct Target {
     pub(crate) queues: Vec<Rings>,
     features: u32,
-    /// What a request may begin with.
+    /// Beginnings of valid requests.
     pub(crate) requests: Vec<Vec<u8>>,
 }
 
@@ -60,7 +60,7 @@ impl Target {
     pub(crate) fn of(device: &impl VirtioDevice, requests: Vec<Vec<u8>>) -> Self {
         let sizes = (0..).zip(device.queue_sizes());
         let queues = sizes.map(|(index, size)| Rings::of(index, u32::from(*size).min(16)));
-        // Indirect descriptors and event indexes, where they are offered.
+        // Indirect descriptors and event indexes, where the device offers them.
         let features = device.features() as u32 & (1 << 28 | 1 << 29);
         Self {
             queues: queues.collect(),
@@ -70,7 +70,7 @@ impl Target {
     }
 }
 
-/// A guest that is being written.
+/// A guest program under construction.
 pub(crate) struct Program {
     code: Vec<u8>,
     data: Vec<(u32, Vec<u8>)>,
@@ -78,7 +78,7 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Code that has entered protected mode.
+    /// The code that enters protected mode.
     pub(crate) fn new() -> Self {
         let mut code = vec![0xeb, 0x3e, 0, 0, 0, 0, 0, 0]; // jmp 0x40
         code.extend([0x17, 0, 0x10, 0, 0, 0, 0, 0]); // the GDT's place
@@ -98,7 +98,7 @@ impl Program {
         }
     }
 
-    /// One whose memory begins with full queues of the requests of this target.
+    /// A program whose memory begins with full queues of this target's requests.
     pub(crate) fn filled(target: &Target) -> Self {
         let mut guest = Self::new();
         for rings in &target.queues {
@@ -160,7 +160,7 @@ impl Program {
         self.op(&[0xe2, 0xfe], &[]);
     }
 
-    /// The place to go back to.
+    /// The current position, as a target for jumps.
     pub(crate) fn here(&self) -> u32 {
         self.code.len() as u32
     }
@@ -184,7 +184,7 @@ impl Program {
         }
     }
 
-    /// Up to FEATURES_OK.
+    /// Initializes the device up to FEATURES_OK.
     pub(crate) fn negotiate(&mut self, target: &Target) {
         for status in [0, 1, 3] {
             self.register(register::STATUS, status);
@@ -205,7 +205,7 @@ impl Program {
         self.register(register::QUEUE_READY, 1);
     }
 
-    /// Up to DRIVER_OK.
+    /// Initializes the device up to DRIVER_OK.
     pub(crate) fn bring_up(&mut self, target: &Target) {
         self.negotiate(target);
         for (index, rings) in (0..).zip(&target.queues) {
@@ -226,7 +226,7 @@ impl Program {
         self.data.push((address, bytes.to_vec()));
     }
 
-    /// Fills a queue with chains of a request and a page for the answer, as many as there are descriptors for.
+    /// Fills a queue with chains of a request and a page for the reply, until the descriptors are used up.
     pub(crate) fn fill(&mut self, rings: Rings, requests: &[Vec<u8>]) {
         let mut heads = Vec::new();
         for (pair, request) in (0..rings.size / 2).zip(requests.iter().cycle()) {
@@ -257,7 +257,7 @@ impl Program {
         self.put(rings.available + 4, &entries);
     }
 
-    /// Offers `count` chains more if all of the queue came back, and kicks.
+    /// Offers `count` more chains if the device has returned all of the queue, and kicks.
     pub(crate) fn refill(&mut self, index: u32, rings: Rings, count: u8) {
         self.op(&[0x66, 0xa1], &[rings.used + 2]);
         self.op(&[0x66, 0x3b, 0x05], &[rings.available + 2]);
@@ -266,7 +266,7 @@ impl Program {
         self.notify(index);
     }
 
-    /// Waits until all of a queue came back.
+    /// Waits until the device has returned all chains of a queue.
     pub(crate) fn wait_for(&mut self, rings: Rings) {
         self.op(&[0x66, 0xa1], &[rings.used + 2]);
         self.op(&[0x66, 0x3b, 0x05], &[rings.available + 2]);

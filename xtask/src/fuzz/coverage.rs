@@ -1,7 +1,7 @@
-//! `cargo xtask fuzz --coverage`: which lines the inputs reach that were kept.
+//! `cargo xtask fuzz --coverage`: the lines covered by the kept inputs.
 //!
-//! The targets are built a second time, with the compiler's own counters, and run each kept input once. What reads the
-//! counters comes with the compiler: `rustup component add llvm-tools`.
+//! The targets are built a second time with the compiler's coverage counters, and run each kept input once. The tools that
+//! read the counters come with the compiler: `rustup component add llvm-tools`.
 
 use crate::arch::Arch;
 use crate::proc;
@@ -12,10 +12,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// How many inputs a program is given at a time.
+/// Number of inputs passed to a program at a time.
 const BATCH: usize = 2000;
 
-/// Of which crates lines are counted, by where they are; and whether each device is listed by itself.
+/// Crates whose lines are counted, by path; and whether each device is listed separately.
 const SOURCES: [(&str, bool); 5] = [
     ("devices/src/", true),
     ("runtime/image/src/", false),
@@ -24,7 +24,7 @@ const SOURCES: [(&str, bool); 5] = [
     ("vmm/src/", false),
 ];
 
-/// Lines of a part, and those that were reached.
+/// Lines of a part, and the covered ones.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 struct Lines {
     count: u64,
@@ -90,7 +90,7 @@ pub(super) fn run(targets: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Runs a target's kept inputs once each, without looking for others.
+/// Runs each kept input of a target once, without fuzzing.
 fn replay(programs: &Path, target: &str, profiles: &Path) -> Result<()> {
     let inputs = super::home(target).join("inputs");
     let inputs = match inputs.exists() {
@@ -112,7 +112,7 @@ fn replay(programs: &Path, target: &str, profiles: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where the compiler's own tools are.
+/// Directory of the compiler's tools.
 fn tools() -> Result<PathBuf> {
     let libraries = proc::output(Command::new("rustc").args(["--print", "target-libdir"]))?;
     let directory = Path::new(libraries.trim()).join("../bin");
@@ -142,7 +142,7 @@ fn table(files: impl Iterator<Item = (String, Lines)>, checkout: &Path) -> Strin
             true => format!("{prefix}{}", rest.trim_end_matches(".rs")),
             false => prefix.trim_end_matches('/').to_owned(),
         };
-        // What only tests use is no device.
+        // Test utilities are not devices.
         if part.ends_with("test_utils") {
             continue;
         }

@@ -1,4 +1,4 @@
-//! The emulated host of a rig: its QEMU, its kernel and its initramfs, made once and kept in the cache.
+//! The emulated host of a rig: its QEMU, its kernel and its initramfs, created once and kept in the cache.
 
 use super::platform::{PROGRAMS, Platform};
 use crate::arch::Arch;
@@ -11,8 +11,8 @@ use std::process::Command;
 
 const INIT: &str = include_str!("../rig-init.sh");
 
-/// What the rig's kernel loads beside what its platform has, in dependency order found by depmod: the root file
-/// system, the scratch disk, taps, and what redirects the traffic of one interface to another.
+/// Modules loaded by the rig's kernel in addition to those of its platform, with dependencies from depmod: the root file
+/// system, the scratch disk, taps, and traffic redirection between interfaces.
 const MODULES: &[&str] = &[
     "9p",
     "9pnet_virtio",
@@ -36,7 +36,7 @@ const MODULES: &[&str] = &[
     "dm-flakey",
 ];
 
-/// What only Docker's networks need, in a directory of the rig for tests that load it: each module takes its time.
+/// Modules for Docker's networks, in a directory of the rig, loaded only by tests that need them, since loading takes time.
 const DOCKER_MODULES: &[&str] = &[
     "br_netfilter",
     "nf_conntrack_netlink",
@@ -54,24 +54,24 @@ const DOCKER_MODULES: &[&str] = &[
     "ip_set_hash_net",
 ];
 
-/// Where QEMU comes from: Debian 12's own, 7.2, can lose an interrupt of a host that runs virtual
-/// machines, and hangs. It stays installed for the libraries that both need.
+/// Source of QEMU: Debian 12's version, 7.2, may lose an interrupt of a host that runs virtual machines, and hang. It stays
+/// installed for the libraries that both need.
 const QEMU_SUITE: &str = "bookworm-backports";
 
-/// The emulated host: what emulates it, its kernel and its initramfs.
+/// The emulated host: its QEMU, kernel and initramfs.
 pub(crate) struct Host {
     pub(super) platform: &'static Platform,
-    /// Where the newer QEMU is unpacked; none means the machine's own.
+    /// Directory of the newer QEMU; `None` means the machine's own.
     qemu: Option<PathBuf>,
     pub(crate) dir: PathBuf,
-    /// Programs of its architecture that lie over the machine's own files.
+    /// Programs of its architecture, laid over the machine's own files.
     pub(super) programs: Option<PathBuf>,
 }
 
 impl Host {
-    /// What emulates it, told to end with this process.
+    /// The QEMU command, which ends with this process.
     pub(crate) fn qemu(&self) -> Command {
-        // setpriv: should we be killed, so is QEMU.
+        // setpriv: if this process is killed, so is QEMU.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]);
         match &self.qemu {
@@ -91,7 +91,7 @@ impl Host {
         command
     }
 
-    /// The one of this machine's architecture.
+    /// The host of this machine's architecture.
     pub(crate) fn ensure() -> Result<Self> {
         Self::ensure_for(Arch::of_this_machine())
     }
@@ -102,7 +102,7 @@ impl Host {
             true => None,
             false => Some(programs(arch)?),
         };
-        // The same Debian version as the guest kernel's source: one number to know.
+        // The same Debian version as the guest kernel's source, so that there is only one.
         let version = kernel::source_version()?;
         let upstream = version
             .split('-')
@@ -198,7 +198,7 @@ fn build_host(
     Ok(())
 }
 
-/// Adds modules, and a list of them in the order in which they are loaded.
+/// Adds modules, and a list of them in load order.
 fn pack_modules(archive: &mut Archive, list: &str, paths: &[String], from: &Path) -> Result<()> {
     let mut names = String::new();
     for path in paths {
@@ -223,7 +223,7 @@ fn is_named(path: &str, module: &str) -> bool {
         .is_some_and(|f| f.split('.').next() == Some(module))
 }
 
-/// Appends `module` after everything that it needs.
+/// Appends `module` after its dependencies.
 fn load_order(module: &str, dep: &str, order: &mut Vec<String>) -> Result<()> {
     let line = dep
         .lines()

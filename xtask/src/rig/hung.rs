@@ -1,4 +1,4 @@
-//! What a rig does that hangs, by QEMU's monitor.
+//! Diagnosis of a hung rig, through QEMU's monitor.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -6,12 +6,12 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// How often the CPU is looked at: one place each time is a halt or a short loop.
+/// Number of samples of the CPU: the same address each time means a halt or a short loop.
 const LOOKS: usize = 4;
-/// How long a panic takes to reach the console.
+/// Time for a panic to reach the console.
 const PANIC: Duration = Duration::from_secs(3);
 
-/// Where its CPU is, a few times, as text. Then it is sent an NMI, upon which its kernel panics, with a backtrace on
+/// Samples the address of its CPU a few times, as text. Then sends an NMI, which makes its kernel panic with a backtrace on
 /// the console.
 pub(crate) fn look(monitor: &Path) -> String {
     let mut text = String::new();
@@ -35,7 +35,7 @@ pub(crate) fn look(monitor: &Path) -> String {
     text
 }
 
-/// What QEMU answers until it is silent for the stream's timeout.
+/// Sends a command to QEMU and reads the reply until the stream's timeout.
 fn ask(monitor: &mut UnixStream, command: &str) -> String {
     let mut answer = Vec::new();
     let mut part = [0; 4096];

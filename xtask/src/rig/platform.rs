@@ -1,20 +1,20 @@
-//! What the emulated hosts of the architectures have of their own.
+//! Platform-specific parts of the emulated hosts.
 
 use crate::arch::Arch;
 
 /// The emulated host of an architecture.
 pub(super) struct Platform {
-    /// What emulates it.
+    /// Its QEMU program.
     pub(super) qemu: &'static str,
-    /// Debian's packages that it comes in.
+    /// Debian packages of that program.
     pub(super) qemu_packages: &'static [&'static str],
     /// Its machine and CPU.
     pub(super) machine: &'static [&'static str],
     /// Parameters of its kernel.
     pub(super) cmdline: &'static str,
-    /// Modules of its kernel beside those of every architecture.
+    /// Additional modules of its kernel.
     pub(super) modules: &'static [&'static str],
-    /// How its virtualization is called.
+    /// Name of its virtualization.
     pub(super) virtualization: &'static str,
 }
 
@@ -27,20 +27,20 @@ impl Platform {
     }
 }
 
-/// Where a CPU has fast string instructions, kernels clear and copy pages byte by byte, which an emulator takes
-/// literally; worse, each byte is a slow store while it knows code on the page, as it does on most pages that a guest
-/// had. Page tables of five levels make its walks longer. Without both, a container starts in half the time.
+/// On CPUs with fast string instructions, kernels clear and copy pages byte by byte, which is slow in an emulator; worse,
+/// each byte is a slow store while the page contains translated code, as do most pages used by a guest. Five-level page
+/// tables make page walks longer. Without both, a container starts in half the time.
 const X86_64: Platform = Platform {
     qemu: "qemu-system-x86_64",
     qemu_packages: &["qemu-system-x86", "qemu-system-data", "seabios"],
     machine: &["-M", "q35", "-cpu", "max,-erms,-fsrm,-fsrs,-fzrm,-la57"],
-    // A rig that hangs is sent an NMI, so that its kernel says where it is.
+    // A hung rig is sent an NMI, so that its kernel prints a backtrace.
     cmdline: "console=ttyS0 quiet panic=-1 unknown_nmi_panic=1 mitigations=off",
     modules: &["kvm-amd"],
     virtualization: "nested SVM",
 };
 
-/// KVM is a part of its kernel, which starts in EL2. Emulating pointer authentication makes everything three to
+/// KVM is built into its kernel, which starts in EL2. Emulating pointer authentication makes everything three to
 /// four times as slow; with LPA2, addresses of guests have 52 bits instead of 48.
 const AARCH64: Platform = Platform {
     qemu: "qemu-system-aarch64",
@@ -56,8 +56,8 @@ const AARCH64: Platform = Platform {
     virtualization: "EL2",
 };
 
-/// What the machine has of Debian's packages and a rig of another architecture needs as well: their programs lie
-/// over the machine's own. `cargo xtask setup` says what each is for.
+/// Debian packages that a rig of another architecture needs in its own version: their programs are laid over the machine's
+/// own. `cargo xtask setup` lists the purpose of each.
 pub(super) const PROGRAMS: &[&str] = &[
     "apparmor",
     "base-files",

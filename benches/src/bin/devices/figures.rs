@@ -1,4 +1,4 @@
-//! What is measured, and how it is shown.
+//! The figures, and their presentation.
 
 use crate::guest::{Monitor, Set};
 use crate::{CALLS, EXITS};
@@ -6,26 +6,26 @@ use koya_benches::{median, row};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-/// Figures by set, name, and monitor: one a round.
+/// Figures by set, name, and monitor: one for each round.
 pub(crate) type Results = BTreeMap<(Set, String, Monitor), Vec<f64>>;
 
 /// One row of the table.
 struct Figure {
     set: Set,
-    /// What a guest reports.
+    /// Key reported by the guest.
     key: &'static str,
     name: &'static str,
     unit: &'static str,
-    /// From the guest's unit to ours.
+    /// Conversion factor from the guest's unit.
     factor: f64,
     less_is_better: bool,
     peer: Peer,
 }
 
-/// What stands beside Koya's figure.
+/// The figure compared with Koya's.
 #[derive(Clone, Copy)]
 enum Peer {
-    /// QEMU's own device; by `vhost` the host's kernel's.
+    /// QEMU's own device; with `vhost` that of the host's kernel.
     Monitor(&'static str),
     /// Another figure of the same guest.
     Own(&'static str, &'static str),
@@ -264,7 +264,7 @@ const FIGURES: &[Figure] = {
     ]
 };
 
-/// A figure that a guest owes and has not reported. Counts are taken where the host has them.
+/// Whether an expected figure has not been reported. Counts are only expected if the host provides them.
 pub(crate) fn is_missing(
     set: Set,
     monitor: Monitor,

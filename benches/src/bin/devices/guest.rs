@@ -1,4 +1,4 @@
-//! The guests that are measured: the same kernel and the same tools under Koya and under QEMU.
+//! The measured guests: the same kernel and the same tools under Koya and under QEMU.
 
 use crate::{Outcome, TAP};
 use koya_vmm::devices::fs::passthrough::Options;
@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Receiver;
 
-/// The first argument of the process that is one of Koya's guests.
+/// The first argument of a process that runs one of Koya's guests.
 pub(crate) const ARGUMENT: &str = "guest";
 /// An option of that process: its threads are not confined.
 const UNCONFINED: &str = "--unconfined";
 /// The port of the host that guests connect to by vsock.
 pub(crate) const VSOCK_PORT: u32 = 7000;
-/// The virtio-fs tag of what is shared, and of the same with the guest's own caching.
+/// Virtio-fs tags of the share, and of the same share with caching in the guest.
 const TAG: &str = "bench";
 const WRITEBACK_TAG: &str = "writeback";
 
@@ -27,27 +27,27 @@ pub(crate) enum Monitor {
     Qemu,
 }
 
-/// What is counted of its monitor, beside the times.
+/// Counts of the monitor that are measured instead of times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Counting {
-    /// Exits, which costs nothing.
+    /// Exits, which are counted without overhead.
     Exits,
-    /// System calls, by a tracer: no times are taken then.
+    /// System calls, counted by a tracer: no times are measured then.
     Calls,
 }
 
-/// What one guest measures.
+/// A set of measurements for one guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Set {
-    /// A disk by way of the host's page cache, and a network.
+    /// A disk through the host's page cache, and a network.
     Cached,
-    /// A disk past it.
+    /// A disk with direct I/O.
     Direct,
     /// Shared files.
     Files,
     /// vsock.
     Sockets,
-    /// Memory that goes back: 1 GiB.
+    /// Memory given back to the host: 1 GiB.
     OneGib,
     /// The same with 4 GiB.
     FourGib,
@@ -99,33 +99,33 @@ impl Set {
         };
         let wait = match counting {
             Counting::Exits => 0,
-            // To attach a tracer takes a moment.
+            // Attaching a tracer takes a moment.
             Counting::Calls => 4,
         };
         format!("quiet measure={} gib={gib} wait={wait}", self.script())
     }
 }
 
-/// Where guests find what they need.
+/// Paths for the guests.
 pub(crate) struct Places {
     pub(crate) tools: PathBuf,
     pub(crate) data: PathBuf,
     pub(crate) shared: PathBuf,
-    /// Sockets and the like.
+    /// Directory for sockets.
     pub(crate) run: PathBuf,
 }
 
 impl Places {
-    /// Where the host's end of a guest's vsock connections is.
+    /// Socket of the host's end of vsock connections.
     pub(crate) fn vsock(&self) -> PathBuf {
         self.run.join("vsock")
     }
 }
 
-/// A guest that runs. It ends when this does.
+/// A running guest, ended on drop.
 pub(crate) struct Guest {
     child: Child,
-    /// virtiofsd, where one serves it.
+    /// virtiofsd, if it is used.
     server: Option<Child>,
     /// Its console, line by line.
     pub(crate) lines: Receiver<String>,
@@ -200,8 +200,8 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Counts the system calls of the monitor, and of what serves it, until [`Tracer::stop`]. To run a
-    /// vCPU is none of them: that is what exits are.
+    /// Counts the system calls of the monitor and its servers until [`Tracer::stop`]. KVM_RUN is not counted: it is covered
+    /// by exits.
     pub(crate) fn trace(&self, places: &Places) -> Outcome<Tracer> {
         let table = places.run.join("calls");
         let mut strace = Command::new("strace");
@@ -218,7 +218,7 @@ impl Guest {
         Ok(Tracer { strace, table })
     }
 
-    /// What the monitor's process holds of the host's memory, guest included, in bytes.
+    /// Resident memory of the monitor's process on the host, including the guest, in bytes.
     pub(crate) fn resident(&self) -> Outcome<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -227,14 +227,14 @@ impl Guest {
     }
 }
 
-/// A tracer at work.
+/// A running tracer.
 pub(crate) struct Tracer {
     strace: Child,
     table: PathBuf,
 }
 
 impl Tracer {
-    /// How many calls there were.
+    /// Number of calls.
     pub(crate) fn stop(mut self) -> Outcome<f64> {
         let pid = self.strace.id().to_string();
         Command::new("kill").args(["-INT", &pid]).status()?;
@@ -256,7 +256,7 @@ pub(crate) fn main(arguments: impl Iterator<Item = String>) -> Outcome<()> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text)?;
     let spec = VmConfig::from_toml(&text)?.check()?;
-    // As virtiofsd does.
+    // Like virtiofsd.
     raise_descriptor_limit();
     let mut builder = Vm::builder(spec).confined(is_confined);
     for (tag, cache) in [(TAG, Cache::default()), (WRITEBACK_TAG, Cache::Writeback)] {
@@ -315,7 +315,7 @@ fn config(set: Set, counting: Counting, places: &Places) -> VmConfig {
     config
 }
 
-/// QEMU as its own documentation sets up a microvm, with the best it has for each device.
+/// QEMU with a microvm as in its documentation, with its fastest option for each device.
 fn qemu(set: Set, counting: Counting, places: &Places) -> Command {
     let mut qemu = Command::new("/usr/bin/qemu-system-x86_64");
     let drive = |id: &str, path: &Path, more: &str| {
@@ -387,11 +387,11 @@ fn virtiofsd_socket(places: &Places) -> PathBuf {
     places.run.join("virtiofsd")
 }
 
-/// Debian 12's file-system daemon, for one guest, with the cache policy that is Koya's default.
+/// Debian 12's virtiofsd, for one guest, with Koya's default cache policy.
 fn virtiofsd(places: &Places) -> Outcome<Child> {
     let socket = virtiofsd_socket(places);
     std::fs::remove_file(&socket).ok();
-    // As Koya has it: one share below a root of its own.
+    // As in Koya: one share below a separate root.
     let source = places.shared.parent().ok_or("no directory")?;
     let child = Command::new("/usr/lib/qemu/virtiofsd")
         .arg(format!("--socket-path={}", socket.display()))

@@ -17,14 +17,14 @@ use vsock::{VMADDR_CID_ANY, VsockListener};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// The tap that all guests share, with the host's address on it.
+/// The tap shared by all guests, with the host's address on it.
 const TAP: &str = "bench0";
 const DATA_BYTES: u64 = 1 << 30;
-/// How often a guest may be lost: an emulated host kills one now and then.
+/// Maximum number of attempts for a guest: an emulated host occasionally crashes one.
 const TRIES: usize = 3;
-/// How long one guest may take.
+/// Time limit for one guest.
 const LIMIT: Duration = Duration::from_secs(1800);
-/// How long freed memory may take to come back.
+/// Time limit for freed memory to return to the host.
 const BACK_LIMIT: Duration = Duration::from_secs(120);
 
 fn main() -> Outcome<()> {
@@ -70,7 +70,7 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places, peer: Monitor) -> Ou
     prepare(sets, places)?;
     let mut results = Results::new();
     for round in 1..=rounds {
-        // Who is first changes, so that neither always finds what the other left.
+        // The order alternates, so that neither always starts from the other's state.
         let order = match round % 2 {
             0 => [peer, Monitor::Koya],
             _ => [Monitor::Koya, peer],
@@ -108,10 +108,10 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places, peer: Monitor) -> Ou
     Ok(())
 }
 
-/// The tap, the servers, the directory to share, and a disk whose every block is there.
+/// Prepares the tap, the servers, the shared directory, and a fully allocated disk.
 fn prepare(sets: &[Set], places: &Places) -> Outcome<()> {
     std::fs::create_dir_all(&places.shared)?;
-    // Where it is mounted already, all the better; where it can't be, exits are not counted.
+    // It may be mounted already; if it can't be mounted, exits are not counted.
     run("mount", &["-t", "debugfs", "none", DEBUGFS]).ok();
     if sets.contains(&Set::Cached) || sets.contains(&Set::Direct) {
         let mut disk = File::create(&places.data)?;
@@ -136,8 +136,8 @@ fn prepare(sets: &[Set], places: &Places) -> Outcome<()> {
     Ok(())
 }
 
-/// The host's end of a vsock connection. Its first byte says what the guest wants: to be heard (`s`),
-/// to be told a number of MiB (`r`, and the number), an echo (`e`), or nothing.
+/// The host's end of a vsock connection. The first byte from the guest selects the operation: receive (`s`), send a number
+/// of MiB (`r`, followed by the number), echo (`e`), or nothing.
 fn serve(mut stream: impl Read + Write + Send + 'static) {
     std::thread::spawn(move || -> std::io::Result<()> {
         let mut buffer = vec![0; 256 << 10];
@@ -158,7 +158,7 @@ fn serve(mut stream: impl Read + Write + Send + 'static) {
             },
             _ => while stream.read(&mut buffer)? > 0 {},
         }
-        // The guest knows by this that all has arrived.
+        // Tells the guest that everything has arrived.
         stream.write_all(b".")
     });
 }
@@ -190,22 +190,22 @@ fn measure_again(
     measure(monitor, set, counting, places)
 }
 
-/// What the names of counts end with.
+/// Suffix of the names of counts.
 const EXITS: &str = ".exits";
 const CALLS: &str = ".calls";
 
 const DEBUGFS: &str = "/sys/kernel/debug";
 
-/// All exits of all guests so far, where the host's kernel says so.
+/// All exits of all guests so far, if the host's kernel counts them.
 fn exits() -> Option<f64> {
     let text = std::fs::read_to_string(format!("{DEBUGFS}/kvm/exits")).ok()?;
     text.trim().parse().ok()
 }
 
-/// One guest's life: what it reported, and what was seen of it.
+/// Runs one guest; returns the figures that it reported, and those observed from outside.
 ///
-/// It says `RESULT name value`; `COUNT name` before and `COUNTED name operations` after what exits are
-/// counted of; `FILLED` with so much memory and `FREED name` without it.
+/// The guest prints `RESULT name value`; `COUNT name` before and `COUNTED name operations` after operations whose exits are
+/// counted; `FILLED` with its memory in use and `FREED name` after freeing it.
 fn measure(
     monitor: Monitor,
     set: Set,
@@ -259,7 +259,7 @@ fn measure(
     }
 }
 
-/// Seconds until nine tenths of what a guest took are back.
+/// Seconds until nine tenths of the memory used by a guest have been returned.
 fn until_back(guest: &Guest, empty: u64, full: u64) -> Outcome<f64> {
     let started = Instant::now();
     let enough = full - full.saturating_sub(empty) / 10 * 9;

@@ -1,7 +1,6 @@
-//! Koya's monitor beside others where instructions are counted, from exec to the guest's user space:
-//! with one kernel and one initramfs for all, and a whole sandbox of Koya's beside what others make of a
-//! distribution's kernel. `cargo xtask bench peers` runs it in that host, with what it finds in `/bin`.
-//! `peers exits` tells instead what each monitor's guest leaves for.
+//! Koya's monitor compared with others by counted instructions, from exec to the guest's user space: with one kernel and one
+//! initramfs for all, and a whole sandbox of Koya's compared with others running a distribution's kernel. `cargo xtask bench
+//! peers` runs it in that host, with the programs in `/bin`. `peers exits` lists the exits of each monitor's guest instead.
 
 mod trace;
 
@@ -19,35 +18,35 @@ use trace::Trace;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Koya's, for all.
+/// Koya's kernel, for all monitors.
 const KERNEL: &str = "/share/koya/vmlinux";
-/// Debian's, for the others.
+/// Debian's kernel, for the others.
 const STOCK_KERNEL: &str = "/stock/vmlinux";
-/// Monitors that this program does not know: a name and words of each.
+/// Additional monitors: name and command line of each.
 const OTHERS: &str = "/monitors.json";
 const INITRAMFS: &str = "/initramfs";
-/// What the guest's first program says.
+/// Message of the guest's init.
 const UP: &str = "GUEST-UP";
-/// Each kernel's words beside what its monitor adds: no messages, no look for a keyboard.
+/// Kernel parameters in addition to those of the monitor: no messages, no probing for a keyboard.
 const WORDS: &str = "quiet initcall_blacklist=i8042_init";
-/// Koya adds its console, and the words that every guest of its own has; for the others they are named.
+/// Parameters that Koya's monitor adds by itself: the console, and one that all its guests have.
 const FOR_OTHERS: &str = "console=ttyS0 8250.nr_uarts=1";
-/// The first run of each fills caches, the last counts. Two more are traced, which costs instructions.
+/// Number of runs of each: the first fills caches, the last counts. Two more are traced, which costs instructions.
 const RUNS: usize = 2;
 const MEMORY_KIB: u64 = 128 << 10;
-/// How long a guest is left alone before its monitor's memory is looked at.
+/// Time for a guest to come to rest before its monitor's memory is measured.
 const REST: Duration = Duration::from_millis(300);
-/// How long a guest with Koya's kernel may take to its word, by the counted clock: ten times what the slowest does.
-/// QEMU 7.2 gives a nested guest an interrupt again if its budget of instructions ends between that and the guest's
-/// next exit (`exception_index`, which VMRUN leaves set): most of all the first one of asynchronous page faults,
-/// which then waits for a lock that it holds. Each second of that takes more than a minute of ours. The guest is begun
-/// anew, which is at another time.
+/// Time limit for a guest with Koya's kernel to reach user space, by the counted clock: ten times that of the slowest. QEMU
+/// 7.2 may inject an interrupt into a nested guest twice if its budget of instructions ends between the injection and the
+/// guest's next exit (`exception_index`, which VMRUN leaves set): mostly the first one of asynchronous page faults, which
+/// then waits for a lock that it holds. Each second of that takes more than a minute of real time. The guest is started
+/// again, with different timing.
 const LIMIT: Duration = Duration::from_secs(1);
-/// The same with Debian's.
+/// The same with Debian's kernel.
 const STOCK_LIMIT: Duration = Duration::from_secs(5);
 const TRIES: usize = 3;
 
-/// Milliseconds of the clock that the trace has too.
+/// Milliseconds of the trace's clock.
 fn now() -> Result<f64> {
     Ok(counts::now_ns()? as f64 / 1e6)
 }
@@ -56,15 +55,15 @@ fn now() -> Result<f64> {
 struct Monitor {
     name: String,
     words: Vec<String>,
-    /// How long its guest may take.
+    /// Time limit of its guest.
     limit: Duration,
     look: Look,
 }
 
-/// How to tell what came of a process that began then, in so long; None if its guest stands still.
+/// Function that observes a process started at this time, up to a limit; returns `None` if its guest hangs.
 type Look = fn(&mut Child, f64, Duration) -> Result<Option<Seen>>;
 
-/// What one run came to.
+/// Results of one run.
 #[derive(Clone, Copy, Default)]
 struct Seen {
     began: f64,
@@ -76,11 +75,11 @@ struct Seen {
     threads: f64,
 }
 
-/// A figure: its name, its unit, and where it is.
+/// A figure: name, unit, and accessor.
 type Figure = (&'static str, &'static str, fn(&Seen) -> f64);
 
 const EXITS: &str = "KVM exits to the guest's user space";
-/// What share they may be of Firecracker's with the same kernel.
+/// Goal: maximum number relative to Firecracker's with the same kernel.
 const EXITS_GOAL: f64 = 0.6;
 const FIRECRACKER: &str = "Firecracker";
 
@@ -114,7 +113,7 @@ fn main() -> Result<()> {
 fn figures(koya: &Monitor) -> Result<()> {
     let own = runs_of(koya)?;
     let peers = all_of(&peers_with(KERNEL, LIMIT)?)?;
-    // Also of a whole sandbox's, which has four devices that Firecracker's guest here does without.
+    // Also for a whole sandbox, which has four devices that Firecracker's guest does not have here.
     let theirs = peers.iter().find(|(name, _)| name == FIRECRACKER);
     let goal = theirs.map(|(_, seen)| ("goal".to_owned(), seen.exits * EXITS_GOAL));
     let mut rows = Vec::new();
@@ -125,7 +124,7 @@ fn figures(koya: &Monitor) -> Result<()> {
         }
         rows.push(row(name, unit, true, value(&own), beside));
     }
-    // On the console before the others begin, whatever they do with Debian's kernel.
+    // Printed before the others begin, in case they fail with Debian's kernel.
     print_marked(&rows)?;
     let sandbox = last_of(&sandbox())?;
     let stock = all_of(&peers_of_stock()?)?;
@@ -138,7 +137,7 @@ fn figures(koya: &Monitor) -> Result<()> {
     Ok(print_marked(&[time, exits])?)
 }
 
-/// What each monitor's guest leaves for up to its user space, and a whole sandbox's up to its agent's word.
+/// Lists the exits of each monitor's guest up to user space, and of a whole sandbox up to its agent's connection.
 fn exits(koya: Monitor) -> Result<()> {
     let mut all = vec![koya];
     all.extend(peers_with(KERNEL, LIMIT)?);
@@ -160,13 +159,13 @@ fn print_exits(name: &str, trace: &str, until: f64) {
     }
 }
 
-/// A figure of each peer, by its name.
+/// A figure of each peer, by name.
 fn beside(peers: &[(String, Seen)], value: fn(&Seen) -> f64) -> Vec<(String, f64)> {
     let figures = peers.iter().map(|(name, seen)| (name.clone(), value(seen)));
     figures.collect()
 }
 
-/// A whole sandbox of Koya's, with its own kernel, files, vsock, balloon and entropy, up to its agent's word.
+/// A whole sandbox of Koya's, with its kernel, files, vsock, balloon and entropy, up to its agent's connection.
 fn sandbox() -> Monitor {
     Monitor {
         name: "Koya's whole sandbox".to_owned(),
@@ -200,7 +199,7 @@ fn all_of(monitors: &[Monitor]) -> Result<Vec<(String, Seen)>> {
 
 fn runs_of(monitor: &Monitor) -> Result<Seen> {
     let words = &monitor.words;
-    // On the console, which is shown if there is no end to it.
+    // Printed, since the console is shown after a timeout.
     eprintln!("{}", words.join(" "));
     let mut seen = last_of(monitor)?;
     let entry = |events| -> Result<(usize, f64)> {
@@ -214,7 +213,7 @@ fn runs_of(monitor: &Monitor) -> Result<Seen> {
     Ok(seen)
 }
 
-/// What the run came to that counts.
+/// The results of the last run.
 fn last_of(monitor: &Monitor) -> Result<Seen> {
     let mut seen = Seen::default();
     for _ in 0..RUNS {
@@ -230,7 +229,7 @@ fn peers_of_stock() -> Result<Vec<Monitor>> {
     }
 }
 
-/// What there is beside Koya, with its words for a kernel.
+/// The other monitors, with their parameters for a kernel.
 fn peers_with(kernel: &str, limit: Duration) -> Result<Vec<Monitor>> {
     let line = format!("{BASE_CMDLINE} {FOR_OTHERS} {WORDS}");
     let config = format!("/run/firecracker{}.json", kernel.replace('/', "-"));
@@ -267,7 +266,7 @@ fn peers_with(kernel: &str, limit: Duration) -> Result<Vec<Monitor>> {
     Ok(all)
 }
 
-/// Name, program and words of the monitors that this program knows; each prints its serial port.
+/// Name, program and arguments of the known monitors; each prints its serial port.
 const KNOWN: &[(&str, &str, &str)] = &[
     (
         FIRECRACKER,
@@ -289,7 +288,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// One run, of a few that may be needed, and what the kernel's trace told of it.
+/// Runs a monitor, with retries; returns its results and the kernel's trace.
 fn start(monitor: &Monitor, events: &[&str]) -> Result<(Seen, String)> {
     let name = &monitor.words[0];
     for _ in 0..TRIES {
@@ -302,7 +301,7 @@ fn start(monitor: &Monitor, events: &[&str]) -> Result<(Seen, String)> {
     Err(format!("{name}: its guest stood still {TRIES} times").into())
 }
 
-/// None if the guest stands still.
+/// `None` if the guest hangs.
 fn try_start(monitor: &Monitor, events: &[&str]) -> Result<Option<(Seen, String)>> {
     let words = &monitor.words;
     let trace = Trace::begin(events)?;
@@ -319,7 +318,7 @@ fn try_start(monitor: &Monitor, events: &[&str]) -> Result<Option<(Seen, String)
     Ok(seen?.map(|seen| (seen, trace)))
 }
 
-/// What was said up to this word, or else to the end; None if that takes too long.
+/// Reads output up to this word, or otherwise to the end; `None` after the time limit.
 fn hear(output: &mut ChildStdout, word: Option<&str>, limit: Duration) -> Result<Option<String>> {
     let (mut said, by) = (Vec::new(), Instant::now() + limit);
     loop {
@@ -340,8 +339,8 @@ fn hear(output: &mut ChildStdout, word: Option<&str>, limit: Duration) -> Result
     }
 }
 
-/// Waits for the guest's word, then looks at the monitor. All in this thread, whose system calls the trace's
-/// reader knows from the monitor's.
+/// Waits for the guest's message, then inspects the monitor. All of it on this thread, whose system calls the reader of the
+/// trace can distinguish from the monitor's.
 fn look(process: &mut Child, from: f64, limit: Duration) -> Result<Option<Seen>> {
     let mut output = process.stdout.take().ok_or("no output")?;
     if hear(&mut output, Some(UP), limit)?.is_none() {

@@ -1,5 +1,5 @@
-//! What the host kernel's trace (Documentation/trace/ftrace.rst, `include/trace/events/kvm.h`) tells of this
-//! program's children: their system calls, and their guests' entries and exits.
+//! Reads the host kernel's trace (Documentation/trace/ftrace.rst, `include/trace/events/kvm.h`) of this program's children:
+//! their system calls, and the entries and exits of their guests.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ const TRACING: &str = "/sys/kernel/debug/tracing";
 pub(crate) const ENTRIES: &[&str] = &["kvm/kvm_entry"];
 /// The same, and system calls.
 pub(crate) const ENTRIES_AND_CALLS: &[&str] = &["kvm/kvm_entry", "raw_syscalls/sys_enter"];
-/// Exits of guests, each followed by what it was for.
+/// Exits of guests, each followed by its details.
 pub(crate) const EXITS: &[&str] = &[
     "kvm/kvm_exit",
     "kvm/kvm_pio",
@@ -21,7 +21,7 @@ pub(crate) const EXITS: &[&str] = &[
     "kvm/kvm_cpuid",
     "kvm/kvm_page_fault",
 ];
-/// execve, as the trace has it.
+/// execve in the format of the trace.
 const EXEC: &str = "NR 59 ";
 
 /// Traces these events until it is dropped.
@@ -39,7 +39,7 @@ impl<'a> Trace<'a> {
             set("trace_clock", "mono")?;
             set("options/event-fork", "1")?;
             set("set_event_pid", &std::process::id().to_string())?;
-            // What is wanted comes first.
+            // The first events are the important ones.
             set("options/overwrite", "0")?;
             set("trace", "")?;
         }
@@ -50,7 +50,7 @@ impl<'a> Trace<'a> {
         Ok(trace)
     }
 
-    /// Ends it: what was traced.
+    /// Ends the trace and returns it.
     ///
     /// # Errors
     /// If it can't be read.
@@ -76,7 +76,7 @@ fn set(file: &str, value: &str) -> io::Result<()> {
     fs::write(Path::new(TRACING).join(file), value)
 }
 
-/// What a line of a trace says: when, in milliseconds; of what event; and with what words.
+/// Parses a line of a trace: time in milliseconds, event, and details.
 /// `vcpu-7 [000] d... 12.345678: kvm_entry: vcpu 0, ...`
 fn parts(line: &str) -> Option<(f64, &str, &str)> {
     let (before, event) = line.split_once(": ")?;
@@ -85,7 +85,7 @@ fn parts(line: &str) -> Option<(f64, &str, &str)> {
     Some((seconds * 1e3, event, words))
 }
 
-/// System calls from exec up to the first entry of a guest, but for those of this process; and when that was, in
+/// System calls from exec up to the first entry of a guest, without those of this process; and the time of that entry, in
 /// milliseconds of the trace's clock.
 pub(crate) fn first_entry(trace: &str, this: u32) -> Option<(usize, f64)> {
     let own = format!("-{this} ");
@@ -104,7 +104,7 @@ pub(crate) fn first_entry(trace: &str, this: u32) -> Option<(usize, f64)> {
     None
 }
 
-/// How often a guest left for what, the most frequent first, up to a time in milliseconds of the trace's clock.
+/// Exits of a guest by reason, the most frequent first, up to a time in milliseconds of the trace's clock.
 pub(crate) fn exits(trace: &str, until: f64) -> Vec<(usize, String)> {
     let (mut exits, mut is_told): (Vec<String>, _) = (Vec::new(), true);
     for line in trace.lines() {
@@ -119,7 +119,7 @@ pub(crate) fn exits(trace: &str, until: f64) -> Vec<(usize, String)> {
                 exits.push(reason(words));
                 is_told = false;
             }
-            // The first word on it: an access can be emulated, and then is told twice.
+            // Only the first event counts: an emulated access is traced twice.
             (_, Some(exit)) if !is_told => {
                 exit.push_str(&format!(": {}", subject(event, words)));
                 is_told = true;
@@ -142,7 +142,7 @@ fn reason(words: &str) -> String {
     words.nth(1).unwrap_or("unknown").to_owned()
 }
 
-/// Which port, register or page, without what was written.
+/// The port, register or page, without the value written.
 fn subject(event: &str, words: &str) -> String {
     let words = words.split_whitespace();
     let (skipped, taken) = match event {
@@ -150,7 +150,7 @@ fn subject(event: &str, words: &str) -> String {
         "kvm_pio" => (0, 3),
         // `mmio write len 4 gpa 0xc0000050 val 0x1`
         "kvm_mmio" => (0, 6),
-        // `func 80000008 idx 0 rax ...`; the index is whatever was in the register
+        // `func 80000008 idx 0 rax ...`; the index is the previous value of the register
         "kvm_cpuid" => (0, 2),
         // `msr_write 4b564d01 = 0x...`
         "kvm_msr" => (0, 2),

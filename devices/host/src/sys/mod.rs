@@ -1,5 +1,5 @@
-//! System calls and settings that no safe crate wraps: signal masks, BPF, the allocator, a thread's umask. Every function here
-//! is safe to call; each `unsafe` block states why.
+//! System calls and settings that no safe crate wraps: signal masks, BPF, the allocator, the umask of a thread. Every
+//! function here is safe to call; each `unsafe` block states why.
 
 mod inherited;
 mod redirect;
@@ -29,7 +29,7 @@ pub fn share_heap() {
 }
 
 /// Blocks all signals in this thread but SIGSYS: handlers run on the owner's threads, and a blocked SIGXFSZ
-/// becomes the error EFBIG, which the guest gets. The kernel sends SIGSYS for what a seccomp filter does not
+/// becomes the error EFBIG for the guest. The kernel sends SIGSYS for calls that a seccomp filter does not
 /// allow, and kills the process without calling a handler if it is blocked. Returns the resulting signal mask.
 pub fn block_signals() -> libc::sigset_t {
     // SAFETY: both calls get a valid set on this stack; only the calling thread's mask changes.

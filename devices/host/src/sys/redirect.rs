@@ -177,11 +177,11 @@ struct LinkAttributes {
 /// bpf(2).
 ///
 /// # Safety
-/// `T` is the command's member of `union bpf_attr`, and what it points to outlives the call.
-// SAFETY: each caller states which command's attributes it passes, and what keeps alive what they point to.
+/// `T` is the command's member of `union bpf_attr`, and the memory it points to outlives the call.
+// SAFETY: each caller names the command whose attributes it passes, and the owner of the memory they point to.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes are only read, and their size is passed with them; the caller guarantees what
-    // they point to.
+    // SAFETY: the attributes are only read, and their size is passed with them; the caller guarantees the memory that they
+    // point to.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -1,5 +1,5 @@
-//! What the attempts of [`traitor_tests`](super::traitor_tests) are made on: what a process with a machine has
-//! open, and files of the host that are none of its business. Without the walls, root succeeds in each attempt.
+//! Targets for the attempts of [`traitor_tests`](super::traitor_tests): the descriptors of a process with a machine, and
+//! files of the host outside its reach. Without confinement, root succeeds in each attempt.
 
 use super::traitor_tests::call;
 use crate::descriptors;
@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-/// `struct file_handle` with as much room as any takes.
+/// `struct file_handle` with room for the largest handle.
 #[repr(C)]
 struct Handle {
     bytes: u32,
@@ -23,7 +23,7 @@ struct Handle {
 #[repr(align(4096))]
 struct Page([u8; 4096]);
 
-/// It is made before the thread that makes the attempt is confined.
+/// Prepared before the thread of the attempt is confined.
 pub(super) struct Ground {
     share: OwnedFd,
     file: File,
@@ -37,11 +37,11 @@ pub(super) struct Ground {
 }
 
 impl Ground {
-    /// That of an attempt, in an empty directory.
+    /// Prepares the targets of an attempt in an empty directory.
     pub(super) fn new(dir: &Path, name: &str) -> Self {
         let text = |name: &str| CString::new(dir.join(name).as_os_str().as_bytes()).unwrap();
         fs::create_dir(dir.join("share")).unwrap();
-        // The null device. Only root can create it.
+        // The null device; only root can create it.
         let device = rustix::fs::makedev(1, 3);
         let at = dir.join("share/null");
         mknodat(CWD, at, FileType::CharacterDevice, Mode::RWXU, device).ok();
@@ -64,12 +64,12 @@ impl Ground {
         self.share.as_raw_fd()
     }
 
-    /// A file that the process has open to read.
+    /// A file that the process has open for reading.
     pub(super) fn file(&self) -> i32 {
         self.file.as_raw_fd()
     }
 
-    /// The path by which this thread can open it again.
+    /// A path by which this thread can reopen it.
     pub(super) fn file_again(&self) -> CString {
         CString::new(descriptors::path(self.file.as_fd())).unwrap()
     }
@@ -82,12 +82,12 @@ impl Ground {
         self.old_file.as_ptr()
     }
 
-    /// That of the old file.
+    /// The handle of the old file.
     pub(super) fn handle(&self) -> *const u8 {
         (&raw const self.handle).cast()
     }
 
-    /// A socket on which somebody listens.
+    /// The address of a listening socket.
     pub(super) fn address(&self) -> (*const u8, usize) {
         ((&raw const self.address).cast(), size_of_val(&self.address))
     }
@@ -108,13 +108,13 @@ impl Ground {
         slot.as_ptr().cast()
     }
 
-    /// `struct io_uring_params`, which the kernel fills.
+    /// `struct io_uring_params`, filled by the kernel.
     pub(super) fn ring_parameters() -> *mut u8 {
         Box::leak(Box::new([0_u64; 16])).as_mut_ptr().cast()
     }
 }
 
-/// A mount of its own without devices, where the host permits that.
+/// A separate mount without device nodes, where the host permits it.
 fn share(path: &Path) -> OwnedFd {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     match open_tree(CWD, path, flags) {
@@ -176,7 +176,7 @@ fn address(path: &CString) -> libc::sockaddr_un {
 fn machine() -> (i32, i32) {
     let options = File::options().read(true).write(true).open("/dev/kvm");
     let kvm = options.unwrap();
-    // KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION (there must be some to run) and KVM_CREATE_VCPU.
+    // KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION (running needs some memory) and KVM_CREATE_VCPU.
     let vm = call!(SYS_ioctl, kvm.as_raw_fd(), 0xae01, 0) as i32;
     let slot = call!(SYS_ioctl, vm, 0x4020_ae46_u64, Ground::memory_slot(0));
     let vcpu = call!(SYS_ioctl, vm, 0xae41, 0) as i32;

@@ -1,6 +1,6 @@
-//! What a thread of each role could do if its code were somebody else's: tries what an attacker would, on a
-//! thread that is confined by that role. Each attempt has a process of its own (this test program, started
-//! again), so that its parent sees how it ends. The results are the table of `docs/security.md`.
+//! Capabilities of a compromised thread, by role: performs the actions of an attacker on a thread that is confined by that
+//! role. Each attempt has its own process (this test program, started again), so that its parent sees how it ends. The
+//! results are the table of `docs/security.md`.
 
 use super::traitor_ground::Ground;
 use crate::threads::{self, Role};
@@ -11,22 +11,22 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 
-/// `FILTER ATTEMPT`, in the environment of a process that makes one.
+/// `FILTER ATTEMPT`, in the environment of a process that makes an attempt.
 const ATTEMPT: &str = "KOYA_TEST_ATTEMPT";
 
-/// The directory for it, which is empty.
+/// The empty directory for the attempt.
 const GROUND: &str = "KOYA_TEST_GROUND";
 
 /// Whether that process reports violations.
 const REPORTS: &str = "KOYA_TEST_REPORTS";
 
-/// The name and the work, which ends with the result of a system call.
+/// A name, and a function that returns the result of a system call.
 type Attempt = (&'static str, fn(&Ground) -> i64);
 
 macro_rules! call {
     ($number:ident $(, $argument:expr)*) => {
         // SAFETY: the thread belongs to a process that only makes this call and ends. Pointers are to static
-        // text, to what lives on this stack, or null, where the kernel would report EFAULT.
+        // text, to data on this stack, or null, where the kernel would report EFAULT.
         i64::from(unsafe { libc::syscall(libc::$number $(, $argument)*) })
     };
 }
@@ -57,7 +57,7 @@ fn ioctl(fd: i32, number: u64, argument: *const u8) -> i64 {
     call!(SYS_ioctl, fd, number, argument)
 }
 
-/// What is tried.
+/// The attempts.
 const ATTEMPTS: &[Attempt] = &[
     ("execve", |_| {
         call!(SYS_execve, path(c"/bin/true"), NONE, NONE)
@@ -198,7 +198,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("settimeofday", |_| call!(SYS_settimeofday, NONE, NONE)),
 ];
 
-/// What no thread that a guest drives may do, nor the starter.
+/// Attempts that must fail on every thread driven by a guest, and on the starter.
 const NEVER: &[&str] = &[
     "execve",
     "fork",
@@ -246,7 +246,7 @@ const NEVER: &[&str] = &[
     "settimeofday",
 ];
 
-/// Nor may they do this, where they have a root of their own.
+/// Further attempts that must fail on threads with a root of their own.
 const NEVER_BY_NAME: &[&str] = &[
     "open a file of the host",
     "the same, by the parents of the root",
@@ -265,7 +265,7 @@ const NEVER_BY_NAME: &[&str] = &[
 enum Outcome {
     /// The filter ended the process.
     Killed,
-    /// The filter let it through, and the kernel refused it; or the filter said that there is no such call.
+    /// The filter allowed it and the kernel refused it; or the filter returned ENOSYS.
     Refused(i32),
     /// It worked.
     Allowed,
@@ -299,7 +299,7 @@ fn confined<T: Send + 'static>(filter: Filter, work: impl FnOnce() -> T + Send +
     }
 }
 
-/// Not a test of its own: the process that makes an attempt.
+/// Not a separate test: the process that makes an attempt.
 #[test]
 fn attempt() {
     let Ok(asked) = std::env::var(ATTEMPT) else {
@@ -365,7 +365,7 @@ fn docs_have(table: &str) -> bool {
 
 #[test]
 fn a_traitor_gets_nowhere() {
-    // That takes privileges: who may mount nothing has another table.
+    // A root of its own takes privileges; the results without the right to mount are in another table.
     let with_own_root = crate::descriptors::can_be_root();
     let head = COLUMNS.map(|(_, name)| name).join(" | ");
     let mut table = format!(
@@ -440,7 +440,7 @@ fn a_confined_thread_keeps_the_capabilities_of_its_role() {
     for filter in Filter::ALL {
         let kept = filter.capabilities();
         let had = rustix::thread::capabilities(None).unwrap();
-        // Of another thread: a confined one can't open /proc.
+        // Read by another thread: a confined one can't open /proc.
         let (say, thread) = std::sync::mpsc::channel();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let _confinement = confine_new_threads(true).unwrap();
@@ -477,7 +477,7 @@ fn confinement_is_passed_on_and_can_be_off() {
     let off = confine_new_threads(false).unwrap();
     assert_eq!(threads::spawn(LEAF, mode).unwrap().join().unwrap(), 0);
     drop(off);
-    // The creator's filter allows threads, and theirs is added to it.
+    // The creator's filter allows threads, and the filter of the new thread is added to it.
     let passed = confined(Filter::Starter, || {
         threads::spawn(LEAF, crate::walls::confines)
             .unwrap()

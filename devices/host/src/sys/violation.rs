@@ -1,7 +1,7 @@
-//! What happens when a confined thread makes a system call that its filter does not allow.
+//! Violations: system calls that the filter of a confined thread does not allow.
 //!
 //! The kernel sends SIGSYS to the thread. Without a handler the process is killed, silently. A program can
-//! install one that says what happened and then ends the process; a library cannot, because handlers belong to
+//! install one that reports the violation and then ends the process; a library cannot, because handlers belong to
 //! the process.
 
 use crate::walls::call_name;
@@ -14,7 +14,7 @@ pub const VIOLATION_STATUS: i32 = 128 + libc::SIGSYS;
 /// `si_code` of a signal from a filter.
 const SYS_SECCOMP: libc::c_int = 1;
 
-/// Where violations are reported, beside standard error.
+/// File to which violations are reported, in addition to standard error.
 static LOG: AtomicI32 = AtomicI32::new(-1);
 
 /// `siginfo_t` of SIGSYS; libc has no names for these fields.
@@ -28,7 +28,7 @@ struct SigsysInfo {
     arch: libc::c_uint,
 }
 
-/// Has violations reported in one line on standard error, and ends the process with [`VIOLATION_STATUS`].
+/// Makes violations print one line on standard error and end the process with [`VIOLATION_STATUS`].
 /// Libraries must leave it to the program.
 pub fn report_violations() {
     // SAFETY: zeroes are a valid `sigaction`. The handler makes only calls that are safe in a signal handler,
@@ -41,7 +41,7 @@ pub fn report_violations() {
     }
 }
 
-/// Has violations also reported to this file, which stays open.
+/// Reports violations also to this file, which stays open.
 pub fn report_violations_to(log: OwnedFd) {
     LOG.store(log.into_raw_fd(), Ordering::SeqCst);
 }
@@ -92,7 +92,7 @@ fn describe(thread: &[u8], call: libc::c_int) -> Line {
 
 extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a siginfo of SIGSYS, which begins with these fields; those of a filter are read
-    // only if it says that it is from one.
+    // only if its code says that it is from one.
     let call = unsafe {
         let info = info.cast::<SigsysInfo>();
         ((*info).code == SYS_SECCOMP).then(|| (*info).call)

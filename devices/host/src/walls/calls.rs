@@ -1,7 +1,7 @@
-//! The system calls that confined threads may make: which, on what condition, and what for. What a role is not
-//! listed for, its threads cannot do.
+//! The system calls that confined threads may make, with conditions and reasons. Calls that are not listed for a role are
+//! denied to its threads.
 //!
-//! Both C libraries and both architectures share the table: it has what either of them makes of a call. The
+//! Both C libraries and both architectures share the table: it has the variants that either of them uses. The
 //! calls that only one architecture has are at its end.
 
 use super::Filter;
@@ -14,9 +14,9 @@ pub(super) struct Call {
     pub(super) number: c_long,
     /// Bits of [`Filter::bit`].
     pub(super) filters: u8,
-    /// All of them must hold. Several rows of a call are alternatives.
+    /// All conditions must hold. Several rows of a call are alternatives.
     pub(super) arguments: &'static [Argument],
-    /// For whoever reads the table.
+    /// For readers of the table.
     #[cfg_attr(not(test), allow(dead_code))]
     pub(super) reason: &'static str,
 }
@@ -28,7 +28,7 @@ pub(super) struct Argument {
     pub(super) value: Value,
 }
 
-/// What an argument is compared with.
+/// The expected value of an argument.
 pub(super) enum Value {
     /// A number.
     Number(u64),
@@ -43,11 +43,11 @@ const NET: u8 = Filter::Net.bit();
 const SOCKETS: u8 = Filter::VsockSockets.bit();
 const CONNECTOR: u8 = Filter::VsockConnector.bit();
 const FILES: u8 = Filter::Files.bit();
-/// What the starter may do, its device threads may do until their own filter is in place.
+/// The permissions of the starter, which device threads have too until their own filter is in place.
 const STARTER: u8 = Filter::Starter.bit();
-/// Roles whose threads create others by whose filters these are confined.
+/// Roles whose threads create threads with other filters.
 const CREATORS: u8 = STARTER | SOCKETS;
-/// Those, and a file system's, whose first thread creates others that inherit its filter.
+/// These, and the file system's, whose first thread creates others that inherit its filter.
 const PARENTS: u8 = CREATORS | FILES;
 const ALL: u8 = VCPU | LOOP | BLOCK | NET | SOCKETS | CONNECTOR | FILES | STARTER;
 
@@ -106,7 +106,7 @@ const OWN_LIMIT: &[Argument] = &[
 /// IORING_REGISTER_ENABLE_RINGS.
 const ENABLE_RING: &[Argument] = &[is(1, 12)];
 
-/// libc does not have it for all architectures; the number is the same on all.
+/// Not in libc for all architectures; the number is the same on all.
 #[allow(non_upper_case_globals)]
 const SYS_fchmodat2: c_long = 452;
 
@@ -203,7 +203,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_fsync: BLOCK | FILES | STARTER => "flushes";
     SYS_fdatasync: BLOCK | FILES | STARTER => "flushes";
     SYS_fallocate: BLOCK | FILES | STARTER => "discard and write zeroes";
-    // Files: what a guest's requests become. Their paths are single names below open directories.
+    // Files: the calls for a guest's requests. Their paths are single names below open directories.
     SYS_openat: FILES | STARTER => "files, also by /proc/self/fd";
     SYS_openat2: FILES | STARTER => "where a share lies";
     SYS_open_by_handle_at: FILES | STARTER => "files that are not kept open";
@@ -241,7 +241,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_inotify_add_watch: FILES | STARTER => "files that the guest watches";
     SYS_inotify_rm_watch: FILES | STARTER | VCPU => "files that the guest watches; a reset of the device";
     SYS_inotify_init1: FILES | STARTER => "files that the guest watches";
-    // The creation of threads, and how these confine themselves further.
+    // The creation of threads, and their further confinement.
     SYS_clone: PARENTS, [masked(0, !0x0040_0000, THREAD)] => "threads";
     SYS_clone3: PARENTS => "answered with ENOSYS, so that clone is used";
     SYS_set_robust_list: PARENTS => "start of a thread";
@@ -255,7 +255,7 @@ pub(super) const CALLS: &[Call] = calls! {
     SYS_seccomp: CREATORS, [is(0, SECCOMP_SET_MODE_FILTER)] => "filter of the new thread";
 };
 
-/// Calls that are only x86_64's: those that a C library makes and no later architecture has, and those of its KVM.
+/// Calls specific to x86_64: legacy calls made by C libraries, and ioctls of its KVM.
 #[cfg(target_arch = "x86_64")]
 pub(super) const OWN_CALLS: &[Call] = calls! {
     SYS_ioctl: VCPU, ioctl(0xaead) => "KVM_KVMCLOCK_CTRL: after a pause";
@@ -267,13 +267,13 @@ pub(super) const OWN_CALLS: &[Call] = calls! {
     SYS_readlink: FILES | STARTER => "links of /proc";
 };
 
-/// Calls that later architectures have instead of some of x86_64's: what is KVM's there.
+/// Calls specific to later architectures: those of their KVM.
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) const OWN_CALLS: &[Call] = calls! {
     SYS_ioctl: VCPU, ioctl(0xaeab) => "KVM_GET_ONE_REG: report of a failure";
 };
 
-/// Calls that no filter allows, by their names in a report.
+/// Calls that no filter allows, with their names for reports.
 pub(super) const OTHER_NAMES: &[(&str, c_long)] = &[
     ("SYS_execve", SYS_execve),
     ("SYS_kill", SYS_kill),

@@ -1,14 +1,13 @@
-//! Confines threads: a seccomp filter for each role, no new privileges, no capability that the role does not
-//! use, and for those that take names of files a root directory without any of the host.
+//! Confines threads: a seccomp filter for each role, no new privileges, no capability that the role does not use, and, for
+//! those that use file names, a root directory without files of the host.
 //!
 //! A thread is confined at its start if its [role](crate::threads::Role) names a [`Filter`] and its creator
 //! asked for it ([`confine_new_threads`]) or is confined itself. Filters are inherited: a thread that a
 //! confined one creates has both filters, and can do what both allow.
 //!
 //! All threads of a process share its memory. Code that a guest gets to run in one thread can therefore write
-//! to the stack of another one and act with that thread's privileges. What a filter holds at once is what the
-//! thread itself asks the kernel for; it is a wall against a confused device model, and one more step for
-//! somebody who has control of it.
+//! to the stack of another one and act with that thread's privileges. A filter directly limits only the system calls of its
+//! own thread: it contains a confused device model, and is one more obstacle for an attacker who controls it.
 
 mod calls;
 mod program;
@@ -25,7 +24,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::OnceLock;
 
-/// What a confined thread may do.
+/// The filter of a confined thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
     /// Runs a vCPU.
@@ -46,7 +45,7 @@ pub enum Filter {
     Files,
 }
 
-/// The capabilities that serving files takes: any owner, any mode, device nodes. Not CAP_DAC_READ_SEARCH, which opens
+/// The capabilities for serving files: any owner, any mode, device nodes. Not CAP_DAC_READ_SEARCH, which opens
 /// any file of a file system by its handle.
 const OF_FILES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -77,13 +76,12 @@ impl Filter {
         matches!(self, Self::Starter | Self::VsockSockets | Self::Files)
     }
 
-    /// Whether its threads take names of files, none of which leads to the host's.
+    /// Whether its threads use file names, none of which must lead to the host's files.
     const fn has_own_root(self) -> bool {
         matches!(self, Self::Starter | Self::Files)
     }
 
-    /// The capabilities that its threads keep of those that they have. The starter keeps those that a device
-    /// thread may need.
+    /// The capabilities that its threads keep if they have them. The starter keeps those that a device thread may need.
     pub fn capabilities(self) -> CapabilitySet {
         match self {
             Self::Files | Self::Starter => OF_FILES,
@@ -91,7 +89,7 @@ impl Filter {
         }
     }
 
-    /// The system calls that it allows, by name and in order.
+    /// The names of the allowed system calls, in order.
     pub fn call_names(self) -> Vec<&'static str> {
         let allowed = rows().filter(|row| row.filters & self.bit() != 0);
         let mut names: Vec<_> = allowed.map(|row| name(row.symbol)).collect();
@@ -114,7 +112,7 @@ impl Filter {
     }
 }
 
-/// What a filter does with the calls that it does not trap.
+/// The filter's decisions for the calls that it does not trap.
 fn verdicts(filter: Filter) -> BTreeMap<u32, Verdict> {
     let mut verdicts = BTreeMap::new();
     for row in rows().filter(|row| row.filters & filter.bit() != 0) {
@@ -140,7 +138,7 @@ fn rows() -> impl Iterator<Item = &'static Call> {
     CALLS.iter().chain(OWN_CALLS)
 }
 
-/// The name of a system call, if it is one that a filter mentions.
+/// The name of a system call that some filter mentions.
 pub(crate) fn call_name(number: libc::c_long) -> Option<&'static str> {
     let known = rows().map(|row| (row.symbol, row.number));
     let mut known = known.chain(OTHER_NAMES.iter().copied());
@@ -148,7 +146,7 @@ pub(crate) fn call_name(number: libc::c_long) -> Option<&'static str> {
     Some(name(symbol))
 }
 
-/// The kernel's name of a system call.
+/// The kernel's name for a system call.
 fn name(symbol: &'static str) -> &'static str {
     symbol.strip_prefix("SYS_").unwrap_or(symbol)
 }
@@ -162,7 +160,7 @@ pub(crate) fn confines() -> bool {
     CONFINES.get()
 }
 
-/// While this value lives, threads that the calling thread creates are confined by their roles, or are not.
+/// Sets, while this value lives, whether threads created by the calling thread are confined by their roles.
 #[derive(Debug)]
 pub struct ConfineNewThreads {
     before: bool,
@@ -170,8 +168,8 @@ pub struct ConfineNewThreads {
     _thread: std::marker::PhantomData<*const ()>,
 }
 
-/// Confines threads that this thread creates from now on, or leaves them alone, until the result is dropped.
-/// Confined threads pass it on to those that they create. By default threads are not confined.
+/// Sets whether threads created by this thread are confined, until the result is dropped. Confined threads pass the setting
+/// on to those that they create. By default threads are not confined.
 ///
 /// # Errors
 /// If the kernel has no seccomp filters.
@@ -194,7 +192,7 @@ impl Drop for ConfineNewThreads {
 /// Checks that the kernel has seccomp filters.
 ///
 /// # Errors
-/// That it has none.
+/// If it has none.
 pub fn check_host() -> io::Result<()> {
     if crate::sys::has_seccomp_filters() {
         return Ok(());
@@ -218,8 +216,8 @@ pub fn confine(filter: Filter) -> io::Result<()> {
     Ok(())
 }
 
-/// Drops all capabilities of this thread but these. Those of new programs (inheritable, ambient) go altogether:
-/// a confined thread runs none.
+/// Drops all capabilities of this thread but these. Those for new programs (inheritable, ambient) are cleared: a confined
+/// thread executes none.
 fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
     let had = capabilities(None)?;
     if had.permitted.is_empty() && had.inheritable.is_empty() {
@@ -242,7 +240,7 @@ fn keep_capabilities(kept: CapabilitySet) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Filters are inherited: what the starter may not do, the threads that it creates may not do either.
+    /// Filters are inherited: calls denied to the starter are denied to the threads that it creates.
     #[test]
     fn the_starter_has_all_calls_of_device_threads() {
         let starter = Filter::Starter.call_names();

@@ -1,10 +1,10 @@
 //! The program of a filter, in classic BPF (`linux/filter.h`, `linux/seccomp.h`).
 //!
-//! The kernel checks and translates a program anew for each thread that loads it, and runs it once for every
-//! number of a system call to learn which calls need no look at their arguments. Those who start a container wait
-//! for that. So a number is searched by halves, and what follows is shared: a quarter of the instructions that
-//! seccompiler makes of the same table (five for each call, asked one after the other), and a tenth of the steps.
-//! The tests compare both.
+//! The kernel checks and translates a program anew for each thread that loads it, and runs it once for every system call
+//! number to find the calls that need no look at their arguments. That adds to the start-up time of a container. So the
+//! number is found by binary search and the code after it is shared: a quarter of the instructions that seccompiler
+//! generates from the same table (five for each call, one after the other), and a tenth of the steps. The tests compare
+//! both.
 
 use super::calls::{Argument, Value};
 use seccompiler::{BpfProgram, sock_filter};
@@ -19,7 +19,7 @@ const JMP_JEQ_K: u16 = 0x15;
 const JMP_JGE_K: u16 = 0x35;
 const RET_K: u16 = 0x06;
 
-// struct seccomp_data, on machines whose low halves come first.
+// struct seccomp_data, on little-endian machines.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const ARGUMENTS: u32 = 16;
@@ -28,28 +28,28 @@ const KILL_PROCESS: u32 = libc::SECCOMP_RET_KILL_PROCESS;
 const TRAP: u32 = libc::SECCOMP_RET_TRAP;
 pub(super) const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 
-/// A jump that depends on something reaches 255 instructions; one is left for the jump of another branch.
+/// A conditional jump reaches 255 instructions; one is reserved for the jump of the other branch.
 const REACH: usize = 254;
 
-/// What a filter does with a system call.
+/// The filter's decision for a system call.
 pub(super) enum Verdict {
     /// A value of `SECCOMP_RET_*`.
     Always(u32),
-    /// Allows it if one of these holds, each if all of its conditions do.
+    /// Allows the call if one of these alternatives holds: all conditions of it.
     If(Vec<&'static [Argument]>),
 }
 
-/// The program that has these verdicts by the number of the call, and traps what is not there.
+/// The program for these verdicts by system call number; all other calls are trapped.
 ///
 /// # Errors
-/// On an architecture without filters.
+/// On an unsupported architecture.
 pub(super) fn of(verdicts: &BTreeMap<u32, Verdict>) -> io::Result<BpfProgram> {
     let architecture = architecture()?;
     let mut program = Backwards(Vec::new());
     let kill = program.push(RET_K, KILL_PROCESS);
     let trap = program.push(RET_K, TRAP);
     let allow = program.push(RET_K, ALLOW);
-    // From which number on what is done.
+    // Start of each range of numbers, with its code.
     let mut ranges: Vec<(u32, Label)> = vec![(0, trap)];
     for (number, verdict) in verdicts {
         let label = match verdict {
@@ -57,7 +57,7 @@ pub(super) fn of(verdicts: &BTreeMap<u32, Verdict>) -> io::Result<BpfProgram> {
             Verdict::Always(value) => program.push(RET_K, *value),
             Verdict::If(alternatives) => program.alternatives(alternatives, allow, trap),
         };
-        // Its number may be where the last one's range ended.
+        // The number may be the end of the previous range.
         ranges.pop_if(|(start, _)| start == number);
         ranges.extend([(*number, label), (number + 1, trap)]);
     }
@@ -71,7 +71,7 @@ pub(super) fn of(verdicts: &BTreeMap<u32, Verdict>) -> io::Result<BpfProgram> {
     Ok(program.0)
 }
 
-/// The name of this architecture for the kernel's audit (`linux/audit.h`).
+/// The audit constant of this architecture (`linux/audit.h`).
 fn architecture() -> io::Result<u32> {
     match std::env::consts::ARCH {
         "x86_64" => Ok(0xc000_003e),
@@ -83,10 +83,10 @@ fn architecture() -> io::Result<u32> {
     }
 }
 
-/// An instruction, by how many come after it.
+/// A position in the program, as the number of instructions after it.
 type Label = usize;
 
-/// Jumps lead forward only, so the last instruction is made first.
+/// A program in reverse: jumps lead forward only, so the last instruction is generated first.
 struct Backwards(Vec<sock_filter>);
 
 impl Backwards {
@@ -99,12 +99,12 @@ impl Backwards {
         self.0.len() - 1
     }
 
-    /// How many instructions the next one would skip to be there.
+    /// Number of instructions that a jump from the next one to `to` skips.
     fn distance(&self, to: Label) -> usize {
         self.0.len() - to - 1
     }
 
-    /// Makes sure that the next instruction is this one, or leads there.
+    /// Makes the next instruction `to` itself, or a jump to it.
     fn go_to(&mut self, to: Label) {
         let distance = self.distance(to);
         if distance > 0 {
@@ -112,7 +112,7 @@ impl Backwards {
         }
     }
 
-    /// A place near enough for a branch that leads there.
+    /// `to`, or a jump to it within the reach of a branch.
     fn near(&mut self, to: Label) -> Label {
         let distance = self.distance(to);
         match distance > REACH {
@@ -124,11 +124,11 @@ impl Backwards {
     fn branch(&mut self, code: u16, k: u32, yes: Label, no: Label) -> Label {
         let (yes, no) = (self.near(yes), self.near(no));
         let (jt, jf) = (self.distance(yes), self.distance(no));
-        // `near` leaves room for what it pushes for the other.
+        // `near` leaves room for the jump that it adds for the other branch.
         self.jump(code, k, jt as u8, jf as u8)
     }
 
-    /// The number is loaded: finds its range.
+    /// Code that finds the range of the loaded number.
     fn search(&mut self, ranges: &[(u32, Label)]) -> Label {
         let (low, high) = ranges.split_at(ranges.len() / 2);
         match (low, high) {
@@ -180,7 +180,7 @@ mod tests {
         SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     };
 
-    /// What the kernel does with a program, in steps.
+    /// Runs a program as the kernel does; returns the verdict and the number of steps.
     fn run(program: &[sock_filter], number: u32, arguments: [u64; 6]) -> (u32, usize) {
         let (mut accumulator, mut at, mut steps) = (0, 0, 0);
         loop {
@@ -216,7 +216,7 @@ mod tests {
         }
     }
 
-    /// What seccompiler makes of the same rows.
+    /// The program that seccompiler generates from the same rows.
     fn theirs(filter: Filter) -> BpfProgram {
         let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
         for row in rows().filter(|row| row.filters & filter.bit() != 0) {
@@ -237,7 +237,7 @@ mod tests {
         filter.try_into().unwrap()
     }
 
-    /// The arguments that a row asks for, and others that differ in one bit.
+    /// Arguments that satisfy a row, and others that differ in one bit.
     fn arguments(row: &Call) -> Vec<[u64; 6]> {
         let mut fitting = [0; 6];
         for argument in row.arguments {
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn branches_that_are_too_long_go_by_way_of_a_jump() {
-        // Two hundred calls with conditions, none beside another.
+        // Two hundred calls with conditions, no two of them adjacent.
         const ODD: &[Argument] = &[Argument {
             index: 0,
             mask: 1,

@@ -59,7 +59,7 @@ impl Passthrough {
         Ok(self.attr_out(inode.attr(&self.stat(&inode, fh)?)))
     }
 
-    /// FUSE_STATX: what statx(2) returns beyond getattr, above all the creation time.
+    /// FUSE_STATX: the attributes of statx(2) beyond getattr, above all the creation time.
     ///
     /// # Errors
     /// The error from the host.

@@ -43,7 +43,8 @@ impl Listing {
         self.bytes.len() + self.size(name) <= self.room
     }
 
-    /// The size of a getdents64(2) buffer whose entries all fit into the reply: those with the shortest names grow most.
+    /// A size for the getdents64(2) buffer such that all its entries fit into the reply: those with the shortest names grow
+    /// most.
     fn sure_to_fit(&self) -> usize {
         /// An entry of getdents64(2) with the longest name.
         const LONGEST: usize = 280;
@@ -128,7 +129,7 @@ impl Passthrough {
         listing: &mut Listing,
     ) -> Result<(), Errno> {
         let mut position = koya_host::sync::lock(&handle.position);
-        // Not where the guest only goes on: what is no offset for lseek(2) can't be sought.
+        // Not when the guest continues at the current position: cookies that are not offsets can't be sought.
         if position.at != Some(offset) || offset == 0 {
             position.at = None;
             seek(&handle.file, SeekFrom::Start(offset))?;
@@ -141,7 +142,7 @@ impl Passthrough {
         let mut directory = RawDir::new(&handle.file, &mut buffer);
         let mut all_seek = true;
         while let Some(entry) = directory.next() {
-            // Unless all that was read of the host is delivered.
+            // Set again below if all entries read from the host were delivered.
             position.at = None;
             let entry = match entry {
                 Ok(entry) => entry,
@@ -182,8 +183,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// The kind of an entry, of which a file may stand for another one where owners are kept apart: then it is known of
-    /// those that were looked up.
+    /// The type of an entry. Where owners are kept in attributes, a regular file may stand for another type, which is known
+    /// only after a lookup.
     fn shown_kind(&self, host: u32, found: &EntryOut) -> u32 {
         match (&self.owners, found.nodeid) {
             (None, _) => host,

@@ -20,8 +20,7 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-/// The flags of a guest's open that are passed to the host. O_APPEND is not: see [`Passthrough::write`].
-/// Neither is O_DIRECT: it would require an alignment of the guest's buffers that the guest has not been
+/// Neither is O_DIRECT: it would require an alignment of the guest's buffers that the guest does not know.
 /// told.
 const PASSED_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::TRUNC)
@@ -53,7 +52,7 @@ impl Passthrough {
         let truncates = flags.contains(OFlags::TRUNC);
         let _change = truncates.then(|| self.change_of(&inode, kind::MODIFY | kind::ATTRIB));
         let file = match self.open_inode(&inode, flags) {
-            // Only a file's owner may use that flag; the guest kernel has checked its own side.
+            // Only a file's owner may use that flag; the guest kernel has already made its own check.
             Err(Errno::PERM) if flags.contains(OFlags::NOATIME) => {
                 self.open_inode(&inode, flags - OFlags::NOATIME)?
             }
@@ -387,7 +386,7 @@ impl Passthrough {
         Ok(())
     }
 
-    /// The same where owners are kept apart: those of a file system that can't keep them are the user's.
+    /// The same where owners are kept in attributes: on a file system without attributes, files belong to the user.
     fn keep_owner(
         &self,
         owners: &Owners,

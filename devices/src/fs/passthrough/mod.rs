@@ -41,7 +41,7 @@ pub struct Caller {
 /// Options of a file system.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// What the guest may cache.
+    /// Cache policy of the guest.
     pub cache: Cache,
     /// Maximum number of descriptors for nodes, and for open files; 0 uses a part of the process's limit.
     /// Several devices in one process must divide it themselves.
@@ -54,7 +54,7 @@ pub struct Options {
 /// Default maximum number of files that a guest may remember.
 const MAX_NODES: usize = 4 << 20;
 
-/// Passes on changes of shares.
+/// Forwards changes of shares to the tables.
 struct ShareListener {
     inodes: Arc<Inodes>,
     handles: Arc<Handles>,
@@ -86,9 +86,9 @@ pub struct Passthrough {
     watches: Arc<Watches>,
     /// Keeps the listener alive.
     _listener: Arc<dyn Listener>,
-    /// Through which O_PATH descriptors are reopened.
+    /// The directory through which O_PATH descriptors are reopened.
     descriptors: Arc<Directory>,
-    /// Where this process can't give files away.
+    /// `Some` if this process can't change the owner of files.
     owners: Option<Owners>,
 }
 
@@ -247,7 +247,7 @@ impl Passthrough {
         self.watches.unwatch(nodeid, number);
     }
 
-    /// Records that the guest changes this file in these ways, so that the host's watch does not report it.
+    /// Records a change by the guest of these kinds, so that the host's watch does not report it.
     fn change_of(&self, inode: &Inode, kinds: u32) -> Option<ChangeGuard<'_>> {
         self.watches.begin_change(|| {
             [
@@ -322,7 +322,7 @@ impl Passthrough {
         }
     }
 
-    /// Changes what the guest is shown of a file.
+    /// Changes the attributes of a file as the guest sees them.
     fn change_shown(
         &self,
         owners: &Owners,
@@ -333,8 +333,8 @@ impl Passthrough {
         owners.change(fd, |mode| self.change_host_mode(fd, mode), change)
     }
 
-    /// Runs an operation on the host. If that shuts the user out of files of their own, which the guest's root may always use,
-    /// the modes of those are kept apart, and the operation runs once more.
+    /// Runs an operation on the host. If the mode of a file denies access to its owner, which the guest's root would have,
+    /// the mode is moved to the attribute and the operation is retried.
     fn opening_up<T>(
         &self,
         inodes: &[&Inode],

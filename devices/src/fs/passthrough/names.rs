@@ -50,8 +50,8 @@ impl Passthrough {
         self.entry_in(made, &directory, name)
     }
 
-    /// FUSE_MKNOD: files, sockets, FIFOs and device nodes. Where owners are kept apart, an empty file stands for each that
-    /// is no file.
+    /// FUSE_MKNOD: files, sockets, FIFOs and device nodes. Where owners are kept in attributes, an empty file stands for
+    /// each special file.
     ///
     /// # Errors
     /// The error from the host.
@@ -163,7 +163,7 @@ impl Passthrough {
 
     fn link_descriptor(&self, from: impl AsFd, to: impl AsFd, name: &CStr) -> Result<(), Errno> {
         match rustix::fs::linkat(&from, c"", &to, name, AtFlags::EMPTY_PATH) {
-            // Without CAP_DAC_READ_SEARCH, which confined threads don't have, by the descriptor's link in /proc.
+            // Confined threads lack CAP_DAC_READ_SEARCH and use the descriptor's link in /proc.
             Err(Errno::NOENT | Errno::PERM) => {
                 let link = from.as_fd().as_raw_fd().to_string();
                 let flags = AtFlags::SYMLINK_FOLLOW;

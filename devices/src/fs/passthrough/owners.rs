@@ -1,15 +1,16 @@
-//! Owners, modes and kinds of files that only root can give, kept in an extended attribute.
+//! Owners, modes and file types that only root can set, kept in an extended attribute.
 //!
-//! Without root, all files that a guest makes are the user's on the host. What the guest makes of them is in the attribute
-//! [`ATTRIBUTE`] of each, in the form that containers/storage and fuse-overlayfs use:
+//! Without root, all files that a guest creates belong to the user on the host. Their owners, modes and types in the guest
+//! are in the attribute [`ATTRIBUTE`] of each, in the format of containers/storage and fuse-overlayfs:
 //!
 //! ```text
 //! UID:GID:MODE            a file or a directory; MODE is octal
-//! UID:GID:MODE:char-1-3   a device node, for which an empty file stands; likewise block-MAJOR-MINOR, pipe, socket
+//! UID:GID:MODE:char-1-3   a device node, represented by an empty file; likewise block-MAJOR-MINOR, pipe, socket
 //! ```
 //!
-//! A file without it has its own mode, and belongs to root where it is the user's: so nothing is written for most files. On the
-//! host all of them can be read and written by the user, whatever the guest's mode says, and have no set-user-ID bits.
+//! A file without it has its own mode, and belongs to root in the guest if it is the user's on the host: so most files need
+//! no attribute. On the host the user can read and write all of them, whatever their mode in the guest, and they have no
+//! set-user-ID bits.
 
 use super::xattr::SET_GROUP_ID;
 use crate::fs::inodes;
@@ -29,10 +30,10 @@ const LONGEST: usize = 128;
 
 /// Permissions, set-user-ID, set-group-ID and the sticky bit.
 const PERMISSIONS: u32 = 0o7777;
-/// Of those, what a file of the host may have as well.
+/// The subset of these that a file on the host may have, too.
 const HARMLESS: u32 = 0o1777;
 
-/// What the guest sees of a file.
+/// Attributes of a file as the guest sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shown {
     pub(super) uid: u32,
@@ -76,7 +77,7 @@ impl Shown {
         format!("{uid}:{gid}:{mode:04o}{kind}")
     }
 
-    /// Whether a file of the host shows all of this without the attribute.
+    /// Whether a file of the host has all of this without the attribute.
     fn is_plain(&self, host: FileType) -> bool {
         let user = user_bits(host);
         (self.uid, self.gid, self.kind) == (0, 0, host)
@@ -90,7 +91,7 @@ impl Shown {
     }
 }
 
-/// What the user needs to serve a file.
+/// The mode bits that the user needs to serve a file.
 fn user_bits(host: FileType) -> u32 {
     match host {
         FileType::Directory => 0o700,
@@ -115,23 +116,23 @@ fn parse_kind(word: &str) -> Option<(FileType, (u32, u32))> {
     }
 }
 
-/// Owners for a process that can't give files away.
+/// Owners for a process that can't change the owner of files.
 pub(super) struct Owners {
     user: u32,
     group: u32,
-    /// One change at a time: each reads the attribute first.
+    /// Serializes changes: each reads the attribute first.
     changes: Mutex<()>,
 }
 
 impl Owners {
-    /// None where this process can give files to anybody.
+    /// `None` if this process can change the owner of files.
     pub(super) fn needed() -> Option<Self> {
         let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
         let map = || std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
         (!user.is_root() || maps_one(&map())).then(|| Self::of(user.as_raw(), group.as_raw()))
     }
 
-    /// For files of this user and group.
+    /// Owners for files of this user and group.
     pub(super) fn of(user: u32, group: u32) -> Self {
         Self {
             user,
@@ -140,13 +141,13 @@ impl Owners {
         }
     }
 
-    /// What the guest is shown of a file.
+    /// The attributes of a file as the guest sees them.
     pub(super) fn shown(&self, fd: impl AsFd, stat: &Statx) -> Shown {
         self.kept(fd.as_fd(), stat)
             .unwrap_or_else(|| self.plain(stat))
     }
 
-    /// The same in the host's terms.
+    /// The same as a `Statx`.
     pub(super) fn overlay(&self, fd: impl AsFd, stat: &Statx) -> Statx {
         let shown = self.shown(fd, stat);
         let mut stat = *stat;
@@ -168,7 +169,7 @@ impl Owners {
     }
 
     fn kept(&self, fd: BorrowedFd<'_>, stat: &Statx) -> Option<Shown> {
-        // Others' files say nothing about owners in a guest of this user.
+        // Attributes on files of other users are not trusted.
         if !can_keep(kind(stat)) || stat.stx_uid != self.user {
             return None;
         }
@@ -178,7 +179,7 @@ impl Owners {
         Shown::parse(&value[..len], kind(stat))
     }
 
-    /// Changes what the guest is shown of a file.
+    /// Changes the attributes of a file as the guest sees them.
     ///
     /// # Errors
     /// EPERM for files of other users of the host; the host's error.
@@ -200,7 +201,7 @@ impl Owners {
         if !can_keep(host) {
             let owned = (after.uid, after.gid) == (before.uid, before.gid);
             return match host {
-                // Nothing depends on the owner of a link, and archives name one for each.
+                // Nothing depends on the owner of a symbolic link, and archives contain one for each.
                 FileType::Symlink => Ok(()),
                 _ if !owned => Err(Errno::PERM),
                 _ if after.mode != mode => chmod(after.mode & HARMLESS),
@@ -232,15 +233,15 @@ impl Owners {
         }
     }
 
-    /// Whether a file or directory that the host refused to open or to change is the user's own, with a mode that shuts its
-    /// owner out: for the guest's root there is no such mode.
+    /// Whether a file or directory that the host refused to open or to change belongs to the user and has a mode that denies
+    /// access to its owner: such a mode does not bind root in the guest.
     pub(super) fn is_shut(&self, stat: &Statx) -> bool {
         let user = user_bits(kind(stat));
         can_keep(kind(stat)) && stat.stx_uid == self.user && u32::from(stat.stx_mode) & user != user
     }
 }
 
-/// The group and the further mode bits of a new file in a directory that is shown so.
+/// The group and the additional mode bits of a new file in this directory.
 pub(super) fn inherited(directory: &Shown, kind: FileType, group: u32) -> (u32, u32) {
     match directory.mode & SET_GROUP_ID {
         0 => (group, 0),
@@ -249,7 +250,7 @@ pub(super) fn inherited(directory: &Shown, kind: FileType, group: u32) -> (u32, 
     }
 }
 
-/// Whether a map of user IDs (user_namespaces(7)) has no ID but the user's own.
+/// Whether a user ID map (user_namespaces(7)) contains a single ID.
 fn maps_one(map: &str) -> bool {
     let counts = map
         .lines()
@@ -283,7 +284,7 @@ mod tests {
         let file = FileType::RegularFile;
         for (value, expected) in [
             ("0:42:0640", shown(0, 42, 0o640, file, (0, 0))),
-            // With bits of the kind, and with the kind by name, as some write it.
+            // With the bits of the file type, and with its name, as some programs write it.
             ("1:2:0104755", shown(1, 2, 0o4755, file, (0, 0))),
             ("1:2:0644:file", shown(1, 2, 0o644, file, (0, 0))),
             (

@@ -152,7 +152,7 @@ fn a_renamed_file_is_found_again() {
     assert_eq!(attr.size, 5);
 }
 
-/// Without file handles, by parent and name; and what takes a path goes by the thread's own root.
+/// Without file handles, by parent and name; paths are resolved in the thread's own root.
 #[test]
 fn a_confined_thread_finds_evicted_files() {
     let f = fixture(4, false);

@@ -1,7 +1,7 @@
 //! Extended attributes.
 //!
 //! Names in `trusted.` and `security.` have a meaning for the host kernel: a guest that could set
-//! `security.capability` on a shared file would grant privileges to whoever runs it on the host. They are
+//! `security.capability` on a shared file would grant privileges to any user who runs it on the host. They are
 //! stored under [`PREFIX`] instead, and the guest sees them under their usual names. Attributes that the
 //! host's files already have under those names are visible, but can't be changed.
 
@@ -32,7 +32,7 @@ const GROUP_MAY_RUN: u32 = 0o010;
 /// Maximum size of a value (XATTR_SIZE_MAX) and of a list (XATTR_LIST_MAX) in bytes.
 const SIZE_MAX: usize = 65536;
 
-/// The bits of a mode that go when a file changes.
+/// The mode bits that are cleared when a file changes.
 pub(super) fn privileged_bits(mode: u32) -> u32 {
     match mode & GROUP_MAY_RUN {
         0 => mode & SET_USER_ID,
@@ -51,7 +51,7 @@ fn mapped(name: &CStr) -> Result<CString, Errno> {
     CString::new(bytes).map_err(|_| Errno::INVAL)
 }
 
-/// Whether this is the name of an attribute in which something else is kept.
+/// Whether this is the name of an attribute used for storage.
 fn is_stored(name: &[u8], has_owners: bool) -> bool {
     name.starts_with(PREFIX) || has_owners && name == ATTRIBUTE.to_bytes()
 }

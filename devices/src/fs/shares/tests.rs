@@ -107,7 +107,7 @@ fn one_directory_is_exported_once() {
     assert_eq!(again.path, first.path);
     assert_eq!(below.path, first.path.join("two"));
     assert_eq!(f.shares.names().len(), 1, "the root shows one entry");
-    // It is found by name too: the guest may have been told that name before.
+    // It is found by name too: the guest may have got that name before.
     assert_eq!(f.node(&again.name), f.node(&first.path));
     assert_eq!(f.shares.locate(&again.name), Some(first.path.clone()));
     // A directory beside it and a single file have entries of their own; the file is the same file.
@@ -231,7 +231,7 @@ fn a_file_of_two_shares_is_one_file() {
         f.open(x, OFlags::WRONLY).is_ok(),
         "one of its places may be written"
     );
-    // A link is possible where one of its shares leads, although it was found through the other, on another
+    // A link is possible within either of its shares, although it was found through the other, on another
     // mount.
     let dir = f.node(&second.path).unwrap();
     f.files.link(dir, c"z", &LinkIn { oldnodeid: x }).unwrap();

@@ -139,7 +139,7 @@ fn changes_by_the_guest_are_not_reported_and_later_ones_by_the_host_are() {
     f.files.unlink(f.root, c"file", false).unwrap();
     f.files.unlink(f.root, c"dir", true).unwrap();
     let reported = f.reported();
-    // The removal of an unlinked file that the guest watches is reported whoever removed it.
+    // The removal of an unlinked file that the guest watches is reported, no matter which side removed it.
     assert!(reported.is_empty(), "{reported:x?}");
 
     fs::write(f.path("new"), "").unwrap();
@@ -202,7 +202,7 @@ fn a_moved_directory_is_watched_where_it_is() {
     assert!(reported.contains(&gone), "{reported:x?}");
 }
 
-/// A change by the guest hides nothing that the host does right after it.
+/// A change by the guest does not hide a change by the host right after it.
 #[test]
 fn a_change_by_the_host_right_after_one_by_the_guest_is_reported() {
     let f = Fixture::new();

@@ -63,7 +63,7 @@ impl Watches {
     ) {
         let bits = flags.bits();
         if bits & kind::Q_OVERFLOW != 0 {
-            // It is not known what was lost: watchers have to look again.
+            // The lost events are unknown: watchers have to look again.
             log::warn!("virtio-fs: the host dropped events of files that the guest watches");
             let State { nodes, pending, .. } = state;
             for (nodeid, node) in nodes {
@@ -110,7 +110,7 @@ impl Watches {
             let Some(node) = state.nodes.get(&nodeid) else {
                 continue;
             };
-            // The file's own watch reports no more than this on its removal, since this server holds it open.
+            // The watch of the file itself reports nothing else on its removal, since this server holds it open.
             let ends = name.is_empty()
                 && kind == kind::ATTRIB
                 && !state.is_own(node, name, kind::DELETE_SELF)

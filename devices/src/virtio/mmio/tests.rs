@@ -315,7 +315,7 @@ fn a_register_page_follows_configuration_changes() {
     assert_eq!((page.load(target), page.load(actual)), (7, 0));
 }
 
-/// The patched driver of the guest kernel relies on it (`guest-kernel/patches`, virtio-mmio).
+/// The patched driver in the guest kernel relies on it (`guest-kernel/patches`, virtio-mmio).
 #[test]
 fn a_reset_clears_all_that_was_written() {
     let mut driver = Driver::new();

@@ -1,4 +1,4 @@
-//! `koya timeline`: where the time of a start went.
+//! `koya timeline`: the timeline of a start.
 
 mod svg;
 mod text;
@@ -14,10 +14,9 @@ use koya::timeline::{Lane, Mark, Step};
 use std::io::Write;
 use std::path::PathBuf;
 
-/// In a picture nothing is idle for longer than this, in microseconds: what a pod's later containers do is
-/// another one.
+/// Longest idle time within one diagram, in microseconds: later containers of a pod get a separate diagram.
 const IDLE_US: u64 = 30_000_000;
-/// How many columns a picture has where nobody says how wide the terminal is.
+/// Number of columns if the width of the terminal is unknown.
 const COLUMNS: usize = 80;
 
 #[derive(Args)]
@@ -73,7 +72,7 @@ pub(super) fn main(args: &TimelineArgs) -> Outcome {
     Ok(0)
 }
 
-/// The start of this sandbox or container; of one name the newest.
+/// The start of this sandbox or container; the newest of several with the same name.
 fn find<'a>(all: &'a [Timeline], id: &str) -> Result<&'a Timeline> {
     if let Some(found) = all.iter().find(|timeline| timeline.is_of(id)) {
         return Ok(found);
@@ -93,8 +92,8 @@ fn find<'a>(all: &'a [Timeline], id: &str) -> Result<&'a Timeline> {
     }
 }
 
-/// The part of it that is one picture: the start of the sandbox, or what a container that came much
-/// later took, with what was done about that time. Its times count from its own begin.
+/// The part for one diagram: the start of the sandbox, or that of a container much later, with the events around that time.
+/// Times are relative to the start of the part.
 fn part(timeline: &Timeline, id: Option<&str>) -> Timeline {
     let end = |step: &Step| step.to_us.unwrap_or(step.from_us);
     let wanted = id
@@ -106,7 +105,7 @@ fn part(timeline: &Timeline, id: Option<&str>) -> Timeline {
     let at = wanted.map_or(0, |step| step.from_us);
     let mut steps: Vec<&Step> = timeline.steps.iter().collect();
     steps.sort_by_key(|step| step.from_us);
-    // Begin and end of the part that is being read; the one that is wanted ends it.
+    // Start and end of the current part; the scan ends after the wanted one.
     let (mut from, mut to) = (0_u64, 0_u64);
     for step in steps {
         if step.from_us > to.saturating_add(IDLE_US) {
@@ -133,12 +132,12 @@ fn part(timeline: &Timeline, id: Option<&str>) -> Timeline {
     part
 }
 
-/// `1520.3`
+/// Milliseconds: `1520.3`
 fn ms(us: u64) -> String {
     format!("{:.1}", us as f64 / 1e3)
 }
 
-/// Instead of what a terminal or a picture would take for more than text: a guest may have said it.
+/// Replaces characters that a terminal or diagram would interpret: the text may come from a guest.
 fn shown(c: char) -> char {
     if c.is_control() { '\u{b7}' } else { c }
 }
@@ -147,7 +146,7 @@ fn plain(text: &str) -> String {
     text.chars().map(shown).collect()
 }
 
-/// At most so many characters.
+/// Truncates to at most `most` characters.
 fn shortened(text: &str, most: usize) -> String {
     let text = plain(text);
     match text.chars().count() > most {
@@ -182,7 +181,7 @@ fn summary(timeline: &Timeline) -> String {
     text
 }
 
-/// `112 port exits, 270 MMIO exits`, of the step to which they belong.
+/// `112 port exits, 270 MMIO exits`, for the step that they belong to.
 fn exits_of(timeline: &Timeline, step: &Step) -> Option<String> {
     let exits = timeline.exits.filter(|_| step.lane == Lane::Kernel)?;
     Some(format!(
@@ -212,7 +211,7 @@ enum Entry<'a> {
     Mark(&'a Mark),
 }
 
-/// All of them by their times; a step before what comes to pass in it.
+/// All steps and marks in order of time; a step before the marks within it.
 fn entries(timeline: &Timeline) -> Vec<Entry<'_>> {
     let steps = timeline.steps.iter().map(Entry::Step);
     let mut all: Vec<_> = steps

@@ -1,5 +1,4 @@
-//! A start as a picture: a lane for each of those who take the time, its steps as bars and its marks as
-//! points, labels where there is room for them.
+//! Diagram of a start: a lane for each component, with steps as bars and marks as points, labelled where there is room.
 
 use super::{date, exits_of, failure, ms, plain, shortened, shown, summary};
 use koya::Timeline;
@@ -8,34 +7,34 @@ use std::fmt::Write;
 
 // All in pixels.
 const WIDTH: f64 = 960.0;
-/// Where the time's scale begins and ends.
+/// Start and end of the time scale.
 const LEFT: f64 = 110.0;
 const RIGHT: f64 = 936.0;
-/// Where the lanes' background ends.
+/// End of the background of the lanes.
 const LANES_END: f64 = 944.0;
 const ROW: f64 = 22.0;
 const BAR: f64 = 16.0;
-/// Title, summary, and the scale's numbers.
+/// Height of title, summary and scale.
 const HEAD: f64 = 84.0;
-/// A character's width at most: the font is the reader's, so this is on the safe side.
+/// Upper bound of a character's width: the viewer chooses the font.
 const LETTER: f64 = 6.7;
-/// Between things in a row.
+/// Gap between items of a row.
 const GAP: f64 = 6.0;
-/// Marks that are nearer than this to each other have one label.
+/// Marks closer than this share a label.
 const NEAR: f64 = 5.0;
 
 const MAX_LABEL: usize = 60;
 const MAX_NAME: usize = 14;
-/// Lines of an error that are shown, lines of a guest's last words, and their length in characters.
+/// Maximum number of lines of an error, of lines of a guest's console output, and their length in characters.
 const MAX_WHAT: usize = 4;
 const MAX_SAID: usize = 6;
 const LINE: usize = 120;
-/// The most numbers at the scale.
+/// Maximum number of ticks on the scale.
 const TICKS: f64 = 10.0;
 
 const RED: &str = "#c62828";
 
-/// The picture, whole in itself.
+/// Draws a self-contained SVG file.
 pub(super) fn draw(timeline: &Timeline) -> String {
     let scale = Scale::of(timeline);
     let lanes = lanes(timeline, &scale);
@@ -94,7 +93,7 @@ pub(super) fn draw(timeline: &Timeline) -> String {
     out
 }
 
-/// Why it failed, in lines that fit: what it is, and the last of what the guest said.
+/// The reason of a failure, wrapped to lines: the error, and the end of the guest's console output.
 fn reason(timeline: &Timeline) -> Vec<String> {
     let Some(text) = failure(timeline) else {
         return Vec::new();
@@ -110,7 +109,7 @@ fn reason(timeline: &Timeline) -> Vec<String> {
     lines
 }
 
-/// Broken between words, or within one that is too long.
+/// Wraps text between words, or within a word that is too long.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
     let mut room = LINE;
@@ -134,7 +133,7 @@ fn wrapped(text: &str) -> Vec<String> {
     lines
 }
 
-/// From times to places.
+/// Maps times to coordinates.
 struct Scale {
     total_us: u64,
 }
@@ -151,7 +150,7 @@ impl Scale {
         LEFT + share * (RIGHT - LEFT)
     }
 
-    /// 1, 2 or 5 times a power of ten, in microseconds.
+    /// Distance of ticks: 1, 2 or 5 times a power of ten, in microseconds.
     fn tick(&self) -> u64 {
         let least = self.total_us as f64 / TICKS;
         let power = 10f64.powf(least.log10().floor().max(0.0));
@@ -186,17 +185,17 @@ impl Scale {
     }
 }
 
-/// Something in a lane, and its label.
+/// An item in a lane, with its label.
 struct Item {
     x: f64,
-    /// None for a point.
+    /// `None` for a point.
     width: Option<f64>,
     label: String,
-    /// Where the label's text begins.
+    /// Start of the label's text.
     label_x: f64,
     is_inside: bool,
     is_failed: bool,
-    /// What a pointer that rests on it shows.
+    /// Tooltip.
     details: String,
 }
 
@@ -222,7 +221,7 @@ impl Item {
         }
     }
 
-    /// From where to where nothing else may be.
+    /// Horizontal extent that must be kept free.
     fn extent(&self) -> (f64, f64) {
         let text = self.label.chars().count() as f64 * LETTER;
         let end = self.x + self.width.unwrap_or(0.0);
@@ -240,7 +239,7 @@ struct LaneRows {
 }
 
 impl LaneRows {
-    /// Into the first row that has room for it, not before `first`.
+    /// Places an item in the first row with room for it, from `first` on.
     fn place(&mut self, item: Item, first: usize) {
         let (from, to) = item.extent();
         let free = |row: &Vec<Item>| {
@@ -303,7 +302,7 @@ impl LaneRows {
     }
 }
 
-/// Whose a step or mark is.
+/// Lane of a step or mark.
 fn lane_of(lane: Lane, container: &str) -> (&str, &'static str) {
     match lane {
         Lane::Host => ("host", "#2f6db3"),
@@ -314,7 +313,7 @@ fn lane_of(lane: Lane, container: &str) -> (&str, &'static str) {
     }
 }
 
-/// In the order of the lanes, then of the containers.
+/// The lanes in order, then the containers.
 fn lanes(timeline: &Timeline, scale: &Scale) -> Vec<LaneRows> {
     let steps = timeline.steps.iter().map(|s| (s.lane, &*s.container));
     let marks = timeline.marks.iter().map(|m| (m.lane, &*m.container));
@@ -357,7 +356,7 @@ fn lane_rows(timeline: &Timeline, scale: &Scale, key: (Lane, &str)) -> LaneRows 
         let details = format!("{}: {took} from {} ms", step.name, ms(from));
         let x = scale.x(from);
         let width = (scale.x(to) - x).max(1.5);
-        // One that lasted no time at the very end is drawn all the same.
+        // An item of zero length at the very end is drawn as well.
         let mut item = Item::new(x.min(RIGHT - width), Some(width), label, details);
         item.is_failed = step.error.is_some();
         rows.place(item, 0);
@@ -414,7 +413,7 @@ mod tests {
     use super::super::tests::{empty, failed, mark, step, timeline};
     use super::*;
 
-    /// Numbers of an attribute in all elements of a kind.
+    /// Values of an attribute in all elements of a kind.
     fn numbers(svg: &str, element: &str, attribute: &str) -> Vec<f64> {
         let begin = format!("<{element} ");
         let own = svg.split(&begin).skip(1).filter_map(|rest| {
@@ -429,7 +428,7 @@ mod tests {
     fn check_bounds(timeline: &Timeline) {
         let svg = draw(timeline);
         let height = numbers(&svg, "svg", "height")[0];
-        // The background has no place of its own.
+        // The background has no coordinates.
         let widths = numbers(&svg, "rect", "width");
         for (x, width) in numbers(&svg, "rect", "x").iter().zip(&widths[1..]) {
             assert!(*x >= 0.0 && x + width <= WIDTH, "{x} {width}\n{svg}");

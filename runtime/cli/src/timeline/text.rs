@@ -1,13 +1,13 @@
-//! A start as lines of text: one a step or mark, with a bar on a common scale.
+//! A start as lines of text: one for each step or mark, with a bar on a common scale.
 
 use super::{Entry, date, entries, exits_of, failure, ms, plain, shortened, summary};
 use koya::Timeline;
 use koya::timeline::Lane;
 use std::fmt::Write;
 
-/// Who, what, begin and length, and the gaps between them.
+/// Width of the columns for lane, name, start and duration, and the gaps between them.
 const TABLE: usize = 10 + 1 + 24 + 1 + 9 + 1 + 9 + 2;
-/// The narrowest bars.
+/// Minimum width of bars.
 const MIN_BARS: usize = 12;
 
 pub(super) fn draw(timeline: &Timeline, columns: usize) -> String {
@@ -79,14 +79,14 @@ fn who(lane: Lane, container: &str) -> String {
     }
 }
 
-/// A bar of at least one column, in its place.
+/// A bar of at least one column, at its position.
 fn span(from: u64, to: u64, total: u64, columns: usize, of: char) -> String {
     let total = total.max(1) as f64;
     let column = |us: u64| us as f64 / total * columns as f64;
     let first = (column(from) as usize).min(columns - 1);
     let end = (column(to).ceil() as usize).clamp(first + 1, columns.max(first + 1));
     let mut bar = " ".repeat(first);
-    // A point is one column, wherever in it.
+    // A point takes one column.
     let length = if to == from { 1 } else { end - first };
     bar.extend(std::iter::repeat_n(of, length));
     bar

@@ -4,10 +4,10 @@ use super::Segment;
 use crate::error::invalid;
 use std::io;
 
-/// The size of a block.
+/// Size of a block in bytes.
 pub(crate) const BLOCK: usize = 512;
 
-/// A header block whose checksum is right.
+/// A header block with a valid checksum.
 pub(super) struct Header<'b>(&'b [u8; BLOCK]);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -20,14 +20,14 @@ enum Format {
 
 impl<'b> Header<'b> {
     /// # Errors
-    /// If the checksum is wrong: this is no header.
+    /// If the checksum is wrong: the block is not a header.
     pub(super) fn new(block: &'b [u8; BLOCK]) -> io::Result<Self> {
         let header = Self(block);
         let told = octal(&block[148..156]).map_err(|_| invalid("no header of a tar archive"))?;
         let counts = |at: usize| !(148..156).contains(&at);
         let byte = |at: usize| if counts(at) { block[at] } else { b' ' };
         let unsigned: i64 = (0..BLOCK).map(|at| i64::from(byte(at))).sum();
-        // Some old programs took the bytes for signed ones.
+        // Some old programs summed signed bytes.
         let signed: i64 = (0..BLOCK).map(|at| i64::from(byte(at) as i8)).sum();
         if told != unsigned && told != signed {
             return Err(invalid("no header of a tar archive"));
@@ -66,7 +66,7 @@ impl<'b> Header<'b> {
     }
 
     pub(super) fn mode(&self) -> io::Result<u32> {
-        // Some programs store the file type's bits as well.
+        // Some programs also store the bits of the file type.
         number(&self.0[100..108]).map(|mode| mode as u32 & 0o7777)
     }
 
@@ -111,17 +111,17 @@ impl<'b> Header<'b> {
     }
 }
 
-/// What the header of an old GNU sparse file says.
+/// The header fields of an old GNU sparse file.
 pub(super) struct OldSparse {
-    /// Its real size.
+    /// Actual size of the file.
     pub(super) size: u64,
-    /// The first of its map.
+    /// First entries of the map.
     pub(super) map: Vec<Segment>,
-    /// Whether more of that follows.
+    /// Whether more entries follow.
     pub(super) more: bool,
 }
 
-/// Pairs of offset and length, 24 bytes each; an empty one is the last.
+/// Pairs of offset and length, 24 bytes each; an empty one ends the map.
 pub(super) fn sparse_map(bytes: &[u8]) -> io::Result<Vec<Segment>> {
     let pairs = bytes.chunks_exact(24).take_while(|pair| pair[0] != 0);
     let pairs = pairs.map(|pair| {
@@ -133,7 +133,7 @@ pub(super) fn sparse_map(bytes: &[u8]) -> io::Result<Vec<Segment>> {
     pairs.collect()
 }
 
-/// Up to a NUL.
+/// The bytes up to a NUL.
 pub(super) fn text(bytes: &[u8]) -> &[u8] {
     bytes.split(|b| *b == 0).next().unwrap_or_default()
 }
@@ -144,13 +144,13 @@ fn unsigned(bytes: &[u8]) -> io::Result<u64> {
         .map_err(|_| invalid("a number below zero"))
 }
 
-/// A field's number: octal digits, or two's complement with the highest bit as mark (GNU, star).
+/// The number in a field: octal digits, or two's complement marked by the highest bit (GNU, star).
 fn number(bytes: &[u8]) -> io::Result<i64> {
     let Some(first) = bytes.first().filter(|first| **first & 0x80 != 0) else {
         return octal(bytes);
     };
     let too_big = || invalid("a number that is too big");
-    // The mark's own bit is no part of the number; the next one is its sign.
+    // The marker bit is not part of the number; the next one is the sign.
     let sign = if first & 0x40 != 0 { -1i64 } else { 0 };
     let mut value = sign;
     for (at, byte) in bytes.iter().enumerate() {

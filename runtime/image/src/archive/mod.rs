@@ -1,8 +1,8 @@
-//! Reads tar archives as they are met in images.
+//! Reader for the tar archives found in images.
 //!
-//! A reader of its own, since what images hold must not be lost: extended headers with line ends in
-//! values, all forms of sparse files, and how an archive ends. Where the formats leave a choice it
-//! reads as Go's `archive/tar` does, by which most images were made and nearly all are read.
+//! A separate implementation, because nothing in an image may be lost: extended headers with line breaks in values, all
+//! forms of sparse files, and the end of an archive. Where the formats leave a choice, it follows Go's `archive/tar`, which
+//! wrote most images and reads nearly all.
 
 mod header;
 mod pax;
@@ -14,7 +14,7 @@ use header::{Header, sparse_map, text};
 use pax::Records;
 use std::io::{self, Read};
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Regular,
@@ -26,44 +26,44 @@ pub(crate) enum Kind {
     Fifo,
 }
 
-/// A part of a file that is stored; the rest is holes.
+/// A stored segment of a sparse file; the rest is holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
     pub(crate) offset: u64,
     pub(crate) length: u64,
 }
 
-/// An entry, but for its data.
+/// An entry without its data.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) kind: Kind,
     pub(crate) name: Vec<u8>,
-    /// What a link leads to.
+    /// Target of a link.
     pub(crate) link: Vec<u8>,
     pub(crate) mode: u32,
     pub(crate) uid: u64,
     pub(crate) gid: u64,
-    /// Seconds and nanoseconds since 1970.
+    /// Modification time: seconds and nanoseconds since 1970.
     pub(crate) mtime: (i64, u32),
     pub(crate) device: (u32, u32),
     pub(crate) size: u64,
-    /// The parts of a sparse file, in order.
+    /// The segments of a sparse file, in order.
     pub(crate) sparse: Option<Vec<Segment>>,
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// How an archive ended.
+/// End of an archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// By two blocks of zeros, as it must.
+    /// Two blocks of zeros, as required.
     Marked,
-    /// Between two entries: it may have been cut there.
+    /// No end marker: it may have been truncated between two entries.
     Unmarked,
 }
 
-/// Where an archive comes from.
+/// Source of an archive.
 pub(crate) trait Source: Read + Sized {
-    /// Passes over bytes that have to be there.
+    /// Skips bytes, which must be there.
     fn skip(&mut self, count: u64) -> io::Result<()> {
         match io::copy(&mut self.by_ref().take(count), &mut io::sink())? {
             skipped if skipped == count => Ok(()),
@@ -72,18 +72,18 @@ pub(crate) trait Source: Read + Sized {
     }
 }
 
-/// Entries one by one; what it reads itself is the current entry's data as stored.
+/// Iterates over the entries; as a reader, it returns the stored data of the current entry.
 pub(crate) struct Reader<S> {
     source: S,
-    /// The largest extended header.
+    /// Maximum size of an extended header in bytes.
     max_header: u64,
-    /// Of the current entry's data.
+    /// Remaining bytes of the current entry's data.
     left: u64,
     padding: u64,
     end: Option<End>,
 }
 
-/// What extended headers said of the next entry.
+/// Attributes of the next entry from extended headers.
 #[derive(Default)]
 struct Extended {
     records: Records,
@@ -102,7 +102,7 @@ impl<S: Source> Reader<S> {
         }
     }
 
-    /// How it ended, once it has.
+    /// The kind of end, once it has been reached.
     pub(crate) fn end(&self) -> Option<End> {
         self.end
     }
@@ -111,10 +111,10 @@ impl<S: Source> Reader<S> {
         &mut self.source
     }
 
-    /// Goes to the next entry, past what was not read of the last one.
+    /// Goes to the next entry, skipping unread data of the previous one.
     ///
     /// # Errors
-    /// The source's; InvalidData for what is no archive, UnexpectedEof if it was cut.
+    /// The error from the source; InvalidData if it is not an archive, UnexpectedEof if it is truncated.
     pub(crate) fn next_entry(&mut self) -> io::Result<Option<Entry>> {
         let mut extended = None;
         loop {
@@ -131,8 +131,8 @@ impl<S: Source> Reader<S> {
             }
             let payload = self.payload(header.size()?)?;
             if kind == b'g' {
-                // Of all that follows: a comment, as git writes it. What else it may say other engines
-                // leave out too.
+                // A global header applies to all entries: it is mostly a comment written by git. Other engines ignore its
+                // other fields too.
                 Records::parse(&payload)?;
                 continue;
             }
@@ -145,7 +145,7 @@ impl<S: Source> Reader<S> {
         }
     }
 
-    /// The next header block; nothing at the archive's end.
+    /// The next header block; `None` at the end of the archive.
     fn header(&mut self) -> io::Result<Option<[u8; BLOCK]>> {
         if self.end.is_some() {
             return Ok(None);
@@ -218,7 +218,7 @@ impl<S: Source> Reader<S> {
         let stored = match (kind, records.number("size")?) {
             (Kind::Regular, Some(size)) => size,
             (Kind::Regular, None) => header.size()?,
-            // The others have no data, whatever is said of its size: a hard link has its file's.
+            // Other types have no data, even with a size: that of a hard link is the size of its target.
             _ => 0,
         };
         if stored > i64::MAX as u64 {
@@ -255,7 +255,7 @@ impl<S: Source> Reader<S> {
         })
     }
 
-    /// A file's real size, and the map of a sparse one. What is stored of the map is read.
+    /// Actual size of a file, and the map if it is sparse. Stored parts of the map are consumed.
     fn sparse(
         &mut self,
         header: &Header<'_>,
@@ -300,7 +300,7 @@ impl<S: Source> Reader<S> {
         Ok((size, Some(map)))
     }
 
-    /// The rest of an old GNU map: blocks of 21 pairs before the data, which its size does not count.
+    /// The rest of an old GNU map: blocks of 21 pairs before the data, not included in its size.
     fn old_map(&mut self, mut map: Vec<Segment>, mut more: bool) -> io::Result<Vec<Segment>> {
         while more {
             let block = self.block()?.ok_or_else(cut_short)?;
@@ -313,8 +313,8 @@ impl<S: Source> Reader<S> {
         Ok(map)
     }
 
-    /// A map of GNU's version 1.0: decimal numbers in lines at the start of the data, filled up to
-    /// whole blocks; the first one says how many pairs there are.
+    /// A map of GNU's version 1.0: decimal numbers in lines at the start of the data, padded to whole blocks; the first one
+    /// is the number of pairs.
     fn stored_map(&mut self) -> io::Result<Vec<Segment>> {
         let mut bytes = Vec::new();
         let mut numbers = Vec::new();
@@ -337,7 +337,7 @@ impl<S: Source> Reader<S> {
                 used += line.len() + 1;
                 let number = pax::decimal(line)?;
                 match wanted {
-                    // A pair is four bytes at least.
+                    // A pair has at least four bytes.
                     None if number > self.max_header / 4 => {
                         return Err(invalid("a map of a sparse file that is too big"));
                     }
@@ -373,7 +373,7 @@ impl<S: Source> Read for Reader<S> {
 
 fn kind(flag: u8, name: &[u8]) -> io::Result<Kind> {
     Ok(match flag {
-        // Before POSIX a directory was a file whose name ends like this.
+        // Before POSIX, a directory was a file with a name that ends in a slash.
         0 if name.ends_with(b"/") => Kind::Directory,
         0 | b'0' | b'7' | b'S' => Kind::Regular,
         b'1' => Kind::HardLink,

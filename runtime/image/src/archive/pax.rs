@@ -1,15 +1,15 @@
-//! The records of a pax extended header: `LENGTH KEY=VALUE\n`. The length counts; a value may hold
-//! any byte, line ends among them.
+//! The records of a pax extended header: `LENGTH KEY=VALUE\n`. The length is decisive: a value may contain any byte,
+//! including line breaks.
 
 use super::Segment;
 use crate::error::invalid;
 use std::collections::BTreeMap;
 use std::io;
 
-/// Attributes are records of this name: star's, which is what container engines write and read.
+/// Prefix of records for extended attributes: that of star, used by container engines.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// The records of one extended header. Of records with the same key the last one counts.
+/// The records of one extended header. The last record of several with the same key counts.
 #[derive(Default)]
 pub(super) struct Records {
     all: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -19,7 +19,7 @@ pub(super) struct Records {
 
 impl Records {
     /// # Errors
-    /// If a record is not what it says of itself.
+    /// If the length of a record is wrong.
     pub(super) fn parse(mut bytes: &[u8]) -> io::Result<Self> {
         let mut records = Self::default();
         while !bytes.is_empty() {
@@ -44,7 +44,7 @@ impl Records {
         Ok(records)
     }
 
-    /// A record's value. One without a value is as good as none.
+    /// Value of a record. An empty value counts as missing.
     pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
         let value = self.all.get(key.as_bytes())?;
         (!value.is_empty()).then_some(value.as_slice())
@@ -59,14 +59,14 @@ impl Records {
         self.get(key).map(time).transpose()
     }
 
-    /// Extended attributes by their names.
+    /// Extended attributes by name.
     pub(super) fn into_xattrs(self) -> Vec<(Vec<u8>, Vec<u8>)> {
         let named =
             |(key, value): (Vec<u8>, Vec<u8>)| Some((key.strip_prefix(XATTR)?.to_vec(), value));
         self.all.into_iter().filter_map(named).collect()
     }
 
-    /// The map of a sparse file that the records themselves hold: GNU's versions 0.0 and 0.1.
+    /// The sparse map contained in the records themselves: GNU's versions 0.0 and 0.1.
     pub(super) fn sparse_map(&self) -> io::Result<Option<Vec<Segment>>> {
         let numbers = match self.get("GNU.sparse.map") {
             Some(text) => text
@@ -80,7 +80,7 @@ impl Records {
     }
 }
 
-/// Key, value, and what follows the first record.
+/// Key and value of the first record, and the remaining bytes.
 fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = bytes.iter().take(20).position(|b| *b == b' ')?;
     let length = usize::try_from(decimal(&bytes[..space]).ok()?).ok()?;
@@ -113,7 +113,7 @@ pub(super) fn segments(numbers: &[u64]) -> io::Result<Vec<Segment>> {
     Ok(pairs.collect())
 }
 
-/// `-12.5`: whole seconds towards the past and what is more.
+/// Parses `-12.5` into seconds rounded down, and nanoseconds.
 fn time(bytes: &[u8]) -> io::Result<(i64, u32)> {
     let (negative, bytes) = match bytes.strip_prefix(b"-") {
         Some(rest) => (true, rest),

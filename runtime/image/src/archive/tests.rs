@@ -1,4 +1,4 @@
-//! Archives as programs write them, and cut ones.
+//! Archives as written by programs, and truncated ones.
 
 use super::*;
 use crate::tests::writer::{GNU, Item, Tar, USTAR, V7, file, header, item, sparse};
@@ -34,7 +34,7 @@ fn long_names_are_read_in_every_form() {
         assert_eq!(all[0].0.name, long.as_bytes());
         assert_eq!(all[0].0.link, long.as_bytes());
     }
-    // A prefix is ustar's alone.
+    // Only ustar has a prefix.
     let mut block = header(&file("name", ""));
     block[345..351].copy_from_slice(b"prefix");
     crate::tests::writer::seal(&mut block);
@@ -163,7 +163,7 @@ fn a_cut_archive_is_known_wherever_it_is_cut() {
     for at in 0..whole.len() {
         if let Ok((_, end)) = read(&whole[..at]) {
             assert_eq!(end, Some(End::Unmarked), "cut at {at}");
-            // Between entries, or in the mark at the end.
+            // Between entries, or in the end marker.
             assert!(at % 512 == 0, "cut at {at}");
         }
     }

@@ -1,4 +1,4 @@
-//! Owners, modes, extended attributes and times, in the order in which none undoes another.
+//! Owners, modes, extended attributes and times, set in an order in which none resets another.
 
 use crate::archive::{Entry, Kind};
 use crate::error::invalid;
@@ -9,12 +9,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// Where attributes are kept that mean something to the host's kernel: as virtio-fs keeps them for
-/// guests, see `koya_devices::fs::passthrough`.
+/// Prefix of attributes that have a meaning for the host's kernel, as stored by virtio-fs for guests: see
+/// `koya_devices::fs::passthrough`.
 const PREFIX: &str = "user.koya.";
 
-/// Where owners, modes and kinds are kept that only root can give, as virtio-fs keeps and shows them (see
-/// `koya_devices::fs::passthrough`), and containers/storage does: `UID:GID:MODE` and, for device nodes and FIFOs, the kind.
+/// Attribute for owners, modes and file types that only root can set, as in virtio-fs (see `koya_devices::fs::passthrough`)
+/// and containers/storage: `UID:GID:MODE` and, for device nodes and FIFOs, the type.
 const OVERRIDE: &str = "user.containers.override_stat";
 
 pub(super) fn owner(entry: &Entry) -> io::Result<(Option<Uid>, Option<Gid>)> {
@@ -28,8 +28,8 @@ pub(super) fn owner(entry: &Entry) -> io::Result<(Option<Uid>, Option<Gid>)> {
 
 const SET_ID: Mode = Mode::SUID.union(Mode::SGID);
 
-/// A mode as the host's file has it. Without owners all files are this user's, who reads and writes
-/// them for the guest's root: modes do not hold that back, and nothing is set-user-ID.
+/// Mode of the file on the host. Without owners, all files belong to this user, who reads and writes them on behalf of the
+/// guest's root: no mode may prevent that, and nothing is set-user-ID.
 pub(super) fn mode(mode: u32, owners: bool, is_directory: bool) -> Mode {
     let mode = Mode::from_raw_mode(mode & 0o7777);
     match (owners, is_directory) {
@@ -50,7 +50,7 @@ pub(super) fn times((tv_sec, nanos): (i64, u32)) -> Timestamps {
     }
 }
 
-/// What a link or a device node gets. They can't have attributes of these kinds.
+/// Sets the attributes of a symbolic link or a device node, which can't have `user.` attributes.
 pub(super) fn dress(
     dir: impl AsFd,
     name: &OsStr,
@@ -79,7 +79,7 @@ pub(super) fn dress(
     )?)
 }
 
-/// What is kept of an entry's owner, mode and kind without root; `None` where the host's file says it all.
+/// Owner, mode and type of an entry that must be stored without root; `None` if those of the host's file are right.
 fn kept(entry: &Entry) -> io::Result<Option<String>> {
     owner(entry)?;
     let (major, minor) = entry.device;
@@ -98,7 +98,7 @@ fn kept(entry: &Entry) -> io::Result<Option<String>> {
     Ok((!is_plain).then(|| format!("{uid}:{gid}:{bits:04o}{kind}")))
 }
 
-/// A file's or directory's owner and attributes.
+/// Sets the owner and attributes of a file or directory.
 pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()> {
     if owners {
         let (uid, gid) = owner(entry)?;
@@ -117,7 +117,7 @@ pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()
             continue;
         }
         match rustix::fs::fsetxattr(&file, &stored, value, XattrFlags::empty()) {
-            // A file system without attributes loses them, as with other tools.
+            // On a file system without attributes they are lost, as with other tools.
             Err(Errno::OPNOTSUPP) => {}
             other => other?,
         }
@@ -125,13 +125,13 @@ pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()
     Ok(())
 }
 
-/// The host's name of an attribute, if it is one that a container can have.
+/// The host's name of an attribute, if a container may have it.
 fn stored(name: &[u8]) -> io::Result<Option<OsString>> {
     let mut out = OsString::new();
     match name {
         n if n.starts_with(PREFIX.as_bytes()) => return Err(invalid("an attribute of Koya's")),
         n if n.starts_with(b"user.") => {}
-        // The label is of the machine that the image was made on.
+        // The label belongs to the machine on which the image was built.
         b"security.selinux" => return Ok(None),
         n if n.starts_with(b"security.") || n.starts_with(b"trusted.") => out.push(PREFIX),
         _ => {
@@ -146,7 +146,7 @@ fn stored(name: &[u8]) -> io::Result<Option<OsString>> {
     Ok(Some(out))
 }
 
-/// Takes a directory's attributes away: those of an entry of an upper layer replace them.
+/// Removes a directory's attributes, which are replaced by those of an entry in an upper layer.
 pub(super) fn clear(file: impl AsFd) -> io::Result<()> {
     let mut list = Vec::with_capacity(1 << 16);
     match rustix::fs::flistxattr(&file, rustix::buffer::spare_capacity(&mut list)) {

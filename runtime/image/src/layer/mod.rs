@@ -1,9 +1,9 @@
 //! Unpacks layers (image-spec, layer.md) over each other.
 //!
-//! [`walk`] finds directories without leaving the root. What an entry names is made anew and never
-//! through a link. [`tree`] remembers what the current layer has, for its whiteouts leave that alone
-//! wherever they stand, and what directories get at the very end: until then they are this user's
-//! alone, and things can be put into them whatever their mode will be.
+//! [`walk`] finds directories without leaving the root. Each entry is created anew and never through a link. [`tree`]
+//! records the contents of the current layer, which its own whiteouts do not affect wherever they stand, and the final
+//! attributes of directories: until the end directories are private to this user, so that files can be created in them
+//! whatever their final mode.
 
 mod attributes;
 mod tree;
@@ -25,37 +25,37 @@ use std::rc::Rc;
 use tree::{Finish, Node};
 use walk::{Directory, check_depth, names, parts, remove};
 
-/// A name that hides the lower layers' entry of the rest of the name.
+/// Prefix of a whiteout: hides the entry of lower layers named by the rest.
 const WHITEOUT: &[u8] = b".wh.";
-/// A name that hides everything of lower layers in its directory.
+/// An opaque whiteout: hides all entries of lower layers in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// What AUFS kept for itself.
+/// Prefix of AUFS's internal files.
 const AUFS: &[u8] = b".wh..wh.";
 
-/// What a directory gets that no entry is about.
+/// Attributes of a directory without an entry.
 const IMPLIED: Finish = Finish {
     mode: 0o755,
     mtime: (0, 0),
 };
 
-/// How often hard links are tried whose targets may be hard links themselves.
+/// Maximum number of passes over hard links, whose targets may be hard links themselves.
 const LINK_ROUNDS: usize = 16;
 
 /// Unpacks layers into a root, the lowest first.
 pub(crate) struct Unpacker {
     root: OwnedFd,
     tree: Node,
-    /// From 1.
+    /// Number of the current layer, from 1.
     layer: u32,
     entries: Budget,
     owners: bool,
-    /// Hard links whose targets have not come yet, and those.
+    /// Hard links whose targets have not appeared yet, with these targets.
     links: BTreeMap<Vec<OsString>, Vec<OsString>>,
-    /// For the names of those.
+    /// Limit for the names in `links`.
     waiting: Budget,
-    /// For paths that have links in them.
+    /// Limit for the components of paths with symbolic links.
     steps: Budget,
-    /// The directory of the last entry: the next one is often in it too.
+    /// The directory of the last entry: the next one is often in it, too.
     last: Option<(Vec<OsString>, Rc<Directory>)>,
 }
 
@@ -75,7 +75,7 @@ impl Unpacker {
         })
     }
 
-    /// Unpacks the next layer. One that is not digested has to end as archives do.
+    /// Unpacks the next layer. Without a digest it must have an end marker.
     ///
     /// # Errors
     /// The first entry that can't be unpacked, with its name.
@@ -86,7 +86,7 @@ impl Unpacker {
         max_header: u64,
     ) -> io::Result<()> {
         if self.layer == 0 {
-            // The directory was made under the caller's umask, which is not the image's affair.
+            // The directory was created with the caller's umask, which must not affect the image.
             self.tree.finish = Some(IMPLIED);
         }
         self.layer += 1;
@@ -108,7 +108,7 @@ impl Unpacker {
         self.directory(&parts, true).map(drop)
     }
 
-    /// Gives directories what they are to have.
+    /// Sets the final attributes of directories.
     pub(crate) fn finish(self) -> io::Result<()> {
         finish(&self.root, &self.tree, self.owners)
     }
@@ -140,7 +140,7 @@ impl Unpacker {
         self.make(reader, entry, parents, name)
     }
 
-    /// The root's own entry.
+    /// Handles the entry for the root itself.
     fn own_root(&mut self, entry: &Entry) -> io::Result<()> {
         if entry.kind != Kind::Directory {
             return Err(invalid("the root is a directory, and this is none"));
@@ -192,13 +192,13 @@ impl Unpacker {
                 let target = parts(&entry.link)?;
                 if target == path || !self.link(&target, &parent, name)? {
                     let names = path.iter().chain(&target);
-                    // Each has a place in its list and a piece of the heap besides.
+                    // Each takes an element of its list and a heap allocation.
                     self.waiting
                         .take(names.map(|name| name.len() as u64 + 64).sum())?;
                     self.links.insert(path.clone(), target);
                 }
             }
-            // Nobody but root can make it, so a file stands for it.
+            // Only root can create it, so it is represented by a file.
             Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo if !self.owners => {
                 check_device(entry)?;
                 make_file(reader, entry, dir, name, self.owners)?;
@@ -213,16 +213,16 @@ impl Unpacker {
         Ok(())
     }
 
-    /// Makes way for an entry.
+    /// Removes an existing file in the place of an entry.
     fn clear(&mut self, dir: impl AsFd, path: &[OsString], name: &OsStr) -> io::Result<()> {
         remove(dir, name, path.len())?;
         self.tree.remove(path);
-        // The directory of the last entry may have been reached through what is gone.
+        // The directory of the last entry may have been below the removed file.
         self.last = None;
         Ok(())
     }
 
-    /// Makes a hard link, if its target is there. It shares the target's owner, mode and times.
+    /// Creates a hard link, if its target exists. It shares the target's owner, mode and times.
     fn link(&mut self, target: &[OsString], parent: &Directory, name: &OsStr) -> io::Result<bool> {
         let Some((file, directory)) = target.split_last() else {
             return Err(invalid("a hard link to the root"));
@@ -243,14 +243,14 @@ impl Unpacker {
         }
     }
 
-    /// Hard links to what came later in the layer.
+    /// Creates hard links to later entries of the layer.
     fn make_links(&mut self) -> io::Result<()> {
         for _ in 0..LINK_ROUNDS {
             for (path, target) in std::mem::take(&mut self.links) {
                 let Some((name, parents)) = path.split_last() else {
                     continue;
                 };
-                // What it is in may have been hidden or replaced since.
+                // Its directory may have been hidden or replaced since.
                 let Some(parent) = self.directory(parents, false)? else {
                     continue;
                 };
@@ -270,7 +270,7 @@ impl Unpacker {
         })
     }
 
-    /// A whiteout. Where its directory is not, nothing is to be hidden.
+    /// Applies a whiteout. If its directory does not exist, there is nothing to hide.
     fn hide(&mut self, parents: &[OsString], name: &OsStr) -> io::Result<()> {
         let Some(parent) = self.directory(parents, false)? else {
             return Ok(());
@@ -279,7 +279,7 @@ impl Unpacker {
         self.hide_at(&parent.fd, path)
     }
 
-    /// An opaque mark.
+    /// Applies an opaque whiteout.
     fn hide_all(&mut self, directory: &[OsString]) -> io::Result<()> {
         let Some(directory) = self.directory(directory, false)? else {
             return Ok(());
@@ -294,7 +294,7 @@ impl Unpacker {
         Ok(())
     }
 
-    /// Removes what is of lower layers, and keeps what this one has.
+    /// Removes entries of lower layers, and keeps those of this one.
     fn hide_at(&mut self, dir: &OwnedFd, path: Vec<OsString>) -> io::Result<()> {
         check_depth(&path)?;
         let Some(name) = path.last() else {
@@ -329,7 +329,7 @@ fn open_directory(dir: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
     Ok(rustix::fs::openat(dir, name, flags, Mode::empty())?)
 }
 
-/// The directories in one first: a mode may shut them away.
+/// Subdirectories come first: the mode of the parent may deny access to them.
 fn finish(directory: &OwnedFd, node: &Node, owners: bool) -> io::Result<()> {
     for (name, child) in &node.children {
         let opened = open_directory(directory, name);
@@ -372,7 +372,7 @@ fn make_file<S: Source>(
     )?)
 }
 
-/// An entry's data, with its holes.
+/// Writes an entry's data, with its holes.
 pub(crate) fn write_data<S: Source>(
     reader: &mut Reader<S>,
     entry: &Entry,
@@ -390,7 +390,7 @@ pub(crate) fn write_data<S: Source>(
 
 fn check_device(entry: &Entry) -> io::Result<()> {
     let (major, minor) = entry.device;
-    // What the kernel has room for: 12 and 20 bits.
+    // The kernel's limits: 12 and 20 bits.
     match major >= 1 << 12 || minor >= 1 << 20 {
         true => Err(invalid(format!("there is no device {major}:{minor}"))),
         false => Ok(()),

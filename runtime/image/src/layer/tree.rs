@@ -1,23 +1,23 @@
-//! What has been unpacked so far: which names the current layer touched, which its own whiteouts leave
-//! alone, and what directories are to be like once nothing is put into them any more.
+//! Record of the unpacked files: names touched by the current layer, which its own whiteouts do not affect, and final
+//! attributes of directories.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-/// What a directory gets at the end.
+/// Final attributes of a directory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Finish {
     pub(super) mode: u32,
     pub(super) mtime: (i64, u32),
 }
 
-/// A name that an image has or implies.
+/// A name in an image, explicit or implied.
 #[derive(Default)]
 pub(super) struct Node {
-    /// The last layer, from 1, that has it or something in it.
+    /// The last layer, from 1, that contains it or something in it.
     layer: u32,
-    /// The last layer whose whiteouts removed all of lower layers in it: what is there now is of that
-    /// layer, and looking again at each further whiteout would take for ever.
+    /// The last layer whose whiteouts removed all entries of lower layers in it: the remaining ones belong to that layer,
+    /// and another scan at each further whiteout would take forever.
     cleared: u32,
     pub(super) finish: Option<Finish>,
     pub(super) children: BTreeMap<OsString, Node>,
@@ -33,7 +33,7 @@ impl Node {
         self.find(path).is_some_and(|node| node.layer == layer)
     }
 
-    /// Whether all of lower layers was to be removed from it before. It counts as removed from now on.
+    /// Whether all entries of lower layers in it were removed before. Marks them as removed.
     pub(super) fn clear(&mut self, path: &[OsString], layer: u32) -> bool {
         let found = path
             .iter()
@@ -41,7 +41,7 @@ impl Node {
         found.is_some_and(|node| std::mem::replace(&mut node.cleared, layer) == layer)
     }
 
-    /// The name is of this layer, and so are the directories on the way to it.
+    /// Marks a name, and the directories on its path, as part of this layer.
     pub(super) fn touch(&mut self, path: &[OsString], layer: u32) -> &mut Self {
         self.layer = layer;
         path.iter().fold(self, |node, name| {
@@ -63,7 +63,7 @@ impl Node {
         }
     }
 
-    /// Forgets what is no directory: the next layer's whiteouts apply to it.
+    /// Forgets everything except directories: the next layer's whiteouts apply to it.
     pub(super) fn prune(&mut self) {
         self.children.retain(|_, child| child.finish.is_some());
         self.children.values_mut().for_each(Self::prune);

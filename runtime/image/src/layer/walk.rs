@@ -1,5 +1,5 @@
-//! Paths inside the root. A link leads where it would lead in the container; nothing is ever opened
-//! through one, so that none leads out, whatever lower layers planted.
+//! Paths inside the root. A symbolic link is resolved as in the container; nothing is ever opened through one, so none can
+//! lead out, whatever lower layers contain.
 
 use super::{IMPLIED, Unpacker, is_directory_at};
 use crate::error::invalid;
@@ -14,13 +14,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 use std::rc::Rc;
 
-/// How many links a path may lead through: the kernel's own limit.
+/// Maximum number of links in a path: the kernel's limit.
 const MAX_LINKS: u32 = 40;
 
-/// How many components a path may have with all that its links lead to.
+/// Maximum number of components of a path, including those of its links.
 const MAX_STEPS: u32 = 8192;
 
-/// To look for what is inside.
+/// Flags for a directory that is used to look up its entries.
 const PATH: OFlags = OFlags::PATH
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
@@ -32,16 +32,15 @@ pub(super) struct Directory {
     pub(super) path: Vec<OsString>,
 }
 
-/// How far a path leads to directories that are there.
+/// The existing part of a path.
 struct Resolved {
     path: Vec<OsString>,
     existing: usize,
-    /// The last one that exists.
+    /// The last existing directory.
     dir: OwnedFd,
 }
 
-/// The components of a name in an archive. What would lead out of the root stays in it, as for other
-/// engines.
+/// The components of a name in an archive. `..` cannot lead out of the root, as in other engines.
 pub(super) fn parts(name: &[u8]) -> io::Result<Vec<OsString>> {
     if name.len() > MAX_NAME {
         return Err(invalid(format!("a name of more than {MAX_NAME} bytes")));
@@ -66,10 +65,10 @@ pub(super) fn check_depth(path: &[OsString]) -> io::Result<()> {
 }
 
 impl Unpacker {
-    /// The directory at this path. Where there is none it is made, or nothing is returned.
+    /// The directory at this path. If it does not exist, it is created, or `None` is returned.
     ///
     /// # Errors
-    /// The host's; NotADirectory if something else is in the way.
+    /// The error from the host; NotADirectory if something else is in the way.
     pub(super) fn directory(
         &mut self,
         parts: &[OsString],
@@ -107,7 +106,7 @@ impl Unpacker {
     }
 
     fn resolve(&mut self, parts: &[OsString]) -> io::Result<Resolved> {
-        // Most paths have no link, and the kernel says so at once.
+        // Most paths contain no link, which the kernel verifies in one call.
         if let Ok(dir) = self.open_path(parts, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH) {
             return Ok(Resolved {
                 path: parts.to_vec(),
@@ -155,7 +154,7 @@ impl Unpacker {
                 Err(Errno::NOTDIR | Errno::LOOP) => {
                     links += 1;
                     let Some(target) = link_at(&found.dir, &part, links)? else {
-                        // As good as missing, unless the path leads back out of it.
+                        // Counts as missing, unless the path leads back out of it.
                         found.path.push(part);
                         continue;
                     };
@@ -189,7 +188,7 @@ impl Unpacker {
         )?)
     }
 
-    /// A path of directories alone.
+    /// Opens a path without symbolic links.
     fn walk(&self, path: &[OsString]) -> io::Result<OwnedFd> {
         let whole = self.open_path(path, ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH);
         if whole.is_ok() {
@@ -201,7 +200,7 @@ impl Unpacker {
     }
 }
 
-/// A link's target, if it is one.
+/// The target, if this is a symbolic link.
 fn link_at(dir: impl AsFd, name: &OsStr, links: u32) -> io::Result<Option<Vec<u8>>> {
     let kind = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode;
     if FileType::from_raw_mode(kind) != FileType::Symlink {

@@ -1,4 +1,4 @@
-//! What people met with other engines: docs/cases.md has the list.
+//! Bug reports of other engines: docs/cases.md has the list.
 
 use super::writer::{Item, Tar, dir, file, item};
 use super::*;
@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 const KINDS: [&str; 3] = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
 
-/// A manifest of this machine's image with a file that says which it is.
+/// A manifest for this machine, of an image with a file that identifies it.
 fn image(layout: &Layout, which: &str, more: Value) -> Value {
     let layer = Tar::of(&[file("which", which)]);
     layout.manifest(KINDS, &[(layer.clone(), &layer)], more)
@@ -21,7 +21,7 @@ fn which(layout: &Layout, tag: Option<&str>) -> Result<String, Error> {
     Ok(fs::read_to_string(root.path().join("which")).unwrap())
 }
 
-/// What `cosign save` writes (sigstore/cosign 1040): signatures look like images for no platform.
+/// The output of `cosign save` (sigstore/cosign 1040): signatures look like images without a platform.
 #[test]
 fn signatures_saved_with_an_image_are_no_images() {
     let layout = Layout::new();
@@ -49,7 +49,7 @@ fn signatures_saved_with_an_image_are_no_images() {
     assert!(said.contains("simplesigning"), "{said}");
 }
 
-/// sigstore/cosign 4695: what refers to an image is in the index beside it, with a configuration that is none.
+/// sigstore/cosign 4695: referrers of an image are in the index beside it, with a configuration that is not an image's.
 #[test]
 fn what_refers_to_an_image_is_no_image() {
     let layout = Layout::new();
@@ -63,7 +63,7 @@ fn what_refers_to_an_image_is_no_image() {
         layout.blob(OCI_MANIFEST, manifest.to_string().as_bytes())
     };
     let kind = json!({"artifactType": "application/vnd.dev.sigstore.bundle.v0.3+json"});
-    // A tar of something else is no layer either.
+    // A tar of an artifact is not a layer either.
     let packed =
         json!({"artifactType": "application/vnd.chart", "layers": [layout.blob(OCI_LAYER, b"")]});
     let mut others = vec![
@@ -71,7 +71,7 @@ fn what_refers_to_an_image_is_no_image() {
         artifact("application/vnd.oci.empty.v1+json", json!({})),
         artifact("application/vnd.cncf.helm.config.v1+json", packed),
     ];
-    // Whose configuration is not JSON, and not there.
+    // An artifact with a configuration that is not JSON, and is missing.
     let blob = json!({"mediaType": "text/plain", "digest": digest(b"nowhere"), "size": 7});
     others.push(artifact(
         "text/plain",
@@ -81,7 +81,7 @@ fn what_refers_to_an_image_is_no_image() {
     assert_eq!(which(&layout, None).unwrap(), "image");
 }
 
-/// containers/buildah 1305, moby/moby 12745: nobody but root could enter the container's root.
+/// containers/buildah 1305, moby/moby 12745: only root could enter the container's root.
 #[test]
 fn the_root_is_open_whatever_the_callers_umask_is() {
     let unpacked = |items: &[Item]| {
@@ -106,7 +106,7 @@ fn the_root_is_open_whatever_the_callers_umask_is() {
     );
 }
 
-/// containers/podman 9377: `ENTRYPOINT [""]` takes the base image's away.
+/// containers/podman 9377: `ENTRYPOINT [""]` removes that of the base image.
 #[test]
 fn an_entrypoint_of_an_empty_word_is_none() {
     let entrypoint = |words: Value| {
@@ -122,7 +122,7 @@ fn an_entrypoint_of_an_empty_word_is_none() {
     assert_eq!(entrypoint(json!(["x", ""])), ["x", ""]);
 }
 
-/// skopeo 1287, h33333333/xray 4: documents as programs in Go read them.
+/// skopeo 1287, h33333333/xray 4: documents as parsed by Go programs.
 #[test]
 fn documents_are_read_as_go_reads_them() {
     let layout = Layout::new();
@@ -137,7 +137,7 @@ fn documents_are_read_as_go_reads_them() {
     assert_eq!(defaults.labels["k"], "");
 }
 
-/// containers/crun 94: 32-bit images run here too; moby/buildkit 6843: one must not be taken where it comes first.
+/// containers/crun 94: 32-bit images run here too; moby/buildkit 6843: one must not be preferred because it comes first.
 #[test]
 fn an_image_of_32_bits_is_taken_where_there_is_no_other() {
     if crate::choice::machine() != "amd64" {
@@ -159,13 +159,13 @@ fn an_image_of_32_bits_is_taken_where_there_is_no_other() {
     assert_eq!(which(&layout, None).unwrap(), "a amd64");
     layout.index(&[named("a", "386"), named("a", "arm64")]);
     assert_eq!(which(&layout, None).unwrap(), "a 386");
-    // By another name it is another image.
+    // With another name it is another image.
     layout.index(&[named("a", "amd64"), named("b", "i386")]);
     assert_eq!(which(&layout, Some("b")).unwrap(), "b i386");
     assert!(refusal(which(&layout, None)).contains("several images"));
 }
 
-/// moby/moby 35879: `VOLUME /` and `VOLUME .` were built, and did not start.
+/// moby/moby 35879: images with `VOLUME /` and `VOLUME .` could be built, but did not start.
 #[test]
 fn a_volume_that_is_the_root_changes_nothing() {
     let layout = Layout::new();
@@ -179,8 +179,8 @@ fn a_volume_that_is_the_root_changes_nothing() {
     assert_eq!(snapshot::of(root.path()), before);
 }
 
-/// PyO3/maturin 2576 and buildpacks/pack 184: builds that are to be the same each time give files odd times, Go's year 1
-/// among them. The host's file system keeps what it can.
+/// PyO3/maturin 2576 and buildpacks/pack 184: reproducible builds give files odd times, Go's year 1
+/// among them. The host's file system stores the closest time that it supports.
 #[test]
 fn times_that_no_file_system_has_are_no_failure() {
     let at = |name: &str, time: &str| file(name, "x").pax("mtime", time);

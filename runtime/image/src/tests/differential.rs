@@ -1,6 +1,6 @@
-//! Stacks of layers that nobody wrote, unpacked by Koya and by umoci: the trees have to be the same.
+//! Randomly generated stacks of layers, unpacked by Koya and by umoci: the trees must be the same.
 //!
-//! `KOYA_TEST_IMAGES=N` makes it N stacks. What once failed is in [`kept`]; a new failure also leaves its seed
+//! `KOYA_TEST_IMAGES=N` tests N stacks. Past failures are in [`kept`]; a new failure also leaves its seed
 //! in `proptest-regressions`, for the time being.
 
 use super::writer::{GNU, Item, Tar, dir, file, hardlink, item, sparse, symlink};
@@ -12,12 +12,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// How many stacks of each feature there are to be at least.
+/// Minimum number of stacks with each feature.
 const EACH: u32 = 50;
-/// Stacks of a short run.
+/// Number of stacks of a short run.
 const SHORT: u32 = 600;
 
-/// What a stack may have, each a thing that readers of layers got wrong.
+/// Features of stacks, each of them a source of bugs in other implementations.
 const FEATURES: [&str; 38] = [
     "directory",
     "file",
@@ -59,7 +59,7 @@ const FEATURES: [&str; 38] = [
     "compressed layer",
 ];
 
-/// One step: a feature, and numbers that choose what of.
+/// One step: a feature, and numbers that choose its parameters.
 type Step = (usize, u16, u16);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,11 +69,11 @@ enum Kind {
     Link,
 }
 
-/// The names that are there, by and large: links on the way are not followed.
+/// An approximate model of the existing names: links in paths are not followed.
 #[derive(Default)]
 struct Model {
     names: BTreeMap<String, Kind>,
-    /// Those of the current layer.
+    /// Names of the current layer.
     made: BTreeSet<String>,
     features: BTreeSet<usize>,
     tar: Tar,
@@ -90,7 +90,7 @@ impl Model {
         all.get(at).map(|(name, _)| (*name).clone())
     }
 
-    /// A directory to put something into.
+    /// Chooses a parent directory for a new entry.
     fn parent(&self, number: u16) -> String {
         let found = self.pick(number, |_, kind| kind == Kind::Dir);
         match number % 4 {
@@ -138,7 +138,7 @@ impl Model {
         self.forget(name);
     }
 
-    /// What lower layers have under this name.
+    /// Removes names of lower layers under this name.
     fn forget(&mut self, name: &str) {
         let below = format!("{name}/");
         let made = self.made.clone();
@@ -154,7 +154,7 @@ impl Model {
             .retain(|other, _| made.contains(other) || !other.starts_with(&below));
     }
 
-    /// Whether the feature could be had.
+    /// Adds the feature; `None` if that is not possible.
     fn step(&mut self, (feature, a, b): Step) -> Option<()> {
         let fresh = self.fresh(a, b);
         let text = format!("{a} {b}");
@@ -316,7 +316,7 @@ impl Model {
         Some(())
     }
 
-    /// Files that are odd by themselves.
+    /// Files with special properties.
     fn special(&mut self, feature: &str, fresh: &str, b: u16, plain: Item) -> Option<()> {
         let long = format!("{fresh}-{}", "long".repeat(30));
         let item = match feature {
@@ -367,7 +367,7 @@ impl Model {
             }
             "sparse file" => {
                 self.add(fresh, Kind::File, plain);
-                // Of the old form umoci knows nothing.
+                // umoci does not support the old form.
                 let form = ["0.0", "0.1", "1.0"][usize::from(b) % 3];
                 let parts: [(u64, &[u8]); 3] = [(0, b"start"), (5000, b"middle"), (70_000, b"end")];
                 sparse(&mut self.tar, form, fresh, 100_000 + u64::from(b), &parts);
@@ -380,7 +380,7 @@ impl Model {
     }
 }
 
-/// A layer as stored, and what it holds.
+/// A layer as stored, and its decompressed contents.
 type Stored = (Vec<u8>, Vec<u8>);
 
 /// The layers of a stack, and its features.
@@ -410,7 +410,7 @@ fn build(steps: &[(bool, Vec<Step>)]) -> (Vec<Stored>, BTreeSet<usize>) {
     (layers, model.features)
 }
 
-/// Both trees are the same, or umoci refuses the image.
+/// Checks that both trees are the same, unless umoci refuses the image.
 fn compare(steps: &[(bool, Vec<Step>)], counts: &RefCell<Counts>) -> Result<(), TestCaseError> {
     let (layers, features) = build(steps);
     let layout = Layout::new();
@@ -421,7 +421,7 @@ fn compare(steps: &[(bool, Vec<Step>)], counts: &RefCell<Counts>) -> Result<(), 
         .map(|(stored, tar)| (stored.clone(), tar.as_slice()))
         .collect();
     let mut manifest = layout.manifest(kinds, &layers, serde_json::json!({}));
-    // umoci goes by the media type.
+    // umoci relies on the media type.
     let path = layout.blob_path(manifest["digest"].as_str().unwrap());
     let mut document: serde_json::Value =
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
@@ -464,7 +464,7 @@ fn compare(steps: &[(bool, Vec<Step>)], counts: &RefCell<Counts>) -> Result<(), 
         ours.map_err(|e| TestCaseError::fail(format!("umoci unpacks it, and here: {e}")))?;
     let (mut ours, mut theirs) = (snapshot::of(ours.path()), snapshot::of(&root));
     for (path, told) in &mut theirs {
-        // Directories that no entry is about have the time of day with umoci, and 0 here.
+        // Implied directories have the current time with umoci, and 0 here.
         if told.mtime.0 >= began - 1 {
             told.mtime = (0, 0);
             if let Some(own) = ours.get_mut(path) {
@@ -487,8 +487,7 @@ fn compare(steps: &[(bool, Vec<Step>)], counts: &RefCell<Counts>) -> Result<(), 
     Ok(())
 }
 
-/// Stacks that were unpacked otherwise once. Seeds of proptest's would mean something else with the next
-/// feature.
+/// Stacks that were unpacked differently in the past. Seeds of proptest would change their meaning with the next feature.
 fn kept() -> Vec<Vec<(bool, Vec<Step>)>> {
     let steps = |steps: &[(&str, u16, u16)]| {
         let place = |name| FEATURES.iter().position(|f| *f == name).unwrap();

@@ -1,4 +1,4 @@
-//! The kinds of images: who saves them how.
+//! Formats of images, by the programs that write them.
 
 use super::writer::{Item, Tar, file, hardlink, sparse, symlink};
 use super::*;
@@ -29,7 +29,7 @@ fn configuration(layers: &[Vec<u8>]) -> String {
     .to_string()
 }
 
-/// As Docker saved images before 25.0, with what old readers need.
+/// An image as saved by Docker before 25.0, with the files for old readers.
 fn saved(layers: &[Vec<u8>], change: impl FnOnce(&mut Vec<Item>)) -> Vec<u8> {
     let config = configuration(layers);
     let config_name = format!("{}.json", &digest(config.as_bytes())[7..]);
@@ -56,7 +56,7 @@ fn what_docker_saved_for_years() {
     check(unpack_bytes(&whole));
     check(unpack_bytes(&gzip(&whole)));
     check(unpack_bytes(&zstd(&whole)));
-    // The same layer twice is a link the second time.
+    // A repeated layer is a link the second time.
     let twice = [layers(), layers()].concat();
     check(unpack_bytes(&saved(&twice, |items| {
         for (name, other) in [
@@ -79,7 +79,7 @@ fn what_docker_saved_for_years() {
         let text = String::from_utf8(item.data.clone()).unwrap();
         item.data = text.replace("1/layer.tar", "1/other").into_bytes();
     })));
-    // Compressed layers in it, as some programs write them.
+    // Compressed layers, as written by some programs.
     check(unpack_bytes(&saved(&layers(), |items| {
         let layers = items
             .iter_mut()
@@ -192,7 +192,7 @@ fn layouts_of_either_media_types() {
         check(unpack(layout.path()));
         check(unpack_bytes(&layout.archive()));
         check(unpack_bytes(&gzip(&layout.archive())));
-        // A list of several machines, of which only this one's part is there, with an attestation.
+        // A list for several platforms, with only the blobs for this machine, and an attestation.
         manifest["platform"] = json!({"architecture": "amd64", "os": "linux"});
         let missing = |platform: Value| {
             json!({"mediaType": kinds[0], "digest": digest(platform.to_string().as_bytes()),
@@ -273,7 +273,7 @@ fn of_several_images_one_has_to_be_chosen() {
         "{error}"
     );
     assert!(refusal(which(Some("3.0"))).contains("no image"));
-    // The same image by two names is one, and two without names are two.
+    // The same image with two names is one, and two images without names are two.
     layout.index(&[named(b'1', "a", short), named(b'1', "b", short)]);
     assert_eq!(which(None).unwrap(), "1");
     layout.index(&[layout.plain(&layers()), layout.plain(&layers()[..1])]);
@@ -338,7 +338,7 @@ fn an_archive_that_is_cut_is_refused_wherever_it_is_cut() {
 #[test]
 fn a_layer_that_is_cut_is_refused_wherever_it_is_cut() {
     let layer = Tar::of(&[file("a", "upper"), file("c", vec![b'x'; 3000])]);
-    // Without anything that says what it should be.
+    // Without any digest.
     let image = |stored: &[u8]| {
         let manifest = json!([{"Config": "c", "RepoTags": null, "Layers": ["l"]}]);
         let items = [
@@ -360,7 +360,7 @@ fn a_layer_that_is_cut_is_refused_wherever_it_is_cut() {
             }
         }
     }
-    // What says so tells even where it is cut between two entries, and that is enough at the end.
+    // With a digest, a cut between two entries is detected, and a missing end marker is accepted.
     let swap = |stored: Vec<u8>| {
         unpack_bytes(&saved(std::slice::from_ref(&layer), |items| {
             items
@@ -386,7 +386,7 @@ fn what_follows_the_end_counts_as_the_formats_have_it() {
         )]);
         unpack(layout.path())
     };
-    // Behind an archive's end anything may be; it is digested with the rest.
+    // Any data may follow the end of an archive; it is included in the digest.
     let more = [layer.as_slice(), b"something else"].concat();
     check(stored(more.clone(), more));
     check(stored(layer.clone(), [gzip(&layer), vec![0; 700]].concat()));
@@ -437,7 +437,7 @@ fn every_digest_is_held_against_what_it_is_of() {
         assert!(refusal(unpack(layout.path())).contains("is missing"));
         fs::write(&path, bytes).unwrap();
     }
-    // What a layer holds, and a configuration by its name.
+    // A wrong digest of a layer's contents, and of a configuration by its name.
     let wrong = json!({"rootfs": {"type": "layers", "diff_ids": [digest(b"else")]}});
     layout.index(&[layout.manifest(
         [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER],
@@ -505,7 +505,7 @@ fn a_sparse_archive_and_one_from_a_pipe_are_read() {
         items.retain(|item| item.name != b"1/layer.tar")
     });
     tar.0 = whole[..whole.len() - 1024].to_vec();
-    // The zeros at the layer's end as a hole.
+    // The zeros at the end of the layer as a hole.
     let used = upper.len() - 1024;
     sparse(
         &mut tar,
@@ -566,7 +566,7 @@ fn an_image_says_what_its_container_needs() {
 
 #[test]
 fn what_is_read_of_an_image_is_bounded_however_often_it_is_named() {
-    // A configuration of 3 MiB, which many manifests name.
+    // A configuration of 3 MiB, referenced by many manifests.
     let layout = Layout::new();
     let long = "x".repeat(3 << 20);
     let kinds = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
@@ -577,7 +577,7 @@ fn what_is_read_of_an_image_is_bounded_however_often_it_is_named() {
     let said = refusal(unpack(layout.path()));
     assert!(said.contains("bytes of manifests"), "{said}");
 
-    // A layer that is padding, but for its first bytes.
+    // A layer that consists of padding except for its first bytes.
     let layout = Layout::new();
     let tar = Tar::of(&[file("a", "a")]);
     let mut stored = gzip(&tar);

@@ -1,11 +1,11 @@
-//! Layers, by trees written by hand: where umoci refuses what other engines take, and what is hostile.
+//! Layers with hand-written expected trees: cases that umoci refuses and other engines accept, and hostile ones.
 
 use super::writer::{GNU, Item, Tar, dir, file, hardlink, item, record, sparse, symlink};
 use super::*;
 use crate::Limits;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-/// Layers of a layout, unpacked.
+/// Unpacks layers of a layout.
 fn stack(layers: &[Vec<u8>]) -> Result<tempfile::TempDir, Error> {
     let layout = Layout::new();
     layout.index(&[layout.plain(layers)]);
@@ -123,7 +123,7 @@ fn no_entry_gets_out_of_the_root() {
     for name in ["new", "new2", "new3", "new4"] {
         assert!(root.path().join(&out[1..]).join(name).exists(), "{name}");
     }
-    // A link shares nothing of the host.
+    // A hard link does not reach files of the host.
     let error = refusal(stack(&[
         lower.clone(),
         Tar::of(&[hardlink("hard", "link/secret")]),
@@ -215,14 +215,14 @@ fn device_nodes_have_numbers_that_exist() {
 
 #[test]
 fn a_whiteout_looks_once_at_what_its_own_layer_has() {
-    // A hundred million looks otherwise.
+    // Would otherwise take a hundred million lookups.
     let mut items: Vec<_> = (0..2000).map(|n| file(&format!("d/{n}"), "")).collect();
     for _ in 0..25_000 {
         items.push(file("d/.wh..wh..opq", ""));
         items.push(file(".wh.d", ""));
     }
     items.push(file("d/last", ""));
-    // What it takes of the CPU: others may run beside it.
+    // CPU time, since other processes may run at the same time.
     let spent = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec;
     let began = spent();
     let root = stack(&[Tar::of(&[file("d/lower", "")]), Tar::of(&items)]).unwrap();

@@ -1,4 +1,4 @@
-//! Images as they come, and as somebody who means harm makes them.
+//! Tests with common images and with hostile ones.
 
 mod cases;
 mod differential;
@@ -36,7 +36,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
     compress_to_vec(bytes, CompressionLevel::Fastest)
 }
 
-/// A layout in the making.
+/// A layout under construction.
 struct Layout {
     dir: tempfile::TempDir,
 }
@@ -68,7 +68,7 @@ impl Layout {
         json!({"mediaType": kind, "digest": digest, "size": bytes.len()})
     }
 
-    /// A manifest's descriptor, of layers as stored and what they hold.
+    /// The descriptor of a manifest with these layers, each as stored and decompressed.
     fn manifest(&self, kinds: [&str; 3], layers: &[(Vec<u8>, &[u8])], more: Value) -> Value {
         let diff_ids: Vec<_> = layers.iter().map(|(_, tar)| digest(tar)).collect();
         let mut config = json!({"architecture": "amd64", "os": "linux",
@@ -86,7 +86,7 @@ impl Layout {
         self.blob(kinds[0], manifest.to_string().as_bytes())
     }
 
-    /// One of OCI's types with plain layers.
+    /// A manifest with OCI media types and uncompressed layers.
     fn plain(&self, layers: &[Vec<u8>]) -> Value {
         let layers: Vec<_> = layers
             .iter()
@@ -118,12 +118,12 @@ impl Layout {
     }
 }
 
-/// What an image of a machine that nobody has here says.
+/// The platform of an image that this machine cannot run.
 fn elsewhere() -> Value {
     json!({"architecture": "s390x", "os": "linux"})
 }
 
-/// Opens and unpacks into a new directory.
+/// Opens an image and unpacks it into a new directory.
 fn unpack_with(path: &Path, options: &Options) -> Result<(tempfile::TempDir, Image), Error> {
     let scratch = tempfile::tempdir().unwrap();
     let root = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! What a directory holds, as text that can be compared.
+//! Contents of a directory as comparable text.
 
 use rustix::fs::{lgetxattr, llistxattr};
 use std::collections::{BTreeMap, HashMap};
@@ -8,10 +8,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// What is told of a name.
+/// Description of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Told {
-    /// Kind, mode, owner, content, links, attributes.
+    /// Type, mode, owner, contents, links, attributes.
     pub(super) text: String,
     pub(super) mtime: (i64, i64),
 }
@@ -49,7 +49,7 @@ fn walk(root: &Path, at: &Path, all: &mut Snapshot, inodes: &mut HashMap<(u64, u
         data.gid()
     );
     if !kind.is_dir() && data.nlink() > 1 {
-        // Names come in order, so the first one of a file is the same in each tree.
+        // Names are sorted, so the first name of a file is the same in each tree.
         let first = inodes
             .entry((data.dev(), data.ino()))
             .or_insert_with(|| at.to_owned());
@@ -75,7 +75,7 @@ fn walk(root: &Path, at: &Path, all: &mut Snapshot, inodes: &mut HashMap<(u64, u
     }
 }
 
-/// By the names that a guest sees.
+/// Attributes by the names that a guest sees.
 fn attributes(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
     let mut list = vec![0; 1 << 16];
     let Ok(len) = llistxattr(path, &mut list[..]) else {

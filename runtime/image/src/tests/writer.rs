@@ -1,17 +1,17 @@
-//! Writes archives header by header, also such as no program should write.
+//! Writes archives header by header, including invalid ones.
 
-/// A tar in the making.
+/// A tar archive under construction.
 #[derive(Clone, Default)]
 pub(crate) struct Tar(pub(crate) Vec<u8>);
 
-/// An entry with whatever it is to have.
+/// An entry with arbitrary properties.
 #[derive(Clone, Debug)]
 pub(crate) struct Item {
     pub(crate) kind: u8,
     pub(crate) name: Vec<u8>,
     pub(crate) link: Vec<u8>,
     pub(crate) data: Vec<u8>,
-    /// What its header says of its size, where that is not its data's.
+    /// Size in the header, if it differs from that of the data.
     pub(crate) size: Option<u64>,
     pub(crate) mode: u32,
     pub(crate) uid: u64,
@@ -86,7 +86,7 @@ pub(crate) fn record(key: &str, value: &[u8]) -> Vec<u8> {
     [length.to_string().as_bytes(), &rest].concat()
 }
 
-/// Octal, or base 256 if that has no room.
+/// Writes a number in octal, or in base 256 if it does not fit.
 fn number(field: &mut [u8], value: u64) {
     let text = format!("{value:0width$o}", width = field.len() - 1);
     if text.len() < field.len() {
@@ -126,7 +126,7 @@ pub(crate) fn header(item: &Item) -> [u8; 512] {
     block
 }
 
-/// Sets the checksum.
+/// Sets the checksum of a header.
 pub(crate) fn seal(block: &mut [u8; 512]) {
     block[148..156].fill(b' ');
     let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
@@ -258,7 +258,7 @@ fn old_sparse(tar: &mut Tar, name: &str, size: u64, pairs: &[(u64, u64)], data: 
         size: Some(data.len() as u64),
         ..file(name, "")
     });
-    // GNU has its own fields where POSIX has a prefix.
+    // GNU has its own fields in the place of the POSIX prefix.
     number(&mut block[483..495], size);
     let (first, rest) = pairs.split_at(pairs.len().min(4));
     for (at, pair) in first.iter().enumerate() {

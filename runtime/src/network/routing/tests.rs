@@ -11,7 +11,7 @@ fn gateway(last: u8) -> RouteAttribute {
     RouteAttribute::Gateway(ip(last).into())
 }
 
-/// A default route as the kernel tells of it.
+/// A default route as reported by the kernel.
 fn told(attributes: Vec<RouteAttribute>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = AddressFamily::Inet;

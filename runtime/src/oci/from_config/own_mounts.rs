@@ -1,5 +1,4 @@
-//! The mounts that a user asks for: volumes and directories in memory, each where it was asked for, whatever the
-//! order of the words.
+//! User-defined mounts: volumes and tmpfs, each at its path, independent of the order of the options.
 
 use super::{absolute, text};
 use crate::container_config::{Tmpfs, Volume};
@@ -7,10 +6,10 @@ use crate::{ContainerConfig, Error};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
-/// All of them, those that others lie in first: a mount covers what was mounted below it before.
+/// All mounts, outer ones first: a mount would cover earlier mounts below it.
 ///
 /// # Errors
-/// Which can't be had.
+/// The mount that is not possible.
 pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     let memory = config.tmpfs.iter().map(|tmpfs| {
         let place = place("tmpfs", &tmpfs.destination)?;
@@ -34,7 +33,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
         let (place, field, mut mount) = mount?;
         mount["destination"] = json!(text(field, &place)?);
         match all.iter().find(|(other, _)| *other == place) {
-            // The same once more, as scripts have it.
+            // An exact repetition, as scripts produce it, is allowed.
             Some((_, other)) if *other == mount => {}
             Some(_) => {
                 let reason = format!("two mounts at {}", place.display());
@@ -47,7 +46,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
     Ok(all.into_iter().map(|(_, mount)| mount).collect())
 }
 
-/// Where a mount goes, by the plain names of a path.
+/// Normalized destination of a mount.
 fn place(field: &'static str, path: &Path) -> Result<PathBuf, Error> {
     let mut plain = PathBuf::from("/");
     for component in Path::new(absolute(field, path)?).components() {
@@ -91,7 +90,7 @@ fn in_memory(tmpfs: &Tmpfs) -> Result<Value, Error> {
     Ok(json!({"type": "tmpfs", "source": "tmpfs", "options": options}))
 }
 
-/// Whether the guest's kernel takes an option of tmpfs(5), which it would refuse when it is late.
+/// Whether the guest's kernel accepts an option of tmpfs(5); otherwise the error would come late.
 fn is_option(option: &str) -> bool {
     const FLAGS: &[&str] = &[
         "ro",

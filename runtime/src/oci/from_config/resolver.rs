@@ -1,15 +1,15 @@
-//! The name servers of a container whose root and network name none: the host's.
+//! Name servers of a container whose root and network configure none: those of the host.
 
 use std::net::IpAddr;
 use std::path::Path;
 
-/// Where systemd-resolved says which name servers it asks, while /etc/resolv.conf names itself.
+/// The upstream name servers of systemd-resolved; /etc/resolv.conf contains only its own address.
 const UPSTREAM: &str = "/run/systemd/resolve/resolv.conf";
 
-/// More is no configuration of anybody's.
+/// No real configuration is larger.
 const MAX_SIZE: u64 = 64 << 10;
 
-/// The content of /etc/resolv.conf. Without a name server that a guest can reach it is that of a host without a network.
+/// Contents of /etc/resolv.conf. Without a name server that a guest can reach, they are those of a host without a network.
 pub(super) fn configuration() -> String {
     let own = read(Path::new("/etc/resolv.conf"));
     match reachable(&own) {
@@ -27,7 +27,7 @@ fn read(path: &Path) -> String {
     content.flatten().unwrap_or_default()
 }
 
-/// What is not about the host alone, and whether a name server is among it.
+/// The lines that are valid outside the host, and whether they contain a name server.
 fn reachable(configuration: &str) -> (String, bool) {
     let mut has_server = false;
     let mut kept = String::new();

@@ -1,4 +1,4 @@
-//! Each option of a container is in the OCI configuration that is made of it.
+//! Each option of a container appears in its OCI configuration.
 
 use super::super::tests::mount;
 use super::super::{Root, adapt};
@@ -8,7 +8,7 @@ use crate::{ProcessConfig, Rlimit, Seccomp, Stdio, Tmpfs, User, Volume};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-/// What a container's configuration becomes, as JSON.
+/// The OCI configuration of a container as JSON.
 fn of(change: impl FnOnce(&mut ContainerConfig)) -> Value {
     serde_json::to_value(bundle_of(change).unwrap().spec).unwrap()
 }
@@ -118,7 +118,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
         (&json!(33), &json!(40))
     );
     assert_eq!(process["noNewPrivileges"], true);
-    // A user other than root has what programs give it.
+    // A user other than root has only the capabilities of program files.
     let capabilities = &process["capabilities"];
     assert_eq!(capabilities["bounding"].as_array().unwrap().len(), 14);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Hooks in a task's life.
+//! Hooks during the life cycle of a task.
 
 use super::Rig;
 use crate::create::CreateTask;
@@ -16,7 +16,7 @@ const KINDS: [&str; 5] = [
     "poststop",
 ];
 
-/// Where this rig's hooks write, in a line each: their kind, and the status and pid that they were told.
+/// File to which this rig's hooks write one line each: their kind, and the status and PID in their input.
 fn log(rig: &Rig) -> PathBuf {
     rig.dir.path().join("hooks")
 }
@@ -26,7 +26,7 @@ fn said(rig: &Rig) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// A task with a hook of each kind, of which `failing` fails; one that is made at its start, or at once.
+/// A task with a hook of each kind, of which `failing` fails; created in the guest at its start (`is_late`), or at once.
 fn request(rig: &Rig, id: &str, failing: &str, is_late: bool) -> CreateTask {
     let hook = |kind: &str| -> Value {
         let status = i32::from(kind == failing);
@@ -45,7 +45,7 @@ fn request(rig: &Rig, id: &str, failing: &str, is_late: bool) -> CreateTask {
     let hooks = KINDS.map(|kind| (kind.to_owned(), hook(kind)));
     let hooks: Hooks = serde_json::from_value(hooks.into_iter().collect()).unwrap();
     request.spec.0.set_hooks(Some(hooks));
-    // What `delete` of a shim reads.
+    // Read by `delete` of a shim.
     let config = serde_json::to_vec(&request.spec.0).unwrap();
     fs::write(request.bundle.join("config.json"), config).unwrap();
     request
@@ -67,7 +67,7 @@ fn hooks_run_in_their_turn() {
         let rig = Rig::new();
         rig.set.create(request(&rig, "c", "", is_late)).unwrap();
         assert_eq!(said(&rig), lines(&KINDS[..3]));
-        // Interfaces come by these hooks, and are looked for later.
+        // These hooks may add interfaces, which are looked for later.
         assert_eq!(rig.guest.was_called("boot"), !is_late);
         rig.set.start("c", "").unwrap();
         assert_eq!(said(&rig), lines(&KINDS[..4]));
@@ -103,7 +103,7 @@ fn a_hook_that_fails_before_the_start_leaves_no_task() {
     }
 }
 
-/// As under runc.
+/// As with runc.
 #[test]
 fn a_hook_that_fails_after_the_start_ends_the_container() {
     let rig = Rig::new();

@@ -1,4 +1,4 @@
-//! Starts, ends and deletions, and in which order they are published.
+//! Starts, ends and deletions, and the order of their events.
 
 use super::{LIMIT, PATIENCE, Rig};
 use crate::Error;
@@ -41,7 +41,7 @@ fn a_start_is_published_before_an_end_that_comes_during_it() {
     let started = rig.behind(|set| set.start("c", ""));
     rig.guest.await_call("start c");
     rig.guest.ends("c", 7);
-    // Its end is known here, and waits.
+    // Its end is known here, but not published yet.
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(rig.events(), ["create c"]);
     rig.guest.release("start c");
@@ -54,7 +54,7 @@ fn a_start_is_published_before_an_end_that_comes_during_it() {
 fn nothing_overtakes_what_is_published_slowly() {
     let rig = Rig::new();
     rig.events.slow.lock().unwrap().push("create c".into());
-    // It has ended as soon as it is there.
+    // It ends as soon as it exists.
     rig.guest.ends("c", 7);
     rig.create("c").unwrap();
     assert_eq!(rig.set.wait("c", "").unwrap().status, 7);
@@ -96,7 +96,7 @@ fn exec_processes_end_before_the_init_process() {
     rig.guest.ends("c", 0);
     rig.guest.ends("c/e", 4);
     assert_eq!(rig.set.wait("c", "").unwrap().status, 0);
-    // The guest owes the end of the other one: it is reported as killed.
+    // The guest has not reported the end of the other one, which is published as killed.
     assert_eq!(rig.set.wait("c", "silent").unwrap().status, 137);
     let events = rig.events();
     let last = events.last().unwrap();
@@ -176,7 +176,7 @@ fn one_that_never_ran_is_killed_and_deleted() {
     assert_eq!(exit.status, 137);
     assert!(rig.guest.was_called("kill c") && rig.guest.was_called("remove c"));
     assert!(rig.set.is_empty());
-    // The last one takes the machine along.
+    // The machine ends with the last one.
     rig.guest.await_call("stop");
     assert_eq!(rig.events(), ["create c", "exit c 137", "delete c"]);
 }
@@ -201,7 +201,7 @@ fn a_deletion_waits_for_the_start_and_then_for_the_end() {
     let started = rig.behind(|set| set.start("c", ""));
     rig.guest.await_call("start c");
     let deleted = rig.behind(|set| set.delete("c", ""));
-    // Longer than the guest may hold one that has ended: this one has not.
+    // Longer than the limit for an ended container: this one has not ended.
     assert!(deleted.recv_timeout(PATIENCE.held * 3).is_err());
     rig.guest.release("start c");
     started.recv_timeout(LIMIT).unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! A task set with a guest that does as a test wants.
+//! A task set with a mock guest.
 
 mod hooks;
 mod life;
@@ -23,7 +23,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Longer than anything takes here on a loaded host.
+/// Longer than any operation here takes on a loaded host.
 const LIMIT: Duration = Duration::from_secs(20);
 
 const PATIENCE: Patience = Patience {
@@ -35,7 +35,7 @@ const PATIENCE: Patience = Patience {
     stop: Duration::from_secs(60),
 };
 
-/// A guest, and all that is behind its handles.
+/// A mock guest, and the state behind its handles.
 #[derive(Default)]
 struct Guest {
     state: Mutex<GuestState>,
@@ -44,7 +44,7 @@ struct Guest {
 
 #[derive(Default)]
 struct GuestState {
-    /// What was asked of it, in order: `start c`, `kill c`, ...
+    /// Calls in order: `start c`, `kill c`, ...
     calls: Vec<String>,
     /// Calls that do not return until they are removed from here, or the machine has ended.
     held: HashSet<&'static str>,
@@ -288,12 +288,12 @@ impl GuestContainer for FakeProcess {
     }
 }
 
-/// Events, in words: `start c`, `exit c/e 3`, ...
+/// Records events as text: `start c`, `exit c/e 3`, ...
 #[derive(Default)]
 struct Recorder {
     events: Mutex<Vec<String>>,
     changed: Condvar,
-    /// Events that take their time until they are there.
+    /// Events whose delivery is delayed.
     slow: Mutex<Vec<String>>,
 }
 
@@ -324,7 +324,7 @@ impl EventSink for Recorder {
     }
 }
 
-/// A task set, its guest, and what it published.
+/// A task set, its guest, and the published events.
 struct Rig {
     set: Arc<TaskSet>,
     guest: Arc<Guest>,
@@ -368,26 +368,26 @@ impl Rig {
         }
     }
 
-    /// A container that is made at once, since its network is there.
+    /// Creates a container in the guest at once, since its network exists.
     fn create(&self, id: &str) -> Result<u32, Error> {
         let network = json!({"type": "network", "path": "/proc/self/ns/net"});
         self.set.create(self.request(id, &network, &json!({})))
     }
 
-    /// The same on a thread of its own.
+    /// The same on a separate thread.
     fn create_behind(&self, id: &str) -> Receiver<Result<u32, Error>> {
         let network = json!({"type": "network", "path": "/proc/self/ns/net"});
         let request = self.request(id, &network, &json!({}));
         self.behind(move |set| set.create(request))
     }
 
-    /// One that is made when it is started.
+    /// Creates a container that is created in the guest at its start.
     fn create_late(&self, id: &str) -> Result<u32, Error> {
         let network = json!({"type": "network"});
         self.set.create(self.request(id, &network, &json!({})))
     }
 
-    /// A pod's own container (`pod`), or one of its others.
+    /// Creates the pod sandbox container (`pod`), or another container of the pod.
     fn create_in_pod(&self, id: &str) -> Result<u32, Error> {
         let network = json!({"type": "network", "path": "/proc/self/ns/net"});
         let kind = if id == "pod" { "sandbox" } else { "container" };
@@ -423,7 +423,7 @@ impl Rig {
         assert!(!waited.timed_out(), "no {event:?} in {events:?}");
     }
 
-    /// Does something on a thread of its own.
+    /// Runs `work` on a separate thread.
     fn behind<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<TaskSet>) -> T + Send + 'static,

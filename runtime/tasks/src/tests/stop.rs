@@ -1,4 +1,4 @@
-//! The virtual machine's start, its size and its end.
+//! Start, size and end of the virtual machine.
 
 use super::{LIMIT, PATIENCE, Rig};
 use koya::oci_spec::runtime as oci;
@@ -17,7 +17,7 @@ fn a_stop_during_the_start_keeps_its_limit() {
     rig.set.finish();
     assert!(began.elapsed() < LIMIT, "{:?}", began.elapsed());
     assert!(created.try_recv().is_err(), "the start goes on");
-    // What has started meanwhile is taken back.
+    // A machine started meanwhile is torn down.
     rig.guest.release("boot");
     let error = created.recv_timeout(LIMIT).unwrap().unwrap_err();
     assert!(
@@ -131,7 +131,7 @@ fn a_guest_has_room_before_the_limit_and_one_at_a_time_makes_it() {
         }
         assert!(mib.contains(&memory_mib()), "{}", memory_mib());
     };
-    // A limit where there was none is less.
+    // A limit where there was none is a reduction.
     rig.set.update("c", &resources(600)).unwrap();
     await_memory(632..700);
     rig.set.update("c", &resources(1024)).unwrap();
@@ -140,7 +140,7 @@ fn a_guest_has_room_before_the_limit_and_one_at_a_time_makes_it() {
     assert!(at("resize") < at("update c"), "{calls:?}");
     await_memory(1056..1100);
 
-    // Less: the limit first, and the guest behind it, which other requests do not wait for.
+    // A reduction: first the limit, then the guest in the background, without blocking other requests.
     rig.guest.hold("resize");
     rig.set.update("c", &resources(600)).unwrap();
     rig.set.state("c", "").unwrap();
@@ -148,7 +148,7 @@ fn a_guest_has_room_before_the_limit_and_one_at_a_time_makes_it() {
     rig.guest.release("resize");
     await_memory(632..700);
 
-    // What can't be had is not kept.
+    // An impossible limit is not recorded.
     rig.guest.set_broken("resize", true);
     assert!(rig.set.update("c", &resources(2048)).is_err());
     let limits = {

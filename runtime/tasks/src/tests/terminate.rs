@@ -1,4 +1,4 @@
-//! Containers that are told to end.
+//! Termination of containers.
 
 use super::{FakeProcess, Guest, LIMIT};
 use crate::machine::GuestContainer;
@@ -47,7 +47,7 @@ fn one_that_does_not_is_killed_also_by_a_guest_that_holds_the_signal() {
     }
 }
 
-/// As one whose disks are being written out.
+/// Like a container whose disks are being flushed.
 #[test]
 fn an_end_that_takes_its_time_after_sigkill_is_waited_for() {
     let guest = Arc::<Guest>::default();

@@ -57,8 +57,8 @@ pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchErr
     })
 }
 
-/// Loads the kernel; returns its entry point and the first address after what it uses before it knows its
-/// memory.
+/// Loads the kernel; returns its entry point and the first address after the memory that it uses before it has parsed the
+/// device tree.
 fn load_kernel(
     memory: &Memory,
     memory_bytes: u64,
@@ -69,7 +69,7 @@ fn load_kernel(
     let place = Some(GuestAddress(layout::KERNEL));
     let loaded = PE::load(memory, place, file, None).map_err(ArchError::load(WHAT))?;
     let start = loaded.kernel_load.0;
-    // The header's size includes the BSS, which the file does not have.
+    // The header's size includes the BSS, which is not in the file.
     let end = start.saturating_add(size).max(loaded.kernel_end);
     let memory_end = memory_end(memory_bytes);
     if end > memory_end {
@@ -83,7 +83,7 @@ fn load_kernel(
     Ok((start, end))
 }
 
-/// The size that the kernel's header says it takes in memory.
+/// Size of the kernel in memory, from its header.
 fn image_size(file: &mut File) -> std::io::Result<u64> {
     let mut head = [0; 64];
     file.rewind()?;
@@ -136,7 +136,7 @@ mod tests {
         Memory::from_ranges(&ranges).unwrap()
     }
 
-    /// An Image whose header says that it takes this much memory.
+    /// An Image with this size in its header.
     fn image(size: u64) -> File {
         let mut head = [0; 64];
         head[16..24].copy_from_slice(&size.to_le_bytes());

@@ -5,8 +5,8 @@ use super::super::{BootInfo, linux};
 use super::layout;
 use crate::config::Serial;
 
-/// Kernel parameters of every guest: what a panic does, where to unpack the initramfs, and no `dummy0` beside the
-/// interfaces asked for.
+/// Kernel parameters of every guest: behaviour on a panic, the file system for the initramfs, and no `dummy0` beside the
+/// configured interfaces.
 pub const BASE_CMDLINE: &str = "panic=-1 random.trust_cpu=on rcupdate.rcu_expedited=1 \
      swiotlb=noforce rootfstype=ramfs dummy.numdummies=0";
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use vm_fdt::{Error, FdtReserveEntry, FdtWriter};
 
 const ROOT_CELLS: u32 = 2;
-/// The phandle of the interrupt controller, which the root names as everybody's.
+/// The phandle of the interrupt controller, set as the interrupt parent at the root.
 const GIC: u32 = 1;
 
 /// Kinds of interrupts (dt-bindings/interrupt-controller/arm-gic.h).
@@ -26,7 +26,7 @@ const SERIAL_CLOCK: u32 = 1_843_200;
 /// Bytes for the kernel's random number generator.
 const SEED: usize = 64;
 
-/// The tree of a machine, and what its kernel is told.
+/// The device tree of a machine.
 pub(super) fn render(
     info: &BootInfo<'_>,
     cmdline: &str,
@@ -86,8 +86,8 @@ fn chosen(
     tree.end_node(node)
 }
 
-/// All boot memory, and the panic log in it. The log is not `no-map`: the kernel's map of it, and what it
-/// writes there, are cached as the monitor's own, which reads the log.
+/// All boot memory, and the panic log in it. The log is not `no-map`: the monitor reads it through a cached mapping, so the
+/// kernel has to map it cached, too.
 fn memory(tree: &mut FdtWriter, bytes: u64) -> Result<(), Error> {
     for (start, len) in layout::memory_ranges(bytes) {
         let node = tree.begin_node(&format!("memory@{start:x}"))?;
@@ -130,7 +130,7 @@ fn psci(tree: &mut FdtWriter) -> Result<(), Error> {
 }
 
 fn timer(tree: &mut FdtWriter, gic: Interrupts, cpus: u32) -> Result<(), Error> {
-    // GICv2's second byte says which CPUs have the interrupt.
+    // GICv2's second byte is a mask of the CPUs that the interrupt is routed to.
     let mask = match gic {
         Interrupts::GicV2 => ((1 << cpus) - 1) << 8,
         Interrupts::GicV3 => 0,

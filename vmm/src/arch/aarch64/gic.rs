@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 
-/// GICv2 addresses its CPUs by a byte with a bit for each.
+/// GICv2 addresses its CPUs by a byte, one bit per CPU.
 const MAX_V2_CPUS: u32 = 8;
 
 /// The interrupt controller of a machine.
@@ -25,8 +25,8 @@ pub enum Interrupts {
 }
 
 impl Interrupts {
-    /// Creates the one that this host offers to a machine. (KVM can also be asked without that, but then it makes no
-    /// descriptor, and kvm-ioctls takes the number 0 for one, which is closed with it.)
+    /// Creates the version that this host supports. (KVM_CREATE_DEVICE_TEST would only probe, but it returns no descriptor,
+    /// and kvm-ioctls would take the number 0 for one and close it.)
     pub(super) fn create(vm: &VmFd, cpus: u32) -> Result<(Self, DeviceFd), ArchError> {
         if let Ok(device) = Self::GicV3.device(vm) {
             return Ok((Self::GicV3, device));
@@ -54,7 +54,7 @@ impl Interrupts {
         vm.create_device(&mut device)
     }
 
-    /// Addresses of its registers, by the numbers of KVM's attributes.
+    /// Addresses of its register frames, by KVM attribute.
     fn addresses(self) -> [(u32, u64); 2] {
         match self {
             Self::GicV2 => [
@@ -68,7 +68,7 @@ impl Interrupts {
         }
     }
 
-    /// Initialises the controller for the vCPUs that exist. The machine keeps it when its descriptor is closed.
+    /// Initialises the controller for all existing vCPUs. The machine keeps it after its descriptor is closed.
     pub(super) fn initialise(self, device: &DeviceFd) -> Result<(), ArchError> {
         const WHAT: &str = "make the interrupt controller";
         let set = |group: u32, attribute: u32, value: Option<&u64>| {
@@ -85,7 +85,7 @@ impl Interrupts {
         for (attribute, address) in self.addresses() {
             set(KVM_DEV_ARM_VGIC_GRP_ADDR, attribute, Some(&address))?;
         }
-        // KVM reads 32 bits of it: the lower ones, as aarch64 is little-endian.
+        // KVM reads only the lower 32 bits; aarch64 is little-endian.
         let count = u64::from(layout::GIC_INTERRUPTS);
         set(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, Some(&count))?;
         set(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT, None)

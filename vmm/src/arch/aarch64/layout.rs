@@ -16,7 +16,7 @@
 use super::super::MmioSlot;
 
 pub(super) const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
-/// Of both versions' distributors, and of GICv2's CPU interface.
+/// Size of a distributor (both versions) and of GICv2's CPU interface.
 pub(super) const GIC_FRAME: u64 = 0x1_0000;
 pub(super) const GIC_V2_CPU: u64 = 0x0801_0000;
 pub(super) const GIC_REDISTRIBUTORS: u64 = 0x0810_0000;
@@ -32,7 +32,7 @@ const MMIO_SLOTS: u64 = 0x4000_0000;
 const FIRST_IRQ: u32 = 0;
 const HOTPLUG_IRQ: u32 = FIRST_IRQ + MAX_DEVICES as u32;
 pub(super) const SERIAL_IRQ: u32 = HOTPLUG_IRQ + 1;
-/// Interrupts of the controller, which come in 32s: 32 of each vCPU's own, then the shared ones.
+/// Interrupts of the controller, a multiple of 32: 32 private ones of each vCPU, then the shared ones.
 pub(super) const GIC_INTERRUPTS: u32 = (32 + SERIAL_IRQ + 1).next_multiple_of(32);
 
 /// Guest physical address of the panic log.
@@ -47,7 +47,7 @@ pub(super) const FLAT: u64 = DEVICE_TREE;
 pub(super) const KERNEL: u64 = MEMORY_START + 0x20_0000;
 /// Room for the device tree.
 pub(super) const DEVICE_TREE_SIZE: u64 = KERNEL - DEVICE_TREE;
-/// The initramfs must be in one window of 32 GiB with the kernel: it lies below this address.
+/// The initramfs must be in the same 32 GiB window as the kernel: it lies below this address.
 pub(super) const INITRAMFS_END: u64 = MEMORY_START + (16 << 30);
 
 /// Maximum number of virtio devices of a guest.

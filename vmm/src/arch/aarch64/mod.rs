@@ -38,7 +38,7 @@ pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
         Ok((Interrupts::GicV2, _)) => "GICv2",
         Err(_) => "no interrupt controller",
     };
-    // Without the capability they have 40.
+    // Without the capability, addresses have 40 bits.
     let bits = match kvm.get_host_ipa_limit() {
         limit @ 1.. => limit,
         _ => 40,
@@ -51,7 +51,7 @@ pub(crate) fn offers(kvm: &Kvm) -> Option<String> {
 /// Flat code of a guest that counts down from `rounds`, by two instructions each time, and then resets the
 /// machine (PSCI's SYSTEM_RESET).
 pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
-    /// `movz w1` and `movk w1, lsl 16`, without the number.
+    /// `movz w1` and `movk w1, lsl 16`, with zero immediates.
     const MOVZ_W1: u32 = 0x5280_0001;
     const MOVK_W1: u32 = 0x72a0_0001;
     [
@@ -95,7 +95,7 @@ pub struct Features {
 /// Queries them from KVM. Guests have pointer authentication where the host has it, and neither a PMU nor SVE.
 ///
 /// # Errors
-/// If the host lacks what every guest needs.
+/// If the host lacks a required feature.
 pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     if !kvm.check_extension(Cap::ArmPsci02) {
         return Err(ArchError::Unsupported("a host without PSCI 0.2"));
@@ -108,7 +108,7 @@ pub fn features(kvm: &Kvm) -> Result<Features, ArchError> {
     Ok(Features { init })
 }
 
-/// Asks which CPU the vCPUs will be: that of the host.
+/// Determines the CPU type of the vCPUs: that of the host.
 ///
 /// # Errors
 /// The error from KVM.
@@ -120,7 +120,7 @@ pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
     Ok(())
 }
 
-/// Sets the identity and features of a vCPU. All but the first are off until the guest turns them on (PSCI).
+/// Sets the identity and features of a vCPU. All but the first vCPU are off until the guest turns them on (PSCI).
 ///
 /// # Errors
 /// The error from KVM.
@@ -138,18 +138,17 @@ pub fn prepare_vcpu(
         .map_err(ArchError::kvm("set a vCPU's features"))
 }
 
-/// Makes the interrupt controller: KVM initialises it for the vCPUs that exist, and connects nothing to it
-/// before.
+/// Creates the interrupt controller, which KVM initialises for the existing vCPUs; interrupts cannot be connected before.
 ///
 /// # Errors
-/// The error from KVM, or that the host's controller is for fewer vCPUs.
+/// The error from KVM, or a host controller that supports fewer vCPUs.
 pub fn finish_vm(vm: &VmFd, cpus: u32) -> Result<Interrupts, ArchError> {
     let (interrupts, device) = Interrupts::create(vm, cpus)?;
     interrupts.initialise(&device)?;
     Ok(interrupts)
 }
 
-/// Where the first vCPU starts; the kernel starts the others.
+/// Entry point of the first vCPU; the kernel starts the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Guest physical address of the first instruction.
@@ -166,7 +165,7 @@ pub fn set_entry(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     regs::enter(vcpu, entry)
 }
 
-/// Nothing to do: guests have no watchdog that counts the time of the host.
+/// Nothing to do: guests have no watchdog that counts host time.
 pub(crate) fn after_pause(_vcpu: &VcpuFd) {}
 
 #[cfg(test)]

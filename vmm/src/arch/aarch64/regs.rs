@@ -18,14 +18,14 @@ const fn core(index: u64) -> u64 {
     KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE as u64 | index
 }
 
-/// The MPIDR that KVM gives to a vCPU (`reset_mpidr` in arch/arm64/kvm/sys_regs.c): clusters of 16, which
-/// is how many CPUs one message of GICv3 reaches.
+/// The MPIDR of a vCPU under KVM (`reset_mpidr` in arch/arm64/kvm/sys_regs.c): clusters of 16, which
+/// is the reach of one GICv3 message.
 pub(super) fn mpidr(index: u32) -> u64 {
     let index = u64::from(index);
     index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16
 }
 
-/// Sets what Documentation/arch/arm64/booting.rst asks for: the first instruction, and the device tree in x0.
+/// Sets the initial state of Documentation/arch/arm64/booting.rst: the first instruction, and the device tree in x0.
 pub(super) fn enter(vcpu: &VcpuFd, entry: Entry) -> Result<(), ArchError> {
     let Entry { pc, device_tree } = entry;
     for (index, value) in [(PSTATE_REGISTER, PSTATE), (X0, device_tree), (PC, pc)] {

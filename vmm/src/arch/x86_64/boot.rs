@@ -29,7 +29,7 @@ const BZIMAGE_ENTRY_64: u64 = 0x200;
 /// If something does not fit or is malformed.
 pub(crate) fn load(memory: &Memory, info: BootInfo<'_>) -> Result<Entry, ArchError> {
     let cmdline = cmdline::render(&info);
-    // The MP table knows of no others.
+    // The MP table describes no other kind.
     let Interrupts = info.interrupts;
     let memory_bytes = info.memory.bytes;
     let (kernel, format, initramfs) = match info.boot {

@@ -4,9 +4,9 @@
 use super::super::{BootInfo, MmioSlot, linux};
 use crate::config::Serial;
 
-/// Kernel parameters of every guest: what a panic and a reset do, hardware not to probe for, no memory
+/// Kernel parameters of every guest: behaviour on a panic and on a reset, hardware not to probe for, no memory
 /// reserved for devices that can only address 4 GiB (64 MiB; there are no such devices), lock prefixes left
-/// in place on one CPU, the initramfs unpacked into ramfs, and no `dummy0` beside the interfaces asked for.
+/// in place on one CPU, the initramfs unpacked into ramfs, and no `dummy0` beside the configured interfaces.
 pub const BASE_CMDLINE: &str = "reboot=k panic=-1 tsc=reliable no_timer_check \
      random.trust_cpu=on rcupdate.rcu_expedited=1 swiotlb=noforce noreplace-smp rootfstype=ramfs dummy.numdummies=0";
 

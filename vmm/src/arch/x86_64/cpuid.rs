@@ -1,5 +1,5 @@
-//! The CPUID leaves of a vCPU: KVM's supported set, with this guest's topology, and without what a guest has no use
-//! for: nested virtualization, enclaves, performance counters and traces, serial numbers.
+//! The CPUID leaves of a vCPU: KVM's supported set, with this guest's topology, and without features that are useless or
+//! undesirable in a guest: nested virtualization, enclaves, performance counters and traces, serial numbers.
 //!
 //! Leaves: Intel SDM volume 2A, "CPUID"; AMD APM volume 3, appendix E.
 
@@ -25,7 +25,7 @@ const PROCESSOR_TRACE: u32 = 1 << 25;
 const BRANCH_RECORDS: u32 = 1 << 19;
 /// Leaf 0x8000_0001: instruction sampling, and performance counters of core, northbridge, time and cache.
 const AMD_COUNTERS: u32 = 1 << 10 | 1 << 23 | 1 << 24 | 1 << 27 | 1 << 28;
-/// Leaves of which guests see nothing: serial number, performance counters, enclaves, processor trace, branch records,
+/// Leaves hidden from guests: serial number, performance counters, enclaves, processor trace, branch records,
 /// performance counters again; nested virtualization, instruction sampling, memory encryption, performance counters.
 const HIDDEN: &[u32] = &[
     3,
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_guest_sees_no_counters_serial_numbers_or_enclaves() {
-        // A host that has everything.
+        // A host with every feature.
         let seen = |function: u32| {
             let mut leaf = entry(function, 0);
             (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
@@ -231,7 +231,7 @@ mod tests {
         assert_eq!((seen(7).ebx >> 2 & 1, seen(7).ebx >> 25 & 1), (0, 0));
         assert_eq!((seen(7).ecx >> 30 & 1, seen(7).edx >> 19 & 1), (0, 0));
         assert_eq!(seen(0x8000_0001).ecx & 0x1980_0404, 0);
-        // What it does see is unharmed.
+        // Visible leaves are unchanged.
         assert_eq!(seen(0xd).ecx, u32::MAX);
         assert_eq!(seen(7).ebx >> 5 & 1, 1);
     }

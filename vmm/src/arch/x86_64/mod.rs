@@ -32,7 +32,7 @@ pub(crate) const CAN_MAP_REGISTERS: bool = true;
 pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn virtualization on in the firmware \
      (in a virtual machine: nested virtualization on its host)";
 
-/// The host's virtualization features, for a report. `None`: guests have the same ones on every host.
+/// The host's virtualization features, for a report. Always `None`: guests have the same features on every host.
 pub(crate) fn offers(_kvm: &Kvm) -> Option<String> {
     None
 }
@@ -59,7 +59,7 @@ pub(crate) enum KernelFormat {
 /// Detects the kernel format from the first bytes of a file.
 ///
 /// # Errors
-/// A sentence for the user that says what the file is instead.
+/// A sentence for the user that names the actual type of the file.
 pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     const ELF: &[u8] = b"\x7fELF";
     const MACHINE_X86_64: u16 = 62;
@@ -80,8 +80,8 @@ pub(crate) fn kernel_format(head: &[u8]) -> Result<KernelFormat, String> {
     Err("is neither an ELF vmlinux nor a bzImage".into())
 }
 
-/// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer; limits what vCPUs learn of the
-/// host.
+/// Creates the interrupt controllers, and a PIT if KVM has no TSC-deadline timer; limits the host information visible to
+/// vCPUs.
 ///
 /// # Errors
 /// The error from KVM.
@@ -106,8 +106,8 @@ pub fn prepare_vm(features: &mut Features, vm: &VmFd) -> Result<(), ArchError> {
     Ok(())
 }
 
-/// Some loops of exceptions keep a CPU from interrupts for good, the host's timer included. CPUs that can leave the guest
-/// then (Intel's since Sapphire Rapids) do.
+/// Some exception loops keep a CPU from taking interrupts forever, including the host's timer. CPUs with notify VM exits
+/// (Intel's since Sapphire Rapids) leave the guest in that case.
 fn bound_interrupt_windows(vm: &VmFd) -> Result<(), ArchError> {
     if vm.check_extension_raw(KVM_CAP_X86_NOTIFY_VMEXIT.into()) <= 0 {
         return Ok(());
@@ -116,14 +116,14 @@ fn bound_interrupt_windows(vm: &VmFd) -> Result<(), ArchError> {
         cap: KVM_CAP_X86_NOTIFY_VMEXIT,
         ..Default::default()
     };
-    // The upper half is what the CPU's own margin is extended by.
+    // The upper half extends the CPU's built-in window.
     on.args[0] = KVM_X86_NOTIFY_VMEXIT_ENABLED.into();
     vm.enable_cap(&on)
         .map_err(ArchError::kvm("bound the time without interrupts"))
 }
 
-/// Performance counters count what the host and other guests do on the same core, too. Hosts before Linux 5.18
-/// have only the leaves of CPUID for it.
+/// Performance counters also reveal the activity of the host and of other guests on the same core. On hosts before Linux
+/// 5.18, only CPUID hides them.
 fn turn_off_pmu(vm: &VmFd) -> Result<(), ArchError> {
     let known = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
     if known & KVM_PMU_CAP_DISABLE as i32 == 0 {
@@ -155,11 +155,11 @@ pub fn prepare_vcpu(
     regs::set_lapic(vcpu)
 }
 
-/// The interrupt controllers: always the same.
+/// The interrupt controllers: the same ones in every machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interrupts;
 
-/// Nothing is left to do when all vCPUs exist.
+/// Nothing to do once all vCPUs exist.
 ///
 /// # Errors
 /// None.

@@ -1,5 +1,5 @@
-//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), from which a guest without ACPI learns
-//! its CPUs and interrupt routing.
+//! The MP table (Intel MultiProcessor Specification 1.4, chapter 4), which describes CPUs and interrupt routing to a guest
+//! without ACPI.
 
 use super::layout;
 

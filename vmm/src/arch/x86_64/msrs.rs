@@ -1,5 +1,5 @@
-//! The model-specific registers that a guest may use: those below and no others, whatever this host's KVM would
-//! emulate or pass through. Any other one is a general protection fault, as on a CPU that does not have it.
+//! The model-specific registers available to a guest: those below and no others, whatever this host's KVM would emulate or
+//! pass through. Any other one causes a general protection fault, as on a CPU without it.
 //!
 //! Numbers: Intel SDM volume 4, AMD APM volume 2 appendix A, Documentation/virt/kvm/x86/msr.rst.
 
@@ -8,7 +8,7 @@ use kvm_bindings::KVM_CAP_X86_MSR_FILTER;
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 use std::ops::RangeInclusive;
 
-/// Not in it, on purpose: protected processor inventory numbers (0x4e, 0x4f, 0xc001_02f0), performance counters
+/// Deliberately left out: protected processor inventory numbers (0x4e, 0x4f, 0xc001_02f0), performance counters
 /// (0xc1 on, 0x186 on, 0x309 on, 0xc001_0200 on), branch records and processor trace (0x560 on), energy and
 /// temperature of the package (0x606 on), and registers of nested virtualization.
 #[rustfmt::skip]
@@ -23,8 +23,8 @@ const ALLOWED: &[RangeInclusive<u32>] = &[
     0x8b..=0x8b,    // microcode revision, a constant of KVM
     0xcd..=0xcf,    // bus frequency, platform, core capabilities
     0xe1..=0xe1,    // user waits
-    0xfe..=0xfe,    // MTRRs: how many
-    0x10a..=0x10b,  // which CPU bugs are mitigated, flush command
+    0xfe..=0xfe,    // MTRRs: count
+    0x10a..=0x10b,  // mitigated CPU bugs, flush command
     0x119..=0x11e,  // cache control
     0x122..=0x123,  // TSX, special register buffer
     0x140..=0x140,  // CPUID faulting
@@ -45,11 +45,11 @@ const ALLOWED: &[RangeInclusive<u32>] = &[
     0xc000_0100..=0xc000_0103, // segment bases, TSC_AUX
     0xc001_0010..=0xc001_0064, // system configuration, machine checks, P-states
     0xc001_0111..=0xc001_011f, // SMM, virtualization off, speculation control
-    0xc001_0140..=0xc001_0141, // which CPU bugs are mitigated
+    0xc001_0140..=0xc001_0141, // mitigated CPU bugs
     0xc001_1004..=0xc001_102f, // CPUID overrides, configuration of units
 ];
 
-/// Numbers that one entry of KVM's filter spans: it takes up to 16, each with up to 12,288 bits.
+/// The windows of KVM's filter (base, number of registers): up to 16, each of up to 12,288 registers.
 const WINDOWS: &[(u32, u32)] = &[
     (0, 0x1000),
     (0x4b56_4d00, 0x100),
@@ -57,7 +57,7 @@ const WINDOWS: &[(u32, u32)] = &[
     (0xc001_0000, 0x2000),
 ];
 
-/// Has KVM refuse all others. Hosts before Linux 5.10 can't.
+/// Makes KVM refuse all other registers. Not possible on hosts before Linux 5.10.
 ///
 /// # Errors
 /// The error from KVM.
@@ -77,7 +77,7 @@ pub(super) fn filter(vm: &VmFd) -> Result<(), ArchError> {
         .map_err(ArchError::kvm("limit a guest's MSRs"))
 }
 
-/// A bit for each number of a window. It is made at each start, so it goes by the ranges and not by the numbers.
+/// A bit for each number of a window. It is computed at each start, so it iterates over ranges instead of numbers.
 fn bitmap((base, count): (u32, u32)) -> Vec<u8> {
     let mut bits = vec![0; count.div_ceil(8) as usize];
     for range in ALLOWED {

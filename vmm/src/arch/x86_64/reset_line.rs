@@ -4,8 +4,8 @@ use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_superio::{I8042Device, Trigger};
 
-/// The keyboard controller, of which only the CPU reset command (0xfe to port 0x64) is implemented: how a
-/// guest without ACPI shuts down.
+/// The keyboard controller, with only the CPU reset command (0xfe to port 0x64) implemented: a guest without ACPI shuts down
+/// by it.
 pub(super) struct ResetLine {
     controller: I8042Device<ResetRequest>,
 }

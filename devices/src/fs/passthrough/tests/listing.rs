@@ -1,9 +1,9 @@
-//! What listings of directories have in them.
+//! Contents of directory listings.
 
 use super::*;
 use std::collections::HashMap;
 
-/// The entries of an answer, in their order.
+/// The entries of a reply, in order.
 fn entries(listing: dir::Listing, plus: bool) -> Vec<(String, Dirent)> {
     let bytes = listing.into_bytes();
     let (mut rest, mut entries) = (bytes.as_slice(), Vec::new());
@@ -17,7 +17,7 @@ fn entries(listing: dir::Listing, plus: bool) -> Vec<(String, Dirent)> {
     entries
 }
 
-/// The names in a directory, by answers of this size.
+/// The names in a directory, read by replies of this size.
 fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> Vec<String> {
     let fh = f.files.opendir(node).unwrap().fh;
     let (mut names, mut offset) = (Vec::new(), 0);
@@ -33,7 +33,7 @@ fn names(f: &Fixture, node: u64, room: u32, plus: bool, each: impl Fn(u64)) -> V
     }
 }
 
-/// The kinds (`d_type`) of the entries of a directory of a few.
+/// The types (`d_type`) of the entries of a small directory.
 pub(super) fn kinds(f: &Fixture, node: u64, plus: bool) -> HashMap<String, u32> {
     let fh = f.files.opendir(node).unwrap().fh;
     let listing = f.files.readdir(node, fh, 0, 64 << 10, plus).unwrap();
@@ -41,14 +41,14 @@ pub(super) fn kinds(f: &Fixture, node: u64, plus: bool) -> HashMap<String, u32> 
     entries.map(|(name, dirent)| (name, dirent.kind)).collect()
 }
 
-/// kata-containers/kata-containers 12749: cookies of some NFS servers are no offsets for lseek(2).
+/// kata-containers/kata-containers 12749: cookies of some NFS servers are not offsets for lseek(2).
 #[test]
 fn a_directory_is_listed_without_seeking() {
     let f = fixture(0, false);
     let node = f.files.lookup(ROOT_ID, c"s").unwrap().nodeid;
     let mut expected = vec![".".to_owned(), "..".to_owned()];
     for n in 0..300 {
-        // Of every length.
+        // Names of every length.
         let name = format!("{n:03}{}", "x".repeat(n % 250));
         std::fs::write(f.dir.path().join(&name), "").unwrap();
         expected.push(name);
@@ -56,12 +56,12 @@ fn a_directory_is_listed_without_seeking() {
     expected.sort();
     for plus in [false, true] {
         for room in [512, 4096, 128 << 10] {
-            // As if none of the cookies so far could be sought; what is sought after all is nowhere.
+            // As if no cookie so far were an offset; a seek would lead nowhere.
             let no_seeks = |fh| {
                 let handle = f.files.handles.get(fh, node).unwrap();
                 let mut position = koya_host::sync::lock(&handle.position);
                 position.seeks = false;
-                // Less than a page is no guest of Linux's.
+                // Linux never asks for less than a page.
                 assert!(position.at.is_some() || room < 4096, "room {room}");
             };
             for each in [&no_seeks as &dyn Fn(u64), &|_| ()] {
@@ -73,7 +73,7 @@ fn a_directory_is_listed_without_seeking() {
     }
 }
 
-/// Inode numbers on the first file system are the host's; those on others are distinguished from them.
+/// Inode numbers on the first file system are the host's; on others they differ from those.
 #[test]
 fn numbers_of_several_file_systems_differ() {
     use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,4 @@
-//! What a process without root keeps of owners, modes and kinds.
+//! Owners, modes and file types kept by a process without root.
 
 use super::*;
 use crate::fs::passthrough::owners::{ATTRIBUTE, Owners};
@@ -6,10 +6,10 @@ use crate::fs::wire::{MknodIn, SetattrIn, setattr};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-/// Somebody whom nothing is open to but what is theirs.
+/// A user without any privileges.
 const USER: u32 = 65534;
 
-/// Runs a test as a user other than root, whose the shared directory is.
+/// Runs a test as a user other than root who owns the shared directory.
 fn as_user(test: impl FnOnce(&mut Fixture) + Send + 'static) {
     let thread = std::thread::spawn(|| {
         let mut f = fixture(0, false);
@@ -18,7 +18,7 @@ fn as_user(test: impl FnOnce(&mut Fixture) + Send + 'static) {
             std::os::unix::fs::chown(f.dir.path(), Some(USER), Some(USER)).unwrap();
             let group = rustix::fs::Gid::from_raw(USER);
             user = rustix::fs::Uid::from_raw(USER);
-            // Of this thread alone.
+            // Only for this thread.
             rustix::thread::set_thread_res_gid(group, group, group).unwrap();
             rustix::thread::set_thread_res_uid(user, user, user).unwrap();
         }
@@ -92,7 +92,7 @@ fn owners_and_modes_are_kept() {
         );
         assert_eq!(f.files.removexattr(node, name), Err(Errno::PERM));
         assert!(f.files.listxattr(node, 1000).unwrap().is_empty());
-        // Nothing is written where it says nothing.
+        // No attribute is written where it would add nothing.
         std::fs::write(f.dir.path().join("plain"), "").unwrap();
         change(f, c"plain", setattr::MODE | setattr::UID, (0, 0, 0o755));
         assert_eq!(attribute(&f.dir.path().join("plain")), None);
@@ -127,7 +127,7 @@ fn new_files_are_their_callers() {
         let entry = f.files.mkdir(dir, c"below", &mkdir, other).unwrap();
         assert_eq!((entry.attr.gid, entry.attr.mode), (8, 0o42_755));
         f.files.symlink(dir, c"link", c"file", other).unwrap();
-        // Who changes the file takes its privileges.
+        // A change of the file drops its privileges.
         let node = f.files.lookup(dir, c"file").unwrap().nodeid;
         let fh = f.files.open(node, &writing()).unwrap().fh;
         let none: [vm_memory::VolatileSlice<'_>; 0] = [];
@@ -203,7 +203,7 @@ fn the_guests_root_is_shut_out_of_nothing_that_is_the_users() {
         let attr = f.files.getattr(file, &GetattrIn::default()).unwrap().attr;
         assert_eq!(attr.mode, 0o100_440);
         f.files.setxattr(file, c"user.a", b"1", 0).unwrap();
-        // What is somebody else's stays shut.
+        // Files of other users stay inaccessible.
         let owners = f.files.owners.as_ref().unwrap();
         let etc = std::fs::File::open("/etc").unwrap();
         let stat = crate::fs::inodes::stat(&etc).unwrap();
