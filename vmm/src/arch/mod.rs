@@ -21,7 +21,9 @@ mod byte_registers;
 mod linux;
 
 use crate::bus::Overlap;
-use crate::config::{Boot, CpuSpec, MemorySpec, Serial};
+use crate::config::{Boot, CpuSpec, MemorySpec, Serial, Spec};
+use koya_devices::virtio::Memory;
+use vm_memory::GuestAddress;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -68,6 +70,32 @@ impl BootInfo<'_> {
             Boot::Flat(_) => "",
         }
     }
+}
+
+/// Loads the kernel and the initial RAM disk of `spec` into memory of its own, without a machine: for fuzz targets.
+///
+/// # Errors
+/// If a file is broken or does not fit.
+///
+/// # Panics
+/// If the host has not enough memory.
+pub fn load_files(mut spec: Spec) -> Result<(), ArchError> {
+    let ranges = layout::memory_ranges(spec.memory.bytes);
+    let ranges: Vec<_> = ranges
+        .into_iter()
+        .map(|(start, len)| (GuestAddress(start), len as usize))
+        .collect();
+    let memory = Memory::from_ranges(&ranges).expect("memory");
+    let info = BootInfo {
+        boot: &mut spec.boot,
+        memory: spec.memory,
+        cpus: &spec.cpus,
+        serial: spec.serial,
+        slots: &[],
+        hotplug_slots: &[],
+        interrupts: Default::default(),
+    };
+    load(&memory, info).map(drop)
 }
 
 /// Errors while a virtual machine is prepared for boot.
