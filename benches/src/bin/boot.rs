@@ -39,7 +39,7 @@ const KINDS: &[&str] = &[
 ];
 /// Page faults of the monitor, which are few: the guest's memory consists of huge pages.
 const FAULTS: &str = "page faults";
-/// Serial port of the instruction logger (`xtask/src/profile.rs`).
+/// Serial port of the instruction logger (`xtask/src/bench/profile.rs`).
 const LOGGER: &str = "/dev/ttyS1";
 /// Prefix of the line with the diagram of the last `koya run`, as a JSON string.
 const PICTURE: &str = "picture: ";

@@ -1,7 +1,9 @@
 //! `cargo xtask bench monitor`: cost of a start of the monitor, compared with its peers.
 
-use crate::peers::{self, QEMU};
-use crate::{bench, build, counting, setup};
+use super::peers::{self, QEMU};
+use super::report::{Report, check_goals};
+use super::{counting, guest_files};
+use crate::{build, setup};
 use anyhow::{Result, bail};
 use clap::Args;
 use std::path::PathBuf;
@@ -13,13 +15,12 @@ const PACKAGES: &[(&str, &str)] = &[
 ];
 
 #[derive(Args)]
-pub(crate) struct MonitorArgs {
+pub(super) struct MonitorArgs {
     /// Number of starts of each kind, alternating; each figure is a median
     #[arg(long, default_value_t = 100)]
     rounds: u32,
-    /// Write the rows, the machine and the versions of the programs to FILE as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    report: Report,
     /// Measure this firecracker program as well
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
@@ -36,7 +37,7 @@ pub(crate) struct MonitorArgs {
 }
 
 /// `cargo xtask bench monitor`
-pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
+pub(super) fn run(args: &MonitorArgs) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
     let said = match args.counted {
@@ -44,15 +45,13 @@ pub(crate) fn run(args: &MonitorArgs) -> Result<()> {
         false => here(args)?,
     };
     let rows = counting::rows(&said)?;
-    if let Some(file) = &args.json {
-        let qemu = args.qemu.then(|| ("qemu".to_owned(), QEMU.into()));
-        let firecracker = args.firecracker.clone();
-        let firecracker = firecracker.map(|path| ("firecracker".to_owned(), path));
-        let peers: Vec<_> = qemu.into_iter().chain(firecracker).collect();
-        peers::save(file, &rows, &peers)?;
-    }
+    let qemu = args.qemu.then(|| ("qemu".to_owned(), QEMU.into()));
+    let firecracker = args.firecracker.clone();
+    let firecracker = firecracker.map(|path| ("firecracker".to_owned(), path));
+    let peers: Vec<_> = qemu.into_iter().chain(firecracker).collect();
+    args.report.save(&rows, &peers)?;
     match args.check {
-        true => bench::check_goals(&rows),
+        true => check_goals(&rows),
         false => Ok(()),
     }
 }
@@ -86,7 +85,7 @@ const EXAMPLES: &str = "examples";
 fn counted(args: &MonitorArgs) -> Result<String> {
     build::ensure()?;
     let examples = build::examples()?;
-    let mut files = bench::guest_files(None)?;
+    let mut files = guest_files(None)?;
     files.dir(&format!("bin/{EXAMPLES}"))?;
     let of_examples = |name| (format!("{EXAMPLES}/{name}"), examples.join(name));
     let mut programs = vec![

@@ -1,6 +1,6 @@
 //! `cargo xtask bench criterion`: code inside the process, measured by criterion on this machine.
 
-use crate::{bench, proc, setup};
+use crate::{proc, setup};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::fs;
@@ -13,7 +13,7 @@ const BENCHES: &[&str] = &["virtqueue", "devices", "exits", "monitor"];
 const KEPT: &str = "target/criterion";
 
 /// `cargo xtask bench criterion`
-pub(crate) fn run(quick: bool, json: Option<&Path>) -> Result<()> {
+pub(super) fn run(quick: bool) -> Result<Value> {
     setup::ensure()?;
     let (kept, from) = (proc::checkout().join(KEPT), SystemTime::now());
     let mut cargo = proc::cargo();
@@ -26,13 +26,10 @@ pub(crate) fn run(quick: bool, json: Option<&Path>) -> Result<()> {
         cargo.arg("--quick");
     }
     proc::run(&mut cargo)?;
-    let Some(file) = json else {
-        return Ok(());
-    };
     let mut rows = Vec::new();
     collect(&kept, from, &mut rows)?;
     rows.sort_by_key(|row| row["name"].to_string());
-    bench::save_rows(file, &Value::Array(rows))
+    Ok(Value::Array(rows))
 }
 
 /// Adds a row for each bench below `directory` that was measured since `from`: its median, in microseconds.

@@ -1,19 +1,19 @@
 //! `cargo xtask bench peers`: Koya's monitor compared with others by counted instructions, with one kernel for all; and a
 //! whole sandbox compared with others that run a distribution's kernel.
 
+use super::report::{Report, check_goals};
+use super::{counting, guest_files};
 use crate::archive::Archive;
-use crate::bench;
 use crate::build;
 use crate::rig::{Host, RunDir};
-use crate::{counting, setup};
+use crate::setup;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-pub(crate) const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+pub(super) const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Directories of QEMU's firmware, and the files for the microvm machine.
 const FIRMWARE: &[&str] = &["/usr/share/qemu", "/usr/share/seabios"];
 const FIRMWARE_FILES: &[&str] = &[
@@ -24,7 +24,7 @@ const FIRMWARE_FILES: &[&str] = &[
 ];
 
 #[derive(Args)]
-pub(crate) struct PeersArgs {
+pub(super) struct PeersArgs {
     /// Measure this firecracker program as well
     #[arg(long, value_name = "PATH")]
     firecracker: Option<PathBuf>,
@@ -45,13 +45,12 @@ pub(crate) struct PeersArgs {
     /// Boot another build of Koya's kernel in all monitors: an ELF image; each guest has one second of the counted clock
     #[arg(long, value_name = "FILE", conflicts_with_all = ["check", "json"])]
     kernel: Option<PathBuf>,
-    /// Write the rows, the machine and the versions of the programs to FILE as JSON
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    report: Report,
 }
 
 /// `cargo xtask bench peers`
-pub(crate) fn run(args: &PeersArgs) -> Result<()> {
+pub(super) fn run(args: &PeersArgs) -> Result<()> {
     setup::ensure()?;
     build::ensure()?;
     let monitor = build::examples()?.join("boot");
@@ -88,19 +87,11 @@ pub(crate) fn run(args: &PeersArgs) -> Result<()> {
     }
     let said = counting::run(files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
-    if let Some(file) = &args.json {
-        save(file, &rows, &programs[3..])?;
-    }
+    args.report.save(&rows, &programs[3..])?;
     match args.check {
-        true => bench::check_goals(&rows),
+        true => check_goals(&rows),
         false => Ok(()),
     }
-}
-
-/// Writes rows, this machine and the versions of these programs to a file.
-pub(crate) fn save(file: &Path, rows: &Value, programs: &[(String, PathBuf)]) -> Result<()> {
-    let all = json!({"machine": machine(), "versions": versions(programs), "rows": rows});
-    bench::save_rows(file, &all)
 }
 
 /// Names of columns that exist without `--monitor`.
@@ -116,7 +107,7 @@ fn other(text: &str) -> Result<(String, String), String> {
 }
 
 fn files(programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
-    let mut files = bench::guest_files(args.kernel.as_deref())?;
+    let mut files = guest_files(args.kernel.as_deref())?;
     let mut guest = Archive::default();
     guest.file("init", 0o755, &fs::read(build::up()?)?)?;
     files.file("initramfs", 0o644, &guest.finish()?)?;
@@ -132,7 +123,7 @@ fn files(programs: &[(String, PathBuf)], args: &PeersArgs) -> Result<Archive> {
 }
 
 /// Adds the firmware of QEMU's microvm machine at the path used by the benches.
-pub(crate) fn add_firmware(files: &mut Archive) -> Result<()> {
+pub(super) fn add_firmware(files: &mut Archive) -> Result<()> {
     files.dir("share/qemu")?;
     for name in FIRMWARE_FILES {
         let places = FIRMWARE.iter().map(|dir| Path::new(dir).join(name));
@@ -173,25 +164,4 @@ fn elf_of(image: &[u8]) -> Result<Vec<u8>> {
         bail!("{unpack}: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(output.stdout)
-}
-
-/// Description of the machine; figures of counted instructions do not depend on it.
-fn machine() -> Value {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpus.lines().find(|line| line.starts_with("model name"));
-    let model = model.and_then(|line| line.split_once(": "));
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    json!({"cpu": model.map(|model| model.1), "kernel": kernel.trim()})
-}
-
-fn versions(programs: &[(String, PathBuf)]) -> Value {
-    let version = |path: &Path| {
-        let output = Command::new(path).arg("--version").output().ok()?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Some(text.lines().next()?.to_owned())
-    };
-    let all = programs
-        .iter()
-        .map(|(name, path)| (name.clone(), json!(version(path))));
-    Value::Object(all.collect())
 }

@@ -34,14 +34,14 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A kernel's functions, by their addresses.
 #[derive(Default)]
-pub(crate) struct Symbols {
+pub(super) struct Symbols {
     starts: Vec<u64>,
     names: Vec<String>,
 }
 
 impl Symbols {
     /// Parses a System.map, or the output of nm(1): `ffffffff81000000 T _text`.
-    pub(crate) fn parse(text: &str) -> Self {
+    pub(super) fn parse(text: &str) -> Self {
         let mut all: Vec<(u64, String)> = text
             .lines()
             .filter_map(|line| {
@@ -68,7 +68,7 @@ impl Symbols {
 
 /// Instructions executed between two points.
 #[derive(Default)]
-pub(crate) struct Profile {
+pub(super) struct Profile {
     host_programs: u64,
     guest_programs: u64,
     guest_kernel: u64,
@@ -155,7 +155,7 @@ impl Profile {
         Ok(all)
     }
 
-    pub(crate) fn print(&self, symbols: &Symbols) {
+    pub(super) fn print(&self, symbols: &Symbols) {
         let mut host = HashMap::new();
         for (address, count) in &self.host_kernel {
             if let Some(function) = self.host_symbols.find(*address) {
@@ -210,7 +210,7 @@ fn block(line: &[u8]) -> Option<(u64, u32)> {
 }
 
 /// Replies to the measuring program, and makes QEMU log the instructions between its messages.
-pub(crate) fn watch(
+pub(super) fn watch(
     serial: &Path,
     monitor: &Path,
     log: &Path,

@@ -3,17 +3,16 @@
 //!
 //! It has no caches and no TLB, and an exit of a guest counts as one instruction. Waits also advance its clock.
 
+use super::profile::{self, Profile, Symbols};
 use crate::archive::Archive;
-use crate::bench::libraries_of;
 use crate::proc;
-use crate::profile::{self, Profile, Symbols};
 use crate::rig::{Host, RunDir};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const INIT: &str = include_str!("counting-init.sh");
@@ -24,7 +23,7 @@ const CPU: &str = "max,-erms,-fsrm,-fzrm,-fsrs,-fsrc";
 
 /// Memory sizes of an emulated host.
 #[derive(Clone, Copy)]
-pub(crate) struct Room {
+pub(super) struct Room {
     /// Its memory, in MiB.
     memory: u32,
     /// QEMU's cache of translated code, including the guests' kernels, in MiB: 2047 at most, `None` for QEMU's default. When
@@ -33,13 +32,13 @@ pub(crate) struct Room {
 }
 
 /// For one guest at a time.
-pub(crate) const ONE_GUEST: Room = Room {
+pub(super) const ONE_GUEST: Room = Room {
     memory: 3072,
     translations: None,
 };
 /// For fifty guests at once: each has its own copy of its kernel, and some 60 MiB. Without enough memory the host keeps
 /// reclaiming forever.
-pub(crate) const MANY_GUESTS: Room = Room {
+pub(super) const MANY_GUESTS: Room = Room {
     memory: 8192,
     translations: Some(2047),
 };
@@ -52,7 +51,7 @@ const ROWS: &str = "rows: ";
 ///
 /// # Errors
 /// If there are none.
-pub(crate) fn rows(said: &str) -> Result<Value> {
+pub(super) fn rows(said: &str) -> Result<Value> {
     let mut rows = Vec::new();
     for line in said.lines() {
         match line.strip_prefix(ROWS) {
@@ -67,7 +66,7 @@ pub(crate) fn rows(said: &str) -> Result<Value> {
 }
 
 /// Adds programs to `bin`, and their libraries at the paths where they are looked for.
-pub(crate) fn add_programs(
+pub(super) fn add_programs(
     files: &mut Archive,
     programs: &[(impl AsRef<str>, PathBuf)],
 ) -> Result<()> {
@@ -87,12 +86,12 @@ pub(crate) fn add_programs(
 ///
 /// # Errors
 /// If it ends with another status than 0, with the end of its console.
-pub(crate) fn run(files: Archive, arguments: &str, room: Room) -> Result<String> {
+pub(super) fn run(files: Archive, arguments: &str, room: Room) -> Result<String> {
     Ok(boot(files, arguments, room, None)?.0)
 }
 
 /// As [`run`], with a profile of the instructions between two messages of the program.
-pub(crate) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
+pub(super) fn profile(files: Archive, arguments: &str, symbols: &Symbols) -> Result<Profile> {
     let (_, profile) = boot(files, arguments, ONE_GUEST, Some(symbols))?;
     profile.context("no profile")
 }
@@ -164,4 +163,27 @@ fn boot(
         bail!("it failed:\n{}", proc::tail(&console, 40));
     }
     Ok((said, profile.transpose()?))
+}
+
+/// The libraries of a program: path at run time, and path here. Empty for a static one.
+pub(super) fn libraries_of(program: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut all = Vec::new();
+    let ldd = Command::new("ldd").arg(program).output();
+    let ldd = ldd.context("cannot run ldd")?;
+    let why = String::from_utf8_lossy(&ldd.stderr);
+    if !ldd.status.success() && !why.contains("not a dynamic executable") {
+        bail!("ldd {}: {}", program.display(), why.trim());
+    }
+    for line in String::from_utf8(ldd.stdout)?.lines() {
+        let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')) else {
+            continue;
+        };
+        let name = path.rsplit('/').next().unwrap_or(path);
+        let directory = match path.starts_with("/lib64/") {
+            true => "lib64",
+            false => "lib",
+        };
+        all.push((format!("{directory}/{name}"), path.into()));
+    }
+    Ok(all)
 }

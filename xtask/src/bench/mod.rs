@@ -1,0 +1,234 @@
+//! `cargo xtask bench`: Koya compared with others, measured on hosts with KVM.
+
+mod boot;
+mod counting;
+mod criterion;
+mod monitor;
+mod peers;
+mod profile;
+mod report;
+mod tools;
+
+use crate::archive::Archive;
+use crate::build::{self, Products};
+use crate::{setup, suite};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use report::{Report, check_goals};
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Packages for benches, in addition to those for builds and tests.
+const PACKAGES: &[(&str, &str)] = &[
+    ("fio", "the benches' disk load"),
+    ("iperf3", "the benches' network load"),
+    ("strace", "the benches' counts of system calls"),
+];
+const PEERS: &[(&str, &str)] = &[("runc", "the peers' start"), ("crun", "the peers' start")];
+
+/// Configuration for runc and crun: one process with the defaults of `koya run`, including the seccomp filter.
+const OCI_CONFIG: &str = include_str!("../../../benches/guest/config.json");
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Measure disks, networks, files, vsock and memory, compared with QEMU's microvm machine with the same kernel
+    /// and guest
+    Devices {
+        /// Run only benchmarks whose name contains TEXT: disk, network, files, vsock, memory
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// Number of guests of each kind; each figure is a median
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+        /// Compare with Koya's own devices on threads that are not confined, instead of QEMU's devices
+        #[arg(long)]
+        unconfined: bool,
+        #[command(flatten)]
+        report: Report,
+    },
+    /// Measure a cold start on the instruction-counting host: identical on every run and every machine
+    Boot(boot::BootArgs),
+    /// Measure a start of the monitor, exec to exit, with a guest that resets at once, on this machine's
+    /// /dev/kvm; compared with an empty program and bare KVM calls
+    Monitor(monitor::MonitorArgs),
+    /// Measure the host memory of the monitor and of whole sandboxes beyond that of the guest, by kind
+    Memory {
+        /// Fail if a figure misses its goal
+        #[arg(long)]
+        check: bool,
+        #[command(flatten)]
+        report: Report,
+    },
+    /// Measure the cost to create a sandbox, and its memory, with many running at once
+    Many {
+        /// Numbers of sandboxes running at once
+        #[arg(long, default_value = "1,10,50", value_name = "N,N")]
+        counts: String,
+        /// Fail if one of many costs more than 1.1 times as much as with the first number
+        #[arg(long)]
+        check: bool,
+        #[command(flatten)]
+        report: Report,
+    },
+    /// Run the criterion benchmarks of code inside the process: queues, devices, exits, start and teardown
+    Criterion {
+        /// Take fewer samples, for a rough estimate
+        #[arg(long)]
+        quick: bool,
+        #[command(flatten)]
+        report: Report,
+    },
+    /// Compare Koya's monitor with QEMU's microvm and others, with one kernel for all, on the instruction-counting host:
+    /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox with the others running
+    /// Debian's kernel
+    Peers(peers::PeersArgs),
+    /// Measure `ctr run` of a container under Koya, runc and crun, with the steps of Koya's start
+    Containers {
+        /// Number of containers of each kind; each figure is a median
+        #[arg(long, default_value_t = 7)]
+        rounds: u32,
+        #[command(flatten)]
+        report: Report,
+    },
+}
+
+/// `cargo xtask bench`
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    match &args.what {
+        What::Devices {
+            only,
+            rounds,
+            unconfined,
+            report,
+        } => report.save(&devices(*rounds, *unconfined, only.as_deref())?, &[]),
+        What::Boot(args) => boot::run(args),
+        What::Memory { check, report } => finish(&memory()?, report, *check),
+        What::Many {
+            counts,
+            check,
+            report,
+        } => finish(&many(counts)?, report, *check),
+        What::Criterion { quick, report } => report.save(&criterion::run(*quick)?, &[]),
+        What::Peers(args) => peers::run(args),
+        What::Monitor(args) => monitor::run(args),
+        What::Containers { rounds, report } => report.save(&containers(*rounds)?, &[]),
+    }
+}
+
+/// Saves rows, and fails if a goal is missed and `check` requires them.
+fn finish(rows: &Value, report: &Report, check: bool) -> Result<()> {
+    report.save(rows, &[])?;
+    match check {
+        true => check_goals(rows),
+        false => Ok(()),
+    }
+}
+
+fn devices(rounds: u32, unconfined: bool, only: Option<&str>) -> Result<Value> {
+    setup::ensure()?;
+    setup::ensure_these(PACKAGES)?;
+    let program = program("devices")?;
+    let tools = tools::tools()?;
+    let rounds = rounds.to_string();
+    // The network of the host is not changed.
+    let mut command: Vec<&OsStr> = vec!["unshare".as_ref(), "--net".as_ref()];
+    let peer = if unconfined { "unconfined" } else { "qemu" };
+    command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
+    command.push(peer.as_ref());
+    command.extend(only.map(OsStr::new));
+    in_rig(&command)
+}
+
+fn containers(rounds: u32) -> Result<Value> {
+    setup::ensure()?;
+    setup::ensure_these(PEERS)?;
+    let program = program("containers")?;
+    let directory = suite::containerd(suite::CONTAINERD_SUITES[0])?;
+    let rounds = rounds.to_string();
+    in_rig(&[program.as_ref(), rounds.as_ref(), directory.as_ref()])
+}
+
+fn memory() -> Result<Value> {
+    let examples = build::examples()?;
+    let program = program("memory")?;
+    let command: [&OsStr; 3] = [program.as_ref(), "held".as_ref(), examples.as_ref()];
+    in_rig(&command)
+}
+
+fn many(counts: &str) -> Result<Value> {
+    setup::ensure()?;
+    let program = program("memory")?;
+    let mut files = guest_files(None)?;
+    // For the sandboxes' networks.
+    files.file("more-modules", 0o644, b"tun.ko\n")?;
+    counting::add_programs(&mut files, &[("boot", program)])?;
+    let said = counting::run(files, &format!("many {counts}"), counting::MANY_GUESTS)?;
+    counting::rows(&said)
+}
+
+/// Files of the counted host for any guest: kernel and initramfs, a root file system, a shell.
+fn guest_files(kernel: Option<&Path>) -> Result<Archive> {
+    let products = Products::places();
+    let mut files = Archive::default();
+    for dir in [
+        "share",
+        "share/koya",
+        "rootfs",
+        "rootfs/bin",
+        "lib",
+        "lib64",
+    ] {
+        files.dir(dir)?;
+    }
+    for dir in ["proc", "sys", "dev", "tmp", "run", "etc"] {
+        files.dir(&format!("rootfs/{dir}"))?;
+    }
+    let busybox = fs::read("/bin/busybox").context("busybox-static is not installed")?;
+    for name in ["sh", "echo"] {
+        files.file(&format!("rootfs/bin/{name}"), 0o755, &busybox)?;
+    }
+    files.file("bin/sh", 0o755, &busybox)?;
+    for name in ["vmlinux", "initramfs"] {
+        let path = match kernel.filter(|_| name == "vmlinux") {
+            Some(kernel) => boot::stripped(kernel)?,
+            None => products.share.join(name),
+        };
+        files.file(&format!("share/koya/{name}"), 0o644, &fs::read(path)?)?;
+    }
+    files.file("config.json", 0o644, OCI_CONFIG.as_bytes())?;
+    Ok(files)
+}
+
+/// Builds a program of the benches, and the programs that it measures.
+fn program(name: &str) -> Result<PathBuf> {
+    build::ensure()?;
+    build::bench(name)
+}
+
+/// Runs a measurement on a host with KVM. Rows are printed on standard output, everything else on standard error.
+fn in_rig(command: &[&OsStr]) -> Result<Value> {
+    let mut rig = Command::new(std::env::current_exe()?);
+    // One CPU: with several, the emulation may crash a host that runs virtual machines.
+    rig.args(["rig", "--no-build", "--cpus", "1", "--memory", "8192"])
+        .args(["--timeout", "14400", "--"])
+        .args(command)
+        .envs(Products::places().env());
+    let out = rig
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the rig")?
+        .wait_with_output()?;
+    if !out.status.success() {
+        bail!("the measurement failed ({})", out.status);
+    }
+    serde_json::from_slice(&out.stdout).context("no rows")
+}
