@@ -4,10 +4,15 @@ use crate::input::Input;
 use koya::internals::{adapted, ask_agent, volume_in_memory};
 use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
 use koya_protocol::messages::{Accounts, ContainerStats, GuestTimes, OomEvent, Refusal};
+use koya_tasks::wire::Wire;
 use protobuf::Message as _;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use ttrpc::proto::{Any, Response, Status};
@@ -360,4 +365,55 @@ pub fn host_texts(data: &[u8]) {
     let lines = koya_vmm::guest_text::lines(data);
     assert!(lines.len() <= koya_vmm::guest_text::MAX_LINES);
     crate::assert_plain(&koya_vmm::guest_text::whole(data));
+}
+
+/// Descriptors that a line may bring, at least: the standard streams.
+const STREAMS: usize = 3;
+
+/// Lines to a control socket, in pieces of any length, with descriptors beside them.
+///
+/// # Panics
+/// If they are received wrongly, or the host has no more descriptors.
+pub fn control_lines(data: &[u8]) {
+    let mut input = Input::new(data);
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let file = File::open("/dev/null").expect("a descriptor");
+    let (mut sent, mut count) = (Vec::new(), 0);
+    while !input.is_empty() {
+        let choice = input.byte();
+        let fds = vec![file.as_fd(); usize::from(choice % 8).min(STREAMS)];
+        let piece = input.bytes(usize::from(choice / 8) + 1);
+        if piece.is_empty() || sent.len() + piece.len() > MAX_TEXT {
+            break;
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(STREAMS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        let bytes = [IoSlice::new(piece)];
+        let len = sendmsg(&theirs, &bytes, &mut control, SendFlags::DONTWAIT);
+        assert_eq!(len.expect("the socket has room"), piece.len());
+        sent.extend_from_slice(piece);
+        count += fds.len();
+    }
+    drop(theirs);
+    let mut lines = sent.split_inclusive(|byte| *byte == b'\n');
+    let (mut wire, mut received) = (Wire::new(ours), 0);
+    loop {
+        match wire.receive::<Value>() {
+            Ok(Some((message, fds))) => {
+                let line = lines.next().expect("a line was sent");
+                let expected: Value = serde_json::from_slice(line).expect("a message");
+                assert!(line.ends_with(b"\n") && message == expected);
+                received += fds.len();
+            }
+            Ok(None) => {
+                assert!(lines.next().is_none(), "a line is lost");
+                break;
+            }
+            Err(_) => break,
+        }
+    }
+    assert!(received <= count, "{received} descriptors of {count}");
 }

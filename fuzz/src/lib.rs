@@ -20,10 +20,10 @@ pub use devices::{
     transport_registers, vsock_packets,
 };
 pub use files::fs_state;
-pub use host::{agent_answers, host_texts, oci_configurations, settings};
+pub use host::{agent_answers, control_lines, host_texts, oci_configurations, settings};
 pub use images::{image_files, image_layers};
 pub use lives::{life_block, life_files, life_memory, life_net, life_vsock};
-pub use machine::{panic_logs, serial_ports};
+pub use machine::{kernel_images, panic_logs, serial_ports};
 pub use streams::vsock_streams;
 
 use koya_devices::test_utils::{Driver, MEMORY_SIZE};
@@ -203,7 +203,9 @@ mod tests {
     fn random_texts() {
         for target in [
             agent_answers,
+            control_lines,
             host_texts,
+            kernel_images,
             oci_configurations,
             panic_logs,
             serial_ports,

@@ -4,9 +4,11 @@ use crate::input::Input;
 use koya_devices::serial::SerialPort;
 use koya_devices::test_utils::MEMORY_SIZE;
 use koya_devices::virtio::Memory;
-use koya_vmm::internals::{Bus, BusDevice, Effect, PANIC_LOG, explain};
-use koya_vmm::{ExitReason, guest_text};
+use koya_vmm::internals::{Bus, BusDevice, Effect, PANIC_LOG, explain, load_files};
+use koya_vmm::{ExitReason, MIN_MEMORY_MIB, VmConfig, guest_text};
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -168,4 +170,108 @@ pub fn panic_logs(data: &[u8]) {
             assert!(message.len() <= guest_text::MAX_LINE);
         }
     }
+}
+
+/// Offset of the setup header of a bzImage (Documentation/arch/x86/boot.rst).
+const SETUP_HEADER: usize = 0x1f1;
+/// Bytes of an ELF header, and of a program header.
+const ELF_HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+
+/// A kernel image, of a format and with headers that the input chooses, and an initial RAM disk. Each is loaded or refused.
+///
+/// # Panics
+/// If the loader has a bug, or the host cannot write files.
+pub fn kernel_images(data: &[u8]) {
+    let mut input = Input::new(data);
+    let dir = tempfile::tempdir().expect("a directory");
+    let (kernel, initramfs) = (dir.path().join("kernel"), dir.path().join("initramfs"));
+    let choice = input.byte();
+    let image = match choice % 4 {
+        0 => elf(&mut input),
+        1 => bz_image(&mut input),
+        2 => arm_image(&mut input),
+        _ => input.bytes(4096).to_vec(),
+    };
+    fs::write(&kernel, image).expect("a file");
+    let has_initramfs = choice & 0x80 != 0;
+    if has_initramfs {
+        let file = File::create(&initramfs).expect("a file");
+        // Sparse: it may be larger than the memory of the guest.
+        file.set_len(input.number() & 0xfff_ffff).expect("a file");
+        file.write_at(input.bytes(16), 0).expect("a file");
+    }
+    let mut config = VmConfig::new(&kernel);
+    config.memory_mib = MIN_MEMORY_MIB;
+    config.initramfs = has_initramfs.then_some(initramfs);
+    config.cmdline = "x".repeat(input.word().into());
+    if let Ok(spec) = config.check() {
+        // An error is a refusal.
+        load_files(spec).ok();
+    }
+}
+
+fn elf(input: &mut Input<'_>) -> Vec<u8> {
+    let mut image = vec![0; ELF_HEADER];
+    image[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    let count = input.byte() % 6;
+    let fields = [
+        (16, 2),
+        (18, u64::from(input.pick(&[62u8, 62, 62, 183]))),
+        (20, 1),
+        (24, 0x100_0000),
+        (32, ELF_HEADER as u64),
+        (52, ELF_HEADER as u64),
+        (54, PROGRAM_HEADER as u64),
+        (56, count.into()),
+    ];
+    for (at, value) in fields {
+        put(&mut image, at, value);
+    }
+    if input.byte().is_multiple_of(4) {
+        let (at, value) = (16 + usize::from(input.byte() % 46), input.number());
+        put(&mut image, at, value);
+    }
+    for _ in 0..count {
+        let mut header = [0; PROGRAM_HEADER];
+        put(&mut header, 0, input.pick(&[1, 1, 4, 7]));
+        for at in [8, 16, 24, 32, 40, 48] {
+            put(&mut header, at, input.number());
+        }
+        image.extend(header);
+    }
+    image.extend_from_slice(input.bytes(2048));
+    image
+}
+
+fn bz_image(input: &mut Input<'_>) -> Vec<u8> {
+    let mut image = vec![0; 0x400];
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    put(&mut image, 0x206, input.pick(&[0x200, 0x20c, 0x20f]));
+    image[0x211] = 1;
+    for _ in 0..input.byte() % 12 {
+        let at = SETUP_HEADER + usize::from(input.byte() % 0x80);
+        put(&mut image, at, input.number());
+    }
+    image.extend_from_slice(input.bytes(2048));
+    image
+}
+
+fn arm_image(input: &mut Input<'_>) -> Vec<u8> {
+    let mut image = vec![0; ELF_HEADER];
+    for at in [0, 8, 16, 24] {
+        put(&mut image, at, input.number());
+    }
+    image[56..60].copy_from_slice(b"ARM\x64");
+    image.extend_from_slice(input.bytes(2048));
+    image
+}
+
+/// Writes a number over the next eight bytes, or what there is of them, in little-endian order. Fields are written in the order of their
+/// places, so that a narrower one is not lost.
+fn put(bytes: &mut [u8], at: usize, value: u64) {
+    let value = value.to_le_bytes();
+    let end = bytes.len().min(at + value.len());
+    let place = &mut bytes[at.min(end)..end];
+    place.copy_from_slice(&value[..place.len()]);
 }

@@ -134,4 +134,30 @@ pub mod internals {
     pub use crate::kvm::machine::Machine;
     pub use crate::kvm::vcpu::{Exit, Kicker, Thread, Vcpu};
     pub use crate::panic_log::explain;
+
+    /// Loads the kernel and the initial RAM disk of `spec` into memory without a machine around it.
+    ///
+    /// # Errors
+    /// If a file is broken or does not fit.
+    ///
+    /// # Panics
+    /// If the host has not enough memory.
+    pub fn load_files(mut spec: crate::Spec) -> Result<(), crate::ArchError> {
+        let ranges = crate::arch::layout::memory_ranges(spec.memory.bytes);
+        let ranges: Vec<_> = ranges
+            .into_iter()
+            .map(|(start, len)| (vm_memory::GuestAddress(start), len as usize))
+            .collect();
+        let memory = koya_devices::virtio::Memory::from_ranges(&ranges).expect("memory");
+        let info = crate::arch::BootInfo {
+            boot: &mut spec.boot,
+            memory: spec.memory,
+            cpus: &spec.cpus,
+            serial: spec.serial,
+            slots: &[],
+            hotplug_slots: &[],
+            interrupts: Default::default(),
+        };
+        crate::arch::load(&memory, info).map(drop)
+    }
 }

@@ -59,6 +59,9 @@ enum What {
         /// Number of guests of each kind; each figure is a median
         #[arg(long, default_value_t = 3)]
         rounds: u32,
+        /// Compare with Koya's own devices on threads that are not confined, instead of QEMU's devices
+        #[arg(long)]
+        unconfined: bool,
         /// Write the rows to FILE as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -144,7 +147,12 @@ struct BootArgs {
 /// `cargo xtask bench`
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
-        What::Devices { only, rounds, json } => devices(*rounds, only.as_deref(), json.as_deref()),
+        What::Devices {
+            only,
+            rounds,
+            unconfined,
+            json,
+        } => devices(*rounds, *unconfined, only.as_deref(), json.as_deref()),
         What::Boot(args) => boot(args),
         What::Memory { check, json } => memory(*check, json.as_deref()),
         What::Many {
@@ -159,7 +167,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
+fn devices(rounds: u32, unconfined: bool, only: Option<&str>, json: Option<&Path>) -> Result<()> {
     setup::ensure()?;
     setup::ensure_these(PACKAGES)?;
     let program = program("devices")?;
@@ -167,7 +175,9 @@ fn devices(rounds: u32, only: Option<&str>, json: Option<&Path>) -> Result<()> {
     let rounds = rounds.to_string();
     // The network of the host is not changed.
     let mut command: Vec<&OsStr> = vec!["unshare".as_ref(), "--net".as_ref()];
+    let peer = if unconfined { "unconfined" } else { "qemu" };
     command.extend([program.as_ref(), rounds.as_ref(), tools.as_os_str()]);
+    command.push(peer.as_ref());
     command.extend(only.map(OsStr::new));
     in_rig(&command, json)?;
     Ok(())

@@ -273,28 +273,30 @@ pub(crate) fn is_missing(
     let wanted = FIGURES.iter().filter(|figure| {
         let own = matches!(figure.peer, Peer::Own(..));
         let is_counted = figure.key.ends_with(EXITS) || figure.key.ends_with(CALLS);
-        figure.set == set && (monitor == Monitor::Koya || !own) && !is_counted
+        figure.set == set && (monitor != Monitor::Qemu || !own) && !is_counted
     });
     wanted
         .map(|figure| figure.key)
         .find(|key| !got.iter().any(|(name, _)| name == key))
 }
 
-pub(crate) fn rows(results: &Results) -> Vec<Value> {
+/// The rows of the table. Beside the threads that are not confined, no other peer has a column.
+pub(crate) fn rows(results: &Results, peer: Monitor) -> Vec<Value> {
     let mut rows = Vec::new();
     for figure in FIGURES {
         let value = |key: &str, monitor| {
             let values = results.get(&(figure.set, key.to_owned(), monitor))?;
             Some(median(values) * figure.factor)
         };
-        let (peer, beside) = match figure.peer {
-            Peer::Monitor(name) => (name, value(figure.key, Monitor::Qemu)),
-            Peer::Own(name, key) => (name, value(key, Monitor::Koya)),
+        let (name, beside) = match (peer, figure.peer) {
+            (Monitor::Unconfined, _) => ("unconfined", value(figure.key, peer)),
+            (_, Peer::Monitor(name)) => (name, value(figure.key, peer)),
+            (_, Peer::Own(name, key)) => (name, value(key, Monitor::Koya)),
         };
         let Some(koya) = value(figure.key, Monitor::Koya) else {
             continue;
         };
-        let peers = beside.map(|beside| (peer.to_owned(), beside));
+        let peers = beside.map(|beside| (name.to_owned(), beside));
         rows.push(row(
             figure.name,
             figure.unit,

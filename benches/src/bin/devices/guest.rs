@@ -11,6 +11,8 @@ use std::sync::mpsc::Receiver;
 
 /// The first argument of a process that runs one of Koya's guests.
 pub(crate) const ARGUMENT: &str = "guest";
+/// An option of that process: its threads are not confined.
+const UNCONFINED: &str = "--unconfined";
 /// The port of the host that guests connect to by vsock.
 pub(crate) const VSOCK_PORT: u32 = 7000;
 /// Virtio-fs tags of the share, and of the same share with caching in the guest.
@@ -20,6 +22,8 @@ const WRITEBACK_TAG: &str = "writeback";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Monitor {
     Koya,
+    /// Koya, with threads that are not confined.
+    Unconfined,
     Qemu,
 }
 
@@ -147,9 +151,12 @@ impl Guest {
         places: &Places,
     ) -> Outcome<Self> {
         let (mut command, input, server) = match monitor {
-            Monitor::Koya => {
+            Monitor::Koya | Monitor::Unconfined => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command.arg(ARGUMENT);
+                if monitor == Monitor::Unconfined {
+                    command.arg(UNCONFINED);
+                }
                 if set == Set::Files {
                     command.arg(&places.shared);
                 }
@@ -179,7 +186,7 @@ impl Guest {
             server,
             lines,
         };
-        if monitor == Monitor::Koya {
+        if monitor != Monitor::Qemu {
             stdin.ok_or("no input")?.write_all(input.as_bytes())?;
         }
         std::thread::spawn(move || {
@@ -241,16 +248,19 @@ impl Tracer {
 }
 
 /// Main function of a process with one of Koya's guests: its configuration is on standard input, its console on standard
-/// output; the shared directory is the argument.
-pub(crate) fn main(shared: Option<&Path>) -> Outcome<()> {
+/// output. The last argument is the directory to share, if any.
+pub(crate) fn main(arguments: impl Iterator<Item = String>) -> Outcome<()> {
+    let mut arguments = arguments.peekable();
+    let is_confined = arguments.next_if(|word| word == UNCONFINED).is_none();
+    let shared = arguments.next().map(PathBuf::from);
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text)?;
     let spec = VmConfig::from_toml(&text)?.check()?;
     // Like virtiofsd.
     raise_descriptor_limit();
-    let mut builder = Vm::builder(spec);
+    let mut builder = Vm::builder(spec).confined(is_confined);
     for (tag, cache) in [(TAG, Cache::default()), (WRITEBACK_TAG, Cache::Writeback)] {
-        let Some(path) = shared else { break };
+        let Some(path) = &shared else { break };
         let shares = Shares::default();
         shares.add("dir", path, false)?;
         let options = Options {

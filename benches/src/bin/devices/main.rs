@@ -1,5 +1,5 @@
-//! Koya's devices compared with those of QEMU's microvm machine: the same kernel, the same guest, the same disk, tap and
-//! files, alternating. Run by `cargo xtask bench devices` on a host with KVM.
+//! Koya's devices compared with those of QEMU's microvm machine, or with the same ones on unconfined threads: the same kernel,
+//! guest, disk, tap and files, alternating. Run by `cargo xtask bench devices` on a host with KVM.
 
 mod figures;
 mod guest;
@@ -31,9 +31,14 @@ fn main() -> Outcome<()> {
     let mut args = std::env::args().skip(1);
     let first = args.next().ok_or("say `cargo xtask bench devices`")?;
     if first == guest::ARGUMENT {
-        return guest::main(args.next().as_deref().map(Path::new));
+        return guest::main(args);
     }
     let tools = PathBuf::from(args.next().ok_or("no directory")?);
+    let peer = match args.next().as_deref() {
+        Some("qemu") => Monitor::Qemu,
+        Some("unconfined") => Monitor::Unconfined,
+        other => return Err(format!("{other:?} is no peer").into()),
+    };
     let only = args.next();
     let wanted = |set: &Set| only.as_deref().is_none_or(|only| set.name().contains(only));
     let sets: Vec<Set> = Set::ALL.into_iter().filter(wanted).collect();
@@ -41,10 +46,10 @@ fn main() -> Outcome<()> {
         let names: Vec<_> = Set::ALL.iter().map(|set| set.name()).collect();
         return Err(format!("--only fits none of: {}", names.join("; ")).into());
     }
-    compare(first.parse()?, &sets, &tools)
+    compare(first.parse()?, &sets, &tools, peer)
 }
 
-fn compare(rounds: usize, sets: &[Set], tools: &Path) -> Outcome<()> {
+fn compare(rounds: usize, sets: &[Set], tools: &Path, peer: Monitor) -> Outcome<()> {
     let scratch = match Path::new("/run/scratch").is_dir() {
         true => PathBuf::from("/run/scratch"),
         false => std::env::temp_dir(),
@@ -56,19 +61,19 @@ fn compare(rounds: usize, sets: &[Set], tools: &Path) -> Outcome<()> {
         shared: run.join("shared/dir"),
         run: run.clone(),
     };
-    let compared = compare_at(rounds, sets, &places);
+    let compared = compare_at(rounds, sets, &places, peer);
     std::fs::remove_dir_all(&run).ok();
     compared
 }
 
-fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
+fn compare_at(rounds: usize, sets: &[Set], places: &Places, peer: Monitor) -> Outcome<()> {
     prepare(sets, places)?;
     let mut results = Results::new();
     for round in 1..=rounds {
         // The order alternates, so that neither always starts from the other's state.
         let order = match round % 2 {
-            0 => [Monitor::Qemu, Monitor::Koya],
-            _ => [Monitor::Koya, Monitor::Qemu],
+            0 => [peer, Monitor::Koya],
+            _ => [Monitor::Koya, peer],
         };
         for set in sets {
             for monitor in order {
@@ -86,7 +91,7 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
         .iter()
         .filter(|set| [Set::Cached, Set::Files].contains(set));
     for set in counted {
-        for monitor in [Monitor::Koya, Monitor::Qemu] {
+        for monitor in [Monitor::Koya, peer] {
             eprintln!("system calls: {monitor:?}, {}", set.name());
             let figures = measure_again(monitor, *set, Counting::Calls, places)?;
             for (figure, value) in figures
@@ -97,7 +102,7 @@ fn compare_at(rounds: usize, sets: &[Set], places: &Places) -> Outcome<()> {
             }
         }
     }
-    let rows = figures::rows(&results);
+    let rows = figures::rows(&results, peer);
     koya_benches::print_table(&rows);
     println!("{}", serde_json::to_string_pretty(&rows)?);
     Ok(())

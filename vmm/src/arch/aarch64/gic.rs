@@ -15,11 +15,12 @@ use kvm_ioctls::{DeviceFd, VmFd};
 const MAX_V2_CPUS: u32 = 8;
 
 /// The interrupt controller of a machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Interrupts {
     /// GICv2, for up to 8 vCPUs.
     GicV2,
     /// GICv3.
+    #[default]
     GicV3,
 }
 

@@ -156,7 +156,7 @@ pub fn prepare_vcpu(
 }
 
 /// The interrupt controllers: the same ones in every machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interrupts;
 
 /// Nothing to do once all vCPUs exist.
