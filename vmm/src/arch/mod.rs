@@ -7,8 +7,7 @@
 //! - [`prepare_vm`]: sets up the parts that must exist before vCPUs are created
 //! - [`prepare_vcpu`]: sets the identity and features of a vCPU
 //! - [`finish_vm`]: sets up the parts that require all vCPUs, and returns the interrupt controller ([`Interrupts`]);
-//! interrupts
-//!   are connected after that
+//!   interrupts are connected after that
 //! - [`attach_platform`]: attaches the platform's own devices to the bus (serial port, reset)
 //! - [`load`]: loads a kernel and describes the machine to it ([`BootInfo`]), by command line and tables or
 //!   by device tree
