@@ -94,7 +94,7 @@ pub(crate) fn join(spec: &mut Spec, kind: LinuxNamespaceType, descriptor: i32) {
     linux.set_namespaces(Some(namespaces));
 }
 
-/// The configuration for exec processes. libcontainer reads it each time, so it is reduced to what they need. They are
+/// The configuration for exec processes. libcontainer reads it each time, so it is reduced to the required parts. They are
 /// forked in another control group, since the pids limit of the container's own may forbid a fork; the program joins the
 /// container's group as its last step, which no limit forbids.
 pub(crate) fn for_added(spec: &Spec) -> Spec {

@@ -97,8 +97,8 @@ fn adjust_clock(modes: libc::c_uint, set: impl FnOnce(&mut libc::timex)) -> io::
 
 /// A descriptor that can be awaited for readability.
 pub(crate) fn wait_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor stays open and the same as long as its owner, which what is returned owns
-    // until it is no longer registered.
+    // SAFETY: the descriptor stays open and the same as long as its owner, which the return value owns until it is no longer
+    // registered.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 

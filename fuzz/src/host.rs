@@ -367,13 +367,13 @@ pub fn host_texts(data: &[u8]) {
     crate::assert_plain(&koya_vmm::guest_text::whole(data));
 }
 
-/// Descriptors that a line may bring, at least: the standard streams.
+/// Minimum number of descriptors accepted with a line: the standard streams.
 const STREAMS: usize = 3;
 
-/// Lines to a control socket, in pieces of any length, with descriptors beside them.
+/// Lines to a control socket, in pieces of any length, with descriptors.
 ///
 /// # Panics
-/// If they are received wrongly, or the host has no more descriptors.
+/// If they are not received correctly, or the host is out of descriptors.
 pub fn control_lines(data: &[u8]) {
     let mut input = Input::new(data);
     let (ours, theirs) = UnixStream::pair().expect("sockets");

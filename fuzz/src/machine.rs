@@ -174,11 +174,11 @@ pub fn panic_logs(data: &[u8]) {
 
 /// Offset of the setup header of a bzImage (Documentation/arch/x86/boot.rst).
 const SETUP_HEADER: usize = 0x1f1;
-/// Bytes of an ELF header, and of a program header.
+/// Size of an ELF header, and of a program header.
 const ELF_HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 
-/// A kernel image, of a format and with headers that the input chooses, and an initial RAM disk. Each is loaded or refused.
+/// A kernel image, in a format and with headers chosen by the input, and an initial RAM disk. Each is loaded or rejected.
 ///
 /// # Panics
 /// If the loader has a bug, or the host cannot write files.
@@ -267,8 +267,8 @@ fn arm_image(input: &mut Input<'_>) -> Vec<u8> {
     image
 }
 
-/// Writes a number over the next eight bytes, or what there is of them, in little-endian order. Fields are written in the order of their
-/// places, so that a narrower one is not lost.
+/// Overwrites the next eight bytes, as far as they exist, with a number in little-endian order. Fields are written in the
+/// order of their offsets, so that a narrower one is not lost.
 fn put(bytes: &mut [u8], at: usize, value: u64) {
     let value = value.to_le_bytes();
     let end = bytes.len().min(at + value.len());

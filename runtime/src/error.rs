@@ -20,7 +20,7 @@ pub enum Error {
     Missing {
         /// Guest kernel or agent.
         what: &'static str,
-        /// How to obtain it.
+        /// A way to obtain it.
         remedy: &'static str,
         /// All searched places.
         looked: Vec<PathBuf>,

@@ -1,6 +1,6 @@
 //! `cargo xtask`: the single entry point for builds and tests.
 //!
-//! Each command installs what it needs, shows what it waits for, and keeps expensive results in a cache outside the
+//! Each command installs its requirements, shows progress while it waits, and keeps expensive results in a cache outside the
 //! checkout, named by the hash of their inputs.
 
 mod apt;

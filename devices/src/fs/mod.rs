@@ -1,7 +1,7 @@
 //! virtio-fs: virtio 1.2, section 5.11. Shares host directories with the guest. Requests use the FUSE
 //! protocol (include/uapi/linux/fuse.h) and are handled by a server in this process.
 //!
-//! | module | what |
+//! | module | contents |
 //! |---|---|
 //! | [`wire`] | the structures of the protocol |
 //! | [`shares`] | the synthetic root, whose directories are added and removed while the guest runs |

@@ -1,6 +1,6 @@
 //! Networks: virtio 1.2, section 5.1, connected to a tap interface on the host.
 //!
-//! | part | what |
+//! | part | contents |
 //! |---|---|
 //! | [`Net`] | the device: features, configuration space, threads |
 //! | [`Tap`] | the tap interface |

@@ -336,8 +336,8 @@ mod tests {
         ));
     }
 
-    /// Whatever notification the driver requests, it is interrupted if the entry after which it wants to be was among the
-    /// last ones: section 2.7.10.1.
+    /// With any event index of the driver, it is interrupted if the entry after that index was among the last ones: section
+    /// 2.7.10.1.
     #[test]
     fn interrupts_come_where_they_were_asked_for() {
         let mut cases = 0;

@@ -296,7 +296,7 @@ mod tests {
             self.worker.serve().unwrap();
         }
 
-        /// Offers a buffer; returns what the device wrote to it, if anything.
+        /// Offers a buffer; returns the data written by the device, if any.
         fn receive(&mut self) -> Option<(Header, Vec<u8>)> {
             self.rx.offer(&[Buffer::Writable(4096)]);
             self.worker.serve().unwrap();

@@ -78,7 +78,7 @@ pub(crate) fn send_descriptor(
     sendmsg(to, &name, &mut control, SendFlags::NOSIGNAL).map(drop)
 }
 
-/// Receives what [`Pty::send_master`] sends.
+/// Receives the descriptor sent by [`Pty::send_master`].
 pub(crate) fn receive_master(from: &UnixStream) -> Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

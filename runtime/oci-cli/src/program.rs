@@ -112,7 +112,7 @@ pub(crate) fn check_mount_points(spec: &Spec, bundle: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A container's root file system on the host, without what is mounted in it.
+/// A container's root file system on the host, without the mounts in it.
 struct Tree {
     root: PathBuf,
     /// Paths of mount points.

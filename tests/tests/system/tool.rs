@@ -134,7 +134,7 @@ pub(crate) fn kill(pid: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs a shell script in a container and returns what it printed.
+/// Runs a shell script in a container and returns its output.
 pub(crate) fn sh(options: &[&str], script: &str) -> Result<String> {
     stdout(run(options, &["sh", "-c", script])?)
 }

@@ -49,7 +49,7 @@ enum What {
         /// Number of guests of each kind; each figure is a median
         #[arg(long, default_value_t = 3)]
         rounds: u32,
-        /// Compare with Koya's own devices on threads that are not confined, instead of QEMU's devices
+        /// Compare with Koya's own devices on unconfined threads, instead of QEMU's devices
         #[arg(long)]
         unconfined: bool,
         #[command(flatten)]

@@ -280,7 +280,7 @@ pub(crate) fn is_missing(
         .find(|key| !got.iter().any(|(name, _)| name == key))
 }
 
-/// The rows of the table. Beside the threads that are not confined, no other peer has a column.
+/// The rows of the table. A comparison with unconfined threads has no column for another peer.
 pub(crate) fn rows(results: &Results, peer: Monitor) -> Vec<Value> {
     let mut rows = Vec::new();
     for figure in FIGURES {

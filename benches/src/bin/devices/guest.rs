@@ -11,7 +11,7 @@ use std::sync::mpsc::Receiver;
 
 /// The first argument of a process that runs one of Koya's guests.
 pub(crate) const ARGUMENT: &str = "guest";
-/// An option of that process: its threads are not confined.
+/// Option of that process: its threads are unconfined.
 const UNCONFINED: &str = "--unconfined";
 /// The port of the host that guests connect to by vsock.
 pub(crate) const VSOCK_PORT: u32 = 7000;
@@ -22,7 +22,7 @@ const WRITEBACK_TAG: &str = "writeback";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Monitor {
     Koya,
-    /// Koya, with threads that are not confined.
+    /// Koya, with unconfined threads.
     Unconfined,
     Qemu,
 }
@@ -247,8 +247,8 @@ impl Tracer {
     }
 }
 
-/// Runs a guest of Koya's: its configuration is on standard input, its console on standard output. The last argument is the directory
-/// to share, if any.
+/// Main function of a process with one of Koya's guests: its configuration is on standard input, its console on standard
+/// output. The last argument is the directory to share, if any.
 pub(crate) fn main(arguments: impl Iterator<Item = String>) -> Outcome<()> {
     let mut arguments = arguments.peekable();
     let is_confined = arguments.next_if(|word| word == UNCONFINED).is_none();

@@ -1,5 +1,5 @@
-//! Compares Koya's devices with those of QEMU's microvm machine, or with the same ones on threads that are not confined: the same
-//! kernel, guest, disk, tap and files, alternating. `cargo xtask bench devices` runs it where there is a KVM.
+//! Koya's devices compared with those of QEMU's microvm machine, or with the same ones on unconfined threads: the same kernel,
+//! guest, disk, tap and files, alternating. Run by `cargo xtask bench devices` on a host with KVM.
 
 mod figures;
 mod guest;

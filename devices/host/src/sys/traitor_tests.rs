@@ -260,7 +260,7 @@ const NEVER_BY_NAME: &[&str] = &[
     "watch a file of the host",
 ];
 
-/// How an attempt ended.
+/// Outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// The filter ended the process.

@@ -26,7 +26,7 @@ pub(crate) use regs::describe_vcpu;
 /// see what the host wrote to its caches.
 pub(crate) const CAN_MAP_REGISTERS: bool = false;
 
-/// How to get KVM on a host without it.
+/// Instructions to get KVM on a host without it.
 pub(crate) const NO_KVM: &str = "KVM is a part of the kernel, which needs its option KVM and has to be started in \
      EL2 (in a virtual machine: nested virtualization on its host)";
 
@@ -69,7 +69,7 @@ pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
     .collect()
 }
 
-/// How a kernel file is booted.
+/// Formats of kernel files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KernelFormat {
     /// Documentation/arch/arm64/booting.rst

@@ -28,7 +28,7 @@ pub(crate) use platform::attach_platform;
 /// coherent, so a guest sees what the host wrote whatever memory type its page tables select.
 pub(crate) const CAN_MAP_REGISTERS: bool = true;
 
-/// How to get KVM on a host without it.
+/// Instructions to get KVM on a host without it.
 pub(crate) const NO_KVM: &str = "load the kvm_intel or kvm_amd module, or turn virtualization on in the firmware \
      (in a virtual machine: nested virtualization on its host)";
 
@@ -47,7 +47,7 @@ pub(crate) fn countdown(rounds: u32) -> Vec<u8> {
     code
 }
 
-/// How a kernel file is booted.
+/// Formats of kernel files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KernelFormat {
     /// Uncompressed ELF, entered by the 64-bit boot protocol.
