@@ -86,7 +86,7 @@ fn disk_name(name: String) -> Result<String, Error> {
         return Err(Error::Agent {
             operation: "attach the disk in the guest",
             kind: ErrorKind::Guest,
-            reason: "the agent's name for it is none".into(),
+            reason: "the agent returned an invalid name".into(),
         });
     }
     Ok(name)

@@ -218,7 +218,7 @@ fn apply(tree: &Path, patch: &Path) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "{} does not apply to this source exactly (guest-kernel/README.md says what it is worth):\n{}",
+        "{} does not apply to this source exactly (its purpose is in guest-kernel/README.md):\n{}",
         patch.display(),
         String::from_utf8_lossy(&tried.stdout).trim_end()
     )

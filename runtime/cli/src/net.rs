@@ -105,7 +105,7 @@ fn parse_kind(text: &str) -> Result<Kind, String> {
         None if text == "user" => Ok(Kind::User),
         None if text == "tap" => Ok(Kind::Tap(String::new())),
         Some(("tap", name)) if !name.is_empty() => Ok(Kind::Tap(name.to_owned())),
-        _ => Err(format!("{text:?} is none of none, user, tap, tap:NAME")),
+        _ => Err(format!("{text:?} is not one of none, user, tap, tap:NAME")),
     }
 }
 

@@ -100,7 +100,7 @@ pub(super) fn parse_security(text: &str) -> Result<Security, String> {
         Some(path) if !path.is_empty() => Ok(Security::Seccomp(Some(path.into()))),
         None if text == "no-new-privileges" => Ok(Security::NoNewPrivileges),
         _ => Err(format!(
-            "{text:?} is none of seccomp=FILE, seccomp=unconfined, no-new-privileges"
+            "{text:?} is not one of seccomp=FILE, seccomp=unconfined, no-new-privileges"
         )),
     }
 }
@@ -130,7 +130,7 @@ pub(super) fn parse_cache(text: &str) -> Result<Cache, String> {
         "always" => Ok(Cache::Always),
         "writeback" => Ok(Cache::Writeback),
         _ => Err(format!(
-            "{text:?} is none of never, auto, always, writeback"
+            "{text:?} is not one of never, auto, always, writeback"
         )),
     }
 }

@@ -131,7 +131,7 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if spec.process().is_none() {
-        return Err(Error::invalid("process", "there is none"));
+        return Err(Error::invalid("process", "it is missing"));
     }
     if let Some(hooks) = spec.hooks() {
         check_hooks(hooks)?;

@@ -94,7 +94,7 @@ impl<'b> Header<'b> {
         }
         let part = |bytes| {
             let number = number(bytes)?;
-            u32::try_from(number).map_err(|_| invalid("a device number that is none"))
+            u32::try_from(number).map_err(|_| invalid("an invalid device number"))
         };
         Ok((part(&self.0[329..337])?, part(&self.0[337..345])?))
     }
@@ -170,7 +170,7 @@ fn octal(bytes: &[u8]) -> io::Result<i64> {
     let digits = text(&bytes[from..]).trim_ascii_end();
     digits.iter().try_fold(0i64, |value, digit| match digit {
         b'0'..=b'7' => Ok(value * 8 + i64::from(digit - b'0')),
-        _ => Err(invalid("a number that is none")),
+        _ => Err(invalid("an invalid number")),
     })
 }
 

@@ -97,7 +97,7 @@ pub(super) fn decimal(bytes: &[u8]) -> io::Result<u64> {
         .ok()
         .filter(|text| text.bytes().all(|b| b.is_ascii_digit()))
         .and_then(|text| text.parse().ok());
-    number.ok_or_else(|| invalid("a number that is none"))
+    number.ok_or_else(|| invalid("an invalid number"))
 }
 
 /// Pairs of offset and length.
@@ -124,13 +124,13 @@ fn time(bytes: &[u8]) -> io::Result<(i64, u32)> {
     let mut nanos = 0u32;
     if let Some(digits) = parts.next() {
         if !digits.iter().all(u8::is_ascii_digit) {
-            return Err(invalid("a time that is none"));
+            return Err(invalid("an invalid time"));
         }
         for at in 0..9 {
             nanos = nanos * 10 + u32::from(digits.get(at).map_or(0, |digit| digit - b'0'));
         }
     }
-    let seconds = i64::try_from(seconds).map_err(|_| invalid("a time that is none"))?;
+    let seconds = i64::try_from(seconds).map_err(|_| invalid("an invalid time"))?;
     Ok(match (negative, nanos) {
         (false, nanos) => (seconds, nanos),
         (true, 0) => (-seconds, 0),

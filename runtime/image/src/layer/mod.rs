@@ -143,7 +143,7 @@ impl Unpacker {
     /// Handles the entry for the root itself.
     fn own_root(&mut self, entry: &Entry) -> io::Result<()> {
         if entry.kind != Kind::Directory {
-            return Err(invalid("the root is a directory, and this is none"));
+            return Err(invalid("the root must be a directory"));
         }
         attributes::clear(&self.root)?;
         attributes::own(&self.root, entry, self.owners)?;

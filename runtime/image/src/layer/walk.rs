@@ -125,7 +125,7 @@ impl Unpacker {
             steps += 1;
             self.steps.take(1)?;
             if steps > MAX_STEPS {
-                return Err(invalid("its path leads on and on"));
+                return Err(invalid("its path has too many symbolic links"));
             }
             if part == "." || part.is_empty() {
                 continue;

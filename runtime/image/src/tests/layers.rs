@@ -140,8 +140,8 @@ fn what_means_nothing_is_refused_by_name() {
         (vec![file(".wh.", "")], "a whiteout of no name"),
         (vec![file(".wh...", "")], "a whiteout of no name"),
         (vec![file(".wh.a/b", "")], "a whiteout has nothing in it"),
-        (vec![file("", "x")], "the root is a directory"),
-        (vec![symlink("/", "x")], "the root is a directory"),
+        (vec![file("", "x")], "the root must be a directory"),
+        (vec![symlink("/", "x")], "the root must be a directory"),
         (vec![symlink("l", "")], "a link to nothing"),
         (vec![file("f", ""), file("f/g", "")], "is not a directory"),
         (vec![item(b'V', "volume")], "type 'V'"),
@@ -231,12 +231,12 @@ fn a_whiteout_looks_once_at_what_its_own_layer_has() {
 }
 
 #[test]
-fn a_path_that_leads_on_and_on_is_refused() {
+fn a_path_with_too_many_symbolic_links_is_refused() {
     let round = "x/../".repeat(400);
     let mut items = vec![dir("x")];
     items.extend((0..30).map(|n| symlink(&format!("l{n}"), &format!("{round}l{}", n + 1))));
     items.push(file("l0/f", ""));
-    assert!(refusal(one(&items)).contains("on and on"));
+    assert!(refusal(one(&items)).contains("too many symbolic links"));
 }
 
 #[test]
