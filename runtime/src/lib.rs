@@ -65,8 +65,8 @@ pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
-    ContainerConfig, Device, Direction, ExecOptions, ProcessConfig, ProcessStreams, Rlimit, Stdio,
-    Tmpfs, User, Volume,
+    ContainerConfig, Device, Direction, ExecOptions, Further, ProcessConfig, ProcessStreams,
+    Rlimit, Stdio, Tmpfs, User, Volume,
 };
 pub use error::{Error, ErrorKind};
 pub use koya_image as image;
