@@ -70,7 +70,7 @@ impl Stored {
     /// Where its hooks run. This process has entered no namespace.
     pub(crate) fn place(&self) -> Place<'_> {
         Place {
-            bundle: &self.bundle,
+            directory: &self.bundle,
             network: None,
         }
     }
