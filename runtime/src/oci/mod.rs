@@ -187,7 +187,7 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
 }
 
 /// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
-/// pages.
+/// pages: of those the sandbox's own group on the host may have limits.
 pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);
@@ -200,6 +200,11 @@ pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
         cpu.set_realtime_period(None);
         cpu.set_realtime_runtime(None);
         resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut files) = resources.unified().clone() {
+        let controllers = ["cpuset.", "io.", "hugetlb.", "rdma."];
+        files.retain(|file, _| !controllers.iter().any(|name| file.starts_with(name)));
+        resources.set_unified(Some(files));
     }
 }
 
