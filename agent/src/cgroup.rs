@@ -9,7 +9,7 @@ use koya_protocol::messages::{ContainerStats, DeviceIo};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -176,8 +176,16 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
 
 /// Sets limits: the `linux.resources` of an OCI configuration, of which only what is there is changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
-    let resources: LinuxResources =
+    let mut resources: LinuxResources =
         serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
+    if let Some(memory) = *resources.memory() {
+        let read = |file| {
+            let text = fs::read_to_string(directory(id).join(file));
+            single(&text.unwrap_or_default())
+        };
+        check_memory(&memory, read("memory.current"))?;
+        resources.set_memory(Some(with_limit(memory, read("memory.max"))));
+    }
     let wanted = ControllerOpt {
         resources: &resources,
         disable_oom_killer: false,
@@ -185,6 +193,33 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
         freezer_state: None,
     };
     Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
+}
+
+/// libcontainer sets none of memory and swap without one of memory: then that stays as it is.
+fn with_limit(mut memory: LinuxMemory, known: u64) -> LinuxMemory {
+    let known = i64::try_from(known).unwrap_or(-1);
+    if memory.limit().is_none() && memory.swap().is_some_and(|swap| swap == -1 || known > 0) {
+        memory.set_limit(Some(known));
+    }
+    memory
+}
+
+/// A limit below what is used would have processes killed. Who asks for it is told so instead, in runc's words.
+fn check_memory(memory: &LinuxMemory, usage: u64) -> Result<()> {
+    if memory.check_before_update() != Some(true) {
+        return Ok(());
+    }
+    let limits = [("memory+swap", memory.swap()), ("memory", memory.limit())];
+    for (what, limit) in limits {
+        if let Some(limit) = limit.and_then(|limit| u64::try_from(limit).ok())
+            && limit > 0
+            && limit <= usage
+        {
+            let reason = format!("rejecting {what} limit {limit} <= usage {usage}");
+            bail!(Refused::Invalid(reason));
+        }
+    }
+    Ok(())
 }
 
 /// Signals every process of a container, those in groups that it made itself too.
@@ -346,6 +381,48 @@ mod tests {
         assert_eq!(containers_pids([32_768, 30_000].into_iter()), Some(29_488));
         assert_eq!(containers_pids([32_768, 1000].into_iter()), Some(750));
         assert_eq!(containers_pids([0].into_iter()), None);
+    }
+
+    /// opencontainers/runc 3509.
+    #[test]
+    fn a_limit_below_what_is_used_is_refused_if_that_is_asked_for() {
+        let check = |memory: &str| {
+            let memory: LinuxMemory = serde_json::from_str(memory).unwrap();
+            check_memory(&memory, 1000).map_err(|error| format!("{error:#}"))
+        };
+        let refused = check(r#"{"limit": 1000, "checkBeforeUpdate": true}"#).unwrap_err();
+        assert!(
+            refused.contains("rejecting memory limit 1000 <= usage 1000"),
+            "{refused}"
+        );
+        let both = r#"{"limit": 10, "swap": 20, "checkBeforeUpdate": true}"#;
+        let refused = check(both).unwrap_err();
+        assert!(
+            refused.contains("rejecting memory+swap limit 20"),
+            "{refused}"
+        );
+        for taken in [
+            r#"{"limit": 1000}"#,
+            r#"{"limit": 1001, "checkBeforeUpdate": true}"#,
+            r#"{"limit": -1, "swap": -1, "checkBeforeUpdate": true}"#,
+        ] {
+            assert_eq!(check(taken), Ok(()), "{taken}");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_swap_alone_leaves_that_of_memory() {
+        let limit = |swap: i64, known: u64| {
+            let mut memory = LinuxMemory::default();
+            memory.set_swap(Some(swap));
+            with_limit(memory, known).limit()
+        };
+        assert_eq!(limit(2000, 1000), Some(1000));
+        assert_eq!(limit(-1, 1000), Some(1000));
+        assert_eq!(limit(-1, u64::MAX), Some(-1));
+        // There is nothing to take from what both may have.
+        assert_eq!(limit(2000, u64::MAX), None);
+        assert_eq!(with_limit(LinuxMemory::default(), 1000).limit(), None);
     }
 
     #[test]

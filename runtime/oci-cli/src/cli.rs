@@ -251,7 +251,7 @@ pub(crate) struct ExecArgs {
     /// A control group in the container's own
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup: Vec<String>,
-    /// Not supported: the process would not come to its start
+    /// In a paused container, have it start once that goes on
     #[arg(long)]
     pub(crate) ignore_paused: bool,
     /// The container
@@ -304,6 +304,21 @@ pub(crate) struct UpdateArgs {
     /// The share of CPU time among containers
     #[arg(long)]
     pub(crate) cpu_share: Option<u64>,
+    /// Microseconds beyond the quota that it may save up
+    #[arg(long)]
+    pub(crate) cpu_burst: Option<u64>,
+    /// Whether it runs only when nobody else does: 1 or 0
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) cpu_idle: Option<i64>,
+    /// Not supported: control groups of version 2 have no such limit
+    #[arg(long)]
+    pub(crate) cpu_rt_period: Option<u64>,
+    /// Not supported, as the former
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) cpu_rt_runtime: Option<i64>,
+    /// The weight among those who use disks of the host, 10 to 1000
+    #[arg(long)]
+    pub(crate) blkio_weight: Option<u16>,
     /// The CPUs that it may use
     #[arg(long)]
     pub(crate) cpuset_cpus: Option<String>,

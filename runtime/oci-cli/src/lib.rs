@@ -6,6 +6,7 @@
 //! what is stored under `--root` ([`state`]) and ask it over a socket ([`ask`]).
 
 mod ask;
+mod capabilities;
 mod cli;
 mod console;
 mod create;
