@@ -27,6 +27,8 @@ mod network;
 mod oci;
 mod oci_cpus;
 mod oci_descriptors;
+mod oci_exec;
+mod oci_limits;
 mod oci_mounts;
 mod oci_seccomp;
 mod pod;
@@ -75,6 +77,8 @@ fn main() -> ExitCode {
         oci::trials(),
         oci_cpus::trials(),
         oci_descriptors::trials(),
+        oci_exec::trials(),
+        oci_limits::trials(),
         oci_mounts::trials(),
         oci_seccomp::trials(),
         pod_files::trials(),
