@@ -14,6 +14,7 @@ mod mounts;
 mod namespaces;
 mod own_root;
 pub(crate) mod process;
+mod seccomp;
 mod shares;
 mod tmpfs;
 
@@ -139,6 +140,9 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     let linux = spec.linux().as_ref();
     if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
+    }
+    if let Some(seccomp) = linux.and_then(|linux| linux.seccomp().as_ref()) {
+        seccomp::check(seccomp)?;
     }
     let devices = linux.and_then(|linux| linux.net_devices().as_ref());
     if devices.is_some_and(|devices| !devices.is_empty()) {
