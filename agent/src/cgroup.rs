@@ -5,7 +5,7 @@ use crate::state::broken;
 use crate::sys;
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
-use koya_protocol::messages::{ContainerStats, DeviceIo};
+use koya_protocol::messages::{ContainerStats, DeviceIo, HugePages};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
 };
@@ -252,14 +252,41 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let directory = directory(id);
     // Figures of a controller that a kernel lacks are zero.
     let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
-    text_stats(&text, directory.is_dir())
+    text_stats(&text, &huge_page_sizes(&directory), directory.is_dir())
         .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 
-fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerStats> {
+/// As the group's files name them.
+fn huge_page_sizes(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut sizes: Vec<String> = names
+        .filter_map(|name| {
+            let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+            (!size.contains('.')).then(|| size.to_owned())
+        })
+        .collect();
+    sizes.sort();
+    sizes
+}
+
+fn text_stats(
+    text: &dyn Fn(&str) -> String,
+    sizes: &[String],
+    exists: bool,
+) -> Option<ContainerStats> {
     let number = |name: &str| single(&text(name));
     let cpu = keyed(&text("cpu.stat"));
     let of_cpu = |name: &str| cpu.get(name).copied().unwrap_or(0);
+    let huge_pages = |size: &String| HugePages {
+        size: size.clone(),
+        usage: number(&format!("hugetlb.{size}.current")),
+        failures: keyed(&text(&format!("hugetlb.{size}.events")))
+            .get("max")
+            .copied()
+            .unwrap_or(0),
+        ..Default::default()
+    };
     exists.then(|| ContainerStats {
         pids_current: number("pids.current"),
         pids_limit: number("pids.max"),
@@ -276,6 +303,7 @@ fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerSt
         memory: keyed(&text("memory.stat")),
         memory_events: keyed(&text("memory.events")),
         io: device_io(&text("io.stat")),
+        huge_pages: sizes.iter().map(huge_pages).collect(),
         ..Default::default()
     })
 }
@@ -377,6 +405,20 @@ mod tests {
     }
 
     #[test]
+    fn sizes_of_huge_pages_are_those_that_the_kernel_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "hugetlb.2MB.current",
+            "hugetlb.1GB.current",
+            "hugetlb.2MB.rsvd.current",
+            "memory.current",
+        ] {
+            fs::write(dir.path().join(name), "0").unwrap();
+        }
+        assert_eq!(huge_page_sizes(dir.path()), ["1GB", "2MB"]);
+    }
+
+    #[test]
     fn containers_leave_processes_to_the_agent() {
         assert_eq!(containers_pids([32_768, 30_000].into_iter()), Some(29_488));
         assert_eq!(containers_pids([32_768, 1000].into_iter()), Some(750));
@@ -434,18 +476,22 @@ mod tests {
                 "cpu.stat" => "usage_usec 70\nuser_usec 50\nsystem_usec 20\n",
                 "memory.max" => "1048576\n",
                 "memory.events" => "low 0\noom_kill 2\n",
+                "hugetlb.2MB.current" => "4194304\n",
+                "hugetlb.2MB.events" => "max 3\n",
                 "io.stat" => "254:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n7:0 \n",
                 _ => "",
             }
             .to_owned()
         };
-        let stats = text_stats(&text, true).unwrap();
+        let stats = text_stats(&text, &["2MB".into()], true).unwrap();
+        let huge = &stats.huge_pages[0];
+        assert_eq!((huge.usage, huge.failures), (4 << 20, 3));
         assert_eq!((stats.pids_current, stats.pids_limit), (3, u64::MAX));
         assert_eq!((stats.cpu_usage_usec, stats.cpu_system_usec), (70, 20));
         assert_eq!(stats.memory_limit, 1 << 20);
         assert_eq!(stats.memory_events["oom_kill"], 2);
         assert_eq!((stats.io[0].major, stats.io[0].read_bytes), (254, 4096));
         assert_eq!(stats.io.len(), 2);
-        assert!(text_stats(&text, false).is_none());
+        assert!(text_stats(&text, &[], false).is_none());
     }
 }

@@ -86,7 +86,7 @@ pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
 pub use size::{Size, parse as parse_size};
-pub use stats::{ContainerStats, CpuStats, DeviceIo};
+pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Keep, Step, Timeline};
 
 /// README's snippet, compiled.
