@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
     name = "koya-runtime",
     // The lines by which Docker and others read runc's.
     version = concat!(
-        "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"
+        "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0"
     ),
     help_template = "NAME:\n   {name} - Open Container Initiative runtime\n\n{about-with-newline}\n\
                      USAGE:\n   {usage}\n\n{all-args}{after-help}",

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
 /// The version of the runtime specification that the state follows.
-pub(crate) const OCI_VERSION: &str = "1.0.2";
+pub(crate) const OCI_VERSION: &str = "1.2.0";
 /// A name of a directory is no longer.
 const MAX_ID: usize = 255;
 

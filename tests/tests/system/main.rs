@@ -31,6 +31,7 @@ mod oci_exec;
 mod oci_limits;
 mod oci_mounts;
 mod oci_seccomp;
+mod oci_wrong;
 mod pod;
 mod pod_files;
 mod podman;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         oci_limits::trials(),
         oci_mounts::trials(),
         oci_seccomp::trials(),
+        oci_wrong::trials(),
         pod_files::trials(),
         podman::trials(),
         surroundings::trials(),
