@@ -5,11 +5,11 @@ use crate::state::broken;
 use crate::sys;
 use anyhow::{Context, Result, bail};
 use koya_protocol::Refused;
-use koya_protocol::messages::{ContainerStats, DeviceIo};
+use koya_protocol::messages::{ContainerStats, DeviceIo, HugePages};
 use libcgroups::common::{
     CgroupConfig, CgroupManager as _, ControllerOpt, FreezerState, create_cgroup_manager,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -176,8 +176,16 @@ pub(crate) fn freeze(id: &str, frozen: bool) -> Result<()> {
 
 /// Sets the limits in `linux.resources` of an OCI configuration; absent ones are not changed.
 pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
-    let resources: LinuxResources =
+    let mut resources: LinuxResources =
         serde_json::from_slice(resources).map_err(|error| broken("resources", &error))?;
+    if let Some(memory) = *resources.memory() {
+        let read = |file| {
+            let text = fs::read_to_string(directory(id).join(file));
+            single(&text.unwrap_or_default())
+        };
+        check_memory(&memory, read("memory.current"))?;
+        resources.set_memory(Some(with_limit(memory, read("memory.max"))));
+    }
     let wanted = ControllerOpt {
         resources: &resources,
         disable_oom_killer: false,
@@ -185,6 +193,33 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
         freezer_state: None,
     };
     Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
+}
+
+/// libcontainer sets none of memory and swap without one of memory: then that stays as it is.
+fn with_limit(mut memory: LinuxMemory, known: u64) -> LinuxMemory {
+    let known = i64::try_from(known).unwrap_or(-1);
+    if memory.limit().is_none() && memory.swap().is_some_and(|swap| swap == -1 || known > 0) {
+        memory.set_limit(Some(known));
+    }
+    memory
+}
+
+/// A limit below what is used would have processes killed. Who asks for it is told so instead, in runc's words.
+fn check_memory(memory: &LinuxMemory, usage: u64) -> Result<()> {
+    if memory.check_before_update() != Some(true) {
+        return Ok(());
+    }
+    let limits = [("memory+swap", memory.swap()), ("memory", memory.limit())];
+    for (what, limit) in limits {
+        if let Some(limit) = limit.and_then(|limit| u64::try_from(limit).ok())
+            && limit > 0
+            && limit <= usage
+        {
+            let reason = format!("rejecting {what} limit {limit} <= usage {usage}");
+            bail!(Refused::Invalid(reason));
+        }
+    }
+    Ok(())
 }
 
 /// Signals every process of a container, including those in groups that it created.
@@ -217,14 +252,41 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
     let directory = directory(id);
     // Values of missing controllers are zero.
     let text = |name: &str| fs::read_to_string(directory.join(name)).unwrap_or_default();
-    text_stats(&text, directory.is_dir())
+    text_stats(&text, &huge_page_sizes(&directory), directory.is_dir())
         .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 
-fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerStats> {
+/// As the group's files name them.
+fn huge_page_sizes(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut sizes: Vec<String> = names
+        .filter_map(|name| {
+            let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+            (!size.contains('.')).then(|| size.to_owned())
+        })
+        .collect();
+    sizes.sort();
+    sizes
+}
+
+fn text_stats(
+    text: &dyn Fn(&str) -> String,
+    sizes: &[String],
+    exists: bool,
+) -> Option<ContainerStats> {
     let number = |name: &str| single(&text(name));
     let cpu = keyed(&text("cpu.stat"));
     let of_cpu = |name: &str| cpu.get(name).copied().unwrap_or(0);
+    let huge_pages = |size: &String| HugePages {
+        size: size.clone(),
+        usage: number(&format!("hugetlb.{size}.current")),
+        failures: keyed(&text(&format!("hugetlb.{size}.events")))
+            .get("max")
+            .copied()
+            .unwrap_or(0),
+        ..Default::default()
+    };
     exists.then(|| ContainerStats {
         pids_current: number("pids.current"),
         pids_limit: number("pids.max"),
@@ -241,6 +303,7 @@ fn text_stats(text: &dyn Fn(&str) -> String, exists: bool) -> Option<ContainerSt
         memory: keyed(&text("memory.stat")),
         memory_events: keyed(&text("memory.events")),
         io: device_io(&text("io.stat")),
+        huge_pages: sizes.iter().map(huge_pages).collect(),
         ..Default::default()
     })
 }
@@ -342,10 +405,66 @@ mod tests {
     }
 
     #[test]
+    fn sizes_of_huge_pages_are_those_that_the_kernel_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "hugetlb.2MB.current",
+            "hugetlb.1GB.current",
+            "hugetlb.2MB.rsvd.current",
+            "memory.current",
+        ] {
+            fs::write(dir.path().join(name), "0").unwrap();
+        }
+        assert_eq!(huge_page_sizes(dir.path()), ["1GB", "2MB"]);
+    }
+
+    #[test]
     fn containers_leave_processes_to_the_agent() {
         assert_eq!(containers_pids([32_768, 30_000].into_iter()), Some(29_488));
         assert_eq!(containers_pids([32_768, 1000].into_iter()), Some(750));
         assert_eq!(containers_pids([0].into_iter()), None);
+    }
+
+    /// opencontainers/runc 3509.
+    #[test]
+    fn a_limit_below_what_is_used_is_refused_if_that_is_asked_for() {
+        let check = |memory: &str| {
+            let memory: LinuxMemory = serde_json::from_str(memory).unwrap();
+            check_memory(&memory, 1000).map_err(|error| format!("{error:#}"))
+        };
+        let refused = check(r#"{"limit": 1000, "checkBeforeUpdate": true}"#).unwrap_err();
+        assert!(
+            refused.contains("rejecting memory limit 1000 <= usage 1000"),
+            "{refused}"
+        );
+        let both = r#"{"limit": 10, "swap": 20, "checkBeforeUpdate": true}"#;
+        let refused = check(both).unwrap_err();
+        assert!(
+            refused.contains("rejecting memory+swap limit 20"),
+            "{refused}"
+        );
+        for taken in [
+            r#"{"limit": 1000}"#,
+            r#"{"limit": 1001, "checkBeforeUpdate": true}"#,
+            r#"{"limit": -1, "swap": -1, "checkBeforeUpdate": true}"#,
+        ] {
+            assert_eq!(check(taken), Ok(()), "{taken}");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_swap_alone_leaves_that_of_memory() {
+        let limit = |swap: i64, known: u64| {
+            let mut memory = LinuxMemory::default();
+            memory.set_swap(Some(swap));
+            with_limit(memory, known).limit()
+        };
+        assert_eq!(limit(2000, 1000), Some(1000));
+        assert_eq!(limit(-1, 1000), Some(1000));
+        assert_eq!(limit(-1, u64::MAX), Some(-1));
+        // There is nothing to take from what both may have.
+        assert_eq!(limit(2000, u64::MAX), None);
+        assert_eq!(with_limit(LinuxMemory::default(), 1000).limit(), None);
     }
 
     #[test]
@@ -357,18 +476,22 @@ mod tests {
                 "cpu.stat" => "usage_usec 70\nuser_usec 50\nsystem_usec 20\n",
                 "memory.max" => "1048576\n",
                 "memory.events" => "low 0\noom_kill 2\n",
+                "hugetlb.2MB.current" => "4194304\n",
+                "hugetlb.2MB.events" => "max 3\n",
                 "io.stat" => "254:0 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0\n7:0 \n",
                 _ => "",
             }
             .to_owned()
         };
-        let stats = text_stats(&text, true).unwrap();
+        let stats = text_stats(&text, &["2MB".into()], true).unwrap();
+        let huge = &stats.huge_pages[0];
+        assert_eq!((huge.usage, huge.failures), (4 << 20, 3));
         assert_eq!((stats.pids_current, stats.pids_limit), (3, u64::MAX));
         assert_eq!((stats.cpu_usage_usec, stats.cpu_system_usec), (70, 20));
         assert_eq!(stats.memory_limit, 1 << 20);
         assert_eq!(stats.memory_events["oom_kill"], 2);
         assert_eq!((stats.io[0].major, stats.io[0].read_bytes), (254, 4096));
         assert_eq!(stats.io.len(), 2);
-        assert!(text_stats(&text, false).is_none());
+        assert!(text_stats(&text, &[], false).is_none());
     }
 }

@@ -186,6 +186,16 @@ fn missing(path: &Path) -> Option<String> {
     Some(format!("its interpreter {interpreter:?} is not there"))
 }
 
+/// What execve(2) refused, as runc says it, and what of the program is missing.
+fn cannot_execute(path: &Path, error: &std::io::Error, lacks: Option<&str>) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let (first, rest) = text.split_at(text.len().min(1));
+    let why = format!("{}{rest}", first.to_lowercase());
+    let lacks = lacks.map_or_else(String::new, |lacks| format!(": {lacks}"));
+    format!("exec {}: {why}{lacks}", path.display())
+}
+
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let found = match &self.confinement {
@@ -232,10 +242,9 @@ impl Executor for Program {
             .map_err(|_| ExecutorError::InvalidArg)?;
         let error = crate::sys::exec(&c_path, &args);
         let is_missing = error.kind() == ErrorKind::NotFound;
-        let why = is_missing.then(|| missing(&path)).flatten();
-        let why = why.unwrap_or_else(|| error.to_string());
-        // The error can now only be printed to the program's own output.
-        eprintln!("koya: cannot execute {}: {why}", path.display());
+        let lacks = is_missing.then(|| missing(&path)).flatten();
+        // Nobody listens any more but who reads the program's own output.
+        eprintln!("{}", cannot_execute(&path, &error, lacks.as_deref()));
         std::process::exit(if is_missing { NOT_FOUND } else { CANNOT_RUN });
     }
 }
@@ -332,6 +341,14 @@ mod tests {
             assert_eq!(lacks(other), None);
         }
         assert_eq!(missing(&dir.path().join("nothing")), None);
+        let said = |error, lacks| {
+            let error = std::io::Error::from_raw_os_error(error);
+            cannot_execute(Path::new("/run.sh"), &error, lacks)
+        };
+        let expected = "exec /run.sh: no such file or directory: its loader";
+        assert_eq!(said(libc::ENOENT, Some("its loader")), expected);
+        let expected = "exec /run.sh: exec format error";
+        assert_eq!(said(libc::ENOEXEC, None), expected);
     }
 
     /// apple/container 1212; opencontainers/runc 3926.

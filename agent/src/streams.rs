@@ -8,7 +8,7 @@ use koya_protocol::STREAM_PORT;
 use koya_protocol::messages::FurtherStream;
 use koya_protocol::messages::further_stream::Direction;
 use rustix::pipe::{PipeFlags, pipe_with};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -43,7 +43,15 @@ pub(crate) fn output(token: &str) -> std::io::Result<Stdio> {
 
 /// The process's end of another stream.
 pub(crate) fn further(stream: &FurtherStream) -> std::io::Result<OwnedFd> {
-    match stream.direction.enum_value_or_default() {
+    let direction = stream.direction.enum_value_or_default();
+    if !stream.device.is_empty() {
+        let device = OpenOptions::new()
+            .read(direction != Direction::OUTPUT)
+            .write(direction != Direction::INPUT)
+            .open(&stream.device)?;
+        return Ok(device.into());
+    }
+    match direction {
         Direction::INPUT => input_pipe(&stream.token),
         Direction::OUTPUT => output_pipe(&stream.token),
         Direction::BOTH => socket(&stream.token),

@@ -36,13 +36,22 @@ pub enum Direction {
     Both,
 }
 
+/// A descriptor of a process beyond the standard streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Further {
+    /// A stream to this process.
+    Stream(Direction),
+    /// A device of the guest's, by its path there (`/dev/null`), opened for that direction.
+    Device(&'static str, Direction),
+}
+
 /// Streams of a process from an OCI configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessStreams {
     /// The standard ones.
     pub stdio: Stdio,
-    /// Inherited descriptors, 3 and up.
-    pub further: Vec<Direction>,
+    /// Its descriptors from 3 on, which it finds open.
+    pub further: Vec<Further>,
 }
 
 impl From<Stdio> for ProcessStreams {

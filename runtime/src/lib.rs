@@ -65,8 +65,8 @@ pub use checks::check_root;
 pub use config::SandboxConfig;
 pub use container::{Container, Output, Process};
 pub use container_config::{
-    ContainerConfig, Device, Direction, ExecOptions, ProcessConfig, ProcessStreams, Rlimit, Stdio,
-    Tmpfs, User, Volume,
+    ContainerConfig, Device, Direction, ExecOptions, Further, ProcessConfig, ProcessStreams,
+    Rlimit, Stdio, Tmpfs, User, Volume,
 };
 pub use error::{Error, ErrorKind};
 pub use koya_image as image;
@@ -86,7 +86,7 @@ pub use sandbox::{Disk, Sandbox, SandboxStats};
 pub use seccomp::{Profile, Seccomp};
 pub use settings::Settings;
 pub use size::{Size, parse as parse_size};
-pub use stats::{ContainerStats, CpuStats, DeviceIo};
+pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Keep, Step, Timeline};
 
 /// The README's snippets, compiled.

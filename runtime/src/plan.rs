@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::container::Process;
-use crate::container_config::{Direction, ProcessStreams, Stdio};
+use crate::container_config::{Direction, Further, ProcessStreams, Stdio};
 use crate::sandbox::Inner;
 use crate::streams::Expected;
 use koya_protocol::messages;
@@ -46,14 +46,22 @@ impl Plan {
             message.keep_newlines = keep_newlines;
         }
         let mut further = Vec::new();
-        for direction in &streams.further {
-            let expected = expect()?;
+        for wanted in &streams.further {
+            let (direction, token, device) = match *wanted {
+                Further::Device(path, direction) => (direction, String::new(), path),
+                Further::Stream(direction) => {
+                    let expected = expect()?;
+                    let token = expected.token.clone();
+                    further.push(expected);
+                    (direction, token, "")
+                }
+            };
             message.further.push(messages::FurtherStream {
-                direction: way(*direction).into(),
-                token: expected.token.clone(),
+                direction: way(direction).into(),
+                token,
+                device: device.into(),
                 ..Default::default()
             });
-            further.push(expected);
         }
         Ok(Self {
             message: messages::Stdio {

@@ -26,6 +26,17 @@ pub struct ContainerStats {
     pub memory_events: BTreeMap<String, u64>,
     /// Requests to the guest's disks.
     pub io: Vec<DeviceIo>,
+    /// Huge pages, by their size as the kernel names it (`2MB`).
+    pub huge_pages: BTreeMap<String, HugePageUse>,
+}
+
+/// Huge pages of one size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HugePageUse {
+    /// Bytes.
+    pub usage: u64,
+    /// How often there were none within the limit.
+    pub failures: u64,
 }
 
 /// CPU time, in microseconds.
@@ -72,6 +83,10 @@ impl From<messages::ContainerStats> for ContainerStats {
             reads: device.reads,
             writes: device.writes,
         };
+        let huge_pages = |pages: messages::HugePages| {
+            let (usage, failures) = (pages.usage, pages.failures);
+            (pages.size, HugePageUse { usage, failures })
+        };
         Self {
             pids: stats.pids_current,
             pids_limit: stats.pids_limit,
@@ -90,6 +105,7 @@ impl From<messages::ContainerStats> for ContainerStats {
             memory_details: stats.memory.into_iter().collect(),
             memory_events: stats.memory_events.into_iter().collect(),
             io: stats.io.iter().map(io).collect(),
+            huge_pages: stats.huge_pages.into_iter().map(huge_pages).collect(),
         }
     }
 }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
     name = "koya-runtime",
     // The version lines of runc that Docker and others parse.
     version = concat!(
-        "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.0.2"
+        "version ", env!("CARGO_PKG_VERSION"), "\ncommit: ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0"
     ),
     help_template = "NAME:\n   {name} - Open Container Initiative runtime\n\n{about-with-newline}\n\
                      USAGE:\n   {usage}\n\n{all-args}{after-help}",
@@ -251,7 +251,7 @@ pub(crate) struct ExecArgs {
     /// Set the control group, as a path below that of the container
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup: Vec<String>,
-    /// Not supported: the process would never start
+    /// In a paused container, have it start once that goes on
     #[arg(long)]
     pub(crate) ignore_paused: bool,
     /// The container
@@ -304,7 +304,22 @@ pub(crate) struct UpdateArgs {
     /// Set the relative share of CPU time
     #[arg(long)]
     pub(crate) cpu_share: Option<u64>,
-    /// Set the allowed CPUs
+    /// Microseconds beyond the quota that it may save up
+    #[arg(long)]
+    pub(crate) cpu_burst: Option<u64>,
+    /// Whether it runs only when nobody else does: 1 or 0
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) cpu_idle: Option<i64>,
+    /// Not supported: control groups of version 2 have no such limit
+    #[arg(long)]
+    pub(crate) cpu_rt_period: Option<u64>,
+    /// Not supported, as the former
+    #[arg(long, allow_hyphen_values = true)]
+    pub(crate) cpu_rt_runtime: Option<i64>,
+    /// The weight among those who use disks of the host, 10 to 1000
+    #[arg(long)]
+    pub(crate) blkio_weight: Option<u16>,
+    /// The CPUs that it may use
     #[arg(long)]
     pub(crate) cpuset_cpus: Option<String>,
     /// Set the allowed memory nodes

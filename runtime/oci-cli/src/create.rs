@@ -6,7 +6,7 @@ use crate::console::{self, Joined};
 use crate::pidfd::Receiver;
 use crate::preserved::Given;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
-use crate::{Outcome, life, logging, member, program};
+use crate::{Outcome, capabilities, life, logging, member, program};
 use anyhow::{Context, Result, bail};
 use chrono::SecondsFormat;
 use koya::oci_spec::runtime::ContainerState;
@@ -116,6 +116,9 @@ impl Wanted {
         }
         program::check_mount_points(&spec, &args.bundle)?;
         program::check(&spec, &args.bundle)?;
+        if let Some(process) = spec.config().process() {
+            capabilities::warn_of_ambient(&serde_json::to_value(process)?);
+        }
         Ok(Self {
             spec,
             joins,

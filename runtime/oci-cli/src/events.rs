@@ -107,7 +107,12 @@ fn duration(text: &str) -> Result<Duration> {
 pub(crate) fn data(stats: &ContainerStats) -> Value {
     let nanoseconds = |microseconds: u64| microseconds.saturating_mul(1000);
     let cpu = &stats.cpu;
+    let huge_pages = stats.huge_pages.iter().map(|(size, pages)| {
+        let usage = json!({"usage": pages.usage, "max": 0, "failcnt": pages.failures});
+        (size.clone(), usage)
+    });
     json!({
+        "hugetlb": Value::Object(huge_pages.collect()),
         "cpu": {
             "usage": {
                 "total": nanoseconds(cpu.usage),
@@ -158,8 +163,15 @@ mod tests {
             ..ContainerStats::default()
         };
         stats.cpu.usage = 5;
+        let pages = koya::HugePageUse {
+            usage: 7,
+            failures: 1,
+        };
+        stats.huge_pages.insert("2MB".into(), pages);
         let data = data(&stats);
         assert_eq!(data["cpu"]["usage"]["total"], 5000);
+        let pages = json!({"2MB": {"usage": 7, "max": 0, "failcnt": 1}});
+        assert_eq!(data["hugetlb"], pages);
         assert_eq!(data["pids"], json!({"current": 3, "limit": 0}));
     }
 }

@@ -3,7 +3,6 @@
 //! In the foreground the command itself represents the process; detached, a long-lived process does ([`stub`]): callers get
 //! its PID, and it exits with the process's status. It keeps none of the process's streams open.
 
-use crate::Outcome;
 use crate::ask::{Answer, Request, hear};
 use crate::cli::ExecArgs;
 use crate::console::{self, Joined, Pty, size, spawn};
@@ -12,6 +11,7 @@ use crate::pidfd::Receiver;
 use crate::preserved::{Count, Given};
 use crate::signal::PASSED;
 use crate::state::{Container, Root, Status};
+use crate::{Outcome, capabilities};
 use anyhow::{Context, Result, bail};
 use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
@@ -25,6 +25,10 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How often it is looked whether a paused container goes on.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Request to a stub. Attached: the process's streams, or a connection to a console socket.
 #[derive(Serialize, Deserialize)]
@@ -55,20 +59,17 @@ impl Added {
 }
 
 pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
-    if args.ignore_paused {
-        bail!(
-            "--ignore-paused is not supported: in a paused container no process comes to its start"
-        );
-    }
     let cgroup = cgroup_of(args)?;
     let container = root.find(&args.id)?;
     match container.status() {
         Status::Stopped => bail!("cannot exec in a stopped container"),
+        Status::Paused if args.ignore_paused => wait_for_resume(&container)?,
         Status::Paused => bail!("cannot exec in a paused container"),
         Status::Created | Status::Running => {}
     }
     let mut process = process_of(args, &container.stored.bundle)?;
     add_environment(&mut process, given.count);
+    capabilities::warn_of_ambient(&process);
     let is_terminal = process["terminal"] == true;
     if args.detach && is_terminal != args.console_socket.is_some() {
         bail!(match is_terminal {
@@ -90,6 +91,17 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
                 receiver.send(std::process::id())?;
             }
             foreground(&container, args, &added, given)
+        }
+    }
+}
+
+/// With runc a process that comes into a paused container stands still until that goes on. Here it comes then.
+fn wait_for_resume(container: &Container) -> Result<()> {
+    loop {
+        match container.status() {
+            Status::Paused => std::thread::sleep(LOOK),
+            Status::Stopped => bail!("cannot exec in a stopped container"),
+            Status::Created | Status::Running => return Ok(()),
         }
     }
 }

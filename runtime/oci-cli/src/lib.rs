@@ -6,6 +6,7 @@
 //! under `--root` ([`state`]) and send it requests over a socket ([`ask`]).
 
 mod ask;
+mod capabilities;
 mod cli;
 mod console;
 mod create;

@@ -139,14 +139,11 @@ fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) ->
         log::warn!("cannot enter {}: {error}", group.display());
     }
     cgroup::have_all_cpus();
-    let served = match &boot.joins {
+    // The group stays until the container is deleted, as with runc: callers look there how it ended.
+    match &boot.joins {
         Some(joins) => member::stand(boot, joins, &spec, fds, stream, wire),
         None => enter_and_run(boot, spec, fds, stream, wire),
-    };
-    if let Some(group) = &group {
-        cgroup::leave(group);
     }
-    served
 }
 
 fn enter_and_run(

@@ -65,23 +65,126 @@ fn default_spec() -> Value {
 }
 
 pub(crate) fn features() -> Outcome {
-    print_json(&json!({
+    print_json(&supported())?;
+    Ok(0)
+}
+
+/// Options of mounts that are understood, as libcontainer in the guest has them.
+const MOUNT_OPTIONS: &[&str] = &[
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "private",
+    "ratime",
+    "rbind",
+    "rdev",
+    "rdiratime",
+    "relatime",
+    "remount",
+    "rexec",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnorelatime",
+    "rnostrictatime",
+    "rnosuid",
+    "rnosymfollow",
+    "ro",
+    "rprivate",
+    "rrelatime",
+    "rro",
+    "rrw",
+    "rshared",
+    "rslave",
+    "rstrictatime",
+    "rsuid",
+    "rsymfollow",
+    "runbindable",
+    "rw",
+    "shared",
+    "slave",
+    "strictatime",
+    "suid",
+    "symfollow",
+    "sync",
+    "tmpcopyup",
+    "unbindable",
+];
+
+fn supported() -> Value {
+    let no = json!({"enabled": false});
+    json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": OCI_VERSION,
-        "hooks": ["prestart", "createRuntime", "poststart", "poststop"],
+        "hooks": [
+            "prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop",
+        ],
+        "mountOptions": MOUNT_OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false},
-            "seccomp": {"enabled": true},
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
+            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
+            "seccomp": {
+                "enabled": true,
+                "actions": [
+                    "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS",
+                    "SCMP_ACT_KILL_THREAD", "SCMP_ACT_LOG", "SCMP_ACT_TRACE", "SCMP_ACT_TRAP",
+                ],
+                "operators": [
+                    "SCMP_CMP_NE", "SCMP_CMP_LT", "SCMP_CMP_LE", "SCMP_CMP_EQ", "SCMP_CMP_GE",
+                    "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ",
+                ],
+            },
             "apparmor": {"enabled": true},
+            "selinux": {"enabled": true},
+            "intelRdt": no,
+            "mountExtensions": {"idmap": no},
+            "netDevices": no,
         },
-    }))?;
-    Ok(0)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn said(value: Value) -> Value {
+        match value {
+            Value::Object(map) => {
+                let pairs = map.into_iter().filter(|(_, value)| !value.is_null());
+                pairs.map(|(name, value)| (name, said(value))).collect()
+            }
+            other => other,
+        }
+    }
+
+    /// By names that the specification has: others would be left out, or an error.
+    #[test]
+    fn what_is_supported_is_said_as_the_specification_has_it() {
+        let all = supported();
+        let read: koya::oci_spec::runtime::Features = serde_json::from_value(all.clone()).unwrap();
+        let again = serde_json::to_value(read).unwrap();
+        assert_eq!(said(again), all);
+        let mut options = MOUNT_OPTIONS.to_vec();
+        options.sort_unstable();
+        options.dedup();
+        assert_eq!(options, MOUNT_OPTIONS);
+    }
 
     #[test]
     fn a_file_that_is_there_is_kept() {

@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
-/// Version of the runtime specification for the state.
-pub(crate) const OCI_VERSION: &str = "1.0.2";
+/// The version of the runtime specification that the state follows.
+pub(crate) const OCI_VERSION: &str = "1.2.0";
 /// Maximum length of a directory's name.
 const MAX_ID: usize = 255;
 
@@ -70,7 +70,7 @@ impl Stored {
     /// The environment of its hooks. This process has not changed its namespaces.
     pub(crate) fn place(&self) -> Place<'_> {
         Place {
-            bundle: &self.bundle,
+            directory: &self.bundle,
             network: None,
         }
     }

@@ -34,6 +34,9 @@ fn resources(args: &UpdateArgs) -> Result<Value> {
         read.with_context(|| format!("cannot read {file}"))?;
         return serde_json::from_str(&text).with_context(|| format!("{file}: not understood"));
     }
+    if args.cpu_rt_period.is_some() || args.cpu_rt_runtime.is_some() {
+        bail!("--cpu-rt-period, --cpu-rt-runtime: control groups of version 2 have no such limits");
+    }
     let section = |pairs: Vec<(&str, Option<Value>)>| {
         let pairs = pairs.into_iter();
         let pairs = pairs.filter_map(|(name, value)| Some((name.to_owned(), value?)));
@@ -43,6 +46,8 @@ fn resources(args: &UpdateArgs) -> Result<Value> {
         ("quota", args.cpu_quota.map(Value::from)),
         ("period", args.cpu_period.map(Value::from)),
         ("shares", args.cpu_share.map(Value::from)),
+        ("burst", args.cpu_burst.map(Value::from)),
+        ("idle", args.cpu_idle.map(Value::from)),
         ("cpus", args.cpuset_cpus.clone().map(Value::from)),
         ("mems", args.cpuset_mems.clone().map(Value::from)),
     ]);
@@ -51,8 +56,9 @@ fn resources(args: &UpdateArgs) -> Result<Value> {
         ("reservation", args.memory_reservation.map(Value::from)),
         ("swap", args.memory_swap.map(Value::from)),
     ]);
+    let io = section(vec![("weight", args.blkio_weight.map(Value::from))]);
     let mut all = json!({});
-    for (name, section) in [("cpu", cpu), ("memory", memory)] {
+    for (name, section) in [("cpu", cpu), ("memory", memory), ("blockIO", io)] {
         if section
             .as_object()
             .is_some_and(|section| !section.is_empty())
@@ -94,6 +100,17 @@ mod tests {
                 "7"
             ]),
             json!({"memory": {"limit": 50 << 20, "swap": -1}, "pids": {"limit": -1}, "cpu": {"shares": 7}})
+        );
+        assert_eq!(
+            of(&[
+                "--cpu-burst",
+                "5000",
+                "--cpu-idle",
+                "-1",
+                "--blkio-weight",
+                "300"
+            ]),
+            json!({"cpu": {"burst": 5000, "idle": -1}, "blockIO": {"weight": 300}})
         );
     }
 }

@@ -1,7 +1,7 @@
 //! Statistics of a container in containerd's format for control groups, version 2.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
 };
 use koya::ContainerStats;
 
@@ -45,7 +45,14 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Metrics {
         usage: stats.io.iter().map(io).collect(),
         ..Default::default()
     };
+    let huge_pages = |(size, pages): (&String, &koya::HugePageUse)| HugeTlbStat {
+        current: pages.usage,
+        pagesize: size.clone(),
+        failcnt: pages.failures,
+        ..Default::default()
+    };
     Metrics {
+        hugetlb: stats.huge_pages.iter().map(huge_pages).collect(),
         pids: Some(pids).into(),
         cpu: Some(cpu).into(),
         memory: Some(memory(stats)).into(),

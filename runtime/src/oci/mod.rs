@@ -14,6 +14,7 @@ mod mounts;
 mod namespaces;
 mod own_root;
 pub(crate) mod process;
+mod seccomp;
 mod shares;
 mod tmpfs;
 
@@ -140,6 +141,9 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if linux.is_some_and(|linux| linux.intel_rdt().is_some()) {
         return Err(refuse("linux.intelRdt", "a guest has no such control"));
     }
+    if let Some(seccomp) = linux.and_then(|linux| linux.seccomp().as_ref()) {
+        seccomp::check(seccomp)?;
+    }
     let devices = linux.and_then(|linux| linux.net_devices().as_ref());
     if devices.is_some_and(|devices| !devices.is_empty()) {
         let reason =
@@ -186,7 +190,8 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
     }
 }
 
-/// Reduces limits to those that the guest's control groups support. Its CPUs, disks and huge pages are not the host's.
+/// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
+/// pages: of those the sandbox's own group on the host may have limits.
 pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);
@@ -199,6 +204,11 @@ pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
         cpu.set_realtime_period(None);
         cpu.set_realtime_runtime(None);
         resources.set_cpu(Some(cpu));
+    }
+    if let Some(mut files) = resources.unified().clone() {
+        let controllers = ["cpuset.", "io.", "hugetlb.", "rdma."];
+        files.retain(|file, _| !controllers.iter().any(|name| file.starts_with(name)));
+        resources.set_unified(Some(files));
     }
 }
 

@@ -11,6 +11,7 @@ use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{OWN_ROOT, SHARED_MEMORY_DIR, VOLUMES_DIR};
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use rustix::fs::StatVfsMountFlags;
 use std::os::unix::fs::{FileTypeExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
@@ -77,6 +78,7 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
     if namespaces::all(spec).any(|n| n.typ() == LinuxNamespaceType::User) {
         mounts.iter_mut().for_each(bind_sysfs);
     }
+    mounts.iter_mut().for_each(say_symfollow);
     spec.set_mounts(Some(mounts));
     Ok(adapted)
 }
@@ -100,6 +102,19 @@ fn bind_sysfs(mount: &mut Mount) {
         let rbind = ["rbind".to_owned()].into_iter();
         mount.set_options(Some(rbind.chain(options).collect()));
     }
+}
+
+/// libcontainer knows these only for a mount with all that is below it.
+fn say_symfollow(mount: &mut Mount) {
+    let Some(mut options) = mount.options().clone() else {
+        return;
+    };
+    for option in &mut options {
+        if option == "symfollow" || option == "nosymfollow" {
+            option.insert(0, 'r');
+        }
+    }
+    mount.set_options(Some(options));
 }
 
 /// Converts a mount for the guest; returns it with the resource that it needs.
@@ -190,6 +205,54 @@ pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Erro
     Ok(directory.join(source))
 }
 
+/// Options that say something of a mount's flags.
+const FLAGS: [&str; 20] = [
+    "ro",
+    "rw",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "symfollow",
+    "nosymfollow",
+    "sync",
+    "async",
+];
+/// Linux's ST_NOSYMFOLLOW.
+const NO_SYMLINKS: StatVfsMountFlags = StatVfsMountFlags::from_bits_retain(0x2000);
+
+/// What a bind mount that says nothing of its flags has of them: those of the mount that its source is on, as with
+/// runc and mount(8). That it is read-only there holds anyway.
+fn kept_flags(source: &Path, mount: &Mount) -> Vec<&'static str> {
+    if FLAGS.iter().any(|flag| has(mount, flag)) {
+        return Vec::new();
+    }
+    let Ok(found) = rustix::fs::statvfs(source) else {
+        return Vec::new();
+    };
+    let all = [
+        (StatVfsMountFlags::NOSUID, "nosuid"),
+        (StatVfsMountFlags::NODEV, "nodev"),
+        (StatVfsMountFlags::NOEXEC, "noexec"),
+        (StatVfsMountFlags::NOATIME, "noatime"),
+        (StatVfsMountFlags::NODIRATIME, "nodiratime"),
+        (NO_SYMLINKS, "nosymfollow"),
+    ];
+    let kept = all.into_iter();
+    let kept = kept.filter(|(flag, _)| found.f_flag.contains(*flag));
+    kept.map(|(_, name)| name).collect()
+}
+
 /// Converts a bind mount: a directory or file of the host, or a path recorded for a block device.
 fn adapt_bind(
     id: &str,
@@ -227,6 +290,12 @@ fn adapt_bind(
             _ => "it is a device of the host, which a guest does not have",
         };
         return Err(wrong(what.into()));
+    }
+    let kept = kept_flags(&source, mount);
+    if !kept.is_empty() {
+        let options = mount.options().clone().unwrap_or_default();
+        let kept = kept.into_iter().map(String::from);
+        adapted.set_options(Some(options.into_iter().chain(kept).collect()));
     }
     let share = Share {
         name: format!("{id}.mount{number}"),

@@ -52,6 +52,8 @@ fn error(change: impl FnOnce(&mut Value)) -> String {
 #[test]
 fn what_is_the_hosts_becomes_the_guests() {
     let (dir, bundle) = bundle(|spec| {
+        spec["linux"]["resources"]["unified"] =
+            json!({"memory.high": "1", "cpuset.cpus": "9", "io.max": "8:0 riops=5"});
         spec["mounts"].as_array_mut().unwrap().extend([
             json!({"destination": "/etc/hosts", "type": "bind", "source": "hosts",
                 "options": ["rbind", "ro"]}),
@@ -72,6 +74,8 @@ fn what_is_the_hosts_becomes_the_guests() {
         !text.contains("0-3") && text.contains("\"shares\":2"),
         "{text}"
     );
+    let unified = r#""unified":{"memory.high":"1"}"#;
+    assert!(text.contains(unified), "{text}");
     assert!(
         text.contains("HOME=/root") && text.contains(r#""source":"/dev/shm""#),
         "{text}"
@@ -282,6 +286,27 @@ fn what_an_earlier_mount_put_into_the_root_is_the_guests() {
             .unwrap_err()
             .contains("a later mount over it (/mnt)")
     );
+}
+
+/// opencontainers/runc 3805: a directory of the host on which nothing may be run is such a one in the guest.
+#[test]
+fn a_bind_mount_has_the_flags_of_its_sources_mount() {
+    let source = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().find(|line| line.contains(" /dev/shm "));
+    let flags = line.unwrap().split(' ').nth(3).unwrap();
+    let flags: Vec<_> = flags.split(',').collect();
+    let options = |said: &[&str]| {
+        let mount = json!({"destination": "/data", "type": "bind", "source": source.path(), "options": said});
+        last_options(json!([mount]), |_| ())
+    };
+    let kept = options(&["rbind", "rprivate"]);
+    for flag in ["nosuid", "nodev", "noexec"] {
+        let is_kept = kept.iter().any(|option| option == flag);
+        assert_eq!(is_kept, flags.contains(&flag), "{kept:?} of {flags:?}");
+    }
+    assert_eq!(options(&["rbind", "rw"]), ["rbind", "rw"]);
+    assert_eq!(options(&["bind", "nosymfollow"]), ["bind", "rnosymfollow"]);
 }
 
 #[test]

@@ -4,7 +4,6 @@
 
 use crate::Error;
 use anyhow::anyhow;
-use koya::oci_spec::runtime as oci;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::fs;
 use std::io;
@@ -128,16 +127,17 @@ pub fn have_all_cpus() {
     }
 }
 
-/// Creates the group with the controllers for limits, as far as the parent groups have them.
+/// With all controllers that the groups above have, as runc's.
 fn make(group: &Path) -> io::Result<()> {
     let Ok(below) = group.strip_prefix(ROOT) else {
         return Ok(());
     };
     let mut at = PathBuf::from(ROOT);
     for name in below {
-        for controller in ["+memory", "+cpu", "+cpuset", "+pids"] {
-            // A group that contains processes can't enable controllers for children.
-            fs::write(at.join("cgroup.subtree_control"), controller).ok();
+        let controllers = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
+        for controller in controllers.split_whitespace() {
+            // A group with processes of its own can't pass them on.
+            fs::write(at.join("cgroup.subtree_control"), format!("+{controller}")).ok();
         }
         at.push(name);
         match fs::create_dir(&at) {
@@ -180,33 +180,8 @@ pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
     apply(group, &there);
 }
 
-/// The limits of CPU time, and the allowed CPUs of the host: files and values.
-pub(crate) fn cpu(resources: &oci::LinuxResources) -> Vec<(&'static str, String)> {
-    let mut all = Vec::new();
-    let Some(cpu) = resources.cpu() else {
-        return all;
-    };
-    if let Some(quota) = cpu.quota().filter(|quota| *quota > 0) {
-        all.push((
-            "cpu.max",
-            format!("{quota} {}", cpu.period().unwrap_or(100_000)),
-        ));
-    }
-    if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
-        // As in runc: maps 2..262144 to 1..10000.
-        let weight = 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
-        all.push(("cpu.weight", weight.to_string()));
-    }
-    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
-            all.push((file, value.clone()));
-        }
-    }
-    all
-}
-
-/// Sets limits. Failures are logged and ignored: the guest has limits of its own.
-pub(crate) fn apply(group: &Path, limits: &[(&str, String)]) {
+/// Sets limits. One that can't be set is said, and the sandbox goes on: the guest has limits of its own.
+fn apply(group: &Path, limits: &[(&str, String)]) {
     for (file, value) in limits {
         match fs::write(group.join(file), value) {
             Ok(()) => log::info!("{}/{file}: {value}", group.display()),
@@ -279,17 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sandboxs_limits_are_the_containers_and_the_virtual_machines() {
-        let resources: oci::LinuxResources = serde_json::from_str(
-            r#"{"cpu": {"quota": 150000, "period": 100000, "shares": 1024, "cpus": "0-1"}}"#,
-        )
-        .unwrap();
-        let limits = cpu(&resources);
-        let of = |name: &str| limits.iter().find(|l| l.0 == name).map(|l| l.1.as_str());
-        assert_eq!(of("cpu.max"), Some("150000 100000"));
-        assert_eq!(of("cpu.weight"), Some("39"));
-        assert_eq!(of("cpuset.cpus"), Some("0-1"));
-        assert!(cpu(&oci::LinuxResources::default()).is_empty());
+    fn memory_is_the_containers_and_the_virtual_machines() {
         let [max, swap] = memory(280, 20);
         assert_eq!(max, ("memory.max", ((300 + 3 + 32 + 75) << 20).to_string()));
         assert_eq!(swap, ("memory.swap.max", "0".to_owned()));

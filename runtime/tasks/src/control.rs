@@ -1,8 +1,8 @@
 //! Requests to an existing task: signals, pause, limits, statistics, terminal size.
 
 use crate::Error;
-use crate::cgroup;
 use crate::event::Event;
+use crate::host_limits;
 use crate::machine::GuestContainer;
 use crate::process::{Action, Exit, Handle, Status};
 use crate::set::{ProcessOf, SIGKILL, Task, TaskSet};
@@ -119,7 +119,7 @@ impl TaskSet {
             return changed;
         }
         if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
-            cgroup::apply(&group, &cgroup::cpu(resources));
+            host_limits::apply(&group, resources)?;
         }
         Ok(())
     }

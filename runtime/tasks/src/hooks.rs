@@ -86,8 +86,8 @@ impl Kind {
 /// Environment in which hooks run.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
-    /// The container's bundle, their working directory.
-    pub bundle: &'a Path,
+    /// Their working directory: the container's bundle, or its root, which createContainer hooks are in with runc.
+    pub directory: &'a Path,
     /// The network namespace, if not that of the calling thread.
     pub network: Option<&'a File>,
 }
@@ -127,7 +127,7 @@ fn each(
     let run_all = || {
         hooks.iter().enumerate().try_for_each(|(index, hook)| {
             let name = || hook::failure(kind.name(), index, hook);
-            judge(run_one(hook, &state, place.bundle).with_context(name))
+            judge(run_one(hook, &state, place.directory).with_context(name))
         })
     };
     let Some(network) = place.network else {
@@ -162,7 +162,7 @@ pub fn run_overdue(id: &str, bundle: &Path) -> Result<(), Error> {
     let hooks = spec.take_host_hooks();
     let state = spec.state(id, bundle, Kind::Poststop.status(), None);
     let place = Place {
-        bundle,
+        directory: bundle,
         network: None,
     };
     run_poststop(Kind::Poststop.of(&hooks), &state, place)?;
@@ -175,14 +175,14 @@ impl TaskSet {
     /// # Errors
     /// The hook that fails.
     pub(crate) fn run_hooks(&self, task: &Task, kinds: &[Kind]) -> Result<(), Error> {
+        let root = task.spec.root(&task.bundle).filter(|root| root.is_dir());
         for kind in kinds {
             let state = self.state_for(task, *kind);
-            run(
-                *kind,
-                kind.of(&task.hooks),
-                &state,
-                self.place_of(task, *kind),
-            )?;
+            let mut place = self.place_of(task, *kind);
+            if let Some(root) = root.as_ref().filter(|_| *kind == Kind::CreateContainer) {
+                place.directory = root;
+            }
+            run(*kind, kind.of(&task.hooks), &state, place)?;
         }
         Ok(())
     }
@@ -224,7 +224,7 @@ impl TaskSet {
     fn place_of<'a>(&'a self, task: &'a Task, kind: Kind) -> Place<'a> {
         let network = self.config.host_network.as_ref();
         Place {
-            bundle: &task.bundle,
+            directory: &task.bundle,
             network: network.filter(|_| kind != Kind::CreateContainer),
         }
     }
@@ -314,7 +314,7 @@ mod tests {
 
     fn here() -> Place<'static> {
         Place {
-            bundle: Path::new("/tmp"),
+            directory: Path::new("/tmp"),
             network: None,
         }
     }

@@ -47,6 +47,7 @@ mod error;
 mod event;
 mod exec;
 pub mod hooks;
+mod host_limits;
 mod lifecycle;
 mod logger;
 mod machine;

@@ -2,7 +2,7 @@
 //! without a guest.
 
 use crate::Error;
-use crate::cgroup;
+use crate::host_limits;
 use crate::namespaces::interfaces;
 use crate::resize::bound_memory;
 use crate::set::{State, Task, TaskSet};
@@ -360,8 +360,11 @@ impl TaskSet {
                 name_server: task.spec.name_server(),
             },
         )?;
-        if let Some((group, resources)) = task.spec.cgroup().zip(task.spec.resources()) {
-            cgroup::apply(&group, &cgroup::cpu(resources));
+        if let Some((group, resources)) = task.spec.cgroup().zip(task.spec.resources())
+            && let Err(error) = host_limits::apply(&group, resources)
+        {
+            machine.kill();
+            return Err(error.into());
         }
         bound_memory(task, &*machine, None);
         if let Err(error) = self.publish_ooms(machine.clone()) {

@@ -1,10 +1,11 @@
-//! `--preserve-fds`: descriptors that a process inherits from the caller, 3 and up. Descriptors can't be passed into a
-//! guest: their data is forwarded, as for the standard streams. The process has a pipe in place of a pipe, a FIFO or a file
-//! that is open in one direction, and a socket in place of a stream socket.
+//! `--preserve-fds`: descriptors that a process inherits from the caller, from 3 on. Descriptors don't pass into
+//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe,
+//! a FIFO or a file that is open one way, and a socket for a stream socket. What the kernel makes up, as `/dev/null`, is the
+//! guest's.
 
 use anyhow::{Context, Result, bail};
-use koya::Direction;
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use koya::{Direction, Further};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, major, minor};
 use rustix::net::{SocketType, sockopt};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -14,7 +15,20 @@ use std::os::fd::OwnedFd;
 pub struct Preserved {
     pub(crate) direction: Direction,
     pub(crate) file: File,
+    /// What the guest has in its place.
+    device: Option<&'static str>,
 }
+
+/// Devices that are nothing but the kernel's, by their numbers.
+const DEVICES: [(u32, &str); 5] = [
+    (3, "/dev/null"),
+    (5, "/dev/zero"),
+    (7, "/dev/full"),
+    (8, "/dev/random"),
+    (9, "/dev/urandom"),
+];
+/// Theirs in common.
+const MEMORY: u32 = 1;
 
 impl Preserved {
     /// Maximum number for a process: more than any known caller passes.
@@ -25,24 +39,61 @@ impl Preserved {
     /// # Errors
     /// If its data can't be forwarded.
     pub fn new(number: usize, fd: OwnedFd) -> Result<Self> {
-        let direction = direction_of(&fd).with_context(|| {
+        let device = device_of(&fd)?;
+        let direction = match device {
+            Some(_) => Ok(access_of(&fd)?),
+            None => direction_of(&fd),
+        };
+        let direction = direction.with_context(|| {
             format!("descriptor {number} can't be passed into a virtual machine")
         })?;
-        let file = fd.into();
-        Ok(Self { direction, file })
+        Ok(Self {
+            direction,
+            file: fd.into(),
+            device,
+        })
     }
+
+    /// What the process has of it.
+    pub(crate) fn wanted(&self) -> Further {
+        match self.device {
+            Some(path) => Further::Device(path, self.direction),
+            None => Further::Stream(self.direction),
+        }
+    }
+
+    /// Whether what the process reads or writes passes through this one.
+    pub(crate) fn is_stream(&self) -> bool {
+        self.device.is_none()
+    }
+}
+
+fn device_of(fd: &OwnedFd) -> Result<Option<&'static str>> {
+    let found = fstat(fd)?;
+    let (kind, number) = (FileType::from_raw_mode(found.st_mode), found.st_rdev);
+    if kind != FileType::CharacterDevice || major(number) != MEMORY {
+        return Ok(None);
+    }
+    let mut all = DEVICES.iter();
+    Ok(all.find_map(|(own, path)| (*own == minor(number)).then_some(*path)))
+}
+
+/// How it is open.
+fn access_of(fd: &OwnedFd) -> Result<Direction> {
+    Ok(match fcntl_getfl(fd)? & OFlags::RWMODE {
+        OFlags::RDONLY => Direction::Input,
+        OFlags::WRONLY => Direction::Output,
+        _ => Direction::Both,
+    })
 }
 
 fn direction_of(fd: &OwnedFd) -> Result<Direction> {
     match FileType::from_raw_mode(fstat(fd)?.st_mode) {
-        kind @ (FileType::Fifo | FileType::RegularFile) => {
-            match (fcntl_getfl(fd)? & OFlags::RWMODE, kind) {
-                (OFlags::RDONLY, _) => Ok(Direction::Input),
-                (OFlags::WRONLY, _) => Ok(Direction::Output),
-                (_, FileType::Fifo) => bail!("it is a FIFO that is open both ways"),
-                _ => bail!("it is a regular file that is open both ways"),
-            }
-        }
+        kind @ (FileType::Fifo | FileType::RegularFile) => match (access_of(fd)?, kind) {
+            (Direction::Both, FileType::Fifo) => bail!("it is a FIFO that is open both ways"),
+            (Direction::Both, _) => bail!("it is a regular file that is open both ways"),
+            (one_way, _) => Ok(one_way),
+        },
         FileType::Socket if sockopt::socket_type(fd)? != SocketType::STREAM => {
             bail!("it is a socket, but no stream")
         }
@@ -82,10 +133,32 @@ mod tests {
         let others: [(OwnedFd, &str); 5] = [
             (file.into_file().into(), both),
             (File::open("/").unwrap().into(), "a directory"),
-            (File::open("/dev/null").unwrap().into(), "a device"),
+            (
+                File::open("/dev/tty0")
+                    .or_else(|_| File::open("/dev/ptmx"))
+                    .unwrap()
+                    .into(),
+                "a device",
+            ),
             (TcpListener::bind("127.0.0.1:0").unwrap().into(), "listens"),
             (UdpSocket::bind("127.0.0.1:0").unwrap().into(), "no stream"),
         ];
+        let (out, both) = (
+            File::options().write(true).open("/dev/null"),
+            File::options().read(true).write(true).open("/dev/zero"),
+        );
+        for (file, wanted) in [
+            (
+                File::open("/dev/null"),
+                Further::Device("/dev/null", Direction::Input),
+            ),
+            (out, Further::Device("/dev/null", Direction::Output)),
+            (both, Further::Device("/dev/zero", Direction::Both)),
+        ] {
+            let preserved = Preserved::new(3, file.unwrap().into()).unwrap();
+            assert_eq!(preserved.wanted(), wanted);
+            assert!(!preserved.is_stream());
+        }
         for (fd, what) in others {
             let refused = of(fd).unwrap_err();
             assert!(

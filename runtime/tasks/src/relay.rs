@@ -136,7 +136,8 @@ impl Io {
         };
         let mut outputs = vec![(stdout, self.stdout), (stderr, self.stderr)];
         let mut inputs = Vec::new();
-        for (preserved, stream) in self.preserved.into_iter().zip(streams.further) {
+        let preserved = self.preserved.into_iter().filter(Preserved::is_stream);
+        for (preserved, stream) in preserved.zip(streams.further) {
             if preserved.direction != Direction::Output {
                 inputs.push((preserved.file.try_clone()?, stream.try_clone()?));
             }

@@ -257,6 +257,12 @@ impl Spec {
         spec
     }
 
+    /// The container's root in its bundle.
+    pub(crate) fn root(&self, bundle: &Path) -> Option<PathBuf> {
+        let root = self.0.root().as_ref()?;
+        Some(bundle.join(root.path()))
+    }
+
     /// The sandbox's control group on the host.
     pub fn cgroup(&self) -> Option<PathBuf> {
         let path = self.0.linux().as_ref()?.cgroups_path().as_ref()?;

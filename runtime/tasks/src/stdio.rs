@@ -87,7 +87,7 @@ impl StdioConfig {
         };
         ProcessStreams {
             stdio: self.guest(),
-            further: preserved.iter().map(|one| one.direction).collect(),
+            further: preserved.iter().map(Preserved::wanted).collect(),
         }
     }
 

@@ -27,8 +27,11 @@ mod network;
 mod oci;
 mod oci_cpus;
 mod oci_descriptors;
+mod oci_exec;
+mod oci_limits;
 mod oci_mounts;
 mod oci_seccomp;
+mod oci_wrong;
 mod pod;
 mod pod_files;
 mod podman;
@@ -75,8 +78,11 @@ fn main() -> ExitCode {
         oci::trials(),
         oci_cpus::trials(),
         oci_descriptors::trials(),
+        oci_exec::trials(),
+        oci_limits::trials(),
         oci_mounts::trials(),
         oci_seccomp::trials(),
+        oci_wrong::trials(),
         pod_files::trials(),
         podman::trials(),
         surroundings::trials(),

@@ -30,7 +30,7 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    fn new(program: &'static str) -> Result<Self> {
+    pub(crate) fn new(program: &'static str) -> Result<Self> {
         let root = scratch("oci-root")?;
         Ok(Self { program, root })
     }
@@ -39,7 +39,11 @@ impl Runtime {
         Self::new("koya-runtime")
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn is_koya(&self) -> bool {
+        self.program == "koya-runtime"
+    }
+
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.program);
         command.arg("--root").arg(&self.root).args(words);
         command.stdin(Stdio::null());

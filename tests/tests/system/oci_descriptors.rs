@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 crate::trials!(
     pipes_and_sockets_are_preserved,
     files_are_preserved_one_way,
+    devices_that_are_the_kernels_are_the_guests,
     descriptors_that_cannot_be_preserved_are_refused,
     a_descriptor_of_its_process_is_sent
 );
@@ -101,13 +102,34 @@ fn files_are_preserved_one_way() -> Result<()> {
     Ok(())
 }
 
+/// podman gives up its own standard streams for /dev/null, and passes what comes after them on.
+fn devices_that_are_the_kernels_are_the_guests() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let script = "for fd in 3 4 5 6; do stat -Lc %t:%T /proc/self/fd/$fd; done; cat <&3; head -c 3 <&4 | wc -c; \
+                  echo lost >&5 && echo \"got $(cat <&5)\"; cat <&6";
+    let reads = bundle(script, |_| ())?;
+    let words = format!(
+        "run --preserve-fds 4 --bundle {} n 3</dev/null 4</dev/zero 5<>/dev/null 6<&0 </dev/null",
+        text(&reads)?
+    );
+    let output = feed(shell(&runtime, &words), b"last")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let lines: Vec<_> = said.lines().collect();
+    ensure!(
+        lines.len() == 7 && lines[..3] == ["1:3", "1:5", "1:3"],
+        "{output:?}"
+    );
+    ensure!(lines[4..] == ["3", "got ", "last"], "{output:?}");
+    Ok(())
+}
+
 fn descriptors_that_cannot_be_preserved_are_refused() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle("true", |_| ())?;
     let bundle = text(&bundle)?;
     for (words, expected) in [
         (
-            format!("run --preserve-fds 2 --bundle {bundle} r 3</dev/zero 4>&-"),
+            format!("run --preserve-fds 2 --bundle {bundle} r 3</dev/kmsg 4>&-"),
             "descriptor 3 can't be passed into a virtual machine: it is a device",
         ),
         (

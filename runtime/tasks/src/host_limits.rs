@@ -1,0 +1,259 @@
+//! The limits of a container that are its sandbox's on the host as well: time of the host's CPUs, which of them,
+//! and disks. They are files of the sandbox's control group (Linux, admin-guide/cgroup-v2).
+//!
+//! Memory is [`cgroup::memory`](crate::cgroup::memory), which counts the virtual machine, too. Processes are the
+//! guest's: on the host a sandbox has as many threads as it needs.
+
+use crate::cgroup::is_ours;
+use anyhow::{Context, Result};
+use koya::oci_spec::runtime as oci;
+use std::fs;
+use std::path::Path;
+
+/// The kernel's period of a quota, in microseconds.
+const PERIOD: u64 = 100_000;
+
+/// A file of a group, and what is written into it.
+type Limit = (String, String);
+
+/// Sets the limits in the sandbox's group. What the guest limits, too, and what the host has not are only said where they can't
+/// be set.
+///
+/// # Errors
+/// A limit of disks that can't be set, which nobody else holds to.
+pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
+    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+    set(group, &limits(resources, &read), is_ours(group))
+}
+
+fn set(group: &Path, limits: &[Limit], is_ours: bool) -> Result<()> {
+    for (file, value) in limits {
+        let set = fs::write(group.join(file), value)
+            .with_context(|| format!("{}/{file}: {value}", group.display()));
+        match set {
+            Ok(()) => log::info!("{}/{file}: {value}", group.display()),
+            Err(error) if is_ours && file.starts_with("io.") => return Err(error),
+            Err(error) => log::warn!("{error:#}"),
+        }
+    }
+    Ok(())
+}
+
+/// By what the group's files hold.
+fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>) -> Vec<Limit> {
+    let mut all = Vec::new();
+    if let Some(cpu) = resources.cpu() {
+        cpus(cpu, read, &mut all);
+    }
+    if let Some(io) = resources.block_io() {
+        disks(io, read, &mut all);
+    }
+    let unified = resources.unified().iter().flatten();
+    let mut unified: Vec<_> = unified.filter(|(file, _)| is_hosts(file)).collect();
+    unified.sort();
+    for (file, value) in unified {
+        // A write is a line there.
+        let lines = value.lines().filter(|line| !line.trim().is_empty());
+        all.extend(lines.map(|line| (file.clone(), line.to_owned())));
+    }
+    all
+}
+
+/// Whether a file of a group, as the configuration may name it, is the sandbox's.
+fn is_hosts(file: &str) -> bool {
+    ["cpu.", "cpuset.", "io."]
+        .iter()
+        .any(|controller| file.starts_with(controller))
+}
+
+fn cpus(cpu: &oci::LinuxCpu, read: &dyn Fn(&str) -> Option<String>, all: &mut Vec<Limit>) {
+    let mut add = |file: &str, value: String| all.push((file.to_owned(), value));
+    // A weight takes a group out of those that run only when nobody else does.
+    if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
+        add("cpu.weight", weight(shares).to_string());
+    }
+    if let Some(idle) = cpu.idle() {
+        add("cpu.idle", idle.to_string());
+    }
+    let quota = |quota: i64| match quota > 0 {
+        true => quota.to_string(),
+        false => "max".into(),
+    };
+    let quota = cpu.quota().filter(|known| *known != 0).map(quota);
+    let period = cpu.period().filter(|period| *period > 0);
+    if quota.is_some() || period.is_some() {
+        let known = read("cpu.max").unwrap_or_default();
+        let mut known = known.split_whitespace();
+        let known_quota = known.next().unwrap_or("max").to_owned();
+        let known_period = known.next().and_then(|period| period.parse().ok());
+        let quota = quota.unwrap_or(known_quota);
+        let period = period.or(known_period).unwrap_or(PERIOD);
+        add("cpu.max", format!("{quota} {period}"));
+    }
+    if let Some(burst) = cpu.burst() {
+        add("cpu.max.burst", burst.to_string());
+    }
+    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            add(file, value.clone());
+        }
+    }
+}
+
+/// Shares, 2 to 262144, as a weight, 1 to 10000, by the curve of runc and crun, on which 1024 is 100. The guest's is
+/// the same.
+fn weight(shares: u64) -> u64 {
+    match shares {
+        ..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            (10_f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
+        }
+    }
+}
+
+/// Files that are shared are read and written by the sandbox's process.
+fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mut Vec<Limit>) {
+    let has_bfq = read("io.bfq.weight").is_some();
+    if let Some(weight) = io.weight().filter(|weight| *weight > 0) {
+        all.push(match has_bfq {
+            true => ("io.bfq.weight".into(), weight.to_string()),
+            false => ("io.weight".into(), io_weight(weight).to_string()),
+        });
+    }
+    for device in io.weight_device().iter().flatten() {
+        if let Some(weight) = device.weight() {
+            let (major, minor) = (device.major(), device.minor());
+            all.push(("io.bfq.weight".into(), format!("{major}:{minor} {weight}")));
+        }
+    }
+    let throttled = [
+        ("rbps", io.throttle_read_bps_device()),
+        ("wbps", io.throttle_write_bps_device()),
+        ("riops", io.throttle_read_iops_device()),
+        ("wiops", io.throttle_write_iops_device()),
+    ];
+    for (name, devices) in throttled {
+        for device in devices.iter().flatten() {
+            // None is no limit.
+            let rate = match device.rate() {
+                0 => "max".to_owned(),
+                rate => rate.to_string(),
+            };
+            let (major, minor) = (device.major(), device.minor());
+            all.push(("io.max".into(), format!("{major}:{minor} {name}={rate}")));
+        }
+    }
+}
+
+/// 10 to 1000 of version 1 as 1 to 10000.
+fn io_weight(weight: u16) -> u64 {
+    1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn of(resources: Value, files: &[(&str, &str)]) -> Vec<Limit> {
+        let resources = serde_json::from_value(resources).unwrap();
+        limits(&resources, &|file: &str| {
+            let found = files.iter().find(|(name, _)| *name == file);
+            found.map(|(_, text)| (*text).to_owned())
+        })
+    }
+
+    fn pairs(all: &[(&str, &str)]) -> Vec<Limit> {
+        let pairs = all.iter();
+        pairs.map(|(f, v)| ((*f).into(), (*v).into())).collect()
+    }
+
+    #[test]
+    fn time_of_cpus_is_the_hosts_too() {
+        let cpu = json!({"cpu": {"quota": 150_000, "period": 100_000, "shares": 1024, "cpus": "0-1", "mems": "",
+            "burst": 5000, "idle": 1}});
+        let expected = [
+            ("cpu.weight", "100"),
+            ("cpu.idle", "1"),
+            ("cpu.max", "150000 100000"),
+            ("cpu.max.burst", "5000"),
+            ("cpuset.cpus", "0-1"),
+        ];
+        assert_eq!(of(cpu, &[]), pairs(&expected));
+        assert!(of(json!({}), &[]).is_empty());
+        assert!(of(json!({"cpu": {"quota": 0, "shares": 0}}), &[]).is_empty());
+        // runc's figures.
+        for (shares, expected) in [(1, 1), (2, 1), (100, 17), (200, 29), (262_145, 10_000)] {
+            assert_eq!(weight(shares), expected, "{shares}");
+        }
+    }
+
+    #[test]
+    fn what_an_update_leaves_out_stays() {
+        let before = [("cpu.max", "500000 1000000\n")];
+        let max = |cpu: Value, before: &[(&str, &str)]| {
+            let all = of(json!({"cpu": cpu}), before);
+            all.first().map(|(_, value)| value.clone()).unwrap()
+        };
+        assert_eq!(max(json!({"period": 900_000}), &before), "500000 900000");
+        assert_eq!(max(json!({"quota": 600_000}), &before), "600000 1000000");
+        assert_eq!(max(json!({"quota": -1}), &before), "max 1000000");
+        assert_eq!(max(json!({"quota": 5000}), &[]), "5000 100000");
+        assert_eq!(max(json!({"period": 50_000}), &[]), "max 50000");
+    }
+
+    #[test]
+    fn disks_are_the_hosts() {
+        let io = json!({"blockIO": {
+            "weight": 750,
+            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1000}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 16, "rate": 0}],
+        }});
+        let expected = [
+            ("io.weight", "7475"),
+            ("io.max", "8:0 rbps=1000"),
+            ("io.max", "8:16 wiops=max"),
+        ];
+        assert_eq!(of(io, &[]), pairs(&expected));
+        let weights = json!({"blockIO": {"weight": 333,
+            "weightDevice": [{"major": 7, "minor": 1, "weight": 444}]}});
+        let bfq = [("io.bfq.weight", "default 100\n")];
+        let expected = [("io.bfq.weight", "333"), ("io.bfq.weight", "7:1 444")];
+        assert_eq!(of(weights, &bfq), pairs(&expected));
+    }
+
+    #[test]
+    fn of_named_files_the_guest_has_memory_and_processes() {
+        let unified = json!({"unified": {
+            "memory.high": "1", "pids.max": "9", "hugetlb.2MB.max": "0",
+            "cpu.max": "5000 50000", "io.max": "7:0 riops=3\n7:1 riops=5\n",
+        }});
+        let expected = [
+            ("cpu.max", "5000 50000"),
+            ("io.max", "7:0 riops=3"),
+            ("io.max", "7:1 riops=5"),
+        ];
+        assert_eq!(of(unified, &[]), pairs(&expected));
+    }
+
+    #[test]
+    fn a_limit_of_disks_is_held_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("group");
+        let cpu = pairs(&[("cpu.idle", "1")]);
+        let disk = pairs(&[("io.max", "8:0 rbps=1")]);
+        let set = |limits: &[Limit], is_ours| set(&missing, limits, is_ours);
+        // The guest has it.
+        set(&cpu, true).unwrap();
+        // In a group of others nothing is owed.
+        set(&disk, false).unwrap();
+        let refused = format!("{:#}", set(&disk, true).unwrap_err());
+        assert!(refused.contains("io.max: 8:0 rbps=1"), "{refused}");
+        super::set(dir.path(), &disk, true).unwrap();
+        let written = fs::read_to_string(dir.path().join("io.max")).unwrap();
+        assert_eq!(written, "8:0 rbps=1");
+    }
+}

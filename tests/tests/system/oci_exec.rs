@@ -1,0 +1,92 @@
+//! Processes that `koya-runtime` adds to containers, and what it says of processes, where runc has rules of its own.
+
+use crate::oci::{Runtime, bundle, text};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+crate::trials!(
+    processes_are_added_where_users_are_mapped,
+    an_added_process_waits_until_a_pause_is_over,
+    what_a_process_lacks_is_said_as_by_runc
+);
+
+fn processes_are_added_where_users_are_mapped() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let mapped = bundle("exec sleep 1000", |config| {
+        let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_534}]);
+        config["linux"]["uidMappings"] = mapping.clone();
+        config["linux"]["gidMappings"] = mapping;
+        if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({"type": "user"}));
+        }
+    })?;
+    runtime.ok(&["run", "-d", "--bundle", text(&mapped)?, "m"])?;
+    let said = runtime.ok(&["exec", "m", "sh", "-c", "id -u; cat /proc/self/uid_map"])?;
+    let words: Vec<_> = said.split_whitespace().collect();
+    ensure!(words == ["0", "0", "100000", "65534"], "{said}");
+    let script = "id -u; echo opened > /dev/stdout";
+    let said = runtime.ok(&["exec", "--user", "1000:1000", "m", "sh", "-c", script])?;
+    ensure!(said == "1000\nopened", "{said}");
+    runtime.ok(&["delete", "--force", "m"])?;
+    Ok(())
+}
+
+fn an_added_process_waits_until_a_pause_is_over() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("exec sleep 1000", |_| ())?;
+    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "p"])?;
+    runtime.ok(&["pause", "p"])?;
+    let mut exec = runtime.command(&["exec", "--ignore-paused", "p", "echo", "ok"]);
+    let mut child = exec.stdout(Stdio::piped()).spawn()?;
+    // As long as it takes to be refused.
+    let refused = runtime.call(&["exec", "p", "true"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        refused.status.code() == Some(255) && said.contains("cannot exec in a paused container"),
+        "{said}"
+    );
+    ensure!(child.try_wait()?.is_none(), "it did not wait");
+    runtime.ok(&["resume", "p"])?;
+    let mut said = String::new();
+    let out = child.stdout.take();
+    out.context("no output")?.read_to_string(&mut said)?;
+    ensure!(child.wait()?.success() && said == "ok\n", "{said:?}");
+    runtime.ok(&["delete", "--force", "p"])?;
+    Ok(())
+}
+
+/// opencontainers/runc 4171.
+fn what_a_process_lacks_is_said_as_by_runc() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let ambient = bundle("grep CapAmb /proc/self/status", |config| {
+        let capabilities = &mut config["process"]["capabilities"];
+        capabilities["inheritable"] = json!(["CAP_KILL"]);
+        capabilities["ambient"] = json!(["CAP_KILL", "CAP_CHOWN"]);
+    })?;
+    let ran = runtime.call(&["run", "--bundle", text(&ambient)?, "a"])?;
+    let said = String::from_utf8_lossy(&ran.stderr);
+    ensure!(
+        said.contains("level=warning")
+            && said.contains("can't raise ambient capability CAP_CHOWN: "),
+        "{said}"
+    );
+    ensure!(!said.contains("CAP_KILL"), "{said}");
+    ensure!(ran.stdout == b"CapAmb:\t0000000000000020\n", "{ran:?}");
+
+    let broken = bundle("exec sleep 1000", |_| ())?;
+    let script = broken.join("rootfs/run.sh");
+    fs::write(&script, "#!/none foo\n")?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    runtime.ok(&["run", "-d", "--bundle", text(&broken)?, "b"])?;
+    let exec = runtime.call(&["exec", "b", "/run.sh"])?;
+    let said = String::from_utf8_lossy(&exec.stderr);
+    let expected =
+        "exec /run.sh: no such file or directory: its interpreter \"/none\" is not there\n";
+    ensure!(!exec.status.success() && said == expected, "{said}");
+    runtime.ok(&["delete", "--force", "b"])?;
+    Ok(())
+}
