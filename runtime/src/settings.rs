@@ -17,6 +17,9 @@ pub const DROP_INS: &str = "/etc/koya/config.d";
 /// What the annotations of pods begin with that are settings.
 pub const ANNOTATIONS: &str = "io.koya.";
 
+/// Keys that are read of the machine's files alone: before there is a pod, or to know what it may say.
+const MACHINES_OWN: [&str; 2] = ["selinux", "annotations"];
+
 /// What allows [`block_volume::ANNOTATION`].
 const BLOCK_VOLUMES: &str = "block_volumes";
 
@@ -68,7 +71,8 @@ pub struct Settings {
     pub cmdline: String,
     /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. An annotation
     /// that is not allowed is refused by its name. `block_volumes` allows the annotation `io.koya.block_volumes`, by which
-    /// containers have file systems of their own (docs/devices.md), and so the host's disk as far as these say.
+    /// containers have file systems of their own (docs/devices.md), and so the host's disk as far as these say. `selinux` and
+    /// `annotations` are the machine's alone.
     pub annotations: Vec<String>,
 }
 
@@ -256,12 +260,15 @@ impl Settings {
             ..Self::default()
         });
         let known = known.unwrap_or_default();
-        let allowed = self.annotations.iter();
-        let is_known = |key: &str| known.contains_key(key) || key == BLOCK_VOLUMES;
-        match allowed.into_iter().find(|key| !is_known(key)) {
-            Some(key) => Err(format!("annotations: there is no key {key:?}")),
-            None => Ok(()),
+        for key in &self.annotations {
+            if !known.contains_key(key) && key != BLOCK_VOLUMES {
+                return Err(format!("annotations: there is no key {key:?}"));
+            }
+            if MACHINES_OWN.contains(&key.as_str()) {
+                return Err(format!("annotations: {key:?} is not a pod's to set"));
+            }
         }
+        Ok(())
     }
 
     /// Applies what of these is about the whole process (`core_scheduling`), which libraries leave to their program.
@@ -368,6 +375,8 @@ mod tests {
             ("memory_max_mib = 100", "memory_max_mib"),
             ("kernel = \"/not/there\"", "/not/there"),
             ("annotations = [\"cpsu\"]", "cpsu"),
+            ("annotations = [\"selinux\"]", "selinux"),
+            ("annotations = [\"cpus\", \"annotations\"]", "annotations"),
             ("cache = \"some\"", "some"),
         ] {
             let error = parse(&[("/etc/x.toml", text)]).unwrap_err();
