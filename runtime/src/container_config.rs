@@ -194,8 +194,10 @@ pub struct ContainerConfig {
     pub read_only: bool,
     /// Every capability, every device, no masked paths: root of its guest.
     pub privileged: bool,
-    /// Capabilities beyond the default ones, with or without `CAP_`.
+    /// Capabilities beyond the default ones, with or without `CAP_`; `ALL` of them.
     pub capabilities: Vec<String>,
+    /// Capabilities that it is to lose of the default ones, or `ALL` of them.
+    pub dropped_capabilities: Vec<String>,
     /// The system calls that it may make.
     pub seccomp: Seccomp,
     /// Whether its programs can't gain privileges by set-user-ID files and the like.
