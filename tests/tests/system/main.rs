@@ -29,6 +29,7 @@ mod oci_cpus;
 mod oci_descriptors;
 mod oci_mounts;
 mod oci_seccomp;
+mod oci_sysctls;
 mod pod;
 mod pod_files;
 mod podman;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         oci_descriptors::trials(),
         oci_mounts::trials(),
         oci_seccomp::trials(),
+        oci_sysctls::trials(),
         pod_files::trials(),
         podman::trials(),
         surroundings::trials(),
