@@ -1,6 +1,8 @@
 //! Volumes that the guest has itself: in memory, which containers of the sandbox share, and on disks, each
 //! container's own mount.
 
+mod group;
+
 use crate::service::aside;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
@@ -131,6 +133,12 @@ fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
                 volume.guest_name
             )
         })?;
+        if let Some(group) = volume.group
+            && !flags.contains(MountFlags::RDONLY)
+        {
+            let given = group::give(&at, Gid::from_raw(group), volume.trust_root);
+            given.with_context(|| format!("cannot give {} to its group", volume.guest_name))?;
+        }
     }
     Ok(())
 }
