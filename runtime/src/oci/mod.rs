@@ -45,7 +45,7 @@ pub(crate) struct Adapted {
     pub(crate) direct: Vec<(u32, GuestVolume)>,
     /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
     /// directory of a read-only one.
-    pub(crate) mount_points: Vec<(PathBuf, bool)>,
+    pub(crate) mount_points: Vec<(PathBuf, Option<bool>)>,
 }
 
 /// What is well said and can't be had.
@@ -92,7 +92,7 @@ pub(crate) fn adapt(
         // The guest makes it where it may, and gives it to its user. It may not in a root that is read-only, nor
         // as a root of mapped users, whose tree is another's.
         if is_read_only || has_mapped_users {
-            mount_points.push((process.cwd().clone(), false));
+            mount_points.push((process.cwd().clone(), None));
         }
         process::adapt(process, accounts)?;
     }

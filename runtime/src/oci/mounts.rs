@@ -22,7 +22,7 @@ pub(super) struct Adapted {
     /// Disks whose file systems the guest is to mount, by the numbers of their mounts.
     pub(super) direct: Vec<(u32, GuestVolume)>,
     /// Where mounts go, each with whether that is a file.
-    pub(super) points: Vec<(PathBuf, bool)>,
+    pub(super) points: Vec<(PathBuf, Option<bool>)>,
 }
 
 /// What a mount of the guest's needs.
@@ -64,7 +64,10 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
                 .as_ref()
                 .is_some_and(|path| path.is_absolute() && path.is_file()),
         };
-        let point = (mount.destination().clone(), is_file);
+        // What is of the container's own root is known where that is.
+        let source = mount.source().as_ref();
+        let is_own = source.is_some_and(|source| source.starts_with(OWN_ROOT));
+        let point = (mount.destination().clone(), (!is_own).then_some(is_file));
         adapted.points.push(point);
         mounts.push(mount);
         match needs {
