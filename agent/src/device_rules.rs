@@ -1,8 +1,9 @@
 //! Device rules of a container: `linux.resources.devices` of the OCI configuration, as a program
-//! that the kernel runs on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
+//! that the kernel asks on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
 //!
-//! The last matching rule wins, so the program checks rules from the last to the first. An implicit "deny" precedes all of
-//! them; rules for the devices available to every container follow them.
+//! The rules are a list in which the last one wins that is about a device and a kind of access, so the program looks from the last to the
+//! first. Before all of them stands "deny"; after all of them stand the devices that every
+//! container has.
 
 use crate::cgroup;
 use crate::sys::{Instruction, attach_device_program};
@@ -132,6 +133,7 @@ const MOVE_REGISTER: u8 = 0xbf;
 const MOVE_VALUE: u8 = 0xb7;
 const AND_VALUE: u8 = 0x57;
 const SHIFT_RIGHT: u8 = 0x77;
+const JUMP_EQUAL: u8 = 0x15;
 const JUMP_UNEQUAL: u8 = 0x55;
 const EXIT: u8 = 0x95;
 
@@ -175,59 +177,40 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     program
 }
 
-/// Tests that jump over the rule's verdict when they fail.
+/// Tests that jump over the rule's answer when they fail. [`ACCESS`] has what no rule has decided yet: that is for the
+/// rules before this one, so that two rules of a device, one to read and one to write, allow both at once.
 fn compile_rule(rule: &Rule) -> Vec<Instruction> {
-    let mut tests = Vec::new();
-    let mut equal = |register, value: Option<u32>| {
-        if let Some(value) = value {
-            tests.push(vec![(register, value)]);
-        }
-    };
-    equal(KIND, rule.kind);
-    equal(MAJOR, rule.major);
-    equal(MINOR, rule.minor);
-    let mut body: Vec<Instruction> = Vec::new();
-    // To allow, every bit of the request must be in the rule; to deny, one.
-    let needs_access = rule.access != ALL;
+    let numbers = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
+    let numbers = numbers
+        .into_iter()
+        .filter_map(|(register, value)| Some((register, value?)));
+    let tests: Vec<(u8, u32)> = numbers.collect();
     let answer = [
         instruction(MOVE_VALUE, RESULT, 0, 0, rule.allow.into()),
         instruction(EXIT, 0, 0, 0, 0),
     ];
-    let access_test = |after: usize| -> Vec<Instruction> {
-        if !needs_access {
-            return Vec::new();
-        }
-        if rule.allow {
-            // No bits other than the rule's may be set.
-            return vec![
-                instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
-                instruction(AND_VALUE, SCRATCH, 0, 0, (ALL & !rule.access) as i32),
-                instruction(JUMP_UNEQUAL, SCRATCH, 0, after as i16, 0),
-            ];
-        }
-        const JUMP_EQUAL: u8 = 0x15;
-        vec![
+    let over = answer.len() as i16;
+    // A rule about all access decides whatever is left.
+    let mut body = match (rule.access, rule.allow) {
+        (ALL, _) => Vec::new(),
+        // Nothing may be left.
+        (access, true) => vec![
+            instruction(AND_VALUE, ACCESS, 0, 0, (ALL & !access) as i32),
+            instruction(JUMP_UNEQUAL, ACCESS, 0, over, 0),
+        ],
+        // One bit of it is enough.
+        (access, false) => vec![
             instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
-            instruction(AND_VALUE, SCRATCH, 0, 0, rule.access as i32),
-            instruction(JUMP_EQUAL, SCRATCH, 0, after as i16, 0),
-        ]
+            instruction(AND_VALUE, SCRATCH, 0, 0, access as i32),
+            instruction(JUMP_EQUAL, SCRATCH, 0, over, 0),
+        ],
     };
-    body.extend(access_test(answer.len()));
     body.extend(answer);
-    let mut out = Vec::new();
-    let tests: Vec<(u8, u32)> = tests.concat();
-    for (n, (register, value)) in tests.iter().enumerate() {
+    let jumps = tests.iter().enumerate().map(|(n, (register, value))| {
         let over = tests.len() - n - 1 + body.len();
-        out.push(instruction(
-            JUMP_UNEQUAL,
-            *register,
-            0,
-            over as i16,
-            *value as i32,
-        ));
-    }
-    out.extend(body);
-    out
+        instruction(JUMP_UNEQUAL, *register, 0, over as i16, *value as i32)
+    });
+    jumps.chain(body.iter().copied()).collect()
 }
 
 #[cfg(test)]
@@ -251,8 +234,8 @@ mod tests {
                 AND_VALUE => registers[to] &= immediate,
                 SHIFT_RIGHT => registers[to] >>= immediate,
                 JUMP_UNEQUAL if registers[to] != immediate => at += i.offset as usize,
-                0x15 if registers[to] == immediate => at += i.offset as usize,
-                JUMP_UNEQUAL | 0x15 => {}
+                JUMP_EQUAL if registers[to] == immediate => at += i.offset as usize,
+                JUMP_UNEQUAL | JUMP_EQUAL => {}
                 EXIT => return registers[0] != 0,
                 code => panic!("{code:#x}"),
             }
@@ -308,12 +291,24 @@ mod tests {
                     continue;
                 }
                 from.push(at + 1);
-                if matches!(program[at].code, JUMP_UNEQUAL | 0x15) {
+                if matches!(program[at].code, JUMP_UNEQUAL | JUMP_EQUAL) {
                     from.push(at + 1 + program[at].offset as usize);
                 }
             }
             assert!(reached.iter().all(|r| *r), "{json}");
         }
+    }
+
+    /// As in the files of control groups of version 1, and as runc does.
+    #[test]
+    fn what_two_rules_allow_apart_is_allowed_at_once() {
+        let program = rules(
+            r#"[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"c","major":10,"minor":232,"access":"r"},
+                {"allow":true,"type":"c","major":10,"minor":232,"access":"w"}]"#,
+        );
+        assert!(ask(&program, READ | WRITE, CHARACTER, 10, 232));
+        assert!(!ask(&program, READ | WRITE, CHARACTER, 10, 233));
     }
 
     #[test]
@@ -326,8 +321,8 @@ mod tests {
         assert!(ask(&program, READ, CHARACTER, 10, 232));
     }
 
-    /// All lists of up to two rules over a few numbers, and all requests: the last rule that matches decides, and
-    /// nothing is allowed without one.
+    /// Every list of up to two rules over few numbers, and every request: of each kind of access the last rule that matches
+    /// decides, and nothing is allowed without one.
     #[test]
     fn programs_decide_as_their_rules_do() {
         let mut all = Vec::new();
@@ -339,7 +334,7 @@ mod tests {
                     (None, Some(3)),
                     (Some(1), Some(3)),
                 ] {
-                    all.extend([READ, READ | WRITE, ALL].map(|access| Rule {
+                    all.extend([READ, WRITE, READ | WRITE, ALL].map(|access| Rule {
                         allow,
                         kind,
                         major,
@@ -362,18 +357,18 @@ mod tests {
                 (1..=ALL).flat_map(|access| [(access, BLOCK), (access, CHARACTER)])
             {
                 for (major, minor) in [(1, 3), (1, 0), (8, 3), (8, 0)] {
-                    let matching = rules.iter().rev().find(|rule| {
-                        let is = |wanted: Option<u32>, value| wanted.is_none_or(|w| w == value);
-                        let bits = match rule.allow {
-                            true => access & !rule.access == 0,
-                            false => access & rule.access != 0,
-                        };
+                    let is = |wanted: Option<u32>, value| wanted.is_none_or(|w| w == value);
+                    let decides = |rule: &&Rule, bit| {
                         is(rule.kind, kind)
                             && is(rule.major, major)
                             && is(rule.minor, minor)
-                            && bits
+                            && rule.access & bit != 0
+                    };
+                    let asked = [MKNOD, READ, WRITE].into_iter();
+                    let allowed = asked.filter(|bit| access & bit != 0).all(|bit| {
+                        let last = rules.iter().rev().find(|rule| decides(rule, bit));
+                        last.is_some_and(|rule| rule.allow)
                     });
-                    let allowed = matching.is_some_and(|rule| rule.allow);
                     let told = ask(&program, access, kind, major, minor);
                     assert_eq!(
                         told, allowed,

@@ -33,6 +33,7 @@ mod state;
 mod streams;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.
 mod sys;
+mod sysctl;
 mod tmpfs;
 mod unknown_calls;
 mod volumes;

@@ -12,6 +12,7 @@ use crate::names;
 use crate::network;
 use crate::reaper;
 use crate::state::{State, Streams, check_id};
+use crate::sysctl;
 use crate::watches;
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -23,8 +24,9 @@ use koya_protocol::messages::{
     GetGuestDetailsRequest, GetOomEventRequest, GuestClock, GuestDetails, GuestTimes,
     MountImageRequest, NameServerAnswer, OomEvent, Process, RemoveContainerRequest,
     ReportHostEventsRequest, ServeNamesRequest, SetGuestDateTimeRequest, SetOnlineCpusRequest,
-    SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest, WaitProcessResponse,
+    SetSysctlsRequest, SignalProcessRequest, StartContainerRequest, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use koya_protocol::{Agent, CONTROL_PORT, Refused, create_agent};
 use std::future::Future;
@@ -300,6 +302,18 @@ impl Agent for Service {
     ) -> ttrpc::Result<Empty> {
         self.ask(async move |_: State| {
             network::routes::update(&request).await?;
+            Ok(Empty::new())
+        })
+        .await
+    }
+
+    async fn set_sysctls(
+        &self,
+        _: &TtrpcContext,
+        request: SetSysctlsRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.ask(async move |_: State| {
+            sysctl::set_all(&request.values)?;
             Ok(Empty::new())
         })
         .await

@@ -1,5 +1,7 @@
 //! Volumes in the guest: in memory, shared by containers of the sandbox, and on disks, each mounted for one container.
 
+mod group;
+
 use crate::service::aside;
 use crate::state::check_id;
 use anyhow::{Context, Result, bail};
@@ -130,6 +132,12 @@ fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
                 volume.guest_name
             )
         })?;
+        if let Some(group) = volume.group
+            && !flags.contains(MountFlags::RDONLY)
+        {
+            let given = group::give(&at, Gid::from_raw(group), volume.trust_root);
+            given.with_context(|| format!("cannot give {} to its group", volume.guest_name))?;
+        }
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use crate::configuration;
 use crate::helper::bundle;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use koya_protocol::{image_root, messages};
 use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
@@ -78,6 +78,15 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
         };
         root.make(place, kind)
             .with_context(|| format!("cannot make the mount point {}", place.display()))?;
+        // What is of the container's own root is looked for there.
+        let is_known = source.is_none_or(|source| source.exists()) && root.find(place).is_ok();
+        if is_known && root.is_directory(place) != is_directory {
+            let wanted = if is_directory { "directory" } else { "file" };
+            bail!(
+                "{} is no {wanted} in the image, and one is to be there",
+                place.display()
+            );
+        }
     }
     Ok(())
 }

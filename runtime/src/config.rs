@@ -101,6 +101,13 @@ const SYSCTLS: [(&str, &str); 2] = [
 ];
 
 impl SandboxConfig {
+    /// The kernel's parameters that somebody asked for: one that it does not have is an error then.
+    pub(crate) fn asked_sysctls(&self) -> BTreeMap<String, String> {
+        let mut asked = self.sysctls.clone();
+        asked.retain(|name, value| !SYSCTLS.contains(&(name, value)));
+        asked
+    }
+
     pub(crate) fn whole_cmdline(&self) -> Result<String, Error> {
         let mut words = String::new();
         if self.containers_vsock || self.vsock.is_some() {
@@ -156,6 +163,15 @@ mod tests {
             words.ends_with(" quiet sysctl.net.ipv4.ip_unprivileged_port_start=1024"),
             "{words}"
         );
+    }
+
+    #[test]
+    fn what_nobody_asked_for_may_be_missing() {
+        let mut config = SandboxConfig::default();
+        assert!(config.asked_sysctls().is_empty());
+        let own = ("net.core.somaxconn".to_owned(), "4096".to_owned());
+        config.sysctls.extend([own.clone()]);
+        assert_eq!(config.asked_sysctls(), BTreeMap::from([own]));
     }
 
     #[test]

@@ -165,7 +165,7 @@ impl Making<'_> {
 /// a container runs without them.
 fn make_optional(rootfs: &Path, files: &[messages::File]) {
     for file in files {
-        if let Err(error) = mount_points::make(rootfs, &[(Path::new(&file.path), true)]) {
+        if let Err(error) = mount_points::make(rootfs, &[(Path::new(&file.path), Some(true))]) {
             log::debug!("{error}");
         }
     }

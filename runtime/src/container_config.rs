@@ -203,8 +203,10 @@ pub struct ContainerConfig {
     pub read_only: bool,
     /// Whether it has all capabilities, all devices and no masked paths: full control of its guest.
     pub privileged: bool,
-    /// Capabilities beyond the default ones, with or without `CAP_`.
+    /// Capabilities beyond the default ones, with or without `CAP_`; `ALL` of them.
     pub capabilities: Vec<String>,
+    /// Capabilities that it is to lose of the default ones, or `ALL` of them.
+    pub dropped_capabilities: Vec<String>,
     /// Filter of its system calls.
     pub seccomp: Seccomp,
     /// Whether programs are prevented from gaining privileges, by set-user-ID files for example.

@@ -7,7 +7,8 @@
 use crate::Error;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -30,9 +31,25 @@ pub struct DirectVolume {
     pub device: PathBuf,
     /// Its file system type, as in mount(8).
     pub fstype: String,
-    /// Mount options.
-    #[serde(default)]
+    /// Options of the mount.
+    #[serde(default, deserialize_with = "list")]
     pub options: Vec<String>,
+    /// What else drivers say of it.
+    #[serde(
+        default,
+        deserialize_with = "map",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    metadata: BTreeMap<String, String>,
+}
+
+/// Go writes an empty list as null.
+fn list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+fn map<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, String>, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 impl DirectVolume {
@@ -43,7 +60,28 @@ impl DirectVolume {
             device: device.into(),
             fstype: fstype.into(),
             options: Vec::new(),
+            metadata: BTreeMap::new(),
         }
+    }
+
+    /// The group that is to use it, of Kubernetes' `fsGroup`, and whether its root says whether all of it is that group's.
+    ///
+    /// # Errors
+    /// If it is no number.
+    pub(crate) fn group(&self) -> Result<Option<(u32, bool)>, Error> {
+        let Some(text) = self.metadata.get("fsGroup").filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let number = text.parse::<u32>().ok().filter(|group| *group != u32::MAX);
+        let wrong = || {
+            Error::invalid(
+                "mounts",
+                format!("fsGroup {text:?} of a volume is no group"),
+            )
+        };
+        let policy = self.metadata.get("fsGroupChangePolicy").map(String::as_str);
+        let trusts_root = policy == Some("OnRootMismatch");
+        Ok(Some((number.ok_or_else(wrong)?, trusts_root)))
     }
 
     /// Records this volume for `path`, until [`forget`] or a reboot of the host.
@@ -160,6 +198,20 @@ mod tests {
             (volume.fstype.as_str(), volume.options),
             ("ext4", vec!["ro".to_owned()])
         );
+        fs::write(&file, text.replace("[\"ro\"]", "null")).unwrap();
+        let volume = read(dir.path(), path).unwrap().unwrap();
+        assert!(volume.options.is_empty());
+        assert_eq!(volume.group().unwrap(), Some((3000, false)));
+        let trusting = r#""3000", "fsGroupChangePolicy": "OnRootMismatch""#;
+        fs::write(&file, text.replace("\"3000\"", trusting)).unwrap();
+        let volume = read(dir.path(), path).unwrap().unwrap();
+        assert_eq!(volume.group().unwrap(), Some((3000, true)));
+        fs::write(&file, text.replace("3000", "staff")).unwrap();
+        let volume = read(dir.path(), path).unwrap().unwrap();
+        assert!(volume.group().unwrap_err().to_string().contains("staff"));
+        fs::write(&file, text.replace(r#"{"fsGroup": "3000"}"#, "null")).unwrap();
+        let volume = read(dir.path(), path).unwrap().unwrap();
+        assert_eq!(volume.group().unwrap(), None);
         fs::write(&file, text.replace("directvol", "vfiovol")).unwrap();
         let refused = read(dir.path(), path).unwrap_err().to_string();
         assert!(refused.contains("vfiovol"), "{refused}");

@@ -113,7 +113,10 @@ impl Given {
             let (volume, _made) = volume.make()?;
             let mut options = volume.options.iter().flat_map(|options| options.split(','));
             let read_only = options.any(|option| option == "ro");
+            let group = volume.group()?;
             messages.push(messages::DiskVolume {
+                group: group.map(|(group, _)| group),
+                trust_root: group.is_some_and(|(_, trusts_root)| trusts_root),
                 guest_name: self.attach_one(inner, &volume.device, read_only)?,
                 number,
                 fstype: volume.fstype,

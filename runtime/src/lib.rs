@@ -60,6 +60,7 @@ mod sync;
 #[cfg(test)]
 mod test_agent;
 pub mod timeline;
+mod unpacked;
 
 pub use checks::check_root;
 pub use config::SandboxConfig;
@@ -78,6 +79,7 @@ pub use koya_vmm::{DiskConfig, HugePages, MemoryBacking, NetConfig};
 pub use loopback::Loopback;
 pub use names::NameServer;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
+pub use oci::from_config::search_and_options;
 pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPids};
 pub use oci_spec;
 pub use out_of_reach::host_addresses;
@@ -88,6 +90,7 @@ pub use settings::Settings;
 pub use size::{Size, parse as parse_size};
 pub use stats::{ContainerStats, CpuStats, DeviceIo, HugePageUse};
 pub use timeline::{Keep, Step, Timeline};
+pub use unpacked::prepare_unpacked;
 
 /// The README's snippets, compiled.
 #[cfg(doctest)]

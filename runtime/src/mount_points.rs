@@ -7,12 +7,12 @@ use crate::Error;
 use koya_rootfs::{Kind, Rootfs};
 use std::path::Path;
 
-/// Creates the mount points that `rootfs` lacks. `mounts` are destinations in the container in mount order, each with a flag
-/// for files (instead of directories).
+/// Makes the mount points that `rootfs` lacks. `mounts` are destinations in the container in the
+/// order in which they are mounted, each with whether a file goes there, not a directory; None: whatever is there is right.
 ///
 /// # Errors
-/// The mount point that can't be created, and the reason.
-pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error> {
+/// Which is missing and why it can't be made.
+pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<(), Error> {
     let root = Rootfs::open(rootfs);
     let root = root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))?;
     for (index, (destination, is_file)) in mounts.iter().enumerate() {
@@ -23,7 +23,7 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
         {
             continue;
         }
-        let kind = if *is_file {
+        let kind = if *is_file == Some(true) {
             Kind::File
         } else {
             Kind::Directory
@@ -33,6 +33,21 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, bool)]) -> Result<(), Error>
             let what = format!("make {place}, which is not in the root file system");
             Error::host(what)(error.into())
         })?;
+        // The guest would say no more than that it can't.
+        if root.find(destination).is_err() {
+            continue;
+        }
+        let wrong = match (is_file, root.is_directory(destination)) {
+            (Some(true), true) => {
+                "is a directory in the root file system, and a file is to be there"
+            }
+            (Some(false), false) => {
+                "is no directory in the root file system, and one is to be there"
+            }
+            _ => continue,
+        };
+        let reason = format!("{} {wrong}", destination.display());
+        return Err(Error::invalid("mounts", reason));
     }
     Ok(())
 }
@@ -50,11 +65,11 @@ mod tests {
         std::fs::create_dir(root.join("there")).unwrap();
         std::os::unix::fs::symlink("/there", root.join("link")).unwrap();
         let mounts = [
-            (Path::new("/proc"), false),
-            (Path::new("/proc/sub"), false),
-            (Path::new("/a/b/../c"), false),
-            (Path::new("/link/in"), false),
-            (Path::new("/etc/resolv.conf"), true),
+            (Path::new("/proc"), Some(false)),
+            (Path::new("/proc/sub"), Some(false)),
+            (Path::new("/a/b/../c"), Some(false)),
+            (Path::new("/link/in"), Some(false)),
+            (Path::new("/etc/resolv.conf"), Some(true)),
         ];
         make(root, &mounts).unwrap();
         make(root, &mounts).unwrap();
@@ -62,11 +77,37 @@ mod tests {
         assert!(root.join("a/c").is_dir() && !root.join("a/b").exists());
         assert!(root.join("there/in").is_dir());
         assert!(root.join("etc/resolv.conf").is_file());
-        // The link's target is resolved inside the tree, and created there.
-        make(root, &[(Path::new("/out/x"), false)]).unwrap();
+        // The link's target is looked for inside the tree, and made there.
+        make(root, &[(Path::new("/out/x"), Some(false))]).unwrap();
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let inside = outside.path().strip_prefix("/").unwrap();
         assert!(root.join(inside).join("x").is_dir());
+    }
+
+    /// Of which Docker asks: are you trying to mount a directory onto a file?
+    #[test]
+    fn files_and_directories_are_not_mounted_over_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("directory")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
+        let of = |path: &str, is_file| {
+            let made = make(dir.path(), &[(Path::new(path), Some(is_file))]);
+            made.map_err(|error| error.to_string())
+        };
+        assert!(
+            of("/directory", true)
+                .unwrap_err()
+                .contains("/directory is a directory")
+        );
+        for file in ["/file", "/link"] {
+            assert!(
+                of(file, false).unwrap_err().contains("is no directory"),
+                "{file}"
+            );
+            of(file, true).unwrap();
+        }
+        of("/directory", false).unwrap();
     }
 
     #[test]
@@ -90,12 +131,12 @@ mod tests {
         link("b", "a");
         link("a", "b");
         let mounts = [
-            (Path::new("/var/run/secrets/token"), false),
-            (Path::new("/etc/resolv.conf"), true),
-            (Path::new("/short/link/in"), false),
-            (Path::new("/up/in"), false),
-            (Path::new("/var/run2/secrets"), false),
-            (Path::new("/etc/localtime"), true),
+            (Path::new("/var/run/secrets/token"), Some(false)),
+            (Path::new("/etc/resolv.conf"), Some(true)),
+            (Path::new("/short/link/in"), Some(false)),
+            (Path::new("/up/in"), Some(false)),
+            (Path::new("/var/run2/secrets"), Some(false)),
+            (Path::new("/etc/localtime"), Some(true)),
         ];
         make(root, &mounts).unwrap();
         for made in [
@@ -108,6 +149,6 @@ mod tests {
         }
         assert!(root.join("run/systemd/resolve/stub").is_file());
         assert!(root.join("etc/resolv.conf").is_symlink());
-        make(root, &[(Path::new("/a/x"), false)]).unwrap_err();
+        make(root, &[(Path::new("/a/x"), Some(false))]).unwrap_err();
     }
 }

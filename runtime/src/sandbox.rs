@@ -254,6 +254,10 @@ impl Sandbox {
         let timeline = &sandbox.inner.timeline;
         timeline.agent_told(running, connected, &told);
         sandbox.set_up_networks(&networks, &routing)?;
+        let sysctls = config.asked_sysctls();
+        if !sysctls.is_empty() {
+            sandbox.inner.agent.set_sysctls(&sysctls)?;
+        }
         timeline.finish();
         log::info!("the agent was ready after {:.2?}", sandbox.ready_after);
         Ok(sandbox)

@@ -2,7 +2,7 @@
 //! (`seccomp/default.json`), converted to the OCI format for one container.
 
 use crate::Error;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -34,20 +34,31 @@ pub struct Profile {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Rule {
-    #[serde(default)]
+    /// As profiles had it before Docker 17.
+    name: Option<String>,
+    #[serde(default, deserialize_with = "or_null")]
     names: Vec<String>,
     action: String,
     errno_ret: Option<u32>,
     args: Option<Vec<Argument>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     includes: Condition,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     excludes: Condition,
     // For readers; podman also writes the name of `errnoRet`.
     #[serde(default, rename = "comment")]
-    _comment: String,
+    _comment: Option<String>,
     #[serde(default, rename = "errno")]
-    _errno: String,
+    _errno: Option<String>,
+}
+
+/// Go writes null for a list or a map that it has not made.
+fn or_null<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -55,7 +66,7 @@ struct Rule {
 struct Argument {
     index: u32,
     value: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     value_two: u64,
     op: String,
 }
@@ -63,9 +74,9 @@ struct Argument {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Condition {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     caps: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     arches: Vec<String>,
     /// Satisfied by every guest kernel of Koya: profiles ask for 4.8 at most.
     min_kernel: Option<String>,
@@ -75,7 +86,7 @@ struct Condition {
 #[serde(rename_all = "camelCase")]
 struct Mapped {
     architecture: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     sub_architectures: Vec<String>,
 }
 
@@ -110,6 +121,16 @@ impl Profile {
         let mut take = |name: &str| top.remove(name).unwrap_or(Value::Null);
         let rules: Option<Vec<Rule>> =
             serde_json::from_value(take("syscalls")).map_err(|e| format!("syscalls: {e}"))?;
+        let mut rules = rules.unwrap_or_default();
+        for rule in &mut rules {
+            match (rule.name.take(), rule.names.is_empty()) {
+                (Some(name), true) => rule.names.push(name),
+                (Some(name), false) => {
+                    return Err(format!("syscalls: a rule has a name ({name}) and names"));
+                }
+                (None, _) => {}
+            }
+        }
         let map: Option<Vec<Mapped>> =
             serde_json::from_value(take("archMap")).map_err(|e| format!("archMap: {e}"))?;
         let plain: Option<Vec<String>> = serde_json::from_value(take("architectures"))
@@ -134,7 +155,7 @@ impl Profile {
                 .into_iter()
                 .chain(mapped)
                 .collect(),
-            rules: rules.unwrap_or_default(),
+            rules,
         })
     }
 
@@ -250,6 +271,23 @@ mod tests {
         assert_eq!(names(&admin), ["read", "mount", "ptrace", "personality"]);
         // The result is valid for the OCI types.
         serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(plain).unwrap();
+    }
+
+    /// As in the profiles that people pass on, of before Docker 17 or written by Go.
+    #[test]
+    fn older_profiles_name_one_call_a_rule() {
+        let text = r#"{"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"], "archMap": null,
+            "syscalls": [
+                {"name": "accept", "action": "SCMP_ACT_ALLOW", "args": []},
+                {"name": "clone", "names": null, "action": "SCMP_ACT_ALLOW", "comment": null, "errno": null,
+                 "args": [{"index": 0, "value": 8, "valueTwo": null, "op": "SCMP_CMP_EQ"}],
+                 "includes": null, "excludes": {"caps": null, "arches": null}}]}"#;
+        let profile = Profile::parse(text.as_bytes()).unwrap();
+        let all = Seccomp::Profile(profile).oci(false, &[]);
+        assert_eq!(names(&all), ["accept", "clone"]);
+        let both = text.replace("\"names\": null", "\"names\": [\"read\"]");
+        let error = Profile::parse(both.as_bytes()).unwrap_err();
+        assert!(error.contains("clone"), "{error}");
     }
 
     #[test]

@@ -17,6 +17,9 @@ pub const DROP_INS: &str = "/etc/koya/config.d";
 /// Prefix of pod annotations that are settings.
 pub const ANNOTATIONS: &str = "io.koya.";
 
+/// Keys that are read of the machine's files alone: before there is a pod, or to know what it may say.
+const MACHINES_OWN: [&str; 2] = ["selinux", "annotations"];
+
 /// The name in `annotations` that allows [`block_volume::ANNOTATION`].
 const BLOCK_VOLUMES: &str = "block_volumes";
 
@@ -64,9 +67,10 @@ pub struct Settings {
     pub initramfs: Option<PathBuf>,
     /// Kernel parameters appended to the guest kernel's command line.
     pub cmdline: String,
-    /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. Other annotations are refused
-    /// by name. `block_volumes` allows the annotation `io.koya.block_volumes`, which requests block volumes for containers
-    /// (docs/devices.md); their size on the host's disk is set by the annotation.
+    /// The keys of this table that a pod may set for itself, by an annotation `io.koya.KEY`. Other annotations are
+    /// refused by name. `block_volumes` allows the annotation `io.koya.block_volumes`, which requests block volumes for
+    /// containers (docs/devices.md); their size on the host's disk is set by the annotation. `selinux` and `annotations`
+    /// cannot be allowed.
     pub annotations: Vec<String>,
 }
 
@@ -254,12 +258,15 @@ impl Settings {
             ..Self::default()
         });
         let known = known.unwrap_or_default();
-        let allowed = self.annotations.iter();
-        let is_known = |key: &str| known.contains_key(key) || key == BLOCK_VOLUMES;
-        match allowed.into_iter().find(|key| !is_known(key)) {
-            Some(key) => Err(format!("annotations: there is no key {key:?}")),
-            None => Ok(()),
+        for key in &self.annotations {
+            if !known.contains_key(key) && key != BLOCK_VOLUMES {
+                return Err(format!("annotations: there is no key {key:?}"));
+            }
+            if MACHINES_OWN.contains(&key.as_str()) {
+                return Err(format!("annotations: {key:?} is not a pod's to set"));
+            }
         }
+        Ok(())
     }
 
     /// Applies the process-wide settings (`core_scheduling`), which libraries leave to their program.
@@ -366,6 +373,8 @@ mod tests {
             ("memory_max_mib = 100", "memory_max_mib"),
             ("kernel = \"/not/there\"", "/not/there"),
             ("annotations = [\"cpsu\"]", "cpsu"),
+            ("annotations = [\"selinux\"]", "selinux"),
+            ("annotations = [\"cpus\", \"annotations\"]", "annotations"),
             ("cache = \"some\"", "some"),
         ] {
             let error = parse(&[("/etc/x.toml", text)]).unwrap_err();

@@ -1,12 +1,14 @@
-//! CPU lists, as in `process.execCPUAffinity`.
+//! Lists of CPUs, as in `process.execCPUAffinity`.
+
+use std::collections::BTreeSet;
 
 /// Upper bound of CPU numbers.
 pub const MAX_CPUS: usize = 1024;
 
-/// Parses a list such as `0-3,7`.
+/// The CPUs of a list like `0-3,7`, each once and in their order.
 ///
 /// # Errors
-/// The invalid part of the list.
+/// What in it is no CPU.
 pub fn parse(list: &str) -> Result<Vec<usize>, String> {
     let number = |text: &str| {
         let number = text.trim().parse::<usize>().ok();
@@ -14,7 +16,7 @@ pub fn parse(list: &str) -> Result<Vec<usize>, String> {
             .filter(|cpu| *cpu < MAX_CPUS)
             .ok_or_else(|| format!("{text:?} is no CPU's number"))
     };
-    let mut cpus = Vec::new();
+    let mut cpus = BTreeSet::new();
     for part in list.split(',').filter(|part| !part.trim().is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last) = (number(first)?, number(last)?);
@@ -25,7 +27,7 @@ pub fn parse(list: &str) -> Result<Vec<usize>, String> {
     }
     match cpus.is_empty() {
         true => Err(format!("{list:?} names no CPU")),
-        false => Ok(cpus),
+        false => Ok(cpus.into_iter().collect()),
     }
 }
 
@@ -36,6 +38,7 @@ mod tests {
     #[test]
     fn a_list_has_numbers_and_ranges() {
         assert_eq!(parse("0-2,7, 9 ,").unwrap(), [0, 1, 2, 7, 9]);
+        assert_eq!(parse("5,1-3,2-4,1").unwrap(), [1, 2, 3, 4, 5]);
         assert!(parse("3-1").unwrap_err().contains("3-1"));
         for wrong in ["", ",", "a", "-1", "1-", "0-1024", "0-99999999999999999999"] {
             assert!(parse(wrong).is_err(), "{wrong}");

@@ -95,7 +95,7 @@ struct Receiver {
     queue: ActiveQueue,
     limiter: Arc<Mutex<RateLimiter>>,
     needs: BufferNeeds,
-    /// Available buffers, each with its number of iovecs.
+    /// Buffers that were taken and not returned, in their order, each with its number of iovecs: none where a buffer is of no use.
     chains: VecDeque<(Chain, usize)>,
     iovecs: Iovecs,
     /// Total size of the available buffers in bytes.
@@ -174,10 +174,7 @@ impl QueuePair {
                 limit,
             )?;
             if stop {
-                // Buffers that were taken but not used return to the driver.
-                for _ in self.receiver.chains.drain(..) {
-                    self.receiver.queue.unpop();
-                }
+                self.receiver.put_back();
                 return Ok(());
             }
             if send {
@@ -250,7 +247,7 @@ impl Receiver {
         for _ in 0..=self.queue.size() {
             let enough = match self.needs.mergeable {
                 true => self.available >= self.needs.frame,
-                false => !self.chains.is_empty(),
+                false => self.available > 0,
             };
             if enough {
                 return Ok(None);
@@ -269,7 +266,11 @@ impl Receiver {
             if iovecs == 0 {
                 guest_fault!("a network's buffer has {len} bytes, less than a header");
                 count(&shared.metrics.faults, 1);
-                self.queue.complete(chain.head(), 0)?;
+                match self.chains.is_empty() {
+                    true => self.queue.complete(chain.head(), 0)?,
+                    // Those before it may still go back to the queue: then it has to as well.
+                    false => self.chains.push_back((chain, 0)),
+                }
                 useless += 1;
                 if useless == BATCH {
                     break;
@@ -282,14 +283,27 @@ impl Receiver {
         Ok(Some(Pause::BatchDone))
     }
 
+    /// Buffers that were taken but not used return to the driver.
+    fn put_back(&mut self) {
+        for _ in self.chains.drain(..) {
+            self.queue.unpop();
+        }
+        self.available = 0;
+    }
+
     /// Returns the buffers that hold a frame of `bytes`.
     fn deliver(&mut self, bytes: usize) -> Result<(), QueueError> {
         let mut left = bytes;
-        let mut filled = Vec::new();
-        while left > 0 {
+        let (mut filled, mut useless) = (Vec::new(), Vec::new());
+        // The first one that is left always has room for a header.
+        while left > 0 || self.chains.front().is_some_and(|(_, iovecs)| *iovecs == 0) {
             let Some((chain, iovecs)) = self.chains.pop_front() else {
                 break;
             };
+            if iovecs == 0 {
+                useless.push((chain.head(), 0));
+                continue;
+            }
             let len = chain.writable_len() as usize;
             self.iovecs.drop_front(iovecs);
             self.available -= len;
@@ -304,7 +318,9 @@ impl Receiver {
                 .write(self.queue.memory(), NUM_BUFFERS_OFFSET, &buffers)
                 .ok();
         }
-        let used: Vec<(u16, u32)> = filled.iter().map(|(c, n)| (c.head(), *n)).collect();
+        let filled = filled.iter().map(|(c, n)| (c.head(), *n));
+        // Those of one frame follow each other.
+        let used: Vec<(u16, u32)> = filled.chain(useless).collect();
         self.queue.complete_all(&used)
     }
 }
@@ -374,11 +390,11 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     use std::sync::atomic::Ordering;
 
-    #[test]
-    fn useless_buffers_are_returned_in_batches() {
+    /// A receiver for that driver, whose tap is one end of a pair; and the other end.
+    fn receiver(driver: &Driver) -> (Receiver, Arc<Shared>, File) {
         let flags = SocketFlags::CLOEXEC;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
-        let (ours, _host) = pair.unwrap();
+        let (ours, host) = pair.unwrap();
         let options = NetOptions {
             mac: MacAddr([2; 6]),
             mtu: None,
@@ -387,12 +403,8 @@ mod tests {
         };
         let tap = Tap::from_queues("test", vec![ours]).unwrap();
         let shared = Net::new(tap, options).unwrap().shared.clone();
-        let mut driver = Driver::new(256);
-        for _ in 0..256 {
-            driver.offer(&[Buffer::Writable(HEADER_SIZE as u32 - 1)]);
-        }
         let limits = RateLimiter::new(RateLimits::default());
-        let mut receiver = Receiver {
+        let receiver = Receiver {
             iovecs: Iovecs::new(driver.memory().clone()),
             queue: driver.queue(),
             limiter: Arc::new(Mutex::new(limits)),
@@ -400,6 +412,16 @@ mod tests {
             chains: VecDeque::new(),
             available: 0,
         };
+        (receiver, shared, host.into())
+    }
+
+    #[test]
+    fn useless_buffers_are_returned_in_batches() {
+        let mut driver = Driver::new(256);
+        for _ in 0..256 {
+            driver.offer(&[Buffer::Writable(HEADER_SIZE as u32 - 1)]);
+        }
+        let (mut receiver, shared, _host) = receiver(&driver);
         for run_batch in 1..=4 {
             assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::BatchDone));
             assert_eq!(driver.used().len(), BATCH);
@@ -407,5 +429,28 @@ mod tests {
             assert_eq!(faults, (run_batch * BATCH) as u64);
         }
         assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Starved));
+    }
+
+    /// Buffers go back to the queue in the order in which they were taken, so none in between may have been returned.
+    #[test]
+    fn buffers_that_go_back_are_those_that_were_taken() {
+        let mut driver = Driver::new(16);
+        let sizes = [1000, 5, 600, 5, 1000, 1000];
+        let heads = sizes.map(|size| driver.offer(&[Buffer::Writable(size)]));
+        let (mut receiver, shared, _host) = receiver(&driver);
+        assert_eq!(receiver.refill(&shared).unwrap(), None);
+        assert!(
+            driver.used().is_empty(),
+            "a frame may need those around a useless one"
+        );
+        receiver.deliver(1200).unwrap();
+        let expected = [(heads[0], 1000), (heads[2], 200), (heads[1], 0)];
+        assert_eq!(driver.used(), expected);
+        // Those before this one have been returned, so it can be at once.
+        assert_eq!(receiver.refill(&shared).unwrap(), None);
+        assert_eq!(driver.used(), [(heads[3], 0)]);
+        receiver.put_back();
+        let popped = [4, 5].map(|_| receiver.queue.pop().unwrap().unwrap().head());
+        assert_eq!(popped, [heads[4], heads[5]]);
     }
 }

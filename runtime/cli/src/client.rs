@@ -298,7 +298,7 @@ fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
 fn for_each(names: &[String], order: &Order) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
     for name in names {
-        match find(name).and_then(|directory| ask_one(name, &directory, order)) {
+        match tell(name, order) {
             // Continues with the others even if the output can't be written.
             Ok(0) => said = said.and(say!("{name}")),
             Ok(status) => worst = worst.max(status),
@@ -310,6 +310,20 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
     }
     said?;
     Ok(worst)
+}
+
+/// One that is to stop and has ended is as it is to be, as for other engines: `stop` and `rm` follow each other in scripts.
+fn tell(name: &str, order: &Order) -> Outcome {
+    let directory = Directory::find(name)?;
+    let is_stop = matches!(order.request, Request::Stop(_));
+    match directory.is_running() {
+        true => match ask_one(name, &directory, order) {
+            Err(_) if is_stop && !directory.is_running() => Ok(0),
+            told => told,
+        },
+        false if is_stop => Ok(0),
+        false => bail!("container {name} is not running"),
+    }
 }
 
 fn ask_one(name: &str, directory: &Directory, order: &Order) -> Outcome {

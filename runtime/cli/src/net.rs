@@ -232,7 +232,9 @@ impl NetArgs {
         }
         let path = directory.resolver();
         let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
-        std::fs::write(&path, format!("nameserver {resolver}\n"))
+        // Short names are looked for where the host looks for them.
+        let content = format!("nameserver {resolver}\n{}", koya::search_and_options());
+        std::fs::write(&path, content)
             .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(Some(Volume::new(path, RESOLV_CONF)))
     }
@@ -463,6 +465,11 @@ impl Pasta {
                 let mut said = String::new();
                 if let Some(mut stderr) = self.keeper.stderr.take() {
                     stderr.read_to_string(&mut said).ok();
+                }
+                if said.contains("Overlapping port") {
+                    bail!(
+                        "this version of pasta publishes a port at one address, or at all of them"
+                    );
                 }
                 bail!(
                     "pasta failed ({status}): {}",

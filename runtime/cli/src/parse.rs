@@ -82,25 +82,47 @@ pub(super) fn parse_env(text: &str) -> Result<String, String> {
 pub(super) enum Security {
     /// A profile, or `None` for unconfined.
     Seccomp(Option<PathBuf>),
-    NoNewPrivileges,
+    NoNewPrivileges(bool),
+    /// That there is none of what a guest has none of.
+    NoModule,
 }
 
 impl Security {
     pub(super) fn seccomp(&self) -> Option<Option<&Path>> {
         match self {
             Self::Seccomp(profile) => Some(profile.as_deref()),
-            Self::NoNewPrivileges => None,
+            Self::NoNewPrivileges(_) | Self::NoModule => None,
         }
+    }
+
+    fn no_new_privileges(&self) -> Option<bool> {
+        match self {
+            Self::NoNewPrivileges(wanted) => Some(*wanted),
+            Self::Seccomp(_) | Self::NoModule => None,
+        }
+    }
+
+    /// Whether new privileges are forbidden: of several words about that the last one counts.
+    pub(super) fn forbids_new(all: &[Self]) -> bool {
+        let mut said = all.iter().rev();
+        said.find_map(Self::no_new_privileges).unwrap_or(false)
     }
 }
 
+/// As Docker reads it: `:` is what stood for `=` before its version 1.11, and scripts have it still.
 pub(super) fn parse_security(text: &str) -> Result<Security, String> {
-    match text.strip_prefix("seccomp=") {
-        Some("unconfined") => Ok(Security::Seccomp(None)),
-        Some(path) if !path.is_empty() => Ok(Security::Seccomp(Some(path.into()))),
-        None if text == "no-new-privileges" => Ok(Security::NoNewPrivileges),
+    let (name, value) = match text.split_once(['=', ':']) {
+        Some((name, value)) => (name, Some(value)),
+        None => (text, None),
+    };
+    match (name, value) {
+        ("seccomp", Some("unconfined")) => Ok(Security::Seccomp(None)),
+        ("seccomp", Some(path)) if !path.is_empty() => Ok(Security::Seccomp(Some(path.into()))),
+        ("no-new-privileges", None | Some("true")) => Ok(Security::NoNewPrivileges(true)),
+        ("no-new-privileges", Some("false")) => Ok(Security::NoNewPrivileges(false)),
+        ("apparmor", Some("unconfined")) | ("label", Some("disable")) => Ok(Security::NoModule),
         _ => Err(format!(
-            "{text:?} is not one of seccomp=FILE, seccomp=unconfined, no-new-privileges"
+            "{text:?} is not one of seccomp=FILE, seccomp=unconfined, no-new-privileges, apparmor=unconfined, label=disable"
         )),
     }
 }
@@ -173,22 +195,75 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
     }
 }
 
-/// Parses a size: `512m`, `2g`, `1024` (MiB without a unit).
+/// A size with a unit: `512m`, `2g`, `1.5g`, `1024` (MiB when there is no unit).
 pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
-    let parsed = koya::parse_size(text.trim());
-    let (number, unit) = parsed.ok_or_else(|| format!("{text:?} is no size"))?;
-    let mib = match unit.as_str() {
-        "" | "m" => Some(number),
-        "g" => number.checked_mul(1024),
-        "k" => Some(number / 1024),
+    let wrong = || format!("{text:?} is no size");
+    let (whole, fraction) = split_fraction(text.trim()).ok_or_else(wrong)?;
+    let (number, unit) = koya::parse_size(&whole).ok_or_else(wrong)?;
+    let (factor, divisor) = match unit.as_str() {
+        "" | "m" => (1, 1),
+        "g" => (1024, 1),
+        "k" => (1, 1024),
         unit => return Err(format!("{unit:?} is no unit of size; use k, m or g")),
     };
-    mib.ok_or_else(|| format!("{text:?} is too large"))
+    let scaled = number.checked_mul(factor);
+    let more = (fraction * factor as f64) as u64;
+    let mib = scaled.and_then(|mib| mib.checked_add(more));
+    let mib = mib.ok_or_else(|| format!("{text:?} is too large"))?;
+    Ok(mib / divisor)
+}
+
+/// `1.5g` as `1g` and what is left of it.
+fn split_fraction(text: &str) -> Option<(String, f64)> {
+    let Some((whole, rest)) = text.split_once('.') else {
+        return Some((text.to_owned(), 0.0));
+    };
+    let unit = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+    let fraction = &rest[..rest.len() - unit.len()];
+    let whole = if whole.is_empty() { "0" } else { whole };
+    Some((
+        format!("{whole}{unit}"),
+        format!("0.{fraction}").parse().ok()?,
+    ))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn security_options_are_written_as_for_docker() {
+        let no_new = |text: &str| parse_security(text).unwrap().no_new_privileges();
+        for text in [
+            "no-new-privileges",
+            "no-new-privileges=true",
+            "no-new-privileges:true",
+        ] {
+            assert_eq!(no_new(text), Some(true), "{text}");
+        }
+        assert_eq!(no_new("no-new-privileges=false"), Some(false));
+        for text in ["seccomp=unconfined", "seccomp:unconfined"] {
+            assert_eq!(parse_security(text), Ok(Security::Seccomp(None)), "{text}");
+        }
+        let profile = Security::Seccomp(Some("/a:b=c.json".into()));
+        assert_eq!(parse_security("seccomp=/a:b=c.json"), Ok(profile));
+        for text in [
+            "apparmor=unconfined",
+            "apparmor:unconfined",
+            "label=disable",
+        ] {
+            assert_eq!(parse_security(text), Ok(Security::NoModule), "{text}");
+        }
+        for text in [
+            "seccomp=",
+            "no-new-privileges=yes",
+            "apparmor=docker-default",
+            "label=type:x",
+            "",
+        ] {
+            assert!(parse_security(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn disks_are_parsed() {
@@ -316,6 +391,10 @@ mod tests {
         assert_eq!(parse_mib("512M"), Ok(512));
         assert_eq!(parse_mib("2GiB"), Ok(2048));
         assert_eq!(parse_mib("2gb"), Ok(2048));
+        assert_eq!(parse_mib("1.5g"), Ok(1536));
+        assert_eq!(parse_mib(".25GiB"), parse_mib("256"));
+        assert_eq!(parse_mib("2048.5k"), Ok(2));
+        assert!(parse_mib("1.2.3g").is_err() && parse_mib("1.g5").is_err());
         assert!(parse_mib("2x").is_err());
         assert!(parse_mib("m").is_err());
         assert!(parse_mib("99999999999999999999").is_err());

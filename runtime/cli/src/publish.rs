@@ -1,7 +1,8 @@
 //! `koya run --publish`: ports of the guest that are published on the host.
 
-use anyhow::{Context, Result};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
+use anyhow::{Context, Result, bail};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::str::FromStr;
 
 /// A range of host ports and the range of guest ports that they are mapped to.
@@ -22,11 +23,11 @@ impl FromStr for Ports {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("{text:?} is not [ADDRESS:]HOST:GUEST[/tcp|/udp]");
-        let (ports, udp) = match text.split_once('/') {
-            None => (text, false),
-            Some((ports, "tcp")) => (ports, false),
-            Some((ports, "udp")) => (ports, true),
-            Some(_) => return Err(wrong()),
+        let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let udp = match protocol.to_ascii_lowercase().as_str() {
+            "tcp" => false,
+            "udp" => true,
+            _ => return Err(wrong()),
         };
         let (rest, guest) = ports.rsplit_once(':').ok_or_else(wrong)?;
         let (address, host) = match rest.rsplit_once(':') {
@@ -69,6 +70,20 @@ impl Ports {
         (0..count).map(|n| self.guest + n)
     }
 
+    /// A port of the host that leads to another port of the guest by those of `other`. The address is none of it: pasta
+    /// knows one port of the guest for each of the host.
+    fn conflict(&self, other: &Self) -> Option<u16> {
+        let of_other = |host: u16| {
+            let offset = host.checked_sub(other.host)?;
+            (offset < other.count).then(|| other.guest + offset)
+        };
+        let mut ports = (0..self.count).map(|n| (self.host + n, self.guest + n));
+        let found = ports.find(|(host, guest)| of_other(*host).is_some_and(|g| g != *guest));
+        found
+            .filter(|_| self.udp == other.udp)
+            .map(|(host, _)| host)
+    }
+
     /// The options for pasta.
     fn options(&self) -> [String; 2] {
         let option = match self.udp {
@@ -85,9 +100,61 @@ impl Ports {
     }
 }
 
+/// The same ports, each once for each of its addresses, as pasta wants them: an address goes where all of its kind are
+/// among them.
+fn merged(publish: &[Ports]) -> Vec<Ports> {
+    let mut all = BTreeMap::new();
+    for ports in publish {
+        for n in 0..ports.count {
+            let one: &mut (u16, BTreeSet<_>) = all.entry((ports.udp, ports.host + n)).or_default();
+            one.0 = ports.guest + n;
+            one.1.insert(ports.address);
+        }
+    }
+    let mut merged: Vec<Ports> = Vec::new();
+    for ((udp, host), (guest, mut addresses)) in all {
+        let [every_v4, every_v6] = EVERYWHERE.map(|address| addresses.contains(&Some(address)));
+        if addresses.contains(&None) || every_v4 && every_v6 {
+            addresses = BTreeSet::from([None]);
+        }
+        addresses.retain(|address| match address {
+            Some(IpAddr::V4(one)) => !every_v4 || one.is_unspecified(),
+            Some(IpAddr::V6(one)) => !every_v6 || one.is_unspecified(),
+            None => true,
+        });
+        for address in addresses {
+            let next = |ports: &&mut Ports| {
+                (ports.udp, ports.address) == (udp, address)
+                    && host.checked_sub(ports.host) == Some(ports.count)
+                    && guest.checked_sub(ports.guest) == Some(ports.count)
+            };
+            match merged.iter_mut().rev().take(MOST_ADDRESSES).find(next) {
+                Some(ports) => ports.count += 1,
+                None => merged.push(Ports {
+                    address,
+                    host,
+                    guest,
+                    count: 1,
+                    udp,
+                }),
+            }
+        }
+    }
+    merged
+}
+
+/// All addresses of a kind.
+const EVERYWHERE: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+];
+
+/// How many ranges are looked back for one that goes on. A longer look would find little more.
+const MOST_ADDRESSES: usize = 8;
+
 /// The options for pasta for all published ports.
 pub(super) fn options(publish: &[Ports]) -> Vec<String> {
-    let mut options: Vec<String> = publish.iter().flat_map(Ports::options).collect();
+    let mut options: Vec<String> = merged(publish).iter().flat_map(Ports::options).collect();
     for option in ["--tcp-ports", "--udp-ports"] {
         // Its default is all ports in use.
         if !options.iter().any(|word| word == option) {
@@ -99,6 +166,13 @@ pub(super) fn options(publish: &[Ports]) -> Vec<String> {
 
 /// Checks that published ports are free: pasta reports an error only if none of them is.
 pub(super) fn check(publish: &[Ports]) -> Result<()> {
+    for (index, ports) in publish.iter().enumerate() {
+        // pasta would know the last one alone.
+        let mut others = publish[..index].iter();
+        if let Some(port) = others.find_map(|other| ports.conflict(other)) {
+            bail!("port {port} of the host is published twice, for two ports of the guest");
+        }
+    }
     for ports in publish {
         let address = ports.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
         for port in (0..ports.count).map(|n| ports.host + n) {
@@ -131,6 +205,7 @@ mod tests {
             (8080, 80, 1, false)
         );
         assert_eq!(plain, parse("8080:80/tcp"));
+        assert_eq!(plain, parse("8080:80/TCP"));
         assert_eq!(plain.tcp_of_guest().collect::<Vec<_>>(), [80]);
         let names = parse("53:5353/udp");
         assert!(names.udp && names.tcp_of_guest().count() == 0);
@@ -167,7 +242,7 @@ mod tests {
         let all = all.map(parse);
         assert_eq!(
             options(&all).join(" "),
-            "--tcp-ports 127.0.0.1/8080:80 --tcp-ports ::1/8080:80 --udp-ports 53:53 --tcp-ports 8000-8002:9000-9002"
+            "--tcp-ports 8000-8002:9000-9002 --tcp-ports 127.0.0.1/8080:80 --tcp-ports ::1/8080:80 --udp-ports 53:53"
         );
         assert_eq!(options(&[]).join(" "), "--tcp-ports none --udp-ports none");
     }
@@ -180,6 +255,42 @@ mod tests {
         assert_eq!(
             error.to_string(),
             format!("cannot publish port {port} at 127.0.0.1")
+        );
+    }
+
+    #[test]
+    fn a_port_of_the_host_leads_to_one_of_the_guest() {
+        let conflict = |one: &str, other: &str| parse(one).conflict(&parse(other));
+        assert_eq!(conflict("8080:80", "8080:81"), Some(8080));
+        let other_address = conflict("127.0.0.1:8080:80", "8000-8100:8000-8100");
+        assert_eq!(other_address, Some(8080));
+        assert_eq!(conflict("8080:80", "8080:81/udp"), None);
+        assert_eq!(conflict("127.0.0.1:8080:80", "[::1]:8080:80"), None);
+        assert_eq!(conflict("8000-8010:9000-9010", "8005:9005"), None);
+        let twice = [parse("8080:80"), parse("8080:81")];
+        let error = check(&twice).unwrap_err();
+        assert!(error.to_string().contains("published twice"), "{error}");
+    }
+
+    /// pasta refuses a port that it is told of twice.
+    #[test]
+    fn a_port_that_is_named_again_is_published_once() {
+        for (publish, expected) in [
+            (&["80:80", "80:80"][..], "80:80"),
+            (&["8000-8010:9000-9010", "8005:9005"], "8000-8010:9000-9010"),
+            (&["8000-8002:80-82", "8001-8005:81-85"], "8000-8005:80-85"),
+            (&["127.0.0.1:80:80", "80:80"], "80:80"),
+            (&["0.0.0.0:80:80", "[::]:80:80"], "80:80"),
+            (&["0.0.0.0:80:80", "127.0.0.1:80:80"], "0.0.0.0/80:80"),
+        ] {
+            let all: Vec<_> = publish.iter().copied().map(parse).collect();
+            let expected = format!("--tcp-ports {expected} --udp-ports none");
+            assert_eq!(options(&all).join(" "), expected, "{publish:?}");
+        }
+        let most = options(&[parse("1-65535:1-65535"), parse("[::1]:1-65535:1-65535")]);
+        assert_eq!(
+            most.join(" "),
+            "--tcp-ports 1-65535:1-65535 --udp-ports none"
         );
     }
 }

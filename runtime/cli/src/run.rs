@@ -98,13 +98,16 @@ pub(super) struct RunArgs {
     /// Grant all capabilities and devices of the guest
     #[arg(long)]
     privileged: bool,
-    /// Add a capability to the default set
+    /// Add a capability to the default set, or ALL
     #[arg(long, value_name = "CAP")]
     cap_add: Vec<String>,
+    /// Drop a capability of the default set, or ALL
+    #[arg(long, value_name = "CAP")]
+    cap_drop: Vec<String>,
     /// Set a resource limit, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
     #[arg(long, value_name = "NAME=SOFT[:HARD]", value_parser = parse_ulimit)]
     ulimit: Vec<Rlimit>,
-    /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges
+    /// Set a security option: seccomp=FILE (a profile in Docker's format), seccomp=unconfined, no-new-privileges[=BOOL]
     #[arg(long, value_name = "OPTION", value_parser = parse_security)]
     security_opt: Vec<Security>,
     /// Do not confine the threads on the host that run the guest and serve its devices; by default each has a seccomp
@@ -202,13 +205,20 @@ impl RunArgs {
         Ok(self.sandbox()?.check()?)
     }
 
+    /// As other engines set it, unless the image or the user does.
+    fn host_name_variable(&self, name: &str) -> String {
+        let wanted = self.hostname.as_deref().filter(|name| !name.is_empty());
+        format!("HOSTNAME={}", wanted.unwrap_or(name))
+    }
+
     /// The container's configuration, from the image's defaults and the user's arguments.
     fn container(
         &self,
-        rootfs: &Path,
+        record: &Record,
         image: Defaults,
         directory: &Directory,
     ) -> Result<ContainerConfig> {
+        let rootfs = &*record.rootfs;
         let args = arguments(self.entrypoint.as_deref(), &self.command, &image);
         if args.is_empty() {
             bail!("no command was given, and no image has one; try `koya run --rootfs DIR -- sh`");
@@ -221,7 +231,8 @@ impl RunArgs {
         let disks = self.disk.iter().enumerate();
         let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
         let devices = devices.collect();
-        let env = merge_env(expand_env(&self.env), &image.env);
+        let env = [vec![self.host_name_variable(&record.name)], image.env].concat();
+        let env = merge_env(expand_env(&self.env), &env);
         Ok(ContainerConfig {
             rootfs: absolute(rootfs)?,
             process: ProcessConfig {
@@ -241,12 +252,13 @@ impl RunArgs {
             read_only: self.read_only,
             privileged: self.privileged,
             capabilities: self.cap_add.clone(),
+            dropped_capabilities: self.cap_drop.clone(),
             seccomp: match self.security_opt.iter().rev().find_map(Security::seccomp) {
                 Some(Some(path)) => Seccomp::Profile(Profile::read(path)?),
                 Some(None) => Seccomp::Unconfined,
                 None => Seccomp::Default,
             },
-            no_new_privileges: self.security_opt.contains(&Security::NoNewPrivileges),
+            no_new_privileges: Security::forbids_new(&self.security_opt),
             rlimits: self.ulimit.clone(),
         })
     }
@@ -284,6 +296,7 @@ fn unpack(image: &Path, args: &RunArgs, directory: &Directory) -> Result<Default
     });
     std::fs::remove_dir_all(&scratch).ok();
     let defaults = unpacked?;
+    koya::prepare_unpacked(&root).with_context(|| format!("cannot prepare {}", root.display()))?;
     let workdir = args.workdir.as_ref().or(defaults.workdir.as_ref());
     for dir in workdir.into_iter().chain(&defaults.volumes) {
         koya::image::make_directory(&root, dir)?;
@@ -388,7 +401,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         None => Defaults::default(),
     };
     let stop_signal = args.stop_signal(&defaults)?;
-    let config = args.container(&record.rootfs, defaults, &owned.directory)?;
+    let config = args.container(record, defaults, &owned.directory)?;
     config.check()?;
     record.command = config.process.args.clone();
     owned.directory.write(record)?;
@@ -540,17 +553,25 @@ mod tests {
         }
     }
 
+    fn args(words: &[&str]) -> RunArgs {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            run: RunArgs,
+        }
+        let line = [&["koya", "--rootfs", "/"], words].concat();
+        <Line as clap::Parser>::try_parse_from(line).unwrap().run
+    }
+
+    #[test]
+    fn programs_find_the_host_name_in_their_environment() {
+        assert_eq!(args(&[]).host_name_variable("name"), "HOSTNAME=name");
+        let named = args(&["--hostname", "web"]);
+        assert_eq!(named.host_name_variable("name"), "HOSTNAME=web");
+    }
+
     #[test]
     fn a_stop_signal_is_the_users_or_the_images() {
-        let args = |words: &[&str]| {
-            #[derive(clap::Parser)]
-            struct Line {
-                #[command(flatten)]
-                run: RunArgs,
-            }
-            let line = [&["koya", "--rootfs", "/"], words].concat();
-            <Line as clap::Parser>::try_parse_from(line).unwrap().run
-        };
         let image = |signal: &str| Defaults {
             stop_signal: Some(signal.into()),
             ..Defaults::default()

@@ -193,6 +193,24 @@ impl Directory {
             .with_context(|| format!("cannot write {}", new.display()))
     }
 
+    /// Whether its process ended without saying how.
+    fn has_no_end(&self) -> bool {
+        self.read().is_ok_and(|record| record.status.is_none())
+    }
+
+    /// Whether the host stopped, by a loss of power, say, before the disk had what is here: a record that is not there, or
+    /// ends too early. What no container made has no lock.
+    fn is_torn(&self) -> bool {
+        let record = match fs::read(self.path("record.json")) {
+            Ok(text) => serde_json::from_slice::<Record>(&text).map(drop),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return self.path("lock").is_file();
+            }
+            Err(_) => return false,
+        };
+        record.is_err_and(|error| error.is_eof())
+    }
+
     /// Whether its process is alive.
     pub(super) fn is_running(&self) -> bool {
         let Ok(lock) = File::open(self.path("lock")) else {
@@ -379,8 +397,8 @@ pub(super) fn sweep() -> Result<()> {
             }
             continue;
         }
-        // The lock first: its owner writes the status before releasing it.
-        if !directory.is_running() && directory.read().is_ok_and(|record| record.status.is_none()) {
+        // The lock first: its owner writes the status down before it lets go.
+        if !directory.is_running() && (directory.is_torn() || directory.has_no_end()) {
             directory.remove();
         }
     }
@@ -439,6 +457,29 @@ pub(super) mod tests {
         assert!(connected[0].is_ok());
         let last = connected[3].as_ref().unwrap_err();
         assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn what_a_loss_of_power_left_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let torn = |record: Option<&str>, has_lock: bool| {
+            let path = dir.path().join("c");
+            fs::create_dir(&path).unwrap();
+            if let Some(text) = record {
+                fs::write(path.join("record.json"), text).unwrap();
+            }
+            if has_lock {
+                fs::write(path.join("lock"), "").unwrap();
+            }
+            let directory = Directory(path);
+            let torn = directory.is_torn();
+            directory.remove();
+            torn
+        };
+        assert!(torn(Some(""), true) && torn(Some(r#"{"name": "c", "pi"#), true));
+        assert!(torn(None, true));
+        assert!(!torn(None, false), "that is not a container's");
+        assert!(!torn(Some(r#"{"of": "a later version"}"#), true));
     }
 
     #[test]

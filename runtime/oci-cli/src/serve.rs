@@ -173,7 +173,6 @@ fn enter_and_run(
         counted: Condvar::new(),
     });
     let settings = Settings::load()?;
-    settings.prepare_process()?;
     let tasks = TaskSet::new(config, told.clone());
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;

@@ -176,7 +176,6 @@ impl Task for Service {
         let pid = self
             .work(move |tasks| {
                 let task = task_of(request)?;
-                task.settings.prepare_process()?;
                 tasks.create(task)
             })
             .await?;

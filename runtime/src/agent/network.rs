@@ -3,9 +3,10 @@
 use super::{Agent, LIMIT, MAX_CONNECTS, SHORT_LIMIT};
 use crate::Error;
 use koya_protocol::messages::{
-    AskNameServerRequest, ConnectPortRequest, Interface, ServeNamesRequest, UpdateInterfaceRequest,
-    UpdateRoutesRequest,
+    AskNameServerRequest, ConnectPortRequest, Interface, ServeNamesRequest, SetSysctlsRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest,
 };
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 impl Agent {
@@ -74,6 +75,18 @@ impl Agent {
     pub(crate) fn update_routes(&self, request: &UpdateRoutesRequest) -> Result<(), Error> {
         self.ask("set up the guest's routes", LIMIT, |client, limit| {
             client.update_routes(limit, request)
+        })
+        .map(drop)
+    }
+
+    /// Sets parameters of the guest's kernel.
+    pub(crate) fn set_sysctls(&self, values: &BTreeMap<String, String>) -> Result<(), Error> {
+        let request = SetSysctlsRequest {
+            values: values.clone().into_iter().collect(),
+            ..Default::default()
+        };
+        self.ask("set the guest's sysctls", LIMIT, |client, limit| {
+            client.set_sysctls(limit, &request)
         })
         .map(drop)
     }

@@ -69,26 +69,71 @@ fn all() -> Vec<String> {
     ALL.iter().map(|name| format!("CAP_{name}")).collect()
 }
 
-/// The capabilities allowed for a container, in OCI spelling.
+/// Those that a container may have, in the OCI's spelling: the default ones, without those that it is to lose, and with those that
+/// it asks for. As with Docker, what is asked for by its own name stays, whatever else is taken away.
 ///
 /// # Errors
-/// The unknown capability.
+/// Which there is not.
 pub(super) fn of(config: &ContainerConfig) -> Result<Vec<String>, Error> {
+    let added = named(&config.capabilities)?;
+    let dropped = named(&config.dropped_capabilities)?;
     if config.privileged {
         return Ok(all());
     }
-    let mut wanted: Vec<String> = DEFAULT.iter().map(|name| name.to_string()).collect();
-    for name in &config.capabilities {
-        let name = name.to_uppercase();
-        if name == "ALL" {
-            return Ok(all());
-        }
-        let plain = name.trim_start_matches("CAP_");
-        if !ALL.contains(&plain) {
-            let reason = format!("there is no CAP_{plain}");
-            return Err(Error::invalid("capability", reason));
-        }
-        wanted.push(format!("CAP_{plain}"));
-    }
+    let mut wanted = match (&added, &dropped) {
+        (None, _) => all(),
+        (Some(_), None) => Vec::new(),
+        (Some(_), Some(_)) => DEFAULT.iter().map(|name| name.to_string()).collect(),
+    };
+    wanted.retain(|name| !dropped.iter().flatten().any(|gone| gone == name));
+    wanted.extend(added.unwrap_or_default());
     Ok(wanted)
+}
+
+/// Capabilities by their names, with or without `CAP_`; None if `ALL` is among them.
+fn named(names: &[String]) -> Result<Option<Vec<String>>, Error> {
+    let mut found = Some(Vec::new());
+    for name in names {
+        let name = name.to_uppercase();
+        let plain = name.trim_start_matches("CAP_");
+        match plain {
+            "ALL" => found = None,
+            known if ALL.contains(&known) => found.iter_mut().for_each(|found| {
+                found.push(format!("CAP_{plain}"));
+            }),
+            _ => {
+                let reason = format!("there is no CAP_{plain}");
+                return Err(Error::invalid("capability", reason));
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_added_and_taken_away_as_with_docker() {
+        let of = |add: &[&str], drop: &[&str]| {
+            let words = |words: &[&str]| words.iter().map(|word| word.to_string()).collect();
+            let config = ContainerConfig {
+                capabilities: words(add),
+                dropped_capabilities: words(drop),
+                ..ContainerConfig::default()
+            };
+            super::of(&config)
+        };
+        assert_eq!(of(&[], &[]).unwrap(), DEFAULT);
+        assert_eq!(of(&[], &["ALL"]).unwrap(), [""; 0]);
+        let port = of(&["net_bind_service"], &["all"]).unwrap();
+        assert_eq!(port, ["CAP_NET_BIND_SERVICE"]);
+        let less = of(&[], &["CAP_CHOWN", "mknod"]).unwrap();
+        assert_eq!(less.len(), DEFAULT.len() - 2);
+        assert!(!less.contains(&"CAP_CHOWN".to_owned()));
+        let most = of(&["ALL"], &["SYS_ADMIN"]).unwrap();
+        assert_eq!(most.len(), ALL.len() - 1);
+        assert!(of(&["ALL"], &["FLY"]).is_err() && of(&["FLY", "ALL"], &[]).is_err());
+    }
 }

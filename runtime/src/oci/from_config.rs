@@ -3,6 +3,8 @@
 mod own_mounts;
 mod resolver;
 
+pub use resolver::search_and_options;
+
 use super::{Bundle, SharedNamespaces, capabilities, process};
 use crate::account::Accounts;
 use crate::{ContainerConfig, Error};

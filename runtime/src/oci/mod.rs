@@ -44,9 +44,9 @@ pub(crate) struct Adapted {
     pub(crate) has_guest_devices: bool,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(crate) direct: Vec<(u32, GuestVolume)>,
-    /// Mount points in a root that is a directory, each with a flag for files; and the working directory if the root is
-    /// read-only.
-    pub(crate) mount_points: Vec<(PathBuf, bool)>,
+    /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
+    /// directory of a read-only one.
+    pub(crate) mount_points: Vec<(PathBuf, Option<bool>)>,
 }
 
 /// The error for a valid but unsupported request.
@@ -93,7 +93,7 @@ pub(crate) fn adapt(
         // The guest creates it if possible, and gives it to its user. That is impossible in a read-only root, and as root in
         // a user namespace that does not own the tree.
         if is_read_only || has_mapped_users {
-            mount_points.push((process.cwd().clone(), false));
+            mount_points.push((process.cwd().clone(), None));
         }
         process::adapt(process, accounts)?;
     }

@@ -22,8 +22,8 @@ pub(super) struct Adapted {
     pub(super) volumes: Vec<EphemeralVolume>,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(super) direct: Vec<(u32, GuestVolume)>,
-    /// Mount points, each with a flag for files.
-    pub(super) points: Vec<(PathBuf, bool)>,
+    /// Where mounts go, each with whether that is a file.
+    pub(super) points: Vec<(PathBuf, Option<bool>)>,
 }
 
 /// The resource that a mount in the guest needs.
@@ -65,7 +65,10 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
                 .as_ref()
                 .is_some_and(|path| path.is_absolute() && path.is_file()),
         };
-        let point = (mount.destination().clone(), is_file);
+        // What is of the container's own root is known where that is.
+        let source = mount.source().as_ref();
+        let is_own = source.is_some_and(|source| source.starts_with(OWN_ROOT));
+        let point = (mount.destination().clone(), (!is_own).then_some(is_file));
         adapted.points.push(point);
         mounts.push(mount);
         match needs {

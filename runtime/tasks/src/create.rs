@@ -74,6 +74,8 @@ impl CreateTask {
                 .settings
                 .annotated(self.spec.0.annotations().iter().flatten())?,
         };
+        // Not before: an annotation may ask for it.
+        settings.prepare_process()?;
         let task = Task {
             id: self.id,
             bundle: self.bundle,

@@ -32,13 +32,38 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
     serde_json::from_slice(text).or_else(|error| {
         let understood = || {
             let mut value: Value = serde_json::from_slice(text).ok()?;
-            let process = value.pointer_mut(process)?;
-            drop_unknown_capabilities(process);
-            respell_flags(process);
+            drop_nulls(&mut value);
+            name_all_kinds(&mut value);
+            if let Some(process) = value.pointer_mut(process) {
+                drop_unknown_capabilities(process);
+                respell_flags(process);
+            }
             serde_json::from_value(value).ok()
         };
         understood().ok_or(error)
     })
+}
+
+/// For Go, null is a value that is not there.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            members.retain(|_, member| !member.is_null());
+            members.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(all) => all.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
+}
+
+/// A device rule of no kind is one of all, as for runc.
+fn name_all_kinds(spec: &mut Value) {
+    let rules = spec.pointer_mut("/linux/resources/devices");
+    let rules = rules.and_then(Value::as_array_mut);
+    let rules = rules.into_iter().flatten().filter_map(Value::as_object_mut);
+    for rule in rules {
+        rule.retain(|name, word| name != "type" || word != "");
+    }
 }
 
 /// Removes unknown capabilities with a warning, like runc.
@@ -84,6 +109,20 @@ mod tests {
             .unwrap()
             .extend(more.as_object().unwrap().clone());
         process
+    }
+
+    #[test]
+    fn null_is_nothing_as_for_go() {
+        let rules = json!([{"allow": false, "type": "", "access": "rwm"}]);
+        let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": null, "errnoRet": null}]});
+        let text = json!({"ociVersion": "1.2.0", "process": null, "hooks": {"prestart": null},
+            "linux": {"seccomp": seccomp, "resources": {"devices": rules, "pids": {"limit": null}}}});
+        let spec = read_spec(text.to_string().as_bytes()).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        let resources = linux.resources().as_ref().unwrap();
+        assert_eq!(resources.devices().as_ref().unwrap()[0].typ(), None);
+        assert!(spec.process().is_none());
     }
 
     #[test]

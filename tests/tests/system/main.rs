@@ -31,6 +31,7 @@ mod oci_exec;
 mod oci_limits;
 mod oci_mounts;
 mod oci_seccomp;
+mod oci_sysctls;
 mod oci_wrong;
 mod pod;
 mod pod_files;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
         oci_limits::trials(),
         oci_mounts::trials(),
         oci_seccomp::trials(),
+        oci_sysctls::trials(),
         oci_wrong::trials(),
         pod_files::trials(),
         podman::trials(),

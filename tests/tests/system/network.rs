@@ -28,7 +28,7 @@ fn in_namespace(name: &str, script: &str) -> Result<String> {
     )?;
     let prelude = "set -e; ip link set lo up\n";
     let output = Command::new("timeout")
-        .args(["400", "unshare", "--net", "sh", "-c"])
+        .args(["400", "unshare", "--net", "--mount", "sh", "-c"])
         .arg(format!("{prelude}{script}"))
         .env("R", shared_rootfs())
         .env("D", &dir)
@@ -92,10 +92,12 @@ fn user_networks_need_no_root() -> Result<()> {
         out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
         ip route add default via 198.51.100.1
         out /bin/busybox httpd -p 7000 -h $D
+        printf 'search a.example b.example\nnameserver 127.0.0.53\noptions ndots:2\n' > $D/resolv
+        mount --bind $D/resolv /etc/resolv.conf
         chown 65534:65534 $D
         as_user() { env HOME=$D setpriv --reuid 65534 --regid 65534 --clear-groups "$@"; }
         as_user koya run --net user --publish 8080:80 --rootfs $R --tmpfs /tmp -v $D:/data -- sh -ec '
-            cat /etc/resolv.conf
+            tr "\n" " " < /etc/resolv.conf; echo
             wget -q -O - http://198.51.100.1:7000/blob | sha256sum
             cd /tmp; echo from the guest > index.html; httpd -p 80 -h .
             until [ -e /data/done ]; do sleep 0.2; done' > $D/said 2>&1 & guest=$!
@@ -111,7 +113,8 @@ fn user_networks_need_no_root() -> Result<()> {
     let [resolver, guest, answer, outside, blob] = lines.as_slice() else {
         anyhow::bail!("{said}");
     };
-    ensure!(*resolver == "nameserver 169.254.1.1", "{said}");
+    let expected = "nameserver 169.254.1.1 search a.example b.example options ndots:2";
+    ensure!(resolver.trim() == expected, "{said}");
     ensure!(
         guest == blob && answer == outside && *answer == "from the guest",
         "{said}"

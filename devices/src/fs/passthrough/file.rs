@@ -11,7 +11,7 @@ use crate::fs::wire::{
     fopen,
 };
 use crate::sys;
-use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, openat};
 use rustix::io::Errno;
 use std::ffi::CStr;
 use std::fs::File;
@@ -31,6 +31,32 @@ const PASSED_FLAGS: OFlags = OFlags::ACCMODE
 fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
+
+/// Whether a file is one whose content the host's kernel makes as it is read, so that its size says nothing: of the file
+/// systems of processes, devices, control groups and the like.
+fn is_made_on_read(file: &File) -> Result<bool, Errno> {
+    let size = inodes::stat(file)?.stx_size;
+    // Files of sysfs have a page.
+    if size != 0 && size != 4096 {
+        return Ok(false);
+    }
+    Ok(MADE_ON_READ.contains(&(rustix::fs::fstatfs(file)?.f_type as u32)))
+}
+
+/// What such file systems are known by (linux/magic.h).
+const MADE_ON_READ: [u32; 11] = [
+    0x0000_9fa0, // proc
+    0x6265_6572, // sysfs
+    0x0027_e0eb, // cgroup
+    0x6367_7270, // cgroup2
+    0x6462_6720, // debugfs
+    0x7472_6163, // tracefs
+    0x7363_6673, // securityfs
+    0xf97c_ff8c, // selinuxfs
+    0x6265_6570, // configfs
+    0x6165_676c, // pstore
+    0xde5e_81e4, // efivarfs
+];
 
 impl Passthrough {
     /// FUSE_OPEN
@@ -77,6 +103,11 @@ impl Passthrough {
             Cache::Auto => 0,
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
         };
+        // The guest reads no further than a file's size, unless it asks for each read.
+        let open_flags = match is_made_on_read(&file)? {
+            true => fopen::DIRECT_IO,
+            false => open_flags,
+        };
         let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
         let node = self.inodes.fd(inode)?;
         Ok(OpenOut {
@@ -121,7 +152,8 @@ impl Passthrough {
         });
         match made {
             Ok(file) => {
-                self.set_owner(&file, caller, arg.mode, &directory)?;
+                let owned = self.set_owner(&file, caller, arg.mode, &directory);
+                super::names::or_remove(owned, &fd, name, AtFlags::empty())?;
                 self.created(file.into(), flags, &directory, name)
             }
             Err(Errno::EXIST) if arg.flags & OFlags::EXCL.bits() == 0 => {
@@ -377,7 +409,11 @@ impl Passthrough {
         let inherited = inodes::stat(self.inodes.fd(directory)?)?.stx_mode & 0o2000 != 0;
         let gid = (!inherited).then(|| rustix::fs::Gid::from_raw(caller.gid));
         let uid = Some(rustix::fs::Uid::from_raw(caller.uid));
-        rustix::fs::chownat(&fd, c"", uid, gid, rustix::fs::AtFlags::EMPTY_PATH)?;
+        match rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH) {
+            // A file system without owners, or one that gives its files to whom it likes: FAT, SMB, NFS that maps root away.
+            Err(Errno::PERM | Errno::OPNOTSUPP) => return Ok(()),
+            given => given?,
+        }
         // The change of owner cleared these bits.
         if mode & 0o6000 != 0 {
             let now = u32::from(inodes::stat(&fd)?.stx_mode);

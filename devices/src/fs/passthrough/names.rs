@@ -24,6 +24,19 @@ pub(super) fn check(name: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Removes what could not be given to its owner: the guest is told that it was not made.
+pub(super) fn or_remove(
+    owned: Result<(), Errno>,
+    directory: impl AsFd,
+    name: &CStr,
+    flags: AtFlags,
+) -> Result<(), Errno> {
+    if owned.is_err() {
+        rustix::fs::unlinkat(directory, name, flags).ok();
+    }
+    owned
+}
+
 impl Passthrough {
     /// FUSE_MKDIR
     ///
@@ -46,7 +59,8 @@ impl Passthrough {
         })?;
         // A directory keeps its mode bits when its owner changes.
         let made = inodes::open_entry(&fd, name)?;
-        self.set_owner(&made, caller, 0, &directory)?;
+        let owned = self.set_owner(&made, caller, 0, &directory);
+        or_remove(owned, &fd, name, AtFlags::REMOVEDIR)?;
         self.entry_in(made, &directory, name)
     }
 
@@ -98,7 +112,8 @@ impl Passthrough {
                 }
             }
         };
-        self.set_owner(&made, caller, arg.mode, &directory)?;
+        let owned = self.set_owner(&made, caller, arg.mode, &directory);
+        or_remove(owned, &fd, name, AtFlags::empty())?;
         self.entry_in(made, &directory, name)
     }
 
@@ -119,7 +134,8 @@ impl Passthrough {
         let fd = self.inodes.fd(&directory)?;
         self.opening_up(&[&directory], || rustix::fs::symlinkat(target, &fd, name))?;
         let made = inodes::open_entry(&fd, name)?;
-        self.set_owner(&made, caller, 0, &directory)?;
+        let owned = self.set_owner(&made, caller, 0, &directory);
+        or_remove(owned, &fd, name, AtFlags::empty())?;
         self.entry_in(made, &directory, name)
     }
 
@@ -213,14 +229,36 @@ impl Passthrough {
         );
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
-        self.opening_up(&[&from, &to], || {
-            rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags)
-        })?;
+        let rename = || rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags);
+        match self.opening_up(&[&from, &to], rename) {
+            // A directory that gets another parent has an entry that says so: the host asks whether it may be written.
+            Err(Errno::ACCESS) if self.open_up_entries([(&from_fd, name), (&to_fd, new_name)]) => {
+                rename()?;
+            }
+            moved => moved?,
+        }
         self.note_move(&from, (&to, &*to_fd), new_name);
         if flags.contains(RenameFlags::EXCHANGE) {
             self.note_move(&to, (&from, &*from_fd), name);
         }
         Ok(())
+    }
+
+    /// Opens up entries of directories that are writable, as [`opening_up`](Self::opening_up) does with nodes; returns whether any was shut.
+    fn open_up_entries<F: AsFd>(&self, entries: [(&F, &CStr); 2]) -> bool {
+        let Some(owners) = &self.owners else {
+            return false;
+        };
+        let mut opened = false;
+        for (directory, name) in entries {
+            let Ok(entry) = inodes::open_entry(directory, name) else {
+                continue;
+            };
+            if inodes::stat(&entry).is_ok_and(|stat| owners.is_shut(&stat)) {
+                opened |= self.change_shown(owners, &entry, |_| {}).is_ok();
+            }
+        }
+        opened
     }
 
     /// Updates the location and the shares of a moved file.

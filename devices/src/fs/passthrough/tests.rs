@@ -566,3 +566,19 @@ fn nodes_are_bounded() {
     files.forget(nodes[0], 1);
     assert!(look(8).is_ok());
 }
+
+/// Of which the guest would read nothing, by their size.
+#[test]
+fn files_without_a_size_are_not_cached() {
+    let f = fixture(0, false);
+    std::fs::write(f.dir.path().join("empty"), "").unwrap();
+    let kernel = std::path::Path::new("/proc/sys/kernel");
+    f.shares.add("kernel", kernel, true).unwrap();
+    let reading = OpenIn::default();
+    let kernel = f.files.lookup(ROOT_ID, c"kernel").unwrap().nodeid;
+    let node = f.files.lookup(kernel, c"ostype").unwrap().nodeid;
+    let opened = f.files.open(node, &reading).unwrap();
+    assert_eq!(opened.open_flags, wire::fopen::DIRECT_IO);
+    let node = f.files.lookup(f.root, c"empty").unwrap().nodeid;
+    assert_eq!(f.files.open(node, &reading).unwrap().open_flags, 0);
+}

@@ -165,14 +165,16 @@ impl Passthrough {
             value.truncate(len);
             Ok(value)
         };
-        if room > 0 {
-            return read(SIZE_MAX.min(room as usize));
-        }
-        // The guest asks for the size. Most values are short.
-        match read(SHORT) {
-            Err(Errno::RANGE) => read(SIZE_MAX),
-            other => other,
-        }
+        self.opening_up(&[&inode], || {
+            if room > 0 {
+                return read(SIZE_MAX.min(room as usize));
+            }
+            // The guest asks for the size. Most values are short.
+            match read(SHORT) {
+                Err(Errno::RANGE) => read(SIZE_MAX),
+                other => other,
+            }
+        })
     }
 
     /// FUSE_LISTXATTR: the names, each with its terminator
@@ -205,7 +207,8 @@ impl Passthrough {
         let _change = self.change_of(&inode, kind::ATTRIB);
         let (path, _fd) = self.xattr_path(&inode)?;
         if is_privileged(name) {
-            let removed = rustix::fs::removexattr(&*path, &*mapped(name)?);
+            let mapped = mapped(name)?;
+            let removed = self.opening_up(&[&inode], || rustix::fs::removexattr(&*path, &*mapped));
             // The guest must not remove the host's own attribute. The host removes capabilities itself when
             // the file changes; to the guest kernel, which would do the same before each change, they must
             // appear to be absent.
@@ -215,7 +218,7 @@ impl Passthrough {
                 other => other,
             };
         }
-        rustix::fs::removexattr(path, name)
+        self.opening_up(&[&inode], || rustix::fs::removexattr(&*path, name))
     }
 }
 

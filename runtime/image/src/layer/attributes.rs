@@ -98,14 +98,18 @@ fn kept(entry: &Entry) -> io::Result<Option<String>> {
     Ok((!is_plain).then(|| format!("{uid}:{gid}:{bits:04o}{kind}")))
 }
 
-/// Sets the owner and attributes of a file or directory.
+/// A file's or directory's owner and attributes.
+///
+/// # Errors
+/// EOPNOTSUPP for a file that would stand for something else where the file system can't keep what; else what fails.
 pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()> {
     if owners {
         let (uid, gid) = owner(entry)?;
         rustix::fs::fchown(&file, uid, gid)?;
     } else if let Some(kept) = kept(entry)? {
+        let is_file = matches!(entry.kind, Kind::Regular | Kind::Directory);
         match rustix::fs::fsetxattr(&file, OVERRIDE, kept.as_bytes(), XattrFlags::empty()) {
-            Err(Errno::OPNOTSUPP) => {}
+            Err(Errno::OPNOTSUPP) if is_file => {}
             other => other?,
         }
     }

@@ -201,7 +201,17 @@ impl Unpacker {
             // Only root can create it, so it is represented by a file.
             Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo if !self.owners => {
                 check_device(entry)?;
-                make_file(reader, entry, dir, name, self.owners)?;
+                match make_file(reader, entry, dir, name, self.owners) {
+                    Err(error) if is_unsupported(&error) => {
+                        rustix::fs::unlinkat(dir, name, AtFlags::empty())?;
+                        // The file system can't say what the file stands for.
+                        if entry.kind == Kind::Fifo {
+                            make_node(entry, dir, name)?;
+                            attributes::dress(dir, name, entry, self.owners, false)?;
+                        }
+                    }
+                    made => made?,
+                }
             }
             Kind::CharacterDevice | Kind::BlockDevice | Kind::Fifo => {
                 make_node(entry, dir, name)?;
@@ -386,6 +396,11 @@ pub(crate) fn write_data<S: Source>(
         io::copy(&mut reader.by_ref().take(segment.length), file)?;
     }
     file.set_len(entry.size)
+}
+
+/// Whether a file system has no attributes of users.
+fn is_unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error())
 }
 
 fn check_device(entry: &Entry) -> io::Result<()> {

@@ -2,7 +2,7 @@
 
 use super::writer::{Item, Tar, dir, file, item};
 use super::*;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
 const KINDS: [&str; 3] = [OCI_MANIFEST, OCI_CONFIG, OCI_LAYER];
 
@@ -199,4 +199,45 @@ fn times_that_no_file_system_has_are_no_failure() {
     let (root, _) = unpack(layout.path()).unwrap();
     assert_eq!(fs::read(root.path().join("ages")).unwrap(), b"x");
     assert!(fs::metadata(root.path().join("year-1")).unwrap().mtime() < 0);
+}
+
+/// Without root, on a file system that keeps no attributes of users: a file would stand for a device node without saying so.
+#[test]
+fn nodes_are_no_plain_files_where_they_cannot_be_kept() {
+    const USER: u32 = 65534;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("a file system of that kind is mounted by root alone");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("none", dir.path(), "ramfs", flags, None).unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(USER), Some(USER)).unwrap();
+    let path = dir.path().to_owned();
+    let work = move || {
+        let user = rustix::fs::Uid::from_raw(USER);
+        // Of this thread alone.
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+        let layer = Tar::of(&[
+            file("null", "lower"),
+            item(b'3', "null"),
+            item(b'6', "pipe"),
+            Item {
+                uid: 7,
+                ..file("file", "text")
+            },
+        ]);
+        let limits = crate::Limits::default();
+        let mut unpacker = crate::layer::Unpacker::new(&path, &limits).unwrap();
+        unpacker.layer(&layer[..], false, 1 << 20).unwrap();
+        unpacker.finish().unwrap();
+        let kind = |name| Some(fs::symlink_metadata(path.join(name)).ok()?.file_type());
+        assert!(kind("null").is_none());
+        assert!(kind("pipe").unwrap().is_fifo());
+        assert_eq!(fs::read_to_string(path.join("file")).unwrap(), "text");
+    };
+    let done = std::thread::spawn(work).join();
+    let detach = rustix::mount::UnmountFlags::DETACH;
+    rustix::mount::unmount(dir.path(), detach).unwrap();
+    done.unwrap();
 }

@@ -21,10 +21,19 @@ pub(super) fn configuration() -> String {
     }
 }
 
+/// What the host's configuration says beside its name servers: where short names are looked for, and how.
+pub fn search_and_options() -> String {
+    let (all, _) = reachable(&read(Path::new("/etc/resolv.conf")));
+    let lines = all.lines();
+    let others = lines.filter(|line| !line.starts_with("nameserver"));
+    others.map(|line| format!("{line}\n")).collect()
+}
+
+/// Comments may be of any encoding.
 fn read(path: &Path) -> String {
     let is_small = path.metadata().is_ok_and(|data| data.len() <= MAX_SIZE);
-    let content = is_small.then(|| std::fs::read_to_string(path).ok());
-    content.flatten().unwrap_or_default()
+    let content = is_small.then(|| std::fs::read(path).ok());
+    String::from_utf8_lossy(&content.flatten().unwrap_or_default()).into_owned()
 }
 
 /// The lines that are valid outside the host, and whether they contain a name server.
@@ -56,6 +65,14 @@ fn reachable(configuration: &str) -> (String, bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_comment_of_another_encoding_hides_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"# Z\xfcrich\nnameserver 192.0.2.1\n").unwrap();
+        let (kept, _) = reachable(&read(file.path()));
+        assert_eq!(kept, "nameserver 192.0.2.1\n");
+    }
 
     #[test]
     fn only_servers_that_a_guest_can_reach_are_left() {

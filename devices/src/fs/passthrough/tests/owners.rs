@@ -203,6 +203,11 @@ fn the_guests_root_is_shut_out_of_nothing_that_is_the_users() {
         let attr = f.files.getattr(file, &GetattrIn::default()).unwrap().attr;
         assert_eq!(attr.mode, 0o100_440);
         f.files.setxattr(file, c"user.a", b"1", 0).unwrap();
+        // So are attributes.
+        set(&dir.join("x"), 0o040);
+        assert_eq!(f.files.getxattr(file, c"user.a", 9).unwrap(), b"1");
+        set(&dir.join("x"), 0o440);
+        f.files.removexattr(file, c"user.a").unwrap();
         // Files of other users stay inaccessible.
         let owners = f.files.owners.as_ref().unwrap();
         let etc = std::fs::File::open("/etc").unwrap();
@@ -212,4 +217,70 @@ fn the_guests_root_is_shut_out_of_nothing_that_is_the_users() {
         let changed = owners.change(&etc, never, |shown| shown.uid = 5);
         assert_eq!(changed, Err(Errno::PERM));
     });
+}
+
+/// As `mv` in an image's read-only directories.
+#[test]
+fn a_directory_that_is_shut_can_be_moved_to_another() {
+    as_user(|f| {
+        for name in ["from", "from/shut", "to", "to/other"] {
+            std::fs::create_dir(f.dir.path().join(name)).unwrap();
+        }
+        for name in ["from/shut", "to/other"] {
+            let mode = std::fs::Permissions::from_mode(0o555);
+            std::fs::set_permissions(f.dir.path().join(name), mode).unwrap();
+        }
+        let [from, to] = [c"from", c"to"].map(|name| f.files.lookup(f.root, name).unwrap().nodeid);
+        let exchange = rustix::fs::RenameFlags::EXCHANGE.bits();
+        f.files
+            .rename(from, c"shut", to, c"other", exchange)
+            .unwrap();
+        f.files.rename(from, c"shut", to, c"moved", 0).unwrap();
+        for name in [c"other", c"moved"] {
+            assert_eq!(f.files.lookup(to, name).unwrap().attr.mode, 0o40_555);
+        }
+    });
+}
+
+/// FAT, SMB, and NFS that maps root away refuse what a thread without the capability is refused here.
+#[test]
+fn files_are_made_where_they_cannot_be_given_away() {
+    let work = || {
+        let f = fixture(0, false);
+        let mut left = rustix::thread::capabilities(None).unwrap();
+        left.effective -= rustix::thread::CapabilitySet::CHOWN;
+        // Of this thread alone.
+        rustix::thread::set_capabilities(None, left).unwrap();
+        let caller = Caller { uid: 7, gid: 8 };
+        let arg = CreateIn {
+            flags: OFlags::RDWR.bits(),
+            mode: 0o644,
+            umask: 0,
+            open_flags: 0,
+        };
+        let own = rustix::process::geteuid().as_raw();
+        let (entry, _) = f.files.create(f.root, c"file", &arg, caller).unwrap();
+        assert_eq!((entry.attr.uid, entry.attr.mode), (own, 0o100_644));
+        let mkdir = MkdirIn {
+            mode: 0o755,
+            umask: 0,
+        };
+        f.files.mkdir(f.root, c"dir", &mkdir, caller).unwrap();
+        f.files.symlink(f.root, c"link", c"file", caller).unwrap();
+        // Nothing is left of what the guest is told was not made.
+        let nobody = Caller {
+            uid: u32::MAX,
+            gid: 0,
+        };
+        assert_eq!(
+            f.files.create(f.root, c"no", &arg, nobody).err(),
+            Some(Errno::INVAL)
+        );
+        assert_eq!(
+            f.files.mkdir(f.root, c"no", &mkdir, nobody).err(),
+            Some(Errno::INVAL)
+        );
+        assert_eq!(f.files.lookup(f.root, c"no").err(), Some(Errno::NOENT));
+    };
+    std::thread::spawn(work).join().unwrap();
 }
