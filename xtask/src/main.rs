@@ -13,6 +13,7 @@ mod cache;
 mod counting;
 mod criterion;
 mod deb;
+mod deb_try;
 mod demo;
 mod dependencies;
 mod fuzz;

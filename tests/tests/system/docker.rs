@@ -188,8 +188,8 @@ impl Drop for Docker {
     }
 }
 
-/// The rig has what Docker's networks need in a directory; elsewhere Docker loads it by itself.
-fn load_modules() -> Result<()> {
+/// The rig has what Docker's and podman's networks need in a directory; elsewhere they load it by themselves.
+pub(crate) fn load_modules() -> Result<()> {
     let directory = Path::new("/run/koya-rig/modules");
     let Ok(order) = fs::read_to_string(directory.join("docker")) else {
         return Ok(());
@@ -519,7 +519,7 @@ fn networks_are_dockers(docker: &Docker) -> Result<()> {
 }
 
 /// What an HTTP server answers.
-fn page(address: &str) -> Result<String> {
+pub(crate) fn page(address: &str) -> Result<String> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address.parse()?, limit)?;
     stream.set_read_timeout(Some(limit))?;
@@ -530,7 +530,8 @@ fn page(address: &str) -> Result<String> {
 }
 
 /// The same of a container's shell.
-const PAGE: &str = r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
+pub(crate) const PAGE: &str =
+    r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
 
 /// Of containers, and of outside as another name server of the container's network has it.
 fn names_are_dockers(

@@ -32,6 +32,8 @@ mod oci_seccomp;
 mod pod;
 mod pod_files;
 mod podman;
+mod podman_networks;
+mod podman_rootless;
 mod rigs;
 mod run;
 mod smoke;
@@ -79,6 +81,8 @@ fn main() -> ExitCode {
         oci_seccomp::trials(),
         pod_files::trials(),
         podman::trials(),
+        podman_networks::trials(),
+        podman_rootless::trials(),
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),
