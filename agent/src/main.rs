@@ -22,6 +22,7 @@ mod executor;
 mod helper;
 mod images;
 mod late_mounts;
+mod mappings;
 mod names;
 mod network;
 mod oom;
@@ -50,6 +51,9 @@ fn main() -> ExitCode {
     }
     if args.get(1).map(String::as_str) == Some(helper::PAUSE) {
         helper::hold();
+    }
+    if let Some(file) = args.first().and_then(|name| mappings::file_of(name)) {
+        return mappings::main(file, &args[1..]);
     }
     if std::process::id() != 1 {
         eprintln!("koya-agent is the init of a Koya guest and does nothing elsewhere");

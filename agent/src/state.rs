@@ -6,6 +6,7 @@ use crate::device_rules;
 use crate::disks;
 use crate::helper::{self, bundle};
 use crate::late_mounts;
+use crate::mappings;
 use crate::oom::Ooms;
 use crate::reaper::{self, End, Reaper};
 use crate::service::aside;
@@ -376,6 +377,7 @@ impl State {
         all.extend(&args[2..]);
         let child = Command::new("/proc/self/exe")
             .args(all)
+            .env("PATH", mappings::PROGRAMS)
             .stdin(streams.stdin)
             .stdout(streams.stdout)
             .stderr(streams.stderr)

@@ -5,7 +5,7 @@
 //! redirections (tc's `mirred`). All of it happens in the network namespace of the thread that starts the sandbox.
 
 use crate::Error;
-use crate::out_of_reach::{destinations, refuse};
+use crate::out_of_reach::{Verdict, decide, destinations};
 use futures::{Future, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use koya_protocol::messages;
@@ -27,6 +27,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::Pin;
 
+mod called;
 mod routing;
 
 pub(crate) use routing::Routing;
@@ -78,6 +79,9 @@ pub struct NetworkConfig {
     /// for [`HostEnd::Join`], whose other side may be a process that connects to any destination of a frame. See
     /// [`host_addresses`](crate::host_addresses). Default: none.
     pub out_of_reach: Vec<IpNet>,
+    /// Whether processes in the namespace on the host reach the guest by its IPv4 addresses, of
+    /// [`HostEnd::Join`]. They come from a link-local address, to which the guest gets a route. Default: no.
+    pub is_called: bool,
 }
 
 /// A static neighbour of a guest.
@@ -125,6 +129,7 @@ impl NetworkConfig {
             routes: Vec::new(),
             neighbours: Vec::new(),
             out_of_reach: Vec::new(),
+            is_called: false,
         }
     }
 
@@ -152,6 +157,10 @@ impl NetworkConfig {
                 network.device.mtu = network.device.mtu.or(found.mtu);
                 network.addresses.extend(found.addresses);
                 network.neighbours.extend(found.neighbours);
+                if self.is_called {
+                    network.routes.push(called::route());
+                    network.neighbours.push(called::CALLER);
+                }
             }
         }
         Ok(network)
@@ -202,34 +211,38 @@ struct Found {
 /// the namespace.
 pub(crate) struct Joined {
     namespace: File,
-    interfaces: Vec<String>,
+    networks: Vec<NetworkConfig>,
 }
 
 impl Joined {
     /// The interfaces of these networks, in the calling thread's network namespace; `None` if there are none.
     pub(crate) fn of(networks: &[NetworkConfig]) -> Result<Option<Self>, Error> {
-        let joined = networks.iter().filter_map(NetworkConfig::joined);
-        let interfaces: Vec<_> = joined.map(str::to_owned).collect();
-        if interfaces.is_empty() {
+        let joined = networks.iter().filter(|n| n.joined().is_some());
+        let networks: Vec<_> = joined.cloned().collect();
+        if networks.is_empty() {
             return Ok(None);
         }
         let namespace = File::open("/proc/thread-self/ns/net");
         Ok(Some(Self {
             namespace: namespace.map_err(Error::host("open the network namespace"))?,
-            interfaces,
+            networks,
         }))
     }
 }
 
 impl Drop for Joined {
     fn drop(&mut self) {
-        let interfaces = std::mem::take(&mut self.interfaces);
+        let networks = std::mem::take(&mut self.networks);
         let given_back = in_namespace(Some(&self.namespace), |handle| {
             Box::pin(async move {
-                for name in interfaces {
-                    // It may no longer exist.
-                    if let Ok(link) = link(&handle, &name).await {
+                for network in networks {
+                    let name = network.joined().unwrap_or_default();
+                    // It may be gone already.
+                    if let Ok(link) = link(&handle, name).await {
                         stop_redirection(&handle, link.header.index).await?;
+                        if network.is_called {
+                            called::give_back(&handle, &network, link.header.index).await?;
+                        }
                     }
                 }
                 Ok(())
@@ -414,7 +427,12 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             let up = LinkUnspec::new_with_index(there).up().build();
             handle.link().set(up).execute().await.map_err(other)?;
             let refused = destinations(&network.addresses, &network.out_of_reach);
-            refuse(&handle, index, &refused).await?;
+            decide(&handle, index, &refused, Verdict::Dropped).await?;
+            if network.is_called
+                && let Err(error) = called::set_up(&handle, &network, there, (&tap, index)).await
+            {
+                log::warn!("processes on the host don't reach the guest's {interface}: {error}");
+            }
             redirect(&handle, there, index).await?;
             redirect(&handle, index, there).await?;
         }

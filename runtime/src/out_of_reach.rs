@@ -94,14 +94,27 @@ pub(crate) fn destinations(own: &[IpNet], further: &[IpNet]) -> Vec<IpNet> {
     IpNet::aggregate(&all.chain(further.iter().copied()).collect())
 }
 
-/// Drops frames from a guest to these destinations, before they are forwarded.
-pub(crate) async fn refuse(handle: &Handle, tap: u32, destinations: &[IpNet]) -> io::Result<()> {
+/// What becomes of frames (linux/pkt_cls.h).
+#[derive(Clone, Copy)]
+pub(crate) enum Verdict {
+    /// They go up to the namespace's own network stack.
+    Accepted = 0,
+    /// They are dropped.
+    Dropped = 2,
+}
+
+/// Decides on what a guest sends to such destinations, before it is passed on.
+pub(crate) async fn decide(
+    handle: &Handle,
+    tap: u32,
+    destinations: &[IpNet],
+    verdict: Verdict,
+) -> io::Result<()> {
     ingress(handle, tap).await?;
     let gact = {
         // `struct tc_gact` (linux/tc_act/tc_gact.h): index, capabilities, action, two counts.
         const TCA_GACT_PARMS: u16 = 2;
-        const TC_ACT_SHOT: i32 = 2;
-        let words = [0, 0, TC_ACT_SHOT, 0, 0];
+        let words = [0, 0, verdict as i32, 0, 0];
         let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let mut action = TcAction::default();
         action.attributes = vec![

@@ -1,7 +1,7 @@
 //! The Debian package: an installation below `/usr`, packed by cargo-deb.
 
 use crate::arch::{Arch, ArchArgs};
-use crate::{cache, install, proc, setup};
+use crate::{cache, deb_try, install, proc, setup};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,9 @@ pub(crate) struct DebArgs {
     /// Check the package with lintian afterwards
     #[arg(long)]
     lint: bool,
+    /// Install it on a Debian 13 that has Docker and nothing of Koya, in an emulated host: use it, and purge it
+    #[arg(long = "try", conflicts_with = "arch")]
+    is_tried: bool,
 }
 
 /// `cargo xtask deb`
@@ -39,7 +42,10 @@ pub(crate) fn run(args: &DebArgs) -> Result<()> {
         proc::run(lintian.arg(&package))?;
         println!("lintian: nothing but what runtime/packaging/lintian-overrides explains");
     }
-    Ok(())
+    match args.is_tried {
+        true => deb_try::run(&package),
+        false => Ok(()),
+    }
 }
 
 /// Builds the package for an architecture, and returns its path.

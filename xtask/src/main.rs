@@ -11,6 +11,7 @@ mod bench;
 mod build;
 mod cache;
 mod deb;
+mod deb_try;
 mod demo;
 mod dependencies;
 mod fuzz;

@@ -407,10 +407,14 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     } else {
         config.sysctls = task.spec.network_sysctls();
     }
+    // Without root, ports are published by a process in the namespace (rootlessport) that calls the container's address
+    // there; what root sets up comes from outside.
+    let is_called = is_in_user_namespace();
     config.networks = interfaces()?
         .into_iter()
         .map(|interface| NetworkConfig {
             name: interface.clone(),
+            is_called,
             ..NetworkConfig::new(HostEnd::Join { interface })
         })
         .collect();
@@ -419,6 +423,12 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
         began: None,
     });
     Ok(config)
+}
+
+/// Whether this process is in another user namespace than the host's first (user_namespaces(7)).
+fn is_in_user_namespace() -> bool {
+    let users = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    !users.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// The guest's console, line by line, in the log.

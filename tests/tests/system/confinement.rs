@@ -17,7 +17,9 @@ pub(crate) fn users_are_mapped(containerd: &Containerd) -> Result<()> {
     spec["process"]["env"] = serde_json::json!(["PATH=/bin"]);
     let limit = serde_json::json!({"type": "RLIMIT_NOFILE", "soft": 777, "hard": 888});
     spec["process"]["rlimits"] = serde_json::json!([limit]);
-    let mapping = serde_json::json!([{"containerID": 0, "hostID": 10000, "size": 65536}]);
+    // In two ranges, as `podman run --userns keep-id` has three.
+    let mapping = serde_json::json!([{"containerID": 0, "hostID": 10000, "size": 1000},
+        {"containerID": 1000, "hostID": 20000, "size": 64536}]);
     let linux = &mut spec["linux"];
     linux["uidMappings"] = mapping.clone();
     linux["gidMappings"] = mapping;
@@ -32,10 +34,13 @@ pub(crate) fn users_are_mapped(containerd: &Containerd) -> Result<()> {
     let said = stdout(ctr.arg(&config).arg("users").output()?)?;
     let words: Vec<&str> = said.split_whitespace().collect();
     ensure!(
-        words[..6] == ["0", "0", "10000", "65536", "777", "888"],
+        words[..9]
+            == [
+                "0", "0", "10000", "1000", "1000", "20000", "64536", "777", "888"
+            ],
         "{said}"
     );
-    ensure!(words.len() == 7, "no sysfs: {said}");
+    ensure!(words.len() == 10, "no sysfs: {said}");
     containerd.nothing_is_left()
 }
 

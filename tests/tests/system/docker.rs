@@ -188,8 +188,8 @@ impl Drop for Docker {
     }
 }
 
-/// The rig has the modules for Docker's networks in a directory; elsewhere Docker loads them by itself.
-fn load_modules() -> Result<()> {
+/// The rig has what Docker's and podman's networks need in a directory; elsewhere they load it by themselves.
+pub(crate) fn load_modules() -> Result<()> {
     let directory = Path::new("/run/koya-rig/modules");
     let Ok(order) = fs::read_to_string(directory.join("docker")) else {
         return Ok(());
@@ -518,8 +518,8 @@ fn networks_are_dockers(docker: &Docker) -> Result<()> {
     docker.nothing_is_left()
 }
 
-/// Response of an HTTP server.
-fn page(address: &str) -> Result<String> {
+/// What an HTTP server answers.
+pub(crate) fn page(address: &str) -> Result<String> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address.parse()?, limit)?;
     stream.set_read_timeout(Some(limit))?;
@@ -529,8 +529,9 @@ fn page(address: &str) -> Result<String> {
     Ok(said)
 }
 
-/// The same in a container's shell.
-const PAGE: &str = r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
+/// The same of a container's shell.
+pub(crate) const PAGE: &str =
+    r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
 
 /// Names of containers, and external names from another name server in the container's network.
 fn names_are_dockers(

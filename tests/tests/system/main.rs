@@ -36,6 +36,8 @@ mod oci_wrong;
 mod pod;
 mod pod_files;
 mod podman;
+mod podman_networks;
+mod podman_rootless;
 mod rigs;
 mod run;
 mod smoke;
@@ -87,6 +89,8 @@ fn main() -> ExitCode {
         oci_wrong::trials(),
         pod_files::trials(),
         podman::trials(),
+        podman_networks::trials(),
+        podman_rootless::trials(),
         surroundings::trials(),
         timeline::trials(),
         vsock::trials(),

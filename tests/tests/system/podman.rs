@@ -12,13 +12,13 @@ crate::trials!(
     a_podman_pod_is_one_virtual_machine,
 );
 
-/// podman, with its own storage and an image called `bb`.
-struct Podman {
-    dir: PathBuf,
+/// podman, with storage of its own and an image called `bb`.
+pub(crate) struct Podman {
+    pub(crate) dir: PathBuf,
 }
 
 impl Podman {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let podman = Self {
             dir: scratch("podman")?,
         };
@@ -36,7 +36,7 @@ impl Podman {
         Ok(podman)
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new("podman");
         command.arg("--root").arg(self.dir.join("root"));
         command.arg("--runroot").arg(self.dir.join("run"));
@@ -47,13 +47,13 @@ impl Podman {
         command
     }
 
-    fn call(&self, words: &[&str]) -> Result<Output> {
+    pub(crate) fn call(&self, words: &[&str]) -> Result<Output> {
         self.command(words)
             .output()
             .context("podman is not installed")
     }
 
-    fn ok(&self, words: &[&str]) -> Result<String> {
+    pub(crate) fn ok(&self, words: &[&str]) -> Result<String> {
         stdout(self.call(words)?).with_context(|| format!("podman {words:?}"))
     }
 
@@ -63,8 +63,8 @@ impl Podman {
     }
 }
 
-/// Path of `koya-runtime`.
-fn runtime() -> PathBuf {
+/// The path of the program.
+pub(crate) fn runtime() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join("koya-runtime"));
     found
@@ -189,9 +189,9 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     Ok(())
 }
 
-/// Recreates the control groups of pods, as created by podman without systemd. podman 4.3 denies all devices in them, even
-/// /dev/null, so no runtime can start anything there; the rules are removed with the group.
-fn allow_devices_in_pods() -> Result<()> {
+/// The control groups of pods, as podman makes them here without systemd. podman 4.3 forbids all devices in them,
+/// /dev/null too, so no runtime can start anything there: that goes away with the group.
+pub(crate) fn allow_devices_in_pods() -> Result<()> {
     for pod in std::fs::read_dir("/sys/fs/cgroup/libpod_parent")? {
         let group = pod?.path();
         if group.is_dir() {

@@ -1,0 +1,67 @@
+# The package on a Debian that has never seen Koya: installed by apt, used by hand, under Docker and by its command line, and
+# purged. In the rig, as root. $1: the Debian's tar, $2: the package, $3: a tar of busybox's files.
+set -eu
+root=/run/scratch/debian
+modules=/run/koya-rig/modules
+for module in $(cat $modules/docker); do busybox insmod $modules/$module || true; done
+mkdir $root
+tar -C $root -xf "$1"
+cp "$2" $root/root/koya.deb
+cp "$3" $root/root/busybox.tar
+# A root of its own, as a machine has it: in a changed root nobody may make user namespaces.
+cat > $root/root/try.sh <<'END_OF_TRY'
+set -eu
+unset KOYA_SHARE
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
+files() {
+    find / -xdev \( -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
+        -o -path /var/lib/docker -o -path /var/lib/containerd \) -prune -o -print | grep -v 'dpkg-\|ld.so.cache' | sort
+}
+said() { echo "try: $*"; }
+quietly() { "$@" > /tmp/log 2>&1 || { cat /tmp/log; said "failed: $*"; exit 1; }; }
+
+files > /root/before
+quietly apt-get install -y /root/koya.deb
+said "installed: $(dpkg-query --show koya)"
+koya check
+mkdir /root/bb
+tar -C /root/bb -xf /root/busybox.tar
+koya run --rootfs /root/bb -- uname -r | grep koya
+koya run --net user --rootfs /root/bb -- ip address show eth0 | grep -o 'inet [0-9.]*'
+said "koya run"
+
+mkdir -p /etc/docker
+cp /usr/share/doc/koya/examples/docker-daemon.json /etc/docker/daemon.json
+dockerd > /var/log/dockerd.log 2>&1 &
+for second in $(seq 120); do ! docker version > /tmp/log 2>&1 || break; sleep 1; done
+quietly docker import /root/busybox.tar busybox
+docker run --rm --runtime koya busybox uname -r | grep koya
+docker run --detach --name web --runtime koya --publish 8080:80 busybox \
+    sh -c 'echo pong > /index.html; exec httpd -f -h /' > /tmp/log
+page() { perl -MIO::Socket::INET -e '
+    $s = IO::Socket::INET->new("127.0.0.1:8080") or exit 1; print $s "GET / HTTP/1.0\r\n\r\n"; print <$s>'; }
+for second in $(seq 60); do page | grep pong && break; sleep 1; done
+page | grep -q pong
+docker rm --force web > /tmp/log
+said "docker run --runtime koya, with Docker $(docker version --format '{{.Server.Version}}')"
+
+mkdir -p /root/bundle
+ln -s /root/bb /root/bundle/rootfs
+koya-runtime spec --bundle /root/bundle
+sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"uname", "-r"/' /root/bundle/config.json
+koya-runtime run --bundle /root/bundle tried | grep koya
+said "koya-runtime run"
+
+kill "$(cat /run/docker.pid)"
+wait
+rm -r /etc/docker
+quietly apt-get remove -y koya
+if ls /usr/bin/koya* /usr/bin/containerd-shim-koya* 2> /tmp/log; then said "programs are left"; exit 1; fi
+quietly apt-get purge -y --autoremove koya
+files > /root/after
+diff /root/before /root/after || { said "this is left of it"; exit 1; }
+said "purged: nothing is left"
+END_OF_TRY
+unshare --mount sh -c "mount --bind $root $root && cd $root && mount --rbind proc proc && mount --rbind sys sys &&
+    mount --rbind dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp && pivot_root . mnt && umount -l /mnt &&
+    exec sh /root/try.sh"

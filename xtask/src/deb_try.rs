@@ -1,0 +1,70 @@
+//! `cargo xtask deb --try`: the package on a Debian as users have it, from its installation until nothing of it is left.
+
+use crate::arch::Arch;
+use crate::{bats, cache, demo, proc, setup};
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A release whose Docker runs containers by containerd's shims (26).
+const SUITE: &str = "trixie";
+
+/// What it has beside its minimal system.
+const INCLUDE: &str = "--include=ca-certificates,docker-cli,docker.io,iptables,perl-base";
+
+/// What the package needs and recommends: downloaded, so that apt finds it in a rig, which has no internet.
+const NEEDS: [&str; 2] = ["e2fsprogs", "passt"];
+
+/// What happens there.
+const TRY: &str = include_str!("deb-try.sh");
+
+/// Tries a package of this machine's architecture in a rig.
+pub(crate) fn run(package: &Path) -> Result<()> {
+    let debian = debian()?;
+    let work = proc::checkout().join("target/deb");
+    let rootfs = work.join("busybox");
+    if !rootfs.exists() {
+        demo::make_busybox_rootfs(Arch::of_this_machine(), &rootfs)?;
+    }
+    let busybox = work.join("busybox.tar");
+    bats::pack(&rootfs, &busybox)?;
+    let mut rig = Command::new(std::env::current_exe()?);
+    rig.args(["rig", "--no-build", "--cpus", "1", "--timeout", "3600"]);
+    rig.args(["--", "sh", "-c", TRY, "sh"]);
+    let ended = rig.args([&debian, package, &busybox]).status()?;
+    if !ended.success() {
+        bail!("the package does not work on Debian {SUITE}");
+    }
+    Ok(())
+}
+
+/// A tar of a Debian with Docker and without Koya, made once.
+fn debian() -> Result<PathBuf> {
+    setup::ensure_these(&[("debootstrap", "makes a Debian to install on")])?;
+    let key = cache::key([&[SUITE, INCLUDE], &NEEDS[..]].concat());
+    let dir = cache::ensure("debian-docker", &key, |dir| {
+        let root = dir.join("root");
+        let log = dir.with_extension("log");
+        let mut debootstrap = Command::new("/usr/sbin/debootstrap");
+        debootstrap.args(["--variant=minbase", INCLUDE, SUITE]);
+        let what = "making a Debian with Docker (once)";
+        proc::long(what, debootstrap.arg(&root), &log)?;
+        // What it was made of, so that what is found there is what the package needs.
+        for words in [
+            &["clean"][..],
+            &["update"],
+            &[&["install", "--download-only", "-y"], &NEEDS[..]].concat(),
+        ] {
+            let mut apt = Command::new("chroot");
+            apt.arg(&root).args(["apt-get", "-q"]).args(words);
+            proc::long("downloading what Koya needs (once)", &mut apt, &log)?;
+        }
+        let tar = File::create(dir.join("root.tar"))?;
+        let mut pack = Command::new("tar");
+        pack.args(["-c", "."]).current_dir(&root).stdout(tar);
+        proc::run(&mut pack)?;
+        fs::remove_dir_all(&root).context("cannot remove what was packed")
+    })?;
+    Ok(dir.join("root.tar"))
+}
