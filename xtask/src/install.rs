@@ -148,12 +148,20 @@ fn pages(prefix: &Path) -> Result<Vec<Installed>> {
     Ok(files)
 }
 
+/// README.md, the pages that it links to, and the examples for engines.
 fn documents(prefix: &Path) -> Result<Vec<Installed>> {
-    let mut files = vec![Installed {
-        at: "share/doc/koya/README.md".into(),
-        mode: 0o644,
-        from: From::File(proc::checkout().join("README.md")),
-    }];
+    let checkout = proc::checkout();
+    let mut pages = vec![checkout.join("README.md"), checkout.join("CHANGELOG.md")];
+    pages.extend(below(&checkout.join("docs"))?);
+    let mut files = Vec::new();
+    for page in pages {
+        let name = page.strip_prefix(&checkout)?.to_string_lossy().into_owned();
+        files.push(Installed {
+            at: format!("share/doc/koya/{name}"),
+            mode: 0o644,
+            from: From::File(page),
+        });
+    }
     for example in below(&proc::checkout().join(PACKAGING).join("examples"))? {
         let name = example.file_name().unwrap_or_default().to_string_lossy();
         files.push(Installed {
