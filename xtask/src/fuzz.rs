@@ -234,6 +234,8 @@ fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
         .arg(format!("-artifact_prefix={}/", failed.display()))
         .arg(format!("-max_total_time={seconds}"))
         .arg(format!("-timeout={INPUT_LIMIT}"))
+        // An input below the limit has not failed: other processes may slow it down.
+        .arg(format!("-report_slow_units={INPUT_LIMIT}"))
         .arg(format!("-max_len={MAX_LEN}"))
         .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
         .stdout(output.try_clone()?)
