@@ -195,7 +195,7 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
     Ok(create_cgroup_manager(config(id))?.apply(&wanted)?)
 }
 
-/// libcontainer sets none of memory and swap without one of memory: then that stays as it is.
+/// Adds the current memory limit to a limit of memory and swap alone, which libcontainer would not set.
 fn with_limit(mut memory: LinuxMemory, known: u64) -> LinuxMemory {
     let known = i64::try_from(known).unwrap_or(-1);
     if memory.limit().is_none() && memory.swap().is_some_and(|swap| swap == -1 || known > 0) {
@@ -204,7 +204,8 @@ fn with_limit(mut memory: LinuxMemory, known: u64) -> LinuxMemory {
     memory
 }
 
-/// A limit below what is used would have processes killed. Who asks for it is told so instead, in runc's words.
+/// With `checkBeforeUpdate`, rejects a limit that is not above the current usage, since it would get processes killed. The
+/// wording is runc's.
 fn check_memory(memory: &LinuxMemory, usage: u64) -> Result<()> {
     if memory.check_before_update() != Some(true) {
         return Ok(());
@@ -256,7 +257,7 @@ pub(crate) fn stats(id: &str) -> Result<ContainerStats> {
         .ok_or_else(|| Refused::NotFound(format!("no container {id}")).into())
 }
 
-/// As the group's files name them.
+/// The sizes of huge pages that the group has files for.
 fn huge_page_sizes(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
@@ -462,7 +463,7 @@ mod tests {
         assert_eq!(limit(2000, 1000), Some(1000));
         assert_eq!(limit(-1, 1000), Some(1000));
         assert_eq!(limit(-1, u64::MAX), Some(-1));
-        // There is nothing to take from what both may have.
+        // Without a memory limit there is none to add.
         assert_eq!(limit(2000, u64::MAX), None);
         assert_eq!(with_limit(LinuxMemory::default(), 1000).limit(), None);
     }

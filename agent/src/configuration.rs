@@ -102,7 +102,7 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
     added.set_version(spec.version().clone());
     added.set_root(spec.root().clone());
     added.set_hostname(None).set_process(None);
-    // None, but said: without that libcontainer takes it for broken where users are mapped.
+    // An empty list: with mapped users libcontainer rejects a configuration without one.
     added.set_mounts(Some(Vec::new()));
     let mut linux = spec.linux().clone().unwrap_or_default();
     linux.set_cgroups_path(Some(helper::ENTRY_CGROUP.into()));
@@ -388,7 +388,7 @@ mod tests {
         assert_eq!(added["linux"]["namespaces"].as_array().unwrap().len(), 3);
         assert_eq!(added["linux"]["uidMappings"][1]["hostID"], 9000);
         assert_eq!(added["root"]["path"], "/r");
-        // None would be an error where users are mapped.
+        // A missing list would be an error with mapped users.
         assert_eq!(added["mounts"].as_array().map(Vec::len), Some(0));
         for left_out in [
             "/process",

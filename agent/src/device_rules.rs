@@ -1,9 +1,8 @@
 //! Device rules of a container: `linux.resources.devices` of the OCI configuration, as a program
-//! that the kernel asks on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
+//! that the kernel runs on every open and mknod of a device (BPF_PROG_TYPE_CGROUP_DEVICE).
 //!
-//! The rules are a list in which the last one wins that is about a device and a kind of access, so the program looks from the last to the
-//! first. Before all of them stands "deny"; after all of them stand the devices that every
-//! container has.
+//! The last matching rule wins for each kind of access, so the program checks rules from the last to the first. An
+//! implicit "deny" precedes all of them; rules for the devices available to every container follow them.
 
 use crate::cgroup;
 use crate::sys::{Instruction, attach_device_program};
@@ -177,8 +176,9 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
     program
 }
 
-/// Tests that jump over the rule's answer when they fail. [`ACCESS`] has what no rule has decided yet: that is for the
-/// rules before this one, so that two rules of a device, one to read and one to write, allow both at once.
+/// Tests that jump over the rule's verdict when they fail. The register [`ACCESS`] holds the access not yet decided by
+/// later rules; what remains is left to earlier rules, so that one rule for reading and one for writing allow both at
+/// once.
 fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     let numbers = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
     let numbers = numbers
@@ -190,15 +190,15 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
         instruction(EXIT, 0, 0, 0, 0),
     ];
     let over = answer.len() as i16;
-    // A rule about all access decides whatever is left.
+    // A rule for all access decides all that remains.
     let mut body = match (rule.access, rule.allow) {
         (ALL, _) => Vec::new(),
-        // Nothing may be left.
+        // To allow, nothing may remain undecided.
         (access, true) => vec![
             instruction(AND_VALUE, ACCESS, 0, 0, (ALL & !access) as i32),
             instruction(JUMP_UNEQUAL, ACCESS, 0, over, 0),
         ],
-        // One bit of it is enough.
+        // To deny, one bit is enough.
         (access, false) => vec![
             instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0),
             instruction(AND_VALUE, SCRATCH, 0, 0, access as i32),
@@ -299,7 +299,7 @@ mod tests {
         }
     }
 
-    /// As in the files of control groups of version 1, and as runc does.
+    /// As in control groups of version 1, and with runc.
     #[test]
     fn what_two_rules_allow_apart_is_allowed_at_once() {
         let program = rules(
@@ -321,8 +321,8 @@ mod tests {
         assert!(ask(&program, READ, CHARACTER, 10, 232));
     }
 
-    /// Every list of up to two rules over few numbers, and every request: of each kind of access the last rule that matches
-    /// decides, and nothing is allowed without one.
+    /// All lists of up to two rules over a few numbers, and all requests: the last matching rule decides for each kind of
+    /// access, and nothing is allowed without one.
     #[test]
     fn programs_decide_as_their_rules_do() {
         let mut all = Vec::new();

@@ -186,7 +186,7 @@ fn missing(path: &Path) -> Option<String> {
     Some(format!("its interpreter {interpreter:?} is not there"))
 }
 
-/// What execve(2) refused, as runc says it, and what of the program is missing.
+/// Error message for a failed execve(2) in runc's wording, with the missing part of the program.
 fn cannot_execute(path: &Path, error: &std::io::Error, lacks: Option<&str>) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
@@ -243,7 +243,7 @@ impl Executor for Program {
         let error = crate::sys::exec(&c_path, &args);
         let is_missing = error.kind() == ErrorKind::NotFound;
         let lacks = is_missing.then(|| missing(&path)).flatten();
-        // Nobody listens any more but who reads the program's own output.
+        // The error can now only be printed to the program's own output.
         eprintln!("{}", cannot_execute(&path, &error, lacks.as_deref()));
         std::process::exit(if is_missing { NOT_FOUND } else { CANNOT_RUN });
     }

@@ -1,17 +1,17 @@
-//! Users of a user namespace, where they come in more than one range.
+//! Mappings of users and groups with several ranges.
 //!
-//! libcontainer writes one range by itself, and has newuidmap(1) and newgidmap(1) write more, which it looks for on its
-//! PATH. In the guest these are links to the agent, in [`PROGRAMS`]: its helper may map all users.
+//! libcontainer writes a single range itself; for more it runs newuidmap(1) and newgidmap(1), found on its PATH. In the
+//! guest these are links to the agent, in [`PROGRAMS`]: started by the agent's helper, they are allowed to map all users.
 
 use anyhow::{Context, Result, bail};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-/// Where the links are (`xtask/src/build.rs`).
+/// Directory of the links, which are created by `xtask/src/build.rs`.
 pub(crate) const PROGRAMS: &str = "/bin";
 
-/// What this program is called as one of them: which file it writes.
+/// The file below `/proc/PID` that the program with this name writes; `None` for any other program.
 pub(crate) fn file_of(program: &str) -> Option<&'static str> {
     match Path::new(program).file_name()?.to_str()? {
         "newuidmap" => Some("uid_map"),
@@ -20,7 +20,7 @@ pub(crate) fn file_of(program: &str) -> Option<&'static str> {
     }
 }
 
-/// The whole program: `PID` and for each range `ID-INSIDE ID-OUTSIDE COUNT`.
+/// Main function of both programs. Arguments: `PID`, and `ID-INSIDE ID-OUTSIDE COUNT` for each range.
 pub(crate) fn main(file: &str, args: &[String]) -> ExitCode {
     match write(file, args) {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,23 +31,23 @@ pub(crate) fn main(file: &str, args: &[String]) -> ExitCode {
     }
 }
 
-/// The kernel takes them all in one write, and only once (user_namespaces(7)).
+/// Writes all ranges at once: the kernel accepts only one write (user_namespaces(7)).
 fn write(file: &str, args: &[String]) -> Result<()> {
-    let (pid, ranges) = args.split_first().context("there is no process")?;
-    let pid: u32 = pid.parse().context("this is no process")?;
+    let (pid, ranges) = args.split_first().context("the process ID is missing")?;
+    let pid: u32 = pid.parse().context("the process ID is invalid")?;
     let path = format!("/proc/{pid}/{file}");
     std::fs::write(&path, lines(ranges)?).with_context(|| format!("cannot write {path}"))
 }
 
 fn lines(ranges: &[String]) -> Result<String> {
     let (ranges, []) = ranges.as_chunks::<3>() else {
-        bail!("a range is three numbers");
+        bail!("a range must have three numbers");
     };
     let mut lines = String::new();
     for range in ranges {
         let numbers = range.each_ref().map(|number| number.parse::<u32>());
         let [Ok(inside), Ok(outside), Ok(count)] = numbers else {
-            bail!("{range:?} are no numbers");
+            bail!("{range:?} are not numbers");
         };
         writeln!(lines, "{inside} {outside} {count}")?;
     }

@@ -1,5 +1,5 @@
-//! Parameters of the guest's kernel that a pod, or the network of a container, is to have. The kernel has had them on its command line,
-//! but says nothing of those that it does not know, and has no other interfaces yet at that time.
+//! Sysctls of a pod, or of a container's network. They are on the kernel's command line, too, but at that time the kernel
+//! ignores unknown ones and has no network interface except the loopback.
 
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -9,14 +9,16 @@ use std::path::{Component, Path, PathBuf};
 
 const ROOT: &str = "/proc/sys";
 
+/// Sets sysctls by their names.
+///
 /// # Errors
-/// Which can't be set.
+/// The sysctl that can't be set.
 pub(crate) fn set_all(values: &HashMap<String, String>) -> Result<()> {
     set_in(Path::new(ROOT), values)
 }
 
 fn set_in(root: &Path, values: &HashMap<String, String>) -> Result<()> {
-    // In one order, whichever the map has: that of the names, in which those of all interfaces come first.
+    // Sorted, since maps have no fixed order: values for all interfaces (`conf.all`) are set before those for `eth0`.
     let mut names: Vec<_> = values.iter().collect();
     names.sort();
     for (name, value) in names {
@@ -33,7 +35,8 @@ fn set_in(root: &Path, values: &HashMap<String, String>) -> Result<()> {
     Ok(())
 }
 
-/// The first separator says which one is meant: the other one is a part of names then, as of an interface's (sysctl.d(5)).
+/// Path of a sysctl. The first `.` or `/` determines the separator; the other one is then part of a name, such as that of
+/// an interface (sysctl.d(5)).
 fn path(name: &str) -> Result<PathBuf> {
     let path = match name.find(['.', '/']) {
         Some(at) if name[at..].starts_with('.') => {
@@ -49,7 +52,7 @@ fn path(name: &str) -> Result<PathBuf> {
     let is_name = |component| matches!(component, Component::Normal(_));
     match path.components().all(is_name) && !name.is_empty() {
         true => Ok(path),
-        false => bail!("{name:?} is no sysctl"),
+        false => bail!("{name:?} is not the name of a sysctl"),
     }
 }
 

@@ -136,7 +136,7 @@ fn mount_disks(id: &str, volumes: &[DiskVolume]) -> Result<()> {
             && !flags.contains(MountFlags::RDONLY)
         {
             let given = group::give(&at, Gid::from_raw(group), volume.trust_root);
-            given.with_context(|| format!("cannot give {} to its group", volume.guest_name))?;
+            given.with_context(|| format!("cannot set the group of {}", volume.guest_name))?;
         }
     }
     Ok(())

@@ -78,12 +78,12 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
         };
         root.make(place, kind)
             .with_context(|| format!("cannot make the mount point {}", place.display()))?;
-        // What is of the container's own root is looked for there.
+        // The type of a source in the container's own root is not known yet.
         let is_known = source.is_none_or(|source| source.exists()) && root.find(place).is_ok();
         if is_known && root.is_directory(place) != is_directory {
             let wanted = if is_directory { "directory" } else { "file" };
             bail!(
-                "{} is no {wanted} in the image, and one is to be there",
+                "{} is not a {wanted} in the image, but a {wanted} is to be mounted there",
                 place.display()
             );
         }

@@ -101,7 +101,7 @@ const SYSCTLS: [(&str, &str); 2] = [
 ];
 
 impl SandboxConfig {
-    /// The kernel's parameters that somebody asked for: one that it does not have is an error then.
+    /// The sysctls that were requested explicitly: it is an error if the guest's kernel does not have one of them.
     pub(crate) fn asked_sysctls(&self) -> BTreeMap<String, String> {
         let mut asked = self.sysctls.clone();
         asked.retain(|name, value| !SYSCTLS.contains(&(name, value)));

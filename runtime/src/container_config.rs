@@ -39,9 +39,9 @@ pub enum Direction {
 /// A descriptor of a process beyond the standard streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Further {
-    /// A stream to this process.
+    /// A stream to the calling process.
     Stream(Direction),
-    /// A device of the guest's, by its path there (`/dev/null`), opened for that direction.
+    /// A device of the guest (`/dev/null`), opened in that direction.
     Device(&'static str, Direction),
 }
 
@@ -50,7 +50,7 @@ pub enum Further {
 pub struct ProcessStreams {
     /// The standard ones.
     pub stdio: Stdio,
-    /// Its descriptors from 3 on, which it finds open.
+    /// Inherited descriptors, 3 and up.
     pub further: Vec<Further>,
 }
 
@@ -203,9 +203,9 @@ pub struct ContainerConfig {
     pub read_only: bool,
     /// Whether it has all capabilities, all devices and no masked paths: full control of its guest.
     pub privileged: bool,
-    /// Capabilities beyond the default ones, with or without `CAP_`; `ALL` of them.
+    /// Capabilities beyond the default ones, with or without `CAP_`; `ALL` for all.
     pub capabilities: Vec<String>,
-    /// Capabilities that it is to lose of the default ones, or `ALL` of them.
+    /// Capabilities to drop, with or without `CAP_`; `ALL` for all that are not added by name.
     pub dropped_capabilities: Vec<String>,
     /// Filter of its system calls.
     pub seccomp: Seccomp,

@@ -31,10 +31,10 @@ pub struct DirectVolume {
     pub device: PathBuf,
     /// Its file system type, as in mount(8).
     pub fstype: String,
-    /// Options of the mount.
+    /// Mount options.
     #[serde(default, deserialize_with = "list")]
     pub options: Vec<String>,
-    /// What else drivers say of it.
+    /// Further information from the driver.
     #[serde(
         default,
         deserialize_with = "map",
@@ -64,10 +64,11 @@ impl DirectVolume {
         }
     }
 
-    /// The group that is to use it, of Kubernetes' `fsGroup`, and whether its root says whether all of it is that group's.
+    /// The group of all files (`fsGroup` of Kubernetes), and whether files are left unchanged if the root already has it
+    /// (`OnRootMismatch`).
     ///
     /// # Errors
-    /// If it is no number.
+    /// If the group is not a number.
     pub(crate) fn group(&self) -> Result<Option<(u32, bool)>, Error> {
         let Some(text) = self.metadata.get("fsGroup").filter(|text| !text.is_empty()) else {
             return Ok(None);
@@ -76,7 +77,7 @@ impl DirectVolume {
         let wrong = || {
             Error::invalid(
                 "mounts",
-                format!("fsGroup {text:?} of a volume is no group"),
+                format!("fsGroup {text:?} of a volume is not a group ID"),
             )
         };
         let policy = self.metadata.get("fsGroupChangePolicy").map(String::as_str);

@@ -7,11 +7,11 @@ use crate::Error;
 use koya_rootfs::{Kind, Rootfs};
 use std::path::Path;
 
-/// Makes the mount points that `rootfs` lacks. `mounts` are destinations in the container in the
-/// order in which they are mounted, each with whether a file goes there, not a directory; None: whatever is there is right.
+/// Creates the mount points that `rootfs` lacks. `mounts` are destinations in the container in mount order, each with a
+/// flag for files (instead of directories); `None` accepts both.
 ///
 /// # Errors
-/// Which is missing and why it can't be made.
+/// The mount point that can't be created or has the wrong type, and the reason.
 pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<(), Error> {
     let root = Rootfs::open(rootfs);
     let root = root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))?;
@@ -33,16 +33,16 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<()
             let what = format!("make {place}, which is not in the root file system");
             Error::host(what)(error.into())
         })?;
-        // The guest would say no more than that it can't.
+        // The guest's error would not tell the reason.
         if root.find(destination).is_err() {
             continue;
         }
         let wrong = match (is_file, root.is_directory(destination)) {
             (Some(true), true) => {
-                "is a directory in the root file system, and a file is to be there"
+                "is a directory in the root file system, but a file is to be mounted there"
             }
             (Some(false), false) => {
-                "is no directory in the root file system, and one is to be there"
+                "is not a directory in the root file system, but a directory is to be mounted there"
             }
             _ => continue,
         };
@@ -77,14 +77,14 @@ mod tests {
         assert!(root.join("a/c").is_dir() && !root.join("a/b").exists());
         assert!(root.join("there/in").is_dir());
         assert!(root.join("etc/resolv.conf").is_file());
-        // The link's target is looked for inside the tree, and made there.
+        // The link's target is resolved inside the tree, and created there.
         make(root, &[(Path::new("/out/x"), Some(false))]).unwrap();
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         let inside = outside.path().strip_prefix("/").unwrap();
         assert!(root.join(inside).join("x").is_dir());
     }
 
-    /// Of which Docker asks: are you trying to mount a directory onto a file?
+    /// Docker's error for this is "Are you trying to mount a directory onto a file".
     #[test]
     fn files_and_directories_are_not_mounted_over_each_other() {
         let dir = tempfile::tempdir().unwrap();
@@ -102,7 +102,7 @@ mod tests {
         );
         for file in ["/file", "/link"] {
             assert!(
-                of(file, false).unwrap_err().contains("is no directory"),
+                of(file, false).unwrap_err().contains("is not a directory"),
                 "{file}"
             );
             of(file, true).unwrap();

@@ -79,8 +79,8 @@ pub struct NetworkConfig {
     /// for [`HostEnd::Join`], whose other side may be a process that connects to any destination of a frame. See
     /// [`host_addresses`](crate::host_addresses). Default: none.
     pub out_of_reach: Vec<IpNet>,
-    /// Whether processes in the namespace on the host reach the guest by its IPv4 addresses, of
-    /// [`HostEnd::Join`]. They come from a link-local address, to which the guest gets a route. Default: no.
+    /// For [`HostEnd::Join`]: whether processes in the network namespace on the host can connect to the guest by its IPv4
+    /// addresses. The source of their connections is a link-local address, to which the guest gets a route. Default: no.
     pub is_called: bool,
 }
 
@@ -237,7 +237,7 @@ impl Drop for Joined {
             Box::pin(async move {
                 for network in networks {
                     let name = network.joined().unwrap_or_default();
-                    // It may be gone already.
+                    // It may no longer exist.
                     if let Ok(link) = link(&handle, name).await {
                         stop_redirection(&handle, link.header.index).await?;
                         if network.is_called {
@@ -431,7 +431,7 @@ async fn connect(handle: Handle, network: NetworkConfig, tap: String) -> io::Res
             if network.is_called
                 && let Err(error) = called::set_up(&handle, &network, there, (&tap, index)).await
             {
-                log::warn!("processes on the host don't reach the guest's {interface}: {error}");
+                log::warn!("processes on the host can't reach the guest's {interface}: {error}");
             }
             redirect(&handle, there, index).await?;
             redirect(&handle, index, there).await?;

@@ -94,16 +94,16 @@ pub(crate) fn destinations(own: &[IpNet], further: &[IpNet]) -> Vec<IpNet> {
     IpNet::aggregate(&all.chain(further.iter().copied()).collect())
 }
 
-/// What becomes of frames (linux/pkt_cls.h).
+/// Verdict on a frame (linux/pkt_cls.h).
 #[derive(Clone, Copy)]
 pub(crate) enum Verdict {
-    /// They go up to the namespace's own network stack.
+    /// Passed to the namespace's own network stack.
     Accepted = 0,
-    /// They are dropped.
+    /// Dropped.
     Dropped = 2,
 }
 
-/// Decides on what a guest sends to such destinations, before it is passed on.
+/// Sets the verdict on frames from a guest to these destinations, before they are forwarded.
 pub(crate) async fn decide(
     handle: &Handle,
     tap: u32,

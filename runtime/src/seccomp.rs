@@ -34,7 +34,7 @@ pub struct Profile {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Rule {
-    /// As profiles had it before Docker 17.
+    /// A single system call, as in profiles from before Docker 17.
     name: Option<String>,
     #[serde(default, deserialize_with = "or_null")]
     names: Vec<String>,
@@ -52,7 +52,7 @@ struct Rule {
     _errno: Option<String>,
 }
 
-/// Go writes null for a list or a map that it has not made.
+/// Go writes null for a list or map that was not created.
 fn or_null<'de, D, T>(from: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -126,7 +126,7 @@ impl Profile {
             match (rule.name.take(), rule.names.is_empty()) {
                 (Some(name), true) => rule.names.push(name),
                 (Some(name), false) => {
-                    return Err(format!("syscalls: a rule has a name ({name}) and names"));
+                    return Err(format!("syscalls: a rule has both name ({name}) and names"));
                 }
                 (None, _) => {}
             }
@@ -273,7 +273,7 @@ mod tests {
         serde_json::from_value::<oci_spec::runtime::LinuxSeccomp>(plain).unwrap();
     }
 
-    /// As in the profiles that people pass on, of before Docker 17 or written by Go.
+    /// As in profiles from before Docker 17, or written by Go.
     #[test]
     fn older_profiles_name_one_call_a_rule() {
         let text = r#"{"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"], "archMap": null,

@@ -17,7 +17,7 @@ pub const DROP_INS: &str = "/etc/koya/config.d";
 /// Prefix of pod annotations that are settings.
 pub const ANNOTATIONS: &str = "io.koya.";
 
-/// Keys that are read of the machine's files alone: before there is a pod, or to know what it may say.
+/// Keys that only the host's files can set: they are read before there is a pod, or determine what a pod can set.
 const MACHINES_OWN: [&str; 2] = ["selinux", "annotations"];
 
 /// The name in `annotations` that allows [`block_volume::ANNOTATION`].
@@ -263,7 +263,7 @@ impl Settings {
                 return Err(format!("annotations: there is no key {key:?}"));
             }
             if MACHINES_OWN.contains(&key.as_str()) {
-                return Err(format!("annotations: {key:?} is not a pod's to set"));
+                return Err(format!("annotations: {key:?} cannot be allowed for pods"));
             }
         }
         Ok(())

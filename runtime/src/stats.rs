@@ -26,16 +26,16 @@ pub struct ContainerStats {
     pub memory_events: BTreeMap<String, u64>,
     /// Requests to the guest's disks.
     pub io: Vec<DeviceIo>,
-    /// Huge pages, by their size as the kernel names it (`2MB`).
+    /// Use of huge pages by their size, in the kernel's notation (`2MB`).
     pub huge_pages: BTreeMap<String, HugePageUse>,
 }
 
-/// Huge pages of one size.
+/// Use of huge pages of one size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HugePageUse {
-    /// Bytes.
+    /// In bytes.
     pub usage: u64,
-    /// How often there were none within the limit.
+    /// Number of allocations that failed because of the limit.
     pub failures: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Roots of images that were unpacked for one container.
+//! Preparation of an image unpacked for one container.
 
 use koya_rootfs::Rootfs;
 use koya_vmm::host::descriptors;
@@ -9,14 +9,15 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// What a container has of its own, and an image perhaps of the machine that it was built on.
+/// Files that a container gets from Koya. Those of an image describe the machine that built it.
 const OWN: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
-/// Prepares the root of an image, which no other container has, as container engines do: what it says of host names and name
-/// servers makes way for what the container has, and programs that look for mounts in /etc/mtab find them.
+/// Prepares the root of an image that no other container uses, as container engines do: files with host names and name
+/// servers are emptied, so that the container's own replace them, and a missing `/etc/mtab` is created as a link to
+/// `/proc/mounts`.
 ///
 /// # Errors
-/// What could not be done, of a root that is there.
+/// The error from the host.
 pub fn prepare_unpacked(root: &Path) -> io::Result<()> {
     let root = Rootfs::open(root)?;
     for path in OWN {
@@ -26,7 +27,7 @@ pub fn prepare_unpacked(root: &Path) -> io::Result<()> {
         };
         let stat = fstat(&found)?;
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        // The contents of several names may be another file's, too.
+        // A file with several hard links may be in use under another name.
         if is_file && stat.st_size > 0 && stat.st_nlink == 1 {
             let mut options = File::options();
             let options = options.write(true).truncate(true);
@@ -55,7 +56,7 @@ mod tests {
         fs::write(outside.path(), "the host's").unwrap();
         let etc = dir.path().join("etc");
         prepare_unpacked(dir.path()).unwrap();
-        assert!(!etc.exists(), "nothing is made in an image without it");
+        assert!(!etc.exists(), "nothing is created in an image without /etc");
         fs::create_dir(&etc).unwrap();
         fs::write(etc.join("hosts"), "127.0.0.1 builder\n").unwrap();
         fs::write(etc.join("passwd"), "root").unwrap();

@@ -132,7 +132,7 @@ pub(crate) fn ensure_for(arch: Arch) -> Result<Products> {
         0o755,
         &fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?,
     )?;
-    // What libcontainer has write the ranges of a container's users: the agent (`agent/src/mappings.rs`).
+    // libcontainer runs these programs to map several ranges of users; they are the agent (`agent/src/mappings.rs`).
     archive.dir("bin")?;
     for program in ["bin/newuidmap", "bin/newgidmap"] {
         archive.symlink(program, "/init")?;

@@ -1,5 +1,5 @@
-# The package on a Debian that has never seen Koya: installed by apt, used by hand, under Docker and by its command line, and
-# purged. In the rig, as root. $1: the Debian's tar, $2: the package, $3: a tar of busybox's files.
+# Trial of the package on a Debian without Koya: installed by apt, used by `koya`, Docker and `koya-runtime`, and purged.
+# Runs in the rig, as root. $1: tar archive of the Debian, $2: the package, $3: tar archive of busybox's files.
 set -eu
 root=/run/scratch/debian
 modules=/run/koya-rig/modules
@@ -8,7 +8,7 @@ mkdir $root
 tar -C $root -xf "$1"
 cp "$2" $root/root/koya.deb
 cp "$3" $root/root/busybox.tar
-# A root of its own, as a machine has it: in a changed root nobody may make user namespaces.
+# Entered by pivot_root(2), since user namespaces can't be created after chroot(2).
 cat > $root/root/try.sh <<'END_OF_TRY'
 set -eu
 unset KOYA_SHARE

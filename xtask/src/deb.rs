@@ -24,7 +24,7 @@ pub(crate) struct DebArgs {
     /// Check the package with lintian afterwards
     #[arg(long)]
     lint: bool,
-    /// Install it on a Debian 13 that has Docker and nothing of Koya, in an emulated host: use it, and purge it
+    /// Try the package on a new Debian 13 with Docker in an emulated host: install it, use it and purge it
     #[arg(long = "try", conflicts_with = "arch")]
     is_tried: bool,
 }

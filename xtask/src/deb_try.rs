@@ -1,4 +1,4 @@
-//! `cargo xtask deb --try`: the package on a Debian as users have it, from its installation until nothing of it is left.
+//! `cargo xtask deb --try`: trial of the package on a new Debian, from installation to purge.
 
 use crate::arch::Arch;
 use crate::{bats, cache, demo, proc, setup};
@@ -7,19 +7,19 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A release whose Docker runs containers by containerd's shims (26).
+/// A release whose Docker (26) runs containers by shims of containerd.
 const SUITE: &str = "trixie";
 
-/// What it has beside its minimal system.
+/// Packages beyond the minimal system.
 const INCLUDE: &str = "--include=ca-certificates,docker-cli,docker.io,iptables,perl-base";
 
-/// What the package needs and recommends: downloaded, so that apt finds it in a rig, which has no internet.
+/// Packages that Koya's depends on or recommends, downloaded in advance since a rig has no internet access.
 const NEEDS: [&str; 2] = ["e2fsprogs", "passt"];
 
-/// What happens there.
+/// Script that runs in the rig.
 const TRY: &str = include_str!("deb-try.sh");
 
-/// Tries a package of this machine's architecture in a rig.
+/// Tries a package for this machine's architecture in a rig.
 pub(crate) fn run(package: &Path) -> Result<()> {
     let debian = debian()?;
     let work = proc::checkout().join("target/deb");
@@ -39,7 +39,7 @@ pub(crate) fn run(package: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A tar of a Debian with Docker and without Koya, made once.
+/// Tar archive of a Debian with Docker and without Koya, created once.
 fn debian() -> Result<PathBuf> {
     setup::ensure_these(&[("debootstrap", "makes a Debian to install on")])?;
     let key = cache::key([&[SUITE, INCLUDE], &NEEDS[..]].concat());
@@ -50,7 +50,7 @@ fn debian() -> Result<PathBuf> {
         debootstrap.args(["--variant=minbase", INCLUDE, SUITE]);
         let what = "making a Debian with Docker (once)";
         proc::long(what, debootstrap.arg(&root), &log)?;
-        // What it was made of, so that what is found there is what the package needs.
+        // The cache of the installation is cleaned first, so that it holds only the packages that Koya needs.
         for words in [
             &["clean"][..],
             &["update"],
@@ -64,7 +64,7 @@ fn debian() -> Result<PathBuf> {
         let mut pack = Command::new("tar");
         pack.args(["-c", "."]).current_dir(&root).stdout(tar);
         proc::run(&mut pack)?;
-        fs::remove_dir_all(&root).context("cannot remove what was packed")
+        fs::remove_dir_all(&root).context("cannot remove the packed directory")
     })?;
     Ok(dir.join("root.tar"))
 }

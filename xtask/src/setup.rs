@@ -42,7 +42,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("crun", "the same"),
     ("podman", "the tests' client of `koya-runtime`"),
     ("conmon", "the same: what creates podman's containers"),
-    ("catatonit", "the same: what its pods wait with"),
+    ("catatonit", "the same: the init of its pods"),
     ("netavark", "the same: its networks"),
     ("aardvark-dns", "the same: names in its networks"),
     ("slirp4netns", "the same: networks without root"),

@@ -1,14 +1,14 @@
-//! Lists of CPUs, as in `process.execCPUAffinity`.
+//! CPU lists, as in `process.execCPUAffinity`.
 
 use std::collections::BTreeSet;
 
 /// Upper bound of CPU numbers.
 pub const MAX_CPUS: usize = 1024;
 
-/// The CPUs of a list like `0-3,7`, each once and in their order.
+/// Parses a list such as `0-3,7`: each CPU once, in ascending order.
 ///
 /// # Errors
-/// What in it is no CPU.
+/// The invalid part of the list.
 pub fn parse(list: &str) -> Result<Vec<usize>, String> {
     let number = |text: &str| {
         let number = text.trim().parse::<usize>().ok();

@@ -1,5 +1,5 @@
-//! The group of a volume, as Kubernetes has it (`fsGroup`): all files are that group's, which may read and write them, and what is
-//! made in its directories is that group's, too.
+//! Group of a volume, as for `fsGroup` of Kubernetes: all files belong to the group and are readable and writable for it,
+//! and new files in its directories inherit the group.
 
 use anyhow::{Result, bail};
 use rustix::fs::{
@@ -13,17 +13,18 @@ const FLAGS: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK)
     .union(OFlags::CLOEXEC);
 
-/// What the owner and the group may do with a directory, and with a file, as for the kubelet.
+/// Mode bits added to directories and files, as by the kubelet.
 const DIRECTORY: Mode = Mode::RWXU.union(Mode::RWXG).union(Mode::SGID);
 const FILE: Mode = Mode::RUSR
     .union(Mode::WUSR)
     .union(Mode::RGRP)
     .union(Mode::WGRP);
 
-/// How deep directories may lie in each other, each of which is held open.
+/// Maximum depth of nested directories, since each of them is kept open.
 const MOST: usize = 512;
 
-/// Gives all of a file system to a group. With `trust_root`, what its root has already is taken to be what all of it has.
+/// Sets the group of all files in a file system. With `trust_root`, nothing is done if the root already has the group and
+/// its mode bits.
 pub(super) fn give(root: &Path, group: Gid, trust_root: bool) -> Result<()> {
     let root = open(root, FLAGS | OFlags::DIRECTORY, Mode::empty())?;
     let stat = fstat(&root)?;
@@ -32,7 +33,7 @@ pub(super) fn give(root: &Path, group: Gid, trust_root: bool) -> Result<()> {
         return Ok(());
     }
     give_in(&root, group, MOST)?;
-    // Last: it says that the others have it.
+    // Last: the root's group means that all other files have it.
     give_one(&root, group, DIRECTORY)
 }
 
@@ -48,7 +49,7 @@ fn give_one(file: &OwnedFd, group: Gid, wanted: Mode) -> Result<()> {
 
 fn give_in(directory: &OwnedFd, group: Gid, left: usize) -> Result<()> {
     if left == 0 {
-        bail!("directories in each other are deeper than {MOST}");
+        bail!("directories are nested more than {MOST} levels deep");
     }
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
@@ -67,7 +68,7 @@ fn give_in(directory: &OwnedFd, group: Gid, left: usize) -> Result<()> {
                 let file = openat(directory, name, FLAGS, Mode::empty())?;
                 give_one(&file, group, FILE)?;
             }
-            // Links have no mode, and what is opened of others may act.
+            // Symbolic links have no mode, and opening a special file may have side effects.
             _ => chownat(
                 directory,
                 name,
@@ -96,7 +97,7 @@ mod tests {
             fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
         }
         symlink("/etc/passwd", at("link")).unwrap();
-        // Only root gives to any group.
+        // Only root can set any group.
         let own = fs::metadata(dir.path()).unwrap();
         let group = if own.uid() == 0 { 3000 } else { own.gid() };
         give(dir.path(), Gid::from_raw(group), true).unwrap();
@@ -109,7 +110,7 @@ mod tests {
         ] {
             let data = fs::symlink_metadata(at(name)).unwrap();
             let found = (data.gid(), data.mode() & 0o7777);
-            // What others may do depends on the mask.
+            // The permissions of others depend on the umask.
             assert_eq!((found.0, found.1 & !0o5), (group, mode & !0o5), "{name}");
         }
         let link = fs::symlink_metadata(at("link")).unwrap();

@@ -95,7 +95,8 @@ struct Receiver {
     queue: ActiveQueue,
     limiter: Arc<Mutex<RateLimiter>>,
     needs: BufferNeeds,
-    /// Buffers that were taken and not returned, in their order, each with its number of iovecs: none where a buffer is of no use.
+    /// Buffers taken from the queue and not yet returned, in order, each with its number of iovecs (0 if it
+    /// is useless).
     chains: VecDeque<(Chain, usize)>,
     iovecs: Iovecs,
     /// Total size of the available buffers in bytes.
@@ -268,7 +269,7 @@ impl Receiver {
                 count(&shared.metrics.faults, 1);
                 match self.chains.is_empty() {
                     true => self.queue.complete(chain.head(), 0)?,
-                    // Those before it may still go back to the queue: then it has to as well.
+                    // Earlier buffers may still be put back into the queue, and this one with them.
                     false => self.chains.push_back((chain, 0)),
                 }
                 useless += 1;
@@ -283,7 +284,7 @@ impl Receiver {
         Ok(Some(Pause::BatchDone))
     }
 
-    /// Buffers that were taken but not used return to the driver.
+    /// Puts unused buffers back into the queue.
     fn put_back(&mut self) {
         for _ in self.chains.drain(..) {
             self.queue.unpop();
@@ -295,7 +296,7 @@ impl Receiver {
     fn deliver(&mut self, bytes: usize) -> Result<(), QueueError> {
         let mut left = bytes;
         let (mut filled, mut useless) = (Vec::new(), Vec::new());
-        // The first one that is left always has room for a header.
+        // The first remaining buffer must have space for a header.
         while left > 0 || self.chains.front().is_some_and(|(_, iovecs)| *iovecs == 0) {
             let Some((chain, iovecs)) = self.chains.pop_front() else {
                 break;
@@ -319,7 +320,7 @@ impl Receiver {
                 .ok();
         }
         let filled = filled.iter().map(|(c, n)| (c.head(), *n));
-        // Those of one frame follow each other.
+        // The buffers of a frame are consecutive.
         let used: Vec<(u16, u32)> = filled.chain(useless).collect();
         self.queue.complete_all(&used)
     }
@@ -390,7 +391,7 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     use std::sync::atomic::Ordering;
 
-    /// A receiver for that driver, whose tap is one end of a pair; and the other end.
+    /// A receiver for this driver, with one end of a socket pair as its tap, and the other end.
     fn receiver(driver: &Driver) -> (Receiver, Arc<Shared>, File) {
         let flags = SocketFlags::CLOEXEC;
         let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
@@ -431,7 +432,7 @@ mod tests {
         assert_eq!(receiver.refill(&shared).unwrap(), Some(Pause::Starved));
     }
 
-    /// Buffers go back to the queue in the order in which they were taken, so none in between may have been returned.
+    /// Buffers are put back in the order in which they were taken, so none in between may have been returned.
     #[test]
     fn buffers_that_go_back_are_those_that_were_taken() {
         let mut driver = Driver::new(16);
@@ -441,12 +442,12 @@ mod tests {
         assert_eq!(receiver.refill(&shared).unwrap(), None);
         assert!(
             driver.used().is_empty(),
-            "a frame may need those around a useless one"
+            "a frame may need the buffers around a useless one"
         );
         receiver.deliver(1200).unwrap();
         let expected = [(heads[0], 1000), (heads[2], 200), (heads[1], 0)];
         assert_eq!(driver.used(), expected);
-        // Those before this one have been returned, so it can be at once.
+        // All earlier buffers have been returned, so this one is returned at once.
         assert_eq!(receiver.refill(&shared).unwrap(), None);
         assert_eq!(driver.used(), [(heads[3], 0)]);
         receiver.put_back();

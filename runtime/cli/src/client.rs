@@ -312,7 +312,8 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
     Ok(worst)
 }
 
-/// One that is to stop and has ended is as it is to be, as for other engines: `stop` and `rm` follow each other in scripts.
+/// Sends the request. It is no error to stop a container that has ended, as with other engines: in scripts `rm` follows
+/// `stop`.
 fn tell(name: &str, order: &Order) -> Outcome {
     let directory = Directory::find(name)?;
     let is_stop = matches!(order.request, Request::Stop(_));

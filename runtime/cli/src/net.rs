@@ -232,7 +232,7 @@ impl NetArgs {
         }
         let path = directory.resolver();
         let resolver = self.host.get().map_or(RESOLVER, |host| host.resolver);
-        // Short names are looked for where the host looks for them.
+        // With the host's search domains for short names.
         let content = format!("nameserver {resolver}\n{}", koya::search_and_options());
         std::fs::write(&path, content)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -468,7 +468,7 @@ impl Pasta {
                 }
                 if said.contains("Overlapping port") {
                     bail!(
-                        "this version of pasta publishes a port at one address, or at all of them"
+                        "this version of pasta can't publish a port at several addresses, only at one or at all"
                     );
                 }
                 bail!(

@@ -83,7 +83,7 @@ pub(super) enum Security {
     /// A profile, or `None` for unconfined.
     Seccomp(Option<PathBuf>),
     NoNewPrivileges(bool),
-    /// That there is none of what a guest has none of.
+    /// No confinement by a security module: guests have none.
     NoModule,
 }
 
@@ -102,14 +102,14 @@ impl Security {
         }
     }
 
-    /// Whether new privileges are forbidden: of several words about that the last one counts.
+    /// Whether new privileges are forbidden: of several such options the last one counts.
     pub(super) fn forbids_new(all: &[Self]) -> bool {
         let mut said = all.iter().rev();
         said.find_map(Self::no_new_privileges).unwrap_or(false)
     }
 }
 
-/// As Docker reads it: `:` is what stood for `=` before its version 1.11, and scripts have it still.
+/// Parses an option like Docker: `:` is accepted for `=`, as before version 1.11, since scripts still use it.
 pub(super) fn parse_security(text: &str) -> Result<Security, String> {
     let (name, value) = match text.split_once(['=', ':']) {
         Some((name, value)) => (name, Some(value)),
@@ -195,7 +195,7 @@ pub(super) fn parse_signal(text: &str) -> Result<i32, String> {
     }
 }
 
-/// A size with a unit: `512m`, `2g`, `1.5g`, `1024` (MiB when there is no unit).
+/// Parses a size: `512m`, `2g`, `1.5g`, `1024` (MiB without a unit).
 pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size");
     let (whole, fraction) = split_fraction(text.trim()).ok_or_else(wrong)?;
@@ -213,7 +213,7 @@ pub(super) fn parse_mib(text: &str) -> Result<u64, String> {
     Ok(mib / divisor)
 }
 
-/// `1.5g` as `1g` and what is left of it.
+/// Splits `1.5g` into `1g` and the fraction, 0.5.
 fn split_fraction(text: &str) -> Option<(String, f64)> {
     let Some((whole, rest)) = text.split_once('.') else {
         return Some((text.to_owned(), 0.0));

@@ -70,8 +70,8 @@ impl Ports {
         (0..count).map(|n| self.guest + n)
     }
 
-    /// A port of the host that leads to another port of the guest by those of `other`. The address is none of it: pasta
-    /// knows one port of the guest for each of the host.
+    /// A host port that `other` maps to a different guest port, at any address: pasta has only one guest port for each
+    /// host port.
     fn conflict(&self, other: &Self) -> Option<u16> {
         let of_other = |host: u16| {
             let offset = host.checked_sub(other.host)?;
@@ -100,8 +100,8 @@ impl Ports {
     }
 }
 
-/// The same ports, each once for each of its addresses, as pasta wants them: an address goes where all of its kind are
-/// among them.
+/// The same ports without duplicates, as pasta requires: each port once for each address, and only for the wildcard
+/// address (`0.0.0.0`, `::`) if that is included.
 fn merged(publish: &[Ports]) -> Vec<Ports> {
     let mut all = BTreeMap::new();
     for ports in publish {
@@ -143,13 +143,13 @@ fn merged(publish: &[Ports]) -> Vec<Ports> {
     merged
 }
 
-/// All addresses of a kind.
+/// The wildcard addresses.
 const EVERYWHERE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::UNSPECIFIED),
     IpAddr::V6(Ipv6Addr::UNSPECIFIED),
 ];
 
-/// How many ranges are looked back for one that goes on. A longer look would find little more.
+/// Number of preceding ranges searched for one that can be extended. A longer search would find few more.
 const MOST_ADDRESSES: usize = 8;
 
 /// The options for pasta for all published ports.
@@ -167,10 +167,10 @@ pub(super) fn options(publish: &[Ports]) -> Vec<String> {
 /// Checks that published ports are free: pasta reports an error only if none of them is.
 pub(super) fn check(publish: &[Ports]) -> Result<()> {
     for (index, ports) in publish.iter().enumerate() {
-        // pasta would know the last one alone.
+        // pasta would use only the last mapping.
         let mut others = publish[..index].iter();
         if let Some(port) = others.find_map(|other| ports.conflict(other)) {
-            bail!("port {port} of the host is published twice, for two ports of the guest");
+            bail!("port {port} of the host is published twice, for different ports of the guest");
         }
     }
     for ports in publish {
@@ -272,7 +272,7 @@ mod tests {
         assert!(error.to_string().contains("published twice"), "{error}");
     }
 
-    /// pasta refuses a port that it is told of twice.
+    /// pasta rejects duplicate ports.
     #[test]
     fn a_port_that_is_named_again_is_published_once() {
         for (publish, expected) in [

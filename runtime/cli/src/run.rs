@@ -101,7 +101,7 @@ pub(super) struct RunArgs {
     /// Add a capability to the default set, or ALL
     #[arg(long, value_name = "CAP")]
     cap_add: Vec<String>,
-    /// Drop a capability of the default set, or ALL
+    /// Drop a capability from the default set, or ALL
     #[arg(long, value_name = "CAP")]
     cap_drop: Vec<String>,
     /// Set a resource limit, by the names of setrlimit(2): nofile=1024:2048, core=unlimited
@@ -205,7 +205,7 @@ impl RunArgs {
         Ok(self.sandbox()?.check()?)
     }
 
-    /// As other engines set it, unless the image or the user does.
+    /// Default value of `HOSTNAME`, as with other engines; the image or the user can override it.
     fn host_name_variable(&self, name: &str) -> String {
         let wanted = self.hostname.as_deref().filter(|name| !name.is_empty());
         format!("HOSTNAME={}", wanted.unwrap_or(name))

@@ -193,13 +193,13 @@ impl Directory {
             .with_context(|| format!("cannot write {}", new.display()))
     }
 
-    /// Whether its process ended without saying how.
+    /// Whether no exit status was recorded.
     fn has_no_end(&self) -> bool {
         self.read().is_ok_and(|record| record.status.is_none())
     }
 
-    /// Whether the host stopped, by a loss of power, say, before the disk had what is here: a record that is not there, or
-    /// ends too early. What no container made has no lock.
+    /// Whether the host went down, for example by a power failure, before the record was on disk: it is missing or
+    /// truncated. A directory without a lock is not a container's.
     fn is_torn(&self) -> bool {
         let record = match fs::read(self.path("record.json")) {
             Ok(text) => serde_json::from_slice::<Record>(&text).map(drop),
@@ -397,7 +397,7 @@ pub(super) fn sweep() -> Result<()> {
             }
             continue;
         }
-        // The lock first: its owner writes the status down before it lets go.
+        // The lock first: its owner writes the status before releasing it.
         if !directory.is_running() && (directory.is_torn() || directory.has_no_end()) {
             directory.remove();
         }

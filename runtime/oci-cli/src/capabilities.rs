@@ -1,8 +1,8 @@
-//! What is said of a process's capabilities.
+//! Warnings about the capabilities of a process.
 
 use serde_json::Value;
 
-/// Warns of ambient capabilities that the kernel does not give (capabilities(7)), as runc does.
+/// Warns about ambient capabilities that the kernel does not grant (capabilities(7)), like runc.
 pub(crate) fn warn_of_ambient(process: &Value) {
     for name in not_raised(&process["capabilities"]) {
         log::warn!(

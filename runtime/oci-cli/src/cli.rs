@@ -251,7 +251,7 @@ pub(crate) struct ExecArgs {
     /// Set the control group, as a path below that of the container
     #[arg(long, value_name = "PATH")]
     pub(crate) cgroup: Vec<String>,
-    /// In a paused container, have it start once that goes on
+    /// Accept a paused container: the process starts when the container is resumed
     #[arg(long)]
     pub(crate) ignore_paused: bool,
     /// The container
@@ -304,22 +304,22 @@ pub(crate) struct UpdateArgs {
     /// Set the relative share of CPU time
     #[arg(long)]
     pub(crate) cpu_share: Option<u64>,
-    /// Microseconds beyond the quota that it may save up
+    /// Set the unused CPU time that can be accumulated beyond the quota, in microseconds
     #[arg(long)]
     pub(crate) cpu_burst: Option<u64>,
-    /// Whether it runs only when nobody else does: 1 or 0
+    /// Run only on otherwise idle CPUs (1), or normally (0)
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) cpu_idle: Option<i64>,
     /// Not supported: control groups of version 2 have no such limit
     #[arg(long)]
     pub(crate) cpu_rt_period: Option<u64>,
-    /// Not supported, as the former
+    /// Not supported: control groups of version 2 have no such limit
     #[arg(long, allow_hyphen_values = true)]
     pub(crate) cpu_rt_runtime: Option<i64>,
-    /// The weight among those who use disks of the host, 10 to 1000
+    /// Set the relative share of disk I/O on the host, 10 to 1000
     #[arg(long)]
     pub(crate) blkio_weight: Option<u16>,
-    /// The CPUs that it may use
+    /// Set the allowed CPUs
     #[arg(long)]
     pub(crate) cpuset_cpus: Option<String>,
     /// Set the allowed memory nodes

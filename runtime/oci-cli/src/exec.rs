@@ -27,7 +27,7 @@ use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// How often it is looked whether a paused container goes on.
+/// Interval between checks whether a paused container was resumed.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Request to a stub. Attached: the process's streams, or a connection to a console socket.
@@ -95,7 +95,8 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
     }
 }
 
-/// With runc a process that comes into a paused container stands still until that goes on. Here it comes then.
+/// Waits until a paused container is resumed. With runc, a process added to it is frozen until then; here it is created
+/// then.
 fn wait_for_resume(container: &Container) -> Result<()> {
     loop {
         match container.status() {

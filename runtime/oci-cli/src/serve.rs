@@ -139,7 +139,7 @@ fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) ->
         log::warn!("cannot enter {}: {error}", group.display());
     }
     cgroup::have_all_cpus();
-    // The group stays until the container is deleted, as with runc: callers look there how it ended.
+    // The group is kept until the container is deleted, as with runc: callers read there how the container ended.
     match &boot.joins {
         Some(joins) => member::stand(boot, joins, &spec, fds, stream, wire),
         None => enter_and_run(boot, spec, fds, stream, wire),

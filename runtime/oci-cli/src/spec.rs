@@ -69,7 +69,7 @@ pub(crate) fn features() -> Outcome {
     Ok(0)
 }
 
-/// Options of mounts that are understood, as libcontainer in the guest has them.
+/// Supported mount options: those of libcontainer in the guest.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
@@ -173,7 +173,7 @@ mod tests {
         }
     }
 
-    /// By names that the specification has: others would be left out, or an error.
+    /// The types of the specification would drop or reject other names.
     #[test]
     fn what_is_supported_is_said_as_the_specification_has_it() {
         let all = supported();

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const SOCKET: &str = "socket";
-/// The version of the runtime specification that the state follows.
+/// Version of the runtime specification for the state.
 pub(crate) const OCI_VERSION: &str = "1.2.0";
 /// Maximum length of a directory's name.
 const MAX_ID: usize = 255;

@@ -79,7 +79,7 @@ impl Agent {
         .map(drop)
     }
 
-    /// Sets parameters of the guest's kernel.
+    /// Sets sysctls of the guest.
     pub(crate) fn set_sysctls(&self, values: &BTreeMap<String, String>) -> Result<(), Error> {
         let request = SetSysctlsRequest {
             values: values.clone().into_iter().collect(),

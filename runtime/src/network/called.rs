@@ -1,9 +1,9 @@
-//! A guest that processes in its network namespace on the host call by the address of an interface that it took
-//! over. Ports of podman's containers without root are published like that: its `rootlessport` enters the
-//! namespace and connects to the container's address, which is an address of the namespace itself.
+//! Connections from processes in the network namespace on the host to the address of an interface that the guest took
+//! over. Without root, podman publishes ports this way: its `rootlessport` enters the namespace and connects to the
+//! container's address, which is a local address of the namespace.
 //!
-//! There it is made an address of somebody else, on the link that is the guest's tap: the namespace's own stack sends to
-//! the guest by it, from a link-local address that the guest answers to by the same link.
+//! The address is removed from the namespace's local routing table and routed to the guest's tap instead. The source of
+//! these connections is a link-local address, to which the guest gets a route.
 
 use super::{LOCAL_TABLE, Neighbour, NetworkConfig, Route, other};
 use crate::out_of_reach::{Verdict, decide};
@@ -15,14 +15,14 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
-/// Who calls: the namespace's end of the tap. A link-local address (RFC 3927), which nobody has to be asked for, and a
-/// locally administered MAC address; both mean something on this link alone.
+/// Addresses of the namespace's end of the tap, valid only on this link: a link-local IPv4 address (RFC 3927), which
+/// needs no assignment, and a locally administered MAC address.
 pub(super) const CALLER: Neighbour = Neighbour {
     ip: IpAddr::V4(Ipv4Addr::new(169, 254, 75, 1)),
     mac: MacAddr([0x02, 0x4b, 0x6f, 0x79, 0x61, 0x01]),
 };
 
-/// The guest's way back.
+/// The guest's route to it.
 pub(super) fn route() -> Route {
     Route::new(CALLER.ip.into(), None)
 }
@@ -34,7 +34,7 @@ fn addresses(network: &NetworkConfig) -> impl Iterator<Item = Ipv4Addr> {
     })
 }
 
-/// A namespace's route to an address that is its own, by the interface that has it, as the kernel makes it.
+/// The namespace's route to its own address of this interface, as created by the kernel.
 fn own(address: Ipv4Addr, interface: u32) -> RouteMessage {
     RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(address, 32)
@@ -46,7 +46,7 @@ fn own(address: Ipv4Addr, interface: u32) -> RouteMessage {
         .build()
 }
 
-/// Has the namespace reach the guest by its tap instead of itself by the interface.
+/// Routes the addresses of the interface to the guest's tap instead of the namespace itself.
 pub(super) async fn set_up(
     handle: &Handle,
     network: &NetworkConfig,
@@ -66,7 +66,7 @@ pub(super) async fn set_up(
     let add = handle.address().add(tap, CALLER.ip, 32);
     add.replace().execute().await.map_err(other)?;
     decide(handle, tap, &[CALLER.ip.into()], Verdict::Accepted).await?;
-    // The namespace takes it for a lie that its own addresses come from elsewhere (ip-sysctl).
+    // Otherwise the kernel drops frames from the guest, whose source is an address of the namespace (ip-sysctl).
     let accepts = format!("/proc/sys/net/ipv4/conf/{name}/accept_local");
     std::fs::write(accepts, "1")?;
     for address in addresses(network) {
@@ -84,14 +84,14 @@ pub(super) async fn set_up(
             .build();
         let added = handle.route().add(there).replace().execute().await;
         added.map_err(other)?;
-        // Last: from here on nothing of the namespace answers for the guest.
+        // Last: from now on the namespace itself does not answer at this address.
         let removed = handle.route().del(own(address, interface)).execute().await;
         removed.map_err(other)?;
     }
     Ok(())
 }
 
-/// Gives the namespace its addresses back.
+/// Restores the namespace's routes to its own addresses.
 pub(super) async fn give_back(
     handle: &Handle,
     network: &NetworkConfig,

@@ -69,11 +69,11 @@ fn all() -> Vec<String> {
     ALL.iter().map(|name| format!("CAP_{name}")).collect()
 }
 
-/// Those that a container may have, in the OCI's spelling: the default ones, without those that it is to lose, and with those that
-/// it asks for. As with Docker, what is asked for by its own name stays, whatever else is taken away.
+/// The capabilities allowed for a container, in OCI spelling: the default ones without the dropped ones, and the added
+/// ones. As with Docker, a capability added by name is kept even if it is dropped.
 ///
 /// # Errors
-/// Which there is not.
+/// The unknown capability.
 pub(super) fn of(config: &ContainerConfig) -> Result<Vec<String>, Error> {
     let added = named(&config.capabilities)?;
     let dropped = named(&config.dropped_capabilities)?;
@@ -90,7 +90,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<String>, Error> {
     Ok(wanted)
 }
 
-/// Capabilities by their names, with or without `CAP_`; None if `ALL` is among them.
+/// Parses names of capabilities, with or without `CAP_`; `None` if `ALL` is among them.
 fn named(names: &[String]) -> Result<Option<Vec<String>>, Error> {
     let mut found = Some(Vec::new());
     for name in names {

@@ -44,8 +44,8 @@ pub(crate) struct Adapted {
     pub(crate) has_guest_devices: bool,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(crate) direct: Vec<(u32, GuestVolume)>,
-    /// Where mounts go in a root that is a directory, each with whether that is a file; and the working
-    /// directory of a read-only one.
+    /// Mount points in a root that is a directory, each with a flag for files (`None`: either); and the working directory
+    /// if the root is read-only.
     pub(crate) mount_points: Vec<(PathBuf, Option<bool>)>,
 }
 
@@ -190,8 +190,8 @@ fn root_propagation(wanted: &str) -> Result<String, Error> {
     }
 }
 
-/// Leaves what a guest's control groups can do. Its CPUs are not the host's, nor its disks and huge
-/// pages: of those the sandbox's own group on the host may have limits.
+/// Reduces limits to those that the guest's control groups support. Its CPUs, disks and huge pages are not the host's;
+/// limits for CPUs and disks of the host are those of the sandbox's control group.
 pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
     resources.set_block_io(None);
     resources.set_network(None);

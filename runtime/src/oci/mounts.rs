@@ -22,7 +22,7 @@ pub(super) struct Adapted {
     pub(super) volumes: Vec<EphemeralVolume>,
     /// Volumes with file systems that the guest mounts, by mount number.
     pub(super) direct: Vec<(u32, GuestVolume)>,
-    /// Where mounts go, each with whether that is a file.
+    /// Mount points, each with a flag for files (`None`: either).
     pub(super) points: Vec<(PathBuf, Option<bool>)>,
 }
 
@@ -65,7 +65,7 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
                 .as_ref()
                 .is_some_and(|path| path.is_absolute() && path.is_file()),
         };
-        // What is of the container's own root is known where that is.
+        // The type of a source in the container's own root is known only in the guest.
         let source = mount.source().as_ref();
         let is_own = source.is_some_and(|source| source.starts_with(OWN_ROOT));
         let point = (mount.destination().clone(), (!is_own).then_some(is_file));
@@ -107,7 +107,7 @@ fn bind_sysfs(mount: &mut Mount) {
     }
 }
 
-/// libcontainer knows these only for a mount with all that is below it.
+/// Replaces these options by their recursive forms, the only ones that libcontainer supports.
 fn say_symfollow(mount: &mut Mount) {
     let Some(mut options) = mount.options().clone() else {
         return;
@@ -208,7 +208,7 @@ pub(super) fn source_of(directory: &Path, mount: &Mount) -> Result<PathBuf, Erro
     Ok(directory.join(source))
 }
 
-/// Options that say something of a mount's flags.
+/// Options that set or clear a mount's flags.
 const FLAGS: [&str; 20] = [
     "ro",
     "rw",
@@ -234,8 +234,8 @@ const FLAGS: [&str; 20] = [
 /// Linux's ST_NOSYMFOLLOW.
 const NO_SYMLINKS: StatVfsMountFlags = StatVfsMountFlags::from_bits_retain(0x2000);
 
-/// What a bind mount that says nothing of its flags has of them: those of the mount that its source is on, as with
-/// runc and mount(8). That it is read-only there holds anyway.
+/// Flags of a bind mount without options for flags: those of its source's mount, as with runc and mount(8). A read-only
+/// source needs no flag.
 fn kept_flags(source: &Path, mount: &Mount) -> Vec<&'static str> {
     if FLAGS.iter().any(|flag| has(mount, flag)) {
         return Vec::new();

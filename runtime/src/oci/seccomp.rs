@@ -1,12 +1,14 @@
-//! Filters of system calls: those that ask a program of the host can't be had, since its socket's descriptors don't
-//! pass into a guest.
+//! Seccomp filters that notify a program of the host (`SCMP_ACT_NOTIFY`) are refused: their descriptor can't leave the
+//! guest.
 
 use super::refuse;
 use crate::Error;
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction};
 
+/// Checks the actions of a filter.
+///
 /// # Errors
-/// If a system call is to be told to a program of the host. Where runc refuses that, too, in its words.
+/// If it has `SCMP_ACT_NOTIFY`; in runc's wording where runc refuses it, too.
 pub(super) fn check(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     const FIELD: &str = "linux.seccomp";
     const NOTIFY: LinuxSeccompAction = LinuxSeccompAction::ScmpActNotify;
@@ -21,13 +23,13 @@ pub(super) fn check(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     let Some(first) = told.next() else {
         return Ok(());
     };
-    // By which runc tells who listens.
+    // runc itself needs write(2) to report the listener.
     if first == "write" || told.any(|name| name == "write") {
         let reason = "SCMP_ACT_NOTIFY cannot be used for the write syscall";
         return Err(Error::invalid(FIELD, reason));
     }
     let reason =
-        format!("SCMP_ACT_NOTIFY: {first} in a guest can't be told to a program of the host");
+        format!("SCMP_ACT_NOTIFY: a program of the host can't be notified of {first} in a guest");
     Err(refuse(FIELD, reason))
 }
 
@@ -48,11 +50,7 @@ mod tests {
         let allow = "SCMP_ACT_ALLOW";
         assert_eq!(said(allow, "SCMP_ACT_ERRNO", &["write"]), Ok(()));
         for (default, names, expected) in [
-            (
-                allow,
-                &["mkdir", "chmod"][..],
-                "mkdir in a guest can't be told",
-            ),
+            (allow, &["mkdir", "chmod"][..], "can't be notified of mkdir"),
             (
                 allow,
                 &["mkdir", "write"],

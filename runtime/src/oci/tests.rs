@@ -292,7 +292,7 @@ fn what_an_earlier_mount_put_into_the_root_is_the_guests() {
     );
 }
 
-/// opencontainers/runc 3805: a directory of the host on which nothing may be run is such a one in the guest.
+/// opencontainers/runc 3805: a directory that is mounted with `noexec` on the host is so in the guest.
 #[test]
 fn a_bind_mount_has_the_flags_of_its_sources_mount() {
     let source = tempfile::tempdir_in("/dev/shm").unwrap();

@@ -127,7 +127,7 @@ pub fn have_all_cpus() {
     }
 }
 
-/// With all controllers that the groups above have, as runc's.
+/// Creates the group with all controllers of its parent groups, like runc.
 fn make(group: &Path) -> io::Result<()> {
     let Ok(below) = group.strip_prefix(ROOT) else {
         return Ok(());
@@ -136,7 +136,7 @@ fn make(group: &Path) -> io::Result<()> {
     for name in below {
         let controllers = fs::read_to_string(at.join("cgroup.controllers")).unwrap_or_default();
         for controller in controllers.split_whitespace() {
-            // A group with processes of its own can't pass them on.
+            // A group that contains processes can't enable controllers for children.
             fs::write(at.join("cgroup.subtree_control"), format!("+{controller}")).ok();
         }
         at.push(name);
@@ -180,7 +180,7 @@ pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
     apply(group, &there);
 }
 
-/// Sets limits. One that can't be set is said, and the sandbox goes on: the guest has limits of its own.
+/// Sets limits. Failures are logged and ignored: the guest has limits of its own.
 fn apply(group: &Path, limits: &[(&str, String)]) {
     for (file, value) in limits {
         match fs::write(group.join(file), value) {

@@ -74,7 +74,7 @@ impl CreateTask {
                 .settings
                 .annotated(self.spec.0.annotations().iter().flatten())?,
         };
-        // Not before: an annotation may ask for it.
+        // After the annotations, which may change the settings.
         settings.prepare_process()?;
         let task = Task {
             id: self.id,

@@ -86,7 +86,7 @@ impl Kind {
 /// Environment in which hooks run.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
-    /// Their working directory: the container's bundle, or its root, which createContainer hooks are in with runc.
+    /// Working directory: the container's bundle, or its root for createContainer hooks, as with runc.
     pub directory: &'a Path,
     /// The network namespace, if not that of the calling thread.
     pub network: Option<&'a File>,

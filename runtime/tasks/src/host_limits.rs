@@ -1,8 +1,8 @@
-//! The limits of a container that are its sandbox's on the host as well: time of the host's CPUs, which of them,
-//! and disks. They are files of the sandbox's control group (Linux, admin-guide/cgroup-v2).
+//! Limits of a container that apply to its sandbox on the host: CPU time, CPU sets and disk limits, as files of the
+//! sandbox's control group (Linux, admin-guide/cgroup-v2).
 //!
-//! Memory is [`cgroup::memory`](crate::cgroup::memory), which counts the virtual machine, too. Processes are the
-//! guest's: on the host a sandbox has as many threads as it needs.
+//! The memory limit is [`cgroup::memory`](crate::cgroup::memory), which includes the overhead of the virtual machine. The
+//! limit of processes applies only in the guest: on the host a sandbox has as many threads as it needs.
 
 use crate::cgroup::is_ours;
 use anyhow::{Context, Result};
@@ -10,17 +10,16 @@ use koya::oci_spec::runtime as oci;
 use std::fs;
 use std::path::Path;
 
-/// The kernel's period of a quota, in microseconds.
+/// The kernel's default period of a CPU quota, in microseconds.
 const PERIOD: u64 = 100_000;
 
-/// A file of a group, and what is written into it.
+/// A file of a control group, and its value.
 type Limit = (String, String);
 
-/// Sets the limits in the sandbox's group. What the guest limits, too, and what the host has not are only said where they can't
-/// be set.
+/// Sets the limits of the sandbox's control group. Failures are logged.
 ///
 /// # Errors
-/// A limit of disks that can't be set, which nobody else holds to.
+/// A disk limit that can't be set in the sandbox's own group, since nothing else enforces it.
 pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
     let read = |file: &str| fs::read_to_string(group.join(file)).ok();
     set(group, &limits(resources, &read), is_ours(group))
@@ -39,7 +38,7 @@ fn set(group: &Path, limits: &[Limit], is_ours: bool) -> Result<()> {
     Ok(())
 }
 
-/// By what the group's files hold.
+/// The limits to write, based on the current values in the group's files.
 fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>) -> Vec<Limit> {
     let mut all = Vec::new();
     if let Some(cpu) = resources.cpu() {
@@ -52,14 +51,14 @@ fn limits(resources: &oci::LinuxResources, read: &dyn Fn(&str) -> Option<String>
     let mut unified: Vec<_> = unified.filter(|(file, _)| is_hosts(file)).collect();
     unified.sort();
     for (file, value) in unified {
-        // A write is a line there.
+        // These files take one line per write.
         let lines = value.lines().filter(|line| !line.trim().is_empty());
         all.extend(lines.map(|line| (file.clone(), line.to_owned())));
     }
     all
 }
 
-/// Whether a file of a group, as the configuration may name it, is the sandbox's.
+/// Whether a file in `unified` applies to the sandbox's group on the host.
 fn is_hosts(file: &str) -> bool {
     ["cpu.", "cpuset.", "io."]
         .iter()
@@ -68,7 +67,7 @@ fn is_hosts(file: &str) -> bool {
 
 fn cpus(cpu: &oci::LinuxCpu, read: &dyn Fn(&str) -> Option<String>, all: &mut Vec<Limit>) {
     let mut add = |file: &str, value: String| all.push((file.to_owned(), value));
-    // A weight takes a group out of those that run only when nobody else does.
+    // The weight before `cpu.idle`, since an idle group has none.
     if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
         add("cpu.weight", weight(shares).to_string());
     }
@@ -100,8 +99,8 @@ fn cpus(cpu: &oci::LinuxCpu, read: &dyn Fn(&str) -> Option<String>, all: &mut Ve
     }
 }
 
-/// Shares, 2 to 262144, as a weight, 1 to 10000, by the curve of runc and crun, on which 1024 is 100. The guest's is
-/// the same.
+/// Converts CPU shares (2 to 262144) to a weight (1 to 10000) by the curve of runc and crun, which maps 1024 to 100. The
+/// guest uses the same one.
 fn weight(shares: u64) -> u64 {
     match shares {
         ..=2 => 1,
@@ -114,7 +113,7 @@ fn weight(shares: u64) -> u64 {
     }
 }
 
-/// Files that are shared are read and written by the sandbox's process.
+/// Disk limits: shared files are read and written by the sandbox's process.
 fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mut Vec<Limit>) {
     let has_bfq = read("io.bfq.weight").is_some();
     if let Some(weight) = io.weight().filter(|weight| *weight > 0) {
@@ -137,7 +136,7 @@ fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mu
     ];
     for (name, devices) in throttled {
         for device in devices.iter().flatten() {
-            // None is no limit.
+            // 0 means no limit.
             let rate = match device.rate() {
                 0 => "max".to_owned(),
                 rate => rate.to_string(),
@@ -148,7 +147,7 @@ fn disks(io: &oci::LinuxBlockIo, read: &dyn Fn(&str) -> Option<String>, all: &mu
     }
 }
 
-/// 10 to 1000 of version 1 as 1 to 10000.
+/// Converts a weight of version 1 (10 to 1000) to one of version 2 (1 to 10000).
 fn io_weight(weight: u16) -> u64 {
     1 + (u64::from(weight).clamp(10, 1000) - 10) * 9999 / 990
 }
@@ -246,9 +245,9 @@ mod tests {
         let cpu = pairs(&[("cpu.idle", "1")]);
         let disk = pairs(&[("io.max", "8:0 rbps=1")]);
         let set = |limits: &[Limit], is_ours| set(&missing, limits, is_ours);
-        // The guest has it.
+        // The guest enforces it, too.
         set(&cpu, true).unwrap();
-        // In a group of others nothing is owed.
+        // In a group of other processes a failure is not an error.
         set(&disk, false).unwrap();
         let refused = format!("{:#}", set(&disk, true).unwrap_err());
         assert!(refused.contains("io.max: 8:0 rbps=1"), "{refused}");

@@ -407,8 +407,8 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     } else {
         config.sysctls = task.spec.network_sysctls();
     }
-    // Without root, ports are published by a process in the namespace (rootlessport) that calls the container's address
-    // there; what root sets up comes from outside.
+    // Without root, ports are published by a process in the namespace (rootlessport), which connects to the container's
+    // address there; with root, connections come from outside.
     let is_called = is_in_user_namespace();
     config.networks = interfaces()?
         .into_iter()
@@ -425,7 +425,7 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
     Ok(config)
 }
 
-/// Whether this process is in another user namespace than the host's first (user_namespaces(7)).
+/// Whether this process is in a user namespace other than the host's initial one (user_namespaces(7)).
 fn is_in_user_namespace() -> bool {
     let users = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     !users.split_whitespace().eq(["0", "0", "4294967295"])

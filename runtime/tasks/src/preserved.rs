@@ -1,7 +1,7 @@
-//! `--preserve-fds`: descriptors that a process inherits from the caller, from 3 on. Descriptors don't pass into
-//! a guest: what can be read and written is passed on, as with the standard streams. The process has a pipe for a pipe,
-//! a FIFO or a file that is open one way, and a socket for a stream socket. What the kernel makes up, as `/dev/null`, is the
-//! guest's.
+//! `--preserve-fds`: descriptors that a process inherits from the caller, 3 and up. Descriptors can't be passed into a
+//! guest: their data is forwarded, as for the standard streams. The process has a pipe in place of a pipe, a FIFO or a
+//! file that is open in one direction, and a socket in place of a stream socket. `/dev/null` and similar devices are
+//! replaced by those of the guest.
 
 use anyhow::{Context, Result, bail};
 use koya::{Direction, Further};
@@ -15,11 +15,11 @@ use std::os::fd::OwnedFd;
 pub struct Preserved {
     pub(crate) direction: Direction,
     pub(crate) file: File,
-    /// What the guest has in its place.
+    /// Device of the guest that replaces it.
     device: Option<&'static str>,
 }
 
-/// Devices that are nothing but the kernel's, by their numbers.
+/// Devices that are the same in every kernel, by their minor numbers.
 const DEVICES: [(u32, &str); 5] = [
     (3, "/dev/null"),
     (5, "/dev/zero"),
@@ -27,7 +27,7 @@ const DEVICES: [(u32, &str); 5] = [
     (8, "/dev/random"),
     (9, "/dev/urandom"),
 ];
-/// Theirs in common.
+/// Major number of these devices.
 const MEMORY: u32 = 1;
 
 impl Preserved {
@@ -54,7 +54,7 @@ impl Preserved {
         })
     }
 
-    /// What the process has of it.
+    /// The descriptor that the process gets in its place.
     pub(crate) fn wanted(&self) -> Further {
         match self.device {
             Some(path) => Further::Device(path, self.direction),
@@ -62,7 +62,7 @@ impl Preserved {
         }
     }
 
-    /// Whether what the process reads or writes passes through this one.
+    /// Whether its data is forwarded.
     pub(crate) fn is_stream(&self) -> bool {
         self.device.is_none()
     }
@@ -78,7 +78,7 @@ fn device_of(fd: &OwnedFd) -> Result<Option<&'static str>> {
     Ok(all.find_map(|(own, path)| (*own == minor(number)).then_some(*path)))
 }
 
-/// How it is open.
+/// Access mode of an open descriptor.
 fn access_of(fd: &OwnedFd) -> Result<Direction> {
     Ok(match fcntl_getfl(fd)? & OFlags::RWMODE {
         OFlags::RDONLY => Direction::Input,

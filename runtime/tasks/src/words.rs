@@ -44,7 +44,7 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
     })
 }
 
-/// For Go, null is a value that is not there.
+/// Removes members that are null, which Go treats as absent.
 fn drop_nulls(value: &mut Value) {
     match value {
         Value::Object(members) => {
@@ -56,7 +56,7 @@ fn drop_nulls(value: &mut Value) {
     }
 }
 
-/// A device rule of no kind is one of all, as for runc.
+/// Removes empty types of device rules: they mean all types, as with runc.
 fn name_all_kinds(spec: &mut Value) {
     let rules = spec.pointer_mut("/linux/resources/devices");
     let rules = rules.and_then(Value::as_array_mut);

@@ -245,7 +245,7 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
         );
     }
     stdout(koya(["stop", "-t", "60", name]).output()?)?;
-    // What has ended is stopped: scripts go on with its removal.
+    // It is no error to stop a container that has ended: in scripts `rm` follows.
     stdout(koya(["stop", name]).output()?)?;
     until("its last word", || {
         Ok(container.said()?.ends_with("power").then_some(()))

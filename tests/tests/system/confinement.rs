@@ -17,7 +17,7 @@ pub(crate) fn users_are_mapped(containerd: &Containerd) -> Result<()> {
     spec["process"]["env"] = serde_json::json!(["PATH=/bin"]);
     let limit = serde_json::json!({"type": "RLIMIT_NOFILE", "soft": 777, "hard": 888});
     spec["process"]["rlimits"] = serde_json::json!([limit]);
-    // In two ranges, as `podman run --userns keep-id` has three.
+    // Two ranges; `podman run --userns keep-id` has three.
     let mapping = serde_json::json!([{"containerID": 0, "hostID": 10000, "size": 1000},
         {"containerID": 1000, "hostID": 20000, "size": 64536}]);
     let linux = &mut spec["linux"];

@@ -188,7 +188,7 @@ impl Drop for Docker {
     }
 }
 
-/// The rig has what Docker's and podman's networks need in a directory; elsewhere they load it by themselves.
+/// The rig has the modules for the networks of Docker and podman in a directory; elsewhere they load them by themselves.
 pub(crate) fn load_modules() -> Result<()> {
     let directory = Path::new("/run/koya-rig/modules");
     let Ok(order) = fs::read_to_string(directory.join("docker")) else {
@@ -518,7 +518,7 @@ fn networks_are_dockers(docker: &Docker) -> Result<()> {
     docker.nothing_is_left()
 }
 
-/// What an HTTP server answers.
+/// Response of an HTTP server.
 pub(crate) fn page(address: &str) -> Result<String> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address.parse()?, limit)?;
@@ -529,7 +529,7 @@ pub(crate) fn page(address: &str) -> Result<String> {
     Ok(said)
 }
 
-/// The same of a container's shell.
+/// The same in a container's shell.
 pub(crate) const PAGE: &str =
     r"page() { printf 'GET / HTTP/1.0\r\n\r\n' | nc -w 20 $1 80 | tail -n 1; }";
 

@@ -102,7 +102,7 @@ fn files_are_preserved_one_way() -> Result<()> {
     Ok(())
 }
 
-/// podman gives up its own standard streams for /dev/null, and passes what comes after them on.
+/// podman replaces its own standard streams by /dev/null, and passes on the descriptors after them.
 fn devices_that_are_the_kernels_are_the_guests() -> Result<()> {
     let runtime = Runtime::koya()?;
     let script = "for fd in 3 4 5 6; do stat -Lc %t:%T /proc/self/fd/$fd; done; cat <&3; head -c 3 <&4 | wc -c; \

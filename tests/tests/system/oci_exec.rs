@@ -1,4 +1,4 @@
-//! Processes that `koya-runtime` adds to containers, and what it says of processes, where runc has rules of its own.
+//! Processes added by `koya-runtime exec`, and messages about processes, as with runc.
 
 use crate::oci::{Runtime, bundle, text};
 use anyhow::{Context, Result, ensure};
@@ -42,7 +42,7 @@ fn an_added_process_waits_until_a_pause_is_over() -> Result<()> {
     runtime.ok(&["pause", "p"])?;
     let mut exec = runtime.command(&["exec", "--ignore-paused", "p", "echo", "ok"]);
     let mut child = exec.stdout(Stdio::piped()).spawn()?;
-    // As long as it takes to be refused.
+    // The process above waits at least as long as this refusal takes.
     let refused = runtime.call(&["exec", "p", "true"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(

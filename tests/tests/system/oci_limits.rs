@@ -1,4 +1,4 @@
-//! Limits of containers that `koya-runtime` makes, in the control group on the host, with runc beside it.
+//! Limits of `koya-runtime` containers in the control group on the host, compared with those of runc.
 
 use crate::oci::{Runtime, bundle, text};
 use crate::tool::feed;
@@ -56,7 +56,7 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
         told.push([limit(NAME, "cpu.max")?, limit(NAME, "io.max")?]);
         if runtime.is_koya() {
             ensure!(limit(NAME, "cpu.weight")? == "100");
-            // What the virtual machine takes comes on top.
+            // The overhead of the virtual machine is added.
             ensure!(limit(NAME, "memory.max")?.parse::<u64>()? > 256 << 20);
         }
         runtime.ok(&["delete", "--force", "l"])?;
@@ -86,7 +86,7 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
     ensure!(within == "209715200\n10000 100000", "{within}");
     koya.ok(&["delete", "--force", "n"])?;
 
-    // Nobody else would hold to it.
+    // Nothing else would enforce it.
     let absent = json!([{"major": 250, "minor": 99, "rate": 1}]);
     let absent = with(json!({"blockIO": {"throttleReadBpsDevice": absent}}))?;
     let refused = koya.call(&["run", "--bundle", text(&absent)?, "a"])?;
@@ -99,7 +99,7 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
     Ok(())
 }
 
-/// opencontainers/runc 4210 and 3509, and what its own tests look for.
+/// opencontainers/runc 4210 and 3509, and cases of its own tests.
 fn limits_are_changed_as_by_runc() -> Result<()> {
     const NAME: &str = "koya-oci-changed";
     let changed = bundle("exec sleep 1000", |config| {

@@ -1,4 +1,4 @@
-//! Parameters of the guest's kernel that a configuration of `koya-runtime` has for the container's network.
+//! Sysctls of the container's network in configurations of `koya-runtime`.
 
 use crate::oci::{Runtime, bundle, text};
 use anyhow::{Result, ensure};
@@ -22,7 +22,7 @@ fn sysctls_of_the_network_are_set_or_refused() -> Result<()> {
     let said = String::from_utf8_lossy(&refused.stderr);
     let is_named = said.contains("no sysctl net.none.such");
     ensure!(!refused.status.success() && is_named, "{refused:?}");
-    // Whatever is left of it.
+    // It may already be gone.
     runtime.call(&["delete", "--force", "d"])?;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Configurations that are wrong, or only look so: where runc and crun agree whether a container can be made of one, so does
-//! `koya-runtime`. The cases are those of the test suites of runc, crun and youki.
+//! Configurations that are invalid, or only look so: where runc and crun agree whether they accept one, `koya-runtime`
+//! does the same. The cases are those of the test suites of runc, crun and youki.
 
 use crate::oci::{Runtime, bundle, text};
 use anyhow::{Context, Result, ensure};
@@ -8,7 +8,7 @@ use std::path::Path;
 
 crate::trials!(what_others_refuse_is_refused);
 
-/// What is changed in a configuration, by its pointer (RFC 6901), and to what. Null takes it out.
+/// Change of a configuration: a JSON pointer (RFC 6901) and the new value; null removes the old one.
 type Change = (&'static str, Value);
 
 fn cases() -> Vec<(&'static str, Vec<Change>)> {
@@ -248,7 +248,7 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
     ]
 }
 
-/// Changes what is there already, adds to a list by `-`, or takes out.
+/// Sets or removes a value, or appends to a list (`-`).
 fn change(config: &mut Value, (pointer, value): &Change) -> Result<()> {
     let (parent, name) = pointer.rsplit_once('/').context("a pointer")?;
     let mut place = config;
@@ -292,7 +292,7 @@ fn what_others_refuse_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Whether it ran, and what was said.
+/// Whether it ran, and its error output.
 fn run(runtime: &Runtime, bundle: &Path) -> Result<(bool, String)> {
     let output = runtime.call(&["run", "--bundle", text(bundle)?, "w"])?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();

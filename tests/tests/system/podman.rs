@@ -12,7 +12,7 @@ crate::trials!(
     a_podman_pod_is_one_virtual_machine,
 );
 
-/// podman, with storage of its own and an image called `bb`.
+/// podman, with its own storage and an image called `bb`.
 pub(crate) struct Podman {
     pub(crate) dir: PathBuf,
 }
@@ -63,7 +63,7 @@ impl Podman {
     }
 }
 
-/// The path of the program.
+/// Path of `koya-runtime`.
 pub(crate) fn runtime() -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|dir| dir.join("koya-runtime"));
@@ -189,8 +189,8 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     Ok(())
 }
 
-/// The control groups of pods, as podman makes them here without systemd. podman 4.3 forbids all devices in them,
-/// /dev/null too, so no runtime can start anything there: that goes away with the group.
+/// Recreates the control groups of pods, as created by podman without systemd. podman 4.3 denies all devices in them,
+/// even /dev/null, so no runtime can start anything there; the rules are removed with the group.
 pub(crate) fn allow_devices_in_pods() -> Result<()> {
     for pod in std::fs::read_dir("/sys/fs/cgroup/libpod_parent")? {
         let group = pod?.path();

@@ -1,4 +1,4 @@
-//! podman's bridges, by netavark, and what `podman play kube` makes of a file of Kubernetes, with `koya-runtime`.
+//! podman with `koya-runtime`: bridge networks by netavark, and `podman play kube`.
 
 use crate::docker::{PAGE, load_modules, page};
 use crate::podman::{Podman, allow_devices_in_pods};
@@ -11,7 +11,7 @@ crate::trials!(
     a_kubernetes_file_is_played,
 );
 
-/// What serves a page with one line.
+/// Shell script of a web server with a page of one line.
 fn serve(line: &str) -> String {
     format!("mkdir /www; echo {line} > /www/index.html; exec httpd -f -p 80 -h /www")
 }
@@ -44,7 +44,7 @@ fn containers_have_podmans_networks() -> Result<()> {
     Ok(())
 }
 
-/// A pod of two containers with what pods have, and a deployment.
+/// A pod of two containers with common settings of pods, and a deployment.
 const FILE: &str = r#"
 apiVersion: v1
 kind: ConfigMap

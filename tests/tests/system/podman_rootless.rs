@@ -1,5 +1,4 @@
-//! podman without root: a user's containers, whose users are a range of the host's, and whose network slirp4netns
-//! speaks for.
+//! podman without root: containers of a user with subordinate IDs (`/etc/subuid`), and networks by slirp4netns.
 
 use crate::podman::runtime;
 use crate::tool::{scratch, shared_rootfs, stdout, until};
@@ -14,12 +13,12 @@ crate::trials!(
     users_have_pods_volumes_and_builds,
 );
 
-/// The user, as a range of users outside of everybody's has him.
+/// The user's ID, the first of its subordinate IDs, and its name.
 const USER: u32 = 7100;
 const FIRST: u32 = 900_000;
 const NAME: &str = "koya-test";
 
-/// podman of a user that this test makes, with an image called `bb`.
+/// podman of a user created by the test, with an image called `bb`.
 struct Podman {
     dir: PathBuf,
 }
@@ -31,7 +30,7 @@ impl Podman {
         };
         let dir = &podman.dir;
         let id = USER;
-        // Those files are mounted where podman and newuidmap(1) look, for their processes alone.
+        // Mounted over the files in /etc that podman and newuidmap(1) read, for their processes only.
         let line = |file: &str, line: String| -> Result<()> {
             let there = fs::read_to_string(Path::new("/etc").join(file)).unwrap_or_default();
             Ok(fs::write(dir.join(file), format!("{there}{line}\n"))?)
@@ -83,7 +82,7 @@ impl Podman {
         stdout(self.call(words)?).with_context(|| format!("podman {words:?}"))
     }
 
-    /// A directory of the user's as a volume.
+    /// A directory of the user as a volume.
     fn volume(&self) -> String {
         format!("{}:/v", self.dir.join("volume").display())
     }
@@ -101,14 +100,14 @@ impl Podman {
 impl Drop for Podman {
     fn drop(&mut self) {
         self.call(&["rm", "--all", "--force", "--time", "0"]).ok();
-        // What keeps the user's namespaces.
+        // The process that keeps the user's namespaces.
         if let Ok(pid) = fs::read_to_string(self.dir.join("run/libpod/tmp/pause.pid")) {
             Command::new("kill").arg(pid.trim()).status().ok();
         }
     }
 }
 
-/// With a network and a port, and with the user's own number inside.
+/// With a network and a published port, and with the user's own ID in the container.
 fn users_run_podmans_containers() -> Result<()> {
     let podman = Podman::new()?;
     let script = "ip -4 address show tap0 | grep -o 'inet [0-9.]*'; ip route
@@ -156,7 +155,7 @@ fn users_run_podmans_containers() -> Result<()> {
     podman.nothing_is_left()
 }
 
-/// Pods, volumes whose files are other users' of the container, and steps of a build.
+/// Pods, volumes with files of other users of the container, and steps of a build.
 fn users_have_pods_volumes_and_builds() -> Result<()> {
     let podman = Podman::new()?;
     let script = "echo new > /v/other && chown 33:34 /v/other; echo a > /named/a; ls -ln /v /named";
@@ -167,7 +166,7 @@ fn users_have_pods_volumes_and_builds() -> Result<()> {
     let file = fs::metadata(podman.dir.join("volume/other"))?;
     let owner = (file.uid(), file.gid());
     ensure!(owner == (FIRST + 32, FIRST + 33), "{owner:?}");
-    // Given to another user, as `:U` asks for it.
+    // `:U` gives it to another user.
     let words = ["run", "--rm", "--network", "none", "-v", "named:/named:U"];
     let script = "echo b >> /named/a; cat /named/a; stat -c %u /named/a";
     let more = ["--user", "33", "bb", "sh", "-c", script];

@@ -32,18 +32,18 @@ fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// Whether a file is one whose content the host's kernel makes as it is read, so that its size says nothing: of the file
-/// systems of processes, devices, control groups and the like.
+/// Whether the host's kernel generates the file's content on reading, so that its size means nothing: a file of procfs,
+/// sysfs, control groups and similar file systems.
 fn is_made_on_read(file: &File) -> Result<bool, Errno> {
     let size = inodes::stat(file)?.stx_size;
-    // Files of sysfs have a page.
+    // Files of sysfs have the size of a page.
     if size != 0 && size != 4096 {
         return Ok(false);
     }
     Ok(MADE_ON_READ.contains(&(rustix::fs::fstatfs(file)?.f_type as u32)))
 }
 
-/// What such file systems are known by (linux/magic.h).
+/// Magic numbers of such file systems (linux/magic.h).
 const MADE_ON_READ: [u32; 11] = [
     0x0000_9fa0, // proc
     0x6265_6572, // sysfs
@@ -103,7 +103,7 @@ impl Passthrough {
             Cache::Auto => 0,
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
         };
-        // The guest reads no further than a file's size, unless it asks for each read.
+        // The guest's page cache ends at the file's size; direct I/O forwards every read.
         let open_flags = match is_made_on_read(&file)? {
             true => fopen::DIRECT_IO,
             false => open_flags,
@@ -410,7 +410,7 @@ impl Passthrough {
         let gid = (!inherited).then(|| rustix::fs::Gid::from_raw(caller.gid));
         let uid = Some(rustix::fs::Uid::from_raw(caller.uid));
         match rustix::fs::chownat(&fd, c"", uid, gid, AtFlags::EMPTY_PATH) {
-            // A file system without owners, or one that gives its files to whom it likes: FAT, SMB, NFS that maps root away.
+            // A file system without owners, or one that assigns its own: FAT, SMB, NFS with root squashing.
             Err(Errno::PERM | Errno::OPNOTSUPP) => return Ok(()),
             given => given?,
         }

@@ -24,7 +24,7 @@ pub(super) fn check(name: &CStr) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Removes what could not be given to its owner: the guest is told that it was not made.
+/// Removes a new file if its owner could not be set, since the guest gets an error for its creation.
 pub(super) fn or_remove(
     owned: Result<(), Errno>,
     directory: impl AsFd,
@@ -231,7 +231,8 @@ impl Passthrough {
         let (from_fd, to_fd) = (self.inodes.fd(&from)?, self.inodes.fd(&to)?);
         let rename = || rustix::fs::renameat_with(&from_fd, name, &to_fd, new_name, flags);
         match self.opening_up(&[&from, &to], rename) {
-            // A directory that gets another parent has an entry that says so: the host asks whether it may be written.
+            // A move to another parent changes the `..` entry of a directory, so the host requires write permission for
+            // it.
             Err(Errno::ACCESS) if self.open_up_entries([(&from_fd, name), (&to_fd, new_name)]) => {
                 rename()?;
             }
@@ -244,7 +245,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Opens up entries of directories that are writable, as [`opening_up`](Self::opening_up) does with nodes; returns whether any was shut.
+    /// Like [`opening_up`](Self::opening_up) for entries of directories: moves modes that deny access to the owner to the
+    /// attribute; returns whether there were any.
     fn open_up_entries<F: AsFd>(&self, entries: [(&F, &CStr); 2]) -> bool {
         let Some(owners) = &self.owners else {
             return false;

@@ -567,7 +567,7 @@ fn nodes_are_bounded() {
     assert!(look(8).is_ok());
 }
 
-/// Of which the guest would read nothing, by their size.
+/// Their size is 0, so the guest would read nothing.
 #[test]
 fn files_without_a_size_are_not_cached() {
     let f = fixture(0, false);

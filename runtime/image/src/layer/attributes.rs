@@ -98,10 +98,11 @@ fn kept(entry: &Entry) -> io::Result<Option<String>> {
     Ok((!is_plain).then(|| format!("{uid}:{gid}:{bits:04o}{kind}")))
 }
 
-/// A file's or directory's owner and attributes.
+/// Sets the owner and attributes of a file or directory.
 ///
 /// # Errors
-/// EOPNOTSUPP for a file that would stand for something else where the file system can't keep what; else what fails.
+/// EOPNOTSUPP for a file that represents a special file, if the file system can't store its type; otherwise the error
+/// from the host.
 pub(super) fn own(file: impl AsFd, entry: &Entry, owners: bool) -> io::Result<()> {
     if owners {
         let (uid, gid) = owner(entry)?;

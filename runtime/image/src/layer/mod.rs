@@ -204,7 +204,7 @@ impl Unpacker {
                 match make_file(reader, entry, dir, name, self.owners) {
                     Err(error) if is_unsupported(&error) => {
                         rustix::fs::unlinkat(dir, name, AtFlags::empty())?;
-                        // The file system can't say what the file stands for.
+                        // The file system can't store the type. Device nodes are left out.
                         if entry.kind == Kind::Fifo {
                             make_node(entry, dir, name)?;
                             attributes::dress(dir, name, entry, self.owners, false)?;
@@ -398,7 +398,7 @@ pub(crate) fn write_data<S: Source>(
     file.set_len(entry.size)
 }
 
-/// Whether a file system has no attributes of users.
+/// Whether the error is that of a file system without user attributes.
 fn is_unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error())
 }

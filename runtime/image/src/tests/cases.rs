@@ -201,12 +201,13 @@ fn times_that_no_file_system_has_are_no_failure() {
     assert!(fs::metadata(root.path().join("year-1")).unwrap().mtime() < 0);
 }
 
-/// Without root, on a file system that keeps no attributes of users: a file would stand for a device node without saying so.
+/// Without root, on a file system without user attributes: a file that represents a device node could not be marked as
+/// such.
 #[test]
 fn nodes_are_no_plain_files_where_they_cannot_be_kept() {
     const USER: u32 = 65534;
     if !rustix::process::geteuid().is_root() {
-        eprintln!("a file system of that kind is mounted by root alone");
+        eprintln!("only root can mount such a file system");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -216,7 +217,7 @@ fn nodes_are_no_plain_files_where_they_cannot_be_kept() {
     let path = dir.path().to_owned();
     let work = move || {
         let user = rustix::fs::Uid::from_raw(USER);
-        // Of this thread alone.
+        // Only for this thread.
         rustix::thread::set_thread_res_uid(user, user, user).unwrap();
         let layer = Tar::of(&[
             file("null", "lower"),

@@ -21,7 +21,7 @@ pub(super) fn configuration() -> String {
     }
 }
 
-/// What the host's configuration says beside its name servers: where short names are looked for, and how.
+/// Search domains and options of the host's resolver configuration.
 pub fn search_and_options() -> String {
     let (all, _) = reachable(&read(Path::new("/etc/resolv.conf")));
     let lines = all.lines();
@@ -29,7 +29,7 @@ pub fn search_and_options() -> String {
     others.map(|line| format!("{line}\n")).collect()
 }
 
-/// Comments may be of any encoding.
+/// Content of a small file, in which comments may have any encoding.
 fn read(path: &Path) -> String {
     let is_small = path.metadata().is_ok_and(|data| data.len() <= MAX_SIZE);
     let content = is_small.then(|| std::fs::read(path).ok());

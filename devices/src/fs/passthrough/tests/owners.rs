@@ -203,7 +203,7 @@ fn the_guests_root_is_shut_out_of_nothing_that_is_the_users() {
         let attr = f.files.getattr(file, &GetattrIn::default()).unwrap().attr;
         assert_eq!(attr.mode, 0o100_440);
         f.files.setxattr(file, c"user.a", b"1", 0).unwrap();
-        // So are attributes.
+        // Attributes of a file are accessible as well, whatever its mode.
         set(&dir.join("x"), 0o040);
         assert_eq!(f.files.getxattr(file, c"user.a", 9).unwrap(), b"1");
         set(&dir.join("x"), 0o440);
@@ -219,7 +219,7 @@ fn the_guests_root_is_shut_out_of_nothing_that_is_the_users() {
     });
 }
 
-/// As `mv` in an image's read-only directories.
+/// For example by `mv` in read-only directories of an image.
 #[test]
 fn a_directory_that_is_shut_can_be_moved_to_another() {
     as_user(|f| {
@@ -242,14 +242,14 @@ fn a_directory_that_is_shut_can_be_moved_to_another() {
     });
 }
 
-/// FAT, SMB, and NFS that maps root away refuse what a thread without the capability is refused here.
+/// FAT, SMB and NFS with root squashing reject chown, as the host does here for a thread without CAP_CHOWN.
 #[test]
 fn files_are_made_where_they_cannot_be_given_away() {
     let work = || {
         let f = fixture(0, false);
         let mut left = rustix::thread::capabilities(None).unwrap();
         left.effective -= rustix::thread::CapabilitySet::CHOWN;
-        // Of this thread alone.
+        // Only for this thread.
         rustix::thread::set_capabilities(None, left).unwrap();
         let caller = Caller { uid: 7, gid: 8 };
         let arg = CreateIn {
@@ -267,7 +267,7 @@ fn files_are_made_where_they_cannot_be_given_away() {
         };
         f.files.mkdir(f.root, c"dir", &mkdir, caller).unwrap();
         f.files.symlink(f.root, c"link", c"file", caller).unwrap();
-        // Nothing is left of what the guest is told was not made.
+        // Nothing is left of a file whose creation fails for the guest.
         let nobody = Caller {
             uid: u32::MAX,
             gid: 0,
