@@ -155,7 +155,7 @@ pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
     let (tables, nodes) = (guest.div_ceil(TABLES), guest / NODES);
     log::info!(
         "memory in MiB: {mib} for the guest, {kernel_mib} for its kernel, {tables} for page tables, \
-         {MONITOR_MIB} for the monitor, up to {nodes} for its table of open files"
+         {MONITOR_MIB} for the monitor, up to {nodes} for inodes of shared files"
     );
     let bytes = (guest + tables + MONITOR_MIB + nodes) << 20;
     [
