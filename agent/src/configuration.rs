@@ -118,11 +118,14 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
     added
 }
 
+/// How a container's users are mapped to the agent's, if they are.
+pub(crate) fn mapped_uids(spec: &Spec) -> Option<&Vec<LinuxIdMapping>> {
+    spec.linux().as_ref()?.uid_mappings().as_ref()
+}
+
 /// UID of a container's user in the agent's user namespace.
 pub(crate) fn guest_uid(spec: &Spec, process: &Process) -> u32 {
-    let linux = spec.linux().as_ref();
-    let mappings = linux.and_then(|linux| linux.uid_mappings().as_ref());
-    mapped(mappings, process.user().uid())
+    mapped(mapped_uids(spec), process.user().uid())
 }
 
 /// UID and GID of a container's root in the agent's user namespace.
@@ -136,7 +139,7 @@ pub(crate) fn guest_root(spec: &Spec) -> (Uid, Gid) {
     )
 }
 
-fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
+pub(crate) fn mapped(mappings: Option<&Vec<LinuxIdMapping>>, id: u32) -> u32 {
     let find = |mapping: &LinuxIdMapping| {
         let offset = id.checked_sub(mapping.container_id())?;
         (offset < mapping.size()).then(|| mapping.host_id().saturating_add(offset))

@@ -15,7 +15,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxIdMapping, Process, Spec};
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, unmount,
@@ -40,8 +40,8 @@ pub(crate) const ENTRY_CGROUP: &str = "/koya-entry";
 /// Directory of the container states that libcontainer reads for them.
 const ENTRIES: &str = "/run/koya/entries";
 
-/// A bundle's configuration, the directory beside it for exec processes, and the container's properties in there that apply
-/// to them: its seccomp filter, and the CPUs of processes without an affinity.
+/// A bundle's configuration, the directory beside it for added processes, and in there what they have of the container:
+/// its filter, the CPUs of those that name none, and how its users are mapped.
 const CONFIG: &str = "config.json";
 const ADDED: &str = "added";
 const SHARED: &str = "shared.json";
@@ -70,7 +70,7 @@ pub(crate) fn save(id: &str, spec: &Spec) -> Result<()> {
     let affinity = process.and_then(|process| process.exec_cpu_affinity().as_ref());
     Ok(std::fs::write(
         added.join(SHARED),
-        serde_json::to_vec(&(seccomp, affinity))?,
+        serde_json::to_vec(&(seccomp, affinity, configuration::mapped_uids(spec)))?,
     )?)
 }
 
@@ -272,7 +272,13 @@ fn exec(
     let text = std::fs::read(process).context("cannot read the process")?;
     let mut wanted: Process = serde_json::from_slice(&text)?;
     let shared = std::fs::read(bundle(id).join(ADDED).join(SHARED))?;
-    let (seccomp, affinity) = serde_json::from_slice(&shared)?;
+    let (seccomp, affinity, mappings): (_, _, Option<Vec<LinuxIdMapping>>) =
+        serde_json::from_slice(&shared)?;
+    if mappings.is_some() {
+        // Later they are another user namespace's, and can't be given away.
+        let uid = configuration::mapped(mappings.as_ref(), wanted.user().uid());
+        executor::give_streams(uid);
+    }
     let privileges = Privileges::of_added(&mut wanted, seccomp);
     let affinity = Affinity::take(&mut wanted, affinity);
     affinity.begin()?;
