@@ -3,7 +3,7 @@
 set -eu
 root=/run/scratch/debian
 modules=/run/koya-rig/modules
-for module in $(cat $modules/docker); do busybox insmod $modules/$module || true; done
+for module in $(cat $modules/docker); do busybox insmod $modules/$module 2> /dev/null || true; done
 mkdir $root
 tar -C $root -xf "$1"
 cp "$2" $root/root/koya.deb
