@@ -3,7 +3,7 @@
 set -eu
 root=/run/scratch/debian
 modules=/run/koya-rig/modules
-for module in $(cat $modules/docker); do busybox insmod $modules/$module || true; done
+for module in $(cat $modules/docker); do busybox insmod $modules/$module 2> /dev/null || true; done
 mkdir $root
 tar -C $root -xf "$1"
 cp "$2" $root/root/koya.deb
@@ -11,11 +11,14 @@ cp "$3" $root/root/busybox.tar
 # Entered by pivot_root(2), since user namespaces can't be created after chroot(2).
 cat > $root/root/try.sh <<'END_OF_TRY'
 set -eu
-unset KOYA_SHARE
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
+unset KOYA_SHARE KOYA_KERNEL KOYA_INITRAMFS
+export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
+# What is there that is of no installed package. Docker recommends e2fsprogs, which stays, with what its units are enabled by.
 files() {
-    find / -xdev \( -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
-        -o -path /var/lib/docker -o -path /var/lib/containerd \) -prune -o -print | grep -v 'dpkg-\|ld.so.cache' | sort
+    cat /var/lib/dpkg/info/*.list | sort -u > /tmp/owned
+    find / -xdev \( -path /mnt -o -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
+        -o -path /var/lib/docker -o -path /var/lib/containerd \) -prune -o -print | grep -av 'ld.so.cache\|e2scrub' | sort |
+        comm -23 - /tmp/owned
 }
 said() { echo "try: $*"; }
 quietly() { "$@" > /tmp/log 2>&1 || { cat /tmp/log; said "failed: $*"; exit 1; }; }
@@ -30,7 +33,6 @@ koya run --rootfs /root/bb -- uname -r | grep koya
 koya run --net user --rootfs /root/bb -- ip address show eth0 | grep -o 'inet [0-9.]*'
 said "koya run"
 
-mkdir -p /etc/docker
 cp /usr/share/doc/koya/examples/docker-daemon.json /etc/docker/daemon.json
 dockerd > /var/log/dockerd.log 2>&1 &
 for second in $(seq 120); do ! docker version > /tmp/log 2>&1 || break; sleep 1; done
@@ -54,7 +56,7 @@ said "koya-runtime run"
 
 kill "$(cat /run/docker.pid)"
 wait
-rm -r /etc/docker
+rm /etc/docker/daemon.json
 quietly apt-get remove -y koya
 if ls /usr/bin/koya* /usr/bin/containerd-shim-koya* 2> /tmp/log; then said "programs are left"; exit 1; fi
 quietly apt-get purge -y --autoremove koya
@@ -62,6 +64,6 @@ files > /root/after
 diff /root/before /root/after || { said "this is left of it"; exit 1; }
 said "purged: nothing is left"
 END_OF_TRY
-unshare --mount sh -c "mount --bind $root $root && cd $root && mount --rbind proc proc && mount --rbind sys sys &&
-    mount --rbind dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp && pivot_root . mnt && umount -l /mnt &&
+unshare --mount sh -c "mount --bind $root $root && cd $root && mount --rbind /proc proc && mount --rbind /sys sys &&
+    mount --rbind /dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp && pivot_root . mnt && cd / &&
     exec sh /root/try.sh"

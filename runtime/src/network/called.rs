@@ -10,7 +10,7 @@ use crate::out_of_reach::{Verdict, decide};
 use ipnet::IpNet;
 use koya_vmm::devices::net::MacAddr;
 use rtnetlink::packet_route::neighbour::NeighbourState;
-use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
+use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope, RouteType};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -34,11 +34,13 @@ fn addresses(network: &NetworkConfig) -> impl Iterator<Item = Ipv4Addr> {
     })
 }
 
-/// The namespace's route to its own address of this interface, as created by the kernel.
+/// A namespace's route to an address that is its own, by the interface that has it, as the kernel makes it: one of another
+/// protocol it does not find.
 fn own(address: Ipv4Addr, interface: u32) -> RouteMessage {
     RouteMessageBuilder::<Ipv4Addr>::new()
         .destination_prefix(address, 32)
         .kind(RouteType::Local)
+        .protocol(RouteProtocol::Kernel)
         .table_id(LOCAL_TABLE)
         .scope(RouteScope::Host)
         .output_interface(interface)

@@ -4,7 +4,7 @@ use crate::Error;
 use crate::cgroup;
 use crate::machine::{Machine, VirtualMachine};
 use crate::set::{Entry, State, Task, TaskSet};
-use crate::size::{Limits, sum_of_limits, target};
+use crate::size::{Limits, at_most, sum_of_limits, target};
 use crate::sync::spawn;
 use anyhow::anyhow;
 use koya::Size;
@@ -46,7 +46,12 @@ impl State {
         let members: Vec<Limits> = members.iter().map(|entry| entry.limits).collect();
         let settings = &first.task.settings;
         let own = sum_of_limits(settings, &[first.limits]);
-        let size = target(own, sum_of_limits(settings, &members), machine.max_size());
+        let most = machine.max_size();
+        let mut size = target(own, sum_of_limits(settings, &members), most);
+        if !first.task.is_pod() {
+            // A machine that others join was not told of them: its memory is all that there is.
+            size = at_most(size, most);
+        }
         (self.size != Some(size)).then(|| Resize {
             machine: machine.clone(),
             first: first.task.clone(),

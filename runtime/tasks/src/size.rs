@@ -81,9 +81,30 @@ pub(crate) fn target(own: Size, all: Size, most: Size) -> Size {
     }
 }
 
+/// As much memory of what is wanted as there can be.
+pub(crate) fn at_most(size: Size, most: Size) -> Size {
+    let most = most.memory_mib.unwrap_or(u64::MAX);
+    Size {
+        memory_mib: size.memory_mib.map(|mib| mib.min(most)),
+        ..size
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containers_that_join_have_what_there_is() {
+        let size = |memory_mib| Size {
+            cpus: Some(2),
+            memory_mib,
+        };
+        let wanted = size(Some(610));
+        assert_eq!(at_most(wanted, size(Some(512))), size(Some(512)));
+        assert_eq!(at_most(wanted, size(Some(1024))), wanted);
+        assert_eq!(at_most(wanted, size(None)), wanted);
+    }
 
     #[test]
     fn there_is_room_for_all_containers() {

@@ -194,8 +194,8 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
 pub(crate) fn allow_devices_in_pods() -> Result<()> {
     for pod in std::fs::read_dir("/sys/fs/cgroup/libpod_parent")? {
         let group = pod?.path();
-        if group.is_dir() {
-            std::fs::remove_dir(&group)?;
+        // One with processes is another test's.
+        if group.is_dir() && std::fs::remove_dir(&group).is_ok() {
             std::fs::create_dir(&group)?;
         }
     }
