@@ -8,6 +8,7 @@ use crate::cgroup;
 use crate::console;
 use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
+use crate::user_namespace::UserNamespace;
 use koya_protocol::Refused;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
@@ -98,8 +99,10 @@ pub(crate) struct Confinement {
     pub(crate) groups: Vec<Arc<File>>,
     /// The CPU affinity in that group.
     pub(crate) affinity: Affinity,
-    /// The user that owns its streams.
+    /// The user that owns its streams, as mapped by the container's user namespace.
     pub(crate) uid: u32,
+    /// That namespace.
+    pub(crate) users: Option<UserNamespace>,
     /// Settings of its terminal, if it has one: it must not start before they are set.
     pub(crate) terminal: Option<console::Settings>,
 }
@@ -280,7 +283,11 @@ fn confine(confinement: &Confinement) -> Result<(), ExecutorError> {
         let set = settings.apply(stdin());
         set.map_err(|e| ExecutorError::Other(format!("terminal: {e:#}")))?;
     }
-    Ok(())
+    let entered = confinement
+        .users
+        .as_ref()
+        .map_or(Ok(()), UserNamespace::enter);
+    entered.map_err(|e| ExecutorError::Other(format!("user namespace: {e}")))
 }
 
 #[cfg(test)]

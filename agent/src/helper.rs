@@ -9,6 +9,7 @@ use crate::configuration;
 use crate::executor::{self, Confinement, Program};
 use crate::privileges::Privileges;
 use crate::start_hooks::StartHooks;
+use crate::user_namespace::UserNamespace;
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
 use libcontainer::container::builder::ContainerBuilder;
@@ -274,22 +275,24 @@ fn exec(
     let shared = std::fs::read(bundle(id).join(ADDED).join(SHARED))?;
     let (seccomp, affinity, mappings): (_, _, Option<Vec<LinuxIdMapping>>) =
         serde_json::from_slice(&shared)?;
-    if mappings.is_some() {
-        // Later they are another user namespace's, and can't be given away.
-        let uid = configuration::mapped(mappings.as_ref(), wanted.user().uid());
-        executor::give_streams(uid);
-    }
+    let first = load(id)?.pid().map(|pid| pid.as_raw());
+    let uid = configuration::mapped(mappings.as_ref(), wanted.user().uid());
+    let users = match (mappings, first) {
+        (Some(_), Some(first)) => Some(UserNamespace::take(&mut wanted, first)?),
+        _ => None,
+    };
     let privileges = Privileges::of_added(&mut wanted, seccomp);
     let affinity = Affinity::take(&mut wanted, affinity);
     affinity.begin()?;
     std::fs::write(process, serde_json::to_vec(&wanted)?)?;
     let confinement = Confinement {
         groups: match cgroup.is_empty() {
-            true => cgroup::doors(id, load(id)?.pid().map(|pid| pid.as_raw()))?,
+            true => cgroup::doors(id, first)?,
             false => vec![cgroup::door(id, cgroup)?],
         },
         affinity,
-        uid: wanted.user().uid(),
+        uid,
+        users,
         terminal: console_path(console)
             .map(|_| serde_json::from_str(terminal))
             .transpose()?,

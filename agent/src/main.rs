@@ -37,6 +37,7 @@ mod sys;
 mod sysctl;
 mod tmpfs;
 mod unknown_calls;
+mod user_namespace;
 mod volumes;
 mod watches;
 mod within;

@@ -134,6 +134,14 @@ fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
     if spec.process().is_none() {
         return Err(Error::invalid("process", "it is missing"));
     }
+    if let Some(process) = spec.process()
+        && !process.cwd().is_absolute()
+    {
+        return Err(Error::invalid(
+            "process.cwd",
+            "Cwd must be an absolute path",
+        ));
+    }
     if let Some(hooks) = spec.hooks() {
         check_hooks(hooks)?;
     }

@@ -22,6 +22,26 @@ pub(super) fn check(spec: &Spec) -> Result<(), Error> {
             return Err(refuse("linux.namespaces", reason));
         }
     }
+    let mut kinds = Vec::new();
+    for namespace in all(spec) {
+        let kind = namespace.typ();
+        if kinds.contains(&kind) {
+            return Err(Error::invalid(
+                "linux.namespaces",
+                format!("duplicated ns {kind}"),
+            ));
+        }
+        kinds.push(kind);
+        // The clocks are the guest's: nothing else looks at the path.
+        if let Some(path) = namespace.path()
+            && kind == LinuxNamespaceType::Time
+            && is_shared(namespace)
+            && !path.exists()
+        {
+            let reason = format!("namespace {} does not exist", path.display());
+            return Err(Error::invalid("linux.namespaces", reason));
+        }
+    }
     Ok(())
 }
 

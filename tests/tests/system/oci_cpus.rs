@@ -14,20 +14,26 @@ fn an_exec_has_the_cpus_that_it_asks_for() -> Result<()> {
         config["process"]["execCPUAffinity"] = json!({"initial": "0", "final": "1"});
         config["linux"]["resources"]["cpu"] = json!({"quota": 200_000, "period": 100_000});
     })?;
-    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "c"])?;
+    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "cpus-c"])?;
     let file = scratch("oci-process")?.join("process.json");
     let exec = |affinity: Value| {
         let args = ["grep", "Cpus_allowed_list", "/proc/self/status"];
         let process = json!({"args": args, "cwd": "/", "execCPUAffinity": affinity});
         fs::write(&file, process.to_string())?;
-        runtime.call(&["exec", "--process", text(&file)?, "c"])
+        runtime.call(&["exec", "--process", text(&file)?, "cpus-c"])
     };
     // The first process may use all.
-    let first = runtime.ok(&["exec", "c", "grep", "Cpus_allowed_list", "/proc/1/status"])?;
+    let first = runtime.ok(&[
+        "exec",
+        "cpus-c",
+        "grep",
+        "Cpus_allowed_list",
+        "/proc/1/status",
+    ])?;
     ensure!(first.ends_with("\t0-1"), "{first}");
     let like_the_containers = [
         "exec",
-        "c",
+        "cpus-c",
         "grep",
         "Cpus_allowed_list",
         "/proc/self/status",
@@ -59,6 +65,6 @@ fn an_exec_has_the_cpus_that_it_asks_for() -> Result<()> {
             "{affinity}: {refused:?}"
         );
     }
-    runtime.ok(&["delete", "--force", "c"])?;
+    runtime.ok(&["delete", "--force", "cpus-c"])?;
     Ok(())
 }

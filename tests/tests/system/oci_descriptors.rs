@@ -58,10 +58,10 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     let out = child.stdout.take();
     out.context("no output")?.read_to_string(&mut said)?;
     ensure!(child.wait()?.success() && said == "1 of 1\n", "{said:?}");
-    runtime.ok(&["delete", "--force", "d"])?;
+    runtime.ok(&["delete", "--force", "descriptors-d"])?;
 
     let long = bundle("exec sleep 1000", |_| ())?;
-    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "e"])?;
+    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "descriptors-e"])?;
     for detach in ["", "--detach"] {
         let (mut ours, theirs) = UnixStream::pair()?;
         let words = format!(
@@ -75,7 +75,7 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
         ensure!(said == "there and back\n", "{detach}: {said:?}");
         ensure!(exec.wait()?.success(), "{detach}");
     }
-    runtime.ok(&["delete", "--force", "e"])?;
+    runtime.ok(&["delete", "--force", "descriptors-e"])?;
     Ok(())
 }
 
@@ -158,22 +158,29 @@ fn a_descriptor_of_its_process_is_sent() -> Result<()> {
     let socket = scratch("pidfd")?.join("socket");
     let listener = UnixListener::bind(&socket)?;
     let (bundle, socket) = (text(&bundle)?, text(&socket)?);
-    runtime.ok(&["create", "--pidfd-socket", socket, "--bundle", bundle, "p"])?;
+    runtime.ok(&[
+        "create",
+        "--pidfd-socket",
+        socket,
+        "--bundle",
+        bundle,
+        "descriptors-p",
+    ])?;
     let process = receive_descriptor(&listener)?;
-    runtime.ok(&["start", "p"])?;
+    runtime.ok(&["start", "descriptors-p"])?;
     let script = "exec sleep 1000";
     runtime.ok(&[
         "exec",
         "-d",
         "--pidfd-socket",
         socket,
-        "p",
+        "descriptors-p",
         "sh",
         "-c",
         script,
     ])?;
     let added = receive_descriptor(&listener)?;
-    let count = || runtime.ok(&["exec", "p", "sh", "-c", "pidof sleep | wc -w"]);
+    let count = || runtime.ok(&["exec", "descriptors-p", "sh", "-c", "pidof sleep | wc -w"]);
     ensure!(
         count()?.trim() == "2",
         "the one that was added does not run"
@@ -183,10 +190,19 @@ fn a_descriptor_of_its_process_is_sent() -> Result<()> {
         Ok((count()?.trim() == "1").then_some(()))
     })?;
     pidfd_send_signal(&process, Signal::KILL)?;
-    until("the end of the container", || runtime.is("p", "stopped"))?;
-    runtime.ok(&["delete", "p"])?;
+    until("the end of the container", || {
+        runtime.is("descriptors-p", "stopped")
+    })?;
+    runtime.ok(&["delete", "descriptors-p"])?;
     drop(listener);
-    let refused = runtime.call(&["create", "--pidfd-socket", socket, "--bundle", bundle, "q"])?;
+    let refused = runtime.call(&[
+        "create",
+        "--pidfd-socket",
+        socket,
+        "--bundle",
+        bundle,
+        "descriptors-q",
+    ])?;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(
         !refused.status.success() && said.contains("cannot connect to the pidfd socket"),

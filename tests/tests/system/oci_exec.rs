@@ -24,38 +24,44 @@ fn processes_are_added_where_users_are_mapped() -> Result<()> {
             namespaces.push(json!({"type": "user"}));
         }
     })?;
-    runtime.ok(&["run", "-d", "--bundle", text(&mapped)?, "m"])?;
-    let said = runtime.ok(&["exec", "m", "sh", "-c", "id -u; cat /proc/self/uid_map"])?;
+    runtime.ok(&["run", "-d", "--bundle", text(&mapped)?, "exec-m"])?;
+    let said = runtime.ok(&[
+        "exec",
+        "exec-m",
+        "sh",
+        "-c",
+        "id -u; cat /proc/self/uid_map",
+    ])?;
     let words: Vec<_> = said.split_whitespace().collect();
     ensure!(words == ["0", "0", "100000", "65534"], "{said}");
     let script = "id -u; echo opened > /dev/stdout";
-    let said = runtime.ok(&["exec", "--user", "1000:1000", "m", "sh", "-c", script])?;
+    let said = runtime.ok(&["exec", "--user", "1000:1000", "exec-m", "sh", "-c", script])?;
     ensure!(said == "1000\nopened", "{said}");
-    runtime.ok(&["delete", "--force", "m"])?;
+    runtime.ok(&["delete", "--force", "exec-m"])?;
     Ok(())
 }
 
 fn an_added_process_waits_until_a_pause_is_over() -> Result<()> {
     let runtime = Runtime::koya()?;
     let bundle = bundle("exec sleep 1000", |_| ())?;
-    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "p"])?;
-    runtime.ok(&["pause", "p"])?;
-    let mut exec = runtime.command(&["exec", "--ignore-paused", "p", "echo", "ok"]);
+    runtime.ok(&["run", "-d", "--bundle", text(&bundle)?, "exec-p"])?;
+    runtime.ok(&["pause", "exec-p"])?;
+    let mut exec = runtime.command(&["exec", "--ignore-paused", "exec-p", "echo", "ok"]);
     let mut child = exec.stdout(Stdio::piped()).spawn()?;
     // The process above waits at least as long as this refusal takes.
-    let refused = runtime.call(&["exec", "p", "true"])?;
+    let refused = runtime.call(&["exec", "exec-p", "true"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(
         refused.status.code() == Some(255) && said.contains("cannot exec in a paused container"),
         "{said}"
     );
     ensure!(child.try_wait()?.is_none(), "it did not wait");
-    runtime.ok(&["resume", "p"])?;
+    runtime.ok(&["resume", "exec-p"])?;
     let mut said = String::new();
     let out = child.stdout.take();
     out.context("no output")?.read_to_string(&mut said)?;
     ensure!(child.wait()?.success() && said == "ok\n", "{said:?}");
-    runtime.ok(&["delete", "--force", "p"])?;
+    runtime.ok(&["delete", "--force", "exec-p"])?;
     Ok(())
 }
 
@@ -67,7 +73,7 @@ fn what_a_process_lacks_is_said_as_by_runc() -> Result<()> {
         capabilities["inheritable"] = json!(["CAP_KILL"]);
         capabilities["ambient"] = json!(["CAP_KILL", "CAP_CHOWN"]);
     })?;
-    let ran = runtime.call(&["run", "--bundle", text(&ambient)?, "a"])?;
+    let ran = runtime.call(&["run", "--bundle", text(&ambient)?, "exec-a"])?;
     let said = String::from_utf8_lossy(&ran.stderr);
     ensure!(
         said.contains("level=warning")
@@ -81,12 +87,12 @@ fn what_a_process_lacks_is_said_as_by_runc() -> Result<()> {
     let script = broken.join("rootfs/run.sh");
     fs::write(&script, "#!/none foo\n")?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
-    runtime.ok(&["run", "-d", "--bundle", text(&broken)?, "b"])?;
-    let exec = runtime.call(&["exec", "b", "/run.sh"])?;
+    runtime.ok(&["run", "-d", "--bundle", text(&broken)?, "exec-b"])?;
+    let exec = runtime.call(&["exec", "exec-b", "/run.sh"])?;
     let said = String::from_utf8_lossy(&exec.stderr);
     let expected =
         "exec /run.sh: no such file or directory: its interpreter \"/none\" is not there\n";
     ensure!(!exec.status.success() && said == expected, "{said}");
-    runtime.ok(&["delete", "--force", "b"])?;
+    runtime.ok(&["delete", "--force", "exec-b"])?;
     Ok(())
 }

@@ -52,14 +52,14 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
     let runtimes = [Runtime::koya()?, Runtime::new("runc")?];
     let mut told = Vec::new();
     for runtime in &runtimes {
-        runtime.ok(&["run", "-d", "--bundle", text(&limited)?, "l"])?;
+        runtime.ok(&["run", "-d", "--bundle", text(&limited)?, "limits-l"])?;
         told.push([limit(NAME, "cpu.max")?, limit(NAME, "io.max")?]);
         if runtime.is_koya() {
             ensure!(limit(NAME, "cpu.weight")? == "100");
             // The overhead of the virtual machine is added.
             ensure!(limit(NAME, "memory.max")?.parse::<u64>()? > 256 << 20);
         }
-        runtime.ok(&["delete", "--force", "l"])?;
+        runtime.ok(&["delete", "--force", "limits-l"])?;
     }
     ensure!(told[0] == told[1], "{told:?}");
     ensure!(told[0][0] == "50000 200000", "{told:?}");
@@ -70,7 +70,7 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
         "io.max": format!("{major}:{minor} riops=333\n"),
     }}))?;
     let [koya, _] = &runtimes;
-    koya.ok(&["run", "-d", "--bundle", text(&named)?, "n"])?;
+    koya.ok(&["run", "-d", "--bundle", text(&named)?, "limits-n"])?;
     for (file, expected) in [
         ("cpu.max", "10000 100000"),
         ("cpu.weight", "42"),
@@ -82,14 +82,14 @@ fn limits_of_cpus_and_disks_are_the_hosts_too() -> Result<()> {
     let io = limit(NAME, "io.max")?;
     ensure!(io.contains("riops=333"), "{io}");
     let within = "cat /sys/fs/cgroup/memory.high /sys/fs/cgroup/cpu.max";
-    let within = koya.ok(&["exec", "n", "sh", "-c", within])?;
+    let within = koya.ok(&["exec", "limits-n", "sh", "-c", within])?;
     ensure!(within == "209715200\n10000 100000", "{within}");
-    koya.ok(&["delete", "--force", "n"])?;
+    koya.ok(&["delete", "--force", "limits-n"])?;
 
     // Nothing else would enforce it.
     let absent = json!([{"major": 250, "minor": 99, "rate": 1}]);
     let absent = with(json!({"blockIO": {"throttleReadBpsDevice": absent}}))?;
-    let refused = koya.call(&["run", "--bundle", text(&absent)?, "a"])?;
+    let refused = koya.call(&["run", "--bundle", text(&absent)?, "limits-a"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(
         !refused.status.success() && said.contains("io.max: 250:99 rbps=1"),
@@ -112,7 +112,7 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
     let mut told = Vec::new();
     let runtimes = [Runtime::koya()?, Runtime::new("runc")?];
     for runtime in &runtimes {
-        runtime.ok(&["run", "-d", "--bundle", text(&changed)?, "u"])?;
+        runtime.ok(&["run", "-d", "--bundle", text(&changed)?, "limits-u"])?;
         let mut seen = vec![limit(NAME, "cpu.max")?];
         for words in [
             &["--cpu-period", "900000"][..],
@@ -122,14 +122,14 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
             &["--memory", "100M", "--memory-swap", "150M"],
             &["--memory-swap", "-1"],
         ] {
-            runtime.ok(&[&["update"], words, &["u"]].concat())?;
+            runtime.ok(&[&["update"], words, &["limits-u"]].concat())?;
             seen.push(limit(NAME, "cpu.max")?);
         }
         told.push(seen);
     }
     ensure!(told[0] == told[1], "{told:?}");
     let [koya, runc] = &runtimes;
-    runc.ok(&["delete", "--force", "u"])?;
+    runc.ok(&["delete", "--force", "limits-u"])?;
     let expected = [
         "500000 1000000",
         "500000 900000",
@@ -140,31 +140,31 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
         "30000 100000",
     ];
     ensure!(told[0] == expected, "{told:?}");
-    let memory = koya.ok(&["exec", "u", "cat", "/sys/fs/cgroup/memory.max"])?;
+    let memory = koya.ok(&["exec", "limits-u", "cat", "/sys/fs/cgroup/memory.max"])?;
     ensure!(memory == (100 << 20).to_string(), "{memory}");
 
-    koya.ok(&["update", "--cpu-burst", "20000", "u"])?;
-    koya.ok(&["update", "--cpu-idle", "1", "u"])?;
+    koya.ok(&["update", "--cpu-burst", "20000", "limits-u"])?;
+    koya.ok(&["update", "--cpu-idle", "1", "limits-u"])?;
     ensure!(limit(NAME, "cpu.idle")? == "1");
     for bad in ["-1", "2"] {
-        let refused = koya.call(&["update", "--cpu-idle", bad, "u"])?;
+        let refused = koya.call(&["update", "--cpu-idle", bad, "limits-u"])?;
         ensure!(!refused.status.success(), "--cpu-idle {bad}");
     }
     ensure!(limit(NAME, "cpu.idle")? == "1");
-    let refused = koya.call(&["update", "--cpu-rt-runtime", "500", "u"])?;
+    let refused = koya.call(&["update", "--cpu-rt-runtime", "500", "limits-u"])?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("have no such limits"), "{said}");
 
     let low = json!({"memory": {"limit": 1024, "checkBeforeUpdate": true}});
-    let update = koya.command(&["update", "--resources", "-", "u"]);
+    let update = koya.command(&["update", "--resources", "-", "limits-u"]);
     let refused = feed(update, low.to_string().as_bytes())?;
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(
         !refused.status.success() && said.contains("rejecting memory limit 1024 <= usage"),
         "{said}"
     );
-    ensure!(koya.is("u", "running")?.is_some(), "it was killed");
-    koya.ok(&["delete", "--force", "u"])?;
+    ensure!(koya.is("limits-u", "running")?.is_some(), "it was killed");
+    koya.ok(&["delete", "--force", "limits-u"])?;
     Ok(())
 }
 
@@ -174,13 +174,13 @@ fn a_group_is_kept_until_its_container_is_deleted() -> Result<()> {
         config["linux"]["cgroupsPath"] = format!("/{NAME}").into();
     })?;
     let runtime = Runtime::koya()?;
-    let ran = runtime.call(&["run", "--keep", "--bundle", text(&short)?, "k"])?;
+    let ran = runtime.call(&["run", "--keep", "--bundle", text(&short)?, "limits-k"])?;
     ensure!(ran.status.code() == Some(3), "{ran:?}");
-    ensure!(runtime.is("k", "stopped")?.is_some());
+    ensure!(runtime.is("limits-k", "stopped")?.is_some());
     ensure!(limit(NAME, "cgroup.procs")?.is_empty(), "it is not empty");
-    runtime.ok(&["delete", "k"])?;
+    runtime.ok(&["delete", "limits-k"])?;
     ensure!(!group(NAME).exists(), "it is left");
-    let ran = runtime.call(&["run", "--bundle", text(&short)?, "r"])?;
+    let ran = runtime.call(&["run", "--bundle", text(&short)?, "limits-r"])?;
     ensure!(ran.status.code() == Some(3), "{ran:?}");
     ensure!(!group(NAME).exists(), "it is left by run");
     Ok(())

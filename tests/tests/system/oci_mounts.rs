@@ -59,7 +59,7 @@ fn memory_begins_as_what_it_covers() -> Result<()> {
     fs::write(root.join("copied/under/deep"), "deep\n")?;
     std::os::unix::fs::symlink("/nowhere", root.join("copied/link"))?;
     let runtime = Runtime::koya()?;
-    let said = runtime.ok(&["run", "--bundle", text(&bundle)?, "m"])?;
+    let said = runtime.ok(&["run", "--bundle", text(&bundle)?, "mounts-m"])?;
     let lines: Vec<_> = said.lines().collect();
     let expected = [
         "1710", "700", "1777", "751:0", "701:7", "content", "/nowhere", "deep",
@@ -72,7 +72,7 @@ fn memory_begins_as_what_it_covers() -> Result<()> {
     }
     // More data than the tmpfs may have.
     fs::write(root.join("copied/large"), vec![7; 2 << 20])?;
-    let full = runtime.call(&["run", "--bundle", text(&bundle)?, "f"])?;
+    let full = runtime.call(&["run", "--bundle", text(&bundle)?, "mounts-f"])?;
     let error = String::from_utf8_lossy(&full.stderr);
     ensure!(
         !full.status.success() && error.contains("tmpcopyup of /copied"),
@@ -98,7 +98,7 @@ fn a_dev_may_be_read_only() -> Result<()> {
                 options.push("ro".into());
             }
         })?;
-        let output = runtime.call(&["run", "--bundle", text(&bundle)?, "d"])?;
+        let output = runtime.call(&["run", "--bundle", text(&bundle)?, "mounts-d"])?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let lines: Vec<_> = said
             .lines()
@@ -107,8 +107,8 @@ fn a_dev_may_be_read_only() -> Result<()> {
         let first = lines.first().copied().unwrap_or_default();
         ensure!(first.starts_with("tmpfs /dev tmpfs ro,nosuid"), "{said}");
         let rest: &[&str] = match terminal {
-            true => &["refused", "written", "y", "z"],
-            false => &["refused", "written", "y"],
+            true => &["refused", "written", "mounts-y", "mounts-z"],
+            false => &["refused", "written", "mounts-y"],
         };
         ensure!(lines[1..] == *rest, "{said}");
     }
@@ -133,7 +133,7 @@ fn a_read_only_mount_keeps_what_its_source_has() -> Result<()> {
         json!({"destination": "/own", "type": "bind", "source": source, "options": ["bind", "ro"]}),
     );
     fs::write(&path, config.to_string())?;
-    let output = runtime.call(&["run", "--bundle", text(&bundle)?, "o"])?;
+    let output = runtime.call(&["run", "--bundle", text(&bundle)?, "mounts-o"])?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let lines: Vec<_> = said.lines().collect();
     let options = |line: &str| line.split(' ').nth(3).unwrap_or_default().to_owned();

@@ -21,12 +21,12 @@ fn a_filter_compares_what_its_mask_leaves() -> Result<()> {
         })
     };
     let all = "allowed\ndenied\n4700";
-    let first = runtime.ok(&["run", "--bundle", text(&filtered(script)?)?, "m"])?;
+    let first = runtime.ok(&["run", "--bundle", text(&filtered(script)?)?, "seccomp-m"])?;
     ensure!(first.trim() == all, "{first}");
     let long = filtered("exec sleep 1000")?;
-    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "l"])?;
-    let added = runtime.ok(&["exec", "l", "sh", "-c", script])?;
+    runtime.ok(&["run", "-d", "--bundle", text(&long)?, "seccomp-l"])?;
+    let added = runtime.ok(&["exec", "seccomp-l", "sh", "-c", script])?;
     ensure!(added.trim() == all, "{added}");
-    runtime.ok(&["delete", "--force", "l"])?;
+    runtime.ok(&["delete", "--force", "seccomp-l"])?;
     Ok(())
 }
