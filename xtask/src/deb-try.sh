@@ -14,10 +14,11 @@ set -eu
 unset KOYA_SHARE KOYA_KERNEL KOYA_INITRAMFS
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
 # What is there that is of no installed package. Docker recommends e2fsprogs, which stays, with what its units are enabled by.
+# Files that belong to no package, without those of apt, Docker and its containerd.
 files() {
     cat /var/lib/dpkg/info/*.list | sort -u > /tmp/owned
     find / -xdev \( -path /mnt -o -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
-        -o -path /var/lib/docker -o -path /var/lib/containerd \) -prune -o -print | grep -av 'ld.so.cache\|e2scrub' | sort |
+        -o -path /var/lib/docker -o -path /var/lib/containerd -o -path /opt/containerd \) -prune -o -print | grep -av 'ld.so.cache\|e2scrub' | sort |
         comm -23 - /tmp/owned
 }
 said() { echo "try: $*"; }
