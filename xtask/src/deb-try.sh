@@ -13,8 +13,8 @@ cat > $root/root/try.sh <<'END_OF_TRY'
 set -eu
 unset KOYA_SHARE KOYA_KERNEL KOYA_INITRAMFS
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
-# What is there that is of no installed package. Docker recommends e2fsprogs, which stays, with what its units are enabled by.
-# Files that belong to no package, without those of apt, Docker and its containerd.
+# Files that belong to no package, without those of apt, Docker and its containerd. Docker recommends e2fsprogs, which stays, with the links that enable
+# its units.
 files() {
     cat /var/lib/dpkg/info/*.list | sort -u > /tmp/owned
     find / -xdev \( -path /mnt -o -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
