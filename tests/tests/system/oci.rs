@@ -89,6 +89,8 @@ pub(crate) fn bundle(script: &str, change: impl FnOnce(&mut Value)) -> Result<Pa
     stdout(made)?;
     let file = dir.join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&file)?)?;
+    // Debian's crun knows no later one.
+    config["ociVersion"] = "1.0.2".into();
     config["process"]["terminal"] = false.into();
     config["process"]["args"] = json!(["/bin/sh", "-c", script]);
     change(&mut config);
