@@ -15,6 +15,7 @@ const TESTS: &[&str] = &[
     "files::a_tree_survives_tar",
     "memory::memory_comes_and_goes_again",
     "network::many_connections_at_once_reach_a_host_without_routes",
+    "oci_wrong::what_others_refuse_is_refused",
     "podman_networks::a_kubernetes_file_is_played",
     "podman_rootless::users_have_pods_volumes_and_builds",
     "vsock::thousands_of_streams_at_once",
