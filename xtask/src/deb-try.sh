@@ -4,12 +4,12 @@ set -eu
 root=/run/scratch/debian
 modules=/run/koya-rig/modules
 for module in $(cat $modules/docker); do busybox insmod $modules/$module 2> /dev/null || true; done
-mkdir $root
+mkdir -p $root/trial
 tar -C $root -xf "$1"
-cp "$2" $root/root/koya.deb
-cp "$3" $root/root/busybox.tar
+cp "$2" $root/trial/koya.deb
+cp "$3" $root/trial/busybox.tar
 # Entered by pivot_root(2), since user namespaces can't be created after chroot(2).
-cat > $root/root/try.sh <<'END_OF_TRY'
+cat > $root/trial/try.sh <<'END_OF_TRY'
 set -eu
 unset KOYA_SHARE KOYA_KERNEL KOYA_INITRAMFS
 export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive
@@ -17,27 +17,27 @@ export LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractiv
 # its units.
 files() {
     cat /var/lib/dpkg/info/*.list | sort -u > /tmp/owned
-    find / -xdev \( -path /mnt -o -path /root -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
+    find / -xdev \( -path /mnt -o -path /root -o -path /trial -o -path /var/cache -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg \
         -o -path /var/lib/docker -o -path /var/lib/containerd -o -path /opt/containerd \) -prune -o -print | grep -av 'ld.so.cache\|e2scrub' | sort |
         comm -23 - /tmp/owned
 }
 said() { echo "try: $*"; }
 quietly() { "$@" > /tmp/log 2>&1 || { cat /tmp/log; said "failed: $*"; exit 1; }; }
 
-files > /root/before
-quietly apt-get install -y /root/koya.deb
+files > /trial/before
+quietly apt-get install -y /trial/koya.deb
 said "installed: $(dpkg-query --show koya)"
 koya check
-mkdir /root/bb
-tar -C /root/bb -xf /root/busybox.tar
-koya run --rootfs /root/bb -- uname -r | grep koya
-koya run --net user --rootfs /root/bb -- ip address show eth0 | grep -o 'inet [0-9.]*'
+mkdir /trial/bb
+tar -C /trial/bb -xf /trial/busybox.tar
+koya run --rootfs /trial/bb -- uname -r | grep koya
+koya run --net user --rootfs /trial/bb -- ip address show eth0 | grep -o 'inet [0-9.]*'
 said "koya run"
 
 cp /usr/share/doc/koya/examples/docker-daemon.json /etc/docker/daemon.json
 dockerd > /var/log/dockerd.log 2>&1 &
 for second in $(seq 120); do ! docker version > /tmp/log 2>&1 || break; sleep 1; done
-quietly docker import /root/busybox.tar busybox
+quietly docker import /trial/busybox.tar busybox
 docker run --rm --runtime koya busybox uname -r | grep koya
 docker run --detach --name web --runtime koya --publish 8080:80 busybox \
     sh -c 'echo pong > /index.html; exec httpd -f -h /' > /tmp/log
@@ -48,11 +48,11 @@ page | grep -q pong
 docker rm --force web > /tmp/log
 said "docker run --runtime koya, with Docker $(docker version --format '{{.Server.Version}}')"
 
-mkdir -p /root/bundle
-ln -s /root/bb /root/bundle/rootfs
-koya-runtime spec --bundle /root/bundle
-sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"uname", "-r"/' /root/bundle/config.json
-koya-runtime run --bundle /root/bundle tried | grep koya
+mkdir -p /trial/bundle
+ln -s /trial/bb /trial/bundle/rootfs
+koya-runtime spec --bundle /trial/bundle
+sed -i 's/"terminal": true/"terminal": false/; s/"sh"/"uname", "-r"/' /trial/bundle/config.json
+koya-runtime run --bundle /trial/bundle tried | grep koya
 said "koya-runtime run"
 
 kill "$(cat /run/docker.pid)"
@@ -61,10 +61,10 @@ rm /etc/docker/daemon.json
 quietly apt-get remove -y koya
 if ls /usr/bin/koya* /usr/bin/containerd-shim-koya* 2> /tmp/log; then said "programs are left"; exit 1; fi
 quietly apt-get purge -y --autoremove koya
-files > /root/after
-diff /root/before /root/after || { said "this is left of it"; exit 1; }
+files > /trial/after
+diff /trial/before /trial/after || { said "this is left of it"; exit 1; }
 said "purged: nothing is left"
 END_OF_TRY
 unshare --mount sh -c "mount --bind $root $root && cd $root && mount --rbind /proc proc && mount --rbind /sys sys &&
     mount --rbind /dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp && pivot_root . mnt && cd / &&
-    exec sh /root/try.sh"
+    exec sh /trial/try.sh"

@@ -1,7 +1,7 @@
 //! `cargo xtask deb --try`: trial of the package on a new Debian, from installation to purge.
 
 use crate::arch::Arch;
-use crate::{bats, cache, demo, proc, setup};
+use crate::{bats, cache, demo, proc, setup, suite};
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -46,10 +46,7 @@ fn debian() -> Result<PathBuf> {
     let dir = cache::ensure("debian-docker", &key, |dir| {
         let root = dir.join("root");
         let log = dir.with_extension("log");
-        let mut debootstrap = Command::new("/usr/sbin/debootstrap");
-        debootstrap.args(["--variant=minbase", INCLUDE, SUITE]);
-        let what = "making a Debian with Docker (once)";
-        proc::long(what, debootstrap.arg(&root), &log)?;
+        suite::debootstrap(Arch::of_this_machine(), SUITE, INCLUDE, &root, &log)?;
         // The cache of the installation is cleaned first, so that it holds only the packages that Koya needs.
         for words in [
             &["clean"][..],

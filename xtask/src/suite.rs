@@ -199,14 +199,7 @@ fn debian_for(arch: Arch) -> Result<PathBuf> {
     let dir = cache::ensure("debian", &key, |dir| {
         let root = dir.join("root");
         let log = dir.with_extension("log");
-        let mut debootstrap = Command::new("/usr/sbin/debootstrap");
-        debootstrap.args(["--variant=minbase", INCLUDE]);
-        debootstrap.arg(format!("--arch={}", arch.debian()));
-        if !arch.is_native() {
-            debootstrap.arg("--foreign");
-        }
-        let what = "making a Debian root file system (once)";
-        proc::long(what, debootstrap.arg(SUITE).arg(&root), &log)?;
+        debootstrap(arch, SUITE, INCLUDE, &root, &log)?;
         let tar = std::fs::File::create(dir.join("root.tar"))?;
         let mut pack = match arch.is_native() {
             true => {
@@ -220,6 +213,24 @@ fn debian_for(arch: Arch) -> Result<PathBuf> {
         Ok(std::fs::remove_dir_all(&root)?)
     })?;
     Ok(dir.join("root.tar"))
+}
+
+/// Creates Debian's minimal root file system with further packages. That of another architecture still has to be configured.
+pub(crate) fn debootstrap(
+    arch: Arch,
+    suite: &str,
+    include: &str,
+    root: &Path,
+    log: &Path,
+) -> Result<()> {
+    let mut debootstrap = Command::new("/usr/sbin/debootstrap");
+    debootstrap.args(["--variant=minbase", include]);
+    debootstrap.arg(format!("--arch={}", arch.debian()));
+    if !arch.is_native() {
+        debootstrap.arg("--foreign");
+    }
+    let what = "making a Debian root file system (once)";
+    proc::long(what, debootstrap.arg(suite).arg(root), log)
 }
 
 /// Options of tar for packing a root file system without the downloaded packages.

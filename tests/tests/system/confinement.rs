@@ -178,7 +178,7 @@ pub(crate) fn limits_hold_inside_and_outside(containerd: &Containerd) -> Result<
     }
     stdout(containerd.ctr(["task", "rm", "-f", "free"]).output()?)?;
     containerd.remove("free")?;
-    // At the limit, the guest's kernel kills only the process that exceeds it.
+    // At the limit, the guest kernel kills only the process that exceeds it.
     let greedy = "head -c 120m /dev/zero | tail > /dev/null; echo $?";
     let (code, text) = ended(&containerd.exec("limited", "greedy", greedy).output()?);
     ensure!(code == Some(0) && text.contains("137"), "{code:?} {text}");

@@ -188,7 +188,7 @@ fn two_hundred_execs_at_once_have_their_own_output() -> Result<()> {
 fn a_container_with_no_process_left_is_entered_and_stopped() -> Result<()> {
     // One try every 30 seconds: an emulated CPU is slow.
     let bomb = "while (1) { fork // select(undef, undef, undef, 30) }";
-    // The guest's kernel has a limit of 1000.
+    // The guest kernel has a limit of 1000.
     let options = [
         "--memory",
         "512m",

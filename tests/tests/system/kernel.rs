@@ -1,4 +1,4 @@
-//! Features of the guest's kernel, as used by programs in containers: it has no modules, so a missing feature cannot be
+//! Features of the guest kernel, as used by programs in containers: it has no modules, so a missing feature cannot be
 //! loaded.
 
 use crate::debian::debian;

@@ -99,7 +99,7 @@ fn memory_comes_and_goes_again() -> Result<()> {
         let fill = "dd if=/dev/zero bs=400M count=1 | md5sum";
         let sum = stdout(container.exec(&[], &["sh", "-c", fill])?)?;
         ensure!(sum.starts_with("61eabaf2bf278703738b433ff884c91f"), "{sum}");
-        // The guest's kernel may keep some blocks that it can't migrate.
+        // The guest kernel may keep some blocks that it can't migrate.
         let out = koya(["update", "--memory", "192m", name]).output()?;
         let said = String::from_utf8_lossy(&out.stdout);
         let left = said

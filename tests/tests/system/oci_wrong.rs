@@ -116,8 +116,11 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
             "no such adjustment",
             one("/process/oomScoreAdj", 2000.into()),
         ),
-        ("a root that is not there", one("/root/path", "none".into())),
-        ("a root of no path", one("/root/path", "".into())),
+        (
+            "a root that is not there",
+            one("/root", json!({"path": "none"})),
+        ),
+        ("a root of no path", one("/root", json!({"path": ""}))),
         ("no root", one("/root", Value::Null)),
         (
             "a propagation of no kind",

@@ -12,6 +12,20 @@ crate::trials!(
     a_podman_pod_is_one_virtual_machine,
 );
 
+/// Packs the root file system of most containers, and returns the path of the archive, in `dir`.
+pub(crate) fn busybox_tar(dir: &Path) -> Result<String> {
+    let tar = dir.join("bb.tar");
+    let packed = Command::new("tar")
+        .arg("-C")
+        .arg(shared_rootfs())
+        .arg("-cf")
+        .arg(&tar)
+        .arg(".")
+        .status()?;
+    ensure!(packed.success(), "tar");
+    Ok(tar.to_str().context("a path in UTF-8")?.into())
+}
+
 /// podman, with its own storage and an image called `bb`.
 pub(crate) struct Podman {
     pub(crate) dir: PathBuf,
@@ -22,17 +36,8 @@ impl Podman {
         let podman = Self {
             dir: scratch("podman")?,
         };
-        let tar = podman.dir.join("bb.tar");
-        let packed = Command::new("tar")
-            .arg("-C")
-            .arg(shared_rootfs())
-            .arg("-cf")
-            .arg(&tar)
-            .arg(".")
-            .status()?;
-        ensure!(packed.success(), "tar");
-        let tar = tar.to_str().context("a path in UTF-8")?;
-        podman.ok(&["import", "--quiet", tar, "bb"])?;
+        let tar = busybox_tar(&podman.dir)?;
+        podman.ok(&["import", "--quiet", &tar, "bb"])?;
         Ok(podman)
     }
 

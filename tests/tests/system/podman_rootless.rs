@@ -1,7 +1,7 @@
 //! podman without root: containers of a user with subordinate IDs (`/etc/subuid`), and networks by slirp4netns.
 
-use crate::podman::runtime;
-use crate::tool::{scratch, shared_rootfs, stdout, until};
+use crate::podman::{busybox_tar, runtime};
+use crate::tool::{scratch, stdout, until};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
@@ -50,12 +50,8 @@ impl Podman {
             fs::create_dir(dir.join(own))?;
             chown(dir.join(own), Some(id), Some(id))?;
         }
-        let tar = dir.join("bb.tar");
-        let mut pack = Command::new("tar");
-        pack.arg("-C").arg(shared_rootfs()).arg("-cf").arg(&tar);
-        ensure!(pack.arg(".").status()?.success(), "tar");
-        let tar = tar.to_str().context("a path in UTF-8")?;
-        podman.ok(&["import", "--quiet", tar, "bb"])?;
+        let tar = busybox_tar(dir)?;
+        podman.ok(&["import", "--quiet", &tar, "bb"])?;
         Ok(podman)
     }
 

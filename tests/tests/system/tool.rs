@@ -92,7 +92,7 @@ pub(crate) fn run(options: &[&str], command: &[&str]) -> Result<Output> {
 
 /// Like [`run`], on another root file system.
 ///
-/// In the emulated rig, a guest's kernel sometimes crashes at an arbitrary point (a fault in an interrupt, a triple fault),
+/// In the emulated rig, a guest kernel sometimes crashes at an arbitrary point (a fault in an interrupt, a triple fault),
 /// which was never seen elsewhere. Such a run is repeated once, with a message; on hardware it is a failure.
 pub(crate) fn run_in(rootfs: &Path, options: &[&str], command: &[&str]) -> Result<Output> {
     let run = || {

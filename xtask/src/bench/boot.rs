@@ -87,7 +87,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     Ok(())
 }
 
-/// The same with koya and its peers.
+/// Files of the counted host for a start, with koya, runc and crun.
 fn boot_files(kernel: Option<&Path>) -> Result<Archive> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;

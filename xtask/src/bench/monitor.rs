@@ -1,7 +1,7 @@
 //! `cargo xtask bench monitor`: cost of a start of the monitor, compared with its peers.
 
 use super::peers::{self, QEMU};
-use super::report::{Report, check_goals};
+use super::report::Report;
 use super::{counting, guest_files};
 use crate::{build, setup};
 use anyhow::{Result, bail};
@@ -49,11 +49,7 @@ pub(super) fn run(args: &MonitorArgs) -> Result<()> {
     let firecracker = args.firecracker.clone();
     let firecracker = firecracker.map(|path| ("firecracker".to_owned(), path));
     let peers: Vec<_> = qemu.into_iter().chain(firecracker).collect();
-    args.report.save(&rows, &peers)?;
-    match args.check {
-        true => check_goals(&rows),
-        false => Ok(()),
-    }
+    args.report.finish(&rows, &peers, args.check)
 }
 
 /// Measures on this machine; returns the output of the bench.

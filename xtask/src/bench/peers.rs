@@ -1,7 +1,7 @@
 //! `cargo xtask bench peers`: Koya's monitor compared with others by counted instructions, with one kernel for all; and a
 //! whole sandbox compared with others that run a distribution's kernel.
 
-use super::report::{Report, check_goals};
+use super::report::Report;
 use super::{counting, guest_files};
 use crate::archive::Archive;
 use crate::build;
@@ -87,11 +87,7 @@ pub(super) fn run(args: &PeersArgs) -> Result<()> {
     }
     let said = counting::run(files, "", counting::ONE_GUEST)?;
     let rows = counting::rows(&said)?;
-    args.report.save(&rows, &programs[3..])?;
-    match args.check {
-        true => check_goals(&rows),
-        false => Ok(()),
-    }
+    args.report.finish(&rows, &programs[3..], args.check)
 }
 
 /// Names of columns that exist without `--monitor`.

@@ -18,7 +18,7 @@ const END: &str = "end";
 const LAST_LINE: &[u8] = b"\nthe end\n";
 /// End of each line in which the program names the host function for an address.
 const ANSWER: &str = "!";
-/// Maximum number of addresses of the host's kernel that are looked up, those with the most instructions first.
+/// Maximum number of addresses of the host kernel that are looked up, those with the most instructions first.
 const ASKED: usize = 4000;
 
 /// Flag of a logged block: it was executed in an SVM guest (QEMU's `HF_GUEST_MASK`).
@@ -75,7 +75,7 @@ pub(super) struct Profile {
     /// For each function of the guest kernel: its own instructions, and those including its callees.
     own: HashMap<usize, u64>,
     whole: HashMap<usize, u64>,
-    /// Instructions of the host's kernel; symbols are looked up at the end, for the most frequent addresses.
+    /// Instructions of the host kernel; symbols are looked up at the end, for the most frequent addresses.
     host_kernel_all: u64,
     host_kernel: HashMap<u64, u64>,
     host_symbols: Symbols,

@@ -1,4 +1,4 @@
-//! Rows of figures: their file, the goals that stand beside them, and earlier ones.
+//! Rows of figures: their file, their goals, and the baseline.
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -24,6 +24,20 @@ impl Report {
         };
         let all = json!({"machine": machine(), "versions": versions(peers), "rows": rows});
         save_json(file, &all)
+    }
+
+    /// Saves the rows, and fails if a goal is missed and `check` requires them.
+    pub(super) fn finish(
+        &self,
+        rows: &Value,
+        peers: &[(String, PathBuf)],
+        check: bool,
+    ) -> Result<()> {
+        self.save(rows, peers)?;
+        match check {
+            true => check_goals(rows),
+            false => Ok(()),
+        }
     }
 }
 
@@ -58,7 +72,7 @@ fn versions(programs: &[(String, PathBuf)]) -> Value {
 }
 
 /// Fails if a figure misses its goal, which is listed in the column of a peer.
-pub(super) fn check_goals(rows: &Value) -> Result<()> {
+fn check_goals(rows: &Value) -> Result<()> {
     let goals = rows.as_array().into_iter().flatten().filter_map(|row| {
         let ratio = row["ratio"]["goal"].as_f64()?;
         let text = format!(
