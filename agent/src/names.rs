@@ -1,4 +1,4 @@
-//! A name server at an address of the guest's loopback, whose queries are answered by the host: Docker's for user-defined
+//! A name server at a loopback address of the guest. The host answers its queries: Docker's for user-defined
 //! networks, 127.0.0.11, which listens in the network namespace on the host.
 //!
 //! Queries and answers are DNS messages (RFC 1035, section 4) in frames of one stream

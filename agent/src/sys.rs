@@ -48,7 +48,7 @@ pub(crate) fn leave_open_from(first: i32, fds: Vec<OwnedFd>) -> io::Result<()> {
 pub(crate) fn reset_signals() {
     /// The kernel's `struct sigaction`; zeros are the default (SIG_DFL, no flags, no mask).
     const DEFAULT: [u64; 4] = [0; 4];
-    /// Size of the kernel's signal set in bytes.
+    /// Size of the kernel type `sigset_t`, in bytes.
     const SET: usize = 8;
     for signal in 1..=64 {
         // SAFETY: the kernel reads 32 bytes at most, which are there, and no handler is involved. SIGKILL and

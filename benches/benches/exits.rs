@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Size of the guest's memory; addresses above it belong to a device.
+/// Guest memory size; addresses above it belong to a device.
 const MEMORY: usize = 64 << 10;
 /// The main program, behind the interrupt vectors; a jump at 0 leads to it.
 const CODE: u64 = 0x1100;

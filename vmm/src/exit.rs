@@ -8,7 +8,7 @@ use std::fmt;
 pub enum ExitReason {
     /// The guest reset its CPU (the shutdown of a guest without ACPI), or turned its machine off (PSCI).
     Reset,
-    /// The guest's kernel panicked.
+    /// The guest kernel panicked.
     Panic {
         /// The text of the panic message.
         message: String,
@@ -43,7 +43,7 @@ impl ExitReason {
         matches!(self, Self::Reset | Self::Stopped)
     }
 
-    /// The end of the guest's kernel log, oldest line first, if there is one.
+    /// The end of the guest kernel log, oldest line first, if there is one.
     pub fn log(&self) -> Option<&str> {
         match self {
             Self::Panic { log, .. } | Self::TripleFault { log, .. } => {

@@ -3,7 +3,7 @@
 //! virtio-mmio has no hot plug. A machine may have hot-plug slots
 //! ([`VmConfig::disk_slots`](crate::VmConfig::disk_slots)): MMIO slots that read as a device with ID 0, which
 //! the guest's driver ignores (virtio 1.2, section 4.2.3.1.1). After a disk is put into one, the owner has
-//! the guest's kernel probe the slot again (on Linux: write its name to
+//! the guest kernel probe the slot again (on Linux: write its name to
 //! `/sys/bus/platform/drivers/virtio-mmio/bind`, and to `unbind` before the disk is removed; the name is
 //! `virtio-mmio.N`, or `ADDRESS.virtio_mmio` with a device tree). Interrupts are scarce, so hot-plug slots share
 //! one.

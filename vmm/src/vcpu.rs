@@ -10,7 +10,7 @@
 //!
 //! vCPUs that are not online are held: their threads wait here as while paused and do not enter KVM_RUN. KVM
 //! keeps the INIT and SIPI that the guest sends them until they do, so the owner decides which CPUs run,
-//! whatever the guest's kernel does.
+//! whatever the guest kernel does.
 
 use crate::arch;
 use crate::bus::{Bus, Effect};

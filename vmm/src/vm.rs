@@ -178,7 +178,7 @@ impl VmHandle {
         self.control.resume()
     }
 
-    /// Lets the first `count` vCPUs run and holds the others, whatever the guest's kernel does with them: to
+    /// Lets the first `count` vCPUs run and holds the others, whatever the guest kernel does with them: to
     /// the guest they are CPUs that do not respond. So have the guest bring CPUs online after this call, and
     /// offline before it. At least one vCPU runs, and at most all of them.
     pub fn set_online_cpus(&self, count: u32) {
@@ -233,7 +233,7 @@ impl VmHandle {
         &self.handles.disks
     }
 
-    /// Attaches a disk to a hot-plug slot. The guest's kernel does not see it until it probes the slot again.
+    /// Attaches a disk to a hot-plug slot. The guest kernel does not see it until it probes the slot again.
     ///
     /// # Errors
     /// The reason why the disk cannot be used, or the lack of a free slot.
@@ -242,7 +242,7 @@ impl VmHandle {
         hotplug.ok_or(AttachError::NoSlot(0))?.attach(config)
     }
 
-    /// Detaches the disk in a slot after the guest's kernel has released it. The slot can be used again.
+    /// Detaches the disk in a slot after the guest kernel has released it. The slot can be used again.
     ///
     /// # Errors
     /// If the slot is empty.

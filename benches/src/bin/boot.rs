@@ -18,7 +18,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The first argument of the measured process.
 const ONCE: &str = "once";
-/// Memory of the guest's programs, in MiB, of 128 in total, which is how other monitors count memory.
+/// Guest memory for programs, in MiB. The total is 128, which other monitors count.
 const MEMORY_MIB: u64 = 112;
 /// Number of runs of each: the first fills caches; the last counts.
 const RUNS: usize = 3;

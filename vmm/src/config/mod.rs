@@ -241,7 +241,7 @@ pub(crate) enum Boot {
 pub(crate) struct CpuSpec {
     /// Number of vCPUs.
     pub(crate) count: u32,
-    /// Number of vCPUs that the guest's kernel starts.
+    /// Number of vCPUs that the guest kernel starts.
     pub(crate) online: u32,
     /// Host CPUs to pin them to: empty, or one for each.
     pub(crate) pins: Vec<u32>,

@@ -20,7 +20,7 @@ ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 /// The kernel's first real-time signal.
 const FIRST_REALTIME: usize = 32;
 
-/// Size of the kernel's signal set in bytes.
+/// Size of the kernel type `sigset_t`, in bytes.
 const KERNEL_SIGSET: usize = 8;
 
 /// `kvm_signal_mask` with its flexible array.

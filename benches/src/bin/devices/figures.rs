@@ -25,7 +25,7 @@ struct Figure {
 /// The figure compared with Koya's.
 #[derive(Clone, Copy)]
 enum Peer {
-    /// QEMU's own device; with `vhost` that of the host's kernel.
+    /// The device of QEMU, or of the host kernel with `vhost`.
     Monitor(&'static str),
     /// Another figure of the same guest.
     Own(&'static str, &'static str),

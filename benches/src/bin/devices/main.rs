@@ -196,7 +196,7 @@ const CALLS: &str = ".calls";
 
 const DEBUGFS: &str = "/sys/kernel/debug";
 
-/// All exits of all guests so far, if the host's kernel counts them.
+/// All exits of all guests so far, if the host kernel counts them.
 fn exits() -> Option<f64> {
     let text = std::fs::read_to_string(format!("{DEBUGFS}/kvm/exits")).ok()?;
     text.trim().parse().ok()
