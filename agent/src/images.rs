@@ -1,7 +1,7 @@
 //! Roots that are file system images: a disk of the guest, mounted read-only, with an overlayfs layer in memory for the
 //! changes of the container.
 //!
-//! An image is not trusted by the host, which never mounts it: only the guest's kernel does.
+//! An image is not trusted by the host, which never mounts it: only the guest kernel does.
 
 use anyhow::{Context, Result, bail};
 use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};

@@ -70,18 +70,15 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
             .source()
             .as_ref()
             .filter(|_| mount.typ().as_deref() == Some("bind"));
-        let is_directory = source.is_none_or(|source| source.is_dir());
-        let kind = if is_directory {
-            Kind::Directory
-        } else {
-            Kind::File
+        let (kind, wanted) = match source.is_none_or(|source| source.is_dir()) {
+            true => (Kind::Directory, "directory"),
+            false => (Kind::File, "file"),
         };
         root.make(place, kind)
             .with_context(|| format!("cannot make the mount point {}", place.display()))?;
         // The type of a source in the container's own root is not known yet.
-        let is_known = source.is_none_or(|source| source.exists()) && root.find(place).is_ok();
-        if is_known && root.is_directory(place) != is_directory {
-            let wanted = if is_directory { "directory" } else { "file" };
+        let is_known = source.is_none_or(|source| source.exists());
+        if is_known && root.kind(place).is_ok_and(|found| found != kind) {
             bail!(
                 "{} is not a {wanted} in the image, but a {wanted} is to be mounted there",
                 place.display()

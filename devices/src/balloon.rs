@@ -1,6 +1,6 @@
 //! The balloon: virtio 1.2, section 5.5. Returns memory that the guest does not need to the host.
 //!
-//! There are two ways. **Free page reporting** (section 5.5.6.7) is automatic: the guest's kernel reports
+//! There are two ways. **Free page reporting** (section 5.5.6.7) is automatic: the guest kernel reports
 //! larger ranges that have been free for a while, and the host discards them; if the guest uses them again,
 //! they are new zeroed pages. **Inflation** is requested by the owner to reclaim memory that is in use:
 //! [`BalloonHandle::set_target`] sets the number of pages, the guest gives up as many as it can, and takes them back rather

@@ -212,7 +212,7 @@ pub struct SlottedRegion {
     pub start: u64,
     /// Size in bytes.
     pub size: u64,
-    /// Granularity in which the guest's kernel adds memory, in bytes.
+    /// Granularity in which the guest kernel adds memory, in bytes.
     pub memory_block: u64,
     /// Size of a slot in bytes, a multiple of [`BLOCK_SIZE`].
     pub slot_size: u64,
@@ -220,7 +220,7 @@ pub struct SlottedRegion {
 
 impl Mem {
     /// A device for the region of guest memory at `start`, with nothing plugged. `memory_block` is the
-    /// granularity in which the guest's kernel adds memory; the slack lets it use the next block if it cannot
+    /// granularity in which the guest kernel adds memory; the slack lets it use the next block if it cannot
     /// use all of one.
     ///
     /// # Errors

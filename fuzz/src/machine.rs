@@ -124,7 +124,7 @@ pub fn serial_ports(data: &[u8]) {
     }
 }
 
-/// The memory range in which the guest's kernel leaves its log after a panic.
+/// The memory range in which the guest kernel leaves its log after a panic.
 ///
 /// # Panics
 /// If the parser has a bug, or its result has control characters.

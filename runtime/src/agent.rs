@@ -456,7 +456,7 @@ impl Agent {
         })
     }
 
-    /// Makes the guest's kernel probe a hot-plug slot; returns the guest's name of the disk in it.
+    /// Makes the guest kernel probe a hot-plug slot; returns the guest's name of the disk in it.
     pub(crate) fn attach_disk(&self, window: usize) -> Result<String, Error> {
         let request = AttachDiskRequest {
             window: window as u32,
@@ -468,7 +468,7 @@ impl Agent {
         .and_then(|disk| disk_name(disk.guest_name))
     }
 
-    /// Makes the guest's kernel release the disk in a hot-plug slot.
+    /// Makes the guest kernel release the disk in a hot-plug slot.
     pub(crate) fn detach_disk(&self, window: usize) -> Result<(), Error> {
         let request = DetachDiskRequest {
             window: window as u32,

@@ -1,6 +1,6 @@
 //! Synchronization of the guest's clock with the host's.
 //!
-//! The guest's kernel counts time by the CPU's counter, as the host does, but does not see corrections on the host: neither
+//! The guest kernel counts time by the CPU's counter, as the host does, but does not see corrections on the host: neither
 //! steps nor slewing; and the time that a stopped machine misses may be lost. So the host compares the clocks after a step
 //! of its own clock (reported by a kernel timer, also after a suspend), after its process was stopped and continued, and
 //! every few minutes because of drift. In between nothing wakes an idle guest.

@@ -16,7 +16,7 @@ pub struct SandboxConfig {
     pub cpus_max: Option<u32>,
     /// The host CPU for each virtual CPU; see [`VmConfig::cpu_pins`](koya_vmm::VmConfig::cpu_pins). Default: none.
     pub cpu_pins: Vec<u32>,
-    /// Memory at the start in MiB, as visible to programs in the guest (`MemTotal`): the memory that the guest's kernel
+    /// Memory at the start in MiB, as visible to programs in the guest (`MemTotal`): the memory that the guest kernel
     /// keeps for itself is added. Default: 256.
     pub memory_mib: u64,
     /// Maximum memory in MiB while it runs. Default: `memory_mib`.
@@ -101,7 +101,7 @@ const SYSCTLS: [(&str, &str); 2] = [
 ];
 
 impl SandboxConfig {
-    /// The sysctls that were requested explicitly: it is an error if the guest's kernel does not have one of them.
+    /// The sysctls that were requested explicitly: it is an error if the guest kernel does not have one of them.
     pub(crate) fn asked_sysctls(&self) -> BTreeMap<String, String> {
         let mut asked = self.sysctls.clone();
         asked.retain(|name, value| !SYSCTLS.contains(&(name, value)));

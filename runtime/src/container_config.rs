@@ -136,7 +136,7 @@ impl Tmpfs {
 /// A disk of the sandbox in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Name of the disk in the guest's kernel: `vda`.
+    /// Name of the disk in the guest kernel: `vda`.
     pub name: String,
     /// Path in the container.
     pub path: PathBuf,
@@ -156,7 +156,7 @@ impl Device {
         Self::named(name, read_only)
     }
 
-    /// The disk with this name in the guest's kernel, at its path in the guest.
+    /// The disk with this name in the guest kernel, at its path in the guest.
     pub(crate) fn named(name: String, read_only: bool) -> Self {
         Self {
             path: Path::new("/dev").join(&name),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
 impl Inner {
-    /// Makes the guest's kernel release a disk, after unwritten data has been flushed.
+    /// Makes the guest kernel release a disk, after unwritten data has been flushed.
     pub(crate) fn have_let_go(&self, attached: &AttachedDisk) -> Result<(), Error> {
         let (agent, window) = (self.agent.clone(), attached.mmio_slot);
         let disks = std::slice::from_ref(&attached.disk);

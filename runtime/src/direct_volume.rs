@@ -5,9 +5,10 @@
 //! records are found too: `DIRECTORY/BASE64URL(path)/mountInfo.json`.
 
 use crate::Error;
+use crate::json::or_null;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -32,24 +33,15 @@ pub struct DirectVolume {
     /// Its file system type, as in mount(8).
     pub fstype: String,
     /// Mount options.
-    #[serde(default, deserialize_with = "list")]
+    #[serde(default, deserialize_with = "or_null")]
     pub options: Vec<String>,
     /// Further information from the driver.
     #[serde(
         default,
-        deserialize_with = "map",
+        deserialize_with = "or_null",
         skip_serializing_if = "BTreeMap::is_empty"
     )]
     metadata: BTreeMap<String, String>,
-}
-
-/// Go writes an empty list as null.
-fn list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or_default())
-}
-
-fn map<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, String>, D::Error> {
-    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 impl DirectVolume {

@@ -217,7 +217,7 @@ impl Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Not found: a container, a disk, the guest's kernel.
+    /// Not found: a container, a disk, the guest kernel.
     NotFound,
     /// Already exists.
     AlreadyExists,

@@ -42,6 +42,7 @@ pub mod files;
 mod given;
 #[doc(hidden)]
 pub mod internals;
+mod json;
 mod loopback;
 mod mount_points;
 mod names;

@@ -35,7 +35,7 @@ impl Loopback {
     /// Forwards the loopback of the calling thread's network namespace to a guest's. Nothing else may listen there.
     ///
     /// # Errors
-    /// If the host's kernel does not support it (Linux 5.9) or privileges are missing (CAP_BPF, CAP_NET_ADMIN).
+    /// If the host kernel does not support it (Linux 5.9) or privileges are missing (CAP_BPF, CAP_NET_ADMIN).
     pub fn join(sandbox: &Arc<Sandbox>) -> Result<Self, Error> {
         let joined = || -> io::Result<Self> {
             let namespace = File::open("/proc/thread-self/ns/net")?;

@@ -34,14 +34,11 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<()
             Error::host(what)(error.into())
         })?;
         // The guest's error would not tell the reason.
-        if root.find(destination).is_err() {
-            continue;
-        }
-        let wrong = match (is_file, root.is_directory(destination)) {
-            (Some(true), true) => {
+        let wrong = match (is_file, root.kind(destination)) {
+            (Some(true), Ok(Kind::Directory)) => {
                 "is a directory in the root file system, but a file is to be mounted there"
             }
-            (Some(false), false) => {
+            (Some(false), Ok(Kind::File)) => {
                 "is not a directory in the root file system, but a directory is to be mounted there"
             }
             _ => continue,

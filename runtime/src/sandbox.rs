@@ -38,7 +38,7 @@ const AGENT_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Time limit for the kernel panic of a guest whose agent has ended.
 const PANIC_LIMIT: Duration = Duration::from_secs(2);
-/// Maximum number of virtio-fs request queues: the guest's kernel divides them among its CPUs, and each has its own threads
+/// Maximum number of virtio-fs request queues: the guest kernel divides them among its CPUs, and each has its own threads
 /// here.
 const FS_QUEUES: u32 = 4;
 /// Interval at which a wait checks whether the virtual machine still runs.
@@ -254,6 +254,7 @@ impl Sandbox {
         let timeline = &sandbox.inner.timeline;
         timeline.agent_told(running, connected, &told);
         sandbox.set_up_networks(&networks, &routing)?;
+        // The kernel has set them at boot, for defaults of interfaces; what belongs to an interface exists only now.
         let sysctls = config.asked_sysctls();
         if !sysctls.is_empty() {
             sandbox.inner.agent.set_sysctls(&sysctls)?;
@@ -356,7 +357,7 @@ impl Sandbox {
         self.inner.attach_disk(config)
     }
 
-    /// Detaches a disk from the running guest, once the guest's kernel has released it. It must be removed from containers
+    /// Detaches a disk from the running guest, once the guest kernel has released it. It must be removed from containers
     /// first ([`Container::remove_device`]), since the next disk may get its number. If a guest neither replies nor writes
     /// to it for 30 s, it is detached nevertheless.
     ///

@@ -2,7 +2,8 @@
 //! (`seccomp/default.json`), converted to the OCI format for one container.
 
 use crate::Error;
-use serde::{Deserialize, Deserializer};
+use crate::json::or_null;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -12,7 +13,7 @@ const MAX_PROFILE: u64 = 1 << 20;
 /// The system call filter of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Seccomp {
-    /// All system calls except those that are useless in a container and reach deep into the guest's kernel. A privileged
+    /// All system calls except those that are useless in a container and reach deep into the guest kernel. A privileged
     /// container may make all.
     #[default]
     Default,
@@ -50,15 +51,6 @@ struct Rule {
     _comment: Option<String>,
     #[serde(default, rename = "errno")]
     _errno: Option<String>,
-}
-
-/// Go writes null for a list or map that was not created.
-fn or_null<'de, D, T>(from: D) -> Result<T, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de> + Default,
-{
-    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// Time for which a guest may refuse to turn a CPU off: it may be busy with another change.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Time limit for progress towards the requested memory. On a loaded host, the guest's kernel takes seconds to initialize a
+/// Time limit for progress towards the requested memory. On a loaded host, the guest kernel takes seconds to initialize a
 /// memory block.
 const STEP_LIMIT: Duration = Duration::from_secs(8);
 /// Polling interval.
@@ -37,7 +37,7 @@ pub struct Size {
     pub memory_mib: Option<u64>,
 }
 
-/// Memory that the guest's kernel keeps for itself, which is not part of `MemTotal`. Measured with Koya's kernel from 96 MiB
+/// Memory that the guest kernel keeps for itself, which is not part of `MemTotal`. Measured with Koya's kernel from 96 MiB
 /// to 8 GiB, to the page; another kernel differs in the first figure.
 mod kernel {
     /// Image, tables, panic log, the PC's hole, in KiB.
@@ -193,7 +193,7 @@ impl Sandbox {
         }
     }
 
-    /// Memory that the guest's kernel keeps for itself: MiB of guest memory beyond its size.
+    /// Memory that the guest kernel keeps for itself: MiB of guest memory beyond its size.
     pub fn kernel_mib(&self) -> u64 {
         self.limits().kernel_mib
     }
@@ -229,7 +229,7 @@ pub(crate) struct Limits {
     pub(crate) cpus_max: u32,
     pub(crate) memory_mib: u64,
     pub(crate) memory_max_mib: u64,
-    /// Memory that the guest's kernel keeps for itself.
+    /// Memory that the guest kernel keeps for itself.
     pub(crate) kernel_mib: u64,
 }
 

@@ -46,7 +46,7 @@ pub struct CpuStats {
     pub usage: u64,
     /// In user mode.
     pub user: u64,
-    /// In the guest's kernel.
+    /// In the guest kernel.
     pub system: u64,
     /// Number of elapsed quota periods.
     pub periods: u64,

@@ -85,10 +85,21 @@ impl Rootfs {
         )
     }
 
+    /// The kind of file at a path: everything except a directory counts as a file.
+    ///
+    /// # Errors
+    /// As for [`find`](Self::find).
+    pub fn kind(&self, path: &Path) -> Result<Kind> {
+        let found = fstat(self.find(path)?)?;
+        Ok(match FileType::from_raw_mode(found.st_mode) {
+            FileType::Directory => Kind::Directory,
+            _ => Kind::File,
+        })
+    }
+
     /// Whether there is a directory at a path.
     pub fn is_directory(&self, path: &Path) -> bool {
-        let found = self.find(path).and_then(fstat);
-        found.is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Directory)
+        self.kind(path) == Ok(Kind::Directory)
     }
 
     /// Creates a path if missing, including parent directories, and opens the last component if it was created. For a

@@ -92,16 +92,16 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(620);
 /// Status of a container killed by SIGKILL.
 const KILLED: i32 = 128 + libc::SIGKILL;
 
-fn find(name: &str) -> Result<Directory> {
-    let directory = Directory::find(name)?;
-    if !directory.is_running() {
-        bail!("container {name} is not running");
+fn check_running(name: &str, directory: &Directory) -> Result<()> {
+    match directory.is_running() {
+        true => Ok(()),
+        false => bail!("container {name} is not running"),
     }
-    Ok(directory)
 }
 
 pub(super) fn connect(name: &str) -> Result<(Directory, UnixStream)> {
-    let directory = find(name)?;
+    let directory = Directory::find(name)?;
+    check_running(name, &directory)?;
     let stream = directory
         .connect(CONNECT_LIMIT)
         .with_context(|| format!("container {name} does not answer"))?;
@@ -316,14 +316,10 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
 /// `stop`.
 fn tell(name: &str, order: &Order) -> Outcome {
     let directory = Directory::find(name)?;
-    let is_stop = matches!(order.request, Request::Stop(_));
-    match directory.is_running() {
-        true => match ask_one(name, &directory, order) {
-            Err(_) if is_stop && !directory.is_running() => Ok(0),
-            told => told,
-        },
-        false if is_stop => Ok(0),
-        false => bail!("container {name} is not running"),
+    let told = check_running(name, &directory).and_then(|()| ask_one(name, &directory, order));
+    match told {
+        Err(_) if matches!(order.request, Request::Stop(_)) && !directory.is_running() => Ok(0),
+        told => told,
     }
 }
 

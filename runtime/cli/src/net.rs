@@ -240,7 +240,7 @@ impl NetArgs {
     }
 }
 
-/// Backlog of listening sockets: the default of the host's kernel.
+/// Backlog of listening sockets: the default of the host kernel.
 const BACKLOG: i32 = 4096;
 
 /// Maximum number of concurrent connections from the host itself through published ports: an eighth of the process's

@@ -3,8 +3,8 @@
 use serde_json::Value;
 
 /// Warns about ambient capabilities that the kernel does not grant (capabilities(7)), like runc.
-pub(crate) fn warn_of_ambient(process: &Value) {
-    for name in not_raised(&process["capabilities"]) {
+pub(crate) fn warn_of_ambient(capabilities: &Value) {
+    for name in not_raised(capabilities) {
         log::warn!(
             "can't raise ambient capability {name}: operation not permitted: it is not both permitted and inheritable"
         );

@@ -117,7 +117,7 @@ impl Wanted {
         program::check_mount_points(&spec, &args.bundle)?;
         program::check(&spec, &args.bundle)?;
         if let Some(process) = spec.config().process() {
-            capabilities::warn_of_ambient(&serde_json::to_value(process)?);
+            capabilities::warn_of_ambient(&serde_json::to_value(process.capabilities())?);
         }
         Ok(Self {
             spec,

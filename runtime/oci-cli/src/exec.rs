@@ -69,7 +69,7 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
     }
     let mut process = process_of(args, &container.stored.bundle)?;
     add_environment(&mut process, given.count);
-    capabilities::warn_of_ambient(&process);
+    capabilities::warn_of_ambient(&process["capabilities"]);
     let is_terminal = process["terminal"] == true;
     if args.detach && is_terminal != args.console_socket.is_some() {
         bail!(match is_terminal {

@@ -176,7 +176,7 @@ fn table(route: &RouteMessage) -> u32 {
     long.unwrap_or_else(|| route.header.table.into())
 }
 
-/// Converts a route of the namespace for the guest; `None` if it belongs to another interface, or if the guest's kernel
+/// Converts a route of the namespace for the guest; `None` if it belongs to another interface, or if the guest kernel
 /// creates it by itself. `indices` maps interface indexes to the guest's.
 fn guests_route(mut route: RouteMessage, indices: &HashMap<u32, u32>) -> Option<RouteMessage> {
     let is_made_there = table(&route) == LOCAL_TABLE
@@ -254,7 +254,7 @@ fn guests_rule(
             _ => {}
         }
     }
-    // The guest's kernel sets the flags for missing interfaces itself.
+    // The guest kernel sets the flags for missing interfaces itself.
     rule.header.flags &= RuleFlags::Invert;
     let is_answered = rule.header.action != RuleAction::ToTable || tables.contains(&table);
     is_answered.then_some(rule)

@@ -71,7 +71,7 @@ pub(crate) fn bundle(
     })
 }
 
-/// Paths of the guest's kernel that a container must not see or change: the usual OCI lists.
+/// Paths of the guest kernel that a container must not see or change: the usual OCI lists.
 const MASKED: &[&str] = &[
     "/proc/acpi",
     "/proc/asound",

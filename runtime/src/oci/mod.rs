@@ -131,12 +131,10 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
 }
 
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
-    if spec.process().is_none() {
+    let Some(process) = spec.process() else {
         return Err(Error::invalid("process", "it is missing"));
-    }
-    if let Some(process) = spec.process()
-        && !process.cwd().is_absolute()
-    {
+    };
+    if !process.cwd().is_absolute() {
         return Err(Error::invalid(
             "process.cwd",
             "Cwd must be an absolute path",

@@ -24,7 +24,7 @@ pub const VERSION: u32 = 1;
 pub enum Lane {
     /// Koya on the host.
     Host,
-    /// The guest's kernel.
+    /// The guest kernel.
     Kernel,
     /// The agent.
     Agent,

@@ -3,7 +3,7 @@
 //! machine.
 
 use crate::Error;
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::fs;
 use std::io;
@@ -18,7 +18,7 @@ const MONITOR_MIB: u64 = 32;
 /// above them.
 const TABLES: u64 = 128;
 /// Memory for the files that the guest remembers, as a fraction of its memory: a node takes some 400 bytes here, plus an
-/// inode and a descriptor in the host's kernel, while the guest's kernel takes 1 KiB for it.
+/// inode and a descriptor in the host kernel, while the guest kernel takes 1 KiB for it.
 const NODES: u64 = 4;
 
 /// Directory of a configuration's group. `slice:prefix:name` is the systemd form.
@@ -170,24 +170,25 @@ pub(crate) fn bound(group: &Path, mib: u64, kernel_mib: u64) {
         log::debug!("no limit of memory: {} is not ours", group.display());
         return;
     }
-    let limits = memory(mib, kernel_mib);
-    let (there, missing): (Vec<_>, Vec<_>) = limits
-        .into_iter()
-        .partition(|(file, _)| group.join(file).exists());
-    for (file, _) in missing {
-        log::debug!("{} has no {file}", group.display());
-    }
-    apply(group, &there);
-}
-
-/// Sets limits. Failures are logged and ignored: the guest has limits of its own.
-fn apply(group: &Path, limits: &[(&str, String)]) {
-    for (file, value) in limits {
-        match fs::write(group.join(file), value) {
-            Ok(()) => log::info!("{}/{file}: {value}", group.display()),
-            Err(error) => log::warn!("{}/{file}: {value}: {error}", group.display()),
+    for (file, value) in memory(mib, kernel_mib) {
+        if !group.join(file).exists() {
+            log::debug!("{} has no {file}", group.display());
+        } else if let Err(error) = set(group, file, &value) {
+            // The guest has limits of its own.
+            log::warn!("{error:#}");
         }
     }
+}
+
+/// Sets a limit: writes a file of the group.
+///
+/// # Errors
+/// The error from the kernel, with the file and the value.
+pub(crate) fn set(group: &Path, file: &str, value: &str) -> anyhow::Result<()> {
+    let limit = || format!("{}/{file}: {value}", group.display());
+    fs::write(group.join(file), value).with_context(limit)?;
+    log::info!("{}", limit());
+    Ok(())
 }
 
 /// Moves this process out of the group, so that the group can be removed.

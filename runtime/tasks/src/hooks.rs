@@ -175,16 +175,12 @@ impl TaskSet {
     /// # Errors
     /// The hook that fails.
     pub(crate) fn run_hooks(&self, task: &Task, kinds: &[Kind]) -> Result<(), Error> {
-        let root = task.spec.root(&task.bundle).filter(|root| root.is_dir());
-        for kind in kinds {
+        kinds.iter().try_for_each(|kind| {
             let state = self.state_for(task, *kind);
-            let mut place = self.place_of(task, *kind);
-            if let Some(root) = root.as_ref().filter(|_| *kind == Kind::CreateContainer) {
-                place.directory = root;
-            }
-            run(*kind, kind.of(&task.hooks), &state, place)?;
-        }
-        Ok(())
+            let root = task.spec.root(&task.bundle);
+            let place = self.place_of(task, root.as_deref(), *kind);
+            run(*kind, kind.of(&task.hooks), &state, place)
+        })
     }
 
     /// Runs the hooks before a task's start; from now on its poststop hooks are due.
@@ -210,7 +206,7 @@ impl TaskSet {
         }
         let state = self.state_for(task, Kind::Poststop);
         let hooks = Kind::Poststop.of(&task.hooks);
-        if let Err(error) = run_poststop(hooks, &state, self.place_of(task, Kind::Poststop)) {
+        if let Err(error) = run_poststop(hooks, &state, self.place_of(task, None, Kind::Poststop)) {
             log::warn!("{error}");
         }
         match fs::remove_file(&due) {
@@ -221,11 +217,13 @@ impl TaskSet {
         }
     }
 
-    fn place_of<'a>(&'a self, task: &'a Task, kind: Kind) -> Place<'a> {
-        let network = self.config.host_network.as_ref();
+    /// createContainer hooks start in the container's root, if it is a directory, and in its network namespace.
+    fn place_of<'a>(&'a self, task: &'a Task, root: Option<&'a Path>, kind: Kind) -> Place<'a> {
+        let is_inside = kind == Kind::CreateContainer;
+        let root = root.filter(|root| is_inside && root.is_dir());
         Place {
-            directory: &task.bundle,
-            network: network.filter(|_| kind != Kind::CreateContainer),
+            directory: root.unwrap_or(&task.bundle),
+            network: self.config.host_network.as_ref().filter(|_| !is_inside),
         }
     }
 

@@ -4,14 +4,12 @@
 //! The memory limit is [`cgroup::memory`](crate::cgroup::memory), which includes the overhead of the virtual machine. The
 //! limit of processes applies only in the guest: on the host a sandbox has as many threads as it needs.
 
-use crate::cgroup::is_ours;
-use anyhow::{Context, Result};
+use crate::cgroup::{self, is_ours};
+use crate::size::PERIOD;
+use anyhow::Result;
 use koya::oci_spec::runtime as oci;
 use std::fs;
 use std::path::Path;
-
-/// The kernel's default period of a CPU quota, in microseconds.
-const PERIOD: u64 = 100_000;
 
 /// A file of a control group, and its value.
 type Limit = (String, String);
@@ -27,12 +25,10 @@ pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()>
 
 fn set(group: &Path, limits: &[Limit], is_ours: bool) -> Result<()> {
     for (file, value) in limits {
-        let set = fs::write(group.join(file), value)
-            .with_context(|| format!("{}/{file}: {value}", group.display()));
-        match set {
-            Ok(()) => log::info!("{}/{file}: {value}", group.display()),
+        match cgroup::set(group, file, value) {
             Err(error) if is_ours && file.starts_with("io.") => return Err(error),
             Err(error) => log::warn!("{error:#}"),
+            Ok(()) => {}
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-/// Maximum length of a line in bytes: an exec's arguments and environment, which the guest's kernel limits to 2 MiB. JSON
+/// Maximum length of a line in bytes: an exec's arguments and environment, which the guest kernel limits to 2 MiB. JSON
 /// takes more bytes for some characters.
 const MAX_LINE: usize = 4 << 20;
 /// Maximum number of descriptors attached to a line: the three streams of a process, a mount namespace, and the inherited

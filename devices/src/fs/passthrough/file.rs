@@ -32,10 +32,9 @@ fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// Whether the host's kernel generates the file's content on reading, so that its size means nothing: a file of procfs,
+/// Whether the host kernel generates the file's content on reading, so that its size means nothing: a file of procfs,
 /// sysfs, control groups and similar file systems.
-fn is_made_on_read(file: &File) -> Result<bool, Errno> {
-    let size = inodes::stat(file)?.stx_size;
+fn is_made_on_read(file: &File, size: u64) -> Result<bool, Errno> {
     // Files of sysfs have the size of a page.
     if size != 0 && size != 4096 {
         return Ok(false);
@@ -88,9 +87,15 @@ impl Passthrough {
             let bits = arg.open_flags & OPEN_KILL_SUIDGID != 0;
             self.drop_privileges(&inode, bits)?;
         }
+        let stat = inodes::stat(&file)?;
         // The guest trusts its cached size, which would truncate what it reads.
-        let is_old = self.options.cache == Cache::Auto && inode.has_changed(&inodes::stat(&file)?);
+        let is_old = self.options.cache == Cache::Auto && inode.has_changed(&stat);
+        let is_generated = is_made_on_read(&file, stat.stx_size)?;
         let mut opened = self.opened(&inode, file, flags)?;
+        // The guest's page cache ends at the file's size; direct I/O forwards every read.
+        if is_generated {
+            opened.open_flags = fopen::DIRECT_IO;
+        }
         if is_old {
             opened.open_flags |= fopen::CHANGED;
         }
@@ -102,11 +107,6 @@ impl Passthrough {
             Cache::Never => fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES,
             Cache::Auto => 0,
             Cache::Always | Cache::Writeback => fopen::KEEP_CACHE,
-        };
-        // The guest's page cache ends at the file's size; direct I/O forwards every read.
-        let open_flags = match is_made_on_read(&file)? {
-            true => fopen::DIRECT_IO,
-            false => open_flags,
         };
         let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
         let node = self.inodes.fd(inode)?;

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-/// Prefix of attributes that have a meaning for the host's kernel, as stored by virtio-fs for guests: see
+/// Prefix of attributes that have a meaning for the host kernel, as stored by virtio-fs for guests: see
 /// `koya_devices::fs::passthrough`.
 const PREFIX: &str = "user.koya.";
 

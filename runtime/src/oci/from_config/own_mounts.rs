@@ -90,7 +90,7 @@ fn in_memory(tmpfs: &Tmpfs) -> Result<Value, Error> {
     Ok(json!({"type": "tmpfs", "source": "tmpfs", "options": options}))
 }
 
-/// Whether the guest's kernel accepts an option of tmpfs(5); otherwise the error would come late.
+/// Whether the guest kernel accepts an option of tmpfs(5); otherwise the error would come late.
 fn is_option(option: &str) -> bool {
     const FLAGS: &[&str] = &[
         "ro",
