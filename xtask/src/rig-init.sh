@@ -57,6 +57,11 @@ for m in docker $($B cat /modules/docker); do $B cp "/modules/$m" run/koya-rig/m
 # The namespace's root itself: in another directory (chroot) nobody may make user namespaces.
 $B mount --move . / || finish "failed: no root"
 $B ip link set lo up
+# ip-netns makes this directory a shared mount when it is first used, and copies the mounts below: those that another program
+# made there would be mounted twice from then on, and could not be removed.
+$B mkdir run/netns
+$B mount --bind run/netns run/netns
+$B mount --make-shared run/netns
 $B hostname rig
 # As udev has it.
 $B chmod 0666 dev/kvm dev/net/tun

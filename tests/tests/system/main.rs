@@ -41,6 +41,7 @@ mod podman_rootless;
 mod rigs;
 mod run;
 mod smoke;
+mod stalled;
 mod surroundings;
 mod timeline;
 mod tool;
@@ -136,6 +137,7 @@ pub(crate) fn trial(
 ) -> Trial {
     let name = name.into();
     Trial::test(name.clone(), move || {
+        let _running = stalled::Running::start(&name);
         let started = Instant::now();
         let result = test();
         let seconds = started.elapsed().as_secs_f64();

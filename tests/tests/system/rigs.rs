@@ -32,6 +32,8 @@ const EMULATED: &str = "rig: starting an emulated host";
 const MAX_RIGS: usize = 3;
 /// Number of tests in a batch: a rig takes as long to start as one test.
 const BATCH: usize = 40;
+/// Time limit for a batch in seconds: about twice what one takes on a slow machine.
+const BATCH_LIMIT: &str = "2400";
 /// If more tests than these fail, emulation is not the cause.
 const MAX_SECOND_TRIES: usize = 4;
 
@@ -172,6 +174,9 @@ fn run_batch(board: &Mutex<Board>, rig: usize, batch: &[String]) -> Result<()> {
     // One emulated CPU each: with several, QEMU may run stale code after the kernel has patched itself, and the kernel
     // crashes.
     let mut command = xtask(&["rig", "--no-build", "--cpus", "1"]);
+    if batch.len() > 1 {
+        command.args(["--timeout", BATCH_LIMIT]);
+    }
     let mut words = std::env::args_os();
     let own = words.next().unwrap_or_default();
     command.args(arch()).arg("--");
