@@ -127,11 +127,7 @@ pub(crate) fn ensure_for(arch: Arch) -> Result<Products> {
     // The guest has no terminal: output of init and its helpers goes to the kernel's log.
     archive.node("dev/kmsg", 0o600, (1, 11))?;
     archive.symlink("dev/console", "kmsg")?;
-    archive.file(
-        "init",
-        0o755,
-        &fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?,
-    )?;
+    archive.file("init", 0o755, &without_unwind_tables(arch, &agent)?)?;
     // libcontainer runs these programs to map several ranges of users; they are the agent (`agent/src/mappings.rs`).
     archive.dir("bin")?;
     for program in ["bin/newuidmap", "bin/newgidmap"] {
@@ -171,7 +167,22 @@ pub(crate) const STATIC: &str = "-C target-feature=+crt-static";
 /// 12's linker supports this only for x86.
 const RELOCATIONS: &str = " -C link-arg=-Wl,-z,pack-relative-relocs";
 /// A guest program needs no relocation at its start, and aborts on a panic, so no unwind tables are needed.
-const OF_GUESTS: &str = " -C relocation-model=static -C force-unwind-tables=no";
+const OF_GUESTS: &str =
+    " -C relocation-model=static -C force-unwind-tables=no -C link-arg=-Wl,--no-eh-frame-hdr";
+
+/// A program of [`for_guests`] without the unwind tables of the standard and C libraries, which are a sixteenth of the agent.
+fn without_unwind_tables(arch: Arch, program: &Path) -> Result<Vec<u8>> {
+    let (tables, small) = (
+        program.with_extension("tables"),
+        program.with_extension("small"),
+    );
+    // A C library may look for the end of the tables at its start: an entry of length zero.
+    fs::write(&tables, [0; 256])?;
+    let mut objcopy = arch.tool("objcopy");
+    objcopy.arg(format!("--update-section=.eh_frame={}", tables.display()));
+    proc::run(objcopy.arg(program).arg(&small))?;
+    fs::read(&small).with_context(|| format!("cannot read {}", small.display()))
+}
 
 /// A program that runs in any guest.
 fn for_guests(arch: Arch, package: &str, program: &str) -> Result<PathBuf> {

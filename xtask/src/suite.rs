@@ -20,18 +20,12 @@ pub(crate) struct TestArgs {
     filter: Option<String>,
 }
 
-/// Options of cargo for the examples used by system tests. Other examples are for one architecture.
-const EXAMPLES: [&str; 9] = [
-    "build",
-    "--package",
-    "koya-vmm",
-    "--package",
-    "koya",
-    "--example",
-    "console",
-    "--example",
-    "hello",
-];
+/// The examples used by system tests. Other examples are for one architecture.
+const EXAMPLES: [&str; 4] = ["--example", "console", "--example", "hello"];
+
+/// If set, the system tests' program does nothing: it is built with the unit tests, since cargo would build libraries with
+/// other features for it alone.
+const NO_SYSTEM_TESTS: &str = "KOYA_TEST_NONE";
 
 /// Lints, unit tests and tiny guests, then Linux guests in the rig.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
@@ -48,16 +42,16 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         cargo.envs(products.env());
         cargo
     };
-    let test = |packages: &[&str]| {
+    let test = |targets: &[&str]| {
         let mut test = cargo();
-        test.arg("test").args(packages);
+        test.arg("test").args(targets);
         if let Some(filter) = &args.filter {
             test.args(["--", filter]);
         }
         test
     };
     eprintln!("test: units and tiny guests on this machine");
-    proc::run(&mut test(&["--workspace", "--exclude", "koya-tests"]))?;
+    proc::run(test(&["--workspace"]).env(NO_SYSTEM_TESTS, "1"))?;
     if build::has_musl() {
         eprintln!("test: host, devices and monitor, built with musl, as what is shipped");
         let packages = ["koya-host", "koya-devices", "koya-vmm"].map(|name| ["--package", name]);
@@ -76,8 +70,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     eprintln!("test: Linux guests");
     let (debian, fsx) = (debian()?, fsx(arch)?);
     let (containerds, dockers) = (containerds(arch)?, dockers()?);
-    proc::run(cargo().args(EXAMPLES))?;
-    let mut system = test(&["--package", "koya-tests"]);
+    proc::run(cargo().args(["build", "--workspace"]).args(EXAMPLES))?;
+    let mut system = test(&["--workspace", "--test", "system"]);
     system
         .env("KOYA_TEST_DEBIAN", &debian)
         .env("KOYA_TEST_FSX", &fsx)
@@ -123,7 +117,8 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
     }
     eprintln!("test: Linux guests");
     let program = system_tests(arch)?;
-    proc::run(&mut foreign_cargo(arch, &EXAMPLES)?)?;
+    let of = ["build", "--package", "koya-vmm", "--package", "koya"];
+    proc::run(foreign_cargo(arch, &of)?.args(EXAMPLES))?;
     let examples = format!("target/static/{}/debug/examples", arch.gnu());
     let mut system = proc::cargo();
     system.envs(products.env());
@@ -294,6 +289,12 @@ fn dockers() -> Result<OsString> {
     Ok(std::env::join_paths(
         directories.collect::<Result<Vec<_>>>()?,
     )?)
+}
+
+/// The directory of the older tested Docker.
+pub(crate) fn first_docker() -> Result<PathBuf> {
+    let (suite, init) = DOCKER_SUITES[0];
+    docker(suite, init)
 }
 
 /// The directory of Docker from a suite, unpacked once. Its runc is Debian 12's, which fits the machine's C library.

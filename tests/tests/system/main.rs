@@ -51,14 +51,19 @@ mod vsock;
 mod walls;
 mod watches;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 use std::process::ExitCode;
 use std::time::Instant;
 
 /// Number of this instance among those that run at the same time.
 pub(crate) const RIG: &str = "KOYA_TEST_RIG";
+/// If set, no test is run: `cargo xtask test` builds this program with the unit tests, and runs it after them.
+const NONE: &str = "KOYA_TEST_NONE";
 
 fn main() -> ExitCode {
+    if std::env::var_os(NONE).is_some() {
+        return ExitCode::SUCCESS;
+    }
     let mut arguments = Arguments::from_args();
     let all = [
         cases::trials(),
@@ -142,7 +147,11 @@ pub(crate) fn trial(
         let result = test();
         let seconds = started.elapsed().as_secs_f64();
         eprintln!("{}{name} {seconds:.1}", rigs::TOOK);
-        result.map_err(|error| format!("{error:#}").into())
+        result.map_err(|error| {
+            // Now, since a rig may not live until the summary.
+            eprintln!("system tests: {name}: {error:#}");
+            Failed::without_message()
+        })
     })
 }
 

@@ -91,7 +91,7 @@ enum What {
     /// exec to the guest's user space, system calls, exits, memory; and a whole sandbox with the others running
     /// Debian's kernel
     Peers(peers::PeersArgs),
-    /// Measure `ctr run` of a container under Koya, runc and crun, with the steps of Koya's start
+    /// Measure a container under Koya, runc and crun by their own command lines, ctr, podman and docker
     Containers {
         /// Number of containers of each kind; each figure is a median
         #[arg(long, default_value_t = 7)]
@@ -143,9 +143,15 @@ fn containers(rounds: u32) -> Result<Value> {
     setup::ensure()?;
     setup::ensure_these(PEERS)?;
     let program = program("containers")?;
-    let directory = suite::containerd(suite::CONTAINERD_SUITES[0])?;
+    let containerd = suite::containerd(suite::CONTAINERD_SUITES[0])?;
+    let docker = suite::first_docker()?;
     let rounds = rounds.to_string();
-    in_rig(&[program.as_ref(), rounds.as_ref(), directory.as_ref()])
+    in_rig(&[
+        program.as_ref(),
+        rounds.as_ref(),
+        containerd.as_ref(),
+        docker.as_ref(),
+    ])
 }
 
 fn memory() -> Result<Value> {
