@@ -136,7 +136,6 @@ impl Docker {
             "bridge": "none", "iptables": false, "ip6tables": false,
             "runtimes": {
                 "koya": {"runtimeType": "io.containerd.koya.v2"},
-                "crun": {"path": program("crun")},
             },
         });
         fs::write(dir.join("daemon.json"), config.to_string())?;
@@ -175,6 +174,11 @@ fn docker(path: &str, dir: &Path) -> Command {
 impl Engine for Docker {
     fn name(&self) -> &'static str {
         "docker run"
+    }
+
+    /// Debian 12's crun does not know the version of the configurations.
+    fn peers(&self) -> &'static [&'static str] {
+        &["runc"]
     }
 
     fn command(&self, runtime: &str, name: &str, command: &[&str]) -> Command {

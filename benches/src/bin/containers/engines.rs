@@ -15,6 +15,11 @@ pub(crate) trait Engine {
     /// Its command, as it is called in the rows.
     fn name(&self) -> &'static str;
 
+    /// What it can run that is compared with Koya.
+    fn peers(&self) -> &'static [&'static str] {
+        &["runc", "crun"]
+    }
+
     /// The command for a container named `name` under `runtime` (`koya`, `runc`, `crun`), which runs `command` and is removed.
     fn command(&self, runtime: &str, name: &str, command: &[&str]) -> Command;
 

@@ -16,8 +16,6 @@ use std::path::Path;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// What is compared with Koya.
-const PEERS: [&str; 2] = ["runc", "crun"];
 /// The steps reported by the shim, in order.
 const STEPS: &[&str] = &[
     "devices", "machine", "kernel", "agent", "settings", "create", "start",
@@ -49,7 +47,8 @@ fn main() -> Result<()> {
 /// A row with the medians of `rounds` containers of each runtime, and Koya's median.
 fn compare(engine: &impl Engine, rounds: u32) -> Result<(Value, f64)> {
     let mut koya = Vec::new();
-    let mut peers = PEERS.map(|peer| (peer, Vec::new()));
+    let peers = engine.peers().iter().map(|peer| (*peer, Vec::new()));
+    let mut peers: Vec<_> = peers.collect();
     for round in 0..=rounds {
         let all = std::iter::once(("koya", &mut koya));
         for (runtime, times) in all.chain(peers.iter_mut().map(|(name, times)| (*name, times))) {
@@ -61,7 +60,8 @@ fn compare(engine: &impl Engine, rounds: u32) -> Result<(Value, f64)> {
             }
         }
     }
-    let beside = peers.map(|(name, times)| (name.to_owned(), median(&times)));
+    let beside = peers.iter();
+    let beside = beside.map(|(name, times)| ((*name).to_owned(), median(times)));
     let name = format!("{}: to its end", engine.name());
     let koya = median(&koya);
     Ok((row(&name, "ms", true, koya, beside), koya))
