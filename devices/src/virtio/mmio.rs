@@ -19,7 +19,7 @@ use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, VirtioDevice, Worker,
 };
-use crate::fault::guest_fault;
+use crate::fault::{guest_detail, guest_fault};
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use std::io;
@@ -395,7 +395,7 @@ impl MmioTransport {
             // VIRTIO_F_RING_RESET is not offered.
             QUEUE_RESET => Ok(()),
             _ => {
-                log::debug!("a driver wrote {value:#x} to register {offset:#x}");
+                guest_detail!("a driver wrote {value:#x} to register {offset:#x}");
                 Ok(())
             }
         };

@@ -163,6 +163,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn log_to_stderr() {
     let filter = env_logger::Env::new().filter_or(LOG_VARIABLE, "koya=warn");
     env_logger::Builder::from_env(filter)
+        .filter_module(koya::GUEST_LOG, log::LevelFilter::Off)
         .format(|out, record| {
             let level = record.level().as_str().to_lowercase();
             writeln!(out, "koya: {level}: {}", record.args())

@@ -74,11 +74,15 @@ struct Lines {
 }
 
 impl Log for Lines {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
+    fn enabled(&self, of: &Metadata<'_>) -> bool {
+        // The log often lies in memory (`/run`): a guest must not fill it.
+        of.target() != koya::GUEST_LOG
     }
 
     fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
         let level = match record.level() {
             log::Level::Warn => "warning".to_owned(),
             level => level.as_str().to_lowercase(),
