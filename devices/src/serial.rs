@@ -1,5 +1,6 @@
 //! A 16550A serial port, independent of the address at which a platform maps its eight registers. Called from vCPU threads.
 
+use crate::fault::guest_detail;
 use crate::virtio::{Payload, Schema, StateError};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
@@ -145,7 +146,7 @@ impl SerialPort {
     /// continues.
     pub fn write(&mut self, offset: u8, value: u8) {
         if let Err(error) = self.port.write(offset, value) {
-            log::debug!("serial port: {error:?}");
+            guest_detail!("serial port: {error:?}");
         }
     }
 

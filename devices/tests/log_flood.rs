@@ -7,7 +7,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts lines that a shim or a runtime would write to its log, from any crate.
+/// Counts lines that a shim or a runtime would write to its log for debugging, from any crate.
 struct Lines(AtomicUsize);
 
 static LINES: Lines = Lines(AtomicUsize::new(0));
@@ -17,10 +17,8 @@ impl Log for Lines {
         true
     }
 
-    fn log(&self, record: &Record<'_>) {
-        if record.level() <= LevelFilter::Info {
-            self.0.fetch_add(1, Ordering::SeqCst);
-        }
+    fn log(&self, _: &Record<'_>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
     }
 
     fn flush(&self) {}
@@ -38,7 +36,8 @@ fn a_driver_that_writes_nonsense_does_not_fill_the_log() {
     let device = Box::new(Rng::default());
     let mut transport = MmioTransport::new(device, memory, Arc::new(IdleLoop::default())).unwrap();
     let mut write = |register: u64, value: u32| transport.write(register, &value.to_le_bytes());
-    for round in 0..1000u32 {
+    // More often than a device may be started at once, which takes time.
+    for round in 0..300u32 {
         for status in [0, 1, 3] {
             write(STATUS, status);
         }

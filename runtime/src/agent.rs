@@ -109,6 +109,11 @@ fn check_size(field: &'static str, json: &[u8]) -> Result<(), Error> {
     Err(Error::invalid(field, reason))
 }
 
+/// The status of a process: eight bits (wait(2)), whatever number the guest reports.
+fn exit_status(reported: i32) -> i32 {
+    u8::try_from(reported).unwrap_or(u8::MAX).into()
+}
+
 fn container_request(id: &str) -> ContainerRequest {
     ContainerRequest {
         container_id: id.into(),
@@ -334,7 +339,7 @@ impl Agent {
                 Err(Error::Overdue { .. }) if asked.elapsed() > limit / 2 => {
                     limit = ASK_AGAIN_MAX.min(limit * 2);
                 }
-                answer => return answer.map(|response| response.status),
+                answer => return answer.map(|response| exit_status(response.status)),
             }
         }
     }

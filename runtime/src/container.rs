@@ -318,7 +318,8 @@ impl Container {
         inner.ends.kill(&self.mark, &self.process.container, all)
     }
 
-    /// Waits for the first process, collects its output, and removes the container.
+    /// Waits for the first process, collects its output, and removes the container. The output is kept in memory, however long
+    /// it is: read the streams of a program that is not trusted, with a limit.
     ///
     /// # Errors
     /// As [`wait`](Self::wait).
@@ -506,7 +507,8 @@ impl Process {
             .resize(&self.container, &self.exec, rows, columns)
     }
 
-    /// Closes its input, collects its output, and waits for it.
+    /// Closes its input, collects its output, and waits for it. The output is kept in memory, as that of
+    /// [`Container::output`].
     ///
     /// # Errors
     /// As [`wait`](Self::wait).

@@ -10,6 +10,7 @@ use crate::network::own_all_addresses;
 use crate::sync::lock;
 use crate::{Error, Sandbox};
 use koya_protocol::names::{HEADER_LEN, OVER_TCP, frame, parse_header};
+use koya_vmm::guest_text::Warnings;
 use koya_vmm::host::threads;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, recvmsg, sendmsg, setsockopt,
@@ -30,6 +31,9 @@ const PORT: u16 = 53;
 const LIMIT: Duration = Duration::from_secs(10);
 /// Maximum number of pending queries. Further ones are dropped, and retried by the resolver.
 const QUESTIONS: usize = 64;
+
+/// A guest may ask what has no answer, and answer wrongly, all the time.
+static UNANSWERED: Warnings = Warnings::new();
 
 /// While this lives, a guest's queries to an address of its loopback are answered by the name server at the same address of
 /// the host namespace.
@@ -96,12 +100,12 @@ fn serve(mut from: UnixStream, to: &Arc<Mutex<UnixStream>>, server: SocketAddr) 
                 written.inspect_err(|_| drop(to.shutdown(Shutdown::Both)))
             });
             if let Err(error) = answered {
-                log::debug!("the guest's name server: {error}");
+                UNANSWERED.debug(format_args!("the guest's name server: {error}"));
             }
             counted.fetch_sub(1, Ordering::Relaxed);
         });
         if let Err(error) = spawned {
-            log::debug!("the guest's name server: {error}");
+            UNANSWERED.debug(format_args!("the guest's name server: {error}"));
             asked.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -143,7 +147,7 @@ fn serve_others(others: &UdpSocket, until: &UnixStream, agent: &Agent) -> io::Re
             let message = question.message.clone();
             let answer = agent.ask_name_server(question.server.into(), message);
             let answer = answer.unwrap_or_else(|error| {
-                log::debug!("{}: {error}", question.server);
+                UNANSWERED.debug(format_args!("{}: {error}", question.server));
                 failure(&question.message)
             });
             question.answer(&others, &answer);
@@ -203,7 +207,7 @@ impl Question {
             Some(&self.from),
         );
         if let Err(error) = sent {
-            log::debug!("an answer of {}: {error}", self.server);
+            UNANSWERED.debug(format_args!("an answer of {}: {error}", self.server));
         }
     }
 }

@@ -223,6 +223,8 @@ pub struct Net {
     shared: Arc<Shared>,
     /// For receiving and sending; kept over a reset of the driver, which must not refill the buckets.
     limiters: [Arc<Mutex<RateLimiter>>; 2],
+    /// For changes of the number of pairs.
+    changes: Arc<Mutex<RateLimiter>>,
     queue_sizes: Vec<u16>,
     threads: Threads,
     /// Number of pairs in use when a driver starts or resumes.
@@ -279,6 +281,7 @@ impl Net {
         Ok(Self {
             options,
             limiters,
+            changes: control::limiter(),
             shared: Arc::new(Shared {
                 tap_name: tap.name().to_owned(),
                 link: AtomicBool::new(true),
@@ -342,8 +345,12 @@ impl Net {
         }
         match activation.take_queue(2 * pairs as u16) {
             Ok(queue) if has(VIRTIO_NET_F_CTRL_VQ) => {
-                let worker = control::worker(queue, self.tap.clone(), pairs as u16);
-                Ok(Worker::EventLoop(worker))
+                let control = control::Control {
+                    tap: self.tap.clone(),
+                    pairs: pairs as u16,
+                    changes: self.changes.clone(),
+                };
+                Ok(Worker::EventLoop(control::worker(queue, control)))
             }
             _ => Ok(Worker::OwnThreads),
         }

@@ -2,10 +2,12 @@
 
 use super::{HEADER_SIZE, MAX_PAIRS};
 use crate::sys;
+use koya_host::sync::lock;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use crate::sys::offload;
@@ -18,6 +20,15 @@ pub struct Tap {
     udp_segments: bool,
     /// Number of queues last enabled in the kernel.
     used: AtomicUsize,
+    /// What the kernel was last told: offloads, and the number of queues. Both take a lock of all networks of the host, so
+    /// nothing is told twice.
+    told: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    offload: Option<u32>,
+    queues: Option<usize>,
 }
 
 impl Tap {
@@ -34,6 +45,7 @@ impl Tap {
             queues: Vec::new(),
             udp_segments: false,
             used: AtomicUsize::new(1),
+            told: Mutex::default(),
         };
         for _ in 0..queues {
             let mut options = File::options();
@@ -60,6 +72,7 @@ impl Tap {
             queues: queues.into_iter().map(File::from).collect(),
             udp_segments: false,
             used: AtomicUsize::new(1),
+            told: Mutex::default(),
         };
         tap.prepare()
     }
@@ -92,14 +105,17 @@ impl Tap {
 
     /// Sets the offloads that the guest handles.
     pub(super) fn set_offload(&self, bits: u32) -> io::Result<()> {
-        match self.queues.first() {
-            Some(queue) => match sys::set_tap_offload(queue.as_fd(), bits) {
-                // A socket: its peer decides about offloads.
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(()),
-                other => other,
-            },
-            None => Ok(()),
+        let mut told = lock(&self.told);
+        let Some(queue) = self.queues.first().filter(|_| told.offload != Some(bits)) else {
+            return Ok(());
+        };
+        match sys::set_tap_offload(queue.as_fd(), bits) {
+            // A socket: its peer decides about offloads.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {}
+            other => other?,
         }
+        told.offload = Some(bits);
+        Ok(())
     }
 
     /// Number of queues last enabled in the kernel.
@@ -109,12 +125,16 @@ impl Tap {
 
     /// Enables the first `pairs` queues.
     pub(super) fn use_queues(&self, pairs: usize) -> io::Result<()> {
-        self.used.store(pairs, Ordering::SeqCst);
-        if self.queues.len() < 2 {
-            return Ok(());
-        }
-        for (index, queue) in self.queues.iter().enumerate() {
-            match sys::use_tap_queue(queue, index < pairs) {
+        let mut told = lock(&self.told);
+        // After a failure their state is not known.
+        let before = told.queues.take();
+        let several = self.queues.iter().filter(|_| self.queues.len() > 1);
+        for (index, queue) in several.enumerate() {
+            let is_used = index < pairs;
+            if before.is_some_and(|before| is_used == (index < before)) {
+                continue;
+            }
+            match sys::use_tap_queue(queue, is_used) {
                 // Already in the requested state.
                 Err(error)
                     if [libc::EINVAL, libc::ENOTTY]
@@ -122,6 +142,8 @@ impl Tap {
                 other => other?,
             }
         }
+        told.queues = Some(pairs);
+        self.used.store(pairs, Ordering::SeqCst);
         Ok(())
     }
 }

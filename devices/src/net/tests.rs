@@ -375,3 +375,32 @@ fn a_full_queue_does_not_delay_a_stop() {
     drop(buffers);
     assert!(!setup.receive.used().is_empty());
 }
+
+/// The device keeps buffers until there are enough for a frame. A driver that offers useless ones again and again, before it
+/// gets them back, must not make it keep all of them.
+#[test]
+fn buffers_offered_again_and_again_are_not_collected() {
+    let mut setup = Setup::new(MERGEABLE, options());
+    let handle = setup.device.handle();
+    let kept = || handle.metrics().faults.load(Ordering::Relaxed);
+    let is_broken = |setup: &Setup| setup.send.recorder().needs_reset();
+    let limit = Instant::now() + Duration::from_secs(20);
+    setup.receive.offer(&[Buffer::Writable(HEADER_SIZE as u32)]);
+    let useless = setup.receive.offer(&[Buffer::Writable(1)]);
+    let mut offered = 1;
+    // More than the queue has descriptors.
+    while offered < 1000 && !is_broken(&setup) {
+        setup.receive.kick();
+        while kept() < offered && !is_broken(&setup) {
+            assert!(Instant::now() < limit, "{offered} offered, {} kept", kept());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for _ in 0..64 {
+            setup.receive.make_available(useless);
+        }
+        offered += 64;
+    }
+    assert!(is_broken(&setup), "{} are kept", kept());
+    assert_eq!(setup.receive.used(), []);
+    assert!(kept() < 256, "{} are kept", kept());
+}

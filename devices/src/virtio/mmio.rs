@@ -19,12 +19,14 @@ use super::registers::{ConfigSpace, RegisterPage, RegisterPages};
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, VirtioDevice, Worker,
 };
-use crate::fault::guest_fault;
+use crate::fault::{guest_detail, guest_fault};
+use crate::rate_limit::{Rate, RateLimiter, RateLimits};
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use std::io;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -39,6 +41,13 @@ pub const MMIO_SLOT_SIZE: u64 = 0x1000;
 
 /// Offset of QueueNotify, to which the driver writes a queue index to kick the queue.
 pub const QUEUE_NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// Activations of a device by its driver: each creates threads and descriptors, and loads filters, which the whole host
+/// notices. A driver that starts its device more often waits.
+const ACTIVATIONS: Rate = Rate {
+    per_second: 50,
+    burst: Some(256),
+};
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -142,6 +151,7 @@ pub struct MmioTransport {
     driver_features: u64,
     worker: Option<u64>,
     active: bool,
+    activations: RateLimiter,
     /// Ring positions of each queue that the device was given.
     positions: Vec<Option<Arc<RingPosition>>>,
 }
@@ -197,6 +207,10 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
+            activations: RateLimiter::new(RateLimits {
+                operations: Some(ACTIVATIONS),
+                bytes: None,
+            }),
             positions: Vec::new(),
         };
         transport.write_fixed_registers();
@@ -395,7 +409,7 @@ impl MmioTransport {
             // VIRTIO_F_RING_RESET is not offered.
             QUEUE_RESET => Ok(()),
             _ => {
-                log::debug!("a driver wrote {value:#x} to register {offset:#x}");
+                guest_detail!("a driver wrote {value:#x} to register {offset:#x}");
                 Ok(())
             }
         };
@@ -444,6 +458,10 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
+        while let Some(wait) = self.activations.wait(Instant::now()) {
+            std::thread::sleep(wait);
+        }
+        self.activations.charge(0);
         if let Err(error) = self.try_activate() {
             guest_fault!("cannot start a {}: {error:?}", self.kind);
             self.line.needs_reset();

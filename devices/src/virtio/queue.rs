@@ -31,6 +31,12 @@ pub enum QueueError {
         #[source]
         source: ChainError,
     },
+    /// The driver made more chains available than the queue has descriptors, before the device returned any.
+    #[error("more chains of queue {index} are in use than it has descriptors")]
+    Overdrawn {
+        /// Index of the queue.
+        index: u16,
+    },
 }
 
 /// An enabled queue with its guest memory, the eventfd of its kicks and the interrupt of its device.
@@ -122,11 +128,18 @@ impl ActiveQueue {
         self.index
     }
 
-    /// The next available chain, validated.
+    /// Number of chains taken and not returned yet.
+    fn in_use(&self) -> u16 {
+        self.queue.next_avail().wrapping_sub(self.queue.next_used())
+    }
+
+    /// The next available chain, validated. No more chains are in use at a time than the queue has descriptors: a driver may
+    /// offer descriptors again that have not been returned, and a device would keep any number of chains.
     ///
     /// # Errors
     /// A fault of the driver; the queue can't be used any more.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        let is_drawn = self.in_use() >= self.queue.size();
         // An entry in memory that was unplugged meanwhile would look like an empty queue, while `arm` finds more entries: a
         // thread that continues until both agree would never end.
         let ring = GuestAddress(self.queue.avail_ring());
@@ -147,6 +160,9 @@ impl ActiveQueue {
         let Some(chain) = next else {
             return Ok(None);
         };
+        if is_drawn {
+            return Err(QueueError::Overdrawn { index: self.index });
+        }
         let chain = Chain::check(chain, &self.memory).map_err(|source| QueueError::Chain {
             index: self.index,
             source,
@@ -334,6 +350,31 @@ mod tests {
             queue.pop(),
             Err(QueueError::Rings { index: 0, .. })
         ));
+    }
+
+    /// A driver may offer a descriptor again before it gets it back, any number of times.
+    #[test]
+    fn no_more_chains_are_taken_than_the_queue_has_descriptors() {
+        for first in [0, 65_534] {
+            let mut driver = Driver::new(SIZE);
+            driver.begin_at(first);
+            let mut queue = driver.queue_at((first, first));
+            let head = driver.offer(&[Buffer::Writable(8)]);
+            for _ in 1..SIZE {
+                driver.make_available(head);
+            }
+            for _ in 0..SIZE {
+                assert_eq!(queue.pop().unwrap().unwrap().head(), head);
+            }
+            // The driver may wait for as long as it likes.
+            assert!(queue.pop().unwrap().is_none());
+            queue.complete(head, 0).unwrap();
+            driver.make_available(head);
+            assert!(queue.pop().unwrap().is_some());
+            driver.make_available(head);
+            let refused = queue.pop();
+            assert!(matches!(refused, Err(QueueError::Overdrawn { index: 0 })));
+        }
     }
 
     /// With any event index of the driver, it is interrupted if the entry after that index was among the last ones: section

@@ -4,6 +4,7 @@ use super::HOST_CID;
 use super::connection::{Connection, MAX_BUFFER_SIZE, MIN_BUFFER_SIZE};
 use super::packet::{HEADER_SIZE, Header, Op, TYPE_STREAM};
 use super::ports::{Ports, Requested, VsockMetrics};
+use crate::fault::guest_detail;
 use crate::sys;
 use crate::virtio::{Chain, ChainError, Memory};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -89,7 +90,7 @@ fn limit_send_buffer(stream: &UnixStream, buffer_size: u32) {
     // The kernel doubles this value for its own overhead, and has a minimum.
     let bound = rustix::net::sockopt::set_socket_send_buffer_size(stream, buffer_size as usize / 2);
     if let Err(error) = bound {
-        log::debug!("vsock: cannot set the send buffer size of a stream: {error}");
+        guest_detail!("vsock: cannot set the send buffer size of a stream: {error}");
     }
 }
 

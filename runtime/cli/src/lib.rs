@@ -28,6 +28,7 @@ mod timeline;
 mod volume;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use koya::vmm::guest_text;
 use koya_tasks::wire;
 use std::io::Write;
 use std::process::ExitCode;
@@ -163,9 +164,11 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn log_to_stderr() {
     let filter = env_logger::Env::new().filter_or(LOG_VARIABLE, "koya=warn");
     env_logger::Builder::from_env(filter)
+        .filter_module(koya::GUEST_LOG, log::LevelFilter::Off)
         .format(|out, record| {
             let level = record.level().as_str().to_lowercase();
-            writeln!(out, "koya: {level}: {}", record.args())
+            let text = guest_text::whole(record.args().to_string());
+            writeln!(out, "koya: {level}: {text}")
         })
         .init();
 }

@@ -6,6 +6,7 @@ use super::state::Directory;
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use koya::vmm::guest_text;
 use serde_json::json;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
@@ -93,10 +94,15 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
             record.pid,
             status,
             format_age(age),
-            record.command.join(" ")
+            shown_command(&record.command)
         )?;
     }
     Ok(0)
+}
+
+/// The command as one line of a terminal: it may be an image's.
+fn shown_command(words: &[String]) -> String {
+    guest_text::line(words.join(" "))
 }
 
 fn format_age(age: Duration) -> String {
@@ -162,4 +168,15 @@ fn rm_one(name: &str, force: bool) -> Result<bool> {
     }
     directory.remove();
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_of_an_image_is_one_line_without_control_characters() {
+        let words = ["sh", "-c", "\x1b]0;title\x07echo\n\u{9b}2Ja\u{202e}b"].map(String::from);
+        assert_eq!(shown_command(&words), "sh -c echo ab");
+    }
 }

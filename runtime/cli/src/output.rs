@@ -4,6 +4,7 @@
 //! by SIGPIPE; any other write error, such as a full disk, is reported. Rust's own macros would panic.
 
 use anyhow::Result;
+use koya::vmm::guest_text;
 use koya_tasks::Patient;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::fmt::{self, Arguments};
@@ -87,9 +88,10 @@ pub(super) fn print(text: Arguments<'_>) -> Result<()> {
     Ok(())
 }
 
-/// As [`print`], to standard error. Errors can't be reported anywhere.
+/// As [`print`], to standard error. Errors can't be reported anywhere. The text may contain words of an image or a guest,
+/// and goes to a terminal: without control characters.
 pub(super) fn print_error(text: Arguments<'_>) {
-    let line = format!("{text}\n");
+    let line = format!("{}\n", guest_text::whole(text.to_string()));
     Patient(io::stderr()).write_all(line.as_bytes()).ok();
 }
 

@@ -62,6 +62,18 @@ fn a_wrong_option_is_the_commands_own_failure() {
     }
 }
 
+/// Errors may contain words of an image or a guest, and go to the user's terminal.
+#[test]
+fn errors_have_no_control_characters() {
+    let rootfs = "/none\x1b]0;title\x07\u{9b}2J\u{202e}\r";
+    let output = koya(&["run", "--rootfs", rootfs, "true"], Stdio::piped());
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("/none"), "{said:?}");
+    let is_plain = |char: char| char == '\n' || !char.is_control() && char != '\u{202e}';
+    assert!(said.chars().all(is_plain), "{said:?}");
+}
+
 #[test]
 fn what_is_not_there_may_be_removed_by_force() {
     let output = koya(&["rm", "--force", "koya-test-none"], Stdio::piped());

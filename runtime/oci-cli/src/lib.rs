@@ -29,6 +29,7 @@ use anyhow::Context as _;
 use clap::CommandFactory as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use cli::{Cli, Command};
+use koya::vmm::guest_text;
 use preserved::Given;
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -83,7 +84,8 @@ pub fn main() -> ExitCode {
             // Callers show the last error in the log, or standard error without a log.
             log::error!("{error:#}");
             if logging::is_to_file() {
-                writeln!(std::io::stderr(), "{error:#}").ok();
+                let text = guest_text::whole(format!("{error:#}"));
+                writeln!(std::io::stderr(), "{text}").ok();
             }
             ExitCode::from(failed)
         }

@@ -3,6 +3,7 @@
 use crate::cli::{Globals, LogFormat};
 use anyhow::{Context, Result};
 use chrono::{DateTime, SecondsFormat, Utc};
+use koya::vmm::guest_text;
 use log::{LevelFilter, Log, Metadata, Record};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -74,11 +75,15 @@ struct Lines {
 }
 
 impl Log for Lines {
-    fn enabled(&self, _: &Metadata<'_>) -> bool {
-        true
+    fn enabled(&self, of: &Metadata<'_>) -> bool {
+        // The log often lies in memory (`/run`): a guest must not fill it.
+        of.target() != koya::GUEST_LOG
     }
 
     fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
         let level = match record.level() {
             log::Level::Warn => "warning".to_owned(),
             level => level.as_str().to_lowercase(),
@@ -105,7 +110,9 @@ pub(crate) fn now() -> DateTime<Utc> {
 
 fn line(is_json: bool, level: &str, message: &str) -> String {
     let now = now().to_rfc3339_opts(SecondsFormat::Secs, true);
-    let message_json = serde_json::Value::from(message);
+    // JSON escapes only some control characters, and callers show the message on terminals.
+    let message = guest_text::whole(message);
+    let message_json = serde_json::Value::from(message.as_str());
     match is_json {
         true => {
             let line = serde_json::json!({"level": level, "msg": message, "time": now});
@@ -133,5 +140,18 @@ mod tests {
             text.ends_with("level=error msg=\"a\\nb\"\n") && text.matches('\n').count() == 1,
             "{text}"
         );
+        let text = line(true, "error", "a\u{9b}2J\u{7f}\u{202e}b");
+        assert!(text.contains("\"ab\""), "{text}");
+    }
+
+    #[test]
+    fn messages_that_a_guest_may_cause_at_will_are_left_out() {
+        let lines = Lines {
+            file: None,
+            is_json: false,
+        };
+        let is_logged = |target| lines.enabled(&Metadata::builder().target(target).build());
+        assert!(is_logged("koya::agent") && is_logged("ttrpc::sync::server"));
+        assert!(!is_logged(koya::GUEST_LOG));
     }
 }

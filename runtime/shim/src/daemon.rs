@@ -173,13 +173,10 @@ fn start_log(bundle: &Path, debug: bool) {
         koya::vmm::host::sys::report_violations_to(log.into());
     }
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    // ttrpc's client logs a late reply as an error.
-    let filters = match debug {
-        true => "debug",
-        false => "info,ttrpc::sync::client=off",
-    };
+    let filters = if debug { "debug" } else { "info" };
     env_logger::Builder::new()
         .parse_filters(&std::env::var("KOYA_LOG").unwrap_or_else(|_| filters.into()))
+        .filter_module(koya::GUEST_LOG, log::LevelFilter::Off)
         .target(env_logger::Target::Pipe(Box::new(Log(fifo))))
         .try_init()
         .ok();

@@ -16,6 +16,7 @@ use containerd_shim_protos::api::{
     StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
+use koya::vmm::guest_text;
 use koya_tasks::{
     CreateTask, Error, ExecTask, Mount, Spec, Status, StdioConfig, StdioPaths, TaskSet,
     read_process,
@@ -65,7 +66,7 @@ pub(crate) struct Service {
     pub(crate) end: Sender<()>,
 }
 
-/// Converts an error to the codes of containerd's clients.
+/// Converts an error to the codes of containerd's clients, which show its text on terminals: it may contain words of an image.
 fn refused(error: Error) -> ttrpc::Error {
     let code = match &error {
         Error::NotFound(_) | Error::Finished(_) => Code::NOT_FOUND,
@@ -74,7 +75,8 @@ fn refused(error: Error) -> ttrpc::Error {
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
         Error::Failed(_) => Code::UNKNOWN,
     };
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, error.to_string()))
+    let text = guest_text::whole(error.to_string());
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
 }
 
 impl Service {
@@ -325,5 +327,20 @@ impl Task for Service {
             self.end.send(()).ok();
         }
         Ok(Empty::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_no_control_characters() {
+        let words = "no user a\x1b]0;title\x07b\u{9b}2J\u{202e}c";
+        let ttrpc::Error::RpcStatus(status) = refused(Error::NotFound(words.into())) else {
+            panic!("another kind of error");
+        };
+        assert_eq!(status.code(), Code::NOT_FOUND);
+        assert_eq!(status.message, "no user abc: not found");
     }
 }

@@ -151,13 +151,16 @@ fn make(group: &Path) -> io::Result<()> {
 /// The memory limits of a sandbox whose guest has this much memory, not counting its kernel's part: files and values. A
 /// guest is not swapped out: it has all of its memory, or is made smaller.
 pub(crate) fn memory(mib: u64, kernel_mib: u64) -> [(&'static str, String); 2] {
-    let guest = mib + kernel_mib;
+    let guest = mib.saturating_add(kernel_mib);
     let (tables, nodes) = (guest.div_ceil(TABLES), guest / NODES);
     log::info!(
         "memory in MiB: {mib} for the guest, {kernel_mib} for its kernel, {tables} for page tables, \
          {MONITOR_MIB} for the monitor, up to {nodes} for inodes of shared files"
     );
-    let bytes = (guest + tables + MONITOR_MIB + nodes) << 20;
+    let all = [tables, MONITOR_MIB, nodes].into_iter();
+    let all = all.fold(guest, u64::saturating_add);
+    // A configuration may say any number.
+    let bytes = all.saturating_mul(1 << 20);
     [
         ("memory.max", bytes.to_string()),
         ("memory.swap.max", "0".to_owned()),
@@ -259,6 +262,10 @@ mod tests {
         let [max, swap] = memory(280, 20);
         assert_eq!(max, ("memory.max", ((300 + 3 + 32 + 75) << 20).to_string()));
         assert_eq!(swap, ("memory.swap.max", "0".to_owned()));
+        for huge in [(u64::MAX, 20), (20, u64::MAX), (1 << 44, 0)] {
+            let [max, _] = memory(huge.0, huge.1);
+            assert_eq!(max.1, u64::MAX.to_string(), "{huge:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::size::{Limits, sum_of_limits};
 use crate::sync::spawn;
 use anyhow::anyhow;
 use koya::oci_spec::runtime as oci;
+use koya::vmm::devices::rate_limit::{Rate, RateLimiter, RateLimits};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
     Bundle, Container, ContainerStats, ExecOptions, HostEnd, Keep, Loopback, NameServer,
@@ -18,11 +19,18 @@ use koya::{
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Time without further queries after the guest has reported an OOM kill: limits the rate of a guest that reports them all
-/// the time.
+/// Time without further queries after the guest has reported an OOM kill. It doubles for a guest that reports them all the
+/// time: each is an event for the engine, which stores it.
 const OOM_PAUSE: Duration = Duration::from_millis(100);
+const OOM_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// Lines of the guest's console in the log: more than those of its start, then one a second.
+const CONSOLE_LINES: Rate = Rate {
+    per_second: 1,
+    burst: Some(2000),
+};
 
 /// The virtual machine of a task set.
 #[derive(Default)]
@@ -382,16 +390,28 @@ impl TaskSet {
     ) -> Result<(), anyhow::Error> {
         let set = self.clone();
         spawn("koya-oom", move || {
+            let mut pause = OOM_PAUSE;
+            let mut asked = Instant::now();
             while let Ok((id, kills)) = machine.next_oom() {
                 if let Ok(task) = set.task(&id) {
                     set.out_of_memory(&task, kills);
                 }
+                pause = next_pause(pause, asked.elapsed());
                 let stops = |state: &mut State| state.is_stopping.then_some(());
-                if set.wait_for(OOM_PAUSE, stops).is_some() {
+                if set.wait_for(pause, stops).is_some() {
                     return;
                 }
+                asked = Instant::now();
             }
         })
+    }
+}
+
+/// The pause after a report that came this time after the last pause.
+fn next_pause(last: Duration, waited: Duration) -> Duration {
+    match waited < last {
+        true => OOM_PAUSE_MAX.min(last * 2),
+        false => OOM_PAUSE,
     }
 }
 
@@ -431,19 +451,53 @@ fn is_in_user_namespace() -> bool {
     !users.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
-/// The guest's console, line by line, in the log.
-#[derive(Default)]
-struct ConsoleLog(Vec<u8>);
+/// The guest's console in the log, line by line; of a guest that writes all the time, [`CONSOLE_LINES`] of them.
+struct ConsoleLog {
+    line: Vec<u8>,
+    limiter: RateLimiter,
+    left_out: u64,
+}
+
+impl Default for ConsoleLog {
+    fn default() -> Self {
+        Self {
+            line: Vec::new(),
+            limiter: RateLimiter::new(RateLimits {
+                operations: Some(CONSOLE_LINES),
+                bytes: None,
+            }),
+            left_out: 0,
+        }
+    }
+}
+
+impl ConsoleLog {
+    /// Whether a line that ends at `now` is logged.
+    fn is_logged(&mut self, now: Instant) -> bool {
+        if self.limiter.wait(now).is_some() {
+            self.left_out += 1;
+            return false;
+        }
+        self.limiter.charge(0);
+        true
+    }
+}
 
 impl std::io::Write for ConsoleLog {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         for byte in bytes {
             match byte {
                 b'\n' => {
-                    log::debug!("guest: {}", guest_text::line(&self.0));
-                    self.0.clear();
+                    if self.is_logged(Instant::now()) {
+                        if self.left_out > 0 {
+                            log::debug!("guest: {} lines are left out", self.left_out);
+                            self.left_out = 0;
+                        }
+                        log::debug!("guest: {}", guest_text::line(&self.line));
+                    }
+                    self.line.clear();
                 }
-                _ if self.0.len() < 1024 => self.0.push(*byte),
+                _ if self.line.len() < 1024 => self.line.push(*byte),
                 _ => {}
             }
         }
@@ -452,5 +506,37 @@ impl std::io::Write for ConsoleLog {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_reports_a_lack_of_memory_all_the_time_is_asked_less_and_less() {
+        let mut pauses = Vec::new();
+        let mut pause = next_pause(OOM_PAUSE, Duration::from_secs(60));
+        while pauses.len() < 10 {
+            pauses.push(pause.as_millis());
+            pause = next_pause(pause, Duration::ZERO);
+        }
+        let expected = [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000];
+        assert_eq!(pauses, expected);
+        assert_eq!(next_pause(pause, pause), OOM_PAUSE);
+    }
+
+    #[test]
+    fn a_console_does_not_fill_the_log() {
+        let mut console = ConsoleLog::default();
+        let began = Instant::now();
+        let mut logged = |after: u64| {
+            let now = began + Duration::from_secs(after);
+            (0..10_000).filter(|_| console.is_logged(now)).count()
+        };
+        let (at_once, later) = (logged(1), logged(101));
+        assert_eq!(at_once, 2000);
+        assert!((99..=101).contains(&later), "{later}");
+        assert_eq!(console.left_out, 20_000 - (at_once + later) as u64);
     }
 }

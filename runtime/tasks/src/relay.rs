@@ -57,6 +57,8 @@ struct State {
     keep: Option<OwnedFd>,
     /// Closed to stop the reading of input.
     stop: Option<UnixStream>,
+    /// The guest's end of the input, unless it is that of an output too.
+    input: Option<UnixStream>,
     outputs: Vec<Source>,
     /// Whether the process has ended.
     has_ended: bool,
@@ -165,7 +167,11 @@ impl Io {
             })?;
         }
         if let (Some(input), Some(to_guest)) = (self.stdin, to_guest) {
-            shared.change(|state| state.keep = input.keep);
+            let of_guest = match self.terminal {
+                true => None,
+                false => Some(to_guest.try_clone()?),
+            };
+            shared.change(|state| (state.keep, state.input) = (input.keep, of_guest));
             let (terminal, stopped) = (self.terminal, stopped.try_clone()?);
             spawn("koya-in", move || {
                 relay_input(input.from, to_guest, &stopped, terminal);
@@ -193,6 +199,10 @@ impl Relay {
         let mut state = self.0.lock();
         state.keep.take();
         state.stop.take();
+        // A guest that neither reads nor closes it would keep the thread forever.
+        if let Some(input) = state.input.take() {
+            input.shutdown(Shutdown::Both).ok();
+        }
         state.has_ended = true;
         // The process's own output is in transit; background processes that hold its streams may write forever.
         let mut last = (state.progress, ended);
@@ -404,6 +414,36 @@ mod tests {
         assert_eq!(&buffer, b"one two");
         drop(keep);
         assert_eq!(guest.read(&mut buffer).unwrap(), 0);
+    }
+
+    /// A guest may say that a process has ended, and neither read its input nor close it.
+    #[test]
+    fn input_that_nobody_reads_keeps_no_thread_after_the_end() {
+        let (inputs, mut feed) = std::io::pipe().unwrap();
+        let (guest, host) = UnixStream::pair().unwrap();
+        let io = Io {
+            stdin: Some(Input {
+                from: OwnedFd::from(inputs).into(),
+                keep: None,
+            }),
+            ..Io::default()
+        };
+        let streams = Streams {
+            stdin: Some(host),
+            ..Streams::default()
+        };
+        let relay = io.connect(streams).unwrap();
+        let (sender, fed) = std::sync::mpsc::channel();
+        // More than the pipe and the sockets hold.
+        std::thread::spawn(move || sender.send(feed.write_all(&vec![7; 16 << 20])));
+        while rustix::io::ioctl_fionread(&guest).unwrap() < 64 << 10 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        relay.finish();
+        let fed = fed.recv_timeout(Duration::from_secs(20));
+        assert!(matches!(fed, Ok(Err(_))), "{fed:?}");
+        drop(guest);
     }
 
     #[test]

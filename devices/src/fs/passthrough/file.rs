@@ -32,6 +32,11 @@ fn errno(error: std::io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
+/// Offsets of files are signed on the host, and pwritev2(2) takes -1 for the descriptor's position.
+fn check_offset(offset: u64) -> Result<(), Errno> {
+    i64::try_from(offset).map(drop).map_err(|_| Errno::INVAL)
+}
+
 /// Whether the host kernel generates the file's content on reading, so that its size means nothing: a file of procfs,
 /// sysfs, control groups and similar file systems.
 fn is_made_on_read(file: &File, size: u64) -> Result<bool, Errno> {
@@ -229,6 +234,7 @@ impl Passthrough {
         into: &[VolatileSlice<'_, B>],
     ) -> Result<usize, Errno> {
         let handle = self.handle(arg.fh, nodeid)?;
+        check_offset(arg.offset)?;
         sys::read_at(&handle.file, into, arg.offset).map_err(errno)
     }
 
@@ -248,6 +254,7 @@ impl Passthrough {
     ) -> Result<usize, Errno> {
         let inode = self.writable(nodeid)?;
         let handle = self.handles.get(arg.fh, nodeid)?;
+        check_offset(arg.offset)?;
         let _change = self.change_of(&inode, kind::MODIFY | kind::ATTRIB);
         let bits = arg.write_flags & WRITE_KILL_SUIDGID != 0;
         self.drop_privileges(&inode, bits)?;

@@ -11,6 +11,7 @@ use rustix::fs::CWD;
 use std::ffi::CString;
 use zerocopy::FromBytes;
 
+mod bounds;
 mod listing;
 mod owners;
 

@@ -188,6 +188,34 @@ fn the_removal_of_a_file_and_of_a_directory_is_reported() {
     assert_eq!(ends, [file, dir], "{reported:x?}");
 }
 
+/// The guest may keep removed directories, and its watches on them, for as long as it likes.
+#[test]
+fn the_end_of_a_directory_is_reported_once() {
+    const COUNT: usize = 20;
+    let f = Fixture::new();
+    for number in 0..COUNT {
+        let name = format!("dir{number}");
+        fs::create_dir(f.path(&name)).unwrap();
+        let node = f.node(&std::ffi::CString::new(name).unwrap());
+        f.watch(node, number as u64 + 1);
+    }
+    for number in 0..COUNT {
+        fs::remove_dir(f.path(&format!("dir{number}"))).unwrap();
+        f.files
+            .mkdir(f.root, c"other", &MkdirIn::default(), CALLER)
+            .unwrap();
+        f.files.unlink(f.root, c"other", true).unwrap();
+    }
+    let reported = f.reported();
+    let ends = reported
+        .iter()
+        .filter(|(_, mask, _)| mask & kind::DELETE_SELF != 0);
+    assert_eq!(ends.count(), COUNT, "{reported:x?}");
+    let state = lock(&f.events.0.state);
+    assert_eq!(state.nodes.len(), COUNT, "they are still watched");
+    assert!(state.watched.values().all(|one| one.children.is_empty()));
+}
+
 #[test]
 fn a_moved_directory_is_watched_where_it_is() {
     let f = Fixture::new();

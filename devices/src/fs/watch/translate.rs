@@ -1,6 +1,7 @@
 //! Translates inotify events of the host into those of the guest.
 
 use super::{HostEvent, State, Watches, kind};
+use crate::fault::guest_fault;
 use crate::fs::inodes::{self, Inode};
 use koya_host::sync::lock;
 use rustix::fs::inotify::{self, ReadFlags};
@@ -63,8 +64,8 @@ impl Watches {
     ) {
         let bits = flags.bits();
         if bits & kind::Q_OVERFLOW != 0 {
-            // The lost events are unknown: watchers have to look again.
-            log::warn!("virtio-fs: the host dropped events of files that the guest watches");
+            // The lost events are unknown: watchers have to look again. A guest can cause any number of events.
+            guest_fault!("virtio-fs: the host dropped events of files that the guest watches");
             let State { nodes, pending, .. } = state;
             for (nodeid, node) in nodes {
                 let mask = match node.mask & kind::MODIFY {
@@ -126,13 +127,20 @@ impl Watches {
             }
         }
         for nodeid in children {
-            if let Some(node) = state.nodes.get(&nodeid)
-                && !state.is_own(node, &[], kind::DELETE_SELF)
-                && self.is_gone(&node.inode)
-            {
+            let Some(node) = state.nodes.get(&nodeid) else {
+                continue;
+            };
+            if !self.is_gone(&node.inode) {
+                continue;
+            }
+            if !state.is_own(node, &[], kind::DELETE_SELF) {
                 let mask = kind::DELETE_SELF | kind::IS_DIR;
                 push(&mut state.pending, nodeid, mask, 0, &[]);
             }
+            // It ends once: otherwise each later event in its parent would be as many as the removed directories there.
+            let node = state.nodes.get_mut(&nodeid);
+            let parent = node.and_then(|node| node.parent.take());
+            self.leave_parent(state, nodeid, parent);
         }
     }
 

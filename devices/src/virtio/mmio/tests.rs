@@ -342,3 +342,16 @@ fn a_reset_clears_all_that_was_written() {
     assert_eq!(selected, (0, 0, 0));
     assert_eq!(driver.read(VIRTIO_MMIO_VENDOR_ID), 0x4159_4f4b);
 }
+
+#[test]
+fn a_driver_that_starts_its_device_all_the_time_waits() {
+    let mut driver = Driver::new();
+    let began = Instant::now();
+    for _ in 0..256 + 10 {
+        driver.negotiate();
+        assert_eq!(driver.status(15) & 15, 15);
+        driver.status(0);
+    }
+    // Ten more than at once, fifty in a second.
+    assert!(began.elapsed().as_millis() >= 190, "{:?}", began.elapsed());
+}
