@@ -186,8 +186,13 @@ pub(crate) fn update(id: &str, resources: &[u8]) -> Result<()> {
         check_memory(&memory, read("memory.current"))?;
         resources.set_memory(Some(with_limit(memory, read("memory.max"))));
     }
+    set(id, &resources)
+}
+
+/// Sets these limits as they are.
+pub(crate) fn set(id: &str, resources: &LinuxResources) -> Result<()> {
     let wanted = ControllerOpt {
-        resources: &resources,
+        resources,
         disable_oom_killer: false,
         oom_score_adj: None,
         freezer_state: None,

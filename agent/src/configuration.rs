@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use koya_protocol::messages::BlockDevice;
 use oci_spec::runtime::{
     Hook, LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder,
-    LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompArg,
-    LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, Process, Spec,
+    LinuxDeviceType, LinuxIdMapping, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, Process, Spec,
 };
 use rustix::fs::{FileType, Gid, Uid, major, minor};
 use std::collections::HashSet;
@@ -116,6 +116,18 @@ pub(crate) fn for_added(spec: &Spec) -> Spec {
         .set_readonly_paths(None);
     added.set_linux(Some(linux));
     added
+}
+
+/// Takes limits that would forbid or slow down the creation of a container, which takes several processes and some time:
+/// they are set once its process waits for its start, as by runc.
+pub(crate) fn take_late_limits(spec: &mut Spec) -> Option<LinuxResources> {
+    let resources = spec.linux_mut().as_mut()?.resources_mut().as_mut()?;
+    let mut late = LinuxResources::default();
+    late.set_cpu(resources.cpu().clone());
+    late.set_pids(*resources.pids());
+    late.set_unified(resources.unified().clone());
+    resources.set_cpu(None).set_pids(None).set_unified(None);
+    (late != LinuxResources::default()).then_some(late)
 }
 
 /// How a container's users are mapped to the agent's, if they are.
@@ -359,6 +371,25 @@ mod tests {
             (&"/r".into(), &"/w".into(), &"5".into(), &"6".into())
         );
         assert_eq!(guest_uid(&spec, spec.process().as_ref().unwrap()), 9001);
+    }
+
+    #[test]
+    fn limits_that_forbid_the_creation_are_set_after_it() {
+        let mut spec = spec(
+            r#"{"ociVersion": "1.2.0", "linux": {"resources": {"pids": {"limit": 1}, "cpu": {"quota": 1000},
+                "unified": {"pids.max": "1"}, "memory": {"limit": 4096}, "devices": [{"allow": false}]}}}"#,
+        );
+        let late = take_late_limits(&mut spec).unwrap();
+        let late = serde_json::to_value(&late).unwrap();
+        assert_eq!(late["pids"]["limit"], 1);
+        assert_eq!(late["cpu"]["quota"], 1000);
+        assert_eq!(late["unified"]["pids.max"], "1");
+        assert!(late["memory"].is_null() && late["devices"].is_null());
+        let left = serde_json::to_value(&spec).unwrap();
+        let left = &left["linux"]["resources"];
+        assert!(left["pids"].is_null() && left["cpu"].is_null() && left["unified"].is_null());
+        assert_eq!(left["memory"]["limit"], 4096);
+        assert_eq!(left["devices"][0]["allow"], false);
     }
 
     #[test]

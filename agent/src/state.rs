@@ -218,6 +218,7 @@ impl State {
         if let Some(hooks) = StartHooks::take(&mut spec, id, &bundle(id)) {
             hooks.save(&bundle(id))?;
         }
+        let late = configuration::take_late_limits(&mut spec);
         helper::save(id, &spec)?;
         let uid = spec
             .process()
@@ -228,6 +229,9 @@ impl State {
             .await?;
         // libcontainer accepts device rules but, without its BPF feature, ignores them.
         device_rules::apply(id, &spec)?;
+        if let Some(limits) = &late {
+            cgroup::set(id, limits)?;
+        }
         let key = (id.to_owned(), String::new());
         // It waits for its start; an exec process sets up its terminal itself.
         let settings = console::Settings::of(&request.stdio);

@@ -85,7 +85,7 @@ pub use loopback::Loopback;
 pub use names::NameServer;
 pub use network::{HostEnd, Neighbour, NetworkConfig, Route};
 pub use oci::from_config::search_and_options;
-pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPids};
+pub use oci::{Bundle, DEFAULT_PATH, SharedNamespaces, SharedPids, check_configuration};
 pub use oci_spec;
 pub use out_of_reach::host_addresses;
 pub use patience::DiskWrites;

@@ -37,7 +37,8 @@ pub struct Settings {
     /// otherwise, the number at its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpus_max: Option<u32>,
-    /// Maximum memory of a sandbox in MiB. Default: for a pod, the memory of the host; otherwise, the memory at its start.
+    /// Maximum memory of a sandbox in MiB. Default: the memory of the host; on a host that does not overcommit memory
+    /// (`vm.overcommit_memory` is 2), the memory at its start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_max_mib: Option<u64>,
     /// Cache policy of the guest for shared files: `never`, `auto`, `always` or `writeback` (docs/devices.md).
@@ -280,14 +281,15 @@ impl Settings {
         }
     }
 
-    /// The configuration of a sandbox of this size; `grows` leaves room for more.
+    /// The configuration of a sandbox of this size, with room for more memory; `grows` leaves room for more CPUs and disks,
+    /// too.
     pub fn sandbox(&self, size: Size, grows: bool) -> SandboxConfig {
         let cpus_max = self.cpus_max.or_else(|| grows.then(host_cpus));
         // More CPUs than the host has, or than the maximum, are of no use.
         let most = cpus_max.unwrap_or(koya_vmm::MAX_CPUS).max(self.cpus);
         let cpus = size.cpus.unwrap_or(self.cpus).min(most);
         let memory_mib = size.memory_mib.unwrap_or(self.memory_mib);
-        let memory_max_mib = self.memory_max_mib.or_else(|| grows.then(host_memory_mib));
+        let memory_max_mib = self.memory_max_mib.or_else(room_for_memory);
         SandboxConfig {
             cpus,
             cpus_max: cpus_max.map(|max| max.max(cpus)),
@@ -319,10 +321,16 @@ fn host_cpus() -> u32 {
     ranges.sum::<u32>().clamp(1, koya_vmm::MAX_CPUS)
 }
 
-fn host_memory_mib() -> u64 {
+/// Memory of the host in MiB. `None` if it does not overcommit: then address space counts as memory in use
+/// (Linux, mm/overcommit-accounting).
+fn room_for_memory() -> Option<u64> {
+    let policy = fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default();
+    if policy.trim() == "2" {
+        return None;
+    }
     let host = rustix::system::sysinfo();
     let bytes = (host.totalram as u64).saturating_mul(host.mem_unit.into());
-    (bytes >> 20).min(koya_vmm::MAX_MEMORY_MIB)
+    Some((bytes >> 20).min(koya_vmm::MAX_MEMORY_MIB))
 }
 
 /// In the format of a settings file.

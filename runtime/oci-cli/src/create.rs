@@ -114,6 +114,7 @@ impl Wanted {
                  io.containerd.koya.v2 for them"
             );
         }
+        spec.check()?;
         program::check_mount_points(&spec, &args.bundle)?;
         program::check(&spec, &args.bundle)?;
         if let Some(process) = spec.config().process() {

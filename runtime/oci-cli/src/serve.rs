@@ -16,7 +16,7 @@ use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
     CreateTask, Event, EventSink, ExecTask, Exit, Spec, StdioConfig, StdioDescriptors, TaskSet,
-    TaskSetConfig, cgroup, read_process,
+    TaskSetConfig, cgroup, read_process, read_resources,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -341,8 +341,7 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         Request::Pause => tasks.pause(id)?,
         Request::Resume => tasks.resume(id)?,
         Request::Update(resources) => {
-            let resources =
-                serde_json::from_value(resources).context("the resources are broken")?;
+            let resources = read_resources(resources.to_string().as_bytes())?;
             tasks.update(id, &resources)?;
         }
         Request::Stats => return Ok(Answer::Stats(events::data(&tasks.stats(id)?))),

@@ -19,7 +19,7 @@ use containerd_shim_protos::shim_async::{Task, create_task};
 use koya::vmm::guest_text;
 use koya_tasks::{
     CreateTask, Error, ExecTask, Mount, Spec, Status, StdioConfig, StdioPaths, TaskSet,
-    read_process,
+    read_process, read_resources,
 };
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
@@ -278,8 +278,7 @@ impl Task for Service {
                 .resources
                 .as_ref()
                 .context("there are no resources")?;
-            let resources =
-                serde_json::from_slice(&resources.value).context("the resources are broken")?;
+            let resources = read_resources(&resources.value)?;
             tasks.update(&request.id, &resources)
         })
         .await?;

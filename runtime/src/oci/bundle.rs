@@ -1,5 +1,6 @@
 //! The input of an OCI runtime for a container: a configuration and a root file system.
 
+use crate::account::Accounts;
 use crate::{Container, Error, ProcessStreams, Sandbox};
 use oci_spec::runtime::Spec;
 use std::os::unix::fs::FileTypeExt;
@@ -17,6 +18,26 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// Meaning of namespaces that the configuration names by path.
     pub shared: SharedNamespaces,
+}
+
+impl Bundle {
+    /// Validates it as far as that is possible without a virtual machine: its creation repeats that. The root file system
+    /// must be mounted.
+    ///
+    /// # Errors
+    /// The unsupported or invalid part of the configuration.
+    pub fn check(&self) -> Result<(), Error> {
+        let root = Root::of(&self.rootfs)?;
+        super::adapt("container", self.clone(), root, &Accounts::default()).map(drop)
+    }
+}
+
+/// Validates a configuration by itself, without looking at the files that it names.
+///
+/// # Errors
+/// The unsupported or invalid part.
+pub fn check_configuration(spec: &Spec) -> Result<(), Error> {
+    super::refuse_what_cannot_be_had(spec)
 }
 
 impl Sandbox {

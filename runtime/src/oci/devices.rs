@@ -112,6 +112,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
     let mut devices = Vec::new();
     let mut adapted = Adapted::default();
     for device in linux.devices().iter().flatten() {
+        let device = &in_the_root(device);
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
         let rules = linux
@@ -145,6 +146,14 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
         leave_out_disks(resources);
     }
     Ok(adapted)
+}
+
+/// The device at an absolute path: a relative one starts at the container's root, as with runc and crun.
+fn in_the_root(device: &oci::LinuxDevice) -> oci::LinuxDevice {
+    let mut device = device.clone();
+    let path = Path::new("/").join(device.path());
+    device.set_path(path);
+    device
 }
 
 /// Removes rules for disks: the host's numbers belong to other disks in the guest.

@@ -17,9 +17,10 @@ pub(crate) mod process;
 mod seccomp;
 mod shares;
 mod tmpfs;
+mod valid;
 
 pub(crate) use bundle::Root;
-pub use bundle::{Bundle, SharedNamespaces, SharedPids};
+pub use bundle::{Bundle, SharedNamespaces, SharedPids, check_configuration};
 pub(crate) use devices::HostDisk;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
@@ -27,6 +28,7 @@ pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 use crate::Error;
 use crate::account::Accounts;
 use crate::block_volume::GuestVolume;
+use koya_protocol::hook;
 use koya_protocol::messages::EphemeralVolume;
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{self as oci, LinuxNamespaceType, Spec};
@@ -130,7 +132,12 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
     share
 }
 
+/// Refuses a configuration that is invalid or not supported by itself, whatever the host and the guest are like.
+///
+/// # Errors
+/// The part, by name.
 fn refuse_what_cannot_be_had(spec: &Spec) -> Result<(), Error> {
+    valid::check(spec)?;
     let Some(process) = spec.process() else {
         return Err(Error::invalid("process", "it is missing"));
     };
@@ -180,6 +187,12 @@ fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
             return Err(refuse("hooks", reason));
         }
     }
+    let own = hooks.start_container().iter().flatten();
+    for (index, hook) in own.enumerate() {
+        let place = hook::failure("startContainer", index, hook);
+        let wrong = |why| Error::invalid("hooks", format!("{place}: {why}"));
+        hook::program(hook).map_err(wrong)?;
+    }
     Ok(())
 }
 
@@ -203,8 +216,18 @@ pub(crate) fn only_the_guests(resources: &mut oci::LinuxResources) {
     resources.set_network(None);
     resources.set_rdma(None);
     resources.set_hugepage_limits(None);
+    if let Some(memory) = resources.memory() {
+        let mut memory = *memory;
+        // As for runc, 0 means that there is none.
+        let amount = |value: Option<i64>| value.filter(|value| *value != 0);
+        memory.set_limit(amount(memory.limit()));
+        memory.set_swap(amount(memory.swap()));
+        resources.set_memory(Some(memory));
+    }
     if let Some(cpu) = resources.cpu() {
         let mut cpu = *Box::new(cpu.clone());
+        cpu.set_quota(cpu.quota().filter(|quota| *quota != 0));
+        cpu.set_period(cpu.period().filter(|period| *period != 0));
         cpu.set_cpus(None);
         cpu.set_mems(None);
         cpu.set_realtime_period(None);

@@ -77,6 +77,10 @@ pub(super) fn adapt(linux: &mut oci::Linux, pids: &SharedPids) -> Result<(), Err
         namespaces.push(own);
     }
     linux.set_namespaces(Some(namespaces));
+    if !has_offsets {
+        // An empty list would require a namespace of clocks, which was left out.
+        linux.set_time_offsets(None);
+    }
     Ok(())
 }
 

@@ -161,6 +161,21 @@ fn a_privileged_container_has_the_disks_that_are_named_and_not_the_hosts_list() 
 }
 
 #[test]
+fn a_device_at_a_relative_path_is_in_the_root() {
+    let (_dir, bundle) = bundle(|spec| {
+        let node = |path: &str| json!({"path": path, "type": "c", "major": 1, "minor": 3});
+        spec["linux"]["devices"] = json!([node("x"), node("/dev/y")]);
+    });
+    let adapted = adapt_it("c", bundle).unwrap();
+    let nodes = adapted.spec.linux().as_ref().unwrap().devices().clone();
+    let paths = nodes.unwrap().into_iter().map(|node| node.path().clone());
+    assert_eq!(
+        paths.collect::<Vec<_>>(),
+        [Path::new("/x"), Path::new("/dev/y")]
+    );
+}
+
+#[test]
 fn a_block_device_with_the_number_of_a_guests_character_device_is_none_of_the_guests() {
     let character = json!({"path": "/dev/null", "type": "c", "major": 1, "minor": 3});
     let ram = json!({"path": "/dev/xvdr", "type": "b", "major": 1, "minor": 3});
@@ -177,6 +192,11 @@ fn users_of_their_own_get_the_guests_sysfs() {
             let sysfs = json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
                 "options": ["ro", "nosuid"]});
             spec["mounts"] = json!([sysfs]);
+            if namespaces.to_string().contains("user") {
+                let all = json!([{"containerID": 0, "hostID": 1000, "size": 9}]);
+                spec["linux"]["uidMappings"] = all.clone();
+                spec["linux"]["gidMappings"] = all;
+            }
             spec["linux"]["namespaces"] = namespaces;
         });
         let adapted = adapt_it("c", bundle).unwrap();
@@ -434,6 +454,8 @@ fn a_root_that_is_an_image_is_the_guests_to_mount() {
 fn a_bundle_keeps_what_it_says() {
     let (_dir, bundle) = bundle(|spec| {
         spec["hostname"] = "said".into();
+        let namespaces = spec["linux"]["namespaces"].as_array_mut();
+        namespaces.unwrap().push(json!({"type": "uts"}));
         spec["process"] = json!({"terminal": true, "user": {"uid": 5, "gid": 6, "additionalGids": [7], "umask": 63},
             "args": ["a", "b"], "cwd": "/w", "env": ["PATH=/p", "HOME=/h", "X=y"],
             "capabilities": {"bounding": ["CAP_KILL"], "ambient": ["CAP_KILL"]},

@@ -119,6 +119,7 @@ impl TaskSet {
             return changed;
         }
         if let Some(group) = task.spec.cgroup().filter(|group| group.exists()) {
+            task.limit_time_on_host();
             host_limits::apply(&group, resources)?;
         }
         Ok(())

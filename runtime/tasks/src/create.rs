@@ -15,7 +15,7 @@ use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 /// The container whose virtual machine a container joins, and those whose namespaces it shares: its configuration refers to
 /// them by processes of the host.
@@ -55,6 +55,7 @@ impl CreateTask {
         let hooks = self.spec.take_host_hooks();
         let root = self.spec.0.root().as_ref();
         let root = root.map(|root| root.path().clone()).unwrap_or_default();
+        let has_root = !self.mounts.is_empty() || !root.as_os_str().is_empty();
         let rootfs = match self.mounts.is_empty() {
             true => self.bundle.join(root),
             false => self.bundle.join("rootfs"),
@@ -66,6 +67,9 @@ impl CreateTask {
             None => self.spec.role(&self.id),
         };
         if role != Role::Sandbox {
+            if !has_root {
+                return Err(anyhow!("root: it is missing").into());
+            }
             self.spec.add_block_volumes(&self.settings)?;
         }
         let settings = match role {
@@ -87,6 +91,7 @@ impl CreateTask {
             settings,
             init: Process::new(self.stdio),
             pid_holder: PidHolder::new()?,
+            time_limits: Once::new(),
         };
         Ok((task, self.mounts))
     }
@@ -180,8 +185,11 @@ impl TaskSet {
         if task.is_pod() {
             self.run_hooks_of_creation(task)?;
             self.boot(task)?;
+            task.limit_on_host()?;
+            task.limit_time_on_host();
             return Ok(());
         }
+        koya::check_configuration(&task.spec.0)?;
         if !mounts.is_empty() {
             mounts::mount_all(mounts, &task.rootfs)?;
             self.change(|state| {
@@ -192,6 +200,10 @@ impl TaskSet {
         }
         task.init.open_streams(&task.id, &self.config.namespace)?;
         self.run_hooks_of_creation(task)?;
+        if !task.is_member() {
+            // Before a virtual machine is started for it. Hooks may have changed files that it names.
+            self.bundle(task).check()?;
+        }
         // Interfaces may still be added to a new network namespace before the start.
         if task.spec.network() != Network::New {
             self.make(task)?;
@@ -239,7 +251,26 @@ impl TaskSet {
     ) -> Result<Arc<dyn GuestContainer>, Error> {
         let machine = self.boot(task)?;
         self.resize_guest()?;
-        let bundle = Bundle {
+        let bundle = self.bundle(task);
+        let (container, streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
+        let connected = task.init.take_io().connect(streams).map_err(Error::from);
+        let limited = match task.is_member() {
+            true => Ok(()),
+            false => task.limit_on_host(),
+        };
+        let relay = match connected.and_then(|relay| limited.map(|()| Arc::new(relay))) {
+            Ok(relay) => relay,
+            Err(error) => {
+                container.remove().ok();
+                return Err(error);
+            }
+        };
+        task.init.made(Handle::Init(container.clone()), relay);
+        Ok(container)
+    }
+
+    fn bundle(&self, task: &Task) -> Bundle {
+        Bundle {
             spec: match task.role {
                 Role::Single => task.spec.without_network_sysctls(),
                 Role::Sandbox | Role::Member { .. } => task.spec.0.clone(),
@@ -247,17 +278,7 @@ impl TaskSet {
             directory: task.bundle.clone(),
             rootfs: task.rootfs.clone(),
             shared: self.shared_namespaces(task),
-        };
-        let (container, streams) = machine.create(&task.id, &bundle, &task.init.wanted)?;
-        let relay = match task.init.take_io().connect(streams) {
-            Ok(relay) => Arc::new(relay),
-            Err(error) => {
-                container.remove().ok();
-                return Err(error.into());
-            }
-        };
-        task.init.made(Handle::Init(container.clone()), relay);
-        Ok(container)
+        }
     }
 
     /// The container in the guest, created now if it waited for interfaces. The caller has the task's turn.

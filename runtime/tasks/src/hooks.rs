@@ -92,6 +92,27 @@ pub struct Place<'a> {
     pub network: Option<&'a File>,
 }
 
+/// Checks hooks before any of them is run. Those of poststop are not: they are run even where one of them fails.
+///
+/// # Errors
+/// The invalid hook.
+pub(crate) fn check(hooks: &Hooks) -> Result<(), Error> {
+    let kinds = [
+        Kind::Prestart,
+        Kind::CreateRuntime,
+        Kind::CreateContainer,
+        Kind::Poststart,
+    ];
+    for kind in kinds {
+        for (index, hook) in kind.of(hooks).iter().enumerate() {
+            let failure =
+                |why: String| anyhow!(why).context(hook::failure(kind.name(), index, hook));
+            hook::program(hook).map_err(failure)?;
+        }
+    }
+    Ok(())
+}
+
 /// Runs hooks one after the other until one fails. Each gets the container's state on its standard input.
 ///
 /// # Errors

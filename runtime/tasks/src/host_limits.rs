@@ -23,6 +23,31 @@ pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()>
     set(group, &limits(resources, &read), is_ours(group))
 }
 
+/// The same without limits of CPU time, which would slow down the creation and the start of a container in the guest.
+///
+/// # Errors
+/// As above.
+pub(crate) fn apply_all_but_time(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
+    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+    let mut limits = limits(resources, &read);
+    limits.retain(|limit| !is_time(limit));
+    set(group, &limits, is_ours(group))
+}
+
+/// Sets the limits of CPU time. The guest has them, too, so failures are only logged.
+pub(crate) fn apply_time(group: &Path, resources: &oci::LinuxResources) {
+    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+    let mut limits = limits(resources, &read);
+    limits.retain(is_time);
+    if let Err(error) = set(group, &limits, is_ours(group)) {
+        log::warn!("{error:#}");
+    }
+}
+
+fn is_time((file, _): &Limit) -> bool {
+    file.starts_with("cpu.")
+}
+
 fn set(group: &Path, limits: &[Limit], is_ours: bool) -> Result<()> {
     for (file, value) in limits {
         match cgroup::set(group, file, value) {

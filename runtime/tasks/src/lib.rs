@@ -84,4 +84,4 @@ pub use set::{TaskSet, TaskSetConfig, TaskState};
 pub use spec::{Role, Spec};
 pub use stdio::{StdioConfig, StdioDescriptors, StdioPaths};
 pub use terminate::{send_signal, terminate};
-pub use words::read_process;
+pub use words::{read_process, read_resources};

@@ -58,6 +58,10 @@ impl TaskSet {
             task.init.not_started();
             return Err(error.into());
         }
+        if !task.is_member() {
+            // Not earlier: the guest would take long to create and start the container.
+            task.limit_time_on_host();
+        }
         if let Err(error) = self.run_hooks(task, &[Kind::Poststart]) {
             // As with runc, the container is killed if a hook fails.
             container.kill(true).ok();

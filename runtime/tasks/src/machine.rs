@@ -2,7 +2,6 @@
 //! without a guest.
 
 use crate::Error;
-use crate::host_limits;
 use crate::namespaces::interfaces;
 use crate::resize::bound_memory;
 use crate::set::{State, Task, TaskSet};
@@ -316,6 +315,7 @@ impl Starting<'_> {
         let is_stopping = self.0.change(|state| {
             if !state.is_stopping {
                 state.machine = Machine::Running(machine.clone());
+                state.first_size = Some(size);
                 state.size = Some(size);
             }
             state.is_stopping
@@ -368,12 +368,6 @@ impl TaskSet {
                 name_server: task.spec.name_server(),
             },
         )?;
-        if let Some((group, resources)) = task.spec.cgroup().zip(task.spec.resources())
-            && let Err(error) = host_limits::apply(&group, resources)
-        {
-            machine.kill();
-            return Err(error.into());
-        }
         bound_memory(task, &*machine, None);
         if let Err(error) = self.publish_ooms(machine.clone()) {
             machine.kill();

@@ -4,7 +4,7 @@ use crate::Error;
 use crate::cgroup;
 use crate::machine::{Machine, VirtualMachine};
 use crate::set::{Entry, State, Task, TaskSet};
-use crate::size::{Limits, at_most, sum_of_limits, target};
+use crate::size::{Limits, at_most, larger, sum_of_limits, target};
 use crate::sync::spawn;
 use anyhow::anyhow;
 use koya::Size;
@@ -43,13 +43,19 @@ impl State {
             .values()
             .partition(|entry| entry.task.is_member());
         let first = own.first()?;
-        let members: Vec<Limits> = members.iter().map(|entry| entry.limits).collect();
+        let mut limits: Vec<Limits> = members.iter().map(|entry| entry.limits).collect();
+        let is_pod = first.task.is_pod();
+        if !is_pod && first.limits.memory.is_some() {
+            // It has processes of its own, with this limit.
+            limits.push(first.limits);
+        }
         let settings = &first.task.settings;
         let own = sum_of_limits(settings, &[first.limits]);
+        let all = larger(own, sum_of_limits(settings, &limits));
         let most = machine.max_size();
-        let mut size = target(own, sum_of_limits(settings, &members), most);
-        if !first.task.is_pod() {
-            // A machine that others join was not told of them: its memory is all that there is.
+        let mut size = target(self.first_size.unwrap_or(own), all, most);
+        if !is_pod {
+            // A limit may exceed the memory of the host, and then there is no more.
             size = at_most(size, most);
         }
         (self.size != Some(size)).then(|| Resize {

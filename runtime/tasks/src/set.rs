@@ -4,6 +4,7 @@ use crate::Error;
 use crate::create::Joins;
 use crate::event::{Event, EventSink};
 use crate::exec::Exec;
+use crate::host_limits;
 use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
 use crate::pid_holder::PidHolder;
 use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
@@ -16,7 +17,7 @@ use koya::{Settings, Size};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar};
+use std::sync::{Arc, Condvar, Once};
 use std::time::{Duration, Instant};
 
 /// Time limits of a task set.
@@ -69,6 +70,8 @@ pub(crate) struct Task {
     pub(crate) settings: Settings,
     pub(crate) init: Process,
     pub(crate) pid_holder: PidHolder,
+    /// Limits of CPU time on the host.
+    pub(crate) time_limits: Once,
 }
 
 impl Task {
@@ -89,6 +92,23 @@ impl Task {
     /// Whether it is a pod sandbox container: nothing of it runs in the guest.
     pub(crate) fn is_pod(&self) -> bool {
         self.role == Role::Sandbox
+    }
+
+    /// Sets those of its limits that apply to the sandbox's control group on the host, except for CPU time.
+    pub(crate) fn limit_on_host(&self) -> Result<(), Error> {
+        match self.spec.cgroup().zip(self.spec.resources()) {
+            Some((group, resources)) => Ok(host_limits::apply_all_but_time(&group, resources)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets its limits of CPU time there, unless that was done before: an update may have changed them since.
+    pub(crate) fn limit_time_on_host(&self) {
+        self.time_limits.call_once(|| {
+            if let Some((group, resources)) = self.spec.cgroup().zip(self.spec.resources()) {
+                host_limits::apply_time(&group, resources);
+            }
+        });
     }
 
     pub(crate) fn container(&self) -> Option<Arc<dyn GuestContainer>> {
@@ -128,6 +148,8 @@ pub(crate) struct State {
     pub(crate) has_died: bool,
     /// Whether the guest is being resized; one thread at a time may.
     pub(crate) is_resizing: bool,
+    /// The size of the guest at its start.
+    pub(crate) first_size: Option<Size>,
     /// The size last requested of the guest.
     pub(crate) size: Option<Size>,
     /// Time of the last end of a container; `None` if the guest was resized since, or need not be.

@@ -62,21 +62,27 @@ pub(crate) fn sum_of_limits(settings: &Settings, all: &[Limits]) -> Size {
     }
 }
 
-/// Size of a sandbox that started with `own`, and whose containers may use `all` together.
-pub(crate) fn target(own: Size, all: Size, most: Size) -> Size {
+/// The larger of two sizes, part by part.
+pub(crate) fn larger(one: Size, other: Size) -> Size {
+    Size {
+        cpus: one.cpus.max(other.cpus),
+        memory_mib: one.memory_mib.max(other.memory_mib),
+    }
+}
+
+/// Size of a sandbox that started with `first`, and whose containers may use `all` together.
+pub(crate) fn target(first: Size, all: Size, most: Size) -> Size {
     // The kernel's page tables for plugged memory are in the initial memory.
     const TABLES: u64 = 64;
-    let (own_mib, all_mib) = (own.memory_mib.unwrap_or(0), all.memory_mib.unwrap_or(0));
-    let mut mib = own_mib.max(all_mib);
-    mib += (mib - own_mib).div_ceil(TABLES);
+    let (first_mib, mut mib) = (first.memory_mib.unwrap_or(0), all.memory_mib.unwrap_or(0));
+    mib += mib.saturating_sub(first_mib).div_ceil(TABLES);
     // The part for the agent and tables may be reduced, but not the containers' limits.
     let most_mib = most.memory_mib.unwrap_or(u64::MAX);
-    if mib > most_mib && mib - ROOM_MIB <= most_mib {
+    if mib > most_mib && mib.saturating_sub(ROOM_MIB) <= most_mib {
         mib = most_mib;
     }
     Size {
-        // Limits of a pod as a whole are available from its start.
-        cpus: own.cpus.max(all.cpus).min(most.cpus),
+        cpus: all.cpus.min(most.cpus),
         memory_mib: Some(mib),
     }
 }
@@ -132,7 +138,10 @@ mod tests {
             memory_mib: Some(mib),
         };
         let most = size(4, 4096);
-        assert_eq!(target(size(1, 512), size(1, 100), most), size(1, 512));
+        assert_eq!(larger(size(1, 512), size(2, 100)), size(2, 512));
+        assert_eq!(target(size(1, 512), size(1, 512), most), size(1, 512));
+        // A limit was lowered.
+        assert_eq!(target(size(1, 512), size(1, 100), most), size(1, 100));
         assert_eq!(target(size(1, 512), size(8, 1152), most), size(4, 1162));
         // The containers' limits fit, but not all of the overhead.
         assert_eq!(

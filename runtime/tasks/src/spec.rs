@@ -2,10 +2,11 @@
 
 use crate::Error;
 use crate::cgroup;
+use crate::hooks;
 use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
 use crate::words;
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use koya::Settings;
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
@@ -44,6 +45,20 @@ impl Spec {
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let spec = words::read_spec(&text);
         Ok(Self(spec.with_context(|| path.display().to_string())?))
+    }
+
+    /// Validates the configuration by itself: what is not supported, and what is invalid whatever the guest is like.
+    ///
+    /// # Errors
+    /// The part, by name.
+    pub fn check(&self) -> Result<(), Error> {
+        let root = self.0.root().as_ref();
+        if root.is_none_or(|root| root.path().as_os_str().is_empty()) {
+            return Err(anyhow!("root: it is missing").into());
+        }
+        let mut guests = Self(self.0.clone());
+        hooks::check(&guests.take_host_hooks())?;
+        Ok(koya::check_configuration(&guests.0)?)
     }
 
     fn annotation(&self, names: &[&str]) -> Option<&str> {

@@ -24,7 +24,37 @@ pub fn read_process(text: &[u8]) -> anyhow::Result<oci::Process> {
 
 /// Parses a container's configuration.
 pub(crate) fn read_spec(text: &[u8]) -> serde_json::Result<oci::Spec> {
-    read(text, "/process")
+    let mut spec: oci::Spec = read(text, "/process")?;
+    if let Some(linux) = spec.linux_mut()
+        && let Some(resources) = linux.resources_mut()
+    {
+        drop_unset_pids(resources, text, "/linux/resources");
+    }
+    Ok(spec)
+}
+
+/// Parses limits: `linux.resources` of a configuration.
+///
+/// # Errors
+/// If they are invalid.
+pub fn read_resources(text: &[u8]) -> anyhow::Result<oci::LinuxResources> {
+    let resources = read(text, "/process").context("the resources are broken");
+    let mut resources: oci::LinuxResources = resources?;
+    drop_unset_pids(&mut resources, text, "");
+    Ok(resources)
+}
+
+/// Removes a limit of processes that has no value: the library reads it as 0, which is a limit. `place` is the JSON path of
+/// the resources in the text.
+fn drop_unset_pids(resources: &mut oci::LinuxResources, text: &[u8], place: &str) {
+    if resources.pids().is_none_or(|pids| pids.limit() != 0) {
+        return;
+    }
+    let value: Value = serde_json::from_slice(text).unwrap_or_default();
+    let limit = value.pointer(&format!("{place}/pids/limit"));
+    if limit.is_none_or(Value::is_null) {
+        resources.set_pids(None);
+    }
 }
 
 /// Parses a document with a process at this JSON path. Most documents need no changes.
@@ -123,6 +153,21 @@ mod tests {
         let resources = linux.resources().as_ref().unwrap();
         assert_eq!(resources.devices().as_ref().unwrap()[0].typ(), None);
         assert!(spec.process().is_none());
+        assert!(resources.pids().is_none(), "no limit is none");
+    }
+
+    #[test]
+    fn no_limit_of_processes_is_not_a_limit_of_0() {
+        let of = |text: &str| {
+            let resources = read_resources(text.as_bytes()).unwrap();
+            resources.pids().map(|pids| pids.limit())
+        };
+        assert_eq!(of(r#"{"pids": {}}"#), None);
+        assert_eq!(of(r#"{"pids": {"limit": null}}"#), None);
+        assert_eq!(of(r#"{"pids": {"limit": 0}}"#), Some(0));
+        assert_eq!(of(r#"{"pids": {"limit": -1}}"#), Some(-1));
+        assert_eq!(of(r#"{"cpu": {"shares": null}}"#), None);
+        assert!(read_resources(br#"{"pids": {"limit": "x"}}"#).is_err());
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::path::Path;
 crate::trials!(
     limits_of_cpus_and_disks_are_the_hosts_too,
     limits_are_changed_as_by_runc,
+    the_lowest_limits_do_not_prevent_a_creation,
+    a_guest_grows_with_its_limit_of_memory,
     a_group_is_kept_until_its_container_is_deleted
 );
 
@@ -165,6 +167,61 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
     );
     ensure!(koya.is("limits-u", "running")?.is_some(), "it was killed");
     koya.ok(&["delete", "--force", "limits-u"])?;
+    Ok(())
+}
+
+/// As by runc since 1.4, 0 processes means 1. The limits are set when the container's process waits for its start.
+fn the_lowest_limits_do_not_prevent_a_creation() -> Result<()> {
+    const NAME: &str = "koya-oci-low";
+    let runtime = Runtime::koya()?;
+    let read = "/sys/fs/cgroup/pids.max";
+    for (limits, expected) in [
+        (json!({"pids": {"limit": 0}}), "1"),
+        (json!({"unified": {"pids.max": "1"}}), "1"),
+        (json!({"pids": {"limit": -1}}), "max"),
+        (json!({"pids": {}}), "max"),
+    ] {
+        let low = bundle("exec sleep 1000", |config| {
+            config["linux"]["resources"] = limits.clone();
+        })?;
+        runtime.ok(&["run", "-d", "--bundle", text(&low)?, "limits-p"])?;
+        let found = runtime.ok(&["exec", "limits-p", "cat", read])?;
+        ensure!(found == expected, "{limits}: {found}");
+        runtime.ok(&["delete", "--force", "limits-p"])?;
+    }
+    let slow = bundle("exec sleep 1000", |config| {
+        config["linux"]["cgroupsPath"] = format!("/{NAME}").into();
+        config["linux"]["resources"] = json!({"cpu": {"quota": 3000, "period": 100_000}});
+    })?;
+    runtime.ok(&["create", "--bundle", text(&slow)?, "limits-s"])?;
+    runtime.ok(&["start", "limits-s"])?;
+    let set = limit(NAME, "cpu.max")?;
+    ensure!(set == "3000 100000", "{set}");
+    ensure!(runtime.is("limits-s", "running")?.is_some());
+    runtime.ok(&["delete", "--force", "limits-s"])?;
+    Ok(())
+}
+
+fn a_guest_grows_with_its_limit_of_memory() -> Result<()> {
+    const NAME: &str = "koya-oci-grows";
+    let runtime = Runtime::koya()?;
+    let small = bundle("exec sleep 1000", |config| {
+        config["linux"]["cgroupsPath"] = format!("/{NAME}").into();
+        config["linux"]["resources"] = json!({"memory": {"limit": 100 << 20}});
+    })?;
+    runtime.ok(&["run", "-d", "--bundle", text(&small)?, "limits-m"])?;
+    runtime.ok(&["update", "--memory", "400M", "limits-m"])?;
+    let script = "cat /sys/fs/cgroup/memory.max
+        awk '/^MemTotal/ { print ($2 >= 400 * 1024) }' /proc/meminfo
+        dd if=/dev/zero of=/dev/null bs=250M count=1 2>/dev/null && echo used";
+    let said = runtime.ok(&["exec", "limits-m", "sh", "-c", script])?;
+    ensure!(said == format!("{}\n1\nused", 400 << 20), "{said}");
+    let hosts: u64 = limit(NAME, "memory.max")?.parse()?;
+    ensure!(hosts > 400 << 20, "{hosts}");
+    runtime.ok(&["update", "--memory", "100M", "limits-m"])?;
+    let said = runtime.ok(&["exec", "limits-m", "cat", "/sys/fs/cgroup/memory.max"])?;
+    ensure!(said == (100 << 20).to_string(), "{said}");
+    runtime.ok(&["delete", "--force", "limits-m"])?;
     Ok(())
 }
 

@@ -69,7 +69,7 @@ spec:
     resources: {limits: {memory: 64Mi, cpu: 500m}}
   - name: side
     image: localhost/bb
-    command: [sh, -c, 'until nc -z 127.0.0.1 80; do sleep 1; done; echo there > /host/told; exec sleep 1000']
+    command: [sh, -c, 'until nc 127.0.0.1 80 < /dev/null; do sleep 1; done; echo there > /host/told; exec sleep 1000']
     volumeMounts: [{name: host, mountPath: /host}]
 ---
 apiVersion: apps/v1

@@ -351,10 +351,11 @@ impl Rig {
 
     fn request(&self, id: &str, namespace: &Value, annotations: &Value) -> CreateTask {
         let bundle = self.dir.path().join(id);
-        std::fs::create_dir_all(&bundle).unwrap();
+        std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let config = json!({
             "ociVersion": "1.0.2", "root": {"path": "rootfs"}, "annotations": annotations,
-            "linux": {"namespaces": [namespace]},
+            "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]},
+            "linux": {"namespaces": [namespace, {"type": "mount"}]},
         });
         std::fs::write(bundle.join("config.json"), config.to_string()).unwrap();
         CreateTask {
