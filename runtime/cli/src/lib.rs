@@ -10,6 +10,7 @@ mod client;
 mod config;
 mod container_log;
 mod control;
+mod detach;
 mod disk;
 mod environment;
 mod ignored;
@@ -25,6 +26,7 @@ mod size;
 mod state;
 mod stats;
 mod timeline;
+mod variables;
 mod volume;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -65,6 +67,8 @@ enum Command {
     Logs(list::LogsArgs),
     /// Stop containers: send SIGTERM (or their stop signal), then SIGKILL after a timeout
     Stop(client::StopArgs),
+    /// Wait until containers exit, and print their exit statuses
+    Wait(list::WaitArgs),
     /// Send a signal to containers
     Kill(client::KillArgs),
     /// Remove containers that have exited
@@ -121,6 +125,7 @@ pub fn main() -> ExitCode {
         Command::Ps(args) => list::ps(&args),
         Command::Logs(args) => list::logs(&args),
         Command::Stop(args) => client::stop(&args),
+        Command::Wait(args) => list::wait(&args),
         Command::Kill(args) => client::kill(&args),
         Command::Rm(args) => list::rm(&args),
         Command::Stats(args) => stats::main(&args),

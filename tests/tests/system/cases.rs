@@ -202,7 +202,7 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
     let name = "cases-users";
     let mut start = koya([
         "run",
-        "-d",
+        "-di",
         "--name",
         name,
         "--stop-signal",
@@ -212,12 +212,13 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
     start
         .arg(&root)
         .args(["-v", &volume, "-u", "mounted", "--"]);
-    let wait = "id -u; id -g; echo $HOME; trap 'echo power; exit 5' PWR; echo up; while :; do sleep 0.1; done";
+    // Its input stays open, and it has said no whole line after "up".
+    let wait = "id -u; id -g; echo $HOME; trap 'echo power; exit 5' PWR; echo up; printf 'name? '; read name; echo closed";
     stdout(start.args(["sh", "-c", wait]).output()?)?;
     let container = Background { name: name.into() };
-    container.wait_until("it is up", |said| said.ends_with("up"))?;
+    container.wait_until("it asks", |said| said.ends_with("?"))?;
     ensure!(
-        container.said()? == "1234\n33\n/mnt\nup",
+        container.said()? == "1234\n33\n/mnt\nup\nname?",
         "{}",
         container.said()?
     );
