@@ -33,6 +33,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use koya_tasks::wire;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Exit status of a command if Koya itself failed.
@@ -105,6 +106,11 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let began = Instant::now();
     koya::prepare_process();
+    // A limit of file sizes (`ulimit -f`) is an error of the write, not the end of this process.
+    if let Err(error) = signal_hook::flag::register(libc::SIGXFSZ, Arc::default()) {
+        output::complain!("koya: cannot handle SIGXFSZ: {error}");
+        return ExitCode::from(FAILED);
+    }
     // Open descriptors of the caller must not leak to helpers or to the process of a detached container.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         output::complain!("koya: cannot keep what is open from other programs: {error}");

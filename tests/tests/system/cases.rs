@@ -177,10 +177,11 @@ fn of_32_bits() -> Vec<u8> {
 fn a_user_serves_low_ports_and_may_ping() -> Result<()> {
     let root = scratch("cases-ports")?;
     busybox(&root)?;
-    let script = "echo served | nc -l -p 80 & sleep 2; nc 127.0.0.1 80 < /dev/null; cat /proc/sys/net/ipv4/ping_group_range";
+    let script = "echo served | nc -l -p 80 & sleep 2; nc 127.0.0.1 80 < /dev/null; cd /proc/sys; cat net/ipv4/ping_group_range fs/file-max";
     let said = stdout(run_in(&root, &["-u", "1000"], &["sh", "-c", script])?)?;
     let words: Vec<_> = said.split_whitespace().collect();
-    ensure!(words == ["served", "0", "2147483647"], "{said}");
+    let no_limit = i64::MAX.to_string();
+    ensure!(words == ["served", "0", "2147483647", &no_limit], "{said}");
     Ok(())
 }
 
@@ -245,6 +246,12 @@ fn users_and_programs_are_found_as_the_container_has_them() -> Result<()> {
             "{program}: {output:?}"
         );
     }
+    let refused = run_in(&root, &["-w", "/bin/script"], &["true"])?;
+    let why = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        refused.status.code() == Some(126) && why.contains("directory /bin/script: it is not"),
+        "{refused:?}"
+    );
     stdout(koya(["stop", "-t", "60", name]).output()?)?;
     // It is no error to stop a container that has ended: in scripts `rm` follows.
     stdout(koya(["stop", name]).output()?)?;
