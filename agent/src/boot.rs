@@ -16,6 +16,10 @@ const NOFILE: u64 = 1 << 20;
 /// higher setting on the host (Elasticsearch requires 262144; this is the value of Fedora and Ubuntu).
 const MAX_MAP_COUNT: &str = "1048576";
 
+/// Maximum number of open files in the guest: no limit, as set by systemd. The kernel's follows from the size of the guest, and
+/// a process of a user in a small one would reach it at a fiftieth of its own limit.
+const FILE_MAX: &str = "9223372036854775807";
+
 /// Everything before connecting to the host.
 pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     leave_rootfs().context("cannot leave the initial root file system")?;
@@ -27,6 +31,7 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     raise_limits()?;
     fs::write("/proc/sys/vm/max_map_count", MAX_MAP_COUNT)
         .context("cannot set vm.max_map_count")?;
+    fs::write("/proc/sys/fs/file-max", FILE_MAX).context("cannot set fs.file-max")?;
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
     mount_shares()?;
     mark(times, "shares mounted");

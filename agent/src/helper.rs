@@ -12,6 +12,7 @@ use crate::start_hooks::StartHooks;
 use crate::user_namespace::UserNamespace;
 use anyhow::{Context, Result, anyhow, bail};
 use koya_protocol::Refused;
+use koya_rootfs::Rootfs;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
@@ -204,7 +205,10 @@ fn create(id: &str, console: &str, further: &str, uid: &str) -> Result<i32> {
         .with_systemd(false)
         .with_detach(true)
         .build();
-    let container = built.map_err(|error| why(error, reason.read()))?;
+    let container = built.map_err(|error| {
+        let told = reason.read();
+        why(error, told.or_else(|| no_first_directory(id)))
+    })?;
     Ok(container
         .pid()
         .context("the container has no process")?
@@ -318,7 +322,23 @@ fn exec(
 /// The error for a missing working directory of a process, which libcontainer does not report.
 fn no_directory(id: &str, cwd: &Path) -> Option<Refused> {
     let first = load(id).ok()?.pid()?.as_raw();
-    let root = koya_rootfs::Rootfs::open(Path::new(&format!("/proc/{first}/root"))).ok()?;
+    let root = Rootfs::open(Path::new(&format!("/proc/{first}/root"))).ok()?;
+    not_a_directory(&root, cwd)
+}
+
+/// The same for the first process. Directories in mounts are not seen from here.
+fn no_first_directory(id: &str) -> Option<Refused> {
+    let spec = Spec::load(bundle(id).join(CONFIG)).ok()?;
+    let cwd = spec.process().as_ref()?.cwd();
+    let mut mounts = spec.mounts().iter().flatten();
+    if mounts.any(|mount| cwd.starts_with(mount.destination())) {
+        return None;
+    }
+    let root = Rootfs::open(spec.root().as_ref()?.path()).ok()?;
+    not_a_directory(&root, cwd)
+}
+
+fn not_a_directory(root: &Rootfs, cwd: &Path) -> Option<Refused> {
     let reason = match root.find(cwd) {
         Ok(_) if root.is_directory(cwd) => return None,
         Ok(_) => "it is not a directory".into(),

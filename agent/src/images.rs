@@ -6,6 +6,7 @@
 use anyhow::{Context, Result, bail};
 use koya_protocol::{MAX_ACCOUNTS, Refused, image_root};
 use koya_rootfs::Rootfs;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -58,10 +59,33 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
         fs::create_dir_all(part)?;
     }
     let device = format!("/dev/{disk}");
-    let kind = kind(&device)?;
+    let head = head(&device)?;
+    let Some(kind) = kind_of(&head) else {
+        bail!(Refused::Unsupported(
+            "the image is neither erofs nor ext4".into()
+        ));
+    };
     let no_options = c"";
-    mount(&*device, &parts.lower, kind, MountFlags::RDONLY, no_options)
-        .with_context(|| format!("cannot mount the {kind} file system of {disk}"))?;
+    match mount(&*device, &parts.lower, kind, MountFlags::RDONLY, no_options) {
+        // The kernel says which part it does not support only in its log.
+        Err(Errno::OPNOTSUPP | Errno::INVAL) if is_compressed(&head) => {
+            bail!(Refused::Unsupported(
+                "the image is a compressed erofs file system, which this guest kernel can't read; make it without \
+                 compression (mkfs.erofs without -z)"
+                    .into()
+            ));
+        }
+        // The disk is read-only, so that the kernel can't replay the journal.
+        Err(Errno::ROFS) if kind == "ext4" => {
+            bail!(Refused::Unsupported(
+                "the image's ext4 file system was not unmounted cleanly; repair it first (e2fsck -p FILE)"
+                    .into()
+            ));
+        }
+        mounted => {
+            mounted.with_context(|| format!("cannot mount the {kind} file system of {disk}"))?;
+        }
+    }
     mount(
         "memory",
         &parts.memory,
@@ -94,14 +118,22 @@ fn try_mount(parts: &Parts, disk: &str) -> Result<()> {
     .context("cannot mount an overlay")
 }
 
-/// Detects the file system of an image.
-fn kind(device: &str) -> Result<&'static str> {
+/// The beginning of an image, with the superblock.
+fn head(device: &str) -> Result<[u8; 2048]> {
     let mut head = [0; 2048];
     let file = File::open(device).with_context(|| format!("the guest has no {device}"))?;
     file.read_exact_at(&mut head, 0)
         .context("the image is too small for a file system")?;
-    let kind = kind_of(&head);
-    kind.ok_or_else(|| Refused::Unsupported("the image is neither erofs nor ext4".into()).into())
+    Ok(head)
+}
+
+/// Whether an erofs has compressed files: by its features (LZ4_0PADDING, COMPR_CFGS), or as an old one by the distance of its
+/// matches (erofs_fs.h).
+fn is_compressed(head: &[u8; 2048]) -> bool {
+    const FEATURES: u8 = 0x3;
+    let superblock = &head[1024..];
+    kind_of(head) == Some("erofs")
+        && (superblock[80] & FEATURES != 0 || superblock[84..86] != [0, 0])
 }
 
 /// The file system, by the magic numbers of the superblocks, both at offset 1024.
@@ -150,5 +182,12 @@ mod tests {
         assert_eq!(kind_of(&head), Some("ext4"));
         head[1024..1028].copy_from_slice(&[0xe2, 0xe1, 0xf5, 0xe0]);
         assert_eq!(kind_of(&head), Some("erofs"));
+        assert!(!is_compressed(&head));
+        // By mkfs.erofs -zlz4, and with -C65536.
+        for (features, distance) in [(0x1, 0xffff_u16), (0x3, 1), (0, 0xffff)] {
+            head[1104] = features;
+            head[1108..1110].copy_from_slice(&distance.to_le_bytes());
+            assert!(is_compressed(&head), "{features}");
+        }
     }
 }

@@ -122,10 +122,26 @@ fn check_file_system(path: &Path) -> io::Result<()> {
         }
         Err(error) => Err(error),
         Ok(()) if superblock.starts_with(&EROFS) || superblock[56..58] == EXT4 => Ok(()),
+        Ok(()) if has_partitions(&file)? => Err(io::Error::other(
+            "it has a partition table; a root is a file system without one",
+        )),
         Ok(()) => Err(io::Error::other(
             "its file system is neither erofs nor ext4",
         )),
     }
+}
+
+/// Whether a disk begins with a partition table: GPT, or an MBR with a first partition. Boot sectors of file systems, which
+/// have the same signature, begin with a jump.
+fn has_partitions(file: &File) -> io::Result<bool> {
+    let mut start = [0; 520];
+    file.read_exact_at(&mut start, 0)?;
+    let is_mbr = start[510..512] == [0x55, 0xaa] && !matches!(start[0], 0xe9 | 0xeb);
+    let first = &start[446..462];
+    Ok(
+        start[512..520] == *b"EFI PART"
+            || (is_mbr && matches!(first[0], 0 | 0x80) && first[4] != 0),
+    )
 }
 
 #[cfg(test)]
@@ -171,6 +187,15 @@ mod tests {
         assert!(reason(check(&image)).contains("neither erofs nor ext4"));
         assert!(reason(check(&[])).contains("too small"));
         assert!(reason(check(&image[..4000])).contains("neither erofs nor ext4"));
+        let mut disk = image.clone();
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        assert!(reason(check(&disk)).contains("neither erofs nor ext4"));
+        disk[450] = 0x83;
+        assert!(reason(check(&disk)).contains("partition table"));
+        disk[0] = 0xeb;
+        assert!(reason(check(&disk)).contains("neither erofs nor ext4"));
+        disk[512..520].copy_from_slice(b"EFI PART");
+        assert!(reason(check(&disk)).contains("partition table"));
         image[1080..1082].copy_from_slice(&[0x53, 0xef]);
         check(&image).unwrap();
         assert!(reason(check(&image[..4000])).contains("truncate"));

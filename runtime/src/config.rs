@@ -100,6 +100,10 @@ const SYSCTLS: [(&str, &str); 2] = [
     ("net.ipv4.ping_group_range", "0 2147483647"),
 ];
 
+/// Block devices with a mounted file system may be opened for writing, as on other hosts: mount(8) before util-linux 2.40 holds a
+/// loop device open while it mounts it, and resize2fs(8) the device of a mounted file system.
+const WRITE_MOUNTED: &str = "bdev_allow_write_mounted=1";
+
 impl SandboxConfig {
     /// The sysctls that were requested explicitly: it is an error if the guest kernel does not have one of them.
     pub(crate) fn asked_sysctls(&self) -> BTreeMap<String, String> {
@@ -134,7 +138,8 @@ impl SandboxConfig {
             words += &format!(" hostname={name}");
         }
         // If a parameter is repeated, the last value counts.
-        Ok(format!("{words} {}", self.cmdline).trim_start().to_owned())
+        let words = format!("{words} {WRITE_MOUNTED} {}", self.cmdline);
+        Ok(words.trim_start().to_owned())
     }
 
     /// Maximum number of files that the guest may remember: its kernel needs 1 KiB of guest memory for each.
@@ -155,6 +160,10 @@ mod tests {
             ..SandboxConfig::default()
         };
         let words = words.whole_cmdline().unwrap();
+        assert!(
+            words.contains(" bdev_allow_write_mounted=1 quiet"),
+            "{words}"
+        );
         assert!(
             words.starts_with("sysctl.net.ipv4.ip_unprivileged_port_start=\"0\" "),
             "{words}"

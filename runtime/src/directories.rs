@@ -10,9 +10,11 @@ use std::path::PathBuf;
 pub fn data() -> io::Result<PathBuf> {
     let base = match rustix::process::geteuid().is_root() {
         true => "/var/lib".into(),
-        false => {
-            user_data().ok_or_else(|| io::Error::other("neither XDG_DATA_HOME nor HOME is set"))?
-        }
+        false => user_data().ok_or_else(|| {
+            io::Error::other(
+                "neither XDG_DATA_HOME nor HOME is set, and the user has no home directory",
+            )
+        })?,
     };
     if !base.is_absolute() {
         let reason = format!("{} is not an absolute path", base.display());
@@ -23,7 +25,8 @@ pub fn data() -> io::Result<PathBuf> {
 
 /// The user's data directory.
 pub(crate) fn user_data() -> Option<PathBuf> {
-    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share"));
+    // Without the variable, as under some supervisors, the home directory of the user's account.
+    let home = || Some(std::env::home_dir()?.join(".local/share"));
     variable("XDG_DATA_HOME").or_else(home)
 }
 

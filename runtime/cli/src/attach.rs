@@ -21,6 +21,9 @@ const BUFFER: usize = 64 << 10;
 /// forever.
 const SILENCE: Duration = Duration::from_secs(2);
 
+/// Silence of a stream after which an incomplete line, such as a prompt, is passed on by those who wait for whole ones.
+const QUIET: Duration = Duration::from_millis(200);
+
 /// Time for which a stream may continue in small pieces nevertheless, while the user's side accepts them: background
 /// processes may write occasionally forever.
 const LINGERING: Duration = Duration::from_secs(5);
@@ -75,6 +78,14 @@ impl ProcessStreams {
                 stderr,
             }),
             _ => stdin.map(Self::Terminal),
+        }
+    }
+
+    /// Takes the input of a process without a terminal, whose end is then up to the caller.
+    pub(super) fn take_stdin(&mut self) -> Option<UnixStream> {
+        match self {
+            Self::Terminal(_) => None,
+            Self::Pipes { stdin, .. } => stdin.take(),
         }
     }
 
@@ -181,7 +192,8 @@ impl Pumps {
     }
 }
 
-/// Copies until the end of `from`, or until `ended` is closed and the data in transit has arrived.
+/// Copies until the end of `from`, or until `ended` is closed and the data in transit has arrived. `to` is flushed whenever
+/// `from` pauses.
 ///
 /// # Errors
 /// The error from `to`.
@@ -190,19 +202,31 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> st
     let mut over = false;
     // Since the end: bytes, and time spent waiting for `from` and not for the user.
     let (mut after, mut waited) = (0, Duration::ZERO);
+    // Whether `to` may hold an incomplete line.
+    let mut holds = false;
     loop {
         let began = Instant::now();
-        let timeout = Timespec {
-            tv_sec: SILENCE.as_secs() as i64,
-            tv_nsec: 0,
+        let limit = match (over, holds) {
+            (true, _) => Some(SILENCE),
+            (false, true) => Some(QUIET),
+            (false, false) => None,
         };
+        let timeout = limit.map(|limit| Timespec {
+            tv_sec: limit.as_secs() as i64,
+            tv_nsec: limit.subsec_nanos().into(),
+        });
         let mut fds = [
             PollFd::new(from, PollFlags::IN),
             PollFd::from_borrowed_fd(ended, PollFlags::empty()),
         ];
         let watched = if over { &mut fds[..1] } else { &mut fds[..] };
-        match poll(watched, over.then_some(&timeout)) {
-            Ok(0) => return Ok(()),
+        match poll(watched, timeout.as_ref()) {
+            Ok(0) if over => return Ok(()),
+            Ok(0) => {
+                to.flush()?;
+                holds = false;
+                continue;
+            }
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => return Ok(()),
@@ -218,7 +242,8 @@ fn pump(mut from: &UnixStream, to: &mut impl Write, ended: BorrowedFd<'_>) -> st
                     waited += began.elapsed();
                     after += count;
                 }
-                to.write_all(&buffer[..count]).and_then(|()| to.flush())?;
+                to.write_all(&buffer[..count])?;
+                holds = true;
                 // A full buffer means that more data was waiting.
                 let is_late = waited > LINGERING && count < BUFFER;
                 if is_late || after > UNDER_WAY {
@@ -316,6 +341,29 @@ mod tests {
         let mut got = String::new();
         read.read_to_string(&mut got).unwrap();
         assert_eq!(got, "last words");
+    }
+
+    /// moby/moby 18497.
+    #[test]
+    fn a_prompt_is_flushed_while_its_process_waits() {
+        struct Told(std::sync::mpsc::Sender<Option<Vec<u8>>>);
+        impl Write for Told {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.send(Some(bytes.to_vec())).ok();
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                self.0.send(None).ok();
+                Ok(())
+            }
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        let (pumps, mut theirs) = output_to(Box::new(Told(tell)));
+        theirs.write_all(b"prompt> ").unwrap();
+        assert_eq!(told.recv().unwrap(), Some(b"prompt> ".to_vec()));
+        assert_eq!(told.recv().unwrap(), None);
+        drop(theirs);
+        assert!(pumps.finish());
     }
 
     /// moby/moby 33039, ddev/ddev 732.

@@ -4,9 +4,10 @@ use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_si
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::ignored::passed_on;
 use super::output::{complain, say};
-use super::parse::{expand_env, parse_env, parse_signal};
+use super::parse::parse_signal;
 use super::run::check_terminal;
 use super::state::Directory;
+use super::variables::EnvArgs;
 use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, bail};
@@ -29,10 +30,8 @@ pub(super) struct ExecArgs {
     /// Keep standard input open
     #[arg(long, short)]
     interactive: bool,
-    /// Add an environment variable to those of the container; without a value, pass on that of the current environment, or
-    /// remove the variable
-    #[arg(long, short, value_name = "K[=V]", value_parser = parse_env)]
-    env: Vec<String>,
+    #[command(flatten)]
+    env: EnvArgs,
     /// Set the working directory (default: that of the container)
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
@@ -159,7 +158,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
     let (_, stream) = connect(&args.name)?;
     let request = Request::Exec {
         args: args.command.clone(),
-        env: expand_env(&args.env),
+        env: args.env.read()?,
         cwd: args.workdir.clone(),
         user: args.user.clone(),
         terminal: args.tty.then(|| terminal_size().unwrap_or((0, 0))),

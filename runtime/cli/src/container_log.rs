@@ -87,8 +87,10 @@ impl Lines {
     }
 
     fn log_rest(&mut self) {
-        self.log.write_all(&self.rest).ok();
-        self.rest.clear();
+        if !self.rest.is_empty() {
+            self.log.write_all(&self.rest).ok();
+            self.rest.clear();
+        }
     }
 }
 
@@ -108,8 +110,9 @@ impl Write for Lines {
         Ok(bytes.len())
     }
 
-    /// Keeps an incomplete line.
+    /// Logs an incomplete line, too: called when the stream pauses.
     fn flush(&mut self) -> io::Result<()> {
+        self.log_rest();
         Ok(())
     }
 }
@@ -176,11 +179,14 @@ mod tests {
         out.write_all(b"o\nthree").unwrap();
         err.write_all(b"s\n").unwrap();
         assert_eq!(read(), "one\ntwo\nerrors\n");
-        // Output without line breaks is read too, and is complete at the end.
+        // Output without line breaks is read, too, as is a prompt while its process waits for input.
         err.write_all(&[b'.'; MAX_LINE + 1]).unwrap();
-        drop(out);
+        out.flush().unwrap();
         assert_eq!(read().len(), "one\ntwo\nerrors\nthree".len() + MAX_LINE + 1);
         assert!(read().ends_with(".three"));
+        out.write_all(b", four").unwrap();
+        drop(out);
+        assert!(read().ends_with(".three, four"));
     }
 
     #[test]

@@ -6,9 +6,9 @@
 
 use super::attach::ProcessStreams;
 use super::disk::{DiskRequest, Disks};
-use super::parse::merge_env;
 use super::state::{Directory, Owned};
 use super::stats::Stats;
+use super::variables::merge_env;
 use super::wire::{Wire, send};
 use anyhow::{Context, Result, bail};
 use koya::vmm::host::threads;

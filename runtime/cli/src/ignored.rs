@@ -4,9 +4,9 @@
 use std::sync::OnceLock;
 
 /// Signals that a command forwards to a process in a container: all that are not ignored, except those that can't be caught,
-/// report faults, or concern this command's own children, terminal and streams.
+/// report faults, or concern this command's own children, terminal, streams and files.
 pub(super) fn passed_on() -> Vec<i32> {
-    const OWN: [i32; 17] = [
+    const OWN: [i32; 18] = [
         libc::SIGILL,
         libc::SIGTRAP,
         libc::SIGABRT,
@@ -22,6 +22,7 @@ pub(super) fn passed_on() -> Vec<i32> {
         libc::SIGTTIN,
         libc::SIGTTOU,
         libc::SIGURG,
+        libc::SIGXFSZ,
         libc::SIGWINCH,
         libc::SIGSYS,
     ];

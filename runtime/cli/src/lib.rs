@@ -10,6 +10,7 @@ mod client;
 mod config;
 mod container_log;
 mod control;
+mod detach;
 mod disk;
 mod environment;
 mod ignored;
@@ -25,6 +26,7 @@ mod size;
 mod state;
 mod stats;
 mod timeline;
+mod variables;
 mod volume;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -32,6 +34,7 @@ use koya::vmm::guest_text;
 use koya_tasks::wire;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Exit status of a command if Koya itself failed.
@@ -66,6 +69,8 @@ enum Command {
     Logs(list::LogsArgs),
     /// Stop containers: send SIGTERM (or their stop signal), then SIGKILL after a timeout
     Stop(client::StopArgs),
+    /// Wait until containers exit, and print their exit statuses
+    Wait(list::WaitArgs),
     /// Send a signal to containers
     Kill(client::KillArgs),
     /// Remove containers that have exited
@@ -102,6 +107,11 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let began = Instant::now();
     koya::prepare_process();
+    // A limit of file sizes (`ulimit -f`) is an error of the write, not the end of this process.
+    if let Err(error) = signal_hook::flag::register(libc::SIGXFSZ, Arc::default()) {
+        output::complain!("koya: cannot handle SIGXFSZ: {error}");
+        return ExitCode::from(FAILED);
+    }
     // Open descriptors of the caller must not leak to helpers or to the process of a detached container.
     if let Err(error) = koya::vmm::host::sys::close_on_exec_from(3) {
         output::complain!("koya: cannot keep what is open from other programs: {error}");
@@ -122,6 +132,7 @@ pub fn main() -> ExitCode {
         Command::Ps(args) => list::ps(&args),
         Command::Logs(args) => list::logs(&args),
         Command::Stop(args) => client::stop(&args),
+        Command::Wait(args) => list::wait(&args),
         Command::Kill(args) => client::kill(&args),
         Command::Rm(args) => list::rm(&args),
         Command::Stats(args) => stats::main(&args),

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 /// Time limit for a sandbox to end after SIGKILL: its memory is being freed.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
-/// Polling interval for a followed log, in milliseconds.
+/// Polling interval for a followed log and for an end, in milliseconds.
 const LOG_LOOK_MS: i64 = 100;
 
 #[derive(Args)]
@@ -25,6 +25,16 @@ pub(super) struct PsArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Print only names
+    #[arg(long, short, conflicts_with = "json")]
+    quiet: bool,
+}
+
+#[derive(Args)]
+pub(super) struct WaitArgs {
+    /// The containers
+    #[arg(required = true)]
+    names: Vec<String>,
 }
 
 #[derive(Args)]
@@ -32,6 +42,9 @@ pub(super) struct LogsArgs {
     /// Follow the output until the container exits
     #[arg(long, short)]
     follow: bool,
+    /// Begin with the last LINES lines (default: all)
+    #[arg(long, short = 'n', value_name = "LINES", value_parser = parse_tail)]
+    tail: Option<usize>,
     /// The container
     name: String,
 }
@@ -66,6 +79,12 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
             .unwrap_or_default();
         rows.push((record, status, age));
     }
+    if args.quiet {
+        return rows
+            .iter()
+            .try_for_each(|(record, ..)| say!("{}", record.name))
+            .map(|()| 0);
+    }
     if args.json {
         let all: Vec<_> = rows
             .iter()
@@ -94,15 +113,21 @@ pub(super) fn ps(args: &PsArgs) -> Outcome {
             record.pid,
             status,
             format_age(age),
-            shown_command(&record.command)
+            format_command(&record.command)
         )?;
     }
     Ok(0)
 }
 
-/// The command as one line of a terminal: it may be an image's.
-fn shown_command(words: &[String]) -> String {
-    guest_text::line(words.join(" "))
+/// A command in one line of a terminal; it may be an image's. Control characters are escaped, others that change what is
+/// shown are left out.
+fn format_command(words: &[String]) -> String {
+    let escape = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    let escaped: String = words.join(" ").chars().map(escape).collect();
+    guest_text::line(escaped)
 }
 
 fn format_age(age: Duration) -> String {
@@ -124,6 +149,12 @@ pub(super) fn logs(args: &LogsArgs) -> Outcome {
         );
     }
     let mut log = LogReader::new(&directory.log());
+    if let Some(lines) = args.tail {
+        // The size of a log is limited.
+        let mut all = Vec::new();
+        log.copy_new(&mut all)?;
+        Output.write_all(last_lines(&all, lines))?;
+    }
     loop {
         // Checked before the last read, so that nothing written before the end is missed.
         let running = directory.is_running();
@@ -134,6 +165,55 @@ pub(super) fn logs(args: &LogsArgs) -> Outcome {
         }
         output::wait(LOG_LOOK_MS)?;
     }
+}
+
+/// Waits for each container in turn, and prints its exit status.
+pub(super) fn wait(args: &WaitArgs) -> Outcome {
+    let mut worst = 0;
+    for name in &args.names {
+        match wait_for(name) {
+            Ok(status) => say!("{status}")?,
+            Err(error) => {
+                complain!("koya: {error:#}");
+                worst = FAILED;
+            }
+        }
+    }
+    Ok(worst)
+}
+
+/// The exit status of a container that is kept, once it has ended.
+fn wait_for(name: &str) -> Result<i32> {
+    let directory = Directory::find(name)?;
+    while directory.is_running() {
+        output::wait(LOG_LOOK_MS)?;
+    }
+    // It is removed at its end, or its process was killed.
+    let record = directory.read();
+    let status = record.ok().and_then(|record| record.status);
+    status.with_context(|| format!("container {name} ended without leaving its status"))
+}
+
+/// A number of lines, or `all`, as for other engines.
+fn parse_tail(text: &str) -> Result<usize, String> {
+    match text {
+        "all" => Ok(usize::MAX),
+        number => number
+            .parse()
+            .map_err(|_| format!("{text:?} is not a number of lines, or \"all\"")),
+    }
+}
+
+/// The last lines of a text; its end is one, too, without a line break.
+fn last_lines(text: &[u8], lines: usize) -> &[u8] {
+    let Some(before) = lines.checked_sub(1) else {
+        return &[];
+    };
+    let body = text.strip_suffix(b"\n").unwrap_or(text);
+    let breaks = body.iter().enumerate().rev();
+    let mut breaks = breaks.filter(|(_, byte)| **byte == b'\n');
+    let start = breaks.nth(before).map_or(0, |(at, _)| at + 1);
+    &text[start..]
 }
 
 pub(super) fn rm(args: &RmArgs) -> Outcome {
@@ -175,8 +255,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_of_an_image_is_one_line_without_control_characters() {
-        let words = ["sh", "-c", "\x1b]0;title\x07echo\n\u{9b}2Ja\u{202e}b"].map(String::from);
-        assert_eq!(shown_command(&words), "sh -c echo ab");
+    fn a_command_is_one_line_of_a_table() {
+        let words = ["sh", "-c", "a\nb \u{1b}[2J ü\\n\u{9b}1\u{202e}"].map(str::to_owned);
+        assert_eq!(format_command(&words), r"sh -c a\nb \u{1b}[2J ü\n\u{9b}1");
+    }
+
+    #[test]
+    fn the_last_lines_of_a_log_are_counted_from_its_end() {
+        let last = |text: &str, lines| {
+            String::from_utf8(last_lines(text.as_bytes(), lines).to_vec()).unwrap()
+        };
+        let cases = [
+            ("a\nb\nc\n", 2, "b\nc\n"),
+            ("a\nb\nc", 2, "b\nc"),
+            ("a\n\n\n", 2, "\n\n"),
+            ("a\nb\n", 5, "a\nb\n"),
+            ("a\nb\n", usize::MAX, "a\nb\n"),
+            ("a\nb\n", 0, ""),
+            ("", 3, ""),
+        ];
+        for (text, lines, expected) in cases {
+            assert_eq!(last(text, lines), expected, "{text:?} {lines}");
+        }
+        assert_eq!(parse_tail("all"), Ok(usize::MAX));
+        assert_eq!(parse_tail("10"), Ok(10));
+        assert!(parse_tail("-1").is_err() && parse_tail("").is_err());
     }
 }

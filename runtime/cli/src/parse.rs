@@ -1,4 +1,4 @@
-//! Parsers for arguments: disks, volumes, limits, signals, sizes, environment variables.
+//! Parsers for arguments: disks, volumes, limits, signals, sizes.
 
 use koya::{Cache, DiskConfig, Rlimit, Tmpfs, Volume};
 use koya_tasks::signal::{LAST, by_name};
@@ -67,14 +67,6 @@ pub(super) fn parse_tmpfs(text: &str) -> Result<Tmpfs, String> {
         destination: destination.into(),
         options: options.map(str::to_owned).collect(),
     })
-}
-
-/// `K[=V]`
-pub(super) fn parse_env(text: &str) -> Result<String, String> {
-    match text.split('=').next() {
-        None | Some("") => Err(format!("{text:?} has no name")),
-        Some(_) => Ok(text.to_owned()),
-    }
 }
 
 /// One `--security-opt`.
@@ -155,33 +147,6 @@ pub(super) fn parse_cache(text: &str) -> Result<Cache, String> {
             "{text:?} is not one of never, auto, always, writeback"
         )),
     }
-}
-
-/// `K=V` is unchanged; `K` gets the value of the current environment, or is unchanged if it has none. Bytes that are not
-/// UTF-8 become U+FFFD, as with Docker: an OCI configuration can't hold them.
-pub(super) fn expand_env(env: &[String]) -> Vec<String> {
-    let expand = |entry: &String| match (entry.contains('='), std::env::var_os(entry)) {
-        (false, Some(value)) => format!("{entry}={}", value.to_string_lossy()),
-        _ => entry.clone(),
-    };
-    env.iter().map(expand).collect()
-}
-
-/// Applies `env` to `base`: the last of several values of a variable counts, and a name without a value removes the
-/// variable. Entries without a name are kept, to be refused later.
-pub(super) fn merge_env(env: Vec<String>, base: &[String]) -> Vec<String> {
-    let mut merged: Vec<String> = Vec::new();
-    for entry in base.iter().cloned().chain(env) {
-        let name = |entry: &str| entry.split('=').next().map(str::to_owned);
-        let place = merged.iter().position(|other| name(other) == name(&entry));
-        match (entry.contains('='), place) {
-            (true, Some(place)) => merged[place] = entry,
-            (true, None) => merged.push(entry),
-            (false, Some(place)) => drop(merged.remove(place)),
-            (false, None) => {}
-        }
-    }
-    merged
 }
 
 /// Parses a signal number or name: `9`, `TERM`, `SIGHUP`, `RTMIN+3`.
@@ -317,40 +282,6 @@ mod tests {
         assert_eq!(found.destination, Path::new("/run"));
         assert_eq!(found.options, ["size=5k", "mode=700"]);
         assert!(parse_tmpfs("run").is_err() && parse_tmpfs("").is_err());
-    }
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
-
-    /// apple/container 1212, containerd/containerd 7348.
-    #[test]
-    fn of_two_values_of_a_variable_the_last_one_counts() {
-        let merged = merge_env(
-            words("A=1 B=1 A=2 C=c=c"),
-            &words("B=0 PATH=/image B=00 D="),
-        );
-        assert_eq!(merged, words("B=1 PATH=/image D= A=2 C=c=c"));
-    }
-
-    /// moby/moby 10141, docker/cli 1780.
-    #[test]
-    fn a_variable_without_a_value_is_the_callers_or_gone() {
-        let merge = |env: &str| {
-            merge_env(
-                expand_env(&words(env)),
-                &words("UNSET_HERE=image B=b NOVALUE"),
-            )
-        };
-        assert_eq!(merge("UNSET_HERE"), ["B=b"]);
-        assert_eq!(merge("UNSET_HERE= B"), ["UNSET_HERE="]);
-        assert_eq!(merge("UNSET_HERE UNSET_HERE=x"), ["B=b", "UNSET_HERE=x"]);
-        let path = format!("PATH={}", std::env::var("PATH").unwrap());
-        assert!(merge("PATH").contains(&path));
-        for nameless in ["", "=", "=x"] {
-            assert!(parse_env(nameless).is_err(), "{nameless:?}");
-        }
-        assert_eq!(parse_env("A").unwrap() + &parse_env("B=").unwrap(), "AB=");
     }
 
     #[test]

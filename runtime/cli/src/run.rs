@@ -1,17 +1,18 @@
 //! `koya run`
 
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
-use super::container_log::{Lines, LogWriter};
+use super::container_log::LogWriter;
 use super::control::Execs;
+use super::detach;
 use super::ignored::passed_on;
 use super::net::NetArgs;
-use super::output::{complain, say};
 use super::parse::{
-    Security, expand_env, merge_env, parse_cache, parse_disk, parse_env, parse_security,
-    parse_signal, parse_tmpfs, parse_ulimit, parse_volume,
+    Security, parse_cache, parse_disk, parse_security, parse_signal, parse_tmpfs, parse_ulimit,
+    parse_volume,
 };
 use super::size::SizeArgs;
 use super::state::{self, Directory, Owned, Record};
+use super::variables::{EnvArgs, merge_env};
 use super::{FAILED, Outcome};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -25,18 +26,14 @@ use koya::{
 use koya_tasks::send_signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
-use std::fs::File;
-use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Number of interrupts after which the sandbox is stopped without asking the container.
 const INSIST: u32 = 3;
-
-/// Environment variable of the process of a detached container.
-const DETACHED: &str = "KOYA_DETACHED";
 
 #[derive(Args)]
 pub(super) struct RunArgs {
@@ -74,9 +71,8 @@ pub(super) struct RunArgs {
     /// of mount(8)
     #[arg(long, value_name = "DST[:OPTIONS]", value_parser = parse_tmpfs)]
     tmpfs: Vec<Tmpfs>,
-    /// Set an environment variable; without a value, pass on that of the current environment, or remove the variable
-    #[arg(long, short, value_name = "K[=V]", value_parser = parse_env)]
-    env: Vec<String>,
+    #[command(flatten)]
+    env: EnvArgs,
     /// Set the working directory
     #[arg(long, short, value_name = "DIR")]
     workdir: Option<PathBuf>,
@@ -232,7 +228,7 @@ impl RunArgs {
         let devices = disks.map(|(index, disk)| Device::new(index, disk.read_only));
         let devices = devices.collect();
         let env = [vec![self.host_name_variable(&record.name)], image.env].concat();
-        let env = merge_env(expand_env(&self.env), &env);
+        let env = merge_env(self.env.read()?, &env);
         Ok(ContainerConfig {
             rootfs: absolute(rootfs)?,
             process: ProcessConfig {
@@ -316,12 +312,8 @@ pub(super) fn check_terminal(tty: bool, interactive: bool) -> Result<()> {
 pub(super) fn main(args: &RunArgs, began: Instant) -> Outcome {
     if !args.detach {
         check_terminal(args.tty, args.interactive)?;
-    } else if std::env::var_os(DETACHED).is_none() {
-        return detach();
-    } else if let Err(error) = rustix::process::setsid() {
-        // A new session, so that hanging up the terminal does not end the container. It fails for a group leader, which
-        // happens only if the variable was set by hand.
-        log::debug!("no session of its own: {error}");
+    } else if !detach::is_behind() {
+        return detach::start_again();
     }
     args.check()?;
     // The library does not change limits and scheduling; this program may.
@@ -372,6 +364,8 @@ struct Live {
     pumps: Pumps,
     raw: Option<RawTerminal>,
     execs: Execs,
+    /// The input of a detached container, until its end.
+    _stdin: Option<UnixStream>,
 }
 
 impl Live {
@@ -406,7 +400,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     record.command = config.process.args.clone();
     owned.directory.write(record)?;
     let user = match args.detach {
-        true => detached_streams(owned)?,
+        true => detach::streams(owned)?,
         false => UserStreams::own(args.interactive)?,
     };
     let mut sandbox = args.sandbox()?;
@@ -417,7 +411,10 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let sandbox = Arc::new(Sandbox::start(&sandbox)?);
     args.net.serve_ports(&sandbox)?;
     let mut container = sandbox.create(&record.name, &config)?;
-    let streams = ProcessStreams::take(container.process_mut()).context("it has no streams")?;
+    let streams = ProcessStreams::take(container.process_mut());
+    let mut streams = streams.context("it has no streams")?;
+    // Nobody can write to a detached container's input, but it does not end.
+    let stdin = args.detach.then(|| streams.take_stdin()).flatten();
     let raw = match args.tty && args.interactive && !args.detach {
         true => RawTerminal::enter().ok(),
         false => None,
@@ -426,10 +423,17 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
     let container = Arc::new(container);
     *running.lock().unwrap_or_else(PoisonError::into_inner) =
         Some((container.clone(), sandbox.clone()));
+    // A terminal that has just been opened gets its size while the container starts, and nobody was there to be told.
+    if let Stdio::Terminal { rows, columns, .. } = config.process.stdio
+        && let Some(size) = terminal_size()
+        && size != (rows, columns)
+    {
+        container.process().resize(size.0, size.1).ok();
+    }
     let execs = super::control::serve(owned, container.clone(), sandbox.clone(), stop_signal)?;
     container.start()?;
     if args.detach {
-        announce(&record.name)?;
+        detach::announce(&record.name)?;
     }
     Ok(Live {
         sandbox,
@@ -437,6 +441,7 @@ fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> 
         pumps,
         raw,
         execs,
+        _stdin: stdin,
     })
 }
 
@@ -477,54 +482,6 @@ fn forward_signals(mut signals: Signals, running: Running, directory: Directory)
         }
     })?;
     Ok(())
-}
-
-/// Starts this command again in the background and waits until it is ready.
-fn detach() -> Outcome {
-    let (read, write) = std::io::pipe()?;
-    let mut child = Command::new(std::env::current_exe()?)
-        .args(std::env::args_os().skip(1))
-        .env(DETACHED, "1")
-        .stdin(std::process::Stdio::null())
-        .stdout(write.try_clone()?)
-        .stderr(write)
-        .spawn()
-        .context("cannot start this command again")?;
-    let mut said = Vec::new();
-    for line in BufReader::new(read).lines() {
-        let line = line?;
-        if let Some(name) = line.strip_prefix("running ") {
-            say!("{name}")?;
-            return Ok(0);
-        }
-        said.push(line);
-    }
-    complain!("{}", said.join("\n"));
-    let status = child.wait()?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(code.filter(|code| *code != 0).unwrap_or(FAILED))
-}
-
-/// Notifies the waiting command, and closes its streams and leaves its working directory: all paths that are still used are
-/// absolute.
-fn announce(name: &str) -> Result<()> {
-    let mut out = std::io::stdout();
-    writeln!(out, "running {name}")?;
-    out.flush()?;
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(&null)?;
-    rustix::stdio::dup2_stderr(&null)?;
-    std::env::set_current_dir("/")?;
-    Ok(())
-}
-
-fn detached_streams(owned: &Owned) -> Result<UserStreams> {
-    let log = LogWriter::create(&owned.directory.log())?;
-    Ok(UserStreams {
-        stdin: None,
-        stdout: Box::new(Lines::new(log.clone())),
-        stderr: Box::new(Lines::new(log)),
-    })
 }
 
 #[cfg(test)]

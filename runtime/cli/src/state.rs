@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -188,9 +188,26 @@ impl Directory {
 
     pub(super) fn write(&self, record: &Record) -> Result<()> {
         let new = self.path("record.new");
-        fs::write(&new, serde_json::to_vec(record)?)
-            .and_then(|()| fs::rename(&new, self.path("record.json")))
-            .with_context(|| format!("cannot write {}", new.display()))
+        let text = serde_json::to_vec(record)?;
+        let written =
+            fs::write(&new, &text).and_then(|()| fs::rename(&new, self.path("record.json")));
+        let written = written.or_else(|error| {
+            fs::remove_file(&new).ok();
+            // The disk may be full, perhaps of the container's own log.
+            self.overwrite(&text).map_err(|_| error)
+        });
+        written.with_context(|| format!("cannot write {}", new.display()))
+    }
+
+    /// Overwrites the record, which takes no space on most file systems: with an exit status it is no longer than without.
+    fn overwrite(&self, text: &[u8]) -> std::io::Result<()> {
+        let record = File::options().write(true).open(self.path("record.json"))?;
+        let length = text.len() as u64;
+        if record.metadata()?.len() < length {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        record.write_all_at(text, 0)?;
+        record.set_len(length)
     }
 
     /// Whether no exit status was recorded.
@@ -457,6 +474,25 @@ pub(super) mod tests {
         assert!(connected[0].is_ok());
         let last = connected[3].as_ref().unwrap_err();
         assert_eq!(last.kind(), std::io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn an_exit_status_is_kept_without_space_for_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (directory, mut child) = hanging(dir.path(), true);
+        let mut record = directory.read().unwrap();
+        // Nothing can be written beside the record.
+        fs::create_dir(directory.path("record.new")).unwrap();
+        for status in [0, 7, 137] {
+            record.status = Some(status);
+            directory.write(&record).unwrap();
+            assert_eq!(directory.read().unwrap().status, Some(status));
+        }
+        record.command = vec!["long".repeat(100)];
+        assert!(directory.write(&record).is_err());
+        assert_eq!(directory.read().unwrap().status, Some(137));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

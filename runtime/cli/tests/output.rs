@@ -118,3 +118,17 @@ fn what_is_missing_is_one_line_with_its_option() {
         assert_eq!(said.lines().count(), 1, "{said}");
     }
 }
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error() {
+    let home = tempfile::tempdir().unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -f 0; exec \"$0\" ps > \"$HOME/out\""])
+        .arg(env!("CARGO_BIN_EXE_koya"))
+        .env("HOME", home.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("cannot write to standard output"), "{said}");
+}

@@ -4,7 +4,7 @@ use crate::Error;
 use crate::digest::Digest;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// An image's configuration document.
 #[derive(Default, Deserialize)]
@@ -130,7 +130,8 @@ impl Configuration {
             workdir: config
                 .working_dir
                 .filter(|d| !d.is_empty())
-                .map(PathBuf::from),
+                // Some builders leave it relative.
+                .map(|d| Path::new("/").join(d)),
             stop_signal: config.stop_signal.filter(|s| !s.is_empty()),
             volumes: keys(config.volumes).map(PathBuf::from).collect(),
             ports: keys(config.exposed_ports).collect(),

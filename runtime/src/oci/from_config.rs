@@ -12,7 +12,7 @@ use koya_protocol::messages::File;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Builds the bundle for a container's configuration. Its user is looked up in these accounts.
 ///
@@ -224,6 +224,19 @@ pub(super) fn absolute<'p>(field: &'static str, path: &'p Path) -> Result<&'p st
         return Err(Error::invalid(field, reason));
     }
     text(field, path)
+}
+
+/// An absolute path without `.` and `..`, which are removed without regard to links, as by Docker.
+pub(super) fn normalized(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => drop(plain.pop()),
+            _ => {}
+        }
+    }
+    plain
 }
 
 /// A path as text, since JSON is text.

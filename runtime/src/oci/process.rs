@@ -1,6 +1,6 @@
 //! Processes: the first one of a container, and exec processes.
 
-use super::from_config::absolute;
+use super::from_config::{absolute, normalized};
 use crate::account::{Account, Accounts};
 use crate::{Error, ProcessConfig, Stdio};
 use koya_protocol::cpus;
@@ -43,7 +43,7 @@ pub(crate) fn like(
     process.set_user(user);
     process.set_args(Some(config.args.clone()));
     process.set_env(Some(env));
-    process.set_cwd(absolute("workdir", cwd)?.into());
+    process.set_cwd(normalized(Path::new(absolute("workdir", cwd)?)));
     let own = own.capabilities().as_ref();
     process.set_capabilities(own.map(|own| capabilities_of(own, account.uid)));
     adapt(&mut process, accounts)?;

@@ -277,5 +277,19 @@ fn an_image_is_a_root() -> Result<()> {
     let said = String::from_utf8_lossy(&refused.stderr);
     ensure!(said.contains("neither erofs nor ext4"), "{said}");
     ensure!(!said.contains("stays attached"), "{said}");
+    // File systems that the guest kernel refuses, without a reason except in its log: compressed ones, and those that a crash
+    // left with a journal to be replayed.
+    let packed = dir.join("packed.erofs");
+    let mut make = Command::new("mkfs.erofs");
+    stdout(make.arg("-zlz4").args([&packed, &tree]).output()?)?;
+    let mut crash = Command::new("/sbin/debugfs");
+    let crash = crash.args(["-w", "-R", "feature needs_recovery"]);
+    stdout(crash.arg(&ext4).output()?)?;
+    for (image, reason) in [(&packed, "compressed erofs"), (&ext4, "e2fsck -p")] {
+        let refused = run_in(image, &[], &["true"])?;
+        let said = String::from_utf8_lossy(&refused.stderr);
+        ensure!(refused.status.code() == Some(125), "{refused:?}");
+        ensure!(said.contains(reason) && said.lines().count() == 1, "{said}");
+    }
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::process::Command;
 crate::trials![
     rules_of_meshes_and_firewalls_are_taken,
     a_connection_keeps_its_mark,
-    squashfs_is_mounted_whatever_compressed_it,
+    images_of_file_systems_are_mounted,
     links_of_container_networks_are_made,
     userfaultfd_is_there,
     the_full_kernel_is_taken_where_it_is_and_else_refused,
@@ -104,7 +104,7 @@ fn a_connection_keeps_its_mark() -> Result<()> {
     Ok(())
 }
 
-fn squashfs_is_mounted_whatever_compressed_it() -> Result<()> {
+fn images_of_file_systems_are_mounted() -> Result<()> {
     let root = scratch("kernel-squashfs")?;
     busybox(&root)?;
     let tree = scratch("kernel-squashfs-tree")?;
@@ -118,13 +118,18 @@ fn squashfs_is_mounted_whatever_compressed_it() -> Result<()> {
             .output()?;
         stdout(made)?;
     }
+    let mut mkfs = Command::new("/sbin/mke2fs");
+    let mkfs = mkfs.args(["-q", "-t", "ext4"]).arg(root.join("ext4"));
+    stdout(mkfs.arg("8m").output()?)?;
+    // The last one as mount(8) of util-linux 2.38 does it: with the loop device open for writing.
     let said = privileged(
         &root,
         "for kind in gzip lz4 lzo xz zstd; do
              mount -t squashfs -o loop,ro /$kind /mnt && echo $kind $(grep -c 'from squashfs' /mnt/text); umount /mnt
-         done",
+         done
+         losetup /dev/loop7 /ext4 && mount -t ext4 /dev/loop7 /mnt 3<> /dev/loop7 && ls /mnt",
     )?;
-    let wanted = kinds.map(|kind| format!("{kind} 10000")).join("\n");
+    let wanted = kinds.map(|kind| format!("{kind} 10000\n")).concat() + "lost+found";
     ensure!(said == wanted, "{said}");
     Ok(())
 }

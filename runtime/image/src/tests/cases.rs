@@ -242,3 +242,17 @@ fn nodes_are_no_plain_files_where_they_cannot_be_kept() {
     rustix::mount::unmount(dir.path(), detach).unwrap();
     done.unwrap();
 }
+
+/// Builders other than Docker's leave it as it was written.
+#[test]
+fn a_relative_working_directory_is_below_the_root() {
+    let layout = Layout::new();
+    let of = |directory: &str| {
+        let config = json!({"config": {"WorkingDir": directory}});
+        layout.index(&[image(&layout, "image", config)]);
+        unpack(layout.path()).unwrap().1.defaults().workdir
+    };
+    assert_eq!(of("app/src"), Some("/app/src".into()));
+    assert_eq!(of("/app"), Some("/app".into()));
+    assert_eq!(of(""), None);
+}

@@ -1,10 +1,10 @@
 //! User-defined mounts: volumes and tmpfs, each at its path, independent of the order of the options.
 
-use super::{absolute, text};
+use super::{absolute, normalized, text};
 use crate::container_config::{Tmpfs, Volume};
 use crate::{ContainerConfig, Error};
 use serde_json::{Value, json};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// All mounts, outer ones first: a mount would cover earlier mounts below it.
 ///
@@ -48,14 +48,7 @@ pub(super) fn of(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
 
 /// Normalized destination of a mount.
 fn place(field: &'static str, path: &Path) -> Result<PathBuf, Error> {
-    let mut plain = PathBuf::from("/");
-    for component in Path::new(absolute(field, path)?).components() {
-        match component {
-            Component::Normal(name) => plain.push(name),
-            Component::ParentDir => drop(plain.pop()),
-            _ => {}
-        }
-    }
+    let plain = normalized(Path::new(absolute(field, path)?));
     if plain == Path::new("/") {
         let reason = format!("{} is the root; --rootfs or --image is", path.display());
         return Err(Error::invalid(field, reason));

@@ -91,7 +91,8 @@ fn each_option_of_a_process_is_in_the_configuration() {
     let spec = of(|config| {
         config.process = ProcessConfig {
             env: vec!["A=1".into(), "PATH=/own".into(), "HOME=/h".into()],
-            cwd: Some("/work".into()),
+            // A directory that is only passed need not exist.
+            cwd: Some("/none/.././work/".into()),
             user: User {
                 text: "web:log".into(),
             },
