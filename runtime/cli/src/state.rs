@@ -483,14 +483,14 @@ pub(super) mod tests {
         let mut record = directory.read().unwrap();
         // Nothing can be written beside the record.
         fs::create_dir(directory.path("record.new")).unwrap();
-        for status in [0, 7, 137] {
+        for status in [137, 7, 0] {
             record.status = Some(status);
             directory.write(&record).unwrap();
             assert_eq!(directory.read().unwrap().status, Some(status));
         }
         record.command = vec!["long".repeat(100)];
         assert!(directory.write(&record).is_err());
-        assert_eq!(directory.read().unwrap().status, Some(137));
+        assert_eq!(directory.read().unwrap().status, Some(0));
         child.kill().unwrap();
         child.wait().unwrap();
     }

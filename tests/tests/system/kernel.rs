@@ -127,7 +127,7 @@ fn images_of_file_systems_are_mounted() -> Result<()> {
         "for kind in gzip lz4 lzo xz zstd; do
              mount -t squashfs -o loop,ro /$kind /mnt && echo $kind $(grep -c 'from squashfs' /mnt/text); umount /mnt
          done
-         losetup /dev/loop7 /ext4 && mount -t ext4 /dev/loop7 /mnt 3<> /dev/loop7 && ls /mnt",
+         losetup /dev/loop0 /ext4 && mount -t ext4 /dev/loop0 /mnt 3<> /dev/loop0 && ls /mnt",
     )?;
     let wanted = kinds.map(|kind| format!("{kind} 10000\n")).concat() + "lost+found";
     ensure!(said == wanted, "{said}");
