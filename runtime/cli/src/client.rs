@@ -1,5 +1,6 @@
 //! Commands that send requests to a running container's process.
 
+use super::at_once::at_once;
 use super::attach::{ProcessStreams, Pumps, RawTerminal, UserStreams, terminal_size};
 use super::control::{Answer, KILL_LIMIT, Request};
 use super::ignored::passed_on;
@@ -293,20 +294,22 @@ fn ask_writes(directory: &Directory, limit: Duration) -> Result<(u64, bool)> {
     }
 }
 
-/// Sends the request to each container, and continues on failures.
+/// Sends the request to all containers at once, and continues on failures.
 fn for_each(names: &[String], order: &Order) -> Outcome {
     let (mut worst, mut said) = (0, Ok(()));
-    for name in names {
-        match tell(name, order) {
+    at_once(
+        names,
+        |name| tell(name, order),
+        |name, told| match told {
             // Continues with the others even if the output can't be written.
-            Ok(0) => said = said.and(say!("{name}")),
+            Ok(0) => said = std::mem::replace(&mut said, Ok(())).and_then(|()| say!("{name}")),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
                 complain!("koya: {error:#}");
                 worst = worst.max(FAILED);
             }
-        }
-    }
+        },
+    );
     said?;
     Ok(worst)
 }

@@ -4,6 +4,7 @@
 //! program can't be run or found, as with other container tools.
 
 mod alone;
+mod at_once;
 mod attach;
 mod check;
 mod client;
