@@ -210,7 +210,7 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         ),
         (vec!["--net", "tap:mine"], "needs --ip"),
         (vec!["--mtu", "1400"], "--mtu needs"),
-        (vec!["--net", "bridge"], "none of none, user, tap"),
+        (vec!["--net", "bridge"], "is not one of none, user, tap"),
     ] {
         let output = crate::tool::run(&options, &["true"])?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

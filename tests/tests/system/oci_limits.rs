@@ -142,6 +142,8 @@ fn limits_are_changed_as_by_runc() -> Result<()> {
         "30000 100000",
     ];
     ensure!(told[0] == expected, "{told:?}");
+    // A third of an emulated CPU would have to plug memory and start the process.
+    koya.ok(&["update", "--cpu-quota", "-1", "limits-u"])?;
     let memory = koya.ok(&["exec", "limits-u", "cat", "/sys/fs/cgroup/memory.max"])?;
     ensure!(memory == (100 << 20).to_string(), "{memory}");
 
