@@ -199,7 +199,7 @@ fn life_is_as_runcs() -> Result<()> {
 fn streams_and_statuses() -> Result<()> {
     let runtime = Runtime::koya()?;
     let short = bundle("cat; echo err >&2; exit 7", |_| ())?;
-    let run = runtime.command(&["run", "--bundle", text(&short)?, "r"]);
+    let run = runtime.command(&["run", "--bundle", text(&short)?, "streams-r"]);
     let output = feed(run, b"in")?;
     let said = (
         output.status.code(),
@@ -211,18 +211,18 @@ fn streams_and_statuses() -> Result<()> {
     let tty = bundle("echo one; echo two >&2", |config| {
         config["process"]["terminal"] = true.into();
     })?;
-    let said = runtime.ok(&["run", "--bundle", text(&tty)?, "t"])?;
+    let said = runtime.ok(&["run", "--bundle", text(&tty)?, "streams-t"])?;
     ensure!(said == "one\ntwo", "lines of a terminal: {said:?}");
 
     let long = bundle("exec sleep 1000", |_| ())?;
-    let mut run = runtime.command(&["run", "--bundle", text(&long)?, "k"]);
+    let mut run = runtime.command(&["run", "--bundle", text(&long)?, "streams-k"]);
     let mut child = run.spawn()?;
     until("its start", || {
-        Ok(runtime.is("k", "running").unwrap_or(None))
+        Ok(runtime.is("streams-k", "running").unwrap_or(None))
     })?;
-    runtime.ok(&["kill", "k", "KILL"])?;
+    runtime.ok(&["kill", "streams-k", "KILL"])?;
     ensure!(child.wait()?.code() == Some(137), "not as killed");
-    for id in ["r", "k"] {
+    for id in ["streams-r", "streams-k"] {
         let state = runtime.call(&["state", id])?;
         ensure!(state.status.code() == Some(1), "{id} is left");
     }

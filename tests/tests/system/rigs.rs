@@ -163,9 +163,9 @@ fn run_all(board: &Mutex<Board>, names: &[String]) -> Result<()> {
     })
 }
 
-/// Adjacent tests are of one kind and take similar times, so they go to different batches.
+/// Adjacent tests are of one kind and take similar times, so they go to different batches; each rig has as many.
 fn batches(names: &[String], rigs: usize) -> VecDeque<Vec<String>> {
-    let count = names.len().div_ceil(BATCH).max(rigs);
+    let count = names.len().div_ceil(BATCH).next_multiple_of(rigs);
     let batch = |first| names.iter().skip(first).step_by(count).cloned().collect();
     (0..count).map(batch).collect()
 }
