@@ -33,7 +33,7 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     let runtime = Runtime::koya()?;
     let reads = bundle("read line <&3; echo \"got $line\" >&4; cat <&3 >&4", |_| ())?;
     let words = format!(
-        "run --preserve-fds 2 --bundle {} p 3<&0 4>&1 </dev/null >/dev/null",
+        "run --preserve-fds 2 --bundle {} descriptors-p 3<&0 4>&1 </dev/null >/dev/null",
         text(&reads)?
     );
     let output = feed(shell(&runtime, &words), b"this\nthat")?;
@@ -46,7 +46,7 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     )?;
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!(
-        "LISTEN_PID=$$ LISTEN_FDS=1 exec koya-runtime --root '{}' run -d --bundle {} d 3>&1 >/dev/null",
+        "LISTEN_PID=$$ LISTEN_FDS=1 exec koya-runtime --root '{}' run -d --bundle {} descriptors-d 3>&1 >/dev/null",
         runtime.root.display(),
         text(&writes)?
     ));
@@ -65,10 +65,12 @@ fn pipes_and_sockets_are_preserved() -> Result<()> {
     for detach in ["", "--detach"] {
         let (mut ours, theirs) = UnixStream::pair()?;
         let words = format!(
-            "exec {detach} --preserve-fds 1 e sh -c 'read line <&3; echo \"$line back\" >&3' 3<&0 </dev/null >/dev/null"
+            "exec {detach} --preserve-fds 1 descriptors-e sh -c 'read line <&3; echo \"$line back\" >&3' 3<&0 </dev/null >/dev/null"
         );
-        let mut exec = shell(&runtime, &words);
-        let mut exec = exec.stdin(OwnedFd::from(theirs)).spawn()?;
+        // The command, which has the other end, too, is dropped here: its end must end the reading.
+        let mut exec = shell(&runtime, &words)
+            .stdin(OwnedFd::from(theirs))
+            .spawn()?;
         ours.write_all(b"there and\n")?;
         let mut said = String::new();
         ours.read_to_string(&mut said)?;
@@ -89,7 +91,7 @@ fn files_are_preserved_one_way() -> Result<()> {
     fs::write(&to, "before\n")?;
     let copies = bundle("cat /proc/self/fd/3 >&4", |_| ())?;
     let words = format!(
-        "run --preserve-fds 2 --bundle {} f 3<&0 4>>{} </dev/null",
+        "run --preserve-fds 2 --bundle {} descriptors-f 3<&0 4>>{} </dev/null",
         text(&copies)?,
         text(&to)?
     );
