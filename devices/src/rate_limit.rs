@@ -88,6 +88,23 @@ impl RateLimiter {
         }
     }
 
+    /// A full bucket for operations alone.
+    pub fn of_operations(rate: Rate) -> Self {
+        Self::new(RateLimits {
+            operations: Some(rate),
+            bytes: None,
+        })
+    }
+
+    /// Charges for an operation without bytes, if one may start at `now`; otherwise returns the time to wait.
+    pub fn start(&mut self, now: Instant) -> Option<Duration> {
+        let wait = self.wait(now);
+        if wait.is_none() {
+            self.charge(0);
+        }
+        wait
+    }
+
     /// `None` if a request may start at `now`, otherwise the time to wait.
     pub fn wait(&mut self, now: Instant) -> Option<Duration> {
         if !self.limits() {

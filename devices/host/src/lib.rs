@@ -6,12 +6,14 @@
 //! | [`threads`] | starts threads by [role](threads::Role) |
 //! | [`walls`] | confines threads: seccomp filters and capabilities by role |
 //! | [`descriptors`] | reopens descriptors, by `/proc/self/fd` |
+//! | [`limited`] | log messages whose number a guest determines |
 //! | [`sync`] | locks |
 //! | [`sys`] | signals, the heap, BPF redirection of loopback connections |
 //!
 //! A role sets the name and the permissions of a thread at its start. `unsafe` code is in [`sys`] only.
 
 pub mod descriptors;
+pub mod limited;
 pub mod process;
 pub mod sync;
 #[allow(unsafe_code)] // The one place for system calls that no safe crate wraps.

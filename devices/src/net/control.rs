@@ -6,7 +6,7 @@
 
 use super::Tap;
 use crate::fault::guest_fault;
-use crate::rate_limit::{Rate, RateLimiter, RateLimits};
+use crate::rate_limit::{Rate, RateLimiter};
 use crate::virtio::loop_worker::LoopWorker;
 use crate::virtio::{ActiveQueue, Chain, Memory};
 use event_manager::MutEventSubscriber;
@@ -25,10 +25,7 @@ const CHANGES: Rate = Rate {
 
 /// The limiter of a device's changes; kept over a reset of the driver, which must not refill the bucket.
 pub(super) fn limiter() -> Arc<Mutex<RateLimiter>> {
-    Arc::new(Mutex::new(RateLimiter::new(RateLimits {
-        operations: Some(CHANGES),
-        bytes: None,
-    })))
+    Arc::new(Mutex::new(RateLimiter::of_operations(CHANGES)))
 }
 
 /// The tap, the number of its pairs and the limiter of changes.
@@ -72,12 +69,10 @@ fn execute(chain: &Chain, memory: &Memory, control: &Control) -> bool {
     if usize::from(pairs) == tap.used_queues() {
         return true;
     }
-    let mut changes = lock(&control.changes);
-    if changes.wait(Instant::now()).is_some() {
+    if lock(&control.changes).start(Instant::now()).is_some() {
         guest_fault!("the guest changes the queues of {} too often", tap.name());
         return false;
     }
-    changes.charge(0);
     match tap.use_queues(pairs.into()) {
         Ok(()) => true,
         Err(error) => {

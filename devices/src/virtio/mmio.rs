@@ -20,7 +20,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, Interrupt, Memory, VirtioDevice, Worker,
 };
 use crate::fault::{guest_detail, guest_fault};
-use crate::rate_limit::{Rate, RateLimiter, RateLimits};
+use crate::rate_limit::{Rate, RateLimiter};
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
 use std::io;
@@ -207,10 +207,7 @@ impl MmioTransport {
             driver_features: 0,
             worker: None,
             active: false,
-            activations: RateLimiter::new(RateLimits {
-                operations: Some(ACTIVATIONS),
-                bytes: None,
-            }),
+            activations: RateLimiter::of_operations(ACTIVATIONS),
             positions: Vec::new(),
         };
         transport.write_fixed_registers();
@@ -458,10 +455,9 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
-        while let Some(wait) = self.activations.wait(Instant::now()) {
+        while let Some(wait) = self.activations.start(Instant::now()) {
             std::thread::sleep(wait);
         }
-        self.activations.charge(0);
         if let Err(error) = self.try_activate() {
             guest_fault!("cannot start a {}: {error:?}", self.kind);
             self.line.needs_reset();

@@ -9,7 +9,7 @@ use crate::size::{Limits, sum_of_limits};
 use crate::sync::spawn;
 use anyhow::anyhow;
 use koya::oci_spec::runtime as oci;
-use koya::vmm::devices::rate_limit::{Rate, RateLimiter, RateLimits};
+use koya::vmm::devices::rate_limit::{Rate, RateLimiter};
 use koya::vmm::{ExitReason, guest_text};
 use koya::{
     Bundle, Container, ContainerStats, ExecOptions, HostEnd, Keep, Loopback, NameServer,
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 const OOM_PAUSE: Duration = Duration::from_millis(100);
 const OOM_PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// Lines of the guest's console in the log: more than those of its start, then one a second.
+/// Guest console lines in the log: more than those of a boot, then one a second.
 const CONSOLE_LINES: Rate = Rate {
     per_second: 1,
     burst: Some(2000),
@@ -456,10 +456,7 @@ impl Default for ConsoleLog {
     fn default() -> Self {
         Self {
             line: Vec::new(),
-            limiter: RateLimiter::new(RateLimits {
-                operations: Some(CONSOLE_LINES),
-                bytes: None,
-            }),
+            limiter: RateLimiter::of_operations(CONSOLE_LINES),
             left_out: 0,
         }
     }
@@ -468,12 +465,9 @@ impl Default for ConsoleLog {
 impl ConsoleLog {
     /// Whether a line that ends at `now` is logged.
     fn is_logged(&mut self, now: Instant) -> bool {
-        if self.limiter.wait(now).is_some() {
-            self.left_out += 1;
-            return false;
-        }
-        self.limiter.charge(0);
-        true
+        let is_logged = self.limiter.start(now).is_none();
+        self.left_out += u64::from(!is_logged);
+        is_logged
     }
 }
 
