@@ -33,6 +33,17 @@ pub fn program(hook: &Hook) -> Result<(Command, Option<Duration>), String> {
     Ok((command, limit))
 }
 
+/// Checks hooks of a kind before any of them is run.
+///
+/// # Errors
+/// The first invalid one, as [`failure`], and why.
+pub fn check(kind: &str, hooks: &[Hook]) -> Result<(), String> {
+    for (index, hook) in hooks.iter().enumerate() {
+        program(hook).map_err(|why| format!("{}: {why}", failure(kind, index, hook)))?;
+    }
+    Ok(())
+}
+
 /// The beginning of the error message of a failed hook. Callers match this wording, which is runc's.
 pub fn failure(kind: &str, index: usize, hook: &Hook) -> String {
     format!(

@@ -302,7 +302,8 @@ fn for_each(names: &[String], order: &Order) -> Outcome {
         |name| tell(name, order),
         |name, told| match told {
             // Continues with the others even if the output can't be written.
-            Ok(0) => said = std::mem::replace(&mut said, Ok(())).and_then(|()| say!("{name}")),
+            Ok(0) if said.is_err() => {}
+            Ok(0) => said = say!("{name}"),
             Ok(status) => worst = worst.max(status),
             Err(error) => {
                 complain!("koya: {error:#}");

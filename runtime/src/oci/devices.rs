@@ -111,8 +111,7 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
     });
     let mut devices = Vec::new();
     let mut adapted = Adapted::default();
-    for device in linux.devices().iter().flatten() {
-        let device = &in_the_root(device);
+    for device in linux.devices().iter().flatten().map(in_the_root) {
         let number = (device.major(), device.minor());
         let is_pipe = matches!(device.typ(), LinuxDeviceType::P);
         let rules = linux
@@ -120,13 +119,13 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
             .as_ref()
             .and_then(|r| r.devices().as_ref());
         let disk = matches!(device.typ(), LinuxDeviceType::B)
-            .then(|| HostDisk::of(device, rules.into_iter().flatten()));
+            .then(|| HostDisk::of(&device, rules.into_iter().flatten()));
         // Privileged containers get all nodes of the host, each at its path there; a volume is a disk at a path that is not
         // one of its nodes on the host.
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
         if is_pipe || is_character && guest_node(number).is_some() {
-            devices.push(device.clone());
+            devices.push(device);
         } else if let Some(disk) = disk.filter(is_volume) {
             adapted.disks.push(disk);
         } else if all_allowed {

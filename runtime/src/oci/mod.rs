@@ -187,13 +187,8 @@ fn check_hooks(hooks: &oci::Hooks) -> Result<(), Error> {
             return Err(refuse("hooks", reason));
         }
     }
-    let own = hooks.start_container().iter().flatten();
-    for (index, hook) in own.enumerate() {
-        let place = hook::failure("startContainer", index, hook);
-        let wrong = |why| Error::invalid("hooks", format!("{place}: {why}"));
-        hook::program(hook).map_err(wrong)?;
-    }
-    Ok(())
+    let own = hooks.start_container().as_deref().unwrap_or_default();
+    hook::check("startContainer", own).map_err(|why| Error::invalid("hooks", why))
 }
 
 /// Mount propagation of a container's root, without the "r" prefix that runc and the kubelet use ("rslave"): it is recursive

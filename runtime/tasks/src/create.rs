@@ -55,7 +55,6 @@ impl CreateTask {
         let hooks = self.spec.take_host_hooks();
         let root = self.spec.0.root().as_ref();
         let root = root.map(|root| root.path().clone()).unwrap_or_default();
-        let has_root = !self.mounts.is_empty() || !root.as_os_str().is_empty();
         let rootfs = match self.mounts.is_empty() {
             true => self.bundle.join(root),
             false => self.bundle.join("rootfs"),
@@ -67,8 +66,8 @@ impl CreateTask {
             None => self.spec.role(&self.id),
         };
         if role != Role::Sandbox {
-            if !has_root {
-                return Err(anyhow!("root: it is missing").into());
+            if self.mounts.is_empty() {
+                self.spec.check_root()?;
             }
             self.spec.add_block_volumes(&self.settings)?;
         }

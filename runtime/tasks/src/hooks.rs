@@ -104,11 +104,7 @@ pub(crate) fn check(hooks: &Hooks) -> Result<(), Error> {
         Kind::Poststart,
     ];
     for kind in kinds {
-        for (index, hook) in kind.of(hooks).iter().enumerate() {
-            let failure =
-                |why: String| anyhow!(why).context(hook::failure(kind.name(), index, hook));
-            hook::program(hook).map_err(failure)?;
-        }
+        hook::check(kind.name(), kind.of(hooks)).map_err(|why| anyhow!(why))?;
     }
     Ok(())
 }

@@ -19,8 +19,7 @@ type Limit = (String, String);
 /// # Errors
 /// A disk limit that can't be set in the sandbox's own group, since nothing else enforces it.
 pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
-    set(group, &limits(resources, &read), is_ours(group))
+    apply_those(group, resources, |_| true)
 }
 
 /// The same without limits of CPU time, which would slow down the creation and the start of a container in the guest.
@@ -28,24 +27,30 @@ pub(crate) fn apply(group: &Path, resources: &oci::LinuxResources) -> Result<()>
 /// # Errors
 /// As above.
 pub(crate) fn apply_all_but_time(group: &Path, resources: &oci::LinuxResources) -> Result<()> {
-    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
-    let mut limits = limits(resources, &read);
-    limits.retain(|limit| !is_time(limit));
-    set(group, &limits, is_ours(group))
+    apply_those(group, resources, |file| !is_time(file))
 }
 
 /// Sets the limits of CPU time. The guest has them, too, so failures are only logged.
 pub(crate) fn apply_time(group: &Path, resources: &oci::LinuxResources) {
-    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
-    let mut limits = limits(resources, &read);
-    limits.retain(is_time);
-    if let Err(error) = set(group, &limits, is_ours(group)) {
+    if let Err(error) = apply_those(group, resources, is_time) {
         log::warn!("{error:#}");
     }
 }
 
-fn is_time((file, _): &Limit) -> bool {
+fn is_time(file: &str) -> bool {
     file.starts_with("cpu.")
+}
+
+/// Sets the limits in those files that are wanted.
+fn apply_those(
+    group: &Path,
+    resources: &oci::LinuxResources,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let read = |file: &str| fs::read_to_string(group.join(file)).ok();
+    let mut limits = limits(resources, &read);
+    limits.retain(|(file, _)| wanted(file));
+    set(group, &limits, is_ours(group))
 }
 
 fn set(group: &Path, limits: &[Limit], is_ours: bool) -> Result<()> {

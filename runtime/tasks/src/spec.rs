@@ -52,13 +52,22 @@ impl Spec {
     /// # Errors
     /// The part, by name.
     pub fn check(&self) -> Result<(), Error> {
-        let root = self.0.root().as_ref();
-        if root.is_none_or(|root| root.path().as_os_str().is_empty()) {
-            return Err(anyhow!("root: it is missing").into());
-        }
+        self.check_root()?;
         let mut guests = Self(self.0.clone());
         hooks::check(&guests.take_host_hooks())?;
         Ok(koya::check_configuration(&guests.0)?)
+    }
+
+    /// Checks that the configuration names a root file system.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub(crate) fn check_root(&self) -> Result<(), Error> {
+        let root = self.0.root().as_ref();
+        match root.is_some_and(|root| !root.path().as_os_str().is_empty()) {
+            true => Ok(()),
+            false => Err(anyhow!("root: it is missing").into()),
+        }
     }
 
     fn annotation(&self, names: &[&str]) -> Option<&str> {
