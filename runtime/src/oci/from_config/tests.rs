@@ -92,7 +92,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
         config.process = ProcessConfig {
             env: vec!["A=1".into(), "PATH=/own".into(), "HOME=/h".into()],
             // A directory that is only passed need not exist.
-            cwd: Some("/none/.././work/".into()),
+            cwd: Some("/none/.././srv/".into()),
             user: User {
                 text: "web:log".into(),
             },
@@ -112,7 +112,7 @@ fn each_option_of_a_process_is_in_the_configuration() {
     );
     assert_eq!(
         (&process["cwd"], &process["terminal"]),
-        (&json!("/work"), &json!(true))
+        (&json!("/srv"), &json!(true))
     );
     assert_eq!(
         (&process["user"]["uid"], &process["user"]["gid"]),
