@@ -15,6 +15,10 @@ pub(crate) struct TestArgs {
     /// Run only the tests that need no Linux guest
     #[arg(long)]
     quick: bool,
+    /// Leave out the Linux guests that passed in earlier runs with this option; the others are run, and stored when they
+    /// pass
+    #[arg(long)]
+    resume: bool,
     /// Run only tests whose name contains this; `smoke` for a few Linux guests that cover the essentials, `long` for tests
     /// that take minutes each, which are left out otherwise
     filter: Option<String>,
@@ -77,7 +81,18 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
         .env("KOYA_TEST_FSX", &fsx)
         .env("KOYA_TEST_CONTAINERD", &containerds)
         .env("KOYA_TEST_DOCKER", &dockers);
+    resume(&mut system, arch, args)?;
     proc::run(&mut system)
+}
+
+/// Names a file with the tests that have passed, for `--resume`.
+fn resume(system: &mut Command, arch: Arch, args: &TestArgs) -> Result<()> {
+    if args.resume {
+        let directory = proc::checkout().join("target/passed-tests");
+        std::fs::create_dir_all(&directory)?;
+        system.env("KOYA_TEST_PASSED", directory.join(arch.name()));
+    }
+    Ok(())
 }
 
 /// The crates whose unit tests and tiny guests also run on another architecture: those with code for it.
@@ -137,6 +152,7 @@ fn run_foreign(arch: Arch, args: &TestArgs) -> Result<()> {
             .env("KOYA_TEST_FSX", fsx(arch)?)
             .env("KOYA_TEST_CONTAINERD", containerds(arch)?);
     }
+    resume(&mut system, arch, args)?;
     proc::run(&mut system)
 }
 

@@ -10,8 +10,10 @@
 use crate::{RIG, is_wanted};
 use anyhow::{Context, Result};
 use libtest_mimic::{Arguments, Trial};
-use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Read};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -21,6 +23,8 @@ pub(crate) const ONLY: &str = "KOYA_TEST_ONLY";
 /// Architecture to test if not the machine's: its name, and the path of this program built for it.
 const ARCH: &str = "KOYA_TEST_ARCH";
 const PROGRAM: &str = "KOYA_TEST_PROGRAM";
+/// File with the names of the tests that have passed; those in it are left out.
+const PASSED: &str = "KOYA_TEST_PASSED";
 /// Prefix of a test's duration line, before name and seconds.
 pub(crate) const TOOK: &str = "system tests: seconds of ";
 /// Number of slowest tests to print.
@@ -57,6 +61,8 @@ struct Board {
     seconds: BTreeMap<String, f64>,
     /// Failures of rigs without a failed test.
     troubles: Vec<String>,
+    /// Gets the name of each test that passes.
+    passed: Option<File>,
 }
 
 /// Runs the selected tests of `trials` with this program in rigs.
@@ -69,6 +75,13 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
     if names.is_empty() {
         return Ok(libtest_mimic::run(arguments, trials).exit_code());
     }
+    let (names, passed) = match std::env::var_os(PASSED) {
+        Some(file) => without_passed(names, file.as_ref())?,
+        None => (names, None),
+    };
+    if names.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
     let built = xtask(&["build"])
         .args(arch())
         .stdout(Stdio::null())
@@ -77,7 +90,10 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
         return Ok(ExitCode::FAILURE);
     }
     let started = Instant::now();
-    let board = Mutex::new(Board::default());
+    let board = Mutex::new(Board {
+        passed,
+        ..Board::default()
+    });
     run_all(&board, &names)?;
     let first = std::mem::take(&mut lock(&board).outcomes);
     let again = second_tries(&first, lock(&board).emulated);
@@ -114,6 +130,26 @@ pub(crate) fn run(arguments: &Arguments, trials: Vec<Trial>) -> Result<ExitCode>
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Leaves out the tests that have passed in an earlier run, whose names are in `file`, and opens it for further names.
+fn without_passed(names: Vec<String>, file: &Path) -> Result<(Vec<String>, Option<File>)> {
+    let context = || format!("cannot use {}", file.display());
+    let earlier = match fs::read_to_string(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
+        read => read.with_context(context)?,
+    };
+    let earlier: BTreeSet<&str> = earlier.lines().collect();
+    let count = names.len();
+    let mut left = names;
+    left.retain(|name| !earlier.contains(name.as_str()));
+    eprintln!(
+        "system tests: {} of {count} passed in earlier runs and are left out; remove {} to run all",
+        count - left.len(),
+        file.display()
+    );
+    let appended = File::options().create(true).append(true).open(file);
+    Ok((left, Some(appended.with_context(context)?)))
 }
 
 /// Tests to be run again.
@@ -226,7 +262,15 @@ fn note(board: &mut Board, line: &str) {
         "FAILED" => Outcome::Failed,
         _ => return,
     };
-    board.outcomes.insert(name.trim_end().to_owned(), outcome);
+    let name = name.trim_end();
+    if outcome == Outcome::Passed
+        && let Some(passed) = &mut board.passed
+        && let Err(error) = writeln!(passed, "{name}")
+    {
+        let trouble = format!("{name} passed, which could not be stored: {error}");
+        board.troubles.push(trouble);
+    }
+    board.outcomes.insert(name.to_owned(), outcome);
 }
 
 /// Parses a test's duration line.
