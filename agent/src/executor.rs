@@ -126,15 +126,16 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
         // Of several, the last one counts.
         .and_then(|e| e.iter().rev().find_map(|v| v.strip_prefix("PATH=")))
         .unwrap_or(DEFAULT_PATH);
-    let mut denied = false;
+    let mut unusable = None;
     for directory in path.split(':') {
         match usable(&Path::new(directory).join(name)) {
             Ok(found) => return Ok(found),
-            Err((code, _)) => denied |= code == CANNOT_RUN,
+            Err((CANNOT_RUN, why)) => _ = unusable.get_or_insert(why),
+            Err(_) => {}
         }
     }
-    if denied {
-        return Err((CANNOT_RUN, format!("exec {name}: permission denied")));
+    if let Some(why) = unusable {
+        return Err((CANNOT_RUN, format!("exec {name}: {why}")));
     }
     // Docker derives its exit status from this wording, which is runc's.
     Err((
@@ -147,6 +148,9 @@ fn usable(path: &Path) -> Result<PathBuf, (i32, String)> {
     match path.metadata() {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             Err((NOT_FOUND, "no such file or directory".into()))
+        }
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => {
+            Err((CANNOT_RUN, "permission denied".into()))
         }
         Err(e) => Err((CANNOT_RUN, e.to_string())),
         // podman and Docker derive the exit status from the first words.
@@ -390,5 +394,12 @@ mod tests {
             (status, why.as_str()),
             (CANNOT_RUN, "exec tool: permission denied")
         );
+        let looped = dir.path().join("4");
+        std::fs::create_dir(&looped).unwrap();
+        std::os::unix::fs::symlink("tool", looped.join("tool")).unwrap();
+        let path = format!("PATH={}:{closed}", looped.display());
+        let (status, why) = find(&spec_of("tool", &[path])).unwrap_err();
+        assert_eq!(status, CANNOT_RUN);
+        assert!(why.starts_with("exec tool: Too many levels"), "{why}");
     }
 }

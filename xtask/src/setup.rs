@@ -51,6 +51,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("containernetworking-plugins", "the tests' pods' networks"),
     ("iptables", "the tests' Docker"),
     ("stress-ng", "the tests' file-system load"),
+    ("strace", "the tests whose system calls fail"),
     (
         "golang-github-containers-common",
         "the tests' seccomp profile",

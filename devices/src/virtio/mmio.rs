@@ -23,6 +23,7 @@ use crate::fault::{guest_detail, guest_fault};
 use crate::rate_limit::{Rate, RateLimiter};
 use event_manager::MutEventSubscriber;
 use koya_host::sync::lock;
+use std::error::Error as _;
 use std::io;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -459,7 +460,10 @@ impl MmioTransport {
             std::thread::sleep(wait);
         }
         if let Err(error) = self.try_activate() {
-            guest_fault!("cannot start a {}: {error:?}", self.kind);
+            match error.source() {
+                Some(source) => guest_fault!("cannot start a {}: {error}: {source}", self.kind),
+                None => guest_fault!("cannot start a {}: {error}", self.kind),
+            }
             self.line.needs_reset();
         }
     }

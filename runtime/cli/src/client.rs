@@ -166,7 +166,7 @@ pub(super) fn exec(args: &ExecArgs) -> Outcome {
         interactive: args.interactive,
     };
     // Before any thread exists, so that no signal is lost.
-    let signals = Signals::new(passed_on())?;
+    let signals = Signals::new(passed_on()).context("cannot catch signals")?;
     signals.add_signal(SIGWINCH)?;
     send(&stream, &request, &[])?;
     let mut wire = Wire::new(stream.try_clone()?);

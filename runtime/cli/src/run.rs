@@ -386,7 +386,7 @@ impl Live {
 fn start(args: &RunArgs, record: &mut Record, owned: &Owned, began: Instant) -> Result<Live> {
     // Before any thread exists: namespaces are per thread, and no signal must be lost.
     args.net.enter()?;
-    let signals = Signals::new(passed_on())?;
+    let signals = Signals::new(passed_on()).context("cannot catch signals")?;
     signals.add_signal(SIGWINCH)?;
     let running = Running::default();
     forward_signals(signals, running.clone(), owned.directory.clone())?;

@@ -362,8 +362,10 @@ pub(super) fn create(
         builder
             .create(&unfinished.0)
             .with_context(|| cannot(&unfinished.0))?;
-        let lock = File::create(unfinished.path("lock"))?;
-        flock(&lock, FlockOperation::LockExclusive)?;
+        let path = unfinished.path("lock");
+        let lock = File::create(&path).with_context(|| cannot(&path))?;
+        flock(&lock, FlockOperation::LockExclusive)
+            .with_context(|| format!("cannot lock {}", path.display()))?;
         let directory = Directory(root.join(&chosen));
         let record = record(&chosen, &directory);
         unfinished.write(&record)?;

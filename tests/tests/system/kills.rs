@@ -19,7 +19,8 @@ const GROUP: &str = "/koya-kills";
 /// Name of the container of `koya run`.
 const RUN: &str = "kills-of-a-run";
 
-fn number(variable: &str, default: u64) -> u64 {
+/// The value of a variable, or `default`.
+pub(crate) fn number(variable: &str, default: u64) -> u64 {
     let text = std::env::var(variable).ok();
     text.and_then(|text| text.parse().ok()).unwrap_or(default)
 }
@@ -86,7 +87,8 @@ fn traces(words: &str) -> Result<Vec<(&'static str, BTreeSet<String>)>> {
     ])
 }
 
-fn nothing_is_left(words: &str, of: &str) -> Result<()> {
+/// Waits until a sandbox has left nothing (see [`traces`]).
+pub(crate) fn nothing_is_left(words: &str, of: &str) -> Result<()> {
     // A killed process takes a moment to disappear.
     let mut last = None;
     let gone = until("nothing is left", || {

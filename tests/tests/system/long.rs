@@ -24,6 +24,8 @@ const TESTS: &[&str] = &[
     "disks::an_image_is_a_root",
     "exec::quick_execs_leave_nothing",
     "exec::two_hundred_execs_at_once_have_their_own_output",
+    "failing_calls::a_run_on_a_host_whose_calls_fail_leaves_nothing",
+    "failing_calls::a_runtime_on_a_host_whose_calls_fail_leaves_nothing",
     "faults::a_disk_that_fails_loses_nothing_that_was_flushed",
     "faults::a_disk_that_hangs_is_waited_for",
     "files::a_tree_survives_tar",

@@ -13,6 +13,7 @@ mod debian;
 mod disks;
 mod docker;
 mod exec;
+mod failing_calls;
 mod faults;
 mod files;
 mod hooks;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         disks::trials(),
         docker::trials(),
         exec::trials(),
+        failing_calls::trials(),
         faults::trials(),
         files::trials(),
         images::trials(),
