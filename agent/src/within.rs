@@ -9,14 +9,16 @@ use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, Gid, Uid, fchown, fstat};
 use rustix::io::Errno;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 /// Whether a container is known to need none of them, without accessing its root.
 pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
     let process = spec.process().as_ref();
     files.is_empty()
         && !is_image(id, spec)
+        && !may_lead_into_mounts(spec)
         && process.is_none_or(|process| process.cwd() == Path::new("/"))
 }
 
@@ -33,16 +35,17 @@ pub(crate) fn complete(id: &str, mut spec: Spec, files: &[messages::File]) -> Re
     if is_image(id, &spec) {
         make_mount_points(&root, spec.mounts().as_deref().unwrap_or_default())?;
     }
+    follow_links(&mut spec, &root);
+    check_places(spec.mounts().as_deref().unwrap_or_default())?;
     let own = bundle(id).join("files");
     for (number, file) in files.iter().enumerate() {
-        let place = Path::new(&file.path);
-        if is_mounted_over(&spec, place) || !can_be_mounted_over(&root, place) {
+        let Some(place) = place_for(&spec, &root, Path::new(&file.path)) else {
             continue;
-        }
+        };
         fs::create_dir_all(&own)?;
         let source = own.join(number.to_string());
         fs::write(&source, &file.content)?;
-        configuration::bind(&mut spec, &source, place);
+        configuration::bind(&mut spec, &source, &place);
     }
     let cwd = spec.process().as_ref().map(|process| process.cwd().clone());
     if let Some(cwd) = cwd
@@ -88,30 +91,169 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Whether one of the container's mounts covers this path.
-fn is_mounted_over(spec: &Spec, path: &Path) -> bool {
-    let mut mounts = spec.mounts().iter().flatten();
-    mounts.any(|mount| path.starts_with(mount.destination()))
+/// Mounts that contain no place of another one, except below them: those of the kernel's file systems, and single files.
+const WITHOUT_PLACES: &[&str] = &[
+    "/proc",
+    "/dev",
+    "/sys",
+    "/etc/hosts",
+    "/etc/hostname",
+    "/etc/resolv.conf",
+];
+
+/// Whether the place of a mount may be a link in an earlier one, or lead into it, without accessing the root.
+fn may_lead_into_mounts(spec: &Spec) -> bool {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let has_places = |mount: &Mount| {
+        let place = mount.destination();
+        !WITHOUT_PLACES.iter().any(|path| place.starts_with(path))
+    };
+    let earlier = mounts.iter().position(has_places);
+    earlier.is_some_and(|earlier| earlier + 1 < mounts.len())
+}
+
+/// Moves each mount whose place is a link in an earlier mount, or leads into it, to the path where the link leads, as with
+/// systemd-resolved's `/etc/resolv.conf` and a tmpfs at `/run`: libcontainer creates no mount point at a dangling link.
+fn follow_links(spec: &mut Spec, root: &Rootfs) {
+    if !may_lead_into_mounts(spec) {
+        return;
+    }
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for index in 1..mounts.len() {
+        let (earlier, rest) = mounts.split_at_mut(index);
+        let place = rest[0].destination();
+        if let Some(real) = without_links(earlier, root, place)
+            && real != *place
+            && (around(earlier, place).is_some() || around(earlier, &real).is_some())
+        {
+            rest[0].set_destination(real);
+        }
+    }
+    spec.set_mounts(Some(mounts));
+}
+
+/// Checks that no mount point is missing in an earlier read-only volume: libcontainer's error names neither.
+fn check_places(mounts: &[Mount]) -> Result<()> {
+    for (index, mount) in mounts.iter().enumerate() {
+        let place = mount.destination();
+        let Some(earlier) = around(&mounts[..index], place) else {
+            continue;
+        };
+        let mut options = earlier.options().iter().flatten();
+        if !options.any(|option| option == "ro" || option == "rro") {
+            continue;
+        }
+        let at = earlier.destination();
+        let within = place.strip_prefix(at).unwrap_or(place);
+        let is_missing = |volume: Rootfs| volume.find(within).err() == Some(Errno::NOENT);
+        if !within.as_os_str().is_empty() && directory_of(earlier).is_some_and(is_missing) {
+            let (place, at) = (place.display(), at.display());
+            bail!("cannot make the mount point {place}: the volume at {at} is read-only");
+        }
+    }
+    Ok(())
+}
+
+/// Maximum number of links in one path, as in the kernel.
+const LINKS: usize = 40;
+
+/// A path without links, in a root with these mounts; what does not exist is no link. `None` if there is no end of links.
+fn without_links(mounts: &[Mount], root: &Rootfs, path: &Path) -> Option<PathBuf> {
+    let mut left: Vec<_> = path.iter().rev().map(OsStr::to_owned).collect();
+    let (mut done, mut links) = (PathBuf::from("/"), 0);
+    while let Some(name) = left.pop() {
+        match Path::new(&name).components().next() {
+            Some(Component::Normal(name)) => done.push(name),
+            Some(Component::ParentDir) => {
+                done.pop();
+                continue;
+            }
+            _ => continue,
+        }
+        let target = match around(mounts, &done) {
+            None => root.link(&done),
+            Some(mount) => {
+                let within = done.strip_prefix(mount.destination()).ok()?;
+                // The place of a mount is not a link any more.
+                let inside = !within.as_os_str().is_empty();
+                inside.then(|| directory_of(mount)?.link(within)).flatten()
+            }
+        };
+        let Some(target) = target else {
+            continue;
+        };
+        links += 1;
+        if links > LINKS {
+            return None;
+        }
+        done.pop();
+        if target.is_absolute() {
+            done = PathBuf::from("/");
+        }
+        left.extend(target.iter().rev().map(OsStr::to_owned));
+    }
+    Some(done)
+}
+
+/// The mount that contains a path: the deepest one, and of several at one place the last.
+fn around<'m>(mounts: &'m [Mount], path: &Path) -> Option<&'m Mount> {
+    let around = mounts
+        .iter()
+        .filter(|mount| path.starts_with(mount.destination()));
+    around.max_by_key(|mount| mount.destination().components().count())
+}
+
+/// The directory of a bind mount.
+fn directory_of(mount: &Mount) -> Option<Rootfs> {
+    let source = mount.source().as_ref();
+    let source = source.filter(|_| mount.typ().as_deref() == Some("bind"));
+    source.and_then(|source| Rootfs::open(source).ok())
 }
 
 /// Whether a directory is known to exist after the container's mounts.
 fn is_there(spec: &Spec, root: &Rootfs, path: &Path) -> bool {
-    let mounts = spec.mounts().iter().flatten();
-    let around = mounts.filter(|mount| path.starts_with(mount.destination()));
-    // The deepest mount counts, and of several at one path the last.
-    let Some(mount) = around.max_by_key(|mount| mount.destination().components().count()) else {
+    let Some(mount) = around(spec.mounts().as_deref().unwrap_or_default(), path) else {
         return root.is_directory(path);
     };
     let within = path.strip_prefix(mount.destination()).unwrap_or(path);
-    if within.as_os_str().is_empty() {
-        return true;
+    within.as_os_str().is_empty()
+        || directory_of(mount).is_some_and(|source| source.is_directory(within))
+}
+
+/// The path without links at which a file is mounted that the container should find at `path`: over an empty file, or over
+/// one that is created, in the root or in the directory or tmpfs that is mounted there.
+fn place_for(spec: &Spec, root: &Rootfs, path: &Path) -> Option<PathBuf> {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    if let Some(mount) = around(mounts, path) {
+        return can_be_within(mount, path).then(|| path.to_owned());
     }
-    let source = mount
-        .source()
-        .as_ref()
-        .filter(|_| mount.typ().as_deref() == Some("bind"));
-    let source = source.and_then(|source| Rootfs::open(source).ok());
-    source.is_some_and(|source| source.is_directory(within))
+    if !can_be_mounted_over(root, path) {
+        return None;
+    }
+    let real = root.resolve(path).ok()?;
+    match around(mounts, &real) {
+        Some(mount) if !can_be_within(mount, &real) => None,
+        _ => Some(real),
+    }
+}
+
+/// Whether a file can be mounted at a path below a mount.
+fn can_be_within(mount: &Mount, path: &Path) -> bool {
+    let within = path.strip_prefix(mount.destination()).unwrap_or(path);
+    if within.as_os_str().is_empty() {
+        return false;
+    }
+    if mount.typ().as_deref() == Some("tmpfs") {
+        let mut options = mount.options().iter().flatten();
+        // Otherwise libcontainer creates the file.
+        return !options.any(|option| option == "ro");
+    }
+    directory_of(mount).is_some_and(|source| {
+        let can = can_be_mounted_over(&source, within);
+        // A link may lead out of the directory, in the container.
+        let is_plain = |real: PathBuf| real == Path::new("/").join(within);
+        can && source.resolve(within).is_ok_and(is_plain)
+    })
 }
 
 /// Whether the path is an empty file, as left by container engines, or can be created.
@@ -155,6 +297,124 @@ mod tests {
         symlink("../run/stub", dir.path().join("etc/link")).unwrap();
         assert!(can("/etc/link") && dir.path().join("run/stub").is_file());
         assert!(!can("/etc"));
+    }
+
+    /// A root with systemd-resolved's link, and mounts as JSON.
+    fn with_mounts(mounts: serde_json::Value) -> (tempfile::TempDir, Rootfs, Spec) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        symlink(
+            "../run/stub/resolv.conf",
+            dir.path().join("etc/resolv.conf"),
+        )
+        .unwrap();
+        let root = Rootfs::open(dir.path()).unwrap();
+        let spec = serde_json::json!({"ociVersion": "1.2.0", "mounts": mounts});
+        (dir, root, serde_json::from_value(spec).unwrap())
+    }
+
+    #[test]
+    fn a_link_into_a_mount_is_followed() {
+        let file =
+            serde_json::json!({"destination": "/etc/resolv.conf", "type": "bind", "source": "/f"});
+        let run = serde_json::json!({"destination": "/run", "type": "tmpfs", "source": "tmpfs"});
+        let proc = serde_json::json!({"destination": "/proc", "type": "proc", "source": "proc"});
+        for (mounts, expected) in [
+            (vec![&proc, &run, &file], "/run/stub/resolv.conf"),
+            (vec![&proc, &file, &run], "/etc/resolv.conf"),
+            (vec![&proc, &file], "/etc/resolv.conf"),
+        ] {
+            let (_dir, root, mut spec) = with_mounts(serde_json::json!(mounts));
+            root.make(Path::new("/etc/resolv.conf"), Kind::File)
+                .unwrap();
+            follow_links(&mut spec, &root);
+            let mounts = spec.mounts().as_ref().unwrap();
+            let found = mounts.iter().map(|mount| mount.destination());
+            let file = found.rev().find(|place| place.ends_with("resolv.conf"));
+            assert_eq!(file.unwrap(), Path::new(expected));
+        }
+    }
+
+    /// containers/crun 497, containers/crun 1463.
+    #[test]
+    fn links_are_followed_through_mounts() {
+        let volume = tempfile::tempdir().unwrap();
+        fs::create_dir(volume.path().join("sub")).unwrap();
+        symlink("/one/file", volume.path().join("link")).unwrap();
+        symlink("../../run/x", volume.path().join("sub/up")).unwrap();
+        symlink("round", volume.path().join("round")).unwrap();
+        let (dir, root, spec) = with_mounts(serde_json::json!([
+            {"destination": "/two", "type": "bind", "source": volume.path()},
+            {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
+        ]));
+        fs::create_dir(dir.path().join("var")).unwrap();
+        symlink("/run", dir.path().join("var/run")).unwrap();
+        let mounts = spec.mounts().as_ref().unwrap();
+        let real = |path: &str| without_links(mounts, &root, Path::new(path));
+        for (path, expected) in [
+            ("/two/link", "/one/file"),
+            ("/two/sub/up", "/run/x"),
+            ("/var/run/docker.sock", "/run/docker.sock"),
+            ("/run/stub", "/run/stub"),
+            ("/two/new/file", "/two/new/file"),
+            ("/two", "/two"),
+        ] {
+            assert_eq!(real(path), Some(expected.into()), "{path}");
+        }
+        assert_eq!(real("/two/round"), None);
+    }
+
+    #[test]
+    fn a_place_that_is_missing_in_a_read_only_volume_is_named() {
+        let volume = tempfile::tempdir().unwrap();
+        fs::create_dir(volume.path().join("there")).unwrap();
+        for (option, place, is_possible) in [
+            ("ro", "/vol/there", true),
+            ("ro", "/vol/new", false),
+            ("rw", "/vol/new", true),
+            ("ro", "/vol", true),
+        ] {
+            let (_dir, _root, spec) = with_mounts(serde_json::json!([
+                {"destination": "/vol", "type": "bind", "source": volume.path(), "options": [option]},
+                {"destination": place, "type": "tmpfs", "source": "tmpfs"},
+            ]));
+            let checked = check_places(spec.mounts().as_ref().unwrap());
+            assert_eq!(checked.is_ok(), is_possible, "{option} {place}");
+            let said = checked.err().map(|error| error.to_string());
+            assert!(said.is_none_or(|said| said.contains("/vol/new: the volume at /vol")));
+        }
+    }
+
+    #[test]
+    fn own_files_are_put_into_mounts() {
+        let volume = tempfile::tempdir().unwrap();
+        fs::write(volume.path().join("hosts"), "").unwrap();
+        fs::write(volume.path().join("full"), "own").unwrap();
+        symlink("/run/x", volume.path().join("link")).unwrap();
+        let (dir, root, spec) = with_mounts(serde_json::json!([
+            {"destination": "/run", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/ro", "type": "tmpfs", "source": "tmpfs", "options": ["ro"]},
+            {"destination": "/vol", "type": "bind", "source": volume.path()},
+            {"destination": "/file", "type": "bind", "source": volume.path().join("full")},
+        ]));
+        let place = |path: &str| place_for(&spec, &root, Path::new(path));
+        assert_eq!(place("/etc/hosts"), Some("/etc/hosts".into()));
+        let target = "/run/stub/resolv.conf";
+        assert_eq!(place("/etc/resolv.conf"), Some(target.into()));
+        for good in ["/run/hosts", "/vol/hosts", "/vol/made"] {
+            assert_eq!(place(good), Some(good.into()));
+        }
+        assert!(volume.path().join("made").is_file() && !dir.path().join("vol").exists());
+        for bad in [
+            "/ro/hosts",
+            "/vol/full",
+            "/vol/link",
+            "/vol",
+            "/run",
+            "/file",
+        ] {
+            assert_eq!(place(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -85,6 +85,28 @@ impl Rootfs {
         )
     }
 
+    /// The target of a symbolic link; `None` for anything else.
+    pub fn link(&self, path: &Path) -> Option<PathBuf> {
+        let flags = PATH_ONLY | OFlags::NOFOLLOW;
+        let found = openat2(&self.0, path, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+        let target = readlinkat(&found, "", Vec::new()).ok()?;
+        Some(PathBuf::from(OsStr::from_bytes(target.as_bytes())))
+    }
+
+    /// The path of an existing file in the root without links.
+    ///
+    /// # Errors
+    /// As for [`find`](Self::find).
+    pub fn resolve(&self, path: &Path) -> Result<PathBuf> {
+        let name =
+            |fd: &OwnedFd| readlinkat(CWD, format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new());
+        let (found, root) = (name(&self.find(path)?)?, name(&self.0)?);
+        let root = Path::new(OsStr::from_bytes(root.as_bytes()));
+        let found = Path::new(OsStr::from_bytes(found.as_bytes()));
+        let within = found.strip_prefix(root).map_err(|_| Errno::NOENT)?;
+        Ok(Path::new("/").join(within))
+    }
+
     /// The kind of file at a path: everything except a directory counts as a file.
     ///
     /// # Errors
@@ -308,6 +330,14 @@ mod tests {
         make("/link", Kind::File).unwrap();
         make("/a/c", Kind::Directory).unwrap();
         make("/out/x", Kind::File).unwrap();
+        let resolved = |path: &str| root.resolve(Path::new(path));
+        assert_eq!(resolved("/link").unwrap(), Path::new("/stub/file"));
+        assert_eq!(resolved("/var-run/../run").unwrap(), Path::new("/run"));
+        assert_eq!(resolved("/").unwrap(), Path::new("/"));
+        assert_eq!(resolved("/nothing"), Err(Errno::NOENT));
+        let link = |path: &str| root.link(Path::new(path));
+        assert_eq!(link("/link"), Some("../../stub/file".into()));
+        assert_eq!((link("/run"), link("/nothing")), (None, None));
         assert!(dir.path().join("run/one").is_dir());
         assert!(dir.path().join("stub/file").is_file());
         assert!(dir.path().join("deep/b/c").is_dir());

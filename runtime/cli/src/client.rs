@@ -7,7 +7,7 @@ use super::ignored::passed_on;
 use super::output::{complain, say};
 use super::parse::parse_signal;
 use super::run::check_terminal;
-use super::state::Directory;
+use super::state::{Directory, KILLED};
 use super::variables::EnvArgs;
 use super::wire::{Wire, send};
 use super::{FAILED, Outcome};
@@ -89,8 +89,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 const WRITE_PAUSE: Duration = Duration::from_secs(15);
 /// Time limit for flushing them; the sandbox's own limit is shorter.
 const WRITE_OUT_LIMIT: Duration = Duration::from_secs(620);
-/// Status of a container killed by SIGKILL.
-const KILLED: i32 = 128 + libc::SIGKILL;
 
 fn check_running(name: &str, directory: &Directory) -> Result<()> {
     match directory.is_running() {

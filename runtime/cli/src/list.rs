@@ -188,7 +188,8 @@ fn wait_for(name: &str) -> Result<i32> {
     while directory.is_running() {
         output::wait(LOG_LOOK_MS)?;
     }
-    // It is removed at its end, or its process was killed.
+    // It is removed at its end, or was killed before its program ran.
+    directory.clear_away();
     let record = directory.read();
     let status = record.ok().and_then(|record| record.status);
     status.with_context(|| format!("container {name} ended without leaving its status"))

@@ -4,7 +4,7 @@
 //!
 //! The sandbox's process holds a lock on the `lock` file of its directory as long as it lives. If the lock is free, the
 //! container has ended: in an orderly way if an exit status is recorded; otherwise it was killed, and the next command
-//! removes the directory.
+//! removes the directory, or, for a detached container that ran, records that status and keeps its log.
 
 use crate::removal::remove_tree;
 use anyhow::{Context, Result, bail};
@@ -19,6 +19,9 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
+
+/// Exit status of a container whose process was killed.
+pub(super) const KILLED: i32 = 128 + libc::SIGKILL;
 
 /// Prefix of directories that are being created or removed, which is not valid in container names.
 const UNFINISHED: &str = ".new-";
@@ -215,6 +218,11 @@ impl Directory {
         self.read().is_ok_and(|record| record.status.is_none())
     }
 
+    /// Whether its container ran: the control socket is created immediately before its start.
+    fn has_run(&self) -> bool {
+        self.path("control.sock").exists()
+    }
+
     /// Whether the host went down, for example by a power failure, before the record was on disk: it is missing or
     /// truncated. A directory without a lock is not a container's.
     fn is_torn(&self) -> bool {
@@ -294,6 +302,17 @@ impl Directory {
             self.write(&record)?;
         }
         Ok(())
+    }
+
+    /// What the next command does with the directory of a container that has ended.
+    pub(super) fn clear_away(&self) {
+        if self.is_torn() || self.has_no_end() && !self.has_run() {
+            self.remove();
+        } else if self.has_no_end()
+            && let Err(error) = self.settle(KILLED)
+        {
+            log::warn!("{error:#}");
+        }
     }
 
     /// Removes everything stored for the container.
@@ -402,7 +421,8 @@ fn random_name() -> Result<String> {
     Ok(format!("koya-{:08x}", u32::from_le_bytes(bytes)))
 }
 
-/// Removes the directories of killed containers.
+/// Clears away what killed containers left. The log of a detached one stays, with a status, until it is removed: that its
+/// process was killed, perhaps for want of memory on the host, is the moment in which the log is needed.
 pub(super) fn sweep() -> Result<()> {
     for path in entries()? {
         let directory = Directory(path);
@@ -417,8 +437,8 @@ pub(super) fn sweep() -> Result<()> {
             continue;
         }
         // The lock first: its owner writes the status before releasing it.
-        if !directory.is_running() && (directory.is_torn() || directory.has_no_end()) {
-            directory.remove();
+        if !directory.is_running() {
+            directory.clear_away();
         }
     }
     Ok(())
@@ -495,6 +515,34 @@ pub(super) mod tests {
         assert_eq!(directory.read().unwrap().status, Some(0));
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_killed_container_keeps_its_log_if_it_was_detached_and_ran() {
+        let dir = tempfile::tempdir().unwrap();
+        for (keep, ran, is_kept) in [
+            (true, true, true),
+            (true, false, false),
+            (false, true, false),
+        ] {
+            let path = dir.path().join("c");
+            fs::create_dir(&path).unwrap();
+            let (directory, mut child) = hanging(&path, keep);
+            fs::write(directory.log(), "the last words").unwrap();
+            let socket = ran.then(|| directory.listen().unwrap());
+            drop(socket);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            directory.clear_away();
+            assert_eq!(path.exists(), is_kept, "{keep} {ran}");
+            if is_kept {
+                assert_eq!(directory.read().unwrap().status, Some(KILLED));
+                assert!(directory.log().exists());
+                // A second command changes nothing.
+                directory.clear_away();
+                directory.remove();
+            }
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! unpacked. No name in an archive becomes a name on the host.
 
 use crate::Error;
-use crate::archive::{End, Entry, Kind, Reader, Source};
+use crate::archive::{Entry, Kind, Reader, Source};
 use crate::compression::Decoder;
 use crate::error::{cut_short, invalid};
 use crate::limits::{Budget, Limits, Metered};
@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
@@ -122,9 +122,25 @@ impl Files {
     /// The file with this name, if it exists. Links are resolved inside.
     pub(crate) fn find(&self, name: &str) -> Result<Option<Blob>, Error> {
         match &self.0 {
-            Kept::Directory(dir) => in_directory(dir, name).map_err(Error::reading(name)),
+            Kept::Directory(dir) => {
+                in_directory(dir, name, ResolveFlags::IN_ROOT).map_err(Error::reading(name))
+            }
             Kept::Archive(entries) => in_archive(entries, name).map_err(Error::reading(name)),
         }
+    }
+
+    /// A file that is named by the digest of its content, which is verified. In a directory, links to it or to the directory
+    /// that it is in may lead anywhere: layouts share blobs with others, or with a store.
+    ///
+    /// # Errors
+    /// If there is no such file.
+    pub(crate) fn get_by_digest(&self, name: &str) -> Result<Blob, Error> {
+        let Kept::Directory(dir) = &self.0 else {
+            return self.get(name);
+        };
+        let found = in_directory(dir, name, ResolveFlags::empty()).map_err(Error::reading(name))?;
+        let missing = || Error::invalid(format!("{name} is missing"));
+        found.ok_or_else(missing)
     }
 
     /// # Errors
@@ -135,19 +151,22 @@ impl Files {
     }
 }
 
-fn in_directory(dir: &OwnedFd, name: &str) -> io::Result<Option<Blob>> {
-    // The directory may contain a hostile symbolic link, or a FIFO that would block.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let file = match rustix::fs::openat2(dir, name, flags, Mode::empty(), within) {
-        Ok(file) => File::from(file),
+fn in_directory(dir: &OwnedFd, name: &str, within: ResolveFlags) -> io::Result<Option<Blob>> {
+    // The directory may contain a hostile symbolic link: to a FIFO, which would block, or to a device that starts something
+    // when it is opened.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let within = within | ResolveFlags::NO_MAGICLINKS;
+    let found = match rustix::fs::openat2(dir, name, flags, Mode::empty(), within) {
+        Ok(found) => found,
         Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    let data = file.metadata()?;
-    if !data.is_file() {
+    let mode = rustix::fs::fstat(&found)?.st_mode;
+    if FileType::from_raw_mode(mode) != FileType::RegularFile {
         return Err(invalid("it is no regular file"));
     }
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+    let data = file.metadata()?;
     Ok(Some(Blob {
         file: Arc::new(file),
         at: 0,
@@ -259,9 +278,8 @@ fn index(file: File, scratch: &Path, limits: &Limits) -> io::Result<HashMap<Path
         };
         entries.insert(path, place);
     }
-    if reader.end() != Some(End::Marked) {
-        return Err(cut_short());
-    }
+    // Some programs leave out the mark of the end, and others do not miss it. If files are missing, too, they are reported
+    // by their names: all that is used has a size and a digest.
     Ok(entries)
 }
 

@@ -194,7 +194,7 @@ fn check(name: &str, text: &[u8], digest: &Digest) -> Result<(), Error> {
 
 fn blob(files: &Files, descriptor: &Descriptor) -> Result<(Blob, Digest), Error> {
     let digest = Digest::parse(&descriptor.digest)?;
-    let blob = files.get(&digest.path())?;
+    let blob = files.get_by_digest(&digest.path())?;
     check_size(&digest.path(), &blob, descriptor)?;
     Ok((blob, digest))
 }
@@ -426,7 +426,7 @@ fn from_blobs(files: &Files, manifest: &Document, options: &Options) -> Result<C
     let find = |descriptor: &Descriptor| -> Result<(Blob, Digest), Error> {
         let digest = Digest::parse(&descriptor.digest)?;
         let name = digest.digits();
-        let blob = files.get(name)?;
+        let blob = files.get_by_digest(name)?;
         check_size(name, &blob, descriptor)?;
         Ok((blob, digest))
     };

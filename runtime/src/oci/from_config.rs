@@ -95,6 +95,9 @@ const READ_ONLY: &[&str] = &[
 /// The default of containerd. There is no limit on the number of processes: control groups bound it.
 const OPEN_FILES: u64 = 1 << 20;
 
+/// Maximum of that limit: `fs.nr_open` of the guest.
+const MAX_OPEN_FILES: u64 = 1_073_741_816;
+
 /// Names of setrlimit(2), without the common prefix.
 const RESOURCES: &[&str] = &[
     "AS",
@@ -123,6 +126,9 @@ fn rlimits(config: &ContainerConfig) -> Result<Vec<Value>, Error> {
         let wrong = |why: &str| Error::invalid("rlimit", format!("{}: {why}", limit.resource));
         if !RESOURCES.contains(&name) {
             return Err(wrong("there is no such limit"));
+        }
+        if name == "NOFILE" && limit.hard > MAX_OPEN_FILES {
+            return Err(wrong(&format!("at most {MAX_OPEN_FILES} can be allowed")));
         }
         if limit.soft > limit.hard {
             return Err(wrong("the soft limit is above the hard one"));
@@ -159,8 +165,12 @@ fn host_name<'c>(id: &'c str, config: &'c ContainerConfig) -> Result<&'c str, Er
 /// If the host name is invalid.
 pub(crate) fn files(id: &str, config: &ContainerConfig) -> Result<Vec<File>, Error> {
     let name = host_name(id, config)?;
+    // A name with a domain comes first, and without it second, as with Docker.
+    let short = name.split_once('.').map(|(short, _)| short);
+    let short = short.filter(|short| !short.is_empty());
+    let names = short.map_or_else(|| name.to_owned(), |short| format!("{name} {short}"));
     let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{names}\n"
     );
     let file = |path: &str, content: String| File {
         path: path.into(),

@@ -2,8 +2,8 @@
 //!
 //! Tests that need more than a shell use the machine's own root file system, read-only, with its perl.
 
-use crate::tool::{run, run_in, scratch, stdout, until};
-use anyhow::{Result, ensure};
+use crate::tool::{run, run_in, scratch, sh, stdout, until};
+use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -25,6 +25,7 @@ crate::trials![
     what_the_host_replaces_is_read_whole,
     volumes_that_overlap_are_the_same_files,
     a_tree_survives_tar,
+    what_has_no_size_can_be_sent,
 ];
 
 /// Runs a script on the machine's own files, with `dir` at /mnt.
@@ -429,6 +430,21 @@ fn a_tree_survives_tar() -> Result<()> {
     ensure!(
         inside == outside && inside.lines().count() > 200,
         "{inside}\n---\n{outside}"
+    );
+    Ok(())
+}
+
+/// Files of the host's /proc; busybox's cat uses sendfile(2).
+fn what_has_no_size_can_be_sent() -> Result<()> {
+    let volume = ["-v", "/proc:/host/proc:ro"];
+    let said = sh(
+        &volume,
+        "cat /host/proc/sys/kernel/ostype /host/proc/version",
+    )?;
+    let (first, second) = said.split_once('\n').context("two lines")?;
+    ensure!(
+        first == "Linux" && second.starts_with("Linux version"),
+        "{said}"
     );
     Ok(())
 }

@@ -111,6 +111,10 @@ fn a_roots_own_files_stay() -> Result<()> {
     ensure!(said == "192.0.2.1 own\n/nowhere/hostname", "{said}");
     // The target of a link becomes a mount point, and its file is not written.
     ensure!(std::fs::read(root.join("nowhere/hostname"))?.is_empty());
+    // A link into a mount leads to the file there.
+    let options = ["--tmpfs", "/nowhere", "--hostname", "inside"];
+    let said = stdout(run_in(&root, &options, &["cat", "/etc/hostname"])?)?;
+    ensure!(said == "inside", "{said}");
     // Nor is the file of a volume at this path.
     let own = scratch("own-volume")?.join("hosts");
     std::fs::write(&own, "a volume's\n")?;
@@ -201,6 +205,9 @@ fn limits_are_an_engines() -> Result<()> {
 fn limits_can_be_set() -> Result<()> {
     let options = ["--ulimit", "nofile=64:128", "--ulimit", "nproc=50"];
     ensure!(sh(&options, LIMITS)? == "50 50\n64 128");
+    // More than the default of the kernel's fs.nr_open.
+    let said = sh(&["--ulimit", "nofile=1073741816"], LIMITS)?;
+    ensure!(said.ends_with("1073741816 1073741816"), "{said}");
     let container = Background::start("limits-set", &options, &["sleep", "1000"])?;
     let said = stdout(container.exec(&[], &["sh", "-c", LIMITS])?)?;
     ensure!(said == "50 50\n64 128", "exec: {said}");

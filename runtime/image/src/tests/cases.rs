@@ -256,3 +256,46 @@ fn a_relative_working_directory_is_below_the_root() {
     assert_eq!(of("/app"), Some("/app".into()));
     assert_eq!(of(""), None);
 }
+
+/// bootc-dev/ocidir-rs 21, bazel-contrib/rules_oci 439: blobs, or the whole directory of them, are links to a shared store.
+/// Their content is verified, unlike that of files with a name of their own.
+#[test]
+fn blobs_may_be_in_a_store_outside_of_the_layout() {
+    use std::os::unix::fs::symlink;
+    let layout = Layout::new();
+    let manifest = image(&layout, "shared", json!({}));
+    layout.index(std::slice::from_ref(&manifest));
+    let store = tempfile::tempdir().unwrap();
+    let (own, shared) = (layout.path().join("blobs/sha256"), store.path().join("all"));
+    fs::rename(&own, &shared).unwrap();
+    symlink(&shared, &own).unwrap();
+    assert_eq!(which(&layout, None).unwrap(), "shared");
+    fs::remove_file(&own).unwrap();
+    fs::create_dir(&own).unwrap();
+    for blob in fs::read_dir(&shared).unwrap() {
+        let blob = blob.unwrap();
+        symlink(blob.path(), own.join(blob.file_name())).unwrap();
+    }
+    assert_eq!(which(&layout, None).unwrap(), "shared");
+    // Neither another content nor another kind of file.
+    let blob = layout.blob_path(manifest["digest"].as_str().unwrap());
+    let size = manifest["size"].as_u64().unwrap() as usize;
+    let other = store.path().join("other");
+    fs::write(&other, " ".repeat(size)).unwrap();
+    for (target, expected) in [
+        (other.as_path(), "not sha256:"),
+        (Path::new("/dev/null"), "regular"),
+    ] {
+        fs::remove_file(&blob).unwrap();
+        symlink(target, &blob).unwrap();
+        let said = refusal(which(&layout, None));
+        assert!(said.contains(expected), "{said}");
+    }
+    let index = layout.path().join("index.json");
+    fs::rename(&index, store.path().join("index.json")).unwrap();
+    symlink(store.path().join("index.json"), &index).unwrap();
+    assert!(
+        which(&layout, None).is_err(),
+        "an index of another directory"
+    );
+}

@@ -231,6 +231,7 @@ fn limits_of_resources_are_an_engines() {
     for (wrong, named) in [
         (limit("nofiles", 1, 1), "nofiles"),
         (limit("cpu", 2, 1), "soft"),
+        (limit("nofile", 1, u64::MAX), "at most 1073741816"),
     ] {
         let refused = bundle_of(|config| config.rlimits = vec![wrong]).unwrap_err();
         assert!(refused.to_string().contains(named), "{refused}");
@@ -358,4 +359,20 @@ fn an_environment_is_one_that_a_process_can_have() {
     assert!(env(&["A=\0"]).unwrap_err().to_string().contains("NUL"));
     let args = bundle_of(|config| config.process.args = vec!["sh".into(), "a\0b".into()]);
     assert!(args.unwrap_err().to_string().contains("NUL"));
+}
+
+/// moby/moby (`etchosts`): a service that looks up its own short name, and `hostname -s`, find it.
+#[test]
+fn a_host_name_with_a_domain_is_known_without_it_as_well() {
+    let hosts = |name: &str| {
+        let config = ContainerConfig {
+            hostname: Some(name.into()),
+            ..ContainerConfig::default()
+        };
+        let files = super::files("id", &config).unwrap();
+        String::from_utf8(files[0].content.clone()).unwrap()
+    };
+    assert!(hosts("web.example.com").ends_with("127.0.1.1\tweb.example.com web\n"));
+    assert!(hosts("web").ends_with("127.0.1.1\tweb\n"));
+    assert!(hosts(".web").ends_with("127.0.1.1\t.web\n"));
 }
