@@ -1,4 +1,5 @@
-//! Integration tests of other projects, run by bats, each file in its own rig.
+//! Integration tests of other projects that print TAP (Test Anything Protocol), each file in its own rig: by bats, or
+//! programs.
 //!
 //! Their output is kept under `target`: an interrupted run is continued, and a file is run again once its results are
 //! removed, or with `--again`.
@@ -16,9 +17,13 @@ pub(crate) const PACKAGES: [(&str, &str); 2] = [
     ("jq", "is what they read and change JSON with"),
 ];
 
-/// Runs the file. A test may pass on bats's output descriptor, which is therefore a pipe instead of the console.
-const BATS: &str = "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
-";
+/// Files of bats. A test may pass on bats's output descriptor, which is therefore a pipe instead of the console.
+pub(crate) const BATS: Files = Files {
+    prefix: "",
+    extension: ".bats",
+    run: "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
+",
+};
 
 /// Time limit for a file of tests, in seconds.
 const LIMIT: &str = "3600";
@@ -31,14 +36,24 @@ pub(crate) struct BatsArgs {
     /// Also run files that already have results
     #[arg(long)]
     again: bool,
-    /// Run only tests whose name matches, of the named files; the results are printed and not kept
+    /// Run only tests whose name matches (crun's: those of these names), of the named files; the results are printed and
+    /// not kept
     #[arg(long, value_name = "REGEX", requires = "files")]
     filter: Option<String>,
     /// Set the CPUs of the rig. With more than one, guests in an emulated host may hang
     #[arg(long, default_value_t = 1)]
     cpus: u32,
-    /// Run only these files, without `.bats`
+    /// Run only these files, without `.bats`, or `test_` and `.py`
     files: Vec<String>,
+}
+
+/// A project's kind of files.
+pub(crate) struct Files {
+    /// Beginning and end of their names.
+    pub(crate) prefix: &'static str,
+    pub(crate) extension: &'static str,
+    /// A shell script that runs one, with the arguments of [`Project::script`].
+    pub(crate) run: &'static str,
 }
 
 /// A project's tests.
@@ -47,6 +62,7 @@ pub(crate) struct Project<'a> {
     pub(crate) name: &'a str,
     /// The directory of its files.
     pub(crate) tests: PathBuf,
+    pub(crate) files: Files,
     /// A shell script that prepares the rig for a file: the directory of the tests, the file, a filter of its tests (empty
     /// for all), and the following steps.
     pub(crate) script: &'a str,
@@ -70,7 +86,7 @@ impl Project<'_> {
         let results = proc::checkout().join("target").join(self.name);
         fs::create_dir_all(&results)?;
         let files = match args.files.is_empty() {
-            true => all_files(&self.tests)?,
+            true => self.all_files()?,
             false => args.files.clone(),
         };
         if let Some(filter) = &args.filter {
@@ -102,9 +118,14 @@ impl Project<'_> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
         rig.args([&cpus.to_string(), "--"]);
-        let script = [self.script, BATS].concat();
+        let Files {
+            prefix,
+            extension,
+            run,
+        } = &self.files;
+        let script = [self.script, run].concat();
         rig.args(["sh", "-c", &script, "sh"]).arg(&self.tests);
-        rig.arg(format!("{file}.bats")).arg(filter);
+        rig.arg(format!("{prefix}{file}{extension}")).arg(filter);
         rig.args(&self.further).stdout(File::create(printed)?);
         eprintln!("{}: {file} (results: {})", self.name, printed.display());
         // A failed test also gives an error status.
@@ -116,20 +137,20 @@ impl Project<'_> {
         }
         Ok(found)
     }
-}
 
-fn all_files(tests: &Path) -> Result<Vec<String>> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(tests)? {
-        let name = entry?.file_name();
-        files.extend(
-            name.to_str()
-                .and_then(|name| name.strip_suffix(".bats"))
-                .map(str::to_owned),
-        );
+    fn all_files(&self) -> Result<Vec<String>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.tests)? {
+            let name = entry?.file_name();
+            let name = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(self.files.prefix));
+            let name = name.and_then(|name| name.strip_suffix(self.files.extension));
+            files.extend(name.map(str::to_owned));
+        }
+        files.sort();
+        Ok(files)
     }
-    files.sort();
-    Ok(files)
 }
 
 /// Copies a tree.
@@ -143,7 +164,7 @@ pub(crate) fn pack(tree: &Path, archive: &Path) -> Result<()> {
     proc::run(tar.arg("-C").arg(tree).arg("-cf").arg(archive).arg("."))
 }
 
-/// Parses the output of bats (Test Anything Protocol).
+/// Parses the output of a file (Test Anything Protocol). In crun's, a name has a dash before it, and the time after it.
 fn read(text: &str) -> Results {
     let mut results = Results::default();
     for line in text.lines() {
@@ -151,9 +172,12 @@ fn read(text: &str) -> Results {
             results.planned = count.parse().unwrap_or_default();
         } else if let Some(name) = line.strip_prefix("not ok ") {
             let name = name.split_once(' ').map_or(name, |(_, name)| name);
-            results.failed.push(name.to_owned());
+            let name = name.split_once(" # ").map_or(name, |(name, _)| name);
+            results
+                .failed
+                .push(name.trim_start_matches("- ").to_owned());
         } else if line.starts_with("ok ") {
-            match line.contains(" # skip") {
+            match line.contains(" # skip") || line.contains(" #SKIP") {
                 true => results.skipped += 1,
                 false => results.passed += 1,
             }
@@ -190,5 +214,10 @@ mod tests {
             "| `exec` | 2 of 3 | 1 | runc exec --cgroup [v2] |"
         );
         assert_eq!(read("").planned, 0);
+        let text = "1..3\nok 1 - mount-ro # 9.041s\nok 2 - tty #SKIP requires TTY # 0.000s\n\
+                    not ok 3 - mount a # 4.100s\n# Test 'mount a' failed with return code -1\n";
+        let results = read(text);
+        assert_eq!((results.passed, results.skipped), (1, 1));
+        assert_eq!(results.failed, ["mount a"]);
     }
 }

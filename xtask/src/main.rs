@@ -10,6 +10,7 @@ mod bats;
 mod bench;
 mod build;
 mod cache;
+mod crun_tests;
 mod deb;
 mod deb_try;
 mod demo;
@@ -59,6 +60,8 @@ enum Command {
     Test(suite::TestArgs),
     /// Run runc's own integration tests with koya-runtime in its place
     RuncTests(bats::BatsArgs),
+    /// Run crun's own tests with koya-runtime in its place
+    CrunTests(bats::BatsArgs),
     /// Run podman's own system tests with koya-runtime
     PodmanTests(podman_tests::PodmanTestsArgs),
     /// Run the fuzz targets; their inputs are kept for the next run
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => suite::run(&args).map(|()| 0),
         Command::RuncTests(args) => runc_tests::run(&args).map(|()| 0),
+        Command::CrunTests(args) => crun_tests::run(&args).map(|()| 0),
         Command::PodmanTests(args) => podman_tests::run(&args).map(|()| 0),
         Command::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Command::Bench(args) => bench::run(&args).map(|()| 0),

@@ -76,6 +76,7 @@ pub(crate) fn run(args: &PodmanTestsArgs) -> Result<()> {
     let project = Project {
         name: &format!("podman-tests/{}", args.runtime),
         tests: tests(&args.bats.source)?,
+        files: bats::BATS,
         script: RUN,
         further: vec![
             args.runtime.clone(),

@@ -36,6 +36,7 @@ pub(crate) fn run(args: &BatsArgs) -> Result<()> {
     let project = Project {
         name: "runc-tests",
         tests: tests(&args.source)?,
+        files: bats::BATS,
         script: RUN,
         further: Vec::new(),
     };

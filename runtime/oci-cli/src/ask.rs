@@ -3,6 +3,7 @@
 
 use crate::logging;
 use crate::preserved::Count;
+use crate::source::Source;
 use crate::state::{Container, Status};
 use anyhow::{Context, Result, bail};
 use koya_tasks::Joins;
@@ -21,6 +22,7 @@ pub(crate) struct Boot {
     pub(crate) id: String,
     pub(crate) directory: PathBuf,
     pub(crate) bundle: PathBuf,
+    pub(crate) source: Source,
     pub(crate) is_terminal: bool,
     /// Whether the terminal is the user's own, in the foreground.
     pub(crate) is_own_terminal: bool,
@@ -42,6 +44,8 @@ pub(crate) struct Asked {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Create {
     pub(crate) bundle: PathBuf,
+    #[serde(default)]
+    pub(crate) source: Source,
     pub(crate) joins: Joins,
     pub(crate) is_own_terminal: bool,
     pub(crate) preserved: Count,

@@ -33,17 +33,16 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
-    /// Parses a command line. If the program is called under the name runc, help and version use that name.
+    /// Parses a command line. If the program is called under the name runc or crun, help and version use that name.
     ///
     /// # Errors
     /// If it is invalid, or a request for help or the version.
     pub(crate) fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let words: Vec<OsString> = words.into_iter().collect();
         let called = words.first().and_then(|word| Path::new(word).file_name());
-        let name = match called.is_some_and(|name| name == "runc") {
-            true => "runc",
-            false => "koya-runtime",
-        };
+        let others = ["runc", "crun"].into_iter();
+        let mut others = others.filter(|other| called.is_some_and(|name| name == *other));
+        let name = others.next().unwrap_or("koya-runtime");
         let command = Self::command().name(name).bin_name(name);
         let command = command.mut_subcommands(|command| command.help_template(COMMAND_HELP));
         Self::from_arg_matches(&command.try_get_matches_from(words)?)
@@ -72,9 +71,21 @@ pub(crate) struct Globals {
     /// Accepted without effect: cgroupsPath may have the systemd form or not
     #[arg(long)]
     systemd_cgroup: bool,
+    /// Leave the sandbox's process in the caller's control group (disabled); the others are the same: cgroupsPath may have
+    /// the systemd form or not
+    #[arg(long, value_enum, default_value = "cgroupfs", value_name = "MANAGER")]
+    pub(crate) cgroup_manager: CgroupManager,
     /// Accepted without effect: without root, steps that require it are skipped
-    #[arg(long, num_args = 0..=1, require_equals = true, value_name = "true|false|auto")]
-    rootless: Option<Option<String>>,
+    #[arg(long, value_name = "true|false|auto")]
+    rootless: Option<String>,
+}
+
+/// Who makes the control group of a sandbox's process. An option of crun, which podman passes for `--cgroups=disabled`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CgroupManager {
+    Cgroupfs,
+    Systemd,
+    Disabled,
 }
 
 /// Format of the log.
@@ -143,6 +154,9 @@ pub(crate) struct CreateArgs {
     /// The bundle: the directory of config.json
     #[arg(long, short, value_name = "DIR", default_value = ".")]
     pub(crate) bundle: PathBuf,
+    /// Read this file instead of config.json in the bundle
+    #[arg(long, short = 'f', value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
     /// Send the descriptor of the terminal to this socket
     #[arg(long, value_name = "SOCKET")]
     pub(crate) console_socket: Option<PathBuf>,
@@ -411,6 +425,7 @@ mod tests {
              --console-socket /s --no-pivot --no-new-keyring --preserve-fds 0 c",
             "--root /r --log /l --log-format json exec --process /f --console-socket /s --detach --pid-file /p c",
             "--rootless=true --debug kill --all c 9",
+            "--rootless auto --cgroup-manager disabled create --config /b/config.json c",
             "kill c",
             "delete --force c",
             "ps --format json c",
@@ -445,6 +460,7 @@ mod tests {
     fn help_and_version_begin_as_runcs() {
         for (called, name) in [
             ("/usr/bin/runc", "runc"),
+            ("/usr/bin/crun", "crun"),
             ("/x/koya-runtime", "koya-runtime"),
         ] {
             let lines = |words: &[&str]| {

@@ -5,6 +5,7 @@ use crate::cli::{CreateArgs, Globals, RunArgs};
 use crate::console::{self, Joined};
 use crate::pidfd::Receiver;
 use crate::preserved::Given;
+use crate::source::Source;
 use crate::state::{self, Container, Root, Status, Stored, start_of};
 use crate::{Outcome, capabilities, life, logging, member, program};
 use anyhow::{Context, Result, bail};
@@ -21,7 +22,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs, given: &Given) -> Outcome {
-    let mut wanted = Wanted::read(root, args)?;
+    let mut wanted = Wanted::read(root, globals, args)?;
     match (&args.console_socket, wanted.has_terminal()) {
         (None, true) => {
             bail!("cannot allocate tty if runc will detach without setting console socket")
@@ -46,7 +47,7 @@ pub(crate) fn run(root: &Root, globals: &Globals, args: &RunArgs, given: &Given)
         }
         return started;
     }
-    let mut wanted = Wanted::read(root, &args.create)?;
+    let mut wanted = Wanted::read(root, globals, &args.create)?;
     if args.create.console_socket.is_some() {
         bail!("cannot use console socket if runc will not detach or allocate tty");
     }
@@ -92,6 +93,7 @@ pub(crate) const KILLED: i32 = 137;
 /// A container to be created.
 struct Wanted {
     spec: Spec,
+    source: Source,
     /// The container whose virtual machine it joins.
     joins: Option<Joins>,
     /// Connection for its terminal.
@@ -103,10 +105,10 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn read(root: &Root, args: &CreateArgs) -> Result<Self> {
+    fn read(root: &Root, globals: &Globals, args: &CreateArgs) -> Result<Self> {
         state::check_id(&args.id)?;
-        let mut spec = Spec::read(&args.bundle)?;
-        spec.default_cgroup(&default_cgroup(&args.id));
+        let source = Source::of(globals, args)?;
+        let spec = source.read(&args.bundle, &args.id)?;
         let joins = member::owner(root, &spec)?;
         if joins.is_none() && spec.role(&args.id) != Role::Single {
             bail!(
@@ -122,6 +124,7 @@ impl Wanted {
         }
         Ok(Self {
             spec,
+            source,
             joins,
             console: None,
             pidfd: Receiver::connect(args.pidfd_socket.as_deref())?,
@@ -135,11 +138,6 @@ impl Wanted {
     }
 }
 
-/// The control group of a sandbox's process if the configuration has none.
-pub(crate) fn default_cgroup(id: &str) -> String {
-    format!("koya-runtime/{id}")
-}
-
 /// Creates a container. The long-lived process is a child of this one until this one ends.
 fn make(
     root: &Root,
@@ -150,6 +148,7 @@ fn make(
 ) -> Result<Child> {
     let Wanted {
         spec,
+        source,
         joins,
         console,
         pidfd,
@@ -163,6 +162,7 @@ fn make(
         id: args.id.clone(),
         directory: directory.clone(),
         bundle,
+        source,
         is_terminal: console.is_some(),
         is_own_terminal,
         preserved: given.count,
@@ -245,11 +245,12 @@ fn stored(boot: &Boot, mut spec: Spec, pid: u32) -> Result<Stored> {
         annotations: annotations.map(|(k, v)| (k.clone(), v.clone())).collect(),
         cgroup: spec.cgroup(),
         hooks,
+        process: serde_json::to_value(spec.config().process())?,
         owner: boot.joins.as_ref().map(|joins| joins.sandbox.clone()),
     })
 }
 
-/// Starts a created container, after the checks that runc makes.
+/// Starts a created container, after the checks that runc makes. If a poststart hook fails, the container is deleted.
 pub(crate) fn start_made(container: &Container) -> Result<()> {
     match container.status() {
         Status::Created => {}
@@ -263,14 +264,8 @@ pub(crate) fn start_made(container: &Container) -> Result<()> {
     let place = container.stored.place();
     let ran = hooks::run(Kind::Poststart, Kind::Poststart.of(hooks), &state, place);
     if ran.is_err() {
-        ask(
-            container,
-            Request::Kill {
-                signal: 9,
-                all: false,
-            },
-        )
-        .ok();
+        // Its lifecycle continues as after a deletion (runtime.md of the specification).
+        life::remove(container)?;
     }
     Ok(ran?)
 }

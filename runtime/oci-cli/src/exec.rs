@@ -10,8 +10,8 @@ use crate::create::{KILLED, write_pid};
 use crate::pidfd::Receiver;
 use crate::preserved::{Count, Given};
 use crate::signal::PASSED;
-use crate::state::{Container, Root, Status};
-use crate::{Outcome, capabilities};
+use crate::state::{Container, Root, Status, Stored};
+use crate::{Outcome, capabilities, source};
 use anyhow::{Context, Result, bail};
 use koya_tasks::Spec;
 use koya_tasks::wire::{Wire, send};
@@ -67,8 +67,11 @@ pub(crate) fn exec(root: &Root, args: &ExecArgs, given: &Given) -> Outcome {
         Status::Paused => bail!("cannot exec in a paused container"),
         Status::Created | Status::Running => {}
     }
-    let mut process = process_of(args, &container.stored.bundle)?;
+    let mut process = process_of(args, &container.stored)?;
     add_environment(&mut process, given.count);
+    if let Some(groups) = source::kept_groups(&container.stored) {
+        process["user"]["additionalGids"] = groups.clone();
+    }
     capabilities::warn_of_ambient(&process["capabilities"]);
     let is_terminal = process["terminal"] == true;
     if args.detach && is_terminal != args.console_socket.is_some() {
@@ -128,7 +131,7 @@ fn cgroup_of(args: &ExecArgs) -> Result<Option<String>> {
 }
 
 /// The process to run: from a file, or derived from the container's.
-fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
+fn process_of(args: &ExecArgs, stored: &Stored) -> Result<Value> {
     if let Some(file) = &args.process {
         let text = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         let mut process: Value =
@@ -147,9 +150,13 @@ fn process_of(args: &ExecArgs, bundle: &Path) -> Result<Value> {
     if args.args.is_empty() {
         bail!("process args cannot be empty");
     }
-    let spec = Spec::read(bundle)?;
-    let own = spec.config().process().as_ref();
-    let mut process = serde_json::to_value(own.context("the container has no process")?)?;
+    let mut process = stored.process.clone();
+    if process.is_null() {
+        // The state of an earlier version.
+        let spec = Spec::read(&stored.bundle)?;
+        let own = spec.config().process().as_ref();
+        process = serde_json::to_value(own.context("the container has no process")?)?;
+    }
     process["args"] = json!(args.args);
     process["terminal"] = args.tty.into();
     if let Some(cwd) = &args.cwd {

@@ -21,6 +21,7 @@ mod preserved;
 mod program;
 mod serve;
 mod signal;
+mod source;
 mod spec;
 mod state;
 mod update;

@@ -101,7 +101,7 @@ pub(crate) fn delete_by_force(root: &Root, id: &str) -> Result<()> {
 }
 
 /// Ends the remaining processes, and removes the stored state.
-fn remove(container: &Container) -> Result<()> {
+pub(crate) fn remove(container: &Container) -> Result<()> {
     end(container)?;
     if let Some(group) = &container.stored.cgroup {
         let started = Instant::now();

@@ -122,6 +122,7 @@ fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Re
         id: boot.id.clone(),
         request: Request::Create(Create {
             bundle: boot.bundle.clone(),
+            source: boot.source.clone(),
             joins: joins.clone(),
             is_own_terminal: boot.is_own_terminal,
             preserved: boot.preserved,
@@ -150,7 +151,7 @@ pub(crate) fn create(
     }
     // Mounts made after the start of this process may be missing in its own mount namespace.
     enter_mounts(&fds.remove(0)).context("cannot enter the mount namespace of the container")?;
-    let spec = read_spec(&create.bundle, &id, create.preserved)?;
+    let spec = read_spec(&create.source, &create.bundle, &id, create.preserved)?;
     tasks.create(CreateTask {
         id: id.clone(),
         bundle: create.bundle,

@@ -6,9 +6,9 @@
 
 use crate::ask::{Answer, Asked, Boot, Request};
 use crate::console::{self, Pty, spawn};
-use crate::create::default_cgroup;
 use crate::preserved::{self, Count};
 use crate::signal::PASSED;
+use crate::source::Source;
 use crate::state::{self, Status};
 use crate::{Outcome, events, member};
 use anyhow::{Context, Result, anyhow, bail};
@@ -122,16 +122,20 @@ pub(crate) fn serve() -> Outcome {
 }
 
 /// Reads a container's configuration, for the container that owns the virtual machine.
-pub(crate) fn read_spec(bundle: &Path, id: &str, preserved: Count) -> Result<Spec> {
-    let mut spec = Spec::read(bundle)?;
+pub(crate) fn read_spec(
+    source: &Source,
+    bundle: &Path,
+    id: &str,
+    preserved: Count,
+) -> Result<Spec> {
+    let mut spec = source.read(bundle, id)?;
     spec.drop_hooks_of_others();
-    spec.default_cgroup(&default_cgroup(id));
     spec.add_environment(preserved.environment());
     Ok(spec)
 }
 
 fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
-    let spec = read_spec(&boot.bundle, &boot.id, boot.preserved)?;
+    let spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
     let group = spec.cgroup();
     if let Some(group) = &group
         && let Err(error) = cgroup::enter(group)

@@ -61,6 +61,9 @@ pub(crate) struct Stored {
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) hooks: Hooks,
+    /// The process of its configuration, which later changes of the file do not affect. Null if it has none.
+    #[serde(default)]
+    pub(crate) process: serde_json::Value,
     /// The container that owns its virtual machine, if that is another one.
     #[serde(default)]
     pub(crate) owner: Option<String>,
@@ -399,6 +402,7 @@ pub(crate) mod tests {
             annotations: Default::default(),
             cgroup: None,
             hooks: Hooks::default(),
+            process: serde_json::Value::Null,
             owner: None,
         }
     }

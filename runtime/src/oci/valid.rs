@@ -87,7 +87,33 @@ fn check_scheduler(process: &Process) -> Result<(), Error> {
     if policy != LinuxSchedulerPolicy::SchedDeadline && times.into_iter().any(|t| is_set(*t)) {
         return wrong("only SCHED_DEADLINE has a runtime, a deadline and a period");
     }
-    Ok(())
+    match policy == LinuxSchedulerPolicy::SchedDeadline {
+        true => check_deadline(times.map(|time| time.unwrap_or(0))),
+        false => Ok(()),
+    }
+}
+
+/// The rules of sched(7), and the ranges of the kernel (Linux, kernel/sched/deadline.c): times in nanoseconds. A period of 0
+/// is that of the deadline.
+fn check_deadline([runtime, deadline, period]: [u64; 3]) -> Result<(), Error> {
+    const LEAST: u64 = 1 << 10;
+    const MOST: u64 = i64::MAX as u64;
+    let reason = match (runtime, deadline) {
+        (0, _) => "SCHED_DEADLINE needs a runtime".to_owned(),
+        (_, 0) => "SCHED_DEADLINE needs a deadline".to_owned(),
+        _ if runtime < LEAST => format!("the runtime {runtime} is below {LEAST} ns"),
+        _ if deadline > MOST || period > MOST => {
+            format!("a deadline or period is above {MOST} ns")
+        }
+        _ if runtime > deadline => {
+            format!("the runtime {runtime} is longer than the deadline {deadline}")
+        }
+        _ if period != 0 && deadline > period => {
+            format!("the deadline {deadline} is longer than the period {period}")
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid("process.scheduler", reason))
 }
 
 fn check_names(spec: &Spec) -> Result<(), Error> {
@@ -279,6 +305,10 @@ mod tests {
         Value::from_iter(kinds.iter().map(|kind| json!({"type": kind})))
     }
 
+    fn deadline(runtime: u64, deadline: u64, period: u64) -> Value {
+        json!({"policy": "SCHED_DEADLINE", "runtime": runtime, "deadline": deadline, "period": period})
+    }
+
     #[test]
     fn what_is_wrong_is_named_before_there_is_a_guest() {
         let limits = |soft: u64| json!([{"type": "RLIMIT_NOFILE", "soft": soft, "hard": 8}]);
@@ -311,6 +341,32 @@ mod tests {
                 json!({"policy": "SCHED_FIFO", "priority": 1, "runtime": 1}),
                 "only SCHED_DEADLINE",
             ),
+            (
+                "/process/scheduler",
+                deadline(0, 2000, 2000),
+                "needs a runtime",
+            ),
+            (
+                "/process/scheduler",
+                deadline(2000, 0, 2000),
+                "needs a deadline",
+            ),
+            (
+                "/process/scheduler",
+                deadline(1023, 2000, 0),
+                "runtime 1023 is below 1024",
+            ),
+            (
+                "/process/scheduler",
+                deadline(3000, 2000, 4000),
+                "the runtime 3000 is longer",
+            ),
+            (
+                "/process/scheduler",
+                deadline(1024, 4000, 2000),
+                "the deadline 4000 is longer",
+            ),
+            ("/process/scheduler", deadline(1024, 1 << 63, 0), "is above"),
             (
                 "/linux/namespaces",
                 namespaces(&["ipc"]),
@@ -403,6 +459,8 @@ mod tests {
                 "/linux/sysctl",
                 json!({"kernel/msgmax": "1", "net.ipv4.ip_forward": "1"}),
             ),
+            ("/process/scheduler", deadline(1024, 1024, 1024)),
+            ("/process/scheduler", deadline(1024, 2000, 0)),
             ("/linux/timeOffsets", json!({})),
             ("/linux/resources/memory", json!({"limit": 10, "swap": 0})),
             ("/linux/resources/memory", json!({"limit": -1, "swap": -1})),

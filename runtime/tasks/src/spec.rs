@@ -40,9 +40,16 @@ impl Spec {
     /// # Errors
     /// If it is missing or invalid.
     pub fn read(bundle: &Path) -> Result<Self, Error> {
-        let path = bundle.join("config.json");
+        Self::read_file(&bundle.join("config.json"))
+    }
+
+    /// Reads it from a file.
+    ///
+    /// # Errors
+    /// If it is missing or invalid.
+    pub fn read_file(path: &Path) -> Result<Self, Error> {
         let text =
-            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let spec = words::read_spec(&text);
         Ok(Self(spec.with_context(|| path.display().to_string())?))
     }
@@ -70,18 +77,19 @@ impl Spec {
         }
     }
 
-    fn annotation(&self, names: &[&str]) -> Option<&str> {
-        let annotations = self.0.annotations().as_ref()?;
-        names
-            .iter()
-            .find_map(|name| annotations.get(*name))
-            .map(String::as_str)
+    /// The value of an annotation.
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        self.0.annotations().as_ref()?.get(name).map(String::as_str)
+    }
+
+    fn first_annotation(&self, names: &[&str]) -> Option<&str> {
+        names.iter().find_map(|name| self.annotation(name))
     }
 
     /// From the annotations of containerd's and CRI-O's Kubernetes interface. podman sets them too, with a pod's name as the
     /// sandbox: its pods are recognized by their shared namespaces.
     pub fn role(&self, id: &str) -> Role {
-        if self.annotation(&["io.container.manager"]) == Some("libpod") {
+        if self.annotation("io.container.manager") == Some("libpod") {
             return Role::Single;
         }
         let kind = [
@@ -92,7 +100,10 @@ impl Spec {
             "io.kubernetes.cri.sandbox-id",
             "io.kubernetes.cri-o.SandboxID",
         ];
-        match (self.annotation(&kind), self.annotation(&sandbox)) {
+        match (
+            self.first_annotation(&kind),
+            self.first_annotation(&sandbox),
+        ) {
             (Some("sandbox"), _) => Role::Sandbox,
             (Some("container"), Some(sandbox)) if sandbox != id => Role::Member {
                 sandbox: sandbox.into(),
@@ -161,7 +172,7 @@ impl Spec {
 
     /// Its limits: for a pod those set by Kubernetes, otherwise the container's own.
     pub(crate) fn limits(&self) -> Limits {
-        let number = |name: &str| self.annotation(&[name])?.parse::<i64>().ok();
+        let number = |name: &str| self.annotation(name)?.parse::<i64>().ok();
         let memory = number("io.kubernetes.cri.sandbox-memory");
         let period = number("io.kubernetes.cri.sandbox-cpu-period");
         let period = period.and_then(|period| u64::try_from(period).ok());
@@ -302,6 +313,29 @@ impl Spec {
         }
     }
 
+    /// Removes the sandbox's control group: its process stays in that of its caller.
+    pub fn drop_cgroup(&mut self) {
+        if let Some(linux) = self.0.linux_mut() {
+            linux.set_cgroups_path(None);
+        }
+    }
+
+    /// Replaces the supplementary groups of its process. Those that its user namespace does not have are left out.
+    pub fn set_groups(&mut self, mut groups: Vec<u32>) {
+        let linux = self.0.linux().as_ref();
+        let mappings = linux.and_then(|linux| linux.gid_mappings().as_ref());
+        if let Some(mappings) = mappings.filter(|mappings| !mappings.is_empty()) {
+            let has = |mapping: &oci::LinuxIdMapping, gid: u32| {
+                let offset = gid.checked_sub(mapping.container_id());
+                offset.is_some_and(|offset| offset < mapping.size())
+            };
+            groups.retain(|gid| mappings.iter().any(|mapping| has(mapping, *gid)));
+        }
+        if let Some(process) = self.0.process_mut() {
+            process.user_mut().set_additional_gids(Some(groups));
+        }
+    }
+
     /// The whole configuration.
     pub fn config(&self) -> &oci::Spec {
         &self.0
@@ -439,5 +473,22 @@ mod tests {
         let mut named = spec(json!({"linux": {"cgroupsPath": "/a"}}));
         named.default_cgroup("koya/c");
         assert_eq!(path(&named), Some("/a".into()));
+    }
+
+    #[test]
+    fn groups_that_are_not_mapped_are_left_out() {
+        let groups = |linux: Value| {
+            let process = json!({"cwd": "/", "user": {"uid": 0, "gid": 0, "additionalGids": [1]}});
+            let mut spec = spec(json!({"process": process, "linux": linux}));
+            spec.set_groups(vec![2, 9, 65_534]);
+            let process = spec.0.process().as_ref().unwrap();
+            process.user().additional_gids().clone().unwrap()
+        };
+        assert_eq!(groups(json!({})), [2, 9, 65_534]);
+        let mappings = json!([
+            {"containerID": 0, "hostID": 1, "size": 9},
+            {"containerID": 9, "hostID": 0, "size": 1},
+        ]);
+        assert_eq!(groups(json!({"gidMappings": mappings})), [2, 9]);
     }
 }

@@ -67,6 +67,7 @@ fn read<T: DeserializeOwned>(text: &[u8], process: &str) -> serde_json::Result<T
             if let Some(process) = value.pointer_mut(process) {
                 drop_unknown_capabilities(process);
                 respell_flags(process);
+                complete_priority(process);
             }
             serde_json::from_value(value).ok()
         };
@@ -124,6 +125,13 @@ fn respell_flags(process: &mut Value) {
         if let Some((_, known)) = known {
             *flag = (*known).into();
         }
+    }
+}
+
+/// Without a number, a priority is 0, as with Go. IOPRIO_CLASS_IDLE has no other.
+fn complete_priority(process: &mut Value) {
+    if let Some(priority) = process.get_mut("ioPriority").and_then(Value::as_object_mut) {
+        priority.entry("priority").or_insert_with(|| 0.into());
     }
 }
 
@@ -189,6 +197,20 @@ mod tests {
         assert!(
             read_spec(config(&process).as_bytes()).is_err(),
             "something else is wrong"
+        );
+    }
+
+    #[test]
+    fn a_priority_without_a_number_is_0() {
+        let priority = |value: Value| {
+            let text = process(json!({"ioPriority": value})).to_string();
+            let read = read_process(text.as_bytes()).unwrap();
+            read.io_priority().as_ref().unwrap().priority()
+        };
+        assert_eq!(priority(json!({"class": "IOPRIO_CLASS_IDLE"})), 0);
+        assert_eq!(
+            priority(json!({"class": "IOPRIO_CLASS_BE", "priority": 3})),
+            3
         );
     }
 

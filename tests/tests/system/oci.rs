@@ -423,6 +423,20 @@ fn hooks_run_on_the_host() -> Result<()> {
         "{failed:?}"
     );
     ensure!(failed.stdout.is_empty(), "{failed:?}");
+    // The specification has a container deleted whose start was followed by such a failure.
+    fs::remove_file(&log)?;
+    let late = bundle("exec sleep 1000", |config| {
+        config["hooks"]["poststart"] = json!([{"path": "/bin/false"}]);
+        config["hooks"]["poststop"] = hook("poststop");
+    })?;
+    runtime.ok(&["create", "--bundle", text(&late)?, "l"])?;
+    let failed = runtime.call(&["start", "l"])?;
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    ensure!(
+        failed.status.code() == Some(1) && said.contains("poststart hook #0"),
+        "{said}"
+    );
+    ensure!(fs::read_to_string(&log)?.starts_with("poststop"));
     ensure!(
         fs::read_dir(&runtime.root)?.next().is_none(),
         "something is left"

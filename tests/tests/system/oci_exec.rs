@@ -6,12 +6,13 @@ use serde_json::json;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 crate::trials!(
     processes_are_added_where_users_are_mapped,
     an_added_process_waits_until_a_pause_is_over,
-    what_a_process_lacks_is_said_as_by_runc
+    what_a_process_lacks_is_said_as_by_runc,
+    what_podman_passes_to_crun_is_understood,
 );
 
 fn processes_are_added_where_users_are_mapped() -> Result<()> {
@@ -94,5 +95,48 @@ fn what_a_process_lacks_is_said_as_by_runc() -> Result<()> {
         "exec /run.sh: no such file or directory: its interpreter \"/none\" is not there\n";
     ensure!(!exec.status.success() && said == expected, "{said}");
     runtime.ok(&["delete", "--force", "exec-b"])?;
+    Ok(())
+}
+
+/// `--cgroups=disabled`, `--group-add keep-groups`, and a configuration that is not in the bundle, nor needed afterwards
+/// (opencontainers/runtime-spec, runtime.md: later changes do not affect a container).
+fn what_podman_passes_to_crun_is_understood() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let bundle = bundle("exec sleep 1000", |config| {
+        config["annotations"] = json!({"run.oci.keep_original_groups": "1"});
+    })?;
+    let (config, pid_file) = (bundle.join("other.json"), bundle.join("pid"));
+    fs::rename(bundle.join("config.json"), &config)?;
+    let create = [
+        "--cgroup-manager",
+        "disabled",
+        "create",
+        "--bundle",
+        text(&bundle)?,
+        "--config",
+        text(&config)?,
+        "--pid-file",
+        text(&pid_file)?,
+        "exec-k",
+    ];
+    let mut child = Command::new("setpriv")
+        .args(["--groups", "7,8", "koya-runtime", "--root"])
+        .arg(&runtime.root)
+        .args(create)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    ensure!(child.wait()?.success(), "it is not created");
+    fs::remove_file(&config)?;
+    runtime.ok(&["start", "exec-k"])?;
+    let pid = fs::read_to_string(&pid_file)?;
+    let group = |of: &str| fs::read_to_string(format!("/proc/{of}/cgroup"));
+    ensure!(group(&pid)? == group("self")?, "another control group");
+    let script = "grep Groups /proc/1/status; id -G";
+    let said = runtime.ok(&["exec", "exec-k", "sh", "-c", script])?;
+    let said: Vec<_> = said.split_whitespace().collect();
+    ensure!(said == ["Groups:", "7", "8", "0", "7", "8"], "{said:?}");
+    runtime.ok(&["delete", "--force", "exec-k"])?;
     Ok(())
 }

@@ -1,0 +1,83 @@
+//! `cargo xtask crun-tests`: crun's own tests (Python programs) with `koya-runtime` in crun's place, as root and without
+//! systemd.
+
+use crate::bats::{BatsArgs, Files, Project};
+use crate::{cache, proc, setup};
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PACKAGES: [(&str, &str); 3] = [
+    ("python3", "runs the tests"),
+    ("python3-libmount", "is what they read mounts with"),
+    (
+        "libc6-dev",
+        "is what their container's program is linked with",
+    ),
+];
+
+/// The program that their containers run, and the file that its build expects from crun's configuration.
+const INIT: &str = "init.c";
+const CONFIG: &str = "#define HAVE_ERROR_H 1
+#define HAVE_LINUX_IOPRIO_H 1
+#define HAVE_SECCOMP 1
+";
+
+/// Preparation in the rig: a runtime named crun, and a working directory on a disk, where the tests make their containers.
+const PREPARE: &str = "mkdir -p /run/scratch/bin /run/scratch/tmp
+ln -s \"$(command -v koya-runtime)\" /run/scratch/bin/crun
+export OCI_RUNTIME=/run/scratch/bin/crun INIT=\"$1/init\" TMPDIR=/run/scratch/tmp LANG=C
+cd /run/scratch
+";
+
+/// Tests of terminals are skipped unless standard output is one.
+const PYTHON: Files = Files {
+    prefix: "test_",
+    extension: ".py",
+    run: "export RUN_TEST=\"/usr/bin/python3 $1/$2\"
+[ -z \"$3\" ] || export RUN_TESTS=\"$3\"
+script --quiet --return --command \"$RUN_TEST\" /dev/null | tr -d '\\r'
+",
+};
+
+pub(crate) fn run(args: &BatsArgs) -> Result<()> {
+    setup::ensure_these(&PACKAGES)?;
+    let project = Project {
+        name: "crun-tests",
+        tests: tests(&args.source)?,
+        files: PYTHON,
+        script: PREPARE,
+        further: Vec::new(),
+    };
+    project.run(args)
+}
+
+/// crun's tests, with their program, built once.
+fn tests(source: &Path) -> Result<PathBuf> {
+    let tests = source.join("tests");
+    let program = fs::read_to_string(tests.join(INIT))
+        .with_context(|| format!("{} is no checkout of crun", source.display()))?;
+    let mut texts = vec![program, CONFIG.to_owned()];
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&tests)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "py") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    for file in &files {
+        texts.push(fs::read_to_string(file)?);
+    }
+    cache::ensure("crun-tests", &cache::key(&texts), |dir| {
+        for file in &files {
+            fs::copy(file, dir.join(file.file_name().unwrap_or_default()))?;
+        }
+        fs::write(dir.join("config.h"), CONFIG)?;
+        let mut compiler = Command::new("gcc");
+        compiler.args(["-O2", "-w", "-static", "-I"]).arg(dir);
+        compiler.arg("-o").arg(dir.join("init"));
+        proc::run(compiler.arg(tests.join(INIT)))
+    })
+}
