@@ -146,7 +146,13 @@ fn adapt_mount(
         }
         let kind = mount.typ().as_deref().unwrap_or_default();
         if GUEST_MOUNTS.contains(&kind) {
-            return Ok((mount.clone(), Needs::Nothing));
+            let mut adapted = mount.clone();
+            // Without a device, a source is only a name; libcontainer wants one.
+            let source = mount.source().as_ref();
+            if source.is_none_or(|name| name.as_os_str().is_empty()) {
+                adapted.set_source(Some(kind.into()));
+            }
+            return Ok((adapted, Needs::Nothing));
         }
         let reason = format!("{destination}: the guest mounts no {kind:?} by itself");
         return Err(refuse("mounts", reason));
