@@ -464,13 +464,7 @@ pub(crate) fn broken(what: &str, error: &serde_json::Error) -> Refused {
 
 /// Checks that an ID is a single path component.
 pub(crate) fn check_id(id: &str) -> Result<&str> {
-    let proper = !id.is_empty()
-        && id.len() <= 128
-        && !id.starts_with('.')
-        && id
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-    if !proper {
+    if !koya_protocol::is_id(id) {
         let reason = format!("{id:?} is no name for a container or process");
         bail!(Refused::Invalid(reason));
     }

@@ -76,7 +76,7 @@ pub use container_config::{
 };
 pub use error::{Error, ErrorKind};
 pub use koya_image as image;
-pub use koya_protocol::hook;
+pub use koya_protocol::{hook, is_id};
 pub use koya_vmm as vmm;
 pub use koya_vmm::devices::fs::Cache;
 pub use koya_vmm::host::process::{keep_cores_apart, prepare_process};

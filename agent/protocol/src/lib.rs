@@ -53,7 +53,34 @@ pub const SHARED_MEMORY_DIR: &str = "/dev/shm";
 /// Maximum number of bytes read of a container's `/etc/passwd` or `/etc/group`: both fit into one message.
 pub const MAX_ACCOUNTS: u64 = 1 << 20;
 
+/// Maximum length of the ID of a container or process: names of files derived from it have at most 255 bytes.
+const MAX_ID: usize = 200;
+
+/// Whether this is an ID of a container or process, which is also a single path component: as in runc letters, digits and
+/// `_+-.`, except `.` and `..`.
+pub fn is_id(id: &str) -> bool {
+    let valid = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    !id.is_empty() && id.len() <= MAX_ID && id.chars().all(valid) && id != "." && id != ".."
+}
+
 /// Path in the guest of a container's root that is a file system image.
 pub fn image_root(container: &str) -> String {
     format!("/run/koya/images/{container}/root")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_those_that_runc_takes() {
+        let longest = "x".repeat(200);
+        for good in ["a", "A-1_b.c+d", "...", "-", ".a", longest.as_str()] {
+            assert!(is_id(good), "{good}");
+        }
+        let too_long = format!("{longest}x");
+        for bad in ["", ".", "..", "a/b", "a b", "\u{e4}", "a\n", &too_long] {
+            assert!(!is_id(bad), "{bad:?}");
+        }
+    }
 }

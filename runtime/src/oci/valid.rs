@@ -193,7 +193,7 @@ const IPC: [&str; 8] = [
 fn check_sysctls(spec: &Spec) -> Result<(), Error> {
     let linux = spec.linux().as_ref();
     let all = linux.and_then(|linux| linux.sysctl().as_ref());
-    for name in all.into_iter().flat_map(|all| all.keys()) {
+    for (name, value) in all.into_iter().flatten() {
         let name = name.replace('/', ".");
         let wrong = |why: &str| {
             let reason = format!("sysctl {name:?} {why}");
@@ -212,6 +212,10 @@ fn check_sysctls(spec: &Spec) -> Result<(), Error> {
         } else if name == "kernel.domainname" {
             if !has(spec, LinuxNamespaceType::Uts) {
                 return wrong("is not in a separate kernel namespace");
+            }
+            let own = spec.domainname().as_deref().filter(|own| !own.is_empty());
+            if own.is_some_and(|own| own != value) {
+                return wrong("conflicts with the OCI \"domainname\" field");
             }
         } else if !name.starts_with("net.") {
             return wrong("is not in a separate kernel namespace");
@@ -291,7 +295,7 @@ mod tests {
     /// What is said of a configuration with this value at a JSON pointer; empty if it is valid.
     fn said(pointer: &str, value: Value) -> String {
         let mut spec = json!({
-            "ociVersion": "1.0.2", "hostname": "h",
+            "ociVersion": "1.0.2", "hostname": "h", "domainname": "d",
             "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["sh"]},
             "linux": {"resources": {}, "namespaces": [{"type": "uts"}, {"type": "ipc"}, {"type": "mount"}]},
         });
@@ -395,6 +399,11 @@ mod tests {
             ),
             (
                 "/linux/sysctl",
+                json!({"kernel.domainname": "a"}),
+                "\"domainname\" field",
+            ),
+            (
+                "/linux/sysctl",
                 json!({"user.max_user_namespaces": "1"}),
                 "user namespace",
             ),
@@ -459,6 +468,7 @@ mod tests {
                 "/linux/sysctl",
                 json!({"kernel/msgmax": "1", "net.ipv4.ip_forward": "1"}),
             ),
+            ("/linux/sysctl", json!({"kernel.domainname": "d"})),
             ("/process/scheduler", deadline(1024, 1024, 1024)),
             ("/process/scheduler", deadline(1024, 2000, 0)),
             ("/linux/timeOffsets", json!({})),
