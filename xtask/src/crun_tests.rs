@@ -38,10 +38,16 @@ class Table:
         return next((mount for mount in reversed(self.all) if mount.target == path), None)
 ";
 
+/// Loaded by Python before a test: a wait for a connection that the runtime does not make ends as a failure.
+const LIMITS: &str = "import socket
+
+socket.setdefaulttimeout(60)
+";
+
 /// Preparation in the rig: a runtime named crun, and a working directory on a disk, where the tests make their containers.
 const PREPARE: &str = "mkdir -p /run/scratch/bin /run/scratch/tmp
 ln -s \"$(command -v koya-runtime)\" /run/scratch/bin/crun
-export OCI_RUNTIME=/run/scratch/bin/crun INIT=\"$1/init\" TMPDIR=/run/scratch/tmp LANG=C
+export OCI_RUNTIME=/run/scratch/bin/crun INIT=\"$1/init\" TMPDIR=/run/scratch/tmp LANG=C PYTHONPATH=\"$1\"
 cd /run/scratch
 ";
 
@@ -72,7 +78,12 @@ fn tests(source: &Path) -> Result<PathBuf> {
     let tests = source.join("tests");
     let program = fs::read_to_string(tests.join(INIT))
         .with_context(|| format!("{} is no checkout of crun", source.display()))?;
-    let mut texts = vec![program, CONFIG.to_owned(), LIBMOUNT.to_owned()];
+    let mut texts = vec![
+        program,
+        CONFIG.to_owned(),
+        LIBMOUNT.to_owned(),
+        LIMITS.to_owned(),
+    ];
     let mut files = Vec::new();
     for entry in fs::read_dir(&tests)? {
         let path = entry?.path();
@@ -89,6 +100,7 @@ fn tests(source: &Path) -> Result<PathBuf> {
             fs::copy(file, dir.join(file.file_name().unwrap_or_default()))?;
         }
         fs::write(dir.join("libmount.py"), LIBMOUNT)?;
+        fs::write(dir.join("sitecustomize.py"), LIMITS)?;
         fs::write(dir.join("config.h"), CONFIG)?;
         let mut compiler = Command::new("gcc");
         compiler.args(["-O2", "-w", "-static", "-I"]).arg(dir);
