@@ -128,11 +128,8 @@ fn adapt_mount(
     mount: &Mount,
     shared_ipc: bool,
 ) -> Result<(Mount, Needs), Error> {
+    refuse_options(directory, mount)?;
     let destination = mount.destination().display();
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        let reason = format!("{destination}: mounts with mapped users are not supported");
-        return Err(refuse("mounts", reason));
-    }
     if !is_bind(mount) {
         if let Some(volume) = GuestVolume::of(directory, mount)? {
             let options = mount.options().iter().flatten();
@@ -188,6 +185,35 @@ fn adapt_mount(
         return Ok((adapted, Needs::Nothing));
     }
     adapt_bind(id, number, directory, mount)
+}
+
+/// Refuses what libcontainer would ignore: mapped users, and options of crun for links.
+fn refuse_options(directory: &Path, mount: &Mount) -> Result<(), Error> {
+    let destination = mount.destination().display();
+    let mut options = mount.options().iter().flatten();
+    let maps = options.any(|option| {
+        let name = option.split('=').next();
+        name == Some("idmap") || name == Some("ridmap")
+    });
+    if maps || mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        let reason = format!("{destination}: mounts with mapped users are not supported");
+        return Err(refuse("mounts", reason));
+    }
+    // Without a link as the source, the first two mean nothing.
+    let of_link = ["copy-symlink", "src-nofollow"];
+    let is_link = || {
+        let source = source_of(directory, mount);
+        source.is_ok_and(|source| source.is_symlink())
+    };
+    let unsupported = of_link.into_iter().filter(|_| is_link());
+    let mut unsupported = unsupported.chain(["dest-nofollow"]);
+    match unsupported.find(|option| has(mount, option)) {
+        Some(option) => {
+            let reason = format!("{destination}: the option {option} is not supported");
+            Err(refuse("mounts", reason))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Mount point in the guest of a volume that the guest mounts itself.
@@ -316,4 +342,34 @@ fn adapt_bind(
     };
     adapted.set_source(Some(guest_path(&share.name)));
     Ok((adapted, Needs::Share(share)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn options_that_would_be_ignored_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        symlink("file", dir.path().join("link")).unwrap();
+        let said = |source: &str, option: &str| {
+            let mount = json!({"destination": "/x", "type": "bind", "source": source,
+                "options": ["bind", option]});
+            let mount = serde_json::from_value(mount).unwrap();
+            let adapted = adapt_mount("c", 0, dir.path(), &mount, false);
+            adapted.map_or_else(|error| error.to_string(), |_| String::new())
+        };
+        for option in ["idmap", "ridmap", "idmap=uids=0-1-10;gids=0-1-10"] {
+            assert!(said("file", option).contains("mapped users"), "{option}");
+        }
+        for option in ["copy-symlink", "src-nofollow"] {
+            assert!(said("link", option).contains(option));
+            assert_eq!(said("file", option), "");
+        }
+        assert!(said("file", "dest-nofollow").contains("dest-nofollow"));
+        assert_eq!(said("link", "ro"), "");
+    }
 }
