@@ -16,8 +16,9 @@ pub(crate) const PACKAGES: [(&str, &str); 2] = [
     ("jq", "is what they read and change JSON with"),
 ];
 
-/// Runs the file. A test may pass on bats's output descriptor, which is therefore a pipe instead of the console.
-const BATS: &str = "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
+/// Runs the file, after the preparation. A test may pass on bats's output descriptor, which is therefore a pipe instead of
+/// the console.
+pub(crate) const BATS: &str = "cd \"$1\" && bats --tap ${3:+--filter \"$3\"} \"$2\" | cat
 ";
 
 /// Time limit for a file of tests, in seconds.
@@ -47,10 +48,10 @@ pub(crate) struct Project<'a> {
     pub(crate) name: &'a str,
     /// The directory of its files.
     pub(crate) tests: PathBuf,
-    /// A shell script that prepares the rig for a file: the directory of the tests, the file, a filter of its tests (empty
-    /// for all), and the following steps.
+    /// A shell script that prepares the rig for a file and runs it, mostly by [`BATS`]. Its arguments are the directory of
+    /// the tests, the file, a filter of its tests (empty for all), and those of `further`.
     pub(crate) script: &'a str,
-    pub(crate) further: Vec<String>,
+    pub(crate) further: &'a dyn Fn(&str) -> Vec<String>,
 }
 
 /// Results of the tests of a file.
@@ -102,10 +103,10 @@ impl Project<'_> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
         rig.args([&cpus.to_string(), "--"]);
-        let script = [self.script, BATS].concat();
-        rig.args(["sh", "-c", &script, "sh"]).arg(&self.tests);
+        rig.args(["sh", "-c", self.script, "sh"]).arg(&self.tests);
         rig.arg(format!("{file}.bats")).arg(filter);
-        rig.args(&self.further).stdout(File::create(printed)?);
+        rig.args((self.further)(file))
+            .stdout(File::create(printed)?);
         eprintln!("{}: {file} (results: {})", self.name, printed.display());
         // A failed test also gives an error status.
         rig.status().context("cannot start a rig")?;

@@ -36,8 +36,8 @@ pub(crate) fn run(args: &BatsArgs) -> Result<()> {
     let project = Project {
         name: "runc-tests",
         tests: tests(&args.source)?,
-        script: RUN,
-        further: Vec::new(),
+        script: &[RUN, bats::BATS].concat(),
+        further: &|_| Vec::new(),
     };
     project.run(args)
 }
