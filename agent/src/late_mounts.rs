@@ -7,12 +7,11 @@ use crate::configuration::{self, is_bind};
 use crate::helper;
 use anyhow::{Context, Result};
 use koya_protocol::OWN_ROOT;
-use koya_rootfs::{Kind, Rootfs};
+use koya_rootfs::{Kind, Rootfs, make_read_only};
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{FileType, StatVfs, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::fs::{FileType, fstat};
 use rustix::mount::{
-    MountFlags, MoveMountFlags, OpenTreeFlags, mount_bind, mount_bind_recursive, mount_remount,
-    move_mount, open_tree,
+    MoveMountFlags, OpenTreeFlags, mount_bind, mount_bind_recursive, move_mount, open_tree,
 };
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -132,30 +131,7 @@ pub(crate) fn make_dev_read_only(root: &str, terminal: &str) -> Result<()> {
         let (null, console) = (find("/dev/null")?, find("/dev/console")?);
         mount_bind(&null.1, &console.1)?;
     }
-    make_read_only(&find("/dev")?)
-}
-
-/// Makes a mount read-only, given its root and path.
-fn make_read_only((mount, path): &(OwnedFd, PathBuf)) -> Result<()> {
-    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(mount)?);
-    Ok(mount_remount(path, flags, "")?)
-}
-
-/// The current flags of a mount, which a remount would clear if they were not repeated.
-fn kept_flags(found: &StatVfs) -> MountFlags {
-    use StatVfsMountFlags as Has;
-    let all = [
-        (Has::NOSUID, MountFlags::NOSUID),
-        (Has::NODEV, MountFlags::NODEV),
-        (Has::NOEXEC, MountFlags::NOEXEC),
-        (Has::NOATIME, MountFlags::NOATIME),
-        (Has::NODIRATIME, MountFlags::NODIRATIME),
-        (Has::RELATIME, MountFlags::RELATIME),
-    ];
-    let has = all
-        .into_iter()
-        .filter(|(has, _)| found.f_flag.contains(*has));
-    has.map(|(_, flag)| flag).collect()
+    Ok(make_read_only(&find("/dev")?.0)?)
 }
 
 fn root_of(spec: &Spec) -> String {
@@ -221,7 +197,7 @@ fn make(root: &Rootfs, late: &Late) -> Result<()> {
         false => mount_bind(&source, place()?.1.as_path())?,
     }
     if late.read_only {
-        make_read_only(&place()?)?;
+        make_read_only(&place()?.0)?;
     }
     for (path, mounted) in above {
         // The new mount may lack the mount point, and must not be changed to add it.

@@ -63,10 +63,10 @@ pub(crate) struct Project<'a> {
     /// The directory of its files.
     pub(crate) tests: PathBuf,
     pub(crate) files: Files,
-    /// A shell script that prepares the rig for a file: the directory of the tests, the file, a filter of its tests (empty
-    /// for all), and the following steps.
+    /// A shell script that prepares the rig for a file. Its arguments, and those of [`Files::run`], are the directory of the
+    /// tests, the file, a filter of its tests (empty for all), and those of `further`.
     pub(crate) script: &'a str,
-    pub(crate) further: Vec<String>,
+    pub(crate) further: &'a dyn Fn(&str) -> Vec<String>,
 }
 
 /// Results of the tests of a file.
@@ -126,7 +126,8 @@ impl Project<'_> {
         let script = [self.script, run].concat();
         rig.args(["sh", "-c", &script, "sh"]).arg(&self.tests);
         rig.arg(format!("{prefix}{file}{extension}")).arg(filter);
-        rig.args(&self.further).stdout(File::create(printed)?);
+        rig.args((self.further)(file))
+            .stdout(File::create(printed)?);
         eprintln!("{}: {file} (results: {})", self.name, printed.display());
         // A failed test also gives an error status.
         rig.status().context("cannot start a rig")?;

@@ -68,7 +68,7 @@ pub(crate) fn run(args: &BatsArgs) -> Result<()> {
         tests: tests(&args.source)?,
         files: PYTHON,
         script: PREPARE,
-        further: Vec::new(),
+        further: &|_| Vec::new(),
     };
     project.run(args)
 }

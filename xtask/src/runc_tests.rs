@@ -38,7 +38,7 @@ pub(crate) fn run(args: &BatsArgs) -> Result<()> {
         tests: tests(&args.source)?,
         files: bats::BATS,
         script: RUN,
-        further: Vec::new(),
+        further: &|_| Vec::new(),
     };
     project.run(args)
 }

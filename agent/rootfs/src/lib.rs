@@ -4,9 +4,11 @@
 //! open; both look up files there, and read some.
 
 use rustix::fs::{
-    CWD, FileType, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, readlinkat,
+    CWD, FileType, Mode, OFlags, ResolveFlags, StatVfs, StatVfsMountFlags, fchmod, fstat, fstatvfs,
+    mkdirat, openat, openat2, readlinkat,
 };
 use rustix::io::{Errno, Result};
+use rustix::mount::{MountFlags, mount_remount};
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -198,6 +200,33 @@ pub fn read(found: &OwnedFd, limit: u64) -> io::Result<Option<Vec<u8>>> {
     let mut content = Vec::new();
     file.take(limit).read_to_end(&mut content)?;
     Ok(Some(content))
+}
+
+/// Makes a mount read-only, given its open root.
+///
+/// # Errors
+/// The error from mount(2).
+pub fn make_read_only(mount: &OwnedFd) -> Result<()> {
+    let path = format!("/proc/self/fd/{}", mount.as_raw_fd());
+    let flags = MountFlags::BIND | MountFlags::RDONLY | kept_flags(&fstatvfs(mount)?);
+    mount_remount(path, flags, "")
+}
+
+/// The current flags of a mount, which a remount would clear if they were not repeated.
+fn kept_flags(found: &StatVfs) -> MountFlags {
+    use StatVfsMountFlags as Has;
+    let all = [
+        (Has::NOSUID, MountFlags::NOSUID),
+        (Has::NODEV, MountFlags::NODEV),
+        (Has::NOEXEC, MountFlags::NOEXEC),
+        (Has::NOATIME, MountFlags::NOATIME),
+        (Has::NODIRATIME, MountFlags::NODIRATIME),
+        (Has::RELATIME, MountFlags::RELATIME),
+    ];
+    let has = all
+        .into_iter()
+        .filter(|(has, _)| found.f_flag.contains(*has));
+    has.map(|(_, flag)| flag).collect()
 }
 
 /// The components of a path from the root, with `..` removed lexically, as in mount destinations.

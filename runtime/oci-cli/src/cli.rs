@@ -132,7 +132,7 @@ pub(crate) enum Command {
     /// Not supported
     Restore(AnyArgs),
     #[command(hide = true)]
-    Serve,
+    Serve(AnyArgs),
     #[command(hide = true)]
     Stub,
 }

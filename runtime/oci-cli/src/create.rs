@@ -14,12 +14,14 @@ use koya::oci_spec::runtime::ContainerState;
 use koya_tasks::hooks::{self, Kind};
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{Joins, Role, Spec, cgroup};
+use nix::sched::{CloneFlags, unshare};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
 
 pub(crate) fn create(root: &Root, globals: &Globals, args: &CreateArgs, given: &Given) -> Outcome {
     let mut wanted = Wanted::read(root, globals, args)?;
@@ -197,16 +199,36 @@ fn make(
 /// Starts the long-lived process, and sends it the request.
 fn launch(boot: &Boot, console: Option<UnixStream>, given: &Given) -> Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
-    let child = Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    command
         .arg0("koya-runtime")
         .arg("serve")
+        // For ps(1) and `podman top`.
+        .arg(&boot.id)
         .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("cannot start the container's process")?;
+        .stderr(Stdio::null());
+    let child = match koya_tasks::is_in_user_namespace() {
+        true => spawn_with_own_pids(command),
+        false => Ok(command.spawn()?),
+    };
+    let child = child.context("cannot start the container's process")?;
     given.send(&ours, boot, console.as_ref().map(AsFd::as_fd))?;
     Ok((child, ours))
+}
+
+/// Starts a process as the first one of a pid namespace of its own, if possible: `podman cp` enters the pid namespace of a
+/// container's process, and a user may not enter the host's.
+fn spawn_with_own_pids(mut command: Command) -> Result<Child> {
+    let (sender, receiver) = channel();
+    console::spawn("koya-spawner", move || {
+        // It applies to the children of this thread alone.
+        if let Err(error) = unshare(CloneFlags::CLONE_NEWPID) {
+            log::debug!("no pid namespace for the container's process: {error}");
+        }
+        sender.send(command.spawn()).ok();
+    })?;
+    Ok(receiver.recv()??)
 }
 
 /// Makes the process create the container, between running hooks and storing the state.

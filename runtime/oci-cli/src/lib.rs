@@ -115,7 +115,7 @@ fn carry_out(cli: Cli, given: &Given) -> Outcome {
         Command::Features => spec::features(),
         Command::Checkpoint(_) => anyhow::bail!("checkpoint is not supported"),
         Command::Restore(_) => anyhow::bail!("restore is not supported"),
-        Command::Serve => serve::serve(),
+        Command::Serve(_) => serve::serve(),
         Command::Stub => exec::stub(),
     }
 }

@@ -102,6 +102,7 @@ pub(crate) fn stand(
     drop(fds);
     let mut end_of = Wire::new(machine.try_clone()?);
     hear(&mut end_of)?;
+    spec.files(&boot.bundle).show();
     pass_on(signals, &machine, terminal)?;
     state::listen_at(&boot.directory, &owner.directory)?;
     send(stream, &Answer::Done, &[])?;

@@ -38,10 +38,17 @@ const LAST_ANSWER: Duration = Duration::from_millis(50);
 /// Interval of checks whether a client still waits for OOM events.
 const LISTENS: Duration = Duration::from_millis(500);
 
+/// What the main thread does next, once the container has been created.
+enum Next {
+    /// The container runs: its files are shown to tools of the host. Then the sender is dropped.
+    Show(Sender<()>),
+    End(Exit),
+}
+
 /// Receiver of the end of the container's process, and counter of OOM events.
 struct Told {
     id: String,
-    end: Mutex<Sender<Exit>>,
+    main: Mutex<Sender<Next>>,
     /// By container.
     ooms: Mutex<HashMap<String, u64>>,
     counted: Condvar,
@@ -53,8 +60,8 @@ impl EventSink for Told {
             Event::Exited {
                 id, exec_id, exit, ..
             } if exec_id.is_empty() && id == self.id => {
-                if let Ok(sender) = self.end.lock() {
-                    sender.send(exit).ok();
+                if let Ok(sender) = self.main.lock() {
+                    sender.send(Next::End(exit)).ok();
                 }
             }
             Event::OutOfMemory { id, .. } => {
@@ -69,6 +76,16 @@ impl EventSink for Told {
 }
 
 impl Told {
+    /// Waits until the main thread shows the container's files.
+    fn show_files(&self) {
+        let (sender, shown) = channel();
+        if let Ok(main) = self.main.lock() {
+            main.send(Next::Show(sender)).ok();
+        }
+        // Nothing is ever received.
+        shown.recv().ok();
+    }
+
     fn ooms(&self, id: &str) -> u64 {
         let ooms = self.ooms.lock();
         ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
@@ -165,14 +182,14 @@ fn enter_and_run(
     }
     let (fds, terminal) = streams(boot, &spec, fds)?;
     let stdio = descriptors(fds, boot.is_own_terminal, boot.preserved)?;
-    let (sender, ended) = channel();
+    let (sender, receiver) = channel();
     let config = TaskSetConfig {
         log_console: boot.log.is_debug(),
         ..TaskSetConfig::default()
     };
     let told = Arc::new(Told {
         id: boot.id.clone(),
-        end: sender.into(),
+        main: sender.into(),
         ooms: Mutex::default(),
         counted: Condvar::new(),
     });
@@ -181,6 +198,7 @@ fn enter_and_run(
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
     pass_signals(&boot.id, &tasks, watched)?;
+    let files = spec.files(&boot.bundle);
     let created = tasks.create(CreateTask {
         id: boot.id.clone(),
         bundle: boot.bundle.clone(),
@@ -207,7 +225,13 @@ fn enter_and_run(
         finish(&tasks, &boot.directory);
         bail!("the command that made this ended");
     }
-    let exit = ended.recv().context("the container's end is not told")?;
+    let exit = loop {
+        match receiver.recv().context("the container's end is not told")? {
+            // By this thread: the process's mount namespace is that of its main thread.
+            Next::Show(_shown) => files.show(),
+            Next::End(exit) => break exit,
+        }
+    };
     finish(&tasks, &boot.directory);
     Ok(exit.status as u8)
 }
@@ -334,6 +358,9 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         }
         Request::Start => {
             tasks.start(id, "")?;
+            if id == served.id {
+                served.told.show_files();
+            }
             if let Some(terminal) = &served.terminal
                 && id == served.id
             {

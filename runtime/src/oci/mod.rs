@@ -22,6 +22,7 @@ mod valid;
 pub(crate) use bundle::Root;
 pub use bundle::{Bundle, SharedNamespaces, SharedPids, check_configuration};
 pub(crate) use devices::HostDisk;
+pub(crate) use mounts::OnHost;
 pub use process::DEFAULT_PATH;
 pub(crate) use shares::{Share, SharedPlace, guest_path, place_shares};
 
@@ -108,6 +109,16 @@ pub(crate) fn adapt(
         direct: mounts.direct,
         mount_points,
     })
+}
+
+/// The mounts of a container, as far as the host has them.
+///
+/// # Errors
+/// The unsupported mount.
+pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
+    let mut spec = bundle.spec.clone();
+    own_root::adapt(&mut spec, &bundle.directory, &bundle.rootfs)?;
+    mounts::on_host(&bundle.directory, &spec)
 }
 
 /// The share of the root, unless the guest mounts it.

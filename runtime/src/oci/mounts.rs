@@ -216,6 +216,40 @@ fn refuse_options(directory: &Path, mount: &Mount) -> Result<(), Error> {
     }
 }
 
+/// A mount of a container, as far as the host has it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct OnHost {
+    /// Path in the container.
+    pub(crate) at: PathBuf,
+    /// The directory or file of the host; `None` if only the guest has what is mounted.
+    pub(crate) source: Option<PathBuf>,
+    pub(crate) read_only: bool,
+}
+
+/// The mounts of a configuration, in their order. `directory` is that of the bundle.
+///
+/// # Errors
+/// The unsupported mount.
+pub(super) fn on_host(directory: &Path, spec: &Spec) -> Result<Vec<OnHost>, Error> {
+    let mounts = spec.mounts().iter().flatten();
+    let all = mounts.map(|mount| {
+        let needs = match is_bind(mount) {
+            true => adapt_mount("", 0, directory, mount, false)?.1,
+            false => Needs::Nothing,
+        };
+        let share = match needs {
+            Needs::Share(share) => Some(share),
+            _ => None,
+        };
+        Ok(OnHost {
+            at: mount.destination().clone(),
+            read_only: share.as_ref().is_some_and(|share| share.options.read_only),
+            source: share.map(|share| share.path),
+        })
+    });
+    all.collect()
+}
+
 /// Mount point in the guest of a volume that the guest mounts itself.
 fn own_place(id: &str, number: usize) -> PathBuf {
     Path::new(VOLUMES_DIR).join(id).join(number.to_string())

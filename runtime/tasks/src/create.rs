@@ -4,7 +4,7 @@ use crate::Error;
 use crate::event::Event;
 use crate::machine::GuestContainer;
 use crate::mounts::{self, Mount};
-use crate::namespaces::{HOST_NETWORK, Network};
+use crate::namespaces::{HOST_NETWORK, Network, own_pid};
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
 use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
@@ -315,7 +315,7 @@ impl TaskSet {
         let Some(wanted) = task.spec.pids_of() else {
             return SharedPids::Unknown;
         };
-        if wanted == std::process::id() {
+        if wanted == own_pid() {
             return SharedPids::Sandbox;
         }
         let state = self.lock();

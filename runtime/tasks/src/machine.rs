@@ -2,7 +2,7 @@
 //! without a guest.
 
 use crate::Error;
-use crate::namespaces::interfaces;
+use crate::namespaces::{interfaces, is_in_user_namespace};
 use crate::resize::bound_memory;
 use crate::set::{State, Task, TaskSet};
 use crate::size::{Limits, sum_of_limits};
@@ -437,12 +437,6 @@ fn sandbox_config(task: &Task, size: Size) -> Result<SandboxConfig, Error> {
         began: None,
     });
     Ok(config)
-}
-
-/// Whether this process is in a user namespace other than the host's initial one (user_namespaces(7)).
-fn is_in_user_namespace() -> bool {
-    let users = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    !users.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// The guest's console in the log, line by line; of a guest that writes all the time, [`CONSOLE_LINES`] of them.

@@ -94,6 +94,19 @@ fn enter_opened(namespace: &File, path: &Path) -> Result<()> {
         .with_context(|| format!("cannot enter {}", path.display()))
 }
 
+/// Whether this process is in a user namespace other than the host's initial one (user_namespaces(7)).
+pub fn is_in_user_namespace() -> bool {
+    let users = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    !users.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// The PID of this process in the namespace of `/proc`, in which clients see it. Its own pid namespace may be another one.
+pub(crate) fn own_pid() -> u32 {
+    let own = fs::read_link("/proc/self").ok();
+    let own = own.and_then(|own| own.to_str()?.parse().ok());
+    own.unwrap_or_else(std::process::id)
+}
+
 /// Whether this is `/proc/PID/ns/net`, Docker's way to name the network of another container.
 fn is_of_a_process(path: &Path) -> bool {
     let number = path

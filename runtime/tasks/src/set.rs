@@ -6,6 +6,7 @@ use crate::event::{Event, EventSink};
 use crate::exec::Exec;
 use crate::host_limits;
 use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
+use crate::namespaces::own_pid;
 use crate::pid_holder::PidHolder;
 use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
 use crate::size::Limits;
@@ -80,7 +81,7 @@ impl Task {
     pub(crate) fn pid(&self) -> u32 {
         match self.is_member() {
             true => self.pid_holder.pid(),
-            false => std::process::id(),
+            false => own_pid(),
         }
     }
 

@@ -7,9 +7,9 @@ use crate::namespaces::Network;
 use crate::size::{Limits, PERIOD, milli_cpus};
 use crate::words;
 use anyhow::{Context, anyhow};
-use koya::Settings;
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
+use koya::{Bundle, Settings, SharedNamespaces};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -292,6 +292,16 @@ impl Spec {
         spec
     }
 
+    /// What tools of the host are shown of the container's files.
+    pub fn files(&self, bundle: &Path) -> Files {
+        Files(Bundle {
+            spec: self.0.clone(),
+            directory: bundle.into(),
+            rootfs: self.root(bundle).unwrap_or_default(),
+            shared: SharedNamespaces::default(),
+        })
+    }
+
     /// The container's root in its bundle.
     pub(crate) fn root(&self, bundle: &Path) -> Option<PathBuf> {
         let root = self.0.root().as_ref()?;
@@ -355,6 +365,19 @@ impl Spec {
 
     pub(crate) fn resources(&self) -> Option<&oci::LinuxResources> {
         self.0.linux().as_ref()?.resources().as_ref()
+    }
+}
+
+/// A container's files on the host.
+pub struct Files(Bundle);
+
+impl Files {
+    /// Shows them to whoever enters the mount namespace of the calling thread (`podman cp`), which otherwise sees the same
+    /// as before. The container's mount points must exist.
+    pub fn show(&self) {
+        if let Err(error) = koya::show_files_on_host(&self.0) {
+            log::warn!("podman cp and nsenter will not find the container's files: {error:#}");
+        }
     }
 }
 

@@ -174,6 +174,11 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     let output = podman.call(&["exec", "d", "sh", "-c", "echo in it; exit 5"])?;
     ensure!(output.status.code() == Some(5), "{output:?}");
     ensure!(output.stdout == b"in it\n", "{output:?}");
+    files_are_copied(&podman, "d")?;
+    // Its process on the host.
+    let top = podman.ok(&["top", "d", "pid,comm"])?;
+    let names: Vec<_> = top.split_whitespace().skip(3).step_by(2).collect();
+    ensure!(names == ["koya-runtime"], "{top}");
     podman.ok(&["pause", "d"])?;
     ensure!(podman.inspect("d")?["Status"] == "paused", "not paused");
     podman.ok(&["unpause", "d"])?;
@@ -191,6 +196,29 @@ fn podman_keeps_containers_in_the_background() -> Result<()> {
     podman.ok(&["rm", "d"])?;
     let state = Path::new("/run/koya-runtime").join(id);
     ensure!(!state.exists(), "its state is left");
+    Ok(())
+}
+
+/// Copies files to and from a running container: podman enters the mount namespace of its process on the host for that.
+fn files_are_copied(podman: &Podman, name: &str) -> Result<()> {
+    const NEW: &str = "/etc/koya-copied-by-podman";
+    let [there, back] = ["there", "back"].map(|file| podman.dir.join(file).display().to_string());
+    std::fs::write(&there, "from the host")?;
+    podman.ok(&["cp", &there, &format!("{name}:{NEW}")])?;
+    ensure!(!Path::new(NEW).exists(), "it was copied to the host itself");
+    let said = podman.ok(&["exec", name, "cat", NEW])?;
+    ensure!(said == "from the host", "{said}");
+    podman.ok(&["exec", name, "sh", "-c", &format!("echo back > {NEW}")])?;
+    podman.ok(&["cp", &format!("{name}:{NEW}"), &back])?;
+    let said = std::fs::read_to_string(&back)?;
+    ensure!(said == "back\n", "{said}");
+    // The guest's memory is no place for a copy.
+    let output = podman.call(&["cp", &there, &format!("{name}:/dev/shm/new")])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        !output.status.success() && said.contains("read-only"),
+        "{output:?}"
+    );
     Ok(())
 }
 
@@ -242,6 +270,7 @@ fn a_podman_pod_is_one_virtual_machine() -> Result<()> {
     let network = |pid: &String| std::fs::read_link(format!("/proc/{pid}/ns/net"));
     ensure!(network(&pids[0])? == network(&pids[1])?, "another network");
 
+    files_are_copied(&podman, "a")?;
     let words = ["run", "--rm", "-t", "--pod", "p", "bb", "tty"];
     let (status, said) = on_terminal(&podman.command(&words))?;
     ensure!(

@@ -121,6 +121,10 @@ fn users_run_podmans_containers() -> Result<()> {
     let output = podman.call(&["exec", "web", "sh", "-c", "echo in it; exit 5"])?;
     ensure!(output.status.code() == Some(5), "{output:?}");
     ensure!(output.stdout == b"in it\n", "{output:?}");
+    let copied = podman.dir.join("tmp/copied");
+    podman.ok(&["cp", "web:/tmp/index.html", &copied.display().to_string()])?;
+    let said = fs::read_to_string(copied)?;
+    ensure!(said == "pong\n", "{said}");
     podman.ok(&["rm", "--force", "--time", "0", "web"])?;
 
     let script = "id -u; cat /proc/self/uid_map; echo new > /v/own; ls -ln /v/own; exit 7";
