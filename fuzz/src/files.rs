@@ -304,6 +304,10 @@ impl World {
             op::SETXATTR => {
                 let size = u32::from(input.byte() % 64);
                 words(body, &[size, u32::from(input.byte() % 3)]);
+                // The longer argument, of a guest that has sent INIT.
+                if input.byte() % 2 == 1 {
+                    words(body, &[u32::from(input.byte() % 2), 0]);
+                }
                 body.extend_from_slice(input.pick(&ATTRIBUTES));
                 body.extend(vec![1; size as usize]);
             }

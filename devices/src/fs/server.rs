@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use serde::Serialize;
 use std::ffi::CStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const IN_HEADER: u32 = size_of::<InHeader>() as u32;
@@ -81,6 +81,8 @@ pub struct FsMetrics {
 pub struct Server {
     files: Passthrough,
     metrics: Arc<FsMetrics>,
+    /// Whether requests to set an attribute have the longer argument (FUSE_SETXATTR_EXT).
+    extended_setxattr: AtomicBool,
 }
 
 impl Server {
@@ -89,6 +91,7 @@ impl Server {
         Self {
             files,
             metrics: Arc::default(),
+            extended_setxattr: AtomicBool::new(false),
         }
     }
 
@@ -308,9 +311,16 @@ impl Server {
         match header.opcode {
             op::SETXATTR => {
                 let arg: wire::SetxattrIn = args.take()?;
+                let more = match self.extended_setxattr.load(Ordering::Relaxed) {
+                    true => args.take()?,
+                    false => wire::SetxattrExtIn::default(),
+                };
                 let name = args.name()?;
                 let value = args.bytes(arg.size)?;
                 self.files.setxattr(node, name, value, arg.flags)?;
+                if more.setxattr_flags & wire::SETXATTR_ACL_KILL_SGID != 0 {
+                    self.files.clear_set_group_id(node)?;
+                }
                 Ok(Reply::Empty)
             }
             op::GETXATTR => {
@@ -413,6 +423,7 @@ impl Server {
             | init::POSIX_ACL
             | init::MAX_PAGES
             | init::HANDLE_KILLPRIV_V2
+            | init::SETXATTR_EXT
             | init::INIT_EXT
             | init::DIRECT_IO_ALLOW_MMAP;
         match self.files.options().cache {
@@ -425,6 +436,8 @@ impl Server {
             wanted |= init::HOST_WATCH;
         }
         let flags = wanted & offered;
+        self.extended_setxattr
+            .store(flags & init::SETXATTR_EXT != 0, Ordering::Relaxed);
         Ok(reply(&InitOut {
             major: wire::MAJOR,
             minor: wire::MINOR,
@@ -459,31 +472,75 @@ mod tests {
     use crate::fs::shares::Shares;
     use crate::test_utils::{Buffer, Driver};
 
+    /// The reply of `server` to a request, after its header.
+    fn ask(server: &Server, opcode: u32, nodeid: u64, body: &[&[u8]]) -> Vec<u8> {
+        let header = InHeader {
+            opcode,
+            nodeid,
+            ..InHeader::default()
+        };
+        let request = [&[header.as_bytes()], body].concat().concat();
+        let mut driver = Driver::new(8);
+        let head = driver.offer(&[Buffer::Readable(request), Buffer::Writable(256)]);
+        let chain = driver.queue().pop().unwrap().unwrap();
+        let len = server.serve(&chain, driver.memory()).unwrap();
+        let reply = driver.written(head, len as usize);
+        let (out, body) = OutHeader::read_from_prefix(&reply).unwrap();
+        assert_eq!(out.error, 0, "{opcode}");
+        body.to_vec()
+    }
+
+    fn greet(server: &Server, flags: u64) -> u64 {
+        let init = InitIn {
+            major: wire::MAJOR,
+            flags: flags as u32,
+            flags2: (flags >> 32) as u32,
+            ..InitIn::default()
+        };
+        let reply = ask(server, op::INIT, 0, &[init.as_bytes()]);
+        let (out, _) = InitOut::read_from_prefix(&reply).unwrap();
+        u64::from(out.flags) | u64::from(out.flags2) << 32
+    }
+
+    /// xfstests generic/375: an ACL set by the owner of a file, who is not in its group, takes its set-group-ID bit.
+    #[test]
+    fn an_acl_may_take_the_set_group_id_bit() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let shares = Shares::default();
+        shares.add("s", dir.path(), false).unwrap();
+        let server = Server::new(Passthrough::new(shares, Options::default()).unwrap());
+        let root = server.files.lookup(wire::ROOT_ID, c"s").unwrap().nodeid;
+        let node = server.files.lookup(root, c"file").unwrap().nodeid;
+        let value = b"1";
+        let arg = wire::SetxattrIn { size: 1, flags: 0 };
+        let set = |flags: Option<u32>| {
+            let mode = std::fs::Permissions::from_mode(0o2755);
+            std::fs::set_permissions(&path, mode).unwrap();
+            let more = flags.map(|setxattr_flags| wire::SetxattrExtIn {
+                setxattr_flags,
+                ..Default::default()
+            });
+            let more = more.as_ref().map_or(&[][..], IntoBytes::as_bytes);
+            let body = [arg.as_bytes(), more, b"user.a\0", value];
+            ask(&server, op::SETXATTR, node, &body);
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777
+        };
+        assert_eq!(greet(&server, 0) & init::SETXATTR_EXT, 0);
+        assert_eq!(set(None), 0o2755);
+        assert_ne!(greet(&server, u64::MAX) & init::SETXATTR_EXT, 0);
+        assert_eq!(set(Some(0)), 0o2755);
+        assert_eq!(set(Some(wire::SETXATTR_ACL_KILL_SGID)), 0o755);
+    }
+
     /// FUSE_SUBMOUNTS: see `Inode::number`.
     #[test]
     fn submounts_are_never_announced() {
         const SUBMOUNTS: u64 = 1 << 27;
         let files = Passthrough::new(Shares::default(), Options::default()).unwrap();
-        let server = Server::new(files);
-        let header = InHeader {
-            opcode: op::INIT,
-            ..InHeader::default()
-        };
-        let init = InitIn {
-            major: wire::MAJOR,
-            flags: u32::MAX,
-            flags2: u32::MAX,
-            ..InitIn::default()
-        };
-        let mut driver = Driver::new(8);
-        let request = [header.as_bytes(), init.as_bytes()].concat();
-        let head = driver.offer(&[Buffer::Readable(request), Buffer::Writable(256)]);
-        let chain = driver.queue().pop().unwrap().unwrap();
-        let len = server.serve(&chain, driver.memory()).unwrap();
-        assert_eq!(len, OUT_HEADER + size_of::<InitOut>() as u32);
-        let reply = driver.written(head, len as usize);
-        let (out, _) = InitOut::read_from_prefix(&reply[OUT_HEADER as usize..]).unwrap();
-        let flags = u64::from(out.flags) | u64::from(out.flags2) << 32;
+        let flags = greet(&Server::new(files), u64::MAX);
         assert_eq!(flags & SUBMOUNTS, 0);
         assert_ne!(flags & init::ASYNC_READ, 0);
     }

@@ -77,6 +77,7 @@ wire! {
     }
     FsyncIn { fh: u64, fsync_flags: u32, padding: u32 }
     SetxattrIn { size: u32, flags: u32 }
+    SetxattrExtIn { setxattr_flags: u32, padding: u32 }
     GetxattrIn { size: u32, padding: u32 }
     GetxattrOut { size: u32, padding: u32 }
     InitIn {
@@ -176,11 +177,15 @@ pub mod init {
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const CACHE_SYMLINKS: u64 = 1 << 23;
     pub const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
+    pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
     /// Not part of FUSE: an extension of Koya's guest kernel (`guest-kernel/patches`).
     pub const HOST_WATCH: u64 = 1 << 62;
 }
+
+/// `SetxattrExtIn::setxattr_flags`: the caller may not leave the set-group-ID bit beside the ACL.
+pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
 
 /// Flags in the reply to OPEN.
 pub mod fopen {

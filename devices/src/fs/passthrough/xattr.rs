@@ -141,6 +141,22 @@ impl Passthrough {
         })
     }
 
+    /// FUSE_SETXATTR_ACL_KILL_SGID: after an ACL was set by a process that is not in the file's group, which must not lend that
+    /// group by a program.
+    ///
+    /// # Errors
+    /// The error from the host.
+    pub fn clear_set_group_id(&self, nodeid: u64) -> Result<(), Errno> {
+        let inode = self.writable(nodeid)?;
+        let _change = self.change_of(&inode, kind::ATTRIB);
+        let fd = self.inodes.fd(&inode)?;
+        let mode = u32::from(self.stat_of(&fd)?.stx_mode);
+        match mode & SET_GROUP_ID {
+            0 => Ok(()),
+            _ => self.chmod(&fd, mode & !SET_GROUP_ID),
+        }
+    }
+
     /// FUSE_GETXATTR: the value, of at most `room` bytes
     ///
     /// # Errors
