@@ -238,11 +238,12 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
             "a limit of processes without a number",
             one("/linux/resources/pids", json!({})),
         ),
+        // Less than a tenth of an emulated CPU would take minutes.
         (
-            "a hundredth of a CPU",
+            "the least time of a CPU",
             one(
                 "/linux/resources/cpu",
-                json!({"quota": 1000, "period": 100_000}),
+                json!({"quota": 1000, "period": 10_000}),
             ),
         ),
         (
