@@ -159,7 +159,7 @@ fn kind_of(found: &OwnedFd) -> io::Result<Kind> {
 mod tests {
     use super::*;
     use rustix::io::Errno;
-    use serde_json::json;
+    use serde_json::{Value, json};
     use std::fs;
     use std::os::unix::fs::MetadataExt as _;
     use std::sync::mpsc::channel;
@@ -174,6 +174,35 @@ mod tests {
             work()
         });
         joined.join().unwrap()
+    }
+
+    fn bundle(dir: &Path, mounts: Value) -> Bundle {
+        let root = json!({"path": "rootfs"});
+        let spec = json!({"ociVersion": "1.0.2", "root": root, "mounts": mounts});
+        Bundle {
+            spec: serde_json::from_value(spec).unwrap(),
+            directory: dir.into(),
+            rootfs: dir.join("rootfs"),
+            shared: Default::default(),
+        }
+    }
+
+    #[test]
+    fn mounts_of_the_guest_alone_have_no_source_on_the_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        fs::create_dir(&data).unwrap();
+        let mounts = json!([
+            {"destination": "/data", "type": "bind", "source": "data", "options": ["rbind", "ro"]},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/sys/x", "type": "bind", "source": "/sys/fs", "options": ["bind"]},
+            {"destination": "/dev/null", "type": "bind", "source": "/dev/null", "options": ["bind"]},
+        ]);
+        let found = oci::mounts_on_host(&bundle(dir.path(), mounts)).unwrap();
+        let all = found.iter().map(|mount| mount.source.as_deref());
+        let all: Vec<_> = all.collect();
+        assert_eq!(all, [Some(data.as_path()), None, None, None]);
+        assert!(found[0].read_only && !found[1].read_only);
     }
 
     #[test]
@@ -195,22 +224,15 @@ mod tests {
         }
         fs::write(dir.path().join("data/of-the-volume"), "v").unwrap();
         fs::write(rootfs.join("tmp/hidden"), "h").unwrap();
-        let spec = json!({
-            "ociVersion": "1.0.2", "root": {"path": "rootfs"},
-            "mounts": [
-                {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
-                {"destination": "/tmp/within", "type": "devpts", "source": "devpts"},
-                {"destination": "/data", "type": "bind", "source": dir.path().join("data"), "options": ["ro", "rbind"]},
-                {"destination": "/missing", "type": "bind", "source": dir.path().join("data"), "options": ["rbind"]},
-            ],
-        });
-        let bundle = Bundle {
-            spec: serde_json::from_value(spec).unwrap(),
-            directory: dir.path().into(),
-            rootfs: rootfs.clone(),
-            shared: Default::default(),
-        };
+        let volume = dir.path().join("data");
+        let mounts = json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/tmp/within", "type": "devpts", "source": "devpts"},
+            {"destination": "/data", "type": "bind", "source": volume, "options": ["ro", "rbind"]},
+            {"destination": "/missing", "type": "bind", "source": volume, "options": ["rbind"]},
+        ]);
+        let bundle = bundle(dir.path(), mounts);
         let (sender, receiver) = channel();
         let (done, end) = channel::<()>();
         let host = fs::metadata("/").unwrap().ino();

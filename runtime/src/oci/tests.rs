@@ -577,30 +577,3 @@ fn the_host_makes_a_working_directory_only_where_the_guest_cannot() {
     };
     assert!(points(true) && !points(false));
 }
-
-#[test]
-fn mounts_of_the_guest_alone_have_no_source_on_the_host() {
-    let (dir, bundle) = bundle(|spec| {
-        spec["mounts"].as_array_mut().unwrap().extend([
-            json!({"destination": "/data", "type": "bind", "source": "data", "options": ["rbind", "ro"]}),
-            json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}),
-            json!({"destination": "/sys/x", "type": "bind", "source": "/sys/fs", "options": ["bind"]}),
-            json!({"destination": "/dev/null", "type": "bind", "source": "/dev/null", "options": ["bind"]}),
-        ]);
-    });
-    std::fs::create_dir(dir.path().join("data")).unwrap();
-    let found = mounts_on_host(&bundle).unwrap();
-    let found: Vec<_> = found
-        .iter()
-        .map(|m| (m.at.to_str().unwrap(), m.source.as_deref(), m.read_only))
-        .collect();
-    let data = dir.path().join("data");
-    let wanted = [
-        ("/proc", None, false),
-        ("/data", Some(data.as_path()), true),
-        ("/tmp", None, false),
-        ("/sys/x", None, false),
-        ("/dev/null", None, false),
-    ];
-    assert_eq!(found, wanted);
-}
