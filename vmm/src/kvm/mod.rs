@@ -71,6 +71,9 @@ pub(crate) fn open_device() -> Result<Kvm, KvmError> {
         _ => KvmError::Open(error),
     })?;
     let version = kvm.get_api_version();
+    if version < 0 {
+        return Err(KvmError::Open(kvm_ioctls::Error::last()));
+    }
     if version != KVM_API_VERSION as i32 {
         return Err(KvmError::Version(version));
     }
