@@ -11,6 +11,7 @@ mod client;
 mod config;
 mod container_log;
 mod control;
+mod datagrams;
 mod detach;
 mod disk;
 mod environment;

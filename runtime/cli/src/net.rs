@@ -5,6 +5,7 @@
 //! place of that interface.
 
 use super::alone::{self, Alone};
+use super::datagrams;
 use super::programs;
 use super::publish::{self, Ports};
 use super::state::Directory;
@@ -20,7 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -61,6 +62,9 @@ pub(super) struct NetArgs {
     /// Properties of the host, read before this process changed its namespace.
     #[arg(skip)]
     host: OnceLock<Outside>,
+    /// Sockets of the host's network namespace for published UDP ports, with the ports of the guest.
+    #[arg(skip)]
+    receivers: OnceLock<Vec<(UdpSocket, u16)>>,
 }
 
 /// Properties of the host that a guest with `--net user` depends on.
@@ -137,6 +141,15 @@ impl NetArgs {
             Kind::User => {
                 let outside = Outside::of(host_addresses()?, alone::has_default_route())?;
                 let host = self.host.get_or_init(|| outside);
+                publish::check(&self.publish)?;
+                let ports = self.publish.iter().flat_map(Ports::udp_at_loopback);
+                let ports = ports.collect::<BTreeSet<_>>().into_iter();
+                let receivers = ports.filter_map(|(at, guest)| {
+                    let receiver = datagrams::receiver(at).transpose()?;
+                    Some(receiver.map(|socket| (socket, guest)))
+                });
+                let receivers = receivers.collect::<Result<Vec<_>>>()?;
+                self.receivers.get_or_init(|| receivers);
                 enter_user(&self.publish, host)
             }
             Kind::None | Kind::Tap(_) => Ok(()),
@@ -149,6 +162,7 @@ impl NetArgs {
             Kind::None => return Vec::new(),
             Kind::User => NetworkConfig {
                 out_of_reach: self.host.get().map_or(Vec::new(), |h| h.addresses.clone()),
+                is_called: self.receivers.get().is_some_and(|all| !all.is_empty()),
                 ..NetworkConfig::new(HostEnd::Join {
                     interface: PASTA_INTERFACE.into(),
                 })
@@ -198,6 +212,22 @@ impl NetArgs {
             threads::spawn("koya-port", move || {
                 accept(&listener, guest, &sandbox, &connections);
             })?;
+        }
+        self.serve_datagrams()
+    }
+
+    /// The same for datagrams.
+    fn serve_datagrams(&self) -> Result<()> {
+        let receivers = self.receivers.get().map_or(&[][..], Vec::as_slice);
+        if receivers.is_empty() {
+            return Ok(());
+        }
+        let Some(guest) = datagrams::address_of(PASTA_INTERFACE)? else {
+            log::warn!("programs of the host can't reach UDP ports of a guest without IPv4");
+            return Ok(());
+        };
+        for (socket, port) in receivers {
+            datagrams::forward(socket.try_clone()?, guest, *port)?;
         }
         Ok(())
     }
@@ -361,7 +391,6 @@ fn pair(process: u32) -> [IpNet; 2] {
 
 /// Moves this process into a network namespace with pasta's interface in it.
 fn enter_user(publish: &[Ports], host: &Outside) -> Result<()> {
-    publish::check(publish)?;
     let mut pasta = Pasta::prepare(publish, host)?;
     let root = rustix::process::geteuid().is_root();
     let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::str::FromStr;
 
 /// A range of host ports and the range of guest ports that they are mapped to.
@@ -68,6 +68,29 @@ impl Ports {
     pub(super) fn tcp_of_guest(&self) -> impl Iterator<Item = u16> {
         let count = if self.udp { 0 } else { self.count };
         (0..count).map(|n| self.guest + n)
+    }
+
+    /// UDP ports that are published at the host's loopback: each address and port of the host with the port of the guest.
+    pub(super) fn udp_at_loopback(&self) -> impl Iterator<Item = (SocketAddr, u16)> {
+        let [v4, v6] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let addresses = match self.address {
+            None => vec![v4, v6],
+            Some(address) if address == EVERYWHERE[0] => vec![v4],
+            Some(address) if address == EVERYWHERE[1] => vec![v6],
+            Some(address) if address.is_loopback() => vec![address],
+            Some(_) => Vec::new(),
+        };
+        let count = if self.udp { self.count } else { 0 };
+        (0..count).flat_map(move |n| {
+            let ports = (self.host + n, self.guest + n);
+            let at = move |address: &IpAddr| (SocketAddr::new(*address, ports.0), ports.1);
+            addresses.iter().map(at).collect::<Vec<_>>()
+        })
+    }
+
+    /// Whether all datagrams to these ports are received without pasta.
+    fn is_without_pasta(&self) -> bool {
+        self.udp && self.address.is_some_and(|address| address.is_loopback())
     }
 
     /// A host port that `other` maps to a different guest port, at any address: pasta has only one guest port for each
@@ -154,7 +177,9 @@ const MOST_ADDRESSES: usize = 8;
 
 /// The options for pasta for all published ports.
 pub(super) fn options(publish: &[Ports]) -> Vec<String> {
-    let mut options: Vec<String> = merged(publish).iter().flat_map(Ports::options).collect();
+    let mut all = merged(publish);
+    all.retain(|ports| !ports.is_without_pasta());
+    let mut options: Vec<String> = all.iter().flat_map(Ports::options).collect();
     for option in ["--tcp-ports", "--udp-ports"] {
         // Its default is all ports in use.
         if !options.iter().any(|word| word == option) {
@@ -209,6 +234,18 @@ mod tests {
         assert_eq!(plain.tcp_of_guest().collect::<Vec<_>>(), [80]);
         let names = parse("53:5353/udp");
         assert!(names.udp && names.tcp_of_guest().count() == 0);
+        assert_eq!(plain.udp_at_loopback().count(), 0);
+        let at_loopback = |text: &str| -> Vec<String> {
+            let of = |(at, guest)| format!("{at} {guest}");
+            parse(text).udp_at_loopback().map(of).collect()
+        };
+        let both = ["127.0.0.1:53 5353", "[::1]:53 5353"];
+        assert_eq!(at_loopback("53:5353/udp"), both);
+        assert_eq!(at_loopback("0.0.0.0:53:5353/udp"), both[..1]);
+        assert_eq!(at_loopback("[::]:53:5353/udp"), both[1..]);
+        let two = ["127.0.0.2:1 3", "127.0.0.2:2 4"];
+        assert_eq!(at_loopback("127.0.0.2:1-2:3-4/udp"), two);
+        assert!(at_loopback("192.0.2.1:53:53/udp").is_empty());
         let range = parse("8000-8002:9000-9002");
         assert_eq!(range.tcp_of_guest().collect::<Vec<_>>(), [9000, 9001, 9002]);
         assert_eq!(
@@ -244,7 +281,9 @@ mod tests {
             options(&all).join(" "),
             "--tcp-ports 8000-8002:9000-9002 --tcp-ports 127.0.0.1/8080:80 --tcp-ports ::1/8080:80 --udp-ports 53:53"
         );
-        assert_eq!(options(&[]).join(" "), "--tcp-ports none --udp-ports none");
+        let none = "--tcp-ports none --udp-ports none";
+        assert_eq!(options(&[]).join(" "), none);
+        assert_eq!(options(&[parse("127.0.0.1:53:53/udp")]).join(" "), none);
     }
 
     #[test]

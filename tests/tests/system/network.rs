@@ -12,6 +12,7 @@ crate::trials![
     a_tap_carries_data_both_ways,
     a_tap_is_as_it_was_asked_for,
     user_networks_need_no_root,
+    published_datagrams_are_answered,
     the_host_itself_is_out_of_reach,
     many_connections_at_once_reach_a_host_without_routes,
     what_does_not_fit_is_refused,
@@ -119,6 +120,37 @@ fn user_networks_need_no_root() -> Result<()> {
         guest == blob && answer == outside && *answer == "from the guest",
         "{said}"
     );
+    Ok(())
+}
+
+/// Replies with each datagram to its sender.
+const ECHO: &str = r#"
+    use IO::Socket::INET;
+    my $s = IO::Socket::INET->new(Proto => "udp", LocalPort => 53) or die $!;
+    while (1) { my $from = $s->recv(my $text, 9000); $s->send($text, 0, $from) }"#;
+
+/// From the host's loopback, to which pasta does not forward, and from outside.
+fn published_datagrams_are_answered() -> Result<()> {
+    let script = r#"
+        unshare --net sleep 1000 & outside=$!
+        trap "kill $outside" EXIT
+        while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+        out() { nsenter --target $outside --net "$@"; }
+        ip link add up0 type veth peer name out0 netns $outside
+        ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
+        out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
+        ip route add default via 198.51.100.1
+        koya run --net user -p 5353:53/udp --rootfs / --read-only -v $D:/mnt -- sh -ec '
+            perl /mnt/echo & server=$!
+            until [ -e /mnt/done ]; do sleep 0.2; done; kill $server' > $D/said 2>&1 & guest=$!
+        ask() { text=$1; to=$2; shift 2; printf "$text" | "$@" socat -t 3 - UDP:$to:5353; }
+        until [ "$(ask up 127.0.0.1)" = up ]; do kill -0 $guest 2> /dev/null || break; done
+        for text in one two; do ask "$text " 127.0.0.1; done
+        ask three 198.51.100.2 out; echo
+        touch $D/done; wait $guest; cat $D/said"#;
+    let files = format!("cat > $D/echo <<'END'\n{ECHO}\nEND\n");
+    let said = in_namespace("net-datagrams", &format!("{files}{script}"))?;
+    ensure!(said.trim_end() == "one two three", "{said}");
     Ok(())
 }
 
