@@ -98,8 +98,8 @@ pub(super) struct Adapted {
 /// Reduces a configuration to the guest's own device nodes.
 ///
 /// # Errors
-/// The device that a guest does not have.
-pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
+/// The device that a guest does not have, or that can't be made in a read-only root.
+pub(super) fn adapt(linux: &mut oci::Linux, is_read_only: bool) -> Result<Adapted, Error> {
     let all_allowed = linux.resources().as_ref().is_some_and(|resources| {
         let rules = resources.devices().iter().flatten();
         let all = |r: &oci::LinuxDeviceCgroup| {
@@ -125,7 +125,12 @@ pub(super) fn adapt(linux: &mut oci::Linux) -> Result<Adapted, Error> {
         let is_volume = |disk: &HostDisk| !all_allowed || !disk.is_listing();
         let is_character = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
         if is_pipe || is_character && guest_node(number).is_some() {
-            devices.push(device);
+            if is_read_only && !device.path().starts_with("/dev") {
+                let path = device.path().display();
+                let reason = format!("{path}: it can't be made outside /dev in a read-only root");
+                return Err(refuse("linux.devices", reason));
+            }
+            devices.push(below_dev(device));
         } else if let Some(disk) = disk.filter(is_volume) {
             adapted.disks.push(disk);
         } else if all_allowed {
@@ -152,6 +157,17 @@ fn in_the_root(device: &oci::LinuxDevice) -> oci::LinuxDevice {
     let mut device = device.clone();
     let path = Path::new("/").join(device.path());
     device.set_path(path);
+    device
+}
+
+/// The device at a path that libcontainer accepts: it makes devices below `/dev` alone, but takes the directory above that
+/// for the container's root.
+fn below_dev(mut device: oci::LinuxDevice) -> oci::LinuxDevice {
+    if !device.path().starts_with("/dev") {
+        let within = device.path().strip_prefix("/").unwrap_or(device.path());
+        let path = Path::new("/dev/..").join(within);
+        device.set_path(path);
+    }
     device
 }
 

@@ -79,19 +79,19 @@ pub(crate) fn adapt(
     let rootfs = root.as_ref().map(|share| share.path.as_path());
     tmpfs::adapt(&mut spec, &directory, rootfs);
     let mounts = mounts::adapt(id, &directory, &mut spec)?;
+    let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
     let mut devices = devices::Adapted::default();
     if let Some(linux) = spec.linux_mut() {
         namespaces::adapt(linux, &shared.pids)?;
         let propagation = linux.rootfs_propagation().as_deref().map(root_propagation);
         linux.set_rootfs_propagation(propagation.transpose()?);
-        devices = devices::adapt(linux)?;
+        devices = devices::adapt(linux, is_read_only)?;
         if let Some(resources) = linux.resources_mut() {
             only_the_guests(resources);
         }
     }
     let mut mount_points = mounts.points;
     let has_mapped_users = namespaces::all(&spec).any(|n| n.typ() == LinuxNamespaceType::User);
-    let is_read_only = root.as_ref().is_some_and(|root| root.options.read_only);
     if let Some(process) = spec.process_mut() {
         // The guest creates it if possible, and gives it to its user. That is impossible in a read-only root, and as root in
         // a user namespace that does not own the tree.

@@ -182,6 +182,7 @@ fn a_privileged_container_has_the_disks_that_are_named_and_not_the_hosts_list() 
 fn a_device_at_a_relative_path_is_in_the_root() {
     let (_dir, bundle) = bundle(|spec| {
         let node = |path: &str| json!({"path": path, "type": "c", "major": 1, "minor": 3});
+        spec["root"]["readonly"] = false.into();
         spec["linux"]["devices"] = json!([node("x"), node("/dev/y")]);
     });
     let adapted = adapt_it("c", bundle).unwrap();
@@ -189,7 +190,16 @@ fn a_device_at_a_relative_path_is_in_the_root() {
     let paths = nodes.unwrap().into_iter().map(|node| node.path().clone());
     assert_eq!(
         paths.collect::<Vec<_>>(),
-        [Path::new("/x"), Path::new("/dev/y")]
+        [Path::new("/dev/../x"), Path::new("/dev/y")]
+    );
+    let (_dir, read_only) = self::bundle(|spec| {
+        spec["root"]["readonly"] = true.into();
+        spec["linux"]["devices"] = json!([{"path": "x", "type": "c", "major": 1, "minor": 3}]);
+    });
+    let refused = adapt_it("c", read_only).err().unwrap().to_string();
+    assert!(
+        refused.contains("/x") && refused.contains("read-only"),
+        "{refused}"
     );
 }
 

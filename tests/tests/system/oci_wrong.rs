@@ -152,10 +152,14 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
         ),
         (
             "a device at a relative path",
-            one(
-                "/linux/devices",
-                json!([{"path": "x", "type": "c", "major": 1, "minor": 3}]),
-            ),
+            [
+                one(
+                    "/linux/devices",
+                    json!([{"path": "x", "type": "c", "major": 1, "minor": 3}]),
+                ),
+                one("/root/readonly", json!(false)),
+            ]
+            .concat(),
         ),
         (
             "a file system of no kind",
@@ -308,11 +312,17 @@ fn change(config: &mut Value, (pointer, value): &Change) -> Result<()> {
 }
 
 /// Cases that the versions in Debian 12 accept, since they do not know the property, and later ones refuse: runc since 1.2
-/// (`process.scheduler`).
-const LATER_REFUSED: [&str; 1] = ["a scheduler of no kind"];
+/// (`process.scheduler`, `linux.timeOffsets`).
+const LATER_REFUSED: [&str; 2] = [
+    "a scheduler of no kind",
+    "another time without its namespace",
+];
 
-/// Cases that only a guest can judge: those of its file systems and control groups.
-const GUESTS: [&str; 3] = [
+/// Cases that only a guest can judge: those of its file systems and control groups; and of mount points, which are made
+/// with the guest, after hooks may have changed the root.
+const GUESTS: [&str; 5] = [
+    "a directory at a file",
+    "a file at a directory",
     "an option of no kind",
     "a file of no controller",
     "a file that its controller has not",
