@@ -14,10 +14,14 @@ fn a_filter_compares_what_its_mask_leaves() -> Result<()> {
     let filtered = |script: &str| {
         bundle(script, |config| {
             let set_user = 0o4000;
-            let rule =
-                json!({"index": 1, "op": "SCMP_CMP_MASKED_EQ", "value": set_user, "valueTwo": 0});
-            config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
-                {"names": ["chmod"], "action": "SCMP_ACT_ERRNO", "args": [rule]}]});
+            // arm64 has no chmod(2).
+            let rules = [("chmod", 1), ("fchmodat", 2)].map(|(name, index)| {
+                let mode = json!({"index": index, "op": "SCMP_CMP_MASKED_EQ", "value": set_user,
+                    "valueTwo": 0});
+                json!({"names": [name], "action": "SCMP_ACT_ERRNO", "args": [mode]})
+            });
+            config["linux"]["seccomp"] =
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules});
         })
     };
     let all = "allowed\ndenied\n4700";

@@ -344,7 +344,10 @@ fn host_modules_are_out_of_reach() -> Result<()> {
         "{said}"
     );
     ensure!(lines[2].ends_with("-koya"), "{said}");
-    if let Ok(modules) = std::fs::read_to_string("/proc/modules") {
+    // Kernels for arm64 have KVM built in.
+    if architecture() == "amd64"
+        && let Ok(modules) = std::fs::read_to_string("/proc/modules")
+    {
         ensure!(modules.contains("kvm"), "the host still has its modules");
     }
     Ok(())
@@ -423,16 +426,27 @@ fn an_image_says_how_it_runs() -> Result<()> {
 }
 
 /// podman's default profile, which is Docker's with another default action.
+/// A script with the numbers of system calls of this architecture.
+fn with_numbers(script: &str) -> String {
+    let [personality, userfaultfd] = match architecture() {
+        "arm64" => ["92", "282"],
+        _ => ["135", "323"],
+    };
+    let script = script.replace("PERSONALITY", personality);
+    script.replace("USERFAULTFD", userfaultfd)
+}
+
 fn a_profile_in_dockers_format_applies() -> Result<()> {
     let script = r#"
         open(S, '<', '/proc/self/status'); print grep { /^(Seccomp|NoNewPrivs):/ } <S>;
         sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
         # personality: PER_LINUX is allowed, PER_BSD gets the default answer, ENOSYS; userfaultfd has an
         # answer of its own, EPERM.
-        print join(' ', map { try_call(@$_) } [135, 0], [135, 6], [323, 1]), "\n";"#;
+        print join(' ', map { try_call(@$_) } [PERSONALITY, 0], [PERSONALITY, 6], [USERFAULTFD, 1]), "\n";"#;
+    let script = with_numbers(script);
     let run = |options: &[&str]| -> Result<String> {
         let all = [&["--read-only"], options].concat();
-        stdout(run_in(Path::new("/"), &all, &["perl", "-e", script])?)
+        stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)
     };
     let profile = "seccomp=/usr/share/containers/seccomp.json";
     let said = run(&[
@@ -465,13 +479,14 @@ fn a_call_that_a_profile_does_not_know_is_not_there() -> Result<()> {
     let script = r#"
         sub try_call { my ($n, @a) = @_; syscall($n, @a) == -1 ? $! + 0 : 0 }
         # personality: PER_BSD is not among those that are allowed.
-        print join(' ', map { try_call(@$_) } [135, 6], [1000]), "\n";
+        print join(' ', map { try_call(@$_) } [PERSONALITY, 6], [1000]), "\n";
         open(S, '<', '/proc/self/status'); print grep { /^(Uid|Cap|NoNewPrivs)/ } <S>;"#;
+    let script = with_numbers(script);
     let profile = format!("seccomp={}", file.display());
     for options in [&[][..], &["-u", "1000"], &["--cap-add", "CAP_SYS_ADMIN"]] {
         let run = |more: &[&str]| -> Result<(String, String)> {
             let all = [&["--read-only"], options, more].concat();
-            let said = stdout(run_in(Path::new("/"), &all, &["perl", "-e", script])?)?;
+            let said = stdout(run_in(Path::new("/"), &all, &["perl", "-e", &script])?)?;
             let (calls, status) = said.split_once('\n').context("nothing was said")?;
             Ok((calls.to_owned(), status.to_owned()))
         };
