@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use koya_protocol::messages::{GuestMark, GuestTimes};
-use koya_protocol::{SHARED_DIR, SHARED_TAG};
+use koya_protocol::{MAX_OPEN_FILES, SHARED_DIR, SHARED_TAG};
 use rustix::fs::{CWD, FileType, Mode, mknodat, symlink};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -20,10 +20,6 @@ const MAX_MAP_COUNT: &str = "1048576";
 /// a process of a user in a small one would reach it at a fiftieth of its own limit.
 const FILE_MAX: &str = "9223372036854775807";
 
-/// Maximum number of open files that a process may be allowed: as set by systemd, so that limits which engines pass on from
-/// their host can be set.
-const NR_OPEN: &str = "1073741816";
-
 /// Everything before connecting to the host.
 pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     leave_rootfs().context("cannot leave the initial root file system")?;
@@ -36,7 +32,8 @@ pub(crate) fn set_up(times: &mut GuestTimes) -> Result<()> {
     fs::write("/proc/sys/vm/max_map_count", MAX_MAP_COUNT)
         .context("cannot set vm.max_map_count")?;
     fs::write("/proc/sys/fs/file-max", FILE_MAX).context("cannot set fs.file-max")?;
-    fs::write("/proc/sys/fs/nr_open", NR_OPEN).context("cannot set fs.nr_open")?;
+    fs::write("/proc/sys/fs/nr_open", MAX_OPEN_FILES.to_string())
+        .context("cannot set fs.nr_open")?;
     crate::sys::bring_up_loopback().context("cannot bring up the loopback interface")?;
     mount_shares()?;
     mark(times, "shares mounted");

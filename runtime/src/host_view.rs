@@ -11,14 +11,14 @@ use crate::oci::{self, OnHost};
 use crate::{Bundle, Error};
 use koya_rootfs::{Kind, Rootfs, make_read_only};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, FileType, fstat};
+use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount,
     open_tree,
 };
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Files of the host's `/proc` that tools need for a list of the container's processes.
@@ -67,15 +67,12 @@ fn show(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> 
     if is_read_only {
         make_read_only(&root)?;
     }
-    let files = Rootfs::open(&PathBuf::from(format!(
-        "/proc/self/fd/{}",
-        root.as_raw_fd()
-    )))?;
+    let files = Rootfs::of(root);
     let mut covers: Vec<(&Path, OwnedFd)> = Vec::new();
     for mount in mounts {
         let is_covered = covers.iter().any(|(at, _)| mount.at.starts_with(at));
         let source = mount.source.as_deref().map(tree).transpose()?;
-        let kind = source.as_ref().map_or(Ok(Kind::Directory), kind_of)?;
+        let kind = source.as_ref().map_or(Ok(Kind::Directory), Kind::of)?;
         if is_covered {
             files.make(&mount.at, kind)?;
         }
@@ -83,7 +80,7 @@ fn show(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> 
         let Ok(place) = files.find(&mount.at) else {
             continue;
         };
-        if kind_of(&place)? != kind {
+        if Kind::of(&place)? != kind {
             continue;
         }
         let mounted = source.map_or_else(empty, Ok)?;
@@ -114,7 +111,7 @@ fn show_process(files: &Rootfs, proc: &Path) -> io::Result<()> {
     for name in OF_PROC.iter().map(PathBuf::from).chain(of_process) {
         let at = proc.join(name);
         let shown = tree(&at)?;
-        files.make(&at, kind_of(&shown)?)?;
+        files.make(&at, Kind::of(&shown)?)?;
         attach(&shown, files.find(&at)?, "")?;
     }
     Ok(())
@@ -146,13 +143,6 @@ fn attach(mounted: &OwnedFd, place: impl AsFd, path: &str) -> io::Result<()> {
         flags |= MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     }
     Ok(move_mount(mounted, "", place, path, flags)?)
-}
-
-fn kind_of(found: &OwnedFd) -> io::Result<Kind> {
-    Ok(match FileType::from_raw_mode(fstat(found)?.st_mode) {
-        FileType::Directory => Kind::Directory,
-        _ => Kind::File,
-    })
 }
 
 #[cfg(test)]

@@ -53,6 +53,10 @@ pub const SHARED_MEMORY_DIR: &str = "/dev/shm";
 /// Maximum number of bytes read of a container's `/etc/passwd` or `/etc/group`: both fit into one message.
 pub const MAX_ACCOUNTS: u64 = 1 << 20;
 
+/// Maximum number of open files that a process may be allowed (`fs.nr_open`): as set by systemd, so that limits which engines
+/// pass on from their host can be set.
+pub const MAX_OPEN_FILES: u64 = 1_073_741_816;
+
 /// Maximum length of the ID of a container or process: names of files derived from it have at most 255 bytes.
 const MAX_ID: usize = 200;
 

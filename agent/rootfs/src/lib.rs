@@ -59,6 +59,19 @@ pub enum Kind {
     Directory,
 }
 
+impl Kind {
+    /// The kind of an open file: everything except a directory counts as a file.
+    ///
+    /// # Errors
+    /// The error from `fstat(2)`.
+    pub fn of(found: &OwnedFd) -> Result<Self> {
+        Ok(match FileType::from_raw_mode(fstat(found)?.st_mode) {
+            FileType::Directory => Self::Directory,
+            _ => Self::File,
+        })
+    }
+}
+
 /// An open root file system.
 #[derive(Debug)]
 pub struct Rootfs(OwnedFd);
@@ -71,6 +84,11 @@ impl Rootfs {
     pub fn open(directory: &Path) -> Result<Self> {
         let flags = PATH_ONLY | OFlags::DIRECTORY;
         openat(CWD, directory, flags, Mode::empty()).map(Self)
+    }
+
+    /// The root file system in an open directory, which may be `O_PATH`.
+    pub fn of(directory: OwnedFd) -> Self {
+        Self(directory)
     }
 
     /// Opens a path with `O_PATH`, for `fstat` and similar calls.
@@ -109,16 +127,12 @@ impl Rootfs {
         Ok(Path::new("/").join(within))
     }
 
-    /// The kind of file at a path: everything except a directory counts as a file.
+    /// The kind of file at a path.
     ///
     /// # Errors
     /// As for [`find`](Self::find).
     pub fn kind(&self, path: &Path) -> Result<Kind> {
-        let found = fstat(self.find(path)?)?;
-        Ok(match FileType::from_raw_mode(found.st_mode) {
-            FileType::Directory => Kind::Directory,
-            _ => Kind::File,
-        })
+        Kind::of(&self.find(path)?)
     }
 
     /// Whether there is a directory at a path.

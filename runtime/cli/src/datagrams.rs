@@ -8,6 +8,7 @@
 
 use anyhow::{Context, Result};
 use koya::vmm::guest_text::Warnings;
+use koya::vmm::host::sync::lock;
 use koya::vmm::host::threads;
 use nix::ifaddrs::getifaddrs;
 use rustix::io::Errno;
@@ -15,7 +16,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, soc
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Time without a reply after which a client's socket is closed: that of the kernel's connection tracking
@@ -152,10 +153,6 @@ fn reply(from: &UdpSocket, to: &UdpSocket, client: SocketAddr) {
             Err(_) => return,
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -121,12 +121,15 @@ impl Files {
 
     /// The file with this name, if it exists. Links are resolved inside.
     pub(crate) fn find(&self, name: &str) -> Result<Option<Blob>, Error> {
-        match &self.0 {
-            Kept::Directory(dir) => {
-                in_directory(dir, name, ResolveFlags::IN_ROOT).map_err(Error::reading(name))
-            }
-            Kept::Archive(entries) => in_archive(entries, name).map_err(Error::reading(name)),
-        }
+        self.look_up(name, ResolveFlags::IN_ROOT)
+    }
+
+    fn look_up(&self, name: &str, within: ResolveFlags) -> Result<Option<Blob>, Error> {
+        let found = match &self.0 {
+            Kept::Directory(dir) => in_directory(dir, name, within),
+            Kept::Archive(entries) => in_archive(entries, name),
+        };
+        found.map_err(Error::reading(name))
     }
 
     /// A file that is named by the digest of its content, which is verified. In a directory, links to it or to the directory
@@ -135,20 +138,19 @@ impl Files {
     /// # Errors
     /// If there is no such file.
     pub(crate) fn get_by_digest(&self, name: &str) -> Result<Blob, Error> {
-        let Kept::Directory(dir) = &self.0 else {
-            return self.get(name);
-        };
-        let found = in_directory(dir, name, ResolveFlags::empty()).map_err(Error::reading(name))?;
-        let missing = || Error::invalid(format!("{name} is missing"));
-        found.ok_or_else(missing)
+        let found = self.look_up(name, ResolveFlags::empty())?;
+        found.ok_or_else(|| missing(name))
     }
 
     /// # Errors
     /// If there is no such file.
     pub(crate) fn get(&self, name: &str) -> Result<Blob, Error> {
-        let missing = || Error::invalid(format!("{name} is missing"));
-        self.find(name)?.ok_or_else(missing)
+        self.find(name)?.ok_or_else(|| missing(name))
     }
+}
+
+fn missing(name: &str) -> Error {
+    Error::invalid(format!("{name} is missing"))
 }
 
 fn in_directory(dir: &OwnedFd, name: &str, within: ResolveFlags) -> io::Result<Option<Blob>> {

@@ -8,6 +8,7 @@ pub use resolver::search_and_options;
 use super::{Bundle, SharedNamespaces, capabilities, process};
 use crate::account::Accounts;
 use crate::{ContainerConfig, Error};
+use koya_protocol::MAX_OPEN_FILES;
 use koya_protocol::messages::File;
 use oci_spec::runtime::{Process, Spec};
 use serde_json::{Value, json};
@@ -94,9 +95,6 @@ const READ_ONLY: &[&str] = &[
 
 /// The default of containerd. There is no limit on the number of processes: control groups bound it.
 const OPEN_FILES: u64 = 1 << 20;
-
-/// Maximum of that limit: `fs.nr_open` of the guest.
-const MAX_OPEN_FILES: u64 = 1_073_741_816;
 
 /// Names of setrlimit(2), without the common prefix.
 const RESOURCES: &[&str] = &[

@@ -3,13 +3,13 @@
 
 use crate::kills::{nothing_is_left, number};
 use crate::oci::{Runtime, bundle, text};
-use crate::tool::{koya, scratch, shared_rootfs, stdout};
+use crate::tool::{koya, scratch, shared_rootfs, stdout, until_within};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 crate::trials![
     a_run_on_a_host_whose_calls_fail_leaves_nothing,
@@ -90,19 +90,13 @@ fn with_fault(
     strace.stdout(File::create(&said)?);
     strace.stderr(File::options().append(true).open(&said)?);
     let mut child = strace.spawn().context("strace is not installed")?;
-    let began = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if began.elapsed() > LIMIT {
-            child.kill()?;
-            child.wait()?;
-            bail!("it hangs: {}", fs::read_to_string(&said)?);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    Ok((status, fs::read_to_string(&said)?))
+    let ended = until_within(LIMIT, "the end", || Ok(child.try_wait()?));
+    if ended.is_err() {
+        child.kill()?;
+        child.wait()?;
+    }
+    let said = fs::read_to_string(&said)?;
+    Ok((ended.with_context(|| said.clone())?, said))
 }
 
 /// Runs a command with each fault; `words` are in the paths of what it could leave, and `clean` is run after it.

@@ -37,6 +37,18 @@ fn in_namespace(name: &str, script: &str) -> Result<String> {
     stdout(output)
 }
 
+/// Beginning of a script: a host outside, to which the default route leads. `out` runs a command there.
+const OUTSIDE: &str = r#"
+        unshare --net sleep 1000 & outside=$!
+        trap "kill $outside" EXIT
+        while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+        out() { nsenter --target $outside --net "$@"; }
+        ip link add up0 type veth peer name out0 netns $outside
+        ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
+        out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
+        ip route add default via 198.51.100.1
+"#;
+
 fn a_tap_carries_data_both_ways() -> Result<()> {
     let said = in_namespace(
         "net-tap",
@@ -83,15 +95,9 @@ fn a_tap_is_as_it_was_asked_for() -> Result<()> {
 fn user_networks_need_no_root() -> Result<()> {
     let said = in_namespace(
         "net-user",
-        r#"
-        unshare --net sleep 1000 & outside=$!
-        trap "kill $outside" EXIT
-        while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
-        out() { nsenter --target $outside --net "$@"; }
-        ip link add up0 type veth peer name out0 netns $outside
-        ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
-        out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
-        ip route add default via 198.51.100.1
+        &[
+            OUTSIDE,
+            r#"
         out /bin/busybox httpd -p 7000 -h $D
         printf 'search a.example b.example\nnameserver 127.0.0.53\noptions ndots:2\n' > $D/resolv
         mount --bind $D/resolv /etc/resolv.conf
@@ -109,6 +115,8 @@ fn user_networks_need_no_root() -> Result<()> {
         touch $D/done; wait $guest; cat $D/said $D/answer $D/outside; sha256sum < $D/blob
         # What spoke for the guest goes with it.
         while /bin/busybox pgrep -x "pasta.*" > /dev/null; do sleep 0.2; done"#,
+        ]
+        .concat(),
     )?;
     let lines: Vec<&str> = said.lines().collect();
     let [resolver, guest, answer, outside, blob] = lines.as_slice() else {
@@ -132,14 +140,6 @@ const ECHO: &str = r#"
 /// From the host's loopback, to which pasta does not forward, and from outside.
 fn published_datagrams_are_answered() -> Result<()> {
     let script = r#"
-        unshare --net sleep 1000 & outside=$!
-        trap "kill $outside" EXIT
-        while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
-        out() { nsenter --target $outside --net "$@"; }
-        ip link add up0 type veth peer name out0 netns $outside
-        ip addr add 198.51.100.2/24 dev up0; ip link set up0 up
-        out ip addr add 198.51.100.1/24 dev out0; out ip link set out0 up
-        ip route add default via 198.51.100.1
         koya run --net user -p 5353:53/udp --rootfs / --read-only -v $D:/mnt -- sh -ec '
             perl /mnt/echo & server=$!
             until [ -e /mnt/done ]; do sleep 0.2; done; kill $server' > $D/said 2>&1 & guest=$!
@@ -149,7 +149,7 @@ fn published_datagrams_are_answered() -> Result<()> {
         ask three 198.51.100.2 out; echo
         touch $D/done; wait $guest; cat $D/said"#;
     let files = format!("cat > $D/echo <<'END'\n{ECHO}\nEND\n");
-    let said = in_namespace("net-datagrams", &format!("{files}{script}"))?;
+    let said = in_namespace("net-datagrams", &format!("{files}{OUTSIDE}{script}"))?;
     ensure!(said.trim_end() == "one two three", "{said}");
     Ok(())
 }
