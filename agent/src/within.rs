@@ -9,9 +9,8 @@ use koya_rootfs::{Kind, Rootfs};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, Gid, Uid, fchown, fstat};
 use rustix::io::Errno;
-use std::ffi::OsStr;
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 /// Whether a container is known to need none of them, without accessing its root.
 pub(crate) fn lacks_nothing(id: &str, spec: &Spec, files: &[messages::File]) -> bool {
@@ -91,7 +90,7 @@ fn make_mount_points(root: &Rootfs, mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Mounts that contain no place of another one, except below them: those of the kernel's file systems, and single files.
+/// Destinations of mounts in which no link leads elsewhere: kernel file systems and single files.
 const WITHOUT_PLACES: &[&str] = &[
     "/proc",
     "/dev",
@@ -154,45 +153,17 @@ fn check_places(mounts: &[Mount]) -> Result<()> {
     Ok(())
 }
 
-/// Maximum number of links in one path, as in the kernel.
-const LINKS: usize = 40;
-
 /// A path without links, in a root with these mounts; what does not exist is no link. `None` if there is no end of links.
 fn without_links(mounts: &[Mount], root: &Rootfs, path: &Path) -> Option<PathBuf> {
-    let mut left: Vec<_> = path.iter().rev().map(OsStr::to_owned).collect();
-    let (mut done, mut links) = (PathBuf::from("/"), 0);
-    while let Some(name) = left.pop() {
-        match Path::new(&name).components().next() {
-            Some(Component::Normal(name)) => done.push(name),
-            Some(Component::ParentDir) => {
-                done.pop();
-                continue;
-            }
-            _ => continue,
-        }
-        let target = match around(mounts, &done) {
-            None => root.link(&done),
-            Some(mount) => {
-                let within = done.strip_prefix(mount.destination()).ok()?;
-                // The place of a mount is not a link any more.
-                let inside = !within.as_os_str().is_empty();
-                inside.then(|| directory_of(mount)?.link(within)).flatten()
-            }
+    koya_rootfs::without_links(path, |path| {
+        let Some(mount) = around(mounts, path) else {
+            return root.link(path);
         };
-        let Some(target) = target else {
-            continue;
-        };
-        links += 1;
-        if links > LINKS {
-            return None;
-        }
-        done.pop();
-        if target.is_absolute() {
-            done = PathBuf::from("/");
-        }
-        left.extend(target.iter().rev().map(OsStr::to_owned));
-    }
-    Some(done)
+        let within = path.strip_prefix(mount.destination()).ok()?;
+        // The place of a mount is not a link any more.
+        let inside = !within.as_os_str().is_empty();
+        inside.then(|| directory_of(mount)?.link(within)).flatten()
+    })
 }
 
 /// The mount that contains a path: the deepest one, and of several at one place the last.

@@ -19,7 +19,7 @@ use std::path::{Component, Path, PathBuf};
 
 const PATH_ONLY: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
-/// Maximum number of dangling links in one path, as the kernel limits other links.
+/// Maximum number of links in one path, as in the kernel. In a path to be created, only dangling ones count.
 const LINKS: usize = 40;
 
 /// Maximum number of components of one path that may be created concurrently by others.
@@ -241,6 +241,35 @@ fn kept_flags(found: &StatVfs) -> MountFlags {
         .into_iter()
         .filter(|(has, _)| found.f_flag.contains(*has));
     has.map(|(_, flag)| flag).collect()
+}
+
+/// A path without links, where `link` gives the target of a path that is one. `None` if there is no end of links.
+pub fn without_links(path: &Path, link: impl Fn(&Path) -> Option<PathBuf>) -> Option<PathBuf> {
+    let mut left: Vec<_> = path.iter().rev().map(OsStr::to_owned).collect();
+    let (mut done, mut links) = (PathBuf::from("/"), 0);
+    while let Some(name) = left.pop() {
+        match Path::new(&name).components().next() {
+            Some(Component::Normal(name)) => done.push(name),
+            Some(Component::ParentDir) => {
+                done.pop();
+                continue;
+            }
+            _ => continue,
+        }
+        let Some(target) = link(&done) else {
+            continue;
+        };
+        links += 1;
+        if links > LINKS {
+            return None;
+        }
+        done.pop();
+        if target.is_absolute() {
+            done = PathBuf::from("/");
+        }
+        left.extend(target.iter().rev().map(OsStr::to_owned));
+    }
+    Some(done)
 }
 
 /// The components of a path from the root, with `..` removed lexically, as in mount destinations.

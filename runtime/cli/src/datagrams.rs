@@ -2,10 +2,11 @@
 //!
 //! pasta forwards datagrams from outside straight to the guest, but those to the host's loopback arrive at the loopback of the
 //! sandbox's network namespace, and replies get lost if the guest's port is another one (as of Debian 12). So these are
-//! received here, by sockets of the host's network namespace, and forwarded to the guest's address
+//! received here, by sockets in the network namespace of the host, and forwarded to the address of the guest
 //! ([`NetworkConfig::is_called`](koya::NetworkConfig::is_called)), each client by a socket of its own, so that replies
 //! find their way back.
 
+use super::publish::Ports;
 use anyhow::{Context, Result};
 use koya::vmm::guest_text::Warnings;
 use koya::vmm::host::sync::lock;
@@ -13,22 +14,60 @@ use koya::vmm::host::threads;
 use nix::ifaddrs::getifaddrs;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Time without a reply after which a client's socket is closed: that of the kernel's connection tracking
-/// (`nf_conntrack_udp_timeout_stream`).
+/// Time without a reply after which the socket for a client is closed: the kernel default of `nf_conntrack_udp_timeout_stream`.
 const IDLE: Duration = Duration::from_secs(120);
 /// Maximum number of clients of a port at a time; datagrams of further ones are dropped, with a warning.
 const CLIENTS: usize = 256;
 /// Maximum size of a datagram.
 const DATAGRAM: usize = 1 << 16;
 
+/// A socket in the network namespace of the host for a published port.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    socket: UdpSocket,
+    /// Port of the guest.
+    port: u16,
+}
+
+/// Opens the sockets for published ports in the network namespace of the host, which the calling thread has not left yet.
+///
+/// # Errors
+/// The port that is in use.
+pub(super) fn receivers(publish: &[Ports]) -> Result<Vec<Receiver>> {
+    let ports: BTreeSet<_> = publish.iter().flat_map(Ports::udp_at_loopback).collect();
+    let opened = ports.into_iter().filter_map(|(at, port)| {
+        let socket = open(at).transpose()?;
+        Some(socket.map(|socket| Receiver { socket, port }))
+    });
+    opened.collect()
+}
+
+/// Forwards datagrams to the guest that has taken over an interface of this namespace.
+///
+/// # Errors
+/// If the host has no thread left.
+pub(super) fn serve(receivers: &[Receiver], interface: &str) -> Result<()> {
+    if receivers.is_empty() {
+        return Ok(());
+    }
+    let Some(guest) = address_of(interface)? else {
+        log::warn!("programs of the host can't reach UDP ports of a guest without IPv4");
+        return Ok(());
+    };
+    for Receiver { socket, port } in receivers {
+        forward(socket.try_clone()?, guest, *port)?;
+    }
+    Ok(())
+}
+
 /// The IPv4 address of an interface of this namespace, which is that of the guest that takes it over.
-pub(super) fn address_of(interface: &str) -> Result<Option<Ipv4Addr>> {
+fn address_of(interface: &str) -> Result<Option<Ipv4Addr>> {
     let mut all = getifaddrs().context("cannot read the addresses of the network namespace")?;
     Ok(all.find_map(|found| {
         let address = found
@@ -38,9 +77,9 @@ pub(super) fn address_of(interface: &str) -> Result<Option<Ipv4Addr>> {
     }))
 }
 
-/// A socket at an address of the host's loopback; `None` without IPv6. pasta may have one at all addresses, which then gets
-/// the datagrams to the others.
-pub(super) fn receiver(at: SocketAddr) -> Result<Option<UdpSocket>> {
+/// A socket at a loopback address; `None` without IPv6. pasta may have one at all addresses, which then gets the datagrams to
+/// the others.
+fn open(at: SocketAddr) -> Result<Option<UdpSocket>> {
     let made = || -> io::Result<UdpSocket> {
         let family = match at {
             SocketAddr::V4(_) => AddressFamily::INET,
@@ -65,10 +104,7 @@ fn is_without_ipv6(error: &io::Error) -> bool {
 }
 
 /// Forwards datagrams that arrive at a socket to a port of the guest.
-///
-/// # Errors
-/// If the host has no thread left.
-pub(super) fn forward(socket: UdpSocket, guest: Ipv4Addr, port: u16) -> Result<()> {
+fn forward(socket: UdpSocket, guest: Ipv4Addr, port: u16) -> Result<()> {
     let forwarder = Forwarder {
         socket: Arc::new(socket),
         guest: (guest, port).into(),

@@ -5,7 +5,7 @@
 //! place of that interface.
 
 use super::alone::{self, Alone};
-use super::datagrams;
+use super::datagrams::{self, Receiver};
 use super::programs;
 use super::publish::{self, Ports};
 use super::state::Directory;
@@ -21,7 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -62,9 +62,9 @@ pub(super) struct NetArgs {
     /// Properties of the host, read before this process changed its namespace.
     #[arg(skip)]
     host: OnceLock<Outside>,
-    /// Sockets of the host's network namespace for published UDP ports, with the ports of the guest.
+    /// Sockets for published UDP ports, opened before this process changed its namespace.
     #[arg(skip)]
-    receivers: OnceLock<Vec<(UdpSocket, u16)>>,
+    receivers: OnceLock<Vec<Receiver>>,
 }
 
 /// Properties of the host that a guest with `--net user` depends on.
@@ -142,13 +142,7 @@ impl NetArgs {
                 let outside = Outside::of(host_addresses()?, alone::has_default_route())?;
                 let host = self.host.get_or_init(|| outside);
                 publish::check(&self.publish)?;
-                let ports = self.publish.iter().flat_map(Ports::udp_at_loopback);
-                let ports = ports.collect::<BTreeSet<_>>().into_iter();
-                let receivers = ports.filter_map(|(at, guest)| {
-                    let receiver = datagrams::receiver(at).transpose()?;
-                    Some(receiver.map(|socket| (socket, guest)))
-                });
-                let receivers = receivers.collect::<Result<Vec<_>>>()?;
+                let receivers = datagrams::receivers(&self.publish)?;
                 self.receivers.get_or_init(|| receivers);
                 enter_user(&self.publish, host)
             }
@@ -213,23 +207,8 @@ impl NetArgs {
                 accept(&listener, guest, &sandbox, &connections);
             })?;
         }
-        self.serve_datagrams()
-    }
-
-    /// The same for datagrams.
-    fn serve_datagrams(&self) -> Result<()> {
         let receivers = self.receivers.get().map_or(&[][..], Vec::as_slice);
-        if receivers.is_empty() {
-            return Ok(());
-        }
-        let Some(guest) = datagrams::address_of(PASTA_INTERFACE)? else {
-            log::warn!("programs of the host can't reach UDP ports of a guest without IPv4");
-            return Ok(());
-        };
-        for (socket, port) in receivers {
-            datagrams::forward(socket.try_clone()?, guest, *port)?;
-        }
-        Ok(())
+        datagrams::serve(receivers, PASTA_INTERFACE)
     }
 
     /// The guest's /etc/resolv.conf, if its network has its own name server.
