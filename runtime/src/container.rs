@@ -138,9 +138,7 @@ impl Making<'_> {
         needs.namespaces = bundle.shared.clone();
         let mut adapted = oci::adapt(id, bundle, root, accounts)?;
         if root == Root::Directory {
-            let points = adapted.mount_points.iter();
-            let points: Vec<_> = points.map(|(path, file)| (path.as_path(), *file)).collect();
-            mount_points::make(&rootfs, &points)?;
+            mount_points::make(&rootfs, &adapted.mount_points)?;
             let root = adapted.spec.root().as_ref();
             if root.and_then(|root| root.readonly()) == Some(true) {
                 make_optional(&rootfs, &needs.files);

@@ -12,18 +12,13 @@ use std::path::Path;
 ///
 /// # Errors
 /// The mount point that can't be created or has the wrong type, and the reason.
-pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<(), Error> {
-    let root = Rootfs::open(rootfs);
-    let root = root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))?;
-    for (index, (destination, is_file)) in mounts.iter().enumerate() {
-        // A destination within an earlier mount is not in this tree.
-        if mounts[..index]
-            .iter()
-            .any(|(earlier, _)| destination.starts_with(earlier))
-        {
-            continue;
-        }
-        let kind = if *is_file == Some(true) {
+pub(crate) fn make<P: AsRef<Path>>(
+    rootfs: &Path,
+    mounts: &[(P, Option<bool>)],
+) -> Result<(), Error> {
+    let root = open(rootfs)?;
+    for (destination, is_file) in in_the_root(mounts) {
+        let kind = if is_file == Some(true) {
             Kind::File
         } else {
             Kind::Directory
@@ -33,20 +28,55 @@ pub(crate) fn make(rootfs: &Path, mounts: &[(&Path, Option<bool>)]) -> Result<()
             let what = format!("make {place}, which is not in the root file system");
             Error::host(what)(error.into())
         })?;
-        // The guest's error would not tell the reason.
-        let wrong = match (is_file, root.kind(destination)) {
-            (Some(true), Ok(Kind::Directory)) => {
-                "is a directory in the root file system, but a file is to be mounted there"
-            }
-            (Some(false), Ok(Kind::File)) => {
-                "is not a directory in the root file system, but a directory is to be mounted there"
-            }
-            _ => continue,
-        };
-        let reason = format!("{} {wrong}", destination.display());
-        return Err(Error::invalid("mounts", reason));
+        check_type(&root, destination, is_file)?;
     }
     Ok(())
+}
+
+/// Checks the types of the mount points that `rootfs` has, without creating others.
+///
+/// # Errors
+/// The mount point of the wrong type.
+pub(crate) fn check<P: AsRef<Path>>(
+    rootfs: &Path,
+    mounts: &[(P, Option<bool>)],
+) -> Result<(), Error> {
+    let root = open(rootfs)?;
+    in_the_root(mounts)
+        .try_for_each(|(destination, is_file)| check_type(&root, destination, is_file))
+}
+
+fn open(rootfs: &Path) -> Result<Rootfs, Error> {
+    let root = Rootfs::open(rootfs);
+    root.map_err(|e| Error::host(format!("open {}", rootfs.display()))(e.into()))
+}
+
+/// The mount points in the root itself: one within an earlier mount is not.
+fn in_the_root<P: AsRef<Path>>(
+    mounts: &[(P, Option<bool>)],
+) -> impl Iterator<Item = (&Path, Option<bool>)> {
+    let all = mounts.iter().enumerate();
+    all.filter_map(|(index, (destination, is_file))| {
+        let destination = destination.as_ref();
+        let mut earlier = mounts[..index].iter();
+        let is_within = earlier.any(|(earlier, _)| destination.starts_with(earlier));
+        (!is_within).then_some((destination, *is_file))
+    })
+}
+
+/// The guest's error for the wrong type would not tell the reason.
+fn check_type(root: &Rootfs, destination: &Path, is_file: Option<bool>) -> Result<(), Error> {
+    let wrong = match (is_file, root.kind(destination)) {
+        (Some(true), Ok(Kind::Directory)) => {
+            "is a directory in the root file system, but a file is to be mounted there"
+        }
+        (Some(false), Ok(Kind::File)) => {
+            "is not a directory in the root file system, but a directory is to be mounted there"
+        }
+        _ => return Ok(()),
+    };
+    let reason = format!("{} {wrong}", destination.display());
+    Err(Error::invalid("mounts", reason))
 }
 
 #[cfg(test)]
@@ -89,8 +119,11 @@ mod tests {
         std::fs::write(dir.path().join("file"), "").unwrap();
         std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
         let of = |path: &str, is_file| {
-            let made = make(dir.path(), &[(Path::new(path), Some(is_file))]);
-            made.map_err(|error| error.to_string())
+            let points = [(Path::new(path), Some(is_file))];
+            let checked = check(dir.path(), &points).map_err(|error| error.to_string());
+            let made = make(dir.path(), &points).map_err(|error| error.to_string());
+            assert_eq!(checked, made);
+            made
         };
         assert!(
             of("/directory", true)

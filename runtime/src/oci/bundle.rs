@@ -1,6 +1,7 @@
 //! The input of an OCI runtime for a container: a configuration and a root file system.
 
 use crate::account::Accounts;
+use crate::mount_points;
 use crate::{Container, Error, ProcessStreams, Sandbox};
 use oci_spec::runtime::Spec;
 use std::os::unix::fs::FileTypeExt;
@@ -28,7 +29,11 @@ impl Bundle {
     /// The unsupported or invalid part of the configuration.
     pub fn check(&self) -> Result<(), Error> {
         let root = Root::of(&self.rootfs)?;
-        super::adapt("container", self.clone(), root, &Accounts::default()).map(drop)
+        let adapted = super::adapt("container", self.clone(), root, &Accounts::default())?;
+        match root {
+            Root::Directory => mount_points::check(&self.rootfs, &adapted.mount_points),
+            Root::Image => Ok(()),
+        }
     }
 }
 

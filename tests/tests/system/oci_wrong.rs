@@ -318,11 +318,8 @@ const LATER_REFUSED: [&str; 2] = [
     "another time without its namespace",
 ];
 
-/// Cases that only a guest can judge: those of its file systems and control groups; and of mount points, which are made
-/// with the guest, after hooks may have changed the root.
-const GUESTS: [&str; 5] = [
-    "a directory at a file",
-    "a file at a directory",
+/// Cases that only a guest can judge: those of its file systems and control groups.
+const GUESTS: [&str; 3] = [
     "an option of no kind",
     "a file of no controller",
     "a file that its controller has not",
