@@ -60,7 +60,7 @@ pub(crate) fn behind(source: &Path, number: u32) -> Option<EphemeralVolume> {
     }
     // The table has resolved paths, and other entries that are not valid UTF-8 do not matter.
     let source = fs::canonicalize(source).ok()?;
-    let table = fs::read("/proc/self/mountinfo").ok()?;
+    let table = fs::read("/proc/thread-self/mountinfo").ok()?;
     let (device, volume, within) = find(&String::from_utf8_lossy(&table), &source)?;
     let found = fs::metadata(&volume).ok()?;
     let space = rustix::fs::statvfs(&volume).ok()?;

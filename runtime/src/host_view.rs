@@ -2,22 +2,27 @@
 //!
 //! `podman cp` reaches the files of a running container in this way, as does nsenter(1). The process on the host is not the
 //! container's, so such a tool would read and write files of the host instead. Therefore that process (a thread of it) gets
-//! a mount namespace with the container's root mounted over `/`. Whoever enters it starts at the topmost mount of `/`. The
-//! thread itself keeps its root directory, which is the mount below, and sees the host's files as before.
+//! a mount namespace with the container's root mounted over `/`. Whoever enters it starts at the topmost mount of `/`.
+//!
+//! `nerdctl cp` and others use `/proc/PID/root` instead. Therefore the thread's root directory is the container's, too: it has
+//! to leave work with files of the host to other threads.
 //!
 //! Mounts that only the guest has are empty and read-only here: a file copied there would not appear in the container.
 
 use crate::oci::{self, OnHost};
 use crate::{Bundle, Error};
 use koya_rootfs::{Kind, Rootfs, make_read_only};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount,
     open_tree,
 };
+use rustix::process::{chroot, fchdir};
+use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -30,38 +35,65 @@ const OF_PROCESS: [&str; 8] = [
     "attr", "cgroup", "cmdline", "gid_map", "ns", "stat", "status", "uid_map",
 ];
 
-/// Moves the calling thread into a mount namespace of its own that shows the container's files to whoever enters it by
-/// `/proc/TID/ns/mnt`. For the thread itself paths are those of the host, as before. The container's mount points must exist.
-///
-/// # Errors
-/// If the bundle has an unsupported mount, or the calling thread may not mount. The namespace then shows no files at all,
-/// if there is one.
-pub fn show_files_on_host(bundle: &Bundle) -> Result<(), Error> {
-    let failed = Error::invalid_by("mounts", "the container's files can't be shown on the host");
-    let mounts = oci::mounts_on_host(bundle)?;
-    let root = bundle.spec.root().as_ref();
-    let is_read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
-    let shown = enter().and_then(|()| {
-        let shown = show(&bundle.rootfs, is_read_only, &mounts);
-        if shown.is_err() {
-            // Without a root of the container, the host's would be shown.
+/// A mount namespace with a container's files. The thread that made it is in it until it drops this.
+#[derive(Debug)]
+#[must_use = "the files are shown until this is dropped"]
+pub struct HostView {
+    before: File,
+    /// Namespaces and root directories are per thread.
+    thread: PhantomData<*const ()>,
+}
+
+impl HostView {
+    /// Moves the calling thread into a mount namespace of its own, where the container's root is its root directory: so it is
+    /// for whoever enters it by `/proc/TID/ns/mnt`, or uses `/proc/TID/root`. The container's mount points must exist. If
+    /// its files can't be shown, the log says why, and the namespace has no files: tools must not find the host's instead.
+    ///
+    /// # Errors
+    /// If the calling thread may not have a mount namespace, or it can't be changed. The host's files are shown then.
+    pub fn enter(bundle: &Bundle) -> io::Result<Self> {
+        let before = File::open("/proc/thread-self/ns/mnt")?;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let view = Self {
+            before,
+            thread: PhantomData,
+        };
+        // Later mounts of the host appear here, but not vice versa.
+        let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change("/", flags)?;
+        if let Err(error) = show(bundle) {
+            log::warn!("tools of the host (podman cp, nsenter) find no files: {error}");
             let nothing = empty()?;
             attach(&nothing, CWD, "/")?;
             make_read_only(&nothing)?;
+            enter_root(&nothing)?;
         }
-        shown
-    });
-    shown.map_err(failed)
+        Ok(view)
+    }
 }
 
-fn enter() -> io::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    // Later mounts of the host appear here, but not vice versa.
-    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    Ok(mount_change("/", flags)?)
+impl Drop for HostView {
+    fn drop(&mut self) {
+        // The mounts are gone when this returns: what they are of can be unmounted.
+        if let Err(error) = setns(&self.before, CloneFlags::CLONE_NEWNS) {
+            log::warn!("cannot leave the mount namespace with the container's files: {error}");
+        }
+    }
 }
 
-fn show(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> {
+/// Makes the container's files those of the mount namespace, and its root that of the calling thread.
+fn show(bundle: &Bundle) -> Result<(), Error> {
+    let mounts = oci::mounts_on_host(bundle)?;
+    let root = bundle.spec.root().as_ref();
+    let is_read_only = root.and_then(|root| root.readonly()).unwrap_or(false);
+    let shown = show_mounts(&bundle.rootfs, is_read_only, &mounts);
+    shown.map_err(Error::invalid_by(
+        "mounts",
+        "the container's files can't be shown on the host",
+    ))
+}
+
+fn show_mounts(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> {
     let root = tree(rootfs)?;
     attach(&root, CWD, "/")?;
     if is_read_only {
@@ -99,7 +131,13 @@ fn show(rootfs: &Path, is_read_only: bool, mounts: &[OnHost]) -> io::Result<()> 
     for (_, cover) in &covers {
         make_read_only(cover)?;
     }
-    Ok(())
+    enter_root(&files.find(Path::new("/"))?)
+}
+
+/// Makes a directory the root directory of the calling thread, which has one of its own.
+fn enter_root(directory: &OwnedFd) -> io::Result<()> {
+    fchdir(directory)?;
+    Ok(chroot(".")?)
 }
 
 /// Shows this process, which stands for the container on the host, in a cover of `/proc`: the only one in a list of the
@@ -227,14 +265,19 @@ mod tests {
         let (done, end) = channel::<()>();
         let host = fs::metadata("/").unwrap().ino();
         let shows = thread::spawn(move || {
-            let shown = show_files_on_host(&bundle);
-            assert_eq!(fs::metadata("/").unwrap().ino(), host, "its own root");
-            sender.send((rustix::thread::gettid(), shown)).unwrap();
+            let view = HostView::enter(&bundle).unwrap();
+            assert!(fs::exists("/data/of-the-volume").unwrap(), "its own root");
+            sender.send(rustix::thread::gettid()).unwrap();
             end.recv().ok();
+            drop(view);
+            assert_eq!(fs::metadata("/").unwrap().ino(), host);
         });
-        let (thread, shown) = receiver.recv().unwrap();
-        shown.unwrap();
-        let thread = thread.as_raw_nonzero().get();
+        let thread = receiver.recv().unwrap().as_raw_nonzero().get();
+        let root = format!("/proc/{thread}/root");
+        let volume = fs::read_to_string(format!("{root}/data/of-the-volume"));
+        assert_eq!(volume.unwrap(), "v");
+        let above = fs::metadata(format!("{root}/..")).unwrap().ino();
+        assert_eq!(above, fs::metadata(&root).unwrap().ino());
         within(thread, move || {
             fs::write("/etc/copied", "c").unwrap();
             assert_eq!(fs::read_to_string("/data/of-the-volume").unwrap(), "v");
@@ -257,5 +300,25 @@ mod tests {
         assert_eq!(fs::read_to_string(rootfs.join("etc/copied")).unwrap(), "c");
         drop(done);
         shows.join().unwrap();
+    }
+
+    #[test]
+    fn files_that_cannot_be_shown_are_not_those_of_the_host() {
+        // Only root may mount.
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        // There is no root.
+        let bundle = bundle(dir.path(), json!([]));
+        let shows = thread::spawn(move || {
+            let view = HostView::enter(&bundle).unwrap();
+            let found = fs::read_dir("/").unwrap().count();
+            let error = fs::write("/a", "").unwrap_err().raw_os_error();
+            drop(view);
+            (found, error)
+        });
+        let read_only = Some(Errno::ROFS.raw_os_error());
+        assert_eq!(shows.join().unwrap(), (0, read_only));
     }
 }

@@ -76,7 +76,7 @@ pub use container_config::{
     Rlimit, Stdio, Tmpfs, User, Volume,
 };
 pub use error::{Error, ErrorKind};
-pub use host_view::show_files_on_host;
+pub use host_view::HostView;
 pub use koya_image as image;
 pub use koya_protocol::{hook, is_id};
 pub use koya_vmm as vmm;

@@ -15,7 +15,7 @@ use koya::Settings;
 use koya::oci_spec::runtime::LinuxNamespaceType;
 use koya::vmm::host::sys::unshare_fs_state;
 use koya_tasks::wire::{Wire, send};
-use koya_tasks::{CreateTask, Joins, Spec};
+use koya_tasks::{CreateTask, Joins, PidHolder, Spec};
 use nix::sched::{CloneFlags, setns};
 use signal_hook::iterator::Signals;
 use std::fs::File;
@@ -89,8 +89,8 @@ pub(crate) fn stand(
     fds: Vec<OwnedFd>,
     stream: &UnixStream,
     wire: &mut Wire,
+    first_thread: &PidHolder,
 ) -> Outcome {
-    spec.enter_network_of_another()?;
     let signals = Signals::new(PASSED)?;
     send(stream, &Answer::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
@@ -102,7 +102,7 @@ pub(crate) fn stand(
     drop(fds);
     let mut end_of = Wire::new(machine.try_clone()?);
     hear(&mut end_of)?;
-    spec.files(&boot.bundle).show();
+    first_thread.show(spec.files(&boot.bundle));
     pass_on(signals, &machine, terminal)?;
     state::listen_at(&boot.directory, &owner.directory)?;
     send(stream, &Answer::Done, &[])?;
@@ -129,7 +129,8 @@ fn ask_for(boot: &Boot, joins: &Joins, owner: &Container, fds: &[OwnedFd]) -> Re
             preserved: boot.preserved,
         }),
     };
-    let mounts = File::open("/proc/self/ns/mnt").context("cannot open the mount namespace")?;
+    let mounts =
+        File::open("/proc/thread-self/ns/mnt").context("cannot open the mount namespace")?;
     let mut beside = vec![mounts.as_fd()];
     beside.extend(fds.iter().map(AsFd::as_fd));
     send(&machine, &asked, &beside)?;

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use koya::Settings;
 use koya_tasks::wire::{Wire, send};
 use koya_tasks::{
-    CreateTask, Event, EventSink, ExecTask, Exit, Spec, StdioConfig, StdioDescriptors, TaskSet,
-    TaskSetConfig, cgroup, read_process, read_resources,
+    CreateTask, Event, EventSink, ExecTask, Exit, PidHolder, Spec, StdioConfig, StdioDescriptors,
+    TaskSet, TaskSetConfig, cgroup, read_process, read_resources,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::SIGWINCH;
@@ -38,17 +38,10 @@ const LAST_ANSWER: Duration = Duration::from_millis(50);
 /// Interval of checks whether a client still waits for OOM events.
 const LISTENS: Duration = Duration::from_millis(500);
 
-/// What the main thread does next, once the container has been created.
-enum Next {
-    /// The container runs: its files are shown to tools of the host. Then the sender is dropped.
-    Show(Sender<()>),
-    End(Exit),
-}
-
 /// Receiver of the end of the container's process, and counter of OOM events.
 struct Told {
     id: String,
-    main: Mutex<Sender<Next>>,
+    end: Mutex<Sender<Exit>>,
     /// By container.
     ooms: Mutex<HashMap<String, u64>>,
     counted: Condvar,
@@ -60,8 +53,8 @@ impl EventSink for Told {
             Event::Exited {
                 id, exec_id, exit, ..
             } if exec_id.is_empty() && id == self.id => {
-                if let Ok(sender) = self.main.lock() {
-                    sender.send(Next::End(exit)).ok();
+                if let Ok(sender) = self.end.lock() {
+                    sender.send(exit).ok();
                 }
             }
             Event::OutOfMemory { id, .. } => {
@@ -76,16 +69,6 @@ impl EventSink for Told {
 }
 
 impl Told {
-    /// Waits until the main thread shows the container's files.
-    fn show_files(&self) {
-        let (sender, shown) = channel();
-        if let Ok(main) = self.main.lock() {
-            main.send(Next::Show(sender)).ok();
-        }
-        // Nothing is ever received.
-        shown.recv().ok();
-    }
-
     fn ooms(&self, id: &str) -> u64 {
         let ooms = self.ooms.lock();
         ooms.map_or(0, |ooms| ooms.get(id).copied().unwrap_or(0))
@@ -127,15 +110,21 @@ pub(crate) fn serve() -> Outcome {
     boot.log.start()?;
     std::env::set_current_dir("/")?;
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    match make(&boot, fds, &stream, &mut wire) {
-        Ok(status) => Ok(status),
-        Err(error) => {
+    let entered = enter(&boot);
+    PidHolder::lend_first_thread("koya-owner", |first_thread| {
+        let served = entered.and_then(|spec| match &boot.joins {
+            Some(joins) => {
+                member::stand(&boot, joins, &spec, fds, &stream, &mut wire, &first_thread)
+            }
+            None => run(&boot, spec, fds, &stream, &mut wire, first_thread),
+        });
+        served.or_else(|error| {
             // Printed by the command.
             send(&stream, &Answer::Failed(format!("{error:#}")), &[]).ok();
             state::stop_listening(&boot.directory);
             Ok(crate::FAILED)
-        }
-    }
+        })
+    })?
 }
 
 /// Reads a container's configuration, for the container that owns the virtual machine.
@@ -151,7 +140,8 @@ pub(crate) fn read_spec(
     Ok(spec)
 }
 
-fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) -> Outcome {
+/// Enters the container's control group and network while there is one thread.
+fn enter(boot: &Boot) -> Result<Spec> {
     let spec = read_spec(&boot.source, &boot.bundle, &boot.id, boot.preserved)?;
     let group = spec.cgroup();
     if let Some(group) = &group
@@ -162,20 +152,23 @@ fn make(boot: &Boot, fds: Vec<OwnedFd>, stream: &UnixStream, wire: &mut Wire) ->
     cgroup::have_all_cpus();
     // The group is kept until the container is deleted, as with runc: callers read there how the container ended.
     match &boot.joins {
-        Some(joins) => member::stand(boot, joins, &spec, fds, stream, wire),
-        None => enter_and_run(boot, spec, fds, stream, wire),
+        Some(_) => spec.enter_network_of_another()?,
+        None => {
+            spec.enter_namespaces()?;
+            koya::vmm::devices::fs::raise_descriptor_limit();
+        }
     }
+    Ok(spec)
 }
 
-fn enter_and_run(
+fn run(
     boot: &Boot,
     spec: Spec,
     fds: Vec<OwnedFd>,
     stream: &UnixStream,
     wire: &mut Wire,
+    first_thread: PidHolder,
 ) -> Outcome {
-    spec.enter_namespaces()?;
-    koya::vmm::devices::fs::raise_descriptor_limit();
     send(stream, &Answer::Done, &[])?;
     if wire.receive::<Request>()?.is_none() {
         bail!("the command that made this ended");
@@ -185,11 +178,12 @@ fn enter_and_run(
     let (sender, receiver) = channel();
     let config = TaskSetConfig {
         log_console: boot.log.is_debug(),
+        first_thread: Some(first_thread),
         ..TaskSetConfig::default()
     };
     let told = Arc::new(Told {
         id: boot.id.clone(),
-        main: sender.into(),
+        end: sender.into(),
         ooms: Mutex::default(),
         counted: Condvar::new(),
     });
@@ -198,7 +192,6 @@ fn enter_and_run(
     let listener = state::listen(&boot.directory)?;
     let watched = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
     pass_signals(&boot.id, &tasks, watched)?;
-    let files = spec.files(&boot.bundle);
     let created = tasks.create(CreateTask {
         id: boot.id.clone(),
         bundle: boot.bundle.clone(),
@@ -225,13 +218,7 @@ fn enter_and_run(
         finish(&tasks, &boot.directory);
         bail!("the command that made this ended");
     }
-    let exit = loop {
-        match receiver.recv().context("the container's end is not told")? {
-            // By this thread: the process's mount namespace is that of its main thread.
-            Next::Show(_shown) => files.show(),
-            Next::End(exit) => break exit,
-        }
-    };
+    let exit = receiver.recv().context("the container's end is not told")?;
     finish(&tasks, &boot.directory);
     Ok(exit.status as u8)
 }
@@ -358,9 +345,6 @@ fn carry_out(stream: &UnixStream, served: &Arc<Served>) -> Result<Answer> {
         }
         Request::Start => {
             tasks.start(id, "")?;
-            if id == served.id {
-                served.told.show_files();
-            }
             if let Some(terminal) = &served.terminal
                 && id == served.id
             {

@@ -7,7 +7,7 @@ use crate::launch;
 use crate::service::{self, Service};
 use anyhow::{Context, Result};
 use koya::vmm::host::threads;
-use koya_tasks::{Spec, TaskSet, TaskSetConfig, cgroup};
+use koya_tasks::{PidHolder, Spec, TaskSet, TaskSetConfig, cgroup};
 use rustix::fs::{Mode, OFlags};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -57,14 +57,27 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     cgroup::have_all_cpus();
     koya::vmm::devices::fs::raise_descriptor_limit();
 
+    PidHolder::lend_first_thread("koya-shim", |first_thread| {
+        let config = TaskSetConfig {
+            namespace: flags.namespace.clone(),
+            log_console: flags.debug,
+            unready: ready.err().map(|error| format!("{error:#}")),
+            host_network: Some(host_network),
+            first_thread: Some(first_thread),
+        };
+        serve_tasks(flags, config, listener, spec.cgroup().as_deref())
+    })?
+}
+
+/// Ends the process if nothing is left to serve.
+fn serve_tasks(
+    flags: &Flags,
+    config: TaskSetConfig,
+    listener: UnixListener,
+    cgroup: Option<&Path>,
+) -> Result<()> {
     let (end, ended) = channel();
     let events = Arc::new(Events::start(&flags.namespace)?);
-    let config = TaskSetConfig {
-        namespace: flags.namespace.clone(),
-        log_console: flags.debug,
-        unready: ready.err().map(|error| format!("{error:#}")),
-        host_network: Some(host_network),
-    };
     let tasks = TaskSet::new(config, events.clone());
     let service = Service {
         tasks: tasks.clone(),
@@ -105,8 +118,8 @@ fn serve_bundle(flags: &Flags, bundle: &Path, listener: UnixListener) -> Result<
     std::thread::sleep(LAST_ANSWER);
     tasks.finish();
     events.finish(EVENTS_LIMIT);
-    if let Some(group) = spec.cgroup() {
-        cgroup::leave(&group);
+    if let Some(group) = cgroup {
+        cgroup::leave(group);
     }
     // Threads that are still waiting end with the process.
     std::process::exit(0);

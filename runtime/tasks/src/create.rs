@@ -8,8 +8,9 @@ use crate::namespaces::{HOST_NETWORK, Network, own_pid};
 use crate::pid_holder::PidHolder;
 use crate::process::{Exit, Handle, Process};
 use crate::set::{Entry, KILLED, LOST, Task, TaskSet};
-use crate::spec::{Role, Spec};
+use crate::spec::{Files, Role, Spec};
 use crate::stdio::StdioConfig;
+use crate::sync::spawn;
 use anyhow::anyhow;
 use koya::{Bundle, Settings, SharedNamespaces, SharedPids};
 use serde::{Deserialize, Serialize};
@@ -51,7 +52,7 @@ pub struct CreateTask {
 }
 
 impl CreateTask {
-    fn task(mut self) -> Result<(Task, Vec<Mount>), Error> {
+    fn task(mut self, first_thread: Option<&PidHolder>) -> Result<(Task, Vec<Mount>), Error> {
         let hooks = self.spec.take_host_hooks();
         let root = self.spec.0.root().as_ref();
         let root = root.map(|root| root.path().clone()).unwrap_or_default();
@@ -79,6 +80,11 @@ impl CreateTask {
         };
         // After the annotations, which may change the settings.
         settings.prepare_process()?;
+        let pid_holder = match (&role, first_thread) {
+            (Role::Member { .. }, _) => PidHolder::new()?,
+            (_, Some(first)) => first.clone(),
+            (_, None) => PidHolder::process(),
+        };
         let task = Task {
             id: self.id,
             bundle: self.bundle,
@@ -89,7 +95,7 @@ impl CreateTask {
             joins: self.joins,
             settings,
             init: Process::new(self.stdio),
-            pid_holder: PidHolder::new()?,
+            pid_holder,
             time_limits: Once::new(),
         };
         Ok((task, self.mounts))
@@ -102,7 +108,7 @@ impl TaskSet {
     /// # Errors
     /// [`Error::AlreadyExists`], or the reason why it can't be created; nothing is left behind.
     pub fn create(self: &Arc<Self>, request: CreateTask) -> Result<u32, Error> {
-        let (task, mounts) = request.task()?;
+        let (task, mounts) = request.task(self.config.first_thread.as_ref())?;
         let task = Arc::new(task);
         // A concurrent deletion waits until it has been created.
         let _turn = {
@@ -151,7 +157,7 @@ impl TaskSet {
     /// Starts a thread that publishes the end of a task.
     pub(crate) fn follow_behind(self: &Arc<Self>, task: &Arc<Task>) -> Result<(), Error> {
         let (set, own) = (self.clone(), task.clone());
-        task.pid_holder.run(move || match own.is_pod() {
+        spawn("koya-wait", move || match own.is_pod() {
             true => set.follow_machine(&own),
             false => set.follow(&own),
         })?;
@@ -215,7 +221,8 @@ impl TaskSet {
         if let Some(container) = task.container() {
             container.remove().ok();
         }
-        // Shares keep the mount busy.
+        // Shares keep the mount busy, as do the files shown on the host.
+        task.pid_holder.hide();
         self.unmount(task);
         self.run_poststop_hooks(task);
         let is_last = self.change(|state| {
@@ -266,6 +273,14 @@ impl TaskSet {
         };
         task.init.made(Handle::Init(container.clone()), relay);
         Ok(container)
+    }
+
+    /// Shows the container's files by the PID that represents it on the host.
+    pub(crate) fn show_files(&self, task: &Task) {
+        // A container that joined from another process has its PID.
+        if task.joins.is_none() {
+            task.pid_holder.show(Files(self.bundle(task)));
+        }
     }
 
     fn bundle(&self, task: &Task) -> Bundle {

@@ -79,6 +79,7 @@ pub use exec::ExecTask;
 pub use mounts::Mount;
 pub use namespaces::is_in_user_namespace;
 pub use patient::Patient;
+pub use pid_holder::PidHolder;
 pub use preserved::Preserved;
 pub use process::{Exit, ExitWatch, Status};
 pub use set::{TaskSet, TaskSetConfig, TaskState};

@@ -26,6 +26,7 @@ impl TaskSet {
         task.init.status().allow(Action::Start)?;
         if task.is_pod() {
             task.init.start()?;
+            self.show_files(&task);
             if let Err(error) = self.run_hooks(&task, &[Kind::Poststart]) {
                 task.init.not_started();
                 self.end(&task, Exit::now(LOST));
@@ -62,6 +63,8 @@ impl TaskSet {
             // Not earlier: the guest would take long to create and start the container.
             task.limit_time_on_host();
         }
+        // Its mount points exist now.
+        self.show_files(task);
         if let Err(error) = self.run_hooks(task, &[Kind::Poststart]) {
             // As with runc, the container is killed if a hook fails.
             container.kill(true).ok();

@@ -6,7 +6,6 @@ use crate::event::{Event, EventSink};
 use crate::exec::Exec;
 use crate::host_limits;
 use crate::machine::{Boot, GuestContainer, Machine, VirtualMachine, boot_sandbox};
-use crate::namespaces::own_pid;
 use crate::pid_holder::PidHolder;
 use crate::process::{Action, Exit, ExitWatch, Handle, Process, Status};
 use crate::size::Limits;
@@ -79,10 +78,7 @@ impl Task {
     /// The PID on the host that clients get. That of a pod sandbox container is this process, whose namespaces the pod's
     /// containers refer to; they have PIDs of their own.
     pub(crate) fn pid(&self) -> u32 {
-        match self.is_member() {
-            true => self.pid_holder.pid(),
-            false => own_pid(),
-        }
+        self.pid_holder.pid()
     }
 
     /// Whether it is a member of a pod, and not the pod sandbox container.
@@ -207,6 +203,8 @@ pub struct TaskSetConfig {
     pub unready: Option<String>,
     /// The network namespace in which hooks run: the host's, if this process is now in another one.
     pub host_network: Option<File>,
+    /// The first thread of the process, which then shows the files of the container that owns the sandbox.
+    pub first_thread: Option<PidHolder>,
 }
 
 /// The tasks of one sandbox: a container, or a pod. The first one starts the virtual machine.

@@ -9,7 +9,7 @@ use crate::words;
 use anyhow::{Context, anyhow};
 use koya::block_volume::BlockVolume;
 use koya::oci_spec::runtime::{self as oci, LinuxNamespaceType};
-use koya::{Bundle, Settings, SharedNamespaces};
+use koya::{Bundle, HostView, Settings, SharedNamespaces};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -368,16 +368,18 @@ impl Spec {
     }
 }
 
-/// A container's files on the host.
-pub struct Files(Bundle);
+/// A container's files, for tools of the host ([`HostView`]).
+#[derive(Debug)]
+pub struct Files(pub(crate) Bundle);
 
 impl Files {
-    /// Shows them to whoever enters the mount namespace of the calling thread (`podman cp`), which otherwise sees the same
-    /// as before. The container's mount points must exist.
-    pub fn show(&self) {
-        if let Err(error) = koya::show_files_on_host(&self.0) {
-            log::warn!("podman cp and nsenter will not find the container's files: {error:#}");
-        }
+    /// Shows them by the calling thread; the log says why not.
+    pub(crate) fn show(&self) -> Option<HostView> {
+        let view = HostView::enter(&self.0);
+        let warn = |error| {
+            log::warn!("tools of the host (podman cp, nsenter) find the host's files: {error}");
+        };
+        view.map_err(warn).ok()
     }
 }
 

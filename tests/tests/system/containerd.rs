@@ -209,7 +209,15 @@ fn a_task_is_looked_after(containerd: &Containerd) -> Result<()> {
     stdout(containerd.ctr(["task", "resume", "life"]).output()?)?;
     until("it to go on", || Ok((count()? > paused).then_some(())))?;
 
+    // nerdctl cp reads and writes the container's files below its PID.
     let pid = containerd.pid("life")?;
+    let root = format!("/proc/{pid}/root");
+    ensure!(fs::read_to_string(format!("{root}/data/n"))? == fs::read_to_string(shared.join("n"))?);
+    fs::write(format!("{root}/copied"), "by the host")?;
+    let (code, text) = exec("third", "cat /copied")?;
+    ensure!(code == Some(0) && text == "by the host", "{code:?} {text}");
+    ensure!(!fs::exists("/copied")?, "this is the host's root");
+
     containerd.kill_and_start_again()?;
     ensure!(containerd.state("life")?.as_deref() == Some("RUNNING"));
     ensure!(containerd.pid("life")? == pid);
@@ -370,6 +378,14 @@ fn a_pod_is_one_machine(containerd: &Containerd) -> Result<()> {
     };
     ensure!(process("web")? == process("pod")?, "two machines");
     ensure!(containerd.pid("web")? != containerd.pid("pod")?);
+    // Each shows its own files there.
+    let page = |name: &str| {
+        Ok::<_, anyhow::Error>(fs::exists(format!(
+            "/proc/{}/root/www",
+            containerd.pid(name)?
+        ))?)
+    };
+    ensure!(page("web")? && !page("pod")?, "files of another container");
     let script = "until wget -qO- http://127.0.0.1:8080/; do sleep 0.2; done; ls /www";
     let (code, text) =
         ended(&run("container", &["--rm"], "client", &["sh", "-c", script]).output()?);
