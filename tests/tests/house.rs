@@ -310,7 +310,13 @@ fn thread_names() -> BTreeSet<String> {
         for (at, _) in code.match_indices("\"koya-") {
             let before = code[..at].trim_end();
             let before = before.strip_suffix("scope,").unwrap_or(before).trim_end();
-            let starts = ["spawn(", "spawn_scoped(", "Role::new(", ".thread_name("];
+            let starts = [
+                "spawn(",
+                "spawn_scoped(",
+                "lend_first_thread(",
+                "Role::new(",
+                ".thread_name(",
+            ];
             if starts.iter().any(|start| before.ends_with(start)) {
                 let name = code[at + 1..].split('"').next();
                 found.extend(name.map(str::to_owned));

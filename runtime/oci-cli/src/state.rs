@@ -9,9 +9,11 @@ use crate::cli::Globals;
 use anyhow::{Context, Result, bail};
 use koya::oci_spec::runtime::{self as oci, ContainerState, Hooks, StateBuilder};
 use koya_tasks::hooks::Place;
+use koya_tasks::is_in_user_namespace;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -86,10 +88,6 @@ pub(crate) struct Root {
 
 impl Root {
     pub(crate) fn of(globals: &Globals) -> Self {
-        let own = || match rustix::process::geteuid().is_root() {
-            true => PathBuf::from("/run"),
-            false => std::env::var_os("XDG_RUNTIME_DIR").map_or("/run".into(), PathBuf::from),
-        };
         match globals
             .root
             .clone()
@@ -97,7 +95,12 @@ impl Root {
         {
             Some(path) => Self::at(path),
             None => Self {
-                path: own().join("koya-runtime"),
+                path: parent_of_default(
+                    rustix::process::geteuid().is_root(),
+                    is_in_user_namespace(),
+                    |name| std::env::var_os(name),
+                )
+                .join("koya-runtime"),
                 is_default: true,
             },
         }
@@ -377,6 +380,19 @@ pub(crate) fn listen_at(directory: &Path, of: &Path) -> Result<()> {
         .with_context(|| format!("cannot make a link in {}", directory.display()))
 }
 
+/// The parent of the default directory, with the rule of runc: the root user of a user namespace (podman without root) is not
+/// the host's, unless its name says so.
+fn parent_of_default(
+    is_root: bool,
+    is_in_user_namespace: bool,
+    variable: impl Fn(&str) -> Option<OsString>,
+) -> PathBuf {
+    let is_users = || variable("USER").is_none_or(|name| name != "root");
+    let is_the_hosts = is_root && !(is_in_user_namespace && is_users());
+    let own = variable("XDG_RUNTIME_DIR").filter(|path| !is_the_hosts && !path.is_empty());
+    own.map_or("/run".into(), PathBuf::from)
+}
+
 /// Prevents further connections.
 pub(crate) fn stop_listening(directory: &Path) {
     fs::remove_file(directory.join(SOCKET)).ok();
@@ -385,6 +401,26 @@ pub(crate) fn stop_listening(directory: &Path) {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+
+    #[test]
+    fn users_have_their_own_directory_also_as_root_of_their_namespace() {
+        let of = |is_root, is_in_user_namespace, name: &'static str| {
+            let variable = |which: &str| match which {
+                "USER" => Some(name.into()),
+                _ => Some("/run/user/1000".into()),
+            };
+            parent_of_default(is_root, is_in_user_namespace, variable)
+        };
+        let (hosts, users) = (Path::new("/run"), Path::new("/run/user/1000"));
+        assert_eq!(of(true, false, "root"), hosts);
+        // sudo(8) without a login.
+        assert_eq!(of(true, false, "me"), hosts);
+        assert_eq!(of(false, false, "me"), users);
+        assert_eq!(of(true, true, "me"), users);
+        // A container with a user namespace, in which root runs another one.
+        assert_eq!(of(true, true, "root"), hosts);
+        assert_eq!(parent_of_default(false, false, |_| None), hosts);
+    }
 
     pub(crate) fn stored(id: &str) -> Stored {
         let pid = std::process::id() as i32;
