@@ -1,15 +1,17 @@
 //! Integration tests of other projects that print TAP (Test Anything Protocol), each file in its own rig: by bats, or
 //! programs.
 //!
-//! Their output is kept under `target`: an interrupted run is continued, and a file is run again once its results are
-//! removed, or with `--again`.
+//! Their output is kept under `target`: an interrupted run is continued with the files that did not end, and a file is run
+//! again once its results are removed, or with `--again`.
 
 use crate::{build, proc};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 /// Packages for such tests.
 pub(crate) const PACKAGES: [(&str, &str); 2] = [
@@ -36,8 +38,11 @@ pub(crate) struct BatsArgs {
     /// Also run files that already have results
     #[arg(long)]
     again: bool,
-    /// Run only tests whose name matches (crun's: those of these names), of the named files; the results are printed and
-    /// not kept
+    /// Use the existing build of koya
+    #[arg(long)]
+    no_build: bool,
+    /// Run only tests whose name matches (crun's: those of these names), of the named files; results of whole files
+    /// are not replaced
     #[arg(long, value_name = "REGEX", requires = "files")]
     filter: Option<String>,
     /// Set the CPUs of the rig. With more than one, guests in an emulated host may hang
@@ -80,40 +85,68 @@ struct Results {
 }
 
 impl Project<'_> {
-    /// Runs files without results, and prints a table of all results.
+    /// Runs files without results, and prints a table of all results. A file that does not end (its rig hung, or exceeded its
+    /// time) does not keep the others from being run.
     pub(crate) fn run(&self, args: &BatsArgs) -> Result<()> {
-        build::ensure()?;
+        if !args.no_build {
+            build::ensure()?;
+        }
         let results = proc::checkout().join("target").join(self.name);
         fs::create_dir_all(&results)?;
         let files = match args.files.is_empty() {
             true => self.all_files()?,
             false => args.files.clone(),
         };
-        if let Some(filter) = &args.filter {
-            return files.iter().try_for_each(|file| {
-                let printed = results.join(format!("{file}.filtered"));
-                let found = self.run_file(file, filter, args.cpus, &printed)?;
-                println!("{}", row(file, &found));
-                Ok(())
-            });
-        }
         for file in &files {
-            let kept = results.join(format!("{file}.tap"));
-            if args.again || !kept.exists() {
-                let partial = kept.with_extension("partial");
-                self.run_file(file, "", args.cpus, &partial)?;
+            let name = [self.files.prefix, file, self.files.extension].concat();
+            if !self.tests.join(&name).exists() {
+                bail!("there is no {name} in {}", self.tests.display());
+            }
+        }
+        let kept = |file: &str| match args.filter {
+            Some(_) => results.join(format!("{file}.filtered")),
+            None => results.join(format!("{file}.tap")),
+        };
+        for (index, file) in files.iter().enumerate() {
+            let kept = kept(file);
+            if !args.again && args.filter.is_none() && kept.exists() {
+                continue;
+            }
+            let partial = kept.with_extension("partial");
+            fs::remove_file(&kept).ok();
+            let place = format!("{} of {}", index + 1, files.len());
+            eprintln!("{}: {file} ({place}): {}", self.name, partial.display());
+            let filter = args.filter.as_deref().unwrap_or_default();
+            if self.run_file(file, filter, args.cpus, &partial)?.is_whole() {
                 fs::rename(partial, kept)?;
             }
         }
         println!("| file | passed | skipped | failed |\n|---|---|---|---|");
+        let mut all = Results::default();
+        let mut unfinished = Vec::new();
         for file in &files {
-            let text = fs::read_to_string(results.join(format!("{file}.tap")))?;
-            println!("{}", row(file, &read(&text)));
+            let Ok(text) = fs::read(kept(file)) else {
+                unfinished.push(file.as_str());
+                continue;
+            };
+            let found = read(&String::from_utf8_lossy(&text));
+            println!("{}", row(file, &found));
+            all.add(found);
+        }
+        let (passed, skipped, failed) = (all.passed, all.skipped, all.failed.len());
+        println!("\n{passed} passed, {failed} failed, {skipped} skipped");
+        if !unfinished.is_empty() {
+            bail!(
+                "these files did not end, and are run again next time: {} (their output: {})",
+                unfinished.join(" "),
+                results.join("*.partial").display()
+            );
         }
         Ok(())
     }
 
-    /// Runs the tests of a file in a rig, all of them if the filter is empty, and keeps their output.
+    /// Runs the tests of a file in a rig, all of them if the filter is empty, and keeps their output. The result of each test
+    /// is also printed when it ends.
     fn run_file(&self, file: &str, filter: &str, cpus: u32, printed: &Path) -> Result<Results> {
         let mut rig = Command::new(std::env::current_exe()?);
         rig.args(["rig", "--no-build", "--timeout", LIMIT, "--cpus"]);
@@ -126,17 +159,30 @@ impl Project<'_> {
         let script = [self.script, run].concat();
         rig.args(["sh", "-c", &script, "sh"]).arg(&self.tests);
         rig.arg(format!("{prefix}{file}{extension}")).arg(filter);
-        rig.args((self.further)(file))
-            .stdout(File::create(printed)?);
-        eprintln!("{}: {file} (results: {})", self.name, printed.display());
-        // A failed test also gives an error status.
-        rig.status().context("cannot start a rig")?;
-        let found = read(&fs::read_to_string(printed)?);
-        let run = found.passed + found.skipped + found.failed.len();
-        if found.planned == 0 || run < found.planned {
-            bail!("{file}: {run} of {} tests were run", found.planned);
+        rig.args((self.further)(file)).stdout(Stdio::piped());
+        let started = Instant::now();
+        let mut output = File::create(printed)?;
+        let mut rig = rig.spawn().context("cannot start a rig")?;
+        let stdout = rig.stdout.take().context("a rig without output")?;
+        let mut lines = BufReader::new(stdout);
+        let mut line = Vec::new();
+        // Tests print what their containers print, which need not be UTF-8.
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            output.write_all(&line)?;
+            let text = String::from_utf8_lossy(&line);
+            if text.starts_with("ok ") || text.starts_with("not ok ") {
+                eprintln!(
+                    "{:5} s  {file}: {}",
+                    started.elapsed().as_secs(),
+                    text.trim_end()
+                );
+            }
+            line.clear();
         }
-        Ok(found)
+        // A failed test also gives an error status.
+        rig.wait()?;
+        let text = fs::read(printed)?;
+        Ok(read(&String::from_utf8_lossy(&text)))
     }
 
     fn all_files(&self) -> Result<Vec<String>> {
@@ -151,6 +197,25 @@ impl Project<'_> {
         }
         files.sort();
         Ok(files)
+    }
+}
+
+impl Results {
+    /// The number of tests that have a result.
+    fn run(&self) -> usize {
+        self.passed + self.skipped + self.failed.len()
+    }
+
+    /// Whether all tests of the file have a result.
+    fn is_whole(&self) -> bool {
+        self.planned > 0 && self.run() >= self.planned
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.skipped += other.skipped;
+        self.planned += other.planned;
+        self.failed.extend(other.failed);
     }
 }
 
@@ -214,7 +279,9 @@ mod tests {
             row("exec", &results),
             "| `exec` | 2 of 3 | 1 | runc exec --cgroup [v2] |"
         );
-        assert_eq!(read("").planned, 0);
+        assert!(results.is_whole());
+        assert!(!read("").is_whole(), "a rig that printed nothing");
+        assert!(!read("1..2\nok 1 a\n").is_whole(), "a rig that hung");
         let text = "1..3\nok 1 - mount-ro # 9.041s\nok 2 - tty #SKIP requires TTY # 0.000s\n\
                     not ok 3 - mount a # 4.100s\n# Test 'mount a' failed with return code -1\n";
         let results = read(text);

@@ -38,9 +38,16 @@ class Table:
         return next((mount for mount in reversed(self.all) if mount.target == path), None)
 ";
 
-/// Loaded by Python before a test: a wait for a connection that the runtime does not make ends as a failure.
+/// Loaded by Python before a test: a wait for a connection that the runtime does not make, or for the end of a program, ends
+/// as a failure of this test, and the next ones are run.
 const LIMITS: &str = "import socket
+import subprocess
 
+LIMIT = 180
+Popen = subprocess.Popen
+wait, communicate = Popen.wait, Popen.communicate
+Popen.wait = lambda self, timeout=None: wait(self, LIMIT if timeout is None else timeout)
+Popen.communicate = lambda self, input=None, timeout=None: communicate(self, input, LIMIT if timeout is None else timeout)
 socket.setdefaulttimeout(60)
 ";
 
@@ -51,13 +58,14 @@ export OCI_RUNTIME=/run/scratch/bin/crun INIT=\"$1/init\" TMPDIR=/run/scratch/tm
 cd /run/scratch
 ";
 
-/// Tests of terminals are skipped unless standard output is one.
+/// Tests of terminals are skipped unless standard output is one. Their output is passed on line by line, so that none is lost
+/// with a rig that hangs.
 const PYTHON: Files = Files {
     prefix: "test_",
     extension: ".py",
     run: "export RUN_TEST=\"/usr/bin/python3 $1/$2\"
 [ -z \"$3\" ] || export RUN_TESTS=\"$3\"
-script --quiet --return --command \"$RUN_TEST\" /dev/null | tr -d '\\r'
+script --quiet --return --command \"$RUN_TEST\" /dev/null | sed -u 's/\\r*$//'
 ",
 };
 
