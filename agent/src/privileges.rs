@@ -23,6 +23,7 @@ impl Privileges {
     /// Removes the privileges that a container's own process gives up by itself from the configuration, if libcontainer
     /// would not handle all of them.
     pub(crate) fn take(spec: &mut Spec) -> Self {
+        spec.process_mut().as_mut().map(complete);
         let linux = spec.linux().as_ref();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let process = spec.process().as_ref();
@@ -43,6 +44,7 @@ impl Privileges {
 
     /// Removes the privileges of an exec process from its configuration; the filter is its container's.
     pub(crate) fn of_added(process: &mut Process, seccomp: Option<LinuxSeccomp>) -> Self {
+        complete(process);
         Self {
             seccomp,
             capabilities: take_capabilities(process),
@@ -108,6 +110,32 @@ impl Privileges {
     }
 }
 
+/// Sets of capabilities that are not given are empty, as with runc. libcontainer leaves those of the process as they are, and
+/// can then not make the permitted ones fewer than the effective ones.
+fn complete(process: &mut Process) {
+    let Some(mut sets) = process.capabilities().clone() else {
+        return;
+    };
+    sets.set_bounding(sets.bounding().clone().or_else(|| Some(Default::default())));
+    sets.set_effective(
+        sets.effective()
+            .clone()
+            .or_else(|| Some(Default::default())),
+    );
+    sets.set_permitted(
+        sets.permitted()
+            .clone()
+            .or_else(|| Some(Default::default())),
+    );
+    sets.set_inheritable(
+        sets.inheritable()
+            .clone()
+            .or_else(|| Some(Default::default())),
+    );
+    sets.set_ambient(sets.ambient().clone().or_else(|| Some(Default::default())));
+    process.set_capabilities(Some(sets));
+}
+
 /// Whether there are inheritable capabilities that are not permitted. libcontainer could not set them after it has dropped
 /// the others.
 fn inherits_more(capabilities: &LinuxCapabilities) -> bool {
@@ -152,7 +180,17 @@ mod tests {
     fn libcontainer_keeps_what_it_does_as_well() {
         let mut simple = spec("SCMP_ACT_ALLOW");
         assert_eq!(Privileges::take(&mut simple), Privileges::default());
-        assert_eq!(simple, spec("SCMP_ACT_ALLOW"));
+        let process = simple.process().as_ref().unwrap();
+        let sets = process.capabilities().as_ref().unwrap();
+        assert_eq!(sets.bounding().as_ref().unwrap().len(), 1);
+        for set in [
+            sets.effective(),
+            sets.permitted(),
+            sets.inheritable(),
+            sets.ambient(),
+        ] {
+            assert_eq!(set, &Some(Default::default()), "not given: empty");
+        }
         let mut strict = spec("SCMP_ACT_ERRNO");
         let taken = Privileges::take(&mut strict);
         assert!(taken.seccomp.is_some() && taken.capabilities.is_some());

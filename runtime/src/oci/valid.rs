@@ -54,7 +54,24 @@ fn check_process(process: &Process) -> Result<(), Error> {
         let reason = format!("the priority {} is outside 0 to 7", io.priority());
         return Err(Error::invalid("process.ioPriority", reason));
     }
+    check_capabilities(process)?;
     check_scheduler(process)
+}
+
+/// The rule of capset(2). A set that is not given is empty.
+fn check_capabilities(process: &Process) -> Result<(), Error> {
+    let Some(sets) = process.capabilities() else {
+        return Ok(());
+    };
+    let permitted = sets.permitted().as_ref();
+    let mut effective: Vec<_> = sets.effective().iter().flatten().collect();
+    effective.retain(|capability| permitted.is_none_or(|all| !all.contains(capability)));
+    // The order of a set is not fixed.
+    let Some(capability) = effective.iter().map(ToString::to_string).min() else {
+        return Ok(());
+    };
+    let reason = format!("CAP_{capability} is effective, but not permitted");
+    Err(Error::invalid("process.capabilities", reason))
 }
 
 /// The rules of sched_setattr(2).
@@ -331,6 +348,16 @@ mod tests {
                 "the priority 8",
             ),
             (
+                "/process/capabilities",
+                json!({"effective": ["CAP_KILL", "CAP_CHOWN"], "permitted": ["CAP_KILL"]}),
+                "CAP_CHOWN is effective, but not permitted",
+            ),
+            (
+                "/process/capabilities",
+                json!({"effective": ["CAP_KILL"]}),
+                "CAP_KILL is effective",
+            ),
+            (
                 "/process/scheduler",
                 json!({"policy": "SCHED_OTHER", "nice": 20}),
                 "a nice value",
@@ -460,6 +487,7 @@ mod tests {
             ("/ociVersion", json!("1.2.1")),
             ("/process/rlimits", limits),
             ("/process/oomScoreAdj", json!(-1000)),
+            ("/process/capabilities", json!({"permitted": ["CAP_KILL"]})),
             (
                 "/process/scheduler",
                 json!({"policy": "SCHED_FIFO", "priority": 1}),
