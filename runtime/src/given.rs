@@ -35,7 +35,10 @@ impl Given {
         let mut shared = Vec::new();
         for share in &shares {
             let path = &share.path;
-            let one = inner.shares.share(path, share.options);
+            let one = match share.users.clone() {
+                Some(users) => inner.shares.share_mapped(path, share.options, users),
+                None => inner.shares.share(path, share.options),
+            };
             let one = one.map_err(Error::host(format!("share {}", path.display())))?;
             self.shares.push(one.name.clone());
             shared.push(one);

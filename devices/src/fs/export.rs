@@ -4,6 +4,7 @@
 use super::inodes::FileSystem;
 use super::origin::Origin;
 use super::shares::ShareOptions;
+use super::users::MappedUsers;
 use crate::sys;
 use koya_host::sync::lock;
 use rustix::fs::{FileType, Mode, OFlags, openat};
@@ -42,6 +43,8 @@ pub(super) struct Export {
     /// Mounts of exports merged into this one, and the mounts of those parts now.
     adopted: Mutex<HashMap<u64, u64>>,
     pub(super) kind: FileType,
+    /// Whether its files have other owners in the guest than on the host.
+    users: Option<Arc<MappedUsers>>,
     /// Whether later mounts on the host appear in it.
     pub(super) follows_mounts: bool,
     detached: bool,
@@ -77,6 +80,7 @@ impl Export {
             mount_id: stat.stx_mnt_id,
             adopted: Mutex::default(),
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
+            users: None,
             follows_mounts: options.follow_mounts,
             detached,
             has_submounts: origin.is_some_and(Origin::has_submounts),
@@ -87,6 +91,23 @@ impl Export {
                 nested: HashMap::new(),
             })),
         })
+    }
+
+    /// The same with other owners than on the host.
+    pub(super) fn with_users(self, users: MappedUsers) -> Self {
+        let users = Some(Arc::new(users));
+        Self { users, ..self }
+    }
+
+    /// Whether files have other owners than on the host.
+    pub(super) fn maps_users(&self) -> bool {
+        self.users.is_some()
+    }
+
+    /// The owners of files on one of its mounts.
+    pub(super) fn users_on(&self, mount: u64) -> Option<Arc<MappedUsers>> {
+        let applies = |users: &&Arc<MappedUsers>| users.recursive || self.mount_key(mount) == 0;
+        self.users.as_ref().filter(applies).cloned()
     }
 
     /// Permits writes as far as the host does; from then on only the server enforces read-only shares. False if

@@ -359,6 +359,7 @@ impl Inodes {
             is_root: AtomicBool::new(is_root),
             reach: Mutex::new(reach),
             file_system,
+            users: export.users_on(stat.stx_mnt_id),
             has_no_capabilities: AtomicBool::new(false),
             slot: Mutex::new(Slot::Open(fd.clone())),
             location: Mutex::new((parent, name.to_owned())),

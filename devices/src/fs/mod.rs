@@ -7,6 +7,7 @@
 //! | [`shares`] | the synthetic root, whose directories are added and removed while the guest runs |
 //! | `export`, `origin` | the host directories behind them, and their nesting |
 //! | `node`, `inodes`, `reach`, `handles` | files that the guest has looked up and opened, within the host's limits |
+//! | `users` | other owners than on the host |
 //! | [`passthrough`] | each operation on the host's file system |
 //! | [`server`] | requests in, replies out |
 //! | [`device`] | the virtio device and its worker threads |
@@ -35,12 +36,14 @@ pub mod passthrough;
 mod reach;
 pub mod server;
 pub mod shares;
+mod users;
 mod watch;
 pub mod wire;
 
 pub use device::Fs;
 pub use server::FsMetrics;
 pub use shares::{ShareOptions, Shared, Shares};
+pub use users::{IdRange, MappedUsers};
 pub use watch::{HostEvent, HostEvents};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

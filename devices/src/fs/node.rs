@@ -2,6 +2,7 @@
 
 use super::export::Export;
 use super::shares::Share;
+use super::users::MappedUsers;
 use super::wire::Attr;
 use crate::sys::FileHandle;
 use koya_host::sync::lock;
@@ -20,6 +21,9 @@ pub(super) struct Identity {
     pub(super) view: u64,
     /// For a directory: the mount on which it was found, 0 for that of the export.
     pub(super) mount: u64,
+    /// The export, if it shows other owners than the host's: there a file is not the same as in another export, and what is
+    /// said of directories applies to all files.
+    owners: u64,
     major: u32,
     minor: u32,
     inode: u64,
@@ -28,13 +32,19 @@ pub(super) struct Identity {
 impl Identity {
     pub(super) fn of(stat: &Statx, export: &Export) -> Self {
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
+        let owners = match export.maps_users() {
+            true => export.view,
+            false => 0,
+        };
         let (view, mount) = match kind {
             FileType::Directory => (export.view, export.mount_key(stat.stx_mnt_id)),
+            _ if owners != 0 => (owners, export.mount_key(stat.stx_mnt_id)),
             _ => (0, 0),
         };
         Self {
             view,
             mount,
+            owners,
             major: stat.stx_dev_major,
             minor: stat.stx_dev_minor,
             inode: stat.stx_ino,
@@ -42,12 +52,12 @@ impl Identity {
     }
 
     pub(super) fn file_system(&self) -> FileSystem {
-        (self.major, self.minor)
+        (self.major, self.minor, self.owners)
     }
 }
 
-/// A file system of the host, identified by its device number.
-pub(super) type FileSystem = (u32, u32);
+/// A file system of the host, identified by its device number and 0, or by the export that shows other owners.
+pub(super) type FileSystem = (u32, u32, u64);
 
 /// Position of the file system number in an inode number of the guest.
 const FILE_SYSTEM_SHIFT: u32 = 48;
@@ -120,6 +130,8 @@ pub(super) struct Inode {
     pub(super) reach: Mutex<Reach>,
     /// Number of its file system among those the guest has reached.
     pub(super) file_system: u16,
+    /// Its owners, if they are not those of the host.
+    pub(super) users: Option<Arc<MappedUsers>>,
     /// Known to have no capabilities set by the guest (see `Passthrough::drop_privileges`).
     pub(super) has_no_capabilities: AtomicBool,
     pub(super) slot: Mutex<Slot>,
@@ -135,10 +147,13 @@ impl Inode {
     /// Attributes for the guest.
     pub(super) fn attr(&self, stat: &Statx) -> Attr {
         self.reported.store(contents(stat), Ordering::Relaxed);
-        Attr {
-            ino: self.number(stat.stx_ino),
-            ..Attr::from(stat)
+        let mut attr = Attr::from(stat);
+        attr.ino = self.number(stat.stx_ino);
+        if let Some(users) = &self.users {
+            attr.uid = users.guest_user(attr.uid);
+            attr.gid = users.guest_group(attr.gid);
         }
+        attr
     }
 
     /// Whether the contents have changed since they were last reported to the guest.

@@ -212,7 +212,7 @@ impl Origin {
 }
 
 fn identity(stat: &Statx) -> (FileSystem, u64) {
-    ((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino)
+    ((stat.stx_dev_major, stat.stx_dev_minor, 0), stat.stx_ino)
 }
 
 /// Opens a directory by its path below another, without following symbolic links.
@@ -242,7 +242,7 @@ mod tests {
             path: path.into(),
             mount: 1,
             in_file_system: in_file_system.into(),
-            file_system: (8, 1),
+            file_system: (8, 1, 0),
             inode: 1,
             on_read_only_mount: false,
             submounts: submounts
@@ -292,7 +292,7 @@ mod tests {
         let sub = origin("/pods/u/subpaths/v/0", "/pods/u/volumes/v/sub", &[]);
         assert_eq!(paths(&whole, &sub), ["sub"]);
         let mut elsewhere = sub.clone();
-        elsewhere.file_system = (8, 2);
+        elsewhere.file_system = (8, 2, 0);
         assert!(paths(&whole, &elsewhere).is_empty());
         // A user of a read-only mount must not get access to the writable one.
         let mut read_only = sub;

@@ -9,6 +9,7 @@
 use super::export::Export;
 use super::inodes;
 use super::origin::Origin;
+use super::users::MappedUsers;
 use koya_host::sync::lock;
 use rustix::fs::{CWD, FileType, Mode, OFlags, StatVfsMountFlags, openat};
 use std::collections::BTreeMap;
@@ -238,6 +239,31 @@ impl Shares {
         let share = Share::new(&name, options, export, origin).ok_or_else(removed_error)?;
         self.insert(&mut entries, share.clone());
         self.merge_nested(&entries, &share);
+        Ok(shared(&entries, &share))
+    }
+
+    /// Shares the host's `path`, always under a name of its own, with other owners than on the host.
+    ///
+    /// # Errors
+    /// The error from the host.
+    pub fn share_mapped(
+        &self,
+        path: impl AsRef<Path>,
+        options: ShareOptions,
+        users: MappedUsers,
+    ) -> io::Result<Shared> {
+        let plain = open_plain(path.as_ref())?;
+        let options = ShareOptions {
+            read_only: options.read_only || is_on_read_only_mount(&plain)?,
+            ..options
+        };
+        let export = Export::new(plain, options, None)?.with_users(users);
+        let mut entries = lock(&self.0.entries);
+        let name = free_name(&entries);
+        // Without its location, it is not merged with exports that show other owners.
+        let share = Share::new(&name, options, Arc::new(export), None);
+        let share = share.ok_or_else(removed_error)?;
+        self.insert(&mut entries, share.clone());
         Ok(shared(&entries, &share))
     }
 

@@ -17,6 +17,7 @@ pub(crate) mod process;
 mod seccomp;
 mod shares;
 mod tmpfs;
+mod users;
 mod valid;
 
 pub(crate) use bundle::Root;
@@ -132,6 +133,7 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
             read_only,
             follow_mounts: false,
         },
+        users: None,
     });
     let mut root = oci::Root::default();
     root.set_path(match &share {

@@ -2,7 +2,7 @@
 
 use super::devices::{device_number, guest_node};
 use super::shares::{Share, guest_path};
-use super::{namespaces, refuse};
+use super::{namespaces, refuse, users};
 use crate::Error;
 use crate::block_volume::GuestVolume;
 use crate::direct_volume;
@@ -52,10 +52,20 @@ pub(super) fn adapt(id: &str, directory: &Path, spec: &mut Spec) -> Result<Adapt
     let mut adapted = Adapted::default();
     let mut mounts = Vec::new();
     for (number, mount) in spec.mounts().iter().flatten().enumerate() {
-        let (mount, needs) = match is_literal && is_bind(mount) {
+        let mapped = users::of(spec, mount)?;
+        let (mut mount, mut needs) = match is_literal && is_bind(mount) {
             true => adapt_bind(id, number, directory, mount)?,
             false => adapt_mount(id, number, directory, mount, shared_ipc)?,
         };
+        if let Some(mapped) = mapped {
+            let Needs::Share(share) = &mut needs else {
+                let destination = mount.destination().display();
+                let why = "id-mapped mounts are only supported for bind-mounts of the host's files";
+                return Err(refuse("mounts", format!("{destination}: {why}")));
+            };
+            share.users = Some(mapped);
+            users::remove(&mut mount);
+        }
         let is_file = match &needs {
             Needs::Share(share) => !share.path.is_dir(),
             Needs::Device => true,
@@ -187,18 +197,9 @@ fn adapt_mount(
     adapt_bind(id, number, directory, mount)
 }
 
-/// Refuses what libcontainer would ignore: mapped users, and options of crun for links.
+/// Refuses what libcontainer would ignore: options of crun for links.
 fn refuse_options(directory: &Path, mount: &Mount) -> Result<(), Error> {
     let destination = mount.destination().display();
-    let mut options = mount.options().iter().flatten();
-    let maps = options.any(|option| {
-        let name = option.split('=').next();
-        name == Some("idmap") || name == Some("ridmap")
-    });
-    if maps || mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        let reason = format!("{destination}: mounts with mapped users are not supported");
-        return Err(refuse("mounts", reason));
-    }
     // Without a link as the source, the first two mean nothing.
     let of_link = ["copy-symlink", "src-nofollow"];
     let is_link = || {
@@ -373,6 +374,7 @@ fn adapt_bind(
             read_only: has(mount, "ro") || has(mount, "rro"),
             follow_mounts: has(mount, "slave") || has(mount, "rslave"),
         },
+        users: None,
     };
     adapted.set_source(Some(guest_path(&share.name)));
     Ok((adapted, Needs::Share(share)))
@@ -396,14 +398,35 @@ mod tests {
             let adapted = adapt_mount("c", 0, dir.path(), &mount, false);
             adapted.map_or_else(|error| error.to_string(), |_| String::new())
         };
-        for option in ["idmap", "ridmap", "idmap=uids=0-1-10;gids=0-1-10"] {
-            assert!(said("file", option).contains("mapped users"), "{option}");
-        }
         for option in ["copy-symlink", "src-nofollow"] {
             assert!(said("link", option).contains(option));
             assert_eq!(said("file", option), "");
         }
         assert!(said("file", "dest-nofollow").contains("dest-nofollow"));
         assert_eq!(said("link", "ro"), "");
+    }
+
+    #[test]
+    fn only_files_of_the_host_have_mapped_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let adapted = |kind: &str, source: &str| {
+            let mapping = json!([{"containerID": 0, "hostID": 1, "size": 2}]);
+            let mut spec: Spec = serde_json::from_value(json!({
+                "ociVersion": "1.2.0",
+                "linux": {"uidMappings": mapping, "gidMappings": mapping},
+                "mounts": [{"destination": "/x", "type": kind, "source": source, "options": ["ro", "ridmap"]}],
+            }))
+            .unwrap();
+            let adapted = adapt("c", dir.path(), &mut spec).map_err(|error| error.to_string())?;
+            let mount = spec.mounts().as_ref().unwrap()[0].clone();
+            Ok::<_, String>((adapted, mount))
+        };
+        let (adapted_bind, mount) = adapted("bind", ".").unwrap();
+        assert!(adapted_bind.shares[0].users.is_some());
+        assert_eq!(mount.options(), &Some(vec!["ro".into()]));
+        for (kind, source) in [("tmpfs", "tmpfs"), ("bind", "/proc")] {
+            let said = adapted(kind, source).unwrap_err();
+            assert!(said.contains("only supported for bind-mounts"), "{said}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Host paths in a configuration, until their paths in the guest are known.
 
 use koya_protocol::SHARED_DIR;
-use koya_vmm::devices::fs::ShareOptions;
+use koya_vmm::devices::fs::{MappedUsers, ShareOptions};
 use oci_spec::runtime::Spec;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,8 @@ pub(crate) struct Share {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
     pub(crate) options: ShareOptions,
+    /// Other owners than on the host.
+    pub(crate) users: Option<MappedUsers>,
 }
 
 /// Path in the guest of this path in the shared root.

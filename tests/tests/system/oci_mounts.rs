@@ -10,7 +10,8 @@ use std::path::Path;
 crate::trials!(
     memory_begins_as_what_it_covers,
     a_dev_may_be_read_only,
-    a_read_only_mount_keeps_what_its_source_has
+    a_read_only_mount_keeps_what_its_source_has,
+    mounts_have_mapped_users,
 );
 
 fn make(directory: &Path, mode: u32) -> Result<()> {
@@ -143,6 +144,63 @@ fn a_read_only_mount_keeps_what_its_source_has() -> Result<()> {
         let words: Vec<_> = options.split(',').collect();
         let has_all = flags.iter().all(|flag| words.contains(flag));
         ensure!(words[0] == access && has_all, "{said}");
+    }
+    Ok(())
+}
+
+/// As on idmapped mounts, with and without a user namespace of the container; the same directory also as it is.
+fn mounts_have_mapped_users() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let owners = |path: &Path| -> Result<(u32, u32)> {
+        let found = fs::metadata(path)?;
+        Ok((found.uid(), found.gid()))
+    };
+    let script = "cd /mapped; stat -c '%u:%g' old /plain/old; echo new > new; echo more >> old; chown 5:6 old; stat -c '%u:%g' old; \
+                  chown 70000:6 old || echo refused; \
+                  stat -c '%u' other; echo x >> other || echo denied; cat /plain/new";
+    for (id, first, expected) in [
+        (
+            "mounts-u",
+            100_000,
+            "3:4 65534:65534 5:6 refused 65534 denied new",
+        ),
+        ("mounts-v", 0, "3:4 3:4 5:6 refused 65534 denied new"),
+    ] {
+        let bundle = bundle(script, |config| {
+            let mapping = json!([{"containerID": 0, "hostID": first, "size": 65_536}]);
+            let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER"]);
+            for set in ["bounding", "effective", "permitted"] {
+                config["process"]["capabilities"][set] = capabilities.clone();
+            }
+            let mut mount = json!({"destination": "/mapped", "type": "bind", "source": "shared",
+                "options": ["bind", "idmap"]});
+            if first == 0 {
+                mount["uidMappings"] = mapping.clone();
+                mount["gidMappings"] = mapping;
+            } else {
+                config["linux"]["uidMappings"] = mapping.clone();
+                config["linux"]["gidMappings"] = mapping;
+                if let Some(namespaces) = config["linux"]["namespaces"].as_array_mut() {
+                    namespaces.push(json!({"type": "user"}));
+                }
+            }
+            add_mount(config, mount);
+            let plain = json!({"destination": "/plain", "type": "bind", "source": "shared", "options": ["bind", "ro"]});
+            add_mount(config, plain);
+        })?;
+        let shared = bundle.join("shared");
+        make(&shared, 0o755)?;
+        fs::write(shared.join("old"), "old\n")?;
+        chown(shared.join("old"), Some(3), Some(4))?;
+        fs::write(shared.join("other"), "other\n")?;
+        chown(shared.join("other"), Some(90_000), Some(90_000))?;
+        let output = runtime.call(&["run", "--bundle", text(&bundle)?, id])?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let words: Vec<_> = said.split_whitespace().collect();
+        ensure!(words.join(" ") == expected, "{id}: {output:?}");
+        ensure!(fs::read_to_string(shared.join("old"))? == "old\nmore\n");
+        ensure!(owners(&shared.join("old"))? == (5, 6), "{id}: changed");
+        ensure!(owners(&shared.join("new"))? == (0, 0), "{id}: new");
     }
     Ok(())
 }

@@ -87,8 +87,8 @@ impl Passthrough {
             mask: stat.stx_mask & STATX_FIELDS,
             blksize: stat.stx_blksize,
             nlink: stat.stx_nlink,
-            uid: stat.stx_uid,
-            gid: stat.stx_gid,
+            uid: attr.uid,
+            gid: attr.gid,
             mode: stat.stx_mode,
             ino: attr.ino,
             size: stat.stx_size,
@@ -152,6 +152,13 @@ impl Passthrough {
             };
             let uid = given(setattr::UID, arg.uid)?;
             let gid = given(setattr::GID, arg.gid)?;
+            let (uid, gid) = match &inode.users {
+                Some(users) => (
+                    uid.map(|uid| users.host_user(uid)).transpose()?,
+                    gid.map(|gid| users.host_group(gid)).transpose()?,
+                ),
+                None => (uid, gid),
+            };
             self.chown(&fd, uid, gid)?;
             // The host clears the mode bits; the guest's capabilities are stored in an attribute that the
             // host does not interpret.

@@ -404,6 +404,13 @@ impl Passthrough {
         mode: u32,
         directory: &Inode,
     ) -> Result<(), Errno> {
+        let caller = match &directory.users {
+            Some(users) => Caller {
+                uid: users.host_user(caller.uid)?,
+                gid: users.host_group(caller.gid)?,
+            },
+            None => caller,
+        };
         if let Some(owners) = &self.owners {
             return self.keep_owner(owners, fd, caller, mode, directory);
         }

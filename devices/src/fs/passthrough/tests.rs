@@ -14,6 +14,7 @@ use zerocopy::FromBytes;
 mod bounds;
 mod listing;
 mod owners;
+mod users;
 
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
 

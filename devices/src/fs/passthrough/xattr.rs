@@ -13,6 +13,7 @@ use crate::fs::wire::ROOT_ID;
 use koya_host::descriptors;
 use rustix::fs::{FileType, XattrFlags};
 use rustix::io::Errno;
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::os::fd::AsFd;
@@ -55,6 +56,11 @@ fn mapped(name: &CStr) -> Result<CString, Errno> {
 /// Whether this is the name of an attribute used for storage.
 fn is_stored(name: &[u8], has_owners: bool) -> bool {
     name.starts_with(PREFIX) || has_owners && name == ATTRIBUTE.to_bytes()
+}
+
+/// Whether this is an access control list, with IDs of users and groups.
+fn is_acl(name: &CStr) -> bool {
+    name.to_bytes().starts_with(b"system.posix_acl_")
 }
 
 /// Buffer size that is sufficient for most attributes, in bytes.
@@ -136,8 +142,12 @@ impl Passthrough {
             inode.has_no_capabilities.store(false, Ordering::SeqCst);
             return set;
         }
+        let mut value = Cow::Borrowed(value);
+        if let Some(users) = inode.users.as_ref().filter(|_| is_acl(name)) {
+            users.host_acl(value.to_mut())?;
+        }
         self.opening_up(&[&inode], || {
-            rustix::fs::setxattr(path.as_str(), name, value, flags)
+            rustix::fs::setxattr(path.as_str(), name, &value, flags)
         })
     }
 
@@ -180,6 +190,9 @@ impl Passthrough {
                 get(name)?
             };
             value.truncate(len);
+            if let Some(users) = inode.users.as_ref().filter(|_| is_acl(name)) {
+                users.guest_acl(&mut value);
+            }
             Ok(value)
         };
         self.opening_up(&[&inode], || {
