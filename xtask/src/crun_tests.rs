@@ -4,6 +4,7 @@
 use crate::bats::{BatsArgs, Files, Project};
 use crate::{cache, proc, setup};
 use anyhow::{Context, Result};
+use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,7 +54,7 @@ socket.setdefaulttimeout(60)
 
 /// Preparation in the rig: a runtime named crun, and a working directory on a disk, where the tests make their containers.
 const PREPARE: &str = "mkdir -p /run/scratch/bin /run/scratch/tmp
-ln -s \"$(command -v koya-runtime)\" /run/scratch/bin/crun
+ln -s \"$(command -v \"$4\")\" /run/scratch/bin/crun
 export OCI_RUNTIME=/run/scratch/bin/crun INIT=\"$1/init\" TMPDIR=/run/scratch/tmp LANG=C PYTHONPATH=\"$1\"
 cd /run/scratch
 ";
@@ -69,16 +70,32 @@ script --quiet --return --command \"$RUN_TEST\" /dev/null | sed -u 's/\\r*$//'
 ",
 };
 
-pub(crate) fn run(args: &BatsArgs) -> Result<()> {
+#[derive(Args)]
+pub(crate) struct CrunTestsArgs {
+    #[command(flatten)]
+    bats: BatsArgs,
+    /// Set the runtime, a program on PATH: what crun itself fails in the same surroundings is not Koya's
+    #[arg(long, default_value = OURS)]
+    runtime: String,
+}
+
+/// The runtime whose results are in the table.
+const OURS: &str = "koya-runtime";
+
+pub(crate) fn run(args: &CrunTestsArgs) -> Result<()> {
     setup::ensure_these(&PACKAGES)?;
+    let name = match args.runtime.as_str() {
+        OURS => "crun-tests".to_owned(),
+        other => format!("crun-tests/{other}"),
+    };
     let project = Project {
-        name: "crun-tests",
-        tests: tests(&args.source)?,
+        name: &name,
+        tests: tests(&args.bats.source)?,
         files: PYTHON,
         script: PREPARE,
-        further: &|_| Vec::new(),
+        further: &|_| vec![args.runtime.clone()],
     };
-    project.run(args)
+    project.run(&args.bats)
 }
 
 /// crun's tests, with their program, built once.

@@ -61,7 +61,7 @@ enum Command {
     /// Run runc's own integration tests with koya-runtime in its place
     RuncTests(bats::BatsArgs),
     /// Run crun's own tests with koya-runtime in its place
-    CrunTests(bats::BatsArgs),
+    CrunTests(crun_tests::CrunTestsArgs),
     /// Run podman's own system tests with koya-runtime
     PodmanTests(podman_tests::PodmanTestsArgs),
     /// Run the fuzz targets; their inputs are kept for the next run
