@@ -153,6 +153,9 @@ fn adapt_mount(
         }
         let kind = mount.typ().as_deref().unwrap_or_default();
         if GUEST_MOUNTS.contains(&kind) {
+            if kind == "cgroup" || kind == "cgroup2" {
+                check_cgroup_options(mount)?;
+            }
             let mut adapted = mount.clone();
             // Without a device, a source is only a name; libcontainer wants one.
             let source = mount.source().as_ref();
@@ -195,6 +198,49 @@ fn adapt_mount(
         return Ok((adapted, Needs::Nothing));
     }
     adapt_bind(id, number, directory, mount)
+}
+
+/// Options of the cgroup2 file system (Documentation/admin-guide/cgroup-v2.rst).
+const CGROUP_OPTIONS: [&str; 6] = [
+    "nsdelegate",
+    "favordynmods",
+    "memory_localevents",
+    "memory_recursiveprot",
+    "memory_hugetlb_accounting",
+    "pids_localevents",
+];
+
+/// Other words that are options of every mount.
+const COMMON_OPTIONS: [&str; 8] = [
+    "defaults",
+    "private",
+    "shared",
+    "slave",
+    "unbindable",
+    "mand",
+    "nomand",
+    "dirsync",
+];
+
+/// Refuses options of a cgroup mount that its kernel would refuse: libcontainer ignores all of them.
+fn check_cgroup_options(mount: &Mount) -> Result<(), Error> {
+    let is_known = |option: &str| {
+        let is_common = |word: &str| FLAGS.contains(&word) || COMMON_OPTIONS.contains(&word);
+        is_common(option)
+            || option.strip_prefix('r').is_some_and(is_common)
+            || CGROUP_OPTIONS.contains(&option)
+            // Labels of SELinux, which a guest does not have.
+            || option.split_once('=').is_some_and(|(name, _)| name.ends_with("context"))
+    };
+    let options = mount.options().iter().flatten();
+    match options.into_iter().find(|option| !is_known(option)) {
+        Some(option) => {
+            let destination = mount.destination().display();
+            let why = format!("Invalid argument: cgroup2 has no option {option:?}");
+            Err(Error::invalid("mounts", format!("{destination}: {why}")))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Refuses what libcontainer would ignore: options of crun for links.
@@ -404,6 +450,27 @@ mod tests {
         }
         assert!(said("file", "dest-nofollow").contains("dest-nofollow"));
         assert_eq!(said("link", "ro"), "");
+    }
+
+    #[test]
+    fn options_of_control_groups_are_those_of_the_kernel() {
+        let said = |kind: &str, options: &[&str]| {
+            let mount = json!({"destination": "/sys/fs/cgroup", "type": kind, "source": "cgroup", "options": options});
+            let mount = serde_json::from_value(mount).unwrap();
+            let adapted = adapt_mount("c", 0, Path::new("/"), &mount, false);
+            adapted.map_or_else(|error| error.to_string(), |_| String::new())
+        };
+        for kind in ["cgroup", "cgroup2"] {
+            let usual = ["rprivate", "nosuid", "noexec", "nodev", "relatime", "rw"];
+            assert_eq!(said(kind, &usual), "");
+            assert_eq!(said(kind, &["nsdelegate", "rro", "defaults"]), "");
+            assert_eq!(said(kind, &["context=\"a:b\""]), "");
+            let said = said(kind, &["ro", "invalid"]);
+            assert!(
+                said.contains("Invalid argument") && said.contains("\"invalid\""),
+                "{said}"
+            );
+        }
     }
 
     #[test]
