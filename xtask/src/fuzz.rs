@@ -1,14 +1,17 @@
 //! `cargo xtask fuzz`: the fuzz targets in turn, each driven by libFuzzer.
 //!
-//! Inputs that reached new code, failing inputs and statistics are kept in the cache, so that each run continues where the
-//! last one ended. The libfuzzer-sys crate contains the engine; a nightly compiler is not required.
+//! Inputs that reached new code, failing inputs and a record of all runs are kept in the cache, so that each run continues
+//! where the last one ended. The libfuzzer-sys crate contains the engine; a nightly compiler is not required.
 
 mod coverage;
+mod record;
 
 use crate::arch::Arch;
 use crate::{cache, proc};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use record::{Record, Target};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -16,21 +19,35 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
-/// Instrumentation of branches and comparisons in libFuzzer's format.
-const FLAGS: [&str; 6] = [
+/// Instrumentation of branches in libFuzzer's format. Comparisons are not traced: that would take three quarters of the time
+/// of a parser, and the words that a parser compares with are in dictionaries.
+const FLAGS: [&str; 5] = [
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
-    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-level=3",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
     "-Cllvm-args=-sanitizer-coverage-pc-table",
-    "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
 
 /// Time limit for an input in seconds; a slower one counts as a failure.
 const INPUT_LIMIT: u32 = 25;
-/// Maximum size of an input in bytes: enough for a full queue, or a layer of an image.
-const MAX_LEN: u32 = 8192;
+/// Maximum size of an input in bytes: enough for a full queue, or a hundred steps of a driver.
+const MAX_LEN: u32 = 1024;
+/// That of the targets whose inputs are files.
+const MAX_FILE: u32 = 4096;
+const FILES: [&str; 2] = ["image_files", "kernel_images"];
+/// Longest time for which a target runs before the record is written, and the next one has its turn.
+const TURN: Duration = Duration::from_secs(120);
+
+/// Lines of a part, and the covered ones.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+struct Lines {
+    count: u64,
+    covered: u64,
+}
 
 #[derive(Args)]
 pub(crate) struct FuzzArgs {
@@ -40,11 +57,20 @@ pub(crate) struct FuzzArgs {
     /// Set the number of targets that run at a time [default: one for each CPU]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: Option<u32>,
-    /// Print the targets
+    /// Leave out targets that have been executed this many times, in all runs together
     #[arg(long)]
+    executions: Option<u64>,
+    /// Print the targets
+    #[arg(long, conflicts_with_all = ["minutes", "jobs", "executions"])]
     list: bool,
+    /// Build the targets only
+    #[arg(long, conflicts_with_all = ["minutes", "jobs", "executions", "list"])]
+    no_run: bool,
+    /// Print the record of all runs
+    #[arg(long, conflicts_with_all = ["minutes", "jobs", "executions", "list", "no_run"])]
+    status: bool,
     /// Instead of fuzzing, print the lines that are covered by the kept inputs
-    #[arg(long, conflicts_with_all = ["minutes", "jobs", "list"])]
+    #[arg(long, conflicts_with_all = ["minutes", "jobs", "executions", "list", "status"])]
     coverage: bool,
     /// Run only these targets
     targets: Vec<String>,
@@ -68,46 +94,62 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
         true => all,
         false => args.targets.clone(),
     };
+    if args.status {
+        let record = Record::read()?;
+        print!("{}", record.table(&chosen));
+        print!("{}", coverage::table(&record.coverage));
+        return Ok(());
+    }
     if args.coverage {
-        return coverage::run(&chosen);
+        return coverage::run(&chosen, !args.no_run);
     }
     let programs = build()?;
+    if args.no_run {
+        return Ok(());
+    }
     let jobs = match args.jobs {
         Some(jobs) => jobs,
         None => std::thread::available_parallelism()?.get() as u32,
     };
     let jobs = jobs.min(chosen.len() as u32);
-    let seconds = (u64::from(args.minutes) * 60 * u64::from(jobs) / chosen.len() as u64).max(1);
+    let time = Duration::from_secs(u64::from(args.minutes) * 60);
+    let turn = (time * jobs / chosen.len() as u32).clamp(Duration::from_secs(1), TURN);
     eprintln!(
-        "fuzz: {} targets, {seconds} s each, {jobs} at a time",
-        chosen.len()
+        "fuzz: {} targets in turns of {} s, {jobs} at a time, for {} minutes",
+        chosen.len(),
+        turn.as_secs(),
+        args.minutes
     );
-    let (waiting, done) = (Mutex::new(VecDeque::from(chosen)), Mutex::new(Vec::new()));
-    let next = || waiting.lock().ok()?.pop_front();
-    let work = || -> Result<()> {
-        while let Some(target) = next() {
-            let row = fuzz(&programs, &target, seconds)?;
-            eprintln!("fuzz: {}", row.line());
-            done.lock().map(|mut rows| rows.push(row)).ok();
-        }
-        Ok(())
+    let turns = Turns {
+        end: Instant::now() + time,
+        turn,
+        wanted: args.executions,
+        waiting: Mutex::new(VecDeque::from(chosen.clone())),
     };
-    std::thread::scope(|scope| {
+    let work = || -> Result<Vec<PathBuf>> {
+        let mut failures = Vec::new();
+        while let Some((target, turn, runs)) = turns.next()? {
+            let failed = fuzz(&programs, &target, turn, runs)?;
+            // A target that has failed would fail again.
+            if failed.is_empty() {
+                turns.again(target);
+            }
+            failures.extend(failed);
+        }
+        Ok(failures)
+    };
+    let failures = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        threads
-            .into_iter()
-            .try_for_each(|thread| match thread.join() {
-                Ok(result) => result,
+        let mut failures = Vec::new();
+        for thread in threads {
+            match thread.join() {
+                Ok(result) => failures.extend(result?),
                 Err(_) => bail!("a thread panicked"),
-            })
+            }
+        }
+        Ok(failures)
     })?;
-    let mut rows = done.into_inner().unwrap_or_default();
-    rows.sort_by(|a, b| a.target.cmp(&b.target));
-    println!(
-        "| target | executions | in all | edges | inputs kept | failures |\n|---|---|---|---|---|---|"
-    );
-    rows.iter().for_each(|row| println!("{}", row.line()));
-    let failures: Vec<_> = rows.iter().flat_map(|row| &row.failures).collect();
+    print!("{}", Record::read()?.table(&chosen));
     for failure in &failures {
         println!("failed: {}", failure.display());
     }
@@ -118,6 +160,46 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
         programs.display()
     );
     Ok(())
+}
+
+/// The order of the targets.
+struct Turns {
+    end: Instant,
+    turn: Duration,
+    /// Executions after which a target is left out.
+    wanted: Option<u64>,
+    waiting: Mutex<VecDeque<String>>,
+}
+
+impl Turns {
+    /// The next target, with a limit of time and of executions.
+    fn next(&self) -> Result<Option<(String, Duration, Option<u64>)>> {
+        loop {
+            let left = self.end.saturating_duration_since(Instant::now());
+            let waiting = self.waiting.lock().map(|mut waiting| waiting.pop_front());
+            let Ok(Some(target)) = waiting else {
+                return Ok(None);
+            };
+            if left < Duration::from_secs(1) {
+                return Ok(None);
+            }
+            let runs = match self.wanted {
+                Some(wanted) => Some(wanted.saturating_sub(Record::read()?.executions(&target))),
+                None => None,
+            };
+            if runs != Some(0) {
+                return Ok(Some((target, self.turn.min(left), runs)));
+            }
+        }
+    }
+
+    /// Gives a target another turn after all others.
+    fn again(&self, target: String) {
+        self.waiting
+            .lock()
+            .map(|mut waiting| waiting.push_back(target))
+            .ok();
+    }
 }
 
 /// The targets: one file for each.
@@ -183,44 +265,26 @@ fn home(target: &str) -> PathBuf {
     cache::root().join("fuzz").join(target)
 }
 
-/// Runs a target. Its temporary files are in memory if possible: many targets create some for each input.
-fn target_command(programs: &Path, target: &str) -> Command {
+/// Runs a target. Its temporary files are in memory if possible, and removed when the directory is dropped.
+fn target_command(programs: &Path, target: &str) -> Result<(Command, TempDir)> {
     const IN_MEMORY: &str = "/dev/shm";
+    let temporary = match Path::new(IN_MEMORY).is_dir() {
+        true => tempfile::tempdir_in(IN_MEMORY)?,
+        false => tempfile::tempdir()?,
+    };
     let mut command = Command::new(programs.join(target));
-    if Path::new(IN_MEMORY).is_dir() {
-        command.env("TMPDIR", IN_MEMORY);
-    }
-    command
+    command.env("TMPDIR", temporary.path());
+    Ok((command, temporary))
 }
 
-/// Result of a target.
-struct Row {
-    target: String,
-    executions: u64,
-    total: u64,
-    edges: u64,
-    kept: usize,
-    failures: Vec<PathBuf>,
+/// Words that the inputs of a target contain, if there is a file of them.
+fn dictionary(target: &str) -> Option<PathBuf> {
+    let path = proc::checkout().join(format!("fuzz/dictionaries/{target}.dict"));
+    path.exists().then_some(path)
 }
 
-impl Row {
-    fn line(&self) -> String {
-        let Self {
-            target,
-            executions,
-            total,
-            edges,
-            kept,
-            failures,
-        } = self;
-        format!(
-            "| {target} | {executions} | {total} | {edges} | {kept} | {} |",
-            failures.len()
-        )
-    }
-}
-
-fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
+/// Runs a target for this time, or this many executions, and adds that to the record; returns the inputs that failed.
+fn fuzz(programs: &Path, target: &str, turn: Duration, runs: Option<u64>) -> Result<Vec<PathBuf>> {
     let home = home(target);
     let (inputs, failed) = (home.join("inputs"), home.join("failed"));
     for directory in [&inputs, &failed] {
@@ -229,42 +293,64 @@ fn fuzz(programs: &Path, target: &str, seconds: u64) -> Result<Row> {
     let before = files(&failed)?;
     let log = home.join("log");
     let output = File::create(&log).with_context(|| format!("{}", log.display()))?;
-    let status = target_command(programs, target)
+    let max_len = match FILES.contains(&target) {
+        true => MAX_FILE,
+        false => MAX_LEN,
+    };
+    let (mut command, _temporary) = target_command(programs, target)?;
+    if let Some(words) = dictionary(target) {
+        command.arg(format!("-dict={}", words.display()));
+    }
+    if let Some(runs) = runs {
+        command.arg(format!("-runs={runs}"));
+    }
+    let began = Instant::now();
+    let status = command
         .arg(&inputs)
         .arg(format!("-artifact_prefix={}/", failed.display()))
-        .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-max_total_time={}", turn.as_secs()))
         .arg(format!("-timeout={INPUT_LIMIT}"))
         // An input below the limit has not failed: other processes may slow it down.
         .arg(format!("-report_slow_units={INPUT_LIMIT}"))
-        .arg(format!("-max_len={MAX_LEN}"))
+        .arg(format!("-max_len={max_len}"))
+        // Most targets read an input as a list of steps, so long ones are tried early. The rest saves time: to look for
+        // smaller inputs, and to weigh the kept ones, takes libFuzzer longer than many inputs.
+        .args(["-len_control=20", "-reduce_inputs=0", "-entropic=0"])
         .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
         .stdout(output.try_clone()?)
         .stderr(output)
         .status()
         .with_context(|| format!("cannot run {target}"))?;
     let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
-    let mut failures = files(&failed)?;
-    failures.retain(|file| !before.contains(file));
+    let all = files(&failed)?;
+    let crashes = all.len() as u64;
+    let failures: Vec<_> = all
+        .into_iter()
+        .filter(|file| !before.contains(file))
+        .collect();
+    let kept = files(&inputs)?.len() as u64;
+    let record = Record::change(|record| {
+        let known = record.targets.entry(target.into()).or_default();
+        *known = Target {
+            executions: known.executions + executions(&text).unwrap_or(0),
+            seconds: known.seconds + began.elapsed().as_secs(),
+            edges: edges(&text).unwrap_or(known.edges),
+            all_edges: all_edges(&text).unwrap_or(known.all_edges),
+            inputs: kept,
+            crashes,
+        };
+    })?;
     ensure!(
         status.success() || !failures.is_empty(),
         "{target} ended with {status} and left no input; the end of {}:\n{}",
         log.display(),
         proc::tail(&log, 20)
     );
-    let executions = executions(&text).unwrap_or(0);
-    let count = home.join("executions");
-    let earlier = fs::read_to_string(&count).ok();
-    let earlier = earlier.and_then(|text| text.trim().parse::<u64>().ok());
-    let total = earlier.unwrap_or(0) + executions;
-    fs::write(&count, format!("{total}\n"))?;
-    Ok(Row {
-        target: target.into(),
-        executions,
-        total,
-        edges: edges(&text).unwrap_or(0),
-        kept: files(&inputs)?.len(),
-        failures,
-    })
+    eprintln!(
+        "fuzz: {target}: {} executions in all",
+        record.executions(target)
+    );
+    Ok(failures)
 }
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>> {
@@ -294,11 +380,21 @@ fn edges(log: &str) -> Option<u64> {
     })
 }
 
+/// Number of edges of a program.
+fn all_edges(log: &str) -> Option<u64> {
+    let line = log
+        .lines()
+        .find(|line| line.contains("inline 8-bit counters): "))?;
+    let (_, rest) = line.split_once(" (")?;
+    rest.split_whitespace().next()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const PROGRESS: &str = "INFO: Seed: 1
+INFO: Loaded 1 modules   (33034 inline 8-bit counters): 33034 [0x55, 0x66), 
 #2\tINITED cov: 12 ft: 13 corp: 1/1b exec/s: 0 rss: 30Mb
 #4096\tpulse  cov: 212 ft: 513 corp: 40/1b lim: 4 exec/s: 2048 rss: 35Mb
 ";
@@ -307,10 +403,47 @@ mod tests {
     fn a_log_is_read() {
         assert_eq!(executions(PROGRESS), Some(4096));
         assert_eq!(edges(PROGRESS), Some(212));
+        assert_eq!(all_edges(PROGRESS), Some(33034));
+        assert_eq!(all_edges("#2"), None);
         let ended = format!("{PROGRESS}Done 5000 runs\nstat::number_of_executed_units: 5000\n");
         assert_eq!(executions(&ended), Some(5000));
         assert_eq!(executions("INFO: Seed: 1\n"), None);
         assert_eq!(edges(""), None);
+    }
+
+    #[test]
+    fn targets_have_turns_until_the_end() {
+        let turns = Turns {
+            end: Instant::now() + Duration::from_secs(100),
+            turn: Duration::from_secs(7),
+            wanted: None,
+            waiting: Mutex::new(VecDeque::from(["a".to_owned(), "b".to_owned()])),
+        };
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            let (target, turn, runs) = turns.next().unwrap().unwrap();
+            assert_eq!((turn, runs), (turns.turn, None));
+            order.push(target.clone());
+            turns.again(target);
+        }
+        assert_eq!(order, ["a", "b", "a", "b"]);
+        let over = Turns {
+            end: Instant::now(),
+            ..turns
+        };
+        assert!(over.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn every_dictionary_belongs_to_a_target() {
+        let targets = targets().unwrap();
+        let words = files(&proc::checkout().join("fuzz/dictionaries")).unwrap();
+        assert!(!words.is_empty());
+        for path in words {
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            assert!(targets.contains(&name), "{name}");
+            assert_eq!(dictionary(&name), Some(path));
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! The targets are built a second time with the compiler's coverage counters, and run each kept input once. The tools that
 //! read the counters come with the compiler: `rustup component add llvm-tools`.
 
+use super::Lines;
+use super::record::Record;
 use crate::arch::Arch;
 use crate::proc;
 use anyhow::{Context, Result, ensure};
@@ -23,13 +25,6 @@ const SOURCES: [(&str, bool); 5] = [
     ("agent/protocol/src/", false),
     ("vmm/src/", false),
 ];
-
-/// Lines of a part, and the covered ones.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-struct Lines {
-    count: u64,
-    covered: u64,
-}
 
 #[derive(Deserialize)]
 struct Export {
@@ -52,13 +47,16 @@ struct Summary {
     lines: Lines,
 }
 
-/// Runs the kept inputs of these targets and prints a table.
-pub(super) fn run(targets: &[String]) -> Result<()> {
+/// Builds the targets; runs the kept inputs of these, and prints a table.
+pub(super) fn run(targets: &[String], runs: bool) -> Result<()> {
     let tools = tools()?;
     let here = Arch::of_this_machine();
     let directory = here.target("fuzz-coverage");
     let flags = ["--cfg=fuzzing", "-Cinstrument-coverage"];
     proc::run(&mut super::build_command(&directory, &flags)?)?;
+    if !runs {
+        return Ok(());
+    }
     let programs = directory.join(here.gnu()).join("fuzz");
     let profiles = directory.join("profiles");
     if profiles.exists() {
@@ -86,7 +84,9 @@ pub(super) fn run(targets: &[String]) -> Result<()> {
     let export: Export = serde_json::from_str(&text).context("the report of llvm-cov")?;
     let files = export.data.into_iter().flat_map(|data| data.files);
     let files = files.map(|file| (file.filename, file.summary.lines));
-    print!("{}", table(files, &proc::checkout()));
+    let parts = parts(files, &proc::checkout());
+    print!("{}", table(&parts));
+    Record::change(|record| record.coverage = parts)?;
     Ok(())
 }
 
@@ -100,7 +100,8 @@ fn replay(programs: &Path, target: &str, profiles: &Path) -> Result<()> {
     eprintln!("fuzz: {target} runs {} inputs", inputs.len());
     for (number, some) in inputs.chunks(BATCH).enumerate() {
         let profile = profiles.join(format!("{target}-{number}.profraw"));
-        let status = super::target_command(programs, target)
+        let (mut command, _temporary) = super::target_command(programs, target)?;
+        let status = command
             .args(some)
             .env("LLVM_PROFILE_FILE", &profile)
             .stdout(Stdio::null())
@@ -125,7 +126,7 @@ fn tools() -> Result<PathBuf> {
 }
 
 /// Lines of each device, and of each other crate, from the lines of each file.
-fn table(files: impl Iterator<Item = (String, Lines)>, checkout: &Path) -> String {
+fn parts(files: impl Iterator<Item = (String, Lines)>, checkout: &Path) -> BTreeMap<String, Lines> {
     let mut parts: BTreeMap<String, Lines> = BTreeMap::new();
     for (name, lines) in files {
         let Ok(path) = Path::new(&name).strip_prefix(checkout) else {
@@ -150,9 +151,14 @@ fn table(files: impl Iterator<Item = (String, Lines)>, checkout: &Path) -> Strin
         sum.count += lines.count;
         sum.covered += lines.covered;
     }
+    parts
+}
+
+/// The table of the parts.
+pub(super) fn table(parts: &BTreeMap<String, Lines>) -> String {
     let mut text = String::from("| part | lines | reached | % |\n|---|---|---|---|\n");
     for (part, Lines { count, covered }) in parts {
-        let percent = (100 * covered).checked_div(count).unwrap_or(0);
+        let percent = (100 * covered).checked_div(*count).unwrap_or(0);
         text += &format!("| {part} | {count} | {covered} | {percent} |\n");
     }
     text
@@ -174,7 +180,7 @@ mod tests {
             ("/elsewhere/devices/src/net/tap.rs", lines(99, 0)),
         ];
         let files = files.map(|(name, lines)| (name.to_owned(), lines));
-        let text = table(files.into_iter(), Path::new("/w"));
+        let text = table(&parts(files.into_iter(), Path::new("/w")));
         let rows: Vec<&str> = text.lines().skip(2).collect();
         assert_eq!(
             rows,
