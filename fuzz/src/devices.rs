@@ -3,32 +3,43 @@
 //! A device serves the contents of a queue at activation before it checks whether it has to stop, so activation and reset
 //! together serve an input, on the device's own threads.
 
+use crate::folders::{Folder, Plan};
+use crate::pool::{Guest, Layout, Lease, REGION};
 use crate::requests::{GUEST_CID, vsock_header};
-use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use crate::user::keep_descriptors;
+use event_manager::{EventManager, SubscriberOps};
 use koya_devices::balloon::Balloon;
 use koya_devices::blk::{Block, Disk, DiskOptions, IoEngine};
-use koya_devices::fs::passthrough::Options;
+use koya_devices::fs::Shares;
+use koya_devices::fs::passthrough::{Options, Passthrough};
+use koya_devices::fs::server::Server;
 use koya_devices::fs::wire::op;
-use koya_devices::fs::{Fs, Shares};
 use koya_devices::mem::Mem;
 use koya_devices::net::{MacAddr, Net, NetOptions, Tap};
 use koya_devices::rate_limit::RateLimits;
 use koya_devices::rng::Rng;
-use koya_devices::test_utils::{Buffer, Driver, IdleLoop, MEMORY_SIZE};
+use koya_devices::test_utils::{Buffer, IdleLoop};
 use koya_devices::virtio::mmio::MmioTransport;
-use koya_devices::virtio::{Activation, ActiveQueue, Memory, VirtioDevice, Worker};
+use koya_devices::virtio::{Activation, ActiveQueue, VirtioDevice, Worker};
 use koya_devices::vsock::{Ports, Vsock};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+use std::cell::Cell;
 use std::fs::File;
 use std::sync::Arc;
-use vm_memory::GuestAddress;
 
 const QUEUE: u16 = 64;
 const DISK_BYTES: u64 = 64 << 10;
 
+type Manager = EventManager<Box<dyn event_manager::MutEventSubscriber + Send>>;
+
+thread_local! {
+    /// The event loop, which is used again.
+    static MANAGER: Cell<Option<Manager>> = const { Cell::new(None) };
+}
+
 /// Activates a device with its queues, and resets it.
-fn serve(device: &mut dyn VirtioDevice, driver: &Driver, queues: Vec<ActiveQueue>) {
+fn serve(device: &mut dyn VirtioDevice, driver: &Guest, queues: Vec<ActiveQueue>) {
     let activated = device.activate(Activation {
         memory: driver.memory().clone(),
         interrupt: driver.recorder().clone(),
@@ -37,11 +48,13 @@ fn serve(device: &mut dyn VirtioDevice, driver: &Driver, queues: Vec<ActiveQueue
     });
     let worker = match activated {
         Ok(Worker::EventLoop(worker)) => {
-            let mut manager =
-                EventManager::<Box<dyn MutEventSubscriber + Send>>::new().expect("epoll");
+            let manager = MANAGER.take();
+            let mut manager = manager.unwrap_or_else(|| EventManager::new().expect("epoll"));
             let id = manager.add_subscriber(worker);
             manager.run_with_timeout(0).expect("epoll");
-            manager.remove_subscriber(id).ok()
+            let worker = manager.remove_subscriber(id).ok();
+            MANAGER.set(Some(manager));
+            worker
         }
         _ => None,
     };
@@ -54,7 +67,7 @@ fn serve(device: &mut dyn VirtioDevice, driver: &Driver, queues: Vec<ActiveQueue
 /// # Panics
 /// If the device has a bug, or the host is out of memory.
 pub fn block_requests(data: &[u8]) {
-    let mut driver = Driver::new(QUEUE);
+    let mut driver = Guest::new(QUEUE);
     let chunks = data.chunks_exact(8);
     for bytes in chunks.take(usize::from(QUEUE) / 4) {
         let [kind, s0, s1, s2, given, room, cut, status] = bytes else {
@@ -86,8 +99,9 @@ pub fn block_requests(data: &[u8]) {
         ..DiskOptions::default()
     };
     let disk = Disk::from_file(file.try_clone().expect("a descriptor"), options).expect("a disk");
-    let engine = match data.len() % 16 {
-        0 => IoEngine::Auto,
+    // A ring takes the host longer than the requests.
+    let engine = match data.len() % 64 {
+        63 => IoEngine::Auto,
         _ => IoEngine::Calls,
     };
     let mut device = Block::new(disk, 1).expect("a device").with_engine(engine);
@@ -100,8 +114,8 @@ pub fn block_requests(data: &[u8]) {
 /// # Panics
 /// If the device has a bug, or the host is out of sockets.
 pub fn net_buffers(data: &[u8]) {
-    let mut receive = Driver::new(QUEUE);
-    let mut sends = Driver::new(QUEUE);
+    let mut receive = Guest::new(QUEUE);
+    let mut sends = Guest::new(QUEUE);
     for bytes in data.chunks_exact(2).take(usize::from(QUEUE) / 2) {
         let len = u32::from(bytes[0]) * u32::from(bytes[1] % 32 + 1);
         receive.offer(&[Buffer::Writable(len)]);
@@ -138,7 +152,7 @@ pub fn net_buffers(data: &[u8]) {
 /// # Panics
 /// If the device has a bug.
 pub fn balloon_requests(data: &[u8]) {
-    let mut drivers = [0; 4].map(|_| Driver::new(QUEUE));
+    let mut drivers = [0; 4].map(|_| Guest::new(QUEUE));
     for (index, bytes) in data.chunks(24).enumerate().take(usize::from(QUEUE)) {
         let buffer = match index % 4 {
             3 => Buffer::Writable(u32::from(bytes[0]) * 64),
@@ -147,7 +161,7 @@ pub fn balloon_requests(data: &[u8]) {
         drivers[index % 4].offer(&[buffer]);
     }
     let mut device = Balloon::new().expect("a device");
-    let queues = drivers.iter().map(Driver::queue).collect();
+    let queues = drivers.iter().map(|driver| driver.queue()).collect();
     serve(&mut device, &drivers[0], queues);
 }
 
@@ -156,14 +170,8 @@ pub fn balloon_requests(data: &[u8]) {
 /// # Panics
 /// If the device has a bug.
 pub fn mem_requests(data: &[u8]) {
-    const START: u64 = 1 << 32;
-    const SIZE: u64 = 64 << 20;
-    let ranges = [
-        (GuestAddress(0), MEMORY_SIZE),
-        (GuestAddress(START), SIZE as usize),
-    ];
-    let memory = Memory::from_ranges(&ranges).expect("memory");
-    let mut driver = Driver::with_memory(Arc::new(memory), QUEUE);
+    const START: u64 = REGION.0;
+    let mut driver = Guest::with(Layout::Hotplug, QUEUE);
     for bytes in data.chunks_exact(8).take(usize::from(QUEUE) / 2) {
         let block = u64::from(bytes[1]) % 40;
         let address = START + (block << 21) + u64::from(bytes[2] % 16 / 15) * 4096;
@@ -182,7 +190,7 @@ pub fn mem_requests(data: &[u8]) {
             Buffer::Writable(10 - u32::from(bytes[7] / 250)),
         ]);
     }
-    let mut device = Mem::new(START, SIZE, 128 << 20).expect("a device");
+    let mut device = Mem::new(START, REGION.1, 128 << 20).expect("a device");
     let handle = device.handle();
     handle.set_requested(u64::from(data.first().copied().unwrap_or(255)) << 20);
     serve(&mut device, &driver, vec![driver.queue()]);
@@ -194,15 +202,31 @@ pub fn mem_requests(data: &[u8]) {
 /// # Panics
 /// If the device has a bug.
 pub fn entropy_requests(data: &[u8]) {
-    let mut driver = Driver::new(QUEUE);
+    let mut driver = Guest::new(QUEUE);
     for bytes in data.chunks_exact(2).take(usize::from(QUEUE) / 2) {
         driver.offer(&[
             Buffer::Readable(vec![0; usize::from(bytes[0] % 4)]),
-            Buffer::Writable(u32::from(bytes[1]) * 64),
+            // Few are long: to make random bytes takes the host a while.
+            Buffer::Writable(u32::from(bytes[1]) * if bytes[0] < 240 { 1 } else { 64 }),
         ]);
     }
     serve(&mut Rng::default(), &driver, vec![driver.queue()]);
 }
+
+/// Contents of the directory shared in [`fs_requests`].
+static SHARE: Plan = Plan {
+    name: "requests",
+    changing: &["share"],
+    set_up: |dir| std::fs::write(dir.join("outside"), OUTSIDE),
+    fill: |dir| {
+        let share = dir.join("share");
+        std::fs::create_dir(share.join("dir"))?;
+        std::fs::write(share.join("file"), "text")?;
+        std::os::unix::fs::symlink("/etc", share.join("link"))
+    },
+};
+
+const OUTSIDE: &[u8] = b"not the guest's";
 
 /// FUSE requests, 24 bytes each: opcode, node, and the body. The share is a directory of this process.
 ///
@@ -210,14 +234,9 @@ pub fn entropy_requests(data: &[u8]) {
 /// If the device has a bug, or the host cannot create a directory.
 pub fn fs_requests(data: &[u8]) {
     const NAMES: [&[u8]; 6] = [b"file\0", b"dir\0", b"link\0", b"..\0", b"a/b\0", b"\0"];
-    let dir = tempfile::tempdir().expect("a directory");
-    let place = dir.path().join("share");
-    std::fs::create_dir_all(place.join("dir")).expect("a directory");
-    std::fs::write(place.join("file"), "text").expect("a file");
-    std::os::unix::fs::symlink("/etc", place.join("link")).expect("a link");
-    let outside = dir.path().join("outside");
-    std::fs::write(&outside, "not the guest's").expect("a file");
-    let mut driver = Driver::new(QUEUE);
+    keep_descriptors();
+    let dir = Folder::take(&SHARE);
+    let mut driver = Guest::new(QUEUE);
     // The guest knows the share, the file and the directory.
     let mut requests: Vec<Vec<u8>> = vec![
         fuse(1, 1, 0, b"share\0"),
@@ -249,15 +268,22 @@ pub fn fs_requests(data: &[u8]) {
         driver.offer(&[Buffer::Readable(request), Buffer::Writable(4096)]);
     }
     let shares = Shares::default();
-    shares.add("share", &place, false).expect("a share");
-    let mut device = Fs::new("fuzz", shares, Options::default(), 1).expect("a device");
+    shares
+        .add("share", dir.at("share"), false)
+        .expect("a share");
+    let files = Passthrough::new(shares, Options::default()).expect("a server");
     // Keeps watches enabled.
-    let _events = device.host_events();
-    // The high-priority queue has no requests.
-    let queues = vec![Driver::new(QUEUE).queue(), driver.queue()];
-    serve(&mut device, &driver, queues);
-    let text = std::fs::read(&outside).expect("the file outside");
-    assert_eq!(text, b"not the guest's");
+    let _events = files.host_events();
+    let server = Server::new(files);
+    // On this thread; those of the device are part of `life_files`.
+    let mut queue = driver.queue();
+    while let Some(chain) = queue.pop().expect("a ring") {
+        let len = server.serve(&chain, driver.memory()).unwrap_or(0);
+        queue.complete(chain.head(), len).expect("a ring");
+    }
+    server.clear();
+    let text = std::fs::read(dir.at("outside")).expect("the file outside");
+    assert_eq!(text, OUTSIDE);
 }
 
 /// A FUSE request of this user, whose group has the same number: `struct fuse_in_header` and a body.
@@ -280,8 +306,8 @@ pub(crate) fn fuse(opcode: u32, node: u64, user: u32, body: &[u8]) -> Vec<u8> {
 pub fn vsock_packets(data: &[u8]) {
     let ports = Ports::new().expect("a descriptor");
     let listener = ports.listen(1).expect("a port");
-    let mut sends = Driver::new(QUEUE);
-    let mut receive = Driver::new(QUEUE);
+    let (mut sends, mut receive) = (Guest::new(QUEUE), Guest::new(QUEUE));
+    let events = Guest::new(QUEUE);
     for bytes in data.chunks_exact(12).take(usize::from(QUEUE) / 2) {
         let payload = vec![bytes[10]; usize::from(bytes[11])];
         let len = match bytes[9] {
@@ -300,7 +326,7 @@ pub fn vsock_packets(data: &[u8]) {
         receive.offer(&[Buffer::Writable(4096)]);
     }
     let mut device = Vsock::new(GUEST_CID, ports);
-    let queues = vec![receive.queue(), sends.queue(), Driver::new(QUEUE).queue()];
+    let queues = vec![receive.queue(), sends.queue(), events.queue()];
     serve(&mut device, &sends, queues);
     drop(listener);
 }
@@ -311,7 +337,10 @@ pub fn vsock_packets(data: &[u8]) {
 /// # Panics
 /// If the transport has a bug.
 pub fn transport_registers(data: &[u8]) {
-    let memory = Driver::new(QUEUE).memory().clone();
+    let mut guest = Lease::new(Layout::Plain);
+    // Queues may be anywhere.
+    guest.discard();
+    let memory = guest.clone();
     let transport = || {
         let events = Arc::new(IdleLoop::default());
         MmioTransport::new(Box::new(Rng::default()), memory.clone(), events).expect("a window")

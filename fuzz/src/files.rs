@@ -4,21 +4,24 @@
 //! No request changes anything outside the shares, nor anything shared read-only.
 
 use crate::devices::fuse;
+use crate::folders::{Folder, Plan};
 use crate::input::Input;
+use crate::pool::Guest;
+use crate::user::{User, keep_descriptors};
 use koya_devices::fs::passthrough::{Options, Passthrough};
 use koya_devices::fs::server::Server;
 use koya_devices::fs::wire::op;
-use koya_devices::fs::{Cache, ShareOptions, Shares};
-use koya_devices::test_utils::{Buffer, Driver};
+use koya_devices::fs::{Cache, HostEvents, ShareOptions, Shares};
+use koya_devices::test_utils::Buffer;
 use koya_devices::virtio::ActiveQueue;
 use rustix::fs::{Mode, OFlags, open};
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 const QUEUE: u16 = 16;
 
@@ -34,13 +37,13 @@ struct Known {
 
 /// A thread of the guest, with its connection to the server.
 struct Asker {
-    driver: Driver,
+    driver: Guest,
     queue: ActiveQueue,
 }
 
 impl Asker {
     fn new() -> Self {
-        let driver = Driver::new(QUEUE);
+        let driver = Guest::new(QUEUE);
         let queue = driver.queue();
         Self { driver, queue }
     }
@@ -71,48 +74,65 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
-struct World {
-    dir: tempfile::TempDir,
-    shares: Shares,
-    server: Server,
-    known: Mutex<Known>,
+/// The directories: what is shared read-only and what is not shared must never change, and stays.
+static PLAN: Plan = Plan {
+    name: "state",
+    changing: &["rw", "late"],
+    set_up: |dir| {
+        fs::create_dir_all(dir.join("ro/dir"))?;
+        fs::create_dir_all(dir.join("outside/dir"))?;
+        fs::write(dir.join("ro/file"), "read only")?;
+        fs::write(dir.join("ro/dir/x"), "x")?;
+        fs::write(dir.join("outside/file"), SECRET)?;
+        symlink("/", dir.join("ro/link"))
+    },
+    fill: |dir| {
+        fs::create_dir_all(dir.join("rw/dir/deep"))?;
+        fs::write(dir.join("rw/file"), "text")?;
+        symlink("../outside/file", dir.join("rw/link"))
+    },
+};
+
+/// Files that must never change, with what a change alters. The time of the last change suffices, since there is no
+/// way to set it, and they were created earlier than in the same tick of the clock.
+const UNTOUCHED: [&str; 7] = [
+    "ro",
+    "ro/dir",
+    "ro/file",
+    "ro/dir/x",
+    "ro/link",
+    "outside",
+    "outside/file",
+];
+
+fn changes(world: &World) -> Vec<Option<(i64, i64, u64, u64)>> {
+    let all = UNTOUCHED.iter().map(|name| {
+        let found = fs::symlink_metadata(world.at(name)).ok()?;
+        Some((
+            found.ctime(),
+            found.ctime_nsec(),
+            found.ino(),
+            found.nlink(),
+        ))
+    });
+    all.collect()
 }
 
-/// The contents of a directory tree: modes, owners, and file contents or link targets.
-fn tree(directory: &Path) -> BTreeMap<PathBuf, (u32, u32, u64, Vec<u8>)> {
-    let mut all = BTreeMap::new();
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let path = entry.path();
-        let Ok(found) = fs::symlink_metadata(&path) else {
-            continue;
-        };
-        let content = match found.file_type() {
-            kind if kind.is_dir() => {
-                all.extend(tree(&path));
-                Vec::new()
-            }
-            kind if kind.is_file() => fs::read(&path).unwrap_or_default(),
-            _ => Vec::new(),
-        };
-        all.insert(path, (found.mode(), found.uid(), found.nlink(), content));
-    }
-    all
+struct World {
+    user: Option<User>,
+    dir: Folder,
+    shares: Shares,
+    server: Server,
+    events: Option<HostEvents>,
+    known: Mutex<Known>,
 }
 
 impl World {
     fn new(input: &mut Input<'_>) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let at = |name: &str| dir.path().join(name);
-        for name in ["rw/dir/deep", "ro/dir", "outside/dir", "late"] {
-            fs::create_dir_all(at(name)).expect("a directory");
-        }
-        fs::write(at("rw/file"), "text").expect("a file");
-        fs::write(at("ro/file"), "read only").expect("a file");
-        fs::write(at("ro/dir/x"), "x").expect("a file");
-        fs::write(at("outside/file"), SECRET).expect("a file");
-        symlink("../outside/file", at("rw/link")).expect("a link");
-        symlink("/", at("ro/link")).expect("a link");
-        let choice = input.byte();
+        keep_descriptors();
+        let dir = Folder::take(&PLAN);
+        let at = |name: &str| dir.at(name);
+        let (choice, kind) = (input.byte(), input.byte());
         let shares = Shares::default();
         shares.add("rw", at("rw"), false).expect("a share");
         shares.add("ro", at("ro"), true).expect("a share");
@@ -122,32 +142,75 @@ impl World {
             max_descriptors: [8, 12, 64, 1024][usize::from(choice / 4 % 4)],
             max_nodes: [8, 32, 1024, 0][usize::from(choice / 16 % 4)],
         };
-        let files = Passthrough::new(shares.clone(), options).expect("a server");
-        if choice >= 128 {
-            // Keeps watches enabled.
-            drop(files.host_events());
+        let mut user = None;
+        if kind % 4 == 3 && rustix::process::geteuid().is_root() {
+            for name in ["rw", "rw/dir", "rw/dir/deep", "rw/file", "rw/link"] {
+                lchown(at(name), Some(User::ID), None).expect("root may give files away");
+            }
+            user = User::become_one();
         }
-        Self {
+        let files = Passthrough::new(shares.clone(), options).expect("a server");
+        // The guest may watch files as long as somebody wants the events.
+        let events = (choice >= 128).then(|| files.host_events());
+        let world = Self {
+            user,
             dir,
             shares,
             server: Server::new(files),
+            events,
             known: Mutex::new(Known {
                 nodes: vec![1],
                 handles: vec![(1, 0)],
             }),
+        };
+        if kind & 4 == 0 {
+            world.begin(&mut Asker::new());
+        }
+        world
+    }
+
+    /// What most guests begin with: both shares, a file and directories, some of them open.
+    fn begin(&self, asker: &mut Asker) {
+        let mut init = Vec::new();
+        for word in [7u32, 38, 0, u32::MAX, u32::MAX] {
+            init.extend(word.to_le_bytes());
+        }
+        init.extend([0; 44]);
+        self.send(asker, fuse(op::INIT, 0, 0, &init), 0);
+        let node = |index: usize| {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.nodes.get(index).copied().unwrap_or(1)
+        };
+        let steps: [(u32, usize, &[u8]); 8] = [
+            (op::LOOKUP, 0, b"rw\0"),
+            (op::LOOKUP, 0, b"ro\0"),
+            (op::LOOKUP, 1, b"file\0"),
+            (op::LOOKUP, 1, b"dir\0"),
+            // Read and write.
+            (op::OPEN, 3, &[2, 0, 0, 0, 0, 0, 0, 0]),
+            (op::OPENDIR, 1, &[0; 8]),
+            (op::LOOKUP, 4, b"deep\0"),
+            (op::LOOKUP, 2, b"file\0"),
+        ];
+        for (opcode, index, body) in steps {
+            self.send(asker, fuse(opcode, node(index), 0, body), 0);
         }
     }
 
     fn at(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.dir.at(name)
     }
 
     /// Sends a request of the guest and records the nodes and handles of the reply.
     fn ask(&self, asker: &mut Asker, input: &mut Input<'_>) {
         let request = self.request(input);
+        self.send(asker, request, input.byte());
+    }
+
+    /// Sends a request with room for a reply of one of several sizes.
+    fn send(&self, asker: &mut Asker, request: Vec<u8>, size: u8) {
         let opcode = u32::from_le_bytes(request[4..8].try_into().expect("four bytes"));
         let node = u64::from_le_bytes(request[16..24].try_into().expect("eight bytes"));
-        let size = input.byte();
         let room = [4096, 160, 144, 128, 16, 80, 65_552, 24][usize::from(size % 8)];
         let mut buffers = Vec::new();
         // In one part, or in two.
@@ -318,7 +381,8 @@ impl World {
             op::REMOVEXATTR => body.extend_from_slice(input.pick(&ATTRIBUTES)),
             op::HOST_WATCH => {
                 body.extend(u64::from(input.byte()).to_le_bytes());
-                words(body, &[input.long(), 0]);
+                let mask = input.long();
+                words(body, &[input.pick(&[u32::MAX, 0xfff, 0x3c0, mask]), 0]);
             }
             op::INIT => {
                 words(body, &[7, 38, 0, u32::MAX, u32::MAX]);
@@ -333,6 +397,10 @@ impl World {
 
     /// A concurrent change on the host: never through a link, which may lead outside.
     fn change(&self, input: &mut Input<'_>) {
+        User::rest(self.user.as_ref(), || self.change_as_root(input));
+    }
+
+    fn change_as_root(&self, input: &mut Input<'_>) {
         let names = ["rw/file", "rw/dir", "rw/new", "rw/link", "rw/other"];
         let (one, two) = (self.at(input.pick(&names)), self.at(input.pick(&names)));
         let open = |path: &Path| {
@@ -350,7 +418,7 @@ impl World {
             6 => symlink("../outside/file", one).ok(),
             7 => fs::hard_link(one, two).ok(),
             8 => {
-                let name = input.pick(&["rw", "ro", "late", "1"]);
+                let name = input.pick(&["rw", "ro", "1", "2"]);
                 self.shares.remove(name).then_some(())
             }
             9 => self.shares.add("rw", self.at("rw"), false).ok(),
@@ -370,6 +438,24 @@ impl World {
         };
     }
 
+    /// Receives the events so far. This takes some time, since they are collected.
+    fn receive(&self) {
+        let Some(events) = &self.events else {
+            return;
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while let Some(some) = events.next().expect("the host can read them") {
+                    for event in some {
+                        assert!(event.nodeid > 0 && event.name.len() <= 255, "{event:?}");
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(15));
+            self.server.files().end_host_events();
+        });
+    }
+
     /// Shares a directory, unless the name has become that of a link.
     fn share(&self, name: &str, read_only: bool) -> Option<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -383,7 +469,9 @@ impl World {
     }
 }
 
-const NAMES: [&[u8]; 14] = [
+const NAMES: [&[u8]; 16] = [
+    b"1\0",
+    b"2\0",
     b"rw\0",
     b"ro\0",
     b"file\0",
@@ -418,7 +506,8 @@ fn open_flags(input: &mut Input<'_>) -> u32 {
 
 /// Opcodes that create most of the guest's state.
 fn input_opcode(byte: u8) -> u32 {
-    const OFTEN: [u32; 13] = [
+    const OFTEN: [u32; 14] = [
+        op::HOST_WATCH,
         op::LOOKUP,
         op::LOOKUP,
         op::LOOKUP,
@@ -443,8 +532,7 @@ fn input_opcode(byte: u8) -> u32 {
 pub fn fs_state(data: &[u8]) {
     let mut input = Input::new(data);
     let world = World::new(&mut input);
-    let untouched = || (tree(&world.at("ro")), tree(&world.at("outside")));
-    let before = untouched();
+    let before = changes(&world);
     let mut asker = Asker::new();
     for _ in 0..150 {
         if input.is_empty() {
@@ -454,6 +542,15 @@ pub fn fs_state(data: &[u8]) {
             0..=199 => world.ask(&mut asker, &mut input),
             200..=246 => world.change(&mut input),
             247 => world.server.clear(),
+            248..=254 => {
+                // Taken in turn by two of the guest's threads.
+                let mut other = Asker::new();
+                for _ in 0..input.byte() % 8 {
+                    world.ask(&mut other, &mut input);
+                    world.ask(&mut asker, &mut input);
+                }
+            }
+            // At the same time: what happens is not the same in each run.
             _ => {
                 let (mut one, mut two) = (Input::new(input.bytes(96)), Input::new(input.bytes(96)));
                 std::thread::scope(|scope| {
@@ -471,6 +568,13 @@ pub fn fs_state(data: &[u8]) {
             }
         }
     }
+    if data.len() % 16 == 15 && data.first().is_some_and(|first| *first >= 240) {
+        world.receive();
+    }
     world.server.clear();
-    assert_eq!(untouched(), before, "something that is not to be changed");
+    assert_eq!(
+        changes(&world),
+        before,
+        "something that is not to be changed"
+    );
 }

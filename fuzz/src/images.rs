@@ -1,5 +1,6 @@
 //! Images: each is unpacked or rejected, and nothing outside its root changes.
 
+use crate::folders::{Folder, Plan};
 use crate::input::Input;
 use koya_image::{Image, Limits, Options};
 use std::fs;
@@ -12,18 +13,22 @@ const KINDS: u8 = 8;
 /// The last byte of a block that gets a header's checksum: the fuzzer would hardly find one.
 const SEAL: u8 = 1;
 
+/// Directories of an image.
+static PLAN: Plan = Plan {
+    name: "images",
+    changing: &["image", "root", "scratch"],
+    set_up: |dir| fs::write(dir.join("outside"), "outside"),
+    fill: |_| Ok(()),
+};
+
 /// An image of the kind in the first byte: an index, a manifest, a configuration, a whole archive, or a layer that is
 /// uncompressed, compressed here, or compressed in the input.
 pub fn image_files(data: &[u8]) {
     let Some((kind, rest)) = data.split_first() else {
         return;
     };
-    let dir = tempfile::tempdir().expect("a directory");
-    let at = |name: &str| dir.path().join(name);
-    for name in ["image", "scratch", "root"] {
-        fs::create_dir(at(name)).expect("a directory");
-    }
-    fs::write(at("outside"), "outside").expect("a file");
+    let dir = Folder::take(&PLAN);
+    let at = |name: &str| dir.at(name);
     let mut path = at("image");
     let write =
         |name: &str, bytes: &[u8]| fs::write(at("image").join(name), bytes).expect("a file");
@@ -37,7 +42,7 @@ pub fn image_files(data: &[u8]) {
             write("manifest.json", manifest);
         }
         3 => {
-            path = at("archive");
+            path = at("image/archive");
             fs::write(&path, sealed(rest)).expect("a file");
         }
         kind => {
@@ -51,7 +56,6 @@ pub fn image_files(data: &[u8]) {
         .expect("the directory")
         .map(|entry| entry.expect("an entry").file_name())
         .collect();
-    names.retain(|name| name != "archive");
     names.sort();
     assert_eq!(names, ["image", "outside", "root", "scratch"]);
     let outside = fs::read(at("outside")).expect("the file");
@@ -64,12 +68,8 @@ pub fn image_files(data: &[u8]) {
 /// If anything outside the root changes, or the host cannot create a directory.
 pub fn image_layers(data: &[u8]) {
     let mut input = Input::new(data);
-    let dir = tempfile::tempdir().expect("a directory");
-    let at = |name: &str| dir.path().join(name);
-    for name in ["image", "scratch", "root"] {
-        fs::create_dir(at(name)).expect("a directory");
-    }
-    fs::write(at("outside"), "outside").expect("a file");
+    let dir = Folder::take(&PLAN);
+    let at = |name: &str| dir.at(name);
     let mut names = Vec::new();
     for number in 0..=input.byte() % 3 {
         let (packing, entries) = (input.byte() % 3 + 4, input.byte() % 8);

@@ -3,17 +3,22 @@
 //! `cargo xtask fuzz` runs them with libFuzzer (one file in `targets` each); the tests below replay inputs of past bugs, and
 //! a few thousand random ones, on any machine.
 
+#[cfg(test)]
+mod chains;
 mod devices;
 mod files;
+mod folders;
 mod host;
 mod hosts;
 mod images;
 mod input;
 mod lives;
 mod machine;
+mod pool;
 mod requests;
 mod saved;
 mod streams;
+mod user;
 
 pub use devices::{
     balloon_requests, block_requests, entropy_requests, fs_requests, mem_requests, net_buffers,
@@ -26,8 +31,9 @@ pub use lives::{life_block, life_files, life_memory, life_net, life_vsock};
 pub use machine::{kernel_images, panic_logs, serial_ports};
 pub use streams::vsock_streams;
 
-use koya_devices::test_utils::{Driver, MEMORY_SIZE};
+use koya_devices::test_utils::MEMORY_SIZE;
 use koya_devices::virtio::Chain;
+use pool::Guest;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -56,7 +62,8 @@ pub(crate) fn assert_plain(text: &str) {
 /// indices near that of the table, to keep the search effective.
 pub fn descriptor_chain(data: &[u8]) {
     const QUEUE: u16 = 16;
-    let mut driver = Driver::new(QUEUE);
+    const TABLE: u64 = 0x8000;
+    let mut driver = Guest::new(QUEUE);
     let mut entries = Vec::new();
     for bytes in data.chunks_exact(16) {
         let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
@@ -65,6 +72,7 @@ pub fn descriptor_chain(data: &[u8]) {
         let near = address % (MEMORY_SIZE as u64 + 4096);
         let len = if bytes[8] % 4 == 0 { len } else { len % 8192 };
         entries.push((near, len, word(12) & 7, word(14) % (QUEUE + 2)));
+        driver.lease().touch(near, len.into());
     }
     for (index, entry) in entries.iter().enumerate().take(QUEUE.into()) {
         driver.set_descriptor(index as u16, entry.0, entry.1, entry.2, entry.3);
@@ -72,7 +80,8 @@ pub fn descriptor_chain(data: &[u8]) {
     if let Some(rest) = entries.get(usize::from(QUEUE)..)
         && !rest.is_empty()
     {
-        driver.set_indirect(0, 0x8000, rest);
+        driver.lease().touch(TABLE, 16 * rest.len() as u64);
+        driver.set_indirect(0, TABLE, rest);
     }
     for head in 0..QUEUE {
         driver.make_available(head);
@@ -84,24 +93,34 @@ pub fn descriptor_chain(data: &[u8]) {
     }
     let mut queue = driver.queue();
     let memory = driver.memory().clone();
+    let mut limit = MOST_COPIED;
     for _ in 0..2 * QUEUE {
         let Ok(Some(chain)) = queue.pop() else { return };
-        use_chain(&chain, &memory);
+        use_chain(&chain, &memory, &mut limit);
         if queue.complete(chain.head(), chain.writable_len()).is_err() {
             return;
         }
     }
 }
 
-/// Reads and writes everything in a checked chain, and tries to access more.
-fn use_chain(chain: &Chain, memory: &koya_devices::virtio::Memory) {
-    let readable = chain.readable_len().min(1 << 16);
-    let mut bytes = vec![0; readable as usize];
+/// Maximum number of bytes copied by an input: chains may overlap, and be many.
+const MOST_COPIED: u32 = 64 << 10;
+
+/// Reads and writes everything in a checked chain, up to this limit at its start and at its end, and tries to access more.
+fn use_chain(chain: &Chain, memory: &koya_devices::virtio::Memory, limit: &mut u32) {
+    let mut part = |all: u32| {
+        let len = all.min(*limit / 2);
+        *limit -= len;
+        (len as usize, all - len)
+    };
+    let (len, at) = part(chain.readable_len());
+    let mut bytes = vec![0; len];
     chain.read(memory, 0, &mut bytes).expect("what it offers");
-    let writable = chain.writable_len().min(1 << 16);
-    chain
-        .write(memory, 0, &vec![0x5a; writable as usize])
-        .expect("what it offers");
+    chain.read(memory, at, &mut bytes).expect("what it offers");
+    let (len, at) = part(chain.writable_len());
+    let bytes = vec![0x5a; len];
+    chain.write(memory, 0, &bytes).expect("what it offers");
+    chain.write(memory, at, &bytes).expect("what it offers");
     assert!(chain.read(memory, chain.readable_len(), &mut [0]).is_err());
     assert!(chain.write(memory, chain.writable_len(), &[0]).is_err());
 }

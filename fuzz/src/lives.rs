@@ -1,16 +1,18 @@
 //! Devices behind their registers: a driver sets one up, uses it, breaks it, resets it during requests, and has it saved and
 //! restored, in any order.
 
-use crate::hosts::{Choices, DISK_BYTES, Host, Kind, MEM_SIZE, MEM_START, device};
+use crate::hosts::{Choices, DISK_BYTES, Host, Kind, MEM_START, Streams, device};
 use crate::input::Input;
+use crate::pool::{Layout, Lease};
 use crate::{requests, saved};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use koya_devices::test_utils::{Buffer, MEMORY_SIZE};
-use koya_devices::virtio::Memory;
 use koya_devices::virtio::mmio::{EventLoop, MmioTransport};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
@@ -39,6 +41,10 @@ struct Steps(
     Mutex<Ids>,
 );
 
+thread_local! {
+    static FREE: Cell<Option<Arc<Steps>>> = const { Cell::new(None) };
+}
+
 #[derive(Default)]
 struct Ids {
     last: u64,
@@ -51,6 +57,22 @@ impl Steps {
             Mutex::new(EventManager::new().expect("epoll")),
             Mutex::default(),
         )
+    }
+
+    /// The event loop of the last input, if nothing is left in it.
+    fn take() -> Arc<Self> {
+        let kept = FREE.take();
+        kept.unwrap_or_else(|| Arc::new(Self::new()))
+    }
+
+    fn keep(self: Arc<Self>) {
+        let is_empty = |ids: &Mutex<Ids>| {
+            let ids = ids.lock().unwrap_or_else(PoisonError::into_inner);
+            ids.known.is_empty()
+        };
+        if Arc::strong_count(&self) == 1 && is_empty(&self.1) {
+            FREE.set(Some(self));
+        }
     }
 
     fn run(&self) {
@@ -84,10 +106,11 @@ impl EventLoop for Steps {
 
 struct Guest {
     choices: Choices,
-    memory: Arc<Memory>,
-    events: Arc<Steps>,
     window: MmioTransport,
+    events: Arc<Steps>,
     host: Host,
+    /// Released after the device.
+    memory: Lease,
     /// The next descriptor, the next entry of the available ring, and the size of each queue.
     queues: Vec<(u16, u16, u16)>,
     /// Address of the next buffer.
@@ -104,21 +127,24 @@ const DATA: u64 = 0x20_0000;
 
 impl Guest {
     fn new(choices: Choices) -> Self {
-        let mut ranges = vec![(GuestAddress(0), MEMORY_SIZE)];
-        if choices.kind == Kind::Mem {
-            ranges.push((GuestAddress(MEM_START), MEM_SIZE as usize));
-        }
-        let memory = Arc::new(Memory::from_ranges(&ranges).expect("memory"));
-        let (device, host) = device(choices, None);
-        let events = Arc::new(Steps::new());
+        let layout = match choices.kind {
+            Kind::Mem if choices.plugs_slots() => Layout::Pluggable,
+            Kind::Mem => Layout::Hotplug,
+            _ => Layout::Plain,
+        };
+        let memory = Lease::new(layout);
+        let plugged = choices.plugs_slots().then_some(&*memory);
+        let (device, host) = device(choices, plugged, None);
+        let events = Steps::take();
         let queues = vec![(0, 0, 0); device.queue_sizes().len()];
-        let window = MmioTransport::new(device, memory.clone(), events.clone()).expect("a window");
+        let window =
+            MmioTransport::new(device, Arc::clone(&memory), events.clone()).expect("a window");
         Self {
             choices,
-            memory,
-            events,
             window,
+            events,
             host,
+            memory,
             queues,
             room: DATA,
         }
@@ -163,6 +189,7 @@ impl Guest {
             let size = max.min(16 << (oddity % 4));
             let [descriptors, available, used] = rings(index as u64);
             self.write(register::QUEUE_SIZE, size.into());
+            self.touch_queue(index as u64, size.into());
             self.write_long(register::DESCRIPTORS, descriptors);
             self.write_long(register::AVAILABLE, available);
             let odd = oddity == 255 && index == 0;
@@ -180,6 +207,13 @@ impl Guest {
         self.write(register::STATUS, 15);
     }
 
+    fn touch_queue(&mut self, index: u64, size: u64) {
+        let lens = [16 * size, 6 + 2 * size, 6 + 8 * size];
+        for (start, len) in rings(index).into_iter().zip(lens) {
+            self.memory.touch(start, len);
+        }
+    }
+
     /// Adds a chain to the available ring of a queue.
     fn offer(&mut self, queue: usize, buffers: &[Buffer], indirect: bool) {
         let [table, available, _] = rings(queue as u64);
@@ -191,6 +225,7 @@ impl Guest {
         if self.room + total > MEMORY_SIZE as u64 {
             self.room = DATA;
         }
+        self.memory.touch(self.room, total + 16);
         let head = next;
         let own_table = self.room.next_multiple_of(16);
         if indirect {
@@ -259,15 +294,36 @@ impl Guest {
         }
     }
 
+    /// Lets the device's threads run until they have served something of this queue, for a moment at most.
+    fn wait(&self, queue: usize) {
+        let [_, available, used] = rings(queue as u64).map(|ring| GuestAddress(ring + 2));
+        let index = |at| self.memory.read_obj::<u16>(at).ok();
+        let has_threads = matches!(self.choices.kind, Kind::Block | Kind::Net | Kind::Files);
+        if !has_threads || index(available) == index(used) {
+            return;
+        }
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_micros(50));
+            if index(available) == index(used) {
+                break;
+            }
+        }
+    }
+
     /// An event on the host.
     fn happens(&mut self, input: &mut Input<'_>) {
         match &mut self.host {
-            Host::Disk(file) => {
-                // Grows or shrinks the file; the device may notice.
-                let len = DISK_BYTES + (u64::from(input.byte() % 3) << 12);
+            Host::Disk(file, handle) => {
+                // Grows or shrinks the file; the device may notice, or is told.
+                let choice = input.byte();
+                let len = DISK_BYTES + (u64::from(choice % 3) << 12);
                 file.set_len(len).expect("memory");
+                if choice >= 128 {
+                    handle.refresh().expect("whole blocks");
+                }
             }
-            Host::Net(sockets) => {
+            Host::Net(_, handle) if input.byte() >= 192 => handle.set_link(!handle.link()),
+            Host::Net(sockets, _) => {
                 let socket = &sockets[usize::from(input.byte()) % sockets.len()];
                 let len = usize::from(input.word());
                 send(socket, &vec![0x5a; len], SendFlags::empty()).ok();
@@ -287,20 +343,7 @@ impl Guest {
                 handle.set_target(u64::from(input.byte()) << 12);
                 handle.request_statistics();
             }
-            Host::Streams(ports, listener, streams) => {
-                use std::io::Write;
-                if let Ok(stream) = listener.accept_timeout(Duration::ZERO) {
-                    streams.push(stream);
-                }
-                if let Ok(stream) = ports.connect(u32::from(input.byte() % 4)) {
-                    streams.push(stream);
-                }
-                for stream in streams.iter_mut() {
-                    stream.set_nonblocking(true).ok();
-                    stream.write_all(&vec![1; usize::from(input.byte())]).ok();
-                }
-                streams.truncate(usize::from(input.byte() % 4));
-            }
+            Host::Streams(streams) => happens_to(streams, input),
             Host::None => {}
         }
     }
@@ -317,12 +360,15 @@ impl Guest {
         let is_own = odd.is_none();
         if let Some(input) = odd {
             state = saved::changed(&state, input);
+            // The rings may be anywhere.
+            self.memory.discard();
         }
         self.window.shutdown();
         let host = std::mem::replace(&mut self.host, Host::None);
-        let (device, host) = device(self.choices, Some(host));
+        let plugged = self.choices.plugs_slots().then_some(&*self.memory);
+        let (device, host) = device(self.choices, plugged, Some(host));
         self.host = host;
-        let (memory, events) = (self.memory.clone(), self.events.clone());
+        let (memory, events) = (Arc::clone(&self.memory), self.events.clone());
         self.window = MmioTransport::new(device, memory, events).expect("a window");
         let restored = self.window.restore(&state);
         if restored.is_ok() && self.window.resume().is_err() {
@@ -338,6 +384,36 @@ fn len(buffer: &Buffer) -> u64 {
         Buffer::Readable(bytes) => bytes.len() as u64,
         Buffer::Writable(len) => u64::from(*len),
     }
+}
+
+/// Connections of the host to the guest and of the guest to the host, and data of the host.
+fn happens_to(streams: &mut Streams, input: &mut Input<'_>) {
+    if let Ok(stream) = streams.listener.accept_timeout(Duration::ZERO) {
+        streams.open.push(stream);
+    }
+    if let Ok(stream) = streams.ports.connect(u32::from(input.byte() % 4)) {
+        streams.open.push(stream);
+    }
+    if let Some(sockets) = &streams.sockets {
+        if let Ok((stream, _)) = sockets.listener.accept() {
+            streams.open.push(stream);
+        }
+        if let Ok(mut client) = UnixStream::connect(sockets.path()) {
+            let line = match input.byte() % 4 {
+                0 => input.bytes(24).to_vec(),
+                port => format!("CONNECT {port}\n").into_bytes(),
+            };
+            client.write_all(&line).ok();
+            streams.open.push(client);
+        }
+    }
+    for stream in &mut streams.open {
+        stream.set_nonblocking(true).ok();
+        stream.write_all(&vec![1; usize::from(input.byte())]).ok();
+        // The guest may go on sending.
+        let _some = stream.read(&mut [0; 4096]);
+    }
+    streams.open.truncate(usize::from(input.byte() % 4));
 }
 
 fn live(kind: Kind, data: &[u8]) {
@@ -356,10 +432,13 @@ fn live(kind: Kind, data: &[u8]) {
         step(&mut guest, &mut input);
     }
     guest.window.shutdown();
-    if let Host::Disk(file) = &guest.host {
+    let events = guest.events.clone();
+    if let Host::Disk(file, _) = &guest.host {
         let len = file.metadata().expect("a file").len();
         assert!((DISK_BYTES..=DISK_BYTES + 0x2000).contains(&len), "{len}");
     }
+    drop(guest);
+    events.keep();
 }
 
 fn step(guest: &mut Guest, input: &mut Input<'_>) {
@@ -393,6 +472,9 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
         11 => {
             let register = u64::from(input.byte()) * 4;
             let value = input.number() as u32;
+            if (register::DESCRIPTORS..register::CONFIG).contains(&register) {
+                guest.memory.discard();
+            }
             guest.write(register, value);
         }
         12 => {
@@ -407,6 +489,13 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
             let at = table + 16 * (u64::from(input.byte()) % size);
             let (address, len) = (input.number(), input.number() as u32);
             let (flags, next) = (input.word() & 7, u16::from(input.byte()));
+            if flags & 4 != 0 {
+                // A table of whatever is there.
+                guest.memory.discard();
+            }
+            if flags & 2 != 0 {
+                guest.memory.touch(address, len.into());
+            }
             guest.descriptor(at, address, len, flags, next);
             let ring = guest.queues[queue].1;
             let slot = GuestAddress(available + 4 + 2 * (u64::from(ring) % size));
@@ -433,8 +522,7 @@ fn step(guest: &mut Guest, input: &mut Input<'_>) {
                 .ok();
         }
         _ => {
-            // Lets the device's threads run.
-            std::thread::yield_now();
+            guest.wait(queue);
             guest.events.run();
         }
     }

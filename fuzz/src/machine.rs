@@ -1,9 +1,9 @@
 //! Parts of a machine other than virtio: serial port, bus, and the kernel's log after a panic.
 
+use crate::folders::{Folder, Plan};
 use crate::input::Input;
+use crate::pool::{Layout, Lease};
 use koya_devices::serial::SerialPort;
-use koya_devices::test_utils::MEMORY_SIZE;
-use koya_devices::virtio::Memory;
 use koya_vmm::internals::{Bus, BusDevice, Effect, PANIC_LOG, explain, load_files};
 use koya_vmm::{ExitReason, MIN_MEMORY_MIB, VmConfig, guest_text};
 use std::fs::{self, File};
@@ -129,8 +129,7 @@ pub fn serial_ports(data: &[u8]) {
 /// # Panics
 /// If the parser has a bug, or its result has control characters.
 pub fn panic_logs(data: &[u8]) {
-    let ranges = [(GuestAddress(PANIC_LOG & !0xfff_ffff), MEMORY_SIZE)];
-    let memory = Memory::from_ranges(&ranges).expect("memory");
+    let mut memory = Lease::new(Layout::Log);
     let mut input = Input::new(data);
     for record in 0..2 {
         let at = GuestAddress(PANIC_LOG + record * 0x8000);
@@ -150,6 +149,7 @@ pub fn panic_logs(data: &[u8]) {
             header.extend_from_slice(input.pick(&lines));
             header.extend_from_slice(input.bytes(len.min(40)));
         }
+        memory.touch(at.0, header.len() as u64);
         memory.write_slice(&header, at).expect("memory");
     }
     let reasons = [
@@ -160,7 +160,7 @@ pub fn panic_logs(data: &[u8]) {
             log: String::new(),
         },
     ];
-    for reason in reasons {
+    if let Some(reason) = reasons.into_iter().nth(usize::from(input.byte() % 3)) {
         let explained = explain(reason, &memory);
         let log = explained.log().unwrap_or_default();
         assert!(log.len() <= guest_text::MAX_LINES);
@@ -178,14 +178,22 @@ const SETUP_HEADER: usize = 0x1f1;
 const ELF_HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 
+/// Files that a machine is started from.
+static FILES: Plan = Plan {
+    name: "kernel",
+    changing: &["files"],
+    set_up: |_| Ok(()),
+    fill: |_| Ok(()),
+};
+
 /// A kernel image, in a format and with headers chosen by the input, and an initial RAM disk. Each is loaded or rejected.
 ///
 /// # Panics
 /// If the loader has a bug, or the host cannot write files.
 pub fn kernel_images(data: &[u8]) {
     let mut input = Input::new(data);
-    let dir = tempfile::tempdir().expect("a directory");
-    let (kernel, initramfs) = (dir.path().join("kernel"), dir.path().join("initramfs"));
+    let dir = Folder::take(&FILES);
+    let (kernel, initramfs) = (dir.at("files/kernel"), dir.at("files/initramfs"));
     let choice = input.byte();
     let image = match choice % 4 {
         0 => elf(&mut input),

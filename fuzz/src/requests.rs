@@ -29,7 +29,15 @@ pub(crate) fn block(input: &mut Input<'_>) -> Vec<Buffer> {
         })
     };
     match kind {
-        11 | 13 | 14 => request.extend_from_slice(input.bytes(48)),
+        11 | 13 | 14 if any >= 240 => request.extend_from_slice(input.bytes(48)),
+        11 | 13 | 14 => {
+            for _ in 0..=input.byte() % 3 {
+                let (sector, count) = (input.byte() % 132, input.byte() % 20);
+                request.extend(u64::from(sector).to_le_bytes());
+                request.extend(u32::from(count).to_le_bytes());
+                request.extend(u32::from(input.byte() / 64 % 2).to_le_bytes());
+            }
+        }
         _ => request.extend(vec![any as u8; whole(given) as usize]),
     }
     let mut buffers = vec![Buffer::Readable(request)];

@@ -198,7 +198,7 @@ fn host_reads(machine: &mut Machine, port: u32, len: usize) {
     let Some(host) = &mut stream.host else {
         return;
     };
-    let mut bytes = vec![0; len.min(1 << 18)];
+    let mut bytes = vec![0; len.min(1 << 16)];
     match host.read(&mut bytes) {
         Ok(0) if !bytes.is_empty() => {
             let all = stream.read == stream.sent && stream.guest_ended;
@@ -306,7 +306,7 @@ fn settle(machine: &mut Machine) {
             all.map(|stream| (stream.read, stream.received)).collect()
         };
         let before = state(machine);
-        for _ in 0..16 {
+        while machine.waiting < 4 && machine.taken < ROOM {
             machine.offer(32 << 10);
         }
         for port in &ports {
@@ -319,7 +319,7 @@ fn settle(machine: &mut Machine) {
             }
         }
         serve(machine);
-        let room = machine.taken < ROOM - (1 << 20);
+        let room = machine.taken < ROOM - (1 << 18);
         if round > 3 && (before == state(machine) || !room || round > 4000) {
             if room {
                 break;

@@ -1,8 +1,9 @@
 //! A machine with a vsock device, and the state of both ends of each stream.
 
+use crate::pool::Guest;
 use crate::requests::{GUEST_CID, vsock_header};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
-use koya_devices::test_utils::{Buffer, Driver};
+use koya_devices::test_utils::Buffer;
 use koya_devices::virtio::{Activation, VirtioDevice, Worker};
 use koya_devices::vsock::{Listener, Ports, Vsock};
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +14,7 @@ pub(super) const QUEUE: u16 = 64;
 /// The port on which the host listens.
 pub(super) const SERVED: u32 = 1;
 /// Limit on guest memory for packets; beyond it, both ends pause.
-pub(super) const ROOM: usize = 12 << 20;
+pub(super) const ROOM: usize = 2 << 20;
 
 pub(super) const REQUEST: u16 = 1;
 pub(super) const RESPONSE: u16 = 2;
@@ -73,8 +74,9 @@ pub(super) struct Machine {
     pub(super) listener: Listener,
     pub(super) events: Loop,
     pub(super) worker: Option<SubscriberId>,
-    pub(super) sends: Driver,
-    pub(super) receive: Driver,
+    pub(super) sends: Guest,
+    pub(super) receive: Guest,
+    events_of_host: Guest,
     /// Number of buffers held by the device.
     pub(super) waiting: usize,
     /// Number of packets not processed by the device yet.
@@ -99,8 +101,9 @@ impl Machine {
             listener,
             events: Loop::new().expect("epoll"),
             worker: None,
-            sends: Driver::new(QUEUE),
-            receive: Driver::new(QUEUE),
+            sends: Guest::new(QUEUE),
+            receive: Guest::new(QUEUE),
+            events_of_host: Guest::new(16),
             waiting: 0,
             unsent: 0,
             taken: 0,
@@ -117,7 +120,7 @@ impl Machine {
         let queues = [
             self.receive.queue(),
             self.sends.queue(),
-            Driver::new(16).queue(),
+            self.events_of_host.queue(),
         ];
         let activated = self.device.activate(Activation {
             memory: self.sends.memory().clone(),
@@ -140,8 +143,8 @@ impl Machine {
         self.asked.clear();
         // Connections not accepted yet are closed too.
         while self.listener.accept_timeout(Duration::ZERO).is_ok() {}
-        self.sends = Driver::new(QUEUE);
-        self.receive = Driver::new(QUEUE);
+        self.sends = Guest::new(QUEUE);
+        self.receive = Guest::new(QUEUE);
         (self.waiting, self.unsent, self.taken) = (0, 0, 0);
         self.activate();
     }
