@@ -277,6 +277,30 @@ fn target_command(programs: &Path, target: &str) -> Result<(Command, TempDir)> {
     Ok((command, temporary))
 }
 
+/// Number of inputs that a target begins with.
+const SEEDS: u32 = 400;
+
+/// Writes inputs to begin with, once: pseudorandom bytes of many lengths. Most targets read an input as a list of steps, so
+/// these get deeper than what libFuzzer makes of an empty one in an hour.
+fn seed(inputs: &Path) -> Result<()> {
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for number in 0..SEEDS {
+        let path = inputs.join(format!("seed-{number}"));
+        let len = 16 + next() % u64::from(MAX_LEN - 16);
+        let bytes: Vec<u8> = (0..len).map(|_| (next() >> 32) as u8).collect();
+        if !path.exists() {
+            fs::write(&path, bytes).with_context(|| format!("{}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Words that the inputs of a target contain, if there is a file of them.
 fn dictionary(target: &str) -> Option<PathBuf> {
     let path = proc::checkout().join(format!("fuzz/dictionaries/{target}.dict"));
@@ -290,6 +314,7 @@ fn fuzz(programs: &Path, target: &str, turn: Duration, runs: Option<u64>) -> Res
     for directory in [&inputs, &failed] {
         fs::create_dir_all(directory).with_context(|| format!("{}", directory.display()))?;
     }
+    seed(&inputs)?;
     let before = files(&failed)?;
     let log = home.join("log");
     let output = File::create(&log).with_context(|| format!("{}", log.display()))?;
@@ -432,6 +457,22 @@ INFO: Loaded 1 modules   (33034 inline 8-bit counters): 33034 [0x55, 0x66),
             ..turns
         };
         assert!(over.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn targets_begin_with_the_same_inputs() {
+        let [one, two] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        for dir in [&one, &two] {
+            seed(dir.path()).unwrap();
+        }
+        let all = files(one.path()).unwrap();
+        assert_eq!(all.len(), SEEDS as usize);
+        for path in all {
+            let bytes = fs::read(&path).unwrap();
+            assert!((16..MAX_LEN as usize).contains(&bytes.len()));
+            let again = two.path().join(path.file_name().unwrap());
+            assert_eq!(fs::read(again).unwrap(), bytes);
+        }
     }
 
     #[test]
