@@ -1,6 +1,7 @@
 //! Open files and directories, by handle number.
 
 use super::inodes::Inode;
+use super::passthrough::Cookies;
 use koya_host::sync::lock;
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -25,8 +26,12 @@ pub(super) struct Handle {
 
 /// Read position of a directory descriptor.
 pub(super) struct Position {
-    /// Before the entry with this cookie, if that is known.
+    /// Before the entry with this cookie of the host, if that is known.
     pub(super) at: Option<u64>,
+    /// The offset that the guest got with the last entry, and the host's cookie for it, which may be more exact.
+    pub(super) last: (u64, u64),
+    /// The kind of cookies of this directory, once it has been read.
+    pub(super) cookies: Option<Cookies>,
     /// Whether all cookies so far were offsets for lseek(2), and there was one. Some file systems (NFS from some servers)
     /// use other cookies of all 64 bits: listings of their directories can only continue from the current position.
     pub(super) seeks: bool,
@@ -36,6 +41,8 @@ impl Default for Position {
     fn default() -> Self {
         Self {
             at: Some(0),
+            last: (0, 0),
+            cookies: None,
             seeks: false,
         }
     }

@@ -1,6 +1,7 @@
 //! Directories: opendir, readdir, readdirplus.
 
 use super::Passthrough;
+use super::cookies::Cookies;
 use crate::fs::watch::{ChangeGuard, kind};
 use crate::fs::wire::{Dirent, EntryOut, OpenOut, ROOT_ID, fopen};
 use crate::fs::{Cache, handles::Handle, inodes::Inode};
@@ -129,10 +130,21 @@ impl Passthrough {
         listing: &mut Listing,
     ) -> Result<(), Errno> {
         let mut position = koya_host::sync::lock(&handle.position);
+        let cookies = match position.cookies {
+            Some(cookies) => cookies,
+            None => {
+                position.at = None;
+                *position.cookies.insert(Cookies::of(&handle.file))
+            }
+        };
+        let start = match position.last {
+            (shown, cookie) if shown == offset => cookie,
+            _ => cookies.host(offset),
+        };
         // Not when the guest continues at the current position: cookies that are not offsets can't be sought.
-        if position.at != Some(offset) || offset == 0 {
+        if position.at != Some(start) || start == 0 {
             position.at = None;
-            seek(&handle.file, SeekFrom::Start(offset))?;
+            seek(&handle.file, SeekFrom::Start(start))?;
         }
         let size = match position.seeks {
             true => BUFFER.min(listing.room.max(1024)),
@@ -154,9 +166,10 @@ impl Passthrough {
             if !listing.has_room(name) {
                 break;
             }
+            let cookie = entry.next_entry_cookie();
             let dirent = Dirent {
                 ino: inode.number(entry.ino()),
-                off: entry.next_entry_cookie(),
+                off: cookies.shown(cookie),
                 namelen: name.to_bytes().len() as u32,
                 kind: kind_number(entry.file_type()),
             };
@@ -172,9 +185,10 @@ impl Passthrough {
                 ..dirent
             };
             listing.push(&found, &dirent, name);
-            all_seek &= i64::try_from(dirent.off).is_ok();
+            all_seek &= i64::try_from(cookie).is_ok();
+            position.last = (dirent.off, cookie);
             if directory.is_buffer_empty() {
-                position.at = Some(dirent.off);
+                position.at = Some(cookie);
                 if !std::mem::replace(&mut position.seeks, all_seek) {
                     break;
                 }

@@ -5,6 +5,7 @@
 //! host kernel.
 
 mod attr;
+mod cookies;
 mod dir;
 mod file;
 mod names;
@@ -19,6 +20,7 @@ use super::inodes::{self, Found, Inode, Inodes};
 use super::shares::{Listener, Move, Share, Shares};
 use super::watch::{self, ChangeGuard, HostEvents, Watches};
 use super::wire::{self, AttrOut, EntryOut, HostWatchIn, ROOT_ID};
+pub(super) use cookies::Cookies;
 use koya_host::descriptors::Directory;
 use owners::{Owners, Shown};
 use rustix::fs::{FileType, Mode, OFlags, Statx, openat};

@@ -73,6 +73,39 @@ fn a_directory_is_listed_without_seeking() {
     }
 }
 
+/// Programs of 32 bits without large file support can't list directories with larger positions, as ext4 has them: glibc's
+/// `readdir` fails with EOVERFLOW.
+#[test]
+fn positions_fit_programs_of_32_bits() {
+    let f = fixture(0, false);
+    for n in 0..500 {
+        std::fs::write(f.dir.path().join(format!("file{n}")), "").unwrap();
+    }
+    for room in [512, 64 << 10] {
+        let all = f.files.opendir(f.root).unwrap().fh;
+        let (mut found, mut offset) = (Vec::new(), 0);
+        loop {
+            let listing = f.files.readdir(f.root, all, offset, room, false).unwrap();
+            let part = entries(listing, false);
+            let Some((_, last)) = part.last() else { break };
+            offset = last.off;
+            found.extend(part);
+        }
+        assert_eq!(found.len(), 502);
+        // From each position on, the same entries follow, in a directory that is opened later as well.
+        let later = f.files.opendir(f.root).unwrap().fh;
+        for (index, (name, dirent)) in found.iter().enumerate().step_by(7) {
+            assert!(i32::try_from(dirent.off).is_ok(), "{name}: {}", dirent.off);
+            for fh in [all, later] {
+                let listing = f.files.readdir(f.root, fh, dirent.off, 512, false).unwrap();
+                let next = entries(listing, false).into_iter().next();
+                let next = next.map(|(name, _)| name);
+                assert_eq!(next.as_ref(), found.get(index + 1).map(|(name, _)| name));
+            }
+        }
+    }
+}
+
 /// Inode numbers on the first file system are the host's; on others they differ from those.
 #[test]
 fn numbers_of_several_file_systems_differ() {
