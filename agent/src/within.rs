@@ -5,7 +5,7 @@ use crate::configuration;
 use crate::helper::bundle;
 use anyhow::{Context, Result, bail};
 use koya_protocol::{image_root, messages};
-use koya_rootfs::{Kind, Rootfs};
+use koya_rootfs::{Kind, Rootfs, says_read_only};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{FileType, Gid, Uid, fchown, fstat};
 use rustix::io::Errno;
@@ -138,8 +138,7 @@ fn check_places(mounts: &[Mount]) -> Result<()> {
         let Some(earlier) = around(&mounts[..index], place) else {
             continue;
         };
-        let mut options = earlier.options().iter().flatten();
-        if !options.any(|option| option == "ro" || option == "rro") {
+        if !is_read_only(earlier) {
             continue;
         }
         let at = earlier.destination();
@@ -172,6 +171,10 @@ fn around<'m>(mounts: &'m [Mount], path: &Path) -> Option<&'m Mount> {
         .iter()
         .filter(|mount| path.starts_with(mount.destination()));
     around.max_by_key(|mount| mount.destination().components().count())
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    says_read_only(mount.options().as_deref().unwrap_or_default())
 }
 
 /// The directory of a bind mount.
@@ -215,9 +218,8 @@ fn can_be_within(mount: &Mount, path: &Path) -> bool {
         return false;
     }
     if mount.typ().as_deref() == Some("tmpfs") {
-        let mut options = mount.options().iter().flatten();
         // Otherwise libcontainer creates the file.
-        return !options.any(|option| option == "ro");
+        return !is_read_only(mount);
     }
     directory_of(mount).is_some_and(|source| {
         let can = can_be_mounted_over(&source, within);

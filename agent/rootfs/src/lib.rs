@@ -34,6 +34,23 @@ pub fn says_mode(options: &[String]) -> bool {
     all.any(|option| option.starts_with("mode="))
 }
 
+/// Whether the options of a mount make it read-only: of `ro` and `rw` the last one counts, as with mount(8), unless one of
+/// their recursive forms is there.
+pub fn says_read_only(options: &[String]) -> bool {
+    let last = |yes: &str, no: &str| {
+        let mut words = options.iter().rev().map(String::as_str);
+        let word = words.find(|word| *word == yes || *word == no);
+        word.map(|word| word == yes)
+    };
+    let recursive = last("rro", "rrw");
+    recursive.or_else(|| last("ro", "rw")).unwrap_or(false)
+}
+
+/// A path from the root without `.` and `..`, which are removed lexically, as runc does in places that do not exist yet.
+pub fn plain(path: &Path) -> PathBuf {
+    Path::new("/").join(plain_names(path).iter().collect::<PathBuf>())
+}
+
 /// The mode option for a tmpfs without one: that of the covered directory. If it covers nothing, it is the kernel's default,
 /// since the mount point that is created for it would have another one.
 ///
@@ -308,6 +325,23 @@ fn make_directory(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn of_contradicting_options_the_last_one_counts() {
+        for (options, expected) in [
+            ("bind", false),
+            ("bind,ro", true),
+            ("ro,rw", false),
+            ("rw,ro,bind", true),
+            ("rbind,rro", true),
+            ("rro,rrw", false),
+            ("rro,rw", true),
+            ("ro,rrw", false),
+        ] {
+            let options: Vec<_> = options.split(',').map(String::from).collect();
+            assert_eq!(says_read_only(&options), expected, "{options:?}");
+        }
+    }
 
     #[test]
     fn those_who_make_the_same_do_not_mind_each_other() {

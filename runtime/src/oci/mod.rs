@@ -75,6 +75,7 @@ pub(crate) fn adapt(
         shared,
     } = bundle;
     refuse_what_cannot_be_had(&spec)?;
+    mounts::plain_places(&mut spec);
     own_root::adapt(&mut spec, &directory, &rootfs)?;
     let root = adapt_root(id, rootfs, root, &mut spec);
     let rootfs = root.as_ref().map(|share| share.path.as_path());
@@ -118,6 +119,7 @@ pub(crate) fn adapt(
 /// The unsupported mount.
 pub(crate) fn mounts_on_host(bundle: &Bundle) -> Result<Vec<OnHost>, Error> {
     let mut spec = bundle.spec.clone();
+    mounts::plain_places(&mut spec);
     own_root::adapt(&mut spec, &bundle.directory, &bundle.rootfs)?;
     mounts::on_host(&bundle.directory, &spec)
 }

@@ -9,6 +9,7 @@ use crate::direct_volume;
 use crate::ephemeral;
 use koya_protocol::messages::EphemeralVolume;
 use koya_protocol::{OWN_ROOT, SHARED_MEMORY_DIR, VOLUMES_DIR};
+use koya_rootfs::says_read_only;
 use koya_vmm::devices::fs::ShareOptions;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::StatVfsMountFlags;
@@ -142,9 +143,8 @@ fn adapt_mount(
     let destination = mount.destination().display();
     if !is_bind(mount) {
         if let Some(volume) = GuestVolume::of(directory, mount)? {
-            let options = mount.options().iter().flatten();
-            let flags = options.filter(|option| *option == "ro" || *option == "rro");
-            let flags = flags.cloned().chain(["rbind".to_owned()]).collect();
+            let flags = is_read_only(mount).then(|| "ro".to_owned());
+            let flags = flags.into_iter().chain(["rbind".to_owned()]).collect();
             let mut adapted = mount.clone();
             adapted.set_typ(Some("bind".into()));
             adapted.set_source(Some(own_place(id, number)));
@@ -307,6 +307,19 @@ pub(super) fn has(mount: &Mount, name: &str) -> bool {
     options.any(|option| option == name)
 }
 
+pub(super) fn is_read_only(mount: &Mount) -> bool {
+    says_read_only(mount.options().as_deref().unwrap_or_default())
+}
+
+/// Makes the destinations absolute and plain: they are compared with each other, and libcontainer does not create `/b` for
+/// `/b/../c`.
+pub(super) fn plain_places(spec: &mut Spec) {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let place = koya_rootfs::plain(mount.destination());
+        mount.set_destination(place);
+    }
+}
+
 pub(super) fn is_bind(mount: &Mount) -> bool {
     matches!(mount.typ().as_deref(), Some("bind" | "rbind"))
         || has(mount, "bind")
@@ -417,7 +430,7 @@ fn adapt_bind(
         name: format!("{id}.mount{number}"),
         path: source,
         options: ShareOptions {
-            read_only: has(mount, "ro") || has(mount, "rro"),
+            read_only: is_read_only(mount),
             follow_mounts: has(mount, "slave") || has(mount, "rslave"),
         },
         users: None,

@@ -1,6 +1,7 @@
 //! Host paths in a configuration, until their paths in the guest are known.
 
 use koya_protocol::SHARED_DIR;
+use koya_rootfs::says_read_only;
 use koya_vmm::devices::fs::{MappedUsers, ShareOptions};
 use oci_spec::runtime::Spec;
 use std::collections::HashMap;
@@ -48,12 +49,8 @@ pub(crate) fn place_shares(spec: &mut Spec, places: &HashMap<String, SharedPlace
         };
         mount.set_source(Some(place.path.clone()));
         let mut options = mount.options().clone().unwrap_or_default();
-        if place.read_only
-            && !options
-                .iter()
-                .any(|option| option == "ro" || option == "rro")
-        {
-            options.retain(|option| option != "rw");
+        if place.read_only && !says_read_only(&options) {
+            options.retain(|option| option != "rw" && option != "rrw");
             options.push("ro".into());
             mount.set_options(Some(options));
         }

@@ -10,6 +10,8 @@ use std::collections::HashMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
+mod places;
+
 fn adapt_it(id: &str, bundle: Bundle) -> Result<Adapted, Error> {
     adapt(id, bundle, Root::Directory, &Accounts::default())
 }
