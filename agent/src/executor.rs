@@ -127,7 +127,8 @@ fn find(spec: &Spec) -> Result<PathBuf, (i32, String)> {
         .and_then(|e| e.iter().rev().find_map(|v| v.strip_prefix("PATH=")))
         .unwrap_or(DEFAULT_PATH);
     let mut unusable = None;
-    for directory in path.split(':') {
+    // An empty entry is not the current directory, unlike in a shell: runc and crun find no program by it.
+    for directory in path.split(':').filter(|directory| !directory.is_empty()) {
         match usable(&Path::new(directory).join(name)) {
             Ok(found) => return Ok(found),
             Err((CANNOT_RUN, why)) => _ = unusable.get_or_insert(why),
@@ -386,6 +387,11 @@ mod tests {
             found(&[format!("PATH={closed}:{first}")]),
             Path::new(&first).join("tool")
         );
+        // A file of the current directory, without an executable bit: it is not even found.
+        for path in ["PATH=", "PATH=:/none:"] {
+            let (status, _) = find(&spec_of("Cargo.toml", &[path.into()])).unwrap_err();
+            assert_eq!(status, NOT_FOUND, "{path}");
+        }
         let (status, why) = find(&spec_of(&first, &[])).unwrap_err();
         let directory = format!("exec {first}: permission denied: it is a directory");
         assert_eq!((status, why), (CANNOT_RUN, directory));

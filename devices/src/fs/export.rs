@@ -66,7 +66,7 @@ impl Export {
     ) -> io::Result<Self> {
         let (root, detached) = match options.follow_mounts {
             true => (plain, false),
-            false => detach(plain, options.read_only)?,
+            false => detach(plain, options)?,
         };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let anchor = openat(&root, ".", flags, Mode::empty()).ok().map(Arc::new);
@@ -201,11 +201,14 @@ impl Export {
 }
 
 /// Copies the mounts at `plain`; returns whether that was possible.
-fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+fn detach(plain: OwnedFd, options: ShareOptions) -> io::Result<(OwnedFd, bool)> {
+    let read_only = options.read_only;
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH
-        | OpenTreeFlags::AT_RECURSIVE;
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    if !options.omit_mounts {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
     match open_tree(&plain, c"", flags) {
         Ok(tree) => match sys::restrict_mount(tree.as_fd(), read_only) {
             Ok(()) => Ok((tree, true)),
@@ -217,7 +220,12 @@ fn detach(plain: OwnedFd, read_only: bool) -> io::Result<(OwnedFd, bool)> {
             Err(error) => Err(error),
         },
         // Without the privilege (or the system call), uses the directory itself.
-        Err(Errno::PERM | Errno::NOSYS | Errno::INVAL) => Ok((plain, false)),
+        Err(error @ (Errno::PERM | Errno::NOSYS | Errno::INVAL)) => {
+            if options.omit_mounts {
+                log::warn!("virtio-fs: mounts below a shared directory can't be left out: {error}");
+            }
+            Ok((plain, false))
+        }
         Err(error) => Err(error.into()),
     }
 }

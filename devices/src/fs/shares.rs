@@ -27,6 +27,9 @@ pub struct ShareOptions {
     /// Whether later mounts and unmounts on the host below it are visible in the guest. Such a tree is not
     /// detached from the host's mounts.
     pub follow_mounts: bool,
+    /// Whether file systems that the host has mounted below it are left out, so that the guest sees what they cover. Only
+    /// possible for a detached tree: where the host permits none, they are visible, with a warning.
+    pub omit_mounts: bool,
 }
 
 /// Result of [`Shares::share`].
@@ -227,6 +230,18 @@ impl Shares {
         let stat = inodes::stat(&plain)?;
         let is_directory = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory;
         let origin = is_directory.then(|| Origin::of(&plain, &stat)).flatten();
+        let omits = options.omit_mounts && !options.follow_mounts;
+        let (options, origin) = match origin {
+            // Its directories are not those of a share with the mounts: it is neither part of one, nor has one as a part.
+            Some(origin) if omits && origin.has_submounts() => (options, None),
+            origin => (
+                ShareOptions {
+                    omit_mounts: false,
+                    ..options
+                },
+                origin,
+            ),
+        };
         let mut entries = lock(&self.0.entries);
         let name = free_name(&entries);
         if let Some(origin) = &origin

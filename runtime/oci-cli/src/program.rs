@@ -78,9 +78,9 @@ pub(crate) fn check(spec: &Spec, bundle: &Path) -> Result<()> {
         .filter_map(|entry| entry.strip_prefix("PATH="))
         .next_back();
     let path = path.unwrap_or(DEFAULT_PATH);
-    let places = path
-        .split(':')
-        .map(|dir| process.cwd().join(dir).join(name));
+    // An empty entry is not the current directory, as with runc.
+    let entries = path.split(':').filter(|entry| !entry.is_empty());
+    let places = entries.map(|dir| process.cwd().join(dir).join(name));
     let found: Vec<_> = places.map(|place| tree.find(&place)).collect();
     if found.contains(&Found::Usable) || found.contains(&Found::Unknown) {
         return Ok(());

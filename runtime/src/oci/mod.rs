@@ -134,6 +134,7 @@ fn adapt_root(id: &str, rootfs: PathBuf, root: Root, spec: &mut Spec) -> Option<
         options: ShareOptions {
             read_only,
             follow_mounts: false,
+            omit_mounts: false,
         },
         users: None,
     });

@@ -432,6 +432,7 @@ fn adapt_bind(
         options: ShareOptions {
             read_only: is_read_only(mount),
             follow_mounts: has(mount, "slave") || has(mount, "rslave"),
+            omit_mounts: !has(mount, "rbind") && mount.typ().as_deref() != Some("rbind"),
         },
         users: None,
     };

@@ -1,6 +1,8 @@
 //! Known problems of other container runtimes, as far as a test needs a guest: listed in `docs/cases.md`.
 
-use crate::tool::{Background, busybox, koya, run_in, scratch, sh, shared_rootfs, stdout, until};
+use crate::tool::{
+    Background, Mounted, busybox, koya, run_in, scratch, sh, shared_rootfs, stdout, until,
+};
 use anyhow::{Result, ensure};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,23 +20,6 @@ crate::trials![
 fn write(at: &Path, mode: u32, content: &[u8]) -> Result<()> {
     fs::write(at, content)?;
     Ok(fs::set_permissions(at, fs::Permissions::from_mode(mode))?)
-}
-
-/// A tmpfs on the host, unmounted on drop.
-struct Mounted<'p>(&'p Path);
-
-impl<'p> Mounted<'p> {
-    fn at(path: &'p Path) -> Result<Self> {
-        let mut mount = Command::new("mount");
-        stdout(mount.args(["-t", "tmpfs", "tmpfs"]).arg(path).output()?)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        Command::new("umount").arg(self.0).status().ok();
-    }
 }
 
 /// Checks lines of a script's output, each in the form `CASE: RESULT`.

@@ -12,6 +12,7 @@ crate::trials!(
     a_dev_may_be_read_only,
     a_read_only_mount_keeps_what_its_source_has,
     mounts_have_mapped_users,
+    only_rbind_takes_what_is_mounted_below
 );
 
 fn make(directory: &Path, mode: u32) -> Result<()> {
@@ -113,6 +114,34 @@ fn a_dev_may_be_read_only() -> Result<()> {
         };
         ensure!(lines[1..] == *rest, "{said}");
     }
+    Ok(())
+}
+
+/// docker's `bind-recursive=disabled`, podman's `bind-nonrecursive`.
+fn only_rbind_takes_what_is_mounted_below() -> Result<()> {
+    let runtime = Runtime::koya()?;
+    let tree = crate::tool::scratch("mounts-below")?;
+    let sub = tree.join("sub");
+    fs::create_dir(&sub)?;
+    fs::write(sub.join("covered"), "")?;
+    let mounted = crate::tool::Mounted::at(&sub)?;
+    fs::write(sub.join("mounted"), "")?;
+    let script =
+        "ls /flat/sub; ls /deep/sub; touch /flat/sub/new; mkdir /flat/dir && ls -d /deep/dir";
+    let bundle = bundle(script, |config| {
+        config["root"]["readonly"] = false.into();
+        for (at, how) in [("/deep", "rbind"), ("/flat", "bind")] {
+            let mount =
+                json!({"destination": at, "type": "bind", "source": tree, "options": [how]});
+            add_mount(config, mount);
+        }
+    })?;
+    let said = runtime.ok(&["run", "--bundle", text(&bundle)?, "mounts-b"])?;
+    let words: Vec<_> = said.split_whitespace().collect();
+    let expected = ["covered", "mounted", "/deep/dir"];
+    ensure!(words == expected, "{said}");
+    drop(mounted);
+    ensure!(sub.join("new").exists(), "the file is not on the host");
     Ok(())
 }
 

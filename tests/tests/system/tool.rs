@@ -31,6 +31,23 @@ pub(crate) fn scratch_base() -> PathBuf {
     }
 }
 
+/// A tmpfs on the host, unmounted on drop.
+pub(crate) struct Mounted<'p>(&'p Path);
+
+impl<'p> Mounted<'p> {
+    pub(crate) fn at(path: &'p Path) -> Result<Self> {
+        let mut mount = Command::new("mount");
+        stdout(mount.args(["-t", "tmpfs", "tmpfs"]).arg(path).output()?)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        Command::new("umount").arg(self.0).status().ok();
+    }
+}
+
 /// The architecture, as named in images.
 pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {

@@ -14,10 +14,12 @@ const CALLER: Caller = Caller { uid: 0, gid: 0 };
 const READ_ONLY: ShareOptions = ShareOptions {
     read_only: true,
     follow_mounts: false,
+    omit_mounts: false,
 };
 const WRITABLE: ShareOptions = ShareOptions {
     read_only: false,
     follow_mounts: false,
+    omit_mounts: false,
 };
 const NO_BYTES: [vm_memory::VolatileSlice<'_>; 0] = [];
 
