@@ -75,7 +75,8 @@ impl Account {
             }
             None => {
                 let uid = id.ok_or_else(|| unknown(format!("user {user}")))?;
-                (uid, 0, if uid == 0 { "/root" } else { "/" })
+                // Root's as well: what Docker, runc and crun set for users without an entry.
+                (uid, 0, "/")
             }
         };
         let name = entry.as_ref().map(|fields| fields[0]);
@@ -219,6 +220,11 @@ pub(crate) mod tests {
         assert_eq!(
             Account::find(&Accounts::read(dir.path()), "").unwrap().home,
             "/root"
+        );
+        assert_eq!(
+            Account::find(&Accounts::default(), "").unwrap().home,
+            "/",
+            "no account of root"
         );
         // An empty group counts as no group.
         assert_eq!(

@@ -79,7 +79,8 @@ fn set_home(env: &mut Vec<String>, home: impl FnOnce() -> String) {
 /// Rejects strings that no process can have, which would cause obscure errors in the guest.
 fn check_words(process: &Process) -> Result<(), Error> {
     let env = process.env().iter().flatten();
-    if let Some(nameless) = env.clone().find(|variable| variable.starts_with('=')) {
+    let is_nameless = |variable: &&String| variable.is_empty() || variable.starts_with('=');
+    if let Some(nameless) = env.clone().find(is_nameless) {
         let reason = format!("the variable {nameless:?} has no name");
         return Err(Error::invalid("process.env", reason));
     }

@@ -79,7 +79,7 @@ fn what_is_the_hosts_becomes_the_guests() {
     let unified = r#""unified":{"memory.high":"1"}"#;
     assert!(text.contains(unified), "{text}");
     assert!(
-        text.contains("HOME=/root") && text.contains(r#""source":"/dev/shm""#),
+        text.contains("HOME=/") && text.contains(r#""source":"/dev/shm""#),
         "{text}"
     );
     let names: Vec<_> = adapted

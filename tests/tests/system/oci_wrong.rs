@@ -166,6 +166,19 @@ fn cases() -> Vec<(&'static str, Vec<Change>)> {
             mount(json!({"destination": "/tmp", "type": "koyafs", "source": "none"})),
         ),
         (
+            "a destination with dots",
+            mount(
+                json!({"destination": "/none/../tmp", "type": "bind", "source": "/tmp", "options": ["bind"]}),
+            ),
+        ),
+        (
+            "a program of the working directory by an empty entry of PATH",
+            vec![
+                ("/process/cwd", "/bin".into()),
+                ("/process/env", json!(["PATH=/none:"])),
+            ],
+        ),
+        (
             "a source that is not there",
             mount(
                 json!({"destination": "/tmp", "type": "bind", "source": "/none", "options": ["bind"]}),

@@ -350,12 +350,10 @@ fn an_environment_is_one_that_a_process_can_have() {
             .unwrap()
             .contains(&"HOME=/own".into())
     );
-    assert!(
-        env(&["=x"])
-            .unwrap_err()
-            .to_string()
-            .contains("has no name")
-    );
+    for nameless in ["=x", ""] {
+        let error = env(&[nameless]).unwrap_err();
+        assert!(error.to_string().contains("has no name"), "{error}");
+    }
     assert!(env(&["A=\0"]).unwrap_err().to_string().contains("NUL"));
     let args = bundle_of(|config| config.process.args = vec!["sh".into(), "a\0b".into()]);
     assert!(args.unwrap_err().to_string().contains("NUL"));
